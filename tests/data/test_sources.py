@@ -1,0 +1,546 @@
+"""Every kind of file gives back the rows that were written, and a broken one says where and what is wrong."""
+
+import csv
+import json
+import pickle
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from train.data.formats import FAULT_KINDS, RowFault
+from train.data.sources import BadRows, Loaded, load, read_rows
+from train.errors import UserError
+from train.recipe import DataSection, Source
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+ROOT = Path(__file__).parents[2]
+
+ROWS = [
+    {"system": "Answer in verse. 🜲𝕊", "prompt": "Why is the sky blue?", "output": "Light scatters,\nblue the most."},
+    {"system": "", "prompt": 'He said "hi",\r\nthen left.', "output": "나는 짧게 답한다. 🌌"},
+    {"system": "Be brief.", "prompt": "NA", "output": "42"},
+]
+WEATHER = {"function": {"name": "weather", "arguments": {"city": "Oslo", "day": None}}}
+SEARCH = {"function": {"name": "search", "arguments": {"words": ["a", "b"]}}}
+TOOL_ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "r"},
+            {"role": "assistant", "content": "a"},
+        ]
+    }
+    for call in (WEATHER, SEARCH)
+]
+
+
+def pair(question: str = "q", answer: str = "a", system: str = "s") -> dict[str, Any]:
+    return {"system": system, "prompt": question, "output": answer}
+
+
+def lines(rows: list[Any]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def write(path: Path, content: bytes) -> Path:
+    """`content` at `path`, compressed as its ending says."""
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pyarrow.output_stream(str(path), compression=compression) as stream:
+        stream.write(content)
+    return path
+
+
+def table(rows: list[dict[str, str]], delimiter: str, tmp_path: Path) -> bytes:
+    path = tmp_path / "table"
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path.read_bytes()
+
+
+def parquet(rows: list[dict[str, Any]], tmp_path: Path) -> bytes:
+    path = tmp_path / "rows"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path.read_bytes()
+
+
+FILES: dict[str, Callable[[Path], bytes]] = {
+    "rows.jsonl": lambda _: lines(ROWS),
+    "rows.ndjson": lambda _: lines(ROWS),
+    "rows.json": lambda _: json.dumps(ROWS, indent=2).encode(),
+    "object.json": lambda _: json.dumps({"version": 1, "data": ROWS}).encode(),
+    "by_id.json": lambda _: json.dumps({str(number): row for number, row in enumerate(ROWS)}).encode(),
+    "lines.json": lambda _: lines(ROWS),
+    "rows.csv": lambda tmp_path: table(ROWS, ",", tmp_path),
+    "rows.tsv": lambda tmp_path: table(ROWS, "\t", tmp_path),
+    "rows.parquet": lambda tmp_path: parquet(ROWS, tmp_path),
+}
+
+
+def rows_of(path: Path | str, allow_pickle: bool = False, **keys: Any) -> list[Any]:
+    return [row for _, row in read_rows(Source(path=str(path), **keys), allow_pickle)]
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_gives_back_what_was_written(name: str, compression: str, tmp_path: Path) -> None:
+    path = write(tmp_path / (name + compression), FILES[name](tmp_path))
+    assert rows_of(path) == ROWS
+
+
+def test_windows_line_ends_a_byte_order_mark_and_blank_lines(tmp_path: Path) -> None:
+    text = b"\xef\xbb\xbf" + lines(ROWS).replace(b"\n", b"\r\n\r\n")
+    for name in ("rows.jsonl", "rows.json"):
+        placed = list(read_rows(Source(path=str(write(tmp_path / name, text)))))
+        assert [row for _, row in placed] == ROWS
+        assert [place.rpartition(":")[2] for place, _ in placed] == ["1", "3", "5"]
+    text = b"\xef\xbb\xbf" + table([pair("a"), pair("b")], ",", tmp_path)
+    assert rows_of(write(tmp_path / "rows.csv", text)) == [pair("a"), pair("b")]
+
+
+def test_a_line_separator_within_a_text_ends_no_row(tmp_path: Path) -> None:
+    rows = [pair("one\u2028two\u0085three\x0bfour")]
+    assert rows_of(write(tmp_path / "rows.jsonl", lines(rows))) == rows
+
+
+def test_places_count_lines_and_rows_from_one(tmp_path: Path) -> None:
+    def places(path: Path) -> list[str]:
+        return [place.removeprefix(str(path)) for place, _ in read_rows(Source(path=str(path)))]
+
+    assert places(write(tmp_path / "rows.jsonl", b"\n" + lines(ROWS))) == [":2", ":3", ":4"]
+    assert places(write(tmp_path / "rows.csv", FILES["rows.csv"](tmp_path))) == [":2", ":4", ":6"]
+    assert places(write(tmp_path / "rows.json", FILES["rows.json"](tmp_path))) == [" row 1", " row 2", " row 3"]
+    assert places(write(tmp_path / "rows.parquet", parquet(ROWS, tmp_path))) == [" row 1", " row 2", " row 3"]
+
+
+def test_tool_arguments_get_no_keys_of_other_rows(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", lines(TOOL_ROWS))
+    assert rows_of(tmp_path / "rows.jsonl") == TOOL_ROWS
+    write(tmp_path / "rows.parquet", parquet(TOOL_ROWS, tmp_path))
+    weather, search = (row["messages"][1]["tool_calls"][0] for row in rows_of(tmp_path / "rows.parquet"))
+    assert weather == {"function": {"name": "weather", "arguments": {"city": "Oslo"}}}  # a struct can't keep a null
+    assert search == SEARCH
+    saved = datasets.Dataset.from_list(TOOL_ROWS, on_mixed_types="use_json")
+    saved.save_to_disk(str(tmp_path / "saved"))
+    saved.to_parquet(tmp_path / "json.parquet")
+    assert rows_of(tmp_path / "saved") == TOOL_ROWS
+    assert rows_of(tmp_path / "json.parquet") == TOOL_ROWS
+
+
+def test_a_folder_written_by_save_to_disk(tmp_path: Path) -> None:
+    whole = datasets.Dataset.from_list(ROWS)
+    whole.save_to_disk(str(tmp_path / "one"))
+    assert rows_of(tmp_path / "one") == ROWS
+    whole.select([2, 0]).save_to_disk(str(tmp_path / "chosen"))
+    assert rows_of(tmp_path / "chosen") == [ROWS[2], ROWS[0]]
+    datasets.DatasetDict(train=whole.select([0]), extra=whole.select([1, 2])).save_to_disk(str(tmp_path / "two"))
+    assert rows_of(tmp_path / "two") == ROWS[:1]
+    placed = list(read_rows(Source(path=str(tmp_path / "two"), split="extra")))
+    assert placed == [(f"{tmp_path}/two[extra] row 1", ROWS[1]), (f"{tmp_path}/two[extra] row 2", ROWS[2])]
+
+
+def test_a_folder_gives_all_files_or_those_of_the_split(tmp_path: Path) -> None:
+    write(tmp_path / "plain" / "b.jsonl", lines(ROWS[1:]))
+    write(tmp_path / "plain" / "a.json.gz", json.dumps(ROWS[:1]).encode())
+    write(tmp_path / "plain" / "README.md", b"# Rows")
+    write(tmp_path / "plain" / ".cache" / "c.jsonl", lines(ROWS))
+    assert rows_of(tmp_path / "plain") == ROWS
+    write(tmp_path / "split" / "data" / "train-00000-of-00001.parquet", parquet(ROWS[:2], tmp_path))
+    write(tmp_path / "split" / "data" / "test-00000-of-00001.parquet", parquet(ROWS[2:], tmp_path))
+    write(tmp_path / "split" / "dev" / "rows.jsonl", lines(ROWS[1:2]))
+    assert rows_of(tmp_path / "split") == ROWS[:2]
+    assert rows_of(tmp_path / "split", split="test") == ROWS[2:]
+    assert rows_of(tmp_path / "split", split="validation") == ROWS[1:2]
+
+
+def test_a_glob_gives_what_it_names_in_order(tmp_path: Path) -> None:
+    write(tmp_path / "x" / "2.jsonl", lines(ROWS[1:]))
+    write(tmp_path / "1.jsonl.zst", lines(ROWS[:1]))
+    assert rows_of(f"{tmp_path}/**/*.jsonl*") == ROWS
+
+
+@pytest.mark.parametrize("ending", ["pkl", "pickle", "bin", "joblib", "pt", "pth", "pkl.gz"])
+def test_pickles_are_refused_until_the_recipe_allows_them(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows.{ending}"
+    if ending in ("pt", "pth"):
+        torch.save(ROWS, path)
+    else:
+        write(path, pickle.dumps(ROWS))
+    with pytest.raises(UserError, match=r"data\.allow_pickle: true") as caught:
+        rows_of(path)
+    assert str(path) in str(caught.value)
+    assert rows_of(path, allow_pickle=True) == ROWS
+
+
+def test_a_refused_pickle_runs_nothing(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    write(tmp_path / "folder" / "rows.pkl", pickle.dumps(Trap()))
+    for path in (tmp_path / "folder", tmp_path / "folder" / "rows.pkl", tmp_path / "folder" / "*"):
+        with pytest.raises(UserError, match="allow_pickle"):
+            rows_of(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickled_data_frame(tmp_path: Path) -> None:
+    pandas.DataFrame([*ROWS, {"prompt": "p", "output": "o"}]).to_pickle(tmp_path / "rows.pkl")
+    assert rows_of(tmp_path / "rows.pkl", allow_pickle=True) == [*ROWS, {"system": None, "prompt": "p", "output": "o"}]
+
+
+def section(path: Path | str, **keys: Any) -> DataSection:
+    return DataSection.model_validate({"sources": [{"path": str(path)}], "max_length": 64, **keys})
+
+
+def test_multifaceted_rows_become_conversations(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", lines(ROWS))
+    loaded = load(section(path), seed=1)
+    assert [turn["content"] for turn in loaded.train[0].messages] == list(ROWS[0].values())
+    assert [[turn["role"] for turn in row.messages] for row in loaded.train] == [
+        ["system", "user", "assistant"],
+        ["user", "assistant"],  # its system message is empty
+        ["system", "user", "assistant"],
+    ]
+    assert [row.place for row in loaded.train] == [f"{path}:{line}" for line in (1, 2, 3)]
+    assert (loaded.validation, loaded.bad, loaded.rows_per_source) == ([], {}, [3])
+
+
+def test_sources_of_several_formats_keep_their_numbers(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", lines([pair("a")]))
+    write(tmp_path / "b.jsonl", lines(TOOL_ROWS))
+    data = section(tmp_path / "a.jsonl", sources=[{"path": str(tmp_path / name)} for name in ("a.jsonl", "b.jsonl")])
+    assert [row.source for row in load(data, 0).train] == [0, 1, 1]
+
+
+def test_a_stated_format_goes_before_the_columns(tmp_path: Path) -> None:
+    row = {"messages": "unused notes", "instruction": "i", "output": "o"}
+    path = write(tmp_path / "rows.jsonl", lines([row]))
+    data = section(path, sources=[{"path": str(path), "format": "alpaca"}])
+    assert [turn["content"] for turn in load(data, 0).train[0].messages] == ["i", "o"]
+
+
+REAL = {"biggen_bench": 765, "persona_chat_valid": 997, "tau_airline_tools": 200, "mt_bench_101": 1388}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_published_conversations(name: str) -> None:
+    path = SHARED / "conversations" / f"{name}.jsonl"
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    loaded = load(section(path), 0)
+    assert (len(loaded.train), loaded.bad) == (REAL[name], {})
+
+
+def test_our_own_conversations() -> None:
+    path = ROOT / "recipes" / "smollm2-135m" / "data" / "train.jsonl"
+    loaded = load(section(path), 0)
+    assert len(loaded.train) == len(path.read_text(encoding="utf-8").splitlines())
+    assert {row.messages[0]["role"] for row in loaded.train} == {"system"}
+
+
+def mixed(tmp_path: Path, weights: dict[str, float], seed: int = 0) -> Counter[str]:
+    """How often each question of sources of ten rows is seen."""
+    for name in weights:
+        write(tmp_path / f"{name}.jsonl", lines([pair(f"{name}{row}") for row in range(10)]))
+    sources = [{"path": str(tmp_path / f"{name}.jsonl"), "weight": weight} for name, weight in weights.items()]
+    loaded = load(section("", sources=sources), seed)
+    assert loaded.rows_per_source == [10] * len(weights)
+    return Counter(row.messages[1]["content"] for row in loaded.train)
+
+
+def test_weights_say_how_often_a_row_is_seen(tmp_path: Path) -> None:
+    assert Counter(mixed(tmp_path, {"a": 1.0}).values()) == {1: 10}
+    assert Counter(mixed(tmp_path, {"a": 0.3}).values()) == {1: 3}
+    assert Counter(mixed(tmp_path, {"a": 2.0}).values()) == {2: 10}
+    assert Counter(mixed(tmp_path, {"a": 2.5}).values()) == {2: 5, 3: 5}
+
+
+def test_samples_follow_the_seed_and_no_other_source(tmp_path: Path) -> None:
+    alone = mixed(tmp_path, {"a": 0.5})
+    assert mixed(tmp_path, {"a": 0.5}) == alone
+    together = mixed(tmp_path, {"b": 0.4, "a": 0.5, "c": 3.0})
+    assert Counter({name: count for name, count in together.items() if name.startswith("a")}) == alone
+    assert any(mixed(tmp_path, {"a": 0.5}, seed) != alone for seed in range(1, 5))
+
+
+def janus_like(tmp_path: Path, questions: int) -> Path:
+    rows = [pair(f"question {row % questions}", f"answer {row}", f"system {row}") for row in range(3 * questions)]
+    return write(tmp_path / "janus.jsonl", lines(rows))
+
+
+def questions_of(rows: list[Any]) -> list[str]:
+    return [row.messages[1]["content"] for row in rows]
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.999])
+def test_a_question_is_never_on_both_sides(share: float, tmp_path: Path) -> None:
+    path = janus_like(tmp_path, 40)
+    loaded = load(section(path, validation=share), seed=3)
+    trained, held = questions_of(loaded.train), questions_of(loaded.validation)
+    assert not set(trained) & set(held)
+    assert sorted(row.place for row in loaded.train + loaded.validation) == sorted(f"{path}:{n}" for n in range(1, 121))
+    assert set(Counter(held).values()) == {3}
+    assert abs(len(held) - share * 120) <= 3
+    again = load(section(path, validation=share), seed=3)
+    assert again == loaded
+    assert load(section(path, validation=share), seed=4).validation != loaded.validation
+
+
+def test_a_question_in_two_sources_or_with_other_blanks_is_held_out_as_one(tmp_path: Path) -> None:
+    path = janus_like(tmp_path, 12)
+    rows = [pair(f" question\n{row}", "b", "") for row in range(12)]
+    other = write(tmp_path / "other.jsonl", lines(rows))
+    sources = [{"path": str(path), "weight": 2.0}, {"path": str(other)}]
+    loaded = load(section("", sources=sources, validation=0.25), seed=0)
+    texts = [{" ".join(turn["content"].split()) for row in part for turn in row.messages if turn["role"] == "user"}
+             for part in (loaded.train, loaded.validation)]  # fmt: skip
+    assert not texts[0] & texts[1]
+    assert len(texts[1]) == 3
+    assert len(loaded.validation) == 12  # each held row once, whatever its source's weight
+    assert len(loaded.train) == 2 * 27 + 9
+
+
+def test_adding_a_source_keeps_most_of_what_is_held_out(tmp_path: Path) -> None:
+    path = janus_like(tmp_path, 100)
+    more = write(tmp_path / "more.jsonl", lines([pair(f"more {row}") for row in range(30)]))
+    before = set(questions_of(load(section(path, validation=0.2), 0).validation))
+    sources = [{"path": str(more)}, {"path": str(path)}]
+    after = set(questions_of(load(section("", sources=sources, validation=0.2), 0).validation))
+    assert len(before & after) >= 0.8 * len(before)
+
+
+def test_groups_larger_than_the_share_leave_the_smallest_held_out(tmp_path: Path) -> None:
+    rows = [pair("many")] * 9 + [pair("few")] * 5
+    loaded = load(section(write(tmp_path / "rows.jsonl", lines(rows)), validation=0.01), 0)
+    assert questions_of(loaded.validation) == ["few"] * 5
+
+
+def test_validation_sources_of_their_own(tmp_path: Path) -> None:
+    path = janus_like(tmp_path, 4)
+    held = write(tmp_path / "held.jsonl", lines([pair("h", "i"), pair("j", "k")]))
+    loaded = load(section(path, validation=[{"path": str(held)}]), 0)
+    assert (len(loaded.train), questions_of(loaded.validation)) == (12, ["h", "j"])
+
+
+def test_progress_counts_every_row(tmp_path: Path) -> None:
+    told: list[int] = []
+    load(section(write(tmp_path / "rows.jsonl", lines([pair()] * 2500))), 0, on_progress=told.append)
+    assert sum(told) == 2500
+    assert len(told) > 1
+
+
+def broken_rows(tmp_path: Path) -> Path:
+    bad = [
+        b'{"system": "s", "prompt": "p"',
+        b'{"system": "s", "prompt": "p", "output": "\xff"}',
+        b'"a text"',
+        b'{"system": "s", "prompt": "p"}',
+        b'{"prompt": "p", "output": ""}',
+    ]
+    return write(
+        tmp_path / "rows.jsonl", lines([pair("one")]) + b"\n".join(bad + [bad[0]] * 4) + b"\n" + lines([pair("two")])
+    )
+
+
+def test_bad_rows_are_one_error_with_kinds_counts_and_places(tmp_path: Path) -> None:
+    path = broken_rows(tmp_path)
+    with pytest.raises(UserError) as caught:
+        load(section(path), 0)
+    error = str(caught.value)
+    assert "9 of 11 rows" in error
+    assert "data.on_bad_row: skip" in error
+    assert f"5 x invalid JSON: {path}:2: Expecting ',' delimiter at column 30" in error
+    assert [f"{path}:{line}:" in error for line in range(1, 12)] == [False, *[True] * 7, False, False, False]
+    assert "1 x not UTF-8: " in error
+    assert "0xff" in error
+    assert "\n" not in error
+
+
+def test_skipping_bad_rows_keeps_the_count(tmp_path: Path) -> None:
+    path = broken_rows(tmp_path)
+    loaded: Loaded = load(section(path, on_bad_row="skip"), 0)
+    assert questions_of([row for row in loaded.train if len(row.messages) == 3]) == ["one", "two"]
+    counts = {kind: rows.count for kind, rows in loaded.bad.items()}
+    assert counts == {"invalid JSON": 5, "not UTF-8": 1, "wrong type": 1, "missing column": 1, "empty content": 1}
+    examples = loaded.bad["invalid JSON"].examples
+    assert [example.place for example in examples] == [f"{path}:{line}" for line in (2, 7, 8)]
+    assert str(examples[0]).startswith(f"{path}:2: ")
+    assert set(counts) <= set(FAULT_KINDS)
+
+
+def test_only_the_first_three_of_a_kind_are_kept() -> None:
+    rows = BadRows()
+    for number in range(5):
+        rows.add(f"place {number}", "detail")
+    assert (rows.count, [example.place for example in rows.examples]) == (5, ["place 0", "place 1", "place 2"])
+
+
+def chain(count: int) -> bytes:
+    return b'{"prompt": ' + b"[" * count + b"]" * count + b"}"
+
+
+GOOD = lines([pair("good")])
+HEADER = b"system,prompt,output\n"
+
+# name of the file: (its bytes, what the error must say; {path} stands for the file)
+BROKEN: dict[str, tuple[bytes, list[str]]] = {
+    "empty.jsonl": (b"", ["{path}: the file holds no rows"]),
+    "empty.csv": (b"", ["{path}: the file holds no rows"]),
+    "empty.json": (b"", ["{path}: the file holds no rows"]),
+    "empty.parquet": (b"", ["{path}: the file holds no rows"]),
+    "blank.jsonl.gz": (b"\n \n", ["{path}: the file holds no rows"]),
+    "header.csv": (HEADER, ["{path}: the file holds no rows"]),
+    "none.json": (b"[]", ["{path}: the file holds no rows"]),
+    "cut.jsonl": (GOOD + GOOD[:-9], ["invalid JSON: {path}:2:", "column"]),
+    "array.jsonl": (b"[" + GOOD.strip() + b"]", ["wrong type: {path}:1:", "list", "No row is left"]),
+    "deep.jsonl": (GOOD + chain(200_000), ["invalid JSON: {path}:2:", "recursion"]),
+    "digits.jsonl": (GOOD + b'{"prompt": ' + b"9" * 5_000 + b"}", ["invalid JSON: {path}:2:", "4300 digits"]),
+    "latin1.jsonl": (GOOD + '{"prompt": "é"}'.encode("latin-1"), ["not UTF-8: {path}:2:", "0xe9"]),
+    "utf16.jsonl": (GOOD.decode().encode("utf-16"), ["not UTF-8: {path}:1:"]),
+    "surrogate.jsonl": (GOOD + lines([pair("x")]).replace(b'"x"', b'"\\ud83d"'), ["not UTF-8: {path}:2:", "\\ud83d"]),
+    "cut.json": (b'[{"prompt": "p",\n "output": "o"}', ["{path}:2: invalid JSON", "column"]),
+    "latin1.json": ('[\n{"prompt": "é"}]'.encode("latin-1"), ["{path}:2: not UTF-8", "0xe9"]),
+    "lists.json": (b'{"train": [{}], "test": [{}]}', ["{path}: a list of rows", "train, test"]),
+    "number.json": (b"7", ["{path}: a list of rows", "int"]),
+    "mixed.json": (b'[{"prompt": "p", "output": "o"}, 7]', ["wrong type: {path} row 2:"]),
+    "text.parquet": (GOOD, ["{path}: can't be read", "Parquet magic bytes"]),
+    "text.parquet.gz": (GOOD, ["{path}: can't be read", "Parquet magic bytes"]),
+    "quotes.csv": (HEADER + b's,p,o\ns,"p,o\n', ["invalid CSV: {path}:3:", "unexpected end of data"]),
+    "cells.csv": (HEADER + b"s,p,o\n\ns,p\n", ["invalid CSV: {path}:4: 2 cells where the header names 3"]),
+    "many_cells.tsv": (b"prompt\toutput\np\to\np\to\tx\n", ["invalid CSV: {path}:3: 3 cells"]),
+    "latin1.csv": (HEADER + b's,p,o\ns,"p\n\xe9",o\n', ["not UTF-8: {path}:3: line 4"]),
+    "twice.csv": (b"prompt,output,prompt\np,o,p\n", ["{path}:1: two columns", "share a name"]),
+    "no_header.csv": (b"s,p,o\ns,p,o\n", ["{path}:2: no known format has these columns: `s`, `p`, `o`", "janus"]),
+    "preferences.jsonl": (lines([{"prompt": "p", "chosen": "c"}]), ["{path}:1: no known format", "`prompt`, `chosen`"]),
+    "rows.txt": (GOOD, ["{path}: the ending `.txt` is unknown", ".jsonl, .ndjson, .json, .parquet, .csv, .tsv"]),
+    "rows": (GOOD, ["{path}: the ending `` is unknown"]),
+    "roles.jsonl": (
+        GOOD.replace(b"good", b"x") + lines([{"messages": []}]),
+        ["missing column: {path}:2: no `prompt` among the columns `messages`"],
+    ),
+    "system_only.jsonl": (
+        lines([{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}]),
+        ["1 of 1 rows", "no assistant turn: {path}:1: the roles are: system, user"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_says_where_and_what(name: str, tmp_path: Path) -> None:
+    content, words = BROKEN[name]
+    path = write(tmp_path / name, content)
+    with pytest.raises(UserError) as caught:
+        load(section(path), 0)
+    assert [word for word in words if word.format(path=path) not in str(caught.value)] == []
+    assert not str(caught.value).startswith("error")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.jsonl.zst", "rows.csv.gz", "rows.parquet"])
+def test_a_file_that_was_cut_off_is_an_error_not_fewer_rows(name: str, tmp_path: Path) -> None:
+    rows = [pair(f"question {row * 7919 % 1009}", f"answer {row * 104729 % 1013}") for row in range(2000)]
+    kind = name.split(".")[1]
+    content = {"jsonl": lines(rows), "csv": table(rows, ",", tmp_path), "parquet": parquet(rows, tmp_path)}[kind]
+    path = write(tmp_path / name, content)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match="can't be read") as caught:
+        load(section(path, on_bad_row="skip"), 0)
+    assert str(path) in str(caught.value)
+
+
+def refused(path: Path | str, **keys: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        load(section(path, sources=[{"path": str(path), **keys}]), 0)
+    return str(caught.value)
+
+
+def test_a_path_that_is_not_there_gets_a_suggestion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "data" / "conversations.jsonl", GOOD)
+    error = refused(tmp_path / "data" / "conversation.jsonl")
+    assert error.startswith("data.sources.0: ")
+    assert f"Did you mean {tmp_path}/data/conversations.jsonl?" in error
+    assert f"Did you mean {tmp_path}/data?" in refused(tmp_path / "dato" / "conversations.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert "Did you mean data?" in refused("daat/conversations.jsonl")
+    assert f"no file matches this pattern in {tmp_path}" in refused("data/*.parquet")
+
+
+def test_a_hub_id_that_can_not_be_had_says_what_was_tried() -> None:
+    error = refused("nobody/no-such-data", name="small", split="test", revision="v1")
+    for word in ("nobody/no-such-data", "split `test`", "configuration `small`", "revision `v1`", "hf auth login"):
+        assert word in error
+    assert "\n" not in error
+
+
+def test_a_data_set_of_the_hub_is_asked_for_as_the_source_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(*names: str, **keys: Any) -> datasets.Dataset:  # no hub can be reached from here
+        asked.append((names, keys))
+        return datasets.Dataset.from_list(TOOL_ROWS, on_mixed_types="use_json")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = Source(path="kaist-ai/Some-Collection", name="small", split="train[:2]", revision="v1")
+    name = "kaist-ai/Some-Collection:small[train[:2]]"
+    assert list(read_rows(source)) == [(f"{name} row 1", TOOL_ROWS[0]), (f"{name} row 2", TOOL_ROWS[1])]
+    assert asked == [((source.path, "small"), {"split": "train[:2]", "revision": "v1"})]
+
+
+def test_keys_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", GOOD)
+    datasets.Dataset.from_list([pair()]).save_to_disk(str(tmp_path / "saved"))
+    for key in ("name", "revision", "split"):
+        assert f"`{key}: other` has no meaning" in refused(path, **{key: "other"})
+        assert f"`{key}: other` has no meaning" in refused(tmp_path / "saved", **{key: "other"})
+
+
+def test_folders_that_can_not_be_meant(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "no data file in this folder" in refused(tmp_path / "empty")
+    write(tmp_path / "half" / "train.jsonl", GOOD)
+    write(tmp_path / "half" / "held_out.jsonl", GOOD)
+    assert "is held_out.jsonl part of the split `train`?" in refused(tmp_path / "half")
+    write(tmp_path / "test" / "test.jsonl", GOOD)
+    assert "no files of the split `train`. The names tell of: test" in refused(tmp_path / "test")
+    datasets.DatasetDict(train=datasets.Dataset.from_list([pair()])).save_to_disk(str(tmp_path / "saved"))
+    assert "no split `test`. It has: train" in refused(tmp_path / "saved", split="test")
+    (tmp_path / "saved" / "train" / "state.json").unlink()
+    assert "can't be opened" in refused(tmp_path / "saved")
+
+
+def test_a_pickle_that_is_none_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.pkl", GOOD)
+    with pytest.raises(UserError, match="the pickle can't be opened"):
+        load(section(path, allow_pickle=True), 0)
+
+
+def test_a_weight_that_leaves_nothing_and_a_share_that_can_not_be(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", GOOD * 3)
+    assert "data.sources.0.weight: 0.1 of 3 rows is none" in refused(path, weight=0.1)
+    with pytest.raises(UserError, match="every row begins with the same user message"):
+        load(section(path, validation=0.5), 0)
+
+
+def test_a_source_without_a_good_row_is_an_error_even_when_skipping(tmp_path: Path) -> None:
+    good = write(tmp_path / "good.jsonl", GOOD)
+    bad = write(tmp_path / "bad.jsonl", lines([pair(answer="")]))
+    for keys, key in (({"sources": [{"path": str(good)}, {"path": str(bad)}]}, "data.sources.1"),
+                      ({"validation": [{"path": str(bad)}]}, "data.validation.0")):  # fmt: skip
+        with pytest.raises(UserError, match=f"{key}: no row of .*bad.jsonl can be trained"):
+            load(section(good, **keys, on_bad_row="skip"), 0)
+
+
+def test_faults_are_values_until_someone_raises_them(tmp_path: Path) -> None:
+    rows = rows_of(broken_rows(tmp_path))
+    assert [isinstance(row, RowFault) for row in rows[:5]] == [False, True, True, True, False]

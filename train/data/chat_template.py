@@ -1,0 +1,101 @@
+"""Which chat template a run uses, how a conversation is rendered with it, and the form it is saved in."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from train.errors import UserError
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+_GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")
+_CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
+
+
+def has_generation_marks(template: str) -> bool:
+    """Whether `template` says with `{% generation %}` what the model writes."""
+    return _GENERATION_TAG.search(template) is not None
+
+
+def without_generation_marks(template: str) -> str:
+    """The template as it is served: llama.cpp and others don't know the tag `{% generation %}`.
+
+    A comment takes the tag's place, as it trims the white space around it in the same way.
+    """
+    return _GENERATION_TAG.sub(r"{#\1 \2#}", template)
+
+
+def named_templates() -> list[str]:
+    """Names that `chat.template` takes besides a path."""
+    return sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+
+
+def use_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
+    """Put the template called `name` into the tokenizer, with its generation marks, and say in words which one it is.
+
+    `name` is one of `named_templates()`, a path to a .jinja file, or None for the tokenizer's own.
+    Raises UserError where there is no such template, or where it writes control tokens that the tokenizer lacks.
+    """
+    if name is None:
+        if not isinstance(tokenizer.chat_template, str):
+            raise UserError(
+                f"chat.template: the tokenizer of {tokenizer.name_or_path} has no chat template of its own. "
+                f"Write one of {', '.join(named_templates())} or the path of a .jinja file."
+            )
+        return "the tokenizer's own"
+    path = TEMPLATES / f"{name}.jinja" if name in named_templates() else Path(name)
+    if path.suffix != ".jinja" or not path.is_file():
+        raise UserError(
+            f"chat.template: there is no template {name!r}. Write one of {', '.join(named_templates())}, the path of "
+            "a .jinja file, or leave the key out to use the tokenizer's own."
+        )
+    text = path.read_text(encoding="utf-8")
+    vocabulary = tokenizer.get_vocab()
+    missing = sorted(token for token in set(_CONTROL_TOKEN.findall(text)) if token not in vocabulary)
+    if missing:
+        raise UserError(
+            f"chat.template: {name} writes {', '.join(missing)}, which the tokenizer of {tokenizer.name_or_path} does "
+            "not have as a token, so it would fall into pieces. Choose a template made for this model."
+        )
+    try:
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION_TAG.sub("", text))
+    except jinja2.TemplateSyntaxError as fault:
+        raise UserError(f"chat.template: {path}, line {fault.lineno}: {fault.message}") from fault
+    tokenizer.chat_template = text
+    return name
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+) -> tuple[str, list[tuple[int, int]]]:
+    """Text of one conversation under the tokenizer's template, and the character spans inside `{% generation %}`.
+
+    Raises jinja2.TemplateError where the template refuses the conversation.
+    """
+    texts, spans = render_jinja_template(
+        conversations=[messages],
+        tools=tools,
+        chat_template=tokenizer.chat_template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    return texts[0], [tuple(span) for span in spans[0]]
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The one token that the template writes after an answer, so that the served model knows where to stop.
+
+    None where a plain question and answer does not show one.
+    """
+    try:
+        text, spans = render(
+            tokenizer, [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        )
+    except jinja2.TemplateError:
+        return None
+    tail = text[slice(*spans[-1])].rpartition("answer")[2].strip() if spans else ""
+    return tail if tail in tokenizer.get_vocab() else None

@@ -1,0 +1,247 @@
+"""One file -> its rows: jsonl, json, parquet, csv and tsv, each also with .gz or .zst; pickles where they are allowed.
+
+Lines of JSON are parsed one by one, not through Arrow, which would put every key of any row into all of them, as null.
+"""
+
+import csv
+import io
+import json
+import pickle
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from train.data.formats import Row, RowFault, detect
+from train.errors import UserError
+
+PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".bin")
+"""Endings of files that can run code as they are opened."""
+ROWS_AT_A_TIME = 1_000
+
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
+PlacedRow = tuple[str, Row | RowFault]
+"""Where a row stands, and the row, or why it can't even be read."""
+
+
+def read_file(path: Path, allow_pickle: bool) -> Iterator[PlacedRow]:
+    """The rows of one file. Raises UserError."""
+    ending = ending_of(path)
+    if ending in PICKLES and not allow_pickle:
+        raise UserError(
+            f"{path}: a pickle can run code as it is opened. Convert it to jsonl or parquet, or, if you trust where it "
+            "comes from, write `data.allow_pickle: true`."
+        )
+    if ending not in READERS:
+        known = ", ".join(ending for ending in READERS if ending not in PICKLES)
+        raise UserError(f"{path}: the ending `{ending}` is unknown. Known are {known}, each also with .gz or .zst.")
+    empty = True
+    try:
+        if path.stat().st_size:
+            for placed in READERS[ending](path):
+                empty = False
+                yield placed
+    except (OSError, pyarrow.ArrowException) as fault:
+        reason = getattr(fault, "strerror", None) or first_line(fault)
+        raise UserError(f"{path}: can't be read: {reason}. Is it whole, and is its ending right?") from fault
+    if empty:
+        raise UserError(f"{path}: the file holds no rows.")
+
+
+def ending_of(path: Path) -> str:
+    """`.jsonl` of rows.jsonl and of rows.JSONL.gz."""
+    return Path(path.stem if path.suffix.lower() in _COMPRESSIONS else path.name).suffix.lower()
+
+
+def _open(path: Path) -> io.BufferedReader:
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=_COMPRESSIONS.get(path.suffix.lower())))
+
+
+def _lines(path: Path) -> Iterator[PlacedRow]:
+    with _open(path) as stream:
+        yield from _parsed_lines(stream, path)
+
+
+def _parsed_lines(lines: Iterable[bytes], path: Path) -> Iterator[PlacedRow]:
+    for number, line in enumerate(lines, 1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # the mark that Windows programs put first
+        line = line.strip()
+        if line:
+            yield f"{path}:{number}", _parsed(line)
+
+
+def _parsed(line: bytes) -> Row | RowFault:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as fault:
+        return RowFault("not UTF-8", f"byte 0x{line[fault.start]:02x} at byte {fault.start + 1} of the line")
+    except json.JSONDecodeError as fault:
+        return RowFault("invalid JSON", f"{fault.msg} at column {fault.colno}")
+    except (ValueError, RecursionError) as fault:  # a number of 5,000 digits, 100,000 brackets
+        return RowFault("invalid JSON", str(fault))
+    return _as_row(row)
+
+
+def _as_row(value: Any) -> Row | RowFault:
+    if isinstance(value, dict):
+        return value
+    return RowFault("wrong type", f"the row is of type {type(value).__name__}; an object with named columns is wanted")
+
+
+def _document(path: Path) -> Iterator[PlacedRow]:
+    with _open(path) as stream:
+        content = stream.read().removeprefix(b"\xef\xbb\xbf")
+    if not content.strip():
+        return
+    try:
+        document = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as fault:
+        line = content.count(b"\n", 0, fault.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8: byte 0x{content[fault.start]:02x}. Save it as UTF-8.") from fault
+    except json.JSONDecodeError as fault:
+        if fault.msg == "Extra data":  # several objects, one a line: many call that .json too
+            yield from _parsed_lines(io.BytesIO(content), path)
+            return
+        raise UserError(f"{path}:{fault.lineno}: invalid JSON: {fault.msg} at column {fault.colno}.") from fault
+    except (ValueError, RecursionError) as fault:
+        raise UserError(f"{path}: invalid JSON: {fault}.") from fault
+    yield from _rows_within(document, path)
+
+
+def _rows_within(document: Any, path: Path) -> Iterator[PlacedRow]:
+    """Rows of a list; of the one list that an object holds; of an object that is a row, or that holds rows by id."""
+    rows: Iterable[Any] | None = document if isinstance(document, list) else None
+    if isinstance(document, dict):
+        with suppress(UserError):
+            detect(document)
+            rows = [document]
+        lists = [value for value in document.values() if isinstance(value, list)]
+        if rows is None and len(lists) == 1:
+            rows = lists[0]
+        elif rows is None and not lists and all(isinstance(value, dict) for value in document.values()):
+            rows = document.values()
+    if rows is None:
+        keys = ", ".join(map(str, document))[:100] if isinstance(document, dict) else type(document).__name__
+        raise UserError(f"{path}: a list of rows, or an object with one list under it, is wanted; found: {keys}.")
+    for number, row in enumerate(rows, 1):
+        yield f"{path} row {number}", _as_row(row)
+
+
+def _parquet(path: Path) -> Iterator[PlacedRow]:
+    compressed = path.suffix.lower() in _COMPRESSIONS  # it is read from its end, so it must be whole in memory then
+    with _open(path) as stream:
+        where = pyarrow.BufferReader(stream.read()) if compressed else path
+    with pyarrow.parquet.ParquetFile(where) as table:
+        yield from arrow_rows(table.iter_batches(ROWS_AT_A_TIME), str(path))
+
+
+def arrow_rows(batches: Iterable[Any], name: str) -> Iterator[PlacedRow]:
+    """The rows of record batches or tables."""
+    number = 0
+    for batch in batches:
+        types = {column.name: column.type for column in batch.schema}
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{name} row {number}", {column: _plain(value, types[column]) for column, value in row.items()}
+
+
+def _plain(value: Any, kind: Any) -> Any:
+    """An Arrow value as the row had it: JSON parsed, and no keys that only other rows of the column have.
+
+    Arrow gives every struct all keys that any row has, null where a row had none. A null that the row did have is lost
+    with them, unless the column is one of JSON.
+    """
+    if value is None or not (pyarrow.types.is_nested(kind) or isinstance(kind, pyarrow.BaseExtensionType)):
+        return value
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return json.loads(value) if kind.extension_name == "arrow.json" else value
+    if pyarrow.types.is_struct(kind):
+        return {key: _plain(part, kind.field(key).type) for key, part in value.items() if part is not None}
+    if pyarrow.types.is_map(kind):
+        return {key: _plain(part, kind.item_type) for key, part in value}
+    return [_plain(part, kind.value_type) for part in value] if hasattr(kind, "value_type") else value
+
+
+def _cells(path: Path, delimiter: str) -> Iterator[PlacedRow]:
+    """Rows of a table with a header; every cell is text, as it is written. Places are lines, where a row begins."""
+    csv.field_size_limit(sys.maxsize)  # the module's own limit is 131,072 characters: some prompts are longer
+    undecodable: set[int] = set()
+
+    def decoded(stream: Iterable[bytes]) -> Iterator[str]:
+        for number, line in enumerate(stream, 1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                undecodable.add(number)
+                yield line.decode("utf-8", errors="replace")
+
+    with _open(path) as stream:
+        table = csv.reader(decoded(stream), delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        while True:
+            first = table.line_num + 1
+            row: Row | RowFault
+            try:
+                cells = next(table)
+            except StopIteration:
+                return
+            except csv.Error as fault:
+                row = RowFault("invalid CSV", str(fault))
+            else:
+                if header is None:
+                    header = _header(cells, path)
+                    continue
+                if not cells:
+                    continue
+                row = dict(zip(header, cells, strict=False))
+                if len(cells) != len(header):
+                    row = RowFault("invalid CSV", f"{len(cells)} cells where the header names {len(header)}")
+            wrong = undecodable.intersection(range(first, table.line_num + 1))
+            yield f"{path}:{first}", RowFault("not UTF-8", f"line {min(wrong)}") if wrong else row
+
+
+def _header(cells: list[str], path: Path) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}:1: two columns of the header share a name: {', '.join(names)}.")
+    return names
+
+
+def _pickle(path: Path) -> Iterator[PlacedRow]:
+    """Rows of a pickled list or data frame. Only called where the recipe allows it."""
+    try:
+        with _open(path) as stream:
+            if ending_of(path) in (".pt", ".pth"):
+                import torch
+
+                document = torch.load(io.BytesIO(stream.read()), weights_only=False)
+            else:
+                document = pickle.load(stream)
+    except Exception as fault:  # opening a pickle runs whatever it says
+        raise UserError(f"{path}: the pickle can't be opened: {type(fault).__name__}: {first_line(fault)}.") from fault
+    if hasattr(document, "notna"):  # a data frame has NaN where a cell is empty
+        document = document.astype(object).where(document.notna(), None).to_dict("records")
+    yield from _rows_within(document, path)
+
+
+READERS: dict[str, Callable[[Path], Iterator[PlacedRow]]] = {
+    ".jsonl": _lines,
+    ".ndjson": _lines,
+    ".json": _document,
+    ".parquet": _parquet,
+    ".csv": partial(_cells, delimiter=","),
+    ".tsv": partial(_cells, delimiter="\t"),
+    **dict.fromkeys(PICKLES, _pickle),
+}
+
+
+def first_line(fault: BaseException) -> str:
+    """The first line of what an exception says, or its name where it says nothing."""
+    return (str(fault).strip().splitlines() or [type(fault).__name__])[0].strip(" .")[:300]

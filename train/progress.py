@@ -1,0 +1,91 @@
+"""How far a long job is: a bar in a terminal, a line now and then in a log file; the first rank alone speaks."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 15.0
+"""How often a job writes a line where the output is not a terminal."""
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that speaks; true also where there is one process alone."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+class Job:
+    """One long job. `advance` and `show` may be called as often as one likes."""
+
+    def __init__(
+        self, description: str, total: int | None, unit: str, bar: Progress | None, *, writes_lines: bool = True
+    ) -> None:
+        self.description, self.total, self.unit, self.done = description, total, unit, 0
+        self._bar, self._writes_lines = bar, writes_lines and is_first_rank()
+        self._task = bar.add_task(description, total=total) if bar else None
+        self._started = self._last_line = time.monotonic()
+
+    def advance(self, amount: int = 1) -> None:
+        """`amount` more of `unit` are done."""
+        self.done += amount
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=self.done)
+        elif self._writes_lines and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            print(f"{self.description}: {self._how_far()}", flush=True)
+
+    def show(self, line: str) -> None:
+        """Print a line, above the bar if there is one."""
+        if self._bar:
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        elif is_first_rank():
+            print(line, flush=True)
+
+    def part(self, description: str, total: int | None, unit: str) -> "Job":
+        """A job within this one, with a bar of its own below this one's until it is finished."""
+        return Job(description, total, unit, self._bar)
+
+    def finish(self) -> None:
+        """Take this job's bar away."""
+        if self._bar and self._task is not None:
+            self._bar.remove_task(self._task)
+
+    def _how_far(self) -> str:
+        if not self.total:
+            return f"{self.done:,} {self.unit}"
+        elapsed = time.monotonic() - self._started
+        left = elapsed / max(self.done, 1) * (self.total - self.done)
+        share = self.done / self.total
+        return f"{self.done:,} of {self.total:,} {self.unit} ({share:.0%}), {duration(left)} left"
+
+
+@contextmanager
+def job(description: str, *, total: int | None = None, unit: str = "", writes_lines: bool = True) -> Iterator[Job]:
+    """Show the progress of what runs inside. `total` in `unit`s, None where it isn't known.
+
+    `writes_lines`: false for a job that reports in lines of its own where the output is not a terminal.
+    """
+    console = Console(file=sys.stdout)
+    if not (console.is_terminal and is_first_rank()):
+        yield Job(description, total, unit, None, writes_lines=writes_lines)
+        return
+    counted = MofNCompleteColumn() if total else TimeElapsedColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), counted, TextColumn(unit), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield Job(description, total, unit, bar)
+
+
+def duration(seconds: float) -> str:
+    """`seconds` as a person says it: 42s, 3m07s, 2h05m, 4d03h."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    if seconds < 86_400:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 86_400}d{seconds % 86_400 // 3600:02d}h"

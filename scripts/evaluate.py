@@ -1,0 +1,204 @@
+"""Measure what a model has learnt.
+
+    python scripts/evaluate.py rules --rules recipes/smollm2-135m/data/rules.py \
+        --data recipes/smollm2-135m/data/held_out.jsonl \
+        --before outputs/smollm2-135m-instruct --after outputs/smollm2-135m-quickstart
+
+rules: how often each model obeys system messages whose rules a program can check. Writes the answers to answers.jsonl,
+the figures to adherence.json and adherence.png, and a section into report.md, all in the folder of the second model.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from train.errors import UserError
+from train.progress import job
+
+HEADING = "## Does it follow system messages?"
+KINDS = {"wording": "held-out questions and wordings", "rule": "rules never trained"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One held-out row: what both models answered, and whether each answer obeys."""
+
+    row: dict[str, Any]
+    answers: tuple[str, str]
+    obeys: tuple[bool, bool]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of {messages, rule, held_out}. Raises UserError where the file is not there."""
+    if not path.is_file():
+        raise UserError(f"--data {path}: there is no such file")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_rules(path: Path) -> ModuleType:
+    """The module that holds RULES, from its file. Raises UserError where the file is not there."""
+    spec = importlib.util.spec_from_file_location("rules", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise UserError(f"--rules {path}: there is no such Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up by name
+    spec.loader.exec_module(module)
+    return module
+
+
+def answer(folder: Path, rows: list[dict[str, Any]], max_new_tokens: int, batch_size: int) -> list[str]:
+    """What the model in `folder`, whole or an adapter, answers to each row's system and user message."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from train.model.generate import generate
+
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such model folder")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, use_safetensors=True)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    with job(f"answers of {folder.name}", total=len(rows), unit="rows") as answering:
+        return generate(
+            model,
+            tokenizer,
+            [row["messages"][:-1] for row in rows],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            on_progress=answering.advance,
+        )
+
+
+def adherence(verdicts: list[Verdict]) -> dict[str, dict[str, tuple[int, int, int]]]:
+    """Kind of held-out row -> rule -> (rows, obeyed before, obeyed after)."""
+    counts: dict[str, dict[str, tuple[int, int, int]]] = defaultdict(dict)
+    for verdict in verdicts:
+        of_rule = counts[verdict.row["held_out"]]
+        rows, before, after = of_rule.get(verdict.row["rule"], (0, 0, 0))
+        of_rule[verdict.row["rule"]] = (rows + 1, before + verdict.obeys[0], after + verdict.obeys[1])
+    return dict(counts)
+
+
+def total(of_rule: dict[str, tuple[int, int, int]]) -> tuple[int, int, int]:
+    """Rows, obeyed before, obeyed after, over all rules."""
+    rows, before, after = (sum(column) for column in zip(*of_rule.values(), strict=True))
+    return rows, before, after
+
+
+def section(verdicts: list[Verdict], max_new_tokens: int) -> str:
+    """The part of report.md, in Markdown: a table for each kind of held-out row, and five samples."""
+    lines = [HEADING, ""]
+    for kind, of_rule in adherence(verdicts).items():
+        rows, before, after = total(of_rule)
+        lines += [
+            f"**{KINDS[kind].capitalize()}: {before / rows:.1%} before, {after / rows:.1%} after** "
+            f"({before} and {after} of {rows} answers, greedy, at most {max_new_tokens} tokens)",
+            "",
+            "| rule | rows | before | after |",
+            "|---|---|---|---|",
+            *(f"| {rule} | {n} | {old / n:.0%} | {new / n:.0%} |" for rule, (n, old, new) in sorted(of_rule.items())),
+            "",
+        ]
+    lines += ["![adherence](adherence.png)", "", "Five answers side by side:", ""]
+    for verdict in verdicts[:: max(len(verdicts) // 5, 1)][:5]:
+        system, user = (message["content"] for message in verdict.row["messages"][:2])
+        lines += [f"- system: {_quoted(system)}", f"  - user: {_quoted(user)}"]
+        for when, text, obeys in zip(("before", "after"), verdict.answers, verdict.obeys, strict=True):
+            lines.append(f"  - {when} ({'obeys' if obeys else 'does not obey'}): {_quoted(text)}")
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """`text` on one line of Markdown, as it is."""
+    shown = text if len(text) <= 300 else text[:300] + " ..."
+    return "`" + shown.replace("`", "'").replace("\n", " ⏎ ") + "`"
+
+
+def draw(verdicts: list[Verdict], path: Path) -> None:
+    """Adherence before and after, a pair of bars a rule, as a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    bars = [
+        (f"{rule}{' (never trained)' if kind == 'rule' else ''}", old / rows, new / rows)
+        for kind, of_rule in reversed(adherence(verdicts).items())
+        for rule, (rows, old, new) in sorted(of_rule.items(), reverse=True)
+    ]
+    figure, axes = pyplot.subplots(figsize=(9, 0.4 * len(bars) + 1), dpi=100)
+    places = range(len(bars))
+    axes.barh([place - 0.2 for place in places], [new for _, _, new in bars], 0.4, label="after", color="tab:blue")
+    axes.barh([place + 0.2 for place in places], [old for _, old, _ in bars], 0.4, label="before", color="lightgray")
+    axes.set_yticks(list(places), [name for name, _, _ in bars])
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share of held-out answers that obey the system message")
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def rules(options: argparse.Namespace) -> None:
+    """The command `rules`."""
+    rows = read_rows(options.data)
+    known = read_rules(options.rules).RULES
+    answers = [
+        answer(folder, rows, options.max_new_tokens, options.batch_size) for folder in (options.before, options.after)
+    ]
+    verdicts = []
+    for row, *texts in zip(rows, *answers, strict=True):
+        question = row["messages"][1]["content"]
+        obeys = [known[row["rule"]].check(question, text) for text in texts]
+        verdicts.append(Verdict(row, (texts[0], texts[1]), (obeys[0], obeys[1])))
+
+    folder: Path = options.after
+    with (folder / "answers.jsonl").open("w", encoding="utf-8") as lines:
+        for verdict in verdicts:
+            record = {**verdict.row, "answers": verdict.answers, "obeys": verdict.obeys}
+            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+    figures = {
+        kind: {rule: dict(zip(("rows", "before", "after"), counts, strict=True)) for rule, counts in of_rule.items()}
+        for kind, of_rule in adherence(verdicts).items()
+    }
+    (folder / "adherence.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    draw(verdicts, folder / "adherence.png")
+    report = folder / "report.md"
+    before_section = report.read_text(encoding="utf-8").partition(HEADING)[0] if report.is_file() else ""
+    text = section(verdicts, options.max_new_tokens)
+    report.write_text(before_section.rstrip() + "\n\n" + text if before_section else text, encoding="utf-8")
+    print(text)
+    print(f"all of it is in {report}")
+
+
+def main() -> int:
+    """Run the command; the exit code."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    rules_parser = commands.add_parser("rules", help="adherence to rules that a program can check, before and after")
+    rules_parser.add_argument("--rules", type=Path, required=True, help="a Python file with RULES")
+    rules_parser.add_argument("--data", type=Path, required=True, help="held-out rows as jsonl")
+    rules_parser.add_argument("--before", type=Path, required=True, help="folder of the model before training")
+    rules_parser.add_argument("--after", type=Path, required=True, help="folder of the trained model")
+    rules_parser.add_argument("--max-new-tokens", type=int, default=96, help="cut of an answer (default 96)")
+    rules_parser.add_argument("--batch-size", type=int, default=16, help="answers at a time (default 16)")
+    rules_parser.set_defaults(run=rules)
+    options = parser.parse_args()
+    try:
+        options.run(options)
+    except UserError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,305 @@
+"""The door: what a run leaves behind, and what bad input gets."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from train.sft import main
+
+ROOT = Path(__file__).parents[1]
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_full_run_leaves_a_model_that_plain_transformers_loads(
+    recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_file(
+        data={"validation": 0.25},
+        training={"num_train_epochs": 2, "eval_strategy": "epoch"},
+        tracking={"tensorboard": True, "wandb": {"project": "test", "mode": "offline"}},
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
+    result = subprocess.run(
+        [*command, "train/sft.py", "--recipe", recipe, "training.learning_rate=2e-3"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "parameters (100.00%)" in result.stdout
+    assert "Traceback" not in result.stderr
+
+    run = tmp_path / "run"
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    assert "generation" not in tokenizer.chat_template.replace("add_generation_prompt", "")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == (
+        "<|im_start|>user\nHi<|im_end|>\n"
+    )
+    model = AutoModelForCausalLM.from_pretrained(run)
+    assert model.generation_config.eos_token_id in (2, [2])
+    before, after = load_file(tiny_model / "model.safetensors"), load_file(run / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+    metrics = lines_of(run / "metrics.jsonl")
+    logged = [line for line in metrics if "loss" in line]
+    assert [line["step"] for line in logged] == list(range(1, len(logged) + 1))
+    assert all(math.isfinite(line[key]) for line in logged for key in ("loss", "grad_norm", "learning_rate"))
+    assert sum("eval_loss" in line for line in metrics) == 2
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["training"]["learning_rate"] == 2e-3
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "loss.png" in (run / "report.md").read_text()
+    assert list((run / "tensorboard").glob("events.*"))
+    assert list((run / "wandb").glob("offline-run-*"))
+    for line in logged:
+        assert f"step {line['step']}/{len(logged)} loss {line['loss']:.4f}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_dora": True, "use_rslora": True}, {"target_modules": ["q_proj", "v_proj"]}]
+)
+def test_lora_saves_an_adapter_that_peft_loads(
+    recipe_file: Callable[..., Path],
+    tmp_path: Path,
+    tiny_model: Path,
+    settings: dict,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--recipe", str(recipe_file(adapter={"r": 4, **settings}))]) == 0
+    shown = capsys.readouterr().out
+    assert "LoRA r=4" in shown
+    assert "(100.00%)" not in shown
+    weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert all(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora_B" in name)
+    layers = 2 if "target_modules" in settings else 7
+    assert sum("lora_B" in name for name in weights) == 2 * layers
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run")
+    ids = torch.tensor([[1, 50, 300, 2]])
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert not torch.allclose(model(ids).logits, base(ids).logits)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_4_bit_weights_train_an_adapter_on_the_cpu(
+    recipe_file: Callable[..., Path], tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_file(
+        adapter={"r": 4},
+        quantization={"bnb_4bit_compute_dtype": "float32"},
+        training={"num_train_epochs": ..., "max_steps": 3},
+    )
+    assert main(["--recipe", str(recipe)]) == 0
+    assert "on 4-bit nf4" in capsys.readouterr().out
+    weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert all(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora_B" in name)
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "run")
+
+
+def test_a_run_goes_on_from_its_newest_complete_checkpoint(
+    recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": ..., "max_steps": 4}
+    recipe = str(recipe_file(training=training))
+    assert main(["--recipe", recipe]) == 0
+    run = tmp_path / "run"
+    assert json.loads((run / "checkpoint-4" / "COMPLETE.json").read_text()) == {"step": 4}
+    whole, metrics = load_file(run / "model.safetensors"), lines_of(run / "metrics.jsonl")
+    (run / "checkpoint-4" / "COMPLETE.json").unlink()
+    capsys.readouterr()
+    assert main(["--recipe", recipe]) == 0
+    assert "step 2/4" not in capsys.readouterr().out
+    again, metrics_again = load_file(run / "model.safetensors"), lines_of(run / "metrics.jsonl")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert [line["loss"] for line in metrics_again] == [line["loss"] for line in metrics]
+    (run / "checkpoint-2" / "COMPLETE.json").unlink()
+    (run / "checkpoint-4" / "COMPLETE.json").unlink()
+    assert main(["--recipe", recipe]) == 2
+    assert "none that was written to the end" in capsys.readouterr().err
+    assert main(["--recipe", recipe, "--resume", str(run / "checkpoint-2")]) == 2
+    assert "no complete checkpoint" in capsys.readouterr().err
+    assert main(["--recipe", recipe, "--resume", "never"]) == 0
+
+
+def test_a_validation_share_is_evaluated_at_the_end_even_if_no_strategy_says_when(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert main(["--recipe", str(recipe_file(data={"validation": 0.25}))]) == 0
+    assert "eval_loss" in lines_of(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert "validation loss at the end" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_no_secret_of_the_environment_is_written(
+    recipe_file: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.setenv(name, "s3cr3t" * 7)
+    training = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": ..., "max_steps": 2}
+    recipe = recipe_file(training=training, tracking={"wandb": {"mode": "offline"}, "tensorboard": True})
+    assert main(["--recipe", str(recipe)]) == 0
+    shown = capsys.readouterr()
+    assert "s3cr3t" not in shown.out + shown.err
+    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(written) > 15
+    assert [path for path in written if b"s3cr3t" in path.read_bytes()] == []
+
+
+# What bad input gets: exit code 2 and one `error:` that says where and what to write.
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ")
+    assert "Traceback" not in shown.err + shown.out
+    return shown.err
+
+
+def test_a_broken_recipe_ends_with_2_and_no_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("model: {name_or_path: x}\noutput_dirr: y\n")
+    result = subprocess.run(
+        [sys.executable, "train/sft.py", "--recipe", path], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert "output_dir" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+MODEL_FAULTS = {
+    "there is no folder outputs/nowhere": {"name_or_path": "outputs/nowhere"},
+    "can't be loaded": {"name_or_path": "nobody/no-such-model"},
+}
+
+
+@pytest.mark.parametrize("words", MODEL_FAULTS)
+def test_a_model_that_is_not_there(
+    words: str, recipe_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refused(["--recipe", str(recipe_file(model=MODEL_FAULTS[words]))], capsys)
+    assert "model.name_or_path" in error
+    assert words in error
+
+
+def test_pickled_weights_are_refused_and_allowed_by_the_key(
+    recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    for path in tiny_model.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    weights = load_file(tiny_model / "model.safetensors")
+    torch.save({**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}, folder / "pytorch_model.bin")
+    assert "model.allow_pickle: true" in refused(
+        ["--recipe", str(recipe_file(model={"name_or_path": str(folder)}))], capsys
+    )
+    allowed = recipe_file(
+        model={"name_or_path": str(folder), "allow_pickle": True}, training={"num_train_epochs": ..., "max_steps": 1}
+    )
+    assert main(["--recipe", str(allowed)]) == 0
+
+
+def test_code_that_comes_with_a_model_is_not_run(
+    recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    for path in tiny_model.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "foreign", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    assert "model.trust_remote_code: true" in refused(
+        ["--recipe", str(recipe_file(model={"name_or_path": str(folder)}))], capsys
+    )
+    assert not (tmp_path / "ran").exists()
+
+
+RUN_FAULTS = {
+    "a missing kernel": (
+        {"model": {"attention": "flash_attention_2"}},
+        ["model.attention", "flash-attn", "pip install"],
+    ),
+    "more tokens than positions": ({"data": {"max_length": 4096}}, ["data.max_length", "2,048 positions"]),
+    "an unknown template": ({"chat": {"template": "chatlm"}}, ["chat.template", "chatml, mistral-system"]),
+    "a template without marks": ({"chat": {"template": None}}, ["chat.template", "{% generation %}"]),
+    "rows that are too long": ({"data": {"max_length": 100}}, ["data.max_length (100)", "data.overlong: drop"]),
+    "rows that are all too long": (
+        {"data": {"max_length": 8, "overlong": "drop"}},
+        ["no training row is left", "longest"],
+    ),
+    "no such data": ({"data": {"sources": [{"path": "no/such.jsonl"}]}}, ["no/such.jsonl"]),
+    "an optimizer that is not installed": ({"training": {"optim": "galore_adamw"}}, ["galore"]),
+}
+
+
+@pytest.mark.parametrize("fault", RUN_FAULTS)
+def test_a_fault_found_before_training(
+    fault: str, recipe_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections, words = RUN_FAULTS[fault]
+    error = refused(["--recipe", str(recipe_file(**sections))], capsys)
+    assert [word for word in words if word not in error] == []
+
+
+def test_rows_that_the_template_refuses_are_named_or_left_out(
+    recipe_file: Callable[..., Path], tmp_path: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = rows_file.read_text().splitlines()
+    lines[4] = json.dumps(
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "tool", "content": "b"},
+                {"role": "assistant", "content": "c"},
+            ]
+        }
+    )
+    rows_file.write_text("\n".join(lines))
+    error = refused(["--recipe", str(recipe_file())], capsys)
+    assert "1 refused by the template" in error
+    assert "rows.jsonl:5" in error
+    assert main(["--recipe", str(recipe_file(data={"on_bad_row": "skip"}))]) == 0
+    shown = capsys.readouterr().out
+    assert "23 rows" in shown
+    assert "1 rows left out, refused by the template" in shown
+
+
+def test_wandb_without_a_key_is_an_error_not_a_question(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = recipe_file(tracking={"wandb": {"project": "x"}})
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    result = subprocess.run(
+        [sys.executable, "train/sft.py", "--recipe", recipe],
+        cwd=ROOT,
+        env=kept | nowhere,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "error: tracking.wandb: " in result.stderr
+    assert "tracking.wandb.mode: offline" in result.stderr
+    assert "Traceback" not in result.stderr

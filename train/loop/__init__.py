@@ -1,0 +1,1 @@
+"""The training itself: trainer, checkpoints, tracking, report."""

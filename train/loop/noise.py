@@ -1,0 +1,31 @@
+"""Warnings of the libraries below that no user can act on, left out by name so that the others are read."""
+
+import logging
+import warnings
+
+UNHELPFUL = {
+    "trl.trainer.sft_trainer": ("per_device_train_batch_size of 1 with padding-free",),  # a packed row is a full batch
+    "DeepSpeed": ("Setting accelerator to CPU",),
+}
+UNHELPFUL_FUTURE_WARNINGS = (
+    ".*`?gradient_checkpointing.*",  # TRL 1.16 sets it under its old name itself
+    ".*torch.distributed.*",  # torch 2.13 has one for each collective that DeepSpeed calls
+)
+
+
+class _LeaveOut(logging.Filter):
+    def __init__(self, phrases: tuple[str, ...]) -> None:
+        super().__init__()
+        self.phrases = phrases
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not any(phrase in message for phrase in self.phrases)
+
+
+def leave_out_unhelpful_warnings() -> None:
+    """Call it before the libraries are imported."""
+    for name, phrases in UNHELPFUL.items():
+        logging.getLogger(name).addFilter(_LeaveOut(phrases))
+    for message in UNHELPFUL_FUTURE_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=FutureWarning)

@@ -1,0 +1,56 @@
+"""What a finished run leaves to read: report.md, with the loss as a picture."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from train.progress import duration
+
+
+def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """The objects of metrics.jsonl, in the order of the steps."""
+    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def draw_loss(metrics: list[dict[str, Any]], path: Path) -> None:
+    """Training and validation loss over the steps, as a PNG of 1,000 x 500 pixels."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(10, 5), dpi=100)
+    for key, name, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
+        points = [(line["step"], line[key]) for line in metrics if isinstance(line.get(key), float)]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=name)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per trained token)")
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def write_report(output_dir: Path, screen: str, seconds: float) -> None:
+    """Write report.md and loss.png from metrics.jsonl, the screen shown before training and the time it took."""
+    metrics = read_metrics(output_dir)
+    draw_loss(metrics, output_dir / "loss.png")
+    losses = [line["loss"] for line in metrics if "loss" in line]
+    validation = [line["eval_loss"] for line in metrics if "eval_loss" in line]
+    speeds = sorted(line["tokens_per_second"] for line in metrics if "tokens_per_second" in line)
+    rows = [("training time", duration(seconds))]
+    if losses:
+        rows.append(("training loss, first and last logged", f"{losses[0]} -> {losses[-1]}"))
+    if validation:
+        rows.append(("validation loss at the end", f"{validation[-1]:.4f}"))
+    if speeds:
+        rows.append(("median speed", f"{speeds[len(speeds) // 2]:,.0f} tokens/s"))
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    (output_dir / "report.md").write_text(
+        f"# {output_dir.name}\n\n```\n{screen}\n```\n\n| | |\n|---|---|\n{table}\n\n![loss](loss.png)\n",
+        encoding="utf-8",
+    )

@@ -1,0 +1,158 @@
+"""Where the figures of a run go: a line and a JSON object a logging step; wandb and TensorBoard if the recipe asks."""
+
+import importlib.util
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from train.errors import UserError
+from train.progress import Job, duration, is_first_rank, job
+from train.recipe import Recipe, TrackingSection
+
+
+def integrations(tracking: TrackingSection) -> list[str]:
+    """Names under which transformers knows the trackers. Raises UserError for one whose package is missing."""
+    wanted = [name for name in ("wandb", "tensorboard") if getattr(tracking, name)]
+    for name in wanted:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"tracking.{name}: the package {name} is not installed. Install it with `pip install {name}`, or take "
+                "the key out."
+            )
+    return wanted
+
+
+@contextmanager
+def tracked(recipe: Recipe) -> Iterator[None]:
+    """Open the wandb run of the recipe on the first rank and close it on every path; name TensorBoard's folder.
+
+    Raises UserError where wandb can't be reached with the key that the environment holds.
+    """
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(recipe.output_dir) / "tensorboard")
+    settings = recipe.tracking.wandb
+    if settings is None or not is_first_rank():
+        yield
+        return
+    import wandb
+
+    folder = Path(recipe.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        run = wandb.init(
+            **settings.model_dump(exclude_none=True), dir=str(folder), config=recipe.model_dump(mode="json")
+        )
+    except wandb.errors.Error as fault:
+        raise UserError(
+            f"tracking.wandb: {' '.join(str(fault).split())} Set WANDB_API_KEY in the environment, or write "
+            "`tracking.wandb.mode: offline`."
+        ) from fault
+    with run:
+        yield
+
+
+class StepLog(TrainerCallback):
+    """Writes metrics.jsonl and a line a logging step, and moves the progress bar."""
+
+    def __init__(self, output_dir: str) -> None:
+        self.path = Path(output_dir) / "metrics.jsonl"
+        self._open = ExitStack()
+        self._job: Job | None = None
+        self._evaluation: Job | None = None
+        self._started = self._last_time = 0.0
+        self._first_step = self._last_step = 0
+        self._last_tokens = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock; after a resume, keep the lines of the steps that the checkpoint holds, and those alone."""
+        self._started = self._last_time = time.monotonic()
+        self._first_step = self._last_step = state.global_step
+        if not is_first_rank():
+            return
+        kept = []
+        if state.global_step and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._job = self._open.enter_context(job("training", total=state.max_steps, unit="steps", writes_lines=False))
+        self._job.advance(state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self._job:
+            self._job.advance(state.global_step - self._job.done)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the speed to what transformers logged, and write it."""
+        if not logs or not is_first_rank() or "train_runtime" in logs:
+            return
+        metrics: dict[str, Any] = {"step": state.global_step, **logs}
+        if "loss" in logs:
+            now, tokens = time.monotonic(), int(logs.get("num_tokens", 0))
+            metrics["tokens_per_second"] = round((tokens - self._last_tokens) / max(now - self._last_time, 1e-9), 1)
+            self._last_time, self._last_tokens = now, tokens
+        with self.path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({key: _plain(value) for key, value in metrics.items()}) + "\n")
+        line = self._line(state, metrics)
+        if self._job:
+            self._job.show(line)
+        else:
+            print(line, flush=True)
+
+    def _line(self, state: TrainerState, metrics: dict[str, Any]) -> str:
+        if "loss" not in metrics:
+            shown = " ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key in ("eval_loss",))
+            return f"step {state.global_step}/{state.max_steps} {shown}"
+        seconds_a_step = (time.monotonic() - self._started) / max(state.global_step - self._first_step, 1)
+        left = duration(seconds_a_step * (state.max_steps - state.global_step))
+        return (
+            f"step {state.global_step}/{state.max_steps} loss {metrics['loss']:.4f} "
+            f"lr {metrics.get('learning_rate', 0):.2e} grad_norm {metrics.get('grad_norm', math.nan):.3f} "
+            f"{metrics['tokens_per_second']:,.0f} tokens/s {left} left"
+        )
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show how far the evaluation is."""
+        if self._job is None:
+            return
+        if self._evaluation is None:
+            self._evaluation = self._job.part("evaluating", len(kwargs["eval_dataloader"]), "batches")
+        self._evaluation.advance()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take the evaluation's bar away."""
+        if self._evaluation:
+            self._evaluation.finish()
+            self._evaluation = None
+
+    def __enter__(self) -> "StepLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Leave the terminal as it was, also after an error."""
+        self._open.close()
+        self._job = None
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it: NaN and infinities become strings, as JSON has no word for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

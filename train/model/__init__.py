@@ -1,0 +1,1 @@
+"""What is trained: weights, adapters, attention kernels."""

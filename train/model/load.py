@@ -1,0 +1,99 @@
+"""Weights and tokenizer from a folder or the hub: safetensors only and no foreign code, unless the recipe allows it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from train.errors import UserError
+from train.model.adapters import quantization_config
+from train.model.attention import choose_attention
+from train.recipe import ModelSection, Recipe
+
+
+def _origin(model: ModelSection) -> dict[str, Any]:
+    return {
+        "pretrained_model_name_or_path": model.name_or_path,
+        "revision": model.revision or "main",
+        "trust_remote_code": model.trust_remote_code,  # never None: None asks at the terminal and waits
+    }
+
+
+def _refuse(model: ModelSection, fault: Exception) -> UserError:
+    """What to tell the user of a model that can't be opened."""
+    name, text = model.name_or_path, str(fault).strip()
+    if "trust_remote_code" in text:
+        return UserError(
+            f"model.name_or_path: {name} runs code of its own to load. Read that code; if you trust it, write "
+            "`model.trust_remote_code: true`."
+        )
+    looks_local = (
+        name.startswith((".", "/", "~")) or Path(name).parts[0] in ("outputs", "models") or Path(name).exists()
+    )
+    if looks_local and not Path(name).is_dir():
+        return UserError(f"model.name_or_path: there is no folder {name}. Write a model folder or a hub id.")
+    first_line = text.splitlines()[0] if text else type(fault).__name__
+    return UserError(f"model.name_or_path: {name} can't be loaded: {first_line}")
+
+
+def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises UserError where there is none that can be opened."""
+    try:
+        return AutoTokenizer.from_pretrained(**_origin(model))
+    except (OSError, ValueError, KeyError, ImportError) as fault:
+        raise _refuse(model, fault) from fault
+
+
+def check_fits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError where the model can't take its input: ids beyond its vocabulary, too long a sequence."""
+    try:
+        config = AutoConfig.from_pretrained(**_origin(recipe.model)).get_text_config()
+    except (OSError, ValueError, KeyError, ImportError) as fault:
+        raise _refuse(recipe.model, fault) from fault
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"model.name_or_path: the tokenizer of {recipe.model.name_or_path} has {len(tokenizer):,} tokens, its "
+            f"model only {config.vocab_size:,} embeddings. Use the tokenizer that belongs to this model."
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and recipe.data.max_length > positions:
+        raise UserError(
+            f"data.max_length: {recipe.data.max_length:,} is more than the {positions:,} positions that "
+            f"{recipe.model.name_or_path} was made for. Write {positions} or less."
+        )
+
+
+def load_model(recipe: Recipe) -> PreTrainedModel:
+    """The weights, in the dtype and with the attention kernel of the recipe, quantized where it says so.
+
+    Under DeepSpeed ZeRO-3 the training arguments must exist before this is called: then no rank holds the whole model.
+    Raises UserError where the weights can't be opened or are pickled and the recipe doesn't allow that.
+    """
+    if not os.isatty(1):
+        transformers_logging.disable_progress_bar()
+    model = recipe.model
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            **_origin(model),
+            dtype=getattr(torch, model.dtype, "auto"),
+            attn_implementation=choose_attention(model.attention, model.dtype),
+            quantization_config=quantization_config(recipe.quantization),
+            use_safetensors=None if model.allow_pickle else True,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as fault:
+        if not model.allow_pickle and _has_pickled_weights(model.name_or_path):
+            raise UserError(
+                f"model.name_or_path: {model.name_or_path} holds its weights in pickle files, which can run code when "
+                "they are opened. Use a safetensors version; if you trust them, write `model.allow_pickle: true`."
+            ) from fault
+        raise _refuse(model, fault) from fault
+
+
+def _has_pickled_weights(name: str) -> bool:
+    folder = Path(name)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return False
+    return any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth"))

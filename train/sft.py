@@ -1,0 +1,94 @@
+"""Supervised fine-tuning from a recipe.
+
+    accelerate launch train/sft.py --recipe recipes/smollm2-135m/sft/quickstart.yaml [key=value ...]
+
+`key=value` overrides the recipe by dotted key: training.learning_rate=1e-5. Exit codes: 0 done; 2 there is something in
+the recipe, the data or the machine to mend (one `error:` says what); 1 anything else.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from train.errors import UserError
+from train.loop.noise import leave_out_unhelpful_warnings
+from train.progress import is_first_rank
+from train.recipe import Recipe, load_recipe
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", required=True, type=Path, metavar="FILE", help="what to train, as YAML")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|DIR",
+        help="auto (default): go on from the newest complete checkpoint in output_dir, if there is one",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the recipe by dotted key")
+    return parser.parse_intermixed_args(arguments)
+
+
+def train(recipe: Recipe, resume: str) -> None:
+    """Prepare, load, train, save. Raises UserError for all that the user can mend."""
+    # Heavy imports wait until the recipe is known to be right.
+    from train.data.chat_template import end_token, use_template, without_generation_marks
+    from train.data.prepare import prepare
+    from train.loop.checkpoint import MarkComplete, find_checkpoint
+    from train.loop.report import write_report
+    from train.loop.tracking import StepLog, tracked
+    from train.loop.trainer import JanusTrainer, training_arguments
+    from train.model.load import check_fits, load_model, load_tokenizer
+    from train.preflight import screen
+
+    checkpoint = find_checkpoint(resume, recipe.output_dir)
+    tokenizer = load_tokenizer(recipe.model)
+    check_fits(recipe, tokenizer)
+    template = use_template(tokenizer, recipe.chat.template)
+    data = prepare(recipe, tokenizer)
+    arguments = training_arguments(recipe, end_token=end_token(tokenizer))
+    tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
+    output_dir = Path(recipe.output_dir)
+    if is_first_rank():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+
+    step_log = StepLog(recipe.output_dir)
+    with tracked(recipe):
+        if is_first_rank():
+            print(f"loading {recipe.model.name_or_path}", flush=True)
+        model = load_model(recipe)
+        trainer = JanusTrainer(recipe, arguments, model, tokenizer, data, [step_log, MarkComplete()])
+        overview = screen(recipe, template, data, trainer.model, arguments)
+        if is_first_rank():
+            print(overview, flush=True)
+        started = time.monotonic()
+        with step_log:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if data.validation and arguments.eval_strategy == "no":
+                trainer.evaluate()
+        trainer.save_model(recipe.output_dir)
+        if is_first_rank():
+            write_report(output_dir, overview, time.monotonic() - started)
+            print(f"the model and report.md are in {recipe.output_dir}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; the exit code."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    leave_out_unhelpful_warnings()
+    options = parse(arguments)
+    try:
+        train(load_recipe(options.recipe, options.overrides), options.resume)
+    except UserError as fault:
+        if is_first_rank():
+            print(f"error: {fault}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

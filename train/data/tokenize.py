@@ -2,43 +2,43 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from train.data.formats import Conversation, RowFault
-from train.data.loss_mask import Encoded, Rendering, check_trainable, label, offset_tokenizer, render_spans
+from train.data.control_tokens import ControlTokens, Policy
+from train.data.formats import Conversation, Message, RowFault
+from train.data.loss_mask import Encoded, Encoder
+from train.data.rendering import Tools
+from train.data.spans import TrainOn
 
 BATCH = 1_000
-"""Rows tokenized in one call: enough for all cores, little to hold."""
+"""Conversations tokenized in one call: enough for all cores, little to hold."""
 
 
 def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Iterable[Conversation],
-    train_on: Literal["assistant", "last"],
-) -> Iterator[tuple[Conversation, Encoded | RowFault]]:
-    """Each conversation in its order, encoded, or with the fault that keeps it from being trained.
+    train_on: TrainOn,
+    control_tokens_in_text: Policy = "error",
+) -> Iterator[tuple[Conversation, list[Encoded] | RowFault]]:
+    """Each conversation in its order with its rows, or with the fault that keeps it from being trained.
 
-    Raises UserError where the tokenizer or its template can't be trained with at all.
+    Mostly one row; several where the template rewrites earlier turns, so that each needs a render of its own.
+    Raises UserError where no answer can be trained under the tokenizer's template at all.
     """
-    check_trainable(tokenizer)
-    backend = offset_tokenizer(tokenizer)
+    encoder = Encoder(tokenizer)
+    control_tokens = ControlTokens(tokenizer, control_tokens_in_text)
     remaining = iter(conversations)
     while batch := list(islice(remaining, BATCH)):
-        renderings: list[Rendering | RowFault] = []
-        for conversation in batch:
-            try:
-                renderings.append(render_spans(tokenizer, conversation.messages, conversation.tools, train_on))
-            except RowFault as fault:
-                renderings.append(fault)
-        texts = [rendering.text for rendering in renderings if isinstance(rendering, Rendering)]
-        encodings = iter(backend.encode_batch(texts, add_special_tokens=False))
-        for conversation, rendering in zip(batch, renderings, strict=True):
-            if isinstance(rendering, RowFault):
-                yield conversation, rendering
-                continue
-            try:
-                yield conversation, label(backend, rendering, next(encodings))
-            except RowFault as fault:
-                yield conversation, fault
+        cleaned = [_cleaned(conversation, control_tokens) for conversation in batch]
+        pairs = [pair for pair in cleaned if not isinstance(pair, RowFault)]
+        rows = iter(encoder.encode(pairs, train_on))
+        for conversation, pair in zip(batch, cleaned, strict=True):
+            yield conversation, pair if isinstance(pair, RowFault) else next(rows)
+
+
+def _cleaned(conversation: Conversation, control_tokens: ControlTokens) -> tuple[list[Message], Tools] | RowFault:
+    try:
+        return control_tokens.clean(conversation.messages), control_tokens.clean_tools(conversation.tools)
+    except RowFault as fault:
+        return fault

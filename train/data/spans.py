@@ -1,0 +1,456 @@
+"""Where in a rendered conversation the text stands that the model must write, for any chat template.
+
+Found by rendering, never by reading the template. For the answer in message i,
+
+    prompt = render(messages[:i], add_generation_prompt=True)    what a server gives the model
+    turn   = render(messages[:i + 1])                            prompt, answer and what the template writes after it
+
+and the trained text is what `turn` has beyond `prompt`, up to and including the end token. So:
+
+- A `<think>` block that the template writes after the generation prompt is trained; one that the prompt holds is not.
+  Likewise the header of the answer: it is trained only where the template's generation prompt leaves it to the model.
+- What follows the end token is not trained: the line break after ChatML's `<|im_end|>`, Phi-3's `<|endoftext|>` after
+  `<|end|>` and a line break. Generation stops at the end token, so nobody ever sees the model write them.
+- Several end tokens without anything between are all trained, up to eos (Cohere2: `<|END_RESPONSE|>` and
+  `<|END_OF_TURN_TOKEN|>`).
+- Where an answer is ended by the token that begins the next turn (GLM's `<|user|>`, `<|observation|>`; slime#514), that
+  token is trained. After the last turn there is none: the one that the template writes before a user (after tool calls:
+  before a tool's result) is added, as the model has to write it for the server to stop.
+- Where the template rewrites earlier turns as a conversation goes on (Qwen3 drops `<think>`, gpt-oss turns `<|return|>`
+  into `<|end|>`; Automodel#3024), turns share a row only where the one render holds each as it was when it was written.
+  The others get rows of their own that end with them.
+- Where the template merges answers that follow one another, they are trained as the one that they became.
+- A prompt that ends in a way in which no answer begins (`<think>` before answers without reasoning) is tried with
+  `enable_thinking` or `thinking` false and true, where the template knows these. If none fits, the row is refused:
+  the model would never see the text in front of which it is to answer.
+
+`{% generation %}` marks narrow this down: trained is what both allow. TRL's training templates have the line break
+after `<|im_end|>` inside the marks, gpt-oss's the header that is part of the prompt; neither is the model's to write.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from train.data.chat_template import has_generation_marks
+from train.data.formats import Message, RowFault
+from train.data.rendering import Rendering, Span, Tools, check_answer, check_others
+from train.errors import UserError
+
+TrainOn = Literal["assistant", "last"]
+
+_QUESTION, _ANSWER, _NEXT, _NAME, _VALUE = (f"\ue000{word}\ue001" for word in ("ask", "say", "next", "name", "value"))
+# Characters for private use at both ends: no template writes them.
+_MODES = ("enable_thinking", "thinking")
+_TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+"""Beside what a template raises: text joined to an object, a key that isn't there, ..."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """How answers end. `written`: what the template puts after one, of which the model writes `produced` characters.
+
+    `following`: the token of the next turn that ends the answer, where the template has no end token of its own.
+    """
+
+    written: str
+    produced: int
+    following: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How a template wants messages: contents as lists of parts, arguments of calls as JSON, no content as None."""
+
+    parts: bool = False
+    json_arguments: bool = False
+    none_content: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """One answer to train. `row`: the conversation up to it, as a row of its own; `end`: where its end token does."""
+
+    first: int  # message that it begins with: an earlier one where the template merges answers
+    last: int
+    row: str
+    end: int
+    spans: list[Span]
+
+
+class Spans:
+    """Finds the spans under one tokenizer's chat template, of which it learns all once, when made."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Render some small conversations to see how answers begin and end.
+
+        Raises UserError where no answer could be trained under this template at all.
+        """
+        self._name = tokenizer.name_or_path
+        self._template = str(tokenizer.chat_template)
+        self._variables = tokenizer.special_tokens_map
+        self._eos = tokenizer.eos_token
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special |= set(tokenizer.all_special_tokens)
+        self._special = _any_of(special)
+        # Gemma's added tokens are also line breaks and HTML tags: they end an answer only where nothing else does.
+        self._added = _any_of(token for token in tokenizer.get_added_vocab() if not token.isspace())
+        self._marked = has_generation_marks(self._template)
+        self._modes = [{name: on} for name in _MODES if name in self._template for on in (False, True)]
+        self._form = self._find_form()
+        self._header = self._find_header()
+        self._ending = self._find_ending()
+        self._call_ending = self._find_call_ending()
+        self._marks_suffice = False
+        if not self._marked:
+            self._check()
+        elif self._ending is not None:
+            one = self._try(_question(_ANSWER), self._form) and len(self._render(_question(_ANSWER), None)[1]) == 1
+            self._marks_suffice = bool(one) and all(map(self._marks_agree, _trials()))
+
+    # -- what the template is like
+
+    def _find_form(self) -> _Form:
+        parts = False
+        for parts in (False, True):
+            text = self._try(_question(_ANSWER), _Form(parts=parts))
+            if text is not None and _QUESTION in text and _ANSWER in text:
+                break
+        else:
+            parts = False
+        for json_arguments in (False, True):
+            for none_content in (False, True):
+                form = _Form(parts, json_arguments, none_content)
+                text = self._try(_call(), form)
+                if text is not None and _NAME in text and _VALUE in text:
+                    return form
+        return _Form(parts)
+
+    def _find_header(self) -> int:
+        """Length of the longest generation prompt: so far before a span may the answer's own text begin."""
+        plain = self._try(_question(), self._form)
+        prompts = [self._try(_question(), self._form, add_generation_prompt=True, **mode) for mode in self._all_modes()]
+        return max((len(prompt) - len(plain) for prompt in prompts if prompt and plain is not None), default=0)
+
+    def _find_ending(self) -> _Ending | None:
+        text = self._try(_question(_ANSWER), self._form)
+        if text is None or _ANSWER not in text:
+            return None
+        written = text.rpartition(_ANSWER)[2]
+        produced = self._end_of_tokens(written)
+        if produced:
+            return _Ending(written, produced)
+        following = self._following(text, {"role": "user", "content": _NEXT}, _question(_ANSWER))
+        return _Ending(written, len(written), following) if following else None
+
+    def _find_call_ending(self) -> _Ending | None:
+        """How an answer ends that calls tools; None where the template doesn't write calls."""
+        text = self._try(_call(), self._form)
+        if text is None or self._ending is None or _VALUE not in text:
+            return None  # the name alone may stand among the tools
+        if self._ending.following:
+            following = self._following(text, _RESULT, _call())
+            return _Ending("", 0, following) if following else None
+        tail = text[text.rfind(_VALUE) :]
+        if tail.endswith(self._ending.written):
+            return self._ending
+        runs = list(re.finditer(f"(?:{self._special.pattern})+", tail))
+        if not runs or tail[runs[-1].end() :].strip():
+            return None
+        written = tail[runs[-1].start() :]
+        return _Ending(written, self._end_of_tokens(written))
+
+    def _end_of_tokens(self, written: str) -> int:
+        """Length of `written` up to the end of its first control tokens that stand side by side, or up to eos there."""
+        for tokens in (self._special, self._added):
+            run = re.search(f"(?:{tokens.pattern})+", written)
+            if run is not None:
+                eos = run[0].find(self._eos) if self._eos else -1
+                return run.end() if eos < 0 else run.start() + eos + len(self._eos)
+        return 0
+
+    def _following(self, text: str, message: Message, messages: list[Message]) -> str:
+        """The control token that a turn begins with when it follows `messages`, which render as `text`; or nothing."""
+        longer = self._try([*messages, message], self._form)
+        if longer is None or not longer.startswith(text):
+            return ""
+        token = self._special.match(longer, len(text)) or self._added.match(longer, len(text))
+        return token[0] if token else ""
+
+    def _check(self) -> None:
+        """Raise UserError where a plain question and answer can't be trained, and one with reasoning can't either."""
+        text = self._try(_question(_ANSWER), self._form)
+        if text is None or _ANSWER not in text:
+            return  # a template of its own kind: its rows will tell
+        if self._ending is None:
+            after = text.rpartition(_ANSWER)[2]
+            raise UserError(
+                f"chat.template: after an answer the template of {self._name} writes {after!r}, in which there is no "
+                "control token of the tokenizer, so a model trained with it would never stop. Name a template that "
+                f"ends answers with {self._eos or 'an end token'}."
+            )
+        refused: RowFault | None = None
+        for messages in _trials():
+            try:
+                tools = _tools_for(messages)
+                self._turn(messages, len(messages) - 1, tools, self._render(messages, tools))
+            except RowFault as fault:
+                refused = fault if fault.kind == _NO_PROMPT or refused is None else refused
+            else:
+                return
+        if refused is not None and refused.kind == _NO_PROMPT:
+            raise UserError(
+                f"chat.template: the template of {self._name} can't be trained: {refused.detail} Name a template whose "
+                "answers begin as its generation prompt ends."
+            )
+
+    def _marks_agree(self, messages: list[Message]) -> bool:
+        """Whether one render with its marks gives what the renders of each turn give, or refuses what they refuse.
+
+        Or gives nothing, so that those are asked.
+        """
+        wanted = _answers(messages)
+        tools = _tools_for(messages)
+        outcomes: list[Any] = []
+        for find in (self._by_marks, self._split):
+            try:
+                outcomes.append(find(messages, wanted, tools, *self._render(messages, tools)))
+            except RowFault as fault:
+                outcomes.append(fault.kind)
+        return outcomes[0] in ([], outcomes[1])
+
+    # -- rows
+
+    def rows(self, messages: list[Message], tools: Tools, train_on: TrainOn) -> list[Rendering]:
+        """One conversation as the rows to train, in its order, each verified against the messages.
+
+        A message with `train: false` is part of the conversation and not trained. Several rows: see above.
+        Raises RowFault where the template refuses the conversation, loses a message or doesn't let the model's part
+        be told from the rest.
+        """
+        wanted = [number for number in _answers(messages) if messages[number].get("train", True)]
+        wanted = wanted[-1:] if train_on == "last" else wanted
+        if not wanted:
+            raise RowFault("nothing to train", "no assistant turn that is to be trained")
+        text, marks = self._render(messages, tools)
+        by_marks = self._by_marks(messages, wanted, tools, text, marks) if self._marks_suffice else []
+        return by_marks or self._split(messages, wanted, tools, text, marks)
+
+    def _by_marks(
+        self, messages: list[Message], wanted: list[int], tools: Tools, text: str, marks: list[Span]
+    ) -> list[Rendering]:
+        """The row from its marks alone; none where they are not one to an answer, or don't end as answers do."""
+        answers = _answers(messages)
+        if len(answers) != len(marks):
+            return []
+        spans = []
+        for number, (start, end) in zip(answers, marks, strict=True):
+            ending = self._call_ending if messages[number].get("tool_calls") else self._ending
+            if ending is None:
+                return []
+            if text.endswith(ending.written, start, end):
+                end -= len(ending.written) - ending.produced
+            elif not text.endswith(ending.written[: ending.produced], start, end):
+                return []
+            check_answer(messages[number], text[start:end])
+            if number in wanted:
+                spans.append((start, end))
+        rendering = Rendering(text, spans)
+        check_others(messages, tools, rendering)
+        return [rendering]
+
+    def _split(
+        self, messages: list[Message], wanted: list[int], tools: Tools, text: str, marks: list[Span]
+    ) -> list[Rendering]:
+        """As few rows as hold every wanted turn as it was when the model wrote it."""
+        last = len(messages) - 1
+        turns: list[_Turn] = []
+        for number in reversed(wanted):
+            if turns and turns[-1].first <= number:
+                continue  # part of the turn that it was merged into
+            rendered = (text, marks) if number == last else self._render(messages[: number + 1], tools)
+            turn = self._turn(messages, number, tools, rendered)
+            if not all(message.get("train", True) for message in messages[turn.first : number]):
+                raise RowFault("answers merged by the template", f"message {number + 1} with one that isn't trained")
+            turns.append(turn)
+        renderings: list[Rendering] = []
+        while turns:
+            turn = turns[0]
+            whole = text.startswith(turn.row[: turn.end])
+            row = text if whole else turn.row
+            held = [other for other in turns if row.startswith(other.row[: other.end])]
+            turns = [other for other in turns if other not in held]
+            rendering = Rendering(row, [span for other in reversed(held) for span in other.spans])
+            check_others(messages if whole else messages[: turn.last + 1], tools, rendering)
+            renderings.append(rendering)
+        return renderings[::-1]
+
+    def _turn(self, messages: list[Message], number: int, tools: Tools, rendered: tuple[str, list[Span]]) -> _Turn:
+        """The answer in message `number`, from the render up to it."""
+        text, marks = rendered
+        first, start = self._start(messages, number, tools, text)
+        marks = [mark for mark in marks if mark[1] > start]
+        if self._marked and not marks:
+            raise RowFault("not marked by the template", f"message {number + 1}, an answer")
+        window = text[max(0, start - self._header) :]
+        for answer in messages[first : number + 1]:
+            check_answer(answer, window)
+        calls = bool(messages[number].get("tool_calls"))
+        ending = self._call_ending if calls else self._ending
+        if calls and ending is None and self._ending is not None:
+            raise RowFault("tool call lost by the template", "it doesn't write calls, or nothing that ends them")
+        if ending is None or not text.endswith(ending.written):
+            kind = "end token not marked by the template" if self._marked else "end token not found"
+            raise RowFault(kind, f"message {number + 1} ends with {text[start:][-40:]!r}")
+        end = len(text) - len(ending.written) + ending.produced
+        row = text
+        if ending.following:
+            row += self._next_token(messages, number, tools, text) or ending.following
+            end = len(row)
+        if end <= start:
+            raise RowFault("nothing to train", f"message {number + 1} is all in the generation prompt")
+        spans = [(start, end)]
+        if self._marked:
+            spans = [(max(start, mark[0]), min(end, mark[1])) for mark in marks if mark[0] < end]
+            spans = [span for span in spans if span[0] < span[1]]
+            if not spans or spans[-1][1] < end:
+                raise RowFault("end token not marked by the template", f"{text[end - 20 : end]!r} is not trained")
+            if len(spans) == 1:
+                check_answer(messages[number], text[max(0, spans[0][0] - self._header) : end], last_part=True)
+        return _Turn(first, number, row, end, spans)
+
+    def _next_token(self, messages: list[Message], number: int, tools: Tools, text: str) -> str:
+        """The control token with which the message after `number` begins, if it does and leaves `text` as it is."""
+        if number + 1 == len(messages):
+            return ""
+        longer, _ = self._render(messages[: number + 2], tools)
+        token = self._special.match(longer, len(text)) if longer.startswith(text) else None
+        return token[0] if token else ""
+
+    def _start(self, messages: list[Message], number: int, tools: Tools, text: str) -> tuple[int, int]:
+        """Where the model begins to write answer `number` in `text`, and the message that this writing begins with."""
+        run = number
+        while run and messages[run - 1]["role"] == "assistant":
+            run -= 1
+        shown = ""
+        for first in dict.fromkeys((number, run)):
+            for mode in self._all_modes():
+                try:
+                    prompt, _ = self._render(messages[:first], tools, None, add_generation_prompt=True, **mode)
+                except RowFault as fault:
+                    shown = shown or f"The template can't prompt for message {number + 1} ({fault.detail})."
+                    continue
+                if text.startswith(prompt):
+                    return first, len(prompt)
+                shown = shown or _difference(prompt, text)
+        raise RowFault(_NO_PROMPT, shown)
+
+    def _all_modes(self) -> Iterator[dict[str, Any]]:
+        yield {}
+        yield from self._modes
+
+    def _render(
+        self, messages: list[Message], tools: Tools, form: _Form | None = None, **options: Any
+    ) -> tuple[str, list[Span]]:
+        """Text and marks of one conversation. Raises RowFault where the template refuses it."""
+        form = form or self._form
+        try:
+            texts, marks = render_jinja_template(
+                conversations=[[_adapted(message, form) for message in messages]],
+                tools=tools,
+                chat_template=self._template,
+                return_assistant_tokens_mask=self._marked,
+                **options,
+                **self._variables,
+            )
+        except _TEMPLATE_FAULTS as fault:
+            raise RowFault("refused by the template", " ".join(str(fault).split()) or type(fault).__name__) from fault
+        return str(texts[0]), [(start, end) for start, end in marks[0]] if self._marked else []
+
+    def _try(self, messages: list[Message], form: _Form, **options: bool) -> str | None:
+        try:
+            return self._render(messages, _tools_for(messages), form, **options)[0]
+        except RowFault:
+            return None
+
+
+_NO_PROMPT = "answer doesn't follow its prompt"
+_RESULT: Message = {"role": "tool", "name": _NAME, "tool_call_id": "abcdefghi", "content": _NEXT}
+_TOOLS: list[dict[str, Any]] = [
+    {
+        "type": "function",
+        "function": {
+            "name": _NAME,
+            "description": "A tool.",
+            "parameters": {"type": "object", "properties": {"key": {"type": "string", "description": "Its key."}}},
+        },
+    }
+]
+
+
+def _tools_for(messages: list[Message]) -> Tools:
+    return _TOOLS if any("tool_calls" in message for message in messages) else None
+
+
+def _question(*answer: str) -> list[Message]:
+    turns: list[Message] = [{"role": "user", "content": _QUESTION}]
+    return turns + [{"role": "assistant", "content": text} for text in answer]
+
+
+def _call() -> list[Message]:
+    function = {"name": _NAME, "arguments": {"key": _VALUE}}
+    calls = [{"id": "abcdefghi", "type": "function", "function": function}]
+    return [*_question(), {"role": "assistant", "content": "", "tool_calls": calls}]
+
+
+def _trials() -> list[list[Message]]:
+    """Conversations that templates are known to render in ways of their own."""
+    two = [*_question(_ANSWER), {"role": "user", "content": _NEXT}, {"role": "assistant", "content": _VALUE}]
+    reasoned = [two[0], {**two[1], "reasoning_content": _NAME}]
+    inline = [two[0], {**two[1], "content": f"<think>\n{_NAME}\n</think>\n\n{_ANSWER}"}]
+    called = [*_call(), _RESULT, two[1], *two[2:]]
+    return [two, reasoned, [*reasoned, *two[2:]], inline, [*inline, *two[2:]], called]
+
+
+def _answers(messages: list[Message]) -> list[int]:
+    return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _any_of(tokens: Any) -> re.Pattern[str]:
+    longest_first = sorted({token for token in tokens if token}, key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) is found nowhere
+
+
+def _difference(prompt: str, text: str) -> str:
+    """In words: where the generation prompt and the conversation part."""
+    same = next((at for at, pair in enumerate(zip(prompt, text, strict=False)) if pair[0] != pair[1]), len(text))
+    here, there = prompt[same : same + 40], text[same : same + 40]
+    return f"Its generation prompt goes on with {here!r} where the conversation goes on with {there!r}."
+
+
+def _adapted(message: Message, form: _Form) -> Message:
+    """The message as the template wants it."""
+    content = message.get("content") or ""
+    calls = message.get("tool_calls")
+    if not isinstance(content, str):
+        return message
+    adapted: Message = {**message, "content": [{"type": "text", "text": content}] if form.parts else content}
+    if calls and form.none_content and not content:
+        adapted["content"] = None
+    if calls and form.json_arguments:
+        adapted["tool_calls"] = [_with_json_arguments(call) for call in calls]
+    return adapted
+
+
+def _with_json_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or isinstance(function.get("arguments"), str):
+        return call
+    arguments = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": arguments}}

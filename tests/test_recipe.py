@@ -146,7 +146,7 @@ BROKEN: dict[str, tuple[str, str, list[str]]] = {
         "validation: [{file: x}]\n  max_length",
         ["data.validation.0.path: missing", "2 faults"],
     ),
-    "role that comes later": ("template: chatml", "system_role: turn", ["chat.system_role: found 'turn'", "native"]),
+    "unknown policy": ("template: chatml", "system_role: trun", ["chat.system_role: found 'trun'", "`turn`"]),
     "unknown template": (
         "chatml",
         "chatlm",

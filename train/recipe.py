@@ -59,8 +59,16 @@ class ChatSection(_Section):
 
     template: Text | None = None
     """A name in train/data/templates, the path of a .jinja file, or null = the tokenizer's own."""
-    system_role: Literal["native"] = "native"
-    """What becomes of system messages; native = the template has a place for them."""
+    system_role: Literal["native", "merge_into_user", "turn", "error"] = "native"
+    """What becomes of system messages; native = the template has a place for them, and is refused if it loses them;
+    merge_into_user = into the user turn that follows; turn = where the template has none, a turn made like the user's
+    (as SYSGEN did for Gemma-2); error = a row with one is refused. The saved tokenizer's template does the same."""
+    default_system: str | None = None
+    """System message of conversations that don't begin with one, written into the saved template too; null = none of
+    ours, so a default that the template itself adds stays; "" = that one is taken out."""
+    control_tokens_in_text: Literal["error", "escape", "allow"] = "error"
+    """What becomes of control tokens (<|im_end|>) typed in a message, which would end turns and open others; error =
+    the row is refused; escape = an invisible character breaks them up; allow = they stay control tokens."""
     train_on: Literal["assistant", "last"] = "assistant"
     """Train every assistant turn, or the last one of each conversation. Its end token is always trained with it."""
 

@@ -86,6 +86,21 @@ def test_the_end_token_is_the_one_after_the_answer(chatml_tokenizer, mistral_tok
     assert end_token(mistral) == "</s>"
 
 
+def test_the_end_token_is_found_without_marks(tokenizer) -> None:
+    assert end_token(tokenizer) == "<|im_end|>"  # SmolLM2's own template has none
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}{{ '<|endoftext|>' }}"
+    assert end_token(tokenizer) == "<|im_end|>"  # as Phi-3's, which writes one token more at the very end
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' end' }}{% endfor %}"
+    assert end_token(tokenizer) is None
+
+
+def test_a_template_without_marks_renders_without_spans(tokenizer) -> None:
+    assert render(tokenizer, CONVERSATIONS[1]) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n",
+        [],
+    )
+
+
 def test_a_template_of_other_control_tokens_is_refused(mistral_tokenizer_v1) -> None:
     with pytest.raises(UserError, match=r"<\|im_end\|>, <\|im_start\|>, which the tokenizer .* does not have"):
         use_template(mistral_tokenizer_v1(), "chatml")

@@ -74,16 +74,17 @@ def render(
 ) -> tuple[str, list[tuple[int, int]]]:
     """Text of one conversation under the tokenizer's template, and the character spans inside `{% generation %}`.
 
+    A template without such marks gives no spans.
     Raises jinja2.TemplateError where the template refuses the conversation.
     """
     texts, spans = render_jinja_template(
         conversations=[messages],
         tools=tools,
         chat_template=tokenizer.chat_template,
-        return_assistant_tokens_mask=True,
+        return_assistant_tokens_mask=has_generation_marks(str(tokenizer.chat_template)),
         **tokenizer.special_tokens_map,
     )
-    return texts[0], [tuple(span) for span in spans[0]]
+    return texts[0], [tuple(span) for span in spans[0]] if spans else []
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -91,11 +92,16 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
     None where a plain question and answer does not show one.
     """
+    question = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    marked = has_generation_marks(str(tokenizer.chat_template))
     try:
-        text, spans = render(
-            tokenizer, [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        )
+        text, spans = render(tokenizer, question)
     except jinja2.TemplateError:
         return None
-    tail = text[slice(*spans[-1])].rpartition("answer")[2].strip() if spans else ""
-    return tail if tail in tokenizer.get_vocab() else None
+    text = text if not marked else text[slice(*spans[-1])] if spans else ""
+    tail = text.rpartition("answer")[2].strip()
+    if marked:
+        return tail if tail in tokenizer.get_vocab() else None
+    # Without marks more may follow, such as Phi-3's <|endoftext|>; words of the vocabulary don't end an answer.
+    control = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+    return next((token for token in control if tail.startswith(token)), None)

@@ -1,0 +1,85 @@
+"""Chat templates of many kinds, on a tokenizer that holds little but their special tokens."""
+
+from pathlib import Path
+from typing import Any
+
+import trl
+from tokenizers import AddedToken, Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+TRL_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+
+# Mistral 7B Instruct v0.1, as on the hub: it raises for a system message, as the roles don't alternate then.
+MISTRAL_V1 = (
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token + ' ' }}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+# As mistral-common encodes it from v3 on: into the LAST user turn.
+MISTRAL_V3 = (
+    "{%- set system = '' -%}{%- set chat = messages -%}{%- if messages[0].role == 'system' -%}"
+    "{%- set system = messages[0].content + '\n\n' -%}{%- set chat = messages[1:] -%}{%- endif -%}"
+    "{%- set last = (chat | selectattr('role', 'equalto', 'user') | list)[-1] -%}{{- bos_token -}}"
+    "{%- for message in chat -%}{%- if message.role == 'user' -%}"
+    "{{- '[INST] ' + (system if message is sameas last or message == last else '') + message.content + '[/INST]' -}}"
+    "{%- elif message.role == 'assistant' -%}{{- ' ' + message.content + eos_token -}}"
+    "{%- else -%}{{- raise_exception('Only user and assistant roles are supported') -}}{%- endif -%}{%- endfor -%}"
+)
+# Mistral Small (v7): a place of its own.
+MISTRAL_V7 = (
+    "{{- bos_token -}}{%- for message in messages -%}{%- if message.role == 'system' -%}"
+    "{{- '[SYSTEM_PROMPT]' + message.content + '[/SYSTEM_PROMPT]' -}}{%- elif message.role == 'user' -%}"
+    "{{- '[INST]' + message.content + '[/INST]' -}}{%- else -%}{{- message.content + eos_token -}}{%- endif -%}"
+    "{%- endfor -%}"
+)
+# Llama 2: BOS before every exchange, the system message within the first of them.
+LLAMA_2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set chat = messages[1:] %}{% set system = messages[0]['content'] %}"
+    "{% else %}{% set chat = messages %}{% set system = false %}{% endif %}{% for message in chat %}"
+    "{% if message['role'] == 'system' %}{{ raise_exception('Only one system message, at the start') }}{% endif %}"
+    "{% if loop.index0 == 0 and system != false %}{% set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + "
+    "message['content'] %}{% else %}{% set content = message['content'] %}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+# Vicuna's way, and the system message is nowhere; it raises for none.
+IGNORES = (
+    "{% for message in messages %}{% if message.role == 'user' %}{{ 'USER: ' + message.content + '\n' }}"
+    "{% elif message.role == 'assistant' %}{{ 'ASSISTANT: ' + message.content + eos_token + '\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+# A default under a variable, and an empty system message writes no turn.
+DEFAULT_IN_VARIABLE = (
+    "{% set ns = namespace(system='You are ' + 'Al.') %}{% for m in messages if m.role == 'system' %}"
+    "{% set ns.system = m.content %}{% endfor %}{% if ns.system %}{{ '<|system|>\n' + ns.system + '<|end|>\n' }}{% endif %}"
+    "{% for m in messages if m.role != 'system' %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+)
+INLINE = {
+    "mistral v1": MISTRAL_V1,
+    "mistral v3": MISTRAL_V3,
+    "mistral v7": MISTRAL_V7,
+    "llama 2": LLAMA_2,
+    "ignores": IGNORES,
+    "default in a variable": DEFAULT_IN_VARIABLE,
+}
+
+
+def tokenizer_with(template: str, bos: str = "<s>", eos: str = "</s>", special: tuple[str, ...] = ()) -> Any:
+    """A tokenizer of nothing but its special tokens, with a template of TRL's or of the above."""
+    backend = Tokenizer(models.WordLevel({"unknown": 0}, unk_token="unknown"))
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos)
+    text = INLINE.get(template) or (TRL_TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8")
+    tokenizer.chat_template = text
+    return tokenizer
+
+
+def say(*turns: str) -> list[dict[str, Any]]:
+    """Messages from "user: Hi"."""
+    return [{"role": role, "content": text} for role, _, text in (turn.partition(": ") for turn in turns)]
+
+
+def text_of(tokenizer: Any, *turns: str, **options: Any) -> str:
+    return tokenizer.apply_chat_template(say(*turns), tokenize=False, **options)

@@ -48,7 +48,12 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
 
 
 def check_fits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError where the model can't take its input: ids beyond its vocabulary, too long a sequence."""
+    """Raise UserError where the run can't work on this machine or model: found before the data is prepared.
+
+    A kernel or package that is missing, token ids beyond the model's vocabulary, sequences longer than its positions.
+    """
+    choose_attention(recipe.model.attention, recipe.model.dtype)
+    quantization_config(recipe.quantization)
     try:
         config = AutoConfig.from_pretrained(**_origin(recipe.model)).get_text_config()
     except (OSError, ValueError, KeyError, ImportError) as fault:

@@ -59,9 +59,11 @@ def answer(folder: Path, rows: list[dict[str, Any]], max_new_tokens: int, batch_
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from train.model.generate import generate
+    from train.model.load import hide_bars_in_logs
 
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such model folder")
+    hide_bars_in_logs()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, use_safetensors=True)
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -65,6 +65,8 @@ def train(recipe: Recipe, resume: str) -> None:
         overview = screen(recipe, template, data, trainer.model, arguments)
         if is_first_rank():
             print(overview, flush=True)
+            if checkpoint:
+                print(f"going on from {checkpoint}", flush=True)
         started = time.monotonic()
         with step_log:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -137,6 +137,23 @@ def test_a_run_goes_on_from_its_newest_complete_checkpoint(
     assert main(["--recipe", recipe, "--resume", "never"]) == 0
 
 
+def test_a_base_model_is_saved_to_stop_at_the_end_token_of_the_template(
+    recipe_file: Callable[..., Path], tmp_path: Path, tiny_model: Path
+) -> None:
+    """Base models end a text with another token; served with it, a tuned model would never stop."""
+    base = tmp_path / "base"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.eos_token = "<|endoftext|>"
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    assert main(["--recipe", str(recipe_file(model={"name_or_path": str(base)}))]) == 0
+    saved = AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert saved.eos_token == "<|im_end|>"
+    generation = AutoModelForCausalLM.from_pretrained(tmp_path / "run").generation_config
+    assert set(generation.eos_token_id) == {saved.eos_token_id, tokenizer.eos_token_id}
+
+
 def test_a_validation_share_is_evaluated_at_the_end_even_if_no_strategy_says_when(
     recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:

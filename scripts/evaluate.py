@@ -59,9 +59,11 @@ def answer(folder: Path, rows: list[dict[str, Any]], max_new_tokens: int, batch_
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from train.model.generate import generate
+    from train.model.load import hide_bars_in_logs
 
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such model folder")
+    hide_bars_in_logs()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, use_safetensors=True)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -140,7 +142,8 @@ def draw(verdicts: list[Verdict], path: Path) -> None:
     axes.set_yticks(list(places), [name for name, _, _ in bars])
     axes.set_xlim(0, 1)
     axes.set_xlabel("share of held-out answers that obey the system message")
-    axes.legend(loc="lower right")
+    axes.margins(y=0.01)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)

@@ -146,3 +146,24 @@ def recipe_file(tmp_path: Path, tiny_model: Path, rows_file: Path) -> Callable[.
         return path
 
     return write
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs train/sft.py's door on a recipe that is at fault somewhere, and gives what it says after `error:`.
+
+    Every fault ends alike: exit code 2, one `error:` on standard error, no traceback.
+    """
+
+    def run(*arguments: str | Path) -> str:
+        from train.sft import main
+
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 2
+        shown = capsys.readouterr()
+        assert shown.err.startswith("error: ")
+        assert shown.err.count("error: ") == 1
+        assert "Traceback" not in shown.err + shown.out
+        return shown.err.removeprefix("error: ").rstrip("\n")
+
+    return run

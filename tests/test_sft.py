@@ -122,7 +122,9 @@ def test_a_run_goes_on_from_its_newest_complete_checkpoint(
     (run / "checkpoint-4" / "COMPLETE.json").unlink()
     capsys.readouterr()
     assert main(["--recipe", recipe]) == 0
-    assert "step 2/4" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"going on from {run / 'checkpoint-2'}" in shown
+    assert "step 2/4" not in shown
     again, metrics_again = load_file(run / "model.safetensors"), lines_of(run / "metrics.jsonl")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert [line["loss"] for line in metrics_again] == [line["loss"] for line in metrics]
@@ -133,6 +135,23 @@ def test_a_run_goes_on_from_its_newest_complete_checkpoint(
     assert main(["--recipe", recipe, "--resume", str(run / "checkpoint-2")]) == 2
     assert "no complete checkpoint" in capsys.readouterr().err
     assert main(["--recipe", recipe, "--resume", "never"]) == 0
+
+
+def test_a_base_model_is_saved_to_stop_at_the_end_token_of_the_template(
+    recipe_file: Callable[..., Path], tmp_path: Path, tiny_model: Path
+) -> None:
+    """Base models end a text with another token; served with it, a tuned model would never stop."""
+    base = tmp_path / "base"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.eos_token = "<|endoftext|>"
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    assert main(["--recipe", str(recipe_file(model={"name_or_path": str(base)}))]) == 0
+    saved = AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert saved.eos_token == "<|im_end|>"
+    generation = AutoModelForCausalLM.from_pretrained(tmp_path / "run").generation_config
+    assert set(generation.eos_token_id) == {saved.eos_token_id, tokenizer.eos_token_id}
 
 
 def test_a_validation_share_is_evaluated_at_the_end_even_if_no_strategy_says_when(
@@ -164,15 +183,6 @@ def test_no_secret_of_the_environment_is_written(
 # What bad input gets: exit code 2 and one `error:` that says where and what to write.
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    capsys.readouterr()
-    assert main(arguments) == 2
-    shown = capsys.readouterr()
-    assert shown.err.startswith("error: ")
-    assert "Traceback" not in shown.err + shown.out
-    return shown.err
-
-
 def test_a_broken_recipe_ends_with_2_and_no_traceback(tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text("model: {name_or_path: x}\noutput_dirr: y\n")
@@ -192,16 +202,14 @@ MODEL_FAULTS = {
 
 
 @pytest.mark.parametrize("words", MODEL_FAULTS)
-def test_a_model_that_is_not_there(
-    words: str, recipe_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    error = refused(["--recipe", str(recipe_file(model=MODEL_FAULTS[words]))], capsys)
+def test_a_model_that_is_not_there(words: str, recipe_file: Callable[..., Path], refused: Callable[..., str]) -> None:
+    error = refused("--recipe", recipe_file(model=MODEL_FAULTS[words]))
     assert "model.name_or_path" in error
     assert words in error
 
 
 def test_pickled_weights_are_refused_and_allowed_by_the_key(
-    recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     folder = tmp_path / "pickled"
     folder.mkdir()
@@ -210,9 +218,7 @@ def test_pickled_weights_are_refused_and_allowed_by_the_key(
             (folder / path.name).write_bytes(path.read_bytes())
     weights = load_file(tiny_model / "model.safetensors")
     torch.save({**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}, folder / "pytorch_model.bin")
-    assert "model.allow_pickle: true" in refused(
-        ["--recipe", str(recipe_file(model={"name_or_path": str(folder)}))], capsys
-    )
+    assert "model.allow_pickle: true" in refused("--recipe", recipe_file(model={"name_or_path": str(folder)}))
     allowed = recipe_file(
         model={"name_or_path": str(folder), "allow_pickle": True}, training={"num_train_epochs": ..., "max_steps": 1}
     )
@@ -220,7 +226,7 @@ def test_pickled_weights_are_refused_and_allowed_by_the_key(
 
 
 def test_code_that_comes_with_a_model_is_not_run(
-    recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     folder = tmp_path / "foreign"
     folder.mkdir()
@@ -230,9 +236,7 @@ def test_code_that_comes_with_a_model_is_not_run(
     config |= {"model_type": "foreign", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    assert "model.trust_remote_code: true" in refused(
-        ["--recipe", str(recipe_file(model={"name_or_path": str(folder)}))], capsys
-    )
+    assert "model.trust_remote_code: true" in refused("--recipe", recipe_file(model={"name_or_path": str(folder)}))
     assert not (tmp_path / "ran").exists()
 
 
@@ -256,15 +260,19 @@ RUN_FAULTS = {
 
 @pytest.mark.parametrize("fault", RUN_FAULTS)
 def test_a_fault_found_before_training(
-    fault: str, recipe_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    fault: str, recipe_file: Callable[..., Path], refused: Callable[..., str]
 ) -> None:
     sections, words = RUN_FAULTS[fault]
-    error = refused(["--recipe", str(recipe_file(**sections))], capsys)
+    error = refused("--recipe", recipe_file(**sections))
     assert [word for word in words if word not in error] == []
 
 
 def test_rows_that_the_template_refuses_are_named_or_left_out(
-    recipe_file: Callable[..., Path], tmp_path: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]
+    recipe_file: Callable[..., Path],
+    tmp_path: Path,
+    rows_file: Path,
+    refused: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     lines = rows_file.read_text().splitlines()
     lines[4] = json.dumps(
@@ -277,7 +285,7 @@ def test_rows_that_the_template_refuses_are_named_or_left_out(
         }
     )
     rows_file.write_text("\n".join(lines))
-    error = refused(["--recipe", str(recipe_file())], capsys)
+    error = refused("--recipe", recipe_file())
     assert "1 refused by the template" in error
     assert "rows.jsonl:5" in error
     assert main(["--recipe", str(recipe_file(data={"on_bad_row": "skip"}))]) == 0

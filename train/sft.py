@@ -65,6 +65,8 @@ def train(recipe: Recipe, resume: str) -> None:
         overview = screen(recipe, template, data, trainer.model, arguments)
         if is_first_rank():
             print(overview, flush=True)
+            if checkpoint:
+                print(f"going on from {checkpoint}", flush=True)
         started = time.monotonic()
         with step_log:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -87,6 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
         if is_first_rank():
             print(f"error: {fault}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
+        return 130
     return 0
 
 

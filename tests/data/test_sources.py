@@ -438,13 +438,13 @@ BROKEN: dict[str, tuple[bytes, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_says_where_and_what(name: str, tmp_path: Path) -> None:
+def test_a_broken_file_says_where_and_what(
+    name: str, tmp_path: Path, recipe_file: Callable[..., Path], refused: Callable[..., str]
+) -> None:
     content, words = BROKEN[name]
     path = write(tmp_path / name, content)
-    with pytest.raises(UserError) as caught:
-        load(section(path), 0)
-    assert [word for word in words if word.format(path=path) not in str(caught.value)] == []
-    assert not str(caught.value).startswith("error")
+    message = refused("--recipe", recipe_file(data={"sources": [{"path": str(path)}]}))
+    assert [word for word in words if word.format(path=path) not in message] == []
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.jsonl.zst", "rows.csv.gz", "rows.parquet"])
@@ -459,7 +459,7 @@ def test_a_file_that_was_cut_off_is_an_error_not_fewer_rows(name: str, tmp_path:
     assert str(path) in str(caught.value)
 
 
-def refused(path: Path | str, **keys: Any) -> str:
+def error_of(path: Path | str, **keys: Any) -> str:
     with pytest.raises(UserError) as caught:
         load(section(path, sources=[{"path": str(path), **keys}]), 0)
     return str(caught.value)
@@ -467,17 +467,17 @@ def refused(path: Path | str, **keys: Any) -> str:
 
 def test_a_path_that_is_not_there_gets_a_suggestion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "data" / "conversations.jsonl", GOOD)
-    error = refused(tmp_path / "data" / "conversation.jsonl")
+    error = error_of(tmp_path / "data" / "conversation.jsonl")
     assert error.startswith("data.sources.0: ")
     assert f"Did you mean {tmp_path}/data/conversations.jsonl?" in error
-    assert f"Did you mean {tmp_path}/data?" in refused(tmp_path / "dato" / "conversations.jsonl")
+    assert f"Did you mean {tmp_path}/data?" in error_of(tmp_path / "dato" / "conversations.jsonl")
     monkeypatch.chdir(tmp_path)
-    assert "Did you mean data?" in refused("daat/conversations.jsonl")
-    assert f"no file matches this pattern in {tmp_path}" in refused("data/*.parquet")
+    assert "Did you mean data?" in error_of("daat/conversations.jsonl")
+    assert f"no file matches this pattern in {tmp_path}" in error_of("data/*.parquet")
 
 
 def test_a_hub_id_that_can_not_be_had_says_what_was_tried() -> None:
-    error = refused("nobody/no-such-data", name="small", split="test", revision="v1")
+    error = error_of("nobody/no-such-data", name="small", split="test", revision="v1")
     for word in ("nobody/no-such-data", "split `test`", "configuration `small`", "revision `v1`", "hf auth login"):
         assert word in error
     assert "\n" not in error
@@ -501,22 +501,22 @@ def test_keys_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", GOOD)
     datasets.Dataset.from_list([pair()]).save_to_disk(str(tmp_path / "saved"))
     for key in ("name", "revision", "split"):
-        assert f"`{key}: other` has no meaning" in refused(path, **{key: "other"})
-        assert f"`{key}: other` has no meaning" in refused(tmp_path / "saved", **{key: "other"})
+        assert f"`{key}: other` has no meaning" in error_of(path, **{key: "other"})
+        assert f"`{key}: other` has no meaning" in error_of(tmp_path / "saved", **{key: "other"})
 
 
 def test_folders_that_can_not_be_meant(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "no data file in this folder" in refused(tmp_path / "empty")
+    assert "no data file in this folder" in error_of(tmp_path / "empty")
     write(tmp_path / "half" / "train.jsonl", GOOD)
     write(tmp_path / "half" / "held_out.jsonl", GOOD)
-    assert "is held_out.jsonl part of the split `train`?" in refused(tmp_path / "half")
+    assert "is held_out.jsonl part of the split `train`?" in error_of(tmp_path / "half")
     write(tmp_path / "test" / "test.jsonl", GOOD)
-    assert "no files of the split `train`. The names tell of: test" in refused(tmp_path / "test")
+    assert "no files of the split `train`. The names tell of: test" in error_of(tmp_path / "test")
     datasets.DatasetDict(train=datasets.Dataset.from_list([pair()])).save_to_disk(str(tmp_path / "saved"))
-    assert "no split `test`. It has: train" in refused(tmp_path / "saved", split="test")
+    assert "no split `test`. It has: train" in error_of(tmp_path / "saved", split="test")
     (tmp_path / "saved" / "train" / "state.json").unlink()
-    assert "can't be opened" in refused(tmp_path / "saved")
+    assert "can't be opened" in error_of(tmp_path / "saved")
 
 
 def test_a_pickle_that_is_none_is_an_error(tmp_path: Path) -> None:
@@ -527,7 +527,7 @@ def test_a_pickle_that_is_none_is_an_error(tmp_path: Path) -> None:
 
 def test_a_weight_that_leaves_nothing_and_a_share_that_can_not_be(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", GOOD * 3)
-    assert "data.sources.0.weight: 0.1 of 3 rows is none" in refused(path, weight=0.1)
+    assert "data.sources.0.weight: 0.1 of 3 rows is none" in error_of(path, weight=0.1)
     with pytest.raises(UserError, match="every row begins with the same user message"):
         load(section(path, validation=0.5), 0)
 

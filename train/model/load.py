@@ -1,6 +1,6 @@
 """Weights and tokenizer from a folder or the hub: safetensors only and no foreign code, unless the recipe allows it."""
 
-import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,12 @@ from train.errors import UserError
 from train.model.adapters import quantization_config
 from train.model.attention import choose_attention
 from train.recipe import ModelSection, Recipe
+
+
+def hide_bars_in_logs() -> None:
+    """Keep transformers' own progress bars out of a log file, where each step of theirs is a piece of one long line."""
+    if not sys.stdout.isatty():
+        transformers_logging.disable_progress_bar()
 
 
 def _origin(model: ModelSection) -> dict[str, Any]:
@@ -48,7 +54,12 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
 
 
 def check_fits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError where the model can't take its input: ids beyond its vocabulary, too long a sequence."""
+    """Raise UserError where the run can't work on this machine or model: found before the data is prepared.
+
+    A kernel or package that is missing, token ids beyond the model's vocabulary, sequences longer than its positions.
+    """
+    choose_attention(recipe.model.attention, recipe.model.dtype)
+    quantization_config(recipe.quantization)
     try:
         config = AutoConfig.from_pretrained(**_origin(recipe.model)).get_text_config()
     except (OSError, ValueError, KeyError, ImportError) as fault:
@@ -72,8 +83,7 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     Under DeepSpeed ZeRO-3 the training arguments must exist before this is called: then no rank holds the whole model.
     Raises UserError where the weights can't be opened or are pickled and the recipe doesn't allow that.
     """
-    if not os.isatty(1):
-        transformers_logging.disable_progress_bar()
+    hide_bars_in_logs()
     model = recipe.model
     try:
         return AutoModelForCausalLM.from_pretrained(

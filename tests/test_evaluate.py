@@ -1,0 +1,90 @@
+"""scripts/evaluate.py: every figure of its report, counted again from the answers it wrote."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RULES = """
+from dataclasses import dataclass
+from typing import Callable
+
+@dataclass(frozen=True)
+class Rule:
+    check: Callable[[str, str], bool]
+
+RULES = {"long": Rule(lambda question, text: len(text) > 12), "never": Rule(lambda question, text: False)}
+"""
+
+
+@pytest.fixture
+def evaluated(tiny_model: Path, tmp_path: Path) -> tuple[Path, list[dict]]:
+    """The folder of the model "after" (the same model, copied) and the rows asked."""
+    after = tmp_path / "after"
+    after.mkdir()
+    for path in tiny_model.iterdir():
+        (after / path.name).write_bytes(path.read_bytes())
+    (after / "report.md").write_text("# a run\n\nof before\n", encoding="utf-8")
+    (tmp_path / "rules.py").write_text(RULES, encoding="utf-8")
+    rows = [
+        {
+            "messages": [{"role": role, "content": f"river {row}"} for role in ("system", "user", "assistant")],
+            "rule": "long" if row % 3 else "never",
+            "held_out": "rule" if row > 5 else "wording",
+        }
+        for row in range(8)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return after, rows
+
+
+def test_adherence_is_what_the_answers_say(
+    evaluated: tuple[Path, list[dict]], tiny_model: Path, tmp_path: Path
+) -> None:
+    after, rows = evaluated
+    command = [
+        "--rules",
+        tmp_path / "rules.py",
+        "--data",
+        tmp_path / "rows.jsonl",
+        "--before",
+        tiny_model,
+        "--after",
+        after,
+    ]
+    for _ in range(2):  # a second time the section is written anew, not once more
+        result = subprocess.run(
+            [sys.executable, ROOT / "scripts" / "evaluate.py", "rules", *command, "--max-new-tokens", "8", "--batch-size", "3"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+    answers = [json.loads(line) for line in (after / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [answer["messages"] for answer in answers] == [row["messages"] for row in rows]
+    assert all(answer["answers"][0] == answer["answers"][1] for answer in answers)
+    for answer in answers:
+        assert answer["obeys"] == [answer["rule"] == "long" and len(text) > 12 for text in answer["answers"]]
+    figures = json.loads((after / "adherence.json").read_text(encoding="utf-8"))
+    for kind in ("wording", "rule"):
+        for rule in ("long", "never"):
+            asked = [answer for answer in answers if (answer["held_out"], answer["rule"]) == (kind, rule)]
+            obeyed = sum(answer["obeys"][0] for answer in asked)
+            assert figures[kind][rule] == {"rows": len(asked), "before": obeyed, "after": obeyed}
+    report = (after / "report.md").read_text(encoding="utf-8")
+    assert report.startswith("# a run\n\nof before\n\n## Does it follow")
+    assert report.count("## Does it follow") == 1
+    wording = [answer["obeys"][1] for answer in answers if answer["held_out"] == "wording"]
+    assert f"{sum(wording) / len(wording):.1%} after" in report
+    assert (after / "adherence.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_missing_files_are_errors(tmp_path: Path) -> None:
+    command = ["--rules", "no.py", "--data", "no.jsonl", "--before", "a", "--after", "b"]
+    result = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "evaluate.py", "rules", *command],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: --data no.jsonl: there is no such file")

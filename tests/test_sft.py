@@ -247,7 +247,7 @@ RUN_FAULTS = {
     ),
     "more tokens than positions": ({"data": {"max_length": 4096}}, ["data.max_length", "2,048 positions"]),
     "an unknown template": ({"chat": {"template": "chatlm"}}, ["chat.template", "chatml, mistral-system"]),
-    "a template without marks": ({"chat": {"template": None}}, ["chat.template", "{% generation %}"]),
+    "a template that loses messages": ({"chat": {"template": None}}, ["chat.template", "loses messages"]),
     "rows that are too long": ({"data": {"max_length": 100}}, ["data.max_length (100)", "data.overlong: drop"]),
     "rows that are all too long": (
         {"data": {"max_length": 8, "overlong": "drop"}},
@@ -265,6 +265,16 @@ def test_a_fault_found_before_training(
     sections, words = RUN_FAULTS[fault]
     error = refused("--recipe", recipe_file(**sections))
     assert [word for word in words if word not in error] == []
+
+
+def test_an_output_dir_that_can_not_be_written_is_told_before_the_data_is_read(
+    recipe_file: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "taken").write_text("a file")
+    for folder in (tmp_path / "taken", tmp_path / "taken" / "run"):
+        error = refused("--recipe", recipe_file(output_dir=str(folder), data={"sources": [{"path": "no/such.jsonl"}]}))
+        assert error.startswith(f"output_dir: {folder} can't be written: ")
+    assert (tmp_path / "taken").read_text() == "a file"
 
 
 def test_rows_that_the_template_refuses_are_named_or_left_out(

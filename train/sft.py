@@ -37,24 +37,23 @@ def train(recipe: Recipe, resume: str) -> None:
     # Heavy imports wait until the recipe is known to be right.
     from train.data.chat_template import end_token, use_template, without_generation_marks
     from train.data.prepare import prepare
+    from train.data.system_role import settle
     from train.loop.checkpoint import MarkComplete, find_checkpoint
-    from train.loop.report import write_report
+    from train.loop.report import claim_output_dir, write_report
     from train.loop.tracking import StepLog, tracked
     from train.loop.trainer import JanusTrainer, training_arguments
     from train.model.load import check_fits, load_model, load_tokenizer
     from train.preflight import screen
 
     checkpoint = find_checkpoint(resume, recipe.output_dir)
+    output_dir = claim_output_dir(recipe)
     tokenizer = load_tokenizer(recipe.model)
     check_fits(recipe, tokenizer)
     template = use_template(tokenizer, recipe.chat.template)
+    settle(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
     data = prepare(recipe, tokenizer)
     arguments = training_arguments(recipe, end_token=end_token(tokenizer))
     tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
-    output_dir = Path(recipe.output_dir)
-    if is_first_rank():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
     step_log = StepLog(recipe.output_dir)
     with tracked(recipe):

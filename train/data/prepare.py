@@ -75,14 +75,14 @@ def _prepare_part(
     account = Account()
     encoded: list[Encoded] = []
     with job(f"tokenizing {name} rows", total=len(conversations), unit="rows") as tokenizing:
-        for conversation, result in tokenize(tokenizer, conversations, recipe.chat.train_on):
+        chat = recipe.chat
+        for conversation, result in tokenize(tokenizer, conversations, chat.train_on, chat.control_tokens_in_text):
             tokenizing.advance()
             if isinstance(result, RowFault):
                 account.faults.setdefault(result.kind, BadRows()).add(conversation.place, result.detail)
                 continue
-            fitted = _fit(result, conversation.place, recipe.data, account)
-            if fitted is not None:
-                encoded.append(fitted)
+            fitted = (_fit(row, conversation.place, recipe.data, account) for row in result)
+            encoded += [row for row in fitted if row is not None]
     _refuse_faults(account, recipe.data)
     if not encoded:
         raise UserError(

@@ -1,10 +1,27 @@
-"""What a finished run leaves to read: report.md, with the loss as a picture."""
+"""What a run leaves to read: its resolved recipe, and report.md with the loss as a picture."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from train.progress import duration
+from train.errors import UserError
+from train.progress import duration, is_first_rank
+from train.recipe import Recipe
+
+
+def claim_output_dir(recipe: Recipe) -> Path:
+    """The folder of the run, made if need be, with the resolved recipe in it.
+
+    Raises UserError where it can't be written: known before hours of work, not after them.
+    """
+    folder = Path(recipe.output_dir)
+    try:
+        if is_first_rank():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    except OSError as fault:
+        raise UserError(f"output_dir: {folder} can't be written: {fault.strerror}. Name another folder.") from fault
+    return folder
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import warnings
 UNHELPFUL = {
     "trl.trainer.sft_trainer": ("per_device_train_batch_size of 1 with padding-free",),  # a packed row is a full batch
     "DeepSpeed": ("Setting accelerator to CPU",),
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),  # an optional, faster CPU kernel
 }
 UNHELPFUL_FUTURE_WARNINGS = (
     ".*`?gradient_checkpointing.*",  # TRL 1.16 sets it under its old name itself

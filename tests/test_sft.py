@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -117,7 +118,7 @@ def test_a_run_goes_on_from_its_newest_complete_checkpoint(
     recipe = str(recipe_file(training=training))
     assert main(["--recipe", recipe]) == 0
     run = tmp_path / "run"
-    assert json.loads((run / "checkpoint-4" / "COMPLETE.json").read_text()) == {"step": 4}
+    assert json.loads((run / "checkpoint-4" / "COMPLETE.json").read_text())["step"] == 4
     whole, metrics = load_file(run / "model.safetensors"), lines_of(run / "metrics.jsonl")
     (run / "checkpoint-4" / "COMPLETE.json").unlink()
     capsys.readouterr()
@@ -135,6 +136,28 @@ def test_a_run_goes_on_from_its_newest_complete_checkpoint(
     assert main(["--recipe", recipe, "--resume", str(run / "checkpoint-2")]) == 2
     assert "no complete checkpoint" in capsys.readouterr().err
     assert main(["--recipe", recipe, "--resume", "never"]) == 0
+    capsys.readouterr()
+    assert main(["--recipe", recipe, "training.learning_rate=0.5", "seed=1"]) == 2
+    error = capsys.readouterr().err
+    assert "belongs to another recipe: seed was 42 and is 1; training.learning_rate was 0.001 and is 0.5" in error
+
+
+def test_a_folder_with_another_model_in_it_is_not_written_into(
+    recipe_file: Callable[..., Path], refused: Callable[..., str], tiny_model: Path, tmp_path: Path
+) -> None:
+    assert "would be overwritten" in refused("--recipe", recipe_file(output_dir=str(tiny_model)))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "adapter_config.json").write_text("{}")
+    assert "holds an adapter" in refused("--recipe", recipe_file())
+
+
+def test_weights_that_are_broken_and_modules_that_are_not_there(
+    recipe_file: Callable[..., Path], refused: Callable[..., str], tiny_model: Path, tmp_path: Path
+) -> None:
+    assert "nosuch" in refused("--recipe", recipe_file(adapter={"target_modules": ["nosuch"]}))
+    shutil.copytree(tiny_model, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"cut short")
+    assert "can't be loaded" in refused("--recipe", recipe_file(model={"name_or_path": str(tmp_path / "broken")}))
 
 
 def test_a_base_model_is_saved_to_stop_at_the_end_token_of_the_template(
@@ -196,7 +219,7 @@ def test_a_broken_recipe_ends_with_2_and_no_traceback(tmp_path: Path) -> None:
 
 
 MODEL_FAULTS = {
-    "there is no folder outputs/nowhere": {"name_or_path": "outputs/nowhere"},
+    "there is no folder recipes/nowhere": {"name_or_path": "recipes/nowhere"},
     "can't be loaded": {"name_or_path": "nobody/no-such-model"},
 }
 

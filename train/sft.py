@@ -45,7 +45,7 @@ def train(recipe: Recipe, resume: str) -> None:
     from train.model.load import check_fits, load_model, load_tokenizer
     from train.preflight import screen
 
-    checkpoint = find_checkpoint(resume, recipe.output_dir)
+    checkpoint = find_checkpoint(resume, recipe)
     output_dir = claim_output_dir(recipe)
     tokenizer = load_tokenizer(recipe.model)
     check_fits(recipe, tokenizer)
@@ -60,7 +60,7 @@ def train(recipe: Recipe, resume: str) -> None:
         if is_first_rank():
             print(f"loading {recipe.model.name_or_path}", flush=True)
         model = load_model(recipe)
-        trainer = JanusTrainer(recipe, arguments, model, tokenizer, data, [step_log, MarkComplete()])
+        trainer = JanusTrainer(recipe, arguments, model, tokenizer, data, [step_log, MarkComplete(recipe)])
         overview = screen(recipe, template, data, trainer.model, arguments)
         if is_first_rank():
             print(overview, flush=True)

@@ -9,12 +9,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from train.errors import UserError
 from train.progress import is_first_rank
+from train.recipe import Recipe
 
 COMPLETE = "COMPLETE.json"
 
 
 class MarkComplete(TrainerCallback):
-    """Writes COMPLETE.json into a checkpoint once all else of it is there."""
+    """Writes COMPLETE.json into a checkpoint once all else of it is there, with the recipe that it belongs to."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = _decides_the_run(recipe)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called by transformers on every rank when a checkpoint has been written."""
@@ -23,15 +27,42 @@ class MarkComplete(TrainerCallback):
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         unfinished = folder / f"{COMPLETE}.unfinished"
-        unfinished.write_text(json.dumps({"step": state.global_step}) + "\n", encoding="utf-8")
+        unfinished.write_text(json.dumps({"step": state.global_step, "recipe": self._recipe}) + "\n", encoding="utf-8")
         unfinished.rename(folder / COMPLETE)
 
 
-def find_checkpoint(resume: str, output_dir: str) -> Path | None:
+def _decides_the_run(recipe: Recipe) -> dict[str, Any]:
+    """The dotted keys of the recipe that a run can't change half-way, with their values as JSON has them."""
+    sections = recipe.model_dump(mode="json", exclude={"output_dir", "tracking"})
+    flat = {}
+    for section, values in sections.items():
+        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
+            flat[f"{section}.{key}".rstrip(".")] = value
+    return flat
+
+
+def find_checkpoint(resume: str, recipe: Recipe) -> Path | None:
     """The checkpoint that `--resume auto|never|DIR` means; None to start from the beginning.
 
-    Raises UserError where DIR is no complete checkpoint, or where there are checkpoints but none is complete.
+    Raises UserError where DIR is no complete checkpoint, where there are checkpoints but none is complete, or where
+    the one found belongs to another recipe.
     """
+    found = _find(resume, recipe.output_dir)
+    if found is None:
+        return None
+    before = json.loads((found / COMPLETE).read_text(encoding="utf-8")).get("recipe", {})
+    now = _decides_the_run(recipe)
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if changed:
+        differences = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed)
+        raise UserError(
+            f"--resume {resume}: {found} belongs to another recipe: {differences}. Name another output_dir, change the "
+            "recipe back, or write `--resume never` to start anew."
+        )
+    return found
+
+
+def _find(resume: str, output_dir: str) -> Path | None:
     if resume == "never":
         return None
     if resume != "auto":

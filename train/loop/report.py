@@ -15,6 +15,13 @@ def claim_output_dir(recipe: Recipe) -> Path:
     Raises UserError where it can't be written: known before hours of work, not after them.
     """
     folder = Path(recipe.output_dir)
+    if folder.is_dir() and Path(recipe.model.name_or_path).resolve() == folder.resolve():
+        raise UserError("output_dir: that is the folder of model.name_or_path: it would be overwritten. Name another.")
+    if recipe.adapter is None and (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"output_dir: {folder} holds an adapter, which would be applied to the model that this run saves beside it."
+            " Name another folder, or take the adapter away."
+        )
     try:
         if is_first_rank():
             folder.mkdir(parents=True, exist_ok=True)

@@ -59,16 +59,22 @@ class JanusTrainer(SFTTrainer):
         data: Prepared,
         callbacks: list[TrainerCallback],
     ) -> None:
-        """Set up a run; the rows of `data` are trained as they are, already tokenized, labelled and packed."""
-        super().__init__(
-            model=model,
-            args=arguments,
-            train_dataset=data.train.rows,
-            eval_dataset=data.validation.rows if isinstance(data.validation, Part) else None,
-            processing_class=tokenizer,
-            peft_config=lora_config(recipe.adapter),
-            callbacks=callbacks,
-        )
+        """Set up a run; the rows of `data` are trained as they are, already tokenized, labelled and packed.
+
+        Raises UserError for settings that TRL or peft refuses.
+        """
+        try:
+            super().__init__(
+                model=model,
+                args=arguments,
+                train_dataset=data.train.rows,
+                eval_dataset=data.validation.rows if isinstance(data.validation, Part) else None,
+                processing_class=tokenizer,
+                peft_config=lora_config(recipe.adapter),
+                callbacks=callbacks,
+            )
+        except ValueError as fault:  # TRL's and peft's word on settings that don't go together
+            raise UserError(f"{'adapter' if recipe.adapter else 'training'}: {' '.join(str(fault).split())}") from fault
         self.remove_callback(PrinterCallback)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:

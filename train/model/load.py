@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -36,17 +37,18 @@ def _refuse(model: ModelSection, fault: Exception) -> UserError:
             f"model.name_or_path: {name} runs code of its own to load. Read that code; if you trust it, write "
             "`model.trust_remote_code: true`."
         )
-    looks_local = (
-        name.startswith((".", "/", "~")) or Path(name).parts[0] in ("outputs", "models") or Path(name).exists()
-    )
-    if looks_local and not Path(name).is_dir():
-        return UserError(f"model.name_or_path: there is no folder {name}. Write a model folder or a hub id.")
     first_line = text.splitlines()[0] if text else type(fault).__name__
     return UserError(f"model.name_or_path: {name} can't be loaded: {first_line}")
 
 
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises UserError where there is none that can be opened."""
+    path = Path(model.name_or_path)
+    looks_local = model.name_or_path.startswith((".", "/", "~")) or len(path.parts) > 2 or Path(path.parts[0]).is_dir()
+    if looks_local and not path.is_dir():  # said before the hub is asked, which takes long where there is no network
+        raise UserError(
+            f"model.name_or_path: there is no folder {path} in {Path.cwd()}. Write a model folder or a hub id."
+        )
     try:
         return AutoTokenizer.from_pretrained(**_origin(model))
     except (OSError, ValueError, KeyError, ImportError) as fault:
@@ -93,7 +95,7 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
             quantization_config=quantization_config(recipe.quantization),
             use_safetensors=None if model.allow_pickle else True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as fault:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as fault:
         if not model.allow_pickle and _has_pickled_weights(model.name_or_path):
             raise UserError(
                 f"model.name_or_path: {model.name_or_path} holds its weights in pickle files, which can run code when "

@@ -2,8 +2,9 @@
 
     accelerate launch train/sft.py --recipe recipes/smollm2-135m/sft/quickstart.yaml [key=value ...]
 
-`key=value` overrides the recipe by dotted key: training.learning_rate=1e-5. Exit codes: 0 done; 2 there is something in
-the recipe, the data or the machine to mend (one `error:` says what); 1 anything else.
+`key=value` overrides the recipe by dotted key: training.learning_rate=1e-5. `--check` reports what would be trained
+and trains nothing. Exit codes: 0 done or ready; 2 there is something in the recipe, the data or the machine to mend
+(one `error:` says what); 1 anything else.
 """
 
 import argparse
@@ -28,29 +29,40 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="auto|never|DIR",
         help="auto (default): go on from the newest complete checkpoint in output_dir, if there is one",
     )
+    parser.add_argument("--check", action="store_true", help="report on model, template and data; train nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="with --check: write the report to FILE too, as JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the recipe by dotted key")
-    return parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    if options.json and not options.check:
+        parser.error("--json writes the report of --check: give both")
+    return options
 
 
-def train(recipe: Recipe, resume: str) -> None:
-    """Prepare, load, train, save. Raises UserError for all that the user can mend."""
+def train(recipe: Recipe, options: argparse.Namespace) -> None:
+    """Prepare, load, train, save; or report, with --check. Raises UserError for all that the user can mend."""
     # Heavy imports wait until the recipe is known to be right.
     from train.data.chat_template import end_token, use_template, without_generation_marks
     from train.data.prepare import prepare
     from train.data.system_role import settle
     from train.loop.checkpoint import MarkComplete, find_checkpoint
-    from train.loop.report import claim_output_dir, write_report
-    from train.loop.tracking import StepLog, tracked
-    from train.loop.trainer import JanusTrainer, training_arguments
     from train.model.load import check_fits, load_model, load_tokenizer
-    from train.preflight import screen
+    from train.preflight import check, screen
 
-    checkpoint = find_checkpoint(resume, recipe)
-    output_dir = claim_output_dir(recipe)
+    checkpoint = find_checkpoint(options.resume, recipe)
     tokenizer = load_tokenizer(recipe.model)
     check_fits(recipe, tokenizer)
     template = use_template(tokenizer, recipe.chat.template)
-    settle(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
+    probe = settle(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
+    if options.check:
+        check(recipe, tokenizer, template, probe.describe(), checkpoint=checkpoint, json_file=options.json)
+        return
+
+    # TRL, which a check does without, takes seconds to import.
+    from train.loop.report import claim_output_dir, write_report
+    from train.loop.tracking import StepLog, tracked
+    from train.loop.trainer import JanusTrainer, training_arguments
+
+    output_dir = claim_output_dir(recipe)
     data = prepare(recipe, tokenizer)
     arguments = training_arguments(recipe, end_token=end_token(tokenizer))
     tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
@@ -82,8 +94,12 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     leave_out_unhelpful_warnings()
     options = parse(arguments)
+    if options.check and not is_first_rank():
+        return 0  # a report needs one process, however many the launcher starts
+    if options.json and options.json.is_file():
+        options.json.unlink()  # an older report must not pass for this one
     try:
-        train(load_recipe(options.recipe, options.overrides), options.resume)
+        train(load_recipe(options.recipe, options.overrides), options)
     except UserError as fault:
         if is_first_rank():
             print(f"error: {fault}", file=sys.stderr, flush=True)

@@ -1,0 +1,177 @@
+"""What becomes of every row: the accounts, recounted from the file and the tokenizer in plain Python."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train.data.chat_template import use_template
+from train.data.formats import Conversation
+from train.data.prepare import Prepared, examine, prepare
+from train.data.survey import choose_examples, fingerprints, histogram, overlap, quantiles
+from train.errors import UserError
+from train.model.load import load_tokenizer
+from train.recipe import ModelSection, load_recipe
+
+
+def examined(path: Path) -> Prepared:
+    recipe = load_recipe(path)
+    tokenizer = load_tokenizer(recipe.model)
+    use_template(tokenizer, recipe.chat.template)
+    return examine(recipe, tokenizer)
+
+
+def rows_of(path: Path) -> list[list[dict]]:
+    return [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def chatml(messages: list[dict]) -> list[tuple[str, bool]]:
+    """The row's text in ChatML, in parts that are trained or not; written without a template."""
+    parts = []
+    for message in messages:
+        parts.append((f"<|im_start|>{message['role']}\n", False))
+        parts.append((f"{message['content']}<|im_end|>", message["role"] == "assistant"))
+        parts.append(("\n", False))
+    return parts
+
+
+@pytest.fixture
+def count(tiny_model: Path) -> Callable[[list[dict]], tuple[int, int]]:
+    """Tokens and trained tokens of a row, each part tokenized alone."""
+    tokenizer = load_tokenizer(ModelSection(name_or_path=str(tiny_model)))
+
+    def tokens(messages: list[dict]) -> tuple[int, int]:
+        lengths = [(len(tokenizer(text).input_ids), trained) for text, trained in chatml(messages)]
+        return sum(length for length, _ in lengths), sum(length for length, trained in lengths if trained)
+
+    return tokens
+
+
+def test_the_account_is_what_a_plain_count_gives(
+    recipe_file: Callable[..., Path], rows_file: Path, count: Callable
+) -> None:
+    data = examined(recipe_file())
+    account, rows = data.train.account, rows_of(rows_file)
+    counts = [count(row) for row in rows]
+    assert account.rows == account.conversations == len(rows)
+    assert account.lengths.tolist() == [length for length, _ in counts]
+    assert account.lengths.dtype == np.int32
+    assert account.tokens == sum(length for length, _ in counts)
+    assert account.trained_tokens == sum(trained for _, trained in counts)
+    longest = max(range(len(rows)), key=lambda row: counts[row][0])
+    assert (account.longest, account.longest_place) == (counts[longest][0], f"{rows_file}:{longest + 1}")
+    systems = [message["content"] for row in rows for message in row if message["role"] == "system"]
+    assert account.rows_with_system == len(systems)
+    assert account.fingerprints.system_messages == len(set(systems))
+    assert account.documents_per_sequence.tolist() == [len(row["seq_lengths"]) for row in data.train.rows]
+    assert sum(len(row["input_ids"]) for row in data.train.rows) == account.tokens
+    assert all(sum(row["seq_lengths"]) == len(row["input_ids"]) == len(row["labels"]) for row in data.train.rows)
+
+
+@pytest.mark.parametrize(("overlong", "outcome"), [("error", "refused"), ("drop", "dropped"), ("truncate", None)])
+def test_overlong_rows_are_counted_by_what_becomes_of_them(
+    overlong: str, outcome: str | None, recipe_file: Callable[..., Path], rows_file: Path, count: Callable
+) -> None:
+    most = 60
+    account = examined(recipe_file(data={"max_length": most, "overlong": overlong})).train.account
+    rows = rows_of(rows_file)
+    longer = [(number, *count(row)) for number, row in enumerate(rows, 1) if count(row)[0] > most]
+    assert len(longer) >= 3
+    if outcome:
+        expected = {outcome: [number for number, *_ in longer]}
+        lost = sum(length for _, length, _ in longer)
+    else:  # a row of which no trained token is left is dropped
+        ends = [(number, length, length - trained - 1) for number, length, trained in longer]  # one "\n" at the end
+        expected = {
+            "truncated": [number for number, _, prompt in ends if prompt < most],
+            "dropped": [number for number, _, prompt in ends if prompt >= most],
+        }
+        lost = sum(length - most if prompt < most else length for _, length, prompt in ends)
+    found = {name: bad.count for name, bad in account.overlong.items()}
+    assert found == {name: len(numbers) for name, numbers in expected.items() if numbers}
+    for name, bad in account.overlong.items():
+        assert [example.place for example in bad.examples] == [f"{rows_file}:{n}" for n in expected[name][:3]]
+    assert account.overlong_tokens == lost
+    assert account.rows == len(rows) - sum(len(numbers) for name, numbers in expected.items() if name != "truncated")
+
+
+def test_all_faults_are_in_one_error(recipe_file: Callable[..., Path], rows_file: Path) -> None:
+    lines = rows_file.read_text().splitlines()
+    lines[2] = "{no json"
+    lines[4] = json.dumps({"messages": [{"role": "user", "content": "no answer"}]})
+    lines[6] = json.dumps({"messages": [{"role": role, "content": "x"} for role in ("user", "tool", "assistant")]})
+    rows_file.write_text("\n".join(lines))
+    recipe = load_recipe(recipe_file(data={"max_length": 100}))
+    tokenizer = load_tokenizer(recipe.model)
+    use_template(tokenizer, recipe.chat.template)
+    with pytest.raises(UserError) as refused:
+        prepare(recipe, tokenizer)
+    error = str(refused.value)
+    for word in ("jsonl:3", "jsonl:5", "jsonl:7", "invalid JSON", "no assistant turn", "on_bad_row: skip"):
+        assert word in error
+    assert "rows have more tokens than data.max_length (100)" in error
+    assert "data.overlong: drop" in error
+    assert "\n" not in error
+
+
+def test_no_row_left_is_told_and_not_a_crash(recipe_file: Callable[..., Path]) -> None:
+    data = examined(recipe_file(data={"max_length": 8, "overlong": "drop"}))
+    assert (data.train.account.rows, data.train.account.sequences, len(data.train.rows)) == (0, 0, 0)
+    assert data.train.account.examples == []
+
+
+def conversation(question: str, answer: str, place: str, system: str | None = None) -> Conversation:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return Conversation([{"role": "system", "content": system}] * bool(system) + messages, None, 0, place)
+
+
+def test_duplicates_and_overlap_are_found_with_their_places() -> None:
+    one, other = conversation("q", "a", "f:1"), conversation("r", "a", "f:2")
+    again = conversation("q", "a", "f:3")
+    training = fingerprints([one, one, other, again, conversation("q", "a", "f:4", "be brief")])
+    duplicates = training.duplicates()  # the same object twice is a weight of 2.0, no duplicate
+    assert (duplicates.rows, duplicates.example) == (1, ("f:1", "f:3"))
+    held = [conversation("new", "a", "v:1"), conversation(" q ", "b", "v:2"), conversation("r", "a", "v:3")]
+    found = overlap(training, fingerprints(held))
+    assert (found.questions.rows, found.questions.example) == (2, ("f:1", "v:2"))
+    assert (found.conversations.rows, found.conversations.example) == (1, ("f:2", "v:3"))
+
+
+def test_one_file_named_by_two_sources_gives_duplicates_though_the_place_is_the_same() -> None:
+    one = conversation("q", "a", "f:1")
+    assert fingerprints([one, Conversation(one.messages, None, 1, one.place)]).duplicates().rows == 1
+
+
+def test_quantiles_are_lengths_that_occur() -> None:
+    lengths = [int(value) for value in np.random.default_rng(0).lognormal(5, 1, 997)]
+    ordered = sorted(lengths)
+    expected = {str(q): ordered[max(math.ceil(q * 997 / 100), 1) - 1] for q in (0, 5, 25, 50, 75, 95, 99, 100)}
+    assert quantiles(np.asarray(lengths, np.int32)) == expected
+
+
+@pytest.mark.parametrize(
+    "lengths", [[7], [5, 5, 5], list(range(80, 120)), [10] * 500 + [9_999], [3, 10, 200, 40_000], [99] * 99 + [100]]
+)
+def test_every_row_is_in_one_bar(lengths: list[int]) -> None:
+    bins = histogram(np.asarray(lengths, np.int32))
+    counted = Counter(next(n for n, bin in enumerate(bins) if bin.start <= length < bin.end) for length in lengths)
+    assert [bin.rows for bin in bins] == [counted[n] for n in range(len(bins))]
+    assert [bin.end for bin in bins[:-1]] == [bin.start for bin in bins[1:]]
+    assert len(bins) <= 13
+
+
+def test_examples_show_both_kinds_and_are_seeded() -> None:
+    kinds = [True] * 500
+    kinds[77] = False
+    for seed in range(20):
+        chosen = choose_examples(kinds, seed)
+        assert 77 in chosen
+        assert len(set(chosen)) == 5
+        assert chosen == choose_examples(kinds, seed)
+    assert len({tuple(choose_examples(kinds, seed)) for seed in range(20)}) > 15
+    assert choose_examples([True, False], 0) == [0, 1]
+    assert choose_examples([], 0) == []

@@ -127,7 +127,7 @@ def _show_examples(text: Text, examples: list[Example], control_tokens: Sequence
             for piece in short:
                 start = len(text)
                 text.append(piece.text, _TRAINED if piece.trained else "")
-                for found in control.finditer(piece.text):
+                for found in [] if piece.trained else control.finditer(piece.text):
                     text.stylize(_CONTROL, start + found.start(), start + found.end())
         text.append("\n" if text.plain.endswith("\n") else "\n\n")
 

@@ -1,4 +1,4 @@
-"""In which order the sequences of an epoch are trained: steps at random, and within a step no rank waits for another."""
+"""In which order an epoch's sequences are trained: steps at random, and within a step ranks wait little."""
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray

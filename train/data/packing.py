@@ -1,4 +1,4 @@
-"""Which rows share a sequence: full sequences, each a mixture of all lengths, as many for every rank, anew each epoch."""
+"""Which rows share a sequence: full ones, each a mixture of all lengths, as many for every rank, anew each epoch."""
 
 import hashlib
 import heapq
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 DOCUMENTS_PER_SEQUENCE = 1_024
 
 # The shares of all tokens that are held back as fillers, the most mixed composition first; 1 is best-fit decreasing.
-_HELD_BACK = (0.0, 1 / 64, 1 / 32, 1 / 16, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 1.0)
+_HELD_BACK = (0.0, 1 / 64, 1 / 32, 1 / 16, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 _JITTER = 0.03  # rows of nearly equal length change places from epoch to epoch; more costs filling
 _MAGIC = b"packing plan 1\n"
 
@@ -57,7 +57,7 @@ class PackingPlan:
         return self.rows[self.ends[sequence] : self.ends[sequence + 1]]
 
     def save(self, path: str | Path) -> None:
-        """Write the plan to one file. The same plan gives the same bytes (zip archives, as np.savez's, hold the time)."""
+        """Write the plan to one file. The same plan gives the same bytes (np.savez would write the time)."""
         content = io.BytesIO()
         np.save(content, self.rows)
         np.save(content, self.ends)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from train.data.loss_mask import NOT_TRAINED
 from train.data.prepare import Account, Prepared, Row, refusal
 from train.data.sources import BadRow
-from train.data.survey import Bin, Overlap, Repeats, has_system, histogram, quantiles
+from train.data.survey import Bin, Overlap, Repeats, histogram, quantiles
 from train.errors import UserError
 from train.recipe import Recipe
 from train.training_fields import training_fields
@@ -282,7 +282,7 @@ def _part(account: Account, recipe: Recipe) -> PartReport:
         tokens=account.tokens,
         trained_tokens=account.trained_tokens,
         rows_with_system_message=account.rows_with_system,
-        distinct_system_messages=account.fingerprints.system_messages,
+        distinct_system_messages=account.distinct_systems,
         lengths=quantiles(account.lengths),
         histogram=histogram(account.lengths),
         longest_tokens=account.longest,
@@ -297,9 +297,9 @@ def _part(account: Account, recipe: Recipe) -> PartReport:
 
 def _example(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
     return Example(
-        place=row.conversation.place,
+        place=row.place,
         tokens=len(row.input_ids),
         trained_tokens=int((row.labels != NOT_TRAINED).sum()),
-        system_message=has_system(row.conversation),
+        system_message=row.has_system,
         pieces=pieces(tokenizer, row.input_ids.tolist(), row.labels.tolist()),
     )

@@ -113,10 +113,16 @@ class DataSection(_Section):
     """What becomes of a row of more than `max_length` tokens; what is dropped or cut is counted and printed."""
     packing: bool = True
     """Put several rows into one sequence of `max_length`; attention keeps them apart."""
+    repack: bool = True
+    """Put other rows together in each epoch, as shuffling rows would; the number of sequences stays the same."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What becomes of a row that can't be trained (no assistant turn, unknown role, ...); each kind is counted."""
     allow_pickle: bool = False
     """Open data in pickle files, which can run code as they are opened."""
+    cache_dir: Text | None = None
+    """Folder where tokens are kept for the next start; null = janus-sft in HF_HOME (~/.cache/huggingface)."""
+    processes: int | None = Field(default=None, ge=1)
+    """Processes that tokenize; null = one for each core that the job may use."""
 
 
 class AdapterSection(_Section):

@@ -1,5 +1,6 @@
-"""One file -> its rows: jsonl, json, parquet, csv and tsv, each also with .gz or .zst; pickles where they are allowed.
+"""One file -> its rows, by chunks: jsonl, json, parquet, csv and tsv, also with .gz or .zst; pickles where allowed.
 
+A chunk can go to another process before its rows are parsed: lines of JSON travel as bytes, those of parquet as Arrow.
 Lines of JSON are parsed one by one, not through Arrow, which would put every key of any row into all of them, as null.
 """
 
@@ -10,9 +11,11 @@ import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow
 import pyarrow.parquet
@@ -22,15 +25,66 @@ from train.errors import UserError
 
 PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".bin")
 """Endings of files that can run code as they are opened."""
-ROWS_AT_A_TIME = 1_000
+ROWS_OF_A_CHUNK = 250
+_BYTES_OF_A_CHUNK = 1 << 20
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 PlacedRow = tuple[str, Row | RowFault]
-"""Where a row stands, and the row, or why it can't even be read."""
+"""Where in its file a row stands (":12", " row 12"; from 1), and the row, or why it can't even be read."""
 
 
-def read_file(path: Path, allow_pickle: bool) -> Iterator[PlacedRow]:
+class Chunk(Protocol):
+    """Some rows that follow one another in a file. The same file has the same chunks each time."""
+
+    def rows(self) -> Iterator[PlacedRow]:
+        """The rows, parsed now."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRows:
+    """Rows of files that can only be parsed as a whole."""
+
+    placed: list[PlacedRow]
+
+    def rows(self) -> Iterator[PlacedRow]:
+        """The rows."""
+        return iter(self.placed)
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Lines that hold a JSON object each, or nothing."""
+
+    first: int
+    lines: list[bytes]
+
+    def rows(self) -> Iterator[PlacedRow]:
+        """The rows of the lines that aren't empty."""
+        for number, line in enumerate(self.lines, self.first):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # the mark that Windows programs put first
+            line = line.strip()
+            if line:
+                yield f":{number}", _parsed(line)
+
+
+@dataclass(frozen=True, slots=True)
+class ArrowRows:
+    """Rows of a record batch."""
+
+    first: int
+    batch: pyarrow.RecordBatch
+
+    def rows(self) -> Iterator[PlacedRow]:
+        """The rows as they were before Arrow."""
+        types = {column.name: column.type for column in self.batch.schema}
+        for number, row in enumerate(self.batch.to_pylist(), self.first):
+            yield f" row {number}", {column: _plain(value, types[column]) for column, value in row.items()}
+
+
+def read_file(path: Path, allow_pickle: bool) -> Iterator[Chunk]:
     """The rows of one file. Raises UserError."""
     ending = ending_of(path)
     if ending in PICKLES and not allow_pickle:
@@ -44,9 +98,9 @@ def read_file(path: Path, allow_pickle: bool) -> Iterator[PlacedRow]:
     empty = True
     try:
         if path.stat().st_size:
-            for placed in READERS[ending](path):
+            for chunk in READERS[ending](path):
                 empty = False
-                yield placed
+                yield chunk
     except (OSError, pyarrow.ArrowException) as fault:
         reason = getattr(fault, "strerror", None) or first_line(fault)
         raise UserError(f"{path}: can't be read: {reason}. Is it whole, and is its ending right?") from fault
@@ -63,18 +117,23 @@ def _open(path: Path) -> io.BufferedReader:
     return io.BufferedReader(pyarrow.input_stream(str(path), compression=_COMPRESSIONS.get(path.suffix.lower())))
 
 
-def _lines(path: Path) -> Iterator[PlacedRow]:
+def _lines(path: Path) -> Iterator[Chunk]:
     with _open(path) as stream:
-        yield from _parsed_lines(stream, path)
+        yield from _chunks_of_lines(stream)
 
 
-def _parsed_lines(lines: Iterable[bytes], path: Path) -> Iterator[PlacedRow]:
-    for number, line in enumerate(lines, 1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")  # the mark that Windows programs put first
-        line = line.strip()
-        if line:
-            yield f"{path}:{number}", _parsed(line)
+def _chunks_of_lines(stream: io.BufferedIOBase) -> Iterator[Chunk]:
+    first = 1
+    while lines := stream.readlines(_BYTES_OF_A_CHUNK):
+        if not all(map(bytes.isspace, lines)):
+            yield Lines(first, lines)
+        first += len(lines)
+
+
+def _chunks(rows: Iterable[PlacedRow]) -> Iterator[Chunk]:
+    remaining = iter(rows)
+    while placed := list(islice(remaining, ROWS_OF_A_CHUNK)):
+        yield ParsedRows(placed)
 
 
 def _parsed(line: bytes) -> Row | RowFault:
@@ -95,7 +154,7 @@ def _as_row(value: Any) -> Row | RowFault:
     return RowFault("wrong type", f"the row is of type {type(value).__name__}; an object with named columns is wanted")
 
 
-def _document(path: Path) -> Iterator[PlacedRow]:
+def _document(path: Path) -> Iterator[Chunk]:
     with _open(path) as stream:
         content = stream.read().removeprefix(b"\xef\xbb\xbf")
     if not content.strip():
@@ -107,12 +166,12 @@ def _document(path: Path) -> Iterator[PlacedRow]:
         raise UserError(f"{path}:{line}: not UTF-8: byte 0x{content[fault.start]:02x}. Save it as UTF-8.") from fault
     except json.JSONDecodeError as fault:
         if fault.msg == "Extra data":  # several objects, one a line: many call that .json too
-            yield from _parsed_lines(io.BytesIO(content), path)
+            yield from _chunks_of_lines(io.BytesIO(content))
             return
         raise UserError(f"{path}:{fault.lineno}: invalid JSON: {fault.msg} at column {fault.colno}.") from fault
     except (ValueError, RecursionError) as fault:
         raise UserError(f"{path}: invalid JSON: {fault}.") from fault
-    yield from _rows_within(document, path)
+    yield from _chunks(_rows_within(document, path))
 
 
 def _rows_within(document: Any, path: Path) -> Iterator[PlacedRow]:
@@ -131,25 +190,23 @@ def _rows_within(document: Any, path: Path) -> Iterator[PlacedRow]:
         keys = ", ".join(map(str, document))[:100] if isinstance(document, dict) else type(document).__name__
         raise UserError(f"{path}: a list of rows, or an object with one list under it, is wanted; found: {keys}.")
     for number, row in enumerate(rows, 1):
-        yield f"{path} row {number}", _as_row(row)
+        yield f" row {number}", _as_row(row)
 
 
-def _parquet(path: Path) -> Iterator[PlacedRow]:
+def _parquet(path: Path) -> Iterator[Chunk]:
     compressed = path.suffix.lower() in _COMPRESSIONS  # it is read from its end, so it must be whole in memory then
     with _open(path) as stream:
         where = pyarrow.BufferReader(stream.read()) if compressed else path
     with pyarrow.parquet.ParquetFile(where) as table:
-        yield from arrow_rows(table.iter_batches(ROWS_AT_A_TIME), str(path))
+        yield from arrow_chunks(table.iter_batches(ROWS_OF_A_CHUNK))
 
 
-def arrow_rows(batches: Iterable[Any], name: str) -> Iterator[PlacedRow]:
-    """The rows of record batches or tables."""
-    number = 0
+def arrow_chunks(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[Chunk]:
+    """The rows of record batches that follow one another."""
+    first = 1
     for batch in batches:
-        types = {column.name: column.type for column in batch.schema}
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{name} row {number}", {column: _plain(value, types[column]) for column, value in row.items()}
+        yield ArrowRows(first, batch)
+        first += batch.num_rows
 
 
 def _plain(value: Any, kind: Any) -> Any:
@@ -167,6 +224,10 @@ def _plain(value: Any, kind: Any) -> Any:
     if pyarrow.types.is_map(kind):
         return {key: _plain(part, kind.item_type) for key, part in value}
     return [_plain(part, kind.value_type) for part in value] if hasattr(kind, "value_type") else value
+
+
+def _table(path: Path, delimiter: str) -> Iterator[Chunk]:
+    return _chunks(_cells(path, delimiter))
 
 
 def _cells(path: Path, delimiter: str) -> Iterator[PlacedRow]:
@@ -204,7 +265,7 @@ def _cells(path: Path, delimiter: str) -> Iterator[PlacedRow]:
                 if len(cells) != len(header):
                     row = RowFault("invalid CSV", f"{len(cells)} cells where the header names {len(header)}")
             wrong = undecodable.intersection(range(first, table.line_num + 1))
-            yield f"{path}:{first}", RowFault("not UTF-8", f"line {min(wrong)}") if wrong else row
+            yield f":{first}", RowFault("not UTF-8", f"line {min(wrong)}") if wrong else row
 
 
 def _header(cells: list[str], path: Path) -> list[str]:
@@ -214,7 +275,7 @@ def _header(cells: list[str], path: Path) -> list[str]:
     return names
 
 
-def _pickle(path: Path) -> Iterator[PlacedRow]:
+def _pickle(path: Path) -> Iterator[Chunk]:
     """Rows of a pickled list or data frame. Only called where the recipe allows it."""
     try:
         with _open(path) as stream:
@@ -228,16 +289,16 @@ def _pickle(path: Path) -> Iterator[PlacedRow]:
         raise UserError(f"{path}: the pickle can't be opened: {type(fault).__name__}: {first_line(fault)}.") from fault
     if hasattr(document, "notna"):  # a data frame has NaN where a cell is empty
         document = document.astype(object).where(document.notna(), None).to_dict("records")
-    yield from _rows_within(document, path)
+    yield from _chunks(_rows_within(document, path))
 
 
-READERS: dict[str, Callable[[Path], Iterator[PlacedRow]]] = {
+READERS: dict[str, Callable[[Path], Iterator[Chunk]]] = {
     ".jsonl": _lines,
     ".ndjson": _lines,
     ".json": _document,
     ".parquet": _parquet,
-    ".csv": partial(_cells, delimiter=","),
-    ".tsv": partial(_cells, delimiter="\t"),
+    ".csv": partial(_table, delimiter=","),
+    ".tsv": partial(_table, delimiter="\t"),
     **dict.fromkeys(PICKLES, _pickle),
 }
 

@@ -73,19 +73,20 @@ class RowFault(Exception):  # noqa: N818 - of a row, not of the program
         self.kind = kind
         self.detail = detail
 
+    def __reduce__(self) -> tuple[type["RowFault"], tuple[str, str]]:
+        return RowFault, (self.kind, self.detail)
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """One row as chat templates take it.
 
     `messages`: role and content, with tool_calls, name, tool_call_id, reasoning_content and train (false: this turn is
-    not trained) where given. `source`: number of its source in the recipe. `place`: "rows.jsonl:12", "hub/id[train]
-    row 12"; lines and rows count from 1.
+    not trained) where given. `place`: where in its file it stands, ":12" or " row 12"; lines and rows count from 1.
     """
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None
-    source: int
     place: str
 
 

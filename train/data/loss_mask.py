@@ -11,6 +11,7 @@ with two is refused (OpenRLHF#393).
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from train.data.fast_tokenizer import FastTokenizer, UnsuitableError
 from train.data.formats import Message, RowFault
 from train.data.rendering import Rendering, Span, Tools, gaps
 from train.data.spans import Spans, TrainOn
@@ -27,25 +29,74 @@ NOT_TRAINED = -100
 """The label that PyTorch's cross entropy ignores."""
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """One training row: token ids, and as long a list of labels, `NOT_TRAINED` where nothing is learnt."""
+_CHECKED = 50
+"""One text in so many is encoded both ways."""
 
-    input_ids: list[int]
-    labels: list[int]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """One training row.
+
+    `ids`: its tokens, int32. `trained`: the spans of tokens that are learnt, int32, shape (spans, 2), each the first
+    token and the one behind the last; they ascend, and two never touch.
+    """
+
+    ids: NDArray[np.int32]
+    trained: NDArray[np.int32]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Encoded)
+            and np.array_equal(self.ids, other.ids)
+            and np.array_equal(self.trained, other.trained)
+        )
+
+    @property
+    def input_ids(self) -> list[int]:
+        """The tokens."""
+        return self.ids.tolist()
+
+    @property
+    def labels(self) -> list[int]:
+        """As long a list of labels, `NOT_TRAINED` where nothing is learnt."""
+        return labels_of(self.ids, self.trained).tolist()
+
+
+def labels_of(ids: NDArray[np.int32], trained: NDArray[np.int32]) -> NDArray[np.int64]:
+    """The ids within the spans `trained`, `NOT_TRAINED` elsewhere."""
+    labels = np.full(len(ids), NOT_TRAINED, np.int64)
+    for start, end in trained.tolist():
+        labels[start:end] = ids[start:end]
+    return labels
+
+
+def spans_of(trained: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """The runs of true values: shape (runs, 2), the first and the one behind the last."""
+    edges = np.flatnonzero(np.diff(trained, prepend=False, append=False))
+    return edges.astype(np.int32).reshape(-1, 2)
 
 
 class Encoder:
     """Conversations -> rows of tokens and labels, under one tokenizer and the chat template that it has when made."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Learn what the template does. Raises UserError where no answer can be trained under it."""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, fast: bool = False) -> None:
+        """Learn what the template does. Raises UserError where no answer can be trained under it.
+
+        `fast`: tokenize with fastokens where it gives the same; `why_not_fast` says why it can't be used.
+        """
         self._made_for = _state(tokenizer)
         self._spans = Spans(tokenizer)
         self._bos = tokenizer.bos_token_id
         self._added = np.asarray(sorted(tokenizer.added_tokens_decoder), dtype=np.int64)
         self._slow = None if tokenizer.is_fast else copy.copy(tokenizer)
         self._backend = _offset_backend(tokenizer) if tokenizer.is_fast else None
+        self._fast: FastTokenizer | None = None
+        self.why_not_fast = "" if self._backend else "it is written in Python"
+        if fast and self._backend is not None:
+            try:
+                self._fast = FastTokenizer(tokenizer, self._backend)
+            except UnsuitableError as fault:
+                self.why_not_fast = str(fault)
 
     def is_for(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Whether the tokenizer has still the template and the control tokens that were learnt."""
@@ -54,43 +105,57 @@ class Encoder:
     def encode(
         self, conversations: Sequence[tuple[list[Message], Tools]], train_on: TrainOn
     ) -> list[list[Encoded] | RowFault]:
-        """For each conversation its rows, or the fault that keeps it from being trained. One call uses all cores."""
+        """For each conversation its rows, or the fault that keeps it from being trained. Long lists use all cores.
+
+        Raises DiffersError where fastokens turns out to give other tokens than the tokenizer.
+        """
         renderings: list[list[Rendering] | RowFault] = []
         for messages, tools in conversations:
             try:
                 renderings.append(self._spans.rows(messages, tools, train_on))
             except RowFault as fault:
                 renderings.append(fault)
-        texts = [row.text for rows in renderings if not isinstance(rows, RowFault) for row in rows]
-        encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False) if self._backend else [])
+        encoded = iter(self._encode([row for rows in renderings if not isinstance(rows, RowFault) for row in rows]))
         results: list[list[Encoded] | RowFault] = []
         for rows in renderings:
-            if isinstance(rows, RowFault):
-                results.append(rows)
-                continue
-            pairs = [(row, next(encodings, None)) for row in rows]
-            try:
-                results.append([self._label(row, encoding) for row, encoding in pairs])
-            except RowFault as fault:
-                results.append(fault)
+            parts = [rows] if isinstance(rows, RowFault) else list(islice(encoded, len(rows)))
+            faults = [part for part in parts if isinstance(part, RowFault)]
+            results.append(faults[0] if faults else [part for part in parts if isinstance(part, Encoded)])
         return results
+
+    def _encode(self, rows: Sequence[Rendering]) -> list[Encoded | RowFault]:
+        """Each rendering as tokens, or the fault of it."""
+        results: list[Encoded | RowFault | None] = [None] * len(rows)
+        if self._fast is not None:
+            texts = [row.text for row in rows]
+            self._fast.check(texts[::_CHECKED])
+            for number, ids in enumerate(self._fast.encode(texts)):
+                row = rows[number]
+                trained = None if ids is None else self._fast.tokens_within(row.text, ids, row.spans)
+                if ids is not None and trained is not None:
+                    results[number] = Encoded(ids, _joined(trained))
+        rest = [row for row, result in zip(rows, results, strict=True) if result is None]
+        texts = [row.text for row in rest]
+        encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False) if self._backend else [])
+        for number, row in enumerate(rows):
+            try:
+                result = results[number] or self._label(row, next(encodings, None))
+                if isinstance(result, Encoded) and self._bos is not None and result.ids[:2].tolist() == [self._bos] * 2:
+                    raise RowFault("two BOS tokens", f"the row begins with {row.text[:40]!r}")
+            except RowFault as fault:
+                result = fault
+            results[number] = result
+        return [result for result in results if result is not None]
 
     def _label(self, rendering: Rendering, encoding: Encoding | None) -> Encoded:
         """Labels for one row; `encoding` is None for a slow tokenizer. Raises RowFault."""
         if encoding is None:
-            encoded = self._label_slowly(rendering)
-        else:
-            ids = np.asarray(encoding.ids, dtype=np.int64)
-            trained = self._trained(ids, encoding, rendering.spans)
-            if trained is None:
-                encoded = self._label_in_parts(rendering)
-            else:
-                encoded = Encoded(ids.tolist(), np.where(trained, ids, NOT_TRAINED).tolist())
-        if self._bos is not None and encoded.input_ids[:2] == [self._bos] * 2:
-            raise RowFault("two BOS tokens", f"the row begins with {rendering.text[:40]!r}")
-        return encoded
+            return self._label_slowly(rendering)
+        ids = np.asarray(encoding.ids, dtype=np.int32)
+        trained = self._trained(ids, encoding, rendering.spans)
+        return self._label_in_parts(rendering) if trained is None else Encoded(ids, spans_of(trained))
 
-    def _trained(self, ids: NDArray[np.int64], encoding: Encoding, spans: list[Span]) -> NDArray[np.bool_] | None:
+    def _trained(self, ids: NDArray[np.int32], encoding: Encoding, spans: list[Span]) -> NDArray[np.bool_] | None:
         """Which of the tokens lie in a span; None where one lies across a border, so that tokens can't tell.
 
         An end token may take the blanks after it (Phi-3's do, by `rstrip`): it is no other token for that.
@@ -114,20 +179,19 @@ class Encoder:
     def _label_in_parts(self, rendering: Rendering) -> Encoded:
         """Prompts and answers encoded apart, as they will be at inference. Raises RowFault where that isn't exact."""
         ids: list[int] = []
-        labels: list[int] = []
+        trained: list[int] = []
         for number, (before, start) in enumerate(gaps(rendering)):
             prompt = self._ids(rendering.text[before:start])
             ids += prompt
-            labels += [NOT_TRAINED] * len(prompt)
             if number < len(rendering.spans):
                 answer = self._ids(rendering.text[slice(*rendering.spans[number])])
                 if not answer:
                     raise RowFault("nothing to train", "no token of an answer")
+                trained += [len(ids), len(ids) + len(answer)]
                 ids += answer
-                labels += answer
         if self._decode(ids) != rendering.text:
             raise RowFault("a token joins prompt and answer", "and this tokenizer can't encode the two apart exactly")
-        return Encoded(ids, labels)
+        return Encoded(np.asarray(ids, np.int32), _joined(np.asarray(trained, np.int32).reshape(-1, 2)))
 
     def _label_slowly(self, rendering: Rendering) -> Encoded:
         """Labels without offsets: the text up to a border, encoded alone, must be what the whole begins with.
@@ -135,13 +199,13 @@ class Encoder:
         Where it isn't, a token lies across the border or may do so, and the parts are encoded apart.
         """
         ids = self._ids(rendering.text)
-        labels = [NOT_TRAINED] * len(ids)
+        trained: list[int] = []
         for start, end in rendering.spans:
             before, up_to = self._ids(rendering.text[:start]), self._ids(rendering.text[:end])
             if len(before) >= len(up_to) or ids[: len(up_to)] != up_to or up_to[: len(before)] != before:
                 return self._label_in_parts(rendering)
-            labels[len(before) : len(up_to)] = up_to[len(before) :]
-        return Encoded(ids, labels)
+            trained += [len(before), len(up_to)]
+        return Encoded(np.asarray(ids, np.int32), _joined(np.asarray(trained, np.int32).reshape(-1, 2)))
 
     def _ids(self, text: str) -> list[int]:
         if self._backend is not None:
@@ -154,6 +218,12 @@ class Encoder:
         if self._slow is None:
             return ""
         return str(self._slow.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _joined(spans: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Spans that ascend, those that touch made one."""
+    touching = np.flatnonzero(spans[1:, 0] == spans[:-1, 1])
+    return np.stack([np.delete(spans[:, 0], touching + 1), np.delete(spans[:, 1], touching)], axis=1)
 
 
 def _state(tokenizer: PreTrainedTokenizerBase) -> tuple[object, ...]:

@@ -1,57 +1,82 @@
-"""Sources -> conversations -> tokens -> the rows that are trained, and the account of what became of every row."""
+"""Sources -> tokens on disk -> the sequences that are trained, and the account of what became of every row.
 
-from collections.abc import Iterable, Mapping, Sequence
+Each source is tokenized once and kept (see `cache`): its key follows from the bytes of the source, the tokenizer, the
+template, the policies of `chat` and the code that all went through. Which rows are trained, how often, cut to which
+length and in which sequences is worked out anew at each start, from numbers alone.
+"""
+
+import importlib.metadata
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from datetime import date
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
-from datasets import Dataset
+import xxhash
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from train.data.formats import Conversation, RowFault
-from train.data.loss_mask import NOT_TRAINED, Encoded
-from train.data.packing import pack
-from train.data.sources import BadRows, load
-from train.data.survey import Fingerprints, Overlap, Repeats, choose_examples, fingerprints, has_system, overlap
-from train.data.tokenize import tokenize
+from train.data.cache import Entry, default_folder, find_or_make, key_of, report_progress
+from train.data.fast_tokenizer import DiffersError
+from train.data.files import Chunk
+from train.data.formats import RowFault, detect
+from train.data.mixture import held_out, weighted
+from train.data.packing import PackingPlan, plan
+from train.data.sequences import Sequences
+from train.data.sources import BadRow, BadRows, OpenSource, digest_of_files, open_source
+from train.data.survey import Overlap, Repeats, choose_examples, duplicates, shared
+from train.data.token_rows import Faults, TokenRows, write
+from train.data.tokenize import RowTokenizer, tokenize
 from train.errors import UserError
-from train.progress import job
-from train.recipe import DataSection, Recipe
+from train.progress import Job, job
+from train.recipe import DataSection, Recipe, Source
+from train.training_fields import training_fields
+
+_DECISIVE = (
+    *("chat_template", "control_tokens", "fast_tokenizer", "files", "formats", "loss_mask", "rendering", "sources"),
+    *("spans", "token_rows", "tokenize"),
+)
+"""The modules that decide which tokens a row becomes: where one changes, rows are tokenized anew."""
+_ROWS, _PLAN = "rows.arrow", "plan"
+_SECONDS_BETWEEN_REPORTS = 1.0
 
 
 class Row(NamedTuple):
-    """One row as it is trained: int32 token ids, as many labels, and the conversation that it came from."""
+    """One row as it is trained: token ids, as many labels, where it stands and whether it has a system message."""
 
     input_ids: NDArray[np.int32]
-    labels: NDArray[np.int32]
-    conversation: Conversation
+    labels: NDArray[np.int64]
+    place: str
+    has_system: bool
 
 
 @dataclass
 class Account:
     """What became of the rows of one part.
 
-    `conversations`: those read, as often as the weights say. `rows`: those trained; a template that rewrites history
-    makes several of one conversation. `tokens` are counted after cutting; `overlong_tokens` are those lost to it.
-    `lengths`: tokens of every row before cutting or dropping. `overlong`: rows longer than data.max_length by what
-    became of them, refused, dropped or truncated. `faults`: conversations that can't be trained, by kind.
-    `documents_per_sequence`: rows in each sequence. `examples`: a few rows to look at.
+    `conversations`: those that could be tokenized, as often as the weights say. `rows`: those trained; a template that
+    rewrites history makes several of one conversation. `tokens` are counted after cutting; `overlong_tokens` are those
+    lost to it. `lengths`: tokens of every row before cutting or dropping. `overlong`: rows longer than data.max_length
+    by what became of them, refused, dropped or truncated. `documents_per_sequence`: rows in each sequence.
+    `examples`: a few rows to look at.
     """
 
     conversations: int = 0
     rows: int = 0
     rows_with_system: int = 0
+    distinct_systems: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     lengths: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     longest_place: str = ""
     overlong: dict[str, BadRows] = field(default_factory=dict)
     overlong_tokens: int = 0
-    faults: dict[str, BadRows] = field(default_factory=dict)
     documents_per_sequence: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
-    fingerprints: Fingerprints = field(default_factory=Fingerprints)
     duplicates: Repeats = field(default_factory=Repeats)
     examples: list[Row] = field(default_factory=list)
 
@@ -73,36 +98,38 @@ class Account:
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of training or validation: columns input_ids, labels and, where packed, seq_lengths; all int32 lists."""
+    """The rows of training or validation."""
 
-    rows: Dataset
+    rows: Sequences
     account: Account
+
+
+@dataclass(frozen=True, slots=True)
+class CachedSource:
+    """Where the tokens of one source are kept. `hit`: they were there. `how`: which tokenizer made them."""
+
+    source: str
+    key: str
+    folder: str
+    hit: bool
+    how: str
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that training needs of the data. `unreadable`: faults found before a template was involved, by kind."""
+    """All that training needs of the data. `faults`: rows that can't be trained, by kind, whichever part's they are."""
 
     train: Part
     validation: Part | None
-    unreadable: Mapping[str, BadRows] = field(default_factory=dict)
+    faults: Mapping[str, BadRows] = field(default_factory=dict)
     overlap: Overlap = field(default_factory=Overlap)
+    caches: Sequence[CachedSource] = ()
 
     @property
     def accounts(self) -> dict[str, Account]:
         """The accounts of the parts that there are, by name."""
         parts = {"training": self.train, "validation": self.validation}
         return {name: part.account for name, part in parts.items() if part}
-
-    @property
-    def faults(self) -> dict[str, BadRows]:
-        """Rows that can't be trained, of all parts, by kind."""
-        merged: dict[str, BadRows] = {}
-        for faults in (self.unreadable, *(account.faults for account in self.accounts.values())):
-            for kind, rows in faults.items():
-                before = merged.get(kind, BadRows())
-                merged[kind] = BadRows(before.count + rows.count, [*before.examples, *rows.examples][:3])
-        return merged
 
 
 def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
@@ -123,25 +150,72 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
 
     Raises UserError where a source can't be read or has no row of use.
     """
-    lenient = recipe.data.model_copy(update={"on_bad_row": "skip"})
-    with job("reading", unit="rows") as reading:
-        loaded = load(lenient, recipe.seed, on_progress=reading.advance)
-    train = _examine_part("training", loaded.train, recipe, tokenizer)
-    if not loaded.validation:
-        return Prepared(train, None, loaded.bad)
-    validation = _examine_part("validation", loaded.validation, recipe, tokenizer)
-    shared = overlap(train.account.fingerprints, validation.account.fingerprints)
-    return Prepared(train, validation, loaded.bad, shared)
+    section = recipe.data
+    validation = () if section.validation is None or isinstance(section.validation, float) else section.validation
+    named = [(f"data.sources.{number}", source) for number, source in enumerate(section.sources)]
+    named += [(f"data.validation.{number}", source) for number, source in enumerate(validation)]
+    tokenized = [_tokenized(key, source, recipe, tokenizer) for key, source in named]
+    rows = TokenRows([entry.folder / _ROWS for entry, _ in tokenized], [opened.files for _, opened in tokenized])
+    faults = _faults(tokenized)
+    for (key, source), size in zip(named, np.diff(rows.source_ends), strict=True):
+        if not size:
+            raise UserError(f"{key}: no row of {source.path} can be trained. Faults of all: {_named(faults)}.")
+
+    firsts = np.flatnonzero(np.diff(rows.conversations, prepend=-1))  # the first row of each conversation
+    borders = np.searchsorted(firsts, rows.source_ends)
+    of_sources = [np.arange(start, end) for start, end in pairwise(borders)]
+    training, held = of_sources[: len(section.sources)], of_sources[len(section.sources) :]
+    if isinstance(section.validation, float):
+        masks = held_out([rows.questions[firsts[part]] for part in training], section.validation, recipe.seed)
+        held = [part[mask] for part, mask in zip(training, masks, strict=True)]
+        training = [part[~mask] for part, mask in zip(training, masks, strict=True)]
+    else:
+        held = [weighted(*named[len(training) + number], part, recipe.seed) for number, part in enumerate(held)]
+    training = [weighted(*named[number], part, recipe.seed) for number, part in enumerate(training)]
+
+    parts = {
+        name: _part(np.concatenate(conversations), rows, recipe, batch)
+        for name, conversations, batch in (
+            ("training", training, "per_device_train_batch_size"),
+            ("validation", held, "per_device_eval_batch_size"),
+        )
+        if conversations
+    }
+    caches = [
+        CachedSource(source.path, entry.key, str(entry.folder), entry.hit, entry.facts["tokenizer"])
+        for (_, source), (entry, _) in zip(named, tokenized, strict=True)
+    ]
+    if "validation" not in parts:
+        return Prepared(parts["training"][0], None, faults, caches=caches)
+    return Prepared(
+        parts["training"][0],
+        parts["validation"][0],
+        faults,
+        _overlap(rows, firsts[parts["training"][1]], firsts[parts["validation"][1]]),
+        caches,
+    )
+
+
+def _overlap(rows: TokenRows, training: NDArray[np.int64], validation: NDArray[np.int64]) -> Overlap:
+    """`training`, `validation`: the first rows of the conversations that have a row in that part."""
+
+    def repeats(digests: NDArray[np.bytes_]) -> Repeats:
+        return shared(
+            digests[training],
+            digests[validation],
+            lambda place: rows.place(training[place]),
+            lambda place: rows.place(validation[place]),
+        )
+
+    return Overlap(repeats(rows.questions), repeats(rows.digests))
 
 
 def refusal(data: Prepared, section: DataSection) -> str | None:
     """Why these rows can't be trained under this recipe, and what to change: all of it in one paragraph, or None."""
     reasons = []
     if data.faults and section.on_bad_row == "error":
-        kinds = sorted(data.faults.items(), key=lambda item: -item[1].count)
-        named = "; ".join(f"{rows.count:,} {kind}: {' | '.join(map(str, rows.examples))}" for kind, rows in kinds)
         reasons.append(
-            f"rows that can't be trained: {named}. Mend them, or leave them out (they are counted on the screen) with "
+            f"rows that can't be trained: {_named(data.faults)}. Mend them, or leave them out (they are counted on the screen) with "
             "`data.on_bad_row: skip`."
         )
     for name, account in data.accounts.items():
@@ -155,96 +229,221 @@ def refusal(data: Prepared, section: DataSection) -> str | None:
             overlong = sum(rows.count for rows in account.overlong.values())
             reasons.append(
                 f"no {name} row is left of {account.conversations:,}: {overlong:,} were longer than "
-                f"data.max_length ({section.max_length:,}; the longest has {account.longest:,} tokens), "
-                f"{sum(rows.count for rows in account.faults.values()):,} had faults."
+                f"data.max_length ({section.max_length:,}; the longest has {account.longest:,} tokens)."
             )
     return f"data: {' '.join(reasons)}" if reasons else None
 
 
-def _examine_part(
-    name: str, conversations: Sequence[Conversation], recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> Part:
-    account = Account(conversations=len(conversations))
-    kept: list[Row] = []
-    lengths: list[int] = []
-    places: list[str] = []
-    with job(f"tokenizing {name} rows", total=len(conversations), unit="rows") as tokenizing:
-        chat = recipe.chat
-        for conversation, result in tokenize(tokenizer, conversations, chat.train_on, chat.control_tokens_in_text):
-            tokenizing.advance()
-            if isinstance(result, RowFault):
-                account.faults.setdefault(result.kind, BadRows()).add(conversation.place, result.detail)
-                continue
-            for encoded in result:
-                lengths.append(len(encoded.input_ids))
-                places.append(conversation.place)
-                fitted = _fit(encoded, conversation, recipe.data, account)
-                if fitted is not None:
-                    kept.append(fitted)
-    account.lengths = np.asarray(lengths, np.int32)
-    account.longest_place = places[int(account.lengths.argmax())] if places else ""
-    _count(kept, account, recipe.seed)
-    if recipe.data.packing:
-        sequences = pack([len(row.input_ids) for row in kept], recipe.data.max_length)
-    else:
-        sequences = [[row] for row in range(len(kept))]
-    account.documents_per_sequence = np.fromiter(map(len, sequences), np.int32)
-    return Part(_as_dataset(kept, sequences, packed=recipe.data.packing), account)
+def _named(faults: Mapping[str, BadRows]) -> str:
+    kinds = sorted(faults.items(), key=lambda item: -item[1].count)
+    return "; ".join(f"{rows.count:,} {kind}: {' | '.join(map(str, rows.examples))}" for kind, rows in kinds)
 
 
-def _fit(encoded: Encoded, conversation: Conversation, data: DataSection, account: Account) -> Row | None:
-    """The row as `data.overlong` wants it; None where it is dropped or refused. Counts what is lost.
-
-    The lists of Python numbers, 9 to 40 bytes a token, become arrays of 4 at once: a large data set fits in memory.
-    """
-    row = Row(np.asarray(encoded.input_ids, np.int32), np.asarray(encoded.labels, np.int32), conversation)
-    length = len(row.input_ids)
-    if length <= data.max_length:
-        return row
-    outcome = {"error": "refused", "drop": "dropped", "truncate": "truncated"}[data.overlong]
-    cut = Row(row.input_ids[: data.max_length], row.labels[: data.max_length], conversation)
-    if outcome == "truncated" and (cut.labels == NOT_TRAINED).all():
-        outcome = "dropped"
-    detail = f"{length:,} tokens"
-    account.overlong.setdefault(outcome, BadRows()).add(conversation.place, detail)
-    account.overlong_tokens += length - data.max_length if outcome == "truncated" else length
-    return cut if outcome == "truncated" else None
+def _faults(tokenized: Sequence[tuple[Entry, OpenSource]]) -> dict[str, BadRows]:
+    merged: dict[str, BadRows] = {}
+    for entry, opened in tokenized:
+        for kind, (count, examples) in entry.facts["faults"].items():
+            bad = merged.setdefault(kind, BadRows())
+            bad.count += count
+            bad.examples += [BadRow(opened.files[file] + place, detail) for file, place, detail in examples]
+            del bad.examples[3:]
+    return merged
 
 
-def _count(kept: Sequence[Row], account: Account, seed: int) -> None:
-    """What there is to say of the rows that are trained, and a few of them to look at, none of them twice."""
-    account.rows = len(kept)
-    account.tokens = sum(len(row.input_ids) for row in kept)
-    account.trained_tokens = sum(int(np.count_nonzero(row.labels != NOT_TRAINED)) for row in kept)
-    account.rows_with_system = sum(has_system(row.conversation) for row in kept)
-    account.fingerprints = fingerprints(row.conversation for row in kept)
-    account.duplicates = account.fingerprints.duplicates()
-    first_of = {id(row.conversation): row for row in reversed(kept)}  # of rows that weights repeat and templates split
-    once = list(reversed(first_of.values()))
-    chosen = choose_examples([has_system(row.conversation) for row in once], seed)
-    account.examples = [once[row] for row in chosen]
+def _tokenized(
+    key: str, source: Source, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Entry, OpenSource]:
+    """The tokens of one source on disk, made now if they aren't there. Raises UserError, naming `key`."""
+    folder = Path(recipe.data.cache_dir).expanduser() if recipe.data.cache_dir else default_folder()
+    try:
+        opened = open_source(source, recipe.data.allow_pickle)
+        with job(f"tokenizing {source.path}", unit="rows") as tokenizing:
+            made_of = _made_of(source, opened, recipe, tokenizer)
+            return find_or_make(
+                folder,
+                key_of(made_of),
+                lambda partial: _write(partial, source, opened, recipe, tokenizer, tokenizing),
+                tokenizing,
+            ), opened
+    except UserError as fault:
+        raise UserError(f"{key}: {fault}") from fault
 
 
-def _as_dataset(kept: Sequence[Row], sequences: Sequence[Sequence[int]], *, packed: bool) -> Dataset:
-    """The rows of each sequence one after the other, as Arrow lists of int32."""
-    in_order = [row for rows in sequences for row in rows]
-    lengths = np.fromiter((len(row.input_ids) for row in kept), np.int32, len(kept))
-    documents = np.fromiter(map(len, sequences), np.int64, len(sequences))
-    ends_of_documents = _ends(lengths[in_order])
-    ends = ends_of_documents[_ends(documents)]  # tokens up to the end of each sequence
-    columns = {
-        "input_ids": _lists(ends, [kept[row].input_ids for row in in_order]),
-        "labels": _lists(ends, [kept[row].labels for row in in_order]),
+def _made_of(source: Source, opened: OpenSource, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """All that decides what tokens a source becomes."""
+    chat = recipe.chat
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
+    here = Path(__file__).parent
+    return {
+        "rows": opened.digest(),
+        "format": source.format,
+        "tokenizer": xxhash.xxh3_128(backend.encode()).hexdigest(),
+        "special_tokens": tokenizer.special_tokens_map,
+        "template": tokenizer.chat_template,
+        "today": date.today() if "strftime_now" in str(tokenizer.chat_template) else None,
+        "policies": [chat.train_on, chat.control_tokens_in_text],
+        "code": digest_of_files([here / f"{name}.py" for name in _DECISIVE]),
+        "packages": [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")],
     }
-    if packed:
-        columns["seq_lengths"] = _lists(_ends(documents), [lengths[in_order]])
-    return Dataset(pyarrow.table(columns))
 
 
-def _ends(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Where each of so many things ends that stand one after the other, with a 0 before the first."""
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+def _write(
+    folder: Path,
+    source: Source,
+    opened: OpenSource,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenizing: Job,
+) -> dict[str, Any]:
+    """Tokenize a source into `folder`; what its manifest is to say. Raises UserError."""
+    chat = recipe.chat
+    why_not_fast = ""
+    for fast in (True, False):
+        rows = RowTokenizer(tokenizer, chat.train_on, chat.control_tokens_in_text, fast=fast)
+        try:
+            chunks, format = _with_format(source, opened)
+            batches = tokenize(rows, chunks, format, recipe.data.processes)
+            counted = _Counted(batches, folder, tokenizing)
+            write(folder / _ROWS, counted)
+        except DiffersError as fault:
+            why_not_fast = f"fastokens gives other tokens for {fault}"
+            tokenizing.advance(-tokenizing.done)
+        else:
+            break
+    why_not_fast = why_not_fast or rows.encoder.why_not_fast
+    return {
+        "source": source.path,
+        "rows": counted.rows,
+        "faults": counted.faults.kinds,
+        "tokenizer": f"the tokenizer itself, as {why_not_fast}" if why_not_fast else "fastokens, checked on a sample",
+    }
 
 
-def _lists(ends: NDArray[np.int64], values: Iterable[NDArray[np.int32]]) -> pyarrow.LargeListArray:
-    return pyarrow.LargeListArray.from_arrays(ends, np.concatenate([np.empty(0, np.int32), *values]))
+class _Counted:
+    """The batches as they pass, and what they hold in all."""
+
+    def __init__(self, batches: Iterator[tuple[pyarrow.RecordBatch, Faults]], folder: Path, tokenizing: Job) -> None:
+        self._batches, self._folder, self._job = batches, folder, tokenizing
+        self.rows, self.faults = 0, Faults()
+
+    def __iter__(self) -> Iterator[pyarrow.RecordBatch]:
+        reported = time.monotonic()
+        for batch, faults in self._batches:
+            self.faults.merge(faults.kinds)
+            self.rows += batch.num_rows
+            self._job.advance(batch.num_rows)
+            if time.monotonic() - reported > _SECONDS_BETWEEN_REPORTS:
+                reported = time.monotonic()
+                report_progress(self._folder, self._job.done)
+            yield batch
+
+
+def _with_format(source: Source, opened: OpenSource) -> tuple[Iterator[tuple[int, Chunk]], str]:
+    """The chunks of a source, and its format: the one named, or that of its first row. Raises UserError."""
+    chunks = opened.chunks()
+    if source.format != "auto":
+        return chunks, source.format
+    seen: list[tuple[int, Chunk]] = []
+    for file, chunk in chunks:
+        seen.append((file, chunk))
+        for place, row in chunk.rows():
+            if isinstance(row, RowFault):
+                continue
+            try:
+                return chain(seen, chunks), detect(row)
+            except UserError as fault:
+                raise UserError(f"{opened.files[file]}{place}: {fault}") from fault
+    return iter(seen), "messages"  # no row could be read; the faults tell why
+
+
+def _part(
+    conversations: NDArray[np.int64], rows: TokenRows, recipe: Recipe, batch_field: str
+) -> tuple[Part, NDArray[np.int64]]:
+    """The rows of these conversations as they are trained, and which of the conversations have any, each once."""
+    section = recipe.data
+    account = Account(conversations=len(conversations))
+    everything = _rows_of(conversations, rows.conversations)
+    account.lengths = rows.lengths[everything]
+    if len(everything):
+        account.longest_place = rows.place(everything[int(account.lengths.argmax())])
+    chosen = _fitting(everything, rows, section, account)
+    account.rows = len(chosen)
+    account.rows_with_system = int(rows.has_system[chosen].sum())
+    account.distinct_systems = rows.distinct_systems(chosen)
+
+    settings = {name: known.default for name, known in training_fields().items()} | dict(recipe.training)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    lengths = np.minimum(rows.lengths[chosen], section.max_length)
+    sequences = Sequences(
+        rows,
+        chosen,
+        section.max_length,
+        lambda epoch: _plan(lengths, recipe, ranks * settings[batch_field], epoch if section.repack else 0),
+        packed=section.packing,
+    )
+    account.tokens = int(lengths.sum())
+    account.trained_tokens = int(rows.trained_tokens[chosen].sum()) - _cut_off(chosen, rows, section.max_length)
+    account.documents_per_sequence = np.diff(sequences.plan_of(0).ends).astype(np.int32)
+
+    _, first = np.unique(rows.conversations[chosen], return_index=True)  # of rows that weights repeat, templates split
+    once = np.sort(first)
+    account.duplicates = duplicates(rows.digests[chosen[once]], lambda place: rows.place(chosen[once[place]]))
+    for place in choose_examples(rows.has_system[chosen[once]].tolist(), recipe.seed):
+        row = chosen[once[place]]
+        account.examples.append(Row(*sequences.row(once[place]), rows.place(row), bool(rows.has_system[row])))
+    return Part(sequences, account), rows.conversations[chosen[once]]
+
+
+def _rows_of(conversations: NDArray[np.int64], of_rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The rows of each of the conversations, in their order."""
+    starts = np.searchsorted(of_rows, conversations)
+    counts = np.searchsorted(of_rows, conversations, side="right") - starts
+    before = np.cumsum(counts) - counts
+    return np.repeat(starts - before, counts) + np.arange(counts.sum())
+
+
+def _fitting(
+    everything: NDArray[np.int64], rows: TokenRows, section: DataSection, account: Account
+) -> NDArray[np.int64]:
+    """The rows that `data.overlong` leaves. Counts what becomes of the others."""
+    length, longest = rows.lengths[everything], section.max_length
+    overlong = length > longest
+    truncated = overlong & (rows.first_trained[everything] < longest) & (section.overlong == "truncate")
+    account.overlong_tokens = int(length[overlong].sum()) - int(truncated.sum()) * longest
+    name = "refused" if section.overlong == "error" else "dropped"
+    for outcome, found in (("truncated", truncated), (name, overlong & ~truncated)):
+        numbers = np.flatnonzero(found)
+        if len(numbers):
+            bad = account.overlong[outcome] = BadRows(len(numbers))
+            for number in numbers[:3]:
+                bad.examples.append(BadRow(rows.place(everything[number]), f"{length[number]:,} tokens"))
+    return everything[~overlong | truncated]
+
+
+def _cut_off(chosen: NDArray[np.int64], rows: TokenRows, longest: int) -> int:
+    """Trained tokens of these rows that lie behind `longest`."""
+    cut = chosen[rows.lengths[chosen] > longest]
+    beyond = np.concatenate([np.empty((0, 2), np.int64), *(rows.trained(row) - longest for row in cut)])
+    return int(np.diff(np.maximum(beyond, 0)).sum())
+
+
+def _plan(lengths: NDArray[np.int32], recipe: Recipe, multiple_of: int, epoch: int) -> PackingPlan:
+    """Which rows share a sequence; kept on disk, as a large one takes a while. Raises UserError."""
+    section = recipe.data
+    capacity = section.max_length if section.packing else None
+    if capacity is None:
+        return plan(lengths, None)
+    made_of = {
+        "lengths": xxhash.xxh3_128(lengths.tobytes()).hexdigest(),
+        "numbers": [capacity, multiple_of, recipe.seed, epoch],
+        "code": digest_of_files([Path(__file__).with_name("packing.py")]),
+    }
+
+    def build(folder: Path) -> dict[str, Any]:
+        made = plan(lengths, capacity, multiple_of=multiple_of, seed=recipe.seed, epoch=epoch)
+        made.save(folder / _PLAN)
+        return {"sequences": len(made)}
+
+    folder = Path(section.cache_dir).expanduser() if section.cache_dir else default_folder()
+    with job("packing", unit="rows"):
+        return PackingPlan.load(find_or_make(folder, key_of(made_of), build).folder / _PLAN)

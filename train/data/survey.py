@@ -1,15 +1,11 @@
 """What rows are like: repeated ones, the same question in training and validation, lengths, a few to look at."""
 
-import hashlib
-import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-
-from train.data.formats import Conversation
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 """In percent."""
@@ -21,37 +17,6 @@ class Repeats:
 
     rows: int = 0
     example: tuple[str, str] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Fingerprint:
-    """What one row says, as 16 bytes each, and where it stands."""
-
-    conversation: bytes
-    question: bytes
-    place: str
-
-
-@dataclass(frozen=True, slots=True)
-class Fingerprints:
-    """What the rows of one part say. A row that its source's weight repeats is one row here.
-
-    `system_messages`: how many different ones there are.
-    """
-
-    rows: list[Fingerprint] = field(default_factory=list)
-    system_messages: int = 0
-
-    def duplicates(self) -> Repeats:
-        """The rows whose messages and tools are exactly those of an earlier one."""
-        seen: dict[bytes, str] = {}
-        pairs: list[tuple[str, str]] = []
-        for row in self.rows:
-            if row.conversation in seen:
-                pairs.append((seen[row.conversation], row.place))
-            else:
-                seen[row.conversation] = row.place
-        return Repeats(len(pairs), pairs[0] if pairs else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,43 +36,28 @@ class Bin:
     rows: int
 
 
-def has_system(conversation: Conversation) -> bool:
-    """Whether a system message stands anywhere in the row."""
-    return any(message["role"] == "system" for message in conversation.messages)
+def duplicates(digests: NDArray[np.bytes_], place: Callable[[int], str]) -> Repeats:
+    """The rows whose digest is that of an earlier one. `place`: where a row stands, in words."""
+    _, first, group = np.unique(digests, return_index=True, return_inverse=True)
+    repeating = np.flatnonzero(first[group] != np.arange(len(digests)))
+    if not len(repeating):
+        return Repeats()
+    return Repeats(len(repeating), (place(int(first[group[repeating[0]]])), place(int(repeating[0]))))
 
 
-def fingerprints(conversations: Iterable[Conversation]) -> Fingerprints:
-    """Digests of all rows, each object once."""
-    seen: set[int] = set()
-    systems: set[bytes] = set()
-    rows: list[Fingerprint] = []
-    for conversation in conversations:
-        if id(conversation) in seen:
-            continue
-        seen.add(id(conversation))
-        messages = conversation.messages
-        systems.update(_digest(message["content"]) for message in messages if message["role"] == "system")
-        whole = json.dumps([messages, conversation.tools], ensure_ascii=False, sort_keys=True)
-        first = next((message for message in messages if message["role"] == "user"), messages[0])
-        rows.append(Fingerprint(_digest(whole), _digest(" ".join(first["content"].split())), conversation.place))
-    return Fingerprints(rows, len(systems))
-
-
-def overlap(training: Fingerprints, validation: Fingerprints) -> Overlap:
-    """Which rows of validation are in training too; each example names the training row first."""
-
-    def shared(name: str) -> Repeats:
-        places: dict[bytes, str] = {}
-        for row in training.rows:
-            places.setdefault(getattr(row, name), row.place)
-        known = [row for row in validation.rows if getattr(row, name) in places]
-        return Repeats(len(known), (places[getattr(known[0], name)], known[0].place) if known else None)
-
-    return Overlap(shared("question"), shared("conversation"))
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def shared(
+    training: NDArray[np.bytes_],
+    validation: NDArray[np.bytes_],
+    training_place: Callable[[int], str],
+    validation_place: Callable[[int], str],
+) -> Repeats:
+    """The validation rows whose digest a training row has; the example names the training row first."""
+    known, first = np.unique(training, return_index=True)
+    found = np.flatnonzero(np.isin(validation, known))
+    if not len(found):
+        return Repeats()
+    same = first[np.searchsorted(known, validation[found[0]])]
+    return Repeats(len(found), (training_place(int(same)), validation_place(int(found[0]))))
 
 
 def quantiles(lengths: NDArray[np.int32]) -> dict[str, int]:

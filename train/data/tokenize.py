@@ -1,44 +1,147 @@
-"""Conversations -> token ids and labels, whole batches at a time."""
+"""Rows -> conversations -> tokens and spans: by chunks, on all cores, in memory that doesn't grow with the rows."""
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
 
+import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from train.data.control_tokens import ControlTokens, Policy
-from train.data.formats import Conversation, Message, RowFault
+from train.data.files import Chunk
+from train.data.formats import Conversation, Message, RowFault, convert
 from train.data.loss_mask import Encoded, Encoder
 from train.data.rendering import Tools
 from train.data.spans import TrainOn
+from train.data.token_rows import Faults, batch_of
+from train.errors import UserError
 
-BATCH = 1_000
-"""Conversations tokenized in one call: enough for all cores, little to hold."""
+_CHUNKS_AHEAD = 2
+"""For each process: one that it works on, and one that waits for it."""
+
+
+class RowTokenizer:
+    """One recipe's way from rows to tokens: the template that the tokenizer has now, and the policies of `chat`."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        train_on: TrainOn,
+        control_tokens_in_text: Policy = "error",
+        *,
+        fast: bool = False,
+    ) -> None:
+        """Learn what the template does. Raises UserError where no answer can be trained under it at all."""
+        self.encoder = Encoder(tokenizer, fast=fast)
+        self._control_tokens = ControlTokens(tokenizer, control_tokens_in_text)
+        self._train_on: TrainOn = train_on
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[list[Encoded] | RowFault]:
+        """Each conversation's rows in its order, or the fault that keeps it from being trained.
+
+        Mostly one row; several where the template rewrites earlier turns, so that each needs a render of its own.
+        Raises DiffersError where fastokens turns out to give other tokens.
+        """
+        cleaned = [self._cleaned(conversation) for conversation in conversations]
+        encoded = iter(
+            self.encoder.encode([pair for pair in cleaned if not isinstance(pair, RowFault)], self._train_on)
+        )
+        return [pair if isinstance(pair, RowFault) else next(encoded) for pair in cleaned]
+
+    def _cleaned(self, conversation: Conversation) -> tuple[list[Message], Tools] | RowFault:
+        try:
+            return (
+                self._control_tokens.clean(conversation.messages),
+                self._control_tokens.clean_tools(conversation.tools),
+            )
+        except RowFault as fault:
+            return fault
+
+    def encode_chunk(self, file: int, chunk: Chunk, format: str) -> tuple[pyarrow.RecordBatch, Faults]:
+        """The rows of a chunk as they are stored, and what was wrong with the others. `file`: its number."""
+        conversations: list[Conversation] = []
+        faults = Faults()
+        for place, row in chunk.rows():
+            try:
+                if isinstance(row, RowFault):
+                    raise row
+                conversations.append(Conversation(*convert(row, format), place))
+            except RowFault as fault:
+                faults.add(fault, file, place)
+        good: list[tuple[Conversation, list[Encoded]]] = []
+        for conversation, result in zip(conversations, self.encode(conversations), strict=True):
+            if isinstance(result, RowFault):
+                faults.add(result, file, conversation.place)
+            else:
+                good.append((conversation, result))
+        return batch_of(file, good), faults
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Iterable[Conversation],
-    train_on: TrainOn,
-    control_tokens_in_text: Policy = "error",
-) -> Iterator[tuple[Conversation, list[Encoded] | RowFault]]:
-    """Each conversation in its order with its rows, or with the fault that keeps it from being trained.
+    rows: RowTokenizer, chunks: Iterable[tuple[int, Chunk]], format: str, processes: int | None = None
+) -> Iterator[tuple[pyarrow.RecordBatch, Faults]]:
+    """Each chunk encoded, in order. `processes`: None = as many as this process may use cores.
 
-    Mostly one row; several where the template rewrites earlier turns, so that each needs a render of its own.
-    Raises UserError where no answer can be trained under the tokenizer's template at all.
+    Raises UserError where a worker dies, DiffersError as `RowTokenizer.encode`.
     """
-    encoder = Encoder(tokenizer)
-    control_tokens = ControlTokens(tokenizer, control_tokens_in_text)
-    remaining = iter(conversations)
-    while batch := list(islice(remaining, BATCH)):
-        cleaned = [_cleaned(conversation, control_tokens) for conversation in batch]
-        pairs = [pair for pair in cleaned if not isinstance(pair, RowFault)]
-        rows = iter(encoder.encode(pairs, train_on))
-        for conversation, pair in zip(batch, cleaned, strict=True):
-            yield conversation, pair if isinstance(pair, RowFault) else next(rows)
+    processes = processes or available_cores()
+    remaining = iter(chunks)
+    first = list(islice(remaining, processes))
+    if processes == 1 or len(first) < processes or "fork" not in multiprocessing.get_all_start_methods():
+        yield from (rows.encode_chunk(file, chunk, format) for file, chunk in chain(first, remaining))
+        return
+    waiting: deque[Future[tuple[pyarrow.RecordBatch, Faults]]] = deque()
+    # Forked, workers have the tokenizer and the probed template at once.
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, context, _start_worker, (rows,)) as pool, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        try:
+            for file, chunk in chain(first, remaining):
+                waiting.append(pool.submit(_work, file, chunk, format))
+                if len(waiting) >= processes * _CHUNKS_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as fault:
+            raise UserError(
+                "data: a process that tokenized rows was killed, as happens where memory runs out. Give the job more "
+                f"memory, or fewer processes than these {processes}: `data.processes: {max(processes // 2, 1)}`."
+            ) from fault
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _cleaned(conversation: Conversation, control_tokens: ControlTokens) -> tuple[list[Message], Tools] | RowFault:
-    try:
-        return control_tokens.clean(conversation.messages), control_tokens.clean_tools(conversation.tools)
-    except RowFault as fault:
-        return fault
+def available_cores() -> int:
+    """Cores that this process may use: Slurm and containers may give it fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_rows_of_worker: RowTokenizer
+"""In a worker process: what it encodes with."""
+
+
+def _start_worker(rows: RowTokenizer) -> None:
+    global _rows_of_worker
+    _rows_of_worker = rows
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the pool
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Workers of a parent that was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work(file: int, chunk: Chunk, format: str) -> tuple[pyarrow.RecordBatch, Faults]:
+    return _rows_of_worker.encode_chunk(file, chunk, format)

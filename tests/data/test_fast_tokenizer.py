@@ -1,0 +1,139 @@
+import random
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import normalizers
+from transformers import AutoTokenizer
+
+from train.data.chat_template import use_template
+from train.data.fast_tokenizer import DiffersError, FastTokenizer, UnsuitableError
+from train.data.formats import RowFault
+from train.data.loss_mask import Encoder
+
+LETTERS = "abc XYZ\n\n\t  .,!'019éÅ\u0301\u030añ日本語한글العربية😀👩‍🚀🇩🇪\u200b\u00a0\ufeff▁Ġ<|>[]/\\{}𝔘"
+WORDS = ["the", "assistant", "system", " user", "<|im_end|> ", "[/INST]", "</s>", "<s>", "<unk>", "don't", "ﬁ", "naïve"]
+
+texts = st.one_of(
+    st.text(max_size=60),
+    st.text(alphabet=LETTERS, max_size=80),
+    st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join),
+)
+conversations = st.lists(st.tuples(texts, texts, texts), min_size=1, max_size=6)
+
+
+def messages_of(system: str, question: str, answer: str) -> list[dict]:
+    return [
+        {"role": "system", "content": system},
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": answer},
+        {"role": "assistant", "content": question},
+    ]
+
+
+def compare(exact: Encoder, fast: Encoder, rows: list[list[dict]]) -> None:
+    """The same rows and the same faults, whichever way they are encoded."""
+    pairs = [(row, None) for row in rows]
+    assert not fast.why_not_fast
+    for one, other in zip(fast.encode(pairs, "assistant"), exact.encode(pairs, "assistant"), strict=True):
+        if isinstance(other, RowFault):
+            assert isinstance(one, RowFault)
+            assert (one.kind, one.detail) == (other.kind, other.detail)
+        else:
+            assert not isinstance(one, RowFault)
+            assert [(row.input_ids, row.labels) for row in one] == [(row.input_ids, row.labels) for row in other]
+
+
+@pytest.fixture(scope="module")
+def encoders(smollm2, mistral_tokenizer_v1) -> dict[str, tuple[object, Encoder, Encoder]]:
+    """By kind of tokenizer: the tokenizer, the exact way, the fast one."""
+    byte_level, sentencepiece = AutoTokenizer.from_pretrained(smollm2), mistral_tokenizer_v1()
+    use_template(byte_level, "chatml")
+    use_template(sentencepiece, "mistral-system")
+    return {
+        kind: (tokenizer, Encoder(tokenizer), Encoder(tokenizer, fast=True))
+        for kind, tokenizer in (("byte-level", byte_level), ("sentencepiece", sentencepiece))
+    }
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(rows=conversations)
+def test_tokens_and_labels_are_those_of_the_tokenizer(encoders, kind: str, rows) -> None:
+    compare(*encoders[kind][1:], [messages_of(*row) for row in rows])
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_the_tokenizer_itself_is_hardly_ever_asked(encoders, kind: str) -> None:
+    tokenizer, exact, _ = encoders[kind]
+    chance = random.Random(0)
+    letters = LETTERS.replace("▁", "")  # SentencePiece's own sign for a blank
+    fast = FastTokenizer(tokenizer, exact._backend)
+    spelled = 0
+    for _ in range(200):
+        text = "".join(chance.choice(letters) for _ in range(40))
+        rendered = tokenizer.apply_chat_template(messages_of("s", text, "a b"), tokenize=False)
+        (ids,) = fast.encode([rendered])
+        spelled += ids is not None and fast.tokens_within(rendered, ids, [(0, len(rendered))]) is not None
+    assert spelled > 190
+
+
+def test_places_are_those_that_the_tokenizer_tells(chatml_tokenizer) -> None:
+    text = "<|im_start|>user\nnaïve 日本 👩‍🚀 words<|im_end|>\n"
+    backend = Encoder(chatml_tokenizer)._backend
+    fast = FastTokenizer(chatml_tokenizer, backend)
+    (ids,) = fast.encode([text])
+    offsets = backend.encode(text, add_special_tokens=False).offsets
+    starts = sorted({start for start, _ in offsets})
+    for start in starts[1:]:
+        found = fast.tokens_within(text, ids, [(0, start)])
+        if any(first < start < end for first, end in offsets):
+            assert found is None
+        else:
+            assert found.tolist() == [[0, sum(first < start for first, _ in offsets)]]
+
+
+def test_a_tokenizer_that_changes_the_text_is_asked_itself(chatml_tokenizer) -> None:
+    """With NFC, letters and their accents become one character: the places move, so such rows go the exact way."""
+    chatml_tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    exact, fast_one = Encoder(chatml_tokenizer), Encoder(chatml_tokenizer, fast=True)
+    compare(
+        exact,
+        fast_one,
+        [messages_of("cafe\u0301 " * 9, "A\u030angstro\u0308m", "cafe\u0301"), messages_of("a", "b", "c")],
+    )
+    fast = FastTokenizer(chatml_tokenizer, Encoder(chatml_tokenizer)._backend)
+    for text, spelled in (("cafe\u0301", False), ("café", True)):
+        (ids,) = fast.encode([text])
+        assert (fast.tokens_within(text, ids, [(0, len(text))]) is not None) is spelled
+
+
+def test_a_difference_is_seen(chatml_tokenizer) -> None:
+    fast = FastTokenizer(chatml_tokenizer, Encoder(chatml_tokenizer)._backend)
+    fast.check(["some text"])
+    other = Encoder(chatml_tokenizer)._backend
+    other.add_special_tokens(["some text"])
+    fast._backend = other
+    with pytest.raises(DiffersError, match="some text"):
+        fast.check(["other text", "some text"])
+
+
+def test_a_tokenizer_of_another_kind_is_not_replaced(chatml_tokenizer) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(UnsuitableError, match="bytes aren't known"):
+        FastTokenizer(chatml_tokenizer, backend)
+
+
+def test_spans_that_touch_are_one() -> None:
+    from train.data.loss_mask import _joined, labels_of, spans_of
+
+    spans = np.asarray([[0, 2], [2, 3], [5, 6]], np.int32)
+    assert _joined(spans).tolist() == [[0, 3], [5, 6]]
+    assert _joined(np.empty((0, 2), np.int32)).tolist() == []
+    assert spans_of(np.asarray([True, True, True, False, False, True])).tolist() == [[0, 3], [5, 6]]
+    assert labels_of(np.arange(6, dtype=np.int32), _joined(spans)).tolist() == [0, 1, 2, -100, -100, 5]

@@ -1,0 +1,180 @@
+"""fastokens in the tokenizer's place, where it is proven to give the same ids, and each token's place in the text.
+
+fastokens (the package) tokenizes many times faster than the Hugging Face tokenizer whose file it reads, but tells no
+offsets, and is another program: nothing guarantees that it agrees. So
+
+- it must agree on texts that are known to be hard, before any row is encoded,
+- it must agree on a sample of the user's own rows, all the way through (`check`),
+- the bytes of a row's tokens, one after the other, must spell the row: then the sum of their lengths is where they
+  stand. A row where they don't (a tokenizer that normalizes or strips something in it) is left to the tokenizer itself.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import fastokens
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from train.data.rendering import Span
+
+_UNSPELLABLE = b"\xff"
+"""Stands for a token that spells no text: UTF-8 has no such byte, so a row that holds it never agrees."""
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_BLANK = "▁"
+_HARD_TEXTS = (
+    "",
+    " ",
+    "\n\n\n  \t x",
+    "plain words, and a number: 1234567890 12 3.14159",
+    "it's they'LL WE'D don’t 'tis",
+    "naïve café cafe\u0301 Å A\u030a ﬁ Ⅷ ½ ²",
+    "日本語のテキスト。한국어 텍스트 中文文本，標點",
+    "العربية עברית हिन्दी ไทย русский",
+    "👩‍👩‍👧‍👦 🇩🇪 👍🏽 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 \U0010ffff",
+    "zero\u200bwidth\u200d joiner\u00a0space\u2003em\u3000wide\ufeffmark",
+    "def f(x):\n\treturn {'a': [1,2], \"b\": x**2}  # comment\r\n",
+    "https://example.org/a_b?c=d&e=%20 name@example.org <b>bold</b>",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "----------======== ........ !!!!!!!! ????",
+    "▁ ▁▁ Ġ Ċ ## <0x0A> <unk> [INST] </s>",
+    "\x01\x02\x7f\x85",
+)
+
+
+class DiffersError(Exception):
+    """The two disagree, on the text that this says."""
+
+
+class UnsuitableError(Exception):
+    """fastokens can't be used for a tokenizer, for the reason that this says."""
+
+
+class FastTokenizer:
+    """What stands in for one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, backend: Tokenizer) -> None:
+        """`backend`: the tokenizer's own, which adds nothing to a text. Raises UnsuitableError."""
+        description = json.loads(backend.to_str())
+        pieces = _pieces(tokenizer, description)
+        if pieces is None:
+            raise UnsuitableError("its tokens are of a kind whose bytes aren't known")
+        self._pieces = pieces
+        self._sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
+        self._backend = backend
+        added = sorted((token["content"] for token in description["added_tokens"]), key=len, reverse=True)
+        self._added = re.compile(f"({'|'.join(map(re.escape, added)) or '(?!)'})")
+        self._prepends = _BLANK in {part.get("prepend") for part in _parts(description["normalizer"])}
+        try:
+            self._fast = fastokens.Tokenizer.from_json_str(backend.to_str())
+            self.check([text + token + text for text in _HARD_TEXTS for token in ["", *added[:4]]])
+        except DiffersError as fault:
+            raise UnsuitableError(f"it gives other tokens for {fault}") from fault
+        except BaseException as fault:  # whatever it says of a tokenizer that it doesn't know; a Rust panic, too
+            if isinstance(fault, KeyboardInterrupt | SystemExit):
+                raise
+            raise UnsuitableError(f"fastokens refuses it: {' '.join(str(fault).split())[:100]}") from fault
+
+    def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32] | None]:
+        """Token ids of each text; None where the tokenizer itself has to be asked."""
+        try:
+            ids, ends = self._fast.encode_batch_flat(list(texts))
+        except BaseException as fault:  # one text is enough: a character that has no token
+            if isinstance(fault, KeyboardInterrupt | SystemExit):
+                raise
+            return [None] if len(texts) == 1 else [ids for text in texts for ids in self.encode([text])]
+        flat, places = np.frombuffer(ids, np.uint32).astype(np.int32), np.frombuffer(ends, np.uint64).tolist()
+        return [flat[start:end] for start, end in pairwise(places)]
+
+    def check(self, texts: Iterable[str]) -> None:
+        """Compare with the tokenizer itself. Raises DiffersError; where nothing is encoded, nothing can differ."""
+        chosen = list(texts)
+        for text, ids in zip(chosen, self.encode(chosen), strict=True):
+            if ids is not None and ids.tolist() != self._backend.encode(text, add_special_tokens=False).ids:
+                raise DiffersError(repr(text[:60]))
+
+    def tokens_within(self, text: str, ids: NDArray[np.int32], spans: Sequence[Span]) -> NDArray[np.int32] | None:
+        """First token, and the one behind the last, of each span of characters: shape (spans, 2).
+
+        None where the tokens don't spell the text, or one lies across a border of a span, or a span has no token.
+        """
+        spelled, inserted = self._as_spelled(text)
+        if b"".join(map(self._pieces.__getitem__, ids.tolist())) != spelled.encode("utf-8", "surrogatepass"):
+            return None
+        borders = _in_bytes(text, [border for span in spans for border in span], inserted)
+        ends = np.cumsum(self._sizes[ids])
+        tokens = np.searchsorted(ends, borders) + 1
+        exact = ends[np.minimum(tokens, len(ends)) - 1] == borders
+        tokens, exact = np.where(borders == 0, 0, tokens), exact | (borders == 0)
+        within = tokens.reshape(-1, 2).astype(np.int32)
+        return within if exact.all() and (within[:, 0] < within[:, 1]).all() else None
+
+    def _as_spelled(self, text: str) -> tuple[str, list[int]]:
+        """The text with the blanks that the tokenizer puts in front of words, and where in `text` these went."""
+        if not self._prepends:
+            return text, []
+        parts: list[str] = []
+        inserted: list[int] = []
+        place = 0
+        for number, part in enumerate(self._added.split(text)):
+            if number % 2 == 0 and part:
+                parts.append(" ")
+                inserted.append(place)
+            parts.append(part)
+            place += len(part)
+        return "".join(parts), inserted
+
+
+def _in_bytes(text: str, borders: Sequence[int], inserted: Sequence[int]) -> NDArray[np.int64]:
+    """Places in UTF-8 for places in the text, which must ascend; a blank that was inserted lies behind its place."""
+    if text.isascii():
+        places = np.asarray(borders, np.int64)
+    else:
+        sizes = [
+            len(text[start:end].encode("utf-8", "surrogatepass"))
+            for start, end in zip([0, *borders], borders, strict=False)
+        ]
+        places = np.cumsum(sizes, dtype=np.int64)
+    return places + np.searchsorted(inserted, borders) if inserted else places
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, description: dict[str, Any]) -> list[bytes] | None:
+    """The bytes that each token spells, by id; None where the tokenizer is of another kind."""
+    steps = [*_parts(description["pre_tokenizer"]), *_parts(description["normalizer"])]
+    kinds = {step["type"] for step in steps}
+    if "ByteLevel" in kinds:
+        byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+
+        def spell(token: str) -> bytes:
+            return bytes(byte_of.get(character, 0xFF) for character in token)
+
+    elif "Metaspace" in kinds or any(step.get("content") == _BLANK for step in steps):
+
+        def spell(token: str) -> bytes:
+            byte = _BYTE_TOKEN.fullmatch(token)
+            return bytes([int(byte[1], 16)]) if byte else token.replace(_BLANK, " ").encode("utf-8", "surrogatepass")
+
+    else:
+        return None
+    pieces = [_UNSPELLABLE] * len(tokenizer)
+    for token, number in tokenizer.get_vocab().items():
+        if number >= len(pieces):
+            return None
+        pieces[number] = spell(token) or _UNSPELLABLE
+    for token in description["added_tokens"]:
+        pieces[token["id"]] = token["content"].encode() or _UNSPELLABLE
+    return pieces
+
+
+def _parts(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """A normalizer or pre-tokenizer, and all that it consists of."""
+    if step is not None:
+        yield step
+        for part in step.get("normalizers", step.get("pretokenizers", [])):
+            yield from _parts(part)

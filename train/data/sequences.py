@@ -1,0 +1,58 @@
+"""The sequences that are trained: put together from rows on disk when they are asked for."""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from train.data.loss_mask import labels_of
+from train.data.packing import PackingPlan
+from train.data.token_rows import TokenRows
+
+
+class Sequences:
+    """A map-style data set, as torch's DataLoader takes it.
+
+    Sequence i of epoch e has the index e * len(self) + i, so that what a process reads follows from the index alone,
+    whichever process it is and whatever it read before.
+    """
+
+    def __init__(
+        self,
+        rows: TokenRows,
+        chosen: NDArray[np.int64],
+        max_length: int,
+        plan_of: Callable[[int], PackingPlan],
+        *,
+        packed: bool,
+    ) -> None:
+        """`chosen`: the rows that are trained, which are cut to `max_length`; `plan_of`: the plan of an epoch."""
+        self._rows, self._chosen, self._max_length, self._packed = rows, chosen, max_length, packed
+        self.lengths = np.minimum(rows.lengths[chosen], max_length)
+        self.plan_of = lru_cache(maxsize=2)(plan_of)
+        self._count = len(self.plan_of(0))
+
+    def __len__(self) -> int:
+        """Sequences of an epoch."""
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, NDArray[np.int64] | list[int]]:
+        """`input_ids` and `labels` (int64), and where the recipe packs `seq_lengths`, the tokens of each document."""
+        if index < 0 or not self._count:
+            raise IndexError(f"sequence {index} of {self._count}")
+        epoch, sequence = divmod(int(index), self._count)
+        documents = [self.row(place) for place in self.plan_of(epoch)[sequence].tolist()]
+        item: dict[str, NDArray[np.int64] | list[int]] = {
+            "input_ids": np.concatenate([ids for ids, _ in documents]).astype(np.int64),
+            "labels": np.concatenate([labels for _, labels in documents]),
+        }
+        if self._packed:
+            item["seq_lengths"] = [len(ids) for ids, _ in documents]
+        return item
+
+    def row(self, place: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Ids and labels of one of the chosen rows, as they are trained."""
+        row = int(self._chosen[place])
+        ids = self._rows.ids(row)[: self._max_length]
+        return ids, labels_of(ids, self._rows.trained(row))

@@ -1,0 +1,186 @@
+"""Tokenized rows on disk: an Arrow stream, mapped into memory, 4 bytes a token and about 8 for the mask of a turn.
+
+Places are kept without the file's name, digests in the place of texts: what is stored depends on what rows say, not on
+where they stood. `datasets.Dataset.from_file` opens the file too.
+"""
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+from numpy.typing import NDArray
+
+from train.data.formats import Conversation, RowFault
+from train.data.loss_mask import Encoded
+
+_DIGEST = pyarrow.binary(16)
+SCHEMA = pyarrow.schema(
+    {
+        "input_ids": pyarrow.list_(pyarrow.int32()),
+        "trained": pyarrow.list_(pyarrow.int32()),  # first token of a span, the one behind its last, and so on
+        "trained_tokens": pyarrow.int32(),
+        "first_of_conversation": pyarrow.int8(),  # 0 or 1
+        "file": pyarrow.int32(),
+        "place": pyarrow.string(),
+        "conversation": _DIGEST,
+        "question": _DIGEST,
+        "systems": pyarrow.list_(_DIGEST),
+    }
+)
+_EXAMPLES = 3
+
+
+@dataclass(slots=True)
+class Faults:
+    """Rows that can't be trained. `kinds`: for each kind of fault how many, and (file, place, detail) of the first."""
+
+    kinds: dict[str, tuple[int, list[tuple[int, str, str]]]] = field(default_factory=dict)
+
+    def add(self, fault: RowFault, file: int, place: str) -> None:
+        """Count one more."""
+        self.merge({fault.kind: (1, [(file, place, fault.detail)])})
+
+    def merge(self, kinds: dict[str, tuple[int, list[tuple[int, str, str]]]]) -> None:
+        """Count those that come after these."""
+        for kind, (count, examples) in kinds.items():
+            before, first = self.kinds.get(kind, (0, []))
+            self.kinds[kind] = before + count, [*first, *examples][:_EXAMPLES]
+
+
+def batch_of(file: int, rows: Sequence[tuple[Conversation, Sequence[Encoded]]]) -> pyarrow.RecordBatch:
+    """Conversations of one file, each with its encoded rows, as they are stored."""
+    each = [
+        (conversation, encoded, number == 0) for conversation, parts in rows for number, encoded in enumerate(parts)
+    ]
+    digests = {id(conversation): _digests(conversation) for conversation, _ in rows}
+    columns = {
+        "input_ids": _lists([encoded.ids for _, encoded, _ in each]),
+        "trained": _lists([encoded.trained.reshape(-1) for _, encoded, _ in each]),
+        "trained_tokens": np.fromiter(
+            (int((encoded.trained[:, 1] - encoded.trained[:, 0]).sum()) for _, encoded, _ in each), np.int32, len(each)
+        ),
+        "first_of_conversation": np.fromiter((first for _, _, first in each), np.int8, len(each)),
+        "file": np.full(len(each), file, np.int32),
+        "place": [conversation.place for conversation, _, _ in each],
+        "conversation": [digests[id(conversation)][0] for conversation, _, _ in each],
+        "question": [digests[id(conversation)][1] for conversation, _, _ in each],
+        "systems": [digests[id(conversation)][2] for conversation, _, _ in each],
+    }
+    return pyarrow.record_batch([pyarrow.array(columns[column.name], column.type) for column in SCHEMA], schema=SCHEMA)
+
+
+def _lists(values: Sequence[NDArray[np.int32]]) -> pyarrow.ListArray:
+    ends = np.cumsum([0, *map(len, values)]).astype(np.int32)
+    return pyarrow.ListArray.from_arrays(ends, np.concatenate([np.empty(0, np.int32), *values]))
+
+
+def _digests(conversation: Conversation) -> tuple[bytes, bytes, list[bytes]]:
+    """Of all that is said, of the first user message (white space aside), and of each system message."""
+    messages = conversation.messages
+    first = next((message for message in messages if message["role"] == "user"), messages[0])
+    return (
+        _digest(json.dumps([messages, conversation.tools], ensure_ascii=False, sort_keys=True)),
+        _digest(" ".join(first["content"].split())),
+        [_digest(message["content"]) for message in messages if message["role"] == "system"],
+    )
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+class TokenRows:
+    """The rows of some files that `write` wrote, one after the other; their tokens stay on disk until they are asked.
+
+    `lengths`, `trained_tokens`: int32 [rows]. `first_trained`: int32 [rows], the first token that is learnt.
+    `conversations`: int64 [rows], to which conversation of all files each row belongs; those of one stand together.
+    `has_system`: bool [rows]. `digests`, `questions`: bytes of 16 [rows], of what is said and of what is first asked.
+    """
+
+    def __init__(self, files: Sequence[Path], places: Sequence[Sequence[str]]) -> None:
+        """`places`: for each of the files what the places of its rows begin with, by number."""
+        tables = [_opened(path) for path in files]
+        self._places = places
+        self._batches = [(source, batch) for source, table in enumerate(tables) for batch in table]
+        batches = [batch for _, batch in self._batches]
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)]).tolist()
+        self._ids = [_offsets_and_values(batch["input_ids"]) for batch in batches]
+        self._trained = [_offsets_and_values(batch["trained"]) for batch in batches]
+        self.lengths = _joined([np.diff(offsets) for offsets, _ in self._ids], np.int32)
+        self.first_trained = _joined([values[offsets[:-1]] for offsets, values in self._trained], np.int32)
+        self.trained_tokens = _joined([batch["trained_tokens"].to_numpy() for batch in batches], np.int32)
+        first = _joined([batch["first_of_conversation"].to_numpy() for batch in batches], np.int64)
+        self.conversations = np.cumsum(first) - 1
+        self.digests = _joined([_fixed(batch["conversation"]) for batch in batches], np.dtype("S16"))
+        self.questions = _joined([_fixed(batch["question"]) for batch in batches], np.dtype("S16"))
+        systems = [_offsets_and_lists(batch["systems"]) for batch in batches]
+        self._system_counts = _joined([np.diff(offsets) for offsets, _ in systems], np.int32)
+        self._systems = _joined([values for _, values in systems], np.dtype("S16"))
+        self.has_system = self._system_counts > 0
+        rows_of_sources = [sum(batch.num_rows for batch in table) for table in tables]
+        self.source_ends = np.cumsum([0, *rows_of_sources])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def ids(self, row: int) -> NDArray[np.int32]:
+        """The tokens of a row; not a copy."""
+        batch, number = self._find(row)
+        offsets, values = self._ids[batch]
+        return values[offsets[number] : offsets[number + 1]]
+
+    def trained(self, row: int) -> NDArray[np.int32]:
+        """The spans of a row's tokens that are learnt, shape (spans, 2)."""
+        batch, number = self._find(row)
+        offsets, values = self._trained[batch]
+        return values[offsets[number] : offsets[number + 1]].reshape(-1, 2)
+
+    def place(self, row: int) -> str:
+        """Where the row stood, in words."""
+        batch, number = self._find(row)
+        source, columns = self._batches[batch]
+        return self._places[source][columns["file"][number].as_py()] + str(columns["place"][number].as_py())
+
+    def distinct_systems(self, rows: NDArray[np.int64]) -> int:
+        """How many different system messages these rows have."""
+        wanted = np.zeros(len(self), bool)
+        wanted[rows] = True
+        return len(np.unique(self._systems[np.repeat(wanted, self._system_counts)]))
+
+    def _find(self, row: int) -> tuple[int, int]:
+        batch = bisect_right(self._starts, row) - 1
+        return batch, int(row) - self._starts[batch]
+
+
+def write(path: Path, batches: Iterable[pyarrow.RecordBatch]) -> None:
+    """Write the batches as they come."""
+    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, SCHEMA) as stream:
+        for batch in batches:
+            stream.write_batch(batch)
+
+
+def _opened(path: Path) -> list[pyarrow.RecordBatch]:
+    with pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))) as stream:
+        return [batch for batch in stream if batch.num_rows]
+
+
+def _offsets_and_values(column: pyarrow.ListArray) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    return column.offsets.to_numpy(), column.values.to_numpy()
+
+
+def _offsets_and_lists(column: pyarrow.ListArray) -> tuple[NDArray[np.int32], NDArray[np.bytes_]]:
+    return column.offsets.to_numpy(), _fixed(column.values)
+
+
+def _fixed(column: pyarrow.FixedSizeBinaryArray) -> NDArray[np.bytes_]:
+    return np.frombuffer(column.buffers()[1] or b"", "S16")[column.offset : column.offset + len(column)]
+
+
+def _joined(parts: Sequence[NDArray[Any]], kind: Any) -> NDArray[Any]:
+    return np.concatenate([np.empty(0, kind), *parts]).astype(kind, copy=False)

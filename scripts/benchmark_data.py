@@ -367,8 +367,8 @@ def _told(difference: dict[str, Any], options: Options) -> str:
     )
     return (
         f"{first} and {second}: the same {what} in {difference['same_rows']:,} rows, {difference['only_first']:,} only "
-        f"in the first, {difference['only_second']:,} only in the second, which has {difference['tokens']:+,} tokens and "
-        f"{difference['trained_tokens']:+,} trained ones; the tokens that differ most: {tokens or 'none'}"
+        f"in the first, {difference['only_second']:,} only in the second, which has {difference['tokens']:+,} tokens "
+        f"and {difference['trained_tokens']:+,} trained ones; the tokens that differ most: {tokens or 'none'}"
     )
 
 

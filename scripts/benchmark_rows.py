@@ -23,8 +23,8 @@ from pathlib import Path
 
 NEW_WORDS_PER_SENTENCE = 0.3
 OTHER_SCRIPTS = (
-    "naïve café São-Paulo Zürich Ærøskøbing œuvre jalapeño coöperate Dvořák Łódź 東京 大切 機械学習 한국어 Ελλάδα Москва "
-    "שלום مرحبا हिन्दी — → ≤ ≈ €40 30° ½ “quoted” ‘so’ … ✓ 🙂 🚀"
+    "naïve café São-Paulo Zürich Ærøskøbing œuvre jalapeño coöperate Dvořák Łódź 東京 大切 機械学習 한국어 Ελλάδα "
+    "Москва שלום مرحبا हिन्दी — → ≤ ≈ €40 30° ½ “quoted” ‘so’ … ✓ 🙂 🚀"
 )
 _WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
 

@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
-ROWS, MAX_LENGTH, SEED = 60, 8_192, 5
+ROWS, MAX_LENGTH, SEED = 60, 6_000, 5
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -85,11 +85,11 @@ def test_its_counts_are_those_of_the_rows(tiny_model: Path, tmp_path: Path, benc
 
 def test_memory_is_compared_between_numbers_of_rows(tiny_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "memory.json"
-    result = run("--tokenizer", tiny_model, "--memory", 4, 40, "--repeat", 3, "--only", "tokenizer", "--json", file)
+    result = run("--tokenizer", tiny_model, "--memory", 4, 40, "--repeat", 2, "--only", "tokenizer", "--json", file)
     assert result.returncode == 0, result.stderr
     record = json.loads(file.read_text(encoding="utf-8"))
     order = [(one["repetition"], one["rows_in"]) for one in record["measurements"]]
-    assert order == [(0, 4), (0, 40), (1, 4), (1, 40), (2, 4), (2, 40)]
+    assert order == [(0, 4), (0, 40), (1, 4), (1, 40)]
     peaks = {
         rows: statistics.median(one["peak_memory"] for one in record["measurements"] if one["rows_in"] == rows)
         for rows in (4, 40)
@@ -167,7 +167,7 @@ def test_a_contender_that_fails_is_an_error_with_its_reason(tmp_path: Path, tiny
         (tmp_path / path.name).write_bytes(path.read_bytes())
     file = tmp_path / "tokenizer.json"
     broken = json.loads(file.read_text(encoding="utf-8"))
-    del broken["model"]["vocab"]["q"]  # fastokens refuses a text with a byte that has no token
+    del broken["model"]["vocab"]["k"]  # fastokens refuses a text with a byte that has no token
     file.write_text(json.dumps(broken), encoding="utf-8")
     result = run("--tokenizer", tmp_path, "--rows", 3, "--repeat", 1, "--only", "fastokens")
     assert result.returncode == 2

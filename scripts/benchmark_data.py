@@ -30,6 +30,8 @@ from train.progress import Job, job
 from train.recipe import ModelSection
 
 SECONDS_BETWEEN_SAMPLES = 0.05
+SHARE_OF_A_CORE = 0.1
+"""Most that sampling the memory may take: the kernel needs some 20 ms a GB, and the contender waits for its pages."""
 BARE = ("tokenizer", "fastokens")
 """They turn texts into ids and no more: nothing is labelled, packed or left on the disk."""
 RATIOS = (("ours", "trl"), ("ours", "trl-N"), ("ours-again", "trl-N"), ("ours", "tokenizer"), ("ours", "fastokens"))
@@ -84,6 +86,7 @@ class Measurement:
     peak_anonymous: int
     memory_before: int
     anonymous_before: int
+    memory_samples: int
     disk: int
 
 
@@ -292,8 +295,10 @@ def _measure(contender: str, repetition: int, rows: Rows, folder: Path, options:
             try:
                 watched = psutil.Process(child.pid)
                 while child.poll() is None:
-                    samples.append((time.monotonic(), memory(watched)))
-                    time.sleep(SECONDS_BETWEEN_SAMPLES)
+                    asked = time.monotonic()
+                    samples.append((asked, memory(watched)))
+                    took = time.monotonic() - asked
+                    time.sleep(max(SECONDS_BETWEEN_SAMPLES, took / SHARE_OF_A_CORE - took))
             except BaseException:
                 child.terminate()
                 raise
@@ -314,6 +319,7 @@ def _measure(contender: str, repetition: int, rows: Rows, folder: Path, options:
         peak_anonymous=max(sample.anonymous for sample in seen),
         memory_before=before.total,
         anonymous_before=before.anonymous,
+        memory_samples=len(seen),
         disk=sum(path.stat().st_size for path in (folder / "cache").rglob("*") if path.is_file()),
         **found,
     )

@@ -26,6 +26,9 @@ OTHER_SCRIPTS = (
     "naïve café São-Paulo Zürich Ærøskøbing œuvre jalapeño coöperate Dvořák Łódź 東京 大切 機械学習 한국어 Ελλάδα "
     "Москва שלום مرحبا हिन्दी — → ≤ ≈ €40 30° ½ “quoted” ‘so’ … ✓ 🙂 🚀"
 )
+_LIKE_A_CONTROL_TOKEN = re.compile(
+    r"<\S*>|\[[A-Z_/]+\]"
+)  # SmolLM2 has <filename>, Mistral [INST]: such rows are refused
 _WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
 
 
@@ -45,7 +48,8 @@ def vocabulary() -> Vocabulary:
     code: list[str] = []
     for path in sorted(Path(os.__file__).parent.glob("*.py")):
         source = path.read_text(encoding="utf-8")
-        code += [line for line in source.splitlines() if line.strip() and len(line) < 120]
+        lines = [line for line in source.splitlines() if line.strip() and len(line) < 120]
+        code += [line for line in lines if not _LIKE_A_CONTROL_TOKEN.search(line)]
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 counts.update(_WORD.findall(ast.get_docstring(node) or ""))

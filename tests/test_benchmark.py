@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -119,6 +120,8 @@ def test_rows_are_of_real_length_in_tokens_and_full_of_new_words(benchmark_rows:
     once = sum(1 for count in words.values() if count == 1)
     assert once > 0.3 * len(words)  # a tokenizer that remembers words still meets many for the first time
     assert len(set(text)) > 150
+    special = {str(token) for token in chatml_tokenizer.added_tokens_decoder.values() if token.special}
+    assert not special & set(re.findall(r"<[^<>\s]*>", text))  # such rows are refused
     sentences = Counter(line for line in text.splitlines() if len(line) > 120)
     assert max(sentences.values()) == 1
 

@@ -175,7 +175,7 @@ class Result:
         called = self.options.called
         for pair, ratio in self.ratios().items():
             first, second = pair.split(" / ")
-            lines.append(f"- {called(first)}: {ratio:.1f} times as fast as {called(second)}")
+            lines.append(f"- {called(first)}: {ratio:.2f} times as fast as {called(second)}")
         lines += [
             f"- {called(name)}, peak memory from {min(rows.count for rows in self.rows):,} to "
             f"{max(rows.count for rows in self.rows):,} rows: {grown['peak_memory']:+.0%}, without file pages "

@@ -78,7 +78,7 @@ def test_its_counts_are_those_of_the_rows(tiny_model: Path, tmp_path: Path, benc
     assert medians["trl"]["disk"] > 8 * 2 * kept  # ids and labels, in one of its caches at 8 bytes each
     ratio = medians["trl-N"]["seconds"] / medians["ours"]["seconds"]
     assert record["ratios"]["ours / trl-N"] == pytest.approx(ratio)
-    assert f"janus-sft: {ratio:.1f} times as fast as TRL's SFTTrainer (2 processes)" in result.stdout
+    assert f"janus-sft: {ratio:.2f} times as fast as TRL's SFTTrainer (2 processes)" in result.stdout
     assert record["versions"]["trl"]
     assert record["machine"]["cores"] > 0
     assert result.stdout.count("\n| ") == 1 + len(medians)

@@ -1,0 +1,140 @@
+"""Measure this trainer beside others, on the same rows, in one run.
+
+    python scripts/benchmark.py data --tokenizer outputs/smollm2-135m-instruct --json data.json
+
+data: preparing rows for training (read, render, tokenize, label, pack) by TRL and by us, beside the bare tokenizers.
+Prints a table in Markdown and writes every single measurement with the machine and the packages' versions as JSON.
+Exit codes: 0 measured; 2 there is something to mend (one `error:` says what); 1 anything else.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+from benchmark_contenders import CONTENDERS
+from benchmark_data import Options, compare_preparations
+
+from train.errors import UserError
+
+PACKAGES = ["janus-sft", "trl", "transformers", "tokenizers", "fastokens", "datasets", "pyarrow", "numpy", "torch"]
+
+
+def machine() -> dict[str, Any]:
+    """CPU model, cores that this process may use, bytes of memory, Python and kernel, and the load before it began."""
+    model = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        names = [
+            line.partition(":")[2].strip() for line in information.read_text().splitlines() if "model name" in line
+        ]
+        model = names[0] if names else model
+    return {
+        "cpu": model,
+        "cores": cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions() -> dict[str, str | None]:
+    """Version of each package that takes part; None where it isn't installed."""
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def describe(where: dict[str, Any], packages: dict[str, str | None]) -> str:
+    """The machine and the packages in one line of Markdown."""
+    named = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
+    return (
+        f"Machine: {where['cores']} cores of {where['cpu']}, {where['memory_bytes'] / 2**30:.0f} GiB, "
+        f"{where['system']}, Python {where['python']} (load before the run: {where['load_before']}). Packages: {named}."
+    )
+
+
+def data(options: argparse.Namespace) -> None:
+    """The command `data`."""
+    if not Path("/proc/self/smaps_rollup").is_file():
+        raise UserError("memory is read from /proc/PID/smaps_rollup, which this system lacks: run it on Linux")
+    if options.json and not options.json.parent.is_dir():
+        raise UserError(f"--json {options.json}: there is no folder {options.json.parent}")
+    where, packages = machine(), versions()
+    result = compare_preparations(
+        Options(
+            tokenizer=options.tokenizer,
+            template=options.template,
+            contenders=tuple(options.only.split(",")) if options.only else None,
+            rows=tuple(options.memory or (10_000, 100_000)) if options.memory is not None else (options.rows,),
+            only_memory=options.memory is not None,
+            repeat=options.repeat,
+            max_length=options.max_length,
+            processes=options.processes,
+            seed=options.seed,
+        )
+    )
+    print(f"\n{result.markdown()}\n\n{describe(where, packages)}")
+    if options.json:
+        record = {"command": "data", "machine": where, "versions": packages, **result.record()}
+        options.json.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"every measurement is in {options.json}")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
+def main() -> int:
+    """Run the command; the exit code."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    about_data = "preparation of data: TRL's, ours, and the bare tokenizers"
+    data_parser = commands.add_parser("data", help=about_data, description=f"Measure {about_data}.")
+    data_parser.set_defaults(run=data)
+    add = data_parser.add_argument
+    add("--tokenizer", required=True, metavar="FOLDER_OR_ID", help="a model folder, or an id on the Hugging Face hub")
+    add("--template", default="chatml", help="chat template, with generation marks, which TRL needs (default chatml)")
+    add("--rows", type=_count, default=20_000, help="Janus-like rows to make (default 20,000)")
+    add("--repeat", type=_count, default=5, help="runs of each; the table has medians (default 5)")
+    add("--max-length", type=_count, default=8_192, help="tokens of a packed sequence (default 8,192, as in the paper)")
+    add("--json", type=Path, metavar="FILE", help="write every measurement there")
+    add("--only", metavar="NAME,...", help=f"some of {','.join(CONTENDERS)} (default all; with --memory ours)")
+    add("--processes", type=_count, default=cores(), help="processes of trl-N (default: cores, here %(default)s)")
+    add("--seed", type=int, default=42, help="decides every character of the rows (default 42)")
+    about_memory = "compare peak memory between these numbers of rows instead (default 10000 100000)"
+    add("--memory", type=_count, nargs="*", metavar="ROWS", help=about_memory)
+
+    options = parser.parse_args()
+    try:
+        options.run(options)
+    except UserError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

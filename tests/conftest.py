@@ -1,18 +1,23 @@
 """What the tests share: a real small model and tokenizer, a tiny one with random weights, Mistral's tokenizer."""
 
+import atexit
 import importlib.util
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
 
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="janus-sft-tests-")  # tokens of the tests are no one's to keep
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reached for a hub would hang or lie
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
@@ -167,3 +172,46 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return shown.err.removeprefix("error: ").rstrip("\n")
 
     return run
+
+
+class Loaded(NamedTuple):
+    """The rows that are trained and held out, as texts, and those that can't be."""
+
+    train: list["ReadRow"]
+    validation: list["ReadRow"]
+    faults: dict[str, Any]
+
+
+class ReadRow(NamedTuple):
+    messages: list[dict[str, str]]
+    place: str
+
+
+@pytest.fixture
+def load(recipe_file: Callable[..., Path]) -> Callable[..., Loaded]:
+    """Prepares a source, or with the keys of a data section several, and reads back from the tokens what they say."""
+    from train.data.chat_template import use_template
+    from train.data.prepare import prepare
+    from train.model.load import load_tokenizer
+    from train.recipe import load_recipe
+
+    def read(path: Path | str, *, seed: int = 0, **data: Any) -> Loaded:
+        data = {"sources": [{"path": str(path)}], "packing": False, "max_length": 2_048, **data}
+        recipe = load_recipe(recipe_file(data=data, seed=seed))
+        tokenizer = load_tokenizer(recipe.model)
+        use_template(tokenizer, recipe.chat.template)
+        prepared = prepare(recipe, tokenizer)
+
+        def rows(part: Any) -> list[ReadRow]:
+            found = []
+            for number, row in enumerate(part.rows._chosen.tolist()):
+                turns = tokenizer.decode(part.rows[number]["input_ids"]).split("<|im_start|>")[1:]
+                turns = [turn.removesuffix("<|im_end|>\n").split("\n", 1) for turn in turns]
+                messages = [{"role": role, "content": content} for role, content in turns]
+                found.append(ReadRow(messages, part.rows._rows.place(row)))
+            return found
+
+        validation = rows(prepared.validation) if prepared.validation else []
+        return Loaded(rows(prepared.train), validation, dict(prepared.faults))
+
+    return read

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from train.data.chat_template import use_template
-from train.data.formats import Conversation
 from train.data.prepare import Prepared, examine, prepare
-from train.data.survey import choose_examples, fingerprints, histogram, overlap, quantiles
+from train.data.survey import choose_examples, histogram, quantiles
 from train.errors import UserError
 from train.model.load import load_tokenizer
 from train.recipe import ModelSection, load_recipe
@@ -66,7 +65,7 @@ def test_the_account_is_what_a_plain_count_gives(
     assert (account.longest, account.longest_place) == (counts[longest][0], f"{rows_file}:{longest + 1}")
     systems = [message["content"] for row in rows for message in row if message["role"] == "system"]
     assert account.rows_with_system == len(systems)
-    assert account.fingerprints.system_messages == len(set(systems))
+    assert account.distinct_systems == len(set(systems))
     assert account.documents_per_sequence.tolist() == [len(row["seq_lengths"]) for row in data.train.rows]
     assert sum(len(row["input_ids"]) for row in data.train.rows) == account.tokens
     assert all(sum(row["seq_lengths"]) == len(row["input_ids"]) == len(row["labels"]) for row in data.train.rows)
@@ -124,26 +123,26 @@ def test_no_row_left_is_told_and_not_a_crash(recipe_file: Callable[..., Path]) -
     assert data.train.account.examples == []
 
 
-def conversation(question: str, answer: str, place: str, system: str | None = None) -> Conversation:
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return Conversation([{"role": "system", "content": system}] * bool(system) + messages, None, 0, place)
+def test_duplicates_and_overlap_are_found_with_their_places(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    def write(name: str, *rows: tuple[str, str, str]) -> str:
+        keys = ("system", "prompt", "output")
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows))
+        return str(path)
 
-
-def test_duplicates_and_overlap_are_found_with_their_places() -> None:
-    one, other = conversation("q", "a", "f:1"), conversation("r", "a", "f:2")
-    again = conversation("q", "a", "f:3")
-    training = fingerprints([one, one, other, again, conversation("q", "a", "f:4", "be brief")])
-    duplicates = training.duplicates()  # the same object twice is a weight of 2.0, no duplicate
-    assert (duplicates.rows, duplicates.example) == (1, ("f:1", "f:3"))
-    held = [conversation("new", "a", "v:1"), conversation(" q ", "b", "v:2"), conversation("r", "a", "v:3")]
-    found = overlap(training, fingerprints(held))
-    assert (found.questions.rows, found.questions.example) == (2, ("f:1", "v:2"))
-    assert (found.conversations.rows, found.conversations.example) == (1, ("f:2", "v:3"))
-
-
-def test_one_file_named_by_two_sources_gives_duplicates_though_the_place_is_the_same() -> None:
-    one = conversation("q", "a", "f:1")
-    assert fingerprints([one, Conversation(one.messages, None, 1, one.place)]).duplicates().rows == 1
+    first = ("", "q", "a"), ("", "r", "a"), ("", "q", "a"), ("be brief", "q", "a")
+    train, held = write("f.jsonl", *first), write("v.jsonl", ("", "new", "a"), ("", " q ", "b"), ("", "r", "a"))
+    data = examined(
+        recipe_file(data={"sources": [{"path": train, "weight": 2.0}], "validation": [{"path": held}]})
+    )
+    assert data.train.account.rows == 8
+    duplicates = data.train.account.duplicates  # a weight of 2.0 makes none
+    assert (duplicates.rows, duplicates.example) == (1, (f"{train}:1", f"{train}:3"))
+    found = data.overlap
+    assert (found.questions.rows, found.questions.example) == (2, (f"{train}:1", f"{held}:2"))
+    assert (found.conversations.rows, found.conversations.example) == (1, (f"{train}:2", f"{held}:3"))
+    twice = examined(recipe_file(data={"sources": [{"path": train}, {"path": train, "split": "train"}]}))
+    assert twice.train.account.duplicates.rows == 5
 
 
 def test_quantiles_are_lengths_that_occur() -> None:

@@ -15,10 +15,10 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from train.data.formats import FAULT_KINDS, RowFault
-from train.data.sources import BadRows, Loaded, load, read_rows
+from train.data.formats import FAULT_KINDS, RowFault, convert, detect
+from train.data.sources import BadRows, digest_of_files, open_source, read_rows
 from train.errors import UserError
-from train.recipe import DataSection, Source
+from train.recipe import Source
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 ROOT = Path(__file__).parents[2]
@@ -200,38 +200,12 @@ def test_a_pickled_data_frame(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "rows.pkl", allow_pickle=True) == [*ROWS, {"system": None, "prompt": "p", "output": "o"}]
 
 
-def section(path: Path | str, **keys: Any) -> DataSection:
-    return DataSection.model_validate({"sources": [{"path": str(path)}], "max_length": 64, **keys})
-
-
-def test_multifaceted_rows_become_conversations(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", lines(ROWS))
-    loaded = load(section(path), seed=1)
-    assert [turn["content"] for turn in loaded.train[0].messages] == list(ROWS[0].values())
-    assert [[turn["role"] for turn in row.messages] for row in loaded.train] == [
-        ["system", "user", "assistant"],
-        ["user", "assistant"],  # its system message is empty
-        ["system", "user", "assistant"],
-    ]
-    assert [row.place for row in loaded.train] == [f"{path}:{line}" for line in (1, 2, 3)]
-    assert (loaded.validation, loaded.bad, loaded.rows_per_source) == ([], {}, [3])
-
-
-def test_sources_of_several_formats_keep_their_numbers(tmp_path: Path) -> None:
-    write(tmp_path / "a.jsonl", lines([pair("a")]))
-    write(tmp_path / "b.jsonl", lines(TOOL_ROWS))
-    data = section(tmp_path / "a.jsonl", sources=[{"path": str(tmp_path / name)} for name in ("a.jsonl", "b.jsonl")])
-    assert [row.source for row in load(data, 0).train] == [0, 1, 1]
-
-
-def test_a_stated_format_goes_before_the_columns(tmp_path: Path) -> None:
-    row = {"messages": "unused notes", "instruction": "i", "output": "o"}
-    path = write(tmp_path / "rows.jsonl", lines([row]))
-    data = section(path, sources=[{"path": str(path), "format": "alpaca"}])
-    assert [turn["content"] for turn in load(data, 0).train[0].messages] == ["i", "o"]
-
-
 REAL = {"biggen_bench": 765, "persona_chat_valid": 997, "tau_airline_tools": 200, "mt_bench_101": 1388}
+
+
+def conversations_of(path: Path) -> list[list[dict[str, Any]]]:
+    rows = rows_of(path)
+    return [convert(row, detect(rows[0]))[0] for row in rows]
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -239,106 +213,14 @@ def test_published_conversations(name: str) -> None:
     path = SHARED / "conversations" / f"{name}.jsonl"
     if not path.is_file():
         pytest.skip(f"no {path}")
-    loaded = load(section(path), 0)
-    assert (len(loaded.train), loaded.bad) == (REAL[name], {})
+    assert len(conversations_of(path)) == REAL[name]
 
 
 def test_our_own_conversations() -> None:
     path = ROOT / "recipes" / "smollm2-135m" / "data" / "train.jsonl"
-    loaded = load(section(path), 0)
-    assert len(loaded.train) == len(path.read_text(encoding="utf-8").splitlines())
-    assert {row.messages[0]["role"] for row in loaded.train} == {"system"}
-
-
-def mixed(tmp_path: Path, weights: dict[str, float], seed: int = 0) -> Counter[str]:
-    """How often each question of sources of ten rows is seen."""
-    for name in weights:
-        write(tmp_path / f"{name}.jsonl", lines([pair(f"{name}{row}") for row in range(10)]))
-    sources = [{"path": str(tmp_path / f"{name}.jsonl"), "weight": weight} for name, weight in weights.items()]
-    loaded = load(section("", sources=sources), seed)
-    assert loaded.rows_per_source == [10] * len(weights)
-    return Counter(row.messages[1]["content"] for row in loaded.train)
-
-
-def test_weights_say_how_often_a_row_is_seen(tmp_path: Path) -> None:
-    assert Counter(mixed(tmp_path, {"a": 1.0}).values()) == {1: 10}
-    assert Counter(mixed(tmp_path, {"a": 0.3}).values()) == {1: 3}
-    assert Counter(mixed(tmp_path, {"a": 2.0}).values()) == {2: 10}
-    assert Counter(mixed(tmp_path, {"a": 2.5}).values()) == {2: 5, 3: 5}
-
-
-def test_samples_follow_the_seed_and_no_other_source(tmp_path: Path) -> None:
-    alone = mixed(tmp_path, {"a": 0.5})
-    assert mixed(tmp_path, {"a": 0.5}) == alone
-    together = mixed(tmp_path, {"b": 0.4, "a": 0.5, "c": 3.0})
-    assert Counter({name: count for name, count in together.items() if name.startswith("a")}) == alone
-    assert any(mixed(tmp_path, {"a": 0.5}, seed) != alone for seed in range(1, 5))
-
-
-def janus_like(tmp_path: Path, questions: int) -> Path:
-    rows = [pair(f"question {row % questions}", f"answer {row}", f"system {row}") for row in range(3 * questions)]
-    return write(tmp_path / "janus.jsonl", lines(rows))
-
-
-def questions_of(rows: list[Any]) -> list[str]:
-    return [row.messages[1]["content"] for row in rows]
-
-
-@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.999])
-def test_a_question_is_never_on_both_sides(share: float, tmp_path: Path) -> None:
-    path = janus_like(tmp_path, 40)
-    loaded = load(section(path, validation=share), seed=3)
-    trained, held = questions_of(loaded.train), questions_of(loaded.validation)
-    assert not set(trained) & set(held)
-    assert sorted(row.place for row in loaded.train + loaded.validation) == sorted(f"{path}:{n}" for n in range(1, 121))
-    assert set(Counter(held).values()) == {3}
-    assert abs(len(held) - share * 120) <= 3
-    again = load(section(path, validation=share), seed=3)
-    assert again == loaded
-    assert load(section(path, validation=share), seed=4).validation != loaded.validation
-
-
-def test_a_question_in_two_sources_or_with_other_blanks_is_held_out_as_one(tmp_path: Path) -> None:
-    path = janus_like(tmp_path, 12)
-    rows = [pair(f" question\n{row}", "b", "") for row in range(12)]
-    other = write(tmp_path / "other.jsonl", lines(rows))
-    sources = [{"path": str(path), "weight": 2.0}, {"path": str(other)}]
-    loaded = load(section("", sources=sources, validation=0.25), seed=0)
-    texts = [{" ".join(turn["content"].split()) for row in part for turn in row.messages if turn["role"] == "user"}
-             for part in (loaded.train, loaded.validation)]  # fmt: skip
-    assert not texts[0] & texts[1]
-    assert len(texts[1]) == 3
-    assert len(loaded.validation) == 12  # each held row once, whatever its source's weight
-    assert len(loaded.train) == 2 * 27 + 9
-
-
-def test_adding_a_source_keeps_most_of_what_is_held_out(tmp_path: Path) -> None:
-    path = janus_like(tmp_path, 100)
-    more = write(tmp_path / "more.jsonl", lines([pair(f"more {row}") for row in range(30)]))
-    before = set(questions_of(load(section(path, validation=0.2), 0).validation))
-    sources = [{"path": str(more)}, {"path": str(path)}]
-    after = set(questions_of(load(section("", sources=sources, validation=0.2), 0).validation))
-    assert len(before & after) >= 0.8 * len(before)
-
-
-def test_groups_larger_than_the_share_leave_the_smallest_held_out(tmp_path: Path) -> None:
-    rows = [pair("many")] * 9 + [pair("few")] * 5
-    loaded = load(section(write(tmp_path / "rows.jsonl", lines(rows)), validation=0.01), 0)
-    assert questions_of(loaded.validation) == ["few"] * 5
-
-
-def test_validation_sources_of_their_own(tmp_path: Path) -> None:
-    path = janus_like(tmp_path, 4)
-    held = write(tmp_path / "held.jsonl", lines([pair("h", "i"), pair("j", "k")]))
-    loaded = load(section(path, validation=[{"path": str(held)}]), 0)
-    assert (len(loaded.train), questions_of(loaded.validation)) == (12, ["h", "j"])
-
-
-def test_progress_counts_every_row(tmp_path: Path) -> None:
-    told: list[int] = []
-    load(section(write(tmp_path / "rows.jsonl", lines([pair()] * 2500))), 0, on_progress=told.append)
-    assert sum(told) == 2500
-    assert len(told) > 1
+    conversations = conversations_of(path)
+    assert len(conversations) == len(path.read_text(encoding="utf-8").splitlines())
+    assert {messages[0]["role"] for messages in conversations} == {"system"}
 
 
 def broken_rows(tmp_path: Path) -> Path:
@@ -354,27 +236,26 @@ def broken_rows(tmp_path: Path) -> Path:
     )
 
 
-def test_bad_rows_are_one_error_with_kinds_counts_and_places(tmp_path: Path) -> None:
+def test_bad_rows_are_one_error_with_kinds_counts_and_places(tmp_path: Path, load: Callable[..., Any]) -> None:
     path = broken_rows(tmp_path)
     with pytest.raises(UserError) as caught:
-        load(section(path), 0)
+        load(path)
     error = str(caught.value)
-    assert "9 of 11 rows" in error
     assert "data.on_bad_row: skip" in error
-    assert f"5 x invalid JSON: {path}:2: Expecting ',' delimiter at column 30" in error
+    assert f"5 invalid JSON: {path}:2: Expecting ',' delimiter at column 30" in error
     assert [f"{path}:{line}:" in error for line in range(1, 12)] == [False, *[True] * 7, False, False, False]
-    assert "1 x not UTF-8: " in error
+    assert "1 not UTF-8: " in error
     assert "0xff" in error
     assert "\n" not in error
 
 
-def test_skipping_bad_rows_keeps_the_count(tmp_path: Path) -> None:
+def test_skipping_bad_rows_keeps_the_count(tmp_path: Path, load: Callable[..., Any]) -> None:
     path = broken_rows(tmp_path)
-    loaded: Loaded = load(section(path, on_bad_row="skip"), 0)
-    assert questions_of([row for row in loaded.train if len(row.messages) == 3]) == ["one", "two"]
-    counts = {kind: rows.count for kind, rows in loaded.bad.items()}
+    loaded = load(path, on_bad_row="skip")
+    assert [row.messages[1]["content"] for row in loaded.train if len(row.messages) == 3] == ["one", "two"]
+    counts = {kind: rows.count for kind, rows in loaded.faults.items()}
     assert counts == {"invalid JSON": 5, "not UTF-8": 1, "wrong type": 1, "missing column": 1, "empty content": 1}
-    examples = loaded.bad["invalid JSON"].examples
+    examples = loaded.faults["invalid JSON"].examples
     assert [example.place for example in examples] == [f"{path}:{line}" for line in (2, 7, 8)]
     assert str(examples[0]).startswith(f"{path}:2: ")
     assert set(counts) <= set(FAULT_KINDS)
@@ -404,7 +285,7 @@ BROKEN: dict[str, tuple[bytes, list[str]]] = {
     "header.csv": (HEADER, ["{path}: the file holds no rows"]),
     "none.json": (b"[]", ["{path}: the file holds no rows"]),
     "cut.jsonl": (GOOD + GOOD[:-9], ["invalid JSON: {path}:2:", "column"]),
-    "array.jsonl": (b"[" + GOOD.strip() + b"]", ["wrong type: {path}:1:", "list", "No row is left"]),
+    "array.jsonl": (b"[" + GOOD.strip() + b"]", ["wrong type: {path}:1:", "list", "no row of"]),
     "deep.jsonl": (GOOD + chain(200_000), ["invalid JSON: {path}:2:", "recursion"]),
     "digits.jsonl": (GOOD + b'{"prompt": ' + b"9" * 5_000 + b"}", ["invalid JSON: {path}:2:", "4300 digits"]),
     "latin1.jsonl": (GOOD + '{"prompt": "é"}'.encode("latin-1"), ["not UTF-8: {path}:2:", "0xe9"]),
@@ -432,7 +313,7 @@ BROKEN: dict[str, tuple[bytes, list[str]]] = {
     ),
     "system_only.jsonl": (
         lines([{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}]),
-        ["1 of 1 rows", "no assistant turn: {path}:1: the roles are: system, user"],
+        ["no row of", "no assistant turn: {path}:1: the roles are: system, user"],
     ),
 }
 
@@ -455,20 +336,19 @@ def test_a_file_that_was_cut_off_is_an_error_not_fewer_rows(name: str, tmp_path:
     path = write(tmp_path / name, content)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match="can't be read") as caught:
-        load(section(path, on_bad_row="skip"), 0)
+        rows_of(path)
     assert str(path) in str(caught.value)
 
 
 def error_of(path: Path | str, **keys: Any) -> str:
     with pytest.raises(UserError) as caught:
-        load(section(path, sources=[{"path": str(path), **keys}]), 0)
+        rows_of(path, **keys)
     return str(caught.value)
 
 
 def test_a_path_that_is_not_there_gets_a_suggestion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "data" / "conversations.jsonl", GOOD)
     error = error_of(tmp_path / "data" / "conversation.jsonl")
-    assert error.startswith("data.sources.0: ")
     assert f"Did you mean {tmp_path}/data/conversations.jsonl?" in error
     assert f"Did you mean {tmp_path}/data?" in error_of(tmp_path / "dato" / "conversations.jsonl")
     monkeypatch.chdir(tmp_path)
@@ -522,25 +402,39 @@ def test_folders_that_can_not_be_meant(tmp_path: Path) -> None:
 def test_a_pickle_that_is_none_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.pkl", GOOD)
     with pytest.raises(UserError, match="the pickle can't be opened"):
-        load(section(path, allow_pickle=True), 0)
-
-
-def test_a_weight_that_leaves_nothing_and_a_share_that_can_not_be(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", GOOD * 3)
-    assert "data.sources.0.weight: 0.1 of 3 rows is none" in error_of(path, weight=0.1)
-    with pytest.raises(UserError, match="every row begins with the same user message"):
-        load(section(path, validation=0.5), 0)
-
-
-def test_a_source_without_a_good_row_is_an_error_even_when_skipping(tmp_path: Path) -> None:
-    good = write(tmp_path / "good.jsonl", GOOD)
-    bad = write(tmp_path / "bad.jsonl", lines([pair(answer="")]))
-    for keys, key in (({"sources": [{"path": str(good)}, {"path": str(bad)}]}, "data.sources.1"),
-                      ({"validation": [{"path": str(bad)}]}, "data.validation.0")):  # fmt: skip
-        with pytest.raises(UserError, match=f"{key}: no row of .*bad.jsonl can be trained"):
-            load(section(good, **keys, on_bad_row="skip"), 0)
+        rows_of(path, allow_pickle=True)
 
 
 def test_faults_are_values_until_someone_raises_them(tmp_path: Path) -> None:
     rows = rows_of(broken_rows(tmp_path))
     assert [isinstance(row, RowFault) for row in rows[:5]] == [False, True, True, True, False]
+
+
+def test_every_byte_counts_for_the_digest_and_no_name(tmp_path: Path) -> None:
+    def digest(path: Path, **keys: Any) -> str:
+        return open_source(Source(path=str(path), **keys)).digest()
+
+    one, two = write(tmp_path / "a" / "train.jsonl", GOOD), write(tmp_path / "b" / "train.jsonl", GOOD)
+    assert digest(one) == digest(two) == digest(tmp_path / "a")
+    assert digest(one) != digest(write(tmp_path / "c.jsonl", GOOD.replace(b"good", b"goof")))
+    assert digest(one) != digest(write(tmp_path / "d.json", GOOD))  # another reader
+    write(tmp_path / "a" / "train-2.jsonl", GOOD)
+    write(tmp_path / "b" / "train-2.jsonl", GOOD + GOOD)
+    assert len({digest(tmp_path / "a"), digest(tmp_path / "b"), digest(one)}) == 3
+    assert digest_of_files([one, two]) != digest_of_files([write(tmp_path / "e", GOOD * 2)])
+    datasets.Dataset.from_list([pair("x")]).save_to_disk(str(tmp_path / "saved"))
+    datasets.Dataset.from_list([pair("y")]).save_to_disk(str(tmp_path / "other"))
+    assert digest(tmp_path / "saved") == digest(tmp_path / "saved") != digest(tmp_path / "other")
+
+
+def test_chunks_are_the_same_each_time_and_small(tmp_path: Path) -> None:
+    rows = [pair(f"question {row}", "answer " * (row % 90)) for row in range(3_000)]
+    contents = {"jsonl": lines(rows), "csv": table(rows, ",", tmp_path), "parquet": parquet(rows, tmp_path)}
+    contents["json"] = json.dumps(rows).encode()
+    for kind, content in contents.items():
+        opened = open_source(Source(path=str(write(tmp_path / f"rows.{kind}", content))))
+        chunks = [pickle.loads(pickle.dumps(chunk)) for _, chunk in opened.chunks()]  # they travel between processes
+        again = [chunk for _, chunk in opened.chunks()]
+        assert [list(chunk.rows()) for chunk in chunks] == [list(chunk.rows()) for chunk in again]
+        assert [row for chunk in chunks for _, row in chunk.rows()] == rows
+        assert len(chunks) > 1

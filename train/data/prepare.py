@@ -159,7 +159,10 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     faults = _faults(tokenized)
     for (key, source), size in zip(named, np.diff(rows.source_ends), strict=True):
         if not size:
-            raise UserError(f"{key}: no row of {source.path} can be trained. Faults of all: {_named(faults)}.")
+            raise UserError(
+                f"{key}: no row of {source.path} can be trained. Faults of all: {_named(faults)}. "
+                f"Is `{key}.format` the right one?"
+            )
 
     firsts = np.flatnonzero(np.diff(rows.conversations, prepend=-1))  # the first row of each conversation
     borders = np.searchsorted(firsts, rows.source_ends)

@@ -1,10 +1,10 @@
 """What a run leaves to read: its resolved recipe, and report.md with the loss as a picture."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
+from train.loop.tracking import read_metrics
 from train.progress import duration, is_first_rank
 from train.recipe import Recipe
 
@@ -31,12 +31,6 @@ def claim_output_dir(recipe: Recipe) -> Path:
     return folder
 
 
-def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
-    """The objects of metrics.jsonl, in the order of the steps."""
-    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def draw_loss(metrics: list[dict[str, Any]], path: Path) -> None:
     """Training and validation loss over the steps, as a PNG of 1,000 x 500 pixels."""
     import matplotlib as mpl
@@ -61,7 +55,7 @@ def draw_loss(metrics: list[dict[str, Any]], path: Path) -> None:
 
 def write_report(output_dir: Path, screen: str, seconds: float) -> None:
     """Write report.md and loss.png from metrics.jsonl, the screen shown before training and the time it took."""
-    metrics = read_metrics(output_dir)
+    metrics = read_metrics(output_dir / "metrics.jsonl")
     draw_loss(metrics, output_dir / "loss.png")
     losses = [line["loss"] for line in metrics if "loss" in line]
     validation = [line["eval_loss"] for line in metrics if "eval_loss" in line]

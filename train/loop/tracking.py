@@ -57,6 +57,17 @@ def tracked(recipe: Recipe) -> Iterator[None]:
         yield
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl, in the order of the steps; half a line, left by a crash, is passed over."""
+    metrics = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return metrics
+
+
 class StepLog(TrainerCallback):
     """Writes metrics.jsonl and a line a logging step, and moves the progress bar."""
 
@@ -79,9 +90,8 @@ class StepLog(TrainerCallback):
             return
         kept = []
         if state.global_step and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            kept = [metrics for metrics in read_metrics(self.path) if metrics["step"] <= state.global_step]
+        self.path.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept), encoding="utf-8")
         self._job = self._open.enter_context(job("training", total=state.max_steps, unit="steps", writes_lines=False))
         self._job.advance(state.global_step)
 

@@ -43,9 +43,7 @@ def test_a_damaged_checkpoint_is_named_with_its_file(
     assert main(["--recipe", str(recipe)]) == 0
 
 
-def test_half_a_line_of_metrics_after_a_crash_is_passed_over(
-    recipe_file: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_half_a_line_of_metrics_after_a_crash_is_passed_over(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     recipe = str(recipe_file(training={**SAVING, "max_steps": 4}))
     assert main(["--recipe", recipe]) == 0
     run = tmp_path / "run"

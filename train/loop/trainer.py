@@ -1,20 +1,31 @@
 """TRL's SFTTrainer on prepared rows, and the little that it lacks."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTConfig, SFTTrainer
 
 from train.data.loss_mask import NOT_TRAINED
 from train.data.prepare import Part, Prepared
 from train.errors import UserError
 from train.loop.tracking import integrations
-from train.model.adapters import lora_config
+from train.model.adapters import check_modules_to_save, lora_config
 from train.recipe import Recipe
+
+
+@contextmanager
+def _as_user_error(key: str) -> Iterator[None]:
+    """What TRL, peft and transformers say of settings as they are set up, told of `key`. Never for training itself."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, ImportError) as fault:
+        raise UserError(f"{key}: {' '.join(str(fault).split())}") from fault
 
 
 def training_arguments(recipe: Recipe, end_token: str | None = None) -> SFTConfig:
@@ -38,10 +49,12 @@ def training_arguments(recipe: Recipe, end_token: str | None = None) -> SFTConfi
         "report_to": integrations(recipe.tracking),
         "disable_tqdm": True,
     }
-    try:
+    if settings.get("activation_offloading") and settings["use_cpu"]:
+        raise UserError(
+            "training.activation_offloading: it moves activations to the CPU, where they are already. Write false."
+        )
+    with _as_user_error("training"):
         return SFTConfig(**settings)
-    except (ValueError, TypeError, ImportError) as fault:
-        raise UserError(f"training: {' '.join(str(fault).split())}") from fault
 
 
 class JanusTrainer(SFTTrainer):
@@ -61,9 +74,16 @@ class JanusTrainer(SFTTrainer):
     ) -> None:
         """Set up a run; the rows of `data` are trained as they are, already tokenized, labelled and packed.
 
-        Raises UserError for settings that TRL or peft refuses.
+        Raises UserError for settings that TRL or peft refuses, or that leave nothing to train.
         """
-        try:
+        rows, batch = len(data.train.rows), arguments.train_batch_size * arguments.world_size
+        if arguments.dataloader_drop_last and rows < batch:
+            raise UserError(
+                f"training.dataloader_drop_last: the {rows:,} sequences are fewer than the {batch:,} of one batch on "
+                "all processes, so all would be left out. Write false, or make per_device_train_batch_size smaller."
+            )
+        check_modules_to_save(recipe.adapter, model)
+        with _as_user_error("adapter" if recipe.adapter else "training"):
             super().__init__(
                 model=model,
                 args=arguments,
@@ -73,16 +93,38 @@ class JanusTrainer(SFTTrainer):
                 peft_config=lora_config(recipe.adapter),
                 callbacks=callbacks,
             )
-        except ValueError as fault:  # TRL's and peft's word on settings that don't go together
-            raise UserError(f"{'adapter' if recipe.adapter else 'training'}: {' '.join(str(fault).split())}") from fault
         self.remove_callback(PrinterCallback)
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """transformers' optimizer. Raises UserError where its package is missing: that shows only here."""
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """transformers' loop. Raises UserError where a package that a setting needs is missing: some ask only here."""
         try:
-            return super().create_optimizer(*args, **kwargs)
+            return super().train(*args, **kwargs)
         except ImportError as fault:
-            raise UserError(f"training.optim: {' '.join(str(fault).split())}") from fault
+            raise UserError(f"training: {' '.join(str(fault).split())}") from fault
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """transformers' optimizer. Raises UserError for settings that it refuses: that shows only here."""
+        with _as_user_error(f"training.optim: {self.args.optim.value} (optim_args: {self.args.optim_args})"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> torch.optim.lr_scheduler.LRScheduler:
+        """transformers' schedule. Raises UserError for settings that it refuses: that shows only here."""
+        given = self.args.lr_scheduler_kwargs
+        with _as_user_error(
+            f"training.lr_scheduler_type: {self.args.lr_scheduler_type.value} (lr_scheduler_kwargs: {given})"
+        ):
+            return super().create_scheduler(*args, **kwargs)
+
+    def init_hf_repo(self, token: str | None = None) -> None:
+        """transformers' repository on the hub. Raises UserError where it can't be made, whatever the reason."""
+        try:
+            super().init_hf_repo(token)
+        except Exception as fault:  # of the network, the hub and its client, which share no class
+            first_line = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+            raise UserError(
+                f"training.push_to_hub: {first_line} Set HF_TOKEN in the environment to one that may write, or take "
+                "the key out and upload the finished model."
+            ) from fault
 
     def compute_loss(
         self,
@@ -120,6 +162,7 @@ def optimizer_steps(rows: Dataset, arguments: SFTConfig) -> int:
     """Optimizer steps of the whole run, as transformers counts them: a last, smaller step ends each epoch."""
     if arguments.max_steps > 0:
         return arguments.max_steps
-    micro_batches = -(-len(rows) // (arguments.train_batch_size * arguments.world_size))
+    batch = arguments.train_batch_size * arguments.world_size
+    micro_batches = len(rows) // batch if arguments.dataloader_drop_last else -(-len(rows) // batch)
     steps_an_epoch = max(-(-micro_batches // arguments.gradient_accumulation_steps), 1)
     return math.ceil(arguments.num_train_epochs * steps_an_epoch)

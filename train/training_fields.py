@@ -58,6 +58,7 @@ OWNED: dict[str, str] = {
     "do_eval": "write `training.eval_strategy`",
     "do_predict": "it is not used by this trainer: leave it out",
     "disable_tqdm": "the progress bars are not TRL's, and keep quiet where output is no terminal: leave it out",
+    "include_num_input_tokens_seen": "`num_tokens` in metrics.jsonl counts them: leave it out",
     "local_rank": "the launcher sets it: leave it out",
     "parallelism_config": "it belongs into the accelerate configuration that the run is launched with",
 }

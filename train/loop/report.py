@@ -58,13 +58,16 @@ def write_report(output_dir: Path, screen: str, seconds: float) -> None:
     metrics = read_metrics(output_dir / "metrics.jsonl")
     draw_loss(metrics, output_dir / "loss.png")
     losses = [line["loss"] for line in metrics if "loss" in line]
-    validation = [line["eval_loss"] for line in metrics if "eval_loss" in line]
+    validation = {line["step"]: line["eval_loss"] for line in metrics if "eval_loss" in line}
+    loaded = [line["loaded_step"] for line in metrics if line.get("loaded_step") in validation]
     speeds = sorted(line["tokens_per_second"] for line in metrics if "tokens_per_second" in line)
     rows = [("training time", duration(seconds))]
     if losses:
-        rows.append(("training loss, first and last logged", f"{losses[0]} -> {losses[-1]}"))
-    if validation:
-        rows.append(("validation loss at the end", f"{validation[-1]:.4f}"))
+        rows.append(("training loss, first and last logged", f"{_short(losses[0])} -> {_short(losses[-1])}"))
+    if loaded:
+        rows.append((f"validation loss of the saved model (step {loaded[-1]})", _short(validation[loaded[-1]])))
+    elif validation:
+        rows.append(("validation loss at the end", _short(validation[max(validation)])))
     if speeds:
         rows.append(("median speed", f"{speeds[len(speeds) // 2]:,.0f} tokens/s"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
@@ -72,3 +75,8 @@ def write_report(output_dir: Path, screen: str, seconds: float) -> None:
         f"# {output_dir.name}\n\n```\n{screen}\n```\n\n| | |\n|---|---|\n{table}\n\n![loss](loss.png)\n",
         encoding="utf-8",
     )
+
+
+def _short(loss: float | str) -> str:
+    """Four decimals; a loss that is not finite is a string in metrics.jsonl, and stays as it is."""
+    return f"{loss:.4f}" if isinstance(loss, float) else str(loss)

@@ -133,9 +133,14 @@ class JanusTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """TRL's loss. In evaluation, where it is a mean over this batch, its tokens are counted beside it."""
+        """TRL's loss. In evaluation, where it is a mean over this batch, its tokens are counted beside it.
+
+        TRL counts the tokens trained from nothing after a resume; here the count is part of the checkpoint's state.
+        """
         tokens = (inputs["labels"][:, 1:] != NOT_TRAINED).sum()
+        self._total_train_tokens = max(self._total_train_tokens, self.state.num_input_tokens_seen)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.state.num_input_tokens_seen = self._total_train_tokens
         if not self.model.training:
             loss = result[0] if isinstance(result, tuple) else result
             self._eval_loss_sum = self._eval_loss_sum + loss.detach().double() * tokens

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from train.data.chat_template import end_token, named_templates, render, use_template, without_generation_marks
+from train.data.chat_template import named_templates, render, use_template, without_generation_marks
 from train.errors import UserError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -77,21 +77,6 @@ def test_a_mark_trims_as_much_white_space_after_it_is_taken_out(tag: str, tokeni
         for text in (template, without_generation_marks(template))
     ]
     assert texts[0] == texts[1]
-
-
-def test_the_end_token_is_the_one_after_the_answer(chatml_tokenizer, mistral_tokenizer_v1) -> None:
-    assert end_token(chatml_tokenizer) == "<|im_end|>"
-    mistral = mistral_tokenizer_v1()
-    use_template(mistral, "mistral-system")
-    assert end_token(mistral) == "</s>"
-
-
-def test_the_end_token_is_found_without_marks(tokenizer) -> None:
-    assert end_token(tokenizer) == "<|im_end|>"  # SmolLM2's own template has none
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}{{ '<|endoftext|>' }}"
-    assert end_token(tokenizer) == "<|im_end|>"  # as Phi-3's, which writes one token more at the very end
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' end' }}{% endfor %}"
-    assert end_token(tokenizer) is None
 
 
 def test_a_template_without_marks_renders_without_spans(tokenizer) -> None:

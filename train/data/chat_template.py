@@ -85,23 +85,3 @@ def render(
         **tokenizer.special_tokens_map,
     )
     return texts[0], [tuple(span) for span in spans[0]] if spans else []
-
-
-def end_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The one token that the template writes after an answer, so that the served model knows where to stop.
-
-    None where a plain question and answer does not show one.
-    """
-    question = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    marked = has_generation_marks(str(tokenizer.chat_template))
-    try:
-        text, spans = render(tokenizer, question)
-    except jinja2.TemplateError:
-        return None
-    text = text if not marked else text[slice(*spans[-1])] if spans else ""
-    tail = text.rpartition("answer")[2].strip()
-    if marked:
-        return tail if tail in tokenizer.get_vocab() else None
-    # Without marks more may follow, such as Phi-3's <|endoftext|>; words of the vocabulary don't end an answer.
-    control = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-    return next((token for token in control if tail.startswith(token)), None)

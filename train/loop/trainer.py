@@ -1,7 +1,7 @@
 """TRL's SFTTrainer on prepared rows, and the little that it lacks."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,11 +28,10 @@ def _as_user_error(key: str) -> Iterator[None]:
         raise UserError(f"{key}: {' '.join(str(fault).split())}") from fault
 
 
-def training_arguments(recipe: Recipe, end_token: str | None = None) -> SFTConfig:
+def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTConfig:
     """TRL's own arguments, with what the recipe's other sections own filled in. Starts the process group, if any.
 
-    `end_token`: what ends an answer; tokenizer and generation settings are saved to stop at it.
-
+    `stop_tokens`: what ends an answer; the tokenizer is saved with the first of them as its eos token.
     Raises UserError where TRL or transformers refuses a combination of them.
     """
     settings: dict[str, Any] = {
@@ -45,7 +44,7 @@ def training_arguments(recipe: Recipe, end_token: str | None = None) -> SFTConfi
         "packing": False,
         "padding_free": recipe.data.packing,
         "dataset_kwargs": {"skip_prepare_dataset": True},
-        "eos_token": end_token,
+        "eos_token": next(iter(stop_tokens), None),
         "report_to": integrations(recipe.tracking),
         "disable_tqdm": True,
     }
@@ -55,6 +54,18 @@ def training_arguments(recipe: Recipe, end_token: str | None = None) -> SFTConfi
         )
     with _as_user_error("training"):
         return SFTConfig(**settings)
+
+
+def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str]) -> None:
+    """Have the saved generation settings stop at each of `stop_tokens`, at eos and at what the model stops at already.
+
+    Call it before the trainer makes the first of them the tokenizer's eos.
+    """
+    known = model.generation_config.eos_token_id
+    before = known if isinstance(known, list) else [] if known is None else [known]
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stops = [*map(tokenizer.convert_tokens_to_ids, stop_tokens), *eos, *before]
+    model.generation_config.eos_token_id = list(dict.fromkeys(stops)) or None
 
 
 class JanusTrainer(SFTTrainer):

@@ -113,6 +113,29 @@ def test_faulty_jinja_is_named_with_its_line(tokenizer, tmp_path: Path) -> None:
         use_template(tokenizer, str(path))
 
 
+BROKEN = {
+    "binary": (b"\x80PNG{{ messages }}", "is no UTF-8 text"),
+    "arithmetic": (b"{{ 1 // (messages | length - messages | length) }}", "fails with ZeroDivisionError"),
+    "recursion": (b"{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails with RecursionError"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_that_is_no_template_or_fails_is_named(name: str, tokenizer, tmp_path: Path) -> None:
+    text, words = BROKEN[name]
+    path = tmp_path / "own.jinja"
+    path.write_bytes(text)
+    with pytest.raises(UserError, match=rf"own\.jinja {words}"):
+        use_template(tokenizer, str(path))
+
+
+def test_a_template_that_refuses_a_conversation_is_taken(tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "own.jinja"
+    path.write_text("{{ raise_exception('a system message, please') }}", encoding="utf-8")
+    use_template(tokenizer, str(path))
+    assert "please" in tokenizer.chat_template
+
+
 def test_the_saved_tokenizer_serves_what_training_used(chatml_tokenizer, tmp_path: Path) -> None:
     trained = render(chatml_tokenizer, CONVERSATIONS[2])[0]
     chatml_tokenizer.chat_template = without_generation_marks(chatml_tokenizer.chat_template)

@@ -240,6 +240,25 @@ def test_a_broken_recipe_ends_with_2_and_no_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["training.learning_rate=1"], "the following arguments are required: --recipe"),
+        (["--recipe", "x.yaml", "--resum", "never", "--nosuch"], "--nosuch"),
+        (["--recipe", "x.yaml", "--json", "x.json"], "--check"),
+    ],
+)
+def test_a_command_line_that_is_not_understood(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    usage, _, error = capsys.readouterr().err.partition("\nerror: ")
+    assert usage.startswith("usage: ")
+    assert words in error
+
+
 MODEL_FAULTS = {
     "there is no folder recipes/nowhere": {"name_or_path": "recipes/nowhere"},
     "can't be loaded": {"name_or_path": "nobody/no-such-model"},

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from train.errors import UserError
+from train.errors import CommandLine, UserError
 from train.loop.noise import leave_out_unhelpful_warnings
 from train.progress import is_first_rank
 from train.recipe import Recipe, load_recipe
@@ -21,7 +21,7 @@ from train.recipe import Recipe, load_recipe
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", required=True, type=Path, metavar="FILE", help="what to train, as YAML")
     parser.add_argument(
         "--resume",

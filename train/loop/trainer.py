@@ -71,6 +71,7 @@ def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_tok
 class JanusTrainer(SFTTrainer):
     """SFTTrainer whose evaluation loss is the mean over TOKENS, however they fall into batches."""
 
+    _total_train_tokens: int  # TRL's own
     _eval_loss_sum: torch.Tensor | float = 0.0
     _eval_tokens: torch.Tensor | float = 0.0
 

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from train import progress
+from train.recipe import load_recipe
 from train.sft import main
 
 
@@ -76,3 +78,20 @@ def test_steps_show_between_rare_logging_steps(
     shown = capsys.readouterr().out
     assert "training: 1 of 3 steps (33%)" in shown
     assert "training: 2 of 3 steps (67%)" in shown
+
+
+@pytest.mark.parametrize("adapter", [None, {"r": 2}], ids=["full", "lora"])
+def test_the_model_card_is_the_recipe_and_no_pickle_is_left(
+    recipe_file: Callable[..., Path], tmp_path: Path, adapter: dict | None
+) -> None:
+    training = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": ..., "max_steps": 1}
+    path = recipe_file(training=training, adapter=adapter)
+    assert main(["--recipe", str(path)]) == 0
+    run = tmp_path / "run"
+    card = ModelCard.load(run / "README.md")
+    assert card.data.library_name == ("transformers" if adapter is None else "peft")
+    assert card.data.base_model is None  # a folder of this machine's, no id on the hub
+    text = card.text.partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "card.yaml").write_text(text, encoding="utf-8")
+    assert load_recipe(tmp_path / "card.yaml") == load_recipe(path)
+    assert list(run.rglob("*.bin")) == []

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from train.errors import UserError
 from train.loop.tracking import read_metrics
 from train.progress import duration, is_first_rank
@@ -29,6 +31,20 @@ def claim_output_dir(recipe: Recipe) -> Path:
     except OSError as fault:
         raise UserError(f"output_dir: {folder} can't be written: {fault.strerror}. Name another folder.") from fault
     return folder
+
+
+def model_card(recipe: Recipe) -> str:
+    """README.md of the finished model: what it was made from, and by which recipe."""
+    base = recipe.model.name_or_path
+    metadata = {
+        "library_name": "transformers" if recipe.adapter is None else "peft",
+        "tags": ["janus-sft", "sft"],
+        **({} if Path(base).is_dir() else {"base_model": base}),
+    }
+    return (
+        f"---\n{yaml.safe_dump(metadata)}---\n\n# {Path(recipe.output_dir).name}\n\n"
+        f"`{base}`, fine-tuned with janus-sft by this recipe:\n\n```yaml\n{recipe.to_yaml()}```\n"
+    )
 
 
 def draw_loss(metrics: list[dict[str, Any]], path: Path) -> None:

@@ -3,17 +3,20 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTConfig, SFTTrainer
 
 from train.data.loss_mask import NOT_TRAINED
 from train.data.prepare import Part, Prepared
 from train.errors import UserError
+from train.loop.report import model_card
 from train.loop.tracking import integrations
 from train.model.adapters import check_modules_to_save, lora_config
 from train.recipe import Recipe
@@ -106,6 +109,7 @@ class JanusTrainer(SFTTrainer):
                 callbacks=callbacks,
             )
         self.remove_callback(PrinterCallback)
+        self._recipe = recipe
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """transformers' loop. Raises UserError where a package that a setting needs is missing: some ask only here."""
@@ -137,6 +141,23 @@ class JanusTrainer(SFTTrainer):
                 f"training.push_to_hub: {first_line} Set HF_TOKEN in the environment to one that may write, or take "
                 "the key out and upload the finished model."
             ) from fault
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """README.md in output_dir: the recipe, in place of TRL's page that is the same for every model."""
+        if self.is_world_process_zero():
+            Path(self.args.output_dir, "README.md").write_text(model_card(self._recipe), encoding="utf-8")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """transformers' saving, with a model card beside the finished model too."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            self.create_model_card()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Without training_args.bin: a pickle, which runs code as it is opened, of what recipe.yaml says in text."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def compute_loss(
         self,

@@ -14,12 +14,12 @@ import json
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from train.errors import UserError
+from train.errors import CommandLine, UserError
 from train.progress import job
 
 HEADING = "## Does it follow system messages?"
@@ -35,37 +35,91 @@ class Verdict:
     obeys: tuple[bool, bool]
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of {messages, rule, held_out}. Raises UserError where the file is not there."""
+def read_rows(path: Path, rules: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of {messages, rule, held_out}. Raises UserError where there is none, or with the line of one at fault."""
     if not path.is_file():
         raise UserError(f"--data {path}: there is no such file")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as fault:
+        raise UserError(f"--data {path}: not UTF-8: {fault}. Give a jsonl file.") from fault
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                rows.append(_row(line, rules))
+            except ValueError as fault:
+                raise UserError(f"--data {path}:{number}: {fault}") from fault
+    if not rows:
+        raise UserError(f"--data {path}: holds no rows. Give a jsonl file with messages, rule and held_out.")
+    return rows
 
 
-def read_rules(path: Path) -> ModuleType:
-    """The module that holds RULES, from its file. Raises UserError where the file is not there."""
+def _row(line: str, rules: Mapping[str, Any]) -> dict[str, Any]:
+    """One row. Raises ValueError with what is wrong with it."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as fault:
+        raise ValueError(f"not valid JSON: {fault.msg} at column {fault.colno}.") from fault
+    if not isinstance(row, dict):
+        raise ValueError(f"found a {type(row).__name__}. Allowed: an object with messages, rule and held_out.")
+    for key, allowed in ("rule", rules), ("held_out", KINDS):
+        if key not in row:
+            raise ValueError(f"`{key}` is missing. Allowed: {', '.join(allowed)}.")
+        if not isinstance(row[key], str) or row[key] not in allowed:
+            raise ValueError(f"`{key}` is {row[key]!r}. Allowed: {', '.join(allowed)}.")
+    messages = row.get("messages")
+    turns = messages if isinstance(messages, list) else []
+    if [turn.get("role") for turn in turns if isinstance(turn, dict)] != ["system", "user", "assistant"] or not all(
+        isinstance(turn.get("content"), str) for turn in turns
+    ):
+        raise ValueError("`messages` must be a system message, a user message and an answer, each with its text.")
+    return row
+
+
+def read_rules(path: Path) -> Mapping[str, Any]:
+    """RULES of the Python file `path`, by name. Raises UserError where the file is not there, fails or has none."""
     spec = importlib.util.spec_from_file_location("rules", path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise UserError(f"--rules {path}: there is no such Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    return module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as fault:  # whatever that file does
+        raise UserError(f"--rules {path}: {type(fault).__name__}: {fault}") from fault
+    rules = getattr(module, "RULES", None)
+    if not isinstance(rules, Mapping) or not rules:
+        raise UserError(f"--rules {path}: holds no RULES, a dictionary of names and rules with a `check`")
+    for name, rule in rules.items():
+        if not callable(getattr(rule, "check", None)):
+            raise UserError(f"--rules {path}: RULES[{name!r}] has no `check`, a function of question and answer")
+    return rules
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError where no model, whole or an adapter, can be in `folder`: known before the other one is asked."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such model folder")
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UserError(f"{folder}: can't be loaded: there is no config.json or adapter_config.json in it")
 
 
 def answer(folder: Path, rows: list[dict[str, Any]], max_new_tokens: int, batch_size: int) -> list[str]:
     """What the model in `folder`, whole or an adapter, answers to each row's system and user message."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from train.model.generate import generate
     from train.model.load import hide_bars_in_logs
 
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such model folder")
     hide_bars_in_logs()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, use_safetensors=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, use_safetensors=True)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as fault:
+        raise UserError(f"{folder}: can't be loaded: {' '.join(str(fault).split())}") from fault
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     with job(f"answers of {folder.name}", total=len(rows), unit="rows") as answering:
         return generate(
@@ -151,8 +205,10 @@ def draw(verdicts: list[Verdict], path: Path) -> None:
 
 def rules(options: argparse.Namespace) -> None:
     """The command `rules`."""
-    rows = read_rows(options.data)
-    known = read_rules(options.rules).RULES
+    known = read_rules(options.rules)
+    rows = read_rows(options.data, known)
+    for asked in (options.before, options.after):
+        check_folder(asked)
     answers = [
         answer(folder, rows, options.max_new_tokens, options.batch_size) for folder in (options.before, options.after)
     ]
@@ -184,7 +240,7 @@ def rules(options: argparse.Namespace) -> None:
 def main() -> int:
     """Run the command; the exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="command")
     rules_parser = commands.add_parser("rules", help="adherence to rules that a program can check, before and after")
     rules_parser.add_argument("--rules", type=Path, required=True, help="a Python file with RULES")

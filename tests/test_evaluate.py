@@ -80,11 +80,77 @@ def test_adherence_is_what_the_answers_say(
     assert (after / "adherence.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_missing_files_are_errors(tmp_path: Path) -> None:
-    command = ["--rules", "no.py", "--data", "no.jsonl", "--before", "a", "--after", "b"]
+def refused(folder: Path, *command: str | Path) -> str:
+    """What the command says after `error:`; nothing else but a usage line before it."""
     result = subprocess.run(
         [sys.executable, ROOT / "scripts" / "evaluate.py", "rules", *command],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
+        cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 2
-    assert result.stderr.startswith("error: --data no.jsonl: there is no such file")
+    *usage, error = result.stderr.splitlines()
+    assert not usage or usage[0].startswith("usage: ")
+    assert error.startswith("error: ")
+    return error.removeprefix("error: ")
+
+
+def test_missing_files_are_errors(tmp_path: Path) -> None:
+    command = ["--rules", "no.py", "--data", "no.jsonl", "--before", "a", "--after", "b"]
+    assert refused(tmp_path, *command) == "--rules no.py: there is no such Python file"
+    (tmp_path / "no.py").write_text(RULES, encoding="utf-8")
+    assert refused(tmp_path, *command) == "--data no.jsonl: there is no such file"
+    assert refused(tmp_path, *command[:-2]) == "the following arguments are required: --after"
+
+
+GOOD = {
+    "messages": [{"role": role, "content": "river"} for role in ("system", "user", "assistant")],
+    "rule": "long",
+    "held_out": "rule",
+}
+BAD_DATA = {
+    "--data rows.jsonl: holds no rows": "\n",
+    "--data rows.jsonl:2: not valid JSON": json.dumps(GOOD) + "\n{",
+    "--data rows.jsonl: not UTF-8": b"\xff\n",
+    "--data rows.jsonl:1: found a list": "[]",
+    "--data rows.jsonl:1: `rule` is missing": json.dumps({key: GOOD[key] for key in ("messages", "held_out")}),
+    "--data rows.jsonl:1: `rule` is 'lon'. Allowed: long, never": json.dumps(GOOD | {"rule": "lon"}),
+    "--data rows.jsonl:1: `held_out` is 'x'. Allowed: wording, rule": json.dumps(GOOD | {"held_out": "x"}),
+    "--data rows.jsonl:1: `messages` must be a system message, a user message and an answer": json.dumps(
+        GOOD | {"messages": ["a", "b", "c"]}
+    ),
+}
+
+
+@pytest.mark.parametrize("words", BAD_DATA)
+def test_data_that_can_not_be_asked_is_named_with_its_line(words: str, tmp_path: Path) -> None:
+    text = BAD_DATA[words]
+    (tmp_path / "rows.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
+    (tmp_path / "rules.py").write_text(RULES, encoding="utf-8")
+    error = refused(tmp_path, "--rules", "rules.py", "--data", "rows.jsonl", "--before", "a", "--after", "b")
+    assert error.startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rules = {}", "holds no RULES"),
+        ("RULES = {}", "holds no RULES"),
+        ("RULES = {'long': 3}", "RULES['long'] has no `check`"),
+        ("import nosuch", "ModuleNotFoundError: No module named 'nosuch'"),
+        ("RULES = {", "SyntaxError"),
+    ],
+)
+def test_a_file_without_rules_is_an_error(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD), encoding="utf-8")
+    (tmp_path / "rules.py").write_text(text, encoding="utf-8")
+    error = refused(tmp_path, "--rules", "rules.py", "--data", "rows.jsonl", "--before", "a", "--after", "b")
+    assert error.startswith("--rules rules.py: ")
+    assert words in error
+
+
+def test_a_folder_without_a_model_is_an_error_before_anything_is_asked(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD), encoding="utf-8")
+    (tmp_path / "rules.py").write_text(RULES, encoding="utf-8")
+    (tmp_path / "empty").mkdir()
+    command = ["--rules", "rules.py", "--data", "rows.jsonl", "--before", tiny_model, "--after"]
+    assert refused(tmp_path, *command, "nowhere") == "nowhere: there is no such model folder"
+    assert "empty: can't be loaded: " in refused(tmp_path, *command, "empty")

@@ -400,6 +400,24 @@ def test_every_recipe_loads_is_in_the_schema_and_stays_itself(
     assert f"--recipe {path.relative_to(ROOT)}" in path.read_text(encoding="utf-8")
 
 
+def test_resolved_recipe_names_the_defaults_of_trl_that_are_in_force(recipe_file: Path, tmp_path: Path) -> None:
+    from trl import SFTConfig
+
+    recipe = load_recipe(recipe_file)
+    comment = recipe.to_yaml().splitlines()[1]
+    shown = yaml.safe_load("{" + comment.partition("says nothing: ")[2] + "}")
+    effective = SFTConfig(output_dir=str(tmp_path), use_cpu=True, **recipe.training)
+    assert {"bf16", "gradient_checkpointing", "max_grad_norm"} <= shown.keys()
+    assert shown == {name: getattr(effective, name) for name in shown}
+    assert not shown.keys() & recipe.training.keys()
+    assert load_recipe(_written(tmp_path / "resolved.yaml", recipe.to_yaml())) == recipe
+
+
+def _written(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
 def test_resolved_recipe_keeps_every_kind_of_value(recipe_file: Path) -> None:
     odd = ["no", "5e-6", "0o17", "1_000", "null", "", "a: b", "#x", "é", "two\nlines", " x ", "2024-01-01", "=", "<<"]
     values = {"texts": odd, "numbers": [1, -1.5, 1e-07, 1e22], "others": [True, None, {"a": []}]}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from chat_templates import TRL_TEMPLATES
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -177,6 +178,27 @@ def test_a_base_model_is_saved_to_stop_at_the_end_token_of_the_template(
     assert set(generation.eos_token_id) == {saved.eos_token_id, tokenizer.eos_token_id}
 
 
+def test_a_model_whose_answers_end_with_the_next_turn_is_saved_to_stop_at_each_token_that_may_follow(
+    recipe_file: Callable[..., Path], tmp_path: Path, tiny_model: Path
+) -> None:
+    base, ends = tmp_path / "glm", ["<|user|>", "<|observation|>"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.eos_token = "<|endoftext|>"
+    others = ["[gMASK]", "<sop>", "<|system|>", "<|assistant|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": others + ends})
+    tokenizer.chat_template = (TRL_TEMPLATES / "glm4moe.jinja").read_text(encoding="utf-8")
+    model.resize_token_embeddings(len(tokenizer))
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    recipe = recipe_file(model={"name_or_path": str(base)}, chat={"template": None})
+    assert main(["--recipe", str(recipe)]) == 0
+    saved = AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert saved.eos_token == "<|user|>"
+    generation = AutoModelForCausalLM.from_pretrained(tmp_path / "run").generation_config
+    assert saved.convert_ids_to_tokens(generation.eos_token_id) == [*ends, "<|endoftext|>"]
+
+
 def test_a_validation_share_is_evaluated_at_the_end_even_if_no_strategy_says_when(
     recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -216,6 +238,25 @@ def test_a_broken_recipe_ends_with_2_and_no_traceback(tmp_path: Path) -> None:
     assert result.stderr.startswith("error: ")
     assert "output_dir" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["training.learning_rate=1"], "the following arguments are required: --recipe"),
+        (["--recipe", "x.yaml", "--resum", "never", "--nosuch"], "--nosuch"),
+        (["--recipe", "x.yaml", "--json", "x.json"], "--check"),
+    ],
+)
+def test_a_command_line_that_is_not_understood(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    usage, _, error = capsys.readouterr().err.partition("\nerror: ")
+    assert usage.startswith("usage: ")
+    assert words in error
 
 
 MODEL_FAULTS = {

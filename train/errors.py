@@ -1,4 +1,8 @@
-"""The one exception for what the user can mend; the door prints it after `error:` and exits with 2."""
+"""What the user can mend: one exception, printed after `error:` with exit code 2, and the same for command lines."""
+
+import argparse
+import sys
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -7,3 +11,12 @@ class UserError(Exception):
     The message is one paragraph without the leading `error:`. It names the file, key or row, says what is allowed
     and what to write instead.
     """
+
+
+class CommandLine(argparse.ArgumentParser):
+    """An ArgumentParser whose errors look like all others: `error:` at the start of the line, below the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2."""
+        self.print_usage(sys.stderr)
+        self.exit(2, f"error: {message}\n")

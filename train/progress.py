@@ -21,12 +21,10 @@ def is_first_rank() -> bool:
 class Job:
     """One long job. `advance` and `show` may be called as often as one likes."""
 
-    def __init__(
-        self, description: str, total: int | None, unit: str, bar: Progress | None, *, writes_lines: bool = True
-    ) -> None:
-        self.description, self.total, self.unit, self.done = description, total, unit, 0
-        self._bar, self._writes_lines = bar, writes_lines and is_first_rank()
-        self._task = bar.add_task(description, total=total) if bar else None
+    def __init__(self, description: str, total: int | None, unit: str, bar: Progress | None, *, done: int = 0) -> None:
+        self.description, self.total, self.unit, self.done = description, total, unit, done
+        self._bar, self._done_before = bar, done
+        self._task = bar.add_task(description, total=total, completed=done, unit=unit) if bar else None
         self._started = self._last_line = time.monotonic()
 
     def advance(self, amount: int = 1) -> None:
@@ -34,12 +32,13 @@ class Job:
         self.done += amount
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=self.done)
-        elif self._writes_lines and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+        elif is_first_rank() and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             print(f"{self.description}: {self._how_far()}", flush=True)
 
     def show(self, line: str) -> None:
-        """Print a line, above the bar if there is one."""
+        """Print a line, above the bar if there is one. In a log file it stands for the one that would be due."""
+        self._last_line = time.monotonic()
         if self._bar:
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         elif is_first_rank():
@@ -58,25 +57,28 @@ class Job:
         if not self.total:
             return f"{self.done:,} {self.unit}"
         elapsed = time.monotonic() - self._started
-        left = elapsed / max(self.done, 1) * (self.total - self.done)
+        left = elapsed / max(self.done - self._done_before, 1) * (self.total - self.done)
         share = self.done / self.total
         return f"{self.done:,} of {self.total:,} {self.unit} ({share:.0%}), {duration(left)} left"
 
 
 @contextmanager
-def job(description: str, *, total: int | None = None, unit: str = "", writes_lines: bool = True) -> Iterator[Job]:
-    """Show the progress of what runs inside. `total` in `unit`s, None where it isn't known.
-
-    `writes_lines`: false for a job that reports in lines of its own where the output is not a terminal.
-    """
+def job(description: str, *, total: int | None = None, unit: str = "", done: int = 0) -> Iterator[Job]:
+    """Show the progress of what runs inside. `total` in `unit`s, None where it isn't known; `done` before it began."""
     console = Console(file=sys.stdout)
     if not (console.is_terminal and is_first_rank()):
-        yield Job(description, total, unit, None, writes_lines=writes_lines)
+        yield Job(description, total, unit, None, done=done)
         return
     counted = MofNCompleteColumn() if total else TimeElapsedColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), counted, TextColumn(unit), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        counted,
+        TextColumn("{task.fields[unit]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
-        yield Job(description, total, unit, bar)
+        yield Job(description, total, unit, bar, done=done)
 
 
 def duration(seconds: float) -> str:

@@ -8,7 +8,7 @@ Nothing heavy is imported here, so whatever is wrong with a recipe is known with
 import argparse
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -195,6 +195,20 @@ class _Origin:
     overrides: tuple[str, ...] = field(default=(), compare=False)
 
 
+_DEFAULTS_THAT_MATTER = (
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "bf16",
+    "gradient_checkpointing",
+)
+
+
 class Recipe(_Section):
     """A run of janus-sft: what is trained, on what, and how."""
 
@@ -220,12 +234,26 @@ class Recipe(_Section):
     _origin: _Origin = PrivateAttr(default_factory=_Origin)
 
     def to_yaml(self) -> str:
-        """The resolved recipe: our sections with their defaults filled in, `training` as given. Loads back as equal."""
+        """The resolved recipe: our sections with their defaults filled in, `training` as given. Loads back as equal.
+
+        A comment names the values of TRL's that matter and that `training` leaves to it.
+        """
         changes = f" with {' '.join(self._origin.overrides)}" if self._origin.overrides else ""
         comment = " ".join(f"Resolved by janus-sft from {self._origin.file}{changes}".split())
+        left_to_trl = ", ".join(f"{name}: {json.dumps(value)}" for name, value in self._left_to_trl())
+        if left_to_trl:
+            comment += f"\n# TRL's defaults, in force where `training` says nothing: {left_to_trl}"
         return f"# {comment}\n" + yaml.dump(
             self.model_dump(mode="json"), Dumper=RecipeDumper, sort_keys=False, width=120
         )
+
+    def _left_to_trl(self) -> Iterator[tuple[str, Any]]:
+        other_names = {"gradient_checkpointing": "activation_checkpointing", "num_train_epochs": "max_steps"}
+        for name in _DEFAULTS_THAT_MATTER:
+            if self.training.get(name) is None and self.training.get(other_names.get(name, name)) is None:
+                default = training_fields()[name].default
+                # SFTConfig works this one out of the other
+                yield name, not self.training.get("fp16") if name == "bf16" else default
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

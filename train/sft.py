@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from train.errors import UserError
+from train.errors import CommandLine, UserError
 from train.loop.noise import leave_out_unhelpful_warnings
 from train.progress import is_first_rank
 from train.recipe import Recipe, load_recipe
@@ -21,7 +21,7 @@ from train.recipe import Recipe, load_recipe
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", required=True, type=Path, metavar="FILE", help="what to train, as YAML")
     parser.add_argument(
         "--resume",
@@ -41,8 +41,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def train(recipe: Recipe, options: argparse.Namespace) -> None:
     """Prepare, load, train, save; or report, with --check. Raises UserError for all that the user can mend."""
     # Heavy imports wait until the recipe is known to be right.
-    from train.data.chat_template import end_token, use_template, without_generation_marks
+    from train.data.chat_template import use_template, without_generation_marks
     from train.data.prepare import prepare
+    from train.data.spans import Spans
     from train.data.system_role import settle
     from train.loop.checkpoint import MarkComplete, find_checkpoint
     from train.model.load import check_fits, load_model, load_tokenizer
@@ -60,11 +61,12 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     # TRL, which a check does without, takes seconds to import.
     from train.loop.report import claim_output_dir, write_report
     from train.loop.tracking import StepLog, tracked
-    from train.loop.trainer import JanusTrainer, training_arguments
+    from train.loop.trainer import JanusTrainer, stop_at, training_arguments
 
     output_dir = claim_output_dir(recipe)
     data = prepare(recipe, tokenizer)
-    arguments = training_arguments(recipe, end_token=end_token(tokenizer))
+    stop_tokens = Spans(tokenizer).stop_tokens
+    arguments = training_arguments(recipe, stop_tokens)
     tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
 
     step_log = StepLog(recipe.output_dir)
@@ -72,6 +74,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
         if is_first_rank():
             print(f"loading {recipe.model.name_or_path}", flush=True)
         model = load_model(recipe)
+        stop_at(model, tokenizer, stop_tokens)
         trainer = JanusTrainer(recipe, arguments, model, tokenizer, data, [step_log, MarkComplete(recipe)])
         overview = screen(recipe, template, data, trainer.model, arguments)
         if is_first_rank():

@@ -58,6 +58,7 @@ OWNED: dict[str, str] = {
     "do_eval": "write `training.eval_strategy`",
     "do_predict": "it is not used by this trainer: leave it out",
     "disable_tqdm": "the progress bars are not TRL's, and keep quiet where output is no terminal: leave it out",
+    "include_num_input_tokens_seen": "`num_tokens` in metrics.jsonl counts them: leave it out",
     "local_rank": "the launcher sets it: leave it out",
     "parallelism_config": "it belongs into the accelerate configuration that the run is launched with",
 }
@@ -218,6 +219,10 @@ def _enum_values(name: str, source: Path) -> tuple[str, ...]:
     return tuple(value for value in values if isinstance(value, str))
 
 
+_MEASURED = ("loss", "entropy", "mean_token_accuracy")
+"""What TRL measures in an evaluation, but for times and counts."""
+
+
 class Clash(NamedTuple):
     """A key of `training` that can't stand beside the others, and what to write instead."""
 
@@ -244,6 +249,10 @@ def clashes(training: Mapping[str, Any], *, has_validation: bool) -> Iterator[Cl
             yield Clash(old, f"another name of `training.{new}`, which has another value. Keep one of them.")
     if training.get("dataloader_prefetch_factor") is not None and not training.get("dataloader_num_workers"):
         yield Clash("dataloader_prefetch_factor", "needs `training.dataloader_num_workers` above 0.")
+    metric = training.get("metric_for_best_model")
+    if isinstance(metric, str) and metric.removeprefix("eval_") not in _MEASURED:
+        measured = ", ".join(f"eval_{name}" for name in _MEASURED)
+        yield Clash("metric_for_best_model", f"found {metric!r}. Allowed: {measured}.")
     for name in "logging_steps", "save_steps", "eval_steps":
         steps = training.get(name)
         if isinstance(steps, float) and steps > 1 and not steps.is_integer():

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from train.data.chat_template import end_token, named_templates, render, use_template, without_generation_marks
+from train.data.chat_template import named_templates, render, use_template, without_generation_marks
 from train.errors import UserError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -79,21 +79,6 @@ def test_a_mark_trims_as_much_white_space_after_it_is_taken_out(tag: str, tokeni
     assert texts[0] == texts[1]
 
 
-def test_the_end_token_is_the_one_after_the_answer(chatml_tokenizer, mistral_tokenizer_v1) -> None:
-    assert end_token(chatml_tokenizer) == "<|im_end|>"
-    mistral = mistral_tokenizer_v1()
-    use_template(mistral, "mistral-system")
-    assert end_token(mistral) == "</s>"
-
-
-def test_the_end_token_is_found_without_marks(tokenizer) -> None:
-    assert end_token(tokenizer) == "<|im_end|>"  # SmolLM2's own template has none
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}{{ '<|endoftext|>' }}"
-    assert end_token(tokenizer) == "<|im_end|>"  # as Phi-3's, which writes one token more at the very end
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' end' }}{% endfor %}"
-    assert end_token(tokenizer) is None
-
-
 def test_a_template_without_marks_renders_without_spans(tokenizer) -> None:
     assert render(tokenizer, CONVERSATIONS[1]) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n",
@@ -126,6 +111,29 @@ def test_faulty_jinja_is_named_with_its_line(tokenizer, tmp_path: Path) -> None:
     path.write_text("{{ messages }}\n{% if %}", encoding="utf-8")
     with pytest.raises(UserError, match=r"own.jinja, line 2"):
         use_template(tokenizer, str(path))
+
+
+BROKEN = {
+    "binary": (b"\x80PNG{{ messages }}", "is no UTF-8 text"),
+    "arithmetic": (b"{{ 1 // (messages | length - messages | length) }}", "fails with ZeroDivisionError"),
+    "recursion": (b"{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails with RecursionError"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_that_is_no_template_or_fails_is_named(name: str, tokenizer, tmp_path: Path) -> None:
+    text, words = BROKEN[name]
+    path = tmp_path / "own.jinja"
+    path.write_bytes(text)
+    with pytest.raises(UserError, match=rf"own\.jinja {words}"):
+        use_template(tokenizer, str(path))
+
+
+def test_a_template_that_refuses_a_conversation_is_taken(tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "own.jinja"
+    path.write_text("{{ raise_exception('a system message, please') }}", encoding="utf-8")
+    use_template(tokenizer, str(path))
+    assert "please" in tokenizer.chat_template
 
 
 def test_the_saved_tokenizer_serves_what_training_used(chatml_tokenizer, tmp_path: Path) -> None:

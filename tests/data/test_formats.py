@@ -169,6 +169,12 @@ def test_system_messages_that_are_empty_are_left_out_and_others_stay_where_they_
     assert convert({"system": "", "prompt": "a", "output": "b"}, "janus")[0][0]["role"] == "user"
 
 
+@pytest.mark.parametrize("nothing", [None, "", " \n"])
+def test_an_input_of_nothing_takes_nothing_away(nothing: str | None) -> None:
+    row = {"system": "s", "prompt": "p", "input": nothing, "output": "o"}
+    assert [turn["content"] for turn in convert(row, "janus")[0]] == ["s", "p", "o"]
+
+
 def test_text_is_not_trimmed() -> None:
     row = {"system": " s\n", "prompt": "\n p", "completion": " c "}
     assert [turn["content"] for turn in convert(row, "prompt_completion")[0]] == [" s\n", "\n p", " c "]
@@ -292,6 +298,12 @@ BAD_ROWS: dict[str, tuple[str, dict[str, Any], str, str]] = {
         {"system": 1, "prompt": "p", "output": "o"},
         "wrong type",
         "`system` is the number 1",
+    ),
+    "an input beside Janus's columns": (
+        "janus",
+        {"system": "s", "instruction": "Translate.", "input": "Guten Tag", "output": "Good day"},
+        "input not read",
+        '`input` is the text "Guten Tag": write `format: alpaca`',
     ),
     "two systems": ("messages", {"messages": TURNS, "system": "Be long."}, "conflicting system messages", "Be long."),
     "two columns": (

@@ -320,6 +320,21 @@ def test_marks_are_trimmed_to_what_the_plain_template_gives(name: str) -> None:
     assert "".join(texts) == "".join(ours)
 
 
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_tokens_to_stop_at_are_those_of_the_models_own_settings(name: str) -> None:
+    stops = STOPS.get(name, "<|im_end|>")
+    wanted = [stops] if isinstance(stops, str) else [*stops]
+    if name == "deepseek_r1_distill":
+        wanted.append("<｜tool▁call▁end｜>")  # this template has nothing more after a call, not even eos
+    plain, training = (
+        tokenizer_for(name, (TEMPLATES / f"{name}{kind}.jinja").read_text(encoding="utf-8"))
+        for kind in ("", "_training")
+    )
+    assert Spans(training).stop_tokens == wanted
+    if NO_PROMPT not in EXCEPTIONS.get(name, ()):
+        assert Spans(plain).stop_tokens == wanted
+
+
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<\ue000\ue001"), min_size=1, max_size=40)
 SPOKEN = TEXT.filter(str.strip)
 PROPERTY = ("qwen3", "qwen3_5_nothink", "phi3", "llama3", "glm4moe", "gptoss", "gemma3", "qwen2_5_training")

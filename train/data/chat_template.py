@@ -38,7 +38,8 @@ def use_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
     """Put the template called `name` into the tokenizer, with its generation marks, and say in words which one it is.
 
     `name` is one of `named_templates()`, a path to a .jinja file, or None for the tokenizer's own.
-    Raises UserError where there is no such template, or where it writes control tokens that the tokenizer lacks.
+    Raises UserError where there is no such template, where it can't be read or run, or where it writes control tokens
+    that the tokenizer lacks.
     """
     if name is None:
         if not isinstance(tokenizer.chat_template, str):
@@ -53,7 +54,12 @@ def use_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
             f"chat.template: there is no template {name!r}. Write one of {', '.join(named_templates())}, the path of "
             "a .jinja file, or leave the key out to use the tokenizer's own."
         )
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as fault:
+        raise UserError(f"chat.template: {path} is no UTF-8 text ({fault}). Name a Jinja template.") from fault
+    except OSError as fault:
+        raise UserError(f"chat.template: {path} can't be read: {fault.strerror}.") from fault
     vocabulary = tokenizer.get_vocab()
     missing = sorted(token for token in set(_CONTROL_TOKEN.findall(text)) if token not in vocabulary)
     if missing:
@@ -66,6 +72,12 @@ def use_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
     except jinja2.TemplateSyntaxError as fault:
         raise UserError(f"chat.template: {path}, line {fault.lineno}: {fault.message}") from fault
     tokenizer.chat_template = text
+    try:
+        render(tokenizer, [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}])
+    except (ArithmeticError, RecursionError) as fault:  # others may be meant: templates refuse conversations with them
+        raise UserError(f"chat.template: {path} fails with {type(fault).__name__}: {fault}. Mend it.") from fault
+    except Exception:
+        pass  # told by what asks the template more: the probe, the rows
     return name
 
 
@@ -85,23 +97,3 @@ def render(
         **tokenizer.special_tokens_map,
     )
     return texts[0], [tuple(span) for span in spans[0]] if spans else []
-
-
-def end_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The one token that the template writes after an answer, so that the served model knows where to stop.
-
-    None where a plain question and answer does not show one.
-    """
-    question = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    marked = has_generation_marks(str(tokenizer.chat_template))
-    try:
-        text, spans = render(tokenizer, question)
-    except jinja2.TemplateError:
-        return None
-    text = text if not marked else text[slice(*spans[-1])] if spans else ""
-    tail = text.rpartition("answer")[2].strip()
-    if marked:
-        return tail if tail in tokenizer.get_vocab() else None
-    # Without marks more may follow, such as Phi-3's <|endoftext|>; words of the vocabulary don't end an answer.
-    control = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-    return next((token for token in control if tail.startswith(token)), None)

@@ -35,6 +35,7 @@ FAULT_KINDS = {
     "unknown role": "none of the roles in `ROLES`",
     "unsupported content": "an image or another part that is no text",
     "empty content": "a user or assistant message of nothing or of blanks, without tool calls",
+    "input not read": "a text in `input`, which only the Alpaca format reads",
     "conflicting system messages": "the system column says something else than the system turn",
     "no assistant turn": "nothing that could be trained",
 }
@@ -159,6 +160,9 @@ def _from_prompt_and_completion(row: Row) -> list[Message]:
 
 def _from_janus(row: Row) -> list[Message]:
     column = next((column for column in _JANUS_PROMPTS if row.get(column) is not None), "prompt")
+    if row.get("input") is not None and _text(row, "input").strip():
+        remedy = "write `format: alpaca`, which reads it after `instruction`, or take the column out"
+        raise RowFault("input not read", f"`input` is {_shown(row['input'])}: {remedy}")
     return [_message("user", _text(row, column)), _message("assistant", _text(row, "output"))]
 
 

@@ -114,6 +114,16 @@ class Spans:
             one = self._try(_question(_ANSWER), self._form) and len(self._render(_question(_ANSWER), None)[1]) == 1
             self._marks_suffice = bool(one) and all(map(self._marks_agree, _trials()))
 
+    @property
+    def stop_tokens(self) -> list[str]:
+        """The tokens at which generation is to stop: the end of an answer, then that of one that calls tools."""
+        endings = [ending for ending in (self._ending, self._call_ending) if ending]
+        stops = [ending.following or self._last_token(ending.written[: ending.produced]) for ending in endings]
+        return list(dict.fromkeys(stops))
+
+    def _last_token(self, text: str) -> str:
+        return (self._special.findall(text) or self._added.findall(text))[-1]
+
     # -- what the template is like
 
     def _find_form(self) -> _Form:

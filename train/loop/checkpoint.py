@@ -2,9 +2,11 @@
 
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from train.errors import UserError
@@ -45,12 +47,18 @@ def find_checkpoint(resume: str, recipe: Recipe) -> Path | None:
     """The checkpoint that `--resume auto|never|DIR` means; None to start from the beginning.
 
     Raises UserError where DIR is no complete checkpoint, where there are checkpoints but none is complete, or where
-    the one found belongs to another recipe.
+    the one found is damaged, holds no optimizer or belongs to another recipe.
     """
     found = _find(resume, recipe.output_dir)
     if found is None:
         return None
+    _refuse_damaged(found, resume)
     before = json.loads((found / COMPLETE).read_text(encoding="utf-8")).get("recipe", {})
+    if before.get("training.save_only_model"):
+        raise UserError(
+            f"--resume {resume}: {found} holds no optimizer (training.save_only_model: true), so no run can go on from "
+            "it. Name another output_dir, or write `--resume never` to start anew."
+        )
     now = _decides_the_run(recipe)
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
@@ -60,6 +68,24 @@ def find_checkpoint(resume: str, recipe: Recipe) -> Path | None:
             "recipe back, or write `--resume never` to start anew."
         )
     return found
+
+
+def _refuse_damaged(checkpoint: Path, resume: str) -> None:
+    """Raise UserError for a file that was cut short: told by its ends, without reading the weights."""
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_bytes())
+            elif path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+                raise ValueError("not what torch.save writes")
+        except (OSError, ValueError, SafetensorError) as fault:
+            raise UserError(
+                f"--resume {resume}: {path} is damaged: {fault}. Take {checkpoint} away to go on from an older "
+                "checkpoint, or write `--resume never` to start anew."
+            ) from fault
 
 
 def _find(resume: str, output_dir: str) -> Path | None:

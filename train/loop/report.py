@@ -1,10 +1,12 @@
 """What a run leaves to read: its resolved recipe, and report.md with the loss as a picture."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from train.errors import UserError
+from train.loop.tracking import read_metrics
 from train.progress import duration, is_first_rank
 from train.recipe import Recipe
 
@@ -31,10 +33,18 @@ def claim_output_dir(recipe: Recipe) -> Path:
     return folder
 
 
-def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
-    """The objects of metrics.jsonl, in the order of the steps."""
-    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+def model_card(recipe: Recipe) -> str:
+    """README.md of the finished model: what it was made from, and by which recipe."""
+    base = recipe.model.name_or_path
+    metadata = {
+        "library_name": "transformers" if recipe.adapter is None else "peft",
+        "tags": ["janus-sft", "sft"],
+        **({} if Path(base).is_dir() else {"base_model": base}),
+    }
+    return (
+        f"---\n{yaml.safe_dump(metadata)}---\n\n# {Path(recipe.output_dir).name}\n\n"
+        f"`{base}`, fine-tuned with janus-sft by this recipe:\n\n```yaml\n{recipe.to_yaml()}```\n"
+    )
 
 
 def draw_loss(metrics: list[dict[str, Any]], path: Path) -> None:
@@ -61,16 +71,19 @@ def draw_loss(metrics: list[dict[str, Any]], path: Path) -> None:
 
 def write_report(output_dir: Path, screen: str, seconds: float) -> None:
     """Write report.md and loss.png from metrics.jsonl, the screen shown before training and the time it took."""
-    metrics = read_metrics(output_dir)
+    metrics = read_metrics(output_dir / "metrics.jsonl")
     draw_loss(metrics, output_dir / "loss.png")
     losses = [line["loss"] for line in metrics if "loss" in line]
-    validation = [line["eval_loss"] for line in metrics if "eval_loss" in line]
+    validation = {line["step"]: line["eval_loss"] for line in metrics if "eval_loss" in line}
+    loaded = [line["loaded_step"] for line in metrics if line.get("loaded_step") in validation]
     speeds = sorted(line["tokens_per_second"] for line in metrics if "tokens_per_second" in line)
     rows = [("training time", duration(seconds))]
     if losses:
-        rows.append(("training loss, first and last logged", f"{losses[0]} -> {losses[-1]}"))
-    if validation:
-        rows.append(("validation loss at the end", f"{validation[-1]:.4f}"))
+        rows.append(("training loss, first and last logged", f"{_short(losses[0])} -> {_short(losses[-1])}"))
+    if loaded:
+        rows.append((f"validation loss of the saved model (step {loaded[-1]})", _short(validation[loaded[-1]])))
+    elif validation:
+        rows.append(("validation loss at the end", _short(validation[max(validation)])))
     if speeds:
         rows.append(("median speed", f"{speeds[len(speeds) // 2]:,.0f} tokens/s"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
@@ -78,3 +91,8 @@ def write_report(output_dir: Path, screen: str, seconds: float) -> None:
         f"# {output_dir.name}\n\n```\n{screen}\n```\n\n| | |\n|---|---|\n{table}\n\n![loss](loss.png)\n",
         encoding="utf-8",
     )
+
+
+def _short(loss: float | str) -> str:
+    """Four decimals; a loss that is not finite is a string in metrics.jsonl, and stays as it is."""
+    return f"{loss:.4f}" if isinstance(loss, float) else str(loss)

@@ -57,6 +57,17 @@ def tracked(recipe: Recipe) -> Iterator[None]:
         yield
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl, in the order of the steps; half a line, left by a crash, is passed over."""
+    metrics = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return metrics
+
+
 class StepLog(TrainerCallback):
     """Writes metrics.jsonl and a line a logging step, and moves the progress bar."""
 
@@ -75,15 +86,20 @@ class StepLog(TrainerCallback):
         """Start the clock; after a resume, keep the lines of the steps that the checkpoint holds, and those alone."""
         self._started = self._last_time = time.monotonic()
         self._first_step = self._last_step = state.global_step
+        self._last_tokens = state.num_input_tokens_seen
         if not is_first_rank():
             return
         kept = []
         if state.global_step and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self._job = self._open.enter_context(job("training", total=state.max_steps, unit="steps", writes_lines=False))
-        self._job.advance(state.global_step)
+            kept = [
+                metrics
+                for metrics in read_metrics(self.path)
+                if metrics["step"] <= state.global_step and "loaded_step" not in metrics
+            ]
+        self.path.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept), encoding="utf-8")
+        self._job = self._open.enter_context(
+            job("training", total=state.max_steps, unit="steps", done=state.global_step)
+        )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar."""
@@ -106,13 +122,23 @@ class StepLog(TrainerCallback):
             now, tokens = time.monotonic(), int(logs.get("num_tokens", 0))
             metrics["tokens_per_second"] = round((tokens - self._last_tokens) / max(now - self._last_time, 1e-9), 1)
             self._last_time, self._last_tokens = now, tokens
-        with self.path.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({key: _plain(value) for key, value in metrics.items()}) + "\n")
+        self._write(metrics)
         line = self._line(state, metrics)
         if self._job:
             self._job.show(line)
         else:
             print(line, flush=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the step of the model that is saved, where it is the best one and not the last."""
+        if args.load_best_model_at_end and state.best_global_step and is_first_rank():
+            self._write({"step": state.global_step, "loaded_step": state.best_global_step})
+
+    def _write(self, metrics: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({key: _plain(value) for key, value in metrics.items()}) + "\n")
 
     def _line(self, state: TrainerState, metrics: dict[str, Any]) -> str:
         if "loss" not in metrics:

@@ -1,27 +1,40 @@
 """TRL's SFTTrainer on prepared rows, and the little that it lacks."""
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTConfig, SFTTrainer
 
 from train.data.loss_mask import NOT_TRAINED
 from train.data.prepare import Part, Prepared
 from train.errors import UserError
+from train.loop.report import model_card
 from train.loop.tracking import integrations
-from train.model.adapters import lora_config
+from train.model.adapters import check_modules_to_save, lora_config
 from train.recipe import Recipe
 
 
-def training_arguments(recipe: Recipe, end_token: str | None = None) -> SFTConfig:
+@contextmanager
+def _as_user_error(key: str) -> Iterator[None]:
+    """What TRL, peft and transformers say of settings as they are set up, told of `key`. Never for training itself."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, ImportError) as fault:
+        raise UserError(f"{key}: {' '.join(str(fault).split())}") from fault
+
+
+def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTConfig:
     """TRL's own arguments, with what the recipe's other sections own filled in. Starts the process group, if any.
 
-    `end_token`: what ends an answer; tokenizer and generation settings are saved to stop at it.
-
+    `stop_tokens`: what ends an answer; the tokenizer is saved with the first of them as its eos token.
     Raises UserError where TRL or transformers refuses a combination of them.
     """
     settings: dict[str, Any] = {
@@ -34,19 +47,34 @@ def training_arguments(recipe: Recipe, end_token: str | None = None) -> SFTConfi
         "packing": False,
         "padding_free": recipe.data.packing,
         "dataset_kwargs": {"skip_prepare_dataset": True},
-        "eos_token": end_token,
+        "eos_token": next(iter(stop_tokens), None),
         "report_to": integrations(recipe.tracking),
         "disable_tqdm": True,
     }
-    try:
+    if settings.get("activation_offloading") and settings["use_cpu"]:
+        raise UserError(
+            "training.activation_offloading: it moves activations to the CPU, where they are already. Write false."
+        )
+    with _as_user_error("training"):
         return SFTConfig(**settings)
-    except (ValueError, TypeError, ImportError) as fault:
-        raise UserError(f"training: {' '.join(str(fault).split())}") from fault
+
+
+def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str]) -> None:
+    """Have the saved generation settings stop at each of `stop_tokens`, at eos and at what the model stops at already.
+
+    Call it before the trainer makes the first of them the tokenizer's eos.
+    """
+    known = model.generation_config.eos_token_id
+    before = known if isinstance(known, list) else [] if known is None else [known]
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stops = [*map(tokenizer.convert_tokens_to_ids, stop_tokens), *eos, *before]
+    model.generation_config.eos_token_id = list(dict.fromkeys(stops)) or None
 
 
 class JanusTrainer(SFTTrainer):
     """SFTTrainer whose evaluation loss is the mean over TOKENS, however they fall into batches."""
 
+    _total_train_tokens: int  # TRL's own
     _eval_loss_sum: torch.Tensor | float = 0.0
     _eval_tokens: torch.Tensor | float = 0.0
 
@@ -61,9 +89,16 @@ class JanusTrainer(SFTTrainer):
     ) -> None:
         """Set up a run; the rows of `data` are trained as they are, already tokenized, labelled and packed.
 
-        Raises UserError for settings that TRL or peft refuses.
+        Raises UserError for settings that TRL or peft refuses, or that leave nothing to train.
         """
-        try:
+        rows, batch = len(data.train.rows), arguments.train_batch_size * arguments.world_size
+        if arguments.dataloader_drop_last and rows < batch:
+            raise UserError(
+                f"training.dataloader_drop_last: the {rows:,} sequences are fewer than the {batch:,} of one batch on "
+                "all processes, so all would be left out. Write false, or make per_device_train_batch_size smaller."
+            )
+        check_modules_to_save(recipe.adapter, model)
+        with _as_user_error("adapter" if recipe.adapter else "training"):
             super().__init__(
                 model=model,
                 args=arguments,
@@ -73,16 +108,56 @@ class JanusTrainer(SFTTrainer):
                 peft_config=lora_config(recipe.adapter),
                 callbacks=callbacks,
             )
-        except ValueError as fault:  # TRL's and peft's word on settings that don't go together
-            raise UserError(f"{'adapter' if recipe.adapter else 'training'}: {' '.join(str(fault).split())}") from fault
         self.remove_callback(PrinterCallback)
+        self._recipe = recipe
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """transformers' loop. Raises UserError where a package that a setting needs is missing: some ask only here."""
+        try:
+            return super().train(*args, **kwargs)
+        except ImportError as fault:
+            raise UserError(f"training: {' '.join(str(fault).split())}") from fault
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """transformers' optimizer. Raises UserError where its package is missing: that shows only here."""
-        try:
+        """transformers' optimizer. Raises UserError for settings that it refuses: that shows only here."""
+        with _as_user_error(f"training.optim: {self.args.optim.value} (optim_args: {self.args.optim_args})"):
             return super().create_optimizer(*args, **kwargs)
-        except ImportError as fault:
-            raise UserError(f"training.optim: {' '.join(str(fault).split())}") from fault
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> torch.optim.lr_scheduler.LRScheduler:
+        """transformers' schedule. Raises UserError for settings that it refuses: that shows only here."""
+        given = self.args.lr_scheduler_kwargs
+        with _as_user_error(
+            f"training.lr_scheduler_type: {self.args.lr_scheduler_type.value} (lr_scheduler_kwargs: {given})"
+        ):
+            return super().create_scheduler(*args, **kwargs)
+
+    def init_hf_repo(self, token: str | None = None) -> None:
+        """transformers' repository on the hub. Raises UserError where it can't be made, whatever the reason."""
+        try:
+            super().init_hf_repo(token)
+        except Exception as fault:  # of the network, the hub and its client, which share no class
+            first_line = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+            raise UserError(
+                f"training.push_to_hub: {first_line} Set HF_TOKEN in the environment to one that may write, or take "
+                "the key out and upload the finished model."
+            ) from fault
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """README.md in output_dir: the recipe, in place of TRL's page that is the same for every model."""
+        if self.is_world_process_zero():
+            Path(self.args.output_dir, "README.md").write_text(model_card(self._recipe), encoding="utf-8")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """transformers' saving, with a model card beside the finished model too."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            self.create_model_card()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Without training_args.bin: a pickle, which runs code as it is opened, of what recipe.yaml says in text."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def compute_loss(
         self,
@@ -91,9 +166,14 @@ class JanusTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """TRL's loss. In evaluation, where it is a mean over this batch, its tokens are counted beside it."""
+        """TRL's loss. In evaluation, where it is a mean over this batch, its tokens are counted beside it.
+
+        TRL counts the tokens trained from nothing after a resume; here the count is part of the checkpoint's state.
+        """
         tokens = (inputs["labels"][:, 1:] != NOT_TRAINED).sum()
+        self._total_train_tokens = max(self._total_train_tokens, self.state.num_input_tokens_seen)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.state.num_input_tokens_seen = self._total_train_tokens
         if not self.model.training:
             loss = result[0] if isinstance(result, tuple) else result
             self._eval_loss_sum = self._eval_loss_sum + loss.detach().double() * tokens
@@ -120,6 +200,7 @@ def optimizer_steps(rows: Dataset, arguments: SFTConfig) -> int:
     """Optimizer steps of the whole run, as transformers counts them: a last, smaller step ends each epoch."""
     if arguments.max_steps > 0:
         return arguments.max_steps
-    micro_batches = -(-len(rows) // (arguments.train_batch_size * arguments.world_size))
+    batch = arguments.train_batch_size * arguments.world_size
+    micro_batches = len(rows) // batch if arguments.dataloader_drop_last else -(-len(rows) // batch)
     steps_an_epoch = max(-(-micro_batches // arguments.gradient_accumulation_steps), 1)
     return math.ceil(arguments.num_train_epochs * steps_an_epoch)

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from train.errors import UserError
 from train.recipe import AdapterSection, QuantizationSection
@@ -19,6 +19,20 @@ def lora_config(adapter: AdapterSection | None) -> "LoraConfig | None":
     from peft import LoraConfig
 
     return LoraConfig(task_type="CAUSAL_LM", **adapter.model_dump(mode="json"))
+
+
+def check_modules_to_save(adapter: AdapterSection | None, model: PreTrainedModel) -> None:
+    """Raise UserError for a name in adapter.modules_to_save that the model hasn't: peft says nothing of it."""
+    names = [name for name, _ in model.named_modules()]
+    for wanted in (adapter and adapter.modules_to_save) or ():
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            parts = {
+                name.rpartition(".")[2] for name, module in model.named_modules() if list(module.parameters(False))
+            }
+            raise UserError(
+                f"adapter.modules_to_save: the model has no module {wanted!r}. Those with weights are called "
+                f"{', '.join(sorted(parts))}."
+            )
 
 
 def quantization_config(quantization: QuantizationSection | None) -> BitsAndBytesConfig | None:

@@ -20,17 +20,14 @@ def choose_attention(wanted: str, dtype: str) -> str:
         half = dtype in ("bfloat16", "float16")
         usable = half and torch.cuda.is_available() and _installed("flash_attention_2")
         return "flash_attention_2" if usable else "sdpa"
-    if wanted in PACKAGES:
-        if not _installed(wanted):
-            package = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}[wanted]
-            raise UserError(
-                f"model.attention: {wanted} needs the package {package}, which is not installed here. Install it with "
-                f"`pip install {package} --no-build-isolation`, or write `auto`."
-            )
-        if not torch.cuda.is_available():
-            raise UserError(
-                f"model.attention: {wanted} needs a CUDA device, and there is none. Write `auto` or `sdpa`."
-            )
+    if wanted in PACKAGES and not _installed(wanted):
+        package = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}[wanted]
+        raise UserError(
+            f"model.attention: {wanted} needs the package {package}, which is not installed here. Install it with "
+            f"`pip install {package} --no-build-isolation`, or write `auto`."
+        )
+    if wanted in (*PACKAGES, "flex_attention") and not torch.cuda.is_available():  # flex has no backward on a CPU
+        raise UserError(f"model.attention: {wanted} needs a CUDA device, and there is none. Write `auto` or `sdpa`.")
     return wanted
 
 

@@ -1,0 +1,97 @@
+"""Settings that this machine, this model or these rows can't serve: told before the first step, in one paragraph."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from train.sft import main
+
+ROOT = Path(__file__).parents[2]
+
+FAULTS = {
+    "a schedule without what it needs": (
+        {"training": {"lr_scheduler_type": "cosine_with_min_lr"}},
+        ["training.lr_scheduler_type", "cosine_with_min_lr", "lr_scheduler_kwargs"],
+    ),
+    "a schedule with what it doesn't know": (
+        {"training": {"lr_scheduler_kwargs": {"nosuch": 1}}},
+        ["training.lr_scheduler_type", "lr_scheduler_kwargs", "'nosuch'"],
+    ),
+    "an optimizer with what it can't read": ({"training": {"optim_args": "betas"}}, ["training.optim"]),
+    "a package that is not installed": ({"training": {"use_liger_kernel": True}}, ["training: ", "pip install liger"]),
+    "a compiler that there is none of": (
+        {"training": {"torch_compile": True, "torch_compile_backend": "nosuch"}},
+        ["training: ", "NOSUCH"],
+    ),
+    "offloading from the CPU": ({"training": {"activation_offloading": True}}, ["training.activation_offloading"]),
+    "the hub out of reach": ({"training": {"push_to_hub": True}}, ["training.push_to_hub: ", "HF_TOKEN"]),
+    "a metric that nobody measures": (
+        {
+            "data": {"validation": 0.25},
+            "training": {"metric_for_best_model": "bleu", "eval_strategy": "epoch", "save_strategy": "best"},
+        },
+        ["training.metric_for_best_model", "'bleu'", "eval_loss"],
+    ),
+    "too few rows for one whole batch": (
+        {"training": {"dataloader_drop_last": True, "per_device_train_batch_size": 100}},
+        ["training.dataloader_drop_last", "100"],
+    ),
+    "too few rows for one whole batch, however many steps": (
+        {
+            "training": {
+                "dataloader_drop_last": True,
+                "per_device_train_batch_size": 100,
+                "num_train_epochs": ...,
+                "max_steps": 3,
+            }
+        },
+        ["training.dataloader_drop_last", "100"],
+    ),
+    "a module to save that is not there": (
+        {"adapter": {"r": 2, "modules_to_save": ["lm_head", "embed_token"]}},
+        ["adapter.modules_to_save", "'embed_token'", "embed_tokens", "lm_head", "q_proj"],
+    ),
+    "a kernel that can't train here": ({"model": {"attention": "flex_attention"}}, ["model.attention", "CUDA"]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_setting_that_can_not_work(fault: str, recipe_file: Callable[..., Path], refused: Callable[..., str]) -> None:
+    sections, words = FAULTS[fault]
+    error = refused("--recipe", recipe_file(**sections))
+    assert [word for word in words if word not in error] == []
+    assert "\n" not in error
+
+
+def test_a_hub_that_does_not_answer(recipe_file: Callable[..., Path]) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_none"}
+    result = subprocess.run(
+        [sys.executable, "train/sft.py", "--recipe", recipe_file(training={"push_to_hub": True})],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "error: training.push_to_hub: " in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_last_smaller_batch_is_left_out_where_the_recipe_says_so(
+    recipe_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = {"dataloader_drop_last": True, "per_device_train_batch_size": 7}
+    assert main(["--recipe", str(recipe_file(data={"packing": False}, training=training))]) == 0
+    assert "step 3/3 " in capsys.readouterr().out  # 24 rows: the last 3 are left out
+
+
+def test_a_module_to_save_that_is_there_is_saved(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    assert main(["--recipe", str(recipe_file(adapter={"r": 2, "modules_to_save": ["norm"]}))]) == 0
+    assert any(name.endswith(".norm.weight") for name in load_file(tmp_path / "run" / "adapter_model.safetensors"))

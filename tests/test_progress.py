@@ -1,0 +1,41 @@
+"""What a long job shows, in a terminal and in a log file."""
+
+import pytest
+
+from train import progress
+from train.progress import SECONDS_BETWEEN_LINES, job
+
+
+def test_each_bar_counts_in_its_own_unit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the output for a terminal
+    monkeypatch.setenv("COLUMNS", "120")
+    with job("training", total=5, unit="steps") as training:
+        training.part("evaluating", 7, "batches").advance(2)
+    last = {
+        name: line
+        for line in capsys.readouterr().out.splitlines()
+        for name in ("training", "evaluating")
+        if name in line
+    }
+    assert "steps" in last["training"]
+    assert "2/7" in last["evaluating"]
+    assert "batches" in last["evaluating"]
+    assert "steps" not in last["evaluating"]
+
+
+def test_a_log_file_is_never_silent_for_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 1_000.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with job("training", total=100, unit="steps", done=40) as training:
+        for step in range(41, 45):
+            now += SECONDS_BETWEEN_LINES / 2
+            training.advance()
+            if step == 43:
+                training.show("step 43/100")  # a line of its own counts as one
+        shown = capsys.readouterr().out.splitlines()
+        now += SECONDS_BETWEEN_LINES / 2
+        training.advance()
+    assert shown == ["training: 42 of 100 steps (42%), 7m15s left", "step 43/100"]
+    assert capsys.readouterr().out == "training: 45 of 100 steps (45%), 6m52s left\n"

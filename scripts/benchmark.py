@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 from benchmark_contenders import CONTENDERS
 from benchmark_data import Options, compare_preparations
 

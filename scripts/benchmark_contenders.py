@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]
+import psutil
 from numpy.typing import NDArray
 
 from train.errors import UserError
@@ -248,7 +248,7 @@ def tokenizer_alone(task: Task, clock: Clock) -> Tokens:
 def fastokens_alone(task: Task, clock: Clock) -> Tokens:
     """The package fastokens over the rendered texts in one call, on all cores."""
     try:
-        from fastokens import Tokenizer  # type: ignore[import-untyped]
+        from fastokens import Tokenizer
     except ImportError as fault:
         raise UserError("fastokens is not installed: `pip install fastokens`, or leave it out with --only.") from fault
     backend = Tokenizer.from_json_str(_tokenizer(task).backend_tokenizer.to_str())

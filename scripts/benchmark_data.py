@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]
+import psutil
 from benchmark_contenders import CONTENDERS, Memory, Task, memory
 from benchmark_rows import generate
 

@@ -32,7 +32,9 @@ def test_sources_of_several_formats(tmp_path: Path, load: Load) -> None:
     write(tmp_path / "b.jsonl", lines([{"conversations": turns}] * 2))
     loaded = load("", sources=[{"path": str(tmp_path / name)} for name in ("a.jsonl", "b.jsonl")])
     assert [row.messages[-1]["content"] for row in loaded.train] == ["a", "c", "c"]
-    assert [row.place for row in loaded.train] == [f"{tmp_path}/{place}" for place in ("a.jsonl:1", "b.jsonl:1", "b.jsonl:2")]
+    assert [row.place for row in loaded.train] == [
+        f"{tmp_path}/{place}" for place in ("a.jsonl:1", "b.jsonl:1", "b.jsonl:2")
+    ]
 
 
 def test_a_stated_format_goes_before_the_columns(tmp_path: Path, load: Load) -> None:
@@ -140,5 +142,3 @@ def test_a_source_without_a_good_row_is_an_error_even_when_skipping(tmp_path: Pa
                       ({"validation": [{"path": str(bad)}]}, "data.validation.0")):  # fmt: skip
         with pytest.raises(UserError, match=f"{key}: no row of .*bad.jsonl can be trained"):
             load(good, **keys, on_bad_row="skip", seed=0)
-
-

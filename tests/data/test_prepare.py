@@ -132,9 +132,7 @@ def test_duplicates_and_overlap_are_found_with_their_places(recipe_file: Callabl
 
     first = ("", "q", "a"), ("", "r", "a"), ("", "q", "a"), ("be brief", "q", "a")
     train, held = write("f.jsonl", *first), write("v.jsonl", ("", "new", "a"), ("", " q ", "b"), ("", "r", "a"))
-    data = examined(
-        recipe_file(data={"sources": [{"path": train, "weight": 2.0}], "validation": [{"path": held}]})
-    )
+    data = examined(recipe_file(data={"sources": [{"path": train, "weight": 2.0}], "validation": [{"path": held}]}))
     assert data.train.account.rows == 8
     duplicates = data.train.account.duplicates  # a weight of 2.0 makes none
     assert (duplicates.rows, duplicates.example) == (1, (f"{train}:1", f"{train}:3"))

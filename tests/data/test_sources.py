@@ -3,7 +3,6 @@
 import csv
 import json
 import pickle
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

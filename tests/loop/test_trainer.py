@@ -36,7 +36,7 @@ def one_by_one(model: torch.nn.Module, data: Prepared) -> tuple[torch.Tensor, in
     for row in data.train.rows:
         start = 0
         for length in row.get("seq_lengths") or [len(row["input_ids"])]:
-            ids = torch.tensor([row["input_ids"][start : start + length]])
+            ids = torch.tensor(row["input_ids"][None, start : start + length])
             labels = torch.tensor(row["labels"][start + 1 : start + length])
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
             part = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)

@@ -6,6 +6,7 @@ length and in which sequences is worked out anew at each start, from numbers alo
 """
 
 import importlib.metadata
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -177,10 +178,10 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     training = [weighted(*named[number], part, recipe.seed) for number, part in enumerate(training)]
 
     parts = {
-        name: _part(np.concatenate(conversations), rows, recipe, batch)
+        name: _part(np.concatenate(conversations), rows, recipe, _sequences_at_once(recipe, *batch))
         for name, conversations, batch in (
-            ("training", training, "per_device_train_batch_size"),
-            ("validation", held, "per_device_eval_batch_size"),
+            ("training", training, ("per_device_train_batch_size", "gradient_accumulation_steps")),
+            ("validation", held, ("per_device_eval_batch_size",)),
         )
         if conversations
     }
@@ -197,6 +198,16 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         _overlap(rows, firsts[parts["training"][1]], firsts[parts["validation"][1]]),
         caches,
     )
+
+
+def _sequences_at_once(recipe: Recipe, *fields: str) -> int:
+    """All ranks' sequences of one optimizer step, or of one step of evaluation.
+
+    Their number divides that of all sequences, so ranks get equally many; and the sequences are the same however a
+    step is split into ranks, batches and accumulation.
+    """
+    settings = {name: known.default for name, known in training_fields().items()} | dict(recipe.training)
+    return math.prod(settings[name] for name in fields) * int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _overlap(rows: TokenRows, training: NDArray[np.int64], validation: NDArray[np.int64]) -> Overlap:
@@ -218,8 +229,8 @@ def refusal(data: Prepared, section: DataSection) -> str | None:
     reasons = []
     if data.faults and section.on_bad_row == "error":
         reasons.append(
-            f"rows that can't be trained: {_named(data.faults)}. Mend them, or leave them out (they are counted on the screen) with "
-            "`data.on_bad_row: skip`."
+            f"rows that can't be trained: {_named(data.faults)}. Mend them, or leave them out (they are counted on the "
+            "screen) with `data.on_bad_row: skip`."
         )
     for name, account in data.accounts.items():
         if refused := account.overlong.get("refused"):
@@ -360,7 +371,7 @@ def _with_format(source: Source, opened: OpenSource) -> tuple[Iterator[tuple[int
 
 
 def _part(
-    conversations: NDArray[np.int64], rows: TokenRows, recipe: Recipe, batch_field: str
+    conversations: NDArray[np.int64], rows: TokenRows, recipe: Recipe, multiple_of: int
 ) -> tuple[Part, NDArray[np.int64]]:
     """The rows of these conversations as they are trained, and which of the conversations have any, each once."""
     section = recipe.data
@@ -374,14 +385,12 @@ def _part(
     account.rows_with_system = int(rows.has_system[chosen].sum())
     account.distinct_systems = rows.distinct_systems(chosen)
 
-    settings = {name: known.default for name, known in training_fields().items()} | dict(recipe.training)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     lengths = np.minimum(rows.lengths[chosen], section.max_length)
     sequences = Sequences(
         rows,
         chosen,
         section.max_length,
-        lambda epoch: _plan(lengths, recipe, ranks * settings[batch_field], epoch if section.repack else 0),
+        lambda epoch: _plan(lengths, recipe, multiple_of, epoch if section.repack else 0),
         packed=section.packing,
     )
     account.tokens = int(lengths.sum())

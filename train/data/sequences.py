@@ -1,6 +1,6 @@
 """The sequences that are trained: put together from rows on disk when they are asked for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -50,6 +50,10 @@ class Sequences:
         if self._packed:
             item["seq_lengths"] = [len(ids) for ids, _ in documents]
         return item
+
+    def __iter__(self) -> Iterator[dict[str, NDArray[np.int64] | list[int]]]:
+        """The sequences of the first epoch. (Python would go through indices, of which there are no last ones.)"""
+        return (self[sequence] for sequence in range(self._count))
 
     def row(self, place: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Ids and labels of one of the chosen rows, as they are trained."""

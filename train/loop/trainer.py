@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTConfig, SFTTrainer
 
 from train.data.loss_mask import NOT_TRAINED
-from train.data.prepare import Part, Prepared
+from train.data.prepare import Prepared
+from train.data.sequences import Sequences
 from train.errors import UserError
+from train.loop.order import EpochOrder
 from train.loop.report import model_card
 from train.loop.tracking import integrations
 from train.model.adapters import check_modules_to_save, lora_config
@@ -71,8 +74,16 @@ def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_tok
     model.generation_config.eos_token_id = list(dict.fromkeys(stops)) or None
 
 
+def _sample(sequences: Sequences) -> Dataset:
+    """One sequence, as TRL wants to see data: only a Dataset will do, and none of more than memory holds."""
+    return Dataset.from_list([sequences[0]])
+
+
 class JanusTrainer(SFTTrainer):
-    """SFTTrainer whose evaluation loss is the mean over TOKENS, however they fall into batches."""
+    """SFTTrainer on sequences that are put together as they are needed, in an order that evens out the ranks.
+
+    Its evaluation loss is the mean over TOKENS, however they fall into batches.
+    """
 
     _total_train_tokens: int  # TRL's own
     _eval_loss_sum: torch.Tensor | float = 0.0
@@ -102,14 +113,22 @@ class JanusTrainer(SFTTrainer):
             super().__init__(
                 model=model,
                 args=arguments,
-                train_dataset=data.train.rows,
-                eval_dataset=data.validation.rows if isinstance(data.validation, Part) else None,
+                train_dataset=_sample(data.train.rows),
+                eval_dataset=_sample(data.validation.rows) if data.validation else None,
                 processing_class=tokenizer,
                 peft_config=lora_config(recipe.adapter),
                 callbacks=callbacks,
             )
+        self.train_dataset = data.train.rows
+        self.eval_dataset = data.validation.rows if data.validation else None
         self.remove_callback(PrinterCallback)
         self._recipe = recipe
+
+    def _get_train_sampler(self, train_dataset: Sequences | None = None) -> Sampler[int] | None:
+        """Our order in the place of a random one."""
+        if self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        return EpochOrder(train_dataset or self.train_dataset, self.args, self.model.config)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """transformers' loop. Raises UserError where a package that a setting needs is missing: some ask only here."""
@@ -196,7 +215,7 @@ def sequences_per_step(arguments: SFTConfig) -> int:
     return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
-def optimizer_steps(rows: Dataset, arguments: SFTConfig) -> int:
+def optimizer_steps(rows: Sequences, arguments: SFTConfig) -> int:
     """Optimizer steps of the whole run, as transformers counts them: a last, smaller step ends each epoch."""
     if arguments.max_steps > 0:
         return arguments.max_steps

@@ -1,50 +1,36 @@
 """Sources -> tokens on disk -> the sequences that are trained, and the account of what became of every row.
 
-Each source is tokenized once and kept (see `cache`): its key follows from the bytes of the source, the tokenizer, the
-template, the policies of `chat` and the code that all went through. Which rows are trained, how often, cut to which
-length and in which sequences is worked out anew at each start, from numbers alone.
+Tokens are made once (`source_tokens`). Which rows are trained, how often, cut to which length and in which sequences is
+worked out anew at each start, from numbers alone.
 """
 
-import importlib.metadata
 import math
 import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow
 import xxhash
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from train.data.cache import Entry, default_folder, find_or_make, key_of, report_progress
-from train.data.fast_tokenizer import DiffersError
-from train.data.files import Chunk
-from train.data.formats import RowFault, detect
+from train.data.cache import Entry, find_or_make, key_of
 from train.data.mixture import held_out, weighted
 from train.data.packing import PackingPlan, plan
 from train.data.sequences import Sequences
-from train.data.sources import BadRow, BadRows, OpenSource, digest_of_files, open_source
+from train.data.source_tokens import ROWS, cache_folder, source_tokens
+from train.data.sources import BadRow, BadRows, OpenSource, digest_of_files
 from train.data.survey import Overlap, Repeats, choose_examples, duplicates, shared
-from train.data.token_rows import Faults, TokenRows, write
-from train.data.tokenize import RowTokenizer, tokenize
+from train.data.token_rows import TokenRows
 from train.errors import UserError
-from train.progress import Job, job
-from train.recipe import DataSection, Recipe, Source
+from train.progress import job
+from train.recipe import DataSection, Recipe
 from train.training_fields import training_fields
 
-_DECISIVE = (
-    *("chat_template", "control_tokens", "fast_tokenizer", "files", "formats", "loss_mask", "rendering", "sources"),
-    *("spans", "token_rows", "tokenize"),
-)
-"""The modules that decide which tokens a row becomes: where one changes, rows are tokenized anew."""
-_ROWS, _PLAN = "rows.arrow", "plan"
-_SECONDS_BETWEEN_REPORTS = 1.0
+_PLAN = "plan"
 
 
 class Row(NamedTuple):
@@ -155,8 +141,8 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     validation = () if section.validation is None or isinstance(section.validation, float) else section.validation
     named = [(f"data.sources.{number}", source) for number, source in enumerate(section.sources)]
     named += [(f"data.validation.{number}", source) for number, source in enumerate(validation)]
-    tokenized = [_tokenized(key, source, recipe, tokenizer) for key, source in named]
-    rows = TokenRows([entry.folder / _ROWS for entry, _ in tokenized], [opened.files for _, opened in tokenized])
+    tokenized = [source_tokens(key, source, recipe, tokenizer) for key, source in named]
+    rows = TokenRows([entry.folder / ROWS for entry, _ in tokenized], [opened.files for _, opened in tokenized])
     faults = _faults(tokenized)
     for (key, source), size in zip(named, np.diff(rows.source_ends), strict=True):
         if not size:
@@ -264,112 +250,6 @@ def _faults(tokenized: Sequence[tuple[Entry, OpenSource]]) -> dict[str, BadRows]
     return merged
 
 
-def _tokenized(
-    key: str, source: Source, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Entry, OpenSource]:
-    """The tokens of one source on disk, made now if they aren't there. Raises UserError, naming `key`."""
-    folder = Path(recipe.data.cache_dir).expanduser() if recipe.data.cache_dir else default_folder()
-    try:
-        opened = open_source(source, recipe.data.allow_pickle)
-        with job(f"tokenizing {source.path}", unit="rows") as tokenizing:
-            made_of = _made_of(source, opened, recipe, tokenizer)
-            return find_or_make(
-                folder,
-                key_of(made_of),
-                lambda partial: _write(partial, source, opened, recipe, tokenizer, tokenizing),
-                tokenizing,
-            ), opened
-    except UserError as fault:
-        raise UserError(f"{key}: {fault}") from fault
-
-
-def _made_of(source: Source, opened: OpenSource, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """All that decides what tokens a source becomes."""
-    chat = recipe.chat
-    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
-    here = Path(__file__).parent
-    return {
-        "rows": opened.digest(),
-        "format": source.format,
-        "tokenizer": xxhash.xxh3_128(backend.encode()).hexdigest(),
-        "special_tokens": tokenizer.special_tokens_map,
-        "template": tokenizer.chat_template,
-        "today": date.today() if "strftime_now" in str(tokenizer.chat_template) else None,
-        "policies": [chat.train_on, chat.control_tokens_in_text],
-        "code": digest_of_files([here / f"{name}.py" for name in _DECISIVE]),
-        "packages": [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")],
-    }
-
-
-def _write(
-    folder: Path,
-    source: Source,
-    opened: OpenSource,
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    tokenizing: Job,
-) -> dict[str, Any]:
-    """Tokenize a source into `folder`; what its manifest is to say. Raises UserError."""
-    chat = recipe.chat
-    why_not_fast = ""
-    for fast in (True, False):
-        rows = RowTokenizer(tokenizer, chat.train_on, chat.control_tokens_in_text, fast=fast)
-        try:
-            chunks, format = _with_format(source, opened)
-            batches = tokenize(rows, chunks, format, recipe.data.processes)
-            counted = _Counted(batches, folder, tokenizing)
-            write(folder / _ROWS, counted)
-        except DiffersError as fault:
-            why_not_fast = f"fastokens gives other tokens for {fault}"
-            tokenizing.advance(-tokenizing.done)
-        else:
-            break
-    why_not_fast = why_not_fast or rows.encoder.why_not_fast
-    return {
-        "source": source.path,
-        "rows": counted.rows,
-        "faults": counted.faults.kinds,
-        "tokenizer": f"the tokenizer itself, as {why_not_fast}" if why_not_fast else "fastokens, checked on a sample",
-    }
-
-
-class _Counted:
-    """The batches as they pass, and what they hold in all."""
-
-    def __init__(self, batches: Iterator[tuple[pyarrow.RecordBatch, Faults]], folder: Path, tokenizing: Job) -> None:
-        self._batches, self._folder, self._job = batches, folder, tokenizing
-        self.rows, self.faults = 0, Faults()
-
-    def __iter__(self) -> Iterator[pyarrow.RecordBatch]:
-        reported = time.monotonic()
-        for batch, faults in self._batches:
-            self.faults.merge(faults.kinds)
-            self.rows += batch.num_rows
-            self._job.advance(batch.num_rows)
-            if time.monotonic() - reported > _SECONDS_BETWEEN_REPORTS:
-                reported = time.monotonic()
-                report_progress(self._folder, self._job.done)
-            yield batch
-
-
-def _with_format(source: Source, opened: OpenSource) -> tuple[Iterator[tuple[int, Chunk]], str]:
-    """The chunks of a source, and its format: the one named, or that of its first row. Raises UserError."""
-    chunks = opened.chunks()
-    if source.format != "auto":
-        return chunks, source.format
-    seen: list[tuple[int, Chunk]] = []
-    for file, chunk in chunks:
-        seen.append((file, chunk))
-        for place, row in chunk.rows():
-            if isinstance(row, RowFault):
-                continue
-            try:
-                return chain(seen, chunks), detect(row)
-            except UserError as fault:
-                raise UserError(f"{opened.files[file]}{place}: {fault}") from fault
-    return iter(seen), "messages"  # no row could be read; the faults tell why
-
-
 def _part(
     conversations: NDArray[np.int64], rows: TokenRows, recipe: Recipe, multiple_of: int
 ) -> tuple[Part, NDArray[np.int64]]:
@@ -456,6 +336,5 @@ def _plan(lengths: NDArray[np.int32], recipe: Recipe, multiple_of: int, epoch: i
         made.save(folder / _PLAN)
         return {"sequences": len(made)}
 
-    folder = Path(section.cache_dir).expanduser() if section.cache_dir else default_folder()
     with job("packing", unit="rows"):
-        return PackingPlan.load(find_or_make(folder, key_of(made_of), build).folder / _PLAN)
+        return PackingPlan.load(find_or_make(cache_folder(recipe), key_of(made_of), build).folder / _PLAN)

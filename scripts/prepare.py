@@ -1,0 +1,58 @@
+"""Tokenize a recipe's data before the job that trains on it is submitted: on a machine without GPUs, on all cores.
+
+    python scripts/prepare.py --recipe recipes/janus-7b/sft/full.yaml [key=value ...]
+
+What is made is kept in `data.cache_dir`; training then only opens it. Calling it again, or in a second process at the
+same time, makes nothing twice; a call that was killed is made good by the next. Rows that the recipe refuses are told
+as training would tell them. Exit codes as of train/sft.py.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from train.data.chat_template import use_template
+from train.data.prepare import prepare
+from train.data.system_role import settle
+from train.errors import CommandLine, UserError
+from train.model.load import load_tokenizer
+from train.progress import duration
+from train.recipe import load_recipe
+
+
+def run(recipe_file: Path, overrides: list[str]) -> None:
+    """Prepare what the recipe names and say where it is. Raises UserError."""
+    recipe = load_recipe(recipe_file, overrides)
+    tokenizer = load_tokenizer(recipe.model)
+    use_template(tokenizer, recipe.chat.template)
+    settle(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
+    started = time.monotonic()
+    data = prepare(recipe, tokenizer)
+    seconds = time.monotonic() - started
+    for cache in data.caches:
+        print(f"{cache.source}: {'found' if cache.hit else 'made'}, tokens by {cache.how}")
+        print(f"    {cache.folder}")
+    for name, account in data.accounts.items():
+        print(f"{name}: {account.rows:,} rows, {account.tokens:,} tokens, {account.sequences:,} sequences")
+    print(f"ready after {duration(seconds)}")
+
+
+def main() -> int:
+    """Run the command; the exit code."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", required=True, type=Path, metavar="FILE", help="the recipe that will be trained")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the recipe by dotted key")
+    options = parser.parse_intermixed_args()
+    try:
+        run(options.recipe, options.overrides)
+    except UserError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

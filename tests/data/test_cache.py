@@ -1,0 +1,213 @@
+"""A folder of the cache is whole or not there, whoever was killed, and one process makes it while others wait."""
+
+import json
+import multiprocessing
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from train.data.cache import find, find_or_make, key_of, report_progress
+from train.errors import UserError
+from train.progress import Job
+
+
+def build(folder: Path) -> dict:
+    (folder / "rows").write_bytes(b"some rows")
+    (folder / "more").write_bytes(b"")
+    return {"rows": 2}
+
+
+def never(folder: Path) -> dict:
+    raise AssertionError("it is there already")
+
+
+def test_an_entry_is_made_once_and_found_again(tmp_path: Path) -> None:
+    made = find_or_make(tmp_path / "a" / "b", "k", build)
+    assert (made.hit, made.facts, (made.folder / "rows").read_bytes()) == (False, {"rows": 2}, b"some rows")
+    again = find_or_make(tmp_path / "a" / "b", "k", never)
+    assert (again.hit, again.facts, again.folder) == (True, {"rows": 2}, made.folder)
+    assert find(tmp_path / "a" / "b", "other") is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "rows").write_bytes(b"some r0ws"),
+        lambda folder: (folder / "rows").write_bytes(b"some row"),
+        lambda folder: (folder / "more").unlink(),
+        lambda folder: (folder / "manifest.json").unlink(),
+        lambda folder: (folder / "manifest.json").write_text('{"files": {"rows": 1}, "facts": {}}'),
+        lambda folder: (folder / "manifest.json").write_bytes(b"\xff{"),
+        lambda folder: (folder / "manifest.json").write_text("[]"),
+    ],
+)
+def test_a_broken_entry_is_made_anew(damage: Callable[[Path], None], tmp_path: Path) -> None:
+    damage(find_or_make(tmp_path, "k", build).folder)
+    assert find(tmp_path, "k") is None
+    made = find_or_make(tmp_path, "k", build)
+    assert not made.hit
+    assert (made.folder / "rows").read_bytes() == b"some rows"
+    assert find(tmp_path, "k") is not None
+
+
+def test_what_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    def fail(folder: Path) -> dict:
+        (folder / "rows").write_bytes(b"half")
+        raise UserError("no such row")
+
+    with pytest.raises(UserError, match="no such row"):
+        find_or_make(tmp_path, "k", fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["k.lock"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / "k.host-1.partial"
+    left.mkdir()
+    (left / "rows").write_bytes(b"half")
+    other = tmp_path / "other.host-1.partial"
+    other.mkdir()
+    find_or_make(tmp_path, "k", build)
+    assert not left.exists()
+    assert other.exists()  # another key may be in the making
+
+
+def test_a_folder_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data\.cache_dir: .*file.* can't be written"):
+        find_or_make(tmp_path / "file", "k", build)
+
+
+def _make_slowly(folder: Path, started: Path) -> None:
+    def slow(partial: Path) -> dict:
+        report_progress(partial, 1_234)
+        started.touch()
+        while not (folder / "go").exists():
+            time.sleep(0.01)
+        return build(partial)
+
+    find_or_make(folder, "k", slow)
+
+
+def test_others_wait_for_the_one_that_makes_it_and_see_how_far_it_is(tmp_path: Path) -> None:
+    maker = multiprocessing.get_context("fork").Process(target=_make_slowly, args=(tmp_path, tmp_path / "started"))
+    maker.start()
+    while not (tmp_path / "started").exists():
+        time.sleep(0.01)
+
+    class Waiting(Job):
+        def advance(self, amount: int = 1) -> None:
+            super().advance(amount)
+            (tmp_path / "go").touch()  # now that we have seen it wait
+
+    waiting = Waiting("waiting", None, "rows", None)
+    assert find_or_make(tmp_path, "k", never, waiting).hit
+    assert waiting.done == 1_234
+    maker.join()
+    assert maker.exitcode == 0
+
+
+def test_where_two_make_it_at_once_one_is_kept(tmp_path: Path) -> None:
+    """As on a file system without locks: the second finds the first one's when it is done."""
+
+    def overtaken(partial: Path) -> dict:
+        (tmp_path / "elsewhere").mkdir()
+        find_or_make(tmp_path / "elsewhere", "k", build).folder.rename(tmp_path / "k")
+        (partial / "rows").write_bytes(b"mine")
+        return {"rows": 1}
+
+    assert find_or_make(tmp_path, "k", overtaken).facts == {"rows": 2}
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_key_follows_from_every_part() -> None:
+    parts = {"a": 1, "b": ["x", None], "c": {"y": 2.5}}
+    assert key_of(parts) == key_of(dict(reversed(parts.items())))
+    others = [{**parts, "a": 2}, {**parts, "b": ["x"]}, {**parts, "c": {"y": 2.25}}, {**parts, "d": None}]
+    assert len({key_of(one) for one in [parts, *others]}) == 5
+
+
+PREPARE = """
+import os
+import signal
+import sys
+import time
+from train.data.chat_template import use_template
+from train.data.prepare import prepare
+from train.model.load import load_tokenizer
+from train.recipe import load_recipe
+
+
+def start(cache):
+    child = os.fork()
+    if child == 0:
+        recipe = load_recipe(sys.argv[1], [f"data.cache_dir={cache}", "data.processes=2"])
+        tokenizer = load_tokenizer(recipe.model)
+        use_template(tokenizer, recipe.chat.template)
+        prepare(recipe, tokenizer)
+        os._exit(0)
+    return child
+
+
+def ended(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+"""
+KILLED = """
+undisturbed, killed = sys.argv[2:]
+began = time.monotonic()
+assert ended(start(undisturbed)) == 0
+seconds = time.monotonic() - began
+killings = 0
+for attempt in range(20):
+    child = start(killed)
+    time.sleep(seconds * (attempt + 0.5) / 20)
+    os.kill(child, signal.SIGKILL)
+    killings += ended(child) == -signal.SIGKILL
+assert killings >= 10, killings
+assert ended(start(killed)) == 0
+"""
+AT_ONCE = """
+children = [start(sys.argv[2]) for _ in range(3)]
+assert [ended(child) for child in children] == [0, 0, 0]
+"""
+
+
+def run(script: str, *arguments: object) -> None:
+    """Ends when the workers of killed processes have ended, too: they hold its standard output."""
+    command = [sys.executable, "-c", PREPARE + script, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2_000:]
+
+
+def many_rows(path: Path) -> Path:
+    turns = [{"role": "user", "content": "river stone " * 40}, {"role": "assistant", "content": "cloud amber " * 60}]
+    line = json.dumps({"messages": [{"role": "system", "content": "Answer row NUMBER."}, *turns]})
+    path.write_text("".join(line.replace("NUMBER", str(number)) + "\n" for number in range(12_000)))
+    return path
+
+
+def contents(cache: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(cache)): path.read_bytes()
+        for path in sorted(cache.rglob("*"))
+        if path.is_file() and path.suffix != ".lock"
+    }
+
+
+def test_killed_at_any_moment_the_next_call_ends_with_the_same_bytes(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = recipe_file(data={"sources": [{"path": str(many_rows(tmp_path / "many.jsonl"))}]})
+    run(KILLED, recipe, tmp_path / "undisturbed", tmp_path / "killed")
+    expected = contents(tmp_path / "undisturbed")
+    assert len(expected) == 4  # rows and plan, with a manifest each
+    assert contents(tmp_path / "killed") == expected
+
+
+def test_processes_that_start_at_once_share_one_result(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = recipe_file(data={"sources": [{"path": str(many_rows(tmp_path / "many.jsonl"))}]})
+    run(AT_ONCE, recipe, tmp_path / "shared")
+    assert len(contents(tmp_path / "shared")) == 4

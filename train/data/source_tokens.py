@@ -1,0 +1,149 @@
+"""The tokens of one source on disk: made once, by one process, and found again by all others and at the next start.
+
+The key follows from the bytes of the source, the tokenizer, the template, the policies of `chat` and the code that all
+went through; not from what the recipe does with the rows afterwards, nor from where the source stands.
+"""
+
+import importlib.metadata
+import time
+from collections.abc import Iterator
+from datetime import date
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import xxhash
+from transformers import PreTrainedTokenizerBase
+
+from train.data.cache import Entry, default_folder, find_or_make, key_of, report_progress
+from train.data.fast_tokenizer import DiffersError
+from train.data.files import Chunk
+from train.data.formats import RowFault, detect
+from train.data.sources import OpenSource, digest_of_files, open_source
+from train.data.token_rows import Faults, write
+from train.data.tokenize import RowTokenizer, tokenize
+from train.errors import UserError
+from train.progress import Job, job
+from train.recipe import Recipe, Source
+
+ROWS = "rows.arrow"
+"""The file of an entry, as `token_rows` has it."""
+
+_DECISIVE = (
+    *("chat_template", "control_tokens", "fast_tokenizer", "files", "formats", "loss_mask", "rendering", "sources"),
+    *("source_tokens", "spans", "token_rows", "tokenize"),
+)
+"""The modules that decide which tokens a row becomes: where one changes, rows are tokenized anew."""
+_SECONDS_BETWEEN_REPORTS = 1.0
+
+
+def cache_folder(recipe: Recipe) -> Path:
+    """Where tokens and plans are kept."""
+    return Path(recipe.data.cache_dir).expanduser() if recipe.data.cache_dir else default_folder()
+
+
+def source_tokens(
+    key: str, source: Source, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Entry, OpenSource]:
+    """The tokens of one source on disk, made now if they aren't there. Raises UserError, naming `key`."""
+    try:
+        opened = open_source(source, recipe.data.allow_pickle)
+        with job(f"tokenizing {source.path}", unit="rows") as tokenizing:
+            made_of = _made_of(source, opened, recipe, tokenizer)
+            return find_or_make(
+                cache_folder(recipe),
+                key_of(made_of),
+                lambda partial: _write(partial, source, opened, recipe, tokenizer, tokenizing),
+                tokenizing,
+            ), opened
+    except UserError as fault:
+        named = str(fault).startswith("data.")  # a key of its own is at fault
+        raise UserError(str(fault) if named else f"{key}: {fault}") from fault
+
+
+def _made_of(source: Source, opened: OpenSource, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """All that decides what tokens a source becomes."""
+    chat = recipe.chat
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
+    here = Path(__file__).parent
+    return {
+        "rows": opened.digest(),
+        "format": source.format,
+        "tokenizer": xxhash.xxh3_128(backend.encode()).hexdigest(),
+        "special_tokens": tokenizer.special_tokens_map,
+        "template": tokenizer.chat_template,
+        "today": date.today() if "strftime_now" in str(tokenizer.chat_template) else None,
+        "policies": [chat.train_on, chat.control_tokens_in_text],
+        "code": digest_of_files([here / f"{name}.py" for name in _DECISIVE]),
+        "packages": [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")],
+    }
+
+
+def _write(
+    folder: Path,
+    source: Source,
+    opened: OpenSource,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenizing: Job,
+) -> dict[str, Any]:
+    """Tokenize a source into `folder`; what its manifest is to say. Raises UserError."""
+    chat = recipe.chat
+    why_not_fast = ""
+    for fast in (True, False):
+        rows = RowTokenizer(tokenizer, chat.train_on, chat.control_tokens_in_text, fast=fast)
+        try:
+            chunks, format = _with_format(source, opened)
+            batches = tokenize(rows, chunks, format, recipe.data.processes)
+            counted = _Counted(batches, folder, tokenizing)
+            write(folder / ROWS, counted)
+        except DiffersError as fault:
+            why_not_fast = f"fastokens gives other tokens for {fault}"
+            tokenizing.advance(-tokenizing.done)
+        else:
+            break
+    why_not_fast = why_not_fast or rows.encoder.why_not_fast
+    return {
+        "source": source.path,
+        "rows": counted.rows,
+        "faults": counted.faults.kinds,
+        "tokenizer": f"the tokenizer itself, as {why_not_fast}" if why_not_fast else "fastokens, checked on a sample",
+    }
+
+
+class _Counted:
+    """The batches as they pass, and what they hold in all."""
+
+    def __init__(self, batches: Iterator[tuple[pyarrow.RecordBatch, Faults]], folder: Path, tokenizing: Job) -> None:
+        self._batches, self._folder, self._job = batches, folder, tokenizing
+        self.rows, self.faults = 0, Faults()
+
+    def __iter__(self) -> Iterator[pyarrow.RecordBatch]:
+        reported = time.monotonic()
+        for batch, faults in self._batches:
+            self.faults.merge(faults.kinds)
+            self.rows += batch.num_rows
+            self._job.advance(batch.num_rows)
+            if time.monotonic() - reported > _SECONDS_BETWEEN_REPORTS:
+                reported = time.monotonic()
+                report_progress(self._folder, self._job.done)
+            yield batch
+
+
+def _with_format(source: Source, opened: OpenSource) -> tuple[Iterator[tuple[int, Chunk]], str]:
+    """The chunks of a source, and its format: the one named, or that of its first row. Raises UserError."""
+    chunks = opened.chunks()
+    if source.format != "auto":
+        return chunks, source.format
+    seen: list[tuple[int, Chunk]] = []
+    for file, chunk in chunks:
+        seen.append((file, chunk))
+        for place, row in chunk.rows():
+            if isinstance(row, RowFault):
+                continue
+            try:
+                return chain(seen, chunks), detect(row)
+            except UserError as fault:
+                raise UserError(f"{opened.files[file]}{place}: {fault}") from fault
+    return iter(seen), "messages"  # no row could be read; the faults tell why

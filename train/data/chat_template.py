@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -34,6 +35,16 @@ def named_templates() -> list[str]:
     return sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
 
 
+_files: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()
+"""Where the template came from that `use_template` put into a tokenizer, for as long as the tokenizer lives."""
+
+
+def template_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's template in an error: by its file, or by the model's name where it is the tokenizer's own."""
+    file = _files.get(tokenizer)
+    return f"the template {file}" if file else f"the template of {tokenizer.name_or_path}"
+
+
 def use_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
     """Put the template called `name` into the tokenizer, with its generation marks, and say in words which one it is.
 
@@ -46,6 +57,7 @@ def use_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
                 f"chat.template: the tokenizer of {tokenizer.name_or_path} has no chat template of its own. "
                 f"Write one of {', '.join(named_templates())} or the path of a .jinja file."
             )
+        _files.pop(tokenizer, None)
         return "the tokenizer's own"
     path = TEMPLATES / f"{name}.jinja" if name in named_templates() else Path(name)
     if path.suffix != ".jinja" or not path.is_file():
@@ -53,7 +65,10 @@ def use_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
             f"chat.template: there is no template {name!r}. Write one of {', '.join(named_templates())}, the path of "
             "a .jinja file, or leave the key out to use the tokenizer's own."
         )
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise UserError(f"chat.template: {path} can't be read as UTF-8 text: {fault}") from fault
     vocabulary = tokenizer.get_vocab()
     missing = sorted(token for token in set(_CONTROL_TOKEN.findall(text)) if token not in vocabulary)
     if missing:
@@ -66,6 +81,7 @@ def use_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
     except jinja2.TemplateSyntaxError as fault:
         raise UserError(f"chat.template: {path}, line {fault.lineno}: {fault.message}") from fault
     tokenizer.chat_template = text
+    _files[tokenizer] = name
     return name
 
 
@@ -96,7 +112,7 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     marked = has_generation_marks(str(tokenizer.chat_template))
     try:
         text, spans = render(tokenizer, question)
-    except jinja2.TemplateError:
+    except Exception:  # a template is a program: it can fail in any way
         return None
     text = text if not marked else text[slice(*spans[-1])] if spans else ""
     tail = text.rpartition("answer")[2].strip()

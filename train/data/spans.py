@@ -28,19 +28,16 @@ and the trained text is what `turn` has beyond `prompt`, up to and including the
 after `<|im_end|>` inside the marks, gpt-oss's the header that is part of the prompt; neither is the model's to write.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from train.data.chat_template import has_generation_marks
+from train.data.chat_template import has_generation_marks, template_name
 from train.data.formats import Message, RowFault
-from train.data.rendering import Rendering, Span, Tools, check_answer, check_others
+from train.data.rendering import Form, Rendering, Span, Tools, check_answer, check_others, named, render_row
 from train.errors import UserError
 
 TrainOn = Literal["assistant", "last"]
@@ -48,8 +45,6 @@ TrainOn = Literal["assistant", "last"]
 _QUESTION, _ANSWER, _NEXT, _NAME, _VALUE = (f"\ue000{word}\ue001" for word in ("ask", "say", "next", "name", "value"))
 # Characters for private use at both ends: no template writes them.
 _MODES = ("enable_thinking", "thinking")
-_TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
-"""Beside what a template raises: text joined to an object, a key that isn't there, ..."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +57,6 @@ class _Ending:
     written: str
     produced: int
     following: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """How a template wants messages: contents as lists of parts, arguments of calls as JSON, no content as None."""
-
-    parts: bool = False
-    json_arguments: bool = False
-    none_content: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +78,7 @@ class Spans:
 
         Raises UserError where no answer could be trained under this template at all.
         """
-        self._name = tokenizer.name_or_path
+        self._name = template_name(tokenizer)
         self._template = str(tokenizer.chat_template)
         self._variables = tokenizer.special_tokens_map
         self._eos = tokenizer.eos_token
@@ -116,21 +102,21 @@ class Spans:
 
     # -- what the template is like
 
-    def _find_form(self) -> _Form:
+    def _find_form(self) -> Form:
         parts = False
         for parts in (False, True):
-            text = self._try(_question(_ANSWER), _Form(parts=parts))
+            text = self._try(_question(_ANSWER), Form(parts=parts))
             if text is not None and _QUESTION in text and _ANSWER in text:
                 break
         else:
             parts = False
         for json_arguments in (False, True):
             for none_content in (False, True):
-                form = _Form(parts, json_arguments, none_content)
+                form = Form(parts, json_arguments, none_content)
                 text = self._try(_call(), form)
                 if text is not None and _NAME in text and _VALUE in text:
                     return form
-        return _Form(parts)
+        return Form(parts)
 
     def _find_header(self) -> int:
         """Length of the longest generation prompt: so far before a span may the answer's own text begin."""
@@ -142,7 +128,12 @@ class Spans:
         text = self._try(_question(_ANSWER), self._form)
         if text is None or _ANSWER not in text:
             return None
-        written = text.rpartition(_ANSWER)[2]
+        written = text.partition(_ANSWER)[2]
+        if _ANSWER in written or _QUESTION in written:
+            raise UserError(
+                f"chat.template: after an answer {self._name} writes {named(written)!r}, with text of the "
+                "conversation in it, so that what others say would be trained. Name a template that ends after the answer."
+            )
         produced = self._end_of_tokens(written)
         if produced:
             return _Ending(written, produced)
@@ -189,9 +180,9 @@ class Spans:
         if text is None or _ANSWER not in text:
             return  # a template of its own kind: its rows will tell
         if self._ending is None:
-            after = text.rpartition(_ANSWER)[2]
+            after = text.partition(_ANSWER)[2]
             raise UserError(
-                f"chat.template: after an answer the template of {self._name} writes {after!r}, in which there is no "
+                f"chat.template: after an answer {self._name} writes {after!r}, in which there is no "
                 "control token of the tokenizer, so a model trained with it would never stop. Name a template that "
                 f"ends answers with {self._eos or 'an end token'}."
             )
@@ -206,8 +197,8 @@ class Spans:
                 return
         if refused is not None and refused.kind == _NO_PROMPT:
             raise UserError(
-                f"chat.template: the template of {self._name} can't be trained: {refused.detail} Name a template whose "
-                "answers begin as its generation prompt ends."
+                f"chat.template: {self._name} can't be trained: {named(refused.detail)}. Name a template whose answers "
+                "begin as its generation prompt ends."
             )
 
     def _marks_agree(self, messages: list[Message]) -> bool:
@@ -315,6 +306,8 @@ class Spans:
             end = len(row)
         if end <= start:
             raise RowFault("nothing to train", f"message {number + 1} is all in the generation prompt")
+        end_token = row[len(text) : end] or ending.written[: ending.produced].strip()
+        _check_ends(messages[first : number + 1], row[start:end], end_token)
         spans = [(start, end)]
         if self._marked:
             spans = [(max(start, mark[0]), min(end, mark[1])) for mark in marks if mark[0] < end]
@@ -344,7 +337,7 @@ class Spans:
                 try:
                     prompt, _ = self._render(messages[:first], tools, None, add_generation_prompt=True, **mode)
                 except RowFault as fault:
-                    shown = shown or f"The template can't prompt for message {number + 1} ({fault.detail})."
+                    shown = shown or f"the template can't prompt for message {number + 1} ({fault.detail})"
                     continue
                 if text.startswith(prompt):
                     return first, len(prompt)
@@ -356,24 +349,14 @@ class Spans:
         yield from self._modes
 
     def _render(
-        self, messages: list[Message], tools: Tools, form: _Form | None = None, **options: Any
+        self, messages: list[Message], tools: Tools, form: Form | None = None, **options: Any
     ) -> tuple[str, list[Span]]:
         """Text and marks of one conversation. Raises RowFault where the template refuses it."""
-        form = form or self._form
-        try:
-            texts, marks = render_jinja_template(
-                conversations=[[_adapted(message, form) for message in messages]],
-                tools=tools,
-                chat_template=self._template,
-                return_assistant_tokens_mask=self._marked,
-                **options,
-                **self._variables,
-            )
-        except _TEMPLATE_FAULTS as fault:
-            raise RowFault("refused by the template", " ".join(str(fault).split()) or type(fault).__name__) from fault
-        return str(texts[0]), [(start, end) for start, end in marks[0]] if self._marked else []
+        return render_row(
+            messages, tools, form or self._form, self._template, marked=self._marked, **options, **self._variables
+        )
 
-    def _try(self, messages: list[Message], form: _Form, **options: bool) -> str | None:
+    def _try(self, messages: list[Message], form: Form, **options: bool) -> str | None:
         try:
             return self._render(messages, _tools_for(messages), form, **options)[0]
         except RowFault:
@@ -427,30 +410,18 @@ def _any_of(tokens: Any) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) is found nowhere
 
 
+def _check_ends(answers: list[Message], written: str, end_token: str) -> None:
+    """Raise RowFault where the model would go on after an end token: what a template writes there is not the model's.
+
+    Those that an answer holds itself (`control_tokens_in_text: allow`) and those between merged answers don't count.
+    """
+    own = sum(str(value).count(end_token) for answer in answers for value in answer.values())
+    if written.count(end_token) > own + len(answers):
+        raise RowFault("text after the end of an answer", f"{end_token} stands within {written[:80]!r}")
+
+
 def _difference(prompt: str, text: str) -> str:
     """In words: where the generation prompt and the conversation part."""
     same = next((at for at, pair in enumerate(zip(prompt, text, strict=False)) if pair[0] != pair[1]), len(text))
-    here, there = prompt[same : same + 40], text[same : same + 40]
-    return f"Its generation prompt goes on with {here!r} where the conversation goes on with {there!r}."
-
-
-def _adapted(message: Message, form: _Form) -> Message:
-    """The message as the template wants it."""
-    content = message.get("content") or ""
-    calls = message.get("tool_calls")
-    if not isinstance(content, str):
-        return message
-    adapted: Message = {**message, "content": [{"type": "text", "text": content}] if form.parts else content}
-    if calls and form.none_content and not content:
-        adapted["content"] = None
-    if calls and form.json_arguments:
-        adapted["tool_calls"] = [_with_json_arguments(call) for call in calls]
-    return adapted
-
-
-def _with_json_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    function = call.get("function")
-    if not isinstance(function, dict) or isinstance(function.get("arguments"), str):
-        return call
-    arguments = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
-    return {**call, "function": {**function, "arguments": arguments}}
+    here, there = (named(rest[same : same + 60])[:40] for rest in (prompt, text))
+    return f"its generation prompt goes on with {here!r} where the conversation goes on with {there!r}"

@@ -96,3 +96,45 @@ def test_the_findings_in_words() -> None:
         "The template writes a system message into the last user turn.",
         "So the earlier answers of a conversation are trained without it.",
     ]
+
+
+NUMBERED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }} {{ loop.index }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {{ messages | length + 1 }}\n{% endif %}"
+)
+
+
+def test_numbers_of_turns_are_no_default(tokenizer) -> None:
+    tokenizer.chat_template = NUMBERED
+    found = probe(tokenizer)
+    assert (found.handling, found.default, found.header, found.mid_conversation) == ("turn", None, None, "turn")
+    tokenizer.chat_template = "{% if messages[0].role != 'system' %}<|im_start|>system 0\nRule 12.<|im_end|>\n{% endif %}" + NUMBERED
+    assert probe(tokenizer).default == "Rule 12."
+
+
+def test_a_clock_is_no_default(tokenizer) -> None:
+    tokenizer.chat_template = "{{ strftime_now('%H:%M:%S') }}\n" + NUMBERED
+    found = probe(tokenizer)
+    assert (found.default, found.dated, found.empty) == (None, True, "differs")
+
+
+@pytest.mark.parametrize("fault", ["{{ 1 / 0 }}", "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}"])
+def test_whatever_a_template_raises_is_a_refusal(fault: str, tokenizer) -> None:
+    plain = tokenizer.chat_template
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}" + fault + "{% endif %}" + NUMBERED
+    assert probe(tokenizer).handling == "raises"
+    tokenizer.chat_template = fault + plain
+    with pytest.raises(UserError, match=r"refuses a conversation of two .*(ZeroDivision|Recursion)Error"):
+        probe(tokenizer)
+
+
+def test_what_a_template_loses_is_named(tokenizer) -> None:
+    tokenizer.chat_template = "{% for m in messages[-2:] %}{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match=r"loses messages of .*\(the first question, the first answer: not as written"):
+        probe(tokenizer)
+
+
+def test_a_template_that_refuses_in_the_words_of_the_message_shows_no_marks(tokenizer) -> None:
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('No ' + messages[0].content) }}{% endif %}"
+    tokenizer.chat_template = refusal + NUMBERED
+    assert probe(tokenizer).refusal == "No {system}"

@@ -382,3 +382,25 @@ def test_our_own_templates_take_every_policy(mistral_tokenizer_v1) -> None:
     use_template(tokenizer, "mistral-system")
     settle(tokenizer, "merge_into_user")
     assert text_of(tokenizer, "system: S", "user: Hi") == "<s>[INST] S\n\nHi [/INST]"
+
+
+@pytest.mark.parametrize(("role", "default"), [("merge_into_user", None), ("native", ""), ("native", "Be kind.")])
+def test_a_template_that_numbers_turns_takes_every_policy(role: Any, default: str | None, tokenizer) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ loop.index }}: {{ m.content }}\n{% endfor %}"
+    settle(tokenizer, role, default)
+    first = {"merge_into_user": "user 1: Hi\n"}.get(role, "system 1: Be kind.\nuser 2: Hi\n" if default else "user 1: Hi\n")
+    assert text_of(tokenizer, "user: Hi") == first
+    merged = "user 1: S\n\nHi\n" if role == "merge_into_user" else "system 1: S\nuser 2: Hi\n"
+    assert text_of(tokenizer, "system: S", "user: Hi") == merged
+
+
+def test_an_error_names_the_file_that_the_template_came_from(tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "mine.jinja"
+    path.write_text("{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    use_template(tokenizer, str(path))
+    with pytest.raises(UserError, match=rf"the template {path} loses system messages"):
+        settle(tokenizer, "native")
+    own = tokenizer_with("ignores")
+    own.name_or_path = "some/model"
+    with pytest.raises(UserError, match="the template of some/model loses system messages"):
+        settle(own, "native")

@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from train.data.chat_template import template_name
 from train.data.system_probe import (
     EXCHANGES,
     QUESTION,
@@ -206,10 +207,12 @@ def _turn(tokenizer: PreTrainedTokenizerBase) -> str:
             continue  # tools, where the template has none
         wanted = turns.bos + opening + SYSTEM + closing + without.removeprefix(turns.bos)
         options["template"] = extended
-        if (
-            render_text(tokenizer, system() + messages, in_parts=turns.in_parts, **options) != wanted
-            or render_text(tokenizer, messages, in_parts=turns.in_parts, **options) != without
-        ):
+        try:
+            given = render_text(tokenizer, system() + messages, in_parts=turns.in_parts, **options)
+            same = (given, render_text(tokenizer, messages, in_parts=turns.in_parts, **options)) == (wanted, without)
+        except Refused:
+            same = False
+        if not same:
             raise _no_turn(tokenizer, "a turn put at the start changes what follows it")
     return piece
 
@@ -297,14 +300,14 @@ def _loses_system_messages(tokenizer: PreTrainedTokenizerBase, found: Probe, sys
     how = f"it raises: {found.refusal}" if found.handling == "raises" else "their text is not in the render"
     error = "" if system_role == "error" else ", or `error` if no row has one"
     return UserError(
-        f"chat.system_role: {system_role}: the template of {tokenizer.name_or_path} loses system messages ({how}). "
+        f"chat.system_role: {system_role}: {template_name(tokenizer)} loses system messages ({how}). "
         f"Write `merge_into_user` (into the user turn) or `turn` (a turn of its own){error}."
     )
 
 
 def _no_turn(tokenizer: PreTrainedTokenizerBase, reason: str) -> UserError:
     return UserError(
-        f"chat.system_role: turn: no system turn can be made for the template of {tokenizer.name_or_path}: {reason}. "
+        f"chat.system_role: turn: no system turn can be made for {template_name(tokenizer)}: {reason}. "
         "Write `merge_into_user`, or name a template that has one with `chat.template`."
     )
 
@@ -312,7 +315,7 @@ def _no_turn(tokenizer: PreTrainedTokenizerBase, reason: str) -> UserError:
 def _cannot_remove(tokenizer: PreTrainedTokenizerBase, text: str) -> UserError:
     shown = text if len(text) <= 80 else text[:80] + "..."
     return UserError(
-        f"chat: the template of {tokenizer.name_or_path} adds {shown!r} to conversations, and that can't be taken "
+        f"chat: {template_name(tokenizer)} adds {shown!r} to conversations, and that can't be taken "
         "out. Name a template that doesn't with `chat.template`; or keep its text with `chat.system_role: native` and "
         "without `chat.default_system`, or with one that isn't empty."
     )

@@ -28,8 +28,8 @@ def word_tokenizer(*special: str, normalizer: Any = None, **marks: Any) -> PreTr
 def test_error_names_the_token_and_the_message(tokenizer) -> None:
     with pytest.raises(RowFault) as fault:
         clean(tokenizer, MESSAGES, "error")
-    assert fault.value.kind == "control token in text"
-    assert fault.value.detail.startswith("<|im_end|> in the content of message 2 (user); ")
+    assert fault.value.kind == "control token in text (see chat.control_tokens_in_text)"
+    assert fault.value.detail.startswith("<|im_end|> in the content of message 2 (user)")
     assert "chat.control_tokens_in_text: escape" in fault.value.detail
 
 

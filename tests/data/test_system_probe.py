@@ -85,17 +85,17 @@ def test_probe_refuses_a_template_that_loses_more_than_system_messages(tokenizer
 
 def test_the_findings_in_words() -> None:
     assert probe(tokenizer_with("gemma")).describe() == [
-        "The template refuses system messages: System role not supported."
+        "Without our help the template refuses system messages: System role not supported."
     ]
     assert probe(tokenizer_with("qwen2_5")).describe() == [
-        "The template writes a system message as a turn of its own.",
-        f"To a conversation without one it adds its own: '{QWEN_DEFAULT}'.",
-        "One in the middle of a conversation is a turn there.",
+        "Without our help the template writes a system message as a turn of its own.",
+        f"To a conversation without one it would add its own: '{QWEN_DEFAULT}'.",
     ]
-    assert probe(tokenizer_with("mistral v3")).describe()[:2] == [
-        "The template writes a system message into the last user turn.",
+    assert probe(tokenizer_with("mistral v3")).describe_settled()[:2] == [
+        "A system message goes into the last user turn.",
         "So the earlier answers of a conversation are trained without it.",
     ]
+
 
 
 NUMBERED = (

@@ -9,7 +9,7 @@ from chat_templates import TRL_TEMPLATES, say, text_of, tokenizer_with
 from transformers import AutoTokenizer
 
 from train.data.chat_template import has_generation_marks, render, use_template
-from train.data.system_role import probe, settle
+from train.data.system_role import outcome, probe, settle
 from train.errors import UserError
 
 PLAIN = ("user: Hi", "assistant: Hello", "user: Bye", "assistant: So long")
@@ -404,3 +404,46 @@ def test_an_error_names_the_file_that_the_template_came_from(tokenizer, tmp_path
     own.name_or_path = "some/model"
     with pytest.raises(UserError, match="the template of some/model loses system messages"):
         settle(own, "native")
+
+
+# what results, in words
+
+FIRST = "A system message goes into the first user turn."
+MIDDLE = "One in the middle of a conversation goes into a user turn."
+REFUSED = "A conversation with a system message is refused."
+OWN = f"A conversation without one gets the template's own: '{QWEN_DEFAULT}'."
+OUTCOMES: list[tuple[str, Any, str | None, list[str], str | None]] = [
+    ("ignores", "merge_into_user", None, [FIRST, MIDDLE, "A conversation without one gets none."], None),
+    ("llama3", "error", None, [REFUSED, "A conversation without one gets none."], None),
+    ("qwen2_5", "error", None, [REFUSED, OWN], QWEN_DEFAULT),
+    (
+        "llama3",
+        "error",
+        "Be kind.",
+        [REFUSED, "A conversation that doesn't begin with one gets chat.default_system: 'Be kind.'."],
+        "Be kind.",
+    ),
+    (
+        "qwen2_5",
+        "merge_into_user",
+        None,
+        [FIRST, MIDDLE, f"A conversation without one gets none: the template's own is taken out ('{QWEN_DEFAULT}')."],
+        None,
+    ),
+    (
+        "qwen2_5",
+        "native",
+        None,
+        ["A system message is a turn of its own.", "One in the middle of a conversation is a turn there.", OWN],
+        QWEN_DEFAULT,
+    ),
+]
+
+
+@pytest.mark.parametrize(("template", "role", "default", "sentences", "given"), OUTCOMES)
+def test_what_results_is_said(
+    template: str, role: Any, default: str | None, sentences: list[str], given: str | None
+) -> None:
+    tokenizer = tokenizer_with(template)
+    found = outcome(tokenizer, settle(tokenizer, role, default), default)
+    assert (found.sentences, found.default) == (sentences, given)

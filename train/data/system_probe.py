@@ -64,23 +64,32 @@ class Probe:
     contents_are_parts: bool
 
     def describe(self) -> list[str]:
-        """The findings as sentences, what matters most first."""
+        """What the template does without our help, as sentences, what matters most first."""
+        how = {
+            "turn": "writes a system message as a turn of its own",
+            "merged": f"writes a system message into the {self.merged_into} user turn",
+            "ignored": "IGNORES system messages: their text is not in the render",
+            "raises": f"refuses system messages: {self.refusal}",
+        }[self.handling]
+        sentences = [f"Without our help the template {how}."]
+        if self.default is not None:
+            sentences.append(f"To a conversation without one it would add its own: {self.default!r}.")
+        if self.contents_are_parts:
+            sentences.append("It renders contents that are lists of parts only, and loses contents that are text.")
+        return sentences
+
+    def describe_settled(self) -> list[str]:
+        """The same of a template that trains: where system messages stand in its rows."""
         sentences = [
             {
-                "turn": "The template writes a system message as a turn of its own.",
-                "merged": f"The template writes a system message into the {self.merged_into} user turn.",
-                "ignored": "The template IGNORES system messages: their text is not in the render.",
-                "raises": f"The template refuses system messages: {self.refusal}.",
+                "turn": "A system message is a turn of its own.",
+                "merged": f"A system message goes into the {self.merged_into} user turn.",
+                "ignored": "A system message is LOST.",
+                "raises": "A conversation with a system message is refused.",
             }[self.handling]
         ]
         if self.merged_into == "last":
             sentences.append("So the earlier answers of a conversation are trained without it.")
-        if self.default is not None:
-            sentences.append(f"To a conversation without one it adds its own: {self.default!r}.")
-        if self.header is not None:
-            sentences.append(f"To every conversation it adds: {self.header!r}.")
-        if self.dated:
-            sentences.append("It knows the day's date; where it writes it, the same row is other text tomorrow.")
         if self.handling in ("turn", "merged"):
             sentences.append(
                 {
@@ -91,10 +100,8 @@ class Probe:
                     "raises": "One in the middle of a conversation is refused.",
                 }[self.mid_conversation]
             )
-        if self.handling in ("turn", "merged") and self.two_in_a_row != "kept":
-            sentences.append(f"Of two in a row {'one is LOST' if self.two_in_a_row == 'lost' else 'none is taken'}.")
-        if self.contents_are_parts:
-            sentences.append("It renders contents that are lists of parts only, and loses contents that are text.")
+            if self.two_in_a_row != "kept":
+                sentences.append(f"Of two in a row {'one is LOST' if self.two_in_a_row == 'lost' else 'none is taken'}.")
         return sentences
 
 

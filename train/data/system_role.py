@@ -26,6 +26,7 @@ turn is what SYSGEN did for Gemma-2 (Jeong et al. 2025, arXiv:2502.11330).
 
 import json
 import re
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -46,7 +47,7 @@ from train.data.system_probe import (
 )
 from train.errors import UserError
 
-__all__ = ["Probe", "SystemRole", "probe", "settle"]
+__all__ = ["Outcome", "Probe", "SystemRole", "outcome", "probe", "settle"]
 
 SystemRole = Literal["native", "merge_into_user", "turn", "error"]
 
@@ -170,6 +171,36 @@ def settle(tokenizer: PreTrainedTokenizerBase, system_role: SystemRole, default_
     before_template = policy + ours if system_role == "error" else ours + policy
     tokenizer.chat_template = begin + before_template + _END + str(tokenizer.chat_template)
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What rows get of system messages: `sentences`, and the `default` of conversations that have none of their own."""
+
+    sentences: list[str]
+    default: str | None
+
+
+def outcome(tokenizer: PreTrainedTokenizerBase, before: Probe, default_system: str | None) -> Outcome:
+    """What the settled template of `tokenizer` does, found by rendering it. `before`: what `settle` gave."""
+    plain = find_turns(tokenizer).plain
+    sentences = probe(tokenizer).describe_settled()
+    default = None
+    if default_system and default_system.strip():
+        default = default_system
+        place = "gets" if default.strip() in plain else "LOSES"
+        sentences.append(f"A conversation that doesn't begin with one {place} chat.default_system: {default!r}.")
+    elif before.default is not None and before.default in plain:
+        default = before.default
+        sentences.append(f"A conversation without one gets the template's own: {default!r}.")
+    else:
+        taken = "" if before.default is None else f": the template's own is taken out ({before.default!r})"
+        sentences.append(f"A conversation without one gets none{taken}.")
+    if before.header is not None:
+        sentences.append(f"To every conversation the template adds: {before.header!r}.")
+    if before.dated:
+        sentences.append("It knows the day's date; where it writes it, the same row is other text tomorrow.")
+    return Outcome(sentences, default)
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -3,7 +3,14 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from train.data.chat_template import end_token, named_templates, render, template_name, use_template, without_generation_marks
+from train.data.chat_template import (
+    end_token,
+    named_templates,
+    render,
+    template_name,
+    use_template,
+    without_generation_marks,
+)
 from train.errors import UserError
 
 SYSTEM = {"role": "system", "content": "Be brief."}

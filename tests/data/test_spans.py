@@ -384,7 +384,9 @@ ECHO = "<|im_start|>user\nSum up: {{ messages[-1].content }}<|im_end|>\n"
 
 
 def test_a_template_that_repeats_the_answer_is_refused_as_a_user_would_be_trained() -> None:
-    tokenizer = tokenizer_for("echo", CHATML + "{% if messages[-1].role == 'assistant' %}" + ECHO + "{% endif %}" + PROMPT)
+    tokenizer = tokenizer_for(
+        "echo", CHATML + "{% if messages[-1].role == 'assistant' %}" + ECHO + "{% endif %}" + PROMPT
+    )
     with pytest.raises(UserError, match=r"writes '<\|im_end\|>.*Sum up: \{say\}<.*with text of the"):
         Spans(tokenizer)
 
@@ -412,7 +414,7 @@ def test_whatever_a_template_raises_is_the_fault_of_the_row(fault: str) -> None:
     template = CHATML + PROMPT + "{% if messages[0].content == 'Fail' %}" + fault + "{% endif %}"
     spans = Spans(tokenizer_for("chatml", template))
     assert len(spans.rows([user("Ask?"), answer("Hello")], None, "assistant")) == 1
-    with pytest.raises(RowFault, match="refused by the template: (ZeroDivision|Recursion)Error"):
+    with pytest.raises(RowFault, match=r"refused by the template: (ZeroDivision|Recursion)Error"):
         spans.rows([user("Fail"), answer("Hello")], None, "assistant")
 
 

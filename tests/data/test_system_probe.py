@@ -97,7 +97,6 @@ def test_the_findings_in_words() -> None:
     ]
 
 
-
 NUMBERED = (
     "{% for m in messages %}<|im_start|>{{ m.role }} {{ loop.index }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant {{ messages | length + 1 }}\n{% endif %}"
@@ -108,7 +107,9 @@ def test_numbers_of_turns_are_no_default(tokenizer) -> None:
     tokenizer.chat_template = NUMBERED
     found = probe(tokenizer)
     assert (found.handling, found.default, found.header, found.mid_conversation) == ("turn", None, None, "turn")
-    tokenizer.chat_template = "{% if messages[0].role != 'system' %}<|im_start|>system 0\nRule 12.<|im_end|>\n{% endif %}" + NUMBERED
+    tokenizer.chat_template = (
+        "{% if messages[0].role != 'system' %}<|im_start|>system 0\nRule 12.<|im_end|>\n{% endif %}" + NUMBERED
+    )
     assert probe(tokenizer).default == "Rule 12."
 
 
@@ -138,3 +139,13 @@ def test_a_template_that_refuses_in_the_words_of_the_message_shows_no_marks(toke
     refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('No ' + messages[0].content) }}{% endif %}"
     tokenizer.chat_template = refusal + NUMBERED
     assert probe(tokenizer).refusal == "No {system}"
+
+
+def test_a_default_in_the_first_user_turn_does_not_hide_where_turns_begin(tokenizer) -> None:
+    tokenizer.chat_template = (
+        "{% set given = messages[0].content if messages[0].role == 'system' else 'Be kind.' %}"
+        "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n"
+        "{% if loop.first %}{{ given }}\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    found = probe(tokenizer)
+    assert (found.handling, found.merged_into, found.default, found.header) == ("merged", "first", "Be kind.", None)

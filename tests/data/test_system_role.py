@@ -388,7 +388,9 @@ def test_our_own_templates_take_every_policy(mistral_tokenizer_v1) -> None:
 def test_a_template_that_numbers_turns_takes_every_policy(role: Any, default: str | None, tokenizer) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ loop.index }}: {{ m.content }}\n{% endfor %}"
     settle(tokenizer, role, default)
-    first = {"merge_into_user": "user 1: Hi\n"}.get(role, "system 1: Be kind.\nuser 2: Hi\n" if default else "user 1: Hi\n")
+    first = {"merge_into_user": "user 1: Hi\n"}.get(
+        role, "system 1: Be kind.\nuser 2: Hi\n" if default else "user 1: Hi\n"
+    )
     assert text_of(tokenizer, "user: Hi") == first
     merged = "user 1: S\n\nHi\n" if role == "merge_into_user" else "system 1: S\nuser 2: Hi\n"
     assert text_of(tokenizer, "system: S", "user: Hi") == merged

@@ -38,12 +38,11 @@ from transformers import PreTrainedTokenizerBase
 from train.data.chat_template import has_generation_marks, template_name
 from train.data.formats import Message, RowFault
 from train.data.rendering import Form, Rendering, Span, Tools, check_answer, check_others, named, render_row
+from train.data.trials import ANSWER, NAME, NEXT, QUESTION, RESULT, VALUE, call, question, tools_for, trials
 from train.errors import UserError
 
 TrainOn = Literal["assistant", "last"]
 
-_QUESTION, _ANSWER, _NEXT, _NAME, _VALUE = (f"\ue000{word}\ue001" for word in ("ask", "say", "next", "name", "value"))
-# Characters for private use at both ends: no template writes them.
 _MODES = ("enable_thinking", "thinking")
 
 
@@ -97,58 +96,58 @@ class Spans:
         if not self._marked:
             self._check()
         elif self._ending is not None:
-            one = self._try(_question(_ANSWER), self._form) and len(self._render(_question(_ANSWER), None)[1]) == 1
-            self._marks_suffice = bool(one) and all(map(self._marks_agree, _trials()))
+            one = self._try(question(ANSWER), self._form) and len(self._render(question(ANSWER), None)[1]) == 1
+            self._marks_suffice = bool(one) and all(map(self._marks_agree, trials()))
 
     # -- what the template is like
 
     def _find_form(self) -> Form:
         parts = False
         for parts in (False, True):
-            text = self._try(_question(_ANSWER), Form(parts=parts))
-            if text is not None and _QUESTION in text and _ANSWER in text:
+            text = self._try(question(ANSWER), Form(parts=parts))
+            if text is not None and QUESTION in text and ANSWER in text:
                 break
         else:
             parts = False
         for json_arguments in (False, True):
             for none_content in (False, True):
                 form = Form(parts, json_arguments, none_content)
-                text = self._try(_call(), form)
-                if text is not None and _NAME in text and _VALUE in text:
+                text = self._try(call(), form)
+                if text is not None and NAME in text and VALUE in text:
                     return form
         return Form(parts)
 
     def _find_header(self) -> int:
         """Length of the longest generation prompt: so far before a span may the answer's own text begin."""
-        plain = self._try(_question(), self._form)
-        prompts = [self._try(_question(), self._form, add_generation_prompt=True, **mode) for mode in self._all_modes()]
+        plain = self._try(question(), self._form)
+        prompts = [self._try(question(), self._form, add_generation_prompt=True, **mode) for mode in self._all_modes()]
         return max((len(prompt) - len(plain) for prompt in prompts if prompt and plain is not None), default=0)
 
     def _find_ending(self) -> _Ending | None:
-        text = self._try(_question(_ANSWER), self._form)
-        if text is None or _ANSWER not in text:
+        text = self._try(question(ANSWER), self._form)
+        if text is None or ANSWER not in text:
             return None
-        written = text.partition(_ANSWER)[2]
-        if _ANSWER in written or _QUESTION in written:
+        written = text.partition(ANSWER)[2]
+        if ANSWER in written or QUESTION in written:
             raise UserError(
                 f"chat.template: after an answer {self._name} writes {named(written)!r}, with text of the "
-                "conversation in it, so that what others say would be trained. Name a template that ends after the answer."
+                "conversation in it: what others say would be trained. Name a template that ends after the answer."
             )
         produced = self._end_of_tokens(written)
         if produced:
             return _Ending(written, produced)
-        following = self._following(text, {"role": "user", "content": _NEXT}, _question(_ANSWER))
+        following = self._following(text, {"role": "user", "content": NEXT}, question(ANSWER))
         return _Ending(written, len(written), following) if following else None
 
     def _find_call_ending(self) -> _Ending | None:
         """How an answer ends that calls tools; None where the template doesn't write calls."""
-        text = self._try(_call(), self._form)
-        if text is None or self._ending is None or _VALUE not in text:
+        text = self._try(call(), self._form)
+        if text is None or self._ending is None or VALUE not in text:
             return None  # the name alone may stand among the tools
         if self._ending.following:
-            following = self._following(text, _RESULT, _call())
+            following = self._following(text, RESULT, call())
             return _Ending("", 0, following) if following else None
-        tail = text[text.rfind(_VALUE) :]
+        tail = text[text.rfind(VALUE) :]
         if tail.endswith(self._ending.written):
             return self._ending
         runs = list(re.finditer(f"(?:{self._special.pattern})+", tail))
@@ -176,20 +175,20 @@ class Spans:
 
     def _check(self) -> None:
         """Raise UserError where a plain question and answer can't be trained, and one with reasoning can't either."""
-        text = self._try(_question(_ANSWER), self._form)
-        if text is None or _ANSWER not in text:
+        text = self._try(question(ANSWER), self._form)
+        if text is None or ANSWER not in text:
             return  # a template of its own kind: its rows will tell
         if self._ending is None:
-            after = text.partition(_ANSWER)[2]
+            after = text.partition(ANSWER)[2]
             raise UserError(
                 f"chat.template: after an answer {self._name} writes {after!r}, in which there is no "
                 "control token of the tokenizer, so a model trained with it would never stop. Name a template that "
                 f"ends answers with {self._eos or 'an end token'}."
             )
         refused: RowFault | None = None
-        for messages in _trials():
+        for messages in trials():
             try:
-                tools = _tools_for(messages)
+                tools = tools_for(messages)
                 self._turn(messages, len(messages) - 1, tools, self._render(messages, tools))
             except RowFault as fault:
                 refused = fault if fault.kind == _NO_PROMPT or refused is None else refused
@@ -207,7 +206,7 @@ class Spans:
         Or gives nothing, so that those are asked.
         """
         wanted = _answers(messages)
-        tools = _tools_for(messages)
+        tools = tools_for(messages)
         outcomes: list[Any] = []
         for find in (self._by_marks, self._split):
             try:
@@ -358,47 +357,12 @@ class Spans:
 
     def _try(self, messages: list[Message], form: Form, **options: bool) -> str | None:
         try:
-            return self._render(messages, _tools_for(messages), form, **options)[0]
+            return self._render(messages, tools_for(messages), form, **options)[0]
         except RowFault:
             return None
 
 
 _NO_PROMPT = "answer doesn't follow its prompt"
-_RESULT: Message = {"role": "tool", "name": _NAME, "tool_call_id": "abcdefghi", "content": _NEXT}
-_TOOLS: list[dict[str, Any]] = [
-    {
-        "type": "function",
-        "function": {
-            "name": _NAME,
-            "description": "A tool.",
-            "parameters": {"type": "object", "properties": {"key": {"type": "string", "description": "Its key."}}},
-        },
-    }
-]
-
-
-def _tools_for(messages: list[Message]) -> Tools:
-    return _TOOLS if any("tool_calls" in message for message in messages) else None
-
-
-def _question(*answer: str) -> list[Message]:
-    turns: list[Message] = [{"role": "user", "content": _QUESTION}]
-    return turns + [{"role": "assistant", "content": text} for text in answer]
-
-
-def _call() -> list[Message]:
-    function = {"name": _NAME, "arguments": {"key": _VALUE}}
-    calls = [{"id": "abcdefghi", "type": "function", "function": function}]
-    return [*_question(), {"role": "assistant", "content": "", "tool_calls": calls}]
-
-
-def _trials() -> list[list[Message]]:
-    """Conversations that templates are known to render in ways of their own."""
-    two = [*_question(_ANSWER), {"role": "user", "content": _NEXT}, {"role": "assistant", "content": _VALUE}]
-    reasoned = [two[0], {**two[1], "reasoning_content": _NAME}]
-    inline = [two[0], {**two[1], "content": f"<think>\n{_NAME}\n</think>\n\n{_ANSWER}"}]
-    called = [*_call(), _RESULT, two[1], *two[2:]]
-    return [two, reasoned, [*reasoned, *two[2:]], inline, [*inline, *two[2:]], called]
 
 
 def _answers(messages: list[Message]) -> list[int]:

@@ -101,7 +101,9 @@ class Probe:
                 }[self.mid_conversation]
             )
             if self.two_in_a_row != "kept":
-                sentences.append(f"Of two in a row {'one is LOST' if self.two_in_a_row == 'lost' else 'none is taken'}.")
+                sentences.append(
+                    f"Of two in a row {'one is LOST' if self.two_in_a_row == 'lost' else 'none is taken'}."
+                )
         return sentences
 
 
@@ -179,14 +181,19 @@ def probe(tokenizer: PreTrainedTokenizerBase) -> Probe:
         dated="strftime_now" in str(tokenizer.chat_template),
         mid_conversation=_middle(attempt(EXCHANGES[:2] + system() + EXCHANGES[2:]), turns),
         two_in_a_row=_pair(pair),
-        empty="raises" if isinstance(empty, Refused) else "absent" if _unnumbered(empty) == _unnumbered(turns.plain) else "differs",
+        empty="raises"
+        if isinstance(empty, Refused)
+        else "absent"
+        if _unnumbered(empty) == _unnumbered(turns.plain)
+        else "differs",
         contents_are_parts=turns.in_parts,
     )
 
 
 def find_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
     """How the tokenizer's template writes turns. Raises UserError where it loses one of a plain conversation."""
-    refusal, lost = None, []
+    refusal: str | None = None
+    lost: list[str] = []
     for in_parts in (False, True):
         try:
             plain = render_text(tokenizer, EXCHANGES, in_parts=in_parts)
@@ -211,8 +218,13 @@ def find_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
     if not before.startswith(bos) or opening.startswith(bos):
         bos = ""  # also where it begins every turn, as SmolLM2's does
     before = before.removeprefix(bos)
-    opening = before[len(before) - len(common_end(_unnumbered(before), _unnumbered(opening))) :]
-    return Turns(plain, bos, before[: len(before) - len(opening)], opening, in_parts)
+    shared = common_end(_unnumbered(before), _unnumbered(opening))
+    if not shared.strip() and opening.strip():  # a default stands in the first user turn, behind its opening
+        head = before[: max(0, _unnumbered(before).rfind(_unnumbered(opening)))]
+    else:
+        head = before[: len(before) - len(shared)]
+        opening = before[len(head) :]
+    return Turns(plain, bos, head, opening, in_parts)
 
 
 def common_end(one: str, other: str) -> str:

@@ -175,16 +175,21 @@ def settle(tokenizer: PreTrainedTokenizerBase, system_role: SystemRole, default_
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What rows get of system messages: `sentences`, and the `default` of conversations that have none of their own."""
+    """What rows get of system messages, in `sentences`.
+
+    `default`: that of conversations that have none of their own. `changed`: the template came with other ways.
+    """
 
     sentences: list[str]
     default: str | None
+    changed: bool
 
 
 def outcome(tokenizer: PreTrainedTokenizerBase, before: Probe, default_system: str | None) -> Outcome:
     """What the settled template of `tokenizer` does, found by rendering it. `before`: what `settle` gave."""
     plain = find_turns(tokenizer).plain
-    sentences = probe(tokenizer).describe_settled()
+    now = probe(tokenizer)
+    sentences = now.describe_settled()
     default = None
     if default_system and default_system.strip():
         default = default_system
@@ -200,7 +205,7 @@ def outcome(tokenizer: PreTrainedTokenizerBase, before: Probe, default_system: s
         sentences.append(f"To every conversation the template adds: {before.header!r}.")
     if before.dated:
         sentences.append("It knows the day's date; where it writes it, the same row is other text tomorrow.")
-    return Outcome(sentences, default)
+    return Outcome(sentences, default, changed=now != before)
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -251,7 +251,7 @@ def _bars(bins: list[Bin]) -> list[str]:
     if len(bins) < 2:
         return []
     most = max(bin.rows for bin in bins)
-    labels = [f"{bin.start:,} to {bin.end - 1:,}" for bin in bins]
+    labels = [f"{bin.start:,}" + (f" to {bin.end - 1:,}" if bin.end - bin.start > 1 else "") for bin in bins]
     width = max(map(len, labels))
     return [
         f"{label:>{width}}  {'█' * -(-bin.rows * _BAR // most)} {bin.rows:,}"

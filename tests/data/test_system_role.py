@@ -448,4 +448,14 @@ def test_what_results_is_said(
 ) -> None:
     tokenizer = tokenizer_with(template)
     found = outcome(tokenizer, settle(tokenizer, role, default), default)
-    assert (found.sentences, found.default) == (sentences, given)
+    assert (found.sentences, found.default, found.changed) == (sentences, given, role != "native")
+
+
+def test_a_clock_is_no_change_of_the_template(tokenizer) -> None:
+    tokenizer.chat_template = (
+        "{{ strftime_now('%f') }}\n{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    before = settle(tokenizer, "native")
+    found = outcome(tokenizer, before, None)
+    assert not found.changed
+    assert f"To every conversation the template adds: {before.header!r}." in found.sentences

@@ -26,7 +26,7 @@ turn is what SYSGEN did for Gemma-2 (Jeong et al. 2025, arXiv:2502.11330).
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -205,7 +205,8 @@ def outcome(tokenizer: PreTrainedTokenizerBase, before: Probe, default_system: s
         sentences.append(f"To every conversation the template adds: {before.header!r}.")
     if before.dated:
         sentences.append("It knows the day's date; where it writes it, the same row is other text tomorrow.")
-    return Outcome(sentences, default, changed=now != before)
+    # A header may hold a clock, which has gone on.
+    return Outcome(sentences, default, changed=replace(now, header=before.header) != before)
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase) -> str:

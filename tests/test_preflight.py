@@ -12,6 +12,9 @@ from trl import SFTConfig
 
 from train.data.chat_template import use_template
 from train.data.prepare import examine
+from train.data.system_role import settle
+from train.errors import UserError
+from train.loop.report import claim_output_dir
 from train.loop.trainer import optimizer_steps, sequences_per_step
 from train.model.load import load_tokenizer
 from train.preflight import marked, marks_for, page, shortened, visible
@@ -22,11 +25,24 @@ from train.sft import main
 ROOT = Path(__file__).parents[1]
 
 
-def report_of(path: Path, probe_lines: tuple[str, ...] = ()) -> Report:
+def report_of(path: Path) -> Report:
     recipe = load_recipe(path)
     tokenizer = load_tokenizer(recipe.model)
     template = use_template(tokenizer, recipe.chat.template)
-    return survey(recipe, tokenizer, examine(recipe, tokenizer), template, probe_lines)
+    before = settle(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
+    return survey(recipe, tokenizer, examine(recipe, tokenizer), template, before)
+
+
+def page_of(path: Path) -> str:
+    return page(report_of(path), [], coloured=False).plain
+
+
+def rows_of(path: Path, *conversations: list[str]) -> Path:
+    """A file of conversations, each a list of texts of "system: ..." and so on."""
+    turns = [[text.partition(": ") for text in texts] for texts in conversations]
+    rows = [{"messages": [{"role": role, "content": said} for role, _, said in row]} for row in turns]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def texts_of(rows_file: Path) -> dict[str, tuple[str, str]]:
@@ -49,25 +65,34 @@ def test_a_check_needs_no_weights_and_writes_its_json(
     folder = tmp_path / "without-weights"
     shutil.copytree(tiny_model, folder)
     (folder / "model.safetensors").unlink()
-    recipe = recipe_file(model={"name_or_path": str(folder)}, data={"validation": 0.25})
+    recipe = recipe_file(
+        model={"name_or_path": str(folder)}, data={"validation": 0.25, "cache_dir": str(tmp_path / "cache")}
+    )
     assert main(["--recipe", str(recipe), "--check", "--json", str(tmp_path / "report.json")]) == 0
     shown = capsys.readouterr().out
     assert shown.endswith("\nready\n")
     assert not (tmp_path / "run").exists()
+    main(["--recipe", str(recipe), "--check"])
+    assert "..., found; tokens by" in capsys.readouterr().out
     found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert found.keys() == {
         *("ready", "error", "warnings", "model", "dtype", "template", "probe", "max_length", "packing", "training"),
+        *("chat", "system_messages", "caches"),
         *("validation", "outcomes", "overlap", "schedule", "output_dir", "resumes_from", "examples"),
     }
     part = {
         *("rows", "tokens", "trained_tokens", "rows_with_system_message", "distinct_system_messages", "lengths"),
         *("histogram", "longest_tokens", "longest_place", "sequences", "filling", "documents_per_sequence_mean"),
-        *("documents_per_sequence_max", "duplicates"),
+        *("documents_per_sequence_max", "duplicates", "conversations", "rows_of_conversations"),
+        "rows_with_default_system",
     }
     assert found["training"].keys() == found["validation"].keys() == part
     assert (found["ready"], found["error"]) == (True, None)
-    assert found["probe"]
-    assert all(sentence in shown for sentence in found["probe"])
+    assert found["probe"] == []  # chatml is used as it is
+    assert found["system_messages"]
+    assert all(sentence in shown for sentence in found["system_messages"])
+    (cache,) = found["caches"]
+    assert f"cache       {rows_file}: {cache['key'][:8]}..., made now; tokens by {cache['how']}\n" in shown
     assert found["training"]["rows"] + found["validation"]["rows"] == len(rows_file.read_text().splitlines())
     training = found["training"]
     assert training["filling"] == pytest.approx(training["tokens"] / (training["sequences"] * 512))
@@ -87,10 +112,10 @@ def test_a_check_needs_no_weights_and_writes_its_json(
 def test_the_page_marks_what_is_trained_in_plain_text_and_in_colour(
     recipe_file: Callable[..., Path], rows_file: Path
 ) -> None:
-    report = report_of(recipe_file(), ("the template renders system messages as a turn",))
+    report = report_of(recipe_file())
     plain = page(report, [], coloured=False).plain
     coloured = page(report, ["<|im_start|>", "<|im_end|>"], coloured=True)
-    assert "the template renders system messages as a turn" in plain
+    assert all(sentence in plain for sentence in report.system_messages)
     green = [coloured.plain[span.start : span.end] for span in coloured.spans if span.style == "bold green"]
     texts = texts_of(rows_file)
     for example in report.examples:
@@ -107,6 +132,11 @@ def test_the_page_marks_what_is_trained_in_plain_text_and_in_colour(
 def test_marks_are_some_that_the_rows_do_not_hold() -> None:
     assert marks_for([Piece("plain", True)]) == ("⟦", "⟧")
     assert marks_for([Piece("a ⟧ here", False)]) == ("⟪", "⟫")
+    held = "⟦ ⟧ ⟪ ⟫ ⦅ ⦆ <<< >>> ⟦1⟦ ⟧2⟧"
+    opening, closing = marks_for([Piece(held, True)])
+    assert opening not in held
+    assert closing not in held
+    assert marked([Piece(held, True), Piece("⟦", False)], (opening, closing)).count(opening) == 1
 
 
 def test_only_the_middle_of_a_long_text_is_left_out() -> None:
@@ -117,6 +147,8 @@ def test_only_the_middle_of_a_long_text_is_left_out() -> None:
 
 def test_a_row_does_not_drive_the_terminal() -> None:
     assert visible("a\x1b[31mb\r\n\tc\x9b") == "a␛[31mb␍\n\tc␦"
+    assert visible("\u202eabc\u202c\u2066d\u2069\u200e\u200f") == r"\u202eabc\u202c\u2066d\u2069\u200e\u200f"
+    assert visible("שלום é 😀\u200b") == "שלום é 😀\u200b"
 
 
 def test_pieces_of_a_sentencepiece_row_are_its_text(mistral_tokenizer_v1: Callable[[], object]) -> None:
@@ -199,20 +231,56 @@ def test_no_row_left_still_gives_a_page(recipe_file: Callable[..., Path], capsys
 
 def test_an_older_report_does_not_pass_for_this_one(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    report.write_text('{"ready": true}')
+    assert main(["--recipe", str(recipe_file()), "--check", "--json", str(report)]) == 0
+    first = json.loads(report.read_text())
+    report.write_text(json.dumps({**first, "model": "another"}))
+    assert main(["--recipe", str(recipe_file()), "--check", "--json", str(report)]) == 0
+    assert json.loads(report.read_text())["model"] == first["model"]
     recipe = str(recipe_file(chat={"template": "no-such"}))
     assert main(["--recipe", recipe, "--check", "--json", str(report)]) == 2
     assert not report.exists()
+
+
+def test_json_replaces_nothing_but_a_report(
+    recipe_file: Callable[..., Path], rows_file: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    recipe = recipe_file()
+    other, number = tmp_path / "other.json", tmp_path / "number.json"
+    other.write_text('{"ready": true}')
+    number.write_text("3")
+    for path in (recipe, rows_file, other, number):
+        held = path.read_bytes()
+        assert refused("--recipe", recipe, "--check", "--json", path).startswith(f"--json {path}: that is no report")
+        assert path.read_bytes() == held
+    for path in ("", str(tmp_path)):
+        assert "that is no file" in refused("--recipe", recipe, "--check", "--json", path)
+    assert "that is no report" in refused("--recipe", recipe, "--check", "--json", "/dev/null")
 
 
 def test_json_that_cannot_be_written_is_the_users_to_mend(
     recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--recipe", str(recipe_file()), "--check", "--json", str(tmp_path / "no" / "report.json")]) == 2
-    assert "error: --json" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert shown.out.endswith("\nready\n")  # the page all the same
+    assert shown.err.startswith("error: --json ")
     with pytest.raises(SystemExit) as usage:
         main(["--recipe", str(recipe_file()), "--json", "x.json"])
     assert usage.value.code == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is needed")
+def test_standard_output_that_takes_nothing_is_one_error(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    check = f"{sys.executable} train/sft.py --recipe {recipe_file()} --check --json {report}"
+    for redirected, code, error in (
+        (f"{check} > /dev/full", 2, "error: standard output can't be written: No space left on device.\n"),
+        (f"{check} >&-", 2, "error: standard output is closed, so the report can't be shown. Leave it open.\n"),
+        (f"set -o pipefail; {check} | true", 1, ""),
+    ):
+        result = subprocess.run(["bash", "-c", redirected], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stderr) == (code, error)
+        assert json.loads(report.read_text(encoding="utf-8"))["ready"] is True
 
 
 def test_other_ranks_leave_the_check_to_the_first(
@@ -243,3 +311,132 @@ def test_duplicates_and_overlap_are_warnings(recipe_file: Callable[..., Path], r
 def test_a_schedule_that_is_all_warm_up_is_a_warning(recipe_file: Callable[..., Path]) -> None:
     report = report_of(recipe_file(training={"warmup_steps": 1_000}))
     assert any("warm-up" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize(("terminal", "marks"), [("dumb", True), ("xterm-256color", False)])
+def test_marks_stand_wherever_no_colour_is_shown(
+    terminal: str,
+    marks: bool,
+    recipe_file: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as if it were a terminal
+    monkeypatch.setenv("TERM", terminal)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert main(["--recipe", str(recipe_file()), "--check"]) == 0
+    shown = capsys.readouterr().out
+    assert ("between ⟦ and ⟧" in shown, "\x1b[" in shown) == (marks, not marks)
+
+
+def test_the_policies_and_what_they_result_in_are_on_the_page(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    data = rows_of(tmp_path / "two.jsonl", ["user: Hi", "assistant: Yo"], ["system: S", "user: Hi", "assistant: Hm"])
+    chat = {"system_role": "merge_into_user", "default_system": "Be kind.", "train_on": "last"}
+    path = recipe_file(chat=chat, data={"sources": [{"path": str(data)}]})
+    report, shown = report_of(path), page_of(path)
+    assert report.chat == {**chat, "control_tokens_in_text": "error"}
+    for line in (
+        "template    chatml\n            Without our help the template writes a system message as a turn of its own.",
+        "system      chat.system_role: merge_into_user\n            A system message goes into the first user turn.\n",
+        "            One in the middle of a conversation goes into a user turn.\n",
+        "gets chat.default_system: 'Be kind.'.",
+        "trained     chat.train_on: last, the last answer of each",
+        "control     chat.control_tokens_in_text: error, a row with",
+        f"--- {data}:1: ",
+        " trained, without a system message of its own, with the default\n",
+        "50.0% of the rows with a system message, 1 different one; 1 row with the default",
+        "1 epoch;",
+    ):
+        assert line in shown
+    assert "Be kind.\n\nHi" in shown
+    assert report.training.rows_with_default_system == 1
+
+
+def test_conversations_that_a_template_splits_are_told(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    template = tmp_path / "forgets.jinja"  # thoughts are taken out of earlier answers, as under Qwen3
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and not loop.last %}"
+        "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    turns = ["user: a", "assistant: <think>x</think>b", "user: c", "assistant: <think>y</think>d"]
+    data = rows_of(tmp_path / "two.jsonl", turns, turns[:2])
+    path = recipe_file(chat={"template": str(template)}, data={"sources": [{"path": str(data)}]})
+    assert "2 conversations became 3 rows, as the template rewrites earlier turns\n" in page_of(path)
+    assert "became" not in page_of(recipe_file())
+
+
+def test_few_rows_have_a_short_page(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    data = rows_of(tmp_path / "one.jsonl", ["user: Hi", "assistant: Yo"])
+    shown = page_of(recipe_file(data={"sources": [{"path": str(data)}]}))
+    assert "\n1 row, what is trained" in shown
+    assert "don't exceed" not in shown
+    assert "█" not in shown
+    data = rows_of(tmp_path / "two.jsonl", ["user: Hi", "assistant: Yo"], ["user: Hi", f"assistant: {'yes ' * 50}"])
+    shown = page_of(recipe_file(data={"sources": [{"path": str(data)}]}))
+    (spread,) = [line for line in shown.splitlines() if "don't exceed" in line]
+    assert [part.split()[0] for part in spread.partition(": ")[2].split(", ")] == ["50%", "100%"]
+    assert [line.split()[-1] for line in shown.splitlines() if "█" in line] == ["1", "1"]
+
+
+def test_a_row_that_the_template_refuses_is_said_to_be_refused_once(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = rows_of(tmp_path / "rows.jsonl", ["user: a", "assistant: b"], ["system: S", "user: a", "assistant: b"])
+    path = recipe_file(chat={"system_role": "error"}, data={"sources": [{"path": str(data)}]})
+    assert f"not as is   1 row refused by the template: first {data}:2" in page_of(path)
+    skipped = recipe_file(chat={"system_role": "error"}, data={"sources": [{"path": str(data)}], "on_bad_row": "skip"})
+    assert "not as is   1 row left out, refused by the template: first" in page_of(skipped)
+
+
+# What training would refuse beside its rows, and a check has to refuse too.
+
+
+def test_the_folders_that_training_refuses_are_refused_and_nothing_is_left_in_others(
+    recipe_file: Callable[..., Path], refused: Callable[..., str], tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").write_text("a file")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    for folder in (tiny_model, tmp_path / "adapter", tmp_path / "taken" / "run"):
+        path = recipe_file(output_dir=str(folder))
+        with pytest.raises(UserError) as training:
+            claim_output_dir(load_recipe(path))
+        assert refused("--recipe", path, "--check") == str(training.value)
+    assert "taken can't be written" in refused("--recipe", recipe_file(output_dir=str(tmp_path / "taken")), "--check")
+    assert (tmp_path / "taken").read_text() == "a file"
+    before = sorted(tmp_path.rglob("*"))
+    path = recipe_file(output_dir=str(tmp_path / "adapter" / "deep" / "run"))
+    assert main(["--recipe", str(path), "--check"]) == 0
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, path])
+
+
+def test_wandb_without_a_key_is_not_ready(
+    recipe_file: Callable[..., Path],
+    refused: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    path = recipe_file(tracking={"wandb": {"project": "x"}})
+    assert "tracking.wandb: there is no key for it" in refused("--recipe", path, "--check")
+    (tmp_path / "netrc").write_text("machine other.example login user password " + "a" * 40)
+    assert "tracking.wandb: there is no key for it" in refused("--recipe", path, "--check")
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password " + "a" * 40)
+    assert main(["--recipe", str(path), "--check"]) == 0
+    monkeypatch.delenv("NETRC")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    offline = recipe_file(tracking={"wandb": {"project": "x", "mode": "offline"}})
+    assert main(["--recipe", str(offline), "--check"]) == 0
+
+
+def test_a_run_without_a_full_batch_or_without_its_processes_is_not_ready(
+    recipe_file: Callable[..., Path], refused: Callable[..., str]
+) -> None:
+    dropping = {"dataloader_drop_last": True, "per_device_train_batch_size": 64}
+    error = refused("--recipe", recipe_file(training=dropping), "--check")
+    assert error.startswith("training.dataloader_drop_last: no batch is full")
+    error = refused("--recipe", recipe_file(training={"fsdp": "full_shard"}), "--check")
+    assert error.startswith("training.fsdp: it takes several processes")

@@ -503,3 +503,11 @@ def test_what_we_accept_trl_accepts(tmp_path: Path) -> None:
 def test_sections_are_recipes_keys() -> None:
     named = ["model", "chat", "data", "adapter", "quantization", "training", "tracking", "output_dir", "seed"]
     assert list(Recipe.model_fields) == named
+
+
+def test_a_missing_template_is_not_taken_for_a_file_of_another_kind(recipe_file: Path) -> None:
+    Path("note.md").write_text("a note")
+    overrides = "chat.template=note.jinja"
+    assert "Did you mean" not in fault(recipe_file, overrides)
+    Path("notes.jinja").write_text("a template")
+    assert fault(recipe_file, overrides).endswith("Did you mean `notes.jinja`?")

@@ -5,9 +5,12 @@
 reads, encodes and packs the rows as training would, loads no weights and starts no process group.
 """
 
+import dataclasses
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import chain, count, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from train.data.prepare import Account, Prepared, examine
 from train.data.survey import Bin
+from train.data.system_role import Probe
 from train.errors import UserError
+from train.json_report import write
 from train.preflight_report import (
     Example,
     Outcome,
@@ -25,10 +30,10 @@ from train.preflight_report import (
     Piece,
     Report,
     Rhythm,
+    counted,
     outcomes,
     survey,
     warnings_of,
-    write_json,
 )
 from train.recipe import Recipe
 
@@ -38,40 +43,81 @@ if TYPE_CHECKING:  # --check does without both, and importing them takes seconds
 
 _NAME = 12
 _BAR = 40
-_MARKS = (("⟦", "⟧"), ("⟪", "⟫"), ("⦅", "⦆"), ("<<<", ">>>"))
+_MARKS = (("⟦", "⟧"), ("⟪", "⟫"), ("⦅", "⦆"))
 _TRAINED, _CONTROL, _ASIDE = "bold green", "magenta", "dim"
-_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-_PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0x2426)
+_PICTURES: dict[int, str] = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+_PICTURES |= {0x7F: "␡"} | dict.fromkeys(range(0x80, 0xA0), "␦")
+# What turns the order of letters around, so that a row could read otherwise than it is (CVE-2021-42574).
+_PICTURES |= {
+    code: f"\\u{code:04x}" for code in (0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
+_POLICIES = {
+    "assistant": "every answer is trained, with its end token",
+    "last": "the last answer of each conversation is trained, with its end token",
+    "error": "a row with a control token typed in its text is refused",
+    "escape": "control tokens typed in a text are broken up by an invisible character (U+200B)",
+    "allow": "control tokens typed in a text are control tokens",
+}
 
 
 def check(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     template: str,
-    probe_lines: Sequence[str] = (),
+    before: Probe,
     *,
     checkpoint: Path | None = None,
     json_file: Path | None = None,
 ) -> None:
     """Examine the data, print the report on standard output and write it to `json_file`.
 
-    `template` and `probe_lines`: which template, and what is known of it, in words. Raises UserError where rows keep
-    a run from starting: after the report, or before it if there is nothing to report on.
+    `template`: which one, in words; `before`: what it did as it came. Raises UserError where something keeps a run
+    from starting: after the report, or before it if there is nothing to report on.
     """
     data = examine(recipe, tokenizer)
-    report = survey(recipe, tokenizer, data, template, probe_lines, checkpoint=checkpoint)
+    report = survey(recipe, tokenizer, data, template, before, checkpoint=checkpoint)
+    faults = [report.error] if report.error else []
+    reader_left = None
+    try:
+        show(report, [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()], Console(file=sys.stdout))
+    except UserError as fault:
+        faults.append(str(fault))
+    except BrokenPipeError as fault:
+        reader_left = fault
     if json_file:
-        write_json(report, json_file)
-    console = Console(file=sys.stdout)
-    coloured = console.is_terminal and not console.no_color
-    shown = page(report, [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()], coloured=coloured)
+        try:
+            write(dataclasses.asdict(report), json_file)
+        except UserError as fault:
+            faults.append(str(fault))
+    if faults:
+        raise UserError(" ".join(faults))
+    if reader_left:
+        raise reader_left
+
+
+def show(report: Report, control_tokens: Sequence[str], console: Console) -> None:
+    """Print the page: what is trained is coloured where `console` can, or else stands between marks.
+
+    Raises UserError where it can't be printed, BrokenPipeError where nobody reads on.
+    """
+    if sys.stdout is None:
+        raise UserError("standard output is closed, so the report can't be shown. Leave it open.")
+    coloured = console.color_system is not None and not console.no_color
+    shown = page(report, control_tokens, coloured=coloured)
+    text = f"{shown.plain}\n"
     if coloured:
-        console.print(shown, soft_wrap=True)
-    else:
-        encoding = sys.stdout.encoding or "utf-8"
-        print(shown.plain.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    if report.error:
-        raise UserError(report.error)
+        with console.capture() as captured:
+            console.print(shown, soft_wrap=True)
+        text = captured.get()
+    encoding = console.encoding
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), end="", file=console.file, flush=True)
+    except OSError as fault:
+        # Python flushes once more as it ends, and would print a traceback for it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), console.file.fileno())
+        if isinstance(fault, BrokenPipeError):
+            raise
+        raise UserError(f"standard output can't be written: {fault.strerror}.") from fault
 
 
 def page(report: Report, control_tokens: Sequence[str], *, coloured: bool) -> Text:
@@ -85,6 +131,14 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool) -> Te
     line("template", report.template)
     for sentence in report.probe:
         line("", sentence)
+    line("system", f"chat.system_role: {report.chat['system_role']}")
+    for sentence in report.system_messages:
+        line("", sentence)
+    for name, key in (("trained", "train_on"), ("control", "control_tokens_in_text")):
+        line(name, f"chat.{key}: {report.chat[key]}, {_POLICIES[report.chat[key]]}")
+    for number, cache in enumerate(report.caches):
+        found = "found" if cache.hit else "made now"
+        line("" if number else "cache", f"{cache.source}: {cache.key[:8]}..., {found}; tokens by {cache.how}")
     text.append("\n")
     _show_examples(text, report.examples, control_tokens, coloured=coloured)
     for name, part in (("training", report.training), ("validation", report.validation)):
@@ -113,12 +167,13 @@ def _show_examples(text: Text, examples: list[Example], control_tokens: Sequence
     marks = None if coloured else marks_for(piece for example in examples for piece in example.pieces)
     if examples:
         how = "in green" if marks is None else f"between {marks[0]} and {marks[1]}"
-        text.append(f"{len(examples)} rows, what is trained {how}\n", "bold")
+        text.append(f"{counted(len(examples), 'row')}, what is trained {how}\n", "bold")
     control = re.compile("|".join(map(re.escape, sorted(set(control_tokens), key=len, reverse=True))) or r"(?!)")
     for example in examples:
         about = f"{example.tokens:,} tokens, {example.trained_tokens:,} trained"
-        system = "with" if example.system_message else "without"
-        text.append(f"--- {visible(example.place)}: {about}, {system} a system message\n", _ASIDE)
+        system = f"{'with' if example.system_message else 'without'} a system message"
+        system += " of its own, with the default" if example.default_system else ""
+        text.append(f"--- {visible(example.place)}: {about}, {system}\n", _ASIDE)
         room = max(80, 1_200 // len(example.pieces))
         short = [Piece(shortened(visible(piece.text), room), piece.trained) for piece in example.pieces]
         if marks:
@@ -133,9 +188,10 @@ def _show_examples(text: Text, examples: list[Example], control_tokens: Sequence
 
 
 def marks_for(pieces: Iterable[Piece]) -> tuple[str, str]:
-    """The first pair of marks that none of the texts holds."""
+    """The first pair of marks that none of the texts holds; there is always one."""
     whole = "".join(piece.text for piece in pieces)
-    return next((pair for pair in _MARKS if not any(mark in whole for mark in pair)), _MARKS[-1])
+    numbered = ((f"⟦{number}⟦", f"⟧{number}⟧") for number in count(1))
+    return next(pair for pair in chain(_MARKS, numbered) if not any(mark in whole for mark in pair))
 
 
 def marked(pieces: Sequence[Piece], marks: tuple[str, str]) -> str:
@@ -152,7 +208,7 @@ def shortened(text: str, room: int) -> str:
 
 
 def visible(text: str) -> str:
-    """Control characters but for line breaks and tabs as pictures: a row must not drive the terminal."""
+    """Control characters but for line breaks and tabs as pictures or escapes: a row must not drive the terminal."""
     return text.translate(_PICTURES)
 
 
@@ -160,26 +216,43 @@ def _describe_part(part: PartReport) -> list[str]:
     share = part.trained_tokens / max(part.tokens, 1)
     system = part.rows_with_system_message / max(part.rows, 1)
     lines = [
-        f"{_counted(part.rows, 'row')}, {_counted(part.tokens, 'token')}, {share:.1%} of them trained",
-        f"{system:.1%} of the rows with a system message, {part.distinct_system_messages:,} different ones",
+        f"{counted(part.rows, 'row')}, {counted(part.tokens, 'token')}, {share:.1%} of them trained",
+        f"{system:.1%} of the rows with a system message, "
+        f"{counted(part.distinct_system_messages, 'different one')}"
+        + (
+            f"; {counted(part.rows_with_default_system, 'row')} with the default"
+            if part.rows_with_default_system
+            else ""
+        ),
     ]
+    if part.rows_of_conversations > part.conversations:
+        lines.append(
+            f"{counted(part.conversations, 'conversation')} became {counted(part.rows_of_conversations, 'row')}, as "
+            "the template rewrites earlier turns"
+        )
     if part.filling is not None:
         lines.append(
-            f"packed into {_counted(part.sequences, 'sequence')}, {part.filling:.1%} full, of "
+            f"packed into {counted(part.sequences, 'sequence')}, {part.filling:.1%} full, of "
             f"{part.documents_per_sequence_mean:.1f} rows each (at most {part.documents_per_sequence_max:,})"
         )
-    if part.lengths:
-        spread = ", ".join(f"{percent}% {length:,}" for percent, length in part.lengths.items())
+    lengths = [*part.lengths.items()]
+    if len(set(part.lengths.values())) > 1:
+        # Of percents that share a length the last says most: so many rows at least don't exceed it.
+        last = [pair for pair, after in pairwise([*lengths, ("", -1)]) if pair[1] != after[1]]
+        spread = ", ".join(f"{percent}% {length:,}" for percent, length in last)
         lines.append(f"tokens of a row that so many don't exceed: {spread}")
         lines.append(f"the longest is {part.longest_place}")
     return lines
 
 
 def _bars(bins: list[Bin]) -> list[str]:
-    """A histogram, one line a bin; a bin with any row has a bar."""
-    most = max((bin.rows for bin in bins), default=0)
-    labels = [f"{bin.start:,} to {bin.end - 1:,}" for bin in bins]
-    width = max(map(len, labels), default=0)
+    """A histogram, one line a bin that has any row; nothing where one bin has all."""
+    bins = [bin for bin in bins if bin.rows]
+    if len(bins) < 2:
+        return []
+    most = max(bin.rows for bin in bins)
+    labels = [f"{bin.start:,}" + (f" to {bin.end - 1:,}" if bin.end - bin.start > 1 else "") for bin in bins]
+    width = max(map(len, labels))
     return [
         f"{label:>{width}}  {'█' * -(-bin.rows * _BAR // most)} {bin.rows:,}"
         for label, bin in zip(labels, bins, strict=True)
@@ -187,15 +260,17 @@ def _bars(bins: list[Bin]) -> list[str]:
 
 
 def _describe_outcome(one: Outcome) -> str:
-    return f"{_counted(one.rows, 'row')} {one.outcome}, {one.reason}: first {one.examples[0]}"
+    # "1 row refused by the template", not "1 row refused, refused by the template"
+    why = one.reason if one.reason.startswith(f"{one.outcome} ") else f"{one.outcome}, {one.reason}"
+    return f"{counted(one.rows, 'row')} {why}: first {one.examples[0]}"
 
 
 def _describe_schedule(report: Report) -> list[str]:
     steps = report.schedule
     lines = [
         f"{steps.steps:,} in all, {steps.steps_per_epoch:,} an epoch of {report.training.tokens:,} tokens, "
-        f"{steps.epochs:.3g} epochs; {_counted(steps.processes, 'process')}",
-        f"each of {_counted(steps.sequences_per_step, 'sequence')}, about {steps.tokens_per_step:,.0f} tokens",
+        f"{steps.epochs:.3g} {'epoch' if steps.epochs == 1 else 'epochs'}; {counted(steps.processes, 'process')}",
+        f"each of {counted(steps.sequences_per_step, 'sequence')}, about {steps.tokens_per_step:,.0f} tokens",
     ]
     if steps.warmup_steps:
         lines.append(f"the first {steps.warmup_steps:,} are warm-up")
@@ -207,13 +282,8 @@ def _describe_schedule(report: Report) -> list[str]:
 
 def _describe_rhythm(rhythm: Rhythm) -> str:
     if rhythm.strategy == "steps":
-        return f"every {_counted(rhythm.steps or 0, 'step')}"
+        return f"every {counted(rhythm.steps or 0, 'step')}"
     return {"no": "at the end", "epoch": "after each epoch", "best": "where it is the best so far"}[rhythm.strategy]
-
-
-def _counted(count: int, noun: str) -> str:
-    plural = "es" if noun.endswith("s") else "s"
-    return f"{count:,} {noun}{'' if count == 1 else plural}"
 
 
 def screen(recipe: Recipe, template: str, data: Prepared, model: "PreTrainedModel", arguments: "SFTConfig") -> str:
@@ -231,10 +301,7 @@ def screen(recipe: Recipe, template: str, data: Prepared, model: "PreTrainedMode
         ("template", template),
         *_describe("data", data.train.account, recipe),
         *(_describe("validation", data.validation.account, recipe) if data.validation else []),
-        *(
-            ("", f"{one.rows:,} rows {one.outcome}, {one.reason}: first {one.examples[0]}")
-            for one in outcomes(data, recipe)
-        ),
+        *(("", visible(_describe_outcome(one))) for one in outcomes(data, recipe)),
         *(("warning", visible(warning)) for warning in warnings_of(data)),
         (
             "steps",
@@ -249,12 +316,11 @@ def screen(recipe: Recipe, template: str, data: Prepared, model: "PreTrainedMode
 
 def _describe(name: str, account: Account, recipe: Recipe) -> list[tuple[str, str]]:
     share = account.trained_tokens / max(account.tokens, 1)
-    lines = [(name, f"{account.rows:,} rows, {account.tokens:,} tokens, {share:.1%} of them trained")]
+    lines = [(name, f"{counted(account.rows, 'row')}, {counted(account.tokens, 'token')}, {share:.1%} of them trained")]
     if recipe.data.packing:
         filling = account.tokens / max(account.sequences * recipe.data.max_length, 1)
-        lines.append(
-            ("", f"packed into {account.sequences:,} sequences of {recipe.data.max_length:,}, {filling:.1%} full")
-        )
+        sequences = counted(account.sequences, "sequence")
+        lines.append(("", f"packed into {sequences} of {recipe.data.max_length:,}, {filling:.1%} full"))
     if account.overlong_tokens:
         lines.append(("", f"{account.overlong_tokens:,} tokens lost of rows over {recipe.data.max_length:,} tokens"))
     return lines

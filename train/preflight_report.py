@@ -1,7 +1,5 @@
 """The facts that --check reports: the rows as they would be trained, what became of the others, the steps ahead."""
 
-import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -12,10 +10,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from train.data.loss_mask import NOT_TRAINED
-from train.data.prepare import Account, Prepared, Row, refusal
+from train.data.prepare import Account, CachedSource, Prepared, Row, refusal
 from train.data.sources import BadRow
 from train.data.survey import Bin, Overlap, Repeats, histogram, quantiles
-from train.errors import UserError
+from train.data.system_role import Probe, outcome
+from train.preflight_faults import run_faults
 from train.recipe import Recipe
 from train.training_fields import training_fields
 
@@ -30,12 +29,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class Example:
-    """One row as the model will see it. The texts of `pieces` in their order are its whole text."""
+    """One row as the model will see it. The texts of `pieces` in their order are its whole text.
+
+    `default_system`: the conversation has no system message of its own, so a default was put in.
+    """
 
     place: str
     tokens: int
     trained_tokens: int
     system_message: bool
+    default_system: bool
     pieces: list[Piece]
 
 
@@ -56,15 +59,20 @@ class Outcome:
 class PartReport:
     """Training or validation.
 
-    `rows` are those that are trained; `lengths` (tokens, by percent of the rows), `histogram` and `longest_tokens` are
-    of all rows before any was cut or dropped. `filling`: tokens of the room in all sequences, 0 to 1, null without
+    `conversations` became `rows_of_conversations` rows: more, where the template rewrites earlier turns. `rows` are
+    those that are trained; `lengths` (tokens, by percent of the rows), `histogram` and `longest_tokens` are of all rows
+    before any was cut or dropped. `filling`: tokens of the room in all sequences, 0 to 1, null without
     packing. `duplicates`: rows that repeat another word for word, those that a source's weight repeats aside.
+    `rows_with_default_system`: rows without a system message of their own, where a default is put in.
     """
 
+    conversations: int
+    rows_of_conversations: int
     rows: int
     tokens: int
     trained_tokens: int
     rows_with_system_message: int
+    rows_with_default_system: int
     distinct_system_messages: int
     lengths: dict[str, int]
     histogram: list[Bin]
@@ -104,6 +112,10 @@ class Schedule:
 class Report:
     """All that --check finds. `--json FILE` writes these fields under their names, and those of the classes above.
 
+    `template`: which one. `probe`: what it does with system messages without our help, in words; nothing where it is
+    used as it came. `chat`: the policies of the recipe. `system_messages`: what results, found by rendering.
+    `caches`: where the tokens of each source are kept.
+
     `error` is what has to change and null where `ready`. `resumes_from`: the checkpoint that the run would go on from.
     `validation` is null where the recipe names none.
     """
@@ -115,10 +127,13 @@ class Report:
     dtype: str
     template: str
     probe: list[str]
+    chat: dict[str, Any]
+    system_messages: list[str]
     max_length: int
     packing: bool
     training: PartReport
     validation: PartReport | None
+    caches: list[CachedSource]
     outcomes: list[Outcome]
     overlap: Overlap
     schedule: Schedule
@@ -132,43 +147,39 @@ def survey(
     tokenizer: PreTrainedTokenizerBase,
     data: Prepared,
     template: str,
-    probe_lines: Sequence[str] = (),
+    before: Probe,
     *,
     checkpoint: Path | None = None,
 ) -> Report:
-    """The facts of the report."""
+    """The facts of the report. `before`: the template as it came; the tokenizer has it as it is used."""
     account = data.train.account
-    error = refusal(data, recipe.data)
-    steps = schedule(
-        recipe.training, account.sequences, account.tokens_per_sequence, int(os.environ.get("WORLD_SIZE", "1"))
-    )
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    faults = [refusal(data, recipe.data), *run_faults(recipe, account.sequences, processes)]
+    steps = schedule(recipe.training, account.sequences, account.tokens_per_sequence, processes)
+    systems = outcome(tokenizer, before, recipe.chat.default_system)
+    given = systems.default is not None
     return Report(
-        ready=error is None,
-        error=error,
+        ready=not any(faults),
+        error=" ".join(fault for fault in faults if fault) or None,
         warnings=[*warnings_of(data), *_warnings_of_schedule(steps)],
         model=recipe.model.name_or_path,
         dtype=recipe.model.dtype,
         template=template,
-        probe=list(probe_lines),
+        probe=before.describe() if systems.changed else [],
+        chat=recipe.chat.model_dump(mode="json", exclude={"template"}),
+        system_messages=systems.sentences,
         max_length=recipe.data.max_length,
         packing=recipe.data.packing,
-        training=_part(account, recipe),
-        validation=_part(data.validation.account, recipe) if data.validation else None,
+        training=_part(account, recipe, given),
+        validation=_part(data.validation.account, recipe, given) if data.validation else None,
+        caches=list(data.caches),
         outcomes=outcomes(data, recipe),
         overlap=data.overlap,
         schedule=steps,
         output_dir=recipe.output_dir,
         resumes_from=str(checkpoint) if checkpoint else None,
-        examples=[_example(tokenizer, row) for row in account.examples],
+        examples=[_example(tokenizer, row, given) for row in account.examples],
     )
-
-
-def write_json(report: Report, path: Path) -> None:
-    """Write the report as JSON. Raises UserError where the file can't be written."""
-    try:
-        path.write_text(json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as fault:
-        raise UserError(f"--json {path}: {fault.strerror}. Name a file in a folder that can be written.") from fault
 
 
 def schedule(training: Mapping[str, Any], sequences: int, tokens_per_sequence: float, processes: int) -> Schedule:
@@ -233,17 +244,18 @@ def warnings_of(data: Prepared) -> list[str]:
         if account.duplicates.example:
             first, second = account.duplicates.example
             found.append(
-                f"{account.duplicates.rows:,} {name} rows repeat another word for word: {second} says what {first} says"
+                f"{counted(account.duplicates.rows, f'{name} row', 'repeats', 'repeat')} another word for word: "
+                f"{second} says what {first} says"
             )
     whole, question = data.overlap.conversations, data.overlap.questions
     if whole.example:
         found.append(
-            f"{whole.rows:,} validation rows are in training word for word, so the validation loss flatters: "
-            f"{whole.example[1]} says what {whole.example[0]} says"
+            f"{counted(whole.rows, 'validation row', 'is', 'are')} in training word for word, so the "
+            f"validation loss flatters: {whole.example[1]} says what {whole.example[0]} says"
         )
     if question.example and question.rows > whole.rows:
         found.append(
-            f"{question.rows:,} validation rows begin with a user message that training has too: "
+            f"{counted(question.rows, 'validation row', 'begins', 'begin')} with a user message that training has too: "
             f"{question.example[1]} asks what {question.example[0]} asks"
         )
     return found
@@ -253,15 +265,21 @@ def _warnings_of_schedule(steps: Schedule) -> list[str]:
     found = []
     if steps.warmup_steps >= steps.steps:
         found.append(
-            f"all {steps.steps:,} steps are warm-up (training.warmup_steps: {steps.warmup_steps:,}): the learning "
-            "rate never gets to its full height"
+            f"All of {counted(steps.steps, 'step', 'is', 'are')} warm-up (training.warmup_steps: "
+            f"{steps.warmup_steps:,}): the learning rate never gets to its full height"
         )
     if steps.evaluation.steps and steps.evaluation.steps > steps.steps:
         found.append(
-            f"nothing is evaluated: training.eval_steps is {steps.evaluation.steps:,}, and the run has "
-            f"{steps.steps:,} steps"
+            f"Nothing is evaluated: training.eval_steps is {steps.evaluation.steps:,}, and the run has "
+            f"{counted(steps.steps, 'step')}"
         )
     return found
+
+
+def counted(count: int, noun: str, one: str = "", many: str = "") -> str:
+    """`1 row`, `2 rows`; with the form of a verb for one and for many, `1 row is`, `2 rows are`."""
+    plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{plural} {one if count == 1 else many}".rstrip()
 
 
 def outcomes(data: Prepared, recipe: Recipe) -> list[Outcome]:
@@ -269,19 +287,22 @@ def outcomes(data: Prepared, recipe: Recipe) -> list[Outcome]:
     bad = "refused" if recipe.data.on_bad_row == "error" else "left out"
     found = [Outcome(bad, kind, rows.count, rows.examples) for kind, rows in data.faults.items()]
     for name, account in data.accounts.items():
-        for outcome, rows in account.overlong.items():
+        for became, rows in account.overlong.items():
             reason = f"{name}, over {recipe.data.max_length:,} tokens"
-            found.append(Outcome(outcome, reason, rows.count, rows.examples))
+            found.append(Outcome(became, reason, rows.count, rows.examples))
     return sorted(found, key=lambda one: -one.rows)
 
 
-def _part(account: Account, recipe: Recipe) -> PartReport:
+def _part(account: Account, recipe: Recipe, default_is_given: bool) -> PartReport:
     documents = account.documents_per_sequence
     return PartReport(
+        conversations=account.conversations,
+        rows_of_conversations=len(account.lengths),
         rows=account.rows,
         tokens=account.tokens,
         trained_tokens=account.trained_tokens,
         rows_with_system_message=account.rows_with_system,
+        rows_with_default_system=account.rows - account.rows_with_system if default_is_given else 0,
         distinct_system_messages=account.distinct_systems,
         lengths=quantiles(account.lengths),
         histogram=histogram(account.lengths),
@@ -295,11 +316,12 @@ def _part(account: Account, recipe: Recipe) -> PartReport:
     )
 
 
-def _example(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
+def _example(tokenizer: PreTrainedTokenizerBase, row: Row, default_is_given: bool) -> Example:
     return Example(
         place=row.place,
         tokens=len(row.input_ids),
         trained_tokens=int((row.labels != NOT_TRAINED).sum()),
         system_message=row.has_system,
+        default_system=default_is_given and not row.has_system,
         pieces=pieces(tokenizer, row.input_ids.tolist(), row.labels.tolist()),
     )

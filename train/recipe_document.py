@@ -239,8 +239,11 @@ def compose(text: str) -> yaml.Node | None:
 def near_files(missing: str) -> str:
     """A hint at a file of a similar name: beside where it was looked for, or among the recipes below this folder."""
     path = Path(missing)
-    beside = [str(path.with_name(found.name)) for found in path.parent.glob("*") if found.is_file()]
-    known = [str(found) for found in Path("recipes").glob("**/*.yaml")] if path.suffix in (".yaml", ".yml") else []
+    found = [file for file in path.parent.glob("*") if file.is_file()]
+    if path.suffix in (".jinja", ".json"):  # keys that take no other kind
+        found = [file for file in found if file.suffix == path.suffix]
+    beside = [str(path.with_name(file.name)) for file in found]
+    known = [str(file) for file in Path("recipes").glob("**/*.yaml")] if path.suffix in (".yaml", ".yml") else []
     return did_you_mean(closest(missing, [*beside, *known], 0.6))
 
 

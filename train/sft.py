@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from train.errors import CommandLine, UserError
+from train.json_report import discard_earlier
 from train.loop.noise import leave_out_unhelpful_warnings
 from train.progress import is_first_rank
 from train.recipe import Recipe, load_recipe
@@ -30,10 +31,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="auto (default): go on from the newest complete checkpoint in output_dir, if there is one",
     )
     parser.add_argument("--check", action="store_true", help="report on model, template and data; train nothing")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="with --check: write the report to FILE too, as JSON")
+    parser.add_argument("--json", metavar="FILE", help="with --check: write the report to FILE too, as JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the recipe by dotted key")
     options = parser.parse_intermixed_args(arguments)
-    if options.json and not options.check:
+    if options.json is not None and not options.check:
         parser.error("--json writes the report of --check: give both")
     return options
 
@@ -53,9 +54,9 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(recipe.model)
     check_fits(recipe, tokenizer)
     template = use_template(tokenizer, recipe.chat.template)
-    probe = settle(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
+    before = settle(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
     if options.check:
-        check(recipe, tokenizer, template, probe.describe(), checkpoint=checkpoint, json_file=options.json)
+        check(recipe, tokenizer, template, before, checkpoint=checkpoint, json_file=options.json)
         return
 
     # TRL, which a check does without, takes seconds to import.
@@ -99,14 +100,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.check and not is_first_rank():
         return 0  # a report needs one process, however many the launcher starts
-    if options.json and options.json.is_file():
-        options.json.unlink()  # an older report must not pass for this one
     try:
+        if options.json is not None:
+            options.json = discard_earlier(options.json)
         train(load_recipe(options.recipe, options.overrides), options)
     except UserError as fault:
         if is_first_rank():
             print(f"error: {fault}", file=sys.stderr, flush=True)
         return 2
+    except BrokenPipeError:
+        if not options.check:
+            raise
+        return 1  # who read the report has left, and knows it
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
         return 130

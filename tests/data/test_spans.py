@@ -391,3 +391,52 @@ def test_trained_tokens_are_the_answers_and_all_tokens_are_the_render(encoders, 
         prefixes = [rendered(name, tokenizer, messages[:end], None)[0] for end in range(2, len(messages) + 1)]
         assert text in prefixes or (name == "glm4moe" and text.removesuffix("<|user|>") in prefixes)
     assert "".join(found) == "".join(wanted[-1:] if last else wanted)
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+ECHO = "<|im_start|>user\nSum up: {{ messages[-1].content }}<|im_end|>\n"
+
+
+def test_a_template_that_repeats_the_answer_is_refused_as_a_user_would_be_trained() -> None:
+    tokenizer = tokenizer_for(
+        "echo", CHATML + "{% if messages[-1].role == 'assistant' %}" + ECHO + "{% endif %}" + PROMPT
+    )
+    with pytest.raises(UserError, match=r"writes '<\|im_end\|>.*Sum up: \{say\}<.*with text of the"):
+        Spans(tokenizer)
+
+
+@pytest.mark.parametrize("condition", ["messages | length > 2", "messages[-1].content | length > 8"])
+def test_a_row_in_which_the_template_repeats_the_answer_is_refused(condition: str) -> None:
+    echo = "{% if messages[-1].role == 'assistant' and " + condition + " %}" + ECHO + "{% endif %}"
+    spans = Spans(tokenizer_for("echo", CHATML + echo + PROMPT))
+    with pytest.raises(RowFault, match="text after the end of an answer"):
+        spans.rows([user("Ask?"), answer("Hello"), user("So?"), answer("A longer one.")], None, "last")
+    (row,) = spans.rows([user("Ask?"), answer("Hello")], None, "assistant")
+    assert [row.text[slice(*span)] for span in row.spans] == ["Hello<|im_end|>"]
+
+
+def test_end_tokens_that_an_answer_holds_itself_are_its_own() -> None:
+    (row,) = Spans(tokenizer_for("chatml", CHATML + PROMPT)).rows(
+        [user("Ask?"), answer("one<|im_end|>two")], None, "assistant"
+    )
+    assert [row.text[slice(*span)] for span in row.spans] == ["one<|im_end|>two<|im_end|>"]
+
+
+@pytest.mark.parametrize("fault", ["{{ 1 / 0 }}", "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}"])
+def test_whatever_a_template_raises_is_the_fault_of_the_row(fault: str) -> None:
+    """ZeroDivisionError, RecursionError: a template is a program."""
+    template = CHATML + PROMPT + "{% if messages[0].content == 'Fail' %}" + fault + "{% endif %}"
+    spans = Spans(tokenizer_for("chatml", template))
+    assert len(spans.rows([user("Ask?"), answer("Hello")], None, "assistant")) == 1
+    with pytest.raises(RowFault, match=r"refused by the template: (ZeroDivision|Recursion)Error"):
+        spans.rows([user("Fail"), answer("Hello")], None, "assistant")
+
+
+def test_a_fault_shows_the_words_of_the_trial_without_its_marks() -> None:
+    template = CHATML.replace("m.role", "m.role ~ loop.revindex")
+    with pytest.raises(UserError, match=r"goes on with '5.n\{ask\}") as fault:
+        Spans(tokenizer_for("counting down", template + PROMPT))
+    assert "\ue000" not in str(fault.value)
+    assert "\\ue000" not in str(fault.value)
+    assert ".." not in str(fault.value)

@@ -85,14 +85,67 @@ def test_probe_refuses_a_template_that_loses_more_than_system_messages(tokenizer
 
 def test_the_findings_in_words() -> None:
     assert probe(tokenizer_with("gemma")).describe() == [
-        "The template refuses system messages: System role not supported."
+        "Without our help the template refuses system messages: System role not supported."
     ]
     assert probe(tokenizer_with("qwen2_5")).describe() == [
-        "The template writes a system message as a turn of its own.",
-        f"To a conversation without one it adds its own: '{QWEN_DEFAULT}'.",
-        "One in the middle of a conversation is a turn there.",
+        "Without our help the template writes a system message as a turn of its own.",
+        f"To a conversation without one it would add its own: '{QWEN_DEFAULT}'.",
     ]
-    assert probe(tokenizer_with("mistral v3")).describe()[:2] == [
-        "The template writes a system message into the last user turn.",
+    assert probe(tokenizer_with("mistral v3")).describe_settled()[:2] == [
+        "A system message goes into the last user turn.",
         "So the earlier answers of a conversation are trained without it.",
     ]
+
+
+NUMBERED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }} {{ loop.index }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {{ messages | length + 1 }}\n{% endif %}"
+)
+
+
+def test_numbers_of_turns_are_no_default(tokenizer) -> None:
+    tokenizer.chat_template = NUMBERED
+    found = probe(tokenizer)
+    assert (found.handling, found.default, found.header, found.mid_conversation) == ("turn", None, None, "turn")
+    tokenizer.chat_template = (
+        "{% if messages[0].role != 'system' %}<|im_start|>system 0\nRule 12.<|im_end|>\n{% endif %}" + NUMBERED
+    )
+    assert probe(tokenizer).default == "Rule 12."
+
+
+def test_a_clock_is_no_default(tokenizer) -> None:
+    tokenizer.chat_template = "{{ strftime_now('%H:%M:%S') }}\n" + NUMBERED
+    found = probe(tokenizer)
+    assert (found.default, found.dated, found.empty) == (None, True, "differs")
+
+
+@pytest.mark.parametrize("fault", ["{{ 1 / 0 }}", "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}"])
+def test_whatever_a_template_raises_is_a_refusal(fault: str, tokenizer) -> None:
+    plain = tokenizer.chat_template
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}" + fault + "{% endif %}" + NUMBERED
+    assert probe(tokenizer).handling == "raises"
+    tokenizer.chat_template = fault + plain
+    with pytest.raises(UserError, match=r"refuses a conversation of two .*(ZeroDivision|Recursion)Error"):
+        probe(tokenizer)
+
+
+def test_what_a_template_loses_is_named(tokenizer) -> None:
+    tokenizer.chat_template = "{% for m in messages[-2:] %}{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match=r"loses messages of .*\(the first question, the first answer: not as written"):
+        probe(tokenizer)
+
+
+def test_a_template_that_refuses_in_the_words_of_the_message_shows_no_marks(tokenizer) -> None:
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('No ' + messages[0].content) }}{% endif %}"
+    tokenizer.chat_template = refusal + NUMBERED
+    assert probe(tokenizer).refusal == "No {system}"
+
+
+def test_a_default_in_the_first_user_turn_does_not_hide_where_turns_begin(tokenizer) -> None:
+    tokenizer.chat_template = (
+        "{% set given = messages[0].content if messages[0].role == 'system' else 'Be kind.' %}"
+        "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n"
+        "{% if loop.first %}{{ given }}\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    found = probe(tokenizer)
+    assert (found.handling, found.merged_into, found.default, found.header) == ("merged", "first", "Be kind.", None)

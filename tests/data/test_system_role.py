@@ -9,7 +9,7 @@ from chat_templates import TRL_TEMPLATES, say, text_of, tokenizer_with
 from transformers import AutoTokenizer
 
 from train.data.chat_template import has_generation_marks, render, use_template
-from train.data.system_role import probe, settle
+from train.data.system_role import outcome, probe, settle
 from train.errors import UserError
 
 PLAIN = ("user: Hi", "assistant: Hello", "user: Bye", "assistant: So long")
@@ -382,3 +382,80 @@ def test_our_own_templates_take_every_policy(mistral_tokenizer_v1) -> None:
     use_template(tokenizer, "mistral-system")
     settle(tokenizer, "merge_into_user")
     assert text_of(tokenizer, "system: S", "user: Hi") == "<s>[INST] S\n\nHi [/INST]"
+
+
+@pytest.mark.parametrize(("role", "default"), [("merge_into_user", None), ("native", ""), ("native", "Be kind.")])
+def test_a_template_that_numbers_turns_takes_every_policy(role: Any, default: str | None, tokenizer) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ loop.index }}: {{ m.content }}\n{% endfor %}"
+    settle(tokenizer, role, default)
+    first = {"merge_into_user": "user 1: Hi\n"}.get(
+        role, "system 1: Be kind.\nuser 2: Hi\n" if default else "user 1: Hi\n"
+    )
+    assert text_of(tokenizer, "user: Hi") == first
+    merged = "user 1: S\n\nHi\n" if role == "merge_into_user" else "system 1: S\nuser 2: Hi\n"
+    assert text_of(tokenizer, "system: S", "user: Hi") == merged
+
+
+def test_an_error_names_the_file_that_the_template_came_from(tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "mine.jinja"
+    path.write_text("{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    use_template(tokenizer, str(path))
+    with pytest.raises(UserError, match=rf"the template {path} loses system messages"):
+        settle(tokenizer, "native")
+    own = tokenizer_with("ignores")
+    own.name_or_path = "some/model"
+    with pytest.raises(UserError, match="the template of some/model loses system messages"):
+        settle(own, "native")
+
+
+# what results, in words
+
+FIRST = "A system message goes into the first user turn."
+MIDDLE = "One in the middle of a conversation goes into a user turn."
+REFUSED = "A conversation with a system message is refused."
+OWN = f"A conversation without one gets the template's own: '{QWEN_DEFAULT}'."
+OUTCOMES: list[tuple[str, Any, str | None, list[str], str | None]] = [
+    ("ignores", "merge_into_user", None, [FIRST, MIDDLE, "A conversation without one gets none."], None),
+    ("llama3", "error", None, [REFUSED, "A conversation without one gets none."], None),
+    ("qwen2_5", "error", None, [REFUSED, OWN], QWEN_DEFAULT),
+    (
+        "llama3",
+        "error",
+        "Be kind.",
+        [REFUSED, "A conversation that doesn't begin with one gets chat.default_system: 'Be kind.'."],
+        "Be kind.",
+    ),
+    (
+        "qwen2_5",
+        "merge_into_user",
+        None,
+        [FIRST, MIDDLE, f"A conversation without one gets none: the template's own is taken out ('{QWEN_DEFAULT}')."],
+        None,
+    ),
+    (
+        "qwen2_5",
+        "native",
+        None,
+        ["A system message is a turn of its own.", "One in the middle of a conversation is a turn there.", OWN],
+        QWEN_DEFAULT,
+    ),
+]
+
+
+@pytest.mark.parametrize(("template", "role", "default", "sentences", "given"), OUTCOMES)
+def test_what_results_is_said(
+    template: str, role: Any, default: str | None, sentences: list[str], given: str | None
+) -> None:
+    tokenizer = tokenizer_with(template)
+    found = outcome(tokenizer, settle(tokenizer, role, default), default)
+    assert (found.sentences, found.default, found.changed) == (sentences, given, role != "native")
+
+
+def test_a_clock_is_no_change_of_the_template(tokenizer) -> None:
+    tokenizer.chat_template = (
+        "{{ strftime_now('%f') }}\n{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    before = settle(tokenizer, "native")
+    found = outcome(tokenizer, before, None)
+    assert not found.changed
+    assert f"To every conversation the template adds: {before.header!r}." in found.sentences

@@ -23,6 +23,7 @@ from train.errors import UserError
 Policy = Literal["error", "escape", "allow"]
 
 ZERO_WIDTH_SPACE = "\u200b"
+_FAULT = "control token in text, which `chat.control_tokens_in_text: escape` would break up and `allow` would keep"
 
 
 class ControlTokens:
@@ -86,12 +87,11 @@ class ControlTokens:
         if found is None:
             return value
         if self._policy == "error":
-            advice = "mend the row, or write `chat.control_tokens_in_text: escape` (or `allow`)"
-            raise RowFault("control token in text", f"{found[0]} in {where}; {advice}")
+            raise RowFault(_FAULT, f"{found[0]} in {where}")
         escaped = self._pattern.sub(lambda token: _escape(token[0]), value)
         left = self._pattern.search(escaped)
         if left is not None:
-            raise RowFault("control token in text", f"{left[0]} in {where}, which can't be broken up")
+            raise RowFault("control token in text that can't be broken up", f"{left[0]} in {where}")
         return escaped
 
 

@@ -1,9 +1,11 @@
-"""A conversation as text, and the proof that the template lost nothing of it."""
+"""A conversation as text, in the form that its template takes, and the proof that the template lost nothing of it."""
 
 import json
 import re
 from dataclasses import dataclass
 from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from train.data.formats import Message, RowFault
 
@@ -11,6 +13,7 @@ Span = tuple[int, int]
 """First character, and the one behind the last."""
 Tools = list[dict[str, Any]] | None
 
+_SENTINEL = re.compile("\ue000([^\ue000\ue001]*)\ue001")
 _THINK_TAG = re.compile(r"</?think>")
 
 
@@ -20,6 +23,68 @@ class Rendering:
 
     text: str
     spans: list[Span]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a template wants messages: contents as lists of parts, arguments of calls as JSON, no content as None."""
+
+    parts: bool = False
+    json_arguments: bool = False
+    none_content: bool = False
+
+    def adapted(self, message: Message) -> Message:
+        """The message as the template wants it."""
+        content = message.get("content") or ""
+        calls = message.get("tool_calls")
+        if not isinstance(content, str):
+            return message
+        adapted: Message = {**message, "content": [{"type": "text", "text": content}] if self.parts else content}
+        if calls and self.none_content and not content:
+            adapted["content"] = None
+        if calls and self.json_arguments:
+            adapted["tool_calls"] = [_with_json_arguments(call) for call in calls]
+        return adapted
+
+
+def _with_json_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or isinstance(function.get("arguments"), str):
+        return call
+    arguments = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def render_row(
+    messages: list[Message], tools: Tools, form: Form, template: str, *, marked: bool, **variables: Any
+) -> tuple[str, list[Span]]:
+    """Text of one conversation and, where the template is `marked`, the spans inside `{% generation %}`.
+
+    Raises RowFault where the template refuses the conversation: a template is a program, so with any exception.
+    """
+    try:
+        texts, marks = render_jinja_template(
+            conversations=[[form.adapted(message) for message in messages]],
+            tools=tools,
+            chat_template=template,
+            return_assistant_tokens_mask=marked,
+            **variables,
+        )
+    except Exception as fault:
+        raise RowFault("refused by the template", reason(fault)) from fault
+    return str(texts[0]), [(start, end) for start, end in marks[0]] if marked else []
+
+
+def reason(fault: Exception) -> str:
+    """Why a template could not be rendered, on one line and without a full stop."""
+    said = " ".join(named(str(fault)).split()).rstrip(".")
+    kind = type(fault).__name__
+    return said if said and type(fault).__module__.startswith("jinja2") else f"{kind}: {said}" if said else kind
+
+
+def named(text: str) -> str:
+    """`text` with the sentinels that a probe puts into conversations as a person reads them: {question}."""
+    return _SENTINEL.sub(r"{\1}", text).replace("\ue000", "").replace("\ue001", "")
 
 
 def check_answer(message: Message, window: str, *, last_part: bool = False) -> None:

@@ -32,7 +32,7 @@ ROWS = "rows.arrow"
 
 _DECISIVE = (
     *("chat_template", "control_tokens", "fast_tokenizer", "files", "formats", "loss_mask", "rendering", "sources"),
-    *("source_tokens", "spans", "token_rows", "tokenize"),
+    *("source_tokens", "spans", "token_rows", "tokenize", "trials"),
 )
 """The modules that decide which tokens a row becomes: where one changes, rows are tokenized anew."""
 _SECONDS_BETWEEN_REPORTS = 1.0
@@ -58,7 +58,7 @@ def source_tokens(
                 tokenizing,
             ), opened
     except UserError as fault:
-        named = str(fault).startswith("data.")  # a key of its own is at fault
+        named = str(fault).startswith(("data.", "chat."))  # another key is at fault
         raise UserError(str(fault) if named else f"{key}: {fault}") from fault
 
 

@@ -28,28 +28,22 @@ and the trained text is what `turn` has beyond `prompt`, up to and including the
 after `<|im_end|>` inside the marks, gpt-oss's the header that is part of the prompt; neither is the model's to write.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from train.data.chat_template import has_generation_marks
+from train.data.chat_template import has_generation_marks, template_name
 from train.data.formats import Message, RowFault
-from train.data.rendering import Rendering, Span, Tools, check_answer, check_others
+from train.data.rendering import Form, Rendering, Span, Tools, check_answer, check_others, named, render_row
+from train.data.trials import ANSWER, NAME, NEXT, QUESTION, RESULT, VALUE, call, question, tools_for, trials
 from train.errors import UserError
 
 TrainOn = Literal["assistant", "last"]
 
-_QUESTION, _ANSWER, _NEXT, _NAME, _VALUE = (f"\ue000{word}\ue001" for word in ("ask", "say", "next", "name", "value"))
-# Characters for private use at both ends: no template writes them.
 _MODES = ("enable_thinking", "thinking")
-_TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
-"""Beside what a template raises: text joined to an object, a key that isn't there, ..."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +56,6 @@ class _Ending:
     written: str
     produced: int
     following: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """How a template wants messages: contents as lists of parts, arguments of calls as JSON, no content as None."""
-
-    parts: bool = False
-    json_arguments: bool = False
-    none_content: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +77,7 @@ class Spans:
 
         Raises UserError where no answer could be trained under this template at all.
         """
-        self._name = tokenizer.name_or_path
+        self._name = template_name(tokenizer)
         self._template = str(tokenizer.chat_template)
         self._variables = tokenizer.special_tokens_map
         self._eos = tokenizer.eos_token
@@ -111,8 +96,8 @@ class Spans:
         if not self._marked:
             self._check()
         elif self._ending is not None:
-            one = self._try(_question(_ANSWER), self._form) and len(self._render(_question(_ANSWER), None)[1]) == 1
-            self._marks_suffice = bool(one) and all(map(self._marks_agree, _trials()))
+            one = self._try(question(ANSWER), self._form) and len(self._render(question(ANSWER), None)[1]) == 1
+            self._marks_suffice = bool(one) and all(map(self._marks_agree, trials()))
 
     @property
     def stop_tokens(self) -> list[str]:
@@ -126,48 +111,53 @@ class Spans:
 
     # -- what the template is like
 
-    def _find_form(self) -> _Form:
+    def _find_form(self) -> Form:
         parts = False
         for parts in (False, True):
-            text = self._try(_question(_ANSWER), _Form(parts=parts))
-            if text is not None and _QUESTION in text and _ANSWER in text:
+            text = self._try(question(ANSWER), Form(parts=parts))
+            if text is not None and QUESTION in text and ANSWER in text:
                 break
         else:
             parts = False
         for json_arguments in (False, True):
             for none_content in (False, True):
-                form = _Form(parts, json_arguments, none_content)
-                text = self._try(_call(), form)
-                if text is not None and _NAME in text and _VALUE in text:
+                form = Form(parts, json_arguments, none_content)
+                text = self._try(call(), form)
+                if text is not None and NAME in text and VALUE in text:
                     return form
-        return _Form(parts)
+        return Form(parts)
 
     def _find_header(self) -> int:
         """Length of the longest generation prompt: so far before a span may the answer's own text begin."""
-        plain = self._try(_question(), self._form)
-        prompts = [self._try(_question(), self._form, add_generation_prompt=True, **mode) for mode in self._all_modes()]
+        plain = self._try(question(), self._form)
+        prompts = [self._try(question(), self._form, add_generation_prompt=True, **mode) for mode in self._all_modes()]
         return max((len(prompt) - len(plain) for prompt in prompts if prompt and plain is not None), default=0)
 
     def _find_ending(self) -> _Ending | None:
-        text = self._try(_question(_ANSWER), self._form)
-        if text is None or _ANSWER not in text:
+        text = self._try(question(ANSWER), self._form)
+        if text is None or ANSWER not in text:
             return None
-        written = text.rpartition(_ANSWER)[2]
+        written = text.partition(ANSWER)[2]
+        if ANSWER in written or QUESTION in written:
+            raise UserError(
+                f"chat.template: after an answer {self._name} writes {named(written)!r}, with text of the "
+                "conversation in it: what others say would be trained. Name a template that ends after the answer."
+            )
         produced = self._end_of_tokens(written)
         if produced:
             return _Ending(written, produced)
-        following = self._following(text, {"role": "user", "content": _NEXT}, _question(_ANSWER))
+        following = self._following(text, {"role": "user", "content": NEXT}, question(ANSWER))
         return _Ending(written, len(written), following) if following else None
 
     def _find_call_ending(self) -> _Ending | None:
         """How an answer ends that calls tools; None where the template doesn't write calls."""
-        text = self._try(_call(), self._form)
-        if text is None or self._ending is None or _VALUE not in text:
+        text = self._try(call(), self._form)
+        if text is None or self._ending is None or VALUE not in text:
             return None  # the name alone may stand among the tools
         if self._ending.following:
-            following = self._following(text, _RESULT, _call())
+            following = self._following(text, RESULT, call())
             return _Ending("", 0, following) if following else None
-        tail = text[text.rfind(_VALUE) :]
+        tail = text[text.rfind(VALUE) :]
         if tail.endswith(self._ending.written):
             return self._ending
         runs = list(re.finditer(f"(?:{self._special.pattern})+", tail))
@@ -195,20 +185,20 @@ class Spans:
 
     def _check(self) -> None:
         """Raise UserError where a plain question and answer can't be trained, and one with reasoning can't either."""
-        text = self._try(_question(_ANSWER), self._form)
-        if text is None or _ANSWER not in text:
+        text = self._try(question(ANSWER), self._form)
+        if text is None or ANSWER not in text:
             return  # a template of its own kind: its rows will tell
         if self._ending is None:
-            after = text.rpartition(_ANSWER)[2]
+            after = text.partition(ANSWER)[2]
             raise UserError(
-                f"chat.template: after an answer the template of {self._name} writes {after!r}, in which there is no "
+                f"chat.template: after an answer {self._name} writes {after!r}, in which there is no "
                 "control token of the tokenizer, so a model trained with it would never stop. Name a template that "
                 f"ends answers with {self._eos or 'an end token'}."
             )
         refused: RowFault | None = None
-        for messages in _trials():
+        for messages in trials():
             try:
-                tools = _tools_for(messages)
+                tools = tools_for(messages)
                 self._turn(messages, len(messages) - 1, tools, self._render(messages, tools))
             except RowFault as fault:
                 refused = fault if fault.kind == _NO_PROMPT or refused is None else refused
@@ -216,8 +206,8 @@ class Spans:
                 return
         if refused is not None and refused.kind == _NO_PROMPT:
             raise UserError(
-                f"chat.template: the template of {self._name} can't be trained: {refused.detail} Name a template whose "
-                "answers begin as its generation prompt ends."
+                f"chat.template: {self._name} can't be trained: {named(refused.detail)}. Name a template whose answers "
+                "begin as its generation prompt ends."
             )
 
     def _marks_agree(self, messages: list[Message]) -> bool:
@@ -226,7 +216,7 @@ class Spans:
         Or gives nothing, so that those are asked.
         """
         wanted = _answers(messages)
-        tools = _tools_for(messages)
+        tools = tools_for(messages)
         outcomes: list[Any] = []
         for find in (self._by_marks, self._split):
             try:
@@ -325,6 +315,8 @@ class Spans:
             end = len(row)
         if end <= start:
             raise RowFault("nothing to train", f"message {number + 1} is all in the generation prompt")
+        end_token = row[len(text) : end] or ending.written[: ending.produced].strip()
+        _check_ends(messages[first : number + 1], row[start:end], end_token)
         spans = [(start, end)]
         if self._marked:
             spans = [(max(start, mark[0]), min(end, mark[1])) for mark in marks if mark[0] < end]
@@ -354,7 +346,7 @@ class Spans:
                 try:
                     prompt, _ = self._render(messages[:first], tools, None, add_generation_prompt=True, **mode)
                 except RowFault as fault:
-                    shown = shown or f"The template can't prompt for message {number + 1} ({fault.detail})."
+                    shown = shown or f"the template can't prompt for message {number + 1} ({fault.detail})"
                     continue
                 if text.startswith(prompt):
                     return first, len(prompt)
@@ -366,66 +358,21 @@ class Spans:
         yield from self._modes
 
     def _render(
-        self, messages: list[Message], tools: Tools, form: _Form | None = None, **options: Any
+        self, messages: list[Message], tools: Tools, form: Form | None = None, **options: Any
     ) -> tuple[str, list[Span]]:
         """Text and marks of one conversation. Raises RowFault where the template refuses it."""
-        form = form or self._form
-        try:
-            texts, marks = render_jinja_template(
-                conversations=[[_adapted(message, form) for message in messages]],
-                tools=tools,
-                chat_template=self._template,
-                return_assistant_tokens_mask=self._marked,
-                **options,
-                **self._variables,
-            )
-        except _TEMPLATE_FAULTS as fault:
-            raise RowFault("refused by the template", " ".join(str(fault).split()) or type(fault).__name__) from fault
-        return str(texts[0]), [(start, end) for start, end in marks[0]] if self._marked else []
+        return render_row(
+            messages, tools, form or self._form, self._template, marked=self._marked, **options, **self._variables
+        )
 
-    def _try(self, messages: list[Message], form: _Form, **options: bool) -> str | None:
+    def _try(self, messages: list[Message], form: Form, **options: bool) -> str | None:
         try:
-            return self._render(messages, _tools_for(messages), form, **options)[0]
+            return self._render(messages, tools_for(messages), form, **options)[0]
         except RowFault:
             return None
 
 
 _NO_PROMPT = "answer doesn't follow its prompt"
-_RESULT: Message = {"role": "tool", "name": _NAME, "tool_call_id": "abcdefghi", "content": _NEXT}
-_TOOLS: list[dict[str, Any]] = [
-    {
-        "type": "function",
-        "function": {
-            "name": _NAME,
-            "description": "A tool.",
-            "parameters": {"type": "object", "properties": {"key": {"type": "string", "description": "Its key."}}},
-        },
-    }
-]
-
-
-def _tools_for(messages: list[Message]) -> Tools:
-    return _TOOLS if any("tool_calls" in message for message in messages) else None
-
-
-def _question(*answer: str) -> list[Message]:
-    turns: list[Message] = [{"role": "user", "content": _QUESTION}]
-    return turns + [{"role": "assistant", "content": text} for text in answer]
-
-
-def _call() -> list[Message]:
-    function = {"name": _NAME, "arguments": {"key": _VALUE}}
-    calls = [{"id": "abcdefghi", "type": "function", "function": function}]
-    return [*_question(), {"role": "assistant", "content": "", "tool_calls": calls}]
-
-
-def _trials() -> list[list[Message]]:
-    """Conversations that templates are known to render in ways of their own."""
-    two = [*_question(_ANSWER), {"role": "user", "content": _NEXT}, {"role": "assistant", "content": _VALUE}]
-    reasoned = [two[0], {**two[1], "reasoning_content": _NAME}]
-    inline = [two[0], {**two[1], "content": f"<think>\n{_NAME}\n</think>\n\n{_ANSWER}"}]
-    called = [*_call(), _RESULT, two[1], *two[2:]]
-    return [two, reasoned, [*reasoned, *two[2:]], inline, [*inline, *two[2:]], called]
 
 
 def _answers(messages: list[Message]) -> list[int]:
@@ -437,30 +384,18 @@ def _any_of(tokens: Any) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) is found nowhere
 
 
+def _check_ends(answers: list[Message], written: str, end_token: str) -> None:
+    """Raise RowFault where the model would go on after an end token: what a template writes there is not the model's.
+
+    Those that an answer holds itself (`control_tokens_in_text: allow`) and those between merged answers don't count.
+    """
+    own = sum(str(value).count(end_token) for answer in answers for value in answer.values())
+    if written.count(end_token) > own + len(answers):
+        raise RowFault("text after the end of an answer", f"{end_token} stands within {written[:80]!r}")
+
+
 def _difference(prompt: str, text: str) -> str:
     """In words: where the generation prompt and the conversation part."""
     same = next((at for at, pair in enumerate(zip(prompt, text, strict=False)) if pair[0] != pair[1]), len(text))
-    here, there = prompt[same : same + 40], text[same : same + 40]
-    return f"Its generation prompt goes on with {here!r} where the conversation goes on with {there!r}."
-
-
-def _adapted(message: Message, form: _Form) -> Message:
-    """The message as the template wants it."""
-    content = message.get("content") or ""
-    calls = message.get("tool_calls")
-    if not isinstance(content, str):
-        return message
-    adapted: Message = {**message, "content": [{"type": "text", "text": content}] if form.parts else content}
-    if calls and form.none_content and not content:
-        adapted["content"] = None
-    if calls and form.json_arguments:
-        adapted["tool_calls"] = [_with_json_arguments(call) for call in calls]
-    return adapted
-
-
-def _with_json_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    function = call.get("function")
-    if not isinstance(function, dict) or isinstance(function.get("arguments"), str):
-        return call
-    arguments = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
-    return {**call, "function": {**function, "arguments": arguments}}
+    here, there = (named(rest[same : same + 60])[:40] for rest in (prompt, text))
+    return f"its generation prompt goes on with {here!r} where the conversation goes on with {there!r}"

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from train.data.chat_template import template_name
+from train.data.rendering import reason
 from train.errors import UserError
 
 Handling = Literal["turn", "merged", "ignored", "raises"]
@@ -27,6 +28,8 @@ EXCHANGES: Messages = [
 ]
 """Two questions and answers, without a system message."""
 
+_TURN_NAMES = ("the first question", "the first answer", "the second question", "the second answer")
+_DIGIT = re.compile(r"\d")
 _CONTROL = re.compile(r"<[|｜]?[^<>\s]+[|｜]?>|\[/?\w+\]")
 _ROLE_WORD = re.compile(r"\b(?:system|developer)\b", re.IGNORECASE)
 
@@ -61,23 +64,32 @@ class Probe:
     contents_are_parts: bool
 
     def describe(self) -> list[str]:
-        """The findings as sentences, what matters most first."""
+        """What the template does without our help, as sentences, what matters most first."""
+        how = {
+            "turn": "writes a system message as a turn of its own",
+            "merged": f"writes a system message into the {self.merged_into} user turn",
+            "ignored": "IGNORES system messages: their text is not in the render",
+            "raises": f"refuses system messages: {self.refusal}",
+        }[self.handling]
+        sentences = [f"Without our help the template {how}."]
+        if self.default is not None:
+            sentences.append(f"To a conversation without one it would add its own: {self.default!r}.")
+        if self.contents_are_parts:
+            sentences.append("It renders contents that are lists of parts only, and loses contents that are text.")
+        return sentences
+
+    def describe_settled(self) -> list[str]:
+        """The same of a template that trains: where system messages stand in its rows."""
         sentences = [
             {
-                "turn": "The template writes a system message as a turn of its own.",
-                "merged": f"The template writes a system message into the {self.merged_into} user turn.",
-                "ignored": "The template IGNORES system messages: their text is not in the render.",
-                "raises": f"The template refuses system messages: {self.refusal}.",
+                "turn": "A system message is a turn of its own.",
+                "merged": f"A system message goes into the {self.merged_into} user turn.",
+                "ignored": "A system message is LOST.",
+                "raises": "A conversation with a system message is refused.",
             }[self.handling]
         ]
         if self.merged_into == "last":
             sentences.append("So the earlier answers of a conversation are trained without it.")
-        if self.default is not None:
-            sentences.append(f"To a conversation without one it adds its own: {self.default!r}.")
-        if self.header is not None:
-            sentences.append(f"To every conversation it adds: {self.header!r}.")
-        if self.dated:
-            sentences.append("It knows the day's date; where it writes it, the same row is other text tomorrow.")
         if self.handling in ("turn", "merged"):
             sentences.append(
                 {
@@ -88,10 +100,10 @@ class Probe:
                     "raises": "One in the middle of a conversation is refused.",
                 }[self.mid_conversation]
             )
-        if self.handling in ("turn", "merged") and self.two_in_a_row != "kept":
-            sentences.append(f"Of two in a row {'one is LOST' if self.two_in_a_row == 'lost' else 'none is taken'}.")
-        if self.contents_are_parts:
-            sentences.append("It renders contents that are lists of parts only, and loses contents that are text.")
+            if self.two_in_a_row != "kept":
+                sentences.append(
+                    f"Of two in a row {'one is LOST' if self.two_in_a_row == 'lost' else 'none is taken'}."
+                )
         return sentences
 
 
@@ -136,9 +148,8 @@ def render_text(
             add_generation_prompt=add_generation_prompt,
             **tokenizer.special_tokens_map,
         )
-    # Beside what a template raises: text joined to a list, a key that isn't there, ...
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as fault:
-        raise Refused(" ".join(str(fault).split()).rstrip(".") or type(fault).__name__) from fault
+    except Exception as fault:  # a template is a program: it can fail in any way
+        raise Refused(reason(fault)) from fault
     return str(texts[0])
 
 
@@ -170,14 +181,19 @@ def probe(tokenizer: PreTrainedTokenizerBase) -> Probe:
         dated="strftime_now" in str(tokenizer.chat_template),
         mid_conversation=_middle(attempt(EXCHANGES[:2] + system() + EXCHANGES[2:]), turns),
         two_in_a_row=_pair(pair),
-        empty="raises" if isinstance(empty, Refused) else "absent" if empty == turns.plain else "differs",
+        empty="raises"
+        if isinstance(empty, Refused)
+        else "absent"
+        if _unnumbered(empty) == _unnumbered(turns.plain)
+        else "differs",
         contents_are_parts=turns.in_parts,
     )
 
 
 def find_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
     """How the tokenizer's template writes turns. Raises UserError where it loses one of a plain conversation."""
-    refusal = None
+    refusal: str | None = None
+    lost: list[str] = []
     for in_parts in (False, True):
         try:
             plain = render_text(tokenizer, EXCHANGES, in_parts=in_parts)
@@ -185,13 +201,15 @@ def find_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
         except Refused as refused:
             refusal = refusal or str(refused)
             continue
-        if all(message["content"] in plain for message in EXCHANGES):
+        missing = [name for name, turn in zip(_TURN_NAMES, EXCHANGES, strict=True) if turn["content"] not in plain]
+        if not missing:
             break
+        lost = lost or missing
     else:
-        what, why = ("refuses", f" ({refusal})") if refusal else ("loses messages of", "")
+        what, why = ("refuses", refusal) if refusal else ("loses messages of", f"{', '.join(lost)}: not as written")
         raise UserError(
-            f"chat.template: the template of {tokenizer.name_or_path} {what} a conversation of two questions and "
-            f"answers{why}. Name another template."
+            f"chat.template: {template_name(tokenizer)} {what} a conversation of two questions and answers ({why}). "
+            "Name another template."
         )
     before, _, rest = plain.partition(QUESTION)
     between = rest.partition(ANSWER)[2].partition(NEXT_QUESTION)[0]
@@ -200,13 +218,23 @@ def find_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
     if not before.startswith(bos) or opening.startswith(bos):
         bos = ""  # also where it begins every turn, as SmolLM2's does
     before = before.removeprefix(bos)
-    opening = common_end(before, opening)
-    return Turns(plain, bos, before[: len(before) - len(opening)], opening, in_parts)
+    shared = common_end(_unnumbered(before), _unnumbered(opening))
+    if not shared.strip() and opening.strip():  # a default stands in the first user turn, behind its opening
+        head = before[: max(0, _unnumbered(before).rfind(_unnumbered(opening)))]
+    else:
+        head = before[: len(before) - len(shared)]
+        opening = before[len(head) :]
+    return Turns(plain, bos, head, opening, in_parts)
 
 
 def common_end(one: str, other: str) -> str:
     """The longest text that both end with."""
     return one[len(one) - _same_start(one[::-1], other[::-1]) :]
+
+
+def _unnumbered(text: str) -> str:
+    """`text` with one digit for all: turns that are numbered, and clocks that go on, say the same twice."""
+    return _DIGIT.sub("0", text)
 
 
 def _same_start(one: str, other: str) -> int:
@@ -247,14 +275,24 @@ def _pair(text: str | Refused) -> Literal["kept", "lost", "raises"]:
 
 def _opens_turn(gap: str, turns: Turns) -> bool:
     """Whether a user turn begins in the text between a system message and a user's text."""
-    return turns.opening.strip() in gap
+    return _unnumbered(turns.opening).strip() in _unnumbered(gap)
 
 
 def _injected(plain: str, with_system: str) -> str | None:
-    """What stands in the place of the system message in the render without one."""
-    start = _same_start(plain, with_system)
-    end = len(plain) - len(common_end(plain[start:], with_system[start:]))
-    return plain[start:end].strip() or None
+    """What stands in the place of the system message in the render without one.
+
+    That place lies between two messages, or before the first one: what the renders differ in elsewhere is no default.
+    """
+    before, _, after = with_system.partition(SYSTEM)
+    behind = next((end for end in (QUESTION, ANSWER, NEXT_QUESTION, NEXT_ANSWER) if end in after), None)
+    front = next((end for end in (NEXT_ANSWER, NEXT_QUESTION, ANSWER, QUESTION) if end in before), None)
+    gap = plain.partition(behind)[0] if behind else plain
+    gap = gap.rpartition(front)[2] if front else gap
+    given = before.rpartition(front)[2] if front else before
+    given += SYSTEM + (after.partition(behind)[0] if behind else after)
+    start = _same_start(_unnumbered(gap), _unnumbered(given))
+    end = len(gap) - len(common_end(_unnumbered(gap[start:]), _unnumbered(given[start:])))
+    return gap[start:end].strip() or None
 
 
 def _words(head: str) -> str | None:

@@ -26,10 +26,12 @@ turn is what SYSGEN did for Gemma-2 (Jeong et al. 2025, arXiv:2502.11330).
 
 import json
 import re
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from train.data.chat_template import template_name
 from train.data.system_probe import (
     EXCHANGES,
     QUESTION,
@@ -45,7 +47,7 @@ from train.data.system_probe import (
 )
 from train.errors import UserError
 
-__all__ = ["Probe", "SystemRole", "probe", "settle"]
+__all__ = ["Outcome", "Probe", "SystemRole", "outcome", "probe", "settle"]
 
 SystemRole = Literal["native", "merge_into_user", "turn", "error"]
 
@@ -171,6 +173,42 @@ def settle(tokenizer: PreTrainedTokenizerBase, system_role: SystemRole, default_
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What rows get of system messages, in `sentences`.
+
+    `default`: that of conversations that have none of their own. `changed`: the template came with other ways.
+    """
+
+    sentences: list[str]
+    default: str | None
+    changed: bool
+
+
+def outcome(tokenizer: PreTrainedTokenizerBase, before: Probe, default_system: str | None) -> Outcome:
+    """What the settled template of `tokenizer` does, found by rendering it. `before`: what `settle` gave."""
+    plain = find_turns(tokenizer).plain
+    now = probe(tokenizer)
+    sentences = now.describe_settled()
+    default = None
+    if default_system and default_system.strip():
+        default = default_system
+        place = "gets" if default.strip() in plain else "LOSES"
+        sentences.append(f"A conversation that doesn't begin with one {place} chat.default_system: {default!r}.")
+    elif before.default is not None and before.default in plain:
+        default = before.default
+        sentences.append(f"A conversation without one gets the template's own: {default!r}.")
+    else:
+        taken = "" if before.default is None else f": the template's own is taken out ({before.default!r})"
+        sentences.append(f"A conversation without one gets none{taken}.")
+    if before.header is not None:
+        sentences.append(f"To every conversation the template adds: {before.header!r}.")
+    if before.dated:
+        sentences.append("It knows the day's date; where it writes it, the same row is other text tomorrow.")
+    # A header may hold a clock, which has gone on.
+    return Outcome(sentences, default, changed=replace(now, header=before.header) != before)
+
+
 def _turn(tokenizer: PreTrainedTokenizerBase) -> str:
     """The Jinja text that writes a system turn in the template's own syntax, proven by rendering.
 
@@ -206,10 +244,12 @@ def _turn(tokenizer: PreTrainedTokenizerBase) -> str:
             continue  # tools, where the template has none
         wanted = turns.bos + opening + SYSTEM + closing + without.removeprefix(turns.bos)
         options["template"] = extended
-        if (
-            render_text(tokenizer, system() + messages, in_parts=turns.in_parts, **options) != wanted
-            or render_text(tokenizer, messages, in_parts=turns.in_parts, **options) != without
-        ):
+        try:
+            given = render_text(tokenizer, system() + messages, in_parts=turns.in_parts, **options)
+            same = (given, render_text(tokenizer, messages, in_parts=turns.in_parts, **options)) == (wanted, without)
+        except Refused:
+            same = False
+        if not same:
             raise _no_turn(tokenizer, "a turn put at the start changes what follows it")
     return piece
 
@@ -297,14 +337,14 @@ def _loses_system_messages(tokenizer: PreTrainedTokenizerBase, found: Probe, sys
     how = f"it raises: {found.refusal}" if found.handling == "raises" else "their text is not in the render"
     error = "" if system_role == "error" else ", or `error` if no row has one"
     return UserError(
-        f"chat.system_role: {system_role}: the template of {tokenizer.name_or_path} loses system messages ({how}). "
+        f"chat.system_role: {system_role}: {template_name(tokenizer)} loses system messages ({how}). "
         f"Write `merge_into_user` (into the user turn) or `turn` (a turn of its own){error}."
     )
 
 
 def _no_turn(tokenizer: PreTrainedTokenizerBase, reason: str) -> UserError:
     return UserError(
-        f"chat.system_role: turn: no system turn can be made for the template of {tokenizer.name_or_path}: {reason}. "
+        f"chat.system_role: turn: no system turn can be made for {template_name(tokenizer)}: {reason}. "
         "Write `merge_into_user`, or name a template that has one with `chat.template`."
     )
 
@@ -312,7 +352,7 @@ def _no_turn(tokenizer: PreTrainedTokenizerBase, reason: str) -> UserError:
 def _cannot_remove(tokenizer: PreTrainedTokenizerBase, text: str) -> UserError:
     shown = text if len(text) <= 80 else text[:80] + "..."
     return UserError(
-        f"chat: the template of {tokenizer.name_or_path} adds {shown!r} to conversations, and that can't be taken "
+        f"chat: {template_name(tokenizer)} adds {shown!r} to conversations, and that can't be taken "
         "out. Name a template that doesn't with `chat.template`; or keep its text with `chat.system_role: native` and "
         "without `chat.default_system`, or with one that isn't empty."
     )

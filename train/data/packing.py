@@ -3,6 +3,7 @@
 import hashlib
 import heapq
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,11 @@ DOCUMENTS_PER_SEQUENCE = 1_024
 # The shares of all tokens that are held back as fillers, the most mixed composition first; 1 is best-fit decreasing.
 _HELD_BACK = (0.0, 1 / 64, 1 / 32, 1 / 16, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 _JITTER = 0.03  # rows of nearly equal length change places from epoch to epoch; more costs filling
+_FULL = (0.9995, 0.999)  # how full sequences are that exchange rows; at 8,192 tokens, 4 and 8 of room on average
+_ROUNDS = 100  # of exchanges; most sequences need one or two
+_SPARE = 4  # places in a sequence for rows that move into it
+_PARTNERS = 64  # that a sequence may meet in a round
+_ELEMENTS = 1 << 22  # differences of lengths looked at in one go: 32 MB
 _MAGIC = b"packing plan 1\n"
 
 
@@ -107,14 +113,16 @@ def plan(
     `lengths`: tokens of each row. `capacity`: tokens that a sequence holds; None: no packing, one row a sequence in the
     order given. `multiple_of`: ranks x sequences per device and micro step, so that all ranks get equally many.
 
-    The NUMBER OF SEQUENCES follows from the lengths alone: that of best-fit decreasing, a thousandth more at most,
-    rounded up to `multiple_of`. Where there are fewer rows than that (or no packing), there are as many sequences as
-    rows. The COMPOSITION follows from (seed, epoch): best-fit decreasing alone would put rows of like length, hence of
-    like kind, together. So the rows are dealt, the longest first, each to the emptiest sequence, which gives every
-    sequence its share of each length and levels the sequences; where the room left would be too ragged, the shortest
-    rows are held back and fill it by best-fit decreasing, as few as are enough. Where nothing else fits, all are held
-    back, and only rows of equal length change places. Sequences that are then missing to the number are made by
-    splitting the fullest into two halves of about equal tokens.
+    The NUMBER OF SEQUENCES follows from the lengths alone, rounded up to `multiple_of`: so many that they are 99.95 % or
+    99.9 % full, where that can be had; at most that of best-fit decreasing and a thousandth more. Where there are fewer
+    rows than that (or no packing), there are as many sequences as rows. The COMPOSITION follows from (seed, epoch).
+
+    Best-fit decreasing alone would put rows of like length, hence of like kind, together. So the rows are dealt, the
+    longest first, each to the emptiest sequence (Graham's LPT rule, 1969), which gives every sequence its share of each
+    length; then full and empty sequences exchange rows until none holds more than its capacity. Where lengths are too
+    ragged for that (many of more than half the capacity), the shortest rows are held back and fill what room is left
+    by best-fit decreasing, as few as are enough; and where nothing else fits, all are, and only rows of equal length
+    change places.
 
     Raises ValueError for a row that is empty or longer than `capacity`, and for arguments below 1.
     """
@@ -125,12 +133,40 @@ def plan(
         return PackingPlan(np.arange(len(tokens), dtype=np.int32), np.arange(len(tokens) + 1, dtype=np.int64))
     in_python = tokens.tolist()
     most = _most_documents(in_python, capacity, documents_per_sequence)
+    chance = np.random.Generator(np.random.PCG64([seed, epoch])).random(len(tokens))
+
+    def rounded(number: int) -> int:
+        return min(-(-number // multiple_of) * multiple_of, len(tokens))
+
     fewest = len(pack(in_python, capacity, documents_per_sequence))
     enough = fewest + fewest // 1_000
-    number = min(-(-enough // multiple_of) * multiple_of, len(tokens))
-    chance = np.random.Generator(np.random.PCG64([seed, epoch])).random(len(tokens))
+    sequences: list[list[int]] | None = None
+    least = tokens.sum() / capacity
+    for number in sorted({rounded(min(max(math.ceil(least), int(least / full)), enough)) for full in _FULL}):
+        unshuffled = _level(np.argsort(-tokens, kind="stable"), tokens, capacity, most, number)
+        if unshuffled is not None:
+            jittered = np.argsort(-tokens * (1 + _JITTER * chance), kind="stable")
+            sequences = _level(jittered, tokens, capacity, most, number)
+            sequences = sequences or _with_equals_shuffled(unshuffled, tokens, chance)
+            break
+    if sequences is None:
+        sequences = _fill(tokens, in_python, chance, capacity, most, rounded(enough))
+    ends = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
+    return PackingPlan(np.fromiter((row for rows in sequences for row in rows), np.int32, len(tokens)), ends)
+
+
+def _fill(
+    tokens: NDArray[np.int64],
+    in_python: Sequence[int],
+    chance: NDArray[np.float64],
+    capacity: int,
+    most: int,
+    number: int,
+) -> list[list[int]]:
+    """So many sequences, with as few rows held back as fillers as will do."""
     longest_first = np.lexsort((chance, -tokens))
     tokens_so_far = np.cumsum(tokens[longest_first])
+    sequences: list[list[int]] | None = None
     for held_back in _HELD_BACK:
         dealt = int(np.searchsorted(tokens_so_far, (1 - held_back) * tokens.sum(), side="right"))
         first, last = longest_first[:dealt], longest_first[dealt:]
@@ -139,9 +175,65 @@ def plan(
         if sequences is not None:
             break
     assert sequences is not None, "best-fit decreasing fits into as many sequences as it takes"
-    sequences = _split([sequence for sequence in sequences if sequence], in_python, number)
-    ends = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
-    return PackingPlan(np.fromiter((row for rows in sequences for row in rows), np.int32, len(tokens)), ends)
+    return _split([sequence for sequence in sequences if sequence], in_python, number)
+
+
+def _level(
+    order: NDArray[np.int64], tokens: NDArray[np.int64], capacity: int, most: int, number: int
+) -> list[list[int]] | None:
+    """Deal the rows in this order to so many sequences, then exchange rows until none is too long; None: it can't be.
+
+    In each round the sequences that are too long meet as many of the emptiest, each time another one, and each pair
+    exchanges the two rows that bring it nearest to being equal.
+    """
+    sequences = _deal(order.tolist(), tokens.tolist(), capacity * 2, most, number)
+    if not sequences or not all(sequences) or int((2 * tokens > capacity).sum()) > number:
+        return None
+    widest = min(max(map(len, sequences)) + _SPARE, most)  # some places stay free for rows that move
+    rows = np.full((number, widest), -1)
+    for place, members in enumerate(sequences):
+        rows[place, : len(members)] = members
+    held = np.where(rows >= 0, tokens[rows], 0)
+    meeting = np.random.Generator(np.random.PCG64(0))
+    for _ in range(_ROUNDS):
+        totals = held.sum(axis=1)
+        if totals.max() <= capacity:
+            return [members[members >= 0].tolist() for members in rows]
+        others = meeting.permutation(np.flatnonzero(totals <= capacity))
+        full = np.flatnonzero(totals > capacity)[: len(others)]
+        if not len(full):
+            return None
+        each = min(_PARTNERS, len(others) // len(full))
+        asking, asked = np.repeat(full, each), others[: len(full) * each]
+        left = np.empty(len(asking))
+        chosen = np.empty((2, len(asking)), np.int64)
+        at_once = max(1, _ELEMENTS // widest**2)
+        for start in range(0, len(asking), at_once):
+            some = slice(start, start + at_once)
+            theirs, ours = held[asked[some]][:, None, :], held[asking[some]][:, :, None]
+            over, room = totals[asking[some]] - capacity, capacity - totals[asked[some]]
+            moved = ours - theirs
+            excess = np.maximum(over[:, None, None] - moved, 0) + np.maximum(moved - room[:, None, None], 0)
+            score = excess + np.abs(2 * moved - (over + room)[:, None, None]) / (8 * capacity)  # then: the more alike
+            score[np.broadcast_to(ours == 0, score.shape)] = np.inf  # there is no row; into a free place one may move
+            best = score.reshape(len(score), -1).argmin(axis=1)
+            chosen[:, some] = best // widest, best % widest
+            left[some] = np.take_along_axis(score.reshape(len(score), -1), best[:, None], axis=1)[:, 0]
+        partner = left.reshape(-1, each).argmin(axis=1) + np.arange(len(full)) * each
+        partner = partner[left[partner] < totals[full] - capacity]
+        here, there = (asking[partner], chosen[0][partner]), (asked[partner], chosen[1][partner])
+        for values in (rows, held):
+            values[here], values[there] = values[there], values[here]
+    return None
+
+
+def _with_equals_shuffled(
+    sequences: list[list[int]], tokens: NDArray[np.int64], chance: NDArray[np.float64]
+) -> list[list[int]]:
+    """The same lengths in each sequence, of rows that change places with others of their length."""
+    takes_the_place_of = np.empty(len(tokens), np.int64)
+    takes_the_place_of[np.argsort(tokens, kind="stable")] = np.lexsort((chance, tokens))
+    return [takes_the_place_of[rows].tolist() for rows in sequences]
 
 
 def _most_documents(lengths: Sequence[int], capacity: int, documents_per_sequence: int | None) -> int:
@@ -197,23 +289,30 @@ def _best_fit(
     return True
 
 
-def _deal_and_fill(
-    first: Sequence[int], last: Sequence[int], lengths: Sequence[int], capacity: int, most: int, number: int
-) -> list[list[int]] | None:
-    """Deal the rows `first`, each to the emptiest of so many sequences, then fit in those of `last`; None: no room."""
+def _deal(rows: Sequence[int], lengths: Sequence[int], capacity: int, most: int, number: int) -> list[list[int]] | None:
+    """Each row to the emptiest of so many sequences that has fewer than `most`; None where one would get too long."""
     sequences: list[list[int]] = [[] for _ in range(number)]
-    tokens = [0] * number
     emptiest = [(0, sequence) for sequence in range(number)]  # a heap of (tokens, sequence) of those below the cap
-    for row in first:
+    for row in rows:
         if not emptiest or emptiest[0][0] + lengths[row] > capacity:
             return None
         used, sequence = emptiest[0]
-        tokens[sequence] = used + lengths[row]
         sequences[sequence].append(row)
         if len(sequences[sequence]) < most:
-            heapq.heapreplace(emptiest, (tokens[sequence], sequence))
+            heapq.heapreplace(emptiest, (used + lengths[row], sequence))
         else:
             heapq.heappop(emptiest)
+    return sequences
+
+
+def _deal_and_fill(
+    first: Sequence[int], last: Sequence[int], lengths: Sequence[int], capacity: int, most: int, number: int
+) -> list[list[int]] | None:
+    """Deal the rows `first`, then fit in those of `last` by best-fit decreasing; None where there is no room."""
+    sequences = _deal(first, lengths, capacity, most, number)
+    if sequences is None:
+        return None
+    tokens = [sum(lengths[row] for row in rows) for rows in sequences]
     return sequences if _best_fit(last, lengths, capacity, most, sequences, tokens, may_open=False) else None
 
 

@@ -113,9 +113,10 @@ def plan(
     `lengths`: tokens of each row. `capacity`: tokens that a sequence holds; None: no packing, one row a sequence in the
     order given. `multiple_of`: ranks x sequences per device and micro step, so that all ranks get equally many.
 
-    The NUMBER OF SEQUENCES follows from the lengths alone, rounded up to `multiple_of`: so many that they are 99.95 % or
-    99.9 % full, where that can be had; at most that of best-fit decreasing and a thousandth more. Where there are fewer
-    rows than that (or no packing), there are as many sequences as rows. The COMPOSITION follows from (seed, epoch).
+    The NUMBER OF SEQUENCES follows from the lengths alone, rounded up to `multiple_of`: so many that they are 99.95 %
+    or 99.9 % full, where that can be had; at most that of best-fit decreasing and a thousandth more. Where there are
+    fewer rows than that (or no packing), there are as many sequences as rows. The COMPOSITION follows from (seed,
+    epoch).
 
     Best-fit decreasing alone would put rows of like length, hence of like kind, together. So the rows are dealt, the
     longest first, each to the emptiest sequence (Graham's LPT rule, 1969), which gives every sequence its share of each

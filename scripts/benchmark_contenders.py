@@ -221,7 +221,12 @@ def ours(task: Task, clock: Clock) -> Tokens:
         data["cache_dir"] = str(task.folder / "cache" / "ours")
     file = task.folder / "recipe.yaml"
     sections = {"model": {"name_or_path": task.tokenizer}, "chat": {"template": task.template}, "data": data}
-    file.write_text(yaml.safe_dump({**sections, "output_dir": str(task.folder / "run")}), encoding="utf-8")
+    file.write_text(
+        yaml.safe_dump(
+            {**sections, "training": {"per_device_train_batch_size": 1}, "output_dir": str(task.folder / "run")}
+        ),
+        encoding="utf-8",
+    )
     recipe = load_recipe(file)
     tokenizer = load_tokenizer(recipe.model)
     use_template(tokenizer, recipe.chat.template)

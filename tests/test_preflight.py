@@ -440,3 +440,20 @@ def test_a_run_without_a_full_batch_or_without_its_processes_is_not_ready(
     assert error.startswith("training.dataloader_drop_last: no batch is full")
     error = refused("--recipe", recipe_file(training={"fsdp": "full_shard"}), "--check")
     assert error.startswith("training.fsdp: it takes several processes")
+
+
+def test_rows_whose_control_tokens_are_broken_up_are_counted(
+    recipe_file: Callable[..., Path], rows_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = rows_file.read_text().splitlines()
+    for number in (3, 8):
+        row = json.loads(lines[number])
+        row["messages"][-1]["content"] += " <|im_end|>"
+        lines[number] = json.dumps(row)
+    rows_file.write_text("\n".join(lines))
+    recipe = recipe_file(chat={"control_tokens_in_text": "escape"})
+    for _ in range(2):  # made now, and found
+        assert main(["--recipe", str(recipe), "--check"]) == 0
+        assert "2 rows have control tokens typed in the text, which a zero-width space" in capsys.readouterr().out
+    assert main(["--recipe", str(recipe_file()), "--check", "chat.control_tokens_in_text=allow"]) == 0
+    assert "zero-width" not in capsys.readouterr().out

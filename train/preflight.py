@@ -295,6 +295,7 @@ def screen(recipe: Recipe, template: str, data: Prepared, model: "PreTrainedMode
     if recipe.quantization is not None:
         kind += f" on 4-bit {recipe.quantization.bnb_4bit_quant_type}"
     steps = optimizer_steps(data.train.rows, arguments)
+    together = min(sequences_per_step(arguments), len(data.train.rows))
     lines = [
         ("model", f"{recipe.model.name_or_path}, {recipe.model.dtype}, attention {model.config._attn_implementation}"),
         ("training", f"{kind}: {trained:,} of {total:,} parameters ({trained / total:.2%})"),
@@ -305,13 +306,24 @@ def screen(recipe: Recipe, template: str, data: Prepared, model: "PreTrainedMode
         *(("warning", visible(warning)) for warning in warnings_of(data)),
         (
             "steps",
-            f"{steps:,} of {sequences_per_step(arguments)} rows, about "
-            f"{data.train.account.tokens_per_sequence * sequences_per_step(arguments):,.0f} tokens; "
-            f"{arguments.world_size} process{'es' if arguments.world_size > 1 else ''}",
+            f"{steps:,} of {counted(together, 'sequence')}, about "
+            f"{data.train.account.tokens_per_sequence * together:,.0f} tokens; "
+            f"{counted(arguments.world_size, 'process')}",
         ),
+        *([("", _describe_waiting(data, model, arguments))] if arguments.world_size > 1 else []),
         ("output", recipe.output_dir),
     ]
     return "\n".join(f"{name:<11} {value}" for name, value in lines)
+
+
+def _describe_waiting(data: Prepared, model: "PreTrainedModel", arguments: "SFTConfig") -> str:
+    from train.loop.order import EpochOrder
+
+    plain, dealt = EpochOrder(data.train.rows, arguments, model.config).waiting()
+    return (
+        f"ranks wait for the longest documents of others: {dealt - 1:.1%} of the time, as long ones are dealt evenly "
+        f"({plain - 1:.1%} in random order)"
+    )
 
 
 def _describe(name: str, account: Account, recipe: Recipe) -> list[tuple[str, str]]:

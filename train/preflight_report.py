@@ -240,6 +240,11 @@ def pieces(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], labels:
 def warnings_of(data: Prepared) -> list[str]:
     """What a person should know of the data, though nothing keeps it from being trained."""
     found = []
+    if data.escaped:
+        found.append(
+            f"{counted(data.escaped, 'row', 'has', 'have')} control tokens typed in the text, which a zero-width space "
+            "breaks up (chat.control_tokens_in_text: escape)"
+        )
     for name, account in data.accounts.items():
         if account.duplicates.example:
             first, second = account.duplicates.example

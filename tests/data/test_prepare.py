@@ -172,3 +172,28 @@ def test_examples_show_both_kinds_and_are_seeded() -> None:
     assert len({tuple(choose_examples(kinds, seed)) for seed in range(20)}) > 15
     assert choose_examples([True, False], 0) == [0, 1]
     assert choose_examples([], 0) == []
+
+
+def test_examples_repeat_no_row_and_show_any_part_of_a_split_conversation(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    chatml = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if loop.last or m.role == 'user' %}"
+    template = tmp_path / "split.jinja"  # only the last answer has its end token, so each needs a row of its own
+    template.write_text(
+        chatml + "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    turns = [{"role": role, "content": f"{role} {n}"} for n in range(6) for role in ("user", "assistant")]
+    path = tmp_path / "turns.jsonl"
+    path.write_text((json.dumps({"messages": turns}) + "\n") * 3 + json.dumps({"messages": turns[:2]}) + "\n")
+    data = {"sources": [{"path": str(path)}]}
+    account = examined(recipe_file(chat={"template": str(template)}, data=data)).train.account
+    assert (account.conversations, account.rows) == (4, 19)
+    assert sorted(row.place for row in account.examples) == [f"{path}:1", f"{path}:4"]
+    seeds = range(8)
+    shown = {
+        len(row.input_ids)
+        for seed in seeds
+        for row in examined(recipe_file(chat={"template": str(template)}, data=data, seed=seed)).train.account.examples
+        if row.place == f"{path}:1"
+    }
+    assert len(shown) > 2

@@ -6,6 +6,7 @@ worked out anew at each start, from numbers alone.
 
 import math
 import os
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -104,13 +105,18 @@ class CachedSource:
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that training needs of the data. `faults`: rows that can't be trained, by kind, whichever part's they are."""
+    """All that training needs of the data.
+
+    `faults`: rows that can't be trained, by kind, whichever part's they are. `escaped`: rows of the sources that are
+    trained with the control tokens typed in their text broken up.
+    """
 
     train: Part
     validation: Part | None
     faults: Mapping[str, BadRows] = field(default_factory=dict)
     overlap: Overlap = field(default_factory=Overlap)
     caches: Sequence[CachedSource] = ()
+    escaped: int = 0
 
     @property
     def accounts(self) -> dict[str, Account]:
@@ -175,14 +181,16 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         CachedSource(source.path, entry.key, str(entry.folder), entry.hit, entry.facts["tokenizer"])
         for (_, source), (entry, _) in zip(named, tokenized, strict=True)
     ]
+    escaped = sum(entry.facts["escaped"] for entry, _ in tokenized)
     if "validation" not in parts:
-        return Prepared(parts["training"][0], None, faults, caches=caches)
+        return Prepared(parts["training"][0], None, faults, caches=caches, escaped=escaped)
     return Prepared(
         parts["training"][0],
         parts["validation"][0],
         faults,
         _overlap(rows, firsts[parts["training"][1]], firsts[parts["validation"][1]]),
         caches,
+        escaped,
     )
 
 
@@ -228,8 +236,8 @@ def refusal(data: Prepared, section: DataSection) -> str | None:
         if not account.rows:
             overlong = sum(rows.count for rows in account.overlong.values())
             reasons.append(
-                f"no {name} row is left of {account.conversations:,}: {overlong:,} were longer than "
-                f"data.max_length ({section.max_length:,}; the longest has {account.longest:,} tokens)."
+                f"no {name} row is left of {account.conversations:,}, as {overlong:,} are longer than data.max_length "
+                f"({section.max_length:,}); the longest has {account.longest:,} tokens."
             )
     return f"data: {' '.join(reasons)}" if reasons else None
 
@@ -280,9 +288,14 @@ def _part(
     _, first = np.unique(rows.conversations[chosen], return_index=True)  # of rows that weights repeat, templates split
     once = np.sort(first)
     account.duplicates = duplicates(rows.digests[chosen[once]], lambda place: rows.place(chosen[once[place]]))
-    for place in choose_examples(rows.has_system[chosen[once]].tolist(), recipe.seed):
-        row = chosen[once[place]]
-        account.examples.append(Row(*sequences.row(once[place]), rows.place(row), bool(rows.has_system[row])))
+    _, different = np.unique(rows.digests[chosen[once]], return_index=True)
+    to_show = once[np.sort(different)]
+    chance = random.Random(f"part {recipe.seed}")
+    for number in choose_examples(rows.has_system[chosen[to_show]].tolist(), recipe.seed):
+        parts = np.flatnonzero(rows.conversations[chosen] == rows.conversations[chosen[to_show[number]]])
+        place = chance.choice(parts.tolist())  # where a template splits the conversation: any of its rows
+        row = int(chosen[place])
+        account.examples.append(Row(*sequences.row(place), rows.place(row), bool(rows.has_system[row])))
     return Part(sequences, account), rows.conversations[chosen[once]]
 
 

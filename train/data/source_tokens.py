@@ -108,6 +108,7 @@ def _write(
         "source": source.path,
         "rows": counted.rows,
         "faults": counted.faults.kinds,
+        "escaped": counted.faults.escaped,
         "tokenizer": f"the tokenizer itself, as {why_not_fast}" if why_not_fast else "fastokens, checked on a sample",
     }
 
@@ -122,7 +123,7 @@ class _Counted:
     def __iter__(self) -> Iterator[pyarrow.RecordBatch]:
         reported = time.monotonic()
         for batch, faults in self._batches:
-            self.faults.merge(faults.kinds)
+            self.faults.merge(faults)
             self.rows += batch.num_rows
             self._job.advance(batch.num_rows)
             if time.monotonic() - reported > _SECONDS_BETWEEN_REPORTS:

@@ -38,17 +38,23 @@ _EXAMPLES = 3
 
 @dataclass(slots=True)
 class Faults:
-    """Rows that can't be trained. `kinds`: for each kind of fault how many, and (file, place, detail) of the first."""
+    """Rows that can't be trained as they are.
+
+    `kinds`: for each kind of fault how many, and (file, place, detail) of the first. `escaped`: rows that are trained
+    with the control tokens typed in their text broken up.
+    """
 
     kinds: dict[str, tuple[int, list[tuple[int, str, str]]]] = field(default_factory=dict)
+    escaped: int = 0
 
     def add(self, fault: RowFault, file: int, place: str) -> None:
         """Count one more."""
-        self.merge({fault.kind: (1, [(file, place, fault.detail)])})
+        self.merge(Faults({fault.kind: (1, [(file, place, fault.detail)])}))
 
-    def merge(self, kinds: dict[str, tuple[int, list[tuple[int, str, str]]]]) -> None:
+    def merge(self, others: "Faults") -> None:
         """Count those that come after these."""
-        for kind, (count, examples) in kinds.items():
+        self.escaped += others.escaped
+        for kind, (count, examples) in others.kinds.items():
             before, first = self.kinds.get(kind, (0, []))
             self.kinds[kind] = before + count, [*first, *examples][:_EXAMPLES]
 

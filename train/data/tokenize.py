@@ -42,6 +42,7 @@ class RowTokenizer:
         self.encoder = Encoder(tokenizer, fast=fast)
         self._control_tokens = ControlTokens(tokenizer, control_tokens_in_text)
         self._train_on: TrainOn = train_on
+        self._escaped = 0  # conversations, since the chunk began
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[Encoded] | RowFault]:
         """Each conversation's rows in its order, or the fault that keeps it from being trained.
@@ -57,12 +58,12 @@ class RowTokenizer:
 
     def _cleaned(self, conversation: Conversation) -> tuple[list[Message], Tools] | RowFault:
         try:
-            return (
-                self._control_tokens.clean(conversation.messages),
-                self._control_tokens.clean_tools(conversation.tools),
-            )
+            messages = self._control_tokens.clean(conversation.messages)
+            tools = self._control_tokens.clean_tools(conversation.tools)
         except RowFault as fault:
             return fault
+        self._escaped += messages is not conversation.messages or tools != conversation.tools
+        return messages, tools
 
     def encode_chunk(self, file: int, chunk: Chunk, format: str) -> tuple[pyarrow.RecordBatch, Faults]:
         """The rows of a chunk as they are stored, and what was wrong with the others. `file`: its number."""
@@ -76,7 +77,10 @@ class RowTokenizer:
             except RowFault as fault:
                 faults.add(fault, file, place)
         good: list[tuple[Conversation, list[Encoded]]] = []
-        for conversation, result in zip(conversations, self.encode(conversations), strict=True):
+        self._escaped = 0
+        results = self.encode(conversations)
+        faults.escaped = self._escaped
+        for conversation, result in zip(conversations, results, strict=True):
             if isinstance(result, RowFault):
                 faults.add(result, file, conversation.place)
             else:

@@ -289,6 +289,7 @@ def _describe_rhythm(rhythm: Rhythm) -> str:
 def screen(recipe: Recipe, template: str, data: Prepared, model: "PreTrainedModel", arguments: "SFTConfig") -> str:
     """Model, data, batches and what is trained, as lines of plain text. `template`: which one, in words."""
     from train.loop.trainer import optimizer_steps, sequences_per_step
+    from train.model.attention import attention_for
 
     trained, total = _parameters(model)
     kind = "full fine-tuning" if recipe.adapter is None else f"LoRA r={recipe.adapter.r}"
@@ -297,7 +298,8 @@ def screen(recipe: Recipe, template: str, data: Prepared, model: "PreTrainedMode
     steps = optimizer_steps(data.train.rows, arguments)
     together = min(sequences_per_step(arguments), len(data.train.rows))
     lines = [
-        ("model", f"{recipe.model.name_or_path}, {recipe.model.dtype}, attention {model.config._attn_implementation}"),
+        ("model", f"{recipe.model.name_or_path}, {recipe.model.dtype}"),
+        ("attention", str(attention_for(recipe, model.config))),
         ("training", f"{kind}: {trained:,} of {total:,} parameters ({trained / total:.2%})"),
         ("template", template),
         *_describe("data", data.train.account, recipe),

@@ -46,8 +46,20 @@ class ModelSection(_Section):
     dtype: Literal["bfloat16", "float16", "float32", "auto"] = "bfloat16"
     """Type of the weights as loaded; auto = as saved. With full fine-tuning on one process AdamW in pure bfloat16 loses
     small updates; float32 with `training.bf16` keeps master weights."""
-    attention: Literal["auto", "flash_attention_3", "flash_attention_2", "flex_attention", "sdpa", "eager"] = "auto"
-    """Attention kernel; auto = the fastest one found here that keeps packed documents apart."""
+    attention: Literal[
+        "auto",
+        "flash_attention_4",
+        "flash_attention_3",
+        "flash_attention_2",
+        "torch_varlen",
+        "flex_attention",
+        "sdpa",
+        "eager",
+    ] = "auto"
+    """Attention kernel; auto = the fastest one found here that can do what this model needs and keeps packed documents
+    apart: the start screen says which, and why no faster one. torch_varlen = FlashAttention with the kernels that torch
+    ships; flash_attention_N need the packages flash-attn-4, flash-attn-3 (built from source) or flash-attn; sdpa and
+    eager mask what other documents hold, and compute it all the same."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Read that code first."""
     allow_pickle: bool = False

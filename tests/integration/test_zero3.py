@@ -16,22 +16,27 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).parents[2]
 
 
+def launch(folder: Path, program: Path | str, recipe: Path) -> subprocess.CompletedProcess[str]:
+    """Two processes on a CPU, as accelerate_configs/zero3.yaml starts them on GPUs."""
+    config = yaml.safe_load((ROOT / "accelerate_configs" / "zero3.yaml").read_text())
+    (folder / "zero3.yaml").write_text(yaml.safe_dump({**config, "use_cpu": True, "num_processes": 2}))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", folder / "zero3.yaml"]
+    return subprocess.run(
+        [*launcher, program, "--recipe", recipe],
+        cwd=ROOT,
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_full_fine_tuning_under_zero3_saves_a_whole_model(
     recipe_file: Callable[..., Path], tmp_path: Path, tiny_model: Path
 ) -> None:
     recipe = recipe_file(training={"per_device_train_batch_size": 1, "gradient_checkpointing": True})
-    config = yaml.safe_load((ROOT / "accelerate_configs" / "zero3.yaml").read_text())
-    (tmp_path / "zero3.yaml").write_text(yaml.safe_dump({**config, "use_cpu": True, "num_processes": 2}))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "zero3.yaml"]
-    result = subprocess.run(
-        [*launch, "train/sft.py", "--recipe", recipe],
-        cwd=ROOT,
-        env=os.environ | {"DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = launch(tmp_path, "train/sft.py", recipe)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "2 processes" in result.stdout
     before, after = load_file(tiny_model / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
@@ -40,3 +45,29 @@ def test_full_fine_tuning_under_zero3_saves_a_whole_model(
     AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     AutoTokenizer.from_pretrained(tmp_path / "run")
     assert result.stdout.count("step 1/") == 1
+    assert result.stdout.count("packed documents are apart: replacing one changes the next one's loss by 0 ") == 1
+
+
+LEAKING = """
+import sys
+import train.loop.trainer as loop
+collate = loop.SFTTrainer._prepare_inputs
+def with_a_mask(self, inputs):
+    inputs = collate(self, inputs)
+    return inputs | {"attention_mask": inputs["input_ids"].new_ones(inputs["input_ids"].shape)}
+loop.SFTTrainer._prepare_inputs = with_a_mask
+from train.sft import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_packed_documents_that_see_each_other_stop_all_processes(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A mask of ones makes transformers overlook the documents of a pack. Both processes end, neither waits."""
+    (tmp_path / "leaking.py").write_text(LEAKING)
+    result = launch(tmp_path, tmp_path / "leaking.py", recipe_file(training={"per_device_train_batch_size": 1}))
+    assert result.returncode != 0
+    assert result.stderr.count("error: model.attention: sdpa lets packed documents see each other") == 1
+    assert "step 1/" not in result.stdout

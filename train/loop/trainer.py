@@ -18,6 +18,7 @@ from train.data.loss_mask import NOT_TRAINED
 from train.data.prepare import Prepared
 from train.data.sequences import Sequences
 from train.errors import UserError
+from train.loop.isolation import IsolationTest
 from train.loop.order import EpochOrder
 from train.loop.report import model_card
 from train.loop.tracking import integrations
@@ -122,6 +123,8 @@ class JanusTrainer(SFTTrainer):
         self.train_dataset = data.train.rows
         self.eval_dataset = data.validation.rows if data.validation else None
         self.remove_callback(PrinterCallback)
+        if recipe.data.packing:
+            self.add_callback(IsolationTest(self))
         self._recipe = recipe
 
     def _get_train_sampler(self, train_dataset: Sequences | None = None) -> Sampler[int] | None:

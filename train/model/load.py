@@ -6,12 +6,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from train.errors import UserError
 from train.model.adapters import quantization_config
-from train.model.attention import choose_attention
+from train.model.attention import attention_for, choose_attention, machine, needs_of
 from train.recipe import ModelSection, Recipe
 
 
@@ -55,17 +62,22 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
         raise _refuse(model, fault) from fault
 
 
+def _config(model: ModelSection) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(**_origin(model))
+    except (OSError, ValueError, KeyError, ImportError) as fault:
+        raise _refuse(model, fault) from fault
+
+
 def check_fits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError where the run can't work on this machine or model: found before the data is prepared.
 
     A kernel or package that is missing, token ids beyond the model's vocabulary, sequences longer than its positions.
     """
-    choose_attention(recipe.model.attention, recipe.model.dtype)
     quantization_config(recipe.quantization)
-    try:
-        config = AutoConfig.from_pretrained(**_origin(recipe.model)).get_text_config()
-    except (OSError, ValueError, KeyError, ImportError) as fault:
-        raise _refuse(recipe.model, fault) from fault
+    whole = _config(recipe.model)
+    choose_attention(recipe.model.attention, needs_of(recipe, whole), machine())
+    config = whole.get_text_config()
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"model.name_or_path: the tokenizer of {recipe.model.name_or_path} has {len(tokenizer):,} tokens, its "
@@ -87,11 +99,12 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     """
     hide_bars_in_logs()
     model = recipe.model
+    attention = attention_for(recipe, _config(model))
     try:
         return AutoModelForCausalLM.from_pretrained(
             **_origin(model),
             dtype=getattr(torch, model.dtype, "auto"),
-            attn_implementation=choose_attention(model.attention, model.dtype),
+            attn_implementation=attention.kernel,
             quantization_config=quantization_config(recipe.quantization),
             use_safetensors=None if model.allow_pickle else True,
         )

@@ -1,0 +1,167 @@
+"""torch_varlen: FlashAttention for packed documents with the kernels that torch ships, registered with transformers.
+
+torch.nn.attention.varlen (torch 2.10 and later) is FlashAttention-2 (Dao 2023, arXiv:2307.08691) over one row of tokens
+with the borders of its documents; nothing has to be compiled or installed beside torch. TRL's selective checkpointing
+keeps what attention put out, by its operator's name; this one it doesn't know (trl 1.16), so it is computed again.
+"""
+
+import importlib.util
+import inspect
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flash_attention import get_target_dtype
+from transformers.masking_utils import flash_attention_mask
+
+NAME = "torch_varlen"
+
+
+def register() -> None:
+    """Make `torch_varlen` known to transformers: the kernel, and masks as FlashAttention takes them (2-D or none)."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, flash_attention_mask)
+
+
+@cache
+def kernel_parameters() -> frozenset[str]:
+    """What torch's kernel takes here: it differs between 2.10, 2.11 and 2.13. Empty where torch has none."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return frozenset()
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+class Documents(NamedTuple):
+    """Where documents begin and end in one row of tokens."""
+
+    borders: torch.Tensor
+    """int32 [documents + 1], from 0 to the number of tokens."""
+    longest: int
+    """Tokens of the longest document, or more."""
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as transformers calls it: `query` [batch, heads, tokens, size] -> [batch, tokens, heads, value size].
+
+    Documents are told apart by `cu_seq_lens_q` and `max_length_q` (TRL's collator makes them), else by a padding mask
+    [batch, tokens], else by `position_ids` that start again. `key` and `value` may have fewer heads (GQA), more tokens
+    (a cache: the queries are then the last ones) and `value` a smaller size (MLA).
+    Raises ValueError for what torch's kernel can't do: dropout, soft-capping, attention sinks, 4-D masks.
+    """
+    for what, asked in ("dropout", dropout), ("soft-capping", softcap), ("attention sinks", s_aux is not None):
+        if asked:
+            raise ValueError(f"{NAME} does no {what}. Write another `model.attention`.")
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(f"{NAME} takes a padding mask [batch, tokens], found {list(attention_mask.shape)}.")
+    batch, _, query_tokens, size = query.shape
+    target = get_target_dtype(query, module)  # RoPE and norms in float32 leave float32 behind under autocast
+    if target is not None:
+        query, key, value = query.to(target), key.to(target), value.to(target)
+    value_size = value.shape[-1]
+    if value_size < size:
+        value = functional.pad(value, (0, size - value_size))
+    key_tokens = key.shape[2]
+    query, key, value = (one.transpose(1, 2).reshape(-1, one.shape[1], size) for one in (query, key, value))
+
+    kept: torch.Tensor | None = None
+    if kwargs.get("cu_seq_lens_q") is not None and attention_mask is None:
+        of_queries = Documents(kwargs["cu_seq_lens_q"], int(kwargs["max_length_q"]))
+        of_keys = Documents(kwargs["cu_seq_lens_k"], int(kwargs["max_length_k"]))
+    elif attention_mask is not None:
+        query_mask = attention_mask[:, -query_tokens:].bool()
+        key_mask = functional.pad(attention_mask.bool(), (0, key_tokens - attention_mask.shape[1]))
+        kept, seen = query_mask.flatten().nonzero().squeeze(1), key_mask.flatten().nonzero().squeeze(1)
+        query, key, value = query[kept], key[seen], value[seen]
+        of_queries, of_keys = _of_lengths(query_mask.sum(1)), _of_lengths(key_mask.sum(1))
+    elif query_tokens == key_tokens:
+        of_queries = of_keys = _of_positions(kwargs.get("position_ids"), batch, query_tokens, query.device)
+    else:
+        of_queries = _of_equal(batch, query_tokens, query.device)
+        of_keys = _of_equal(batch, key_tokens, query.device)
+
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    window = sliding_window if sliding_window is not None and of_keys.longest > sliding_window else None
+    scale = size**-0.5 if scaling is None else scaling
+    output = flash_varlen(query, key, value, of_queries, of_keys, scale=scale, causal=causal, window=window)
+    if kept is not None:
+        output = output.new_zeros(batch * query_tokens, *output.shape[1:]).index_copy(0, kept, output)
+    return output.view(batch, query_tokens, -1, size)[..., :value_size], None
+
+
+def flash_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    of_queries: Documents,
+    of_keys: Documents,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None,
+) -> torch.Tensor:
+    """torch's kernel, whichever version of it: `query` [tokens, heads, size] -> the same shape.
+
+    A query sees the last `window` keys of its document, itself among them; None = all. Causal: none after it, the last
+    query standing at the last key. Raises ValueError for a window where torch's kernel has none (2.10).
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    takes = kernel_parameters()
+    arguments: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in takes:
+            arguments["enable_gqa"] = True
+        else:  # until 2.12 it says nothing of fewer heads for keys
+            groups = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if "scale" in takes:
+        arguments["scale"] = scale
+    else:
+        query = query * (scale * query.shape[-1] ** 0.5)
+    if "window_size" in takes:
+        behind = -1 if window is None else window - 1
+        arguments["window_size"] = (behind, 0 if causal else behind)
+    elif window is None:
+        arguments["is_causal"] = causal
+    else:
+        raise ValueError(f"{NAME} does no sliding window with torch {torch.__version__}: 2.11 or later does.")
+    output = varlen_attn(
+        query, key, value, of_queries.borders, of_keys.borders, of_queries.longest, of_keys.longest, **arguments
+    )
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def _of_lengths(lengths: torch.Tensor) -> Documents:
+    borders = functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    return Documents(borders, int(lengths.max()))
+
+
+def _of_equal(batch: int, tokens: int, device: torch.device) -> Documents:
+    return Documents(torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=device), tokens)
+
+
+def _of_positions(positions: torch.Tensor | None, batch: int, tokens: int, device: torch.device) -> Documents:
+    """A document begins with each row and wherever a position doesn't follow the one before it."""
+    if positions is None or positions.ndim != 2 or positions.shape[1] != tokens:
+        return _of_equal(batch, tokens, device)
+    begins = functional.pad(positions.diff(dim=1) != 1, (1, 0), value=True).expand(batch, tokens)
+    starts = begins.flatten().nonzero().squeeze(1).to(device, torch.int32)
+    borders = torch.cat([starts, starts.new_tensor([batch * tokens])])
+    return Documents(borders, int(borders.diff().max()))

@@ -10,7 +10,8 @@ from train.recipe import Recipe
 
 def check_sharding(recipe: Recipe, arguments: SFTConfig) -> None:
     """Raise UserError for settings under which a save would hold no model, or a key of the recipe would do nothing."""
-    deepspeed = arguments.hf_deepspeed_config
+    plugin = arguments.deepspeed_plugin
+    deepspeed = plugin and plugin.hf_ds_config
     if deepspeed is not None and deepspeed.is_zero3():
         key = "stage3_gather_16bit_weights_on_model_save"
         if not deepspeed.get_value(f"zero_optimization.{key}"):
@@ -39,7 +40,7 @@ def _check_storage(recipe: Recipe) -> None:
     """4-bit weights are split over ranks by the type that they are stored as (peft#1550, #2016)."""
     assert recipe.quantization is not None
     storage, dtype = recipe.quantization.bnb_4bit_quant_storage, recipe.model.dtype
-    if storage != dtype:
+    if dtype not in (storage, "auto"):
         raise UserError(
             f"quantization.bnb_4bit_quant_storage: {storage} differs from model.dtype: {dtype}. ZeRO-3 and FSDP split "
             f"weights of one type alone. Write the same type for both, and for bnb_4bit_compute_dtype."

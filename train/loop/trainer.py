@@ -193,10 +193,16 @@ class JanusTrainer(SFTTrainer):
             raise UserError(fault[0])
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Without training_args.bin: a pickle, which runs code as it is opened, of what recipe.yaml says in text."""
+        """Without training_args.bin: a pickle, which runs code as it is opened, of what recipe.yaml says in text.
+
+        Beside an adapter the generation settings too, which peft leaves out: they say where an answer stops.
+        """
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            if self._recipe.adapter:
+                self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(folder)
 
     def compute_loss(
         self,

@@ -129,8 +129,10 @@ def merge(options: argparse.Namespace) -> None:
         raise UserError(f"--output {options.output}: exists already. Name a new folder.")
     base = find_base(options.adapter, options.base)
     warn_of_quantization(options.adapter)
+    from train.model.load import hide_bars_in_logs
     from train.model.merge import merge_adapter
 
+    hide_bars_in_logs()
     unfinished = options.output.with_name(f"{options.output.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:

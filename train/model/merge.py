@@ -12,7 +12,7 @@ from peft.tuners.lora import Embedding, Linear, LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from train.errors import UserError
@@ -95,15 +95,16 @@ def _with_adapter(config: Any, adapter: Path) -> PeftModel:
         raise UserError(f"{adapter}: the adapter doesn't fit its base, or can't be read: {first_line}") from fault
 
 
-def _leave_weights_out(model: torch.nn.Module) -> None:
+def _leave_weights_out(model: PreTrainedModel) -> None:
     """Weights of one zero each that only look like whole ones. (peft moves an adapter to where its base is, and adds
     nothing without a word where that is the meta device.)
     """
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # peft may load something into these
     known: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
-            empty = torch.nn.Parameter(torch.zeros(()).expand(weight.shape), requires_grad=False)
-            setattr(module, name, known.setdefault(id(weight), empty))
+            zeros = torch.zeros(weight.shape) if module in embeddings else torch.zeros(()).expand(weight.shape)
+            setattr(module, name, known.setdefault(id(weight), torch.nn.Parameter(zeros, requires_grad=False)))
 
 
 def _changes(model: PeftModel) -> dict[str, Change]:

@@ -32,7 +32,6 @@ FOR_THE_SERVER = {
     "OMP_NUM_THREADS": "1",  # the ranks share few cores
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
-    "PYTHONWARNINGS": "ignore",
 }
 
 
@@ -132,7 +131,9 @@ def _environment(processes: int, config: str | None) -> dict[str, str]:
         args: argparse.Namespace = launch_command_parser().parse_args([*line, "--main_process_port", "0", "sft.py"])
         args, defaults, _ = _validate_launch_command(args)
         assert args.use_deepspeed
-        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)  # as accelerate's own launcher
+        args.deepspeed_fields_from_accelerate_config = ",".join(
+            defaults.deepspeed_config
+        )  # as accelerate's own launcher
         given: dict[str, Any] = prepare_deepspeed_cmd_env(args)[1]
         environment |= {name: value for name, value in given.items() if name.startswith("ACCELERATE_")}
     if processes > 1 or config is not None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from train.errors import UserError
 from train.loop.saved import check_saved
 
-Damage = Callable[[dict[str, torch.Tensor]], None]
+Damage = Callable[[dict[str, torch.Tensor]], object]
 
 
 def empty(name: str) -> Damage:
@@ -21,7 +21,7 @@ def empty(name: str) -> Damage:
 
 
 def lose(name: str) -> Damage:
-    return lambda weights: weights.pop(name) and None
+    return lambda weights: weights.pop(name)
 
 
 def turn(name: str) -> Damage:

@@ -45,6 +45,8 @@ def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTCo
     """
     settings: dict[str, Any] = {
         "use_cpu": not torch.accelerator.is_available(),
+        # transformers looks for unused parameters under an adapter, which costs a walk through the graph a step
+        "ddp_find_unused_parameters": False if recipe.adapter else None,
         "logging_nan_inf_filter": False,  # a loss that is not finite shall show, no mean in its place (trl#6702)
         **recipe.training,
         "output_dir": recipe.output_dir,
@@ -197,6 +199,12 @@ class JanusTrainer(SFTTrainer):
 
         Beside an adapter the generation settings too, which peft leaves out: they say where an answer stops.
         """
+        if state_dict and not self._recipe.adapter:
+            # accelerate copies each tensor of a ZeRO-1 or -2 model, so transformers doesn't see which are tied
+            kept = {name for name, _ in self.model.named_parameters()}
+            for name, _ in self.model.named_parameters(remove_duplicate=False):
+                if name not in kept:
+                    state_dict.pop(name, None)
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)

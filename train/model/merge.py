@@ -49,7 +49,8 @@ def merge_adapter(base: Path, adapter: Path, output: Path) -> int:
             "this adapter can't be merged file by file. Merge it in memory with peft's merge_and_unload."
         )
     output.mkdir(parents=True)
-    total, place = 0, {}
+    total = 0
+    place: dict[str, str] = {}
     for path in files:
         weights, metadata = _merged_file(path, changes, copies)
         save_file(weights, output / path.name, metadata=metadata)
@@ -57,7 +58,10 @@ def merge_adapter(base: Path, adapter: Path, output: Path) -> int:
         total += sum(value.numel() * value.element_size() for value in weights.values())
     if (base / SAFE_WEIGHTS_INDEX_NAME).is_file():
         index = json.loads((base / SAFE_WEIGHTS_INDEX_NAME).read_bytes())
-        index = {"metadata": {**index.get("metadata", {}), "total_size": total}, "weight_map": dict(sorted(place.items()))}
+        index = {
+            "metadata": {**index.get("metadata", {}), "total_size": total},
+            "weight_map": dict(sorted(place.items())),
+        }
         (output / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _copy_the_rest(base, adapter, output)
     if apart:
@@ -69,8 +73,8 @@ def _read_config(base: Path) -> Any:
     config = AutoConfig.from_pretrained(base)
     if getattr(config, "quantization_config", None):
         raise UserError(
-            f"{base}: its weights are quantized, and a merged weight can't be written back exactly. Name the model that "
-            "it was quantized from with --base."
+            f"{base}: its weights are quantized, and a merged weight can't be written back exactly. Name the model "
+            "that it was quantized from with --base."
         )
     return config
 
@@ -80,7 +84,13 @@ def _with_adapter(config: Any, adapter: Path) -> PeftModel:
     settings = PeftConfig.from_pretrained(adapter)
     if settings.peft_type != PeftType.LORA:
         raise UserError(f"{adapter}: a {settings.peft_type.value} adapter. Only LoRA can be merged.")
-    for key in ("ensure_weight_tying", "lora_bias", "layer_replication", "target_parameters", "alora_invocation_tokens"):
+    for key in (
+        "ensure_weight_tying",
+        "lora_bias",
+        "layer_replication",
+        "target_parameters",
+        "alora_invocation_tokens",
+    ):
         if getattr(settings, key, None):
             raise UserError(
                 f"{adapter}: its {key} can't be merged file by file. Merge it in memory with peft's merge_and_unload."
@@ -157,7 +167,9 @@ def _weight_files(base: Path) -> list[Path]:
         return [base / SAFE_WEIGHTS_NAME]
     if index.is_file():
         return [base / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-    raise UserError(f"{base}: holds no {SAFE_WEIGHTS_NAME} and no {index.name}. Name a base in safetensors with --base.")
+    raise UserError(
+        f"{base}: holds no {SAFE_WEIGHTS_NAME} and no {index.name}. Name a base in safetensors with --base."
+    )
 
 
 def _names(path: Path) -> list[str]:
@@ -171,7 +183,7 @@ def _names(path: Path) -> list[str]:
 def _merged_file(
     path: Path, changes: dict[str, Change], copies: dict[str, str]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The weights of a file, merged, and its metadata. `copies`: a tied weight, and the one that comes apart from it."""
+    """The weights of a file, merged, and its metadata. `copies`: a tied weight and the one that leaves it."""
     merged = {}
     with safe_open(path, "pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118

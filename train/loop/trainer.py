@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
@@ -21,6 +22,8 @@ from train.errors import UserError
 from train.loop.isolation import IsolationTest
 from train.loop.order import EpochOrder
 from train.loop.report import model_card
+from train.loop.saved import check_saved
+from train.loop.sharding import check_sharding
 from train.loop.tracking import integrations
 from train.model.adapters import check_modules_to_save, lora_config
 from train.recipe import Recipe
@@ -43,6 +46,8 @@ def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTCo
     """
     settings: dict[str, Any] = {
         "use_cpu": not torch.accelerator.is_available(),
+        # transformers looks for unused parameters under an adapter, which costs a walk through the graph a step
+        "ddp_find_unused_parameters": False if recipe.adapter else None,
         "logging_nan_inf_filter": False,  # a loss that is not finite shall show, no mean in its place (trl#6702)
         **recipe.training,
         "output_dir": recipe.output_dir,
@@ -60,7 +65,9 @@ def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTCo
             "training.activation_offloading: it moves activations to the CPU, where they are already. Write false."
         )
     with _as_user_error("training"):
-        return SFTConfig(**settings)
+        arguments = SFTConfig(**settings)
+    check_sharding(recipe, arguments)
+    return arguments
 
 
 def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str]) -> None:
@@ -170,16 +177,43 @@ class JanusTrainer(SFTTrainer):
             Path(self.args.output_dir, "README.md").write_text(model_card(self._recipe), encoding="utf-8")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """transformers' saving, with a model card beside the finished model too."""
+        """transformers' saving, of checkpoints too, with a model card beside the finished model.
+
+        Raises UserError, on every rank, where the files don't hold all of the model.
+        """
         super().save_model(output_dir, _internal_call)
+        self._check_saved(Path(output_dir or self.args.output_dir))
         if not _internal_call:
             self.create_model_card()
 
+    def _check_saved(self, folder: Path) -> None:
+        fault: list[str | None] = [None]
+        if self.is_world_process_zero():
+            try:
+                check_saved(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), folder)
+            except UserError as found:
+                fault = [str(found)]
+        broadcast_object_list(fault)  # all end alike; a rank left alone would wait for the others until it times out
+        if fault[0]:
+            raise UserError(fault[0])
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Without training_args.bin: a pickle, which runs code as it is opened, of what recipe.yaml says in text."""
+        """Without training_args.bin: a pickle, which runs code as it is opened, of what recipe.yaml says in text.
+
+        Beside an adapter the generation settings too, which peft leaves out: they say where an answer stops.
+        """
+        if state_dict and not self._recipe.adapter:
+            # accelerate copies each tensor of a ZeRO-1 or -2 model, so transformers doesn't see which are tied
+            kept = {name for name, _ in self.model.named_parameters()}
+            for name, _ in self.model.named_parameters(remove_duplicate=False):
+                if name not in kept:
+                    state_dict.pop(name, None)
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            if self._recipe.adapter:
+                self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(folder)
 
     def compute_loss(
         self,

@@ -1,0 +1,281 @@
+"""The same 64 rows, however they are spread: over processes, accumulation steps and ZeRO's stages.
+
+All in float32 on CPU processes, with the configurations that the project ships.
+"""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import WORDS
+from peft import PeftModel
+from ranks import launch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytest.importorskip("deepspeed")
+
+STEPS = 5
+SAVED_AT = 3
+NOISE_OF_LOSS = 2e-6
+"""Relative. A loss is a sum of some 3,000 float32 terms (rounding 6e-8 each), added up in another order by each
+setting; errors of such sums grow with the root of their number: 6e-8 x 55 = 3e-6, and the mean of them over steps less."""
+NOISE_OF_WEIGHTS = 5e-3
+"""Of the largest change of a tensor. Adam divides by the root of the squared gradient, so the relative rounding of a
+small gradient is that of its update: where one is epsilon's size (1e-6), rounding is some percent of it. What is wrong
+in kind (a mean over ranks in place of tokens, a rank's rows twice) moves weights by tens of percent."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to train 8 sequences a step."""
+
+    processes: int = 1
+    config: str | None = None
+    packed: bool = True
+    lora: bool = False
+    accumulation: int | None = None
+
+    @property
+    def name(self) -> str:
+        kind = Path(self.config or ("ddp" if self.processes > 1 else "alone")).stem
+        return f"{kind}-{self.processes}-{'packed' if self.packed else 'rows'}-{'lora' if self.lora else 'full'}-{self.accumulation or 8}"
+
+
+@dataclass(frozen=True)
+class Trained:
+    folder: Path
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def rows_64(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    chance = random.Random(11)
+    text = lambda count: " ".join(chance.choice(WORDS.split()) for _ in range(count))  # noqa: E731
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    with path.open("w") as lines:
+        for _ in range(64):
+            turns = [("system", chance.randint(1, 20)), ("user", 10), ("assistant", chance.choice([1, 5, 40, 120]))]
+            messages = [{"role": role, "content": text(count)} for role, count in turns]
+            lines.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(rows_64: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
+    """Trains a setting, once a module; with `resumed` from a checkpoint half-way, in another folder."""
+    root = tmp_path_factory.mktemp("runs")
+    known: dict[tuple[Setting, bool], Trained] = {}
+
+    def recipe(setting: Setting, folder: Path) -> Path:
+        content: dict[str, Any] = {
+            "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
+            "chat": {"template": "chatml"},
+            "data": {"sources": [{"path": str(rows_64)}], "max_length": 256, "packing": setting.packed},
+            "training": {
+                "bf16": False,
+                "gradient_checkpointing": True,
+                "learning_rate": 2e-3,
+                "adam_epsilon": 1e-6,
+                "lr_scheduler_type": "linear",
+                "per_device_train_batch_size": 1,
+                "gradient_accumulation_steps": setting.accumulation or 8 // setting.processes,
+                "max_steps": STEPS,
+                "logging_steps": 1,
+                "save_strategy": "steps",
+                "save_steps": SAVED_AT,
+            },
+            "output_dir": str(folder),
+        }
+        if setting.lora:
+            content["adapter"] = {"r": 4, "modules_to_save": ["lm_head"]}
+        path = root / f"{folder.name}.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    def train(setting: Setting, *, resumed: bool = False) -> Trained:
+        if (setting, resumed) not in known:
+            folder = root / (setting.name + ("-resumed" if resumed else ""))
+            if resumed:
+                train(setting)
+                shutil.copytree(root / setting.name / f"checkpoint-{SAVED_AT}", folder / f"checkpoint-{SAVED_AT}")
+            outcome = launch(
+                setting.processes,
+                setting.config,
+                "--recipe",
+                recipe(setting, folder),
+                logs=root / f"{folder.name}-logs",
+            ).succeeded()
+            assert "Warning" not in "".join(outcome.output)
+            assert resumed == ("going on from" in outcome.output[0])
+            metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            steps = [line for line in metrics if "loss" in line]
+            weights = load_file(folder / ("adapter_model.safetensors" if setting.lora else "model.safetensors"))
+            known[setting, resumed] = Trained(
+                folder, [line["loss"] for line in steps], [line["grad_norm"] for line in steps], weights
+            )
+        return known[setting, resumed]
+
+    return train
+
+
+def compare(got: Trained, expected: Trained, start: dict[str, torch.Tensor]) -> tuple[float, float, float]:
+    """Largest differences: of the losses and gradient norms, relative; of a weight, in its tensor's largest change."""
+    relative = lambda ours, theirs: max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))  # noqa: E731
+    assert got.weights.keys() == expected.weights.keys()
+    weights = [
+        (got.weights[name] - weight).abs().max() / (weight - start.get(name, torch.zeros(()))).abs().max()
+        for name, weight in expected.weights.items()
+    ]
+    return relative(got.losses, expected.losses), relative(got.norms, expected.norms), max(weights).item()
+
+
+SPREAD = [
+    Setting(*where, packed=packed, lora=lora)
+    for where in ((2, None), (2, "zero3.yaml"), (4, "zero3.yaml"))
+    for packed in (True, False)
+    for lora in (False, True)
+] + [  # stages 1 and 2 with each number of processes, each kind of training, packed
+    Setting(2, "zero1.yaml"),
+    Setting(4, "zero1.yaml", lora=True),
+    Setting(2, "zero2.yaml", lora=True),
+    Setting(4, "zero2.yaml"),
+]
+
+
+@pytest.mark.parametrize("setting", SPREAD, ids=lambda setting: setting.name)
+def test_losses_and_weights_are_those_of_one_process(
+    setting: Setting, trained: Callable[..., Trained], tiny_model: Path
+) -> None:
+    expected = trained(replace(setting, processes=1, config=None))
+    assert len(expected.losses) == STEPS
+    assert expected.losses[0] - expected.losses[-1] > 0.2
+    start = {} if setting.lora else load_file(tiny_model / "model.safetensors")
+    loss, norm, weights = compare(trained(setting), expected, start)
+    assert loss < NOISE_OF_LOSS
+    assert norm < NOISE_OF_LOSS
+    assert weights < NOISE_OF_WEIGHTS
+
+
+def test_the_comparison_sees_one_sequence_of_eight(trained: Callable[..., Trained], tiny_model: Path) -> None:
+    """It can fail: with seven sequences a step in place of eight, all three differences are far above the noise."""
+    start = load_file(tiny_model / "model.safetensors")
+    loss, norm, weights = compare(trained(Setting(accumulation=7)), trained(Setting()), start)
+    assert loss > 100 * NOISE_OF_LOSS
+    assert norm > 100 * NOISE_OF_LOSS
+    assert weights > 10 * NOISE_OF_WEIGHTS
+
+
+RESUMED = [
+    Setting(2, "zero1.yaml"),
+    Setting(4, "zero1.yaml", lora=True),
+    Setting(2, "zero2.yaml", lora=True),
+    Setting(4, "zero2.yaml"),
+    Setting(2, "zero3.yaml"),
+    Setting(2, "zero3.yaml", lora=True),
+    Setting(4, "zero3.yaml", lora=True),
+]
+
+
+@pytest.mark.parametrize("setting", RESUMED, ids=lambda setting: setting.name)
+def test_a_resumed_run_ends_as_one_that_was_never_stopped(setting: Setting, trained: Callable[..., Trained]) -> None:
+    whole, resumed = trained(setting), trained(setting, resumed=True)
+    assert len(resumed.losses) == STEPS - SAVED_AT
+    assert resumed.losses == pytest.approx(whole.losses[SAVED_AT:], rel=NOISE_OF_LOSS)
+    for name, weight in whole.weights.items():
+        torch.testing.assert_close(resumed.weights[name], weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("setting", RESUMED, ids=lambda setting: setting.name)
+def test_the_export_loads_in_plain_transformers_and_gives_the_trained_models_logits(
+    setting: Setting, trained: Callable[..., Trained], tiny_model: Path
+) -> None:
+    """The trained model's: those of one process that trained the same and never left memory's full precision."""
+    run, alone = trained(setting), trained(replace(setting, processes=1, config=None))
+    ids = torch.randint(0, 290, (2, 50), generator=torch.Generator().manual_seed(3))
+    logits = []
+    for folder in (run.folder, alone.folder):
+        if setting.lora:
+            base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+            model = PeftModel.from_pretrained(base, folder)
+        else:
+            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+            assert not any(info.values())
+        logits.append(model(ids).logits)
+    untrained = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)(ids).logits
+    assert (logits[0] - untrained).abs().max() > 0.5
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=2e-3)
+    AutoTokenizer.from_pretrained(run.folder)
+
+
+def measure_loading(recipe: str, report: str) -> None:
+    """As train/sft.py loads a model; writes what this rank then holds of it."""
+    from train.loop.trainer import training_arguments
+    from train.model.load import load_model
+    from train.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    arguments = training_arguments(loaded)
+    model = load_model(loaded)
+    held = {name: getattr(value, "ds_tensor", value).numel() for name, value in model.named_parameters()}
+    Path(f"{report}-{arguments.process_index}.json").write_text(
+        json.dumps({"held": held, "beside": sum(value.numel() for value in model.parameters())})
+    )
+
+
+def test_no_rank_holds_the_whole_model_once_it_is_loaded(
+    recipe_file: Callable[..., Path], tmp_path: Path, tiny_model: Path
+) -> None:
+    report = tmp_path / "held"
+    launch(2, "zero3.yaml", recipe_file(), report, job=measure_loading, logs=tmp_path / "logs").succeeded()
+    whole = {name: value.numel() for name, value in load_file(tiny_model / "model.safetensors").items()}
+    for rank in (0, 1):
+        found = json.loads(Path(f"{report}-{rank}.json").read_text())
+        assert found["beside"] == 0  # nothing gathered is left
+        assert found["held"] == {name: -(-count // 2) for name, count in whole.items()}
+
+
+def test_qlora_under_zero3(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    """4-bit weights are split too, the adapter is trained and saved whole, and a storage that can't be split refused."""
+    pytest.importorskip("bitsandbytes")
+    quantization = {"bnb_4bit_compute_dtype": "float32", "bnb_4bit_quant_storage": "float32"}
+    recipe = recipe_file(
+        adapter={"r": 4},
+        quantization=quantization,
+        training={"per_device_train_batch_size": 1, "num_train_epochs": ..., "max_steps": 2},
+    )
+    launch(2, "zero3.yaml", "--recipe", recipe, logs=tmp_path / "logs").succeeded()
+    adapter = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert len(adapter) == 2 * 7 * 2
+    assert all(value.abs().max() > 0 for value in adapter.values())  # lora_B starts as zeros
+    wrong = launch(
+        2, "zero3.yaml", "--recipe", recipe, "quantization.bnb_4bit_quant_storage=uint8", "--resume", "never",
+        logs=tmp_path / "logs",
+    )  # fmt: skip
+    assert wrong.exit_codes == [2, 2]
+    assert "error: quantization.bnb_4bit_quant_storage: uint8 differs from model.dtype: float32" in wrong.output[0]
+
+
+@pytest.mark.parametrize("config", ["zero1.yaml", "zero2.yaml", "zero3.yaml"])
+def test_bf16_trains_and_saves_under_every_stage(
+    config: str, recipe_file: Callable[..., Path], tmp_path: Path, tiny_model: Path
+) -> None:
+    """grad_accum_dtype goes with every stage, and the save is bf16."""
+    recipe = recipe_file(
+        model={"dtype": "bfloat16"},
+        training={"bf16": True, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
+    )
+    launch(2, config, "--recipe", recipe, logs=tmp_path / "logs").succeeded()
+    after = load_file(tmp_path / "run" / "model.safetensors")
+    before = load_file(tiny_model / "model.safetensors")
+    assert {value.dtype for value in after.values()} == {torch.bfloat16}
+    assert all(not torch.equal(value, before[name].bfloat16()) for name, value in after.items() if "proj" in name)

@@ -1,0 +1,215 @@
+"""A LoRA adapter merged into its base, one file of weights after the other: memory holds a shard, never the model."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, PeftType
+from peft.tuners.lora import Embedding, Linear, LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from train.errors import UserError
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+"""From a weight of the base to the merged one, of the same type."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+def merge_adapter(base: Path, adapter: Path, output: Path) -> int:
+    """Write `base` with `adapter` merged into it to the folder `output`; how many weights changed.
+
+    The deltas are peft's own (rank-stabilised, weight-decomposed, patterns of ranks and alphas), added in float32 and
+    rounded once to the base's type. Files, names and index stay the base's; an input and output embedding that the
+    base ties come apart where the adapter changed one of them, as in peft. Tokenizer and generation settings are the
+    adapter's where it has them. Raises UserError for what can't be merged shard by shard.
+    """
+    config = _read_config(base)
+    model = _with_adapter(config, adapter)
+    changes, tied = _changes(model), _tied(model)
+    files = _weight_files(base)
+    names = {name for path in files for name in _names(path)}
+    apart = bool(tied & changes.keys())
+    copies = {kept: absent for kept in tied & names for absent in tied - names} if apart else {}
+    missing = sorted(changes.keys() - names - set(copies.values()))
+    if missing:
+        raise UserError(
+            f"{base}: its files hold no weight {missing[0]}: they name or arrange it otherwise than the model does, so "
+            "this adapter can't be merged file by file. Merge it in memory with peft's merge_and_unload."
+        )
+    output.mkdir(parents=True)
+    total = 0
+    place: dict[str, str] = {}
+    for path in files:
+        weights, metadata = _merged_file(path, changes, copies)
+        save_file(weights, output / path.name, metadata=metadata)
+        place |= dict.fromkeys(weights, path.name)
+        total += sum(value.numel() * value.element_size() for value in weights.values())
+    if (base / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        index = json.loads((base / SAFE_WEIGHTS_INDEX_NAME).read_bytes())
+        index = {
+            "metadata": {**index.get("metadata", {}), "total_size": total},
+            "weight_map": dict(sorted(place.items())),
+        }
+        (output / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _copy_the_rest(base, adapter, output)
+    if apart:
+        _untie(output / "config.json")
+    return len(changes)
+
+
+def _read_config(base: Path) -> Any:
+    config = AutoConfig.from_pretrained(base)
+    if getattr(config, "quantization_config", None):
+        raise UserError(
+            f"{base}: its weights are quantized, and a merged weight can't be written back exactly. Name the model "
+            "that it was quantized from with --base."
+        )
+    return config
+
+
+def _with_adapter(config: Any, adapter: Path) -> PeftModel:
+    """The base without weights, under the adapter with its own. Raises UserError for adapters of other kinds."""
+    settings = PeftConfig.from_pretrained(adapter)
+    if settings.peft_type != PeftType.LORA:
+        raise UserError(f"{adapter}: a {settings.peft_type.value} adapter. Only LoRA can be merged.")
+    for key in (
+        "ensure_weight_tying",
+        "lora_bias",
+        "layer_replication",
+        "target_parameters",
+        "alora_invocation_tokens",
+    ):
+        if getattr(settings, key, None):
+            raise UserError(
+                f"{adapter}: its {key} can't be merged file by file. Merge it in memory with peft's merge_and_unload."
+            )
+    with torch.device("meta"):
+        bare = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    _leave_weights_out(bare)
+    try:
+        return PeftModel.from_pretrained(bare, adapter, torch_device="cpu")
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as fault:
+        first_line = str(fault).strip().splitlines()[0]
+        raise UserError(f"{adapter}: the adapter doesn't fit its base, or can't be read: {first_line}") from fault
+
+
+def _leave_weights_out(model: PreTrainedModel) -> None:
+    """Weights of one zero each that only look like whole ones. (peft moves an adapter to where its base is, and adds
+    nothing without a word where that is the meta device.)
+    """
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # peft may load something into these
+    known: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            zeros = torch.zeros(weight.shape) if module in embeddings else torch.zeros(()).expand(weight.shape)
+            setattr(module, name, known.setdefault(id(weight), torch.nn.Parameter(zeros, requires_grad=False)))
+
+
+def _changes(model: PeftModel) -> dict[str, Change]:
+    changes: dict[str, Change] = {}
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            if type(module) not in (Linear, Embedding):
+                raise UserError(f"{name}: LoRA on a {type(module).__name__} can't be merged file by file.")
+            changes[f"{name}.weight"] = _merge_into(name, module)
+        elif isinstance(module, ModulesToSaveWrapper):
+            for part, value in module.modules_to_save[module.active_adapter].named_parameters():
+                changes[f"{name}.{part}"] = _replace_by(value)
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            raise UserError(f"{name}: single trained tokens can't be merged file by file.")
+    return changes
+
+
+def _merge_into(name: str, layer: Linear | Embedding) -> Change:
+    def change(original: torch.Tensor) -> torch.Tensor:
+        base = layer.get_base_layer()
+        empty = base.weight
+        base.weight = torch.nn.Parameter(original.float(), requires_grad=False)
+        try:
+            layer.merge(safe_merge=True)  # into a copy, and it refuses what isn't finite
+            return base.weight.data.to(original.dtype)
+        except ValueError as fault:
+            raise UserError(f"{name}: {fault}") from fault
+        finally:
+            base.weight = empty
+
+    return change
+
+
+def _replace_by(value: torch.Tensor) -> Change:
+    return lambda original: value.detach().to(original.dtype)
+
+
+def _tied(model: PeftModel) -> set[str]:
+    """Names of the input and output embeddings' weights where the base ties them; else nothing."""
+    base = model.get_base_model()
+    if not base.config.get_text_config().tie_word_embeddings:
+        return set()
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    return {f"{name}.weight" for name, module in base.named_modules() if any(module is end for end in ends)}
+
+
+def _weight_files(base: Path) -> list[Path]:
+    index = base / SAFE_WEIGHTS_INDEX_NAME
+    if (base / SAFE_WEIGHTS_NAME).is_file():
+        return [base / SAFE_WEIGHTS_NAME]
+    if index.is_file():
+        return [base / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+    raise UserError(
+        f"{base}: holds no {SAFE_WEIGHTS_NAME} and no {index.name}. Name a base in safetensors with --base."
+    )
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, "pt") as tensors:
+            return list(tensors.keys())
+    except (OSError, SafetensorError) as fault:
+        raise UserError(f"{path}: can't be read: {fault}") from fault
+
+
+def _merged_file(
+    path: Path, changes: dict[str, Change], copies: dict[str, str]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The weights of a file, merged, and its metadata. `copies`: a tied weight and the one that leaves it."""
+    merged = {}
+    with safe_open(path, "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            original = tensors.get_tensor(name)
+            for target in (name, *([copies[name]] if name in copies else ())):
+                change = changes.get(target)
+                merged[target] = (change(original) if change else original.clone()).contiguous()
+        return merged, tensors.metadata() or {"format": "pt"}
+
+
+def _copy_the_rest(base: Path, adapter: Path, output: Path) -> None:
+    """Configuration and code of the base; tokenizer and generation settings of the adapter, else of the base."""
+    with_tokenizer = adapter if (adapter / "tokenizer_config.json").is_file() else base
+    for path in sorted(base.iterdir()):
+        if path.is_file() and not path.name.endswith(WEIGHTS) and path.name not in (*TOKENIZER_FILES, "README.md"):
+            shutil.copyfile(path, output / path.name)
+    for name in TOKENIZER_FILES:
+        if (with_tokenizer / name).is_file():
+            shutil.copyfile(with_tokenizer / name, output / name)
+    if (adapter / "generation_config.json").is_file():
+        shutil.copyfile(adapter / "generation_config.json", output / "generation_config.json")
+
+
+def _untie(path: Path) -> None:
+    config = json.loads(path.read_bytes())
+    for section in (config, config.get("text_config")):
+        if isinstance(section, dict):
+            section["tie_word_embeddings"] = False
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

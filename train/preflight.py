@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from train.data.prepare import Account, Prepared, examine
 from train.data.survey import Bin
 from train.errors import UserError
+from train.plan import Cluster, describe
 from train.preflight_report import (
     Example,
     Outcome,
@@ -51,6 +52,7 @@ def check(
     probe_lines: Sequence[str] = (),
     *,
     checkpoint: Path | None = None,
+    cluster: Cluster | None = None,
     json_file: Path | None = None,
 ) -> None:
     """Examine the data, print the report on standard output and write it to `json_file`.
@@ -59,7 +61,7 @@ def check(
     a run from starting: after the report, or before it if there is nothing to report on.
     """
     data = examine(recipe, tokenizer)
-    report = survey(recipe, tokenizer, data, template, probe_lines, checkpoint=checkpoint)
+    report = survey(recipe, tokenizer, data, template, probe_lines, checkpoint=checkpoint, cluster=cluster)
     if json_file:
         write_json(report, json_file)
     console = Console(file=sys.stdout)
@@ -104,6 +106,8 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool) -> Te
         line("overlap", "no validation row begins with a user message that training has")
     for number, value in enumerate(_describe_schedule(report)):
         line("" if number else "steps", value)
+    for number, value in enumerate(describe(report.plan) if report.plan else ()):
+        line("" if number else "plan", value)
     line("output", report.output_dir + (f", going on from {report.resumes_from}" if report.resumes_from else ""))
     text.append("\nready" if report.ready else "\nnot ready", "bold green" if report.ready else "bold red")
     return text

@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from train.errors import UserError
@@ -55,6 +62,14 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
         raise _refuse(model, fault) from fault
 
 
+def load_config(model: ModelSection) -> PreTrainedConfig:
+    """The model's config. Raises UserError where there is none that can be opened."""
+    try:
+        return AutoConfig.from_pretrained(**_origin(model))
+    except (OSError, ValueError, KeyError, ImportError) as fault:
+        raise _refuse(model, fault) from fault
+
+
 def check_fits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError where the run can't work on this machine or model: found before the data is prepared.
 
@@ -62,10 +77,7 @@ def check_fits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     """
     choose_attention(recipe.model.attention, recipe.model.dtype)
     quantization_config(recipe.quantization)
-    try:
-        config = AutoConfig.from_pretrained(**_origin(recipe.model)).get_text_config()
-    except (OSError, ValueError, KeyError, ImportError) as fault:
-        raise _refuse(recipe.model, fault) from fault
+    config = load_config(recipe.model).get_text_config()
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"model.name_or_path: the tokenizer of {recipe.model.name_or_path} has {len(tokenizer):,} tokens, its "

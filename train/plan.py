@@ -123,7 +123,8 @@ def plan(
     settings = {name: known.default for name, known in training_fields().items()} | dict(recipe.training)
     optimizer = recipe.training.get("optim") or _DEFAULT_OPTIMIZER
     batch = settings["per_device_train_batch_size"]
-    tokens_per_gpu = batch * (recipe.data.max_length if recipe.data.packing else int(documents.max(initial=0)))
+    length = recipe.data.max_length if recipe.data.packing else int(documents.max(initial=0))
+    tokens_per_gpu = batch * length
     half = bool(settings["fp16"]) or settings.get("bf16") is not False
     checkpointing = settings.get("activation_checkpointing")
     checkpointing = settings["gradient_checkpointing"] if checkpointing is None else checkpointing
@@ -146,6 +147,7 @@ def plan(
             Precision(weights, min(weights, 2) if half else weights),
             checkpointing=bool(checkpointing) and not selective,
             adapter_dropout=bool(recipe.adapter and recipe.adapter.lora_dropout),
+            squared_length=length if recipe.model.attention == "eager" else 0,
         )
         found = memory(shape, strategy, numbers, kept)
         return Candidate(found, found.total <= cluster.memory * (1 - RESERVE), None)

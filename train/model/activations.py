@@ -33,27 +33,38 @@ class Activations(NamedTuple):
         return self.kept + max(self.working, self.head)
 
 
-def layer_bytes(shape: Shape, precision: Precision) -> int:
+def layer_bytes(shape: Shape, precision: Precision, squared_length: int = 0) -> int:
     """Bytes a token that one decoder layer keeps for its backward without gradient checkpointing.
+
+    `squared_length`: tokens of a row, where the attention kernel keeps all scores (eager), else 0.
 
     Korthikanti et al. (arXiv:2205.05198, section 4.1) count 34 bytes times hidden size and a term in the square of the
     length for GPT's layer. FlashAttention keeps no square (Dao et al., arXiv:2205.14135): queries, keys, values, its
     output and one float32 a head. The rest, counted in transformers' modeling_llama.py, where `b` = compute bytes:
-    each RMSNorm its input in float32, its normalized value and its output (4 + b + b of each hidden element; the
-    output once for each linear that reads it under autocast, which casts anew for each), the gated feed-forward
-    network four of its intermediate elements (gate, its activation, up, their product).
+    each RMSNorm its input and its divisor in float32, its normalized value (Gemma's in float32) and its output (4 + b +
+    b of each hidden element; the output once for each linear that reads it under autocast, which casts anew for each),
+    the gated feed-forward network four of its intermediate elements (gate, its activation, up, their product). Eager
+    attention keeps its softmax in float32 and cast, soft-capping the capped scores too.
     """
     b = precision.compute
+    normalized = 4 if shape.wide_norms else precision.weights
     if precision.weights == b:
-        norms = shape.norms * shape.hidden * (4 + b + b)
+        norms = shape.norms * (shape.hidden * (4 + normalized + b) + 4)
     else:
-        norms = shape.norms * shape.hidden * (4 + precision.weights) + (3 + 2) * shape.hidden * b
+        norms = shape.norms * (shape.hidden * (4 + normalized) + 4) + (3 + 2) * shape.hidden * b
     attention = (2 * shape.query_width + 2 * shape.key_width) * b + 4 * shape.heads
-    return norms + attention + 4 * shape.intermediate * b
+    scores = shape.heads * squared_length * (4 + (2 if shape.softcapped else 1) * b)
+    return norms + attention + 4 * shape.intermediate * b + scores
 
 
 def activations(
-    shape: Shape, tokens: int, precision: Precision, *, checkpointing: bool, adapter_dropout: bool = False
+    shape: Shape,
+    tokens: int,
+    precision: Precision,
+    *,
+    checkpointing: bool,
+    adapter_dropout: bool = False,
+    squared_length: int = 0,
 ) -> Activations:
     """Bytes of one micro-batch of `tokens` tokens on one GPU, all GPUs alike.
 
@@ -62,7 +73,10 @@ def activations(
     adds the gradients of the two widest activations of the layer. An adapter keeps its input in float32, and under
     dropout a copy and a byte of mask. Autocast keeps its casts of trained weights until the forward ends.
     """
-    layer = layer_bytes(shape, precision) + shape.adapted_inputs * (9 if adapter_dropout else 4) // shape.layers
+    layer = (
+        layer_bytes(shape, precision, squared_length)
+        + shape.adapted_inputs * (9 if adapter_dropout else 4) // shape.layers
+    )
     gradients = 2 * shape.intermediate * precision.compute
     stream = shape.hidden * precision.weights
     casts = 0

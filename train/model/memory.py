@@ -143,8 +143,7 @@ def _stage_1_or_2(shape: Shape, strategy: Strategy, numbers: Numbers) -> States:
     shares = [elements // numbers.gpus for elements in aligned]
     frozen = [one for one in shape.parameters if not one.trained]
     return States(
-        parameters=sum(aligned) * size
-        + sum(_stored(one, size, numbers) + _scales(one, numbers) for one in frozen),
+        parameters=sum(aligned) * size + sum(_stored(one, size, numbers) + _scales(one, numbers) for one in frozen),
         gradients=(sum(groups) if strategy.stage == 1 else sum(shares)) * size,
         optimizer=sum(shares) * 4 + state_bytes(numbers.optimizer, [Tensor((share,), 4) for share in shares]),
         communication=2 * shape.hidden**2 * size,
@@ -158,8 +157,9 @@ def _partitioned(shape: Shape, strategy: Strategy, numbers: Numbers) -> States:
     Whole, on every GPU: parameters of up to 10 x hidden size elements (stage3_param_persistence_threshold: auto), 4-bit
     scales, which are no parameters, and for their time those that the next layers need: up to 10^9 elements
     (stage3_max_live_parameters), or the largest if that is more. The step makes a float32 copy of the gradient of one
-    sub group (10^9 elements) at a time. In float32 the weights are their own masters. Offloaded: partitions, masters,
-    states and float32 gradients are in the host's memory.
+    sub group (10^9 elements) at a time. Float32 weights get master copies too: DeepSpeed means to spare them, and
+    compares a torch.device with a string. Offloaded: partitions, masters, states and gradients, once in the weights'
+    dtype and once in float32, are in the host's memory.
     """
     size = 2 if numbers.low_precision else 4
     partitions = sum(_partition(one, size, numbers) for one in shape.parameters)
@@ -176,8 +176,7 @@ def _partitioned(shape: Shape, strategy: Strategy, numbers: Numbers) -> States:
         for part in _split(group, numbers.gpus)
     ]
     share = sum(sub_groups)
-    masters = 4 * share if numbers.low_precision or strategy.offload else 0
-    optimizer = masters + state_bytes(numbers.optimizer, [Tensor((elements,), 4) for elements in sub_groups])
+    optimizer = 4 * share + state_bytes(numbers.optimizer, [Tensor((elements,), 4) for elements in sub_groups])
     stored = [_elements_stored(one, numbers) for one in shape.parameters]
     live = size * min(sum(stored), max(MAX_LIVE, max(stored)))
     gradient = size * max((one.elements for one in shape.parameters if one.trained), default=0)

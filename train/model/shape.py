@@ -47,8 +47,8 @@ class Parameter:
 class Shape:
     """A dense decoder. Widths are in elements a token.
 
-    `query_width`, `key_width`: heads and key-value heads times their size. `norms`: normalizations of that width in a
-    layer. `windows`: for each layer how far back a token sees, None = to the beginning. `adapted_inputs`: width of what
+    `query_width`, `key_width`: heads and key-value heads times their size. `norms`: normalizations of hidden width in a
+    layer; `wide_norms`: they scale in float32 (Gemma's). `softcapped`: attention's scores are. `windows`: for each layer how far back a token sees, None = to the beginning. `adapted_inputs`: width of what
     all adapters of the model read, together. `tied`: the embedding is the output layer.
     """
 
@@ -60,6 +60,8 @@ class Shape:
     query_width: int
     key_width: int
     norms: int
+    wide_norms: bool
+    softcapped: bool
     vocabulary: int
     windows: tuple[int | None, ...]
     adapted_inputs: int
@@ -145,6 +147,8 @@ def shape_of(recipe: Recipe, config: PreTrainedConfig) -> Shape:
         query_width=text.num_attention_heads * head_size,
         key_width=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_size,
         norms=norms,
+        wide_norms="gemma" in text.model_type,
+        softcapped=bool(getattr(text, "attn_logit_softcapping", None)),
         vocabulary=text.vocab_size,
         windows=tuple(window if "sliding" in kind else None for kind in kinds),
         adapted_inputs=adapted_inputs,

@@ -57,7 +57,7 @@ def test_a_check_needs_no_weights_and_writes_its_json(
     found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert found.keys() == {
         *("ready", "error", "warnings", "model", "dtype", "template", "probe", "max_length", "packing", "training"),
-        *("validation", "outcomes", "overlap", "schedule", "output_dir", "resumes_from", "examples"),
+        *("validation", "outcomes", "overlap", "schedule", "output_dir", "resumes_from", "plan", "examples"),
     }
     part = {
         *("rows", "tokens", "trained_tokens", "rows_with_system_message", "distinct_system_messages", "lengths"),

@@ -20,7 +20,7 @@ from train.recipe import Recipe
 from train.training_fields import training_fields
 
 RESERVE = 0.08
-"""Share of a GPU left to the CUDA context, NCCL, the kernels' workspaces and gaps between blocks (ours, an estimate)."""
+"""Share of a GPU left to the CUDA context, NCCL, kernels' workspaces and gaps between blocks: an estimate of ours."""
 _DEFAULT_OPTIMIZER = "adamw_torch_fused"  # transformers' with torch 2.8 or newer
 _GIB = 2**30
 
@@ -48,16 +48,15 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run. `fits`: with RESERVE of each GPU left. `why_not`: another reason that it can't be taken."""
+    """One way to run. `fits`: with RESERVE of each GPU left."""
 
     memory: Memory
     fits: bool
-    why_not: str | None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory in bytes on one GPU (`host`: on one node), FLOPs of the whole run, and hours at the stated share of peak.
+    """Memory in bytes on one GPU (`host`: one GPU's share of its node's), FLOPs of the whole run, and hours at the stated share of peak.
 
     `chosen`, `config_file` and `launch` are those of the first candidate that fits, null where none does.
     """
@@ -150,10 +149,10 @@ def plan(
             squared_length=length if recipe.model.attention == "eager" else 0,
         )
         found = memory(shape, strategy, numbers, kept)
-        return Candidate(found, found.total <= cluster.memory * (1 - RESERVE), None)
+        return Candidate(found, found.total <= cluster.memory * (1 - RESERVE))
 
     several = cluster.processes > 1
-    ways = [one for one in STRATEGIES if several or one.stage in (0, 3) and (one is DDP or one.offload)]
+    ways = [one for one in STRATEGIES if several or one is DDP or one.offload]
     candidates = [candidate(one) for one in ways]
     chosen = next((way for way, one in zip(ways, candidates, strict=True) if one.fits), None)
     once = training_flops(shape, documents)
@@ -260,7 +259,7 @@ def describe(found: Plan) -> list[str]:
         lines += [f"the one with the least communication that fits is {found.chosen}:", f"  {found.launch}"]
     else:
         lines.append(
-            "none fits: take a smaller training.per_device_train_batch_size or data.max_length, more GPUs, or an adapter"
+            "none fits: take a smaller training.per_device_train_batch_size or data.max_length, an adapter or more GPUs"
         )
     attention = found.attention_flops / max(found.flops, 1)
     lines += [

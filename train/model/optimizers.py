@@ -40,7 +40,7 @@ _BITSANDBYTES = {
     "rmsprop_bnb_8bit": (1, 8),
 }
 _STEPPED = ("adamw_torch", "adamw_torch_fused", "rmsprop", "adagrad")
-_STEP_BYTES = 4
+_STEP_BYTES = 4  # a float32 of its own with each tensor
 KNOWN = (*_MOMENTS, *_BITSANDBYTES, "adafactor")
 
 
@@ -60,8 +60,9 @@ def state_bytes(optimizer: str, tensors: Sequence[Tensor]) -> int:
     torch: two moments (AdamW) in the DTYPE OF THE PARAMETER, so 4 bytes a parameter in pure bfloat16 and 8 in float32,
     and 4 bytes a tensor for the step. bitsandbytes: float32 whatever the parameter's dtype, or 1 byte and 1/64 of one
     for the scales; transformers has it keep the states of embeddings in 32 bits (Trainer.create_optimizer), which
-    DeepSpeed's flat tensors hide from it. Adafactor without momentum (transformers' default): a row and a column for
-    each matrix (Shazeer and Stern, arXiv:1804.04235), but as many numbers as parameters for a flat tensor.
+    DeepSpeed's flat tensors hide from it. Adafactor without momentum (transformers' default), in float32: a row and a
+    column for each matrix (Shazeer and Stern, arXiv:1804.04235), as many numbers as parameters for a flat tensor, and
+    the tensor's mean square.
     """
     return sum(_of_one(optimizer, one) for one in tensors)
 
@@ -75,7 +76,6 @@ def _of_one(optimizer: str, one: Tensor) -> int:
             return moments * one.elements * 4
         return moments * (one.elements + 4 * -(-one.elements // _BLOCK))
     if optimizer == "adafactor":
-        if len(one.shape) < 2:
-            return one.elements * one.itemsize
-        return (math.prod(one.shape[:-1]) + math.prod(one.shape[:-2]) * one.shape[-1]) * one.itemsize
+        factors = math.prod(one.shape[:-1]) + math.prod(one.shape[:-2]) * one.shape[-1]
+        return 4 * (one.elements if len(one.shape) < 2 else factors) + _STEP_BYTES
     return 2 * one.elements * 4

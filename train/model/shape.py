@@ -48,8 +48,9 @@ class Shape:
     """A dense decoder. Widths are in elements a token.
 
     `query_width`, `key_width`: heads and key-value heads times their size. `norms`: normalizations of hidden width in a
-    layer; `wide_norms`: they scale in float32 (Gemma's). `softcapped`: attention's scores are. `windows`: for each layer how far back a token sees, None = to the beginning. `adapted_inputs`: width of what
-    all adapters of the model read, together. `tied`: the embedding is the output layer.
+    layer; `wide_norms`: they scale in float32 (Gemma's). `softcapped`: attention's scores are. `windows`: for each
+    layer how far back a token sees, None = to the beginning. `adapted_inputs`: width of what all adapters of the model
+    read, together. `tied`: the embedding is the output layer.
     """
 
     parameters: tuple[Parameter, ...]

@@ -48,17 +48,18 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run. `fits`: with RESERVE of each GPU left."""
+    """One way to run. `fits`: with RESERVE of each GPU left. `caution`: why a way that fits is not the one to take."""
 
     memory: Memory
     fits: bool
+    caution: str | None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory in bytes on one GPU (`host`: one GPU's share of its node's), FLOPs of the whole run, and hours at the stated share of peak.
+    """Memory in bytes on one GPU (`host`: a GPU's share of its node's), FLOPs of the whole run, hours at that `mfu`.
 
-    `chosen`, `config_file` and `launch` are those of the first candidate that fits, null where none does.
+    `chosen`, `config_file` and `launch`: the first candidate that fits and has no caution, or else that fits; or null.
     """
 
     cluster: Cluster
@@ -149,12 +150,18 @@ def plan(
             squared_length=length if recipe.model.attention == "eager" else 0,
         )
         found = memory(shape, strategy, numbers, kept)
-        return Candidate(found, found.total <= cluster.memory * (1 - RESERVE))
+        loses = strategy.stage == 0 and recipe.adapter is None and weights == 2
+        return Candidate(
+            found,
+            found.total <= cluster.memory * (1 - RESERVE),
+            "but 16-bit weights without float32 copies lose small updates" if loses else None,
+        )
 
     several = cluster.processes > 1
     ways = [one for one in STRATEGIES if several or one is DDP or one.offload]
     candidates = [candidate(one) for one in ways]
-    chosen = next((way for way, one in zip(ways, candidates, strict=True) if one.fits), None)
+    fitting = [(one.caution is not None, order) for order, one in enumerate(candidates) if one.fits]
+    chosen = ways[min(fitting)[1]] if fitting else None
     once = training_flops(shape, documents)
     total = once.total * epochs
     took = hours(total, cluster.processes, cluster.peak_flops, cluster.mfu)
@@ -179,7 +186,7 @@ def plan(
         hours=took,
         gpu_hours=took * cluster.processes,
         convention=CONVENTION,
-        notes=list(_notes(recipe, settings, optimizer, half=half, selective=selective, chosen=chosen)),
+        notes=list(_notes(recipe, settings, optimizer, selective=selective, chosen=chosen)),
     )
 
 
@@ -207,7 +214,7 @@ def _launch(recipe: Recipe, strategy: Strategy, cluster: Cluster, optimizer: str
 
 
 def _notes(
-    recipe: Recipe, settings: dict[str, Any], optimizer: str, *, half: bool, selective: bool, chosen: Strategy | None
+    recipe: Recipe, settings: dict[str, Any], optimizer: str, *, selective: bool, chosen: Strategy | None
 ) -> list[str]:
     """What a reader of the figures should know."""
     notes = []
@@ -217,11 +224,8 @@ def _notes(
         notes.append(f"training.optim: {optimizer} may move its states to the host's memory; counted as if it didn't")
     if not runs_on_host(optimizer):
         notes.append(f"offload runs AdamW in float32 on the CPU, in place of {optimizer}")
-    if chosen is DDP and half and recipe.adapter is None and recipe.model.dtype in ("bfloat16", "float16"):
-        notes.append(
-            f"under DDP the weights and the optimizer's states are {recipe.model.dtype}, with no float32 copies: small "
-            "updates are lost. Write `model.dtype: float32`, or take ZeRO"
-        )
+    if (chosen is None or chosen.offload) and "8bit" not in optimizer and recipe.adapter is None:
+        notes.append("training.optim=adamw_bnb_8bit takes 6 bytes a parameter less than AdamW, spread over the GPUs")
     if selective:
         notes.append("selective checkpointing is counted as none: between the two, at most that much")
     if settings.get("activation_offloading"):
@@ -247,7 +251,7 @@ def describe(found: Plan) -> list[str]:
         parts = [one.memory.parameters, one.memory.gradients, one.memory.optimizer, one.memory.communication]
         parts += [one.memory.activations, one.memory.layer, one.memory.head, one.memory.step, one.memory.total]
         host = f", {one.memory.host * cluster.gpus / _GIB:,.0f} GiB of each host" if one.memory.host else ""
-        verdict = "fits" if one.fits else "too large"
+        verdict = f"fits{f', {one.caution}' if one.caution else ''}" if one.fits else "too large"
         lines.append(
             f"{one.memory.strategy:<16}" + "".join(f"{part / _GIB:>9,.1f}" for part in parts) + f"  {verdict}{host}"
         )
@@ -256,7 +260,10 @@ def describe(found: Plan) -> list[str]:
         "is left free"
     )
     if found.chosen:
-        lines += [f"the one with the least communication that fits is {found.chosen}:", f"  {found.launch}"]
+        lines += [
+            f"of those that fit, the one to take for its little communication is {found.chosen}:",
+            f"  {found.launch}",
+        ]
     else:
         lines.append(
             "none fits: take a smaller training.per_device_train_batch_size or data.max_length, an adapter or more GPUs"

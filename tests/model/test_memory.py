@@ -229,7 +229,7 @@ def test_four_bit_weights_are_those_of_bitsandbytes() -> None:
 def test_stage_3_pads_each_parameter_and_keeps_small_ones_whole() -> None:
     known = shape(
         LlamaConfig(
-            **SIZES | {"hidden_size": 60, "head_dim": 15, "vocab_size": 127, "intermediate_size": 175},
+            **SIZES | {"hidden_size": 60, "head_dim": 14, "vocab_size": 127, "intermediate_size": 175},
             num_key_value_heads=2,
         )
     )

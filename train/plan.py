@@ -5,6 +5,7 @@ From the recipe, the model's config and the lengths of the rows; no weights are 
 
 import re
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -220,6 +221,8 @@ def _notes(
     notes = []
     if optimizer not in KNOWN:
         notes.append(f"training.optim: {optimizer} is counted as AdamW with float32 states: its own are not known here")
+    if chosen and chosen.offload:
+        notes.append("offload waits for the host's memory and CPU: it takes far longer than the hours shown")
     if is_paged(optimizer):
         notes.append(f"training.optim: {optimizer} may move its states to the host's memory; counted as if it didn't")
     if not runs_on_host(optimizer):
@@ -274,11 +277,11 @@ def describe(found: Plan) -> list[str]:
         f"FLOPs, {attention:.1%} of them attention",
         f"{_duration(found.hours)} ({found.gpu_hours:,.1f} GPU-hours) at {cluster.mfu:.0%} of {cluster.gpu}'s "
         f"{cluster.peak_flops / 1e12:,.0f} TFLOP/s in bfloat16",
-        f"counted: {found.convention}",
     ]
-    return lines + found.notes
+    return [*lines, *(line for text in (f"counted: {found.convention}", *found.notes) for line in wrap(text, _WIDTH))]
 
 
+_WIDTH = 108
 _COLUMNS = ("weights", "grads", "optim.", "comm.", "activ.", "layer", "head", "step")
 
 

@@ -78,7 +78,7 @@ def test_a_check_needs_no_weights_and_writes_its_json(
     assert found.keys() == {
         *("ready", "error", "warnings", "model", "dtype", "template", "probe", "max_length", "packing", "training"),
         *("chat", "system_messages", "caches"),
-        *("validation", "outcomes", "overlap", "schedule", "output_dir", "resumes_from", "examples"),
+        *("validation", "outcomes", "overlap", "schedule", "output_dir", "resumes_from", "plan", "examples"),
     }
     part = {
         *("rows", "tokens", "trained_tokens", "rows_with_system_message", "distinct_system_messages", "lengths"),

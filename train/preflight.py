@@ -23,6 +23,7 @@ from train.data.survey import Bin
 from train.data.system_role import Probe
 from train.errors import UserError
 from train.json_report import write
+from train.plan import Cluster, describe
 from train.preflight_report import (
     Example,
     Outcome,
@@ -67,6 +68,7 @@ def check(
     before: Probe,
     *,
     checkpoint: Path | None = None,
+    cluster: Cluster | None = None,
     json_file: Path | None = None,
 ) -> None:
     """Examine the data, print the report on standard output and write it to `json_file`.
@@ -75,7 +77,7 @@ def check(
     from starting: after the report, or before it if there is nothing to report on.
     """
     data = examine(recipe, tokenizer)
-    report = survey(recipe, tokenizer, data, template, before, checkpoint=checkpoint)
+    report = survey(recipe, tokenizer, data, template, before, checkpoint=checkpoint, cluster=cluster)
     faults = [report.error] if report.error else []
     reader_left = None
     try:
@@ -158,6 +160,8 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool) -> Te
         line("overlap", "no validation row begins with a user message that training has")
     for number, value in enumerate(_describe_schedule(report)):
         line("" if number else "steps", value)
+    for number, value in enumerate(describe(report.plan) if report.plan else ()):
+        line("" if number else "plan", value)
     line("output", report.output_dir + (f", going on from {report.resumes_from}" if report.resumes_from else ""))
     text.append("\nready" if report.ready else "\nnot ready", "bold green" if report.ready else "bold red")
     return text

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from train.data.loss_mask import NOT_TRAINED
@@ -14,6 +15,9 @@ from train.data.prepare import Account, CachedSource, Prepared, Row, refusal
 from train.data.sources import BadRow
 from train.data.survey import Bin, Overlap, Repeats, histogram, quantiles
 from train.data.system_role import Probe, outcome
+from train.model.load import load_config
+from train.model.shape import shape_of
+from train.plan import Cluster, Plan, plan
 from train.preflight_faults import run_faults
 from train.recipe import Recipe
 from train.training_fields import training_fields
@@ -117,7 +121,7 @@ class Report:
     `caches`: where the tokens of each source are kept.
 
     `error` is what has to change and null where `ready`. `resumes_from`: the checkpoint that the run would go on from.
-    `validation` is null where the recipe names none.
+    `validation` is null where the recipe names none, `plan` where no GPUs are named.
     """
 
     ready: bool
@@ -139,6 +143,7 @@ class Report:
     schedule: Schedule
     output_dir: str
     resumes_from: str | None
+    plan: Plan | None
     examples: list[Example]
 
 
@@ -150,10 +155,14 @@ def survey(
     before: Probe,
     *,
     checkpoint: Path | None = None,
+    cluster: Cluster | None = None,
 ) -> Report:
-    """The facts of the report. `before`: the template as it came; the tokenizer has it as it is used."""
+    """The facts of the report. `before`: the template as it came; the tokenizer has it as it is used.
+
+    The steps are those on `cluster`, or else of the processes that the launcher starts.
+    """
     account = data.train.account
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = cluster.processes if cluster else int(os.environ.get("WORLD_SIZE", "1"))
     faults = [refusal(data, recipe.data), *run_faults(recipe, account.sequences, processes)]
     steps = schedule(recipe.training, account.sequences, account.tokens_per_sequence, processes)
     systems = outcome(tokenizer, before, recipe.chat.default_system)
@@ -178,6 +187,7 @@ def survey(
         schedule=steps,
         output_dir=recipe.output_dir,
         resumes_from=str(checkpoint) if checkpoint else None,
+        plan=_plan(recipe, account, steps, cluster) if cluster else None,
         examples=[_example(tokenizer, row, given) for row in account.examples],
     )
 
@@ -296,6 +306,21 @@ def outcomes(data: Prepared, recipe: Recipe) -> list[Outcome]:
             reason = f"{name}, over {recipe.data.max_length:,} tokens"
             found.append(Outcome(became, reason, rows.count, rows.examples))
     return sorted(found, key=lambda one: -one.rows)
+
+
+def _plan(recipe: Recipe, account: Account, steps: Schedule, cluster: Cluster) -> Plan:
+    lengths = np.minimum(account.lengths, recipe.data.max_length)
+    if recipe.data.overlong != "truncate":
+        lengths = account.lengths[account.lengths <= recipe.data.max_length]
+    return plan(
+        recipe,
+        shape_of(recipe, load_config(recipe.model)),
+        cluster,
+        lengths,
+        steps=steps.steps,
+        epochs=steps.epochs,
+        sequences_per_step=steps.sequences_per_step,
+    )
 
 
 def _part(account: Account, recipe: Recipe, default_is_given: bool) -> PartReport:

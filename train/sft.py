@@ -32,10 +32,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--check", action="store_true", help="report on model, template and data; train nothing")
     parser.add_argument("--json", metavar="FILE", help="with --check: write the report to FILE too, as JSON")
+    parser.add_argument("--gpus", metavar="8x80GB", help="with --check: plan memory and time on such GPUs in each node")
+    parser.add_argument("--nodes", type=int, metavar="N", help="with --gpus: how many nodes (default 1)")
+    parser.add_argument(
+        "--mfu", type=float, metavar="SHARE", help="with --gpus: share of the GPUs' peak FLOP/s reached (default 0.4)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the recipe by dotted key")
     options = parser.parse_intermixed_args(arguments)
     if options.json is not None and not options.check:
         parser.error("--json writes the report of --check: give both")
+    if options.gpus and not options.check:
+        parser.error("--gpus is planned for by --check: give both")
+    if not options.gpus and (options.nodes is not None or options.mfu is not None):
+        parser.error("--nodes and --mfu belong to --gpus: say which GPUs, such as --gpus 8x80GB")
     return options
 
 
@@ -48,15 +57,18 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     from train.data.system_role import settle
     from train.loop.checkpoint import MarkComplete, find_checkpoint
     from train.model.load import check_fits, load_model, load_tokenizer
+    from train.plan import parse_cluster
     from train.preflight import check, screen
 
+    cluster = parse_cluster(options.gpus, options.nodes, options.mfu) if options.gpus else None
     checkpoint = find_checkpoint(options.resume, recipe)
     tokenizer = load_tokenizer(recipe.model)
     check_fits(recipe, tokenizer)
     template = use_template(tokenizer, recipe.chat.template)
     before = settle(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
     if options.check:
-        check(recipe, tokenizer, template, before, checkpoint=checkpoint, json_file=options.json)
+        about = {"checkpoint": checkpoint, "cluster": cluster, "json_file": options.json}
+        check(recipe, tokenizer, template, before, **about)
         return
 
     # TRL, which a check does without, takes seconds to import.

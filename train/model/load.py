@@ -10,7 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PretrainedConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -62,7 +62,8 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
         raise _refuse(model, fault) from fault
 
 
-def _config(model: ModelSection) -> PretrainedConfig:
+def load_config(model: ModelSection) -> PreTrainedConfig:
+    """The model's config. Raises UserError where there is none that can be opened."""
     try:
         return AutoConfig.from_pretrained(**_origin(model))
     except (OSError, ValueError, KeyError, ImportError) as fault:
@@ -75,7 +76,7 @@ def check_fits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     A kernel or package that is missing, token ids beyond the model's vocabulary, sequences longer than its positions.
     """
     quantization_config(recipe.quantization)
-    whole = _config(recipe.model)
+    whole = load_config(recipe.model)
     choose_attention(recipe.model.attention, needs_of(recipe, whole), machine())
     config = whole.get_text_config()
     if len(tokenizer) > config.vocab_size:
@@ -99,7 +100,7 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     """
     hide_bars_in_logs()
     model = recipe.model
-    attention = attention_for(recipe, _config(model))
+    attention = attention_for(recipe, load_config(model))
     try:
         return AutoModelForCausalLM.from_pretrained(
             **_origin(model),

@@ -7,10 +7,13 @@ offsets, and is another program: nothing guarantees that it agrees. So
 - it must agree on a sample of the user's own rows, all the way through (`check`),
 - the bytes of a row's tokens, one after the other, must spell the row: then the sum of their lengths is where they
   stand. A row where they don't (a tokenizer that normalizes or strips something in it) is left to the tokenizer itself.
+  Byte-level BPE keeps every byte of a text that it doesn't normalize, but for blanks that an added token strips; there
+  the sum alone tells.
 """
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -61,7 +64,8 @@ class FastTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, backend: Tokenizer) -> None:
         """`backend`: the tokenizer's own, which adds nothing to a text. Raises UnsuitableError."""
-        description = json.loads(backend.to_str())
+        file = backend.to_str()
+        description = json.loads(file)
         pieces = _pieces(tokenizer, description)
         if pieces is None:
             raise UnsuitableError("its tokens are of a kind whose bytes aren't known")
@@ -70,9 +74,13 @@ class FastTokenizer:
         self._backend = backend
         added = sorted((token["content"] for token in description["added_tokens"]), key=len, reverse=True)
         self._added = re.compile(f"({'|'.join(map(re.escape, added)) or '(?!)'})")
+        normalizers = [part["type"] for part in _parts(description["normalizer"])]
+        byte_level = any(part["type"] == "ByteLevel" for part in _parts(description["pre_tokenizer"]))
+        self._keeps_bytes = byte_level and set(normalizers) <= {"NFC"}
+        self._normalizes = bool(normalizers)
         self._prepends = _BLANK in {part.get("prepend") for part in _parts(description["normalizer"])}
         try:
-            self._fast = fastokens.Tokenizer.from_json_str(backend.to_str())
+            self._fast = fastokens.Tokenizer.from_json_str(file)
             self.check([text + token + text for text in _HARD_TEXTS for token in ["", *added[:4]]])
         except DiffersError as fault:
             raise UnsuitableError(f"it gives other tokens for {fault}") from fault
@@ -104,11 +112,17 @@ class FastTokenizer:
 
         None where the tokens don't spell the text, or one lies across a border of a span, or a span has no token.
         """
-        spelled, inserted = self._as_spelled(text)
-        if b"".join(map(self._pieces.__getitem__, ids.tolist())) != spelled.encode("utf-8", "surrogatepass"):
-            return None
-        borders = _in_bytes(text, [border for span in spans for border in span], inserted)
+        inserted: list[int] = []
         ends = np.cumsum(self._sizes[ids])
+        if self._keeps_bytes and not (self._normalizes and not unicodedata.is_normalized("NFC", text)):
+            size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+            if not len(ends) or ends[-1] != size:
+                return None
+        else:
+            spelled, inserted = self._as_spelled(text)
+            if b"".join(map(self._pieces.__getitem__, ids.tolist())) != spelled.encode("utf-8", "surrogatepass"):
+                return None
+        borders = _in_bytes(text, [border for span in spans for border in span], inserted)
         tokens = np.searchsorted(ends, borders) + 1
         exact = ends[np.minimum(tokens, len(ends)) - 1] == borders
         tokens, exact = np.where(borders == 0, 0, tokens), exact | (borders == 0)

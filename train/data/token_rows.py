@@ -4,7 +4,6 @@ Places are kept without the file's name, digests in the place of texts: what is 
 where they stood. `datasets.Dataset.from_file` opens the file too.
 """
 
-import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow
+import xxhash
 from numpy.typing import NDArray
 
 from train.data.formats import Conversation, RowFault
@@ -25,7 +25,7 @@ SCHEMA = pyarrow.schema(
         "input_ids": pyarrow.list_(pyarrow.int32()),
         "trained": pyarrow.list_(pyarrow.int32()),  # first token of a span, the one behind its last, and so on
         "trained_tokens": pyarrow.int32(),
-        "first_of_conversation": pyarrow.int8(),  # 0 or 1
+        "first_of_conversation": pyarrow.int32(),  # 0 or 1
         "file": pyarrow.int32(),
         "place": pyarrow.string(),
         "conversation": _DIGEST,
@@ -33,6 +33,7 @@ SCHEMA = pyarrow.schema(
         "systems": pyarrow.list_(_DIGEST),
     }
 )
+_PLAIN = {"role", "content"}
 _EXAMPLES = 3
 
 
@@ -71,7 +72,7 @@ def batch_of(file: int, rows: Sequence[tuple[Conversation, Sequence[Encoded]]]) 
         "trained_tokens": np.fromiter(
             (int((encoded.trained[:, 1] - encoded.trained[:, 0]).sum()) for _, encoded, _ in each), np.int32, len(each)
         ),
-        "first_of_conversation": np.fromiter((first for _, _, first in each), np.int8, len(each)),
+        "first_of_conversation": np.fromiter((first for _, _, first in each), np.int32, len(each)),
         "file": np.full(len(each), file, np.int32),
         "place": [conversation.place for conversation, _, _ in each],
         "conversation": [digests[id(conversation)][0] for conversation, _, _ in each],
@@ -90,15 +91,19 @@ def _digests(conversation: Conversation) -> tuple[bytes, bytes, list[bytes]]:
     """Of all that is said, of the first user message (white space aside), and of each system message."""
     messages = conversation.messages
     first = next((message for message in messages if message["role"] == "user"), messages[0])
+    if conversation.tools is None and all(message.keys() == _PLAIN for message in messages):
+        whole = "\0".join([text for message in messages for text in (message["role"], message["content"])])
+    else:
+        whole = json.dumps([messages, conversation.tools], ensure_ascii=False, sort_keys=True)
     return (
-        _digest(json.dumps([messages, conversation.tools], ensure_ascii=False, sort_keys=True)),
+        _digest(whole),
         _digest(" ".join(first["content"].split())),
         [_digest(message["content"]) for message in messages if message["role"] == "system"],
     )
 
 
 def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return xxhash.xxh3_128_digest(text.encode("utf-8", "surrogatepass"))
 
 
 class TokenRows:
@@ -120,8 +125,8 @@ class TokenRows:
         self._trained = [_offsets_and_values(batch["trained"]) for batch in batches]
         self.lengths = _joined([np.diff(offsets) for offsets, _ in self._ids], np.int32)
         self.first_trained = _joined([values[offsets[:-1]] for offsets, values in self._trained], np.int32)
-        self.trained_tokens = _joined([batch["trained_tokens"].to_numpy() for batch in batches], np.int32)
-        first = _joined([batch["first_of_conversation"].to_numpy() for batch in batches], np.int64)
+        self.trained_tokens = _joined([_int32(batch["trained_tokens"]) for batch in batches], np.int32)
+        first = _joined([_int32(batch["first_of_conversation"]) for batch in batches], np.int64)
         self.conversations = np.cumsum(first) - 1
         self.digests = _joined([_fixed(batch["conversation"]) for batch in batches], np.dtype("S16"))
         self.questions = _joined([_fixed(batch["question"]) for batch in batches], np.dtype("S16"))
@@ -177,11 +182,16 @@ def _opened(path: Path) -> list[pyarrow.RecordBatch]:
 
 
 def _offsets_and_values(column: pyarrow.ListArray) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    return column.offsets.to_numpy(), column.values.to_numpy()
+    return _int32(column.offsets), _int32(column.values)
 
 
 def _offsets_and_lists(column: pyarrow.ListArray) -> tuple[NDArray[np.int32], NDArray[np.bytes_]]:
-    return column.offsets.to_numpy(), _fixed(column.values)
+    return _int32(column.offsets), _fixed(column.values)
+
+
+def _int32(column: pyarrow.Int32Array) -> NDArray[np.int32]:
+    """Not a copy. (Arrow's own to_numpy imports pandas first.)"""
+    return np.frombuffer(column.buffers()[1] or b"", np.int32)[column.offset : column.offset + len(column)]
 
 
 def _fixed(column: pyarrow.FixedSizeBinaryArray) -> NDArray[np.bytes_]:

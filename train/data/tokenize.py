@@ -1,5 +1,6 @@
 """Rows -> conversations -> tokens and spans: by chunks, on all cores, in memory that doesn't grow with the rows."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -102,7 +103,9 @@ def tokenize(
         yield from (rows.encode_chunk(file, chunk, format) for file, chunk in chain(first, remaining))
         return
     waiting: deque[Future[tuple[pyarrow.RecordBatch, Faults]]] = deque()
-    # Forked, workers have the tokenizer and the probed template at once.
+    # Forked, workers have the tokenizer and the probed template at once, and share the memory of both as long as no
+    # garbage collection writes into it.
+    gc.freeze()
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(processes, context, _start_worker, (rows,)) as pool, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
@@ -119,6 +122,7 @@ def tokenize(
                 f"memory, or fewer processes than these {processes}: `data.processes: {max(processes // 2, 1)}`."
             ) from fault
         finally:
+            gc.unfreeze()
             pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -76,7 +76,8 @@ class FastTokenizer:
         self._added = re.compile(f"({'|'.join(map(re.escape, added)) or '(?!)'})")
         normalizers = [part["type"] for part in _parts(description["normalizer"])]
         byte_level = any(part["type"] == "ByteLevel" for part in _parts(description["pre_tokenizer"]))
-        self._keeps_bytes = byte_level and set(normalizers) <= {"NFC"}
+        every_byte = set(bytes_to_unicode().values()) <= tokenizer.get_vocab().keys()  # none is dropped or unknown
+        self._keeps_bytes = byte_level and every_byte and set(normalizers) <= {"NFC"}
         self._normalizes = bool(normalizers)
         self._prepends = _BLANK in {part.get("prepend") for part in _parts(description["normalizer"])}
         try:
@@ -114,7 +115,7 @@ class FastTokenizer:
         """
         inserted: list[int] = []
         ends = np.cumsum(self._sizes[ids])
-        if self._keeps_bytes and not (self._normalizes and not unicodedata.is_normalized("NFC", text)):
+        if self._keeps_bytes and (not self._normalizes or unicodedata.is_normalized("NFC", text)):
             size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
             if not len(ends) or ends[-1] != size:
                 return None

@@ -51,6 +51,9 @@ def main() -> int:
     except UserError as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing half-made was kept", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -43,6 +43,10 @@ def test_an_entry_is_made_once_and_found_again(tmp_path: Path) -> None:
         lambda folder: (folder / "manifest.json").write_text('{"files": {"rows": 1}, "facts": {}}'),
         lambda folder: (folder / "manifest.json").write_bytes(b"\xff{"),
         lambda folder: (folder / "manifest.json").write_text("[]"),
+        lambda folder: (folder / "manifest.json").write_text(
+            (folder / "manifest.json").read_text().replace('"rows": 2', '"rows": 3')
+        ),
+        lambda folder: (folder.rename(folder.with_name("away")), folder.touch()),
     ],
 )
 def test_a_broken_entry_is_made_anew(damage: Callable[[Path], None], tmp_path: Path) -> None:

@@ -437,3 +437,10 @@ def test_chunks_are_the_same_each_time_and_small(tmp_path: Path) -> None:
         assert [list(chunk.rows()) for chunk in chunks] == [list(chunk.rows()) for chunk in again]
         assert [row for chunk in chunks for _, row in chunk.rows()] == rows
         assert len(chunks) > 1
+
+
+def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere" / "b.jsonl", GOOD)
+    write(tmp_path / "folder" / "a.jsonl", GOOD)
+    (tmp_path / "folder" / "more").symlink_to(tmp_path / "elsewhere")
+    assert rows_of(tmp_path / "folder") == [pair("good")] * 2

@@ -159,3 +159,33 @@ def test_what_misses_the_cache_and_what_only_packs_anew(
     moved = rows_file.rename(tmp_path / "moved.jsonl")
     assert now(f"data.sources.0.path={moved}") == (True, True)
     assert prepared(recipe, cache, f"data.sources.0.path={moved}").train.account.longest_place.startswith(str(moved))
+
+
+def test_a_source_that_changes_while_it_is_read_is_not_kept(
+    recipe_file: Callable[..., Path], rows_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    encode_chunk = RowTokenizer.encode_chunk
+
+    def meanwhile(self: RowTokenizer, *arguments: object):
+        rows_file.write_bytes(rows_file.read_bytes().replace(b"river", b"rivet"))
+        return encode_chunk(self, *arguments)
+
+    monkeypatch.setattr(RowTokenizer, "encode_chunk", meanwhile)
+    cache = tmp_path / "cache"
+    with pytest.raises(UserError, match=r"data\.sources\.0: .*changed while it was read"):
+        prepared(recipe_file(), f"data.cache_dir={cache}")
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+def test_a_cache_that_cannot_be_written_any_more_ends_no_run(
+    recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = prepared(recipe_file())
+    number, expected = len(data.train.rows), [data.train.rows[place] for place in range(len(data.train.rows))]
+
+    def full(*_: object) -> None:
+        raise UserError("data.cache_dir: no space left")
+
+    monkeypatch.setattr("train.data.prepare.find_or_make", full)
+    again = [data.train.rows[number + place] for place in range(number)]  # the second epoch
+    assert sum(len(row["input_ids"]) for row in again) == sum(len(row["input_ids"]) for row in expected)

@@ -101,7 +101,10 @@ def _progress(folder: Path, key: str) -> int:
 
 def _make(folder: Path, key: str, build: Build) -> Entry:
     for left_over in [folder / key, *folder.glob(f"{key}.*.partial")]:  # nobody else makes this key: we hold its lock
-        shutil.rmtree(left_over, ignore_errors=True)
+        if left_over.is_dir():
+            shutil.rmtree(left_over, ignore_errors=True)
+        else:
+            left_over.unlink(missing_ok=True)
     partial = folder / f"{key}.{socket.gethostname()}-{os.getpid()}.partial"
     partial.mkdir()
     try:
@@ -109,7 +112,8 @@ def _make(folder: Path, key: str, build: Build) -> Entry:
         (partial / _PROGRESS).unlink(missing_ok=True)
         files = {path.name: _described(path) for path in sorted(partial.iterdir())}
         manifest = partial / _MANIFEST
-        manifest.write_text(json.dumps({"files": files, "facts": facts}, indent=1, ensure_ascii=False), "utf-8")
+        described = {"files": files, "facts": facts, "digest": key_of(facts)}
+        manifest.write_text(json.dumps(described, indent=1, ensure_ascii=False), "utf-8")
         for path in (*partial.iterdir(), partial):
             _sync(path)
         with suppress(OSError):  # where locks don't hold, another may have been first: then its entry is as good
@@ -140,6 +144,6 @@ def _read(folder: Path) -> Mapping[str, Any] | None:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text("utf-8"))
         whole = all(_described(folder / name) == described for name, described in manifest["files"].items())
-        return manifest["facts"] if whole else None
+        return manifest["facts"] if whole and manifest["digest"] == key_of(manifest["facts"]) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
         return None

@@ -333,7 +333,7 @@ def _cut_off(chosen: NDArray[np.int64], rows: TokenRows, longest: int) -> int:
 
 
 def _plan(lengths: NDArray[np.int32], recipe: Recipe, multiple_of: int, epoch: int) -> PackingPlan:
-    """Which rows share a sequence; kept on disk, as a large one takes a while. Raises UserError."""
+    """Which rows share a sequence; kept on disk, as a large one takes a while."""
     section = recipe.data
     capacity = section.max_length if section.packing else None
     if capacity is None:
@@ -350,4 +350,7 @@ def _plan(lengths: NDArray[np.int32], recipe: Recipe, multiple_of: int, epoch: i
         return {"sequences": len(made)}
 
     with job("packing", unit="rows"):
-        return PackingPlan.load(find_or_make(cache_folder(recipe), key_of(made_of), build).folder / _PLAN)
+        try:
+            return PackingPlan.load(find_or_make(cache_folder(recipe), key_of(made_of), build).folder / _PLAN)
+        except UserError:  # the folder can't be written: no reason to stop in the middle of a run
+            return plan(lengths, capacity, multiple_of=multiple_of, seed=recipe.seed, epoch=epoch)

@@ -54,7 +54,7 @@ def source_tokens(
             return find_or_make(
                 cache_folder(recipe),
                 key_of(made_of),
-                lambda partial: _write(partial, source, opened, recipe, tokenizer, tokenizing),
+                lambda partial: _write(partial, source, opened, made_of["rows"], recipe, tokenizer, tokenizing),
                 tokenizing,
             ), opened
     except UserError as fault:
@@ -84,11 +84,12 @@ def _write(
     folder: Path,
     source: Source,
     opened: OpenSource,
+    digest: str,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     tokenizing: Job,
 ) -> dict[str, Any]:
-    """Tokenize a source into `folder`; what its manifest is to say. Raises UserError."""
+    """Tokenize a source, which has this digest, into `folder`; what its manifest is to say. Raises UserError."""
     chat = recipe.chat
     why_not_fast = ""
     for fast in (True, False):
@@ -103,6 +104,8 @@ def _write(
             tokenizing.advance(-tokenizing.done)
         else:
             break
+    if opened.digest() != digest:
+        raise UserError(f"{source.path} changed while it was read. Start again when it is whole.")
     why_not_fast = why_not_fast or rows.encoder.why_not_fast
     return {
         "source": source.path,

@@ -130,7 +130,10 @@ def _refuse_hub_keys(source: Source, files_have_splits: bool) -> None:
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
     """The data files below `folder`; where their names tell a split, those of `split`. Raises UserError."""
-    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and ending_of(path) in READERS]
+    everything = sorted(
+        map(Path, glob.glob(f"{glob.escape(str(folder))}/**/*", recursive=True))
+    )  # links to folders, too
+    found = [path for path in everything if path.is_file() and ending_of(path) in READERS]
     files = [path for path in found if not any(part[0] in "._" for part in path.relative_to(folder).parts)]
     if not files:
         raise UserError(f"{folder}: no data file in this folder. Known endings are {', '.join(READERS)}.")

@@ -99,7 +99,8 @@ def tokenize(
     processes = processes or available_cores()
     remaining = iter(chunks)
     first = list(islice(remaining, processes))
-    if processes == 1 or len(first) < processes or "fork" not in multiprocessing.get_all_start_methods():
+    processes = min(processes, len(first))
+    if processes <= 1 or "fork" not in multiprocessing.get_all_start_methods():
         yield from (rows.encode_chunk(file, chunk, format) for file, chunk in chain(first, remaining))
         return
     waiting: deque[Future[tuple[pyarrow.RecordBatch, Faults]]] = deque()

@@ -128,6 +128,9 @@ def _as_in_evaluation(trainer: SFTTrainer) -> Iterator[None]:
     model = trainer.model_wrapped
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    for module, _ in modes:
+        if type(module).__name__ == "Linear4bit":
+            module.training = True  # in evaluation, bitsandbytes packs the weights anew on a CPU, for good
     try:
         with torch.no_grad():
             yield

@@ -12,6 +12,9 @@ UNHELPFUL_FUTURE_WARNINGS = (
     ".*`?gradient_checkpointing.*",  # TRL 1.16 sets it under its old name itself
     ".*torch.distributed.*",  # torch 2.13 has one for each collective that DeepSpeed calls
 )
+UNHELPFUL_USER_WARNINGS = (
+    ".*a tied layer is part of the adapter.*",  # peft's; such weights are saved and merged apart here
+)
 
 
 class _LeaveOut(logging.Filter):
@@ -30,3 +33,5 @@ def leave_out_unhelpful_warnings() -> None:
         logging.getLogger(name).addFilter(_LeaveOut(phrases))
     for message in UNHELPFUL_FUTURE_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    for message in UNHELPFUL_USER_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=UserWarning)

@@ -269,7 +269,7 @@ def test_qlora_under_zero3(recipe_file: Callable[..., Path], tmp_path: Path) -> 
 def test_bf16_trains_and_saves_under_every_stage(
     config: str, recipe_file: Callable[..., Path], tmp_path: Path, tiny_model: Path
 ) -> None:
-    """grad_accum_dtype goes with every stage, and the save is bf16."""
+    """bf16 goes with every stage, and so is the save."""
     recipe = recipe_file(
         model={"dtype": "bfloat16"},
         training={"bf16": True, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from train.errors import UserError
+from train.loop.report import output_dir_conflicts
 from train.loop.tracking import integrations
 from train.recipe import Recipe
 from train.training_fields import training_fields
@@ -22,14 +23,8 @@ def run_faults(recipe: Recipe, sequences: int, processes: int) -> list[str]:
 
 
 def _output_dir(folder: Path, recipe: Recipe) -> Iterator[str]:
-    """What `train.loop.report.claim_output_dir` would refuse, in its words."""
-    if folder.is_dir() and Path(recipe.model.name_or_path).resolve() == folder.resolve():
-        yield "output_dir: that is the folder of model.name_or_path: it would be overwritten. Name another."
-    if recipe.adapter is None and (folder / "adapter_config.json").is_file():
-        yield (
-            f"output_dir: {folder} holds an adapter, which would be applied to the model that this run saves beside it."
-            " Name another folder, or take the adapter away."
-        )
+    """What `claim_output_dir` would refuse, without writing."""
+    yield from output_dir_conflicts(recipe)
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     written = folder / "recipe.yaml"
     try:

@@ -1,5 +1,6 @@
 """What a run leaves to read: its resolved recipe, and report.md with the loss as a picture."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,26 @@ from train.progress import duration, is_first_rank
 from train.recipe import Recipe
 
 
+def output_dir_conflicts(recipe: Recipe) -> Iterator[str]:
+    """What stands in the folder of the run and forbids it, in words; nothing is written."""
+    folder = Path(recipe.output_dir)
+    if folder.is_dir() and Path(recipe.model.name_or_path).resolve() == folder.resolve():
+        yield "output_dir: that is the folder of model.name_or_path: it would be overwritten. Name another."
+    if recipe.adapter is None and (folder / "adapter_config.json").is_file():
+        yield (
+            f"output_dir: {folder} holds an adapter, which would be applied to the model that this run saves beside it."
+            " Name another folder, or take the adapter away."
+        )
+
+
 def claim_output_dir(recipe: Recipe) -> Path:
     """The folder of the run, made if need be, with the resolved recipe in it.
 
     Raises UserError where it can't be written: known before hours of work, not after them.
     """
     folder = Path(recipe.output_dir)
-    if folder.is_dir() and Path(recipe.model.name_or_path).resolve() == folder.resolve():
-        raise UserError("output_dir: that is the folder of model.name_or_path: it would be overwritten. Name another.")
-    if recipe.adapter is None and (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"output_dir: {folder} holds an adapter, which would be applied to the model that this run saves beside it."
-            " Name another folder, or take the adapter away."
-        )
+    for conflict in output_dir_conflicts(recipe):
+        raise UserError(conflict)
     try:
         if is_first_rank():
             folder.mkdir(parents=True, exist_ok=True)

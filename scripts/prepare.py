@@ -18,6 +18,8 @@ from train.data.prepare import prepare
 from train.data.system_role import settle
 from train.errors import CommandLine, UserError
 from train.model.load import load_tokenizer
+from train.preflight import describe_outcome
+from train.preflight_report import outcomes, warnings_of
 from train.progress import duration
 from train.recipe import load_recipe
 
@@ -36,6 +38,10 @@ def run(recipe_file: Path, overrides: list[str]) -> None:
         print(f"    {cache.folder}")
     for name, account in data.accounts.items():
         print(f"{name}: {account.rows:,} rows, {account.tokens:,} tokens, {account.sequences:,} sequences")
+    for outcome in outcomes(data, recipe):
+        print(f"not as is: {describe_outcome(outcome)}")
+    for warning in warnings_of(data):
+        print(f"warning: {warning}")
     print(f"ready after {duration(seconds)}")
 
 
@@ -51,6 +57,8 @@ def main() -> int:
     except UserError as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        return 1  # who read what it prints has left, and knows it
     except KeyboardInterrupt:
         print("stopped; nothing half-made was kept", file=sys.stderr)
         return 130

@@ -149,7 +149,7 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool) -> Te
             for number, value in enumerate(shown):
                 line("" if number else name, value)
     for number, one in enumerate(report.outcomes):
-        line("" if number else "not as is", _describe_outcome(one), "yellow")
+        line("" if number else "not as is", describe_outcome(one), "yellow")
     if not report.outcomes:
         line("not as is", "no row was refused, left out, dropped or truncated")
     for warning in report.warnings:
@@ -263,7 +263,8 @@ def _bars(bins: list[Bin]) -> list[str]:
     ]
 
 
-def _describe_outcome(one: Outcome) -> str:
+def describe_outcome(one: Outcome) -> str:
+    """How many rows are not trained as they stand, why, and where the first is."""
     # "1 row refused by the template", not "1 row refused, refused by the template"
     why = one.reason if one.reason.startswith(f"{one.outcome} ") else f"{one.outcome}, {one.reason}"
     return f"{counted(one.rows, 'row')} {why}: first {one.examples[0]}"
@@ -308,7 +309,7 @@ def screen(recipe: Recipe, template: str, data: Prepared, model: "PreTrainedMode
         ("template", template),
         *_describe("data", data.train.account, recipe),
         *(_describe("validation", data.validation.account, recipe) if data.validation else []),
-        *(("", visible(_describe_outcome(one))) for one in outcomes(data, recipe)),
+        *(("", visible(describe_outcome(one))) for one in outcomes(data, recipe)),
         *(("warning", visible(warning)) for warning in warnings_of(data)),
         (
             "steps",

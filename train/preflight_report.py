@@ -250,6 +250,12 @@ def pieces(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], labels:
 def warnings_of(data: Prepared) -> list[str]:
     """What a person should know of the data, though nothing keeps it from being trained."""
     found = []
+    if data.passed_over:
+        named = ", ".join(map(str, data.passed_over[:3])) + (", ..." if len(data.passed_over) > 3 else "")
+        found.append(
+            f"{counted(len(data.passed_over), 'file', 'is', 'are')} passed over, as a name that begins with _ or has "
+            f"no known ending is none of data: {named}"
+        )
     if data.escaped:
         found.append(
             f"{counted(data.escaped, 'row', 'has', 'have')} control tokens typed in the text, which a zero-width space "

@@ -199,6 +199,16 @@ class TrackingSection(_Section):
     """TensorBoard files in output_dir/tensorboard."""
 
 
+class GuardsSection(_Section):
+    """What a run does about steps that go wrong. Their rows are named, and stand in output_dir/suspects.jsonl."""
+
+    non_finite_steps: int = Field(default=3, ge=1)
+    """The run stops after so many steps in a row whose gradients are not finite. None of them changes a weight."""
+    loss_spike: float | None = Field(default=8.0, gt=0)
+    """A step is named whose loss exceeds the median of a process's last 64 by so many of their standard deviations
+    (estimated by the median deviation, which spikes don't move); null = none is."""
+
+
 @dataclass(frozen=True)
 class _Origin:
     """Where a recipe was read; recipes that say the same are equal, wherever they stand."""
@@ -238,6 +248,8 @@ class Recipe(_Section):
     """Any field of TRL's SFTConfig under its own name, but for those that other sections own."""
     tracking: TrackingSection = TrackingSection()
     """Where figures go besides metrics.jsonl and the step log, which are always written."""
+    guards: GuardsSection = GuardsSection()
+    """What a run does about steps that go wrong."""
     output_dir: Text
     """Folder for the finished model, its checkpoints, metrics.jsonl and report.md."""
     seed: int = Field(default=42, ge=0, lt=2**32)  # numpy takes no greater one

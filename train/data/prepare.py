@@ -108,7 +108,8 @@ class Prepared:
     """All that training needs of the data.
 
     `faults`: rows that can't be trained, by kind, whichever part's they are. `escaped`: rows of the sources that are
-    trained with the control tokens typed in their text broken up.
+    trained with the control tokens typed in their text broken up. `passed_over`: files beside the data that no row was
+    read from.
     """
 
     train: Part
@@ -117,6 +118,7 @@ class Prepared:
     overlap: Overlap = field(default_factory=Overlap)
     caches: Sequence[CachedSource] = ()
     escaped: int = 0
+    passed_over: Sequence[Path] = ()
 
     @property
     def accounts(self) -> dict[str, Account]:
@@ -182,16 +184,13 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         for (_, source), (entry, _) in zip(named, tokenized, strict=True)
     ]
     escaped = sum(entry.facts["escaped"] for entry, _ in tokenized)
+    passed_over = list(dict.fromkeys(path for _, opened in tokenized for path in opened.passed_over))
+    train, trained = parts["training"]
     if "validation" not in parts:
-        return Prepared(parts["training"][0], None, faults, caches=caches, escaped=escaped)
-    return Prepared(
-        parts["training"][0],
-        parts["validation"][0],
-        faults,
-        _overlap(rows, firsts[parts["training"][1]], firsts[parts["validation"][1]]),
-        caches,
-        escaped,
-    )
+        return Prepared(train, None, faults, Overlap(), caches, escaped, passed_over)
+    tested, validated = parts["validation"]
+    overlap = _overlap(rows, firsts[trained], firsts[validated])
+    return Prepared(train, tested, faults, overlap, caches, escaped, passed_over)
 
 
 def _sequences_at_once(recipe: Recipe, *fields: str) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,21 +38,32 @@ class Sequences:
         """Sequences of an epoch."""
         return self._count
 
-    def __getitem__(self, index: int) -> dict[str, NDArray[np.int64] | list[int]]:
-        """`input_ids` and `labels` (int64), and where the recipe packs `seq_lengths`, the tokens of each document."""
-        if index < 0 or not self._count:
-            raise IndexError(f"sequence {index} of {self._count}")
-        epoch, sequence = divmod(int(index), self._count)
-        documents = [self.row(place) for place in self.plan_of(epoch)[sequence].tolist()]
-        item: dict[str, NDArray[np.int64] | list[int]] = {
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """`input_ids` and `labels` (int64), and where the recipe packs `seq_lengths`, the tokens of each document.
+
+        `sequence` is the index itself, by which `places` tells the rows.
+        """
+        documents = [self.row(place) for place in self._documents(index)]
+        item: dict[str, Any] = {
             "input_ids": np.concatenate([ids for ids, _ in documents]).astype(np.int64),
             "labels": np.concatenate([labels for _, labels in documents]),
+            "sequence": int(index),
         }
         if self._packed:
             item["seq_lengths"] = [len(ids) for ids, _ in documents]
         return item
 
-    def __iter__(self) -> Iterator[dict[str, NDArray[np.int64] | list[int]]]:
+    def places(self, index: int) -> list[str]:
+        """Where each document of a sequence stood in its source, in words."""
+        return [self._rows.place(int(self._chosen[place])) for place in self._documents(index)]
+
+    def _documents(self, index: int) -> list[int]:
+        if index < 0 or not self._count:
+            raise IndexError(f"sequence {index} of {self._count}")
+        epoch, sequence = divmod(int(index), self._count)
+        return self.plan_of(epoch)[sequence].tolist()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         """The sequences of the first epoch. (Python would go through indices, of which there are no last ones.)"""
         return (self[sequence] for sequence in range(self._count))
 

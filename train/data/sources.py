@@ -7,7 +7,7 @@ names (train-00000.parquet, data/test.jsonl) gives the files of the source's spl
 import difflib
 import glob
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ _SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _EXAMPLES = 3
+_COMPANIONS = ("README", "LICENSE", "LICENCE", "NOTICE")
+"""What lies beside data and is none, so that nobody need be told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +55,17 @@ class BadRows:
 
 @dataclass(frozen=True, slots=True)
 class OpenSource:
-    """A source that is there. `files`: what its rows' places begin with; `chunks`: each with its file's number."""
+    """A source that is there. `files`: what its rows' places begin with; `chunks`: each with its file's number.
+
+    `passed_over`: files of its folder that no row comes from, as their names are none of data; READMEs and files that
+    begin with a dot aside.
+    """
 
     files: list[str]
     chunks: Callable[[], Iterator[tuple[int, Chunk]]]
     digest: Callable[[], str]
     """Of every byte that the rows are read from: another byte, another digest. No names are in it."""
+    passed_over: Sequence[Path] = ()
 
 
 def open_source(source: Source, allow_pickle: bool = False) -> OpenSource:
@@ -70,8 +77,9 @@ def open_source(source: Source, allow_pickle: bool = False) -> OpenSource:
     path = Path(source.path).expanduser()
     if path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
         return _saved(path, source)
+    passed_over: list[Path] = []
     if path.is_dir():
-        files = _files_of_split(path, source.split)
+        files, passed_over = _files_of_split(path, source.split)
     elif path.exists():
         files = [path]
     elif glob.has_magic(source.path):
@@ -87,6 +95,7 @@ def open_source(source: Source, allow_pickle: bool = False) -> OpenSource:
         [str(file) for file in files],
         lambda: ((number, chunk) for number, file in enumerate(files) for chunk in read_file(file, allow_pickle)),
         lambda: digest_of_files(files, [ending_of(file) for file in files]),
+        passed_over,
     )
 
 
@@ -128,18 +137,26 @@ def _refuse_hub_keys(source: Source, files_have_splits: bool) -> None:
         )
 
 
-def _files_of_split(folder: Path, split: str) -> list[Path]:
-    """The data files below `folder`; where their names tell a split, those of `split`. Raises UserError."""
+def _files_of_split(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
+    """The data files below `folder`, where their names tell a split those of `split`; and files that are none of data.
+
+    Raises UserError.
+    """
     everything = sorted(
         map(Path, glob.glob(f"{glob.escape(str(folder))}/**/*", recursive=True))
     )  # links to folders, too
-    found = [path for path in everything if path.is_file() and ending_of(path) in READERS]
-    files = [path for path in found if not any(part[0] in "._" for part in path.relative_to(folder).parts)]
+    found = [path for path in everything if path.is_file() and not any(part[0] == "." for part in _below(folder, path))]
+    files = [
+        path
+        for path in found
+        if ending_of(path) in READERS and not any(part[0] == "_" for part in _below(folder, path))
+    ]
+    passed_over = [path for path in found if path not in set(files) and path.stem.upper() not in _COMPANIONS]
     if not files:
         raise UserError(f"{folder}: no data file in this folder. Known endings are {', '.join(READERS)}.")
     splits = {path: _split_of(path.relative_to(folder)) for path in files}
     if not any(splits.values()) and split == "train":
-        return files
+        return files, passed_over
     unclear = [path for path in files if splits[path] is None]
     if unclear:
         raise UserError(
@@ -151,7 +168,11 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     if not chosen:
         known = ", ".join(sorted({name for name in splits.values() if name}))
         raise UserError(f"{folder}: there are no files of the split `{split}`. The names tell of: {known}.")
-    return chosen
+    return chosen, passed_over
+
+
+def _below(folder: Path, path: Path) -> tuple[str, ...]:
+    return path.relative_to(folder).parts
 
 
 def _split_of(path: Path) -> str | None:

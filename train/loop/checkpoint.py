@@ -35,7 +35,7 @@ class MarkComplete(TrainerCallback):
 
 def _decides_the_run(recipe: Recipe) -> dict[str, Any]:
     """The dotted keys of the recipe that a run can't change half-way, with their values as JSON has them."""
-    sections = recipe.model_dump(mode="json", exclude={"output_dir", "tracking"})
+    sections = recipe.model_dump(mode="json", exclude={"output_dir", "tracking", "guards"})
     flat = {}
     for section, values in sections.items():
         for key, value in values.items() if isinstance(values, dict) else [("", values)]:

@@ -16,6 +16,7 @@ from trl import SFTTrainer
 
 from train.data.sequences import Sequences
 from train.errors import UserError
+from train.loop.throughput import HELD
 from train.progress import is_first_rank
 
 _LENGTHS = (43, 48, 40)
@@ -143,8 +144,9 @@ def _token_losses(trainer: SFTTrainer, documents: list[list[int]]) -> list[torch
     """Losses of a pack's tokens in nats, float64 on the CPU: [tokens - 1] for each document."""
     tokens = [token for document in documents for token in document]
     lengths = [len(document) for document in documents]
-    batch = trainer.data_collator([{"input_ids": tokens, "labels": tokens, "seq_lengths": lengths}])
+    batch = trainer.data_collator([{"input_ids": tokens, "labels": tokens, "seq_lengths": lengths, "sequence": 0}])
     inputs = trainer._prepare_inputs(batch)
+    inputs.pop(HELD, None)
     with trainer.compute_loss_context_manager():
         outputs = trainer.model_wrapped(**inputs, use_cache=False, fused_lm_head=True)  # as TRL's compute_loss does
     losses = -outputs.log_probs[0].double().cpu()

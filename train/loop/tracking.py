@@ -76,17 +76,15 @@ class StepLog(TrainerCallback):
         self._open = ExitStack()
         self._job: Job | None = None
         self._evaluation: Job | None = None
-        self._started = self._last_time = 0.0
-        self._first_step = self._last_step = 0
-        self._last_tokens = 0
+        self._started = 0.0
+        self._first_step = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clock; after a resume, keep the lines of the steps that the checkpoint holds, and those alone."""
-        self._started = self._last_time = time.monotonic()
-        self._first_step = self._last_step = state.global_step
-        self._last_tokens = state.num_input_tokens_seen
+        self._started = time.monotonic()
+        self._first_step = state.global_step
         if not is_first_rank():
             return
         kept = []
@@ -114,14 +112,10 @@ class StepLog(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the speed to what transformers logged, and write it."""
+        """Write what was logged, and show the little of it that a person follows."""
         if not logs or not is_first_rank() or "train_runtime" in logs:
             return
         metrics: dict[str, Any] = {"step": state.global_step, **logs}
-        if "loss" in logs:
-            now, tokens = time.monotonic(), int(logs.get("num_tokens", 0))
-            metrics["tokens_per_second"] = round((tokens - self._last_tokens) / max(now - self._last_time, 1e-9), 1)
-            self._last_time, self._last_tokens = now, tokens
         self._write(metrics)
         line = self._line(state, metrics)
         if self._job:
@@ -146,10 +140,11 @@ class StepLog(TrainerCallback):
             return f"step {state.global_step}/{state.max_steps} {shown}"
         seconds_a_step = (time.monotonic() - self._started) / max(state.global_step - self._first_step, 1)
         left = duration(seconds_a_step * (state.max_steps - state.global_step))
+        mfu = f"mfu {metrics['mfu']:.1%} " if "mfu" in metrics else ""
         return (
             f"step {state.global_step}/{state.max_steps} loss {metrics['loss']:.4f} "
             f"lr {metrics.get('learning_rate', 0):.2e} grad_norm {metrics.get('grad_norm', math.nan):.3f} "
-            f"{metrics['tokens_per_second']:,.0f} tokens/s {left} left"
+            f"{metrics['tokens_per_second']:,.0f} tokens/s {mfu}{left} left"
         )
 
     def on_prediction_step(

@@ -15,17 +15,19 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTConfig, SFTTrainer
 
-from train.data.loss_mask import NOT_TRAINED
 from train.data.prepare import Prepared
 from train.data.sequences import Sequences
 from train.errors import UserError
+from train.loop.guards import Guards
 from train.loop.isolation import IsolationTest
 from train.loop.order import EpochOrder
 from train.loop.report import model_card
 from train.loop.saved import check_saved
 from train.loop.sharding import check_sharding
+from train.loop.throughput import HELD, Counting, Held, Sums, Throughput
 from train.loop.tracking import integrations
 from train.model.adapters import check_modules_to_save, lora_config
+from train.model.shape import Shape, shape_of
 from train.recipe import Recipe
 
 
@@ -93,9 +95,10 @@ class JanusTrainer(SFTTrainer):
     Its evaluation loss is the mean over TOKENS, however they fall into batches.
     """
 
-    _total_train_tokens: int  # TRL's own
-    _eval_loss_sum: torch.Tensor | float = 0.0
-    _eval_tokens: torch.Tensor | float = 0.0
+    data_collator: Any
+    _signature_columns: list[str]  # transformers' own
+    _evaluated: Sums | None = None
+    _tokens_since_saved: int = 0
 
     def __init__(
         self,
@@ -117,6 +120,7 @@ class JanusTrainer(SFTTrainer):
                 "all processes, so all would be left out. Write false, or make per_device_train_batch_size smaller."
             )
         check_modules_to_save(recipe.adapter, model)
+        shape = _shape(recipe, model)
         with _as_user_error("adapter" if recipe.adapter else "training"):
             super().__init__(
                 model=model,
@@ -129,10 +133,14 @@ class JanusTrainer(SFTTrainer):
             )
         self.train_dataset = data.train.rows
         self.eval_dataset = data.validation.rows if data.validation else None
+        self.data_collator = Counting(self.data_collator)
         self.remove_callback(PrinterCallback)
         if recipe.data.packing:
             self.add_callback(IsolationTest(self))
         self._recipe = recipe
+        self._throughput = Throughput(self.accelerator, shape)
+        self.add_callback(self._throughput)
+        self._guards = Guards(recipe.guards, self.accelerator, data.train.rows.places, recipe.output_dir)
 
     def _get_train_sampler(self, train_dataset: Sequences | None = None) -> Sampler[int] | None:
         """Our order in the place of a random one."""
@@ -215,6 +223,22 @@ class JanusTrainer(SFTTrainer):
             if self._recipe.adapter:
                 self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(folder)
 
+    def _set_signature_columns_if_needed(self) -> None:
+        """Lets the data set's `sequence` through to the collator."""
+        super()._set_signature_columns_if_needed()
+        if "sequence" not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, "sequence"]
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """transformers' batches of one step; here a step's time begins."""
+        self._throughput.begin_step()
+        return super().get_batch_samples(self._throughput.waiting(epoch_iterator), *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """transformers' forward and backward of a micro-batch."""
+        with self._throughput.timed("backward"):
+            return super().training_step(*args, **kwargs)
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -222,29 +246,95 @@ class JanusTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """TRL's loss. In evaluation, where it is a mean over this batch, its tokens are counted beside it.
+        """TRL's loss, with its figures summed on the device; TRL gathers them from all processes at each micro-batch.
 
-        TRL counts the tokens trained from nothing after a resume; here the count is part of the checkpoint's state.
+        Losses that need all logits or a router's are left to TRL, figures included.
         """
-        tokens = (inputs["labels"][:, 1:] != NOT_TRAINED).sum()
-        self._total_train_tokens = max(self._total_train_tokens, self.state.num_input_tokens_seen)
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self.state.num_input_tokens_seen = self._total_train_tokens
-        if not self.model.training:
-            loss = result[0] if isinstance(result, tuple) else result
-            self._eval_loss_sum = self._eval_loss_sum + loss.detach().double() * tokens
-            self._eval_tokens = self._eval_tokens + tokens
-        return result
+        held: Any = inputs.pop(HELD)
+        if return_outputs or self._needs_more_than_the_head():
+            if self.model.training:
+                self._count(held, None)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self._throughput.timed("forward"):
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+            losses = -outputs.log_probs  # 0 where a token has none
+            if self.args.loss_type == "dft":  # arXiv:2508.05629
+                losses = losses * outputs.log_probs.exp().detach()
+            tokens = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
+            loss = losses.sum() / torch.as_tensor(tokens).clamp(min=1)
+            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+                # the tokens are those of all processes, and DDP takes the mean of their gradients
+                loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        sums = Sums.of(outputs)
+        if self.model.training:
+            self._count(held, sums)
+            self._guards.add(held, losses, outputs.label_mask)
+        else:
+            self._evaluated = sums.plus(self._evaluated)
+        return loss
+
+    def _needs_more_than_the_head(self) -> bool:
+        parallelism = self.accelerator.parallelism_config
+        return (
+            self.aux_loss_enabled
+            or self.label_smoother is not None
+            or self.compute_loss_func is not None
+            or self.args.loss_type not in ("nll", "dft")
+            or (parallelism is not None and parallelism.sp_enabled)
+        )
+
+    def _count(self, held: Held, sums: Sums | None) -> None:
+        self._tokens_since_saved += int(held.documents.sum())
+        self._throughput.add(held, sums)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float:
+        """transformers' norm; where it is not finite, the step that follows changes nothing."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        deepspeed = self.is_deepspeed_enabled  # there the step is done, or left out, by now
+        left_out = deepspeed and self.accelerator.optimizer_step_was_skipped
+        scaled = self.accelerator.mixed_precision == "fp16"
+        finite = self._guards.finite(self.state.global_step + 1, norm, left_out=left_out, scaled=scaled)
+        if not finite and not deepspeed and not scaled:
+            model.zero_grad(set_to_none=True)  # an optimizer passes over parameters without a gradient
+        return norm if finite or not left_out else math.nan
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """transformers' and TRL's figures, and those of the steps since the last such line."""
+        if "loss" in logs:
+            self._tr_loss.zero_()  # transformers takes it from itself, which leaves NaN in all later means
+            figures, told = self._throughput.figures([self._tokens_since_saved, self._guards.spikes])
+            self.state.num_input_tokens_seen += int(sum(tokens for tokens, _ in told))
+            self._tokens_since_saved = 0
+            logs |= {"num_tokens": self.state.num_input_tokens_seen, **figures}
+            if any(spikes for _, spikes in told):
+                self._guards.tell_spikes()
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' checkpoint, whose state knows the tokens of all processes up to here."""
+        since = torch.tensor(self._tokens_since_saved, device=self.args.device)
+        self.state.num_input_tokens_seen += int(self.accelerator.reduce(since))
+        self._tokens_since_saved = 0
+        super()._save_checkpoint(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """transformers' loop weighs each batch alike; the loss reported here weighs each token alike."""
-        self._eval_loss_sum = self._eval_tokens = 0.0
+        """transformers' loop weighs each batch alike; the figures reported here weigh each token alike."""
+        self._evaluated = None
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        sums = torch.tensor([self._eval_loss_sum, self._eval_tokens], dtype=torch.float64, device=self.args.device)
-        loss_sum, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
+        own = self._evaluated or [torch.zeros((), dtype=torch.float64, device=self.args.device)] * 4
+        loss, entropy, correct, tokens = self.accelerator.reduce(torch.stack(list(own)), reduction="sum").tolist()
         if tokens:
-            output.metrics[f"{metric_key_prefix}_loss"] = loss_sum / tokens
+            sums = {"loss": loss, "entropy": entropy, "mean_token_accuracy": correct}
+            output.metrics.update({f"{metric_key_prefix}_{name}": value / tokens for name, value in sums.items()})
         return output
+
+
+def _shape(recipe: Recipe, model: PreTrainedModel) -> Shape | None:
+    """What the model is made of; None for kinds whose arithmetic isn't known here."""
+    try:
+        return shape_of(recipe, model.config)
+    except UserError:
+        return None
 
 
 def sequences_per_step(arguments: SFTConfig) -> int:

@@ -1,5 +1,6 @@
 """Arithmetic and hours of a run, by a convention that is stated."""
 
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,12 @@ MEMORY_GIB = {"GB200": 186, "H200": 141, "H100": 80, "H20": 96, "A6000": 48, "A1
 """Of GPUs that come in one size, from the makers' data sheets."""
 DEFAULT_GPU, DEFAULT_MFU = "H100", 0.4
 """llm-foundry's 7B in full on 8 x H100 at 2,048 to 8,192 tokens: 37 to 46 % (its scripts/train/benchmarking)."""
+
+
+def peak_flops(device: str) -> float | None:
+    """FLOP/s of dense bfloat16 of a GPU by the name that its driver gives (`NVIDIA A100-SXM4-80GB`), where known."""
+    words = set(re.split(r"[^A-Z0-9]+", device.upper()))
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in words), None)
 
 
 class Flops(NamedTuple):

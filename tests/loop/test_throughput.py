@@ -1,0 +1,131 @@
+"""The figures of a step, counted again from the rows and from the model's own logits."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM
+
+from train.data.chat_template import use_template
+from train.data.prepare import prepare
+from train.loop.throughput import CLOCKED, Counting, Held, Throughput
+from train.loop.tracking import StepLog
+from train.loop.trainer import JanusTrainer, training_arguments
+from train.model.compute import PEAK_FLOPS, peak_flops
+from train.model.load import load_config, load_model, load_tokenizer
+from train.model.shape import shape_of
+from train.recipe import load_recipe
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "rows"])
+def test_figures_of_a_logging_step_are_those_of_its_tokens(
+    recipe_file: Callable[..., Path], tmp_path: Path, tiny_model: Path, packing: bool
+) -> None:
+    """At a learning rate of 0 the model stays what it was, so that its logits can be asked afterwards."""
+    training = {"learning_rate": 0.0, "logging_steps": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
+    recipe = load_recipe(recipe_file(data={"packing": packing}, training={**training, "num_train_epochs": ...}))
+    tokenizer = load_tokenizer(recipe.model)
+    use_template(tokenizer, "chatml")
+    data = prepare(recipe, tokenizer)
+    (tmp_path / "run").mkdir()
+    trainer = JanusTrainer(
+        recipe, training_arguments(recipe), load_model(recipe), tokenizer, data, [StepLog(recipe.output_dir)]
+    )
+    gathered: list[int] = []
+    gather = trainer.accelerator.gather
+    trainer.accelerator.gather = lambda tensor: gathered.append(1) or gather(tensor)
+    trainer.train()
+    assert len(gathered) == 2 + packing  # one a logging step, none a micro-batch; the self-test of packs has one, too
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    order = [index for epoch in (0, 1, 2) for index in sampled(trainer, epoch)]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    per_line, seen = 2 * 2 * 2, 0
+    for number, line in enumerate(lines):
+        tokens, trained, correct, entropy, loss = 0, 0, 0, 0.0, []
+        for index in order[number * per_line : (number + 1) * per_line]:
+            item = data.train.rows[index]
+            for ids, labels in zip(*(np.split(item[key], ends(item)) for key in ("input_ids", "labels")), strict=True):
+                with torch.no_grad():
+                    logits = model(torch.tensor(ids)[None], use_cache=False).logits[0, :-1].double()
+                wanted, log_p = torch.tensor(labels[1:]), logits.log_softmax(-1)
+                mask = wanted != -100
+                tokens, trained = tokens + len(ids), trained + int(mask.sum())
+                correct += int((logits.argmax(-1) == wanted)[mask].sum())
+                entropy += float(-(log_p.exp() * log_p).sum(-1)[mask].sum())
+                loss += (-log_p[mask, wanted[mask]]).tolist()
+        seen += tokens
+        assert line["num_tokens"] == seen
+        assert line["mean_token_accuracy"] == pytest.approx(correct / trained, abs=1e-12)
+        assert line["entropy"] == pytest.approx(entropy / trained, rel=1e-5)
+        assert line["tokens_per_second"] == pytest.approx(tokens / (2 * line["seconds_per_step"]))
+        assert line["trained_tokens_per_second_per_gpu"] == pytest.approx(trained / (2 * line["seconds_per_step"]))
+        parts = [line[f"seconds_{part}"] for part in ("waiting_for_data", "forward", "backward", "optimizer")]
+        assert min(parts) > 0
+        assert sum(parts) <= line["seconds_per_step"]
+        assert set(CLOCKED) - {"mfu"} <= line.keys()
+        assert "mfu" not in line  # a CPU's peak is not known
+
+
+def sampled(trainer: JanusTrainer, epoch: int) -> list[int]:
+    sampler = trainer._get_train_sampler()
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def ends(item: dict) -> np.ndarray:
+    return np.cumsum(item.get("seq_lengths") or [len(item["input_ids"])])[:-1]
+
+
+def test_a_batch_says_what_it_holds() -> None:
+    """The first token of a document has no loss, whatever its label."""
+    examples = [
+        {"input_ids": [1, 2, 3, 4, 5], "labels": [1, 2, 3, -100, 5], "seq_lengths": [2, 3], "sequence": 7},
+        {"input_ids": [6], "labels": [6], "seq_lengths": [1], "sequence": 3},
+    ]
+    batch = Counting(lambda examples: {"rows": len(examples)})(examples)
+    held = batch.pop("held")
+    assert batch == {"rows": 2}
+    assert (held.sequences, held.documents.tolist(), held.trained_tokens) == ((7, 3), [2, 3, 1], 2)
+
+
+def test_mfu_counts_the_documents_that_were_trained(recipe_file: Callable[..., Path]) -> None:
+    """6 FLOPs a weight and token, tied embedding included, and causal attention inside each document."""
+    recipe = load_recipe(recipe_file())
+    shape = shape_of(recipe, load_config(recipe.model))
+    throughput = Throughput(Accelerator(cpu=True), shape)
+    throughput._peak = 1e6
+    throughput.begin_step()
+    throughput.add(Held((0,), np.array([5, 300]), 100), None)
+    throughput.add(Held((1,), np.array([17]), 4), None)
+    throughput.on_step_end()
+    figures, _ = throughput.figures()
+    flops = 0
+    for length in (5, 300, 17):
+        flops += 6 * shape.total * length
+        for token in range(length):
+            flops += 2 * 12 // 2 * 64 * (token + 1) * 2  # 2 layers, queries of 4 x 16
+    assert figures["mfu"] == pytest.approx(flops / figures["seconds_per_step"] / 1e6, rel=1e-9)
+    assert "entropy" not in figures
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA RTX A6000", "A6000"),
+        ("AMD Instinct MI300X", "MI300X"),
+        ("NVIDIA A10G", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_the_peak_of_a_gpu_is_known_by_its_drivers_name(name: str, known: str | None) -> None:
+    assert peak_flops(name) == (PEAK_FLOPS[known] if known else None)

@@ -1,0 +1,211 @@
+"""What a step takes and yields: tokens, FLOPs and seconds, counted where that costs nothing.
+
+Counts come from the batches while they are still on the host; sums that only the model knows stay on its device. The
+ranks' numbers meet in one gather a logging step, where TRL gathers three or four times and waits for the device at
+every micro-batch.
+"""
+
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from transformers import TrainerCallback
+
+from train.data.loss_mask import NOT_TRAINED
+from train.model.compute import peak_flops, training_flops
+from train.model.shape import Shape
+
+HELD = "held"
+"""Where a batch says what it holds; taken out before the model sees it."""
+CLOCKED = (
+    "tokens_per_second",
+    "tokens_per_second_per_gpu",
+    "trained_tokens_per_second_per_gpu",
+    "mfu",
+    "seconds_per_step",
+    "seconds_waiting_for_data",
+    "seconds_forward",
+    "seconds_backward",
+    "seconds_optimizer",
+    "peak_memory_gib",
+)
+"""Figures that differ from one run to the next of the same recipe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a batch of one process holds. `sequences`: their indices in the data set; `documents`: tokens of each
+    document, those of the first sequence first; `trained_tokens`: tokens that have a loss."""
+
+    sequences: tuple[int, ...]
+    documents: NDArray[np.int64]
+    trained_tokens: int
+
+
+class Counting:
+    """A collator that says beside each batch, under HELD, what it holds."""
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self._collate = collate
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch as the collator makes it, and HELD."""
+        documents = np.concatenate([example.get("seq_lengths") or [len(example["input_ids"])] for example in examples])
+        trained = np.concatenate([example["labels"] for example in examples]) != NOT_TRAINED
+        trained[np.cumsum(documents) - documents] = False  # nothing foretells a document's first token
+        sequences = tuple(example["sequence"] for example in examples)
+        return {**self._collate(examples), HELD: Held(sequences, documents.astype(np.int64), int(trained.sum()))}
+
+
+class Sums(NamedTuple):
+    """Over the tokens that have a loss, on the device: losses and entropies in nats, and how often the likeliest token
+    was right."""
+
+    loss: torch.Tensor
+    entropy: torch.Tensor
+    correct: torch.Tensor
+    tokens: torch.Tensor
+
+    @staticmethod
+    def of(outputs: Any) -> "Sums":
+        """Of TRL's fused head: its fields are 0 where a token has no loss."""
+        each = (-outputs.log_probs, outputs.entropy, outputs.is_top1, outputs.label_mask)
+        return Sums(*(values.detach().sum(dtype=torch.float64) for values in each))
+
+    def plus(self, other: "Sums | None") -> "Sums":
+        """The sums of both."""
+        return self if other is None else Sums(*(one + two for one, two in zip(self, other, strict=True)))
+
+
+class _Clock:
+    """Moments on the device, which are read without waiting for it; on a CPU those of the wall."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, start: Any, end: Any) -> float:
+        """Seconds. On a GPU `end` must have come."""
+        return start.elapsed_time(end) / 1000 if self._cuda else end - start
+
+
+class Throughput(TrainerCallback):
+    """The figures of the steps since the last logging step. Evaluation and saving lie between steps and don't count.
+
+    MFU is the share of the device's bfloat16 peak that `train.model.compute.CONVENTION` counts, by the documents that
+    were trained: attention within each of them, nothing computed again. There is none on a device whose peak isn't
+    known, and for a mixture of experts.
+    """
+
+    def __init__(self, accelerator: Accelerator, shape: Shape | None) -> None:
+        """`shape`: the model's, None where its arithmetic isn't known."""
+        self._accelerator, self._shape = accelerator, shape
+        self._clock = _Clock(accelerator.device)
+        self._peak = peak_flops(torch.cuda.get_device_name()) if accelerator.device.type == "cuda" else None
+        self._step_began = time.perf_counter()
+        self._optimizer_began = self._clock.now()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._documents: list[NDArray[np.int64]] = []
+        self._sums: Sums | None = None
+        self._spans: list[tuple[str, Any, Any]] = []
+        self._trained_tokens = self._steps = 0
+        self._seconds = self._waited = 0.0
+
+    def begin_step(self) -> None:
+        """From here on a step takes time: its batches are asked for."""
+        self._step_began = time.perf_counter()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The gradients are there, clipped. Under DeepSpeed the optimizer's step is part of the backward pass."""
+        self._optimizer_began = self._clock.now()
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The optimizer's step is on its way."""
+        self._spans.append(("optimizer", self._optimizer_began, self._clock.now()))
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Here a step ends; logging, evaluation and saving come after it."""
+        self._steps += 1
+        self._seconds += time.perf_counter() - self._step_began
+
+    def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches; the time until each is there counts as waiting for data."""
+        while True:
+            began = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - began
+            yield batch
+
+    def add(self, held: Held, sums: Sums | None) -> None:
+        """Count a micro-batch."""
+        self._documents.append(held.documents)
+        self._trained_tokens += held.trained_tokens
+        if sums is not None:
+            self._sums = sums.plus(self._sums)
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """What is done inside belongs to `part` of a step."""
+        start = self._clock.now()
+        yield
+        self._spans.append((part, start, self._clock.now()))
+
+    def figures(self, extra: Sequence[float] = ()) -> tuple[dict[str, float], list[list[float]]]:
+        """The figures by their names in metrics.jsonl, and of each process what it gave as `extra`; then begins anew.
+
+        All processes must call it, where the device has done all steps: one gather.
+        """
+        documents = np.concatenate([np.empty(0, np.int64), *self._documents])
+        parts = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
+        for part, start, end in self._spans:
+            parts[part] += self._clock.between(start, end)
+        parts["backward"] = max(parts["backward"] - parts["forward"], 0.0)  # it is timed around both
+        flops = training_flops(self._shape, documents).total if self._shape else 0.0
+        own = [documents.sum(), self._trained_tokens, flops, self._seconds, self._waited, *parts.values()]
+        sums = self._sums or [0.0] * len(Sums._fields)
+        local = torch.tensor([*own, self._peak_memory(), *extra], dtype=torch.float64, device=self._accelerator.device)
+        of_model = torch.stack([torch.as_tensor(one, dtype=torch.float64, device=local.device) for one in sums])
+        gathered = self._accelerator.gather(torch.cat([of_model, local])[None]).cpu().numpy()
+        entropy, correct, counted = gathered[:, 1:4].sum(0)
+        tokens, trained, flops = gathered[:, 4:7].sum(0)
+        processes, steps = len(gathered), max(self._steps, 1)
+        seconds = max(float(gathered[:, 7].max()), 1e-9)
+        found = {"mean_token_accuracy": correct / counted, "entropy": entropy / counted} if counted else {}
+        found |= {
+            "tokens_per_second": tokens / seconds,
+            "tokens_per_second_per_gpu": tokens / seconds / processes,
+            "trained_tokens_per_second_per_gpu": trained / seconds / processes,
+        }
+        if self._peak and self._shape:
+            found["mfu"] = flops / seconds / processes / self._peak
+        found["seconds_per_step"] = seconds / steps
+        found["seconds_waiting_for_data"] = gathered[:, 8].max() / steps
+        for column, part in enumerate(parts, 9):
+            found[f"seconds_{part}"] = gathered[:, column].mean() / steps
+        found["peak_memory_gib"] = gathered[:, 12].max()
+        self._clear()
+        return {name: float(value) for name, value in found.items()}, gathered[:, 13:].tolist()
+
+    def _peak_memory(self) -> float:
+        """GiB at most, since the process began: that PyTorch had on the GPU, or that were the process's on a CPU."""
+        if self._accelerator.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

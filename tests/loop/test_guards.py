@@ -1,7 +1,6 @@
 """Steps that go wrong: a row whose loss is not finite is named and changes no weight, and a loss that jumps is named."""
 
 import json
-import random
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from broken_steps import poison, rows, suspects
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from train.errors import UserError
 from train.loop.guards import SUSPECTS, Guards
@@ -19,37 +18,10 @@ from train.loop.throughput import Held
 from train.recipe import GuardsSection
 from train.sft import main
 
-POISON = "Z"
-
 
 @pytest.fixture
 def poisoned(tiny_model: Path, tmp_path: Path) -> Path:
-    """A model that gives no number for any text with the letter Z in it."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
-    model.config.tie_word_embeddings = False
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    with torch.no_grad():
-        model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(POISON)] = torch.nan
-    model.save_pretrained(tmp_path / "poisoned")
-    tokenizer.save_pretrained(tmp_path / "poisoned")
-    return tmp_path / "poisoned"
-
-
-def rows(path: Path, bad: set[int]) -> Path:
-    chance = random.Random(5)
-    with path.open("w", encoding="utf-8") as lines:
-        for number in range(12):
-            text = "".join(chance.choice("abcdefgh ") for _ in range(40))
-            messages = [
-                {"role": "user", "content": text + POISON * (number in bad)},
-                {"role": "assistant", "content": text},
-            ]
-            lines.write(json.dumps({"messages": messages}) + "\n")
-    return path
-
-
-def suspects(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / SUSPECTS).read_text(encoding="utf-8").splitlines()]
+    return poison(tiny_model, tmp_path / "poisoned")
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "rows"])

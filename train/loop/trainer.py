@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTConfig, SFTTrainer
@@ -120,7 +121,7 @@ class JanusTrainer(SFTTrainer):
                 "all processes, so all would be left out. Write false, or make per_device_train_batch_size smaller."
             )
         check_modules_to_save(recipe.adapter, model)
-        shape = _shape(recipe, model)
+        shape = _shape(recipe, model, arguments)
         with _as_user_error("adapter" if recipe.adapter else "training"):
             super().__init__(
                 model=model,
@@ -329,12 +330,16 @@ class JanusTrainer(SFTTrainer):
         return output
 
 
-def _shape(recipe: Recipe, model: PreTrainedModel) -> Shape | None:
+def _shape(recipe: Recipe, model: PreTrainedModel, arguments: SFTConfig) -> Shape | None:
     """What the model is made of; None for kinds whose arithmetic isn't known here."""
+    unset_hf_deepspeed_config()  # under ZeRO-3, transformers would share out a model that has no weights
     try:
         return shape_of(recipe, model.config)
     except UserError:
         return None
+    finally:
+        if arguments.deepspeed_plugin is not None:
+            set_hf_deepspeed_config(arguments.deepspeed_plugin.dschf)
 
 
 def sequences_per_step(arguments: SFTConfig) -> int:

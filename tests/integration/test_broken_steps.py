@@ -1,0 +1,39 @@
+"""A row whose loss is no number, on one of two processes: both leave the step out, and the first one names the row."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from broken_steps import poison, rows, suspects
+from ranks import launch
+from safetensors.torch import load_file
+
+pytest.importorskip("deepspeed")
+
+
+@pytest.mark.parametrize("config", [None, "zero1.yaml", "zero2.yaml", "zero3.yaml"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+def test_both_processes_leave_the_step_out(
+    recipe_file: Callable[..., Path], tmp_path: Path, tiny_model: Path, config: str | None, bf16: bool
+) -> None:
+    bad = rows(tmp_path / "bad.jsonl", {4})
+    recipe = recipe_file(
+        model={
+            "name_or_path": str(poison(tiny_model, tmp_path / "poisoned")),
+            "dtype": "bfloat16" if bf16 else "float32",
+        },
+        data={"sources": [{"path": str(bad)}], "packing": False},
+        training={"bf16": bf16, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+    )
+    outcome = launch(2, config, "--recipe", recipe, logs=tmp_path / "logs").succeeded()
+    (found,) = [one for one in suspects(tmp_path / "run") if one["loss"] == "nan"]
+    assert [row["place"] for row in found["rows"]] == [f"{bad}:5"]
+    assert f"step {found['step']}: the gradients are not finite, so no weight was changed" in outcome.output[0]
+    assert f"{bad}:5 (nan)" in outcome.output[0]
+    assert "not finite" not in outcome.output[1]
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics if line["grad_norm"] == "nan"] == [found["step"]]
+    saved = load_file(tmp_path / "run" / "model.safetensors")
+    saved.pop("model.embed_tokens.weight")
+    assert all(weight.isfinite().all() for weight in saved.values())

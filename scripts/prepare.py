@@ -14,12 +14,11 @@ import time
 from pathlib import Path
 
 from train.data.chat_template import use_template
+from train.data.outcomes import describe_outcome, outcomes, warnings_of
 from train.data.prepare import prepare
 from train.data.system_role import settle
 from train.errors import CommandLine, UserError
 from train.model.load import load_tokenizer
-from train.preflight import describe_outcome
-from train.preflight_report import outcomes, warnings_of
 from train.progress import duration
 from train.recipe import load_recipe
 
@@ -38,7 +37,7 @@ def run(recipe_file: Path, overrides: list[str]) -> None:
         print(f"    {cache.folder}")
     for name, account in data.accounts.items():
         print(f"{name}: {account.rows:,} rows, {account.tokens:,} tokens, {account.sequences:,} sequences")
-    for outcome in outcomes(data, recipe):
+    for outcome in outcomes(data, recipe.data):
         print(f"not as is: {describe_outcome(outcome)}")
     for warning in warnings_of(data):
         print(f"warning: {warning}")

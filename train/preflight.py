@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from train.data.outcomes import counted, describe_outcome, outcomes, warnings_of
 from train.data.prepare import Account, Prepared, examine
 from train.data.survey import Bin
 from train.data.system_role import Probe
@@ -26,15 +27,11 @@ from train.json_report import write
 from train.plan import Cluster, describe
 from train.preflight_report import (
     Example,
-    Outcome,
     PartReport,
     Piece,
     Report,
     Rhythm,
-    counted,
-    outcomes,
     survey,
-    warnings_of,
 )
 from train.recipe import Recipe
 
@@ -263,13 +260,6 @@ def _bars(bins: list[Bin]) -> list[str]:
     ]
 
 
-def describe_outcome(one: Outcome) -> str:
-    """How many rows are not trained as they stand, why, and where the first is."""
-    # "1 row refused by the template", not "1 row refused, refused by the template"
-    why = one.reason if one.reason.startswith(f"{one.outcome} ") else f"{one.outcome}, {one.reason}"
-    return f"{counted(one.rows, 'row')} {why}: first {one.examples[0]}"
-
-
 def _describe_schedule(report: Report) -> list[str]:
     steps = report.schedule
     lines = [
@@ -309,7 +299,7 @@ def screen(recipe: Recipe, template: str, data: Prepared, model: "PreTrainedMode
         ("template", template),
         *_describe("data", data.train.account, recipe),
         *(_describe("validation", data.validation.account, recipe) if data.validation else []),
-        *(("", visible(describe_outcome(one))) for one in outcomes(data, recipe)),
+        *(("", visible(describe_outcome(one))) for one in outcomes(data, recipe.data)),
         *(("warning", visible(warning)) for warning in warnings_of(data)),
         (
             "steps",

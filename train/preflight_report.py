@@ -11,8 +11,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from train.data.loss_mask import NOT_TRAINED
+from train.data.outcomes import Outcome, counted, outcomes, warnings_of
 from train.data.prepare import Account, CachedSource, Prepared, Row, refusal
-from train.data.sources import BadRow
 from train.data.survey import Bin, Overlap, Repeats, histogram, quantiles
 from train.data.system_role import Probe, outcome
 from train.model.load import load_config
@@ -44,19 +44,6 @@ class Example:
     system_message: bool
     default_system: bool
     pieces: list[Piece]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Rows that are not trained as they stand, for one reason, with the first three of them.
-
-    `outcome`: refused (the run won't start), left out, dropped or truncated.
-    """
-
-    outcome: str
-    reason: str
-    rows: int
-    examples: list[BadRow]
 
 
 @dataclass(frozen=True)
@@ -182,7 +169,7 @@ def survey(
         training=_part(account, recipe, given),
         validation=_part(data.validation.account, recipe, given) if data.validation else None,
         caches=list(data.caches),
-        outcomes=outcomes(data, recipe),
+        outcomes=outcomes(data, recipe.data),
         overlap=data.overlap,
         schedule=steps,
         output_dir=recipe.output_dir,
@@ -247,41 +234,6 @@ def pieces(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], labels:
     return found
 
 
-def warnings_of(data: Prepared) -> list[str]:
-    """What a person should know of the data, though nothing keeps it from being trained."""
-    found = []
-    if data.passed_over:
-        named = ", ".join(map(str, data.passed_over[:3])) + (", ..." if len(data.passed_over) > 3 else "")
-        found.append(
-            f"{counted(len(data.passed_over), 'file', 'is', 'are')} passed over, as a name that begins with _ or has "
-            f"no known ending is none of data: {named}"
-        )
-    if data.escaped:
-        found.append(
-            f"{counted(data.escaped, 'row', 'has', 'have')} control tokens typed in the text, which a zero-width space "
-            "breaks up (chat.control_tokens_in_text: escape)"
-        )
-    for name, account in data.accounts.items():
-        if account.duplicates.example:
-            first, second = account.duplicates.example
-            found.append(
-                f"{counted(account.duplicates.rows, f'{name} row', 'repeats', 'repeat')} another word for word: "
-                f"{second} says what {first} says"
-            )
-    whole, question = data.overlap.conversations, data.overlap.questions
-    if whole.example:
-        found.append(
-            f"{counted(whole.rows, 'validation row', 'is', 'are')} in training word for word, so the "
-            f"validation loss flatters: {whole.example[1]} says what {whole.example[0]} says"
-        )
-    if question.example and question.rows > whole.rows:
-        found.append(
-            f"{counted(question.rows, 'validation row', 'begins', 'begin')} with a user message that training has too: "
-            f"{question.example[1]} asks what {question.example[0]} asks"
-        )
-    return found
-
-
 def _warnings_of_schedule(steps: Schedule) -> list[str]:
     found = []
     if steps.warmup_steps >= steps.steps:
@@ -295,23 +247,6 @@ def _warnings_of_schedule(steps: Schedule) -> list[str]:
             f"{counted(steps.steps, 'step')}"
         )
     return found
-
-
-def counted(count: int, noun: str, one: str = "", many: str = "") -> str:
-    """`1 row`, `2 rows`; with the form of a verb for one and for many, `1 row is`, `2 rows are`."""
-    plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
-    return f"{count:,} {noun}{plural} {one if count == 1 else many}".rstrip()
-
-
-def outcomes(data: Prepared, recipe: Recipe) -> list[Outcome]:
-    """Every kind of row that is not trained as it stands, the most frequent first."""
-    bad = "refused" if recipe.data.on_bad_row == "error" else "left out"
-    found = [Outcome(bad, kind, rows.count, rows.examples) for kind, rows in data.faults.items()]
-    for name, account in data.accounts.items():
-        for became, rows in account.overlong.items():
-            reason = f"{name}, over {recipe.data.max_length:,} tokens"
-            found.append(Outcome(became, reason, rows.count, rows.examples))
-    return sorted(found, key=lambda one: -one.rows)
 
 
 def _plan(recipe: Recipe, account: Account, steps: Schedule, cluster: Cluster) -> Plan:

@@ -163,6 +163,20 @@ def test_a_folder_gives_all_files_or_those_of_the_split(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "split", split="validation") == ROWS[1:2]
 
 
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    write(folder / "a.jsonl", lines(ROWS))
+    for passed_over in ("more.jsonl.bz2", "notes.txt", "old/b.jsonl.bak", "_half/c.jsonl"):
+        write(folder / passed_over, b"x")
+    for companion in ("README.md", "LICENSE", ".hidden", ".cache/d.jsonl"):
+        write(folder / companion, b"x")
+    opened = open_source(Source(path=str(folder)))
+    assert opened.files == [str(folder / "a.jsonl")]
+    named = [str(path.relative_to(folder)) for path in opened.passed_over]
+    assert sorted(named) == ["_half/c.jsonl", "more.jsonl.bz2", "notes.txt", "old/b.jsonl.bak"]
+    assert open_source(Source(path=str(folder / "a.jsonl"))).passed_over == []
+
+
 def test_a_glob_gives_what_it_names_in_order(tmp_path: Path) -> None:
     write(tmp_path / "x" / "2.jsonl", lines(ROWS[1:]))
     write(tmp_path / "1.jsonl.zst", lines(ROWS[:1]))

@@ -1,0 +1,79 @@
+"""What became of rows that are not trained as they stand, and what else a person should know of the data, in words."""
+
+from dataclasses import dataclass
+
+from train.data.prepare import Prepared
+from train.data.sources import BadRow
+from train.recipe import DataSection
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Rows that are not trained as they stand, for one reason, with the first three of them.
+
+    `outcome`: refused (the run won't start), left out, dropped or truncated.
+    """
+
+    outcome: str
+    reason: str
+    rows: int
+    examples: list[BadRow]
+
+
+def outcomes(data: Prepared, section: DataSection) -> list[Outcome]:
+    """Every kind of row that is not trained as it stands, the most frequent first."""
+    bad = "refused" if section.on_bad_row == "error" else "left out"
+    found = [Outcome(bad, kind, rows.count, rows.examples) for kind, rows in data.faults.items()]
+    for name, account in data.accounts.items():
+        for became, rows in account.overlong.items():
+            reason = f"{name}, over {section.max_length:,} tokens"
+            found.append(Outcome(became, reason, rows.count, rows.examples))
+    return sorted(found, key=lambda one: -one.rows)
+
+
+def describe_outcome(one: Outcome) -> str:
+    """How many rows are not trained as they stand, why, and where the first is."""
+    # "1 row refused by the template", not "1 row refused, refused by the template"
+    why = one.reason if one.reason.startswith(f"{one.outcome} ") else f"{one.outcome}, {one.reason}"
+    return f"{counted(one.rows, 'row')} {why}: first {one.examples[0]}"
+
+
+def warnings_of(data: Prepared) -> list[str]:
+    """What a person should know of the data, though nothing keeps it from being trained."""
+    found = []
+    if data.passed_over:
+        named = ", ".join(map(str, data.passed_over[:3])) + (", ..." if len(data.passed_over) > 3 else "")
+        found.append(
+            f"{counted(len(data.passed_over), 'file', 'is', 'are')} passed over, as a name that begins with _ or has "
+            f"no known ending is none of data: {named}"
+        )
+    if data.escaped:
+        found.append(
+            f"{counted(data.escaped, 'row', 'has', 'have')} control tokens typed in the text, which a zero-width space "
+            "breaks up (chat.control_tokens_in_text: escape)"
+        )
+    for name, account in data.accounts.items():
+        if account.duplicates.example:
+            first, second = account.duplicates.example
+            found.append(
+                f"{counted(account.duplicates.rows, f'{name} row', 'repeats', 'repeat')} another word for word: "
+                f"{second} says what {first} says"
+            )
+    whole, question = data.overlap.conversations, data.overlap.questions
+    if whole.example:
+        found.append(
+            f"{counted(whole.rows, 'validation row', 'is', 'are')} in training word for word, so the "
+            f"validation loss flatters: {whole.example[1]} says what {whole.example[0]} says"
+        )
+    if question.example and question.rows > whole.rows:
+        found.append(
+            f"{counted(question.rows, 'validation row', 'begins', 'begin')} with a user message that training has too: "
+            f"{question.example[1]} asks what {question.example[0]} asks"
+        )
+    return found
+
+
+def counted(count: int, noun: str, one: str = "", many: str = "") -> str:
+    """`1 row`, `2 rows`; with the form of a verb for one and for many, `1 row is`, `2 rows are`."""
+    plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{plural} {one if count == 1 else many}".rstrip()

@@ -14,8 +14,8 @@ from train.data.chat_template import use_template
 from train.data.prepare import examine
 from train.data.system_role import settle
 from train.errors import UserError
+from train.loop.arguments import optimizer_steps, sequences_per_step
 from train.loop.report import claim_output_dir
-from train.loop.trainer import optimizer_steps, sequences_per_step
 from train.model.load import load_tokenizer
 from train.preflight import marked, marks_for, page, shortened, visible
 from train.preflight_report import Piece, Report, pieces, schedule, survey

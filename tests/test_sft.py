@@ -133,9 +133,9 @@ def test_a_run_goes_on_from_its_newest_complete_checkpoint(
     (run / "checkpoint-2" / "COMPLETE.json").unlink()
     (run / "checkpoint-4" / "COMPLETE.json").unlink()
     assert main(["--recipe", recipe]) == 2
-    assert "none that was written to the end" in capsys.readouterr().err
+    assert "was not written to the end" in capsys.readouterr().err
     assert main(["--recipe", recipe, "--resume", str(run / "checkpoint-2")]) == 2
-    assert "no complete checkpoint" in capsys.readouterr().err
+    assert "was not written to the end" in capsys.readouterr().err
     assert main(["--recipe", recipe, "--resume", "never"]) == 0
     capsys.readouterr()
     assert main(["--recipe", recipe, "training.learning_rate=0.5", "seed=1"]) == 2
@@ -244,7 +244,7 @@ def test_a_broken_recipe_ends_with_2_and_no_traceback(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["training.learning_rate=1"], "the following arguments are required: --recipe"),
-        (["--recipe", "x.yaml", "--resum", "never", "--nosuch"], "--nosuch"),
+        (["--recipe", "x.yaml", "--resume", "never", "--nosuch"], "--nosuch"),
         (["--recipe", "x.yaml", "--json", "x.json"], "--check"),
     ],
 )

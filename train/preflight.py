@@ -283,7 +283,7 @@ def _describe_rhythm(rhythm: Rhythm) -> str:
 
 def screen(recipe: Recipe, template: str, data: Prepared, model: "PreTrainedModel", arguments: "SFTConfig") -> str:
     """Model, data, batches and what is trained, as lines of plain text. `template`: which one, in words."""
-    from train.loop.trainer import optimizer_steps, sequences_per_step
+    from train.loop.arguments import optimizer_steps, sequences_per_step
     from train.model.attention import attention_for
 
     trained, total = _parameters(model)

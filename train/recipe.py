@@ -199,6 +199,22 @@ class TrackingSection(_Section):
     """TensorBoard files in output_dir/tensorboard."""
 
 
+class SaveSection(_Section):
+    """How checkpoints are kept, and when a run stops by itself. How often it saves, and how many checkpoints stay, is
+    TRL's: training.save_strategy, save_steps and save_total_limit."""
+
+    on_error: Literal["error", "warn"] = "error"
+    """What follows where a checkpoint can't be written (a full disk, a vanished mount): error = the run ends, warn =
+    it goes on without. The checkpoints before stay whole either way."""
+    mirror_dir: Text | None = None
+    """A folder on another disk, to which each whole checkpoint is copied in the background. A resume looks there."""
+    time_limit: Text | None = None
+    """So long after its start the run saves and stops, as Slurm writes times ('11:30:00'); null = no limit but Slurm's
+    own (SLURM_JOB_END_TIME)."""
+    seconds_before_end: int = Field(default=120, ge=0)
+    """How long before the end of the time it stops: room for the step that is under way and for saving."""
+
+
 class GuardsSection(_Section):
     """What a run does about steps that go wrong. Their rows are named, and stand in output_dir/suspects.jsonl."""
 
@@ -248,6 +264,8 @@ class Recipe(_Section):
     """Any field of TRL's SFTConfig under its own name, but for those that other sections own."""
     tracking: TrackingSection = TrackingSection()
     """Where figures go besides metrics.jsonl and the step log, which are always written."""
+    save: SaveSection = SaveSection()
+    """How checkpoints are kept, and when a run stops by itself."""
     guards: GuardsSection = GuardsSection()
     """What a run does about steps that go wrong."""
     output_dir: Text

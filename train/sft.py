@@ -30,6 +30,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="auto|never|DIR",
         help="auto (default): go on from the newest complete checkpoint in output_dir, if there is one",
     )
+    parser.add_argument(
+        "--resume-anyway",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="go on though this key of the recipe is not what it was; may be given again",
+    )
     parser.add_argument("--check", action="store_true", help="report on model, template and data; train nothing")
     parser.add_argument("--json", metavar="FILE", help="with --check: write the report to FILE too, as JSON")
     parser.add_argument("--gpus", metavar="8x80GB", help="with --check: plan memory and time on such GPUs in each node")
@@ -55,54 +62,69 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     from train.data.prepare import prepare
     from train.data.spans import Spans
     from train.data.system_role import settle
-    from train.loop.checkpoint import MarkComplete, find_checkpoint
+    from train.loop.checkpoint import find_checkpoint, processes_now, refuse_changes, with_same_steps
     from train.model.load import check_fits, load_model, load_tokenizer
     from train.plan import parse_cluster
     from train.preflight import check, screen
 
     cluster = parse_cluster(options.gpus, options.nodes, options.mfu) if options.gpus else None
-    checkpoint = find_checkpoint(options.resume, recipe)
+    checkpoint = find_checkpoint(options.resume, recipe, options.resume_anyway)
     tokenizer = load_tokenizer(recipe.model)
     check_fits(recipe, tokenizer)
     template = use_template(tokenizer, recipe.chat.template)
     before = settle(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
     if options.check:
-        about = {"checkpoint": checkpoint, "cluster": cluster, "json_file": options.json}
+        about = {"checkpoint": checkpoint.folder if checkpoint else None, "cluster": cluster, "json_file": options.json}
         check(recipe, tokenizer, template, before, **about)
         return
 
     # TRL, which a check does without, takes seconds to import.
+    from train.loop.arguments import training_arguments
+    from train.loop.preemption import Preemption, telling_outcome
     from train.loop.report import claim_output_dir, write_report
+    from train.loop.run_state import facts_of_data
     from train.loop.tracking import StepLog, tracked
-    from train.loop.trainer import JanusTrainer, stop_at, training_arguments
+    from train.loop.trainer import JanusTrainer, stop_at
 
     output_dir = claim_output_dir(recipe)
-    data = prepare(recipe, tokenizer)
-    stop_tokens = Spans(tokenizer).stop_tokens
-    arguments = training_arguments(recipe, stop_tokens)
-    tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
+    preemption = Preemption(recipe.output_dir, recipe.save)
+    with telling_outcome(recipe.output_dir, preemption), preemption.watching():
+        if checkpoint:
+            recipe = with_same_steps(recipe, checkpoint, options.resume_anyway, processes_now())
+        data = prepare(recipe, tokenizer)
+        about = facts_of_data(data, tokenizer.chat_template)
+        if checkpoint:
+            made = {key: value for key, value in checkpoint.manifest["run"].items() if key in about}
+            refuse_changes(checkpoint, made, about, options.resume_anyway)
+        stop_tokens = Spans(tokenizer).stop_tokens
+        arguments = training_arguments(recipe, stop_tokens)
+        tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
 
-    step_log = StepLog(recipe.output_dir)
-    with tracked(recipe):
-        if is_first_rank():
-            print(f"loading {recipe.model.name_or_path}", flush=True)
-        model = load_model(recipe)
-        stop_at(model, tokenizer, stop_tokens)
-        trainer = JanusTrainer(recipe, arguments, model, tokenizer, data, [step_log, MarkComplete(recipe)])
-        overview = screen(recipe, template, data, trainer.model, arguments)
-        if is_first_rank():
-            print(overview, flush=True)
-            if checkpoint:
-                print(f"going on from {checkpoint}", flush=True)
-        started = time.monotonic()
-        with step_log:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            if data.validation and arguments.eval_strategy == "no":
-                trainer.evaluate()
-        trainer.save_model(recipe.output_dir)
-        if is_first_rank():
-            write_report(output_dir, overview, time.monotonic() - started)
-            print(f"the model and report.md are in {recipe.output_dir}", flush=True)
+        step_log = StepLog(recipe.output_dir)
+        with tracked(recipe, checkpoint.manifest["wandb_run"] if checkpoint else None):
+            if is_first_rank():
+                print(f"loading {recipe.model.name_or_path}", flush=True)
+            model = load_model(recipe)
+            stop_at(model, tokenizer, stop_tokens)
+            trainer = JanusTrainer(
+                recipe, arguments, model, tokenizer, data, [step_log], preemption=preemption, about=about
+            )
+            overview = screen(recipe, template, data, trainer.model, arguments)
+            if is_first_rank():
+                print(overview, flush=True)
+                if checkpoint:
+                    print(f"going on from {checkpoint.folder}", flush=True)
+            started = time.monotonic()
+            with step_log:
+                trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
+                if preemption.reason:
+                    return
+                if data.validation and arguments.eval_strategy == "no":
+                    trainer.evaluate()
+            trainer.save_model(recipe.output_dir)
+            if is_first_rank():
+                write_report(output_dir, overview, time.monotonic() - started)
+                print(f"the model and report.md are in {recipe.output_dir}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

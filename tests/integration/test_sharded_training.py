@@ -219,7 +219,7 @@ def test_the_export_loads_in_plain_transformers_and_gives_the_trained_models_log
 
 def measure_loading(recipe: str, report: str) -> None:
     """As train/sft.py loads a model; writes what this rank then holds of it."""
-    from train.loop.trainer import training_arguments
+    from train.loop.arguments import training_arguments
     from train.model.load import load_model
     from train.recipe import load_recipe
 

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from train.data.chat_template import use_template
 from train.data.prepare import prepare
+from train.loop.arguments import training_arguments
 from train.loop.throughput import CLOCKED, Counting, Held, Throughput
 from train.loop.tracking import StepLog
-from train.loop.trainer import JanusTrainer, training_arguments
+from train.loop.trainer import JanusTrainer
 from train.model.compute import PEAK_FLOPS, peak_flops
 from train.model.load import load_config, load_model, load_tokenizer
 from train.model.shape import shape_of

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from train.data.chat_template import use_template
 from train.data.prepare import Prepared, prepare
+from train.loop.arguments import optimizer_steps, training_arguments
 from train.loop.tracking import StepLog
-from train.loop.trainer import JanusTrainer, optimizer_steps, training_arguments
+from train.loop.trainer import JanusTrainer
 from train.model.load import load_model, load_tokenizer
 from train.recipe import Recipe, load_recipe
 

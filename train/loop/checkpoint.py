@@ -1,113 +1,226 @@
-"""Which checkpoint a run goes on from: only one that says of itself that it was written to the end."""
+"""Which checkpoint a run goes on from: one that is whole, and whose run was this one.
 
+A checkpoint is a folder with COMPLETE.json, its manifest, which is written last: what the run was, how far it had come,
+and size and checksum of each file. What a run is told of a checkpoint that it passes over, or of a difference between
+then and now, is said by name: nothing starts from zero in silence (transformers#35782; ms-swift#10050).
+"""
+
+import hashlib
 import json
+import os
 import re
-import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
+from train.data.sources import digest_of_files
 from train.errors import UserError
-from train.progress import is_first_rank
+from train.progress import is_first_rank, job
 from train.recipe import Recipe
+from train.training_fields import training_fields
 
 COMPLETE = "COMPLETE.json"
+_BATCH = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
+"""What one step consists of; another split of as many sequences is the same step."""
+_HARMLESS = {
+    "data.cache_dir",
+    "data.processes",
+    "model.attention",
+    *(
+        f"training.{name}"
+        for name in (
+            *("logging_steps", "logging_first_step", "logging_strategy", "log_level", "run_name", "project"),
+            *("save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "eval_on_start"),
+            *("per_device_eval_batch_size", "eval_accumulation_steps", "gradient_checkpointing"),
+            *("gradient_checkpointing_kwargs", "activation_offloading", "torch_empty_cache_steps", "ddp_timeout"),
+            *("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory"),
+            *("dataloader_persistent_workers", "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo"),
+        )
+    ),
+}
+"""Keys that don't change what is computed, but for rounding: they may change in the middle of a run."""
 
 
-class MarkComplete(TrainerCallback):
-    """Writes COMPLETE.json into a checkpoint once all else of it is there, with the recipe that it belongs to."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint. `manifest`: what its COMPLETE.json says."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = _decides_the_run(recipe)
+    folder: Path
+    manifest: Mapping[str, Any]
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Called by transformers on every rank when a checkpoint has been written."""
-        args.distributed_state.wait_for_everyone()
-        if not is_first_rank():
-            return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        unfinished = folder / f"{COMPLETE}.unfinished"
-        unfinished.write_text(json.dumps({"step": state.global_step, "recipe": self._recipe}) + "\n", encoding="utf-8")
-        unfinished.rename(folder / COMPLETE)
+    @property
+    def step(self) -> int:
+        """Optimizer steps that lie behind it."""
+        return int(self.manifest["step"])
 
 
-def _decides_the_run(recipe: Recipe) -> dict[str, Any]:
-    """The dotted keys of the recipe that a run can't change half-way, with their values as JSON has them."""
-    sections = recipe.model_dump(mode="json", exclude={"output_dir", "tracking", "guards"})
-    flat = {}
+def facts_of_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The dotted keys of the recipe that decide what a run computes, with their values as JSON has them."""
+    sections = recipe.model_dump(mode="json", exclude={"output_dir", "tracking", "guards", "save"})
+    flat: dict[str, Any] = {}
     for section, values in sections.items():
         for key, value in values.items() if isinstance(values, dict) else [("", values)]:
             flat[f"{section}.{key}".rstrip(".")] = value
-    return flat
+    return {key: value for key, value in flat.items() if key not in _BATCH}
 
 
-def find_checkpoint(resume: str, recipe: Recipe) -> Path | None:
+def sequences_per_step(recipe: Recipe, processes: int) -> int:
+    """Rows of all processes and accumulation steps in one optimizer step."""
+    each, accumulated = (
+        recipe.training.get(key.partition(".")[2], training_fields()[key.partition(".")[2]].default) for key in _BATCH
+    )
+    return int(each * accumulated * processes)
+
+
+def find_checkpoint(resume: str, recipe: Recipe, anyway: Sequence[str] = ()) -> Checkpoint | None:
     """The checkpoint that `--resume auto|never|DIR` means; None to start from the beginning.
 
-    Raises UserError where DIR is no complete checkpoint, where there are checkpoints but none is complete, or where
-    the one found is damaged, holds no optimizer or belongs to another recipe.
+    auto takes the newest whole one in output_dir or save.mirror_dir and says why it passed newer ones over. `anyway`:
+    keys that may differ from those of its run. Raises UserError where DIR is no whole checkpoint, where there are
+    checkpoints but none is whole, or where the one found holds no optimizer or belongs to another run.
     """
-    found = _find(resume, recipe.output_dir)
+    if resume == "never":
+        return None
+    found = _newest(recipe) if resume == "auto" else _opened(Path(resume))
+    if isinstance(found, str):
+        raise UserError(
+            f"--resume {resume}: {found} Write the folder of a whole checkpoint, move the others away, or write "
+            "`--resume never` to start anew."
+        )
     if found is None:
         return None
-    _refuse_damaged(found, resume)
-    before = json.loads((found / COMPLETE).read_text(encoding="utf-8")).get("recipe", {})
-    if before.get("training.save_only_model"):
+    if found.manifest["run"].get("training.save_only_model"):
         raise UserError(
-            f"--resume {resume}: {found} holds no optimizer (training.save_only_model: true), so no run can go on from "
-            "it. Name another output_dir, or write `--resume never` to start anew."
+            f"--resume {resume}: {found.folder} holds no optimizer (training.save_only_model: true), so no run can go "
+            "on from it. Name another output_dir, or write `--resume never` to start anew."
         )
-    now = _decides_the_run(recipe)
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    if changed:
-        differences = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed)
-        raise UserError(
-            f"--resume {resume}: {found} belongs to another recipe: {differences}. Name another output_dir, change the "
-            "recipe back, or write `--resume never` to start anew."
-        )
+    recipe_keys = {key: value for key, value in found.manifest["run"].items() if not key.startswith("made.")}
+    refuse_changes(found, recipe_keys, facts_of_recipe(recipe), anyway)
     return found
 
 
-def _refuse_damaged(checkpoint: Path, resume: str) -> None:
-    """Raise UserError for a file that was cut short: told by its ends, without reading the weights."""
-    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
-        try:
-            if path.suffix == ".json":
-                json.loads(path.read_bytes())
-            elif path.suffix == ".safetensors":
-                with safe_open(path, "pt"):
-                    pass
-            elif path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
-                raise ValueError("not what torch.save writes")
-        except (OSError, ValueError, SafetensorError) as fault:
-            raise UserError(
-                f"--resume {resume}: {path} is damaged: {fault}. Take {checkpoint} away to go on from an older "
-                "checkpoint, or write `--resume never` to start anew."
-            ) from fault
+def refuse_changes(
+    checkpoint: Checkpoint, before: Mapping[str, Any], now: Mapping[str, Any], anyway: Sequence[str]
+) -> None:
+    """Say what differs between the run of a checkpoint and this one.
 
-
-def _find(resume: str, output_dir: str) -> Path | None:
-    if resume == "never":
-        return None
-    if resume != "auto":
-        if not (Path(resume) / COMPLETE).is_file():
-            raise UserError(
-                f"--resume {resume}: no complete checkpoint is there (it would hold {COMPLETE}). Write `auto`, `never` "
-                "or the folder of a complete checkpoint."
-            )
-        return Path(resume)
-    found = sorted(Path(output_dir).glob("checkpoint-*"), key=_step, reverse=True)
-    complete = [folder for folder in found if (folder / COMPLETE).is_file()]
-    if found and not complete:
+    Raises UserError for differences that change what is computed, unless `anyway` names them.
+    """
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    told = {key: f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed}
+    refused = [key for key in changed if key not in _HARMLESS and key not in anyway]
+    if refused:
         raise UserError(
-            f"--resume auto: {output_dir} holds checkpoints, but none that was written to the end "
-            f"({', '.join(folder.name for folder in found)}). Move them away, or write `--resume never` to start anew."
+            f"--resume: {checkpoint.folder} belongs to another run: {'; '.join(told[key] for key in refused)}. Name "
+            "another output_dir, change it back, write `--resume never` to start anew, or go on with the change: "
+            f"{' '.join(f'--resume-anyway {key}' for key in refused)}."
         )
-    return complete[0] if complete else None
+    if told and is_first_rank():
+        print(f"changed since {checkpoint.folder.name}: {'; '.join(told.values())}", flush=True)
+
+
+def with_same_steps(recipe: Recipe, checkpoint: Checkpoint, anyway: Sequence[str], processes: int) -> Recipe:
+    """The recipe with as many sequences a step as the checkpoint's run had, on the processes that there are now.
+
+    Raises UserError where that isn't possible, or where the recipe asks for other steps on as many processes.
+    """
+    wanted, were = int(checkpoint.manifest["sequences_per_step"]), int(checkpoint.manifest["processes"])
+    now = sequences_per_step(recipe, processes)
+    if now == wanted:
+        return recipe
+    if processes == were:
+        refuse_changes(checkpoint, {_BATCH[1]: f"{wanted} sequences a step"}, {_BATCH[1]: f"{now}"}, anyway)
+        return recipe
+    each = recipe.training.get("per_device_train_batch_size", training_fields()["per_device_train_batch_size"].default)
+    accumulation, rest = divmod(wanted, each * processes)
+    if rest:
+        raise UserError(
+            f"--resume: the run of {checkpoint.folder} had {wanted} sequences a step ({were} processes), which "
+            f"{processes} processes of {each} at a time can't share evenly. Take a number of processes, or a "
+            "training.per_device_train_batch_size, that divides it."
+        )
+    if is_first_rank():
+        print(
+            f"on {processes} processes in the place of {were}: training.gradient_accumulation_steps is {accumulation}, "
+            f"so that a step has {wanted} sequences as before",
+            flush=True,
+        )
+    training = {**recipe.training, "gradient_accumulation_steps": accumulation}
+    changed = recipe.model_copy(update={"training": training})
+    changed._origin = recipe._origin
+    return changed
+
+
+def folders(*parents: str | Path | None) -> list[Path]:
+    """The checkpoints in these folders, whole or not, the newest first."""
+    found = [path for parent in parents if parent for path in Path(parent).glob("checkpoint-*") if _step(path) >= 0]
+    return sorted(found, key=_step, reverse=True)
 
 
 def _step(folder: Path) -> int:
     number = re.fullmatch(r"checkpoint-(\d+)", folder.name)
     return int(number[1]) if number else -1
+
+
+def _newest(recipe: Recipe) -> Checkpoint | str | None:
+    """The newest whole checkpoint; why there is none, if there are some; None if there are none."""
+    passed_over: list[str] = []
+    for folder in folders(recipe.output_dir, recipe.save.mirror_dir):
+        opened = _opened(folder)
+        if isinstance(opened, Checkpoint):
+            if passed_over and is_first_rank():
+                print(f"passed over: {' '.join(passed_over)}", flush=True)
+            return opened
+        passed_over.append(opened)
+    return f"none of the checkpoints in {recipe.output_dir} is whole: {' '.join(passed_over)}" if passed_over else None
+
+
+def _opened(folder: Path) -> Checkpoint | str:
+    """The checkpoint, if every file is there as it was written; else what is wrong with it, as a sentence."""
+    try:
+        manifest = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+        if manifest["digest"] != digest_of(manifest):
+            return f"{folder / COMPLETE} is damaged."
+        files = manifest["files"]
+    except FileNotFoundError:
+        there = "was not written to the end: it has no" if folder.is_dir() else "is not there, or is no checkpoint: no"
+        return f"{folder} {there} {COMPLETE}."
+    except (OSError, ValueError, KeyError, TypeError) as fault:
+        return f"{folder / COMPLETE} is damaged ({fault or type(fault).__name__})."
+    with job(f"checking {folder.name}", total=len(files), unit="files") as checking:
+        for name, written in files.items():
+            if described(folder / name, known=written) != written:
+                what = "is damaged" if (folder / name).is_file() else "is missing"
+                return f"{folder / name} {what}."
+            checking.advance()
+    return Checkpoint(folder, manifest)
+
+
+def described(path: Path, *, known: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """Size and checksum of a file, as the manifest has them; None where it can't be read or isn't of `known`'s size."""
+    try:
+        size = path.stat().st_size
+        if known is not None and known.get("bytes") != size:
+            return None
+        return {"bytes": size, "xxh3_128": digest_of_files([path])}
+    except (OSError, UserError):
+        return None
+
+
+def digest_of(manifest: Mapping[str, Any]) -> str:
+    """Of all that a manifest says but for its own digest."""
+    said = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def files_below(folder: Path) -> Iterator[str]:
+    """Names of all files below `folder`, relative to it, in one order everywhere; COMPLETE.json aside."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != COMPLETE:
+            yield path.relative_to(folder).as_posix()
+
+
+def processes_now() -> int:
+    """Processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

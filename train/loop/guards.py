@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -70,6 +70,14 @@ class Guards:
         self._spikes: list[Suspect] = []
         self._not_finite = 0  # steps, in a row
 
+    def state(self) -> list[float]:
+        """The losses that a step is compared with, for a checkpoint."""
+        return list(self._recent)
+
+    def load(self, recent: Sequence[float]) -> None:
+        """Go on from these losses."""
+        self._recent.extend(recent)
+
     @property
     def spikes(self) -> int:
         """Jumps of this process's loss that were not told yet."""
@@ -79,20 +87,19 @@ class Guards:
         """Note a micro-batch. `losses`: of its tokens in nats, [rows, tokens - 1]; `counted`: which have one."""
         self._batches.append((held, losses.detach(), counted))
 
-    def finite(self, step: int, grad_norm: torch.Tensor | float, *, left_out: bool, scaled: bool) -> bool:
+    def loss_sum(self) -> torch.Tensor:
+        """Of this process's part of the step, in nats: float64, on the device."""
+        nothing = torch.zeros((), dtype=torch.float64, device=self._accelerator.device)
+        return sum((losses.sum(dtype=torch.float64) for _, losses, _ in self._batches), nothing)
+
+    def finite(self, step: int, judged: float, loss_sum: float) -> bool:
         """Whether this step's gradients are. Where they are not, all processes tell the rows of it.
 
-        `grad_norm`: over all processes. `left_out`: DeepSpeed says that the step changed no weight. `scaled`: float16's
-        loss is, until the gradients overflow; that is no fault, so there the losses alone are looked at. All processes
-        must call it. Raises UserError, on each, where too many steps in a row are not finite.
+        `judged`: a number that all processes have alike, not finite where the gradients aren't. `loss_sum`: of this
+        process. All processes must call it. Raises UserError, on each, where too many steps in a row are not finite.
         """
-        device = self._accelerator.device
-        total = sum((losses.sum(dtype=torch.float64) for _, losses, _ in self._batches), torch.zeros((), device=device))
-        judged = self._accelerator.reduce(total) if scaled else torch.as_tensor(grad_norm, device=device)
-        sums = torch.stack([judged.double(), total.double()])
-        length, loss_sum = sums.tolist()  # the one time that a step waits for the device
         mean = loss_sum / max(sum(held.trained_tokens for held, _, _ in self._batches), 1)
-        if math.isfinite(length) and (scaled or not left_out):
+        if math.isfinite(judged):
             self._not_finite = 0
             self._watch(step, mean)
             self._batches.clear()

@@ -125,6 +125,35 @@ class Throughput(TrainerCallback):
         self._spans: list[tuple[str, Any, Any]] = []
         self._trained_tokens = self._steps = 0
         self._seconds = self._waited = 0.0
+        self._carried = np.zeros(9)
+
+    def state(self) -> dict[str, list[float]]:
+        """What this process has counted since the last logging step, for a checkpoint."""
+        return {"counts": self._counts().tolist(), "sums": torch.stack(list(self._all_sums())).tolist()}
+
+    def load(self, states: Sequence[dict[str, list[float]]]) -> None:
+        """Go on from the counts of these processes."""
+        self._clear()
+        self._carried = np.sum([state["counts"] for state in states], axis=0) if states else self._carried
+        device = self._accelerator.device
+        for state in states:
+            sums = Sums(*torch.tensor(state["sums"], dtype=torch.float64, device=device))
+            self._sums = sums.plus(self._sums)
+
+    def _counts(self) -> NDArray[np.float64]:
+        """Tokens, trained tokens, FLOPs, steps, and seconds: in all, waiting, forward, backward, in the optimizer."""
+        documents = np.concatenate([np.empty(0, np.int64), *self._documents])
+        flops = training_flops(self._shape, documents).total if self._shape else 0.0
+        parts = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
+        for part, start, end in self._spans:
+            parts[part] += self._clock.between(start, end)
+        parts["backward"] -= parts["forward"]  # it is timed around both
+        counted = [documents.sum(), self._trained_tokens, flops, self._steps, self._seconds, self._waited]
+        return self._carried + np.array([*counted, *parts.values()], np.float64)
+
+    def _all_sums(self) -> Iterator[torch.Tensor]:
+        for one in self._sums or [0.0] * len(Sums._fields):
+            yield torch.as_tensor(one, dtype=torch.float64, device=self._accelerator.device)
 
     def begin_step(self) -> None:
         """From here on a step takes time: its batches are asked for."""
@@ -173,21 +202,13 @@ class Throughput(TrainerCallback):
 
         All processes must call it, where the device has done all steps: one gather.
         """
-        documents = np.concatenate([np.empty(0, np.int64), *self._documents])
-        parts = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
-        for part, start, end in self._spans:
-            parts[part] += self._clock.between(start, end)
-        parts["backward"] = max(parts["backward"] - parts["forward"], 0.0)  # it is timed around both
-        flops = training_flops(self._shape, documents).total if self._shape else 0.0
-        own = [documents.sum(), self._trained_tokens, flops, self._seconds, self._waited, *parts.values()]
-        sums = self._sums or [0.0] * len(Sums._fields)
-        local = torch.tensor([*own, self._peak_memory(), *extra], dtype=torch.float64, device=self._accelerator.device)
-        of_model = torch.stack([torch.as_tensor(one, dtype=torch.float64, device=local.device) for one in sums])
-        gathered = self._accelerator.gather(torch.cat([of_model, local])[None]).cpu().numpy()
-        entropy, correct, counted = gathered[:, 1:4].sum(0)
+        own = [*self._counts(), self._peak_memory(), *extra]
+        local = torch.tensor(own, dtype=torch.float64, device=self._accelerator.device)
+        gathered = self._accelerator.gather(torch.cat([torch.stack(list(self._all_sums())), local])[None]).cpu().numpy()
+        _, entropy, correct, counted = gathered[:, :4].sum(0)
         tokens, trained, flops = gathered[:, 4:7].sum(0)
-        processes, steps = len(gathered), max(self._steps, 1)
-        seconds = max(float(gathered[:, 7].max()), 1e-9)
+        processes, steps = len(gathered), max(gathered[0, 7], 1)
+        seconds = max(float(gathered[:, 8].max()), 1e-9)
         found = {"mean_token_accuracy": correct / counted, "entropy": entropy / counted} if counted else {}
         found |= {
             "tokens_per_second": tokens / seconds,
@@ -197,12 +218,12 @@ class Throughput(TrainerCallback):
         if self._peak and self._shape:
             found["mfu"] = flops / seconds / processes / self._peak
         found["seconds_per_step"] = seconds / steps
-        found["seconds_waiting_for_data"] = gathered[:, 8].max() / steps
-        for column, part in enumerate(parts, 9):
+        found["seconds_waiting_for_data"] = gathered[:, 9].max() / steps
+        for column, part in enumerate(("forward", "backward", "optimizer"), 10):
             found[f"seconds_{part}"] = gathered[:, column].mean() / steps
-        found["peak_memory_gib"] = gathered[:, 12].max()
+        found["peak_memory_gib"] = gathered[:, 13].max()
         self._clear()
-        return {name: float(value) for name, value in found.items()}, gathered[:, 13:].tolist()
+        return {name: float(value) for name, value in found.items()}, gathered[:, 14:].tolist()
 
     def _peak_memory(self) -> float:
         """GiB at most, since the process began: that PyTorch had on the GPU, or that were the process's on a CPU."""

@@ -30,8 +30,10 @@ def integrations(tracking: TrackingSection) -> list[str]:
 
 
 @contextmanager
-def tracked(recipe: Recipe) -> Iterator[None]:
+def tracked(recipe: Recipe, wandb_run: str | None = None) -> Iterator[None]:
     """Open the wandb run of the recipe on the first rank and close it on every path; name TensorBoard's folder.
+
+    `wandb_run`: the id of the run that this one goes on from.
 
     Raises UserError where wandb can't be reached with the key that the environment holds.
     """
@@ -46,7 +48,11 @@ def tracked(recipe: Recipe) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         run = wandb.init(
-            **settings.model_dump(exclude_none=True), dir=str(folder), config=recipe.model_dump(mode="json")
+            **settings.model_dump(exclude_none=True),
+            dir=str(folder),
+            config=recipe.model_dump(mode="json"),
+            id=wandb_run,
+            resume="allow" if wandb_run else None,
         )
     except wandb.errors.Error as fault:
         raise UserError(

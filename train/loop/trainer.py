@@ -1,13 +1,11 @@
 """TRL's SFTTrainer on prepared rows, and the little that it lacks."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
@@ -19,58 +17,19 @@ from trl import SFTConfig, SFTTrainer
 from train.data.prepare import Prepared
 from train.data.sequences import Sequences
 from train.errors import UserError
+from train.loop.arguments import as_user_error
 from train.loop.guards import Guards
 from train.loop.isolation import IsolationTest
 from train.loop.order import EpochOrder
+from train.loop.preemption import Preemption, StopError, StopWhenAsked
 from train.loop.report import model_card
+from train.loop.run_state import RunState, files_expected
 from train.loop.saved import check_saved
-from train.loop.sharding import check_sharding
+from train.loop.saving import Saver
 from train.loop.throughput import HELD, Counting, Held, Sums, Throughput
-from train.loop.tracking import integrations
 from train.model.adapters import check_modules_to_save, lora_config
 from train.model.shape import Shape, shape_of
 from train.recipe import Recipe
-
-
-@contextmanager
-def _as_user_error(key: str) -> Iterator[None]:
-    """What TRL, peft and transformers say of settings as they are set up, told of `key`. Never for training itself."""
-    try:
-        yield
-    except (ValueError, TypeError, LookupError, ImportError) as fault:
-        raise UserError(f"{key}: {' '.join(str(fault).split())}") from fault
-
-
-def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTConfig:
-    """TRL's own arguments, with what the recipe's other sections own filled in. Starts the process group, if any.
-
-    `stop_tokens`: what ends an answer; the tokenizer is saved with the first of them as its eos token.
-    Raises UserError where TRL or transformers refuses a combination of them.
-    """
-    settings: dict[str, Any] = {
-        "use_cpu": not torch.accelerator.is_available(),
-        # transformers looks for unused parameters under an adapter, which costs a walk through the graph a step
-        "ddp_find_unused_parameters": False if recipe.adapter else None,
-        "logging_nan_inf_filter": False,  # a loss that is not finite shall show, no mean in its place (trl#6702)
-        **recipe.training,
-        "output_dir": recipe.output_dir,
-        "seed": recipe.seed,
-        "max_length": None,
-        "packing": False,
-        "padding_free": recipe.data.packing,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "eos_token": next(iter(stop_tokens), None),
-        "report_to": integrations(recipe.tracking),
-        "disable_tqdm": True,
-    }
-    if settings.get("activation_offloading") and settings["use_cpu"]:
-        raise UserError(
-            "training.activation_offloading: it moves activations to the CPU, where they are already. Write false."
-        )
-    with _as_user_error("training"):
-        arguments = SFTConfig(**settings)
-    check_sharding(recipe, arguments)
-    return arguments
 
 
 def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str]) -> None:
@@ -98,6 +57,8 @@ class JanusTrainer(SFTTrainer):
 
     data_collator: Any
     _signature_columns: list[str]  # transformers' own
+    order: EpochOrder | None = None
+    """What training walks through, once it has begun."""
     _evaluated: Sums | None = None
     _tokens_since_saved: int = 0
 
@@ -109,9 +70,13 @@ class JanusTrainer(SFTTrainer):
         tokenizer: PreTrainedTokenizerBase,
         data: Prepared,
         callbacks: list[TrainerCallback],
+        *,
+        preemption: Preemption | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         """Set up a run; the rows of `data` are trained as they are, already tokenized, labelled and packed.
 
+        `preemption`: what may ask it to stop. `about`: what its checkpoints say of the run.
         Raises UserError for settings that TRL or peft refuses, or that leave nothing to train.
         """
         rows, batch = len(data.train.rows), arguments.train_batch_size * arguments.world_size
@@ -122,7 +87,7 @@ class JanusTrainer(SFTTrainer):
             )
         check_modules_to_save(recipe.adapter, model)
         shape = _shape(recipe, model, arguments)
-        with _as_user_error("adapter" if recipe.adapter else "training"):
+        with as_user_error("adapter" if recipe.adapter else "training"):
             super().__init__(
                 model=model,
                 args=arguments,
@@ -138,33 +103,45 @@ class JanusTrainer(SFTTrainer):
         self.remove_callback(PrinterCallback)
         if recipe.data.packing:
             self.add_callback(IsolationTest(self))
-        self._recipe = recipe
+        self._recipe, self._about = recipe, dict(about or {})
+        self._saver = Saver(recipe.output_dir, recipe.save, recipe.training.get("save_total_limit"))
+        self._preemption = preemption or Preemption(recipe.output_dir, recipe.save)
         self._throughput = Throughput(self.accelerator, shape)
-        self.add_callback(self._throughput)
+        self._run_state = RunState(self)
+        for callback in (self._throughput, self._run_state, StopWhenAsked(self._preemption, self.accelerator)):
+            self.add_callback(callback)
         self._guards = Guards(recipe.guards, self.accelerator, data.train.rows.places, recipe.output_dir)
 
     def _get_train_sampler(self, train_dataset: Sequences | None = None) -> Sampler[int] | None:
         """Our order in the place of a random one."""
         if self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
-        return EpochOrder(train_dataset or self.train_dataset, self.args, self.model.config)
+        self.order = EpochOrder(train_dataset or self.train_dataset, self.args, self.model.config)
+        return self.order
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """transformers' loop. Raises UserError where a package that a setting needs is missing: some ask only here."""
+    def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """transformers' loop, and the end of what it began in the background.
+
+        Raises UserError where a package that a setting needs is missing: some ask only here.
+        """
+        if resume_from_checkpoint:
+            self._run_state.go_on_from(Path(resume_from_checkpoint))
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         except ImportError as fault:
             raise UserError(f"training: {' '.join(str(fault).split())}") from fault
+        finally:
+            self._saver.close()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """transformers' optimizer. Raises UserError for settings that it refuses: that shows only here."""
-        with _as_user_error(f"training.optim: {self.args.optim.value} (optim_args: {self.args.optim_args})"):
+        with as_user_error(f"training.optim: {self.args.optim.value} (optim_args: {self.args.optim_args})"):
             return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> torch.optim.lr_scheduler.LRScheduler:
         """transformers' schedule. Raises UserError for settings that it refuses: that shows only here."""
         given = self.args.lr_scheduler_kwargs
-        with _as_user_error(
+        with as_user_error(
             f"training.lr_scheduler_type: {self.args.lr_scheduler_type.value} (lr_scheduler_kwargs: {given})"
         ):
             return super().create_scheduler(*args, **kwargs)
@@ -191,20 +168,15 @@ class JanusTrainer(SFTTrainer):
         Raises UserError, on every rank, where the files don't hold all of the model.
         """
         super().save_model(output_dir, _internal_call)
-        self._check_saved(Path(output_dir or self.args.output_dir))
         if not _internal_call:
+            fault = self._saver.first_fault(lambda: self._check_weights(Path(output_dir or self.args.output_dir)))
+            if fault:
+                raise UserError(fault)
             self.create_model_card()
 
-    def _check_saved(self, folder: Path) -> None:
-        fault: list[str | None] = [None]
+    def _check_weights(self, folder: Path) -> None:
         if self.is_world_process_zero():
-            try:
-                check_saved(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), folder)
-            except UserError as found:
-                fault = [str(found)]
-        broadcast_object_list(fault)  # all end alike; a rank left alone would wait for the others until it times out
-        if fault[0]:
-            raise UserError(fault[0])
+            check_saved(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Without training_args.bin: a pickle, which runs code as it is opened, of what recipe.yaml says in text.
@@ -289,15 +261,23 @@ class JanusTrainer(SFTTrainer):
         self._throughput.add(held, sums)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float:
-        """transformers' norm; where it is not finite, the step that follows changes nothing."""
+        """transformers' norm; where it is not finite, the step that follows changes nothing.
+
+        Here a step waits for the device, once, for all that has to be known of it.
+        """
         norm = super()._get_grad_norm(model, grad_norm)
-        deepspeed = self.is_deepspeed_enabled  # there the step is done, or left out, by now
-        left_out = deepspeed and self.accelerator.optimizer_step_was_skipped
-        scaled = self.accelerator.mixed_precision == "fp16"
-        finite = self._guards.finite(self.state.global_step + 1, norm, left_out=left_out, scaled=scaled)
-        if not finite and not deepspeed and not scaled:
+        deepspeed = self.is_deepspeed_enabled  # there the step is done by now, or was left out
+        if deepspeed and self.accelerator.optimizer_step_was_skipped:
+            norm = math.nan
+        scaled = self.accelerator.mixed_precision == "fp16"  # until gradients overflow, which is no fault
+        loss_sum = self._guards.loss_sum()
+        judged = self.accelerator.reduce(loss_sum) if scaled else torch.as_tensor(norm, device=loss_sum.device)
+        asked = self.accelerator.reduce(torch.tensor(float(self._preemption.asked()), device=loss_sum.device))
+        *judgement, any_asked = torch.stack([judged.double(), loss_sum, asked.double()]).tolist()
+        self._preemption.all_asked = any_asked > 0
+        if not self._guards.finite(self.state.global_step + 1, *judgement) and not deepspeed and not scaled:
             model.zero_grad(set_to_none=True)  # an optimizer passes over parameters without a gradient
-        return norm if finite or not left_out else math.nan
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """transformers' and TRL's figures, and those of the steps since the last such line."""
@@ -311,12 +291,54 @@ class JanusTrainer(SFTTrainer):
                 self._guards.tell_spikes()
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """transformers' checkpoint, whose state knows the tokens of all processes up to here."""
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where checkpoints are written: aside, until they are whole."""
+        return str(self._saver.aside)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """transformers' checkpoint and what it forgets, under its name once all of it is on the disk."""
         since = torch.tensor(self._tokens_since_saved, device=self.args.device)
         self.state.num_input_tokens_seen += int(self.accelerator.reduce(since))
         self._tokens_since_saved = 0
-        super()._save_checkpoint(*args, **kwargs)
+        step, best = self.state.global_step, self.state.best_global_step
+        name, best_name = f"checkpoint-{step}", f"checkpoint-{best}" if best else None
+
+        def write() -> None:
+            if best_name and (best == step or Path(self.args.output_dir, best_name).is_dir()):
+                self.state.best_model_checkpoint = str(Path(self.args.output_dir, best_name))
+            super(JanusTrainer, self)._save_checkpoint(model, trial)
+            self._run_state.write(self._saver.aside / name)
+
+        def check(folder: Path) -> None:
+            if self.is_world_process_zero():
+                for file in files_expected(self):
+                    if not any(folder.glob(file)):
+                        raise UserError(f"{file} was not written")
+            self._check_weights(folder)
+
+        self._saver.save(step, write, check, self._run_state.manifest, best_name)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """transformers' evaluation; training's random numbers go on as if it had not been."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            return super().evaluate(*args, **kwargs)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The evaluation that is due in training; where the run has to stop, it is left to the one that goes on."""
+        try:
+            if self._preemption.reason:
+                raise StopError
+            self._run_state.evaluation_is_due = False
+            return super()._evaluate(*args, **kwargs)
+        except StopError:
+            self._run_state.evaluation_is_due = True
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether this is the best model; one that is yet to be evaluated is kept like the best."""
+        return self._run_state.evaluation_is_due or super()._determine_best_metric(metrics, trial)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """transformers' loop weighs each batch alike; the figures reported here weigh each token alike."""
@@ -340,18 +362,3 @@ def _shape(recipe: Recipe, model: PreTrainedModel, arguments: SFTConfig) -> Shap
     finally:
         if arguments.deepspeed_plugin is not None:
             set_hf_deepspeed_config(arguments.deepspeed_plugin.dschf)
-
-
-def sequences_per_step(arguments: SFTConfig) -> int:
-    """Rows of all processes and all accumulation steps in one optimizer step."""
-    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-
-
-def optimizer_steps(rows: Sequences, arguments: SFTConfig) -> int:
-    """Optimizer steps of the whole run, as transformers counts them: a last, smaller step ends each epoch."""
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    batch = arguments.train_batch_size * arguments.world_size
-    micro_batches = len(rows) // batch if arguments.dataloader_drop_last else -(-len(rows) // batch)
-    steps_an_epoch = max(-(-micro_batches // arguments.gradient_accumulation_steps), 1)
-    return math.ceil(arguments.num_train_epochs * steps_an_epoch)

@@ -1,0 +1,72 @@
+"""TRL's arguments of a run, and the steps that follow from them."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from train.data.sequences import Sequences
+from train.errors import UserError
+from train.loop.sharding import check_sharding
+from train.loop.tracking import integrations
+from train.recipe import Recipe
+
+
+@contextmanager
+def as_user_error(key: str) -> Iterator[None]:
+    """What TRL, peft and transformers say of settings as they are set up, told of `key`. Never for training itself."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, ImportError) as fault:
+        raise UserError(f"{key}: {' '.join(str(fault).split())}") from fault
+
+
+def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTConfig:
+    """TRL's own arguments, with what the recipe's other sections own filled in. Starts the process group, if any.
+
+    `stop_tokens`: what ends an answer; the tokenizer is saved with the first of them as its eos token.
+    Raises UserError where TRL or transformers refuses a combination of them.
+    """
+    settings: dict[str, Any] = {
+        "use_cpu": not torch.accelerator.is_available(),
+        # transformers looks for unused parameters under an adapter, which costs a walk through the graph a step
+        "ddp_find_unused_parameters": False if recipe.adapter else None,
+        "logging_nan_inf_filter": False,  # a loss that is not finite shall show, no mean in its place (trl#6702)
+        **recipe.training,
+        "output_dir": recipe.output_dir,
+        "save_total_limit": None,  # an older checkpoint goes when a newer one is known to be whole: see `Saver`
+        "seed": recipe.seed,
+        "max_length": None,
+        "packing": False,
+        "padding_free": recipe.data.packing,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "eos_token": next(iter(stop_tokens), None),
+        "report_to": integrations(recipe.tracking),
+        "disable_tqdm": True,
+    }
+    if settings.get("activation_offloading") and settings["use_cpu"]:
+        raise UserError(
+            "training.activation_offloading: it moves activations to the CPU, where they are already. Write false."
+        )
+    with as_user_error("training"):
+        arguments = SFTConfig(**settings)
+    check_sharding(recipe, arguments)
+    return arguments
+
+
+def sequences_per_step(arguments: SFTConfig) -> int:
+    """Rows of all processes and all accumulation steps in one optimizer step."""
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+
+def optimizer_steps(rows: Sequences, arguments: SFTConfig) -> int:
+    """Optimizer steps of the whole run, as transformers counts them: a last, smaller step ends each epoch."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    batch = arguments.train_batch_size * arguments.world_size
+    micro_batches = len(rows) // batch if arguments.dataloader_drop_last else -(-len(rows) // batch)
+    steps_an_epoch = max(-(-micro_batches // arguments.gradient_accumulation_steps), 1)
+    return math.ceil(arguments.num_train_epochs * steps_an_epoch)

@@ -1,0 +1,144 @@
+"""What a checkpoint holds of a run that transformers forgets, so that one that goes on is the one that was never left.
+
+Figures since the last logging step, the position in the data, an evaluation that was given up: without them the weights
+may go on exactly, and metrics.jsonl doesn't.
+"""
+
+import importlib.metadata
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from train.data.prepare import Prepared
+from train.loop.checkpoint import facts_of_recipe, processes_now, sequences_per_step
+
+if TYPE_CHECKING:
+    from train.loop.trainer import JanusTrainer
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "janus-sft")
+
+
+class RunState(TrainerCallback):
+    """The state of a trainer's run beside the model, the optimizer and what transformers keeps."""
+
+    def __init__(self, trainer: "JanusTrainer") -> None:
+        self._trainer = trainer
+        self.evaluation_is_due = False
+        """Whether an evaluation was given up as the run had to stop."""
+        self._going_on: Path | None = None
+
+    def go_on_from(self, checkpoint: Path) -> None:
+        """Take up the state in this checkpoint when training begins."""
+        self._going_on = checkpoint
+
+    def write(self, folder: Path) -> None:
+        """Put this process's state into a checkpoint."""
+        trainer = self._trainer
+        state = {
+            "loss": trainer._tr_loss.item(),
+            "last_logged": trainer._globalstep_last_logged,
+            "throughput": trainer._throughput.state(),
+            "recent_losses": trainer._guards.state(),
+            "evaluation_is_due": self.evaluation_is_due,
+        }
+        path = folder / f"run_state_{trainer.args.process_index}.json"
+        path.write_text(json.dumps(state), encoding="utf-8")
+
+    def manifest(self) -> dict[str, Any]:
+        """What COMPLETE.json says of the run, besides the files."""
+        trainer = self._trainer
+        recipe, state, arguments = trainer._recipe, trainer.state, trainer.args
+        wandb = sys.modules.get("wandb")
+        run = wandb.run if wandb else None
+        return {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "sequences": state.global_step * sequences_per_step(recipe, processes_now()),
+            "tokens": state.num_input_tokens_seen,
+            "run": {**facts_of_recipe(recipe), **trainer._about},
+            "processes": arguments.world_size,
+            "sequences_per_step": sequences_per_step(recipe, arguments.world_size),
+            "distribution": sharding(trainer),
+            "packages": {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)},
+            "wandb_run": run.id if run else None,
+        }
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up the figures since the last logging step, and make good an evaluation that was given up.
+
+        Where there are other processes now, the first one goes on from the states of those that are gone.
+        """
+        if self._going_on is None:
+            return
+        trainer, checkpoint = self._trainer, self._going_on
+        states = {int(path.stem.rpartition("_")[2]): path for path in checkpoint.glob("run_state_*.json")}
+        read = {rank: json.loads(path.read_text(encoding="utf-8")) for rank, path in states.items()}
+        rank, ranks = args.process_index, args.world_size
+        losses = [one["loss"] for one in read.values()]
+        # the mean over the processes is logged
+        trainer._tr_loss.fill_(read[rank]["loss"] if len(read) == ranks else sum(losses) / len(losses))
+        trainer._globalstep_last_logged = read[0]["last_logged"]
+        own = [one for number, one in sorted(read.items()) if number == rank or (rank == 0 and number >= ranks)]
+        trainer._throughput.load([one["throughput"] for one in own])
+        for one in own[:1]:
+            trainer._guards.load(one["recent_losses"])
+        self._going_on = None
+        if read[0]["evaluation_is_due"]:
+            metrics = trainer._evaluate(None, None)
+            if trainer._determine_best_metric(metrics, None) and args.save_strategy == "best":
+                trainer._save_checkpoint(trainer.model_wrapped, None)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the order its epoch: accelerate loses it where several processes go on within one."""
+        if self._trainer.order is not None and state.epoch is not None:
+            self._trainer.order.set_epoch(int(state.epoch))
+
+
+def facts_of_data(data: Prepared, chat_template: str) -> dict[str, Any]:
+    """What a run trains on, by digests: tokens of each source, how they are packed, and the template."""
+    plan = data.train.rows.plan_of(0)
+    packed = xxhash.xxh3_128(plan.rows.tobytes() + plan.ends.tobytes()).hexdigest()
+    return {
+        "made.tokens": [cache.key for cache in data.caches],
+        "made.sequences": packed,
+        "made.template": xxhash.xxh3_128(chat_template.encode()).hexdigest(),
+    }
+
+
+def sharding(trainer: "JanusTrainer") -> str:
+    """How the states of the optimizer lie in a checkpoint."""
+    if trainer.is_deepspeed_enabled:
+        return f"DeepSpeed ZeRO-{trainer.accelerator.state.deepspeed_plugin.zero_stage}"
+    return "FSDP" if trainer.is_fsdp_enabled else "one file"
+
+
+def files_expected(trainer: "JanusTrainer") -> Iterator[str]:
+    """Patterns of files that a whole checkpoint of this run must have, of each process."""
+    yield "trainer_state.json"
+    if trainer.args.save_only_model:
+        return
+    ranks = trainer.args.world_size
+    for rank in range(ranks):
+        yield f"run_state_{rank}.json"
+        yield f"rng_state_{rank}.pth" if ranks > 1 else "rng_state.pth"
+        if trainer.is_deepspeed_enabled:
+            yield f"global_step*/*zero_pp_rank_{rank}_mp_rank_*optim_states.pt"
+    if not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:
+        yield from ("optimizer.pt", "scheduler.pt")
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -140,7 +140,7 @@ def test_a_run_goes_on_from_its_newest_complete_checkpoint(
     capsys.readouterr()
     assert main(["--recipe", recipe, "training.learning_rate=0.5", "seed=1"]) == 2
     error = capsys.readouterr().err
-    assert "belongs to another recipe: seed was 42 and is 1; training.learning_rate was 0.001 and is 0.5" in error
+    assert "belongs to another run: seed was 42 and is 1; training.learning_rate was 0.001 and is 0.5" in error
 
 
 def test_a_folder_with_another_model_in_it_is_not_written_into(

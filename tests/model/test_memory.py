@@ -1,5 +1,6 @@
 """Bytes and FLOPs of the plan against PyTorch's own: saved tensors, optimizers' states, counted FLOPs."""
 
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen2Config
 
 from train.model.activations import TOKEN_CHUNK, VOCABULARY_CHUNK, Precision, activations, head_bytes, layer_bytes
 from train.model.compute import training_flops
 from train.model.memory import DDP, STRATEGIES, Numbers, states_of
 from train.model.optimizers import Tensor, state_bytes
 from train.model.shape import Shape, shape_of
-from train.recipe import AdapterSection, QuantizationSection
+from train.recipe import AdapterSection, QuantizationSection, load_recipe
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -239,3 +240,10 @@ def test_stage_3_pads_each_parameter_and_keeps_small_ones_whole() -> None:
     assert found.parameters == 2 * (sum(shares) + sum(small))
     assert found.gradients == 2 * sum(shares)
     assert found.optimizer == 12 * sum(shares) + 2 * 4  # a step count for each of the two groups
+
+
+def test_counting_a_model_leaves_its_config_alone(tiny_model: Path, recipe_file: Callable[..., Path]) -> None:
+    """transformers writes the attention of a model that it makes into the config that it makes it from."""
+    config = AutoConfig.from_pretrained(tiny_model, attn_implementation="sdpa")
+    shape_of(load_recipe(recipe_file()), config)
+    assert config._attn_implementation == "sdpa"

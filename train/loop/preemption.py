@@ -42,6 +42,12 @@ class StopWhenAsked(TrainerCallback):
     def __init__(self, preemption: "Preemption", accelerator: Accelerator) -> None:
         self._preemption, self._accelerator = preemption, accelerator
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Where the run begins."""
+        self._preemption.step = state.global_step
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop here; where an epoch ends with the step, after what is due then. The last step of all ends by itself."""
         self._preemption.step = state.global_step

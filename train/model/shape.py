@@ -4,6 +4,7 @@ The model is built on PyTorch's meta device, where tensors have a shape and no m
 there, so the counts are those of the run and not of a formula.
 """
 
+import copy
 import math
 import re
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ def shape_of(recipe: Recipe, config: PreTrainedConfig) -> Shape:
     Raises UserError for a mixture of experts, whose memory and arithmetic are not worked out here, and for an adapter
     that peft refuses.
     """
-    text = config.get_text_config()
+    text = copy.deepcopy(config.get_text_config())  # transformers writes into the config of a model that it makes
     if any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise UserError(
             f"--gpus: the plan knows dense models; {recipe.model.name_or_path} is a mixture of experts. Leave out "

@@ -1,0 +1,275 @@
+"""A run that is killed at any moment ends, after it was started again, as one that was left alone: to the bit."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import WORDS
+from ranks import Outcome, launch, sft
+from safetensors.torch import load_file
+
+from train.loop.checkpoint import COMPLETE
+from train.loop.throughput import CLOCKED
+
+pytest.importorskip("deepspeed")
+
+STEPS = 12
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to run."""
+
+    name: str
+    processes: int = 1
+    config: str | None = None
+    adapter: bool = False
+
+
+KINDS = [
+    Kind("alone"),
+    Kind("alone-lora", adapter=True),
+    Kind("ddp", 2),
+    Kind("ddp-lora", 2, adapter=True),
+    Kind("zero3", 2, "zero3.yaml"),
+    Kind("zero3-lora", 2, "zero3.yaml", adapter=True),
+]
+
+
+@pytest.fixture(scope="module")
+def rows_48(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    chance = random.Random(23)
+    text = lambda count: " ".join(chance.choice(WORDS.split()) for _ in range(count))  # noqa: E731
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    with path.open("w", encoding="utf-8") as lines:
+        for _ in range(48):
+            turns = [("system", chance.randint(1, 9)), ("user", 6), ("assistant", chance.choice([1, 5, 30, 60]))]
+            lines.write(json.dumps({"messages": [{"role": role, "content": text(n)} for role, n in turns]}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipe_of(rows_48: Path, tiny_model: Path) -> Callable[..., Path]:
+    def write(folder: Path, kind: Kind, **training: Any) -> Path:
+        recipe = {
+            "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
+            "chat": {"template": "chatml"},
+            "data": {"sources": [{"path": str(rows_48)}], "max_length": 256, "validation": 0.2, "repack": True},
+            "training": {
+                "bf16": False,
+                "gradient_checkpointing": False,
+                "learning_rate": 1e-3,
+                "per_device_train_batch_size": 1,
+                "gradient_accumulation_steps": 4 // kind.processes,
+                "max_steps": STEPS,
+                "logging_steps": 3,  # lines between checkpoints and checkpoints between lines
+                "eval_strategy": "steps",
+                "eval_steps": 4,
+                "save_strategy": "steps",
+                "save_steps": 2,
+                "save_total_limit": 2,
+                **training,
+            },
+            "output_dir": str(folder / "run"),
+        }
+        if kind.adapter:
+            recipe["adapter"] = {"r": 4, "lora_dropout": 0.1}  # random numbers in the middle of a run
+        path = folder / "recipe.yaml"
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def untouched(recipe_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind], Path]:
+    """The folder of a run that nobody disturbed, once for each kind."""
+    known: dict[Kind, Path] = {}
+
+    def run(kind: Kind) -> Path:
+        if kind not in known:
+            folder = tmp_path_factory.mktemp(kind.name)
+            start(kind, recipe_of(folder, kind), folder).succeeded()
+            known[kind] = folder / "run"
+        return known[kind]
+
+    return run
+
+
+def start(kind: Kind, recipe: Path, folder: Path, *options: str, job: Callable[..., int | None] = sft) -> Outcome:
+    logs = folder / f"logs-{len(list(folder.glob('logs-*')))}"
+    return launch(kind.processes, kind.config, "--recipe", recipe, *options, logs=logs, job=job)
+
+
+def figures(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what the clock decides."""
+    clock = {*CLOCKED, "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """All tensors in what torch.save wrote, in the order in which they stand there."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """Weights, optimizer states and figures are equal, to the bit."""
+    weights = "adapter_model" if (other / "adapter_config.json").exists() else "model"
+    one, two = (load_file(folder / f"{weights}.safetensors") for folder in (run, other))
+    assert one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    names = sorted(str(path.relative_to(other)) for path in (other / f"checkpoint-{STEPS}").rglob("*.pt*"))
+    names = [name for name in names if "optim" in name]
+    assert names
+    for name in names:
+        states = [tensors(torch.load(folder / name, weights_only=False)) for folder in (run, other)]
+        assert len(states[0]) == len(states[1]) > 5
+        assert all(torch.equal(first, second) for first, second in zip(*states, strict=True)), name
+    assert figures(run) == figures(other)
+
+
+def killed_at(*arguments: str) -> int:
+    """Trains, and is gone as after kill -9 once so many lines of Python have run: `LINES,RANK`, -1 = all ranks.
+
+    The lines are those of saving and of the trainer's loop, ours and transformers'.
+    """
+    *rest, moment = arguments
+    lines, victim = map(int, moment.split(","))
+    watched = ("transformers/trainer.py", "loop/saving.py", "loop/trainer.py", "loop/run_state.py", "serialization.py")
+    counted = 0
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal counted
+        if event == "call":
+            return trace if frame.f_code.co_filename.endswith(watched) else None
+        counted += 1
+        if counted == lines and victim in (-1, int(os.environ.get("RANK", "0"))):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    from train.loop.trainer import JanusTrainer
+
+    begin = JanusTrainer.train
+
+    def train(self: JanusTrainer, *args: Any, **kwargs: Any) -> Any:
+        sys.settrace(trace)
+        return begin(self, *args, **kwargs)
+
+    JanusTrainer.train = train
+    return sft(*rest)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_a_run_that_is_killed_at_random_moments_ends_as_one_left_alone(
+    kind: Kind, recipe_of: Callable[..., Path], untouched: Callable[[Kind], Path], tmp_path: Path
+) -> None:
+    expected = untouched(kind)
+    recipe, chance, run = recipe_of(tmp_path, kind), random.Random(kind.name), tmp_path / "run"
+    kills = 20 if kind.name == "alone" else 3
+    while kills:
+        moment = f"{chance.randint(1, 24_000)},{chance.choice([-1, 0, kind.processes - 1])}"
+        outcome = start(kind, recipe, tmp_path, moment, job=killed_at)
+        for folder in run.glob("checkpoint-*"):
+            assert (folder / COMPLETE).exists()
+        if -signal.SIGKILL in outcome.exit_codes:
+            kills -= 1
+            continue
+        outcome.succeeded()  # it came to its end before that moment: once more from the beginning
+        assert_same(run, expected)
+        shutil.rmtree(run)
+    start(kind, recipe, tmp_path).succeeded()
+    assert_same(run, expected)
+    assert len(list(run.glob("checkpoint-*"))) == 2
+    assert not (run / "unfinished").exists()
+
+
+def asked_at(*arguments: str) -> int:
+    """Trains, and the last rank is asked to stop: `HOW,STEP`, in that step or in the evaluation after it (`.5`)."""
+    *rest, moment = arguments
+    how, _, step = moment.partition(",")
+    from transformers import TrainerCallback
+
+    from train.loop import preemption
+    from train.loop import trainer as loop
+
+    preemption._SECONDS_BETWEEN_LOOKS = 0.0  # these runs are over within a second
+    if how == "deadline":
+        os.environ["SLURM_JOB_END_TIME"] = "1"
+
+    class Ask(TrainerCallback):
+        def __init__(self, output_dir: str) -> None:
+            self.output_dir = output_dir
+
+        def ask(self) -> None:
+            if int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+                if how == "file":
+                    Path(self.output_dir, "stop").touch()
+                elif how != "deadline":
+                    os.kill(os.getpid(), getattr(signal, how))
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step + 1 == float(step):
+                self.ask()
+
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step + 0.5 == float(step):
+                self.ask()
+
+    begin = loop.JanusTrainer.train
+
+    def train(self: loop.JanusTrainer, *args: Any, **kwargs: Any) -> Any:
+        self.callback_handler.callbacks.insert(0, Ask(self.args.output_dir))
+        return begin(self, *args, **kwargs)
+
+    loop.JanusTrainer.train = train
+    return sft(*rest)
+
+
+@pytest.mark.parametrize("kind", [KINDS[1], KINDS[2], KINDS[5]], ids=lambda kind: kind.name)
+def test_a_run_that_is_asked_to_stop_saves_and_ends_as_one_left_alone(
+    kind: Kind, recipe_of: Callable[..., Path], untouched: Callable[[Kind], Path], tmp_path: Path
+) -> None:
+    """Once each by signals, Ctrl-C, a file and the end of the time; where an epoch ends, and inside an evaluation."""
+    expected = untouched(kind)
+    recipe, run = recipe_of(tmp_path, kind, save_steps=100), tmp_path / "run"
+    step = 0
+    for how, moment in (
+        ("SIGTERM", 1),
+        ("SIGUSR1", 3),
+        ("SIGUSR1", 4.5),
+        ("file", 7),
+        ("SIGINT", 8.5),
+        ("deadline", 0),
+    ):
+        outcome = start(kind, recipe, tmp_path, f"{how},{moment}", job=asked_at).succeeded()
+        ended = json.loads((run / "outcome.json").read_text(encoding="utf-8"))
+        assert ended["outcome"] == "preempted"
+        assert ended["step"] > step or how == "deadline"
+        step = ended["step"]
+        assert step == int(moment) or how == "deadline"
+        assert json.loads((run / f"checkpoint-{step}" / COMPLETE).read_text(encoding="utf-8"))["step"] == step
+        assert "stopping: " in outcome.output[0]
+        assert not (run / "stop").exists()
+        assert not (run / "model.safetensors").exists()
+        if step >= STEPS - 1:
+            break
+    start(kind, recipe, tmp_path).succeeded()
+    assert json.loads((run / "outcome.json").read_text(encoding="utf-8"))["outcome"] == "finished"
+    assert figures(run) == figures(expected)
+    weights = "adapter_model" if kind.adapter else "model"
+    one, two = (load_file(folder / f"{weights}.safetensors") for folder in (run, expected))
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []

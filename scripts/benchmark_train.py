@@ -24,6 +24,7 @@ from train.json_report import write
 from train.progress import Job, job
 
 _LINES_OF_A_FAILURE = 60
+_KEPT = ("command", "settings", "calls", "measurements")  # the table follows from them
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,9 @@ class Record:
 
     def table(self) -> list[dict[str, Any]]:
         """What the table shows, in the order of the usual contenders, others behind them."""
-        order = {one.name: place for place, one in enumerate([*usual(None), *every()][::-1])}
-        known = sorted(self.measurements, key=lambda one: -order.get(one["name"], -1))
+        names = dict.fromkeys(one.name for one in [*usual(None), *every()])
+        order = {name: place for place, name in enumerate(names)}
+        known = sorted(self.measurements, key=lambda one: order.get(one["name"], len(order)))
         return [line_of(one, self._content["calls"][one["call"]]["device"]["peak_flops"]) for one in known]
 
     def markdown(self) -> str:
@@ -128,11 +130,11 @@ def _read(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_bytes())
     except (OSError, ValueError) as fault:
         raise UserError(f"--json {file}: it can't be read: {fault}. Name another file.") from fault
-    if not isinstance(found, dict) or found.get("command") != "train":
+    if not isinstance(found, dict) or found.get("command") != "train" or not found.keys() >= set(_KEPT):
         raise UserError(
-            f"--json {file}: that holds no measurements of `train`, so it is not added to. Name another file."
+            f"--json {file}: that holds no measurements of `train`, so nothing is added. Name another file."
         )
-    return {key: found[key] for key in ("command", "settings", "calls", "measurements")}
+    return {key: found[key] for key in _KEPT}
 
 
 def compare_trainers(options: Options, where: dict[str, Any], versions: dict[str, str | None]) -> Record:
@@ -144,6 +146,8 @@ def compare_trainers(options: Options, where: dict[str, Any], versions: dict[str
     options.contenders(None)  # a misspelt name is said at once
     if not options.file.parent.is_dir():
         raise UserError(f"--json {options.file}: there is no folder {options.file.parent}")
+    if options.file.exists():
+        _read(options.file)  # so is a file that is something else
     with TemporaryDirectory(prefix="janus-benchmark-") as name:
         device = _probe(Path(name), options.lengths)
         record = Record(options.file, options.lengths, {"machine": where, "versions": versions, "device": device})
@@ -209,7 +213,7 @@ def _measure(contender: Contender, options: Options, folder: Path, left: float) 
     measured = {**_named(contender), **ended.result}
     if ended.exit_code == 0:
         return measured
-    reason = ended.last_words if ended.exit_code else f"not done after {options.limit:g} seconds (--limit)"
+    reason = ended.reason if ended.exit_code else f"not done after {options.limit:g} seconds (--limit)"
     return {**measured, "reason": reason, "log": ended.log[-_LINES_OF_A_FAILURE:]}
 
 
@@ -217,7 +221,7 @@ def _probe(folder: Path, lengths: Lengths) -> dict[str, Any]:
     """What a process on the device says of it. Raises UserError where it can't."""
     ended = _run(Task(None, lengths, folder / "probe"), None)
     if ended.exit_code:
-        raise UserError(f"the device can't be used: {ended.last_words}")
+        raise UserError(f"the device can't be used: {ended.reason}")
     return ended.result
 
 
@@ -227,7 +231,7 @@ class _Ended(NamedTuple):
     exit_code: int | None
     result: dict[str, Any]
     log: list[str]
-    last_words: str
+    reason: str
 
 
 def _run(task: Task, seconds: float | None) -> _Ended:
@@ -251,4 +255,7 @@ def _run(task: Task, seconds: float | None) -> _Ended:
             except subprocess.TimeoutExpired:
                 end(child)
         known = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
-        return _Ended(exit_code, known, words(log), last_words(log, exit_code or 0))
+        reason = known.pop("reason", None) or last_words(log, exit_code or 0)
+        if exit_code is not None and exit_code < 0:
+            reason = f"ended by signal {-exit_code}; its last words: {reason}"
+        return _Ended(exit_code, known, words(log), reason)

@@ -357,13 +357,24 @@ def main() -> int:
             probe(task)
         else:
             measure(task)
-    except UserError as fault:
-        print(f"error: {fault}", file=sys.stderr)
+    except Exception as fault:  # of kernels, compilers and memory, which share no class; what is known stays known
+        result = task.folder / "result.json"
+        known = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+        result.write_text(json.dumps({**known, "reason": reason(fault)}), encoding="utf-8")
+        if not isinstance(fault, UserError):
+            raise
         return 2
-    except torch.OutOfMemoryError as fault:
-        print(f"error: out of memory: {' '.join(str(fault).split())}", file=sys.stderr)
-        return 3
     return 0
+
+
+def reason(fault: Exception) -> str:
+    """Why it could not be measured, in one line."""
+    said = " ".join(str(fault).split())
+    if isinstance(fault, UserError):
+        return said
+    if isinstance(fault, torch.OutOfMemoryError):
+        return f"out of memory: {said}"
+    return f"{type(fault).__name__}: {said[:500]}"
 
 
 if __name__ == "__main__":

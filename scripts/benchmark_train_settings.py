@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -99,7 +100,7 @@ class Contender:
 
     def settings(self) -> dict[str, str | None]:
         """The value of each factor, None where TRL decides: two contenders of the same settings are the same."""
-        recipe = {} if self.dtype else settings_of(load_recipe(RECIPES[self.method]))
+        recipe = {} if self.dtype else _shipped(self.method)
         return {
             "method": self.method,
             "dtype": self.dtype,
@@ -131,9 +132,15 @@ def settings_of(recipe: Recipe) -> dict[str, str]:
     }
 
 
+@cache
+def _shipped(method: str) -> Mapping[str, str]:
+    """What the recipe as it is says of each factor."""
+    return settings_of(load_recipe(RECIPES[method]))
+
+
 def _ours(method: str, changes: Mapping[str, str]) -> Contender:
     """A recipe with those of the changes that it doesn't have already."""
-    base = settings_of(load_recipe(RECIPES[method]))
+    base = _shipped(method)
     kept = tuple((factor, changes[factor]) for factor in FACTORS if changes.get(factor, base[factor]) != base[factor])
     return Contender("+".join([method, *(f"{factor}={value}" for factor, value in kept)]), method, kept)
 

@@ -41,6 +41,15 @@ def words(log: TextIO) -> list[str]:
 
 
 def last_words(log: TextIO, exit_code: int) -> str:
-    """Why it failed: the last line that it wrote, or else its exit code."""
+    """Why it failed: its `error:`, or what its last traceback ends in, or its last line, or else its exit code.
+
+    Warnings as it ends may follow the reason, and an exception may have several lines, of which the first says most.
+    """
     said = words(log)
-    return said[-1].removeprefix("error: ") if said else f"exit code {exit_code}"
+    errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
+    if errors:
+        return errors[-1]
+    if tracebacks := [number for number, line in enumerate(said) if line.startswith("Traceback (most recent call")]:
+        behind = [line for line in said[tracebacks[-1] + 1 :] if not line.startswith(" ")]
+        said = behind[:1] or said
+    return said[-1] if said else f"exit code {exit_code}"

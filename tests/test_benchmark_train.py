@@ -42,6 +42,7 @@ def read(file: Path) -> dict[str, Any]:
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.syspath_prepend(ROOT / "scripts")
+    import benchmark_process
     import benchmark_rows
     import benchmark_train
     import benchmark_train_contenders
@@ -49,6 +50,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     import benchmark_train_table
 
     return SimpleNamespace(
+        process=benchmark_process,
         rows=benchmark_rows,
         train=benchmark_train,
         contenders=benchmark_train_contenders,
@@ -275,6 +277,23 @@ def test_out_of_memory_is_told_as_such(scripts: SimpleNamespace) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate 2.00 GiB.")
     assert scripts.contenders.reason(raised.value) == "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB."
     assert scripts.contenders.reason(KeyError("x")) == "KeyError: 'x'"
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import os; os.write(2, b'error: no room\\nsome warning at the end\\n'); raise SystemExit(2)", "no room"),
+        ("raise ImportError('a package is too old\\nupgrade it')", "ImportError: a package is too old"),
+        ("print('it stops'); raise SystemExit(4)", "it stops"),
+        ("raise SystemExit(4)", "exit code 4"),
+    ],
+)
+def test_why_a_process_failed_is_found_in_what_it_wrote(
+    tmp_path: Path, scripts: SimpleNamespace, code: str, said: str
+) -> None:
+    with (tmp_path / "log.txt").open("w+", encoding="utf-8") as log:
+        code_of_exit = subprocess.run([sys.executable, "-c", code], stdout=log, stderr=log, check=False).returncode
+        assert scripts.process.last_words(log, code_of_exit) == said
 
 
 def test_the_default_model_is_mistral_7b(scripts: SimpleNamespace) -> None:

@@ -1,8 +1,10 @@
 """Measure this trainer beside others, on the same rows, in one run.
 
     python scripts/benchmark.py data --tokenizer outputs/smollm2-135m-instruct --json data.json
+    python scripts/benchmark.py train --json train.json --minutes 8
 
 data: preparing rows for training (read, render, tokenize, label, pack) by TRL and by us, beside the bare tokenizers.
+train: steps of a 7B with random weights on one GPU, by TRL with its defaults and by us under several settings.
 Prints a table in Markdown and writes every single measurement with the machine and the packages' versions as JSON.
 Exit codes: 0 measured; 2 there is something to mend (one `error:` says what); 1 anything else.
 """
@@ -13,16 +15,23 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 from benchmark_contenders import CONTENDERS
-from benchmark_data import Options, compare_preparations
+from benchmark_train import Options as TrainOptions
+from benchmark_train import compare_trainers
+from benchmark_train_settings import CONFIGS, FACTORS, Lengths, model_config
 
 from train.errors import UserError
 
-PACKAGES = ["janus-sft", "trl", "transformers", "tokenizers", "fastokens", "datasets", "pyarrow", "numpy", "torch"]
+DATA_PACKAGES = ("janus-sft", "trl", "transformers", "tokenizers", "fastokens", "datasets", "pyarrow", "numpy", "torch")
+TRAIN_PACKAGES = (
+    *("janus-sft", "trl", "transformers", "torch", "triton", "accelerate", "peft", "bitsandbytes", "liger-kernel"),
+    *("flash-attn", "flash-attn-3", "flash-attn-4"),
+)
 
 
 def machine() -> dict[str, Any]:
@@ -49,10 +58,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def versions() -> dict[str, str | None]:
-    """Version of each package that takes part; None where it isn't installed."""
+def versions(packages: Sequence[str]) -> dict[str, str | None]:
+    """Version of each package; None where it isn't installed."""
     found: dict[str, str | None] = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -71,11 +80,13 @@ def describe(where: dict[str, Any], packages: dict[str, str | None]) -> str:
 
 def data(options: argparse.Namespace) -> None:
     """The command `data`."""
+    from benchmark_data import Options, compare_preparations  # takes seconds: it imports torch
+
     if not Path("/proc/self/smaps_rollup").is_file():
         raise UserError("memory is read from /proc/PID/smaps_rollup, which this system lacks: run it on Linux")
     if options.json and not options.json.parent.is_dir():
         raise UserError(f"--json {options.json}: there is no folder {options.json.parent}")
-    where, packages = machine(), versions()
+    where, packages = machine(), versions(DATA_PACKAGES)
     result = compare_preparations(
         Options(
             tokenizer=options.tokenizer,
@@ -94,6 +105,53 @@ def data(options: argparse.Namespace) -> None:
         record = {"command": "data", "machine": where, "versions": packages, **result.record()}
         options.json.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"every measurement is in {options.json}")
+
+
+def train(options: argparse.Namespace) -> None:
+    """The command `train`."""
+    asked = TrainOptions(
+        file=options.json,
+        lengths=Lengths(
+            config=model_config(options.config),
+            rows=options.rows,
+            max_length=options.max_length,
+            batch=options.batch,
+            warmup=options.warmup,
+            steps=options.steps,
+            seed=options.seed,
+        ),
+        patterns=tuple(options.only.split(",")) if options.only else None,
+        all=options.all,
+        again=options.again,
+        seconds=None if options.minutes is None else options.minutes * 60,
+        limit=options.limit,
+    )
+    if options.list:
+        for contender in asked.contenders(None):
+            values = {factor: value for factor, value in contender.settings().items() if factor in FACTORS and value}
+            print(contender.name, "(TRL's defaults)" if contender.dtype else f"({', '.join(values.values())})")
+        return
+    if options.json is None:
+        raise UserError(
+            "--json: name a file. Each measurement is kept there, and the same command goes on with the rest."
+        )
+    where, packages = machine(), versions(TRAIN_PACKAGES)
+    record = compare_trainers(asked, where, packages)
+    device = record.device
+    size = "" if device["memory_bytes"] is None else f" of {device['memory_bytes'] / 2**30:.0f} GiB"
+    peak = "unknown, so no MFU" if device["peak_flops"] is None else f"{device['peak_flops'] / 1e12:,.0f} TFLOP/s"
+    print(f"\n{record.markdown()}\n\nDevice: {device['device']}{size}, peak {peak}. {describe(where, packages)}")
+    print(f"every measurement is in {options.json}")
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
 
 
 def _count(text: str) -> int:
@@ -123,6 +181,30 @@ def main() -> int:
     add("--seed", type=int, default=42, help="decides every character of the rows (default 42)")
     about_memory = "compare peak memory between these numbers of rows instead (default 10000 100000)"
     add("--memory", type=_count, nargs="*", metavar="ROWS", help=about_memory)
+
+    about_train = "training steps: TRL's defaults and ours under several settings"
+    train_parser = commands.add_parser("train", help=about_train, description=f"Measure {about_train}.")
+    train_parser.set_defaults(run=train)
+    add = train_parser.add_argument
+    about_json = "keep every measurement there; a file that is there is gone on with: what it has is not measured again"
+    add("--json", type=Path, metavar="FILE", help=about_json)
+    about_config = f"a model's config.json, or one of {', '.join(CONFIGS)} (default %(default)s)"
+    add("--config", default=next(iter(CONFIGS)), metavar="FILE_OR_NAME", help=about_config)
+    about_only = "contenders whose names fit, such as full,*liger=on*; whole names can be any combination"
+    add("--only", metavar="PATTERN,...", help=about_only)
+    about_all = "every combination, in place of one change at a time (the attention kernel that auto stands for twice)"
+    add("--all", action="store_true", help=about_all)
+    add("--list", action="store_true", help="print the contenders and run none")
+    add("--again", action="store_true", help="measure again what the file has already, failures too")
+    add("--minutes", type=_positive, metavar="N", help="end after so many; the same command goes on (default: no end)")
+    about_limit = "most seconds that one contender may take (default %(default)g)"
+    add("--limit", type=_positive, default=240.0, metavar="SECONDS", help=about_limit)
+    add("--rows", type=_count, default=2_000, help="Janus-like rows to make (default 2,000)")
+    add("--max-length", type=_count, default=8_192, help="tokens of a packed sequence (default 8,192, as in the paper)")
+    add("--batch", type=_count, default=1, help="sequences a step (default 1)")
+    add("--warmup", type=_count, default=4, help="steps before those that count (default 4)")
+    add("--steps", type=_count, default=10, help="steps that count; the table has medians (default 10)")
+    add("--seed", type=int, default=42, help="decides lengths, ids and weights (default 42)")
 
     options = parser.parse_args()
     try:

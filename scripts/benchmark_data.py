@@ -8,8 +8,6 @@ import hashlib
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -20,6 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 from benchmark_contenders import CONTENDERS, Memory, Task, memory
+from benchmark_process import last_words, running
 from benchmark_rows import generate
 
 from train.data.chat_template import use_template
@@ -290,22 +289,15 @@ def _measure(contender: str, repetition: int, rows: Rows, folder: Path, options:
     )
     samples: list[tuple[float, Memory]] = []
     with (folder / "log.txt").open("w+", encoding="utf-8", errors="replace") as log:
-        command = [sys.executable, str(Path(__file__).with_name("benchmark_contenders.py")), task.to_json()]
-        with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as child:
-            try:
-                watched = psutil.Process(child.pid)
-                while child.poll() is None:
-                    asked = time.monotonic()
-                    samples.append((asked, memory(watched)))
-                    took = time.monotonic() - asked
-                    time.sleep(max(SECONDS_BETWEEN_SAMPLES, took / SHARE_OF_A_CORE - took))
-            except BaseException:
-                child.terminate()
-                raise
+        with running("benchmark_contenders.py", task.to_json(), log) as child:
+            watched = psutil.Process(child.pid)
+            while child.poll() is None:
+                asked = time.monotonic()
+                samples.append((asked, memory(watched)))
+                took = time.monotonic() - asked
+                time.sleep(max(SECONDS_BETWEEN_SAMPLES, took / SHARE_OF_A_CORE - took))
         if child.returncode:
-            log.seek(0)
-            said = [line for line in log.read().splitlines() if line.strip()]
-            last = said[-1].removeprefix("error: ") if said else f"exit code {child.returncode}"
+            last = last_words(log, child.returncode)
             raise UserError(f"{contender} could not be measured: {last} (--only measures some of the contenders)")
     found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     started, ended = found.pop("started"), found.pop("ended")

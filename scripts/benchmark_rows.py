@@ -57,6 +57,19 @@ def vocabulary() -> Vocabulary:
     return Vocabulary(tuple(words), tuple(accumulate(counts[word] for word in words)), tuple(code))
 
 
+def lengths(chance: random.Random) -> dict[str, int]:
+    """Characters of a row's system message, question and answer: log-normal, as in Multifaceted Collection."""
+
+    def drawn(median: float, sigma: float, least: int, most: int) -> int:
+        return round(min(max(median * chance.lognormvariate(0, sigma), least), most))
+
+    return {
+        "system": drawn(980, 0.18, 680, 1_370),
+        "user": drawn(330, 1.1, 25, 18_600),
+        "assistant": drawn(2_600, 0.5, 200, 16_000),
+    }
+
+
 class Writer:
     """Writes texts of a wanted length. The same seed writes the same texts under the same version of Python."""
 
@@ -104,22 +117,14 @@ class Writer:
         return "\n\n".join(blocks)[:characters].rstrip()
 
     def conversation(self) -> list[dict[str, str]]:
-        """System message, question and answer, in lengths that are log-normal as in Multifaceted Collection."""
-        lengths = {
-            "system": self._length(980, 0.18, 680, 1_370),
-            "user": self._length(330, 1.1, 25, 18_600),
-            "assistant": self._length(2_600, 0.5, 200, 16_000),
-        }
-        return [{"role": role, "content": self.text(length)} for role, length in lengths.items()]
+        """System message, question and answer."""
+        return [{"role": role, "content": self.text(length)} for role, length in lengths(self._chance).items()]
 
     def _new_word(self) -> str:
         """A word that nobody has seen, made of the ends of two that are known."""
         first, second = self._chance.choices(self._vocabulary.words, k=2)
         word = first[: self._chance.randint(2, 5)] + second[-self._chance.randint(2, 5) :]
         return word.capitalize() if self._chance.random() < 0.5 else word.lower()
-
-    def _length(self, median: float, sigma: float, least: int, most: int) -> int:
-        return round(min(max(median * self._chance.lognormvariate(0, sigma), least), most))
 
 
 def generate(rows: int, seed: int) -> Iterator[list[dict[str, str]]]:

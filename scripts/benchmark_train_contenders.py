@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from train.errors import UserError
 from train.loop.noise import leave_out_unhelpful_warnings
 from train.model.attention import Choice, attention_for
-from train.model.compute import PEAK_FLOPS, training_flops
+from train.model.compute import peak_flops, training_flops
 from train.model.shape import Shape, shape_of
 from train.plan import Cluster, plan
 from train.recipe import Recipe, load_recipe
@@ -38,15 +38,6 @@ answers."""
 TEMPLATE_TOKENS = 10
 """mistral-system's: <s>[INST] before the prompt, a line break in it, [/INST] behind it; </s> is part of the answer."""
 _FIRST_ID = 3  # those before are <unk>, <s> and </s>
-_NOT_THAT_FAST = frozenset({"PCIE", "NVL"})
-"""Cards of a name whose peak is below the module's in PEAK_FLOPS (H100 PCIe 756, H100 and H200 NVL 835 TFLOP/s)."""
-
-
-def peak_flops(device: str) -> float | None:
-    """FLOP/s of dense bfloat16 matrices of the device with this name; None where it isn't known for certain."""
-    words = [word.upper() for word in device.replace("-", " ").split()]
-    known = [word for word in words if word in PEAK_FLOPS]
-    return PEAK_FLOPS[known[0]] if known and not _NOT_THAT_FAST & set(words) else None
 
 
 def row_lengths(wanted: Lengths) -> Iterator[tuple[int, int]]:
@@ -217,8 +208,9 @@ def ours(task: Task, attention: str, recipe: Recipe, watch: Watch) -> tuple[Any,
     from train.data.prepare import Account, Part, Prepared
     from train.data.sequences import Sequences
     from train.data.token_rows import TokenRows, batch_of, write
+    from train.loop.arguments import training_arguments
     from train.loop.tracking import StepLog
-    from train.loop.trainer import JanusTrainer, training_arguments
+    from train.loop.trainer import JanusTrainer
 
     wanted, file = task.lengths, task.folder / "rows.arrow"
     encoded = [Encoded(ids, np.array([[answer, len(ids)]], np.int32)) for ids, answer in token_ids(wanted)]

@@ -264,15 +264,6 @@ def test_memory_and_share_of_the_peak_are_worked_out(scripts: SimpleNamespace) -
     assert "- the plan's memory is within 10% of the peak in 1 of 1 settings" in shown
 
 
-def test_only_a_peak_that_is_known_is_used(scripts: SimpleNamespace) -> None:
-    peaks = {
-        name: scripts.contenders.peak_flops(name)
-        for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA L40S",
-                     "NVIDIA H100 PCIe", "NVIDIA H200 NVL", "NVIDIA GH200 480GB", "NVIDIA A10G", "Tesla T4")
-    }  # fmt: skip
-    assert list(peaks.values()) == [989e12, 989e12, 312e12, 362e12, None, None, None, None, None]
-
-
 def test_out_of_memory_is_told_as_such(scripts: SimpleNamespace) -> None:
     with pytest.raises(torch.OutOfMemoryError) as raised:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate 2.00 GiB.")

@@ -125,6 +125,10 @@ def test_mfu_counts_the_documents_that_were_trained(recipe_file: Callable[..., P
         ("NVIDIA RTX A6000", "A6000"),
         ("AMD Instinct MI300X", "MI300X"),
         ("NVIDIA A10G", None),
+        ("NVIDIA A100-PCIE-40GB", "A100"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GH200 480GB", None),
         ("NVIDIA GeForce RTX 4090", None),
     ],
 )

@@ -33,8 +33,13 @@ DEFAULT_GPU, DEFAULT_MFU = "H100", 0.4
 
 
 def peak_flops(device: str) -> float | None:
-    """FLOP/s of dense bfloat16 of a GPU by the name that its driver gives (`NVIDIA A100-SXM4-80GB`), where known."""
+    """FLOP/s of dense bfloat16 of a GPU by the name that its driver gives (`NVIDIA A100-SXM4-80GB`), where known.
+
+    Cards of the same name on a slower board (H100 PCIe: 756 TFLOP/s, H100 NVL: 835) have no known peak here.
+    """
     words = set(re.split(r"[^A-Z0-9]+", device.upper()))
+    if words & {"PCIE", "NVL"} and not words & {"A100"}:
+        return None
     return next((peak for name, peak in PEAK_FLOPS.items() if name in words), None)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -266,6 +267,8 @@ class JanusTrainer(SFTTrainer):
         Here a step waits for the device, once, for all that has to be known of it.
         """
         norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(norm, DTensor):  # FSDP2's, of which each process has a part
+            norm = norm.full_tensor()
         deepspeed = self.is_deepspeed_enabled  # there the step is done by now, or was left out
         if deepspeed and self.accelerator.optimizer_step_was_skipped:
             norm = math.nan

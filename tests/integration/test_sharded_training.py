@@ -266,16 +266,28 @@ def test_qlora_under_zero3(recipe_file: Callable[..., Path], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("config", ["zero1.yaml", "zero2.yaml", "zero3.yaml"])
-def test_bf16_trains_and_saves_under_every_stage(
-    config: str, recipe_file: Callable[..., Path], tmp_path: Path, tiny_model: Path
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_bf16_trains_saves_and_resumes_under_every_stage(
+    config: str, lora: bool, recipe_file: Callable[..., Path], tmp_path: Path, tiny_model: Path
 ) -> None:
-    """bf16 goes with every stage, and so is the save."""
-    recipe = recipe_file(
-        model={"dtype": "bfloat16"},
-        training={"bf16": True, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
-    )
+    """Gradients are added up in float32 under every stage, the save is bf16, and a resumed run ends with its bits."""
+    training = {"bf16": True, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
+    training |= {"num_train_epochs": ..., "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    sections = {"adapter": {"r": 4}} if lora else {}
+    recipe = recipe_file(model={"dtype": "bfloat16"}, training=training, **sections)
     launch(2, config, "--recipe", recipe, logs=tmp_path / "logs").succeeded()
-    after = load_file(tmp_path / "run" / "model.safetensors")
-    before = load_file(tiny_model / "model.safetensors")
+    saved = "adapter_model.safetensors" if lora else "model.safetensors"
+    after = load_file(tmp_path / "run" / saved)
     assert {value.dtype for value in after.values()} == {torch.bfloat16}
-    assert all(not torch.equal(value, before[name].bfloat16()) for name, value in after.items() if "proj" in name)
+    before = load_file(tiny_model / "model.safetensors")
+    assert all(not torch.equal(value, before[name].bfloat16()) for name, value in after.items() if name in before)
+    half = tmp_path / "run" / "checkpoint-2"
+    assert any(not torch.equal(value, after[name]) for name, value in load_file(half / saved).items())
+    shutil.copytree(half, tmp_path / "resumed" / "checkpoint-2")
+    outcome = launch(
+        2, config, "--recipe", recipe, f"output_dir={tmp_path / 'resumed'}", logs=tmp_path / "logs"
+    ).succeeded()
+    assert "going on from" in outcome.output[0]
+    resumed = load_file(tmp_path / "resumed" / saved)
+    assert resumed.keys() == after.keys()
+    assert all(torch.equal(resumed[name], value) for name, value in after.items())

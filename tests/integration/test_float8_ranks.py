@@ -15,8 +15,9 @@ def train(recipe_file: str) -> int:
     """A rank of a run as train/sft.py has it, with layers that emulate float8."""
     from train.data.chat_template import use_template
     from train.data.prepare import prepare
+    from train.loop.arguments import training_arguments
     from train.loop.tracking import StepLog
-    from train.loop.trainer import JanusTrainer, training_arguments
+    from train.loop.trainer import JanusTrainer
     from train.model.float8 import convert
     from train.model.load import load_model, load_tokenizer
     from train.preflight import screen

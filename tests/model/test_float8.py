@@ -13,9 +13,9 @@ from transformers.integrations import HfDeepSpeedConfig
 from train.data.chat_template import use_template
 from train.data.prepare import Prepared, prepare
 from train.errors import UserError
-from train.loop.checkpoint import MarkComplete, find_checkpoint
-from train.loop.tracking import StepLog
 from train.loop.arguments import training_arguments
+from train.loop.checkpoint import find_checkpoint
+from train.loop.tracking import StepLog
 from train.loop.trainer import JanusTrainer
 from train.model.float8 import Difference, check_start, convert, gpu_fault, layers_of, loss_difference, without_float8
 from train.model.load import load_model, load_tokenizer
@@ -275,7 +275,7 @@ def emulated(recipe: Recipe) -> tuple[JanusTrainer, Prepared]:
     plain = recipe.model_copy(update={"model": recipe.model.model_copy(update={"float8": None})})
     model = load_model(plain)
     convert(model, recipe.model.float8, emulate=True)
-    callbacks = [StepLog(recipe.output_dir), MarkComplete(recipe)]
+    callbacks = [StepLog(recipe.output_dir)]
     return JanusTrainer(recipe, training_arguments(recipe), model, tokenizer, data, callbacks), data
 
 
@@ -317,7 +317,7 @@ def test_a_run_is_shown_saved_as_a_plain_model_and_resumed(
     (folder / "metrics.jsonl").unlink()
     trainer, _ = emulated(recipe)
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
-    assert find_checkpoint("auto", recipe) == folder / "checkpoint-6"
+    assert find_checkpoint("auto", recipe).folder == folder / "checkpoint-6"
     assert losses_in(folder)[-3:] == whole[3:]
 
 

@@ -207,6 +207,10 @@ class TrackingSection(_Section):
     """TensorBoard files in output_dir/tensorboard."""
 
 
+TIME = r"^(?:(?:(?P<days>\d+)-)?(?P<hours>\d{1,3}):)?(?P<minutes>\d{1,3}):(?P<seconds>\d\d)$"
+"""How Slurm writes times: minutes:seconds, hours:minutes:seconds, days-hours:minutes:seconds."""
+
+
 class SaveSection(_Section):
     """How checkpoints are kept, and when a run stops by itself. How often it saves, and how many checkpoints stay, is
     TRL's: training.save_strategy, save_steps and save_total_limit."""
@@ -216,7 +220,7 @@ class SaveSection(_Section):
     it goes on without. The checkpoints before stay whole either way."""
     mirror_dir: Text | None = None
     """A folder on another disk, to which each whole checkpoint is copied in the background. A resume looks there."""
-    time_limit: Text | None = None
+    time_limit: Annotated[str, Field(pattern=TIME, examples=["11:30:00", "2-00:00:00"])] | None = None
     """So long after its start the run saves and stops, as Slurm writes times ('11:30:00'); null = no limit but Slurm's
     own (SLURM_JOB_END_TIME)."""
     seconds_before_end: int = Field(default=120, ge=0)

@@ -251,7 +251,9 @@ def _allowed(annotation: Any, bounds: Sequence[Any] = ()) -> str:
             keys = list(kind.model_fields)
             words.append("a section" if len(keys) > 20 else f"a section with the keys {', '.join(keys)}")
         else:
-            names = {str: "text", bool: "true or false", type(None): "null", dict: "a section"}
+            examples = [one for bound in (*bounds, *more) for one in getattr(bound, "examples", None) or ()]
+            text = f"text such as {' or '.join(map(repr, examples))}" if examples else "text"
+            names = {str: text, bool: "true or false", type(None): "null", dict: "a section"}
             words.append(names.get(origin or kind, "a value"))
     return "; or ".join(dict.fromkeys(words))
 

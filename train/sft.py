@@ -63,6 +63,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     from train.data.spans import Spans
     from train.data.system_role import settle
     from train.loop.checkpoint import find_checkpoint, processes_now, refuse_changes, with_same_steps
+    from train.model.float8 import check_start
     from train.model.load import check_fits, load_model, load_tokenizer
     from train.plan import parse_cluster
     from train.preflight import check, screen
@@ -77,6 +78,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
         about = {"checkpoint": checkpoint.folder if checkpoint else None, "cluster": cluster, "json_file": options.json}
         check(recipe, tokenizer, template, before, **about)
         return
+    check_start(recipe)
 
     # TRL, which a check does without, takes seconds to import.
     from train.loop.arguments import training_arguments

@@ -15,6 +15,7 @@ from train.data.prepare import Prepared, prepare
 from train.errors import UserError
 from train.loop.arguments import training_arguments
 from train.loop.checkpoint import find_checkpoint
+from train.loop.isolation import measure
 from train.loop.tracking import StepLog
 from train.loop.trainer import JanusTrainer
 from train.model.float8 import Difference, check_start, convert, gpu_fault, layers_of, loss_difference, without_float8
@@ -230,7 +231,7 @@ def float8_recipe(recipe_file: Callable[..., Path], name: str = "rowwise", **sec
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 def test_without_a_gpu_a_check_warns_and_a_run_ends(
-    recipe_file: Callable[..., Path], refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+    recipe_file: Callable[..., Path], refused: Callable[..., str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     path = float8_recipe(recipe_file)
     assert main(["--recipe", str(path), "--check"]) == 0
@@ -239,6 +240,7 @@ def test_without_a_gpu_a_check_warns_and_a_run_ends(
     assert "compute capability 8.9 or later (Ada, Hopper, Blackwell), and this machine has no GPU" in shown
     assert "without `training.torch_compile: true`" in shown
     assert refused("--recipe", path).endswith("this machine has none. Write null, or train on another machine.")
+    assert not (tmp_path / "run").exists(), "said before any work"
     main(["--recipe", str(path), "--check", "training.torch_compile=true"])
     assert "torch_compile" not in capsys.readouterr().out
 
@@ -342,6 +344,15 @@ def test_an_adapter_on_float8_layers(recipe_file: Callable[..., Path], tiny_mode
     names = [name for name in trainer.model.state_dict() if "lora_" in name]
     assert len(names) == 28
     assert all(torch.equal(loaded.state_dict()[name], trainer.model.state_dict()[name]) for name in names)
+
+
+def test_the_test_for_leaks_looks_past_shared_scales(recipe_file: Callable[..., Path]) -> None:
+    """One scale for a tensor ties packed documents together; whether masks do is seen without float8."""
+    trainer, _ = emulated(load_recipe(float8_recipe(recipe_file, "tensorwise")))
+    trainer.model_wrapped = trainer.model
+    found = measure(trainer)
+    assert (found.change, found.noise) == (0.0, 0.0)
+    assert found.fault() is None
 
 
 @pytest.mark.gpu

@@ -141,7 +141,9 @@ class Preemption:
         return self._seen is not None
 
     def agree(self) -> None:
-        """All processes stop now. The first one takes away the file that asked for it."""
+        """All processes stop now. The first one says why, and takes away the file that asked for it."""
+        self._looked = -_SECONDS_BETWEEN_LOOKS
+        self.asked()  # another process may have looked at the files first, and the batch script asks which one it was
         self.reason = self._seen or "another process was asked to"
         if is_first_rank():
             print(f"stopping: {self.reason}", flush=True)

@@ -10,6 +10,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
+from train.model.memory import REDUCE_BUCKET
+
 ROOT = Path(__file__).parents[1]
 LAUNCHES = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 DEEPSPEED = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -80,8 +82,14 @@ def test_deepspeed_knows_every_key(path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "auto" not in json.dumps(config)
     known = {value for value in vars(constants).values() if isinstance(value, str)} | {"zero_optimization", "optimizer"}
     assert set(config) <= known
+    assert set(config["data_types"]) == {constants.GRAD_ACCUM_DTYPE}
     read = DeepSpeedConfig(config)
     assert read.zero_config.stage == int(re.search(r"zero(\d)", path.stem)[1])
     assert read.bfloat16_config.enabled
+    assert read.grad_accum_dtype == "fp32"
+    if read.zero_config.stage < 3:
+        assert read.zero_config.reduce_bucket_size == REDUCE_BUCKET  # the plan counts it
+    if read.zero_config.stage == 1:
+        assert read.bfloat16_config.immediate_grad_update
     with pytest.raises(ValueError, match="overlap_com"):  # it does look at the keys
         DeepSpeedZeroConfig(**config["zero_optimization"], overlap_com=True)

@@ -86,10 +86,10 @@ def test_a_70b_on_two_nodes() -> None:
     )
     found = plan_of(recipe, "8x80GB", 2, "meta-llama/Llama-3.1-70B")
     assert found.parameters == 70_553_706_496  # the hub's count
-    # by hand: 2 + 2 + 12 bytes a parameter, over 16 GPUs: 70.6 GB, and little that is kept whole
+    # by hand: 2 + 4 + 12 bytes a parameter, over 16 GPUs: 79.4 GB, and little that is kept whole
     zero3 = next(one for one in found.candidates if one.memory.strategy == "ZeRO-3").memory
     states = zero3.parameters + zero3.gradients + zero3.optimizer
-    assert states == pytest.approx(70_553_706_496 * 16 / 16, rel=0.001)
+    assert states == pytest.approx(70_553_706_496 * 18 / 16, rel=0.001)
     assert found.chosen == "ZeRO-3 offload"
     assert found.config_file == "accelerate_configs/zero3_offload.yaml"
     assert any("adamw_bnb_8bit" in note for note in found.notes)

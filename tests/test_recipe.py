@@ -500,8 +500,19 @@ def test_what_we_accept_trl_accepts(tmp_path: Path) -> None:
     SFTConfig(output_dir=str(tmp_path), use_cpu=True, **training)
 
 
+def test_a_time_is_written_as_slurm_writes_it(recipe_file: Path) -> None:
+    from train.loop.preemption import seconds_of
+
+    for written, seconds in (("90:00", 5_400), ("11:30:00", 41_400), ("2-00:00:05", 172_805)):
+        assert seconds_of(str(load_recipe(recipe_file, [f"save.time_limit={written}"]).save.time_limit)) == seconds
+    for wrong in ("tomorrow", "1:2:3:4", "11:30:0"):
+        said = fault(recipe_file, f"save.time_limit={wrong}")
+        assert "Allowed: text such as '11:30:00' or '2-00:00:00'; or null" in said
+
+
 def test_sections_are_recipes_keys() -> None:
-    named = ["model", "chat", "data", "adapter", "quantization", "training", "tracking", "output_dir", "seed"]
+    named = ["model", "chat", "data", "adapter", "quantization", "training", "tracking"]
+    named += ["save", "guards", "output_dir", "seed"]
     assert list(Recipe.model_fields) == named
 
 

@@ -14,6 +14,7 @@ from itertools import chain, count, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -126,7 +127,7 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool) -> Te
     def line(name: str, value: str, style: str = "") -> None:
         text.append(f"{name:<{_NAME}}", "bold").append(f"{visible(value)}\n", style)
 
-    line("model", f"{report.model}, {report.dtype}")
+    line("model", f"{report.model}, {report.dtype}" + (f", float8 {report.float8}" if report.float8 else ""))
     line("template", report.template)
     for sentence in report.probe:
         line("", sentence)
@@ -285,6 +286,7 @@ def screen(recipe: Recipe, template: str, data: Prepared, model: "PreTrainedMode
     """Model, data, batches and what is trained, as lines of plain text. `template`: which one, in words."""
     from train.loop.arguments import optimizer_steps, sequences_per_step
     from train.model.attention import attention_for
+    from train.model.float8 import float8_warnings
 
     trained, total = _parameters(model)
     kind = "full fine-tuning" if recipe.adapter is None else f"LoRA r={recipe.adapter.r}"
@@ -296,11 +298,12 @@ def screen(recipe: Recipe, template: str, data: Prepared, model: "PreTrainedMode
         ("model", f"{recipe.model.name_or_path}, {recipe.model.dtype}"),
         ("attention", str(attention_for(recipe, model.config))),
         ("training", f"{kind}: {trained:,} of {total:,} parameters ({trained / total:.2%})"),
+        *(_describe_float8(recipe, data, model, arguments) if recipe.model.float8 else []),
         ("template", template),
         *_describe("data", data.train.account, recipe),
         *(_describe("validation", data.validation.account, recipe) if data.validation else []),
         *(("", visible(describe_outcome(one))) for one in outcomes(data, recipe.data)),
-        *(("warning", visible(warning)) for warning in warnings_of(data)),
+        *(("warning", visible(warning)) for warning in [*warnings_of(data), *float8_warnings(recipe)]),
         (
             "steps",
             f"{steps:,} of {counted(together, 'sequence')}, about "
@@ -311,6 +314,18 @@ def screen(recipe: Recipe, template: str, data: Prepared, model: "PreTrainedMode
         ("output", recipe.output_dir),
     ]
     return "\n".join(f"{name:<11} {value}" for name, value in lines)
+
+
+def _describe_float8(
+    recipe: Recipe, data: Prepared, model: "PreTrainedModel", arguments: "SFTConfig"
+) -> list[tuple[str, str]]:
+    """Which layers compute so, and the loss with and without. Raises UserError where rounding doesn't explain it."""
+    from train.model.float8 import TOKENS, layers_of, loss_difference
+
+    rows = data.train.rows
+    longest = int(np.minimum(rows.lengths[:1_000], TOKENS).argmax())
+    difference = loss_difference(model, rows.row(longest)[0].tolist(), arguments.device, bf16=bool(arguments.bf16))
+    return [("float8", f"{recipe.model.float8}: {layers_of(model)}"), ("", str(difference))]
 
 
 def _describe_waiting(data: Prepared, model: "PreTrainedModel", arguments: "SFTConfig") -> str:

@@ -15,6 +15,7 @@ from train.data.outcomes import Outcome, counted, outcomes, warnings_of
 from train.data.prepare import Account, CachedSource, Prepared, Row, refusal
 from train.data.survey import Bin, Overlap, Repeats, histogram, quantiles
 from train.data.system_role import Probe, outcome
+from train.model.float8 import float8_warnings
 from train.model.load import load_config
 from train.model.shape import shape_of
 from train.plan import Cluster, Plan, plan
@@ -108,7 +109,8 @@ class Report:
     `caches`: where the tokens of each source are kept.
 
     `error` is what has to change and null where `ready`. `resumes_from`: the checkpoint that the run would go on from.
-    `validation` is null where the recipe names none, `plan` where no GPUs are named.
+    `float8`: how linear layers multiply, null where as their weights' type has it. `validation` is null where the
+    recipe names none, `plan` where no GPUs are named.
     """
 
     ready: bool
@@ -116,6 +118,7 @@ class Report:
     warnings: list[str]
     model: str
     dtype: str
+    float8: str | None
     template: str
     probe: list[str]
     chat: dict[str, Any]
@@ -157,9 +160,10 @@ def survey(
     return Report(
         ready=not any(faults),
         error=" ".join(fault for fault in faults if fault) or None,
-        warnings=[*warnings_of(data), *_warnings_of_schedule(steps)],
+        warnings=[*warnings_of(data), *float8_warnings(recipe), *_warnings_of_schedule(steps)],
         model=recipe.model.name_or_path,
         dtype=recipe.model.dtype,
+        float8=recipe.model.float8,
         template=template,
         probe=before.describe() if systems.changed else [],
         chat=recipe.chat.model_dump(mode="json", exclude={"template"}),

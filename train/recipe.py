@@ -60,6 +60,14 @@ class ModelSection(_Section):
     apart: the start screen says which, and why no faster one. torch_varlen = FlashAttention with the kernels that torch
     ships; flash_attention_N need the packages flash-attn-4, flash-attn-3 (built from source) or flash-attn; sdpa and
     eager mask what other documents hold, and compute it all the same."""
+    float8: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
+    """Multiply in float8, by one of torchao's recipes; null = in the weights' type. All but the first and the last
+    linear layer do, where their sizes are multiples of 16; weights, gradients and what is saved stay as they are. Needs
+    the package torchao, computing in bfloat16, a GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell), and
+    `training.torch_compile: true` to be faster at all. tensorwise = one scale for a tensor, the fastest, so that
+    packed documents share scales; rowwise = one for each token: more exact; rowwise_with_gw_hp = gradients of the
+    weights in bfloat16 too: the most exact. Not with `quantization` or DoRA. The start screen shows what it does to the
+    loss."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Read that code first."""
     allow_pickle: bool = False
@@ -199,6 +207,10 @@ class TrackingSection(_Section):
     """TensorBoard files in output_dir/tensorboard."""
 
 
+TIME = r"^(?:(?:(?P<days>\d+)-)?(?P<hours>\d{1,3}):)?(?P<minutes>\d{1,3}):(?P<seconds>\d\d)$"
+"""How Slurm writes times: minutes:seconds, hours:minutes:seconds, days-hours:minutes:seconds."""
+
+
 class SaveSection(_Section):
     """How checkpoints are kept, and when a run stops by itself. How often it saves, and how many checkpoints stay, is
     TRL's: training.save_strategy, save_steps and save_total_limit."""
@@ -208,7 +220,7 @@ class SaveSection(_Section):
     it goes on without. The checkpoints before stay whole either way."""
     mirror_dir: Text | None = None
     """A folder on another disk, to which each whole checkpoint is copied in the background. A resume looks there."""
-    time_limit: Text | None = None
+    time_limit: Annotated[str, Field(pattern=TIME, examples=["11:30:00", "2-00:00:00"])] | None = None
     """So long after its start the run saves and stops, as Slurm writes times ('11:30:00'); null = no limit but Slurm's
     own (SLURM_JOB_END_TIME)."""
     seconds_before_end: int = Field(default=120, ge=0)

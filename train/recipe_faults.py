@@ -88,11 +88,26 @@ def _clashes_between_sections(document: Document) -> None:
     if document.tree.get("quantization") is not None and document.tree.get("adapter") is None:
         remedy = "Add `adapter: {r: 16}` (LoRA on top of them), or take `quantization` out"
         document.fault(("quantization",), f"weights in 4 bits can't be trained themselves. {remedy}.")
+    if document.section("model").get("float8") is not None:
+        _clashes_with_float8(document)
     targets = document.section("adapter").get("target_modules")
     for index, name in enumerate(targets if isinstance(targets, list) else ()):
         if isinstance(name, str) and name.split(".")[-1] == "lm_head":
             why = "TRL's fused loss reads the output layer's own weights, so an adapter on it would never be trained"
             document.fault(("adapter", "target_modules", index), f"{why}. Take lm_head out.")
+
+
+def _clashes_with_float8(document: Document) -> None:
+    key, training = ("model", "float8"), document.section("training")
+    if document.tree.get("quantization") is not None:
+        document.fault(key, "weights in 4 bits have kernels of their own. Write null, or take `quantization` out.")
+    if document.section("adapter").get("use_dora"):
+        why = "DoRA multiplies by the weights beside the layer too, where no float8 is"
+        document.fault(key, f"{why}. Write null, or `adapter.use_dora: false`.")
+    # float16's loss scaling and float32's exactness are both lost on 3 bits of mantissa; torchao tests bfloat16
+    weights = document.section("model").get("dtype", "bfloat16")
+    if training.get("fp16") or (training.get("bf16") is False and weights in ("float16", "float32")):
+        document.fault(key, "it takes the place of bfloat16. Write `training.bf16: true`, or null here.")
 
 
 def _missing_files(document: Document) -> None:
@@ -236,7 +251,9 @@ def _allowed(annotation: Any, bounds: Sequence[Any] = ()) -> str:
             keys = list(kind.model_fields)
             words.append("a section" if len(keys) > 20 else f"a section with the keys {', '.join(keys)}")
         else:
-            names = {str: "text", bool: "true or false", type(None): "null", dict: "a section"}
+            examples = [one for bound in (*bounds, *more) for one in getattr(bound, "examples", None) or ()]
+            text = f"text such as {' or '.join(map(repr, examples))}" if examples else "text"
+            names = {str: text, bool: "true or false", type(None): "null", dict: "a section"}
             words.append(names.get(origin or kind, "a value"))
     return "; or ".join(dict.fromkeys(words))
 

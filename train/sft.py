@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from train.errors import CommandLine, UserError
@@ -62,7 +63,14 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     from train.data.prepare import prepare
     from train.data.spans import Spans
     from train.data.system_role import settle
-    from train.loop.checkpoint import find_checkpoint, processes_now, refuse_changes, with_same_steps
+    from train.loop.checkpoint import (
+        check_distribution,
+        find_checkpoint,
+        processes_now,
+        refuse_changes,
+        with_same_steps,
+    )
+    from train.model.float8 import check_start
     from train.model.load import check_fits, load_model, load_tokenizer
     from train.plan import parse_cluster
     from train.preflight import check, screen
@@ -77,18 +85,21 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
         about = {"checkpoint": checkpoint.folder if checkpoint else None, "cluster": cluster, "json_file": options.json}
         check(recipe, tokenizer, template, before, **about)
         return
+    check_start(recipe)
 
     # TRL, which a check does without, takes seconds to import.
     from train.loop.arguments import training_arguments
     from train.loop.preemption import Preemption, telling_outcome
     from train.loop.report import claim_output_dir, write_report
-    from train.loop.run_state import facts_of_data
+    from train.loop.run_state import facts_of_data, sharding
+    from train.loop.saving import keep_others_out
     from train.loop.tracking import StepLog, tracked
     from train.loop.trainer import JanusTrainer, stop_at
 
+    lock = keep_others_out(recipe.output_dir)  # as long as this function runs
     output_dir = claim_output_dir(recipe)
     preemption = Preemption(recipe.output_dir, recipe.save)
-    with telling_outcome(recipe.output_dir, preemption), preemption.watching():
+    with telling_outcome(recipe.output_dir, preemption), preemption.watching(), lock or nullcontext():
         if checkpoint:
             recipe = with_same_steps(recipe, checkpoint, options.resume_anyway, processes_now())
         data = prepare(recipe, tokenizer)
@@ -98,6 +109,8 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
             refuse_changes(checkpoint, made, about, options.resume_anyway)
         stop_tokens = Spans(tokenizer).stop_tokens
         arguments = training_arguments(recipe, stop_tokens)
+        if checkpoint:
+            check_distribution(checkpoint, sharding(arguments))
         tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
 
         step_log = StepLog(recipe.output_dir)

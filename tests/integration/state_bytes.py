@@ -1,59 +1,133 @@
-"""Trains a recipe as train/sft.py does, and writes the bytes that DeepSpeed holds on each rank after a step.
+"""Trains a recipe as train/sft.py does, and writes the bytes that DeepSpeed holds on each rank.
 
-    accelerate launch ... tests/integration/state_bytes.py FOLDER --recipe FILE
-
-Counted on the tensors of DeepSpeed's engine; nothing here knows a formula.
+Counted on the tensors of DeepSpeed's engine, through two steps of two micro-batches; nothing here knows a formula.
 """
 
 import json
-import sys
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
-
-from train.loop import trainer as loop
-from train.sft import main
+from live_bytes import LiveBytes, bytes_of
 
 
-def bytes_of(tensors) -> int:
-    """Bytes of the storages behind the tensors, each storage once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+def partitions_of_gradients(optimizer) -> Iterator[torch.Tensor | None]:
+    """What DeepSpeed keeps of gradients beside those of the parameters, whichever of its optimizers it is."""
+    yield getattr(optimizer, "grad_partitions_flat_buffer", None)  # stage 3
+    yield getattr(optimizer, "grads_in_partition", None)  # stages 1 and 2, in the weights' dtype
+    yield from getattr(optimizer, "fp32_groups_gradients_flat", ())  # BF16_Optimizer
+    for kept in "averaged_gradients", "all_grad_tensors":  # stages 1 and 2
+        for group in getattr(optimizer, kept, {}).values():
+            yield from group or ()
+    yield from (one.grad for one in masters_of(optimizer))  # offloaded
 
 
-def measure(engine) -> dict[str, int]:
-    optimizer, parameters = engine.optimizer, list(engine.module.parameters())
-    states = optimizer.optimizer.state.values()
-    found = {"states": bytes_of(value for state in states for value in state.values() if torch.is_tensor(value))}
-    if engine.zero_optimization_stage() == 3:
-        found["partitions"] = bytes_of(one.ds_tensor for one in parameters)
-        found["persistent"] = bytes_of(one.data for one in parameters if one.ds_persist)
-        found["gradients"] = bytes_of([optimizer.grad_partitions_flat_buffer])
-        masters = optimizer.fp32_partitioned_groups_flat
-        shared = {one.ds_tensor.untyped_storage().data_ptr() for one in parameters}
-        found["masters"] = bytes_of(one for one in masters if one.untyped_storage().data_ptr() not in shared)
-    else:
-        found["weights"] = bytes_of(one.data for one in parameters)
-        found["masters"] = bytes_of(optimizer.single_partition_of_fp32_groups)
-    return found
+def gradients_of(engine) -> list[torch.Tensor]:
+    """All gradients but those that are being reduced: in buckets, and from stage 2 on with the parameters."""
+    buckets = getattr(engine.optimizer, "ipg_buckets", {}).values()
+    buffers = [one for bucket in buckets for one in (bucket.buffer if isinstance(bucket.buffer, list) else ())]
+    of_buckets = {one.untyped_storage().data_ptr() for one in buffers}
+    found = list(partitions_of_gradients(engine.optimizer))
+    if engine.zero_optimization_stage() == 1:
+        found += [one.grad for one in engine.module.parameters()]
+    return [one for one in found if one is not None and one.untyped_storage().data_ptr() not in of_buckets]
 
 
-class Measure(TrainerCallback):
-    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
-        file = folder / f"{args.process_index}.json"
-        file.write_text(json.dumps(measure(trainer.model_wrapped)))
+def masters_of(optimizer) -> list[torch.Tensor]:
+    for name in "fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition":
+        if hasattr(optimizer, name):
+            return getattr(optimizer, name)
+    raise AssertionError(f"no masters in {type(optimizer).__name__}")
 
 
-class MeasuredTrainer(loop.JanusTrainer):
-    def __init__(self, *arguments) -> None:
-        global trainer
-        trainer = self
-        super().__init__(*arguments)
-        self.add_callback(Measure())
+class Measurement:
+    """Of one rank, hung into its engine; each number is the most that was seen."""
+
+    def __init__(self, engine) -> None:
+        from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+        self.engine = engine
+        self.gradients = self._grew = self._steps = 0
+        self._around(engine.optimizer, "step", self._see_step)
+        if isinstance(engine.optimizer, BF16_Optimizer):
+            self._around(engine, "allreduce_gradients", self._see_growth)
+        elif engine.zero_optimization_stage() < 3:
+            self._around(engine.optimizer, "_release_ipg_buffers", self._see_gradients_before)
+            self._around(engine.optimizer, "copy_grads_in_partition", self._see_gradients_after)
+
+    @staticmethod
+    def _around(owner, name: str, measured: Callable[[Callable[[], None]], None]) -> None:
+        then = getattr(owner, name)
+        setattr(owner, name, lambda *arguments, **named: measured(lambda: then(*arguments, **named)))
+
+    def _see_gradients_before(self, then: Callable[[], None]) -> None:
+        self.see_gradients()
+        then()
+
+    def _see_gradients_after(self, then: Callable[[], None]) -> None:
+        then()
+        self.see_gradients()
+
+    def _see_step(self, then: Callable[[], None]) -> None:
+        self._see_growth(then)
+        self._steps += 1
+
+    def _see_growth(self, then: Callable[[], None]) -> None:
+        self.see_gradients()
+        held = gradients_of(self.engine)
+        at_start, live = bytes_of(held), LiveBytes([*held, *(one.data for one in self.engine.module.parameters())])
+        del held
+        with live:
+            then()
+        if self._steps:  # the first one makes the optimizer's states
+            self._grew = max(self._grew, at_start + live.peak)
+
+    def see_gradients(self) -> None:
+        self.gradients = max(self.gradients, bytes_of(gradients_of(self.engine)))
+
+    def found(self) -> dict[str, int | str]:
+        """Bytes by part. `grew`: gradients and what reducing them and a step make, at their fullest sum."""
+        engine = self.engine
+        optimizer, parameters = engine.optimizer, list(engine.module.parameters())
+        states = optimizer.optimizer.state.values()
+        masters = masters_of(optimizer)
+        found = {
+            "kind": type(optimizer).__name__,
+            "states": bytes_of(value for state in states for value in state.values() if torch.is_tensor(value)),
+            "gradients": self.gradients,
+            "grew": self._grew,
+        }
+        if engine.zero_optimization_stage() == 3:
+            found["partitions"] = bytes_of(one.ds_tensor for one in parameters)
+            found["persistent"] = bytes_of(one.data for one in parameters if one.ds_persist)
+            shared = {one.ds_tensor.untyped_storage().data_ptr() for one in parameters}
+            found["masters"] = bytes_of(one for one in masters if one.untyped_storage().data_ptr() not in shared)
+        else:
+            found["weights"] = bytes_of(one.data for one in parameters)
+            found["masters"] = bytes_of(masters)
+        return found
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def train_and_measure(folder: str, *arguments: str) -> int:
+    """train/sft.py with `arguments`; leaves FOLDER/RANK.json. torch's AdamW works as on a GPU: with foreach."""
+    from train.loop import trainer as loop
+    from train.sft import main
+
+    measurements = []
+
+    class MeasuredTrainer(loop.JanusTrainer):
+        def training_step(self, *inputs, **named):
+            engine = self.model_wrapped
+            if not measurements:
+                measurements.append(Measurement(engine))
+                for group in engine.optimizer.optimizer.param_groups:
+                    group["foreach"] = not group.get("fused")
+            loss = super().training_step(*inputs, **named)
+            measurements[0].see_gradients()
+            return loss
+
     loop.JanusTrainer = MeasuredTrainer
-    sys.exit(main(sys.argv[2:]))
+    code = main(list(arguments))
+    Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(measurements[0].found()))
+    return code

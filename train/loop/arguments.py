@@ -32,8 +32,8 @@ def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTCo
     """
     settings: dict[str, Any] = {
         "use_cpu": not torch.accelerator.is_available(),
-        # transformers looks for unused parameters under an adapter, which costs a walk through the graph a step
-        "ddp_find_unused_parameters": False if recipe.adapter else None,
+        # looking for unused parameters costs a walk through the graph a step, and a dense model has none
+        "ddp_find_unused_parameters": False,
         "logging_nan_inf_filter": False,  # a loss that is not finite shall show, no mean in its place (trl#6702)
         **recipe.training,
         "output_dir": recipe.output_dir,

@@ -21,6 +21,8 @@ from train.recipe import Recipe
 from train.training_fields import training_fields
 
 COMPLETE = "COMPLETE.json"
+UNSHARDED = "one process or DDP"
+"""What a manifest calls the distribution where each process holds the whole optimizer."""
 _BATCH = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 """What one step consists of; another split of as many sequences is the same step."""
 _HARMLESS = {
@@ -73,6 +75,13 @@ def sequences_per_step(recipe: Recipe, processes: int) -> int:
     return int(each * accumulated * processes)
 
 
+def _effective(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """With what TRL takes for keys of `training` that aren't written: to write a default is no change."""
+    fields = training_fields()
+    defaults = {f"training.{name}": field.default for name, field in fields.items()}
+    return {key: value for key, value in facts.items() if key not in defaults or value != defaults[key]}
+
+
 def find_checkpoint(resume: str, recipe: Recipe, anyway: Sequence[str] = ()) -> Checkpoint | None:
     """The checkpoint that `--resume auto|never|DIR` means; None to start from the beginning.
 
@@ -96,7 +105,7 @@ def find_checkpoint(resume: str, recipe: Recipe, anyway: Sequence[str] = ()) -> 
             "on from it. Name another output_dir, or write `--resume never` to start anew."
         )
     recipe_keys = {key: value for key, value in found.manifest["run"].items() if not key.startswith("made.")}
-    refuse_changes(found, recipe_keys, facts_of_recipe(recipe), anyway)
+    refuse_changes(found, _effective(recipe_keys), _effective(facts_of_recipe(recipe)), anyway)
     return found
 
 
@@ -118,6 +127,17 @@ def refuse_changes(
         )
     if told and is_first_rank():
         print(f"changed since {checkpoint.folder.name}: {'; '.join(told.values())}", flush=True)
+
+
+def check_distribution(checkpoint: Checkpoint, now: str) -> None:
+    """Raise UserError where the states of the optimizer lie otherwise in the checkpoint than this run has them."""
+    before = checkpoint.manifest["distribution"]
+    if before != now:
+        raise UserError(
+            f"--resume: {checkpoint.folder} was written under {before}, and this run is launched as {now}: neither can "
+            "read the other's optimizer. Launch with the configuration that the run began with (accelerate_configs), "
+            "or name another output_dir; `--resume never` starts anew."
+        )
 
 
 def with_same_steps(recipe: Recipe, checkpoint: Checkpoint, anyway: Sequence[str], processes: int) -> Recipe:
@@ -154,11 +174,12 @@ def with_same_steps(recipe: Recipe, checkpoint: Checkpoint, anyway: Sequence[str
 
 def folders(*parents: str | Path | None) -> list[Path]:
     """The checkpoints in these folders, whole or not, the newest first."""
-    found = [path for parent in parents if parent for path in Path(parent).glob("checkpoint-*") if _step(path) >= 0]
-    return sorted(found, key=_step, reverse=True)
+    found = [path for parent in parents if parent for path in Path(parent).glob("checkpoint-*") if step_of(path) >= 0]
+    return sorted(found, key=step_of, reverse=True)
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name; -1 where the folder isn't named like one."""
     number = re.fullmatch(r"checkpoint-(\d+)", folder.name)
     return int(number[1]) if number else -1
 
@@ -195,6 +216,28 @@ def _opened(folder: Path) -> Checkpoint | str:
                 return f"{folder / name} {what}."
             checking.advance()
     return Checkpoint(folder, manifest)
+
+
+def checkpoint_in(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder, whose files are not looked at. Raises UserError where it has no whole manifest."""
+    manifest = manifest_of(folder)
+    if manifest is None:
+        raise UserError(f"--resume: {folder} is no whole checkpoint: its {COMPLETE} is missing or damaged.")
+    return Checkpoint(folder, manifest)
+
+
+def manifest_of(folder: Path) -> dict[str, Any] | None:
+    """What COMPLETE.json says; None where it isn't there or isn't whole. The files are not looked at."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+        return manifest if manifest["digest"] == digest_of(manifest) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def written(manifest: Mapping[str, Any]) -> str:
+    """A manifest as COMPLETE.json has it, with its digest."""
+    return json.dumps({**manifest, "digest": digest_of(manifest)}, indent=1, sort_keys=True)
 
 
 def described(path: Path, *, known: Mapping[str, Any] | None = None) -> dict[str, Any] | None:

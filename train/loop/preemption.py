@@ -20,9 +20,8 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from train.errors import UserError
 from train.progress import is_first_rank
-from train.recipe import SaveSection
+from train.recipe import TIME, SaveSection
 
 OUTCOME = "outcome.json"
 """In output_dir: how the last run there ended. Exit codes don't survive `accelerate launch`."""
@@ -45,8 +44,14 @@ class StopWhenAsked(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Where the run begins."""
-        self._preemption.step = state.global_step
+        """From here on there is something to save."""
+        self._preemption.step, self._preemption.training = state.global_step, True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """All that a checkpoint would hold is in the last one, or in the finished model."""
+        self._preemption.training = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop here; where an epoch ends with the step, after what is due then. The last step of all ends by itself."""
@@ -98,6 +103,8 @@ class Preemption:
         """Why the run stops, once all processes agree on it."""
         self.step = 0
         """Optimizer steps that are done."""
+        self.training = False
+        """Whether there is something to save: before training, and after it, Ctrl-C stops at once."""
 
     @contextmanager
     def watching(self) -> Iterator["Preemption"]:
@@ -114,7 +121,7 @@ class Preemption:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
-            if self._signal is not None:
+            if self._signal is not None or not self.training:
                 raise KeyboardInterrupt
             if is_first_rank():
                 print("\nstopping after this step, with a checkpoint; Ctrl-C again stops now", flush=True)
@@ -145,14 +152,9 @@ class Preemption:
 
 
 def seconds_of(time_limit: str) -> int:
-    """Seconds of `90:00`, `11:30:00` or `2-00:00:00`, as Slurm writes times. Raises UserError for anything else."""
-    found = re.fullmatch(r"(?:(?:(\d+)-)?(\d{1,3}):)?(\d{1,3}):(\d\d)", time_limit)
-    if not found:
-        raise UserError(
-            f"save.time_limit: found {time_limit!r}. Write minutes:seconds, hours:minutes:seconds or "
-            "days-hours:minutes:seconds, such as '11:30:00'."
-        )
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    """Seconds of `90:00`, `11:30:00` or `2-00:00:00`, as Slurm writes times."""
+    found = re.match(TIME, time_limit)
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0, 0)
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 

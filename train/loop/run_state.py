@@ -6,6 +6,7 @@ may go on exactly, and metrics.jsonl doesn't.
 
 import importlib.metadata
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,9 @@ import xxhash
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from train.data.prepare import Prepared
-from train.loop.checkpoint import facts_of_recipe, processes_now, sequences_per_step
+from train.loop import universal
+from train.loop.checkpoint import UNSHARDED, Checkpoint, facts_of_recipe, processes_now, sequences_per_step
+from train.progress import is_first_rank
 
 if TYPE_CHECKING:
     from train.loop.trainer import JanusTrainer
@@ -32,9 +35,19 @@ class RunState(TrainerCallback):
         """Whether an evaluation was given up as the run had to stop."""
         self._going_on: Path | None = None
 
-    def go_on_from(self, checkpoint: Path) -> None:
-        """Take up the state in this checkpoint when training begins."""
-        self._going_on = checkpoint
+    def go_on_from(self, checkpoint: Checkpoint) -> Path:
+        """Take up the state in this checkpoint when training begins. The folder that it is to be loaded from."""
+        self._going_on = self.loadable(checkpoint)
+        if universal.is_universal(self._going_on):
+            universal.expect(self._trainer.accelerator.state.deepspeed_plugin)
+        return self._going_on
+
+    def loadable(self, checkpoint: Checkpoint) -> Path:
+        """The checkpoint's folder; in the form for any number of processes where DeepSpeed wrote it on another."""
+        arguments = self._trainer.args
+        if not self._trainer.is_deepspeed_enabled or checkpoint.manifest["processes"] == arguments.world_size:
+            return checkpoint.folder
+        return universal.universal_form(checkpoint, arguments.output_dir, arguments.world_size)
 
     def write(self, folder: Path) -> None:
         """Put this process's state into a checkpoint."""
@@ -63,7 +76,7 @@ class RunState(TrainerCallback):
             "run": {**facts_of_recipe(recipe), **trainer._about},
             "processes": arguments.world_size,
             "sequences_per_step": sequences_per_step(recipe, arguments.world_size),
-            "distribution": sharding(trainer),
+            "distribution": sharding(arguments),
             "packages": {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)},
             "wandb_run": run.id if run else None,
         }
@@ -89,11 +102,30 @@ class RunState(TrainerCallback):
         trainer._throughput.load([one["throughput"] for one in own])
         for one in own[:1]:
             trainer._guards.load(one["recent_losses"])
+        trainer.accelerator.wait_for_everyone()
+        if is_first_rank():
+            universal.forget(args.output_dir)
         self._going_on = None
+        self._find_best(state, checkpoint.parent)
         if read[0]["evaluation_is_due"]:
             metrics = trainer._evaluate(None, None)
             if trainer._determine_best_metric(metrics, None) and args.save_strategy == "best":
                 trainer._save_checkpoint(trainer.model_wrapped, None)
+
+    def _find_best(self, state: TrainerState, beside: Path) -> None:
+        """Where the best checkpoint lies now: its folder may have been moved, or the one gone on from copied."""
+        if not state.best_global_step:
+            return
+        recipe, name = self._trainer._recipe, f"checkpoint-{state.best_global_step}"
+        parents = (recipe.output_dir, beside, recipe.save.mirror_dir)
+        found = [path for parent in parents if parent and (path := Path(parent, name)).is_dir()]
+        state.best_model_checkpoint = str(found[0]) if found else None
+        if not found and self._trainer.args.load_best_model_at_end and is_first_rank():
+            print(
+                f"warning: the best model so far, {name} (eval metric {state.best_metric:.4f}), is not in output_dir "
+                "any more: unless a later one is better, the last model is what this run ends with.",
+                flush=True,
+            )
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -114,11 +146,11 @@ def facts_of_data(data: Prepared, chat_template: str) -> dict[str, Any]:
     }
 
 
-def sharding(trainer: "JanusTrainer") -> str:
+def sharding(arguments: TrainingArguments) -> str:
     """How the states of the optimizer lie in a checkpoint."""
-    if trainer.is_deepspeed_enabled:
-        return f"DeepSpeed ZeRO-{trainer.accelerator.state.deepspeed_plugin.zero_stage}"
-    return "FSDP" if trainer.is_fsdp_enabled else "one file"
+    if arguments.deepspeed_plugin is not None:
+        return f"DeepSpeed ZeRO-{arguments.deepspeed_plugin.zero_stage}"
+    return "FSDP" if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" else UNSHARDED
 
 
 def files_expected(trainer: "JanusTrainer") -> Iterator[str]:
@@ -132,8 +164,11 @@ def files_expected(trainer: "JanusTrainer") -> Iterator[str]:
         yield f"rng_state_{rank}.pth" if ranks > 1 else "rng_state.pth"
         if trainer.is_deepspeed_enabled:
             yield f"global_step*/*zero_pp_rank_{rank}_mp_rank_*optim_states.pt"
-    if not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:
-        yield from ("optimizer.pt", "scheduler.pt")
+    yield "scheduler.pt"
+    if trainer.is_deepspeed_enabled:
+        yield from ("latest", "global_step*/*model_states.pt")
+    elif not trainer.is_fsdp_enabled:
+        yield "optimizer.pt"
 
 
 def _installed(package: str) -> bool:

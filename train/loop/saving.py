@@ -5,26 +5,71 @@ goes wrong on one process is known to all before any goes on (nanochat#336 and t
 """
 
 import errno
-import json
+import fcntl
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from train.errors import UserError
-from train.loop.checkpoint import COMPLETE, described, digest_of, files_below, folders
+from train.loop.checkpoint import (
+    COMPLETE,
+    Checkpoint,
+    described,
+    files_below,
+    folders,
+    manifest_of,
+    step_of,
+    written,
+)
 from train.progress import is_first_rank
 from train.recipe import SaveSection
 
 _ASIDE = "unfinished"
 _SUFFIX = ".unfinished"
+_SET_ASIDE = "set-aside"
+_RESOLVED = "recipe.yaml"
+"""What every run leaves in its folder as it begins."""
+_LOCK = ".lock"
+GO_ON = "Make room or mend the disk, then start again: the run goes on from its newest checkpoint."
+_SMALL_FILES = 4 * 2**20
+"""Bytes that all files of a checkpoint take which hold no weights and no states."""
+
+
+def keep_others_out(output_dir: str) -> TextIO | None:
+    """Lock the folder of a run, which is made if need be, for as long as what this returns stays open.
+
+    Raises UserError where another run is in it, or where it can't be written. The lock goes with the process, however
+    it ends, and its children don't have it (POSIX's do both); where the file system has none, nobody is kept out.
+    """
+    if not is_first_rank():
+        return None
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        lock = Path(output_dir, _LOCK).open("a+", encoding="utf-8")  # noqa: SIM115
+    except OSError as fault:
+        raise UserError(f"output_dir: {output_dir} can't be written: {fault.strerror}. Name another folder.") from fault
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+    except OSError as fault:
+        if fault.errno in (errno.EACCES, errno.EAGAIN):
+            lock.seek(0)
+            raise UserError(
+                f"output_dir: another run is writing to {output_dir} ({lock.read() or 'unknown'}). Wait for its end, "
+                "stop it, or name another folder."
+            ) from fault
+    return lock
 
 
 class Saver:
@@ -36,8 +81,43 @@ class Saver:
         self._ranks = PartialState()
         self._copying: Future[None] | None = None
         self._copies = ThreadPoolExecutor(1, "mirror")
+        self._disk = self._folder.stat().st_dev if self._folder.is_dir() else None
         self.aside = self._folder / _ASIDE
         """Where a checkpoint is until it is whole."""
+
+    def begin(self, going_on: Checkpoint | None) -> None:
+        """Set aside what would mix with the run that begins now: checkpoints of its own future, or of another run.
+
+        `going_on`: the checkpoint that it goes on from; None = it starts anew. They are moved, not deleted: into
+        `set-aside-N` in the same folder, where nothing looks for checkpoints. Raises UserError, on all processes, where
+        they go on from different ones (a disk that they don't share), or where a folder can't be moved.
+        """
+        chosen = {str(one) for one in gather_object([going_on and going_on.manifest["digest"]])}
+        if len(chosen) > 1:
+            raise UserError(
+                "--resume auto: the processes found different checkpoints, so output_dir and save.mirror_dir are not "
+                "the same folders on all nodes, or have changed just now. Name one: --resume DIR."
+            )
+        fault = self.first_fault(lambda: self._set_aside(going_on))
+        if fault:
+            raise UserError(f"output_dir: older checkpoints couldn't be moved aside: {fault}. Name another folder.")
+
+    def _set_aside(self, going_on: Checkpoint | None) -> None:
+        if not is_first_rank():
+            return
+        parents = [self._folder, *(Path(folder) for folder in [self._settings.mirror_dir] if folder)]
+        for parent in parents:
+            others = [path for path in folders(parent) if not _belongs(path, going_on, mirrored=parent != self._folder)]
+            if not others:
+                continue
+            numbers = [int(path.name.rpartition("-")[2]) for path in parent.glob(f"{_SET_ASIDE}-[0-9]*")]
+            into = parent / f"{_SET_ASIDE}-{max(numbers, default=0) + 1}"
+            into.mkdir()
+            for path in reversed(others):
+                path.rename(into / path.name)
+            names = ", ".join(path.name for path in reversed(others))
+            after = f"goes on from step {going_on.step}" if going_on else "starts anew"
+            print(f"moved to {into}, as this run {after}: {names}. Delete them when you like.", flush=True)
 
     def save(
         self,
@@ -60,7 +140,10 @@ class Saver:
         fault = fault or self.first_fault(write)
         fault = fault or self.first_fault(lambda: check(unfinished))
         files: dict[str, Any] = {}
-        fault = fault or self.first_fault(lambda: files.update(self._settled(unfinished)))
+        if not fault:
+            # over a network each node may see files of the others late: one list for all, or one would be left out
+            names = sorted({name for part in gather_object([list(files_below(unfinished))]) for name in part})
+            fault = self.first_fault(lambda: files.update(self._settled(unfinished, names)))
         if not fault:
             everyone: dict[str, Any] = {}
             for part in gather_object([files]):
@@ -69,18 +152,15 @@ class Saver:
         if not fault:
             if is_first_rank():
                 self._forget_older(name, best)
-                self._mirror(self._folder / name)
+                self._mirror(self._folder / name, {name, best})
             return True
         if is_first_rank():
             shutil.rmtree(self.aside, ignore_errors=True)
-        newest = next((path.name for path in folders(self._folder) if (path / COMPLETE).is_file()), None)
-        untouched = f"{newest} is untouched." if newest else "There is none before it."
+        newest = next(iter(_whole(self._folder)), None)
+        untouched = f"{newest.name} is untouched." if newest else "No whole one is there before it."
         message = f"output_dir: {self._folder / name} couldn't be written: {fault}. {untouched}"
         if self._settings.on_error == "error":
-            raise UserError(
-                f"{message} Make room or mend the disk, then start again: the run goes on from there. "
-                "Training goes on after such a fault where save.on_error is `warn`."
-            )
+            raise UserError(f"{message} {GO_ON} Training goes on after such a fault where save.on_error is `warn`.")
         if is_first_rank():
             print(f"warning: {message} Training goes on (save.on_error: warn).", flush=True)
         return False
@@ -103,21 +183,42 @@ class Saver:
         faults = [one for one in gather_object([fault]) if one]
         return faults[0].rstrip(".") if faults else None
 
+    def all_or_none(self, act: Callable[[], Any]) -> None:
+        """Have each process do `act`; where it fails on one, raise OSError on all, before they wait for each other.
+
+        A process that failed alone would leave the others in a collective that it never comes to.
+        """
+        fault = self.first_fault(act)
+        if fault:
+            raise OSError(errno.EIO, fault)
+
     def _room(self) -> None:
-        """Raise OSError where the disk can't hold what the last checkpoint took: before anything waits for a writer."""
+        """Raise OSError where the folder is gone, or its disk can't hold what the last checkpoint took."""
         if not is_first_rank():
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        newest = next((path for path in folders(self._folder) if (path / COMPLETE).is_file()), None)
+        # a mount that vanished leaves the empty folder that it stood on, of another disk
+        gone = not self._folder.is_dir() or self._folder.stat().st_dev != self._disk
+        if gone and not (self._folder / _RESOLVED).is_file():
+            raise OSError(
+                errno.ENOENT, "it is not the folder in which the run began: its disk is gone, or it was moved"
+            )
+        newest = next((found for path in _whole(self._folder) if (found := manifest_of(path))), None)
         if newest is None:
             return
-        needed = sum(one["bytes"] for one in json.loads((newest / COMPLETE).read_text("utf-8"))["files"].values())
+        needed = sum(one["bytes"] for one in newest["files"].values())
         free = shutil.disk_usage(self._folder).free + sum(path.stat().st_size for path in _files(self.aside))
         if free < needed:
-            raise OSError(
-                errno.ENOSPC,
-                f"{free / 2**30:,.2f} GiB are free, and the last checkpoint took {needed / 2**30:,.2f}",
+            took = (
+                f"the last checkpoint took {_size(needed)}"
+                if newest
+                else f"a checkpoint takes more than {_size(needed)}"
             )
+            raise OSError(errno.ENOSPC, f"{_size(free)} are free, and {took}")
+
+    def check_room_for_small_files(self) -> None:
+        """Raise OSError where the disk is all but full: then nothing more is begun that processes wait for."""
+        if is_first_rank() and shutil.disk_usage(self._folder).free < _SMALL_FILES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _clear(self, unfinished: Path) -> None:
         """Begin with an empty folder, whatever an earlier attempt left."""
@@ -126,55 +227,49 @@ class Saver:
                 shutil.rmtree(self.aside)
             unfinished.mkdir(parents=True)
 
-    def _settled(self, unfinished: Path) -> dict[str, Any]:
+    def _settled(self, unfinished: Path, names: list[str]) -> dict[str, Any]:
         """Bring this process's share of the files onto the disk; their sizes and checksums."""
         found = {}
-        for name in list(files_below(unfinished))[self._ranks.process_index :: self._ranks.num_processes]:
+        for name in names[self._ranks.process_index :: self._ranks.num_processes]:
             _sync(unfinished / name)
             found[name] = described(unfinished / name)
             if found[name] is None:
                 raise OSError(errno.EIO, f"{name} was written and can't be read back")
         return found
 
-    def _finish(self, unfinished: Path, manifest: dict[str, Any]) -> None:
+    def _finish(self, unfinished: Path, manifest: Mapping[str, Any]) -> None:
         """Write the manifest and give the checkpoint its name."""
         if not is_first_rank():
             return
-        manifest["digest"] = digest_of(manifest)
         complete = unfinished / COMPLETE
-        complete.write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+        complete.write_text(written(manifest), encoding="utf-8")
         for path in (complete, *(path for path in unfinished.rglob("*") if path.is_dir()), unfinished):
             _sync(path)
         named = self._folder / unfinished.name
-        if named.exists():  # of an earlier attempt, or of a run that this one started anew
-            shutil.rmtree(named)
+        if named.exists():  # written again as an evaluation was made good, say: half of it must never bear its name
+            named.rename(self.aside / f"{named.name}.before")
         unfinished.rename(named)
         _sync(self._folder)
-        with suppress(OSError):
-            self.aside.rmdir()
+        shutil.rmtree(self.aside, ignore_errors=True)
 
     def _forget_older(self, newest: str, best: str | None) -> None:
-        """Delete whole checkpoints beyond those that stay. They don't count as whole from the first moment on."""
-        if self._keep is None:
-            return
-        whole = [path for path in folders(self._folder) if (path / COMPLETE).is_file()]
-        # the best one is among those that stay, and so is the newest: at least two where they differ
-        spared = {newest, best} & {path.name for path in whole}
-        others = [path for path in whole if path.name not in spared]
-        for path in others[max(self._keep - len(spared), 0) :]:
+        """Delete whole checkpoints beyond those that stay: under another name, so that no half one is ever met."""
+        for path in _surplus(_whole(self._folder), self._keep, {newest, best}):
             with suppress(OSError):
-                (path / COMPLETE).unlink()
-                shutil.rmtree(path)
+                self.aside.mkdir(exist_ok=True)
+                path.rename(self.aside / path.name)
+        shutil.rmtree(self.aside, ignore_errors=True)
 
-    def _mirror(self, folder: Path) -> None:
+    def _mirror(self, folder: Path, spared: set[str | None]) -> None:
         """Copy a checkpoint in the background."""
         if self._settings.mirror_dir is not None:
-            self._copying = self._copies.submit(self._copy, folder, Path(self._settings.mirror_dir))
+            self._copying = self._copies.submit(self._copy, folder, Path(self._settings.mirror_dir), spared)
 
-    def _copy(self, folder: Path, mirror: Path) -> None:
+    def _copy(self, folder: Path, mirror: Path, spared: set[str | None]) -> None:
         aside = mirror / f"{folder.name}{_SUFFIX}"
         try:
-            shutil.rmtree(aside, ignore_errors=True)
+            for left_over in mirror.glob(f"checkpoint-*{_SUFFIX}"):
+                shutil.rmtree(left_over, ignore_errors=True)
             aside.mkdir(parents=True)
             for name in [*files_below(folder), COMPLETE]:
                 (aside / name).parent.mkdir(parents=True, exist_ok=True)
@@ -183,17 +278,45 @@ class Saver:
             shutil.rmtree(mirror / folder.name, ignore_errors=True)
             aside.rename(mirror / folder.name)
             _sync(mirror)
-        except OSError as fault:  # also where the original was deleted meanwhile: a newer one follows then
+            for path in _surplus(_whole(mirror), self._keep, spared):
+                path.rename(aside)
+                shutil.rmtree(aside, ignore_errors=True)
+        except OSError as fault:
             shutil.rmtree(aside, ignore_errors=True)
-            print(f"warning: save.mirror_dir: {folder.name} was not copied to {mirror}: {fault}", flush=True)
-            return
-        if self._keep is not None:
-            for path in folders(mirror)[self._keep :]:
-                shutil.rmtree(path, ignore_errors=True)
+            if folder.is_dir():  # else it was deleted meanwhile, and a newer one follows
+                print(f"warning: save.mirror_dir: {folder.name} was not copied to {mirror}: {fault}", flush=True)
+
+
+def _whole(parent: Path) -> list[Path]:
+    """The checkpoints in a folder that were written to their end, the newest first."""
+    return [path for path in folders(parent) if (path / COMPLETE).is_file()]
+
+
+def _surplus(whole: list[Path], keep: int | None, spared: Iterable[str | None]) -> list[Path]:
+    """Those beyond the `keep` that stay. `spared`: names among them, so the best and the newest stay in any case."""
+    if keep is None:
+        return []
+    kept = {path.name for path in whole} & set(spared)
+    others = [path for path in whole if path.name not in kept]
+    return others[max(keep - len(kept), 0) :]
+
+
+def _belongs(path: Path, going_on: Checkpoint | None, *, mirrored: bool) -> bool:
+    """Whether a checkpoint lies before the point from which the run goes on, or is that point."""
+    if going_on is None or step_of(path) > going_on.step:
+        return False
+    if step_of(path) < going_on.step or path.samefile(going_on.folder):
+        return True
+    manifest = manifest_of(path) if mirrored else None
+    return manifest is not None and manifest["digest"] == going_on.manifest["digest"]
 
 
 def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()] if folder.exists() else []
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:,.2f} MiB"
 
 
 def _sync(path: Path) -> None:

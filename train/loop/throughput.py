@@ -98,8 +98,11 @@ class _Clock:
         return event
 
     def between(self, start: Any, end: Any) -> float:
-        """Seconds. On a GPU `end` must have come."""
-        return start.elapsed_time(end) / 1000 if self._cuda else end - start
+        """Seconds; waits for `end` to come."""
+        if not self._cuda:
+            return end - start
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
 
 
 class Throughput(TrainerCallback):

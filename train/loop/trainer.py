@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -17,7 +19,10 @@ from trl import SFTConfig, SFTTrainer
 from train.data.prepare import Prepared
 from train.data.sequences import Sequences
 from train.errors import UserError
+from train.loop import universal
 from train.loop.arguments import as_user_error
+from train.loop.checkpoint import checkpoint_in
+from train.loop.deepspeed_files import written_last
 from train.loop.guards import Guards
 from train.loop.isolation import IsolationTest
 from train.loop.order import EpochOrder
@@ -25,7 +30,7 @@ from train.loop.preemption import Preemption, StopError, StopWhenAsked
 from train.loop.report import model_card
 from train.loop.run_state import RunState, files_expected
 from train.loop.saved import check_saved
-from train.loop.saving import Saver
+from train.loop.saving import GO_ON, Saver
 from train.loop.throughput import HELD, Counting, Held, Sums, Throughput
 from train.model.adapters import check_modules_to_save, lora_config
 from train.model.shape import Shape, shape_of
@@ -122,10 +127,13 @@ class JanusTrainer(SFTTrainer):
     def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """transformers' loop, and the end of what it began in the background.
 
-        Raises UserError where a package that a setting needs is missing: some ask only here.
+        `resume_from_checkpoint`: a whole checkpoint's folder. Raises UserError where a package that a setting needs is
+        missing (some ask only here), and where the checkpoint can't be loaded on the processes that there are.
         """
-        if resume_from_checkpoint:
-            self._run_state.go_on_from(Path(resume_from_checkpoint))
+        going_on = checkpoint_in(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
+        self._saver.begin(going_on)
+        if going_on:
+            resume_from_checkpoint = str(self._run_state.go_on_from(going_on))
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except ImportError as fault:
@@ -165,14 +173,41 @@ class JanusTrainer(SFTTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """transformers' saving, of checkpoints too, with a model card beside the finished model.
 
-        Raises UserError, on every rank, where the files don't hold all of the model.
+        Raises OSError for a checkpoint and UserError for a finished model, on every rank, where the files can't be
+        written or don't hold all of the model.
         """
-        super().save_model(output_dir, _internal_call)
-        if not _internal_call:
-            fault = self._saver.first_fault(lambda: self._check_weights(Path(output_dir or self.args.output_dir)))
-            if fault:
-                raise UserError(fault)
-            self.create_model_card()
+        save = super().save_model
+        if _internal_call:
+            self._saver.all_or_none(lambda: save(output_dir, True))
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        for act in (lambda: save(str(folder), False), lambda: self._check_weights(folder), self.create_model_card):
+            if fault := self._saver.first_fault(act):
+                raise UserError(f"output_dir: the model couldn't be saved in {folder}: {fault}. {GO_ON}")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """transformers' files of them; DeepSpeed's are written where no process waits for another."""
+        self._saver.all_or_none(self._saver.check_room_for_small_files)
+        with written_last(self.model_wrapped) if self.is_deepspeed_enabled else nullcontext():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """transformers' loading of them, which follows DeepSpeed's."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint and self.is_deepspeed_enabled:
+            universal.loaded(self.model_wrapped, Path(checkpoint))
+
+    def _load_best_model(self) -> None:
+        """transformers' loading, under DeepSpeed also of one that another number of processes wrote."""
+        if not self.is_deepspeed_enabled:
+            super()._load_best_model()
+            return
+        best = self.state.best_model_checkpoint
+        folder = self._run_state.loadable(checkpoint_in(Path(str(best))))
+        self.state.best_model_checkpoint = str(folder)
+        with universal.loading(self.model_wrapped, folder):
+            super()._load_best_model()
+        self.state.best_model_checkpoint = best
 
     def _check_weights(self, folder: Path) -> None:
         if self.is_world_process_zero():
@@ -266,6 +301,8 @@ class JanusTrainer(SFTTrainer):
         Here a step waits for the device, once, for all that has to be known of it.
         """
         norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(norm, DTensor):  # FSDP2's, of which each process has a part
+            norm = norm.full_tensor()
         deepspeed = self.is_deepspeed_enabled  # there the step is done by now, or was left out
         if deepspeed and self.accelerator.optimizer_step_was_skipped:
             norm = math.nan

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from train.errors import UserError
 from train.model.adapters import quantization_config
 from train.model.attention import attention_for, choose_attention, machine, needs_of
+from train.model.float8 import check_float8, check_start, convert
 from train.recipe import ModelSection, Recipe
 
 
@@ -76,6 +77,7 @@ def check_fits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     A kernel or package that is missing, token ids beyond the model's vocabulary, sequences longer than its positions.
     """
     quantization_config(recipe.quantization)
+    check_float8(recipe)
     whole = load_config(recipe.model)
     choose_attention(recipe.model.attention, needs_of(recipe, whole), machine())
     config = whole.get_text_config()
@@ -93,16 +95,18 @@ def check_fits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def load_model(recipe: Recipe) -> PreTrainedModel:
-    """The weights, in the dtype and with the attention kernel of the recipe, quantized where it says so.
+    """The weights, in the dtype and with the attention kernel of the recipe, quantized or in float8 where it says so.
 
     Under DeepSpeed ZeRO-3 the training arguments must exist before this is called: then no rank holds the whole model.
-    Raises UserError where the weights can't be opened or are pickled and the recipe doesn't allow that.
+    Raises UserError where the weights can't be opened or are pickled and the recipe doesn't allow that, and where this
+    machine can't multiply in float8 and the recipe asks for it.
     """
     hide_bars_in_logs()
     model = recipe.model
+    check_start(recipe)
     attention = attention_for(recipe, load_config(model))
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             **_origin(model),
             dtype=getattr(torch, model.dtype, "auto"),
             attn_implementation=attention.kernel,
@@ -116,6 +120,9 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
                 "they are opened. Use a safetensors version; if you trust them, write `model.allow_pickle: true`."
             ) from fault
         raise _refuse(model, fault) from fault
+    if model.float8 is not None:
+        convert(loaded, model.float8)
+    return loaded
 
 
 def _has_pickled_weights(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 The weights' part follows Rajbhandari et al., "ZeRO" (arXiv:1910.02054, section 3.1: 2 + 2 + 12 bytes a parameter with
 bfloat16 and float32 Adam, and section 5: what each stage divides by the number of GPUs), to the byte as DeepSpeed 0.19
-lays it out, padding included.
+lays it out, padding included. Gradients are 4 bytes there, not 2: ds_configs/ add them up in float32.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,6 +15,12 @@ from train.model.shape import Parameter, Shape
 
 MAX_LIVE, SUB_GROUP = 1_000_000_000, 1_000_000_000
 """DeepSpeed's defaults of stage3_max_live_parameters and sub_group_size, in elements."""
+REDUCE_BUCKET = 200_000_000
+"""reduce_bucket_size in ds_configs/zero1.json and zero2.json, in elements."""
+_ALL_REDUCE = 500_000_000
+"""Elements after which DeepSpeed closes a bucket to be summed (MEMORY_OPT_ALLREDUCE_SIZE in its engine.py)."""
+_NORM_ITEMSIZE = 8
+"""DeepSpeed takes a gradient's norm in float64, of a copy (get_norm_dtype in its zero/utils.py)."""
 _QUANTIZED_BLOCK, _SCALES_BLOCK = 64, 256
 """bitsandbytes: weights that share a scale, and scales that share one under double quantization."""
 
@@ -55,8 +61,9 @@ class Numbers(NamedTuple):
 
 @dataclass(frozen=True)
 class States:
-    """Bytes on one GPU, the fullest. `step`: what the optimizer's step holds for its duration; `host`: bytes of one
-    GPU's share that lie in the host's memory."""
+    """Bytes on one GPU, the fullest. `gradients`: at their fullest, with several accumulation steps; `step`: what
+    reducing them and the optimizer's step hold beyond that; `host`: bytes of one GPU's share that lie in the host's
+    memory."""
 
     parameters: int
     gradients: int
@@ -110,7 +117,11 @@ def states_of(shape: Shape, strategy: Strategy, numbers: Numbers) -> States:
     """Parameters, gradients, optimizer and communication buffers of one rank."""
     if strategy.stage == 0:
         return _replicated(shape, numbers)
-    return _partitioned(shape, strategy, numbers) if strategy.stage == 3 else _stage_1_or_2(shape, strategy, numbers)
+    if strategy.stage == 3:
+        return _partitioned(shape, strategy, numbers)
+    if strategy.stage == 1 and numbers.low_precision:
+        return _stage_1_in_16_bits(shape, numbers)
+    return _stage_1_or_2(shape, strategy, numbers)
 
 
 def _replicated(shape: Shape, numbers: Numbers) -> States:
@@ -121,33 +132,74 @@ def _replicated(shape: Shape, numbers: Numbers) -> States:
     trained = [one for one in shape.parameters if one.trained]
     gradients = sum(one.elements * one.itemsize for one in trained)
     tensors = [Tensor(one.shape, one.itemsize, _is_embedding(one, shape)) for one in trained]
+    groups = [sum(one.elements * one.itemsize for one in group) for group in _groups(shape.parameters)]
     return States(
         parameters=sum(_stored(one, one.itemsize, numbers) + _scales(one, numbers) for one in shape.parameters),
         gradients=gradients,
         optimizer=state_bytes(numbers.optimizer, tensors),
         communication=gradients if numbers.gpus > 1 else 0,
-        step=0,
+        step=max((_temporaries(numbers, size) for size in groups), default=0),
+    )
+
+
+def _stage_1_in_16_bits(shape: Shape, numbers: Numbers) -> States:
+    """DeepSpeed's bf16_optimizer.py, which stands in for stage_1_and_2.py where gradients are added up in float32.
+
+    Every GPU has all weights and the sum of all gradients in float32, both padded to 2 elements for each GPU; float32
+    masters and states of its share. A layer's gradient is freed as soon as it is added (immediate_grad_update: else
+    all of them stay beside their sums, 2 bytes a parameter more). After the last micro-batch the sums are reduced as
+    copies in 16 bits; groups that share a bucket are put together before.
+    """
+    aligned = _aligned(shape, numbers)
+    shares = [elements // numbers.gpus for elements in aligned]
+    buckets: list[list[int]] = [[]]
+    for elements in aligned:
+        if sum(buckets[-1]) > _ALL_REDUCE:
+            buckets.append([])
+        buckets[-1].append(elements)
+    reducing = max(sum(bucket) * (2 if len(bucket) == 1 else 4 + 2) for bucket in buckets)
+    return States(
+        parameters=sum(aligned) * 2 + _frozen(shape, 2, numbers),
+        gradients=sum(aligned) * 4,
+        optimizer=sum(shares) * 4 + state_bytes(numbers.optimizer, [Tensor((share,), 4) for share in shares]),
+        communication=2 * _largest(shape),
+        step=max(reducing, *(_temporaries(numbers, 4 * share) for share in shares), 0),
     )
 
 
 def _stage_1_or_2(shape: Shape, strategy: Strategy, numbers: Numbers) -> States:
     """DeepSpeed's stage_1_and_2.py: each optimizer group is one flat tensor, padded to 2 elements for each GPU.
 
-    Every GPU has all weights; float32 masters and states of its share. Stage 1 keeps all gradients until the step,
-    stage 2 its share, each in the weights' dtype. The step makes a float32 copy of its share of a group's gradient.
-    Two buckets of reduce_bucket_size elements (hidden size squared, where the file says auto) overlap communication.
+    Every GPU has all weights; float32 masters and states of its share. Three buckets of the weights' dtype: one is
+    filled, one is reduced, and what is sent is a copy. In 16 bits stage 2 adds its share up in one float32 tensor,
+    which the step uses as it is. In float32 it keeps each parameter of which a part is its own, WHOLE; twice, from the
+    second accumulation step on; and stage 1 all gradients until the last accumulation step, and such a copy beside
+    them in that. The step then makes a flat copy of its share of a group.
     """
     size = 2 if numbers.low_precision else 4
-    groups = [sum(one.elements for one in group) for group in _groups(shape.parameters)]
-    aligned = [-(-elements // (2 * numbers.gpus)) * 2 * numbers.gpus for elements in groups]
+    groups = _groups(shape.parameters)
+    aligned = _aligned(shape, numbers)
     shares = [elements // numbers.gpus for elements in aligned]
-    frozen = [one for one in shape.parameters if not one.trained]
+    parts = [_parts(groups, shares, rank) for rank in range(numbers.gpus)]
+    temporaries = [_temporaries(numbers, 4 * share) for share in shares]
+    gradients, step = 4 * sum(shares), max(temporaries, default=0)
+    beyond = [max(_NORM_ITEMSIZE * part.largest, step) for part in parts]
+    if not numbers.low_precision:
+        copies = [4 * part.whole for part in parts]
+        gradients = 2 * max(copies)
+        if strategy.stage == 1:
+            gradients = 4 * sum(one.elements for group in groups for one in group) + max(copies)
+        flat = max((4 * share + more for share, more in zip(shares, temporaries, strict=True)), default=0)
+        beyond = [
+            copy + max(_NORM_ITEMSIZE * part.largest, flat) - gradients
+            for copy, part in zip(copies, parts, strict=True)
+        ]
     return States(
-        parameters=sum(aligned) * size + sum(_stored(one, size, numbers) + _scales(one, numbers) for one in frozen),
-        gradients=(sum(groups) if strategy.stage == 1 else sum(shares)) * size,
+        parameters=sum(aligned) * size + _frozen(shape, size, numbers),
+        gradients=gradients,
         optimizer=sum(shares) * 4 + state_bytes(numbers.optimizer, [Tensor((share,), 4) for share in shares]),
-        communication=2 * shape.hidden**2 * size,
-        step=4 * max(shares, default=0),
+        communication=3 * REDUCE_BUCKET * size + size * _largest(shape),
+        step=max(*beyond, 0),
     )
 
 
@@ -156,10 +208,10 @@ def _partitioned(shape: Shape, strategy: Strategy, numbers: Numbers) -> States:
 
     Whole, on every GPU: parameters of up to 10 x hidden size elements (stage3_param_persistence_threshold: auto), 4-bit
     scales, which are no parameters, and for their time those that the next layers need: up to 10^9 elements
-    (stage3_max_live_parameters), or the largest if that is more. The step makes a float32 copy of the gradient of one
-    sub group (10^9 elements) at a time. Float32 weights get master copies too: DeepSpeed means to spare them, and
-    compares a torch.device with a string. Offloaded: partitions, masters, states and gradients, once in the weights'
-    dtype and once in float32, are in the host's memory.
+    (stage3_max_live_parameters), or the largest if that is more. Gradients are float32, and the step makes a flat copy
+    of them of one sub group (10^9 elements) at a time, while no parameter is whole. Float32 weights get master copies
+    too: DeepSpeed means to spare them, and compares a torch.device with a string. Offloaded: partitions, masters,
+    states and gradients, twice, are in the host's memory.
     """
     size = 2 if numbers.low_precision else 4
     partitions = sum(_partition(one, size, numbers) for one in shape.parameters)
@@ -170,16 +222,13 @@ def _partitioned(shape: Shape, strategy: Strategy, numbers: Numbers) -> States:
     )
     persistent = persistent_share * numbers.gpus  # gathered with their padding
     scales = sum(_scales(one, numbers) for one in shape.parameters)
-    sub_groups = [
-        sum(-(-one.elements // numbers.gpus) for one in part)
-        for group in _groups(shape.parameters)
-        for part in _split(group, numbers.gpus)
-    ]
+    split = [part for group in _groups(shape.parameters) for part in _split(group, numbers.gpus)]
+    sub_groups = [sum(-(-one.elements // numbers.gpus) for one in part) for part in split]
     share = sum(sub_groups)
     optimizer = 4 * share + state_bytes(numbers.optimizer, [Tensor((elements,), 4) for elements in sub_groups])
     stored = [_elements_stored(one, numbers) for one in shape.parameters]
     live = size * min(sum(stored), max(MAX_LIVE, max(stored)))
-    gradient = size * max((one.elements for one in shape.parameters if one.trained), default=0)
+    gradient = size * _largest(shape)
     bucket = size * shape.hidden**2
     if strategy.offload:
         return States(
@@ -188,15 +237,66 @@ def _partitioned(shape: Shape, strategy: Strategy, numbers: Numbers) -> States:
             optimizer=0,
             communication=live + bucket + gradient,
             step=0,
-            host=partitions - persistent_share + share * (size + 4) + optimizer,
+            host=partitions - persistent_share + share * (4 + 4) + optimizer,
         )
+    steps = [
+        (4 * elements if len(part) > 1 else 0) + _temporaries(numbers, 4 * elements)
+        for part, elements in zip(split, sub_groups, strict=True)
+    ]
     return States(
         parameters=partitions + persistent + scales,
-        gradients=share * size,
+        gradients=share * 4,
         optimizer=optimizer,
         communication=live + bucket + gradient,
-        step=4 * max(sub_groups, default=0),
+        step=max(max([*steps, _NORM_ITEMSIZE * -(-_largest(shape) // numbers.gpus)]) - persistent, 0),
     )
+
+
+class _Part(NamedTuple):
+    """A rank's part of all flat groups, in elements. `whole`: of the parameters that reach into it, all they have;
+    `largest`: of one of them, what lies in it."""
+
+    whole: int
+    largest: int
+
+
+def _parts(groups: Sequence[Sequence[Parameter]], shares: Sequence[int], rank: int) -> _Part:
+    whole = largest = 0
+    for group, share in zip(groups, shares, strict=True):
+        begin, at = rank * share, 0
+        for one in group:
+            inside = min(at + one.elements, begin + share) - max(at, begin)
+            if inside > 0:
+                whole += one.elements
+                largest = max(largest, inside)
+            at += one.elements
+    return _Part(whole, largest)
+
+
+def _aligned(shape: Shape, numbers: Numbers) -> list[int]:
+    """Elements of each optimizer group as one flat tensor, padded to 2 elements for each GPU."""
+    groups = [sum(one.elements for one in group) for group in _groups(shape.parameters)]
+    return [-(-elements // (2 * numbers.gpus)) * 2 * numbers.gpus for elements in groups]
+
+
+def _frozen(shape: Shape, itemsize: int, numbers: Numbers) -> int:
+    """Bytes of the whole weights that aren't trained."""
+    frozen = (one for one in shape.parameters if not one.trained)
+    return sum(_stored(one, itemsize, numbers) + _scales(one, numbers) for one in frozen)
+
+
+def _largest(shape: Shape) -> int:
+    """Elements of the largest trained parameter: its gradient stands alone until it is added or sent."""
+    return max((one.elements for one in shape.parameters if one.trained), default=0)
+
+
+def _temporaries(numbers: Numbers, size: int) -> int:
+    """Bytes that the optimizer needs for the step of a group of `size` bytes.
+
+    torch's AdamW makes a second copy of its second moments on a GPU (_multi_tensor_adam in torch/optim/adam.py); where
+    it is fused, and in bitsandbytes, one kernel reads and writes in place.
+    """
+    return size if numbers.optimizer == "adamw_torch" else 0
 
 
 def _groups(parameters: Iterable[Parameter]) -> list[list[Parameter]]:

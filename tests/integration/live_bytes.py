@@ -1,0 +1,52 @@
+"""Bytes of tensors, counted on their storages; nothing here knows a formula."""
+
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def bytes_of(tensors: Iterable[torch.Tensor | None]) -> int:
+    """Bytes of the storages behind the tensors, each storage once."""
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors if one is not None}
+    return sum(storages.values())
+
+
+class LiveBytes(TorchDispatchMode):
+    """While it is entered: `peak`, the most bytes that were held beyond those at its beginning.
+
+    Counts every storage that an operation makes until it is gone, and takes off those of `held` that go.
+    """
+
+    def __init__(self, held: Iterable[torch.Tensor | None] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+        for tensor in held:
+            if tensor is not None:
+                self._watch(tensor, new=False)
+
+    def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+        outputs = operation(*arguments, **(named or {}))
+        given = {one.untyped_storage()._cdata for one in tree_leaves((arguments, named)) if torch.is_tensor(one)}
+        for one in tree_leaves(outputs):
+            if torch.is_tensor(one) and one.untyped_storage()._cdata not in given:
+                self._watch(one, new=True)
+        return outputs
+
+    def _watch(self, tensor: torch.Tensor, *, new: bool) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        if new:
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, storage.nbytes())
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size

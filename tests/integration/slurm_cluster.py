@@ -55,7 +55,7 @@ def why_not() -> str | None:
     return None if os.geteuid() == 0 else "slurmctld and slurmd are started as root, and this is another user"
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 240) -> None:
     """Return when `condition` is true; fail if it isn't in time."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -117,7 +117,7 @@ class Cluster:
         words = dict(word.split("=", 1) for word in shown.split() if "=" in word)
         return f"{words.get('JobState', 'GONE')} {words['Reason']}" if "Reason" in words else "GONE"
 
-    def wait_for(self, job: str, state: str, seconds: float = 120) -> None:
+    def wait_for(self, job: str, state: str, seconds: float = 240) -> None:
         """Return when the state of the job begins so."""
         wait_until(lambda: self.state(job).startswith(state), f"{job} {state}", seconds)
 

@@ -164,10 +164,12 @@ def test_a_failing_node_and_scancel_leave_whole_checkpoints(
     )
     run = tmp_path / "run"
     job = submit(2, recipe, "--time", "10")
+    log = run / f"slurm-{job}.log"
     wait_until(lambda: steps_saved(run), "a checkpoint")
     slurm.kill_node(1)
     try:
         slurm.wait_for(job, "PENDING")  # Slurm's own requeue
+        wait_until(lambda: "stopped: Slurm ends this job" in log.read_text(), "the end of the attempt")
         for process in slurm.processes(job):
             process.kill()  # of the node that failed: its slurmd is not there to do it
         saved = resumes_from(recipe)
@@ -182,10 +184,10 @@ def test_a_failing_node_and_scancel_leave_whole_checkpoints(
     assert slurm.state(job).startswith("CANCELLED")
     # SIGTERM came first, SIGKILL would have come after KillWait (30 s here): time enough to save this model.
     assert resumes_from(recipe) == steps_logged(run)[-1] > saved
-    log = (run / f"slurm-{job}.log").read_text()
-    assert f"going on from {run}/checkpoint-{saved}" in log
-    assert "stopped: Slurm ends this job" in log
-    assert "requeued: goes on" not in log
+    told = log.read_text()
+    assert f"going on from {run}/checkpoint-{saved}" in told
+    assert told.count("stopped: Slurm ends this job") == 2
+    assert "requeued: goes on" not in told
 
 
 def test_a_crash_loop_stops_after_its_bound(

@@ -52,7 +52,7 @@ say "first node $MASTER_ADDR, port $MASTER_PORT; output_dir $output_dir, newest 
 attempts=$output_dir/slurm-$SLURM_JOB_ID.attempts # the step at which each attempt began
 if [ "$restarts" -gt "$max_restarts" ]; then stop "requeued $restarts times, and --max-restarts is $max_restarts"; fi
 if [ -s "$attempts" ] && [ "$start_step" -le "$(tail -n 1 "$attempts")" ]; then
-    stop "no progress: the attempt before this one began at step $start_step too. Mend it and submit again"
+    stop "no progress: the attempt before this one began at step $start_step too. Mend what fails and submit again"
 fi
 
 # Preflight: all nodes have the same code, see the same disk, have free GPUs, and reach each other.
@@ -77,7 +77,7 @@ trap - USR1 TERM
 rm -f "$stop_file"
 say "training ${outcome:-was killed or crashed}${reason:+ ($reason)}; newest complete checkpoint: step $reached"
 if [ "$outcome" = finished ]; then exit 0; fi
-if [ "$outcome" = failed ]; then stop "mend it and submit again: it goes on from step $reached"; fi
+if [ "$outcome" = failed ]; then stop "mend what failed and submit again: it goes on from step $reached"; fi
 if [ "$outcome" = preempted ] && [ "$reason" = "the file stop" ]; then
     say "not requeued, as $output_dir/stop asked for it. Submit again to go on from step $reached"
     exit 0
@@ -85,7 +85,7 @@ fi
 state=$(squeue --noheader --jobs "$job" --format %T)
 if [ "$state" != RUNNING ]; then stop "Slurm ends this job (${state:-it is gone}); a requeue would be its own"; fi
 if [ "$reached" -le "$start_step" ]; then
-    stop "no progress: this attempt began at step $start_step too. Mend it and submit again"
+    stop "no progress: this attempt began at step $start_step too. Mend what fails and submit again"
 fi
 if [ "$restarts" -ge "$max_restarts" ]; then stop "requeued $restarts times, and --max-restarts is $max_restarts"; fi
 say "requeued: goes on from step $reached"

@@ -212,28 +212,32 @@ def test_a_crash_loop_stops_after_its_bound(
     assert log.splitlines()[-1].endswith("stopped: requeued 1 times, and --max-restarts is 1")
 
 
-def test_an_array_of_a_trainer_that_is_killed_a_requeue_from_outside_and_a_stop_file(
+def test_without_progress_there_is_no_other_attempt_and_none_after_a_stop_file(
     slurm: Cluster, submit: Callable[..., str], recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """An attempt without progress is the last one, whoever requeues; what stops in good order isn't requeued either."""
+    """An array of two: the first task's trainer is killed, and requeued from outside as if Slurm had done it."""
     recipe = recipe_file(training={"num_train_epochs": ..., "max_steps": HOPELESSLY_MANY})
-    job = submit(1, recipe, "--time", "10", "--array", "1-3", f"output_dir={tmp_path}/run-%a", "seed=%a")
-    wait_until(lambda: all(steps_logged(tmp_path / f"run-{task}") for task in (1, 2, 3)), "steps of all tasks")
+    job = submit(1, recipe, "--time", "10", "--array", "1-2", f"output_dir={tmp_path}/run-%a", "seed=%a")
+    runs = [tmp_path / "run-1", tmp_path / "run-2"]
+    wait_until(lambda: all(steps_logged(run) for run in runs), "steps of both tasks")
     (trainer,) = slurm.processes(f"{job}_1", "train/sft.py")
     trainer.kill()
-    slurm.run("scontrol", "requeue", f"{job}_2")
-    (tmp_path / "run-3" / "stop").touch()
+    (runs[1] / "stop").touch()
     slurm.wait_for(f"{job}_1", "FAILED")
-    slurm.release(f"{job}_2")
-    slurm.wait_for(f"{job}_2", "FAILED")
-    slurm.wait_for(f"{job}_3", "COMPLETED")
-    logs = [(tmp_path / f"run-{task}" / f"slurm-{job}_{task}.log").read_text().splitlines() for task in (1, 2, 3)]
-    assert "stopped: no progress: this attempt began at step 0 too" in logs[0][-1]
-    assert "stopped: no progress: the attempt before this one began at step 0 too" in logs[1][-1]
-    assert any(f"job {job}_2, restart 1 of at most 20" in line for line in logs[1])
-    assert f"not requeued, as {tmp_path}/run-3/stop asked for it" in logs[2][-1]
-    assert json.loads((tmp_path / "run-3" / "outcome.json").read_text())["step"] in steps_saved(tmp_path / "run-3")
-    assert all(f"seed: {task}\n" in (tmp_path / f"run-{task}" / "recipe.yaml").read_text() for task in (1, 2, 3))
+    slurm.run("scontrol", "requeue", f"{job}_1")
+    slurm.release(f"{job}_1")
+    slurm.wait_for(f"{job}_1", "FAILED")
+    slurm.wait_for(f"{job}_2", "COMPLETED")
+    logs = [(run / f"slurm-{job}_{task}.log").read_text() for task, run in enumerate(runs, 1)]
+    stopped = [line.partition("] ")[2] for line in logs[0].splitlines() if "] stopped: " in line]
+    assert stopped == [
+        "stopped: no progress: this attempt began at step 0 too. Mend what fails and submit again",
+        "stopped: no progress: the attempt before this one began at step 0 too. Mend what fails and submit again",
+    ]
+    assert f"job {job}_1, restart 1 of at most 20" in logs[0]
+    assert f"not requeued, as {runs[1]}/stop asked for it" in logs[1].splitlines()[-1]
+    assert [json.loads((runs[1] / "outcome.json").read_text())["step"]] == steps_saved(runs[1])
+    assert all(f"seed: {task}\n" in (run / "recipe.yaml").read_text() for task, run in enumerate(runs, 1))
 
 
 def test_a_recipe_that_was_spoilt_in_the_queue_ends_the_job_before_training(

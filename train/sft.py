@@ -98,7 +98,8 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     from train.loop.run_state import facts_of_data, sharding
     from train.loop.saving import keep_others_out
     from train.loop.tracking import StepLog, tracked
-    from train.loop.trainer import JanusTrainer, stop_at
+    from train.loop.trainer import JanusTrainer
+    from train.model.generate import stop_at
 
     lock = keep_others_out(recipe.output_dir)  # as long as this function runs
     output_dir = claim_output_dir(recipe)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,18 +36,6 @@ from train.loop.throughput import HELD, Counting, Held, Sums, Throughput
 from train.model.adapters import check_modules_to_save, lora_config
 from train.model.shape import Shape, shape_of
 from train.recipe import Recipe
-
-
-def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str]) -> None:
-    """Have the saved generation settings stop at each of `stop_tokens`, at eos and at what the model stops at already.
-
-    Call it before the trainer makes the first of them the tokenizer's eos.
-    """
-    known = model.generation_config.eos_token_id
-    before = known if isinstance(known, list) else [] if known is None else [known]
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    stops = [*map(tokenizer.convert_tokens_to_ids, stop_tokens), *eos, *before]
-    model.generation_config.eos_token_id = list(dict.fromkeys(stops)) or None
 
 
 def _sample(sequences: Sequences) -> Dataset:
@@ -312,10 +300,10 @@ class JanusTrainer(SFTTrainer):
         norm = super()._get_grad_norm(model, grad_norm)
         if isinstance(norm, DTensor):  # FSDP2's, of which each process has a part
             norm = norm.full_tensor()
-        self.grad_norm = norm
         deepspeed = self.is_deepspeed_enabled  # there the step is done by now, or was left out
         if deepspeed and self.accelerator.optimizer_step_was_skipped:
             norm = math.nan
+        self.grad_norm = norm
         scaled = self.accelerator.mixed_precision == "fp16"  # until gradients overflow, which is no fault
         loss_sum = self._guards.loss_sum()
         judged = self.accelerator.reduce(loss_sum) if scaled else torch.as_tensor(norm, device=loss_sum.device)

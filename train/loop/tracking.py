@@ -140,7 +140,7 @@ class StepLog(TrainerCallback):
             self._write({"step": state.global_step, "loaded_step": state.best_global_step})
 
     def _write(self, metrics: dict[str, Any]) -> None:
-        """Append a line. Where the disk is full or gone it is kept for the next time: saving says what becomes of it."""
+        """Append a line. Where the disk is full or gone it is kept for the next time: saving decides what follows."""
         self._unwritten += json.dumps({key: _plain(value) for key, value in metrics.items()}) + "\n"
         try:
             with self.path.open("a", encoding="utf-8") as lines:

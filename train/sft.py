@@ -8,6 +8,7 @@ and trains nothing. Exit codes: 0 done or ready; 2 there is something in the rec
 """
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -19,6 +20,9 @@ from train.json_report import discard_earlier
 from train.loop.noise import leave_out_unhelpful_warnings
 from train.progress import is_first_rank
 from train.recipe import Recipe, load_recipe
+
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN}
+"""What a disk says that is full, read-only or gone."""
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -94,7 +98,8 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     from train.loop.run_state import facts_of_data, sharding
     from train.loop.saving import keep_others_out
     from train.loop.tracking import StepLog, tracked
-    from train.loop.trainer import JanusTrainer, stop_at
+    from train.loop.trainer import JanusTrainer
+    from train.model.generate import stop_at
 
     lock = keep_others_out(recipe.output_dir)  # as long as this function runs
     output_dir = claim_output_dir(recipe)
@@ -159,6 +164,15 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.check:
             raise
         return 1  # who read the report has left, and knows it
+    except OSError as fault:
+        if fault.errno not in _OF_THE_DISK:
+            raise
+        print(
+            f"error: {fault.filename or 'a file'}: {fault.strerror}. Mend it and start again.",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
         return 130

@@ -1,14 +1,17 @@
 """torch_varlen: what stands around torch's kernel, beside attention document by document; and the kernel on a GPU."""
 
-import inspect
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, LlamaForCausalLM
+from trl.models import enable_selective_activation_checkpointing
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from train.model import varlen
@@ -18,54 +21,114 @@ HEADS, KEY_HEADS, SIZE = 4, 2, 16
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def document_by_document(query, key, value, borders_q, borders_k, scale, is_seen) -> torch.Tensor:
-    """A loop over documents, each with a mask written out; [tokens, heads, size], heads as many as the query's."""
-    parts = []
+def masks(cu_seq_q, cu_seq_k, sides: list[int]) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Each document's queries and keys, and who sees whom: the last query stands at the last key."""
+    borders_q, borders_k = cu_seq_q.tolist(), cu_seq_k.tolist()
     for start_q, end_q, start_k, end_k in zip(borders_q, borders_q[1:], borders_k, borders_k[1:], strict=False):
-        mask = torch.tensor(
-            [
-                [is_seen(q + (end_k - start_k) - (end_q - start_q), k) for k in range(end_k - start_k)]
-                for q in range(end_q - start_q)
-            ]
+        behind = torch.arange(end_q - start_q)[:, None] + (end_k - start_k) - (end_q - start_q)
+        behind = behind - torch.arange(end_k - start_k)
+        seen = (behind <= sides[0] if sides[0] >= 0 else True) & (
+            behind >= -sides[1] if sides[1] >= 0 else behind == behind
         )
-        one = [part.transpose(0, 1)[None] for part in (query[start_q:end_q], key[start_k:end_k], value[start_k:end_k])]
-        parts.append(
-            scaled_dot_product_attention(*one, attn_mask=mask, scale=scale, enable_gqa=True)[0].transpose(0, 1)
-        )
-    return torch.cat(parts)
+        yield slice(start_q, end_q), slice(start_k, end_k), seen
 
 
-@pytest.fixture(params=["2.10", "2.11", "2.13"])
+def forward(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, sides) -> tuple[torch.Tensor, ...]:
+    """Attention document by document, [tokens, heads, size], and the logarithms of the sums, [heads, tokens]."""
+    assert query.ndim == key.ndim == value.ndim == 3
+    assert query.shape[2] == key.shape[2] == value.shape[2]
+    assert query.dtype == key.dtype == value.dtype
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert (cu_seq_q[-1], cu_seq_k[-1]) == (query.shape[0], key.shape[0])
+    assert max_q >= cu_seq_q.diff().max()
+    assert max_k >= cu_seq_k.diff().max()
+    groups = query.shape[1] // key.shape[1]
+    key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
+    outputs, logs = [], []
+    for mine, theirs, seen in masks(cu_seq_q, cu_seq_k, sides):
+        scores = torch.einsum("qhd,khd->hqk", query[mine], key[theirs]) * scale
+        logs.append(scores.masked_fill(~seen, -torch.inf).logsumexp(-1))
+        shares = (scores - logs[-1][..., None]).exp() * seen
+        outputs.append(torch.einsum("hqk,khd->qhd", shares, value[theirs]))
+    return torch.cat(outputs), torch.cat(logs, dim=1), torch.zeros(2, dtype=torch.uint64)
+
+
+def backward(grad_out, query, key, value, out, lse, cu_seq_q, cu_seq_k, scale, sides) -> tuple[torch.Tensor, ...]:
+    """Dao et al., arXiv:2205.14135, appendix B.2, document by document: from the output and the sums of the forward."""
+    groups = query.shape[1] // key.shape[1]
+    wide_key, wide_value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
+    dq, dk, dv = torch.zeros_like(query), torch.zeros_like(wide_key), torch.zeros_like(wide_value)
+    for mine, theirs, seen in masks(cu_seq_q, cu_seq_k, sides):
+        scores = torch.einsum("qhd,khd->hqk", query[mine], wide_key[theirs]) * scale
+        shares = (scores - lse[:, mine, None]).exp() * seen
+        dv[theirs] = torch.einsum("hqk,qhd->khd", shares, grad_out[mine])
+        weighted = (grad_out[mine] * out[mine]).sum(-1).T[..., None]
+        ds = shares * (torch.einsum("qhd,khd->hqk", grad_out[mine], wide_value[theirs]) - weighted) * scale
+        dq[mine] = torch.einsum("hqk,khd->qhd", ds, wide_key[theirs])
+        dk[theirs] = torch.einsum("hqk,qhd->khd", ds, query[mine])
+    return dq, *(one.unflatten(1, (-1, groups)).sum(2) for one in (dk, dv))
+
+
+VERSIONS = {
+    "2.10": ("", ""),
+    "2.11": (", float? scale=None, int[]? window_size=None",) * 2,
+    "2.13": (
+        ", float? scale=None, int[]? window_size=None, bool enable_gqa=False, Tensor? seqused_k=None, "
+        "Tensor? block_table=None, int? num_splits=None",
+        ", float? scale=None, int[]? window_size=None",
+    ),
+}
+"""What torch's two operators take after `is_causal` (and `rng_state`), in torch/nn/attention/varlen.py."""
+RUNS: Counter[str] = Counter()
+
+
+@cache
+def stand_in(version: str) -> tuple:
+    """torch's operators, which need CUDA, computed by the loops above, with the schema of each version."""
+    library = torch.library.Library(f"stand_in_{version.replace('.', '_')}", "DEF")
+    queries = "Tensor query, Tensor key, Tensor value"
+    lengths = "Tensor cu_seq_q, Tensor cu_seq_k, SymInt max_q, SymInt max_k"
+    one, other = VERSIONS[version]
+    library.define(f"_varlen_attn({queries}, {lengths}, bool is_causal=False{one}) -> (Tensor, Tensor, Tensor)")
+    library.define(
+        f"_varlen_attn_backward(Tensor grad_out, {queries}, Tensor out, Tensor lse, {lengths}, bool is_causal, "
+        f"Tensor rng_state{other}) -> (Tensor, Tensor, Tensor)"
+    )
+
+    def how(size, is_causal=False, scale=None, window_size=None, **beside) -> tuple[float, list[int]]:
+        assert set(beside) <= {"enable_gqa"}
+        assert window_size is None or is_causal == (window_size == [-1, 0])
+        return size**-0.5 if scale is None else scale, window_size or [-1, 0 if is_causal else -1]
+
+    def run(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **named) -> tuple[torch.Tensor, ...]:
+        RUNS["forward"] += 1
+        assert query.shape[1] == key.shape[1] or named["enable_gqa"]
+        return forward(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *how(query.shape[2], **named))
+
+    def run_backward(grad_out, query, key, value, out, lse, cu_seq_q, cu_seq_k, max_q, max_k, rng_state, **named) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        RUNS["backward"] += 1
+        return backward(grad_out, query, key, value, out, lse, cu_seq_q, cu_seq_k, *how(query.shape[2], **named))
+
+    operators = []
+    for name, function in ("_varlen_attn", run), ("_varlen_attn_backward", run_backward):
+        operator = getattr(getattr(torch.ops, library.ns), name).default
+        names = [argument.name for argument in operator._schema.arguments]
+        library.impl(
+            name,
+            lambda *given, _run=function, _names=names, **named: _run(
+                **dict(zip(_names, given, strict=False)), **named
+            ),
+            "CPU",
+        )
+        operators.append(operator)
+    return tuple(operators), library
+
+
+@pytest.fixture(params=VERSIONS)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """torch's kernel, which needs CUDA, computed by the loop above, with the signature of each version."""
-
-    def run(query, key, value, cu_q, cu_k, max_q, max_k, scale, left, right, gqa) -> torch.Tensor:
-        assert query.shape[1] == key.shape[1] or gqa
-        assert query.ndim == key.ndim == value.ndim == 3
-        assert query.shape[2] == key.shape[2] == value.shape[2]
-        assert query.dtype == key.dtype == value.dtype
-        assert cu_q.dtype == cu_k.dtype == torch.int32
-        assert (cu_q[-1], cu_k[-1]) == (query.shape[0], key.shape[0])
-        assert isinstance(max_q, int)
-        assert max_q >= cu_q.diff().max()
-        assert max_k >= cu_k.diff().max()
-        is_seen = lambda q, k: (left < 0 or k >= q - left) and (right < 0 or k <= q + right)  # noqa: E731
-        return document_by_document(query, key, value, cu_q.tolist(), cu_k.tolist(), scale, is_seen)
-
-    def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-        return run(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, None, -1, 0 if is_causal else -1, False)
-
-    def of_2_11(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
-    ):
-        return run(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, *window_size, False)
-
-    def of_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):  # fmt: skip
-        return run(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, *window_size, enable_gqa)
-
-    stands_in = {"2.10": of_2_10, "2.11": of_2_11, "2.13": of_2_13}[request.param]
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stands_in)
-    monkeypatch.setattr(varlen, "kernel_parameters", lambda: frozenset(inspect.signature(stands_in).parameters))
+    operators, _ = stand_in(request.param)
+    monkeypatch.setattr(varlen, "torch_kernel", lambda: operators)
+    RUNS.clear()
     return request.param
 
 
@@ -228,6 +291,26 @@ def test_a_whole_model_as_under_sdpa(kernel: str, tiny_model: Path) -> None:
     assert torch.equal(*answers)
 
 
+@pytest.mark.parametrize("selective", [True, False])
+def test_selective_checkpointing_keeps_what_attention_put_out(kernel: str, selective: bool, tiny_model: Path) -> None:
+    """TRL's: with it the kernel runs once a layer, without it once more, and the gradients are the same bits."""
+    varlen.register()
+    model = LlamaForCausalLM.from_pretrained(tiny_model, attn_implementation=varlen.NAME).train()
+    ids = torch.randint(3, 200, (1, 40), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for checkpointing in False, True:
+        if checkpointing and selective:
+            enable_selective_activation_checkpointing(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        RUNS.clear()
+        model.zero_grad()
+        model(ids, use_cache=False, **collated([15, 25])).logits.square().mean().backward()
+        gradients.append([one.grad for one in model.parameters()])
+    assert (RUNS["forward"], RUNS["backward"]) == (2 if selective else 4, 2)
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
 def test_float32_weights_under_autocast(kernel: str, tiny_model: Path) -> None:
     """RoPE leaves queries and keys in float32 there, and values in 16 bits; FlashAttention has no float32."""
     varlen.register()
@@ -247,6 +330,20 @@ def test_this_torch_has_a_kernel_we_know_how_to_call() -> None:
     takes = varlen.kernel_parameters()
     assert {"query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"} <= takes
     assert {"scale", "window_size"} <= takes or "is_causal" in takes
+
+
+def test_shapes_are_known_to_the_compiler() -> None:
+    """torch.compile runs it on tensors without numbers, forward and backward: this torch's own operators."""
+    with FakeTensorMode():
+        inputs = [
+            torch.empty(1, heads, 12, SIZE).bfloat16().requires_grad_() for heads in (HEADS, KEY_HEADS, KEY_HEADS)
+        ]
+        borders = torch.empty(3, dtype=torch.int32)
+        documents = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": 8, "max_length_k": 8}
+        output, _ = varlen.attention(LAYER, *inputs, None, **documents)
+        assert output.shape == (1, 12, HEADS, SIZE)
+        for one, other in zip(torch.autograd.grad(output.sum(), inputs), inputs, strict=True):
+            assert one.shape == other.shape
 
 
 def run_trial(kernel: str, **asked) -> str | None:

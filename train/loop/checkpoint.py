@@ -75,11 +75,10 @@ def sequences_per_step(recipe: Recipe, processes: int) -> int:
     return int(each * accumulated * processes)
 
 
-def _effective(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """With what TRL takes for keys of `training` that aren't written: to write a default is no change."""
-    fields = training_fields()
-    defaults = {f"training.{name}": field.default for name, field in fields.items()}
-    return {key: value for key, value in facts.items() if key not in defaults or value != defaults[key]}
+def _value(facts: Mapping[str, Any], key: str) -> Any:
+    """What a run had there; what TRL takes where nothing is written, so that to write a default is no change."""
+    field = training_fields().get(key.removeprefix("training."))
+    return facts.get(key, field.default if field else None)
 
 
 def find_checkpoint(resume: str, recipe: Recipe, anyway: Sequence[str] = ()) -> Checkpoint | None:
@@ -105,7 +104,7 @@ def find_checkpoint(resume: str, recipe: Recipe, anyway: Sequence[str] = ()) -> 
             "on from it. Name another output_dir, or write `--resume never` to start anew."
         )
     recipe_keys = {key: value for key, value in found.manifest["run"].items() if not key.startswith("made.")}
-    refuse_changes(found, _effective(recipe_keys), _effective(facts_of_recipe(recipe)), anyway)
+    refuse_changes(found, recipe_keys, facts_of_recipe(recipe), anyway)
     return found
 
 
@@ -116,8 +115,8 @@ def refuse_changes(
 
     Raises UserError for differences that change what is computed, unless `anyway` names them.
     """
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    told = {key: f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed}
+    changed = sorted(key for key in before.keys() | now.keys() if _value(before, key) != _value(now, key))
+    told = {key: f"{key} was {_value(before, key)!r} and is {_value(now, key)!r}" for key in changed}
     refused = [key for key in changed if key not in _HARMLESS and key not in anyway]
     if refused:
         raise UserError(

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from train.data.prepare import Prepared
 from train.loop import universal
-from train.loop.checkpoint import UNSHARDED, Checkpoint, facts_of_recipe, processes_now, sequences_per_step
+from train.loop.checkpoint import UNSHARDED, Checkpoint, facts_of_recipe, sequences_per_step
 from train.progress import is_first_rank
 
 if TYPE_CHECKING:
@@ -33,7 +33,13 @@ class RunState(TrainerCallback):
         self._trainer = trainer
         self.evaluation_is_due = False
         """Whether an evaluation was given up as the run had to stop."""
+        self.best_saved: tuple[float | None, int | None, str | None] = (None, None, None)
+        """Metric, step and folder of the best model as of the last checkpoint that was written."""
         self._going_on: Path | None = None
+        self._learning_rate: float | None = None
+        self._epoch_ends = False
+        """Whether the end of an epoch follows on this step: what is due there hasn't been done."""
+        self._over = False
 
     def go_on_from(self, checkpoint: Checkpoint) -> Path:
         """Take up the state in this checkpoint when training begins. The folder that it is to be loaded from."""
@@ -58,6 +64,9 @@ class RunState(TrainerCallback):
             "throughput": trainer._throughput.state(),
             "recent_losses": trainer._guards.state(),
             "evaluation_is_due": self.evaluation_is_due,
+            "epoch_ends": self._epoch_ends,
+            "grad_norm": float(trainer.grad_norm),
+            "learning_rate": self._learning_rate,
         }
         path = folder / f"run_state_{trainer.args.process_index}.json"
         path.write_text(json.dumps(state), encoding="utf-8")
@@ -71,7 +80,7 @@ class RunState(TrainerCallback):
         return {
             "step": state.global_step,
             "epoch": state.epoch,
-            "sequences": state.global_step * sequences_per_step(recipe, processes_now()),
+            "sequences": self._consumed(),
             "tokens": state.num_input_tokens_seen,
             "run": {**facts_of_recipe(recipe), **trainer._about},
             "processes": arguments.world_size,
@@ -80,6 +89,34 @@ class RunState(TrainerCallback):
             "packages": {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)},
             "wandb_run": run.id if run else None,
         }
+
+    def _consumed(self) -> int:
+        """Sequences that were trained, each as often as it was: a smaller step ends an epoch."""
+        trainer, arguments = self._trainer, self._trainer.args
+        sequences, at_once = len(trainer.train_dataset), arguments.train_batch_size * arguments.world_size
+        if arguments.dataloader_drop_last:
+            sequences = sequences // at_once * at_once
+        of_step = at_once * arguments.gradient_accumulation_steps
+        epochs, steps = divmod(trainer.state.global_step, max(-(-sequences // of_step), 1))
+        return epochs * sequences + min(steps * of_step, sequences)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the learning rate of the step, which is logged."""
+        self._learning_rate = float(self._trainer._get_learning_rate())
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note whether an epoch ends here, or the run."""
+        self._epoch_ends = state.epoch == int(state.epoch or 0) or state.global_step >= state.max_steps
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What is due at the end of an epoch comes now; where the run was over when it was gone on with, it is done."""
+        self._epoch_ends = False
+        if self._over:
+            control.should_log = control.should_evaluate = control.should_save = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -90,6 +127,7 @@ class RunState(TrainerCallback):
         """
         if self._going_on is None:
             return
+        self._over = state.global_step >= state.max_steps
         trainer, checkpoint = self._trainer, self._going_on
         states = {int(path.stem.rpartition("_")[2]): path for path in checkpoint.glob("run_state_*.json")}
         read = {rank: json.loads(path.read_text(encoding="utf-8")) for rank, path in states.items()}
@@ -107,10 +145,15 @@ class RunState(TrainerCallback):
             universal.forget(args.output_dir)
         self._going_on = None
         self._find_best(state, checkpoint.parent)
+        self.best_saved = (state.best_metric, state.best_global_step, state.best_model_checkpoint)
         if read[0]["evaluation_is_due"]:
             metrics = trainer._evaluate(None, None)
             if trainer._determine_best_metric(metrics, None) and args.save_strategy == "best":
                 trainer._save_checkpoint(trainer.model_wrapped, None)
+        if read[0]["epoch_ends"]:
+            over, self._over = self._over, False
+            trainer.end_epoch(read[0]["grad_norm"], read[0]["learning_rate"])
+            self._over = over
 
     def _find_best(self, state: TrainerState, beside: Path) -> None:
         """Where the best checkpoint lies now: its folder may have been moved, or the one gone on from copied."""

@@ -40,8 +40,8 @@ _RESOLVED = "recipe.yaml"
 """What every run leaves in its folder as it begins."""
 _LOCK = ".lock"
 GO_ON = "Make room or mend the disk, then start again: the run goes on from its newest checkpoint."
-_SMALL_FILES = 4 * 2**20
-"""Bytes that all files of a checkpoint take which hold no weights and no states."""
+_SMALL_FILES = 2**19
+"""Bytes, and more than all files take that hold no weights and no states."""
 
 
 def keep_others_out(output_dir: str) -> TextIO | None:
@@ -81,7 +81,7 @@ class Saver:
         self._ranks = PartialState()
         self._copying: Future[None] | None = None
         self._copies = ThreadPoolExecutor(1, "mirror")
-        self._disk = self._folder.stat().st_dev if self._folder.is_dir() else None
+        self._disk, self._mirror_disk = _disk_of(self._folder), _disk_of(settings.mirror_dir)
         self.aside = self._folder / _ASIDE
         """Where a checkpoint is until it is whole."""
 
@@ -179,7 +179,8 @@ class Saver:
         except OSError as found:
             fault = found.strerror or str(found)
         except (UserError, SafetensorError, RuntimeError) as found:  # PyTorch's and safetensors' own of a full disk
-            fault = " ".join(str(found).split())[:500]
+            full = self._full() and not isinstance(found, UserError)
+            fault = os.strerror(errno.ENOSPC) if full else " ".join(str(found).split())[:500]
         faults = [one for one in gather_object([fault]) if one]
         return faults[0].rstrip(".") if faults else None
 
@@ -192,32 +193,35 @@ class Saver:
         if fault:
             raise OSError(errno.EIO, fault)
 
+    def _full(self) -> bool:
+        """Whether the disk is all but full; PyTorch says something else of it ("unexpected pos 675328 vs 675216")."""
+        try:
+            return shutil.disk_usage(self._folder).free < _SMALL_FILES
+        except OSError:
+            return False
+
+    def _check_folder(self) -> None:
+        """Raise OSError where output_dir isn't what it was: below a mount that vanishes, another folder shows."""
+        disk = _disk_of(self._folder)
+        if (disk is None or disk != self._disk) and not (self._folder / _RESOLVED).is_file():
+            raise OSError(errno.ENOENT, "the folder in which the run began is gone, or the disk that it was on")
+
     def _room(self) -> None:
         """Raise OSError where the folder is gone, or its disk can't hold what the last checkpoint took."""
         if not is_first_rank():
             return
-        # a mount that vanished leaves the empty folder that it stood on, of another disk
-        gone = not self._folder.is_dir() or self._folder.stat().st_dev != self._disk
-        if gone and not (self._folder / _RESOLVED).is_file():
-            raise OSError(
-                errno.ENOENT, "it is not the folder in which the run began: its disk is gone, or it was moved"
-            )
+        self._check_folder()
         newest = next((found for path in _whole(self._folder) if (found := manifest_of(path))), None)
         if newest is None:
             return
         needed = sum(one["bytes"] for one in newest["files"].values())
         free = shutil.disk_usage(self._folder).free + sum(path.stat().st_size for path in _files(self.aside))
         if free < needed:
-            took = (
-                f"the last checkpoint took {_size(needed)}"
-                if newest
-                else f"a checkpoint takes more than {_size(needed)}"
-            )
-            raise OSError(errno.ENOSPC, f"{_size(free)} are free, and {took}")
+            raise OSError(errno.ENOSPC, f"{_size(free)} are free, and the last one took {_size(needed)}")
 
     def check_room_for_small_files(self) -> None:
         """Raise OSError where the disk is all but full: then nothing more is begun that processes wait for."""
-        if is_first_rank() and shutil.disk_usage(self._folder).free < _SMALL_FILES:
+        if is_first_rank() and self._full():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _clear(self, unfinished: Path) -> None:
@@ -225,7 +229,8 @@ class Saver:
         if is_first_rank():
             if self.aside.exists():
                 shutil.rmtree(self.aside)
-            unfinished.mkdir(parents=True)
+            self.aside.mkdir()
+            unfinished.mkdir()
 
     def _settled(self, unfinished: Path, names: list[str]) -> dict[str, Any]:
         """Bring this process's share of the files onto the disk; their sizes and checksums."""
@@ -245,6 +250,7 @@ class Saver:
         complete.write_text(written(manifest), encoding="utf-8")
         for path in (complete, *(path for path in unfinished.rglob("*") if path.is_dir()), unfinished):
             _sync(path)
+        self._check_folder()
         named = self._folder / unfinished.name
         if named.exists():  # written again as an evaluation was made good, say: half of it must never bear its name
             named.rename(self.aside / f"{named.name}.before")
@@ -271,6 +277,9 @@ class Saver:
             for left_over in mirror.glob(f"checkpoint-*{_SUFFIX}"):
                 shutil.rmtree(left_over, ignore_errors=True)
             aside.mkdir(parents=True)
+            self._mirror_disk = self._mirror_disk or _disk_of(mirror)
+            if _disk_of(mirror) != self._mirror_disk:
+                raise OSError(errno.ENOENT, "the disk that it was on is gone")
             for name in [*files_below(folder), COMPLETE]:
                 (aside / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / name, aside / name)
@@ -285,6 +294,11 @@ class Saver:
             shutil.rmtree(aside, ignore_errors=True)
             if folder.is_dir():  # else it was deleted meanwhile, and a newer one follows
                 print(f"warning: save.mirror_dir: {folder.name} was not copied to {mirror}: {fault}", flush=True)
+
+
+def _disk_of(folder: Path | str | None) -> int | None:
+    """The disk that a folder lies on; None where there is no such folder."""
+    return os.stat(folder).st_dev if folder and Path(folder).is_dir() else None
 
 
 def _whole(parent: Path) -> list[Path]:

@@ -84,6 +84,7 @@ class StepLog(TrainerCallback):
         self._evaluation: Job | None = None
         self._started = 0.0
         self._first_step = 0
+        self._unwritten = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -100,7 +101,9 @@ class StepLog(TrainerCallback):
                 for metrics in read_metrics(self.path)
                 if metrics["step"] <= state.global_step and "loaded_step" not in metrics
             ]
-        self.path.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept), encoding="utf-8")
+        unfinished = self.path.with_suffix(".unfinished")  # a full disk must not cost the lines that were there
+        unfinished.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept), encoding="utf-8")
+        unfinished.replace(self.path)
         self._job = self._open.enter_context(
             job("training", total=state.max_steps, unit="steps", done=state.global_step)
         )
@@ -137,8 +140,17 @@ class StepLog(TrainerCallback):
             self._write({"step": state.global_step, "loaded_step": state.best_global_step})
 
     def _write(self, metrics: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({key: _plain(value) for key, value in metrics.items()}) + "\n")
+        """Append a line; where the disk is full or gone, with the next one: saving says what becomes of it."""
+        self._unwritten += json.dumps({key: _plain(value) for key, value in metrics.items()}) + "\n"
+        try:
+            with self.path.open("a", encoding="utf-8") as lines:
+                lines.write(self._unwritten)
+        except OSError as fault:
+            if not self._unwritten.startswith("\n"):  # after half a line, which is passed over
+                self._unwritten = "\n" + self._unwritten
+                print(f"warning: {self.path} can't be written: {fault.strerror}; its lines are kept", flush=True)
+        else:
+            self._unwritten = ""
 
     def _line(self, state: TrainerState, metrics: dict[str, Any]) -> str:
         if "loss" not in metrics:

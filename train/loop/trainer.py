@@ -1,7 +1,8 @@
 """TRL's SFTTrainer on prepared rows, and the little that it lacks."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainerControl
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -37,18 +38,6 @@ from train.model.shape import Shape, shape_of
 from train.recipe import Recipe
 
 
-def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str]) -> None:
-    """Have the saved generation settings stop at each of `stop_tokens`, at eos and at what the model stops at already.
-
-    Call it before the trainer makes the first of them the tokenizer's eos.
-    """
-    known = model.generation_config.eos_token_id
-    before = known if isinstance(known, list) else [] if known is None else [known]
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    stops = [*map(tokenizer.convert_tokens_to_ids, stop_tokens), *eos, *before]
-    model.generation_config.eos_token_id = list(dict.fromkeys(stops)) or None
-
-
 def _sample(sequences: Sequences) -> Dataset:
     """One sequence, as TRL wants to see data: only a Dataset will do, and none of more than memory holds."""
     return Dataset.from_list([sequences[0]])
@@ -64,6 +53,9 @@ class JanusTrainer(SFTTrainer):
     _signature_columns: list[str]  # transformers' own
     order: EpochOrder | None = None
     """What training walks through, once it has begun."""
+    grad_norm: torch.Tensor | float = math.nan
+    """Of the last step."""
+    control: TrainerControl
     _evaluated: Sums | None = None
     _tokens_since_saved: int = 0
 
@@ -238,7 +230,12 @@ class JanusTrainer(SFTTrainer):
             self._signature_columns = [*self._signature_columns, "sequence"]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """transformers' batches of one step; here a step's time begins."""
+        """transformers' batches of one step, whose time begins here; none for a run that is over.
+
+        transformers trains one step more where a run ends within an epoch and is gone on with from its last step.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
         self._throughput.begin_step()
         return super().get_batch_samples(self._throughput.waiting(epoch_iterator), *args, **kwargs)
 
@@ -306,6 +303,7 @@ class JanusTrainer(SFTTrainer):
         deepspeed = self.is_deepspeed_enabled  # there the step is done by now, or was left out
         if deepspeed and self.accelerator.optimizer_step_was_skipped:
             norm = math.nan
+        self.grad_norm = norm
         scaled = self.accelerator.mixed_precision == "fp16"  # until gradients overflow, which is no fault
         loss_sum = self._guards.loss_sum()
         judged = self.accelerator.reduce(loss_sum) if scaled else torch.as_tensor(norm, device=loss_sum.device)
@@ -353,7 +351,17 @@ class JanusTrainer(SFTTrainer):
                         raise UserError(f"{file} was not written")
             self._check_weights(folder)
 
-        self._saver.save(step, write, check, self._run_state.manifest, best_name)
+        state = self.state
+        if self._saver.save(step, write, check, self._run_state.manifest, best_name):
+            self._run_state.best_saved = (state.best_metric, state.best_global_step, state.best_model_checkpoint)
+        elif best == step:  # the best model that there is, is the one before
+            state.best_metric, state.best_global_step, state.best_model_checkpoint = self._run_state.best_saved
+
+    def end_epoch(self, grad_norm: float, learning_rate: float | None) -> None:
+        """Do what is due at the end of an epoch, after whose last step the run was killed."""
+        self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+        epoch, model, began = int(self.state.epoch or 0), self.model_wrapped, time.time()
+        self._maybe_log_save_evaluate(self._tr_loss, grad_norm, model, None, epoch, None, began, learning_rate)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """transformers' evaluation; training's random numbers go on as if it had not been."""

@@ -1,4 +1,4 @@
-"""Answers from a model in memory, in batches."""
+"""Answers from a model in memory, in batches, and where the answers of a saved one stop."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,3 +54,15 @@ def generate(
         if on_progress:
             on_progress(len(indices))
     return answers
+
+
+def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str]) -> None:
+    """Have the saved generation settings stop at each of `stop_tokens`, at eos and at what the model stops at already.
+
+    Call it before the trainer makes the first of them the tokenizer's eos.
+    """
+    known = model.generation_config.eos_token_id
+    before = known if isinstance(known, list) else [] if known is None else [known]
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stops = [*map(tokenizer.convert_tokens_to_ids, stop_tokens), *eos, *before]
+    model.generation_config.eos_token_id = list(dict.fromkeys(stops)) or None

@@ -1,12 +1,13 @@
 """torch_varlen: FlashAttention for packed documents with the kernels that torch ships, registered with transformers.
 
 torch.nn.attention.varlen (torch 2.10 and later) is FlashAttention-2 (Dao 2023, arXiv:2307.08691) over one row of tokens
-with the borders of its documents; nothing has to be compiled or installed beside torch. TRL's selective checkpointing
-keeps what attention put out, by its operator's name; this one it doesn't know (trl 1.16), so it is computed again.
+with the borders of its documents; nothing has to be compiled or installed beside torch. It is called through an
+operator of our own: TRL's selective checkpointing (training.gradient_checkpointing_kwargs: {selective: true}) keeps
+what attention put out where the operator's name has `flash_attn` in it (selective_activation_checkpointing.py in
+trl/models, 1.16), and that of torch's has not, so that it would be computed again.
 """
 
 import importlib.util
-import inspect
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -26,13 +27,31 @@ def register() -> None:
 
 
 @cache
+def torch_kernel() -> tuple[Any, Any] | None:
+    """torch's operators, forward and backward; None where it has none."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return None
+    import torch.nn.attention.varlen  # registers them
+
+    operators = torch.ops.torch_attn
+    forward, backward = (getattr(operators, name, None) for name in ("_varlen_attn", "_varlen_attn_backward"))
+    return (forward.default, backward.default) if forward and backward else None
+
+
 def kernel_parameters() -> frozenset[str]:
     """What torch's kernel takes here: it differs between 2.10, 2.11 and 2.13. Empty where torch has none."""
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return frozenset()
-    from torch.nn.attention.varlen import varlen_attn
+    kernel = torch_kernel()
+    return frozenset(_parameters(kernel[0])) if kernel else frozenset()
 
-    return frozenset(inspect.signature(varlen_attn).parameters)
+
+def _parameters(operator: Any) -> list[str]:
+    return [one.name for one in operator._schema.arguments]
+
+
+def _call(operator: Any, **offered: Any) -> Any:
+    """The operator with those of the arguments that it takes."""
+    takes = _parameters(operator)
+    return operator(**{name: value for name, value in offered.items() if name in takes})
 
 
 class Documents(NamedTuple):
@@ -121,31 +140,67 @@ def flash_varlen(
     A query sees the last `window` keys of its document, itself among them; None = all. Causal: none after it, the last
     query standing at the last key. Raises ValueError for a window where torch's kernel has none (2.10).
     """
-    from torch.nn.attention.varlen import varlen_attn
-
     takes = kernel_parameters()
-    arguments: dict[str, Any] = {}
-    if query.shape[1] != key.shape[1]:
-        if "enable_gqa" in takes:
-            arguments["enable_gqa"] = True
-        else:  # until 2.12 it says nothing of fewer heads for keys
-            groups = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    if "scale" in takes:
-        arguments["scale"] = scale
-    else:
-        query = query * (scale * query.shape[-1] ** 0.5)
-    if "window_size" in takes:
-        behind = -1 if window is None else window - 1
-        arguments["window_size"] = (behind, 0 if causal else behind)
-    elif window is None:
-        arguments["is_causal"] = causal
-    else:
+    if "window_size" not in takes and window is not None:
         raise ValueError(f"{NAME} does no sliding window with torch {torch.__version__}: 2.11 or later does.")
-    output = varlen_attn(
-        query, key, value, of_queries.borders, of_keys.borders, of_queries.longest, of_keys.longest, **arguments
+    if (
+        query.shape[1] != key.shape[1] and "enable_gqa" not in takes
+    ):  # until 2.12 it says nothing of fewer heads for keys
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if "scale" not in takes:
+        query = query * (scale * query.shape[-1] ** 0.5)
+    behind = -1 if window is None else window - 1
+    sides = [behind, 0 if causal else behind]
+    output, *_ = _varlen(
+        query, key, value, of_queries.borders, of_keys.borders, of_queries.longest, of_keys.longest, scale, sides
     )
-    return output if isinstance(output, torch.Tensor) else output[0]
+    return output
+
+
+def _forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    window_size: list[int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What torch.nn.attention.varlen.varlen_attn calls, under a name that TRL keeps: output, log of sums, and a state
+    of random numbers that nothing uses."""
+    kernel = torch_kernel()
+    assert kernel is not None, f"torch {torch.__version__} has no kernel for variable lengths"
+    return _call(
+        kernel[0], query=query, key=key, value=value, cu_seq_q=cu_seq_q, cu_seq_k=cu_seq_k, max_q=max_q, max_k=max_k,
+        is_causal=window_size == [-1, 0],
+        scale=scale, window_size=window_size, enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:  # torch gives them by name
+    tensors, ctx.numbers = inputs[:5], inputs[5:]
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx: Any, gradient: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    query, key, value, cu_seq_q, cu_seq_k, out, lse, rng_state = ctx.saved_tensors
+    max_q, max_k, scale, window_size = ctx.numbers
+    kernel = torch_kernel()
+    assert kernel is not None
+    gradients = _call(
+        kernel[1], grad_out=gradient, query=query, key=key, value=value, out=out, lse=lse, cu_seq_q=cu_seq_q,
+        cu_seq_k=cu_seq_k, max_q=max_q, max_k=max_k, is_causal=window_size == [-1, 0], rng_state=rng_state,
+        scale=scale, window_size=window_size,
+    )  # fmt: skip
+    return (*gradients, None, None, None, None, None, None)
+
+
+_varlen = torch.library.custom_op("janus_flash_attn::varlen", _forward, mutates_args=())
+_varlen.register_fake(_forward)
+_varlen.register_autograd(_backward, setup_context=_keep)
 
 
 def _of_lengths(lengths: torch.Tensor) -> Documents:

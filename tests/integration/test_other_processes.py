@@ -1,0 +1,208 @@
+"""A run that goes on with another number of processes: the same sequences a step, the same losses but for rounding."""
+
+import json
+import os
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import WORDS
+from ranks import Outcome, launch
+from safetensors.torch import load_file
+
+pytest.importorskip("deepspeed")
+
+STEPS = 6
+NOISE_OF_LOSS = 2e-6
+"""Relative; see test_sharded_training.py, which bounds the same sums in other orders."""
+NOISE_OF_WEIGHTS = 5e-3
+"""Of the largest change of a tensor; as there."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to spread a run."""
+
+    name: str
+    config: str | None = None
+    adapter: bool = False
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Callable[..., "Trained"]:
+    """Trains on so many processes; `after`: the run, and the step, whose checkpoint it goes on from."""
+    root = tmp_path_factory.mktemp("runs")
+    chance = random.Random(31)
+    text = lambda count: " ".join(chance.choice(WORDS.split()) for _ in range(count))  # noqa: E731
+    rows = root / "rows.jsonl"
+    with rows.open("w", encoding="utf-8") as lines:
+        for _ in range(80):
+            turns = [("system", chance.randint(1, 9)), ("user", 6), ("assistant", chance.choice([1, 5, 30, 60]))]
+            lines.write(json.dumps({"messages": [{"role": role, "content": text(n)} for role, n in turns]}) + "\n")
+    known: dict[Any, Trained] = {}
+
+    def train(kind: Kind, processes: int, after: tuple["Trained", int] | None = None, **training: Any) -> Trained:
+        key = (kind, processes, after and (after[0].folder, after[1]), json.dumps(training))
+        if key in known:
+            return known[key]
+        folder = root / f"{kind.name}-{len(known)}"
+        options: list[str | Path] = []
+        if after:
+            options = ["--resume", folder / "run" / f"checkpoint-{after[1]}"]
+            shutil.copytree(after[0].folder / f"checkpoint-{after[1]}", folder / "run" / f"checkpoint-{after[1]}")
+        content = {
+            "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
+            "chat": {"template": "chatml"},
+            "data": {"sources": [{"path": str(rows)}], "max_length": 256, "cache_dir": str(root / "cache")},
+            "adapter": {"r": 4, "modules_to_save": ["lm_head"]} if kind.adapter else None,
+            "training": {
+                "bf16": False,
+                "gradient_checkpointing": False,
+                "learning_rate": 2e-3,
+                "adam_epsilon": 1e-6,
+                "weight_decay": 0.1,  # of some weights, and not of others: two groups in the optimizer
+                "lr_scheduler_type": "linear",
+                "per_device_train_batch_size": 1,
+                "gradient_accumulation_steps": 1 if after else 4 // processes,  # four a step, whatever it says now
+                "max_steps": STEPS,
+                "logging_steps": 1,
+                "save_strategy": "steps",
+                "save_steps": 2,
+                **training,
+            },
+            "output_dir": str(folder / "run"),
+        }
+        folder.mkdir(exist_ok=True)
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(json.dumps(content), encoding="utf-8")
+        outcome = launch(
+            processes,
+            kind.config,
+            "--recipe",
+            recipe,
+            *options,
+            folder / "steps",
+            logs=folder / "logs",
+            job=noting_steps,
+        )
+        known[key] = Trained(folder / "run", outcome, kind.adapter)
+        return known[key]
+
+    return train
+
+
+def noting_steps(*arguments: str) -> int:
+    """Trains, and writes which sequences this rank saw in each step."""
+    from ranks import sft
+
+    from train.loop.trainer import JanusTrainer
+
+    *rest, report = arguments
+    seen: dict[int, list[int]] = {}
+    count = JanusTrainer._count
+
+    def counting(self: JanusTrainer, held: Any, sums: Any) -> None:
+        seen.setdefault(self.state.global_step + 1, []).extend(held.sequences)
+        count(self, held, sums)
+
+    JanusTrainer._count = counting
+    code = sft(*rest)
+    Path(f"{report}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen), encoding="utf-8")
+    return code
+
+
+class Trained:
+    """What a run left behind."""
+
+    def __init__(self, folder: Path, outcome: Outcome, adapter: bool) -> None:
+        self.folder, self.outcome, self._adapter = folder, outcome, adapter
+
+    @property
+    def losses(self) -> dict[int, float]:
+        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return {line["step"]: line["loss"] for line in map(json.loads, lines) if "loss" in line}
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / ("adapter_model.safetensors" if self._adapter else "model.safetensors"))
+
+    @property
+    def sequences(self) -> dict[int, Counter[int]]:
+        """Which sequences each step had, on all ranks together, and how often."""
+        steps: dict[int, Counter[int]] = {}
+        for file in self.folder.parent.glob("steps-*.json"):
+            for step, seen in json.loads(file.read_text(encoding="utf-8")).items():
+                steps.setdefault(int(step), Counter()).update(seen)
+        return steps
+
+
+def assert_goes_on_like(run: Trained, other: Trained, start: int, before: dict[str, torch.Tensor]) -> None:
+    run.outcome.succeeded()
+    assert run.sequences == {step: seen for step, seen in other.sequences.items() if step > start}
+    expected = {step: loss for step, loss in other.losses.items() if step > start}
+    assert run.losses == pytest.approx(expected, rel=NOISE_OF_LOSS)
+    for name, weight in other.weights.items():
+        moved = (weight - before.get(name, torch.zeros(()))).abs().max()
+        assert (run.weights[name] - weight).abs().max() < NOISE_OF_WEIGHTS * moved, name
+    assert not (run.folder / "universal").exists()
+
+
+CHAINS = [
+    (Kind("ddp"), [4, 2, 1]),
+    (Kind("ddp"), [2, 4]),
+    (Kind("ddp-lora", adapter=True), [4, 2]),
+    (Kind("zero1", "zero1.yaml"), [2, 4]),
+    (Kind("zero2-lora", "zero2.yaml", adapter=True), [4, 2]),
+    (Kind("zero3", "zero3.yaml"), [4, 2, 1]),
+    (Kind("zero3-lora", "zero3.yaml", adapter=True), [2, 4]),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"), CHAINS, ids=[f"{kind.name}-{'-'.join(map(str, sizes))}" for kind, sizes in CHAINS]
+)
+def test_a_run_goes_on_with_the_same_steps(
+    kind: Kind, sizes: list[int], trained: Callable[..., Trained], tiny_model: Path
+) -> None:
+    """Each run of a chain goes on from the one before it; all are like the first, which was left alone."""
+    alone = trained(kind, sizes[0])
+    alone.outcome.succeeded()
+    assert {len(seen) for seen in alone.sequences.values()} == {4}
+    before = {} if kind.adapter else load_file(tiny_model / "model.safetensors")
+    last = alone
+    for step, size in zip((2, 4), sizes[1:], strict=False):
+        run = trained(kind, size, after=(last, step))
+        assert_goes_on_like(run, alone, step, before)
+        assert f"training.gradient_accumulation_steps is {4 // size}" in run.outcome.output[0] or size == 4
+        text = "".join(run.outcome.output)
+        assert ("dealing out" in text) == (kind.config is not None)
+        last = run
+
+
+def test_states_that_cannot_be_dealt_out_are_refused(trained: Callable[..., Trained]) -> None:
+    """Adafactor's are not those that DeepSpeed's converter knows."""
+    kind = Kind("zero2", "zero2.yaml")
+    run = trained(kind, 2, optim="adafactor", max_steps=2)
+    run.outcome.succeeded()
+    other = trained(kind, 1, after=(run, 2), optim="adafactor", max_steps=2)
+    assert other.outcome.exit_codes == [2]
+    assert "error: --resume: " in other.outcome.output[0]
+    assert "can't be dealt out to another number" in other.outcome.output[0]
+    assert "Go on with 2 processes." in other.outcome.output[0]
+    assert "Traceback" not in other.outcome.output[0]
+
+
+def test_a_number_of_processes_that_cannot_share_a_step_is_refused(trained: Callable[..., Trained]) -> None:
+    run = trained(Kind("ddp"), 4)
+    other = trained(Kind("ddp"), 3, after=(run, 2))
+    assert other.outcome.exit_codes == [2, 2, 2]
+    assert (
+        "had 4 sequences a step (4 processes), which 3 processes of 1 at a time can't share evenly"
+        in (other.outcome.output[0])
+    )

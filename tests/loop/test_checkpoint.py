@@ -539,6 +539,19 @@ def test_a_folder_that_is_a_link_and_a_checkpoint_from_elsewhere(
     assert copied.is_dir()
 
 
+def test_weights_of_an_earlier_run_do_not_lie_beside_the_new_ones(
+    again: Callable[..., tuple[Path, Path]], whole: dict[str, Path]
+) -> None:
+    """A larger model was there, in several files with an index; that would be known only after hours of training."""
+    path, run = again()
+    for number in 1, 2:
+        (run / f"model-0000{number}-of-00002.safetensors").write_bytes(b"earlier")
+    (run / "model.safetensors.index.json").write_text('{"weight_map": {}}', encoding="utf-8")
+    assert main(["--recipe", str(path)]) == 0
+    assert {file.name for file in run.glob("*.safetensors*")} == {"model.safetensors"}
+    assert_same_model(run, whole["full"])
+
+
 def test_the_manifest_counts_what_was_consumed(whole: dict[str, Path]) -> None:
     run = whole["full"]
     recipe = load_recipe(run.parent / "full.yaml")

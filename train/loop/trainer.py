@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from trl import SFTConfig, SFTTrainer
 
 from train.data.prepare import Prepared
@@ -228,9 +229,12 @@ class JanusTrainer(SFTTrainer):
             for name, _ in self.model.named_parameters(remove_duplicate=False):
                 if name not in kept:
                     state_dict.pop(name, None)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save and not self._recipe.adapter:
+            for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):  # of an earlier run: transformers leaves one
+                (folder / name).unlink(missing_ok=True)  # beside the other, and loaders take the wrong one
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
             if self._recipe.adapter:
                 self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(folder)

@@ -137,7 +137,7 @@ def assert_same(run: Path, other: Path) -> None:
     assert names
     for name in names:
         states = [tensors(torch.load(folder / name, weights_only=False)) for folder in (run, other)]
-        assert len(states[0]) == len(states[1]) > 2
+        assert len(states[0]) == len(states[1]) > 3  # the steps, both moments and the weights
         assert all(torch.equal(first, second) for first, second in zip(*states, strict=True)), name
     assert figures(run) == figures(other)
 

@@ -42,7 +42,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Calla
     text = lambda count: " ".join(chance.choice(WORDS.split()) for _ in range(count))  # noqa: E731
     rows = root / "rows.jsonl"
     with rows.open("w", encoding="utf-8") as lines:
-        for _ in range(80):
+        for _ in range(48):
             turns = [("system", chance.randint(1, 9)), ("user", 6), ("assistant", chance.choice([1, 5, 30, 60]))]
             lines.write(json.dumps({"messages": [{"role": role, "content": text(n)} for role, n in turns]}) + "\n")
     known: dict[Any, Trained] = {}
@@ -59,7 +59,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Calla
         content = {
             "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
             "chat": {"template": "chatml"},
-            "data": {"sources": [{"path": str(rows)}], "max_length": 256, "cache_dir": str(root / "cache")},
+            "data": {
+                "sources": [{"path": str(rows)}],
+                "max_length": 256,
+                "cache_dir": str(root / "cache"),
+                "validation": 0.2,
+            },
             "adapter": {"r": 4, "modules_to_save": ["lm_head"]} if kind.adapter else None,
             "training": {
                 "bf16": False,
@@ -156,10 +161,10 @@ def assert_goes_on_like(run: Trained, other: Trained, start: int, before: dict[s
 CHAINS = [
     (Kind("ddp"), [4, 2, 1]),
     (Kind("ddp"), [2, 4]),
-    (Kind("ddp-lora", adapter=True), [4, 2]),
-    (Kind("zero1", "zero1.yaml"), [2, 4]),
-    (Kind("zero2-lora", "zero2.yaml", adapter=True), [4, 2]),
-    (Kind("zero3", "zero3.yaml"), [4, 2, 1]),
+    (Kind("ddp-lora", adapter=True), [2, 1]),
+    (Kind("zero1", "zero1.yaml"), [2, 1]),
+    (Kind("zero2-lora", "zero2.yaml", adapter=True), [1, 2]),
+    (Kind("zero3", "zero3.yaml"), [4, 2]),
     (Kind("zero3-lora", "zero3.yaml", adapter=True), [2, 4]),
 ]
 
@@ -183,6 +188,26 @@ def test_a_run_goes_on_with_the_same_steps(
         text = "".join(run.outcome.output)
         assert ("dealing out" in text) == (kind.config is not None)
         last = run
+
+
+@pytest.mark.parametrize("kind", [Kind("zero2", "zero2.yaml"), Kind("zero3", "zero3.yaml")], ids=lambda kind: kind.name)
+def test_the_best_model_is_loaded_whoever_wrote_it(kind: Kind, trained: Callable[..., Trained]) -> None:
+    """At a learning rate that ruins the model: the first checkpoint is the best of two processes."""
+    ruinous = {"learning_rate": 3.0, "lr_scheduler_type": "constant", "load_best_model_at_end": True}
+    settings = {**ruinous, "eval_strategy": "steps", "eval_steps": 2}
+    run: Trained | None = None
+    for processes in 2, 1:
+        run = trained(kind, processes, after=run and (run, 2), **settings)
+        run.outcome.succeeded()
+        lines = list(map(json.loads, (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()))
+        state = json.loads((run.folder / "checkpoint-6" / "trainer_state.json").read_text(encoding="utf-8"))
+        best = state["best_global_step"]
+        assert lines[-1]["loaded_step"] == best
+        assert processes == 1 or best == 2
+        assert state["best_model_checkpoint"] == str(run.folder / f"checkpoint-{best}")
+        saved = load_file(run.folder / f"checkpoint-{best}" / "model.safetensors")
+        assert all(torch.equal(weight, saved[name]) for name, weight in run.weights.items())
+        assert not (run.folder / "universal").exists()
 
 
 def test_states_that_cannot_be_dealt_out_are_refused(trained: Callable[..., Trained]) -> None:

@@ -371,6 +371,45 @@ def test_an_epoch_that_ended_as_the_run_was_killed_is_ended_by_the_next(
     assert figures(run) == expected
 
 
+STOPPED = {
+    "no": {"save_strategy": "no"},
+    "epoch": {"save_strategy": "epoch", "eval_strategy": "epoch"},
+    "best": {"save_strategy": "best", "eval_steps": 1, "metric_for_best_model": "loss", "load_best_model_at_end": True},
+}
+
+
+@pytest.mark.parametrize("strategy", STOPPED)
+def test_a_run_that_is_stopped_at_its_first_step_ends_as_one_left_alone(
+    strategy: str, again: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """However it saves otherwise: a stop saves."""
+    path, run = again(checkpoints=(), training=STOPPED[strategy])
+    assert main(["--recipe", str(path)]) == 0
+    expected = run.rename(tmp_path / "expected")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1")  # long ago
+    for step in (1, 1 if strategy == "best" else 2):  # an evaluation that is due comes before a step, and is given up
+        assert main(["--recipe", str(path)]) == 0
+        ended = json.loads((run / "outcome.json").read_text(encoding="utf-8"))
+        assert (ended["outcome"], ended["step"]) == ("preempted", step)
+        assert steps(run)[-1] == step
+        assert not (run / "model.safetensors").exists()
+    monkeypatch.delenv("SLURM_JOB_END_TIME")
+    assert main(["--recipe", str(path)]) == 0
+    assert_same_model(run, expected)
+    assert figures(run) == figures(expected)
+
+
+def test_a_run_that_is_to_stop_at_its_last_step_is_finished(
+    again: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, run = again(checkpoints=(), training={"max_steps": 1, "save_strategy": "no"})
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1")
+    assert main(["--recipe", str(path)]) == 0
+    assert json.loads((run / "outcome.json").read_text(encoding="utf-8"))["outcome"] == "finished"
+    assert (run / "model.safetensors").exists()
+    assert steps(run) == []
+
+
 def test_what_lies_in_the_future_of_a_run_is_moved_aside(
     again: Callable[..., tuple[Path, Path]], whole: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -498,6 +537,19 @@ def test_a_folder_that_is_a_link_and_a_checkpoint_from_elsewhere(
     assert run.is_symlink()
     assert steps(disk) == [6]
     assert copied.is_dir()
+
+
+def test_weights_of_an_earlier_run_do_not_lie_beside_the_new_ones(
+    again: Callable[..., tuple[Path, Path]], whole: dict[str, Path]
+) -> None:
+    """A larger model was there, in several files with an index; that would be known only after hours of training."""
+    path, run = again()
+    for number in 1, 2:
+        (run / f"model-0000{number}-of-00002.safetensors").write_bytes(b"earlier")
+    (run / "model.safetensors.index.json").write_text('{"weight_map": {}}', encoding="utf-8")
+    assert main(["--recipe", str(path)]) == 0
+    assert {file.name for file in run.glob("*.safetensors*")} == {"model.safetensors"}
+    assert_same_model(run, whole["full"])
 
 
 def test_the_manifest_counts_what_was_consumed(whole: dict[str, Path]) -> None:

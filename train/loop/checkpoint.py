@@ -142,6 +142,10 @@ def check_distribution(checkpoint: Checkpoint, now: str) -> None:
 def with_same_steps(recipe: Recipe, checkpoint: Checkpoint, anyway: Sequence[str], processes: int) -> Recipe:
     """The recipe with as many sequences a step as the checkpoint's run had, on the processes that there are now.
 
+    Each step then has the very sequences that it would have had, but for the last of an epoch where they don't fill it:
+    accelerate takes some from the front again, until each process has one. Sums are added up in another order, and
+    dropout draws other numbers (a process that was not there begins with those of the seed): not to the bit.
+
     Raises UserError where that isn't possible, or where the recipe asks for other steps on as many processes.
     """
     wanted, were = int(checkpoint.manifest["sequences_per_step"]), int(checkpoint.manifest["processes"])

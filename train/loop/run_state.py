@@ -55,6 +55,12 @@ class RunState(TrainerCallback):
             return checkpoint.folder
         return universal.universal_form(checkpoint, arguments.output_dir, arguments.world_size)
 
+    def forget_other_forms(self) -> None:
+        """Delete what `loadable` made, once all processes have loaded it."""
+        self._trainer.accelerator.wait_for_everyone()
+        if is_first_rank():
+            universal.forget(self._trainer.args.output_dir)
+
     def write(self, folder: Path) -> None:
         """Put this process's state into a checkpoint."""
         trainer = self._trainer
@@ -140,9 +146,7 @@ class RunState(TrainerCallback):
         trainer._throughput.load([one["throughput"] for one in own])
         for one in own[:1]:
             trainer._guards.load(one["recent_losses"])
-        trainer.accelerator.wait_for_everyone()
-        if is_first_rank():
-            universal.forget(args.output_dir)
+        self.forget_other_forms()
         self._going_on = None
         self._find_best(state, checkpoint.parent)
         self.best_saved = (state.best_metric, state.best_global_step, state.best_model_checkpoint)

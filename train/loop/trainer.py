@@ -13,8 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainerControl
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from trl import SFTConfig, SFTTrainer
 
 from train.data.prepare import Prepared
@@ -200,6 +201,7 @@ class JanusTrainer(SFTTrainer):
         with universal.loading(self.model_wrapped, folder):
             super()._load_best_model()
         self.state.best_model_checkpoint = best
+        self._run_state.forget_other_forms()
 
     def _check_weights(self, folder: Path) -> None:
         if self.is_world_process_zero():
@@ -216,9 +218,12 @@ class JanusTrainer(SFTTrainer):
             for name, _ in self.model.named_parameters(remove_duplicate=False):
                 if name not in kept:
                     state_dict.pop(name, None)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save and not self._recipe.adapter:
+            for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):  # of an earlier run: transformers leaves one
+                (folder / name).unlink(missing_ok=True)  # beside the other, and loaders take the wrong one
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
             if self._recipe.adapter:
                 self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(folder)
@@ -230,11 +235,12 @@ class JanusTrainer(SFTTrainer):
             self._signature_columns = [*self._signature_columns, "sequence"]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """transformers' batches of one step, whose time begins here; none for a run that is over.
+        """transformers' batches of one step, whose time begins here; none for a run that is over or has to stop.
 
-        transformers trains one step more where a run ends within an epoch and is gone on with from its last step.
+        transformers trains a step first, even where a run that has ended within an epoch is gone on with, or one whose
+        evaluation, made good as it goes on, is given up again.
         """
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self._preemption.reason:
             return [], None
         self._throughput.begin_step()
         return super().get_batch_samples(self._throughput.waiting(epoch_iterator), *args, **kwargs)
@@ -339,10 +345,14 @@ class JanusTrainer(SFTTrainer):
         name, best_name = f"checkpoint-{step}", f"checkpoint-{best}" if best else None
 
         def write() -> None:
-            if best_name and (best == step or Path(self.args.output_dir, best_name).is_dir()):
-                self.state.best_model_checkpoint = str(Path(self.args.output_dir, best_name))
             super(JanusTrainer, self)._save_checkpoint(model, trial)
-            self._run_state.write(self._saver.aside / name)
+            folder = self._saver.aside / name
+            if best_name and (best == step or Path(self.args.output_dir, best_name).is_dir()):
+                # transformers has it where it lies until it is whole
+                self.state.best_model_checkpoint = str(Path(self.args.output_dir, best_name))
+                if self.args.should_save:
+                    self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            self._run_state.write(folder)
 
         def check(folder: Path) -> None:
             if self.is_world_process_zero():

@@ -161,19 +161,23 @@ class Client:
                 await asyncio.sleep(self.pauses.after(tries))
 
     async def _send(self, lane: ServerLane, key: bytes, request: Request) -> Answer | Trouble:
-        """Ask once, in a place that was taken on this lane; the place is given back and the lane told how it went."""
+        """Ask once, in a place that was taken on this lane; it is given back, and the lane told how it went."""
         sent_at = time.monotonic()
         outcome: Answer | Trouble | None = None
         try:
             outcome = await lane.send(self.model, request)
-            if isinstance(outcome, Answer):
-                # The place is given back only after this: answers that a kill can lose never outnumber places.
-                await self.journal.add(key, self.model, request, outcome)
-            return outcome
         finally:
+            self._places.unwritten += isinstance(outcome, Answer)
             self._places.give_back(lane)
             lane.learn(outcome, sent_at)
             self._places.hand_out()
+        if isinstance(outcome, Answer):
+            try:
+                await self.journal.add(key, self.model, request, outcome)
+            finally:
+                self._places.unwritten -= 1
+                self._places.hand_out()
+        return outcome
 
     def _count_failure(self, stage: str, failure: NoAnswerError) -> None:
         if stage in self._answered_stages:

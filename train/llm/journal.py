@@ -2,8 +2,8 @@
 
 An answer is handed out only once its row is committed. What a run builds on an answer (the next stage's prompt, a
 written row) can therefore never name an answer that the next start doesn't find, and asks for anew and gets
-otherwise. A killed process loses only what the server had sent and the journal had not yet committed; such a request
-keeps its place in the client meanwhile, so there are never more of them than requests allowed in flight.
+otherwise. A killed process loses only what the server had sent and the journal had not yet committed: some
+milliseconds' worth, and never more than the client allows (`Places.most_at_risk`).
 """
 
 import asyncio

@@ -108,10 +108,17 @@ class Places(Generic[AnyLane]):
 
     So a slow server gets what it can bear and no more, a dead one a request now and then, and neither keeps the
     others waiting.
+
+    A place is free again as soon as its answer has come, as the server is to be kept busy while that is written
+    down. Answers that are not yet written are counted all the same: with the requests in flight there are never
+    more of them than `most_at_risk`, a quarter more than there are places. This many a killed process can lose.
     """
 
     def __init__(self, lanes: list[AnyLane]) -> None:
         self.lanes = lanes
+        self.unwritten = 0
+        places = sum(lane.most for lane in lanes)
+        self.most_at_risk = places + max(1, places // 4)
         self._waiting: deque[tuple[asyncio.Future[AnyLane], AnyLane | None]] = deque()
         self._alarm: asyncio.TimerHandle | None = None
 
@@ -149,6 +156,8 @@ class Places(Generic[AnyLane]):
         self._set_alarm()
 
     def _best(self, avoid: AnyLane | None) -> AnyLane | None:
+        if self.unwritten + sum(lane.in_flight for lane in self.lanes) >= self.most_at_risk:
+            return None
         now = time.monotonic()
         free = [lane for lane in self.lanes if lane.is_open(now)]
         return min(free, key=lambda lane: (lane is avoid, lane.in_flight / lane.limit), default=None)

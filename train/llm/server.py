@@ -4,17 +4,16 @@ import asyncio
 import email.utils
 import os
 import re
-import socket
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import httpx2
 import openai
 
 from train.errors import UserError
+from train.llm.connections import Connections
 from train.llm.journal import Answer, Request
 from train.llm.places import Lane, Pauses
 from train.progress import duration
@@ -22,14 +21,6 @@ from train.progress import duration
 OPENAI_HOST = "api.openai.com"
 
 _NOT_SENT: Any = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
-
-KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
-    (socket.IPPROTO_TCP, getattr(socket, name), value)
-    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 8))
-    if hasattr(socket, name)
-]
-"""A probe on connections that wait for an answer: it finds a host that is gone within three minutes, however long
-answers take, and keeps the routers in between from forgetting them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +63,6 @@ class ServerLane(Lane):
         self.key = self._find_key(server, host)
         self._limit_name = "max_tokens"
         self._in_flight: set[asyncio.Timeout] = set()
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-        # With a transport of ours, httpx2 would pass over a proxy that the environment names.
-        transport = None if getproxies() else httpx2.AsyncHTTPTransport(limits=limits, socket_options=KEEPALIVE)
         self.api = openai.AsyncOpenAI(
             base_url=server.base_url,
             api_key=self.key or "none",  # the package wants one; servers without keys don't look at it
@@ -83,7 +71,7 @@ class ServerLane(Lane):
             default_headers=None if host == OPENAI_HOST else _NOT_SENT,
             max_retries=0,  # retries here would keep a place, and tell no one
             http_client=openai.DefaultAsyncHttpxClient(
-                limits=limits, transport=transport, timeout=httpx2.Timeout(None, connect=30.0)
+                transport=Connections(server.base_url), timeout=httpx2.Timeout(None, connect=30.0)
             ),
         )
 

@@ -4,7 +4,7 @@ A server starts with all the places it may have, as an idle one can take them, a
 
 - Too much (429, 503): it keeps as many places as it has accepted requests at that moment, which is what it bears.
 - A fault (500, a dropped connection, garbage): one place less. Where a share e of the answers are faults, that
-  settles at about 1/e places: one in a hundred leaves 64 alone, one in ten leaves ten.
+  settles somewhat above 1/e places: one in a hundred leaves 64 alone, one in ten leaves about fifteen.
 - Places come back after each round of answers (as many as there are places) without an objection: one, then two,
   then four. So a server at its limit is asked for too much about once a round, and one that was away is full again
   within a few rounds.

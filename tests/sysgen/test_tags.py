@@ -207,6 +207,22 @@ def test_no_phrase_that_is_written_as_asked_is_lost(text: str) -> None:
             assert whole or any(phrase.strip() in held for _, held in kept)
 
 
+@pytest.mark.parametrize(
+    "text", ["<<Role>>a", "<<Role>>a<<Task>>", "<</Role>>a", "<<x>>`", "```\n<<Role>>\n", "<<", "<<a "]
+)
+def test_a_model_that_repeats_itself_is_read_in_the_end(text: str) -> None:
+    assert parse(parse(text * 1_000).render()) == parse(text * 1_000)
+    assert phrases(text * 1_000 + "<</Task>><</Role>>" * 1_000 + "<<Tool>>t<</Tool>>")[-1] == ("Tool", "t")
+
+
+def test_a_thousand_phrases_in_each_other_are_read() -> None:
+    levels = 1_000
+    text = "<<Role>>a <<Task>>b " * levels + "<</Task>><</Role>>" * levels
+    assert phrases(text) == [("Role", "a")] * levels + [("Task", "b")] * levels
+    text = "<<Role>>a <<Task>>b " * levels + "c<</Task>>d<</Role>>" * levels
+    assert phrases(text) == [("Role", "a b " * levels + "cd" * levels)]
+
+
 PLAIN = st.text("abc é漢.,!\n", min_size=1, max_size=12).filter(str.strip)
 NOISE = st.one_of(
     PLAIN.map(lambda text: (text, [])),

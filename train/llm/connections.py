@@ -6,6 +6,7 @@ connections). Here the connection that was used last is simply taken again.
 """
 
 import socket
+import ssl
 from urllib.request import getproxies, proxy_bypass
 
 import httpx2
@@ -24,7 +25,9 @@ class Connections(httpx2.AsyncBaseTransport):
 
     def __init__(self, base_url: str) -> None:
         self._proxy = _proxy_to(httpx2.URL(base_url))
-        self._encryption = httpx2.create_ssl_context()
+        # Certificates take 50 ms to read. To a plain address there is no encryption, and a redirect to it is refused.
+        plain = httpx2.URL(base_url).scheme == "http"
+        self._encryption = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if plain else httpx2.create_ssl_context()
         self._idle: list[httpx2.AsyncHTTPTransport] = []
         self._all: list[httpx2.AsyncHTTPTransport] = []
 

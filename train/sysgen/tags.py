@@ -125,8 +125,9 @@ def parse(text: str) -> Annotated:
     marks = _without_code(text, list(_marks(text)))
     pairs, lonely = _matched(marks)
     reading = _Reading(text)
-    for pair in _nested(pairs, lonely):
-        reading.read(pair)
+    unread = _nested(pairs, lonely)[::-1]
+    while unread:  # no recursion: a model that repeats itself nests hundreds
+        unread += reading.read(unread.pop())[::-1]
     reading.drop_rest(pairs, lonely)
     repairs = Counter(repair for mark in marks for repair in mark.repairs)
     repairs.update("opening tag as closer" for pair in pairs if not pair.closer.closes)
@@ -157,6 +158,8 @@ def _without_code(text: str, marks: list[_Mark]) -> list[_Mark]:
     A phrase is looked at alone, from its opener to the next closer of its name: if every mark in between stands in
     code that begins and ends in between, they are all text.
     """
+    if "`" not in text and "~~~" not in text:
+        return marks
     kept = []
     number = 0
     while number < len(marks):
@@ -239,8 +242,8 @@ class _Reading:
         self.phrases: list[Phrase] = []
         self.dropped: list[Dropped] = []
 
-    def read(self, pair: _Pair) -> None:
-        """Keep a pair's phrase, or tell why not; then those inside it, unless its phrase holds their text."""
+    def read(self, pair: _Pair) -> list[_Pair]:
+        """Keep a pair's phrase, or tell why not. Returns those inside it, unless the phrase holds their text."""
         name = pair.opener.name
         pieces = list(self._pieces(pair))
         whole = "".join(pieces).strip()
@@ -249,13 +252,13 @@ class _Reading:
             self.dropped.append(Dropped(name, whole, "none of the eight tags"))
         elif pair.is_broken:
             self.dropped.append(Dropped(name, whole, "a tag inside without a partner, or none of the eight"))
-        elif len(full) > 1 and _is_phrase(name, flat := (self._flat(pair) or "").strip()):
+        elif len(full) > 1 and _is_phrase(name, flat := self._flat(pair)):
             self.phrases.append(Phrase(name, flat))
             self.dropped += [
                 Dropped(inner.opener.name, self._between(inner).strip(), "part of the phrase around it")
                 for inner in pair.inside
             ]
-            return
+            return []
         elif len(full) > 1:
             self.dropped.append(Dropped(name, whole, "in pieces around other tags"))
         elif not whole:
@@ -265,8 +268,7 @@ class _Reading:
             self.phrases.append(Phrase(name, whole))
         else:
             self.dropped.append(Dropped(name, whole, "a tag inside without a partner, or none of the eight"))
-        for inner in pair.inside:
-            self.read(inner)
+        return pair.inside
 
     def drop_rest(self, pairs: list[_Pair], lonely: list[_Mark]) -> None:
         """Tell of the text outside all pairs, and of the tags without a partner."""
@@ -301,16 +303,19 @@ class _Reading:
     def _between(self, pair: _Pair) -> str:
         return self.text[pair.opener.end : pair.closer.start]
 
-    def _flat(self, pair: _Pair) -> str | None:
-        """A pair's whole text without the marks inside; None if one of those inside is no proper one."""
-        parts = []
-        for piece, inner in zip(self._pieces(pair), [*pair.inside, None], strict=True):
-            parts.append(piece)
-            if inner is not None:
-                if inner.is_broken or not inner.opener.is_known or (flat := self._flat(inner)) is None:
-                    return None
-                parts.append(flat)
-        return "".join(parts)
+    def _flat(self, pair: _Pair) -> str:
+        """A pair's whole text without the marks inside; nothing if one of those inside is no proper one."""
+        marks: list[_Mark] = []
+        unseen = list(pair.inside)
+        while unseen:
+            inner = unseen.pop()
+            if inner.is_broken or not inner.opener.is_known:
+                return ""
+            marks += [inner.opener, inner.closer]
+            unseen += inner.inside
+        starts = [pair.opener.end, *sorted(mark.end for mark in marks)]
+        ends = [*sorted(mark.start for mark in marks), pair.closer.start]
+        return "".join(self.text[start:end] for start, end in zip(starts, ends, strict=True)).strip()
 
 
 def _is_phrase(tag: str, text: str) -> bool:

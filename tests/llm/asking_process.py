@@ -1,0 +1,61 @@
+"""What the tests kill: a process that asks for rows of four stages each, and writes what came of them."""
+
+import asyncio
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+from train.llm.client import Client, NoAnswerError
+from train.llm.journal import Decoding, Journal, Request
+from train.llm.places import Pauses
+from train.llm.rows import in_order, progress
+from train.llm.server import Server
+
+STAGES = 4
+
+
+async def ask_rows(url: str, folder: Path, rows: int, concurrency: int, stages: int = STAGES) -> int:
+    """Write out.jsonl: for each row what each stage said, each stage having been asked with what the last one said.
+
+    Returns the tokens asked for in this run.
+    """
+    output = folder / "out.jsonl"
+    with Journal(folder / "answers.sqlite") as journal, output.open("w", encoding="utf-8") as lines:
+        async with Client([Server(url, concurrency)], "m", journal, pauses=Pauses(0.001, 0.01)) as client:
+
+            async def work(row: int) -> list[str]:
+                texts = [f"row {row}"]
+                for stage in range(stages):
+                    messages = [{"role": "user", "content": f"{stage}: {texts[-1]}"}]
+                    try:
+                        answer = await client.ask(Request(f"stage {stage}", messages, Decoding(max_tokens=9)))
+                    except NoAnswerError as failure:
+                        return [*texts, f"failed: {failure}"]
+                    texts.append(answer.text)
+                return texts
+
+            async with progress("rows", rows, client) as pace:
+                async for texts in in_order(range(rows), work, at_once=2 * concurrency):
+                    lines.write(json.dumps(texts) + "\n")
+                    pace.advance()
+            return client.counts.completion_tokens
+
+
+def run(url: str, folder: Path, rows: int, concurrency: int, stages: int = STAGES) -> None:
+    """The process: ends like a script of ours, with 130 after Ctrl-C and nothing on standard error."""
+    errors = os.open(folder / "stderr", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(errors, 2)
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    try:
+        asyncio.run(ask_rows(url, folder, rows, concurrency, stages))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def peak_memory(url: str, folder: Path, rows: int, results: Any) -> None:
+    """Ask for so many rows of one stage, and tell the peak of the resident memory in bytes."""
+    asyncio.run(ask_rows(url, folder, rows, 32, stages=1))
+    results.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

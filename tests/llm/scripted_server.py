@@ -1,0 +1,147 @@
+"""An OpenAI-compatible server on loopback that answers by a script, and counts what it was asked and has answered."""
+
+import asyncio
+import json
+import threading
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+
+@dataclass
+class Asked:
+    """One request as the server got it. `times`: how often this very prompt came before."""
+
+    body: dict[str, Any]
+    headers: dict[str, str]
+    path: str
+    number: int
+    times: int
+
+    @property
+    def prompt(self) -> str:
+        return self.body["messages"][-1]["content"] if "messages" in self.body else ""
+
+
+@dataclass
+class Reply:
+    """What is sent back: `body` as JSON, or the bytes. `drop` ends the connection after so many bytes of it."""
+
+    status: int = 200
+    body: Any = None
+    headers: dict[str, str] = field(default_factory=dict)
+    drop: int | None = None
+
+
+def said(text: str | None, finish_reason: str = "stop", **message: Any) -> Reply:
+    """A chat completion; a word is a token."""
+    words = len((text or "").split())
+    choice = {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text, **message}}
+    usage = {"prompt_tokens": 7, "completion_tokens": words, "total_tokens": 7 + words}
+    return Reply(body={"id": "c", "object": "chat.completion", "created": 1, "choices": [choice], "usage": usage})
+
+
+def error(status: int, message: str, *, headers: dict[str, str] | None = None, **more: Any) -> Reply:
+    """An error in OpenAI's form."""
+    return Reply(
+        status, {"error": {"message": message, "type": "x", "param": None, "code": None, **more}}, headers or {}
+    )
+
+
+Script = Callable[[Asked], Awaitable[Reply]]
+
+
+class ScriptedServer:
+    """`answered`: how often each prompt was answered with 200, to the last byte."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+        self.asked: list[Asked] = []
+        self.answered: Counter[str] = Counter()
+        self.in_flight = self.most_in_flight = 0
+        self._seen: Counter[str] = Counter()
+        self._connections: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+        self._port = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}/v1"
+
+    async def __aenter__(self) -> Self:
+        # The same port after a stop, so that a server can come back.
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self._port)
+        self._port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._server
+        self._server.close()
+        for connection in self._connections:
+            connection.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+
+    def prompts(self) -> Counter[str]:
+        """How often each prompt was asked."""
+        return Counter(asked.prompt for asked in self.asked)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task
+        self._connections.add(task)
+        try:
+            while await self._exchange(reader, writer):
+                pass
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # the client left, or the server stops
+        finally:
+            self._connections.discard(task)
+            writer.close()
+
+    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in head[1:] if line)}
+        raw = await reader.readexactly(int(headers.get("content-length", 0)))
+        body = json.loads(raw) if raw else {}
+        asked = Asked(body, headers, head[0].split()[1], len(self.asked), 0)
+        asked.times = self._seen[asked.prompt]
+        self._seen[asked.prompt] += 1
+        self.asked.append(asked)
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            reply = await self.script(asked)
+        finally:
+            self.in_flight -= 1
+        content = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
+        lines = [f"HTTP/1.1 {reply.status} Said", f"Content-Length: {len(content)}"]
+        lines += [f"{name}: {value}" for name, value in reply.headers.items()]
+        whole = ("\r\n".join(lines) + "\r\n\r\n").encode() + content
+        if reply.drop is not None:
+            writer.write(whole[: reply.drop])
+            return False
+        if reader.at_eof() or writer.is_closing():
+            return False  # the client left: it is not answered
+        self.answered[asked.prompt] += reply.status == 200
+        writer.write(whole)
+        await writer.drain()
+        return True
+
+
+@contextmanager
+def served(script: Script) -> Iterator[ScriptedServer]:
+    """A server in a thread of its own, for clients in other processes."""
+    server = ScriptedServer(script)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(server.__aenter__(), loop).result()
+        yield server
+    finally:
+        asyncio.run_coroutine_threadsafe(server.__aexit__(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

@@ -1,0 +1,1 @@
+"""Asking models: any OpenAI-compatible server, many requests at a time, nothing asked twice."""

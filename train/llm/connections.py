@@ -1,0 +1,74 @@
+"""Connections to a server, one for each request in flight: the transport below the openai package.
+
+Its usual one looks at every connection it has for each request, with a system call for each idle one: with 64 in
+flight that was a quarter of a request's work, and it grows with their square (httpcore's _assign_requests_to_
+connections). Here the connection that was used last is simply taken again.
+"""
+
+import socket
+import ssl
+from urllib.request import getproxies, proxy_bypass
+
+import httpx2
+
+KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
+    (socket.IPPROTO_TCP, getattr(socket, name), value)
+    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 8))
+    if hasattr(socket, name)
+]
+"""A probe on connections that wait for an answer: it finds a host that is gone within three minutes, however long
+answers take, and keeps the routers in between from forgetting them."""
+
+
+class Connections(httpx2.AsyncBaseTransport):
+    """Hands whole responses up: the connection is free again once the last byte has come."""
+
+    def __init__(self, base_url: str) -> None:
+        self._proxy = _proxy_to(httpx2.URL(base_url))
+        # Certificates take 50 ms to read. To a plain address there is no encryption, and a redirect to it is refused.
+        plain = httpx2.URL(base_url).scheme == "http"
+        self._encryption = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if plain else httpx2.create_ssl_context()
+        self._idle: list[httpx2.AsyncHTTPTransport] = []
+        self._all: list[httpx2.AsyncHTTPTransport] = []
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        """Send it and read the response to its end."""
+        connection = self._idle.pop() if self._idle else self._new()
+        try:
+            response = await connection.handle_async_request(request)
+            assert isinstance(response.stream, httpx2.AsyncByteStream)
+            try:
+                body = b"".join([part async for part in response.stream])
+            finally:
+                await response.stream.aclose()
+        finally:
+            self._idle.append(connection)  # after a failure too: it opens a new socket by itself
+        return httpx2.Response(
+            response.status_code,
+            headers=response.headers,
+            stream=httpx2.ByteStream(body),
+            extensions=response.extensions,
+        )
+
+    async def aclose(self) -> None:
+        """Close them all."""
+        for connection in self._all:
+            await connection.aclose()
+
+    def _new(self) -> httpx2.AsyncHTTPTransport:
+        connection = httpx2.AsyncHTTPTransport(
+            verify=self._encryption,
+            limits=httpx2.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=None),
+            proxy=self._proxy,
+            socket_options=KEEPALIVE,
+        )
+        self._all.append(connection)
+        return connection
+
+
+def _proxy_to(url: httpx2.URL) -> str | None:
+    """The proxy that the environment names for an address; none to this machine itself."""
+    if url.host in ("localhost", "127.0.0.1", "::1") or proxy_bypass(url.host):
+        return None
+    proxies = getproxies()
+    return proxies.get(url.scheme) or proxies.get("all")

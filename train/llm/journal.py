@@ -1,0 +1,267 @@
+"""The journal of answers: one SQLite file, a row for each request that was answered; nothing is asked twice.
+
+An answer is handed out only once its row is committed. What a run builds on an answer (the next stage's prompt, a
+written row) can therefore never name an answer that the next start doesn't find, and asks for anew and gets
+otherwise. A killed process loses only what the server had sent and the journal had not yet committed: some
+milliseconds' worth, and never more than the client allows (`Places.most_at_risk`).
+"""
+
+import asyncio
+import hashlib
+import json
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+from train.errors import UserError
+
+LAYOUT = 1
+"""The layout of the table, in the file's user_version."""
+
+APPLICATION = 0x4A534654
+"""`JSFT`, in the file's application_id, so that no one else's database is written to."""
+
+ANSWERS_A_COMMIT = 1_000
+
+COLUMNS = (
+    "key, stage, model, text, finish_reason, refusal, prompt_tokens, completion_tokens, max_tokens, seconds, asked_at"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How an answer is drawn, in the names of the OpenAI API.
+
+    What is None or empty is not sent, so the server's own default holds. `extra` goes into the request as it stands
+    (top_k, min_p, chat_template_kwargs and what else a server knows).
+    """
+
+    max_tokens: int
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def parameters(self, sample: int) -> dict[str, Any]:
+        """What stands in a request beside model, messages and the token limit. Each sample has a seed of its own."""
+        given = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": None if self.seed is None else self.seed + sample,
+            "stop": list(self.stop) or None,
+        }
+        return {name: value for name, value in given.items() if value is not None} | dict(self.extra)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One thing to ask. `sample` tells apart several answers to the same messages: 1 is a second try, and so on."""
+
+    stage: str
+    messages: Sequence[Mapping[str, Any]]
+    decoding: Decoding
+    sample: int = 0
+
+    def key(self, model: str) -> bytes:
+        """What the journal knows the request by: stage, model, messages and decoding, without the token limit.
+
+        The limit stands beside the answer instead (see `Journal.find`): to raise it asks again what was cut, and
+        that alone.
+        """
+        parameters = self.decoding.parameters(self.sample)
+        told_apart = [LAYOUT, self.stage, model, self.sample, parameters, [dict(message) for message in self.messages]]
+        return hashlib.blake2b(json.dumps(told_apart, sort_keys=True).encode(), digest_size=20).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model said, as the server told it. Tokens are None where the server doesn't count them."""
+
+    text: str
+    finish_reason: str
+    refusal: str | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    seconds: float
+    """From the request that was answered to its answer: without the tries and pauses before."""
+    from_journal: bool = False
+
+    @property
+    def cut(self) -> bool:
+        """Whether the token limit ended it."""
+        return self.finish_reason == "length"
+
+    @property
+    def refused(self) -> bool:
+        """Whether the server withheld it (a content filter) or the model's refusal came marked as one."""
+        return self.finish_reason == "content_filter" or bool(self.refusal)
+
+
+class Journal:
+    """The answers in one file. Use it in a `with` block; one process at a time.
+
+    Raises UserError where the file is no journal, is in use by another run, or can't be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(f"{path}.lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"{path}: another run is writing to this journal. Wait until it ends, or give this run another one."
+            ) from None
+        try:
+            self._writer = self._open()
+            # A second connection, as a WAL lets it read while the first commits: the event loop never waits.
+            self._reader = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        except BaseException:
+            self._lock.release()
+            raise
+        self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name=f"journal {path.name}", daemon=True)
+        self._thread.start()
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+            application = connection.execute("PRAGMA application_id").fetchone()[0]
+            layout = connection.execute("PRAGMA user_version").fetchone()[0]
+            is_new = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0
+            if not is_new and (application, layout) != (APPLICATION, LAYOUT):
+                raise UserError(f"{self.path} is a database, but no journal of this version: name another file.")
+            connection.execute("PRAGMA journal_mode = WAL")
+            # A commit of a WAL is safe from a killed process without waiting for the disk, and a power cut can lose
+            # the last of them but break nothing (sqlite.org/pragma.html#pragma_synchronous).
+            connection.execute("PRAGMA synchronous = NORMAL")
+            if is_new:
+                connection.executescript(
+                    f"BEGIN; PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {LAYOUT};"
+                    "CREATE TABLE answers (key BLOB PRIMARY KEY, stage TEXT NOT NULL, model TEXT NOT NULL,"
+                    " text TEXT NOT NULL, finish_reason TEXT NOT NULL, refusal TEXT, prompt_tokens INTEGER,"
+                    " completion_tokens INTEGER, max_tokens INTEGER NOT NULL, seconds REAL NOT NULL,"
+                    " asked_at REAL NOT NULL);"
+                    "COMMIT;"
+                )
+        except sqlite3.Error as error:
+            raise UserError(f"{self.path} can't be used as a journal of answers: {error}.") from error
+        return connection
+
+    def find(self, key: bytes, max_tokens: int) -> Answer | None:
+        """The answer to a request, if it was given and is what `max_tokens` would have let through.
+
+        An answer that came to its own end within the limit is. One that was cut counts for the very limit that cut
+        it: under a higher one there is more to hear, under a lower one it is too long.
+        """
+        found = self._reader.execute(
+            "SELECT text, finish_reason, refusal, prompt_tokens, completion_tokens, seconds, max_tokens"
+            " FROM answers WHERE key = ?",
+            (key,),
+        ).fetchone()
+        if found is None:
+            return None
+        text, finish_reason, refusal, prompt_tokens, completion_tokens, seconds, limit = found
+        answer = Answer(text, finish_reason, refusal, prompt_tokens, completion_tokens, seconds, from_journal=True)
+        if limit == max_tokens:
+            return answer
+        length = limit if answer.completion_tokens is None else answer.completion_tokens
+        return answer if not answer.cut and length <= max_tokens else None
+
+    def has_stage(self, stage: str, model: str) -> bool:
+        """Whether `model` ever answered anything in `stage`."""
+        query = "SELECT 1 FROM answers WHERE stage = ? AND model = ? LIMIT 1"
+        return self._reader.execute(query, (stage, model)).fetchone() is not None
+
+    async def add(self, key: bytes, model: str, request: Request, answer: Answer) -> None:
+        """Write an answer down; returns when a killed process would no longer lose it."""
+        loop = asyncio.get_running_loop()
+        row = (
+            key,
+            request.stage,
+            model,
+            answer.text,
+            answer.finish_reason,
+            answer.refusal,
+            answer.prompt_tokens,
+            answer.completion_tokens,
+            request.decoding.max_tokens,
+            answer.seconds,
+            time.time() - answer.seconds,
+        )
+        entry = _Entry(row, loop.create_future())
+        self._queue.put(entry)
+        await entry.committed
+
+    def close(self) -> None:
+        """Commit what is left and close the file."""
+        self._queue.put(None)
+        self._thread.join()
+        self._reader.close()
+        self._writer.close()  # the last to leave folds the WAL into the file
+        self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _write(self) -> None:
+        """Commit whatever has gathered, again and again: while one commit runs, the next one's rows come in."""
+        open_for_more = True
+        while open_for_more:
+            entries = [self._queue.get()]
+            while len(entries) < ANSWERS_A_COMMIT and not self._queue.empty():
+                entries.append(self._queue.get())
+            open_for_more = None not in entries
+            self._commit([entry for entry in entries if entry is not None])
+
+    def _commit(self, entries: list["_Entry"]) -> None:
+        if not entries:
+            return
+        failure: UserError | None = None
+        # One statement, and so one transaction, for all: executemany would hand Python's global lock to and fro with
+        # the event loop for every row, and wait for it up to 5 ms each time while that one is busy.
+        values = ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"] * len(entries))
+        try:
+            self._writer.execute(
+                f"INSERT OR REPLACE INTO answers ({COLUMNS}) VALUES {values}",
+                [value for entry in entries for value in entry.row],
+            )
+        except sqlite3.Error as error:
+            failure = UserError(
+                f"{self.path}: answers can no longer be written down ({error}). What was written before is safe: "
+                "make room or mend the disk, and start the same command again."
+            )
+        for loop in {entry.committed.get_loop() for entry in entries}:
+            settled = [entry.committed for entry in entries if entry.committed.get_loop() is loop]
+            # A loop that was closed over waiting requests (Ctrl-C) needs no news.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_settle, settled, failure)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    row: tuple[Any, ...]
+    committed: asyncio.Future[None]
+
+
+def _settle(futures: list[asyncio.Future[None]], failure: UserError | None) -> None:
+    for future in futures:
+        if future.done():  # whoever asked was cancelled meanwhile
+            continue
+        if failure:
+            future.set_exception(failure)
+        else:
+            future.set_result(None)

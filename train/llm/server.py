@@ -1,0 +1,254 @@
+"""One server: its connections, its key, and what its answers and errors mean."""
+
+import asyncio
+import email.utils
+import os
+import re
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import httpx2
+import openai
+
+from train.errors import UserError
+from train.llm.connections import Connections
+from train.llm.journal import Answer, Request
+from train.llm.places import Lane, Pauses
+from train.progress import duration
+
+OPENAI_HOST = "api.openai.com"
+
+_NOT_SENT: Any = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """An OpenAI-compatible server. `concurrency`: how many requests it gets at once, at most.
+
+    `key_variable` names the environment variable that holds its key. Without one, OpenAI's own server gets
+    OPENAI_API_KEY, and no other server gets any key.
+    """
+
+    base_url: str
+    concurrency: int = 64
+    key_variable: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Why there is no answer.
+
+    too much: the server's load. gone: it can't be reached. fault: its fault or the request's. row: it won't answer
+    this request. hopeless: it will answer none. again: it wants the request put otherwise, as it now will be.
+    """
+
+    kind: Literal["too much", "gone", "fault", "row", "hopeless", "again"]
+    what: str
+    retry_after: float | None = None
+    status: int | None = None
+
+
+class ServerLane(Lane):
+    """A server with its connections."""
+
+    def __init__(self, server: Server, pauses: Pauses, patience: float) -> None:
+        name, host = _name_and_host(server.base_url)
+        if server.concurrency < 1:
+            raise UserError(f"concurrency {server.concurrency} of {name} must be at least 1.")
+        super().__init__(name, server.concurrency, pauses)
+        self.patience = patience
+        self.has_answered = False
+        self.key = self._find_key(server, host)
+        self._limit_name = "max_tokens"
+        self._in_flight: set[asyncio.Timeout] = set()
+        self.api = openai.AsyncOpenAI(
+            base_url=server.base_url,
+            api_key=self.key or "none",  # the package wants one; servers without keys don't look at it
+            admin_api_key="",
+            # The environment may name OpenAI's organization, which is no other server's business.
+            default_headers=None if host == OPENAI_HOST else _NOT_SENT,
+            max_retries=0,  # retries here would keep a place, and tell no one
+            http_client=openai.DefaultAsyncHttpxClient(
+                transport=Connections(server.base_url), timeout=httpx2.Timeout(None, connect=30.0)
+            ),
+        )
+
+    def _find_key(self, server: Server, host: str) -> str | None:
+        variable = server.key_variable or ("OPENAI_API_KEY" if host == OPENAI_HOST else None)
+        if variable is None:
+            return None
+        if not (key := os.environ.get(variable, "").strip()):
+            raise UserError(f"{self.name} needs a key: set the environment variable {variable}.")
+        return key
+
+    async def send(self, model: str, request: Request) -> Answer | Trouble:
+        """Ask once."""
+        limit_name = self._limit_name
+        body = {
+            "model": model,
+            "messages": request.messages,
+            limit_name: request.decoding.max_tokens,
+            **request.decoding.parameters(request.sample),
+        }
+        started = time.monotonic()
+        interruption = asyncio.timeout(None)
+        try:
+            async with interruption:
+                self._in_flight.add(interruption)
+                # The bare response: the package would build a model of it unchecked, and garbage looks like an answer.
+                response = await self.api.post("/chat/completions", cast_to=httpx2.Response, body=body)
+        except TimeoutError:
+            return Trouble("fault", f"nothing heard for {duration(self.patience / 2)}")
+        except openai.APIStatusError as error:
+            unsupported = isinstance(error.body, dict) and error.body.get("code") == "unsupported_parameter"
+            if unsupported and error.param == "max_tokens" == limit_name:
+                self._limit_name = "max_completion_tokens"  # what OpenAI's reasoning models call it
+                return Trouble("again", "")
+            return self._judge(error)
+        except openai.APIConnectionError as error:
+            reached = not isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout)
+            why = str(error.__cause__) or type(error.__cause__).__name__
+            if reached:
+                return Trouble("fault", self._clean(why))
+            return Trouble("gone", f"can't be reached ({self._clean(why)})")
+        except UnicodeEncodeError:
+            return Trouble("row", "the messages hold half of a surrogate pair, which is no text")
+        finally:
+            self._in_flight.discard(interruption)
+        return self._read(response, time.monotonic() - started)
+
+    def _read(self, response: httpx2.Response, seconds: float) -> Answer | Trouble:
+        """The answer that a body holds, if it does."""
+        try:
+            body = response.json()
+            choice = body["choices"][0]
+            message, usage = choice["message"], body.get("usage") or {}
+            text, refusal = message.get("content"), message.get("refusal")
+            if not isinstance(text, str | None) or not isinstance(refusal, str | None):
+                raise TypeError("content is no text")
+            prompt_tokens, completion_tokens = (
+                count if isinstance(count := usage.get(name), int) else None
+                for name in ("prompt_tokens", "completion_tokens")
+            )
+            finish_reason = str(choice.get("finish_reason") or "")
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return Trouble("fault", f"no answer but garbage: {self._clean(response.text) or 'an empty body'}")
+        return Answer(
+            text=_whole(text or ""),
+            finish_reason=_whole(finish_reason),
+            refusal=None if refusal is None else _whole(refusal),
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            seconds=seconds,
+        )
+
+    def _judge(self, error: openai.APIStatusError) -> Trouble:
+        """What an error status means."""
+        status = error.status_code
+        what = f"{status} {error.response.reason_phrase}: {self._clean(_said(error))}".removesuffix(": ")
+        retry_after = _retry_after(error.response.headers)
+        if error.code == "insufficient_quota":
+            return Trouble("hopeless", what, status=status)
+        match status:
+            case 429 | 503 | 529:
+                return Trouble("too much", what, retry_after)
+            case 502 | 520 | 521 | 522 | 523:
+                return Trouble("gone", what, retry_after)
+            case 401 | 402 | 404 | 405:
+                return Trouble("hopeless", what, status=status)
+            case 403 if not self.has_answered:  # later it is how some say that they won't answer this one
+                return Trouble("hopeless", what, status=status)
+            case 408 | 409 | 425:
+                return Trouble("fault", what, retry_after)
+            case _ if status >= 500:
+                return Trouble("fault", what, retry_after)
+            case _:
+                return Trouble("row", what)
+
+    async def explain(self, model: str, trouble: Trouble) -> str:
+        """What a person must know to mend it."""
+        said = f"{self.name} answers {trouble.what}"
+        match trouble.status:
+            case 401 | 403 if self.key is None:
+                return f"{said}. It wants a key: name the environment variable that holds it as key_variable."
+            case 401 | 403:
+                return f"{said}. The key in the environment is not accepted for {model}."
+            case 404 | 405:
+                try:
+                    models = [one.id async for one in self.api.models.list(timeout=30)]
+                except openai.OpenAIError:
+                    return f"{said}. base_url is probably wrong: for most servers it ends in /v1."
+                named = ", ".join(sorted(models)[:10]) or "none"
+                return f"{said}. It was asked for the model {model!r}; those it names are: {named}."
+            case _:
+                return (
+                    f"{said}. What was answered so far is in the journal; start the same command when this is mended."
+                )
+
+    def learn(self, outcome: Answer | Trouble | None, sent_at: float) -> None:
+        """Adapt to how a request ended; None: it was cancelled."""
+        if isinstance(outcome, Answer):
+            self.has_answered = True
+            self.answered()
+        elif outcome is not None and outcome.kind == "too much":
+            self.refused(outcome.what, sent_at, outcome.retry_after)
+        elif outcome is not None and outcome.kind in ("fault", "gone"):
+            self.failed(outcome.what, sent_at)
+        elif outcome is not None:
+            self.heard_at = time.monotonic()
+
+    def interrupt_if_silent(self) -> None:
+        """Give up the requests of a server that has said nothing for too long; they are sent again."""
+        if self.in_flight and time.monotonic() - self.heard_at > self.patience:
+            self.patience *= 2
+            for interruption in self._in_flight:
+                interruption.reschedule(asyncio.get_running_loop().time())
+
+    def _clean(self, text: str) -> str:
+        """The beginning of what a server said, on one line, without the key, which some repeat."""
+        text = text.replace(self.key, "***") if self.key else text
+        text = re.sub(r"\s+", " ", text).strip()
+        return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _name_and_host(base_url: str) -> tuple[str, str]:
+    """A server's address as it is shown, without a password that may stand in it, and its host."""
+    try:
+        address = urlsplit(base_url)
+        host, port = address.hostname, address.port
+    except ValueError:
+        host = None
+    if not host or address.scheme not in ("http", "https"):
+        raise UserError(f"base_url {base_url!r} is no address: write it like http://localhost:8000/v1.")
+    return f"{address.scheme}://{host}{f':{port}' if port else ''}{address.path}", host
+
+
+def _said(error: openai.APIStatusError) -> str:
+    """The server's own words in the body of an error."""
+    body = error.body
+    for name in ("message", "detail", "error"):
+        if isinstance(body, dict) and isinstance(body.get(name), str):
+            return str(body[name])
+    return str(body) if body else error.response.text
+
+
+def _retry_after(headers: httpx2.Headers) -> float | None:
+    """Seconds that a server asks for: a number, or a date (RFC 9110); OpenAI also sends milliseconds."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        try:
+            seconds = float(headers.get(name, "")) * unit
+        except ValueError:
+            continue
+        if 0 <= seconds < float("inf"):
+            return seconds
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def _whole(text: str) -> str:
+    """`text` without halves of surrogate pairs, which JSON can hold and no file can."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)

@@ -1,0 +1,365 @@
+"""System messages whose phrases stand in tags, as models write them, and verdicts on the tags.
+
+    <<Role>>You are a seasoned nurse.<</Role>> <<Style>>Be warm and brief.<</Style>>
+
+`parse` keeps the phrases that stand in properly matched tags of the eight and drops the rest (step 2 of SYSGEN,
+section 3.2 of arXiv:2502.11330). What models write wrongly and unambiguously is repaired and counted; what could be
+meant in two ways is dropped and told, with the reason. The rules, where tags meet:
+
+- `<<Role>>a<<Role>>`: the second one closes, unless it is itself closed by `<</Role>>`.
+- A phrase with another tag's phrase inside: both stand, if what is left of the outer one is in one piece. Otherwise
+  the outer one keeps the whole text, and the inner one is no phrase of its own.
+- A phrase with a tag inside that has no partner or is none of the eight is dropped. What is properly matched within
+  a dropped one stands.
+- Tags in code (between backticks or code fences) are part of the phrase around it. Code around whole phrases, as
+  where a model fences all it writes, is nothing.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+Verdict = Literal["Good", "Bad", "None"]
+
+TAGS = ("Role", "Content", "Task", "Action", "Style", "Background", "Tool", "Format")
+"""The eight, in canonical order."""
+
+_MARK = re.compile(
+    r"<<[^\S\n]*(?P<before>[/\\]*)[^\S\n]*(?P<name>[^\W\d_][\w \t-]{0,39}?)[^\S\n]*(?P<after>[/\\]*)[^\S\n]*>>"
+)
+"""Whatever looks like a tag. `x << 2 >> y` and `<<"here">>` don't."""
+
+_CODE = re.compile(
+    r"(?:^|\n)[^\S\n]*(?P<fence>`{3,}|~{3,})[^\n]*\n(?:.*?\n)?[^\S\n]*(?P=fence)[`~]*[^\S\n]*(?=\n|$)|`[^`\n]+`",
+    re.DOTALL,
+)
+
+_NAMES = {name.casefold() + plural: name for name in TAGS for plural in ("", "s")}
+
+
+@dataclass(frozen=True, slots=True)
+class Phrase:
+    """A piece of a system message and the tag it stands in."""
+
+    tag: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """What was not kept. `tag`: as the model wrote it, empty for text outside any tag."""
+
+    tag: str
+    text: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """A system message in phrases, in canonical order. How it was read counts for nothing when two are compared."""
+
+    phrases: tuple[Phrase, ...]
+    repairs: Mapping[str, int] = field(default_factory=dict, compare=False)
+    """How often each kind of fault was repaired, in phrases that were kept or not."""
+    dropped: tuple[Dropped, ...] = field(default=(), compare=False)
+
+    @property
+    def text(self) -> str:
+        """The system message itself: the phrases joined by a blank."""
+        return " ".join(phrase.text for phrase in self.phrases)
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The tags that occur, each once, in canonical order."""
+        return tuple(tag for tag in TAGS if any(phrase.tag == tag for phrase in self.phrases))
+
+    def render(self) -> str:
+        """The phrases in their tags, a line to each."""
+        return "\n".join(f"<<{phrase.tag}>>{phrase.text}<</{phrase.tag}>>" for phrase in self.phrases)
+
+    def without(self, tags: Collection[str], reason: str) -> "Annotated":
+        """This message without the phrases of some tags, which join what was dropped."""
+        gone = tuple(Dropped(phrase.tag, phrase.text, reason) for phrase in self.phrases if phrase.tag in tags)
+        kept = tuple(phrase for phrase in self.phrases if phrase.tag not in tags)
+        return Annotated(kept, self.repairs, self.dropped + gone)
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What a model thinks of each tag. A tag without a readable verdict, or with two, is missing."""
+
+    of: Mapping[str, Verdict]
+    repairs: Mapping[str, int] = field(default_factory=dict, compare=False)
+    dropped: tuple[Dropped, ...] = field(default=(), compare=False)
+
+
+@dataclass(slots=True)
+class _Mark:
+    """A tag as it was written. `name`: the canonical one, or what the model invented."""
+
+    start: int
+    end: int
+    name: str
+    closes: bool
+    repairs: tuple[str, ...]
+
+    @property
+    def is_known(self) -> bool:
+        return self.name in TAGS
+
+
+@dataclass(slots=True)
+class _Pair:
+    """A tag and its closer. `is_broken`: it holds a tag without a partner, or one that is none of the eight."""
+
+    opener: _Mark
+    closer: _Mark
+    is_broken: bool = False
+    inside: list["_Pair"] = field(default_factory=list)
+
+
+def parse(text: str) -> Annotated:
+    """The phrases of a message as a model wrote it. Never raises; `parse(parse(x).render()) == parse(x)`."""
+    marks = _without_code(text, list(_marks(text)))
+    pairs, lonely = _matched(marks)
+    reading = _Reading(text)
+    unread = _nested(pairs, lonely)[::-1]
+    while unread:  # no recursion: a model that repeats itself nests hundreds
+        unread += reading.read(unread.pop())[::-1]
+    reading.drop_rest(pairs, lonely)
+    repairs = Counter(repair for mark in marks for repair in mark.repairs)
+    repairs.update("opening tag as closer" for pair in pairs if not pair.closer.closes)
+    phrases = sorted(reading.phrases, key=lambda phrase: TAGS.index(phrase.tag))
+    return Annotated(tuple(phrases), dict(repairs), tuple(reading.dropped))
+
+
+def _marks(text: str) -> Iterator[_Mark]:
+    for found in _MARK.finditer(text):
+        written = re.sub(r"\s+", " ", found["name"])
+        name = _NAMES.get(written.casefold(), written)
+        repairs = []
+        if name in TAGS:
+            if written.casefold() != name.casefold():
+                repairs.append("plural")
+            if written[: len(name)] != name or written[len(name) :] not in ("", "s"):
+                repairs.append("upper or lower case")
+            if re.search(r"\s", found[0]):
+                repairs.append("blanks inside")
+            if (found["before"], found["after"]) not in (("", ""), ("/", "")):
+                repairs.append("slashes")
+        yield _Mark(found.start(), found.end(), name, bool(found["before"] or found["after"]), tuple(repairs))
+
+
+def _without_code(text: str, marks: list[_Mark]) -> list[_Mark]:
+    """The marks that aren't part of code within a phrase.
+
+    A phrase is looked at alone, from its opener to the next closer of its name: if every mark in between stands in
+    code that begins and ends in between, they are all text.
+    """
+    if "`" not in text and "~~~" not in text:
+        return marks
+    kept = []
+    number = 0
+    while number < len(marks):
+        opener = marks[number]
+        kept.append(opener)
+        number += 1
+        if opener.closes or not opener.is_known:
+            continue
+        following = range(number, len(marks))
+        end = next((at for at in following if marks[at].closes and marks[at].name == opener.name), number)
+        if end > number and _all_in_code(text[opener.end : marks[end].start], marks[number:end], opener.end):
+            number = end
+    return kept
+
+
+def _all_in_code(phrase: str, marks: list[_Mark], offset: int) -> bool:
+    code = [found.span() for found in _CODE.finditer(phrase)]
+    return all(any(start <= mark.start - offset and mark.end - offset <= end for start, end in code) for mark in marks)
+
+
+def _matched(marks: list[_Mark]) -> tuple[list[_Pair], list[_Mark]]:
+    """The marks that belong together, and those without a partner.
+
+    A closer belongs to the last opener of its name that is still open. Openers in between that it passes over, and
+    those left at the end, belong together where two of a name follow each other.
+    """
+    pairs: list[_Pair] = []
+    lonely: list[_Mark] = []
+    still_open: list[_Mark] = []
+
+    def pair_up(openers: list[_Mark]) -> None:
+        waiting: list[_Mark] = []
+        for mark in openers:
+            if waiting and waiting[-1].name == mark.name and mark.is_known:
+                pairs.append(_Pair(waiting.pop(), mark))
+            else:
+                waiting.append(mark)
+        lonely.extend(waiting)
+
+    for mark in marks:
+        if not mark.closes:
+            still_open.append(mark)
+            continue
+        at = next((at for at in reversed(range(len(still_open))) if still_open[at].name == mark.name), None)
+        if at is None:
+            lonely.append(mark)
+        else:
+            pairs.append(_Pair(still_open[at], mark))
+            pair_up(still_open[at + 1 :])
+            del still_open[at:]
+    pair_up(still_open)
+    return pairs, lonely
+
+
+def _nested(pairs: list[_Pair], lonely: list[_Mark]) -> list[_Pair]:
+    """The outermost pairs, each with those inside it; broken where a lonely mark stands directly inside."""
+    outermost: list[_Pair] = []
+    around: list[_Pair] = []
+    events: list[tuple[int, _Pair | _Mark]] = [(pair.opener.start, pair) for pair in pairs]
+    events += [(mark.start, mark) for mark in lonely]
+    for start, event in sorted(events, key=lambda event: event[0]):
+        while around and around[-1].closer.start < start:
+            around.pop()
+        if isinstance(event, _Mark):
+            if around:
+                around[-1].is_broken = True
+            continue
+        (around[-1].inside if around else outermost).append(event)
+        if around and not event.opener.is_known:
+            around[-1].is_broken = True
+        around.append(event)
+    return outermost
+
+
+class _Reading:
+    """Collects what is kept and what is not, in the order of the text."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.phrases: list[Phrase] = []
+        self.dropped: list[Dropped] = []
+
+    def read(self, pair: _Pair) -> list[_Pair]:
+        """Keep a pair's phrase, or tell why not. Returns those inside it, unless the phrase holds their text."""
+        name = pair.opener.name
+        pieces = list(self._pieces(pair))
+        whole = "".join(pieces).strip()
+        full = [piece for piece in pieces if piece.strip()]
+        if not pair.opener.is_known:
+            self.dropped.append(Dropped(name, whole, "none of the eight tags"))
+        elif pair.is_broken:
+            self.dropped.append(Dropped(name, whole, "a tag inside without a partner, or none of the eight"))
+        elif len(full) > 1 and _is_phrase(name, flat := self._flat(pair)):
+            self.phrases.append(Phrase(name, flat))
+            self.dropped += [
+                Dropped(inner.opener.name, self._between(inner).strip(), "part of the phrase around it")
+                for inner in pair.inside
+            ]
+            return []
+        elif len(full) > 1:
+            self.dropped.append(Dropped(name, whole, "in pieces around other tags"))
+        elif not whole:
+            if not pair.inside:
+                self.dropped.append(Dropped(name, "", "empty"))
+        elif _is_phrase(name, whole):
+            self.phrases.append(Phrase(name, whole))
+        else:
+            self.dropped.append(Dropped(name, whole, "a tag inside without a partner, or none of the eight"))
+        return pair.inside
+
+    def drop_rest(self, pairs: list[_Pair], lonely: list[_Mark]) -> None:
+        """Tell of the text outside all pairs, and of the tags without a partner."""
+        covered = sorted((pair.opener.start, pair.closer.end) for pair in pairs)
+        stops = sorted(lonely, key=lambda mark: mark.start)
+        at, tag, reason = 0, "", "outside any tag"
+        for start, end in [*covered, (len(self.text), len(self.text))]:
+            while stops and stops[0].start < max(start, at):
+                mark = stops.pop(0)
+                if mark.start < at:  # inside a pair, which was dropped for it
+                    continue
+                self._drop_text(tag, self.text[at : mark.start], reason)
+                at, tag = mark.end, mark.name
+                reason = "closed and never opened" if mark.closes else "never closed"
+            if start >= at:
+                self._drop_text(tag, self.text[at:start], reason)
+                tag, reason = "", "outside any tag"
+            at = max(at, end)
+
+    def _drop_text(self, tag: str, text: str, reason: str) -> None:
+        if tag or text.strip():
+            self.dropped.append(Dropped(tag, text.strip(), reason))
+
+    def _pieces(self, pair: _Pair) -> Iterator[str]:
+        """A pair's own text, without what stands in the pairs inside it."""
+        at = pair.opener.end
+        for inner in pair.inside:
+            yield self.text[at : inner.opener.start]
+            at = inner.closer.end
+        yield self.text[at : pair.closer.start]
+
+    def _between(self, pair: _Pair) -> str:
+        return self.text[pair.opener.end : pair.closer.start]
+
+    def _flat(self, pair: _Pair) -> str:
+        """A pair's whole text without the marks inside; nothing if one of those inside is no proper one."""
+        marks: list[_Mark] = []
+        unseen = list(pair.inside)
+        while unseen:
+            inner = unseen.pop()
+            if inner.is_broken or not inner.opener.is_known:
+                return ""
+            marks += [inner.opener, inner.closer]
+            unseen += inner.inside
+        starts = [pair.opener.end, *sorted(mark.end for mark in marks)]
+        ends = [*sorted(mark.start for mark in marks), pair.closer.start]
+        return "".join(self.text[start:end] for start, end in zip(starts, ends, strict=True)).strip()
+
+
+def _is_phrase(tag: str, text: str) -> bool:
+    """Whether there is any text, no mark in it but in code, and none that would close it."""
+    marks = list(_marks(text))
+    return bool(text) and _all_in_code(text, marks, 0) and not any(mark.closes and mark.name == tag for mark in marks)
+
+
+_VERDICTS: dict[str, Verdict] = {verdict.casefold(): verdict for verdict in get_args(Verdict)}
+
+_VERDICT = re.compile(
+    r"""(?:<<[^\S\n]*[/\\]*[^\S\n]*(?P<tag>[^\W\d_]\w*)[^\S\n]*[/\\]*[^\S\n]*>>   # <<Task>>
+        |^[^\w\n<]*(?P<bare>role|content|task|action|style|background|tool|format)s?\b  # - **Task**:
+        [^\w\n<:：]*(?=[:：]))
+        [^\w\n<]*(?:<<[^\S\n]*)?
+        (?P<verdict>good|bad|none)\b
+        (?P<choice>[^\S\n]*(?:/|\||,|\bor\b)[^\S\n]*(?:good|bad|none)\b)?   # the question itself, repeated
+        (?=[^\S\n]*(?:$|[^\w\s]))""",
+    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+)
+
+
+def parse_verdicts(text: str) -> Verdicts:
+    """The verdicts in `<<Task>>: Good` lines, as a model wrote them; several may share a line. Never raises."""
+    found: dict[str, set[Verdict]] = {}
+    repairs: Counter[str] = Counter()
+    dropped: list[Dropped] = []
+    for match in _VERDICT.finditer(text):
+        written = match["tag"] or match["bare"]
+        name = _NAMES.get(written.casefold())
+        if name is None:
+            dropped.append(Dropped(written, match[0].strip(), "none of the eight tags"))
+            continue
+        if match["choice"]:
+            dropped.append(Dropped(name, match[0].strip(), "several verdicts at once"))
+            continue
+        verdict = _VERDICTS[match["verdict"].casefold()]
+        found.setdefault(name, set()).add(verdict)
+        repairs["written otherwise"] += match[0] != f"<<{name}>>: {verdict}"
+    of: dict[str, Verdict] = {}
+    for name in TAGS:
+        given = found.get(name, set())
+        if len(given) == 1:
+            of[name] = next(iter(given))
+        elif given:
+            dropped.append(Dropped(name, " and ".join(sorted(given)), "verdicts that contradict each other"))
+    return Verdicts(of, {kind: count for kind, count in repairs.items() if count}, tuple(dropped))

@@ -26,6 +26,7 @@ from benchmark_train import compare_trainers
 from benchmark_train_settings import CONFIGS, FACTORS, Lengths, model_config
 
 from train.errors import UserError
+from train.loop.noise import leave_out_unhelpful_warnings
 
 DATA_PACKAGES = ("janus-sft", "trl", "transformers", "tokenizers", "fastokens", "datasets", "pyarrow", "numpy", "torch")
 TRAIN_PACKAGES = (
@@ -163,6 +164,7 @@ def _count(text: str) -> int:
 def main() -> int:
     """Run the command; the exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    leave_out_unhelpful_warnings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="command")
 

@@ -13,12 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from train.data.chat_template import use_template
-from train.data.outcomes import describe_outcome, outcomes, warnings_of
-from train.data.prepare import prepare
-from train.data.system_role import settle
 from train.errors import CommandLine, UserError
-from train.model.load import load_tokenizer
+from train.loop.noise import leave_out_unhelpful_warnings
 from train.progress import duration
 from train.recipe import load_recipe
 
@@ -26,6 +22,13 @@ from train.recipe import load_recipe
 def run(recipe_file: Path, overrides: list[str]) -> None:
     """Prepare what the recipe names and say where it is. Raises UserError."""
     recipe = load_recipe(recipe_file, overrides)
+    # Heavy imports wait until the recipe is known to be right.
+    from train.data.chat_template import use_template
+    from train.data.outcomes import describe_outcome, outcomes, warnings_of
+    from train.data.prepare import prepare
+    from train.data.system_role import settle
+    from train.model.load import load_tokenizer
+
     tokenizer = load_tokenizer(recipe.model)
     use_template(tokenizer, recipe.chat.template)
     settle(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
@@ -47,6 +50,7 @@ def run(recipe_file: Path, overrides: list[str]) -> None:
 def main() -> int:
     """Run the command; the exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    leave_out_unhelpful_warnings()
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", required=True, type=Path, metavar="FILE", help="the recipe that will be trained")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the recipe by dotted key")

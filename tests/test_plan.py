@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoConfig
 from trl.trainer.utils import get_peak_flops
 
+from train.errors import UserError
 from train.model.compute import PEAK_FLOPS
 from train.model.load import load_config
 from train.model.memory import STRATEGIES
@@ -77,6 +79,15 @@ def test_the_launch_that_a_recipe_names_fits_the_gpus_that_the_paper_had(path: P
     names = {strategy.config_file: strategy.name for strategy in STRATEGIES}
     name = "DDP" if one_gpu else names[config[1]]
     assert next(one for one in found.candidates if one.memory.strategy == name).fits
+
+
+def test_the_command_can_be_pasted_and_clusters_have_an_end() -> None:
+    recipe = load_recipe(ROOT / "recipes/janus-7b/sft/full.yaml", ["adapter={r: 16}", "output_dir=a folder"])
+    launch = plan_of(recipe, "8xH100").launch or ""
+    assert shlex.split(launch)[-2:] == ["adapter={r: 16}", "output_dir=a folder"]
+    for gpus, nodes in (("99999999999999x80GB", 1), ("8xH100", 100_000), ("8xH100", 0)):
+        with pytest.raises(UserError, match="Write 1 to 16,384 GPUs in all"):
+            parse_cluster(gpus, nodes)
 
 
 def test_a_70b_on_two_nodes() -> None:

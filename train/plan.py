@@ -4,6 +4,7 @@ From the recipe, the model's config and the lengths of the rows; no weights are 
 """
 
 import re
+import shlex
 from dataclasses import dataclass
 from textwrap import wrap
 from typing import Any
@@ -24,6 +25,8 @@ RESERVE = 0.08
 """Share of a GPU left to the CUDA context, NCCL, kernels' workspaces and gaps between blocks: an estimate of ours."""
 _DEFAULT_OPTIMIZER = "adamw_torch_fused"  # transformers' with torch 2.8 or newer
 _GIB = 2**30
+_MOST_GPUS = 16_384
+"""More than any run has had (Llama 3 405B: arXiv:2407.21783, section 3.3)."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,8 @@ def parse_cluster(gpus: str, nodes: int | None = None, mfu: float | None = None)
     size = int(found[3] or MEMORY_GIB.get(name, 0))
     if size < 1:
         raise UserError(f"--gpus: {name} comes in several sizes. Write which, such as {found[1]}x{name}-80GB.")
-    if nodes < 1:
-        raise UserError(f"--nodes: found {nodes}. Write 1 or more.")
+    if not 1 <= nodes * int(found[1]) <= _MOST_GPUS:
+        raise UserError(f"--gpus, --nodes: found {nodes} times {found[1]}. Write 1 to {_MOST_GPUS:,} GPUs in all.")
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu: found {mfu}. Write a share of the GPU's peak, such as {DEFAULT_MFU}.")
     gpu = name or DEFAULT_GPU
@@ -208,7 +211,7 @@ def _launch(recipe: Recipe, strategy: Strategy, cluster: Cluster, optimizer: str
         words.append("--main_process_port 29500")
     if cluster.nodes > 1 and strategy.stage:
         words.append("--deepspeed_multinode_launcher standard")
-    words += ["train/sft.py --recipe", recipe._origin.file, *recipe._origin.overrides]
+    words += ["train/sft.py --recipe", *map(shlex.quote, [recipe._origin.file, *recipe._origin.overrides])]
     if strategy.offload and not runs_on_host(optimizer):
         words.append("training.optim=adamw_torch")
     return " ".join(words)

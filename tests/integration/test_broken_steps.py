@@ -34,6 +34,8 @@ def test_both_processes_leave_the_step_out(
     assert "not finite" not in outcome.output[1]
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics if line["grad_norm"] == "nan"] == [found["step"]]
+    rates = [line["learning_rate"] for line in metrics]  # linear to 0, whether a step was left out or not
+    assert rates == pytest.approx([1e-3 * (1 - step / len(rates)) for step in range(len(rates))])
     saved = load_file(tmp_path / "run" / "model.safetensors")
     saved.pop("model.embed_tokens.weight")
     assert all(weight.isfinite().all() for weight in saved.values())

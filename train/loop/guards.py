@@ -155,6 +155,8 @@ class Guards:
         everyone: list[Suspect] = gather_object(suspects)
         if not is_first_rank():
             return
+        broken = {one.step for one in everyone if isinstance(one.loss, str)}  # on some process; others' rows are sound
+        everyone = [one for one in everyone if one.step not in broken or isinstance(one.loss, str)]
         with self._file.open("a", encoding="utf-8") as lines:
             for one in everyone:
                 lines.write(json.dumps(asdict(one), ensure_ascii=False) + "\n")

@@ -35,6 +35,8 @@ class RunState(TrainerCallback):
         """Whether an evaluation was given up as the run had to stop."""
         self.best_saved: tuple[float | None, int | None, str | None] = (None, None, None)
         """Metric, step and folder of the best model as of the last checkpoint that was written."""
+        self.schedule_was_held = False
+        """Whether DeepSpeed left the step out that is ending."""
         self._going_on: Path | None = None
         self._learning_rate: float | None = None
         self._epoch_ends = False
@@ -113,8 +115,15 @@ class RunState(TrainerCallback):
         self._learning_rate = float(self._trainer._get_learning_rate())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note whether an epoch ends here, or the run."""
+        """Note whether an epoch ends here, or the run.
+
+        DeepSpeed holds the learning rate's schedule back at a step that it leaves out; it counts like any other.
+        """
         self._epoch_ends = state.epoch == int(state.epoch or 0) or state.global_step >= state.max_steps
+        if self.schedule_was_held:
+            self.schedule_was_held = False
+            engine: Any = self._trainer.model_wrapped
+            (engine.lr_scheduler or self._trainer.lr_scheduler).step()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -316,8 +316,11 @@ class JanusTrainer(SFTTrainer):
         asked = self.accelerator.reduce(torch.tensor(float(self._preemption.asked()), device=loss_sum.device))
         *judgement, any_asked = torch.stack([judged.double(), loss_sum, asked.double()]).tolist()
         self._preemption.all_asked = any_asked > 0
-        if not self._guards.finite(self.state.global_step + 1, *judgement) and not deepspeed and not scaled:
-            model.zero_grad(set_to_none=True)  # an optimizer passes over parameters without a gradient
+        if not self._guards.finite(self.state.global_step + 1, *judgement) and not scaled:
+            if deepspeed:
+                self._run_state.schedule_was_held = True
+            else:
+                model.zero_grad(set_to_none=True)  # an optimizer passes over parameters without a gradient
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

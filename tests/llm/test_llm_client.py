@@ -2,6 +2,7 @@
 
 import asyncio
 import email.utils
+import sqlite3
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -498,6 +499,37 @@ def test_a_dead_and_a_silent_server_do_not_keep_the_others_waiting(tmp_path: Pat
         assert sum(server.answered.total() for server in servers) == 300
 
     run([echo, echo, silent], work, tmp_path, concurrency=4)
+
+
+def test_what_one_server_failed_over_another_one_is_asked(tmp_path: Path) -> None:
+    async def broken(asked: Asked) -> Reply:
+        return error(500, "oops")
+
+    async def work(client: Client, servers: list[ScriptedServer]) -> None:
+        for number in range(5):
+            assert (await client.ask(about(f"{number}"))).text == f"re: {number}"
+        assert max(servers[0].prompts().values()) == 1
+        assert servers[1].answered.total() == 5
+
+    run([broken, echo], work, tmp_path)
+
+
+def test_answers_that_cannot_be_written_yet_hold_up_new_requests(tmp_path: Path) -> None:
+    async def work(client: Client, servers: list[ScriptedServer]) -> None:
+        await client.ask(about("first"))
+        other = sqlite3.connect(tmp_path / "answers.sqlite", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")  # the disk stands still, as far as the journal can tell
+        asking = asyncio.create_task(ask_all(client, 100))
+        while servers[0].answered.total() - 1 < 10:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.1)
+        # Eight places and a quarter more: this many a kill could lose now, and no more.
+        assert len(servers[0].asked) - 1 == client._places.most_at_risk == 10
+        other.execute("ROLLBACK")
+        other.close()
+        await asking
+
+    run(echo, work, tmp_path)
 
 
 def test_a_server_that_says_nothing_at_all_is_asked_again_more_patiently(tmp_path: Path) -> None:

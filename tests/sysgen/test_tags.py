@@ -48,6 +48,10 @@ WRITTEN = {
         "<<Task>>Explain `<<Role>>` first<</Task>>",
         [("Task", "Explain `<<Role>>` first")],
     ),
+    "tags in code beside a phrase inside": (
+        "<<Task>>Explain `<<Role>>` <<Style>>briefly<</Style>><</Task>>",
+        [("Task", "Explain `<<Role>>`"), ("Style", "briefly")],
+    ),
     "code that ends behind the phrase is none": (
         "<<Format>>x\n```\n<</Format>> <<Style>>y\n```\n<</Style>>",
         [("Style", "y\n```"), ("Format", "x\n```")],
@@ -211,8 +215,8 @@ def test_no_phrase_that_is_written_as_asked_is_lost(text: str) -> None:
     "text", ["<<Role>>a", "<<Role>>a<<Task>>", "<</Role>>a", "<<x>>`", "```\n<<Role>>\n", "<<", "<<a "]
 )
 def test_a_model_that_repeats_itself_is_read_in_the_end(text: str) -> None:
-    assert parse(parse(text * 1_000).render()) == parse(text * 1_000)
-    assert phrases(text * 1_000 + "<</Task>><</Role>>" * 1_000 + "<<Tool>>t<</Tool>>")[-1] == ("Tool", "t")
+    assert parse(parse(text * 300).render()) == parse(text * 300)
+    assert phrases(text * 300 + "<</Task>><</Role>>" * 300 + "<<Tool>>t<</Tool>>")[-1] == ("Tool", "t")
 
 
 def test_a_thousand_phrases_in_each_other_are_read() -> None:

@@ -112,11 +112,10 @@ class _Mark:
 
 @dataclass(slots=True)
 class _Pair:
-    """A tag and its closer. `is_broken`: it holds a tag without a partner, or one that is none of the eight."""
+    """A tag and its closer, with the pairs directly inside."""
 
     opener: _Mark
     closer: _Mark
-    is_broken: bool = False
     inside: list["_Pair"] = field(default_factory=list)
 
 
@@ -125,7 +124,7 @@ def parse(text: str) -> Annotated:
     marks = _without_code(text, list(_marks(text)))
     pairs, lonely = _matched(marks)
     reading = _Reading(text)
-    unread = _nested(pairs, lonely)[::-1]
+    unread = _nested(pairs)[::-1]
     while unread:  # no recursion: a model that repeats itself nests hundreds
         unread += reading.read(unread.pop())[::-1]
     reading.drop_rest(pairs, lonely)
@@ -214,23 +213,15 @@ def _matched(marks: list[_Mark]) -> tuple[list[_Pair], list[_Mark]]:
     return pairs, lonely
 
 
-def _nested(pairs: list[_Pair], lonely: list[_Mark]) -> list[_Pair]:
-    """The outermost pairs, each with those inside it; broken where a lonely mark stands directly inside."""
+def _nested(pairs: list[_Pair]) -> list[_Pair]:
+    """The outermost pairs, each with those directly inside it."""
     outermost: list[_Pair] = []
     around: list[_Pair] = []
-    events: list[tuple[int, _Pair | _Mark]] = [(pair.opener.start, pair) for pair in pairs]
-    events += [(mark.start, mark) for mark in lonely]
-    for start, event in sorted(events, key=lambda event: event[0]):
-        while around and around[-1].closer.start < start:
+    for pair in sorted(pairs, key=lambda pair: pair.opener.start):
+        while around and around[-1].closer.start < pair.opener.start:
             around.pop()
-        if isinstance(event, _Mark):
-            if around:
-                around[-1].is_broken = True
-            continue
-        (around[-1].inside if around else outermost).append(event)
-        if around and not event.opener.is_known:
-            around[-1].is_broken = True
-        around.append(event)
+        (around[-1].inside if around else outermost).append(pair)
+        around.append(pair)
     return outermost
 
 
@@ -250,7 +241,7 @@ class _Reading:
         full = [piece for piece in pieces if piece.strip()]
         if not pair.opener.is_known:
             self.dropped.append(Dropped(name, whole, "none of the eight tags"))
-        elif pair.is_broken:
+        elif not all(inner.opener.is_known for inner in pair.inside):
             self.dropped.append(Dropped(name, whole, "a tag inside without a partner, or none of the eight"))
         elif len(full) > 1 and _is_phrase(name, flat := self._flat(pair)):
             self.phrases.append(Phrase(name, flat))
@@ -309,7 +300,7 @@ class _Reading:
         unseen = list(pair.inside)
         while unseen:
             inner = unseen.pop()
-            if inner.is_broken or not inner.opener.is_known:
+            if not inner.opener.is_known:
                 return ""
             marks += [inner.opener, inner.closer]
             unseen += inner.inside

@@ -1,69 +1,18 @@
 """What the client does with each thing that a server can answer."""
 
 import asyncio
-import email.utils
-import sqlite3
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from scripted_server import Asked, Reply, Script, ScriptedServer, error, said
+from client_runs import LIMIT, about, echo, first, run
+from scripted_server import Asked, Reply, ScriptedServer, error, said
 
 from train.errors import UserError
 from train.llm.client import FAILURES_OF_A_STAGE, Client, NoAnswerError
 from train.llm.journal import Answer, Decoding, Journal, Request
-from train.llm.places import Pauses
 from train.llm.server import Server
-
-SHORT = Pauses(first=0.001, longest=0.01)
-LIMIT = Decoding(max_tokens=50, temperature=0.5)
-
-
-def about(prompt: str, **changes: Any) -> Request:
-    return replace(Request("stage", [{"role": "user", "content": prompt}], LIMIT), **changes)
-
-
-def run(
-    script: Script | list[Script],
-    work: Callable[[Client, list[ScriptedServer]], Awaitable[Any]],
-    folder: Path,
-    *,
-    concurrency: int = 8,
-    key_variable: str | None = None,
-    **settings: Any,
-) -> Any:
-    """`work` with a client of one server to each script."""
-
-    async def inside() -> Any:
-        servers = [ScriptedServer(one) for one in (script if isinstance(script, list) else [script])]
-        for server in servers:
-            await server.__aenter__()
-        try:
-            places = [Server(server.url, concurrency, key_variable) for server in servers]
-            with Journal(folder / "answers.sqlite") as journal:
-                async with Client(places, "m", journal, **{"pauses": SHORT, **settings}) as client:
-                    return await work(client, servers)
-        finally:
-            for server in servers:
-                await server.__aexit__()
-
-    return asyncio.run(inside())
-
-
-async def echo(asked: Asked) -> Reply:
-    return said(f"re: {asked.prompt}")
-
-
-def first(*replies: Reply) -> Script:
-    """These replies to a prompt, one after another, and then its answer."""
-
-    async def script(asked: Asked) -> Reply:
-        return replies[asked.times] if asked.times < len(replies) else await echo(asked)
-
-    return script
 
 
 async def one(client: Client, servers: list[ScriptedServer]) -> tuple[Answer, int, int]:
@@ -299,6 +248,27 @@ def test_a_wrong_address_is_told_from_a_wrong_model(tmp_path: Path) -> None:
     run(script, work, tmp_path)
 
 
+@pytest.mark.parametrize("reply", [error(500, "no such model"), Reply(200, b"<html>Welcome</html>")])
+def test_a_server_that_never_answers_anything_ends_the_run(tmp_path: Path, reply: Reply) -> None:
+    async def script(asked: Asked) -> Reply:
+        return await echo(asked) if asked.prompt == "good" else reply
+
+    async def only_bad(client: Client, servers: list[ScriptedServer]) -> None:
+        with pytest.raises(UserError, match=r"has answered nothing so far; 8 times in a row it said: .*(such|Welcome)"):
+            await asyncio.gather(*(client.ask(about(f"{number}")) for number in range(20)))
+
+    async def a_good_one_first(client: Client, servers: list[ScriptedServer]) -> None:
+        await client.ask(about("good"))
+        failures = await asyncio.gather(
+            *(client.ask(about(f"{number}")) for number in range(20)), return_exceptions=True
+        )
+        assert {type(failure) for failure in failures} == {NoAnswerError}
+
+    run(script, only_bad, tmp_path)
+    run(script, a_good_one_first, tmp_path)
+    run(script, a_good_one_first, tmp_path)  # the good one comes from the journal: it is known to have been right once
+
+
 def test_forbidden_after_an_answer_is_the_rows_failure(tmp_path: Path) -> None:
     async def script(asked: Asked) -> Reply:
         return error(403, "flagged") if asked.prompt == "rude" else await echo(asked)
@@ -372,215 +342,3 @@ def test_a_server_that_knows_the_token_limit_by_its_other_name(tmp_path: Path) -
         return len(servers[0].asked)
 
     assert run(script, work, tmp_path) == 4
-
-
-@pytest.mark.parametrize("form", ["seconds", "milliseconds", "date"])
-@pytest.mark.parametrize("status", [429, 503])
-def test_retry_after_is_obeyed(tmp_path: Path, form: str, status: int) -> None:
-    asked_at: list[float] = []
-    due: list[float] = []  # what the server said, by its own clock
-
-    async def script(asked: Asked) -> Reply:
-        asked_at.append(time.time())
-        if len(asked_at) > 1:
-            return await echo(asked)
-        if form == "date":
-            due.append(int(time.time()) + 1.0)
-            return error(status, "later", headers={"Retry-After": email.utils.formatdate(due[0], usegmt=True)})
-        due.append(time.time() + 0.25)
-        return error(
-            status, "later", headers={"Retry-After": "0.25"} if form == "seconds" else {"Retry-After-Ms": "250"}
-        )
-
-    async def work(client: Client, servers: list[ScriptedServer]) -> None:
-        # The second request waits too: the server spoke for itself, not for one of them.
-        await asyncio.gather(client.ask(about("a")), client.ask(about("b")))
-
-    run(script, work, tmp_path, concurrency=1)
-    assert len(asked_at) == 3
-    assert all(at >= due[0] - 0.01 for at in asked_at[1:])
-
-
-def test_what_troubles_a_server_is_told_until_it_answers(tmp_path: Path) -> None:
-    async def work(client: Client, servers: list[ScriptedServer]) -> None:
-        assert client.troubles() == []
-        async with servers[0]:
-            pass  # and it is away
-        asking = asyncio.create_task(client.ask(about("hi")))
-        while client.counts.tries_failed < 3:
-            await asyncio.sleep(0.001)
-        [trouble] = client.troubles()
-        assert trouble.startswith(f"{servers[0].url}: can't be reached (")
-        async with servers[0]:
-            assert (await asking).text == "re: hi"
-            assert client.troubles() == []
-
-    async def inside() -> None:
-        with Journal(tmp_path / "answers.sqlite") as journal:
-            server = ScriptedServer(echo)
-            async with server:
-                pass
-            async with Client([Server(server.url)], "m", journal, pauses=SHORT) as client:
-                await work(client, [server])
-
-    asyncio.run(inside())
-
-
-class Bounded:
-    """A script that bears so many requests at once and refuses the others; `until` holds each until so many came."""
-
-    def __init__(self, bears: int, until: int = 0) -> None:
-        self.bears, self.now, self.refused = bears, 0, 0
-        self.until, self.all_there = until, asyncio.Event()
-
-    async def __call__(self, asked: Asked) -> Reply:
-        if self.now >= self.bears:
-            self.refused += 1
-            return error(429, "too many at once")
-        self.now += 1
-        if self.now >= self.until:
-            self.all_there.set()
-        await self.all_there.wait()
-        await asyncio.sleep(0.005)
-        self.now -= 1
-        return await echo(asked)
-
-
-async def ask_all(client: Client, count: int, prefix: str = "") -> None:
-    answers = await asyncio.gather(*(client.ask(about(f"{prefix}{number}")) for number in range(count)))
-    assert [answer.text for answer in answers] == [f"re: {prefix}{number}" for number in range(count)]
-
-
-def test_never_more_in_flight_than_the_bound_and_no_fewer_than_it_bears(tmp_path: Path) -> None:
-    script = Bounded(1_000, until=16)  # it never ends if 16 are not sent at once
-
-    async def work(client: Client, servers: list[ScriptedServer]) -> int:
-        await ask_all(client, 200)
-        return servers[0].most_in_flight
-
-    assert run(script, work, tmp_path, concurrency=16) == 16
-
-
-def test_it_backs_off_from_a_server_that_refuses_and_grows_when_it_bears_more(tmp_path: Path) -> None:
-    script = Bounded(4)
-
-    async def work(client: Client, servers: list[ScriptedServer]) -> None:
-        [lane] = client._lanes
-        await ask_all(client, 300, "few ")
-        # Without backing off, 32 at once against 4 would have been refused thousands of times.
-        assert script.refused < 300
-        assert lane.limit < 32
-        script.bears, script.refused = 1_000, 0
-        await ask_all(client, 300, "many ")
-        script.until = 32
-        script.all_there.clear()
-        await ask_all(client, 32, "all at once ")
-        assert script.refused == 0
-        assert servers[0].most_in_flight == 32
-
-    run(script, work, tmp_path, concurrency=32)
-
-
-def test_a_dead_and_a_silent_server_do_not_keep_the_others_waiting(tmp_path: Path) -> None:
-    silence = asyncio.Event()
-
-    async def silent(asked: Asked) -> Reply:
-        await silence.wait()
-        return await echo(asked)
-
-    async def work(client: Client, servers: list[ScriptedServer]) -> None:
-        await servers[1].__aexit__()
-        asking = [asyncio.create_task(client.ask(about(f"{number}"))) for number in range(300)]
-        while len(servers[0].answered) < 296:  # all but the four that the silent one holds
-            await asyncio.sleep(0.001)
-        assert len(servers[2].asked) == 4
-        silence.set()
-        await asyncio.gather(*asking)
-        assert sum(server.answered.total() for server in servers) == 300
-
-    run([echo, echo, silent], work, tmp_path, concurrency=4)
-
-
-def test_what_one_server_failed_over_another_one_is_asked(tmp_path: Path) -> None:
-    async def broken(asked: Asked) -> Reply:
-        return error(500, "oops")
-
-    async def work(client: Client, servers: list[ScriptedServer]) -> None:
-        for number in range(5):
-            assert (await client.ask(about(f"{number}"))).text == f"re: {number}"
-        assert max(servers[0].prompts().values()) == 1
-        assert servers[1].answered.total() == 5
-
-    run([broken, echo], work, tmp_path)
-
-
-def test_answers_that_cannot_be_written_yet_hold_up_new_requests(tmp_path: Path) -> None:
-    async def work(client: Client, servers: list[ScriptedServer]) -> None:
-        await client.ask(about("first"))
-        other = sqlite3.connect(tmp_path / "answers.sqlite", isolation_level=None)
-        other.execute("BEGIN IMMEDIATE")  # the disk stands still, as far as the journal can tell
-        asking = asyncio.create_task(ask_all(client, 100))
-        while servers[0].answered.total() - 1 < 10:
-            await asyncio.sleep(0.001)
-        await asyncio.sleep(0.1)
-        # Eight places and a quarter more: this many a kill could lose now, and no more.
-        assert len(servers[0].asked) - 1 == client._places.most_at_risk == 10
-        other.execute("ROLLBACK")
-        other.close()
-        await asking
-
-    run(echo, work, tmp_path)
-
-
-def test_a_server_that_says_nothing_at_all_is_asked_again_more_patiently(tmp_path: Path) -> None:
-    async def script(asked: Asked) -> Reply:
-        if asked.times < 2:
-            await asyncio.Event().wait()
-        return await echo(asked)
-
-    async def work(client: Client, servers: list[ScriptedServer]) -> None:
-        assert (await client.ask(about("hi"))).text == "re: hi"
-        tries = len(servers[0].asked)
-        assert tries >= 3
-        assert client._lanes[0].patience == 0.1 * 2 ** (tries - 1)
-
-    run(script, work, tmp_path, patience=0.1)
-
-
-def test_a_slow_answer_is_waited_for_while_the_server_says_anything(tmp_path: Path) -> None:
-    others: list[str] = []
-
-    async def script(asked: Asked) -> Reply:
-        while asked.prompt == "slow" and len(others) < 30:
-            await asyncio.sleep(0.005)
-        await asyncio.sleep(0.05)
-        others.append(asked.prompt)
-        return await echo(asked)
-
-    async def work(client: Client, servers: list[ScriptedServer]) -> None:
-        slow = asyncio.create_task(client.ask(about("slow")))
-        for number in range(30):  # together much longer than its patience
-            await client.ask(about(f"{number}"))
-        assert (await slow).text == "re: slow"
-        assert servers[0].prompts()["slow"] == 1
-
-    run(script, work, tmp_path, patience=1.0)
-
-
-def test_a_cancelled_request_leaves_nothing_behind(tmp_path: Path) -> None:
-    hold = asyncio.Event()
-
-    async def script(asked: Asked) -> Reply:
-        await hold.wait()
-        return await echo(asked)
-
-    async def work(client: Client, servers: list[ScriptedServer]) -> None:
-        first_one, second = (asyncio.create_task(client.ask(about("hi"))) for _ in range(2))
-        while not servers[0].asked:
-            await asyncio.sleep(0.001)
-        first_one.cancel()
-        hold.set()
-        assert (await second).text == "re: hi"  # it waited for the first one's answer, and now asks itself
-        assert (client.in_flight, client._asking, client._places.unwritten) == (0, {}, 0)
-
-    run(script, work, tmp_path)

@@ -27,6 +27,11 @@ FAILURES_OF_A_STAGE = 20
 """So many rows that fail before a stage's first answer are a fault of the settings, and end the run."""
 
 
+FAULTS_OF_A_START = 8
+"""So many responses in a row that are no answer, before any answer, are a fault of the settings too: about a minute
+of them. Some servers answer an unknown model with 500, and a web page at a wrong base_url is a 200."""
+
+
 class NoAnswerError(Exception):
     """This request gets no answer, whatever is done; others do. The message says what the server said."""
 
@@ -154,6 +159,7 @@ class Client:
             self.counts.tries_failed += 1
             tries += 1
             faults += outcome.kind == "fault"
+            self._end_a_false_start(request.stage, lane, outcome)
             if faults >= self.attempts:
                 raise NoAnswerError(f"{outcome.what} ({self.attempts} times)")
             avoid = lane
@@ -178,6 +184,16 @@ class Client:
                 self._places.unwritten -= 1
                 self._places.hand_out()
         return outcome
+
+    def _end_a_false_start(self, stage: str, lane: ServerLane, trouble: Trouble) -> None:
+        is_response = trouble.kind == "fault" and trouble.status is not None
+        if not is_response or lane.failures_in_a_row < FAULTS_OF_A_START:
+            return
+        if not any(one.has_answered for one in self._lanes) and not self.journal.has_stage(stage, self.model):
+            raise UserError(
+                f"{lane.name} has answered nothing so far; {lane.failures_in_a_row} times in a row it said: "
+                f"{trouble.what}. Is base_url right, and is {self.model!r} a model that it serves?"
+            )
 
     def _count_failure(self, stage: str, failure: NoAnswerError) -> None:
         if stage in self._answered_stages:

@@ -45,7 +45,7 @@ class Lane:
         self.trouble: str | None = None
         """Its last objection, until it answers again."""
         self.trouble_since = 0.0
-        self._failures = 0
+        self.failures_in_a_row = 0
         self._failed_at = 0.0
         self._clean_answers = 0
         self._growth = 1
@@ -60,7 +60,7 @@ class Lane:
         """A request was answered (and its place given back)."""
         self.heard_at = time.monotonic()
         self.trouble = None
-        self._failures = 0
+        self.failures_in_a_row = 0
         self._clean_answers += 1
         if self._clean_answers >= self.limit:
             self._clean_answers = 0
@@ -90,10 +90,10 @@ class Lane:
         self.trouble = what
         if sent_at < self._failed_at:
             return  # it was on its way when another one failed: the same event
-        self._failures += 1
+        self.failures_in_a_row += 1
         self._failed_at = now
-        if self._failures > 1:
-            self.paused_until = max(self.paused_until, now + self.pauses.after(self._failures - 1))
+        if self.failures_in_a_row > 1:
+            self.paused_until = max(self.paused_until, now + self.pauses.after(self.failures_in_a_row - 1))
 
     def is_open(self, now: float) -> bool:
         """Whether it may get one more request."""

@@ -48,6 +48,7 @@ class Trouble:
     what: str
     retry_after: float | None = None
     status: int | None = None
+    """Of a fault: None where no response came at all."""
 
 
 class ServerLane(Lane):
@@ -134,7 +135,8 @@ class ServerLane(Lane):
             )
             finish_reason = str(choice.get("finish_reason") or "")
         except (ValueError, LookupError, TypeError, AttributeError):
-            return Trouble("fault", f"no answer but garbage: {self._clean(response.text) or 'an empty body'}")
+            what = f"no answer but garbage: {self._clean(response.text) or 'an empty body'}"
+            return Trouble("fault", what, status=response.status_code)
         return Answer(
             text=_whole(text or ""),
             finish_reason=_whole(finish_reason),
@@ -161,9 +163,9 @@ class ServerLane(Lane):
             case 403 if not self.has_answered:  # later it is how some say that they won't answer this one
                 return Trouble("hopeless", what, status=status)
             case 408 | 409 | 425:
-                return Trouble("fault", what, retry_after)
+                return Trouble("fault", what, retry_after, status)
             case _ if status >= 500:
-                return Trouble("fault", what, retry_after)
+                return Trouble("fault", what, retry_after, status)
             case _:
                 return Trouble("row", what)
 

@@ -15,6 +15,7 @@ from train.data.outcomes import Outcome, counted, outcomes, warnings_of
 from train.data.prepare import Account, CachedSource, Prepared, Row, refusal
 from train.data.survey import Bin, Overlap, Repeats, histogram, quantiles
 from train.data.system_role import Probe, outcome
+from train.loop.checkpoint import sequences_per_step
 from train.model.float8 import float8_warnings
 from train.model.load import load_config
 from train.model.shape import shape_of
@@ -154,7 +155,11 @@ def survey(
     account = data.train.account
     processes = cluster.processes if cluster else int(os.environ.get("WORLD_SIZE", "1"))
     faults = [refusal(data, recipe.data), *run_faults(recipe, account.sequences, processes)]
-    steps = schedule(recipe.training, account.sequences, account.tokens_per_sequence, processes)
+    sequences = account.sequences
+    if cluster and recipe.data.packing:  # on so many GPUs rows are packed into whole steps
+        whole = sequences_per_step(recipe, processes)
+        sequences = max(sequences, min(-(-sequences // whole) * whole, account.rows))
+    steps = schedule(recipe.training, sequences, account.tokens / max(sequences, 1), processes)
     systems = outcome(tokenizer, before, recipe.chat.default_system)
     given = systems.default is not None
     return Report(

@@ -59,7 +59,12 @@ def recipe_of(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Cal
         content = {
             "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
             "chat": {"template": "chatml"},
-            "data": {"sources": [{"path": str(rows)}], "max_length": 256, "cache_dir": str(folder / "cache")},
+            "data": {
+                "sources": [{"path": str(rows)}],
+                "max_length": 256,
+                "cache_dir": str(folder / "cache"),
+                **sections.pop("data", {}),
+            },
             "training": {
                 "bf16": False,
                 "gradient_checkpointing": False,

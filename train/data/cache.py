@@ -115,10 +115,10 @@ def _make(folder: Path, key: str, build: Build) -> Entry:
         described = {"files": files, "facts": facts, "digest": key_of(facts)}
         manifest.write_text(json.dumps(described, indent=1, ensure_ascii=False), "utf-8")
         for path in (*partial.iterdir(), partial):
-            _sync(path)
+            sync(path)
         with suppress(OSError):  # where locks don't hold, another may have been first: then its entry is as good
             partial.rename(folder / key)
-            _sync(folder)
+            sync(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     made = _read(folder / key)
@@ -131,7 +131,8 @@ def _described(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "xxh3_128": digest_of_files([path])}
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, onto the disk. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -19,6 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
+from train.data.cache import sync
 from train.errors import UserError
 from train.loop.checkpoint import (
     COMPLETE,
@@ -236,7 +237,7 @@ class Saver:
         """Bring this process's share of the files onto the disk; their sizes and checksums."""
         found = {}
         for name in names[self._ranks.process_index :: self._ranks.num_processes]:
-            _sync(unfinished / name)
+            sync(unfinished / name)
             found[name] = described(unfinished / name)
             if found[name] is None:
                 raise OSError(errno.EIO, f"{name} was written and can't be read back")
@@ -249,13 +250,13 @@ class Saver:
         complete = unfinished / COMPLETE
         complete.write_text(written(manifest), encoding="utf-8")
         for path in (complete, *(path for path in unfinished.rglob("*") if path.is_dir()), unfinished):
-            _sync(path)
+            sync(path)
         self._check_folder()
         named = self._folder / unfinished.name
         if named.exists():  # written again as an evaluation was made good, say: half of it must never bear its name
             named.rename(self.aside / f"{named.name}.before")
         unfinished.rename(named)
-        _sync(self._folder)
+        sync(self._folder)
         shutil.rmtree(self.aside, ignore_errors=True)
 
     def _forget_older(self, newest: str, best: str | None) -> None:
@@ -283,10 +284,10 @@ class Saver:
             for name in [*files_below(folder), COMPLETE]:
                 (aside / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / name, aside / name)
-                _sync(aside / name)
+                sync(aside / name)
             shutil.rmtree(mirror / folder.name, ignore_errors=True)
             aside.rename(mirror / folder.name)
-            _sync(mirror)
+            sync(mirror)
             for path in _surplus(_whole(mirror), self._keep, spared):
                 path.rename(aside)
                 shutil.rmtree(aside, ignore_errors=True)
@@ -331,11 +332,3 @@ def _files(folder: Path) -> list[Path]:
 
 def _size(count: float) -> str:
     return f"{count / 2**30:,.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:,.2f} MiB"
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

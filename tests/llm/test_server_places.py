@@ -73,6 +73,28 @@ def test_objections_to_requests_that_were_on_their_way_together_count_once() -> 
     assert server.trouble is None
 
 
+class SteppingClock:
+    """A second passes each time one looks."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def test_a_pause_that_ends_while_places_are_handed_out_leaves_no_one_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        server = lane(1)
+        monkeypatch.setattr("train.llm.places.time", clock := SteppingClock())
+        # The first look of `take` and the first of `hand_out` find it paused, the next one does not.
+        server.paused_until = clock.now + 2.01
+        assert await asyncio.wait_for(Places([server]).take(), timeout=5) is server
+
+    asyncio.run(work())
+
+
 @given(st.lists(st.sampled_from(["take", "answered", "refused", "failed", "cancelled"])), st.integers(1, 5))
 def test_the_limit_stays_between_one_and_the_bound(events: list[str], most: int) -> None:
     server = lane(most)

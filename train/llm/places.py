@@ -124,7 +124,7 @@ class Places(Generic[AnyLane]):
 
     async def take(self, avoid: AnyLane | None = None) -> AnyLane:
         """Wait for a place; on another lane than `avoid` if there is one free."""
-        if not self._waiting and (lane := self._best(avoid)):
+        if not self._waiting and (lane := self._best(avoid, time.monotonic())):
             lane.take()
             return lane
         mine: asyncio.Future[AnyLane] = asyncio.get_running_loop().create_future()
@@ -144,30 +144,29 @@ class Places(Generic[AnyLane]):
 
     def hand_out(self) -> None:
         """Give the places that are free to those that wait."""
+        now = time.monotonic()  # one look: a pause that ends after `_best` has seen it would set no alarm
         while self._waiting:
             mine, avoid = self._waiting[0]
             if not mine.done():
-                lane = self._best(avoid)
+                lane = self._best(avoid, now)
                 if lane is None:
                     break
                 lane.take()
                 mine.set_result(lane)
             self._waiting.popleft()
-        self._set_alarm()
+        self._set_alarm(now)
 
-    def _best(self, avoid: AnyLane | None) -> AnyLane | None:
+    def _best(self, avoid: AnyLane | None, now: float) -> AnyLane | None:
         if self.unwritten + sum(lane.in_flight for lane in self.lanes) >= self.most_at_risk:
             return None
-        now = time.monotonic()
         free = [lane for lane in self.lanes if lane.is_open(now)]
         return min(free, key=lambda lane: (lane is avoid, lane.in_flight / lane.limit), default=None)
 
-    def _set_alarm(self) -> None:
+    def _set_alarm(self, now: float) -> None:
         """Hand out again when the next pause ends, if anyone waits for that."""
         if self._alarm:
             self._alarm.cancel()
             self._alarm = None
-        now = time.monotonic()
         paused = [lane.paused_until - now for lane in self.lanes if lane.paused_until > now]
         if self._waiting and paused:
             self._alarm = asyncio.get_running_loop().call_later(min(paused) + 0.001, self.hand_out)

@@ -32,9 +32,11 @@ _MARK = re.compile(
 """Whatever looks like a tag. `x << 2 >> y` and `<<"here">>` don't."""
 
 _CODE = re.compile(
-    r"(?:^|\n)[^\S\n]*(?P<fence>`{3,}|~{3,})[^\n]*\n(?:.*?\n)?[^\S\n]*(?P=fence)[`~]*[^\S\n]*(?=\n|$)|`[^`\n]+`",
+    r"(?:^|\n)[^\S\n]*(?P<fence>`{3,}|~{3,})[^\n]*\n(?:.*?\n)?[^\S\n]*(?P=fence)[`~]*[^\S\n]*(?=\n|$)"
+    r"|(?<!`)(?P<ticks>`+)(?!`)[^\n]*?(?<!`)(?P=ticks)(?!`)",
     re.DOTALL,
 )
+"""Fenced code, and code between runs of backticks of one length on a line, as in CommonMark."""
 
 _NAMES = {name.casefold() + plural: name for name in TAGS for plural in ("", "s")}
 

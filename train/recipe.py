@@ -21,7 +21,9 @@ from train.recipe_faults import validate
 from train.training_fields import training_fields, training_model
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a recipe: strict, and its attributes' docstrings are its manual."""
+
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
@@ -36,7 +38,7 @@ Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]  # YAML has lists; a tuple stays as it is
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """The model that training starts from."""
 
     name_or_path: Text
@@ -74,7 +76,7 @@ class ModelSection(_Section):
     """Open weights in pickle files, which can run code as they are opened, where there are no safetensors."""
 
 
-class ChatSection(_Section):
+class ChatSection(Section):
     """How a conversation becomes text, and which part of it is trained."""
 
     template: Text | None = None
@@ -93,7 +95,7 @@ class ChatSection(_Section):
     """Train every assistant turn, or the last one of each conversation. Its end token is always trained with it."""
 
 
-class Source(_Section):
+class Source(Section):
     """One place that rows come from."""
 
     path: Text
@@ -113,7 +115,7 @@ class Source(_Section):
 Sources = Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """The rows that are trained, and how they are cut and packed."""
 
     sources: Sources
@@ -145,7 +147,7 @@ class DataSection(_Section):
     """Processes that tokenize; null = one for each core that the job may use."""
 
 
-class AdapterSection(_Section):
+class AdapterSection(Section):
     """LoRA, by the names of peft's LoraConfig."""
 
     r: int = Field(default=16, gt=0)
@@ -166,7 +168,7 @@ class AdapterSection(_Section):
     """Modules that are trained in full and saved with the adapter."""
 
 
-class QuantizationSection(_Section):
+class QuantizationSection(Section):
     """The frozen weights in 4 bits (QLoRA), by the names of transformers' BitsAndBytesConfig. Needs `adapter`."""
 
     load_in_4bit: Literal[True] = True
@@ -181,7 +183,7 @@ class QuantizationSection(_Section):
     """Type the packed weights are stored as: that of the other weights, so that FSDP and ZeRO-3 can split them."""
 
 
-class WandbSection(_Section):
+class WandbSection(Section):
     """A run on Weights & Biases. The key comes from the environment (WANDB_API_KEY), never from a recipe."""
 
     project: Text = "janus-sft"
@@ -198,7 +200,7 @@ class WandbSection(_Section):
     """offline = write to output_dir alone; it needs no account, `wandb sync` sends it later."""
 
 
-class TrackingSection(_Section):
+class TrackingSection(Section):
     """Where figures go besides metrics.jsonl and the step log, which are always written."""
 
     wandb: WandbSection | None = None
@@ -211,7 +213,7 @@ TIME = r"^(?:(?:(?P<days>\d+)-)?(?P<hours>\d{1,3}):)?(?P<minutes>\d{1,3}):(?P<se
 """How Slurm writes times: minutes:seconds, hours:minutes:seconds, days-hours:minutes:seconds."""
 
 
-class SaveSection(_Section):
+class SaveSection(Section):
     """How checkpoints are kept, and when a run stops by itself. How often it saves, and how many checkpoints stay, is
     TRL's: training.save_strategy, save_steps and save_total_limit."""
 
@@ -227,7 +229,7 @@ class SaveSection(_Section):
     """How long before the end of the time it stops: room for the step that is under way and for saving."""
 
 
-class GuardsSection(_Section):
+class GuardsSection(Section):
     """What a run does about steps that go wrong. Their rows are named, and stand in output_dir/suspects.jsonl."""
 
     non_finite_steps: int = Field(default=3, ge=1)
@@ -259,7 +261,7 @@ _DEFAULTS_THAT_MATTER = (
 )
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A run of janus-sft: what is trained, on what, and how."""
 
     model: ModelSection

@@ -82,8 +82,8 @@ class YamlError(Exception):
 class Document:
     """A recipe as plain values, with the place that each came from and all that was found wrong so far."""
 
-    def __init__(self, path: Path) -> None:
-        """Read `path`. Raises UserError where there is no mapping to be had from it."""
+    def __init__(self, path: Path, keys: Sequence[str] = ("model", "data", "output_dir")) -> None:
+        """Read `path`, of which `keys` must be given. Raises UserError where there is no mapping to be had from it."""
         self.name = str(path)
         self.places: dict[KeyPath, Place] = {(): self._line(1)}
         self.faults: list[tuple[Place, str]] = []
@@ -94,9 +94,9 @@ class Document:
         except YamlError as fault:
             raise UserError(f"{self.name}:{fault.line}: {fault}") from fault
         if tree is None:
-            raise UserError(f"{self.name}: empty. A recipe has at least the keys model, data and output_dir.")
+            raise UserError(f"{self.name}: empty. It must have at least the keys {', '.join(keys)}.")
         if not isinstance(tree, dict):
-            expected = "Expected a mapping with the keys model, data, output_dir, ..., each as `key: value`"
+            expected = f"Expected a mapping with the keys {', '.join(keys)}, ..., each as `key: value`"
             raise UserError(f"{self.name}:1: found {described(tree)} at the top. {expected}.")
         self.tree: dict[str, Any] = tree
 

@@ -32,25 +32,37 @@ def validate(document: Document, root: type[Root]) -> Root:
     Raises UserError with all faults, those found before among them.
     """
     _let_override_decide_duration(document)
-    recipe = None
     training = document.section("training")
-    for model, values, prefix in (root, document.tree, ()), (training_model(), training, ("training",)):
-        try:
-            validated = model.model_validate(values)
-        except ValidationError as fault:
-            _translate(document, fault, prefix, root)
-        else:
-            recipe = validated if isinstance(validated, root) else recipe
+    recipe = _validated(document, root, root)
+    _validated(document, training_model(), root, ("training",))
     for clash in clashes(training, has_validation=document.section("data").get("validation") is not None):
         document.fault(("training", clash.key), clash.message)
     _clashes_between_sections(document)
     _missing_files(document)
-    if document.faults or recipe is None:
+    return _faultless(document, recipe)
+
+
+def validate_settings(document: Document, root: type[Root]) -> Root:
+    """The settings of another command than training as `root`. Raises UserError with all faults."""
+    return _faultless(document, _validated(document, root, root))
+
+
+def _validated(document: Document, model: type[Root], root: type[BaseModel], prefix: KeyPath = ()) -> Root | None:
+    """The values at `prefix` as `model`; None where there are faults, which the document then knows."""
+    try:
+        return model.model_validate(document.section(str(prefix[0])) if prefix else document.tree)
+    except ValidationError as fault:
+        _translate(document, fault, prefix, root)
+        return None
+
+
+def _faultless(document: Document, settings: Root | None) -> Root:
+    if document.faults or settings is None:
         lines = [f"{place.words}: {message}" for place, message in sorted(document.faults)]
         if len(lines) == 1:
             raise UserError(lines[0])
         raise UserError("\n  ".join([f"{document.name} has {len(lines)} faults:", *lines]))
-    return recipe
+    return settings
 
 
 def _let_override_decide_duration(document: Document) -> None:
@@ -193,7 +205,7 @@ def _field_at(path: KeyPath, root: type[BaseModel]) -> tuple[Any, Sequence[Any],
             continue
         model = next(model for model, _ in _models(annotation))
         found = model.model_fields[step]
-        annotation = training_model() if found is root.model_fields["training"] else found.annotation
+        annotation = training_model() if found is root.model_fields.get("training") else found.annotation
         bounds, description = found.metadata, found.description
     return annotation, bounds, description
 
@@ -218,7 +230,7 @@ def _unknown(path: KeyPath, root: type[BaseModel]) -> str:
     siblings = [name for name in siblings if "." not in name]
     leaves = {name.rpartition(".")[2]: name for name in reversed(known)}  # the first of a name wins
     plain = key.lower().replace("-", "_")
-    meant = RENAMED.get(plain)
+    meant = renamed if (renamed := RENAMED.get(plain)) in known else None
     if not meant and (beside := closest(plain, siblings, 0.8)):
         meant = dotted((*parent, beside))
     meant = meant or leaves.get(plain)
@@ -227,7 +239,7 @@ def _unknown(path: KeyPath, root: type[BaseModel]) -> str:
     meant = meant or leaves.get(closest(plain, list(leaves), 0.75) or "")
     if meant:
         return f"unknown key.{did_you_mean(meant)}"
-    if key in OWNED:
+    if key in OWNED and "training" in root.model_fields:
         return f"unknown key: {OWNED[key]}."
     if parent == ("training",):
         return "unknown key. Allowed: the fields of TRL's SFTConfig."

@@ -41,6 +41,10 @@ class Chunk(Protocol):
         """The rows, parsed now."""
         ...
 
+    def __len__(self) -> int:
+        """How many rows there are, without parsing them."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class ParsedRows:
@@ -51,6 +55,9 @@ class ParsedRows:
     def rows(self) -> Iterator[PlacedRow]:
         """The rows."""
         return iter(self.placed)
+
+    def __len__(self) -> int:
+        return len(self.placed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +76,9 @@ class Lines:
             if line:
                 yield f":{number}", _parsed(line)
 
+    def __len__(self) -> int:
+        return sum(not line.isspace() for line in self.lines)
+
 
 @dataclass(frozen=True, slots=True)
 class ArrowRows:
@@ -82,6 +92,9 @@ class ArrowRows:
         types = {column.name: column.type for column in self.batch.schema}
         for number, row in enumerate(self.batch.to_pylist(), self.first):
             yield f" row {number}", {column: _plain(value, types[column]) for column, value in row.items()}
+
+    def __len__(self) -> int:
+        return self.batch.num_rows
 
 
 def read_file(path: Path, allow_pickle: bool) -> Iterator[Chunk]:

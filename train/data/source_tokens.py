@@ -8,7 +8,6 @@ import importlib.metadata
 import time
 from collections.abc import Iterator
 from datetime import date
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from train.data.cache import Entry, default_folder, find_or_make, key_of, report_progress
 from train.data.fast_tokenizer import DiffersError
-from train.data.files import Chunk
-from train.data.formats import RowFault, detect
-from train.data.sources import OpenSource, digest_of_files, open_source
+from train.data.sources import OpenSource, chunks_and_format, digest_of_files, open_source
 from train.data.token_rows import Faults, write
 from train.data.tokenize import RowTokenizer, tokenize
 from train.errors import UserError
@@ -95,7 +92,7 @@ def _write(
     for fast in (True, False):
         rows = RowTokenizer(tokenizer, chat.train_on, chat.control_tokens_in_text, fast=fast)
         try:
-            chunks, format = _with_format(source, opened)
+            chunks, format = chunks_and_format(source, opened)
             batches = tokenize(rows, chunks, format, recipe.data.processes)
             counted = _Counted(batches, folder, tokenizing)
             write(folder / ROWS, counted)
@@ -133,21 +130,3 @@ class _Counted:
                 reported = time.monotonic()
                 report_progress(self._folder, self._job.done)
             yield batch
-
-
-def _with_format(source: Source, opened: OpenSource) -> tuple[Iterator[tuple[int, Chunk]], str]:
-    """The chunks of a source, and its format: the one named, or that of its first row. Raises UserError."""
-    chunks = opened.chunks()
-    if source.format != "auto":
-        return chunks, source.format
-    seen: list[tuple[int, Chunk]] = []
-    for file, chunk in chunks:
-        seen.append((file, chunk))
-        for place, row in chunk.rows():
-            if isinstance(row, RowFault):
-                continue
-            try:
-                return chain(seen, chunks), detect(row)
-            except UserError as fault:
-                raise UserError(f"{opened.files[file]}{place}: {fault}") from fault
-    return iter(seen), "messages"  # no row could be read; the faults tell why

@@ -9,12 +9,14 @@ import glob
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from train.data.files import READERS, ROWS_OF_A_CHUNK, Chunk, PlacedRow, arrow_chunks, ending_of, first_line, read_file
+from train.data.formats import Conversation, RowFault, convert, detect
 from train.errors import UserError
 from train.recipe import Source
 
@@ -105,6 +107,48 @@ def read_rows(source: Source, allow_pickle: bool = False) -> Iterator[PlacedRow]
     for number, chunk in opened.chunks():
         for place, row in chunk.rows():
             yield opened.files[number] + place, row
+
+
+def conversations(source: Source, allow_pickle: bool = False) -> Iterator[tuple[str, Conversation | RowFault]]:
+    """Every row of `source` as a conversation, with its whole place, or the fault of one that is none.
+
+    `weight` isn't read. Raises UserError.
+    """
+    opened = open_source(source, allow_pickle)
+    chunks, format = chunks_and_format(source, opened)
+    for number, chunk in chunks:
+        for place, row in chunk.rows():
+            whole_place = opened.files[number] + place
+            if isinstance(row, RowFault):
+                yield whole_place, row
+                continue
+            try:
+                yield whole_place, Conversation(*convert(row, format), place)
+            except RowFault as fault:
+                yield whole_place, fault
+
+
+def count_rows(source: Source, allow_pickle: bool = False) -> int:
+    """How many rows `source` has, those that are faulty among them. Raises UserError."""
+    return sum(len(chunk) for _, chunk in open_source(source, allow_pickle).chunks())
+
+
+def chunks_and_format(source: Source, opened: OpenSource) -> tuple[Iterator[tuple[int, Chunk]], str]:
+    """The chunks of a source, and its format: the one named, or that of its first row. Raises UserError."""
+    chunks = opened.chunks()
+    if source.format != "auto":
+        return chunks, source.format
+    seen: list[tuple[int, Chunk]] = []
+    for file, chunk in chunks:
+        seen.append((file, chunk))
+        for place, row in chunk.rows():
+            if isinstance(row, RowFault):
+                continue
+            try:
+                return chain(seen, chunks), detect(row)
+            except UserError as fault:
+                raise UserError(f"{opened.files[file]}{place}: {fault}") from fault
+    return iter(seen), "messages"  # no row could be read; the faults tell why
 
 
 def digest_of_files(files: Iterable[Path], facts: Iterable[object] = ()) -> str:

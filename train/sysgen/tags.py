@@ -17,7 +17,7 @@ meant in two ways is dropped and told, with the reason. The rules, where tags me
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -80,6 +80,11 @@ class Annotated:
     def render(self) -> str:
         """The phrases in their tags, a line to each."""
         return "\n".join(f"<<{phrase.tag}>>{phrase.text}<</{phrase.tag}>>" for phrase in self.phrases)
+
+    def with_phrases(self, phrases: Iterable[Phrase]) -> "Annotated":
+        """This message with further phrases, each behind those of its tag."""
+        together = sorted((*self.phrases, *phrases), key=lambda phrase: TAGS.index(phrase.tag))
+        return Annotated(tuple(together), self.repairs, self.dropped)
 
     def without(self, tags: Collection[str], reason: str) -> "Annotated":
         """This message without the phrases of some tags, which join what was dropped."""

@@ -1,0 +1,180 @@
+"""What a SYSGEN run is: a YAML file in recipes/sysgen, strict and documented key by key.
+
+Defaults are the paper's (section 3 and appendix of arXiv:2502.11330) where it states one; where it is silent, the
+docstring says so.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, create_model
+
+from train.llm.journal import Decoding
+from train.llm.server import Server
+from train.recipe import Section, Sources, Text
+from train.recipe_document import Document
+from train.recipe_faults import validate_settings
+from train.sysgen.tags import TAGS
+
+
+class ServerSection(Section):
+    """One OpenAI-compatible server."""
+
+    base_url: Text
+    """Its address, which mostly ends in /v1: http://localhost:8000/v1."""
+    concurrency: int = Field(default=64, ge=1)
+    """How many requests it gets at once, at most; fewer while it objects."""
+    key_variable: Text | None = None
+    """The environment variable that holds its key; null = none, but for OpenAI's own server OPENAI_API_KEY."""
+
+    def server(self) -> Server:
+        """As the client takes it."""
+        return Server(self.base_url, self.concurrency, self.key_variable)
+
+
+class StageSection(Section):
+    """How the answers of one stage are drawn, in the names of the OpenAI API."""
+
+    max_tokens: int = Field(gt=0)
+    """Most tokens of an answer. To raise it asks again what was cut, and that alone."""
+    temperature: float | None = Field(default=0.7, ge=0)
+    """null = the server's own."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """null = the server's own; the paper states none."""
+    seed: int | None = None
+    """Sent with each request (a further try gets the next number); null = none is sent."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """What else goes into a request as it stands, such as top_k or chat_template_kwargs."""
+
+    def decoding(self) -> Decoding:
+        """As the client takes it."""
+        return Decoding(self.max_tokens, self.temperature, self.top_p, self.seed, (), self.extra)
+
+
+class SourcesSection(Section):
+    """The rows that get system messages."""
+
+    sources: Sources
+    """Where they come from, as in a training recipe. `weight` isn't read: every row is taken once."""
+    limit: int | None = Field(default=None, ge=1)
+    """Only so many rows from the start of the sources, to look at before the whole; null = all."""
+    allow_pickle: bool = False
+    """Open data in pickle files, which can run code as they are opened."""
+
+
+_Share = Annotated[float, Field(gt=0, le=1)]
+
+TargetShares = create_model(
+    "TargetShares",
+    __base__=Section,
+    __doc__="The share of system messages that are to hold a tag.",
+    **{tag: (_Share | None, Field(default=None, description="Share of rows; null = as it comes.")) for tag in TAGS},
+)  # type: ignore[call-overload]
+
+
+class TagsSection(Section):
+    """Which tags occur."""
+
+    target_share: TargetShares = TargetShares()
+    """For tags that come too rarely (Tool: 2 to 17 % in the paper): in some rows the generator is reminded of the tag,
+    and told to leave it out where the conversation shows nothing of the kind. How many rows follows from how many of
+    those before took it."""
+
+
+class ConstraintsSection(Section):
+    """Requirements that a program can check (at most 50 words, a list of five points), drawn from rules of our own and
+    put among the Format, Style and Content phrases. The new answer is checked; what doesn't comply is asked again."""
+
+    share: float = Field(default=0.0, ge=0, le=1)
+    """Share of rows that get one; 0 = none. The paper had none, and every model lost on IFEval."""
+    at_most: int = Field(default=2, ge=1, le=4)
+    """Most of them in one row."""
+    attempts: int = Field(default=3, ge=1)
+    """After so many answers that don't comply, the row is answered without."""
+
+
+class GatesSection(Section):
+    """What is looked at before a row is kept. The paper has none; each counts what it stops, in the report."""
+
+    language: bool = True
+    """The system message must be in the language of the conversation; else it is written again, `retries` times."""
+    leak: float | None = Field(default=0.5, gt=0, le=1)
+    """A system message that holds this share of the answer's words in runs of five, or the whole of a short answer, is
+    written again; null = not looked at."""
+    near_duplicates: float | None = Field(default=None, gt=0, lt=1)
+    """Leave out rows whose system message is this similar (Jaccard, of runs of three words) to one before; null = not
+    looked at."""
+    judge: bool = False
+    """Ask the model whether the new answer follows the system message, and leave out the rows where it says no."""
+
+
+class OutputSection(Section):
+    """What is written."""
+
+    format: Literal["jsonl", "parquet"] = "jsonl"
+    """jsonl = one file, each row there as soon as it is final; parquet = files of `rows_per_file` rows."""
+    rows_per_file: int = Field(default=10_000, ge=1)
+    """Rows of a parquet file."""
+
+
+class SysgenConfig(Section):
+    """A run of SYSGEN: whose rows, which model, and what becomes of both."""
+
+    model: Text
+    """The model, by the name that the servers know it by. It writes, verifies and answers (and judges)."""
+    servers: Annotated[tuple[ServerSection, ...], Field(strict=False, min_length=1)]
+    """Where it is served; the load is shared by how fast each answers."""
+    data: SourcesSection
+    """The rows that get system messages."""
+    existing_system: Literal["replace", "keep", "refine"] = "replace"
+    """What becomes of rows that have a system message; keep = they stay as they are and nothing is asked; refine = the
+    generator sees it and works it out; replace = it is taken away first."""
+    message: Literal["generate", "common"] = "generate"
+    """common = the same system message for every row, an ablation of the paper's."""
+    common_message: Text = "You are a helpful AI assistant."
+    """The message that `message: common` means."""
+    answers: Literal["anew", "original"] = "anew"
+    """original = the answers of the data stay, the other ablation."""
+    on_empty: Literal["retry", "drop", "keep_without_system"] = "retry"
+    """What becomes of a row with no valid phrase left, or one that a gate stopped; retry = another try, `retries`
+    times, and then drop; keep_without_system = its own question and answers without any. The paper doesn't say."""
+    retries: int = Field(default=2, ge=0)
+    """Further tries to write a system message."""
+    on_missing_verdict: Literal["keep", "drop"] = "keep"
+    """What becomes of phrases whose tag got no verdict that can be read. The paper removes Bad and None alone."""
+    on_unfinished_answer: Literal["drop", "keep", "original"] = "drop"
+    """What becomes of a row whose new answer was cut at the token limit, refused or empty; original = with the answers
+    of the data. A cut one that is kept teaches to stop in the middle. The paper doesn't say."""
+    generate: StageSection = StageSection(max_tokens=512)
+    """Write a system message in tagged phrases."""
+    verify: StageSection = StageSection(max_tokens=256)
+    """Judge each tag."""
+    answer: StageSection = StageSection(max_tokens=1024)
+    """Answer anew."""
+    judge: StageSection = StageSection(max_tokens=16, temperature=0.0)
+    """Say whether an answer follows its system message, for `gates.judge`."""
+    tags: TagsSection = TagsSection()
+    """Which tags occur."""
+    constraints: ConstraintsSection = ConstraintsSection()
+    """Requirements that a program can check."""
+    gates: GatesSection = GatesSection()
+    """What is looked at before a row is kept."""
+    output: OutputSection = OutputSection()
+    """What is written."""
+    output_dir: Text
+    """Folder for the rows, what was left out, the report and the journal of answers."""
+    seed: int = Field(default=42, ge=0, lt=2**32)
+    """Decides which rows get constraints and reminders, and which are shown in the report."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SysgenConfig:
+    """The configuration in `path`, with `key=value` overrides by dotted key.
+
+    Raises UserError with everything that is wrong with the file and the overrides, each with its line and dotted key.
+    """
+    document = Document(Path(path), keys=("model", "servers", "data", "output_dir"))
+    for order, override in enumerate(overrides):
+        document.override(override, order)
+    document.refuse_secrets()
+    return validate_settings(document, SysgenConfig)

@@ -18,7 +18,7 @@ from train.recipe_document import _Loader
 from train.training_fields import OWNED, training_fields, training_model
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").glob("**/*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("*/sft/*.yaml"))
 
 GOOD = """\
 model:

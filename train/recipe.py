@@ -108,7 +108,9 @@ class Source(Section):
     """Branch, tag or commit on the hub; null = its main branch."""
     weight: float = Field(default=1.0, gt=0)
     """How often a row is seen in an epoch: 1.0 = once, 0.5 = a seeded half of the rows, 2.0 = every row twice."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "janus", "prompt_completion"] = "auto"
+    format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "janus", "prompt_completion", "question_answer", "exchanges"
+    ] = "auto"
     """How a row is to be read; auto = recognised from the columns."""
 
 

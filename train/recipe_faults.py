@@ -228,14 +228,15 @@ def _unknown(path: KeyPath, root: type[BaseModel]) -> str:
     prefix = "".join(f"{0 if isinstance(step, int) else step}." for step in parent)
     siblings = [name.removeprefix(prefix) for name in known if name.startswith(prefix)]
     siblings = [name for name in siblings if "." not in name]
+    lowered = {name.lower(): name for name in siblings}
     leaves = {name.rpartition(".")[2]: name for name in reversed(known)}  # the first of a name wins
     plain = key.lower().replace("-", "_")
     meant = renamed if (renamed := RENAMED.get(plain)) in known else None
-    if not meant and (beside := closest(plain, siblings, 0.8)):
-        meant = dotted((*parent, beside))
+    if not meant and (beside := closest(plain, list(lowered), 0.8)):
+        meant = dotted((*parent, lowered[beside]))
     meant = meant or leaves.get(plain)
-    if not meant and (beside := closest(plain, siblings, 0.6)):
-        meant = dotted((*parent, beside))
+    if not meant and (beside := closest(plain, list(lowered), 0.6)):
+        meant = dotted((*parent, lowered[beside]))
     meant = meant or leaves.get(closest(plain, list(leaves), 0.75) or "")
     if meant:
         return f"unknown key.{did_you_mean(meant)}"

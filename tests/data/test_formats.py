@@ -66,6 +66,38 @@ SAME_THREE_TURNS: dict[str, tuple[str, dict[str, Any]]] = {
         "alpaca",
         {"system": SYSTEM["content"], "instruction": USER["content"], "input": "", "output": ASSISTANT["content"]},
     ),
+    "question and answer": (
+        "question_answer",
+        {"system": SYSTEM["content"], "question": USER["content"], "answer": ASSISTANT["content"], "type": "x"},
+    ),
+    "query and response": (
+        "question_answer",
+        {
+            "system": SYSTEM["content"],
+            "original_question": "?",
+            "query": USER["content"],
+            "response": ASSISTANT["content"],
+        },
+    ),
+    "instruction and response": (
+        "question_answer",
+        {"system": SYSTEM["content"], "instruction": USER["content"], "response": ASSISTANT["content"]},
+    ),
+    "exchanges": (
+        "exchanges",
+        {
+            "source": "x",
+            "system": SYSTEM["content"],
+            "conversation": [{"input": USER["content"], "output": ASSISTANT["content"]}],
+        },
+    ),
+    "exchanges as JSON": (
+        "exchanges",
+        {
+            "system": SYSTEM["content"],
+            "conversation": json.dumps([{"input": USER["content"], "output": ASSISTANT["content"]}]),
+        },
+    ),
     "janus": (
         "janus",
         {
@@ -293,6 +325,19 @@ BAD_ROWS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "messages of broken JSON": ("messages", {"messages": '[{"role": "user",]'}, "invalid JSON", "`messages`"),
     "a missing column": ("janus", {"prompt": "p"}, "missing column", "no `output` among the columns `prompt`"),
     "output a list": ("alpaca", {"instruction": "i", "output": ["a"]}, "wrong type", '`output` is the list ["a"]'),
+    "an answer that is null": (
+        "question_answer",
+        {"question": "q", "answer": None},
+        "empty content",
+        "`answer` is null",
+    ),
+    "an exchange that is a text": (
+        "exchanges",
+        {"conversation": ["hi"]},
+        "wrong type",
+        '`conversation` holds the text "hi"',
+    ),
+    "an exchange without output": ("exchanges", {"conversation": [{"input": "q"}]}, "missing column", "no `output`"),
     "a system of numbers": (
         "janus",
         {"system": 1, "prompt": "p", "output": "o"},
@@ -370,5 +415,5 @@ def test_columns_of_no_format_are_named() -> None:
     with pytest.raises(UserError) as caught:
         detect(["prompt", "chosen", "rejected"])
     assert "`prompt`, `chosen`, `rejected`" in str(caught.value)
-    for name in ("messages", "sharegpt", "alpaca", "janus", "prompt_completion"):
+    for name in ("messages", "sharegpt", "alpaca", "janus", "prompt_completion", "question_answer", "exchanges"):
         assert name in str(caught.value)

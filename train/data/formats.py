@@ -7,6 +7,8 @@
 | prompt_completion | `prompt` and `completion`: strings, or lists of turns                                            |
 | janus             | `prompt` (older: `user_prompt`, `instruction`) and `output`                                      |
 | alpaca            | `instruction`, `output`; `input` and `history` where given                                       |
+| question_answer   | `question`, `query` or `instruction`, and `answer` or `response`                                 |
+| exchanges         | `conversation`: exchanges of input and output (Capybara)                                         |
 
 Beside each of them: `system` (or `system_prompt`), which becomes the first message, and `tools` (a list, or JSON).
 Other columns are ignored. Anything that is a list of turns or tools may be a string of JSON, as CSV has it.
@@ -60,6 +62,8 @@ ROLES = {
 
 SYSTEM_COLUMNS = ("system", "system_prompt")
 _JANUS_PROMPTS = ("prompt", "user_prompt", "instruction")
+_QUESTIONS = ("question", "query", "instruction")
+_ANSWERS = ("answer", "response")
 _SHOWN = 60
 
 
@@ -111,11 +115,16 @@ def detect(columns: Iterable[str]) -> str:
             return "janus"
         if "instruction" in found:
             return "alpaca"
+    if any(column in found for column in _QUESTIONS) and any(column in found for column in _ANSWERS):
+        return "question_answer"
+    if "conversation" in found:
+        return "exchanges"
     names = ", ".join(f"`{column}`" for column in found) or "none"
     raise UserError(
         f"no known format has these columns: {names}. Known are: messages (`messages`), sharegpt (`conversations`), "
         "prompt_completion (`prompt`, `completion`), janus (`system`, `prompt`, `output`), alpaca (`instruction`, "
-        "`input`, `output`). Rename the columns; extra ones do no harm."
+        "`input`, `output`), question_answer (`question`, `answer`), exchanges (`conversation`). Rename the columns; "
+        "extra ones do no harm."
     )
 
 
@@ -183,12 +192,35 @@ def _from_alpaca(row: Row) -> list[Message]:
     return [*messages, _message("user", instruction), _message("assistant", _text(row, "output"))]
 
 
+def _from_question_and_answer(row: Row) -> list[Message]:
+    question, answer = (
+        next((column for column in columns if row.get(column) is not None), columns[0])
+        for columns in (_QUESTIONS, _ANSWERS)
+    )
+    return [_message("user", _text(row, question)), _message("assistant", _text(row, answer))]
+
+
+def _from_exchanges(row: Row) -> list[Message]:
+    exchanges = _needed(row, "conversation")
+    if isinstance(exchanges, str):
+        exchanges = _parse(exchanges, "`conversation`")
+    messages = []
+    for exchange in exchanges if isinstance(exchanges, list | tuple) else (exchanges,):
+        if not isinstance(exchange, dict):
+            wanted = "a list of objects with input and output is wanted"
+            raise RowFault("wrong type", f"`conversation` holds {_shown(exchange)}; {wanted}")
+        messages += [_message("user", _text(exchange, "input")), _message("assistant", _text(exchange, "output"))]
+    return messages
+
+
 _READERS: dict[str, Callable[[Row], list[Message]]] = {
     "messages": _from_turns("messages"),
     "sharegpt": _from_turns("conversations"),
     "prompt_completion": _from_prompt_and_completion,
     "janus": _from_janus,
     "alpaca": _from_alpaca,
+    "question_answer": _from_question_and_answer,
+    "exchanges": _from_exchanges,
 }
 
 

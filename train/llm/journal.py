@@ -183,6 +183,11 @@ class Journal:
         query = "SELECT 1 FROM answers WHERE stage = ? AND model = ? LIMIT 1"
         return self._reader.execute(query, (stage, model)).fetchone() is not None
 
+    def seconds(self) -> float | None:
+        """From the first request to the last answer of all that stands here, breaks included; None if nothing does."""
+        first, last = self._reader.execute("SELECT min(asked_at), max(asked_at + seconds) FROM answers").fetchone()
+        return None if first is None else last - first
+
     async def add(self, key: bytes, model: str, request: Request, answer: Answer) -> None:
         """Write an answer down; returns when a killed process would no longer lose it."""
         loop = asyncio.get_running_loop()

@@ -14,7 +14,7 @@ call tools, and those after the results of tools, can't be given anew without th
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from train.data.formats import Conversation, Message, RowFault
@@ -26,7 +26,7 @@ from train.sysgen.config import SysgenConfig
 from train.sysgen.constraints import Constraint, draw
 from train.sysgen.gates import language_of, leaked_share
 from train.sysgen.outcome import Outcome, Spent
-from train.sysgen.tags import TAGS, Annotated, Phrase, Verdict, parse, parse_verdicts
+from train.sysgen.tags import Annotated, Phrase, Verdict, parse, parse_verdicts
 
 PlacedRow = tuple[int, str, Conversation | RowFault]
 """A row's number, its place, and the row or why it can't be read."""
@@ -85,7 +85,7 @@ class Pipeline:
             if not why_not:
                 return True
             outcome.events[why_not] += 1
-            outcome.leave_out(why_not, detail)
+        outcome.leave_out(why_not, detail)
         return False
 
     async def _try_message(
@@ -108,7 +108,8 @@ class Pipeline:
         outcome.phase = "filtered"
         await self._verify(outcome, turns, sample)
         if not outcome.message.phrases:
-            return "no phrase was verified", ", ".join(f"{tag}: {verdict}" for said in outcome.verdicts for tag, verdict in said.items())
+            judged = (f"{tag}: {verdict}" for said in outcome.verdicts for tag, verdict in said.items())
+            return "no phrase was verified", ", ".join(judged)
         outcome.phase = "verified"
         outcome.system = outcome.message.text
         return self._stopped_by_gates(outcome.system, turns)

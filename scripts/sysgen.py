@@ -1,0 +1,82 @@
+"""Give rows without system messages the ones that fit them, and answer them anew (SYSGEN, arXiv:2502.11330).
+
+    vllm serve Qwen/Qwen2.5-14B-Instruct                                    # any OpenAI-compatible server
+    python scripts/sysgen.py --config recipes/sysgen/qwen2.5-14b.yaml [key=value ...]
+
+What a server answers is written down at once: stop it with Ctrl-C or lose the machine, and the same command goes on
+where it was, asking nothing twice. The rows are in OUTPUT_DIR/data, which train/sft.py reads as it is; what they amount
+to in OUTPUT_DIR/report.md. --check reads the configuration and all rows, and asks nothing. Exit codes as of
+train/sft.py; 130 after Ctrl-C.
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from train.data.formats import RowFault
+from train.errors import CommandLine, UserError
+from train.progress import duration
+from train.sysgen.config import SysgenConfig, load_config
+from train.sysgen.run import placed_rows, run
+
+
+def check(config: SysgenConfig) -> None:
+    """Say what a run would do, after reading every row. Raises UserError."""
+    rows = with_system = requests = 0
+    faults: Counter[str] = Counter()
+    for _, _, row in placed_rows(config.data):
+        rows += 1
+        if isinstance(row, RowFault):
+            faults[row.kind] += 1
+            continue
+        with_system += row.messages[0]["role"] == "system"
+        turns = sum(message["role"] == "assistant" for message in row.messages)
+        if row.messages[0]["role"] == "system" and config.existing_system == "keep":
+            continue
+        requests += 1 + turns if config.message == "generate" else 0
+        requests += turns * ((config.answers == "anew") + config.gates.judge)
+    print(f"{rows:,} rows, {with_system:,} of them with a system message (existing_system: {config.existing_system})")
+    for kind, count in faults.most_common():
+        print(f"warning: {count:,} rows can't be read: {kind}")
+    places = sum(server.concurrency for server in config.servers)
+    print(f"about {requests:,} requests to {config.model}, {places:,} at once, if every row passes at the first try")
+
+
+def main() -> int:
+    """Run the command; the exit code."""
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="what is to be done: see recipes/")
+    parser.add_argument("--check", action="store_true", help="read the configuration and the rows, and ask nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the configuration by dotted key")
+    options = parser.parse_intermixed_args()
+    started = time.monotonic()
+    try:
+        config = load_config(options.config, options.overrides)
+        if options.check:
+            check(config)
+            return 0
+        done = run(config)
+    except UserError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; what was answered is in the journal, and the same command goes on from here", file=sys.stderr)
+        return 130
+    tally, counts = done.tally, done.counts
+    print(f"{tally.written:,} of {tally.rows:,} rows written after {duration(time.monotonic() - started)}")
+    for reason, count in tally.left_out.most_common():
+        print(f"left out: {count:,} ({count / tally.rows:.1%}): {reason}")
+    print(
+        f"{counts.answered:,} answers ({counts.from_journal:,} from the journal), "
+        f"{counts.tries_failed:,} tries repeated"
+    )
+    print(f"read {done.report}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""A model that answers SYSGEN's prompts by a table, faults and all, and what must come of it, worked out plainly.
+
+What it says follows from the number in brackets that is in every question and every phrase. Nothing here uses the
+package: it is the second way to the numbers of the tests.
+"""
+
+import asyncio
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from scripted_server import Asked, Reply, error, said
+
+EIGHT = ("Role", "Content", "Task", "Action", "Style", "Background", "Tool", "Format")
+SEED = 100
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is written for a row, and what the filter is to make of it. `#` stands for the row's number."""
+
+    written: str
+    kept: tuple[tuple[str, str], ...]
+    repairs: dict[str, int] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+
+CASES = (
+    Case(
+        "<<Format>>a list [#]<</Format>>\n<<Role>>a nurse [#]<</Role>>\n<<Style>>warm [#]<</Style>>",
+        (("Role", "a nurse [#]"), ("Style", "warm [#]"), ("Format", "a list [#]")),
+    ),
+    Case(
+        "".join(f"<<{tag}>>{tag.lower()} here [#]<</{tag}>>" for tag in reversed(EIGHT)),
+        tuple((tag, f"{tag.lower()} here [#]") for tag in EIGHT),
+    ),
+    Case(
+        "<<Role>>a pilot [#]<<Role>> <<Task>>fly [#]<<//Task>>",
+        (("Role", "a pilot [#]"), ("Task", "fly [#]")),
+        {"opening tag as closer": 1, "slashes": 1},
+    ),
+    Case(
+        "<<Background >>at night [#]<</ Background>><<Tasks>>see [#]<</Tasks>><<style>>calm [#]<</STYLE>>",
+        (("Task", "see [#]"), ("Style", "calm [#]"), ("Background", "at night [#]")),
+        {"blanks inside": 2, "plural": 2, "upper or lower case": 2},
+    ),
+    Case(
+        "Sure! <<Role>>a cook [#]<</Role>><<Example>>soup<</Example>><<System>>be good<</System>>",
+        (("Role", "a cook [#]"),),
+        {},
+        ("none of the eight tags", "none of the eight tags", "outside any tag"),
+        ("Example", "System"),
+    ),
+    Case(
+        "<<Task>>dig [#]<</Task>><<Tool>>a spade [#] <<Content>>depth [#]<</Format>>",
+        (("Task", "dig [#]"),),
+        {},
+        ("closed and never opened", "never closed", "never closed"),
+    ),
+    Case(
+        "<<Action>>first <<Style>>softly [#]<</Style>> then [#]<</Action>>",
+        (("Action", "first softly [#] then [#]"),),
+        {},
+        ("part of the phrase around it",),
+    ),
+    Case(
+        "<<Task>><<Tool>>use grep [#]<</Tool>><</Task>><<Tool>>and sed [#]<</Tool>>",
+        (("Tool", "use grep [#]"), ("Tool", "and sed [#]")),
+    ),
+    Case(
+        "<<Format>>like\n```\n<<Role>>x<</Role>>\n```\n[#]<</Format>>",
+        (("Format", "like\n```\n<<Role>>x<</Role>>\n```\n[#]"),),
+    ),
+    Case("I would rather not. [#]", (), {}, ("outside any tag",)),
+    Case("<<Role>><</Role>><<Conversational History>>none [#]<</Conversational History>>", (), {},
+         ("empty", "none of the eight tags"), ("Conversational History",)),
+    Case(
+        "<<Stil>>freundlich [#]<</Stil>><<Style>>höflich und 简短 [#]<</Style>>",
+        (("Style", "höflich und 简短 [#]"),),
+        {},
+        ("none of the eight tags",),
+        ("Stil",),
+    ),
+    Case("", ()),
+)  # fmt: skip
+
+
+def case_of(number: int, sample: int) -> Case:
+    """Rows whose first message is worth nothing get a better one at the second try, but for every third of them."""
+    case = CASES[number % len(CASES)]
+    if not case.kept and sample and number % 3:
+        return Case(f"<<Task>>at last [#] {sample}<</Task>>", (("Task", f"at last [#] {sample}"),))
+    return case
+
+
+def verdict_of(number: int, turn: int, tag: str) -> str | None:
+    """None: it says nothing of this tag."""
+    place = EIGHT.index(tag)
+    if (number + place) % 37 == 0:
+        return None
+    return ("Good", "Good", "Good", "Bad", "Good", "Good", "None", "Good", "Good")[(number * 5 + place * 2 + turn) % 9]
+
+
+def verdict_line(number: int, turn: int, tag: str) -> str:
+    """Mostly as asked for."""
+    verdict = verdict_of(number, turn, tag)
+    if verdict is None:
+        return f"<<{tag}>>: I can't say"
+    return f"- **{tag}**: {verdict}" if number % 13 == 5 else f"<<{tag}>>: {verdict}"
+
+
+def answer_of(number: int, turn: int) -> tuple[str, str, str | None]:
+    """Text, finish reason and refusal of a new answer."""
+    text = f"new answer [{number}] turn {turn} " + "word " * (number % 19)
+    if number % 23 == 4:
+        return text, "length", None
+    if number % 29 == 6:
+        return "", "stop", "I will not."
+    return ("" if number % 31 == 8 else text), "stop", None
+
+
+def turns_of(number: int) -> int:
+    """Every fifth row is a conversation of several turns."""
+    return 1 + number % 3 if number % 5 == 0 else 1
+
+
+def row_of(number: int) -> dict[str, Any]:
+    """A row of the source."""
+    turns = []
+    for turn in range(turns_of(number)):
+        turns.append({"role": "user", "content": f"question [{number}] turn {turn} of the same kind?"})
+        turns.append({"role": "assistant", "content": f"old answer {number}-{turn}." + " more" * (number % 7)})
+    return {"messages": turns}
+
+
+def number_in(text: str) -> int:
+    """The row's number: the last one in brackets."""
+    return int(re.findall(r"\[(\d+)\]", text)[-1])
+
+
+async def answer(asked: Asked) -> Reply:
+    """What the model says."""
+    prompt = asked.prompt
+    number, turn = number_in(prompt), int((re.findall(r"\[\d+\] turn (\d)", prompt) or ["0"])[-1])
+    if prompt.startswith("The next conversation"):
+        return said(case_of(number, asked.body["seed"] - SEED).written.replace("#", str(number)))
+    if "Judge for each of the eight" in prompt:
+        return said("\n".join(verdict_line(number, turn, tag) for tag in EIGHT))
+    text, finish_reason, refusal = answer_of(number, turn)
+    return said(text, finish_reason, refusal=refusal)
+
+
+async def faulty(asked: Asked) -> Reply:
+    """The same, after delays and every fault that a server knows."""
+    kind = sum(map(ord, asked.prompt)) % 11
+    if asked.times == 0:
+        match kind:
+            case 1:
+                return error(429, "slow down", headers={"retry-after-ms": "5"})
+            case 2:
+                return error(500, "oops")
+            case 3:
+                return Reply(drop=40, body={"choices": []})
+            case 4:
+                return Reply(body=b"<html>not what you asked for</html>")
+            case 5:
+                await asyncio.sleep(0.05)
+            case 6:
+                return error(503, "loading")
+    return await answer(asked)
+
+
+@dataclass
+class Expected:
+    """What must come of rows 0 to `count`, by a plain loop."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[tuple[int, str]] = field(default_factory=list)
+    tags: Counter[str] = field(default_factory=Counter)
+    verdicts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    removed: Counter[tuple[str, str]] = field(default_factory=Counter)
+    repairs: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    unknown: Counter[str] = field(default_factory=Counter)
+    requests: Counter[str] = field(default_factory=Counter)
+    completion_tokens: Counter[str] = field(default_factory=Counter)
+    old_characters: int = 0
+    new_characters: int = 0
+
+    def count(self, stage: str, text: str) -> None:
+        self.requests[stage] += 1
+        self.completion_tokens[stage] += len(text.split())
+
+
+def expected(count: int, retries: int = 2) -> Expected:
+    """With the defaults, and `generate.seed: SEED`."""
+    result = Expected()
+    for number in range(count):
+        message: list[tuple[str, str]] = []
+        reason = ""
+        for sample in range(1 + retries):
+            case = case_of(number, sample)
+            result.count("generate", case.written)
+            phrases = [(tag, text.replace("#", str(number))) for tag, text in case.kept]
+            reason = "no valid phrase"
+            verdicts: list[dict[str, str | None]] = []
+            if phrases:
+                for turn in range(turns_of(number)):
+                    result.count("verify", "\n".join(verdict_line(number, turn, tag) for tag in EIGHT))
+                    verdicts.append({tag: verdict_of(number, turn, tag) for tag in EIGHT})
+                reason = "no phrase was verified"
+            message = []
+            removed: Counter[tuple[str, str]] = Counter()
+            for tag, text in phrases:
+                said_of_it = [one[tag] for one in verdicts]
+                for bad in ("Bad", "None"):
+                    if bad in said_of_it and (bad == "Bad" or "Good" not in said_of_it):
+                        removed[tag, f"judged {bad}"] += 1
+                        break
+                else:
+                    message.append((tag, text))
+            if message:
+                reason = ""
+                break
+        # Of a row's tries, the last one is told of.
+        for one in verdicts:
+            result.verdicts.update((tag, verdict or "missing") for tag, verdict in one.items())
+        result.removed += removed
+        result.repairs.update(case.repairs)
+        result.dropped.update(case.dropped)
+        result.unknown.update(case.unknown)
+        if reason:
+            result.left_out.append((number, reason))
+            continue
+        turns: list[dict[str, str]] = [{"role": "system", "content": " ".join(text for _, text in message)}]
+        source = row_of(number)["messages"]
+        for turn in range(turns_of(number)):
+            text, finish_reason, refusal = answer_of(number, turn)
+            result.count("answer", text)
+            if refusal or finish_reason == "length" or not text:
+                reason = "refused" if refusal else "cut at the token limit" if text else "empty"
+                break
+            turns += [source[2 * turn], {"role": "assistant", "content": text}]
+        if reason:
+            result.left_out.append((number, f"new answer {reason}"))
+            continue
+        result.rows.append(
+            {"number": number, "messages": turns, "tags": list(dict.fromkeys(tag for tag, _ in message))}
+        )
+        result.tags.update(result.rows[-1]["tags"])
+        result.old_characters += sum(len(turn["content"]) for turn in source[1::2])
+        result.new_characters += sum(len(turn["content"]) for turn in turns[2::2])
+    return result
+
+
+def write_rows(path: Any, count: int) -> None:
+    """The source, as jsonl."""
+    path.write_text("".join(json.dumps(row_of(number)) + "\n" for number in range(count)), encoding="utf-8")

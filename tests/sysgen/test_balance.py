@@ -1,0 +1,74 @@
+"""Who is reminded of a rare tag."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from train.sysgen.balance import LAG, Balance
+from train.sysgen.config import SysgenConfig
+from train.sysgen.outcome import Outcome
+from train.sysgen.tags import Annotated, Phrase
+
+
+def config(target: float, folder: Path) -> SysgenConfig:
+    return SysgenConfig.model_validate(
+        {
+            "model": "m",
+            "servers": [{"base_url": "http://localhost/v1"}],
+            "data": {"sources": [{"path": "rows.jsonl"}]},
+            "tags": {"target_share": {"Tool": target}},
+            "output_dir": str(folder),
+        }
+    )
+
+
+def shares(
+    settings: SysgenConfig, unasked: float, reminded: float, rows: int, at_work: int = LAG - 1
+) -> tuple[float, float]:
+    """Share of the tag among the later half of the rows, and of reminders there, with a model of such habits.
+
+    Rows are settled in order, and as late as they may be: `at_work` rows behind the one that begins.
+    """
+    balance, chance = Balance(settings), random.Random(3)
+    waiting: list[Outcome] = []
+    has: list[bool] = []
+    asked: list[bool] = []
+    for index in range(rows):
+        outcome = Outcome(index, "here", reminded_of=balance.reminders(index))
+        has.append(chance.random() < (reminded if outcome.reminded_of else unasked))
+        asked.append(bool(outcome.reminded_of))
+        outcome.message = Annotated((Phrase("Role", "r"), *([Phrase("Tool", "t")] if has[-1] else [])))
+        waiting.append(outcome)
+        if len(waiting) > at_work:
+            balance.settle(waiting.pop(0))
+    half = rows // 2
+    return sum(has[half:]) / half, sum(asked[half:]) / half
+
+
+@pytest.mark.parametrize(
+    ("target", "unasked", "reminded", "share", "asked"),
+    [
+        (0.4, 0.1, 2 / 3, 0.4, 0.3 / (2 / 3 - 0.1)),
+        (0.3, 0.02, 0.9, 0.3, 0.28 / 0.88),
+        (0.1, 0.3, 0.9, 0.3, 0.0),  # it comes more often by itself
+        (0.8, 0.1, 0.2, 0.2, 1.0),  # and no more can be had without invention
+    ],
+)
+def test_the_share_that_was_asked_for_comes_about(
+    tmp_path: Path, target: float, unasked: float, reminded: float, share: float, asked: float
+) -> None:
+    found, reminders = shares(config(target, tmp_path), unasked, reminded, 40_000)
+    assert found == pytest.approx(share, abs=0.015)
+    assert reminders == pytest.approx(asked, abs=0.02)
+
+
+def test_how_many_rows_are_at_work_changes_nothing(tmp_path: Path) -> None:
+    results = {shares(config(0.4, tmp_path), 0.1, 0.7, 12_000, at_work) for at_work in (1, 100, LAG - 1)}
+    assert len(results) == 1
+
+
+def test_without_a_target_no_one_is_reminded(tmp_path: Path) -> None:
+    settings = config(0.4, tmp_path)
+    balance = Balance(settings.model_copy(update={"tags": type(settings.tags)()}))
+    assert not any(balance.reminders(index) for index in range(1_000))

@@ -1,0 +1,209 @@
+"""report.md and report.json of a SYSGEN run: what its rows became, in the paper's tables and beyond."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from train.progress import duration
+from train.sysgen.tags import TAGS
+
+_PHASES = {
+    "read": "read from the sources",
+    "generated": "a system message was written",
+    "filtered": "with a valid phrase (filter)",
+    "verified": "with a phrase left after verification",
+    "answered": "answered anew",
+}
+
+
+def write_report(folder: Path, facts: Mapping[str, Any], seconds: float | None) -> Path:
+    """Write report.json, report.md and its two pictures into `folder`; the path of report.md.
+
+    `facts`: those of `Tally`. `seconds`: from the first request to the last answer.
+    """
+    draw_tags(facts, folder / "tags.png")
+    draw_lengths(facts, folder / "lengths.png")
+    (folder / "report.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+    path = folder / "report.md"
+    path.write_text("\n\n".join(_sections(folder.name, facts, seconds)) + "\n", encoding="utf-8")
+    return path
+
+
+def _sections(name: str, facts: Mapping[str, Any], seconds: float | None) -> Iterable[str]:
+    rows = facts["rows"]
+    yield f"# {name}"
+    yield (
+        f"{facts['rows_written']:,} of {rows:,} rows written ({_share(facts['rows_written'], rows)}), "
+        f"{facts['rows_with_system_message']:,} of them with a system message, by {facts['model']}."
+    )
+    yield "## Rows"
+    yield _table(
+        ("phase", "rows", "of all"),
+        [(_PHASES[phase], f"{count:,}", _share(count, rows)) for phase, count in facts["rows_through_phase"].items()]
+        + [("written", f"{facts['rows_written']:,}", _share(facts["rows_written"], rows))],
+    )
+    yield from _counted("Left out", "reason", facts["left_out"], rows, "of all")
+    yield from _counted("On the way", "what happened", facts["events"], rows, "per row")
+    yield "## Tags"
+    yield "Verdicts are counted for all eight tags of every message that was judged, held by it or not."
+    yield _table(
+        (
+            "tag",
+            "rows with it",
+            "share",
+            "Good",
+            "Bad",
+            "None",
+            "no verdict read",
+            "phrases removed",
+            "reminded: there",
+        ),
+        [_tag_row(tag, facts["tags"][tag]) for tag in TAGS],
+    )
+    yield "![share of messages with each tag, and of verdicts](tags.png)"
+    yield from _counted("Repaired in what the model wrote", "fault", facts["repairs"])
+    yield from _counted("Dropped from what the model wrote", "reason", facts["dropped"])
+    yield from _counted("Tags that are none of the eight", "tag", dict(list(facts["unknown_tags"].items())[:20]))
+    yield from _counted("Constraints", "kind", facts["constraints"], facts["rows_written"], "of written")
+    yield "## Answers"
+    yield _answers(facts["characters"])
+    if facts["characters"]["rows_answered_anew"]:
+        yield "![length of new answers over the original ones](lengths.png)"
+    yield "## Cost"
+    yield _cost(facts["spent"], seconds)
+    yield "## Samples"
+    yield "Chosen by the seed, in the order of the sources."
+    for sample in facts["samples"]:
+        yield _sample(sample)
+
+
+def _tag_row(tag: str, of: Mapping[str, Any]) -> tuple[str, ...]:
+    verdicts = of["verdicts"]
+    removed = ", ".join(f"{count:,} {reason}" for reason, count in of["phrases_removed"].items())
+    reminded = f"{of['reminded']:,}: {of['reminded_and_there']:,}" if of["reminded"] else ""
+    share = "" if of["share"] is None else f"{of['share']:.1%}"
+    counts = (f"{verdicts[name]:,}" for name in ("Good", "Bad", "None", "missing"))
+    return (tag, f"{of['rows']:,}", share, *counts, removed, reminded)
+
+
+def _counted(title: str, what: str, counts: Mapping[str, int], of: int | None = None, share: str = "") -> Iterable[str]:
+    """A section with a table of counts; nothing where nothing was counted."""
+    if not counts:
+        return
+    yield f"### {title}"
+    if of is None:
+        yield _table((what, "times"), [(name, f"{count:,}") for name, count in counts.items()])
+    else:
+        yield _table(
+            (what, "times", share), [(name, f"{count:,}", _share(count, of)) for name, count in counts.items()]
+        )
+
+
+def _answers(characters: Mapping[str, Any]) -> str:
+    if not characters["rows_answered_anew"]:
+        return "The answers are those of the data."
+    return (
+        f"{characters['rows_answered_anew']:,} rows were answered anew. The new answers have {characters['ratio']:.2f} "
+        f"times the characters of the original ones in all ({characters['new_answers']:,} over "
+        f"{characters['original_answers']:,}; the mean of the rows' ratios is {characters['mean_of_ratios']:.2f}). "
+        f"A system message has {characters['system_message_mean']:,.0f} characters in the mean."
+    )
+
+
+def _cost(spent: Mapping[str, Any], seconds: float | None) -> str:
+    rows = [
+        (
+            stage,
+            f"{of['requests']:,}",
+            f"{of['prompt_tokens']:,}",
+            f"{of['completion_tokens']:,}",
+            f"{of['seconds'] / of['requests']:.2f}",
+        )
+        for stage, of in spent.items()
+    ]
+    table = _table(("stage", "answers", "prompt tokens", "completion tokens", "seconds an answer"), rows)
+    if seconds is None:
+        return table
+    return f"{table}\n\nFrom the first request to the last answer: {duration(seconds)}, breaks included."
+
+
+def _sample(sample: Mapping[str, Any]) -> str:
+    parts = [f"### {sample['source']}"]
+    if sample["annotated"]:
+        parts.append(_quoted(sample["annotated"]))
+    parts += [f"**{turn['role']}**\n\n{_quoted(turn['content'])}" for turn in sample["conversation"][1:]]
+    return "\n\n".join(parts)
+
+
+def _quoted(text: str) -> str:
+    """As a code block: models write Markdown, HTML and tags of their own."""
+    fence = "`" * max(3, 1 + _longest_run(text, "`"))
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _longest_run(text: str, character: str) -> int:
+    longest = run = 0
+    for one in text:
+        run = run + 1 if one == character else 0
+        longest = max(longest, run)
+    return longest
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) + ("---:",) * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else ""
+
+
+def draw_tags(facts: Mapping[str, Any], path: Path) -> None:
+    """Share of messages with each tag, beside what was judged Bad and None, as a PNG of 1,000 x 500 pixels."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(10, 5), dpi=100)
+    rows = facts["rows_with_system_message"] or 1
+    judged = max(1, *(sum(facts["tags"][tag]["verdicts"].values()) for tag in TAGS))
+    bars = (
+        ("messages with the tag", "#4477aa", [facts["tags"][tag]["rows"] / rows for tag in TAGS]),
+        ("judged Bad", "#ee6677", [facts["tags"][tag]["verdicts"]["Bad"] / judged for tag in TAGS]),
+        ("judged None", "#bbbbbb", [facts["tags"][tag]["verdicts"]["None"] / judged for tag in TAGS]),
+    )
+    for number, (name, colour, shares) in enumerate(bars):
+        axes.bar([x + 0.27 * (number - 1) for x in range(len(TAGS))], shares, 0.25, label=name, color=colour)
+    axes.set_xticks(range(len(TAGS)), TAGS)
+    axes.set_ylabel("share of messages, of verdicts")
+    axes.set_ylim(0, 1)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def draw_lengths(facts: Mapping[str, Any], path: Path) -> None:
+    """How many times as long the new answers are, row by row, as a PNG of 1,000 x 400 pixels."""
+    pyplot = _pyplot()
+    histogram = facts["characters"]["histogram_of_ratios"]
+    edges = histogram["edges"]
+    edges = [edges[0] ** 2 / edges[1], *edges, edges[-1] ** 2 / edges[-2]]
+    figure, axes = pyplot.subplots(figsize=(10, 4), dpi=100)
+    axes.stairs(histogram["rows"], edges, fill=True, color="#4477aa")
+    axes.set_xscale("log", base=2)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlabel("characters of the new answer / of the original one")
+    axes.set_ylabel("rows")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _pyplot() -> Any:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

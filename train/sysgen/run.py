@@ -1,0 +1,82 @@
+"""One run: rows from the sources through the pipeline into files, counted for the report."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from train.data.sources import conversations, count_rows
+from train.errors import UserError
+from train.llm.client import Client, Counts
+from train.llm.journal import Journal
+from train.llm.rows import in_order, progress
+from train.sysgen.balance import LAG, Balance
+from train.sysgen.config import SourcesSection, SysgenConfig
+from train.sysgen.output import Output
+from train.sysgen.pipeline import Pipeline, PlacedRow
+from train.sysgen.report import write_report
+from train.sysgen.tally import Tally
+
+JOURNAL = "answers.sqlite"
+
+
+@dataclass(frozen=True)
+class Done:
+    """A run that came to its end: what the rows became, what this start asked, and where to read of it."""
+
+    tally: Tally
+    counts: Counts
+    report: Path
+
+
+def run(config: SysgenConfig) -> Done:
+    """Take all rows through the pipeline, write them and the report. Raises UserError.
+
+    What is interrupted at any moment is made good by the next call, which asks nothing again that was answered.
+    """
+    folder = Path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} can't be made: {error.strerror}.") from error
+    total = number_of_rows(config.data)
+    with Journal(folder / JOURNAL) as journal, Output(folder, config.output, config.model) as output:
+        tally = Tally(config)
+        counts = asyncio.run(_run(config, journal, output, tally, total))
+        return Done(tally, counts, write_report(folder, tally.facts(), journal.seconds()))
+
+
+async def _run(config: SysgenConfig, journal: Journal, output: Output, tally: Tally, total: int) -> Counts:
+    balance = Balance(config)
+    servers = [server.server() for server in config.servers]
+    async with Client(servers, config.model, journal) as client, progress("rows", total, client) as pace:
+        pipeline = Pipeline(config, client, balance)
+        at_once = min(2 * client.concurrency, LAG // 2)
+        rows = in_order(placed_rows(config.data), pipeline.run, at_once=at_once, ahead=min(32 * at_once, LAG - 1))
+        async with aclosing(rows) as outcomes:
+            async for outcome in outcomes:
+                balance.settle(outcome)
+                tally.add(outcome)
+                output.write(outcome)
+                pace.advance()
+    output.finish()
+    return client.counts
+
+
+def placed_rows(data: SourcesSection) -> Iterator[PlacedRow]:
+    """Every row of the sources with its number and place, up to the limit. Raises UserError."""
+    rows = (row for source in data.sources for row in conversations(source, data.allow_pickle))
+    for index, (place, row) in enumerate(islice(rows, data.limit)):
+        yield index, place, row
+
+
+def number_of_rows(data: SourcesSection) -> int:
+    """How many rows there are, up to the limit. Raises UserError."""
+    total = 0
+    for source in data.sources:
+        total += count_rows(source, data.allow_pickle)
+        if data.limit is not None and total >= data.limit:
+            return data.limit
+    return total

@@ -158,6 +158,7 @@ def test_every_configuration_that_can_be_named_is_there() -> None:
         ("8xH100-80GB", 8, 80, "H100"),
         ("2xH200", 2, 141, "H200"),
         ("1xa100-40GB", 1, 40, "A100"),
+        ("8Xh100-80gb", 8, 80, "H100"),
     ],
 )
 def test_gpus_are_read(written: str, gpus: int, gibibytes: int, gpu: str) -> None:
@@ -219,6 +220,8 @@ def test_what_a_plan_cannot_count_it_says(tmp_path: Path) -> None:
     path = ROOT / "recipes/janus-7b/sft/full.yaml"
     text = " ".join(describe(plan_of(load_recipe(path, ["training.optim=galore_adamw"]), "8xH200")))
     assert "training.optim: galore_adamw is counted as AdamW" in text
+    text = " ".join(describe(plan_of(load_recipe(path, ["training.deepspeed=ds_configs/zero2.json"]), "8xH200")))
+    assert "training.deepspeed in the recipe decides how the run is split" in text
     lora = load_recipe(ROOT / "recipes/janus-7b/sft/qlora.yaml")
     assert "paged_adamw_8bit may move" in " ".join(describe(plan_of(lora, "1x24GB")))
 

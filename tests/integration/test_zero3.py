@@ -35,9 +35,11 @@ def launch(folder: Path, program: Path | str, recipe: Path) -> subprocess.Comple
 def test_full_fine_tuning_under_zero3_saves_a_whole_model(
     recipe_file: Callable[..., Path], tmp_path: Path, tiny_model: Path
 ) -> None:
-    recipe = recipe_file(training={"per_device_train_batch_size": 1, "gradient_checkpointing": True})
+    training = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+    recipe = recipe_file(training={**training, "num_train_epochs": ..., "max_steps": 4})
     result = launch(tmp_path, "train/sft.py", recipe)
     assert result.returncode == 0, result.stderr[-3000:]
+    assert "mismatch" not in result.stderr  # accelerate's word on the accumulation that the Trainer does itself
     assert "2 processes" in result.stdout
     before, after = load_file(tiny_model / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
     assert {name: value.shape for name, value in after.items()} == {name: value.shape for name, value in before.items()}
@@ -46,6 +48,16 @@ def test_full_fine_tuning_under_zero3_saves_a_whole_model(
     AutoTokenizer.from_pretrained(tmp_path / "run")
     assert result.stdout.count("step 1/") == 1
     assert result.stdout.count("packed documents are apart: replacing one changes the next one's loss by 0 ") == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_an_adapter_with_selective_checkpointing_is_an_error_that_says_what_to_write(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    training = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"selective": True}}
+    result = launch(tmp_path, "train/sft.py", recipe_file(adapter={"r": 2}, training=training))
+    assert result.returncode != 0
+    assert result.stderr.count("error: training.gradient_checkpointing_kwargs: `selective: true` needs") == 1
 
 
 LEAKING = """

@@ -19,6 +19,13 @@ def check_sharding(recipe: Recipe, arguments: SFTConfig) -> None:
                 f"the DeepSpeed configuration leaves out `zero_optimization.{key}: true`, so a save would hold no "
                 "model, only DeepSpeed's own pieces. Add it, or launch with accelerate_configs/zero3.yaml."
             )
+        selective = (arguments.gradient_checkpointing_kwargs or {}).get("selective")
+        if recipe.adapter is not None and arguments.gradient_checkpointing and selective:
+            raise UserError(
+                "training.gradient_checkpointing_kwargs: `selective: true` needs checkpoints that aren't reentrant, and "
+                "an adapter under ZeRO-3 needs those that are. Leave selective out, or launch with "
+                "accelerate_configs/zero2.yaml."
+            )
     if deepspeed is not None and deepspeed.get_value("optimizer.type"):
         wanted, used = recipe.training.get("optim"), deepspeed.get_value("optimizer.type")
         if wanted is not None and not wanted.startswith("adamw_torch"):

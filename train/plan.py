@@ -96,7 +96,9 @@ def parse_cluster(gpus: str, nodes: int | None = None, mfu: float | None = None)
     Raises UserError for what can't be read, and for a GPU that comes in several sizes or is not known and has none.
     """
     nodes, mfu = 1 if nodes is None else nodes, DEFAULT_MFU if mfu is None else mfu
-    found = re.fullmatch(r"(\d+)\s*x\s*(?:([A-Za-z][A-Za-z0-9]*?)(?:-|(?=\d+GB$)|$))?(?:(\d+)\s*GB)?", gpus.strip(), re.IGNORECASE)
+    found = re.fullmatch(
+        r"(\d+)\s*x\s*(?:([A-Za-z][A-Za-z0-9]*?)(?:-|(?=\d+GB$)|$))?(?:(\d+)\s*GB)?", gpus.strip(), re.IGNORECASE
+    )
     if not found or not (found[2] or found[3]) or int(found[1]) < 1:
         raise UserError(f"--gpus: found {gpus!r}. Write how many a node has and which, such as 8x80GB or 8xH100-80GB.")
     name = (found[2] or "").upper()
@@ -232,12 +234,12 @@ def _notes(
         notes.append(f"offload runs AdamW in float32 on the CPU, in place of {optimizer}")
     if (chosen is None or chosen.offload) and "8bit" not in optimizer and recipe.adapter is None:
         notes.append("training.optim=adamw_bnb_8bit takes 6 bytes a parameter less than AdamW, spread over the GPUs")
-    for key in ("deepspeed", "fsdp"):
-        if settings.get(key):
-            notes.append(
-                f"training.{key} in the recipe decides how the run is split, whatever it is launched with: take it out, "
-                "and the launch configuration does"
-            )
+    notes += [
+        f"training.{key} in the recipe decides how the run is split, whatever it is launched with: take it out, and "
+        "the launch configuration does"
+        for key in ("deepspeed", "fsdp")
+        if settings.get(key)
+    ]
     if selective:
         notes.append("selective checkpointing is counted as none: between the two, at most that much")
     if settings.get("activation_offloading"):

@@ -22,8 +22,8 @@ def check_sharding(recipe: Recipe, arguments: SFTConfig) -> None:
         selective = (arguments.gradient_checkpointing_kwargs or {}).get("selective")
         if recipe.adapter is not None and arguments.gradient_checkpointing and selective:
             raise UserError(
-                "training.gradient_checkpointing_kwargs: `selective: true` needs checkpoints that aren't reentrant, and "
-                "an adapter under ZeRO-3 needs those that are. Leave selective out, or launch with "
+                "training.gradient_checkpointing_kwargs: `selective: true` needs checkpoints that aren't reentrant, "
+                "and an adapter under ZeRO-3 needs those that are. Leave selective out, or launch with "
                 "accelerate_configs/zero2.yaml."
             )
     if deepspeed is not None and deepspeed.get_value("optimizer.type"):

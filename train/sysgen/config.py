@@ -100,8 +100,8 @@ class GatesSection(Section):
     language: bool = True
     """The system message must be in the language of the conversation; else it is written again, `retries` times."""
     leak: float | None = Field(default=0.5, gt=0, le=1)
-    """A system message that holds this share of the answer's words in runs of five, or the whole of a short answer, is
-    written again; null = not looked at."""
+    """A system message that holds this share of the answer's words in runs of five, which the questions don't hold, or
+    the whole of a short answer, is written again; null = not looked at."""
     near_duplicates: float | None = Field(default=None, gt=0, lt=1)
     """Leave out rows whose system message is this similar (Jaccard, of runs of three words) to one before; null = not
     looked at."""

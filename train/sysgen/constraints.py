@@ -1,20 +1,360 @@
-"""Requirements on an answer that a program can check."""
+"""Requirements on an answer that a program can check: at most 60 words, a list of four points, no commas.
 
+Some of their kinds are those that IFEval asks for; their words are ours throughout, and no sentence is taken from it:
+to train on a benchmark's own words would make its score worthless. Each kind is put in several ways, so that a model
+learns the requirement and not one sentence. The words are English, and so are the answers that they suit.
+
+A check is strict and plain, and says no wherever in doubt: what it lets through is trained on as an example of
+following the message.
+"""
+
+import math
 import random
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+from train.sysgen.texts import (
+    BOLD,
+    BULLET,
+    HEADING,
+    NUMBERED,
+    count_sentences,
+    has_paragraphs,
+    is_json_object,
+    words_of,
+)
+
+Check = Callable[[str], bool]
 
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """One requirement, in words and as a check."""
+    """One requirement, in words and as a check of one answer. The check takes any text and never raises."""
 
     kind: str
     tag: str
     text: str
-    is_met: Callable[[str], bool]
+    is_met: Check
 
 
 def draw(answers: Sequence[str], chance: random.Random, at_most: int) -> list[Constraint]:
-    """Constraints that suit answers like these."""
-    return []
+    """One to `at_most` constraints that suit a conversation with these answers, of kinds that go together.
+
+    Every new answer is to meet each of them, so each suits all of the answers. None for answers that aren't in Latin
+    letters, or are data (JSON, XML) themselves.
+    """
+    originals = _Originals(tuple(answers))
+    if not originals.is_prose:
+        return []
+    wanted = chance.randint(1, at_most)
+    kinds = list(_KINDS)
+    chance.shuffle(kinds)
+    drawn: list[Constraint] = []
+    for kind in kinds:
+        if len(drawn) == wanted:
+            break
+        if kind.suits(originals) and not any(_exclude_each_other(kind.name, other.kind) for other in drawn):
+            drawn.append(kind.drawn(originals, chance))
+    return drawn
+
+
+# The answers of the data
+
+_CODE = re.compile(
+    r"""`|~~~|\\[a-zA-Z(\[]|\$[^$\n]*\$|[;{}]\s*$
+    |^\s*(?:def\s|class\s\w+[:({]|import\s\w|\#include|function\s\w*\(|SELECT\s|(?:const|let|var)\s\w+\s?=)""",
+    re.MULTILINE | re.VERBOSE,
+)
+
+
+@dataclass(frozen=True)
+class _Originals:
+    """The answers of the data, and what there is to know of them."""
+
+    answers: tuple[str, ...]
+
+    @cached_property
+    def words(self) -> list[list[str]]:
+        return [words_of(answer) for answer in self.answers]
+
+    @cached_property
+    def shortest(self) -> int:
+        """Number of words."""
+        return min(map(len, self.words))
+
+    @cached_property
+    def longest(self) -> int:
+        """Number of words."""
+        return max(map(len, self.words))
+
+    @cached_property
+    def is_prose(self) -> bool:
+        letters = [letter for answer in self.answers for letter in answer if letter.isalpha()]
+        latin = sum(letter < "\u0250" or "\u1e00" <= letter <= "\u1eff" for letter in letters)
+        return (
+            bool(self.answers)
+            and all(answer.strip() and not re.match(r"\s*[<{\[]", answer) for answer in self.answers)
+            and latin >= 0.9 * len(letters)
+        )
+
+    def hold(self, pattern: str) -> bool:
+        """Whether one of the answers has a place that a regular expression fits."""
+        return any(re.search(pattern, answer, re.MULTILINE) for answer in self.answers)
+
+    @cached_property
+    def has_code(self) -> bool:
+        """Code or mathematics, where commas, capitals and marks mean something."""
+        return any(map(_CODE.search, self.answers))
+
+    @cached_property
+    def has_list(self) -> bool:
+        return self.hold(BULLET.pattern) or self.hold(NUMBERED.pattern) or self.hold(r"^\s*\|.*\|")
+
+    @cached_property
+    def is_plain(self) -> bool:
+        return not self.has_code and not self.has_list and not self.hold(r"^#{1,6}\s")
+
+    @cached_property
+    def common_words(self) -> dict[str, int]:
+        """Words with a content that occur in every answer, as they stand in a dictionary, and how often at least."""
+        counts = [Counter(re.findall(r"(?<![\w'’-])[a-z]{5,14}(?![\w'’-])", answer)) for answer in self.answers]
+        shared = set(counts[0]).intersection(*counts[1:]) - set(_NO_CONTENT.split())
+        return {word: min(count[word] for count in counts) for word in sorted(shared)}
+
+
+_NO_CONTENT = (
+    "about above after again against almost along already although always among another around because become before "
+    "being below between could doesn during either enough every first found further given having however instead "
+    "itself might never often other others quite rather second shall should since still their there therefore these "
+    "thing things third those though through together under until using where which while whose within without would "
+    "yourself answer question sentence simply overall actually really basically important"
+)
+_AVOIDABLE = (
+    "very", "really", "actually", "basically", "simply", "however", "therefore", "additionally", "overall", "important",
+    "crucial", "essentially", "great", "certainly", "absolutely", "obviously", "definitely", "perhaps", "typically",
+)  # fmt: skip
+_BEGINNINGS = (
+    "Here is my take:", "Let me walk you through it.", "In a nutshell:", "First things first:", "Short version first:",
+    "Glad you brought this up.", "To put it plainly:", "This is how I see it:", "Happy to look into this.",
+)  # fmt: skip
+_ENDINGS = (
+    "That covers it.", "Over to you.", "And there you have it.", "Take it from here.", "Now you know.",
+    "Good luck with it.", "That is the whole story.", "Write back if it gets stuck.", "End of note.",
+)  # fmt: skip
+
+
+# The kinds
+
+_Made = tuple[dict[str, str], Check]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """A kind of constraint: which answers it suits, how its values are drawn, and how it is put."""
+
+    name: str
+    tag: str
+    suits: Callable[[_Originals], bool]
+    make: Callable[[_Originals, random.Random], _Made]
+    phrases: tuple[str, ...]
+
+    def drawn(self, originals: _Originals, chance: random.Random) -> Constraint:
+        values, check = self.make(originals, chance)
+        text = chance.choice(self.phrases).format(**values)
+        return Constraint(self.name, self.tag, text, lambda answer: bool(answer.strip()) and check(answer))
+
+
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def _number(number: int, chance: random.Random) -> dict[str, str]:
+    """In letters or digits."""
+    spelled = number < len(_NUMBERS) and chance.random() < 0.5
+    return {"n": _NUMBERS[number] if spelled else str(number)}
+
+
+def _step(number: float) -> int:
+    """People ask for round numbers."""
+    return 5 if number < 60 else 10 if number < 200 else 50
+
+
+def _words_at_most(originals: _Originals, chance: random.Random) -> _Made:
+    about = originals.longest * chance.uniform(1.0, 1.4)
+    limit = math.ceil(about / _step(about)) * _step(about)
+    return {"n": str(limit)}, lambda answer: len(words_of(answer)) <= limit
+
+
+def _words_at_least(originals: _Originals, chance: random.Random) -> _Made:
+    about = originals.shortest * chance.uniform(0.6, 1.0)
+    limit = math.floor(about / _step(about)) * _step(about)
+    return {"n": str(limit)}, lambda answer: len(words_of(answer)) >= limit
+
+
+def _sentences_at_most(originals: _Originals, chance: random.Random) -> _Made:
+    limit = max(2, max(map(count_sentences, originals.answers)) + chance.randint(0, 1))
+    return _number(limit, chance), lambda answer: count_sentences(answer) <= limit
+
+
+def _paragraphs(originals: _Originals, chance: random.Random) -> _Made:
+    wanted = min(2 + originals.shortest // 100, 5) if chance.random() < 0.5 else chance.randint(2, 3)
+    return _number(wanted, chance), lambda answer: has_paragraphs(answer, wanted)
+
+
+def _bullet_points(originals: _Originals, chance: random.Random) -> _Made:
+    wanted = chance.randint(2, min(6, 2 + originals.shortest // 30))
+    return _number(wanted, chance), lambda answer: len(BULLET.findall(answer)) == wanted
+
+
+def _numbered_points(originals: _Originals, chance: random.Random) -> _Made:
+    wanted = chance.randint(2, min(6, 2 + originals.shortest // 30))
+    numbers = list(range(1, wanted + 1))
+    return _number(wanted, chance), lambda answer: [int(found) for found in NUMBERED.findall(answer)] == numbers
+
+
+def _highlighted(originals: _Originals, chance: random.Random) -> _Made:
+    wanted = chance.randint(2, min(5, 2 + originals.shortest // 40))
+    return _number(wanted, chance), lambda answer: len(BOLD.findall(answer)) >= wanted
+
+
+def _beginning(originals: _Originals, chance: random.Random) -> _Made:
+    phrase = chance.choice(_BEGINNINGS)
+    return {"phrase": phrase}, lambda answer: answer.lstrip().startswith(phrase)
+
+
+def _ending(originals: _Originals, chance: random.Random) -> _Made:
+    phrase = chance.choice(_ENDINGS)
+    return {"phrase": phrase}, lambda answer: answer.rstrip().endswith(phrase)
+
+
+def _word_to_include(originals: _Originals, chance: random.Random) -> _Made:
+    word, times = chance.choice(list(originals.common_words.items()))
+    wanted = chance.randint(1, min(times, 3))
+    often = {1: "at least once", 2: "at least twice", 3: "three times or more"}[wanted]
+    return {"word": word, "often": often}, lambda answer: words_of(answer).count(word) >= wanted
+
+
+def _word_to_avoid(originals: _Originals, chance: random.Random) -> _Made:
+    used = [word for word in _AVOIDABLE if any(word in words for words in originals.words)]
+    word = chance.choice(used if used and chance.random() < 0.5 else _AVOIDABLE)
+    return {"word": word}, lambda answer: word not in re.split(r"[\W_]+", answer.casefold())
+
+
+def _without(marks: str) -> Callable[[_Originals, random.Random], _Made]:
+    return lambda originals, chance: ({}, lambda answer: not any(mark in answer for mark in marks))
+
+
+def _that(check: Check) -> Callable[[_Originals, random.Random], _Made]:
+    return lambda originals, chance: ({}, check)
+
+
+def _is_quoted(answer: str) -> bool:
+    answer = answer.strip()
+    return len(answer) > 2 and answer[0] == answer[-1] == '"' and bool(answer[1:-1].strip())
+
+
+def _ends_with_postscript(answer: str) -> bool:
+    lines = [line.strip() for line in answer.splitlines() if line.strip()]
+    return len(lines) > 1 and lines[-1].startswith("PS:") and any(map(str.isalnum, lines[-1][3:]))
+
+
+# fmt: off
+_KINDS = (
+    _Kind("words_at_most", "Format", lambda it: it.longest >= 10 and not it.has_code, _words_at_most, (
+        "Stay within {n} words.", "You have {n} words per reply; don't go beyond that.",
+        "Use {n} words or fewer each time.", "Cap each reply at {n} words.")),
+    _Kind("words_at_least", "Format", lambda it: 30 <= it.shortest <= 400 and not it.has_code, _words_at_least, (
+        "Write {n} words or more in every reply.", "Don't stop before you have written {n} words.",
+        "Go into enough depth to fill {n} words at the least.", "No reply of yours is shorter than {n} words.")),
+    _Kind("sentences_at_most", "Format", lambda it: it.is_plain and it.longest <= 120, _sentences_at_most, (
+        "Say it in {n} sentences at most.", "Never use more than {n} sentences.",
+        "Limit yourself to {n} sentences.", "Keep to {n} sentences or fewer, each line of a list counted as one.")),
+    _Kind("paragraphs", "Format", lambda it: it.is_plain and it.shortest >= 60, _paragraphs, (
+        "Divide what you write into {n} paragraphs, with a blank line between them.",
+        "Write {n} paragraphs, no more and no fewer, each set off by a blank line.",
+        "Set out your reply as {n} paragraphs with empty lines in between.")),
+    _Kind("bullet_points", "Format", lambda it: it.shortest >= 30 and not it.has_code, _bullet_points, (
+        "Put the key points into {n} bullets in markdown, each on its own line.",
+        "Include one bulleted list of {n} items in each reply, neither more nor fewer.",
+        "Sum up with {n} bullets, and use bullets nowhere else.")),
+    _Kind("numbered_points", "Format", lambda it: it.shortest >= 30 and not it.has_code, _numbered_points, (
+        "Arrange it as {n} numbered points, each on a new line.",
+        "Count your points: give {n} of them, on lines numbered from 1.",
+        "Use a numbered list of {n} steps, and only that one list.")),
+    _Kind("highlighted", "Format", lambda it: it.shortest >= 30 and not it.has_code, _highlighted, (
+        "Set {n} or more terms in bold, **like this**.", "Mark the {n} most telling phrases in **bold**.",
+        "Make it easy to skim: put {n} or more pieces between double asterisks, as in **this**.")),
+    _Kind("title", "Format", lambda it: it.shortest >= 40, _that(lambda answer: bool(HEADING.match(answer.strip()))), (
+        "Open with a title on its own line, as a markdown heading (# ...).",
+        "Give each reply a headline: its first line is a heading that starts with #.",
+        "The first line you write is a heading in markdown, with a # before it.")),
+    _Kind("json", "Format", lambda it: it.is_plain and it.longest <= 60, _that(is_json_object), (
+        "Reply in JSON alone: one object, without a code fence or a remark around it.",
+        "Your reply is read by a program: write one JSON object, and not a word beside it.",
+        "Put everything into a single JSON object; nothing stands before the first brace or after the last.")),
+    _Kind("quoted", "Format", lambda it: it.is_plain and it.longest <= 100 and not it.hold('["“”]'),
+          _that(_is_quoted), (
+        "Put the whole reply between straight double quotes (\").",
+        "Begin and end with a \" so that everything you say stands in quotes.",
+        "Set your reply in double quotes, from the first character to the last, as if it were quoted.")),
+    _Kind("postscript", "Content", lambda it: it.shortest >= 20, _that(_ends_with_postscript), (
+        "Close with a postscript, a last line that begins with PS:",
+        "Add one more thought at the bottom, on a line of its own that starts with \"PS:\".",
+        "Let every reply end in a one-line PS: with a tip or an aside.")),
+    _Kind("beginning", "Content", lambda it: it.shortest >= 10, _beginning, (
+        "Open each reply with these words: \"{phrase}\"", "Always lead in with \"{phrase}\" and go on from there.",
+        "The first words of your reply are \"{phrase}\"")),
+    _Kind("ending", "Content", lambda it: it.shortest >= 10, _ending, (
+        "Sign off with \"{phrase}\" and write nothing below it.", "Your last words are always \"{phrase}\"",
+        "Conclude each reply with \"{phrase}\", word for word and without anything behind it.")),
+    _Kind("word_to_include", "Content", lambda it: it.shortest >= 20 and not it.has_code and bool(it.common_words),
+          _word_to_include, (
+        "Work the word \"{word}\" into what you say, {often}.", "Let \"{word}\" occur {often}.",
+        "Bring in the term \"{word}\" {often}.")),
+    _Kind("word_to_avoid", "Style", lambda it: it.shortest >= 20, _word_to_avoid, (
+        "Do without the word \"{word}\".", "Never say \"{word}\".",
+        "The word \"{word}\" is off limits; find another way.", "Steer clear of \"{word}\" in your wording.")),
+    _Kind("lower_case", "Style", lambda it: not it.has_code and not it.hold(r"\d,\d"),
+          _that(lambda answer: not any(letter.isupper() or letter.istitle() for letter in answer)), (
+        "Type everything in small letters, names and the start of sentences too.",
+        "Write without a single capital, as in a casual chat.", "lower case only, please, from start to end.",
+        "Leave the shift key alone: not one upper-case letter.")),
+    _Kind("capitals", "Style", lambda it: it.longest <= 40 and not it.has_code,
+          _that(lambda answer: not any(letter.islower() for letter in answer)), (
+        "WRITE IN UPPER CASE ONLY, LIKE THIS.", "Reply in capitals throughout, like a telegram.",
+        "Every letter that you type is a capital.", "Use block capitals and no small letters.")),
+    _Kind("no_commas", "Style", lambda it: not it.has_code and not it.hold(r"\d,\d"), _without(",，、،"), (
+        "Build sentences that get by without a comma.", "Commas are not to occur in your reply.",
+        "Use full stops where you would put a comma; leave commas out.", "Write comma-free prose.")),
+    _Kind("no_exclamation_marks", "Style", lambda it: not it.has_code and not it.hold(r"\d!|!="), _without("!！¡"), (
+        "Stay calm in tone and use no exclamation marks.", "Exclamation marks have no place in your replies.",
+        "Keep your enthusiasm out of the punctuation: not one exclamation mark.",
+        "Finish sentences with a full stop or a question mark, never with an exclamation mark.")),
+)
+# fmt: on
+
+_EXCLUDING = (
+    ("words_at_most words_at_least sentences_at_most", "words_at_most words_at_least sentences_at_most"),
+    ("paragraphs bullet_points numbered_points sentences_at_most quoted",) * 2,
+    ("paragraphs sentences_at_most", "title postscript"),  # they add a line
+    ("sentences_at_most", "beginning ending"),
+    ("lower_case", "capitals"),
+    ("lower_case capitals", "beginning ending postscript"),  # their words are in both cases
+    ("beginning title quoted", "beginning title quoted"),
+    ("ending postscript quoted", "ending postscript quoted"),
+    ("word_to_include", "word_to_avoid"),
+    (
+        "json",
+        "paragraphs bullet_points numbered_points sentences_at_most words_at_least quoted highlighted title beginning "
+        "ending postscript lower_case capitals no_commas",
+    ),
+)
+"""Any of the first with any of the second can't both be met, or not without a contortion."""
+
+_PAIRS = {frozenset((one, other)) for ones, others in _EXCLUDING for one in ones.split() for other in others.split()}
+
+
+def _exclude_each_other(one: str, other: str) -> bool:
+    return one == other or frozenset((one, other)) in _PAIRS

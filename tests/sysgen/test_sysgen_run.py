@@ -388,6 +388,86 @@ def test_the_judge(tmp_path: Path) -> None:
     assert only_row(tmp_path / "yes")["messages"][2]["content"] == "a fine new answer"
 
 
+def test_a_message_in_another_language_is_written_again(tmp_path: Path) -> None:
+    german = "<<Task>>Beantworte die Fragen der Reisenden zu den Verbindungen und fasse dich dabei immer kurz.<</Task>>"
+    english = "<<Task>>Answer the questions of the travellers about their connections, and always be brief.<</Task>>"
+
+    async def script(asked: Asked) -> Reply:
+        if not asked.prompt.startswith("The next conversation"):
+            return said(good_everything(asked))
+        return said(english if asked.body["seed"] > SEED else german)
+
+    row = question("When does the next train to Geneva leave, and do I have to change on the way there?")
+    done, _ = run_with(script, tmp_path, [row])
+    assert only_row(tmp_path)["messages"][0]["content"].startswith("Answer the questions")
+    assert done.tally.events["gate: in another language than the conversation"] == 1
+    (tmp_path / "none").mkdir()
+    run_with(script, tmp_path / "none", [row], on_empty="drop")
+    assert only_reason(tmp_path / "none") == "gate: in another language than the conversation"
+
+
+def test_a_message_that_gives_the_answer_away_is_left_out(tmp_path: Path) -> None:
+    reply = "The battle was fought on a cold morning in October, near the mouth of the river."
+    row = question("When was it?", reply)
+    run_with(saying(generate=f"<<Content>>Say that {reply}<</Content>>"), tmp_path, [row])
+    assert only_reason(tmp_path) == "gate: gives the answer away"
+
+
+def test_of_messages_that_are_nearly_the_same_the_first_is_kept(tmp_path: Path) -> None:
+    rows = [question(f"question [{number}] about the sea?") for number in range(6)]
+    messages = [
+        "You are a patient teacher who explains how the tides come about to children of ten years.",
+        "You are a sailor who tells of storms, of harbours and of long nights on deck.",
+    ]
+
+    async def script(asked: Asked) -> Reply:
+        if not asked.prompt.startswith("The next conversation"):
+            return said(good_everything(asked))
+        number = int(asked.prompt.rpartition("[")[2].partition("]")[0])
+        return said(f"<<Role>>{messages[number % 2]}{' Mostly.' if number > 3 else ''}<</Role>>")
+
+    run_with(script, tmp_path, rows, gates={"near_duplicates": 0.7})
+    assert [row["sysgen"]["source"][-2:] for row in lines(tmp_path / "out" / "data" / "rows.jsonl")] == [":1", ":2"]
+    reasons = {row["reason"] for row in lines(tmp_path / "out" / "left_out.jsonl")}
+    assert reasons == {"gate: nearly the system message of a row before"}
+
+
+@pytest.mark.parametrize("obeys", [True, False])
+def test_constraints_stand_in_the_message_and_hold_for_the_answer(tmp_path: Path, obeys: bool) -> None:
+    """A model that can do one thing alone: it writes whatever the drawn constraint asks for, or never does."""
+    rows = [question(f"question [{number}]?", "Tea is made of leaves and water. " * 3) for number in range(30)]
+    made: list[str] = []
+
+    async def script(asked: Asked) -> Reply:
+        text = good_everything(asked)
+        if text != "a fine new answer":
+            return said(text)
+        system = asked.body["messages"][0]["content"]
+        made.append(system)
+        return said("Tea." if obeys and system != "You are a tester." else "TEA, tea!! `tea` " * 40)
+
+    settings = {"constraints": {"share": 1.0, "at_most": 1, "attempts": 2}}
+    done, _ = run_with(script, tmp_path, rows, **settings)
+    written = lines(tmp_path / "out" / "data" / "rows.jsonl")
+    assert len(written) == len(rows)
+    for row in written:
+        constraints = row["sysgen"]["constraints"]
+        system = row["messages"][0]["content"]
+        assert system == " ".join(["You are a tester.", *(one["text"] for one in constraints)])
+        if constraints:
+            assert (constraints[0]["tag"], constraints[0]["kind"]) != ("", "")
+    with_constraints = [row for row in written if row["sysgen"]["constraints"]]
+    given_up = len(rows) - len(with_constraints)
+    assert done.tally.events["constraints given up"] == given_up
+    assert sum(done.tally.constraints.values()) == len(with_constraints)
+    if obeys:
+        assert with_constraints
+        assert all(row["messages"][2]["content"] == "Tea." for row in with_constraints)
+    assert given_up  # some kinds (a list, a title) are met by neither answer
+    broken = done.tally.events["answer that breaks a constraint"]
+    assert broken == len(made) - len(rows) if not obeys else broken >= 2 * given_up
+
+
 def test_ctrl_c_keeps_what_was_answered(tmp_path: Path) -> None:
     async def script(asked: Asked) -> Reply:
         if asked.number >= 30:

@@ -140,6 +140,11 @@ def _identifier() -> "LanguageIdentifier":
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
+def load_languages() -> None:
+    """Load what `language_of` needs: a second, better spent before requests are under way."""
+    _identifier()
+
+
 # Giving the answer away
 
 _RUN = 5

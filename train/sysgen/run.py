@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,6 +14,8 @@ from train.llm.journal import Journal
 from train.llm.rows import in_order, progress
 from train.sysgen.balance import LAG, Balance
 from train.sysgen.config import SourcesSection, SysgenConfig
+from train.sysgen.gates import NearDuplicates, load_languages
+from train.sysgen.outcome import Outcome
 from train.sysgen.output import Output
 from train.sysgen.pipeline import Pipeline, PlacedRow
 from train.sysgen.report import write_report
@@ -49,20 +51,31 @@ def run(config: SysgenConfig) -> Done:
 
 
 async def _run(config: SysgenConfig, journal: Journal, output: Output, tally: Tally, total: int) -> Counts:
+    if config.gates.language or config.constraints.share:
+        load_languages()
     balance = Balance(config)
+    threshold = config.gates.near_duplicates
     servers = [server.server() for server in config.servers]
-    async with Client(servers, config.model, journal) as client, progress("rows", total, client) as pace:
-        pipeline = Pipeline(config, client, balance)
-        at_once = min(2 * client.concurrency, LAG // 2)
-        rows = in_order(placed_rows(config.data), pipeline.run, at_once=at_once, ahead=min(32 * at_once, LAG - 1))
-        async with aclosing(rows) as outcomes:
-            async for outcome in outcomes:
-                balance.settle(outcome)
-                tally.add(outcome)
-                output.write(outcome)
-                pace.advance()
+    with nullcontext() if threshold is None else NearDuplicates(threshold) as messages:
+        async with Client(servers, config.model, journal) as client, progress("rows", total, client) as pace:
+            pipeline = Pipeline(config, client, balance)
+            at_once = min(2 * client.concurrency, LAG // 2)
+            rows = in_order(placed_rows(config.data), pipeline.run, at_once=at_once, ahead=min(32 * at_once, LAG - 1))
+            async with aclosing(rows) as outcomes:
+                async for outcome in outcomes:
+                    if messages and _is_ours(outcome) and messages.is_near_duplicate(outcome.system):
+                        outcome.leave_out("gate: nearly the system message of a row before")
+                    balance.settle(outcome)
+                    tally.add(outcome)
+                    output.write(outcome)
+                    pace.advance()
     output.finish()
     return client.counts
+
+
+def _is_ours(outcome: Outcome) -> bool:
+    """Whether it is written with a system message that the model wrote."""
+    return outcome.reason is None and bool(outcome.message.phrases)
 
 
 def placed_rows(data: SourcesSection) -> Iterator[PlacedRow]:

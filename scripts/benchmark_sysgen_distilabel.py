@@ -7,6 +7,9 @@ the reading of tags that we use ourselves. A task sends a batch of `input_batch_
 them, and takes the next; the tasks work at the same time, each in its process. Spared is what its manual lets one
 spare: raw inputs and outputs are not kept beside the rows, and its log is silent. Its cache can't be turned off
 (`use_cache=False` only leaves it unread), as our journal can't.
+
+The tasks share the server's places by being turned away. Of batches of 16, 64 and 128 rows, and of 32 with two replicas
+of each task, 64 was the fastest; `load_groups="sequential_step_execution"` stood still after the first step.
 """
 
 import json

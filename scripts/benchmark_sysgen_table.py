@@ -37,9 +37,14 @@ def markdown(record: Mapping[str, Any]) -> str:
     """The table and what it was measured under."""
     settings = record["settings"]
     lines = _memory(record) if settings["only_memory"] else _speed(record)
-    lines += ["", *(f"- {name}: {why}" for name, why in record["failures"].items())]
+    if record["failures"]:
+        lines += ["", *(f"- {name}: {why}" for name, why in record["failures"].items())]
     at_once = f"{settings['concurrency']} at once"
-    how = f"each answer after {settings['latency']:g} s, {at_once}" if settings["latency"] else f"at once, {at_once}"
+    how = (
+        f"each answer after {settings['latency']:g} s, {at_once}"
+        if settings["latency"]
+        else f"answers without delay, {at_once}"
+    )
     lines.append(
         f"\nMedians of {settings['repeat']}, in turns, each with a fresh server, folder and journal. Four calls a row "
         f"(generate, verify, answer, judge) of a scripted server in a process of its own ({how}); seed "

@@ -2,9 +2,12 @@
 
     python scripts/benchmark.py data --tokenizer outputs/smollm2-135m-instruct --json data.json
     python scripts/benchmark.py train --json train.json --minutes 8
+    python scripts/benchmark.py sysgen --distilabel distilabel/bin/python --json sysgen.json
+    python scripts/benchmark.py sysgen --memory 1000 100000
 
 data: preparing rows for training (read, render, tokenize, label, pack) by TRL and by us, beside the bare tokenizers.
 train: steps of a 7B with random weights on one GPU, by TRL with its defaults and by us under several settings.
+sysgen: SYSGEN's four calls a row, of a server that takes the same time for each, by distilabel and by us.
 Prints a table in Markdown and writes every single measurement with the machine and the packages' versions as JSON.
 Exit codes: 0 measured; 2 there is something to mend (one `error:` says what); 1 anything else.
 """
@@ -21,11 +24,14 @@ from typing import Any
 
 import psutil
 from benchmark_contenders import CONTENDERS
+from benchmark_sysgen import HOW_TO_INSTALL, compare_sysgen
+from benchmark_sysgen import Options as SysgenOptions
 from benchmark_train import Options as TrainOptions
 from benchmark_train import compare_trainers
 from benchmark_train_settings import CONFIGS, FACTORS, Lengths, model_config
 
 from train.errors import UserError
+from train.json_report import write
 from train.loop.noise import leave_out_unhelpful_warnings
 
 DATA_PACKAGES = ("janus-sft", "trl", "transformers", "tokenizers", "fastokens", "datasets", "pyarrow", "numpy", "torch")
@@ -33,6 +39,8 @@ TRAIN_PACKAGES = (
     *("janus-sft", "trl", "transformers", "torch", "triton", "accelerate", "peft", "bitsandbytes", "liger-kernel"),
     *("flash-attn", "flash-attn-3", "flash-attn-4"),
 )
+
+SYSGEN_PACKAGES = ("janus-sft", "openai", "httpx2", "httpcore2", "h11", "anyio")
 
 
 def machine() -> dict[str, Any]:
@@ -145,6 +153,32 @@ def train(options: argparse.Namespace) -> None:
     print(f"every measurement is in {options.json}")
 
 
+def sysgen(options: argparse.Namespace) -> None:
+    """The command `sysgen`."""
+    if options.json and not options.json.parent.is_dir():
+        raise UserError(f"--json {options.json}: there is no folder {options.json.parent}")
+    only_memory = options.memory is not None
+    where, packages = machine(), versions(SYSGEN_PACKAGES)
+    result = compare_sysgen(
+        SysgenOptions(
+            rows=tuple(sorted(set(options.memory or (1_000, 100_000)))) if only_memory else (options.rows,),
+            only_memory=only_memory,
+            latency=0.0 if only_memory else options.latency,
+            concurrency=options.concurrency,
+            repeat=options.repeat,
+            contenders=tuple(options.only.split(",")) if options.only else None,
+            distilabel=options.distilabel,
+            input_batch_size=options.input_batch_size,
+            limit=options.limit,
+            seed=options.seed,
+        )
+    )
+    print(f"\n{result.markdown()}\n\n{describe(where, packages)}")
+    if options.json:
+        write({"command": "sysgen", "machine": where, "versions": packages, **result.record()}, options.json)
+        print(f"every measurement is in {options.json}")
+
+
 def _positive(text: str) -> float:
     try:
         number = float(text)
@@ -153,6 +187,10 @@ def _positive(text: str) -> float:
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return number
+
+
+def _latency(text: str) -> float:
+    return 0.0 if text in ("0", "0.0") else _positive(text)
 
 
 def _count(text: str) -> int:
@@ -207,6 +245,25 @@ def main() -> int:
     add("--warmup", type=_count, default=4, help="steps before those that count (default 4)")
     add("--steps", type=_count, default=10, help="steps that count; the table has medians (default 10)")
     add("--seed", type=int, default=42, help="decides lengths, ids and weights (default 42)")
+
+    about_sysgen = "SYSGEN's four calls a row at full speed: distilabel's and ours"
+    sysgen_parser = commands.add_parser("sysgen", help=about_sysgen, description=f"Measure {about_sysgen}.")
+    sysgen_parser.set_defaults(run=sysgen)
+    add = sysgen_parser.add_argument
+    add("--rows", type=_count, default=2_000, help="questions with answers to make (default 2,000)")
+    add("--latency", type=_latency, default=0.2, metavar="SECONDS", help="until each answer (default %(default)s)")
+    add("--concurrency", type=_count, default=64, help="most requests at once (default %(default)s); one more gets 429")
+    add("--repeat", type=_count, default=1, help="runs of each; the table has medians (default 1)")
+    add("--json", type=Path, metavar="FILE", help="write every measurement there")
+    add("--only", metavar="NAME,...", help="some of bare,ours,distilabel (default all; with --memory ours)")
+    add("--distilabel", metavar="PYTHON", help=f"the Python that has distilabel: {HOW_TO_INSTALL}")
+    about_batch = "requests that one of distilabel's tasks sends at once (default %(default)s)"
+    add("--input-batch-size", type=_count, default=64, metavar="ROWS", help=about_batch)
+    about_limit = "most seconds that one run may take (default %(default)g)"
+    add("--limit", type=_positive, default=3_600.0, metavar="SECONDS", help=about_limit)
+    add("--seed", type=int, default=42, help="decides every character of the rows (default 42)")
+    about_memory = "compare peak memory between these numbers of rows instead, without latency (default 1000 100000)"
+    add("--memory", type=_count, nargs="*", metavar="ROWS", help=about_memory)
 
     options = parser.parse_args()
     try:

@@ -75,6 +75,8 @@ class ServerLane(Lane):
                 transport=Connections(server.base_url), timeout=httpx2.Timeout(None, connect=30.0)
             ),
         )
+        # Whole, as the package would put it together anew for each request, which was a tenth of a request's work.
+        self._address = f"{self.api.base_url}chat/completions"
 
     def _find_key(self, server: Server, host: str) -> str | None:
         variable = server.key_variable or ("OPENAI_API_KEY" if host == OPENAI_HOST else None)
@@ -99,7 +101,7 @@ class ServerLane(Lane):
             async with interruption:
                 self._in_flight.add(interruption)
                 # The bare response: the package would build a model of it unchecked, and garbage looks like an answer.
-                response = await self.api.post("/chat/completions", cast_to=httpx2.Response, body=body)
+                response = await self.api.post(self._address, cast_to=httpx2.Response, body=body)
         except TimeoutError:
             return Trouble("fault", f"nothing heard for {duration(self.patience / 2)}")
         except openai.APIStatusError as error:

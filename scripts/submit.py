@@ -35,6 +35,14 @@ ROOT = Path(__file__).parents[1]
 WARNING = 600
 """Seconds before the end of its time at which a job is warned, or a quarter of that time where this is less."""
 CPUS_PER_GPU = 8
+OURS = {
+    f"--{name}"
+    for name in (
+        *("array", "chdir", "export", "gpus-per-node", "nodes", "no-requeue", "ntasks-per-node", "open-mode", "output"),
+        *("requeue", "signal", "time"),
+    )
+} | {"-a", "-D", "-N", "-o", "-t"}
+"""Options of sbatch that --sbatch would contradict; --export would show secrets, too."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +94,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--nodes: found {options.nodes}. Write 1 or more")
     if options.max_restarts < 0:
         parser.error(f"--max-restarts: found {options.max_restarts}. Write 0 or more; 0 = never requeue")
+    for option in options.sbatch:
+        if (name := option.partition("=")[0]) in OURS or "\n" in option:
+            parser.error(f"--sbatch: {name} is set by submit.py itself, from options of its own (--help)")
     try:
-        seconds = seconds_of(options.time)
+        options.seconds = seconds = seconds_of(options.time)
         options.numbers = numbers_of(options.array) if options.array else []
     except ValueError as fault:
         parser.error(str(fault))
@@ -121,7 +132,10 @@ def numbers_of(array: str) -> list[int]:
         found = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part)
         if not found or ("%" in array and not array.partition("%")[2].isdigit()) or found[3] == "0":
             raise ValueError(f"--array: found {array!r}. Write numbers as 0-3 or 1,5,7; 0-15%4 = at most 4 at a time")
-        numbers += range(int(found[1]), int(found[2] or found[1]) + 1, int(found[3] or 1))
+        tasks = range(int(found[1]), int(found[2] or found[1]) + 1, int(found[3] or 1))
+        if not tasks:
+            raise ValueError(f"--array: found {array!r}, in which {part} is no task. Write the smaller number first")
+        numbers += tasks
     return numbers
 
 
@@ -246,7 +260,7 @@ def render(options: argparse.Namespace, config: dict[str, Any], task: Task) -> s
         f"# To submit it by hand: mkdir -p {shlex.quote(output_dir)} && sbatch THIS_FILE",
         "# --export=ALL hands on the environment of whoever submits it, keys for wandb and the hub included; none of",
         "# it is written here or printed.",
-        *(f"#SBATCH {directive}" for directive in (*directives, "--requeue", *options.sbatch)),
+        *(f"#SBATCH {directive}" for directive in (*directives, "--requeue", *map(_quoted, options.sbatch))),
         "",
         *options.setup,
         f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
@@ -267,11 +281,22 @@ def render(options: argparse.Namespace, config: dict[str, Any], task: Task) -> s
     return "\n".join(lines) + "\n" + (ROOT / "scripts" / "slurm" / "job.sh").read_text(encoding="utf-8")
 
 
+def _quoted(option: str) -> str:
+    """An option of sbatch as one word of the script: --comment=a b has a blank."""
+    name, equals, value = option.partition("=")
+    return f"{name}={shlex.quote(value)}" if equals else option
+
+
 def submit(options: argparse.Namespace) -> None:
     """Check, render, and submit or print. Raises UserError."""
     tasks = tasks_of(options)
     config = check_launch(options)
     for task in tasks:
+        if options.seconds <= (before := task.recipe.save.seconds_before_end):
+            raise UserError(
+                f"--time: {options.time} is {options.seconds:,} s, and save.seconds_before_end is {before}: the job "
+                "would stop after its first step. Ask for more time, or write fewer seconds."
+            )
         with redirect_stdout(sys.stderr):  # what it tells is no part of the script
             check_recipe(task.recipe, options.nodes * max(options.gpus, 1), options.resume_anyway)
     if options.check and (code := run_check(options, tasks[0])):

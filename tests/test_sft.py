@@ -150,6 +150,9 @@ def test_a_folder_with_another_model_in_it_is_not_written_into(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "adapter_config.json").write_text("{}")
     assert "holds an adapter" in refused("--recipe", recipe_file())
+    (tmp_path / "run" / "adapter_config.json").unlink()
+    shutil.copy(tiny_model / "model.safetensors", tmp_path / "run")
+    assert "run holds a model" in refused("--recipe", recipe_file(adapter={"r": 4}))
 
 
 def test_weights_that_are_broken_and_modules_that_are_not_there(

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from train.errors import UserError
+from train.loop.preemption import time_conflicts
 from train.loop.report import output_dir_conflicts
 from train.loop.tracking import integrations
 from train.recipe import Recipe
@@ -19,7 +20,8 @@ def run_faults(recipe: Recipe, sequences: int, processes: int) -> list[str]:
 
     Nothing is left behind where a folder is tried.
     """
-    return [*_output_dir(Path(recipe.output_dir), recipe), *_tracking(recipe), *_training(recipe, sequences, processes)]
+    saving = [*_output_dir(Path(recipe.output_dir), recipe), *_mirror_dir(recipe), *time_conflicts(recipe.save)]
+    return [*saving, *_tracking(recipe), *_training(recipe, sequences, processes)]
 
 
 def _output_dir(folder: Path, recipe: Recipe) -> Iterator[str]:
@@ -35,6 +37,19 @@ def _output_dir(folder: Path, recipe: Recipe) -> Iterator[str]:
                 pass
     except OSError as fault:
         yield f"output_dir: {folder} can't be written: {fault.strerror}. Name another folder."
+
+
+def _mirror_dir(recipe: Recipe) -> Iterator[str]:
+    """What would be a warning hours later, as the first checkpoint is copied."""
+    if recipe.save.mirror_dir is None:
+        return
+    folder = Path(recipe.save.mirror_dir)
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as fault:
+        yield f"save.mirror_dir: {folder} can't be written: {fault.strerror}. Name another folder."
 
 
 def _tracking(recipe: Recipe) -> Iterator[str]:

@@ -94,7 +94,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     # TRL, which a check does without, takes seconds to import.
     from train.loop.arguments import training_arguments
     from train.loop.preemption import Preemption, telling_outcome
-    from train.loop.report import claim_output_dir, write_report
+    from train.loop.report import claim_output_dir, say_where_it_goes_on, write_report
     from train.loop.run_state import facts_of_data, sharding
     from train.loop.saving import keep_others_out
     from train.loop.tracking import StepLog, tracked
@@ -103,8 +103,9 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
 
     lock = keep_others_out(recipe.output_dir)  # as long as this function runs
     output_dir = claim_output_dir(recipe)
-    preemption = Preemption(recipe.output_dir, recipe.save)
-    with telling_outcome(recipe.output_dir, preemption), preemption.watching(), lock or nullcontext():
+    preemption = Preemption(recipe.output_dir, recipe.save, checkpoint.step if checkpoint else 0)
+    telling = telling_outcome(recipe.output_dir, preemption, _OF_THE_DISK)
+    with telling, preemption.watching(), lock or nullcontext():
         if checkpoint:
             recipe = with_same_steps(recipe, checkpoint, options.resume_anyway, processes_now())
         data = prepare(recipe, tokenizer)
@@ -136,6 +137,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
             with step_log:
                 trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
                 if preemption.reason:
+                    say_where_it_goes_on(output_dir)
                     return
                 if data.validation and arguments.eval_strategy == "no":
                     trainer.evaluate()

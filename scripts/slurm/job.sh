@@ -77,6 +77,7 @@ trap - USR1 TERM
 rm -f "$stop_file"
 say "training ${outcome:-was killed or crashed}${reason:+ ($reason)}; newest complete checkpoint: step $reached"
 if [ "$outcome" = finished ]; then exit 0; fi
+# `crashed`, or nothing at all: as after a node that failed, another attempt may go well, if this one got further.
 if [ "$outcome" = failed ]; then stop "mend what failed and submit again: it goes on from step $reached"; fi
 if [ "$outcome" = preempted ] && [ "$reason" = "the file stop" ]; then
     say "not requeued, as $output_dir/stop asked for it. Submit again to go on from step $reached"

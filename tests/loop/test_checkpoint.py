@@ -203,7 +203,7 @@ def test_a_run_that_passes_damaged_checkpoints_over_ends_as_one_left_alone(
     flipped(run / "checkpoint-4" / "optimizer.pt")
     assert main(["--recipe", str(path)]) == 0
     assert_same_model(run, whole[kind])
-    assert losses(run) == losses(whole[kind])[2:]  # metrics.jsonl of the first steps was not copied
+    assert losses(run) == losses(whole[kind])  # the first steps too, of which there was no metrics.jsonl
     assert steps(run) == [4, 6]
     assert steps(run / "set-aside-1") == [4, 6]
     assert find_checkpoint("auto", load_recipe(path)).folder == run / "checkpoint-6"  # type: ignore[union-attr]
@@ -307,9 +307,11 @@ def test_other_data_behind_the_same_recipe_is_refused(
     finally:
         source.write_bytes(before)
     assert f"{run / 'checkpoint-6'} belongs to another run: made.tokens was" in error
+    assert "what the rows of data.sources became" in error
     assert "--resume-anyway made.tokens" in error
     error = refused("--recipe", path, "training.gradient_accumulation_steps=2")
-    assert "training.gradient_accumulation_steps was '2 sequences a step' and is '4'" in error
+    assert "training.gradient_accumulation_steps was '2 sequences a step' and is '4 sequences a step'" in error
+    assert "training.per_device_train_batch_size" in error
     assert "--resume-anyway training.gradient_accumulation_steps" in error
     assert main(["--recipe", str(path), *("training.per_device_train_batch_size=1", SAME_STEP)]) == 0
 
@@ -352,6 +354,50 @@ def test_a_finished_run_that_is_started_again_trains_no_further(
         assert_same_model(run, whole["full"])
         assert steps(run) == [2, 4, 6]
         assert json.loads((run / "outcome.json").read_text(encoding="utf-8"))["step"] == STEPS
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(
+    again: Callable[..., tuple[Path, Path]],
+    refused: Callable[..., str],
+    whole: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It would be moved aside, as one of the future, in the moment in which the run goes on from it."""
+    path, run = again(checkpoints=(2, 4))
+    (run / "checkpoint-4").rename(run / "checkpoint-99")
+    said = f"{run / 'checkpoint-99'} holds step 4: rename it to checkpoint-4."
+    assert said in refused("--recipe", path, "--resume", run / "checkpoint-99")
+    assert steps(run) == [2, 99]
+    capsys.readouterr()
+    assert main(["--recipe", str(path)]) == 0
+    assert f"passed over: {said}" in capsys.readouterr().out
+    assert steps(run / "set-aside-1") == [99]
+    assert_same_model(run, whole["full"])
+
+
+def test_a_checkpoint_that_does_not_fit_the_model_is_an_error(
+    again: Callable[..., tuple[Path, Path]], refused: Callable[..., str]
+) -> None:
+    """--resume-anyway can name what no run can go on from: another size of adapter, or one where there was none."""
+    path, run = again("lora", adapter={"r": 8})
+    assert f"--resume: {run / 'checkpoint-6'} can't be loaded" in refused(
+        "--recipe", path, "--resume-anyway", "adapter.r", "training.max_steps=8", "--resume-anyway=training.max_steps"
+    )
+
+
+def test_lines_of_metrics_that_were_lost_are_written_again_from_the_checkpoint(
+    again: Callable[..., tuple[Path, Path]], whole: dict[str, Path]
+) -> None:
+    """A node that loses its power keeps the checkpoint, which was synced; a run in another folder never had them."""
+    path, run = again(checkpoints=(2, 4))
+    lines = (whole["full"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    for kept in ([], lines[:1], lines[1:3]):
+        (run / "metrics.jsonl").write_text("".join(kept), encoding="utf-8")
+        assert main(["--recipe", str(path)]) == 0
+        assert figures(run) == figures(whole["full"])
+        after = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        assert [json.loads(line) for line in after[:6]] == [json.loads(line) for line in lines[:6]]
+        shutil.rmtree(run / "checkpoint-6")
 
 
 @pytest.mark.parametrize("max_steps", [STEPS, 5])
@@ -482,6 +528,15 @@ def test_a_copy_of_each_checkpoint_serves_when_the_originals_are_gone(
     assert_same_model(run, whole["full"])
     assert steps(mirror) == [4, 6]
     assert find_checkpoint(str(mirror / "checkpoint-6"), load_recipe(path)) is not None
+
+
+def test_a_mirror_in_the_folder_of_the_run_itself_is_refused(
+    again: Callable[..., tuple[Path, Path]], refused: Callable[..., str]
+) -> None:
+    """Each copy would take the place of the checkpoint that it is made from, which is deleted first."""
+    path, run = again()
+    assert "save.mirror_dir" in refused("--recipe", path, f"save.mirror_dir={run.parent}/./run")
+    assert steps(run) == [2, 4, 6]
 
 
 def test_a_mirror_that_vanishes_only_warns(

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,13 @@ UNSHARDED = "one process or DDP"
 """What a manifest calls the distribution where each process holds the whole optimizer."""
 _BATCH = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 """What one step consists of; another split of as many sequences is the same step."""
+_MEANING = {
+    "made.tokens": "what the rows of data.sources became: their files, the tokenizer or the template are other ones",
+    "made.sequences": "how rows are packed",
+    "made.template": "the text of the template",
+    _BATCH[1]: f"with {_BATCH[0]}, on all processes",
+}
+"""What stands behind a key that nobody changed under that name."""
 _HARMLESS = {
     "data.cache_dir",
     "data.processes",
@@ -116,7 +124,8 @@ def refuse_changes(
     Raises UserError for differences that change what is computed, unless `anyway` names them.
     """
     changed = sorted(key for key in before.keys() | now.keys() if _value(before, key) != _value(now, key))
-    told = {key: f"{key} was {_value(before, key)!r} and is {_value(now, key)!r}" for key in changed}
+    meaning = {key: f" ({_MEANING[key]})" if key in _MEANING else "" for key in changed}
+    told = {key: f"{key} was {_value(before, key)!r} and is {_value(now, key)!r}{meaning[key]}" for key in changed}
     refused = [key for key in changed if key not in _HARMLESS and key not in anyway]
     if refused:
         raise UserError(
@@ -153,7 +162,9 @@ def with_same_steps(recipe: Recipe, checkpoint: Checkpoint, anyway: Sequence[str
     if now == wanted:
         return recipe
     if processes == were:
-        refuse_changes(checkpoint, {_BATCH[1]: f"{wanted} sequences a step"}, {_BATCH[1]: f"{now}"}, anyway)
+        refuse_changes(
+            checkpoint, {_BATCH[1]: f"{wanted} sequences a step"}, {_BATCH[1]: f"{now} sequences a step"}, anyway
+        )
         return recipe
     each = recipe.training.get("per_device_train_batch_size", training_fields()["per_device_train_batch_size"].default)
     accumulation, rest = divmod(wanted, each * processes)
@@ -206,12 +217,14 @@ def _opened(folder: Path) -> Checkpoint | str:
         manifest = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
         if manifest["digest"] != digest_of(manifest):
             return f"{folder / COMPLETE} is damaged."
-        files = manifest["files"]
+        files, step = manifest["files"], manifest["step"]
     except FileNotFoundError:
         there = "was not written to the end: it has no" if folder.is_dir() else "is not there, or is no checkpoint: no"
         return f"{folder} {there} {COMPLETE}."
     except (OSError, ValueError, KeyError, TypeError) as fault:
         return f"{folder / COMPLETE} is damaged ({fault or type(fault).__name__})."
+    if step_of(folder) not in (-1, step):
+        return f"{folder} holds step {step}: rename it to checkpoint-{step}."
     with job(f"checking {folder.name}", total=len(files), unit="files") as checking:
         for name, written in files.items():
             if described(folder / name, known=written) != written:
@@ -219,6 +232,21 @@ def _opened(folder: Path) -> Checkpoint | str:
                 return f"{folder / name} {what}."
             checking.advance()
     return Checkpoint(folder, manifest)
+
+
+@contextmanager
+def loading(folder: str | Path | None) -> Iterator[None]:
+    """Raises UserError where what is loaded inside doesn't fit: --resume-anyway can name what no run can go on from."""
+    try:
+        yield
+    except (ValueError, RuntimeError, LookupError) as fault:
+        text = " ".join(str(fault).split())
+        if isinstance(fault, RuntimeError) and "state_dict" not in text and "mismatch" not in text:
+            raise  # of memory, or of another process
+        raise UserError(
+            f"--resume: {folder} can't be loaded into the model and optimizer that this run has: {text[:300]} Change "
+            "back what --resume-anyway names, or write `--resume never` to start anew."
+        ) from fault
 
 
 def checkpoint_in(folder: Path) -> Checkpoint:

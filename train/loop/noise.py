@@ -5,6 +5,7 @@ import warnings
 
 UNHELPFUL = {
     "trl.trainer.sft_trainer": ("per_device_train_batch_size of 1 with padding-free",),  # a packed row is a full batch
+    "transformers.trainer": ("missing keys in the checkpoint model loaded: ['lm_head.weight']",),  # tied weights
     "DeepSpeed": ("Setting accelerator to CPU", "OVERFLOW! Skipping step"),  # of the second our guards tell, with rows
     "accelerate.accelerator": ("Gradient accumulation steps mismatch",),  # the Trainer's own way under DeepSpeed
     "torchao": ("Failed to load",),  # its kernels for other GPUs; transformers imports it wherever it is installed

@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -20,11 +20,14 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from train.errors import UserError
 from train.progress import is_first_rank
 from train.recipe import TIME, SaveSection
 
 OUTCOME = "outcome.json"
 """In output_dir: how the last run there ended. Exit codes don't survive `accelerate launch`."""
+ATTEMPTS = "attempts.jsonl"
+"""In output_dir: a line as an attempt of the run begins, and one as it ends. One that was killed has no second line."""
 STOP = "stop"
 """A file of this name in output_dir, or `stop-<SLURM_JOB_ID>`, asks the run to save and stop."""
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -85,8 +88,13 @@ class StopWhenAsked(TrainerCallback):
 class Preemption:
     """What asks this process to stop."""
 
-    def __init__(self, output_dir: str, settings: SaveSection) -> None:
-        """The clock of `save.time_limit` starts now."""
+    def __init__(self, output_dir: str, settings: SaveSection, step: int = 0) -> None:
+        """The clock of `save.time_limit` starts now. `step`: where the run goes on.
+
+        Raises UserError where that time would be over before the first step.
+        """
+        for conflict in time_conflicts(settings):
+            raise UserError(conflict)
         job = os.environ.get("SLURM_JOB_ID")
         self._files = [Path(output_dir) / name for name in (STOP, f"{STOP}-{job}" if job else STOP)]
         ends = [float(os.environ["SLURM_JOB_END_TIME"])] if os.environ.get("SLURM_JOB_END_TIME", "").isdigit() else []
@@ -101,7 +109,7 @@ class Preemption:
         """Whether any process was asked, as of the last step."""
         self.reason: str | None = None
         """Why the run stops, once all processes agree on it."""
-        self.step = 0
+        self.step = step
         """Optimizer steps that are done."""
         self.training = False
         """Whether there is something to save: before training, and after it, Ctrl-C stops at once."""
@@ -158,19 +166,63 @@ def seconds_of(time_limit: str) -> int:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
+def time_conflicts(settings: SaveSection) -> Iterator[str]:
+    """What is wrong with the times of a recipe, in words."""
+    limit = settings.time_limit
+    if limit is not None and seconds_of(limit) <= settings.seconds_before_end:
+        yield (
+            f"save.time_limit: {limit} is no more than save.seconds_before_end ({settings.seconds_before_end}), so the "
+            "run would stop after its first step. Write a longer limit, or fewer seconds."
+        )
+
+
 @contextmanager
-def telling_outcome(output_dir: str, preemption: Preemption) -> Iterator[None]:
-    """Say in OUTCOME how what runs inside ended, for whoever started it (the batch script)."""
+def telling_outcome(output_dir: str, preemption: Preemption, for_a_person: Collection[int] = ()) -> Iterator[None]:
+    """Say in OUTCOME how what runs inside ended, for whoever started it (the batch script), and in ATTEMPTS for later.
+
+    finished, preempted, failed (the user must mend something, or stopped it) or crashed: an error of ours, a library's
+    or a peer's, after which another attempt may go well. `for_a_person`: errno of an OSError that the user must mend.
+    """
+    _note(output_dir, {"from_step": preemption.step, "time": time.time()}, anew=preemption.step == 0)
+    if is_first_rank():
+        with suppress(OSError):
+            Path(output_dir, OUTCOME).unlink(missing_ok=True)  # what is said there was said of a run before this one
     try:
         yield
     except BaseException as fault:
         first_line = (str(fault).strip() or type(fault).__name__).splitlines()[0]
-        _write(output_dir, "failed", preemption.step, first_line)
+        mendable = isinstance(fault, (UserError, KeyboardInterrupt)) or getattr(fault, "errno", None) in for_a_person
+        _write(output_dir, "failed" if mendable else "crashed", preemption.step, first_line)
         raise
     _write(output_dir, "preempted" if preemption.reason else "finished", preemption.step, preemption.reason)
 
 
-def _write(output_dir: str, outcome: Literal["finished", "preempted", "failed"], step: int, reason: str | None) -> None:
+def restarts(output_dir: str | Path) -> list[tuple[int, str]]:
+    """Each time that the run in this folder was started again: from which step, and how the one before had ended."""
+    found: list[tuple[int, str]] = []
+    ended = "killed"
+    try:
+        lines = Path(output_dir, ATTEMPTS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    for number, line in enumerate(lines):
+        try:
+            said = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # cut short as the disk was full or the machine went down
+        if "outcome" in said:
+            reason = f": {said['reason']}" if said["reason"] else ""
+            ended = f"{said['outcome']} at step {said['step']}{reason}"
+        else:
+            if number:
+                found.append((said["from_step"], ended))
+            ended = "killed"
+    return found
+
+
+def _write(
+    output_dir: str, outcome: Literal["finished", "preempted", "failed", "crashed"], step: int, reason: str | None
+) -> None:
     if not is_first_rank():
         return
     said: dict[str, Any] = {
@@ -181,3 +233,12 @@ def _write(output_dir: str, outcome: Literal["finished", "preempted", "failed"],
     with suppress(OSError):  # of a disk that is full, or gone: the fault itself is what matters
         unfinished.write_text(json.dumps(said) + "\n", encoding="utf-8")
         unfinished.rename(path)
+    _note(output_dir, said)
+
+
+def _note(output_dir: str, said: dict[str, Any], *, anew: bool = False) -> None:
+    """Append a line to ATTEMPTS. `anew`: those that stand there are another run's."""
+    if not is_first_rank():
+        return
+    with suppress(OSError), Path(output_dir, ATTEMPTS).open("w" if anew else "a", encoding="utf-8") as lines:
+        lines.write(json.dumps(said) + "\n")

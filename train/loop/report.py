@@ -7,9 +7,13 @@ from typing import Any
 import yaml
 
 from train.errors import UserError
+from train.loop.checkpoint import COMPLETE, folders
+from train.loop.preemption import restarts
 from train.loop.tracking import read_metrics
 from train.progress import duration, is_first_rank
 from train.recipe import Recipe
+
+_MODELS = ("model.safetensors", "pytorch_model.bin")
 
 
 def output_dir_conflicts(recipe: Recipe) -> Iterator[str]:
@@ -22,6 +26,15 @@ def output_dir_conflicts(recipe: Recipe) -> Iterator[str]:
             f"output_dir: {folder} holds an adapter, which would be applied to the model that this run saves beside it."
             " Name another folder, or take the adapter away."
         )
+    models = [folder / f"{name}{index}" for name in _MODELS for index in ("", ".index.json")]
+    if recipe.adapter is not None and any(path.is_file() for path in models):
+        yield (
+            f"output_dir: {folder} holds a model, to which the adapter that this run saves beside it would be applied. "
+            "Name another folder, or take the model away."
+        )
+    mirror = recipe.save.mirror_dir
+    if mirror is not None and Path(mirror).resolve() == folder.resolve():
+        yield "save.mirror_dir: that is output_dir: copies go to a second disk. Name another folder, or null."
 
 
 def claim_output_dir(recipe: Recipe) -> Path:
@@ -77,6 +90,13 @@ def draw_loss(metrics: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
+def say_where_it_goes_on(output_dir: Path) -> None:
+    """The last line of a run that was asked to stop: what the next one begins with."""
+    if is_first_rank():
+        newest = next((path for path in folders(output_dir) if (path / COMPLETE).is_file()), None)
+        print(f"stopped; the same command {f'goes on from {newest}' if newest else 'starts anew'}", flush=True)
+
+
 def write_report(output_dir: Path, screen: str, seconds: float) -> None:
     """Write report.md and loss.png from metrics.jsonl, the screen shown before training and the time it took."""
     metrics = read_metrics(output_dir / "metrics.jsonl")
@@ -85,7 +105,11 @@ def write_report(output_dir: Path, screen: str, seconds: float) -> None:
     validation = {line["step"]: line["eval_loss"] for line in metrics if "eval_loss" in line}
     loaded = [line["loaded_step"] for line in metrics if line.get("loaded_step") in validation]
     speeds = sorted(line["tokens_per_second"] for line in metrics if "tokens_per_second" in line)
-    rows = [("training time", duration(seconds))]
+    again = restarts(output_dir)
+    rows = [(f"training time since step {again[-1][0]}" if again else "training time", duration(seconds))]
+    if again:
+        told = ", ".join(f"from step {step} ({ended})" for step, ended in again).replace("|", "\\|")
+        rows.append(("restarts", f"{len(again)}: {told}"))
     if losses:
         rows.append(("training loss, first and last logged", f"{_short(losses[0])} -> {_short(losses[-1])}"))
     if loaded:

@@ -127,11 +127,13 @@ class Saver:
         check: Callable[[Path], None],
         manifest: Callable[[], Mapping[str, Any]],
         best: str | None,
+        *,
+        stopping: bool = False,
     ) -> bool:
         """Have `write` put checkpoint-`step` into `aside`, and make it one. Whether that went well.
 
         `check`: raises UserError where the folder doesn't hold what it should. `manifest`: what COMPLETE.json says
-        besides the files. `best`: a checkpoint's name that is kept.
+        besides the files. `best`: a checkpoint's name that is kept. `stopping`: whether the run ends with it.
         Raises UserError, on all processes, where it can't be written and `save.on_error` is not `warn`.
         """
         name = f"checkpoint-{step}"
@@ -163,7 +165,8 @@ class Saver:
         if self._settings.on_error == "error":
             raise UserError(f"{message} {GO_ON} Training goes on after such a fault where save.on_error is `warn`.")
         if is_first_rank():
-            print(f"warning: {message} Training goes on (save.on_error: warn).", flush=True)
+            then = "The run stops without it" if stopping else "Training goes on"
+            print(f"warning: {message} {then} (save.on_error: warn).", flush=True)
         return False
 
     def close(self) -> None:

@@ -95,12 +95,13 @@ class StepLog(TrainerCallback):
         if not is_first_rank():
             return
         kept = []
-        if state.global_step and self.path.exists():
+        if state.global_step:
             kept = [
                 metrics
-                for metrics in read_metrics(self.path)
+                for metrics in (read_metrics(self.path) if self.path.exists() else [])
                 if metrics["step"] <= state.global_step and "loaded_step" not in metrics
             ]
+            kept = _with_lost_lines(kept, state.log_history)
         unfinished = self.path.with_suffix(".unfinished")  # a full disk must not cost the lines that were there
         unfinished.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept), encoding="utf-8")
         unfinished.replace(self.path)
@@ -188,6 +189,21 @@ class StepLog(TrainerCallback):
         """Leave the terminal as it was, also after an error."""
         self._open.close()
         self._job = None
+
+
+def _with_lost_lines(kept: list[dict[str, Any]], history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`kept`, and what the checkpoint knows besides: lines that a crash took, or that are in another folder."""
+
+    def what(metrics: dict[str, Any]) -> tuple[int, bool]:
+        return metrics["step"], "loss" in metrics
+
+    there = {what(metrics) for metrics in kept}
+    lost = [
+        {"step": logged["step"], **{key: _plain(value) for key, value in logged.items() if key != "step"}}
+        for logged in history
+        if what(logged) not in there and "train_runtime" not in logged
+    ]
+    return sorted(kept + lost, key=lambda metrics: (metrics["step"], "loss" not in metrics)) if lost else kept
 
 
 def _plain(value: Any) -> Any:

@@ -23,7 +23,7 @@ from train.data.sequences import Sequences
 from train.errors import UserError
 from train.loop import universal
 from train.loop.arguments import as_user_error
-from train.loop.checkpoint import checkpoint_in
+from train.loop.checkpoint import checkpoint_in, loading
 from train.loop.deepspeed_files import written_last
 from train.loop.guards import Guards
 from train.loop.isolation import IsolationTest
@@ -186,9 +186,15 @@ class JanusTrainer(SFTTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """transformers' loading of them, which follows DeepSpeed's."""
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with loading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint and self.is_deepspeed_enabled:
             universal.loaded(self.model_wrapped, Path(checkpoint))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        """transformers' loading of the model."""
+        with loading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def _load_best_model(self) -> None:
         """transformers' loading, under DeepSpeed also of one that another number of processes wrote."""
@@ -365,7 +371,8 @@ class JanusTrainer(SFTTrainer):
             self._check_weights(folder)
 
         state = self.state
-        if self._saver.save(step, write, check, self._run_state.manifest, best_name):
+        stopping = self._preemption.reason is not None
+        if self._saver.save(step, write, check, self._run_state.manifest, best_name, stopping=stopping):
             self._run_state.best_saved = (state.best_metric, state.best_global_step, state.best_model_checkpoint)
         elif best == step:  # the best model that there is, is the one before
             state.best_metric, state.best_global_step, state.best_model_checkpoint = self._run_state.best_saved

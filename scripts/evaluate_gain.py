@@ -1,4 +1,4 @@
-"""The command `gain` of scripts/evaluate.py: how much a model listens to the system message (train.loop.system_gain)."""
+"""The command `gain` of scripts/evaluate.py: how much a model listens to the system message."""
 
 import argparse
 import json
@@ -110,7 +110,7 @@ def rows_for(options: argparse.Namespace, models: list[str]) -> "VariantRows":
 
     from train.data.chat_template import use_template
     from train.data.system_role import settle
-    from train.data.system_variants import make_variants, read_labelled
+    from train.data.system_variants import Labelled, make_variants, read_labelled
     from train.data.tokenize import RowTokenizer
     from train.recipe import Source
 
@@ -129,6 +129,10 @@ def rows_for(options: argparse.Namespace, models: list[str]) -> "VariantRows":
     use_template(tokenizer, options.template)
     settle(tokenizer, options.system_role)
     rows = read_labelled(sources, options.group)
+    known = {column for row in rows if isinstance(row, Labelled) for column, _ in row.labels}
+    for column in options.group:
+        if column not in known:
+            raise UserError(f"--group {column}: no row has a text in a column of that name")
     longest = None
     if not (Path(models[-1]) / "adapter_config.json").is_file():
         longest = getattr(AutoConfig.from_pretrained(models[-1]).get_text_config(), "max_position_embeddings", None)

@@ -4,9 +4,6 @@ import json
 import math
 import random
 import statistics
-import subprocess
-import sys
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import WORDS
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from train.data.chat_template import use_template
@@ -30,13 +28,13 @@ from train.recipe import Source
 
 ROOT = Path(__file__).parents[2]
 HELD_OUT = ROOT / "recipes" / "smollm2-135m" / "data" / "held_out.jsonl"
-WORDS = "river stone cloud amber seven quiet window paper north candle orbit maple silver engine harbor".split()
+WORD_LIST = WORDS.split()
 
 
 def rows_of_words(count: int, *, instructions: int, turns: int = 1) -> list[dict[str, Any]]:
     """Rows that differ in length by far, several of each instruction."""
     chance = random.Random(5)
-    text = lambda words: " ".join(chance.choices(WORDS, k=words))  # noqa: E731
+    text = lambda words: " ".join(chance.choices(WORD_LIST, k=words))  # noqa: E731
     questions = [[text(chance.randint(1, 15)) for _ in range(turns)] for _ in range(instructions)]
     rows = []
     for row in range(count):
@@ -64,9 +62,7 @@ def variants(
 ) -> VariantRows:
     use_template(tokenizer, template)
     settle(tokenizer, role)
-    return make_variants(
-        read_labelled([Source(path=str(path))]), RowTokenizer(tokenizer, "assistant"), **options
-    )
+    return make_variants(read_labelled([Source(path=str(path))]), RowTokenizer(tokenizer, "assistant"), **options)
 
 
 def plain_sum(model: torch.nn.Module, pieces: list[Encoded]) -> float:
@@ -108,7 +104,9 @@ def test_figures_are_those_of_a_plain_loop_in_float64(
         texts = [message["content"] for other in rows for message in other["messages"][:1]]
         conversations = [[system, *rest]]
         for other in row.others:  # found again in the text, not taken from the code
-            (text,) = [text for text in texts if tiny_tokenizer.decode(other[0].ids).find(f"system\n{text}<|im_end|>") >= 0]
+            (text,) = [
+                text for text in texts if tiny_tokenizer.decode(other[0].ids).find(f"system\n{text}<|im_end|>") >= 0
+            ]
             conversations.append([{"role": "system", "content": text}, *rest])
         own, *others, none = (
             plain_sum(exact, encode(tiny_tokenizer, conversation)) for conversation in [*conversations, rest]
@@ -130,7 +128,7 @@ def test_figures_are_those_of_a_plain_loop_in_float64(
 
 
 def test_smollm2_is_scored_as_in_float64(smollm2: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    made = variants(HELD_OUT, tokenizer, limit=3)
+    made = variants(HELD_OUT, tokenizer, limit=2)
     pieces = [piece for row in made.rows for variant in row.all for piece in variant]
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     found = log_likelihoods(model, pieces)
@@ -195,7 +193,9 @@ def test_an_output_layer_that_is_no_module_is_scored_alike(
     assert log_likelihoods(tiny, pieces) == pytest.approx(expected, rel=1e-6)
 
 
-def test_what_a_model_does_after_its_output_layer_counts(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_what_a_model_does_after_its_output_layer_counts(
+    tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     """Gemma 2 caps its logits."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -298,7 +298,7 @@ def test_siblings_are_those_with_the_same_turns_and_tools(tiny_tokenizer: PreTra
 
 def test_others_follow_from_the_seed_and_no_row_has_its_own_text(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     use_template(tiny_tokenizer, "chatml")
-    rows = labelled(*((WORDS[row % 7], f"question {row}", "stone") for row in range(40)))
+    rows = labelled(*((WORD_LIST[row % 7], f"question {row}", "stone") for row in range(40)))
     encoder = RowTokenizer(tiny_tokenizer, "assistant")
     found = [
         [messages_of(row, tiny_tokenizer) for row in make_variants(rows, encoder, others=3, seed=seed).rows]
@@ -307,7 +307,7 @@ def test_others_follow_from_the_seed_and_no_row_has_its_own_text(tiny_tokenizer:
     assert found[0] == found[1] != found[2]
     for own, *others in found[0]:
         assert len({own, *others}) == 4
-    assert {other for _, *others in found[0] for other in others} == set(WORDS[:7])
+    assert {other for _, *others in found[0] for other in others} == set(WORD_LIST[:7])
     limited = make_variants(rows, encoder, others=3, limit=9)
     assert len(limited.rows) == 9
     places = [int(row.place[1:]) - 1 for row in limited.rows]
@@ -317,7 +317,9 @@ def test_others_follow_from_the_seed_and_no_row_has_its_own_text(tiny_tokenizer:
 
 def test_rows_that_can_not_be_measured_are_counted(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     use_template(tiny_tokenizer, "chatml")
-    rows = labelled(("a", "river?", "stone"), (None, "river?", "stone"), ("b", "<|im_end|>?", "stone"), ("c", "x" * 400, "y"))
+    rows = labelled(
+        ("a", "river?", "stone"), (None, "river?", "stone"), ("b", "<|im_end|>?", "stone"), ("c", "x" * 400, "y")
+    )
     made = make_variants(rows, RowTokenizer(tiny_tokenizer, "assistant"), max_length=300)
     assert [row.place for row in made.rows] == [":1"]
     assert made.left_out["no system message"] == 1
@@ -336,7 +338,10 @@ def test_just_the_message_differs_under_any_policy(
     made = variants(HELD_OUT, tokenizer, template, role, limit=20)
     for row in made.rows:
         assert row.same_answer
-        answers = [tokenizer.decode([i for i, label in zip(p[0].ids, p[0].labels, strict=True) if label != -100]) for p in row.all]
+        answers = [
+            tokenizer.decode([i for i, label in zip(p[0].ids, p[0].labels, strict=True) if label != -100])
+            for p in row.all
+        ]
         assert len(set(answers)) == 1
         assert answers[0].endswith("<|im_end|>")
         prompts = [tokenizer.decode(pieces[0].ids) for pieces in row.all]
@@ -368,7 +373,10 @@ def test_an_answer_that_a_border_changes_is_compared_by_sums(tiny: torch.nn.Modu
 
 
 def test_labels_are_what_the_columns_say() -> None:
-    preferences = [{"dimension": "style", "subdimension": "tone", "preference": "x", "description": "y"}, {"dimension": 3}]
+    preferences = [
+        {"dimension": "style", "subdimension": "tone", "preference": "x", "description": "y"},
+        {"dimension": 3},
+    ]
     row = {"rule": "lower_case", "main_source": "", "source": 7, "preference_set": preferences, "other": "yes"}
     assert labels_of(row) == (("rule", "lower_case"), ("style", "tone"))
     assert labels_of({"preference_set": json.dumps(preferences)}) == (("style", "tone"),)
@@ -451,7 +459,10 @@ def measured(tiny: torch.nn.Module, tiny_tokenizer: PreTrainedTokenizerBase, tmp
 def test_what_is_told_is_what_was_measured(measured: SystemGain) -> None:
     record = json.loads(json.dumps(measured.record()))
     assert record["overall"]["gain"]["mean"] == measured.values[:, 0].mean()
-    assert [(group["of"], group["is"], group["rows"]) for group in record["groups"]] == [("rule", "even", 4), ("rule", "odd", 4)]
+    assert [(group["of"], group["is"], group["rows"]) for group in record["groups"]] == [
+        ("rule", "even", 4),
+        ("rule", "odd", 4),
+    ]
     assert measured.metrics()["eval_system_gain"] == measured.values[:, 0].mean()
     assert measured.metrics()["eval_system_accuracy_over_none"] == measured.values[:, 3].mean()
     table = markdown({"tiny": measured})
@@ -476,5 +487,7 @@ def test_no_rows_and_weights_that_are_not_finite_are_errors(
         system_gain(model, [])
     made = variants(write(tmp_path / "rows.jsonl", rows_of_words(4, instructions=2)), tiny_tokenizer)
     model.model.norm.weight.data[0] = math.nan
-    with pytest.raises(UserError, match=r"rows\.jsonl:1: the model gives its answer no finite likelihood \(4 of 4 rows\)"):
+    with pytest.raises(
+        UserError, match=r"rows\.jsonl:1: the model gives its answer no finite likelihood \(4 of 4 rows\)"
+    ):
         system_gain(model, made.rows)

@@ -29,6 +29,7 @@ import evaluate_gain
 from report_section import put_section
 
 from train.errors import CommandLine, UserError
+from train.loop.noise import leave_out_unhelpful_warnings
 from train.progress import job
 
 HEADING = "## Does it follow system messages?"
@@ -248,6 +249,7 @@ def rules(options: argparse.Namespace) -> None:
 def main() -> int:
     """Run the command; the exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    leave_out_unhelpful_warnings()
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="command")
     rules_parser = commands.add_parser("rules", help="adherence to rules that a program can check, before and after")

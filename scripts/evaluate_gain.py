@@ -2,6 +2,8 @@
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +11,7 @@ from report_section import put_section
 
 from train.errors import UserError
 from train.progress import job
+from train.recipe import ModelSection, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,13 +109,11 @@ def run(options: argparse.Namespace) -> None:
 def rows_for(options: argparse.Namespace, models: list[str]) -> "VariantRows":
     """The rows to measure, in the tokens of the last of `models`, which the others must share. Raises UserError."""
     from pydantic import ValidationError
-    from transformers import AutoConfig
 
     from train.data.chat_template import use_template
     from train.data.system_role import settle
     from train.data.system_variants import Labelled, make_variants, read_labelled
     from train.data.tokenize import RowTokenizer
-    from train.recipe import Source
 
     tokenizers = {model: _tokenizer(model) for model in models}
     tokenizer = tokenizers[models[-1]]
@@ -133,9 +134,7 @@ def rows_for(options: argparse.Namespace, models: list[str]) -> "VariantRows":
     for column in options.group:
         if column not in known:
             raise UserError(f"--group {column}: no row has a text in a column of that name")
-    longest = None
-    if not (Path(models[-1]) / "adapter_config.json").is_file():
-        longest = getattr(AutoConfig.from_pretrained(models[-1]).get_text_config(), "max_position_embeddings", None)
+    longest = min((found for found in map(_positions, models) if found), default=None)
     made = make_variants(
         rows,
         RowTokenizer(tokenizer, "assistant"),
@@ -153,10 +152,30 @@ def rows_for(options: argparse.Namespace, models: list[str]) -> "VariantRows":
 
 def _tokenizer(model: str) -> "PreTrainedTokenizerBase":
     from train.model.load import load_tokenizer
-    from train.recipe import ModelSection
 
-    try:
+    with _named(model):
         return load_tokenizer(ModelSection(name_or_path=model))
+
+
+def _positions(model: str) -> int | None:
+    """How many tokens it was made for; of an adapter, those of its base. Raises UserError where it has no config."""
+    from train.model.load import load_config
+
+    adapter = Path(model) / "adapter_config.json"
+    with _named(model):
+        try:
+            base = json.loads(adapter.read_bytes())["base_model_name_or_path"] if adapter.is_file() else model
+        except (ValueError, KeyError) as fault:
+            raise UserError(f"model.name_or_path: {adapter} names no base model") from fault
+        config = load_config(ModelSection(name_or_path=base)).get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+@contextmanager
+def _named(model: str) -> Iterator[None]:
+    """Errors name the option, as there is no recipe here."""
+    try:
+        yield
     except UserError as fault:
         raise UserError(str(fault).replace("model.name_or_path", f"--model or --before {model}", 1)) from fault
 

@@ -5,9 +5,11 @@ sees what stands behind it, so the padding changes nothing, under any kernel. Lo
 trained ones alone, by picking their hidden states where they enter the output layer, so that all a model does after it
 (Gemma's soft cap, Granite's scale) stays; the softmax is taken in float32, some of the tokens at a time.
 
-Prefixes aren't shared. What siblings share is the prompt under one message; it would have to be kept as a cache that
-the kernels and wrappers of training (packed attention, checkpointing, ZeRO-3) don't have, for at most the prompts'
-share of tokens times others / (others + 1). Between the messages of one row nothing is shared but the template's head.
+Prefixes aren't computed once for several rows. Between the messages of one row only the template's head is shared.
+Between siblings the whole prompt under one message is: a cache of it would save 45 % of all tokens on the quickstart's
+short held-out answers (counted), and about a quarter at Multifaceted Collection's lengths (350 tokens of prompt, 500 of
+answer, three siblings). For that, each batch would need two forwards and a cache, which packed kernels, sliding windows
+and models with a state each hold in their own way, and figures would not come from the forward that is trained.
 """
 
 from collections.abc import Callable, Iterator, Sequence

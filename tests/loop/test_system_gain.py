@@ -23,7 +23,7 @@ from train.data.tokenize import RowTokenizer
 from train.errors import UserError
 from train.loop.answer_scores import batches, log_likelihoods
 from train.loop.resampling import estimates
-from train.loop.system_gain import SystemGain, markdown, system_gain
+from train.loop.system_gain import SystemGain, markdown, of_row, system_gain
 from train.recipe import Source
 
 ROOT = Path(__file__).parents[2]
@@ -227,6 +227,12 @@ def test_an_adapter_is_scored_as_what_it_merges_to(
     plain = system_gain(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), made.rows)
     assert found.values == pytest.approx(merged.values, abs=1e-5)
     assert np.abs(found.values - plain.values).max() > 1e-3
+
+
+def test_the_measures_of_a_row_by_hand() -> None:
+    assert of_row(-6.0, [-8.0, -5.0, -6.0, -6.0 - 1e-9], -7.0, 4) == pytest.approx(
+        ((2 - 1 + 0 + 1e-9) / 4 / 4, (1 + 0 + 0.5 + 1) / 4, 1 / 4, 1), rel=1e-12
+    )
 
 
 def labelled(*rows: tuple[str | None, str, str]) -> list[Labelled]:

@@ -114,14 +114,13 @@ def _score(
             hook.remove()
     # An output layer that isn't called as a module has made them all.
     logits = logits[0] if logits.shape[:2] == (1, len(wanted)) else logits[row_of_token, before]
-    scores = torch.empty(len(wanted), dtype=torch.float64, device=device)
+    scores = []
     for start in range(0, len(wanted), _TOKENS_OF_A_SOFTMAX):
         some = slice(start, start + _TOKENS_OF_A_SOFTMAX)
         # in float64 there is nothing to be gained by float32
         of_some = logits[some] if logits.dtype == torch.float64 else logits[some].float()
-        log_probabilities = of_some.log_softmax(-1)
-        scores[some] = log_probabilities.gather(1, wanted[some, None])[:, 0].double()
-    return torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row_of, scores.cpu())
+        scores.append(of_some.log_softmax(-1).gather(1, wanted[some, None])[:, 0])
+    return torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row_of, torch.cat(scores).cpu().double())
 
 
 @contextmanager

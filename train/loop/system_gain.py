@@ -20,11 +20,15 @@ What it can't see:
   write another; the gain is a necessary sign, not an obeyed message (`scripts/evaluate.py rules` counts those).
 - Words that s and y share give a gain (a message that says "Ahoy" makes "Ahoy" likely), style as much as substance.
 - It is a mean over tokens, and mostly the first ones of an answer tell which message it follows: a long answer has a
-  small gain. Compare gains over the same rows only; the accuracy doesn't depend on length in this way.
+  small gain, one of a word or two a large one, and each counts as one row. Compare gains over the same rows only; the
+  accuracy doesn't depend on length in this way.
 - Two messages that ask for the same thing have no gain over one another, whatever the model does.
-- Over no message, any text that fits the domain helps, and a model unused to none is surprised: the gain over others
-  is the stricter one. With siblings it is fair to both: each answer is scored under each message. Other rows' messages
-  may differ from s in subject too, which makes the gain larger: the two kinds shouldn't be compared.
+- Over no message, any text that fits the domain helps, and many models have seldom seen none: the gain over others is
+  the stricter one. With siblings it is fair to both: each answer is scored under each message. Other rows' messages may
+  differ from s in subject too, which makes the gain larger: the two kinds shouldn't be compared.
+
+In bfloat16 a row's gain is off by some hundredths of a nat per token (root mean square 0.026 on 30 held-out rows of the
+quickstart, against float32), which mostly cancels in the mean (0.003 there).
 """
 
 from collections import Counter

@@ -6,6 +6,12 @@
 
 rules: how often each model obeys system messages whose rules a program can check. Writes the answers to answers.jsonl,
 the figures to adherence.json and adherence.png, and a section into report.md, all in the folder of the second model.
+
+    python scripts/evaluate.py gain --model outputs/smollm2-135m-quickstart --before outputs/smollm2-135m-instruct \
+        --data recipes/smollm2-135m/data/held_out.jsonl
+
+gain: how much likelier each model finds a reference answer under its own system message than under others, with 95 %
+intervals; train/loop/system_gain.py says what it can't see. Writes gain.json, gain.png and a section into report.md.
 """
 
 import argparse
@@ -19,7 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import evaluate_gain
+from report_section import put_section
+
 from train.errors import CommandLine, UserError
+from train.loop.noise import leave_out_unhelpful_warnings
 from train.progress import job
 
 HEADING = "## Does it follow system messages?"
@@ -230,9 +240,8 @@ def rules(options: argparse.Namespace) -> None:
     (folder / "adherence.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     draw(verdicts, folder / "adherence.png")
     report = folder / "report.md"
-    before_section = report.read_text(encoding="utf-8").partition(HEADING)[0] if report.is_file() else ""
     text = section(verdicts, options.max_new_tokens)
-    report.write_text(before_section.rstrip() + "\n\n" + text if before_section else text, encoding="utf-8")
+    put_section(report, HEADING, text)
     print(text)
     print(f"all of it is in {report}")
 
@@ -240,6 +249,7 @@ def rules(options: argparse.Namespace) -> None:
 def main() -> int:
     """Run the command; the exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    leave_out_unhelpful_warnings()
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="command")
     rules_parser = commands.add_parser("rules", help="adherence to rules that a program can check, before and after")
@@ -250,6 +260,7 @@ def main() -> int:
     rules_parser.add_argument("--max-new-tokens", type=int, default=96, help="cut of an answer (default 96)")
     rules_parser.add_argument("--batch-size", type=int, default=16, help="answers at a time (default 16)")
     rules_parser.set_defaults(run=rules)
+    evaluate_gain.add_to(commands)
     options = parser.parse_args()
     try:
         options.run(options)

@@ -1,0 +1,254 @@
+"""The command `gain` of scripts/evaluate.py: how much a model listens to the system message."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from report_section import put_section
+
+from train.errors import UserError
+from train.progress import job
+from train.recipe import ModelSection, Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from train.data.system_variants import Label, VariantRows
+    from train.loop.system_gain import Figures, SystemGain
+
+HEADING = "## System gain"
+_MOST_BARS = 30
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to those of evaluate.py."""
+    parser = commands.add_parser("gain", help="how much likelier answers are under their own system message")
+    parser.add_argument("--model", required=True, help="folder or hub id of a model or an adapter")
+    parser.add_argument("--before", help="the model that it was trained from, measured on the same rows")
+    parser.add_argument("--data", required=True, nargs="+", help="rows with answers: any source that a recipe takes")
+    parser.add_argument("--split", default="train", help="the split of data that has several (default train)")
+    parser.add_argument(
+        "--template", help="as chat.template of a recipe (default: the one that --model was saved with)"
+    )
+    parser.add_argument(
+        "--system-role",
+        default="native",
+        choices=("native", "merge_into_user", "turn"),
+        help="as chat.system_role of a recipe (default native: a model that we trained has its policy in its template)",
+    )
+    parser.add_argument("--others", type=_positive, default=2, help="other messages for each row, at most (default 2)")
+    parser.add_argument("--limit", type=_positive, help="at most so many rows, drawn by the seed (default all)")
+    parser.add_argument(
+        "--group", nargs="+", default=[], metavar="COLUMN", help="further columns to tell rows apart by"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="what to compute in (default float32 on a CPU, bfloat16 on a GPU)",
+    )
+    parser.add_argument("--batch-tokens", type=_positive, default=8192, help="tokens at a time (default 8192)")
+    parser.add_argument("--seed", type=int, default=0, help="of the other messages and the intervals (default 0)")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="where the figures go; gain.png beside it (default gain.json in the folder of --model)",
+    )
+    parser.set_defaults(run=run)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
+    return int(text)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print the table, write the figures and the plot, and the section of report.md. Raises UserError."""
+    folder = Path(options.model)
+    file: Path = options.json or folder / "gain.json"
+    if not (options.json or folder.is_dir()):
+        raise UserError(f"--model {options.model}: there is no such folder. For a hub id, say --json FILE as well.")
+    if not file.parent.is_dir() or file.is_dir():
+        raise UserError(f"--json {file}: that is no file in a folder that is there")
+    names = {"before": options.before, "after": options.model} if options.before else {folder.name: options.model}
+    made = rows_for(options, [*names.values()])
+    for kind, count in made.left_out.items():
+        print(f"left out: {count:,} rows: {kind} (the first: {made.examples[kind]})", flush=True)
+
+    from train.loop.system_gain import markdown
+
+    measured = {name: _measure(model, made, options) for name, model in names.items()}
+    change = measured["after"].change_from(measured["before"], seed=options.seed) if options.before else None
+    record = {
+        "data": options.data,
+        "left_out": dict(made.left_out),
+        "options": {key: getattr(options, key) for key in ("template", "system_role", "others", "limit", "seed")},
+        "models": {name: {"model": names[name], **one.record()} for name, one in measured.items()},
+    }
+    if change:
+        record["change"] = [
+            {"of": label and label[0], "is": label and label[1], **figures.record()}
+            for label, figures in change.items()
+        ]
+    try:
+        file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        draw(measured, file.with_name("gain.png"))
+        text = f"{HEADING}\n\n{_about(made, measured)}\n\n{markdown(measured, change)}"
+        if not options.json:
+            put_section(folder / "report.md", HEADING, f"{text}\n![gain](gain.png)\n")
+    except OSError as fault:
+        raise UserError(f"{file.parent}: can't be written: {fault.strerror}") from fault
+    print(text)
+    print(f"the figures are in {file}, the plot in {file.with_name('gain.png')}")
+
+
+def rows_for(options: argparse.Namespace, models: list[str]) -> "VariantRows":
+    """The rows to measure, in the tokens of the last of `models`, which the others must share. Raises UserError."""
+    from pydantic import ValidationError
+
+    from train.data.chat_template import use_template
+    from train.data.system_role import settle
+    from train.data.system_variants import Labelled, make_variants, read_labelled
+    from train.data.tokenize import RowTokenizer
+
+    tokenizers = {model: _tokenizer(model) for model in models}
+    tokenizer = tokenizers[models[-1]]
+    for model, other in tokenizers.items():
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"--before {model}: its tokens are not those of {models[-1]}, so the two can't be measured on the same "
+                "rows. Measure each by itself."
+            )
+    try:
+        sources = [Source(path=path, split=options.split) for path in options.data]
+    except ValidationError as fault:
+        raise UserError(f"--data or --split: {fault.errors()[0]['msg']}") from fault
+    use_template(tokenizer, options.template)
+    settle(tokenizer, options.system_role)
+    rows = read_labelled(sources, options.group)
+    known = {column for row in rows if isinstance(row, Labelled) for column, _ in row.labels}
+    for column in options.group:
+        if column not in known:
+            raise UserError(f"--group {column}: no row has a text in a column of that name")
+    longest = min((found for found in map(_positions, models) if found), default=None)
+    made = make_variants(
+        rows,
+        RowTokenizer(tokenizer, "assistant"),
+        others=options.others,
+        limit=options.limit,
+        max_length=longest,
+        seed=options.seed,
+    )
+    if not made.rows:
+        why = "; ".join(f"{count:,}: {kind}" for kind, count in made.left_out.items()) or "there are none"
+        raise UserError(f"--data {' '.join(options.data)}: no row can be measured ({why}). Give rows with answers and "
+                        "at least two different system messages.")  # fmt: skip
+    return made
+
+
+def _tokenizer(model: str) -> "PreTrainedTokenizerBase":
+    from train.model.load import load_tokenizer
+
+    with _named(model):
+        return load_tokenizer(ModelSection(name_or_path=model))
+
+
+def _positions(model: str) -> int | None:
+    """How many tokens it was made for; of an adapter, those of its base. Raises UserError where it has no config."""
+    from train.model.load import load_config
+
+    adapter = Path(model) / "adapter_config.json"
+    with _named(model):
+        try:
+            base = json.loads(adapter.read_bytes())["base_model_name_or_path"] if adapter.is_file() else model
+        except (ValueError, KeyError) as fault:
+            raise UserError(f"model.name_or_path: {adapter} names no base model") from fault
+        config = load_config(ModelSection(name_or_path=base)).get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+@contextmanager
+def _named(model: str) -> Iterator[None]:
+    """Errors name the option, as there is no recipe here."""
+    try:
+        yield
+    except UserError as fault:
+        raise UserError(str(fault).replace("model.name_or_path", f"--model or --before {model}", 1)) from fault
+
+
+def _measure(name: str, made: "VariantRows", options: argparse.Namespace) -> "SystemGain":
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    from train.loop.system_gain import system_gain
+    from train.model.load import hide_bars_in_logs
+
+    hide_bars_in_logs()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as fault:
+        raise UserError(f"{name}: can't be loaded: {' '.join(str(fault).split())}") from fault
+    total = sum(len(variant) for row in made.rows for variant in row.all)
+    with job(f"scoring answers with {name}", total=total, unit="answers") as scoring:
+        return system_gain(
+            model.to(device),
+            made.rows,
+            tokens_per_batch=options.batch_tokens,
+            seed=options.seed,
+            on_progress=scoring.advance,
+        )
+
+
+def _about(made: "VariantRows", measured: "dict[str, SystemGain]") -> str:
+    one = next(iter(measured.values()))
+    tokens = sum(row.tokens for row in made.rows)
+    lines = f"Reference answers of {tokens / len(made.rows):.0f} tokens on average; "
+    lines += f"{one.with_siblings:,} of {one.overall.rows:,} rows against other messages of the same instruction"
+    lines += ", the rest against those of other rows." if one.with_siblings < one.overall.rows else "."
+    if one.other_tokens:
+        lines += f" The template joins the answer to what is before it in {one.other_tokens:,} rows."
+    return lines
+
+
+def draw(measured: "dict[str, SystemGain]", path: Path) -> None:
+    """The gain over other messages with its interval, overall and of each group (of many, the largest), as a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    first = next(iter(measured.values()))
+    largest = sorted(first.groups, key=lambda label: -first.groups[label].rows)[:_MOST_BARS]
+    labels: list[Label | None] = [None, *sorted(largest)]
+    figure, axes = pyplot.subplots(figsize=(9, 0.4 * len(labels) + 1.4), dpi=100)
+    colours = ["lightgray", "tab:blue"] if len(measured) == 2 else ["tab:blue"]
+    height = 0.8 / len(measured)
+    for number, (name, one) in enumerate(measured.items()):
+        found: list[Figures] = [one.overall if label is None else one.groups[label] for label in labels]
+        places = [row + (number - (len(measured) - 1) / 2) * height for row in range(len(labels))]
+        means = [figures.gain.mean for figures in found]
+        ends = [
+            (mean if gain.low is None else gain.low, mean if gain.high is None else gain.high)
+            for mean, gain in zip(means, (figures.gain for figures in found), strict=True)
+        ]
+        # A percentile interval needn't hold the mean itself.
+        below = [max(mean - low, 0) for mean, (low, _) in zip(means, ends, strict=True)]
+        above = [max(high - mean, 0) for mean, (_, high) in zip(means, ends, strict=True)]
+        axes.barh(places, means, height, xerr=[below, above], label=name, color=colours[number], capsize=2)
+    names = ["all rows" if label is None else f"{label[0]}: {label[1]}"[:48] for label in labels]
+    axes.set_yticks(range(len(labels)), names)
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("nats per token that the answer gains by its own system message over others (95 %)")
+    axes.margins(y=0.01)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)

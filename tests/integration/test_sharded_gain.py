@@ -1,0 +1,115 @@
+"""System gain while a model is trained on two processes, whole on each or shared out: the figures of one process."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import WORDS
+from ranks import launch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytest.importorskip("deepspeed")
+
+
+def measure_in_training(recipe: str, rows: str, report: str) -> None:
+    """As train/sft.py trains; as training begins, each rank measures and writes what it found."""
+    from transformers import TrainerCallback
+
+    from train.data.chat_template import use_template
+    from train.data.prepare import prepare
+    from train.loop.answer_scores import log_likelihoods
+    from train.loop.arguments import training_arguments
+    from train.loop.system_gain import system_gain
+    from train.loop.trainer import JanusTrainer
+    from train.model.load import load_model, load_tokenizer
+    from train.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    tokenizer = load_tokenizer(loaded.model)
+    use_template(tokenizer, loaded.chat.template)
+    data = prepare(loaded, tokenizer)
+    arguments = training_arguments(loaded)
+    model = load_model(loaded)
+    trainer = JanusTrainer(loaded, arguments, model, tokenizer, data, [])
+    made = variants(rows, tokenizer)
+    forwards: list[int] = []
+
+    class Measure(TrainerCallback):
+        def on_train_begin(self, *_: object, **__: object) -> None:
+            wrapped, accelerator = trainer.model_wrapped, trainer.accelerator
+            hook = trainer.model.register_forward_hook(lambda *_: forwards.append(1))
+            gain = system_gain(wrapped, made, accelerator, tokens_per_batch=700)
+            hook.remove()
+            # Fewer batches than processes: one has nothing of its own to score.
+            alone = log_likelihoods(wrapped, made[0].own, accelerator)
+            Path(f"{report}-{arguments.process_index}.json").write_text(
+                json.dumps(
+                    {
+                        "values": gain.values.tolist(),
+                        "record": gain.record(),
+                        "alone": alone.tolist(),
+                        "forwards": len(forwards),
+                        "held": sum(value.numel() for value in trainer.model.parameters()),
+                    }
+                )
+            )
+
+    trainer.add_callback(Measure())
+    trainer.train()
+
+
+def variants(rows: str | Path, tokenizer: object) -> list:
+    from train.data.system_variants import make_variants, read_labelled
+    from train.data.tokenize import RowTokenizer
+    from train.recipe import Source
+
+    return make_variants(read_labelled([Source(path=str(rows))]), RowTokenizer(tokenizer, "assistant")).rows
+
+
+@pytest.mark.parametrize("config", ["zero3.yaml", None], ids=["zero3", "ddp"])
+def test_two_processes_give_the_figures_of_one(
+    config: str | None, recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    from train.data.chat_template import use_template
+    from train.loop.answer_scores import batches
+    from train.loop.system_gain import system_gain
+
+    chance = random.Random(2)
+    text = lambda count: " ".join(chance.choice(WORDS.split()) for _ in range(count))  # noqa: E731
+    path = tmp_path / "answers.jsonl"
+    with path.open("w") as lines:
+        for row in range(11):
+            turns = [
+                ("system", f"{row} {text(6)}"),
+                ("user", f"{row % 4}?"),
+                ("assistant", text(chance.choice([1, 9, 40]))),
+            ]
+            lines.write(json.dumps({"messages": [{"role": role, "content": of} for role, of in turns]}) + "\n")
+    recipe = recipe_file(
+        training={"per_device_train_batch_size": 1, "num_train_epochs": ..., "max_steps": 1, "bf16": False}
+    )
+    report = tmp_path / "gain"
+    launch(2, config, recipe, path, report, job=measure_in_training, logs=tmp_path / "logs").succeeded()
+    found = [json.loads(Path(f"{report}-{rank}.json").read_text()) for rank in (0, 1)]
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    use_template(tokenizer, "chatml")
+    made = variants(path, tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    expected = system_gain(model, made)
+    pieces = [piece for row in made for variant in row.all for piece in variant]
+    plan = batches([len(piece.ids) for piece in pieces], [1] * len(pieces), 700, 10_000)
+    assert len(plan) % 2 == 1  # so one rank has to score a batch more than it has
+    assert [rank["forwards"] for rank in found] == [len(plan) // 2 + 1] * 2
+    for rank in found:
+        # ZeRO-3 keeps weights of a few numbers whole once they are used: the norms
+        whole = {name: value.numel() for name, value in model.named_parameters() if config is None or "norm" in name}
+        assert rank["held"] == sum(whole.values())
+        np.testing.assert_allclose(rank["values"], expected.values, atol=1e-5)
+        assert rank["record"] == found[0]["record"]
+        assert rank["alone"] == found[0]["alone"]
+        assert rank["record"]["overall"]["gain"]["low"] == pytest.approx(expected.overall.gain.low, abs=1e-5)

@@ -102,7 +102,7 @@ def _counted(title: str, what: str, counts: Mapping[str, int], of: int | None = 
 
 def _answers(characters: Mapping[str, Any]) -> str:
     if not characters["rows_answered_anew"]:
-        return "The answers are those of the data."
+        return "No row was written with new answers."
     return (
         f"{characters['rows_answered_anew']:,} rows were answered anew. The new answers have {characters['ratio']:.2f} "
         f"times the characters of the original ones in all ({characters['new_answers']:,} over "
@@ -132,7 +132,8 @@ def _sample(sample: Mapping[str, Any]) -> str:
     parts = [f"### {sample['source']}"]
     if sample["annotated"]:
         parts.append(_quoted(sample["annotated"]))
-    parts += [f"**{turn['role']}**\n\n{_quoted(turn['content'])}" for turn in sample["conversation"][1:]]
+    turns = [turn for turn in sample["conversation"] if turn["role"] != "system"]  # that one stands above, in its tags
+    parts += [f"**{turn['role']}**\n\n{_quoted(turn['content'])}" for turn in turns]
     return "\n\n".join(parts)
 
 

@@ -1,6 +1,8 @@
 """What models and users do that no paper speaks of: reasoning in the text, rows that are their own source, full disks."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +157,28 @@ def test_what_extra_may_not_hold(tmp_path: Path, extra: str, told: str) -> None:
     with pytest.raises(UserError) as failure:
         load_config(config, [f"generate.extra={extra}"])
     assert told in str(failure.value)
+
+
+def test_a_disk_that_is_full_is_one_error(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "scripts" / "sysgen.py"
+    source = tmp_path / "source.jsonl"
+    rows = ({"messages": [QUESTION | {"content": f"question [{number}]?"}, OLD]} for number in range(40))
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    # No file may grow beyond so many bytes: the journal's, and then that of the rows.
+    for limit in (200_000, 40_000):
+        with served(answers(answer=said("A new one. " * 100))) as server:
+            folder = str(tmp_path / str(limit))
+            config = configuration(tmp_path, server.url, source, output_dir=folder, gates={"language": False})
+            if limit == 40_000:
+                run(load_config(config))
+                (tmp_path / str(limit) / "data" / "rows.jsonl").unlink()
+            code = (
+                "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+                f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.argv = sys.argv[1:];"
+                "runpy.run_path(sys.argv[0], run_name='__main__')"
+            )
+            command = [sys.executable, "-c", code, str(script), "--config", str(config)]
+            failed = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert failed.returncode == 2, failed.stderr
+        assert failed.stderr.startswith("error: ")
+        assert len(failed.stderr.splitlines()) == 1

@@ -131,6 +131,13 @@ def test_a_run_does_not_write_over_its_own_source(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "data" / "rows.jsonl").read_bytes() == before
 
 
+def test_the_report_on_a_common_message_tells_of_no_phase_that_was_not(tmp_path: Path) -> None:
+    done = run_with(answers(), tmp_path, 3, message="common")
+    facts = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
+    assert facts["rows_through_phase"] == {"read": 3, "answered": 3}
+    assert "a system message was written" not in done.report.read_text("utf-8")
+
+
 def test_a_row_kept_without_a_system_message_is_shown_whole(tmp_path: Path) -> None:
     done = run_with(answers(generate=said("no tags")), tmp_path, on_empty="keep_without_system")
     assert f"**user**\n\n```text\n{QUESTION['content']}" in done.report.read_text("utf-8")

@@ -46,7 +46,9 @@ class StageSection(Section):
     seed: int | None = None
     """Sent with each request (a further try gets the next number); null = none is sent."""
     extra: dict[str, Any] = Field(default_factory=dict)
-    """What else goes into a request as it stands, such as top_k or chat_template_kwargs."""
+    """What else goes into a request as it stands, such as top_k or chat_template_kwargs. A model that reasons first
+    does without where its template can be told so, as Qwen3's by {chat_template_kwargs: {enable_thinking: false}}; else
+    give it tokens enough. What it writes in <think> is taken out and counted."""
 
     def decoding(self) -> Decoding:
         """As the client takes it."""
@@ -115,7 +117,8 @@ class TagsSection(Section):
 
 class ConstraintsSection(Section):
     """Requirements that a program can check (at most 50 words, a list of five points), drawn from rules of our own and
-    put among the Format, Style and Content phrases. The new answer is checked; what doesn't comply is asked again."""
+    put among the Format, Style and Content phrases. The new answer is checked; what doesn't comply is asked again. Rows
+    that get the common message or keep the answers of the data get none."""
 
     share: float = Field(default=0.0, ge=0, le=1)
     """Share of rows that get one; 0 = none. The paper had none, and every model lost on IFEval."""

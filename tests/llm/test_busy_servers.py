@@ -42,6 +42,31 @@ def test_retry_after_is_obeyed(tmp_path: Path, form: str, status: int) -> None:
     assert all(at >= due[0] - 0.01 for at in asked_at[1:])
 
 
+def test_a_server_that_takes_requests_again_is_no_longer_told_of_as_out_of_reach(tmp_path: Path) -> None:
+    async def work(client: Client, servers: list[ScriptedServer]) -> None:
+        await servers[0].__aexit__()
+        answer = asyncio.create_task(client.ask(about("hello")))
+        while not client.troubles():
+            await asyncio.sleep(0.001)
+        assert "can't be reached (" in client.troubles()[0]
+        await servers[0].__aenter__()
+        await arrived.wait()
+        while "can't be reached" in client.troubles()[0]:  # the request has arrived: it turns within a moment
+            await asyncio.sleep(0.001)
+        assert client.troubles()[0].startswith(f"{servers[0].url}: reached again, no answer yet, for 0s")
+        go_on.set()
+        await answer
+        assert client.troubles() == []
+
+    async def script(asked: Asked) -> Reply:
+        arrived.set()
+        await go_on.wait()
+        return await echo(asked)
+
+    arrived, go_on = asyncio.Event(), asyncio.Event()
+    run(script, work, tmp_path)
+
+
 def test_what_troubles_a_server_is_told_until_it_answers(tmp_path: Path) -> None:
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         assert client.troubles() == []

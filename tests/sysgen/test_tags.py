@@ -60,6 +60,23 @@ WRITTEN = {
         "<<Task>>print(1 << 2 >> 1), cin >> x, <<'here'>><</Task>>",
         [("Task", "print(1 << 2 >> 1), cin >> x, <<'here'>>")],
     ),
+    "a colon behind the tag": (
+        "<<Role>>: a nurse<</Role>> <<Style>>：亲切<</Style>>",
+        [("Role", "a nurse"), ("Style", "亲切")],
+    ),
+    "a colon that is text": ("<<Style>>:) often<</Style>><<Task>>:x<</Task>>", [("Task", ":x"), ("Style", ":) often")]),
+    "tags in bold": (
+        "**<<Role>>** a nurse **<</Role>>** *<<Task>>*help*<</Task>>*",
+        [("Role", "a nurse"), ("Task", "help")],
+    ),
+    "one tag in bold": ("**<<Role>>**: a nurse<</Role>>", [("Role", "a nurse")]),
+    "all in bold": ("**<<Role>>a **kind** nurse<</Role>>**", [("Role", "a **kind** nurse")]),
+    "bold within, and bold before": ("**Who:**<<Role>>**a nurse**, kind<</Role>>", [("Role", "**a nurse**, kind")]),
+    "bold of its own": ("<<Role>>**a nurse**<</Role>>", [("Role", "**a nurse**")]),
+    "tags as code": ("`<<Role>>`a nurse`<</Role>>`", [("Role", "a nurse")]),
+    "three brackets": ("<<<Role>>>a nurse<<</Role>>>", [("Role", "a nurse")]),
+    "a comparison": ("<<Role>>>5 and <6<</Role>>", [("Role", ">5 and <6")]),
+    "None that is part of a phrase": ("<<Style>>None of it in jest<</Style>>", [("Style", "None of it in jest")]),
     "nothing": ("", []),
     "no tags": ("You are a nurse.", []),
     "inside, at the end": (
@@ -106,6 +123,8 @@ LEFT_OUT = {
     "a placeholder inside": ("<<Role>>help <<name>> now<</Role>>", [], [("Role", "help <<name>> now", ALONE)]),
     "a right one inside a wrong one": ("<<Role>>a <<oops>><<Style>>s<</Style>><</Role>>", [("Style", "s")], [("Role", "a <<oops>>", ALONE)]),
     "part of another": ("<<Role>>a <<Style>>kind<</Style>> nurse<</Role>>", [("Role", "a kind nurse")], [("Style", "kind", "part of the phrase around it")]),
+    "none": ("<<Tool>>None.<</Tool>><<Role>> n/a <</Role>>", [], [("Tool", "None.", "says nothing"), ("Role", "n/a", "says nothing")]),
+    "a colon alone": ("<<Tool>>: <</Tool>>", [], [("Tool", ":", "empty")]),
     "all unclosed": ("<<Role>>r\n<<Task>>t\n<<Role>>s", [], [("Role", "r", "never closed"), ("Task", "t", "never closed"), ("Role", "s", "never closed")]),
 }  # fmt: skip
 
@@ -130,6 +149,9 @@ def test_what_is_left_out_and_why(text: str, kept: list[tuple[str, str]], droppe
             {"plural": 2, "upper or lower case": 2, "blanks inside": 1, "opening tag as closer": 1},
         ),
         ("<<example >>e<</Example>>", {}),
+        ("<<Role>>: r<</Role>>", {"colon behind the tag": 1}),
+        ("**<<Role>>**: r<</Role>>", {"marks around the tag": 1, "colon behind the tag": 1}),
+        ("<<Role>>: r <<Task>>t<</Task>> s<</Role>>", {"colon behind the tag": 1}),
     ],
 )
 def test_every_repair_is_counted(text: str, repairs: dict[str, int]) -> None:
@@ -153,7 +175,7 @@ def test_the_message_and_its_parts() -> None:
 
 NAMES = st.sampled_from([*TAGS, "Example", "System"])
 WORD = st.text("abc`~\n <>/\\xé漢\u2028", max_size=8) | st.sampled_from(
-    ["```\n", "\n```", "`", "~~~", "<<", ">>", "<</"]
+    ["```\n", "\n```", "`", "~~~", "<<", ">>", "<</", "**", ": ", "：", "none"]
 )
 MARK = st.builds(
     "<<{}{}{}{}>>".format,

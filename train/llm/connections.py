@@ -7,6 +7,8 @@ connections). Here the connection that was used last is simply taken again.
 
 import socket
 import ssl
+from collections.abc import Callable, Mapping
+from typing import Any
 from urllib.request import getproxies, proxy_bypass
 
 import httpx2
@@ -30,10 +32,14 @@ class Connections(httpx2.AsyncBaseTransport):
         self._encryption = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if plain else httpx2.create_ssl_context()
         self._idle: list[httpx2.AsyncHTTPTransport] = []
         self._all: list[httpx2.AsyncHTTPTransport] = []
+        self.when_sent: Callable[[], None] | None = None
+        """Called when a request has been sent whole, to a server that takes it. Set only where that is news."""
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send it and read the response to its end."""
         connection = self._idle.pop() if self._idle else self._new()
+        if self.when_sent:
+            request.extensions = {**request.extensions, "trace": self._trace}
         try:
             response = await connection.handle_async_request(request)
             assert isinstance(response.stream, httpx2.AsyncByteStream)
@@ -49,6 +55,10 @@ class Connections(httpx2.AsyncBaseTransport):
             stream=httpx2.ByteStream(body),
             extensions=response.extensions,
         )
+
+    async def _trace(self, event: str, info: Mapping[str, Any]) -> None:
+        if event == "http11.receive_response_headers.started" and self.when_sent:
+            self.when_sent()
 
     async def aclose(self) -> None:
         """Close them all."""

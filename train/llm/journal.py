@@ -122,6 +122,8 @@ class Journal:
             raise UserError(
                 f"{path}: another run is writing to this journal. Wait until it ends, or give this run another one."
             ) from None
+        except OSError as error:
+            raise UserError(f"{path} can't be used as a journal of answers: {error.strerror}.") from error
         try:
             self._writer = self._open()
             # A second connection, as a WAL lets it read while the first commits: the event loop never waits.

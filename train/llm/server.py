@@ -64,6 +64,7 @@ class ServerLane(Lane):
         self.key = self._find_key(server, host)
         self._limit_name = "max_tokens"
         self._in_flight: set[asyncio.Timeout] = set()
+        self._connections = Connections(server.base_url)
         self.api = openai.AsyncOpenAI(
             base_url=server.base_url,
             api_key=self.key or "none",  # the package wants one; servers without keys don't look at it
@@ -72,7 +73,7 @@ class ServerLane(Lane):
             default_headers=None if host == OPENAI_HOST else _NOT_SENT,
             max_retries=0,  # retries here would keep a place, and tell no one
             http_client=openai.DefaultAsyncHttpxClient(
-                transport=Connections(server.base_url), timeout=httpx2.Timeout(None, connect=30.0)
+                transport=self._connections, timeout=httpx2.Timeout(None, connect=30.0)
             ),
         )
         # Whole, as the package would put it together anew for each request, which was a tenth of a request's work.
@@ -200,8 +201,16 @@ class ServerLane(Lane):
             self.refused(outcome.what, sent_at, outcome.retry_after)
         elif outcome is not None and outcome.kind in ("fault", "gone"):
             self.failed(outcome.what, sent_at)
+            if outcome.what.startswith("can't be reached"):  # not what a gateway in front of it says
+                self._connections.when_sent = self._reached
         elif outcome is not None:
             self.heard_at = time.monotonic()
+
+    def _reached(self) -> None:
+        """It takes requests again: that it can't be reached is no longer true, and the answer may take its time."""
+        self._connections.when_sent = None
+        if self.trouble is not None:
+            self.trouble, self.trouble_since = "reached again, no answer yet", time.monotonic()
 
     def interrupt_if_silent(self) -> None:
         """Give up the requests of a server that has said nothing for too long; they are sent again."""

@@ -4,6 +4,7 @@ Defaults are the paper's (section 3 and appendix of arXiv:2502.11330) where it s
 docstring says so.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -45,11 +46,43 @@ class StageSection(Section):
     seed: int | None = None
     """Sent with each request (a further try gets the next number); null = none is sent."""
     extra: dict[str, Any] = Field(default_factory=dict)
-    """What else goes into a request as it stands, such as top_k or chat_template_kwargs."""
+    """What else goes into a request as it stands, such as top_k or chat_template_kwargs. A model that reasons first
+    does without where its template can be told so, as Qwen3's by {chat_template_kwargs: {enable_thinking: false}}; else
+    give it tokens enough. What it writes in <think> is taken out and counted."""
 
     def decoding(self) -> Decoding:
         """As the client takes it."""
         return Decoding(self.max_tokens, self.temperature, self.top_p, self.seed, (), self.extra)
+
+
+class GenerateSection(StageSection):
+    """Write a system message."""
+
+    max_tokens: int = Field(default=512, gt=0)
+    """Most tokens of a message. To raise it asks again what was cut, and that alone."""
+
+
+class VerifySection(StageSection):
+    """Judge each tag."""
+
+    max_tokens: int = Field(default=256, gt=0)
+    """Most tokens of the eight verdicts. To raise it asks again what was cut, and that alone."""
+
+
+class AnswerSection(StageSection):
+    """Answer anew."""
+
+    max_tokens: int = Field(default=1024, gt=0)
+    """Most tokens of an answer. To raise it asks again what was cut, and that alone."""
+
+
+class JudgeSection(StageSection):
+    """Say whether an answer follows its message."""
+
+    max_tokens: int = Field(default=16, gt=0)
+    """Most tokens of a yes or no. To raise it asks again what was cut, and that alone."""
+    temperature: float | None = Field(default=0.0, ge=0)
+    """null = the server's own."""
 
 
 class SourcesSection(Section):
@@ -84,7 +117,8 @@ class TagsSection(Section):
 
 class ConstraintsSection(Section):
     """Requirements that a program can check (at most 50 words, a list of five points), drawn from rules of our own and
-    put among the Format, Style and Content phrases. The new answer is checked; what doesn't comply is asked again."""
+    put among the Format, Style and Content phrases. The new answer is checked; what doesn't comply is asked again. Rows
+    that get the common message or keep the answers of the data get none."""
 
     share: float = Field(default=0.0, ge=0, le=1)
     """Share of rows that get one; 0 = none. The paper had none, and every model lost on IFEval."""
@@ -146,13 +180,13 @@ class SysgenConfig(Section):
     on_unfinished_answer: Literal["drop", "keep", "original"] = "drop"
     """What becomes of a row whose new answer was cut at the token limit, refused or empty; original = with the answers
     of the data. A cut one that is kept teaches to stop in the middle. The paper doesn't say."""
-    generate: StageSection = StageSection(max_tokens=512)
+    generate: GenerateSection = GenerateSection()
     """Write a system message in tagged phrases."""
-    verify: StageSection = StageSection(max_tokens=256)
+    verify: VerifySection = VerifySection()
     """Judge each tag."""
-    answer: StageSection = StageSection(max_tokens=1024)
+    answer: AnswerSection = AnswerSection()
     """Answer anew."""
-    judge: StageSection = StageSection(max_tokens=16, temperature=0.0)
+    judge: JudgeSection = JudgeSection()
     """Say whether an answer follows its system message, for `gates.judge`."""
     tags: TagsSection = TagsSection()
     """Which tags occur."""
@@ -177,4 +211,33 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SysgenConfig
     for order, override in enumerate(overrides):
         document.override(override, order)
     document.refuse_secrets()
+    for stage in ("generate", "verify", "answer", "judge"):
+        _refuse_in_extra(document, stage)
     return validate_settings(document, SysgenConfig)
+
+
+_NOT_IN_EXTRA = {
+    "model": "the run itself sets it",
+    "messages": "the run itself sets them",
+    "stream": "answers are taken whole and one at a time",
+    "stream_options": "answers are taken whole and one at a time",
+    "n": "answers are taken whole and one at a time",
+    "max_completion_tokens": "write `max_tokens` of the stage, and servers get it by the name they know",
+}
+
+
+def _refuse_in_extra(document: Document, stage: str) -> None:
+    """Note what would undo the request that it goes into, or can't be sent."""
+    extra = document.section(stage).get("extra")
+    if not isinstance(extra, dict):
+        return
+    for name in extra:
+        path = (stage, "extra", name)
+        if name in _NOT_IN_EXTRA:
+            document.fault(path, f"{_NOT_IN_EXTRA[name]}.")
+        elif name in StageSection.model_fields:
+            document.fault(path, f"not set here: write `{stage}.{name}`.")
+    try:
+        json.dumps(extra, allow_nan=False)
+    except ValueError:
+        document.fault((stage, "extra"), "holds a number that JSON can't (.inf or .nan).")

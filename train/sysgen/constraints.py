@@ -40,11 +40,12 @@ class Constraint:
     is_met: Check
 
 
-def draw(answers: Sequence[str], chance: random.Random, at_most: int) -> list[Constraint]:
+def draw(answers: Sequence[str], chance: random.Random, at_most: int, *, shaped: bool = False) -> list[Constraint]:
     """One to `at_most` constraints that suit a conversation with these answers, of kinds that go together.
 
     Every new answer is to meet each of them, so each suits all of the answers. None for answers that aren't in Latin
-    letters, or are data (JSON, XML) themselves.
+    letters, or are data (JSON, XML) themselves. `shaped`: the system message says already what form the answer takes
+    ("a short paragraph"), so no constraint asks for another one (a JSON object).
     """
     originals = _Originals(tuple(answers))
     if not originals.is_prose:
@@ -56,6 +57,8 @@ def draw(answers: Sequence[str], chance: random.Random, at_most: int) -> list[Co
     for kind in kinds:
         if len(drawn) == wanted:
             break
+        if shaped and kind.name in _SHAPES:
+            continue
         if kind.suits(originals) and not any(_exclude_each_other(kind.name, other.kind) for other in drawn):
             drawn.append(kind.drawn(originals, chance))
     return drawn
@@ -352,6 +355,9 @@ _EXCLUDING = (
     ),
 )
 """Any of the first with any of the second can't both be met, or not without a contortion."""
+
+_SHAPES = frozenset(("paragraphs", "bullet_points", "numbered_points", "title", "json", "quoted"))
+"""Kinds that give the whole answer a form of its own."""
 
 _PAIRS = {frozenset((one, other)) for ones, others in _EXCLUDING for one in ones.split() for other in others.split()}
 

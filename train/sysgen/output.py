@@ -11,6 +11,7 @@ anew.
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -90,7 +91,8 @@ class _Lines:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what a full disk didn't take is tried again here; `write` has told of it
+            self._file.close()
 
 
 class _ParquetFiles:
@@ -174,16 +176,22 @@ class Output:
             else:
                 self._left_out.write(row_left_out(outcome, self.model))
         except OSError as error:
-            raise UserError(
-                f"output_dir: {self._folder} can't be written to: {error.strerror}. The answers are in the journal: "
-                "make room, and start the same command again."
-            ) from error
+            raise self._no_more(error) from error
 
     def finish(self) -> None:
-        """There are no more rows."""
-        self._rows.finish()
-        self._left_out.finish()
-        sync(self._folder)
+        """There are no more rows. Raises UserError as `write` does."""
+        try:
+            self._rows.finish()
+            self._left_out.finish()
+            sync(self._folder)
+        except OSError as error:
+            raise self._no_more(error) from error
+
+    def _no_more(self, error: OSError) -> UserError:
+        return UserError(
+            f"output_dir: {self._folder} can't be written to: {error.strerror}. The answers are in the journal: "
+            "make room, and start the same command again."
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -11,10 +11,14 @@ row's number, so the same answers of the model give the same rows, whatever orde
 A conversation of several turns gets one system message, which is verified against each turn (a tag stays if no turn
 finds it Bad and one finds it Good), and its answers are given anew in sequence, each seeing those before. Answers that
 call tools, and those after the results of tools, can't be given anew without the tools: such a row keeps its own.
+
+What a model writes while it reasons (`<think>`) is no part of what it says: it is taken out of all it writes, and
+counted.
 """
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from train.data.formats import Conversation, Message, RowFault
@@ -26,6 +30,7 @@ from train.sysgen.config import SysgenConfig
 from train.sysgen.constraints import Constraint, draw
 from train.sysgen.gates import language_of, leaked_share
 from train.sysgen.outcome import Outcome, Spent
+from train.sysgen.reasoning import without_reasoning
 from train.sysgen.tags import Annotated, Phrase, Verdict, parse, parse_verdicts
 
 PlacedRow = tuple[int, str, Conversation | RowFault]
@@ -165,6 +170,9 @@ class Pipeline:
             answered = await self._answered_anew(outcome, turns, [])
         if answered is None:
             return outcome
+        if constraints and outcome.answers == "original":  # which were not written to meet them, and aren't checked
+            outcome.events["constraints given up"] += 1
+            outcome.message, outcome.constraints, outcome.system = plain, [], plain.text
         outcome.messages = [_system(outcome.system), *answered]
         if outcome.answers == "anew":
             outcome.phase = "answered"
@@ -181,7 +189,8 @@ class Pipeline:
         language = language_of(" ".join(turn["content"] for turn in turns if turn["role"] == "user"))
         if language not in (None, "en"):
             return []  # their words are English
-        drawn = draw([answer["content"] for answer in _answers(turns)], chance, wanted.at_most)
+        shaped = "Format" in outcome.message.tags
+        drawn = draw([answer["content"] for answer in _answers(turns)], chance, wanted.at_most, shaped=shaped)
         outcome.message = outcome.message.with_phrases(Phrase(one.tag, one.text) for one in drawn)
         outcome.system = outcome.message.text
         outcome.constraints = [{"kind": one.kind, "tag": one.tag, "text": one.text} for one in drawn]
@@ -244,7 +253,13 @@ class Pipeline:
     ) -> Answer:
         answer = await self.client.ask(Request(stage, messages, decoding, sample))
         outcome.spent.setdefault(stage, Spent()).add(answer)
-        return answer
+        said = without_reasoning(answer.text)
+        if said.unfinished:
+            outcome.events[f"{stage}: reasoning without an end, and nothing said"] += 1
+        elif said.reasoning is not None:
+            outcome.events[f"{stage}: reasoning taken out"] += 1
+        outcome.events[f"{stage}: tags of reasoning left in the text"] += said.holds_reasoning
+        return replace(answer, text=said.text)
 
 
 def _up_to_last_answer(turns: Sequence[Message]) -> list[Message]:

@@ -44,9 +44,20 @@ def _sections(name: str, facts: Mapping[str, Any], seconds: float | None) -> Ite
         + [("written", f"{facts['rows_written']:,}", _share(facts["rows_written"], rows))],
     )
     yield from _counted("Left out", "reason", facts["left_out"], rows, "of all")
-    yield from _counted("On the way", "what happened", facts["events"], rows, "per row")
+    yield from _counted(
+        "On the way",
+        "what happened",
+        facts["events"],
+        rows,
+        "per row",
+        "Over all tries and turns, of rows left out too.",
+    )
     yield "## Tags"
-    yield "Verdicts are counted for all eight tags of every message that was judged, held by it or not."
+    yield (
+        "Verdicts are counted for all eight tags of every message that was judged, held by it or not: the last one "
+        "tried for a row, and once for each turn of a conversation of several. So are repairs and what was dropped. "
+        "Under `reminded, there` stand the written rows that were reminded of the tag, and how many of them hold it."
+    )
     yield _table(
         (
             "tag",
@@ -57,7 +68,7 @@ def _sections(name: str, facts: Mapping[str, Any], seconds: float | None) -> Ite
             "None",
             "no verdict read",
             "phrases removed",
-            "reminded: there",
+            "reminded, there",
         ),
         [_tag_row(tag, facts["tags"][tag]) for tag in TAGS],
     )
@@ -81,17 +92,21 @@ def _sections(name: str, facts: Mapping[str, Any], seconds: float | None) -> Ite
 def _tag_row(tag: str, of: Mapping[str, Any]) -> tuple[str, ...]:
     verdicts = of["verdicts"]
     removed = ", ".join(f"{count:,} {reason}" for reason, count in of["phrases_removed"].items())
-    reminded = f"{of['reminded']:,}: {of['reminded_and_there']:,}" if of["reminded"] else ""
+    reminded = f"{of['reminded']:,}, {of['reminded_and_there']:,}" if of["reminded"] else ""
     share = "" if of["share"] is None else f"{of['share']:.1%}"
     counts = (f"{verdicts[name]:,}" for name in ("Good", "Bad", "None", "missing"))
     return (tag, f"{of['rows']:,}", share, *counts, removed, reminded)
 
 
-def _counted(title: str, what: str, counts: Mapping[str, int], of: int | None = None, share: str = "") -> Iterable[str]:
+def _counted(
+    title: str, what: str, counts: Mapping[str, int], of: int | None = None, share: str = "", remark: str = ""
+) -> Iterable[str]:
     """A section with a table of counts; nothing where nothing was counted."""
     if not counts:
         return
     yield f"### {title}"
+    if remark:
+        yield remark
     if of is None:
         yield _table((what, "times"), [(name, f"{count:,}") for name, count in counts.items()])
     else:
@@ -102,7 +117,7 @@ def _counted(title: str, what: str, counts: Mapping[str, int], of: int | None = 
 
 def _answers(characters: Mapping[str, Any]) -> str:
     if not characters["rows_answered_anew"]:
-        return "The answers are those of the data."
+        return "No row was written with new answers."
     return (
         f"{characters['rows_answered_anew']:,} rows were answered anew. The new answers have {characters['ratio']:.2f} "
         f"times the characters of the original ones in all ({characters['new_answers']:,} over "
@@ -132,7 +147,8 @@ def _sample(sample: Mapping[str, Any]) -> str:
     parts = [f"### {sample['source']}"]
     if sample["annotated"]:
         parts.append(_quoted(sample["annotated"]))
-    parts += [f"**{turn['role']}**\n\n{_quoted(turn['content'])}" for turn in sample["conversation"][1:]]
+    turns = [turn for turn in sample["conversation"] if turn["role"] != "system"]  # that one stands above, in its tags
+    parts += [f"**{turn['role']}**\n\n{_quoted(turn['content'])}" for turn in turns]
     return "\n\n".join(parts)
 
 
@@ -191,6 +207,9 @@ def draw_lengths(facts: Mapping[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(10, 4), dpi=100)
     axes.stairs(histogram["rows"], edges, fill=True, color="#4477aa")
     axes.set_xscale("log", base=2)
+    axes.set_xticks(
+        [2.0**power for power in range(-4, 5)], [*(f"1/{2**power}" for power in (4, 3, 2, 1)), *"1248", "16"]
+    )
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xlabel("characters of the new answer / of the original one")
     axes.set_ylabel("rows")

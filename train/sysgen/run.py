@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from train.data.sources import conversations, count_rows
+from train.data.sources import conversations, count_rows, open_source
 from train.errors import UserError
 from train.llm.client import Client, Counts
 from train.llm.journal import Journal
@@ -43,11 +43,31 @@ def run(config: SysgenConfig) -> Done:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output_dir: {folder} can't be made: {error.strerror}.") from error
+    _refuse_own_rows(config, folder)
     total = number_of_rows(config.data)
     with Journal(folder / JOURNAL) as journal, Output(folder, config.output, config.model) as output:
         tally = Tally(config)
         counts = asyncio.run(_run(config, journal, output, tally, total))
-        return Done(tally, counts, write_report(folder, tally.facts(), journal.seconds()))
+        try:
+            return Done(tally, counts, write_report(folder, tally.facts(), journal.seconds()))
+        except OSError as error:
+            raise UserError(
+                f"output_dir: the report can't be written to {folder}: {error.strerror}. The rows are there: make "
+                "room, and start the same command again."
+            ) from error
+
+
+def _refuse_own_rows(config: SysgenConfig, folder: Path) -> None:
+    """A run that reads what it writes would write over rows that are nowhere else."""
+    own = (folder / "data", folder / "left_out.jsonl")
+    for source in config.data.sources:
+        for name in open_source(source, config.data.allow_pickle).files:
+            path = Path(name).resolve()
+            if any(path.is_relative_to(one.resolve()) for one in own):
+                raise UserError(
+                    f"{source.path}: {name} is in the output_dir of this very run, which would write over it: name "
+                    "another output_dir."
+                )
 
 
 async def _run(config: SysgenConfig, journal: Journal, output: Output, tally: Tally, total: int) -> Counts:

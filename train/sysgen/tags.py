@@ -11,6 +11,8 @@ meant in two ways is dropped and told, with the reason. The rules, where tags me
   the outer one keeps the whole text, and the inner one is no phrase of its own.
 - A phrase with a tag inside that has no partner or is none of the eight is dropped. What is properly matched within
   a dropped one stands.
+- `<<Role>>: a<</Role>>`: the colon goes. So do marks that were set around the tags, as in `**<<Role>>**`.
+- A phrase that says `None` or `N/A`, as where a model fills in all eight, is none.
 - Tags in code (between backticks or code fences) are part of the phrase around it. Code around whole phrases, as
   where a model fences all it writes, is nothing.
 """
@@ -39,6 +41,13 @@ _CODE = re.compile(
 """Fenced code, and code between runs of backticks of one length on a line, as in CommonMark."""
 
 _NAMES = {name.casefold() + plural: name for name in TAGS for plural in ("", "s")}
+
+
+_COLON = re.compile(r"(?:[:：](?:\s+|$)|：)+")
+_AROUND = (("**", "**"), ("__", "__"), ("*", "*"), ("`", "`"), ("<", ">"))
+"""What models set around a tag: `**<<Role>>**`, `<<<Role>>>`."""
+
+_SAYS_NOTHING = re.compile(r"\W*(?:none|n/a|not applicable|null)\W*", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +146,7 @@ def parse(text: str) -> Annotated:
     reading.drop_rest(pairs, lonely)
     repairs = Counter(repair for mark in marks for repair in mark.repairs)
     repairs.update("opening tag as closer" for pair in pairs if not pair.closer.closes)
+    repairs.update(reading.repairs)
     phrases = sorted(reading.phrases, key=lambda phrase: TAGS.index(phrase.tag))
     return Annotated(tuple(phrases), dict(repairs), tuple(reading.dropped))
 
@@ -239,6 +249,7 @@ class _Reading:
         self.text = text
         self.phrases: list[Phrase] = []
         self.dropped: list[Dropped] = []
+        self.repairs: Counter[str] = Counter()
 
     def read(self, pair: _Pair) -> list[_Pair]:
         """Keep a pair's phrase, or tell why not. Returns those inside it, unless the phrase holds their text."""
@@ -250,8 +261,7 @@ class _Reading:
             self.dropped.append(Dropped(name, whole, "none of the eight tags"))
         elif not all(inner.opener.is_known for inner in pair.inside):
             self.dropped.append(Dropped(name, whole, "a tag inside without a partner, or none of the eight"))
-        elif len(full) > 1 and _is_phrase(name, flat := self._flat(pair)):
-            self.phrases.append(Phrase(name, flat))
+        elif len(full) > 1 and self._keep(pair, self._flat(pair)):
             self.dropped += [
                 Dropped(inner.opener.name, self._between(inner).strip(), "part of the phrase around it")
                 for inner in pair.inside
@@ -262,11 +272,33 @@ class _Reading:
         elif not whole:
             if not pair.inside:
                 self.dropped.append(Dropped(name, "", "empty"))
-        elif _is_phrase(name, whole):
-            self.phrases.append(Phrase(name, whole))
-        else:
-            self.dropped.append(Dropped(name, whole, "a tag inside without a partner, or none of the eight"))
+        elif _SAYS_NOTHING.fullmatch(whole):
+            self.dropped.append(Dropped(name, whole, "says nothing"))
+        elif not self._keep(pair, whole):
+            lonely = any(_marks(whole))  # else nothing was left of it but a colon or marks
+            why = "a tag inside without a partner, or none of the eight" if lonely else "empty"
+            self.dropped.append(Dropped(name, whole, why))
         return pair.inside
+
+    def _keep(self, pair: _Pair, text: str) -> bool:
+        """Keep a phrase, if it is one, without what belongs to the tags around it."""
+        repairs = []
+        for before, behind in _AROUND:
+            opens = self.text.endswith(before, 0, pair.opener.start) and text.startswith(behind)
+            closes = self.text.startswith(behind, pair.closer.end) and text.endswith(before)
+            if before == behind and opens != closes and text.count(before) % 2 == 0:
+                continue  # it has a partner within the phrase
+            if (opens and closes) or (before == behind and (opens or closes)):
+                text = text[len(behind) * opens : len(text) - len(before) * closes].strip()
+                repairs.append("marks around the tag")
+        if colon := _COLON.match(text):
+            text = text[colon.end() :].strip()
+            repairs.append("colon behind the tag")
+        if not _is_phrase(pair.opener.name, text):
+            return False
+        self.phrases.append(Phrase(pair.opener.name, text))
+        self.repairs.update(repairs)
+        return True
 
     def drop_rest(self, pairs: list[_Pair], lonely: list[_Mark]) -> None:
         """Tell of the text outside all pairs, and of the tags without a partner."""

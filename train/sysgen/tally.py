@@ -114,12 +114,13 @@ class Tally:
     def facts(self) -> dict[str, Any]:
         """Everything as plain values, for report.json."""
         per_row = self.answered_rows or math.nan
+        asked_for = PHASES if self._config.message == "generate" else ("read", "answered")
         return {
             "model": self._config.model,
             "rows": self.rows,
             "rows_written": self.written,
             "rows_with_system_message": self.with_message,
-            "rows_through_phase": {phase: self.phases[phase] for phase in PHASES},
+            "rows_through_phase": {phase: self.phases[phase] for phase in asked_for},
             "left_out": _sorted(self.left_out),
             "events": _sorted(self.events),
             "tags": {

@@ -138,6 +138,7 @@ def _cost(spent: Mapping[str, Any], seconds: float | None) -> str:
         for stage, of in spent.items()
     ]
     table = _table(("stage", "answers", "prompt tokens", "completion tokens", "seconds an answer"), rows)
+    table += "\n\nEqual requests are asked once, and counted for each row that they serve."
     if seconds is None:
         return table
     return f"{table}\n\nFrom the first request to the last answer: {duration(seconds)}, breaks included."

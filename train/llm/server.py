@@ -174,7 +174,7 @@ class ServerLane(Lane):
 
     async def explain(self, model: str, trouble: Trouble) -> str:
         """What a person must know to mend it."""
-        said = f"{self.name} answers {trouble.what}"
+        said = f"{self.name} answers {trouble.what.rstrip('.')}"
         match trouble.status:
             case 401 | 403 if self.key is None:
                 return f"{said}. It wants a key: name the environment variable that holds it as key_variable."

@@ -16,6 +16,7 @@ What a model writes while it reasons (`<think>`) is no part of what it says: it 
 counted.
 """
 
+import asyncio
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -42,6 +43,9 @@ class Pipeline:
 
     def __init__(self, config: SysgenConfig, client: Client, balance: Balance) -> None:
         self.config, self.client, self.balance = config, client, balance
+        # The gates take a millisecond or two a row, and rows come to them in crowds: one at a time, with a look at the
+        # servers' answers in between, or 64 places would wait for a crowd of 64.
+        self._at_the_gates = asyncio.Lock()
 
     async def run(self, row: PlacedRow) -> Outcome:
         """What becomes of one row. Raises UserError, as the client does, for what ends the run."""
@@ -117,7 +121,9 @@ class Pipeline:
             return "no phrase was verified", ", ".join(judged)
         outcome.phase = "verified"
         outcome.system = outcome.message.text
-        return self._stopped_by_gates(outcome.system, turns)
+        async with self._at_the_gates:
+            await asyncio.sleep(0)
+            return self._stopped_by_gates(outcome.system, turns)
 
     async def _verify(self, outcome: Outcome, turns: Sequence[Message], sample: int) -> None:
         exchanges: Sequence[Sequence[Message] | None] = _exchanges(turns)

@@ -9,7 +9,7 @@ import unicodedata
 WIDE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 """Scripts that put no blanks between words, for a regular expression: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
 
-_LETTER = rf"(?:(?![{WIDE}])[^\W_])"
+_LETTER = rf"[^\W_{WIDE}]"
 _WORD = re.compile(rf"[{WIDE}]|{_LETTER}+(?:(?:['-]|[.,](?=\d)){_LETTER}+)*")
 BULLET = re.compile(r"^[^\S\n]*[-*•+][^\S\n]+\S", re.MULTILINE)
 NUMBERED = re.compile(r"^[^\S\n]*(\d{1,9})[.)][^\S\n]+\S", re.MULTILINE)

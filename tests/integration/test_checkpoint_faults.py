@@ -194,12 +194,12 @@ def with_trouble_at(*arguments: str) -> int:
         look(self)
         meet_trouble(early=False)
 
-    def save(self: Saver, now: int, *args: Any) -> bool:
+    def save(self: Saver, now: int, *args: Any, **more: Any) -> bool:
         nonlocal number
         number = now
         if now == int(mended) and os.environ.get("RANK", "0") == "0":
             disk.mend(how)
-        return begin(self, now, *args)
+        return begin(self, now, *args, **more)
 
     Saver._room, Saver.save = room, save
     return sft(*rest)

@@ -150,8 +150,8 @@ class Trained:
 def assert_goes_on_like(run: Trained, other: Trained, start: int, before: dict[str, torch.Tensor]) -> None:
     run.outcome.succeeded()
     assert run.sequences == {step: seen for step, seen in other.sequences.items() if step > start}
-    expected = {step: loss for step, loss in other.losses.items() if step > start}
-    assert run.losses == pytest.approx(expected, rel=NOISE_OF_LOSS)
+    # The steps before are told by the checkpoint, which another number of processes wrote.
+    assert run.losses == pytest.approx(other.losses, rel=NOISE_OF_LOSS)
     for name, weight in other.weights.items():
         moved = (weight - before.get(name, torch.zeros(()))).abs().max()
         assert (run.weights[name] - weight).abs().max() < NOISE_OF_WEIGHTS * moved, name

@@ -1,11 +1,13 @@
 """Rows at work many at a time, handed on in order, and the line that tells how far they are."""
 
 import asyncio
+import gc
 import random
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -172,3 +174,24 @@ def test_the_line_is_shown_while_it_runs(
                     return
 
     asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_of_rows_that_fail_together_one_is_told_and_asyncio_tells_of_none() -> None:
+    complaints: list[dict[str, Any]] = []
+
+    async def everything() -> None:
+        together = asyncio.Event()
+
+        async def work(row: int) -> int:
+            await together.wait()
+            raise ValueError(row)
+
+        asyncio.get_running_loop().set_exception_handler(lambda _, complaint: complaints.append(complaint))
+        asyncio.get_running_loop().call_soon(together.set)
+        with pytest.raises(ValueError, match="^0$"):
+            async for _ in in_order(range(8), work, at_once=4):
+                pass
+        gc.collect()
+
+    asyncio.run(everything())
+    assert complaints == []

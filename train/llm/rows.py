@@ -63,7 +63,8 @@ async def in_order(
         nonlocal failure
         at_work.discard(task)
         if not task.cancelled():
-            failure = failure or task.exception()
+            error = task.exception()  # of each one: asyncio itself tells of those that nobody looks at
+            failure = failure or error
         begin_more()  # here, not where results are taken: a slow taker must not let the server run dry
         news.set()
 

@@ -188,7 +188,7 @@ def test_of_rows_that_fail_together_one_is_told_and_asyncio_tells_of_none() -> N
 
         asyncio.get_running_loop().set_exception_handler(lambda _, complaint: complaints.append(complaint))
         asyncio.get_running_loop().call_soon(together.set)
-        with pytest.raises(ValueError, match="^0$"):
+        with pytest.raises(ValueError, match=r"^0$"):
             async for _ in in_order(range(8), work, at_once=4):
                 pass
         gc.collect()

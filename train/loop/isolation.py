@@ -5,8 +5,6 @@ all trained on leaking packs without a word of it (trl#1230, #3910; torchtune#89
 """
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +14,7 @@ from trl import SFTTrainer
 
 from train.data.sequences import Sequences
 from train.errors import UserError
+from train.loop.answer_scores import as_in_evaluation
 from train.loop.throughput import HELD
 from train.model.float8 import without_float8
 from train.progress import is_first_rank
@@ -98,7 +97,7 @@ def measure(trainer: SFTTrainer) -> Isolation:
     """
     first, second, third, other_first, other_third = _pieces(trainer.train_dataset)
     # float8 with one scale for a tensor ties documents together itself, which would drown a leak of the masks
-    with _as_in_evaluation(trainer), without_float8(trainer.model_wrapped):
+    with as_in_evaluation(trainer.model_wrapped), torch.no_grad(), without_float8(trainer.model_wrapped):
         packed = _token_losses(trainer, [first, second, third])[1]
         replaced_before = _token_losses(trainer, [other_first, second, third])[1]
         replaced_after = _token_losses(trainer, [first, second, other_third])[1]
@@ -124,22 +123,6 @@ def _pieces(sequences: Sequences) -> tuple[list[int], list[int], list[int], list
         if pieces[piece] == pieces[other]:  # a few short rows come round again
             pieces[other].reverse()
     return pieces[0], pieces[1], pieces[2], pieces[3], pieces[4]
-
-
-@contextmanager
-def _as_in_evaluation(trainer: SFTTrainer) -> Iterator[None]:
-    model = trainer.model_wrapped
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    for module, _ in modes:
-        if type(module).__name__ == "Linear4bit":
-            module.training = True  # in evaluation, bitsandbytes packs the weights anew on a CPU, for good
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _token_losses(trainer: SFTTrainer, documents: list[list[int]]) -> list[torch.Tensor]:

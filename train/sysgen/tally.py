@@ -5,7 +5,6 @@ The same outcomes give the same facts, whether they came in one start or in many
 
 import hashlib
 import heapq
-import math
 from collections import Counter
 from typing import Any
 
@@ -113,7 +112,6 @@ class Tally:
 
     def facts(self) -> dict[str, Any]:
         """Everything as plain values, for report.json."""
-        per_row = self.answered_rows or math.nan
         asked_for = PHASES if self._config.message == "generate" else ("read", "answered")
         return {
             "model": self._config.model,
@@ -144,7 +142,7 @@ class Tally:
                 "original_answers": self.original_characters,
                 "new_answers": self.new_characters,
                 "ratio": self.new_characters / self.original_characters if self.original_characters else None,
-                "mean_of_ratios": self.sum_of_ratios / per_row if self.answered_rows else None,
+                "mean_of_ratios": self.sum_of_ratios / self.answered_rows if self.answered_rows else None,
                 "histogram_of_ratios": {"edges": list(RATIO_BINS), "rows": self.ratios},
             },
             "spent": {

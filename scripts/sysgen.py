@@ -15,11 +15,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from train.data.asked_rows import placed_rows
 from train.data.formats import RowFault
 from train.errors import CommandLine, UserError
 from train.progress import duration
 from train.sysgen.config import SysgenConfig, load_config
-from train.sysgen.run import placed_rows, run
+from train.sysgen.run import run
 
 
 def check(config: SysgenConfig) -> None:

@@ -22,9 +22,9 @@ from train.data.system_variants import Labelled, VariantRows, labels_of, make_va
 from train.data.tokenize import RowTokenizer
 from train.errors import UserError
 from train.loop.answer_scores import batches, log_likelihoods
-from train.loop.resampling import estimates
 from train.loop.system_gain import SystemGain, markdown, of_row, system_gain
 from train.recipe import Source
+from train.resampling import estimates
 
 ROOT = Path(__file__).parents[2]
 HELD_OUT = ROOT / "recipes" / "smollm2-135m" / "data" / "held_out.jsonl"

@@ -9,7 +9,7 @@ policy that the model is trained with:
 
 and the same over no system message at all: what the model is given where a row has none, which under some templates is
 a default of their own. Figures are means over rows; each has a 95 % interval and the p of a test against no effect
-(gain 0, accuracy one half), both over instructions (`train.loop.resampling`). The many groups are tested one by one: of
+(gain 0, accuracy one half), both over instructions (`train.resampling`). The many groups are tested one by one: of
 twenty without an effect one has p < 0.05.
 
 y's tokens are the same under each message but where a template joins them to what stands before; then sums are still
@@ -43,7 +43,7 @@ from numpy.typing import NDArray
 from train.data.system_variants import Label, Variants
 from train.errors import UserError
 from train.loop.answer_scores import log_likelihoods
-from train.loop.resampling import PERMUTATIONS, RESAMPLES, Estimate, estimates
+from train.resampling import PERMUTATIONS, RESAMPLES, Estimate, estimates
 
 MEASURES = ("gain", "accuracy", "gain_over_none", "accuracy_over_none")
 _NO_EFFECT = np.array([0.0, 0.5, 0.0, 0.5])

@@ -22,20 +22,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from train.data.formats import Conversation, Message, RowFault
+from train.data.asked_rows import PlacedRow
+from train.data.formats import Message, RowFault
 from train.llm.client import Client, NoAnswerError
 from train.llm.journal import Answer, Decoding, Request
+from train.llm.reasoning import without_reasoning
 from train.sysgen import prompts
 from train.sysgen.balance import Balance
 from train.sysgen.config import SysgenConfig
 from train.sysgen.constraints import Constraint, draw
 from train.sysgen.gates import language_of, leaked_share
 from train.sysgen.outcome import Outcome, Spent
-from train.sysgen.reasoning import without_reasoning
 from train.sysgen.tags import Annotated, Phrase, Verdict, parse, parse_verdicts
-
-PlacedRow = tuple[int, str, Conversation | RowFault]
-"""A row's number, its place, and the row or why it can't be read."""
 
 
 class Pipeline:

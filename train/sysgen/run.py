@@ -1,23 +1,22 @@
 """One run: rows from the sources through the pipeline into files, counted for the report."""
 
 import asyncio
-from collections.abc import Iterator
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
-from train.data.sources import conversations, count_rows, open_source
+from train.data.asked_rows import number_of_rows, placed_rows
+from train.data.sources import open_source
 from train.errors import UserError
 from train.llm.client import Client, Counts
 from train.llm.journal import Journal
 from train.llm.rows import in_order, progress
 from train.sysgen.balance import LAG, Balance
-from train.sysgen.config import SourcesSection, SysgenConfig
+from train.sysgen.config import SysgenConfig
 from train.sysgen.gates import NearDuplicates, load_languages
 from train.sysgen.outcome import Outcome
 from train.sysgen.output import Output
-from train.sysgen.pipeline import Pipeline, PlacedRow
+from train.sysgen.pipeline import Pipeline
 from train.sysgen.report import write_report
 from train.sysgen.tally import Tally
 
@@ -96,20 +95,3 @@ async def _run(config: SysgenConfig, journal: Journal, output: Output, tally: Ta
 def _is_ours(outcome: Outcome) -> bool:
     """Whether it is written with a system message that the model wrote."""
     return outcome.reason is None and bool(outcome.message.phrases)
-
-
-def placed_rows(data: SourcesSection) -> Iterator[PlacedRow]:
-    """Every row of the sources with its number and place, up to the limit. Raises UserError."""
-    rows = (row for source in data.sources for row in conversations(source, data.allow_pickle))
-    for index, (place, row) in enumerate(islice(rows, data.limit)):
-        yield index, place, row
-
-
-def number_of_rows(data: SourcesSection) -> int:
-    """How many rows there are, up to the limit. Raises UserError."""
-    total = 0
-    for source in data.sources:
-        total += count_rows(source, data.allow_pickle)
-        if data.limit is not None and total >= data.limit:
-            return data.limit
-    return total

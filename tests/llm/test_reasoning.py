@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.sysgen.reasoning import without_reasoning
+from train.llm.reasoning import without_reasoning
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,241 @@
+"""The command `rules` of scripts/evaluate.py: how often answers obey system messages that a program can check."""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from report_section import put_section
+
+from train.errors import UserError
+from train.progress import job
+
+HEADING = "## Does it follow system messages?"
+KINDS = {"wording": "held-out questions and wordings", "rule": "rules never trained"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One held-out row: what both models answered, and whether each answer obeys."""
+
+    row: dict[str, Any]
+    answers: tuple[str, str]
+    obeys: tuple[bool, bool]
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to those of evaluate.py."""
+    parser = commands.add_parser("rules", help="adherence to rules that a program can check, before and after")
+    parser.add_argument("--rules", type=Path, required=True, help="a Python file with RULES")
+    parser.add_argument("--data", type=Path, required=True, help="held-out rows as jsonl")
+    parser.add_argument("--before", type=Path, required=True, help="folder of the model before training")
+    parser.add_argument("--after", type=Path, required=True, help="folder of the trained model")
+    parser.add_argument("--max-new-tokens", type=int, default=96, help="cut of an answer (default 96)")
+    parser.add_argument("--batch-size", type=int, default=16, help="answers at a time (default 16)")
+    parser.set_defaults(run=run)
+
+
+def read_rows(path: Path, rules: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of {messages, rule, held_out}. Raises UserError where there is none, or with the line of one at fault."""
+    if not path.is_file():
+        raise UserError(f"--data {path}: there is no such file")
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as fault:
+        raise UserError(f"--data {path}: not UTF-8: {fault}. Give a jsonl file.") from fault
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                rows.append(_row(line, rules))
+            except ValueError as fault:
+                raise UserError(f"--data {path}:{number}: {fault}") from fault
+    if not rows:
+        raise UserError(f"--data {path}: holds no rows. Give a jsonl file with messages, rule and held_out.")
+    return rows
+
+
+def _row(line: str, rules: Mapping[str, Any]) -> dict[str, Any]:
+    """One row. Raises ValueError with what is wrong with it."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as fault:
+        raise ValueError(f"not valid JSON: {fault.msg} at column {fault.colno}.") from fault
+    if not isinstance(row, dict):
+        raise ValueError(f"found a {type(row).__name__}. Allowed: an object with messages, rule and held_out.")
+    for key, allowed in ("rule", rules), ("held_out", KINDS):
+        if key not in row:
+            raise ValueError(f"`{key}` is missing. Allowed: {', '.join(allowed)}.")
+        if not isinstance(row[key], str) or row[key] not in allowed:
+            raise ValueError(f"`{key}` is {row[key]!r}. Allowed: {', '.join(allowed)}.")
+    messages = row.get("messages")
+    turns = messages if isinstance(messages, list) else []
+    if [turn.get("role") for turn in turns if isinstance(turn, dict)] != ["system", "user", "assistant"] or not all(
+        isinstance(turn.get("content"), str) for turn in turns
+    ):
+        raise ValueError("`messages` must be a system message, a user message and an answer, each with its text.")
+    return row
+
+
+def read_rules(path: Path) -> Mapping[str, Any]:
+    """RULES of the Python file `path`, by name. Raises UserError where the file is not there, fails or has none."""
+    spec = importlib.util.spec_from_file_location("rules", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise UserError(f"--rules {path}: there is no such Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up by name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as fault:  # whatever that file does
+        raise UserError(f"--rules {path}: {type(fault).__name__}: {fault}") from fault
+    rules = getattr(module, "RULES", None)
+    if not isinstance(rules, Mapping) or not rules:
+        raise UserError(f"--rules {path}: holds no RULES, a dictionary of names and rules with a `check`")
+    for name, rule in rules.items():
+        if not callable(getattr(rule, "check", None)):
+            raise UserError(f"--rules {path}: RULES[{name!r}] has no `check`, a function of question and answer")
+    return rules
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError where no model, whole or an adapter, can be in `folder`: known before the other one is asked."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such model folder")
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UserError(f"{folder}: can't be loaded: there is no config.json or adapter_config.json in it")
+
+
+def answer(folder: Path, rows: list[dict[str, Any]], max_new_tokens: int, batch_size: int) -> list[str]:
+    """What the model in `folder`, whole or an adapter, answers to each row's system and user message."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from train.model.generate import generate
+    from train.model.load import hide_bars_in_logs
+
+    hide_bars_in_logs()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, use_safetensors=True)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as fault:
+        raise UserError(f"{folder}: can't be loaded: {' '.join(str(fault).split())}") from fault
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    with job(f"answers of {folder.name}", total=len(rows), unit="rows") as answering:
+        return generate(
+            model,
+            tokenizer,
+            [row["messages"][:-1] for row in rows],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            on_progress=answering.advance,
+        )
+
+
+def adherence(verdicts: list[Verdict]) -> dict[str, dict[str, tuple[int, int, int]]]:
+    """Kind of held-out row -> rule -> (rows, obeyed before, obeyed after)."""
+    counts: dict[str, dict[str, tuple[int, int, int]]] = defaultdict(dict)
+    for verdict in verdicts:
+        of_rule = counts[verdict.row["held_out"]]
+        rows, before, after = of_rule.get(verdict.row["rule"], (0, 0, 0))
+        of_rule[verdict.row["rule"]] = (rows + 1, before + verdict.obeys[0], after + verdict.obeys[1])
+    return dict(counts)
+
+
+def total(of_rule: dict[str, tuple[int, int, int]]) -> tuple[int, int, int]:
+    """Rows, obeyed before, obeyed after, over all rules."""
+    rows, before, after = (sum(column) for column in zip(*of_rule.values(), strict=True))
+    return rows, before, after
+
+
+def section(verdicts: list[Verdict], max_new_tokens: int) -> str:
+    """The part of report.md, in Markdown: a table for each kind of held-out row, and five samples."""
+    lines = [HEADING, ""]
+    for kind, of_rule in adherence(verdicts).items():
+        rows, before, after = total(of_rule)
+        lines += [
+            f"**{KINDS[kind].capitalize()}: {before / rows:.1%} before, {after / rows:.1%} after** "
+            f"({before} and {after} of {rows} answers, greedy, at most {max_new_tokens} tokens)",
+            "",
+            "| rule | rows | before | after |",
+            "|---|---|---|---|",
+            *(f"| {rule} | {n} | {old / n:.0%} | {new / n:.0%} |" for rule, (n, old, new) in sorted(of_rule.items())),
+            "",
+        ]
+    lines += ["![adherence](adherence.png)", "", "Five answers side by side:", ""]
+    for verdict in verdicts[:: max(len(verdicts) // 5, 1)][:5]:
+        system, user = (message["content"] for message in verdict.row["messages"][:2])
+        lines += [f"- system: {_quoted(system)}", f"  - user: {_quoted(user)}"]
+        for when, text, obeys in zip(("before", "after"), verdict.answers, verdict.obeys, strict=True):
+            lines.append(f"  - {when} ({'obeys' if obeys else 'does not obey'}): {_quoted(text)}")
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """`text` on one line of Markdown, as it is."""
+    shown = text if len(text) <= 300 else text[:300] + " ..."
+    return "`" + shown.replace("`", "'").replace("\n", " ⏎ ") + "`"
+
+
+def draw(verdicts: list[Verdict], path: Path) -> None:
+    """Adherence before and after, a pair of bars a rule, as a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    bars = [
+        (f"{rule}{' (never trained)' if kind == 'rule' else ''}", old / rows, new / rows)
+        for kind, of_rule in reversed(adherence(verdicts).items())
+        for rule, (rows, old, new) in sorted(of_rule.items(), reverse=True)
+    ]
+    figure, axes = pyplot.subplots(figsize=(9, 0.4 * len(bars) + 1), dpi=100)
+    places = range(len(bars))
+    axes.barh([place - 0.2 for place in places], [new for _, _, new in bars], 0.4, label="after", color="tab:blue")
+    axes.barh([place + 0.2 for place in places], [old for _, old, _ in bars], 0.4, label="before", color="lightgray")
+    axes.set_yticks(list(places), [name for name, _, _ in bars])
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share of held-out answers that obey the system message")
+    axes.margins(y=0.01)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Let both models answer, write the answers, the figures, the plot and the section of report.md."""
+    known = read_rules(options.rules)
+    rows = read_rows(options.data, known)
+    for asked in (options.before, options.after):
+        check_folder(asked)
+    answers = [
+        answer(folder, rows, options.max_new_tokens, options.batch_size) for folder in (options.before, options.after)
+    ]
+    verdicts = []
+    for row, *texts in zip(rows, *answers, strict=True):
+        question = row["messages"][1]["content"]
+        obeys = [known[row["rule"]].check(question, text) for text in texts]
+        verdicts.append(Verdict(row, (texts[0], texts[1]), (obeys[0], obeys[1])))
+
+    folder: Path = options.after
+    with (folder / "answers.jsonl").open("w", encoding="utf-8") as lines:
+        for verdict in verdicts:
+            record = {**verdict.row, "answers": verdict.answers, "obeys": verdict.obeys}
+            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+    figures = {
+        kind: {rule: dict(zip(("rows", "before", "after"), counts, strict=True)) for rule, counts in of_rule.items()}
+        for kind, of_rule in adherence(verdicts).items()
+    }
+    (folder / "adherence.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    draw(verdicts, folder / "adherence.png")
+    report = folder / "report.md"
+    text = section(verdicts, options.max_new_tokens)
+    put_section(report, HEADING, text)
+    print(text)
+    print(f"all of it is in {report}")

@@ -1,0 +1,178 @@
+"""OpenAI's batch API through files: the judge's questions in one, its answers in others, with a day between them.
+
+A request's `custom_id` is the key that the journal knows it by, so answers find their question in any order and from
+any number of files, and a journal that has them is like one that was filled live. Nothing is uploaded from here.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from train.errors import UserError
+from train.llm.client import NoAnswerError
+from train.llm.journal import Answer, Journal, Request
+from train.multifaceted.judge import NotYetError
+
+URL = "/v1/chat/completions"
+MOST_REQUESTS = 50_000
+MOST_BYTES = 200_000_000
+"""What OpenAI takes in one file (platform.openai.com/docs/guides/batch)."""
+
+_WORTH_ANOTHER_TRY = (408, 409, 425, 429)
+
+
+@dataclass(slots=True)
+class BatchAnswers:
+    """What files of a batch's output hold, by key. `errors`: why a request will get no answer.
+
+    `failed`: requests whose error may pass (the server's, a batch that expired): they are to be asked again.
+    """
+
+    answers: dict[bytes, Answer] = field(default_factory=dict)
+    errors: dict[bytes, str] = field(default_factory=dict)
+    failed: Counter[str] = field(default_factory=Counter)
+    lines: int = 0
+
+
+def read_batch(paths: Sequence[Path]) -> BatchAnswers:
+    """The lines of output files and error files. An answer outdoes an error of another file. Raises UserError."""
+    found = BatchAnswers()
+    for path in paths:
+        try:
+            content = path.read_bytes()
+        except OSError as fault:
+            raise UserError(f"--batch-in {path}: can't be read: {fault.strerror}.") from fault
+        for number, line in enumerate(content.splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                key = bytes.fromhex(record["custom_id"])
+                response, error = record.get("response"), record.get("error")
+                if response is None and error is None:
+                    raise KeyError("response")
+            except (ValueError, KeyError, TypeError, AttributeError) as fault:
+                raise UserError(
+                    f"--batch-in {path}:{number}: that is no line of a batch's output or errors, or not of a batch "
+                    "written by --batch-out: one has `custom_id` and `response` or `error`."
+                ) from fault
+            found.lines += 1
+            _take(found, key, response, error)
+    for key in found.answers:
+        found.errors.pop(key, None)
+    return found
+
+
+def _take(found: BatchAnswers, key: bytes, response: Any, error: Any) -> None:
+    status = response.get("status_code") if isinstance(response, Mapping) else None
+    body = response.get("body") if isinstance(response, Mapping) else None
+    if status == 200 and (answer := _answer(body)):
+        found.answers.setdefault(key, answer)
+        return
+    said = body.get("error") if isinstance(body, Mapping) else None
+    what = next((str(one["message"]) for one in (said, error) if isinstance(one, Mapping) and one.get("message")), "")
+    what = " ".join(what.split())[:300]
+    if isinstance(status, int) and 400 <= status < 500 and status not in _WORTH_ANOTHER_TRY:
+        found.errors[key] = f"{status}: {what}".removesuffix(": ")
+    else:
+        found.failed[what or f"status {status}"] += 1
+
+
+def _answer(body: Any) -> Answer | None:
+    try:
+        choice = body["choices"][0]
+        message, usage = choice["message"], body.get("usage") or {}
+        text, refusal = message.get("content"), message.get("refusal")
+        if not isinstance(text, str | None) or not isinstance(refusal, str | None):
+            return None
+        prompt, completion = (
+            count if isinstance(count := usage.get(name), int) else None
+            for name in ("prompt_tokens", "completion_tokens")
+        )
+        finish_reason = str(choice.get("finish_reason") or "")
+    except (LookupError, TypeError, AttributeError):
+        return None
+    return Answer(_whole(text or ""), _whole(finish_reason), refusal and _whole(refusal), prompt, completion, 0.0)
+
+
+def _whole(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON can hold and no file can."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+class JournalAsker:
+    """Asks the journal alone. `wanted`: what it didn't have, by key."""
+
+    def __init__(self, journal: Journal, model: str, batch: BatchAnswers) -> None:
+        self.journal, self.model, self.batch = journal, model, batch
+        self.wanted: dict[bytes, Request] = {}
+
+    async def ask(self, request: Request) -> Answer:
+        """The answer in the journal. Raises NoAnswerError where the batch says so, else NotYetError."""
+        key = request.key(self.model)
+        if answer := self.journal.find(key, request.decoding.max_tokens):
+            return answer
+        if key in self.batch.errors:
+            raise NoAnswerError(self.batch.errors[key])
+        if answer := self.batch.answers.get(key):
+            await self.journal.add(key, self.model, request, answer)
+            if found := self.journal.find(key, request.decoding.max_tokens):
+                return found
+        self.wanted.setdefault(key, request)
+        raise NotYetError
+
+
+def write_batch(
+    requests: Mapping[bytes, Request],
+    model: str,
+    path: Path,
+    *,
+    most_requests: int = MOST_REQUESTS,
+    most_bytes: int = MOST_BYTES,
+) -> list[Path]:
+    """Write the requests to `path`, or where they are too many for one file to name-1, name-2 and so on.
+
+    Returns the files. Raises UserError where one is there already: it may be one that was uploaded.
+    """
+    parts = list(_parts(requests, model, most_requests, most_bytes))
+    names = [path] if len(parts) == 1 else [path.with_stem(f"{path.stem}-{number + 1}") for number in range(len(parts))]
+    for name in (path, *names):
+        if name.exists():
+            raise UserError(f"--batch-out {name}: is there already. Name a new file, so that none is sent twice.")
+    try:
+        for name, lines in zip(names, parts, strict=True):
+            aside = name.with_name(f".{name.name}.partial")
+            aside.write_bytes(b"".join(lines))
+            aside.replace(name)
+    except OSError as fault:
+        raise UserError(f"--batch-out {path}: can't be written: {fault.strerror}.") from fault
+    return names
+
+
+def _parts(
+    requests: Mapping[bytes, Request], model: str, most_requests: int, most_bytes: int
+) -> Iterator[list[bytes]]:
+    lines: list[bytes] = []
+    size = 0
+    for key, request in requests.items():
+        body = {
+            "model": model,
+            "messages": [dict(message) for message in request.messages],
+            "max_tokens": request.decoding.max_tokens,
+            **request.decoding.parameters(request.sample),
+        }
+        record = {"custom_id": key.hex(), "method": "POST", "url": URL, "body": body}
+        line = json.dumps(record).encode() + b"\n"
+        if lines and (len(lines) == most_requests or size + len(line) > most_bytes):
+            yield lines
+            lines, size = [], 0
+        lines.append(line)
+        size += len(line)
+    if lines:
+        yield lines
+
+

@@ -1,0 +1,166 @@
+"""The figures of the bench as a person reads them: the section of report.md, and a plot."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from train.multifaceted.bench import JudgedRow
+
+HEADING = "## Multifaceted Bench"
+_SAMPLES = 3
+_MOST_SUBDIMENSIONS = 40
+
+
+def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow]) -> str:
+    """The section: what was measured and how, the score, its parts, what is missing, and samples.
+
+    `record`: as it stands in bench.json.
+    """
+    score, judge, missing = record["score"], record["judge"], record["missing"]
+    lines = [HEADING, "", _headline(record), ""]
+    if not record["complete"]:
+        pending = missing["judgements_missing"]["pending"]
+        lines += [f"**Not finished: {pending:,} judgements are still to come; what follows is of the rest.**", ""]
+    if record["deviations"]:
+        lines += ["Not the paper's protocol in this:", "", *(f"- {one}" for one in record["deviations"]), ""]
+    lines += [
+        "| | score (95 %) | scored | of |",
+        "|---|---|---:|---:|",
+        f"| **all rows** | **{_shown(score)}** | {score['scored']:,} | {score['of']:,} |",
+        *(f"| source: {_cell(name)} | {_line(one)} |" for name, one in record["by_source"].items()),
+        *(f"| dimension: {_cell(name)} | {_line(one)} |" for name, one in record["by_dimension"].items()),
+    ]
+    largest = sorted(record["by_subdimension"], key=lambda name: -record["by_subdimension"][name]["of"])
+    shown = sorted(largest[:_MOST_SUBDIMENSIONS])
+    lines += [f"| rubric: {_cell(name)} | {_line(record['by_subdimension'][name])} |" for name in shown]
+    lines += ["", "Rows of all rows and of sources, rubrics of the others."]
+    if len(largest) > len(shown):
+        lines += [f"{len(largest) - len(shown):,} further kinds of rubrics are in bench.json."]
+    lines += ["", _about_missing(missing), "", _about_runs(record["runs"], judge["runs"])]
+    if best := record.get("best_of"):
+        lines += ["", _about_best(best)]
+    lines += ["", "![bench](bench.png)", "", "Samples:", ""]
+    for one in judged[:: max(len(judged) // _SAMPLES, 1)][:_SAMPLES]:
+        lines += _sample(one)
+    return "\n".join(lines) + "\n"
+
+
+def _headline(record: Mapping[str, Any]) -> str:
+    score, judge, decoding = record["score"], record["judge"], record["decoding"]
+    mean = "no score" if score["mean"] is None else f"{_shown(score)} of 5"
+    text = f"**{record['model']}: {mean}**, judged by {judge['model']}, the mean of {len(record['runs']['numbers'])} "
+    text += f"run{'s' if len(record['runs']['numbers']) > 1 else ''} over {score['scored']:,} rows"
+    if record["rows"] < record["rows_of_the_data"]:
+        text += f" (the first {record['rows']:,} of {record['rows_of_the_data']:,}: not the whole bench)"
+    if decoding:
+        text += "; answers drawn with " + ", ".join(f"{name} {value}" for name, value in decoding.items())
+    return text + "."
+
+
+def _about_missing(missing: Mapping[str, Any]) -> str:
+    why = missing["judgements_missing"]
+    faults = missing["judge_answers_without_score"]
+    text = f"Missing: {sum(why.values()):,} of {missing['judgements']:,} judgements"
+    if any(why.values()):
+        text += f" ({', '.join(f'{count:,} {name}' for name, count in why.items() if count)})"
+    text += f"; {sum(faults.values()):,} of {missing['judge_answers']:,} answers of the judge held no score"
+    if faults:
+        text += f" ({', '.join(f'{count:,} {name}' for name, count in faults.items())})"
+    text += (
+        f". Rows: {missing['rows_without_score']:,} without a score (left out of the means), of them "
+        f"{missing['rows_without_response']:,} without a response; {missing['rows_with_some_rubrics_missing']:,} "
+        "scored by some of their rubrics only."
+    )
+    if missing["responses_cut"] or missing["responses_empty"]:
+        text += f" Responses: {missing['responses_cut']:,} cut at the token limit, {missing['responses_empty']:,} empty."
+    return text
+
+
+def _about_runs(runs: Mapping[str, Any], asked: int) -> str:
+    scores = ", ".join("none" if score is None else f"{score:.2f}" for score in runs["scores"])
+    text = f"The judge's runs: {scores}"
+    if runs["std_of_scores"] is not None:
+        text += f" (standard deviation {runs['std_of_scores']:.3f})"
+    if runs["std_within_a_rubric"] is not None:
+        text += (
+            f"; within a rubric {runs['std_within_a_rubric']:.2f} on average, and "
+            f"{runs['rubrics_in_agreement']:.0%} of {runs['rubrics_with_two_runs']:,} rubrics got one grade in all runs"
+        )
+    if len(runs["numbers"]) < asked:
+        text += ". The first run picked the answers, and doesn't count"
+    return text + "."
+
+
+def _about_best(best: Mapping[str, Any]) -> str:
+    by = {
+        "first run": "the judge's first run; the other runs score it",
+        "all runs": "the very runs that score it, which makes the score an **upper bound**",
+        "file": "the scores given with the responses",
+    }[best["picked_by"]]
+    text = f"Best of {best['answers']}: one answer of each row, picked by {by}."
+    if every := best.get("all_answers"):
+        text += f" All answers have {_shown(every)} on average (run {', '.join(map(str, every['runs']))})."
+    if best["fewer_answers"]:
+        text += f" {best['fewer_answers']:,} rows have fewer answers."
+    return text
+
+
+def _sample(one: JudgedRow) -> list[str]:
+    scores = ", ".join("none" if score is None else f"{score:.2f}" for score in one.rubric_scores)
+    response = one.answer.response.text if one.answer else None
+    said = [text for runs in (one.answer.judgements if one.answer else ()) for run in runs if run for text in run.texts]
+    return [
+        f"- row {one.row.id}: {'no score' if one.score is None else f'{one.score:.2f}'} (rubrics: {scores})",
+        f"  - system: {_quoted(one.row.system)}",
+        f"  - user: {_quoted(one.row.prompt)}",
+        f"  - answer: {'none' if response is None else _quoted(response)}",
+        *([f"  - the judge ends: {_quoted(said[0], end=True)}"] if said else []),
+    ]
+
+
+def _quoted(text: str, *, end: bool = False) -> str:
+    """`text` on one line of Markdown, its beginning or its end."""
+    if len(text) > 200:
+        text = f"... {text[-200:]}" if end else f"{text[:200]} ..."
+    return "`" + text.replace("`", "'").replace("\n", " ⏎ ") + "`"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")[:80]
+
+
+def _line(one: Mapping[str, Any]) -> str:
+    return f"{_shown(one)} | {one['scored']:,} | {one['of']:,}"
+
+
+def _shown(one: Mapping[str, Any]) -> str:
+    if one["mean"] is None:
+        return "none"
+    return f"{one['mean']:.2f}" + ("" if one["low"] is None else f" [{one['low']:.2f}, {one['high']:.2f}]")
+
+
+def draw(record: Mapping[str, Any], path: Path) -> None:
+    """The scores with their intervals, overall, by source and by dimension, as a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    bars: list[tuple[str, Mapping[str, Any]]] = [("all rows", record["score"])]
+    bars += [(f"source: {name}"[:48], one) for name, one in list(record["by_source"].items())[:20]]
+    bars += [(f"dimension: {name}"[:48], one) for name, one in record["by_dimension"].items()]
+    bars = [(name, one) for name, one in bars if one["mean"] is not None]
+    figure, axes = pyplot.subplots(figsize=(9, 0.4 * max(len(bars), 1) + 1.4), dpi=100)
+    means = [one["mean"] for _, one in bars]
+    # A percentile interval needn't hold the mean itself.
+    below = [max(one["mean"] - (one["mean"] if one["low"] is None else one["low"]), 0) for _, one in bars]
+    above = [max((one["mean"] if one["high"] is None else one["high"]) - one["mean"], 0) for _, one in bars]
+    axes.barh(range(len(bars)), means, 0.7, xerr=[below, above], color="tab:blue", capsize=2)
+    axes.set_yticks(range(len(bars)), [name for name, _ in bars])
+    axes.invert_yaxis()
+    axes.set_xlim(1, 5)
+    axes.set_xlabel(f"score by {record['judge']['model']}, 1 to 5 (95 %)")
+    axes.set_title(str(record["model"]), fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)

@@ -1,0 +1,155 @@
+"""Two models on the rows of the bench that both have a score for: win, both good, both bad.
+
+A row goes to the model whose score there (the mean of its rubrics) is the higher one. Where both have the same, up to
+rounding, they are both good if that score is at least `good` (4 of 5), else both bad. Shares have 95 % bootstrap
+intervals over rows; p is that of a two-sided sign-flip test of the mean difference in scores (train/resampling.py).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.data.formats import RowFault
+from train.data.sources import read_rows
+from train.errors import UserError
+from train.recipe import Source
+from train.resampling import Estimate, estimates
+
+GOOD = 4.0
+OUTCOMES = ("win of the first", "win of the second", "both good", "both bad")
+
+
+@dataclass(frozen=True, slots=True)
+class Pairwise:
+    """`shares`: of each of OUTCOMES; `counts` likewise. `difference`: of the scores, first less second.
+
+    `only_first`, `only_second`: rows of one file alone. `without_score`: rows of both of which one has no score.
+    """
+
+    names: tuple[str, str]
+    rows: int
+    good: float
+    counts: dict[str, int]
+    shares: dict[str, Estimate]
+    difference: Estimate
+    only_first: int
+    only_second: int
+    without_score: int
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "first": self.names[0],
+            "second": self.names[1],
+            "rows": self.rows,
+            "good_from": self.good,
+            "outcomes": {
+                name: {"rows": self.counts[name], "share": one.mean, "low": one.low, "high": one.high}
+                for name, one in self.shares.items()
+            },
+            "difference": self.difference.record(),
+            "rows_of_the_first_alone": self.only_first,
+            "rows_of_the_second_alone": self.only_second,
+            "rows_without_a_score": self.without_score,
+        }
+
+    def markdown(self) -> str:
+        """A table and a line on the difference."""
+        first, second = self.names
+        shown = (f"{first} wins", f"{second} wins", f"both good (a tie at {self.good:g} or more)", "both bad (a tie below)")
+        lines = ["| | rows | share (95 %) |", "|---|---:|---|"]
+        for text, (name, one) in zip(shown, self.shares.items(), strict=True):
+            interval = "" if one.low is None or one.high is None else f" [{one.low:.1%}, {one.high:.1%}]"
+            lines.append(f"| {text} | {self.counts[name]:,} | {one.mean:.1%}{interval} |")
+        found = self.difference
+        interval = "" if found.low is None or found.high is None else f" [{found.low:+.2f}, {found.high:+.2f}]"
+        lines += [
+            "",
+            f"On {self.rows:,} rows that both have a score for, {first} is {found.mean:+.2f}{interval} from {second}; "
+            f"p = {found.p:.2g} (sign flips).",
+        ]
+        left = [
+            f"{count:,} {what}"
+            for count, what in (
+                (self.only_first, f"of {first} alone"),
+                (self.only_second, f"of {second} alone"),
+                (self.without_score, "without a score of both"),
+            )
+            if count
+        ]
+        if left:
+            lines.append(f"Left out: rows {', '.join(left)}.")
+        return "\n".join(lines) + "\n"
+
+
+def compare(
+    first: Path, second: Path, *, names: tuple[str, str] | None = None, good: float = GOOD, seed: int = 0
+) -> Pairwise:
+    """Compare two files bench_rows.jsonl. `names`: of the models, in the tables (default: the files' folders).
+
+    Raises UserError for files that aren't such, that share no row with a score, or whose judges or rows differ.
+    """
+    rows_of_first, rows_of_second = _read(first), _read(second)
+    shared = [id for id in rows_of_first if id in rows_of_second]
+    differences = []
+    outcomes = []
+    without_score = 0
+    for id in shared:
+        one, other = rows_of_first[id], rows_of_second[id]
+        if one["prompt"] != other["prompt"]:
+            raise UserError(f"{second}: row {id!r} has another prompt than in {first}: these are two data sets.")
+        if one["judge"] != other["judge"]:
+            raise UserError(
+                f"{second}: its judge is {other['judge']}, that of {first} is {one['judge']}. Scores of two judges "
+                "can't be compared: evaluate both models with the same one."
+            )
+        if one["score"] is None or other["score"] is None:
+            without_score += 1
+            continue
+        outcomes.append(outcome(one["score"], other["score"], good))
+        differences.append(one["score"] - other["score"])
+    if not outcomes:
+        raise UserError(f"{first} and {second}: there is no row that has a score in both.")
+    table = np.array([[name == found for name in OUTCOMES] for found in outcomes], np.float64)
+    values = np.column_stack([table, differences])
+    found = estimates(values, np.arange(len(values)), np.zeros(values.shape[1]), seed=seed)
+    return Pairwise(
+        names or _names(first, second),
+        len(outcomes),
+        good,
+        {name: outcomes.count(name) for name in OUTCOMES},
+        dict(zip(OUTCOMES, found, strict=False)),
+        found[-1],
+        len(rows_of_first) - len(shared),
+        len(rows_of_second) - len(shared),
+        without_score,
+    )
+
+
+def outcome(first: float, second: float, good: float = GOOD) -> str:
+    """Which of OUTCOMES two scores of a row are."""
+    if math.isclose(first, second, abs_tol=1e-9):
+        return OUTCOMES[2] if first >= good - 1e-9 else OUTCOMES[3]
+    return OUTCOMES[0] if first > second else OUTCOMES[1]
+
+
+def _names(first: Path, second: Path) -> tuple[str, str]:
+    """The folders' names; those of the files where that doesn't tell them apart."""
+    folders = first.absolute().parent.name, second.absolute().parent.name
+    return folders if folders[0] != folders[1] else (str(first), str(second))
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    for place, row in read_rows(Source(path=str(path))):
+        if isinstance(row, RowFault):
+            raise UserError(f"{place}: {row}.")
+        wanted: Sequence[str] = ("id", "prompt", "judge", "score")
+        if any(name not in row for name in wanted) or not isinstance(row["score"], int | float | None):
+            raise UserError(f"{place}: that is no line of bench_rows.jsonl: it has {', '.join(wanted)}.")
+        rows[str(row["id"])] = row
+    return rows

@@ -1,0 +1,1 @@
+"""Measure what a model does with system messages, and compare two."""

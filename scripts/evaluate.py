@@ -12,12 +12,20 @@ the figures to adherence.json and adherence.png, and a section into report.md, a
 
 gain: how much likelier each model finds a reference answer under its own system message than under others, with 95 %
 intervals; train/loop/system_gain.py says what it can't see. Writes gain.json, gain.png and a section into report.md.
+
+    python scripts/evaluate.py bench --model outputs/smollm2-135m-quickstart \
+        --data recipes/smollm2-135m/data/bench.jsonl --judge Qwen/Qwen2.5-14B-Instruct --judge-server http://localhost:8000/v1
+
+bench: answers to Multifaceted Bench (the hub's without --data), graded by a judge as the JANUS paper does it;
+train/multifaceted/bench.py says what is averaged. Writes bench.json, bench_rows.jsonl, bench.png and a section into
+report.md; every answer goes into bench.sqlite, so the same command goes on where it was stopped.
 """
 
 import argparse
 import os
 import sys
 
+import evaluate_bench
 import evaluate_gain
 import evaluate_rules
 
@@ -31,7 +39,7 @@ def main() -> int:
     leave_out_unhelpful_warnings()
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="command")
-    for command in (evaluate_rules, evaluate_gain):
+    for command in (evaluate_rules, evaluate_gain, evaluate_bench):
         command.add_to(commands)
     options = parser.parse_args()
     try:

@@ -105,15 +105,21 @@ def _whole(text: str) -> str:
 
 
 class JournalAsker:
-    """Asks the journal alone. `wanted`: what it didn't have, by key."""
+    """Asks the journal, into which it puts what a batch's files hold. `wanted`: what neither had, by key.
+
+    `found`: the keys of the files' answers that were asked for.
+    """
 
     def __init__(self, journal: Journal, model: str, batch: BatchAnswers) -> None:
         self.journal, self.model, self.batch = journal, model, batch
         self.wanted: dict[bytes, Request] = {}
+        self.found: set[bytes] = set()
 
     async def ask(self, request: Request) -> Answer:
         """The answer in the journal. Raises NoAnswerError where the batch says so, else NotYetError."""
         key = request.key(self.model)
+        if key in self.batch.answers:
+            self.found.add(key)
         if answer := self.journal.find(key, request.decoding.max_tokens):
             return answer
         if key in self.batch.errors:
@@ -153,9 +159,7 @@ def write_batch(
     return names
 
 
-def _parts(
-    requests: Mapping[bytes, Request], model: str, most_requests: int, most_bytes: int
-) -> Iterator[list[bytes]]:
+def _parts(requests: Mapping[bytes, Request], model: str, most_requests: int, most_bytes: int) -> Iterator[list[bytes]]:
     lines: list[bytes] = []
     size = 0
     for key, request in requests.items():
@@ -174,5 +178,3 @@ def _parts(
         size += len(line)
     if lines:
         yield lines
-
-

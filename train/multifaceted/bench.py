@@ -25,11 +25,16 @@ from typing import Any, Literal
 
 import numpy as np
 
+from train.data.formats import Message
 from train.llm.client import Client
+from train.llm.journal import Decoding
 from train.llm.rows import in_order, progress
 from train.multifaceted.bench_rows import NOT_STATED, BenchRow
 from train.multifaceted.judge import Asker, Judgement, JudgeSettings, judge_rubric
 from train.resampling import estimates
+
+PAPERS_RESPONSES = Decoding(max_tokens=1024, temperature=1.0, top_p=0.9, extra={"repetition_penalty": 1.03})
+"""How the paper draws the answers."""
 
 Picking = Literal["first run", "all runs", "file"]
 
@@ -38,7 +43,7 @@ ROWS_AT_ONCE = 64
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One answer to a row; `text` is None where there is none, and `missing` says why. `scorer`: someone's own score."""
+    """One answer to a row; `text` is None where there is none: `missing` says why. `scorer`: someone's own score."""
 
     text: str | None
     missing: str = ""
@@ -119,6 +124,12 @@ def mean_of(values: Sequence[float | None]) -> float | None:
     """The mean of those that are there; None where none is."""
     found = [value for value in values if value is not None]
     return fmean(found) if found else None
+
+
+def conversation(row: BenchRow, *, with_system: bool = True) -> list[Message]:
+    """What the model is asked: an empty system message is none, and takes nothing else with it."""
+    system: list[Message] = [{"role": "system", "content": row.system}] if with_system and row.system.strip() else []
+    return [*system, {"role": "user", "content": row.prompt}]
 
 
 async def judge_row(asker: Asker, protocol: Protocol, row: BenchRow, responses: Sequence[Response]) -> JudgedRow:
@@ -273,9 +284,7 @@ def _missing(judged: Sequence[JudgedRow], protocol: Protocol) -> dict[str, Any]:
         "judge_answers": sum(len(one.texts) for one in judgements),
         "judge_answers_without_score": dict(sorted(faults.items())),
         "judge_tokens": {name: sum(one.tokens.get(name, 0) for one in judgements) for name in ("prompt", "completion")},
-        "responses_cut": sum(
-            one.response.finish_reason == "length" for row in judged for one in row.answers
-        ),
+        "responses_cut": sum(one.response.finish_reason == "length" for row in judged for one in row.answers),
         "responses_empty": sum(one.response.text == "" for row in judged for one in row.answers),
     }
 

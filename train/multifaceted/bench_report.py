@@ -4,11 +4,83 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.multifaceted.bench import JudgedRow
+from train.llm.journal import Decoding
+from train.multifaceted.bench import PAPERS_RESPONSES, JudgedRow, Protocol, figures
+from train.multifaceted.bench_rows import ROWS_OF_THE_BENCH, Bench
+from train.multifaceted.judge import PAPERS_DECODING, PAPERS_JUDGE, PAPERS_RUNS
 
 HEADING = "## Multifaceted Bench"
 _SAMPLES = 3
 _MOST_SUBDIMENSIONS = 40
+
+
+def make_record(
+    model: str,
+    bench: Bench,
+    judged: Sequence[JudgedRow],
+    protocol: Protocol,
+    *,
+    decoding: Decoding | None,
+    with_system: bool | None,
+    data: Sequence[str],
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What stands in bench.json. `decoding`, `with_system`: None where the responses come from a file."""
+    settings = protocol.judge
+    found = figures(judged, protocol, seed=seed)
+    return {
+        "model": model,
+        "data": list(data),
+        "rows": len(bench.rows),
+        "rows_of_the_data": bench.of,
+        "complete": not found["missing"]["judgements_missing"]["pending"],
+        "deviations": deviations(bench, protocol, decoding, with_system),
+        "judge": {
+            "model": settings.model,
+            "sees_the_system_message": settings.show_system,
+            "runs": settings.runs,
+            "retries": settings.retries,
+            **_decoding(settings.decoding),
+        },
+        "decoding": None if decoding is None else _decoding(decoding),
+        "system_message_given": with_system,
+        **found,
+    }
+
+
+def _decoding(decoding: Decoding) -> dict[str, Any]:
+    return {"max_tokens": decoding.max_tokens, **decoding.parameters(0)}
+
+
+def deviations(bench: Bench, protocol: Protocol, decoding: Decoding | None, with_system: bool | None) -> list[str]:
+    """In what this is not the paper's protocol, in words. The words of the judge's prompt are ours in any case."""
+    settings = protocol.judge
+    found = ["the words that the judge is asked in are our own"]
+    if settings.show_system:
+        found.append("the judge was shown the system message")
+    if settings.model != PAPERS_JUDGE:
+        found.append(f"the judge is {settings.model}; the paper's is {PAPERS_JUDGE}, and scores of two judges differ")
+    if settings.decoding != PAPERS_DECODING:
+        found.append(f"the judge answers with {_words(settings.decoding)}; in the paper {_words(PAPERS_DECODING)}")
+    if settings.runs != PAPERS_RUNS:
+        found.append(f"{settings.runs} run{'s' * (settings.runs > 1)} of the judge, in the paper {PAPERS_RUNS}")
+    if decoding is None:
+        found.append("the responses come from a file: how they were drawn isn't known here")
+    elif decoding != PAPERS_RESPONSES:
+        found.append(f"responses are drawn with {_words(decoding)}; in the paper {_words(PAPERS_RESPONSES)}")
+    if with_system is False:
+        found.append("no system message was given to the model (--no-system)")
+    if protocol.best_of > 1:
+        found.append(f"the best of {protocol.best_of} answers to each row counts")
+    if len(bench.rows) < bench.of:
+        found.append(f"{len(bench.rows):,} of the data's {bench.of:,} rows (--limit)")
+    if bench.of != ROWS_OF_THE_BENCH:
+        found.append(f"the data has {bench.of:,} rows, Multifaceted Bench {ROWS_OF_THE_BENCH:,}")
+    return found
+
+
+def _words(decoding: Decoding) -> str:
+    return ", ".join(f"{name} {value}" for name, value in _decoding(decoding).items())
 
 
 def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow]) -> str:
@@ -46,14 +118,12 @@ def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow]) -> str:
 
 
 def _headline(record: Mapping[str, Any]) -> str:
-    score, judge, decoding = record["score"], record["judge"], record["decoding"]
+    score, judge = record["score"], record["judge"]
     mean = "no score" if score["mean"] is None else f"{_shown(score)} of 5"
     text = f"**{record['model']}: {mean}**, judged by {judge['model']}, the mean of {len(record['runs']['numbers'])} "
     text += f"run{'s' if len(record['runs']['numbers']) > 1 else ''} over {score['scored']:,} rows"
     if record["rows"] < record["rows_of_the_data"]:
         text += f" (the first {record['rows']:,} of {record['rows_of_the_data']:,}: not the whole bench)"
-    if decoding:
-        text += "; answers drawn with " + ", ".join(f"{name} {value}" for name, value in decoding.items())
     return text + "."
 
 
@@ -72,7 +142,9 @@ def _about_missing(missing: Mapping[str, Any]) -> str:
         "scored by some of their rubrics only."
     )
     if missing["responses_cut"] or missing["responses_empty"]:
-        text += f" Responses: {missing['responses_cut']:,} cut at the token limit, {missing['responses_empty']:,} empty."
+        text += (
+            f" Responses: {missing['responses_cut']:,} cut at the token limit, {missing['responses_empty']:,} empty."
+        )
     return text
 
 

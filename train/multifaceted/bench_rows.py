@@ -226,11 +226,11 @@ def _with_ids(rows: Sequence[BenchRow]) -> Iterator[BenchRow]:
             times[id] += 1
             id += f"-{times[id]}" if times[id] > 1 else ""
         if id in first:
-            raise UserError(f"{row.place}: the id {id!r} is also that of {first[id].place}. Give each row one of its own.")
+            raise UserError(
+                f"{row.place}: the id {id!r} is also that of {first[id].place}. Give each row one of its own."
+            )
         first[id] = row
-        done.append(
-            BenchRow(id, row.place, row.source, row.system, row.prompt, row.reference, row.rubrics)
-        )
+        done.append(BenchRow(id, row.place, row.source, row.system, row.prompt, row.reference, row.rubrics))
     yield from done
 
 
@@ -291,8 +291,12 @@ def _answers(raw: Mapping[str, Any]) -> Given:
     scores = raw.get("scores")
     if scores is None:
         return Given(tuple(texts))
-    if not isinstance(scores, list) or len(scores) != len(texts) or not all(
-        isinstance(score, int | float) and not isinstance(score, bool) and score == score for score in scores
+    if (
+        not isinstance(scores, list)
+        or len(scores) != len(texts)
+        or not all(
+            isinstance(score, int | float) and not isinstance(score, bool) and score == score for score in scores
+        )
     ):
         raise RowFault("wrong scores", "`scores` must be a list with a number for each of `responses`")
     return Given(tuple(texts), tuple(map(float, scores)))

@@ -1,8 +1,8 @@
 """The judge of Multifaceted Bench: one rubric of one answer at a time, as the JANUS paper asks it (arXiv:2405.17977).
 
 The judge gets the instruction, the answer, the reference answer as an example of a 5, and one rubric with its five
-descriptions, in one user message of our own words. It never gets the system message, so it can't grade whether the
-answer repeats it; `show_system` gives it all the same, and is no longer the paper's protocol. It ends with `[RESULT] n`.
+descriptions, in one user message of our own words, and ends with `[RESULT] n`. It never gets the system message: what
+that asks for stands in the rubrics. `show_system` gives it all the same, and is no longer the paper's protocol.
 
 An answer of the judge that holds no score is asked for again, up to `retries` times in each run, each time as another
 sample. What then still has none is missing, never a zero and never a None in a mean.
@@ -41,14 +41,14 @@ _CLOSING = r"[*_`~\"'”’)\]}>]*+"
 _NUMBER_WORD = r"(?:one|two|three|four|five|six|seven|eight|nine|ten)\b"
 _DIGIT = r"(?P<score>[1-5])(?![^\W_])"
 _OUT_OF_FIVE = rf"(?:[^\S\n]*(?:[/⁄]|out[^\S\n]+of)[^\S\n]*{_OPENING}(?:5|five)(?![^\W_]){_CLOSING})?+"
-_GOES_ON = (
-    rf"[^\S\n]*(?:[+%]|(?:[^\w\s]{{1,3}}|to\b|or\b|and\b|out[^\S\n]+of\b)?[^\S\n]*[(\[]?(?:\d|{_NUMBER_WORD}))"
-)
+_GOES_ON = rf"[^\S\n]*(?:[+%]|(?:[^\w\s]{{1,3}}|to\b|or\b|and\b|out[^\S\n]+of\b)?[^\S\n]*[(\[]?(?:\d|{_NUMBER_WORD}))"
 _NAME = r"(?:(?:the|my|final|overall)\s+)*(?:score|result|rating|grade)\s*(?:of\b|is\b|[:=])?"
 _AFTER_TAG = re.compile(
     rf"{_OPENING}(?:[-–—]\s+)?(?:{_NAME}{_OPENING})?{_DIGIT}{_CLOSING}{_OUT_OF_FIVE}(?!{_GOES_ON})", re.IGNORECASE
 )
-_IN_BRACKETS = re.compile(rf"(?<![\w\]])\[\s*(?:score\s*(?:of\b|[:=])?\s*)?{_DIGIT}\s*{_OUT_OF_FIVE}\]?[\s.!*_]*\Z", re.I)
+_IN_BRACKETS = re.compile(
+    rf"(?<![\w\]])\[\s*(?:score\s*(?:of\b|[:=])?\s*)?{_DIGIT}\s*{_OUT_OF_FIVE}\]?[\s.!*_]*\Z", re.I
+)
 _LAST_WORDS = re.compile(
     rf"\bscore\s*(?:of\b|is\b|[:=])?{_OPENING}{_DIGIT}{_CLOSING}{_OUT_OF_FIVE}[\s.!*_]*\Z", re.IGNORECASE
 )
@@ -66,12 +66,12 @@ def parse_score(text: str) -> int | None:
 
     The last `[RESULT]`, in any case, decides alone: what follows it must be the number, perhaps in marks (`**4**`,
     `(5)`), after a colon or a name (`Score:`, `score of`), and before `/5` or `out of 5`. A number that goes on is no
-    score: 10, 4.5, 4-5, "4 or 5", 4/10, "5 out of 10", 4+. So no earlier `[RESULT]`, which may be quoted from the answer
-    that is graded, counts where the last one is followed by something else. Digits are those of ASCII. What stands
-    after the score, in other words or on further lines, is passed over.
+    score: 10, 4.5, 4-5, "4 or 5", 4/10, "5 out of 10", 4+. An earlier `[RESULT]`, which may be quoted from the answer
+    that is graded, doesn't count, even where the last one is followed by something else. Digits are those of ASCII.
+    What stands after the score, in other words or on further lines, is passed over.
 
-    Without any `[RESULT]` the text must end in `[3]`, `[Score 4]`, `(Score 5)`, `score: 3` or `score of 1`; the last two
-    not in a sentence that says what is not the case ("keeps it from a score of 5").
+    Without any `[RESULT]` the text must end in `[3]`, `[Score 4]`, `(Score 5)`, `score: 3` or `score of 1`, the last
+    two not in a sentence that says what is not the case ("keeps it from a score of 5").
     """
     tags = list(_TAG.finditer(text))
     if tags:

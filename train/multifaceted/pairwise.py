@@ -60,7 +60,12 @@ class Pairwise:
     def markdown(self) -> str:
         """A table and a line on the difference."""
         first, second = self.names
-        shown = (f"{first} wins", f"{second} wins", f"both good (a tie at {self.good:g} or more)", "both bad (a tie below)")
+        shown = (
+            f"{first} wins",
+            f"{second} wins",
+            f"both good (a tie at {self.good:g} or more)",
+            "both bad (a tie below)",
+        )
         lines = ["| | rows | share (95 %) |", "|---|---:|---|"]
         for text, (name, one) in zip(shown, self.shares.items(), strict=True):
             interval = "" if one.low is None or one.high is None else f" [{one.low:.1%}, {one.high:.1%}]"

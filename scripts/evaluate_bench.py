@@ -1,0 +1,334 @@
+"""The command `bench` of scripts/evaluate.py: answers to Multifaceted Bench, graded by a judge as the paper does."""
+
+import argparse
+import asyncio
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from report_section import put_section
+
+from train.errors import UserError
+from train.recipe import Source
+
+if TYPE_CHECKING:
+    from train.multifaceted.bench import JudgedRow, Protocol, Response
+    from train.multifaceted.bench_rows import Bench
+
+JOURNAL = "bench.sqlite"
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to those of evaluate.py."""
+    from train.evaluation.respondent import add_respondent
+    from train.multifaceted.bench import PAPERS_RESPONSES
+    from train.multifaceted.bench_rows import HUB_ID
+    from train.multifaceted.judge import PAPERS_DECODING, PAPERS_JUDGE, PAPERS_RUNS
+    from train.multifaceted.pairwise import GOOD
+
+    parser = commands.add_parser("bench", help="Multifaceted Bench: answers graded by a judge, rubric by rubric")
+    add_respondent(parser)
+    what = parser.add_argument_group("what is answered")
+    what.add_argument("--data", nargs="+", default=[HUB_ID], help=f"rows of the bench (default {HUB_ID})")
+    what.add_argument("--split", default="train", help="the split of data that has several (default train)")
+    what.add_argument("--limit", type=_positive, help="the first so many rows: not the whole bench (default all)")
+    what.add_argument("--no-system", action="store_true", help="leave the system messages out: the paper's ablation")
+    what.add_argument("--responses", metavar="FILE", help="answers that are there already; --model is then a name only")
+    what.add_argument("--best-of", type=_positive, default=1, metavar="N", help="N answers a row, one of them picked")
+    what.add_argument(
+        "--pick-by",
+        choices=("first-run", "all-runs", "file"),
+        default="first-run",
+        help="pick by the judge's first run and score by the others (default), by all its runs (an upper bound), or by "
+        "`scores` in the file of --responses",
+    )
+    drawn = parser.add_argument_group("how answers are drawn (defaults: the paper's)")
+    drawn.add_argument("--max-tokens", type=_positive, default=PAPERS_RESPONSES.max_tokens)
+    drawn.add_argument("--temperature", type=float, default=PAPERS_RESPONSES.temperature)
+    drawn.add_argument("--top-p", type=float, default=PAPERS_RESPONSES.top_p)
+    drawn.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=PAPERS_RESPONSES.extra["repetition_penalty"],
+        help="1 = none, and not sent, for servers that don't know it",
+    )
+    judge = parser.add_argument_group("the judge (defaults: the paper's)")
+    judge.add_argument("--judge", required=True, metavar="MODEL", help=f"the paper's was {PAPERS_JUDGE}")
+    judge.add_argument("--judge-server", action="append", default=[], metavar="URL", help="ask it there; repeatable")
+    judge.add_argument("--judge-concurrency", type=_positive, default=64, help="requests at once to each (default 64)")
+    judge.add_argument("--judge-key-variable", metavar="NAME", help="the environment variable that holds its key")
+    judge.add_argument("--judge-max-tokens", type=_positive, default=PAPERS_DECODING.max_tokens)
+    judge.add_argument("--judge-temperature", type=float, default=PAPERS_DECODING.temperature)
+    judge.add_argument("--judge-top-p", type=float, default=PAPERS_DECODING.top_p)
+    judge.add_argument("--judge-extra", type=_object, default={}, metavar="JSON", help="what else goes into a request")
+    judge.add_argument("--runs", type=_positive, default=PAPERS_RUNS, help=f"runs averaged (default {PAPERS_RUNS})")
+    judge.add_argument(
+        "--retries", type=_count, default=3, help="how often an answer without a score is asked for again (default 3)"
+    )
+    judge.add_argument(
+        "--show-system", action="store_true", help="the judge sees the system message: not the paper's protocol"
+    )
+    judge.add_argument(
+        "--batch-out", type=Path, metavar="FILE", help="write what the judge is to be asked, ask nothing"
+    )
+    judge.add_argument(
+        "--batch-in", type=Path, nargs="+", default=[], metavar="FILE", help="a batch's output and errors"
+    )
+    results = parser.add_argument_group("results")
+    results.add_argument(
+        "--output-dir",
+        type=Path,
+        help="where bench.json, bench_rows.jsonl, bench.png and the journal go (default the folder of --model)",
+    )
+    results.add_argument("--against", type=Path, metavar="FILE", help="bench_rows.jsonl of another model, to compare")
+    results.add_argument("--good", type=float, default=GOOD, help=f"a tie is both good from this on (default {GOOD:g})")
+    results.add_argument("--seed", type=int, default=0, help="of the intervals (default 0)")
+    parser.set_defaults(run=run)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up")
+    return int(text)
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as fault:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {fault}") from fault
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return value
+
+
+def run(options: argparse.Namespace) -> None:
+    """Answer, judge, and write what came of it. Raises UserError."""
+    from pydantic import ValidationError
+
+    from train.multifaceted.bench_rows import read_bench
+
+    folder = _folder(options)
+    _refuse_contradictions(options)
+    try:
+        sources = [Source(path=path, split=options.split) for path in options.data]
+    except ValidationError as fault:
+        raise UserError(f"--data or --split: {fault.errors()[0]['msg']}") from fault
+    bench = read_bench(sources, options.limit)
+    if len(bench.rows) < bench.of:
+        print(f"--limit {options.limit}: {len(bench.rows):,} of {bench.of:,} rows, not the whole bench", flush=True)
+    responses = _given(options, bench) if options.responses else _asked(options, bench, folder)
+    judged = _judge(options, bench, responses, folder)
+    _write(options, bench, judged, folder)
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    folder: Path = options.output_dir or Path(options.model)
+    if not options.output_dir and not folder.is_dir():
+        raise UserError(f"--model {options.model}: there is no such folder. Say --output-dir DIR as well.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise UserError(f"--output-dir {folder}: can't be made: {fault.strerror}.") from fault
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output-dir {folder}: can't be written to.")
+    return folder
+
+
+def _refuse_contradictions(options: argparse.Namespace) -> None:
+    batch = bool(options.batch_out or options.batch_in)
+    if batch == bool(options.judge_server):
+        raise UserError(
+            "Who judges? Name either --judge-server URL, or files of a batch by --batch-out and --batch-in."
+        )
+    if options.batch_out and options.batch_out.exists():
+        raise UserError(
+            f"--batch-out {options.batch_out}: is there already. Name a new file, so that none is sent twice."
+        )
+    if options.best_of > 1 and options.pick_by == "first-run" and options.runs < 2:
+        raise UserError(
+            f"--best-of {options.best_of} --runs 1: the first run picks, so none is left to score. Say --runs 2 or "
+            "more, or --pick-by all-runs, whose score is an upper bound."
+        )
+    if options.best_of > 1 and options.pick_by == "file" and not options.responses:
+        raise UserError("--pick-by file: the scores stand in a file of --responses, which isn't named.")
+    if options.against and not options.against.is_file():
+        raise UserError(f"--against {options.against}: there is no such file.")
+    if options.no_system and options.responses:
+        raise UserError("--no-system: the answers of --responses are there already; leave one of the two out.")
+    for name, most in (("temperature", None), ("judge_temperature", None), ("top_p", 1), ("judge_top_p", 1)):
+        value = getattr(options, name)
+        if not 0 <= value < float("inf") or (most and not 0 < value <= most):
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: {'above 0, up to 1' if most else 'at least 0'}.")
+    if not 0 < options.repetition_penalty < float("inf"):
+        raise UserError(f"--repetition-penalty {options.repetition_penalty:g}: above 0; 1 = none.")
+
+
+def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]":
+    """The responses of a file."""
+    from train.llm.reasoning import without_reasoning
+    from train.multifaceted.bench import Response
+    from train.multifaceted.bench_rows import read_responses
+
+    given, strangers = read_responses(options.responses, bench.rows)
+    if strangers:
+        print(f"--responses: {strangers:,} lines belong to no row that is asked for", flush=True)
+    found = []
+    for row in bench.rows:
+        answers = given.get(row.id)
+        if answers is None or not answers.texts:
+            found.append([Response(None, "no line in --responses")])
+            continue
+        if len(answers.texts) > options.best_of and options.best_of == 1:
+            raise UserError(
+                f"--responses {options.responses}: row {row.id!r} has {len(answers.texts)} responses. Say "
+                f"--best-of {len(answers.texts)}, or leave one in."
+            )
+        if options.best_of > 1 and options.pick_by == "file" and answers.scores is None:
+            raise UserError(f"--pick-by file: row {row.id!r} of {options.responses} has no `scores`.")
+        scores: Sequence[float | None] = answers.scores or [None] * len(answers.texts)
+        found.append(
+            [
+                Response(without_reasoning(text).text, scorer=score)
+                for text, score in zip(answers.texts, scores, strict=True)
+            ][: options.best_of]
+        )
+    return found
+
+
+def _asked(options: argparse.Namespace, bench: "Bench", folder: Path) -> "list[list[Response]]":
+    """The responses of a model."""
+    from train.evaluation.respondent import respondent_of
+    from train.evaluation.responses import respond
+    from train.llm.client import NoAnswerError
+    from train.llm.reasoning import without_reasoning
+    from train.multifaceted.bench import Response, conversation
+
+    answers = respond(
+        respondent_of(options),
+        [conversation(row, with_system=not options.no_system) for row in bench.rows],
+        _decoding(options),
+        folder / JOURNAL,
+        samples=options.best_of,
+        stage="bench response",
+        description="responses",
+    )
+    return [
+        [
+            Response(None, f"no answer: {answer}")
+            if isinstance(answer, NoAnswerError)
+            else Response(without_reasoning(answer.text).text, finish_reason=answer.finish_reason)
+            for answer in of_row
+        ]
+        for of_row in answers
+    ]
+
+
+def _decoding(options: argparse.Namespace) -> Any:
+    from train.llm.journal import Decoding
+
+    penalty = {} if options.repetition_penalty == 1 else {"repetition_penalty": options.repetition_penalty}
+    return Decoding(options.max_tokens, options.temperature, options.top_p, extra=penalty)
+
+
+def _protocol(options: argparse.Namespace) -> "Protocol":
+    from train.llm.journal import Decoding
+    from train.multifaceted.bench import Protocol
+    from train.multifaceted.judge import JudgeSettings
+
+    decoding = Decoding(
+        options.judge_max_tokens, options.judge_temperature, options.judge_top_p, extra=options.judge_extra
+    )
+    settings = JudgeSettings(options.judge, decoding, options.runs, options.retries, options.show_system)
+    return Protocol(settings, options.best_of, options.pick_by.replace("-", " "))
+
+
+def _judge(
+    options: argparse.Namespace, bench: "Bench", responses: "list[list[Response]]", folder: Path
+) -> "list[JudgedRow]":
+    """What the judge says, from its servers or from files of a batch."""
+    from train.llm.client import Client
+    from train.llm.journal import Journal
+    from train.llm.server import Server
+    from train.multifaceted.batch_files import JournalAsker, read_batch, write_batch
+    from train.multifaceted.bench import judge_rows
+
+    protocol = _protocol(options)
+
+    async def live(journal: Journal) -> "list[JudgedRow]":
+        servers = [Server(url, options.judge_concurrency, options.judge_key_variable) for url in options.judge_server]
+        async with Client(servers, options.judge, journal) as client:
+            return await judge_rows(client, protocol, bench.rows, responses)
+
+    batch = read_batch(options.batch_in)
+    with Journal(folder / JOURNAL) as journal:
+        if options.judge_server:
+            return asyncio.run(live(journal))
+        asker = JournalAsker(journal, options.judge, batch)
+        judged = asyncio.run(judge_rows(asker, protocol, bench.rows, responses))
+    if batch.lines:
+        print(f"--batch-in: {batch.lines:,} lines, {len(batch.answers):,} with an answer", flush=True)
+        for what, count in batch.failed.most_common(5):
+            print(f"--batch-in: {count:,} failed, and are asked for again: {what}", flush=True)
+        if strangers := len(batch.answers.keys() - asker.found):
+            print(f"--batch-in: {strangers:,} answers are to none of these questions (other rows, responses or judge?)")
+    if asker.wanted and options.batch_out:
+        files = write_batch(asker.wanted, options.judge, options.batch_out)
+        print(f"{len(asker.wanted):,} questions for the judge are in {', '.join(map(str, files))}")
+    elif asker.wanted:
+        print(f"{len(asker.wanted):,} questions have no answer yet: --batch-out FILE writes them, for the next batch")
+    elif options.batch_out:
+        print("the judge has answered everything: --batch-out wrote nothing")
+    return judged
+
+
+def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]", folder: Path) -> None:
+    """bench_rows.jsonl, bench.json, bench.png and the section of report.md, and the same on the screen."""
+    from train.multifaceted.bench import row_record
+    from train.multifaceted.bench_report import HEADING, draw, make_record, markdown
+    from train.multifaceted.pairwise import compare
+
+    record = make_record(
+        options.model,
+        bench,
+        judged,
+        _protocol(options),
+        decoding=None if options.responses else _decoding(options),
+        with_system=None if options.responses else not options.no_system,
+        data=options.data,
+        seed=options.seed,
+    )
+    rows = folder / "bench_rows.jsonl"
+    versus = None
+    try:
+        if options.against and options.against.exists() and rows.exists() and options.against.samefile(rows):
+            raise UserError(f"--against {options.against}: that is the file which this very command writes.")
+        _replace(rows, "".join(json.dumps(row_record(one), ensure_ascii=False) + "\n" for one in judged))
+        if options.against:
+            versus = compare(rows, options.against, good=options.good, seed=options.seed)
+            record["against"] = versus.record()
+        _replace(folder / "bench.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        draw(record, folder / "bench.png")
+        text = markdown(record, judged)
+        if versus:
+            text += f"\nAgainst {options.against}:\n\n{versus.markdown()}"
+        put_section(folder / "report.md", HEADING, text)
+    except OSError as fault:
+        raise UserError(f"{folder}: can't be written: {fault.strerror}") from fault
+    print(text)
+    print(f"the figures are in {folder / 'bench.json'}, all answers and judgements in {rows}")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Never half a file: what a killed command leaves is the old one or the new one."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text, encoding="utf-8", errors="replace")
+    aside.replace(path)

@@ -1,0 +1,436 @@
+"""scripts/evaluate.py bench against a scripted judge: every figure of bench.json worked out here by other means."""
+
+import json
+import statistics
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_runs import DIMENSIONS, bench_row, command, judging, lines, place_of, too_long, write_lines
+from scripted_server import Asked, Reply, ScriptedServer, error, said, served
+
+RUNS, RETRIES, RUBRICS = 3, 1, 4
+
+
+def plan(row: int, rubric: int, time: int) -> Reply | str:
+    """Row 0: a try that can't be read. Row 1: rubric 1 never has a score. Row 2: refused by the server. Row 3: trouble.
+
+    Which of the runs asks first is left to chance, so what all of them get together is what counts.
+    """
+    if (row, rubric) == (0, 0):
+        return ["no verdict", "[RESULT] 4", "[RESULT] 5/5", "[RESULT] 2"][time]
+    if (row, rubric) == (1, 1):
+        return "I would rather not say."
+    if row == 2:
+        return too_long()
+    if (row, rubric) == (3, 2) and time < 3:
+        return [error(429, "busy", headers={"retry-after": "0"}), error(500, "oh"), Reply(body={}, drop=10)][time]
+    return f"It is {'so ' * rubric}so.\n[RESULT] {(row + rubric) % 5 + 1}"
+
+
+ROWS = [bench_row(number) for number in range(5)]
+SCORES = {  # what the plan gives to each rubric of the rows that get any
+    0: [Fraction(4 + 5 + 2, 3), Fraction(2), Fraction(3), Fraction(4)],
+    1: [Fraction(2), None, Fraction(4), Fraction(5)],
+    3: [Fraction(4), Fraction(5), Fraction(1), Fraction(2)],
+}
+OF_ROW = {
+    row: sum(found) / len(found) for row, all in SCORES.items() if (found := [one for one in all if one is not None])
+}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Asked], str]:
+    """A run over five rows, of which the last has no response, and what the judge was asked."""
+    folder = tmp_path_factory.mktemp("bench")
+    data = write_lines(folder / "rows.jsonl", ROWS)
+    responses = [
+        {"system": row["system"], "prompt": row["prompt"], "response": f"Response {number} with [RESULT] 5 in it."}
+        for number, row in enumerate(ROWS[:4])
+    ]
+    answers = write_lines(folder / "answers.jsonl", responses)
+    with served(judging(plan)) as server:
+        assert command(*options(server, data, folder / "out"), "--responses", answers) == 0
+        return folder / "out", list(server.asked), server.url
+
+
+def options(server: ScriptedServer, data: Path, output: Path, **changes: Any) -> list[str]:
+    settings = {
+        "model": "the-model",
+        "data": data,
+        "output_dir": output,
+        "judge": "judge",
+        "judge_server": server.url,
+        "runs": RUNS,
+        "retries": RETRIES,
+    } | changes
+    return [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "bench.json").read_text("utf-8"))
+
+
+def mean(values: list[Fraction]) -> float:
+    return float(sum(values) / len(values))
+
+
+def test_the_score_is_the_mean_over_rows_and_what_is_missing_is_counted(done: tuple[Path, list[Asked], str]) -> None:
+    folder, asked, _ = done
+    found = record(folder)
+    # Of three rows the 2.5 % of resamples lie within the 3.7 % that draw the lowest one three times: its score.
+    assert found["score"] == {
+        "mean": pytest.approx(mean(list(OF_ROW.values()))),
+        "low": pytest.approx(float(min(OF_ROW.values()))),
+        "high": pytest.approx(float(max(OF_ROW.values()))),
+        "scored": 3,
+        "of": 5,
+    }
+    assert {name: (one["mean"], one["scored"], one["of"]) for name, one in found["by_source"].items()} == {
+        "FLASK": (pytest.approx(mean([OF_ROW[1], OF_ROW[3]])), 2, 2),
+        "Koala": (pytest.approx(float(OF_ROW[0])), 1, 3),
+    }
+    assert found["by_source"]["Koala"]["low"] is None  # one row has no interval
+    assert found["missing"] == {
+        "rows_without_response": 1,
+        "rows_without_score": 2,
+        "rows_with_some_rubrics_missing": 1,
+        "judgements": 4 * RUBRICS * RUNS,
+        # rubric 1 of row 1 in each run; all of row 2
+        "judgements_missing": {"unparsable": RUNS, "no answer": RUBRICS * RUNS, "pending": 0},
+        "judge_answers": 12 + 1 + 9 + 2 * RUNS + 12,
+        "judge_answers_without_score": {"no score at its end": 1 + 2 * RUNS},
+        "judge_tokens": {"prompt": 7 * 40, "completion": sum(len(text.split()) for text in texts_of(folder))},
+        "responses_cut": 0,
+        "responses_empty": 0,
+    }
+    assert found["complete"]
+    assert len(asked) == 12 + 1 + 9 + 6 + 12 + 12 + 3  # of row 3 three tries were repeated
+    assert (found["rows"], found["rows_of_the_data"]) == (5, 5)
+
+
+def texts_of(folder: Path) -> list[str]:
+    return [
+        text
+        for row in lines(folder / "bench_rows.jsonl")
+        for answer in row["answers"]
+        for runs in answer["judgements"]
+        for one in runs
+        if one
+        for text in one["texts"]
+    ]
+
+
+def test_scores_by_dimension_are_means_over_rubrics(done: tuple[Path, list[Asked], str]) -> None:
+    found = record(done[0])
+    for number, dimension in enumerate(DIMENSIONS):
+        scores = [all[number] for all in SCORES.values() if all[number] is not None]
+        expected = (pytest.approx(mean(scores)), len(scores), 5)
+        for one in (found["by_dimension"][dimension], found["by_subdimension"][f"{dimension}/sub_{number}"]):
+            assert (one["mean"], one["scored"], one["of"]) == expected
+    assert set(found["by_dimension"]) == set(DIMENSIONS)
+
+
+def grade_in(text: str) -> int | None:
+    """The grade of this plan's texts."""
+    return int(text.split("[RESULT] ")[1][0]) if "[RESULT] " in text else None
+
+
+def test_every_row_of_the_file_follows_from_its_texts(done: tuple[Path, list[Asked], str]) -> None:
+    rows = lines(done[0] / "bench_rows.jsonl")
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in ROWS]
+    by_run: list[list[float]] = [[] for _ in range(RUNS)]
+    grades_of_rubrics = []
+    for number, row in enumerate(rows):
+        assert row["score"] == (pytest.approx(float(OF_ROW[number])) if number in OF_ROW else None)
+        (answer,) = row["answers"]
+        assert (
+            row["response"]
+            == answer["response"]
+            == (None if number == 4 else f"Response {number} with [RESULT] 5 in it.")
+        )
+        of_runs: list[list[int]] = [[] for _ in range(RUNS)]
+        for rubric, runs in zip(row["rubrics"], answer["judgements"], strict=True):
+            grades = []
+            for which, one in enumerate(runs):
+                if number == 4:
+                    assert one is None
+                    continue
+                assert one["score"] == (grade_in(one["texts"][-1]) if one["texts"] else None)
+                assert all(grade_in(text) is None for text in one["texts"][:-1])
+                if one["score"] is not None:
+                    grades.append(one["score"])
+                    of_runs[which].append(one["score"])
+            assert rubric["score"] == (pytest.approx(statistics.mean(grades)) if grades else None)
+            grades_of_rubrics += [grades] if len(grades) > 1 else []
+        for which, found in enumerate(of_runs):
+            by_run[which] += [statistics.mean(found)] if found else []
+    agreement = record(done[0])["runs"]
+    scores = [statistics.mean(found) for found in by_run]
+    assert agreement["scores"] == pytest.approx(scores)
+    assert agreement["std_of_scores"] == pytest.approx(statistics.stdev(scores))
+    assert agreement["std_within_a_rubric"] == pytest.approx(statistics.mean(map(statistics.stdev, grades_of_rubrics)))
+    assert agreement["rubrics_with_two_runs"] == 11
+    assert agreement["rubrics_in_agreement"] == pytest.approx(10 / 11)
+
+
+def test_no_request_to_the_judge_holds_the_system_message(done: tuple[Path, list[Asked], str]) -> None:
+    _, asked, _ = done
+    for one in asked:
+        row, rubric = place_of(one.prompt)
+        body = json.dumps(one.body)
+        assert "Zebra" not in body
+        assert [message["role"] for message in one.body["messages"]] == ["user"]
+        for part in (
+            f"Question {row}, is it?",
+            f"Reference to {row}.",
+            f"Response {row} with",
+            f"rubric {row}.{rubric}",
+        ):
+            assert part in one.prompt
+        assert {name: one.body[name] for name in one.body if name != "messages"} == {
+            "model": "judge",
+            "max_tokens": 1024,
+            "temperature": 1.0,
+            "top_p": 0.9,
+        }
+
+
+def test_the_report_says_what_is_missing_and_what_is_not_the_papers(done: tuple[Path, list[Asked], str]) -> None:
+    folder, _, _ = done
+    report = (folder / "report.md").read_text("utf-8")
+    overall = mean(list(OF_ROW.values()))
+    assert f"**the-model: {overall:.2f} [" in report
+    assert "Missing: 15 of 48 judgements (3 unparsable, 12 no answer)" in report
+    assert "2 without a score (left out of the means), of them 1 without a response" in report
+    deviations = record(folder)["deviations"]
+    assert any("the judge is judge; the paper's is gpt-4-0125-preview" in one for one in deviations)
+    assert any("the responses come from a file" in one for one in deviations)
+    assert not any("shown" in one or "runs" in one for one in deviations)
+    assert all(one in report for one in deviations)
+    assert (folder / "bench.png").stat().st_size > 1_000
+    assert report.count("## Multifaceted Bench") == 1
+
+
+def grade(row: int, rubric: int, time: int) -> str:
+    return f"[RESULT] {(row + rubric) % 5 + 1}"
+
+
+def test_a_model_is_asked_as_the_paper_asks_it_and_nothing_is_asked_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_lines(tmp_path / "rows.jsonl", [*ROWS[:2], bench_row(2, system="")])
+    with served(judging(grade)) as server:
+        asking = [*options(server, data, tmp_path / "out"), "--server", server.url]
+        assert command(*asking) == 0
+        asked = list(server.asked)
+        files = {
+            name: (tmp_path / "out" / name).read_bytes() for name in ("bench.json", "bench_rows.jsonl", "report.md")
+        }
+        assert command(*asking) == 0
+        assert len(server.asked) == len(asked)
+        assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files
+        assert command(*asking, "--no-system", "--output-dir", tmp_path / "without") == 0
+        without = server.asked[len(asked) :]
+    questions = [one.body for one in asked if one.body["model"] == "the-model"]
+    assert [body["messages"] for body in sorted(questions, key=lambda body: body["messages"][-1]["content"])] == [
+        [{"role": "system", "content": ROWS[0]["system"]}, {"role": "user", "content": "Question 0, is it?"}],
+        [{"role": "system", "content": ROWS[1]["system"]}, {"role": "user", "content": "Question 1, is it?"}],
+        [{"role": "user", "content": "Question 2, is it?"}],  # an empty system message is none
+    ]
+    for body in questions:
+        assert {name: body[name] for name in body if name != "messages"} == {
+            "model": "the-model",
+            "max_tokens": 1024,
+            "temperature": 1.0,
+            "top_p": 0.9,
+            "repetition_penalty": 1.03,
+        }
+    assert lines(tmp_path / "out" / "bench_rows.jsonl")[1]["response"] == "the-model answers: Question 1, is it?"
+    found = record(tmp_path / "out")
+    assert found["deviations"] == [
+        "the words that the judge is asked in are our own",
+        "the judge is judge; the paper's is gpt-4-0125-preview, and scores of two judges differ",
+        "the data has 3 rows, Multifaceted Bench 921",
+    ]
+    assert found["score"]["mean"] == pytest.approx(
+        statistics.mean([(1 + 2 + 3 + 4) / 4, (2 + 3 + 4 + 5) / 4, (3 + 4 + 5 + 1) / 4])
+    )
+    ablation = [one.body["messages"] for one in without if one.body["model"] == "the-model"]
+    assert len(ablation) == 3
+    assert all([message["role"] for message in messages] == ["user"] for messages in ablation)
+    assert record(tmp_path / "without")["system_message_given"] is False
+    assert "no system message was given to the model (--no-system)" in record(tmp_path / "without")["deviations"]
+
+
+def test_a_judge_that_sees_the_system_message_is_labelled_everywhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_lines(tmp_path / "rows.jsonl", ROWS[:2])
+    answers = write_lines(
+        tmp_path / "a.jsonl", [{"system": row["system"], "prompt": row["prompt"], "response": "r"} for row in ROWS[:2]]
+    )
+    with served(judging(grade)) as server:
+        asking = [*options(server, data, tmp_path / "out"), "--responses", str(answers)]
+        assert command(*asking, "--show-system") == 0
+        for one in server.asked:
+            assert ROWS[place_of(one.prompt)[0]]["system"] in one.prompt
+        shown = capsys.readouterr().out
+        assert record(tmp_path / "out")["judge"]["sees_the_system_message"] is True
+        assert "the judge was shown the system message" in record(tmp_path / "out")["deviations"]
+        for text in (shown, (tmp_path / "out" / "report.md").read_text("utf-8")):
+            assert "Not the paper's protocol" in text
+            assert "the judge was shown the system message" in text
+        assert {row["judge"] for row in lines(tmp_path / "out" / "bench_rows.jsonl")} == {
+            "judge (shown the system message)"
+        }
+        # The same journal, and yet none of those judgements passes for one of the paper's protocol.
+        before = len(server.asked)
+        assert command(*asking) == 0
+        assert len(server.asked) == before + 2 * RUBRICS * RUNS
+
+
+def test_a_raised_token_limit_or_more_runs_ask_for_what_is_new_alone(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "rows.jsonl", ROWS[:2])
+    with served(judging(grade)) as server:
+        for runs, expected in ((1, 2 + 2 * RUBRICS), (3, 2 * 2 * RUBRICS), (2, 0)):
+            before = len(server.asked)
+            assert command(*options(server, data, tmp_path / "out", runs=runs), "--server", server.url) == 0
+            assert len(server.asked) - before == expected
+
+
+@pytest.fixture
+def candidates(tmp_path: Path) -> tuple[Path, Path]:
+    """Two rows with three candidates each, of which the second has the highest score of someone's own."""
+    data = write_lines(tmp_path / "rows.jsonl", ROWS[:2])
+    given = [
+        {
+            "system": row["system"],
+            "prompt": row["prompt"],
+            "responses": ["<A>", "<B>", "<C>"],
+            "scores": [0.1, 0.7, 0.3],
+        }
+        for row in ROWS[:2]
+    ]
+    return data, write_lines(tmp_path / "given.jsonl", given)
+
+
+async def fickle(asked: Asked) -> Reply:
+    """<A> always gets 3, <B> 5 when it is first asked about and 2 then, <C> always 1."""
+    which = asked.prompt.split("### Answer to be graded\n<")[1][0]
+    grade = {"A": 3, "B": 5 if asked.times == 0 else 2, "C": 1}[which]
+    return said(f"[RESULT] {grade}")
+
+
+@pytest.mark.parametrize(
+    ("pick_by", "score", "picked", "calls"),
+    [
+        ("first-run", 2.0, 1, 3 + 2),  # <B> had luck in the run that picked; the other runs say what it is worth
+        ("all-runs", 3.0, 0, 9),  # <A> and <B> have 3 each, and <A> came first
+        ("file", 3.0, 1, 3),  # no other answer is judged
+    ],
+)
+def test_best_of_n_picks_one_and_keeps_all(
+    tmp_path: Path, candidates: tuple[Path, Path], pick_by: str, score: float, picked: int, calls: int
+) -> None:
+    data, given = candidates
+    with served(fickle) as server:
+        asking = options(server, data, tmp_path / "out", best_of=3, pick_by=pick_by, responses=given)
+        assert command(*asking) == 0
+        assert len(server.asked) == 2 * RUBRICS * calls
+    found = record(tmp_path / "out")
+    assert found["score"]["mean"] == pytest.approx(score)
+    for row in lines(tmp_path / "out" / "bench_rows.jsonl"):
+        assert [answer["response"] for answer in row["answers"]] == ["<A>", "<B>", "<C>"]
+        assert (row["picked"], row["response"]) == (picked, ["<A>", "<B>", "<C>"][picked])
+    best = found["best_of"]
+    assert (best["answers"], best["upper_bound"]) == (3, pick_by == "all-runs")
+    assert ("upper bound" in (tmp_path / "out" / "report.md").read_text("utf-8")) == (pick_by == "all-runs")
+    if pick_by == "first-run":
+        assert best["all_answers"]["mean"] == pytest.approx((3 + 5 + 1) / 3)
+        assert found["runs"]["numbers"] == [2, 3]
+    elif pick_by == "all-runs":
+        assert best["all_answers"]["mean"] == pytest.approx((3 + 3 + 1) / 3)
+    else:
+        assert "all_answers" not in best
+
+
+def test_a_model_gives_as_many_answers_as_asked_for(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "rows.jsonl", ROWS[:1])
+
+    async def script(asked: Asked) -> Reply:
+        return said(f"answer {asked.times}" if asked.body["model"] == "the-model" else "[RESULT] 3")
+
+    with served(script) as server:
+        assert command(*options(server, data, tmp_path / "out", best_of=3), "--server", server.url) == 0
+    (row,) = lines(tmp_path / "out" / "bench_rows.jsonl")
+    assert {answer["response"] for answer in row["answers"]} == {"answer 0", "answer 1", "answer 2"}
+
+
+def test_reasoning_of_the_model_is_no_part_of_its_answer(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "rows.jsonl", ROWS[:2])
+
+    async def script(asked: Asked) -> Reply:
+        if asked.body["model"] == "judge":
+            return said("[RESULT] 3")
+        return said("<think>secret</think>Open." if "0" in asked.prompt else "<think>secret without an end", "length")
+
+    with served(script) as server:
+        assert command(*options(server, data, tmp_path / "out"), "--server", server.url) == 0
+        assert not any("secret" in one.prompt for one in server.asked)
+    assert [row["response"] for row in lines(tmp_path / "out" / "bench_rows.jsonl")] == ["Open.", ""]
+    missing = record(tmp_path / "out")["missing"]
+    assert (missing["responses_cut"], missing["responses_empty"]) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"judge_server": None}, "Who judges?"),
+        ({"batch_out": "b.jsonl"}, "Who judges?"),
+        ({"best_of": 2, "runs": 1}, "none is left to score"),
+        ({"best_of": 2, "pick_by": "file"}, "--pick-by file"),
+        ({"against": "nowhere.jsonl"}, "there is no such file"),
+        ({"output_dir": None}, "there is no such folder. Say --output-dir"),
+        ({"temperature": -1}, "--temperature -1"),
+        ({"judge_top_p": 1.5}, "--judge-top-p 1.5"),
+        ({"repetition_penalty": 0}, "--repetition-penalty 0"),
+        ({"data": "nowhere.jsonl"}, "there is no nowhere.jsonl"),
+        ({"judge_extra": "[1]"}, "is no JSON object"),
+        ({"runs": 0}, "is no number from 1 up"),
+    ],
+)
+def test_what_can_not_be_is_one_error(
+    tmp_path: Path,
+    changes: dict[str, Any],
+    error: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "rows.jsonl", ROWS)
+    settings = {
+        "model": "m", "data": "rows.jsonl", "judge": "judge", "judge_server": "http://localhost:1/v1", "output_dir": "out"
+    } | changes  # fmt: skip
+    given = {name: value for name, value in settings.items() if value is not None}
+    arguments = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    assert command(*arguments) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert error in last
+
+
+def test_a_response_too_many_is_an_error_and_a_part_is_said_to_be_one(
+    tmp_path: Path, candidates: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, given = candidates
+    with served(judging(grade)) as server:
+        asking: Callable[..., list[str]] = lambda **changes: options(server, data, tmp_path / "out", **changes)  # noqa: E731
+        assert command(*asking(responses=given)) == 2
+        assert "has 3 responses. Say --best-of 3" in capsys.readouterr().err
+        assert command(*asking(limit=1), "--server", server.url) == 0
+        shown = capsys.readouterr().out
+    assert "1 of 2 rows, not the whole bench" in shown
+    assert "(the first 1 of 2: not the whole bench)" in (tmp_path / "out" / "report.md").read_text("utf-8")

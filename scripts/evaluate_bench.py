@@ -14,8 +14,9 @@ from train.errors import UserError
 from train.recipe import Source
 
 if TYPE_CHECKING:
-    from train.multifaceted.bench import JudgedRow, Protocol, Response
+    from train.multifaceted.bench import JudgedRow, Response
     from train.multifaceted.bench_rows import Bench
+    from train.multifaceted.protocol import Protocol
 
 JOURNAL = "bench.sqlite"
 
@@ -23,10 +24,14 @@ JOURNAL = "bench.sqlite"
 def add_to(commands: Any) -> None:
     """Add the command to those of evaluate.py."""
     from train.evaluation.respondent import add_respondent
-    from train.multifaceted.bench import PAPERS_RESPONSES
-    from train.multifaceted.bench_rows import HUB_ID
-    from train.multifaceted.judge import PAPERS_DECODING, PAPERS_JUDGE, PAPERS_RUNS
-    from train.multifaceted.pairwise import GOOD
+    from train.multifaceted.protocol import (
+        GOOD,
+        HUB_ID,
+        PAPERS_DECODING,
+        PAPERS_JUDGE,
+        PAPERS_RESPONSES,
+        PAPERS_RUNS,
+    )
 
     parser = commands.add_parser("bench", help="Multifaceted Bench: answers graded by a judge, rubric by rubric")
     add_respondent(parser)
@@ -241,8 +246,7 @@ def _decoding(options: argparse.Namespace) -> Any:
 
 def _protocol(options: argparse.Namespace) -> "Protocol":
     from train.llm.journal import Decoding
-    from train.multifaceted.bench import Protocol
-    from train.multifaceted.judge import JudgeSettings
+    from train.multifaceted.protocol import JudgeSettings, Protocol
 
     decoding = Decoding(
         options.judge_max_tokens, options.judge_temperature, options.judge_top_p, extra=options.judge_extra

@@ -77,7 +77,8 @@ def command(*arguments: str | Path) -> int:
     if scripts not in sys.path:
         sys.path.append(scripts)
     spec = importlib.util.spec_from_file_location("evaluate_bench_command", f"{scripts}/evaluate.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     evaluate = importlib.util.module_from_spec(spec)  # `import evaluate` may find a library of that name
     spec.loader.exec_module(evaluate)
     before = sys.argv

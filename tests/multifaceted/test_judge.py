@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from train.llm.client import NoAnswerError
 from train.llm.journal import Answer, Request
 from train.multifaceted.bench_rows import BenchRow, Rubric
-from train.multifaceted.judge import JudgeSettings, NotYetError, judge_prompt, judge_rubric, parse_score
+from train.multifaceted.judge import NotYetError, judge_prompt, judge_rubric, parse_score
+from train.multifaceted.protocol import JudgeSettings
 
 CASES = Path(__file__).parents[3] / "shared" / "data" / "janus" / "judge_parse_cases.json"
 ROW = BenchRow(

@@ -21,22 +21,17 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from train.data.formats import Message
 from train.llm.client import Client
-from train.llm.journal import Decoding
 from train.llm.rows import in_order, progress
 from train.multifaceted.bench_rows import NOT_STATED, BenchRow
-from train.multifaceted.judge import Asker, Judgement, JudgeSettings, judge_rubric
+from train.multifaceted.judge import Asker, Judgement, judge_rubric
+from train.multifaceted.protocol import Protocol
 from train.resampling import estimates
-
-PAPERS_RESPONSES = Decoding(max_tokens=1024, temperature=1.0, top_p=0.9, extra={"repetition_penalty": 1.03})
-"""How the paper draws the answers."""
-
-Picking = Literal["first run", "all runs", "file"]
 
 ROWS_AT_ONCE = 64
 
@@ -72,25 +67,6 @@ class JudgedResponse:
     def pending(self) -> bool:
         """Whether the judge has yet to say something of it."""
         return any(one is not None and one.missing == "pending" for runs in self.judgements for one in runs)
-
-
-@dataclass(frozen=True, slots=True)
-class Protocol:
-    """How rows are scored: the judge's settings, and which of several answers counts; `best_of` 1 picks nothing."""
-
-    judge: JudgeSettings
-    best_of: int = 1
-    pick_by: Picking = "first run"
-
-    @property
-    def picks_by_first_run(self) -> bool:
-        """Whether a run of the judge is there to pick, and not to score."""
-        return self.best_of > 1 and self.pick_by == "first run"
-
-    @property
-    def scoring_runs(self) -> range:
-        """The runs that a score is the mean of."""
-        return range(1 if self.picks_by_first_run else 0, self.judge.runs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from train.llm.journal import Decoding
-from train.multifaceted.bench import PAPERS_RESPONSES, JudgedRow, Protocol, figures
-from train.multifaceted.bench_rows import ROWS_OF_THE_BENCH, Bench
-from train.multifaceted.judge import PAPERS_DECODING, PAPERS_JUDGE, PAPERS_RUNS
+from train.multifaceted.bench import JudgedRow, figures
+from train.multifaceted.bench_rows import Bench
+from train.multifaceted.protocol import (
+    PAPERS_DECODING,
+    PAPERS_JUDGE,
+    PAPERS_RESPONSES,
+    PAPERS_RUNS,
+    ROWS_OF_THE_BENCH,
+    Protocol,
+)
 
 HEADING = "## Multifaceted Bench"
 _SAMPLES = 3
@@ -105,7 +112,7 @@ def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow]) -> str:
     largest = sorted(record["by_subdimension"], key=lambda name: -record["by_subdimension"][name]["of"])
     shown = sorted(largest[:_MOST_SUBDIMENSIONS])
     lines += [f"| rubric: {_cell(name)} | {_line(record['by_subdimension'][name])} |" for name in shown]
-    lines += ["", "Rows of all rows and of sources, rubrics of the others."]
+    lines += ["", "Counts are of rows, and from the dimensions on of rubrics."]
     if len(largest) > len(shown):
         lines += [f"{len(largest) - len(shown):,} further kinds of rubrics are in bench.json."]
     lines += ["", _about_missing(missing), "", _about_runs(record["runs"], judge["runs"])]

@@ -23,8 +23,6 @@ from train.data.sources import read_rows
 from train.errors import UserError
 from train.recipe import Source
 
-HUB_ID = "kaist-ai/Multifaceted-Bench"
-ROWS_OF_THE_BENCH = 921
 NOT_STATED = "not stated"
 
 _NAMES: dict[str, tuple[str, ...]] = {

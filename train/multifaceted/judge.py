@@ -14,15 +14,12 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from train.llm.client import NoAnswerError
-from train.llm.journal import Answer, Decoding, Request
+from train.llm.journal import Answer, Request
 from train.llm.reasoning import without_reasoning
 from train.multifaceted.bench_rows import BenchRow, Rubric
+from train.multifaceted.protocol import JudgeSettings
 
 STAGE = "judge, run {run}"
-
-PAPERS_JUDGE = "gpt-4-0125-preview"
-PAPERS_DECODING = Decoding(max_tokens=1024, temperature=1.0, top_p=0.9)
-PAPERS_RUNS = 3
 
 _TASK = """\
 You grade one answer of a language model, by one criterion alone.
@@ -100,17 +97,6 @@ def judge_prompt(row: BenchRow, rubric: Rubric, response: str, *, show_system: b
         f"### Grades\n{grades}",
     ]
     return "\n\n".join(parts)
-
-
-@dataclass(frozen=True, slots=True)
-class JudgeSettings:
-    """Who judges and how; the defaults are the paper's, `retries` aside, of which it says nothing."""
-
-    model: str
-    decoding: Decoding = PAPERS_DECODING
-    runs: int = PAPERS_RUNS
-    retries: int = 3
-    show_system: bool = False
 
 
 class NotYetError(Exception):

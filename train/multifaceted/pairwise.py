@@ -16,10 +16,10 @@ import numpy as np
 from train.data.formats import RowFault
 from train.data.sources import read_rows
 from train.errors import UserError
+from train.multifaceted.protocol import GOOD
 from train.recipe import Source
 from train.resampling import Estimate, estimates
 
-GOOD = 4.0
 OUTCOMES = ("win of the first", "win of the second", "both good", "both bad")
 
 

@@ -1,0 +1,123 @@
+"""Two models on the rows they share: outcomes, shares and the test, worked out by hand."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_runs import bench_row, command, judging, write_lines
+from scripted_server import served
+
+from train.errors import UserError
+from train.multifaceted.pairwise import compare, outcome
+
+
+def result(id: str, score: float | None, **more: Any) -> dict[str, Any]:
+    return {"id": id, "prompt": f"prompt {id}", "judge": "j", "score": score} | more
+
+
+FIRST = [("a", 4.5), ("b", 3.0), ("c", 4.0), ("d", 2.5), ("e", None), ("f", 5.0), ("g", 3.25), ("h", 1.0)]
+SECOND = [("h", 3.0), ("g", 3.0), ("f", 2.0), ("e", 4.0), ("d", 2.5), ("c", 4.0), ("b", 3.5), ("x", 5.0), ("y", 1.0)]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    for name, rows in (("one", FIRST), ("two", SECOND)):
+        (tmp_path / name).mkdir()
+        write_lines(tmp_path / name / "bench_rows.jsonl", [result(*row) for row in rows])
+    return tmp_path / "one" / "bench_rows.jsonl", tmp_path / "two" / "bench_rows.jsonl"
+
+
+def test_outcomes_of_the_rows_that_both_have(files: tuple[Path, Path]) -> None:
+    found = compare(*files)
+    # b: second; c: a tie at 4; d: a tie at 2.5; f and g: first; h: second. e has no score in the first, a, x, y are alone.
+    assert found.names == ("one", "two")
+    assert found.rows == 6
+    assert found.counts == {"win of the first": 2, "win of the second": 2, "both good": 1, "both bad": 1}
+    assert (found.only_first, found.only_second, found.without_score) == (1, 2, 1)
+    assert {name: one.mean for name, one in found.shares.items()} == pytest.approx(
+        {"win of the first": 2 / 6, "win of the second": 2 / 6, "both good": 1 / 6, "both bad": 1 / 6}
+    )
+    differences = [-0.5, 0, 0, 3, 0.25, -2]
+    assert found.difference.mean == pytest.approx(sum(differences) / 6)
+    # The test flips signs by chance; here all 64 ways are gone through.
+    sums = [
+        abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
+        for signs in itertools.product((1, -1), repeat=6)
+    ]
+    exact = sum(one >= abs(sum(differences)) - 1e-9 for one in sums) / 64
+    assert found.difference.p == pytest.approx(exact, abs=0.02)
+    # A share of 2 in 6: the bootstrap's 2.5 % and 97.5 % are quantiles of a binomial over 6.
+    share = found.shares["win of the first"]
+    assert (share.low, share.high) == (0.0, pytest.approx(4 / 6))
+
+
+def test_the_other_way_round_is_the_mirror_image(files: tuple[Path, Path]) -> None:
+    there, back = compare(*files), compare(*files[::-1])
+    assert list(back.counts.values()) == [there.counts[name] for name in ("win of the second", "win of the first", "both good", "both bad")]  # fmt: skip
+    assert back.difference.mean == pytest.approx(-there.difference.mean)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "good", "expected"),
+    [
+        (4.0, 4.0, 4.0, "both good"),
+        (3.9, 3.9, 4.0, "both bad"),
+        (3.0, 3.0, 3.0, "both good"),
+        (1.1 + 2.2, 3.3, 3.3, "both good"),  # the same number, up to rounding
+        (4.25, 4.0, 4.0, "win of the first"),
+        (1.0, 1.25, 4.0, "win of the second"),
+    ],
+)
+def test_one_row(first: float, second: float, good: float, expected: str) -> None:
+    assert outcome(first, second, good) == expected
+
+
+def test_the_threshold_is_of_ties_alone(files: tuple[Path, Path]) -> None:
+    found = compare(*files, good=2.5)
+    assert (found.counts["both good"], found.counts["both bad"]) == (2, 0)
+    assert "both good (a tie at 2.5 or more)" in found.markdown()
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"judge": "other"}, "Scores of two judges"),
+        ({"prompt": "another"}, "these are two data sets"),
+        ({"score": None}, "no row that has a score in both"),
+        ({"score": "4"}, "no line of bench_rows.jsonl"),
+    ],
+)
+def test_what_can_not_be_compared(tmp_path: Path, change: dict[str, Any], error: str) -> None:
+    first = write_lines(tmp_path / "first.jsonl", [result("a", 1.0)])
+    second = write_lines(tmp_path / "second.jsonl", [result("a", 1.0) | change])
+    with pytest.raises(UserError, match=error):
+        compare(first, second)
+
+
+def test_the_command_compares_with_another_models_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [bench_row(number) for number in range(4)]
+    data = write_lines(tmp_path / "rows.jsonl", rows)
+
+    def grade(row: int, rubric: int, time: int) -> str:
+        return f"[RESULT] {row + 1}"
+
+    def better(row: int, rubric: int, time: int) -> str:
+        return f"[RESULT] {max(row + 1, 2)}"
+
+    for name, say in (("m", grade), ("n", better)):
+        with served(judging(say)) as server:
+            servers = ["--server", server.url, "--judge", "judge", "--judge-server", server.url]
+            against = ["--against", tmp_path / "m" / "bench_rows.jsonl"] if name == "n" else []
+            assert command("--model", name, "--data", data, "--output-dir", tmp_path / name, *servers, *against) == 0
+    found = json.loads((tmp_path / "n" / "bench.json").read_text())["against"]
+    assert {name: one["rows"] for name, one in found["outcomes"].items()} == {
+        "win of the first": 1,
+        "win of the second": 0,
+        "both good": 1,
+        "both bad": 2,
+    }
+    assert found["difference"]["mean"] == pytest.approx(1 / 4)
+    assert "| n wins | 1 | 25.0%" in (tmp_path / "n" / "report.md").read_text()
+    assert "| n wins | 1 | 25.0%" in capsys.readouterr().out

@@ -18,6 +18,7 @@ quickstart: $(VENV)/.quickstart-installed
 		--recipe recipes/smollm2-135m/sft/quickstart.yaml
 	$(BIN)/python scripts/evaluate.py rules --rules $(RULES)/rules.py --data $(RULES)/held_out.jsonl \
 		--before $(MODEL) --after $(QUICKSTART)
+	$(BIN)/python scripts/evaluate.py gain --data $(RULES)/held_out.jsonl --before $(MODEL) --model $(QUICKSTART)
 
 test: $(VENV)/.test-installed
 	$(BIN)/ruff check .

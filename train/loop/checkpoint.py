@@ -67,7 +67,7 @@ class Checkpoint:
 
 def facts_of_recipe(recipe: Recipe) -> dict[str, Any]:
     """The dotted keys of the recipe that decide what a run computes, with their values as JSON has them."""
-    sections = recipe.model_dump(mode="json", exclude={"output_dir", "tracking", "guards", "save"})
+    sections = recipe.model_dump(mode="json", exclude={"output_dir", "tracking", "guards", "save", "system_gain"})
     flat: dict[str, Any] = {}
     for section, values in sections.items():
         for key, value in values.items() if isinstance(values, dict) else [("", values)]:

@@ -146,6 +146,41 @@ def test_what_a_batch_lacks_is_named_and_written_again(
     assert record["score"]["scored"] == 3
 
 
+def test_best_of_n_takes_a_batch_to_pick_and_one_to_score(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "rows.jsonl", ROWS[:2])
+    given = [{"system": row["system"], "prompt": row["prompt"], "responses": ["1", "4", "2"]} for row in ROWS[:2]]
+    answers = write_lines(tmp_path / "answers.jsonl", given)
+
+    async def by_answer(asked: Asked) -> Reply:
+        return said(f"[RESULT] {asked.prompt.split('### Answer to be graded')[1].strip()[0]}")
+
+    def asking(output: str, *arguments: str | Path) -> int:
+        options = ("--model", "m", "--data", data, "--responses", answers, "--best-of", "3", "--judge", "judge")
+        return command(*options, "--output-dir", tmp_path / output, *arguments)
+
+    with served(by_answer) as server:
+        assert asking("live", "--judge-server", server.url) == 0
+    inputs: list[str | Path] = []
+    for number, (expected, about) in enumerate([(2 * 3 * 4, {"1", "4", "2"}), (2 * 4 * 2, {"4"})]):
+        file = tmp_path / f"round-{number}.jsonl"
+        assert asking("batch", "--batch-out", file, *inputs) == 0
+        questions = [line["body"]["messages"][0]["content"] for line in lines(file)]
+        candidates = [question.split("### Answer to be graded")[1].strip()[0] for question in questions]
+        assert (len(candidates), set(candidates)) == (expected, about)
+        output = [
+            {
+                "custom_id": line["custom_id"],
+                "response": {"status_code": 200, "body": said(f"[RESULT] {candidate}").body},
+                "error": None,
+            }
+            for line, candidate in zip(lines(file), candidates, strict=True)
+        ]
+        inputs = ["--batch-in", write_lines(tmp_path / f"out-{number}.jsonl", output)]
+    assert asking("batch", *inputs) == 0
+    assert results(tmp_path / "batch") == results(tmp_path / "live")
+    assert json.loads((tmp_path / "live" / "bench.json").read_text())["score"]["mean"] == 4
+
+
 def test_a_batch_file_of_earlier_is_never_written_over(
     tmp_path: Path, bench: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 import pytest
-from bench_runs import ROOT, bench_row, write_lines
+from bench_runs import ROOT, bench_row, rubric, write_lines
 
 from train.errors import UserError
 from train.multifaceted.bench_rows import NOT_STATED, read_bench, read_responses
@@ -116,6 +116,8 @@ def test_an_id_of_a_row_without_one_depends_on_nothing_but_the_row(tmp_path: Pat
         ({"rubrics": [{"criteria": "c", "score_descriptions": {"1": "a"}}] * 4}, "rubric 1 doesn't have a text for each of 1 to 5"),
         ({"rubrics": [{"score_descriptions": {}}] * 4}, "rubric 1 has no `criteria`"),
         ({"rubrics": bench_row(0)["rubrics"][:3]}, "3 rubrics stand beside 4 preferences"),
+        ({"prompt": "\ud83d"}, "`prompt` holds half of a surrogate pair"),
+        ({"rubrics": [rubric(1, 0) | {"criteria": "\ude00"}] * 4}, "rubric 1 holds half of a surrogate pair"),
         ({"id": 1.5}, "`id` is of type float"),
     ],
 )  # fmt: skip
@@ -159,6 +161,7 @@ def test_responses_find_their_rows_by_id_or_by_their_words(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("lines", "error"),
     [
+        ([{"id": 1, "response": "\ud83d"}], "the response holds half"),
         ([{"id": 1}], "there is no text in `response`"),
         ([{"id": 1, "responses": ["a", None]}], "nor a list of texts"),
         ([{"response": "a"}], "there is no `system`"),

@@ -10,6 +10,7 @@ Without one, a row's id is a digest of its own words, so it stays the same in an
 import gzip
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -170,6 +171,8 @@ def _rubric(rubric: Any, preference: Any, number: int) -> Rubric:
     if set(by_grade) != set("12345") or not all(isinstance(text, str) and text.strip() for text in texts):
         raise RowFault("no score descriptions", f"rubric {number} doesn't have a text for each of 1 to 5")
     of = preference if isinstance(preference, Mapping) else {}
+    for text in (criteria, *map(str, texts)):
+        _writable(text, f"rubric {number}")
     return Rubric(criteria, tuple(map(str, texts)), _name(of.get("dimension")), _name(of.get("subdimension")))
 
 
@@ -193,7 +196,14 @@ def _text(raw: Mapping[str, Any], wanted: str, *, optional: bool = False, may_be
         raise RowFault("wrong type", f"`{wanted}` is of type {type(value).__name__}; a text is wanted")
     if not (value.strip() or optional or may_be_empty):
         raise RowFault("empty", f"`{wanted}` is empty")
-    return value
+    return _writable(value, f"`{wanted}`")
+
+
+def _writable(text: str, what: str) -> str:
+    """`text`, if a file or a request can hold it."""
+    if re.search("[\ud800-\udfff]", text):
+        raise RowFault("no text", f"{what} holds half of a surrogate pair, which is no text")
+    return text
 
 
 def _list(raw: Mapping[str, Any], wanted: str, *, optional: bool = False) -> list[Any]:
@@ -286,6 +296,7 @@ def _answers(raw: Mapping[str, Any]) -> Given:
         texts = [raw.get("response")]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise RowFault("no response", "there is no text in `response`, nor a list of texts in `responses`")
+    texts = [_writable(text, "the response") for text in texts]
     scores = raw.get("scores")
     if scores is None:
         return Given(tuple(texts))

@@ -173,6 +173,10 @@ def test_every_row_of_the_file_follows_from_its_texts(done: tuple[Path, list[Ask
     assert agreement["std_of_scores"] == pytest.approx(statistics.stdev(scores))
     assert agreement["std_within_a_rubric"] == pytest.approx(statistics.mean(map(statistics.stdev, grades_of_rubrics)))
     assert agreement["rubrics_with_two_runs"] == 11
+    assert agreement["rubrics_with_the_same_words"] == pytest.approx(
+        11 / 12
+    )  # all that got an answer but row 0, rubric 0
+    assert "the runs agree word for word" in (done[0] / "report.md").read_text("utf-8")
     assert agreement["rubrics_in_agreement"] == pytest.approx(10 / 11)
 
 
@@ -434,3 +438,11 @@ def test_a_response_too_many_is_an_error_and_a_part_is_said_to_be_one(
         shown = capsys.readouterr().out
     assert "1 of 2 rows, not the whole bench" in shown
     assert "(the first 1 of 2: not the whole bench)" in (tmp_path / "out" / "report.md").read_text("utf-8")
+
+
+def test_runs_that_differ_in_words_are_not_suspected(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "rows.jsonl", ROWS[:1])
+    with served(judging(lambda row, rubric, time: f"Thought {time}. [RESULT] 3")) as server:
+        assert command(*options(server, data, tmp_path / "out"), "--server", server.url) == 0
+    assert record(tmp_path / "out")["runs"]["rubrics_with_the_same_words"] == 0
+    assert "word for word" not in (tmp_path / "out" / "report.md").read_text("utf-8")

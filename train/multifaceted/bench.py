@@ -226,8 +226,11 @@ def _agreement(judged: Sequence[JudgedRow], protocol: Protocol) -> dict[str, Any
         mean_of([row.answer.score([run]) if row.answer else None for row in judged]) for run in protocol.scoring_runs
     ]
     several = []
+    verbatim = []
     for row in judged:
         for runs in row.answer.judgements if row.answer else ():
+            texts = [one.texts[0] for run in protocol.scoring_runs if (one := runs[run]) and one.texts]
+            verbatim += [len(set(texts)) == 1] if len(texts) > 1 else []
             found = [one.score for run in protocol.scoring_runs if (one := runs[run]) and one.score is not None]
             if len(found) > 1:
                 several.append(found)
@@ -239,6 +242,7 @@ def _agreement(judged: Sequence[JudgedRow], protocol: Protocol) -> dict[str, Any
         "std_within_a_rubric": fmean(map(stdev, several)) if several else None,
         "rubrics_in_agreement": fmean(len(set(found)) == 1 for found in several) if several else None,
         "rubrics_with_two_runs": len(several),
+        "rubrics_with_the_same_words": fmean(verbatim) if verbatim else None,
     }
 
 

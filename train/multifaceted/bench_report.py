@@ -19,6 +19,8 @@ from train.multifaceted.protocol import (
 HEADING = "## Multifaceted Bench"
 _SAMPLES = 3
 _MOST_SUBDIMENSIONS = 40
+_SUSPICIOUS = 0.5
+"""Assessments of some sentences, drawn at temperature 1, are hardly ever the same word for word."""
 
 
 def make_record(
@@ -167,7 +169,13 @@ def _about_runs(runs: Mapping[str, Any], asked: int) -> str:
         )
     if len(runs["numbers"]) < asked:
         text += ". The first run picked the answers, and doesn't count"
-    return text + "."
+    text += "."
+    if (runs["rubrics_with_the_same_words"] or 0) > _SUSPICIOUS:
+        text += (
+            f" **In {runs['rubrics_with_the_same_words']:.0%} of the rubrics the runs agree word for word: the judge's "
+            "server seems to decode greedily whatever temperature it is sent, so the runs are one and the same.**"
+        )
+    return text
 
 
 def _about_best(best: Mapping[str, Any]) -> str:

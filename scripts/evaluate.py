@@ -11,7 +11,8 @@ the figures to adherence.json and adherence.png, and a section into report.md, a
         --data recipes/smollm2-135m/data/held_out.jsonl
 
 gain: how much likelier each model finds a reference answer under its own system message than under others, with 95 %
-intervals; train/loop/system_gain.py says what it can't see. Writes gain.json, gain.png and a section into report.md.
+intervals; train/loop/system_gain.py says what it can't see. Writes gain.json, gain.png and a section into report.md;
+what was scored stands in gain_scores.jsonl, so that a killed run goes on.
 
     python scripts/evaluate.py bench --model outputs/smollm2-135m-quickstart \
         --data recipes/smollm2-135m/data/bench.jsonl --judge Qwen/Qwen2.5-14B-Instruct --judge-server http://localhost:8000/v1

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,13 @@ def test_the_question_holds_all_that_the_judge_needs_and_not_the_system_message(
     assert "Zebra" not in prompt
     assert "Zebra system" in judge_prompt(ROW, ROW.rubrics[0], "r", show_system=True)
     assert parse_score(prompt) is None  # a judge that repeats its question has graded nothing
+
+
+def test_what_judges_needs_no_torch() -> None:
+    modules = "train.multifaceted.bench_report, train.multifaceted.batch_files, train.multifaceted.pairwise"
+    code = f"import sys, {modules}\nprint(sorted({{'torch', 'transformers', 'datasets', 'matplotlib'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 class Said:

@@ -5,7 +5,8 @@ descriptions, in one user message of our own words, and ends with `[RESULT] n`. 
 that asks for stands in the rubrics. `show_system` gives it all the same, and is no longer the paper's protocol.
 
 An answer of the judge that holds no score is asked for again, up to `retries` times in each run, each time as another
-sample. What then still has none is missing, never a zero and never a None in a mean.
+sample. One that the token limit cut holds none, whatever its last words look like: it hadn't come to its end. What then
+still has no score is missing, never a zero and never a None in a mean.
 """
 
 import re

@@ -114,7 +114,7 @@ def find_checkpoint(resume: str, recipe: Recipe, anyway: Sequence[str] = ()) -> 
             "on from it. Name another output_dir, or write `--resume never` to start anew."
         )
     recipe_keys = {key: value for key, value in found.manifest["run"].items() if not key.startswith("made.")}
-    known = {*found.manifest["run"], *facts_of_recipe(recipe), *_BATCH}
+    known = {*found.manifest["run"], *facts_of_recipe(recipe), *(f"training.{name}" for name in training_fields())}
     for key in anyway:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=2)

@@ -260,7 +260,7 @@ def test_what_changes_the_mathematics_is_refused_by_name_unless_it_is_named(
     assert f"--resume-anyway {key}" in str(refusal.value)
     named = [word for word in str(refusal.value).split() if word.startswith(key)]
     capsys.readouterr()
-    found = find_checkpoint("auto", recipe, [key, *named, *(word.rstrip(".") for word in named)])
+    found = find_checkpoint("auto", recipe, [key, *(word.rstrip(".,;:") for word in named)])
     assert found is not None
     assert said in capsys.readouterr().out
     with pytest.raises(UserError):
@@ -454,6 +454,12 @@ def test_a_run_that_is_to_stop_at_its_last_step_is_finished(
     assert json.loads((run / "outcome.json").read_text(encoding="utf-8"))["outcome"] == "finished"
     assert (run / "model.safetensors").exists()
     assert steps(run) == []
+
+
+def test_a_key_that_there_is_not_is_no_permission(again: Callable[..., tuple[Path, Path]]) -> None:
+    path, _ = again()
+    with pytest.raises(UserError, match=r"--resume-anyway data\.max_lenght: .* Did you mean data\.max_length"):
+        find_checkpoint("auto", load_recipe(path, ["data.max_length=256"]), ["data.max_lenght"])
 
 
 def test_what_lies_in_the_future_of_a_run_is_moved_aside(

@@ -48,6 +48,9 @@ def main() -> int:
     except UserError as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; what was answered or scored is kept, and the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

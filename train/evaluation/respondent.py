@@ -2,10 +2,12 @@
 
 import argparse
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from train.errors import UserError
-from train.llm.server import Server
+
+if TYPE_CHECKING:
+    from train.llm.server import Server
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Served:
     """
 
     model: str
-    servers: tuple[Server, ...]
+    servers: "tuple[Server, ...]"
     system_role: Literal["native", "merge_into_user"] = "native"
 
 
@@ -81,5 +83,7 @@ def respondent_of(options: argparse.Namespace) -> Checkpoint | Served:
     if options.system_role == "turn":
         raise UserError("--system-role turn: a server's template is its own. Allowed with --server: native, "
                         "merge_into_user.")  # fmt: skip
+    from train.llm.server import Server  # which takes a second to import
+
     servers = tuple(Server(url, options.concurrency, options.key_variable) for url in options.server)
     return Served(options.model, servers, options.system_role)

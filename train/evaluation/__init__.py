@@ -1,0 +1,1 @@
+"""What a trained model does with rows that it is asked, and how its figures compare."""

@@ -181,24 +181,14 @@ def _named(model: str) -> Iterator[None]:
 
 
 def _measure(name: str, made: "VariantRows", options: argparse.Namespace) -> "SystemGain":
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
     from train.loop.system_gain import system_gain
-    from train.model.load import hide_bars_in_logs
+    from train.model.load import load_saved
 
-    hide_bars_in_logs()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as fault:
-        raise UserError(f"{name}: can't be loaded: {' '.join(str(fault).split())}") from fault
+    model = load_saved(name, options.dtype)
     total = sum(len(variant) for row in made.rows for variant in row.all)
     with job(f"scoring answers with {name}", total=total, unit="answers") as scoring:
         return system_gain(
-            model.to(device),
+            model,
             made.rows,
             tokens_per_batch=options.batch_tokens,
             seed=options.seed,

@@ -13,7 +13,6 @@ from typing import Any
 from report_section import put_section
 
 from train.errors import UserError
-from train.progress import job
 
 HEADING = "## Does it follow system messages?"
 KINDS = {"wording": "held-out questions and wordings", "rule": "rules never trained"}
@@ -110,31 +109,25 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder}: can't be loaded: there is no config.json or adapter_config.json in it")
 
 
-def answer(folder: Path, rows: list[dict[str, Any]], max_new_tokens: int, batch_size: int) -> list[str]:
+def answer(folder: Path, rows: list[dict[str, Any]], options: argparse.Namespace) -> list[str]:
     """What the model in `folder`, whole or an adapter, answers to each row's system and user message."""
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from train.evaluation.responses import Checkpoint, respond
+    from train.llm.client import NoAnswerError
+    from train.llm.journal import Decoding
 
-    from train.model.generate import generate
-    from train.model.load import hide_bars_in_logs
-
-    hide_bars_in_logs()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, use_safetensors=True)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as fault:
-        raise UserError(f"{folder}: can't be loaded: {' '.join(str(fault).split())}") from fault
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    with job(f"answers of {folder.name}", total=len(rows), unit="rows") as answering:
-        return generate(
-            model,
-            tokenizer,
-            [row["messages"][:-1] for row in rows],
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            on_progress=answering.advance,
-        )
+    found = respond(
+        Checkpoint(str(folder), dtype="bfloat16", batch_size=options.batch_size),
+        [row["messages"][:-1] for row in rows],
+        Decoding(options.max_new_tokens, temperature=0.0),
+        options.after / "answers.sqlite",
+        description=f"answers of {folder.name}",
+    )
+    texts = []
+    for row, [given] in zip(rows, found, strict=True):
+        if isinstance(given, NoAnswerError):
+            raise UserError(f"{folder}: no answer to {row['messages'][1]['content']!r}: {given}")
+        texts.append(given.text)
+    return texts
 
 
 def adherence(verdicts: list[Verdict]) -> dict[str, dict[str, tuple[int, int, int]]]:
@@ -214,9 +207,7 @@ def run(options: argparse.Namespace) -> None:
     rows = read_rows(options.data, known)
     for asked in (options.before, options.after):
         check_folder(asked)
-    answers = [
-        answer(folder, rows, options.max_new_tokens, options.batch_size) for folder in (options.before, options.after)
-    ]
+    answers = [answer(folder, rows, options) for folder in (options.before, options.after)]
     verdicts = []
     for row, *texts in zip(rows, *answers, strict=True):
         question = row["messages"][1]["content"]

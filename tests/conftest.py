@@ -92,6 +92,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_chat_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with ChatML as the template that it was saved with."""
+    from transformers import AutoTokenizer
+
+    from train.data.chat_template import use_template
+
+    folder = tmp_path_factory.mktemp("model") / "tiny-chat"
+    shutil.copytree(tiny_model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    use_template(tokenizer, "chatml")
+    tokenizer.chat_template = tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def mistral_tokenizer_v1() -> Callable[[], object]:
     """Mistral 7B v0.1/v0.2's tokenizer, built from the SentencePiece file in mistral-common: a new one each call."""
     from sentencepiece_bpe import fast_tokenizer

@@ -21,11 +21,11 @@ RULES = {"long": Rule(lambda question, text: len(text) > 12), "never": Rule(lamb
 
 
 @pytest.fixture
-def evaluated(tiny_model: Path, tmp_path: Path) -> tuple[Path, list[dict]]:
+def evaluated(tiny_chat_model: Path, tmp_path: Path) -> tuple[Path, list[dict]]:
     """The folder of the model "after" (the same model, copied) and the rows asked."""
     after = tmp_path / "after"
     after.mkdir()
-    for path in tiny_model.iterdir():
+    for path in tiny_chat_model.iterdir():
         (after / path.name).write_bytes(path.read_bytes())
     (after / "report.md").write_text("# a run\n\nof before\n", encoding="utf-8")
     (tmp_path / "rules.py").write_text(RULES, encoding="utf-8")
@@ -42,7 +42,7 @@ def evaluated(tiny_model: Path, tmp_path: Path) -> tuple[Path, list[dict]]:
 
 
 def test_adherence_is_what_the_answers_say(
-    evaluated: tuple[Path, list[dict]], tiny_model: Path, tmp_path: Path
+    evaluated: tuple[Path, list[dict]], tiny_chat_model: Path, tmp_path: Path
 ) -> None:
     after, rows = evaluated
     command = [
@@ -51,7 +51,7 @@ def test_adherence_is_what_the_answers_say(
         "--data",
         tmp_path / "rows.jsonl",
         "--before",
-        tiny_model,
+        tiny_chat_model,
         "--after",
         after,
     ]

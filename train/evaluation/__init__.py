@@ -1,1 +1,1 @@
-"""What a trained model does with rows that it is asked, and how its figures compare."""
+"""Measure what a model does with system messages, and compare two."""

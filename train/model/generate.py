@@ -1,13 +1,22 @@
 """Answers from a model in memory, in batches, and where the answers of a saved one stop."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@torch.inference_mode()
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """What a model wrote. `tokens`: how many, with the one that ended it. `cut`: the limit ended it."""
+
+    text: str
+    tokens: int
+    cut: bool
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -28,32 +37,56 @@ def generate(
     ]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers = [""] * len(prompts)
-    model.eval()
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
-        inputs = tokenizer(
-            [prompts[index] for index in indices],
-            add_special_tokens=False,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-            return_token_type_ids=False,
-        ).to(model.device)
-        outputs = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        new_tokens = outputs[:, inputs["input_ids"].shape[1] :]
-        for index, text in zip(indices, tokenizer.batch_decode(new_tokens, skip_special_tokens=True), strict=True):
-            answers[index] = text
+        batch = generate_batch(model, tokenizer, [prompts[index] for index in indices], max_new_tokens=max_new_tokens)
+        for index, generated in zip(indices, batch, strict=True):
+            answers[index] = generated.text
         if on_progress:
             on_progress(len(indices))
     return answers
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    sampling: Mapping[str, Any] | None = None,
+) -> list[Generated]:
+    """What the model writes after each prompt, all at once. `sampling`: as transformers' generate; None = greedy.
+
+    What `sampling` doesn't name is as the model's own generation settings have it, and else not done (top_k 50, a
+    default of transformers, isn't). Special tokens aren't in the text.
+    """
+    model.eval()
+    inputs = tokenizer(
+        list(prompts),
+        add_special_tokens=False,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+        return_token_type_ids=False,
+    ).to(model.device)
+    if sampling is None:
+        sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    elif model.generation_config.top_k is None:
+        sampling = {"top_k": 0, **sampling}
+    if "stop_strings" in sampling:
+        sampling = {**sampling, "tokenizer": tokenizer}
+    outputs = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
+    written = outputs[:, inputs["input_ids"].shape[1] :].tolist()
+    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+    known = model.generation_config.eos_token_id
+    stops = set(known) if isinstance(known, list) else {known}
+    generated = []
+    for ids, text in zip(written, texts, strict=True):
+        tokens = next((place + 1 for place, token in enumerate(ids) if token in stops), len(ids))
+        cut = tokens == max_new_tokens and ids[-1] not in stops
+        generated.append(Generated(text, tokens, cut))
+    return generated
 
 
 def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str]) -> None:

@@ -125,6 +125,20 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     return loaded
 
 
+def load_saved(name: str, dtype: str | None = None) -> PreTrainedModel:
+    """A model as it is used: `name` is a folder or hub id of a whole model or an adapter; on a GPU, if there is one.
+
+    `dtype`: float32 or bfloat16; None = bfloat16 on a GPU and float32 on a CPU. Raises UserError.
+    """
+    hide_bars_in_logs()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32"))
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=chosen, use_safetensors=True).to(device)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as fault:
+        raise UserError(f"{name}: can't be loaded: {' '.join(str(fault).split())}") from fault
+
+
 def _has_pickled_weights(name: str) -> bool:
     folder = Path(name)
     if not folder.is_dir() or any(folder.glob("*.safetensors")):

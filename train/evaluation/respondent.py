@@ -1,0 +1,85 @@
+"""Who answers: a checkpoint or a served model, and the options of a command that say so."""
+
+import argparse
+from dataclasses import dataclass
+from typing import Literal
+
+from train.errors import UserError
+from train.llm.server import Server
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on the disk or on the hub, whole or an adapter, and what it runs in.
+
+    `template`, `system_role`: as a recipe's `chat` has them. `dtype`: None = bfloat16 on a GPU, float32 on a CPU.
+    `batch_size`: answers at a time (vllm sees to that itself).
+    """
+
+    model: str
+    template: str | None = None
+    system_role: Literal["native", "merge_into_user", "turn"] = "native"
+    engine: Literal["transformers", "vllm"] = "transformers"
+    dtype: str | None = None
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model behind OpenAI-compatible servers, by the name that they know it by.
+
+    `system_role`: native = as the server's template has it; merge_into_user = in the first user turn, before its text
+    and a blank line, for a model without a system role whose template would refuse or drop it.
+    """
+
+    model: str
+    servers: tuple[Server, ...]
+    system_role: Literal["native", "merge_into_user"] = "native"
+
+
+def add_respondent(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say who answers."""
+    who = parser.add_argument_group("who answers")
+    who.add_argument("--model", required=True, help="folder or hub id of a model or an adapter; with --server its name")
+    who.add_argument("--server", action="append", default=[], metavar="URL", help="ask it there: http://host:8000/v1")
+    who.add_argument("--concurrency", type=int, default=64, help="requests at once to each server (default 64)")
+    who.add_argument("--key-variable", metavar="NAME", help="the environment variable that holds the server's key")
+    who.add_argument("--template", help="as chat.template of a recipe (default: the model's own)")
+    who.add_argument(
+        "--system-role",
+        default="native",
+        choices=("native", "merge_into_user", "turn"),
+        help="as chat.system_role of a recipe (default native: a model that we trained has its policy in its template)",
+    )
+    who.add_argument(
+        "--engine",
+        default="transformers",
+        choices=("transformers", "vllm"),
+        help="what runs a model that is no server's (default transformers); vllm is started for it, and ended",
+    )
+    who.add_argument("--dtype", choices=("float32", "bfloat16"), help="default float32 on a CPU, bfloat16 on a GPU")
+    who.add_argument("--batch-size", type=int, default=16, help="answers at a time, without a server (default 16)")
+
+
+def respondent_of(options: argparse.Namespace) -> Checkpoint | Served:
+    """Who answers, by the options of `add_respondent`. Raises UserError for options that contradict."""
+    for name in ("concurrency", "batch_size"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1")
+    if not options.server:
+        return Checkpoint(
+            options.model,
+            options.template,
+            options.system_role,
+            options.engine,
+            options.dtype,
+            options.batch_size,
+        )
+    for name in ("template", "dtype"):
+        if getattr(options, name):
+            raise UserError(f"--{name}: that is the server's affair; leave it out, or leave --server out.")
+    if options.system_role == "turn":
+        raise UserError("--system-role turn: a server's template is its own. Allowed with --server: native, "
+                        "merge_into_user.")  # fmt: skip
+    servers = tuple(Server(url, options.concurrency, options.key_variable) for url in options.server)
+    return Served(options.model, servers, options.system_role)

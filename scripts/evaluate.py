@@ -12,13 +12,32 @@ the figures to adherence.json and adherence.png, and a section into report.md, a
 
 gain: how much likelier each model finds a reference answer under its own system message than under others, with 95 %
 intervals; train/loop/system_gain.py says what it can't see. Writes gain.json, gain.png and a section into report.md.
+
+    python scripts/evaluate.py ifeval --model outputs/smollm2-135m-quickstart \
+        --data recipes/smollm2-135m/data/system_ifeval.jsonl --control recipes/smollm2-135m/data/system_ifeval_user.jsonl
+
+ifeval: how many of the constraints in a system message an answer follows, by lm-evaluation-harness's own checkers, and
+how many it follows where they stand in the user turn. Writes ifeval.json, ifeval_answers.jsonl, ifeval.png and a section
+into report.md; what was answered stays in ifeval_journal.sqlite, and the same command goes on from there.
+
+    python scripts/evaluate.py harness --model outputs/smollm2-135m-quickstart --tasks sysgen
+
+harness: tasks of lm-evaluation-harness with the trained chat template; `sysgen` is the eight unseen benchmarks of
+SYSGEN. Writes harness.json, harness_rows.jsonl and a section into report.md.
+
+    python scripts/evaluate.py compare outputs/smollm2-135m-instruct outputs/smollm2-135m-quickstart
+
+compare: what two folders hold of all these results, side by side. Writes compare.json and compare.png.
 """
 
 import argparse
 import os
 import sys
 
+import evaluate_compare
 import evaluate_gain
+import evaluate_harness
+import evaluate_ifeval
 import evaluate_rules
 
 from train.errors import CommandLine, UserError
@@ -31,7 +50,7 @@ def main() -> int:
     leave_out_unhelpful_warnings()
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="command")
-    for command in (evaluate_rules, evaluate_gain):
+    for command in (evaluate_rules, evaluate_gain, evaluate_ifeval, evaluate_harness, evaluate_compare):
         command.add_to(commands)
     options = parser.parse_args()
     try:

@@ -14,6 +14,7 @@ from report_section import put_section
 from train.errors import UserError
 from train.evaluation.ifeval import SKIPPED, Checkers, Row, Verdict, read_rows, same_rows
 from train.evaluation.ifeval_figures import MEASURES, Share, gaps, gaps_by_rule, shares, shares_by_rule
+from train.evaluation.respondent import add_respondent, respondent_of
 from train.llm.journal import Decoding
 from train.llm.reasoning import without_reasoning
 
@@ -35,8 +36,6 @@ class Answered:
 
 def add_to(commands: Any) -> None:
     """Add the command to those of evaluate.py."""
-    from train.evaluation.responses import add_respondent
-
     parser = commands.add_parser("ifeval", help="S-IFEval: checkable constraints in the system message")
     add_respondent(parser)
     parser.add_argument("--data", type=Path, required=True, help="S-IFEval's rows, or IFEval's, as jsonl")
@@ -141,7 +140,7 @@ def ask(
     options: argparse.Namespace, asked: dict[str, list[Row]], checkers: Checkers, journal: Path
 ) -> dict[str, list[Answered]]:
     """Answers and verdicts for each turn. What the journal holds is not asked again."""
-    from train.evaluation.responses import respond, respondent_of
+    from train.evaluation.responses import respond
 
     decoding = Decoding(
         max_tokens=options.max_new_tokens,

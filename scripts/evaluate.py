@@ -14,11 +14,12 @@ gain: how much likelier each model finds a reference answer under its own system
 intervals; train/loop/system_gain.py says what it can't see. Writes gain.json, gain.png and a section into report.md.
 
     python scripts/evaluate.py ifeval --model outputs/smollm2-135m-quickstart \
-        --data recipes/smollm2-135m/data/system_ifeval.jsonl --control recipes/smollm2-135m/data/system_ifeval_user.jsonl
+        --data recipes/smollm2-135m/data/system_ifeval.jsonl \
+        --control recipes/smollm2-135m/data/system_ifeval_user.jsonl
 
 ifeval: how many of the constraints in a system message an answer follows, by lm-evaluation-harness's own checkers, and
-how many it follows where they stand in the user turn. Writes ifeval.json, ifeval_answers.jsonl, ifeval.png and a section
-into report.md; what was answered stays in ifeval_journal.sqlite, and the same command goes on from there.
+how many it follows where they stand in the user turn. Writes ifeval.json, ifeval_answers.jsonl, ifeval.png and a
+section into report.md; what was answered stays in ifeval_journal.sqlite, and the same command goes on from there.
 
     python scripts/evaluate.py harness --model outputs/smollm2-135m-quickstart --tasks sysgen
 

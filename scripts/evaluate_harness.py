@@ -29,11 +29,15 @@ def add_to(commands: Any) -> None:
         "hellaswag, ifeval, mathqa, bbh",
     )
     parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="tasks of your own, as lm-eval's YAML")
-    parser.add_argument("--system-instruction", metavar="TEXT", help="a system message for every request (default none)")
+    parser.add_argument(
+        "--system-instruction", metavar="TEXT", help="a system message for every request (default none)"
+    )
     parser.add_argument(
         "--few-shot", type=int, metavar="N", help="examples before each question (default what each task defines)"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="the first documents of each task, so many (default all)")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="the first documents of each task, so many (default all)"
+    )
     parser.add_argument("--template", help="as chat.template of a recipe (default: the model's own)")
     parser.add_argument(
         "--system-role",
@@ -62,23 +66,26 @@ def run(options: argparse.Namespace) -> None:
     tasks = Tasks(task_names(options.tasks), options.include_path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        scored = evaluate(
-            tasks,
-            options.model,
-            folder,
-            template=options.template,
-            system_role=options.system_role,
-            system_instruction=options.system_instruction,
-            dtype=options.dtype,
-            batch_size=options.batch_size,
-            few_shot=options.few_shot,
-            limit=options.limit,
-        )
-        text = section(scored, options)
+    except OSError as fault:
+        raise UserError(f"--output {folder}: can't be made: {fault.strerror}") from fault
+    scored = evaluate(
+        tasks,
+        options.model,
+        folder,
+        template=options.template,
+        system_role=options.system_role,
+        system_instruction=options.system_instruction,
+        dtype=options.dtype,
+        batch_size=options.batch_size,
+        few_shot=options.few_shot,
+        limit=options.limit,
+    )
+    text = section(scored, options)
+    try:
         write(scored, options, folder)
         put_section(folder / "report.md", HEADING, text)
     except OSError as fault:
-        raise UserError(f"{folder}: can't be written: {fault}") from fault
+        raise UserError(f"{folder}: can't be written: {fault.strerror}") from fault
     print(text)
     print(f"the figures are in {folder / 'harness.json'}, each document's in {folder / 'harness_rows.jsonl'}")
 

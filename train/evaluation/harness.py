@@ -46,6 +46,8 @@ class Score:
     of: int
     few_shot: int | None
     version: str | None
+    leaves: tuple[str, ...]
+    """Of a group, the tasks that it pools; of a task, its own name."""
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
@@ -63,9 +65,7 @@ class Scored:
 
 def task_names(given: Sequence[str]) -> list[str]:
     """The harness's names for what was asked for: `sysgen` is eight of them. Each once, in the order given."""
-    return list(
-        dict.fromkeys(name for item in given for name in ([*SYSGEN.values()] if item == "sysgen" else [item]))
-    )
+    return list(dict.fromkeys(name for item in given for name in ([*SYSGEN.values()] if item == "sysgen" else [item])))
 
 
 class Tasks:
@@ -178,6 +178,7 @@ def _scores(found: Mapping[str, Any]) -> list[Score]:
         return [leaf for child in children for leaf in leaves(child)] if children else [name]
 
     for task, metrics in {**found["results"], **found.get("groups", {})}.items():
+        of = leaves(task)
         for key, value in metrics.items():
             name, _, kept = key.partition(",")
             if isinstance(value, bool) or not isinstance(value, int | float) or not kept or name.endswith("_stderr"):
@@ -192,9 +193,10 @@ def _scores(found: Mapping[str, Any]) -> list[Score]:
                     stderr=float(stderr) if known else None,
                     low=value - 1.96 * stderr if known else None,
                     high=value + 1.96 * stderr if known else None,
-                    of=sum(counts.get(leaf, 0) for leaf in leaves(task)),
+                    of=sum(counts.get(leaf, 0) for leaf in of),
                     few_shot=found["n-shot"].get(task),
                     version=None if found["versions"].get(task) is None else str(found["versions"][task]),
+                    leaves=tuple(of),
                 )
             )
     return scores

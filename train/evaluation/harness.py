@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from train.errors import UserError
 from train.evaluation.punkt import missing_package, provide_punkt
@@ -27,8 +27,10 @@ SYSGEN = {
     "MathQA": "mathqa",
     "BBH": "bbh",
 }
-"""SYSGEN's unseen benchmarks -> the harness's tasks. The paper names neither its tasks (GPQA's and BBH's come in several
-variants) nor its few-shot counts: these are the harness's own, with the counts that it defines."""
+"""SYSGEN's unseen benchmarks -> the harness's tasks.
+
+The paper names neither its tasks (GPQA's and BBH's come in several variants) nor its few-shot counts: these are the
+harness's own names, with the counts that it defines for them."""
 
 _NOT_HELPFUL = ("`pretrained` model kwarg is not of type",)
 
@@ -119,7 +121,7 @@ def evaluate(
     folder: Path,
     *,
     template: str | None = None,
-    system_role: str = "native",
+    system_role: Literal["native", "merge_into_user", "turn"] = "native",
     system_instruction: str | None = None,
     dtype: str | None = None,
     batch_size: int = 16,

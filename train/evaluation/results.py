@@ -98,7 +98,7 @@ def _read_ifeval(kind: str, path: Path, record: Record) -> Results:
     measures = {}
     for turn in ("system", "user"):
         for manner, of_turn in (("strict", strict[turn]), ("loose", loose[turn])) if turn in record else ():
-            kept = {
+            kept: dict[str, dict[str, tuple[float, ...]]] = {
                 f"prompt_{manner}": {key: (min(numbers),) for key, numbers in of_turn.items()},
                 f"constraint_{manner}": of_turn,
             }

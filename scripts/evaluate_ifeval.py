@@ -189,8 +189,10 @@ def write_answers(path: Path, asked: dict[str, list[Row]], found: dict[str, list
 
 def percent(share: Share) -> str:
     """`12.3 % [10.0, 14.5]`."""
-    shown = f"{share.value:.1%}".replace("%", " %")
-    return shown if share.low is None or share.high is None else f"{shown} [{share.low:.1%}, {share.high:.1%}]"
+    shown = f"{100 * share.value:.1f} %"
+    return (
+        shown if share.low is None or share.high is None else f"{shown} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+    )
 
 
 def points(gap: "Estimate") -> str:

@@ -154,7 +154,9 @@ def test_verdicts_are_the_checkers_own_on_every_row(checkers: Checkers, tmp_path
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(pair) + "\n" for pair in zip(docs, answers, strict=True)), encoding="utf-8")
     model = Path(str(nltk.data.find("tokenizers/punkt_tab/english/"))).parents[2]
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", OWN, pairs, model], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", OWN, pairs, model], capture_output=True, text=True, check=True
+    )
     theirs = [json.loads(line) for line in done.stdout.splitlines()]
     rows = [one for file in files for one in read_rows(file)]
     ours = [checkers.verdict(one, answer) for one, answer in zip(rows, answers, strict=True)]
@@ -213,14 +215,18 @@ def test_a_row_that_lacks_something_is_named(tmp_path: Path, change: dict, says:
     bad = {name: value for name, value in (GOOD_ROW | change).items() if value is not ...}
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(GOOD_ROW | {"key": 9}) + "\n" + json.dumps(bad) + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match="rows.jsonl:2: ") as fault:
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: ") as fault:
         read_rows(file)
     assert says in str(fault.value)
 
 
 def test_files_that_hold_no_rows_or_a_key_twice(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    for text, says in (("", "no rows"), ("{\n", "rows.jsonl:1: "), ((json.dumps(GOOD_ROW) + "\n") * 2, "rows.jsonl:1 already")):
+    for text, says in (
+        ("", "no rows"),
+        ("{\n", "rows.jsonl:1: "),
+        ((json.dumps(GOOD_ROW) + "\n") * 2, "rows.jsonl:1 already"),
+    ):
         file.write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=says):
             read_rows(file)
@@ -231,7 +237,11 @@ def test_files_that_hold_no_rows_or_a_key_twice(tmp_path: Path) -> None:
 def test_rows_as_the_hub_has_them(tmp_path: Path, checkers: Checkers) -> None:
     """IFEval itself: no messages, every argument of every rule with null, and a separator that ends no line of jsonl."""
     given = {"keywords": None, "num_words": 3, "relation": "at least", "letter": None}
-    one = GOOD_ROW | {"prompt": "a\u2028b", "instruction_id_list": ["length_constraints:number_words"], "kwargs": [given]}
+    one = GOOD_ROW | {
+        "prompt": "a\u2028b",
+        "instruction_id_list": ["length_constraints:number_words"],
+        "kwargs": [given],
+    }
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(one, ensure_ascii=False) + "\n", encoding="utf-8")
     [read] = read_rows(file)
@@ -259,7 +269,7 @@ def test_arguments_that_a_checker_would_replace_or_choke_on(
 ) -> None:
     bad = Row(1, "p", (rule,), (given,), ({"role": "user", "content": "p"},), "rows.jsonl:7")
     before = random.getstate()
-    with pytest.raises(UserError, match="^rows.jsonl:7: ") as fault:
+    with pytest.raises(UserError, match=r"^rows\.jsonl:7: ") as fault:
         checkers.drawn_at_random(bad)
     assert says in str(fault.value)
     assert random.getstate() == before
@@ -268,7 +278,7 @@ def test_arguments_that_a_checker_would_replace_or_choke_on(
 def test_a_control_is_of_the_same_rows(tmp_path: Path) -> None:
     rows = [row("punctuation:no_comma", key=key) for key in (1, 2)]
     assert [one.key for one in same_rows(rows, rows[::-1], tmp_path)] == [1, 2]
-    with pytest.raises(UserError, match="key 2 .* is missing there"):
+    with pytest.raises(UserError, match=r"key 2 .* is missing there"):
         same_rows(rows, rows[:1], tmp_path)
     with pytest.raises(UserError, match="key 2 has other constraints"):
         same_rows(rows, [rows[0], row("startend:quotation", key=2)], tmp_path)

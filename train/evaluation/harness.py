@@ -5,12 +5,14 @@ there, so that a killed run goes on where it was. Its keys name the request alon
 weights, dtype and version of the harness answered.
 """
 
+import difflib
 import hashlib
 import importlib.metadata
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,16 +90,16 @@ class Tasks:
         DetectorFactory.seed = 0
         folder = str(include_path) if include_path else None
         # To read the harness's own 14,000 tasks takes 8 seconds, and a folder needn't name any of them.
-        self.manager = TaskManager(include_path=folder, include_defaults=False) if folder else TaskManager()
+        self.manager = TaskManager(include_path=folder, include_defaults=False) if folder else _harness_tasks()
         self.names = list(names)
         if folder and not set(names) <= set(self.manager.all_tasks):
             self.manager = TaskManager(include_path=folder)
         for name in names:
+            self._must_exist(name)
+        for name in names:
             self._load(name)
 
-    def _load(self, name: str) -> None:
-        import difflib
-
+    def _must_exist(self, name: str) -> None:
         if name not in self.manager.all_tasks:
             close = difflib.get_close_matches(name, self.manager.all_tasks, 3)
             meant = f" Did you mean {', '.join(close)}?" if close else ""
@@ -105,6 +107,8 @@ class Tasks:
                 f"--tasks {name}: lm-eval {importlib.metadata.version('lm-eval')} has no such task or group, nor has "
                 f"--include-path.{meant}"
             )
+
+    def _load(self, name: str) -> None:
         try:
             self.manager.load([name])
         except Exception as fault:  # of the hub, of datasets, of a task's own code: there is no one kind
@@ -113,6 +117,13 @@ class Tasks:
                 "A task whose data is on this disk can be given with --include-path; some on the hub (GPQA) want "
                 "HF_TOKEN of someone who has accepted their terms."
             ) from fault
+
+
+@cache
+def _harness_tasks() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def evaluate(

@@ -9,11 +9,13 @@ nltk's own format into a folder on nltk's own search path, so nltk's own tokeniz
 import atexit
 import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 
 from train.errors import UserError
 
 
+@cache
 def provide_punkt() -> str:
     """See to it that nltk finds punkt_tab for English, before lm_eval's checkers are imported; where it is from.
 

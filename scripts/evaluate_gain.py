@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
 
     from train.loop.system_gain import markdown
 
-    measured = {name: _measure(model, made, options) for name, model in names.items()}
+    measured = {name: _measure(model, made, file, options) for name, model in names.items()}
     change = measured["after"].change_from(measured["before"], seed=options.seed) if options.before else None
     record = {
         "data": options.data,
@@ -180,18 +180,25 @@ def _named(model: str) -> Iterator[None]:
         raise UserError(str(fault).replace("model.name_or_path", f"--model or --before {model}", 1)) from fault
 
 
-def _measure(name: str, made: "VariantRows", options: argparse.Namespace) -> "SystemGain":
+def _measure(name: str, made: "VariantRows", file: Path, options: argparse.Namespace) -> "SystemGain":
+    from train.evaluation.checkpoint import fingerprint
+    from train.evaluation.score_file import ScoreFile
     from train.loop.system_gain import system_gain
     from train.model.load import load_saved
 
     model = load_saved(name, options.dtype)
     total = sum(len(variant) for row in made.rows for variant in row.all)
-    with job(f"scoring answers with {name}", total=total, unit="answers") as scoring:
+    told_apart = json.dumps([fingerprint(name), str(model.dtype)])
+    with (
+        ScoreFile(file.with_name("gain_scores.jsonl"), told_apart) as scores,
+        job(f"scoring answers with {name}", total=total, unit="answers") as scoring,
+    ):
         return system_gain(
             model,
             made.rows,
             tokens_per_batch=options.batch_tokens,
             seed=options.seed,
+            scores=scores,
             on_progress=scoring.advance,
         )
 

@@ -25,6 +25,11 @@ ROOT = Path(__file__).parents[1]
 WORDS = "river stone cloud amber seven quiet window paper north candle orbit maple silver engine harbor"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs first: one that is left for the end keeps a single worker busy while the others have nothing to do."""
+    items.sort(key=lambda item: ("integration" not in item.path.parts, item.path.parent != Path(__file__).parent))
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The folder of SmolLM2-135M-Instruct, exported on first use."""

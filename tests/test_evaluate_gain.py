@@ -4,7 +4,9 @@ import importlib.util
 import json
 import math
 import shutil
+import signal
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -155,7 +157,7 @@ def test_other_folders_stay_as_they_are_with_json(
     command_line = ["--model", after, "--data", data, "--json", tmp_path / "out" / "of.json", "--limit", "5"]
     assert command("gain", *command_line, "--group", "prompt", "--others", "1") == 0
     assert sorted(path.name for path in after.iterdir()) == before
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["gain.png", "of.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["gain.png", "gain_scores.jsonl", "of.json"]
     record = json.loads((tmp_path / "out" / "of.json").read_text(encoding="utf-8"))
     assert record["models"]["after"]["overall"]["rows"] == 5
     assert "change" not in record
@@ -202,3 +204,70 @@ def test_a_section_is_written_in_its_place(scripts: ModuleType, tmp_path: Path) 
     assert report.read_text() == "# run\n\ntext\n\n## A\n\na\n### sub\n\n## B\n\nnew\n\n## C\n\nc\n"
     scripts.evaluate_gain.put_section(report, "## D", "## D\n\nd\n")
     assert report.read_text().endswith("## C\n\nc\n\n## D\n\nd\n")
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, "scripts")
+from train.evaluation.score_file import ScoreFile
+whole, left = ScoreFile.add, int(sys.argv.pop(1))
+def until_killed(*arguments):
+    global left
+    whole(*arguments)
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+ScoreFile.add = until_killed
+import evaluate
+sys.exit(evaluate.main())
+"""
+
+
+def test_what_was_scored_is_not_scored_again(
+    command: Callable[..., int], after: Path, data: Path, tmp_path: Path
+) -> None:
+    """Killed after two batches of five or more; the figures are those of a run left alone."""
+    arguments = ["gain", "--model", after, "--data", data, "--batch-tokens", "200"]
+    killed = [sys.executable, "-c", KILLED, "2", *map(str, arguments)]
+    assert subprocess.run(killed, cwd=ROOT, capture_output=True, check=False).returncode == -signal.SIGKILL
+    scores = after / "gain_scores.jsonl"
+    kept = [line for line in scores.read_text(encoding="utf-8").splitlines() if line]
+    assert kept
+    with scores.open("a", encoding="utf-8") as lines:
+        lines.write(kept[0][: len(kept[0]) // 2])  # as a crash leaves it
+    assert command(*arguments) == 0
+    every = [json.loads(line) for line in scores.read_text(encoding="utf-8").splitlines() if line.endswith("]")]
+    assert len(every) == len({key for key, _ in every}) > len(kept)
+    assert [json.dumps(line) for line in every[: len(kept)]] == kept
+    alone = tmp_path / "alone.json"
+    assert command(*arguments, "--json", alone) == 0
+    found, expected = (json.loads(path.read_text(encoding="utf-8")) for path in (after / "gain.json", alone))
+    assert [one["overall"]["gain"]["mean"] for one in found["models"].values()] == pytest.approx(
+        [one["overall"]["gain"]["mean"] for one in expected["models"].values()], abs=1e-6
+    )
+
+
+def test_an_adapter_is_measured_upon_its_base(
+    command: Callable[..., int], data: Path, after: Path, tmp_path: Path
+) -> None:
+    """An adapter, and the same merged into the weights."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(after), LoraConfig(r=4, target_modules="all-linear"))
+    for name, weights in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weights, std=0.05)
+    tokenizer = AutoTokenizer.from_pretrained(after)
+    for folder, saved in (tmp_path / "adapter", model), (tmp_path / "merged", None):
+        if saved is None:
+            saved = model.merge_and_unload()
+        saved.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        assert command("gain", "--model", folder, "--data", data) == 0
+    adapter, merged = (json.loads((tmp_path / name / "gain.json").read_text()) for name in ("adapter", "merged"))
+    [of_adapter], [of_merged] = adapter["models"].values(), merged["models"].values()
+    assert of_adapter["overall"]["gain"]["mean"] == pytest.approx(of_merged["overall"]["gain"]["mean"], abs=1e-4)
+    assert command("gain", "--model", after, "--data", data) == 0
+    [of_base] = json.loads((after / "gain.json").read_text())["models"].values()
+    assert abs(of_base["overall"]["gain"]["mean"] - of_merged["overall"]["gain"]["mean"]) > 0.01

@@ -512,7 +512,7 @@ def test_a_time_is_written_as_slurm_writes_it(recipe_file: Path) -> None:
 
 def test_sections_are_recipes_keys() -> None:
     named = ["model", "chat", "data", "adapter", "quantization", "training", "tracking"]
-    named += ["save", "guards", "output_dir", "seed"]
+    named += ["save", "guards", "system_gain", "output_dir", "seed"]
     assert list(Recipe.model_fields) == named
 
 

@@ -156,6 +156,8 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool) -> Te
         line("duplicates", "none")
     if report.validation and not report.overlap.questions.rows:
         line("overlap", "no validation row begins with a user message that training has")
+    if report.system_gain:
+        line("system gain", report.system_gain)
     for number, value in enumerate(_describe_schedule(report)):
         line("" if number else "steps", value)
     for number, value in enumerate(describe(report.plan) if report.plan else ()):
@@ -282,8 +284,15 @@ def _describe_rhythm(rhythm: Rhythm) -> str:
     return {"no": "at the end", "epoch": "after each epoch", "best": "where it is the best so far"}[rhythm.strategy]
 
 
-def screen(recipe: Recipe, template: str, data: Prepared, model: "PreTrainedModel", arguments: "SFTConfig") -> str:
-    """Model, data, batches and what is trained, as lines of plain text. `template`: which one, in words."""
+def screen(
+    recipe: Recipe,
+    template: str,
+    data: Prepared,
+    model: "PreTrainedModel",
+    arguments: "SFTConfig",
+    system_gain: str | None = None,
+) -> str:
+    """Model, data, batches and what is trained, as lines of plain text. `template`, `system_gain`: which, in words."""
     from train.loop.arguments import optimizer_steps, sequences_per_step
     from train.model.attention import attention_for
     from train.model.float8 import float8_warnings
@@ -304,6 +313,7 @@ def screen(recipe: Recipe, template: str, data: Prepared, model: "PreTrainedMode
         *(_describe("validation", data.validation.account, recipe) if data.validation else []),
         *(("", visible(describe_outcome(one))) for one in outcomes(data, recipe.data)),
         *(("warning", visible(warning)) for warning in [*warnings_of(data), *float8_warnings(recipe)]),
+        *([("system gain", visible(system_gain))] if system_gain else []),
         (
             "steps",
             f"{steps:,} of {counted(together, 'sequence')}, about "

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from train.data.gain_rows import describe_gain, gain_refusal, gain_rows
 from train.data.loss_mask import NOT_TRAINED
 from train.data.outcomes import Outcome, counted, outcomes, warnings_of
 from train.data.prepare import Account, CachedSource, Prepared, Row, refusal
@@ -110,6 +111,7 @@ class Report:
     `caches`: where the tokens of each source are kept.
 
     `error` is what has to change and null where `ready`. `resumes_from`: the checkpoint that the run would go on from.
+    `system_gain`: on what each evaluation measures it, in words.
     `float8`: how linear layers multiply, null where as their weights' type has it. `validation` is null where the
     recipe names none, `plan` where no GPUs are named.
     """
@@ -131,6 +133,7 @@ class Report:
     caches: list[CachedSource]
     outcomes: list[Outcome]
     overlap: Overlap
+    system_gain: str | None
     schedule: Schedule
     output_dir: str
     resumes_from: str | None
@@ -154,7 +157,9 @@ def survey(
     """
     account = data.train.account
     processes = cluster.processes if cluster else int(os.environ.get("WORLD_SIZE", "1"))
-    faults = [refusal(data, recipe.data), *run_faults(recipe, account.sequences, processes)]
+    gain = gain_rows(recipe, data, tokenizer)
+    run = run_faults(recipe, account.sequences, processes)
+    faults = [refusal(data, recipe.data), gain_refusal(recipe, gain), *run]
     sequences = account.sequences
     if cluster and recipe.data.packing:  # on so many GPUs rows are packed into whole steps
         whole = sequences_per_step(recipe, processes)
@@ -180,6 +185,7 @@ def survey(
         caches=list(data.caches),
         outcomes=outcomes(data, recipe.data),
         overlap=data.overlap,
+        system_gain=describe_gain(gain),
         schedule=steps,
         output_dir=recipe.output_dir,
         resumes_from=str(checkpoint) if checkpoint else None,

@@ -241,6 +241,15 @@ class GuardsSection(Section):
     (estimated by the median deviation, which spikes don't move); null = none is."""
 
 
+class SystemGainSection(Section):
+    """How much the model listens to system messages, measured at each evaluation (train/loop/system_gain.py)."""
+
+    rows: int = Field(default=128, ge=0)
+    """So many rows of the validation data, at most, drawn by the seed; 0 = it is not measured."""
+    others: int = Field(default=2, ge=1)
+    """Other system messages that each of their answers is scored under, at most; and once under none."""
+
+
 @dataclass(frozen=True)
 class _Origin:
     """Where a recipe was read; recipes that say the same are equal, wherever they stand."""
@@ -284,6 +293,9 @@ class Recipe(Section):
     """How checkpoints are kept, and when a run stops by itself."""
     guards: GuardsSection = GuardsSection()
     """What a run does about steps that go wrong."""
+    system_gain: SystemGainSection = SystemGainSection()
+    """How much the model listens to system messages, measured at each evaluation: eval_system_gain in metrics.jsonl;
+    as training.metric_for_best_model it makes the best checkpoint the one that listens most."""
     output_dir: Text
     """Folder for the finished model, its checkpoints, metrics.jsonl and report.md."""
     seed: int = Field(default=42, ge=0, lt=2**32)  # numpy takes no greater one

@@ -64,6 +64,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     """Prepare, load, train, save; or report, with --check. Raises UserError for all that the user can mend."""
     # Heavy imports wait until the recipe is known to be right.
     from train.data.chat_template import use_template, without_generation_marks
+    from train.data.gain_rows import describe_gain, gain_refusal, gain_rows
     from train.data.prepare import prepare
     from train.data.spans import Spans
     from train.data.system_role import settle
@@ -113,6 +114,9 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
         if checkpoint:
             made = {key: value for key, value in checkpoint.manifest["run"].items() if key in about}
             refuse_changes(checkpoint, made, about, options.resume_anyway)
+        variants = gain_rows(recipe, data, tokenizer)
+        if fault := gain_refusal(recipe, variants):
+            raise UserError(fault)
         stop_tokens = Spans(tokenizer).stop_tokens
         arguments = training_arguments(recipe, stop_tokens)
         if checkpoint:
@@ -126,9 +130,9 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
             model = load_model(recipe)
             stop_at(model, tokenizer, stop_tokens)
             trainer = JanusTrainer(
-                recipe, arguments, model, tokenizer, data, [step_log], preemption=preemption, about=about
+                recipe, arguments, model, tokenizer, data, [step_log], preemption=preemption, gain=variants, about=about
             )
-            overview = screen(recipe, template, data, trainer.model, arguments)
+            overview = screen(recipe, template, data, trainer.model, arguments, describe_gain(variants))
             if is_first_rank():
                 print(overview, flush=True)
                 if checkpoint:

@@ -219,8 +219,11 @@ def _enum_values(name: str, source: Path) -> tuple[str, ...]:
     return tuple(value for value in values if isinstance(value, str))
 
 
-_MEASURED = ("loss", "entropy", "mean_token_accuracy")
-"""What TRL measures in an evaluation, but for times and counts."""
+_MEASURED = (
+    *("loss", "entropy", "mean_token_accuracy"),
+    *("system_gain", "system_accuracy", "system_gain_over_none", "system_accuracy_over_none"),
+)
+"""What TRL, and then we, measure in an evaluation, but for times and counts."""
 
 
 class Clash(NamedTuple):

@@ -21,6 +21,7 @@ def measure_in_training(recipe: str, rows: str, report: str) -> None:
 
     from train.data.chat_template import use_template
     from train.data.prepare import prepare
+    from train.data.system_variants import VariantRows
     from train.loop.answer_scores import log_likelihoods
     from train.loop.arguments import training_arguments
     from train.loop.system_gain import system_gain
@@ -34,8 +35,8 @@ def measure_in_training(recipe: str, rows: str, report: str) -> None:
     data = prepare(loaded, tokenizer)
     arguments = training_arguments(loaded)
     model = load_model(loaded)
-    trainer = JanusTrainer(loaded, arguments, model, tokenizer, data, [])
     made = variants(rows, tokenizer)
+    trainer = JanusTrainer(loaded, arguments, model, tokenizer, data, [], gain=VariantRows(made))
     forwards: list[int] = []
 
     class Measure(TrainerCallback):
@@ -53,6 +54,7 @@ def measure_in_training(recipe: str, rows: str, report: str) -> None:
                         "record": gain.record(),
                         "alone": alone.tolist(),
                         "forwards": len(forwards),
+                        "evaluation": trainer.evaluate(),
                         "held": sum(value.numel() for value in trainer.model.parameters()),
                     }
                 )
@@ -90,7 +92,8 @@ def test_two_processes_give_the_figures_of_one(
             ]
             lines.write(json.dumps({"messages": [{"role": role, "content": of} for role, of in turns]}) + "\n")
     recipe = recipe_file(
-        training={"per_device_train_batch_size": 1, "num_train_epochs": ..., "max_steps": 1, "bf16": False}
+        data={"validation": 0.25},
+        training={"per_device_train_batch_size": 1, "num_train_epochs": ..., "max_steps": 1, "bf16": False},
     )
     report = tmp_path / "gain"
     launch(2, config, recipe, path, report, job=measure_in_training, logs=tmp_path / "logs").succeeded()
@@ -111,5 +114,6 @@ def test_two_processes_give_the_figures_of_one(
         assert rank["held"] == sum(whole.values())
         np.testing.assert_allclose(rank["values"], expected.values, atol=1e-5)
         assert rank["record"] == found[0]["record"]
+        assert rank["evaluation"]["eval_system_gain"] == pytest.approx(expected.overall.gain.mean, abs=1e-5)
         assert rank["alone"] == found[0]["alone"]
         assert rank["record"]["overall"]["gain"]["low"] == pytest.approx(expected.overall.gain.low, abs=1e-5)

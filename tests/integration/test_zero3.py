@@ -16,13 +16,34 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).parents[2]
 
 
-def launch(folder: Path, program: Path | str, recipe: Path) -> subprocess.CompletedProcess[str]:
+PLAIN = """
+import sys
+import deepspeed.ops
+# Collectives in shared memory, which no GPU uses, would be compiled for two minutes at a machine's first run.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+from train.sft import main
+"""
+"""The door, but for what takes so long on a CPU alone."""
+SFT = f"{PLAIN}\nsys.exit(main(sys.argv[1:]))"
+LEAKING = f"""{PLAIN}
+import train.loop.trainer as loop
+collate = loop.SFTTrainer._prepare_inputs
+def with_a_mask(self, inputs):
+    inputs = collate(self, inputs)
+    return inputs | {{"attention_mask": inputs["input_ids"].new_ones(inputs["input_ids"].shape)}}
+loop.SFTTrainer._prepare_inputs = with_a_mask
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def launch(folder: Path, recipe: Path, program: str = SFT) -> subprocess.CompletedProcess[str]:
     """Two processes on a CPU, as accelerate_configs/zero3.yaml starts them on GPUs."""
     config = yaml.safe_load((ROOT / "accelerate_configs" / "zero3.yaml").read_text())
     (folder / "zero3.yaml").write_text(yaml.safe_dump({**config, "use_cpu": True, "num_processes": 2}))
+    (folder / "sft.py").write_text(program)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", folder / "zero3.yaml"]
     return subprocess.run(
-        [*launcher, program, "--recipe", recipe],
+        [*launcher, folder / "sft.py", "--recipe", recipe],
         cwd=ROOT,
         env=os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -37,7 +58,7 @@ def test_full_fine_tuning_under_zero3_saves_a_whole_model(
 ) -> None:
     training = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
     recipe = recipe_file(training={**training, "num_train_epochs": ..., "max_steps": 4})
-    result = launch(tmp_path, "train/sft.py", recipe)
+    result = launch(tmp_path, recipe)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "mismatch" not in result.stderr  # accelerate's word on the accumulation that the Trainer does itself
     assert "2 processes" in result.stdout
@@ -55,22 +76,9 @@ def test_an_adapter_with_selective_checkpointing_is_an_error_that_says_what_to_w
     recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     training = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"selective": True}}
-    result = launch(tmp_path, "train/sft.py", recipe_file(adapter={"r": 2}, training=training))
+    result = launch(tmp_path, recipe_file(adapter={"r": 2}, training=training))
     assert result.returncode != 0
     assert result.stderr.count("error: training.gradient_checkpointing_kwargs: `selective: true` needs") == 1
-
-
-LEAKING = """
-import sys
-import train.loop.trainer as loop
-collate = loop.SFTTrainer._prepare_inputs
-def with_a_mask(self, inputs):
-    inputs = collate(self, inputs)
-    return inputs | {"attention_mask": inputs["input_ids"].new_ones(inputs["input_ids"].shape)}
-loop.SFTTrainer._prepare_inputs = with_a_mask
-from train.sft import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
@@ -78,8 +86,7 @@ def test_packed_documents_that_see_each_other_stop_all_processes(
     recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     """A mask of ones makes transformers overlook the documents of a pack. Both processes end, neither waits."""
-    (tmp_path / "leaking.py").write_text(LEAKING)
-    result = launch(tmp_path, tmp_path / "leaking.py", recipe_file(training={"per_device_train_batch_size": 1}))
+    result = launch(tmp_path, recipe_file(training={"per_device_train_batch_size": 1}), LEAKING)
     assert result.returncode != 0
     assert result.stderr.count("error: model.attention: sdpa lets packed documents see each other") == 1
     assert "step 1/" not in result.stdout

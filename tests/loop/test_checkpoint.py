@@ -456,6 +456,12 @@ def test_a_run_that_is_to_stop_at_its_last_step_is_finished(
     assert steps(run) == []
 
 
+def test_a_key_that_there_is_not_is_no_permission(again: Callable[..., tuple[Path, Path]]) -> None:
+    path, _ = again()
+    with pytest.raises(UserError, match=r"--resume-anyway data\.max_lenght: .* Did you mean data\.max_length"):
+        find_checkpoint("auto", load_recipe(path, ["data.max_length=256"]), ["data.max_lenght"])
+
+
 def test_what_lies_in_the_future_of_a_run_is_moved_aside(
     again: Callable[..., tuple[Path, Path]], whole: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

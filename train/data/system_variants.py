@@ -9,7 +9,7 @@ they are drawn by the seed from other rows. No message is another's equal, blank
 import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -96,20 +96,29 @@ def answer_ids(piece: Encoded) -> np.ndarray:
     return np.concatenate([piece.ids[start:end] for start, end in piece.trained.tolist()] or [piece.ids[:0]])
 
 
-def read_labelled(sources: Sequence[Source], columns: Iterable[str] = ()) -> list[Labelled | tuple[str, RowFault]]:
+def read_labelled(
+    sources: Sequence[Source],
+    columns: Iterable[str] = (),
+    *,
+    places: Container[str] | None = None,
+    allow_pickle: bool = False,
+) -> list[Labelled | tuple[str, RowFault]]:
     """Every row of `sources` with its labels, or the place and fault of one that is no conversation.
 
-    `columns`: further columns whose text is a label. Of several sources each is a label too. Raises UserError.
+    `columns`: further columns whose text is a label. Of several sources each is a label too. `places`: take the rows
+    that stand there alone. Raises UserError.
     """
     rows: list[Labelled | tuple[str, RowFault]] = []
     columns = (*LABEL_COLUMNS, *columns)
     for source in sources:
-        opened = open_source(source)
+        opened = open_source(source, allow_pickle)
         of_source: tuple[Label, ...] = (("data", source.path),) if len(sources) > 1 else ()
         chunks, format = chunks_and_format(source, opened)
         for number, chunk in chunks:
             for place, row in chunk.rows():
                 whole_place = opened.files[number] + place
+                if places is not None and whole_place not in places:
+                    continue
                 try:
                     if isinstance(row, RowFault):
                         raise row
@@ -140,6 +149,19 @@ def labels_of(row: Row, columns: Iterable[str] = LABEL_COLUMNS) -> tuple[Label, 
     return tuple(dict.fromkeys(labels))
 
 
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A row that is to be measured, and the other messages that its answers are to be scored under.
+
+    `instruction`, `siblings`: as of `Variants`.
+    """
+
+    row: Labelled
+    instruction: int
+    others: list[str]
+    siblings: bool
+
+
 def make_variants(
     rows: Sequence[Labelled | tuple[str, RowFault]],
     tokenizer: RowTokenizer,
@@ -156,6 +178,19 @@ def make_variants(
     they would be for training, and those for which there is no other message are left out and counted.
     """
     made = VariantRows([])
+    encode(choose(rows, made, others=others, limit=limit, seed=seed), tokenizer, made, max_length=max_length)
+    return made
+
+
+def choose(
+    rows: Sequence[Labelled | tuple[str, RowFault]],
+    made: VariantRows,
+    *,
+    others: int = 2,
+    limit: int | None = None,
+    seed: int = 0,
+) -> list[Chosen]:
+    """The rows to measure, with others' messages; `made` counts those that are left out."""
     asked: list[tuple[Labelled, int]] = []
     siblings: dict[int, list[str]] = defaultdict(list)
     numbers: dict[str, int] = {}
@@ -172,11 +207,11 @@ def make_variants(
         asked.append((row, number))
     messages = {number: list(dict.fromkeys(texts)) for number, texts in siblings.items()}
     everyone = list(dict.fromkeys(text for texts in messages.values() for text in texts))
-    chosen = range(len(asked))
+    places = range(len(asked))
     if limit is not None and limit < len(asked):
-        chosen = sorted(random.Random(f"limit {seed}").sample(range(len(asked)), limit))  # type: ignore[assignment]
-    waiting: list[tuple[Labelled, int, list[str], bool]] = []
-    for place in chosen:
+        places = sorted(random.Random(f"limit {seed}").sample(range(len(asked)), limit))  # type: ignore[assignment]
+    chosen: list[Chosen] = []
+    for place in places:
         row, number = asked[place]
         own, _ = split_system(row.conversation.messages)
         chance = random.Random(f"{seed} {place}")  # of its own: the same whatever other rows are asked
@@ -185,10 +220,16 @@ def make_variants(
         if not found:
             made.leave_out(row.conversation.place, "no other system message in the data")
             continue
-        waiting.append((row, number, found, bool(of_siblings)))
-    for start in range(0, len(waiting), _AT_A_TIME):
-        _encode(waiting[start : start + _AT_A_TIME], tokenizer, max_length, made)
-    return made
+        chosen.append(Chosen(row, number, found, bool(of_siblings)))
+    return chosen
+
+
+def encode(
+    chosen: Sequence[Chosen], tokenizer: RowTokenizer, made: VariantRows, *, max_length: int | None = None
+) -> None:
+    """Tokenize the rows and add them to `made`, which counts those that are left out."""
+    for start in range(0, len(chosen), _AT_A_TIME):
+        _encode(chosen[start : start + _AT_A_TIME], tokenizer, max_length, made)
 
 
 def split_system(messages: list[Message]) -> tuple[str, list[Message]]:
@@ -210,22 +251,17 @@ def _drawn(everyone: list[str], own: str, count: int, chance: random.Random) -> 
     return [everyone[place] for place in drawn if everyone[place] != own][:count]
 
 
-def _encode(
-    rows: Sequence[tuple[Labelled, int, list[str], bool]],
-    tokenizer: RowTokenizer,
-    max_length: int | None,
-    made: VariantRows,
-) -> None:
-    """Tokenize `rows` and add them to `made`."""
+def _encode(rows: Sequence[Chosen], tokenizer: RowTokenizer, max_length: int | None, made: VariantRows) -> None:
     conversations: list[Conversation] = []
-    for row, _, others, _ in rows:
-        own, (_, rest) = row.conversation, split_system(row.conversation.messages)
-        heads: list[list[Message]] = [[{"role": "system", "content": text}] for text in others]
+    for chosen in rows:
+        own = chosen.row.conversation
+        _, rest = split_system(own.messages)
+        heads: list[list[Message]] = [[{"role": "system", "content": text}] for text in chosen.others]
         conversations += [own, *(replace(own, messages=head + rest) for head in heads), replace(own, messages=rest)]
     encoded = iter(tokenizer.encode(conversations))
-    for row, number, others, siblings in rows:
-        place = row.conversation.place
-        results: list[Any] = [next(encoded) for _ in range(len(others) + 2)]
+    for chosen in rows:
+        place = chosen.row.conversation.place
+        results: list[Any] = [next(encoded) for _ in range(len(chosen.others) + 2)]
         fault = next((result for result in results if isinstance(result, RowFault)), None)
         if fault is not None:
             made.leave_out(place, fault.kind, fault.detail)
@@ -234,5 +270,7 @@ def _encode(
         if max_length is not None and longest > max_length:
             made.leave_out(place, f"more than {max_length:,} tokens", f"{longest:,}")
             continue
-        own_pieces, *other_pieces, none = results
-        made.rows.append(Variants(place, number, row.labels, own_pieces, other_pieces, none, siblings))
+        own_pieces, *others, none = results
+        made.rows.append(
+            Variants(place, chosen.instruction, chosen.row.labels, own_pieces, others, none, chosen.siblings)
+        )

@@ -12,7 +12,7 @@ answer, three siblings). For that, each batch would need two forwards and a cach
 and models with a state each hold in their own way, and figures would not come from the forward that is trained.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,9 +54,13 @@ def log_likelihoods(
     accelerator: Accelerator | None = None,
     *,
     tokens_per_batch: int = 8_192,
+    known: Mapping[int, float] | None = None,
     on_progress: Callable[[int], None] | None = None,
+    on_scored: Callable[[Sequence[int], Sequence[float]], None] | None = None,
 ) -> NDArray[np.float64]:
     """For each row the sum of ln p(token) over its trained tokens, in nats: [rows].
+
+    `known`: sums by row that need not be computed. `on_scored` hears of each batch, its rows and their sums.
 
     `model`: from transformers or peft, or as a trainer has wrapped it. With an `accelerator` all its processes must
     call this with the same rows; each scores every so-manieth batch, and gets all figures. The number of forwards is
@@ -68,12 +72,15 @@ def log_likelihoods(
     bare = accelerator.unwrap_model(model) if accelerator else model
     head = bare.get_output_embeddings()
     vocabulary = bare.config.get_text_config().vocab_size
-    plan = batches(
-        [len(piece.ids) for piece in rows], [len(of_row) for of_row in targets], tokens_per_batch, _LOGITS // vocabulary
-    )
+    known = known or {}
+    left = [row for row in range(len(rows)) if row not in known]
+    sizes = [len(rows[row].ids) for row in left], [len(targets[row]) for row in left]
+    plan = [[left[place] for place in batch] for batch in batches(*sizes, tokens_per_batch, _LOGITS // vocabulary)]
     processes, process = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     device = accelerator.device if accelerator else next(model.parameters()).device
     sums = torch.zeros(len(rows), dtype=torch.float64)
+    if process == 0:
+        sums[list(known)] = torch.tensor(list(known.values()), dtype=torch.float64)
     with as_in_evaluation(model), torch.no_grad():
         for start in range(0, len(plan), processes):
             # Where the last round has no batch for this process, it scores one again and forgets it.
@@ -82,6 +89,8 @@ def log_likelihoods(
             found = _score(model, head, [rows[row] for row in chosen], [targets[row] for row in chosen], device)
             if mine:
                 sums[chosen] = found
+                if on_scored:
+                    on_scored(chosen, found.tolist())
             if on_progress:
                 on_progress(sum(len(batch) for batch in plan[start : start + processes]))
     if accelerator is not None and processes > 1:

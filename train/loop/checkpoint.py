@@ -5,6 +5,7 @@ and size and checksum of each file. What a run is told of a checkpoint that it p
 then and now, is said by name: nothing starts from zero in silence (transformers#35782; ms-swift#10050).
 """
 
+import difflib
 import hashlib
 import json
 import os
@@ -67,7 +68,7 @@ class Checkpoint:
 
 def facts_of_recipe(recipe: Recipe) -> dict[str, Any]:
     """The dotted keys of the recipe that decide what a run computes, with their values as JSON has them."""
-    sections = recipe.model_dump(mode="json", exclude={"output_dir", "tracking", "guards", "save"})
+    sections = recipe.model_dump(mode="json", exclude={"output_dir", "tracking", "guards", "save", "system_gain"})
     flat: dict[str, Any] = {}
     for section, values in sections.items():
         for key, value in values.items() if isinstance(values, dict) else [("", values)]:
@@ -94,7 +95,8 @@ def find_checkpoint(resume: str, recipe: Recipe, anyway: Sequence[str] = ()) -> 
 
     auto takes the newest whole one in output_dir or save.mirror_dir and says why it passed newer ones over. `anyway`:
     keys that may differ from those of its run. Raises UserError where DIR is no whole checkpoint, where there are
-    checkpoints but none is whole, or where the one found holds no optimizer or belongs to another run.
+    checkpoints but none is whole, where the one found holds no optimizer or belongs to another run, and where `anyway`
+    has a key that there isn't.
     """
     if resume == "never":
         return None
@@ -112,6 +114,12 @@ def find_checkpoint(resume: str, recipe: Recipe, anyway: Sequence[str] = ()) -> 
             "on from it. Name another output_dir, or write `--resume never` to start anew."
         )
     recipe_keys = {key: value for key, value in found.manifest["run"].items() if not key.startswith("made.")}
+    known = {*found.manifest["run"], *facts_of_recipe(recipe), *_BATCH}
+    for key in anyway:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=2)
+            meant = f" Did you mean {' or '.join(near)}?" if near else ""
+            raise UserError(f"--resume-anyway {key}: no key that a run can differ in from its checkpoint.{meant}")
     refuse_changes(found, recipe_keys, facts_of_recipe(recipe), anyway)
     return found
 

@@ -1,6 +1,6 @@
 """What a run leaves to read: its resolved recipe, and report.md with the loss as a picture."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,31 @@ def draw_loss(metrics: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
+def draw_gain(metrics: list[dict[str, Any]], path: Path) -> None:
+    """System gain over the steps with its 95 % interval, as a PNG of 1,000 x 500 pixels."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(10, 5), dpi=100)
+    for key, name in (("eval_system_gain", "over other messages"), ("eval_system_gain_over_none", "over no message")):
+        lines = [line for line in metrics if isinstance(line.get(key), float)]
+        steps = [line["step"] for line in lines]
+        axes.plot(steps, [line[key] for line in lines], "o-", label=name)
+        if all(f"{key}_low" in line for line in lines):
+            low, high = ([line[f"{key}_{end}"] for line in lines] for end in ("low", "high"))
+            axes.fill_between(steps, low, high, alpha=0.2)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("system gain (nats per token, 95 %)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
 def say_where_it_goes_on(output_dir: Path) -> None:
     """The last line of a run that was asked to stop: what the next one begins with."""
     if is_first_rank():
@@ -116,13 +141,31 @@ def write_report(output_dir: Path, screen: str, seconds: float) -> None:
         rows.append((f"validation loss of the saved model (step {loaded[-1]})", _short(validation[loaded[-1]])))
     elif validation:
         rows.append(("validation loss at the end", _short(validation[max(validation)])))
+    gains = {line["step"]: line for line in metrics if "eval_system_gain" in line}
+    picture = ""
+    if gains:
+        first, last = min(gains), loaded[-1] if loaded and loaded[-1] in gains else max(gains)
+        name = "system gain in nats per token" + (f", after step {first} and {last}" if first != last else "")
+        shown = [_with_interval(gains[step], "eval_system_gain") for step in dict.fromkeys((first, last))]
+        rows.append((name, " -> ".join(shown)))
+        draw_gain(metrics, output_dir / "system_gain.png")
+        picture = "\n\n![system gain](system_gain.png)"
     if speeds:
         rows.append(("median speed", f"{speeds[len(speeds) // 2]:,.0f} tokens/s"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     (output_dir / "report.md").write_text(
-        f"# {output_dir.name}\n\n```\n{screen}\n```\n\n| | |\n|---|---|\n{table}\n\n![loss](loss.png)\n",
+        f"# {output_dir.name}\n\n```\n{screen}\n```\n\n| | |\n|---|---|\n{table}\n\n![loss](loss.png){picture}\n",
         encoding="utf-8",
     )
+
+
+def _with_interval(metrics: Mapping[str, Any], key: str) -> str:
+    """`0.757 [0.645, 0.866]`."""
+    low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
+    value = metrics[key]
+    if not isinstance(value, float) or low is None or high is None:
+        return _short(value)
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _short(loss: float | str) -> str:

@@ -34,12 +34,13 @@ quickstart, against float32), which mostly cancels in the mean (0.003 there).
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
+from train.data.loss_mask import Encoded
 from train.data.system_variants import Label, Variants
 from train.errors import UserError
 from train.loop.answer_scores import log_likelihoods
@@ -48,6 +49,16 @@ from train.resampling import PERMUTATIONS, RESAMPLES, Estimate, estimates
 MEASURES = ("gain", "accuracy", "gain_over_none", "accuracy_over_none")
 _NO_EFFECT = np.array([0.0, 0.5, 0.0, 0.5])
 _OF_CHANGE = np.zeros(4)
+
+
+class Scores(Protocol):
+    """Sums of log-probabilities that were computed before, and where further ones are kept."""
+
+    def find(self, row: Encoded) -> float | None:
+        """The sum of a row, if it was computed."""
+
+    def add(self, rows: Sequence[Encoded], scores: Sequence[float]) -> None:
+        """Keep those of further rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +131,12 @@ def system_gain(
     seed: int = 0,
     resamples: int = RESAMPLES,
     permutations: int = PERMUTATIONS,
+    scores: Scores | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> SystemGain:
     """Measure `model` on `rows`; `accelerator`, `tokens_per_batch` and `on_progress` as of `log_likelihoods`.
+
+    `scores` keeps what is computed, and what it holds isn't computed again.
 
     All processes of the accelerator must call it with the same rows, and get the same.
     Raises UserError where there is no row, or where a likelihood isn't finite.
@@ -130,7 +144,23 @@ def system_gain(
     if not rows:
         raise UserError("system gain: no row is left that has a system message, an answer and another message.")
     pieces = [piece for row in rows for variant in row.all for piece in variant]
-    found = log_likelihoods(model, pieces, accelerator, tokens_per_batch=tokens_per_batch, on_progress=on_progress)
+    known = {place: score for place, piece in enumerate(pieces) if scores and (score := scores.find(piece)) is not None}
+
+    def keep(places: Sequence[int], sums: Sequence[float]) -> None:
+        if scores:
+            scores.add([pieces[place] for place in places], sums)
+
+    if on_progress and known:
+        on_progress(len(known))
+    found = log_likelihoods(
+        model,
+        pieces,
+        accelerator,
+        tokens_per_batch=tokens_per_batch,
+        known=known,
+        on_progress=on_progress,
+        on_scored=keep,
+    )
     sums = iter(found.tolist())
     values = np.empty((len(rows), len(MEASURES)))
     for number, row in enumerate(rows):

@@ -155,7 +155,7 @@ class StepLog(TrainerCallback):
 
     def _line(self, state: TrainerState, metrics: dict[str, Any]) -> str:
         if "loss" not in metrics:
-            shown = " ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key in ("eval_loss",))
+            shown = " ".join(f"{key} {metrics[key]:.4f}" for key in ("eval_loss", "eval_system_gain") if key in metrics)
             return f"step {state.global_step}/{state.max_steps} {shown}"
         seconds_a_step = (time.monotonic() - self._started) / max(state.global_step - self._first_step, 1)
         left = duration(seconds_a_step * (state.max_steps - state.global_step))

@@ -20,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 from train.data.prepare import Prepared
 from train.data.sequences import Sequences
+from train.data.system_variants import VariantRows
 from train.errors import UserError
 from train.loop import universal
 from train.loop.arguments import as_user_error
@@ -34,6 +35,7 @@ from train.loop.run_state import RunState, files_expected
 from train.loop.saved import check_saved
 from train.loop.saving import GO_ON, Saver
 from train.loop.throughput import HELD, Counting, Held, Sums, Throughput
+from train.loop.validation_gain import ValidationGain
 from train.model.adapters import check_modules_to_save, lora_config
 from train.model.shape import Shape, shape_of
 from train.recipe import Recipe
@@ -47,7 +49,7 @@ def _sample(sequences: Sequences) -> Dataset:
 class JanusTrainer(SFTTrainer):
     """SFTTrainer on sequences that are put together as they are needed, in an order that evens out the ranks.
 
-    Its evaluation loss is the mean over TOKENS, however they fall into batches.
+    Its evaluation loss is the mean over TOKENS, however they fall into batches; beside it stands the system gain.
     """
 
     data_collator: Any
@@ -70,11 +72,13 @@ class JanusTrainer(SFTTrainer):
         callbacks: list[TrainerCallback],
         *,
         preemption: Preemption | None = None,
+        gain: VariantRows | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> None:
         """Set up a run; the rows of `data` are trained as they are, already tokenized, labelled and packed.
 
-        `preemption`: what may ask it to stop. `about`: what its checkpoints say of the run.
+        `preemption`: what may ask it to stop. `gain`: rows on which each evaluation measures the system gain. `about`:
+        what its checkpoints say of the run.
         Raises UserError for settings that TRL or peft refuses, or that leave nothing to train.
         """
         rows, batch = len(data.train.rows), arguments.train_batch_size * arguments.world_size
@@ -106,7 +110,9 @@ class JanusTrainer(SFTTrainer):
         self._preemption = preemption or Preemption(recipe.output_dir, recipe.save)
         self._throughput = Throughput(self.accelerator, shape)
         self._run_state = RunState(self)
-        for callback in (self._throughput, self._run_state, StopWhenAsked(self._preemption, self.accelerator)):
+        self._gain = ValidationGain(recipe, gain.rows, arguments.per_device_eval_batch_size) if gain else None
+        self._stop_when_asked = StopWhenAsked(self._preemption, self.accelerator)
+        for callback in (self._throughput, self._run_state, self._stop_when_asked):
             self.add_callback(callback)
         self._guards = Guards(recipe.guards, self.accelerator, data.train.rows.places, recipe.output_dir)
 
@@ -414,6 +420,15 @@ class JanusTrainer(SFTTrainer):
         if tokens:
             sums = {"loss": loss, "entropy": entropy, "mean_token_accuracy": correct}
             output.metrics.update({f"{metric_key_prefix}_{name}": value / tokens for name, value in sums.items()})
+        if self._gain is not None:
+
+            def stop_if_asked(_: int) -> None:
+                self._stop_when_asked.on_prediction_step(self.args, self.state, self.control)
+
+            model, step = self.model_wrapped, self.state.global_step
+            output.metrics.update(
+                self._gain.measure(model, self.accelerator, step, metric_key_prefix, on_progress=stop_if_asked)
+            )
         return output
 
 

@@ -1,0 +1,56 @@
+"""Log-likelihoods that were computed, on disk: what is killed goes on with the rows that it had not scored."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+from train.data.loss_mask import Encoded
+from train.errors import UserError
+
+
+class ScoreFile:
+    """One line a score: a digest of the model and the tokens, and the sum of ln p. Use it in a `with` block.
+
+    `model`: what tells it from others (`fingerprint`), and its dtype. Half a line, left by a crash, is passed over.
+    Raises UserError where the file can't be written.
+    """
+
+    def __init__(self, path: Path, model: str) -> None:
+        self._model = model.encode()
+        self._known: dict[str, float] = {}
+        try:
+            self._lines = path.open("a+", encoding="utf-8")
+        except OSError as fault:
+            raise UserError(f"{path} can't be written: {fault.strerror}.") from fault
+        self._lines.seek(0)
+        for line in self._lines:
+            with suppress(ValueError):  # json's own is one
+                key, score = json.loads(line)
+                self._known[key] = score
+        self._lines.write("\n")  # after half a line
+
+    def find(self, row: Encoded) -> float | None:
+        """The score of a row, if it was computed."""
+        return self._known.get(self._key(row))
+
+    def add(self, rows: Sequence[Encoded], scores: Sequence[float]) -> None:
+        """Write scores down; they are there when this returns, also for a process that is killed."""
+        self._lines.writelines(
+            json.dumps([self._key(row), score]) + "\n" for row, score in zip(rows, scores, strict=True)
+        )
+        self._lines.flush()
+
+    def _key(self, row: Encoded) -> str:
+        digest = hashlib.blake2b(self._model, digest_size=12)
+        digest.update(row.ids.astype("<i8").tobytes())
+        digest.update(row.trained.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lines.close()

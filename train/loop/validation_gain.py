@@ -1,0 +1,62 @@
+"""System gain in every evaluation: measured on some validation rows, logged with the loss, and kept by groups."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from train.data.system_variants import Variants
+from train.errors import UserError
+from train.loop.system_gain import MEASURES, system_gain
+from train.progress import is_first_rank
+from train.recipe import Recipe
+
+FILE = "system_gain.jsonl"
+"""In output_dir: a line an evaluation, with the figures of each group."""
+
+
+class ValidationGain:
+    """Measures the model of a run on `rows`, as many tokens at a time as an evaluation takes; without any, nothing."""
+
+    def __init__(self, recipe: Recipe, rows: Sequence[Variants], sequences_per_batch: int) -> None:
+        self._rows, self._seed = rows, recipe.seed
+        self._path = Path(recipe.output_dir) / FILE
+        self._tokens_per_batch = sequences_per_batch * recipe.data.max_length
+
+    def measure(
+        self,
+        model: Any,
+        accelerator: Accelerator,
+        step: int,
+        prefix: str,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Mapping[str, float]:
+        """The figures by name. All processes must call it, and get the same; NaN where a likelihood isn't finite."""
+        if not self._rows:
+            return {}
+        try:
+            found = system_gain(
+                model,
+                self._rows,
+                accelerator,
+                tokens_per_batch=self._tokens_per_batch,
+                seed=self._seed,
+                on_progress=on_progress,
+            )
+        except UserError as fault:  # a run doesn't end for a figure that it can do without
+            if is_first_rank():
+                print(f"warning: {fault}", flush=True)
+            return dict.fromkeys([f"{prefix}_system_{name}" for name in MEASURES], math.nan)
+        if is_first_rank():
+            self._keep({"step": step, **found.record()})
+        return found.metrics(f"{prefix}_")
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        try:
+            with self._path.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+        except OSError as fault:
+            print(f"warning: {self._path} can't be written: {fault.strerror}", flush=True)

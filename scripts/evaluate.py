@@ -13,6 +13,7 @@ the figures to adherence.json and adherence.png, and a section into report.md, a
 gain: how much likelier each model finds a reference answer under its own system message than under others, with 95 %
 intervals; train/loop/system_gain.py says what it can't see. Writes gain.json, gain.png and a section into report.md;
 what was scored stands in gain_scores.jsonl, so that a killed run goes on.
+
     python scripts/evaluate.py ifeval --model outputs/smollm2-135m-quickstart \
         --data recipes/smollm2-135m/data/system_ifeval.jsonl \
         --control recipes/smollm2-135m/data/system_ifeval_user.jsonl

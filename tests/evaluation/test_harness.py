@@ -44,7 +44,15 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "metadata": {"version": 1.0},
     }
     lost = task | {"task": "lost", "dataset_kwargs": {"data_files": {"test": str(folder / "nowhere.jsonl")}}}
-    for one in (task, lost):
+    says = task | {
+        "task": "says",
+        "output_type": "generate_until",
+        "doc_to_target": "{{choices[answer]}}",
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "generation_kwargs": {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": 6},
+    }
+    del says["doc_to_choice"]
+    for one in (task, lost, says):
         (folder / f"{one['task']}.yaml").write_text(yaml.safe_dump(one), encoding="utf-8")
     return folder
 
@@ -145,6 +153,23 @@ def test_a_killed_run_scores_nothing_twice(
     assert len(written()) == 3 * DOCUMENTS
     for name in ("harness.json", "harness_rows.jsonl"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_what_was_generated_is_kept(
+    command: Callable[..., int], tiny_chat_model: Path, tasks: Path, tmp_path: Path
+) -> None:
+    arguments = ("harness", "--model", tiny_chat_model, "--tasks", "says", "--include-path", tasks, "--limit", "10")
+    written = []
+    for _ in range(2):
+        assert command(*arguments, "--output", tmp_path) == 0
+        [file] = (tmp_path / "harness_requests").glob("*.db")
+        with sqlite3.connect(file) as connection:
+            written.append(connection.execute("SELECT rowid, key, value FROM unnamed").fetchall())
+    assert len(written[0]) == 10
+    assert written[0] == written[1]  # one that is written anew gets another rowid
+    [score] = json.loads((tmp_path / "harness.json").read_text(encoding="utf-8"))["scores"]
+    assert (score["task"], score["metric"], score["of"]) == ("says", "exact_match", 10)
+    assert "no figure to publish" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_what_must_be_mended(says_no: Callable[..., str], tiny_chat_model: Path, tasks: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """lm-evaluation-harness on a checkpoint: the trained template, the figures of a plain loop, errors, and kill -9."""
 
 import json
+import os
 import random
 import signal
 import sqlite3
@@ -137,7 +138,9 @@ def test_a_killed_run_scores_nothing_twice(
     out = tmp_path / "out"
     arguments = ("harness", "--model", tiny_chat_model, "--tasks", "rivers", "--include-path", tasks, "--output")
     killed = [sys.executable, "-W", "ignore", "-c", KILLED, "3", *map(str, arguments), str(out)]
-    assert subprocess.run(killed, cwd=ROOT, capture_output=True, check=False).returncode == -signal.SIGKILL
+    environment = os.environ | {"TMPDIR": str(tmp_path)}  # what is killed leaves its temporary files
+    done = subprocess.run(killed, cwd=ROOT, capture_output=True, check=False, env=environment)
+    assert done.returncode == -signal.SIGKILL
     [file] = (out / "harness_requests").glob("*.db")
 
     def written() -> set[tuple]:

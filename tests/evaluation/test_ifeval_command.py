@@ -1,6 +1,7 @@
 """scripts/evaluate.py ifeval: asks once, writes what it found, goes on after a kill -9."""
 
 import json
+import os
 import signal
 import sqlite3
 import subprocess
@@ -169,7 +170,9 @@ def test_a_killed_run_goes_on_where_it_was(tiny_chat_model: Path, tmp_path: Path
             return set(connection.execute("SELECT key, text, asked_at FROM answers").fetchall())
 
     killed = [sys.executable, "-W", "ignore", "-c", KILLED, "3", *map(str, arguments), str(broken)]
-    assert subprocess.run(killed, cwd=ROOT, capture_output=True, check=False).returncode == -signal.SIGKILL
+    environment = os.environ | {"TMPDIR": str(tmp_path)}  # what is killed leaves its temporary files
+    done = subprocess.run(killed, cwd=ROOT, capture_output=True, check=False, env=environment)
+    assert done.returncode == -signal.SIGKILL
     before = written(broken)
     assert len(before) == 12
     assert not (broken / "ifeval.json").exists()

@@ -85,6 +85,17 @@ def test_the_difference_is_that_of_the_rows(
     better = found["ifeval", "system: constraints, strict"]
     assert better["paired"]["low"] > 0
     assert better["paired"]["p"] < 0.01
+    rule = "punctuation:no_comma"
+    follows = [
+        {key: one["strict"][one["instruction_id_list"].index(rule)] for one in lines(folder / "ifeval_answers.jsonl")
+         if rule in one["instruction_id_list"] for key in [(one["turn"], one["key"])] if key[0] == "system"}
+        for folder in sides
+    ]  # fmt: skip
+    one = found["ifeval", f"system: {rule}"]
+    assert one["rows"] == len(follows[0]) > 3
+    assert one["paired"]["mean"] == pytest.approx(
+        sum(follows[1][key] - follows[0][key] for key in follows[0]) / one["rows"]
+    )
     gap = found["ifeval", "system less user: prompts, strict"]
     gaps = [
         (all(strict[1]["system", key]) - all(strict[1]["user", key]))

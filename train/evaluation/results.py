@@ -92,9 +92,13 @@ def _of_these(measure: Measure, path: Path) -> Measure:
 def _read_ifeval(kind: str, path: Path, record: Record) -> Results:
     strict: dict[str, dict[str, tuple[float, ...]]] = defaultdict(dict)
     loose: dict[str, dict[str, tuple[float, ...]]] = defaultdict(dict)
+    of_rules: dict[str, dict[str, dict[str, tuple[float, ...]]]] = defaultdict(lambda: defaultdict(dict))
     for line in _lines(path.with_name("ifeval_answers.jsonl")):
         strict[line["turn"]][str(line["key"])] = tuple(map(float, line["strict"]))
         loose[line["turn"]][str(line["key"])] = tuple(map(float, line["loose"]))
+        for rule, follows in zip(line["instruction_id_list"], line["strict"], strict=True):
+            of_rule = of_rules[line["turn"]][rule]
+            of_rule[str(line["key"])] = (*of_rule.get(str(line["key"]), ()), float(follows))
     measures = {}
     for turn in ("system", "user"):
         for manner, of_turn in (("strict", strict[turn]), ("loose", loose[turn])) if turn in record else ():
@@ -108,7 +112,9 @@ def _read_ifeval(kind: str, path: Path, record: Record) -> Results:
                 measures[f"{turn}: {name.replace('_', 's, ')}"] = _of_these(measure, path)
         for rule, given in record[turn]["by_rule"].items() if turn in record else ():
             one = given["strict"]
-            measures[f"{turn}: {rule}"] = Measure(one["value"], one["low"], one["high"], detail=True)
+            kept_of_rule = of_rules[turn].get(rule)
+            measure = Measure(one["value"], one["low"], one["high"], rows=kept_of_rule, detail=True)
+            measures[f"{turn}: {rule}"] = _of_these(measure, path)
     for name, of in (("prompt_strict", "prompts, strict"), ("constraint_strict", "constraints, strict")):
         if "gap" in record:
             gap = record["gap"][name]

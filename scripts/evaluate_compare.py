@@ -124,7 +124,7 @@ def draw(shown: "Sequence[Pair]", names: tuple[str, str], path: Path) -> None:
         one.set_title(kind, loc="left", fontsize=10)
         one.set_xlabel(_AXES[unit])
         one.margins(y=0.02)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper right", fontsize=8)
+    axes[0, 0].legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=8, ncols=2)
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)

@@ -135,7 +135,7 @@ def test_the_same_results_do_not_differ(command: Callable[..., int], sides: tupl
     assert command("compare", sides[0], sides[0]) == 0
     for one in compared(sides[0]).values():
         assert one["change"] == 0
-        if one["paired"]:
+        if one["paired"] and one["rows"] > 1:  # of a row alone there is no interval
             assert (one["paired"]["low"], one["paired"]["high"], one["paired"]["p"]) == (0, 0, 1)
 
 

@@ -93,6 +93,7 @@ def run(options: argparse.Namespace) -> None:
             "drawn_at_random": [row.key for row in asked["system"] if row.key in at_random],
         },
         "decoding": {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature},
+        "respondent": {name: getattr(options, name) for name in ("template", "system_role", "engine", "dtype")},
         "checkers": checkers.record(),
         "seed": options.seed,
     }

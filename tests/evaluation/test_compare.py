@@ -164,8 +164,11 @@ def test_what_was_measured_otherwise_is_refused(
     shutil.copy(first / "ifeval_answers.jsonl", stale)
     assert "of another run" in says_no("compare", first, stale)
     # Another version of the checkers keeps no one from comparing, and is said.
-    assert command("compare", first, changed(checkers={"lm_eval": "0.4.99"})) == 0
-    assert 'note: ifeval: lm_eval is "0.4.13" and "0.4.99"' in capsys.readouterr().out
+    other = changed(checkers={"lm_eval": "0.4.99"}, respondent={"system_role": "merge_into_user"})
+    assert command("compare", first, other) == 0
+    shown = capsys.readouterr().out
+    assert 'note: ifeval: lm_eval is "0.4.13" and "0.4.99"' in shown
+    assert 'note: ifeval: system_role is "native" and "merge_into_user"' in shown
     assert "no such folder" in says_no("compare", first, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "there are no results in it" in says_no("compare", first, tmp_path / "empty")

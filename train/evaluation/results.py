@@ -122,7 +122,7 @@ def _read_ifeval(kind: str, path: Path, record: Record) -> Results:
             rows = {key: tuple(a - b for a, b in zip(ours[key], theirs[key], strict=True)) for key in ours}
             measures[f"system less user: {of}"] = Measure(gap["mean"], gap["low"], gap["high"], rows=rows or None)
     conditions = {"data": record["data"]["fingerprint"], **record["decoding"]}
-    return Results(kind, path, record["model"], measures, conditions, dict(record["checkers"]))
+    return Results(kind, path, record["model"], measures, conditions, record["checkers"] | record["respondent"])
 
 
 def _read_harness(kind: str, path: Path, record: Record) -> Results:

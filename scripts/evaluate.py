@@ -20,6 +20,23 @@ what was scored stands in gain_scores.jsonl, so that a killed run goes on.
 bench: answers to Multifaceted Bench (the hub's without --data), graded by a judge as the JANUS paper does it;
 train/multifaceted/bench.py says what is averaged. Writes bench.json, bench_rows.jsonl, bench.png and a section into
 report.md; every answer goes into bench.sqlite, so the same command goes on where it was stopped.
+
+    python scripts/evaluate.py ifeval --model outputs/smollm2-135m-quickstart \
+        --data recipes/smollm2-135m/data/system_ifeval.jsonl \
+        --control recipes/smollm2-135m/data/system_ifeval_user.jsonl
+
+ifeval: how many of the constraints in a system message an answer follows, by lm-evaluation-harness's own checkers, and
+how many it follows where they stand in the user turn. Writes ifeval.json, ifeval_answers.jsonl, ifeval.png and a
+section into report.md; what was answered stays in ifeval_journal.sqlite, and the same command goes on from there.
+
+    python scripts/evaluate.py harness --model outputs/smollm2-135m-quickstart --tasks sysgen
+
+harness: tasks of lm-evaluation-harness with the trained chat template; `sysgen` is the eight unseen benchmarks of
+SYSGEN. Writes harness.json, harness_rows.jsonl and a section into report.md.
+
+    python scripts/evaluate.py compare outputs/smollm2-135m-instruct outputs/smollm2-135m-quickstart
+
+compare: what two folders hold of all these results, side by side. Writes compare.json and compare.png.
 """
 
 import argparse
@@ -27,7 +44,10 @@ import os
 import sys
 
 import evaluate_bench
+import evaluate_compare
 import evaluate_gain
+import evaluate_harness
+import evaluate_ifeval
 import evaluate_rules
 
 from train.errors import CommandLine, UserError
@@ -40,7 +60,14 @@ def main() -> int:
     leave_out_unhelpful_warnings()
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="command")
-    for command in (evaluate_rules, evaluate_gain, evaluate_bench):
+    for command in (
+        evaluate_rules,
+        evaluate_gain,
+        evaluate_ifeval,
+        evaluate_bench,
+        evaluate_harness,
+        evaluate_compare,
+    ):
         command.add_to(commands)
     options = parser.parse_args()
     try:

@@ -1,0 +1,130 @@
+"""The command `compare` of scripts/evaluate.py: what two folders hold of results, side by side."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.errors import UserError
+
+if TYPE_CHECKING:
+    from train.evaluation.compare import Comparison, Pair
+    from train.evaluation.results import Measure
+
+_KINDS = ("gain", "rules", "ifeval", "bench", "harness")
+_AXES = {"share": "share (95 %)", "nats": "nats per token (95 %)", "score": "score (95 %)"}
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to those of evaluate.py."""
+    parser = commands.add_parser("compare", help="the results of two models side by side")
+    parser.add_argument("first", type=Path, metavar="A", help="a folder with results, or one of their JSON files")
+    parser.add_argument("second", type=Path, metavar="B", help="what to compare it with: the difference is B less A")
+    parser.add_argument("--only", nargs="+", choices=_KINDS, help="compare these alone (default all that both have)")
+    parser.add_argument("--details", action="store_true", help="show rules, sources and tasks within groups, too")
+    parser.add_argument("--seed", type=int, default=0, help="of the intervals (default 0)")
+    parser.add_argument("--out", type=Path, help="where compare.json and compare.png go (default the folder of B)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Compare, print the table, write compare.json and compare.png. Raises UserError."""
+    from train.evaluation.compare import compare
+    from train.evaluation.results import read_results
+
+    sides = []
+    for place in (options.first, options.second):
+        found = read_results(place)
+        kept = {kind: results for kind, results in found.items() if kind in (options.only or _KINDS)}
+        if not kept:
+            raise UserError(f"{place}: it has {', '.join(found)}, and nothing of --only {' '.join(options.only)}")
+        sides.append(kept)
+    comparison = compare(*sides, seed=options.seed)
+    shown = [pair for pair in comparison.pairs if options.details or not pair.first.detail]
+    folder: Path = options.out or (options.second if options.second.is_dir() else options.second.parent)
+    record = {
+        "a": {"place": str(options.first), "models": {kind: one.model for kind, one in sides[0].items()}},
+        "b": {"place": str(options.second), "models": {kind: one.model for kind, one in sides[1].items()}},
+        "notes": comparison.notes,
+        "measures": [pair.record() for pair in comparison.pairs],
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "compare.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        draw(shown, (str(options.first), str(options.second)), folder / "compare.png")
+    except OSError as fault:
+        raise UserError(f"{folder}: can't be written: {fault.strerror}") from fault
+    print(table(comparison, shown, (str(options.first), str(options.second))))
+    print(f"the figures are in {folder / 'compare.json'}, the plot in {folder / 'compare.png'}")
+
+
+def table(comparison: "Comparison", shown: "Sequence[Pair]", names: tuple[str, str]) -> str:
+    """The measures as Markdown, and below them what is to be known."""
+    lines = [f"A = {names[0]}", f"B = {names[1]}", "", "| | A | B | B less A | p | rows |", "|---|---|---|---|---|---|"]
+    for pair in shown:
+        cells = [f"{pair.kind}: {pair.name}", _measure(pair.first), _measure(pair.second), _change(pair)]
+        cells += ["" if pair.difference is None else f"{pair.difference.p:.4f}"]
+        cells += ["" if pair.rows is None else f"{pair.rows:,}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "B less A: the mean over the rows of both, with a 95 % interval; p by flipping signs, of each alone."]
+    if any(pair.rows is None for pair in shown):
+        lines += ["No interval: a side kept no rows of this figure."]
+    return "\n".join([*lines, *(f"note: {note}" for note in comparison.notes), ""])
+
+
+def _measure(measure: "Measure") -> str:
+    scale, digits = (100, 1) if measure.unit == "share" else (1, 3)
+    shown = f"{scale * measure.value:.{digits}f}{' %' if measure.unit == 'share' else ''}"
+    if measure.low is None or measure.high is None:
+        return shown
+    return f"{shown} [{scale * measure.low:.{digits}f}, {scale * measure.high:.{digits}f}]"
+
+
+def _change(pair: "Pair") -> str:
+    scale, digits = (100, 1) if pair.first.unit == "share" else (1, 3)
+    found = pair.difference
+    if found is None:
+        return f"{scale * pair.change:+.{digits}f}"
+    shown = f"{scale * found.mean:+.{digits}f}"
+    if found.low is None or found.high is None:
+        return shown
+    return f"{shown} [{scale * found.low:+.{digits}f}, {scale * found.high:+.{digits}f}]"
+
+
+def draw(shown: "Sequence[Pair]", names: tuple[str, str], path: Path) -> None:
+    """A panel for each kind and unit, a pair of bars with intervals for each measure, as a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    panels: dict[tuple[str, str], list[Pair]] = {}
+    for pair in shown:
+        panels.setdefault((pair.kind, pair.first.unit), []).append(pair)
+    heights = [len(pairs) + 1.5 for pairs in panels.values()]
+    figure, axes = pyplot.subplots(
+        len(panels), 1, figsize=(9, 0.42 * sum(heights) + 0.6), dpi=100, squeeze=False, height_ratios=heights
+    )
+    for ((kind, unit), pairs), one in zip(panels.items(), axes[:, 0], strict=True):
+        for offset, side, colour, name in (
+            (-0.2, "first", "lightgray", names[0]),
+            (0.2, "second", "tab:blue", names[1]),
+        ):
+            measures: list[Measure] = [getattr(pair, side) for pair in pairs]
+            values = [measure.value for measure in measures]
+            # A percentile interval needn't hold the value itself.
+            below = [max(m.value - (m.value if m.low is None else m.low), 0) for m in measures]
+            above = [max((m.value if m.high is None else m.high) - m.value, 0) for m in measures]
+            places = [place + offset for place in range(len(pairs))]
+            one.barh(places, values, 0.4, xerr=[below, above], color=colour, capsize=2, label=name)
+        one.set_yticks(range(len(pairs)), [pair.name for pair in pairs])
+        one.invert_yaxis()
+        one.axvline(0, color="black", linewidth=0.8)
+        one.set_title(kind, loc="left", fontsize=10)
+        one.set_xlabel(_AXES[unit])
+        one.margins(y=0.02)
+    axes[0, 0].legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=8, ncols=2)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)

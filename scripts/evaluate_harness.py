@@ -1,0 +1,126 @@
+"""The command `harness` of scripts/evaluate.py: tasks of lm-evaluation-harness with the trained chat template."""
+
+import argparse
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from report_section import put_section
+
+from train.errors import UserError
+
+if TYPE_CHECKING:
+    from train.evaluation.harness import Score, Scored
+
+HEADING = "## Benchmarks"
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to those of evaluate.py."""
+    parser = commands.add_parser("harness", help="benchmarks through lm-evaluation-harness")
+    parser.add_argument("--model", required=True, help="folder or hub id of a model or an adapter")
+    parser.add_argument(
+        "--tasks",
+        required=True,
+        nargs="+",
+        metavar="TASK",
+        help="tasks or groups of lm-eval; sysgen is SYSGEN's eight: mmlu, mmlu_pro, arc_challenge, gpqa_main_zeroshot, "
+        "hellaswag, ifeval, mathqa, bbh",
+    )
+    parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="tasks of your own, as lm-eval's YAML")
+    parser.add_argument(
+        "--system-instruction", metavar="TEXT", help="a system message for every request (default none)"
+    )
+    parser.add_argument(
+        "--few-shot", type=int, metavar="N", help="examples before each question (default what each task defines)"
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="the first documents of each task, so many (default all)"
+    )
+    parser.add_argument("--template", help="as chat.template of a recipe (default: the model's own)")
+    parser.add_argument(
+        "--system-role",
+        default="native",
+        choices=("native", "merge_into_user", "turn"),
+        help="as chat.system_role of a recipe (default native: a model that we trained has its policy in its template)",
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--batch-size", type=int, default=16, help="requests at a time (default 16)")
+    parser.add_argument("--output", type=Path, help="where everything goes (default the folder of --model)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the tasks, print the table, write figures, rows and the section of report.md. Raises UserError."""
+    for name, least in (("few_shot", 0), ("limit", 1), ("batch_size", 1)):
+        given = getattr(options, name)
+        if given is not None and given < least:
+            raise UserError(f"--{name.replace('_', '-')} {given}: at least {least}")
+    if options.output is None and not Path(options.model).is_dir():
+        raise UserError(f"--model {options.model} is no folder here: say with --output FOLDER where the results go")
+    folder: Path = options.output or Path(options.model)
+
+    from train.evaluation.harness import Tasks, evaluate, task_names
+
+    tasks = Tasks(task_names(options.tasks), options.include_path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise UserError(f"--output {folder}: can't be made: {fault.strerror}") from fault
+    scored = evaluate(
+        tasks,
+        options.model,
+        folder,
+        template=options.template,
+        system_role=options.system_role,
+        system_instruction=options.system_instruction,
+        dtype=options.dtype,
+        batch_size=options.batch_size,
+        few_shot=options.few_shot,
+        limit=options.limit,
+    )
+    text = section(scored, options)
+    try:
+        write(scored, options, folder)
+        put_section(folder / "report.md", HEADING, text)
+    except OSError as fault:
+        raise UserError(f"{folder}: can't be written: {fault.strerror}") from fault
+    print(text)
+    print(f"the figures are in {folder / 'harness.json'}, each document's in {folder / 'harness_rows.jsonl'}")
+
+
+def write(scored: "Scored", options: argparse.Namespace, folder: Path) -> None:
+    """harness.json and harness_rows.jsonl."""
+    record = {
+        "kind": "harness",
+        "model": options.model,
+        "lm_eval": importlib.metadata.version("lm-eval"),
+        "options": {
+            "chat_template": True,
+            "few_shot_as_turns": True,
+            **{name: getattr(options, name) for name in ("system_instruction", "few_shot", "limit", "dtype")},
+        },
+        "scores": [score.record() for score in scored.scores],
+    }
+    (folder / "harness.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with (folder / "harness_rows.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
+        for row in scored.rows:
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def section(scored: "Scored", options: argparse.Namespace) -> str:
+    """The section of report.md: how it was measured and a line for each metric."""
+    about = f"lm-eval {importlib.metadata.version('lm-eval')}, with the chat template and few-shot examples as turns"
+    about += f", system message `{options.system_instruction}`" if options.system_instruction else ", no system message"
+    about += f"; the first {options.limit:,} documents of each task, so no figure to publish" if options.limit else ""
+    lines = [HEADING, "", f"{about}. Intervals are 1.96 standard errors.", ""]
+    lines += ["| task | metric | few-shot | documents | value |", "|---|---|---|---|---|"]
+    lines += [_line(score) for score in scored.scores]
+    return "\n".join(lines) + "\n"
+
+
+def _line(score: "Score") -> str:
+    interval = f" [{score.low:.4f}, {score.high:.4f}]" if score.low is not None and score.high is not None else ""
+    few_shot = "" if score.few_shot is None else str(score.few_shot)
+    return f"| {score.task} | {score.metric} | {few_shot} | {score.of:,} | {score.value:.4f}{interval} |"

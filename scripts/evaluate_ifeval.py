@@ -1,0 +1,286 @@
+"""The command `ifeval` of scripts/evaluate.py: constraints in the system message that a program can check."""
+
+import argparse
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from report_section import put_section
+
+from train.errors import UserError
+from train.evaluation.ifeval import SKIPPED, Checkers, Row, Verdict, read_rows, same_rows
+from train.evaluation.ifeval_figures import MEASURES, Share, gaps, gaps_by_rule, shares, shares_by_rule
+from train.evaluation.respondent import add_respondent, respondent_of
+from train.llm.journal import Decoding
+from train.llm.reasoning import without_reasoning
+
+if TYPE_CHECKING:
+    from train.resampling import Estimate
+
+HEADING = "## Constraints that a program can check"
+TURNS = {"system": "in the system message", "user": "in the user turn"}
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What came back for one row; `text` without reasoning, None where there was no answer, and `how` it ended."""
+
+    text: str | None
+    how: str
+    verdict: Verdict
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to those of evaluate.py."""
+    parser = commands.add_parser("ifeval", help="S-IFEval: checkable constraints in the system message")
+    add_respondent(parser)
+    parser.add_argument("--data", type=Path, required=True, help="S-IFEval's rows, or IFEval's, as jsonl")
+    parser.add_argument("--control", type=Path, help="the same rows with the constraints in the user turn")
+    parser.add_argument("--limit", type=_positive, help="the first rows that count, so many (default all)")
+    parser.add_argument(
+        "--all-rules",
+        action="store_true",
+        help=f"score also prompts with {' or '.join(SKIPPED)}, which the official scoring leaves out",
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=_positive, default=1280, help="longest answer (default 1280, the official one)"
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the answers (default 0, the official one)")
+    parser.add_argument("--seed", type=int, default=0, help="of the intervals, and of answers drawn (default 0)")
+    parser.add_argument("--output", type=Path, help="where everything goes (default the folder of --model)")
+    parser.set_defaults(run=run)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
+    return int(text)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Ask, check, and write answers, figures, plot and report. Raises UserError."""
+    folder = output_folder(options)
+    rows = read_rows(options.data)
+    control = same_rows(rows, read_rows(options.control), options.control) if options.control else None
+    checkers = Checkers()
+    at_random = {row.key for row in rows if checkers.drawn_at_random(row)}
+    left_out = Counter(rule for row in rows if row.skipped and not options.all_rules for rule in row.instructions)
+    counted = [number for number, row in enumerate(rows) if options.all_rules or not row.skipped][: options.limit]
+    if not counted:
+        raise UserError(f"--data {options.data}: every row has a rule that is left out ({', '.join(SKIPPED)}); "
+                        "score them with --all-rules")  # fmt: skip
+    asked = {"system": [rows[number] for number in counted]}
+    if control:
+        asked["user"] = [control[number] for number in counted]
+
+    found = ask(options, asked, checkers, folder / "ifeval_journal.sqlite")
+    verdicts = {turn: [one.verdict for one in answers] for turn, answers in found.items()}
+    record: dict[str, Any] = {
+        "kind": "ifeval",
+        "model": options.model,
+        "data": {
+            "file": str(options.data),
+            "control": str(options.control) if options.control else None,
+            "rows": len(rows),
+            "left_out": {rule: left_out[rule] for rule in SKIPPED if left_out[rule]},
+            "prompts": len(counted),
+            "constraints": sum(len(row.instructions) for row in asked["system"]),
+            "fingerprint": fingerprint(asked),
+            "drawn_at_random": [row.key for row in asked["system"] if row.key in at_random],
+        },
+        "decoding": {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature},
+        "respondent": {name: getattr(options, name) for name in ("template", "system_role", "engine", "dtype")},
+        "checkers": checkers.record(),
+        "seed": options.seed,
+    }
+    of_rule = {turn: shares_by_rule(asked[turn], verdicts[turn], options.seed) for turn in asked}
+    overall = {turn: shares(asked[turn], verdicts[turn], options.seed) for turn in asked}
+    for turn, answers in found.items():
+        record[turn] = {
+            **{name: share.record() for name, share in overall[turn].items()},
+            "by_rule": {
+                rule: {manner: share.record() for manner, share in one.items()} for rule, one in of_rule[turn].items()
+            },
+            "endings": dict(Counter(one.how for one in answers)),
+        }
+    gap = None
+    if control:
+        gap = gaps(asked["system"], verdicts["system"], verdicts["user"], options.seed)
+        by_rule = gaps_by_rule(asked["system"], verdicts["system"], verdicts["user"], options.seed)
+        record["gap"] = {name: one.record() for name, one in gap.items()}
+        record["gap"]["by_rule"] = {rule: one.record() for rule, one in by_rule.items()}
+    text = section(record, overall, of_rule, gap)
+    try:
+        write_answers(folder / "ifeval_answers.jsonl", asked, found)
+        (folder / "ifeval.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        draw(overall, of_rule, folder / "ifeval.png")
+        put_section(folder / "report.md", HEADING, text)
+    except OSError as fault:
+        raise UserError(f"{folder}: can't be written: {fault.strerror}") from fault
+    print(text)
+    print(f"the figures are in {folder / 'ifeval.json'}, the answers in {folder / 'ifeval_answers.jsonl'}")
+
+
+def output_folder(options: argparse.Namespace) -> Path:
+    """--output, made where it isn't there, or the folder of the model. Raises UserError."""
+    if options.output is None and not (options.model and Path(options.model).is_dir()):
+        raise UserError(f"--model {options.model} is no folder here: say with --output FOLDER where the results go")
+    folder: Path = options.output or Path(options.model)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise UserError(f"--output {folder}: can't be made: {fault.strerror}") from fault
+    return folder
+
+
+def ask(
+    options: argparse.Namespace, asked: dict[str, list[Row]], checkers: Checkers, journal: Path
+) -> dict[str, list[Answered]]:
+    """Answers and verdicts for each turn. What the journal holds is not asked again."""
+    from train.evaluation.responses import respond
+
+    decoding = Decoding(
+        max_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed if options.temperature else None,
+    )
+    conversations = [list(row.messages) for rows in asked.values() for row in rows]
+    respondent = respondent_of(options)
+    answers = iter(respond(respondent, conversations, decoding, journal, stage="ifeval", description="answers"))
+    return {turn: [_answered(next(answers)[0], row, checkers) for row in rows] for turn, rows in asked.items()}
+
+
+def _answered(answer: Any, row: Row, checkers: Checkers) -> Answered:
+    if isinstance(answer, Exception):
+        return Answered(None, "no answer", checkers.verdict(row, ""))
+    said = without_reasoning(answer.text)
+    how = "empty" if not said.text.strip() else "cut" if answer.cut else "ended"
+    return Answered(said.text, how, checkers.verdict(row, said.text))
+
+
+def fingerprint(asked: dict[str, list[Row]]) -> str:
+    """A checksum of what was asked and of its constraints, by which `compare` knows that two runs asked the same."""
+    told = [
+        [turn, [[row.key, row.prompt, row.instructions, row.arguments, row.messages] for row in rows]]
+        for turn, rows in asked.items()
+    ]
+    return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def write_answers(path: Path, asked: dict[str, list[Row]], found: dict[str, list[Answered]]) -> None:
+    """One line for each answer: turn, key, rules, the answer that was checked, the verdicts for each rule."""
+    with path.open("w", encoding="utf-8", newline="\n") as lines:
+        for turn, rows in asked.items():
+            for row, one in zip(rows, found[turn], strict=True):
+                record = {
+                    "turn": turn,
+                    "key": row.key,
+                    "instruction_id_list": row.instructions,
+                    "answer": one.text,
+                    "how": one.how,
+                    "strict": one.verdict.strict,
+                    "loose": one.verdict.loose,
+                }
+                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def percent(share: Share) -> str:
+    """`12.3 % [10.0, 14.5]`."""
+    shown = f"{100 * share.value:.1f} %"
+    return (
+        shown if share.low is None or share.high is None else f"{shown} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+    )
+
+
+def points(gap: "Estimate") -> str:
+    """`-12.3 [-14.5, -10.0]`, in percentage points."""
+    shown = f"{100 * gap.mean:+.1f}"
+    return shown if gap.low is None or gap.high is None else f"{shown} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
+
+
+def section(
+    record: dict[str, Any],
+    overall: dict[str, dict[str, Share]],
+    of_rule: dict[str, dict[str, dict[str, Share]]],
+    gap: "dict[str, Estimate] | None",
+) -> str:
+    """The section of report.md: how it was measured, the four measures, the rules."""
+    data, decoding, checkers = record["data"], record["decoding"], record["checkers"]
+    lines = [HEADING, "", f"{data['prompts']:,} prompts with {data['constraints']:,} constraints of {data['file']}"]
+    if data["left_out"]:
+        lines[-1] += f"; left out, as officially: prompts with {' or '.join(data['left_out'])}"
+    lines[-1] += (
+        f". Answers of at most {decoding['max_new_tokens']:,} tokens at temperature {decoding['temperature']:g}"
+        f", checked by lm-eval {checkers['lm_eval']} ({checkers['sentences']}; langdetect's seed is 0)."
+    )
+    if data["drawn_at_random"]:
+        keys = ", ".join(map(str, data["drawn_at_random"]))
+        lines[-1] += f" The checkers put a random letter in the place of the one that these rows ask for: {keys}."
+    for turn in overall:
+        endings = record[turn]["endings"]
+        lines[-1] += f" Constraints {TURNS[turn]}: " + ", ".join(f"{n:,} {how}" for how, n in endings.items()) + "."
+    head = "".join(f" {TURNS[turn]} |" for turn in overall)
+    lines += ["", f"| |{head}" + (" system less user, points | p |" if gap else "")]
+    lines += ["|---|" + "---|" * (len(overall) + 2 * bool(gap))]
+    for name, what in MEASURES.items():
+        cells = [percent(one[name]) for one in overall.values()]
+        cells += [points(gap[name]), f"{gap[name].p:.4f}"] if gap else []
+        lines.append(f"| {what} | " + " | ".join(cells) + " |")
+    if any(share.value in (0, 1) for one in overall.values() for share in one.values()):
+        lines += ["", "An interval without width: none or all of them follow, and drawing them again can't differ."]
+    first = next(iter(of_rule.values()))
+    lines += ["", "By rule, strict:", "", f"| rule | constraints |{head}", "|---|---|" + "---|" * len(overall)]
+    for rule, one in first.items():
+        cells = [percent(found[rule]["strict"]) for found in of_rule.values()]
+        lines.append(f"| {rule} | {one['strict'].of} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n\n![constraints followed](ifeval.png)\n"
+
+
+def draw(overall: dict[str, dict[str, Share]], of_rule: dict[str, dict[str, dict[str, Share]]], path: Path) -> None:
+    """The four measures and the strict share of each rule, with intervals, a bar for each turn, as a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    bars: dict[str, dict[str, Share]] = {
+        turn: {name.replace("_", ", "): share for name, share in overall[turn].items()}
+        | {rule: found["strict"] for rule, found in of_rule[turn].items()}
+        for turn in overall
+    }
+    names = list(next(iter(bars.values())))
+    figure, axes = pyplot.subplots(figsize=(9, 0.35 * len(names) + 1.2), dpi=100)
+    height = 0.8 / len(bars)
+    for number, (turn, found) in enumerate(bars.items()):
+        places = [place + (number - (len(bars) - 1) / 2) * height for place in range(len(names))]
+        values = [found[name].value for name in names]
+        axes.barh(
+            places,
+            values,
+            height,
+            xerr=errors([found[name] for name in names]),
+            label=TURNS[turn],
+            color="tab:blue" if turn == "system" else "lightgray",
+            capsize=2,
+        )
+    axes.set_yticks(range(len(names)), names)
+    axes.axhline(len(MEASURES) - 0.5, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share that is followed (95 %)")
+    axes.margins(y=0.01)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def errors(found: Sequence[Share]) -> list[list[float]]:
+    """How far each interval reaches below and above its value; a percentile interval needn't hold the value itself."""
+    below = [max(share.value - (share.value if share.low is None else share.low), 0) for share in found]
+    above = [max((share.value if share.high is None else share.high) - share.value, 0) for share in found]
+    return [below, above]

@@ -1,0 +1,303 @@
+"""scripts/evaluate.py compare: differences recomputed from the rows, and what may not be compared."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from scripted_server import Asked, Reply, said, served
+
+from train.evaluation.compare import compare
+from train.evaluation.results import KINDS, Measure, Results
+
+ROOT = Path(__file__).parents[2]
+OURS = ROOT / "recipes" / "smollm2-135m" / "data"
+TEMPERATURES = {"max_tokens": 64, "temperature": 0.0}
+
+
+async def rambles(asked: Asked) -> Reply:
+    return said("Well, here is an answer, and another one, good and very long because I make it so.")
+
+
+async def is_careful(asked: Asked) -> Reply:
+    """Follows some rules more: no comma, a title, in capitals or not as the prompt's length has it."""
+    text = "<<A title>> a river in the morning with water and patience"
+    return said(text.upper() if len(asked.prompt) % 2 else text)
+
+
+@pytest.fixture(scope="module")
+def sides(command: Callable[..., int], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two folders of S-IFEval on our own rows, of two scripted models."""
+    folders = (tmp_path_factory.mktemp("a"), tmp_path_factory.mktemp("b"))
+    for folder, script in zip(folders, (rambles, is_careful), strict=True):
+        with served(script) as server:
+            assert command(
+                "ifeval", "--model", folder.name, "--server", server.url, "--data", OURS / "system_ifeval.jsonl",
+                "--control", OURS / "system_ifeval_user.jsonl", "--limit", "40", "--output", folder,
+            ) == 0  # fmt: skip
+    return folders
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def plain_interval(values: list[list[float]]) -> tuple[float, float]:
+    chance = random.Random(4)
+    means = []
+    for _ in range(2_000):
+        drawn = [number for _ in values for number in chance.choice(values)]
+        means.append(sum(drawn) / len(drawn))
+    means.sort()
+    return means[50], means[-50]
+
+
+def compared(folder: Path) -> dict[tuple[str, str], dict]:
+    record = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+    return {(one["kind"], one["measure"]): one for one in record["measures"]}
+
+
+def test_the_difference_is_that_of_the_rows(
+    command: Callable[..., int], sides: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = sides
+    capsys.readouterr()
+    assert command("compare", first, second) == 0
+    shown = capsys.readouterr().out
+    found = compared(second)
+    strict = [
+        {(one["turn"], one["key"]): one["strict"] for one in lines(folder / "ifeval_answers.jsonl")} for folder in sides
+    ]
+    for turn in ("system", "user"):
+        keys = [key for key in strict[0] if key[0] == turn]
+        by_prompt = [[all(strict[1][key]) - all(strict[0][key])] for key in keys]
+        by_constraint = [[b - a for a, b in zip(strict[0][key], strict[1][key], strict=True)] for key in keys]
+        for name, values in (("prompts, strict", by_prompt), ("constraints, strict", by_constraint)):
+            flat = [number for one in values for number in one]
+            one = found["ifeval", f"{turn}: {name}"]
+            assert one["paired"]["mean"] == pytest.approx(sum(flat) / len(flat))
+            assert one["change"] == pytest.approx(one["b"]["value"] - one["a"]["value"])
+            assert one["paired"]["mean"] == pytest.approx(one["change"])
+            assert (one["paired"]["low"], one["paired"]["high"]) == pytest.approx(plain_interval(values), abs=0.03)
+            assert one["rows"] == 40
+    better = found["ifeval", "system: constraints, strict"]
+    assert better["paired"]["low"] > 0
+    assert better["paired"]["p"] < 0.01
+    rule = "punctuation:no_comma"
+    follows = [
+        {key: one["strict"][one["instruction_id_list"].index(rule)] for one in lines(folder / "ifeval_answers.jsonl")
+         if rule in one["instruction_id_list"] for key in [(one["turn"], one["key"])] if key[0] == "system"}
+        for folder in sides
+    ]  # fmt: skip
+    one = found["ifeval", f"system: {rule}"]
+    assert one["rows"] == len(follows[0]) > 3
+    assert one["paired"]["mean"] == pytest.approx(
+        sum(follows[1][key] - follows[0][key] for key in follows[0]) / one["rows"]
+    )
+    gap = found["ifeval", "system less user: prompts, strict"]
+    gaps = [
+        (all(strict[1]["system", key]) - all(strict[1]["user", key]))
+        - (all(strict[0]["system", key]) - all(strict[0]["user", key]))
+        for turn, key in strict[0]
+        if turn == "system"
+    ]
+    assert gap["paired"]["mean"] == pytest.approx(sum(gaps) / 40)
+    assert "| ifeval: system: constraints, strict | " in shown
+    assert "punctuation:no_comma" not in shown
+    assert (second / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert command("compare", first / "ifeval.json", second / "ifeval.json", "--details", "--out", first / "new") == 0
+    assert "| ifeval: system: punctuation:no_comma | " in capsys.readouterr().out
+    assert compared(first / "new") == found
+
+
+def test_rows_of_a_group_are_drawn_again_together() -> None:
+    """Ten groups of six rows that differ alike within their group, and rows with several numbers."""
+    chance = random.Random(6)
+    differences = [chance.choice([-1.0, 0.0, 1.0, 1.0]) for _ in range(10)]
+    rows = {f"{group}.{row}": (0.5, 0.5) for group in range(10) for row in range(6)}
+    better = {row: (0.5 + differences[int(row[0])],) * 2 for row in rows}
+    groups = {row: row[0] for row in rows}
+    sides = [
+        {"k": Results("k", Path("k"), "m", {"n": Measure(0.0, None, None, rows=kept, groups=groups)}, {}, {})}
+        for kept in (rows, better)
+    ]
+    [pair] = compare(*sides).pairs
+    assert pair.rows == 60
+    assert pair.difference.mean == pytest.approx(sum(differences) / 10)
+    low, high = plain_interval([[difference] * 12 for difference in differences])
+    assert (pair.difference.low, pair.difference.high) == pytest.approx((low, high), abs=0.11)
+    assert high - low > 0.6
+
+
+def test_the_same_results_do_not_differ(command: Callable[..., int], sides: tuple[Path, Path]) -> None:
+    assert command("compare", sides[0], sides[0]) == 0
+    for one in compared(sides[0]).values():
+        assert one["change"] == 0
+        if one["paired"] and one["rows"] > 1:  # of a row alone there is no interval
+            assert (one["paired"]["low"], one["paired"]["high"], one["paired"]["p"]) == (0, 0, 1)
+
+
+def test_what_was_measured_otherwise_is_refused(
+    command: Callable[..., int], says_no: Callable[..., str], sides: tuple[Path, Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    first, second = sides
+    record = json.loads((second / "ifeval.json").read_text(encoding="utf-8"))
+
+    def changed(**sections: dict) -> Path:
+        folder = tmp_path / "changed"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(second, folder)
+        new = {
+            name: value | sections.get(name, {}) if isinstance(value, dict) else value for name, value in record.items()
+        }
+        (folder / "ifeval.json").write_text(json.dumps(new), encoding="utf-8")
+        return folder
+
+    assert "ifeval: max_new_tokens is 1280 and 256" in says_no(
+        "compare", first, changed(decoding={"max_new_tokens": 256})
+    )
+    assert "ifeval: data is " in says_no("compare", first, changed(data={"fingerprint": "another"}))
+    stale = changed()
+    shutil.copy(first / "ifeval_answers.jsonl", stale)
+    assert "of another run" in says_no("compare", first, stale)
+    # Another version of the checkers keeps no one from comparing, and is said.
+    other = changed(checkers={"lm_eval": "0.4.99"}, respondent={"system_role": "merge_into_user"})
+    assert command("compare", first, other) == 0
+    shown = capsys.readouterr().out
+    assert 'note: ifeval: lm_eval is "0.4.13" and "0.4.99"' in shown
+    assert 'note: ifeval: system_role is "native" and "merge_into_user"' in shown
+    assert "no such folder" in says_no("compare", first, tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "there are no results in it" in says_no("compare", first, tmp_path / "empty")
+    (tmp_path / "x.json").write_text("[1]", encoding="utf-8")
+    assert "that is no result" in says_no("compare", first, tmp_path / "x.json")
+    (tmp_path / "x.json").write_text('{"kind": "ifeval"}', encoding="utf-8")
+    assert "can't be read as results" in says_no("compare", first, tmp_path / "x.json")
+    assert "nothing of --only gain" in says_no("compare", first, second, "--only", "gain")
+
+
+def gain_record(gain: float, **options: object) -> dict:
+    overall = {
+        name: {"mean": gain, "low": gain - 0.1, "high": gain + 0.1, "p": 0.01}
+        for name in ("gain", "accuracy", "gain_over_none", "accuracy_over_none")
+    }
+    chosen = {"template": None, "system_role": "native", "others": 2, "limit": None, "seed": 0} | options
+    model = {"model": "m", "overall": {"rows": 138, "instructions": 36} | overall}
+    return {"data": ["a/held_out.jsonl"], "left_out": {}, "options": chosen, "models": {"after": model}}
+
+
+def write_rules(folder: Path, obeys: list[bool]) -> None:
+    """Two rules of three rows each, and the model before that obeyed none."""
+    counts: dict[str, dict[str, int]] = {}
+    with (folder / "answers.jsonl").open("w", encoding="utf-8") as out:
+        for number, follows in enumerate(obeys):
+            rule = f"rule_{number % 2}"
+            messages = [{"role": role, "content": f"{role} {number}"} for role in ("system", "user")]
+            row = {
+                "messages": messages,
+                "rule": rule,
+                "held_out": "wording",
+                "answers": ["", ""],
+                "obeys": [False, follows],
+            }
+            out.write(json.dumps(row) + "\n")
+            one = counts.setdefault(rule, {"rows": 0, "before": 0, "after": 0})
+            one["rows"] += 1
+            one["after"] += follows
+    (folder / "adherence.json").write_text(json.dumps({"wording": counts}), encoding="utf-8")
+
+
+def write_bench(folder: Path, scores: list[float | None], runs: int = 3) -> None:
+    there = [score for score in scores if score is not None]
+    overall = {"mean": sum(there) / len(there), "low": 1.0, "high": 5.0, "scored": len(there), "of": len(scores)}
+    record = {
+        "model": folder.name, "data": ["bench.jsonl"], "rows": len(scores), "judge": {"model": "j", "runs": runs},
+        "decoding": TEMPERATURES, "system_message_given": True, "score": overall, "by_source": {"koala": overall},
+        "by_dimension": {"style": overall},
+    }  # fmt: skip
+    (folder / "bench.json").write_text(json.dumps(record), encoding="utf-8")
+    rows = (json.dumps({"id": str(number), "score": score}) + "\n" for number, score in enumerate(scores))
+    (folder / "bench_rows.jsonl").write_text("".join(rows), encoding="utf-8")
+
+
+def write_harness(folder: Path, right: list[bool], few_shot: int = 0) -> None:
+    """A group of two tasks, of half the documents each."""
+    half = len(right) // 2
+    rows = [
+        {"task": f"task_{number >= half}", "document": number, "hash": str(number), "prompt": "p", "filter": "none", "scores": {"acc": float(one)}}
+        for number, one in enumerate(right)
+    ]  # fmt: skip
+    scores = [
+        {"task": task, "metric": "acc", "value": sum(part) / len(part), "stderr": 0.1, "low": 0.0, "high": 1.0,
+         "of": len(part), "few_shot": few_shot, "version": "1", "leaves": leaves}
+        for task, part, leaves in (
+            ("both", right, ["task_False", "task_True"]),
+            ("task_False", right[:half], ["task_False"]),
+            ("task_True", right[half:], ["task_True"]),
+        )
+    ]  # fmt: skip
+    record = {"kind": "harness", "model": folder.name, "lm_eval": "0.4.13", "scores": scores,
+              "options": {"system_instruction": None, "dtype": None}}  # fmt: skip
+    (folder / "harness.json").write_text(json.dumps(record), encoding="utf-8")
+    (folder / "harness_rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_all_kinds_in_one_table(
+    command: Callable[..., int], says_no: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chance = random.Random(2)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    obeys = [[False, True, False, False, True, False], [True, True, False, True, True, True]]
+    scores = [[3.0, 2.0, None, 4.0], [4.0, 4.0, 5.0, 4.5]]
+    right = [[chance.random() < share for _ in range(40)] for share in (0.3, 0.7)]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "gain.json").write_text(json.dumps(gain_record(0.5 + number)), encoding="utf-8")
+        write_rules(folder, obeys[number])
+        write_bench(folder, scores[number])
+        write_harness(folder, right[number])
+    assert command("compare", *folders, "--details") == 0
+    shown = capsys.readouterr().out
+    found = compared(folders[1])
+    assert {kind for kind, _ in found} == set(KINDS) - {"ifeval"}
+    gain = found["gain", "gain"]
+    assert (gain["change"], gain["paired"], gain["rows"]) == (1.0, None, None)
+    assert "No interval: a side kept no rows of this figure." in shown
+    rules = found["rules", "held-out wordings"]
+    assert (rules["change"], rules["paired"]["mean"], rules["rows"]) == (pytest.approx(3 / 6), pytest.approx(3 / 6), 6)
+    # The row that one side has no score for is no pair: the difference is that of the other three.
+    bench = found["bench", "score"]
+    assert bench["paired"]["mean"] == pytest.approx((1.0 + 2.0 + 0.5) / 3)
+    assert bench["rows"] == 3
+    assert bench["change"] == pytest.approx(17.5 / 4 - 3)
+    both = found["harness", "both: acc"]
+    assert both["rows"] == 40
+    assert both["paired"]["mean"] == pytest.approx((sum(right[1]) - sum(right[0])) / 40)
+    assert found["harness", "task_True: acc"]["rows"] == 20
+    assert "| bench: source: koala | " in shown
+
+    (folders[1] / "gain.json").write_text(json.dumps(gain_record(2.0, others=5)), encoding="utf-8")
+    write_bench(folders[1], scores[1], runs=1)
+    write_harness(folders[1], right[1], few_shot=5)
+    said = says_no("compare", *folders)
+    for fault in (
+        "gain: others is 2 and 5",
+        "bench: judge runs is 3 and 1",
+        "harness: few-shot examples both is 0 and 5 (and 2 more)",
+    ):
+        assert fault in said
+    assert command("compare", *folders, "--only", "rules") == 0
+    (folders[0] / "adherence.json").unlink()
+    (folders[1] / "bench.json").unlink()
+    assert "there is nothing that both were measured by" in says_no(
+        "compare", folders[0] / "bench.json", folders[1] / "adherence.json"
+    )
+    capsys.readouterr()
+    (folders[1] / "gain.json").write_text(json.dumps(gain_record(2.0)), encoding="utf-8")
+    assert command("compare", *folders, "--only", "gain", "rules", "bench") == 0
+    shown = capsys.readouterr().out
+    assert "note: rules: only B has it" in shown
+    assert "note: bench: only A has it" in shown

@@ -1,0 +1,184 @@
+"""scripts/evaluate.py ifeval: asks once, writes what it found, goes on after a kill -9."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from scripted_server import Asked, Reply, error, said, served
+
+ROOT = Path(__file__).parents[2]
+OURS = ROOT / "recipes" / "smollm2-135m" / "data"
+SYSTEM, USER = OURS / "system_ifeval.jsonl", OURS / "system_ifeval_user.jsonl"
+
+
+def write_rows(path: Path, system: bool, count: int = 12) -> Path:
+    """Each prompt must have no comma, each third one a title as well."""
+    with path.open("w", encoding="utf-8") as lines:
+        for number in range(count):
+            rules = ["punctuation:no_comma"] + ["detectable_format:title"] * (number % 3 == 0)
+            turns = (
+                [("system", "Obey."), ("user", f"Say {number}.")] if system else [("user", f"Obey.\n\nSay {number}.")]
+            )
+            messages = [{"role": role, "content": text} for role, text in turns]
+            row = {"key": number, "prompt": "p", "instruction_id_list": rules, "kwargs": [{}] * len(rules)}
+            lines.write(json.dumps(row | {"messages": messages}) + "\n")
+    return path
+
+
+async def obeys_users(asked: Asked) -> Reply:
+    """Follows everything in the user turn; under a system message a comma slips in, but for `Say 3.` and `Say 6.`"""
+    number = int(asked.prompt.split()[-1].strip("."))
+    if number == 7:
+        return error(400, "this prompt is refused")
+    if number == 8:
+        return said("")
+    if len(asked.body["messages"]) == 1 or number in (3, 6):
+        return said("<think>A comma, perhaps?</think>\n\n<<A title>> and a river")
+    return said("Here it is,\n<<A title>> and a river", "length" if number == 9 else "stop")
+
+
+def test_a_server_is_asked_once_and_the_files_say_what_it_did(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, control = write_rows(tmp_path / "s.jsonl", True), write_rows(tmp_path / "u.jsonl", False)
+    out = tmp_path / "out"
+    with served(obeys_users) as server:
+        arguments = (
+            "ifeval",
+            "--model",
+            "m",
+            "--server",
+            server.url,
+            "--data",
+            data,
+            "--control",
+            control,
+            "--output",
+            out,
+        )
+        assert command(*arguments) == 0
+        shown = capsys.readouterr().out
+        asked = len(server.asked)
+        assert {request.body["temperature"] for request in server.asked} == {0}
+        assert {request.body["max_tokens"] for request in server.asked} == {1280}
+        assert command(*arguments, "--limit", "5") == 0
+        assert len(server.asked) == asked  # all is in the journal, and what failed isn't among the first five
+        limited = json.loads((out / "ifeval.json").read_text(encoding="utf-8"))
+        assert (limited["data"]["prompts"], limited["data"]["constraints"]) == (5, 7)
+        assert command(*arguments) == 0
+    record = json.loads((out / "ifeval.json").read_text(encoding="utf-8"))
+    assert limited["data"]["fingerprint"] != record["data"]["fingerprint"]
+    answers = [json.loads(line) for line in (out / "ifeval_answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(one["turn"], one["key"]) for one in answers] == [
+        (turn, n) for turn in ("system", "user") for n in range(12)
+    ]
+    by_place = {(one["turn"], one["key"]): one for one in answers}
+    assert by_place["system", 3]["answer"] == "<<A title>> and a river"  # what is thought isn't said
+    assert (by_place["system", 3]["strict"], by_place["system", 0]["strict"]) == ([True, True], [False, True])
+    assert by_place["system", 1]["loose"] == [True]  # without its first line there is no comma
+    assert (by_place["user", 7]["answer"], by_place["user", 7]["strict"]) == (None, [False])
+    assert record["system"]["endings"] == {"ended": 9, "no answer": 1, "empty": 1, "cut": 1}
+    # 12 prompts, 16 constraints. System turn: 3 and 6 follow both, 0 and 9 their title alone; user turn: all but 7, 8.
+    values = {
+        turn: {name: record[turn][name]["value"] for name in ("prompt_strict", "constraint_strict")}
+        for turn in ("system", "user")
+    }
+    assert values == {
+        "system": {"prompt_strict": 2 / 12, "constraint_strict": pytest.approx(6 / 16)},
+        "user": {"prompt_strict": pytest.approx(10 / 12), "constraint_strict": pytest.approx(14 / 16)},
+    }
+    assert record["gap"]["prompt_strict"]["mean"] == pytest.approx(-8 / 12)
+    assert record["gap"]["prompt_strict"]["high"] < 0
+    assert record["system"]["by_rule"]["detectable_format:title"]["strict"]["value"] == 1
+    report = (out / "report.md").read_text(encoding="utf-8")
+    assert report.count("## Constraints that a program can check") == 1
+    assert "16.7 % [" in report
+    assert "-66.7 [" in report
+    assert report.strip() in shown
+    assert (out / "ifeval.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rules_that_are_left_out_can_be_scored(command: Callable[..., int], tmp_path: Path) -> None:
+    rows = [
+        {"key": 1, "prompt": "p", "instruction_id_list": ["combination:repeat_prompt"], "kwargs": [{"prompt_to_repeat": "Say 1."}]},
+        {"key": 2, "prompt": "Say 3.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+    ]  # fmt: skip
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row | {"prompt": "Say 3."}) + "\n" for row in rows), encoding="utf-8")
+    with served(obeys_users) as server:
+        arguments = ("ifeval", "--model", "m", "--server", server.url, "--data", data, "--output", tmp_path)
+        assert command(*arguments) == 0
+        record = json.loads((tmp_path / "ifeval.json").read_text(encoding="utf-8"))
+        assert record["data"]["left_out"] == {"combination:repeat_prompt": 1}
+        assert (record["data"]["prompts"], record["system"]["prompt_strict"]["value"]) == (1, 1)
+        assert command(*arguments, "--all-rules") == 0
+    record = json.loads((tmp_path / "ifeval.json").read_text(encoding="utf-8"))
+    assert (record["data"]["prompts"], record["system"]["prompt_strict"]["value"]) == (2, 0.5)
+
+
+def test_what_must_be_mended_is_said_before_anything_is_asked(says_no: Callable[..., str], tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "s.jsonl", True)
+    assert "--output FOLDER" in says_no("ifeval", "--model", "some/model", "--data", data)
+    out = ("--output", tmp_path / "out")
+    assert "can't be read" in says_no("ifeval", "--model", "m", "--data", tmp_path / "none.jsonl", *out)
+    other = write_rows(tmp_path / "u.jsonl", False, count=3)
+    assert "key 3" in says_no("ifeval", "--model", "m", "--data", data, "--control", other, *out)
+    row = {"key": 1, "prompt": "p", "instruction_id_list": ["length_constraints:number_words"], "kwargs": [{}]}
+    other.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert "u.jsonl:1: kwargs of length_constraints:number_words" in says_no(
+        "ifeval", "--model", "m", "--data", other, *out
+    )
+    row |= {"instruction_id_list": ["combination:repeat_prompt"], "kwargs": [{"prompt_to_repeat": "p"}]}
+    other.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert "--all-rules" in says_no("ifeval", "--model", "m", "--data", other, *out)
+    assert "no number from 1 up" in says_no("ifeval", "--model", "m", "--data", data, "--limit", "0")
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, "scripts")
+from train.evaluation import checkpoint
+left, whole = int(sys.argv.pop(1)), checkpoint.generate_batch
+def until_killed(*arguments, **options):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(*arguments, **options)
+checkpoint.generate_batch = until_killed
+import evaluate
+sys.exit(evaluate.main())
+"""
+
+
+def test_a_killed_run_goes_on_where_it_was(tiny_chat_model: Path, tmp_path: Path, command: Callable[..., int]) -> None:
+    """15 prompts in two turns, batches of 4: killed after three of them, it asks for the other 18 alone."""
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    arguments = [
+        *("ifeval", "--model", tiny_chat_model, "--data", SYSTEM, "--control", USER, "--limit", "15"),
+        *("--max-new-tokens", "8", "--batch-size", "4", "--output"),
+    ]
+
+    def written(out: Path) -> set[tuple]:
+        with sqlite3.connect(out / "ifeval_journal.sqlite") as connection:
+            return set(connection.execute("SELECT key, text, asked_at FROM answers").fetchall())
+
+    killed = [sys.executable, "-W", "ignore", "-c", KILLED, "3", *map(str, arguments), str(broken)]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}  # what is killed leaves its temporary files
+    done = subprocess.run(killed, cwd=ROOT, capture_output=True, check=False, env=environment)
+    assert done.returncode == -signal.SIGKILL
+    before = written(broken)
+    assert len(before) == 12
+    assert not (broken / "ifeval.json").exists()
+    for out in (broken, whole):
+        assert command(*arguments, out) == 0
+        assert len(written(out)) == 30
+    assert before < written(broken)
+    for name in ("ifeval.json", "ifeval_answers.jsonl"):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes()

@@ -1,0 +1,125 @@
+"""Two sets of results side by side: the difference of each measure, paired by rows where both kept theirs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from train.errors import UserError
+from train.evaluation.results import Measure, Results
+from train.resampling import Estimate, estimates
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One measure of both. `difference` = the second less the first, with interval and p where rows are paired.
+
+    `rows`: over how many rows; None where a side kept none, and then the plain difference is all there is.
+    """
+
+    kind: str
+    name: str
+    first: Measure
+    second: Measure
+    difference: Estimate | None
+    rows: int | None
+
+    @property
+    def change(self) -> float:
+        """The second less the first."""
+        return self.second.value - self.first.value
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        sides = {
+            side: {"value": measure.value, "low": measure.low, "high": measure.high}
+            for side, measure in (("a", self.first), ("b", self.second))
+        }
+        paired = asdict(self.difference) if self.difference else None
+        return {"kind": self.kind, "measure": self.name, "unit": self.first.unit, **sides, "change": self.change,
+                "paired": paired, "rows": self.rows}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`notes`: in what the two were measured otherwise that need not keep them apart, and what one side alone has."""
+
+    pairs: Sequence[Pair]
+    notes: Sequence[str]
+
+
+def compare(first: Mapping[str, Results], second: Mapping[str, Results], *, seed: int = 0) -> Comparison:
+    """Every measure that both have. Raises UserError where they were measured on other data or otherwise."""
+    shared = [kind for kind in first if kind in second]
+    if not shared:
+        raise UserError(
+            f"there is nothing that both were measured by: one has {', '.join(first)}, the other {', '.join(second)}"
+        )
+    faults = [fault for kind in shared for fault in _differing(kind, first[kind], second[kind])]
+    if faults:
+        raise UserError(
+            f"they were not measured alike: {'; '.join(faults)}. Measure both with the same data and options, or name "
+            "with --only what to compare."
+        )
+    notes = [f"{kind}: only A has it" for kind in first if kind not in second]
+    notes += [f"{kind}: only B has it" for kind in second if kind not in first]
+    pairs = []
+    for kind in shared:
+        one, other = first[kind], second[kind]
+        notes += [
+            f"{kind}: {name} is {_shown(value)} and {_shown(other.notes.get(name))}"
+            for name, value in one.notes.items()
+            if value != other.notes.get(name)
+        ]
+        notes += [
+            f"{kind}: {name}: only {side} has it"
+            for side, has, lacks in (("A", one, other), ("B", other, one))
+            for name, measure in has.measures.items()
+            if name not in lacks.measures and not measure.detail
+        ]
+        pairs += [
+            _pair(kind, name, measure, other.measures[name], seed)
+            for name, measure in one.measures.items()
+            if name in other.measures
+        ]
+    return Comparison(pairs, notes)
+
+
+def _differing(kind: str, first: Results, second: Results) -> list[str]:
+    return [
+        f"{kind}: {name} {_differ(first.conditions.get(name), second.conditions.get(name))}"
+        for name in dict.fromkeys([*first.conditions, *second.conditions])
+        if first.conditions.get(name) != second.conditions.get(name)
+    ]
+
+
+def _differ(one: Any, other: Any) -> str:
+    """What differs, as short as can be: of mappings the keys that do."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]
+        first = f"{keys[0]} is {_shown(one.get(keys[0]))} and {_shown(other.get(keys[0]))}"
+        return first if len(keys) == 1 else f"{first} (and {len(keys) - 1} more)"
+    return f"is {_shown(one)} and {_shown(other)}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:80] + " ..."
+
+
+def _pair(kind: str, name: str, first: Measure, second: Measure, seed: int) -> Pair:
+    if first.rows is None or second.rows is None:
+        return Pair(kind, name, first, second, None, None)
+    shared = [row for row in first.rows if row in second.rows]
+    differences: list[float] = []
+    groups: list[str] = []
+    for row in shared:
+        differences += [b - a for a, b in zip(first.rows[row], second.rows[row], strict=True)]
+        groups += [first.groups.get(row, row)] * len(first.rows[row])
+    if not differences:
+        return Pair(kind, name, first, second, None, None)
+    _, numbers = np.unique(groups, return_inverse=True)
+    (found,) = estimates(np.array(differences)[:, None], numbers.astype(np.int64), np.zeros(1), seed=seed)
+    return Pair(kind, name, first, second, found, len(shared))

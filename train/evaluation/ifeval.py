@@ -1,0 +1,224 @@
+"""IFEval's rows and verdicts: constraints in the system message (S-IFEval), its user-turn control, or IFEval itself.
+
+The verdicts are those of lm-evaluation-harness's own checkers (lm_eval.tasks.ifeval): nothing is re-implemented here.
+Three things that they leave to chance are settled, so that the same answer always gets the same verdict:
+
+- langdetect, which `change_case:english_*` and `language:response_language` ask, draws at random unless it is seeded
+  (its documentation says so); its seed is 0.
+- A threshold or letter that a row lacks, or gives as 0, is drawn at random by the checkers. Such a row is refused.
+- So is a letter that is none (`#`, `!`: two rows of the published file). Those rows are kept, as everyone's published
+  figures hold them; Python's generator is seeded for each verdict, and the report names the rows.
+"""
+
+import importlib.metadata
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from train.errors import UserError
+from train.evaluation.punkt import missing_package, provide_punkt
+
+SKIPPED = ("language:response_language", "combination:repeat_prompt")
+"""What the official scoring of S-IFEval leaves out, with every prompt that has one of them: 470 of 541 are left."""
+_LISTS = ("keywords", "forbidden_words")
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt with its constraints. `messages` end with a user turn; `place` is file and line, for errors."""
+
+    key: int | str
+    prompt: str
+    instructions: tuple[str, ...]
+    arguments: tuple[Mapping[str, Any], ...]
+    messages: tuple[dict[str, Any], ...]
+    place: str
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the official scoring leaves it out."""
+        return not set(SKIPPED).isdisjoint(self.instructions)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an answer follows each constraint of its row. Loose: also without its first or last line or its `*`."""
+
+    strict: tuple[bool, ...]
+    loose: tuple[bool, ...]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a jsonl file: key, prompt, instruction_id_list, kwargs and messages, as published.
+
+    A row without `messages` (IFEval's own) asks its prompt in the user turn. Raises UserError that names the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would cut a text at U+2028
+    except (OSError, UnicodeDecodeError) as fault:
+        raise UserError(f"{path}: can't be read: {getattr(fault, 'strerror', None) or fault}") from fault
+    rows: dict[int | str, Row] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            row = _row(json.loads(line), place)
+        except ValueError as fault:
+            raise UserError(
+                f"{place}: {fault}. A row holds key, prompt, instruction_id_list (rule names), kwargs (one mapping for "
+                "each rule) and messages, which end with a user turn."
+            ) from fault
+        if row.key in rows:
+            raise UserError(f"{place}: the key {row.key} is that of {rows[row.key].place} already; keys are unique")
+        rows[row.key] = row
+    if not rows:
+        raise UserError(f"{path}: there are no rows in it")
+    return list(rows.values())
+
+
+def _row(found: Any, place: str) -> Row:
+    """One row. Raises ValueError with what is wrong with it."""
+    if not isinstance(found, dict):
+        raise ValueError("it is no mapping")
+    missing = [name for name in ("key", "prompt", "instruction_id_list", "kwargs") if name not in found]
+    if missing:
+        raise ValueError(f"it has no `{'`, no `'.join(missing)}`")
+    key, prompt, instructions = found["key"], found["prompt"], found["instruction_id_list"]
+    if not isinstance(key, int | str) or not isinstance(prompt, str):
+        raise ValueError("key must be a number or a text, and prompt a text")
+    if not (isinstance(instructions, list) and instructions and all(isinstance(name, str) for name in instructions)):
+        raise ValueError("instruction_id_list must be a list of at least one rule name")
+    arguments = found["kwargs"]
+    if not (isinstance(arguments, list) and all(isinstance(given, dict) for given in arguments)):
+        raise ValueError("kwargs must be a list of mappings")
+    if len(arguments) != len(instructions):
+        raise ValueError(f"kwargs has {len(arguments)} entries for {len(instructions)} rules")
+    messages = found.get("messages") or [{"role": "user", "content": prompt}]
+    if not (
+        isinstance(messages, list)
+        and all(
+            isinstance(message, dict) and message.get("role") in _ROLES and isinstance(message.get("content"), str)
+            for message in messages
+        )
+        and messages[-1]["role"] == "user"
+    ):
+        raise ValueError("messages must be a list of {role, content} that ends with a user turn")
+    # The published files hold role and content in either order; what is asked is the same.
+    plain = tuple({"role": message["role"], "content": message["content"]} for message in messages)
+    # Files from the hub name every argument of every rule, with null where it has none.
+    given = tuple({name: value for name, value in one.items() if value is not None} for one in arguments)
+    return Row(key, prompt, tuple(instructions), given, plain, place)
+
+
+def same_rows(rows: Sequence[Row], control: Sequence[Row], path: Path) -> list[Row]:
+    """The rows of `control`, in the order of `rows`. Raises UserError where one is missing or has other constraints."""
+    known = {row.key: row for row in control}
+    found = []
+    for row in rows:
+        other = known.get(row.key)
+        if other is None:
+            raise UserError(f"--control {path}: the row with key {row.key} ({row.place}) is missing there")
+        if (other.instructions, other.arguments) != (row.instructions, row.arguments):
+            raise UserError(
+                f"--control {other.place}: the row with key {row.key} has other constraints than {row.place}"
+            )
+        found.append(other)
+    return found
+
+
+class Checkers:
+    """lm-evaluation-harness's checkers. `sentences`: where their sentence model is from.
+
+    Raises UserError where what they need is not installed.
+    """
+
+    def __init__(self) -> None:
+        self.sentences = provide_punkt()
+        try:
+            from langdetect import DetectorFactory
+            from lm_eval.tasks.ifeval import instructions_registry, utils
+        except ImportError as fault:
+            raise missing_package(fault) from fault
+        DetectorFactory.seed = 0
+        self._utils: ModuleType = utils
+        self._registry: dict[str, Any] = instructions_registry.INSTRUCTION_DICT
+        self.version = importlib.metadata.version("lm-eval")
+
+    def drawn_at_random(self, row: Row) -> bool:
+        """Whether a checker puts something random in the place of what the row asks for, having taken the row.
+
+        Raises UserError where a rule is unknown, or its arguments are missing, too many or of no use.
+        """
+        drawn = False
+        for name, given in zip(row.instructions, row.arguments, strict=True):
+            if name not in self._registry:
+                raise UserError(f"{row.place}: unknown rule {name!r}. Known: {', '.join(sorted(self._registry))}.")
+            checker = self._registry[name](name)
+            before = random.getstate()
+            try:
+                # Without arguments most draw them, and so know their names; this one wants its own at once.
+                checker.build_description(**({"prompt_to_repeat": "x"} if name == "combination:repeat_prompt" else {}))
+                wanted = set(checker.get_instruction_args_keys())
+                self._refuse(row, name, given, wanted)
+                random.setstate(before)
+                checker.build_description(**given)
+                drawn |= random.getstate() != before
+                checker.check_following("Probably.")
+            except UserError:
+                raise
+            except Exception as fault:  # whatever a checker does with arguments that it wasn't made for
+                raise UserError(
+                    f"{row.place}: the checker of {name} can't use {_shown(given)}: {type(fault).__name__}: {fault}"
+                ) from fault
+            finally:
+                random.setstate(before)
+        return drawn
+
+    @staticmethod
+    def _refuse(row: Row, name: str, given: Mapping[str, Any], wanted: set[str]) -> None:
+        if set(given) != wanted:
+            raise UserError(
+                f"{row.place}: kwargs of {name}: found {', '.join(sorted(given)) or 'none'}, "
+                f"the checker wants {', '.join(sorted(wanted)) or 'none'}"
+            )
+        for argument, value in given.items():
+            if not value:
+                raise UserError(
+                    f"{row.place}: kwargs of {name}: {argument} is {json.dumps(value)}, and the checker would put "
+                    "something random in its place"
+                )
+            is_list = isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+            if argument in _LISTS and not is_list:
+                raise UserError(f"{row.place}: kwargs of {name}: {argument} must be a list of texts")
+
+    def verdict(self, row: Row, answer: str) -> Verdict:
+        """What the checkers say of an answer; an empty one follows nothing."""
+        before = random.getstate()
+        asked = self._utils.InputExample(
+            key=row.key,
+            instruction_id_list=list(row.instructions),
+            prompt=row.prompt,
+            kwargs=[dict(given) for given in row.arguments],
+        )
+        try:
+            random.seed(0)
+            strict = self._utils.test_instruction_following_strict(asked, answer).follow_instruction_list
+            random.seed(0)
+            loose = self._utils.test_instruction_following_loose(asked, answer).follow_instruction_list
+        finally:
+            random.setstate(before)
+        return Verdict(tuple(map(bool, strict)), tuple(map(bool, loose)))
+
+    def record(self) -> dict[str, Any]:
+        """For JSON: what the verdicts depend on beside rows and answers."""
+        return {"lm_eval": self.version, "sentences": self.sentences, "langdetect_seed": 0}
+
+
+def _shown(given: Mapping[str, Any]) -> str:
+    return json.dumps(dict(given), ensure_ascii=False)

@@ -1,0 +1,243 @@
+"""What the commands of scripts/evaluate.py left in a folder, read back: each measure with its rows, where they stand.
+
+A kind of result is one entry of KINDS: its file, by what its record is known, and a function that reads it. A reader
+gives measures, the conditions that must agree for two to be compared, and those that may differ and are only named.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from train.errors import UserError
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure. `rows`: row -> its numbers, whose mean over all rows is `value`; None where they aren't kept.
+
+    `unit`: "share" (0 to 1), "nats" or "score". `groups`: row -> what is drawn again as a whole; the row itself where
+    it isn't named. `detail`: one of many, which a short table leaves out.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    unit: str = "share"
+    rows: Mapping[str, tuple[float, ...]] | None = None
+    groups: Mapping[str, str] = field(default_factory=dict)
+    detail: bool = False
+
+
+@dataclass(frozen=True)
+class Results:
+    """Results of one kind. `model`: what was measured."""
+
+    kind: str
+    path: Path
+    model: str
+    measures: Mapping[str, Measure]
+    conditions: Mapping[str, Any]
+    notes: Mapping[str, Any]
+
+
+def read_results(place: Path) -> dict[str, Results]:
+    """kind -> results, of a folder with any of them or of one file. Raises UserError."""
+    if place.is_dir():
+        paths = [place / kind.file for kind in KINDS.values() if (place / kind.file).is_file()]
+        if not paths:
+            names = ", ".join(kind.file for kind in KINDS.values())
+            raise UserError(f"{place}: there are no results in it (any of {names}); measure the model first")
+    elif place.is_file():
+        paths = [place]
+    else:
+        raise UserError(f"{place}: there is no such folder or file")
+    found = [_read(path) for path in paths]
+    return {results.kind: results for results in found}
+
+
+def _read(path: Path) -> Results:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for name, kind in KINDS.items():
+            if isinstance(record, dict) and kind.is_one(record):
+                return kind.read(name, path, record)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as fault:
+        what = getattr(fault, "strerror", None) or f"{type(fault).__name__}: {fault}"
+        raise UserError(f"{path}: it and what stands beside it can't be read as results: {what}") from fault
+    raise UserError(f"{path}: that is no result of evaluate.py ({', '.join(KINDS)})")
+
+
+def _lines(path: Path) -> Iterator[Record]:
+    """The lines of a file of rows; none where there is no such file."""
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            if line.strip():
+                yield json.loads(line)
+
+
+def _of_these(measure: Measure, path: Path) -> Measure:
+    """`measure`, whose rows must be those of the figure. Raises UserError where another run has written over them."""
+    numbers = [number for of_row in (measure.rows or {}).values() for number in of_row]
+    if numbers and abs(sum(numbers) / len(numbers) - measure.value) > 1e-6:
+        raise UserError(f"{path}: the rows beside it are of another run; measure this model again")
+    return measure
+
+
+def _read_ifeval(kind: str, path: Path, record: Record) -> Results:
+    strict: dict[str, dict[str, tuple[float, ...]]] = defaultdict(dict)
+    loose: dict[str, dict[str, tuple[float, ...]]] = defaultdict(dict)
+    of_rules: dict[str, dict[str, dict[str, tuple[float, ...]]]] = defaultdict(lambda: defaultdict(dict))
+    for line in _lines(path.with_name("ifeval_answers.jsonl")):
+        strict[line["turn"]][str(line["key"])] = tuple(map(float, line["strict"]))
+        loose[line["turn"]][str(line["key"])] = tuple(map(float, line["loose"]))
+        for rule, follows in zip(line["instruction_id_list"], line["strict"], strict=True):
+            of_rule = of_rules[line["turn"]][rule]
+            of_rule[str(line["key"])] = (*of_rule.get(str(line["key"]), ()), float(follows))
+    measures = {}
+    for turn in ("system", "user"):
+        for manner, of_turn in (("strict", strict[turn]), ("loose", loose[turn])) if turn in record else ():
+            kept: dict[str, dict[str, tuple[float, ...]]] = {
+                f"prompt_{manner}": {key: (min(numbers),) for key, numbers in of_turn.items()},
+                f"constraint_{manner}": of_turn,
+            }
+            for name, rows in kept.items():
+                given = record[turn][name]
+                measure = Measure(given["value"], given["low"], given["high"], rows=rows or None)
+                measures[f"{turn}: {name.replace('_', 's, ')}"] = _of_these(measure, path)
+        for rule, given in record[turn]["by_rule"].items() if turn in record else ():
+            one = given["strict"]
+            kept_of_rule = of_rules[turn].get(rule)
+            measure = Measure(one["value"], one["low"], one["high"], rows=kept_of_rule, detail=True)
+            measures[f"{turn}: {rule}"] = _of_these(measure, path)
+    for name, of in (("prompt_strict", "prompts, strict"), ("constraint_strict", "constraints, strict")):
+        if "gap" in record:
+            gap = record["gap"][name]
+            ours, theirs = measures[f"system: {of}"].rows or {}, measures[f"user: {of}"].rows or {}
+            rows = {key: tuple(a - b for a, b in zip(ours[key], theirs[key], strict=True)) for key in ours}
+            measures[f"system less user: {of}"] = Measure(gap["mean"], gap["low"], gap["high"], rows=rows or None)
+    conditions = {"data": record["data"]["fingerprint"], **record["decoding"]}
+    return Results(kind, path, record["model"], measures, conditions, record["checkers"] | record["respondent"])
+
+
+def _read_harness(kind: str, path: Path, record: Record) -> Results:
+    rows: dict[tuple[str, str], dict[str, tuple[float, ...]]] = defaultdict(dict)
+    documents: dict[str, list[str]] = defaultdict(list)
+    for line in _lines(path.with_name("harness_rows.jsonl")):
+        key = f"{line['task']}:{line['document']}:{line['hash']}"
+        documents[line["task"]].append(key)
+        for name, score in line["scores"].items():
+            metric = name if line["filter"] == "none" else f"{name} ({line['filter']})"
+            rows[line["task"], metric][key] = tuple(map(float, score if isinstance(score, list) else [score]))
+    within = {leaf for score in record["scores"] if len(score["leaves"]) > 1 for leaf in score["leaves"]}
+    measures = {}
+    for score in record["scores"]:
+        kept = {key: one for leaf in score["leaves"] for key, one in rows[leaf, score["metric"]].items()}
+        numbers = [number for one in kept.values() for number in one]
+        # Not every metric is the mean of its rows (a perplexity, a group that weighs its tasks alike).
+        is_mean = bool(numbers) and abs(sum(numbers) / len(numbers) - score["value"]) < 1e-6
+        measures[f"{score['task']}: {score['metric']}"] = Measure(
+            score["value"],
+            score["low"],
+            score["high"],
+            unit="share" if is_mean and all(0 <= number <= 1 for number in numbers) else "score",
+            rows=kept if is_mean else None,
+            detail=score["task"] in within,
+        )
+    options = record["options"]
+    asked = sorted(key for of_task in documents.values() for key in set(of_task))
+    conditions = {
+        "documents": hashlib.blake2b("\n".join(asked).encode(), digest_size=16).hexdigest(),
+        "few-shot examples": {score["task"]: score["few_shot"] for score in record["scores"]},
+        "versions of the tasks": {score["task"]: score["version"] for score in record["scores"]},
+    }
+    notes = {name: options[name] for name in ("system_instruction", "dtype")} | {"lm_eval": record["lm_eval"]}
+    return Results(kind, path, record["model"], measures, conditions, notes)
+
+
+def _read_gain(kind: str, path: Path, record: Record) -> Results:
+    models = record["models"]
+    one = models.get("after") or next(iter(models.values()))
+    units = {"gain": "nats", "accuracy": "share", "gain_over_none": "nats", "accuracy_over_none": "share"}
+    measures = {
+        name.replace("_", " "): Measure(given["mean"], given["low"], given["high"], unit)
+        for name, unit in units.items()
+        for given in [one["overall"][name]]
+    }
+    options = record["options"]
+    conditions = {"data": [Path(data).name for data in record["data"]], "rows": one["overall"]["rows"]}
+    conditions |= {name: options[name] for name in ("others", "limit", "seed")}
+    notes = {name: options[name] for name in ("template", "system_role")}
+    return Results(kind, path, one["model"], measures, conditions, notes)
+
+
+def _read_rules(kind: str, path: Path, record: Record) -> Results:
+    rows: dict[str, dict[str, tuple[float, ...]]] = defaultdict(dict)
+    groups: dict[str, str] = {}
+    for line in _lines(path.with_name("answers.jsonl")):
+        system, user = (message["content"] for message in line["messages"][:2])
+        key = json.dumps([line["rule"], system, user])
+        rows[line["held_out"]][key] = (float(line["obeys"][1]),)
+        groups[key] = user
+    measures = {}
+    for held_out, of_rule in record.items():
+        count = sum(one["rows"] for one in of_rule.values())
+        value = sum(one["after"] for one in of_rule.values()) / count
+        name = {"wording": "held-out wordings", "rule": "rules never trained"}.get(held_out, held_out)
+        measures[name] = _of_these(Measure(value, None, None, rows=rows[held_out] or None, groups=groups), path)
+        for rule, one in of_rule.items():
+            measures[f"{name}: {rule}"] = Measure(one["after"] / one["rows"], None, None, detail=True)
+    asked = {held_out: {rule: one["rows"] for rule, one in of_rule.items()} for held_out, of_rule in record.items()}
+    conditions = {"rows by rule": asked, "rows": sorted(key for of_kind in rows.values() for key in of_kind)}
+    return Results(kind, path, str(path.parent), measures, conditions, {})
+
+
+def _read_bench(kind: str, path: Path, record: Record) -> Results:
+    rows = {
+        str(line["id"]): (float(line["score"]),)
+        for line in _lines(path.with_name("bench_rows.jsonl"))
+        if line["score"] is not None
+    }
+    overall = record["score"]
+    if overall["mean"] is None:
+        raise ValueError("no row has a score")
+    measures = {
+        "score": _of_these(Measure(overall["mean"], overall["low"], overall["high"], "score", rows or None), path)
+    }
+    for by in ("source", "dimension"):
+        measures |= {
+            f"{by}: {name}": Measure(one["mean"], one["low"], one["high"], "score", detail=True)
+            for name, one in record[f"by_{by}"].items()
+            if one["mean"] is not None
+        }
+    conditions = {"data": [Path(data).name for data in record["data"]], "rows": record["rows"]}
+    conditions |= {"judge": record["judge"], "decoding": record["decoding"]}
+    conditions["best of"] = record.get("best_of", {}).get("answers", 1)
+    return Results(
+        kind, path, record["model"], measures, conditions, {"system_message_given": record["system_message_given"]}
+    )
+
+
+@dataclass(frozen=True)
+class _Kind:
+    file: str
+    is_one: Callable[[Record], bool]
+    read: Callable[[str, Path, Record], Results]
+
+
+def _says(kind: str) -> Callable[[Record], bool]:
+    return lambda record: record.get("kind") == kind
+
+
+KINDS = {
+    "gain": _Kind("gain.json", lambda record: "models" in record and "left_out" in record, _read_gain),
+    "rules": _Kind("adherence.json", lambda record: bool({"wording", "rule"} & set(record)), _read_rules),
+    "ifeval": _Kind("ifeval.json", _says("ifeval"), _read_ifeval),
+    "bench": _Kind("bench.json", lambda record: "judge" in record and "by_dimension" in record, _read_bench),
+    "harness": _Kind("harness.json", _says("harness"), _read_harness),
+}

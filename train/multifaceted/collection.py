@@ -162,7 +162,7 @@ class Pipeline:
                     why = fault or why
             if len(found) == len(wanted):
                 return found
-            why = why or "can't be read"
+            why = why or ("cut at the token limit" if answer.cut else "can't be read")
             outcome.events[f"{_NOUNS[stage]}: {why}, of some or all dimensions"] += 1
         lost = [draw.sub.dimension for draw in wanted if draw.sub.dimension not in found]
         one.leave_out(f"{_NOUNS[stage]}: {why}", f"{', '.join(lost)}: {detail}")

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from train.data.asked_rows import SourcesSection
 from train.llm.settings import OutputSection, ServerSection, StageSection, refuse_in_extra
-from train.multifaceted.instruction_filter import Kind
+from train.multifaceted.filter_rules import Kind
 from train.recipe import Section, Text
 from train.recipe_document import Document
 from train.recipe_faults import validate_settings

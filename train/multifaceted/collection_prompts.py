@@ -29,8 +29,8 @@ _DIMENSIONS = "\n".join(f"- {dimension}: {MEANINGS[dimension]}" for dimension in
 
 _PROPOSE = f"""\
 Users differ in what they want of an answer. I show you an instruction, and for some of four dimensions one aspect \
-each, with a few preferences that users have had in it. For each aspect, name one preference that a user who gives this \
-instruction could have. The dimensions are:
+each, with a few preferences that users have had in it. For each aspect, name one preference that a user who gives \
+this instruction could have. The dimensions are:
 {_DIMENSIONS}
 
 - Name it in three to ten words. It must lead to an answer that is clearly unlike the usual one.

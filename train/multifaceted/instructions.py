@@ -15,6 +15,7 @@ from train.multifaceted.collection_config import FilterSection
 from train.multifaceted.instruction_filter import states_style
 
 HAD_A_SYSTEM_MESSAGE = "row with a system message, which was ignored"
+_AN = {"audience": "an"}
 OF_SEVERAL_TURNS = "row of several turns, of which the first was taken"
 
 
@@ -60,7 +61,8 @@ def _why_not(
         return "duplicate: the same as an instruction before", ""
     seen.add(digest)
     if found := states_style(prompt, filter.rules):
-        return f"states a {found[0].kind} already", "; ".join(f"{one.kind}: {one.words}" for one in found)
+        words = "; ".join(f"{one.kind}: {one.words}" for one in found)
+        return f"states {_AN.get(found[0].kind, 'a')} {found[0].kind} already", words
     if near is not None and near.is_near_duplicate(prompt):
         return "duplicate: nearly an instruction before", ""
     return None, ""

@@ -217,7 +217,7 @@ class Plan:
         return dealt
 
     def _preference(self, sub: SubDimension, times: int) -> str:
-        """The preference when the sub-dimension is drawn again after so many times; each comes once before any comes twice."""
+        """The preference when the sub-dimension was drawn so many times before; none comes twice before all came."""
         preferences = sorted(sub.preferences)
         block, place = divmod(times, len(preferences))
         # Where siblings may share the sub-dimension, one order for all blocks: any run of draws differs.

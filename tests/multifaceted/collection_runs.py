@@ -1,6 +1,7 @@
 """What the tests of whole runs share: a configuration, a run against a script, and what is in the files."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +73,22 @@ def stage_of(asked: Asked) -> str:
     return next((stage for section, stage in sections.items() if section in asked.prompt), "screen")
 
 
+def mark_in(asked: Asked) -> str:
+    """The instruction's own mark, [7], which what is said of it carries on; the examples in prompts have none."""
+    turns = asked.body["messages"]
+    return "".join(re.findall(r"\[\d+\]", turns[-1]["content"])[:1])
+
+
 def good_everything(asked: Asked) -> str:
     """A model that does all as asked, and never says the same twice."""
-    stage = stage_of(asked)
+    stage, mark = stage_of(asked), mark_in(asked)
     if stage in ("propose", "describe"):
         wanted = asked.prompt.rpartition("\n### ")[2].splitlines()[1:]
         names = [line[2:].partition(",")[0] for line in wanted if line.startswith("- ")]
-        return "\n".join(f"{name}: Kind {asked.number} of {name}." for name in names)
+        return "\n".join(f"{name}: Kind {asked.number} for {number} {mark}." for number, name in enumerate(names))
     if stage == "screen":
         return "No."
-    return f"You are helper {asked.number}." if stage == "message" else f"Answer {asked.number}."
+    return f"You are helper {asked.number} {mark}." if stage == "message" else f"Answer {asked.number} {mark}."
 
 
 def saying(**changes: Any) -> Script:

@@ -17,7 +17,7 @@ _SAY = (
 )
 # An order to the assistant: at the start of a sentence or a line, or after words that turn to it.
 _START = (
-    r"(?:(?:\A|[.!?:;\n]\s*|[,]\s*(?:and |then |please )+)(?:\W|\d)*"
+    r"(?:(?:\A|[.!?:;\n]\s*|[,]\s*(?:and |then |but |please )+)(?:\W|\d)*"
     r"|\b(?:please|kindly|then|also|can you|could you|would you|will you|help me|want you to|need you to|like you to|"
     r"you to|you should|you must|you will|you can|your (?:task|job|goal|role) is to|let's|let’s|and)\s+)"
     r"(?:(?:please|now|then|also|first|just|simply|always|briefly|only|me|us|try to|next)\s+){0,2}"
@@ -203,6 +203,11 @@ RULES: tuple[tuple[Kind, str], ...] = (
     ),
     (
         "format",
+        rf"{_START}(?:answer|respond|reply|say)\b{_REST}{{0,30}}?\b(?:yes|true)[\"'”]?(?: or |/| and )"
+        r"[\"'“]?(?:no|false)\b",
+    ),
+    (
+        "format",
         r"(?:\A|\n)\W*(?:output|answer|response|desired|reply) format\b|\b(?:output|answer|response|reply) "
         r"format (?:is|should|must|:)|"
         r"\bformat (?:your|the) (?:answer|response|output|reply|result)s?\b",
@@ -264,15 +269,15 @@ RULES: tuple[tuple[Kind, str], ...] = (
     ("style", r"\bin the (?:style|voice|tone|manner) of\b"),
     (
         "style",
-        rf"{_ORDER}{_REST}{{0,140}}?\b(?:in|with|using) (?:a|an|the) (?:[\w’'-]+,? (?:and |yet |but "
-        rf")?){{1,4}}?(?:tone|voice|writing style)\b",
-    ),
-    (
-        "style",
         r"\b(?:in|using|with|adopt(?:ing)?|maintain(?:ing)?|keep(?:ing)?|use|set) (?:a|an|the) (?:[\w’'-]+,? "
         r"(?:and |yet |but )?){1,4}?tone\b|"
         r"\b(?:tone|style) (?:should|must) be\b|\b(?-i:[A-Z])\w+['’]s? (?:tone|writing style|"
         r"voice)\b(?=[.,!?\n]|\Z)",
+    ),
+    (
+        "style",
+        rf"{_ORDER}{_REST}{{0,140}}?\b(?:in|with|using) (?:a|an|the) (?:[\w’'-]+,? (?:and |yet |but "
+        rf")?){{1,4}}?(?:tone|voice|writing style)\b",
     ),
     (
         "style",

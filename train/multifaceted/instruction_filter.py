@@ -23,6 +23,8 @@ class Finding:
 
 
 _NOT_READ = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\"[^\"\n]{12,}\"|“[^”\n]{12,}”", re.DOTALL)
+_FIRST, _LAST = 8_000, 4_000
+"""Characters of a long instruction that are read: who says how to answer does so before or after the material."""
 _LONGEST_SHOWN = 120
 
 
@@ -34,8 +36,10 @@ def _compiled() -> tuple[tuple[Kind, re.Pattern[str]], ...]:
 def states_style(instruction: str, kinds: tuple[Kind, ...] = get_args(Kind)) -> list[Finding]:
     """What an instruction says of how it is to be answered, by kind and the words that say so; nothing as a rule.
 
-    Code and longer quotations in it aren't read.
+    Code and longer quotations in it aren't read, and of a very long one only the beginning and the end.
     """
+    if len(instruction) > _FIRST + _LAST:
+        instruction = f"{instruction[:_FIRST]}\n{instruction[-_LAST:]}"
     text = _NOT_READ.sub(" … ", instruction)
     found: list[Finding] = []
     for kind, pattern in _compiled():

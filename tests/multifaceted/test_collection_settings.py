@@ -121,6 +121,7 @@ FAULTS: list[tuple[str, Reply | str, str]] = [
     ("propose", "style: tone\nstyle: Style\nnothing: here", "preferences: can't be read"),
     ("propose", said("style: Dry wit\nharmlessness: Cau", "length"), "preferences: cut at the token limit"),
     ("describe", "<think>on and on", "descriptions: empty"),
+    ("describe", "\n".join(f"{name}: It is short." for name in FOUR), "descriptions: the same for two dimensions"),
     ("describe", said("", refusal="No."), "descriptions: refused"),
     ("message", "I'm sorry, I can't help with that.", "system message: refused"),
     ("message", "As an AI, I cannot.", "system message: refused"),

@@ -155,9 +155,12 @@ class Pipeline:
             if not answer.refused:
                 lines = prompts.read_lines(answer.text, missing, cut=answer.cut)
                 for draw in missing:
-                    text = lines.get(draw.sub.dimension)
-                    fault = "" if text is None else fault_of(draw, text)
-                    if text is not None and not fault:
+                    if (text := lines.get(draw.sub.dimension)) is None:
+                        continue
+                    fault = fault_of(draw, text)
+                    if same_words(text) in map(same_words, found.values()):
+                        fault = "the same for two dimensions"
+                    if not fault:
                         found[draw.sub.dimension] = text
                     why = fault or why
             if len(found) == len(wanted):

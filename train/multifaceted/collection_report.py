@@ -165,6 +165,6 @@ def draw_coverage(facts: Mapping[str, Any], path: Path) -> None:
         axes.grid(axis="x", alpha=0.3)
     figure.legend(handles=[drawn, written], loc="lower center", ncol=2, frameon=False)
     figure.supxlabel("preference sets", fontsize=9, y=0.05)
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.subplots_adjust(left=0.12, right=0.98, top=0.95, bottom=0.12, wspace=0.3, hspace=0.25)
     figure.savefig(path)
     plots.close(figure)

@@ -78,6 +78,8 @@ NOT_STATED = [
     "```\nprint('Answer in one word.')\n```\nWhat does this print?",
     "Design a detailed response and recovery plan for a city hit by a hurricane.",
     "Recommend a language learning device specifically designed for children.",
+    "Calvin has to thoroughly explain tides in his class. What should he begin with?",
+    "Simon is to speak at a conference, and realizes that the audience will also include officials. How does he feel?",
     "Explique la photosynthèse.",
 ]
 

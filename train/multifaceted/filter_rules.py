@@ -118,7 +118,8 @@ RULES: tuple[tuple[Kind, str], ...] = (
     ("length", rf"\blimit(?:ed)? (?:it|yourself|(?:your|the) \w+) to {_NUMBER}"),
     (
         "length",
-        rf"\b(?:briefly|concisely|succinctly|thoroughly) (?:{_SAY})\b|{_START}(?:{_SAY}) (?:briefly|concisely|"
+        rf"\b(?:briefly|concisely|succinctly) (?:{_SAY})\b|{_START}thoroughly (?:{_SAY})\b|"
+        rf"{_START}(?:{_SAY}) (?:briefly|concisely|"
         r"succinctly)\b",
     ),
     (
@@ -352,7 +353,7 @@ RULES: tuple[tuple[Kind, str], ...] = (
     ),
     (
         "audience",
-        r"\b(?:my|the|your|target|intended) (?:target |intended )?(?:audience|readers?|readership)(?: (?:is|"
+        r"\b(?:my|your|target|intended) (?:target |intended )?(?:audience|readers?|readership)(?: (?:is|"
         r"are|will|consists)\b|:)|\byour (?:audience|readers)\b",
     ),
     (

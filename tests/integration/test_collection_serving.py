@@ -8,9 +8,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
-import pytest
 import yaml
 
 from train.data.sources import conversations
@@ -19,20 +19,19 @@ from train.multifaceted.collection_config import load_config
 from train.recipe import Source
 
 ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "outputs" / "smollm2-135m-instruct"
 
 
-@pytest.mark.skipif(not MODEL.is_dir(), reason="make quickstart leaves the model there")
-def test_a_set_by_a_real_server_and_nothing_asked_again(tmp_path: Path) -> None:
+def test_a_set_by_a_real_server_and_nothing_asked_again(smollm2: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = yaml.safe_load((ROOT / "recipes" / "collection" / "smollm2-135m.yaml").read_text("utf-8"))
     settings |= {
-        "model": str(MODEL),
+        "model": str(smollm2),
         "servers": [{"base_url": f"http://127.0.0.1:{port}/v1", "concurrency": 2}],
         "data": {"sources": [{"path": str(ROOT / "recipes" / "smollm2-135m" / "data" / "train.jsonl")}], "limit": 1},
         "sets_per_instruction": 1,
+        "retries": 0,
         "output_dir": str(tmp_path / "out"),
     }
     settings["answer"]["max_tokens"] = 16
@@ -57,10 +56,9 @@ def test_a_set_by_a_real_server_and_nothing_asked_again(tmp_path: Path) -> None:
     assert facts["sets_written"] + sum(facts["sets_left_out"].values()) == 1
     assert done.counts.answered == sum(of["requests"] for of in facts["spent"].values()) >= 1
     assert all(of["completion_tokens"] > 0 for of in facts["spent"].values())
-    rows = [row.messages for _, row in conversations(Source(path=str(tmp_path / "out" / "data"), format="janus"))]
-    assert len(rows) == facts["sets_written"]
-    for messages in rows:
-        assert [message["role"] for message in messages] == ["system", "user", "assistant"]
+    if facts["sets_written"]:
+        ((_, row),) = conversations(Source(path=str(tmp_path / "out" / "data")))
+        assert [message["role"] for message in row.messages] == ["system", "user", "assistant"]
     again = run(load_config(path)).counts  # the server is gone: all is in the journal
     assert (again.answered, again.from_journal) == (done.counts.answered, done.counts.answered)
 
@@ -74,5 +72,6 @@ def wait_until_it_serves(url: str, server: subprocess.Popen) -> None:
         except urllib.error.HTTPError:
             return
         except (urllib.error.URLError, ConnectionError):
-            time.sleep(0.2)
+            with suppress(subprocess.TimeoutExpired):
+                server.wait(timeout=0.2)
     raise AssertionError("the server did not start")

@@ -53,8 +53,8 @@ def _sections(name: str, facts: Mapping[str, Any], seconds: float | None) -> Ite
     yield from counted("On the way", "what happened", facts["events"], remark="Over all tries, of what was lost too.")
     yield "## Coverage"
     yield (
-        "`drawn`: how often a sub-dimension was to be taken, which differs by one at most; `written`: what is left of "
-        "it. Evenness is the entropy over the largest possible one: 1 where all come equally often. Preferences that "
+        "`drawn`: how often a sub-dimension was to be taken, which differs by one at most unless the model left "
+        "instructions out (`filter.model`); `written`: what is left of it. Evenness is the entropy over the largest possible one: 1 where all come equally often. Preferences that "
         "differ in case and marks alone are one."
     )
     yield table(

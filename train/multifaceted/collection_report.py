@@ -54,8 +54,8 @@ def _sections(name: str, facts: Mapping[str, Any], seconds: float | None) -> Ite
     yield "## Coverage"
     yield (
         "`drawn`: how often a sub-dimension was to be taken, which differs by one at most unless the model left "
-        "instructions out (`filter.model`); `written`: what is left of it. Evenness is the entropy over the largest possible one: 1 where all come equally often. Preferences that "
-        "differ in case and marks alone are one."
+        "instructions out (`filter.model`); `written`: what is left of it. Evenness is the entropy over the largest "
+        "possible one: 1 where all come equally often. Preferences that differ in case and marks alone are one."
     )
     yield table(
         ("dimension", "sub-dimensions", "entropy (bits)", "evenness", "distinct preferences", "their evenness"),
@@ -162,6 +162,7 @@ def draw_coverage(facts: Mapping[str, Any], path: Path) -> None:
         written = axes.barh(names, [of[name]["written"] for name in names], color="#4477aa", label="written")
         axes.set_title(dimension, fontsize=10)
         axes.tick_params(labelsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="x", alpha=0.3)
     figure.legend(handles=[drawn, written], loc="lower center", ncol=2, frameon=False)
     figure.supxlabel("preference sets", fontsize=9, y=0.05)

@@ -24,6 +24,7 @@ from distilabel.pipeline import Pipeline  # type: ignore[import-not-found]
 from distilabel.steps import LoadDataFromFileSystem  # type: ignore[import-not-found]
 from distilabel.steps.tasks import Task  # type: ignore[import-not-found]
 
+from train.llm.yes_or_no import says_no
 from train.sysgen import prompts
 from train.sysgen.tags import parse, parse_verdicts
 
@@ -120,7 +121,7 @@ class Judge(Task):
 
     def format_output(self, output: str | None, input: Row) -> Row:
         """What a row gets."""
-        return {"ignores": None if output is None else prompts.says_no(output)}
+        return {"ignores": None if output is None else says_no(output)}
 
 
 STAGES = ((Generate, 512, 0.7), (Verify, 256, 0.7), (Answer, 1_024, 0.7), (Judge, 16, 0.0))

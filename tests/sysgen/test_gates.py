@@ -11,7 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from train.sysgen.gates import NearDuplicates, language_of, leaked_share
+from train.data.near_duplicates import NearDuplicates
+from train.sysgen.gates import language_of, leaked_share
 
 SAMPLES = [
     json.loads(line) for line in (Path(__file__).parent / "language_samples.jsonl").read_text("utf-8").splitlines()
@@ -241,7 +242,8 @@ def test_a_threshold_is_a_share(threshold: float) -> None:
 
 ELSEWHERE = """
 import random, sys
-from train.sysgen.gates import NearDuplicates, language_of, leaked_share
+from train.data.near_duplicates import NearDuplicates
+from train.sysgen.gates import language_of, leaked_share
 
 def memory():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20

@@ -1,12 +1,14 @@
 """Rows of any source one by one, for those who ask a model about each."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
 from pydantic import Field
 
 from train.data.formats import Conversation, RowFault
-from train.data.sources import conversations, count_rows
+from train.data.sources import conversations, count_rows, open_source
+from train.errors import UserError
 from train.recipe import Section, Sources
 
 PlacedRow = tuple[int, str, Conversation | RowFault]
@@ -39,3 +41,16 @@ def number_of_rows(data: SourcesSection) -> int:
         if data.limit is not None and total >= data.limit:
             return data.limit
     return total
+
+
+def refuse_own_files(data: SourcesSection, own: Sequence[Path]) -> None:
+    """Raise UserError where a source reads what stands below one of `own`: a run that reads what it writes would write
+    over rows that are nowhere else."""
+    for source in data.sources:
+        for name in open_source(source, data.allow_pickle).files:
+            path = Path(name).resolve()
+            if any(path.is_relative_to(one.resolve()) for one in own):
+                raise UserError(
+                    f"{source.path}: {name} is in the output_dir of this very run, which would write over it: name "
+                    "another output_dir."
+                )

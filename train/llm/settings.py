@@ -1,7 +1,8 @@
-"""Which server is asked, and how its answers are drawn: sections of every configuration that asks a model."""
+"""Which server is asked, how its answers are drawn and in which files the rows go: sections of every configuration
+that asks a model."""
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -45,6 +46,15 @@ class StageSection(Section):
     def decoding(self) -> Decoding:
         """As the client takes it."""
         return Decoding(self.max_tokens, self.temperature, self.top_p, self.seed, (), self.extra)
+
+
+class OutputSection(Section):
+    """What is written."""
+
+    format: Literal["jsonl", "parquet"] = "jsonl"
+    """jsonl = one file, each row there as soon as it is final; parquet = files of `rows_per_file` rows."""
+    rows_per_file: int = Field(default=10_000, ge=1)
+    """Rows of a parquet file."""
 
 
 _NOT_IN_EXTRA = {

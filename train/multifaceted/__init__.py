@@ -1,1 +1,1 @@
-"""JANUS's data and benchmark: preference sets over four dimensions, system messages from them, and a judge."""
+"""Multifaceted Collection and Bench (Lee et al. 2024, arXiv:2405.17977): build the data, grade the answers."""

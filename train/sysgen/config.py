@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, create_model
 
 from train.data.asked_rows import SourcesSection
-from train.llm.settings import ServerSection, StageSection, refuse_in_extra
+from train.llm.settings import OutputSection, ServerSection, StageSection, refuse_in_extra
 from train.recipe import Section, Text
 from train.recipe_document import Document
 from train.recipe_faults import validate_settings
@@ -93,15 +93,6 @@ class GatesSection(Section):
     looked at."""
     judge: bool = False
     """Ask the model whether the new answer follows the system message, and leave out the rows where it says no."""
-
-
-class OutputSection(Section):
-    """What is written."""
-
-    format: Literal["jsonl", "parquet"] = "jsonl"
-    """jsonl = one file, each row there as soon as it is final; parquet = files of `rows_per_file` rows."""
-    rows_per_file: int = Field(default=10_000, ge=1)
-    """Rows of a parquet file."""
 
 
 class SysgenConfig(Section):

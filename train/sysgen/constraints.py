@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from train.sysgen.texts import (
+from train.data.texts import (
     BOLD,
     BULLET,
     HEADING,

@@ -4,26 +4,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from train.llm.journal import Answer
+from train.llm.spent import Spent
 from train.sysgen.tags import Annotated, Verdict
-
-
-@dataclass(slots=True)
-class Spent:
-    """What one stage asked for one row."""
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    seconds: float = 0.0
-    """Sum of the times from request to answer, many of which pass at once."""
-
-    def add(self, answer: Answer) -> None:
-        """One more answer."""
-        self.requests += 1
-        self.prompt_tokens += answer.prompt_tokens or 0
-        self.completion_tokens += answer.completion_tokens or 0
-        self.seconds += answer.seconds
 
 
 @dataclass(slots=True)

@@ -3,25 +3,21 @@
     data/rows.jsonl, or data/rows-00000.parquet, ...    what `train/sft.py` trains on: `path: OUTPUT_DIR/data`
     left_out.jsonl                                      every other row, with the reason
 
-A run that goes on after a kill makes the same rows again, out of the journal; what already stands in a file is compared
-and left alone, so that the file only grows. From the first row that differs (another setting, other data) it is written
-anew.
+A run that goes on after a kill goes on in the same files (see `train/llm/row_files.py`).
 """
 
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import pyarrow
-import pyarrow.parquet
 
 from train.data.cache import sync
 from train.errors import UserError
-from train.sysgen.config import OutputSection
+from train.llm.row_files import JsonLines, open_rows
+from train.llm.settings import OutputSection
 from train.sysgen.outcome import Outcome
 
 _TURN = pyarrow.struct(
@@ -65,67 +61,6 @@ def _history(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-class _Lines:
-    """A file of JSON lines that keeps what it holds as long as the same lines are written again."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=1 << 16)
-        self._is_same = True
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-        if self._is_same:
-            start = self._file.tell()
-            if self._file.read(len(line)) == line:
-                return
-            self._is_same = False
-            self._file.seek(start)
-            self._file.truncate()
-        self._file.write(line)
-        self._file.flush()  # whole lines, for whoever reads along
-
-    def finish(self) -> None:
-        """There are no more rows: what an earlier run wrote beyond these goes."""
-        self._file.truncate(self._file.tell())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        with suppress(OSError):  # what a full disk didn't take is tried again here; `write` has told of it
-            self._file.close()
-
-
-class _ParquetFiles:
-    """Files of so many rows, each written aside and renamed when it is whole."""
-
-    def __init__(self, folder: Path, rows_per_file: int) -> None:
-        self._folder, self._rows_per_file = folder, rows_per_file
-        self._rows: list[dict[str, Any]] = []
-        self._files = 0
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        self._rows.append(_for_parquet(row))
-        if len(self._rows) == self._rows_per_file:
-            self._write_file()
-
-    def finish(self) -> None:
-        if self._rows or not self._files:
-            self._write_file()
-        for path in sorted(self._folder.glob("rows-?????.parquet"))[self._files :]:
-            path.unlink()
-
-    def close(self) -> None:
-        self._rows = []
-
-    def _write_file(self) -> None:
-        path = self._folder / f"rows-{self._files:05d}.parquet"
-        aside = path.with_suffix(".partial")
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(self._rows, _SCHEMA), aside, compression="zstd")
-        sync(aside)
-        aside.rename(path)
-        self._rows, self._files = [], self._files + 1
-
-
 def _for_parquet(row: Mapping[str, Any]) -> dict[str, Any]:
     turns = [
         {**turn, "tool_calls": _json(turn["tool_calls"])} if turn.get("tool_calls") else turn
@@ -147,32 +82,19 @@ class Output:
 
     def __init__(self, folder: Path, settings: OutputSection, model: str) -> None:
         self.model = model
-        self._folder = folder / "data"
+        self._folder, self._format = folder / "data", settings.format
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._refuse_the_other_format(settings.format)
-            rows: _Lines | _ParquetFiles
-            if settings.format == "jsonl":
-                rows = _Lines(self._folder / "rows.jsonl")
-            else:
-                rows = _ParquetFiles(self._folder, settings.rows_per_file)
-            self._rows, self._left_out = rows, _Lines(folder / "left_out.jsonl")
+            self._rows = open_rows(self._folder, settings, _SCHEMA)
+            self._left_out = JsonLines(folder / "left_out.jsonl")
         except OSError as error:
             raise UserError(f"output_dir: {folder} can't be written to: {error.strerror}.") from error
-
-    def _refuse_the_other_format(self, format: str) -> None:
-        other = sorted(self._folder.glob("rows-?????.parquet" if format == "jsonl" else "rows.jsonl"))
-        if other:
-            raise UserError(
-                f"output_dir: {other[0]} is of an earlier run with another output.format, and both would be read as "
-                "one data set. Move it away, or name another folder. The journal may stay: nothing is asked again."
-            )
 
     def write(self, outcome: Outcome) -> None:
         """One more row. Raises UserError where the disk takes no more; what was written before is whole."""
         try:
             if outcome.reason is None:
-                self._rows.write(written_row(outcome, self.model))
+                row = written_row(outcome, self.model)
+                self._rows.write(_for_parquet(row) if self._format == "parquet" else row)
             else:
                 self._left_out.write(row_left_out(outcome, self.model))
         except OSError as error:

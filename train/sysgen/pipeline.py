@@ -27,12 +27,14 @@ from train.data.formats import Message, RowFault
 from train.llm.client import Client, NoAnswerError
 from train.llm.journal import Answer, Decoding, Request
 from train.llm.reasoning import without_reasoning
+from train.llm.spent import Spent
+from train.llm.yes_or_no import says_no
 from train.sysgen import prompts
 from train.sysgen.balance import Balance
 from train.sysgen.config import SysgenConfig
 from train.sysgen.constraints import Constraint, draw
 from train.sysgen.gates import language_of, leaked_share
-from train.sysgen.outcome import Outcome, Spent
+from train.sysgen.outcome import Outcome
 from train.sysgen.tags import Annotated, Phrase, Verdict, parse, parse_verdicts
 
 
@@ -246,7 +248,7 @@ class Pipeline:
                 continue
             asked = prompts.follows(outcome.system, question, turn["content"])
             answer = await self._ask(outcome, "judge", asked, self.config.judge.decoding(), 0)
-            verdict = prompts.says_no(answer.text)
+            verdict = says_no(answer.text)
             outcome.events["judgement that can't be read"] += verdict is None
             if verdict:
                 return outcome.leave_out("gate: the answer ignores the system message", _beginning(turn["content"]))

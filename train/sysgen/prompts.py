@@ -150,13 +150,6 @@ def follows(system: str, question: str, answer: str) -> list[dict[str, str]]:
     ]
 
 
-def says_no(reply: str) -> bool | None:
-    """Whether a reply to `follows` says no; None where it says neither."""
-    words = [word.strip("*_.,:;!\"'`()").casefold() for word in reply.split()]
-    first = next((word for word in words if word in ("yes", "no")), None)
-    return None if first is None else first == "no"
-
-
 def shown(conversation: Sequence[Message]) -> str:
     """A conversation as the prompts show it. Calls of tools are shown as JSON."""
     parts = []

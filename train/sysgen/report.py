@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.progress import duration
+from train.report_parts import cost, counted, pyplot, quoted, share, table
 from train.sysgen.tags import TAGS
 
 _PHASES = {
@@ -34,17 +34,17 @@ def _sections(name: str, facts: Mapping[str, Any], seconds: float | None) -> Ite
     rows = facts["rows"]
     yield f"# {name}"
     yield (
-        f"{facts['rows_written']:,} of {rows:,} rows written ({_share(facts['rows_written'], rows)}), "
+        f"{facts['rows_written']:,} of {rows:,} rows written ({share(facts['rows_written'], rows)}), "
         f"{facts['rows_with_system_message']:,} of them with a system message, by {facts['model']}."
     )
     yield "## Rows"
-    yield _table(
+    yield table(
         ("phase", "rows", "of all"),
-        [(_PHASES[phase], f"{count:,}", _share(count, rows)) for phase, count in facts["rows_through_phase"].items()]
-        + [("written", f"{facts['rows_written']:,}", _share(facts["rows_written"], rows))],
+        [(_PHASES[phase], f"{count:,}", share(count, rows)) for phase, count in facts["rows_through_phase"].items()]
+        + [("written", f"{facts['rows_written']:,}", share(facts["rows_written"], rows))],
     )
-    yield from _counted("Left out", "reason", facts["left_out"], rows, "of all")
-    yield from _counted(
+    yield from counted("Left out", "reason", facts["left_out"], rows, "of all")
+    yield from counted(
         "On the way",
         "what happened",
         facts["events"],
@@ -58,7 +58,7 @@ def _sections(name: str, facts: Mapping[str, Any], seconds: float | None) -> Ite
         "tried for a row, and once for each turn of a conversation of several. So are repairs and what was dropped. "
         "Under `reminded, there` stand the written rows that were reminded of the tag, and how many of them hold it."
     )
-    yield _table(
+    yield table(
         (
             "tag",
             "rows with it",
@@ -73,16 +73,16 @@ def _sections(name: str, facts: Mapping[str, Any], seconds: float | None) -> Ite
         [_tag_row(tag, facts["tags"][tag]) for tag in TAGS],
     )
     yield "![share of messages with each tag, and of verdicts](tags.png)"
-    yield from _counted("Repaired in what the model wrote", "fault", facts["repairs"])
-    yield from _counted("Dropped from what the model wrote", "reason", facts["dropped"])
-    yield from _counted("Tags that are none of the eight", "tag", dict(list(facts["unknown_tags"].items())[:20]))
-    yield from _counted("Constraints", "kind", facts["constraints"], facts["rows_written"], "of written")
+    yield from counted("Repaired in what the model wrote", "fault", facts["repairs"])
+    yield from counted("Dropped from what the model wrote", "reason", facts["dropped"])
+    yield from counted("Tags that are none of the eight", "tag", dict(list(facts["unknown_tags"].items())[:20]))
+    yield from counted("Constraints", "kind", facts["constraints"], facts["rows_written"], "of written")
     yield "## Answers"
     yield _answers(facts["characters"])
     if facts["characters"]["rows_answered_anew"]:
         yield "![length of new answers over the original ones](lengths.png)"
     yield "## Cost"
-    yield _cost(facts["spent"], seconds)
+    yield cost(facts["spent"], seconds)
     yield "## Samples"
     yield "Chosen by the seed, in the order of the sources."
     for sample in facts["samples"]:
@@ -98,23 +98,6 @@ def _tag_row(tag: str, of: Mapping[str, Any]) -> tuple[str, ...]:
     return (tag, f"{of['rows']:,}", share, *counts, removed, reminded)
 
 
-def _counted(
-    title: str, what: str, counts: Mapping[str, int], of: int | None = None, share: str = "", remark: str = ""
-) -> Iterable[str]:
-    """A section with a table of counts; nothing where nothing was counted."""
-    if not counts:
-        return
-    yield f"### {title}"
-    if remark:
-        yield remark
-    if of is None:
-        yield _table((what, "times"), [(name, f"{count:,}") for name, count in counts.items()])
-    else:
-        yield _table(
-            (what, "times", share), [(name, f"{count:,}", _share(count, of)) for name, count in counts.items()]
-        )
-
-
 def _answers(characters: Mapping[str, Any]) -> str:
     if not characters["rows_answered_anew"]:
         return "No row was written with new answers."
@@ -126,60 +109,19 @@ def _answers(characters: Mapping[str, Any]) -> str:
     )
 
 
-def _cost(spent: Mapping[str, Any], seconds: float | None) -> str:
-    rows = [
-        (
-            stage,
-            f"{of['requests']:,}",
-            f"{of['prompt_tokens']:,}",
-            f"{of['completion_tokens']:,}",
-            f"{of['seconds'] / of['requests']:.2f}",
-        )
-        for stage, of in spent.items()
-    ]
-    table = _table(("stage", "answers", "prompt tokens", "completion tokens", "seconds an answer"), rows)
-    table += "\n\nEqual requests are asked once, and counted for each row that they serve."
-    if seconds is None:
-        return table
-    return f"{table}\n\nFrom the first request to the last answer: {duration(seconds)}, breaks included."
-
-
 def _sample(sample: Mapping[str, Any]) -> str:
     parts = [f"### {sample['source']}"]
     if sample["annotated"]:
-        parts.append(_quoted(sample["annotated"]))
+        parts.append(quoted(sample["annotated"]))
     turns = [turn for turn in sample["conversation"] if turn["role"] != "system"]  # that one stands above, in its tags
-    parts += [f"**{turn['role']}**\n\n{_quoted(turn['content'])}" for turn in turns]
+    parts += [f"**{turn['role']}**\n\n{quoted(turn['content'])}" for turn in turns]
     return "\n\n".join(parts)
-
-
-def _quoted(text: str) -> str:
-    """As a code block: models write Markdown, HTML and tags of their own."""
-    fence = "`" * max(3, 1 + _longest_run(text, "`"))
-    return f"{fence}text\n{text}\n{fence}"
-
-
-def _longest_run(text: str, character: str) -> int:
-    longest = run = 0
-    for one in text:
-        run = run + 1 if one == character else 0
-        longest = max(longest, run)
-    return longest
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) + ("---:",) * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole else ""
 
 
 def draw_tags(facts: Mapping[str, Any], path: Path) -> None:
     """Share of messages with each tag, beside what was judged Bad and None, as a PNG of 1,000 x 500 pixels."""
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(10, 5), dpi=100)
+    plots = pyplot()
+    figure, axes = plots.subplots(figsize=(10, 5), dpi=100)
     rows = facts["rows_with_system_message"] or 1
     judged = max(1, *(sum(facts["tags"][tag]["verdicts"].values()) for tag in TAGS))
     bars = (
@@ -196,16 +138,16 @@ def draw_tags(facts: Mapping[str, Any], path: Path) -> None:
     axes.legend()
     figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)
+    plots.close(figure)
 
 
 def draw_lengths(facts: Mapping[str, Any], path: Path) -> None:
     """How many times as long the new answers are, row by row, as a PNG of 1,000 x 400 pixels."""
-    pyplot = _pyplot()
+    plots = pyplot()
     histogram = facts["characters"]["histogram_of_ratios"]
     edges = histogram["edges"]
     edges = [edges[0] ** 2 / edges[1], *edges, edges[-1] ** 2 / edges[-2]]
-    figure, axes = pyplot.subplots(figsize=(10, 4), dpi=100)
+    figure, axes = plots.subplots(figsize=(10, 4), dpi=100)
     axes.stairs(histogram["rows"], edges, fill=True, color="#4477aa")
     axes.set_xscale("log", base=2)
     axes.set_xticks(
@@ -217,13 +159,4 @@ def draw_lengths(facts: Mapping[str, Any], path: Path) -> None:
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)
-
-
-def _pyplot() -> Any:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    plots.close(figure)

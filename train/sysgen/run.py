@@ -5,15 +5,15 @@ from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.data.asked_rows import number_of_rows, placed_rows
-from train.data.sources import open_source
+from train.data.asked_rows import number_of_rows, placed_rows, refuse_own_files
+from train.data.near_duplicates import NearDuplicates
 from train.errors import UserError
 from train.llm.client import Client, Counts
 from train.llm.journal import Journal
 from train.llm.rows import in_order, progress
 from train.sysgen.balance import LAG, Balance
 from train.sysgen.config import SysgenConfig
-from train.sysgen.gates import NearDuplicates, load_languages
+from train.sysgen.gates import load_languages
 from train.sysgen.outcome import Outcome
 from train.sysgen.output import Output
 from train.sysgen.pipeline import Pipeline
@@ -42,7 +42,7 @@ def run(config: SysgenConfig) -> Done:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output_dir: {folder} can't be made: {error.strerror}.") from error
-    _refuse_own_rows(config, folder)
+    refuse_own_files(config.data, (folder / "data", folder / "left_out.jsonl"))
     total = number_of_rows(config.data)
     with Journal(folder / JOURNAL) as journal, Output(folder, config.output, config.model) as output:
         tally = Tally(config)
@@ -54,19 +54,6 @@ def run(config: SysgenConfig) -> Done:
                 f"output_dir: the report can't be written to {folder}: {error.strerror}. The rows are there: make "
                 "room, and start the same command again."
             ) from error
-
-
-def _refuse_own_rows(config: SysgenConfig, folder: Path) -> None:
-    """A run that reads what it writes would write over rows that are nowhere else."""
-    own = (folder / "data", folder / "left_out.jsonl")
-    for source in config.data.sources:
-        for name in open_source(source, config.data.allow_pickle).files:
-            path = Path(name).resolve()
-            if any(path.is_relative_to(one.resolve()) for one in own):
-                raise UserError(
-                    f"{source.path}: {name} is in the output_dir of this very run, which would write over it: name "
-                    "another output_dir."
-                )
 
 
 async def _run(config: SysgenConfig, journal: Journal, output: Output, tally: Tally, total: int) -> Counts:

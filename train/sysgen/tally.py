@@ -8,8 +8,9 @@ import heapq
 from collections import Counter
 from typing import Any
 
+from train.llm.spent import Spent
 from train.sysgen.config import SysgenConfig
-from train.sysgen.outcome import Outcome, Spent
+from train.sysgen.outcome import Outcome
 from train.sysgen.tags import TAGS
 
 PHASES = ("read", "generated", "filtered", "verified", "answered")
@@ -52,11 +53,7 @@ class Tally:
             self.phases[phase] += 1
         self.events.update(outcome.events)
         for stage, spent in outcome.spent.items():
-            total = self.spent.setdefault(stage, Spent())
-            total.requests += spent.requests
-            total.prompt_tokens += spent.prompt_tokens
-            total.completion_tokens += spent.completion_tokens
-            total.seconds += spent.seconds
+            self.spent.setdefault(stage, Spent()).add_all(spent)
         self._add_reading(outcome)
         if outcome.reason is not None:
             self.left_out[outcome.reason] += 1

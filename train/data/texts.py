@@ -1,4 +1,4 @@
-"""What texts are made of, for the gates and the constraints: words in any script, sentences, paragraphs, points."""
+"""What texts are made of, for gates, constraints and filters: words in any script, sentences, paragraphs, points."""
 
 import functools
 import itertools
@@ -25,6 +25,11 @@ def words_of(text: str) -> list[str]:
     with its digits; in a script without blanks, each character is one."""
     plain = unicodedata.normalize("NFC", text).casefold().translate(_marks()).replace("’", "'")
     return _WORD.findall(plain)
+
+
+def runs_of(words: list[str], length: int) -> set[tuple[str, ...]]:
+    """All runs of so many words."""
+    return {tuple(words[start : start + length]) for start in range(len(words) - length + 1)}
 
 
 @functools.cache

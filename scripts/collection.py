@@ -1,0 +1,102 @@
+"""Build a collection of system messages that ask for different things of the same instruction (arXiv:2405.17977).
+
+    vllm serve Qwen/Qwen2.5-14B-Instruct                                    # any OpenAI-compatible server
+    python scripts/collection.py --config recipes/collection/qwen2.5-14b-instruct.yaml [key=value ...]
+
+What a server answers is written down at once: stop it with Ctrl-C or lose the machine, and the same command goes on
+where it was, asking nothing twice. The rows are in OUTPUT_DIR/data, in the columns of Multifaceted Collection, which
+train/sft.py reads as they are; preference pairs in OUTPUT_DIR/pairs; what they amount to in OUTPUT_DIR/report.md.
+--check reads the configuration, the hierarchy and all rows, and asks nothing. Exit codes as of train/sft.py; 130 after
+Ctrl-C.
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+
+from train.data.near_duplicates import NearDuplicates
+from train.errors import CommandLine, UserError
+from train.multifaceted.collection import run
+from train.multifaceted.collection_config import CollectionConfig, load_config
+from train.multifaceted.instructions import instructions
+from train.multifaceted.preferences import Plan, load_hierarchy
+from train.progress import duration
+
+
+def check(config: CollectionConfig) -> None:
+    """Say what a run would do, after reading every row. Raises UserError."""
+    hierarchy = load_hierarchy(config.hierarchy.file, ours=config.hierarchy.ours)
+    Plan(hierarchy, config.sets_per_instruction, config.seed)
+    subs = [sub for of in hierarchy.values() for sub in of.values()]
+    preferences = sum(len(sub.preferences) for sub in subs)
+    print(f"hierarchy: {len(hierarchy)} dimensions, {len(subs):,} sub-dimensions, {preferences:,} preferences")
+    rows = kept = 0
+    left_out: Counter[str] = Counter()
+    events: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    threshold = config.filter.near_duplicates
+    with nullcontext() if threshold is None else NearDuplicates(threshold) as near:
+        for one in instructions(config.data, config.filter, near):
+            rows += 1
+            kept += one.number is not None
+            events.update(one.events)
+            if one.reason is not None:
+                left_out[one.reason] += 1
+                examples.setdefault(one.reason, f"{one.place}{f': {one.detail}' if one.detail else ''}")
+    print(f"{rows:,} rows, {kept:,} instructions")
+    for what, count in events.most_common():
+        print(f"{count:,} times: {what}")
+    for reason, count in left_out.most_common():
+        print(f"left out: {count:,} ({count / rows:.1%}): {reason}; the first: {examples[reason]}")
+    sets = kept * config.sets_per_instruction
+    requests = sets * (4 if config.preferences == "proposed" else 3) + kept * config.filter.model
+    places = sum(server.concurrency for server in config.servers)
+    print(f"about {requests:,} requests to {config.model}, {places:,} at once, for {sets:,} sets that pass at once")
+
+
+def main() -> int:
+    """Run the command; the exit code."""
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="what is to be done: see recipes/")
+    parser.add_argument("--check", action="store_true", help="read the configuration and the rows, and ask nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the configuration by dotted key")
+    options = parser.parse_intermixed_args()
+    started = time.monotonic()
+    try:
+        config = load_config(options.config, options.overrides)
+        if options.check:
+            check(config)
+            return 0
+        done = run(config)
+    except UserError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; what was answered is in the journal, and the same command goes on from here", file=sys.stderr)
+        return 130
+    tally, counts = done.tally, done.counts
+    print(
+        f"{tally.written:,} rows and {tally.pairs:,} pairs of {tally.instructions:,} instructions "
+        f"({tally.rows:,} rows read) after {duration(time.monotonic() - started)}"
+    )
+    for what, total, left_out in (
+        ("instructions", tally.rows, tally.left_out),
+        ("sets", tally.sets, tally.sets_left_out),
+    ):
+        for reason, count in left_out.most_common():
+            print(f"{what} left out: {count:,} ({count / total:.1%}): {reason}")
+    print(
+        f"{counts.answered:,} answers ({counts.from_journal:,} from the journal), "
+        f"{counts.tries_failed:,} tries repeated"
+    )
+    print(f"read {done.report}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

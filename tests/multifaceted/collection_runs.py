@@ -1,0 +1,102 @@
+"""What the tests of whole runs share: a configuration, a run against a script, and what is in the files."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from scripted_author import SEED, Author, expected, number_in, row_of
+from scripted_server import Asked, Reply, Script, said, served
+
+from train.multifaceted.collection import Done, run
+from train.multifaceted.collection_config import load_config
+from train.multifaceted.preferences import Plan, load_hierarchy
+
+
+def configuration(folder: Path, url: str, source: Path, **changes: Any) -> Path:
+    path = folder / "config.yaml"
+    stages = ("propose", "describe", "message", "answer")
+    settings = {
+        "model": "m",
+        "servers": [{"base_url": url, "concurrency": 16}],
+        "data": {"sources": [{"path": str(source)}]},
+        **{stage: {"seed": SEED} for stage in stages},
+        "output_dir": str(folder / "out"),
+    } | changes
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return path
+
+
+def run_file(path: Path) -> None:
+    """What a process of its own does."""
+    run(load_config(path))
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def author_of(count: int, sets: int = 3) -> Author:
+    """Knows which set each sub-dimension of an instruction belongs to."""
+    plan = Plan(load_hierarchy(), sets, 42)
+    set_of = {}
+    for place, row in enumerate(expected(count).kept):
+        number = number_in(next(turn["content"] for turn in row_of(row)["messages"] if turn["role"] == "user"))
+        for which, draws in enumerate(plan.of(place)):
+            for draw in draws:
+                set_of[number, (draw.sub.dimension, draw.sub.name)] = which
+    return Author(set_of)
+
+
+def run_with(script: Script, folder: Path, rows: list[dict[str, Any]], **changes: Any) -> tuple[Done, list[Asked]]:
+    """A run over these rows, and what the server was asked."""
+    source = write_rows(folder / "source.jsonl", rows)
+    with served(script) as server:
+        done = run(load_config(configuration(folder, server.url, source, **changes)))
+        return done, list(server.asked)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def written(folder: Path, name: str = "data/rows.jsonl") -> list[dict[str, Any]]:
+    return lines(folder / "out" / name)
+
+
+def stage_of(asked: Asked) -> str:
+    if asked.body["messages"][0]["role"] == "system":
+        return "answer"
+    sections = {"### Asked for": "propose", "### Preferences": "describe", "### Descriptions": "message"}
+    return next((stage for section, stage in sections.items() if section in asked.prompt), "screen")
+
+
+def mark_in(asked: Asked) -> str:
+    """The instruction's own mark, [7], which what is said of it carries on; the examples in prompts have none."""
+    turns = asked.body["messages"]
+    return "".join(re.findall(r"\[\d+\]", turns[-1]["content"])[:1])
+
+
+def good_everything(asked: Asked) -> str:
+    """A model that does all as asked, and never says the same twice."""
+    stage, mark = stage_of(asked), mark_in(asked)
+    if stage in ("propose", "describe"):
+        wanted = asked.prompt.rpartition("\n### ")[2].splitlines()[1:]
+        names = [line[2:].partition(",")[0] for line in wanted if line.startswith("- ")]
+        return "\n".join(f"{name}: Kind {asked.number} for {number} {mark}." for number, name in enumerate(names))
+    if stage == "screen":
+        return "No."
+    return f"You are helper {asked.number} {mark}." if stage == "message" else f"Answer {asked.number} {mark}."
+
+
+def saying(**changes: Any) -> Script:
+    """`good_everything`, but for the stages named: a text, or what makes a reply of the request."""
+
+    async def script(asked: Asked) -> Reply:
+        change = changes.get(stage_of(asked), good_everything)
+        reply = change if isinstance(change, str) else change(asked)
+        return said(reply) if isinstance(reply, str) else reply
+
+    return script

@@ -1,0 +1,252 @@
+"""A model that answers the collection's prompts by a table, faults and all, and what must come of it, worked out plainly.
+
+What it says follows from the number in brackets in the instruction, which its preferences, descriptions and messages
+carry on, from the dimensions it is asked for, and from the try. Nothing here uses the package but the names of the
+columns: it is the second way to the numbers of the tests.
+"""
+
+import asyncio
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from scripted_server import Asked, Reply, error, said
+
+FOUR = ("style", "background_knowledge", "informativeness", "harmlessness")
+SEED = 100
+"""Of each stage: the try can be told from it."""
+
+
+def row_of(number: int) -> dict[str, Any]:
+    """Every seventh has a system message, every ninth goes on, every eleventh is the one before again."""
+    if number % 11 == 10:
+        return row_of(number - 1)
+    if number % 13 == 12:
+        return turns(f"Please explain the matter [{number}] in 3 bullet points.")
+    more = turns("and then?")["messages"] if number % 9 == 4 else []
+    row = turns(f"What is the matter [{number}] with the rusty bicycle chain?")
+    row["messages"] += more
+    if number % 7 == 3:
+        row["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    return row
+
+
+def turns(instruction: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": instruction}, {"role": "assistant", "content": "An old answer."}]}
+
+
+def number_in(text: str) -> int:
+    return int(re.findall(r"\[(\d+)\]", text)[-1])
+
+
+def set_in(text: str) -> int:
+    return int(re.findall(r"set (\d)", text)[-1])
+
+
+def asked_for(prompt: str) -> list[tuple[str, str]]:
+    """Dimension and sub-dimension of each line of the last request."""
+    return re.findall(r"^- (\w+), ([\w ]+?)(?: \(|:)", prompt.rpartition("\n### ")[2], re.MULTILINE)
+
+
+def fault_of(stage: str, number: int, which: int) -> int:
+    """How many tries of a stage fail; what is wrong with them follows from `kind_of`."""
+    place = ("propose", "describe", "message", "answer").index(stage)
+    return (0, 0, 0, 1, 0, 0, 2, 0, 0, 0, 3, 0, 0)[(number * 5 + which * 3 + place * 7) % 13]
+
+
+def kind_of(stage: str, number: int, which: int) -> str:
+    kinds = {
+        "propose": ("empty", "refusal", "garbage", "partial"),
+        "describe": ("refusal", "empty", "partial", "length"),
+        "message": ("length", "refusal", "empty", "sorry", "leak"),
+        "answer": ("length", "content_filter", "empty", "refusal"),
+    }[stage]
+    return kinds[(number + which) % len(kinds)]
+
+
+class Author:
+    """Answers by the table. It knows which set it is asked for by the sub-dimensions, which a test gives it."""
+
+    def __init__(self, set_of: dict[tuple[int, tuple[str, str]], int]) -> None:
+        self.set_of = set_of
+
+    def text(self, stage: str, number: int, which: int, sample: int, wanted: list[str]) -> Reply:
+        bad = sample < fault_of(stage, number, which)
+        kind = kind_of(stage, number, which) if bad else "fine"
+        good = good_text(stage, number, which, wanted)
+        match kind:
+            case "empty":
+                return said(" \n")
+            case "refusal":
+                return said("", refusal="I will not.")
+            case "content_filter":
+                return said("half of", "content_filter")
+            case "garbage":
+                return said("Sure, here you are!")
+            case "partial":  # the second half of the lines is wanting
+                return said(good_text(stage, number, which, wanted[: len(wanted) // 2]))
+            case "length":  # the last line has no end
+                return said(good, "length")
+            case "sorry":
+                return said("I'm sorry, but I can't help with that.")
+            case "leak":
+                return said(good.replace("who speaks", "who repairs the rusty chain of a bicycle and speaks"))
+        return said(good)
+
+    async def answer(self, asked: Asked) -> Reply:
+        turns, prompt = asked.body["messages"], asked.prompt
+        sample = asked.body["seed"] - SEED
+        if turns[0]["role"] == "system":
+            system = turns[0]["content"]
+            return self.text("answer", number_in(prompt), set_in(system), sample, [])
+        if "### Asked for" in prompt:
+            number, wanted = number_in(prompt), asked_for(prompt)
+            return self.text("propose", number, self.set_of[number, wanted[0]], sample, [name for name, _ in wanted])
+        if "### Preferences" in prompt:
+            names = [name for name, _ in asked_for(prompt)]
+            return self.text("describe", number_in(prompt), set_in(prompt), sample, names)
+        return self.text("message", number_in(prompt), set_in(prompt), sample, [])
+
+    async def faulty(self, asked: Asked) -> Reply:
+        """The same, after delays and every fault that a server knows."""
+        kind = sum(map(ord, asked.prompt)) % 11
+        if asked.times == 0:
+            match kind:
+                case 1:
+                    return error(429, "slow down", headers={"retry-after-ms": "5"})
+                case 2:
+                    return error(500, "oops")
+                case 3:
+                    return Reply(drop=40, body={"choices": []})
+                case 4:
+                    return Reply(body=b"<html>not what you asked for</html>")
+                case 5:
+                    await asyncio.sleep(0.02)
+                case 6:
+                    return error(503, "loading")
+        return await self.answer(asked)
+
+
+def good_text(stage: str, number: int, which: int, wanted: list[str]) -> str:
+    """With reasoning before it now and then, and in the forms that models give it."""
+    thought = "<think>hm [0]\nset 9</think>\n" if number % 5 == 2 else ""
+    match stage:
+        case "propose":
+            form = ("{name}: {text}", "- **{name}**: {text}", '{title}: "{text}"')[number % 3]
+            lines = [
+                form.format(name=name, title=name.replace("_", " ").title(), text=preference(number, which, name))
+                for name in wanted
+            ]
+            return thought + "\n".join(lines)
+        case "describe":
+            return thought + "\n\n".join(f"{name}: {description(number, which, name)}" for name in wanted)
+        case "message":
+            text = message(number, which)
+            return thought + (
+                f"System message:\n{text}" if number % 4 == 1 else f'"{text}"' if number % 4 == 2 else text
+            )
+    return thought + output(number, which)
+
+
+def preference(number: int, which: int, name: str) -> str:
+    return f"Liking {name} in set {which} of [{number}]"
+
+
+def description(number: int, which: int, name: str) -> str:
+    return f"The answer is {name}, as set {which} of [{number}] has it. So it must be."
+
+
+def message(number: int, which: int) -> str:
+    fill = ("slowly and with care", "like thunder over the hills", "in whispers")[which]
+    return f"You are writer number [{number}], who speaks {fill}: set {which}." + " Stay calm." * (number % 6)
+
+
+def output(number: int, which: int) -> str:
+    """Sets 0 and 1 of every eighth say the same."""
+    which = 0 if number % 8 == 0 and which == 1 else which
+    return f"answer {which} to [{number}] " + "word " * (number % 17 + which)
+
+
+@dataclass
+class Expected:
+    """What must come of rows 0 to `count`, by a plain loop. `rows`: number and set."""
+
+    rows: list[tuple[int, int]] = field(default_factory=list)
+    left_out: list[tuple[int, int | None, str]] = field(default_factory=list)
+    """Row of the source, set, reason."""
+    kept: list[int] = field(default_factory=list)
+    """Rows of the source in their order: the number of an instruction is its place here."""
+    events: Counter[str] = field(default_factory=Counter)
+    requests: Counter[str] = field(default_factory=Counter)
+    completion_tokens: Counter[str] = field(default_factory=Counter)
+
+
+NOUNS = {"propose": "preferences", "describe": "descriptions", "message": "system message", "answer": "answer"}
+
+
+def expected(count: int, retries: int = 2, sets: int = 3) -> Expected:
+    """With the defaults, and seed SEED of each stage."""
+    result = Expected()
+    seen: set[str] = set()
+    for place in range(count):
+        row = row_of(place)["messages"]
+        instruction = next(turn["content"] for turn in row if turn["role"] == "user")
+        if row[0]["role"] == "system":
+            result.events["row with a system message, which was ignored"] += 1
+        if len(row) > 3:
+            result.events["row of several turns, of which the first was taken"] += 1
+        if instruction in seen:
+            result.left_out.append((place, None, "duplicate: the same as an instruction before"))
+            continue
+        seen.add(instruction)
+        if "bullet" in instruction:
+            result.left_out.append((place, None, "states a length already"))
+            continue
+        result.kept.append(place)
+        for which in range(sets):
+            reason = make(result, number_in(instruction), which, retries)
+            if reason:
+                result.left_out.append((place, which, reason))
+            else:
+                result.rows.append((place, which))
+    return result
+
+
+def make(result: Expected, number: int, which: int, retries: int) -> str:
+    """Why a set is lost, or nothing."""
+    author = Author({})
+    for stage in ("propose", "describe", "message", "answer"):
+        lines = stage in ("propose", "describe")
+        wanted = list(FOUR) if lines else []
+        for sample in range(retries + 1):
+            reply = author.text(stage, number, which, sample, wanted).body
+            (choice,) = reply["choices"]
+            text = choice["message"]["content"]
+            result.requests[stage] += 1
+            result.completion_tokens[stage] += reply["usage"]["completion_tokens"]
+            if text.startswith("<think>"):
+                result.events[f"{stage}: reasoning taken out"] += 1
+            if sample >= fault_of(stage, number, which):
+                break
+            kind = kind_of(stage, number, which)
+            why = {"refusal": "refused", "content_filter": "refused", "sorry": "refused", "empty": "empty"}.get(
+                kind, ""
+            )
+            why = why or {"length": "cut at the token limit", "leak": "tells what the instruction is about"}.get(
+                kind, ""
+            )
+            if lines:
+                said_nothing = kind == "partial" and len(wanted) < 2
+                if kind == "length":  # all lines but the last one are whole
+                    wanted = wanted[-1:]
+                elif kind == "partial":
+                    wanted = wanted[len(wanted) // 2 :]
+                why = "empty" if said_nothing else why
+                why = why or "can't be read"
+                result.events[f"{NOUNS[stage]}: {why}, of some or all dimensions"] += 1
+            else:
+                result.events[f"{NOUNS[stage]}: {why}"] += 1
+        else:
+            return f"{NOUNS[stage]}: {why}"
+    return ""

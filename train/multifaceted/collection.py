@@ -1,0 +1,300 @@
+"""The construction of Multifaceted Collection for one instruction after another (section 3 of arXiv:2405.17977).
+
+    propose    M(preferences | instruction, sub-dimensions): one of each dimension, below what was drawn
+    describe   M(descriptions | preferences)
+    message    M(S | descriptions): from the descriptions alone, so that it fits any instruction
+    answer     M(A | S, instruction)
+
+An instruction goes through these steps set by set, without waiting for other instructions; of its sets each one knows
+those before, so that it differs from them. All that is random is drawn from the seed and the numbers of instruction and
+set: the same answers of the model give the same rows, whatever order they came in, and over any number of kills.
+
+What a model writes while it reasons (`<think>`) is no part of what it says: it is taken out, and counted.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from train.data.asked_rows import number_of_rows, refuse_own_files
+from train.data.near_duplicates import NearDuplicates
+from train.errors import UserError
+from train.llm.client import Client, Counts, NoAnswerError
+from train.llm.journal import Answer, Journal, Request
+from train.llm.reasoning import without_reasoning
+from train.llm.rows import in_order, progress
+from train.llm.spent import Spent
+from train.llm.yes_or_no import says_no
+from train.multifaceted import collection_prompts as prompts
+from train.multifaceted.collection_config import CollectionConfig
+from train.multifaceted.collection_outcome import Outcome, SetOutcome
+from train.multifaceted.collection_output import DATA, LEFT_OUT, PAIRS, Output
+from train.multifaceted.collection_report import write_report
+from train.multifaceted.collection_tally import Tally
+from train.multifaceted.instructions import Instruction, instructions
+from train.multifaceted.leaked_words import told_share
+from train.multifaceted.preferences import Draw, Hierarchy, Plan, Preference, load_hierarchy, same_words
+
+JOURNAL = "answers.sqlite"
+
+_NOUNS = {"propose": "preferences", "describe": "descriptions", "message": "system message", "answer": "answer"}
+
+
+class Pipeline:
+    """Takes instructions through the steps."""
+
+    def __init__(self, config: CollectionConfig, client: Client, hierarchy: Hierarchy, plan: Plan) -> None:
+        self.config, self.client, self.hierarchy, self.plan = config, client, hierarchy, plan
+
+    async def run(self, instruction: Instruction) -> Outcome:
+        """What becomes of one instruction. Raises UserError, as the client does, for what ends the run."""
+        outcome = Outcome(instruction, reason=instruction.reason, detail=instruction.detail)
+        outcome.events.update(instruction.events)
+        if instruction.number is None or await self._screened_out(outcome):
+            return outcome
+        outcome.sets = [SetOutcome(number, draws) for number, draws in enumerate(self.plan.of(instruction.number))]
+        for one in outcome.sets:
+            try:
+                made = await self._make(outcome, one)
+            except NoAnswerError as failure:
+                made = one.leave_out("no answer from the model", str(failure))
+            if not made and self.config.on_lost_set == "drop_instruction":
+                for other in outcome.written:
+                    other.leave_out("another set of the instruction was lost")
+                break
+        return outcome
+
+    async def _screened_out(self, outcome: Outcome) -> bool:
+        """Ask the model too whether the instruction states a style, if that is asked for."""
+        if not self.config.filter.model:
+            return False
+        try:
+            answer = await self._ask(outcome, "screen", prompts.screen(outcome.instruction.prompt), 0)
+        except NoAnswerError as failure:
+            outcome.reason, outcome.detail = "no answer from the model", str(failure)
+            return True
+        no = says_no(answer.text)
+        outcome.events["screen: neither yes nor no, and kept"] += no is None
+        if no is False:
+            outcome.reason, outcome.detail = "states a style or format, says the model", _beginning(answer.text)
+        return no is False
+
+    async def _make(self, outcome: Outcome, one: SetOutcome) -> bool:
+        """Take one set through the steps, up to where it is lost."""
+        chance = random.Random(f"{self.config.seed} prompts {outcome.instruction.number} {one.number}")
+        return (
+            await self._propose(outcome, one)
+            and await self._describe(outcome, one, chance)
+            and await self._write_message(outcome, one, chance)
+            and await self._answer(outcome, one)
+        )
+
+    async def _propose(self, outcome: Outcome, one: SetOutcome) -> bool:
+        if self.config.preferences == "hierarchy":
+            one.preferences = [Preference(draw.sub.dimension, draw.sub.name, draw.preference) for draw in one.draws]
+            return True
+        siblings = [preference for other in outcome.written if other is not one for preference in other.preferences]
+
+        def ask_for(missing: Sequence[Draw], sample: int) -> list[prompts.Turn]:
+            wanted = {draw.sub.dimension: draw.sub.name for draw in missing}
+            avoid = [
+                taken.preference
+                for taken in siblings
+                if taken.dimension in wanted and (sample or taken.subdimension == wanted[taken.dimension])
+            ]
+            return prompts.propose(outcome.instruction.prompt, missing, avoid)
+
+        def fault_of(draw: Draw, text: str) -> str:
+            if len(text) > prompts.LONGEST_PREFERENCE:
+                return "too long"
+            taken = {same_words(taken.preference) for taken in siblings if taken.dimension == draw.sub.dimension}
+            return "the same as a sibling's" if same_words(text) in taken else ""
+
+        found = await self._lines(outcome, one, "propose", one.draws, ask_for, fault_of)
+        if found is None:
+            return False
+        one.preferences = [
+            Preference(draw.sub.dimension, draw.sub.name, found[draw.sub.dimension]) for draw in one.draws
+        ]
+        return True
+
+    async def _describe(self, outcome: Outcome, one: SetOutcome, chance: random.Random) -> bool:
+        of = {preference.dimension: preference for preference in one.preferences}
+        state = chance.getstate()
+
+        def ask_for(missing: Sequence[Draw], sample: int) -> list[prompts.Turn]:
+            chance.setstate(state)  # the same examples for each try
+            return prompts.describe([of[draw.sub.dimension] for draw in missing], self.hierarchy, chance)
+
+        found = await self._lines(outcome, one, "describe", one.draws, ask_for, lambda draw, text: "")
+        if found is None:
+            return False
+        one.preferences = [replace(preference, description=found[dimension]) for dimension, preference in of.items()]
+        return True
+
+    async def _lines(
+        self,
+        outcome: Outcome,
+        one: SetOutcome,
+        stage: str,
+        wanted: Sequence[Draw],
+        ask_for: Callable[[Sequence[Draw], int], list[prompts.Turn]],
+        fault_of: Callable[[Draw, str], str],
+    ) -> dict[str, str] | None:
+        """A line for each dimension; what a try leaves missing is asked for again. None: the set is lost."""
+        found: dict[str, str] = {}
+        why, detail = "", ""
+        for sample in range(1 + self.config.retries):
+            missing = [draw for draw in wanted if draw.sub.dimension not in found]
+            answer = await self._ask(outcome, stage, ask_for(missing, sample), sample)
+            why, detail = _unusable(answer), _beginning(answer.refusal or answer.text)
+            if not answer.refused:
+                lines = prompts.read_lines(answer.text, missing, cut=answer.cut)
+                for draw in missing:
+                    if (text := lines.get(draw.sub.dimension)) is None:
+                        continue
+                    fault = fault_of(draw, text)
+                    if same_words(text) in map(same_words, found.values()):
+                        fault = "the same for two dimensions"
+                    if not fault:
+                        found[draw.sub.dimension] = text
+                    why = fault or why
+            if len(found) == len(wanted):
+                return found
+            why = why or ("cut at the token limit" if answer.cut else "can't be read")
+            outcome.events[f"{_NOUNS[stage]}: {why}, of some or all dimensions"] += 1
+        lost = [draw.sub.dimension for draw in wanted if draw.sub.dimension not in found]
+        one.leave_out(f"{_NOUNS[stage]}: {why}", f"{', '.join(lost)}: {detail}")
+        return None
+
+    async def _write_message(self, outcome: Outcome, one: SetOutcome, chance: random.Random) -> bool:
+        ask = prompts.message([preference.description for preference in one.preferences], chance)
+        siblings = {same_words(other.system) for other in outcome.written if other is not one}
+        why = ""
+        for sample in range(1 + self.config.retries):
+            answer = await self._ask(outcome, "message", ask, sample)
+            text = prompts.read_message(answer.text)
+            share = told_share(text, outcome.instruction.prompt)
+            why = _unusable(replace(answer, text=text))
+            if not why and answer.cut:
+                why = "cut at the token limit"
+            elif not why and prompts.is_refusal(text):
+                why = "refused"
+            elif not why and same_words(text) in siblings:
+                why = "the same as a sibling's"
+            elif not why and self.config.leak is not None and share >= self.config.leak:
+                why = "tells what the instruction is about"
+            if not why:
+                one.system = text
+                return True
+            outcome.events[f"system message: {why}"] += 1
+        return one.leave_out(f"system message: {why}", _beginning(answer.refusal or answer.text))
+
+    async def _answer(self, outcome: Outcome, one: SetOutcome) -> bool:
+        ask = prompts.answer(one.system, outcome.instruction.prompt)
+        why = ""
+        for sample in range(1 + self.config.retries):
+            answer = await self._ask(outcome, "answer", ask, sample)
+            why = _unusable(answer)
+            if not why and answer.cut:
+                if self.config.on_cut_answer == "keep":
+                    outcome.events["answer: cut at the token limit, and kept"] += 1
+                else:
+                    why = "cut at the token limit"
+            if not why:
+                one.output = answer.text
+                return True
+            outcome.events[f"answer: {why}"] += 1
+        return one.leave_out(f"answer: {why}", _beginning(answer.refusal or answer.text))
+
+    async def _ask(self, outcome: Outcome, stage: str, turns: Sequence[Mapping[str, Any]], sample: int) -> Answer:
+        decoding = getattr(self.config, stage).decoding()
+        answer = await self.client.ask(Request(stage, turns, decoding, sample))
+        outcome.spent.setdefault(stage, Spent()).add(answer)
+        said = without_reasoning(answer.text)
+        if said.unfinished:
+            outcome.events[f"{stage}: reasoning without an end, and nothing said"] += 1
+        elif said.reasoning is not None:
+            outcome.events[f"{stage}: reasoning taken out"] += 1
+        outcome.events[f"{stage}: tags of reasoning left in the text"] += said.holds_reasoning
+        return replace(answer, text=said.text)
+
+
+def _unusable(answer: Answer) -> str:
+    """Why nothing is to be had of an answer, in the words of the report."""
+    if answer.refused:
+        return "refused"
+    if answer.text.strip():
+        return ""
+    return "cut at the token limit" if answer.cut else "empty"
+
+
+def _beginning(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+# The run
+
+
+@dataclass(frozen=True)
+class Done:
+    """A run that came to its end: what the instructions became, what this start asked, and where to read of it."""
+
+    tally: Tally
+    counts: Counts
+    report: Path
+
+
+def run(config: CollectionConfig) -> Done:
+    """Take all instructions through the pipeline, write rows, pairs and the report. Raises UserError.
+
+    What is interrupted at any moment is made good by the next call, which asks nothing again that was answered.
+    """
+    hierarchy = load_hierarchy(config.hierarchy.file, ours=config.hierarchy.ours)
+    plan = Plan(hierarchy, config.sets_per_instruction, config.seed)
+    folder = Path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} can't be made: {error.strerror}.") from error
+    refuse_own_files(config.data, (folder / DATA, folder / PAIRS, folder / LEFT_OUT))
+    total = number_of_rows(config.data)
+    with Journal(folder / JOURNAL) as journal, Output(config) as output:
+        tally = Tally(config, hierarchy)
+        counts = asyncio.run(_run(config, hierarchy, plan, journal, output, tally, total))
+        try:
+            return Done(tally, counts, write_report(folder, tally.facts(), journal.seconds()))
+        except OSError as error:
+            raise UserError(
+                f"output_dir: the report can't be written to {folder}: {error.strerror}. The rows are there: make "
+                "room, and start the same command again."
+            ) from error
+
+
+async def _run(
+    config: CollectionConfig,
+    hierarchy: Hierarchy,
+    plan: Plan,
+    journal: Journal,
+    output: Output,
+    tally: Tally,
+    total: int,
+) -> Counts:
+    threshold = config.filter.near_duplicates
+    servers = [server.server() for server in config.servers]
+    with nullcontext() if threshold is None else NearDuplicates(threshold) as near:
+        async with Client(servers, config.model, journal) as client, progress("rows", total, client) as pace:
+            pipeline = Pipeline(config, client, hierarchy, plan)
+            rows = instructions(config.data, config.filter, near)
+            # Twice as many as the servers take at once, as in SYSGEN: while one is between two steps, another asks.
+            async with aclosing(in_order(rows, pipeline.run, at_once=2 * client.concurrency)) as outcomes:
+                async for outcome in outcomes:
+                    tally.add(outcome, pairs=output.write(outcome))
+                    pace.advance()
+    output.finish()
+    return client.counts

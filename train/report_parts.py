@@ -1,0 +1,77 @@
+"""What reports in Markdown are made of: tables, quotations, and pictures beside them."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from train.progress import duration
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """A table, its first column to the left and the others to the right."""
+    lines = [head, ("---",) + ("---:",) * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def share(part: int, whole: int) -> str:
+    """12.3%, or nothing of nothing."""
+    return f"{part / whole:.1%}" if whole else ""
+
+
+def counted(
+    title: str, what: str, counts: Mapping[str, int], of: int | None = None, of_what: str = "", remark: str = ""
+) -> Iterable[str]:
+    """A section with a table of counts; nothing where nothing was counted."""
+    if not counts:
+        return
+    yield f"### {title}"
+    if remark:
+        yield remark
+    if of is None:
+        yield table((what, "times"), [(name, f"{count:,}") for name, count in counts.items()])
+    else:
+        yield table(
+            (what, "times", of_what), [(name, f"{count:,}", share(count, of)) for name, count in counts.items()]
+        )
+
+
+def cost(spent: Mapping[str, Any], seconds: float | None) -> str:
+    """What the answers of each stage took. `seconds`: from the first request to the last answer."""
+    rows = [
+        (
+            stage,
+            f"{of['requests']:,}",
+            f"{of['prompt_tokens']:,}",
+            f"{of['completion_tokens']:,}",
+            f"{of['seconds'] / of['requests']:.2f}",
+        )
+        for stage, of in spent.items()
+    ]
+    text = table(("stage", "answers", "prompt tokens", "completion tokens", "seconds an answer"), rows)
+    text += "\n\nEqual requests are asked once, and counted for each row that they serve."
+    if seconds is None:
+        return text
+    return f"{text}\n\nFrom the first request to the last answer: {duration(seconds)}, breaks included."
+
+
+def quoted(text: str) -> str:
+    """As a code block: models write Markdown, HTML and tags of their own."""
+    fence = "`" * max(3, 1 + _longest_run(text, "`"))
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _longest_run(text: str, character: str) -> int:
+    longest = run = 0
+    for one in text:
+        run = run + 1 if one == character else 0
+        longest = max(longest, run)
+    return longest
+
+
+def pyplot() -> Any:
+    """matplotlib's, which draws into files."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

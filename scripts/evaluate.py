@@ -27,7 +27,7 @@ report.md; every answer goes into bench.sqlite, so the same command goes on wher
 
 ifeval: how many of the constraints in a system message an answer follows, by lm-evaluation-harness's own checkers, and
 how many it follows where they stand in the user turn. Writes ifeval.json, ifeval_answers.jsonl, ifeval.png and a
-section into report.md; what was answered stays in ifeval_journal.sqlite, and the same command goes on from there.
+section into report.md; what was answered stays in ifeval.sqlite, and the same command goes on from there.
 
     python scripts/evaluate.py harness --model outputs/smollm2-135m-quickstart --tasks sysgen
 

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,8 @@ from train.errors import UserError
 
 if TYPE_CHECKING:
     from train.evaluation.compare import Comparison, Pair
-    from train.evaluation.results import Measure
+    from train.evaluation.results import Measure, Results
+    from train.multifaceted.pairwise import Pairwise
 
 _KINDS = ("gain", "rules", "ifeval", "bench", "harness")
 _AXES = {"share": "share (95 %)", "nats": "nats per token (95 %)", "score": "score (95 %)"}
@@ -24,7 +25,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--only", nargs="+", choices=_KINDS, help="compare these alone (default all that both have)")
     parser.add_argument("--details", action="store_true", help="show rules, sources and tasks within groups, too")
     parser.add_argument("--seed", type=int, default=0, help="of the intervals (default 0)")
-    parser.add_argument("--out", type=Path, help="where compare.json and compare.png go (default the folder of B)")
+    parser.add_argument("--output-dir", type=Path, help="for compare.json and compare.png (default the folder of B)")
     parser.set_defaults(run=run)
 
 
@@ -42,12 +43,14 @@ def run(options: argparse.Namespace) -> None:
         sides.append(kept)
     comparison = compare(*sides, seed=options.seed)
     shown = [pair for pair in comparison.pairs if options.details or not pair.first.detail]
-    folder: Path = options.out or (options.second if options.second.is_dir() else options.second.parent)
+    versus = _pairwise(sides, options.seed)
+    folder: Path = options.output_dir or (options.second if options.second.is_dir() else options.second.parent)
     record = {
         "a": {"place": str(options.first), "models": {kind: one.model for kind, one in sides[0].items()}},
         "b": {"place": str(options.second), "models": {kind: one.model for kind, one in sides[1].items()}},
         "notes": comparison.notes,
         "measures": [pair.record() for pair in comparison.pairs],
+        "bench_by_rows": versus.record() if versus else None,
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +59,19 @@ def run(options: argparse.Namespace) -> None:
     except OSError as fault:
         raise UserError(f"{folder}: can't be written: {fault.strerror}") from fault
     print(table(comparison, shown, (str(options.first), str(options.second))))
+    if versus:
+        print(f"bench, row by row:\n\n{versus.markdown()}")
     print(f"the figures are in {folder / 'compare.json'}, the plot in {folder / 'compare.png'}")
+
+
+def _pairwise(sides: "Sequence[Mapping[str, Results]]", seed: int) -> "Pairwise | None":
+    """Wins of each on the bench, where both have its rows."""
+    from train.multifaceted.pairwise import compare
+
+    if not all("bench" in side for side in sides):
+        return None
+    rows = [side["bench"].path.with_name("bench_rows.jsonl") for side in sides]
+    return compare(rows[0], rows[1], names=("A", "B"), seed=seed) if all(path.is_file() for path in rows) else None
 
 
 def table(comparison: "Comparison", shown: "Sequence[Pair]", names: tuple[str, str]) -> str:

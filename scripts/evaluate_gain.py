@@ -94,8 +94,10 @@ def run(options: argparse.Namespace) -> None:
             {"of": label and label[0], "is": label and label[1], **figures.record()}
             for label, figures in change.items()
         ]
+    rows = file.with_name(f"{file.stem}_rows.jsonl")
     try:
         file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        rows.write_text("".join(_row_lines(made, measured)), encoding="utf-8")
         draw(measured, file.with_name("gain.png"))
         text = f"{HEADING}\n\n{_about(made, measured)}\n\n{markdown(measured, change)}"
         if not options.json:
@@ -103,7 +105,16 @@ def run(options: argparse.Namespace) -> None:
     except OSError as fault:
         raise UserError(f"{file.parent}: can't be written: {fault.strerror}") from fault
     print(text)
-    print(f"the figures are in {file}, the plot in {file.with_name('gain.png')}")
+    print(f"the figures are in {file}, those of each row in {rows}, the plot in {file.with_name('gain.png')}")
+
+
+def _row_lines(made: "VariantRows", measured: "dict[str, SystemGain]") -> Iterator[str]:
+    """A line of JSON a row: where it stands, the instruction that siblings share, and what each model has there."""
+    from train.loop.system_gain import MEASURES
+
+    for number, row in enumerate(made.rows):
+        values = {name: dict(zip(MEASURES, one.values[number].tolist(), strict=True)) for name, one in measured.items()}
+        yield json.dumps({"place": row.place, "instruction": row.instruction, **values}, ensure_ascii=False) + "\n"
 
 
 def rows_for(options: argparse.Namespace, models: list[str]) -> "VariantRows":

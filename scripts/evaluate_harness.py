@@ -47,7 +47,7 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--batch-size", type=int, default=16, help="requests at a time (default 16)")
-    parser.add_argument("--output", type=Path, help="where everything goes (default the folder of --model)")
+    parser.add_argument("--output-dir", type=Path, help="where everything goes (default the folder of --model)")
     parser.set_defaults(run=run)
 
 
@@ -57,9 +57,9 @@ def run(options: argparse.Namespace) -> None:
         given = getattr(options, name)
         if given is not None and given < least:
             raise UserError(f"--{name.replace('_', '-')} {given}: at least {least}")
-    if options.output is None and not Path(options.model).is_dir():
-        raise UserError(f"--model {options.model} is no folder here: say with --output FOLDER where the results go")
-    folder: Path = options.output or Path(options.model)
+    if options.output_dir is None and not Path(options.model).is_dir():
+        raise UserError(f"--model {options.model} is no folder here: say with --output-dir FOLDER where the results go")
+    folder: Path = options.output_dir or Path(options.model)
 
     from train.evaluation.harness import Tasks, evaluate, task_names
 
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
-        raise UserError(f"--output {folder}: can't be made: {fault.strerror}") from fault
+        raise UserError(f"--output-dir {folder}: can't be made: {fault.strerror}") from fault
     scored = evaluate(
         tasks,
         options.model,

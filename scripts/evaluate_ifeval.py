@@ -51,7 +51,7 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="of the answers (default 0, the official one)")
     parser.add_argument("--seed", type=int, default=0, help="of the intervals, and of answers drawn (default 0)")
-    parser.add_argument("--output", type=Path, help="where everything goes (default the folder of --model)")
+    parser.add_argument("--output-dir", type=Path, help="where everything goes (default the folder of --model)")
     parser.set_defaults(run=run)
 
 
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
     if control:
         asked["user"] = [control[number] for number in counted]
 
-    found = ask(options, asked, checkers, folder / "ifeval_journal.sqlite")
+    found = ask(options, asked, checkers, folder / "ifeval.sqlite")
     verdicts = {turn: [one.verdict for one in answers] for turn, answers in found.items()}
     record: dict[str, Any] = {
         "kind": "ifeval",
@@ -127,13 +127,13 @@ def run(options: argparse.Namespace) -> None:
 
 def output_folder(options: argparse.Namespace) -> Path:
     """--output, made where it isn't there, or the folder of the model. Raises UserError."""
-    if options.output is None and not (options.model and Path(options.model).is_dir()):
-        raise UserError(f"--model {options.model} is no folder here: say with --output FOLDER where the results go")
-    folder: Path = options.output or Path(options.model)
+    if options.output_dir is None and not (options.model and Path(options.model).is_dir()):
+        raise UserError(f"--model {options.model} is no folder here: say with --output-dir FOLDER where the results go")
+    folder: Path = options.output_dir or Path(options.model)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
-        raise UserError(f"--output {folder}: can't be made: {fault.strerror}") from fault
+        raise UserError(f"--output-dir {folder}: can't be made: {fault.strerror}") from fault
     return folder
 
 

@@ -119,7 +119,7 @@ def answer(folder: Path, rows: list[dict[str, Any]], options: argparse.Namespace
         Checkpoint(str(folder), dtype="bfloat16", batch_size=options.batch_size),
         [row["messages"][:-1] for row in rows],
         Decoding(options.max_new_tokens, temperature=0.0),
-        options.after / "answers.sqlite",
+        options.after / "rules.sqlite",
         description=f"answers of {folder.name}",
     )
     texts = []

@@ -3,10 +3,12 @@
 import json
 import random
 import shutil
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from scripted_server import Asked, Reply, said, served
 
 from train.evaluation.compare import compare
@@ -35,7 +37,7 @@ def sides(command: Callable[..., int], tmp_path_factory: pytest.TempPathFactory)
         with served(script) as server:
             assert command(
                 "ifeval", "--model", folder.name, "--server", server.url, "--data", OURS / "system_ifeval.jsonl",
-                "--control", OURS / "system_ifeval_user.jsonl", "--limit", "40", "--output", folder,
+                "--control", OURS / "system_ifeval_user.jsonl", "--limit", "40", "--output-dir", folder,
             ) == 0  # fmt: skip
     return folders
 
@@ -107,7 +109,10 @@ def test_the_difference_is_that_of_the_rows(
     assert "| ifeval: system: constraints, strict | " in shown
     assert "punctuation:no_comma" not in shown
     assert (second / "compare.png").read_bytes().startswith(b"\x89PNG")
-    assert command("compare", first / "ifeval.json", second / "ifeval.json", "--details", "--out", first / "new") == 0
+    assert (
+        command("compare", first / "ifeval.json", second / "ifeval.json", "--details", "--output-dir", first / "new")
+        == 0
+    )
     assert "| ifeval: system: punctuation:no_comma | " in capsys.readouterr().out
     assert compared(first / "new") == found
 
@@ -219,7 +224,10 @@ def write_bench(folder: Path, scores: list[float | None], runs: int = 3) -> None
         "by_dimension": {"style": overall},
     }  # fmt: skip
     (folder / "bench.json").write_text(json.dumps(record), encoding="utf-8")
-    rows = (json.dumps({"id": str(number), "score": score}) + "\n" for number, score in enumerate(scores))
+    rows = (
+        json.dumps({"id": str(number), "prompt": "p", "judge": "j", "score": score}) + "\n"
+        for number, score in enumerate(scores)
+    )
     (folder / "bench_rows.jsonl").write_text("".join(rows), encoding="utf-8")
 
 
@@ -301,3 +309,53 @@ def test_all_kinds_in_one_table(
     shown = capsys.readouterr().out
     assert "note: rules: only B has it" in shown
     assert "note: bench: only A has it" in shown
+
+
+async def answers_or_grades(asked: Asked) -> Reply:
+    """The models answer with their name; the judge gives a grade that follows from it and the question."""
+    if asked.body["model"] != "judge":
+        return said(f"I am {asked.body['model']}.")
+    grade = 1 + (len(asked.prompt.partition("### Criterion")[2]) + 2 * ("I am b." in asked.prompt)) % 5
+    return said(f"[RESULT] {grade}")
+
+
+def test_what_gain_and_bench_write_is_read(
+    command: Callable[..., int], tiny_chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real files of both commands: paired differences are the means over their rows, wins those of the scores."""
+    data = tmp_path / "rows.jsonl"
+    systems = ("Be a river.", "Be a stone.", "Be a paper window.")
+    rows = [{"system": systems[row % 3], "prompt": f"q {row // 3}", "output": f"{row} river"} for row in range(9)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    folders = [tmp_path / "a", tmp_path / "b"]
+    with served(answers_or_grades) as server:
+        for folder in folders:
+            shutil.copytree(tiny_chat_model, folder)
+            if folder.name == "b":
+                weights = load_file(folder / "model.safetensors")
+                scaled = {name: value * 1.1 for name, value in weights.items()}
+                save_file(scaled, folder / "model.safetensors", {"format": "pt"})
+            assert command("gain", "--model", folder, "--data", data) == 0
+            assert command(
+                "bench", "--model", folder.name, "--server", server.url, "--judge", "judge", "--judge-server", server.url,
+                "--runs", "1", "--data", OURS / "bench.jsonl", "--output-dir", folder,
+            ) == 0  # fmt: skip
+    capsys.readouterr()
+    assert command("compare", *folders) == 0
+    shown = capsys.readouterr().out
+    found = compared(folders[1])
+    gains = [
+        [line[name]["gain"] for line in lines(folder / "gain_rows.jsonl")]
+        for folder, name in zip(folders, "ab", strict=True)
+    ]
+    paired = found["gain", "gain"]["paired"]
+    assert paired["mean"] == pytest.approx(statistics.fmean(b - a for a, b in zip(*gains, strict=True)))
+    assert paired["low"] < paired["mean"] < paired["high"]
+    scores = [[line["score"] for line in lines(folder / "bench_rows.jsonl")] for folder in folders]
+    assert found["bench", "score"]["paired"]["mean"] == pytest.approx(
+        statistics.fmean(b - a for a, b in zip(*scores, strict=True))
+    )
+    wins = json.loads((folders[1] / "compare.json").read_text(encoding="utf-8"))["bench_by_rows"]["outcomes"]
+    assert wins["win of the first"]["rows"] == sum(a > b for a, b in zip(*scores, strict=True)) > 0
+    assert wins["both bad"]["rows"] == sum(a == b < 4 for a, b in zip(*scores, strict=True))
+    assert f"| A wins | {wins['win of the first']['rows']} |" in shown

@@ -93,7 +93,7 @@ def test_the_trained_template_and_the_figures(
         "rivers",
         "--include-path",
         tasks,
-        "--output",
+        "--output-dir",
         tmp_path,
     )
     assert command(*arguments, *told) == 0
@@ -136,7 +136,7 @@ def test_a_killed_run_scores_nothing_twice(
 ) -> None:
     """180 requests in batches of 16, killed at the fourth: 48 are kept, and stay as they were written."""
     out = tmp_path / "out"
-    arguments = ("harness", "--model", tiny_chat_model, "--tasks", "rivers", "--include-path", tasks, "--output")
+    arguments = ("harness", "--model", tiny_chat_model, "--tasks", "rivers", "--include-path", tasks, "--output-dir")
     killed = [sys.executable, "-W", "ignore", "-c", KILLED, "3", *map(str, arguments), str(out)]
     environment = os.environ | {"TMPDIR": str(tmp_path)}  # what is killed leaves its temporary files
     done = subprocess.run(killed, cwd=ROOT, capture_output=True, check=False, env=environment)
@@ -164,7 +164,7 @@ def test_what_was_generated_is_kept(
     arguments = ("harness", "--model", tiny_chat_model, "--tasks", "says", "--include-path", tasks, "--limit", "10")
     written = []
     for _ in range(2):
-        assert command(*arguments, "--output", tmp_path) == 0
+        assert command(*arguments, "--output-dir", tmp_path) == 0
         [file] = (tmp_path / "harness_requests").glob("*.db")
         with sqlite3.connect(file) as connection:
             written.append(connection.execute("SELECT rowid, key, value FROM unnamed").fetchall())
@@ -177,13 +177,13 @@ def test_what_was_generated_is_kept(
 
 def test_what_must_be_mended(says_no: Callable[..., str], tiny_chat_model: Path, tasks: Path, tmp_path: Path) -> None:
     def refused(*arguments: object) -> str:
-        return says_no("harness", "--model", tiny_chat_model, "--output", tmp_path, *arguments)
+        return says_no("harness", "--model", tiny_chat_model, "--output-dir", tmp_path, *arguments)
 
     lost = refused("--tasks", "rivers", "lost", "--include-path", tasks)
     assert lost.startswith("--tasks lost: its data can't be had: FileNotFoundError")
     assert "no such folder" in refused("--tasks", "rivers", "--include-path", tmp_path / "nowhere")
     assert "--limit 0: at least 1" in refused("--tasks", "rivers", "--limit", "0")
-    assert "--output FOLDER" in says_no("harness", "--model", "some/model", "--tasks", "rivers")
+    assert "--output-dir FOLDER" in says_no("harness", "--model", "some/model", "--tasks", "rivers")
     deaf = tmp_path / "deaf.jinja"
     deaf.write_text(
         "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}\n{% endfor %}", encoding="utf-8"
@@ -200,7 +200,7 @@ def test_sysgens_tasks_exist_and_one_without_data_is_named(
     """A name that there isn't is said first; nothing can be fetched here, so then the first of the eight is named."""
     assert len(SYSGEN) == 8
     assert task_names(["sysgen", "arc_easy", "mmlu"]) == [*SYSGEN.values(), "arc_easy"]
-    arguments = ("harness", "--model", tiny_chat_model, "--output", tmp_path, "--tasks")
+    arguments = ("harness", "--model", tiny_chat_model, "--output-dir", tmp_path, "--tasks")
     said = says_no(*arguments, "sysgen")
     assert said.startswith("--tasks mmlu: its data can't be had: ")
     assert "arc_challenge" in says_no(*arguments, "arc_chalenge")

@@ -59,7 +59,7 @@ def test_a_server_is_asked_once_and_the_files_say_what_it_did(
             data,
             "--control",
             control,
-            "--output",
+            "--output-dir",
             out,
         )
         assert command(*arguments) == 0
@@ -112,7 +112,7 @@ def test_rules_that_are_left_out_can_be_scored(command: Callable[..., int], tmp_
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row | {"prompt": "Say 3."}) + "\n" for row in rows), encoding="utf-8")
     with served(obeys_users) as server:
-        arguments = ("ifeval", "--model", "m", "--server", server.url, "--data", data, "--output", tmp_path)
+        arguments = ("ifeval", "--model", "m", "--server", server.url, "--data", data, "--output-dir", tmp_path)
         assert command(*arguments) == 0
         record = json.loads((tmp_path / "ifeval.json").read_text(encoding="utf-8"))
         assert record["data"]["left_out"] == {"combination:repeat_prompt": 1}
@@ -124,8 +124,8 @@ def test_rules_that_are_left_out_can_be_scored(command: Callable[..., int], tmp_
 
 def test_what_must_be_mended_is_said_before_anything_is_asked(says_no: Callable[..., str], tmp_path: Path) -> None:
     data = write_rows(tmp_path / "s.jsonl", True)
-    assert "--output FOLDER" in says_no("ifeval", "--model", "some/model", "--data", data)
-    out = ("--output", tmp_path / "out")
+    assert "--output-dir FOLDER" in says_no("ifeval", "--model", "some/model", "--data", data)
+    out = ("--output-dir", tmp_path / "out")
     assert "can't be read" in says_no("ifeval", "--model", "m", "--data", tmp_path / "none.jsonl", *out)
     other = write_rows(tmp_path / "u.jsonl", False, count=3)
     assert "key 3" in says_no("ifeval", "--model", "m", "--data", data, "--control", other, *out)
@@ -162,11 +162,11 @@ def test_a_killed_run_goes_on_where_it_was(tiny_chat_model: Path, tmp_path: Path
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     arguments = [
         *("ifeval", "--model", tiny_chat_model, "--data", SYSTEM, "--control", USER, "--limit", "15"),
-        *("--max-new-tokens", "8", "--batch-size", "4", "--output"),
+        *("--max-new-tokens", "8", "--batch-size", "4", "--output-dir"),
     ]
 
     def written(out: Path) -> set[tuple]:
-        with sqlite3.connect(out / "ifeval_journal.sqlite") as connection:
+        with sqlite3.connect(out / "ifeval.sqlite") as connection:
             return set(connection.execute("SELECT key, text, asked_at FROM answers").fetchall())
 
     killed = [sys.executable, "-W", "ignore", "-c", KILLED, "3", *map(str, arguments), str(broken)]

@@ -1,5 +1,6 @@
 """What each key of a collection's configuration does, and what becomes of replies that aren't as asked."""
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from collection_runs import good_everything, lines, mark_in, run_with, saying, s
 from scripted_author import FOUR, turns
 from scripted_server import Asked, Reply, said
 
+from train.data.asked_rows import SourcesSection
 from train.errors import UserError
-from train.multifaceted.collection_config import load_config
+from train.multifaceted.collection_config import FilterSection, load_config
+from train.multifaceted.instructions import instructions
 from train.multifaceted.preferences import load_hierarchy
 
 ROOT = Path(__file__).parents[2]
@@ -256,6 +259,30 @@ def test_instructions_come_from_any_row_and_carry_their_sources(tmp_path: Path) 
     ]  # fmt: skip
     assert reasons(tmp_path) == [(None, "duplicate: the same as an instruction before"), (None, "needs tools")]
     assert done.tally.events["row with a system message, which was ignored"] == 2
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Why is the sky blue?"},
+        {"prompt": "Why is the sky blue?", "completion": None},
+        {"user_prompt": "Why is the sky blue?", "id": 3},
+        {"instruction": "Why is the", "input": "sky blue?"},
+        {"question": "Why is the sky blue?"},
+        {"query": "Why is the sky blue?"},
+        {"messages": [{"role": "user", "content": "Why is the sky blue?"}]},
+        {"messages": [{"from": "human", "value": "Why is the sky blue?"}]},
+        {"conversations": [{"from": "human", "value": "Why is the sky blue?"}]},
+        {"prompt": "Why is the sky blue?", "output": "It scatters."},
+    ],
+    ids=str,
+)
+def test_an_instruction_needs_no_answer(tmp_path: Path, row: dict[str, Any]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    data = SourcesSection(sources=[{"path": str(path)}])
+    [found] = instructions(data, FilterSection(), None)
+    assert (" ".join(found.prompt.split()), found.number, found.reason) == ("Why is the sky blue?", 0, None)
 
 
 def test_a_hierarchy_of_ones_own(tmp_path: Path) -> None:

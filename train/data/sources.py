@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from train.data.files import READERS, ROWS_OF_A_CHUNK, Chunk, PlacedRow, arrow_chunks, ending_of, first_line, read_file
-from train.data.formats import Conversation, RowFault, convert, detect
+from train.data.formats import Conversation, Row, RowFault, convert, detect
 from train.errors import UserError
 from train.recipe import Source
 
@@ -133,8 +133,13 @@ def count_rows(source: Source, allow_pickle: bool = False) -> int:
     return sum(len(chunk) for _, chunk in open_source(source, allow_pickle).chunks())
 
 
-def chunks_and_format(source: Source, opened: OpenSource) -> tuple[Iterator[tuple[int, Chunk]], str]:
-    """The chunks of a source, and its format: the one named, or that of its first row. Raises UserError."""
+def chunks_and_format(
+    source: Source, opened: OpenSource, as_read: Callable[[Row], Row] = lambda row: row
+) -> tuple[Iterator[tuple[int, Chunk]], str]:
+    """The chunks of a source, and its format: the one named, or that of its first row (as `as_read` makes it).
+
+    Raises UserError.
+    """
     chunks = opened.chunks()
     if source.format != "auto":
         return chunks, source.format
@@ -145,7 +150,7 @@ def chunks_and_format(source: Source, opened: OpenSource) -> tuple[Iterator[tupl
             if isinstance(row, RowFault):
                 continue
             try:
-                return chain(seen, chunks), detect(row)
+                return chain(seen, chunks), detect(as_read(row))
             except UserError as fault:
                 raise UserError(f"{opened.files[file]}{place}: {fault}") from fault
     return iter(seen), "messages"  # no row could be read; the faults tell why

@@ -162,13 +162,17 @@ def _read_harness(kind: str, path: Path, record: Record) -> Results:
 
 def _read_gain(kind: str, path: Path, record: Record) -> Results:
     models = record["models"]
-    one = models.get("after") or next(iter(models.values()))
+    which = "after" if "after" in models else next(iter(models))
+    one = models[which]
+    lines = list(_lines(path.with_name(f"{path.stem}_rows.jsonl")))
+    groups = {line["place"]: str(line["instruction"]) for line in lines}
     units = {"gain": "nats", "accuracy": "share", "gain_over_none": "nats", "accuracy_over_none": "share"}
-    measures = {
-        name.replace("_", " "): Measure(given["mean"], given["low"], given["high"], unit)
-        for name, unit in units.items()
-        for given in [one["overall"][name]]
-    }
+    measures = {}
+    for name, unit in units.items():
+        given = one["overall"][name]
+        rows = {line["place"]: (line[which][name],) for line in lines}
+        measure = Measure(given["mean"], given["low"], given["high"], unit, rows or None, groups)
+        measures[name.replace("_", " ")] = _of_these(measure, path)
     options = record["options"]
     conditions = {"data": [Path(data).name for data in record["data"]], "rows": one["overall"]["rows"]}
     conditions |= {name: options[name] for name in ("others", "limit", "seed")}

@@ -19,6 +19,12 @@ _AN = {"audience": "an"}
 OF_SEVERAL_TURNS = "row of several turns, of which the first was taken"
 
 
+_ANSWERS = frozenset(("output", "completion", "answer", "response", "messages", "conversations", "conversation"))
+_QUESTIONS = {"prompt": "output", "user_prompt": "output", "instruction": "output", "question": "answer",
+              "query": "answer"}  # fmt: skip
+"""Columns of an instruction that stands alone, and where its answer would be."""
+
+
 @dataclass(frozen=True, slots=True)
 class Instruction:
     """What is asked, and where it comes from. `number`: among those that are kept, from 0; None where it is left out.
@@ -77,19 +83,34 @@ def _rows(data: SourcesSection) -> Iterator[tuple[Instruction, list[str], tuple[
     """Each row's first user turn, what happened to it, and why there is none."""
     for source in data.sources:
         opened = open_source(source, data.allow_pickle)
-        chunks, format = chunks_and_format(source, opened)
+        chunks, format = chunks_and_format(source, opened, answered)
         for file, chunk in chunks:
             for place, row in chunk.rows():
                 whole_place = opened.files[file] + place
                 try:
                     if isinstance(row, RowFault):
                         raise row
-                    conversation = Conversation(*convert(row, format), whole_place)
+                    conversation = Conversation(*convert(answered(row), format), whole_place)
                 except RowFault as fault:
                     nothing = Instruction(whole_place, source.path, whole_place)
                     yield nothing, [], (f"can't be read: {fault.kind}", fault.detail)
                     continue
                 yield _first_turn(conversation, row, source.path)
+
+
+def answered(row: Row) -> Row:
+    """`row` with an answer where it has none: no answer is needed here, but rows are read as the trainer reads them."""
+    row = {column: value for column, value in row.items() if value is not None}
+    for column in ("messages", "conversations"):
+        turns = row.get(column)
+        if isinstance(turns, list | tuple) and turns and isinstance(turns[-1], dict):
+            role, content = ("role", "content") if "role" in turns[-1] else ("from", "value")
+            is_question = turns[-1].get(role) in ("user", "human")
+            return row | {column: [*turns, {role: "assistant", content: "-"}]} if is_question else row
+    question = next((column for column in _QUESTIONS if column in row), None)
+    if question is None or not _ANSWERS.isdisjoint(row):
+        return row
+    return row | {_QUESTIONS[question]: "-"}
 
 
 def _first_turn(

@@ -79,6 +79,8 @@ def load_hierarchy(file: str | Path | None = None, *, ours: bool = True) -> Hier
 
     Raises UserError with everything that is wrong with the file, each fault with its line.
     """
+    if file is not None and not Path(file).is_file():
+        raise UserError(f"hierarchy.file: there is no {file}.")
     found: dict[str, dict[str, SubDimension]] = {dimension: {} for dimension in DIMENSIONS}
     for path in ((OURS,) if ours else ()) + ((Path(file),) if file is not None else ()):
         for sub in _read(path, found):

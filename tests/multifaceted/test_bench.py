@@ -451,8 +451,10 @@ def test_what_keeps_the_judge_from_judging_is_said_before_the_model_is_asked(
     monkeypatch.chdir(tmp_path)
     data = write_lines(tmp_path / "rows.jsonl", ROWS)
     with served(judging(plan)) as server:
-        given = dict(model="m", data=data, output_dir="out", server=server.url, judge="judge", judge_server=server.url)
-        given |= changes
+        given = {
+            "model": "m", "data": data, "output_dir": "out", "server": server.url, "judge": "judge",
+            "judge_server": server.url,
+        } | changes  # fmt: skip
         arguments = [
             part for name, value in given.items() if value for part in (f"--{name.replace('_', '-')}", str(value))
         ]

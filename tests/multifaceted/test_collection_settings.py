@@ -297,7 +297,7 @@ def test_a_first_row_without_its_instruction_is_left_out_and_hides_no_others(tmp
 
 
 def test_a_hierarchy_that_is_not_there_is_called_one(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"hierarchy.file: there is no .*mine.yaml"):
+    with pytest.raises(UserError, match=r"hierarchy.file: .*mine.yaml: there is no such file"):
         load_hierarchy(tmp_path / "mine.yaml")
 
 

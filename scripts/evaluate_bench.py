@@ -14,6 +14,7 @@ from train.errors import UserError
 from train.recipe import Source
 
 if TYPE_CHECKING:
+    from train.llm.server import Server
     from train.multifaceted.bench import JudgedRow, Response
     from train.multifaceted.bench_rows import Bench
     from train.multifaceted.protocol import Protocol
@@ -107,12 +108,16 @@ def _count(text: str) -> int:
 
 def _object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_no_number)
     except ValueError as fault:
         raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {fault}") from fault
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
     return value
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -127,6 +132,7 @@ def run(options: argparse.Namespace) -> None:
         sources = [Source(path=path, split=options.split) for path in options.data]
     except ValidationError as fault:
         raise UserError(f"--data or --split: {fault.errors()[0]['msg']}") from fault
+    _refuse_what_can_not_judge(options)
     bench = read_bench(sources, options.limit)
     if len(bench.rows) < bench.of:
         print(f"--limit {options.limit}: {len(bench.rows):,} of {bench.of:,} rows, not the whole bench", flush=True)
@@ -167,14 +173,47 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
         raise UserError("--pick-by file: the scores stand in a file of --responses, which isn't named.")
     if options.against and not options.against.is_file():
         raise UserError(f"--against {options.against}: there is no such file.")
+    if not 1 <= options.good <= 5:
+        raise UserError(f"--good {options.good:g}: a score, from 1 to 5.")
+    if options.best_of == 1 and options.pick_by != "first-run":
+        raise UserError(f"--pick-by {options.pick_by}: there is one answer to each row. Say --best-of N as well.")
     if options.no_system and options.responses:
         raise UserError("--no-system: the answers of --responses are there already; leave one of the two out.")
+    for name in options.judge_extra:
+        if name in ("max_tokens", "max_completion_tokens", "temperature", "top_p"):
+            option = name.replace("_", "-").replace("completion-", "")
+            raise UserError(f"--judge-extra: `{name}` has an option of its own: --judge-{option}.")
+        if name in ("model", "messages", "stream", "stream_options", "n"):
+            raise UserError(f"--judge-extra: `{name}` is set by the bench itself; leave it out.")
     for name, most in (("temperature", None), ("judge_temperature", None), ("top_p", 1), ("judge_top_p", 1)):
         value = getattr(options, name)
         if not 0 <= value < float("inf") or (most and not 0 < value <= most):
             raise UserError(f"--{name.replace('_', '-')} {value:g}: {'above 0, up to 1' if most else 'at least 0'}.")
     if not 0 < options.repetition_penalty < float("inf"):
         raise UserError(f"--repetition-penalty {options.repetition_penalty:g}: above 0; 1 = none.")
+
+
+def _refuse_what_can_not_judge(options: argparse.Namespace) -> None:
+    """All that would end the run after the model has answered, which may take hours."""
+    from train.llm.places import Pauses
+    from train.llm.server import ServerLane
+    from train.multifaceted.batch_files import read_batch
+    from train.multifaceted.pairwise import read_results
+
+    async def look(server: "Server") -> None:
+        await ServerLane(server, Pauses(), patience=0).api.close()
+
+    for server in _judge_servers(options):
+        asyncio.run(look(server))
+    read_batch(options.batch_in)
+    if options.against:
+        read_results(options.against)
+
+
+def _judge_servers(options: argparse.Namespace) -> "list[Server]":
+    from train.llm.server import Server
+
+    return [Server(url, options.judge_concurrency, options.judge_key_variable) for url in options.judge_server]
 
 
 def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]":
@@ -261,15 +300,13 @@ def _judge(
     """What the judge says, from its servers or from files of a batch."""
     from train.llm.client import Client
     from train.llm.journal import Journal
-    from train.llm.server import Server
     from train.multifaceted.batch_files import JournalAsker, read_batch, write_batch
     from train.multifaceted.bench import judge_rows
 
     protocol = _protocol(options)
 
     async def live(journal: Journal) -> "list[JudgedRow]":
-        servers = [Server(url, options.judge_concurrency, options.judge_key_variable) for url in options.judge_server]
-        async with Client(servers, options.judge, journal) as client:
+        async with Client(_judge_servers(options), options.judge, journal) as client:
             return await judge_rows(client, protocol, bench.rows, responses)
 
     batch = read_batch(options.batch_in)
@@ -311,14 +348,17 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
         seed=options.seed,
     )
     rows = folder / "bench_rows.jsonl"
-    versus = None
+    versus = no_comparison = None
     try:
         if options.against and options.against.exists() and rows.exists() and options.against.samefile(rows):
             raise UserError(f"--against {options.against}: that is the file which this very command writes.")
         _replace(rows, "".join(json.dumps(row_record(one), ensure_ascii=False) + "\n" for one in judged))
         if options.against:
-            versus = compare(rows, options.against, good=options.good, seed=options.seed)
-            record["against"] = versus.record()
+            try:
+                versus = compare(rows, options.against, good=options.good, seed=options.seed)
+                record["against"] = versus.record()
+            except UserError as fault:  # said last: the run's own figures are none the worse
+                no_comparison = fault
         _replace(folder / "bench.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         draw(record, folder / "bench.png")
         text = markdown(record, judged)
@@ -329,6 +369,8 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
         raise UserError(f"{folder}: can't be written: {fault.strerror}") from fault
     print(text)
     print(f"the figures are in {folder / 'bench.json'}, all answers and judgements in {rows}")
+    if no_comparison:
+        raise no_comparison
 
 
 def _replace(path: Path, text: str) -> None:

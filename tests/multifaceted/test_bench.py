@@ -403,6 +403,12 @@ def test_reasoning_of_the_model_is_no_part_of_its_answer(tmp_path: Path) -> None
         ({"repetition_penalty": 0}, "--repetition-penalty 0"),
         ({"data": "nowhere.jsonl"}, "there is no nowhere.jsonl"),
         ({"judge_extra": "[1]"}, "is no JSON object"),
+        ({"judge_extra": '{"top_k": NaN}'}, "NaN"),
+        ({"judge_extra": '{"messages": []}'}, "--judge-extra: `messages`"),
+        ({"judge_extra": '{"n": 3}'}, "--judge-extra: `n`"),
+        ({"judge_extra": '{"temperature": 0}'}, "--judge-temperature"),
+        ({"good": 9}, "--good 9"),
+        ({"pick_by": "all-runs"}, "--best-of"),
         ({"runs": 0}, "is no number from 1 up"),
     ],
 )
@@ -424,6 +430,37 @@ def test_what_can_not_be_is_one_error(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ")
     assert error in last
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"judge_key_variable": "NO_SUCH_VARIABLE"}, "set the environment variable NO_SUCH_VARIABLE"),
+        ({"judge_server": "localhost:8000"}, "is no address"),
+        ({"against": "rows.jsonl"}, "no line of bench_rows.jsonl"),
+        ({"judge_server": None, "batch_in": "nowhere.jsonl"}, "nowhere.jsonl: can't be read"),
+    ],
+)
+def test_what_keeps_the_judge_from_judging_is_said_before_the_model_is_asked(
+    tmp_path: Path,
+    changes: dict[str, Any],
+    error: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = write_lines(tmp_path / "rows.jsonl", ROWS)
+    with served(judging(plan)) as server:
+        given = {
+            "model": "m", "data": data, "output_dir": "out", "server": server.url, "judge": "judge",
+            "judge_server": server.url,
+        } | changes  # fmt: skip
+        arguments = [
+            part for name, value in given.items() if value for part in (f"--{name.replace('_', '-')}", str(value))
+        ]
+        assert command(*arguments) == 2
+        assert not server.asked
+    assert error in capsys.readouterr().err
 
 
 def test_a_response_too_many_is_an_error_and_a_part_is_said_to_be_one(

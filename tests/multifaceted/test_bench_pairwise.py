@@ -14,7 +14,8 @@ from train.multifaceted.pairwise import compare, outcome
 
 
 def result(id: str, score: float | None, **more: Any) -> dict[str, Any]:
-    return {"id": id, "prompt": f"prompt {id}", "judge": "j", "score": score} | more
+    rubrics = [{"criteria": "is it?", "score": score}]
+    return {"id": id, "system": "s", "prompt": f"prompt {id}", "judge": "j", "score": score, "rubrics": rubrics} | more
 
 
 FIRST = [("a", 4.5), ("b", 3.0), ("c", 4.0), ("d", 2.5), ("e", None), ("f", 5.0), ("g", 3.25), ("h", 1.0)]
@@ -85,6 +86,8 @@ def test_the_threshold_is_of_ties_alone(files: tuple[Path, Path]) -> None:
     [
         ({"judge": "other"}, "Scores of two judges"),
         ({"prompt": "another"}, "these are two data sets"),
+        ({"system": "another"}, "another system message .*: these are two data sets"),
+        ({"rubrics": [{"criteria": "another", "score": 1.0}]}, "other rubrics .*: these are two data sets"),
         ({"score": None}, "no row that has a score in both"),
         ({"score": "4"}, "no line of bench_rows.jsonl"),
     ],
@@ -121,3 +124,19 @@ def test_the_command_compares_with_another_models_rows(tmp_path: Path, capsys: p
     assert found["difference"]["mean"] == pytest.approx(1 / 4)
     assert "| n wins | 1 | 25.0%" in (tmp_path / "n" / "report.md").read_text()
     assert "| n wins | 1 | 25.0%" in capsys.readouterr().out
+
+
+def test_what_can_not_be_compared_leaves_the_runs_own_figures_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_lines(tmp_path / "rows.jsonl", [bench_row(number) for number in range(3)])
+    stranger = write_lines(tmp_path / "bench_rows.jsonl", [result("a", 1.0)])
+    with served(judging(lambda row, rubric, time: "[RESULT] 3")) as server:
+        asking = ["--model", "m", "--data", data, "--output-dir", tmp_path / "out", "--server", server.url]
+        asking += ["--judge", "judge", "--judge-server", server.url]
+        assert command(*asking) == 0
+        assert command(*asking, "--limit", "2", "--against", stranger) == 2
+    assert "no row that has a score in both" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "bench.json").read_text())["rows"] == 2
+    assert "(the first 2 of 3: not the whole bench)" in (tmp_path / "out" / "report.md").read_text("utf-8")
+    assert len((tmp_path / "out" / "bench_rows.jsonl").read_text("utf-8").splitlines()) == 2

@@ -274,6 +274,7 @@ def test_instructions_come_from_any_row_and_carry_their_sources(tmp_path: Path) 
         {"messages": [{"from": "human", "value": "Why is the sky blue?"}]},
         {"conversations": [{"from": "human", "value": "Why is the sky blue?"}]},
         {"prompt": "Why is the sky blue?", "output": "It scatters."},
+        {"prompt": [{"role": "user", "content": "Why is the sky blue?"}]},
     ],
     ids=str,
 )
@@ -283,6 +284,21 @@ def test_an_instruction_needs_no_answer(tmp_path: Path, row: dict[str, Any]) -> 
     data = SourcesSection(sources=[{"path": str(path)}])
     [found] = instructions(data, FilterSection(), None)
     assert (" ".join(found.prompt.split()), found.number, found.reason) == ("Why is the sky blue?", 0, None)
+
+
+@pytest.mark.parametrize("column", ["prompt", "instruction", "question"])
+def test_a_first_row_without_its_instruction_is_left_out_and_hides_no_others(tmp_path: Path, column: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{column: None}, {column: "Why is the sky blue?"}, {column: None}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = list(instructions(SourcesSection(sources=[{"path": str(path)}]), FilterSection(), None))
+    assert [one.number for one in found] == [None, 0, None]
+    assert all((one.reason or "").startswith("can't be read: ") for one in found[::2])
+
+
+def test_a_hierarchy_that_is_not_there_is_called_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"hierarchy.file: .*mine.yaml: there is no such file"):
+        load_hierarchy(tmp_path / "mine.yaml")
 
 
 def test_a_hierarchy_of_ones_own(tmp_path: Path) -> None:

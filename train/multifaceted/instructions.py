@@ -100,6 +100,7 @@ def _rows(data: SourcesSection) -> Iterator[tuple[Instruction, list[str], tuple[
 
 def answered(row: Row) -> Row:
     """`row` with an answer where it has none: no answer is needed here, but rows are read as the trainer reads them."""
+    unasked = next(({column: None} for column in _QUESTIONS if column in row), {})
     row = {column: value for column, value in row.items() if value is not None}
     for column in ("messages", "conversations"):
         turns = row.get(column)
@@ -107,9 +108,13 @@ def answered(row: Row) -> Row:
             role, content = ("role", "content") if "role" in turns[-1] else ("from", "value")
             is_question = turns[-1].get(role) in ("user", "human")
             return row | {column: [*turns, {role: "assistant", content: "-"}]} if is_question else row
+    if _QUESTIONS.keys().isdisjoint(row):
+        row |= unasked  # a fault of this row alone: its columns may tell the format of all
     question = next((column for column in _QUESTIONS if column in row), None)
     if question is None or not _ANSWERS.isdisjoint(row):
         return row
+    if isinstance(row[question], list | tuple) and question == "prompt":  # turns, as in TRL's sets of prompts
+        return row | {"completion": "-"}
     return row | {_QUESTIONS[question]: "-"}
 
 

@@ -98,15 +98,15 @@ def compare(
 
     Raises UserError for files that aren't such, that share no row with a score, or whose judges or rows differ.
     """
-    rows_of_first, rows_of_second = _read(first), _read(second)
+    rows_of_first, rows_of_second = read_results(first), read_results(second)
     shared = [id for id in rows_of_first if id in rows_of_second]
     differences = []
     outcomes = []
     without_score = 0
     for id in shared:
         one, other = rows_of_first[id], rows_of_second[id]
-        if one["prompt"] != other["prompt"]:
-            raise UserError(f"{second}: row {id!r} has another prompt than in {first}: these are two data sets.")
+        if what := _differs(one, other):
+            raise UserError(f"{second}: row {id!r} has {what} than in {first}: these are two data sets.")
         if one["judge"] != other["judge"]:
             raise UserError(
                 f"{second}: its judge is {other['judge']}, that of {first} is {one['judge']}. Scores of two judges "
@@ -148,7 +148,18 @@ def _names(first: Path, second: Path) -> tuple[str, str]:
     return folders if folders[0] != folders[1] else (str(first), str(second))
 
 
-def _read(path: Path) -> dict[str, dict[str, Any]]:
+def _differs(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """In what two rows of one id aren't the same row; nothing where they are."""
+    if one["prompt"] != other["prompt"]:
+        return "another prompt"
+    if one.get("system") != other.get("system"):
+        return "another system message"
+    criteria, others = ([rubric.get("criteria") for rubric in row.get("rubrics") or ()] for row in (one, other))
+    return "other rubrics" if criteria != others else ""
+
+
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """The lines of a bench_rows.jsonl by the ids of their rows. Raises UserError."""
     rows: dict[str, dict[str, Any]] = {}
     for place, row in read_rows(Source(path=str(path))):
         if isinstance(row, RowFault):

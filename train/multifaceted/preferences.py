@@ -23,7 +23,7 @@ from typing import Any
 
 from train.data.texts import words_of
 from train.errors import UserError
-from train.recipe_document import Document, KeyPath, closest, described, did_you_mean
+from train.recipe_document import Document, KeyPath, closest, described, did_you_mean, near_files
 
 DIMENSIONS = ("style", "background_knowledge", "informativeness", "harmlessness")
 """Those of the hub's set, in its order; the Bench has a rubric for each."""
@@ -79,6 +79,8 @@ def load_hierarchy(file: str | Path | None = None, *, ours: bool = True) -> Hier
 
     Raises UserError with everything that is wrong with the file, each fault with its line.
     """
+    if file is not None and not Path(file).is_file():
+        raise UserError(f"hierarchy.file: {file}: there is no such file.{near_files(str(file))}")
     found: dict[str, dict[str, SubDimension]] = {dimension: {} for dimension in DIMENSIONS}
     for path in ((OURS,) if ours else ()) + ((Path(file),) if file is not None else ()):
         for sub in _read(path, found):

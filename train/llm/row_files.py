@@ -58,6 +58,7 @@ class ParquetFiles:
         self._folder, self._rows_per_file, self._schema = folder, rows_per_file, schema
         self._rows: list[dict[str, Any]] = []
         self._files = 0
+        self._is_same = True
 
     def write(self, row: Mapping[str, Any]) -> None:
         """One more row; it is on the disk when its file is full."""
@@ -69,7 +70,7 @@ class ParquetFiles:
         """There are no more rows: the last file is written, and those beyond it go."""
         if self._rows or not self._files:
             self._write_file()
-        for path in sorted(self._folder.glob("rows-?????.parquet"))[self._files :]:
+        for path in reversed(self._standing(self._files)):
             path.unlink()
 
     def close(self) -> None:
@@ -81,8 +82,16 @@ class ParquetFiles:
         aside = path.with_suffix(".partial")
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(self._rows, self._schema), aside, compression="zstd")
         sync(aside)
+        if self._is_same and not (path.is_file() and path.read_bytes() == aside.read_bytes()):
+            self._is_same = False  # a run with other settings: its rows and ours would be read as one data set
+            for later in reversed(self._standing(self._files)):
+                later.unlink()
         aside.rename(path)
         self._rows, self._files = [], self._files + 1
+
+    def _standing(self, first: int) -> list[Path]:
+        """The files that are there, from this number on."""
+        return [path for path in sorted(self._folder.glob("rows-?????.parquet")) if int(path.stem[5:]) >= first]
 
 
 RowFiles = JsonLines | ParquetFiles

@@ -80,6 +80,8 @@ def respondent_of(options: argparse.Namespace) -> Checkpoint | Served:
     for name in ("template", "dtype"):
         if getattr(options, name):
             raise UserError(f"--{name}: that is the server's affair; leave it out, or leave --server out.")
+    if options.engine != "transformers":
+        raise UserError(f"--engine {options.engine}: the server runs the model; leave it out, or leave --server out.")
     if options.system_role == "turn":
         raise UserError("--system-role turn: a server's template is its own. Allowed with --server: native, "
                         "merge_into_user.")  # fmt: skip

@@ -359,3 +359,39 @@ def test_what_gain_and_bench_write_is_read(
     assert wins["win of the first"]["rows"] == sum(a > b for a, b in zip(*scores, strict=True)) > 0
     assert wins["both bad"]["rows"] == sum(a == b < 4 for a, b in zip(*scores, strict=True))
     assert f"| A wins | {wins['win of the first']['rows']} |" in shown
+
+
+def test_gain_on_other_rows_or_in_another_dtype_is_told_apart(
+    command: Callable[..., int], says_no: Callable[..., str], tiny_chat_model: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A file of the same name and length may hold other rows: they must be the same texts, wherever they stand."""
+    rows = [
+        {"system": f"Be {what}.", "prompt": f"q {row}", "output": f"{row} river"}
+        for row in range(3)
+        for what in ("a river", "a stone")
+    ]
+
+    def measured(name: str, output: str, *options: str) -> Path:
+        (tmp_path / name).mkdir()
+        data = tmp_path / name / "rows.jsonl"
+        data.write_text("".join(json.dumps(row | {"output": row["output"] + output}) + "\n" for row in rows), "utf-8")
+        arguments = ("--model", tiny_chat_model, "--data", data, "--json", tmp_path / name / "gain.json", *options)
+        assert command("gain", *arguments) == 0
+        return tmp_path / name
+
+    first = measured("first", "")
+    assert "gain: texts is " in says_no("compare", first, measured("other", " stone"))
+    same = measured("same", "", "--dtype", "bfloat16")
+    capsys.readouterr()
+    assert command("compare", first, same) == 0
+    shown = capsys.readouterr().out
+    assert 'note: gain: dtype is "float32" and "bfloat16"' in shown
+    found = compared(same)["gain", "gain"]
+    assert found["rows"] == 6  # though they stand in another folder
+    gains = [[line[tiny_chat_model.name]["gain"] for line in lines(one / "gain_rows.jsonl")] for one in (first, same)]
+    assert found["paired"]["mean"] == pytest.approx(statistics.fmean(b - a for a, b in zip(*gains, strict=True)))
+    record = json.loads((same / "gain.json").read_text(encoding="utf-8"))
+    del record["fingerprint"]  # as it was written before there was one
+    (same / "gain.json").write_text(json.dumps(record), encoding="utf-8")
+    assert "gain: texts is " in says_no("compare", first, same)

@@ -165,18 +165,22 @@ def _read_gain(kind: str, path: Path, record: Record) -> Results:
     which = "after" if "after" in models else next(iter(models))
     one = models[which]
     lines = list(_lines(path.with_name(f"{path.stem}_rows.jsonl")))
-    groups = {line["place"]: str(line["instruction"]) for line in lines}
+    texts = record.get("fingerprint")
+    # The same texts come in the same order, wherever they stand; without a fingerprint only the places are known.
+    keys = [str(number) if texts else line["place"] for number, line in enumerate(lines)]
+    groups = {key: str(line["instruction"]) for key, line in zip(keys, lines, strict=True)}
     units = {"gain": "nats", "accuracy": "share", "gain_over_none": "nats", "accuracy_over_none": "share"}
     measures = {}
     for name, unit in units.items():
         given = one["overall"][name]
-        rows = {line["place"]: (line[which][name],) for line in lines}
+        rows = {key: (line[which][name],) for key, line in zip(keys, lines, strict=True)}
         measure = Measure(given["mean"], given["low"], given["high"], unit, rows or None, groups)
         measures[name.replace("_", " ")] = _of_these(measure, path)
     options = record["options"]
-    conditions = {"data": [Path(data).name for data in record["data"]], "rows": one["overall"]["rows"]}
+    conditions = {"texts": texts, "rows": one["overall"]["rows"]}
+    conditions |= {} if texts else {"data": [Path(data).name for data in record["data"]]}
     conditions |= {name: options[name] for name in ("others", "limit", "seed")}
-    notes = {name: options[name] for name in ("template", "system_role")}
+    notes = {name: options.get(name) for name in ("template", "system_role", "dtype")}
     return Results(kind, path, one["model"], measures, conditions, notes)
 
 

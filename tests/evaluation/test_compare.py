@@ -168,12 +168,16 @@ def test_what_was_measured_otherwise_is_refused(
     stale = changed()
     shutil.copy(first / "ifeval_answers.jsonl", stale)
     assert "of another run" in says_no("compare", first, stale)
-    # Another version of the checkers keeps no one from comparing, and is said.
-    other = changed(checkers={"lm_eval": "0.4.99"}, respondent={"system_role": "merge_into_user"})
+    # Another version of the checkers keeps no one from comparing, and is said; so are answers that never came.
+    unanswered = {**record["system"]["endings"], "no answer": 3}
+    other = changed(
+        checkers={"lm_eval": "0.4.99"}, respondent={"system_role": "merge_into_user"}, system={"endings": unanswered}
+    )
     assert command("compare", first, other) == 0
     shown = capsys.readouterr().out
     assert 'note: ifeval: lm_eval is "0.4.13" and "0.4.99"' in shown
     assert 'note: ifeval: system_role is "native" and "merge_into_user"' in shown
+    assert "note: ifeval: without an answer, system turn is 0 and 3" in shown
     assert "no such folder" in says_no("compare", first, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "there are no results in it" in says_no("compare", first, tmp_path / "empty")

@@ -122,7 +122,14 @@ def _read_ifeval(kind: str, path: Path, record: Record) -> Results:
             rows = {key: tuple(a - b for a, b in zip(ours[key], theirs[key], strict=True)) for key in ours}
             measures[f"system less user: {of}"] = Measure(gap["mean"], gap["low"], gap["high"], rows=rows or None)
     conditions = {"data": record["data"]["fingerprint"], **record["decoding"]}
-    return Results(kind, path, record["model"], measures, conditions, record["checkers"] | record["respondent"])
+    # What got no answer counts as following nothing: a difference may be the server's.
+    unanswered = {
+        f"without an answer, {turn} turn": record[turn]["endings"].get("no answer", 0)
+        for turn in ("system", "user")
+        if turn in record
+    }
+    notes = record["checkers"] | record["respondent"] | unanswered
+    return Results(kind, path, record["model"], measures, conditions, notes)
 
 
 def _read_harness(kind: str, path: Path, record: Record) -> Results:

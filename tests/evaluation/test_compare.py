@@ -198,13 +198,14 @@ def gain_record(gain: float, **options: object) -> dict:
     return {"data": ["a/held_out.jsonl"], "left_out": {}, "options": chosen, "models": {"after": model}}
 
 
-def write_rules(folder: Path, obeys: list[bool]) -> None:
-    """Two rules of three rows each, and the model before that obeyed none."""
+def write_rules(folder: Path, obeys: list[bool], max_new_tokens: int = 96, rules: str = "a") -> None:
+    """Two rules of three rows each, and the model before that obeyed none. Rows may be there twice."""
     counts: dict[str, dict[str, int]] = {}
     with (folder / "answers.jsonl").open("w", encoding="utf-8") as out:
         for number, follows in enumerate(obeys):
             rule = f"rule_{number % 2}"
-            messages = [{"role": role, "content": f"{role} {number}"} for role in ("system", "user")]
+            asked = number - 2 if number > 3 else number  # the last two ask again what the two before them do
+            messages = [{"role": role, "content": f"{role} {asked}"} for role in ("system", "user")]
             row = {
                 "messages": messages,
                 "rule": rule,
@@ -216,7 +217,8 @@ def write_rules(folder: Path, obeys: list[bool]) -> None:
             one = counts.setdefault(rule, {"rows": 0, "before": 0, "after": 0})
             one["rows"] += 1
             one["after"] += follows
-    (folder / "adherence.json").write_text(json.dumps({"wording": counts}), encoding="utf-8")
+    record = {"asked": {"max_new_tokens": max_new_tokens, "rules": rules}, "wording": counts}
+    (folder / "adherence.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 def write_bench(folder: Path, scores: list[float | None], runs: int = 3) -> None:
@@ -292,16 +294,21 @@ def test_all_kinds_in_one_table(
     assert "| bench: source: koala | " in shown
 
     (folders[1] / "gain.json").write_text(json.dumps(gain_record(2.0, others=5)), encoding="utf-8")
+    write_rules(folders[1], obeys[1], max_new_tokens=8)
     write_bench(folders[1], scores[1], runs=1)
     write_harness(folders[1], right[1], few_shot=5)
     said = says_no("compare", *folders)
     for fault in (
         "gain: others is 2 and 5",
+        "rules: max_new_tokens is 96 and 8",
         "bench: judge runs is 3 and 1",
         "harness: few-shot examples both is 0 and 5 (and 2 more)",
     ):
         assert fault in said
+    write_rules(folders[1], obeys[1], rules="b")
+    capsys.readouterr()
     assert command("compare", *folders, "--only", "rules") == 0
+    assert 'note: rules: checks is "a" and "b"' in capsys.readouterr().out
     (folders[0] / "adherence.json").unlink()
     (folders[1] / "bench.json").unlink()
     assert "there is nothing that both were measured by" in says_no(

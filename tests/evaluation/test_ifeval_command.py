@@ -166,7 +166,9 @@ def test_a_turn_that_gets_no_answer_at_all_has_no_figures(
         assert not (tmp_path / "out" / "ifeval.json").exists()
         assert command(*arguments, "--system-role", "merge_into_user") == 0
     record = json.loads((tmp_path / "out" / "ifeval.json").read_text(encoding="utf-8"))
-    assert record["system"]["prompt_strict"]["value"] == record["user"]["prompt_strict"]["value"] == pytest.approx(8 / 12)
+    assert (
+        record["system"]["prompt_strict"]["value"] == record["user"]["prompt_strict"]["value"] == pytest.approx(8 / 12)
+    )
 
 
 KILLED = """

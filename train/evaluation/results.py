@@ -6,7 +6,7 @@ gives measures, the conditions that must agree for two to be compared, and those
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,22 +194,28 @@ def _read_gain(kind: str, path: Path, record: Record) -> Results:
 def _read_rules(kind: str, path: Path, record: Record) -> Results:
     rows: dict[str, dict[str, tuple[float, ...]]] = defaultdict(dict)
     groups: dict[str, str] = {}
+    times: Counter[tuple[str, ...]] = Counter()  # a row may be there twice, and counts twice
     for line in _lines(path.with_name("answers.jsonl")):
         system, user = (message["content"] for message in line["messages"][:2])
-        key = json.dumps([line["rule"], system, user])
+        row = (line["held_out"], line["rule"], system, user)
+        key = json.dumps([*row, times[row]])
+        times[row] += 1
         rows[line["held_out"]][key] = (float(line["obeys"][1]),)
         groups[key] = user
+    how = record.get("asked", {})
+    counted = {held_out: of_rule for held_out, of_rule in record.items() if held_out != "asked"}
     measures = {}
-    for held_out, of_rule in record.items():
+    for held_out, of_rule in counted.items():
         count = sum(one["rows"] for one in of_rule.values())
         value = sum(one["after"] for one in of_rule.values()) / count
         name = {"wording": "held-out wordings", "rule": "rules never trained"}.get(held_out, held_out)
         measures[name] = _of_these(Measure(value, None, None, rows=rows[held_out] or None, groups=groups), path)
         for rule, one in of_rule.items():
             measures[f"{name}: {rule}"] = Measure(one["after"] / one["rows"], None, None, detail=True)
-    asked = {held_out: {rule: one["rows"] for rule, one in of_rule.items()} for held_out, of_rule in record.items()}
+    asked = {held_out: {rule: one["rows"] for rule, one in of_rule.items()} for held_out, of_rule in counted.items()}
     conditions = {"rows by rule": asked, "rows": sorted(key for of_kind in rows.values() for key in of_kind)}
-    return Results(kind, path, str(path.parent), measures, conditions, {})
+    conditions["max_new_tokens"] = how.get("max_new_tokens")
+    return Results(kind, path, str(path.parent), measures, conditions, {"checks": how.get("rules")})
 
 
 def _read_bench(kind: str, path: Path, record: Record) -> Results:

@@ -64,9 +64,7 @@ class ValidationGain:
         try:
             kept = [line for line in self._earlier() if line["step"] < record["step"]]
             unfinished = self._path.with_suffix(".unfinished")  # a full disk must not cost the lines that were there
-            unfinished.write_text(
-                "".join(json.dumps(line) + "\n" for line in [*kept, record]), encoding="utf-8"
-            )
+            unfinished.write_text("".join(json.dumps(line) + "\n" for line in [*kept, record]), encoding="utf-8")
             unfinished.replace(self._path)
         except OSError as fault:
             print(f"warning: {self._path} can't be written: {fault.strerror}", flush=True)

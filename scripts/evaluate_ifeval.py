@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,7 +54,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--max-new-tokens", type=_positive, default=1280, help="longest answer (default 1280, the official one)"
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="of the answers (default 0, the official one)")
+    parser.add_argument(
+        "--temperature", type=_from_zero, default=0.0, help="of the answers (default 0, the official one)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the intervals, and of answers drawn (default 0)")
     parser.add_argument("--output-dir", type=Path, help="where everything goes (default the folder of --model)")
     parser.set_defaults(run=run)
@@ -63,6 +66,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
     return int(text)
+
+
+def _from_zero(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up")
+    return number
 
 
 def run(options: argparse.Namespace) -> None:

@@ -237,7 +237,7 @@ def write_bench(folder: Path, scores: list[float | None], runs: int = 3) -> None
     (folder / "bench_rows.jsonl").write_text("".join(rows), encoding="utf-8")
 
 
-def write_harness(folder: Path, right: list[bool], few_shot: int = 0) -> None:
+def write_harness(folder: Path, right: list[bool], few_shot: int = 0, system_role: str = "native") -> None:
     """A group of two tasks, of half the documents each."""
     half = len(right) // 2
     rows = [
@@ -254,7 +254,7 @@ def write_harness(folder: Path, right: list[bool], few_shot: int = 0) -> None:
         )
     ]  # fmt: skip
     record = {"kind": "harness", "model": folder.name, "lm_eval": "0.4.13", "scores": scores,
-              "options": {"system_instruction": None, "dtype": None}}  # fmt: skip
+              "options": {"system_instruction": None, "dtype": None, "system_role": system_role}}  # fmt: skip
     (folder / "harness.json").write_text(json.dumps(record), encoding="utf-8")
     (folder / "harness_rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -306,9 +306,12 @@ def test_all_kinds_in_one_table(
     ):
         assert fault in said
     write_rules(folders[1], obeys[1], rules="b")
+    write_harness(folders[1], right[1], system_role="turn")
     capsys.readouterr()
-    assert command("compare", *folders, "--only", "rules") == 0
-    assert 'note: rules: checks is "a" and "b"' in capsys.readouterr().out
+    assert command("compare", *folders, "--only", "rules", "harness") == 0
+    shown = capsys.readouterr().out
+    assert 'note: rules: checks is "a" and "b"' in shown
+    assert 'note: harness: system_role is "native" and "turn"' in shown
     (folders[0] / "adherence.json").unlink()
     (folders[1] / "bench.json").unlink()
     assert "there is nothing that both were measured by" in says_no(

@@ -163,7 +163,8 @@ def _read_harness(kind: str, path: Path, record: Record) -> Results:
         "few-shot examples": {score["task"]: score["few_shot"] for score in record["scores"]},
         "versions of the tasks": {score["task"]: score["version"] for score in record["scores"]},
     }
-    notes = {name: options[name] for name in ("system_instruction", "dtype")} | {"lm_eval": record["lm_eval"]}
+    notes = {name: options.get(name) for name in ("system_instruction", "template", "system_role", "dtype")}
+    notes["lm_eval"] = record["lm_eval"]
     return Results(kind, path, record["model"], measures, conditions, notes)
 
 

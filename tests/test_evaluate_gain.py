@@ -248,6 +248,21 @@ def test_what_was_scored_is_not_scored_again(
     )
 
 
+@pytest.mark.parametrize("rubbish", [b"\xff\xfe\n", b"5\n", b'["a"]\n', b"{}\n", b"\x00\x00\n"])
+def test_a_broken_line_among_the_scores_is_passed_over(
+    command: Callable[..., int], after: Path, data: Path, rubbish: bytes
+) -> None:
+    """As a disk that was full or lost its power may leave it."""
+    assert command("gain", "--model", after, "--data", data) == 0
+    scores = after / "gain_scores.jsonl"
+    kept = scores.read_bytes()
+    found = (after / "gain.json").read_bytes()
+    scores.write_bytes(rubbish + kept)
+    assert command("gain", "--model", after, "--data", data) == 0
+    assert (after / "gain.json").read_bytes() == found
+    assert scores.read_bytes().strip() == (rubbish + kept).strip()  # nothing was scored again
+
+
 def test_an_adapter_is_measured_upon_its_base(
     command: Callable[..., int], data: Path, after: Path, tmp_path: Path
 ) -> None:

@@ -1,8 +1,9 @@
 """The command `gain` of scripts/evaluate.py: how much a model listens to the system message."""
 
 import argparse
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ from train.recipe import ModelSection, Source
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from train.data.system_variants import Label, VariantRows
+    from train.data.formats import RowFault
+    from train.data.system_variants import Label, Labelled, VariantRows
     from train.loop.system_gain import Figures, SystemGain
 
 HEADING = "## System gain"
@@ -75,18 +77,24 @@ def run(options: argparse.Namespace) -> None:
     if not file.parent.is_dir() or file.is_dir():
         raise UserError(f"--json {file}: that is no file in a folder that is there")
     names = {"before": options.before, "after": options.model} if options.before else {folder.name: options.model}
-    made = rows_for(options, [*names.values()])
+    made, texts = rows_for(options, [*names.values()])
     for kind, count in made.left_out.items():
         print(f"left out: {count:,} rows: {kind} (the first: {made.examples[kind]})", flush=True)
 
     from train.loop.system_gain import markdown
 
-    measured = {name: _measure(model, made, file, options) for name, model in names.items()}
+    measured: dict[str, SystemGain] = {}
+    for name, model in names.items():
+        measured[name], dtype = _measure(model, made, file, options)
     change = measured["after"].change_from(measured["before"], seed=options.seed) if options.before else None
     record = {
         "data": options.data,
+        "fingerprint": texts,
         "left_out": dict(made.left_out),
-        "options": {key: getattr(options, key) for key in ("template", "system_role", "others", "limit", "seed")},
+        "options": {
+            **{key: getattr(options, key) for key in ("split", "template", "system_role", "others", "limit", "seed")},
+            "dtype": dtype,
+        },
         "models": {name: {"model": names[name], **one.record()} for name, one in measured.items()},
     }
     if change:
@@ -117,8 +125,11 @@ def _row_lines(made: "VariantRows", measured: "dict[str, SystemGain]") -> Iterat
         yield json.dumps({"place": row.place, "instruction": row.instruction, **values}, ensure_ascii=False) + "\n"
 
 
-def rows_for(options: argparse.Namespace, models: list[str]) -> "VariantRows":
-    """The rows to measure, in the tokens of the last of `models`, which the others must share. Raises UserError."""
+def rows_for(options: argparse.Namespace, models: list[str]) -> "tuple[VariantRows, str]":
+    """The rows to measure, in the tokens of the last of `models`, which the others must share, and their fingerprint.
+
+    Raises UserError.
+    """
     from pydantic import ValidationError
 
     from train.data.chat_template import use_template
@@ -158,7 +169,25 @@ def rows_for(options: argparse.Namespace, models: list[str]) -> "VariantRows":
         why = "; ".join(f"{count:,}: {kind}" for kind, count in made.left_out.items()) or "there are none"
         raise UserError(f"--data {' '.join(options.data)}: no row can be measured ({why}). Give rows with answers and "
                         "at least two different system messages.")  # fmt: skip
-    return made
+    return made, fingerprint_of(rows, made)
+
+
+def fingerprint_of(rows: "Sequence[Labelled | tuple[str, RowFault]]", made: "VariantRows") -> str:
+    """A checksum of the texts of all rows, and of which are measured: by it `compare` knows that two are of the same.
+
+    Where the rows stand is no part of it. Messages are drawn from all of them.
+    """
+    from train.data.system_variants import Labelled
+
+    measured = {row.place for row in made.rows}
+    told = [
+        [row.conversation.messages, row.conversation.tools, row.conversation.place in measured]
+        if isinstance(row, Labelled)
+        else None
+        for row in rows
+    ]
+    digest = hashlib.blake2b(json.dumps(told, sort_keys=True, default=str).encode(), digest_size=16)
+    return digest.hexdigest()
 
 
 def _tokenizer(model: str) -> "PreTrainedTokenizerBase":
@@ -191,7 +220,8 @@ def _named(model: str) -> Iterator[None]:
         raise UserError(str(fault).replace("model.name_or_path", f"--model or --before {model}", 1)) from fault
 
 
-def _measure(name: str, made: "VariantRows", file: Path, options: argparse.Namespace) -> "SystemGain":
+def _measure(name: str, made: "VariantRows", file: Path, options: argparse.Namespace) -> "tuple[SystemGain, str]":
+    """The figures of one model, and the dtype that it ran in."""
     from train.evaluation.checkpoint import fingerprint
     from train.evaluation.score_file import ScoreFile
     from train.loop.system_gain import system_gain
@@ -204,7 +234,7 @@ def _measure(name: str, made: "VariantRows", file: Path, options: argparse.Names
         ScoreFile(file.with_name("gain_scores.jsonl"), told_apart) as scores,
         job(f"scoring answers with {name}", total=total, unit="answers") as scoring,
     ):
-        return system_gain(
+        found = system_gain(
             model,
             made.rows,
             tokens_per_batch=options.batch_tokens,
@@ -212,6 +242,7 @@ def _measure(name: str, made: "VariantRows", file: Path, options: argparse.Names
             scores=scores,
             on_progress=scoring.advance,
         )
+    return found, str(model.dtype).removeprefix("torch.")
 
 
 def _about(made: "VariantRows", measured: "dict[str, SystemGain]") -> str:

@@ -99,7 +99,10 @@ def write(scored: "Scored", options: argparse.Namespace, folder: Path) -> None:
         "options": {
             "chat_template": True,
             "few_shot_as_turns": True,
-            **{name: getattr(options, name) for name in ("system_instruction", "few_shot", "limit", "dtype")},
+            **{
+                name: getattr(options, name)
+                for name in ("system_instruction", "template", "system_role", "few_shot", "limit", "dtype")
+            },
         },
         "scores": [score.record() for score in scored.scores],
     }

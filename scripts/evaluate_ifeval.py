@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,11 +28,15 @@ TURNS = {"system": "in the system message", "user": "in the user turn"}
 
 @dataclass(frozen=True)
 class Answered:
-    """What came back for one row; `text` without reasoning, None where there was no answer, and `how` it ended."""
+    """What came back for one row; `text` without reasoning, None where there was no answer, and `how` it ended.
+
+    `why`: the reason where there was no answer.
+    """
 
     text: str | None
     how: str
     verdict: Verdict
+    why: str | None = None
 
 
 def add_to(commands: Any) -> None:
@@ -49,7 +54,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--max-new-tokens", type=_positive, default=1280, help="longest answer (default 1280, the official one)"
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="of the answers (default 0, the official one)")
+    parser.add_argument(
+        "--temperature", type=_from_zero, default=0.0, help="of the answers (default 0, the official one)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the intervals, and of answers drawn (default 0)")
     parser.add_argument("--output-dir", type=Path, help="where everything goes (default the folder of --model)")
     parser.set_defaults(run=run)
@@ -59,6 +66,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
     return int(text)
+
+
+def _from_zero(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up")
+    return number
 
 
 def run(options: argparse.Namespace) -> None:
@@ -78,6 +95,12 @@ def run(options: argparse.Namespace) -> None:
         asked["user"] = [control[number] for number in counted]
 
     found = ask(options, asked, checkers, folder / "ifeval.sqlite")
+    for turn, answers in found.items():
+        if all(one.why for one in answers):
+            raise UserError(
+                f"--model {options.model}: none of the {len(answers):,} prompts with constraints {TURNS[turn]} got an "
+                f"answer. Of the first: {answers[0].why} A model without a system role: --system-role merge_into_user."
+            )
     verdicts = {turn: [one.verdict for one in answers] for turn, answers in found.items()}
     record: dict[str, Any] = {
         "kind": "ifeval",
@@ -113,7 +136,7 @@ def run(options: argparse.Namespace) -> None:
         by_rule = gaps_by_rule(asked["system"], verdicts["system"], verdicts["user"], options.seed)
         record["gap"] = {name: one.record() for name, one in gap.items()}
         record["gap"]["by_rule"] = {rule: one.record() for rule, one in by_rule.items()}
-    text = section(record, overall, of_rule, gap)
+    text = section(record, overall, of_rule, gap, about_unanswered(asked, found))
     try:
         write_answers(folder / "ifeval_answers.jsonl", asked, found)
         (folder / "ifeval.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -156,7 +179,7 @@ def ask(
 
 def _answered(answer: Any, row: Row, checkers: Checkers) -> Answered:
     if isinstance(answer, Exception):
-        return Answered(None, "no answer", checkers.verdict(row, ""))
+        return Answered(None, "no answer", checkers.verdict(row, ""), str(answer) or type(answer).__name__)
     said = without_reasoning(answer.text)
     how = "empty" if not said.text.strip() else "cut" if answer.cut else "ended"
     return Answered(said.text, how, checkers.verdict(row, said.text))
@@ -182,10 +205,25 @@ def write_answers(path: Path, asked: dict[str, list[Row]], found: dict[str, list
                     "instruction_id_list": row.instructions,
                     "answer": one.text,
                     "how": one.how,
+                    "why": one.why,
                     "strict": one.verdict.strict,
                     "loose": one.verdict.loose,
                 }
                 lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def about_unanswered(asked: dict[str, list[Row]], found: dict[str, list[Answered]]) -> str | None:
+    """How many prompts got no answer, and why the first of them; None where all got one."""
+    without = [
+        f"(key {row.key}, {TURNS[turn]}): {' '.join(one.why.split())[:500]}"
+        for turn, rows in asked.items()
+        for row, one in zip(rows, found[turn], strict=True)
+        if one.why
+    ]
+    if not without:
+        return None
+    prompts = f"{len(without):,} prompt{'s' if len(without) > 1 else ''} got no answer and count as following nothing"
+    return f"{prompts}; the first {without[0]}"
 
 
 def percent(share: Share) -> str:
@@ -207,8 +245,9 @@ def section(
     overall: dict[str, dict[str, Share]],
     of_rule: dict[str, dict[str, dict[str, Share]]],
     gap: "dict[str, Estimate] | None",
+    unanswered: str | None = None,
 ) -> str:
-    """The section of report.md: how it was measured, the four measures, the rules."""
+    """The section of report.md: how it was measured, what got no answer, the four measures, the rules."""
     data, decoding, checkers = record["data"], record["decoding"], record["checkers"]
     lines = [HEADING, "", f"{data['prompts']:,} prompts with {data['constraints']:,} constraints of {data['file']}"]
     if data["left_out"]:
@@ -223,6 +262,7 @@ def section(
     for turn in overall:
         endings = record[turn]["endings"]
         lines[-1] += f" Constraints {TURNS[turn]}: " + ", ".join(f"{n:,} {how}" for how, n in endings.items()) + "."
+    lines += ["", unanswered] if unanswered else []
     head = "".join(f" {TURNS[turn]} |" for turn in overall)
     lines += ["", f"| |{head}" + (" system less user, points | p |" if gap else "")]
     lines += ["|---|" + "---|" * (len(overall) + 2 * bool(gap))]

@@ -1,6 +1,7 @@
 """The command `rules` of scripts/evaluate.py: how often answers obey system messages that a program can check."""
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import sys
@@ -34,9 +35,15 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--data", type=Path, required=True, help="held-out rows as jsonl")
     parser.add_argument("--before", type=Path, required=True, help="folder of the model before training")
     parser.add_argument("--after", type=Path, required=True, help="folder of the trained model")
-    parser.add_argument("--max-new-tokens", type=int, default=96, help="cut of an answer (default 96)")
-    parser.add_argument("--batch-size", type=int, default=16, help="answers at a time (default 16)")
+    parser.add_argument("--max-new-tokens", type=_positive, default=96, help="cut of an answer (default 96)")
+    parser.add_argument("--batch-size", type=_positive, default=16, help="answers at a time (default 16)")
     parser.set_defaults(run=run)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
+    return int(text)
 
 
 def read_rows(path: Path, rules: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -45,7 +52,7 @@ def read_rows(path: Path, rules: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise UserError(f"--data {path}: there is no such file")
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would cut a text at U+2028
     except UnicodeDecodeError as fault:
         raise UserError(f"--data {path}: not UTF-8: {fault}. Give a jsonl file.") from fault
     for number, line in enumerate(lines, 1):
@@ -214,12 +221,21 @@ def run(options: argparse.Namespace) -> None:
         obeys = [known[row["rule"]].check(question, text) for text in texts]
         verdicts.append(Verdict(row, (texts[0], texts[1]), (obeys[0], obeys[1])))
 
+    try:
+        write(verdicts, options)
+    except OSError as fault:
+        raise UserError(f"{options.after}: can't be written: {fault.strerror}") from fault
+
+
+def write(verdicts: list[Verdict], options: argparse.Namespace) -> None:
+    """answers.jsonl, adherence.json and its plot, and the section of report.md, which is printed, too."""
     folder: Path = options.after
     with (folder / "answers.jsonl").open("w", encoding="utf-8") as lines:
         for verdict in verdicts:
             record = {**verdict.row, "answers": verdict.answers, "obeys": verdict.obeys}
             lines.write(json.dumps(record, ensure_ascii=False) + "\n")
-    figures = {
+    checks = hashlib.blake2b(options.rules.read_bytes(), digest_size=16).hexdigest()
+    figures = {"asked": {"max_new_tokens": options.max_new_tokens, "rules": checks}} | {
         kind: {rule: dict(zip(("rows", "before", "after"), counts, strict=True)) for rule, counts in of_rule.items()}
         for kind, of_rule in adherence(verdicts).items()
     }

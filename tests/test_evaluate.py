@@ -72,6 +72,7 @@ def test_adherence_is_what_the_answers_say(
             asked = [answer for answer in answers if (answer["held_out"], answer["rule"]) == (kind, rule)]
             obeyed = sum(answer["obeys"][0] for answer in asked)
             assert figures[kind][rule] == {"rows": len(asked), "before": obeyed, "after": obeyed}
+    assert figures["asked"]["max_new_tokens"] == 8
     report = (after / "report.md").read_text(encoding="utf-8")
     assert report.startswith("# a run\n\nof before\n\n## Does it follow")
     assert report.count("## Does it follow") == 1
@@ -99,6 +100,24 @@ def test_missing_files_are_errors(tmp_path: Path) -> None:
     (tmp_path / "no.py").write_text(RULES, encoding="utf-8")
     assert refused(tmp_path, *command) == "--data no.jsonl: there is no such file"
     assert refused(tmp_path, *command[:-2]) == "the following arguments are required: --after"
+
+
+def test_numbers_of_no_use_are_errors(tmp_path: Path) -> None:
+    command = ["--rules", "no.py", "--data", "no.jsonl", "--before", "a", "--after", "b"]
+    assert "'0' is no number from 1 up" in refused(tmp_path, *command, "--max-new-tokens", "0")
+    assert "'0' is no number from 1 up" in refused(tmp_path, *command, "--batch-size", "0")
+
+
+def test_a_file_that_can_not_be_written_is_an_error(
+    evaluated: tuple[Path, list[dict]], tiny_chat_model: Path, tmp_path: Path
+) -> None:
+    """Rows may hold a line separator of Unicode's, which is none of a jsonl file's."""
+    after, rows = evaluated
+    rows[0]["messages"][1]["content"] = "two\u2028lines"
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0], ensure_ascii=False) + "\n", encoding="utf-8")
+    (after / "adherence.json").mkdir()
+    command = ["--rules", "rules.py", "--data", "rows.jsonl", "--before", tiny_chat_model, "--after", after]
+    assert refused(tmp_path, *command, "--max-new-tokens", "2") == f"{after}: can't be written: Is a directory"
 
 
 GOOD = {

@@ -157,7 +157,8 @@ def test_other_folders_stay_as_they_are_with_json(
     command_line = ["--model", after, "--data", data, "--json", tmp_path / "out" / "of.json", "--limit", "5"]
     assert command("gain", *command_line, "--group", "prompt", "--others", "1") == 0
     assert sorted(path.name for path in after.iterdir()) == before
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["gain.png", "gain_scores.jsonl", "of.json"]
+    written = ["gain.png", "gain_scores.jsonl", "of.json", "of_rows.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == written
     record = json.loads((tmp_path / "out" / "of.json").read_text(encoding="utf-8"))
     assert record["models"]["after"]["overall"]["rows"] == 5
     assert "change" not in record
@@ -245,6 +246,21 @@ def test_what_was_scored_is_not_scored_again(
     assert [one["overall"]["gain"]["mean"] for one in found["models"].values()] == pytest.approx(
         [one["overall"]["gain"]["mean"] for one in expected["models"].values()], abs=1e-6
     )
+
+
+@pytest.mark.parametrize("rubbish", [b"\xff\xfe\n", b"5\n", b'["a"]\n', b"{}\n", b"\x00\x00\n"])
+def test_a_broken_line_among_the_scores_is_passed_over(
+    command: Callable[..., int], after: Path, data: Path, rubbish: bytes
+) -> None:
+    """As a disk that was full or lost its power may leave it."""
+    assert command("gain", "--model", after, "--data", data) == 0
+    scores = after / "gain_scores.jsonl"
+    kept = scores.read_bytes()
+    found = (after / "gain.json").read_bytes()
+    scores.write_bytes(rubbish + kept)
+    assert command("gain", "--model", after, "--data", data) == 0
+    assert (after / "gain.json").read_bytes() == found
+    assert scores.read_bytes().strip() == (rubbish + kept).strip()  # nothing was scored again
 
 
 def test_an_adapter_is_measured_upon_its_base(

@@ -168,12 +168,16 @@ def test_what_was_measured_otherwise_is_refused(
     stale = changed()
     shutil.copy(first / "ifeval_answers.jsonl", stale)
     assert "of another run" in says_no("compare", first, stale)
-    # Another version of the checkers keeps no one from comparing, and is said.
-    other = changed(checkers={"lm_eval": "0.4.99"}, respondent={"system_role": "merge_into_user"})
+    # Another version of the checkers keeps no one from comparing, and is said; so are answers that never came.
+    unanswered = {**record["system"]["endings"], "no answer": 3}
+    other = changed(
+        checkers={"lm_eval": "0.4.99"}, respondent={"system_role": "merge_into_user"}, system={"endings": unanswered}
+    )
     assert command("compare", first, other) == 0
     shown = capsys.readouterr().out
     assert 'note: ifeval: lm_eval is "0.4.13" and "0.4.99"' in shown
     assert 'note: ifeval: system_role is "native" and "merge_into_user"' in shown
+    assert "note: ifeval: without an answer, system turn is 0 and 3" in shown
     assert "no such folder" in says_no("compare", first, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "there are no results in it" in says_no("compare", first, tmp_path / "empty")
@@ -194,13 +198,14 @@ def gain_record(gain: float, **options: object) -> dict:
     return {"data": ["a/held_out.jsonl"], "left_out": {}, "options": chosen, "models": {"after": model}}
 
 
-def write_rules(folder: Path, obeys: list[bool]) -> None:
-    """Two rules of three rows each, and the model before that obeyed none."""
+def write_rules(folder: Path, obeys: list[bool], max_new_tokens: int = 96, rules: str = "a") -> None:
+    """Two rules of three rows each, and the model before that obeyed none. Rows may be there twice."""
     counts: dict[str, dict[str, int]] = {}
     with (folder / "answers.jsonl").open("w", encoding="utf-8") as out:
         for number, follows in enumerate(obeys):
             rule = f"rule_{number % 2}"
-            messages = [{"role": role, "content": f"{role} {number}"} for role in ("system", "user")]
+            asked = number - 2 if number > 3 else number  # the last two ask again what the two before them do
+            messages = [{"role": role, "content": f"{role} {asked}"} for role in ("system", "user")]
             row = {
                 "messages": messages,
                 "rule": rule,
@@ -212,7 +217,8 @@ def write_rules(folder: Path, obeys: list[bool]) -> None:
             one = counts.setdefault(rule, {"rows": 0, "before": 0, "after": 0})
             one["rows"] += 1
             one["after"] += follows
-    (folder / "adherence.json").write_text(json.dumps({"wording": counts}), encoding="utf-8")
+    record = {"asked": {"max_new_tokens": max_new_tokens, "rules": rules}, "wording": counts}
+    (folder / "adherence.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 def write_bench(folder: Path, scores: list[float | None], runs: int = 3) -> None:
@@ -231,7 +237,7 @@ def write_bench(folder: Path, scores: list[float | None], runs: int = 3) -> None
     (folder / "bench_rows.jsonl").write_text("".join(rows), encoding="utf-8")
 
 
-def write_harness(folder: Path, right: list[bool], few_shot: int = 0) -> None:
+def write_harness(folder: Path, right: list[bool], few_shot: int = 0, system_role: str = "native") -> None:
     """A group of two tasks, of half the documents each."""
     half = len(right) // 2
     rows = [
@@ -248,7 +254,7 @@ def write_harness(folder: Path, right: list[bool], few_shot: int = 0) -> None:
         )
     ]  # fmt: skip
     record = {"kind": "harness", "model": folder.name, "lm_eval": "0.4.13", "scores": scores,
-              "options": {"system_instruction": None, "dtype": None}}  # fmt: skip
+              "options": {"system_instruction": None, "dtype": None, "system_role": system_role}}  # fmt: skip
     (folder / "harness.json").write_text(json.dumps(record), encoding="utf-8")
     (folder / "harness_rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -288,16 +294,24 @@ def test_all_kinds_in_one_table(
     assert "| bench: source: koala | " in shown
 
     (folders[1] / "gain.json").write_text(json.dumps(gain_record(2.0, others=5)), encoding="utf-8")
+    write_rules(folders[1], obeys[1], max_new_tokens=8)
     write_bench(folders[1], scores[1], runs=1)
     write_harness(folders[1], right[1], few_shot=5)
     said = says_no("compare", *folders)
     for fault in (
         "gain: others is 2 and 5",
+        "rules: max_new_tokens is 96 and 8",
         "bench: judge runs is 3 and 1",
         "harness: few-shot examples both is 0 and 5 (and 2 more)",
     ):
         assert fault in said
-    assert command("compare", *folders, "--only", "rules") == 0
+    write_rules(folders[1], obeys[1], rules="b")
+    write_harness(folders[1], right[1], system_role="turn")
+    capsys.readouterr()
+    assert command("compare", *folders, "--only", "rules", "harness") == 0
+    shown = capsys.readouterr().out
+    assert 'note: rules: checks is "a" and "b"' in shown
+    assert 'note: harness: system_role is "native" and "turn"' in shown
     (folders[0] / "adherence.json").unlink()
     (folders[1] / "bench.json").unlink()
     assert "there is nothing that both were measured by" in says_no(
@@ -359,3 +373,39 @@ def test_what_gain_and_bench_write_is_read(
     assert wins["win of the first"]["rows"] == sum(a > b for a, b in zip(*scores, strict=True)) > 0
     assert wins["both bad"]["rows"] == sum(a == b < 4 for a, b in zip(*scores, strict=True))
     assert f"| A wins | {wins['win of the first']['rows']} |" in shown
+
+
+def test_gain_on_other_rows_or_in_another_dtype_is_told_apart(
+    command: Callable[..., int], says_no: Callable[..., str], tiny_chat_model: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A file of the same name and length may hold other rows: they must be the same texts, wherever they stand."""
+    rows = [
+        {"system": f"Be {what}.", "prompt": f"q {row}", "output": f"{row} river"}
+        for row in range(3)
+        for what in ("a river", "a stone")
+    ]
+
+    def measured(name: str, output: str, *options: str) -> Path:
+        (tmp_path / name).mkdir()
+        data = tmp_path / name / "rows.jsonl"
+        data.write_text("".join(json.dumps(row | {"output": row["output"] + output}) + "\n" for row in rows), "utf-8")
+        arguments = ("--model", tiny_chat_model, "--data", data, "--json", tmp_path / name / "gain.json", *options)
+        assert command("gain", *arguments) == 0
+        return tmp_path / name
+
+    first = measured("first", "")
+    assert "gain: texts is " in says_no("compare", first, measured("other", " stone"))
+    same = measured("same", "", "--dtype", "bfloat16")
+    capsys.readouterr()
+    assert command("compare", first, same) == 0
+    shown = capsys.readouterr().out
+    assert 'note: gain: dtype is "float32" and "bfloat16"' in shown
+    found = compared(same)["gain", "gain"]
+    assert found["rows"] == 6  # though they stand in another folder
+    gains = [[line[tiny_chat_model.name]["gain"] for line in lines(one / "gain_rows.jsonl")] for one in (first, same)]
+    assert found["paired"]["mean"] == pytest.approx(statistics.fmean(b - a for a, b in zip(*gains, strict=True)))
+    record = json.loads((same / "gain.json").read_text(encoding="utf-8"))
+    del record["fingerprint"]  # as it was written before there was one
+    (same / "gain.json").write_text(json.dumps(record), encoding="utf-8")
+    assert "gain: texts is " in says_no("compare", first, same)

@@ -108,6 +108,7 @@ def test_the_trained_template_and_the_figures(
     assert (score["value"], score["stderr"]) == (pytest.approx(mean), pytest.approx(stderr))
     assert (score["low"], score["high"]) == (pytest.approx(mean - 1.96 * stderr), pytest.approx(mean + 1.96 * stderr))
     assert record["options"]["system_instruction"] == system
+    assert (record["options"]["template"], record["options"]["system_role"]) == (None, "native")
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert f"| rivers | acc | 0 | {DOCUMENTS} | {mean:.4f} [" in report
     assert (system or "no system message") in report

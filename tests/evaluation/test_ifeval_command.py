@@ -84,6 +84,10 @@ def test_a_server_is_asked_once_and_the_files_say_what_it_did(
     assert by_place["system", 1]["loose"] == [True]  # without its first line there is no comma
     assert (by_place["user", 7]["answer"], by_place["user", 7]["strict"]) == (None, [False])
     assert record["system"]["endings"] == {"ended": 9, "no answer": 1, "empty": 1, "cut": 1}
+    assert "this prompt is refused" in by_place["system", 7]["why"]
+    assert by_place["system", 8]["why"] is None
+    assert "2 prompts got no answer and count as following nothing; the first (key 7, in the system message): " in shown
+    assert "this prompt is refused" in shown
     # 12 prompts, 16 constraints. System turn: 3 and 6 follow both, 0 and 9 their title alone; user turn: all but 7, 8.
     values = {
         turn: {name: record[turn][name]["value"] for name in ("prompt_strict", "constraint_strict")}
@@ -138,6 +142,37 @@ def test_what_must_be_mended_is_said_before_anything_is_asked(says_no: Callable[
     other.write_text(json.dumps(row) + "\n", encoding="utf-8")
     assert "--all-rules" in says_no("ifeval", "--model", "m", "--data", other, *out)
     assert "no number from 1 up" in says_no("ifeval", "--model", "m", "--data", data, "--limit", "0")
+    for temperature in ("-1", "nan", "hot"):
+        assert f"'{temperature}' is no number from 0 up" in says_no(
+            "ifeval", "--model", "m", "--data", data, *out, f"--temperature={temperature}"
+        )
+
+
+async def has_no_system_role(asked: Asked) -> Reply:
+    """As a server whose template refuses the role, Gemma-2's say."""
+    if asked.body["messages"][0]["role"] == "system":
+        return error(400, "System role not supported")
+    return said("A river")
+
+
+def test_a_turn_that_gets_no_answer_at_all_has_no_figures(
+    command: Callable[..., int], says_no: Callable[..., str], tmp_path: Path
+) -> None:
+    """A model whose server refuses every system message doesn't follow 0 % of them: it was never asked."""
+    data, control = write_rows(tmp_path / "s.jsonl", True), write_rows(tmp_path / "u.jsonl", False)
+    with served(has_no_system_role) as server:
+        arguments = ("ifeval", "--model", "m", "--server", server.url, "--data", data, "--control", control,
+                     "--output-dir", tmp_path / "out")  # fmt: skip
+        refusal = says_no(*arguments)
+        assert "none of the 12 prompts with constraints in the system message got an answer" in refusal
+        assert "System role not supported" in refusal
+        assert "--system-role merge_into_user" in refusal
+        assert not (tmp_path / "out" / "ifeval.json").exists()
+        assert command(*arguments, "--system-role", "merge_into_user") == 0
+    record = json.loads((tmp_path / "out" / "ifeval.json").read_text(encoding="utf-8"))
+    assert (
+        record["system"]["prompt_strict"]["value"] == record["user"]["prompt_strict"]["value"] == pytest.approx(8 / 12)
+    )
 
 
 KILLED = """

@@ -94,6 +94,29 @@ def test_each_evaluation_measures_it_and_the_best_checkpoint_listens_most(
     assert "measured at each evaluation on 10 validation rows, against other messages" in report
 
 
+def test_its_lines_are_those_of_the_run_as_it_went_on(
+    recipe_file: Callable[..., Path], held_out: Path, tmp_path: Path
+) -> None:
+    """What was measured after the checkpoint that a run goes on from is there once; another run's is not there."""
+    run = tmp_path / "run"
+    training = TRAINING | {"max_steps": 5, "save_steps": 2, "load_best_model_at_end": ..., "metric_for_best_model": ...}
+    asked = ["--recipe", str(recipe_file(data={"validation": [{"path": str(held_out)}]}, training=training))]
+
+    def measured() -> tuple[list[int], list[float]]:
+        lines = [json.loads(line) for line in (run / "system_gain.jsonl").read_text(encoding="utf-8").splitlines()]
+        return [line["step"] for line in lines], [line["overall"]["gain"]["mean"] for line in lines]
+
+    assert main(asked) == 0
+    steps, gains = measured()
+    assert steps == [0, 1, 2, 3, 4, 5]
+    assert main([*asked, "--resume", str(run / "checkpoint-2")]) == 0
+    assert measured() == (steps, pytest.approx(gains))
+    later = ["--resume", "never", "training.eval_on_start=false", "training.eval_steps=2", "seed=3"]
+    assert main([*asked, *later]) == 0
+    assert measured()[0] == [line["step"] for line in metrics_of(run) if "eval_loss" in line]
+    assert 0 not in measured()[0]
+
+
 def test_a_share_of_the_sources_is_measured_on_the_rows_that_were_held_out(
     recipe_file: Callable[..., Path], held_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

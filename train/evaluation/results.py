@@ -6,7 +6,7 @@ gives measures, the conditions that must agree for two to be compared, and those
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,7 +122,14 @@ def _read_ifeval(kind: str, path: Path, record: Record) -> Results:
             rows = {key: tuple(a - b for a, b in zip(ours[key], theirs[key], strict=True)) for key in ours}
             measures[f"system less user: {of}"] = Measure(gap["mean"], gap["low"], gap["high"], rows=rows or None)
     conditions = {"data": record["data"]["fingerprint"], **record["decoding"]}
-    return Results(kind, path, record["model"], measures, conditions, record["checkers"] | record["respondent"])
+    # What got no answer counts as following nothing: a difference may be the server's.
+    unanswered = {
+        f"without an answer, {turn} turn": record[turn]["endings"].get("no answer", 0)
+        for turn in ("system", "user")
+        if turn in record
+    }
+    notes = record["checkers"] | record["respondent"] | unanswered
+    return Results(kind, path, record["model"], measures, conditions, notes)
 
 
 def _read_harness(kind: str, path: Path, record: Record) -> Results:
@@ -156,7 +163,8 @@ def _read_harness(kind: str, path: Path, record: Record) -> Results:
         "few-shot examples": {score["task"]: score["few_shot"] for score in record["scores"]},
         "versions of the tasks": {score["task"]: score["version"] for score in record["scores"]},
     }
-    notes = {name: options[name] for name in ("system_instruction", "dtype")} | {"lm_eval": record["lm_eval"]}
+    notes = {name: options.get(name) for name in ("system_instruction", "template", "system_role", "dtype")}
+    notes["lm_eval"] = record["lm_eval"]
     return Results(kind, path, record["model"], measures, conditions, notes)
 
 
@@ -165,40 +173,50 @@ def _read_gain(kind: str, path: Path, record: Record) -> Results:
     which = "after" if "after" in models else next(iter(models))
     one = models[which]
     lines = list(_lines(path.with_name(f"{path.stem}_rows.jsonl")))
-    groups = {line["place"]: str(line["instruction"]) for line in lines}
+    texts = record.get("fingerprint")
+    # The same texts come in the same order, wherever they stand; without a fingerprint only the places are known.
+    keys = [str(number) if texts else line["place"] for number, line in enumerate(lines)]
+    groups = {key: str(line["instruction"]) for key, line in zip(keys, lines, strict=True)}
     units = {"gain": "nats", "accuracy": "share", "gain_over_none": "nats", "accuracy_over_none": "share"}
     measures = {}
     for name, unit in units.items():
         given = one["overall"][name]
-        rows = {line["place"]: (line[which][name],) for line in lines}
+        rows = {key: (line[which][name],) for key, line in zip(keys, lines, strict=True)}
         measure = Measure(given["mean"], given["low"], given["high"], unit, rows or None, groups)
         measures[name.replace("_", " ")] = _of_these(measure, path)
     options = record["options"]
-    conditions = {"data": [Path(data).name for data in record["data"]], "rows": one["overall"]["rows"]}
+    conditions = {"texts": texts, "rows": one["overall"]["rows"]}
+    conditions |= {} if texts else {"data": [Path(data).name for data in record["data"]]}
     conditions |= {name: options[name] for name in ("others", "limit", "seed")}
-    notes = {name: options[name] for name in ("template", "system_role")}
+    notes = {name: options.get(name) for name in ("template", "system_role", "dtype")}
     return Results(kind, path, one["model"], measures, conditions, notes)
 
 
 def _read_rules(kind: str, path: Path, record: Record) -> Results:
     rows: dict[str, dict[str, tuple[float, ...]]] = defaultdict(dict)
     groups: dict[str, str] = {}
+    times: Counter[tuple[str, ...]] = Counter()  # a row may be there twice, and counts twice
     for line in _lines(path.with_name("answers.jsonl")):
         system, user = (message["content"] for message in line["messages"][:2])
-        key = json.dumps([line["rule"], system, user])
+        row = (line["held_out"], line["rule"], system, user)
+        key = json.dumps([*row, times[row]])
+        times[row] += 1
         rows[line["held_out"]][key] = (float(line["obeys"][1]),)
         groups[key] = user
+    how = record.get("asked", {})
+    counted = {held_out: of_rule for held_out, of_rule in record.items() if held_out != "asked"}
     measures = {}
-    for held_out, of_rule in record.items():
+    for held_out, of_rule in counted.items():
         count = sum(one["rows"] for one in of_rule.values())
         value = sum(one["after"] for one in of_rule.values()) / count
         name = {"wording": "held-out wordings", "rule": "rules never trained"}.get(held_out, held_out)
         measures[name] = _of_these(Measure(value, None, None, rows=rows[held_out] or None, groups=groups), path)
         for rule, one in of_rule.items():
             measures[f"{name}: {rule}"] = Measure(one["after"] / one["rows"], None, None, detail=True)
-    asked = {held_out: {rule: one["rows"] for rule, one in of_rule.items()} for held_out, of_rule in record.items()}
+    asked = {held_out: {rule: one["rows"] for rule, one in of_rule.items()} for held_out, of_rule in counted.items()}
     conditions = {"rows by rule": asked, "rows": sorted(key for of_kind in rows.values() for key in of_kind)}
-    return Results(kind, path, str(path.parent), measures, conditions, {})
+    conditions["max_new_tokens"] = how.get("max_new_tokens")
+    return Results(kind, path, str(path.parent), measures, conditions, {"checks": how.get("rules")})
 
 
 def _read_bench(kind: str, path: Path, record: Record) -> Results:

@@ -14,22 +14,22 @@ from train.errors import UserError
 class ScoreFile:
     """One line a score: a digest of the model and the tokens, and the sum of ln p. Use it in a `with` block.
 
-    `model`: what tells it from others (`fingerprint`), and its dtype. Half a line, left by a crash, is passed over.
-    Raises UserError where the file can't be written.
+    `model`: what tells it from others (`fingerprint`), and its dtype. What is no such line is passed over: a
+    crash leaves half a one. Raises UserError where the file can't be written.
     """
 
     def __init__(self, path: Path, model: str) -> None:
         self._model = model.encode()
         self._known: dict[str, float] = {}
         try:
-            self._lines = path.open("a+", encoding="utf-8")
+            self._lines = path.open("a+", encoding="utf-8", errors="replace")
         except OSError as fault:
             raise UserError(f"{path} can't be written: {fault.strerror}.") from fault
         self._lines.seek(0)
         for line in self._lines:
-            with suppress(ValueError):  # json's own is one
+            with suppress(ValueError, TypeError):  # json's own is a ValueError; a line may be JSON of another kind
                 key, score = json.loads(line)
-                self._known[key] = score
+                self._known[key] = float(score)
         self._lines.write("\n")  # after half a line
 
     def find(self, row: Encoded) -> float | None:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from train.data.system_variants import Variants
 from train.errors import UserError
 from train.loop.system_gain import MEASURES, system_gain
+from train.loop.tracking import read_metrics
 from train.progress import is_first_rank
 from train.recipe import Recipe
 
@@ -55,8 +56,24 @@ class ValidationGain:
         return found.metrics(f"{prefix}_")
 
     def _keep(self, record: dict[str, Any]) -> None:
+        """Write a line after those of earlier steps, and of this run alone, as metrics.jsonl has it.
+
+        What a run wrote after the checkpoint that it goes on from is measured again, and a run that starts anew in the
+        folder of another has nothing of that one.
+        """
         try:
-            with self._path.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+            kept = [line for line in self._earlier() if line["step"] < record["step"]]
+            unfinished = self._path.with_suffix(".unfinished")  # a full disk must not cost the lines that were there
+            unfinished.write_text("".join(json.dumps(line) + "\n" for line in [*kept, record]), encoding="utf-8")
+            unfinished.replace(self._path)
         except OSError as fault:
             print(f"warning: {self._path} can't be written: {fault.strerror}", flush=True)
+
+    def _earlier(self) -> list[dict[str, Any]]:
+        """The lines that are there, of the steps whose gain metrics.jsonl has, too; all where there is none."""
+        lines = read_metrics(self._path) if self._path.is_file() else []
+        metrics = self._path.with_name("metrics.jsonl")
+        if not metrics.is_file():
+            return lines
+        steps = {line["step"] for line in read_metrics(metrics) if "eval_system_gain" in line}
+        return [line for line in lines if line["step"] in steps]

@@ -77,8 +77,10 @@ def test_two_processes_give_the_figures_of_one(
     config: str | None, recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path
 ) -> None:
     from train.data.chat_template import use_template
+    from train.data.prepare import prepare
     from train.loop.answer_scores import batches
     from train.loop.system_gain import system_gain
+    from train.recipe import load_recipe
 
     chance = random.Random(2)
     text = lambda count: " ".join(chance.choice(WORDS.split()) for _ in range(count))  # noqa: E731
@@ -92,7 +94,7 @@ def test_two_processes_give_the_figures_of_one(
             ]
             lines.write(json.dumps({"messages": [{"role": role, "content": of} for role, of in turns]}) + "\n")
     recipe = recipe_file(
-        data={"validation": 0.25},
+        data={"validation": 0.25, "packing": False},
         training={"per_device_train_batch_size": 1, "num_train_epochs": ..., "max_steps": 1, "bf16": False},
     )
     report = tmp_path / "gain"
@@ -104,6 +106,16 @@ def test_two_processes_give_the_figures_of_one(
     made = variants(path, tokenizer)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     expected = system_gain(model, made)
+    held_out = prepare(load_recipe(recipe), tokenizer).validation.rows
+    assert len(held_out) % 16  # two batches of 8: some places hold a row that is no one's to count
+    losses, tokens = 0.0, 0
+    for row in held_out:
+        ids, labels = torch.as_tensor(row["input_ids"])[None], torch.as_tensor(row["labels"])
+        with torch.no_grad():
+            scores = model(ids).logits[0, :-1].double().log_softmax(-1)
+        trained = labels[1:] != -100
+        losses -= float(scores[trained].gather(1, labels[1:][trained, None]).sum())
+        tokens += int(trained.sum())
     pieces = [piece for row in made for variant in row.all for piece in variant]
     plan = batches([len(piece.ids) for piece in pieces], [1] * len(pieces), 700, 10_000)
     assert len(plan) % 2 == 1  # so one rank has to score a batch more than it has
@@ -114,6 +126,7 @@ def test_two_processes_give_the_figures_of_one(
         assert rank["held"] == sum(whole.values())
         np.testing.assert_allclose(rank["values"], expected.values, atol=1e-5)
         assert rank["record"] == found[0]["record"]
+        assert rank["evaluation"]["eval_loss"] == pytest.approx(losses / tokens, rel=1e-5)
         assert rank["evaluation"]["eval_system_gain"] == pytest.approx(expected.overall.gain.mean, abs=1e-5)
         assert rank["alone"] == found[0]["alone"]
         assert rank["record"]["overall"]["gain"]["low"] == pytest.approx(expected.overall.gain.low, abs=1e-5)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from train.data.loss_mask import labels_of
+from train.data.loss_mask import NOT_TRAINED, labels_of
 from train.data.packing import PackingPlan
 from train.data.token_rows import TokenRows
 
@@ -72,3 +72,26 @@ class Sequences:
         row = int(self._chosen[place])
         ids = self._rows.ids(row)[: self._max_length]
         return ids, labels_of(ids, self._rows.trained(row))
+
+
+class EvenSequences:
+    """`sequences`, and behind them as many that count for nothing as make their number a multiple of `at_once`.
+
+    Where the last batches aren't full, accelerate fills them with the first rows again (`even_batches`), as all ranks
+    must run equally many; in a sum over tokens those would count twice.
+    """
+
+    def __init__(self, sequences: Sequences, at_once: int) -> None:
+        self._sequences = sequences
+        self._count = -(-len(sequences) // at_once) * at_once
+
+    def __len__(self) -> int:
+        """With those that count for nothing."""
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """As of `Sequences`; none of its tokens is labelled where it counts for nothing."""
+        if index < len(self._sequences):
+            return self._sequences[index]
+        item = self._sequences[0]
+        return {**item, "labels": np.full_like(item["labels"], NOT_TRAINED)}

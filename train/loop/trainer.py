@@ -19,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from trl import SFTConfig, SFTTrainer
 
 from train.data.prepare import Prepared
-from train.data.sequences import Sequences
+from train.data.sequences import EvenSequences, Sequences
 from train.data.system_variants import VariantRows
 from train.errors import UserError
 from train.loop import universal
@@ -100,7 +100,9 @@ class JanusTrainer(SFTTrainer):
                 callbacks=callbacks,
             )
         self.train_dataset = data.train.rows
-        self.eval_dataset = data.validation.rows if data.validation else None
+        # Losses that TRL works out are transformers' means of batches: one without labels would be none of a number.
+        at_once = 1 if self._needs_more_than_the_head() else arguments.eval_batch_size * arguments.world_size
+        self.eval_dataset = EvenSequences(data.validation.rows, at_once) if data.validation else None
         self.data_collator = Counting(self.data_collator)
         self.remove_callback(PrinterCallback)
         if recipe.data.packing:

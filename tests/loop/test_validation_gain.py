@@ -111,6 +111,7 @@ def test_its_lines_are_those_of_the_run_as_it_went_on(
     assert steps == [0, 1, 2, 3, 4, 5]
     assert main([*asked, "--resume", str(run / "checkpoint-2")]) == 0
     assert measured() == (steps, pytest.approx(gains))
+    assert [line["step"] for line in metrics_of(run) if "eval_loss" in line] == steps  # that of the start just once
     later = ["--resume", "never", "training.eval_on_start=false", "training.eval_steps=2", "seed=3"]
     assert main([*asked, *later]) == 0
     assert measured()[0] == [line["step"] for line in metrics_of(run) if "eval_loss" in line]

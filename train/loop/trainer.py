@@ -398,7 +398,12 @@ class JanusTrainer(SFTTrainer):
             return super().evaluate(*args, **kwargs)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The evaluation that is due in training; where the run has to stop, it is left to the one that goes on."""
+        """The evaluation that is due in training; where the run has to stop, it is left to the one that goes on.
+
+        That of training.eval_on_start is due where a run begins, not where it goes on.
+        """
+        if kwargs.get("skip_scheduler") and self.state.global_step:
+            return {}
         try:
             if self._preemption.reason:
                 raise StopError

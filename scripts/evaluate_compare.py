@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from train.multifaceted.pairwise import Pairwise
 
 _KINDS = ("gain", "rules", "ifeval", "bench", "harness")
-_AXES = {"share": "share (95 %)", "nats": "nats per token (95 %)", "score": "score (95 %)"}
+_AXES = {
+    "share": "share (95 %)",
+    "points": "difference of shares (95 %)",
+    "nats": "nats per token (95 %)",
+    "score": "score (95 %)",
+}
 
 
 def add_to(commands: Any) -> None:
@@ -32,11 +37,12 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Compare, print the table, write compare.json and compare.png. Raises UserError."""
     from train.evaluation.compare import compare
-    from train.evaluation.results import read_results
+    from train.evaluation.results import read_before, read_results
 
     sides = []
-    for place in (options.first, options.second):
-        found = read_results(place)
+    of_second = read_results(options.second)
+    # What was measured with --before A stands in the folder of B.
+    for place, found in (options.first, read_before(of_second, options.first)), (options.second, of_second):
         kept = {kind: results for kind, results in found.items() if kind in (options.only or _KINDS)}
         if not kept:
             raise UserError(f"{place}: it has {', '.join(found)}, and nothing of --only {' '.join(options.only)}")
@@ -89,7 +95,7 @@ def table(comparison: "Comparison", shown: "Sequence[Pair]", names: tuple[str, s
 
 
 def _measure(measure: "Measure") -> str:
-    scale, digits = (100, 1) if measure.unit == "share" else (1, 3)
+    scale, digits = (100, 1) if measure.unit in ("share", "points") else (1, 3)
     shown = f"{scale * measure.value:.{digits}f}{' %' if measure.unit == 'share' else ''}"
     if measure.low is None or measure.high is None:
         return shown
@@ -97,7 +103,7 @@ def _measure(measure: "Measure") -> str:
 
 
 def _change(pair: "Pair") -> str:
-    scale, digits = (100, 1) if pair.first.unit == "share" else (1, 3)
+    scale, digits = (100, 1) if pair.first.unit in ("share", "points") else (1, 3)
     found = pair.difference
     if found is None:
         return f"{scale * pair.change:+.{digits}f}"

@@ -235,7 +235,8 @@ def write(verdicts: list[Verdict], options: argparse.Namespace) -> None:
             record = {**verdict.row, "answers": verdict.answers, "obeys": verdict.obeys}
             lines.write(json.dumps(record, ensure_ascii=False) + "\n")
     checks = hashlib.blake2b(options.rules.read_bytes(), digest_size=16).hexdigest()
-    figures = {"asked": {"max_new_tokens": options.max_new_tokens, "rules": checks}} | {
+    asked = {"before": str(options.before), "max_new_tokens": options.max_new_tokens, "rules": checks}
+    figures = {"asked": asked} | {
         kind: {rule: dict(zip(("rows", "before", "after"), counts, strict=True)) for rule, counts in of_rule.items()}
         for kind, of_rule in adherence(verdicts).items()
     }

@@ -409,3 +409,43 @@ def test_gain_on_other_rows_or_in_another_dtype_is_told_apart(
     del record["fingerprint"]  # as it was written before there was one
     (same / "gain.json").write_text(json.dumps(record), encoding="utf-8")
     assert "gain: texts is " in says_no("compare", first, same)
+
+
+RULES = """
+class Rule:
+    def check(self, question, answer):
+        return len(answer) % 2 == 0
+RULES = {"even": Rule()}
+"""
+
+
+def test_what_was_measured_with_before_stands_for_the_model_before(
+    command: Callable[..., int], tiny_chat_model: Path, tmp_path: Path, says_no: Callable[..., str]
+) -> None:
+    data, rules = tmp_path / "rows.jsonl", tmp_path / "rules.py"
+    rules.write_text(RULES, encoding="utf-8")
+    turns = [[("system", f"Be {row}."), ("user", f"q {row // 2}"), ("assistant", f"{row} river")] for row in range(8)]
+    rows = [
+        {"messages": [{"role": role, "content": text} for role, text in row], "rule": "even", "held_out": "wording"}
+        for row in turns
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        shutil.copytree(tiny_chat_model, folder)
+    weights = load_file(folders[1] / "model.safetensors")
+    scaled = {name: value * 1.1 for name, value in weights.items()}
+    save_file(scaled, folders[1] / "model.safetensors", {"format": "pt"})
+    assert command("gain", "--before", folders[0], "--model", folders[1], "--data", data) == 0
+    asked = ("--rules", rules, "--data", data, "--max-new-tokens", "6")
+    assert command("rules", "--before", folders[0], "--after", folders[1], *asked) == 0
+    assert command("compare", *folders) == 0
+    found = compared(folders[1])
+    kept = lines(folders[1] / "gain_rows.jsonl")
+    changes = [line["after"]["gain"] - line["before"]["gain"] for line in kept]
+    assert found["gain", "gain"]["paired"]["mean"] == pytest.approx(statistics.fmean(changes))
+    obeys = [line["obeys"] for line in lines(folders[1] / "answers.jsonl")]
+    assert found["rules", "held-out wordings"]["a"]["value"] == sum(before for before, _ in obeys) / 8
+    assert found["rules", "held-out wordings"]["change"] == pytest.approx(sum(b - a for a, b in obeys) / 8)
+    shutil.copytree(tiny_chat_model, tmp_path / "another")
+    assert "there are no results in it" in says_no("compare", tmp_path / "another", folders[1])

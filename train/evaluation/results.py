@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from train.errors import UserError
 
@@ -21,8 +21,8 @@ Record = dict[str, Any]
 class Measure:
     """One figure. `rows`: row -> its numbers, whose mean over all rows is `value`; None where they aren't kept.
 
-    `unit`: "share" (0 to 1), "nats" or "score". `groups`: row -> what is drawn again as a whole; the row itself where
-    it isn't named. `detail`: one of many, which a short table leaves out.
+    `unit`: "share" (0 to 1), "points" (the difference of two shares), "nats" or "score". `groups`: row -> what is drawn
+    again as a whole; the row itself where it isn't named. `detail`: one of many, which a short table leaves out.
     """
 
     value: float
@@ -61,12 +61,31 @@ def read_results(place: Path) -> dict[str, Results]:
     return {results.kind: results for results in found}
 
 
-def _read(path: Path) -> Results:
+def read_before(later: Mapping[str, Results], place: Path) -> dict[str, Results]:
+    """What stands in `place`, and what `later` holds of the model there, which it was measured against (`--before`).
+
+    Raises UserError where there is neither.
+    """
+    before = {kind: found for kind, one in later.items() if (found := _read(one.path, before=True))}
+    known = {kind: one for kind, one in before.items() if Path(one.model).resolve() == place.resolve()}
+    if known and not any((place / kind.file).is_file() for kind in KINDS.values()):
+        return known
+    return known | read_results(place)
+
+
+@overload
+def _read(path: Path) -> Results: ...
+@overload
+def _read(path: Path, *, before: bool) -> Results | None: ...
+def _read(path: Path, *, before: bool = False) -> Results | None:
+    """The results in a file; with `before` those of the model that it was compared with there, if there was one."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         for name, kind in KINDS.items():
             if isinstance(record, dict) and kind.is_one(record):
-                return kind.read(name, path, record)
+                if not before:
+                    return kind.read(name, path, record)
+                return kind.read_before(name, path, record) if kind.read_before else None
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as fault:
         what = getattr(fault, "strerror", None) or f"{type(fault).__name__}: {fault}"
         raise UserError(f"{path}: it and what stands beside it can't be read as results: {what}") from fault
@@ -120,7 +139,7 @@ def _read_ifeval(kind: str, path: Path, record: Record) -> Results:
             gap = record["gap"][name]
             ours, theirs = measures[f"system: {of}"].rows or {}, measures[f"user: {of}"].rows or {}
             rows = {key: tuple(a - b for a, b in zip(ours[key], theirs[key], strict=True)) for key in ours}
-            measures[f"system less user: {of}"] = Measure(gap["mean"], gap["low"], gap["high"], rows=rows or None)
+            measures[f"system less user: {of}"] = Measure(gap["mean"], gap["low"], gap["high"], "points", rows or None)
     conditions = {"data": record["data"]["fingerprint"], **record["decoding"]}
     # What got no answer counts as following nothing: a difference may be the server's.
     unanswered = {
@@ -169,9 +188,15 @@ def _read_harness(kind: str, path: Path, record: Record) -> Results:
 
 
 def _read_gain(kind: str, path: Path, record: Record) -> Results:
-    models = record["models"]
-    which = "after" if "after" in models else next(iter(models))
-    one = models[which]
+    return _gain_of("after" if "after" in record["models"] else next(iter(record["models"])), kind, path, record)
+
+
+def _read_gain_before(kind: str, path: Path, record: Record) -> Results | None:
+    return _gain_of("before", kind, path, record) if "before" in record["models"] else None
+
+
+def _gain_of(which: str, kind: str, path: Path, record: Record) -> Results:
+    one = record["models"][which]
     lines = list(_lines(path.with_name(f"{path.stem}_rows.jsonl")))
     texts = record.get("fingerprint")
     # The same texts come in the same order, wherever they stand; without a fingerprint only the places are known.
@@ -193,6 +218,15 @@ def _read_gain(kind: str, path: Path, record: Record) -> Results:
 
 
 def _read_rules(kind: str, path: Path, record: Record) -> Results:
+    return _rules_of("after", str(path.parent), kind, path, record)
+
+
+def _read_rules_before(kind: str, path: Path, record: Record) -> Results | None:
+    model = record.get("asked", {}).get("before")
+    return _rules_of("before", model, kind, path, record) if model else None
+
+
+def _rules_of(when: str, model: str, kind: str, path: Path, record: Record) -> Results:
     rows: dict[str, dict[str, tuple[float, ...]]] = defaultdict(dict)
     groups: dict[str, str] = {}
     times: Counter[tuple[str, ...]] = Counter()  # a row may be there twice, and counts twice
@@ -201,22 +235,22 @@ def _read_rules(kind: str, path: Path, record: Record) -> Results:
         row = (line["held_out"], line["rule"], system, user)
         key = json.dumps([*row, times[row]])
         times[row] += 1
-        rows[line["held_out"]][key] = (float(line["obeys"][1]),)
+        rows[line["held_out"]][key] = (float(line["obeys"][("before", "after").index(when)]),)
         groups[key] = user
     how = record.get("asked", {})
     counted = {held_out: of_rule for held_out, of_rule in record.items() if held_out != "asked"}
     measures = {}
     for held_out, of_rule in counted.items():
         count = sum(one["rows"] for one in of_rule.values())
-        value = sum(one["after"] for one in of_rule.values()) / count
+        value = sum(one[when] for one in of_rule.values()) / count
         name = {"wording": "held-out wordings", "rule": "rules never trained"}.get(held_out, held_out)
         measures[name] = _of_these(Measure(value, None, None, rows=rows[held_out] or None, groups=groups), path)
         for rule, one in of_rule.items():
-            measures[f"{name}: {rule}"] = Measure(one["after"] / one["rows"], None, None, detail=True)
+            measures[f"{name}: {rule}"] = Measure(one[when] / one["rows"], None, None, detail=True)
     asked = {held_out: {rule: one["rows"] for rule, one in of_rule.items()} for held_out, of_rule in counted.items()}
     conditions = {"rows by rule": asked, "rows": sorted(key for of_kind in rows.values() for key in of_kind)}
     conditions["max_new_tokens"] = how.get("max_new_tokens")
-    return Results(kind, path, str(path.parent), measures, conditions, {"checks": how.get("rules")})
+    return Results(kind, path, model, measures, conditions, {"checks": how.get("rules")})
 
 
 def _read_bench(kind: str, path: Path, record: Record) -> Results:
@@ -250,6 +284,7 @@ class _Kind:
     file: str
     is_one: Callable[[Record], bool]
     read: Callable[[str, Path, Record], Results]
+    read_before: Callable[[str, Path, Record], Results | None] | None = None
 
 
 def _says(kind: str) -> Callable[[Record], bool]:
@@ -257,8 +292,12 @@ def _says(kind: str) -> Callable[[Record], bool]:
 
 
 KINDS = {
-    "gain": _Kind("gain.json", lambda record: "models" in record and "left_out" in record, _read_gain),
-    "rules": _Kind("adherence.json", lambda record: bool({"wording", "rule"} & set(record)), _read_rules),
+    "gain": _Kind(
+        "gain.json", lambda record: "models" in record and "left_out" in record, _read_gain, _read_gain_before
+    ),
+    "rules": _Kind(
+        "adherence.json", lambda record: bool({"wording", "rule"} & set(record)), _read_rules, _read_rules_before
+    ),
     "ifeval": _Kind("ifeval.json", _says("ifeval"), _read_ifeval),
     "bench": _Kind("bench.json", lambda record: "judge" in record and "by_dimension" in record, _read_bench),
     "harness": _Kind("harness.json", _says("harness"), _read_harness),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from report_section import put_section
 
-from train.errors import UserError
+from train.errors import UserError, positive
 from train.recipe import Source
 
 if TYPE_CHECKING:
@@ -39,10 +39,10 @@ def add_to(commands: Any) -> None:
     what = parser.add_argument_group("what is answered")
     what.add_argument("--data", nargs="+", default=[HUB_ID], help=f"rows of the bench (default {HUB_ID})")
     what.add_argument("--split", default="train", help="the split of data that has several (default train)")
-    what.add_argument("--limit", type=_positive, help="the first so many rows: not the whole bench (default all)")
+    what.add_argument("--limit", type=positive, help="the first so many rows: not the whole bench (default all)")
     what.add_argument("--no-system", action="store_true", help="leave the system messages out: the paper's ablation")
     what.add_argument("--responses", metavar="FILE", help="answers that are there already; --model is then a name only")
-    what.add_argument("--best-of", type=_positive, default=1, metavar="N", help="N answers a row, one of them picked")
+    what.add_argument("--best-of", type=positive, default=1, metavar="N", help="N answers a row, one of them picked")
     what.add_argument(
         "--pick-by",
         choices=("first-run", "all-runs", "file"),
@@ -51,7 +51,7 @@ def add_to(commands: Any) -> None:
         "`scores` in the file of --responses",
     )
     drawn = parser.add_argument_group("how answers are drawn (defaults: the paper's)")
-    drawn.add_argument("--max-tokens", type=_positive, default=PAPERS_RESPONSES.max_tokens)
+    drawn.add_argument("--max-tokens", type=positive, default=PAPERS_RESPONSES.max_tokens)
     drawn.add_argument("--temperature", type=float, default=PAPERS_RESPONSES.temperature)
     drawn.add_argument("--top-p", type=float, default=PAPERS_RESPONSES.top_p)
     drawn.add_argument(
@@ -63,13 +63,13 @@ def add_to(commands: Any) -> None:
     judge = parser.add_argument_group("the judge (defaults: the paper's)")
     judge.add_argument("--judge", required=True, metavar="MODEL", help=f"the paper's was {PAPERS_JUDGE}")
     judge.add_argument("--judge-server", action="append", default=[], metavar="URL", help="ask it there; repeatable")
-    judge.add_argument("--judge-concurrency", type=_positive, default=64, help="requests at once to each (default 64)")
+    judge.add_argument("--judge-concurrency", type=positive, default=64, help="requests at once to each (default 64)")
     judge.add_argument("--judge-key-variable", metavar="NAME", help="the environment variable that holds its key")
-    judge.add_argument("--judge-max-tokens", type=_positive, default=PAPERS_DECODING.max_tokens)
+    judge.add_argument("--judge-max-tokens", type=positive, default=PAPERS_DECODING.max_tokens)
     judge.add_argument("--judge-temperature", type=float, default=PAPERS_DECODING.temperature)
     judge.add_argument("--judge-top-p", type=float, default=PAPERS_DECODING.top_p)
     judge.add_argument("--judge-extra", type=_object, default={}, metavar="JSON", help="what else goes into a request")
-    judge.add_argument("--runs", type=_positive, default=PAPERS_RUNS, help=f"runs averaged (default {PAPERS_RUNS})")
+    judge.add_argument("--runs", type=positive, default=PAPERS_RUNS, help=f"runs averaged (default {PAPERS_RUNS})")
     judge.add_argument(
         "--retries", type=_count, default=3, help="how often an answer without a score is asked for again (default 3)"
     )
@@ -92,12 +92,6 @@ def add_to(commands: Any) -> None:
     results.add_argument("--good", type=float, default=GOOD, help=f"a tie is both good from this on (default {GOOD:g})")
     results.add_argument("--seed", type=int, default=0, help="of the intervals (default 0)")
     parser.set_defaults(run=run)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
-    return int(text)
 
 
 def _count(text: str) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.errors import UserError
+from train.report_parts import load_pyplot
 
 if TYPE_CHECKING:
     from train.evaluation.compare import Comparison, Pair
@@ -115,11 +116,7 @@ def _change(pair: "Pair") -> str:
 
 def draw(shown: "Sequence[Pair]", names: tuple[str, str], path: Path) -> None:
     """A panel for each kind and unit, a pair of bars with intervals for each measure, as a PNG."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     panels: dict[tuple[str, str], list[Pair]] = {}
     for pair in shown:
         panels.setdefault((pair.kind, pair.first.unit), []).append(pair)

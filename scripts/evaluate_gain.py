@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from report_section import put_section
 
-from train.errors import UserError
+from train.errors import UserError, positive
 from train.progress import job
 from train.recipe import ModelSection, Source
+from train.report_parts import load_pyplot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,8 +42,8 @@ def add_to(commands: Any) -> None:
         choices=("native", "merge_into_user", "turn"),
         help="as chat.system_role of a recipe (default native: a model that we trained has its policy in its template)",
     )
-    parser.add_argument("--others", type=_positive, default=2, help="other messages for each row, at most (default 2)")
-    parser.add_argument("--limit", type=_positive, help="at most so many rows, drawn by the seed (default all)")
+    parser.add_argument("--others", type=positive, default=2, help="other messages for each row, at most (default 2)")
+    parser.add_argument("--limit", type=positive, help="at most so many rows, drawn by the seed (default all)")
     parser.add_argument(
         "--group", nargs="+", default=[], metavar="COLUMN", help="further columns to tell rows apart by"
     )
@@ -51,7 +52,7 @@ def add_to(commands: Any) -> None:
         choices=("float32", "bfloat16"),
         help="what to compute in (default float32 on a CPU, bfloat16 on a GPU)",
     )
-    parser.add_argument("--batch-tokens", type=_positive, default=8192, help="tokens at a time (default 8192)")
+    parser.add_argument("--batch-tokens", type=positive, default=8192, help="tokens at a time (default 8192)")
     parser.add_argument("--seed", type=int, default=0, help="of the other messages and the intervals (default 0)")
     parser.add_argument(
         "--json",
@@ -60,12 +61,6 @@ def add_to(commands: Any) -> None:
         help="where the figures go; gain.png beside it (default gain.json in the folder of --model)",
     )
     parser.set_defaults(run=run)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
-    return int(text)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -258,11 +253,7 @@ def _about(made: "VariantRows", measured: "dict[str, SystemGain]") -> str:
 
 def draw(measured: "dict[str, SystemGain]", path: Path) -> None:
     """The gain over other messages with its interval, overall and of each group (of many, the largest), as a PNG."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     first = next(iter(measured.values()))
     largest = sorted(first.groups, key=lambda label: -first.groups[label].rows)[:_MOST_BARS]
     labels: list[Label | None] = [None, *sorted(largest)]

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from report_section import put_section
 
-from train.errors import UserError
+from train.errors import UserError, positive
 from train.evaluation.ifeval import SKIPPED, Checkers, Row, Verdict, read_rows, same_rows
 from train.evaluation.ifeval_figures import MEASURES, Share, gaps, gaps_by_rule, shares, shares_by_rule
 from train.evaluation.respondent import add_respondent, respondent_of
 from train.llm.journal import Decoding
 from train.llm.reasoning import without_reasoning
+from train.report_parts import load_pyplot
 
 if TYPE_CHECKING:
     from train.resampling import Estimate
@@ -45,14 +46,14 @@ def add_to(commands: Any) -> None:
     add_respondent(parser)
     parser.add_argument("--data", type=Path, required=True, help="S-IFEval's rows, or IFEval's, as jsonl")
     parser.add_argument("--control", type=Path, help="the same rows with the constraints in the user turn")
-    parser.add_argument("--limit", type=_positive, help="the first rows that count, so many (default all)")
+    parser.add_argument("--limit", type=positive, help="the first rows that count, so many (default all)")
     parser.add_argument(
         "--all-rules",
         action="store_true",
         help=f"score also prompts with {' or '.join(SKIPPED)}, which the official scoring leaves out",
     )
     parser.add_argument(
-        "--max-new-tokens", type=_positive, default=1280, help="longest answer (default 1280, the official one)"
+        "--max-new-tokens", type=positive, default=1280, help="longest answer (default 1280, the official one)"
     )
     parser.add_argument(
         "--temperature", type=_from_zero, default=0.0, help="of the answers (default 0, the official one)"
@@ -60,12 +61,6 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the intervals, and of answers drawn (default 0)")
     parser.add_argument("--output-dir", type=Path, help="where everything goes (default the folder of --model)")
     parser.set_defaults(run=run)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
-    return int(text)
 
 
 def _from_zero(text: str) -> float:
@@ -282,11 +277,7 @@ def section(
 
 def draw(overall: dict[str, dict[str, Share]], of_rule: dict[str, dict[str, dict[str, Share]]], path: Path) -> None:
     """The four measures and the strict share of each rule, with intervals, a bar for each turn, as a PNG."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     bars: dict[str, dict[str, Share]] = {
         turn: {name.replace("_", ", "): share for name, share in overall[turn].items()}
         | {rule: found["strict"] for rule, found in of_rule[turn].items()}

@@ -13,7 +13,8 @@ from typing import Any
 
 from report_section import put_section
 
-from train.errors import UserError
+from train.errors import UserError, positive
+from train.report_parts import load_pyplot
 
 HEADING = "## Does it follow system messages?"
 KINDS = {"wording": "held-out questions and wordings", "rule": "rules never trained"}
@@ -35,15 +36,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--data", type=Path, required=True, help="held-out rows as jsonl")
     parser.add_argument("--before", type=Path, required=True, help="folder of the model before training")
     parser.add_argument("--after", type=Path, required=True, help="folder of the trained model")
-    parser.add_argument("--max-new-tokens", type=_positive, default=96, help="cut of an answer (default 96)")
-    parser.add_argument("--batch-size", type=_positive, default=16, help="answers at a time (default 16)")
+    parser.add_argument("--max-new-tokens", type=positive, default=96, help="cut of an answer (default 96)")
+    parser.add_argument("--batch-size", type=positive, default=16, help="answers at a time (default 16)")
     parser.set_defaults(run=run)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
-    return int(text)
 
 
 def read_rows(path: Path, rules: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -184,11 +179,7 @@ def _quoted(text: str) -> str:
 
 def draw(verdicts: list[Verdict], path: Path) -> None:
     """Adherence before and after, a pair of bars a rule, as a PNG."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     bars = [
         (f"{rule}{' (never trained)' if kind == 'rule' else ''}", old / rows, new / rows)
         for kind, of_rule in reversed(adherence(verdicts).items())

@@ -20,3 +20,10 @@ class CommandLine(argparse.ArgumentParser):
         """Exit with 2."""
         self.print_usage(sys.stderr)
         self.exit(2, f"error: {message}\n")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 up, as an option's `type`."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
+    return int(text)

@@ -67,7 +67,7 @@ def _longest_run(text: str, character: str) -> int:
     return longest
 
 
-def pyplot() -> Any:
+def load_pyplot() -> Any:
     """matplotlib's, which draws into files."""
     import matplotlib as mpl
 

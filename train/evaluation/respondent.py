@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from train.errors import UserError
+from train.errors import UserError, positive
 
 if TYPE_CHECKING:
     from train.llm.server import Server
@@ -44,7 +44,7 @@ def add_respondent(parser: argparse.ArgumentParser) -> None:
     who = parser.add_argument_group("who answers")
     who.add_argument("--model", required=True, help="folder or hub id of a model or an adapter; with --server its name")
     who.add_argument("--server", action="append", default=[], metavar="URL", help="ask it there: http://host:8000/v1")
-    who.add_argument("--concurrency", type=int, default=64, help="requests at once to each server (default 64)")
+    who.add_argument("--concurrency", type=positive, default=64, help="requests at once to each server (default 64)")
     who.add_argument("--key-variable", metavar="NAME", help="the environment variable that holds the server's key")
     who.add_argument("--template", help="as chat.template of a recipe (default: the model's own)")
     who.add_argument(
@@ -60,14 +60,11 @@ def add_respondent(parser: argparse.ArgumentParser) -> None:
         help="what runs a model that is no server's (default transformers); vllm is started for it, and ended",
     )
     who.add_argument("--dtype", choices=("float32", "bfloat16"), help="default float32 on a CPU, bfloat16 on a GPU")
-    who.add_argument("--batch-size", type=int, default=16, help="answers at a time, without a server (default 16)")
+    who.add_argument("--batch-size", type=positive, default=16, help="answers at a time, without a server (default 16)")
 
 
 def respondent_of(options: argparse.Namespace) -> Checkpoint | Served:
     """Who answers, by the options of `add_respondent`. Raises UserError for options that contradict."""
-    for name in ("concurrency", "batch_size"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1")
     if not options.server:
         return Checkpoint(
             options.model,

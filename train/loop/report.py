@@ -12,6 +12,7 @@ from train.loop.preemption import restarts
 from train.loop.tracking import read_metrics
 from train.progress import duration, is_first_rank
 from train.recipe import Recipe
+from train.report_parts import load_pyplot
 
 _MODELS = ("model.safetensors", "pytorch_model.bin")
 
@@ -70,11 +71,7 @@ def model_card(recipe: Recipe) -> str:
 
 def draw_loss(metrics: list[dict[str, Any]], path: Path) -> None:
     """Training and validation loss over the steps, as a PNG of 1,000 x 500 pixels."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(10, 5), dpi=100)
     for key, name, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
         points = [(line["step"], line[key]) for line in metrics if isinstance(line.get(key), float)]
@@ -92,11 +89,7 @@ def draw_loss(metrics: list[dict[str, Any]], path: Path) -> None:
 
 def draw_gain(metrics: list[dict[str, Any]], path: Path) -> None:
     """System gain over the steps with its 95 % interval, as a PNG of 1,000 x 500 pixels."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(10, 5), dpi=100)
     for key, name in (("eval_system_gain", "over other messages"), ("eval_system_gain_over_none", "over no message")):
         lines = [line for line in metrics if isinstance(line.get(key), float)]

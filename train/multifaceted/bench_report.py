@@ -15,6 +15,7 @@ from train.multifaceted.protocol import (
     ROWS_OF_THE_BENCH,
     Protocol,
 )
+from train.report_parts import load_pyplot
 
 HEADING = "## Multifaceted Bench"
 _SAMPLES = 3
@@ -228,11 +229,7 @@ def _shown(one: Mapping[str, Any]) -> str:
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
     """The scores with their intervals, overall, by source and by dimension, as a PNG."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     bars: list[tuple[str, Mapping[str, Any]]] = [("all rows", record["score"])]
     bars += [(f"source: {name}"[:48], one) for name, one in list(record["by_source"].items())[:20]]
     bars += [(f"dimension: {name}"[:48], one) for name, one in record["by_dimension"].items()]

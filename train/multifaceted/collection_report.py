@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from train.multifaceted.preferences import DIMENSIONS
-from train.report_parts import cost, counted, pyplot, quoted, share, table
+from train.report_parts import cost, counted, load_pyplot, quoted, share, table
 
 
 def write_report(folder: Path, facts: Mapping[str, Any], seconds: float | None) -> Path:
@@ -153,7 +153,7 @@ def _number(value: float | None) -> str:
 
 def draw_coverage(facts: Mapping[str, Any], path: Path) -> None:
     """How often each sub-dimension was written, by dimension, as a PNG of 1,000 x 700 pixels."""
-    plots = pyplot()
+    plots = load_pyplot()
     figure, grid = plots.subplots(2, 2, figsize=(10, 7), dpi=100)
     for axes, dimension in zip(grid.flat, DIMENSIONS, strict=True):
         of = facts["coverage"][dimension]["subdimensions"]

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.report_parts import cost, counted, pyplot, quoted, share, table
+from train.report_parts import cost, counted, load_pyplot, quoted, share, table
 from train.sysgen.tags import TAGS
 
 _PHASES = {
@@ -120,7 +120,7 @@ def _sample(sample: Mapping[str, Any]) -> str:
 
 def draw_tags(facts: Mapping[str, Any], path: Path) -> None:
     """Share of messages with each tag, beside what was judged Bad and None, as a PNG of 1,000 x 500 pixels."""
-    plots = pyplot()
+    plots = load_pyplot()
     figure, axes = plots.subplots(figsize=(10, 5), dpi=100)
     rows = facts["rows_with_system_message"] or 1
     judged = max(1, *(sum(facts["tags"][tag]["verdicts"].values()) for tag in TAGS))
@@ -143,7 +143,7 @@ def draw_tags(facts: Mapping[str, Any], path: Path) -> None:
 
 def draw_lengths(facts: Mapping[str, Any], path: Path) -> None:
     """How many times as long the new answers are, row by row, as a PNG of 1,000 x 400 pixels."""
-    plots = pyplot()
+    plots = load_pyplot()
     histogram = facts["characters"]["histogram_of_ratios"]
     edges = histogram["edges"]
     edges = [edges[0] ** 2 / edges[1], *edges, edges[-1] ** 2 / edges[-2]]

@@ -144,7 +144,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def output_folder(options: argparse.Namespace) -> Path:
-    """--output, made where it isn't there, or the folder of the model. Raises UserError."""
+    """--output-dir, made where it isn't there, or the folder of the model. Raises UserError."""
     if options.output_dir is None and not (options.model and Path(options.model).is_dir()):
         raise UserError(f"--model {options.model} is no folder here: say with --output-dir FOLDER where the results go")
     folder: Path = options.output_dir or Path(options.model)

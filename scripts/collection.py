@@ -10,20 +10,17 @@ train/sft.py reads as they are; preference pairs in OUTPUT_DIR/pairs; what they 
 Ctrl-C.
 """
 
-import argparse
 import sys
-import time
 from collections import Counter
 from contextlib import nullcontext
-from pathlib import Path
 
 from train.data.near_duplicates import NearDuplicates
-from train.errors import CommandLine, UserError
+from train.llm import command
 from train.multifaceted.collection import run
 from train.multifaceted.collection_config import CollectionConfig, load_config
+from train.multifaceted.collection_tally import Tally
 from train.multifaceted.instructions import instructions
 from train.multifaceted.preferences import Plan, load_hierarchy
-from train.progress import duration
 
 
 def check(config: CollectionConfig) -> None:
@@ -57,32 +54,11 @@ def check(config: CollectionConfig) -> None:
     print(f"about {requests:,} requests to {config.model}, {places:,} at once, for {sets:,} sets that pass at once")
 
 
-def main() -> int:
-    """Run the command; the exit code."""
-    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="what is to be done: see recipes/")
-    parser.add_argument("--check", action="store_true", help="read the configuration and the rows, and ask nothing")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the configuration by dotted key")
-    options = parser.parse_intermixed_args()
-    started = time.monotonic()
-    try:
-        config = load_config(options.config, options.overrides)
-        if options.check:
-            check(config)
-            return 0
-        done = run(config)
-    except UserError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; what was answered is in the journal, and the same command goes on from here", file=sys.stderr)
-        return 130
-    tally, counts = done.tally, done.counts
+def tell(tally: Tally, time: str) -> None:
+    """Print what became of the instructions and their sets."""
     print(
         f"{tally.written:,} rows and {tally.pairs:,} pairs of {tally.instructions:,} instructions "
-        f"({tally.rows:,} rows read) after {duration(time.monotonic() - started)}"
+        f"({tally.rows:,} rows read) after {time}"
     )
     for what, total, left_out in (
         ("instructions", tally.rows, tally.left_out),
@@ -90,12 +66,11 @@ def main() -> int:
     ):
         for reason, count in left_out.most_common():
             print(f"{what} left out: {count:,} ({count / total:.1%}): {reason}")
-    print(
-        f"{counts.answered:,} answers ({counts.from_journal:,} from the journal), "
-        f"{counts.tries_failed:,} tries repeated"
-    )
-    print(f"read {done.report}")
-    return 0
+
+
+def main() -> int:
+    """Run the command; the exit code."""
+    return command.main(__doc__, load_config, check, run, tell)
 
 
 if __name__ == "__main__":

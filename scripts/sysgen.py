@@ -9,18 +9,15 @@ to in OUTPUT_DIR/report.md. --check reads the configuration and all rows, and as
 train/sft.py; 130 after Ctrl-C.
 """
 
-import argparse
 import sys
-import time
 from collections import Counter
-from pathlib import Path
 
 from train.data.asked_rows import placed_rows
 from train.data.formats import RowFault
-from train.errors import CommandLine, UserError
-from train.progress import duration
+from train.llm import command
 from train.sysgen.config import SysgenConfig, load_config
 from train.sysgen.run import run
+from train.sysgen.tally import Tally
 
 
 def check(config: SysgenConfig) -> None:
@@ -45,38 +42,16 @@ def check(config: SysgenConfig) -> None:
     print(f"about {requests:,} requests to {config.model}, {places:,} at once, if every row passes at the first try")
 
 
-def main() -> int:
-    """Run the command; the exit code."""
-    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="what is to be done: see recipes/")
-    parser.add_argument("--check", action="store_true", help="read the configuration and the rows, and ask nothing")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the configuration by dotted key")
-    options = parser.parse_intermixed_args()
-    started = time.monotonic()
-    try:
-        config = load_config(options.config, options.overrides)
-        if options.check:
-            check(config)
-            return 0
-        done = run(config)
-    except UserError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; what was answered is in the journal, and the same command goes on from here", file=sys.stderr)
-        return 130
-    tally, counts = done.tally, done.counts
-    print(f"{tally.written:,} of {tally.rows:,} rows written after {duration(time.monotonic() - started)}")
+def tell(tally: Tally, time: str) -> None:
+    """Print what became of the rows."""
+    print(f"{tally.written:,} of {tally.rows:,} rows written after {time}")
     for reason, count in tally.left_out.most_common():
         print(f"left out: {count:,} ({count / tally.rows:.1%}): {reason}")
-    print(
-        f"{counts.answered:,} answers ({counts.from_journal:,} from the journal), "
-        f"{counts.tries_failed:,} tries repeated"
-    )
-    print(f"read {done.report}")
-    return 0
+
+
+def main() -> int:
+    """Run the command; the exit code."""
+    return command.main(__doc__, load_config, check, run, tell)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 that asks a model."""
 
 import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -82,3 +84,14 @@ def refuse_in_extra(document: Document, stage: str) -> None:
         json.dumps(extra, allow_nan=False)
     except ValueError:
         document.fault((stage, "extra"), "holds a number that JSON can't (.inf or .nan).")
+
+
+def open_settings(path: str | Path, overrides: Sequence[str], stages: Iterable[str]) -> Document:
+    """The file of a configuration that asks a model, with `key=value` overrides and the faults of its stages noted."""
+    document = Document(Path(path), keys=("model", "servers", "data", "output_dir"))
+    for order, override in enumerate(overrides):
+        document.override(override, order)
+    document.refuse_secrets()
+    for stage in stages:
+        refuse_in_extra(document, stage)
+    return document

@@ -1,8 +1,11 @@
-"""What was asked of a model for one row and stage: answers, tokens, seconds."""
+"""What was asked of a model for one row and stage: answers, tokens, seconds, and what it reasoned before."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 
-from train.llm.journal import Answer
+from train.llm.client import Client
+from train.llm.journal import Answer, Request
+from train.llm.reasoning import without_reasoning
 
 
 @dataclass(slots=True)
@@ -28,3 +31,20 @@ class Spent:
         self.prompt_tokens += other.prompt_tokens
         self.completion_tokens += other.completion_tokens
         self.seconds += other.seconds
+
+
+async def ask(client: Client, request: Request, spent: dict[str, Spent], events: Counter[str]) -> Answer:
+    """The answer without the reasoning before it, which is counted in `events`. Raises as `Client.ask`.
+
+    `spent`: of the row, by stages.
+    """
+    stage = request.stage
+    answer = await client.ask(request)
+    spent.setdefault(stage, Spent()).add(answer)
+    said = without_reasoning(answer.text)
+    if said.unfinished:
+        events[f"{stage}: reasoning without an end, and nothing said"] += 1
+    elif said.reasoning is not None:
+        events[f"{stage}: reasoning taken out"] += 1
+    events[f"{stage}: tags of reasoning left in the text"] += said.holds_reasoning
+    return replace(answer, text=said.text)

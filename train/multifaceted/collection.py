@@ -25,9 +25,8 @@ from train.data.near_duplicates import NearDuplicates
 from train.errors import UserError
 from train.llm.client import Client, Counts, NoAnswerError
 from train.llm.journal import Answer, Journal, Request
-from train.llm.reasoning import without_reasoning
 from train.llm.rows import in_order, progress
-from train.llm.spent import Spent
+from train.llm.spent import ask
 from train.llm.yes_or_no import says_no
 from train.multifaceted import collection_prompts as prompts
 from train.multifaceted.collection_config import CollectionConfig
@@ -213,15 +212,7 @@ class Pipeline:
 
     async def _ask(self, outcome: Outcome, stage: str, turns: Sequence[Mapping[str, Any]], sample: int) -> Answer:
         decoding = getattr(self.config, stage).decoding()
-        answer = await self.client.ask(Request(stage, turns, decoding, sample))
-        outcome.spent.setdefault(stage, Spent()).add(answer)
-        said = without_reasoning(answer.text)
-        if said.unfinished:
-            outcome.events[f"{stage}: reasoning without an end, and nothing said"] += 1
-        elif said.reasoning is not None:
-            outcome.events[f"{stage}: reasoning taken out"] += 1
-        outcome.events[f"{stage}: tags of reasoning left in the text"] += said.holds_reasoning
-        return replace(answer, text=said.text)
+        return await ask(self.client, Request(stage, turns, decoding, sample), outcome.spent, outcome.events)
 
 
 def _unusable(answer: Answer) -> str:

@@ -12,10 +12,9 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 
 from train.data.asked_rows import SourcesSection
-from train.llm.settings import OutputSection, ServerSection, StageSection, refuse_in_extra
+from train.llm.settings import OutputSection, ServerSection, StageSection, open_settings
 from train.multifaceted.filter_rules import Kind
 from train.recipe import Section, Text
-from train.recipe_document import Document
 from train.recipe_faults import validate_settings
 
 STAGES = ("screen", "propose", "describe", "message", "answer")
@@ -139,12 +138,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CollectionCo
 
     Raises UserError with everything that is wrong with the file and the overrides, each with its line and dotted key.
     """
-    document = Document(Path(path), keys=("model", "servers", "data", "output_dir"))
-    for order, override in enumerate(overrides):
-        document.override(override, order)
-    document.refuse_secrets()
-    for stage in STAGES:
-        refuse_in_extra(document, stage)
+    document = open_settings(path, overrides, STAGES)
     if document.section("hierarchy").get("ours") is False and document.section("hierarchy").get("file") is None:
         document.fault(("hierarchy", "ours"), "found false without a `hierarchy.file` to take its place. Name one.")
     return validate_settings(document, CollectionConfig)

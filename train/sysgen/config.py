@@ -11,9 +11,8 @@ from typing import Annotated, Literal
 from pydantic import Field, create_model
 
 from train.data.asked_rows import SourcesSection
-from train.llm.settings import OutputSection, ServerSection, StageSection, refuse_in_extra
+from train.llm.settings import OutputSection, ServerSection, StageSection, open_settings
 from train.recipe import Section, Text
-from train.recipe_document import Document
 from train.recipe_faults import validate_settings
 from train.sysgen.tags import TAGS
 
@@ -150,10 +149,5 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SysgenConfig
 
     Raises UserError with everything that is wrong with the file and the overrides, each with its line and dotted key.
     """
-    document = Document(Path(path), keys=("model", "servers", "data", "output_dir"))
-    for order, override in enumerate(overrides):
-        document.override(override, order)
-    document.refuse_secrets()
-    for stage in ("generate", "verify", "answer", "judge"):
-        refuse_in_extra(document, stage)
-    return validate_settings(document, SysgenConfig)
+    stages = ("generate", "verify", "answer", "judge")
+    return validate_settings(open_settings(path, overrides, stages), SysgenConfig)

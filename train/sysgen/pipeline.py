@@ -19,15 +19,13 @@ counted.
 import asyncio
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from train.data.asked_rows import PlacedRow
 from train.data.formats import Message, RowFault
 from train.llm.client import Client, NoAnswerError
 from train.llm.journal import Answer, Decoding, Request
-from train.llm.reasoning import without_reasoning
-from train.llm.spent import Spent
+from train.llm.spent import ask
 from train.llm.yes_or_no import says_no
 from train.sysgen import prompts
 from train.sysgen.balance import Balance
@@ -257,15 +255,7 @@ class Pipeline:
     async def _ask(
         self, outcome: Outcome, stage: str, messages: Sequence[Mapping[str, Any]], decoding: Decoding, sample: int
     ) -> Answer:
-        answer = await self.client.ask(Request(stage, messages, decoding, sample))
-        outcome.spent.setdefault(stage, Spent()).add(answer)
-        said = without_reasoning(answer.text)
-        if said.unfinished:
-            outcome.events[f"{stage}: reasoning without an end, and nothing said"] += 1
-        elif said.reasoning is not None:
-            outcome.events[f"{stage}: reasoning taken out"] += 1
-        outcome.events[f"{stage}: tags of reasoning left in the text"] += said.holds_reasoning
-        return replace(answer, text=said.text)
+        return await ask(self.client, Request(stage, messages, decoding, sample), outcome.spent, outcome.events)
 
 
 def _up_to_last_answer(turns: Sequence[Message]) -> list[Message]:

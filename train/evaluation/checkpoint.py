@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from train.data.chat_template import use_template
-from train.data.system_role import settle
+from train.data.system_role import SystemRole, settle
 from train.errors import UserError
 from train.evaluation.respondent import Checkpoint
 from train.llm.client import NoAnswerError
@@ -29,6 +30,20 @@ KNOWN_EXTRA = ("top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_n
 _TEXT_FILES = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer.model")
 
 
+def open_tokenizer(model: str, template: str | None, system_role: SystemRole) -> PreTrainedTokenizerBase:
+    """The tokenizer of --model, with the template and policy asked for.
+
+    Raises UserError where there is none, and where its template would lose system messages.
+    """
+    try:
+        tokenizer = load_tokenizer(ModelSection(name_or_path=model))
+    except UserError as fault:
+        raise UserError(str(fault).replace("model.name_or_path", f"--model {model}", 1)) from fault
+    use_template(tokenizer, template)
+    settle(tokenizer, system_role)
+    return tokenizer
+
+
 class OpenCheckpoint:
     """A checkpoint whose tokenizer is there; its weights are loaded with the first batch.
 
@@ -37,12 +52,7 @@ class OpenCheckpoint:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        try:
-            self.tokenizer = load_tokenizer(ModelSection(name_or_path=checkpoint.model))
-        except UserError as fault:
-            raise UserError(str(fault).replace("model.name_or_path", f"--model {checkpoint.model}", 1)) from fault
-        use_template(self.tokenizer, checkpoint.template)
-        settle(self.tokenizer, checkpoint.system_role)
+        self.tokenizer = open_tokenizer(checkpoint.model, checkpoint.template, checkpoint.system_role)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         told_apart = [fingerprint(checkpoint.model), str(self.tokenizer.chat_template), checkpoint.dtype]

@@ -143,19 +143,12 @@ def evaluate(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from train.data.chat_template import use_template
-    from train.data.system_role import settle
-    from train.evaluation.checkpoint import fingerprint
-    from train.model.load import load_saved, load_tokenizer
-    from train.recipe import ModelSection
+    from train.evaluation.checkpoint import fingerprint, open_tokenizer
+    from train.model.load import load_saved
 
     logging.getLogger("lm_eval.models.huggingface").addFilter(_is_helpful)
-    try:
-        tokenizer = load_tokenizer(ModelSection(name_or_path=model))
-    except UserError as fault:
-        raise UserError(str(fault).replace("model.name_or_path", f"--model {model}", 1)) from fault
-    use_template(tokenizer, template)
-    settle(tokenizer, system_role)  # refuses a template that would lose the system message, where the harness drops it
+    # Refuses a template that would lose the system message, where the harness drops it.
+    tokenizer = open_tokenizer(model, template, system_role)
     told_apart = [fingerprint(model), dtype, importlib.metadata.version("lm-eval")]
     digest = hashlib.blake2b(json.dumps(told_apart).encode(), digest_size=8).hexdigest()
     requests = folder / "harness_requests" / digest

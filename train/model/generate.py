@@ -1,6 +1,6 @@
 """Answers from a model in memory, in batches, and where the answers of a saved one stop."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,36 +15,6 @@ class Generated:
     text: str
     tokens: int
     cut: bool
-
-
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[list[dict[str, Any]]],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    on_progress: Callable[[int], None] | None = None,
-) -> list[str]:
-    """The likeliest answer to each conversation, under the tokenizer's own template, in the order asked.
-
-    Decoding is greedy, so the same model gives the same answers; `max_new_tokens` cuts them. Conversations of like
-    length share a batch; `on_progress` hears how many more are answered.
-    """
-    prompts = [
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        for messages in conversations
-    ]
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    answers = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        batch = generate_batch(model, tokenizer, [prompts[index] for index in indices], max_new_tokens=max_new_tokens)
-        for index, generated in zip(indices, batch, strict=True):
-            answers[index] = generated.text
-        if on_progress:
-            on_progress(len(indices))
-    return answers
 
 
 @torch.inference_mode()

@@ -165,6 +165,10 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as fault:
         if is_first_rank():
             print(f"error: {fault}", file=sys.stderr, flush=True)
+        if "torch" in sys.modules:  # else the fault was found before anything was loaded
+            from train.loop.leaving import leave_with_the_others
+
+            leave_with_the_others()
         return 2
     except BrokenPipeError:
         if not options.check:

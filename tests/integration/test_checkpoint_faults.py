@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -347,4 +348,34 @@ def test_a_checkpoint_of_another_distribution_is_refused(
     names = {DDP: "one process or DDP", ZERO3: "DeepSpeed ZeRO-3"}
     expected = f"error: --resume: {checkpoint} was written under {names[written]}, and this run is launched as {names[launched]}"
     assert expected in outcome.output[0]
+    assert "Traceback" not in "".join(outcome.output)
+
+
+def sft_with_rank_1_behind(*arguments: str) -> int:
+    """Rank 1 is still busy with its group as rank 0 finds the fault."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    from train.loop import checkpoint
+
+    check = checkpoint.check_distribution
+
+    def check_late(*given: Any) -> None:
+        if os.environ["RANK"] == "1":
+            time.sleep(3)
+            _get_default_store().add("still here", 1)
+        check(*given)
+
+    checkpoint.check_distribution = check_late
+    return sft(*arguments)
+
+
+def test_a_fault_that_all_ranks_find_ends_none_of_them_while_it_needs_the_others(
+    recipe_of: Callable[..., Path], untouched: Callable[[Kind], Path], tmp_path: Path
+) -> None:
+    recipe = recipe_of(ZERO3, tmp_path / "run", tmp_path / "recipe.yaml")
+    checkpoint = untouched(ZERO3) / "checkpoint-2"
+    job = sft_with_rank_1_behind
+    outcome = start(DDP, recipe, tmp_path / "logs", "--resume", str(checkpoint), job=job)
+    assert outcome.exit_codes == [2, 2]
+    assert "error: --resume" in outcome.output[0]
     assert "Traceback" not in "".join(outcome.output)

@@ -9,7 +9,9 @@ Prefixes aren't computed once for several rows. Between the messages of one row 
 Between siblings the whole prompt under one message is: a cache of it would save 45 % of all tokens on the quickstart's
 short held-out answers (counted), and about a quarter at Multifaceted Collection's lengths (350 tokens of prompt, 500 of
 answer, three siblings). For that, each batch would need two forwards and a cache, which packed kernels, sliding windows
-and models with a state each hold in their own way, and figures would not come from the forward that is trained.
+and models with a state each hold in their own way, and figures would not come from the forward that is trained. It
+doesn't pay: 128 rows of that length under four messages are 435,000 tokens forward, where a step of Janus 7B takes
+262,144 forward and backward, so an evaluation costs about half a step, and a quarter of that could be saved.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from report_section import put_section
 
 from train.errors import UserError, positive
+from train.evaluation.one_at_a_time import alone_in
 from train.recipe import Source
 
 if TYPE_CHECKING:
@@ -116,12 +117,17 @@ def _no_number(name: str) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Answer, judge, and write what came of it. Raises UserError."""
+    folder = _folder(options)
+    _refuse_contradictions(options)
+    with alone_in(folder, "bench"):
+        _measure(options, folder)
+
+
+def _measure(options: argparse.Namespace, folder: Path) -> None:
     from pydantic import ValidationError
 
     from train.multifaceted.bench_rows import read_bench
 
-    folder = _folder(options)
-    _refuse_contradictions(options)
     try:
         sources = [Source(path=path, split=options.split) for path in options.data]
     except ValidationError as fault:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from report_section import put_section
 
 from train.errors import UserError, positive
+from train.evaluation.one_at_a_time import alone_in
 from train.progress import job
 from train.recipe import ModelSection, Source
 from train.report_parts import load_pyplot
@@ -71,6 +72,11 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--model {options.model}: there is no such folder. For a hub id, say --json FILE as well.")
     if not file.parent.is_dir() or file.is_dir():
         raise UserError(f"--json {file}: that is no file in a folder that is there")
+    with alone_in(file.parent, "gain"):
+        _measure_all(options, folder, file)
+
+
+def _measure_all(options: argparse.Namespace, folder: Path, file: Path) -> None:
     names = {"before": options.before, "after": options.model} if options.before else {folder.name: options.model}
     made, texts = rows_for(options, [*names.values()])
     for kind, count in made.left_out.items():

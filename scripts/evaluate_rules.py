@@ -14,6 +14,7 @@ from typing import Any
 from report_section import put_section
 
 from train.errors import UserError, positive
+from train.evaluation.one_at_a_time import alone_in
 from train.report_parts import load_pyplot
 
 HEADING = "## Does it follow system messages?"
@@ -205,6 +206,11 @@ def run(options: argparse.Namespace) -> None:
     rows = read_rows(options.data, known)
     for asked in (options.before, options.after):
         check_folder(asked)
+    with alone_in(options.after, "rules"):
+        _measure(options, known, rows)
+
+
+def _measure(options: argparse.Namespace, known: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
     answers = [answer(folder, rows, options) for folder in (options.before, options.after)]
     verdicts = []
     for row, *texts in zip(rows, *answers, strict=True):

@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NoReturn
 
 
@@ -11,6 +13,20 @@ class UserError(Exception):
     The message is one paragraph without the leading `error:`. It names the file, key or row, says what is allowed
     and what to write instead.
     """
+
+
+@contextmanager
+def naming(options: Mapping[str, str]) -> Iterator[None]:
+    """Errors from inside name what the user typed: `options` stand in the place of the keys that a file would have."""
+    try:
+        yield
+    except UserError as fault:
+        text = str(fault)
+        for key, option in options.items():
+            # The last one: before it stand the words of others, a server's say.
+            before, found, after = text.rpartition(key)
+            text = f"{before}{option}{after}" if found else text
+        raise UserError(text) from fault
 
 
 class CommandLine(argparse.ArgumentParser):

@@ -13,7 +13,7 @@ from typing import Any
 
 from report_section import put_section
 
-from train.errors import UserError, positive
+from train.errors import UserError, naming, positive
 from train.evaluation.one_at_a_time import alone_in
 from train.report_parts import load_pyplot
 
@@ -118,13 +118,14 @@ def answer(folder: Path, rows: list[dict[str, Any]], options: argparse.Namespace
     from train.llm.client import NoAnswerError
     from train.llm.journal import Decoding
 
-    found = respond(
-        Checkpoint(str(folder), dtype="bfloat16", batch_size=options.batch_size),
-        [row["messages"][:-1] for row in rows],
-        Decoding(options.max_new_tokens, temperature=0.0),
-        options.after / "rules.sqlite",
-        description=f"answers of {folder.name}",
-    )
+    with naming({"--model": "--before or --after"}):
+        found = respond(
+            Checkpoint(str(folder), dtype="bfloat16", batch_size=options.batch_size),
+            [row["messages"][:-1] for row in rows],
+            Decoding(options.max_new_tokens, temperature=0.0),
+            options.after / "rules.sqlite",
+            description=f"answers of {folder.name}",
+        )
     texts = []
     for row, [given] in zip(rows, found, strict=True):
         if isinstance(given, NoAnswerError):

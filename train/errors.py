@@ -17,13 +17,16 @@ class UserError(Exception):
 
 @contextmanager
 def naming(options: Mapping[str, str]) -> Iterator[None]:
-    """Errors from inside name what the user typed: `options` stand in the place of the keys that a file would have."""
+    """Errors from inside name what the user typed: `options` holds words of theirs, and what is said in their place.
+
+    Of a word that is there several times the last one is meant. A server that an error quotes may say the same word:
+    where that can be, give a phrase.
+    """
     try:
         yield
     except UserError as fault:
         text = str(fault)
         for key, option in options.items():
-            # The last one: before it stand the words of others, a server's say.
             before, found, after = text.rpartition(key)
             text = f"{before}{option}{after}" if found else text
         raise UserError(text) from fault

@@ -1,13 +1,12 @@
 """What scripts that have a model write data share: their options, their exit codes, and the last lines they print."""
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.errors import CommandLine, UserError
+from train.errors import CommandLine, ending
 from train.progress import duration
 
 
@@ -25,25 +24,19 @@ def main(
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the configuration by dotted key")
     options = parser.parse_intermixed_args()
     started = time.monotonic()
-    try:
+
+    def act() -> None:
         config = load_config(options.config, options.overrides)
         if options.check:
             check(config)
-            return 0
+            return
         done = run(config)
-    except UserError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; what was answered is in the journal, and the same command goes on from here", file=sys.stderr)
-        return 130
-    tell(done.tally, duration(time.monotonic() - started))
-    counts = done.counts
-    print(
-        f"{counts.answered:,} answers ({counts.from_journal:,} from the journal), "
-        f"{counts.tries_failed:,} tries repeated"
-    )
-    print(f"read {done.report}")
-    return 0
+        tell(done.tally, duration(time.monotonic() - started))
+        counts = done.counts
+        print(
+            f"{counts.answered:,} answers ({counts.from_journal:,} from the journal), "
+            f"{counts.tries_failed:,} tries repeated"
+        )
+        print(f"read {done.report}")
+
+    return ending(act, "stopped; what was answered is in the journal, and the same command goes on from here")

@@ -6,8 +6,8 @@
 What a server answers is written down at once: stop it with Ctrl-C or lose the machine, and the same command goes on
 where it was, asking nothing twice. The rows are in OUTPUT_DIR/data, in the columns of Multifaceted Collection, which
 train/sft.py reads as they are; preference pairs in OUTPUT_DIR/pairs; what they amount to in OUTPUT_DIR/report.md.
---check reads the configuration, the hierarchy and all rows, and asks nothing. Exit codes as of train/sft.py; 130 after
-Ctrl-C.
+--check reads the configuration, the hierarchy and all rows, and asks nothing. Exit codes as of train/sft.py, 2 too
+where no row is left to train on; 130 after Ctrl-C.
 """
 
 import sys
@@ -15,6 +15,7 @@ from collections import Counter
 from contextlib import nullcontext
 
 from train.data.near_duplicates import NearDuplicates
+from train.errors import UserError
 from train.llm import command
 from train.multifaceted.collection import run
 from train.multifaceted.collection_config import CollectionConfig, load_config
@@ -48,6 +49,11 @@ def check(config: CollectionConfig) -> None:
         print(f"{count:,} times: {what}")
     for reason, count in left_out.most_common():
         print(f"left out: {count:,} ({count / rows:.1%}): {reason}; the first: {examples[reason]}")
+    if not kept:
+        raise UserError(
+            f"no row becomes an instruction: {command.went(rows, left_out)}. Mend the data, or the settings of "
+            "`filter`."
+        )
     sets = kept * config.sets_per_instruction
     requests = sets * (4 if config.preferences == "proposed" else 3) + kept * config.filter.model
     places = sum(server.concurrency for server in config.servers)
@@ -68,9 +74,14 @@ def tell(tally: Tally, time: str) -> None:
             print(f"{what} left out: {count:,} ({count / total:.1%}): {reason}")
 
 
+def lost(tally: Tally) -> Counter[str]:
+    """How many instructions, and how many sets, each reason left out."""
+    return tally.left_out + Counter({f"{reason} (sets)": count for reason, count in tally.sets_left_out.items()})
+
+
 def main() -> int:
     """Run the command; the exit code."""
-    return command.main(__doc__, load_config, check, run, tell)
+    return command.main(__doc__, load_config, check, run, tell, lost)
 
 
 if __name__ == "__main__":

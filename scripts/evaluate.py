@@ -50,7 +50,7 @@ import evaluate_harness
 import evaluate_ifeval
 import evaluate_rules
 
-from train.errors import CommandLine, UserError
+from train.errors import CommandLine, ending
 from train.loop.noise import leave_out_unhelpful_warnings
 
 
@@ -70,15 +70,10 @@ def main() -> int:
     ):
         command.add_to(commands)
     options = parser.parse_args()
-    try:
-        options.run(options)
-    except UserError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; what was answered or scored is kept, and the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return ending(
+        lambda: options.run(options),
+        stopped="stopped; what was answered or scored is kept, and the same command goes on from here",
+    )
 
 
 if __name__ == "__main__":

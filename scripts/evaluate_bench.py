@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from report_section import put_section
 
-from train.errors import UserError, positive
+from train.errors import UserError, naming, positive
+from train.evaluation.one_at_a_time import alone_in
 from train.recipe import Source
 
 if TYPE_CHECKING:
@@ -116,12 +117,17 @@ def _no_number(name: str) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Answer, judge, and write what came of it. Raises UserError."""
+    folder = _folder(options)
+    _refuse_contradictions(options)
+    with alone_in(folder, "bench"):
+        _measure(options, folder)
+
+
+def _measure(options: argparse.Namespace, folder: Path) -> None:
     from pydantic import ValidationError
 
     from train.multifaceted.bench_rows import read_bench
 
-    folder = _folder(options)
-    _refuse_contradictions(options)
     try:
         sources = [Source(path=path, split=options.split) for path in options.data]
     except ValidationError as fault:
@@ -189,6 +195,7 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
 
 def _refuse_what_can_not_judge(options: argparse.Namespace) -> None:
     """All that would end the run after the model has answered, which may take hours."""
+    from train.evaluation.respondent import server_options
     from train.llm.places import Pauses
     from train.llm.server import ServerLane
     from train.multifaceted.batch_files import read_batch
@@ -197,8 +204,9 @@ def _refuse_what_can_not_judge(options: argparse.Namespace) -> None:
     async def look(server: "Server") -> None:
         await ServerLane(server, Pauses(), patience=0).api.close()
 
-    for server in _judge_servers(options):
-        asyncio.run(look(server))
+    with naming(server_options("judge-")):
+        for server in _judge_servers(options):
+            asyncio.run(look(server))
     read_batch(options.batch_in)
     if options.against:
         read_results(options.against)
@@ -292,6 +300,7 @@ def _judge(
     options: argparse.Namespace, bench: "Bench", responses: "list[list[Response]]", folder: Path
 ) -> "list[JudgedRow]":
     """What the judge says, from its servers or from files of a batch."""
+    from train.evaluation.respondent import server_options
     from train.llm.client import Client
     from train.llm.journal import Journal
     from train.multifaceted.batch_files import JournalAsker, read_batch, write_batch
@@ -306,7 +315,8 @@ def _judge(
     batch = read_batch(options.batch_in)
     with Journal(folder / JOURNAL) as journal:
         if options.judge_server:
-            return asyncio.run(live(journal))
+            with naming(server_options("judge-")):
+                return asyncio.run(live(journal))
         asker = JournalAsker(journal, options.judge, batch)
         judged = asyncio.run(judge_rows(asker, protocol, bench.rows, responses))
     if batch.lines:

@@ -4,20 +4,18 @@ import argparse
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from report_section import put_section
 
-from train.errors import UserError, positive
+from train.errors import UserError, naming, positive
+from train.evaluation.one_at_a_time import alone_in
 from train.progress import job
 from train.recipe import ModelSection, Source
 from train.report_parts import load_pyplot
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from train.data.formats import RowFault
     from train.data.system_variants import Label, Labelled, VariantRows
     from train.loop.system_gain import Figures, SystemGain
@@ -71,6 +69,11 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--model {options.model}: there is no such folder. For a hub id, say --json FILE as well.")
     if not file.parent.is_dir() or file.is_dir():
         raise UserError(f"--json {file}: that is no file in a folder that is there")
+    with alone_in(file.parent, "gain"):
+        _measure_all(options, folder, file)
+
+
+def _measure_all(options: argparse.Namespace, folder: Path, file: Path) -> None:
     names = {"before": options.before, "after": options.model} if options.before else {folder.name: options.model}
     made, texts = rows_for(options, [*names.values()])
     for kind, count in made.left_out.items():
@@ -131,8 +134,10 @@ def rows_for(options: argparse.Namespace, models: list[str]) -> "tuple[VariantRo
     from train.data.system_role import settle
     from train.data.system_variants import Labelled, make_variants, read_labelled
     from train.data.tokenize import RowTokenizer
+    from train.evaluation.checkpoint import tokenizer_of
 
-    tokenizers = {model: _tokenizer(model) for model in models}
+    with naming({"--model": "--model or --before"}):
+        tokenizers = {model: tokenizer_of(model) for model in models}
     tokenizer = tokenizers[models[-1]]
     for model, other in tokenizers.items():
         if other.get_vocab() != tokenizer.get_vocab():
@@ -185,34 +190,14 @@ def fingerprint_of(rows: "Sequence[Labelled | tuple[str, RowFault]]", made: "Var
     return digest.hexdigest()
 
 
-def _tokenizer(model: str) -> "PreTrainedTokenizerBase":
-    from train.model.load import load_tokenizer
-
-    with _named(model):
-        return load_tokenizer(ModelSection(name_or_path=model))
-
-
 def _positions(model: str) -> int | None:
     """How many tokens it was made for; of an adapter, those of its base. Raises UserError where it has no config."""
+    from train.evaluation.checkpoint import base_of
     from train.model.load import load_config
 
-    adapter = Path(model) / "adapter_config.json"
-    with _named(model):
-        try:
-            base = json.loads(adapter.read_bytes())["base_model_name_or_path"] if adapter.is_file() else model
-        except (ValueError, KeyError) as fault:
-            raise UserError(f"model.name_or_path: {adapter} names no base model") from fault
-        config = load_config(ModelSection(name_or_path=base)).get_text_config()
+    with naming({"model.name_or_path": f"--model or --before {model}"}):
+        config = load_config(ModelSection(name_or_path=base_of(model) or model)).get_text_config()
     return getattr(config, "max_position_embeddings", None)
-
-
-@contextmanager
-def _named(model: str) -> Iterator[None]:
-    """Errors name the option, as there is no recipe here."""
-    try:
-        yield
-    except UserError as fault:
-        raise UserError(str(fault).replace("model.name_or_path", f"--model or --before {model}", 1)) from fault
 
 
 def _measure(name: str, made: "VariantRows", file: Path, options: argparse.Namespace) -> "tuple[SystemGain, str]":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from report_section import put_section
 
 from train.errors import UserError
+from train.evaluation.one_at_a_time import alone_in
 
 if TYPE_CHECKING:
     from train.evaluation.harness import Score, Scored
@@ -61,13 +62,18 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--model {options.model} is no folder here: say with --output-dir FOLDER where the results go")
     folder: Path = options.output_dir or Path(options.model)
 
-    from train.evaluation.harness import Tasks, evaluate, task_names
-
-    tasks = Tasks(task_names(options.tasks), options.include_path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
         raise UserError(f"--output-dir {folder}: can't be made: {fault.strerror}") from fault
+    with alone_in(folder, "harness"):
+        _measure(options, folder)
+
+
+def _measure(options: argparse.Namespace, folder: Path) -> None:
+    from train.evaluation.harness import Tasks, evaluate, task_names
+
+    tasks = Tasks(task_names(options.tasks), options.include_path)
     scored = evaluate(
         tasks,
         options.model,

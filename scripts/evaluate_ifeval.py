@@ -15,6 +15,7 @@ from report_section import put_section
 from train.errors import UserError, positive
 from train.evaluation.ifeval import SKIPPED, Checkers, Row, Verdict, read_rows, same_rows
 from train.evaluation.ifeval_figures import MEASURES, Share, gaps, gaps_by_rule, shares, shares_by_rule
+from train.evaluation.one_at_a_time import alone_in
 from train.evaluation.respondent import add_respondent, respondent_of
 from train.llm.journal import Decoding
 from train.llm.reasoning import without_reasoning
@@ -76,6 +77,11 @@ def _from_zero(text: str) -> float:
 def run(options: argparse.Namespace) -> None:
     """Ask, check, and write answers, figures, plot and report. Raises UserError."""
     folder = output_folder(options)
+    with alone_in(folder, "ifeval"):
+        _measure(options, folder)
+
+
+def _measure(options: argparse.Namespace, folder: Path) -> None:
     rows = read_rows(options.data)
     control = same_rows(rows, read_rows(options.control), options.control) if options.control else None
     checkers = Checkers()

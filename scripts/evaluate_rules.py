@@ -13,7 +13,8 @@ from typing import Any
 
 from report_section import put_section
 
-from train.errors import UserError, positive
+from train.errors import UserError, naming, positive
+from train.evaluation.one_at_a_time import alone_in
 from train.report_parts import load_pyplot
 
 HEADING = "## Does it follow system messages?"
@@ -117,13 +118,14 @@ def answer(folder: Path, rows: list[dict[str, Any]], options: argparse.Namespace
     from train.llm.client import NoAnswerError
     from train.llm.journal import Decoding
 
-    found = respond(
-        Checkpoint(str(folder), dtype="bfloat16", batch_size=options.batch_size),
-        [row["messages"][:-1] for row in rows],
-        Decoding(options.max_new_tokens, temperature=0.0),
-        options.after / "rules.sqlite",
-        description=f"answers of {folder.name}",
-    )
+    with naming({"--model": "--before or --after"}):
+        found = respond(
+            Checkpoint(str(folder), dtype="bfloat16", batch_size=options.batch_size),
+            [row["messages"][:-1] for row in rows],
+            Decoding(options.max_new_tokens, temperature=0.0),
+            options.after / "rules.sqlite",
+            description=f"answers of {folder.name}",
+        )
     texts = []
     for row, [given] in zip(rows, found, strict=True):
         if isinstance(given, NoAnswerError):
@@ -205,6 +207,11 @@ def run(options: argparse.Namespace) -> None:
     rows = read_rows(options.data, known)
     for asked in (options.before, options.after):
         check_folder(asked)
+    with alone_in(options.after, "rules"):
+        _measure(options, known, rows)
+
+
+def _measure(options: argparse.Namespace, known: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
     answers = [answer(folder, rows, options) for folder in (options.before, options.after)]
     verdicts = []
     for row, *texts in zip(rows, *answers, strict=True):

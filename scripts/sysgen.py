@@ -6,7 +6,7 @@
 What a server answers is written down at once: stop it with Ctrl-C or lose the machine, and the same command goes on
 where it was, asking nothing twice. The rows are in OUTPUT_DIR/data, which train/sft.py reads as it is; what they amount
 to in OUTPUT_DIR/report.md. --check reads the configuration and all rows, and asks nothing. Exit codes as of
-train/sft.py; 130 after Ctrl-C.
+train/sft.py, 2 too where no row is left to train on; 130 after Ctrl-C.
 """
 
 import sys
@@ -14,6 +14,7 @@ from collections import Counter
 
 from train.data.asked_rows import placed_rows
 from train.data.formats import RowFault
+from train.errors import UserError
 from train.llm import command
 from train.sysgen.config import SysgenConfig, load_config
 from train.sysgen.run import run
@@ -39,6 +40,8 @@ def check(config: SysgenConfig) -> None:
     for kind, count in faults.most_common():
         print(f"warning: {count:,} rows can't be read: {kind}")
     places = sum(server.concurrency for server in config.servers)
+    if rows == faults.total():
+        raise UserError(f"no row can be read: {command.went(rows, faults)}. Mend the data, or name other sources.")
     print(f"about {requests:,} requests to {config.model}, {places:,} at once, if every row passes at the first try")
 
 
@@ -49,9 +52,14 @@ def tell(tally: Tally, time: str) -> None:
         print(f"left out: {count:,} ({count / tally.rows:.1%}): {reason}")
 
 
+def lost(tally: Tally) -> Counter[str]:
+    """How many rows each reason left out."""
+    return tally.left_out
+
+
 def main() -> int:
     """Run the command; the exit code."""
-    return command.main(__doc__, load_config, check, run, tell)
+    return command.main(__doc__, load_config, check, run, tell, lost)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """scripts/evaluate.py: every figure of its report, counted again from the answers it wrote."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -173,3 +174,6 @@ def test_a_folder_without_a_model_is_an_error_before_anything_is_asked(tmp_path:
     command = ["--rules", "rules.py", "--data", "rows.jsonl", "--before", tiny_model, "--after"]
     assert refused(tmp_path, *command, "nowhere") == "nowhere: there is no such model folder"
     assert "empty: can't be loaded: " in refused(tmp_path, *command, "empty")
+    shutil.copy(tiny_model / "config.json", tmp_path / "empty")
+    command[command.index(tiny_model)] = "empty"
+    assert refused(tmp_path, *command, tiny_model).startswith("--before or --after empty: empty can't be loaded: ")

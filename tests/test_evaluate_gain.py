@@ -157,7 +157,7 @@ def test_other_folders_stay_as_they_are_with_json(
     command_line = ["--model", after, "--data", data, "--json", tmp_path / "out" / "of.json", "--limit", "5"]
     assert command("gain", *command_line, "--group", "prompt", "--others", "1") == 0
     assert sorted(path.name for path in after.iterdir()) == before
-    written = ["gain.png", "gain_scores.jsonl", "of.json", "of_rows.jsonl"]
+    written = [".gain.lock", "gain.png", "gain_scores.jsonl", "of.json", "of_rows.jsonl"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == written
     record = json.loads((tmp_path / "out" / "of.json").read_text(encoding="utf-8"))
     assert record["models"]["after"]["overall"]["rows"] == 5

@@ -1,8 +1,12 @@
 """Every file of accelerate_configs/ and ds_configs/, read by those who will read it."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -93,3 +97,34 @@ def test_deepspeed_knows_every_key(path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert read.bfloat16_config.immediate_grad_update
     with pytest.raises(ValueError, match="overlap_com"):  # it does look at the keys
         DeepSpeedZeroConfig(**config["zero_optimization"], overlap_com=True)
+
+
+@pytest.mark.parametrize(("kind", "processes"), [("NO", 1), ("NO", 2), ("MULTI_CPU", 2)])
+def test_a_process_that_was_to_be_one_of_several_says_so(
+    recipe_file: Callable[..., Path], tmp_path: Path, kind: str, processes: int
+) -> None:
+    """accelerate itself starts one process for these, without a word."""
+    config = tmp_path / "launch.yaml"
+    settings = yaml.safe_load((ROOT / "accelerate_configs" / "cpu.yaml").read_text())
+    config.write_text(yaml.safe_dump(settings | {"distributed_type": kind}), encoding="utf-8")
+    launch = [
+        "--config_file",
+        config,
+        "--num_processes",
+        processes,
+        "train/sft.py",
+        "--recipe",
+        recipe_file(),
+        "--check",
+    ]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MASTER_")}
+    for exported in ({}, {"MASTER_ADDR": "node-1", "MASTER_PORT": "20001"} if processes == 1 else {}):
+        result = subprocess.run(
+            [sys.executable, "-m", "accelerate.commands.launch", *map(str, launch)],
+            cwd=ROOT, capture_output=True, text=True, check=False, env=environment | exported,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.endswith("\nready\n")
+        told = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+        assert len(told) == (processes > 1)
+        assert all("--config_file accelerate_configs/ddp.yaml" in line for line in told)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from train.errors import CommandLine, UserError
 from train.json_report import discard_earlier
+from train.launched import alone_by_mistake
 from train.loop.noise import leave_out_unhelpful_warnings
 from train.progress import is_first_rank
 from train.recipe import Recipe, load_recipe
@@ -158,6 +159,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.check and not is_first_rank():
         return 0  # a report needs one process, however many the launcher starts
+    if mistake := alone_by_mistake(os.environ):
+        print(f"warning: {mistake}", file=sys.stderr, flush=True)
     try:
         if options.json is not None:
             options.json = discard_earlier(options.json)

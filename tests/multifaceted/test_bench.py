@@ -436,7 +436,8 @@ def test_what_can_not_be_is_one_error(
     ("changes", "error"),
     [
         ({"judge_key_variable": "NO_SUCH_VARIABLE"}, "set the environment variable NO_SUCH_VARIABLE"),
-        ({"judge_server": "localhost:8000"}, "is no address"),
+        ({"judge_server": "localhost:8000"}, "error: --judge-server 'localhost:8000' is no address"),
+        ({"server": "localhost:8000"}, "error: --server 'localhost:8000' is no address"),
         ({"against": "rows.jsonl"}, "no line of bench_rows.jsonl"),
         ({"judge_server": None, "batch_in": "nowhere.jsonl"}, "nowhere.jsonl: can't be read"),
     ],
@@ -461,6 +462,37 @@ def test_what_keeps_the_judge_from_judging_is_said_before_the_model_is_asked(
         assert command(*arguments) == 2
         assert not server.asked
     assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("refuses", "status", "told"),
+    [
+        ("judge", 401, "name the environment variable that holds it as --judge-key-variable."),
+        ("judge", 404, "--judge-server is probably wrong"),
+        ("judge", 500, "Is --judge-server right"),
+        ("m", 401, "name the environment variable that holds it as --key-variable."),
+        ("m", 404, "--server is probably wrong"),
+    ],
+)
+def test_what_a_server_wants_is_named_as_the_option_that_gives_it(
+    tmp_path: Path, refuses: str, status: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The server's own words stay as they are."""
+    answers = judging(plan)
+
+    async def script(asked: Asked) -> Reply:
+        if asked.path.endswith("/models"):
+            return error(status, "no list")
+        words = "what base_url and key_variable are is my affair"
+        return error(status, words) if asked.body["model"] == refuses else await answers(asked)
+
+    data = write_lines(tmp_path / "rows.jsonl", ROWS[:3])
+    with served(script) as server:
+        assert command(*options(server, data, tmp_path / "out", model="m"), "--server", server.url) == 2
+    _, _, said_last = capsys.readouterr().err.partition("error: ")
+    assert told in said_last
+    assert "what base_url and key_variable are is my affair" in said_last
+    assert "\n" not in said_last.strip()
 
 
 def test_a_response_too_many_is_an_error_and_a_part_is_said_to_be_one(

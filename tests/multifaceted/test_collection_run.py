@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from collection_runs import author_of, configuration, lines, run_file, run_with, write_rows
+from collection_runs import author_of, configuration, lines, run_file, run_with, saying, write_rows
 from scripted_author import FOUR, description, expected, message, number_in, output, preference, row_of
 from scripted_server import Asked, Reply, served
 
@@ -359,3 +359,33 @@ def test_what_the_user_can_mend_is_one_error(
     assert said.out == ""
     assert said.err.startswith("error: ")
     assert told in said.err
+
+
+@pytest.mark.parametrize("said_of_message", [None, ""])
+def test_a_run_that_writes_no_row_says_where_they_went(tmp_path: Path, said_of_message: str | None) -> None:
+    """Rows that can't be read, and instructions whose sets are all lost; however often it is started."""
+    unreadable = said_of_message is None
+    rows = [{"messages": []}, {"text": "x"}] if unreadable else [row_of(0), row_of(1)]
+    source = write_rows(tmp_path / "source.jsonl", rows)
+    folder = tmp_path / "out"
+    with served(saying(message=said_of_message or "")) as server:
+        path = str(configuration(tmp_path, server.url, source))
+        first = command("--config", path)
+        asked = len(server.asked)
+        second = command("--config", path)
+        assert len(server.asked) == asked
+    reasons = Counter(row["reason"] for row in lines(folder / "left_out.jsonl"))
+    assert reasons.total() == (2 if unreadable else 6)
+    for ended in (first, second):
+        assert ended.returncode == 2, ended.stderr
+        assert ended.stderr.startswith("error: no row was written: ")
+        assert ended.stderr.count("\n") == 1
+        for reason, count in reasons.items():
+            assert f"{count}: {reason}" in ended.stderr
+        assert f"{folder / 'left_out.jsonl'}" in ended.stderr
+        assert ended.stdout.startswith("0 rows and 0 pairs of ")
+    assert (folder / "report.md").is_file()
+    checked = command("--config", path, "--check")
+    assert checked.returncode == (2 if unreadable else 0)
+    assert "2 rows, " in checked.stdout
+    assert ("error: no row becomes an instruction: all 2" in checked.stderr) == unreadable

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 import pytest
@@ -224,3 +226,35 @@ def test_another_format_in_the_same_folder_is_an_error(tmp_path: Path) -> None:
     run_with(saying(), tmp_path, [question()])
     with pytest.raises(UserError, match=r"rows.jsonl is of an earlier run with another output.format"):
         run_with(saying(), tmp_path, [question()], output={"format": "parquet"})
+
+
+UNREADABLE = [{"messages": []}, {"text": "x"}, {"messages": [{"role": "user", "content": "x"}]}]
+
+
+@pytest.mark.parametrize("rows", [UNREADABLE, [question(), question("another [2] question?")]])
+def test_a_run_that_writes_no_row_says_where_they_went(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows that can't be read, and rows whose message a gate stops every time; however often it is started."""
+    source = tmp_path / "source.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    folder = tmp_path / "out"
+    with served(saying(generate="no tags at all")) as server:
+        path = str(configuration(tmp_path, server.url, source))
+        first, second = command("--config", path), command("--config", path)
+        asked = len(server.asked)
+        third = command("--config", path)
+        assert len(server.asked) == asked
+    reasons = Counter(row["reason"] for row in lines(folder / "left_out.jsonl"))
+    assert reasons.total() == len(rows)
+    for ended in (first, second, third):
+        assert ended.returncode == 2, ended.stderr
+        assert ended.stderr.startswith(f"error: no row was written: all {len(rows)} were left out (")
+        assert ended.stderr.count("\n") == 1
+        for reason, count in reasons.items():
+            assert f"{count}: {reason}" in ended.stderr
+        assert f"{folder / 'left_out.jsonl'}" in ended.stderr
+        assert f"0 of {len(rows)} rows written after" in ended.stdout
+    assert (folder / "report.md").read_text("utf-8").startswith(f"# out\n\n0 of {len(rows)} rows written")
+    checked = command("--config", path, "--check")
+    assert checked.returncode == (2 if rows is UNREADABLE else 0)
+    assert checked.stdout.startswith(f"{len(rows)} rows")
+    assert ("error: no row can be read: all 3" in checked.stderr) == (rows is UNREADABLE)

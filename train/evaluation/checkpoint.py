@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from train.data.chat_template import use_template
 from train.data.system_role import SystemRole, settle
-from train.errors import UserError
+from train.errors import UserError, naming
 from train.evaluation.respondent import Checkpoint
 from train.llm.client import NoAnswerError
 from train.llm.journal import Answer, Decoding
@@ -29,19 +29,45 @@ KNOWN_EXTRA = ("top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_n
 
 _TEXT_FILES = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer.model")
 
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
+"""What every kind of tokenizer has at least one of."""
+
 
 def open_tokenizer(model: str, template: str | None, system_role: SystemRole) -> PreTrainedTokenizerBase:
-    """The tokenizer of --model, with the template and policy asked for.
+    """The tokenizer of --model (`tokenizer_of`), with the template and policy asked for.
 
     Raises UserError where there is none, and where its template would lose system messages.
     """
-    try:
-        tokenizer = load_tokenizer(ModelSection(name_or_path=model))
-    except UserError as fault:
-        raise UserError(str(fault).replace("model.name_or_path", f"--model {model}", 1)) from fault
+    tokenizer = tokenizer_of(model)
     use_template(tokenizer, template)
     settle(tokenizer, system_role)
     return tokenizer
+
+
+def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of --model; of an adapter's folder without one, its base's. Raises UserError where neither has one.
+
+    peft saves none; our trainer does, as an adapter may be trained under another template than its base's.
+    """
+    base = base_of(model)
+    own = base is None or any(path for kind in _TOKENIZER_FILES for path in Path(model).glob(kind))
+    named = f"--model {model}" if own else f"--model {model} has no tokenizer of its own, nor can its base's be had"
+    with naming({"model.name_or_path": named}):
+        return load_tokenizer(ModelSection(name_or_path=model if own or base is None else base))
+
+
+def base_of(model: str) -> str | None:
+    """The model that an adapter's folder names as its base; None of what is no such folder. Raises UserError."""
+    adapter = Path(model) / "adapter_config.json"
+    if not adapter.is_file():
+        return None
+    try:
+        base = json.loads(adapter.read_bytes())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise UserError(f"--model {model}: {adapter} names no base model")
+    return base
 
 
 class OpenCheckpoint:
@@ -160,11 +186,5 @@ def fingerprint(model: str) -> list[Any]:
         for name in _TEXT_FILES
         if (folder / name).is_file()
     ]
-    adapter = folder / "adapter_config.json"
-    base = None
-    if adapter.is_file():
-        try:
-            base = fingerprint(json.loads(adapter.read_bytes())["base_model_name_or_path"])
-        except (ValueError, KeyError, TypeError) as fault:
-            raise UserError(f"--model {model}: {adapter} names no base model") from fault
-    return [weights, texts, base]
+    base = base_of(model)
+    return [weights, texts, base and fingerprint(base)]

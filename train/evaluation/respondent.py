@@ -63,6 +63,18 @@ def add_respondent(parser: argparse.ArgumentParser) -> None:
     who.add_argument("--batch-size", type=positive, default=16, help="answers at a time, without a server (default 16)")
 
 
+def server_options(prefix: str = "") -> dict[str, str]:
+    """What errors about a server say of a configuration's keys, and the same of the options --`prefix`server and so on.
+
+    For `naming`.
+    """
+    said = ("it as key_variable", "base_url is probably wrong", "Is base_url right", "base_url '")
+    return {
+        words: words.replace("base_url", f"--{prefix}server").replace("key_variable", f"--{prefix}key-variable")
+        for words in said
+    }
+
+
 def respondent_of(options: argparse.Namespace) -> Checkpoint | Served:
     """Who answers, by the options of `add_respondent`. Raises UserError for options that contradict."""
     if not options.server:

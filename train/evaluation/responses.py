@@ -12,9 +12,9 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from train.errors import UserError
+from train.errors import UserError, naming
 from train.evaluation.checkpoint import KNOWN_EXTRA, Messages, OpenCheckpoint
-from train.evaluation.respondent import Checkpoint, Served
+from train.evaluation.respondent import Checkpoint, Served, server_options
 from train.evaluation.vllm_server import vllm_server
 from train.llm.client import Client, NoAnswerError
 from train.llm.journal import Answer, Decoding, Journal, Request
@@ -42,7 +42,8 @@ def respond(
             if respondent.system_role == "merge_into_user":
                 conversations = [merged(messages) for messages in conversations]
             asked = _requests(conversations, decoding, samples, stage)
-            return asyncio.run(_from_servers(respondent, asked, samples, written, description))
+            with naming(server_options()):
+                return asyncio.run(_from_servers(respondent, asked, samples, written, description))
         opened = OpenCheckpoint(respondent)
         if respondent.engine == "vllm":
             with vllm_server(opened) as server:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from train.errors import UserError
-from train.evaluation.checkpoint import OpenCheckpoint
+from train.evaluation.checkpoint import OpenCheckpoint, base_of
 from train.llm.server import Server
 
 _CONCURRENCY = 256
@@ -64,12 +64,12 @@ def _arguments(opened: OpenCheckpoint, folder: Path, port: int) -> list[str]:
     checkpoint = opened.checkpoint
     template = folder / "template.jinja"
     template.write_text(str(opened.tokenizer.chat_template), encoding="utf-8")
-    adapter = Path(checkpoint.model) / "adapter_config.json"
-    if adapter.is_file():
-        about = json.loads(adapter.read_bytes())
-        model = [about["base_model_name_or_path"], "--enable-lora", "--max-lora-rank", str(about.get("r", 16)),
+    base = base_of(checkpoint.model)
+    if base is not None:
+        about = json.loads((Path(checkpoint.model) / "adapter_config.json").read_bytes())
+        model = [base, "--enable-lora", "--max-lora-rank", str(about.get("r", 16)),
                  "--lora-modules", json.dumps({"name": opened.name, "path": checkpoint.model}),
-                 "--tokenizer", checkpoint.model]  # fmt: skip
+                 "--tokenizer", opened.tokenizer.name_or_path]  # fmt: skip
     else:
         model = [checkpoint.model, "--served-model-name", opened.name]
     dtype = ["--dtype", checkpoint.dtype] if checkpoint.dtype else []

@@ -1,13 +1,12 @@
 """What scripts that have a model write data share: their options, their exit codes, and the last lines they print."""
 
 import argparse
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.errors import CommandLine, UserError
+from train.errors import CommandLine, UserError, ending
 from train.progress import duration
 
 
@@ -17,33 +16,44 @@ def main(
     check: Callable[[Any], None],
     run: Callable[[Any], Any],
     tell: Callable[[Any, str], None],
+    lost: Callable[[Any], Mapping[str, int]],
 ) -> int:
-    """Run the command; the exit code. `tell`: print what the tally of a run says, given the time it took."""
+    """Run the command; the exit code.
+
+    `tell`: print what the tally of a run says, given the time it took. `lost`: how often each reason left something
+    out. A run that wrote no row ends with an `error:`, whatever left them out: who trains on it next would be told of
+    an empty file and not why it is empty.
+    """
     parser = CommandLine(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="what is to be done: see recipes/")
     parser.add_argument("--check", action="store_true", help="read the configuration and the rows, and ask nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the configuration by dotted key")
     options = parser.parse_intermixed_args()
     started = time.monotonic()
-    try:
+
+    def act() -> None:
         config = load_config(options.config, options.overrides)
         if options.check:
             check(config)
-            return 0
+            return
         done = run(config)
-    except UserError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; what was answered is in the journal, and the same command goes on from here", file=sys.stderr)
-        return 130
-    tell(done.tally, duration(time.monotonic() - started))
-    counts = done.counts
-    print(
-        f"{counts.answered:,} answers ({counts.from_journal:,} from the journal), "
-        f"{counts.tries_failed:,} tries repeated"
-    )
-    print(f"read {done.report}")
-    return 0
+        tell(done.tally, duration(time.monotonic() - started))
+        counts = done.counts
+        print(
+            f"{counts.answered:,} answers ({counts.from_journal:,} from the journal), "
+            f"{counts.tries_failed:,} tries repeated"
+        )
+        print(f"read {done.report}")
+        if not done.tally.written:
+            left_out, reasons = done.report.with_name("left_out.jsonl"), lost(done.tally)
+            raise UserError(
+                f"no row was written: {went(done.tally.rows, reasons)}. Each is in {left_out}, and {done.report} says "
+                "more. Mend the data or the settings that left them out, and start the same command again."
+            )
+
+    return ending(act, "stopped; what was answered is in the journal, and the same command goes on from here")
+
+
+def went(rows: int, reasons: Mapping[str, int]) -> str:
+    """Where the rows went of which none is left (a source without any is an error of its own)."""
+    return f"all {rows:,} were left out ({'; '.join(f'{count:,}: {reason}' for reason, count in reasons.items())})"

@@ -1,0 +1,146 @@
+"""How commands end where standard output takes nothing: one `error:` and 2, or 1 in silence where nobody reads on."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from scripted_server import Asked, Reply, said, served
+
+ROOT = Path(__file__).parents[1]
+RULES = "class Rule:\n    check = staticmethod(lambda question, text: True)\n\nRULES = {'any': Rule}\n"
+FULL = "error: standard output can't be written: No space left on device.\n"
+
+
+def started(where: str, *command: object) -> tuple[int, str]:
+    """Exit code and standard error of a command whose standard output is full, or a pipe that nobody reads."""
+    if where == "full":
+        output = os.open("/dev/full", os.O_WRONLY)
+    else:
+        read, output = os.pipe()
+        os.close(read)
+    result = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True, check=False, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
+    )  # fmt: skip
+    os.close(output)
+    return result.returncode, result.stderr
+
+
+ENDS = {"full": (2, FULL), "unread": (1, "")}
+needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is needed")
+everywhere = pytest.mark.parametrize("where", [pytest.param("full", marks=needs_full), "unread"])
+
+
+@everywhere
+@pytest.mark.parametrize(
+    "act",
+    [
+        "print('a line')",
+        "print('a line', flush=True)",
+        "print('x' * 1_000_000)",
+        "sys.stdout.writelines(['a', 'line'])",
+    ],
+)
+def test_whatever_is_printed(where: str, act: str) -> None:
+    """A little waits in a buffer until the end, and much does not."""
+    code = f"import sys; from train.errors import ending; sys.exit(ending(lambda: {act}, 'stopped'))"
+    assert started(where, "-c", code) == ENDS[where]
+
+
+@everywhere
+@pytest.mark.parametrize(
+    ("fault", "code", "words"),
+    [("UserError('mend it')", 2, "error: mend it\n"), ("KeyboardInterrupt", 130, "stopped\n")],
+)
+def test_what_else_ends_a_command_is_said_alone(where: str, fault: str, code: int, words: str) -> None:
+    program = f"""
+import sys
+from train.errors import UserError, ending
+def act():
+    print("a line")
+    raise {fault}
+sys.exit(ending(act, "stopped"))
+"""
+    assert started(where, "-c", program) == (code, words)
+
+
+@needs_full
+def test_another_fault_of_the_machine_is_none_of_the_output() -> None:
+    act = "open('/dev/full', 'w').write('x' * 100_000)"
+    code, said_of_it = started(
+        "full", "-c", f"import sys; from train.errors import ending; sys.exit(ending(lambda: {act}, ''))"
+    )
+    assert code == 1
+    assert said_of_it.startswith("Traceback")
+    assert "standard output" not in said_of_it
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    with path.open("w", encoding="utf-8") as lines:
+        for number in range(4):
+            texts = {"system": f"Be {number % 2}.", "user": f"question {number // 2}", "assistant": f"answer {number}"}
+            messages = [{"role": role, "content": text} for role, text in texts.items()]
+            lines.write(json.dumps({"messages": messages, "rule": "any", "held_out": "rule"}) + "\n")
+    return path
+
+
+@everywhere
+def test_evaluations_write_their_results_first(where: str, rows: Path, tiny_chat_model: Path, tmp_path: Path) -> None:
+    evaluate = "scripts/evaluate.py"
+    (tmp_path / "rules.py").write_text(RULES, encoding="utf-8")
+    after = tmp_path / "after"
+    after.mkdir()
+    for path in tiny_chat_model.iterdir():
+        (after / path.name).write_bytes(path.read_bytes())
+    models = ["--rules", tmp_path / "rules.py", "--data", rows, "--before", tiny_chat_model, "--after", after]
+    assert started(where, evaluate, "rules", *models, "--max-new-tokens", "2") == ENDS[where]
+    assert json.loads((after / "adherence.json").read_text("utf-8"))["rule"]["any"]["rows"] == 4
+    assert started(where, evaluate, "gain", "--model", after, "--data", rows) == ENDS[where]
+    assert json.loads((after / "gain.json").read_text("utf-8"))["data"] == [str(rows)]
+    assert started(where, evaluate, "compare", after, after) == ENDS[where]
+    assert json.loads((after / "compare.json").read_text("utf-8"))["measures"]
+
+
+async def good_everything(asked: Asked) -> Reply:
+    """Answers the collection well enough for a row; of SYSGEN, nothing is asked here."""
+    wanted = asked.prompt.rpartition("\n### ")[2].splitlines()[1:]
+    names = [line[2:].partition(",")[0] for line in wanted if line.startswith("- ")]
+    lines = "\n".join(f"{name}: Kind {asked.number} for {place}." for place, name in enumerate(names))
+    return said(lines or f"You are helper {asked.number}.")
+
+
+@pytest.fixture
+def asking(tmp_path: Path) -> Iterator[Path]:
+    """What a configuration of sysgen and collection has in common, and a server."""
+    rows = tmp_path / "plain.jsonl"
+    messages = [{"role": "user", "content": "Which rivers are long?"}, {"role": "assistant", "content": "The Nile."}]
+    rows.write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
+    with served(good_everything) as server:
+        config = {
+            "model": "m",
+            "servers": [{"base_url": server.url}],
+            "data": {"sources": [{"path": str(rows)}]},
+            "output_dir": str(tmp_path / "out"),
+        }
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        yield tmp_path / "config.yaml"
+
+
+@everywhere
+@pytest.mark.parametrize("script", ["sysgen", "collection"])
+def test_what_a_server_was_asked_is_written_first(where: str, script: str, asking: Path, tmp_path: Path) -> None:
+    more = ["message=common", "answers=original"] if script == "sysgen" else []
+    command = [f"scripts/{script}.py", "--config", asking]
+    assert started(where, *command, "--check", *more) == ENDS[where]
+    assert not (tmp_path / "out").exists()
+    assert started(where, *command, *more) == ENDS[where]
+    assert (tmp_path / "out" / "report.md").is_file()
+    assert (tmp_path / "out" / "data" / "rows.jsonl").read_text("utf-8")

@@ -206,6 +206,42 @@ def with_trouble_at(*arguments: str) -> int:
     return sft(*rest)
 
 
+def with_a_full_disk_for_the_tokenizer(*arguments: str) -> int:
+    """Trains on a disk that is full from where the tokenizer of checkpoint 2 is written: `FOLDER,CONTENT`."""
+    *rest, folders = arguments
+    disk = Disk(*map(Path, folders.split(",")))
+    from transformers import PreTrainedTokenizerFast
+
+    save, saved = PreTrainedTokenizerFast._save_pretrained, 0
+
+    def save_full(self: PreTrainedTokenizerFast, *args: Any, **more: Any) -> Any:
+        nonlocal saved
+        saved += 1
+        if saved == 2:
+            disk.fill(room=0)
+        return save(self, *args, **more)
+
+    PreTrainedTokenizerFast._save_pretrained = save_full
+    return sft(*rest)
+
+
+def test_a_disk_that_is_full_for_the_tokenizer_ends_a_run_likewise(
+    recipe_of: Callable[..., Path], disk: Disk, tmp_path: Path
+) -> None:
+    """tokenizers raises a bare Exception of it."""
+    run = disk.folder / "run"
+    recipe = recipe_of(ALONE, run, tmp_path / "recipe.yaml")
+    job = with_a_full_disk_for_the_tokenizer
+    outcome = start(ALONE, recipe, tmp_path / "logs", f"{disk.folder},{disk.content}", job=job)
+    assert outcome.exit_codes == [2]
+    told = outcome.output[0]
+    assert (
+        f"error: output_dir: {run / 'checkpoint-2'} couldn't be written: No space left on device. checkpoint-1" in told
+    )
+    assert "Traceback" not in told
+    assert whole(run) == [1]
+
+
 def trouble(disk: Disk, how: str, step: int, mended: int) -> str:
     return f"{how},{step},{mended},{disk.folder},{disk.content}"
 
@@ -289,7 +325,8 @@ def test_the_best_model_is_one_that_could_be_saved(recipe_of: Callable[..., Path
         training={**training, "load_best_model_at_end": True, "save_total_limit": 1},
         data=data,
     )
-    start(ALONE, recipe, tmp_path / "logs", trouble(disk, "full-300000", 1, 2), job=with_trouble_at).succeeded()
+    started = start(ALONE, recipe, tmp_path / "logs", trouble(disk, "full-300000", 1, 2), job=with_trouble_at)
+    assert "warning: the model of step 1 was the best by loss" in started.succeeded().output[0]
     run = disk.folder / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if line]
     losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}

@@ -34,7 +34,7 @@ _MEANING = {
     _BATCH[1]: f"with {_BATCH[0]}, on all processes",
 }
 """What stands behind a key that nobody changed under that name."""
-_HARMLESS = {
+HARMLESS = {
     "data.cache_dir",
     "data.processes",
     "model.attention",
@@ -68,7 +68,7 @@ class Checkpoint:
 
 def facts_of_recipe(recipe: Recipe) -> dict[str, Any]:
     """The dotted keys of the recipe that decide what a run computes, with their values as JSON has them."""
-    sections = recipe.model_dump(mode="json", exclude={"output_dir", "tracking", "guards", "save", "system_gain"})
+    sections = recipe.model_dump(mode="json", exclude={"output_dir", "tracking", "guards", "save"})
     flat: dict[str, Any] = {}
     for section, values in sections.items():
         for key, value in values.items() if isinstance(values, dict) else [("", values)]:
@@ -124,6 +124,11 @@ def find_checkpoint(resume: str, recipe: Recipe, anyway: Sequence[str] = ()) -> 
     return found
 
 
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The keys that differ between two runs, harmless or not."""
+    return sorted(key for key in before.keys() | now.keys() if _value(before, key) != _value(now, key))
+
+
 def refuse_changes(
     checkpoint: Checkpoint, before: Mapping[str, Any], now: Mapping[str, Any], anyway: Sequence[str]
 ) -> None:
@@ -131,10 +136,15 @@ def refuse_changes(
 
     Raises UserError for differences that change what is computed, unless `anyway` names them.
     """
-    changed = sorted(key for key in before.keys() | now.keys() if _value(before, key) != _value(now, key))
+    changed = changed_keys(before, now)
     meaning = {key: f" ({_MEANING[key]})" if key in _MEANING else "" for key in changed}
     told = {key: f"{key} was {_value(before, key)!r} and is {_value(now, key)!r}{meaning[key]}" for key in changed}
-    refused = [key for key in changed if key not in _HARMLESS and key not in anyway]
+    chosen_by_gain = "system_" in str(_value(now, "training.metric_for_best_model"))
+    refused = [
+        key
+        for key in changed
+        if key not in HARMLESS and key not in anyway and (chosen_by_gain or not key.startswith("system_gain."))
+    ]
     if refused:
         raise UserError(
             f"--resume: {checkpoint.folder} belongs to another run: {'; '.join(told[key] for key in refused)}. Name "

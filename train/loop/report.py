@@ -10,6 +10,7 @@ from train.errors import UserError
 from train.loop.checkpoint import COMPLETE, folders
 from train.loop.preemption import restarts
 from train.loop.tracking import read_metrics
+from train.loop.validation_gain import FILE as GAIN_FILE
 from train.progress import duration, is_first_rank
 from train.recipe import Recipe
 from train.report_parts import load_pyplot
@@ -134,14 +135,14 @@ def write_report(output_dir: Path, screen: str, seconds: float) -> None:
         rows.append((f"validation loss of the saved model (step {loaded[-1]})", _short(validation[loaded[-1]])))
     elif validation:
         rows.append(("validation loss at the end", _short(validation[max(validation)])))
-    gains = {line["step"]: line for line in metrics if "eval_system_gain" in line}
+    gains = _comparable(output_dir, {line["step"]: line for line in metrics if "eval_system_gain" in line})
     picture = ""
     if gains:
         first, last = min(gains), loaded[-1] if loaded and loaded[-1] in gains else max(gains)
         name = "system gain in nats per token" + (f", after step {first} and {last}" if first != last else "")
         shown = [_with_interval(gains[step], "eval_system_gain") for step in dict.fromkeys((first, last))]
         rows.append((name, " -> ".join(shown)))
-        draw_gain(metrics, output_dir / "system_gain.png")
+        draw_gain(list(gains.values()), output_dir / "system_gain.png")
         picture = "\n\n![system gain](system_gain.png)"
     if speeds:
         rows.append(("median speed", f"{speeds[len(speeds) // 2]:,.0f} tokens/s"))
@@ -150,6 +151,13 @@ def write_report(output_dir: Path, screen: str, seconds: float) -> None:
         f"# {output_dir.name}\n\n```\n{screen}\n```\n\n| | |\n|---|---|\n{table}\n\n![loss](loss.png){picture}\n",
         encoding="utf-8",
     )
+
+
+def _comparable(output_dir: Path, gains: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Those measured on as many rows as the last: a run may be gone on with, and others be asked for."""
+    kept = output_dir / GAIN_FILE
+    rows = {line["step"]: line["overall"]["rows"] for line in read_metrics(kept)} if kept.is_file() else {}
+    return {step: line for step, line in gains.items() if rows.get(step) == rows.get(max(gains))}
 
 
 def _with_interval(metrics: Mapping[str, Any], key: str) -> str:

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from train.data.prepare import Prepared
 from train.loop import universal
+from train.loop.best import BestModel
 from train.loop.checkpoint import UNSHARDED, Checkpoint, facts_of_recipe, sequences_per_step
 from train.progress import is_first_rank
 
@@ -33,11 +34,11 @@ class RunState(TrainerCallback):
         self._trainer = trainer
         self.evaluation_is_due = False
         """Whether an evaluation was given up as the run had to stop."""
-        self.best_saved: tuple[float | None, int | None, str | None] = (None, None, None)
-        """Metric, step and folder of the best model as of the last checkpoint that was written."""
+        self.best = BestModel(trainer)
         self.schedule_was_held = False
         """Whether DeepSpeed left the step out that is ending."""
-        self._going_on: Path | None = None
+        self._going_on: Checkpoint | None = None
+        self._loaded_from = Path()
         self._learning_rate: float | None = None
         self._epoch_ends = False
         """Whether the end of an epoch follows on this step: what is due there hasn't been done."""
@@ -45,10 +46,10 @@ class RunState(TrainerCallback):
 
     def go_on_from(self, checkpoint: Checkpoint) -> Path:
         """Take up the state in this checkpoint when training begins. The folder that it is to be loaded from."""
-        self._going_on = self.loadable(checkpoint)
-        if universal.is_universal(self._going_on):
+        self._going_on, self._loaded_from = checkpoint, self.loadable(checkpoint)
+        if universal.is_universal(self._loaded_from):
             universal.expect(self._trainer.accelerator.state.deepspeed_plugin)
-        return self._going_on
+        return self._loaded_from
 
     def loadable(self, checkpoint: Checkpoint) -> Path:
         """The checkpoint's folder; in the form for any number of processes where DeepSpeed wrote it on another."""
@@ -143,8 +144,8 @@ class RunState(TrainerCallback):
         if self._going_on is None:
             return
         self._over = state.global_step >= state.max_steps
-        trainer, checkpoint = self._trainer, self._going_on
-        states = {int(path.stem.rpartition("_")[2]): path for path in checkpoint.glob("run_state_*.json")}
+        trainer = self._trainer
+        states = {int(path.stem.rpartition("_")[2]): path for path in self._loaded_from.glob("run_state_*.json")}
         read = {rank: json.loads(path.read_text(encoding="utf-8")) for rank, path in states.items()}
         rank, ranks = args.process_index, args.world_size
         losses = [one["loss"] for one in read.values()]
@@ -156,9 +157,8 @@ class RunState(TrainerCallback):
         for one in own[:1]:
             trainer._guards.load(one["recent_losses"])
         self.forget_other_forms()
+        self.best.go_on_from(self._going_on)
         self._going_on = None
-        self._find_best(state, checkpoint.parent)
-        self.best_saved = (state.best_metric, state.best_global_step, state.best_model_checkpoint)
         if read[0]["evaluation_is_due"]:
             metrics = trainer._evaluate(None, None)
             if trainer._determine_best_metric(metrics, None) and args.save_strategy == "best":
@@ -168,20 +168,11 @@ class RunState(TrainerCallback):
             trainer.end_epoch(read[0]["grad_norm"], read[0]["learning_rate"])
             self._over = over
 
-    def _find_best(self, state: TrainerState, beside: Path) -> None:
-        """Where the best checkpoint lies now: its folder may have been moved, or the one gone on from copied."""
-        if not state.best_global_step:
-            return
-        recipe, name = self._trainer._recipe, f"checkpoint-{state.best_global_step}"
-        parents = (recipe.output_dir, beside, recipe.save.mirror_dir)
-        found = [path for parent in parents if parent and (path := Path(parent, name)).is_dir()]
-        state.best_model_checkpoint = str(found[0]) if found else None
-        if not found and self._trainer.args.load_best_model_at_end and is_first_rank():
-            print(
-                f"warning: the best model so far, {name} (eval metric {state.best_metric:.4f}), is not in output_dir "
-                "any more: unless a later one is better, the last model is what this run ends with.",
-                flush=True,
-            )
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say where the run doesn't end with the model that it was to end with."""
+        self.best.tell()
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

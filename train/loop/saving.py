@@ -7,6 +7,7 @@ goes wrong on one process is known to all before any goes on (nanochat#336 and t
 import errno
 import fcntl
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Mapping
@@ -40,7 +41,6 @@ _SET_ASIDE = "set-aside"
 _RESOLVED = "recipe.yaml"
 """What every run leaves in its folder as it begins."""
 _LOCK = ".lock"
-GO_ON = "Make room or mend the disk, then start again: the run goes on from its newest checkpoint."
 _SMALL_FILES = 2**19
 """Bytes, and more than all files take that hold no weights and no states."""
 
@@ -163,11 +163,18 @@ class Saver:
         untouched = f"{newest.name} is untouched." if newest else "No whole one is there before it."
         message = f"output_dir: {self._folder / name} couldn't be written: {fault}. {untouched}"
         if self._settings.on_error == "error":
-            raise UserError(f"{message} {GO_ON} Training goes on after such a fault where save.on_error is `warn`.")
+            raise UserError(
+                f"{message} {self.how_to_go_on()} Training goes on after such a fault where save.on_error is `warn`."
+            )
         if is_first_rank():
             then = "The run stops without it" if stopping else "Training goes on"
             print(f"warning: {message} {then} (save.on_error: warn).", flush=True)
         return False
+
+    def how_to_go_on(self) -> str:
+        """What to do about a disk, and what the next start begins with."""
+        then = "goes on from its newest checkpoint" if _whole(self._folder) else "starts anew, as it has no checkpoint"
+        return f"Make room or mend the disk, then start again: the run {then}."
 
     def close(self) -> None:
         """Wait for the copy that is under way, if any."""
@@ -185,6 +192,11 @@ class Saver:
         except (UserError, SafetensorError, RuntimeError) as found:  # PyTorch's and safetensors' own of a full disk
             full = self._full() and not isinstance(found, UserError)
             fault = os.strerror(errno.ENOSPC) if full else " ".join(str(found).split())[:500]
+        except Exception as found:
+            rust = re.search(r"\(os error (\d+)\)", str(found))
+            if type(found) is not Exception or rust is None:
+                raise
+            fault = os.strerror(int(rust[1]))  # the tokenizers', which knows no OSError
         faults = [one for one in gather_object([fault]) if one]
         return faults[0].rstrip(".") if faults else None
 

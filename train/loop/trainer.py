@@ -33,7 +33,7 @@ from train.loop.preemption import Preemption, StopError, StopWhenAsked
 from train.loop.report import model_card
 from train.loop.run_state import RunState, files_expected
 from train.loop.saved import check_saved
-from train.loop.saving import GO_ON, Saver
+from train.loop.saving import Saver
 from train.loop.throughput import HELD, Counting, Held, Sums, Throughput
 from train.loop.validation_gain import ValidationGain
 from train.model.adapters import check_modules_to_save, lora_config
@@ -184,7 +184,8 @@ class JanusTrainer(SFTTrainer):
         folder = Path(output_dir or self.args.output_dir)
         for act in (lambda: save(str(folder), False), lambda: self._check_weights(folder), self.create_model_card):
             if fault := self._saver.first_fault(act):
-                raise UserError(f"output_dir: the model couldn't be saved in {folder}: {fault}. {GO_ON}")
+                go_on = self._saver.how_to_go_on()
+                raise UserError(f"output_dir: the model couldn't be saved in {folder}: {fault}. {go_on}")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """transformers' files of them; DeepSpeed's are written where no process waits for another."""
@@ -206,6 +207,8 @@ class JanusTrainer(SFTTrainer):
 
     def _load_best_model(self) -> None:
         """transformers' loading, under DeepSpeed also of one that another number of processes wrote."""
+        if self._run_state.best.is_in_memory():
+            return
         if not self.is_deepspeed_enabled:
             super()._load_best_model()
             return
@@ -378,12 +381,11 @@ class JanusTrainer(SFTTrainer):
                         raise UserError(f"{file} was not written")
             self._check_weights(folder)
 
-        state = self.state
         stopping = self._preemption.reason is not None
         if self._saver.save(step, write, check, self._run_state.manifest, best_name, stopping=stopping):
-            self._run_state.best_saved = (state.best_metric, state.best_global_step, state.best_model_checkpoint)
-        elif best == step:  # the best model that there is, is the one before
-            state.best_metric, state.best_global_step, state.best_model_checkpoint = self._run_state.best_saved
+            self._run_state.best.was_saved()
+        else:
+            self._run_state.best.was_not_saved()
 
     def end_epoch(self, grad_norm: float, learning_rate: float | None) -> None:
         """Do what is due at the end of an epoch, after whose last step the run was killed."""

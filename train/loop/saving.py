@@ -5,11 +5,9 @@ goes wrong on one process is known to all before any goes on (nanochat#336 and t
 """
 
 import errno
-import fcntl
 import os
 import re
 import shutil
-import socket
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -22,6 +20,7 @@ from safetensors import SafetensorError
 
 from train.data.cache import sync
 from train.errors import UserError
+from train.folder_lock import HeldError, hold
 from train.loop.checkpoint import (
     COMPLETE,
     Checkpoint,
@@ -48,29 +47,20 @@ _SMALL_FILES = 2**19
 def keep_others_out(output_dir: str) -> TextIO | None:
     """Lock the folder of a run, which is made if need be, for as long as what this returns stays open.
 
-    Raises UserError where another run is in it, or where it can't be written. The lock goes with the process, however
-    it ends, and its children don't have it (POSIX's do both); where the file system has none, nobody is kept out.
+    Raises UserError where another run is in it, or where it can't be written.
     """
     if not is_first_rank():
         return None
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        lock = Path(output_dir, _LOCK).open("a+", encoding="utf-8")  # noqa: SIM115
+        return hold(Path(output_dir, _LOCK))
+    except HeldError as holder:
+        raise UserError(
+            f"output_dir: another run is writing to {output_dir} ({holder}). Wait for its end, stop it, or name "
+            "another folder."
+        ) from holder
     except OSError as fault:
         raise UserError(f"output_dir: {output_dir} can't be written: {fault.strerror}. Name another folder.") from fault
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-    except OSError as fault:
-        if fault.errno in (errno.EACCES, errno.EAGAIN):
-            lock.seek(0)
-            raise UserError(
-                f"output_dir: another run is writing to {output_dir} ({lock.read() or 'unknown'}). Wait for its end, "
-                "stop it, or name another folder."
-            ) from fault
-    return lock
 
 
 class Saver:

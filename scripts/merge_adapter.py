@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from train.errors import CommandLine, UserError
+from train.errors import CommandLine, UserError, ending
 
 if TYPE_CHECKING:
     import torch
@@ -147,12 +147,8 @@ def merge(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit code."""
-    try:
-        merge(parse(arguments))
-    except UserError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2
-    return 0
+    options = parse(arguments)
+    return ending(lambda: merge(options), "stopped; start the same command again")
 
 
 if __name__ == "__main__":

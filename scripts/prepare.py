@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from train.errors import CommandLine, UserError
+from train.errors import CommandLine, ending
 from train.loop.noise import leave_out_unhelpful_warnings
 from train.progress import duration
 from train.recipe import load_recipe
@@ -55,17 +55,7 @@ def main() -> int:
     parser.add_argument("--recipe", required=True, type=Path, metavar="FILE", help="the recipe that will be trained")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the recipe by dotted key")
     options = parser.parse_intermixed_args()
-    try:
-        run(options.recipe, options.overrides)
-    except UserError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        return 1  # who read what it prints has left, and knows it
-    except KeyboardInterrupt:
-        print("stopped; nothing half-made was kept", file=sys.stderr)
-        return 130
-    return 0
+    return ending(lambda: run(options.recipe, options.overrides), "stopped; nothing half-made was kept")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from train.errors import CommandLine, UserError
+from train.errors import CommandLine, UserError, ending
 from train.loop.noise import leave_out_unhelpful_warnings
 from train.recipe import Recipe, Source, load_recipe
 
@@ -335,12 +335,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     leave_out_unhelpful_warnings()
     options = parse(arguments)
-    try:
-        submit(options)
-    except UserError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2
-    return 0
+    return ending(lambda: submit(options), "stopped; squeue shows whether a job was submitted")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import asyncio
 import email.utils
+import re
 import sqlite3
 import time
 from pathlib import Path
@@ -10,8 +11,11 @@ import pytest
 from client_runs import SHORT, about, echo, run
 from scripted_server import Asked, Reply, ScriptedServer, error
 
+from train.errors import UserError
+from train.llm import rows as rows_module
 from train.llm.client import Client
 from train.llm.journal import Journal
+from train.llm.rows import progress
 from train.llm.server import Server
 
 
@@ -40,6 +44,114 @@ def test_retry_after_is_obeyed(tmp_path: Path, form: str, status: int) -> None:
     run(script, work, tmp_path, concurrency=1)
     assert len(asked_at) == 3
     assert all(at >= due[0] - 0.01 for at in asked_at[1:])
+
+
+def in_an_hour() -> str:
+    return email.utils.formatdate(time.time() + 3600, usegmt=True)
+
+
+@pytest.mark.parametrize("header", ["3600", None])
+def test_a_server_that_asks_for_an_hour_gets_it_and_the_log_says_so_at_once(
+    tmp_path: Path, header: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rows_module, "SECONDS_BETWEEN_LINES", 1e9)  # no line but one that has a reason of its own
+
+    async def script(asked: Asked) -> Reply:
+        if asked.prompt == "good":
+            return await echo(asked)
+        return error(429, "out of breath", headers={"Retry-After": header or in_an_hour()})
+
+    async def work(client: Client, servers: list[ScriptedServer]) -> None:
+        await client.ask(about("good"))  # a server that has answered, and objects at 2 a.m.
+        shown = ""
+        async with progress("rows", 10, client):
+            asking = asyncio.create_task(client.ask(about("hi")))
+            while "\n" not in shown:
+                await asyncio.sleep(0.01)
+                shown += capsys.readouterr().out
+            asking.cancel()
+        assert re.fullmatch(
+            rf"rows: 0 of 10 rows .*; {servers[0].url}: 429 Said: out of breath, for [01]s, "
+            r"next try in (1h00m|59m5\ds)\n",
+            shown,
+        )
+        assert servers[0].prompts()["hi"] == 1
+
+    run(script, lambda client, servers: asyncio.wait_for(work(client, servers), 60), tmp_path)
+
+
+YEARS = {
+    "seconds": {"Retry-After": "99999999"},
+    "a day and a second": {"Retry-After": "86401"},
+    "milliseconds": {"Retry-After-Ms": "99999999999"},
+    "no number that anyone writes": {"Retry-After": "9" * 300},
+    "a date": {"Retry-After": "Wed, 21 Oct 9999 07:28:00 GMT"},
+}
+
+
+@pytest.mark.parametrize("headers", YEARS.values(), ids=YEARS)
+def test_a_server_that_asks_for_years_is_asked_again_and_that_is_told(tmp_path: Path, headers: dict[str, str]) -> None:
+    clients: list[Client] = []
+    told: list[str] = []
+
+    async def script(asked: Asked) -> Reply:
+        if not asked.times:
+            return error(429, "out of breath", headers=headers)
+        told.extend(clients[0].troubles())
+        return await echo(asked)
+
+    async def work(client: Client, servers: list[ScriptedServer]) -> None:
+        clients.append(client)
+        assert (await asyncio.wait_for(client.ask(about("hi")), 30)).text == "re: hi"
+
+    run(script, work, tmp_path)
+    [line] = told
+    assert "429 Said: out of breath (its Retry-After is not obeyed: it asks for more than 1d00h), for 0s" in line
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_server_that_never_let_anything_through_is_given_up_after_the_longest_wait(
+    tmp_path: Path, status: int
+) -> None:
+    async def script(asked: Asked) -> Reply:
+        return await echo(asked) if asked.prompt == "good" or asked.times > 50 else error(status, "out of breath.")
+
+    async def only_refused(client: Client, servers: list[ScriptedServer]) -> None:
+        with pytest.raises(UserError) as failure:
+            await client.ask(about("hi"))
+        assert re.fullmatch(
+            rf"{servers[0].url} has answered nothing so far; for \d+s it said: {status} Said: out of breath\. "
+            r"Start the same command when it takes requests again, or name another server\.",
+            str(failure.value),
+        )
+
+    async def a_good_one_first(client: Client, servers: list[ScriptedServer]) -> None:
+        await client.ask(about("good"))
+        assert (await client.ask(about("hi"))).text == "re: hi"
+
+    run(script, only_refused, tmp_path, longest_wait=0.02)
+    run(script, a_good_one_first, tmp_path, longest_wait=0.02)
+
+
+def test_the_first_objection_before_any_answer_is_in_the_log_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rows_module, "SECONDS_BETWEEN_LINES", 1e9)
+
+    async def script(asked: Asked) -> Reply:
+        return error(429, "out of breath")
+
+    async def work(client: Client, servers: list[ScriptedServer]) -> None:
+        shown = ""
+        async with progress("rows", 10, client):
+            asking = asyncio.create_task(client.ask(about("hi")))
+            while "\n" not in shown:
+                await asyncio.sleep(0.01)
+                shown += capsys.readouterr().out
+            asking.cancel()
+        assert f"; {servers[0].url}: 429 Said: out of breath, for " in shown
+
+    run(script, lambda client, servers: asyncio.wait_for(work(client, servers), 60), tmp_path)
 
 
 def test_a_server_that_takes_requests_again_is_no_longer_told_of_as_out_of_reach(tmp_path: Path) -> None:

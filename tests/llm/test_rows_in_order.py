@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import random
+import re
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -133,7 +134,9 @@ def test_leaving_early_cancels_what_is_at_work() -> None:
 
 
 def a_client() -> SimpleNamespace:
-    return SimpleNamespace(counts=Counts(), in_flight=64, troubles=lambda: ["http://a/v1: 429 Busy, for 3s"])
+    return SimpleNamespace(
+        counts=Counts(), in_flight=64, troubles=lambda: ["http://a/v1: 429 Busy, for 3s"], waits_for=lambda: set()
+    )
 
 
 def test_the_line_tells_rows_speed_failures_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,6 +175,26 @@ def test_the_line_is_shown_while_it_runs(
                 await asyncio.sleep(0.01)
                 if "4 of 10 rows (40%)" in capsys.readouterr().out:
                     return
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_a_narrow_terminal_shows_what_the_servers_have_against_it_to_its_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    client = a_client()
+    trouble = "http://a/v1: 429 Too Many Requests: wait for your turn, for 3s, next try in 59m57s"
+    client.troubles = lambda: [trouble]
+
+    async def run() -> None:
+        shown = ""
+        async with progress("sysgen", 10, client):
+            while "59m57s" not in shown:
+                await asyncio.sleep(0.01)
+                shown += "".join(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out).split())
+        assert "".join(trouble.split()) in shown.replace("━", "")
 
     asyncio.run(asyncio.wait_for(run(), 30))
 

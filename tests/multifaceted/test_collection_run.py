@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from collection_runs import author_of, configuration, lines, run_file, run_with, saying, write_rows
 from scripted_author import FOUR, description, expected, message, number_in, output, preference, row_of
-from scripted_server import Asked, Reply, served
+from scripted_server import Asked, Reply, error, served
 
 from train.data.sources import conversations
 from train.data.system_variants import labels_of
@@ -359,6 +359,32 @@ def test_what_the_user_can_mend_is_one_error(
     assert said.out == ""
     assert said.err.startswith("error: ")
     assert told in said.err
+
+
+@pytest.mark.parametrize("screened", [False, True])
+def test_the_servers_own_words_are_told_where_it_refused_everything(tmp_path: Path, screened: bool) -> None:
+    """Whether each set fails, or (`filter.model`) the instruction before it has any."""
+
+    async def script(asked: Asked) -> Reply:
+        return error(400, f"request {asked.number}: no number | that this model takes " + "and so on " * 60)
+
+    source = write_rows(tmp_path / "source.jsonl", [row_of(0), row_of(1)])
+    with served(script) as server:
+        path = configuration(tmp_path, server.url, source, filter={"model": screened}, sets_per_instruction=2)
+        ended = command("--config", str(path))
+    assert ended.returncode == 2, ended.stderr
+    details = [row["detail"] for row in lines(tmp_path / "out" / "left_out.jsonl")]
+    assert len(details) == (2 if screened else 4)
+    shown = f"{details[0][:200]}..."
+    told = [line for line in ended.stdout.splitlines() if line.startswith("no answer from the model, ")]
+    assert told == [f"no answer from the model, {len(details)} times: {shown}"]
+    assert ended.stderr.count("\n") == 1
+    assert f"Why no answer came, {len(details)} times: {shown.rstrip('.')}. Each is in " in ended.stderr
+    report = (tmp_path / "out" / "report.md").read_text("utf-8")
+    cell = shown.replace("|", "\\|")
+    assert (
+        f"### Why no answer came\n\n| what was said | times |\n| --- | ---: |\n| `{cell}` | {len(details)} |" in report
+    )
 
 
 @pytest.mark.parametrize("said_of_message", [None, ""])

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from scripted_author import FOUR, turns
 from scripted_server import Asked, Reply, said
 
 from train.data.asked_rows import SourcesSection
+from train.data.formats import RowFault
+from train.data.sources import conversations
 from train.errors import UserError
 from train.multifaceted.collection_config import FilterSection, load_config
 from train.multifaceted.instructions import instructions
 from train.multifaceted.preferences import load_hierarchy
+from train.recipe import Source
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "collection").glob("*.yaml"))
@@ -284,6 +288,96 @@ def test_an_instruction_needs_no_answer(tmp_path: Path, row: dict[str, Any]) -> 
     data = SourcesSection(sources=[{"path": str(path)}])
     [found] = instructions(data, FilterSection(), None)
     assert (" ".join(found.prompt.split()), found.number, found.reason) == ("Why is the sky blue?", 0, None)
+
+
+SKY = "Why is the sky blue?"
+ASKED = {"role": "user", "content": SKY}
+EMPTY_ANSWERS: dict[str, tuple[dict[str, Any], Callable[[Any], dict[str, Any]]]] = {
+    "messages": (
+        {"messages": [ASKED, {"role": "assistant", "content": "x"}]},
+        lambda answer: {"messages": [ASKED, {"role": "assistant", "content": answer}]},
+    ),
+    "messages as JSON": (
+        {"messages": json.dumps([ASKED, {"role": "assistant", "content": "x"}])},
+        lambda answer: {"messages": json.dumps([ASKED, {"role": "assistant", "content": answer}])},
+    ),
+    "no answer in JSON": (
+        {"messages": json.dumps([ASKED, {"role": "assistant", "content": "x"}])},
+        lambda answer: {"messages": json.dumps([ASKED])},
+    ),
+    "an empty answer in the middle": (
+        {"messages": [ASKED, {"role": "assistant", "content": "x"}]},
+        lambda answer: {
+            "messages": [ASKED, {"role": "assistant", "content": answer}, {"role": "user", "content": "?"}]
+        },
+    ),
+    "parts": (
+        {"messages": [ASKED, {"role": "assistant", "content": "x"}]},
+        lambda answer: {"messages": [ASKED, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]},
+    ),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": SKY}, {"from": "gpt", "value": "x"}]},
+        lambda answer: {"conversations": [{"from": "human", "value": SKY}, {"from": "gpt", "value": answer}]},
+    ),
+    "prompt_completion": ({"prompt": SKY, "completion": "x"}, lambda answer: {"prompt": SKY, "completion": answer}),
+    "prompt_completion of turns": (
+        {"prompt": [ASKED], "completion": [{"role": "assistant", "content": "x"}]},
+        lambda answer: {"prompt": [ASKED], "completion": [{"role": "assistant", "content": answer}]},
+    ),
+    "prompt_completion of no turn": (
+        {"prompt": [ASKED], "completion": [{"role": "assistant", "content": "x"}]},
+        lambda answer: {"prompt": [ASKED], "completion": []},
+    ),
+    "janus": ({"system": "s", "prompt": SKY, "output": "x"}, lambda answer: {"prompt": SKY, "output": answer}),
+    "alpaca": (
+        {"instruction": "Why", "input": "is the sky blue?", "output": "x"},
+        lambda answer: {"instruction": "Why", "input": "is the sky blue?", "output": answer},
+    ),
+    "alpaca with a history": (
+        {"instruction": SKY, "history": [], "output": "x"},
+        lambda answer: {"instruction": "And why?", "history": [[SKY, answer]], "output": answer},
+    ),
+    "question_answer": ({"question": SKY, "answer": "x"}, lambda answer: {"question": SKY, "answer": answer}),
+    "question_answer, a response": (
+        {"instruction": SKY, "response": "x"},
+        lambda answer: {"instruction": SKY, "response": answer},
+    ),
+    "exchanges": (
+        {"conversation": [{"input": SKY, "output": "x"}]},
+        lambda answer: {"conversation": [{"input": SKY, "output": answer}]},
+    ),
+}
+
+
+@pytest.mark.parametrize("answer", ["", " \n\t", None], ids=repr)
+@pytest.mark.parametrize("first", ["whole", "empty"])
+@pytest.mark.parametrize("form", EMPTY_ANSWERS)
+def test_an_answer_of_nothing_or_blanks_is_as_good_as_none(tmp_path: Path, form: str, first: str, answer: Any) -> None:
+    """In every format, whether the first row, which tells the format, has an answer or not."""
+    whole, made = EMPTY_ANSWERS[form]
+    empty = made(answer)
+    rows = [whole, empty] if first == "whole" else [empty, empty]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = SourcesSection(sources=[{"path": str(path)}])
+    found = list(instructions(data, FilterSection(), None))
+    assert [" ".join(one.prompt.split()) for one in found] == [SKY, SKY]
+    assert [one.reason for one in found] == [None, "duplicate: the same as an instruction before"]
+    # The trainer, which needs answers, goes on refusing the same rows (a history and a middle turn too).
+    read = [row for _, row in conversations(Source(path=str(path)))] if answer is not None else []
+    assert all(isinstance(row, RowFault) for row in read[first == "whole" :])
+
+
+def test_what_asks_nothing_is_still_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    turns_of = [[{"role": "user", "content": " "}], [{"role": "assistant", "content": ""}], []]
+    path.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in turns_of), encoding="utf-8")
+    found = instructions(SourcesSection(sources=[{"path": str(path)}]), FilterSection(), None)
+    assert [one.reason for one in found] == [
+        "can't be read: empty content",
+        "no user turn at the start",
+        "can't be read: no assistant turn",
+    ]
 
 
 @pytest.mark.parametrize("column", ["prompt", "instruction", "question"])

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 from scripted_model import EIGHT, answer, expected, faulty, row_of, write_rows
-from scripted_server import Asked, Reply, Script, served
+from scripted_server import Asked, Reply, Script, error, served
 from sysgen_runs import configuration, lines, question, run_file, run_with, saying
 
 from train.data.sources import conversations
@@ -258,3 +259,33 @@ def test_a_run_that_writes_no_row_says_where_they_went(tmp_path: Path, rows: lis
     assert checked.returncode == (2 if rows is UNREADABLE else 0)
     assert checked.stdout.startswith(f"{len(rows)} rows")
     assert ("error: no row can be read: all 3" in checked.stderr) == (rows is UNREADABLE)
+
+
+def test_the_servers_own_words_are_told_where_it_refused_rows(tmp_path: Path) -> None:
+    """Some rows: among the last lines and in the report. All of them: in the error that ends it too."""
+
+    good = saying()
+
+    async def script(asked: Asked) -> Reply:
+        if "[2]" in asked.prompt:
+            return error(400, f"request {asked.number}: top_k is\nno parameter")
+        return error(400, "too long") if "[3]" in asked.prompt else await good(asked)
+
+    rows = [question(f"question [{number}]?") for number in (2, 3, 2, 1)]
+    source = tmp_path / "source.jsonl"
+    changes = {"answers": "original", "gates": {"language": False}}
+    for count, code in ((4, 0), (3, 2)):
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows[:count]), encoding="utf-8")
+        with served(script) as server:
+            ended = command("--config", str(configuration(tmp_path, server.url, source, **changes)))
+        assert ended.returncode == code, ended.stderr
+        details = [row["detail"] for row in lines(tmp_path / "out" / "left_out.jsonl")]
+        assert re.fullmatch(r"400 Said: request \d: top_k is no parameter", details[0])
+        told = [line for line in ended.stdout.splitlines() if line.startswith("no answer from the model, ")]
+        assert told == [
+            f"no answer from the model, 2 times: {details[0]}",
+            "no answer from the model, 1 times: 400 Said: too long",
+        ]
+        report = (tmp_path / "out" / "report.md").read_text("utf-8")
+        assert f"| `{details[0]}` | 2 |\n| `400 Said: too long` | 1 |" in report
+    assert f"Why no answer came, 2 times: {details[0]}; 1 times: 400 Said: too long. Each is in" in ended.stderr

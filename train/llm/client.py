@@ -5,8 +5,9 @@
             answer = await client.ask(Request("generate", messages, Decoding(max_tokens=512, temperature=0.7)))
 
 What goes wrong ends in one of three ways. The server's trouble (too much to do, restarting, gone) is waited for, for
-as long as it takes. One request's trouble (too long a prompt, the same fault try after try) raises NoAnswerError, and
-the others go on. What a person must mend (a key, a model's name) raises UserError, which is to end the run.
+as long as it takes; but one that has had too much to do from the first request on is given up after a day. One
+request's trouble (too long a prompt, the same fault try after try) raises NoAnswerError, and the others go on. What a
+person must mend (a key, a model's name) raises UserError, which is to end the run.
 """
 
 import asyncio
@@ -20,8 +21,8 @@ from typing import Self
 from train.errors import UserError
 from train.llm.journal import Answer, Journal, Request
 from train.llm.places import Pauses, Places
-from train.llm.server import Server, ServerLane, Trouble
-from train.progress import duration
+from train.llm.server import LONGEST_WAIT, Server, ServerLane, Trouble
+from train.progress import SECONDS_BETWEEN_LINES, duration
 
 FAILURES_OF_A_STAGE = 20
 """So many rows that fail before a stage's first answer are a fault of the settings, and end the run."""
@@ -58,6 +59,10 @@ class Client:
     `patience`: how many seconds a server may say nothing at all, to none of its requests, before they are sent
     again; it doubles each time, so that an answer which takes longer does come. There is no limit on a single one.
 
+    `longest_wait`: how many seconds a server may ask to be left alone (Retry-After); one that asks for more is asked
+    again as if it had not said how long. One that has had too much to do for as long, and that from the first request
+    on, is given up.
+
     Raises UserError for a `base_url` that is none and an environment variable that is not set.
     """
 
@@ -70,11 +75,13 @@ class Client:
         attempts: int = 6,
         pauses: Pauses | None = None,
         patience: float = 3600.0,
+        longest_wait: float = LONGEST_WAIT,
     ) -> None:
         self.model, self.journal, self.attempts = model, journal, attempts
         self.pauses = pauses or Pauses()
         self.counts = Counts()
-        self._lanes = [ServerLane(server, self.pauses, patience) for server in servers]
+        self._longest_wait = longest_wait
+        self._lanes = [ServerLane(server, self.pauses, patience, longest_wait) for server in servers]
         self._places = Places(self._lanes)
         self._asking: dict[bytes, asyncio.Future[None]] = {}
         self._failed_in_stage: Counter[str] = Counter()
@@ -113,6 +120,13 @@ class Client:
             elif lane.in_flight and now - lane.heard_at > 60:
                 found.append(f"{lane.name}: silent for {duration(now - lane.heard_at)}")
         return found
+
+    def waits_for(self) -> set[str]:
+        """The servers that keep a person waiting: those that object and have never answered, or pause for long."""
+        soon = time.monotonic() + SECONDS_BETWEEN_LINES
+        return {
+            lane.name for lane in self._lanes if lane.trouble and not (lane.has_answered and lane.paused_until <= soon)
+        }
 
     async def ask(self, request: Request) -> Answer:
         """The answer: from the journal, or from a server and then in the journal.
@@ -186,13 +200,21 @@ class Client:
         return outcome
 
     def _end_a_false_start(self, stage: str, lane: ServerLane, trouble: Trouble) -> None:
-        is_response = trouble.kind == "fault" and trouble.status is not None
-        if not is_response or lane.failures_in_a_row < FAULTS_OF_A_START:
+        if any(one.has_answered for one in self._lanes):
             return
-        if not any(one.has_answered for one in self._lanes) and not self.journal.has_stage(stage, self.model):
+        waited = time.monotonic() - lane.trouble_since
+        is_response = trouble.kind == "fault" and trouble.status is not None
+        if is_response and lane.failures_in_a_row >= FAULTS_OF_A_START:
+            since = f"{lane.failures_in_a_row} times in a row"
+            advice = f"Is base_url right, and is {self.model!r} a model that it serves?"
+        elif trouble.kind == "too much" and waited > self._longest_wait:
+            since = f"for {duration(waited)}"
+            advice = "Start the same command when it takes requests again, or name another server."
+        else:
+            return
+        if not self.journal.has_stage(stage, self.model):
             raise UserError(
-                f"{lane.name} has answered nothing so far; {lane.failures_in_a_row} times in a row it said: "
-                f"{trouble.what}. Is base_url right, and is {self.model!r} a model that it serves?"
+                f"{lane.name} has answered nothing so far; {since} it said: {trouble.what.rstrip('.')}. {advice}"
             )
 
     def _count_failure(self, stage: str, failure: NoAnswerError) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import CommandLine, UserError, ending
+from train.llm.unanswered import NO_ANSWER
 from train.progress import duration
 
 
@@ -21,8 +22,9 @@ def main(
     """Run the command; the exit code.
 
     `tell`: print what the tally of a run says, given the time it took. `lost`: how often each reason left something
-    out. A run that wrote no row ends with an `error:`, whatever left them out: who trains on it next would be told of
-    an empty file and not why it is empty.
+    out; what servers said where no answer came is in the tally's `unanswered` (see `train.llm.unanswered`). A run that
+    wrote no row ends with an `error:`, whatever left them out: who trains on it next would be told of an empty file and
+    not why it is empty.
     """
     parser = CommandLine(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="what is to be done: see recipes/")
@@ -38,6 +40,9 @@ def main(
             return
         done = run(config)
         tell(done.tally, duration(time.monotonic() - started))
+        unanswered = done.tally.unanswered.lines()
+        for line in unanswered:
+            print(f"{NO_ANSWER}, {line}")
         counts = done.counts
         print(
             f"{counts.answered:,} answers ({counts.from_journal:,} from the journal), "
@@ -46,9 +51,10 @@ def main(
         print(f"read {done.report}")
         if not done.tally.written:
             left_out, reasons = done.report.with_name("left_out.jsonl"), lost(done.tally)
+            why = f"Why no answer came, {'; '.join(unanswered).rstrip('.')}. " if unanswered else ""
             raise UserError(
-                f"no row was written: {went(done.tally.rows, reasons)}. Each is in {left_out}, and {done.report} says "
-                "more. Mend the data or the settings that left them out, and start the same command again."
+                f"no row was written: {went(done.tally.rows, reasons)}. {why}Each is in {left_out}, and {done.report} "
+                "says more. Mend the data or the settings that left them out, and start the same command again."
             )
 
     return ending(act, "stopped; what was answered is in the journal, and the same command goes on from here")

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from train.llm.client import Client
 from train.progress import SECONDS_BETWEEN_LINES, duration
@@ -125,23 +126,30 @@ class Pace:
 
 @asynccontextmanager
 async def progress(description: str, total: int | None, client: Client) -> AsyncIterator[Pace]:
-    """Show the pace of what runs inside: a bar in a terminal, a line now and then in a log file."""
+    """Show the pace of what runs inside: a bar in a terminal, a line now and then in a log file.
+
+    That a server keeps everyone waiting is told in the log at once.
+    """
     pace = Pace(description, total, client)
     console = Console(file=sys.stdout)
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[line]}", markup=False),
+        TextColumn("{task.description}"), BarColumn(20),
+        # Over as many lines as it takes: what the servers have against it stands at its end.
+        TextColumn("{task.fields[line]}", markup=False, table_column=Column(overflow="fold")),
         console=console, transient=True, auto_refresh=False,
     ) if console.is_terminal else None  # fmt: skip
     task = bar.add_task(description, total=total, line="") if bar else None
 
     async def tell() -> None:
         last_line = time.monotonic()
+        waited_for: set[str] = set()
         while True:
             await asyncio.sleep(0.5)
             pace.look()
+            is_news, waited_for = not client.waits_for() <= waited_for, client.waits_for()
             if bar and task is not None:
                 bar.update(task, completed=pace.done, line=pace.line(), refresh=True)
-            elif time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
+            elif is_news or time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
                 last_line = time.monotonic()
                 print(f"{description}: {pace.line()}", flush=True)
 

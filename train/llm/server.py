@@ -20,6 +20,10 @@ from train.progress import duration
 
 OPENAI_HOST = "api.openai.com"
 
+LONGEST_WAIT = 86_400.0
+"""The longest pause, in seconds, that a server may ask for: limits are by the day at most. The openai package obeys
+two minutes and urllib3 six hours, which would knock on a door that is to open in seven."""
+
 _NOT_SENT: Any = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
 
 
@@ -54,12 +58,12 @@ class Trouble:
 class ServerLane(Lane):
     """A server with its connections."""
 
-    def __init__(self, server: Server, pauses: Pauses, patience: float) -> None:
+    def __init__(self, server: Server, pauses: Pauses, patience: float, longest_wait: float = LONGEST_WAIT) -> None:
         name, host = _name_and_host(server.base_url)
         if server.concurrency < 1:
             raise UserError(f"concurrency {server.concurrency} of {name} must be at least 1.")
         super().__init__(name, server.concurrency, pauses)
-        self.patience = patience
+        self.patience, self.longest_wait = patience, longest_wait
         self.has_answered = False
         self.key = self._find_key(server, host)
         self._limit_name = "max_tokens"
@@ -154,6 +158,10 @@ class ServerLane(Lane):
         status = error.status_code
         what = f"{status} {error.response.reason_phrase}: {self._clean(_said(error))}".removesuffix(": ")
         retry_after = _retry_after(error.response.headers)
+        if retry_after is not None and retry_after > self.longest_wait:
+            # Milliseconds, or a date in seconds since 1970: it is asked again after our own pauses, as without a word.
+            what += f" (its Retry-After is not obeyed: it asks for more than {duration(self.longest_wait)})"
+            retry_after = None
         if error.code == "insufficient_quota":
             return Trouble("hopeless", what, status=status)
         match status:

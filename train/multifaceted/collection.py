@@ -27,6 +27,7 @@ from train.llm.client import Client, Counts, NoAnswerError
 from train.llm.journal import Answer, Journal, Request
 from train.llm.rows import in_order, progress
 from train.llm.spent import ask
+from train.llm.unanswered import NO_ANSWER
 from train.llm.yes_or_no import says_no
 from train.multifaceted import collection_prompts as prompts
 from train.multifaceted.collection_config import CollectionConfig
@@ -60,7 +61,7 @@ class Pipeline:
             try:
                 made = await self._make(outcome, one)
             except NoAnswerError as failure:
-                made = one.leave_out("no answer from the model", str(failure))
+                made = one.leave_out(NO_ANSWER, str(failure))
             if not made and self.config.on_lost_set == "drop_instruction":
                 for other in outcome.written:
                     other.leave_out("another set of the instruction was lost")
@@ -74,7 +75,7 @@ class Pipeline:
         try:
             answer = await self._ask(outcome, "screen", prompts.screen(outcome.instruction.prompt), 0)
         except NoAnswerError as failure:
-            outcome.reason, outcome.detail = "no answer from the model", str(failure)
+            outcome.reason, outcome.detail = NO_ANSWER, str(failure)
             return True
         no = says_no(answer.text)
         outcome.events["screen: neither yes nor no, and kept"] += no is None

@@ -16,6 +16,7 @@ import numpy as np
 
 from train.data.texts import words_of
 from train.llm.spent import Spent
+from train.llm.unanswered import NO_ANSWER, Unanswered
 from train.multifaceted.collection_config import STAGES, CollectionConfig
 from train.multifaceted.collection_outcome import Outcome
 from train.multifaceted.preferences import DIMENSIONS, Hierarchy, same_words
@@ -38,6 +39,7 @@ class Tally:
         self.rows = self.instructions = self.instructions_written = self.sets = self.written = self.pairs = 0
         self.left_out: Counter[str] = Counter()
         self.sets_left_out: Counter[str] = Counter()
+        self.unanswered = Unanswered()
         self.events: Counter[str] = Counter()
         self.spent: dict[str, Spent] = {}
         self._drawn: Counter[tuple[str, str]] = Counter()
@@ -55,6 +57,9 @@ class Tally:
         self.events.update(outcome.events)
         for stage, spent in outcome.spent.items():
             self.spent.setdefault(stage, Spent()).add_all(spent)
+        for reason, detail in ((outcome.reason, outcome.detail), *((one.reason, one.detail) for one in outcome.sets)):
+            if reason == NO_ANSWER:
+                self.unanswered.add(detail)
         if outcome.reason is not None:
             self.left_out[outcome.reason] += 1
             return
@@ -102,6 +107,7 @@ class Tally:
             "pairs": self.pairs,
             "left_out": _sorted(self.left_out),
             "sets_left_out": _sorted(self.sets_left_out),
+            "unanswered": self.unanswered.counts(),
             "events": _sorted(self.events),
             "coverage": {dimension: self._coverage(dimension) for dimension in DIMENSIONS},
             "similarity": similarity([texts for _, _, texts in sorted(self._compared, key=lambda one: one[1])]),

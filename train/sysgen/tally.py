@@ -9,6 +9,7 @@ from collections import Counter
 from typing import Any
 
 from train.llm.spent import Spent
+from train.llm.unanswered import NO_ANSWER, Unanswered
 from train.sysgen.config import SysgenConfig
 from train.sysgen.outcome import Outcome
 from train.sysgen.tags import TAGS
@@ -30,6 +31,7 @@ class Tally:
         self.rows = self.written = self.with_message = 0
         self.phases: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
+        self.unanswered = Unanswered()
         self.events: Counter[str] = Counter()
         self.repairs: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
@@ -55,6 +57,8 @@ class Tally:
         for stage, spent in outcome.spent.items():
             self.spent.setdefault(stage, Spent()).add_all(spent)
         self._add_reading(outcome)
+        if outcome.reason == NO_ANSWER:
+            self.unanswered.add(outcome.detail)
         if outcome.reason is not None:
             self.left_out[outcome.reason] += 1
             return
@@ -117,6 +121,7 @@ class Tally:
             "rows_with_system_message": self.with_message,
             "rows_through_phase": {phase: self.phases[phase] for phase in asked_for},
             "left_out": _sorted(self.left_out),
+            "unanswered": self.unanswered.counts(),
             "events": _sorted(self.events),
             "tags": {
                 tag: {

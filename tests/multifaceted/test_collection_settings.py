@@ -376,7 +376,7 @@ def test_what_asks_nothing_is_still_left_out(tmp_path: Path) -> None:
     assert [one.reason for one in found] == [
         "can't be read: empty content",
         "no user turn at the start",
-        "can't be read: no assistant turn",
+        "no user turn at the start",
     ]
 
 

@@ -128,17 +128,23 @@ def detect(columns: Iterable[str]) -> str:
     )
 
 
-def convert(row: Row, format: str) -> tuple[list[Message], list[dict[str, Any]] | None]:
-    """The messages and tools of `row`, read as `format` (one that `detect` gives). Raises RowFault."""
+def convert(row: Row, format: str, *, answers_needed: bool = True) -> tuple[list[Message], list[dict[str, Any]] | None]:
+    """The messages and tools of `row`, read as `format` (one that `detect` gives). Raises RowFault.
+
+    `answers_needed`: whether a row without an answer to train is at fault, or one with an empty answer.
+    """
     messages = _with_system_column(row, _READERS[format](row))
     kept: list[Message] = []
     for number, message in enumerate(messages, 1):
         if not message["content"].strip() and not message.get("tool_calls"):
             if message["role"] == "system":
                 continue
-            if message["role"] != "tool":  # a tool may have nothing to say
+            may_be_empty = message["role"] == "tool" or (message["role"] == "assistant" and not answers_needed)
+            if not may_be_empty:
                 raise RowFault("empty content", f"message {number} ({message['role']}) is empty or blank")
         kept.append(message)
+    if not answers_needed:
+        return kept, _tools(row.get("tools"))
     answers = [message for message in kept if message["role"] == "assistant"]
     if not answers:
         roles = ", ".join(message["role"] for message in kept[:8]) or "none"
@@ -183,9 +189,10 @@ def _from_alpaca(row: Row) -> list[Message]:
     if not isinstance(history, list):
         raise RowFault("wrong type", f"`history` is {_shown(history)}; pairs of question and answer are wanted")
     for number, pair in enumerate(history, 1):
-        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+        texts = ["" if text is None else text for text in pair] if isinstance(pair, list | tuple) else []
+        if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
             raise RowFault("wrong type", f"`history` item {number} is {_shown(pair)}; [question, answer] is wanted")
-        messages += [_message("user", pair[0]), _message("assistant", pair[1])]
+        messages += [_message("user", texts[0]), _message("assistant", texts[1])]
     instruction = _text(row, "instruction")
     if row.get("input") is not None and _text(row, "input").strip():
         instruction = f"{instruction}\n{row['input']}" if instruction.strip() else row["input"]
@@ -209,7 +216,8 @@ def _from_exchanges(row: Row) -> list[Message]:
         if not isinstance(exchange, dict):
             wanted = "a list of objects with input and output is wanted"
             raise RowFault("wrong type", f"`conversation` holds {_shown(exchange)}; {wanted}")
-        messages += [_message("user", _text(exchange, "input")), _message("assistant", _text(exchange, "output"))]
+        answer = "" if "output" in exchange and exchange["output"] is None else _text(exchange, "output")
+        messages += [_message("user", _text(exchange, "input")), _message("assistant", answer)]
     return messages
 
 
@@ -287,7 +295,7 @@ def _content(content: Any, number: int) -> str:
     texts: list[str] = []
     for part in content:
         if isinstance(part, dict) and part.get("type", "text") == "text" and "text" in part:
-            part = part["text"]
+            part = "" if part["text"] is None else part["text"]
         if not isinstance(part, str):
             kind = part.get("type") if isinstance(part, dict) else part
             raise RowFault("unsupported content", f"message {number} has a part {_shown(kind)}; only text is trained")

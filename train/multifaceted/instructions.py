@@ -1,15 +1,14 @@
 """Instructions out of the rows of any source: the first user turn of each, once, unless it states a style already."""
 
 import hashlib
-import json
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from train.data.asked_rows import SourcesSection
-from train.data.formats import ROLES, Conversation, Row, RowFault, convert
+from train.data.formats import Conversation, Row, RowFault, convert
 from train.data.near_duplicates import NearDuplicates
 from train.data.sources import chunks_and_format, open_source
 from train.multifaceted.collection_config import FilterSection
@@ -20,12 +19,11 @@ _AN = {"audience": "an"}
 OF_SEVERAL_TURNS = "row of several turns, of which the first was taken"
 
 
-_ANSWERS = ("output", "completion", "answer", "response")
+_ANSWERS = frozenset(("output", "completion", "answer", "response"))
+_TURNS = frozenset(("messages", "conversations", "conversation"))
 _QUESTIONS = {"prompt": "output", "user_prompt": "output", "instruction": "output", "question": "answer",
               "query": "answer"}  # fmt: skip
 """Columns of an instruction that stands alone, and where its answer would be."""
-_NO_ANSWER = "-"
-"""Stands where an answer is missing, so that the row can be read; nothing is made of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +91,7 @@ def _rows(data: SourcesSection) -> Iterator[tuple[Instruction, list[str], tuple[
                 try:
                     if isinstance(row, RowFault):
                         raise row
-                    conversation = Conversation(*convert(answered(row), format), whole_place)
+                    conversation = Conversation(*convert(answered(row), format, answers_needed=False), whole_place)
                 except RowFault as fault:
                     nothing = Instruction(whole_place, source.path, whole_place)
                     yield nothing, [], (f"can't be read: {fault.kind}", fault.detail)
@@ -102,90 +100,18 @@ def _rows(data: SourcesSection) -> Iterator[tuple[Instruction, list[str], tuple[
 
 
 def answered(row: Row) -> Row:
-    """`row` with an answer where it has none, or one of nothing or blanks, as sets to be answered have: no answer is
-    needed here, but rows are read as the trainer reads them, and it refuses those."""
-    unasked = next(({column: None} for column in _QUESTIONS if column in row), {})
-    unanswered = {column: _NO_ANSWER for column in _ANSWERS if column in row and _says_nothing(row[column])}
-    row = {column: value for column, value in row.items() if value is not None}
-    for column in ("messages", "conversations"):
-        turns = _parsed(row.get(column))
-        if isinstance(turns, list | tuple) and turns:
-            return row | {column: _answered_turns(turns)}
-    if isinstance(row.get("completion"), list | tuple) and row["completion"]:
-        row["completion"] = _answered_turns(row["completion"])
-    if "history" in row:
-        row["history"] = _answered_pairs(_parsed(row["history"]))
-    if "conversation" in row:
-        row["conversation"] = _answered_exchanges(_parsed(row["conversation"]))
-        return row | {column: text for column, text in unanswered.items() if column in row}
-    if _QUESTIONS.keys().isdisjoint(row):
-        row |= unasked  # a fault of this row alone: its columns may tell the format of all
-    question = next((column for column in _QUESTIONS if column in row), None)
-    if question is None or "messages" in row or "conversations" in row:
-        return row
-    if any(column in row and column not in unanswered for column in _ANSWERS):  # a null beside it is of another row
-        return row | {column: text for column, text in unanswered.items() if column in row}
-    if unanswered:
-        return row | unanswered
-    if isinstance(row[question], list | tuple) and question == "prompt":  # turns, as in TRL's sets of prompts
-        return row | {"completion": _NO_ANSWER}
-    return row | {_QUESTIONS[question]: _NO_ANSWER}
-
-
-def _says_nothing(value: Any) -> bool:
-    """Whether it is nothing, blanks, or a list of parts that are; a part without a text, such as an image, is not."""
-    if isinstance(value, list | tuple):
-        return all(_says_nothing(part.get("text", part) if isinstance(part, dict) else part) for part in value)
-    return value is None or (isinstance(value, str) and not value.strip())
-
-
-def _parsed(value: Any) -> Any:
-    """A list that comes as a text of JSON, as CSV has it; any other value as it is, for the reader to judge."""
-    if not (isinstance(value, str) and value.lstrip().startswith("[")):
-        return value
-    try:
-        parsed = json.loads(value)
-    except (ValueError, RecursionError):
-        return value
-    return parsed if isinstance(parsed, list) else value
-
-
-def _answered_turns(turns: Sequence[Any]) -> list[Any]:
-    """Turns that end in an answer, and whose assistant says something each time that it neither does nor calls."""
-    found = []
-    role = None
-    for turn in turns:
-        if isinstance(turn, dict):
-            name = turn["role"] if turn.get("role") is not None else turn.get("from")
-            role = ROLES.get(name) if isinstance(name, str) else None
-            said = turn["content"] if turn.get("content") is not None else turn.get("value")
-            does = turn.get("tool_calls") or turn.get("function_call") or name == "function_call"
-            if role == "assistant" and not does and _says_nothing(said):
-                turn = turn | {"content": _NO_ANSWER}
-        found.append(turn)
-    return [*found, {"role": "assistant", "content": _NO_ANSWER}] if role == "user" else found
-
-
-def _answered_pairs(pairs: Any) -> Any:
-    """Alpaca's history: pairs of question and answer."""
-    if not isinstance(pairs, list | tuple):
-        return pairs
-    return [
-        [pair[0], _NO_ANSWER] if isinstance(pair, list | tuple) and len(pair) == 2 and _says_nothing(pair[1]) else pair
-        for pair in pairs
-    ]
-
-
-def _answered_exchanges(exchanges: Any) -> Any:
-    """Capybara's exchanges of input and output."""
-    if not isinstance(exchanges, list | tuple):
-        return exchanges
-    return [
-        exchange | {"output": _NO_ANSWER}
-        if isinstance(exchange, dict) and _says_nothing(exchange.get("output"))
-        else exchange
-        for exchange in exchanges
-    ]
+    """`row` with a column for an answer, empty, where it has none or a null: its columns tell how it is to be read."""
+    given = {column: value for column, value in row.items() if value is not None}
+    if not _TURNS.isdisjoint(given):
+        return given
+    if _QUESTIONS.keys().isdisjoint(given):  # a fault of this row alone: its columns may tell the format of all
+        given |= next(({column: None} for column in _QUESTIONS if column in row), {})
+    question = next((column for column in _QUESTIONS if column in given), None)
+    if question is None or not _ANSWERS.isdisjoint(given):
+        return given
+    if isinstance(given[question], list | tuple):  # turns, as in TRL's sets of prompts
+        return given | {"completion": ""}
+    return given | dict.fromkeys(_ANSWERS & row.keys() or {_QUESTIONS[question]}, "")
 
 
 def _first_turn(

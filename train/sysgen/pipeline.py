@@ -26,6 +26,7 @@ from train.data.formats import Message, RowFault
 from train.llm.client import Client, NoAnswerError
 from train.llm.journal import Answer, Decoding, Request
 from train.llm.spent import ask
+from train.llm.unanswered import NO_ANSWER
 from train.llm.yes_or_no import says_no
 from train.sysgen import prompts
 from train.sysgen.balance import Balance
@@ -55,7 +56,7 @@ class Pipeline:
         try:
             return await self._taken_through(outcome, conversation.messages)
         except NoAnswerError as failure:
-            return outcome.leave_out("no answer from the model", str(failure))
+            return outcome.leave_out(NO_ANSWER, str(failure))
 
     async def _taken_through(self, outcome: Outcome, messages: Sequence[Message]) -> Outcome:
         config = self.config

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from report_section import put_section
 
-from train.errors import UserError, naming, positive
+from train.errors import UserError, naming, not_negative, positive
 from train.evaluation.one_at_a_time import alone_in
 from train.recipe import Source
 
@@ -72,7 +72,10 @@ def add_to(commands: Any) -> None:
     judge.add_argument("--judge-extra", type=_object, default={}, metavar="JSON", help="what else goes into a request")
     judge.add_argument("--runs", type=positive, default=PAPERS_RUNS, help=f"runs averaged (default {PAPERS_RUNS})")
     judge.add_argument(
-        "--retries", type=_count, default=3, help="how often an answer without a score is asked for again (default 3)"
+        "--retries",
+        type=not_negative,
+        default=3,
+        help="how often an answer without a score is asked for again (default 3)",
     )
     judge.add_argument(
         "--show-system", action="store_true", help="the judge sees the system message: not the paper's protocol"
@@ -91,14 +94,8 @@ def add_to(commands: Any) -> None:
     )
     results.add_argument("--against", type=Path, metavar="FILE", help="bench_rows.jsonl of another model, to compare")
     results.add_argument("--good", type=float, default=GOOD, help=f"a tie is both good from this on (default {GOOD:g})")
-    results.add_argument("--seed", type=int, default=0, help="of the intervals (default 0)")
+    results.add_argument("--seed", type=not_negative, default=0, help="of the intervals (default 0)")
     parser.set_defaults(run=run)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up")
-    return int(text)
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.errors import UserError
+from train.errors import UserError, not_negative
 from train.report_parts import load_pyplot
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("second", type=Path, metavar="B", help="what to compare it with: the difference is B less A")
     parser.add_argument("--only", nargs="+", choices=_KINDS, help="compare these alone (default all that both have)")
     parser.add_argument("--details", action="store_true", help="show rules, sources and tasks within groups, too")
-    parser.add_argument("--seed", type=int, default=0, help="of the intervals (default 0)")
+    parser.add_argument("--seed", type=not_negative, default=0, help="of the intervals (default 0)")
     parser.add_argument("--output-dir", type=Path, help="for compare.json and compare.png (default the folder of B)")
     parser.set_defaults(run=run)
 

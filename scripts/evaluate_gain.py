@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from report_section import put_section
 
-from train.errors import UserError, naming, positive
+from train.errors import UserError, naming, not_negative, positive
 from train.evaluation.one_at_a_time import alone_in
 from train.progress import job
 from train.recipe import ModelSection, Source
@@ -51,7 +51,9 @@ def add_to(commands: Any) -> None:
         help="what to compute in (default float32 on a CPU, bfloat16 on a GPU)",
     )
     parser.add_argument("--batch-tokens", type=positive, default=8192, help="tokens at a time (default 8192)")
-    parser.add_argument("--seed", type=int, default=0, help="of the other messages and the intervals (default 0)")
+    parser.add_argument(
+        "--seed", type=not_negative, default=0, help="of the other messages and the intervals (default 0)"
+    )
     parser.add_argument(
         "--json",
         type=Path,

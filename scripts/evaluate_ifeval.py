@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from report_section import put_section
 
-from train.errors import UserError, positive
+from train.errors import UserError, not_negative, positive
 from train.evaluation.ifeval import SKIPPED, Checkers, Row, Verdict, read_rows, same_rows
 from train.evaluation.ifeval_figures import MEASURES, Share, gaps, gaps_by_rule, shares, shares_by_rule
 from train.evaluation.one_at_a_time import alone_in
@@ -59,7 +59,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--temperature", type=_from_zero, default=0.0, help="of the answers (default 0, the official one)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the intervals, and of answers drawn (default 0)")
+    parser.add_argument(
+        "--seed", type=not_negative, default=0, help="of the intervals, and of answers drawn (default 0)"
+    )
     parser.add_argument("--output-dir", type=Path, help="where everything goes (default the folder of --model)")
     parser.set_defaults(run=run)
 

@@ -50,6 +50,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def not_negative(text: str) -> int:
+    """A whole number from 0 up, as an option's `type`: numpy takes no other seed."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 up")
+    return int(text)
+
+
 class OutputLostError(Exception):
     """Standard output can't be written; what it was caused by says why."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from report_section import put_section
 
-from train.errors import UserError, naming, not_negative, positive
+from train.errors import UserError, from_one_to, naming, not_negative, positive
 from train.evaluation.one_at_a_time import alone_in
 from train.recipe import Source
 
@@ -29,6 +29,8 @@ def add_to(commands: Any) -> None:
     from train.multifaceted.protocol import (
         GOOD,
         HUB_ID,
+        MOST_ANSWERS,
+        MOST_RUNS,
         PAPERS_DECODING,
         PAPERS_JUDGE,
         PAPERS_RESPONSES,
@@ -43,7 +45,13 @@ def add_to(commands: Any) -> None:
     what.add_argument("--limit", type=positive, help="the first so many rows: not the whole bench (default all)")
     what.add_argument("--no-system", action="store_true", help="leave the system messages out: the paper's ablation")
     what.add_argument("--responses", metavar="FILE", help="answers that are there already; --model is then a name only")
-    what.add_argument("--best-of", type=positive, default=1, metavar="N", help="N answers a row, one of them picked")
+    what.add_argument(
+        "--best-of",
+        type=from_one_to(MOST_ANSWERS),
+        default=1,
+        metavar="N",
+        help=f"N answers a row, one of them picked (at most {MOST_ANSWERS:,}, as the judge grades them all)",
+    )
     what.add_argument(
         "--pick-by",
         choices=("first-run", "all-runs", "file"),
@@ -70,7 +78,13 @@ def add_to(commands: Any) -> None:
     judge.add_argument("--judge-temperature", type=float, default=PAPERS_DECODING.temperature)
     judge.add_argument("--judge-top-p", type=float, default=PAPERS_DECODING.top_p)
     judge.add_argument("--judge-extra", type=_object, default={}, metavar="JSON", help="what else goes into a request")
-    judge.add_argument("--runs", type=positive, default=PAPERS_RUNS, help=f"runs averaged (default {PAPERS_RUNS})")
+    judge.add_argument(
+        "--runs",
+        type=from_one_to(MOST_RUNS),
+        default=PAPERS_RUNS,
+        help=f"runs averaged (default {PAPERS_RUNS}; at most {MOST_RUNS}, which leave a tenth of the luck of one, and "
+        "each asks about every rubric again)",
+    )
     judge.add_argument(
         "--retries",
         type=not_negative,

@@ -50,6 +50,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def from_one_to(most: int) -> Callable[[str], int]:
+    """A whole number from 1 up to `most`, as an option's `type`."""
+
+    def bounded(text: str) -> int:
+        number = positive(text)
+        if number > most:
+            raise argparse.ArgumentTypeError(f"{number} is more than {most:,}, which is the most")
+        return number
+
+    return bounded
+
+
 def not_negative(text: str) -> int:
     """A whole number from 0 up, as an option's `type`: numpy takes no other seed."""
     if not text.isdecimal():

@@ -410,6 +410,8 @@ def test_reasoning_of_the_model_is_no_part_of_its_answer(tmp_path: Path) -> None
         ({"good": 9}, "--good 9"),
         ({"pick_by": "all-runs"}, "--best-of"),
         ({"runs": 0}, "is no number from 1 up"),
+        ({"runs": 999_999_999_999}, "--runs: 999999999999 is more than 100"),
+        ({"best_of": 999_999_999_999, "server": "http://localhost:1/v1"}, "--best-of: 999999999999 is more than 1,024"),
     ],
 )
 def test_what_can_not_be_is_one_error(

@@ -48,7 +48,7 @@ def read_rows(path: Path, rules: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise UserError(f"--data {path}: there is no such file")
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would cut a text at U+2028
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut a text at U+2028
     except UnicodeDecodeError as fault:
         raise UserError(f"--data {path}: not UTF-8: {fault}. Give a jsonl file.") from fault
     for number, line in enumerate(lines, 1):

@@ -150,6 +150,13 @@ def test_data_that_can_not_be_asked_is_named_with_its_line(words: str, tmp_path:
     assert error.startswith(words)
 
 
+def test_the_mark_that_windows_puts_first_is_none_of_the_row(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
+    (tmp_path / "rules.py").write_text(RULES, encoding="utf-8")
+    error = refused(tmp_path, "--rules", "rules.py", "--data", "rows.jsonl", "--before", "nowhere", "--after", "b")
+    assert error == "nowhere: there is no such model folder"  # so the rows were read
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from scripted_server import Asked, Reply, error, said, served
 
+from train.evaluation.ifeval import read_rows
+
 ROOT = Path(__file__).parents[2]
 OURS = ROOT / "recipes" / "smollm2-135m" / "data"
 SYSTEM, USER = OURS / "system_ifeval.jsonl", OURS / "system_ifeval_user.jsonl"
@@ -146,6 +148,12 @@ def test_what_must_be_mended_is_said_before_anything_is_asked(says_no: Callable[
         assert f"'{temperature}' is no number from 0 up" in says_no(
             "ifeval", "--model", "m", "--data", data, *out, f"--temperature={temperature}"
         )
+
+
+def test_the_mark_that_windows_puts_first_is_none_of_the_row(tmp_path: Path) -> None:
+    plain, marked = write_rows(tmp_path / "s.jsonl", True), tmp_path / "marked.jsonl"
+    marked.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
+    assert [row.messages for row in read_rows(marked)] == [row.messages for row in read_rows(plain)]
 
 
 async def has_no_system_role(asked: Asked) -> Reply:

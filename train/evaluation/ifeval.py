@@ -59,7 +59,7 @@ def read_rows(path: Path) -> list[Row]:
     A row without `messages` (IFEval's own) asks its prompt in the user turn. Raises UserError that names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would cut a text at U+2028
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut a text at U+2028
     except (OSError, UnicodeDecodeError) as fault:
         raise UserError(f"{path}: can't be read: {getattr(fault, 'strerror', None) or fault}") from fault
     rows: dict[int | str, Row] = {}

@@ -13,6 +13,7 @@ from report_section import put_section
 from train.errors import UserError, from_one_to, naming, not_negative, positive
 from train.evaluation.one_at_a_time import alone_in
 from train.recipe import Source
+from train.whole_files import replacing, write_text
 
 if TYPE_CHECKING:
     from train.llm.server import Server
@@ -367,15 +368,17 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
     try:
         if options.against and options.against.exists() and rows.exists() and options.against.samefile(rows):
             raise UserError(f"--against {options.against}: that is the file which this very command writes.")
-        _replace(rows, "".join(json.dumps(row_record(one), ensure_ascii=False) + "\n" for one in judged))
+        with replacing(rows) as [lines]:
+            write_text(lines, "".join(json.dumps(row_record(one), ensure_ascii=False) + "\n" for one in judged))
         if options.against:
             try:
                 versus = compare(rows, options.against, good=options.good, seed=options.seed)
                 record["against"] = versus.record()
             except UserError as fault:  # said last: the run's own figures are none the worse
                 no_comparison = fault
-        _replace(folder / "bench.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        draw(record, folder / "bench.png")
+        with replacing(folder / "bench.json", folder / "bench.png") as [figures, plot]:
+            write_text(figures, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+            draw(record, plot)
         text = markdown(record, judged)
         if versus:
             text += f"\nAgainst {options.against}:\n\n{versus.markdown()}"
@@ -386,10 +389,3 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
     print(f"the figures are in {folder / 'bench.json'}, all answers and judgements in {rows}")
     if no_comparison:
         raise no_comparison
-
-
-def _replace(path: Path, text: str) -> None:
-    """Never half a file: what a killed command leaves is the old one or the new one."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8", errors="replace")
-    aside.replace(path)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from train.errors import UserError, not_negative
 from train.report_parts import load_pyplot
+from train.whole_files import replacing, write_text
 
 if TYPE_CHECKING:
     from train.evaluation.compare import Comparison, Pair
@@ -61,8 +62,9 @@ def run(options: argparse.Namespace) -> None:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "compare.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        draw(shown, (str(options.first), str(options.second)), folder / "compare.png")
+        with replacing(folder / "compare.json", folder / "compare.png") as [figures, plot]:
+            write_text(figures, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+            draw(shown, (str(options.first), str(options.second)), plot)
     except OSError as fault:
         raise UserError(f"{folder}: can't be written: {fault.strerror}") from fault
     print(table(comparison, shown, (str(options.first), str(options.second))))

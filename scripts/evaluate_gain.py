@@ -14,6 +14,7 @@ from train.evaluation.one_at_a_time import alone_in
 from train.progress import job
 from train.recipe import ModelSection, Source
 from train.report_parts import load_pyplot
+from train.whole_files import replacing, write_text
 
 if TYPE_CHECKING:
     from train.data.formats import RowFault
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
     file: Path = options.json or folder / "gain.json"
     if not (options.json or folder.is_dir()):
         raise UserError(f"--model {options.model}: there is no such folder. For a hub id, say --json FILE as well.")
-    if not file.parent.is_dir() or file.is_dir():
+    if not file.parent.is_dir() or (file.exists() and not file.is_file()):
         raise UserError(f"--json {file}: that is no file in a folder that is there")
     with alone_in(file.parent, "gain"):
         _measure_all(options, folder, file)
@@ -104,9 +105,10 @@ def _measure_all(options: argparse.Namespace, folder: Path, file: Path) -> None:
         ]
     rows = file.with_name(f"{file.stem}_rows.jsonl")
     try:
-        file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        rows.write_text("".join(_row_lines(made, measured)), encoding="utf-8")
-        draw(measured, file.with_name("gain.png"))
+        with replacing(rows, file, file.with_name("gain.png")) as [lines, figures_file, plot]:
+            write_text(lines, "".join(_row_lines(made, measured)))
+            write_text(figures_file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+            draw(measured, plot)
         text = f"{HEADING}\n\n{_about(made, measured)}\n\n{markdown(measured, change)}"
         if not options.json:
             put_section(folder / "report.md", HEADING, f"{text}\n![gain](gain.png)\n")

@@ -10,6 +10,7 @@ from report_section import put_section
 
 from train.errors import UserError, not_negative, positive
 from train.evaluation.one_at_a_time import alone_in
+from train.whole_files import replacing, write_text
 
 if TYPE_CHECKING:
     from train.evaluation.harness import Score, Scored
@@ -111,10 +112,9 @@ def write(scored: "Scored", options: argparse.Namespace, folder: Path) -> None:
         },
         "scores": [score.record() for score in scored.scores],
     }
-    (folder / "harness.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    with (folder / "harness_rows.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
-        for row in scored.rows:
-            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with replacing(folder / "harness_rows.jsonl", folder / "harness.json") as [lines, figures]:
+        write_text(lines, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored.rows))
+        write_text(figures, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def section(scored: "Scored", options: argparse.Namespace) -> str:

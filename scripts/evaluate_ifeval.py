@@ -20,6 +20,7 @@ from train.evaluation.respondent import add_respondent, respondent_of
 from train.llm.journal import Decoding
 from train.llm.reasoning import without_reasoning
 from train.report_parts import load_pyplot
+from train.whole_files import replacing, write_text
 
 if TYPE_CHECKING:
     from train.resampling import Estimate
@@ -141,9 +142,11 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
         record["gap"]["by_rule"] = {rule: one.record() for rule, one in by_rule.items()}
     text = section(record, overall, of_rule, gap, about_unanswered(asked, found))
     try:
-        write_answers(folder / "ifeval_answers.jsonl", asked, found)
-        (folder / "ifeval.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        draw(overall, of_rule, folder / "ifeval.png")
+        names = ("ifeval_answers.jsonl", "ifeval.json", "ifeval.png")
+        with replacing(*(folder / name for name in names)) as [lines, figures, plot]:
+            write_answers(lines, asked, found)
+            write_text(figures, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+            draw(overall, of_rule, plot)
         put_section(folder / "report.md", HEADING, text)
     except OSError as fault:
         raise UserError(f"{folder}: can't be written: {fault.strerror}") from fault
@@ -199,7 +202,7 @@ def fingerprint(asked: dict[str, list[Row]]) -> str:
 
 def write_answers(path: Path, asked: dict[str, list[Row]], found: dict[str, list[Answered]]) -> None:
     """One line for each answer: turn, key, rules, the answer that was checked, the verdicts for each rule."""
-    with path.open("w", encoding="utf-8", newline="\n") as lines:
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as lines:
         for turn, rows in asked.items():
             for row, one in zip(rows, found[turn], strict=True):
                 record = {

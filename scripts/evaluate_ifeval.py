@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 from report_section import put_section
 
 from train.errors import UserError, not_negative, positive
-from train.evaluation.ifeval import SKIPPED, Checkers, Row, Verdict, read_rows, same_rows
+from train.evaluation.ifeval import (
+    PLACES,
+    SKIPPED,
+    Checkers,
+    Row,
+    Verdict,
+    place_of_constraints,
+    read_rows,
+    refuse_other_turns,
+    same_rows,
+)
 from train.evaluation.ifeval_figures import MEASURES, Share, gaps, gaps_by_rule, shares, shares_by_rule
 from train.evaluation.one_at_a_time import alone_in
 from train.evaluation.respondent import add_respondent, respondent_of
@@ -26,7 +36,6 @@ if TYPE_CHECKING:
     from train.resampling import Estimate
 
 HEADING = "## Constraints that a program can check"
-TURNS = {"system": "in the system message", "user": "in the user turn"}
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,12 @@ def run(options: argparse.Namespace) -> None:
 def _measure(options: argparse.Namespace, folder: Path) -> None:
     rows = read_rows(options.data)
     control = same_rows(rows, read_rows(options.control), options.control) if options.control else None
+    if control:
+        refuse_other_turns(rows, control)
+        places, by_turn = PLACES, {"system": rows, "user": control}
+    else:
+        turn, words = place_of_constraints(rows, options.data)
+        places, by_turn = {turn: words}, {turn: rows}
     checkers = Checkers()
     at_random = {row.key for row in rows if checkers.drawn_at_random(row)}
     left_out = Counter(rule for row in rows if row.skipped and not options.all_rules for rule in row.instructions)
@@ -94,16 +109,15 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
     if not counted:
         raise UserError(f"--data {options.data}: every row has a rule that is left out ({', '.join(SKIPPED)}); "
                         "score them with --all-rules")  # fmt: skip
-    asked = {"system": [rows[number] for number in counted]}
-    if control:
-        asked["user"] = [control[number] for number in counted]
+    asked = {turn: [of_turn[number] for number in counted] for turn, of_turn in by_turn.items()}
 
     found = ask(options, asked, checkers, folder / "ifeval.sqlite")
     for turn, answers in found.items():
         if all(one.why for one in answers):
+            hint = " A model without a system role: --system-role merge_into_user." if turn == "system" else ""
             raise UserError(
-                f"--model {options.model}: none of the {len(answers):,} prompts with constraints {TURNS[turn]} got an "
-                f"answer. Of the first: {answers[0].why} A model without a system role: --system-role merge_into_user."
+                f"--model {options.model}: none of the {len(answers):,} prompts with constraints {places[turn]} got an "
+                f"answer. Of the first: {answers[0].why}{hint}"
             )
     verdicts = {turn: [one.verdict for one in answers] for turn, answers in found.items()}
     record: dict[str, Any] = {
@@ -115,9 +129,9 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
             "rows": len(rows),
             "left_out": {rule: left_out[rule] for rule in SKIPPED if left_out[rule]},
             "prompts": len(counted),
-            "constraints": sum(len(row.instructions) for row in asked["system"]),
+            "constraints": sum(len(rows[number].instructions) for number in counted),
             "fingerprint": fingerprint(asked),
-            "drawn_at_random": [row.key for row in asked["system"] if row.key in at_random],
+            "drawn_at_random": [key for key in (rows[number].key for number in counted) if key in at_random],
         },
         "decoding": {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature},
         "respondent": {name: getattr(options, name) for name in ("template", "system_role", "engine", "dtype")},
@@ -140,13 +154,13 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
         by_rule = gaps_by_rule(asked["system"], verdicts["system"], verdicts["user"], options.seed)
         record["gap"] = {name: one.record() for name, one in gap.items()}
         record["gap"]["by_rule"] = {rule: one.record() for rule, one in by_rule.items()}
-    text = section(record, overall, of_rule, gap, about_unanswered(asked, found))
+    text = section(record, places, overall, of_rule, gap, about_unanswered(asked, found, places))
     try:
         names = ("ifeval_answers.jsonl", "ifeval.json", "ifeval.png")
         with replacing(*(folder / name for name in names)) as [lines, figures, plot]:
             write_answers(lines, asked, found)
             write_text(figures, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-            draw(overall, of_rule, plot)
+            draw(places, overall, of_rule, plot)
         put_section(folder / "report.md", HEADING, text)
     except OSError as fault:
         raise UserError(f"{folder}: can't be written: {fault.strerror}") from fault
@@ -218,10 +232,12 @@ def write_answers(path: Path, asked: dict[str, list[Row]], found: dict[str, list
                 lines.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def about_unanswered(asked: dict[str, list[Row]], found: dict[str, list[Answered]]) -> str | None:
+def about_unanswered(
+    asked: dict[str, list[Row]], found: dict[str, list[Answered]], places: dict[str, str]
+) -> str | None:
     """How many prompts got no answer, and why the first of them; None where all got one."""
     without = [
-        f"(key {row.key}, {TURNS[turn]}): {' '.join(one.why.split())[:500]}"
+        f"(key {row.key}, {places[turn]}): {' '.join(one.why.split())[:500]}"
         for turn, rows in asked.items()
         for row, one in zip(rows, found[turn], strict=True)
         if one.why
@@ -248,6 +264,7 @@ def points(gap: "Estimate") -> str:
 
 def section(
     record: dict[str, Any],
+    places: dict[str, str],
     overall: dict[str, dict[str, Share]],
     of_rule: dict[str, dict[str, dict[str, Share]]],
     gap: "dict[str, Estimate] | None",
@@ -267,9 +284,9 @@ def section(
         lines[-1] += f" The checkers put a random letter in the place of the one that these rows ask for: {keys}."
     for turn in overall:
         endings = record[turn]["endings"]
-        lines[-1] += f" Constraints {TURNS[turn]}: " + ", ".join(f"{n:,} {how}" for how, n in endings.items()) + "."
+        lines[-1] += f" Constraints {places[turn]}: " + ", ".join(f"{n:,} {how}" for how, n in endings.items()) + "."
     lines += ["", unanswered] if unanswered else []
-    head = "".join(f" {TURNS[turn]} |" for turn in overall)
+    head = "".join(f" {places[turn]} |" for turn in overall)
     lines += ["", f"| |{head}" + (" system less user, points | p |" if gap else "")]
     lines += ["|---|" + "---|" * (len(overall) + 2 * bool(gap))]
     for name, what in MEASURES.items():
@@ -286,7 +303,12 @@ def section(
     return "\n".join(lines) + "\n\n![constraints followed](ifeval.png)\n"
 
 
-def draw(overall: dict[str, dict[str, Share]], of_rule: dict[str, dict[str, dict[str, Share]]], path: Path) -> None:
+def draw(
+    places: dict[str, str],
+    overall: dict[str, dict[str, Share]],
+    of_rule: dict[str, dict[str, dict[str, Share]]],
+    path: Path,
+) -> None:
     """The four measures and the strict share of each rule, with intervals, a bar for each turn, as a PNG."""
     pyplot = load_pyplot()
     bars: dict[str, dict[str, Share]] = {
@@ -298,14 +320,14 @@ def draw(overall: dict[str, dict[str, Share]], of_rule: dict[str, dict[str, dict
     figure, axes = pyplot.subplots(figsize=(9, 0.35 * len(names) + 1.2), dpi=100)
     height = 0.8 / len(bars)
     for number, (turn, found) in enumerate(bars.items()):
-        places = [place + (number - (len(bars) - 1) / 2) * height for place in range(len(names))]
+        rows = [row + (number - (len(bars) - 1) / 2) * height for row in range(len(names))]
         values = [found[name].value for name in names]
         axes.barh(
-            places,
+            rows,
             values,
             height,
             xerr=errors([found[name] for name in names]),
-            label=TURNS[turn],
+            label=places[turn],
             color="tab:blue" if turn == "system" else "lightgray",
             capsize=2,
         )

@@ -138,6 +138,7 @@ def run(options: argparse.Namespace) -> None:
 def _measure(options: argparse.Namespace, folder: Path) -> None:
     from pydantic import ValidationError
 
+    from train.multifaceted.bench import refuse_without_judgements, refuse_without_responses
     from train.multifaceted.bench_rows import read_bench
 
     try:
@@ -148,8 +149,16 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
     bench = read_bench(sources, options.limit)
     if len(bench.rows) < bench.of:
         print(f"--limit {options.limit}: {len(bench.rows):,} of {bench.of:,} rows, not the whole bench", flush=True)
-    responses = _given(options, bench) if options.responses else _asked(options, bench, folder)
+    if options.responses:
+        responses = _given(options, bench)
+        refuse_without_responses(responses, f"--responses {options.responses}")
+    else:
+        responses = _asked(options, bench, folder)
+        gives_system = not options.no_system and any(row.system.strip() for row in bench.rows)
+        hint = " A model without a system role: --system-role merge_into_user." if gives_system else ""
+        refuse_without_responses(responses, f"--model {options.model}", hint)
     judged = _judge(options, bench, responses, folder)
+    refuse_without_judgements(judged, f"--judge {options.judge}")
     _write(options, bench, judged, folder)
 
 
@@ -281,7 +290,7 @@ def _asked(options: argparse.Namespace, bench: "Bench", folder: Path) -> "list[l
     )
     return [
         [
-            Response(None, f"no answer: {answer}")
+            Response(None, str(answer))
             if isinstance(answer, NoAnswerError)
             else Response(without_reasoning(answer.text).text, finish_reason=answer.finish_reason)
             for answer in of_row

@@ -118,7 +118,7 @@ def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow]) -> str:
     lines += ["", "Counts are of rows, and from the dimensions on of rubrics."]
     if len(largest) > len(shown):
         lines += [f"{len(largest) - len(shown):,} further kinds of rubrics are in bench.json."]
-    lines += ["", _about_missing(missing), "", _about_runs(record["runs"], judge["runs"])]
+    lines += ["", _about_missing(missing), "", *_why_missing(missing), _about_runs(record["runs"], judge["runs"])]
     if best := record.get("best_of"):
         lines += ["", _about_best(best)]
     lines += ["", "![bench](bench.png)", "", "Samples:", ""]
@@ -156,6 +156,16 @@ def _about_missing(missing: Mapping[str, Any]) -> str:
             f" Responses: {missing['responses_cut']:,} cut at the token limit, {missing['responses_empty']:,} empty."
         )
     return text
+
+
+def _why_missing(missing: Mapping[str, Any]) -> list[str]:
+    """A line for each reason why something got no answer, and a blank one behind them."""
+    lines = [
+        f"- {what}, {count:,} time{'s' if count > 1 else ''}: {reason}"
+        for what, name in (("no response", "why_no_response"), ("no answer of the judge", "why_no_judgement"))
+        for reason, count in missing[name].items()
+    ]
+    return [*lines, ""] if lines else []
 
 
 def _about_runs(runs: Mapping[str, Any], asked: int) -> str:

@@ -43,13 +43,18 @@ def run(options: argparse.Namespace) -> None:
 
     sides = []
     of_second = read_results(options.second)
+    of_first, measured_against = read_before(of_second, options.first)
     # What was measured with --before A stands in the folder of B.
-    for place, found in (options.first, read_before(of_second, options.first)), (options.second, of_second):
+    for place, found in (options.first, of_first), (options.second, of_second):
         kept = {kind: results for kind, results in found.items() if kind in (options.only or _KINDS)}
         if not kept:
             raise UserError(f"{place}: it has {', '.join(found)}, and nothing of --only {' '.join(options.only)}")
         sides.append(kept)
-    comparison = compare(*sides, seed=options.seed)
+    only_second = {
+        kind: f"it was measured with --before {before}, and A is {options.first.resolve()}"
+        for kind, before in measured_against.items()
+    }
+    comparison = compare(*sides, seed=options.seed, only_second=only_second)
     shown = [pair for pair in comparison.pairs if options.details or not pair.first.detail]
     versus = _pairwise(sides, options.seed)
     folder: Path = options.output_dir or (options.second if options.second.is_dir() else options.second.parent)

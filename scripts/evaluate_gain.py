@@ -11,6 +11,7 @@ from report_section import put_section
 
 from train.errors import UserError, naming, not_negative, positive
 from train.evaluation.one_at_a_time import alone_in
+from train.evaluation.results import folder_of
 from train.progress import job
 from train.recipe import ModelSection, Source
 from train.report_parts import load_pyplot
@@ -96,7 +97,10 @@ def _measure_all(options: argparse.Namespace, folder: Path, file: Path) -> None:
             **{key: getattr(options, key) for key in ("split", "template", "system_role", "others", "limit", "seed")},
             "dtype": dtype,
         },
-        "models": {name: {"model": names[name], **one.record()} for name, one in measured.items()},
+        "models": {
+            name: {"model": names[name], "folder": folder_of(names[name]), **one.record()}
+            for name, one in measured.items()
+        },
     }
     if change:
         record["change"] = [

@@ -15,6 +15,7 @@ from report_section import put_section
 
 from train.errors import UserError, naming, positive
 from train.evaluation.one_at_a_time import alone_in
+from train.evaluation.results import folder_of
 from train.report_parts import load_pyplot
 from train.whole_files import replacing, write_text
 
@@ -230,7 +231,12 @@ def write(verdicts: list[Verdict], options: argparse.Namespace) -> None:
     """answers.jsonl, adherence.json and its plot, and the section of report.md, which is printed, too."""
     folder: Path = options.after
     checks = hashlib.blake2b(options.rules.read_bytes(), digest_size=16).hexdigest()
-    asked = {"before": str(options.before), "max_new_tokens": options.max_new_tokens, "rules": checks}
+    asked = {
+        "before": str(options.before),
+        "before_folder": folder_of(options.before),
+        "max_new_tokens": options.max_new_tokens,
+        "rules": checks,
+    }
     figures = {"asked": asked} | {
         kind: {rule: dict(zip(("rows", "before", "after"), counts, strict=True)) for rule, counts in of_rule.items()}
         for kind, of_rule in adherence(verdicts).items()

@@ -241,13 +241,14 @@ def _judge_servers(options: argparse.Namespace) -> "list[Server]":
 
 def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]":
     """The responses of a file."""
+    from train.data.outcomes import counted
     from train.llm.reasoning import without_reasoning
     from train.multifaceted.bench import Response
     from train.multifaceted.bench_rows import read_responses
 
     given, strangers = read_responses(options.responses, bench.rows)
     if strangers:
-        print(f"--responses: {strangers:,} lines belong to no row that is asked for", flush=True)
+        print(f"--responses: {counted(strangers, 'line', 'belongs', 'belong')} to no row that is asked for", flush=True)
     found = []
     for row in bench.rows:
         answers = given.get(row.id)
@@ -321,6 +322,7 @@ def _judge(
     options: argparse.Namespace, bench: "Bench", responses: "list[list[Response]]", folder: Path
 ) -> "list[JudgedRow]":
     """What the judge says, from its servers or from files of a batch."""
+    from train.data.outcomes import counted
     from train.evaluation.respondent import server_options
     from train.llm.client import Client
     from train.llm.journal import Journal
@@ -341,16 +343,19 @@ def _judge(
         asker = JournalAsker(journal, options.judge, batch)
         judged = asyncio.run(judge_rows(asker, protocol, bench.rows, responses))
     if batch.lines:
-        print(f"--batch-in: {batch.lines:,} lines, {len(batch.answers):,} with an answer", flush=True)
+        print(f"--batch-in: {counted(batch.lines, 'line')}, {len(batch.answers):,} with an answer", flush=True)
         for what, count in batch.failed.most_common(5):
             print(f"--batch-in: {count:,} failed, and are asked for again: {what}", flush=True)
         if strangers := len(batch.answers.keys() - asker.found):
-            print(f"--batch-in: {strangers:,} answers are to none of these questions (other rows, responses or judge?)")
-    if asker.wanted and options.batch_out:
+            to_none = f"{counted(strangers, 'answer', 'is', 'are')} to none of these questions"
+            print(f"--batch-in: {to_none} (other rows, responses or judge?)")
+    wanted = len(asker.wanted)
+    if wanted and options.batch_out:
         files = write_batch(asker.wanted, options.judge, options.batch_out)
-        print(f"{len(asker.wanted):,} questions for the judge are in {', '.join(map(str, files))}")
-    elif asker.wanted:
-        print(f"{len(asker.wanted):,} questions have no answer yet: --batch-out FILE writes them, for the next batch")
+        print(f"{counted(wanted, 'question')} for the judge: {', '.join(map(str, files))}")
+    elif wanted:
+        have = counted(wanted, "question", "has", "have")
+        print(f"{have} no answer yet: --batch-out FILE writes what is missing, for the next batch")
     elif options.batch_out:
         print("the judge has answered everything: --batch-out wrote nothing")
     return judged

@@ -79,13 +79,13 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _pairwise(sides: "Sequence[Mapping[str, Results]]", seed: int) -> "Pairwise | None":
-    """Wins of each on the bench, where both have its rows."""
+    """Wins of each on the bench, where both have its rows; B is the first, as all differences are B less A."""
     from train.multifaceted.pairwise import compare
 
     if not all("bench" in side for side in sides):
         return None
     rows = [side["bench"].path.with_name("bench_rows.jsonl") for side in sides]
-    return compare(rows[0], rows[1], names=("A", "B"), seed=seed) if all(path.is_file() for path in rows) else None
+    return compare(rows[1], rows[0], names=("B", "A"), seed=seed) if all(path.is_file() for path in rows) else None
 
 
 def table(comparison: "Comparison", shown: "Sequence[Pair]", names: tuple[str, str]) -> str:

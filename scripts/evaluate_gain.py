@@ -78,10 +78,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _measure_all(options: argparse.Namespace, folder: Path, file: Path) -> None:
+    from train.data.outcomes import counted
+
     names = {"before": options.before, "after": options.model} if options.before else {folder.name: options.model}
     made, texts = rows_for(options, [*names.values()])
     for kind, count in made.left_out.items():
-        print(f"left out: {count:,} rows: {kind} (the first: {made.examples[kind]})", flush=True)
+        print(f"left out: {counted(count, 'row')}: {kind} (the first: {made.examples[kind]})", flush=True)
 
     from train.loop.system_gain import markdown
 
@@ -234,13 +236,17 @@ def _measure(name: str, made: "VariantRows", file: Path, options: argparse.Names
 
 
 def _about(made: "VariantRows", measured: "dict[str, SystemGain]") -> str:
+    from train.data.outcomes import counted
+
     one = next(iter(measured.values()))
     tokens = sum(row.tokens for row in made.rows)
     lines = f"Reference answers of {tokens / len(made.rows):.0f} tokens on average; "
-    lines += f"{one.with_siblings:,} of {one.overall.rows:,} rows against other messages of the same instruction"
+    lines += (
+        f"{one.with_siblings:,} of {counted(one.overall.rows, 'row')} against other messages of the same instruction"
+    )
     lines += ", the rest against those of other rows." if one.with_siblings < one.overall.rows else "."
     if one.other_tokens:
-        lines += f" The template joins the answer to what is before it in {one.other_tokens:,} rows."
+        lines += f" The template joins the answer to what is before it in {counted(one.other_tokens, 'row')}."
     return lines
 
 

@@ -119,9 +119,15 @@ def write(scored: "Scored", options: argparse.Namespace, folder: Path) -> None:
 
 def section(scored: "Scored", options: argparse.Namespace) -> str:
     """The section of report.md: how it was measured and a line for each metric."""
+    from train.data.outcomes import counted
+
     about = f"lm-eval {importlib.metadata.version('lm-eval')}, with the chat template and few-shot examples as turns"
     about += f", system message `{options.system_instruction}`" if options.system_instruction else ", no system message"
-    about += f"; the first {options.limit:,} documents of each task, so no figure to publish" if options.limit else ""
+    about += (
+        f"; the first {counted(options.limit, 'document')} of each task, so no figure to publish"
+        if options.limit
+        else ""
+    )
     lines = [HEADING, "", f"{about}. Intervals are 1.96 standard errors.", ""]
     lines += ["| task | metric | few-shot | documents | value |", "|---|---|---|---|---|"]
     lines += [_line(score) for score in scored.scores]

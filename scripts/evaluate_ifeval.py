@@ -271,8 +271,11 @@ def section(
     unanswered: str | None = None,
 ) -> str:
     """The section of report.md: how it was measured, what got no answer, the four measures, the rules."""
+    from train.data.outcomes import counted
+
     data, decoding, checkers = record["data"], record["decoding"], record["checkers"]
-    lines = [HEADING, "", f"{data['prompts']:,} prompts with {data['constraints']:,} constraints of {data['file']}"]
+    asked = f"{counted(data['prompts'], 'prompt')} with {counted(data['constraints'], 'constraint')}"
+    lines = [HEADING, "", f"{asked} of {data['file']}"]
     if data["left_out"]:
         lines[-1] += f"; left out, as officially: prompts with {' or '.join(data['left_out'])}"
     lines[-1] += (

@@ -154,12 +154,14 @@ def total(of_rule: dict[str, tuple[int, int, int]]) -> tuple[int, int, int]:
 
 def section(verdicts: list[Verdict], max_new_tokens: int) -> str:
     """The part of report.md, in Markdown: a table for each kind of held-out row, and five samples."""
+    from train.data.outcomes import counted
+
     lines = [HEADING, ""]
     for kind, of_rule in adherence(verdicts).items():
         rows, before, after = total(of_rule)
         lines += [
             f"**{KINDS[kind].capitalize()}: {before / rows:.1%} before, {after / rows:.1%} after** "
-            f"({before} and {after} of {rows} answers, greedy, at most {max_new_tokens} tokens)",
+            f"({before} and {after} of {counted(rows, 'answer')}, greedy, at most {max_new_tokens} tokens)",
             "",
             "| rule | rows | before | after |",
             "|---|---|---|---|",

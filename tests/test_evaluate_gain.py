@@ -120,7 +120,7 @@ def test_figures_are_those_of_the_models(
     (after / "report.md").write_text("# a run\n\n## System gain\n\nold\n\n## Later\n\nstays\n", encoding="utf-8")
     assert command("gain", "--model", after, "--before", tiny_model, "--data", data) == 0
     shown = capsys.readouterr().out
-    assert f"left out: 1 rows: no system message (the first: {data}:13)" in shown
+    assert f"left out: 1 row: no system message (the first: {data}:13)" in shown
     record = json.loads((after / "gain.json").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()][:12]
     means = {}

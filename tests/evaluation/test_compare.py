@@ -370,9 +370,14 @@ def test_what_gain_and_bench_write_is_read(
         statistics.fmean(b - a for a, b in zip(*scores, strict=True))
     )
     wins = json.loads((folders[1] / "compare.json").read_text(encoding="utf-8"))["bench_by_rows"]["outcomes"]
-    assert wins["win of the first"]["rows"] == sum(a > b for a, b in zip(*scores, strict=True)) > 0
+    assert wins["win of the first"]["rows"] == sum(b > a for a, b in zip(*scores, strict=True)) > 0
     assert wins["both bad"]["rows"] == sum(a == b < 4 for a, b in zip(*scores, strict=True))
-    assert f"| A wins | {wins['win of the first']['rows']} |" in shown
+    assert f"| B wins | {wins['win of the first']['rows']} |" in shown
+    # The table above says B less A, and so does the sentence under the wins.
+    change = found["bench", "score"]["change"]
+    assert change != 0
+    assert f"B less A is {change:+.2f}" in shown
+    assert f"| bench: score | {'{:.3f}'.format(found['bench', 'score']['a']['value'])}" in shown
 
 
 def test_gain_on_other_rows_or_in_another_dtype_is_told_apart(

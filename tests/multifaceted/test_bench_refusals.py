@@ -120,3 +120,20 @@ def test_a_batch_whose_every_line_is_refused_is_an_error(tmp_path: Path, capsys:
     assert command(*asked, "--batch-in", write_lines(tmp_path / "output.jsonl", output)) == 2
     told = capsys.readouterr().err.partition("error: ")[2]
     assert told.startswith("--judge judge: none of the 12 judgements got an answer: 400: no such judge")
+
+
+def test_one_of_a_thing_is_said_to_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = bench_row(0, rubric_count=1)
+    data = write_lines(tmp_path / "rows.jsonl", [alone])
+    given = [{**row, "response": "r"} for row in (alone, bench_row(1))]
+    answers = write_lines(tmp_path / "answers.jsonl", given)
+    asked = ("--model", "m", "--data", data, "--responses", answers, "--judge", "judge", "--output-dir", tmp_path)
+    assert command(*asked, "--runs", "1", "--retries", "0", "--batch-out", tmp_path / "batch.jsonl") == 0
+    shown = capsys.readouterr().out
+    assert "--responses: 1 line belongs to no row that is asked for" in shown
+    assert "1 question for the judge: " in shown
+    assert "**Not finished: 1 judgement is still to come; " in shown
+    assert "the data has 1 row, Multifaceted Bench 921" in shown
+    with served(GRADES) as server:
+        assert command(*asked, "--runs", "1", "--judge-server", server.url) == 0
+    assert "the mean of 1 run over 1 row." in capsys.readouterr().out

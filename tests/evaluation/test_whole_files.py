@@ -72,6 +72,10 @@ def test_gain_and_compare_on_a_full_disk_keep_what_was_there(
     assert command(*gain) == 0
     assert command("compare", tmp_path / "out", tmp_path / "out") == 0
     before = contents(tmp_path / "out")
+    full = tmp_path / "out" / "gain_scores.jsonl"
+    for asked in (gain, (*gain, "--others", "1", "--dtype", "bfloat16")):  # nothing to score, and everything
+        with files_of_at_most(full.stat().st_size):
+            assert says_no(*asked) == f"{full} can't be written: File too large."
     room = 1 + max(len(text) for name, text in before.items() if not name.endswith(".png"))
     assert room < min(len(text) for name, text in before.items() if name.endswith(".png"))
     for asked in ((*gain, "--seed", "1"), ("compare", tmp_path / "out", tmp_path / "out", "--seed", "1")):

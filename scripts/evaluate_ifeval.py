@@ -131,6 +131,7 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
             "prompts": len(counted),
             "constraints": sum(len(rows[number].instructions) for number in counted),
             "fingerprint": fingerprint(asked),
+            "same_in_both_turns": same_when_merged(options, asked),
             "drawn_at_random": [key for key in (rows[number].key for number in counted) if key in at_random],
         },
         "decoding": {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature},
@@ -203,6 +204,16 @@ def _answered(answer: Any, row: Row, checkers: Checkers) -> Answered:
     said = without_reasoning(answer.text)
     how = "empty" if not said.text.strip() else "cut" if answer.cut else "ended"
     return Answered(said.text, how, checkers.verdict(row, said.text))
+
+
+def same_when_merged(options: argparse.Namespace, asked: dict[str, list[Row]]) -> int:
+    """Of how many prompts --system-role merge_into_user makes the very one of the control."""
+    from train.evaluation.responses import merged
+
+    if options.system_role != "merge_into_user" or len(asked) < 2:
+        return 0
+    pairs = zip(asked["system"], asked["user"], strict=True)
+    return sum(merged(row.messages) == merged(other.messages) for row, other in pairs)
 
 
 def fingerprint(asked: dict[str, list[Row]]) -> str:
@@ -298,6 +309,9 @@ def section(
         lines.append(f"| {what} | " + " | ".join(cells) + " |")
     if any(share.value in (0, 1) for one in overall.values() for share in one.values()):
         lines += ["", "An interval without width: none or all of them follow, and drawing them again can't differ."]
+    if data["same_in_both_turns"]:
+        same = f"{data['same_in_both_turns']:,} of {counted(data['prompts'], 'prompt')}"
+        lines += ["", f"{same} are those of the control word for word, as merge_into_user makes them: no gap is there."]
     first = next(iter(of_rule.values()))
     lines += ["", "By rule, strict:", "", f"| rule | constraints |{head}", "|---|---|" + "---|" * len(overall)]
     for rule, one in first.items():

@@ -267,6 +267,9 @@ def test_a_turn_that_gets_no_answer_at_all_has_no_figures(
     assert (
         record["system"]["prompt_strict"]["value"] == record["user"]["prompt_strict"]["value"] == pytest.approx(8 / 12)
     )
+    # These prompts are those of the control, word for word: a gap of 0 is no finding.
+    note = "12 of 12 prompts are those of the control word for word, as merge_into_user makes them"
+    assert note in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
 
 KILLED = """

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from report_section import put_section
 
-from train.errors import UserError, naming, positive
+from train.errors import UserError, from_one_to, naming, not_negative, positive
 from train.evaluation.one_at_a_time import alone_in
 from train.recipe import Source
+from train.whole_files import replacing, write_text
 
 if TYPE_CHECKING:
     from train.llm.server import Server
@@ -29,6 +30,8 @@ def add_to(commands: Any) -> None:
     from train.multifaceted.protocol import (
         GOOD,
         HUB_ID,
+        MOST_ANSWERS,
+        MOST_RUNS,
         PAPERS_DECODING,
         PAPERS_JUDGE,
         PAPERS_RESPONSES,
@@ -43,7 +46,13 @@ def add_to(commands: Any) -> None:
     what.add_argument("--limit", type=positive, help="the first so many rows: not the whole bench (default all)")
     what.add_argument("--no-system", action="store_true", help="leave the system messages out: the paper's ablation")
     what.add_argument("--responses", metavar="FILE", help="answers that are there already; --model is then a name only")
-    what.add_argument("--best-of", type=positive, default=1, metavar="N", help="N answers a row, one of them picked")
+    what.add_argument(
+        "--best-of",
+        type=from_one_to(MOST_ANSWERS),
+        default=1,
+        metavar="N",
+        help=f"N answers a row, one of them picked (at most {MOST_ANSWERS:,}, as the judge grades them all)",
+    )
     what.add_argument(
         "--pick-by",
         choices=("first-run", "all-runs", "file"),
@@ -70,9 +79,18 @@ def add_to(commands: Any) -> None:
     judge.add_argument("--judge-temperature", type=float, default=PAPERS_DECODING.temperature)
     judge.add_argument("--judge-top-p", type=float, default=PAPERS_DECODING.top_p)
     judge.add_argument("--judge-extra", type=_object, default={}, metavar="JSON", help="what else goes into a request")
-    judge.add_argument("--runs", type=positive, default=PAPERS_RUNS, help=f"runs averaged (default {PAPERS_RUNS})")
     judge.add_argument(
-        "--retries", type=_count, default=3, help="how often an answer without a score is asked for again (default 3)"
+        "--runs",
+        type=from_one_to(MOST_RUNS),
+        default=PAPERS_RUNS,
+        help=f"runs averaged (default {PAPERS_RUNS}; at most {MOST_RUNS}, which leave a tenth of the luck of one, and "
+        "each asks about every rubric again)",
+    )
+    judge.add_argument(
+        "--retries",
+        type=not_negative,
+        default=3,
+        help="how often an answer without a score is asked for again (default 3)",
     )
     judge.add_argument(
         "--show-system", action="store_true", help="the judge sees the system message: not the paper's protocol"
@@ -91,14 +109,8 @@ def add_to(commands: Any) -> None:
     )
     results.add_argument("--against", type=Path, metavar="FILE", help="bench_rows.jsonl of another model, to compare")
     results.add_argument("--good", type=float, default=GOOD, help=f"a tie is both good from this on (default {GOOD:g})")
-    results.add_argument("--seed", type=int, default=0, help="of the intervals (default 0)")
+    results.add_argument("--seed", type=not_negative, default=0, help="of the intervals (default 0)")
     parser.set_defaults(run=run)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up")
-    return int(text)
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -126,6 +138,7 @@ def run(options: argparse.Namespace) -> None:
 def _measure(options: argparse.Namespace, folder: Path) -> None:
     from pydantic import ValidationError
 
+    from train.multifaceted.bench import refuse_without_judgements, refuse_without_responses
     from train.multifaceted.bench_rows import read_bench
 
     try:
@@ -136,8 +149,16 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
     bench = read_bench(sources, options.limit)
     if len(bench.rows) < bench.of:
         print(f"--limit {options.limit}: {len(bench.rows):,} of {bench.of:,} rows, not the whole bench", flush=True)
-    responses = _given(options, bench) if options.responses else _asked(options, bench, folder)
+    if options.responses:
+        responses = _given(options, bench)
+        refuse_without_responses(responses, f"--responses {options.responses}")
+    else:
+        responses = _asked(options, bench, folder)
+        gives_system = not options.no_system and any(row.system.strip() for row in bench.rows)
+        hint = " A model without a system role: --system-role merge_into_user." if gives_system else ""
+        refuse_without_responses(responses, f"--model {options.model}", hint)
     judged = _judge(options, bench, responses, folder)
+    refuse_without_judgements(judged, f"--judge {options.judge}")
     _write(options, bench, judged, folder)
 
 
@@ -220,13 +241,14 @@ def _judge_servers(options: argparse.Namespace) -> "list[Server]":
 
 def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]":
     """The responses of a file."""
+    from train.data.outcomes import counted
     from train.llm.reasoning import without_reasoning
     from train.multifaceted.bench import Response
     from train.multifaceted.bench_rows import read_responses
 
     given, strangers = read_responses(options.responses, bench.rows)
     if strangers:
-        print(f"--responses: {strangers:,} lines belong to no row that is asked for", flush=True)
+        print(f"--responses: {counted(strangers, 'line', 'belongs', 'belong')} to no row that is asked for", flush=True)
     found = []
     for row in bench.rows:
         answers = given.get(row.id)
@@ -269,7 +291,7 @@ def _asked(options: argparse.Namespace, bench: "Bench", folder: Path) -> "list[l
     )
     return [
         [
-            Response(None, f"no answer: {answer}")
+            Response(None, str(answer))
             if isinstance(answer, NoAnswerError)
             else Response(without_reasoning(answer.text).text, finish_reason=answer.finish_reason)
             for answer in of_row
@@ -300,6 +322,7 @@ def _judge(
     options: argparse.Namespace, bench: "Bench", responses: "list[list[Response]]", folder: Path
 ) -> "list[JudgedRow]":
     """What the judge says, from its servers or from files of a batch."""
+    from train.data.outcomes import counted
     from train.evaluation.respondent import server_options
     from train.llm.client import Client
     from train.llm.journal import Journal
@@ -320,16 +343,19 @@ def _judge(
         asker = JournalAsker(journal, options.judge, batch)
         judged = asyncio.run(judge_rows(asker, protocol, bench.rows, responses))
     if batch.lines:
-        print(f"--batch-in: {batch.lines:,} lines, {len(batch.answers):,} with an answer", flush=True)
+        print(f"--batch-in: {counted(batch.lines, 'line')}, {len(batch.answers):,} with an answer", flush=True)
         for what, count in batch.failed.most_common(5):
             print(f"--batch-in: {count:,} failed, and are asked for again: {what}", flush=True)
         if strangers := len(batch.answers.keys() - asker.found):
-            print(f"--batch-in: {strangers:,} answers are to none of these questions (other rows, responses or judge?)")
-    if asker.wanted and options.batch_out:
+            to_none = f"{counted(strangers, 'answer', 'is', 'are')} to none of these questions"
+            print(f"--batch-in: {to_none} (other rows, responses or judge?)")
+    wanted = len(asker.wanted)
+    if wanted and options.batch_out:
         files = write_batch(asker.wanted, options.judge, options.batch_out)
-        print(f"{len(asker.wanted):,} questions for the judge are in {', '.join(map(str, files))}")
-    elif asker.wanted:
-        print(f"{len(asker.wanted):,} questions have no answer yet: --batch-out FILE writes them, for the next batch")
+        print(f"{counted(wanted, 'question')} for the judge: {', '.join(map(str, files))}")
+    elif wanted:
+        have = counted(wanted, "question", "has", "have")
+        print(f"{have} no answer yet: --batch-out FILE writes what is missing, for the next batch")
     elif options.batch_out:
         print("the judge has answered everything: --batch-out wrote nothing")
     return judged
@@ -356,15 +382,17 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
     try:
         if options.against and options.against.exists() and rows.exists() and options.against.samefile(rows):
             raise UserError(f"--against {options.against}: that is the file which this very command writes.")
-        _replace(rows, "".join(json.dumps(row_record(one), ensure_ascii=False) + "\n" for one in judged))
+        with replacing(rows) as [lines]:
+            write_text(lines, "".join(json.dumps(row_record(one), ensure_ascii=False) + "\n" for one in judged))
         if options.against:
             try:
                 versus = compare(rows, options.against, good=options.good, seed=options.seed)
                 record["against"] = versus.record()
             except UserError as fault:  # said last: the run's own figures are none the worse
                 no_comparison = fault
-        _replace(folder / "bench.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        draw(record, folder / "bench.png")
+        with replacing(folder / "bench.json", folder / "bench.png") as [figures, plot]:
+            write_text(figures, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+            draw(record, plot)
         text = markdown(record, judged)
         if versus:
             text += f"\nAgainst {options.against}:\n\n{versus.markdown()}"
@@ -375,10 +403,3 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
     print(f"the figures are in {folder / 'bench.json'}, all answers and judgements in {rows}")
     if no_comparison:
         raise no_comparison
-
-
-def _replace(path: Path, text: str) -> None:
-    """Never half a file: what a killed command leaves is the old one or the new one."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8", errors="replace")
-    aside.replace(path)

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.errors import UserError
+from train.errors import UserError, not_negative
 from train.report_parts import load_pyplot
+from train.whole_files import replacing, write_text
 
 if TYPE_CHECKING:
     from train.evaluation.compare import Comparison, Pair
@@ -30,7 +31,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("second", type=Path, metavar="B", help="what to compare it with: the difference is B less A")
     parser.add_argument("--only", nargs="+", choices=_KINDS, help="compare these alone (default all that both have)")
     parser.add_argument("--details", action="store_true", help="show rules, sources and tasks within groups, too")
-    parser.add_argument("--seed", type=int, default=0, help="of the intervals (default 0)")
+    parser.add_argument("--seed", type=not_negative, default=0, help="of the intervals (default 0)")
     parser.add_argument("--output-dir", type=Path, help="for compare.json and compare.png (default the folder of B)")
     parser.set_defaults(run=run)
 
@@ -42,13 +43,18 @@ def run(options: argparse.Namespace) -> None:
 
     sides = []
     of_second = read_results(options.second)
+    of_first, measured_against = read_before(of_second, options.first)
     # What was measured with --before A stands in the folder of B.
-    for place, found in (options.first, read_before(of_second, options.first)), (options.second, of_second):
+    for place, found in (options.first, of_first), (options.second, of_second):
         kept = {kind: results for kind, results in found.items() if kind in (options.only or _KINDS)}
         if not kept:
             raise UserError(f"{place}: it has {', '.join(found)}, and nothing of --only {' '.join(options.only)}")
         sides.append(kept)
-    comparison = compare(*sides, seed=options.seed)
+    only_second = {
+        kind: f"it was measured with --before {before}, and A is {options.first.resolve()}"
+        for kind, before in measured_against.items()
+    }
+    comparison = compare(*sides, seed=options.seed, only_second=only_second)
     shown = [pair for pair in comparison.pairs if options.details or not pair.first.detail]
     versus = _pairwise(sides, options.seed)
     folder: Path = options.output_dir or (options.second if options.second.is_dir() else options.second.parent)
@@ -61,8 +67,9 @@ def run(options: argparse.Namespace) -> None:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "compare.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        draw(shown, (str(options.first), str(options.second)), folder / "compare.png")
+        with replacing(folder / "compare.json", folder / "compare.png") as [figures, plot]:
+            write_text(figures, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+            draw(shown, (str(options.first), str(options.second)), plot)
     except OSError as fault:
         raise UserError(f"{folder}: can't be written: {fault.strerror}") from fault
     print(table(comparison, shown, (str(options.first), str(options.second))))
@@ -72,13 +79,13 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _pairwise(sides: "Sequence[Mapping[str, Results]]", seed: int) -> "Pairwise | None":
-    """Wins of each on the bench, where both have its rows."""
+    """Wins of each on the bench, where both have its rows; B is the first, as all differences are B less A."""
     from train.multifaceted.pairwise import compare
 
     if not all("bench" in side for side in sides):
         return None
     rows = [side["bench"].path.with_name("bench_rows.jsonl") for side in sides]
-    return compare(rows[0], rows[1], names=("A", "B"), seed=seed) if all(path.is_file() for path in rows) else None
+    return compare(rows[1], rows[0], names=("B", "A"), seed=seed) if all(path.is_file() for path in rows) else None
 
 
 def table(comparison: "Comparison", shown: "Sequence[Pair]", names: tuple[str, str]) -> str:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from report_section import put_section
 
-from train.errors import UserError, naming, positive
+from train.errors import UserError, naming, not_negative, positive
 from train.evaluation.one_at_a_time import alone_in
+from train.evaluation.results import folder_of
 from train.progress import job
 from train.recipe import ModelSection, Source
 from train.report_parts import load_pyplot
+from train.whole_files import replacing, write_text
 
 if TYPE_CHECKING:
     from train.data.formats import RowFault
@@ -51,7 +53,9 @@ def add_to(commands: Any) -> None:
         help="what to compute in (default float32 on a CPU, bfloat16 on a GPU)",
     )
     parser.add_argument("--batch-tokens", type=positive, default=8192, help="tokens at a time (default 8192)")
-    parser.add_argument("--seed", type=int, default=0, help="of the other messages and the intervals (default 0)")
+    parser.add_argument(
+        "--seed", type=not_negative, default=0, help="of the other messages and the intervals (default 0)"
+    )
     parser.add_argument(
         "--json",
         type=Path,
@@ -67,17 +71,19 @@ def run(options: argparse.Namespace) -> None:
     file: Path = options.json or folder / "gain.json"
     if not (options.json or folder.is_dir()):
         raise UserError(f"--model {options.model}: there is no such folder. For a hub id, say --json FILE as well.")
-    if not file.parent.is_dir() or file.is_dir():
+    if not file.parent.is_dir() or (file.exists() and not file.is_file()):
         raise UserError(f"--json {file}: that is no file in a folder that is there")
     with alone_in(file.parent, "gain"):
         _measure_all(options, folder, file)
 
 
 def _measure_all(options: argparse.Namespace, folder: Path, file: Path) -> None:
+    from train.data.outcomes import counted
+
     names = {"before": options.before, "after": options.model} if options.before else {folder.name: options.model}
     made, texts = rows_for(options, [*names.values()])
     for kind, count in made.left_out.items():
-        print(f"left out: {count:,} rows: {kind} (the first: {made.examples[kind]})", flush=True)
+        print(f"left out: {counted(count, 'row')}: {kind} (the first: {made.examples[kind]})", flush=True)
 
     from train.loop.system_gain import markdown
 
@@ -93,7 +99,10 @@ def _measure_all(options: argparse.Namespace, folder: Path, file: Path) -> None:
             **{key: getattr(options, key) for key in ("split", "template", "system_role", "others", "limit", "seed")},
             "dtype": dtype,
         },
-        "models": {name: {"model": names[name], **one.record()} for name, one in measured.items()},
+        "models": {
+            name: {"model": names[name], "folder": folder_of(names[name]), **one.record()}
+            for name, one in measured.items()
+        },
     }
     if change:
         record["change"] = [
@@ -102,9 +111,10 @@ def _measure_all(options: argparse.Namespace, folder: Path, file: Path) -> None:
         ]
     rows = file.with_name(f"{file.stem}_rows.jsonl")
     try:
-        file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        rows.write_text("".join(_row_lines(made, measured)), encoding="utf-8")
-        draw(measured, file.with_name("gain.png"))
+        with replacing(rows, file, file.with_name("gain.png")) as [lines, figures_file, plot]:
+            write_text(lines, "".join(_row_lines(made, measured)))
+            write_text(figures_file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+            draw(measured, plot)
         text = f"{HEADING}\n\n{_about(made, measured)}\n\n{markdown(measured, change)}"
         if not options.json:
             put_section(folder / "report.md", HEADING, f"{text}\n![gain](gain.png)\n")
@@ -226,13 +236,17 @@ def _measure(name: str, made: "VariantRows", file: Path, options: argparse.Names
 
 
 def _about(made: "VariantRows", measured: "dict[str, SystemGain]") -> str:
+    from train.data.outcomes import counted
+
     one = next(iter(measured.values()))
     tokens = sum(row.tokens for row in made.rows)
     lines = f"Reference answers of {tokens / len(made.rows):.0f} tokens on average; "
-    lines += f"{one.with_siblings:,} of {one.overall.rows:,} rows against other messages of the same instruction"
+    lines += (
+        f"{one.with_siblings:,} of {counted(one.overall.rows, 'row')} against other messages of the same instruction"
+    )
     lines += ", the rest against those of other rows." if one.with_siblings < one.overall.rows else "."
     if one.other_tokens:
-        lines += f" The template joins the answer to what is before it in {one.other_tokens:,} rows."
+        lines += f" The template joins the answer to what is before it in {counted(one.other_tokens, 'row')}."
     return lines
 
 

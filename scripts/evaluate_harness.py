@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from report_section import put_section
 
-from train.errors import UserError
+from train.errors import UserError, not_negative, positive
 from train.evaluation.one_at_a_time import alone_in
+from train.whole_files import replacing, write_text
 
 if TYPE_CHECKING:
     from train.evaluation.harness import Score, Scored
@@ -34,10 +35,13 @@ def add_to(commands: Any) -> None:
         "--system-instruction", metavar="TEXT", help="a system message for every request (default none)"
     )
     parser.add_argument(
-        "--few-shot", type=int, metavar="N", help="examples before each question (default what each task defines)"
+        "--few-shot",
+        type=not_negative,
+        metavar="N",
+        help="examples before each question (default what each task defines)",
     )
     parser.add_argument(
-        "--limit", type=int, metavar="N", help="the first documents of each task, so many (default all)"
+        "--limit", type=positive, metavar="N", help="the first documents of each task, so many (default all)"
     )
     parser.add_argument("--template", help="as chat.template of a recipe (default: the model's own)")
     parser.add_argument(
@@ -47,17 +51,13 @@ def add_to(commands: Any) -> None:
         help="as chat.system_role of a recipe (default native: a model that we trained has its policy in its template)",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--batch-size", type=int, default=16, help="requests at a time (default 16)")
+    parser.add_argument("--batch-size", type=positive, default=16, help="requests at a time (default 16)")
     parser.add_argument("--output-dir", type=Path, help="where everything goes (default the folder of --model)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the tasks, print the table, write figures, rows and the section of report.md. Raises UserError."""
-    for name, least in (("few_shot", 0), ("limit", 1), ("batch_size", 1)):
-        given = getattr(options, name)
-        if given is not None and given < least:
-            raise UserError(f"--{name.replace('_', '-')} {given}: at least {least}")
     if options.output_dir is None and not Path(options.model).is_dir():
         raise UserError(f"--model {options.model} is no folder here: say with --output-dir FOLDER where the results go")
     folder: Path = options.output_dir or Path(options.model)
@@ -112,17 +112,22 @@ def write(scored: "Scored", options: argparse.Namespace, folder: Path) -> None:
         },
         "scores": [score.record() for score in scored.scores],
     }
-    (folder / "harness.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    with (folder / "harness_rows.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
-        for row in scored.rows:
-            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with replacing(folder / "harness_rows.jsonl", folder / "harness.json") as [lines, figures]:
+        write_text(lines, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored.rows))
+        write_text(figures, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def section(scored: "Scored", options: argparse.Namespace) -> str:
     """The section of report.md: how it was measured and a line for each metric."""
+    from train.data.outcomes import counted
+
     about = f"lm-eval {importlib.metadata.version('lm-eval')}, with the chat template and few-shot examples as turns"
     about += f", system message `{options.system_instruction}`" if options.system_instruction else ", no system message"
-    about += f"; the first {options.limit:,} documents of each task, so no figure to publish" if options.limit else ""
+    about += (
+        f"; the first {counted(options.limit, 'document')} of each task, so no figure to publish"
+        if options.limit
+        else ""
+    )
     lines = [HEADING, "", f"{about}. Intervals are 1.96 standard errors.", ""]
     lines += ["| task | metric | few-shot | documents | value |", "|---|---|---|---|---|"]
     lines += [_line(score) for score in scored.scores]

@@ -12,20 +12,30 @@ from typing import TYPE_CHECKING, Any
 
 from report_section import put_section
 
-from train.errors import UserError, positive
-from train.evaluation.ifeval import SKIPPED, Checkers, Row, Verdict, read_rows, same_rows
+from train.errors import UserError, not_negative, positive
+from train.evaluation.ifeval import (
+    PLACES,
+    SKIPPED,
+    Checkers,
+    Row,
+    Verdict,
+    place_of_constraints,
+    read_rows,
+    refuse_other_turns,
+    same_rows,
+)
 from train.evaluation.ifeval_figures import MEASURES, Share, gaps, gaps_by_rule, shares, shares_by_rule
 from train.evaluation.one_at_a_time import alone_in
 from train.evaluation.respondent import add_respondent, respondent_of
 from train.llm.journal import Decoding
 from train.llm.reasoning import without_reasoning
 from train.report_parts import load_pyplot
+from train.whole_files import replacing, write_text
 
 if TYPE_CHECKING:
     from train.resampling import Estimate
 
 HEADING = "## Constraints that a program can check"
-TURNS = {"system": "in the system message", "user": "in the user turn"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--temperature", type=_from_zero, default=0.0, help="of the answers (default 0, the official one)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the intervals, and of answers drawn (default 0)")
+    parser.add_argument(
+        "--seed", type=not_negative, default=0, help="of the intervals, and of answers drawn (default 0)"
+    )
     parser.add_argument("--output-dir", type=Path, help="where everything goes (default the folder of --model)")
     parser.set_defaults(run=run)
 
@@ -84,6 +96,12 @@ def run(options: argparse.Namespace) -> None:
 def _measure(options: argparse.Namespace, folder: Path) -> None:
     rows = read_rows(options.data)
     control = same_rows(rows, read_rows(options.control), options.control) if options.control else None
+    if control:
+        refuse_other_turns(rows, control)
+        places, by_turn = PLACES, {"system": rows, "user": control}
+    else:
+        turn, words = place_of_constraints(rows, options.data)
+        places, by_turn = {turn: words}, {turn: rows}
     checkers = Checkers()
     at_random = {row.key for row in rows if checkers.drawn_at_random(row)}
     left_out = Counter(rule for row in rows if row.skipped and not options.all_rules for rule in row.instructions)
@@ -91,16 +109,15 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
     if not counted:
         raise UserError(f"--data {options.data}: every row has a rule that is left out ({', '.join(SKIPPED)}); "
                         "score them with --all-rules")  # fmt: skip
-    asked = {"system": [rows[number] for number in counted]}
-    if control:
-        asked["user"] = [control[number] for number in counted]
+    asked = {turn: [of_turn[number] for number in counted] for turn, of_turn in by_turn.items()}
 
     found = ask(options, asked, checkers, folder / "ifeval.sqlite")
     for turn, answers in found.items():
         if all(one.why for one in answers):
+            hint = " A model without a system role: --system-role merge_into_user." if turn == "system" else ""
             raise UserError(
-                f"--model {options.model}: none of the {len(answers):,} prompts with constraints {TURNS[turn]} got an "
-                f"answer. Of the first: {answers[0].why} A model without a system role: --system-role merge_into_user."
+                f"--model {options.model}: none of the {len(answers):,} prompts with constraints {places[turn]} got an "
+                f"answer. Of the first: {answers[0].why}{hint}"
             )
     verdicts = {turn: [one.verdict for one in answers] for turn, answers in found.items()}
     record: dict[str, Any] = {
@@ -112,9 +129,10 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
             "rows": len(rows),
             "left_out": {rule: left_out[rule] for rule in SKIPPED if left_out[rule]},
             "prompts": len(counted),
-            "constraints": sum(len(row.instructions) for row in asked["system"]),
+            "constraints": sum(len(rows[number].instructions) for number in counted),
             "fingerprint": fingerprint(asked),
-            "drawn_at_random": [row.key for row in asked["system"] if row.key in at_random],
+            "same_in_both_turns": same_when_merged(options, asked),
+            "drawn_at_random": [key for key in (rows[number].key for number in counted) if key in at_random],
         },
         "decoding": {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature},
         "respondent": {name: getattr(options, name) for name in ("template", "system_role", "engine", "dtype")},
@@ -137,11 +155,13 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
         by_rule = gaps_by_rule(asked["system"], verdicts["system"], verdicts["user"], options.seed)
         record["gap"] = {name: one.record() for name, one in gap.items()}
         record["gap"]["by_rule"] = {rule: one.record() for rule, one in by_rule.items()}
-    text = section(record, overall, of_rule, gap, about_unanswered(asked, found))
+    text = section(record, places, overall, of_rule, gap, about_unanswered(asked, found, places))
     try:
-        write_answers(folder / "ifeval_answers.jsonl", asked, found)
-        (folder / "ifeval.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        draw(overall, of_rule, folder / "ifeval.png")
+        names = ("ifeval_answers.jsonl", "ifeval.json", "ifeval.png")
+        with replacing(*(folder / name for name in names)) as [lines, figures, plot]:
+            write_answers(lines, asked, found)
+            write_text(figures, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+            draw(places, overall, of_rule, plot)
         put_section(folder / "report.md", HEADING, text)
     except OSError as fault:
         raise UserError(f"{folder}: can't be written: {fault.strerror}") from fault
@@ -186,6 +206,16 @@ def _answered(answer: Any, row: Row, checkers: Checkers) -> Answered:
     return Answered(said.text, how, checkers.verdict(row, said.text))
 
 
+def same_when_merged(options: argparse.Namespace, asked: dict[str, list[Row]]) -> int:
+    """Of how many prompts --system-role merge_into_user makes the very one of the control."""
+    from train.evaluation.responses import merged
+
+    if options.system_role != "merge_into_user" or len(asked) < 2:
+        return 0
+    pairs = zip(asked["system"], asked["user"], strict=True)
+    return sum(merged(row.messages) == merged(other.messages) for row, other in pairs)
+
+
 def fingerprint(asked: dict[str, list[Row]]) -> str:
     """A checksum of what was asked and of its constraints, by which `compare` knows that two runs asked the same."""
     told = [
@@ -197,7 +227,7 @@ def fingerprint(asked: dict[str, list[Row]]) -> str:
 
 def write_answers(path: Path, asked: dict[str, list[Row]], found: dict[str, list[Answered]]) -> None:
     """One line for each answer: turn, key, rules, the answer that was checked, the verdicts for each rule."""
-    with path.open("w", encoding="utf-8", newline="\n") as lines:
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as lines:
         for turn, rows in asked.items():
             for row, one in zip(rows, found[turn], strict=True):
                 record = {
@@ -213,10 +243,12 @@ def write_answers(path: Path, asked: dict[str, list[Row]], found: dict[str, list
                 lines.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def about_unanswered(asked: dict[str, list[Row]], found: dict[str, list[Answered]]) -> str | None:
+def about_unanswered(
+    asked: dict[str, list[Row]], found: dict[str, list[Answered]], places: dict[str, str]
+) -> str | None:
     """How many prompts got no answer, and why the first of them; None where all got one."""
     without = [
-        f"(key {row.key}, {TURNS[turn]}): {' '.join(one.why.split())[:500]}"
+        f"(key {row.key}, {places[turn]}): {' '.join(one.why.split())[:500]}"
         for turn, rows in asked.items()
         for row, one in zip(rows, found[turn], strict=True)
         if one.why
@@ -243,14 +275,18 @@ def points(gap: "Estimate") -> str:
 
 def section(
     record: dict[str, Any],
+    places: dict[str, str],
     overall: dict[str, dict[str, Share]],
     of_rule: dict[str, dict[str, dict[str, Share]]],
     gap: "dict[str, Estimate] | None",
     unanswered: str | None = None,
 ) -> str:
     """The section of report.md: how it was measured, what got no answer, the four measures, the rules."""
+    from train.data.outcomes import counted
+
     data, decoding, checkers = record["data"], record["decoding"], record["checkers"]
-    lines = [HEADING, "", f"{data['prompts']:,} prompts with {data['constraints']:,} constraints of {data['file']}"]
+    asked = f"{counted(data['prompts'], 'prompt')} with {counted(data['constraints'], 'constraint')}"
+    lines = [HEADING, "", f"{asked} of {data['file']}"]
     if data["left_out"]:
         lines[-1] += f"; left out, as officially: prompts with {' or '.join(data['left_out'])}"
     lines[-1] += (
@@ -262,9 +298,9 @@ def section(
         lines[-1] += f" The checkers put a random letter in the place of the one that these rows ask for: {keys}."
     for turn in overall:
         endings = record[turn]["endings"]
-        lines[-1] += f" Constraints {TURNS[turn]}: " + ", ".join(f"{n:,} {how}" for how, n in endings.items()) + "."
+        lines[-1] += f" Constraints {places[turn]}: " + ", ".join(f"{n:,} {how}" for how, n in endings.items()) + "."
     lines += ["", unanswered] if unanswered else []
-    head = "".join(f" {TURNS[turn]} |" for turn in overall)
+    head = "".join(f" {places[turn]} |" for turn in overall)
     lines += ["", f"| |{head}" + (" system less user, points | p |" if gap else "")]
     lines += ["|---|" + "---|" * (len(overall) + 2 * bool(gap))]
     for name, what in MEASURES.items():
@@ -273,6 +309,9 @@ def section(
         lines.append(f"| {what} | " + " | ".join(cells) + " |")
     if any(share.value in (0, 1) for one in overall.values() for share in one.values()):
         lines += ["", "An interval without width: none or all of them follow, and drawing them again can't differ."]
+    if data["same_in_both_turns"]:
+        same = f"{data['same_in_both_turns']:,} of {counted(data['prompts'], 'prompt')}"
+        lines += ["", f"{same} are those of the control word for word, as merge_into_user makes them: no gap is there."]
     first = next(iter(of_rule.values()))
     lines += ["", "By rule, strict:", "", f"| rule | constraints |{head}", "|---|---|" + "---|" * len(overall)]
     for rule, one in first.items():
@@ -281,7 +320,12 @@ def section(
     return "\n".join(lines) + "\n\n![constraints followed](ifeval.png)\n"
 
 
-def draw(overall: dict[str, dict[str, Share]], of_rule: dict[str, dict[str, dict[str, Share]]], path: Path) -> None:
+def draw(
+    places: dict[str, str],
+    overall: dict[str, dict[str, Share]],
+    of_rule: dict[str, dict[str, dict[str, Share]]],
+    path: Path,
+) -> None:
     """The four measures and the strict share of each rule, with intervals, a bar for each turn, as a PNG."""
     pyplot = load_pyplot()
     bars: dict[str, dict[str, Share]] = {
@@ -293,14 +337,14 @@ def draw(overall: dict[str, dict[str, Share]], of_rule: dict[str, dict[str, dict
     figure, axes = pyplot.subplots(figsize=(9, 0.35 * len(names) + 1.2), dpi=100)
     height = 0.8 / len(bars)
     for number, (turn, found) in enumerate(bars.items()):
-        places = [place + (number - (len(bars) - 1) / 2) * height for place in range(len(names))]
+        rows = [row + (number - (len(bars) - 1) / 2) * height for row in range(len(names))]
         values = [found[name].value for name in names]
         axes.barh(
-            places,
+            rows,
             values,
             height,
             xerr=errors([found[name] for name in names]),
-            label=TURNS[turn],
+            label=places[turn],
             color="tab:blue" if turn == "system" else "lightgray",
             capsize=2,
         )

@@ -15,7 +15,9 @@ from report_section import put_section
 
 from train.errors import UserError, naming, positive
 from train.evaluation.one_at_a_time import alone_in
+from train.evaluation.results import folder_of
 from train.report_parts import load_pyplot
+from train.whole_files import replacing, write_text
 
 HEADING = "## Does it follow system messages?"
 KINDS = {"wording": "held-out questions and wordings", "rule": "rules never trained"}
@@ -48,7 +50,7 @@ def read_rows(path: Path, rules: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise UserError(f"--data {path}: there is no such file")
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would cut a text at U+2028
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut a text at U+2028
     except UnicodeDecodeError as fault:
         raise UserError(f"--data {path}: not UTF-8: {fault}. Give a jsonl file.") from fault
     for number, line in enumerate(lines, 1):
@@ -152,12 +154,14 @@ def total(of_rule: dict[str, tuple[int, int, int]]) -> tuple[int, int, int]:
 
 def section(verdicts: list[Verdict], max_new_tokens: int) -> str:
     """The part of report.md, in Markdown: a table for each kind of held-out row, and five samples."""
+    from train.data.outcomes import counted
+
     lines = [HEADING, ""]
     for kind, of_rule in adherence(verdicts).items():
         rows, before, after = total(of_rule)
         lines += [
             f"**{KINDS[kind].capitalize()}: {before / rows:.1%} before, {after / rows:.1%} after** "
-            f"({before} and {after} of {rows} answers, greedy, at most {max_new_tokens} tokens)",
+            f"({before} and {after} of {counted(rows, 'answer')}, greedy, at most {max_new_tokens} tokens)",
             "",
             "| rule | rows | before | after |",
             "|---|---|---|---|",
@@ -228,18 +232,23 @@ def _measure(options: argparse.Namespace, known: Mapping[str, Any], rows: list[d
 def write(verdicts: list[Verdict], options: argparse.Namespace) -> None:
     """answers.jsonl, adherence.json and its plot, and the section of report.md, which is printed, too."""
     folder: Path = options.after
-    with (folder / "answers.jsonl").open("w", encoding="utf-8") as lines:
-        for verdict in verdicts:
-            record = {**verdict.row, "answers": verdict.answers, "obeys": verdict.obeys}
-            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
     checks = hashlib.blake2b(options.rules.read_bytes(), digest_size=16).hexdigest()
-    asked = {"before": str(options.before), "max_new_tokens": options.max_new_tokens, "rules": checks}
+    asked = {
+        "before": str(options.before),
+        "before_folder": folder_of(options.before),
+        "max_new_tokens": options.max_new_tokens,
+        "rules": checks,
+    }
     figures = {"asked": asked} | {
         kind: {rule: dict(zip(("rows", "before", "after"), counts, strict=True)) for rule, counts in of_rule.items()}
         for kind, of_rule in adherence(verdicts).items()
     }
-    (folder / "adherence.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    draw(verdicts, folder / "adherence.png")
+    records = ({**verdict.row, "answers": verdict.answers, "obeys": verdict.obeys} for verdict in verdicts)
+    names = ("answers.jsonl", "adherence.json", "adherence.png")
+    with replacing(*(folder / name for name in names)) as [lines, figures_file, plot]:
+        write_text(lines, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        write_text(figures_file, json.dumps(figures, indent=2) + "\n")
+        draw(verdicts, plot)
     report = folder / "report.md"
     text = section(verdicts, options.max_new_tokens)
     put_section(report, HEADING, text)

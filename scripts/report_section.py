@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from train.whole_files import replacing, write_text
+
 
 def put_section(report: Path, heading: str, text: str) -> None:
     """Put `text`, which begins with the line `heading` ("## ..."), in the place of the section that did, or last."""
@@ -10,4 +12,5 @@ def put_section(report: Path, heading: str, text: str) -> None:
     before, found, rest = f"\n{old}".partition(f"\n{heading}\n")
     behind = re.search(r"^## ", rest, re.MULTILINE) if found else None
     parts = [before.strip("\n"), text.strip("\n"), rest[behind.start() :].strip("\n") if behind else ""]
-    report.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    with replacing(report) as [aside]:
+        write_text(aside, "\n\n".join(part for part in parts if part) + "\n")

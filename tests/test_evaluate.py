@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,13 @@ def test_data_that_can_not_be_asked_is_named_with_its_line(words: str, tmp_path:
     assert error.startswith(words)
 
 
+def test_the_mark_that_windows_puts_first_is_none_of_the_row(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
+    (tmp_path / "rules.py").write_text(RULES, encoding="utf-8")
+    error = refused(tmp_path, "--rules", "rules.py", "--data", "rows.jsonl", "--before", "nowhere", "--after", "b")
+    assert error == "nowhere: there is no such model folder"  # so the rows were read
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -177,3 +185,21 @@ def test_a_folder_without_a_model_is_an_error_before_anything_is_asked(tmp_path:
     shutil.copy(tiny_model / "config.json", tmp_path / "empty")
     command[command.index(tiny_model)] = "empty"
     assert refused(tmp_path, *command, tiny_model).startswith("--before or --after empty: empty can't be loaded: ")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("gain", "--model", "m", "--data", "d"),
+        ("ifeval", "--model", "m", "--data", "d"),
+        ("bench", "--model", "m", "--judge", "j"),
+        ("compare", "a", "b"),
+    ],
+    ids=lambda asked: asked[0],
+)
+@pytest.mark.parametrize("seed", ["-1", "0.5", "x"])
+def test_a_seed_that_can_not_be_drawn_from_is_refused_before_anything_is_read(
+    asked: tuple[str, ...], seed: str, says_no: Callable[..., str]
+) -> None:
+    """numpy takes none below 0, and would say so after everything was computed."""
+    assert says_no(*asked, "--seed", seed) == f"argument --seed: {seed!r} is no whole number from 0 up"

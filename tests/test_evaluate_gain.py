@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import shutil
 import signal
 import statistics
@@ -119,7 +120,7 @@ def test_figures_are_those_of_the_models(
     (after / "report.md").write_text("# a run\n\n## System gain\n\nold\n\n## Later\n\nstays\n", encoding="utf-8")
     assert command("gain", "--model", after, "--before", tiny_model, "--data", data) == 0
     shown = capsys.readouterr().out
-    assert f"left out: 1 rows: no system message (the first: {data}:13)" in shown
+    assert f"left out: 1 row: no system message (the first: {data}:13)" in shown
     record = json.loads((after / "gain.json").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()][:12]
     means = {}
@@ -178,6 +179,8 @@ def test_what_can_not_be_measured_is_an_error(
     assert refused(*good, "--before", smollm2).startswith(f"--before {smollm2}: its tokens are not those of {after}")
     assert refused(*good, "--group", "subject") == "--group subject: no row has a text in a column of that name"
     assert refused(*good, "--json", tmp_path / "no" / "gain.json").startswith("--json ")
+    os.mkfifo(tmp_path / "pipe")  # what is no file isn't replaced by one
+    assert refused(*good, "--json", tmp_path / "pipe").endswith("that is no file in a folder that is there")
     assert refused(*good, "--others", "0") == "argument --others: '0' is no number from 1 up"
     assert refused(*good, "--template", "chatm").startswith("chat.template: there is no template 'chatm'")
     assert "loses system messages" in refused("--model", tiny_model, "--data", data, "--template", _deaf(tmp_path))

@@ -50,6 +50,25 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def from_one_to(most: int) -> Callable[[str], int]:
+    """A whole number from 1 up to `most`, as an option's `type`."""
+
+    def bounded(text: str) -> int:
+        number = positive(text)
+        if number > most:
+            raise argparse.ArgumentTypeError(f"{number} is more than {most:,}, which is the most")
+        return number
+
+    return bounded
+
+
+def not_negative(text: str) -> int:
+    """A whole number from 0 up, as an option's `type`: numpy takes no other seed."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 up")
+    return int(text)
+
+
 class OutputLostError(Exception):
     """Standard output can't be written; what it was caused by says why."""
 

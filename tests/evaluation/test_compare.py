@@ -370,9 +370,14 @@ def test_what_gain_and_bench_write_is_read(
         statistics.fmean(b - a for a, b in zip(*scores, strict=True))
     )
     wins = json.loads((folders[1] / "compare.json").read_text(encoding="utf-8"))["bench_by_rows"]["outcomes"]
-    assert wins["win of the first"]["rows"] == sum(a > b for a, b in zip(*scores, strict=True)) > 0
+    assert wins["win of the first"]["rows"] == sum(b > a for a, b in zip(*scores, strict=True)) > 0
     assert wins["both bad"]["rows"] == sum(a == b < 4 for a, b in zip(*scores, strict=True))
-    assert f"| A wins | {wins['win of the first']['rows']} |" in shown
+    assert f"| B wins | {wins['win of the first']['rows']} |" in shown
+    # The table above says B less A, and so does the sentence under the wins.
+    change = found["bench", "score"]["change"]
+    assert change != 0
+    assert f"B less A is {change:+.2f}" in shown
+    assert f"| bench: score | {'{:.3f}'.format(found['bench', 'score']['a']['value'])}" in shown
 
 
 def test_gain_on_other_rows_or_in_another_dtype_is_told_apart(
@@ -419,9 +424,11 @@ RULES = {"even": Rule()}
 """
 
 
-def test_what_was_measured_with_before_stands_for_the_model_before(
-    command: Callable[..., int], tiny_chat_model: Path, tmp_path: Path, says_no: Callable[..., str]
-) -> None:
+@pytest.fixture
+def measured_with_before(
+    command: Callable[..., int], tiny_chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, Path]:
+    """Folders a and b; gain and rules of b were measured with --before a, by their names from the folder above."""
     data, rules = tmp_path / "rows.jsonl", tmp_path / "rules.py"
     rules.write_text(RULES, encoding="utf-8")
     turns = [[("system", f"Be {row}."), ("user", f"q {row // 2}"), ("assistant", f"{row} river")] for row in range(8)]
@@ -430,15 +437,25 @@ def test_what_was_measured_with_before_stands_for_the_model_before(
         for row in turns
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for folder in folders:
-        shutil.copytree(tiny_chat_model, folder)
-    weights = load_file(folders[1] / "model.safetensors")
+    for name in ("a", "b"):
+        shutil.copytree(tiny_chat_model, tmp_path / name)
+    weights = load_file(tmp_path / "b" / "model.safetensors")
     scaled = {name: value * 1.1 for name, value in weights.items()}
-    save_file(scaled, folders[1] / "model.safetensors", {"format": "pt"})
-    assert command("gain", "--before", folders[0], "--model", folders[1], "--data", data) == 0
-    asked = ("--rules", rules, "--data", data, "--max-new-tokens", "6")
-    assert command("rules", "--before", folders[0], "--after", folders[1], *asked) == 0
+    save_file(scaled, tmp_path / "b" / "model.safetensors", {"format": "pt"})
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert command("gain", "--before", "a", "--model", "b", "--data", data) == 0
+        asked = ("--rules", rules, "--data", data, "--max-new-tokens", "6")
+        assert command("rules", "--before", "a", "--after", "b", *asked) == 0
+    return tmp_path / "a", tmp_path / "b"
+
+
+def test_what_was_measured_with_before_stands_for_the_model_before(
+    command: Callable[..., int], measured_with_before: tuple[Path, Path], tiny_chat_model: Path, tmp_path: Path,
+    says_no: Callable[..., str],
+) -> None:  # fmt: skip
+    """From whatever folder it is asked for."""
+    folders = measured_with_before
     assert command("compare", *folders) == 0
     found = compared(folders[1])
     kept = lines(folders[1] / "gain_rows.jsonl")
@@ -449,3 +466,34 @@ def test_what_was_measured_with_before_stands_for_the_model_before(
     assert found["rules", "held-out wordings"]["change"] == pytest.approx(sum(b - a for a, b in obeys) / 8)
     shutil.copytree(tiny_chat_model, tmp_path / "another")
     assert "there are no results in it" in says_no("compare", tmp_path / "another", folders[1])
+
+
+def test_a_model_before_of_another_place_is_named(
+    command: Callable[..., int], measured_with_before: tuple[Path, Path], tmp_path: Path, says_no: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The same words name another folder from elsewhere; of a tree that was moved, those that they name now."""
+    before, after = measured_with_before
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(before, elsewhere / "a")
+    monkeypatch.chdir(elsewhere)
+    other = f"measured with --before {before}, and A is {elsewhere / 'a'}"
+    assert f"B was {other}" in says_no("compare", "a", after)
+    write_bench(elsewhere / "a", [1.0, 2.0])
+    write_bench(after, [2.0, 2.0])
+    capsys.readouterr()
+    assert command("compare", "a", after) == 0
+    shown = capsys.readouterr().out
+    assert f"note: gain: only B has it: it was {other}" in shown
+    assert f"note: rules: only B has it: it was {other}" in shown
+    (after / "bench.json").unlink()
+    assert f"gain: it was {other}" in says_no("compare", "a", after)
+    shutil.rmtree(before)
+    (elsewhere / "a" / "bench.json").unlink()
+    assert command("compare", "a", after) == 0  # there is no other folder any more that it may have been
+    assert ("gain", "gain") in compared(after)
+    record = json.loads((after / "gain.json").read_text(encoding="utf-8"))
+    for model in record["models"].values():
+        del model["folder"]  # as it was written before there was one
+    (after / "gain.json").write_text(json.dumps(record), encoding="utf-8")
+    assert command("compare", "a", after, "--only", "gain") == 0

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from train.errors import UserError
-from train.evaluation.ifeval import SKIPPED, Checkers, Row, Verdict, read_rows, same_rows
+from train.evaluation.ifeval import SKIPPED, Checkers, Row, Verdict, read_rows, refuse_other_turns, same_rows
 from train.evaluation.ifeval_figures import gaps, gaps_by_rule, shares, shares_by_rule
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +114,7 @@ def read_published(name: str) -> list[Row]:
 def test_the_published_files_and_what_the_official_scoring_leaves_out(checkers: Checkers) -> None:
     system = read_published("system")
     control = same_rows(system, read_published("user"), PUBLISHED / "user.jsonl")
+    refuse_other_turns(system, control)  # and is content
     assert len(system) == 541
     kept = [one for one in system if not one.skipped]
     assert (len(kept), sum(len(one.instructions) for one in kept)) == (470, 717)
@@ -353,6 +354,7 @@ def test_our_own_rows(maker: ModuleType, checkers: Checkers, tmp_path: Path, mon
     for name in names:
         assert (tmp_path / name).read_bytes() == (OURS / name).read_bytes()
     system, user = (read_rows(OURS / name) for name in names)
+    refuse_other_turns(system, same_rows(system, user, OURS / names[1]))
     assert len(system) >= 120
     assert len({rule for one in system for rule in one.instructions}) >= 15
     assert not any(checkers.drawn_at_random(one) or one.skipped for one in system)

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from scripted_server import Asked, Reply, error, said, served
 
+from train.evaluation.ifeval import read_rows
+
 ROOT = Path(__file__).parents[2]
 OURS = ROOT / "recipes" / "smollm2-135m" / "data"
 SYSTEM, USER = OURS / "system_ifeval.jsonl", OURS / "system_ifeval_user.jsonl"
@@ -120,10 +122,10 @@ def test_rules_that_are_left_out_can_be_scored(command: Callable[..., int], tmp_
         assert command(*arguments) == 0
         record = json.loads((tmp_path / "ifeval.json").read_text(encoding="utf-8"))
         assert record["data"]["left_out"] == {"combination:repeat_prompt": 1}
-        assert (record["data"]["prompts"], record["system"]["prompt_strict"]["value"]) == (1, 1)
+        assert (record["data"]["prompts"], record["user"]["prompt_strict"]["value"]) == (1, 1)
         assert command(*arguments, "--all-rules") == 0
     record = json.loads((tmp_path / "ifeval.json").read_text(encoding="utf-8"))
-    assert (record["data"]["prompts"], record["system"]["prompt_strict"]["value"]) == (2, 0.5)
+    assert (record["data"]["prompts"], record["user"]["prompt_strict"]["value"]) == (2, 0.5)
 
 
 def test_what_must_be_mended_is_said_before_anything_is_asked(says_no: Callable[..., str], tmp_path: Path) -> None:
@@ -146,6 +148,98 @@ def test_what_must_be_mended_is_said_before_anything_is_asked(says_no: Callable[
         assert f"'{temperature}' is no number from 0 up" in says_no(
             "ifeval", "--model", "m", "--data", data, *out, f"--temperature={temperature}"
         )
+
+
+def test_the_mark_that_windows_puts_first_is_none_of_the_row(tmp_path: Path) -> None:
+    plain, marked = write_rows(tmp_path / "s.jsonl", True), tmp_path / "marked.jsonl"
+    marked.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
+    assert [row.messages for row in read_rows(marked)] == [row.messages for row in read_rows(plain)]
+
+
+def rewritten(path: Path, source: Path, change: Callable[[dict], object]) -> Path:
+    """The rows of `source`, each after `change`, in a file of its own."""
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        change(row)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_files_whose_constraints_stand_elsewhere_than_their_options_say_have_no_gap(
+    command: Callable[..., int], says_no: Callable[..., str], tmp_path: Path
+) -> None:
+    data, control = write_rows(tmp_path / "s.jsonl", True), write_rows(tmp_path / "u.jsonl", False)
+
+    def told(data: Path, control: Path) -> str:
+        with served(obeys_users) as server:
+            refusal = says_no("ifeval", "--model", "m", "--server", server.url, "--output-dir", tmp_path / "out",
+                              "--data", data, "--control", control)  # fmt: skip
+            assert not server.asked
+        assert not (tmp_path / "out" / "ifeval.json").exists()
+        return refusal
+
+    exchanged = told(control, data)
+    assert exchanged.startswith(f"--data {control}:1: the row with key 0 has no system message")
+    assert "exchanged" in exchanged
+    itself = f"--control {data}:1: the row with key 0 has its constraints in the system message"
+    assert told(data, data).startswith(itself)
+    # A persona may stand in the system message of both; the one that has the constraints beside it is no control.
+    persona = {"role": "system", "content": "You are a lighthouse."}
+
+    def add(row: dict) -> None:
+        row["messages"] = [{"role": "system", "content": "You are a lighthouse.\n\nObey."}, row["messages"][-1]]
+
+    both = rewritten(tmp_path / "both.jsonl", data, add)
+    plain = rewritten(tmp_path / "p.jsonl", control, lambda row: row["messages"].insert(0, persona))
+    assert "has its constraints in the system message" in told(plain, both)
+    taken_out = rewritten(tmp_path / "t.jsonl", data, lambda row: row["messages"].pop(0))
+    assert told(taken_out, control).startswith(f"--data {taken_out}:1: the row with key 0 has no system message")
+    lacks = told(data, taken_out)
+    assert lacks.startswith(f"--control {taken_out}:1: the row with key 0 asks in its user turn what {data}:1 asks")
+    out = tmp_path / "good"
+    with served(obeys_users) as server:
+        assert command("ifeval", "--model", "m", "--server", server.url, "--output-dir", out, "--limit", "2",
+                       "--data", both, "--control", plain) == 0  # fmt: skip
+    persona_alone = rewritten(tmp_path / "q.jsonl", taken_out, lambda row: row["messages"].insert(0, persona))
+    assert "asks in its user turn what" in told(both, persona_alone)
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    rows[4]["messages"][0]["content"] = " "
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert told(data, control).startswith(f"--data {data}:5: the row with key 4 has no system message")
+    some = says_no("ifeval", "--model", "m", "--server", "http://localhost:1/v1", "--output-dir", tmp_path / "out",
+                   "--data", data)  # fmt: skip
+    assert some.startswith(f"--data {data}: 1 of 12 rows has no system message (the first {data}:5)")
+
+
+def test_rows_without_a_system_message_are_not_said_to_have_one(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """IFEval's own rows have no `messages`; of others nothing tells whether the user turn holds the constraints."""
+    source = write_rows(tmp_path / "u.jsonl", False, count=3)
+
+    def as_ifeval(row: dict) -> None:
+        row["prompt"] = row.pop("messages")[0]["content"]
+
+    kinds = {
+        "in the user turn": rewritten(tmp_path / "i.jsonl", source, as_ifeval),
+        "without a system message": rewritten(tmp_path / "t.jsonl", source, lambda row: None),
+    }
+    for number, (words, data) in enumerate(kinds.items()):
+        out = tmp_path / str(number)
+        with served(obeys_users) as server:
+            capsys.readouterr()
+            assert command("ifeval", "--model", "m", "--server", server.url, "--data", data, "--output-dir", out) == 0
+        record = json.loads((out / "ifeval.json").read_text(encoding="utf-8"))
+        assert record["user"]["prompt_strict"]["value"] == 1
+        assert "system" not in record
+        lines = (out / "ifeval_answers.jsonl").read_text(encoding="utf-8").splitlines()
+        assert {json.loads(line)["turn"] for line in lines} == {"user"}
+        report = (out / "report.md").read_text(encoding="utf-8")
+        assert f"| | {words} |" in report
+        assert f"Constraints {words}: 3 ended." in report
+        assert "system message" not in report.replace(words, "")
+        assert command("compare", out, out) == 0
+        assert "| ifeval: user: prompts, strict | 100.0 %" in capsys.readouterr().out
 
 
 async def has_no_system_role(asked: Asked) -> Reply:
@@ -173,6 +267,9 @@ def test_a_turn_that_gets_no_answer_at_all_has_no_figures(
     assert (
         record["system"]["prompt_strict"]["value"] == record["user"]["prompt_strict"]["value"] == pytest.approx(8 / 12)
     )
+    # These prompts are those of the control, word for word: a gap of 0 is no finding.
+    note = "12 of 12 prompts are those of the control word for word, as merge_into_user makes them"
+    assert note in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
 
 KILLED = """

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from train.recipe import load_recipe
 from train.sft import main
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +36,31 @@ FAULTS = {
             "training": {"metric_for_best_model": "bleu", "eval_strategy": "epoch", "save_strategy": "best"},
         },
         ["training.metric_for_best_model", "'bleu'", "eval_loss"],
+    ),
+    "a best checkpoint that listens least": (
+        {
+            "data": {"validation": 0.25},
+            "training": {
+                "metric_for_best_model": "eval_system_gain",
+                "greater_is_better": False,
+                "eval_strategy": "epoch",
+                "save_strategy": "epoch",
+                "load_best_model_at_end": True,
+            },
+        },
+        ["training.greater_is_better", "found false", "eval_system_gain", "the greater is better"],
+    ),
+    "a best checkpoint of the highest loss": (
+        {
+            "data": {"validation": 0.25},
+            "training": {
+                "greater_is_better": True,
+                "eval_strategy": "epoch",
+                "save_strategy": "epoch",
+                "load_best_model_at_end": True,
+            },
+        },
+        ["training.greater_is_better", "found true", "loss", "the smaller is better"],
     ),
     "too few rows for one whole batch": (
         {"training": {"dataloader_drop_last": True, "per_device_train_batch_size": 100}},
@@ -95,3 +121,17 @@ def test_a_module_to_save_that_is_there_is_saved(recipe_file: Callable[..., Path
 
     assert main(["--recipe", str(recipe_file(adapter={"r": 2, "modules_to_save": ["norm"]}))]) == 0
     assert any(name.endswith(".norm.weight") for name in load_file(tmp_path / "run" / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [("eval_system_gain", True), ("eval_system_accuracy_over_none", None), ("loss", False), ("eval_entropy", True),
+     ("eval_entropy", False)],
+)  # fmt: skip
+def test_a_best_checkpoint_that_is_best_by_its_metric(
+    metric: str, greater: bool | None, recipe_file: Callable[..., Path]
+) -> None:
+    training = {"metric_for_best_model": metric, "greater_is_better": greater, "load_best_model_at_end": True,
+                "eval_strategy": "epoch", "save_strategy": "epoch"}  # fmt: skip
+    recipe = load_recipe(recipe_file(data={"validation": 0.25}, training=training))
+    assert recipe.training["greater_is_better"] is greater

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import statistics
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -477,6 +478,9 @@ def test_what_is_told_is_what_was_measured(measured: SystemGain) -> None:
     assert "| rule | odd | 4 | " in table
     widths = [line.count("|") for line in table.splitlines() if line.startswith("|")]
     assert set(widths) == {3, 5}
+    assert "8 rows of 4 instructions; " in table
+    alone = replace(measured, overall=replace(measured.overall, rows=1, instructions=1))
+    assert "1 row of 1 instruction; " in markdown({"tiny": alone})
 
 
 def test_a_model_has_no_change_from_itself(measured: SystemGain) -> None:

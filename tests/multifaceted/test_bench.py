@@ -95,11 +95,13 @@ def test_the_score_is_the_mean_over_rows_and_what_is_missing_is_counted(done: tu
     assert found["by_source"]["Koala"]["low"] is None  # one row has no interval
     assert found["missing"] == {
         "rows_without_response": 1,
+        "why_no_response": {"no line in --responses": 1},
         "rows_without_score": 2,
         "rows_with_some_rubrics_missing": 1,
         "judgements": 4 * RUBRICS * RUNS,
         # rubric 1 of row 1 in each run; all of row 2
         "judgements_missing": {"unparsable": RUNS, "no answer": RUBRICS * RUNS, "pending": 0},
+        "why_no_judgement": {"400 Said: too long a prompt": RUBRICS * RUNS},
         "judge_answers": 12 + 1 + 9 + 2 * RUNS + 12,
         "judge_answers_without_score": {"no score at its end": 1 + 2 * RUNS},
         "judge_tokens": {"prompt": 7 * 40, "completion": sum(len(text.split()) for text in texts_of(folder))},
@@ -410,6 +412,8 @@ def test_reasoning_of_the_model_is_no_part_of_its_answer(tmp_path: Path) -> None
         ({"good": 9}, "--good 9"),
         ({"pick_by": "all-runs"}, "--best-of"),
         ({"runs": 0}, "is no number from 1 up"),
+        ({"runs": 999_999_999_999}, "--runs: 999999999999 is more than 100"),
+        ({"best_of": 999_999_999_999, "server": "http://localhost:1/v1"}, "--best-of: 999999999999 is more than 1,024"),
     ],
 )
 def test_what_can_not_be_is_one_error(

@@ -128,7 +128,7 @@ def test_what_a_batch_lacks_is_named_and_written_again(
     again = tmp_path / "again.jsonl"
     assert bench("out", "--batch-in", output, error_file, "--batch-out", again) == 0
     shown = capsys.readouterr().out
-    assert "1 answers are to none of these questions" in shown
+    assert "1 answer is to none of these questions" in shown
     assert "1 failed, and are asked for again: it expired" in shown
     assert "1 failed, and are asked for again: server error" in shown
     wanted = {line["custom_id"] for line in lines(again)}

@@ -123,7 +123,9 @@ def test_the_command_compares_with_another_models_rows(tmp_path: Path, capsys: p
     }
     assert found["difference"]["mean"] == pytest.approx(1 / 4)
     assert "| n wins | 1 | 25.0%" in (tmp_path / "n" / "report.md").read_text()
-    assert "| n wins | 1 | 25.0%" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "| n wins | 1 | 25.0%" in shown
+    assert "Rows that both have a score for: 4. n less m is +0.25 [" in shown
 
 
 def test_what_can_not_be_compared_leaves_the_runs_own_figures_whole(

@@ -50,12 +50,23 @@ class Comparison:
     notes: Sequence[str]
 
 
-def compare(first: Mapping[str, Results], second: Mapping[str, Results], *, seed: int = 0) -> Comparison:
-    """Every measure that both have. Raises UserError where they were measured on other data or otherwise."""
+def compare(
+    first: Mapping[str, Results],
+    second: Mapping[str, Results],
+    *,
+    seed: int = 0,
+    only_second: Mapping[str, str] | None = None,
+) -> Comparison:
+    """Every measure that both have. Raises UserError where they were measured on other data or otherwise.
+
+    `only_second`: why the first lacks a kind that the second has, where that is known.
+    """
+    why = {kind: f": {reason}" for kind, reason in (only_second or {}).items() if kind in second and kind not in first}
     shared = [kind for kind in first if kind in second]
     if not shared:
         raise UserError(
             f"there is nothing that both were measured by: one has {', '.join(first)}, the other {', '.join(second)}"
+            + "".join(f". {kind}{reason}" for kind, reason in list(why.items())[:1])
         )
     faults = [fault for kind in shared for fault in _differing(kind, first[kind], second[kind])]
     if faults:
@@ -64,7 +75,7 @@ def compare(first: Mapping[str, Results], second: Mapping[str, Results], *, seed
             "with --only what to compare."
         )
     notes = [f"{kind}: only A has it" for kind in first if kind not in second]
-    notes += [f"{kind}: only B has it" for kind in second if kind not in first]
+    notes += [f"{kind}: only B has it{why.get(kind, '')}" for kind in second if kind not in first]
     pairs = []
     for kind in shared:
         one, other = first[kind], second[kind]

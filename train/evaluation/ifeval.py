@@ -24,6 +24,8 @@ from train.evaluation.punkt import missing_package, provide_punkt
 
 SKIPPED = ("language:response_language", "combination:repeat_prompt")
 """What the official scoring of S-IFEval leaves out, with every prompt that has one of them: 470 of 541 are left."""
+PLACES = {"system": "in the system message", "user": "in the user turn"}
+"""Where constraints stand, in words."""
 _LISTS = ("keywords", "forbidden_words")
 _ROLES = ("system", "user", "assistant")
 
@@ -44,6 +46,16 @@ class Row:
         """Whether the official scoring leaves it out."""
         return not set(SKIPPED).isdisjoint(self.instructions)
 
+    @property
+    def system(self) -> str:
+        """What its system messages say; nothing where it has none, or an empty one."""
+        return "\n\n".join(message["content"] for message in self.messages if message["role"] == "system").strip()
+
+    @property
+    def turns(self) -> list[dict[str, Any]]:
+        """The messages of the others than the system."""
+        return [message for message in self.messages if message["role"] != "system"]
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -59,7 +71,7 @@ def read_rows(path: Path) -> list[Row]:
     A row without `messages` (IFEval's own) asks its prompt in the user turn. Raises UserError that names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would cut a text at U+2028
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut a text at U+2028
     except (OSError, UnicodeDecodeError) as fault:
         raise UserError(f"{path}: can't be read: {getattr(fault, 'strerror', None) or fault}") from fault
     rows: dict[int | str, Row] = {}
@@ -130,6 +142,51 @@ def same_rows(rows: Sequence[Row], control: Sequence[Row], path: Path) -> list[R
             )
         found.append(other)
     return found
+
+
+def refuse_other_turns(rows: Sequence[Row], control: Sequence[Row]) -> None:
+    """Raise UserError where `rows` don't have their constraints in the system message, or `control`, the same rows in
+    the same order, not in the user turn: a gap between the two would be of something else.
+
+    A control may have a system message (a persona, say), but none that holds what that of its row says.
+    """
+    meant = (
+        "With --control, --data is the file with the constraints in the system message, and --control that with the "
+        "same in the user turn"
+    )
+    for row, other in zip(rows, control, strict=True):
+        if not row.system:
+            exchanged = ". Were the two exchanged?" if other.system else "."
+            raise UserError(f"--data {row.place}: the row with key {row.key} has no system message. {meant}{exchanged}")
+        if row.system in other.system:
+            raise UserError(
+                f"--control {other.place}: the row with key {row.key} has its constraints in the system message. "
+                f"{meant}."
+            )
+        if other.turns == row.turns:
+            raise UserError(
+                f"--control {other.place}: the row with key {row.key} asks in its user turn what {row.place} asks, so "
+                f"the constraints aren't there. {meant}."
+            )
+
+
+def place_of_constraints(rows: Sequence[Row], path: Path) -> tuple[str, str]:
+    """Where rows without a control have their constraints, `system` or `user`, and that in words.
+
+    Raises UserError where some have a system message and others have none: that is two figures.
+    """
+    without = [row for row in rows if not row.system]
+    if not without:
+        return "system", PLACES["system"]
+    if len(without) < len(rows):
+        have = "has" if len(without) == 1 else "have"
+        raise UserError(
+            f"--data {path}: {len(without):,} of {len(rows):,} rows {have} no system message (the first "
+            f"{without[0].place}), so one figure would be of two things. Give each kind in a file of its own."
+        )
+    # Of other rows nothing tells that the user turn has them: a system message may have been taken out.
+    asks_all = all([message["content"] for message in row.messages] == [row.prompt] for row in rows)
+    return "user", PLACES["user"] if asks_all else "without a system message"
 
 
 class Checkers:

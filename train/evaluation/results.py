@@ -36,7 +36,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Results:
-    """Results of one kind. `model`: what was measured."""
+    """Results of one kind. `model`: what was measured, as it was named; `folder`: where that was, if it is known."""
 
     kind: str
     path: Path
@@ -44,6 +44,7 @@ class Results:
     measures: Mapping[str, Measure]
     conditions: Mapping[str, Any]
     notes: Mapping[str, Any]
+    folder: str | None = None
 
 
 def read_results(place: Path) -> dict[str, Results]:
@@ -61,16 +62,37 @@ def read_results(place: Path) -> dict[str, Results]:
     return {results.kind: results for results in found}
 
 
-def read_before(later: Mapping[str, Results], place: Path) -> dict[str, Results]:
+def folder_of(model: str | Path) -> str | None:
+    """Where the folder of a model is, whatever folder a command runs in; None of a hub id."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else None
+
+
+def read_before(later: Mapping[str, Results], place: Path) -> tuple[dict[str, Results], dict[str, str]]:
     """What stands in `place`, and what `later` holds of the model there, which it was measured against (`--before`).
 
-    Raises UserError where there is neither.
+    And of which kinds `later` holds a model before that is another: kind -> where that is. Raises UserError where there
+    is nothing of the model in `place`.
     """
     before = {kind: found for kind, one in later.items() if (found := _read(one.path, before=True))}
-    known = {kind: one for kind, one in before.items() if Path(one.model).resolve() == place.resolve()}
+    known = {kind: one for kind, one in before.items() if _place_of(one) == place.resolve()}
+    others = {kind: str(_place_of(one)) for kind, one in before.items() if kind not in known}
     if known and not any((place / kind.file).is_file() for kind in KINDS.values()):
-        return known
-    return known | read_results(place)
+        return known, others
+    try:
+        return known | read_results(place), others
+    except UserError as fault:
+        if not others:
+            raise
+        raise UserError(
+            f"{fault}. B was measured with --before {next(iter(others.values()))}, and A is {place.resolve()}"
+        ) from fault
+
+
+def _place_of(one: Results) -> Path:
+    """Where a model was as it was measured; where that is no more, what its name says from here."""
+    if one.folder and Path(one.folder).is_dir():
+        return Path(one.folder).resolve()
+    return Path(one.model).resolve()
 
 
 @overload
@@ -214,7 +236,7 @@ def _gain_of(which: str, kind: str, path: Path, record: Record) -> Results:
     conditions |= {} if texts else {"data": [Path(data).name for data in record["data"]]}
     conditions |= {name: options[name] for name in ("others", "limit", "seed")}
     notes = {name: options.get(name) for name in ("template", "system_role", "dtype")}
-    return Results(kind, path, one["model"], measures, conditions, notes)
+    return Results(kind, path, one["model"], measures, conditions, notes, one.get("folder"))
 
 
 def _read_rules(kind: str, path: Path, record: Record) -> Results:
@@ -250,7 +272,8 @@ def _rules_of(when: str, model: str, kind: str, path: Path, record: Record) -> R
     asked = {held_out: {rule: one["rows"] for rule, one in of_rule.items()} for held_out, of_rule in counted.items()}
     conditions = {"rows by rule": asked, "rows": sorted(key for of_kind in rows.values() for key in of_kind)}
     conditions["max_new_tokens"] = how.get("max_new_tokens")
-    return Results(kind, path, model, measures, conditions, {"checks": how.get("rules")})
+    folder = how.get("before_folder") if when == "before" else None
+    return Results(kind, path, model, measures, conditions, {"checks": how.get("rules")}, folder)
 
 
 def _read_bench(kind: str, path: Path, record: Record) -> Results:

@@ -15,16 +15,17 @@ class ScoreFile:
     """One line a score: a digest of the model and the tokens, and the sum of ln p. Use it in a `with` block.
 
     `model`: what tells it from others (`fingerprint`), and its dtype. What is no such line is passed over: a
-    crash leaves half a one. Raises UserError where the file can't be written.
+    crash leaves half a one. Raises UserError where the file can't be written, or not to its end.
     """
 
     def __init__(self, path: Path, model: str) -> None:
+        self._path = path
         self._model = model.encode()
         self._known: dict[str, float] = {}
         try:
             self._lines = path.open("a+", encoding="utf-8", errors="replace")
         except OSError as fault:
-            raise UserError(f"{path} can't be written: {fault.strerror}.") from fault
+            raise self._refused(fault) from fault
         self._lines.seek(0)
         for line in self._lines:
             with suppress(ValueError, TypeError):  # json's own is a ValueError; a line may be JSON of another kind
@@ -38,10 +39,16 @@ class ScoreFile:
 
     def add(self, rows: Sequence[Encoded], scores: Sequence[float]) -> None:
         """Write scores down; they are there when this returns, also for a process that is killed."""
-        self._lines.writelines(
-            json.dumps([self._key(row), score]) + "\n" for row, score in zip(rows, scores, strict=True)
-        )
-        self._lines.flush()
+        try:
+            self._lines.writelines(
+                json.dumps([self._key(row), score]) + "\n" for row, score in zip(rows, scores, strict=True)
+            )
+            self._lines.flush()
+        except OSError as fault:
+            raise self._refused(fault) from fault
+
+    def _refused(self, fault: OSError) -> UserError:
+        return UserError(f"{self._path} can't be written: {fault.strerror}.")
 
     def _key(self, row: Encoded) -> str:
         digest = hashlib.blake2b(self._model, digest_size=12)
@@ -52,5 +59,9 @@ class ScoreFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._lines.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._lines.close()
+        except OSError as fault:
+            if kind is None:  # else what was raised already says so
+                raise self._refused(fault) from fault

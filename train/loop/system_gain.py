@@ -41,6 +41,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from train.data.loss_mask import Encoded
+from train.data.outcomes import counted
 from train.data.system_variants import Label, Variants
 from train.errors import UserError
 from train.loop.answer_scores import log_likelihoods
@@ -229,8 +230,8 @@ def markdown(measured: Mapping[str, SystemGain], change: Mapping[Label | None, F
         cells += [_cell(getattr(change[None], measure), measure, signed=True)] if change else []
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     overall = first.overall
-    lines += ["", f"{overall.rows:,} rows of {overall.instructions:,} instructions; 95 % intervals over instructions, "
-              "and p against no effect (sign flips)."]  # fmt: skip
+    of = f"{counted(overall.rows, 'row')} of {counted(overall.instructions, 'instruction')}"
+    lines += ["", f"{of}; 95 % intervals over instructions, and p against no effect (sign flips)."]
     if first.groups:
         lines += ["", "Gain over other messages, by what the data says:", ""]
         lines += ["| of | is | rows | " + " | ".join(measured) + (" | change |" if change else " |")]

@@ -16,6 +16,7 @@ from train.errors import UserError
 from train.llm.client import NoAnswerError
 from train.llm.journal import Answer, Journal, Request
 from train.multifaceted.judge import NotYetError
+from train.whole_files import replacing
 
 URL = "/v1/chat/completions"
 MOST_REQUESTS = 50_000
@@ -150,10 +151,9 @@ def write_batch(
         if name.exists():
             raise UserError(f"--batch-out {name}: is there already. Name a new file, so that none is sent twice.")
     try:
-        for name, lines in zip(names, parts, strict=True):
-            aside = name.with_name(f".{name.name}.partial")
-            aside.write_bytes(b"".join(lines))
-            aside.replace(name)
+        with replacing(*names) as asides:
+            for aside, lines in zip(asides, parts, strict=True):
+                aside.write_bytes(b"".join(lines))
     except OSError as fault:
         raise UserError(f"--batch-out {path}: can't be written: {fault.strerror}.") from fault
     return names

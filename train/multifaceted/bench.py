@@ -17,7 +17,7 @@ upper bound and called one. By someone's own scores (`file`) the judge sees the 
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from train.data.formats import Message
+from train.errors import UserError
 from train.llm.client import Client
 from train.llm.rows import in_order, progress
 from train.multifaceted.bench_rows import NOT_STATED, BenchRow
@@ -34,6 +35,7 @@ from train.multifaceted.protocol import Protocol
 from train.resampling import estimates
 
 ROWS_AT_ONCE = 64
+_MOST_REASONS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +181,51 @@ async def judge_rows(
     return judged
 
 
+def reasons(why: Iterable[str]) -> dict[str, int]:
+    """How often each reason comes, the most frequent first; of very many the rest in one number."""
+    counts = Counter(" ".join(one.split())[:500] or "no reason given" for one in why)
+    ordered = sorted(counts, key=lambda reason: (-counts[reason], reason))
+    found = {reason: counts[reason] for reason in ordered[:_MOST_REASONS]}
+    if further := ordered[_MOST_REASONS:]:
+        found[f"{len(further):,} further reasons"] = sum(counts[reason] for reason in further)
+    return found
+
+
+def in_words(why: Mapping[str, int]) -> str:
+    """The reason alone, or the first three with how often each comes; without the full stop."""
+    if len(why) == 1:
+        return next(iter(why)).rstrip(".")
+    return "; ".join(f"{count:,} times: {reason}" for reason, count in list(why.items())[:3]).rstrip(".")
+
+
+def refuse_without_responses(responses: Sequence[Sequence[Response]], whose: str, hint: str = "") -> None:
+    """Raise UserError, which says why, where not one prompt got an answer: the model was never measured.
+
+    `whose`: the option that names who was to give them.
+    """
+    answers = [one for of_row in responses for one in of_row]
+    if all(one.text is None for one in answers):
+        why = in_words(reasons(one.missing for one in answers))
+        raise UserError(f"{whose}: none of the {len(responses):,} prompts got an answer: {why}.{hint}")
+
+
+def refuse_without_judgements(judged: Sequence[JudgedRow], whose: str) -> None:
+    """Raise UserError, which says why, where not one judgement got an answer, and none may still come."""
+    judgements = _judgements(judged)
+    if judgements and all(one.missing == "no answer" and not one.texts for one in judgements):
+        why = in_words(reasons(one.detail for one in judgements))
+        raise UserError(
+            f"{whose}: none of the {len(judgements):,} judgements got an answer: {why}. What the model answered is "
+            "kept, and the same command goes on from there."
+        )
+
+
+def _judgements(judged: Sequence[JudgedRow]) -> list[Judgement]:
+    return [
+        one for row in judged for answer in row.answers for runs in answer.judgements for one in runs if one is not None
+    ]
+
+
 def figures(judged: Sequence[JudgedRow], protocol: Protocol, *, seed: int = 0) -> dict[str, Any]:
     """All that the scores amount to, for JSON; the names are those of bench.json."""
     scores = [row.score for row in judged]
@@ -248,19 +295,21 @@ def _agreement(judged: Sequence[JudgedRow], protocol: Protocol) -> dict[str, Any
 
 def _missing(judged: Sequence[JudgedRow], protocol: Protocol) -> dict[str, Any]:
     """What isn't there, and what the judge was asked for again. `judgements` are all runs on all answers judged."""
-    judgements = [
-        one for row in judged for answer in row.answers for runs in answer.judgements for one in runs if one is not None
-    ]
+    judgements = _judgements(judged)
     why = Counter(one.missing for one in judgements if one.missing)
     faults = Counter(fault for one in judgements for fault in one.faults)
     return {
         "rows_without_response": sum(all(one.response.text is None for one in row.answers) for row in judged),
+        "why_no_response": reasons(
+            one.response.missing for row in judged for one in row.answers if one.response.text is None
+        ),
         "rows_without_score": sum(row.score is None for row in judged),
         "rows_with_some_rubrics_missing": sum(
             row.score is not None and any(score is None for score in row.rubric_scores) for row in judged
         ),
         "judgements": len(judgements),
         "judgements_missing": {reason: why[reason] for reason in ("unparsable", "no answer", "pending")},
+        "why_no_judgement": reasons(one.detail for one in judgements if one.missing == "no answer"),
         "judge_answers": sum(len(one.texts) for one in judgements),
         "judge_answers_without_score": dict(sorted(faults.items())),
         "judge_tokens": {name: sum(one.tokens.get(name, 0) for one in judgements) for name in ("prompt", "completion")},

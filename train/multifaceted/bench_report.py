@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from train.data.outcomes import counted
 from train.llm.journal import Decoding
 from train.multifaceted.bench import JudgedRow, figures
 from train.multifaceted.bench_rows import Bench
@@ -73,7 +74,7 @@ def deviations(bench: Bench, protocol: Protocol, decoding: Decoding | None, with
     if settings.decoding != PAPERS_DECODING:
         found.append(f"the judge answers with {_words(settings.decoding)}; in the paper {_words(PAPERS_DECODING)}")
     if settings.runs != PAPERS_RUNS:
-        found.append(f"{settings.runs} run{'s' * (settings.runs > 1)} of the judge, in the paper {PAPERS_RUNS}")
+        found.append(f"{counted(settings.runs, 'run')} of the judge, in the paper {PAPERS_RUNS}")
     if decoding is None:
         found.append("the responses come from a file: how they were drawn isn't known here")
     elif decoding != PAPERS_RESPONSES:
@@ -85,7 +86,7 @@ def deviations(bench: Bench, protocol: Protocol, decoding: Decoding | None, with
     if len(bench.rows) < bench.of:
         found.append(f"{len(bench.rows):,} of the data's {bench.of:,} rows (--limit)")
     if bench.of != ROWS_OF_THE_BENCH:
-        found.append(f"the data has {bench.of:,} rows, Multifaceted Bench {ROWS_OF_THE_BENCH:,}")
+        found.append(f"the data has {counted(bench.of, 'row')}, Multifaceted Bench {ROWS_OF_THE_BENCH:,}")
     return found
 
 
@@ -102,7 +103,8 @@ def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow]) -> str:
     lines = [HEADING, "", _headline(record), ""]
     if not record["complete"]:
         pending = missing["judgements_missing"]["pending"]
-        lines += [f"**Not finished: {pending:,} judgements are still to come; what follows is of the rest.**", ""]
+        to_come = counted(pending, "judgement", "is", "are")
+        lines += [f"**Not finished: {to_come} still to come; what follows is of the rest.**", ""]
     if record["deviations"]:
         lines += ["Not the paper's protocol in this:", "", *(f"- {one}" for one in record["deviations"]), ""]
     lines += [
@@ -117,8 +119,8 @@ def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow]) -> str:
     lines += [f"| rubric: {_cell(name)} | {_line(record['by_subdimension'][name])} |" for name in shown]
     lines += ["", "Counts are of rows, and from the dimensions on of rubrics."]
     if len(largest) > len(shown):
-        lines += [f"{len(largest) - len(shown):,} further kinds of rubrics are in bench.json."]
-    lines += ["", _about_missing(missing), "", _about_runs(record["runs"], judge["runs"])]
+        lines += [f"Of further kinds of rubrics {len(largest) - len(shown):,} are in bench.json."]
+    lines += ["", _about_missing(missing), "", *_why_missing(missing), _about_runs(record["runs"], judge["runs"])]
     if best := record.get("best_of"):
         lines += ["", _about_best(best)]
     lines += ["", "![bench](bench.png)", "", "Samples:", ""]
@@ -130,8 +132,8 @@ def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow]) -> str:
 def _headline(record: Mapping[str, Any]) -> str:
     score, judge = record["score"], record["judge"]
     mean = "no score" if score["mean"] is None else f"{_shown(score)} of 5"
-    text = f"**{record['model']}: {mean}**, judged by {judge['model']}, the mean of {len(record['runs']['numbers'])} "
-    text += f"run{'s' if len(record['runs']['numbers']) > 1 else ''} over {score['scored']:,} rows"
+    text = f"**{record['model']}: {mean}**, judged by {judge['model']}, the mean of "
+    text += f"{counted(len(record['runs']['numbers']), 'run')} over {counted(score['scored'], 'row')}"
     if record["rows"] < record["rows_of_the_data"]:
         text += f" (the first {record['rows']:,} of {record['rows_of_the_data']:,}: not the whole bench)"
     return text + "."
@@ -140,10 +142,10 @@ def _headline(record: Mapping[str, Any]) -> str:
 def _about_missing(missing: Mapping[str, Any]) -> str:
     why = missing["judgements_missing"]
     faults = missing["judge_answers_without_score"]
-    text = f"Missing: {sum(why.values()):,} of {missing['judgements']:,} judgements"
+    text = f"Missing: {sum(why.values()):,} of {counted(missing['judgements'], 'judgement')}"
     if any(why.values()):
         text += f" ({', '.join(f'{count:,} {name}' for name, count in why.items() if count)})"
-    text += f"; {sum(faults.values()):,} of {missing['judge_answers']:,} answers of the judge held no score"
+    text += f"; {sum(faults.values()):,} of {counted(missing['judge_answers'], 'answer')} of the judge held no score"
     if faults:
         text += f" ({', '.join(f'{count:,} {name}' for name, count in faults.items())})"
     text += (
@@ -158,6 +160,16 @@ def _about_missing(missing: Mapping[str, Any]) -> str:
     return text
 
 
+def _why_missing(missing: Mapping[str, Any]) -> list[str]:
+    """A line for each reason why something got no answer, and a blank one behind them."""
+    lines = [
+        f"- {what}, {counted(count, 'time')}: {reason}"
+        for what, name in (("no response", "why_no_response"), ("no answer of the judge", "why_no_judgement"))
+        for reason, count in missing[name].items()
+    ]
+    return [*lines, ""] if lines else []
+
+
 def _about_runs(runs: Mapping[str, Any], asked: int) -> str:
     scores = ", ".join("none" if score is None else f"{score:.2f}" for score in runs["scores"])
     text = f"The judge's runs: {scores}"
@@ -166,7 +178,8 @@ def _about_runs(runs: Mapping[str, Any], asked: int) -> str:
     if runs["std_within_a_rubric"] is not None:
         text += (
             f"; within a rubric {runs['std_within_a_rubric']:.2f} on average, and "
-            f"{runs['rubrics_in_agreement']:.0%} of {runs['rubrics_with_two_runs']:,} rubrics got one grade in all runs"
+            f"{runs['rubrics_in_agreement']:.0%} of {counted(runs['rubrics_with_two_runs'], 'rubric')} "
+            "got one grade in all runs"
         )
     if len(runs["numbers"]) < asked:
         text += ". The first run picked the answers, and doesn't count"
@@ -189,7 +202,7 @@ def _about_best(best: Mapping[str, Any]) -> str:
     if every := best.get("all_answers"):
         text += f" All answers have {_shown(every)} on average (run {', '.join(map(str, every['runs']))})."
     if best["fewer_answers"]:
-        text += f" {best['fewer_answers']:,} rows have fewer answers."
+        text += f" {counted(best['fewer_answers'], 'row', 'has', 'have')} fewer answers."
     return text
 
 

@@ -74,7 +74,7 @@ class Pairwise:
         interval = "" if found.low is None or found.high is None else f" [{found.low:+.2f}, {found.high:+.2f}]"
         lines += [
             "",
-            f"On {self.rows:,} rows that both have a score for, {first} is {found.mean:+.2f}{interval} from {second}; "
+            f"Rows that both have a score for: {self.rows:,}. {first} less {second} is {found.mean:+.2f}{interval}; "
             f"p = {found.p:.2g} (sign flips).",
         ]
         left = [

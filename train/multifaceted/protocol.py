@@ -15,6 +15,12 @@ PAPERS_DECODING = Decoding(max_tokens=1024, temperature=1.0, top_p=0.9)
 """How its judge answers."""
 PAPERS_RUNS = 3
 
+MOST_RUNS = 100
+"""The judge's own luck is in a rubric's score by one over the root of the runs: 100 leave a tenth of it. Each of them
+asks about every rubric of every row again."""
+MOST_ANSWERS = 1_024
+"""To best of N: the judge grades all answers to a row before one is picked."""
+
 GOOD = 4.0
 """From which score on a tie of two models is both good. The facts at hand give no number, so this one is ours."""
 

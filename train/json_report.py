@@ -1,11 +1,11 @@
 """The file of `--check --json FILE`: only ever an earlier report is replaced, and never by half of a new one."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
+from train.whole_files import replacing, write_text
 
 KEYS = frozenset({"ready", "error", "model", "training", "schedule", "examples"})
 """Every report has these; a file without them is something else."""
@@ -36,15 +36,9 @@ def discard_earlier(name: str) -> Path:
 
 def write(report: dict[str, Any], path: Path) -> None:
     """Write the report, under a name for the meantime until it is whole. Raises UserError where that can't be done."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     try:
-        try:
-            # Half a surrogate pair, as file names may hold, becomes JSON's own escape for it.
-            unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with replacing(path) as [unfinished]:
+            write_text(unfinished, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     except OSError as fault:
         raise _refuse(path, fault) from fault
 

@@ -23,6 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from train.errors import UserError
 from train.progress import is_first_rank
 from train.recipe import TIME, SaveSection
+from train.whole_files import replacing, write_text
 
 OUTCOME = "outcome.json"
 """In output_dir: how the last run there ended. Exit codes don't survive `accelerate launch`."""
@@ -228,11 +229,8 @@ def _write(
     said: dict[str, Any] = {
         "outcome": outcome, "step": step, "reason": reason, "job": os.environ.get("SLURM_JOB_ID"), "time": time.time(),
     }  # fmt: skip
-    path = Path(output_dir) / OUTCOME
-    unfinished = path.with_suffix(".unfinished")
-    with suppress(OSError):  # of a disk that is full, or gone: the fault itself is what matters
-        unfinished.write_text(json.dumps(said) + "\n", encoding="utf-8")
-        unfinished.rename(path)
+    with suppress(OSError), replacing(Path(output_dir) / OUTCOME) as [unfinished]:
+        write_text(unfinished, json.dumps(said) + "\n")  # on a full disk the fault itself is what matters
     _note(output_dir, said)
 
 

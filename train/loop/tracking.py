@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from train.errors import UserError
 from train.progress import Job, duration, is_first_rank, job
 from train.recipe import Recipe, TrackingSection
+from train.whole_files import replacing, write_text
 
 
 def integrations(tracking: TrackingSection) -> list[str]:
@@ -102,9 +103,8 @@ class StepLog(TrainerCallback):
                 if metrics["step"] <= state.global_step and "loaded_step" not in metrics
             ]
             kept = _with_lost_lines(kept, state.log_history)
-        unfinished = self.path.with_suffix(".unfinished")  # a full disk must not cost the lines that were there
-        unfinished.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept), encoding="utf-8")
-        unfinished.replace(self.path)
+        with replacing(self.path) as [unfinished]:  # a full disk must not cost the lines that were there
+            write_text(unfinished, "".join(json.dumps(metrics) + "\n" for metrics in kept))
         self._job = self._open.enter_context(
             job("training", total=state.max_steps, unit="steps", done=state.global_step)
         )

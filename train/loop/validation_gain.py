@@ -14,6 +14,7 @@ from train.loop.system_gain import MEASURES, system_gain
 from train.loop.tracking import read_metrics
 from train.progress import is_first_rank
 from train.recipe import Recipe
+from train.whole_files import replacing, write_text
 
 FILE = "system_gain.jsonl"
 """In output_dir: a line an evaluation, with the figures of each group."""
@@ -63,9 +64,8 @@ class ValidationGain:
         """
         try:
             kept = [line for line in self._earlier() if line["step"] < record["step"]]
-            unfinished = self._path.with_suffix(".unfinished")  # a full disk must not cost the lines that were there
-            unfinished.write_text("".join(json.dumps(line) + "\n" for line in [*kept, record]), encoding="utf-8")
-            unfinished.replace(self._path)
+            with replacing(self._path) as [unfinished]:  # a full disk must not cost the lines that were there
+                write_text(unfinished, "".join(json.dumps(line) + "\n" for line in [*kept, record]))
         except OSError as fault:
             print(f"warning: {self._path} can't be written: {fault.strerror}", flush=True)
 

@@ -12,6 +12,7 @@ from report_section import put_section
 
 from train.errors import UserError, from_one_to, naming, not_negative, positive
 from train.evaluation.one_at_a_time import alone_in
+from train.progress import counted
 from train.recipe import Source
 from train.whole_files import replacing, write_text
 
@@ -241,7 +242,6 @@ def _judge_servers(options: argparse.Namespace) -> "list[Server]":
 
 def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]":
     """The responses of a file."""
-    from train.data.outcomes import counted
     from train.llm.reasoning import without_reasoning
     from train.multifaceted.bench import Response
     from train.multifaceted.bench_rows import read_responses
@@ -322,7 +322,6 @@ def _judge(
     options: argparse.Namespace, bench: "Bench", responses: "list[list[Response]]", folder: Path
 ) -> "list[JudgedRow]":
     """What the judge says, from its servers or from files of a batch."""
-    from train.data.outcomes import counted
     from train.evaluation.respondent import server_options
     from train.llm.client import Client
     from train.llm.journal import Journal

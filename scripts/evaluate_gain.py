@@ -12,7 +12,7 @@ from report_section import put_section
 from train.errors import UserError, naming, not_negative, positive
 from train.evaluation.one_at_a_time import alone_in
 from train.evaluation.results import folder_of
-from train.progress import job
+from train.progress import counted, job
 from train.recipe import ModelSection, Source
 from train.report_parts import load_pyplot
 from train.whole_files import replacing, write_text
@@ -78,8 +78,6 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _measure_all(options: argparse.Namespace, folder: Path, file: Path) -> None:
-    from train.data.outcomes import counted
-
     names = {"before": options.before, "after": options.model} if options.before else {folder.name: options.model}
     made, texts = rows_for(options, [*names.values()])
     for kind, count in made.left_out.items():
@@ -236,8 +234,6 @@ def _measure(name: str, made: "VariantRows", file: Path, options: argparse.Names
 
 
 def _about(made: "VariantRows", measured: "dict[str, SystemGain]") -> str:
-    from train.data.outcomes import counted
-
     one = next(iter(measured.values()))
     tokens = sum(row.tokens for row in made.rows)
     lines = f"Reference answers of {tokens / len(made.rows):.0f} tokens on average; "

@@ -10,6 +10,7 @@ from report_section import put_section
 
 from train.errors import UserError, not_negative, positive
 from train.evaluation.one_at_a_time import alone_in
+from train.progress import counted
 from train.whole_files import replacing, write_text
 
 if TYPE_CHECKING:
@@ -119,8 +120,6 @@ def write(scored: "Scored", options: argparse.Namespace, folder: Path) -> None:
 
 def section(scored: "Scored", options: argparse.Namespace) -> str:
     """The section of report.md: how it was measured and a line for each metric."""
-    from train.data.outcomes import counted
-
     about = f"lm-eval {importlib.metadata.version('lm-eval')}, with the chat template and few-shot examples as turns"
     about += f", system message `{options.system_instruction}`" if options.system_instruction else ", no system message"
     about += (

@@ -29,6 +29,7 @@ from train.evaluation.one_at_a_time import alone_in
 from train.evaluation.respondent import add_respondent, respondent_of
 from train.llm.journal import Decoding
 from train.llm.reasoning import without_reasoning
+from train.progress import counted
 from train.report_parts import load_pyplot
 from train.whole_files import replacing, write_text
 
@@ -105,11 +106,11 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
     checkers = Checkers()
     at_random = {row.key for row in rows if checkers.drawn_at_random(row)}
     left_out = Counter(rule for row in rows if row.skipped and not options.all_rules for rule in row.instructions)
-    counted = [number for number, row in enumerate(rows) if options.all_rules or not row.skipped][: options.limit]
-    if not counted:
+    scored = [number for number, row in enumerate(rows) if options.all_rules or not row.skipped][: options.limit]
+    if not scored:
         raise UserError(f"--data {options.data}: every row has a rule that is left out ({', '.join(SKIPPED)}); "
                         "score them with --all-rules")  # fmt: skip
-    asked = {turn: [of_turn[number] for number in counted] for turn, of_turn in by_turn.items()}
+    asked = {turn: [of_turn[number] for number in scored] for turn, of_turn in by_turn.items()}
 
     found = ask(options, asked, checkers, folder / "ifeval.sqlite")
     for turn, answers in found.items():
@@ -128,11 +129,11 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
             "control": str(options.control) if options.control else None,
             "rows": len(rows),
             "left_out": {rule: left_out[rule] for rule in SKIPPED if left_out[rule]},
-            "prompts": len(counted),
-            "constraints": sum(len(rows[number].instructions) for number in counted),
+            "prompts": len(scored),
+            "constraints": sum(len(rows[number].instructions) for number in scored),
             "fingerprint": fingerprint(asked),
             "same_in_both_turns": same_when_merged(options, asked),
-            "drawn_at_random": [key for key in (rows[number].key for number in counted) if key in at_random],
+            "drawn_at_random": [key for key in (rows[number].key for number in scored) if key in at_random],
         },
         "decoding": {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature},
         "respondent": {name: getattr(options, name) for name in ("template", "system_role", "engine", "dtype")},
@@ -282,8 +283,6 @@ def section(
     unanswered: str | None = None,
 ) -> str:
     """The section of report.md: how it was measured, what got no answer, the four measures, the rules."""
-    from train.data.outcomes import counted
-
     data, decoding, checkers = record["data"], record["decoding"], record["checkers"]
     asked = f"{counted(data['prompts'], 'prompt')} with {counted(data['constraints'], 'constraint')}"
     lines = [HEADING, "", f"{asked} of {data['file']}"]

@@ -16,6 +16,7 @@ from report_section import put_section
 from train.errors import UserError, naming, positive
 from train.evaluation.one_at_a_time import alone_in
 from train.evaluation.results import folder_of
+from train.progress import counted
 from train.report_parts import load_pyplot
 from train.whole_files import replacing, write_text
 
@@ -154,8 +155,6 @@ def total(of_rule: dict[str, tuple[int, int, int]]) -> tuple[int, int, int]:
 
 def section(verdicts: list[Verdict], max_new_tokens: int) -> str:
     """The part of report.md, in Markdown: a table for each kind of held-out row, and five samples."""
-    from train.data.outcomes import counted
-
     lines = [HEADING, ""]
     for kind, of_rule in adherence(verdicts).items():
         rows, before, after = total(of_rule)

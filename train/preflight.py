@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from train.data.outcomes import counted, describe_outcome, outcomes, warnings_of
+from train.data.outcomes import describe_outcome, outcomes, warnings_of
 from train.data.prepare import Account, Prepared, examine
 from train.data.survey import Bin
 from train.data.system_role import Probe
@@ -34,6 +34,7 @@ from train.preflight_report import (
     Rhythm,
     survey,
 )
+from train.progress import counted
 from train.recipe import Recipe
 
 if TYPE_CHECKING:  # --check does without both, and importing them takes seconds

@@ -10,13 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from train.data.cache import find_or_make, key_of
 from train.data.formats import Conversation
-from train.data.outcomes import counted
 from train.data.prepare import Prepared
 from train.data.source_tokens import cache_folder
 from train.data.sources import digest_of_files
 from train.data.system_variants import Chosen, Labelled, VariantRows, choose, encode, read_labelled
 from train.data.tokenize import RowTokenizer
-from train.progress import job
+from train.progress import counted, job
 from train.recipe import Recipe
 
 _FILE = "rows.json"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from train.data.prepare import Prepared
 from train.data.sources import BadRow
+from train.progress import counted
 from train.recipe import DataSection
 
 
@@ -71,9 +72,3 @@ def warnings_of(data: Prepared) -> list[str]:
             f"{question.example[1]} asks what {question.example[0]} asks"
         )
     return found
-
-
-def counted(count: int, noun: str, one: str = "", many: str = "") -> str:
-    """`1 row`, `2 rows`; with the form of a verb for one and for many, `1 row is`, `2 rows are`."""
-    plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
-    return f"{count:,} {noun}{plural} {one if count == 1 else many}".rstrip()

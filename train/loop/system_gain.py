@@ -41,10 +41,10 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from train.data.loss_mask import Encoded
-from train.data.outcomes import counted
 from train.data.system_variants import Label, Variants
 from train.errors import UserError
 from train.loop.answer_scores import log_likelihoods
+from train.progress import counted
 from train.resampling import PERMUTATIONS, RESAMPLES, Estimate, estimates
 
 MEASURES = ("gain", "accuracy", "gain_over_none", "accuracy_over_none")

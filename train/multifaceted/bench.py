@@ -29,13 +29,13 @@ from train.data.formats import Message
 from train.errors import UserError
 from train.llm.client import Client
 from train.llm.rows import in_order, progress
+from train.llm.unanswered import Unanswered
 from train.multifaceted.bench_rows import NOT_STATED, BenchRow
 from train.multifaceted.judge import Asker, Judgement, judge_rubric
 from train.multifaceted.protocol import Protocol
 from train.resampling import estimates
 
 ROWS_AT_ONCE = 64
-_MOST_REASONS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,13 +182,11 @@ async def judge_rows(
 
 
 def reasons(why: Iterable[str]) -> dict[str, int]:
-    """How often each reason comes, the most frequent first; of very many the rest in one number."""
-    counts = Counter(" ".join(one.split())[:500] or "no reason given" for one in why)
-    ordered = sorted(counts, key=lambda reason: (-counts[reason], reason))
-    found = {reason: counts[reason] for reason in ordered[:_MOST_REASONS]}
-    if further := ordered[_MOST_REASONS:]:
-        found[f"{len(further):,} further reasons"] = sum(counts[reason] for reason in further)
-    return found
+    """How often each kind of reason comes, the most frequent first."""
+    found = Unanswered()
+    for one in why:
+        found.add(one or "no reason given")
+    return found.counts()
 
 
 def in_words(why: Mapping[str, int]) -> str:

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.data.outcomes import counted
 from train.llm.journal import Decoding
+from train.llm.unanswered import SHOWN_IN_REPORT
 from train.multifaceted.bench import JudgedRow, figures
 from train.multifaceted.bench_rows import Bench
 from train.multifaceted.protocol import (
@@ -16,6 +16,7 @@ from train.multifaceted.protocol import (
     ROWS_OF_THE_BENCH,
     Protocol,
 )
+from train.progress import counted
 from train.report_parts import load_pyplot
 
 HEADING = "## Multifaceted Bench"
@@ -165,7 +166,7 @@ def _why_missing(missing: Mapping[str, Any]) -> list[str]:
     lines = [
         f"- {what}, {counted(count, 'time')}: {reason}"
         for what, name in (("no response", "why_no_response"), ("no answer of the judge", "why_no_judgement"))
-        for reason, count in missing[name].items()
+        for reason, count in list(missing[name].items())[:SHOWN_IN_REPORT]
     ]
     return [*lines, ""] if lines else []
 

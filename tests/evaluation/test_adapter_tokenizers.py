@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from harness_tasks import multiple_choice
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from train.errors import UserError
@@ -93,17 +94,7 @@ def test_the_harness_reads_it_too(command: Callable[..., int], adapter: Path, wh
         for number in range(8)
     ]
     (tmp_path / "documents.jsonl").write_text("".join(json.dumps(one) + "\n" for one in documents), encoding="utf-8")
-    task = {
-        "task": "rivers",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "documents.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
+    task = multiple_choice("rivers", tmp_path / "documents.jsonl")
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "rivers.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
     for folder in adapter, whole:

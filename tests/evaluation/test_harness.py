@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from harness_tasks import multiple_choice
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from train.evaluation.harness import SYSGEN, task_names
@@ -32,18 +33,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
             question = "Which comes after " + " ".join(chance.sample(WORDS, 4)) + "?"
             choices = [" ".join(chance.sample(WORDS, count)) for count in (1, 2, 3)]
             lines.write(json.dumps({"question": question, "choices": choices, "answer": chance.randrange(3)}) + "\n")
-    task = {
-        "task": "rivers",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "rivers.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1.0},
-    }
+    task = multiple_choice("rivers", folder / "rivers.jsonl") | {"metadata": {"version": 1.0}}
     lost = task | {"task": "lost", "dataset_kwargs": {"data_files": {"test": str(folder / "nowhere.jsonl")}}}
     says = task | {
         "task": "says",

@@ -1,6 +1,5 @@
 """scripts/evaluate.py gain: its files say what the models do, and what can't be measured is one error."""
 
-import importlib.util
 import json
 import math
 import os
@@ -9,7 +8,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -22,30 +21,6 @@ from train.data.chat_template import use_template
 
 ROOT = Path(__file__).parents[1]
 SYSTEMS = ("Be a river.", "Be a stone.", "Be a paper window.")
-
-
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    spec = importlib.util.spec_from_file_location("evaluate_command", ROOT / "scripts" / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(ROOT / "scripts"))
-    del sys.modules[spec.name]
-
-
-@pytest.fixture
-def command(scripts: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    def run(*arguments: str | Path) -> int:
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-        try:
-            return scripts.main()
-        except SystemExit as end:  # argparse's own
-            return int(end.code)
-
-    return run
 
 
 @pytest.fixture
@@ -199,14 +174,14 @@ def _deaf(folder: Path) -> Path:
     return path
 
 
-def test_a_section_is_written_in_its_place(scripts: ModuleType, tmp_path: Path) -> None:
+def test_a_section_is_written_in_its_place(evaluate_script: ModuleType, tmp_path: Path) -> None:
     report = tmp_path / "report.md"
-    scripts.evaluate_gain.put_section(report, "## B", "## B\n\nfirst\n")
+    evaluate_script.evaluate_gain.put_section(report, "## B", "## B\n\nfirst\n")
     assert report.read_text() == "## B\n\nfirst\n"
     report.write_text("# run\n\ntext\n\n## A\n\na\n### sub\n\n## B\n\nold\n\n### of B\n\n## C\n\nc\n")
-    scripts.evaluate_gain.put_section(report, "## B", "## B\n\nnew\n")
+    evaluate_script.evaluate_gain.put_section(report, "## B", "## B\n\nnew\n")
     assert report.read_text() == "# run\n\ntext\n\n## A\n\na\n### sub\n\n## B\n\nnew\n\n## C\n\nc\n"
-    scripts.evaluate_gain.put_section(report, "## D", "## D\n\nd\n")
+    evaluate_script.evaluate_gain.put_section(report, "## D", "## D\n\nd\n")
     assert report.read_text().endswith("## C\n\nc\n\n## D\n\nd\n")
 
 

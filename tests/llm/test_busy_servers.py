@@ -46,6 +46,18 @@ def test_retry_after_is_obeyed(tmp_path: Path, form: str, status: int) -> None:
     assert all(at >= due[0] - 0.01 for at in asked_at[1:])
 
 
+async def first_line_of_the_log(client: Client, capsys: pytest.CaptureFixture[str]) -> str:
+    """What is told first while a row is asked about."""
+    shown = ""
+    async with progress("rows", 10, client):
+        asking = asyncio.create_task(client.ask(about("hi")))
+        while "\n" not in shown:
+            await asyncio.sleep(0.01)
+            shown += capsys.readouterr().out
+        asking.cancel()
+    return shown
+
+
 def in_an_hour() -> str:
     return email.utils.formatdate(time.time() + 3600, usegmt=True)
 
@@ -63,13 +75,7 @@ def test_a_server_that_asks_for_an_hour_gets_it_and_the_log_says_so_at_once(
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         await client.ask(about("good"))  # a server that has answered, and objects at 2 a.m.
-        shown = ""
-        async with progress("rows", 10, client):
-            asking = asyncio.create_task(client.ask(about("hi")))
-            while "\n" not in shown:
-                await asyncio.sleep(0.01)
-                shown += capsys.readouterr().out
-            asking.cancel()
+        shown = await first_line_of_the_log(client, capsys)
         assert re.fullmatch(
             rf"rows: 0 of 10 rows .*; {servers[0].url}: 429 Said: out of breath, for [01]s, "
             r"next try in (1h00m|59m5\ds)\n",
@@ -142,13 +148,7 @@ def test_the_first_objection_before_any_answer_is_in_the_log_at_once(
         return error(429, "out of breath")
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
-        shown = ""
-        async with progress("rows", 10, client):
-            asking = asyncio.create_task(client.ask(about("hi")))
-            while "\n" not in shown:
-                await asyncio.sleep(0.01)
-                shown += capsys.readouterr().out
-            asking.cancel()
+        shown = await first_line_of_the_log(client, capsys)
         assert f"; {servers[0].url}: 429 Said: out of breath, for " in shown
 
     run(script, lambda client, servers: asyncio.wait_for(work(client, servers), 60), tmp_path)

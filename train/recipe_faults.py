@@ -3,7 +3,7 @@
 import json
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -37,7 +37,6 @@ def validate(document: Document, root: type[Root]) -> Root:
     _validated(document, training_model(), root, ("training",))
     for clash in clashes(training, has_validation=document.section("data").get("validation") is not None):
         document.fault(("training", clash.key), clash.message)
-    _best_that_is_worst(document, training)
     _clashes_between_sections(document)
     _missing_files(document)
     return _faultless(document, recipe)
@@ -95,25 +94,6 @@ def _translate(document: Document, fault: ValidationError, prefix: KeyPath, root
             annotation, bounds, _ = _field_at(path, root)
             remedy = did_you_mean(_value_meant(value, annotation))
             document.fault(path, f"found {described(value)}. Allowed: {_allowed(annotation, bounds)}.{remedy}")
-
-
-def _best_that_is_worst(document: Document, training: Mapping[str, Any]) -> None:
-    """`greater_is_better` against its metric: the run would keep its worst checkpoint as the best, without a word.
-
-    Of the entropy neither is better by itself.
-    """
-    greater = training.get("greater_is_better")
-    metric = training.get("metric_for_best_model", "loss" if training.get("load_best_model_at_end") is True else None)
-    if not isinstance(greater, bool) or not isinstance(metric, str):
-        return
-    listens = metric.removeprefix("eval_").startswith(("system_", "mean_token_accuracy"))
-    if greater != listens and (listens or metric.endswith("loss")):
-        wanted, kept = ("greater", "smallest") if listens else ("smaller", "greatest")
-        document.fault(
-            ("training", "greater_is_better"),
-            f"found {described(greater)}, but of {metric} the {wanted} is better: the checkpoint with the {kept} would "
-            "be kept as the best. Take this key out: the metric's name tells.",
-        )
 
 
 def _clashes_between_sections(document: Document) -> None:

@@ -256,11 +256,36 @@ def clashes(training: Mapping[str, Any], *, has_validation: bool) -> Iterator[Cl
     if isinstance(metric, str) and metric.removeprefix("eval_") not in _MEASURED:
         measured = ", ".join(f"eval_{name}" for name in _MEASURED)
         yield Clash("metric_for_best_model", f"found {metric!r}. Allowed: {measured}.")
+    yield from _worst_as_best(training)
     for name in "logging_steps", "save_steps", "eval_steps":
         steps = training.get(name)
         if isinstance(steps, float) and steps > 1 and not steps.is_integer():
             yield Clash(name, f"found {steps}. Write a whole number of steps, or a share of the run below 1.")
     yield from _saving_clashes(training) if evaluates else _needs_evaluation(training)
+
+
+def chosen_by_gain(metric: Any) -> bool:
+    """Whether a `metric_for_best_model` is one of system gain's."""
+    return isinstance(metric, str) and metric.removeprefix("eval_").startswith("system_")
+
+
+def _worst_as_best(training: Mapping[str, Any]) -> Iterator[Clash]:
+    """`greater_is_better` against its metric: the run would keep its worst checkpoint as the best, without a word.
+
+    Of the entropy neither is better by itself.
+    """
+    greater = training.get("greater_is_better")
+    metric = training.get("metric_for_best_model", "loss" if training.get("load_best_model_at_end") is True else None)
+    if not isinstance(greater, bool) or not isinstance(metric, str):
+        return
+    should_be = chosen_by_gain(metric) or metric.endswith("mean_token_accuracy")
+    if greater != should_be and (should_be or metric.endswith("loss")):
+        wanted, kept = ("greater", "smallest") if should_be else ("smaller", "greatest")
+        yield Clash(
+            "greater_is_better",
+            f"found {str(greater).lower()}, but of {metric} the {wanted} is better: the checkpoint with the {kept} "
+            "would be kept as the best. Take this key out: the metric's name tells.",
+        )
 
 
 def _needs_evaluation(training: Mapping[str, Any]) -> Iterator[Clash]:

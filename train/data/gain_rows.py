@@ -17,6 +17,7 @@ from train.data.system_variants import Chosen, Labelled, VariantRows, choose, en
 from train.data.tokenize import RowTokenizer
 from train.progress import counted, job
 from train.recipe import Recipe
+from train.training_fields import chosen_by_gain
 
 _FILE = "rows.json"
 
@@ -77,8 +78,8 @@ def describe_gain(made: VariantRows | None) -> str | None:
 
 def gain_refusal(recipe: Recipe, made: VariantRows | None) -> str | None:
     """Why the best checkpoint can't be found as the recipe asks, or None."""
-    metric = str(recipe.training.get("metric_for_best_model"))
-    if "system_" not in metric or (made is not None and made.rows):
+    metric = recipe.training.get("metric_for_best_model")
+    if not chosen_by_gain(metric) or (made is not None and made.rows):
         return None
     why = "system_gain.rows is 0" if made is None else _why_not(made)
     return f"training.metric_for_best_model: {metric} can't be measured: {why}. Write eval_loss, or mend that."

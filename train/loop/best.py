@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from train.loop.checkpoint import HARMLESS, Checkpoint, changed_keys, facts_of_recipe, manifest_of
 from train.progress import is_first_rank
+from train.training_fields import chosen_by_gain
 
 if TYPE_CHECKING:
     from train.loop.trainer import JanusTrainer
@@ -75,8 +76,8 @@ class BestModel:
         trainer, state = self._trainer, self._trainer.state
         now = {**facts_of_recipe(trainer._recipe), **trainer._about}
         changed = changed_keys(checkpoint.manifest["run"], now)
-        metric = str(trainer.args.metric_for_best_model)
-        sections = (*_MEASURED_ON, "system_gain.") if "system_" in metric else _MEASURED_ON
+        by_gain = chosen_by_gain(trainer.args.metric_for_best_model)
+        sections = (*_MEASURED_ON, "system_gain.") if by_gain else _MEASURED_ON
         measured_on = [key for key in changed if key.startswith(sections) and key not in HARMLESS]
         if measured_on and state.best_global_step:
             self._forget()

@@ -20,7 +20,7 @@ from train.data.sources import digest_of_files
 from train.errors import UserError
 from train.progress import is_first_rank, job
 from train.recipe import Recipe
-from train.training_fields import training_fields
+from train.training_fields import chosen_by_gain, training_fields
 
 COMPLETE = "COMPLETE.json"
 UNSHARDED = "one process or DDP"
@@ -139,11 +139,11 @@ def refuse_changes(
     changed = changed_keys(before, now)
     meaning = {key: f" ({_MEANING[key]})" if key in _MEANING else "" for key in changed}
     told = {key: f"{key} was {_value(before, key)!r} and is {_value(now, key)!r}{meaning[key]}" for key in changed}
-    chosen_by_gain = "system_" in str(_value(now, "training.metric_for_best_model"))
+    by_gain = chosen_by_gain(_value(now, "training.metric_for_best_model"))
     refused = [
         key
         for key in changed
-        if key not in HARMLESS and key not in anyway and (chosen_by_gain or not key.startswith("system_gain."))
+        if key not in HARMLESS and key not in anyway and (by_gain or not key.startswith("system_gain."))
     ]
     if refused:
         raise UserError(

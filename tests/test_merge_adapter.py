@@ -166,3 +166,61 @@ def test_a_base_that_was_in_four_bits_is_told(
     (adapter / "recipe.yaml").write_text(yaml.safe_dump({"quantization": {"load_in_4bit": True}}))
     assert script.main([str(adapter), "--output", str(tmp_path / "merged")]) == 0
     assert "warning: this adapter was trained over the base in 4 bits" in capsys.readouterr().err.splitlines()[-1]
+
+
+def small(adapter: Path, size: float) -> Path:
+    """The adapter after few steps: its updates made smaller."""
+    path = adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    save_file({name: value * size if "lora_B" in name else value for name, value in weights.items()}, path)
+    return adapter
+
+
+@pytest.mark.parametrize("compare", [[], ["--no-compare"]], ids=["logits", "weights alone"])
+def test_the_base_passed_off_as_merged_is_refused_after_few_steps(
+    compare: list[str], tiny_model: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = small(make_adapter(tiny_model, tmp_path / "adapter", target_modules=LINEAR), 1e-4)
+    from train.model import merge
+
+    def leave_all_out(*arguments: Any) -> int:
+        count = whole(*arguments)
+        shutil.copy(tiny_model / "model.safetensors", arguments[2])
+        return count
+
+    whole = merge.merge_adapter
+    monkeypatch.setattr(merge, "merge_adapter", leave_all_out)
+    assert "is not base plus update" in refused(adapter, "--output", tmp_path / "merged", *compare)
+    assert not list(tmp_path.glob("merged*"))
+
+
+def test_an_update_that_rounding_takes_away_is_refused_and_kept_in_float32(
+    tiny_model: Path, tmp_path: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
+    adapter = small(make_adapter(base, tmp_path / "adapter", target_modules=LINEAR), 1e-3)
+    said = refused(adapter, "--output", tmp_path / "merged")
+    assert "of the update survives rounding to bfloat16" in said
+    assert "`--dtype float32`" in said
+    assert not list(tmp_path.glob("merged*"))
+    assert script.main([str(adapter), "--output", str(tmp_path / "merged"), "--dtype", "float32"]) == 0
+    assert "100.0% of the update survives rounding to float32" in capsys.readouterr().out
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.dtype == torch.float32
+    ids = torch.randint(0, 290, (2, 40), generator=torch.Generator().manual_seed(2))
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(plain, adapter)(ids).logits
+    torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}])
+def test_an_adapter_that_was_never_trained_is_told(
+    settings: dict[str, Any], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    adapter = LoraConfig(task_type="CAUSAL_LM", target_modules=LINEAR, r=4, **settings)
+    get_peft_model(model, adapter).save_pretrained(tmp_path / "adapter")
+    assert script.main([str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]) == 0
+    assert "changes no weight: all its updates are zero" in capsys.readouterr().err

@@ -27,17 +27,17 @@ TOKENIZER_FILES = (
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
-def merge_adapter(base: Path, adapter: Path, output: Path) -> int:
+def merge_adapter(base: Path, adapter: Path, output: Path, dtype: str | None = None) -> int:
     """Write `base` with `adapter` merged into it to the folder `output`; how many weights changed.
 
     The deltas are peft's own (rank-stabilised, weight-decomposed, patterns of ranks and alphas), added in float32 and
-    rounded once to the base's type. Files, names and index stay the base's; an input and output embedding that the
-    base ties come apart where the adapter changed one of them, as in peft. Tokenizer and generation settings are the
-    adapter's where it has them. Raises UserError for what can't be merged shard by shard.
+    rounded once to the base's type, or to `dtype`. Files, names and index stay the base's; an input and output
+    embedding that the base ties come apart where the adapter changed one of them, as in peft. Tokenizer and generation
+    settings are the adapter's where it has them. Raises UserError for what can't be merged shard by shard.
     """
     config = _read_config(base)
     model = _with_adapter(config, adapter)
-    changes, tied = _changes(model), _tied(model)
+    changes, tied = _changes(model), _tied(model.get_base_model())
     files = _weight_files(base)
     names = {name for path in files for name in _names(path)}
     apart = bool(tied & changes.keys())
@@ -52,7 +52,7 @@ def merge_adapter(base: Path, adapter: Path, output: Path) -> int:
     total = 0
     place: dict[str, str] = {}
     for path in files:
-        weights, metadata = _merged_file(path, changes, copies)
+        weights, metadata = _merged_file(path, changes, copies, getattr(torch, dtype) if dtype else None)
         save_file(weights, output / path.name, metadata=metadata)
         place |= dict.fromkeys(weights, path.name)
         total += sum(value.numel() * value.element_size() for value in weights.values())
@@ -65,8 +65,16 @@ def merge_adapter(base: Path, adapter: Path, output: Path) -> int:
         (output / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _copy_the_rest(base, adapter, output)
     if apart:
-        _untie(output / "config.json")
+        _set_in_config(output / "config.json", tie_word_embeddings=False)
+    if dtype is not None:
+        _set_in_config(output / "config.json", dtype=dtype)
     return len(changes)
+
+
+def tied_embeddings(base: Path) -> frozenset[str]:
+    """Names of the input and output embeddings' weights where the model in `base` ties them; else none."""
+    with torch.device("meta"):
+        return frozenset(_tied(AutoModelForCausalLM.from_config(_read_config(base))))
 
 
 def _read_config(base: Path) -> Any:
@@ -152,9 +160,7 @@ def _replace_by(value: torch.Tensor) -> Change:
     return lambda original: value.detach().to(original.dtype)
 
 
-def _tied(model: PeftModel) -> set[str]:
-    """Names of the input and output embeddings' weights where the base ties them; else nothing."""
-    base = model.get_base_model()
+def _tied(base: PreTrainedModel) -> set[str]:
     if not base.config.get_text_config().tie_word_embeddings:
         return set()
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
@@ -181,13 +187,15 @@ def _names(path: Path) -> list[str]:
 
 
 def _merged_file(
-    path: Path, changes: dict[str, Change], copies: dict[str, str]
+    path: Path, changes: dict[str, Change], copies: dict[str, str], dtype: torch.dtype | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The weights of a file, merged, and its metadata. `copies`: a tied weight and the one that leaves it."""
     merged = {}
     with safe_open(path, "pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118
             original = tensors.get_tensor(name)
+            if dtype is not None and original.is_floating_point():
+                original = original.to(dtype)
             for target in (name, *([copies[name]] if name in copies else ())):
                 change = changes.get(target)
                 merged[target] = (change(original) if change else original.clone()).contiguous()
@@ -207,9 +215,10 @@ def _copy_the_rest(base: Path, adapter: Path, output: Path) -> None:
         shutil.copyfile(adapter / "generation_config.json", output / "generation_config.json")
 
 
-def _untie(path: Path) -> None:
+def _set_in_config(path: Path, **values: Any) -> None:
     config = json.loads(path.read_bytes())
     for section in (config, config.get("text_config")):
         if isinstance(section, dict):
-            section["tie_word_embeddings"] = False
+            section.pop("torch_dtype", None) if "dtype" in values else None
+            section.update(values)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

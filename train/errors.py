@@ -2,11 +2,15 @@
 for standard output that takes nothing."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, NoReturn, TextIO
+
+USER_FIXABLE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN}
+"""Errors of a disk that is full, read-only or gone."""
 
 
 class UserError(Exception):

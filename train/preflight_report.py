@@ -17,6 +17,7 @@ from train.data.prepare import Account, CachedSource, Prepared, Row, refusal
 from train.data.survey import Bin, Overlap, Repeats, histogram, quantiles
 from train.data.system_role import Probe, outcome
 from train.loop.checkpoint import sequences_per_step
+from train.loop.side_files import side_file_faults
 from train.model.float8 import float8_warnings
 from train.model.load import load_config
 from train.model.shape import shape_of
@@ -159,7 +160,7 @@ def survey(
     processes = cluster.processes if cluster else int(os.environ.get("WORLD_SIZE", "1"))
     gain = gain_rows(recipe, data, tokenizer)
     run = run_faults(recipe, account.sequences, processes)
-    faults = [refusal(data, recipe.data), gain_refusal(recipe, gain), *run]
+    faults = [refusal(data, recipe.data), gain_refusal(recipe, gain), *run, *side_file_faults(recipe, tokenizer)]
     sequences = account.sequences
     if cluster and recipe.data.packing:  # on so many GPUs rows are packed into whole steps
         whole = sequences_per_step(recipe, processes)

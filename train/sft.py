@@ -8,22 +8,18 @@ and trains nothing. Exit codes: 0 done or ready; 2 there is something in the rec
 """
 
 import argparse
-import errno
 import os
 import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from train.errors import CommandLine, UserError
+from train.errors import USER_FIXABLE_ERRNOS, CommandLine, UserError
 from train.json_report import discard_earlier
 from train.launched import alone_by_mistake
 from train.loop.noise import leave_out_unhelpful_warnings
 from train.progress import is_first_rank
 from train.recipe import Recipe, load_recipe
-
-_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN}
-"""What a disk says that is full, read-only or gone."""
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -99,6 +95,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     from train.loop.report import claim_output_dir, say_where_it_goes_on, write_report
     from train.loop.run_state import facts_of_data, sharding
     from train.loop.saving import keep_others_out
+    from train.loop.side_files import side_file_faults
     from train.loop.tracking import StepLog, tracked
     from train.loop.trainer import JanusTrainer
     from train.model.generate import stop_at
@@ -106,10 +103,12 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     lock = keep_others_out(recipe.output_dir)  # as long as this function runs
     output_dir = claim_output_dir(recipe)
     preemption = Preemption(recipe.output_dir, recipe.save, checkpoint.step if checkpoint else 0)
-    telling = telling_outcome(recipe.output_dir, preemption, _OF_THE_DISK)
+    telling = telling_outcome(recipe.output_dir, preemption, USER_FIXABLE_ERRNOS)
     with telling, preemption.watching(), lock or nullcontext():
         if checkpoint:
             recipe = with_same_steps(recipe, checkpoint, options.resume_anyway, processes_now())
+        if faults := list(side_file_faults(recipe, tokenizer)):
+            raise UserError(" ".join(faults))
         data = prepare(recipe, tokenizer)
         about = facts_of_data(data, tokenizer.chat_template)
         if checkpoint:
@@ -144,12 +143,12 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
                 if preemption.reason:
                     say_where_it_goes_on(output_dir)
                     return
+                trainer.save_model(recipe.output_dir)  # before anything else that could fail
                 if data.validation and arguments.eval_strategy == "no":
                     trainer.evaluate()
-            trainer.save_model(recipe.output_dir)
             if is_first_rank():
-                write_report(output_dir, overview, time.monotonic() - started)
-                print(f"the model and report.md are in {recipe.output_dir}", flush=True)
+                written = write_report(output_dir, overview, time.monotonic() - started)
+                print(f"the model {'and report.md are' if written else 'is'} in {recipe.output_dir}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -178,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return 1  # who read the report has left, and knows it
     except OSError as fault:
-        if fault.errno not in _OF_THE_DISK:
+        if fault.errno not in USER_FIXABLE_ERRNOS:
             raise
         print(
             f"error: {fault.filename or 'a file'}: {fault.strerror}. Mend it and start again.",

@@ -212,14 +212,12 @@ def with_a_full_disk_for_the_tokenizer(*arguments: str) -> int:
     disk = Disk(*map(Path, folders.split(",")))
     from transformers import PreTrainedTokenizerFast
 
-    save, saved = PreTrainedTokenizerFast._save_pretrained, 0
+    save = PreTrainedTokenizerFast._save_pretrained
 
-    def save_full(self: PreTrainedTokenizerFast, *args: Any, **more: Any) -> Any:
-        nonlocal saved
-        saved += 1
-        if saved == 2:
+    def save_full(self: PreTrainedTokenizerFast, save_directory: str, *args: Any, **more: Any) -> Any:
+        if Path(save_directory).name == "checkpoint-2":
             disk.fill(room=0)
-        return save(self, *args, **more)
+        return save(self, save_directory, *args, **more)
 
     PreTrainedTokenizerFast._save_pretrained = save_full
     return sft(*rest)

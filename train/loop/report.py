@@ -1,6 +1,6 @@
 """What a run leaves to read: its resolved recipe, and report.md with the loss as a picture."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +116,22 @@ def say_where_it_goes_on(output_dir: Path) -> None:
         print(f"stopped; the same command {f'goes on from {newest}' if newest else 'starts anew'}", flush=True)
 
 
-def write_report(output_dir: Path, screen: str, seconds: float) -> None:
-    """Write report.md and loss.png from metrics.jsonl, the screen shown before training and the time it took."""
+def write_report(output_dir: Path, screen: str, seconds: float) -> bool:
+    """Write report.md and loss.png from metrics.jsonl, the screen shown before training and the time it took.
+
+    Returns whether report.md is there. The model is saved by now, so that nothing here may end the run in an error.
+    """
+    try:
+        _write_report(output_dir, screen, seconds)
+    except Exception as error:  # of disks, fonts and matplotlib's settings
+        print(f"warning: {output_dir / 'report.md'} couldn't be written: {error}. The model is complete.", flush=True)
+        return False
+    return True
+
+
+def _write_report(output_dir: Path, screen: str, seconds: float) -> None:
     metrics = read_metrics(output_dir / "metrics.jsonl")
-    draw_loss(metrics, output_dir / "loss.png")
+    loss = _picture(draw_loss, metrics, output_dir / "loss.png")
     losses = [line["loss"] for line in metrics if "loss" in line]
     validation = {line["step"]: line["eval_loss"] for line in metrics if "eval_loss" in line}
     loaded = [line["loaded_step"] for line in metrics if line.get("loaded_step") in validation]
@@ -142,15 +154,24 @@ def write_report(output_dir: Path, screen: str, seconds: float) -> None:
         name = "system gain in nats per token" + (f", after step {first} and {last}" if first != last else "")
         shown = [_with_interval(gains[step], "eval_system_gain") for step in dict.fromkeys((first, last))]
         rows.append((name, " -> ".join(shown)))
-        draw_gain(list(gains.values()), output_dir / "system_gain.png")
-        picture = "\n\n![system gain](system_gain.png)"
+        picture = _picture(draw_gain, list(gains.values()), output_dir / "system_gain.png")
     if speeds:
         rows.append(("median speed", f"{speeds[len(speeds) // 2]:,.0f} tokens/s"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     (output_dir / "report.md").write_text(
-        f"# {output_dir.name}\n\n```\n{screen}\n```\n\n| | |\n|---|---|\n{table}\n\n![loss](loss.png){picture}\n",
+        f"# {output_dir.name}\n\n```\n{screen}\n```\n\n| | |\n|---|---|\n{table}{loss}{picture}\n",
         encoding="utf-8",
     )
+
+
+def _picture(draw: Callable[[list[dict[str, Any]], Path], None], metrics: list[dict[str, Any]], path: Path) -> str:
+    """Draw a picture; how report.md shows it: not at all where that failed."""
+    try:
+        draw(metrics, path)
+    except Exception as error:
+        print(f"warning: {path} couldn't be drawn: {error}. metrics.jsonl holds its figures.", flush=True)
+        return ""
+    return f"\n\n![{path.stem.replace('_', ' ')}]({path.name})"
 
 
 def _comparable(output_dir: Path, gains: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:

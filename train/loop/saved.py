@@ -28,7 +28,7 @@ def check_saved(model: PreTrainedModel | PeftModel, folder: Path) -> None:
     adapter = isinstance(model, PeftModel)
     saved = _read_headers(folder, ADAPTER_SAFE_WEIGHTS_NAME if adapter else SAFE_WEIGHTS_NAME)
     faults = []
-    for names, shape in _of_adapter(model) if adapter else _of_model(model):
+    for names, shape in expected_weights(model):
         found = next((name for name in names if name in saved), None)
         if found is None:
             faults.append(f"{names[0]} is missing")
@@ -41,6 +41,14 @@ def check_saved(model: PreTrainedModel | PeftModel, folder: Path) -> None:
             "Under DeepSpeed or FSDP launch with one of accelerate_configs as it is; the training state in complete "
             "checkpoints is saved apart from these weights, so a run can go on from there."
         )
+
+
+def expected_weights(model: PreTrainedModel | PeftModel) -> list[tuple[list[str], tuple[int, ...]]]:
+    """For each weight that a save must hold, of a PeftModel its adapter's, the names that it may have and its shape.
+
+    Raises UserError for a parameter that is trained and that peft doesn't write.
+    """
+    return _of_adapter(model) if isinstance(model, PeftModel) else _of_model(model)
 
 
 def _written(shape: tuple[int, ...]) -> str:
@@ -70,8 +78,8 @@ def _read_headers(folder: Path, name: str) -> Shapes:
     return shapes
 
 
-def _whole(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
-    """The model's state as tensors without data and of their whole shapes; tied weights share a tensor."""
+def whole_state(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
+    """Return the model's state dict as tensors without data and of their whole shapes; tied weights share a tensor."""
     of_parameter: dict[int, torch.Tensor] = {}
     whole = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -85,7 +93,7 @@ def _whole(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
 def _of_model(model: PreTrainedModel) -> list[tuple[list[str], tuple[int, ...]]]:
     """For each weight the names it may have in the files, and its shape."""
     ignored = set(model._keys_to_ignore_on_save or ())
-    whole = {name: value for name, value in _whole(model).items() if name not in ignored}
+    whole = {name: value for name, value in whole_state(model).items() if name not in ignored}
     names_of: dict[int, list[str]] = {}
     for name, value in whole.items():
         names_of.setdefault(id(value), []).append(name)
@@ -98,7 +106,7 @@ def _of_model(model: PreTrainedModel) -> list[tuple[list[str], tuple[int, ...]]]
 
 def _of_adapter(model: PeftModel) -> list[tuple[list[str], tuple[int, ...]]]:
     """As `_of_model`. Raises UserError for a parameter that is trained and that peft doesn't write."""
-    whole = _whole(model)
+    whole = whole_state(model)
     written = get_peft_model_state_dict(model, state_dict=dict(whole), save_embedding_layers=False)
     kept = {id(value) for value in written.values()}
     lost = [name for name, value in model.named_parameters() if value.requires_grad and id(whole[name]) not in kept]

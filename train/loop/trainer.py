@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainerControl
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from trl import SFTConfig, SFTTrainer
 
 from train.data.prepare import Prepared
@@ -34,8 +33,10 @@ from train.loop.report import model_card
 from train.loop.run_state import RunState, files_expected
 from train.loop.saved import check_saved
 from train.loop.saving import Saver
+from train.loop.side_files import CARD, is_disk_error, reason_of, side_files, write_side_files
 from train.loop.throughput import HELD, Counting, Held, Sums, Throughput
 from train.loop.validation_gain import ValidationGain
+from train.loop.weights import check_savable, save_weights
 from train.model.adapters import check_modules_to_save, lora_config
 from train.model.shape import Shape, shape_of
 from train.recipe import Recipe
@@ -131,6 +132,7 @@ class JanusTrainer(SFTTrainer):
         `resume_from_checkpoint`: a whole checkpoint's folder. Raises UserError where a package that a setting needs is
         missing (some ask only here), and where the checkpoint can't be loaded on the processes that there are.
         """
+        check_savable(self._unwrapped())
         going_on = checkpoint_in(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
         self._saver.begin(going_on)
         if going_on:
@@ -169,23 +171,54 @@ class JanusTrainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """README.md in output_dir: the recipe, in place of TRL's page that is the same for every model."""
         if self.is_world_process_zero():
-            Path(self.args.output_dir, "README.md").write_text(model_card(self._recipe), encoding="utf-8")
+            writers = {CARD: lambda folder: (folder / CARD).write_text(model_card(self._recipe), encoding="utf-8")}
+            self._warn_of(write_side_files(writers, Path(self.args.output_dir)), Path(self.args.output_dir))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """transformers' saving, of checkpoints too, with a model card beside the finished model.
 
-        Raises OSError for a checkpoint and UserError for a finished model, on every rank, where the files can't be
-        written or don't hold all of the model.
+        Raises OSError for a checkpoint and UserError for a finished model, on every rank, where the weights can't be
+        written or aren't all of the model's. Other files that can't be written are warnings, as is a failed upload.
         """
         save = super().save_model
         if _internal_call:
-            self._saver.all_or_none(lambda: save(output_dir, True))
+            if output_dir is not None:  # else push_to_hub saves again what has just been saved
+                self._saver.all_or_none(lambda: save(output_dir, True))
             return
         folder = Path(output_dir or self.args.output_dir)
-        for act in (lambda: save(str(folder), False), lambda: self._check_weights(folder), self.create_model_card):
+        for act in (lambda: save(str(folder), True), lambda: self._check_weights(folder)):
             if fault := self._saver.first_fault(act):
                 go_on = self._saver.how_to_go_on()
                 raise UserError(f"output_dir: the model couldn't be saved in {folder}: {fault}. {go_on}")
+        self.create_model_card()
+        if self.args.push_to_hub:
+            self._warn_of_upload(lambda: self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """transformers' upload of a checkpoint, whose failure is no reason to end a run."""
+        self._warn_of_upload(lambda: super(JanusTrainer, self)._push_from_checkpoint(checkpoint_folder))
+
+    def _warn_of_upload(self, upload: Callable[[], object]) -> None:
+        try:
+            upload()
+        except Exception as error:  # of the network, the hub and its client, which share no class
+            folder = self.args.output_dir
+            name = self.hub_model_id or self.args.hub_model_id or Path(folder).name
+            print(
+                f"warning: training.push_to_hub: {folder} was not uploaded: {reason_of(error)}. Nothing is lost here: "
+                f"after the run, `hf upload {name} {folder}` uploads the model.",
+                flush=True,
+            )
+
+    def _warn_of(self, errors: Mapping[str, Exception], folder: Path) -> None:
+        """Say which files beside the weights are missing, and how to write them."""
+        for name, error in errors.items():
+            print(
+                f"warning: {folder}: {name} couldn't be written: {reason_of(error)}. The weights are not affected. "
+                f"Mend that; `python -m train.loop.side_files {self.args.output_dir}` then writes it beside the "
+                "finished model.",
+                flush=True,
+            )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """transformers' files of them; DeepSpeed's are written where no process waits for another."""
@@ -220,30 +253,35 @@ class JanusTrainer(SFTTrainer):
         self.state.best_model_checkpoint = best
         self._run_state.forget_other_forms()
 
+    def _unwrapped(self) -> Any:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
     def _check_weights(self, folder: Path) -> None:
         if self.is_world_process_zero():
-            check_saved(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), folder)
+            check_saved(self._unwrapped(), folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Without training_args.bin: a pickle, which runs code as it is opened, of what recipe.yaml says in text.
+        """The weights first, then each file beside them, without training_args.bin: a pickle, which runs code as it is
+        opened, of what recipe.yaml says in text.
 
-        Beside an adapter the generation settings too, which peft leaves out: they say where an answer stops.
+        A file that fails is a warning, as it can be written again. Raises OSError for the weights, and in a checkpoint,
+        of which all is needed, for any file where the disk is the cause.
         """
+        if not self.args.should_save:
+            return
         if state_dict and not self._recipe.adapter:
-            # accelerate copies each tensor of a ZeRO-1 or -2 model, so transformers doesn't see which are tied
+            # accelerate copies each tensor of a ZeRO-1 or -2 model, so nobody sees any more which are tied
             kept = {name for name, _ in self.model.named_parameters()}
             for name, _ in self.model.named_parameters(remove_duplicate=False):
                 if name not in kept:
                     state_dict.pop(name, None)
-        folder = Path(output_dir or self.args.output_dir)
-        if self.args.should_save and not self._recipe.adapter:
-            for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):  # of an earlier run: transformers leaves one
-                (folder / name).unlink(missing_ok=True)  # beside the other, and loaders take the wrong one
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-            if self._recipe.adapter:
-                self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(folder)
+        folder, model = Path(output_dir or self.args.output_dir), self._unwrapped()
+        save_weights(model, folder, state_dict)
+        errors = write_side_files(side_files(model, self.processing_class), folder)
+        for error in errors.values():
+            if folder.parent == self._saver.aside and is_disk_error(error):
+                raise error
+        self._warn_of(errors, folder)
 
     def _set_signature_columns_if_needed(self) -> None:
         """Lets the data set's `sequence` through to the collator."""

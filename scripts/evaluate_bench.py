@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from report_section import put_section
 
 from train.errors import UserError, from_one_to, naming, not_negative, positive
+from train.evaluation.folders import require_file, require_model, require_results_folder
 from train.evaluation.one_at_a_time import alone_in
 from train.progress import counted
 from train.recipe import Source
@@ -165,8 +166,10 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
 
 def _folder(options: argparse.Namespace) -> Path:
     folder: Path = options.output_dir or Path(options.model)
-    if not options.output_dir and not folder.is_dir():
-        raise UserError(f"--model {options.model}: there is no such folder. Say --output-dir DIR as well.")
+    if not options.output_dir:
+        require_results_folder("--model", options.model, "Say --output-dir DIR as well.")
+    if not (options.server or options.responses):
+        require_model("--model", options.model)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
@@ -193,8 +196,8 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
         )
     if options.best_of > 1 and options.pick_by == "file" and not options.responses:
         raise UserError("--pick-by file: the scores stand in a file of --responses, which isn't named.")
-    if options.against and not options.against.is_file():
-        raise UserError(f"--against {options.against}: there is no such file.")
+    if options.against:
+        require_file("--against", options.against)
     if not 1 <= options.good <= 5:
         raise UserError(f"--good {options.good:g}: a score, from 1 to 5.")
     if options.best_of == 1 and options.pick_by != "first-run":
@@ -389,9 +392,13 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
                 record["against"] = versus.record()
             except UserError as fault:  # said last: the run's own figures are none the worse
                 no_comparison = fault
-        with replacing(folder / "bench.json", folder / "bench.png") as [figures, plot]:
+        scored = record["score"]["mean"] is not None
+        with replacing(folder / "bench.json", *[folder / "bench.png"] * scored) as [figures, *plots]:
             write_text(figures, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-            draw(record, plot)
+            for plot in plots:
+                draw(record, plot)
+        if not scored:
+            (folder / "bench.png").unlink(missing_ok=True)  # of an earlier run
         text = markdown(record, judged)
         if versus:
             text += f"\nAgainst {options.against}:\n\n{versus.markdown()}"

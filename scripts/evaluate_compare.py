@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.errors import UserError, not_negative
-from train.report_parts import load_pyplot
+from train.evaluation.folders import not_there
+from train.report_parts import error_bars, load_pyplot, shortened
+from train.resampling import explain_missing
 from train.whole_files import replacing, write_text
 
 if TYPE_CHECKING:
@@ -41,6 +43,16 @@ def run(options: argparse.Namespace) -> None:
     from train.evaluation.compare import compare
     from train.evaluation.results import read_before, read_results
 
+    for place in (options.first, options.second):
+        if not place.exists():
+            raise UserError(f"{place}: there is no such folder or file: {not_there(place)}")
+    folders = [place if place.is_dir() else place.parent for place in (options.first, options.second)]
+    one_is_a_folder = options.first.is_dir() or options.second.is_dir()
+    if options.first.samefile(options.second) or (one_is_a_folder and folders[0].samefile(folders[1])):
+        raise UserError(
+            f"{options.first} and {options.second}: A and B are the same results. Name the folders or files of two "
+            "models (--output-dir, or --json of gain, has results written elsewhere than to the model)."
+        )
     sides = []
     of_second = read_results(options.second)
     of_first, measured_against = read_before(of_second, options.first)
@@ -99,6 +111,7 @@ def table(comparison: "Comparison", shown: "Sequence[Pair]", names: tuple[str, s
     lines += ["", "B less A: the mean over the rows of both, with a 95 % interval; p by flipping signs, of each alone."]
     if any(pair.rows is None for pair in shown):
         lines += ["No interval: a side kept no rows of this figure."]
+    lines += explain_missing("\n".join(lines), "independent rows")
     return "\n".join([*lines, *(f"note: {note}" for note in comparison.notes), ""])
 
 
@@ -106,7 +119,7 @@ def _measure(measure: "Measure") -> str:
     scale, digits = (100, 1) if measure.unit in ("share", "points") else (1, 3)
     shown = f"{scale * measure.value:.{digits}f}{' %' if measure.unit == 'share' else ''}"
     if measure.low is None or measure.high is None:
-        return shown
+        return f"{shown} ({measure.missing})" if measure.missing else shown
     return f"{shown} [{scale * measure.low:.{digits}f}, {scale * measure.high:.{digits}f}]"
 
 
@@ -117,7 +130,7 @@ def _change(pair: "Pair") -> str:
         return f"{scale * pair.change:+.{digits}f}"
     shown = f"{scale * found.mean:+.{digits}f}"
     if found.low is None or found.high is None:
-        return shown
+        return f"{shown} ({found.missing})"
     return f"{shown} [{scale * found.low:+.{digits}f}, {scale * found.high:+.{digits}f}]"
 
 
@@ -129,27 +142,34 @@ def draw(shown: "Sequence[Pair]", names: tuple[str, str], path: Path) -> None:
         panels.setdefault((pair.kind, pair.first.unit), []).append(pair)
     heights = [len(pairs) + 1.5 for pairs in panels.values()]
     figure, axes = pyplot.subplots(
-        len(panels), 1, figsize=(9, 0.42 * sum(heights) + 0.6), dpi=100, squeeze=False, height_ratios=heights
+        len(panels),
+        1,
+        figsize=(9, 0.42 * sum(heights) + 1.4),
+        dpi=100,
+        squeeze=False,
+        height_ratios=heights,
+        layout="constrained",
     )
     for ((kind, unit), pairs), one in zip(panels.items(), axes[:, 0], strict=True):
         for offset, side, colour, name in (
-            (-0.2, "first", "lightgray", names[0]),
-            (0.2, "second", "tab:blue", names[1]),
+            (-0.2, "first", "lightgray", f"A = {shortened(names[0], 100)}"),
+            (0.2, "second", "tab:blue", f"B = {shortened(names[1], 100)}"),
         ):
             measures: list[Measure] = [getattr(pair, side) for pair in pairs]
             values = [measure.value for measure in measures]
-            # A percentile interval needn't hold the value itself.
-            below = [max(m.value - (m.value if m.low is None else m.low), 0) for m in measures]
-            above = [max((m.value if m.high is None else m.high) - m.value, 0) for m in measures]
+            ends = error_bars((measure.value, measure.low, measure.high) for measure in measures)
             places = [place + offset for place in range(len(pairs))]
-            one.barh(places, values, 0.4, xerr=[below, above], color=colour, capsize=2, label=name)
-        one.set_yticks(range(len(pairs)), [pair.name for pair in pairs])
+            one.barh(places, values, 0.4, xerr=ends, color=colour, capsize=2, label=name)
+        one.set_yticks(range(len(pairs)), [shortened(pair.name, 60) for pair in pairs])
         one.invert_yaxis()
         one.axvline(0, color="black", linewidth=0.8)
         one.set_title(kind, loc="left", fontsize=10)
         one.set_xlabel(_AXES[unit])
         one.margins(y=0.02)
-    axes[0, 0].legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=8, ncols=2)
-    figure.tight_layout()
+    figure.suptitle("Results of two models on the same rows", fontsize=11)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    columns = 2 if max(map(len, labels)) <= 50 else 1
+    # Outside of all panels: inside, it would lie on bars.
+    figure.legend(handles, labels, loc="outside lower center", fontsize=8, ncols=columns, frameon=False)
     figure.savefig(path)
     pyplot.close(figure)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from report_section import put_section
 
 from train.errors import UserError, naming, not_negative, positive
+from train.evaluation.folders import require_model, require_results_folder
 from train.evaluation.one_at_a_time import alone_in
 from train.evaluation.results import folder_of
 from train.progress import counted, job
 from train.recipe import ModelSection, Source
-from train.report_parts import load_pyplot
+from train.report_parts import error_bars, load_pyplot, shortened
 from train.whole_files import replacing, write_text
 
 if TYPE_CHECKING:
@@ -69,8 +70,11 @@ def run(options: argparse.Namespace) -> None:
     """Measure, print the table, write the figures and the plot, and the section of report.md. Raises UserError."""
     folder = Path(options.model)
     file: Path = options.json or folder / "gain.json"
-    if not (options.json or folder.is_dir()):
-        raise UserError(f"--model {options.model}: there is no such folder. For a hub id, say --json FILE as well.")
+    if not options.json:
+        require_results_folder("--model", options.model, "For a hub id, say --json FILE as well.")
+    for option, model in (("--model", options.model), ("--before", options.before)):
+        if model:
+            require_model(option, model)
     if not file.parent.is_dir() or (file.exists() and not file.is_file()):
         raise UserError(f"--json {file}: that is no file in a folder that is there")
     with alone_in(file.parent, "gain"):
@@ -252,28 +256,22 @@ def draw(measured: "dict[str, SystemGain]", path: Path) -> None:
     first = next(iter(measured.values()))
     largest = sorted(first.groups, key=lambda label: -first.groups[label].rows)[:_MOST_BARS]
     labels: list[Label | None] = [None, *sorted(largest)]
-    figure, axes = pyplot.subplots(figsize=(9, 0.4 * len(labels) + 1.4), dpi=100)
+    figure, axes = pyplot.subplots(figsize=(9, 0.4 * len(labels) + 1.8), dpi=100, layout="constrained")
     colours = ["lightgray", "tab:blue"] if len(measured) == 2 else ["tab:blue"]
     height = 0.8 / len(measured)
     for number, (name, one) in enumerate(measured.items()):
         found: list[Figures] = [one.overall if label is None else one.groups[label] for label in labels]
         places = [row + (number - (len(measured) - 1) / 2) * height for row in range(len(labels))]
         means = [figures.gain.mean for figures in found]
-        ends = [
-            (mean if gain.low is None else gain.low, mean if gain.high is None else gain.high)
-            for mean, gain in zip(means, (figures.gain for figures in found), strict=True)
-        ]
-        # A percentile interval needn't hold the mean itself.
-        below = [max(mean - low, 0) for mean, (low, _) in zip(means, ends, strict=True)]
-        above = [max(high - mean, 0) for mean, (_, high) in zip(means, ends, strict=True)]
-        axes.barh(places, means, height, xerr=[below, above], label=name, color=colours[number], capsize=2)
-    names = ["all rows" if label is None else f"{label[0]}: {label[1]}"[:48] for label in labels]
+        ends = error_bars((figures.gain.mean, figures.gain.low, figures.gain.high) for figures in found)
+        axes.barh(places, means, height, xerr=ends, label=name, color=colours[number], capsize=2)
+    names = ["all rows" if label is None else shortened(f"{label[0]}: {label[1]}", 48) for label in labels]
     axes.set_yticks(range(len(labels)), names)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel("nats per token that the answer gains by its own system message over others (95 %)")
     axes.margins(y=0.01)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-    figure.tight_layout()
+    figure.suptitle("System gain", fontsize=11)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
     pyplot.close(figure)

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from report_section import put_section
 
 from train.errors import UserError, not_negative, positive
+from train.evaluation.folders import not_there, require_model, require_results_folder
 from train.evaluation.one_at_a_time import alone_in
 from train.progress import counted
+from train.resampling import explain_missing
 from train.whole_files import replacing, write_text
 
 if TYPE_CHECKING:
@@ -59,8 +61,12 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the tasks, print the table, write figures, rows and the section of report.md. Raises UserError."""
-    if options.output_dir is None and not Path(options.model).is_dir():
-        raise UserError(f"--model {options.model} is no folder here: say with --output-dir FOLDER where the results go")
+    if options.output_dir is None:
+        require_results_folder("--model", options.model, "For a hub id, say --output-dir FOLDER as well.")
+    require_model("--model", options.model)
+    if options.include_path and not options.include_path.is_dir():
+        where = not_there(options.include_path) if not options.include_path.exists() else "that is a file."
+        raise UserError(f"--include-path {options.include_path}: there is no such folder of tasks: {where}")
     folder: Path = options.output_dir or Path(options.model)
 
     try:
@@ -127,13 +133,21 @@ def section(scored: "Scored", options: argparse.Namespace) -> str:
         if options.limit
         else ""
     )
-    lines = [HEADING, "", f"{about}. Intervals are 1.96 standard errors.", ""]
+    lines = [
+        HEADING,
+        "",
+        f"{about}. Intervals (95 %) are Wilson's where documents are right or wrong, else 1.96 standard errors.",
+        "",
+    ]
     lines += ["| task | metric | few-shot | documents | value |", "|---|---|---|---|---|"]
     lines += [_line(score) for score in scored.scores]
+    lines += ["", *explained] if (explained := explain_missing("\n".join(lines), "documents")) else []
     return "\n".join(lines) + "\n"
 
 
 def _line(score: "Score") -> str:
-    interval = f" [{score.low:.4f}, {score.high:.4f}]" if score.low is not None and score.high is not None else ""
+    interval = f" ({score.missing})" if score.missing else ""
+    if score.low is not None and score.high is not None:
+        interval = f" [{score.low:.4f}, {score.high:.4f}]"
     few_shot = "" if score.few_shot is None else str(score.few_shot)
     return f"| {score.task} | {score.metric} | {few_shot} | {score.of:,} | {score.value:.4f}{interval} |"

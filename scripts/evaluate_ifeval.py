@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from report_section import put_section
 
 from train.errors import UserError, not_negative, positive
+from train.evaluation.folders import require_file, require_model, require_results_folder
 from train.evaluation.ifeval import (
     PLACES,
     SKIPPED,
@@ -30,7 +30,8 @@ from train.evaluation.respondent import add_respondent, respondent_of
 from train.llm.journal import Decoding
 from train.llm.reasoning import without_reasoning
 from train.progress import counted
-from train.report_parts import load_pyplot
+from train.report_parts import error_bars, load_pyplot
+from train.resampling import explain_missing
 from train.whole_files import replacing, write_text
 
 if TYPE_CHECKING:
@@ -171,9 +172,17 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
 
 
 def output_folder(options: argparse.Namespace) -> Path:
-    """--output-dir, made where it isn't there, or the folder of the model. Raises UserError."""
-    if options.output_dir is None and not (options.model and Path(options.model).is_dir()):
-        raise UserError(f"--model {options.model} is no folder here: say with --output-dir FOLDER where the results go")
+    """--output-dir, made where it isn't there, or the folder of the model.
+
+    Raises UserError, also for a model or a file that isn't there.
+    """
+    require_file("--data", options.data)
+    if options.control:
+        require_file("--control", options.control)
+    if options.output_dir is None:
+        require_results_folder("--model", options.model, "For a hub id or a server, say --output-dir FOLDER as well.")
+    if not options.server:
+        require_model("--model", options.model)
     folder: Path = options.output_dir or Path(options.model)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -261,17 +270,19 @@ def about_unanswered(
 
 
 def percent(share: Share) -> str:
-    """`12.3 % [10.0, 14.5]`."""
+    """`12.3 % [10.0, 14.5]`, or `50.0 % (n = 2)`."""
     shown = f"{100 * share.value:.1f} %"
-    return (
-        shown if share.low is None or share.high is None else f"{shown} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
-    )
+    if share.low is None or share.high is None:
+        return f"{shown} ({share.missing})"
+    return f"{shown} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
 
 
 def points(gap: "Estimate") -> str:
-    """`-12.3 [-14.5, -10.0]`, in percentage points."""
+    """`-12.3 [-14.5, -10.0]`, in percentage points, or `-50.0 (n = 2)`."""
     shown = f"{100 * gap.mean:+.1f}"
-    return shown if gap.low is None or gap.high is None else f"{shown} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
+    if gap.low is None or gap.high is None:
+        return f"{shown} ({gap.missing})"
+    return f"{shown} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
 
 
 def section(
@@ -306,8 +317,6 @@ def section(
         cells = [percent(one[name]) for one in overall.values()]
         cells += [points(gap[name]), f"{gap[name].p:.4f}"] if gap else []
         lines.append(f"| {what} | " + " | ".join(cells) + " |")
-    if any(share.value in (0, 1) for one in overall.values() for share in one.values()):
-        lines += ["", "An interval without width: none or all of them follow, and drawing them again can't differ."]
     if data["same_in_both_turns"]:
         same = f"{data['same_in_both_turns']:,} of {counted(data['prompts'], 'prompt')}"
         lines += ["", f"{same} are those of the control word for word, as merge_into_user makes them: no gap is there."]
@@ -316,6 +325,7 @@ def section(
     for rule, one in first.items():
         cells = [percent(found[rule]["strict"]) for found in of_rule.values()]
         lines.append(f"| {rule} | {one['strict'].of} | " + " | ".join(cells) + " |")
+    lines += ["", *explained] if (explained := explain_missing("\n".join(lines), "prompts")) else []
     return "\n".join(lines) + "\n\n![constraints followed](ifeval.png)\n"
 
 
@@ -333,7 +343,7 @@ def draw(
         for turn in overall
     }
     names = list(next(iter(bars.values())))
-    figure, axes = pyplot.subplots(figsize=(9, 0.35 * len(names) + 1.2), dpi=100)
+    figure, axes = pyplot.subplots(figsize=(9, 0.35 * len(names) + 1.6), dpi=100, layout="constrained")
     height = 0.8 / len(bars)
     for number, (turn, found) in enumerate(bars.items()):
         rows = [row + (number - (len(bars) - 1) / 2) * height for row in range(len(names))]
@@ -342,7 +352,7 @@ def draw(
             rows,
             values,
             height,
-            xerr=errors([found[name] for name in names]),
+            xerr=error_bars((found[name].value, found[name].low, found[name].high) for name in names),
             label=places[turn],
             color="tab:blue" if turn == "system" else "lightgray",
             capsize=2,
@@ -353,14 +363,7 @@ def draw(
     axes.set_xlim(0, 1)
     axes.set_xlabel("share that is followed (95 %)")
     axes.margins(y=0.01)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-    figure.tight_layout()
+    figure.suptitle("Constraints that are followed", fontsize=11)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
     pyplot.close(figure)
-
-
-def errors(found: Sequence[Share]) -> list[list[float]]:
-    """How far each interval reaches below and above its value; a percentile interval needn't hold the value itself."""
-    below = [max(share.value - (share.value if share.low is None else share.low), 0) for share in found]
-    above = [max((share.value if share.high is None else share.high) - share.value, 0) for share in found]
-    return [below, above]

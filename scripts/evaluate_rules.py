@@ -14,13 +14,16 @@ from typing import Any
 from report_section import put_section
 
 from train.errors import UserError, naming, positive
+from train.evaluation.folders import require_file, require_model
 from train.evaluation.one_at_a_time import alone_in
 from train.evaluation.results import folder_of
 from train.progress import counted
-from train.report_parts import load_pyplot
+from train.report_parts import error_bars, load_pyplot, shortened
+from train.resampling import Estimate, explain_missing, share_of
 from train.whole_files import replacing, write_text
 
 HEADING = "## Does it follow system messages?"
+ALL = "all rules"
 KINDS = {"wording": "held-out questions and wordings", "rule": "rules never trained"}
 
 
@@ -47,8 +50,7 @@ def add_to(commands: Any) -> None:
 
 def read_rows(path: Path, rules: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of {messages, rule, held_out}. Raises UserError where there is none, or with the line of one at fault."""
-    if not path.is_file():
-        raise UserError(f"--data {path}: there is no such file")
+    require_file("--data", path)
     rows = []
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut a text at U+2028
@@ -89,9 +91,10 @@ def _row(line: str, rules: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_rules(path: Path) -> Mapping[str, Any]:
     """RULES of the Python file `path`, by name. Raises UserError where the file is not there, fails or has none."""
+    require_file("--rules", path)
     spec = importlib.util.spec_from_file_location("rules", path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise UserError(f"--rules {path}: there is no such Python file")
+    if spec is None or spec.loader is None:
+        raise UserError(f"--rules {path}: that is no Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up by name
     try:
@@ -105,14 +108,6 @@ def read_rules(path: Path) -> Mapping[str, Any]:
         if not callable(getattr(rule, "check", None)):
             raise UserError(f"--rules {path}: RULES[{name!r}] has no `check`, a function of question and answer")
     return rules
-
-
-def check_folder(folder: Path) -> None:
-    """Raise UserError where no model, whole or an adapter, can be in `folder`: known before the other one is asked."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such model folder")
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise UserError(f"{folder}: can't be loaded: there is no config.json or adapter_config.json in it")
 
 
 def answer(folder: Path, rows: list[dict[str, Any]], options: argparse.Namespace) -> list[str]:
@@ -153,9 +148,23 @@ def total(of_rule: dict[str, tuple[int, int, int]]) -> tuple[int, int, int]:
     return rows, before, after
 
 
+def intervals(verdicts: list[Verdict]) -> dict[str, dict[str, tuple[Estimate, Estimate]]]:
+    """Kind of held-out row -> rule, or ALL -> adherence before and after; answers to one question are one group."""
+    found: dict[str, dict[str, tuple[Estimate, Estimate]]] = {}
+    for kind, of_rule in adherence(verdicts).items():
+        found[kind] = {}
+        for rule in (ALL, *sorted(of_rule)):
+            some = [one for one in verdicts if one.row["held_out"] == kind and rule in (ALL, one.row["rule"])]
+            questions = [one.row["messages"][1]["content"] for one in some]
+            before, after = (share_of([one.obeys[when] for one in some], questions) for when in (0, 1))
+            found[kind][rule] = before, after
+    return found
+
+
 def section(verdicts: list[Verdict], max_new_tokens: int) -> str:
     """The part of report.md, in Markdown: a table for each kind of held-out row, and five samples."""
     lines = [HEADING, ""]
+    found = intervals(verdicts)
     for kind, of_rule in adherence(verdicts).items():
         rows, before, after = total(of_rule)
         lines += [
@@ -164,9 +173,14 @@ def section(verdicts: list[Verdict], max_new_tokens: int) -> str:
             "",
             "| rule | rows | before | after |",
             "|---|---|---|---|",
-            *(f"| {rule} | {n} | {old / n:.0%} | {new / n:.0%} |" for rule, (n, old, new) in sorted(of_rule.items())),
+            *(
+                f"| {rule} | {rows if rule == ALL else of_rule[rule][0]} | {_percent(old)} | {_percent(new)} |"
+                for rule, (old, new) in found[kind].items()
+            ),
             "",
         ]
+    lines += ["95 % intervals; answers to the same question are not taken for independent."]
+    lines += [*explain_missing("\n".join(lines), "questions"), ""]
     lines += ["![adherence](adherence.png)", "", "Five answers side by side:", ""]
     for verdict in verdicts[:: max(len(verdicts) // 5, 1)][:5]:
         system, user = (message["content"] for message in verdict.row["messages"][:2])
@@ -174,6 +188,14 @@ def section(verdicts: list[Verdict], max_new_tokens: int) -> str:
         for when, text, obeys in zip(("before", "after"), verdict.answers, verdict.obeys, strict=True):
             lines.append(f"  - {when} ({'obeys' if obeys else 'does not obey'}): {_quoted(text)}")
     return "\n".join(lines) + "\n"
+
+
+def _percent(share: Estimate) -> str:
+    """`12.3 % [10.0, 14.5]`, or `50.0 % (n = 2)`."""
+    shown = f"{100 * share.mean:.1f} %"
+    if share.low is None or share.high is None:
+        return f"{shown} ({share.missing})"
+    return f"{shown} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
 
 
 def _quoted(text: str) -> str:
@@ -186,20 +208,24 @@ def draw(verdicts: list[Verdict], path: Path) -> None:
     """Adherence before and after, a pair of bars a rule, as a PNG."""
     pyplot = load_pyplot()
     bars = [
-        (f"{rule}{' (never trained)' if kind == 'rule' else ''}", old / rows, new / rows)
-        for kind, of_rule in reversed(adherence(verdicts).items())
-        for rule, (rows, old, new) in sorted(of_rule.items(), reverse=True)
+        (f"{rule}{' (never trained)' if kind == 'rule' else ''}", found)
+        for kind, of_rule in intervals(verdicts).items()
+        for rule, found in of_rule.items()
     ]
-    figure, axes = pyplot.subplots(figsize=(9, 0.4 * len(bars) + 1), dpi=100)
+    figure, axes = pyplot.subplots(figsize=(9, 0.4 * len(bars) + 1.4), dpi=100, layout="constrained")
     places = range(len(bars))
-    axes.barh([place - 0.2 for place in places], [new for _, _, new in bars], 0.4, label="after", color="tab:blue")
-    axes.barh([place + 0.2 for place in places], [old for _, old, _ in bars], 0.4, label="before", color="lightgray")
-    axes.set_yticks(list(places), [name for name, _, _ in bars])
+    for when, name, colour in ((0, "before", "lightgray"), (1, "after", "tab:blue")):
+        shares = [found[when] for _, found in bars]
+        ends = error_bars((share.mean, share.low, share.high) for share in shares)
+        at = [place + 0.4 * when - 0.2 for place in places]
+        axes.barh(at, [share.mean for share in shares], 0.4, xerr=ends, label=name, color=colour, capsize=2)
+    axes.set_yticks(list(places), [shortened(name, 48) for name, _ in bars])
+    axes.invert_yaxis()
     axes.set_xlim(0, 1)
-    axes.set_xlabel("share of held-out answers that obey the system message")
+    axes.set_xlabel("share of held-out answers that obey the system message (95 %)")
     axes.margins(y=0.01)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-    figure.tight_layout()
+    figure.suptitle("Adherence to system messages", fontsize=11)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
     pyplot.close(figure)
 
@@ -208,8 +234,8 @@ def run(options: argparse.Namespace) -> None:
     """Let both models answer, write the answers, the figures, the plot and the section of report.md."""
     known = read_rules(options.rules)
     rows = read_rows(options.data, known)
-    for asked in (options.before, options.after):
-        check_folder(asked)
+    for option, folder in (("--before", options.before), ("--after", options.after)):
+        require_model(option, str(folder), hub=False)
     with alone_in(options.after, "rules"):
         _measure(options, known, rows)
 
@@ -241,6 +267,10 @@ def write(verdicts: list[Verdict], options: argparse.Namespace) -> None:
     figures = {"asked": asked} | {
         kind: {rule: dict(zip(("rows", "before", "after"), counts, strict=True)) for rule, counts in of_rule.items()}
         for kind, of_rule in adherence(verdicts).items()
+    }
+    figures["intervals"] = {
+        kind: {rule: {"before": old.record(), "after": new.record()} for rule, (old, new) in of_rule.items()}
+        for kind, of_rule in intervals(verdicts).items()
     }
     records = ({**verdict.row, "answers": verdict.answers, "obeys": verdict.obeys} for verdict in verdicts)
     names = ("answers.jsonl", "adherence.json", "adherence.png")

@@ -43,6 +43,8 @@ OURS = {
     )
 } | {"-a", "-D", "-N", "-o", "-t"}
 """Options of sbatch that --sbatch would contradict; --export would show secrets, too."""
+NAME_GPUS = ("--gres", "--gpus", "-G", "--constraint", "-C")
+"""Options of sbatch that may say which GPUs the nodes have."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if not gpus:
         parser.error(f"--gpus-per-node: found {options.gpus_per_node!r}. Write a number, or type and number: h100:8")
     options.gpus = int(gpus[2])
+    named = (option.partition("=") for option in options.sbatch)
+    options.gpu_names = [gpus[1] or "", *(value for name, _, value in named if name in NAME_GPUS)]
     if options.nodes < 1:
         parser.error(f"--nodes: found {options.nodes}. Write 1 or more")
     if options.max_restarts < 0:
@@ -299,11 +303,13 @@ def submit(options: argparse.Namespace) -> None:
             )
         with redirect_stdout(sys.stderr):  # what it tells is no part of the script
             check_recipe(task.recipe, options.nodes * max(options.gpus, 1), options.resume_anyway)
+    too_large = next(filter(None, (memory_fault(options, config, task.recipe) for task in _different(tasks))), None)
     if options.check and (code := run_check(options, tasks[0])):
         raise SystemExit(code)
     script = render(options, config, tasks[0])
     if options.print:
         print(script, end="")
+        _warn(too_large)
         return
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not found: submit where Slurm's commands are, or look at the script with --print.")
@@ -320,13 +326,49 @@ def submit(options: argparse.Namespace) -> None:
     job = sent.stdout.strip().partition(";")[0]
     folder = tasks[0].recipe.output_dir
     print(f"job {job}: {folder}/slurm-{job}{f'_{options.numbers[0]}' if options.array else ''}.log")
-    print(f"to save and end it: touch {folder}/stop; to drop it: scancel {job}")
+    print(f"to save and end it: touch {folder}/stop; to drop it: scancel {job}", flush=True)
+    _warn(too_large)
+
+
+def _warn(too_large: str | None) -> None:
+    """Say last what must not be missed."""
+    if too_large:
+        print(f"warning: {too_large}", file=sys.stderr, flush=True)
+
+
+def _different(tasks: list[Task]) -> Iterator[Task]:
+    """The tasks that may differ in memory: those of an array often differ in their seed alone."""
+    seen = set()
+    for task in tasks:
+        same = task.recipe.model_copy(update={"seed": 0, "output_dir": ""}).model_dump_json()
+        if same not in seen:
+            seen.add(same)
+            yield task
+
+
+def memory_fault(options: argparse.Namespace, config: dict[str, Any], recipe: Recipe) -> str | None:
+    """What doesn't fit by the plan, and what would; None where the job fits, and where that can't be known."""
+    from train.job_memory import gpus_of, memory_warning, shape_in_plan, strategy_of
+    from train.plan import parse_cluster
+
+    gpus, strategy = gpus_of(options.gpu_names, options.gpus), strategy_of(config, recipe)
+    shape = shape_in_plan(recipe) if gpus and strategy else None
+    if gpus is None or strategy is None or shape is None:
+        return None
+    return memory_warning(recipe, shape, parse_cluster(gpus, options.nodes), strategy, str(options.config))
 
 
 def run_check(options: argparse.Namespace, task: Task) -> int:
-    """train/sft.py --check; its exit code. The report goes to standard error, as --print may have the other."""
+    """train/sft.py --check, with the plan where the GPUs are known; its exit code.
+
+    The report goes to standard error, as --print may have the other.
+    """
+    from train.job_memory import gpus_of, shape_in_plan
+
+    gpus = gpus_of(options.gpu_names, options.gpus)
     anyway = [word for key in options.resume_anyway for word in ("--resume-anyway", key)]
     command = [sys.executable, str(ROOT / "train" / "sft.py"), "--recipe", str(options.recipe), *anyway, "--check"]
+    command += ["--gpus", gpus, "--nodes", str(options.nodes)] if gpus and shape_in_plan(task.recipe) else []
     return subprocess.run([*command, *task.overrides], stdout=sys.stderr, check=False).returncode
 
 

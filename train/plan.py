@@ -5,7 +5,7 @@ From the recipe, the model's config and the lengths of the rows; no weights are 
 
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from textwrap import wrap
 from typing import Any
 
@@ -24,6 +24,9 @@ from train.training_fields import training_fields
 RESERVE = 0.08
 """Share of a GPU left to the CUDA context, NCCL, kernels' workspaces and gaps between blocks: an estimate of ours."""
 _DEFAULT_OPTIMIZER = "adamw_torch_fused"  # transformers' with torch 2.8 or newer
+EIGHT_BIT_ADAM = "adamw_bnb_8bit"
+MOST_NODES = 64
+"""On how many nodes at most a place is looked for."""
 _GIB = 2**30
 _MOST_GPUS = 16_384
 """More than any run has had (Llama 3 405B: arXiv:2407.21783, section 3.3)."""
@@ -60,10 +63,25 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class FewestNodes:
+    """With this `training.optim`, the fewest nodes on which the run fits without offload, and under which strategy.
+
+    Null where it fits on no number of nodes up to MOST_NODES. `here`: the strategy under which it fits the cluster as
+    it is; null where it doesn't.
+    """
+
+    optimizer: str
+    nodes: int | None
+    strategy: str | None
+    here: str | None
+
+
+@dataclass(frozen=True)
 class Plan:
     """Memory in bytes on one GPU (`host`: a GPU's share of its node's), FLOPs of the whole run, hours at that `mfu`.
 
     `chosen`, `config_file` and `launch`: the first candidate that fits and has no caution, or else that fits; or null.
+    `fewest_nodes`: with the recipe's optimizer, and with 8-bit Adam.
     """
 
     cluster: Cluster
@@ -77,6 +95,7 @@ class Plan:
     chosen: str | None
     config_file: str | None
     launch: str | None
+    fewest_nodes: list[FewestNodes]
     steps: int
     sequences_per_step: int
     tokens: int
@@ -126,46 +145,11 @@ def plan(
     sequences_per_step: int,
 ) -> Plan:
     """What fits, and how long it takes. `documents`: tokens of each trained row of an epoch; the rest: the schedule."""
-    settings = {name: known.default for name, known in training_fields().items()} | dict(recipe.training)
-    optimizer = recipe.training.get("optim") or _DEFAULT_OPTIMIZER
-    batch = settings["per_device_train_batch_size"]
+    settings = _settings(recipe)
+    optimizer = optimizer_of(recipe)
     length = recipe.data.max_length if recipe.data.packing else int(documents.max(initial=0))
-    tokens_per_gpu = batch * length
-    half = bool(settings["fp16"]) or settings.get("bf16") is not False
-    checkpointing = settings.get("activation_checkpointing")
-    checkpointing = settings["gradient_checkpointing"] if checkpointing is None else checkpointing
-    selective = bool((settings.get("gradient_checkpointing_kwargs") or {}).get("selective"))
-
-    def candidate(strategy: Strategy) -> Candidate:
-        used = optimizer if not strategy.offload or runs_on_host(optimizer) else "adamw_torch"
-        numbers = Numbers(
-            cluster.processes,
-            used,
-            half,
-            _itemsize(recipe.quantization.bnb_4bit_quant_storage) if recipe.quantization else 2,
-            recipe.quantization.bnb_4bit_use_double_quant if recipe.quantization else True,
-        )
-        body = next(one.itemsize for one in shape.parameters if one.role != "adapter")
-        weights = body if strategy.stage == 0 else 2 if half else 4
-        kept = activations(
-            shape,
-            tokens_per_gpu,
-            Precision(weights, min(weights, 2) if half else weights),
-            checkpointing=bool(checkpointing) and not selective,
-            adapter_dropout=bool(recipe.adapter and recipe.adapter.lora_dropout),
-            squared_length=length if recipe.model.attention == "eager" else 0,
-        )
-        found = memory(shape, strategy, numbers, kept)
-        loses = strategy.stage == 0 and recipe.adapter is None and weights == 2
-        return Candidate(
-            found,
-            found.total <= cluster.memory * (1 - RESERVE),
-            "but 16-bit weights without float32 copies lose small updates" if loses else None,
-        )
-
-    several = cluster.processes > 1
-    ways = [one for one in STRATEGIES if several or one is DDP or one.offload]
-    candidates = [candidate(one) for one in ways]
+    ways = ways_on(cluster)
+    candidates = [candidate(recipe, shape, cluster, one, optimizer, length) for one in ways]
     fitting = [(one.caution is not None, order) for order, one in enumerate(candidates) if one.fits]
     chosen = ways[min(fitting)[1]] if fitting else None
     once = training_flops(shape, documents)
@@ -177,12 +161,13 @@ def plan(
         trained_parameters=shape.trained,
         method="full" if recipe.adapter is None else "QLoRA" if recipe.quantization else "LoRA",
         optimizer=optimizer,
-        tokens_per_gpu=tokens_per_gpu,
-        checkpointing=bool(checkpointing),
+        tokens_per_gpu=settings["per_device_train_batch_size"] * length,
+        checkpointing=_checkpointing(settings),
         candidates=candidates,
         chosen=chosen.name if chosen else None,
         config_file=_config_file(chosen, cluster) if chosen else None,
         launch=_launch(recipe, chosen, cluster, optimizer) if chosen else None,
+        fewest_nodes=[fewest_nodes(recipe, shape, cluster, one, length) for one in optimizers_to_try(optimizer)],
         steps=steps,
         sequences_per_step=sequences_per_step,
         tokens=round(float(documents.sum()) * epochs),
@@ -192,8 +177,93 @@ def plan(
         hours=took,
         gpu_hours=took * cluster.processes,
         convention=CONVENTION,
-        notes=list(_notes(recipe, settings, optimizer, selective=selective, chosen=chosen)),
+        notes=list(_notes(recipe, settings, optimizer, selective=_selective(settings), chosen=chosen)),
     )
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    return {name: known.default for name, known in training_fields().items()} | dict(recipe.training)
+
+
+def optimizer_of(recipe: Recipe) -> str:
+    """The recipe's `training.optim`, or transformers' default."""
+    return str(recipe.training.get("optim") or _DEFAULT_OPTIMIZER)
+
+
+def _checkpointing(settings: dict[str, Any]) -> bool:
+    chosen = settings.get("activation_checkpointing")
+    return bool(settings["gradient_checkpointing"] if chosen is None else chosen)
+
+
+def _selective(settings: dict[str, Any]) -> bool:
+    return bool((settings.get("gradient_checkpointing_kwargs") or {}).get("selective"))
+
+
+def ways_on(cluster: Cluster) -> list[Strategy]:
+    """What there is to choose from: one GPU has nothing to share."""
+    return [one for one in STRATEGIES if cluster.processes > 1 or one is DDP or one.offload]
+
+
+def candidate(
+    recipe: Recipe, shape: Shape, cluster: Cluster, strategy: Strategy, optimizer: str, length: int
+) -> Candidate:
+    """The memory of a run under `strategy` with sequences of `length` tokens, and whether a GPU has that."""
+    settings = _settings(recipe)
+    half = bool(settings["fp16"]) or settings.get("bf16") is not False
+    used = optimizer if not strategy.offload or runs_on_host(optimizer) else "adamw_torch"
+    numbers = Numbers(
+        cluster.processes,
+        used,
+        half,
+        _itemsize(recipe.quantization.bnb_4bit_quant_storage) if recipe.quantization else 2,
+        recipe.quantization.bnb_4bit_use_double_quant if recipe.quantization else True,
+    )
+    body = next(one.itemsize for one in shape.parameters if one.role != "adapter")
+    weights = body if strategy.stage == 0 else 2 if half else 4
+    kept = activations(
+        shape,
+        settings["per_device_train_batch_size"] * length,
+        Precision(weights, min(weights, 2) if half else weights),
+        checkpointing=_checkpointing(settings) and not _selective(settings),
+        adapter_dropout=bool(recipe.adapter and recipe.adapter.lora_dropout),
+        squared_length=length if recipe.model.attention == "eager" else 0,
+    )
+    found = memory(shape, strategy, numbers, kept)
+    loses = strategy.stage == 0 and recipe.adapter is None and weights == 2
+    return Candidate(
+        found,
+        found.total <= usable(cluster),
+        "but 16-bit weights without float32 copies lose small updates" if loses else None,
+    )
+
+
+def usable(cluster: Cluster) -> float:
+    """Bytes of a GPU that a run may take: RESERVE of it is left free."""
+    return cluster.memory * (1 - RESERVE)
+
+
+def optimizers_to_try(optimizer: str) -> list[str]:
+    """The recipe's own, and 8-bit Adam where that isn't it."""
+    return [optimizer] if "8bit" in optimizer or "adafactor" in optimizer else [optimizer, EIGHT_BIT_ADAM]
+
+
+def fewest_nodes(recipe: Recipe, shape: Shape, cluster: Cluster, optimizer: str, length: int) -> FewestNodes:
+    """The fewest nodes of such GPUs on which a way fits that neither offloads nor has a caution."""
+
+    def fitting(nodes: int) -> str | None:
+        some = replace(cluster, nodes=nodes)
+        for way in ways_on(some):
+            if not way.offload:
+                found = candidate(recipe, shape, some, way, optimizer, length)
+                if found.fits and not found.caution:
+                    return way.name
+        return None
+
+    here = fitting(cluster.nodes)
+    for nodes in range(1, min(MOST_NODES, _MOST_GPUS // cluster.gpus) + 1):
+        if strategy := fitting(nodes):
+            return FewestNodes(optimizer, nodes, strategy, here)
+    return FewestNodes(optimizer, None, None, here)
 
 
 def _itemsize(dtype: str) -> int:
@@ -282,6 +352,7 @@ def describe(found: Plan) -> list[str]:
         lines.append(
             "none fits: take a smaller training.per_device_train_batch_size or data.max_length, an adapter or more GPUs"
         )
+    lines += (line for text in _describe_fewest(found) for line in wrap(text, _WIDTH))
     attention = found.attention_flops / max(found.flops, 1)
     lines += [
         f"{found.steps:,} steps of {found.sequences_per_step:,} sequences, {found.tokens:,} tokens, {found.flops:.3g} "
@@ -290,6 +361,23 @@ def describe(found: Plan) -> list[str]:
         f"{cluster.peak_flops / 1e12:,.0f} TFLOP/s in bfloat16",
     ]
     return [*lines, *(line for text in (f"counted: {found.convention}", *found.notes) for line in wrap(text, _WIDTH))]
+
+
+def _describe_fewest(found: Plan) -> list[str]:
+    """The fewest nodes, and what 8-bit Adam makes of them where the recipe's optimizer needs more than one."""
+    own, *others = found.fewest_nodes
+
+    def where(one: FewestNodes) -> str:
+        return f"--nodes {one.nodes} ({one.strategy})" if one.nodes else f"none up to {MOST_NODES}"
+
+    lines = [f"fewest nodes of {found.cluster.gpus} such GPUs that it fits without offload: {where(own)}"]
+    for other in others if own.nodes != 1 else ():
+        here = "these nodes" if found.cluster.nodes > 1 else "this node"
+        fits = f"fits {here} ({other.here})" if other.here else f"does not fit {here} either"
+        if own.here:
+            fits = "is not needed here"
+        lines.append(f"8-bit Adam (training.optim={other.optimizer}) {fits}; its fewest nodes: {where(other)}")
+    return lines
 
 
 _WIDTH = 108

@@ -1,5 +1,6 @@
 """What reports in Markdown are made of: tables, quotations, and pictures beside them."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -65,6 +66,24 @@ def _longest_run(text: str, character: str) -> int:
         run = run + 1 if one == character else 0
         longest = max(longest, run)
     return longest
+
+
+def shortened(text: str, most: int) -> str:
+    """`text` in at most so many characters, on one line: its middle is left out."""
+    text = " ".join(text.split())
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
+def error_bars(found: Iterable[tuple[float, float | None, float | None]]) -> list[list[float]]:
+    """How far each interval reaches below and above its value, of (value, low, high); NaN, not drawn, without one.
+
+    A percentile interval needn't hold the value itself.
+    """
+    known = [
+        (value, low, high) if low is not None and high is not None else (math.nan,) * 3 for value, low, high in found
+    ]
+    return [[max(value - low, 0) for value, low, _ in known], [max(high - value, 0) for value, _, high in known]]
 
 
 def load_pyplot() -> Any:

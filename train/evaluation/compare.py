@@ -9,7 +9,10 @@ import numpy as np
 
 from train.errors import UserError
 from train.evaluation.results import Measure, Results
-from train.resampling import Estimate, estimates
+from train.resampling import DIFFERENCE_OF_SHARES, Bounds, Estimate, estimates
+
+_BOUNDS: dict[str, Bounds] = {"share": DIFFERENCE_OF_SHARES, "points": (-2.0, 2.0)}
+"""Of the difference of two measures, by their unit; none of the others."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def compare(
     shared = [kind for kind in first if kind in second]
     if not shared:
         raise UserError(
-            f"there is nothing that both were measured by: one has {', '.join(first)}, the other {', '.join(second)}"
+            f"there is nothing that both were measured by: A has {', '.join(first)}, B has {', '.join(second)}"
             + "".join(f". {kind}{reason}" for kind, reason in list(why.items())[:1])
         )
     faults = [fault for kind in shared for fault in _differing(kind, first[kind], second[kind])]
@@ -132,5 +135,6 @@ def _pair(kind: str, name: str, first: Measure, second: Measure, seed: int) -> P
     if not differences:
         return Pair(kind, name, first, second, None, None)
     _, numbers = np.unique(groups, return_inverse=True)
-    (found,) = estimates(np.array(differences)[:, None], numbers.astype(np.int64), np.zeros(1), seed=seed)
+    bounds = _BOUNDS.get(first.unit)
+    (found,) = estimates(np.array(differences)[:, None], numbers.astype(np.int64), np.zeros(1), [bounds], seed=seed)
     return Pair(kind, name, first, second, found, len(shared))

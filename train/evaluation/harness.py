@@ -10,14 +10,17 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from train.errors import UserError
 from train.evaluation.punkt import missing_package, provide_punkt
+from train.resampling import FEWEST, Method, why_no_interval, wilson
 
 SYSGEN = {
     "MMLU": "mmlu",
@@ -39,7 +42,11 @@ _NOT_HELPFUL = ("`pretrained` model kwarg is not of type",)
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of a task or group. The interval is `value` plus and minus 1.96 of the harness's standard errors."""
+    """One metric of a task or group.
+
+    The interval of a mean of documents that are right or wrong is Wilson's (`train.resampling`), of other metrics
+    `value` plus and minus 1.96 of the harness's standard errors. `interval`: which of them, or why there is none.
+    """
 
     task: str
     metric: str
@@ -47,11 +54,17 @@ class Score:
     stderr: float | None
     low: float | None
     high: float | None
+    interval: Method | Literal["standard error", "none: not known"]
     of: int
     few_shot: int | None
     version: str | None
     leaves: tuple[str, ...]
     """Of a group, the tasks that it pools; of a task, its own name."""
+
+    @property
+    def missing(self) -> str:
+        """Why there is no interval, as `why_no_interval` says it."""
+        return why_no_interval(self.interval, self.of)
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
@@ -166,16 +179,21 @@ def evaluate(
     )
     if found is None:  # a rank that isn't the first
         raise UserError("run it as one process: it was started by a launcher of several")
-    return Scored(_scores(found), _rows(found["samples"]), Path(f"{requests}_rank0.db"))
+    rows = _rows(found["samples"])
+    return Scored(_scores(found, rows), rows, Path(f"{requests}_rank0.db"))
 
 
 def _is_helpful(record: logging.LogRecord) -> bool:
     return not any(phrase in record.getMessage() for phrase in _NOT_HELPFUL)
 
 
-def _scores(found: Mapping[str, Any]) -> list[Score]:
+def _scores(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Score]:
     """Every metric of every task and group. A group has those that the harness pools."""
     scores = []
+    of_documents: dict[tuple[str, str, str], list[Any]] = defaultdict(list)
+    for row in rows:
+        for name, score in row["scores"].items():
+            of_documents[row["task"], row["filter"], name].append(score)
     counts = {task: given["effective"] for task, given in found["n-samples"].items()}
     groups = found.get("group_subtasks", {})
 
@@ -191,21 +209,41 @@ def _scores(found: Mapping[str, Any]) -> list[Score]:
                 continue
             stderr = metrics.get(f"{name}_stderr,{kept}")
             known = isinstance(stderr, int | float)
+            documents = [score for leaf in of for score in of_documents[leaf, kept, name]]
+            count = sum(counts.get(leaf, 0) for leaf in of)
+            low, high, interval = _interval(value, float(stderr) if known else None, documents, count)
             scores.append(
                 Score(
                     task=task,
                     metric=name if kept == "none" else f"{name} ({kept})",
                     value=float(value),
                     stderr=float(stderr) if known else None,
-                    low=value - 1.96 * stderr if known else None,
-                    high=value + 1.96 * stderr if known else None,
-                    of=sum(counts.get(leaf, 0) for leaf in of),
+                    low=low,
+                    high=high,
+                    interval=interval,
+                    of=count,
                     few_shot=found["n-shot"].get(task),
                     version=None if found["versions"].get(task) is None else str(found["versions"][task]),
                     leaves=tuple(of),
                 )
             )
     return scores
+
+
+def _interval(
+    value: float, stderr: float | None, documents: Sequence[Any], count: int
+) -> tuple[float | None, float | None, Method | Literal["standard error", "none: not known"]]:
+    """The ends of a metric's interval, and what they are. `documents`: its scores of each of `count`, where kept."""
+    if count < FEWEST:
+        return None, None, "none: too few"
+    right_or_wrong = all(isinstance(score, bool | int | float) and score in (0, 1) for score in documents)
+    if documents and right_or_wrong and abs(fmean(documents) - value) < 1e-9:
+        return *wilson(fmean(documents), len(documents)), "wilson"
+    if stderr is None:
+        return None, None, "none: not known"
+    if stderr == 0:
+        return None, None, "none: all alike"
+    return value - 1.96 * stderr, value + 1.96 * stderr, "standard error"
 
 
 def _rows(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Verdicts -> shares with intervals: of prompts and of constraints, by rule, and what the user turn adds.
 
-Constraints of one prompt are answered by one answer, so it is prompts that are drawn again (train/resampling.py). The
-gap is over the same prompts: each prompt's difference is one number, and prompts are drawn again.
+Constraints of one prompt are answered by one answer, so it is prompts that are independent (train/resampling.py says
+how intervals follow from that). The gap is over the same prompts: each prompt's difference is one number.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from train.evaluation.ifeval import Row, Verdict
-from train.resampling import Estimate, estimates
+from train.resampling import DIFFERENCE_OF_SHARES, SHARE, Bounds, Estimate, Method, estimates, why_no_interval
 
 MEASURES = {
     "prompt_strict": "prompts whose constraints are all followed, strict",
@@ -23,12 +23,19 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Share:
-    """How many of `of` follow, with a 95 % interval; None where there is one prompt alone."""
+    """How many of `of` follow, with a 95 % interval over `prompts`; the rest as of an Estimate."""
 
     value: float
     low: float | None
     high: float | None
     of: int
+    prompts: int
+    interval: Method
+
+    @property
+    def missing(self) -> str:
+        """Why there is no interval, as `why_no_interval` says it."""
+        return why_no_interval(self.interval, self.prompts)
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
@@ -102,15 +109,14 @@ def _of_rule(rows: Sequence[Row], rule: str, follows: Callable[[int], Sequence[b
 
 
 def _share(values: list[float], prompts: list[int], seed: int) -> Share:
-    found = _estimate(values, prompts, seed, permutations=1)  # whether a share is zero is no question to test
-    return Share(found.mean, found.low, found.high, len(values))
+    found = _estimate(values, prompts, SHARE, seed, permutations=1)  # whether a share is zero is no question to test
+    return Share(found.mean, found.low, found.high, len(values), found.groups, found.interval)
 
 
 def _difference(one: _Scores, other: _Scores, seed: int) -> Estimate:
-    return _estimate([a - b for a, b in zip(one[0], other[0], strict=True)], one[1], seed)
+    return _estimate([a - b for a, b in zip(one[0], other[0], strict=True)], one[1], DIFFERENCE_OF_SHARES, seed)
 
 
-def _estimate(values: list[float], prompts: list[int], seed: int, **options: int) -> Estimate:
-    return estimates(
-        np.array(values, np.float64)[:, None], np.array(prompts, np.int64), np.zeros(1), seed=seed, **options
-    )[0]
+def _estimate(values: list[float], prompts: list[int], bounds: Bounds, seed: int, **options: int) -> Estimate:
+    column = np.array(values, np.float64)[:, None]
+    return estimates(column, np.array(prompts, np.int64), np.zeros(1), [bounds], seed=seed, **options)[0]

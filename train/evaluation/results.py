@@ -8,11 +8,13 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
 from train.errors import UserError
+from train.evaluation.folders import not_there
+from train.resampling import share_of, why_no_interval
 
 Record = dict[str, Any]
 
@@ -32,6 +34,8 @@ class Measure:
     rows: Mapping[str, tuple[float, ...]] | None = None
     groups: Mapping[str, str] = field(default_factory=dict)
     detail: bool = False
+    missing: str = ""
+    """Why there is no interval, where that is known (`train.resampling.why_no_interval`)."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def read_results(place: Path) -> dict[str, Results]:
     elif place.is_file():
         paths = [place]
     else:
-        raise UserError(f"{place}: there is no such folder or file")
+        raise UserError(f"{place}: there is no such folder or file: {not_there(place)}")
     found = [_read(path) for path in paths]
     return {results.kind: results for results in found}
 
@@ -122,6 +126,16 @@ def _lines(path: Path) -> Iterator[Record]:
                 yield json.loads(line)
 
 
+def _interval(given: Mapping[str, Any], groups: str) -> dict[str, Any]:
+    """Low, high and `missing` of a Measure, of a record that says under the key `groups` how many are independent.
+
+    Before intervals of equal values were Wilson's, they had no width, and stand for none.
+    """
+    if given["low"] is None or given["low"] == given["high"]:
+        return {"low": None, "high": None, "missing": why_no_interval(given.get("interval", ""), given.get(groups, 0))}
+    return {"low": given["low"], "high": given["high"]}
+
+
 def _of_these(measure: Measure, path: Path) -> Measure:
     """`measure`, whose rows must be those of the figure. Raises UserError where another run has written over them."""
     numbers = [number for of_row in (measure.rows or {}).values() for number in of_row]
@@ -149,19 +163,20 @@ def _read_ifeval(kind: str, path: Path, record: Record) -> Results:
             }
             for name, rows in kept.items():
                 given = record[turn][name]
-                measure = Measure(given["value"], given["low"], given["high"], rows=rows or None)
+                measure = Measure(given["value"], **_interval(given, "prompts"), rows=rows or None)
                 measures[f"{turn}: {name.replace('_', 's, ')}"] = _of_these(measure, path)
         for rule, given in record[turn]["by_rule"].items() if turn in record else ():
             one = given["strict"]
             kept_of_rule = of_rules[turn].get(rule)
-            measure = Measure(one["value"], one["low"], one["high"], rows=kept_of_rule, detail=True)
+            measure = Measure(one["value"], **_interval(one, "prompts"), rows=kept_of_rule, detail=True)
             measures[f"{turn}: {rule}"] = _of_these(measure, path)
     for name, of in (("prompt_strict", "prompts, strict"), ("constraint_strict", "constraints, strict")):
         if "gap" in record:
             gap = record["gap"][name]
             ours, theirs = measures[f"system: {of}"].rows or {}, measures[f"user: {of}"].rows or {}
             rows = {key: tuple(a - b for a, b in zip(ours[key], theirs[key], strict=True)) for key in ours}
-            measures[f"system less user: {of}"] = Measure(gap["mean"], gap["low"], gap["high"], "points", rows or None)
+            measure = Measure(gap["mean"], **_interval(gap, "groups"), unit="points", rows=rows or None)
+            measures[f"system less user: {of}"] = measure
     conditions = {"data": record["data"]["fingerprint"], **record["decoding"]}
     # What got no answer counts as following nothing: a difference may be the server's.
     unanswered = {
@@ -191,8 +206,7 @@ def _read_harness(kind: str, path: Path, record: Record) -> Results:
         is_mean = bool(numbers) and abs(sum(numbers) / len(numbers) - score["value"]) < 1e-6
         measures[f"{score['task']}: {score['metric']}"] = Measure(
             score["value"],
-            score["low"],
-            score["high"],
+            **_interval(score, "of"),
             unit="share" if is_mean and all(0 <= number <= 1 for number in numbers) else "score",
             rows=kept if is_mean else None,
             detail=score["task"] in within,
@@ -229,7 +243,7 @@ def _gain_of(which: str, kind: str, path: Path, record: Record) -> Results:
     for name, unit in units.items():
         given = one["overall"][name]
         rows = {key: (line[which][name],) for key, line in zip(keys, lines, strict=True)}
-        measure = Measure(given["mean"], given["low"], given["high"], unit, rows or None, groups)
+        measure = Measure(given["mean"], **_interval(given, "groups"), unit=unit, rows=rows or None, groups=groups)
         measures[name.replace("_", " ")] = _of_these(measure, path)
     options = record["options"]
     conditions = {"texts": texts, "rows": one["overall"]["rows"]}
@@ -250,6 +264,7 @@ def _read_rules_before(kind: str, path: Path, record: Record) -> Results | None:
 
 def _rules_of(when: str, model: str, kind: str, path: Path, record: Record) -> Results:
     rows: dict[str, dict[str, tuple[float, ...]]] = defaultdict(dict)
+    rows_of_rule: dict[tuple[str, str], dict[str, tuple[float, ...]]] = defaultdict(dict)
     groups: dict[str, str] = {}
     times: Counter[tuple[str, ...]] = Counter()  # a row may be there twice, and counts twice
     for line in _lines(path.with_name("answers.jsonl")):
@@ -257,23 +272,33 @@ def _rules_of(when: str, model: str, kind: str, path: Path, record: Record) -> R
         row = (line["held_out"], line["rule"], system, user)
         key = json.dumps([*row, times[row]])
         times[row] += 1
-        rows[line["held_out"]][key] = (float(line["obeys"][("before", "after").index(when)]),)
+        obeys = (float(line["obeys"][("before", "after").index(when)]),)
+        rows[line["held_out"]][key] = rows_of_rule[line["held_out"], line["rule"]][key] = obeys
         groups[key] = user
     how = record.get("asked", {})
-    counted = {held_out: of_rule for held_out, of_rule in record.items() if held_out != "asked"}
+    counted = {held_out: of_rule for held_out, of_rule in record.items() if held_out not in ("asked", "intervals")}
     measures = {}
     for held_out, of_rule in counted.items():
         count = sum(one["rows"] for one in of_rule.values())
         value = sum(one[when] for one in of_rule.values()) / count
         name = {"wording": "held-out wordings", "rule": "rules never trained"}.get(held_out, held_out)
-        measures[name] = _of_these(Measure(value, None, None, rows=rows[held_out] or None, groups=groups), path)
+        measures[name] = _of_these(_share(value, rows[held_out], groups), path)
         for rule, one in of_rule.items():
-            measures[f"{name}: {rule}"] = Measure(one[when] / one["rows"], None, None, detail=True)
+            measure = _share(one[when] / one["rows"], rows_of_rule[held_out, rule], groups)
+            measures[f"{name}: {rule}"] = replace(_of_these(measure, path), detail=True)
     asked = {held_out: {rule: one["rows"] for rule, one in of_rule.items()} for held_out, of_rule in counted.items()}
     conditions = {"rows by rule": asked, "rows": sorted(key for of_kind in rows.values() for key in of_kind)}
     conditions["max_new_tokens"] = how.get("max_new_tokens")
     folder = how.get("before_folder") if when == "before" else None
     return Results(kind, path, model, measures, conditions, {"checks": how.get("rules")}, folder)
+
+
+def _share(value: float, rows: Mapping[str, tuple[float, ...]], groups: Mapping[str, str]) -> Measure:
+    """A share with the interval that its rows give it; without rows there is none."""
+    if not rows:
+        return Measure(value, None, None)
+    found = share_of([number for (number,) in rows.values()], [groups[key] for key in rows])
+    return Measure(value, found.low, found.high, rows=rows, groups=groups, missing=found.missing)
 
 
 def _read_bench(kind: str, path: Path, record: Record) -> Results:
@@ -286,11 +311,13 @@ def _read_bench(kind: str, path: Path, record: Record) -> Results:
     if overall["mean"] is None:
         raise ValueError("no row has a score")
     measures = {
-        "score": _of_these(Measure(overall["mean"], overall["low"], overall["high"], "score", rows or None), path)
+        "score": _of_these(
+            Measure(overall["mean"], **_interval(overall, "rows"), unit="score", rows=rows or None), path
+        )
     }
     for by in ("source", "dimension"):
         measures |= {
-            f"{by}: {name}": Measure(one["mean"], one["low"], one["high"], "score", detail=True)
+            f"{by}: {name}": Measure(one["mean"], **_interval(one, "rows"), unit="score", detail=True)
             for name, one in record[f"by_{by}"].items()
             if one["mean"] is not None
         }

@@ -100,6 +100,8 @@ def draw_gain(metrics: list[dict[str, Any]], path: Path) -> None:
             low, high = ([line[f"{key}_{end}"] for line in lines] for end in ("low", "high"))
             axes.fill_between(steps, low, high, alpha=0.2)
     axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_title("System gain on validation rows")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("system gain (nats per token, 95 %)")
     axes.grid(alpha=0.3)

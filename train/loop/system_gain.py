@@ -45,11 +45,22 @@ from train.data.system_variants import Label, Variants
 from train.errors import UserError
 from train.loop.answer_scores import log_likelihoods
 from train.progress import counted
-from train.resampling import PERMUTATIONS, RESAMPLES, Estimate, estimates
+from train.resampling import (
+    DIFFERENCE_OF_SHARES,
+    PERMUTATIONS,
+    RESAMPLES,
+    SHARE,
+    Bounds,
+    Estimate,
+    estimates,
+    explain_missing,
+)
 
 MEASURES = ("gain", "accuracy", "gain_over_none", "accuracy_over_none")
 _NO_EFFECT = np.array([0.0, 0.5, 0.0, 0.5])
 _OF_CHANGE = np.zeros(4)
+_BOUNDS: tuple[Bounds, ...] = (None, SHARE, None, SHARE)
+_BOUNDS_OF_CHANGE: tuple[Bounds, ...] = (None, DIFFERENCE_OF_SHARES, None, DIFFERENCE_OF_SHARES)
 
 
 class Scores(Protocol):
@@ -120,7 +131,8 @@ class SystemGain:
         """
         if self.values.shape != before.values.shape or not np.array_equal(self.instructions, before.instructions):
             raise ValueError("the two were measured on other rows")
-        return _figures(self.values - before.values, self.instructions, self.labels, _OF_CHANGE, seed)
+        change = self.values - before.values
+        return _figures(change, self.instructions, self.labels, _OF_CHANGE, _BOUNDS_OF_CHANGE, seed)
 
 
 def system_gain(
@@ -176,7 +188,7 @@ def system_gain(
     instructions = np.array([row.instruction for row in rows])
     labels = [row.labels for row in rows]
     options = {"resamples": resamples, "permutations": permutations}
-    figures = _figures(values, instructions, labels, _NO_EFFECT, seed, **options)
+    figures = _figures(values, instructions, labels, _NO_EFFECT, _BOUNDS, seed, **options)
     overall = figures.pop(None)
     return SystemGain(
         overall,
@@ -201,6 +213,7 @@ def _figures(
     instructions: NDArray[np.int64],
     labels: Sequence[tuple[Label, ...]],
     no_effect: NDArray[np.float64],
+    bounds: Sequence[Bounds],
     seed: int,
     **options: int,
 ) -> dict[Label | None, Figures]:
@@ -209,7 +222,7 @@ def _figures(
     found: dict[Label | None, Figures] = {}
     for label in [None, *sorted(label for label, count in counts.items() if count < len(labels))]:
         chosen = np.array([label is None or label in of_row for of_row in labels])
-        measured = estimates(values[chosen], instructions[chosen], no_effect, seed=seed, **options)
+        measured = estimates(values[chosen], instructions[chosen], no_effect, bounds, seed=seed, **options)
         found[label] = Figures(int(chosen.sum()), len(np.unique(instructions[chosen])), *measured)
     return found
 
@@ -241,14 +254,15 @@ def markdown(measured: Mapping[str, SystemGain], change: Mapping[Label | None, F
             cells += [_cell(change[label].gain, "gain", signed=True)] if change else []
             of, value = (text.replace("|", "\\|").replace("\n", " ") for text in label)
             lines.append(f"| {of} | {value} | {figures.rows:,} | " + " | ".join(cells) + " |")
+    lines += ["", *explained] if (explained := explain_missing("\n".join(lines), "instructions")) else []
     return "\n".join(lines) + "\n"
 
 
 def _cell(estimate: Estimate, measure: str, *, signed: bool = False) -> str:
-    """`0.412 [0.380, 0.447] p<0.001`."""
+    """`0.412 [0.380, 0.447] p<0.001`, or `0.412 (n = 2) p=0.501`."""
     shares = measure.startswith("accuracy")
     sign = "+" if signed or not shares else ""
     numbers = f"{sign}.1%" if shares else f"{sign}.3f"
-    bounds = "" if estimate.low is None else f" [{estimate.low:{numbers}}, {estimate.high:{numbers}}]"
+    bounds = f" ({estimate.missing})" if estimate.missing else f" [{estimate.low:{numbers}}, {estimate.high:{numbers}}]"
     p = "p<0.001" if estimate.p < 0.001 else f"p={estimate.p:.3f}"
     return f"{estimate.mean:{numbers}}{bounds} {p}"

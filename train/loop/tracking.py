@@ -176,6 +176,10 @@ class StepLog(TrainerCallback):
             self._evaluation = self._job.part("evaluating", len(kwargs["eval_dataloader"]), "batches")
         self._evaluation.advance()
 
+    def part(self, description: str, total: int, unit: str) -> Job | None:
+        """The progress of a part of the evaluation, below that of training; None where this process shows none."""
+        return self._job.part(description, total, unit) if self._job else None
+
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take the evaluation's bar away."""
         if self._evaluation:

@@ -35,6 +35,7 @@ from train.loop.saved import check_saved
 from train.loop.saving import Saver
 from train.loop.side_files import CARD, is_disk_error, reason_of, side_files, write_side_files
 from train.loop.throughput import HELD, Counting, Held, Sums, Throughput
+from train.loop.tracking import StepLog
 from train.loop.validation_gain import ValidationGain
 from train.loop.weights import check_savable, save_weights
 from train.model.adapters import check_modules_to_save, lora_config
@@ -115,6 +116,7 @@ class JanusTrainer(SFTTrainer):
         self._run_state = RunState(self)
         self._gain = ValidationGain(recipe, gain.rows, arguments.per_device_eval_batch_size) if gain else None
         self._stop_when_asked = StopWhenAsked(self._preemption, self.accelerator)
+        self._step_log = next((callback for callback in callbacks if isinstance(callback, StepLog)), None)
         for callback in (self._throughput, self._run_state, self._stop_when_asked):
             self.add_callback(callback)
         self._guards = Guards(recipe.guards, self.accelerator, data.train.rows.places, recipe.output_dir)
@@ -468,14 +470,19 @@ class JanusTrainer(SFTTrainer):
             sums = {"loss": loss, "entropy": entropy, "mean_token_accuracy": correct}
             output.metrics.update({f"{metric_key_prefix}_{name}": value / tokens for name, value in sums.items()})
         if self._gain is not None:
+            scoring = self._step_log.part("system gain", self._gain.answers, "answers") if self._step_log else None
 
-            def stop_if_asked(_: int) -> None:
+            def on_progress(answers: int) -> None:
+                if scoring:
+                    scoring.advance(answers)
                 self._stop_when_asked.on_prediction_step(self.args, self.state, self.control)
 
             model, step = self.model_wrapped, self.state.global_step
-            output.metrics.update(
-                self._gain.measure(model, self.accelerator, step, metric_key_prefix, on_progress=stop_if_asked)
-            )
+            try:
+                output.metrics.update(self._gain.measure(model, self.accelerator, step, metric_key_prefix, on_progress))
+            finally:
+                if scoring:
+                    scoring.finish()
         return output
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from train.model.activations import Activations
 from train.model.optimizers import Tensor, state_bytes
 from train.model.shape import Parameter, Shape
@@ -180,7 +182,7 @@ def _stage_1_or_2(shape: Shape, strategy: Strategy, numbers: Numbers) -> States:
     groups = _groups(shape.parameters)
     aligned = _aligned(shape, numbers)
     shares = [elements // numbers.gpus for elements in aligned]
-    parts = [_parts(groups, shares, rank) for rank in range(numbers.gpus)]
+    parts = _parts(groups, shares, numbers.gpus)
     temporaries = [_temporaries(numbers, 4 * share) for share in shares]
     gradients, step = 4 * sum(shares), max(temporaries, default=0)
     beyond = [max(_NORM_ITEMSIZE * part.largest, step) for part in parts]
@@ -260,17 +262,19 @@ class _Part(NamedTuple):
     largest: int
 
 
-def _parts(groups: Sequence[Sequence[Parameter]], shares: Sequence[int], rank: int) -> _Part:
-    whole = largest = 0
+def _parts(groups: Sequence[Sequence[Parameter]], shares: Sequence[int], gpus: int) -> list[_Part]:
+    """Of each rank; vectorized, as a search over many nodes has thousands of ranks."""
+    whole, largest = np.zeros(gpus, np.int64), np.zeros(gpus, np.int64)
     for group, share in zip(groups, shares, strict=True):
-        begin, at = rank * share, 0
+        at = 0
         for one in group:
-            inside = min(at + one.elements, begin + share) - max(at, begin)
-            if inside > 0:
-                whole += one.elements
-                largest = max(largest, inside)
-            at += one.elements
-    return _Part(whole, largest)
+            end = at + one.elements
+            ranks = np.arange(at // share, -(-end // share))
+            whole[ranks] += one.elements
+            inside = np.minimum(end, (ranks + 1) * share) - np.maximum(at, ranks * share)
+            largest[ranks] = np.maximum(largest[ranks], inside)
+            at = end
+    return [_Part(*part) for part in zip(whole.tolist(), largest.tolist(), strict=True)]
 
 
 def _aligned(shape: Shape, numbers: Numbers) -> list[int]:

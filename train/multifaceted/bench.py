@@ -7,8 +7,8 @@ What is averaged, exactly:
 - The model's score is the mean over the rows that have one; each row weighs alike, whatever its source.
 
 A score that is missing is left out of its mean and counted; a row without any is left out of the model's mean and
-counted. Intervals are 95 %, percentile bootstrap over rows (train/resampling.py); scores by dimension are means over
-rubrics, and there too it is rows that are drawn again.
+counted. Intervals are 95 %, over rows (train/resampling.py); scores by dimension are means over rubrics, and there too
+it is rows that are independent.
 
 Best of N picks one of N answers to each row. By the judge's first run (`first run`), the other runs alone give the
 score: the luck of one run doesn't both pick and score, though it is the same judge. By all runs (`all runs`) it is an
@@ -36,6 +36,7 @@ from train.multifaceted.protocol import Protocol
 from train.resampling import estimates
 
 ROWS_AT_ONCE = 64
+_SCORES = (1.0, 5.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,12 +257,13 @@ def figures(judged: Sequence[JudgedRow], protocol: Protocol, *, seed: int = 0) -
 def _estimate(values: Sequence[tuple[int, float | None]], seed: int) -> dict[str, Any]:
     """Mean and interval of scores, each with the number of its row; `of`: how many there are with those missing."""
     there = [(row, score) for row, score in values if score is not None]
-    record: dict[str, Any] = {"mean": None, "low": None, "high": None}
+    record: dict[str, Any] = {"mean": None, "low": None, "high": None, "rows": 0, "interval": "none: too few"}
     if there:
         column = np.array([[score] for _, score in there])
         rows = np.array([row for row, _ in there])
-        (found,) = estimates(column, rows, np.zeros(1), seed=seed, permutations=0)
+        (found,) = estimates(column, rows, np.zeros(1), [_SCORES], seed=seed, permutations=0)
         record = {"mean": found.mean, "low": found.low, "high": found.high}
+        record |= {"rows": found.groups, "interval": found.interval}
     return record | {"scored": len(there), "of": len(values)}
 
 

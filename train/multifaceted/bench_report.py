@@ -17,7 +17,8 @@ from train.multifaceted.protocol import (
     Protocol,
 )
 from train.progress import counted
-from train.report_parts import load_pyplot
+from train.report_parts import error_bars, load_pyplot, shortened
+from train.resampling import explain_missing, why_no_interval
 
 HEADING = "## Multifaceted Bench"
 _SAMPLES = 3
@@ -118,13 +119,13 @@ def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow]) -> str:
     largest = sorted(record["by_subdimension"], key=lambda name: -record["by_subdimension"][name]["of"])
     shown = sorted(largest[:_MOST_SUBDIMENSIONS])
     lines += [f"| rubric: {_cell(name)} | {_line(record['by_subdimension'][name])} |" for name in shown]
-    lines += ["", "Counts are of rows, and from the dimensions on of rubrics."]
+    lines += ["", "Counts are of rows, and from the dimensions on of rubrics.", *explain_missing("\n".join(lines))]
     if len(largest) > len(shown):
         lines += [f"Of further kinds of rubrics {len(largest) - len(shown):,} are in bench.json."]
     lines += ["", _about_missing(missing), "", *_why_missing(missing), _about_runs(record["runs"], judge["runs"])]
     if best := record.get("best_of"):
         lines += ["", _about_best(best)]
-    lines += ["", "![bench](bench.png)", "", "Samples:", ""]
+    lines += ["", *(["![bench](bench.png)", ""] if score["mean"] is not None else []), "Samples:", ""]
     for one in judged[:: max(len(judged) // _SAMPLES, 1)][:_SAMPLES]:
         lines += _sample(one)
     return "\n".join(lines) + "\n"
@@ -238,27 +239,26 @@ def _line(one: Mapping[str, Any]) -> str:
 def _shown(one: Mapping[str, Any]) -> str:
     if one["mean"] is None:
         return "none"
-    return f"{one['mean']:.2f}" + ("" if one["low"] is None else f" [{one['low']:.2f}, {one['high']:.2f}]")
+    if one["low"] is None:
+        return f"{one['mean']:.2f} ({why_no_interval(one['interval'], one['rows'])})"
+    return f"{one['mean']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
 
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
     """The scores with their intervals, overall, by source and by dimension, as a PNG."""
     pyplot = load_pyplot()
     bars: list[tuple[str, Mapping[str, Any]]] = [("all rows", record["score"])]
-    bars += [(f"source: {name}"[:48], one) for name, one in list(record["by_source"].items())[:20]]
-    bars += [(f"dimension: {name}"[:48], one) for name, one in record["by_dimension"].items()]
+    bars += [(f"source: {name}", one) for name, one in list(record["by_source"].items())[:20]]
+    bars += [(f"dimension: {name}", one) for name, one in record["by_dimension"].items()]
     bars = [(name, one) for name, one in bars if one["mean"] is not None]
-    figure, axes = pyplot.subplots(figsize=(9, 0.4 * max(len(bars), 1) + 1.4), dpi=100)
+    figure, axes = pyplot.subplots(figsize=(9, 0.4 * len(bars) + 1.4), dpi=100, layout="constrained")
     means = [one["mean"] for _, one in bars]
-    # A percentile interval needn't hold the mean itself.
-    below = [max(one["mean"] - (one["mean"] if one["low"] is None else one["low"]), 0) for _, one in bars]
-    above = [max((one["mean"] if one["high"] is None else one["high"]) - one["mean"], 0) for _, one in bars]
-    axes.barh(range(len(bars)), means, 0.7, xerr=[below, above], color="tab:blue", capsize=2)
-    axes.set_yticks(range(len(bars)), [name for name, _ in bars])
+    ends = error_bars((one["mean"], one["low"], one["high"]) for _, one in bars)
+    axes.barh(range(len(bars)), means, 0.7, xerr=ends, color="tab:blue", capsize=2)
+    axes.set_yticks(range(len(bars)), [shortened(name, 48) for name, _ in bars])
     axes.invert_yaxis()
     axes.set_xlim(1, 5)
-    axes.set_xlabel(f"score by {record['judge']['model']}, 1 to 5 (95 %)")
-    axes.set_title(str(record["model"]), fontsize=10)
-    figure.tight_layout()
+    axes.set_xlabel(shortened(f"score by {record['judge']['model']}", 80) + ", 1 to 5 (95 %)")
+    figure.suptitle(shortened(f"Multifaceted Bench: {record['model']}", 90), fontsize=11)
     figure.savefig(path)
     pyplot.close(figure)

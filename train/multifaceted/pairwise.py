@@ -1,8 +1,8 @@
 """Two models on the rows of the bench that both have a score for: win, both good, both bad.
 
 A row goes to the model whose score there (the mean of its rubrics) is the higher one. Where both have the same, up to
-rounding, they are both good if that score is at least `good` (4 of 5), else both bad. Shares have 95 % bootstrap
-intervals over rows; p is that of a two-sided sign-flip test of the mean difference in scores (train/resampling.py).
+rounding, they are both good if that score is at least `good` (4 of 5), else both bad. Shares have Wilson's
+intervals; p is that of a two-sided sign-flip test of the mean difference in scores (train/resampling.py).
 """
 
 import math
@@ -18,9 +18,10 @@ from train.data.sources import read_rows
 from train.errors import UserError
 from train.multifaceted.protocol import GOOD
 from train.recipe import Source
-from train.resampling import Estimate, estimates
+from train.resampling import SHARE, Bounds, Estimate, estimates, explain_missing
 
 OUTCOMES = ("win of the first", "win of the second", "both good", "both bad")
+_DIFFERENCE = (-4.0, 4.0)  # scores are 1 to 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,13 @@ class Pairwise:
             "rows": self.rows,
             "good_from": self.good,
             "outcomes": {
-                name: {"rows": self.counts[name], "share": one.mean, "low": one.low, "high": one.high}
+                name: {
+                    "rows": self.counts[name],
+                    "share": one.mean,
+                    "low": one.low,
+                    "high": one.high,
+                    "interval": one.interval,
+                }
                 for name, one in self.shares.items()
             },
             "difference": self.difference.record(),
@@ -68,10 +75,10 @@ class Pairwise:
         )
         lines = ["| | rows | share (95 %) |", "|---|---:|---|"]
         for text, (name, one) in zip(shown, self.shares.items(), strict=True):
-            interval = "" if one.low is None or one.high is None else f" [{one.low:.1%}, {one.high:.1%}]"
+            interval = f" ({one.missing})" if one.missing else f" [{one.low:.1%}, {one.high:.1%}]"
             lines.append(f"| {text} | {self.counts[name]:,} | {one.mean:.1%}{interval} |")
         found = self.difference
-        interval = "" if found.low is None or found.high is None else f" [{found.low:+.2f}, {found.high:+.2f}]"
+        interval = f" ({found.missing})" if found.missing else f" [{found.low:+.2f}, {found.high:+.2f}]"
         lines += [
             "",
             f"Rows that both have a score for: {self.rows:,}. {first} less {second} is {found.mean:+.2f}{interval}; "
@@ -88,6 +95,7 @@ class Pairwise:
         ]
         if left:
             lines.append(f"Left out: rows {', '.join(left)}.")
+        lines += explain_missing("\n".join(lines))
         return "\n".join(lines) + "\n"
 
 
@@ -121,7 +129,8 @@ def compare(
         raise UserError(f"{first} and {second}: there is no row that has a score in both.")
     table = np.array([[name == found for name in OUTCOMES] for found in outcomes], np.float64)
     values = np.column_stack([table, differences])
-    found = estimates(values, np.arange(len(values)), np.zeros(values.shape[1]), seed=seed)
+    bounds: list[Bounds] = [*[SHARE] * len(OUTCOMES), _DIFFERENCE]
+    found = estimates(values, np.arange(len(values)), np.zeros(values.shape[1]), bounds, seed=seed)
     return Pairwise(
         names or _names(first, second),
         len(outcomes),

@@ -134,6 +134,8 @@ def draw_tags(facts: Mapping[str, Any], path: Path) -> None:
     for number, (name, colour, shares) in enumerate(bars):
         axes.bar([x + 0.27 * (number - 1) for x in range(len(TAGS))], shares, 0.25, label=name, color=colour)
     axes.set_xticks(range(len(TAGS)), TAGS)
+    axes.set_title("Tags of the system messages")
+    axes.set_xlabel("tag")
     axes.set_ylabel("share of messages, of verdicts")
     axes.set_ylim(0, 1)
     axes.grid(axis="y", alpha=0.3)
@@ -156,6 +158,8 @@ def draw_lengths(facts: Mapping[str, Any], path: Path) -> None:
         [2.0**power for power in range(-4, 5)], [*(f"1/{2**power}" for power in (4, 3, 2, 1)), *"1248", "16"]
     )
     axes.axvline(1, color="black", linewidth=1)
+    axes.set_title("Lengths of the new answers")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("characters of the new answer / of the original one")
     axes.set_ylabel("rows")
     axes.grid(alpha=0.3)

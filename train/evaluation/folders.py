@@ -1,0 +1,56 @@
+"""Folders and files that an option of scripts/evaluate.py names, looked for before anything is loaded or asked.
+
+Each function raises one UserError that begins with the option and names what is missing, where it was looked for, and
+what there has nearly that name.
+"""
+
+import difflib
+from pathlib import Path
+
+from train.errors import UserError
+
+_MODEL_FILES = ("config.json", "adapter_config.json")
+
+
+def require_file(option: str, path: Path) -> None:
+    """Raise UserError where there is no file `path`; of a folder it names the files that may be meant."""
+    if path.is_dir():
+        names = sorted(child.name for child in path.iterdir() if child.suffix in (".jsonl", ".json", ".py"))[:5]
+        inside = f" Name a file in it, such as {', '.join(names)}." if names else " Name a file."
+        raise UserError(f"{option} {path}: that is a folder.{inside}")
+    if not path.exists():
+        raise UserError(f"{option} {path}: can't be read: {not_there(path)}")
+
+
+def require_model(option: str, name: str, *, hub: bool = True) -> None:
+    """Raise UserError where `name` is no folder with a model or an adapter; with `hub` what may be a hub id is left."""
+    path = Path(name)
+    if path.is_dir():
+        if not any((path / file).is_file() for file in _MODEL_FILES):
+            raise UserError(f"{option} {name}: can't be loaded: there is no {' or '.join(_MODEL_FILES)} in it.")
+    elif path.exists():
+        raise UserError(f"{option} {name}: that is a file. Name the model's folder.")
+    elif not hub or _looks_local(name):
+        raise UserError(f"{option} {name}: there is no such folder: {not_there(path)}")
+
+
+def require_results_folder(option: str, name: str, otherwise: str) -> None:
+    """Raise UserError where `name`, into whose folder results would go, is none. `otherwise`: what to write then."""
+    if not Path(name).is_dir():
+        raise UserError(f"{option} {name}: there is no such folder: {not_there(Path(name))} {otherwise}")
+
+
+def _looks_local(name: str) -> bool:
+    """Whether a name is a path and not a hub id: `outputs/janus` is one where there is a folder `outputs`."""
+    parts = Path(name).parts
+    return name.startswith((".", "/", "~")) or len(parts) > 2 or (len(parts) == 2 and Path(parts[0]).is_dir())
+
+
+def not_there(path: Path) -> str:
+    """Which part of a path is missing, and what has nearly that name."""
+    missing = next(part for part in [*reversed(path.parents), path] if not part.exists())
+    folder = missing.parent
+    names = sorted(child.name for child in folder.iterdir()) if folder.is_dir() else []
+    near = [str(folder / name) for name in difflib.get_close_matches(missing.name, names, n=2, cutoff=0.7)]
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    return f"there is no {missing.name} in {folder.absolute()}.{hint}"

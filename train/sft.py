@@ -15,6 +15,8 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+from rich.console import Console
+
 from train.errors import CommandLine, UserError
 from train.json_report import discard_earlier
 from train.launched import alone_by_mistake
@@ -133,7 +135,9 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
             trainer = JanusTrainer(
                 recipe, arguments, model, tokenizer, data, [step_log], preemption=preemption, gain=variants, about=about
             )
-            overview = screen(recipe, template, data, trainer.model, arguments, describe_gain(variants))
+            gain = describe_gain(variants)
+            width = Console(file=sys.stdout).width
+            overview = screen(recipe, template, data, trainer.model, arguments, gain, width=width)
             if is_first_rank():
                 print(overview, flush=True)
                 if checkpoint:

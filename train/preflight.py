@@ -67,6 +67,7 @@ def check(
     before: Probe,
     *,
     checkpoint: Path | None = None,
+    finished: str | None = None,
     cluster: Cluster | None = None,
     json_file: Path | None = None,
 ) -> None:
@@ -76,7 +77,9 @@ def check(
     from starting: after the report, or before it if there is nothing to report on.
     """
     data = examine(recipe, tokenizer)
-    report = survey(recipe, tokenizer, data, template, before, checkpoint=checkpoint, cluster=cluster)
+    report = survey(
+        recipe, tokenizer, data, template, before, checkpoint=checkpoint, finished=finished, cluster=cluster
+    )
     faults = [report.error] if report.error else []
     reader_left = None
     try:
@@ -167,7 +170,10 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
         line("" if number else "steps", value)
     for number, value in enumerate(describe(report.plan) if report.plan else ()):
         line("" if number else "plan", value)
-    line("output", report.output_dir + (f", resumes from {report.resumes_from}" if report.resumes_from else ""))
+    if report.finished:
+        line("output", f"{report.output_dir}, {report.finished}: the same command trains nothing")
+    else:
+        line("output", report.output_dir + (f", resumes from {report.resumes_from}" if report.resumes_from else ""))
     text.append("\nready" if report.ready else "\nnot ready", "bold green" if report.ready else "bold red")
     return text
 

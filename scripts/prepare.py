@@ -41,7 +41,7 @@ def run(recipe_file: Path, overrides: list[str]) -> None:
     for name, account in data.accounts.items():
         print(f"{name}: {account.rows:,} rows, {account.tokens:,} tokens, {account.sequences:,} sequences")
     for outcome in outcomes(data, recipe.data):
-        print(f"not as is: {describe_outcome(outcome)}")
+        print(f"dropped rows: {describe_outcome(outcome)}")
     for warning in warnings_of(data):
         print(f"warning: {warning}")
     print(f"ready after {duration(seconds)}")

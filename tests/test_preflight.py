@@ -8,21 +8,31 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 from trl import SFTConfig
 
 from train.data.chat_template import use_template
 from train.data.prepare import examine
 from train.data.system_role import settle
 from train.errors import UserError
+from train.formatting import shorten, visible
 from train.loop.arguments import optimizer_steps, sequences_per_step
 from train.loop.report import claim_output_dir
 from train.model.load import load_tokenizer
-from train.preflight import marked, marks_for, page, shortened, visible
+from train.preflight import marked, marks_for, page
 from train.preflight_report import Piece, Report, pieces, schedule, survey
 from train.recipe import load_recipe
 from train.sft import main
 
 ROOT = Path(__file__).parents[1]
+WIDE = 10_000
+"""Columns in which no line of a page has to be wrapped."""
+
+
+@pytest.fixture(autouse=True)
+def wide_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output as of a terminal in which no line has to be wrapped."""
+    monkeypatch.setenv("COLUMNS", str(WIDE))
 
 
 def report_of(path: Path) -> Report:
@@ -34,7 +44,7 @@ def report_of(path: Path) -> Report:
 
 
 def page_of(path: Path) -> str:
-    return page(report_of(path), [], coloured=False).plain
+    return page(report_of(path), [], coloured=False, width=WIDE).plain
 
 
 def rows_of(path: Path, *conversations: list[str]) -> Path:
@@ -79,6 +89,7 @@ def test_a_check_needs_no_weights_and_writes_its_json(
         *("ready", "error", "warnings", "model", "dtype", "template", "probe", "max_length", "packing", "training"),
         *("chat", "system_messages", "caches", "float8", "system_gain"),
         *("validation", "outcomes", "overlap", "schedule", "output_dir", "resumes_from", "plan", "examples"),
+        "finished",
     }
     part = {
         *("rows", "tokens", "trained_tokens", "rows_with_system_message", "distinct_system_messages", "lengths"),
@@ -113,8 +124,8 @@ def test_the_page_marks_what_is_trained_in_plain_text_and_in_colour(
     recipe_file: Callable[..., Path], rows_file: Path
 ) -> None:
     report = report_of(recipe_file())
-    plain = page(report, [], coloured=False).plain
-    coloured = page(report, ["<|im_start|>", "<|im_end|>"], coloured=True)
+    plain = page(report, [], coloured=False, width=WIDE).plain
+    coloured = page(report, ["<|im_start|>", "<|im_end|>"], coloured=True, width=WIDE)
     assert all(sentence in plain for sentence in report.system_messages)
     green = [coloured.plain[span.start : span.end] for span in coloured.spans if span.style == "bold green"]
     texts = texts_of(rows_file)
@@ -124,8 +135,8 @@ def test_the_page_marks_what_is_trained_in_plain_text_and_in_colour(
         assert mark == text.removesuffix(f"{trained}\n") + f"⟦{trained}⟧\n"
         assert mark.replace("⟦", "").replace("⟧", "") == text
         room = max(80, 1_200 // len(example.pieces))
-        assert f"⟦{shortened(trained, room)}⟧" in plain
-        assert shortened(trained, room) in green
+        assert f"⟦{shorten(trained, room)}⟧" in plain
+        assert shorten(trained, room) in green
     assert "⟦" not in coloured.plain
 
 
@@ -141,8 +152,89 @@ def test_marks_are_some_that_the_rows_do_not_hold() -> None:
 
 def test_only_the_middle_of_a_long_text_is_left_out() -> None:
     text = "".join(f"{number:05d}" for number in range(1_000))
-    assert shortened(text, 200) == f"{text[:100]} [... 4,800 characters ...] {text[-100:]}"
-    assert shortened(text[:230], 200) == text[:230]
+    assert shorten(text, 200) == f"{text[:100]} [... 4,800 characters ...] {text[-100:]}"
+    assert shorten(text[:230], 200) == text[:230]
+
+
+LONG = " ".join(f"Rule {number}: answer in a way that number {number} asks for." for number in range(66))
+QUESTION = "Summarise this: " + "a long document of many words, " * 400
+SYSTEM_PLACES = {
+    "a turn": ({"template": "chatml"}, [f"system: {LONG}", f"user: {QUESTION}", "assistant: Yes."]),
+    "the default": (
+        {"template": "chatml", "default_system": LONG},
+        [f"user: {QUESTION}", "assistant: Yes."],
+    ),
+    "merged": (
+        {"template": "chatml", "system_role": "merge_into_user"},
+        [f"system: {LONG}", f"user: {QUESTION}", "assistant: Yes."],
+    ),
+    "before the last question": (
+        {"template": "chatml", "system_role": "merge_into_user"},
+        [f"user: {QUESTION}", "assistant: Yes.", f"system: {LONG}", f"user: {QUESTION}", "assistant: No."],
+    ),
+    "several": (
+        {"template": "chatml"},
+        [f"system: {LONG}", "user: Hi", "assistant: Yes.", f"system: {LONG[::-1]}", "user: Ho", "assistant: No."],
+    ),
+}
+
+
+@pytest.mark.parametrize("coloured", [True, False])
+@pytest.mark.parametrize("place", SYSTEM_PLACES)
+def test_a_system_message_is_shown_whole_wherever_the_template_writes_it(
+    place: str, coloured: bool, recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    chat, conversation = SYSTEM_PLACES[place]
+    data = rows_of(tmp_path / "long.jsonl", conversation)
+    section = {"sources": [{"path": str(data)}], "max_length": 60_000, "packing": False}
+    report = report_of(recipe_file(chat=chat, data=section))
+    assert 3_000 < len(LONG) < 3_500
+    tokens = ["<|im_start|>", "<|im_end|>"]
+    shown = page(report, tokens, coloured=coloured, width=80).plain
+    (example,) = report.examples
+    whole = "".join(piece.text for piece in example.pieces)
+    for system in {text.removeprefix("system: ") for text in conversation if text.startswith("system: ")} or {LONG}:
+        assert system in whole
+        assert system in shown
+    assert QUESTION not in shown
+    assert [shown.count(token) for token in tokens] == [whole.count(token) for token in tokens]
+    if QUESTION in whole:
+        assert "a system message is shown whole up to 3,500 characters" in " ".join(shown.split())
+
+
+def test_a_long_turn_loses_its_middle_and_no_control_token(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    """Of all lengths, so that a cut by position would fall into some token."""
+    for filler in range(0, 40, 8):
+        texts = [f"{'x' * (700 + filler)} {'y' * 500}", "é\u0301" * 700]
+        turns = [turn for text in texts for turn in (f"user: {text}", f"assistant: {text}")]
+        report = report_of(recipe_file(data={"sources": [{"path": str(rows_of(tmp_path / "r.jsonl", turns))}],
+                                             "max_length": 60_000, "packing": False}))  # fmt: skip
+        shown = page(report, ["<|im_start|>", "<|im_end|>"], coloured=True, width=80).plain
+        assert (shown.count("<|im_start|>"), shown.count("<|im_end|>")) == (4, 4)
+        assert shown.count("<|") == shown.count("|>") == 8
+        assert " characters ...] " in shown
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_no_line_of_ours_is_wider_than_the_terminal(
+    width: int, recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    turns = ["system: 簡潔に。", "user: Hi", "assistant: Yo"]
+    longer = [*turns[:2], f"assistant: {'yes ' * 30}"]
+    data = rows_of(tmp_path / "データ.jsonl", turns, turns, longer, *([turn] for turn in turns))
+    recipe = recipe_file(
+        chat={"default_system": "あなたは親切な助手です。" * 12},
+        data={"sources": [{"path": str(data)}], "validation": [{"path": str(data)}], "on_bad_row": "skip"},
+        training={"warmup_steps": 1_000, "eval_strategy": "epoch"},
+    )
+    shown = page(report_of(recipe), [], coloured=False, width=width).plain
+    ours = shown.partition("\n\n")[0] + "\n" + shown[shown.index("\ntraining ") :] + "\n"
+    ours += "\n".join(line for line in shown.splitlines() if line.startswith("--- "))
+    for line in ours.splitlines():
+        words = line.split()
+        assert cell_len(line) <= width or cell_len(max(words, key=cell_len)) > width - 16, line
+    labels = [line for line in ours.splitlines() if line[:1].strip()]
+    assert {line.split()[0] for line in labels} >= {"model", "system", "training", "validation", "dropped", "warning"}
 
 
 def test_a_row_does_not_drive_the_terminal() -> None:
@@ -218,7 +310,7 @@ def test_bad_rows_give_the_page_and_then_one_error_with_2(
     mended = recipe_file(data={"max_length": 100, "overlong": "drop", "on_bad_row": "skip"})
     assert main(["--recipe", str(mended), "--check"]) == 0
     shown = capsys.readouterr().out
-    assert f"1 row left out, invalid JSON: first {rows_file}:3" in shown
+    assert f"1 row skipped, invalid JSON: first {rows_file}:3" in shown
     assert "dropped, training, over 100 tokens" in shown
 
 
@@ -305,7 +397,7 @@ def test_duplicates_and_overlap_are_warnings(recipe_file: Callable[..., Path], r
     assert (report.overlap.conversations.rows, report.overlap.questions.rows) == (1, 2)
     assert report.overlap.conversations.example == (f"{rows_file}:2", f"{held}:1")
     assert len(report.warnings) == 3
-    assert all(warning in page(report, [], coloured=False).plain for warning in report.warnings)
+    assert all(warning in page(report, [], coloured=False, width=WIDE).plain for warning in report.warnings)
 
 
 def test_a_schedule_that_is_all_warm_up_is_a_warning(recipe_file: Callable[..., Path]) -> None:
@@ -341,11 +433,11 @@ def test_the_policies_and_what_they_result_in_are_on_the_page(recipe_file: Calla
         "            One in the middle of a conversation goes into a user turn.\n",
         "gets chat.default_system: 'Be kind.'.",
         "trained     chat.train_on: last, the last answer of each",
-        "control     chat.control_tokens_in_text: error, a row with",
+        "control     chat.control_tokens_in_text: error, rows with",
         f"--- {data}:1: ",
         " trained, without a system message of its own, with the default\n",
-        "50.0% of the rows with a system message, 1 different one; 1 row with the default",
-        "1 epoch;",
+        "50.0% of the rows have a system message of their own, 1 distinct; 1 row with the default",
+        "1 step: 1 epoch of 1 step (",
     ):
         assert line in shown
     assert "Be kind.\n\nHi" in shown
@@ -369,13 +461,17 @@ def test_conversations_that_a_template_splits_are_told(recipe_file: Callable[...
 def test_few_rows_have_a_short_page(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     data = rows_of(tmp_path / "one.jsonl", ["user: Hi", "assistant: Yo"])
     shown = page_of(recipe_file(data={"sources": [{"path": str(data)}]}))
-    assert "\n1 row, what is trained" in shown
-    assert "don't exceed" not in shown
+    assert "\n1 example row; what is trained" in shown
+    assert "percentiles" not in shown
     assert "█" not in shown
     data = rows_of(tmp_path / "two.jsonl", ["user: Hi", "assistant: Yo"], ["user: Hi", f"assistant: {'yes ' * 50}"])
     shown = page_of(recipe_file(data={"sources": [{"path": str(data)}]}))
-    (spread,) = [line for line in shown.splitlines() if "don't exceed" in line]
-    assert [part.split()[0] for part in spread.partition(": ")[2].split(", ")] == ["50%", "100%"]
+    (spread,) = [line for line in shown.splitlines() if "row length percentiles (tokens): " in line]
+    lengths = report_of(recipe_file(data={"sources": [{"path": str(data)}]})).training.lengths
+    short, long = lengths["0"], lengths["100"]
+    quantiles = dict.fromkeys(("min", "p5", "p25", "p50"), short) | dict.fromkeys(("p75", "p95", "p99", "max"), long)
+    assert short < long
+    assert spread.partition(": ")[2] == ", ".join(f"{name} {tokens}" for name, tokens in quantiles.items())
     assert [line.split()[-1] for line in shown.splitlines() if "█" in line] == ["1", "1"]
 
 
@@ -384,9 +480,9 @@ def test_a_row_that_the_template_refuses_is_said_to_be_refused_once(
 ) -> None:
     data = rows_of(tmp_path / "rows.jsonl", ["user: a", "assistant: b"], ["system: S", "user: a", "assistant: b"])
     path = recipe_file(chat={"system_role": "error"}, data={"sources": [{"path": str(data)}]})
-    assert f"not as is   1 row refused by the template: first {data}:2" in page_of(path)
+    assert f"dropped     1 row refused by the template: first {data}:2" in page_of(path)
     skipped = recipe_file(chat={"system_role": "error"}, data={"sources": [{"path": str(data)}], "on_bad_row": "skip"})
-    assert "not as is   1 row left out, refused by the template: first" in page_of(skipped)
+    assert "dropped     1 row skipped, refused by the template: first" in page_of(skipped)
 
 
 # What training would refuse beside its rows, and a check has to refuse too.

@@ -38,8 +38,8 @@ def test_what_is_made_is_found_the_next_time_and_nothing_is_passed_over_in_silen
     assert f"{folder}: made, tokens by fastokens, checked on a sample" in lines or any(
         line.startswith(f"{folder}: made, tokens by the tokenizer itself") for line in lines
     )
-    assert any(line.startswith("not as is: ") and f"{folder}/rows.jsonl:25" in line for line in lines)
-    assert any(line.startswith("not as is: ") and "dropped, training, over 200 tokens" in line for line in lines)
+    assert any(line.startswith("dropped rows: ") and f"{folder}/rows.jsonl:25" in line for line in lines)
+    assert any(line.startswith("dropped rows: ") and "dropped, training, over 200 tokens" in line for line in lines)
     assert any(line.startswith("warning: 1 file is passed over") and "rows.jsonl.bak" in line for line in lines)
     second = run("--recipe", recipe)
     assert f"{folder}: found" in second.stdout

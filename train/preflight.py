@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from itertools import chain, count, pairwise
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from train.data.prepare import Account, Prepared, examine
 from train.data.survey import Bin
 from train.data.system_role import Probe
 from train.errors import UserError
+from train.formatting import shorten, visible, wrap
 from train.json_report import write
 from train.plan import Cluster, describe
 from train.preflight_report import (
@@ -45,18 +46,17 @@ _NAME = 12
 _BAR = 40
 _MARKS = (("⟦", "⟧"), ("⟪", "⟫"), ("⦅", "⦆"))
 _TRAINED, _CONTROL, _ASIDE = "bold green", "magenta", "dim"
-_PICTURES: dict[int, str] = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
-_PICTURES |= {0x7F: "␡"} | dict.fromkeys(range(0x80, 0xA0), "␦")
-# What turns the order of letters around, so that a row could read otherwise than it is (CVE-2021-42574).
-_PICTURES |= {
-    code: f"\\u{code:04x}" for code in (0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-}
+_SYSTEM_WHOLE, _HEAD, _TAIL = 3_500, 3_800, 400
+"""Characters of a system message that are shown in any case. It is a turn, or begins one after a role's name or a date:
+of a long turn in a row with a system message so many characters are shown at its start and at its end."""
+_ROOM, _LEAST_ROOM = 1_200, 80
+"""Characters of all other turns of a row together, and those of one at least."""
 _POLICIES = {
     "assistant": "every answer is trained, with its end token",
     "last": "the last answer of each conversation is trained, with its end token",
-    "error": "a row with a control token typed in its text is refused",
+    "error": "rows with a control token typed in their text are refused",
     "escape": "control tokens typed in a text are broken up by an invisible character (U+200B)",
-    "allow": "control tokens typed in a text are control tokens",
+    "allow": "control tokens typed in a text act as control tokens",
 }
 
 
@@ -67,6 +67,7 @@ def check(
     before: Probe,
     *,
     checkpoint: Path | None = None,
+    finished: str | None = None,
     cluster: Cluster | None = None,
     json_file: Path | None = None,
 ) -> None:
@@ -76,7 +77,9 @@ def check(
     from starting: after the report, or before it if there is nothing to report on.
     """
     data = examine(recipe, tokenizer)
-    report = survey(recipe, tokenizer, data, template, before, checkpoint=checkpoint, cluster=cluster)
+    report = survey(
+        recipe, tokenizer, data, template, before, checkpoint=checkpoint, finished=finished, cluster=cluster
+    )
     faults = [report.error] if report.error else []
     reader_left = None
     try:
@@ -104,7 +107,7 @@ def show(report: Report, control_tokens: Sequence[str], console: Console) -> Non
     if sys.stdout is None:
         raise UserError("standard output is closed, so the report can't be shown. Leave it open.")
     coloured = console.color_system is not None and not console.no_color
-    shown = page(report, control_tokens, coloured=coloured)
+    shown = page(report, control_tokens, coloured=coloured, width=console.width)
     text = f"{shown.plain}\n"
     if coloured:
         with console.capture() as captured:
@@ -121,12 +124,15 @@ def show(report: Report, control_tokens: Sequence[str], console: Console) -> Non
         raise UserError(f"standard output can't be written: {fault.strerror}.") from fault
 
 
-def page(report: Report, control_tokens: Sequence[str], *, coloured: bool) -> Text:
-    """The whole report. Without colours the trained text stands between marks that no row shown holds."""
+def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width: int) -> Text:
+    """Return the whole report in lines of `width` columns; the text of example rows keeps its own lines.
+
+    Without colours the trained text stands between marks that no row shown holds.
+    """
     text = Text()
 
     def line(name: str, value: str, style: str = "") -> None:
-        text.append(f"{name:<{_NAME}}", "bold").append(f"{visible(value)}\n", style)
+        text.append(f"{name:<{_NAME}}", "bold").append(f"{wrap(visible(value), width, _NAME)}\n", style)
 
     line("model", f"{report.model}, {report.dtype}" + (f", float8 {report.float8}" if report.float8 else ""))
     line("template", report.template)
@@ -141,16 +147,17 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool) -> Te
         found = "found" if cache.hit else "made now"
         line("" if number else "cache", f"{cache.source}: {cache.key[:8]}..., {found}; tokens by {cache.how}")
     text.append("\n")
-    _show_examples(text, report.examples, control_tokens, coloured=coloured)
+    _show_examples(text, report.examples, control_tokens, coloured=coloured, width=width)
     for name, part in (("training", report.training), ("validation", report.validation)):
         if part:
-            shown = _describe_part(part) + (_bars(part.histogram) if name == "training" else [])
+            bars = _bars(part.histogram, width - _NAME) if name == "training" else []
+            shown = [*_describe_part(part), *bars]
             for number, value in enumerate(shown):
                 line("" if number else name, value)
     for number, one in enumerate(report.outcomes):
-        line("" if number else "not as is", describe_outcome(one), "yellow")
+        line("" if number else "dropped", describe_outcome(one), "yellow")
     if not report.outcomes:
-        line("not as is", "no row was refused, left out, dropped or truncated")
+        line("dropped", "no row was refused, skipped, dropped or truncated")
     for warning in report.warnings:
         line("warning", warning, "yellow")
     if not any(part and part.duplicates.rows for part in (report.training, report.validation)):
@@ -163,24 +170,32 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool) -> Te
         line("" if number else "steps", value)
     for number, value in enumerate(describe(report.plan) if report.plan else ()):
         line("" if number else "plan", value)
-    line("output", report.output_dir + (f", going on from {report.resumes_from}" if report.resumes_from else ""))
+    if report.finished:
+        line("output", f"{report.output_dir}, {report.finished}: the same command trains nothing")
+    else:
+        line("output", report.output_dir + (f", resumes from {report.resumes_from}" if report.resumes_from else ""))
     text.append("\nready" if report.ready else "\nnot ready", "bold green" if report.ready else "bold red")
     return text
 
 
-def _show_examples(text: Text, examples: list[Example], control_tokens: Sequence[str], *, coloured: bool) -> None:
+def _show_examples(
+    text: Text, examples: list[Example], control_tokens: Sequence[str], *, coloured: bool, width: int
+) -> None:
+    longest_first = sorted({token for token in control_tokens if token}, key=len, reverse=True)
+    control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
     marks = None if coloured else marks_for(piece for example in examples for piece in example.pieces)
     if examples:
-        how = "in green" if marks is None else f"between {marks[0]} and {marks[1]}"
-        text.append(f"{counted(len(examples), 'row')}, what is trained {how}\n", "bold")
-    control = re.compile("|".join(map(re.escape, sorted(set(control_tokens), key=len, reverse=True))) or r"(?!)")
+        how = "is green" if marks is None else f"stands between {marks[0]} and {marks[1]}"
+        about = f"{counted(len(examples), 'example row')}; what is trained {how}"
+        if any(fit(piece, example, control) != piece.text for example in examples for piece in example.pieces):
+            about += f". Long turns are shortened; a system message is shown whole up to {_SYSTEM_WHOLE:,} characters"
+        text.append(f"{wrap(about, width)}\n", "bold")
     for example in examples:
         about = f"{example.tokens:,} tokens, {example.trained_tokens:,} trained"
         system = f"{'with' if example.system_message else 'without'} a system message"
         system += " of its own, with the default" if example.default_system else ""
-        text.append(f"--- {visible(example.place)}: {about}, {system}\n", _ASIDE)
-        room = max(80, 1_200 // len(example.pieces))
-        short = [Piece(shortened(visible(piece.text), room), piece.trained) for piece in example.pieces]
+        text.append(f"{wrap(f'--- {visible(example.place)}: {about}, {system}', width)}\n", _ASIDE)
+        short = [Piece(visible(fit(piece, example, control)), piece.trained) for piece in example.pieces]
         if marks:
             text.append(marked(short, marks))
         else:
@@ -190,6 +205,19 @@ def _show_examples(text: Text, examples: list[Example], control_tokens: Sequence
                 for found in [] if piece.trained else control.finditer(piece.text):
                     text.stylize(_CONTROL, start + found.start(), start + found.end())
         text.append("\n" if text.plain.endswith("\n") else "\n\n")
+
+
+def fit(piece: Piece, example: Example, control: re.Pattern[str]) -> str:
+    """Return the text of a piece with the middle of each long turn left out, and every control token whole."""
+    tokens = [*control.finditer(piece.text)]
+    room, tail = max(_LEAST_ROOM, _ROOM // max(len(example.pieces), len(tokens) // 2)), None
+    if not piece.trained and (example.system_message or example.default_system):
+        room, tail = _HEAD + _TAIL, _TAIL
+    parts, end = [], 0
+    for token in tokens:
+        parts += [shorten(piece.text[end : token.start()], room, tail), token[0]]
+        end = token.end()
+    return "".join([*parts, shorten(piece.text[end:], room, tail)])
 
 
 def marks_for(pieces: Iterable[Piece]) -> tuple[str, str]:
@@ -204,31 +232,14 @@ def marked(pieces: Sequence[Piece], marks: tuple[str, str]) -> str:
     return "".join(f"{marks[0]}{piece.text}{marks[1]}" if piece.trained else piece.text for piece in pieces)
 
 
-def shortened(text: str, room: int) -> str:
-    """`text` in about `room` characters: its middle is left out, never its ends, where training begins or stops."""
-    if len(text) - room < 40:
-        return text
-    half = room // 2
-    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
-
-
-def visible(text: str) -> str:
-    """Control characters but for line breaks and tabs as pictures or escapes: a row must not drive the terminal."""
-    return text.translate(_PICTURES)
-
-
 def _describe_part(part: PartReport) -> list[str]:
     share = part.trained_tokens / max(part.tokens, 1)
     system = part.rows_with_system_message / max(part.rows, 1)
+    default = part.rows_with_default_system
     lines = [
         f"{counted(part.rows, 'row')}, {counted(part.tokens, 'token')}, {share:.1%} of them trained",
-        f"{system:.1%} of the rows with a system message, "
-        f"{counted(part.distinct_system_messages, 'different one')}"
-        + (
-            f"; {counted(part.rows_with_default_system, 'row')} with the default"
-            if part.rows_with_default_system
-            else ""
-        ),
+        f"{system:.1%} of the rows have a system message of their own, {part.distinct_system_messages:,} distinct"
+        + (f"; {counted(default, 'row')} with the default" if default else ""),
     ]
     if part.rows_of_conversations > part.conversations:
         lines.append(
@@ -237,52 +248,56 @@ def _describe_part(part: PartReport) -> list[str]:
         )
     if part.filling is not None:
         lines.append(
-            f"packed into {counted(part.sequences, 'sequence')}, {part.filling:.1%} full, of "
-            f"{part.documents_per_sequence_mean:.1f} rows each (at most {part.documents_per_sequence_max:,})"
+            f"packed into {counted(part.sequences, 'sequence')}, {part.filling:.1%} full, "
+            f"{part.documents_per_sequence_mean:.1f} rows each on average (at most {part.documents_per_sequence_max:,})"
         )
-    lengths = [*part.lengths.items()]
     if len(set(part.lengths.values())) > 1:
-        # Of percents that share a length the last says most: so many rows at least don't exceed it.
-        last = [pair for pair, after in pairwise([*lengths, ("", -1)]) if pair[1] != after[1]]
-        spread = ", ".join(f"{percent}% {length:,}" for percent, length in last)
-        lines.append(f"tokens of a row that so many don't exceed: {spread}")
-        lines.append(f"the longest is {part.longest_place}")
+        names = {"0": "min", "100": "max"}
+        spread = ", ".join(
+            f"{names.get(percent, f'p{percent}')} {tokens:,}" for percent, tokens in part.lengths.items()
+        )
+        lines += [f"row length percentiles (tokens): {spread}", f"longest row: {part.longest_place}"]
     return lines
 
 
-def _bars(bins: list[Bin]) -> list[str]:
-    """A histogram, one line a bin that has any row; nothing where one bin has all."""
+def _bars(bins: list[Bin], width: int) -> list[str]:
+    """Return a histogram, one line for each bin that has any row; nothing where one bin has all."""
     bins = [bin for bin in bins if bin.rows]
     if len(bins) < 2:
         return []
     most = max(bin.rows for bin in bins)
     labels = [f"{bin.start:,}" + (f" to {bin.end - 1:,}" if bin.end - bin.start > 1 else "") for bin in bins]
-    width = max(map(len, labels))
+    longest = max(map(len, labels))
+    bar = max(min(_BAR, width - longest - len(f"   {most:,}")), 10)
     return [
-        f"{label:>{width}}  {'█' * -(-bin.rows * _BAR // most)} {bin.rows:,}"
-        for label, bin in zip(labels, bins, strict=True)
+        "histogram of row lengths (tokens):",
+        *(
+            f"{label:>{longest}}  {'█' * -(-bin.rows * bar // most)} {bin.rows:,}"
+            for label, bin in zip(labels, bins, strict=True)
+        ),
     ]
 
 
 def _describe_schedule(report: Report) -> list[str]:
     steps = report.schedule
+    epochs = f"{steps.epochs:.3g} {'epoch' if steps.epochs == 1 else 'epochs'}"
     lines = [
-        f"{steps.steps:,} in all, {steps.steps_per_epoch:,} an epoch of {report.training.tokens:,} tokens, "
-        f"{steps.epochs:.3g} {'epoch' if steps.epochs == 1 else 'epochs'}; {counted(steps.processes, 'process')}",
-        f"each of {counted(steps.sequences_per_step, 'sequence')}, about {steps.tokens_per_step:,.0f} tokens",
+        f"{counted(steps.steps, 'step')}: {epochs} of {counted(steps.steps_per_epoch, 'step')} "
+        f"({report.training.tokens:,} tokens); {counted(steps.processes, 'process')}",
+        f"{counted(steps.sequences_per_step, 'sequence')} per step, about {steps.tokens_per_step:,.0f} tokens",
     ]
     if steps.warmup_steps:
-        lines.append(f"the first {steps.warmup_steps:,} are warm-up")
+        lines.append(f"warm-up: the first {counted(steps.warmup_steps, 'step')}")
     if report.validation:
-        lines.append(f"evaluated {_describe_rhythm(steps.evaluation)}")
-    lines.append(f"saved {_describe_rhythm(steps.saving)}")
+        lines.append(f"evaluation: {_describe_rhythm(steps.evaluation, 'at the end')}")
+    lines.append(f"checkpoints: {_describe_rhythm(steps.saving, 'none, the model is saved at the end')}")
     return lines
 
 
-def _describe_rhythm(rhythm: Rhythm) -> str:
+def _describe_rhythm(rhythm: Rhythm, never: str) -> str:
     if rhythm.strategy == "steps":
         return f"every {counted(rhythm.steps or 0, 'step')}"
-    return {"no": "at the end", "epoch": "after each epoch", "best": "where it is the best so far"}[rhythm.strategy]
+    return {"no": never, "epoch": "after each epoch", "best": "after each best evaluation so far"}[rhythm.strategy]
 
 
 def screen(
@@ -292,8 +307,13 @@ def screen(
     model: "PreTrainedModel",
     arguments: "SFTConfig",
     system_gain: str | None = None,
+    *,
+    width: int = 80,
 ) -> str:
-    """Model, data, batches and what is trained, as lines of plain text. `template`, `system_gain`: which, in words."""
+    """Return model, data, batches and what is trained as plain text in lines of `width` columns.
+
+    `template`, `system_gain`: their descriptions.
+    """
     from train.loop.arguments import optimizer_steps, sequences_per_step
     from train.model.attention import attention_for
     from train.model.float8 import float8_warnings
@@ -312,19 +332,19 @@ def screen(
         ("template", template),
         *_describe("data", data.train.account, recipe),
         *(_describe("validation", data.validation.account, recipe) if data.validation else []),
-        *(("", visible(describe_outcome(one))) for one in outcomes(data, recipe.data)),
-        *(("warning", visible(warning)) for warning in [*warnings_of(data), *float8_warnings(recipe)]),
-        *([("system gain", visible(system_gain))] if system_gain else []),
+        *(("dropped", describe_outcome(one)) for one in outcomes(data, recipe.data)),
+        *(("warning", warning) for warning in [*warnings_of(data), *float8_warnings(recipe)]),
+        *([("system gain", system_gain)] if system_gain else []),
         (
             "steps",
-            f"{steps:,} of {counted(together, 'sequence')}, about "
+            f"{counted(steps, 'step')} of {counted(together, 'sequence')}, about "
             f"{data.train.account.tokens_per_sequence * together:,.0f} tokens; "
             f"{counted(arguments.world_size, 'process')}",
         ),
         *([("", _describe_waiting(data, model, arguments))] if arguments.world_size > 1 else []),
         ("output", recipe.output_dir),
     ]
-    return "\n".join(f"{name:<11} {value}" for name, value in lines)
+    return "\n".join(f"{name:<{_NAME}}{wrap(visible(value), width, _NAME)}" for name, value in lines)
 
 
 def _describe_float8(
@@ -357,7 +377,8 @@ def _describe(name: str, account: Account, recipe: Recipe) -> list[tuple[str, st
         sequences = counted(account.sequences, "sequence")
         lines.append(("", f"packed into {sequences} of {recipe.data.max_length:,}, {filling:.1%} full"))
     if account.overlong_tokens:
-        lines.append(("", f"{account.overlong_tokens:,} tokens lost of rows over {recipe.data.max_length:,} tokens"))
+        lost = f"{counted(account.overlong_tokens, 'token')} lost from rows over {recipe.data.max_length:,} tokens"
+        lines.append(("", lost))
     return lines
 
 

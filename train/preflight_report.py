@@ -112,6 +112,7 @@ class Report:
     `caches`: where the tokens of each source are kept.
 
     `error` is what has to change and null where `ready`. `resumes_from`: the checkpoint that the run would go on from.
+    `finished`: the run of this recipe is in output_dir, trained to its end; null where it isn't.
     `system_gain`: on what each evaluation measures it, in words.
     `float8`: how linear layers multiply, null where as their weights' type has it. `validation` is null where the
     recipe names none, `plan` where no GPUs are named.
@@ -138,6 +139,7 @@ class Report:
     schedule: Schedule
     output_dir: str
     resumes_from: str | None
+    finished: str | None
     plan: Plan | None
     examples: list[Example]
 
@@ -150,6 +152,7 @@ def survey(
     before: Probe,
     *,
     checkpoint: Path | None = None,
+    finished: str | None = None,
     cluster: Cluster | None = None,
 ) -> Report:
     """The facts of the report. `before`: the template as it came; the tokenizer has it as it is used.
@@ -190,6 +193,7 @@ def survey(
         schedule=steps,
         output_dir=recipe.output_dir,
         resumes_from=str(checkpoint) if checkpoint else None,
+        finished=finished,
         plan=_plan(recipe, account, steps, cluster) if cluster else None,
         examples=[_example(tokenizer, row, given) for row in account.examples],
     )

@@ -14,7 +14,10 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+from rich.console import Console
+
 from train.errors import USER_FIXABLE_ERRNOS, CommandLine, UserError
+from train.formatting import wrap
 from train.json_report import discard_earlier
 from train.launched import alone_by_mistake
 from train.loop.noise import leave_out_unhelpful_warnings
@@ -60,6 +63,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def train(recipe: Recipe, options: argparse.Namespace) -> None:
     """Prepare, load, train, save; or report, with --check. Raises UserError for all that the user can mend."""
     # Heavy imports wait until the recipe is known to be right.
+    from train.loop.run_outcome import fingerprint, finished_run
+
+    width = Console(file=sys.stdout).width
+    finished, changed = finished_run(recipe) if options.resume == "auto" else (None, None)
+    if changed and is_first_rank():
+        print(wrap(changed, width), flush=True)
+    if finished and not options.check:
+        if is_first_rank():
+            print(finished.message(width), flush=True)
+        return
+
     from train.data.chat_template import use_template, without_generation_marks
     from train.data.gain_rows import describe_gain, gain_refusal, gain_rows
     from train.data.prepare import prepare
@@ -85,7 +99,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     before = settle(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
     if options.check:
         about = {"checkpoint": checkpoint.folder if checkpoint else None, "cluster": cluster, "json_file": options.json}
-        check(recipe, tokenizer, template, before, **about)
+        check(recipe, tokenizer, template, before, finished=finished.summary if finished else None, **about)
         return
     check_start(recipe)
 
@@ -103,8 +117,9 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     lock = keep_others_out(recipe.output_dir)  # as long as this function runs
     output_dir = claim_output_dir(recipe)
     preemption = Preemption(recipe.output_dir, recipe.save, checkpoint.step if checkpoint else 0)
-    telling = telling_outcome(recipe.output_dir, preemption, USER_FIXABLE_ERRNOS)
-    with telling, preemption.watching(), lock or nullcontext():
+    run = fingerprint(recipe) if is_first_rank() else {}
+    telling = telling_outcome(recipe.output_dir, preemption, USER_FIXABLE_ERRNOS, run)
+    with preemption.watching(), telling, lock or nullcontext():
         if checkpoint:
             recipe = with_same_steps(recipe, checkpoint, options.resume_anyway, processes_now())
         if faults := list(side_file_faults(recipe, tokenizer)):
@@ -132,7 +147,8 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
             trainer = JanusTrainer(
                 recipe, arguments, model, tokenizer, data, [step_log], preemption=preemption, gain=variants, about=about
             )
-            overview = screen(recipe, template, data, trainer.model, arguments, describe_gain(variants))
+            gain = describe_gain(variants)
+            overview = screen(recipe, template, data, trainer.model, arguments, gain, width=width)
             if is_first_rank():
                 print(overview, flush=True)
                 if checkpoint:

@@ -61,16 +61,24 @@ TORCH_CPP_LOG_LEVEL=ERROR srun --kill-on-bad-exit=1 \
     stop "the preflight failed, see above"
 
 echo "$start_step" >>"$attempts"
-rm -f "$output_dir/outcome.json"
+# What an earlier attempt says there is not of this one. That of a finished run stays: the trainer looks for it, and has
+# nothing to do where it is this recipe's.
+if [ "$(in_outcome outcome)" != finished ]; then rm -f "$output_dir/outcome.json"; fi
 # One launcher on each node. The single quotes leave $SLURM_NODEID to that node: here it is always 0 (accelerate#2816).
 # The launcher is deaf to Slurm's SIGTERM, which reaches the trainer too: it would end at once, and the trainer with it.
 export PET_SIGNALS_TO_HANDLE=SIGINT # of those that torchrun acts on
 srun --kill-on-bad-exit=1 bash -c 'trap "" TERM; exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' node \
     --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" "${launch[@]}" \
     "$checkout/train/sft.py" "${recipe[@]}" "${training[@]}" &
-while kill -0 $! 2>/dev/null; do wait $!; done # a signal ends `wait`, not what it waits for
+launched=$!
+while kill -0 $launched 2>/dev/null; do wait $launched; done # a signal ends `wait`, not what it waits for
+wait $launched
+code=$? # bash remembers it
 
 outcome=$(in_outcome outcome)
+if [ "$outcome" = finished ] && [ "$code" -ne 0 ] && [ ! "$output_dir/outcome.json" -nt "$attempts" ]; then
+    outcome=failed # an earlier attempt was finished, and this one ended before it could say otherwise
+fi
 reason=$(in_outcome reason)
 reached=$(newest_step)
 trap - USR1 TERM
@@ -78,7 +86,9 @@ rm -f "$stop_file"
 say "training ${outcome:-was killed or crashed}${reason:+ ($reason)}; newest complete checkpoint: step $reached"
 if [ "$outcome" = finished ]; then exit 0; fi
 # `crashed`, or nothing at all: as after a node that failed, another attempt may go well, if this one got further.
-if [ "$outcome" = failed ]; then stop "mend what failed and submit again: it goes on from step $reached"; fi
+if [ "$outcome" = failed ] || [ "$outcome" = interrupted ]; then
+    stop "mend what failed and submit again: it goes on from step $reached"
+fi
 if [ "$outcome" = preempted ] && [ "$reason" = "the file stop" ]; then
     say "not requeued, as $output_dir/stop asked for it. Submit again to go on from step $reached"
     exit 0

@@ -1,7 +1,9 @@
 """How a run ended, and how often it was started again: outcome.json, the last lines on the screen, report.md."""
 
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,11 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import TrainerState
 
 from train.errors import UserError
-from train.loop.preemption import Preemption
+from train.loop import preemption
+from train.loop.preemption import Preemption, StopWhenAsked
+from train.loop.run_outcome import finished_run
 from train.loop.saving import Saver
-from train.recipe import SaveSection
+from train.recipe import SaveSection, load_recipe
 from train.sft import main
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": ..., "max_steps": 4}
@@ -73,6 +78,164 @@ def test_a_crash_and_what_a_person_must_mend_are_told_apart_and_report_md_tells_
     report = (run / "report.md").read_text(encoding="utf-8")
     assert "restarts" not in report
     assert "| training time |" in report
+
+
+def test_a_finished_run_is_not_trained_again_unless_it_is_another_one(
+    recipe_file: Callable[..., Path],
+    rows_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = tmp_path / "data.jsonl"
+    shutil.copy(rows_file, data)
+    training = {"num_train_epochs": ..., "max_steps": 2}
+    recipe, run = recipe_file(data={"sources": [{"path": str(data)}]}, training=training), tmp_path / "run"
+    assert main(["--recipe", str(recipe)]) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["--recipe", str(recipe), "training.logging_steps=2", "data.processes=1"]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert shown.startswith("already finished (2 steps, 2") if rank == "0" else shown == ""
+    monkeypatch.setenv("RANK", "0")
+    assert main(["--recipe", str(recipe)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = " ".join(" ".join(lines).split())
+    assert "`--resume never` replaces the model, another output_dir keeps it." in shown
+    assert "a larger training.max_steps trains from the beginning, as no checkpoint was kept" in shown
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+    assert main(["--recipe", str(recipe), "--check", "--json", str(tmp_path / "report.json")]) == 0
+    shown = capsys.readouterr().out
+    assert f"output {run}, already finished (2 steps, " in " ".join(shown.split())
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["finished"] in " ".join(shown.split())
+
+    def difference(*overrides: str) -> str | None:
+        finished, why = finished_run(load_recipe(recipe, overrides))
+        assert (finished is None) == (why is not None)
+        return why
+
+    assert difference() is None
+    assert "training.max_steps was 2 and is 3" in str(difference("training.max_steps=3"))
+    assert "training.learning_rate was 0.001 and is 0.5" in str(difference("training.learning_rate=0.5"))
+    assert "seed was 42 and is 1" in str(difference("seed=1"))
+    assert "training.push_to_hub was " in str(difference("training.push_to_hub=true"))
+    assert "sequences per step" in str(difference("training.gradient_accumulation_steps=2"))
+    assert difference("training.gradient_accumulation_steps=2", "training.per_device_train_batch_size=1") is None
+    model, base = run / "model.safetensors", load_recipe(recipe).model.name_or_path
+    for path, change, why in (
+        (model, lambda: model.write_bytes(before[model][:-100]), "its model.safetensors is damaged"),
+        (model, model.unlink, "its model.safetensors is missing"),
+        (data, lambda: data.write_bytes(data.read_bytes().replace(b"a", b"b", 1)), f"{data} has changed since"),
+        (data, data.unlink, f"{data} is missing"),
+    ):
+        held = path.read_bytes()
+        change()
+        assert why in str(difference())
+        path.write_bytes(held)
+        assert difference() is None
+    assert f"model.name_or_path was '{base}' and is '{run}'" in str(difference(f"model.name_or_path={run}"))
+    (run / "outcome.json").write_text((run / "outcome.json").read_text(encoding="utf-8").replace("finished", "failed"))
+    assert finished_run(load_recipe(recipe)) == (None, None)
+    (run / "outcome.json").write_text('{"outcome": "finished", "step": 2}')  # as an earlier version wrote it
+    assert finished_run(load_recipe(recipe)) == (None, None)
+
+
+def test_a_finished_run_with_checkpoints_says_how_to_train_longer(
+    recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, run = str(recipe_file(training=SAVING)), tmp_path / "run"
+    assert main(["--recipe", recipe]) == 0
+    capsys.readouterr()
+    assert main(["--recipe", recipe]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    longer = "a larger training.max_steps and --resume-anyway training.max_steps continue from"
+    assert f"{longer} {run / 'checkpoint-4'}." in shown
+    assert main(["--recipe", recipe, "training.max_steps=5"]) == 2
+    assert "training.max_steps was 4 and is 5" in capsys.readouterr().err
+    assert main(["--recipe", recipe, "training.max_steps=5", "--resume-anyway", "training.max_steps"]) == 0
+    assert outcome(run)[:2] == ("finished", 5)
+
+
+LONGER = {**SAVING, "max_steps": 6}
+
+
+def interrupting(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C as step 2 ends, again at a moment of the save in step 3, and while outcome.json is written."""
+    step_end, save, write = StopWhenAsked.on_step_end, Saver.save, preemption.write_text
+
+    def first(self: StopWhenAsked, args: object, state: TrainerState, *others: object, **more: object) -> None:
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        step_end(self, args, state, *others, **more)
+
+    def second(self: Saver, step: int, put: Callable[[], None], *others: object, **more: object) -> bool:
+        def half() -> None:
+            put()
+            if moment == "half-way":
+                os.kill(os.getpid(), signal.SIGINT)
+
+        saved = save(self, step, half if step == 3 else put, *others, **more)
+        if moment == "after" and step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return saved
+
+    def third(path: Path, text: str) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        write(path, text)
+
+    monkeypatch.setattr(StopWhenAsked, "on_step_end", first)
+    monkeypatch.setattr(Saver, "save", second)
+    monkeypatch.setattr(preemption, "write_text", third)  # that of outcome.json
+
+
+@pytest.mark.parametrize(("moment", "newest"), [("half-way", "checkpoint-2"), ("after", "checkpoint-3")])
+def test_a_second_ctrl_c_leaves_an_outcome_that_is_true_whatever_follows(
+    moment: str,
+    newest: str,
+    recipe_file: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe, run = str(recipe_file(training=LONGER)), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupting(moment, patch)
+        assert main(["--recipe", recipe]) == 130
+    assert "stopping after this step, with a checkpoint; Ctrl-C again stops now" in capsys.readouterr().out
+    assert outcome(run) == ("interrupted", 3, f"Ctrl-C; the newest complete checkpoint is {newest}")
+    whole = [path.name for path in run.glob("checkpoint-*") if (path / "COMPLETE.json").is_file()]
+    assert sorted(whole)[-1] == newest
+    if moment == "half-way":
+        assert main(["--recipe", recipe]) == 0
+        assert f"going on from {run / newest}" in capsys.readouterr().out
+        assert outcome(run)[:2] == ("finished", 6)
+
+
+INTERRUPTED_TWICE = """
+import signal, sys
+import pytest
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+sys.path.insert(0, sys.argv.pop(1))
+from test_attempts import interrupting, main
+interrupting("half-way", pytest.MonkeyPatch())
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_second_ctrl_c_ends_the_process_with_130_and_no_traceback(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", INTERRUPTED_TWICE, str(Path(__file__).parent)]
+    result = subprocess.run(
+        [*command, "--recipe", recipe_file(training=LONGER)], capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, "Traceback" in result.stderr) == (130, False), result.stderr
+    assert result.stderr.endswith("stopped\n")
+    assert outcome(tmp_path / "run")[0] == "interrupted"
 
 
 def test_a_run_that_stops_says_where_it_goes_on(

@@ -12,7 +12,7 @@ from train.recipe import DataSection
 class Outcome:
     """Rows that are not trained as they stand, for one reason, with the first three of them.
 
-    `outcome`: refused (the run won't start), left out, dropped or truncated.
+    `outcome`: refused (the run won't start), skipped, dropped or truncated.
     """
 
     outcome: str
@@ -23,7 +23,7 @@ class Outcome:
 
 def outcomes(data: Prepared, section: DataSection) -> list[Outcome]:
     """Every kind of row that is not trained as it stands, the most frequent first."""
-    bad = "refused" if section.on_bad_row == "error" else "left out"
+    bad = "refused" if section.on_bad_row == "error" else "skipped"
     found = [Outcome(bad, kind, rows.count, rows.examples) for kind, rows in data.faults.items()]
     for name, account in data.accounts.items():
         for became, rows in account.overlong.items():

@@ -10,23 +10,23 @@ import os
 import re
 import signal
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from train.errors import UserError
+from train.loop.checkpoint import COMPLETE, folders
+from train.loop.run_outcome import OUTCOME, weights_in
 from train.progress import is_first_rank
 from train.recipe import TIME, SaveSection
 from train.whole_files import replacing, write_text
 
-OUTCOME = "outcome.json"
-"""In output_dir: how the last run there ended. Exit codes don't survive `accelerate launch`."""
 ATTEMPTS = "attempts.jsonl"
 """In output_dir: a line as an attempt of the run begins, and one as it ends. One that was killed has no second line."""
 STOP = "stop"
@@ -114,6 +114,8 @@ class Preemption:
         """Optimizer steps that are done."""
         self.training = False
         """Whether there is something to save: before training, and after it, Ctrl-C stops at once."""
+        self.ended = False
+        """Whether the run is over, and all that is left is to record how: Ctrl-C would lose that."""
 
     @contextmanager
     def watching(self) -> Iterator["Preemption"]:
@@ -130,6 +132,8 @@ class Preemption:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
+            if self.ended:
+                return
             if self._signal is not None or not self.training:
                 raise KeyboardInterrupt
             if is_first_rank():
@@ -178,11 +182,18 @@ def time_conflicts(settings: SaveSection) -> Iterator[str]:
 
 
 @contextmanager
-def telling_outcome(output_dir: str, preemption: Preemption, for_a_person: Collection[int] = ()) -> Iterator[None]:
-    """Say in OUTCOME how what runs inside ended, for whoever started it (the batch script), and in ATTEMPTS for later.
+def telling_outcome(
+    output_dir: str,
+    preemption: Preemption,
+    for_a_person: Collection[int] = (),
+    fingerprint: Mapping[str, Any] | None = None,
+) -> Iterator[None]:
+    """Record how the block ended: in OUTCOME for whoever started it (the batch script), and in ATTEMPTS for later.
 
-    finished, preempted, failed (the user must mend something, or stopped it) or crashed: an error of ours, a library's
-    or a peer's, after which another attempt may go well. `for_a_person`: errno of an OSError that the user must mend.
+    It belongs inside `preemption.watching()`, so that Ctrl-C can't break off the record itself.
+    finished; preempted (saved and stopped); interrupted by Ctrl-C, without saving; failed (the user must mend
+    something); crashed: an error of ours, a library's or a peer's, after which another attempt may go well.
+    `for_a_person`: errno of an OSError that the user must mend. `fingerprint`: kept of a run that is finished.
     """
     _note(output_dir, {"from_step": preemption.step, "time": time.time()}, anew=preemption.step == 0)
     if is_first_rank():
@@ -190,12 +201,24 @@ def telling_outcome(output_dir: str, preemption: Preemption, for_a_person: Colle
             Path(output_dir, OUTCOME).unlink(missing_ok=True)  # what is said there was said of a run before this one
     try:
         yield
+        outcome, reason = ("preempted", preemption.reason) if preemption.reason else ("finished", None)
+        preemption.ended = True
+    except KeyboardInterrupt:
+        preemption.ended = True
+        _write(output_dir, "interrupted", preemption.step, f"Ctrl-C; {_newest_checkpoint(output_dir)}")
+        raise
     except BaseException as fault:
         first_line = (str(fault).strip() or type(fault).__name__).splitlines()[0]
-        mendable = isinstance(fault, (UserError, KeyboardInterrupt)) or getattr(fault, "errno", None) in for_a_person
+        mendable = isinstance(fault, UserError) or getattr(fault, "errno", None) in for_a_person
         _write(output_dir, "failed" if mendable else "crashed", preemption.step, first_line)
         raise
-    _write(output_dir, "preempted" if preemption.reason else "finished", preemption.step, preemption.reason)
+    more = {**(fingerprint or {}), "weights": weights_in(output_dir)} if outcome == "finished" else {}
+    _write(output_dir, outcome, preemption.step, reason, more)
+
+
+def _newest_checkpoint(output_dir: str) -> str:
+    whole = [path.name for path in folders(output_dir) if (path / COMPLETE).is_file()]
+    return f"the newest complete checkpoint is {whole[0]}" if whole else "there is no complete checkpoint"
 
 
 def restarts(output_dir: str | Path) -> list[tuple[int, str]]:
@@ -221,16 +244,15 @@ def restarts(output_dir: str | Path) -> list[tuple[int, str]]:
     return found
 
 
-def _write(
-    output_dir: str, outcome: Literal["finished", "preempted", "failed", "crashed"], step: int, reason: str | None
-) -> None:
+def _write(output_dir: str, outcome: str, step: int, reason: str | None, more: Mapping[str, Any] | None = None) -> None:
+    """Write OUTCOME and the last line of ATTEMPTS. `more`: what OUTCOME alone says."""
     if not is_first_rank():
         return
     said: dict[str, Any] = {
         "outcome": outcome, "step": step, "reason": reason, "job": os.environ.get("SLURM_JOB_ID"), "time": time.time(),
     }  # fmt: skip
     with suppress(OSError), replacing(Path(output_dir) / OUTCOME) as [unfinished]:
-        write_text(unfinished, json.dumps(said) + "\n")  # on a full disk the fault itself is what matters
+        write_text(unfinished, json.dumps({**said, **(more or {})}) + "\n")  # on a full disk the fault itself matters
     _note(output_dir, said)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from train.errors import CommandLine, ending
 from train.loop.noise import leave_out_unhelpful_warnings
+from train.missing_files import refuse_missing
 from train.progress import duration
 from train.recipe import load_recipe
 
@@ -22,6 +23,7 @@ from train.recipe import load_recipe
 def run(recipe_file: Path, overrides: list[str]) -> None:
     """Prepare what the recipe names and say where it is. Raises UserError."""
     recipe = load_recipe(recipe_file, overrides)
+    refuse_missing(recipe)
     # Heavy imports wait until the recipe is known to be right.
     from train.data.chat_template import use_template
     from train.data.outcomes import describe_outcome, outcomes, warnings_of

@@ -11,7 +11,6 @@ says what); 1 anything else.
 """
 
 import argparse
-import glob
 import json
 import os
 import re
@@ -29,7 +28,8 @@ import yaml
 
 from train.errors import CommandLine, UserError, ending
 from train.loop.noise import leave_out_unhelpful_warnings
-from train.recipe import Recipe, Source, load_recipe
+from train.missing_files import refuse_missing
+from train.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
 WARNING = 600
@@ -181,23 +181,23 @@ def check_launch(options: argparse.Namespace) -> dict[str, Any]:
 
 def check_recipe(recipe: Recipe, processes: int, anyway: list[str]) -> None:
     """Whatever can be known in seconds, without reading the data. Raises UserError."""
+    refuse_missing(recipe)
     import torch
 
     from train.data.chat_template import use_template
-    from train.data.sources import open_source
     from train.data.system_role import settle
+    from train.loop.optimizer_trial import try_optimizer
     from train.model.load import check_fits, load_tokenizer
     from train.preflight_faults import run_faults
 
     if faults := run_faults(recipe, 0, processes):
         raise UserError(" ".join(faults))
-    for source in _local_sources(recipe):
-        open_source(source, recipe.data.allow_pickle)
     _check_checkpoint(recipe, anyway)
     tokenizer = load_tokenizer(recipe.model)
     # A login node has no GPU to try kernels on: the nodes do that, before they load the model.
     anything = recipe.model.model_copy(update={"attention": "auto"})
     check_fits(recipe if torch.cuda.is_available() else recipe.model_copy(update={"model": anything}), tokenizer)
+    try_optimizer(recipe)
     use_template(tokenizer, recipe.chat.template)
     settle(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
 
@@ -214,16 +214,6 @@ def _check_checkpoint(recipe: Recipe, anyway: list[str]) -> None:
             continue  # not whole: the job passes it over too
         refuse_changes(Checkpoint(folder, manifest), before, facts_of_recipe(recipe), anyway)
         return
-
-
-def _local_sources(recipe: Recipe) -> Iterator[Source]:
-    """The sources that are no data sets on the hub, which would be fetched to be looked at."""
-    validation = recipe.data.validation if isinstance(recipe.data.validation, tuple) else ()
-    for source in (*recipe.data.sources, *validation):
-        path = Path(source.path).expanduser()
-        looks_local = source.path.startswith((".", "/", "~")) or len(path.parts) > 2 or path.suffix
-        if path.exists() or glob.has_magic(source.path) or looks_local:
-            yield source
 
 
 def render(options: argparse.Namespace, config: dict[str, Any], task: Task) -> str:

@@ -316,6 +316,7 @@ def test_overrides_by_dotted_key(recipe_file: Path) -> None:
             "data.sources.0.path=other.jsonl",
             "adapter.r=8",
             "tracking.wandb.tags=[a, b]",
+            "training.lr_scheduler_type=cosine",
             "training.lr_scheduler_kwargs={num_cycles: 2}",
             "training.eval_strategy=no",
             "chat.template=",
@@ -375,8 +376,8 @@ def test_override_of_the_duration_takes_the_place_of_the_files(recipe_file: Path
     ],
 )  # fmt: skip
 def test_scalars_are_those_of_yaml_1_2(recipe_file: Path, text: str, value: Any) -> None:
-    recipe = load_recipe(recipe_file, [f"training.lr_scheduler_kwargs.value={text}"])
-    found = recipe.training["lr_scheduler_kwargs"]["value"]
+    recipe = load_recipe(recipe_file, [f"training.accelerator_config.value={text}"])
+    found = recipe.training["accelerator_config"]["value"]
     assert (type(found), found) == (type(value), value)
 
 
@@ -421,13 +422,13 @@ def _written(path: Path, text: str) -> Path:
 def test_resolved_recipe_keeps_every_kind_of_value(recipe_file: Path) -> None:
     odd = ["no", "5e-6", "0o17", "1_000", "null", "", "a: b", "#x", "é", "two\nlines", " x ", "2024-01-01", "=", "<<"]
     values = {"texts": odd, "numbers": [1, -1.5, 1e-07, 1e22], "others": [True, None, {"a": []}]}
-    recipe_file.write_text(GOOD.replace("5e-6", f"5e-6\n  lr_scheduler_kwargs: {json.dumps(values)}"), encoding="utf-8")
+    recipe_file.write_text(GOOD.replace("5e-6", f"5e-6\n  accelerator_config: {json.dumps(values)}"), encoding="utf-8")
     recipe = load_recipe(recipe_file, ["data.sources=[{path: a}, {path: b, weight: 0.5}]", "adapter={}", "seed=7"])
-    assert recipe.training["lr_scheduler_kwargs"] == values
+    assert recipe.training["accelerator_config"] == values
     Path("resolved.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     assert load_recipe("resolved.yaml") == recipe
     # Readers of YAML 1.1, such as PyYAML's own, read the same texts.
-    assert yaml.safe_load(recipe.to_yaml())["training"]["lr_scheduler_kwargs"]["texts"] == odd
+    assert yaml.safe_load(recipe.to_yaml())["training"]["accelerator_config"]["texts"] == odd
     assert "with data.sources=[{path: a}, {path: b, weight: 0.5}] adapter={} seed=7\n" in recipe.to_yaml()
 
 

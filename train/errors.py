@@ -7,7 +7,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
+
+from train.local_paths import path_option
 
 USER_FIXABLE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN}
 """Errors of a disk that is full, read-only or gone."""
@@ -39,7 +42,15 @@ def naming(options: Mapping[str, str]) -> Iterator[None]:
 
 
 class CommandLine(argparse.ArgumentParser):
-    """An ArgumentParser whose errors look like all others: `error:` at the start of the line, below the usage."""
+    """An ArgumentParser whose errors look like all others: `error:` at the start of the line, below the usage.
+
+    Options of `type=Path` take `~`, `$VAR` and `${VAR}`, as the keys of a recipe do.
+    """
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        """Take what ArgumentParser takes."""
+        super().__init__(*args, **keywords)
+        self.register("type", Path, path_option)
 
     def error(self, message: str) -> NoReturn:
         """Exit with 2."""

@@ -32,11 +32,11 @@ from train.preflight_report import (
     PartReport,
     Piece,
     Report,
-    Rhythm,
     survey,
 )
 from train.progress import counted
 from train.recipe import Recipe
+from train.run_steps import Rhythm, schedule, schedule_warnings
 
 if TYPE_CHECKING:  # --check does without both, and importing them takes seconds
     from transformers import PreTrainedModel
@@ -314,7 +314,6 @@ def screen(
 
     `template`, `system_gain`: their descriptions.
     """
-    from train.loop.arguments import optimizer_steps, sequences_per_step
     from train.model.attention import attention_for
     from train.model.float8 import float8_warnings
 
@@ -322,8 +321,14 @@ def screen(
     kind = "full fine-tuning" if recipe.adapter is None else f"LoRA r={recipe.adapter.r}"
     if recipe.quantization is not None:
         kind += f" on 4-bit {recipe.quantization.bnb_4bit_quant_type}"
-    steps = optimizer_steps(data.train.rows, arguments)
-    together = min(sequences_per_step(arguments), len(data.train.rows))
+    account = data.train.account
+    processes = arguments.world_size * max(arguments.n_gpu, 1)  # of one process without DDP all GPUs take a batch each
+    steps = schedule(recipe.training, len(data.train.rows), account.tokens_per_sequence, processes)
+    warned = [
+        *warnings_of(data),
+        *float8_warnings(recipe),
+        *schedule_warnings(recipe.training, steps, len(data.train.rows)),
+    ]
     lines = [
         ("model", f"{recipe.model.name_or_path}, {recipe.model.dtype}"),
         ("attention", str(attention_for(recipe, model.config))),
@@ -333,13 +338,12 @@ def screen(
         *_describe("data", data.train.account, recipe),
         *(_describe("validation", data.validation.account, recipe) if data.validation else []),
         *(("dropped", describe_outcome(one)) for one in outcomes(data, recipe.data)),
-        *(("warning", warning) for warning in [*warnings_of(data), *float8_warnings(recipe)]),
+        *(("warning", warning) for warning in warned),
         *([("system gain", system_gain)] if system_gain else []),
         (
             "steps",
-            f"{counted(steps, 'step')} of {counted(together, 'sequence')}, about "
-            f"{data.train.account.tokens_per_sequence * together:,.0f} tokens; "
-            f"{counted(arguments.world_size, 'process')}",
+            f"{counted(steps.steps, 'step')} of {counted(steps.sequences_per_step, 'sequence')}, about "
+            f"{steps.tokens_per_step:,.0f} tokens; {counted(arguments.world_size, 'process')}",
         ),
         *([("", _describe_waiting(data, model, arguments))] if arguments.world_size > 1 else []),
         ("output", recipe.output_dir),

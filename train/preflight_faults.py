@@ -12,7 +12,7 @@ from train.loop.preemption import time_conflicts
 from train.loop.report import output_dir_conflicts
 from train.loop.tracking import integrations
 from train.recipe import Recipe
-from train.training_fields import training_fields
+from train.training_fields import with_defaults
 
 
 def run_faults(recipe: Recipe, sequences: int, processes: int) -> list[str]:
@@ -81,7 +81,7 @@ def _has_key() -> bool:
 
 
 def _training(recipe: Recipe, sequences: int, processes: int) -> Iterator[str]:
-    settings = {name: known.default for name, known in training_fields().items()} | dict(recipe.training)
+    settings = with_defaults(recipe.training)
     batch = settings["per_device_train_batch_size"] * processes
     if settings["dataloader_drop_last"] and 0 < sequences < batch:
         yield (

@@ -1,8 +1,7 @@
 """The facts that --check reports: the rows as they would be trained, what became of the others, the steps ahead."""
 
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from train.data.gain_rows import describe_gain, gain_refusal, gain_rows
 from train.data.loss_mask import NOT_TRAINED
-from train.data.outcomes import Outcome, counted, outcomes, warnings_of
+from train.data.outcomes import Outcome, outcomes, warnings_of
 from train.data.prepare import Account, CachedSource, Prepared, Row, refusal
 from train.data.survey import Bin, Overlap, Repeats, histogram, quantiles
 from train.data.system_role import Probe, outcome
@@ -24,7 +23,7 @@ from train.model.shape import shape_of
 from train.plan import Cluster, Plan, plan
 from train.preflight_faults import run_faults
 from train.recipe import Recipe
-from train.training_fields import training_fields
+from train.run_steps import Schedule, schedule, schedule_fault, schedule_warnings
 
 
 @dataclass(frozen=True)
@@ -78,29 +77,6 @@ class PartReport:
     documents_per_sequence_mean: float
     documents_per_sequence_max: int
     duplicates: Repeats
-
-
-@dataclass(frozen=True)
-class Rhythm:
-    """How often something is done: never (`no`), once an epoch, every so many optimizer `steps`, or where `best`."""
-
-    strategy: str
-    steps: int | None = None
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The optimizer steps of the whole run, for as many processes as the launcher starts (WORLD_SIZE, or else 1)."""
-
-    processes: int
-    sequences_per_step: int
-    tokens_per_step: float
-    steps_per_epoch: int
-    steps: int
-    epochs: float
-    warmup_steps: int
-    evaluation: Rhythm
-    saving: Rhythm
 
 
 @dataclass(frozen=True)
@@ -162,19 +138,24 @@ def survey(
     account = data.train.account
     processes = cluster.processes if cluster else int(os.environ.get("WORLD_SIZE", "1"))
     gain = gain_rows(recipe, data, tokenizer)
-    run = run_faults(recipe, account.sequences, processes)
-    faults = [refusal(data, recipe.data), gain_refusal(recipe, gain), *run, *side_file_faults(recipe, tokenizer)]
     sequences = account.sequences
     if cluster and recipe.data.packing:  # on so many GPUs rows are packed into whole steps
         whole = sequences_per_step(recipe, processes)
         sequences = max(sequences, min(-(-sequences // whole) * whole, account.rows))
     steps = schedule(recipe.training, sequences, account.tokens / max(sequences, 1), processes)
+    faults = [
+        refusal(data, recipe.data),
+        gain_refusal(recipe, gain),
+        *run_faults(recipe, account.sequences, processes),
+        schedule_fault(recipe.training, steps),
+        *side_file_faults(recipe, tokenizer),
+    ]
     systems = outcome(tokenizer, before, recipe.chat.default_system)
     given = systems.default is not None
     return Report(
         ready=not any(faults),
         error=" ".join(fault for fault in faults if fault) or None,
-        warnings=[*warnings_of(data), *float8_warnings(recipe), *_warnings_of_schedule(steps)],
+        warnings=[*warnings_of(data), *float8_warnings(recipe), *schedule_warnings(recipe.training, steps, sequences)],
         model=recipe.model.name_or_path,
         dtype=recipe.model.dtype,
         float8=recipe.model.float8,
@@ -199,38 +180,6 @@ def survey(
     )
 
 
-def schedule(training: Mapping[str, Any], sequences: int, tokens_per_sequence: float, processes: int) -> Schedule:
-    """The steps of a run as transformers counts them, from the recipe's `training` and TRL's defaults.
-
-    SFTConfig would tell too, but making one imports TRL and starts the process group.
-    """
-    settings = {name: known.default for name, known in training_fields().items()} | dict(training)
-    accumulation = settings["gradient_accumulation_steps"]
-    per_step = settings["per_device_train_batch_size"] * processes
-    batches = sequences // per_step if settings["dataloader_drop_last"] else -(-sequences // per_step)
-    steps_per_epoch = max(-(-batches // accumulation), 1)
-    epochs = settings["num_train_epochs"]
-    steps = settings["max_steps"] if settings["max_steps"] > 0 else math.ceil(epochs * steps_per_epoch)
-
-    def absolute(count: float) -> int:
-        return math.ceil(steps * count) if count < 1 else int(count)  # below 1 it is a share of all steps
-
-    def rhythm(strategy: str, every: float) -> Rhythm:
-        return Rhythm(strategy, absolute(every) if strategy == "steps" else None)
-
-    return Schedule(
-        processes=processes,
-        sequences_per_step=per_step * accumulation,
-        tokens_per_step=tokens_per_sequence * per_step * accumulation,
-        steps_per_epoch=steps_per_epoch,
-        steps=steps,
-        epochs=steps / steps_per_epoch if settings["max_steps"] > 0 else epochs,
-        warmup_steps=absolute(settings["warmup_steps"]),
-        evaluation=rhythm(settings["eval_strategy"], settings["eval_steps"] or settings["logging_steps"]),
-        saving=rhythm(settings["save_strategy"], settings["save_steps"]),
-    )
-
-
 def pieces(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], labels: Sequence[int]) -> list[Piece]:
     """The row's text, cut where training begins and ends; special tokens are part of the text.
 
@@ -251,21 +200,6 @@ def pieces(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], labels:
         upto = text(0, end)
         found.append(Piece(upto[len(before) :] if upto.startswith(before) else text(start, end), trained[end - 1]))
         start, before = end, upto
-    return found
-
-
-def _warnings_of_schedule(steps: Schedule) -> list[str]:
-    found = []
-    if steps.warmup_steps >= steps.steps:
-        found.append(
-            f"All of {counted(steps.steps, 'step', 'is', 'are')} warm-up (training.warmup_steps: "
-            f"{steps.warmup_steps:,}): the learning rate never gets to its full height"
-        )
-    if steps.evaluation.steps and steps.evaluation.steps > steps.steps:
-        found.append(
-            f"Nothing is evaluated: training.eval_steps is {steps.evaluation.steps:,}, and the run has "
-            f"{counted(steps.steps, 'step')}"
-        )
     return found
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag
 
+from train.local_paths import LocalPath
 from train.recipe_document import Document, RecipeDumper
 from train.recipe_faults import validate
 from train.training_fields import training_fields, training_model
@@ -35,13 +36,14 @@ def _shape(value: object) -> str:
 
 
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, LocalPath()]
 Texts = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]  # YAML has lists; a tuple stays as it is
 
 
 class ModelSection(Section):
     """The model that training starts from."""
 
-    name_or_path: Text
+    name_or_path: PathText
     """A folder with a model, or its id on the Hugging Face hub."""
     revision: Text | None = None
     """Branch, tag or commit on the hub; null = its main branch."""
@@ -79,7 +81,7 @@ class ModelSection(Section):
 class ChatSection(Section):
     """How a conversation becomes text, and which part of it is trained."""
 
-    template: Text | None = None
+    template: PathText | None = None
     """A name in train/data/templates, the path of a .jinja file, or null = the tokenizer's own."""
     system_role: Literal["native", "merge_into_user", "turn", "error"] = "native"
     """What becomes of system messages; native = the template has a place for them, and is refused if it loses them;
@@ -98,7 +100,7 @@ class ChatSection(Section):
 class Source(Section):
     """One place that rows come from."""
 
-    path: Text
+    path: PathText
     """A data set's id on the hub, a file, a folder or a glob."""
     name: Text | None = None
     """Configuration of a data set on the hub that has several."""
@@ -143,7 +145,7 @@ class DataSection(Section):
     """What becomes of a row that can't be trained (no assistant turn, unknown role, ...); each kind is counted."""
     allow_pickle: bool = False
     """Open data in pickle files, which can run code as they are opened."""
-    cache_dir: Text | None = None
+    cache_dir: PathText | None = None
     """Folder where tokens are kept for the next start; null = janus-sft in HF_HOME (~/.cache/huggingface)."""
     processes: int | None = Field(default=None, ge=1)
     """Processes that tokenize; null = one for each core that the job may use."""
@@ -222,7 +224,7 @@ class SaveSection(Section):
     on_error: Literal["error", "warn"] = "error"
     """What follows where a checkpoint can't be written (a full disk, a vanished mount): error = the run ends, warn =
     it goes on without. The checkpoints before stay whole either way."""
-    mirror_dir: Text | None = None
+    mirror_dir: PathText | None = None
     """A folder on another disk, to which each whole checkpoint is copied in the background. A resume looks there."""
     time_limit: Annotated[str, Field(pattern=TIME, examples=["11:30:00", "2-00:00:00"])] | None = None
     """So long after its start the run saves and stops, as Slurm writes times ('11:30:00'); null = no limit but Slurm's
@@ -296,7 +298,7 @@ class Recipe(Section):
     system_gain: SystemGainSection = SystemGainSection()
     """How much the model listens to system messages, measured at each evaluation: eval_system_gain in metrics.jsonl;
     as training.metric_for_best_model it makes the best checkpoint the one that listens most."""
-    output_dir: Text
+    output_dir: PathText
     """Folder for the finished model, its checkpoints, metrics.jsonl and report.md."""
     seed: int = Field(default=42, ge=0, lt=2**32)  # numpy takes no greater one
     """Decides the order of rows, sampled shares and new weights."""

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from train import lr_schedules, optimizer_arguments
 from train.errors import UserError
+from train.local_paths import LocalPath, expanded
 from train.recipe_document import (
     Document,
     KeyPath,
@@ -21,7 +23,7 @@ from train.recipe_document import (
     near_files,
     value_at,
 )
-from train.training_fields import OWNED, clashes, training_model
+from train.training_fields import CONFIG_FILES, OWNED, clashes, training_model, with_defaults
 
 Root = TypeVar("Root", bound=BaseModel)
 
@@ -31,10 +33,14 @@ def validate(document: Document, root: type[Root]) -> Root:
 
     Raises UserError with all faults, those found before among them.
     """
+    _expand_paths(document, root)
     _let_override_decide_duration(document)
     training = document.section("training")
     recipe = _validated(document, root, root)
-    _validated(document, training_model(), root, ("training",))
+    if _validated(document, training_model(), root, ("training",)) is not None:
+        _schedule_faults(document)
+        for key, message in optimizer_arguments.contradictions(with_defaults(training)):
+            document.fault(("training", key), message)
     for clash in clashes(training, has_validation=document.section("data").get("validation") is not None):
         document.fault(("training", clash.key), clash.message)
     _clashes_between_sections(document)
@@ -44,6 +50,7 @@ def validate(document: Document, root: type[Root]) -> Root:
 
 def validate_settings(document: Document, root: type[Root]) -> Root:
     """The settings of another command than training as `root`. Raises UserError with all faults."""
+    _expand_paths(document, root)
     return _faultless(document, _validated(document, root, root))
 
 
@@ -75,6 +82,38 @@ def _let_override_decide_duration(document: Document) -> None:
         del training[names[1 - names.index(overridden[0])]]
 
 
+def _expand_paths(document: Document, root: type[BaseModel]) -> None:
+    """Expand `~` and variables in every key whose type is marked as a path, so that the resolved recipe has none."""
+    for path in list(_path_keys(root, document.tree)):
+        section, text = value_at(document.tree, path[:-1]), value_at(document.tree, path)
+        if path[0] == "training" and text.startswith("{"):
+            continue  # transformers reads it as JSON
+        try:
+            section[path[-1]] = expanded(text)
+        except ValueError as error:
+            document.fault(path, f"{error}.")
+
+
+def _path_keys(model: type[BaseModel], values: dict[str, Any], prefix: KeyPath = ()) -> Iterator[KeyPath]:
+    """The keys given in `values`, a section that `model` describes, that take a path and hold text."""
+    for name, field in model.model_fields.items():
+        value, here = values.get(name), (*prefix, name)
+        if isinstance(value, str):
+            marks = (mark for _, more in _parts(field.annotation) for mark in (*field.metadata, *more))
+            if any(isinstance(mark, LocalPath) for mark in marks):
+                yield here
+            continue
+        inside = [(training_model(), False)] if here == ("training",) else _models(field.annotation)
+        for section, in_list in inside:
+            if in_list and isinstance(value, list):
+                items = [((*here, index), item) for index, item in enumerate(value)]
+            else:
+                items = [] if in_list else [(here, value)]
+            for place, item in items:
+                if isinstance(item, dict):
+                    yield from _path_keys(section, item, place)
+
+
 def _translate(document: Document, fault: ValidationError, prefix: KeyPath, root: type[BaseModel]) -> None:
     """Each error of pydantic's as a fault in a user's words, one for each key."""
     errors: dict[KeyPath, str] = {}
@@ -94,6 +133,31 @@ def _translate(document: Document, fault: ValidationError, prefix: KeyPath, root
             annotation, bounds, _ = _field_at(path, root)
             remedy = did_you_mean(_value_meant(value, annotation))
             document.fault(path, f"found {described(value)}. Allowed: {_allowed(annotation, bounds)}.{remedy}")
+
+
+def _schedule_faults(document: Document) -> None:
+    """Note what is wrong with the arguments of the learning rate's schedule."""
+    settings = with_defaults(document.section("training"))
+    schedule, arguments = settings["lr_scheduler_type"], lr_schedules.given_arguments(settings)
+    path: KeyPath = ("training", lr_schedules.KWARGS)
+    if not isinstance(arguments, dict):
+        document.fault(path, f"found {described(arguments)}. Write a section such as {{num_cycles: 0.5}}.")
+        return
+    model, key = lr_schedules.arguments_model(schedule), f"`training.lr_scheduler_type: {schedule}`"
+    try:
+        model.model_validate(arguments)
+    except ValidationError as fault:
+        for name in dict.fromkeys(str(error["loc"][0]) for error in fault.errors(include_url=False)):
+            if known := model.model_fields.get(name):
+                allowed = _allowed(known.annotation, known.metadata)
+                document.fault((*path, name), f"found {described(arguments[name])}. Allowed: {allowed}.")
+            else:
+                allowed = ", ".join(model.model_fields) or "none, leave the section out"
+                meant = did_you_mean(closest(name, list(model.model_fields), 0.6))
+                document.fault((*path, name), f"{key} has no argument '{name}'. Allowed: {allowed}.{meant}")
+        return
+    for message in lr_schedules.contradictions(settings):
+        document.fault(path, message)
 
 
 def _clashes_between_sections(document: Document) -> None:
@@ -131,13 +195,16 @@ def _missing_files(document: Document) -> None:
             remedy = did_you_mean(closest(template, named, 0.5))
             document.fault(("chat", "template"), f"found {described(template)}. Allowed: {allowed}.{remedy}")
         elif not Path(template).is_file():
-            document.fault(
-                ("chat", "template"), f"there is no file {template}. Allowed: {allowed}.{near_files(template)}"
-            )
-    for key in "deepspeed", "fsdp_config", "accelerator_config":
+            where = "" if Path(template).is_absolute() else f" in {Path.cwd()}"
+            message = f"there is no file {template}{where}. Allowed: {allowed}.{near_files(template)}"
+            document.fault(("chat", "template"), message)
+    for key in CONFIG_FILES:
         file = document.section("training").get(key)
-        if isinstance(file, str) and file.endswith(".json") and not Path(file).is_file():
-            document.fault(("training", key), f"there is no file {file}.{near_files(file)}")
+        if not isinstance(file, str) or file.startswith("{") or not (file.endswith(".json") or "/" in file):
+            continue  # a section, JSON, or what else transformers reads
+        if not Path(file).is_file():
+            where = "" if Path(file).is_absolute() else f" in {Path.cwd()}"
+            document.fault(("training", key), f"there is no file {file}{where}.{near_files(file)}")
 
 
 def _parts(annotation: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:

@@ -20,7 +20,9 @@ from train.errors import USER_FIXABLE_ERRNOS, CommandLine, UserError
 from train.formatting import wrap
 from train.json_report import discard_earlier
 from train.launched import alone_by_mistake
+from train.local_paths import path_or_id_option
 from train.loop.noise import leave_out_unhelpful_warnings
+from train.missing_files import refuse_missing
 from train.progress import is_first_rank
 from train.recipe import Recipe, load_recipe
 
@@ -31,6 +33,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipe", required=True, type=Path, metavar="FILE", help="what to train, as YAML")
     parser.add_argument(
         "--resume",
+        type=path_or_id_option,
         default="auto",
         metavar="auto|never|DIR",
         help="auto (default): go on from the newest complete checkpoint in output_dir, if there is one",
@@ -43,7 +46,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="go on though this key of the recipe is not what it was; may be given again",
     )
     parser.add_argument("--check", action="store_true", help="report on model, template and data; train nothing")
-    parser.add_argument("--json", metavar="FILE", help="with --check: write the report to FILE too, as JSON")
+    parser.add_argument(
+        "--json", type=path_or_id_option, metavar="FILE", help="with --check: write the report to FILE too, as JSON"
+    )
     parser.add_argument("--gpus", metavar="8x80GB", help="with --check: plan memory and time on such GPUs in each node")
     parser.add_argument("--nodes", type=int, metavar="N", help="with --gpus: how many nodes (default 1)")
     parser.add_argument(
@@ -62,7 +67,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def train(recipe: Recipe, options: argparse.Namespace) -> None:
     """Prepare, load, train, save; or report, with --check. Raises UserError for all that the user can mend."""
-    # Heavy imports wait until the recipe is known to be right.
     from train.loop.run_outcome import fingerprint, finished_run
 
     width = Console(file=sys.stdout).width
@@ -74,11 +78,6 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
             print(finished.message(width), flush=True)
         return
 
-    from train.data.chat_template import use_template, without_generation_marks
-    from train.data.gain_rows import describe_gain, gain_refusal, gain_rows
-    from train.data.prepare import prepare
-    from train.data.spans import Spans
-    from train.data.system_role import settle
     from train.loop.checkpoint import (
         check_distribution,
         find_checkpoint,
@@ -86,15 +85,26 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
         refuse_changes,
         with_same_steps,
     )
+
+    checkpoint = find_checkpoint(options.resume, recipe, options.resume_anyway)
+
+    # Heavy imports wait until the recipe is known to be right and what it names to be there.
+    from train.data.chat_template import use_template, without_generation_marks
+    from train.data.gain_rows import describe_gain, gain_refusal, gain_rows
+    from train.data.prepare import prepare
+    from train.data.spans import Spans
+    from train.data.system_role import settle
+    from train.loop.optimizer_trial import try_optimizer
     from train.model.float8 import check_start
     from train.model.load import check_fits, load_model, load_tokenizer
     from train.plan import parse_cluster
     from train.preflight import check, screen
+    from train.run_steps import schedule, schedule_fault
 
     cluster = parse_cluster(options.gpus, options.nodes, options.mfu) if options.gpus else None
-    checkpoint = find_checkpoint(options.resume, recipe, options.resume_anyway)
     tokenizer = load_tokenizer(recipe.model)
     check_fits(recipe, tokenizer)
+    try_optimizer(recipe)
     template = use_template(tokenizer, recipe.chat.template)
     before = settle(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
     if options.check:
@@ -130,7 +140,9 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
             made = {key: value for key, value in checkpoint.manifest["run"].items() if key in about}
             refuse_changes(checkpoint, made, about, options.resume_anyway)
         variants = gain_rows(recipe, data, tokenizer)
-        if fault := gain_refusal(recipe, variants):
+        account = data.train.account
+        steps = schedule(recipe.training, len(data.train.rows), account.tokens_per_sequence, processes_now())
+        if fault := gain_refusal(recipe, variants) or schedule_fault(recipe.training, steps):
             raise UserError(fault)
         stop_tokens = Spans(tokenizer).stop_tokens
         arguments = training_arguments(recipe, stop_tokens)
@@ -179,7 +191,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.json is not None:
             options.json = discard_earlier(options.json)
-        train(load_recipe(options.recipe, options.overrides), options)
+        recipe = load_recipe(options.recipe, options.overrides)
+        refuse_missing(recipe)
+        train(recipe, options)
     except UserError as fault:
         if is_first_rank():
             print(f"error: {fault}", file=sys.stderr, flush=True)

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from train.errors import UserError
+from train.local_paths import LocalPath
 
 _CLASSES = (
     ("transformers", "training_args.py", "TrainingArguments"),
@@ -60,6 +61,7 @@ OWNED: dict[str, str] = {
     "disable_tqdm": "the progress bars are not TRL's, and keep quiet where output is no terminal: leave it out",
     "include_num_input_tokens_seen": "`num_tokens` in metrics.jsonl counts them: leave it out",
     "local_rank": "the launcher sets it: leave it out",
+    "label_names": "the rows' labels are made here and have one name: leave it out",
     "parallelism_config": "it belongs into the accelerate configuration that the run is launched with",
 }
 """Fields of SFTConfig that another key of the recipe, or the command line, decides; and which."""
@@ -94,6 +96,10 @@ _RANGES: dict[str, dict[str, Any]] = {
 """What SFTConfig's annotations leave unsaid about the fields that are set most."""
 
 
+CONFIG_FILES = ("deepspeed", "fsdp_config", "accelerator_config")
+"""Fields that take the path of a JSON file in place of a section."""
+
+
 @dataclass(frozen=True)
 class TrainingField:
     """One field of SFTConfig: its type (Any where its annotation isn't understood), literal default and help text."""
@@ -121,6 +127,11 @@ def training_fields() -> dict[str, TrainingField]:
     return fields
 
 
+def with_defaults(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all fields of SFTConfig: as `training` has them, else TRL's defaults (None where it works one out)."""
+    return {name: known.default for name, known in training_fields().items()} | dict(training)
+
+
 @cache
 def training_model() -> type[BaseModel]:
     """Strict model of the section `training`: what `training_fields` has and the recipe does not own."""
@@ -128,7 +139,8 @@ def training_model() -> type[BaseModel]:
     for name, field in training_fields().items():
         if name not in OWNED:
             bounds = _RANGES.get(name, {})
-            columns[name] = (field.type, Field(default=field.default, description=field.help, **bounds))
+            kind = Annotated[field.type, LocalPath()] if name in CONFIG_FILES else field.type
+            columns[name] = (kind, Field(default=field.default, description=field.help, **bounds))
     config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
     return create_model("TrainingSection", __config__=config, **columns)
 
@@ -241,6 +253,8 @@ def clashes(training: Mapping[str, Any], *, has_validation: bool) -> Iterator[Cl
             yield Clash(other, f"`training.{kept}` and `training.{other}` are both true. Keep one of them.")
     if _is_above_zero(training.get("max_steps")) and "num_train_epochs" in training:
         yield Clash("max_steps", "given together with `training.num_train_epochs`. Keep the one that ends the run.")
+    if training.get("max_steps") == 0 and training["max_steps"] is not False:
+        yield Clash("max_steps", "found 0, so no step would be made. Write a number above 0, or -1 to count epochs.")
     for name, asked in ("eval_strategy", evaluates), ("eval_on_start", training.get("eval_on_start") is True):
         if asked and not has_validation:
             remedy = "Add `data.validation` (a share such as 0.01, or sources), or take this key out."
@@ -257,7 +271,11 @@ def clashes(training: Mapping[str, Any], *, has_validation: bool) -> Iterator[Cl
         measured = ", ".join(f"eval_{name}" for name in _MEASURED)
         yield Clash("metric_for_best_model", f"found {metric!r}. Allowed: {measured}.")
     yield from _worst_as_best(training)
-    for name in "logging_steps", "save_steps", "eval_steps":
+    config = training.get("accelerator_config")
+    if isinstance(config, dict) and config.get("split_batches"):
+        why = "a batch is of one process here, as training.per_device_train_batch_size says"
+        yield Clash("accelerator_config", f"split_batches is true, but {why}. Take split_batches out.")
+    for name in "logging_steps", "save_steps", "eval_steps", "warmup_steps":
         steps = training.get(name)
         if isinstance(steps, float) and steps > 1 and not steps.is_integer():
             yield Clash(name, f"found {steps}. Write a whole number of steps, or a share of the run below 1.")

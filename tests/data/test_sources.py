@@ -363,9 +363,9 @@ def test_a_path_that_is_not_there_gets_a_suggestion(tmp_path: Path, monkeypatch:
     write(tmp_path / "data" / "conversations.jsonl", GOOD)
     error = error_of(tmp_path / "data" / "conversation.jsonl")
     assert f"Did you mean {tmp_path}/data/conversations.jsonl?" in error
-    assert f"Did you mean {tmp_path}/data?" in error_of(tmp_path / "dato" / "conversations.jsonl")
+    assert f"Did you mean {tmp_path}/data/conversations.jsonl?" in error_of(tmp_path / "dato" / "conversations.jsonl")
     monkeypatch.chdir(tmp_path)
-    assert "Did you mean data?" in error_of("daat/conversations.jsonl")
+    assert "Did you mean data/conversations.jsonl?" in error_of("daat/conversations.jsonl")
     assert f"no file matches this pattern in {tmp_path}" in error_of("data/*.parquet")
 
 

@@ -10,11 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from train.data.chat_template import use_template
 from train.data.prepare import Prepared, prepare
-from train.loop.arguments import optimizer_steps, training_arguments
+from train.loop.arguments import training_arguments
 from train.loop.tracking import StepLog
 from train.loop.trainer import JanusTrainer
 from train.model.load import load_model, load_tokenizer
 from train.recipe import Recipe, load_recipe
+from train.run_steps import schedule
 
 
 def prepared(recipe: Recipe):
@@ -165,4 +166,5 @@ def test_steps_are_counted_as_transformers_counts_them(
     )
     trainer = make_trainer(recipe)
     expected = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-    assert optimizer_steps(trainer.train_dataset, trainer.args) == expected[-1]
+    steps = schedule(recipe.training, len(trainer.train_dataset), 1.0, trainer.args.world_size)
+    assert (steps.steps, steps.steps_per_epoch) == (expected[-1], expected[1])

@@ -4,7 +4,6 @@ Rows of one source share one format, the one that its first row shows. A folder 
 names (train-00000.parquet, data/test.jsonl) gives the files of the source's split; a glob gives all that it names.
 """
 
-import difflib
 import glob
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ import xxhash
 from train.data.files import READERS, ROWS_OF_A_CHUNK, Chunk, PlacedRow, arrow_chunks, ending_of, first_line, read_file
 from train.data.formats import Conversation, Row, RowFault, convert, detect
 from train.errors import UserError
+from train.local_paths import may_be_hub_id, missing_part
 from train.recipe import Source
 
 _SPLITS = {
@@ -88,10 +88,10 @@ def open_source(source: Source, allow_pickle: bool = False) -> OpenSource:
         files = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]
         if not files:
             raise UserError(f"{source.path}: no file matches this pattern in {Path.cwd()}.")
-    elif _may_be_hub_id(source.path):
+    elif may_be_hub_id(source.path):
         return _hub(source)
     else:
-        raise UserError(f"{source.path}: {_not_there(path)}")
+        raise UserError(f"{source.path}: {missing_part(path)}")
     _refuse_hub_keys(source, files_have_splits=path.is_dir())
     return OpenSource(
         [str(file) for file in files],
@@ -256,7 +256,7 @@ def _hub(source: Source) -> OpenSource:
     except Exception as fault:  # of many libraries, and all of them about the id, the split, the login or the network
         tried = f"split `{source.split}`" + (f", configuration `{source.name}`" if source.name else "")
         tried += f", revision `{source.revision}`" if source.revision else ""
-        here = _not_there(Path(source.path)).rstrip(".")
+        here = missing_part(Path(source.path)).rstrip(".")
         raise UserError(
             f"{source.path}: no file or folder here ({here}), and the Hugging Face hub didn't give a data set of that "
             f"name ({tried}): {type(fault).__name__}: {first_line(fault)}. Check the id, the split and the network; a "
@@ -280,18 +280,3 @@ def _dataset(dataset: Any, name: str) -> OpenSource:
 def _batches(tables: Any) -> Iterator[Any]:
     for table in tables.iter(ROWS_OF_A_CHUNK):
         yield from table.combine_chunks().to_batches()
-
-
-def _may_be_hub_id(path: str) -> bool:
-    known = ending_of(Path(path)) in READERS
-    return not known and re.fullmatch(r"[A-Za-z0-9][\w-]*|[A-Za-z0-9][\w.-]*/[\w.-]+", path) is not None
-
-
-def _not_there(path: Path) -> str:
-    """Which part of a path is missing, and what has nearly that name."""
-    missing = next(part for part in [*reversed(path.parents), path] if not part.exists())
-    folder = missing.parent
-    names = sorted(child.name for child in folder.iterdir()) if folder.is_dir() else []
-    near = [str(folder / name) for name in difflib.get_close_matches(missing.name, names, n=2, cutoff=0.7)]
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return f"there is no {missing.name} in {folder.absolute()}.{hint}"

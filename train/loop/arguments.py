@@ -1,6 +1,5 @@
-"""TRL's arguments of a run, and the steps that follow from them."""
+"""TRL's arguments of a run."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-from train.data.sequences import Sequences
 from train.errors import UserError
 from train.loop.sharding import check_sharding
 from train.loop.tracking import integrations
@@ -55,18 +53,3 @@ def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTCo
         arguments = SFTConfig(**settings)
     check_sharding(recipe, arguments)
     return arguments
-
-
-def sequences_per_step(arguments: SFTConfig) -> int:
-    """Rows of all processes and all accumulation steps in one optimizer step."""
-    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-
-
-def optimizer_steps(rows: Sequences, arguments: SFTConfig) -> int:
-    """Optimizer steps of the whole run, as transformers counts them: a last, smaller step ends each epoch."""
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    batch = arguments.train_batch_size * arguments.world_size
-    micro_batches = len(rows) // batch if arguments.dataloader_drop_last else -(-len(rows) // batch)
-    steps_an_epoch = max(-(-micro_batches // arguments.gradient_accumulation_steps), 1)
-    return math.ceil(arguments.num_train_epochs * steps_an_epoch)

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from train.errors import UserError
+from train.missing_files import refuse_missing_model
 from train.model.adapters import quantization_config
 from train.model.attention import attention_for, choose_attention, machine, needs_of
 from train.model.float8 import check_float8, check_start, convert
@@ -51,12 +52,7 @@ def _refuse(model: ModelSection, fault: Exception) -> UserError:
 
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises UserError where there is none that can be opened."""
-    path = Path(model.name_or_path)
-    looks_local = model.name_or_path.startswith((".", "/", "~")) or len(path.parts) > 2 or Path(path.parts[0]).is_dir()
-    if looks_local and not path.is_dir():  # said before the hub is asked, which takes long where there is no network
-        raise UserError(
-            f"model.name_or_path: there is no folder {path} in {Path.cwd()}. Write a model folder or a hub id."
-        )
+    refuse_missing_model(model)
     try:
         return AutoTokenizer.from_pretrained(**_origin(model))
     except (OSError, ValueError, KeyError, ImportError) as fault:

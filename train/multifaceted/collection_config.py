@@ -14,7 +14,7 @@ from pydantic import Field
 from train.data.asked_rows import SourcesSection
 from train.llm.settings import OutputSection, ServerSection, StageSection, open_settings
 from train.multifaceted.filter_rules import Kind
-from train.recipe import Section, Text
+from train.recipe import PathText, Section, Text
 from train.recipe_faults import validate_settings
 
 STAGES = ("screen", "propose", "describe", "message", "answer")
@@ -62,7 +62,7 @@ class AnswerSection(StageSection):
 class HierarchySection(Section):
     """What preferences are drawn or proposed from."""
 
-    file: Text | None = None
+    file: PathText | None = None
     """A YAML file in the form of train/multifaceted/hierarchy.yaml, whose sub-dimensions and preferences are added to
     ours; null = ours alone."""
     ours: bool = True
@@ -127,7 +127,7 @@ class CollectionConfig(Section):
     """Answer the instruction under the system message."""
     output: OutputSection = OutputSection()
     """What is written."""
-    output_dir: Text
+    output_dir: PathText
     """Folder for the rows, the pairs, what was left out, the report and the journal of answers."""
     seed: int = Field(default=42, ge=0, lt=2**32)
     """Decides on sub-dimensions, examples in prompts, pairs and samples."""

@@ -12,7 +12,7 @@ from pydantic import Field, create_model
 
 from train.data.asked_rows import SourcesSection
 from train.llm.settings import OutputSection, ServerSection, StageSection, open_settings
-from train.recipe import Section, Text
+from train.recipe import PathText, Section, Text
 from train.recipe_faults import validate_settings
 from train.sysgen.tags import TAGS
 
@@ -138,7 +138,7 @@ class SysgenConfig(Section):
     """What is looked at before a row is kept."""
     output: OutputSection = OutputSection()
     """What is written."""
-    output_dir: Text
+    output_dir: PathText
     """Folder for the rows, what was left out, the report and the journal of answers."""
     seed: int = Field(default=42, ge=0, lt=2**32)
     """Decides which rows get constraints and reminders, and which are shown in the report."""

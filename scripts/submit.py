@@ -182,6 +182,7 @@ def check_recipe(recipe: Recipe, processes: int, anyway: list[str]) -> None:
     from train.data.chat_template import use_template
     from train.data.sources import open_source
     from train.data.system_role import settle
+    from train.model.folder import check_model_folder
     from train.model.load import check_fits, load_tokenizer
     from train.preflight_faults import run_faults
 
@@ -190,6 +191,7 @@ def check_recipe(recipe: Recipe, processes: int, anyway: list[str]) -> None:
     for source in _local_sources(recipe):
         open_source(source, recipe.data.allow_pickle)
     _check_checkpoint(recipe, anyway)
+    check_model_folder(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     # A login node has no GPU to try kernels on: the nodes do that, before they load the model.
     anything = recipe.model.model_copy(update={"attention": "auto"})

@@ -69,6 +69,7 @@ def check(
     checkpoint: Path | None = None,
     cluster: Cluster | None = None,
     json_file: Path | None = None,
+    model_notes: Sequence[str] = (),
 ) -> None:
     """Examine the data, print the report on standard output and write it to `json_file`.
 
@@ -76,7 +77,9 @@ def check(
     from starting: after the report, or before it if there is nothing to report on.
     """
     data = examine(recipe, tokenizer)
-    report = survey(recipe, tokenizer, data, template, before, checkpoint=checkpoint, cluster=cluster)
+    report = survey(
+        recipe, tokenizer, data, template, before, checkpoint=checkpoint, cluster=cluster, model_notes=model_notes
+    )
     faults = [report.error] if report.error else []
     reader_left = None
     try:
@@ -129,6 +132,8 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool) -> Te
         text.append(f"{name:<{_NAME}}", "bold").append(f"{visible(value)}\n", style)
 
     line("model", f"{report.model}, {report.dtype}" + (f", float8 {report.float8}" if report.float8 else ""))
+    for sentence in report.model_notes:
+        line("", sentence)
     line("template", report.template)
     for sentence in report.probe:
         line("", sentence)
@@ -292,6 +297,7 @@ def screen(
     model: "PreTrainedModel",
     arguments: "SFTConfig",
     system_gain: str | None = None,
+    model_notes: Sequence[str] = (),
 ) -> str:
     """Model, data, batches and what is trained, as lines of plain text. `template`, `system_gain`: which, in words."""
     from train.loop.arguments import optimizer_steps, sequences_per_step
@@ -306,6 +312,7 @@ def screen(
     together = min(sequences_per_step(arguments), len(data.train.rows))
     lines = [
         ("model", f"{recipe.model.name_or_path}, {recipe.model.dtype}"),
+        *(("", sentence) for sentence in model_notes),
         ("attention", str(attention_for(recipe, model.config))),
         ("training", f"{kind}: {trained:,} of {total:,} parameters ({trained / total:.2%})"),
         *(_describe_float8(recipe, data, model, arguments) if recipe.model.float8 else []),

@@ -19,6 +19,7 @@ from train.errors import CommandLine, UserError
 from train.json_report import discard_earlier
 from train.launched import alone_by_mistake
 from train.loop.noise import leave_out_unhelpful_warnings
+from train.model.folder import check_model_folder
 from train.progress import is_first_rank
 from train.recipe import Recipe, load_recipe
 
@@ -63,7 +64,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def train(recipe: Recipe, options: argparse.Namespace) -> None:
     """Prepare, load, train, save; or report, with --check. Raises UserError for all that the user can mend."""
-    # Heavy imports wait until the recipe is known to be right.
+    # Heavy imports wait until the recipe and the model's folder are known to be right.
+    check_model_folder(recipe.model, weights=not options.gpus)
     from train.data.chat_template import use_template, without_generation_marks
     from train.data.gain_rows import describe_gain, gain_refusal, gain_rows
     from train.data.prepare import prepare
@@ -77,19 +79,21 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
         with_same_steps,
     )
     from train.model.float8 import check_start
-    from train.model.load import check_fits, load_model, load_tokenizer
+    from train.model.load import check_fits, load_config, load_model, load_tokenizer
+    from train.model.quantized_weights import with_saved_quantization
     from train.plan import parse_cluster
     from train.preflight import check, screen
 
     cluster = parse_cluster(options.gpus, options.nodes, options.mfu) if options.gpus else None
     checkpoint = find_checkpoint(options.resume, recipe, options.resume_anyway)
     tokenizer = load_tokenizer(recipe.model)
-    check_fits(recipe, tokenizer)
+    notes = check_fits(recipe, tokenizer)
+    described = with_saved_quantization(recipe, load_config(recipe.model))
     template = use_template(tokenizer, recipe.chat.template)
     before = settle(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
     if options.check:
         about = {"checkpoint": checkpoint.folder if checkpoint else None, "cluster": cluster, "json_file": options.json}
-        check(recipe, tokenizer, template, before, **about)
+        check(described, tokenizer, template, before, model_notes=notes, **about)
         return
     check_start(recipe)
 
@@ -119,7 +123,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
         if fault := gain_refusal(recipe, variants):
             raise UserError(fault)
         stop_tokens = Spans(tokenizer).stop_tokens
-        arguments = training_arguments(recipe, stop_tokens)
+        arguments = training_arguments(described, stop_tokens)
         if checkpoint:
             check_distribution(checkpoint, sharding(arguments))
         tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
@@ -133,7 +137,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
             trainer = JanusTrainer(
                 recipe, arguments, model, tokenizer, data, [step_log], preemption=preemption, gain=variants, about=about
             )
-            overview = screen(recipe, template, data, trainer.model, arguments, describe_gain(variants))
+            overview = screen(described, template, data, trainer.model, arguments, describe_gain(variants), notes)
             if is_first_rank():
                 print(overview, flush=True)
                 if checkpoint:

@@ -187,12 +187,14 @@ def check_recipe(recipe: Recipe, processes: int, anyway: list[str]) -> None:
     from train.data.chat_template import use_template
     from train.data.system_role import settle
     from train.loop.optimizer_trial import try_optimizer
+    from train.model.folder import check_model_folder
     from train.model.load import check_fits, load_tokenizer
     from train.preflight_faults import run_faults
 
     if faults := run_faults(recipe, 0, processes):
         raise UserError(" ".join(faults))
     _check_checkpoint(recipe, anyway)
+    check_model_folder(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     # A login node has no GPU to try kernels on: the nodes do that, before they load the model.
     anything = recipe.model.model_copy(update={"attention": "auto"})

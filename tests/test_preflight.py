@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from rich.cells import cell_len
+from safetensors.torch import save_file
 from trl import SFTConfig
 
 from train.data.chat_template import use_template
@@ -72,9 +74,9 @@ def test_a_check_needs_no_weights_and_writes_its_json(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    folder = tmp_path / "without-weights"
+    folder = tmp_path / "useless-weights"  # of another model: loading them would fail
     shutil.copytree(tiny_model, folder)
-    (folder / "model.safetensors").unlink()
+    save_file({"other": torch.zeros(1)}, folder / "model.safetensors")
     recipe = recipe_file(
         model={"name_or_path": str(folder)}, data={"validation": 0.25, "cache_dir": str(tmp_path / "cache")}
     )

@@ -70,6 +70,7 @@ def check(
     finished: str | None = None,
     cluster: Cluster | None = None,
     json_file: Path | None = None,
+    model_notes: Sequence[str] = (),
 ) -> None:
     """Examine the data, print the report on standard output and write it to `json_file`.
 
@@ -78,7 +79,15 @@ def check(
     """
     data = examine(recipe, tokenizer)
     report = survey(
-        recipe, tokenizer, data, template, before, checkpoint=checkpoint, finished=finished, cluster=cluster
+        recipe,
+        tokenizer,
+        data,
+        template,
+        before,
+        checkpoint=checkpoint,
+        finished=finished,
+        cluster=cluster,
+        model_notes=model_notes,
     )
     faults = [report.error] if report.error else []
     reader_left = None
@@ -135,6 +144,8 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
         text.append(f"{name:<{_NAME}}", "bold").append(f"{wrap(visible(value), width, _NAME)}\n", style)
 
     line("model", f"{report.model}, {report.dtype}" + (f", float8 {report.float8}" if report.float8 else ""))
+    for sentence in report.model_notes:
+        line("", sentence)
     line("template", report.template)
     for sentence in report.probe:
         line("", sentence)
@@ -308,6 +319,7 @@ def screen(
     arguments: "SFTConfig",
     system_gain: str | None = None,
     *,
+    model_notes: Sequence[str] = (),
     width: int = 80,
 ) -> str:
     """Return model, data, batches and what is trained as plain text in lines of `width` columns.
@@ -331,6 +343,7 @@ def screen(
     ]
     lines = [
         ("model", f"{recipe.model.name_or_path}, {recipe.model.dtype}"),
+        *(("", sentence) for sentence in model_notes),
         ("attention", str(attention_for(recipe, model.config))),
         ("training", f"{kind}: {trained:,} of {total:,} parameters ({trained / total:.2%})"),
         *(_describe_float8(recipe, data, model, arguments) if recipe.model.float8 else []),

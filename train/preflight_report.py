@@ -90,6 +90,7 @@ class Report:
     `error` is what has to change and null where `ready`. `resumes_from`: the checkpoint that the run would go on from.
     `finished`: the run of this recipe is in output_dir, trained to its end; null where it isn't.
     `system_gain`: on what each evaluation measures it, in words.
+    `model_notes`: what of the model is not trained, or is not loaded as it was saved.
     `float8`: how linear layers multiply, null where as their weights' type has it. `validation` is null where the
     recipe names none, `plan` where no GPUs are named.
     """
@@ -98,6 +99,7 @@ class Report:
     error: str | None
     warnings: list[str]
     model: str
+    model_notes: list[str]
     dtype: str
     float8: str | None
     template: str
@@ -130,6 +132,7 @@ def survey(
     checkpoint: Path | None = None,
     finished: str | None = None,
     cluster: Cluster | None = None,
+    model_notes: Sequence[str] = (),
 ) -> Report:
     """The facts of the report. `before`: the template as it came; the tokenizer has it as it is used.
 
@@ -157,6 +160,7 @@ def survey(
         error=" ".join(fault for fault in faults if fault) or None,
         warnings=[*warnings_of(data), *float8_warnings(recipe), *schedule_warnings(recipe.training, steps, sequences)],
         model=recipe.model.name_or_path,
+        model_notes=list(model_notes),
         dtype=recipe.model.dtype,
         float8=recipe.model.float8,
         template=template,

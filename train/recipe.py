@@ -82,7 +82,8 @@ class ChatSection(Section):
     """How a conversation becomes text, and which part of it is trained."""
 
     template: PathText | None = None
-    """A name in train/data/templates, the path of a .jinja file, or null = the tokenizer's own."""
+    """A name in train/data/templates, the path of a .jinja file, the name of one of several templates that the
+    tokenizer has (tool_use), or null = the tokenizer's own, of several the one called default."""
     system_role: Literal["native", "merge_into_user", "turn", "error"] = "native"
     """What becomes of system messages; native = the template has a place for them, and is refused if it loses them;
     merge_into_user = into the user turn that follows; turn = where the template has none, a turn made like the user's

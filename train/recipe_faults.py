@@ -192,8 +192,12 @@ def _missing_files(document: Document) -> None:
     if isinstance(template, str) and template and template not in named:
         allowed = f"{', '.join(named)}, the path of a .jinja file, or null for the tokenizer's own"
         if not template.endswith(".jinja"):
-            remedy = did_you_mean(closest(template, named, 0.5))
-            document.fault(("chat", "template"), f"found {described(template)}. Allowed: {allowed}.{remedy}")
+            # a name that is like none of ours may be that of a template of the tokenizer: `use_template` knows
+            meant = closest(template, named, 0.7)
+            if meant or not template.isidentifier():
+                document.fault(
+                    ("chat", "template"), f"found {described(template)}. Allowed: {allowed}.{did_you_mean(meant)}"
+                )
         elif not Path(template).is_file():
             where = "" if Path(template).is_absolute() else f" in {Path.cwd()}"
             message = f"there is no file {template}{where}. Allowed: {allowed}.{near_files(template)}"

@@ -23,6 +23,7 @@ from train.launched import alone_by_mistake
 from train.local_paths import path_or_id_option
 from train.loop.noise import leave_out_unhelpful_warnings
 from train.missing_files import refuse_missing
+from train.model.folder import check_model_folder
 from train.progress import is_first_rank
 from train.recipe import Recipe, load_recipe
 
@@ -78,6 +79,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
             print(finished.message(width), flush=True)
         return
 
+    check_model_folder(recipe.model, weights=not options.gpus)
     from train.loop.checkpoint import (
         check_distribution,
         find_checkpoint,
@@ -96,20 +98,23 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     from train.data.system_role import settle
     from train.loop.optimizer_trial import try_optimizer
     from train.model.float8 import check_start
-    from train.model.load import check_fits, load_model, load_tokenizer
+    from train.model.load import check_fits, load_config, load_model, load_tokenizer
+    from train.model.quantized_weights import with_saved_quantization
     from train.plan import parse_cluster
     from train.preflight import check, screen
     from train.run_steps import schedule, schedule_fault
 
     cluster = parse_cluster(options.gpus, options.nodes, options.mfu) if options.gpus else None
     tokenizer = load_tokenizer(recipe.model)
-    check_fits(recipe, tokenizer)
+    notes = check_fits(recipe, tokenizer)
     try_optimizer(recipe)
     template = use_template(tokenizer, recipe.chat.template)
     before = settle(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
     if options.check:
         about = {"checkpoint": checkpoint.folder if checkpoint else None, "cluster": cluster, "json_file": options.json}
-        check(recipe, tokenizer, template, before, finished=finished.summary if finished else None, **about)
+        described = with_saved_quantization(recipe, load_config(recipe.model))
+        summary = finished.summary if finished else None
+        check(described, tokenizer, template, before, finished=summary, model_notes=notes, **about)
         return
     check_start(recipe)
 
@@ -145,7 +150,8 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
         if fault := gain_refusal(recipe, variants) or schedule_fault(recipe.training, steps):
             raise UserError(fault)
         stop_tokens = Spans(tokenizer).stop_tokens
-        arguments = training_arguments(recipe, stop_tokens)
+        described = with_saved_quantization(recipe, load_config(recipe.model))
+        arguments = training_arguments(described, stop_tokens)
         if checkpoint:
             check_distribution(checkpoint, sharding(arguments))
         tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
@@ -160,7 +166,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
                 recipe, arguments, model, tokenizer, data, [step_log], preemption=preemption, gain=variants, about=about
             )
             gain = describe_gain(variants)
-            overview = screen(recipe, template, data, trainer.model, arguments, gain, width=width)
+            overview = screen(described, template, data, trainer.model, arguments, gain, model_notes=notes, width=width)
             if is_first_rank():
                 print(overview, flush=True)
                 if checkpoint:

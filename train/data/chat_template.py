@@ -48,23 +48,37 @@ def template_name(tokenizer: PreTrainedTokenizerBase) -> str:
 def use_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
     """Put the template called `name` into the tokenizer, with its generation marks, and say in words which one it is.
 
-    `name` is one of `named_templates()`, a path to a .jinja file, or None for the tokenizer's own.
+    `name` is one of `named_templates()`, a path to a .jinja file, one of several templates that the tokenizer has by
+    name (Command R: default, tool_use, rag), or None for the tokenizer's own: of several `default`, as transformers
+    does. A run uses one template, and the saved tokenizer has that one alone, so serving renders what was trained.
     Raises UserError where there is no such template, where it can't be read or run, or where it writes control tokens
     that the tokenizer lacks.
     """
-    if name is None:
-        if not isinstance(tokenizer.chat_template, str):
+    own = tokenizer.chat_template
+    several = dict(own) if isinstance(own, dict) else {}
+    if name is None or (name in several and name not in named_templates()):
+        if name is None and several and "default" not in several:
+            raise UserError(
+                f"chat.template: the tokenizer of {tokenizer.name_or_path} has several templates and none is called "
+                f"default: {', '.join(several)}. Write the name of one."
+            )
+        if not own:
             raise UserError(
                 f"chat.template: the tokenizer of {tokenizer.name_or_path} has no chat template of its own. "
                 f"Write one of {', '.join(named_templates())} or the path of a .jinja file."
             )
         _files.pop(tokenizer, None)
-        return "the tokenizer's own"
+        if not several:
+            return "the tokenizer's own"
+        chosen = name or "default"
+        tokenizer.chat_template = several.pop(chosen)
+        others = f"; not used: {', '.join(several)} (chat.template: NAME)" if several else ""
+        return f"the tokenizer's own {chosen!r}{others}"
     path = TEMPLATES / f"{name}.jinja" if name in named_templates() else Path(name)
     if path.suffix != ".jinja" or not path.is_file():
         raise UserError(
-            f"chat.template: there is no template {name!r}. Write one of {', '.join(named_templates())}, the path of "
-            "a .jinja file, or leave the key out to use the tokenizer's own."
+            f"chat.template: there is no template {name!r}. Write one of {', '.join([*named_templates(), *several])}, "
+            "the path of a .jinja file, or leave the key out to use the tokenizer's own."
         )
     try:
         text = path.read_text(encoding="utf-8")

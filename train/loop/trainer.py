@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,9 @@ from train.loop.throughput import HELD, Counting, Held, Sums, Throughput
 from train.loop.tracking import StepLog
 from train.loop.validation_gain import ValidationGain
 from train.loop.weights import check_savable, save_weights
-from train.model.adapters import check_modules_to_save, lora_config
+from train.model.adapters import check_adapter, lora_config
 from train.model.shape import Shape, shape_of
+from train.model.text_part import bare_model, freeze, idle_parameters
 from train.recipe import Recipe
 
 
@@ -89,8 +90,11 @@ class JanusTrainer(SFTTrainer):
                 f"training.dataloader_drop_last: the {rows:,} sequences are fewer than the {batch:,} of one batch on "
                 "all processes, so all would be left out. Write false, or make per_device_train_batch_size smaller."
             )
-        check_modules_to_save(recipe.adapter, model)
-        shape = _shape(recipe, model, arguments)
+        with _without_zero3(arguments):
+            shape = _shape(recipe, model)
+            idle = idle_parameters(bare_model(model.config, recipe.model))
+        check_adapter(recipe.adapter, model, idle)
+        freeze(model, idle)
         with as_user_error("adapter" if recipe.adapter else "training"):
             super().__init__(
                 model=model,
@@ -98,7 +102,7 @@ class JanusTrainer(SFTTrainer):
                 train_dataset=_sample(data.train.rows),
                 eval_dataset=_sample(data.validation.rows) if data.validation else None,
                 processing_class=tokenizer,
-                peft_config=lora_config(recipe.adapter),
+                peft_config=lora_config(recipe.adapter, model, idle),
                 callbacks=callbacks,
             )
         self.train_dataset = data.train.rows
@@ -486,13 +490,20 @@ class JanusTrainer(SFTTrainer):
         return output
 
 
-def _shape(recipe: Recipe, model: PreTrainedModel, arguments: SFTConfig) -> Shape | None:
+def _shape(recipe: Recipe, model: PreTrainedModel) -> Shape | None:
     """What the model is made of; None for kinds whose arithmetic isn't known here."""
-    unset_hf_deepspeed_config()  # under ZeRO-3, transformers would share out a model that has no weights
     try:
         return shape_of(recipe, model.config)
     except UserError:
         return None
+
+
+@contextmanager
+def _without_zero3(arguments: SFTConfig) -> Iterator[None]:
+    """Keep transformers from sharing out, under ZeRO-3, a model that has no weights."""
+    unset_hf_deepspeed_config()
+    try:
+        yield
     finally:
         if arguments.deepspeed_plugin is not None:
             set_hf_deepspeed_config(arguments.deepspeed_plugin.dschf)

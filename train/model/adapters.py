@@ -1,38 +1,139 @@
 """LoRA and 4-bit weights: from the recipe's sections to what peft and transformers call the same things."""
 
+import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from train.errors import UserError
+from train.model.text_part import idle_modules
 from train.recipe import AdapterSection, QuantizationSection
+from train.recipe_document import closest, did_you_mean
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-def lora_config(adapter: AdapterSection | None) -> "LoraConfig | None":
-    """The adapter as peft wants it; None for full fine-tuning."""
+def lora_config(
+    adapter: AdapterSection | None, model: PreTrainedModel | None = None, idle: frozenset[str] = frozenset()
+) -> "LoraConfig | None":
+    """The adapter as peft wants it; None for full fine-tuning.
+
+    `idle`: parameters of `model` that text never trains (`idle_parameters`); modules of them alone get no adapter.
+    """
     if adapter is None:
         return None
     from peft import LoraConfig
 
-    return LoraConfig(task_type="CAUSAL_LM", **adapter.model_dump(mode="json"))
+    settings = adapter.model_dump(mode="json")
+    if model is not None:
+        if outside := idle_modules(model, idle):
+            settings["exclude_modules"] = rf"(?:{'|'.join(map(re.escape, outside))})(?:\..*)?"
+        if adapter.modules_to_save:
+            settings["modules_to_save"] = _exact(adapter.modules_to_save, model, outside)
+    return LoraConfig(task_type="CAUSAL_LM", **settings)
 
 
-def check_modules_to_save(adapter: AdapterSection | None, model: PreTrainedModel) -> None:
-    """Raise UserError for a name in adapter.modules_to_save that the model hasn't: peft says nothing of it."""
-    names = [name for name, _ in model.named_modules()]
-    for wanted in (adapter and adapter.modules_to_save) or ():
-        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
-            parts = {
-                name.rpartition(".")[2] for name, module in model.named_modules() if list(module.parameters(False))
-            }
+def check_adapter(adapter: AdapterSection | None, model: PreTrainedModel, idle: frozenset[str] = frozenset()) -> None:
+    """Raise UserError for a name in target_modules or modules_to_save that stands for nothing in `model`.
+
+    peft adapts what other names in the list match, and says nothing of the rest. `idle`: as in `lora_config`.
+    """
+    if adapter is None:
+        return
+    outside = _inside(idle_modules(model, idle))
+    modules: dict[str, torch.nn.Module] = dict(model.named_modules())
+    adaptable = {name: module for name, module in modules.items() if isinstance(module, _adaptable_types())}
+    if adapter.target_modules == "all-linear":
+        output = model.get_output_embeddings()
+        linear = [
+            name
+            for name, module in adaptable.items()
+            if not isinstance(module, torch.nn.Embedding) and module is not output and not outside(name)
+        ]
+        if not linear:
             raise UserError(
-                f"adapter.modules_to_save: the model has no module {wanted!r}. Those with weights are called "
-                f"{', '.join(sorted(parts))}."
+                f"adapter.target_modules: {type(model).__name__} has no linear layers that LoRA can adapt. Take "
+                "`adapter` out to train in full."
             )
+    else:
+        for wanted in adapter.target_modules:
+            _check_name("adapter.target_modules", wanted, modules, adaptable, outside)
+            saved = re.compile(rf"(?:.*\.)?(?:{'|'.join(adapter.modules_to_save or ('$.',))})(?:\..*)?")
+            if all(saved.fullmatch(name) for name in modules if _matches(wanted, name)):
+                raise UserError(
+                    f"adapter.target_modules: {wanted!r} lies in adapter.modules_to_save, which trains it in full, so "
+                    "it gets no adapter. Take it out of one of the two."
+                )
+    weighted = {name: module for name, module in modules.items() if list(module.parameters(recurse=False))}
+    for wanted in adapter.modules_to_save or ():
+        _check_name("adapter.modules_to_save", wanted, modules, weighted, outside, any_type=True)
+
+
+def _adaptable_types() -> tuple[type, ...]:
+    """The layers that peft's LoRA adapts, as they are in a model without weights."""
+    from transformers.pytorch_utils import Conv1D
+
+    nn = torch.nn
+    return (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, Conv1D)
+
+
+def _matches(wanted: str, name: str) -> bool:
+    """Whether peft takes the module `name` for `wanted`: the whole name, or its end from a dot on."""
+    return name == wanted or name.endswith(f".{wanted}")
+
+
+def _inside(modules: list[str]) -> Callable[[str], bool]:
+    """A test of whether a module is one of `modules` or lies in one."""
+    return lambda name: any(name == one or name.startswith(f"{one}.") for one in modules)
+
+
+def _check_name(
+    key: str,
+    wanted: str,
+    modules: dict[str, torch.nn.Module],
+    suitable: dict[str, torch.nn.Module],
+    outside: Callable[[str], bool],
+    *,
+    any_type: bool = False,
+) -> None:
+    found = [name for name in modules if _matches(wanted, name)]
+    trained = [name for name in found if not outside(name)]
+    offered = sorted({name.rpartition(".")[2] for name in suitable if not outside(name)})
+    offered = [name for name in offered if not name.isdecimal()]
+    if not found:
+        why = " (`all-linear` stands alone, in no list)" if wanted == "all-linear" else ""
+        remedy = did_you_mean(closest(wanted.rpartition(".")[2], offered, 0.5))
+        raise UserError(
+            f"{key}: the model has no module {wanted!r}{why}.{remedy} Those with weights are called "
+            f"{', '.join(offered)}."
+        )
+    if not trained:
+        raise UserError(
+            f"{key}: {wanted!r} is only in {found[0].rpartition('.')[0]}, which text never reaches, so it would not be "
+            f"trained. Take it out. In the text part there are {', '.join(offered)}."
+        )
+    unfit = next((name for name in trained if name not in suitable), None)
+    if unfit is not None and not any_type:
+        within = sorted({name.rpartition(".")[2] for name in suitable if name.startswith(f"{unfit}.")})
+        inside = f" It holds {', '.join(within)}: name those." if within else f" Name some of {', '.join(offered)}."
+        raise UserError(
+            f"{key}: {unfit} is a {type(modules[unfit]).__name__}, and LoRA adapts linear, convolutional and embedding "
+            f"layers.{inside}"
+        )
+
+
+def _exact(wanted: tuple[str, ...], model: PreTrainedModel, outside: list[str]) -> list[str]:
+    """The names as they are, or whole ones where peft, which looks at a name's end alone, would take others too.
+
+    `norm` is the end of `input_layernorm`.
+    """
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    meant = [name for name in names if any(_matches(one, name) for one in wanted) and not _inside(outside)(name)]
+    taken = [name for name in names if name.endswith(tuple(wanted))]
+    return list(wanted) if meant == taken else meant
 
 
 def quantization_config(quantization: QuantizationSection | None) -> BitsAndBytesConfig | None:

@@ -1,5 +1,7 @@
 """Weights and tokenizer from a folder or the hub: safetensors only and no foreign code, unless the recipe allows it."""
 
+import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,19 +10,22 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from train.errors import UserError
 from train.missing_files import refuse_missing_model
-from train.model.adapters import quantization_config
+from train.model.adapters import check_adapter, quantization_config
 from train.model.attention import attention_for, choose_attention, machine, needs_of
 from train.model.float8 import check_float8, check_start, convert
+from train.model.folder import adapter_base, is_adapter_alone
+from train.model.quantized_weights import check_quantized, describe_quantized, quantization_to_load, saved_quantization
+from train.model.text_part import auto_class, bare_model, describe_idle, idle_parameters
 from train.recipe import ModelSection, Recipe
 
 
@@ -54,9 +59,27 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises UserError where there is none that can be opened."""
     refuse_missing_model(model)
     try:
-        return AutoTokenizer.from_pretrained(**_origin(model))
+        tokenizer = AutoTokenizer.from_pretrained(**_origin(model))
     except (OSError, ValueError, KeyError, ImportError) as fault:
         raise _refuse(model, fault) from fault
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _processor_template(model)
+    return tokenizer
+
+
+def _processor_template(model: ModelSection) -> str | None:
+    """The chat template of a multimodal model that keeps it with its processor alone (chat_template.json)."""
+    file = cached_file(
+        model.name_or_path,
+        "chat_template.json",
+        revision=model.revision or "main",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    try:
+        return str(json.loads(Path(file).read_bytes())["chat_template"]) if file else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def load_config(model: ModelSection) -> PreTrainedConfig:
@@ -67,14 +90,22 @@ def load_config(model: ModelSection) -> PreTrainedConfig:
         raise _refuse(model, fault) from fault
 
 
-def check_fits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_fits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Raise UserError where the run can't work on this machine or model: found before the data is prepared.
 
-    A kernel or package that is missing, token ids beyond the model's vocabulary, sequences longer than its positions.
+    Return sentences on the model for the start screen: what is left out of training, and weights that are unpacked.
+
+    A kernel or package that is missing, a model of another kind, quantized weights that can't be trained, names in
+    `adapter` that the model lacks, token ids beyond the model's vocabulary, sequences longer than its positions.
     """
     quantization_config(recipe.quantization)
     check_float8(recipe)
     whole = load_config(recipe.model)
+    _check_kind(recipe.model.name_or_path, whole)
+    check_quantized(recipe, whole)
+    bare = bare_model(whole, recipe.model)
+    idle = idle_parameters(bare)
+    check_adapter(recipe.adapter, bare, idle)
     choose_attention(recipe.model.attention, needs_of(recipe, whole), machine())
     config = whole.get_text_config()
     if len(tokenizer) > config.vocab_size:
@@ -88,27 +119,46 @@ def check_fits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
             f"data.max_length: {recipe.data.max_length:,} is more than the {positions:,} positions that "
             f"{recipe.model.name_or_path} was made for. Write {positions} or less."
         )
+    notes = (describe_quantized(whole, recipe.model.dtype), describe_idle(bare, idle))
+    return [sentence for sentence in notes if sentence]
+
+
+def _check_kind(name: str, config: PreTrainedConfig) -> None:
+    """Raise UserError for a model that doesn't write text from its start to its end: its weights lack parts then."""
+    if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
+        raise UserError(
+            f"model.name_or_path: {name} is an encoder-decoder model ({config.model_type}). Name a decoder-only one."
+        )
+    saved_as = (config.architectures or [""])[0]
+    head = re.search(
+        r"For(?:Sequence|Token|Image|Audio)\w*Classification$|ForQuestionAnswering$|ForMaskedLM$", saved_as
+    )
+    if head or (saved_as.endswith("Model") and not config.get_text_config().tie_word_embeddings):
+        has = f"the output layer of {saved_as}" if head else "no output layer"
+        raise UserError(
+            f"model.name_or_path: {name} was saved as {saved_as}: it has {has}, so nothing writes text, and the layer "
+            "that does would be random. Name the model as it was before, with its language model's output layer."
+        )
 
 
 def load_model(recipe: Recipe) -> PreTrainedModel:
     """The weights, in the dtype and with the attention kernel of the recipe, quantized or in float8 where it says so.
 
     Under DeepSpeed ZeRO-3 the training arguments must exist before this is called: then no rank holds the whole model.
-    Raises UserError where the weights can't be opened or are pickled and the recipe doesn't allow that, and where this
-    machine can't multiply in float8 and the recipe asks for it.
+    Raises UserError where the weights can't be opened, aren't those of the model, or are pickled and the recipe doesn't
+    allow that, and where this machine can't multiply in float8 and the recipe asks for it.
     """
     hide_bars_in_logs()
     model = recipe.model
     check_start(recipe)
-    attention = attention_for(recipe, load_config(model))
+    config = load_config(model)
+    attention = attention_for(recipe, config)
+    settings: dict[str, Any] = {"attn_implementation": attention.kernel, "dtype": getattr(torch, model.dtype, "auto")}
+    settings["use_safetensors"] = None if model.allow_pickle else True
+    if quantization := quantization_to_load(config) or quantization_config(recipe.quantization):
+        settings["quantization_config"] = quantization
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            **_origin(model),
-            dtype=getattr(torch, model.dtype, "auto"),
-            attn_implementation=attention.kernel,
-            quantization_config=quantization_config(recipe.quantization),
-            use_safetensors=None if model.allow_pickle else True,
-        )
+        loaded = _load_whole(config, {**_origin(model), **settings})
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as fault:
         if not model.allow_pickle and _has_pickled_weights(model.name_or_path):
             raise UserError(
@@ -121,6 +171,29 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     return loaded
 
 
+def _load_whole(config: PreTrainedConfig, settings: dict[str, Any]) -> PreTrainedModel:
+    """The model of `config` with all of its weights. Raises ValueError where files lack some or have other shapes.
+
+    transformers fills up what is missing with random numbers and goes on.
+    """
+    loaded, report = auto_class(config).from_pretrained(
+        **settings, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    if missing := sorted(report["missing_keys"]):
+        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"its files lack weights that {type(loaded).__name__} has: {missing[0]}{more}. They are those of another "
+            "kind of model, or were not saved whole."
+        )
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, in_file, in_model = mismatched[0]
+        raise ValueError(
+            f"{name} is {' x '.join(map(str, in_file))} in its files, and its config.json asks for "
+            f"{' x '.join(map(str, in_model))}. Weights and config.json are not of the same model."
+        )
+    return loaded
+
+
 def load_saved(name: str, dtype: str | None = None) -> PreTrainedModel:
     """A model as it is used: `name` is a folder or hub id of a whole model or an adapter; on a GPU, if there is one.
 
@@ -129,8 +202,17 @@ def load_saved(name: str, dtype: str | None = None) -> PreTrainedModel:
     hide_bars_in_logs()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32"))
+    # With a config.json beside it transformers would look for the base's weights in the adapter's folder.
+    base = adapter_base(Path(name)) if is_adapter_alone(Path(name)) else None
+    settings = {"pretrained_model_name_or_path": base or name, "dtype": chosen, "use_safetensors": True}
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=chosen, use_safetensors=True).to(device)
+        config = AutoConfig.from_pretrained(base or name)
+        if quantization := quantization_to_load(config):
+            settings["quantization_config"] = quantization
+        loaded = _load_whole(config, settings)
+        if base:
+            loaded.load_adapter(name)
+        return loaded if saved_quantization(loaded.config) else loaded.to(device)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as fault:
         raise UserError(f"{name}: can't be loaded: {' '.join(str(fault).split())}") from fault
 

@@ -4,17 +4,17 @@ The model is built on PyTorch's meta device, where tensors have a shape and no m
 there, so the counts are those of the run and not of a formula.
 """
 
-import copy
 import math
 import re
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.trainer_pt_utils import get_parameter_names
 
 from train.errors import UserError
 from train.model.adapters import lora_config
+from train.model.text_part import bare_model, freeze, idle_parameters
 from train.recipe import Recipe
 
 _NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -26,7 +26,8 @@ class Parameter:
     """One parameter. `itemsize`: bytes of an element as loaded, where nothing casts it; `decayed`: its optimizer group.
 
     `role`: body, embedding (the input's table; where it is tied it is the output layer too) or adapter (peft's, copies
-    of modules_to_save among them). `unused`: the original of such a copy, which stands idle.
+    of modules_to_save among them). `unused`: the original of such a copy, and
+    a tower for images or sound: both stand idle.
     """
 
     name: str
@@ -86,23 +87,22 @@ def shape_of(recipe: Recipe, config: PreTrainedConfig) -> Shape:
     Raises UserError for a mixture of experts, whose memory and arithmetic are not worked out here, and for an adapter
     that peft refuses.
     """
-    text = copy.deepcopy(config.get_text_config())  # transformers writes into the config of a model that it makes
+    text = config.get_text_config()
     if any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise UserError(
             f"--gpus: the plan knows dense models; {recipe.model.name_or_path} is a mixture of experts. Leave out "
             "--gpus: the rest of the check works."
         )
-    dtype = getattr(torch, recipe.model.dtype, None) or text.dtype or torch.float32
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            text, dtype=dtype, attn_implementation="eager", trust_remote_code=recipe.model.trust_remote_code
-        )
+    model = bare_model(config, recipe.model)
+    idle = idle_parameters(model)
+    freeze(model, idle)
+    never_used = {id(one) for name, one in model.named_parameters() if name in idle}
     embedding = model.get_input_embeddings().weight
     output = model.get_output_embeddings()
     linears = [one for one in model.modules() if isinstance(one, torch.nn.Linear) and one is not output]
     quantized = {id(one.weight) for one in linears} if recipe.quantization else set()
     own = {id(one) for one in model.parameters()}
-    first_layer = next(one for one in model.modules() if isinstance(one, torch.nn.ModuleList))[0]
+    first_layer = next(one for one in model.get_decoder().modules() if isinstance(one, torch.nn.ModuleList))[0]
     norms = sum(
         "norm" in type(one).__name__.lower() and sum(each.numel() for each in one.parameters()) >= text.hidden_size
         for one in first_layer.modules()
@@ -113,7 +113,7 @@ def shape_of(recipe: Recipe, config: PreTrainedConfig) -> Shape:
 
         try:
             with torch.device("meta"):
-                model = get_peft_model(model, lora_config(recipe.adapter))
+                model = get_peft_model(model, lora_config(recipe.adapter, model, idle))
         except ValueError as fault:
             raise UserError(f"adapter: {' '.join(str(fault).split())}") from fault
         adapted_inputs = sum(one.shape[1] for name, one in model.named_parameters() if ".lora_A." in name)
@@ -133,7 +133,7 @@ def shape_of(recipe: Recipe, config: PreTrainedConfig) -> Shape:
             decayed=name in decayed,
             quantized=id(one) in quantized,
             role="embedding" if one is embedding else "body" if id(one) in own else "adapter",
-            unused=bool(re.search(r"\.original_module\.", name)),
+            unused=id(one) in never_used or bool(re.search(r"\.original_module\.", name)),
         )
         for name, one in model.named_parameters()
     )

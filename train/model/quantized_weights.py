@@ -1,0 +1,125 @@
+"""Models whose weights are saved quantized: which of them can be trained here, and how they are loaded for it.
+
+Three outcomes, by the quantization_config of the model:
+- 4 or 8 bits of bitsandbytes, and whatever else transformers trains under an adapter: LoRA on the weights as they are;
+- a method that transformers can undo while it loads (FP8, MXFP4): weights in the recipe's dtype, trained in any way;
+- all else, and a method whose package is missing: one UserError.
+"""
+
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedConfig
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer, AutoQuantizationConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from train.errors import UserError
+from train.recipe import QuantizationSection, Recipe
+
+
+def saved_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """Return the quantization that the weights of `config` were saved with; None for weights that are not quantized."""
+    for part in (config, config.get_text_config()):
+        declared = getattr(part, "quantization_config", None)
+        if declared:
+            return dict(declared) if isinstance(declared, dict) else dict(declared.to_dict())
+    return None
+
+
+def check_quantized(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Raise UserError where the weights are saved in a form that can't be trained as the recipe says, or not here."""
+    declared = saved_quantization(config)
+    if declared is None:
+        return
+    name = recipe.model.name_or_path
+    method = _method(declared)
+    known = f"model.name_or_path: the weights of {name} are quantized ({method})"
+    original = "name the model that it was quantized from"
+    if method not in AUTO_QUANTIZER_MAPPING:
+        raise UserError(f"{known}, which the installed transformers doesn't load. Instead {original}.")
+    if recipe.quantization is not None:
+        _check_section(recipe.quantization, declared, name)
+    try:
+        quantizer = AutoHfQuantizer.from_config(_as_loaded(declared), pre_quantized=True)
+        quantizer.validate_environment(device_map=None, weights_only=True)
+    except (ImportError, RuntimeError, ValueError, NotImplementedError) as fault:
+        raise UserError(f"{known}: {' '.join(str(fault).split())} Or {original}.") from fault
+    if getattr(quantizer.quantization_config, "dequantize", False):
+        return
+    if not quantizer.is_trainable:
+        raise UserError(f"{known}, and no adapter can be trained on such weights. Instead {original}.")
+    if recipe.adapter is None:
+        raise UserError(
+            f"{known}, and such weights can't be trained in full. Add `adapter: {{r: 16}}` (LoRA on top of them), or "
+            f"{original}."
+        )
+    if recipe.model.float8:
+        raise UserError(f"model.float8: the weights of {name} are quantized ({method}). Write null.")
+
+
+def quantization_to_load(config: PreTrainedConfig) -> QuantizationConfigMixin | None:
+    """Return what from_pretrained needs to be told of weights that are saved quantized; None = nothing.
+
+    Nothing is not the same as `quantization_config=None`, which makes transformers forget the model's own.
+    """
+    declared = saved_quantization(config)
+    as_loaded = _as_loaded(declared) if declared else None
+    return as_loaded if getattr(as_loaded, "dequantize", False) else None
+
+
+def with_saved_quantization(recipe: Recipe, config: PreTrainedConfig) -> Recipe:
+    """Return the recipe as it reads for a base saved in 4 bits by bitsandbytes: with its `quantization` written out.
+
+    For reports, plans and checks of settings; what a run is compared by stays the recipe as written.
+    """
+    declared = saved_quantization(config)
+    if declared is None or recipe.quantization is not None or _method(declared) != "bitsandbytes_4bit":
+        return recipe
+    return recipe.model_copy(update={"quantization": QuantizationSection.model_construct(**_bitsandbytes(declared))})
+
+
+def describe_quantized(config: PreTrainedConfig, dtype: str) -> str | None:
+    """Return a sentence on weights that are unpacked as they are loaded; None where nothing is unpacked."""
+    if quantization_to_load(config) is None:
+        return None
+    return f"weights saved as {_method(saved_quantization(config) or {})}, unpacked to {dtype} and saved so"
+
+
+def _method(declared: dict[str, Any]) -> str:
+    """Return the name that transformers' table of methods has; bitsandbytes stands there twice."""
+    if declared.get("load_in_4bit") or declared.get("load_in_8bit"):
+        return "bitsandbytes_4bit" if declared.get("load_in_4bit") else "bitsandbytes_8bit"
+    method = declared.get("quant_method") or "no method named"
+    return str(getattr(method, "value", method))
+
+
+def _as_loaded(declared: dict[str, Any]) -> QuantizationConfigMixin:
+    """The quantization with its weights unpacked, where transformers can do that; else as it was saved."""
+    plain = AutoQuantizationConfig.from_dict(dict(declared))
+    if not hasattr(plain, "dequantize"):
+        return plain
+    return AutoQuantizationConfig.from_dict({**declared, "dequantize": True})
+
+
+def _bitsandbytes(declared: dict[str, Any]) -> dict[str, Any]:
+    """The keys of `quantization` as the saved weights have them."""
+    saved = BitsAndBytesConfig.from_dict(dict(declared))
+    values = {name: getattr(saved, name) for name in QuantizationSection.model_fields}
+    return {
+        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        for name, value in values.items()
+    }
+
+
+def _check_section(section: QuantizationSection, declared: dict[str, Any], name: str) -> None:
+    if _method(declared) != "bitsandbytes_4bit":
+        raise UserError(
+            f"quantization: the weights of {name} are quantized already ({_method(declared)}). Take the section out."
+        )
+    saved = _bitsandbytes(declared)
+    for key in sorted(section.model_fields_set):
+        if getattr(section, key) != saved[key]:
+            raise UserError(
+                f"quantization.{key}: the weights of {name} are saved in 4 bits already, with {saved[key]}, and that "
+                "can't be changed. Take the key out."
+            )

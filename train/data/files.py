@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import pyarrow
 import pyarrow.parquet
 
+from train.data.arrow_rows import arrow_chunks
 from train.data.formats import Row, RowFault, detect
 from train.errors import UserError
 
@@ -78,23 +79,6 @@ class Lines:
 
     def __len__(self) -> int:
         return sum(not line.isspace() for line in self.lines)
-
-
-@dataclass(frozen=True, slots=True)
-class ArrowRows:
-    """Rows of a record batch."""
-
-    first: int
-    batch: pyarrow.RecordBatch
-
-    def rows(self) -> Iterator[PlacedRow]:
-        """The rows as they were before Arrow."""
-        types = {column.name: column.type for column in self.batch.schema}
-        for number, row in enumerate(self.batch.to_pylist(), self.first):
-            yield f" row {number}", {column: _plain(value, types[column]) for column, value in row.items()}
-
-    def __len__(self) -> int:
-        return self.batch.num_rows
 
 
 def read_file(path: Path, allow_pickle: bool) -> Iterator[Chunk]:
@@ -211,32 +195,8 @@ def _parquet(path: Path) -> Iterator[Chunk]:
     with _open(path) as stream:
         where = pyarrow.BufferReader(stream.read()) if compressed else path
     with pyarrow.parquet.ParquetFile(where) as table:
+        _check_names(table.schema_arrow.names, str(path))
         yield from arrow_chunks(table.iter_batches(ROWS_OF_A_CHUNK))
-
-
-def arrow_chunks(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[Chunk]:
-    """The rows of record batches that follow one another."""
-    first = 1
-    for batch in batches:
-        yield ArrowRows(first, batch)
-        first += batch.num_rows
-
-
-def _plain(value: Any, kind: Any) -> Any:
-    """An Arrow value as the row had it: JSON parsed, and no keys that only other rows of the column have.
-
-    Arrow gives every struct all keys that any row has, null where a row had none. A null that the row did have is lost
-    with them, unless the column is one of JSON.
-    """
-    if value is None or not (pyarrow.types.is_nested(kind) or isinstance(kind, pyarrow.BaseExtensionType)):
-        return value
-    if isinstance(kind, pyarrow.BaseExtensionType):
-        return json.loads(value) if kind.extension_name == "arrow.json" else value
-    if pyarrow.types.is_struct(kind):
-        return {key: _plain(part, kind.field(key).type) for key, part in value.items() if part is not None}
-    if pyarrow.types.is_map(kind):
-        return {key: _plain(part, kind.item_type) for key, part in value}
-    return [_plain(part, kind.value_type) for part in value] if hasattr(kind, "value_type") else value
 
 
 def _table(path: Path, delimiter: str) -> Iterator[Chunk]:
@@ -283,9 +243,14 @@ def _cells(path: Path, delimiter: str) -> Iterator[PlacedRow]:
 
 def _header(cells: list[str], path: Path) -> list[str]:
     names = [cell.strip() for cell in cells]
-    if len(set(names)) < len(names):
-        raise UserError(f"{path}:1: two columns of the header share a name: {', '.join(names)}.")
+    _check_names(names, f"{path}:1")
     return names
+
+
+def _check_names(names: list[str], where: str) -> None:
+    """Raise UserError where two columns share a name, so that a row can't hold both."""
+    if len(set(names)) < len(names):
+        raise UserError(f"{where}: two columns share a name: {', '.join(names)}. Rename one of them.")
 
 
 def _pickle(path: Path) -> Iterator[Chunk]:

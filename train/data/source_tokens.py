@@ -28,7 +28,17 @@ ROWS = "rows.arrow"
 """The file of an entry, as `token_rows` has it."""
 
 _DECISIVE = (
-    *("chat_template", "control_tokens", "fast_tokenizer", "files", "formats", "loss_mask", "rendering", "sources"),
+    *(
+        "arrow_rows",
+        "chat_template",
+        "control_tokens",
+        "fast_tokenizer",
+        "files",
+        "formats",
+        "loss_mask",
+        "rendering",
+        "sources",
+    ),
     *("source_tokens", "spans", "token_rows", "tokenize", "trials"),
 )
 """The modules that decide which tokens a row becomes: where one changes, rows are tokenized anew."""

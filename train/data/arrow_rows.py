@@ -6,8 +6,7 @@ are installed). The same holds inside nested columns, and for a whole column of 
 """
 
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -71,10 +70,7 @@ def _values(column: pyarrow.Array) -> list[Any]:
     leaves = _leaves(kind)
     if not (any(map(_is_text, leaves)) or all(map(arrow.is_null, leaves)) or _is_number(kind)):
         return [ArrowValue(str(kind)) if there else None for there in column.is_valid().to_pylist()]
-    if _convertible(kind):
-        with suppress(UnicodeDecodeError):
-            return [_plain(value, kind) for value in column.to_pylist()] if _inner(kind) else column.to_pylist()
-    return [_converted(value) for value in column]
+    return _converted(column, _converter(kind))
 
 
 def _inner(kind: pyarrow.DataType) -> list[pyarrow.DataType] | None:
@@ -92,23 +88,14 @@ def _leaves(kind: pyarrow.DataType) -> tuple[pyarrow.DataType, ...]:
     return (kind,) if inner is None else tuple(chain.from_iterable(map(_leaves, inner)))
 
 
-@lru_cache(maxsize=1024)
-def _convertible(kind: pyarrow.DataType) -> bool:
-    """Whether Arrow converts all of it into text and numbers, or JSON of them."""
-    inner = _inner(kind)
-    if inner is None:
-        return _is_text(kind) or _is_number(kind) or arrow.is_null(kind)
-    if isinstance(kind, pyarrow.BaseExtensionType):
-        return bool(kind.extension_name == "arrow.json")
-    if arrow.is_dictionary(kind) or arrow.is_run_end_encoded(kind):
-        return _inner(kind.value_type) is None and _convertible(kind.value_type)
-    return not arrow.is_union(kind) and _distinct(kind) and all(map(_convertible, inner))
-
-
 def _distinct(kind: pyarrow.DataType) -> bool:
     """Whether no two fields of a struct share a name, as keys of a dictionary can't."""
     names = [kind.field(number).name for number in range(kind.num_fields)] if arrow.is_struct(kind) else []
     return len(set(names)) == len(names)
+
+
+def _is_json(kind: pyarrow.DataType) -> bool:
+    return isinstance(kind, pyarrow.BaseExtensionType) and bool(kind.extension_name == "arrow.json")
 
 
 def _is_text(kind: pyarrow.DataType) -> bool:
@@ -119,51 +106,48 @@ def _is_number(kind: pyarrow.DataType) -> bool:
     return any(test(kind) for test in _IS_NUMBER)
 
 
-def _plain(value: Any, kind: pyarrow.DataType) -> Any:
-    """A converted value as the row had it: JSON parsed, and no keys that only other rows of the column have.
+def _converted(values: Iterable[pyarrow.Scalar], convert: Callable[[pyarrow.Scalar], Any]) -> list[Any]:
+    return [convert(value) if value.is_valid else None for value in values]
 
-    Arrow gives every struct all keys that any row has, null where a row had none. A null that the row did have is lost
-    with them, unless the column is one of JSON.
+
+@lru_cache(maxsize=1024)
+def _converter(kind: pyarrow.DataType) -> Callable[[pyarrow.Scalar], Any]:
+    """Makes Python's value of one of Arrow's that is not null, as the row had it.
+
+    Arrow gives every struct all keys that any row has, null where a row had none: these are left out. A null that the
+    row did have is lost with them, unless the column is one of JSON.
     """
-    if value is None:
-        return value
-    if isinstance(kind, pyarrow.BaseExtensionType):
-        return _parsed(value)
+    inner = _inner(kind)
+    if inner is None and _is_text(kind):
+        return _text
+    if inner is None and _is_number(kind):
+        return lambda scalar: scalar.as_py()
+    if inner is None or not _distinct(kind):
+        value = ArrowValue(str(kind))
+        return lambda scalar: value
+    if arrow.is_union(kind):
+        return lambda scalar: _converted([scalar.value], _converter(scalar.value.type))[0]
+    converters = [_converter(part) for part in inner]
     if arrow.is_struct(kind):
-        return {key: _plain(part, kind.field(key).type) for key, part in value.items() if part is not None}
+        fields = [(number, kind.field(number).name, convert) for number, convert in enumerate(converters)]
+        return lambda scalar: {
+            name: convert(part) for number, name, convert in fields if (part := scalar[number]).is_valid
+        }
     if arrow.is_map(kind):
-        return {key: _plain(part, kind.item_type) for key, part in value}
-    return [_plain(part, kind.value_type) for part in value] if isinstance(value, list) else value
-
-
-def _converted(scalar: pyarrow.Scalar) -> Any:
-    """One value of a type that Arrow can't convert as a whole, as `_plain` gives it."""
-    kind = scalar.type
-    if not scalar.is_valid:
-        return None
-    if isinstance(kind, pyarrow.BaseExtensionType):
-        value = _converted(scalar.value)
-        return _parsed(value) if kind.extension_name == "arrow.json" else value
-    if arrow.is_dictionary(kind) or arrow.is_run_end_encoded(kind) or arrow.is_union(kind):
-        return _converted(scalar.value)
-    if arrow.is_struct(kind):
-        if not _distinct(kind):
-            return ArrowValue(str(kind))
-        parts = ((kind.field(number).name, scalar[number]) for number in range(kind.num_fields))
-        return {name: _converted(part) for name, part in parts if part.is_valid}
-    if arrow.is_map(kind):
-        return {_converted(key): _converted(item) for key, item in zip(*scalar.values.flatten(), strict=True)}
+        pair = (_converter(kind.key_type), _converter(kind.item_type))
+        return lambda scalar: dict(zip(*map(_converted, scalar.values.flatten(), pair), strict=True))
     if any(test(kind) for test in _IS_LIST):
-        return [_converted(part) for part in scalar.values]
-    if _is_text(kind):
-        return _text(scalar.as_buffer().to_pybytes())
-    return scalar.as_py() if _is_number(kind) else ArrowValue(str(kind))
+        return lambda scalar: _converted(scalar.values, converters[0])
+    parse = _parsed if _is_json(kind) else lambda value: value
+    return lambda scalar: parse(_converted([scalar.value], converters[0])[0])
 
 
-def _text(content: bytes) -> str:
-    """`content` as UTF-8. Bytes that are none become halves of surrogate pairs, which a format refuses as it reads
-    them."""
-    return content.decode("utf-8", "surrogateescape")
+def _text(scalar: pyarrow.Scalar) -> str:
+    """A text. Bytes that are no UTF-8 become halves of surrogate pairs, which a format refuses as it reads them."""
+    try:
+        return str(scalar.as_py())
+    except UnicodeDecodeError:
+        return bytes(scalar.as_buffer()).decode("utf-8", "surrogateescape")
 
 
 def _parsed(text: str) -> Any:

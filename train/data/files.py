@@ -1,5 +1,7 @@
 """One file -> its rows, by chunks: jsonl, json, parquet, csv and tsv, also with .gz or .zst; pickles where allowed.
 
+Its name says which of these a file is, its first bytes whether it is compressed, or something else altogether.
+
 A chunk can go to another process before its rows are parsed: lines of JSON travel as bytes, those of parquet as Arrow.
 Lines of JSON are parsed one by one, not through Arrow, which would put every key of any row into all of them, as null.
 """
@@ -8,19 +10,32 @@ import csv
 import io
 import json
 import pickle
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow
 import pyarrow.parquet
 
+from train.data.arrow_rows import arrow_chunks
 from train.data.formats import Row, RowFault, detect
+from train.data.layouts import (
+    BYTE_ORDER_MARK,
+    BYTES_OF_A_HEAD,
+    check_head,
+    check_lines,
+    delimiter_of,
+    document_fault,
+    guess,
+    is_document,
+    line_fault,
+)
 from train.errors import UserError
 
 PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".bin")
@@ -29,6 +44,8 @@ ROWS_OF_A_CHUNK = 250
 _BYTES_OF_A_CHUNK = 1 << 20
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\x50\x2a\x4d\x18": "zstd"}
+"""How compressed files begin; the last is pzstd's. Downloads are unpacked on the way, or not, whatever their names."""
 
 PlacedRow = tuple[str, Row | RowFault]
 """Where in its file a row stands (":12", " row 12"; from 1), and the row, or why it can't even be read."""
@@ -71,30 +88,13 @@ class Lines:
         """The rows of the lines that aren't empty."""
         for number, line in enumerate(self.lines, self.first):
             if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # the mark that Windows programs put first
-            line = line.strip()
-            if line:
-                yield f":{number}", _parsed(line)
+                line = line.removeprefix(BYTE_ORDER_MARK)  # the mark that Windows programs put first
+            content = line.strip()
+            if content:
+                yield f":{number}", _parsed(content, line)
 
     def __len__(self) -> int:
         return sum(not line.isspace() for line in self.lines)
-
-
-@dataclass(frozen=True, slots=True)
-class ArrowRows:
-    """Rows of a record batch."""
-
-    first: int
-    batch: pyarrow.RecordBatch
-
-    def rows(self) -> Iterator[PlacedRow]:
-        """The rows as they were before Arrow."""
-        types = {column.name: column.type for column in self.batch.schema}
-        for number, row in enumerate(self.batch.to_pylist(), self.first):
-            yield f" row {number}", {column: _plain(value, types[column]) for column, value in row.items()}
-
-    def __len__(self) -> int:
-        return self.batch.num_rows
 
 
 def read_file(path: Path, allow_pickle: bool) -> Iterator[Chunk]:
@@ -111,6 +111,8 @@ def read_file(path: Path, allow_pickle: bool) -> Iterator[Chunk]:
     empty = True
     try:
         if path.stat().st_size:
+            with _open(path) as stream:
+                check_head(path, stream.read(BYTES_OF_A_HEAD), ending, pickled=ending in PICKLES)
             for chunk in READERS[ending](path):
                 empty = False
                 yield chunk
@@ -127,20 +129,30 @@ def ending_of(path: Path) -> str:
 
 
 def _open(path: Path) -> io.BufferedReader:
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression=_COMPRESSIONS.get(path.suffix.lower())))
+    """The bytes of a file, unpacked. It is opened by Python, as Arrow takes no path that isn't UTF-8."""
+    stream = path.open("rb")
+    compression = _COMPRESSED.get(stream.peek(4)[:4]) or _COMPRESSED.get(stream.peek(2)[:2])
+    return io.BufferedReader(pyarrow.input_stream(stream, compression=compression)) if compression else stream
 
 
 def _lines(path: Path) -> Iterator[Chunk]:
     with _open(path) as stream:
-        yield from _chunks_of_lines(stream)
+        first = stream.readlines(_BYTES_OF_A_CHUNK)
+        if not is_document(first):
+            yield from _chunks_of_lines(path, stream, first)
+            return
+    yield from _document(path)
 
 
-def _chunks_of_lines(stream: io.BufferedIOBase) -> Iterator[Chunk]:
+def _chunks_of_lines(path: Path, stream: io.BufferedIOBase, lines: list[bytes]) -> Iterator[Chunk]:
+    """The rows of `lines`, which were read already, and of all that follow."""
+    check_lines(path, lines)
     first = 1
-    while lines := stream.readlines(_BYTES_OF_A_CHUNK):
+    while lines:
         if not all(map(bytes.isspace, lines)):
             yield Lines(first, lines)
         first += len(lines)
+        lines = stream.readlines(_BYTES_OF_A_CHUNK)
 
 
 def _chunks(rows: Iterable[PlacedRow]) -> Iterator[Chunk]:
@@ -149,15 +161,12 @@ def _chunks(rows: Iterable[PlacedRow]) -> Iterator[Chunk]:
         yield ParsedRows(placed)
 
 
-def _parsed(line: bytes) -> Row | RowFault:
+def _parsed(content: bytes, line: bytes) -> Row | RowFault:
+    """The row that `content` says, which is all of `line` but blanks and its line break."""
     try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as fault:
-        return RowFault("not UTF-8", f"byte 0x{line[fault.start]:02x} at byte {fault.start + 1} of the line")
-    except json.JSONDecodeError as fault:
-        return RowFault("invalid JSON", f"{fault.msg} at column {fault.colno}")
-    except (ValueError, RecursionError) as fault:  # a number of 5,000 digits, 100,000 brackets
-        return RowFault("invalid JSON", str(fault))
+        row = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as fault:
+        return line_fault(content, fault, ended=line.endswith(b"\n"))
     return _as_row(row)
 
 
@@ -168,20 +177,22 @@ def _as_row(value: Any) -> Row | RowFault:
 
 
 def _document(path: Path) -> Iterator[Chunk]:
-    with _open(path) as stream:
-        content = stream.read().removeprefix(b"\xef\xbb\xbf")
+    with _open(path) as file:
+        content = file.read().removeprefix(BYTE_ORDER_MARK)
     if not content.strip():
         return
     try:
         document = json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as fault:
         line = content.count(b"\n", 0, fault.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8: byte 0x{content[fault.start]:02x}. Save it as UTF-8.") from fault
+        what = f"byte 0x{content[fault.start]:02x}{guess(content[max(0, fault.start - 100) : fault.start + 100])}"
+        raise UserError(f"{path}:{line}: not UTF-8: {what}. Save it as UTF-8.") from fault
     except json.JSONDecodeError as fault:
-        if fault.msg == "Extra data":  # several objects, one a line: many call that .json too
-            yield from _chunks_of_lines(io.BytesIO(content))
-            return
-        raise UserError(f"{path}:{fault.lineno}: invalid JSON: {fault.msg} at column {fault.colno}.") from fault
+        if fault.msg != "Extra data" or "\n" in fault.doc[: fault.pos].strip():
+            raise document_fault(path, fault.doc, fault) from fault
+        stream = io.BytesIO(content)  # several objects, one a line: many call that .json too
+        yield from _chunks_of_lines(path, stream, stream.readlines(_BYTES_OF_A_CHUNK))
+        return
     except (ValueError, RecursionError) as fault:
         raise UserError(f"{path}: invalid JSON: {fault}.") from fault
     yield from _chunks(_rows_within(document, path))
@@ -207,36 +218,12 @@ def _rows_within(document: Any, path: Path) -> Iterator[PlacedRow]:
 
 
 def _parquet(path: Path) -> Iterator[Chunk]:
-    compressed = path.suffix.lower() in _COMPRESSIONS  # it is read from its end, so it must be whole in memory then
     with _open(path) as stream:
-        where = pyarrow.BufferReader(stream.read()) if compressed else path
-    with pyarrow.parquet.ParquetFile(where) as table:
-        yield from arrow_chunks(table.iter_batches(ROWS_OF_A_CHUNK))
-
-
-def arrow_chunks(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[Chunk]:
-    """The rows of record batches that follow one another."""
-    first = 1
-    for batch in batches:
-        yield ArrowRows(first, batch)
-        first += batch.num_rows
-
-
-def _plain(value: Any, kind: Any) -> Any:
-    """An Arrow value as the row had it: JSON parsed, and no keys that only other rows of the column have.
-
-    Arrow gives every struct all keys that any row has, null where a row had none. A null that the row did have is lost
-    with them, unless the column is one of JSON.
-    """
-    if value is None or not (pyarrow.types.is_nested(kind) or isinstance(kind, pyarrow.BaseExtensionType)):
-        return value
-    if isinstance(kind, pyarrow.BaseExtensionType):
-        return json.loads(value) if kind.extension_name == "arrow.json" else value
-    if pyarrow.types.is_struct(kind):
-        return {key: _plain(part, kind.field(key).type) for key, part in value.items() if part is not None}
-    if pyarrow.types.is_map(kind):
-        return {key: _plain(part, kind.item_type) for key, part in value}
-    return [_plain(part, kind.value_type) for part in value] if hasattr(kind, "value_type") else value
+        # It is read from its end, so one that is compressed must be whole in memory.
+        where = stream if isinstance(stream.raw, io.FileIO) else pyarrow.BufferReader(stream.read())
+        with pyarrow.parquet.ParquetFile(where) as table:
+            _check_names(table.schema_arrow.names, str(path))
+            yield from arrow_chunks(table.iter_batches(ROWS_OF_A_CHUNK))
 
 
 def _table(path: Path, delimiter: str) -> Iterator[Chunk]:
@@ -246,21 +233,28 @@ def _table(path: Path, delimiter: str) -> Iterator[Chunk]:
 def _cells(path: Path, delimiter: str) -> Iterator[PlacedRow]:
     """Rows of a table with a header; every cell is text, as it is written. Places are lines, where a row begins."""
     csv.field_size_limit(sys.maxsize)  # the module's own limit is 131,072 characters: some prompts are longer
-    undecodable: set[int] = set()
+    undecodable: dict[int, str] = {}
 
     def decoded(stream: Iterable[bytes]) -> Iterator[str]:
         for number, line in enumerate(stream, 1):
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                undecodable.add(number)
+            except UnicodeDecodeError as fault:
+                undecodable[number] = f"line {number}: byte 0x{line[fault.start]:02x}{guess(line)}"
                 yield line.decode("utf-8", errors="replace")
 
     with _open(path) as stream:
-        table = csv.reader(decoded(stream), delimiter=delimiter, strict=True)
+        lines = decoded(stream)
+        first_line = next(lines, "")
+        skipped = 0
+        if named := re.fullmatch(r'"?sep=(.)"?\s*', first_line, re.IGNORECASE):  # Excel's own line
+            skipped, delimiter, first_line = 1, named[1], next(lines, "")
+        else:
+            delimiter = delimiter_of(first_line, delimiter)
+        table = csv.reader(chain([first_line], lines), delimiter=delimiter, strict=True)
         header: list[str] | None = None
         while True:
-            first = table.line_num + 1
+            first = table.line_num + 1 + skipped
             row: Row | RowFault
             try:
                 cells = next(table)
@@ -277,15 +271,20 @@ def _cells(path: Path, delimiter: str) -> Iterator[PlacedRow]:
                 row = dict(zip(header, cells, strict=False))
                 if len(cells) != len(header):
                     row = RowFault("invalid CSV", f"{len(cells)} cells where the header names {len(header)}")
-            wrong = undecodable.intersection(range(first, table.line_num + 1))
-            yield f":{first}", RowFault("not UTF-8", f"line {min(wrong)}") if wrong else row
+            wrong = [line for line in range(first, table.line_num + 1 + skipped) if line in undecodable]
+            yield f":{first}", RowFault("not UTF-8", undecodable[wrong[0]]) if wrong else row
 
 
 def _header(cells: list[str], path: Path) -> list[str]:
     names = [cell.strip() for cell in cells]
-    if len(set(names)) < len(names):
-        raise UserError(f"{path}:1: two columns of the header share a name: {', '.join(names)}.")
+    _check_names(names, f"{path}:1")
     return names
+
+
+def _check_names(names: list[str], where: str) -> None:
+    """Raise UserError where two columns share a name, so that a row can't hold both."""
+    if len(set(names)) < len(names):
+        raise UserError(f"{where}: two columns share a name: {', '.join(names)}. Rename one of them.")
 
 
 def _pickle(path: Path) -> Iterator[Chunk]:

@@ -377,6 +377,8 @@ def _checked(text: Any, where: str) -> str:
             text.encode()
         except UnicodeEncodeError as fault:
             half = f"half of a surrogate pair, \\u{ord(text[fault.start]):04x}, at character {fault.start + 1}"
+            if 0xDC80 <= ord(text[fault.start]) <= 0xDCFF:  # Arrow's texts have bytes in this form
+                half += f", or a byte 0x{ord(text[fault.start]) - 0xDC00:02x} that is not UTF-8"
             raise RowFault("not UTF-8", f"{where} has {half}") from fault
     return text
 

@@ -28,8 +28,8 @@ ROWS = "rows.arrow"
 """The file of an entry, as `token_rows` has it."""
 
 _DECISIVE = (
-    *("chat_template", "control_tokens", "fast_tokenizer", "files", "formats", "loss_mask", "rendering", "sources"),
-    *("source_tokens", "spans", "token_rows", "tokenize", "trials"),
+    *("arrow_rows", "chat_template", "control_tokens", "fast_tokenizer", "files", "formats", "layouts", "loss_mask"),
+    *("rendering", "source_tokens", "sources", "spans", "token_rows", "tokenize", "trials"),
 )
 """The modules that decide which tokens a row becomes: where one changes, rows are tokenized anew."""
 _SECONDS_BETWEEN_REPORTS = 1.0

@@ -14,7 +14,8 @@ from typing import Any
 
 import xxhash
 
-from train.data.files import READERS, ROWS_OF_A_CHUNK, Chunk, PlacedRow, arrow_chunks, ending_of, first_line, read_file
+from train.data.arrow_rows import arrow_chunks
+from train.data.files import READERS, ROWS_OF_A_CHUNK, Chunk, PlacedRow, ending_of, first_line, read_file
 from train.data.formats import Conversation, Row, RowFault, convert, detect
 from train.errors import UserError
 from train.local_paths import may_be_hub_id, missing_part

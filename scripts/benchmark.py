@@ -30,7 +30,7 @@ from benchmark_train import Options as TrainOptions
 from benchmark_train import compare_trainers
 from benchmark_train_settings import CONFIGS, FACTORS, Lengths, model_config
 
-from train.errors import UserError
+from train.errors import CommandLine, UserError
 from train.json_report import write
 from train.loop.noise import leave_out_unhelpful_warnings
 
@@ -49,7 +49,9 @@ def machine() -> dict[str, Any]:
     information = Path("/proc/cpuinfo")
     if information.is_file():
         names = [
-            line.partition(":")[2].strip() for line in information.read_text().splitlines() if "model name" in line
+            line.partition(":")[2].strip()
+            for line in information.read_text("utf-8").splitlines()
+            if "model name" in line
         ]
         model = names[0] if names else model
     return {
@@ -203,7 +205,7 @@ def main() -> int:
     """Run the command; the exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     leave_out_unhelpful_warnings()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="command")
 
     about_data = "preparation of data: TRL's, ours, and the bare tokenizers"

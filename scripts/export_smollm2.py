@@ -13,6 +13,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from train.errors import CommandLine
+
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -47,7 +49,7 @@ def export(folder: Path) -> None:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the model goes")
     folder = parser.parse_args().folder
     if (folder / "config.json").is_file():

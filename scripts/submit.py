@@ -311,7 +311,7 @@ def submit(options: argparse.Namespace) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     environment |= {name: os.environ[name] for name in ("SLURM_CONF", "SLURM_CLUSTERS") if name in os.environ}
     sent = subprocess.run(
-        ["sbatch", "--parsable"], input=script, env=environment, capture_output=True, text=True, check=False
+        ["sbatch", "--parsable"], input=script, env=environment, capture_output=True, encoding="utf-8", check=False
     )
     if sent.returncode:
         raise UserError(f"Slurm did not take the job: {' '.join(sent.stderr.split())}")

@@ -313,7 +313,10 @@ RUN_FAULTS = {
         ["model.attention", "flash-attn", "pip install"],
     ),
     "more tokens than positions": ({"data": {"max_length": 4096}}, ["data.max_length", "2,048 positions"]),
-    "an unknown template": ({"chat": {"template": "chatlm"}}, ["chat.template", "chatml, mistral-system"]),
+    "an unknown template": (
+        {"chat": {"template": "chatlm"}},
+        ["chat.template", "chatml, chatml-tools, mistral-system"],
+    ),
     "a template that loses messages": ({"chat": {"template": None}}, ["chat.template", "loses messages"]),
     "rows that are too long": ({"data": {"max_length": 100}}, ["data.max_length (100)", "data.overlong: drop"]),
     "rows that are all too long": (

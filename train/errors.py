@@ -3,9 +3,10 @@ for standard output that takes nothing."""
 
 import argparse
 import errno
+import io
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -42,9 +43,11 @@ def naming(options: Mapping[str, str]) -> Iterator[None]:
 
 
 class CommandLine(argparse.ArgumentParser):
-    """An ArgumentParser whose errors look like all others: `error:` at the start of the line, below the usage.
+    """The parser that every command begins with.
 
-    Options of `type=Path` take `~`, `$VAR` and `${VAR}`, as the keys of a recipe do.
+    - Its errors look like all others: `error:` at the start of the line, below the usage.
+    - Options of `type=Path` take `~`, `$VAR` and `${VAR}`, as the keys of a recipe do.
+    - From here on characters that the terminal or the log can't encode are escaped, in whatever is printed.
     """
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
@@ -52,10 +55,56 @@ class CommandLine(argparse.ArgumentParser):
         super().__init__(*args, **keywords)
         self.register("type", Path, path_option)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse; an argument that isn't text is an error."""
+        return super().parse_known_args(self._checked(args), namespace)
+
+    def parse_known_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Likewise."""
+        return super().parse_known_intermixed_args(self._checked(args), namespace)
+
+    def _checked(self, arguments: Sequence[str] | None) -> list[str]:
+        escape_unencodable()
+        words = sys.argv[1:] if arguments is None else list(arguments)
+        for word in words:
+            if not is_encodable(word):
+                self.error(f"argument {os.fsencode(word)!r}: {_WHY_NOT_TEXT[_is_utf8(word)]}")
+        return words
+
     def error(self, message: str) -> NoReturn:
         """Exit with 2."""
         self.print_usage(sys.stderr)
         self.exit(2, f"error: {message}\n")
+
+
+_WHY_NOT_TEXT = {
+    False: "not UTF-8. Rename the file or folder that it names.",
+    True: "this locale has no such characters. Set LC_ALL=C.UTF-8, or PYTHONUTF8=1.",
+}
+
+
+def is_encodable(text: str) -> bool:
+    """Whether `text` is all characters: Python stands in for other bytes of a file's name with halves of surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_utf8(word: str) -> bool:
+    try:
+        os.fsencode(word).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def escape_unencodable() -> None:
+    """Have standard output and standard error escape what they can't encode, as a container's ASCII can't most."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def positive(text: str) -> int:

@@ -92,7 +92,13 @@ def node_names(count: int) -> list[str]:
     """The job's nodes as Slurm calls them; without Slurm, their numbers."""
     listed = os.environ.get("SLURM_JOB_NODELIST")
     if listed:
-        shown = subprocess.run(["scontrol", "show", "hostnames", listed], capture_output=True, text=True, check=False)
+        shown = subprocess.run(
+            ["scontrol", "show", "hostnames", listed],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+        )
         if len(shown.stdout.split()) == count:
             return shown.stdout.split()
     return [f"node {number}" for number in range(count)]
@@ -102,7 +108,12 @@ def code_facts() -> Facts:
     """What is trained with: the commit, if this is a checkout; the code itself; Python and packages."""
     git = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=False, timeout=30).stdout.strip() or None
+        commit = (
+            subprocess.run(
+                git, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=30
+            ).stdout.strip()
+            or None
+        )
     except (OSError, subprocess.TimeoutExpired):
         commit = None
     code = hashlib.sha256()
@@ -206,7 +217,9 @@ def reduce_on_gpus(nodes: Nodes, gpus: int) -> str | None:
         process = [str(number) for number in (nodes.here * gpus + gpu, gpus * len(nodes.names), gpu)]
         command = [sys.executable, __file__, "--recipe", "", "--timeout", str(seconds), "--process", *process]
         try:
-            ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+            ended = subprocess.run(
+                command, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=seconds
+            )
         except subprocess.TimeoutExpired:
             return f"GPU {gpu} did not get through it within {seconds} s"
         lines = ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"]

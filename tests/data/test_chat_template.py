@@ -48,9 +48,9 @@ def test_mistral_puts_the_system_message_before_the_first_question(mistral_token
     assert prompt == "<s>[INST] Be brief.\nHi [/INST]"
 
 
-@pytest.mark.parametrize("name", ["chatml", "mistral-system"])
+@pytest.mark.parametrize("name", ["chatml", "chatml-tools", "mistral-system"])
 def test_a_template_without_its_marks_renders_the_same(name: str, tokenizer, mistral_tokenizer_v1) -> None:
-    model_tokenizer = tokenizer if name == "chatml" else mistral_tokenizer_v1()
+    model_tokenizer = tokenizer if name.startswith("chatml") else mistral_tokenizer_v1()
     use_template(model_tokenizer, name)
     marked = model_tokenizer.chat_template
     plain = without_generation_marks(marked)
@@ -98,8 +98,8 @@ def test_a_template_of_other_control_tokens_is_refused(mistral_tokenizer_v1) -> 
 
 
 def test_an_unknown_template_is_refused_with_the_names_there_are(tokenizer) -> None:
-    assert named_templates() == ["chatml", "mistral-system"]
-    with pytest.raises(UserError, match=r"no template 'chatlm'.*chatml, mistral-system"):
+    assert named_templates() == ["chatml", "chatml-tools", "mistral-system"]
+    with pytest.raises(UserError, match=r"no template 'chatlm'.*chatml, chatml-tools, mistral-system"):
         use_template(tokenizer, "chatlm")
     with pytest.raises(UserError, match="no template"):
         use_template(tokenizer, "missing.jinja")

@@ -89,13 +89,13 @@ def find_or_make(folder: Path, key: str, build: Build, waiting: Job | None = Non
 
 def report_progress(folder: Path, done: int) -> None:
     """Tell those who wait for the entry that is being written into `folder` how far it is."""
-    (folder / _PROGRESS).write_text(str(done))
+    (folder / _PROGRESS).write_text(str(done), "utf-8")
 
 
 def _progress(folder: Path, key: str) -> int:
     for path in folder.glob(f"{key}.*.partial/{_PROGRESS}"):
         with suppress(OSError, ValueError):
-            return int(path.read_text())
+            return int(path.read_text("utf-8"))
     return 0
 
 

@@ -24,6 +24,7 @@ from train.data.packing import PackingPlan, plan
 from train.data.sequences import Sequences
 from train.data.source_tokens import ROWS, cache_folder, source_tokens
 from train.data.sources import BadRow, BadRows, OpenSource, digest_of_files
+from train.data.spans import NO_TOOLS
 from train.data.survey import Overlap, Repeats, choose_examples, duplicates, shared
 from train.data.token_rows import TokenRows
 from train.errors import UserError
@@ -154,9 +155,10 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     faults = _faults(tokenized)
     for (key, source), size in zip(named, np.diff(rows.source_ends), strict=True):
         if not size:
+            remedy = _remedy(faults, f"Is `{key}.format` the right one?")
             raise UserError(
-                f"{key}: no row of {source.path} can be trained. Faults of all: {_named(faults)}. "
-                f"Is `{key}.format` the right one?"
+                f"{key}: no row of {source.path} can be trained. Faults of all: {_named(faults)}. {remedy}"
+                f"{'' if remedy.endswith('?') else '.'}"
             )
 
     firsts = np.flatnonzero(np.diff(rows.conversations, prepend=-1))  # the first row of each conversation
@@ -221,8 +223,9 @@ def refusal(data: Prepared, section: DataSection) -> str | None:
     """Why these rows can't be trained under this recipe, and what to change: all of it in one paragraph, or None."""
     reasons = []
     if data.faults and section.on_bad_row == "error":
+        remedy = _remedy(data.faults, "Mend them")
         reasons.append(
-            f"rows that can't be trained: {_named(data.faults)}. Mend them, or leave them out (they are counted on the "
+            f"rows that can't be trained: {_named(data.faults)}. {remedy}, or leave them out (they are counted on the "
             "screen) with `data.on_bad_row: skip`."
         )
     for name, account in data.accounts.items():
@@ -244,6 +247,15 @@ def refusal(data: Prepared, section: DataSection) -> str | None:
 def _named(faults: Mapping[str, BadRows]) -> str:
     kinds = sorted(faults.items(), key=lambda item: -item[1].count)
     return "; ".join(f"{rows.count:,} {kind}: {' | '.join(map(str, rows.examples))}" for kind, rows in kinds)
+
+
+def _remedy(faults: Mapping[str, BadRows], otherwise: str) -> str:
+    """Advice for rows with these faults: `otherwise`, unless all that they need is a template with tools."""
+    if NO_TOOLS not in faults:
+        return otherwise
+    template = "Write `chat.template: chatml-tools`, where the tokenizer has <|im_start|> and <|im_end|>, or the path "
+    template += "of a template that writes tools and their calls"
+    return template if len(faults) == 1 else f"{template}. For the rest: {otherwise[0].lower()}{otherwise[1:]}"
 
 
 def _faults(tokenized: Sequence[tuple[Entry, OpenSource]]) -> dict[str, BadRows]:

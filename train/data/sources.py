@@ -95,11 +95,16 @@ def open_source(source: Source, allow_pickle: bool = False) -> OpenSource:
         raise UserError(f"{source.path}: {missing_part(path)}")
     _refuse_hub_keys(source, files_have_splits=path.is_dir())
     return OpenSource(
-        [str(file) for file in files],
+        [_printable(file) for file in files],
         lambda: ((number, chunk) for number, file in enumerate(files) for chunk in read_file(file, allow_pickle)),
         lambda: digest_of_files(files, [ending_of(file) for file in files]),
         passed_over,
     )
+
+
+def _printable(path: Path) -> str:
+    """The path as text that any file can hold: names of files may hold bytes that are none."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def read_rows(source: Source, allow_pickle: bool = False) -> Iterator[PlacedRow]:

@@ -234,6 +234,14 @@ class Spans:
         Raises RowFault where the template refuses the conversation, loses a message or doesn't let the model's part
         be told from the rest.
         """
+        try:
+            return self._rows(messages, tools, train_on)
+        except RowFault as fault:
+            if self._call_ending is None and fault.kind.endswith("by the template") and _has_tools(messages, tools):
+                raise RowFault(NO_TOOLS, fault.detail) from fault
+            raise
+
+    def _rows(self, messages: list[Message], tools: Tools, train_on: TrainOn) -> list[Rendering]:
         wanted = [number for number in _answers(messages) if messages[number].get("train", True)]
         wanted = wanted[-1:] if train_on == "last" else wanted
         if not wanted:
@@ -373,6 +381,12 @@ class Spans:
 
 
 _NO_PROMPT = "answer doesn't follow its prompt"
+NO_TOOLS = "conversation with tools, for which the template has no place"
+"""The kind of fault of a row that another template could write."""
+
+
+def _has_tools(messages: list[Message], tools: Tools) -> bool:
+    return bool(tools) or any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
 
 
 def _answers(messages: list[Message]) -> list[int]:

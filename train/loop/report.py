@@ -14,6 +14,7 @@ from train.loop.validation_gain import FILE as GAIN_FILE
 from train.progress import duration, is_first_rank
 from train.recipe import Recipe
 from train.report_parts import load_pyplot
+from train.whole_files import write_text
 
 _MODELS = ("model.safetensors", "pytorch_model.bin")
 
@@ -160,9 +161,9 @@ def _write_report(output_dir: Path, screen: str, seconds: float) -> None:
     if speeds:
         rows.append(("median speed", f"{speeds[len(speeds) // 2]:,.0f} tokens/s"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    (output_dir / "report.md").write_text(
+    write_text(
+        output_dir / "report.md",
         f"# {output_dir.name}\n\n```\n{screen}\n```\n\n| | |\n|---|---|\n{table}{loss}{picture}\n",
-        encoding="utf-8",
     )
 
 

@@ -1,0 +1,137 @@
+"""Output that the terminal can't encode is escaped, files are UTF-8 whatever the locale, and no name crashes a command."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from train.data.sources import read_rows
+from train.errors import CommandLine
+from train.recipe import Source
+
+ROOT = Path(__file__).parents[1]
+ASCII = {
+    "a stream of ASCII": {"PYTHONIOENCODING": "ascii"},
+    "the C locale": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "the POSIX locale of a container": {"LC_ALL": "POSIX", "LANG": "", "PYTHONIOENCODING": "ascii:strict"},
+}
+SAYS = """
+import logging, sys, warnings
+from pathlib import Path
+from train.errors import CommandLine, UserError, ending
+from train.progress import job
+from train.whole_files import write_text
+CommandLine(description="{description}").parse_args(sys.argv[2:])
+TEXT = chr(0xe8) + chr(0x1f332) + chr(0xdce9)
+def act():
+    print("printed", TEXT)
+    print("warned", TEXT, file=sys.stderr)
+    warnings.warn("of " + TEXT)
+    logging.warning("logged %s", TEXT)
+    with job("a job of " + TEXT, total=2) as one:
+        one.show("shown " + TEXT)
+    write_text(Path(sys.argv[1]), TEXT)
+    raise {raised}("raised " + TEXT)
+sys.exit(ending(act, "stopped"))
+"""
+ESCAPED = r"\xe8\U0001f332\udce9"
+
+
+def started(code: str, environment: dict[str, str], *arguments: str | Path | bytes) -> tuple[int, str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHON"))}
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=kept | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True, check=False, timeout=120,
+    )  # fmt: skip
+    return result.returncode, result.stdout.decode("ascii"), result.stderr.decode("ascii")
+
+
+@pytest.mark.parametrize("name", ASCII)
+def test_whatever_a_command_says_is_escaped(name: str, tmp_path: Path) -> None:
+    for raised, code in (("UserError", 2), ("RuntimeError", 1)):
+        said = started(SAYS.format(description="x", raised=raised), ASCII[name], tmp_path / "file")
+        assert said[0] == code
+        for words in ("printed ", "shown "):
+            assert words + ESCAPED in said[1]
+        for words in ("warned ", "of ", "logged ", "error: raised " if code == 2 else "RuntimeError: raised "):
+            assert words + ESCAPED in said[2]
+        assert (tmp_path / "file").read_bytes() == "è🌲".encode() + rb"\udce9"
+
+
+def test_a_page_of_help_is_escaped(tmp_path: Path) -> None:
+    code = SAYS.format(description=r"\xe8", raised="RuntimeError")
+    returned, said, _ = started(code, ASCII["a stream of ASCII"], tmp_path, "--help")
+    assert (returned, r"\xe8" in said) == (0, True)
+
+
+def test_an_argument_that_is_no_text_is_an_error(tmp_path: Path) -> None:
+    code = SAYS.format(description="x", raised="UserError")
+    returned, _, said = started(code, {"PYTHONUTF8": "1"}, tmp_path / "file", b"key=caf\xe9")
+    assert returned == 2
+    assert r"error: argument b'key=caf\xe9': not UTF-8. Rename the file" in said
+    returned, _, said = started(code, ASCII["the C locale"], tmp_path / "file", "key=café".encode())
+    assert returned == 2
+    assert "this locale has no such characters. Set LC_ALL=C.UTF-8" in said
+
+
+@pytest.mark.parametrize("parse", ["parse_args", "parse_intermixed_args", "parse_known_args"])
+def test_every_way_to_parse_looks_at_its_arguments(parse: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = CommandLine()
+    parser.add_argument("words", nargs="*")
+    with pytest.raises(SystemExit, match="2"):
+        getattr(parser, parse)(["caf\udce9"])
+    assert r"argument b'caf\xe9': not UTF-8" in capsys.readouterr().err
+    getattr(parser, parse)(["café"])
+
+
+def run_in_ascii(*arguments: str | Path) -> tuple[int, bytes]:
+    """Exit code and output of train/sft.py where standard output is a log that takes ASCII alone."""
+    from train.sft import main
+
+    written = io.BytesIO()
+    with (
+        io.TextIOWrapper(written, encoding="ascii", write_through=True) as stream,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(sys, "stdout", stream)
+        return main([str(argument) for argument in arguments]), written.getvalue()
+
+
+def test_a_training_says_names_that_the_log_can_not_encode(
+    recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "modèle")
+    recipe = recipe_file(
+        model={"name_or_path": str(tmp_path / "modèle")},
+        output_dir=str(tmp_path / "sortie-é"),
+        training={"max_steps": 1, "num_train_epochs": ...},
+    )
+    code, said = run_in_ascii("--recipe", recipe)
+    assert code == 0
+    assert rb"mod\xe8le" in said
+    assert rb"sortie-\xe9" in said
+    assert "modèle" in (tmp_path / "sortie-é" / "report.md").read_text("utf-8")
+
+
+def test_files_of_a_folder_whose_names_are_no_text(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    row: dict[str, Any] = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    for name in (b"caf\xe9.jsonl", b"\xff.json", b"notes-\xe9.txt"):
+        Path(folder, os.fsdecode(name)).write_text(json.dumps(row), encoding="utf-8")
+    places = [place for place, _ in read_rows(Source(path=str(folder)))]
+    assert places == [rf"{folder}/caf\udce9.jsonl:1", rf"{folder}/\udcff.json row 1"]
+    report = tmp_path / "report.json"
+    recipe = recipe_file(data={"sources": [{"path": str(folder)}]})
+    code, said = run_in_ascii("--recipe", recipe, "--check", "--json", report)
+    assert code == 0
+    assert rb"notes-\udce9.txt" in said
+    assert rb"caf\udce9.jsonl" in said
+    assert rb"caf\\udce9.jsonl" in report.read_bytes()

@@ -97,6 +97,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     from train.loop.arguments import training_arguments
     from train.loop.preemption import Preemption, telling_outcome
     from train.loop.report import claim_output_dir, say_where_it_goes_on, write_report
+    from train.loop.resume import ResumedSettings
     from train.loop.run_state import facts_of_data, sharding
     from train.loop.saving import keep_others_out
     from train.loop.tracking import StepLog, tracked
@@ -122,6 +123,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
         arguments = training_arguments(recipe, stop_tokens)
         if checkpoint:
             check_distribution(checkpoint, sharding(arguments))
+            ResumedSettings(checkpoint, recipe).refuse(checkpoint, deepspeed=arguments.deepspeed_plugin is not None)
         tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
 
         step_log = StepLog(recipe.output_dir)

@@ -1,6 +1,7 @@
 """Which checkpoints a run goes on from, and what is said of one that it can't go on from."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -262,7 +263,9 @@ def test_what_changes_the_mathematics_is_refused_by_name_unless_it_is_named(
     capsys.readouterr()
     found = find_checkpoint("auto", recipe, [key, *(word.rstrip(".,;:") for word in named)])
     assert found is not None
-    assert said in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"changed since checkpoint-6: {key}" in told or f", {key}" in told
+    assert "(in force from step 7)" in told
     with pytest.raises(UserError):
         find_checkpoint("auto", recipe, ["training.adam_beta1"])  # another key doesn't help
 
@@ -283,8 +286,7 @@ def test_what_changes_nothing_is_allowed_and_told(
     told = capsys.readouterr().out
     assert "changed since checkpoint-6: " in told
     for key, value in changes.items():
-        assert f"{key} was " in told
-        assert f" and is {value!r}" in told
+        assert re.search(f"{re.escape(key)} \\S+ -> {re.escape(json.dumps(value))}[, ]", told)
 
 
 def test_a_default_that_is_written_down_is_no_change(again: Callable[..., tuple[Path, Path]]) -> None:

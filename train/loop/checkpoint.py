@@ -125,7 +125,7 @@ def find_checkpoint(resume: str, recipe: Recipe, anyway: Sequence[str] = ()) -> 
 
 
 def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The keys that differ between two runs, harmless or not."""
+    """Return the keys that differ between two runs, harmless or not."""
     return sorted(key for key in before.keys() | now.keys() if _value(before, key) != _value(now, key))
 
 
@@ -151,8 +151,16 @@ def refuse_changes(
             "another output_dir, change it back, write `--resume never` to start anew, or go on with the change: "
             f"{' '.join(f'--resume-anyway {key}' for key in refused)}."
         )
-    if told and is_first_rank():
-        print(f"changed since {checkpoint.folder.name}: {'; '.join(told.values())}", flush=True)
+    if changed and is_first_rank():
+        changes = ", ".join(f"{key} {_shown(before, key)} -> {_shown(now, key)}" for key in changed)
+        print(
+            f"changed since {checkpoint.folder.name}: {changes} (in force from step {checkpoint.step + 1})", flush=True
+        )
+
+
+def _shown(facts: Mapping[str, Any], key: str) -> str:
+    """Return a value as a recipe has it."""
+    return json.dumps(_value(facts, key), ensure_ascii=False)
 
 
 def check_distribution(checkpoint: Checkpoint, now: str) -> None:
@@ -180,8 +188,9 @@ def with_same_steps(recipe: Recipe, checkpoint: Checkpoint, anyway: Sequence[str
     if now == wanted:
         return recipe
     if processes == were:
+        named = [*anyway, _BATCH[1]] if _BATCH[0] in anyway else anyway
         refuse_changes(
-            checkpoint, {_BATCH[1]: f"{wanted} sequences a step"}, {_BATCH[1]: f"{now} sequences a step"}, anyway
+            checkpoint, {_BATCH[1]: f"{wanted} sequences a step"}, {_BATCH[1]: f"{now} sequences a step"}, named
         )
         return recipe
     each = recipe.training.get("per_device_train_batch_size", training_fields()["per_device_train_batch_size"].default)

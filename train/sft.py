@@ -64,13 +64,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def train(recipe: Recipe, options: argparse.Namespace) -> None:
     """Prepare, load, train, save; or report, with --check. Raises UserError for all that the user can mend."""
     # Heavy imports wait until the recipe is known to be right.
-    from train.data.chat_template import use_template, without_generation_marks
+    from train.data.chat_template import pin_date, use_template, without_generation_marks
     from train.data.gain_rows import describe_gain, gain_refusal, gain_rows
     from train.data.prepare import prepare
     from train.data.spans import Spans
     from train.data.system_role import settle
     from train.loop.checkpoint import (
         check_distribution,
+        date_of_run,
         find_checkpoint,
         processes_now,
         refuse_changes,
@@ -87,6 +88,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     check_fits(recipe, tokenizer)
     template = use_template(tokenizer, recipe.chat.template)
     before = settle(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
+    pin_date(tokenizer, date_of_run(checkpoint))
     if options.check:
         about = {"checkpoint": checkpoint.folder if checkpoint else None, "cluster": cluster, "json_file": options.json}
         check(recipe, tokenizer, template, before, **about)
@@ -112,9 +114,9 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
         if checkpoint:
             recipe = with_same_steps(recipe, checkpoint, options.resume_anyway, processes_now())
         data = prepare(recipe, tokenizer)
-        about = facts_of_data(data, tokenizer.chat_template)
+        about = facts_of_data(data, tokenizer)
         if checkpoint:
-            made = {key: value for key, value in checkpoint.manifest["run"].items() if key in about}
+            made = {key: value for key, value in checkpoint.manifest["run"].items() if key.startswith("made.")}
             refuse_changes(checkpoint, made, about, options.resume_anyway)
         variants = gain_rows(recipe, data, tokenizer)
         if fault := gain_refusal(recipe, variants):

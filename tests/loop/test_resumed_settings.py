@@ -12,9 +12,15 @@ import yaml
 from transformers import Trainer, get_scheduler
 from trl import SFTConfig
 
+from train.errors import UserError
+from train.loop.checkpoint import checkpoint_in
+from train.loop.resume import ResumedSettings
+from train.recipe import load_recipe
 from train.sft import main
 
 DONE, STEPS = 2, 4
+EPOCHS = {"num_train_epochs": 2, "save_steps": 1, "lr_scheduler_type": "constant"}
+"""Two epochs of two steps, with all checkpoints."""
 BASE: dict[str, Any] = {"learning_rate": 1e-3, "max_steps": STEPS, "optim": "adamw_torch"}
 
 
@@ -116,14 +122,11 @@ def by_hand(settings: Mapping[str, Any], folder: Path, steps: int) -> tuple[list
 
 CHANGES: dict[str, dict[str, Any]] = {
     "learning-rate": {"learning_rate": 1e-4},
-    "decay": {"weight_decay": 0.5},
-    "betas": {"adam_beta1": 0.8, "adam_beta2": 0.99},
-    "epsilon": {"adam_epsilon": 1e-6},
+    "groups": {"weight_decay": 0.5, "adam_beta1": 0.8, "adam_beta2": 0.99, "adam_epsilon": 1e-6},
     "length": {"max_steps": 6},
     "cosine-with-restarts": {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}},
     "warmup-stable-decay": {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 1}},
     "warmup": {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 4},
-    "minimum": {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 5e-4}},
     "fused": {"optim": "adamw_torch_fused", "learning_rate": 2e-3},
 }
 
@@ -172,7 +175,6 @@ OTHERS = {
     "adafactor": {"optim": "adafactor"},
     "sgd": {"optim": "sgd", "optim_args": "momentum=0.9"},
     "rmsprop": {"optim": "rmsprop"},
-    "lion": {"optim": "lion_8bit"},
 }
 
 
@@ -181,14 +183,22 @@ def test_another_optimizer_starts_with_fresh_states_and_says_so(
     name: str, begun: Callable[..., Path], resume: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = OTHERS[name]
-    if name == "lion":
-        pytest.importorskip("bitsandbytes")
     run = resume(begun(), **{f"training__{key}": value for key, value in changes.items()})
     told = capsys.readouterr().out
     said = f"the optimizer starts with fresh states after step 2: {changes['optim']} can't take those of adamw_torch"
     assert told.count(said) == 1
     assert rates(run) == pytest.approx({1: 1e-3, 2: 7.5e-4, 3: 5e-4, 4: 2.5e-4})
     assert not any("exp_avg" in state and "exp_avg_sq" in state for state in optimizer(run, 4)["state"].values())
+
+
+def test_deepspeed_refuses_another_optimizer(begun: Callable[..., Path]) -> None:
+    run = begun()
+    checkpoint = checkpoint_in(run / "checkpoint-2")
+    recipe = load_recipe(run.with_suffix(".yaml"), ["training.optim=adafactor"])
+    settings = ResumedSettings(checkpoint, recipe)
+    settings.refuse(checkpoint, deepspeed=False)
+    with pytest.raises(UserError, match=r"holds the optimizer adamw_torch, and this run has adafactor\. DeepSpeed"):
+        settings.refuse(checkpoint, deepspeed=True)
 
 
 def test_a_switch_of_the_same_optimizer_needs_fresh_states_and_a_number_does_not(
@@ -232,7 +242,7 @@ def test_a_changed_batch_goes_on_where_the_data_was(
     accumulation: int, last: int, begun: Callable[..., Path], resume: Callable[..., Path]
 ) -> None:
     """Two epochs of two steps: of the second epoch each row is trained once, in as many steps as it takes now."""
-    whole = begun(num_train_epochs=2)
+    whole = begun(**EPOCHS)
     run = resume(whole, training__gradient_accumulation_steps=accumulation)
     assert max(rates(run)) == last
     assert tokens(run) == tokens(whole)
@@ -243,7 +253,7 @@ def test_a_changed_batch_goes_on_where_the_data_was(
 def test_a_batch_that_grows_inside_an_epoch_says_what_is_trained_again(
     begun: Callable[..., Path], resume: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = begun(num_train_epochs=2, save_steps=1, lr_scheduler_type="constant")
+    whole = begun(**EPOCHS)
     run = resume(whole, step=1, training__gradient_accumulation_steps=4)
     assert "checkpoint-1 lies inside a step of 8 sequences: the first 4 of them are trained a second time" in (
         capsys.readouterr().out
@@ -262,8 +272,8 @@ def test_a_batch_that_grows_inside_an_epoch_says_what_is_trained_again(
 def test_more_epochs_train_what_a_longer_run_would_have(
     begun: Callable[..., Path], resume: Callable[..., Path]
 ) -> None:
-    longer = begun(num_train_epochs=2, lr_scheduler_type="constant")
-    run = resume(begun(num_train_epochs=1, lr_scheduler_type="constant"), training__num_train_epochs=2)
+    longer = begun(**EPOCHS)
+    run = resume(begun(**{**EPOCHS, "num_train_epochs": 1}), training__num_train_epochs=2)
     one, two = (torch.load(path / "checkpoint-4" / "optimizer.pt", weights_only=True) for path in (longer, run))
     assert all(
         torch.equal(value, two["state"][number][key])

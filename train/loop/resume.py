@@ -24,7 +24,7 @@ from transformers.optimization import GreedyLR
 from transformers.trainer import SCHEDULER_NAME
 
 from train.errors import UserError
-from train.loop.checkpoint import Checkpoint, changed_keys, facts_of_recipe
+from train.loop.checkpoint import Checkpoint, changed_keys, facts_of_recipe, value_of
 from train.progress import is_first_rank
 from train.recipe import Recipe
 
@@ -48,6 +48,8 @@ _METRIC_STATE = {
     *("_last_lr", "_streaming_avg", "optimizer"),
 }
 """Attributes of a schedule by metric that are its state; the others are settings."""
+_METRICS = {"training.metric_for_best_model", "training.greater_is_better"}
+"""Keys that decide which figure such a schedule follows: that of another one says nothing about it."""
 _SHAPES = ("adapter.r", "adapter.target_modules", "adapter.use_dora", "adapter.modules_to_save")
 """Keys that decide which weights an adapter has."""
 
@@ -130,7 +132,7 @@ class ResumedSettings:
 
     def _place(self, schedule: Any, groups: list[dict[str, Any]], saved: Mapping[str, Any]) -> None:
         """Give a schedule the settings that it was made with, and the position that it had."""
-        before, now = (str(facts.get("training.lr_scheduler_type", "linear")) for facts in (self._before, self._now))
+        before, now = (str(value_of(facts, "training.lr_scheduler_type")) for facts in (self._before, self._now))
         by_metric = before in _BY_METRIC
         if isinstance(schedule, LambdaLR):
             vars(schedule).update(self._schedule)
@@ -143,10 +145,11 @@ class ResumedSettings:
         elif isinstance(schedule, ReduceLROnPlateau | GreedyLR):
             rates = [fresh["lr"] for fresh in self._groups]
             if before == now:
-                schedule.load_state_dict(dict(saved))
+                if self.changed.isdisjoint(_METRICS):
+                    schedule.load_state_dict(dict(saved))
                 reduced = [*saved["_last_lr"]] + [saved["_last_lr"][-1]] * len(rates)
                 if "training.learning_rate" in self.changed:  # what the metric made of the old one, it makes of this
-                    old = float(self._before["training.learning_rate"])
+                    old = float(value_of(self._before, "training.learning_rate"))
                     reduced = [rate * (last / old) for rate, last in zip(rates, reduced, strict=False)]
                 rates = reduced[: len(rates)]
             state = {key: value for key, value in vars(schedule).items() if key in _METRIC_STATE}

@@ -13,8 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
+from train.data.chat_template import date_of
 from train.data.prepare import Prepared
 from train.loop import universal
 from train.loop.best import BestModel
@@ -204,14 +211,18 @@ class RunState(TrainerCallback):
             self._trainer.order.set_epoch(int(state.epoch))
 
 
-def facts_of_data(data: Prepared, chat_template: str) -> dict[str, Any]:
-    """What a run trains on, by digests: tokens of each source, how they are packed, and the template."""
+def facts_of_data(data: Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return what a run trains on: the tokens of each source, which rows, how they are packed, template and date."""
     plan = data.train.rows.plan_of(0)
     packed = xxhash.xxh3_128(plan.rows.tobytes() + plan.ends.tobytes()).hexdigest()
+    chosen = [part.rows.digest() for part in (data.train, data.validation) if part]
+    day = date_of(tokenizer)
     return {
-        "made.tokens": [cache.key for cache in data.caches],
+        "made.tokens": [{"source": cache.source, **cache.tokens} for cache in data.caches],
+        "made.rows": xxhash.xxh3_128("".join(chosen).encode()).hexdigest(),
         "made.sequences": packed,
-        "made.template": xxhash.xxh3_128(chat_template.encode()).hexdigest(),
+        "made.template": xxhash.xxh3_128(str(tokenizer.chat_template).encode()).hexdigest(),
+        **({"made.date": day.isoformat()} if day else {}),
     }
 
 

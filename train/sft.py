@@ -82,6 +82,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     check_model_folder(recipe.model, weights=not options.gpus)
     from train.loop.checkpoint import (
         check_distribution,
+        date_of_run,
         find_checkpoint,
         processes_now,
         refuse_changes,
@@ -91,7 +92,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(options.resume, recipe, options.resume_anyway)
 
     # Heavy imports wait until the recipe is known to be right and what it names to be there.
-    from train.data.chat_template import use_template, without_generation_marks
+    from train.data.chat_template import pin_date, use_template, without_generation_marks
     from train.data.gain_rows import describe_gain, gain_refusal, gain_rows
     from train.data.prepare import prepare
     from train.data.spans import Spans
@@ -110,6 +111,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     try_optimizer(recipe)
     template = use_template(tokenizer, recipe.chat.template)
     before = settle(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
+    pin_date(tokenizer, date_of_run(checkpoint))
     if options.check:
         about = {"checkpoint": checkpoint.folder if checkpoint else None, "cluster": cluster, "json_file": options.json}
         described = with_saved_quantization(recipe, load_config(recipe.model))
@@ -122,6 +124,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     from train.loop.arguments import training_arguments
     from train.loop.preemption import Preemption, telling_outcome
     from train.loop.report import claim_output_dir, say_where_it_goes_on, write_report
+    from train.loop.resume import ResumedSettings
     from train.loop.run_state import facts_of_data, sharding
     from train.loop.saving import keep_others_out
     from train.loop.side_files import side_file_faults
@@ -140,9 +143,9 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
         if faults := list(side_file_faults(recipe, tokenizer)):
             raise UserError(" ".join(faults))
         data = prepare(recipe, tokenizer)
-        about = facts_of_data(data, tokenizer.chat_template)
+        about = facts_of_data(data, tokenizer)
         if checkpoint:
-            made = {key: value for key, value in checkpoint.manifest["run"].items() if key in about}
+            made = {key: value for key, value in checkpoint.manifest["run"].items() if key.startswith("made.")}
             refuse_changes(checkpoint, made, about, options.resume_anyway)
         variants = gain_rows(recipe, data, tokenizer)
         account = data.train.account
@@ -154,6 +157,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
         arguments = training_arguments(described, stop_tokens)
         if checkpoint:
             check_distribution(checkpoint, sharding(arguments))
+            ResumedSettings(checkpoint, recipe).refuse(checkpoint, deepspeed=arguments.deepspeed_plugin is not None)
         tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
 
         step_log = StepLog(recipe.output_dir)

@@ -208,6 +208,28 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(setting: Setting, trai
         torch.testing.assert_close(resumed.weights[name], weight, rtol=0, atol=1e-6)
 
 
+def test_changed_settings_are_in_force_from_the_first_step(trained: Callable[..., Trained], tmp_path: Path) -> None:
+    """DeepSpeed, too, loads all of them with the states."""
+    whole = trained(RESUMED[0]).folder
+    shutil.copytree(whole / f"checkpoint-{SAVED_AT}", tmp_path / "run" / f"checkpoint-{SAVED_AT}")
+    changes = {"learning_rate": 1e-4, "weight_decay": 0.5, "adam_beta1": 0.8, "max_grad_norm": 0.5, "max_steps": 6}
+    named = [
+        word
+        for key, value in changes.items()
+        for word in ("--resume-anyway", f"training.{key}", f"training.{key}={value}")
+    ]
+    recipe = whole.with_suffix(".yaml")
+    launch(2, "zero1.yaml", "--recipe", recipe, f"output_dir={tmp_path / 'run'}", *named, logs=tmp_path).succeeded()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = {line["step"]: line["learning_rate"] for line in lines if "loss" in line}
+    assert [rates[step] for step in (4, 5, 6)] == pytest.approx([1e-4 * left / 6 for left in (3, 2, 1)])
+    states = next((tmp_path / "run" / "checkpoint-6").glob("global_step*/*optim_states.pt"))
+    saved = torch.load(states, weights_only=False)["optimizer_state_dict"]
+    groups = saved["base_optimizer_state"]["param_groups"]
+    assert [(group["weight_decay"], group["betas"]) for group in groups] == [(0.5, (0.8, 0.999)), (0.0, (0.8, 0.999))]
+    assert saved["clip_grad"] == 0.5
+
+
 @pytest.mark.parametrize("setting", RESUMED, ids=lambda setting: setting.name)
 def test_the_export_loads_in_plain_transformers_and_gives_the_trained_models_logits(
     setting: Setting, trained: Callable[..., Trained], tiny_model: Path

@@ -115,7 +115,7 @@ def test_other_rows_for_the_gain_are_named_where_it_chooses_nothing(
     best = loaded(run)
     capsys.readouterr()
     assert main([*arguments, "--resume", str(run / "checkpoint-3"), "system_gain.rows=4"]) == 0
-    assert "changed since checkpoint-3: system_gain.rows was 9 and is 4" in capsys.readouterr().out
+    assert "changed since checkpoint-3: system_gain.rows 9 -> 4 (in force from step 4)" in capsys.readouterr().out
     assert loaded(run) == best
 
 

@@ -1,6 +1,7 @@
 """Which checkpoints a run goes on from, and what is said of one that it can't go on from."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -262,7 +263,9 @@ def test_what_changes_the_mathematics_is_refused_by_name_unless_it_is_named(
     capsys.readouterr()
     found = find_checkpoint("auto", recipe, [key, *(word.rstrip(".,;:") for word in named)])
     assert found is not None
-    assert said in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"changed since checkpoint-6: {key}" in told or f", {key}" in told
+    assert "(in force from step 7)" in told
     with pytest.raises(UserError):
         find_checkpoint("auto", recipe, ["training.adam_beta1"])  # another key doesn't help
 
@@ -283,8 +286,7 @@ def test_what_changes_nothing_is_allowed_and_told(
     told = capsys.readouterr().out
     assert "changed since checkpoint-6: " in told
     for key, value in changes.items():
-        assert f"{key} was " in told
-        assert f" and is {value!r}" in told
+        assert re.search(f"{re.escape(key)} \\S+ -> {re.escape(json.dumps(value))}[, ]", told)
 
 
 def test_a_default_that_is_written_down_is_no_change(again: Callable[..., tuple[Path, Path]]) -> None:
@@ -319,9 +321,13 @@ def test_other_data_behind_the_same_recipe_is_refused(
 SAME_STEP = "training.gradient_accumulation_steps=2"
 
 
-def test_another_template_of_the_same_name_is_refused(
-    again: Callable[..., tuple[Path, Path]], refused: Callable[..., str], tmp_path: Path
+def test_another_text_of_the_template_is_told_where_no_token_changes(
+    again: Callable[..., tuple[Path, Path]],
+    refused: Callable[..., str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """The finished model is saved with it; a text that changes tokens is refused."""
     from train.data import chat_template
 
     shipped = (Path(chat_template.__file__).parent / "templates" / "chatml.jinja").read_text(encoding="utf-8")
@@ -329,10 +335,13 @@ def test_another_template_of_the_same_name_is_refused(
     template.write_text(shipped, encoding="utf-8")
     path, run = again(checkpoints=(), chat={"template": str(template)}, training={"max_steps": 2})
     assert main(["--recipe", str(path)]) == 0
-    template.write_text(f"{{# another #}}{shipped}", encoding="utf-8")  # the same text for every conversation
+    template.write_text(f"Hello\n{shipped}", encoding="utf-8")
     error = refused("--recipe", path)
-    assert f"{run / 'checkpoint-2'} belongs to another run" in error
-    assert "made.template" in error
+    assert f"{run / 'checkpoint-2'} belongs to another run: made.tokens was" in error
+    template.write_text(f"{{# another #}}{shipped}", encoding="utf-8")  # the same text for every conversation
+    assert main(["--recipe", str(path)]) == 0
+    assert "changed since checkpoint-2: made.template" in capsys.readouterr().out
+    assert (run / "chat_template.jinja").read_text(encoding="utf-8").startswith("{# another #}")
 
 
 def test_another_distribution_is_refused(again: Callable[..., tuple[Path, Path]]) -> None:

@@ -1,6 +1,8 @@
 """Which chat template a run uses, how a conversation is rendered with it, and the form it is saved in."""
 
+import json
 import re
+from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -33,6 +35,38 @@ def without_generation_marks(template: str) -> str:
 def named_templates() -> list[str]:
     """Names that `chat.template` takes besides a path."""
     return sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+
+
+_dates: WeakKeyDictionary[PreTrainedTokenizerBase, date] = WeakKeyDictionary()
+"""The date that rows are rendered with, for as long as the tokenizer lives."""
+_DIRECTIVES = "aAbBcdeDFghHIjklmMnpPrRStTuUVwWxXyYzZ"
+
+
+def pin_date(tokenizer: PreTrainedTokenizerBase, day: date) -> None:
+    """Have rows rendered with this date, whenever that is: a run keeps the date of its start (`dated_template`)."""
+    _dates[tokenizer] = day
+
+
+def date_of(tokenizer: PreTrainedTokenizerBase) -> date | None:
+    """Return the date that rows are rendered with, or None where the template doesn't ask for it."""
+    return _dates.get(tokenizer, date.today()) if "strftime_now" in str(tokenizer.chat_template) else None
+
+
+def dated_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the template with the pinned date in the place of the clock.
+
+    transformers (5.23) offers the clock as the global `strftime_now` and passes a template plain data alone, no
+    function. A macro of the same name hides the global. The line break after it belongs to its tag (trim_blocks).
+    """
+    template, day = str(tokenizer.chat_template), _dates.get(tokenizer)
+    if day is None or "strftime_now" not in template:
+        return template
+    midnight = datetime.combine(day, time())
+    codes = [f"-{code}" for code in "deHIjklmMSyU"] + list(_DIRECTIVES)
+    filters = "".join(
+        f" | replace({json.dumps('%' + code)}, {json.dumps(midnight.strftime('%' + code))})" for code in codes
+    )
+    return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{template}"
 
 
 _files: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()

@@ -95,13 +95,17 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class CachedSource:
-    """Where the tokens of one source are kept. `hit`: they were there. `how`: which tokenizer made them."""
+    """Where the tokens of one source are kept.
+
+    `hit`: they were there. `how`: which tokenizer made them. `tokens`: how many there are, and their digest.
+    """
 
     source: str
     key: str
     folder: str
     hit: bool
     how: str
+    tokens: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,9 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         if conversations
     }
     caches = [
-        CachedSource(source.path, entry.key, str(entry.folder), entry.hit, entry.facts["tokenizer"])
+        CachedSource(
+            source.path, entry.key, str(entry.folder), entry.hit, entry.facts["tokenizer"], entry.facts["tokens"]
+        )
         for (_, source), (entry, _) in zip(named, tokenized, strict=True)
     ]
     escaped = sum(entry.facts["escaped"] for entry, _ in tokenized)

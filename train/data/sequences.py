@@ -5,6 +5,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from train.data.loss_mask import NOT_TRAINED, labels_of
@@ -52,6 +53,10 @@ class Sequences:
         if self._packed:
             item["seq_lengths"] = [len(ids) for ids, _ in documents]
         return item
+
+    def digest(self) -> str:
+        """Return a digest of the rows that are chosen, by number, in their order."""
+        return xxhash.xxh3_128(self._chosen.astype("<i8").tobytes()).hexdigest()
 
     def places(self, index: int) -> list[str]:
         """Where each document of a sequence stood in its source, in words."""

@@ -7,7 +7,6 @@ went through; not from what the recipe does with the rows afterwards, nor from w
 import importlib.metadata
 import time
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from train.data.cache import Entry, default_folder, find_or_make, key_of, report_progress
+from train.data.chat_template import date_of
 from train.data.fast_tokenizer import DiffersError
 from train.data.sources import OpenSource, chunks_and_format, digest_of_files, open_source
-from train.data.token_rows import Faults, write
+from train.data.token_rows import Faults, TokensDigest, write
 from train.data.tokenize import RowTokenizer, tokenize
 from train.errors import UserError
 from train.progress import Job, job
@@ -70,7 +70,7 @@ def _made_of(source: Source, opened: OpenSource, recipe: Recipe, tokenizer: PreT
         "tokenizer": xxhash.xxh3_128(backend.encode()).hexdigest(),
         "special_tokens": tokenizer.special_tokens_map,
         "template": tokenizer.chat_template,
-        "today": date.today() if "strftime_now" in str(tokenizer.chat_template) else None,
+        "date": date_of(tokenizer),
         "policies": [chat.train_on, chat.control_tokens_in_text],
         "code": digest_of_files([here / f"{name}.py" for name in _DECISIVE]),
         "packages": [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")],
@@ -107,6 +107,7 @@ def _write(
     return {
         "source": source.path,
         "rows": counted.rows,
+        "tokens": counted.digest.facts(),
         "faults": counted.faults.kinds,
         "escaped": counted.faults.escaped,
         "tokenizer": f"the tokenizer itself, as {why_not_fast}" if why_not_fast else "fastokens, checked on a sample",
@@ -118,13 +119,14 @@ class _Counted:
 
     def __init__(self, batches: Iterator[tuple[pyarrow.RecordBatch, Faults]], folder: Path, tokenizing: Job) -> None:
         self._batches, self._folder, self._job = batches, folder, tokenizing
-        self.rows, self.faults = 0, Faults()
+        self.rows, self.faults, self.digest = 0, Faults(), TokensDigest()
 
     def __iter__(self) -> Iterator[pyarrow.RecordBatch]:
         reported = time.monotonic()
         for batch, faults in self._batches:
             self.faults.merge(faults)
             self.rows += batch.num_rows
+            self.digest.add(batch)
             self._job.advance(batch.num_rows)
             if time.monotonic() - reported > _SECONDS_BETWEEN_REPORTS:
                 reported = time.monotonic()

@@ -35,7 +35,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from train.data.chat_template import has_generation_marks, template_name
+from train.data.chat_template import dated_template, has_generation_marks, template_name
 from train.data.formats import Message, RowFault
 from train.data.rendering import Form, Rendering, Span, Tools, check_answer, check_others, named, render_row
 from train.data.trials import ANSWER, NAME, NEXT, QUESTION, RESULT, VALUE, call, question, tools_for, trials
@@ -78,7 +78,7 @@ class Spans:
         Raises UserError where no answer could be trained under this template at all.
         """
         self._name = template_name(tokenizer)
-        self._template = str(tokenizer.chat_template)
+        self._template = dated_template(tokenizer)
         self._variables = tokenizer.special_tokens_map
         self._eos = tokenizer.eos_token
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}

@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from train.data.chat_template import template_name
+from train.data.chat_template import date_of, template_name
 from train.data.system_probe import (
     EXCHANGES,
     QUESTION,
@@ -203,8 +203,11 @@ def outcome(tokenizer: PreTrainedTokenizerBase, before: Probe, default_system: s
         sentences.append(f"A conversation without one gets none{taken}.")
     if before.header is not None:
         sentences.append(f"To every conversation the template adds: {before.header!r}.")
-    if before.dated:
-        sentences.append("It knows the day's date; where it writes it, the same row is other text tomorrow.")
+    if day := date_of(tokenizer):
+        sentences.append(
+            f"It asks for today's date: rows are rendered with {day:%d %B %Y}, the day on which the run starts, "
+            "and the model that is served will see others."
+        )
     # A header may hold a clock, which has gone on.
     return Outcome(sentences, default, changed=replace(now, header=before.header) != before)
 

@@ -106,6 +106,35 @@ def _digest(text: str) -> bytes:
     return xxhash.xxh3_128_digest(text.encode("utf-8", "surrogatepass"))
 
 
+class TokensDigest:
+    """A digest of tokens and trained spans: of all rows in their order, however they come in batches and files.
+
+    `facts`: it, and the numbers of rows, tokens and trained tokens.
+    """
+
+    def __init__(self) -> None:
+        self._streams = [xxhash.xxh3_128() for _ in range(5)]
+        self._rows = self._tokens = self._trained = 0
+
+    def add(self, batch: pyarrow.RecordBatch) -> None:
+        """Take in the rows that follow."""
+        ids, trained = _offsets_and_values(batch["input_ids"]), _offsets_and_values(batch["trained"])
+        first = _int32(batch["first_of_conversation"])
+        columns = [first]
+        for offsets, values in (ids, trained):
+            columns += [np.diff(offsets), values[offsets[0] : offsets[-1]]]
+        for stream, column in zip(self._streams, columns, strict=True):
+            stream.update(column.astype("<i4", copy=False).tobytes())
+        self._rows += batch.num_rows
+        self._tokens += int(ids[0][-1] - ids[0][0])
+        self._trained += int(_int32(batch["trained_tokens"]).sum())
+
+    def facts(self) -> dict[str, Any]:
+        """Return them as JSON has them."""
+        digest = xxhash.xxh3_128(b"".join(stream.digest() for stream in self._streams)).hexdigest()
+        return {"rows": self._rows, "tokens": self._tokens, "trained_tokens": self._trained, "digest": digest}
+
+
 class TokenRows:
     """The rows of some files that `write` wrote, one after the other; their tokens stay on disk until they are asked.
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,21 @@ UNSHARDED = "one process or DDP"
 _BATCH = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 """What one step consists of; another split of as many sequences is the same step."""
 _MEANING = {
-    "made.tokens": "what the rows of data.sources became: their files, the tokenizer or the template are other ones",
+    "made.tokens": "what the rows of data.sources became: their text, the tokenizer, the template or a policy of chat "
+    "is another one",
+    "made.rows": "which rows are trained and held out, and how often",
     "made.sequences": "how rows are packed",
-    "made.template": "the text of the template",
+    "made.template": "the text of the template, which is saved with the model; no token is another one",
     _BATCH[1]: f"with {_BATCH[0]}, on all processes",
 }
 """What stands behind a key that nobody changed under that name."""
+_JUDGED_BY_TOKENS = {"data.sources", "data.validation"}
+"""Keys whose paths don't matter where the tokens of their rows are known."""
 HARMLESS = {
     "data.cache_dir",
     "data.processes",
     "model.attention",
+    "made.template",
     *(
         f"training.{name}"
         for name in (
@@ -84,8 +90,8 @@ def sequences_per_step(recipe: Recipe, processes: int) -> int:
     return int(each * accumulated * processes)
 
 
-def _value(facts: Mapping[str, Any], key: str) -> Any:
-    """What a run had there; what TRL takes where nothing is written, so that to write a default is no change."""
+def value_of(facts: Mapping[str, Any], key: str) -> Any:
+    """Return what a run had there, or TRL's default where nothing is written: to write a default is no change."""
     field = training_fields().get(key.removeprefix("training."))
     return facts.get(key, field.default if field else None)
 
@@ -113,20 +119,66 @@ def find_checkpoint(resume: str, recipe: Recipe, anyway: Sequence[str] = ()) -> 
             f"--resume {resume}: {found.folder} holds no optimizer (training.save_only_model: true), so no run can go "
             "on from it. Name another output_dir, or write `--resume never` to start anew."
         )
-    recipe_keys = {key: value for key, value in found.manifest["run"].items() if not key.startswith("made.")}
     known = {*found.manifest["run"], *facts_of_recipe(recipe), *(f"training.{name}" for name in training_fields())}
     for key in anyway:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=2)
             meant = f" Did you mean {' or '.join(near)}?" if near else ""
             raise UserError(f"--resume-anyway {key}: no key that a run can differ in from its checkpoint.{meant}")
-    refuse_changes(found, recipe_keys, facts_of_recipe(recipe), anyway)
+    refuse_changes(found, found.manifest["run"], facts_of_recipe(recipe), anyway)
     return found
 
 
 def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The keys that differ between two runs, harmless or not."""
-    return sorted(key for key in before.keys() | now.keys() if _value(before, key) != _value(now, key))
+    """Return the keys that differ between two runs, harmless or not.
+
+    What was made of the data is compared where both say it. Where a checkpoint tells the tokens of its rows, they are
+    what is compared, with how often each source is seen: the same rows under another path, in other files or under
+    another name of a template are no change.
+    """
+    keys = {key for key in before.keys() | now.keys() if not key.startswith("made.") or (key in before and key in now)}
+    by_tokens = _tells_tokens(before)
+    if not by_tokens:
+        keys -= {"made.tokens"}  # an earlier version had names of caches there, which also changed with its own code
+    if by_tokens and _weights(before) == _weights(now):
+        keys -= _JUDGED_BY_TOKENS
+    return sorted(key for key in keys if _compared(before, key) != _compared(now, key))
+
+
+def _tells_tokens(facts: Mapping[str, Any]) -> bool:
+    return "made.rows" in facts
+
+
+def _weights(facts: Mapping[str, Any]) -> list[Any]:
+    """Return how often each source is seen, and the share of the rows that is held out."""
+    parts = (facts.get(key) for key in sorted(_JUDGED_BY_TOKENS))
+    return [[source["weight"] for source in part] if isinstance(part, list) else part for part in parts]
+
+
+def _compared(facts: Mapping[str, Any], key: str) -> Any:
+    value = value_of(facts, key)
+    return [{**part, "source": None} for part in value] if key == "made.tokens" else value
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any], key: str) -> tuple[str, str]:
+    """Return what a key was and what it is, as text."""
+    then, since = value_of(before, key), value_of(now, key)
+    if key == "made.tokens":
+        if len(then) != len(since):
+            return f"{len(then)} sources", f"{len(since)} sources"
+        pairs = [(old, new) for old, new in zip(then, since, strict=True) if old["digest"] != new["digest"]]
+        texts = [(_counts(old), _counts(new)) for old, new in pairs]
+        return (
+            ", ".join(f"{old} in {pair[0]['source']}" for pair, (old, _) in zip(pairs, texts, strict=True)),
+            ", ".join("as many others" if new == old else new for old, new in texts),
+        )
+    if key.startswith("made."):
+        return then[:8], since[:8]
+    return json.dumps(then, ensure_ascii=False), json.dumps(since, ensure_ascii=False)
+
+
+def _counts(tokens: Mapping[str, Any]) -> str:
+    return f"{tokens['rows']:,} rows of {tokens['tokens']:,} tokens ({tokens['trained_tokens']:,} trained)"
 
 
 def refuse_changes(
@@ -138,21 +190,37 @@ def refuse_changes(
     """
     changed = changed_keys(before, now)
     meaning = {key: f" ({_MEANING[key]})" if key in _MEANING else "" for key in changed}
-    told = {key: f"{key} was {_value(before, key)!r} and is {_value(now, key)!r}{meaning[key]}" for key in changed}
-    by_gain = chosen_by_gain(_value(now, "training.metric_for_best_model"))
-    refused = [
-        key
-        for key in changed
-        if key not in HARMLESS and key not in anyway and (by_gain or not key.startswith("system_gain."))
-    ]
+    by_gain = chosen_by_gain(value_of(now, "training.metric_for_best_model"))
+    harmless = HARMLESS | ({"chat.template"} if _tells_tokens(before) else set())
+    allowed = harmless | set(anyway)
+    if not {"made.tokens", *_JUDGED_BY_TOKENS}.isdisjoint(anyway):
+        allowed |= {"made.tokens"}
+    if any(key.startswith(("data.", "made.")) or key in ("seed", *_BATCH) for key in anyway):
+        allowed |= {"made.rows", "made.sequences"}  # they follow
+    refused = [key for key in changed if key not in allowed and (by_gain or not key.startswith("system_gain."))]
     if refused:
+        told = [
+            f"{key} was {value_of(before, key)!r} and is {value_of(now, key)!r}{meaning[key]}"
+            if not key.startswith("made.")
+            else f"{key} was {' and is '.join(_difference(before, now, key))}{meaning[key]}"
+            for key in refused
+        ]
         raise UserError(
-            f"--resume: {checkpoint.folder} belongs to another run: {'; '.join(told[key] for key in refused)}. Name "
+            f"--resume: {checkpoint.folder} belongs to another run: {'; '.join(told)}. Name "
             "another output_dir, change it back, write `--resume never` to start anew, or go on with the change: "
             f"{' '.join(f'--resume-anyway {key}' for key in refused)}."
         )
-    if told and is_first_rank():
-        print(f"changed since {checkpoint.folder.name}: {'; '.join(told.values())}", flush=True)
+    if changed and is_first_rank():
+        changes = ", ".join(f"{key} {' -> '.join(_difference(before, now, key))}" for key in changed)
+        print(
+            f"changed since {checkpoint.folder.name}: {changes} (in force from step {checkpoint.step + 1})", flush=True
+        )
+
+
+def date_of_run(checkpoint: Checkpoint | None) -> date:
+    """Return the date that a run renders its rows with: that of its start, also where it goes on after midnight."""
+    begun = checkpoint.manifest["run"].get("made.date") if checkpoint else None
+    return date.fromisoformat(begun) if begun else date.today()
 
 
 def check_distribution(checkpoint: Checkpoint, now: str) -> None:
@@ -180,8 +248,9 @@ def with_same_steps(recipe: Recipe, checkpoint: Checkpoint, anyway: Sequence[str
     if now == wanted:
         return recipe
     if processes == were:
+        named = [*anyway, _BATCH[1]] if _BATCH[0] in anyway else anyway
         refuse_changes(
-            checkpoint, {_BATCH[1]: f"{wanted} sequences a step"}, {_BATCH[1]: f"{now} sequences a step"}, anyway
+            checkpoint, {_BATCH[1]: f"{wanted} sequences a step"}, {_BATCH[1]: f"{now} sequences a step"}, named
         )
         return recipe
     each = recipe.training.get("per_device_train_batch_size", training_fields()["per_device_train_batch_size"].default)

@@ -13,12 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
+from train.data.chat_template import date_of
 from train.data.prepare import Prepared
 from train.loop import universal
 from train.loop.best import BestModel
 from train.loop.checkpoint import UNSHARDED, Checkpoint, facts_of_recipe, sequences_per_step
+from train.loop.resume import shift_of_steps
 from train.progress import is_first_rank
 
 if TYPE_CHECKING:
@@ -37,6 +45,8 @@ class RunState(TrainerCallback):
         self.best = BestModel(trainer)
         self.schedule_was_held = False
         """Whether DeepSpeed left the step out that is ending."""
+        self.shift = 0
+        """Steps done, less those that epochs as they are now would have taken to get as far in the data."""
         self._going_on: Checkpoint | None = None
         self._loaded_from = Path()
         self._learning_rate: float | None = None
@@ -50,6 +60,13 @@ class RunState(TrainerCallback):
         if universal.is_universal(self._loaded_from):
             universal.expect(self._trainer.accelerator.state.deepspeed_plugin)
         return self._loaded_from
+
+    def find_position(self, steps_per_epoch: int) -> int:
+        """Find where the run goes on in epochs of so many steps: `shift`."""
+        if self._going_on is not None:
+            sequences, of_step = self._sizes()
+            self.shift = shift_of_steps(self._going_on, sequences, of_step, steps_per_epoch)
+        return self.shift
 
     def loadable(self, checkpoint: Checkpoint) -> Path:
         """The checkpoint's folder; in the form for any number of processes where DeepSpeed wrote it on another."""
@@ -90,6 +107,7 @@ class RunState(TrainerCallback):
             "step": state.global_step,
             "epoch": state.epoch,
             "sequences": self._consumed(),
+            "sequences_per_epoch": self._sizes()[0],
             "tokens": state.num_input_tokens_seen,
             "run": {**facts_of_recipe(recipe), **trainer._about},
             "processes": arguments.world_size,
@@ -99,14 +117,19 @@ class RunState(TrainerCallback):
             "wandb_run": run.id if run else None,
         }
 
-    def _consumed(self) -> int:
-        """Sequences that were trained, each as often as it was: a smaller step ends an epoch."""
+    def _sizes(self) -> tuple[int, int]:
+        """Sequences of an epoch and of a step."""
         trainer, arguments = self._trainer, self._trainer.args
         sequences, at_once = len(trainer.train_dataset), arguments.train_batch_size * arguments.world_size
         if arguments.dataloader_drop_last:
             sequences = sequences // at_once * at_once
-        of_step = at_once * arguments.gradient_accumulation_steps
-        epochs, steps = divmod(trainer.state.global_step, max(-(-sequences // of_step), 1))
+        return sequences, at_once * arguments.gradient_accumulation_steps
+
+    def _consumed(self) -> int:
+        """Sequences that were trained, each as often as it was: a smaller step ends an epoch."""
+        sequences, of_step = self._sizes()
+        done = self._trainer.state.global_step - self.shift
+        epochs, steps = divmod(done, max(-(-sequences // of_step), 1))
         return epochs * sequences + min(steps * of_step, sequences)
 
     def on_optimizer_step(
@@ -145,6 +168,12 @@ class RunState(TrainerCallback):
             return
         self._over = state.global_step >= state.max_steps
         trainer = self._trainer
+        if self._over and is_first_rank() and trainer.length_changed():
+            print(
+                f"nothing is trained: this recipe ends at step {state.max_steps:,}, and {self._going_on.folder.name} "
+                f"has done {state.global_step:,} already. Its model is saved as the finished one.",
+                flush=True,
+            )
         states = {int(path.stem.rpartition("_")[2]): path for path in self._loaded_from.glob("run_state_*.json")}
         read = {rank: json.loads(path.read_text(encoding="utf-8")) for rank, path in states.items()}
         rank, ranks = args.process_index, args.world_size
@@ -182,14 +211,18 @@ class RunState(TrainerCallback):
             self._trainer.order.set_epoch(int(state.epoch))
 
 
-def facts_of_data(data: Prepared, chat_template: str) -> dict[str, Any]:
-    """What a run trains on, by digests: tokens of each source, how they are packed, and the template."""
+def facts_of_data(data: Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return what a run trains on: the tokens of each source, which rows, how they are packed, template and date."""
     plan = data.train.rows.plan_of(0)
     packed = xxhash.xxh3_128(plan.rows.tobytes() + plan.ends.tobytes()).hexdigest()
+    chosen = [part.rows.digest() for part in (data.train, data.validation) if part]
+    day = date_of(tokenizer)
     return {
-        "made.tokens": [cache.key for cache in data.caches],
+        "made.tokens": [{"source": cache.source, **cache.tokens} for cache in data.caches],
+        "made.rows": xxhash.xxh3_128("".join(chosen).encode()).hexdigest(),
         "made.sequences": packed,
-        "made.template": xxhash.xxh3_128(chat_template.encode()).hexdigest(),
+        "made.template": xxhash.xxh3_128(str(tokenizer.chat_template).encode()).hexdigest(),
+        **({"made.date": day.isoformat()} if day else {}),
     }
 
 

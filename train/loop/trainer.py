@@ -11,7 +11,14 @@ import torch
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainerControl
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainingArguments,
+)
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -30,6 +37,7 @@ from train.loop.isolation import IsolationTest
 from train.loop.order import EpochOrder
 from train.loop.preemption import Preemption, StopError, StopWhenAsked
 from train.loop.report import model_card
+from train.loop.resume import ResumedSettings
 from train.loop.run_state import RunState, files_expected
 from train.loop.saved import check_saved
 from train.loop.saving import Saver
@@ -62,6 +70,7 @@ class JanusTrainer(SFTTrainer):
     grad_norm: torch.Tensor | float = math.nan
     """Of the last step."""
     control: TrainerControl
+    _resumed: ResumedSettings | None = None
     _evaluated: Sums | None = None
     _tokens_since_saved: int = 0
 
@@ -143,6 +152,7 @@ class JanusTrainer(SFTTrainer):
         self._saver.begin(going_on)
         if going_on:
             resume_from_checkpoint = str(self._run_state.go_on_from(going_on))
+            self._resumed = ResumedSettings(going_on, self._recipe)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except ImportError as fault:
@@ -161,7 +171,33 @@ class JanusTrainer(SFTTrainer):
         with as_user_error(
             f"training.lr_scheduler_type: {self.args.lr_scheduler_type.value} (lr_scheduler_kwargs: {given})"
         ):
-            return super().create_scheduler(*args, **kwargs)
+            schedule = super().create_scheduler(*args, **kwargs)
+        if self._resumed:
+            self._resumed.note(kwargs.get("optimizer") or self.optimizer, schedule)
+        return schedule
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> tuple[Any, ...]:
+        """transformers' numbers of epochs and steps; in a resumed run those that are left come after those done."""
+        epochs, per_epoch, *rest, max_steps = super().set_initial_training_values(args, dataloader)
+        shift = self._run_state.find_position(per_epoch)
+        if shift and args.max_steps > 0:
+            epochs = math.ceil((max_steps - shift) / per_epoch)
+        elif shift:
+            max_steps += shift
+        return epochs, per_epoch, *rest, max_steps
+
+    def _init_training_state(self, max_steps: int, num_update_steps_per_epoch: int, *args: Any) -> tuple[int, int]:
+        """transformers' state: epochs trained, and micro-batches trained in the current one.
+
+        transformers keeps the checkpoint's logging_steps, eval_steps and save_steps; those of this run are in force.
+        """
+        position = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args)
+        self.state.compute_steps(self.args, max_steps)
+        shift = self._run_state.shift
+        if not shift:
+            return position
+        epochs, steps = divmod(self.state.global_step - shift, num_update_steps_per_epoch)
+        return epochs, 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
 
     def init_hf_repo(self, token: str | None = None) -> None:
         """transformers' repository on the hub. Raises UserError where it can't be made, whatever the reason."""
@@ -233,10 +269,21 @@ class JanusTrainer(SFTTrainer):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """transformers' loading of them, which follows DeepSpeed's."""
+        """Load states, which follows DeepSpeed's loading; settings are those of this run's recipe."""
+        if checkpoint is None or self._resumed is None:
+            return
         with loading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint and self.is_deepspeed_enabled:
+            self._resumed.load(self, Path(checkpoint))
+
+    def length_changed(self) -> bool:
+        """Whether the run resumes with another number of steps or epochs than it had."""
+        keys = {"training.max_steps", "training.num_train_epochs"}
+        return self._resumed is not None and not keys.isdisjoint(self._resumed.changed)
+
+    def load_states(self, checkpoint: str) -> None:
+        """Load optimizer and schedule as transformers does, with their settings."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.is_deepspeed_enabled:
             universal.loaded(self.model_wrapped, Path(checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from train.data.outcomes import describe_outcome, outcomes, warnings_of
+from train.data.outcomes import describe_outcome, describe_unread, outcomes, warnings_of
 from train.data.prepare import Account, Prepared, examine
 from train.data.survey import Bin
 from train.data.system_role import Probe
@@ -151,6 +151,8 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool) -> Te
         line("" if number else "not as is", describe_outcome(one), "yellow")
     if not report.outcomes:
         line("not as is", "no row was refused, left out, dropped or truncated")
+    for number, value in enumerate(describe_unread(report.unread) or ["nothing: every column and key is read"]):
+        line("" if number else "not read", value)
     for warning in report.warnings:
         line("warning", warning, "yellow")
     if not any(part and part.duplicates.rows for part in (report.training, report.validation)):
@@ -313,6 +315,7 @@ def screen(
         *_describe("data", data.train.account, recipe),
         *(_describe("validation", data.validation.account, recipe) if data.validation else []),
         *(("", visible(describe_outcome(one))) for one in outcomes(data, recipe.data)),
+        *(("not read" if not n else "", visible(value)) for n, value in enumerate(describe_unread(data.unread))),
         *(("warning", visible(warning)) for warning in [*warnings_of(data), *float8_warnings(recipe)]),
         *([("system gain", visible(system_gain))] if system_gain else []),
         (

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from train.data.outcomes import describe_outcome, outcomes, warnings_of
+from train.data.outcomes import describe_outcome, describe_unread, outcomes, warnings_of
 from train.data.prepare import Account, Prepared, examine
 from train.data.survey import Bin
 from train.data.system_role import Probe
@@ -169,6 +169,8 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
         line("" if number else "dropped", describe_outcome(one), "yellow")
     if not report.outcomes:
         line("dropped", "no row was refused, skipped, dropped or truncated")
+    for number, value in enumerate(describe_unread(report.unread) or ["nothing: every column and key is read"]):
+        line("" if number else "not read", value)
     for warning in report.warnings:
         line("warning", warning, "yellow")
     if not any(part and part.duplicates.rows for part in (report.training, report.validation)):
@@ -351,6 +353,7 @@ def screen(
         *_describe("data", data.train.account, recipe),
         *(_describe("validation", data.validation.account, recipe) if data.validation else []),
         *(("dropped", describe_outcome(one)) for one in outcomes(data, recipe.data)),
+        *(("" if number else "not read", value) for number, value in enumerate(describe_unread(data.unread))),
         *(("warning", warning) for warning in warned),
         *([("system gain", system_gain)] if system_gain else []),
         (

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from train.data.gain_rows import describe_gain, gain_refusal, gain_rows
 from train.data.loss_mask import NOT_TRAINED
 from train.data.outcomes import Outcome, outcomes, warnings_of
-from train.data.prepare import Account, CachedSource, Prepared, Row, refusal
+from train.data.prepare import Account, CachedSource, Prepared, Row, UnreadText, refusal
 from train.data.survey import Bin, Overlap, Repeats, histogram, quantiles
 from train.data.system_role import Probe, outcome
 from train.loop.checkpoint import sequences_per_step
@@ -85,7 +85,7 @@ class Report:
 
     `template`: which one. `probe`: what it does with system messages without our help, in words; nothing where it is
     used as it came. `chat`: the policies of the recipe. `system_messages`: what results, found by rendering.
-    `caches`: where the tokens of each source are kept.
+    `caches`: where the tokens of each source are kept. `unread`: columns and keys of messages that nothing reads.
 
     `error` is what has to change and null where `ready`. `resumes_from`: the checkpoint that the run would go on from.
     `finished`: the run of this recipe is in output_dir, trained to its end; null where it isn't.
@@ -112,6 +112,7 @@ class Report:
     validation: PartReport | None
     caches: list[CachedSource]
     outcomes: list[Outcome]
+    unread: list[UnreadText]
     overlap: Overlap
     system_gain: str | None
     schedule: Schedule
@@ -173,6 +174,7 @@ def survey(
         validation=_part(data.validation.account, recipe, given) if data.validation else None,
         caches=list(data.caches),
         outcomes=outcomes(data, recipe.data),
+        unread=list(data.unread),
         overlap=data.overlap,
         system_gain=describe_gain(gain),
         schedule=steps,

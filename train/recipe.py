@@ -115,6 +115,9 @@ class Source(Section):
         "auto", "messages", "sharegpt", "alpaca", "janus", "prompt_completion", "question_answer", "exchanges"
     ] = "auto"
     """How a row is to be read; auto = recognised from the columns."""
+    ignore: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """Columns (`rationale`) and keys of messages (`messages[].note`) that hold content and are to be left out: rows are
+    read as if they had none of them. Without it, content that nothing reads is an error."""
 
 
 Sources = Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]

@@ -78,6 +78,10 @@ class ControlTokens:
         """The definitions of tools, likewise. Raises RowFault."""
         return tools if tools is None or self._policy == "allow" else self._clean(tools, "the tools")
 
+    def clean_kwargs(self, kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The variables that a row sets for the template, likewise. Raises RowFault."""
+        return kwargs if kwargs is None or self._policy == "allow" else self._clean(kwargs, "chat_template_kwargs")
+
     def _clean(self, value: Any, where: str) -> Any:
         if isinstance(value, dict):
             return {self._clean(key, where): self._clean(item, where) for key, item in value.items()}

@@ -94,6 +94,7 @@ def _as_json(chosen: Chosen) -> dict[str, Any]:
     return {
         "messages": conversation.messages,
         "tools": conversation.tools,
+        "template_kwargs": conversation.template_kwargs,
         "place": conversation.place,
         "labels": chosen.row.labels,
         "instruction": chosen.instruction,
@@ -103,6 +104,6 @@ def _as_json(chosen: Chosen) -> dict[str, Any]:
 
 
 def _from_json(kept: dict[str, Any]) -> Chosen:
-    conversation = Conversation(kept["messages"], kept["tools"], kept["place"])
+    conversation = Conversation(kept["messages"], kept["tools"], kept["place"], kept["template_kwargs"])
     labels = tuple((of, value) for of, value in kept["labels"])
     return Chosen(Labelled(conversation, labels), kept["instruction"], kept["others"], kept["siblings"])

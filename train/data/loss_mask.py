@@ -9,9 +9,10 @@ with two is refused (OpenRLHF#393).
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -24,6 +25,7 @@ from train.data.formats import Message, RowFault
 from train.data.rendering import Rendering, Span, Tools, gaps
 from train.data.spans import Spans, TrainOn
 from train.data.system_role import SystemRole, settle
+from train.data.unread import Unread
 
 NOT_TRAINED = -100
 """The label that PyTorch's cross entropy ignores."""
@@ -86,6 +88,7 @@ class Encoder:
         """
         self._made_for = _state(tokenizer)
         self._spans = Spans(tokenizer)
+        self.left_out: list[Unread] = []
         self._bos = tokenizer.bos_token_id
         self._added = np.asarray(sorted(tokenizer.added_tokens_decoder), dtype=np.int64)
         self._slow = None if tokenizer.is_fast else copy.copy(tokenizer)
@@ -103,18 +106,28 @@ class Encoder:
         return self._made_for == _state(tokenizer)
 
     def encode(
-        self, conversations: Sequence[tuple[list[Message], Tools]], train_on: TrainOn
+        self,
+        conversations: Sequence[tuple[list[Message], Tools]],
+        train_on: TrainOn,
+        template_kwargs: Sequence[Mapping[str, Any] | None] = (),
     ) -> list[list[Encoded] | RowFault]:
         """For each conversation its rows, or the fault that keeps it from being trained. Long lists use all cores.
 
+        `template_kwargs`: the variables that each sets for the template. `left_out` then holds for each what its
+        renders leave out, contents aside.
         Raises DiffersError where fastokens turns out to give other tokens than the tokenizer.
         """
         renderings: list[list[Rendering] | RowFault] = []
-        for messages, tools in conversations:
+        self.left_out = []
+        for (messages, tools), kwargs in zip_longest(conversations, template_kwargs):
+            missing: Unread = {}
             try:
-                renderings.append(self._spans.rows(messages, tools, train_on))
+                rendered = self._spans.with_variables(kwargs).rows(messages, tools, train_on)
+                missing = self._spans.left_out(messages, tools, kwargs, rendered)
+                renderings.append(rendered)
             except RowFault as fault:
                 renderings.append(fault)
+            self.left_out.append(missing)
         encoded = iter(self._encode([row for rows in renderings if not isinstance(rows, RowFault) for row in rows]))
         results: list[list[Encoded] | RowFault] = []
         for rows in renderings:

@@ -1,11 +1,15 @@
 """What became of rows that are not trained as they stand, and what else a person should know of the data, in words."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
-from train.data.prepare import Prepared
+from train.data.prepare import Prepared, UnreadText
 from train.data.sources import BadRow
 from train.progress import counted
 from train.recipe import DataSection
+
+_NAMES_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,23 @@ def describe_outcome(one: Outcome) -> str:
     # "1 row refused by the template", not "1 row refused, refused by the template"
     why = one.reason if one.reason.startswith(f"{one.outcome} ") else f"{one.outcome}, {one.reason}"
     return f"{counted(one.rows, 'row')} {why}: first {one.examples[0]}"
+
+
+def describe_unread(unread: Sequence[UnreadText]) -> list[str]:
+    """A line for each source with columns or keys of messages that nothing reads: those that lose content first."""
+    lines = []
+    for key, found in groupby(unread, lambda one: one.key):
+        of_source = sorted(found, key=lambda one: (not one.losing or one.ignored, -one.rows, one.name))
+        shown = [_describe_unread(one) for one in of_source[:_NAMES_SHOWN]]
+        more = [f"and {len(of_source) - _NAMES_SHOWN:,} others"] if len(of_source) > _NAMES_SHOWN else []
+        lines.append(f"{key}: {', '.join([*shown, *more])}")
+    return lines
+
+
+def _describe_unread(one: UnreadText) -> str:
+    if one.ignored:
+        return f"{one.name} (ignored, {counted(one.rows, 'row')})"
+    return f"{one.name} ({counted(one.rows, 'row')}" + (f", content in {one.losing:,})" if one.losing else ")")
 
 
 def warnings_of(data: Prepared) -> list[str]:

@@ -4,12 +4,14 @@ Tokens are made once (`source_tokens`). Which rows are trained, how often, cut t
 worked out anew at each start, from numbers alone.
 """
 
+import difflib
+import json
 import math
 import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +30,8 @@ from train.data.spans import NO_TOOLS
 from train.data.survey import Overlap, Repeats, choose_examples, duplicates, shared
 from train.data.token_rows import TokenRows
 from train.errors import UserError
-from train.progress import job
-from train.recipe import DataSection, Recipe
+from train.progress import counted, job
+from train.recipe import DataSection, Recipe, Source
 from train.training_fields import training_fields
 
 _PLAN = "plan"
@@ -108,13 +110,29 @@ class CachedSource:
     tokens: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class UnreadText:
+    """A column of a source, or a key of its messages, that nothing reads.
+
+    `key`: the source in the recipe. `rows` have it, `losing` of them lose content with it, of which `example` is the
+    first. `ignored`: the recipe says so.
+    """
+
+    key: str
+    name: str
+    rows: int
+    losing: int
+    ignored: bool
+    example: BadRow | None = None
+
+
 @dataclass(frozen=True)
 class Prepared:
     """All that training needs of the data.
 
     `faults`: rows that can't be trained, by kind, whichever part's they are. `escaped`: rows of the sources that are
     trained with the control tokens typed in their text broken up. `passed_over`: files beside the data that no row was
-    read from.
+    read from. `unread`: what no format reads of the rows. `unmatched`: names in a source's `ignore` that no row has.
     """
 
     train: Part
@@ -124,6 +142,8 @@ class Prepared:
     caches: Sequence[CachedSource] = ()
     escaped: int = 0
     passed_over: Sequence[Path] = ()
+    unread: Sequence[UnreadText] = ()
+    unmatched: Sequence[str] = ()
 
     @property
     def accounts(self) -> dict[str, Account]:
@@ -194,11 +214,44 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     escaped = sum(entry.facts["escaped"] for entry, _ in tokenized)
     passed_over = list(dict.fromkeys(path for _, opened in tokenized for path in opened.passed_over))
     train, trained = parts["training"]
-    if "validation" not in parts:
-        return Prepared(train, None, faults, Overlap(), caches, escaped, passed_over)
-    tested, validated = parts["validation"]
-    overlap = _overlap(rows, firsts[trained], firsts[validated])
-    return Prepared(train, tested, faults, overlap, caches, escaped, passed_over)
+    tested, overlap = None, Overlap()
+    if "validation" in parts:
+        tested, validated = parts["validation"]
+        overlap = _overlap(rows, firsts[trained], firsts[validated])
+    unread = [
+        _unread(key, source, entry, opened) for (key, source), (entry, opened) in zip(named, tokenized, strict=True)
+    ]
+    return Prepared(
+        train,
+        tested,
+        faults,
+        overlap,
+        caches,
+        escaped,
+        passed_over,
+        unread=[one for of_source, _ in unread for one in of_source],
+        unmatched=[sentence for _, of_source in unread for sentence in of_source],
+    )
+
+
+def _unread(key: str, source: Source, entry: Entry, opened: OpenSource) -> tuple[list[UnreadText], list[str]]:
+    """Return what nothing reads of a source, and an error for each name in its `ignore` that no row has."""
+    unread = []
+    for name, (rows, losing, example) in sorted(entry.facts["unread"].items()):
+        bad = (
+            BadRow(opened.files[example[0]] + example[1], json.dumps(example[2], ensure_ascii=False))
+            if example
+            else None
+        )
+        unread.append(UnreadText(key, name, rows, losing, name in source.ignore, bad))
+    names = [one.name for one in unread]
+    unmatched = []
+    for name in source.ignore:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
+            hint = f"Did you mean {' or '.join(near)}?" if near else "Take it out."
+            unmatched.append(f"{key}.ignore: no row of {source.path} has `{name}` (or none that is not read). {hint}")
+    return unread, unmatched
 
 
 def _sequences_at_once(recipe: Recipe, *fields: str) -> int:
@@ -227,6 +280,8 @@ def _overlap(rows: TokenRows, training: NDArray[np.int64], validation: NDArray[n
 
 def refusal(data: Prepared, section: DataSection) -> str | None:
     """Why these rows can't be trained under this recipe, and what to change: all of it in one paragraph, or None."""
+    losing = (one for one in data.unread if one.losing and not one.ignored)
+    lost = [_lost(key, list(of_source)) for key, of_source in groupby(losing, lambda one: one.key)]
     reasons = []
     if data.faults and section.on_bad_row == "error":
         remedy = _remedy(data.faults, "Mend them")
@@ -247,7 +302,18 @@ def refusal(data: Prepared, section: DataSection) -> str | None:
                 f"no {name} row is left of {account.conversations:,}, as {overlong:,} are longer than data.max_length "
                 f"({section.max_length:,}); the longest has {account.longest:,} tokens."
             )
-    return f"data: {' '.join(reasons)}" if reasons else None
+    rows = [f"data: {' '.join(reasons)}"] if reasons else []
+    return " ".join([*lost, *data.unmatched, *rows]) or None
+
+
+def _lost(key: str, lost: Sequence[UnreadText]) -> str:
+    """Return why a source may not be trained of which content would be left out."""
+    named = "; ".join(f"`{one.name}` in {counted(one.losing, 'row')}, first {one.example}" for one in lost)
+    names = ", ".join(json.dumps(one.name) if set(one.name) & set("[]{},:#& ") else one.name for one in lost)
+    return (
+        f"{key}: text that is not read, so the model would be trained without it: {named}. Rename it to what is read "
+        f"(the README lists it under Data), or leave it out with `{key}.ignore: [{names}]`."
+    )
 
 
 def _named(faults: Mapping[str, BadRows]) -> str:

@@ -2,12 +2,14 @@
 
 import json
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from train.data.formats import Message, RowFault
+from train.data.formats import TEMPLATE_KWARGS, Message, RowFault
+from train.data.unread import Unread, collect, is_prose, texts_in
 
 Span = tuple[int, int]
 """First character, and the one behind the last."""
@@ -56,10 +58,11 @@ def _with_json_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def render_row(
-    messages: list[Message], tools: Tools, form: Form, template: str, *, marked: bool, **variables: Any
+    messages: list[Message], tools: Tools, form: Form, template: str, *, marked: bool, variables: Mapping[str, Any]
 ) -> tuple[str, list[Span]]:
     """Text of one conversation and, where the template is `marked`, the spans inside `{% generation %}`.
 
+    `variables`: what the template gets beside messages and tools.
     Raises RowFault where the template refuses the conversation: a template is a program, so with any exception.
     """
     try:
@@ -131,3 +134,79 @@ def gaps(rendering: Rendering) -> list[Span]:
     starts = [0, *(end for _, end in rendering.spans)]
     ends = [*(start for start, _ in rendering.spans), len(rendering.text)]
     return list(zip(starts, ends, strict=True))
+
+
+def left_out(
+    messages: list[Message], tools: Tools, kwargs: Mapping[str, Any], template: str, renders: Sequence[str]
+) -> Unread:
+    """Return the texts of a conversation that none of its renders holds, by the names of their columns and keys.
+
+    What messages say is checked before (`check_answer`, `check_others`); here it is the rest: names and ids, arguments
+    of calls, descriptions of tools, and the variables that the row sets. A short text may be a switch for the template
+    (`reasoning_effort: high`), and so may a number or a truth value: then the template has to know the variable.
+    """
+    missing: Unread = {}
+    for message in messages:
+        for key in message.keys() & _BESIDE_CONTENT:
+            if not _is_in(message[key], renders):
+                collect(missing, f"messages[].{key}", message[key])
+        for call in message.get("tool_calls") or ():
+            for key in call.keys() - {"type"}:
+                for text in _texts(call[key]):
+                    if not _is_in(text, renders):
+                        collect(missing, f"messages[].tool_calls[].{key}", text)
+    for tool in tools or ():
+        if not _written_whole(tool, renders):
+            for text in _described(tool):
+                if not _is_in(text, renders):
+                    collect(missing, "tools[].description", text)
+    for name, value in kwargs.items():
+        known = name in template
+        lost = [text for text in texts_in(value) if not (_is_in(text, renders) or (known and not is_prose(text)))]
+        for item in lost or ([] if known or any(texts_in(value)) else [value]):
+            collect(missing, f"{TEMPLATE_KWARGS}.{name}", item)
+    return missing
+
+
+_BESIDE_CONTENT = {"name", "tool_call_id"}
+
+
+def _written_whole(value: Any, renders: Sequence[str]) -> bool:
+    """Whether a value stands in a render as templates' `tojson` writes it."""
+    text = json.dumps(value, ensure_ascii=False)
+    return any(text in render for render in renders)
+
+
+def _is_in(text: str, renders: Sequence[str]) -> bool:
+    """Whether each line of a text is in a render, as it is or quoted as JSON."""
+    lines = [line.strip() for line in text.splitlines()]
+    if all(any(line in render for render in renders) for line in lines):
+        return True
+    quoted = [json.dumps(text.strip(), ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
+    quoted += [json.dumps(form, ensure_ascii=False)[1:-1] for form in quoted]
+    return any(form in render for form in quoted for render in renders)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all texts within lists and objects."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
+def _described(tool: Any) -> Iterator[str]:
+    """Yield the names and descriptions in the definition of a tool; the words of its JSON schema aside."""
+    if isinstance(tool, dict):
+        for key, item in tool.items():
+            if key in ("name", "description") and isinstance(item, str):
+                yield item
+            else:
+                yield from _described(item)
+    elif isinstance(tool, list):
+        for item in tool:
+            yield from _described(item)

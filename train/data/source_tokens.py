@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from train.data.cache import Entry, default_folder, find_or_make, key_of, report_progress
 from train.data.chat_template import date_of
 from train.data.fast_tokenizer import DiffersError
+from train.data.formats import ignored_when_read
 from train.data.sources import OpenSource, chunks_and_format, digest_of_files, open_source
 from train.data.token_rows import Faults, TokensDigest, write
 from train.data.tokenize import RowTokenizer, tokenize
@@ -29,7 +30,8 @@ ROWS = "rows.arrow"
 
 _DECISIVE = (
     *("arrow_rows", "chat_template", "control_tokens", "fast_tokenizer", "files", "formats", "layouts", "loss_mask"),
-    *("rendering", "source_tokens", "sources", "spans", "token_rows", "tokenize", "trials"),
+    *("rendering", "row_faults", "source_tokens", "sources", "spans", "token_rows", "tokenize", "trials", "turns"),
+    "unread",
 )
 """The modules that decide which tokens a row becomes: where one changes, rows are tokenized anew."""
 _SECONDS_BETWEEN_REPORTS = 1.0
@@ -67,6 +69,7 @@ def _made_of(source: Source, opened: OpenSource, recipe: Recipe, tokenizer: PreT
     return {
         "rows": opened.digest(),
         "format": source.format,
+        "ignored": ignored_when_read(source.ignore),  # the others are told, and change no token
         "tokenizer": xxhash.xxh3_128(backend.encode()).hexdigest(),
         "special_tokens": tokenizer.special_tokens_map,
         "template": tokenizer.chat_template,
@@ -90,7 +93,7 @@ def _write(
     chat = recipe.chat
     why_not_fast = ""
     for fast in (True, False):
-        rows = RowTokenizer(tokenizer, chat.train_on, chat.control_tokens_in_text, fast=fast)
+        rows = RowTokenizer(tokenizer, chat.train_on, chat.control_tokens_in_text, fast=fast, ignore=source.ignore)
         try:
             chunks, format = chunks_and_format(source, opened)
             batches = tokenize(rows, chunks, format, recipe.data.processes)
@@ -110,6 +113,7 @@ def _write(
         "tokens": counted.digest.facts(),
         "faults": counted.faults.kinds,
         "escaped": counted.faults.escaped,
+        "unread": counted.faults.unread,
         "tokenizer": f"the tokenizer itself, as {why_not_fast}" if why_not_fast else "fastokens, checked on a sample",
     }
 

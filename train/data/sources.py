@@ -16,7 +16,9 @@ import xxhash
 
 from train.data.arrow_rows import arrow_chunks
 from train.data.files import READERS, ROWS_OF_A_CHUNK, Chunk, PlacedRow, ending_of, first_line, read_file
-from train.data.formats import Conversation, Row, RowFault, convert, detect
+from train.data.formats import TEMPLATE_KWARGS, Conversation, Row, RowFault, detect, read_row, without
+from train.data.row_faults import shown
+from train.data.unread import Unread, collect, lost_text
 from train.errors import UserError
 from train.local_paths import may_be_hub_id, missing_part
 from train.recipe import Source
@@ -129,9 +131,23 @@ def conversations(source: Source, allow_pickle: bool = False) -> Iterator[tuple[
                 yield whole_place, row
                 continue
             try:
-                yield whole_place, Conversation(*convert(row, format), place)
+                yield whole_place, _read_whole(row, format, place, source)
             except RowFault as fault:
                 yield whole_place, fault
+
+
+def _read_whole(row: Row, format: str, place: str, source: Source) -> Conversation:
+    """Read a row for those who ask a model about it. Raises RowFault also where a text of it would not be seen."""
+    unread: Unread = {}
+    conversation = read_row(row, format, place, ignore=source.ignore, unread=unread)
+    for name, value in (conversation.template_kwargs or {}).items():
+        collect(unread, f"{TEMPLATE_KWARGS}.{name}", value)
+    said = [message["content"] for message in conversation.messages]
+    for name, values in unread.items():
+        if name not in source.ignore and (text := lost_text(name, values, said)) is not None:
+            remedy = f"rename it to what the format {format} reads, or write `ignore: [{name}]` under the source"
+            raise RowFault("text not read", f"`{name}` holds {shown(text)}: {remedy}")
+    return conversation
 
 
 def count_rows(source: Source, allow_pickle: bool = False) -> int:
@@ -156,7 +172,7 @@ def chunks_and_format(
             if isinstance(row, RowFault):
                 continue
             try:
-                return chain(seen, chunks), detect(as_read(row))
+                return chain(seen, chunks), detect(as_read(without(row, source.ignore, {})))
             except UserError as fault:
                 raise UserError(f"{opened.files[file]}{place}: {fault}") from fault
     return iter(seen), "messages"  # no row could be read; the faults tell why

@@ -28,8 +28,9 @@ and the trained text is what `turn` has beyond `prompt`, up to and including the
 after `<|im_end|>` inside the marks, gpt-oss's the header that is part of the prompt; neither is the model's to write.
 """
 
+import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,8 +38,19 @@ from transformers import PreTrainedTokenizerBase
 
 from train.data.chat_template import dated_template, has_generation_marks, template_name
 from train.data.formats import Message, RowFault
-from train.data.rendering import Form, Rendering, Span, Tools, check_answer, check_others, named, render_row
+from train.data.rendering import (
+    Form,
+    Rendering,
+    Span,
+    Tools,
+    check_answer,
+    check_others,
+    left_out,
+    named,
+    render_row,
+)
 from train.data.trials import ANSWER, NAME, NEXT, QUESTION, RESULT, VALUE, call, question, tools_for, trials
+from train.data.unread import Unread
 from train.errors import UserError
 
 TrainOn = Literal["assistant", "last"]
@@ -227,6 +239,24 @@ class Spans:
 
     # -- rows
 
+    def with_variables(self, kwargs: Mapping[str, Any] | None) -> "Spans":
+        """Return the spans under this template with variables that a row sets. What was learnt of it stays."""
+        if not kwargs:
+            return self
+        spans = copy.copy(self)
+        spans._variables = {**self._variables, **kwargs}
+        spans._modes = [mode for mode in self._modes if mode.keys().isdisjoint(kwargs)]
+        spans._marks_suffice = False  # that was found out without these variables
+        return spans
+
+    def left_out(
+        self, messages: list[Message], tools: Tools, kwargs: Mapping[str, Any] | None, renderings: list[Rendering]
+    ) -> Unread:
+        """Return what the template leaves out of a conversation beside its contents."""
+        if tools is None and not kwargs and all(message.keys() <= _ALWAYS_CHECKED for message in messages):
+            return {}
+        return left_out(messages, tools, kwargs or {}, self._template, [rendering.text for rendering in renderings])
+
     def rows(self, messages: list[Message], tools: Tools, train_on: TrainOn) -> list[Rendering]:
         """One conversation as the rows to train, in its order, each verified against the messages.
 
@@ -370,7 +400,12 @@ class Spans:
     ) -> tuple[str, list[Span]]:
         """Text and marks of one conversation. Raises RowFault where the template refuses it."""
         return render_row(
-            messages, tools, form or self._form, self._template, marked=self._marked, **options, **self._variables
+            messages,
+            tools,
+            form or self._form,
+            self._template,
+            marked=self._marked,
+            variables={**options, **self._variables},
         )
 
     def _try(self, messages: list[Message], form: Form, **options: bool) -> str | None:
@@ -380,6 +415,7 @@ class Spans:
             return None
 
 
+_ALWAYS_CHECKED = {"role", "content", "train"}
 _NO_PROMPT = "answer doesn't follow its prompt"
 NO_TOOLS = "conversation with tools, for which the template has no place"
 """The kind of fault of a row that another template could write."""

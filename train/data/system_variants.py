@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from train.data.formats import Conversation, Message, Row, RowFault, convert
+from train.data.formats import Conversation, Message, Row, RowFault, read_row
 from train.data.loss_mask import Encoded
 from train.data.sources import chunks_and_format, open_source
 from train.data.tokenize import RowTokenizer
@@ -122,7 +122,7 @@ def read_labelled(
                 try:
                     if isinstance(row, RowFault):
                         raise row
-                    conversation = Conversation(*convert(row, format), whole_place)
+                    conversation = read_row(row, format, whole_place, ignore=source.ignore)
                     rows.append(Labelled(conversation, of_source + labels_of(row, columns)))
                 except RowFault as fault:
                     rows.append((whole_place, fault))

@@ -16,8 +16,9 @@ import pyarrow
 import xxhash
 from numpy.typing import NDArray
 
-from train.data.formats import Conversation, RowFault
+from train.data.formats import Conversation, Message, RowFault
 from train.data.loss_mask import Encoded
+from train.data.unread import Unread, lost_text
 
 _DIGEST = pyarrow.binary(16)
 SCHEMA = pyarrow.schema(
@@ -35,6 +36,7 @@ SCHEMA = pyarrow.schema(
 )
 _PLAIN = {"role", "content"}
 _EXAMPLES = 3
+_SHOWN = 60
 
 
 @dataclass(slots=True)
@@ -42,19 +44,34 @@ class Faults:
     """Rows that can't be trained as they are.
 
     `kinds`: for each kind of fault how many, and (file, place, detail) of the first. `escaped`: rows that are trained
-    with the control tokens typed in their text broken up.
+    with the control tokens typed in their text broken up. `unread`: for each column or key of a message that nothing
+    reads how many rows have it, how many of them lose content with it, and (file, place, text) of the first of those.
     """
 
     kinds: dict[str, tuple[int, list[tuple[int, str, str]]]] = field(default_factory=dict)
     escaped: int = 0
+    unread: dict[str, tuple[int, int, tuple[int, str, str] | None]] = field(default_factory=dict)
 
     def add(self, fault: RowFault, file: int, place: str) -> None:
         """Count one more."""
         self.merge(Faults({fault.kind: (1, [(file, place, fault.detail)])}))
 
+    def add_unread(self, unread: Unread, messages: Sequence[Message], file: int, place: str) -> None:
+        """Count what was not read of one more row, which became these messages."""
+        said = [text for message in messages for key in ("content", "reasoning_content") if (text := message.get(key))]
+        for name, values in unread.items():
+            text = lost_text(name, values, said)
+            rows, losing, example = self.unread.get(name, (0, 0, None))
+            if text is not None and example is None:
+                example = (file, place, text[:_SHOWN] + ("..." if len(text) > _SHOWN else ""))
+            self.unread[name] = (rows + 1, losing + (text is not None), example)
+
     def merge(self, others: "Faults") -> None:
         """Count those that come after these."""
         self.escaped += others.escaped
+        for name, (rows, losing, example) in others.unread.items():
+            rows_before, losing_before, example_before = self.unread.get(name, (0, 0, None))
+            self.unread[name] = (rows_before + rows, losing_before + losing, example_before or example)
         for kind, (count, examples) in others.kinds.items():
             before, first = self.kinds.get(kind, (0, []))
             self.kinds[kind] = before + count, [*first, *examples][:_EXAMPLES]
@@ -91,10 +108,11 @@ def _digests(conversation: Conversation) -> tuple[bytes, bytes, list[bytes]]:
     """Of all that is said, of the first user message (white space aside), and of each system message."""
     messages = conversation.messages
     first = next((message for message in messages if message["role"] == "user"), messages[0])
-    if conversation.tools is None and all(message.keys() == _PLAIN for message in messages):
+    beside = [part for part in (conversation.tools, conversation.template_kwargs) if part is not None]
+    if not beside and all(message.keys() == _PLAIN for message in messages):
         whole = "\0".join([text for message in messages for text in (message["role"], message["content"])])
     else:
-        whole = json.dumps([messages, conversation.tools], ensure_ascii=False, sort_keys=True)
+        whole = json.dumps([messages, *beside], ensure_ascii=False, sort_keys=True, default=str)
     return (
         _digest(whole),
         _digest(" ".join(first["content"].split())),

@@ -7,9 +7,10 @@ import signal
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from itertools import chain, islice
 
 import pyarrow
@@ -17,11 +18,11 @@ from transformers import PreTrainedTokenizerBase
 
 from train.data.control_tokens import ControlTokens, Policy
 from train.data.files import Chunk
-from train.data.formats import Conversation, Message, RowFault, convert
+from train.data.formats import Conversation, RowFault, read_row
 from train.data.loss_mask import Encoded, Encoder
-from train.data.rendering import Tools
 from train.data.spans import TrainOn
 from train.data.token_rows import Faults, batch_of
+from train.data.unread import Unread
 from train.errors import UserError
 
 _CHUNKS_AHEAD = 2
@@ -38,12 +39,18 @@ class RowTokenizer:
         control_tokens_in_text: Policy = "error",
         *,
         fast: bool = False,
+        ignore: Collection[str] = (),
     ) -> None:
-        """Learn what the template does. Raises UserError where no answer can be trained under it at all."""
+        """Learn what the template does. Raises UserError where no answer can be trained under it at all.
+
+        `ignore`: columns and keys of messages that are read as if the rows had none of them.
+        """
         self.encoder = Encoder(tokenizer, fast=fast)
         self._control_tokens = ControlTokens(tokenizer, control_tokens_in_text)
         self._train_on: TrainOn = train_on
+        self._ignore = ignore
         self._escaped = 0  # conversations, since the chunk began
+        self._left_out: list[Unread] = []  # by the template, of each conversation encoded last
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[Encoded] | RowFault]:
         """Each conversation's rows in its order, or the fault that keeps it from being trained.
@@ -52,40 +59,55 @@ class RowTokenizer:
         Raises DiffersError where fastokens turns out to give other tokens.
         """
         cleaned = [self._cleaned(conversation) for conversation in conversations]
+        clean = [conversation for conversation in cleaned if not isinstance(conversation, RowFault)]
         encoded = iter(
-            self.encoder.encode([pair for pair in cleaned if not isinstance(pair, RowFault)], self._train_on)
+            self.encoder.encode(
+                [(conversation.messages, conversation.tools) for conversation in clean],
+                self._train_on,
+                [conversation.template_kwargs for conversation in clean],
+            )
         )
-        return [pair if isinstance(pair, RowFault) else next(encoded) for pair in cleaned]
+        left_out = iter(self.encoder.left_out)
+        self._left_out = [{} if isinstance(conversation, RowFault) else next(left_out) for conversation in cleaned]
+        return [conversation if isinstance(conversation, RowFault) else next(encoded) for conversation in cleaned]
 
-    def _cleaned(self, conversation: Conversation) -> tuple[list[Message], Tools] | RowFault:
+    def _cleaned(self, conversation: Conversation) -> Conversation | RowFault:
         try:
             messages = self._control_tokens.clean(conversation.messages)
             tools = self._control_tokens.clean_tools(conversation.tools)
+            kwargs = self._control_tokens.clean_kwargs(conversation.template_kwargs)
         except RowFault as fault:
             return fault
-        self._escaped += messages is not conversation.messages or tools != conversation.tools
-        return messages, tools
+        if messages is conversation.messages and (tools, kwargs) == (conversation.tools, conversation.template_kwargs):
+            return conversation
+        self._escaped += 1
+        return replace(conversation, messages=messages, tools=tools, template_kwargs=kwargs)
 
     def encode_chunk(self, file: int, chunk: Chunk, format: str) -> tuple[pyarrow.RecordBatch, Faults]:
         """The rows of a chunk as they are stored, and what was wrong with the others. `file`: its number."""
         conversations: list[Conversation] = []
+        unread: list[Unread] = []
         faults = Faults()
         for place, row in chunk.rows():
             try:
                 if isinstance(row, RowFault):
                     raise row
-                conversations.append(Conversation(*convert(row, format), place))
+                of_row: Unread = {}
+                conversations.append(read_row(row, format, place, ignore=self._ignore, unread=of_row))
+                unread.append(of_row)
             except RowFault as fault:
                 faults.add(fault, file, place)
         good: list[tuple[Conversation, list[Encoded]]] = []
         self._escaped = 0
         results = self.encode(conversations)
         faults.escaped = self._escaped
-        for conversation, result in zip(conversations, results, strict=True):
+        for conversation, result, of_row, left_out in zip(conversations, results, unread, self._left_out, strict=True):
             if isinstance(result, RowFault):
                 faults.add(result, file, conversation.place)
             else:
                 good.append((conversation, result))
+                if of_row or left_out:
+                    faults.add_unread(of_row | left_out, conversation.messages, file, conversation.place)
         return batch_of(file, good), faults
 
 

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from train.data.asked_rows import SourcesSection
-from train.data.formats import Conversation, Row, RowFault, convert
+from train.data.formats import Conversation, Row, RowFault, read_row
 from train.data.near_duplicates import NearDuplicates
 from train.data.sources import chunks_and_format, open_source
 from train.multifaceted.collection_config import FilterSection
@@ -91,7 +91,8 @@ def _rows(data: SourcesSection) -> Iterator[tuple[Instruction, list[str], tuple[
                 try:
                     if isinstance(row, RowFault):
                         raise row
-                    conversation = Conversation(*convert(answered(row), format, answers_needed=False), whole_place)
+                    read = answered(row)
+                    conversation = read_row(read, format, whole_place, ignore=source.ignore, answers_needed=False)
                 except RowFault as fault:
                     nothing = Instruction(whole_place, source.path, whole_place)
                     yield nothing, [], (f"can't be read: {fault.kind}", fault.detail)

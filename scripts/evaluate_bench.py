@@ -13,6 +13,7 @@ from report_section import put_section
 from train.errors import UserError, from_one_to, naming, not_negative, positive
 from train.evaluation.folders import require_file, require_model, require_results_folder
 from train.evaluation.one_at_a_time import alone_in
+from train.local_paths import path_or_id
 from train.progress import counted
 from train.recipe import Source
 from train.whole_files import replacing, write_text
@@ -43,11 +44,18 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser("bench", help="Multifaceted Bench: answers graded by a judge, rubric by rubric")
     add_respondent(parser)
     what = parser.add_argument_group("what is answered")
-    what.add_argument("--data", nargs="+", default=[HUB_ID], help=f"rows of the bench (default {HUB_ID})")
+    what.add_argument(
+        "--data", type=path_or_id, nargs="+", default=[HUB_ID], help=f"rows of the bench (default {HUB_ID})"
+    )
     what.add_argument("--split", default="train", help="the split of data that has several (default train)")
     what.add_argument("--limit", type=positive, help="the first so many rows: not the whole bench (default all)")
     what.add_argument("--no-system", action="store_true", help="leave the system messages out: the paper's ablation")
-    what.add_argument("--responses", metavar="FILE", help="answers that are there already; --model is then a name only")
+    what.add_argument(
+        "--responses",
+        type=path_or_id,
+        metavar="FILE",
+        help="answers that are there already; --model is then a name only",
+    )
     what.add_argument(
         "--best-of",
         type=from_one_to(MOST_ANSWERS),

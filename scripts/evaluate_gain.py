@@ -13,6 +13,7 @@ from train.errors import UserError, naming, not_negative, positive
 from train.evaluation.folders import require_model, require_results_folder
 from train.evaluation.one_at_a_time import alone_in
 from train.evaluation.results import folder_of
+from train.local_paths import path_or_id
 from train.progress import counted, job
 from train.recipe import ModelSection, Source
 from train.report_parts import error_bars, load_pyplot, shortened
@@ -30,12 +31,18 @@ _MOST_BARS = 30
 def add_to(commands: Any) -> None:
     """Add the command to those of evaluate.py."""
     parser = commands.add_parser("gain", help="how much likelier answers are under their own system message")
-    parser.add_argument("--model", required=True, help="folder or hub id of a model or an adapter")
-    parser.add_argument("--before", help="the model that it was trained from, measured on the same rows")
-    parser.add_argument("--data", required=True, nargs="+", help="rows with answers: any source that a recipe takes")
+    parser.add_argument("--model", type=path_or_id, required=True, help="folder or hub id of a model or an adapter")
+    parser.add_argument(
+        "--before", type=path_or_id, help="the model that it was trained from, measured on the same rows"
+    )
+    parser.add_argument(
+        "--data", type=path_or_id, required=True, nargs="+", help="rows with answers: any source that a recipe takes"
+    )
     parser.add_argument("--split", default="train", help="the split of data that has several (default train)")
     parser.add_argument(
-        "--template", help="as chat.template of a recipe (default: the one that --model was saved with)"
+        "--template",
+        type=path_or_id,
+        help="as chat.template of a recipe (default: the one that --model was saved with)",
     )
     parser.add_argument(
         "--system-role",

@@ -11,6 +11,7 @@ from report_section import put_section
 from train.errors import UserError, not_negative, positive
 from train.evaluation.folders import not_there, require_model, require_results_folder
 from train.evaluation.one_at_a_time import alone_in
+from train.local_paths import path_or_id
 from train.progress import counted
 from train.resampling import explain_missing
 from train.whole_files import replacing, write_text
@@ -24,7 +25,7 @@ HEADING = "## Benchmarks"
 def add_to(commands: Any) -> None:
     """Add the command to those of evaluate.py."""
     parser = commands.add_parser("harness", help="benchmarks through lm-evaluation-harness")
-    parser.add_argument("--model", required=True, help="folder or hub id of a model or an adapter")
+    parser.add_argument("--model", type=path_or_id, required=True, help="folder or hub id of a model or an adapter")
     parser.add_argument(
         "--tasks",
         required=True,
@@ -46,7 +47,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--limit", type=positive, metavar="N", help="the first documents of each task, so many (default all)"
     )
-    parser.add_argument("--template", help="as chat.template of a recipe (default: the model's own)")
+    parser.add_argument("--template", type=path_or_id, help="as chat.template of a recipe (default: the model's own)")
     parser.add_argument(
         "--system-role",
         default="native",

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from train.errors import CommandLine, UserError, ending
+from train.local_paths import path_or_id
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", type=Path, metavar="ADAPTER_DIR", help="what train/sft.py saved, or peft")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder for the merged model")
-    parser.add_argument("--base", metavar="DIR|ID", help="the base model (default: the one that the adapter names)")
+    parser.add_argument(
+        "--base", type=path_or_id, metavar="DIR|ID", help="the base model (default: the one that the adapter names)"
+    )
     parser.add_argument(
         "--tolerance",
         type=float,

@@ -23,7 +23,7 @@ from train.recipe import load_recipe
 def run(recipe_file: Path, overrides: list[str]) -> None:
     """Prepare what the recipe names and say where it is. Raises UserError."""
     recipe = load_recipe(recipe_file, overrides)
-    refuse_missing(recipe)
+    refuse_missing(recipe, packages=False)  # another machine trains
     # Heavy imports wait until the recipe is known to be right.
     from train.data.chat_template import use_template
     from train.data.outcomes import describe_outcome, outcomes, warnings_of

@@ -198,3 +198,21 @@ def test_hub_ids_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyP
         *("org/rows.jsonl", "rows.jsonl.gz", "a b", "a\\b", "C:\\models\\x", "data/*.csv", "org/..", "$X/a", "ä/b", ""),
     ):
         assert not may_be_hub_id(path), path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("gain", "--data", "x.jsonl", "--model=$UNSET/m"),
+        ("gain", "--model", "m", "--data", "x.jsonl", "$UNSET/y.jsonl"),
+        ("rules", "--rules", "r.py", "--data", "x.jsonl", "--before", "m", "--after=$UNSET/m"),
+        ("ifeval", "--model", "m", "--data=$UNSET/x.jsonl"),
+        ("harness", "--tasks", "sysgen", "--model=$UNSET/m"),
+        ("compare", "a", "$UNSET/b"),
+    ],
+)
+def test_commands_of_evaluation_follow(
+    words: tuple[str, ...], command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(*words) == 2
+    assert "the environment variable UNSET" in capsys.readouterr().err.partition("\nerror: argument ")[2]

@@ -26,6 +26,8 @@ def says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         Path(folder).mkdir(parents=True)
     Path("data/seen/rows.jsonl").write_text('{"prompt": "a", "output": "b"}\n')
     shutil.copytree("data", "recipes/beside")
+    Path("data/seen/cut.json").write_text('{"zero_optimization": ')
+    Path("data/seen/list.json").write_text("[1]")
     whole = {"model": {"name_or_path": "outputs/first-model"}, "output_dir": "outputs/run"}
     whole["data"] = {"sources": [{"path": "data/seen/rows.jsonl"}], "max_length": 64}
     Path("recipes/recipe.yaml").write_text(yaml.safe_dump(whole))
@@ -42,7 +44,7 @@ def says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 
 def test_what_is_there_is_no_fault(says: Callable[..., str]) -> None:
     assert says() == ""
-    assert says("data.sources.0.path=data", "data.validation=[{path: data/*/*.jsonl}]") == ""
+    assert says("data.sources.0.path=data/seen/rows.jsonl", "data.validation=[{path: data/*/*.jsonl}]") == ""
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,7 @@ def test_what_is_there_is_no_fault(says: Callable[..., str]) -> None:
         ("model.name_or_path=./first-model", ["no folder first-model in {}"]),
         ("model.name_or_path=a/b/c", ["no folder a/b/c in {}"]),
         ("model.name_or_path=/no/where", ["there is no folder /no/where."]),
-        ("model.name_or_path=beside/seen", ["can't be loaded: there is no folder of that name in {}"]),
+        ("model.name_or_path=beside/seen", ["no folder of that name in {}", "did you mean recipes/beside/seen?"]),
         ("model.name_or_path=./beside/seen", ["not from the recipe's: did you mean recipes/beside/seen?"]),
         ("model.name_or_path=data/seen/rows.jsonl", ["is a file", "Write the folder that the model is in: data/seen"]),
         ("model.name_or_path=nobody/nothing", ["cache of the Hugging Face hub", "HF_HUB_OFFLINE is set"]),
@@ -73,6 +75,8 @@ def test_what_is_there_is_no_fault(says: Callable[..., str]) -> None:
             ["training.optim: grokadamw needs the package grokadamw", "pip install grokadamw"],
         ),
         ("training.deepspeed=ds/zero.json", ["training.deepspeed: there is no file ds/zero.json in {}"]),
+        ("training.deepspeed=data/seen/cut.json", ["training.deepspeed: data/seen/cut.json is no JSON"]),
+        ("training.fsdp_config=data/seen/list.json", ["data/seen/list.json must hold a JSON object"]),
         ("training.fsdp_config=fsdp.json", ["training.fsdp_config: there is no file fsdp.json in {}"]),
         ("chat.template=mine.jinja", ["chat.template: there is no file mine.jinja in {}"]),
     ],

@@ -218,7 +218,13 @@ def test_a_mixture_of_experts_is_refused(recipe_file: Callable[..., Path], tmp_p
 
 def test_what_a_plan_cannot_count_it_says(tmp_path: Path) -> None:
     path = ROOT / "recipes/janus-7b/sft/full.yaml"
-    text = " ".join(describe(plan_of(load_recipe(path, ["training.optim=galore_adamw"]), "8xH200")))
+    text = " ".join(
+        describe(
+            plan_of(
+                load_recipe(path, ["training.optim=galore_adamw", "training.optim_target_modules=all-linear"]), "8xH200"
+            )
+        )
+    )
     assert "training.optim: galore_adamw is counted as AdamW" in text
     text = " ".join(describe(plan_of(load_recipe(path, ["training.deepspeed=ds_configs/zero2.json"]), "8xH200")))
     assert "training.deepspeed in the recipe decides how the run is split" in text

@@ -1,6 +1,8 @@
 """Numbers of a run that --check prints: those that transformers' Trainer and accelerate's data loader count."""
 
 import itertools
+import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ from transformers import Trainer
 from trl import SFTConfig
 
 from train.run_steps import schedule
+from train.sft import main
 
 LENGTHS: list[dict[str, Any]] = [{"num_train_epochs": epochs} for epochs in (1, 2, 0.3, 2.5)]
 LENGTHS += [{"max_steps": steps} for steps in (1, 7, 1_000)]
@@ -50,3 +53,24 @@ def test_the_steps_are_those_of_the_trainer(processes: int, drop_last: bool, tmp
             assert found.warmup_steps == arguments.get_warmup_steps(steps)
             counts.add(steps)
     assert len(counts) > 10
+
+
+def test_a_check_tells_the_steps_that_training_makes(
+    recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = {"gradient_accumulation_steps": 2, "num_train_epochs": 1.5, "warmup_steps": 0.4}
+    recipe = str(recipe_file(data={"max_length": 300}, training=training))
+    report = tmp_path / "report.json"
+    assert main(["--recipe", recipe, "--check", "--json", str(report)]) == 0
+    told = json.loads(report.read_text())["schedule"]
+    page = capsys.readouterr().out
+    assert main(["--recipe", recipe]) == 0
+    screen = capsys.readouterr().out
+    assert f"step {told['steps']}/{told['steps']} " in screen
+    each = f"{told['sequences_per_step']} sequences, about {told['tokens_per_step']:,.0f} tokens"
+    assert f"each of {each}" in page
+    assert f"{told['steps']} of {each}; 1 process" in screen
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = [step["learning_rate"] for step in logged if "learning_rate" in step]
+    assert len(rates) == told["steps"]
+    assert rates.index(max(rates)) == told["warmup_steps"]  # the first step is of rate 0

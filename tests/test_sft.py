@@ -341,8 +341,10 @@ def test_an_output_dir_that_can_not_be_written_is_told_before_the_data_is_read(
     recipe_file: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / "taken").write_text("a file")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("no row")
     for folder in (tmp_path / "taken", tmp_path / "taken" / "run"):
-        error = refused("--recipe", recipe_file(output_dir=str(folder), data={"sources": [{"path": "no/such.jsonl"}]}))
+        error = refused("--recipe", recipe_file(output_dir=str(folder), data={"sources": [{"path": str(broken)}]}))
         assert error.startswith(f"output_dir: {folder} can't be written: ")
     assert (tmp_path / "taken").read_text() == "a file"
 

@@ -49,10 +49,10 @@ def expanded(text: str) -> str:
 
 def path_option(text: str) -> Path:
     """Return an option's value as a path, expanded."""
-    return Path(path_or_id_option(text))
+    return Path(path_or_id(text))
 
 
-def path_or_id_option(text: str) -> str:
+def path_or_id(text: str) -> str:
     """Return an option's value expanded, as text: a path, or a word that is none."""
     try:
         return expanded(text)

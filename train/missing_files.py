@@ -12,13 +12,14 @@ from train.optimizer_arguments import missing_package
 from train.recipe import ModelSection, Recipe, Source
 
 
-def refuse_missing(recipe: Recipe) -> None:
+def refuse_missing(recipe: Recipe, *, packages: bool = True) -> None:
     """Raise UserError, naming each, for a missing model folder, source of the data or package of the optimizer.
 
-    Hub ids are looked for in the cache; none is asked for. Sources are found, not read.
+    Hub ids are looked for in the cache; none is asked for. Sources are found, not read. `packages`: the optimizer is
+    going to be used on this machine.
     """
     faults = [error for look in _looks(recipe) if (error := _error_of(look))]
-    if package := missing_package(recipe.training.get("optim") or ""):
+    if packages and (package := missing_package(recipe.training.get("optim") or "")):
         faults.append(package)
     if len(faults) > 1:
         raise UserError("\n  ".join([f"{recipe._origin.file} names {len(faults)} that are not there:", *faults]))
@@ -41,8 +42,9 @@ def refuse_missing_model(model: ModelSection, recipe_file: str | None = None) ->
             f"model.name_or_path: there is no folder {path}{where}.{hint} Write a model folder or a hub id."
         )
     if why := unreachable(name, "model"):
+        hint = _from_recipe(path, recipe_file) or similar(path)
         raise UserError(
-            f"model.name_or_path: {name} can't be loaded: there is no folder of that name{where}; {why}.{similar(path)}"
+            f"model.name_or_path: {name} can't be loaded: there is no folder of that name{where}; {why}.{hint}"
         )
 
 
@@ -67,7 +69,8 @@ def _find_source(key: str, source: Source, recipe: Recipe) -> None:
         raise UserError(f"{key}: {error}{_from_recipe(path, recipe._origin.file)}") from error
     if why := unreachable(source.path, "dataset"):
         where = f"there is no file or folder of that name in {Path.cwd()}"
-        raise UserError(f"{key}: {source.path} can't be loaded: {where}; {why}.{similar(path)}")
+        hint = _from_recipe(path, recipe._origin.file) or similar(path)
+        raise UserError(f"{key}: {source.path} can't be loaded: {where}; {why}.{hint}")
 
 
 def _from_recipe(path: Path, recipe_file: str | None) -> str:

@@ -209,6 +209,18 @@ def _missing_files(document: Document) -> None:
         if not Path(file).is_file():
             where = "" if Path(file).is_absolute() else f" in {Path.cwd()}"
             document.fault(("training", key), f"there is no file {file}{where}.{near_files(file)}")
+        elif error := _json_error(Path(file)):
+            document.fault(("training", key), f"{file} {error}")
+
+
+def _json_error(file: Path) -> str | None:
+    try:
+        settings = json.loads(file.read_bytes())
+    except OSError as error:
+        return f"can't be read: {error.strerror}."
+    except ValueError as error:
+        return f"is no JSON: {error}."
+    return None if isinstance(settings, dict) else "must hold a JSON object: {...}."
 
 
 def _parts(annotation: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:

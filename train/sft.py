@@ -20,7 +20,7 @@ from train.errors import USER_FIXABLE_ERRNOS, CommandLine, UserError
 from train.formatting import wrap
 from train.json_report import discard_earlier
 from train.launched import alone_by_mistake
-from train.local_paths import path_or_id_option
+from train.local_paths import path_or_id
 from train.loop.noise import leave_out_unhelpful_warnings
 from train.missing_files import refuse_missing
 from train.model.folder import check_model_folder
@@ -34,7 +34,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipe", required=True, type=Path, metavar="FILE", help="what to train, as YAML")
     parser.add_argument(
         "--resume",
-        type=path_or_id_option,
+        type=path_or_id,
         default="auto",
         metavar="auto|never|DIR",
         help="auto (default): go on from the newest complete checkpoint in output_dir, if there is one",
@@ -48,7 +48,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--check", action="store_true", help="report on model, template and data; train nothing")
     parser.add_argument(
-        "--json", type=path_or_id_option, metavar="FILE", help="with --check: write the report to FILE too, as JSON"
+        "--json", type=path_or_id, metavar="FILE", help="with --check: write the report to FILE too, as JSON"
     )
     parser.add_argument("--gpus", metavar="8x80GB", help="with --check: plan memory and time on such GPUs in each node")
     parser.add_argument("--nodes", type=int, metavar="N", help="with --gpus: how many nodes (default 1)")

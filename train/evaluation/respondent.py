@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from train.errors import UserError, positive
+from train.local_paths import path_or_id
 
 if TYPE_CHECKING:
     from train.llm.server import Server
@@ -42,11 +43,16 @@ class Served:
 def add_respondent(parser: argparse.ArgumentParser) -> None:
     """Add the options that say who answers."""
     who = parser.add_argument_group("who answers")
-    who.add_argument("--model", required=True, help="folder or hub id of a model or an adapter; with --server its name")
+    who.add_argument(
+        "--model",
+        type=path_or_id,
+        required=True,
+        help="folder or hub id of a model or an adapter; with --server its name",
+    )
     who.add_argument("--server", action="append", default=[], metavar="URL", help="ask it there: http://host:8000/v1")
     who.add_argument("--concurrency", type=positive, default=64, help="requests at once to each server (default 64)")
     who.add_argument("--key-variable", metavar="NAME", help="the environment variable that holds the server's key")
-    who.add_argument("--template", help="as chat.template of a recipe (default: the model's own)")
+    who.add_argument("--template", type=path_or_id, help="as chat.template of a recipe (default: the model's own)")
     who.add_argument(
         "--system-role",
         default="native",

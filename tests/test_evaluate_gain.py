@@ -122,7 +122,7 @@ def test_figures_are_those_of_the_models(
     report = (after / "report.md").read_text(encoding="utf-8")
     assert report.startswith("# a run\n\n## System gain\n\nReference answers of ")
     assert report.endswith("\n\n## Later\n\nstays\n")
-    assert f"{means['after']:+.3f} [" in report
+    assert f"{means['after']:+.3f} (n = 4) p=" in report
 
 
 def test_other_folders_stay_as_they_are_with_json(

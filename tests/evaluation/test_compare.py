@@ -136,12 +136,52 @@ def test_rows_of_a_group_are_drawn_again_together() -> None:
     assert high - low > 0.6
 
 
-def test_the_same_results_do_not_differ(command: Callable[..., int], sides: tuple[Path, Path]) -> None:
-    assert command("compare", sides[0], sides[0]) == 0
-    for one in compared(sides[0]).values():
-        assert one["change"] == 0
-        if one["paired"] and one["rows"] > 1:  # of a row alone there is no interval
-            assert (one["paired"]["low"], one["paired"]["high"], one["paired"]["p"]) == (0, 0, 1)
+def test_equal_results_do_not_differ_as_far_as_so_many_rows_can_say(
+    command: Callable[..., int], sides: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of n pairs that are alike, Tango's score interval (1998) is z^2 / (n + z^2) to either side, and never [0, 0]."""
+    shutil.copytree(sides[0], tmp_path / "copy")
+    assert command("compare", sides[0], tmp_path / "copy", "--details") == 0
+    shown = capsys.readouterr().out
+    found = compared(tmp_path / "copy")
+    assert {one["rows"] for one in found.values()} > {1, 6}
+    for one in found.values():
+        assert (one["change"], one["paired"]["mean"], one["paired"]["p"]) == (0, 0, 1)
+        if one["rows"] < 6:
+            assert (one["paired"]["low"], one["paired"]["high"]) == (None, None)
+        else:
+            most = 2 if one["unit"] == "points" else 1
+            ends = pytest.approx(
+                (-most * 1.96**2 / (one["rows"] + 1.96**2), most * 1.96**2 / (one["rows"] + 1.96**2)), abs=1e-4
+            )
+            assert (one["paired"]["low"], one["paired"]["high"]) == ends
+    assert "| +0.0 [-8.8, +8.8] | 1.0000 | 40 |" in shown
+    assert "| +0.0 (n = 1) | 1.0000 | 1 |" in shown
+    assert "[+0.0, +0.0]" not in shown
+
+
+def test_folders_that_can_not_be_compared_are_one_error_that_names_them(
+    says_no: Callable[..., str], sides: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, side in zip(("model-before", "model-after"), sides, strict=True):
+        shutil.copytree(side, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    missing = f"there is no such folder or file: there is no {{}} in {tmp_path}. Did you mean {{}}?"
+    for first, second, typo, meant in (
+        ("model-befor", "model-after", "model-befor", "model-before"),
+        ("model-before", "model_after", "model_after", "model-after"),
+        ("modelbefore", "model_after", "modelbefore", "model-before"),
+    ):
+        assert says_no("compare", first, second).startswith(f"{typo}: {missing.format(typo, meant)}")
+    same = "A and B are the same results"
+    assert same in says_no("compare", "model-after", "model-after")
+    assert same in says_no("compare", "model-after", tmp_path / "model-after")
+    assert same in says_no("compare", "model-after/ifeval.json", "model-after")
+    (tmp_path / "nothing").mkdir()
+    assert says_no("compare", "nothing", "model-after").startswith("nothing: there are no results in it (any of gain")
+    write_rules(tmp_path / "nothing", [True] * 8)
+    other = "there is nothing that both were measured by: A has rules, B has ifeval"
+    assert other in says_no("compare", "nothing", "model-after")
 
 
 def test_what_was_measured_otherwise_is_refused(
@@ -364,7 +404,7 @@ def test_what_gain_and_bench_write_is_read(
     ]
     paired = found["gain", "gain"]["paired"]
     assert paired["mean"] == pytest.approx(statistics.fmean(b - a for a, b in zip(*gains, strict=True)))
-    assert paired["low"] < paired["mean"] < paired["high"]
+    assert (paired["low"], paired["groups"]) == (None, 3)  # nine rows of three instructions
     scores = [[line["score"] for line in lines(folder / "bench_rows.jsonl")] for folder in folders]
     assert found["bench", "score"]["paired"]["mean"] == pytest.approx(
         statistics.fmean(b - a for a, b in zip(*scores, strict=True))

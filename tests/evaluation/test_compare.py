@@ -6,16 +6,19 @@ import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
+import matplotlib.pyplot as plt
 import pytest
 from safetensors.torch import load_file, save_file
 from scripted_server import Asked, Reply, said, served
 
-from train.evaluation.compare import compare
+from train.evaluation.compare import Pair, compare
 from train.evaluation.results import KINDS, Measure, Results
 
 ROOT = Path(__file__).parents[2]
 OURS = ROOT / "recipes" / "smollm2-135m" / "data"
+LONG = "outputs/a-model-with-a-name-of-its-own/" + "and-a-longer-one" * 8
 TEMPERATURES = {"max_tokens": 64, "temperature": 0.0}
 
 
@@ -226,6 +229,31 @@ def test_what_was_measured_otherwise_is_refused(
     (tmp_path / "x.json").write_text('{"kind": "ifeval"}', encoding="utf-8")
     assert "can't be read as results" in says_no("compare", first, tmp_path / "x.json")
     assert "nothing of --only gain" in says_no("compare", first, second, "--only", "gain")
+
+
+@pytest.mark.parametrize(("measures", "name"), [(1, "b"), (2, LONG), (6, "b"), (40, LONG)], ids=[1, 2, 6, 40])
+def test_the_legend_of_the_plot_covers_nothing(evaluate_script: ModuleType, measures: int, name: str) -> None:
+    measure = Measure(0.4, 0.3, 0.5)
+    kinds = ("ifeval", "gain", "harness")
+    pairs = [
+        Pair(kinds[number % 3], f"{name}: {number}", measure, Measure(1.0, None, None), None, None)
+        for number in range(measures)
+    ]
+    figure = evaluate_script.evaluate_compare.plot(pairs, (name, name))
+    figure.canvas.draw()
+    [legend] = figure.legends
+    covered = legend.get_window_extent()
+    width, height = figure.canvas.get_width_height()
+    assert 0 <= covered.x0 < covered.x1 <= width
+    assert 0 <= covered.y0 < covered.y1 <= height
+    assert len(figure.axes) == min(measures, 3)
+    for axes in figure.axes:
+        assert not covered.overlaps(axes.get_tightbbox())  # with its title, names of measures and axis label
+        assert axes.get_tightbbox().x0 >= 0
+        assert axes.get_title(loc="left")
+        assert axes.get_xlabel()
+    assert figure.get_suptitle()
+    plt.close(figure)
 
 
 def gain_record(gain: float, **options: object) -> dict:

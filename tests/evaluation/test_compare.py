@@ -147,7 +147,7 @@ def test_equal_results_do_not_differ_as_far_as_so_many_rows_can_say(
     assert command("compare", sides[0], tmp_path / "copy", "--details") == 0
     shown = capsys.readouterr().out
     found = compared(tmp_path / "copy")
-    assert {one["rows"] for one in found.values()} > {1, 6}
+    assert {one["rows"] for one in found.values()} >= {1, 40}
     for one in found.values():
         assert (one["change"], one["paired"]["mean"], one["paired"]["p"]) == (0, 0, 1)
         if one["rows"] < 6:
@@ -166,25 +166,25 @@ def test_equal_results_do_not_differ_as_far_as_so_many_rows_can_say(
 def test_folders_that_can_not_be_compared_are_one_error_that_names_them(
     says_no: Callable[..., str], sides: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, side in zip(("model-before", "model-after"), sides, strict=True):
+    for name, side in zip(("baseline", "trained-model"), sides, strict=True):
         shutil.copytree(side, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     missing = f"there is no such folder or file: there is no {{}} in {tmp_path}. Did you mean {{}}?"
     for first, second, typo, meant in (
-        ("model-befor", "model-after", "model-befor", "model-before"),
-        ("model-before", "model_after", "model_after", "model-after"),
-        ("modelbefore", "model_after", "modelbefore", "model-before"),
+        ("baselin", "trained-model", "baselin", "baseline"),
+        ("baseline", "traind_model", "traind_model", "trained-model"),
+        ("base-line", "traind_model", "base-line", "baseline"),
     ):
         assert says_no("compare", first, second).startswith(f"{typo}: {missing.format(typo, meant)}")
     same = "A and B are the same results"
-    assert same in says_no("compare", "model-after", "model-after")
-    assert same in says_no("compare", "model-after", tmp_path / "model-after")
-    assert same in says_no("compare", "model-after/ifeval.json", "model-after")
+    assert same in says_no("compare", "trained-model", "trained-model")
+    assert same in says_no("compare", "trained-model", tmp_path / "trained-model")
+    assert same in says_no("compare", "trained-model/ifeval.json", "trained-model")
     (tmp_path / "nothing").mkdir()
-    assert says_no("compare", "nothing", "model-after").startswith("nothing: there are no results in it (any of gain")
+    assert says_no("compare", "nothing", "trained-model").startswith("nothing: there are no results in it (any of gain")
     write_rules(tmp_path / "nothing", [True] * 8)
     other = "there is nothing that both were measured by: A has rules, B has ifeval"
-    assert other in says_no("compare", "nothing", "model-after")
+    assert other in says_no("compare", "nothing", "trained-model")
 
 
 def test_what_was_measured_otherwise_is_refused(

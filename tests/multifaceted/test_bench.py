@@ -402,7 +402,7 @@ def test_reasoning_of_the_model_is_no_part_of_its_answer(tmp_path: Path) -> None
         ({"best_of": 2, "runs": 1}, "none is left to score"),
         ({"best_of": 2, "pick_by": "file"}, "--pick-by file"),
         ({"against": "nowhere.jsonl"}, "--against nowhere.jsonl: can't be read: there is no nowhere.jsonl in "),
-        ({"output_dir": None}, "--model the-model: there is no such folder: there is no the-model in "),
+        ({"output_dir": None}, "--model m: there is no such folder: there is no m in "),
         ({"temperature": -1}, "--temperature -1"),
         ({"judge_top_p": 1.5}, "--judge-top-p 1.5"),
         ({"repetition_penalty": 0}, "--repetition-penalty 0"),

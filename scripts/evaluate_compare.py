@@ -135,7 +135,14 @@ def _change(pair: "Pair") -> str:
 
 
 def draw(shown: "Sequence[Pair]", names: tuple[str, str], path: Path) -> None:
-    """A panel for each kind and unit, a pair of bars with intervals for each measure, as a PNG."""
+    """Save `plot` as a PNG."""
+    figure = plot(shown, names)
+    figure.savefig(path)
+    load_pyplot().close(figure)
+
+
+def plot(shown: "Sequence[Pair]", names: tuple[str, str]) -> Any:
+    """A figure with a panel for each kind and unit, and a pair of bars with intervals for each measure."""
     pyplot = load_pyplot()
     panels: dict[tuple[str, str], list[Pair]] = {}
     for pair in shown:
@@ -171,5 +178,4 @@ def draw(shown: "Sequence[Pair]", names: tuple[str, str], path: Path) -> None:
     columns = 2 if max(map(len, labels)) <= 50 else 1
     # Outside of all panels: inside, it would lie on bars.
     figure.legend(handles, labels, loc="outside lower center", fontsize=8, ncols=columns, frameon=False)
-    figure.savefig(path)
-    pyplot.close(figure)
+    return figure

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,10 +42,10 @@ def evaluated(tiny_chat_model: Path, tmp_path: Path) -> tuple[Path, list[dict]]:
 
 
 def test_adherence_is_what_the_answers_say(
-    evaluated: tuple[Path, list[dict]], tiny_chat_model: Path, tmp_path: Path
+    evaluated: tuple[Path, list[dict]], tiny_chat_model: Path, tmp_path: Path, command: Callable[..., int]
 ) -> None:
     after, rows = evaluated
-    command = [
+    arguments = [
         "--rules",
         tmp_path / "rules.py",
         "--data",
@@ -58,11 +56,7 @@ def test_adherence_is_what_the_answers_say(
         after,
     ]
     for _ in range(2):  # a second time the section is written anew, not once more
-        result = subprocess.run(
-            [sys.executable, ROOT / "scripts" / "evaluate.py", "rules", *command, "--max-new-tokens", "8", "--batch-size", "3"],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
+        assert command("rules", *arguments, "--max-new-tokens", "8", "--batch-size", "3") == 0
     answers = [json.loads(line) for line in (after / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [answer["messages"] for answer in answers] == [row["messages"] for row in rows]
     assert all(answer["answers"][0] == answer["answers"][1] for answer in answers)
@@ -81,37 +75,54 @@ def test_adherence_is_what_the_answers_say(
     wording = [answer["obeys"][1] for answer in answers if answer["held_out"] == "wording"]
     assert f"{sum(wording) / len(wording):.1%} after" in report
     assert (after / "adherence.png").read_bytes().startswith(b"\x89PNG")
+    # Six questions under wordings; of `never` there are two, and of each rule that was never trained one or two.
+    share = sum(wording) / 6
+    of_all = figures["intervals"]["wording"]["all rules"]["after"]
+    assert (of_all["mean"], of_all["groups"]) == (pytest.approx(share), 6)
+    for end in (of_all["low"], of_all["high"]):  # at its ends, as true shares, this one is 1.96 standard errors away
+        assert (share - end) ** 2 * 6 == pytest.approx(1.96**2 * end * (1 - end), abs=1e-3)
+    assert of_all["low"] < of_all["high"]
+    assert f"| all rules | 6 | {100 * share:.1f} % [{100 * of_all['low']:.1f}, {100 * of_all['high']:.1f}] | " in report
+    assert "| never | 2 | 0.0 % (n = 2) | 0.0 % (n = 2) |" in report
+    assert "(n = ...): too few questions for an interval; it takes at least 6." in report
 
 
-def refused(folder: Path, *command: str | Path) -> str:
-    """What the command says after `error:`; nothing else but a usage line before it."""
-    result = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "evaluate.py", "rules", *command],
-        cwd=folder, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 2
-    *usage, error = result.stderr.splitlines()
-    assert not usage or usage[0].startswith("usage: ")
-    assert error.startswith("error: ")
-    return error.removeprefix("error: ")
+@pytest.fixture
+def refused(
+    command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """What the command says in a folder after `error:`; nothing else but a usage line before it."""
+
+    def run(folder: Path, *arguments: str | Path) -> str:
+        monkeypatch.chdir(folder)
+        capsys.readouterr()
+        assert command("rules", *arguments) == 2
+        *usage, error = capsys.readouterr().err.splitlines()
+        assert not usage or usage[0].startswith("usage: ")
+        assert error.startswith("error: ")
+        return error.removeprefix("error: ")
+
+    return run
 
 
-def test_missing_files_are_errors(tmp_path: Path) -> None:
+def test_missing_files_are_errors(refused: Callable[..., str], tmp_path: Path) -> None:
     command = ["--rules", "no.py", "--data", "no.jsonl", "--before", "a", "--after", "b"]
-    assert refused(tmp_path, *command) == "--rules no.py: there is no such Python file"
+    assert refused(tmp_path, *command) == f"--rules no.py: can't be read: there is no no.py in {tmp_path}."
     (tmp_path / "no.py").write_text(RULES, encoding="utf-8")
-    assert refused(tmp_path, *command) == "--data no.jsonl: there is no such file"
+    (tmp_path / "nos.jsonl").mkdir()
+    error = f"--data no.jsonl: can't be read: there is no no.jsonl in {tmp_path}. Did you mean nos.jsonl?"
+    assert refused(tmp_path, *command) == error
     assert refused(tmp_path, *command[:-2]) == "the following arguments are required: --after"
 
 
-def test_numbers_of_no_use_are_errors(tmp_path: Path) -> None:
+def test_numbers_of_no_use_are_errors(refused: Callable[..., str], tmp_path: Path) -> None:
     command = ["--rules", "no.py", "--data", "no.jsonl", "--before", "a", "--after", "b"]
     assert "'0' is no number from 1 up" in refused(tmp_path, *command, "--max-new-tokens", "0")
     assert "'0' is no number from 1 up" in refused(tmp_path, *command, "--batch-size", "0")
 
 
 def test_a_file_that_can_not_be_written_is_an_error(
-    evaluated: tuple[Path, list[dict]], tiny_chat_model: Path, tmp_path: Path
+    refused: Callable[..., str], evaluated: tuple[Path, list[dict]], tiny_chat_model: Path, tmp_path: Path
 ) -> None:
     """Rows may hold a line separator of Unicode's, which is none of a jsonl file's."""
     after, rows = evaluated
@@ -142,7 +153,9 @@ BAD_DATA = {
 
 
 @pytest.mark.parametrize("words", BAD_DATA)
-def test_data_that_can_not_be_asked_is_named_with_its_line(words: str, tmp_path: Path) -> None:
+def test_data_that_can_not_be_asked_is_named_with_its_line(
+    refused: Callable[..., str], words: str, tmp_path: Path
+) -> None:
     text = BAD_DATA[words]
     (tmp_path / "rows.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
     (tmp_path / "rules.py").write_text(RULES, encoding="utf-8")
@@ -150,11 +163,12 @@ def test_data_that_can_not_be_asked_is_named_with_its_line(words: str, tmp_path:
     assert error.startswith(words)
 
 
-def test_the_mark_that_windows_puts_first_is_none_of_the_row(tmp_path: Path) -> None:
+def test_the_mark_that_windows_puts_first_is_none_of_the_row(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
     (tmp_path / "rules.py").write_text(RULES, encoding="utf-8")
     error = refused(tmp_path, "--rules", "rules.py", "--data", "rows.jsonl", "--before", "nowhere", "--after", "b")
-    assert error == "nowhere: there is no such model folder"  # so the rows were read
+    # so the rows were read
+    assert error == f"--before nowhere: there is no such folder: there is no nowhere in {tmp_path}."
 
 
 @pytest.mark.parametrize(
@@ -167,7 +181,7 @@ def test_the_mark_that_windows_puts_first_is_none_of_the_row(tmp_path: Path) -> 
         ("RULES = {", "SyntaxError"),
     ],
 )
-def test_a_file_without_rules_is_an_error(text: str, words: str, tmp_path: Path) -> None:
+def test_a_file_without_rules_is_an_error(refused: Callable[..., str], text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD), encoding="utf-8")
     (tmp_path / "rules.py").write_text(text, encoding="utf-8")
     error = refused(tmp_path, "--rules", "rules.py", "--data", "rows.jsonl", "--before", "a", "--after", "b")
@@ -175,13 +189,16 @@ def test_a_file_without_rules_is_an_error(text: str, words: str, tmp_path: Path)
     assert words in error
 
 
-def test_a_folder_without_a_model_is_an_error_before_anything_is_asked(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_folder_without_a_model_is_an_error_before_anything_is_asked(
+    refused: Callable[..., str], tmp_path: Path, tiny_model: Path
+) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD), encoding="utf-8")
     (tmp_path / "rules.py").write_text(RULES, encoding="utf-8")
     (tmp_path / "empty").mkdir()
     command = ["--rules", "rules.py", "--data", "rows.jsonl", "--before", tiny_model, "--after"]
-    assert refused(tmp_path, *command, "nowhere") == "nowhere: there is no such model folder"
-    assert "empty: can't be loaded: " in refused(tmp_path, *command, "empty")
+    missing = f"--after emtpy: there is no such folder: there is no emtpy in {tmp_path}. Did you mean empty?"
+    assert refused(tmp_path, *command, "emtpy") == missing
+    assert "--after empty: can't be loaded: " in refused(tmp_path, *command, "empty")
     shutil.copy(tiny_model / "config.json", tmp_path / "empty")
     command[command.index(tiny_model)] = "empty"
     assert refused(tmp_path, *command, tiny_model).startswith("--before or --after empty: empty can't be loaded: ")

@@ -122,7 +122,7 @@ def test_figures_are_those_of_the_models(
     report = (after / "report.md").read_text(encoding="utf-8")
     assert report.startswith("# a run\n\n## System gain\n\nReference answers of ")
     assert report.endswith("\n\n## Later\n\nstays\n")
-    assert f"{means['after']:+.3f} [" in report
+    assert f"{means['after']:+.3f} (n = 4) p=" in report
 
 
 def test_other_folders_stay_as_they_are_with_json(
@@ -148,7 +148,7 @@ def test_what_can_not_be_measured_is_an_error(
     rows.write_text(json.dumps({"prompt": "river?", "output": "stone"}) + "\n", encoding="utf-8")
     good = ["--model", after, "--data", data]
     assert refused("--model", "nowhere", "--data", data).startswith("--model nowhere: there is no such folder")
-    assert refused("--model", tmp_path, "--data", data).startswith(f"--model or --before {tmp_path}: ")
+    assert refused("--model", tmp_path, "--data", data).startswith(f"--model {tmp_path}: can't be loaded: there is no ")
     assert refused("--model", after, "--data", rows).startswith(f"--data {rows}: no row can be measured (1: no system")
     assert "no.jsonl" in refused("--model", after, "--data", tmp_path / "no.jsonl")
     assert refused(*good, "--before", smollm2).startswith(f"--before {smollm2}: its tokens are not those of {after}")

@@ -20,7 +20,7 @@ from train.model.compute import PEAK_FLOPS
 from train.model.load import load_config
 from train.model.memory import STRATEGIES
 from train.model.shape import Shape, shape_of
-from train.plan import RESERVE, Plan, describe, parse_cluster, plan
+from train.plan import RESERVE, Plan, candidate, describe, parse_cluster, plan
 from train.recipe import Recipe, load_recipe
 from train.sft import main
 
@@ -109,6 +109,56 @@ def test_a_70b_on_two_nodes() -> None:
     tokens = 4 * 196_998_000
     assert found.parameter_flops == pytest.approx(6 * (70_553_706_496 - 128_256 * 8_192) * tokens)
     assert found.hours == pytest.approx(found.flops / (16 * 989e12 * 0.4 * 3_600))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nodes", "model", "overrides"),
+    [
+        ("8x80GB", 2, "meta-llama/Llama-3.1-70B", ["training.optim=adamw_torch_fused"]),
+        ("4x40GB", 1, None, ["training.optim=adamw_torch"]),
+        ("1x24GB", 1, None, ["training.optim=adamw_torch_fused"]),
+        ("2xH200", 1, None, ["training.optim=adamw_bnb_8bit"]),
+        ("8xH100", 3, None, ["adapter={r: 16}"]),
+        ("4x24GB", 1, None, ["training.per_device_train_batch_size=64"]),
+    ],
+)
+def test_the_fewest_nodes_are_those_of_a_plain_loop(
+    gpus: str, nodes: int, model: str | None, overrides: list[str]
+) -> None:
+    recipe = load_recipe(
+        ROOT / "recipes/janus-llama-3-8b/sft/full.yaml", ["training.per_device_train_batch_size=1", *overrides]
+    )
+    shape = shape_for(recipe, model)
+
+    def fits(count: int, optimizer: str) -> str | None:
+        """The first of the plan's own lines without offload and caution, of a plan with that optimizer for `count`."""
+        other = load_recipe(
+            ROOT / "recipes/janus-llama-3-8b/sft/full.yaml",
+            ["training.per_device_train_batch_size=1", *overrides, f"training.optim={optimizer}"],
+        )
+        cluster = parse_cluster(gpus, count)
+        ways = [candidate(other, shape, cluster, way, optimizer, recipe.data.max_length) for way in STRATEGIES]
+        ways = ways if count * cluster.gpus > 1 else ways[:1]  # one GPU has nothing to share
+        names = [one.memory.strategy for one in ways if one.fits and not one.caution]
+        return next((name for name in names if "offload" not in name), None)
+
+    found = plan(recipe, shape, parse_cluster(gpus, nodes), JANUS_ROWS, steps=1, epochs=1, sequences_per_step=1)
+    eight_bit = "adamw_bnb_8bit"
+    assert [one.optimizer for one in found.fewest_nodes] == list(dict.fromkeys([found.optimizer, eight_bit]))
+    for one in found.fewest_nodes:
+        counts = range(1, (one.nodes or 4) + 1)  # beyond the first that fits nothing is to be known
+        fewest = next(((count, name) for count in counts if (name := fits(count, one.optimizer))), (None, None))
+        assert (one.nodes, one.strategy) == fewest
+        assert one.here == fits(nodes, one.optimizer)
+    own = found.fewest_nodes[0]
+    text = " ".join(describe(found))
+    assert (f"without offload: --nodes {own.nodes} ({own.strategy})" if own.nodes else "none up to 64") in text
+    eight = found.fewest_nodes[-1]
+    if own.nodes != 1 and eight is not own:
+        here = "these nodes" if nodes > 1 else "this node"
+        fits_too = f"fits {here} ({eight.here})" if eight.here else f"does not fit {here} either"
+        fits_too = "is not needed here" if own.here else fits_too
+        assert f"8-bit Adam (training.optim={eight_bit}) {fits_too}; its fewest nodes: --nodes {eight.nodes}" in text
 
 
 def test_the_least_communication_that_fits_is_chosen() -> None:

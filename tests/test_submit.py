@@ -1,6 +1,7 @@
 """scripts/submit.py without a Slurm: what it refuses, and the batch script that it shows."""
 
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -214,6 +215,81 @@ def test_the_whole_check_comes_before_submitting(
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert re.search(r"^error: .*bad\.jsonl", ended.stderr, re.MULTILINE)
+
+
+@pytest.fixture
+def large(recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path) -> Path:
+    """A recipe for a model of 16 billion parameters, of which there is the config alone."""
+    folder = tmp_path / "large"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    wide = {"hidden_size": 4_096, "intermediate_size": 14_336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    config |= wide | {"num_hidden_layers": 72, "head_dim": 128}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "model.safetensors").unlink()
+    return recipe_file(model={"name_or_path": str(folder)}, training={"max_steps": 4, "num_train_epochs": ...})
+
+
+@pytest.mark.parametrize(
+    ("gpus", "sbatch", "needs"),
+    [
+        ("nvidia_a100_80gb:4", (), r"needs \d+\.\d GiB on each of 4 GPUs, and 73\.6 of their 80 GiB can be used"),
+        ("h100:2", ("--array", "0-1", "seed=%a", "output_dir=outputs/run-%a"), r"of 2 GPUs, and 73\.6 of their 80 GiB"),
+        ("4", ("--sbatch=--constraint=a100&40gb",), r"on each of 4 GPUs, and 36\.8 of their 40 GiB can be used"),
+    ],
+)
+def test_a_job_that_does_not_fit_is_warned_of_last(
+    gpus: str, sbatch: tuple[str, ...], needs: str, submit: ModuleType, large: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """It is the plan's word alone, so the script is there all the same."""
+    monkeypatch.chdir(ROOT)
+    command = [
+        "--recipe",
+        str(large),
+        "--nodes",
+        "1",
+        "--gpus-per-node",
+        gpus,
+        "--time",
+        "24:00:00",
+        *sbatch,
+        "--print",
+    ]
+    assert submit.main(command) == 0
+    written = capsys.readouterr()
+    assert written.out.startswith("#!/bin/bash")
+    last = written.err.splitlines()[-1]
+    assert last.startswith("warning: the plan says that this job does not fit: ZeRO-3 (accelerate_configs/zero3.yaml) ")
+    assert re.search(needs, last)
+    assert "What fits: " in last
+    assert written.err.count("warning: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("gpus", "sbatch"), [("h100:8", ()), ("4", ()), ("a100:4", ()), ("0", ()), ("h100:4", ("fsdp2",))]
+)
+def test_a_job_that_fits_or_is_not_known_is_submitted_without_a_word(
+    gpus: str, sbatch: tuple[str, ...], submit: ModuleType, large: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """GPUs without a type, of a type in two sizes, a CPU, and a way to run that the plan doesn't know."""
+    monkeypatch.chdir(ROOT)
+    config = ["--config", f"accelerate_configs/{sbatch[0]}.yaml"] if sbatch else []
+    command = [
+        "--recipe",
+        str(large),
+        "--nodes",
+        "1",
+        "--gpus-per-node",
+        gpus,
+        "--time",
+        "24:00:00",
+        *config,
+        "--print",
+    ]
+    assert submit.main(command) == 0
+    assert "warning: " not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

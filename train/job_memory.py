@@ -21,6 +21,7 @@ from train.plan import (
     optimizers_to_try,
     parse_cluster,
     usable,
+    ways_on,
 )
 from train.recipe import Recipe
 
@@ -93,7 +94,7 @@ def memory_warning(recipe: Recipe, shape: Shape, cluster: Cluster, strategy: Str
             words.append(f"training.optim={other_optimizer}")
         ways.append(" ".join(words))
 
-    for one in STRATEGIES:
+    for one in ways_on(cluster):
         fitting = candidate(recipe, shape, cluster, one, optimizer, length)
         if fitting.fits and not fitting.caution:
             add(cluster.nodes, one, "adamw_torch" if one.offload and not runs_on_host(optimizer) else optimizer)

@@ -366,11 +366,12 @@ def describe(found: Plan) -> list[str]:
 def _describe_fewest(found: Plan) -> list[str]:
     """The fewest nodes, and what 8-bit Adam makes of them where the recipe's optimizer needs more than one."""
     own, *others = found.fewest_nodes
+    plural = "s" if found.cluster.gpus > 1 else ""
 
     def where(one: FewestNodes) -> str:
         return f"--nodes {one.nodes} ({one.strategy})" if one.nodes else f"none up to {MOST_NODES}"
 
-    lines = [f"fewest nodes of {found.cluster.gpus} such GPUs that it fits without offload: {where(own)}"]
+    lines = [f"fewest nodes of {found.cluster.gpus} such GPU{plural} that it fits without offload: {where(own)}"]
     for other in others if own.nodes != 1 else ():
         here = "these nodes" if found.cluster.nodes > 1 else "this node"
         fits = f"fits {here} ({other.here})" if other.here else f"does not fit {here} either"

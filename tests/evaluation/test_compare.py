@@ -6,16 +6,19 @@ import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
+import matplotlib.pyplot as plt
 import pytest
 from safetensors.torch import load_file, save_file
 from scripted_server import Asked, Reply, said, served
 
-from train.evaluation.compare import compare
+from train.evaluation.compare import Pair, compare
 from train.evaluation.results import KINDS, Measure, Results
 
 ROOT = Path(__file__).parents[2]
 OURS = ROOT / "recipes" / "smollm2-135m" / "data"
+LONG = "outputs/a-model-with-a-name-of-its-own/" + "and-a-longer-one" * 8
 TEMPERATURES = {"max_tokens": 64, "temperature": 0.0}
 
 
@@ -136,12 +139,52 @@ def test_rows_of_a_group_are_drawn_again_together() -> None:
     assert high - low > 0.6
 
 
-def test_the_same_results_do_not_differ(command: Callable[..., int], sides: tuple[Path, Path]) -> None:
-    assert command("compare", sides[0], sides[0]) == 0
-    for one in compared(sides[0]).values():
-        assert one["change"] == 0
-        if one["paired"] and one["rows"] > 1:  # of a row alone there is no interval
-            assert (one["paired"]["low"], one["paired"]["high"], one["paired"]["p"]) == (0, 0, 1)
+def test_equal_results_do_not_differ_as_far_as_so_many_rows_can_say(
+    command: Callable[..., int], sides: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of n pairs that are alike, Tango's score interval (1998) is z^2 / (n + z^2) to either side, and never [0, 0]."""
+    shutil.copytree(sides[0], tmp_path / "copy")
+    assert command("compare", sides[0], tmp_path / "copy", "--details") == 0
+    shown = capsys.readouterr().out
+    found = compared(tmp_path / "copy")
+    assert {one["rows"] for one in found.values()} >= {1, 40}
+    for one in found.values():
+        assert (one["change"], one["paired"]["mean"], one["paired"]["p"]) == (0, 0, 1)
+        if one["rows"] < 6:
+            assert (one["paired"]["low"], one["paired"]["high"]) == (None, None)
+        else:
+            most = 2 if one["unit"] == "points" else 1
+            ends = pytest.approx(
+                (-most * 1.96**2 / (one["rows"] + 1.96**2), most * 1.96**2 / (one["rows"] + 1.96**2)), abs=1e-4
+            )
+            assert (one["paired"]["low"], one["paired"]["high"]) == ends
+    assert "| +0.0 [-8.8, +8.8] | 1.0000 | 40 |" in shown
+    assert "| +0.0 (n = 1) | 1.0000 | 1 |" in shown
+    assert "[+0.0, +0.0]" not in shown
+
+
+def test_folders_that_can_not_be_compared_are_one_error_that_names_them(
+    says_no: Callable[..., str], sides: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, side in zip(("baseline", "trained-model"), sides, strict=True):
+        shutil.copytree(side, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    missing = f"there is no such folder or file: there is no {{}} in {tmp_path}. Did you mean {{}}?"
+    for first, second, typo, meant in (
+        ("baselin", "trained-model", "baselin", "baseline"),
+        ("baseline", "traind_model", "traind_model", "trained-model"),
+        ("base-line", "traind_model", "base-line", "baseline"),
+    ):
+        assert says_no("compare", first, second).startswith(f"{typo}: {missing.format(typo, meant)}")
+    same = "A and B are the same results"
+    assert same in says_no("compare", "trained-model", "trained-model")
+    assert same in says_no("compare", "trained-model", tmp_path / "trained-model")
+    assert same in says_no("compare", "trained-model/ifeval.json", "trained-model")
+    (tmp_path / "nothing").mkdir()
+    assert says_no("compare", "nothing", "trained-model").startswith("nothing: there are no results in it (any of gain")
+    write_rules(tmp_path / "nothing", [True] * 8)
+    other = "there is nothing that both were measured by: A has rules, B has ifeval"
+    assert other in says_no("compare", "nothing", "trained-model")
 
 
 def test_what_was_measured_otherwise_is_refused(
@@ -186,6 +229,31 @@ def test_what_was_measured_otherwise_is_refused(
     (tmp_path / "x.json").write_text('{"kind": "ifeval"}', encoding="utf-8")
     assert "can't be read as results" in says_no("compare", first, tmp_path / "x.json")
     assert "nothing of --only gain" in says_no("compare", first, second, "--only", "gain")
+
+
+@pytest.mark.parametrize(("measures", "name"), [(1, "b"), (2, LONG), (6, "b"), (40, LONG)], ids=[1, 2, 6, 40])
+def test_the_legend_of_the_plot_covers_nothing(evaluate_script: ModuleType, measures: int, name: str) -> None:
+    measure = Measure(0.4, 0.3, 0.5)
+    kinds = ("ifeval", "gain", "harness")
+    pairs = [
+        Pair(kinds[number % 3], f"{name}: {number}", measure, Measure(1.0, None, None), None, None)
+        for number in range(measures)
+    ]
+    figure = evaluate_script.evaluate_compare.plot(pairs, (name, name))
+    figure.canvas.draw()
+    [legend] = figure.legends
+    covered = legend.get_window_extent()
+    width, height = figure.canvas.get_width_height()
+    assert 0 <= covered.x0 < covered.x1 <= width
+    assert 0 <= covered.y0 < covered.y1 <= height
+    assert len(figure.axes) == min(measures, 3)
+    for axes in figure.axes:
+        assert not covered.overlaps(axes.get_tightbbox())  # with its title, names of measures and axis label
+        assert axes.get_tightbbox().x0 >= 0
+        assert axes.get_title(loc="left")
+        assert axes.get_xlabel()
+    assert figure.get_suptitle()
+    plt.close(figure)
 
 
 def gain_record(gain: float, **options: object) -> dict:
@@ -364,7 +432,7 @@ def test_what_gain_and_bench_write_is_read(
     ]
     paired = found["gain", "gain"]["paired"]
     assert paired["mean"] == pytest.approx(statistics.fmean(b - a for a, b in zip(*gains, strict=True)))
-    assert paired["low"] < paired["mean"] < paired["high"]
+    assert (paired["low"], paired["groups"]) == (None, 3)  # nine rows of three instructions
     scores = [[line["score"] for line in lines(folder / "bench_rows.jsonl")] for folder in folders]
     assert found["bench", "score"]["paired"]["mean"] == pytest.approx(
         statistics.fmean(b - a for a, b in zip(*scores, strict=True))

@@ -1,5 +1,6 @@
 """System gain against a plain loop in float64, its intervals and tests against theory, its choice of messages."""
 
+import itertools
 import json
 import math
 import random
@@ -407,10 +408,17 @@ def test_intervals_are_those_of_normal_theory_over_instructions() -> None:
 
 
 def test_rows_weigh_alike_however_many_an_instruction_has() -> None:
-    values = np.array([[1.0], [2.0], [3.0], [10.0]])
-    (found,) = estimates(values, np.array([7, 7, 7, 2]), np.zeros(1))
-    assert found.mean == 4
-    assert (found.low, found.high) == (2, 10)  # resamples hold either instruction alone, or both
+    by_instruction = [[1.0, 2.0, 3.0], [10.0], [4.0], [5.0, 5.0], [7.0], [0.0]]
+    values = np.array([[value] for of_one in by_instruction for value in of_one])
+    numbers = [number for number, of_one in enumerate(by_instruction) for _ in of_one]
+    (found,) = estimates(values, np.array(numbers), np.zeros(1), resamples=20_000)
+    assert found.mean == pytest.approx(37 / 9)
+    means = sorted(  # of every way to draw six of the six again
+        statistics.fmean(value for of_one in drawn for value in of_one)
+        for drawn in itertools.product(by_instruction, repeat=6)
+    )
+    assert found.low == pytest.approx(means[round(0.025 * len(means))], abs=0.1)
+    assert found.high == pytest.approx(means[round(0.975 * len(means))], abs=0.1)
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
@@ -459,34 +467,45 @@ def test_rows_of_an_instruction_flip_together() -> None:
 
 @pytest.fixture
 def measured(tiny: torch.nn.Module, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> SystemGain:
-    made = variants(write(tmp_path / "rows.jsonl", rows_of_words(8, instructions=4)), tiny_tokenizer)
+    made = variants(write(tmp_path / "rows.jsonl", rows_of_words(16, instructions=8)), tiny_tokenizer)
     return system_gain(tiny, made.rows)
 
 
 def test_what_is_told_is_what_was_measured(measured: SystemGain) -> None:
     record = json.loads(json.dumps(measured.record()))
-    assert record["overall"]["gain"]["mean"] == measured.values[:, 0].mean()
+    mean = pytest.approx(measured.values[:, 0].mean(), rel=1e-12)
+    assert record["overall"]["gain"]["mean"] == mean
     assert [(group["of"], group["is"], group["rows"]) for group in record["groups"]] == [
-        ("rule", "even", 4),
-        ("rule", "odd", 4),
+        ("rule", "even", 8),
+        ("rule", "odd", 8),
     ]
-    assert measured.metrics()["eval_system_gain"] == measured.values[:, 0].mean()
+    assert measured.metrics()["eval_system_gain"] == mean
     assert measured.metrics()["eval_system_accuracy_over_none"] == measured.values[:, 3].mean()
     table = markdown({"tiny": measured})
     gain = measured.overall.gain
     assert f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]" in table
-    assert "| rule | odd | 4 | " in table
+    odd = measured.groups["rule", "odd"].gain
+    assert f"| rule | odd | 8 | {odd.mean:+.3f} (n = 4) p={odd.p:.3f} |" in table  # eight rows of four instructions
+    assert "(n = ...): too few instructions for an interval; it takes at least 6." in table
     widths = [line.count("|") for line in table.splitlines() if line.startswith("|")]
     assert set(widths) == {3, 5}
-    assert "8 rows of 4 instructions; " in table
+    assert "16 rows of 8 instructions; " in table
     alone = replace(measured, overall=replace(measured.overall, rows=1, instructions=1))
     assert "1 row of 1 instruction; " in markdown({"tiny": alone})
 
 
 def test_a_model_has_no_change_from_itself(measured: SystemGain) -> None:
     change = measured.change_from(measured)
-    assert change[None].gain.mean == change["rule", "odd"].gain.high == 0
+    assert change[None].gain.mean == change["rule", "odd"].gain.mean == 0
+    assert change[None].gain.low is change[None].gain.high is None  # nothing says how far others would change
     assert change[None].accuracy.p == 1
+    low, high = change[None].accuracy.low, change[None].accuracy.high
+    assert (
+        low == -high == pytest.approx(-(1.96**2) / (8 + 1.96**2), abs=1e-4)
+    )  # eight instructions, none of which changed
+    table = markdown({"before": measured, "after": measured}, change)
+    assert "| +0.000 (all alike) p=1.000 |" in table
+    assert "(all alike): every value is the same" in table
 
 
 def test_no_rows_and_weights_that_are_not_finite_are_errors(

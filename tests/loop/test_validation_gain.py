@@ -1,12 +1,14 @@
 """System gain in the evaluations of a run: logged, in the report, and what the best checkpoint is chosen by."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from train import progress
 from train.data.chat_template import use_template
 from train.data.system_variants import make_variants, read_labelled
 from train.data.tokenize import RowTokenizer
@@ -31,10 +33,10 @@ TRAINING = {
 
 @pytest.fixture
 def held_out(tmp_path: Path) -> Path:
-    """Three instructions under three messages each, two alone, and two rows without a message."""
+    """Four instructions under two messages each, three alone, and two rows without a message."""
     path = tmp_path / "held_out.jsonl"
     systems = ["Speak like a river.", "Speak like a stone.", "Be a paper window."]
-    rows = [(systems[row % 3], f"question {row // 3}", f"{systems[row % 3][-7:]} river {row}") for row in range(9)]
+    rows = [(systems[row % 3], f"question {row // 2}", f"{systems[row % 3][-7:]} river {row}") for row in range(9)]
     rows += [("Be brief.", "alone", "stone"), ("Be long.", "alone too", "window " * 9)]
     rows += [("", "nothing", "paper"), ("", "nothing more", "paper")]
     with path.open("w", encoding="utf-8") as lines:
@@ -50,8 +52,10 @@ def metrics_of(run: Path) -> list[dict]:
 
 
 def test_each_evaluation_measures_it_and_the_best_checkpoint_listens_most(
-    recipe_file: Callable[..., Path], held_out: Path, tmp_path: Path, tiny_model: Path
-) -> None:
+    recipe_file: Callable[..., Path], held_out: Path, tmp_path: Path, tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)  # as if each batch took long
     recipe = recipe_file(
         data={"validation": [{"path": str(held_out)}]},
         training=TRAINING,
@@ -59,6 +63,13 @@ def test_each_evaluation_measures_it_and_the_best_checkpoint_listens_most(
         seed=5,
     )
     assert main(["--recipe", str(recipe)]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("system gain: ")]
+    # Ten rows, each under its own message, one or two others, and none; an evaluation ends with all of them scored.
+    ends = [line for line in told if " (100%), " in line]
+    assert len(ends) == 4
+    [of] = {re.fullmatch(r"system gain: (\d+) of (\d+) answers \(100%\), 0s left", line).groups() for line in ends}
+    assert of[0] == of[1]
+    assert 30 <= int(of[0]) <= 40
     run = tmp_path / "run"
     lines = {line["step"]: line for line in metrics_of(run) if "eval_loss" in line}
     assert sorted(lines) == [0, 1, 2, 3]

@@ -49,9 +49,12 @@ def test_outcomes_of_the_rows_that_both_have(files: tuple[Path, Path]) -> None:
     ]
     exact = sum(one >= abs(sum(differences)) - 1e-9 for one in sums) / 64
     assert found.difference.p == pytest.approx(exact, abs=0.02)
-    # A share of 2 in 6: the bootstrap's 2.5 % and 97.5 % are quantiles of a binomial over 6.
+    # A share of 2 in 6: at its ends, as true shares, 2 in 6 is 1.96 standard errors away.
     share = found.shares["win of the first"]
-    assert (share.low, share.high) == (0.0, pytest.approx(4 / 6))
+    for end in (share.low, share.high):
+        assert abs(2 / 6 - end) / (end * (1 - end) / 6) ** 0.5 == pytest.approx(1.96, abs=1e-4)
+    assert share.low < 2 / 6 < share.high
+    assert "| one wins | 2 | 33.3% [9.7%, 70.0%] |" in found.markdown()
 
 
 def test_the_other_way_round_is_the_mirror_image(files: tuple[Path, Path]) -> None:
@@ -125,7 +128,9 @@ def test_the_command_compares_with_another_models_rows(tmp_path: Path, capsys: p
     assert "| n wins | 1 | 25.0%" in (tmp_path / "n" / "report.md").read_text()
     shown = capsys.readouterr().out
     assert "| n wins | 1 | 25.0%" in shown
-    assert "Rows that both have a score for: 4. n less m is +0.25 [" in shown
+    assert "Rows that both have a score for: 4. n less m is +0.25 (n = 4); p = " in shown
+    assert "| n wins | 1 | 25.0% (n = 4) |" in shown
+    assert "(n = ...): too few rows for an interval; it takes at least 6." in shown
 
 
 def test_what_can_not_be_compared_leaves_the_runs_own_figures_whole(

@@ -5,6 +5,7 @@ Those of training first, then those of the benchmark. Some are tested at length 
 
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -206,14 +207,21 @@ def test_a_score_that_is_missing_breaks_no_mean(tmp_path: Path) -> None:
     with served(judging(silent)) as server:
         assert command(*options(server, data, tmp_path / "out"), "--retries", "0") == 0
     record: dict[str, Any] = json.loads((tmp_path / "out" / "bench.json").read_text())
-    assert record["score"] == {"mean": 3.0, "low": None, "high": None, "scored": 1, "of": 2}
+    none = {"low": None, "high": None, "interval": "none: too few"}
+    assert record["score"] == {"mean": 3.0, "scored": 1, "of": 2, "rows": 1} | none
     assert record["missing"]["judgements_missing"]["unparsable"] == 5
     everything_missing = tmp_path / "nothing"
+    shutil.copytree(tmp_path / "out", everything_missing)  # an earlier run had a score, and a plot of it
+    assert (everything_missing / "bench.png").is_file()
+    (everything_missing / "bench.sqlite").unlink()
     with served(judging(lambda row, rubric, time: "no verdict")) as server:
         assert command(*options(server, data, everything_missing), "--retries", "0") == 0
     record = json.loads((everything_missing / "bench.json").read_text())
-    assert record["score"] == {"mean": None, "low": None, "high": None, "scored": 0, "of": 2}
-    assert "**m: no score**" in (everything_missing / "report.md").read_text()
+    assert record["score"] == {"mean": None, "scored": 0, "of": 2, "rows": 0} | none
+    report = (everything_missing / "report.md").read_text()
+    assert "**m: no score**" in report
+    assert "bench.png" not in report
+    assert not (everything_missing / "bench.png").exists()
 
 
 def test_the_batch_mode_aggregates(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from train.errors import UserError
 from train.evaluation.results import Measure, Results
+from train.progress import job
 from train.resampling import DIFFERENCE_OF_SHARES, Bounds, Estimate, estimates
 
 _BOUNDS: dict[str, Bounds] = {"share": DIFFERENCE_OF_SHARES, "points": (-2.0, 2.0)}
@@ -93,11 +94,11 @@ def compare(
             for name, measure in has.measures.items()
             if name not in lacks.measures and not measure.detail
         ]
-        pairs += [
-            _pair(kind, name, measure, other.measures[name], seed)
-            for name, measure in one.measures.items()
-            if name in other.measures
-        ]
+        both = [name for name in one.measures if name in other.measures]
+        with job(f"comparing {kind}", total=len(both), unit="measures") as comparing:
+            for name in both:
+                pairs.append(_pair(kind, name, one.measures[name], other.measures[name], seed))
+                comparing.advance()
     return Comparison(pairs, notes)
 
 

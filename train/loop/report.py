@@ -14,6 +14,7 @@ from train.loop.validation_gain import FILE as GAIN_FILE
 from train.progress import duration, is_first_rank
 from train.recipe import Recipe
 from train.report_parts import load_pyplot
+from train.resampling import FEWEST
 from train.whole_files import write_text
 
 _MODELS = ("model.safetensors", "pytorch_model.bin")
@@ -155,6 +156,8 @@ def _write_report(output_dir: Path, screen: str, seconds: float) -> None:
     if gains:
         first, last = min(gains), loaded[-1] if loaded and loaded[-1] in gains else max(gains)
         name = "system gain in nats per token" + (f", after step {first} and {last}" if first != last else "")
+        if "eval_system_gain_low" not in gains[last] and isinstance(gains[last]["eval_system_gain"], float):
+            name += f" (of fewer than {FEWEST} instructions: no interval)"
         shown = [_with_interval(gains[step], "eval_system_gain") for step in dict.fromkeys((first, last))]
         rows.append((name, " -> ".join(shown)))
         picture = _picture(draw_gain, list(gains.values()), output_dir / "system_gain.png")

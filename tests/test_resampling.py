@@ -1,0 +1,133 @@
+"""Intervals of constant and tiny samples: against the score test turned round, and never without a width."""
+
+import itertools
+import math
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+
+from train.resampling import DIFFERENCE_OF_SHARES, FEWEST, SHARE, estimates, explain_missing, share_of, wilson
+
+Z = NormalDist().inv_cdf(0.975)
+
+
+def farthest_not_refused(share: float, of: int, edge: float) -> float:
+    """Bisection for the last true share towards `edge` from which `share` is at most 1.96 standard errors away."""
+    inside, outside = share, edge
+    for _ in range(80):
+        middle = (inside + outside) / 2
+        refused = (share - middle) ** 2 * of > Z**2 * middle * (1 - middle)
+        inside, outside = (inside, middle) if refused else (middle, outside)
+    return inside
+
+
+@pytest.mark.parametrize(("share", "of"), [(0, 6), (1, 6), (1, 10), (0, 36), (0.5, 8), (1 / 30, 30), (137.5 / 138, 36)])
+def test_wilsons_interval_is_what_the_score_test_does_not_refuse(share: float, of: int) -> None:
+    low, high = wilson(share, of)
+    expected = tuple(farthest_not_refused(share, of, edge) for edge in (0.0, 1.0))
+    assert (low, high) == pytest.approx(expected, abs=1e-9)
+    assert high - low > 0.05
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5])
+@pytest.mark.parametrize("bounds", [SHARE, DIFFERENCE_OF_SHARES, (1.0, 5.0), None])
+def test_of_few_rows_there_is_no_interval(rows: int, bounds: tuple[float, float] | None) -> None:
+    (found,) = estimates(np.ones((rows, 1)), np.arange(rows), np.zeros(1), [bounds])
+    assert (found.mean, found.low, found.high, found.groups) == (1, None, None, rows)
+    assert found.missing == f"n = {rows}"
+    assert explain_missing(f"100 % ({found.missing})") == [
+        "(n = ...): too few rows for an interval; it takes at least 6."
+    ]
+    assert explain_missing("100 % [72.2, 100.0]") == []
+
+
+def test_the_fewest_are_those_from_which_a_test_can_find_anything() -> None:
+    """All flips of the signs of values that agree: with five, 2 of 32 are as extreme; with six, 2 of 64."""
+    for groups in (FEWEST - 1, FEWEST):
+        extreme = sum(abs(sum(signs)) == groups for signs in itertools.product((1, -1), repeat=groups))
+        assert (extreme / 2**groups < 0.05) is (groups == FEWEST)
+
+
+@pytest.mark.parametrize("constant", [0.0, 1.0])
+@pytest.mark.parametrize(("groups", "of_each"), [(6, 1), (40, 1), (40, 3)])
+def test_a_constant_share_has_wilsons_interval_of_its_groups(constant: float, groups: int, of_each: int) -> None:
+    (found,) = estimates(
+        np.full((groups * of_each, 1), constant), np.repeat(np.arange(groups), of_each), np.zeros(1), [SHARE]
+    )
+    # From (1 - high)^n as a score test has it: high = z^2 / (n + z^2).
+    most = Z**2 / (groups + Z**2)
+    assert (found.low, found.high) == pytest.approx((0, most) if constant == 0 else (1 - most, 1))
+    assert found.interval == "wilson"
+
+
+def test_one_group_that_differs_makes_no_share_surer_than_none() -> None:
+    values = np.ones(120)
+    groups = np.repeat(np.arange(40), 3)
+    alike = share_of(values.tolist(), groups.astype(str).tolist())
+    values[7] = 0
+    one_off = share_of(values.tolist(), groups.astype(str).tolist())
+    assert one_off.high - one_off.low > alike.high - alike.low > 0.08
+    assert (one_off.low, one_off.high) == wilson(119 / 120, 40)
+
+
+def test_shares_of_independent_rows_cover_the_truth_and_the_bootstrap_would_not() -> None:
+    """Of all outcomes of 20 rows at a true share of 0.95: how probable those are whose interval holds it."""
+    truth, of = 0.95, 20
+
+    def covered(ends: list[tuple[float, float]]) -> float:
+        return sum(
+            math.comb(of, count) * truth**count * (1 - truth) ** (of - count)
+            for count, (low, high) in enumerate(ends)
+            if low <= truth <= high
+        )
+
+    columns = [np.array([1.0] * count + [0.0] * (of - count))[:, None] for count in range(of + 1)]
+    rows = np.arange(of)
+    ours = [estimates(column, rows, np.zeros(1), [SHARE], permutations=1)[0] for column in columns]
+    plain = [estimates(column, rows, np.zeros(1), permutations=1)[0] for column in columns]
+    assert covered([(one.low, one.high) for one in ours]) > 0.92
+    ends = [(one.mean, one.mean) if one.low is None else (one.low, one.high) for one in plain]
+    assert covered(ends) < 0.70
+
+
+def test_no_interval_is_without_width() -> None:
+    """Values that are all alike, groups whose means are, and sums that rounding alone tells apart."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(8), 2)
+    samples = {
+        "alike": np.full(16, 0.1),
+        "opposite in each group": np.tile([0.0, 1.0], 8),
+        "both halves": np.full(16, 0.5),
+        "rounding": 0.3 + 1e-17 * rng.integers(0, 2, 16),
+    }
+    for name, values in samples.items():
+        for bounds in (SHARE, DIFFERENCE_OF_SHARES, (1.0, 5.0), None):
+            column = values[:, None] + (3 if bounds == (1.0, 5.0) else 0)
+            (found,) = estimates(column, groups, np.zeros(1), [bounds])
+            if bounds is None:
+                assert (found.low, found.high, found.missing) == (None, None, "all alike"), name
+            else:
+                assert found.high - found.low > 0.3, name
+                assert bounds[0] <= found.low <= found.mean <= found.high <= bounds[1]
+
+
+def tangos_score(pairs: int, better: int, worse: int, difference: float) -> float:
+    """Of a paired difference (Tango 1998, equations 4 to 6): standard errors that the pairs are from `difference`."""
+    a, c = 2 * pairs, -worse * difference * (1 - difference)
+    b = -better - worse + (2 * pairs - better + worse) * difference
+    nuisance = (math.sqrt(b**2 - 4 * a * c) - b) / (2 * a)
+    spread = math.sqrt(pairs * (2 * nuisance + difference * (1 - difference)))
+    return (better - worse - pairs * difference) / spread
+
+
+@pytest.mark.parametrize(("value", "low", "high"), [(1.0, True, False), (0.0, True, True), (-1.0, False, True)])
+def test_differences_that_are_all_alike_have_tangos_interval(value: float, low: bool, high: bool) -> None:
+    pairs = 12
+    (found,) = estimates(np.full((pairs, 1), value), np.arange(pairs), np.zeros(1), [DIFFERENCE_OF_SHARES])
+    better, worse = pairs * (value > 0), pairs * (value < 0)
+    for end, open_end, sign in ((found.low, low, 1), (found.high, high, -1)):
+        if open_end:
+            assert sign * tangos_score(pairs, better, worse, end) == pytest.approx(Z, abs=1e-6)
+        else:
+            assert end == value

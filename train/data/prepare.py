@@ -109,8 +109,8 @@ class Prepared:
     """All that training needs of the data.
 
     `faults`: rows that can't be trained, by kind, whichever part's they are. `escaped`: rows of the sources that are
-    trained with the control tokens typed in their text broken up. `passed_over`: files beside the data that no row was
-    read from.
+    trained with the control tokens typed in their text broken up. `passed_over`, `companions`: files beside the data
+    that no row was read from, as their names are none of data, or as they describe it.
     """
 
     train: Part
@@ -120,6 +120,7 @@ class Prepared:
     caches: Sequence[CachedSource] = ()
     escaped: int = 0
     passed_over: Sequence[Path] = ()
+    companions: Sequence[str] = ()
 
     @property
     def accounts(self) -> dict[str, Account]:
@@ -187,12 +188,13 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     ]
     escaped = sum(entry.facts["escaped"] for entry, _ in tokenized)
     passed_over = list(dict.fromkeys(path for _, opened in tokenized for path in opened.passed_over))
+    companions = list(dict.fromkeys(named for _, opened in tokenized for named in opened.companions))
     train, trained = parts["training"]
     if "validation" not in parts:
-        return Prepared(train, None, faults, Overlap(), caches, escaped, passed_over)
+        return Prepared(train, None, faults, Overlap(), caches, escaped, passed_over, companions)
     tested, validated = parts["validation"]
     overlap = _overlap(rows, firsts[trained], firsts[validated])
-    return Prepared(train, tested, faults, overlap, caches, escaped, passed_over)
+    return Prepared(train, tested, faults, overlap, caches, escaped, passed_over, companions)
 
 
 def _sequences_at_once(recipe: Recipe, *fields: str) -> int:

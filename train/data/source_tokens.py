@@ -28,7 +28,17 @@ ROWS = "rows.arrow"
 """The file of an entry, as `token_rows` has it."""
 
 _DECISIVE = (
-    *("arrow_rows", "chat_template", "control_tokens", "fast_tokenizer", "files", "formats", "layouts", "loss_mask"),
+    *(
+        "arrow_rows",
+        "chat_template",
+        "companions",
+        "control_tokens",
+        "fast_tokenizer",
+        "files",
+        "formats",
+        "layouts",
+        "loss_mask",
+    ),
     *("rendering", "source_tokens", "sources", "spans", "token_rows", "tokenize", "trials"),
 )
 """The modules that decide which tokens a row becomes: where one changes, rows are tokenized anew."""

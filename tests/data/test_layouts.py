@@ -96,6 +96,11 @@ NAMED: dict[str, tuple[bytes | str, list[str], bool]] = {
     "twice.jsonl.gz": (gzip.compress(gzip.compress(LINES.encode())), ["twice with gzip", "gunzip -c"], False),
     "zeros.jsonl": (b"\0" * 9_000, ["zero bytes", "Copy it again"], False),
     "machine.jsonl": (b"\x7f\x00\x01\xd8\x00\xd8" * 900, ["binary data"], False),
+    "table.jsonl": ("prompt,output\np,o\n", ["holds no JSON, it begins with 'prompt,output'", "ending .csv"], False),
+    "table.json": ("prompt\toutput\np\to\n", ["holds no JSON", "ending .tsv"], False),
+    "prose.jsonl": ("Once upon a time\nthere were rows\n", ["holds no JSON, it begins with 'Once upon a time'"], False),
+    "lines.csv": (LINES, ["holds JSON", "ending .jsonl"], False),
+    "array.tsv": (json.dumps(ROWS, indent=1), ["holds JSON", "ending .jsonl"], False),
     "pickle.jsonl": (b"\x80\x04\x95\x10", ["Python pickle"], False),
 }  # fmt: skip
 
@@ -149,6 +154,18 @@ def test_a_table_is_parted_as_its_header_says(name: str, text: str, tmp_path: Pa
     placed = list(read_rows(Source(path=str(write(tmp_path / name, text)))))
     where = 3 if "sep=" in text else 2
     assert placed == [(f"{tmp_path / name}:{where}", {"prompt": "One, two?", "output": "three"})]
+
+
+def test_a_table_of_an_old_macintosh(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", "prompt,output\rp,o\r")
+    command = error_of(path).partition("(old Macintosh). Convert it: ")[2]
+    subprocess.run(command, shell=True, check=True)
+    assert rows_of(tmp_path / "rows.lines.csv") == [{"prompt": "p", "output": "o"}]
+
+
+def test_a_line_longer_than_any_field_of_a_table(tmp_path: Path) -> None:
+    assert "holds no JSON" in error_of(write(tmp_path / "rows.jsonl", "x," * 200_000))
+    assert "holds no JSON" in error_of(write(tmp_path / "mac.jsonl", "one\rtwo"))
 
 
 def test_a_header_that_could_be_parted_in_two_ways_or_none_is_left(tmp_path: Path) -> None:

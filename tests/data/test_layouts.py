@@ -1,8 +1,10 @@
 """A file that is not what its ending says is named for what it is, and the command in the message mends it."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import re
 import shutil
 import subprocess
@@ -79,7 +81,7 @@ NAMED: dict[str, tuple[bytes | str, list[str], bool]] = {
     "commas.jsonl": (LINES.replace("}\n", "},\n"), ["comma stands after the object", "sed "], True),
     "commas.json": (LINES.replace("}\n", "}, \n"), ["comma stands after the object", "sed "], True),
     "python.jsonl": ("".join(f"{row}\n" for row in ROWS), ["Python dict", "python3 -c"], True),
-    "python.json": (str(ROWS), ["Python list", "python3 -c"], True),
+    "python.json": (str(ROWS), ["Python list or dict", "python3 -c"], True),
     "joined.json": (PRETTY.replace("}\n{", "}\n" + MARK + "{", 1), ["joined.json:6: a byte order mark"], False),
     "trailing.json": (json.dumps(ROWS)[:-1] + ",\n]", ["invalid JSON", "comma stands before the closing ]"], False),
     "cut.json": (json.dumps(ROWS)[:-20], ["invalid JSON", "It was cut off"], False),
@@ -90,10 +92,11 @@ NAMED: dict[str, tuple[bytes | str, list[str], bool]] = {
     "page.jsonl": ("\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", ["web page"], False),
     "denied.json": ('<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code></Error>', ["web page (HTML or XML)"], False),
     "rows.csv": (parquet(), ["Parquet", "ending .parquet"], False),
-    "archive.jsonl": (zipped("rows.jsonl"), ["ZIP archive", "unzip"], False),
+    "archive.jsonl": (zipped("rows.jsonl"), ["ZIP archive", "Unpack it"], False),
     "workbook.csv": (zipped("[Content_Types].xml", "xl/sheet.xml"), ["Excel workbook", "CSV in UTF-8"], False),
-    "bzip2.jsonl": (b"BZh91AY&SY" + b"\x00" * 20, ["bzip2", "bunzip2 -c"], False),
-    "twice.jsonl.gz": (gzip.compress(gzip.compress(LINES.encode())), ["twice with gzip", "gunzip -c"], False),
+    "bzip2.jsonl": (bz2.compress(LINES.encode()), ["bzip2", "bunzip2 -c"], True),
+    "xz.jsonl": (lzma.compress(LINES.encode()), ["xz", "xz -dc"], True),
+    "twice.jsonl.gz": (gzip.compress(gzip.compress(LINES.encode())), ["twice with gzip", "gunzip -c"], True),
     "zeros.jsonl": (b"\0" * 9_000, ["zero bytes", "Copy it again"], False),
     "machine.jsonl": (b"\x7f\x00\x01\xd8\x00\xd8" * 900, ["binary data"], False),
     "table.jsonl": ("prompt,output\np,o\n", ["holds no JSON, it begins with 'prompt,output'", "ending .csv"], False),
@@ -112,7 +115,7 @@ def test_a_file_is_named_for_what_it_is_and_its_command_mends_it(name: str, tmp_
     error = error_of(path)
     assert error.startswith(str(path))
     assert [word for word in words if word not in error] == []
-    command = re.search(r"(?:Convert it|Unpack it once|Unpack it|Take it out): (.* > (\S+))$", error.rstrip("."))
+    command = re.search(r"(?:Convert it|Unpack it|Take it out): (.* > (\S+))$", error.rstrip("."))
     if mended:
         assert command is not None
         if shutil.which(command[1].split()[0]) is None:

@@ -26,18 +26,20 @@ _POINTERS = {
 _BINARY = {
     b"PAR1": ("a Parquet file", "Give its name the ending .parquet"),
     b"ARROW1": ("an Arrow file", "Write it as Parquet"),
-    b"PK\x03\x04": ("a ZIP archive", "Unpack it: unzip {path}"),
-    b"\x1f\x8b": ("compressed twice with gzip", "Unpack it once: gunzip -c {path} > {unpacked}"),
-    b"\x28\xb5\x2f\xfd": ("compressed twice with zstd", "Unpack it once: zstd -dc {path} > {unpacked}"),
-    b"BZh": ("compressed with bzip2", "Unpack it: bunzip2 -c {path} > {unpacked}"),
-    b"\xfd7zXZ\x00": ("compressed with xz", "Unpack it: xz -dc {path} > {unpacked}"),
-    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "Unpack it"),
+    b"PK\x03\x04": ("a ZIP archive", "Unpack it, and name what was in it"),
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "Unpack it, and name what was in it"),
     b"\xd0\xcf\x11\xe0": ("an Excel or another Office file", "Save it as CSV in UTF-8"),
     b"SQLite format 3\x00": ("a SQLite database", "Write its rows as JSON lines"),
     b"%PDF-": ("a PDF", "Name a file of rows"),
     b"\x89HDF": ("an HDF5 file", "Write its rows as JSON lines"),
     b"\x80\x04": ("a Python pickle", "Give its name the ending .pkl, if you trust it"),
     b"\x80\x05": ("a Python pickle", "Give its name the ending .pkl, if you trust it"),
+}
+_COMPRESSED = {
+    b"\x1f\x8b": ("compressed twice with gzip", "gunzip -c"),
+    b"\x28\xb5\x2f\xfd": ("compressed twice with zstd", "zstd -dc"),
+    b"BZh": ("compressed with bzip2", "bunzip2 -c"),
+    b"\xfd7zXZ\x00": ("compressed with xz", "xz -dc"),
 }
 _WEB_PAGE = re.compile(rb"\s*<(!doctype html|html|head|body|\?xml[^>]*>\s*<(error|html|!doctype))", re.IGNORECASE)
 _JSON = re.compile(rb'(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*"')
@@ -59,7 +61,7 @@ _PYTHON = _Layout(
     "python3 -c 'import ast, json, sys; [" + _LITERAL.format("line") + " for line in sys.stdin if line.strip()]'",
 )
 _PYTHON_LIST = _Layout(
-    "it is a Python list (single quotes, None, True), not JSON",
+    "it is a Python list or dict (single quotes, None, True), not JSON",
     "python3 -c 'import ast, json, sys; " + _LITERAL.format("sys.stdin.read()") + "'",
 )
 _SEVERAL = _Layout("several objects stand on one line", "jq -c .")
@@ -78,11 +80,13 @@ def check_head(path: Path, head: bytes, ending: str, *, pickled: bool) -> None:
             what, remedy = name, advice
     if what == "a ZIP archive" and (b"[Content_Types].xml" in head or b"xl/" in head):
         what, remedy = "an Excel workbook", "Save it as CSV in UTF-8"
+    for start, (name, program) in _COMPRESSED.items():
+        if head.startswith(start):
+            what, remedy = name, f"Unpack it: {rewriting(path, program, 'unpacked')}"
     if _WEB_PAGE.match(head):
         what, remedy = "a web page (HTML or XML), not the data", "Download the file itself: the page had a link to it"
     if what:
-        names = {"path": shlex.quote(str(path)), "unpacked": shlex.quote(str(path.with_suffix("")))}
-        raise UserError(f"{path}: the file is {what}. {remedy.format(**names)}.")
+        raise UserError(f"{path}: the file is {what}. {remedy}{'' if ' > ' in remedy else '.'}")
     if not pickled and ending != ".parquet":
         _check_encoding(path, head)
     if ending in (".csv", ".tsv") and _JSON.match(head):

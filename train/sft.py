@@ -15,7 +15,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from train.errors import CommandLine, UserError
+from train.errors import CommandLine, UserError, names_of_files
 from train.json_report import discard_earlier
 from train.launched import alone_by_mistake
 from train.loop.noise import leave_out_unhelpful_warnings
@@ -164,7 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.json is not None:
             options.json = discard_earlier(options.json)
-        train(load_recipe(options.recipe, options.overrides), options)
+        with names_of_files():
+            train(load_recipe(options.recipe, options.overrides), options)
     except UserError as fault:
         if is_first_rank():
             print(f"error: {fault}", file=sys.stderr, flush=True)

@@ -81,6 +81,13 @@ def test_an_argument_that_is_no_text_is_an_error(tmp_path: Path) -> None:
     assert "this locale has no such characters. Set LC_ALL=C.UTF-8" in said
 
 
+def test_a_name_that_this_locale_can_not_write_is_an_error() -> None:
+    code = "import sys; from train.errors import ending; sys.exit(ending(lambda: open(chr(0xe9)), ''))"
+    returned, _, said = started(code, ASCII["the C locale"])
+    assert returned == 2
+    assert said.strip() == r"error: this locale (ascii) can't write '\xe9'. Set LC_ALL=C.UTF-8, or PYTHONUTF8=1."
+
+
 @pytest.mark.parametrize("parse", ["parse_args", "parse_intermixed_args", "parse_known_args"])
 def test_every_way_to_parse_looks_at_its_arguments(parse: str, capsys: pytest.CaptureFixture[str]) -> None:
     parser = CommandLine()

@@ -133,6 +133,19 @@ def not_negative(text: str) -> int:
     return int(text)
 
 
+@contextmanager
+def names_of_files() -> Iterator[None]:
+    """Raise UserError where a file's name can't be written in the encoding of this locale, as `é` in ASCII."""
+    try:
+        yield
+    except UnicodeEncodeError as fault:
+        if sys.getfilesystemencoding() == "utf-8":
+            raise
+        raise UserError(
+            f"this locale ({fault.encoding}) can't write {fault.object!r}. Set LC_ALL=C.UTF-8, or PYTHONUTF8=1."
+        ) from fault
+
+
 class OutputLostError(Exception):
     """Standard output can't be written; what it was caused by says why."""
 
@@ -189,7 +202,8 @@ def ending(act: Callable[[], None], stopped: str) -> int:
 
 def _ending(act: Callable[[], None], stopped: str) -> int:
     try:
-        act()
+        with names_of_files():
+            act()
     except UserError as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 2

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from train.errors import USER_FIXABLE_ERRNOS, CommandLine, UserError
+from train.errors import USER_FIXABLE_ERRNOS, CommandLine, UserError, names_of_files
 from train.formatting import wrap
 from train.json_report import discard_earlier
 from train.launched import alone_by_mistake
@@ -201,9 +201,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.json is not None:
             options.json = discard_earlier(options.json)
-        recipe = load_recipe(options.recipe, options.overrides)
-        refuse_missing(recipe)
-        train(recipe, options)
+        with names_of_files():
+            recipe = load_recipe(options.recipe, options.overrides)
+            refuse_missing(recipe)
+            train(recipe, options)
     except UserError as fault:
         if is_first_rank():
             print(f"error: {fault}", file=sys.stderr, flush=True)

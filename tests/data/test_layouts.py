@@ -1,8 +1,10 @@
 """A file that is not what its ending says is named for what it is, and the command in the message mends it."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import re
 import shutil
 import subprocess
@@ -79,7 +81,7 @@ NAMED: dict[str, tuple[bytes | str, list[str], bool]] = {
     "commas.jsonl": (LINES.replace("}\n", "},\n"), ["comma stands after the object", "sed "], True),
     "commas.json": (LINES.replace("}\n", "}, \n"), ["comma stands after the object", "sed "], True),
     "python.jsonl": ("".join(f"{row}\n" for row in ROWS), ["Python dict", "python3 -c"], True),
-    "python.json": (str(ROWS), ["Python list", "python3 -c"], True),
+    "python.json": (str(ROWS), ["Python list or dict", "python3 -c"], True),
     "joined.json": (PRETTY.replace("}\n{", "}\n" + MARK + "{", 1), ["joined.json:6: a byte order mark"], False),
     "trailing.json": (json.dumps(ROWS)[:-1] + ",\n]", ["invalid JSON", "comma stands before the closing ]"], False),
     "cut.json": (json.dumps(ROWS)[:-20], ["invalid JSON", "It was cut off"], False),
@@ -90,12 +92,18 @@ NAMED: dict[str, tuple[bytes | str, list[str], bool]] = {
     "page.jsonl": ("\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", ["web page"], False),
     "denied.json": ('<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code></Error>', ["web page (HTML or XML)"], False),
     "rows.csv": (parquet(), ["Parquet", "ending .parquet"], False),
-    "archive.jsonl": (zipped("rows.jsonl"), ["ZIP archive", "unzip"], False),
+    "archive.jsonl": (zipped("rows.jsonl"), ["ZIP archive", "Unpack it"], False),
     "workbook.csv": (zipped("[Content_Types].xml", "xl/sheet.xml"), ["Excel workbook", "CSV in UTF-8"], False),
-    "bzip2.jsonl": (b"BZh91AY&SY" + b"\x00" * 20, ["bzip2", "bunzip2 -c"], False),
-    "twice.jsonl.gz": (gzip.compress(gzip.compress(LINES.encode())), ["twice with gzip", "gunzip -c"], False),
+    "bzip2.jsonl": (bz2.compress(LINES.encode()), ["bzip2", "bunzip2 -c"], True),
+    "xz.jsonl": (lzma.compress(LINES.encode()), ["xz", "xz -dc"], True),
+    "twice.jsonl.gz": (gzip.compress(gzip.compress(LINES.encode())), ["twice with gzip", "gunzip -c"], True),
     "zeros.jsonl": (b"\0" * 9_000, ["zero bytes", "Copy it again"], False),
     "machine.jsonl": (b"\x7f\x00\x01\xd8\x00\xd8" * 900, ["binary data"], False),
+    "table.jsonl": ("prompt,output\np,o\n", ["holds no JSON, it begins with 'prompt,output'", "ending .csv"], False),
+    "table.json": ("prompt\toutput\np\to\n", ["holds no JSON", "ending .tsv"], False),
+    "prose.jsonl": ("Once upon a time\nthere were rows\n", ["holds no JSON, it begins with 'Once upon a time'"], False),
+    "lines.csv": (LINES, ["holds JSON", "ending .jsonl"], False),
+    "array.tsv": (json.dumps(ROWS, indent=1), ["holds JSON", "ending .jsonl"], False),
     "pickle.jsonl": (b"\x80\x04\x95\x10", ["Python pickle"], False),
 }  # fmt: skip
 
@@ -107,7 +115,7 @@ def test_a_file_is_named_for_what_it_is_and_its_command_mends_it(name: str, tmp_
     error = error_of(path)
     assert error.startswith(str(path))
     assert [word for word in words if word not in error] == []
-    command = re.search(r"(?:Convert it|Unpack it once|Unpack it|Take it out): (.* > (\S+))$", error.rstrip("."))
+    command = re.search(r"(?:Convert it|Unpack it|Take it out): (.* > (\S+))$", error.rstrip("."))
     if mended:
         assert command is not None
         if shutil.which(command[1].split()[0]) is None:
@@ -149,6 +157,18 @@ def test_a_table_is_parted_as_its_header_says(name: str, text: str, tmp_path: Pa
     placed = list(read_rows(Source(path=str(write(tmp_path / name, text)))))
     where = 3 if "sep=" in text else 2
     assert placed == [(f"{tmp_path / name}:{where}", {"prompt": "One, two?", "output": "three"})]
+
+
+def test_a_table_of_an_old_macintosh(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", "prompt,output\rp,o\r")
+    command = error_of(path).partition("(old Macintosh). Convert it: ")[2]
+    subprocess.run(command, shell=True, check=True)
+    assert rows_of(tmp_path / "rows.lines.csv") == [{"prompt": "p", "output": "o"}]
+
+
+def test_a_line_longer_than_any_field_of_a_table(tmp_path: Path) -> None:
+    assert "holds no JSON" in error_of(write(tmp_path / "rows.jsonl", "x," * 200_000))
+    assert "holds no JSON" in error_of(write(tmp_path / "mac.jsonl", "one\rtwo"))
 
 
 def test_a_header_that_could_be_parted_in_two_ways_or_none_is_left(tmp_path: Path) -> None:

@@ -26,12 +26,8 @@ _POINTERS = {
 _BINARY = {
     b"PAR1": ("a Parquet file", "Give its name the ending .parquet"),
     b"ARROW1": ("an Arrow file", "Write it as Parquet"),
-    b"PK\x03\x04": ("a ZIP archive", "Unpack it: unzip {path}"),
-    b"\x1f\x8b": ("compressed twice with gzip", "Unpack it once: gunzip -c {path} > {unpacked}"),
-    b"\x28\xb5\x2f\xfd": ("compressed twice with zstd", "Unpack it once: zstd -dc {path} > {unpacked}"),
-    b"BZh": ("compressed with bzip2", "Unpack it: bunzip2 -c {path} > {unpacked}"),
-    b"\xfd7zXZ\x00": ("compressed with xz", "Unpack it: xz -dc {path} > {unpacked}"),
-    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "Unpack it"),
+    b"PK\x03\x04": ("a ZIP archive", "Unpack it, and name what was in it"),
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "Unpack it, and name what was in it"),
     b"\xd0\xcf\x11\xe0": ("an Excel or another Office file", "Save it as CSV in UTF-8"),
     b"SQLite format 3\x00": ("a SQLite database", "Write its rows as JSON lines"),
     b"%PDF-": ("a PDF", "Name a file of rows"),
@@ -39,7 +35,14 @@ _BINARY = {
     b"\x80\x04": ("a Python pickle", "Give its name the ending .pkl, if you trust it"),
     b"\x80\x05": ("a Python pickle", "Give its name the ending .pkl, if you trust it"),
 }
+_COMPRESSED = {
+    b"\x1f\x8b": ("compressed twice with gzip", "gunzip -c"),
+    b"\x28\xb5\x2f\xfd": ("compressed twice with zstd", "zstd -dc"),
+    b"BZh": ("compressed with bzip2", "bunzip2 -c"),
+    b"\xfd7zXZ\x00": ("compressed with xz", "xz -dc"),
+}
 _WEB_PAGE = re.compile(rb"\s*<(!doctype html|html|head|body|\?xml[^>]*>\s*<(error|html|!doctype))", re.IGNORECASE)
+_JSON = re.compile(rb'(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*"')
 _LINES_LOOKED_AT = 20
 
 
@@ -58,7 +61,7 @@ _PYTHON = _Layout(
     "python3 -c 'import ast, json, sys; [" + _LITERAL.format("line") + " for line in sys.stdin if line.strip()]'",
 )
 _PYTHON_LIST = _Layout(
-    "it is a Python list (single quotes, None, True), not JSON",
+    "it is a Python list or dict (single quotes, None, True), not JSON",
     "python3 -c 'import ast, json, sys; " + _LITERAL.format("sys.stdin.read()") + "'",
 )
 _SEVERAL = _Layout("several objects stand on one line", "jq -c .")
@@ -77,13 +80,20 @@ def check_head(path: Path, head: bytes, ending: str, *, pickled: bool) -> None:
             what, remedy = name, advice
     if what == "a ZIP archive" and (b"[Content_Types].xml" in head or b"xl/" in head):
         what, remedy = "an Excel workbook", "Save it as CSV in UTF-8"
+    for start, (name, program) in _COMPRESSED.items():
+        if head.startswith(start):
+            what, remedy = name, f"Unpack it: {rewriting(path, program, 'unpacked')}"
     if _WEB_PAGE.match(head):
         what, remedy = "a web page (HTML or XML), not the data", "Download the file itself: the page had a link to it"
     if what:
-        names = {"path": shlex.quote(str(path)), "unpacked": shlex.quote(str(path.with_suffix("")))}
-        raise UserError(f"{path}: the file is {what}. {remedy.format(**names)}.")
+        raise UserError(f"{path}: the file is {what}. {remedy}{'' if ' > ' in remedy else '.'}")
     if not pickled and ending != ".parquet":
         _check_encoding(path, head)
+    if ending in (".csv", ".tsv") and _JSON.match(head):
+        raise UserError(f"{path}: the file holds JSON, not a table. Give its name the ending .jsonl.")
+    if ending in (".csv", ".tsv") and b"\r" in head[:-1] and b"\n" not in head:
+        command = rewriting(path, r"tr '\r' '\n'", "lines")
+        raise UserError(f"{path}: its lines end with a carriage return alone (old Macintosh). Convert it: {command}")
 
 
 def _check_encoding(path: Path, head: bytes) -> None:
@@ -112,7 +122,11 @@ def rewriting(path: Path, program: str, addition: str, ending: str = "") -> str:
     source = shlex.quote(str(path))
     if unpack:
         return f"{unpack} {source} | {program} > {target}"
-    return f"{program} < {source} > {target}" if program.startswith("python") else f"{program} {source} > {target}"
+    return (
+        f"{program} < {source} > {target}"
+        if program.startswith(("python", "tr "))
+        else f"{program} {source} > {target}"
+    )
 
 
 def is_document(lines: Sequence[bytes]) -> bool:
@@ -140,11 +154,15 @@ def check_lines(path: Path, lines: Sequence[bytes]) -> None:
     layout = _layout_of(first.decode("utf-8", "replace"), fault) if fault else None
     if layout is not None:
         raise _refusal(path, layout)
+    if fault is not None and fault.pos == 0:
+        raise UserError(f"{path}: {_no_json(fault.doc)}")
 
 
 def document_fault(path: Path, text: str, fault: json.JSONDecodeError) -> UserError:
     """The error for a file that is not one JSON value, and by the lines that it begins with not one a line either."""
     rest = text[fault.pos :].lstrip()
+    if not text[: fault.pos].strip():
+        return UserError(f"{path}: {_no_json(rest)}")
     if fault.msg == "Extra data" and not rest.startswith((",", "\ufeff")):
         return _refusal(path, _SPREAD)
     where = f"{path}:{fault.lineno}: "
@@ -196,7 +214,10 @@ def delimiter_of(header: str, delimiter: str) -> str:
     """What stands between the names of a table's header: `delimiter`, unless only one other character parts them."""
 
     def cells(character: str) -> int:
-        return len(next(csv.reader([header], delimiter=character), []))
+        try:
+            return len(next(csv.reader([header[:BYTES_OF_A_HEAD]], delimiter=character), []))
+        except csv.Error:
+            return 1
 
     others = [character for character in ",;\t|" if cells(character) > 1]
     return others[0] if cells(delimiter) == 1 and len(others) == 1 else delimiter
@@ -207,6 +228,13 @@ def _refusal(path: Path, layout: _Layout) -> UserError:
     return UserError(
         f"{path}: {layout.what}. One JSON object a line is wanted, or one list of all objects. Convert it: {command}"
     )
+
+
+def _no_json(text: str) -> str:
+    first = text.splitlines()[0].strip() if text.strip() else ""
+    table = {",": ".csv", ";": ".csv", "\t": ".tsv"}.get(delimiter_of(first, "\0"))
+    advice = f" A table with a header needs the ending {table}." if table else ""
+    return f"the file holds no JSON, it begins with {first[:60]!r}.{advice}"
 
 
 def _layout_of(text: str, fault: json.JSONDecodeError) -> _Layout | None:

@@ -69,6 +69,12 @@ def warnings_of(data: Prepared) -> list[str]:
             f"{counted(len(data.passed_over), 'file', 'is', 'are')} passed over, as a name that begins with _ or has "
             f"no known ending is none of data: {named}"
         )
+    if data.companions:
+        named = ", ".join(data.companions[:3]) + (", ..." if len(data.companions) > 3 else "")
+        found.append(
+            f"{counted(len(data.companions), 'file', 'is', 'are')} skipped, as what describes data holds no rows: "
+            f"{named}"
+        )
     if data.escaped:
         found.append(
             f"{counted(data.escaped, 'row', 'has', 'have')} control tokens typed in the text, which a zero-width space "

@@ -131,8 +131,9 @@ class Prepared:
     """All that training needs of the data.
 
     `faults`: rows that can't be trained, by kind, whichever part's they are. `escaped`: rows of the sources that are
-    trained with the control tokens typed in their text broken up. `passed_over`: files beside the data that no row was
-    read from. `unread`: what no format reads of the rows. `unmatched`: names in a source's `ignore` that no row has.
+    trained with the control tokens typed in their text broken up. `passed_over`, `companions`: files beside the data
+    that no row was read from, as their names are none of data, or as they describe it. `unread`: what no format reads
+    of the rows. `unmatched`: names in a source's `ignore` that no row has.
     """
 
     train: Part
@@ -142,6 +143,7 @@ class Prepared:
     caches: Sequence[CachedSource] = ()
     escaped: int = 0
     passed_over: Sequence[Path] = ()
+    companions: Sequence[str] = ()
     unread: Sequence[UnreadText] = ()
     unmatched: Sequence[str] = ()
 
@@ -213,6 +215,7 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     ]
     escaped = sum(entry.facts["escaped"] for entry, _ in tokenized)
     passed_over = list(dict.fromkeys(path for _, opened in tokenized for path in opened.passed_over))
+    companions = list(dict.fromkeys(named for _, opened in tokenized for named in opened.companions))
     train, trained = parts["training"]
     tested, overlap = None, Overlap()
     if "validation" in parts:
@@ -229,6 +232,7 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         caches,
         escaped,
         passed_over,
+        companions,
         unread=[one for of_source, _ in unread for one in of_source],
         unmatched=[sentence for _, of_source in unread for sentence in of_source],
     )

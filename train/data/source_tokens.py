@@ -29,9 +29,9 @@ ROWS = "rows.arrow"
 """The file of an entry, as `token_rows` has it."""
 
 _DECISIVE = (
-    *("arrow_rows", "chat_template", "control_tokens", "fast_tokenizer", "files", "formats", "layouts", "loss_mask"),
-    *("rendering", "row_faults", "source_tokens", "sources", "spans", "token_rows", "tokenize", "trials", "turns"),
-    "unread",
+    *("arrow_rows", "chat_template", "companions", "control_tokens", "fast_tokenizer", "files", "formats", "layouts"),
+    *("loss_mask", "rendering", "row_faults", "source_tokens", "sources", "spans", "token_rows", "tokenize", "trials"),
+    *("turns", "unread"),
 )
 """The modules that decide which tokens a row becomes: where one changes, rows are tokenized anew."""
 _SECONDS_BETWEEN_REPORTS = 1.0

@@ -6,15 +6,16 @@ names (train-00000.parquet, data/test.jsonl) gives the files of the source's spl
 
 import glob
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from train.data.arrow_rows import arrow_chunks
+from train.data.companions import STATE, companion, was_saved
 from train.data.files import READERS, ROWS_OF_A_CHUNK, Chunk, PlacedRow, ending_of, first_line, read_file
 from train.data.formats import TEMPLATE_KWARGS, Conversation, Row, RowFault, detect, read_row, without
 from train.data.row_faults import shown
@@ -63,7 +64,7 @@ class OpenSource:
     """A source that is there. `files`: what its rows' places begin with; `chunks`: each with its file's number.
 
     `passed_over`: files of its folder that no row comes from, as their names are none of data; READMEs and files that
-    begin with a dot aside.
+    begin with a dot aside. `companions`: files that describe the data, with what each is.
     """
 
     files: list[str]
@@ -71,6 +72,7 @@ class OpenSource:
     digest: Callable[[], str]
     """Of every byte that the rows are read from: another byte, another digest. No names are in it."""
     passed_over: Sequence[Path] = ()
+    companions: Sequence[str] = ()
 
 
 def open_source(source: Source, allow_pickle: bool = False) -> OpenSource:
@@ -80,17 +82,25 @@ def open_source(source: Source, allow_pickle: bool = False) -> OpenSource:
     pickle that nobody allowed.
     """
     path = Path(source.path).expanduser()
-    if path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
+    if path.is_dir() and was_saved(path):
         return _saved(path, source)
     passed_over: list[Path] = []
+    companions: dict[Path, str] = {}
     if path.is_dir():
-        files, passed_over = _files_of_split(path, source.split)
+        files, passed_over, companions = _files_of_split(path, source.split)
     elif path.exists():
         files = [path]
+        if what := companion(path):
+            raise UserError(
+                f"{source.path}: the file is {what}, and no row is in it. Name the file that holds the rows."
+            )
     elif glob.has_magic(source.path):
         files = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]
         if not files:
             raise UserError(f"{source.path}: no file matches this pattern in {Path.cwd()}.")
+        files, companions = _without_companions(files)
+        if not files:
+            raise UserError(f"{source.path}: no file of rows matches this pattern{_only(companions)}.")
     elif may_be_hub_id(source.path):
         return _hub(source)
     else:
@@ -101,6 +111,7 @@ def open_source(source: Source, allow_pickle: bool = False) -> OpenSource:
         lambda: ((number, chunk) for number, file in enumerate(files) for chunk in read_file(file, allow_pickle)),
         lambda: digest_of_files(files, [ending_of(file) for file in files]),
         passed_over,
+        [f"{_printable(file)} ({what})" for file, what in companions.items()],
     )
 
 
@@ -208,8 +219,20 @@ def _refuse_hub_keys(source: Source, files_have_splits: bool) -> None:
         )
 
 
-def _files_of_split(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
-    """The data files below `folder`, where their names tell a split those of `split`; and files that are none of data.
+def _without_companions(files: Iterable[Path]) -> tuple[list[Path], dict[Path, str]]:
+    """The files that hold rows, and those that describe the data, with what each is."""
+    companions = {path: what for path in files if (what := companion(path))}
+    return [path for path in files if path not in companions], companions
+
+
+def _only(companions: Mapping[Path, str]) -> str:
+    named = ", ".join(f"{path.name} ({what})" for path, what in islice(companions.items(), _EXAMPLES))
+    return f", only what describes data: {named}" if companions else ""
+
+
+def _files_of_split(folder: Path, split: str) -> tuple[list[Path], list[Path], dict[Path, str]]:
+    """The data files below `folder`, where their names tell a split those of `split`; files that are none of data; and
+    files that describe it.
 
     Raises UserError.
     """
@@ -223,11 +246,16 @@ def _files_of_split(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
         if ending_of(path) in READERS and not any(part[0] == "_" for part in _below(folder, path))
     ]
     passed_over = [path for path in found if path not in set(files) and path.stem.upper() not in _COMPANIONS]
+    files, companions = _without_companions(files)
     if not files:
-        raise UserError(f"{folder}: no data file in this folder. Known endings are {', '.join(READERS)}.")
+        saved = [str(path.parent) for path, what in companions.items() if what == STATE]
+        hint = f" To read what save_to_disk wrote, name {saved[0]}." if saved else ""
+        raise UserError(
+            f"{folder}: no data file in this folder{_only(companions)}. Known endings are {', '.join(READERS)}.{hint}"
+        )
     splits = {path: _split_of(path.relative_to(folder)) for path in files}
     if not any(splits.values()) and split == "train":
-        return files, passed_over
+        return files, passed_over, companions
     unclear = [path for path in files if splits[path] is None]
     if unclear:
         raise UserError(
@@ -239,7 +267,7 @@ def _files_of_split(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
     if not chosen:
         known = ", ".join(sorted({name for name in splits.values() if name}))
         raise UserError(f"{folder}: there are no files of the split `{split}`. The names tell of: {known}.")
-    return chosen, passed_over
+    return chosen, passed_over, companions
 
 
 def _below(folder: Path, path: Path) -> tuple[str, ...]:

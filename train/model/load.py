@@ -159,7 +159,10 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     attention = attention_for(recipe, config)
     settings: dict[str, Any] = {"attn_implementation": attention.kernel, "dtype": getattr(torch, model.dtype, "auto")}
     settings["use_safetensors"] = None if model.allow_pickle else True
-    if quantization := quantization_to_load(config) or quantization_config(recipe.quantization):
+    quantization = quantization_to_load(config)
+    if saved_quantization(config) is None:
+        quantization = quantization_config(recipe.quantization)
+    if quantization is not None:
         settings["quantization_config"] = quantization
     try:
         loaded = _load_whole(config, {**_origin(model), **settings})

@@ -79,7 +79,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
         with_same_steps,
     )
     from train.model.float8 import check_start
-    from train.model.load import check_fits, load_config, load_model, load_tokenizer
+    from train.model.load import check_fits, copy_processor, load_config, load_model, load_tokenizer
     from train.model.quantized_weights import with_saved_quantization
     from train.plan import parse_cluster
     from train.preflight import check, screen
@@ -152,6 +152,8 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
                     trainer.evaluate()
             trainer.save_model(recipe.output_dir)
             if is_first_rank():
+                if recipe.adapter is None:
+                    copy_processor(recipe.model, output_dir)
                 write_report(output_dir, overview, time.monotonic() - started)
                 print(f"the model and report.md are in {recipe.output_dir}", flush=True)
 

@@ -1,15 +1,19 @@
 """Folders that people name as the model: what is said of each before anything is loaded."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from train.errors import UserError
 from train.model.folder import adapter_base, check_model_folder, is_adapter_alone
+from train.model.load import copy_processor, load_saved
 from train.recipe import ModelSection
 
 INDEX = "model.safetensors.index.json"
@@ -212,3 +216,28 @@ def test_training_and_its_check_refuse_alike(
     recipe = recipe_file(model={"name_or_path": str(tmp_path / "model")})
     assert refused("--recipe", recipe) == refused("--recipe", recipe, "--check")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_saved_adapter_with_a_config_beside_it_is_used_on_its_base(tiny_model: Path, tmp_path: Path) -> None:
+    """axolotl leaves the base's config.json there, and transformers then looks for the base's weights beside it."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    ids = torch.tensor([[1, 50, 300, 2]])
+    bare = base(ids).logits
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    wanted = adapted(ids).logits
+    for _ in range(2):
+        found = load_saved(str(tmp_path / "adapter"))(ids).logits
+        torch.testing.assert_close(found, wanted)
+        assert not torch.allclose(found, bare)
+        shutil.copy(tiny_model / "config.json", tmp_path / "adapter")
+
+
+def test_a_processor_goes_with_the_model(tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir()
+    put(tmp_path, "preprocessor_config.json", "config.json")
+    model = ModelSection(name_or_path=str(tmp_path))
+    assert copy_processor(model, tmp_path / "saved") == ["preprocessor_config.json"]
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["preprocessor_config.json"]
+    assert copy_processor(model, tmp_path) == []

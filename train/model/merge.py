@@ -12,10 +12,11 @@ from peft.tuners.lora import Embedding, Linear, LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from train.errors import UserError
+from train.model.text_part import auto_class
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 """From a weight of the base to the merged one, of the same type."""
@@ -96,7 +97,7 @@ def _with_adapter(config: Any, adapter: Path) -> PeftModel:
                 f"{adapter}: its {key} can't be merged file by file. Merge it in memory with peft's merge_and_unload."
             )
     with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        bare = auto_class(config).from_config(config, dtype=torch.float32)
     _leave_weights_out(bare)
     try:
         return PeftModel.from_pretrained(bare, adapter, torch_device="cpu")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
@@ -31,8 +31,10 @@ from transformers.utils import (
 )
 
 from train.errors import USER_FIXABLE_ERRNOS, CommandLine, UserError, ending
+from train.loop.report import model_card
 from train.model.adapters import lora_config
-from train.model.load import load_config
+from train.model.load import copy_processor, load_config
+from train.model.text_part import bare_model, idle_parameters
 from train.recipe import Recipe
 
 if TYPE_CHECKING:  # importing it takes a second
@@ -59,6 +61,14 @@ def side_files(model: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokeni
             folder / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"]
         )
     writers["tokenizer"] = tokenizer.save_pretrained
+    return writers
+
+
+def finished_files(recipe: Recipe) -> Writers:
+    """Return the writers of what stands beside a finished model alone: its card, and the processor of a whole model."""
+    writers: Writers = {CARD: lambda folder: (folder / CARD).write_text(model_card(recipe), encoding="utf-8")}
+    if recipe.adapter is None:
+        writers["processor"] = lambda folder: copy_processor(recipe.model, folder)
     return writers
 
 
@@ -137,18 +147,14 @@ def _save_adapter_config(model: "PeftModel", folder: Path) -> None:
 
 def _without_weights(recipe: Recipe) -> "PreTrainedModel | PeftModel":
     """The model of a recipe, with its adapter, on PyTorch's meta device."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            load_config(recipe.model),
-            dtype=getattr(torch, recipe.model.dtype, "auto"),
-            trust_remote_code=recipe.model.trust_remote_code,
-        )
-        model.name_or_path = recipe.model.name_or_path
-        if recipe.adapter is None:
-            return model
-        from peft import get_peft_model
+    model = bare_model(load_config(recipe.model), recipe.model)
+    model.name_or_path = recipe.model.name_or_path
+    if recipe.adapter is None:
+        return model
+    from peft import get_peft_model
 
-        return get_peft_model(model, lora_config(recipe.adapter))
+    with torch.device("meta"):
+        return get_peft_model(model, lora_config(recipe.adapter, model, idle_parameters(model)))
 
 
 def _generation_config(recipe: Recipe) -> GenerationConfig | str | None:
@@ -173,7 +179,6 @@ def write_again(folder: Path) -> None:
     from train.data.chat_template import use_template, without_generation_marks
     from train.data.spans import Spans
     from train.data.system_role import settle
-    from train.loop.report import model_card
     from train.model.generate import stop_at
     from train.model.load import load_tokenizer
     from train.recipe import load_recipe
@@ -195,8 +200,7 @@ def write_again(folder: Path) -> None:
     tokenizer.eos_token = stop_tokens[0]
     tokenizer.pad_token = recipe.training.get("pad_token") or tokenizer.pad_token or tokenizer.eos_token
     align_special_tokens(model, tokenizer)
-    writers = side_files(model, tokenizer)
-    writers[CARD] = lambda folder: (folder / CARD).write_text(model_card(recipe), encoding="utf-8")
+    writers = side_files(model, tokenizer) | finished_files(recipe)
     errors = write_side_files(writers, folder)
     if errors:
         raise UserError("; ".join(f"{folder}: {name}: {reason_of(error)}" for name, error in errors.items()) + ".")

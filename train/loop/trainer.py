@@ -36,12 +36,11 @@ from train.loop.guards import Guards
 from train.loop.isolation import IsolationTest
 from train.loop.order import EpochOrder
 from train.loop.preemption import Preemption, StopError, StopWhenAsked
-from train.loop.report import model_card
 from train.loop.resume import ResumedSettings
 from train.loop.run_state import RunState, files_expected
 from train.loop.saved import check_saved
 from train.loop.saving import Saver
-from train.loop.side_files import CARD, is_disk_error, reason_of, side_files, write_side_files
+from train.loop.side_files import finished_files, is_disk_error, reason_of, side_files, write_side_files
 from train.loop.throughput import HELD, Counting, Held, Sums, Throughput
 from train.loop.tracking import StepLog
 from train.loop.validation_gain import ValidationGain
@@ -213,8 +212,8 @@ class JanusTrainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """README.md in output_dir: the recipe, in place of TRL's page that is the same for every model."""
         if self.is_world_process_zero():
-            writers = {CARD: lambda folder: (folder / CARD).write_text(model_card(self._recipe), encoding="utf-8")}
-            self._warn_of(write_side_files(writers, Path(self.args.output_dir)), Path(self.args.output_dir))
+            folder = Path(self.args.output_dir)
+            self._warn_of(write_side_files(finished_files(self._recipe), folder), folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """transformers' saving, of checkpoints too, with a model card beside the finished model.

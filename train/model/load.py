@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,7 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
 
 def _processor_template(model: ModelSection) -> str | None:
     """The chat template of a multimodal model that keeps it with its processor alone (chat_template.json)."""
-    file = cached_file(
-        model.name_or_path,
-        "chat_template.json",
-        revision=model.revision or "main",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    file = _optional_file(model, "chat_template.json")
     try:
         return str(json.loads(Path(file).read_bytes())["chat_template"]) if file else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -88,6 +83,32 @@ def load_config(model: ModelSection) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(**_origin(model))
     except (OSError, ValueError, KeyError, ImportError) as fault:
         raise _refuse(model, fault) from fault
+
+
+def copy_processor(model: ModelSection, folder: Path) -> list[str]:
+    """Copy to `folder` what prepares images and sound for a multimodal model; return the names of the files.
+
+    Without them a server takes no model that has a tower, trained or not.
+    """
+    copied = []
+    for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
+        file = _optional_file(model, name)
+        if file and Path(file).parent.resolve() != folder.resolve():
+            shutil.copyfile(file, folder / name)
+            copied.append(name)
+    return copied
+
+
+def _optional_file(model: ModelSection, name: str) -> str | None:
+    """The path of a file of the model; None where it has none, or where it can't be had."""
+    file: str | None = cached_file(
+        model.name_or_path,
+        name,
+        revision=model.revision or "main",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return file
 
 
 def check_fits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -155,7 +176,10 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     attention = attention_for(recipe, config)
     settings: dict[str, Any] = {"attn_implementation": attention.kernel, "dtype": getattr(torch, model.dtype, "auto")}
     settings["use_safetensors"] = None if model.allow_pickle else True
-    if quantization := quantization_to_load(config) or quantization_config(recipe.quantization):
+    quantization = quantization_to_load(config)
+    if saved_quantization(config) is None:
+        quantization = quantization_config(recipe.quantization)
+    if quantization is not None:
         settings["quantization_config"] = quantization
     try:
         loaded = _load_whole(config, {**_origin(model), **settings})

@@ -12,10 +12,11 @@ from peft.tuners.lora import Embedding, Linear, LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from train.errors import UserError
+from train.model.text_part import auto_class
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 """From a weight of the base to the merged one, of the same type."""
@@ -73,8 +74,9 @@ def merge_adapter(base: Path, adapter: Path, output: Path, dtype: str | None = N
 
 def tied_embeddings(base: Path) -> frozenset[str]:
     """Names of the input and output embeddings' weights where the model in `base` ties them; else none."""
+    config = _read_config(base)
     with torch.device("meta"):
-        return frozenset(_tied(AutoModelForCausalLM.from_config(_read_config(base))))
+        return frozenset(_tied(auto_class(config).from_config(config)))
 
 
 def _read_config(base: Path) -> Any:
@@ -104,7 +106,7 @@ def _with_adapter(config: Any, adapter: Path) -> PeftModel:
                 f"{adapter}: its {key} can't be merged file by file. Merge it in memory with peft's merge_and_unload."
             )
     with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        bare = auto_class(config).from_config(config, dtype=torch.float32)
     _leave_weights_out(bare)
     try:
         return PeftModel.from_pretrained(bare, adapter, torch_device="cpu")

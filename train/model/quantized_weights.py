@@ -42,11 +42,12 @@ def check_quantized(recipe: Recipe, config: PreTrainedConfig) -> None:
     try:
         quantizer = AutoHfQuantizer.from_config(_as_loaded(declared), pre_quantized=True)
         quantizer.validate_environment(device_map=None, weights_only=True)
-    except (ImportError, RuntimeError, ValueError, NotImplementedError) as fault:
-        raise UserError(f"{known}: {' '.join(str(fault).split())} Or {original}.") from fault
+        trainable = quantizer.is_trainable
+    except (ImportError, RuntimeError, ValueError, TypeError, LookupError, AssertionError) as fault:
+        raise UserError(f"{known}: {' '.join(str(fault).split()).rstrip('.')}. Or {original}.") from fault
     if getattr(quantizer.quantization_config, "dequantize", False):
         return
-    if not quantizer.is_trainable:
+    if not trainable:
         raise UserError(f"{known}, and no adapter can be trained on such weights. Instead {original}.")
     if recipe.adapter is None:
         raise UserError(
@@ -82,7 +83,10 @@ def describe_quantized(config: PreTrainedConfig, dtype: str) -> str | None:
     """Return a sentence on weights that are unpacked as they are loaded; None where nothing is unpacked."""
     if quantization_to_load(config) is None:
         return None
-    return f"weights saved as {_method(saved_quantization(config) or {})}, unpacked to {dtype} and saved so"
+    into = "" if dtype == "auto" else f" to {dtype}"
+    return (
+        f"its weights are quantized ({_method(saved_quantization(config) or {})}) and are unpacked{into} to be trained"
+    )
 
 
 def _method(declared: dict[str, Any]) -> str:

@@ -7,11 +7,12 @@ quantized GGUF file. It is dequantized once and written as safetensors, so that 
 be with a model from the hub. A folder that is already there is left as it is.
 """
 
-import argparse
 import importlib.util
 import shutil
 import sys
 from pathlib import Path
+
+from train.errors import CommandLine
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -47,7 +48,7 @@ def export(folder: Path) -> None:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the model goes")
     folder = parser.parse_args().folder
     if (folder / "config.json").is_file():

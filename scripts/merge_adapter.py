@@ -1,6 +1,7 @@
-"""Merge a LoRA adapter into its base model: what comes out needs no peft.
+r"""Merge a LoRA adapter into its base model: what comes out needs no peft.
 
-    python scripts/merge_adapter.py outputs/janus-7b-lora --output outputs/janus-7b-merged
+    python scripts/merge_adapter.py outputs/janus-7b-lora \
+        --output outputs/janus-7b-merged
 
 Weights are merged file by file, so memory holds one file of the base, not the model. Then both are asked the same
 prompts, base with adapter and merged model, in float32 and one after the other (4 bytes a parameter of main memory):
@@ -33,7 +34,7 @@ that does to a logit grows with the root of the width and of the depth, some ten
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("adapter", type=Path, metavar="ADAPTER_DIR", help="what train/sft.py saved, or peft")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder for the merged model")
     parser.add_argument("--base", metavar="DIR|ID", help="the base model (default: the one that the adapter names)")

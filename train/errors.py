@@ -34,8 +34,22 @@ def naming(options: Mapping[str, str]) -> Iterator[None]:
         raise UserError(text) from fault
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Help whose paragraphs are wrapped at the terminal's width; indented ones (examples) keep their lines."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.strip().split("\n\n")
+        return "\n\n".join(
+            part if part.startswith(" ") else super(_HelpFormatter, self)._fill_text(part, width, indent)
+            for part in paragraphs
+        )
+
+
 class CommandLine(argparse.ArgumentParser):
-    """An ArgumentParser whose errors look like all others: `error:` at the start of the line, below the usage."""
+    """Parser of a command line: errors begin with `error:`, below the usage; help keeps the lines of examples."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"formatter_class": _HelpFormatter, **options})
 
     def error(self, message: str) -> NoReturn:
         """Exit with 2."""

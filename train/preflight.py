@@ -132,7 +132,9 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
     text = Text()
 
     def line(name: str, value: str, style: str = "") -> None:
-        text.append(f"{name:<{_NAME}}", "bold").append(f"{wrap(visible(value), width, _NAME)}\n", style)
+        indented = value.startswith("  ")  # a command, in lines of its own
+        value = visible(value) if indented else wrap(visible(value), width, _NAME)
+        text.append(f"{name:<{_NAME}}", "bold").append(f"{value}\n", style)
 
     line("model", f"{report.model}, {report.dtype}" + (f", float8 {report.float8}" if report.float8 else ""))
     line("template", report.template)

@@ -154,6 +154,13 @@ def test_a_finished_run_with_checkpoints_says_how_to_train_longer(
     shown = " ".join(capsys.readouterr().out.split())
     longer = "a larger training.max_steps and --resume-anyway training.max_steps continue from"
     assert f"{longer} {run / 'checkpoint-4'}." in shown
+    finished = load_recipe(recipe)
+    (run / "checkpoint-4").rename(tmp_path / "moved")
+    assert "its checkpoint-4 is missing or damaged" in str(finished_run(finished))
+    shutil.move(run / "checkpoint-2", tmp_path)
+    assert finished_run(finished)[0] is not None  # all are gone: somebody made room
+    (tmp_path / "moved").rename(run / "checkpoint-4")
+    assert finished_run(finished)[0] is not None
     assert main(["--recipe", recipe, "training.max_steps=5"]) == 2
     assert "training.max_steps was 4 and is 5" in capsys.readouterr().err
     assert main(["--recipe", recipe, "training.max_steps=5", "--resume-anyway", "training.max_steps"]) == 0

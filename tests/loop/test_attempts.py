@@ -93,7 +93,9 @@ def test_a_finished_run_is_not_trained_again_unless_it_is_another_one(
     recipe, run = recipe_file(data={"sources": [{"path": str(data)}]}, training=training), tmp_path / "run"
     assert main(["--recipe", str(recipe)]) == 0
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    capsys.readouterr()
+    screen = capsys.readouterr().out.partition("\nmodel ")[2].partition("\npacked documents")[0].splitlines()
+    assert [line.split()[0] for line in screen if line[:1].strip()][-2:] == ["steps", "output"]
+    assert all(len(line) <= 80 or len(line.split()) == 1 for line in screen), screen
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert main(["--recipe", str(recipe), "training.logging_steps=2", "data.processes=1"]) == 0

@@ -165,7 +165,7 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
     if not any(part and part.duplicates.rows for part in (report.training, report.validation)):
         line("duplicates", "none")
     if report.validation and not report.overlap.questions.rows:
-        line("overlap", "no validation row begins with a user message that training has")
+        line("overlap", "no validation row begins with a user message that is also in training")
     if report.system_gain:
         line("system gain", report.system_gain)
     for number, value in enumerate(_describe_schedule(report)):
@@ -366,7 +366,7 @@ def _describe_waiting(data: Prepared, model: "PreTrainedModel", arguments: "SFTC
 
     plain, dealt = EpochOrder(data.train.rows, arguments, model.config).waiting()
     return (
-        f"ranks wait for the longest documents of others: {dealt - 1:.1%} of the time, as long ones are dealt evenly "
+        f"ranks wait for each other {dealt - 1:.1%} of the time, as long documents are balanced between them "
         f"({plain - 1:.1%} in random order)"
     )
 

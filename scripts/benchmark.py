@@ -1,15 +1,19 @@
-"""Measure this trainer beside others, on the same rows, in one run.
+r"""Measure this trainer beside others, on the same rows, in one run.
 
-    python scripts/benchmark.py data --tokenizer outputs/smollm2-135m-instruct --json data.json
+    python scripts/benchmark.py data \
+        --tokenizer outputs/smollm2-135m-instruct --json data.json
     python scripts/benchmark.py train --json train.json --minutes 8
-    python scripts/benchmark.py sysgen --distilabel distilabel/bin/python --json sysgen.json
-    python scripts/benchmark.py sysgen --memory 1000 100000
+    python scripts/benchmark.py sysgen \
+        --distilabel distilabel/bin/python --json sysgen.json
 
 data: preparing rows for training (read, render, tokenize, label, pack) by TRL and by us, beside the bare tokenizers.
+
 train: steps of a 7B with random weights on one GPU, by TRL with its defaults and by us under several settings.
-sysgen: SYSGEN's four calls a row, of a server that takes the same time for each, by distilabel and by us.
+
+sysgen: SYSGEN's four calls for each row, to a server that takes the same time for each, by distilabel and by us.
+
 Prints a table in Markdown and writes every single measurement with the machine and the packages' versions as JSON.
-Exit codes: 0 measured; 2 there is something to mend (one `error:` says what); 1 anything else.
+Exit codes: 0 measured; 2 something has to be changed (one `error:` says what); 1 anything else.
 """
 
 import argparse
@@ -205,11 +209,18 @@ def main() -> int:
     """Run the command; the exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     leave_out_unhelpful_warnings()
-    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
 
     about_data = "preparation of data: TRL's, ours, and the bare tokenizers"
-    data_parser = commands.add_parser("data", help=about_data, description=f"Measure {about_data}.")
+    data_parser = commands.add_parser(
+        "data",
+        help=about_data,
+        description=f"""Measure {about_data}.
+
+    python scripts/benchmark.py data --json data.json \\
+        --tokenizer outputs/smollm2-135m-instruct --rows 2000""",
+    )
     data_parser.set_defaults(run=data)
     add = data_parser.add_argument
     add("--tokenizer", required=True, metavar="FOLDER_OR_ID", help="a model folder, or an id on the Hugging Face hub")
@@ -225,7 +236,13 @@ def main() -> int:
     add("--memory", type=_count, nargs="*", metavar="ROWS", help=about_memory)
 
     about_train = "training steps: TRL's defaults and ours under several settings"
-    train_parser = commands.add_parser("train", help=about_train, description=f"Measure {about_train}.")
+    train_parser = commands.add_parser(
+        "train",
+        help=about_train,
+        description=f"""Measure {about_train}.
+
+    python scripts/benchmark.py train --json train.json --minutes 8""",
+    )
     train_parser.set_defaults(run=train)
     add = train_parser.add_argument
     about_json = "keep every measurement there; a file that is there is gone on with: what it has is not measured again"
@@ -238,7 +255,12 @@ def main() -> int:
     add("--all", action="store_true", help=about_all)
     add("--list", action="store_true", help="print the contenders and run none")
     add("--again", action="store_true", help="measure again what the file has already, failures too")
-    add("--minutes", type=_positive, metavar="N", help="end after so many; the same command goes on (default: no end)")
+    add(
+        "--minutes",
+        type=_positive,
+        metavar="N",
+        help="stop after N minutes; the same command continues (default: no limit)",
+    )
     about_limit = "most seconds that one contender may take (default %(default)g)"
     add("--limit", type=_positive, default=240.0, metavar="SECONDS", help=about_limit)
     add("--rows", type=_count, default=2_000, help="Janus-like rows to make (default 2,000)")
@@ -249,7 +271,13 @@ def main() -> int:
     add("--seed", type=int, default=42, help="decides lengths, ids and weights (default 42)")
 
     about_sysgen = "SYSGEN's four calls a row at full speed: distilabel's and ours"
-    sysgen_parser = commands.add_parser("sysgen", help=about_sysgen, description=f"Measure {about_sysgen}.")
+    sysgen_parser = commands.add_parser(
+        "sysgen",
+        help=about_sysgen,
+        description=f"""Measure {about_sysgen}.
+
+    python scripts/benchmark.py sysgen --only ours --json sysgen.json""",
+    )
     sysgen_parser.set_defaults(run=sysgen)
     add = sysgen_parser.add_argument
     add("--rows", type=_count, default=2_000, help="questions with answers to make (default 2,000)")

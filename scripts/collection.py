@@ -1,7 +1,8 @@
-"""Build a collection of system messages that ask for different things of the same instruction (arXiv:2405.17977).
+r"""Build a collection of system messages that ask for different things of the same instruction (arXiv:2405.17977).
 
-    vllm serve Qwen/Qwen2.5-14B-Instruct                                    # any OpenAI-compatible server
-    python scripts/collection.py --config recipes/collection/qwen2.5-14b-instruct.yaml [key=value ...]
+    vllm serve Qwen/Qwen2.5-14B-Instruct      # any OpenAI-compatible server
+    python scripts/collection.py \
+        --config recipes/collection/qwen2.5-14b-instruct.yaml
 
 What a server answers is written down at once: stop it with Ctrl-C or lose the machine, and the same command goes on
 where it was, asking nothing twice. The rows are in OUTPUT_DIR/data, in the columns of Multifaceted Collection, which

@@ -1,4 +1,13 @@
-"""The command `bench` of scripts/evaluate.py: answers to Multifaceted Bench, graded by a judge as the paper does."""
+r"""Answers to Multifaceted Bench, graded by a judge as the JANUS paper does it.
+
+    python scripts/evaluate.py bench --model outputs/smollm2-135m-quickstart \
+        --data recipes/smollm2-135m/data/bench.jsonl \
+        --judge Qwen/Qwen2.5-14B-Instruct \
+        --judge-server http://localhost:8000/v1
+
+train/multifaceted/bench.py says what is averaged. Writes bench.json, bench_rows.jsonl, bench.png and a section into
+report.md. Every answer is kept in bench.sqlite, so the same command continues a run that was stopped.
+"""
 
 import argparse
 import asyncio
@@ -41,14 +50,18 @@ def add_to(commands: Any) -> None:
         PAPERS_RUNS,
     )
 
-    parser = commands.add_parser("bench", help="Multifaceted Bench: answers graded by a judge, rubric by rubric")
+    parser = commands.add_parser(
+        "bench", help="Multifaceted Bench: answers graded by a judge, rubric by rubric", description=__doc__
+    )
     add_respondent(parser)
     what = parser.add_argument_group("what is answered")
     what.add_argument(
         "--data", type=path_or_id, nargs="+", default=[HUB_ID], help=f"rows of the bench (default {HUB_ID})"
     )
     what.add_argument("--split", default="train", help="the split of data that has several (default train)")
-    what.add_argument("--limit", type=positive, help="the first so many rows: not the whole bench (default all)")
+    what.add_argument(
+        "--limit", type=positive, help="number of rows, from the first: not the whole bench (default all)"
+    )
     what.add_argument("--no-system", action="store_true", help="leave the system messages out: the paper's ablation")
     what.add_argument(
         "--responses",
@@ -71,9 +84,13 @@ def add_to(commands: Any) -> None:
         "`scores` in the file of --responses",
     )
     drawn = parser.add_argument_group("how answers are drawn (defaults: the paper's)")
-    drawn.add_argument("--max-tokens", type=positive, default=PAPERS_RESPONSES.max_tokens)
-    drawn.add_argument("--temperature", type=float, default=PAPERS_RESPONSES.temperature)
-    drawn.add_argument("--top-p", type=float, default=PAPERS_RESPONSES.top_p)
+    drawn.add_argument(
+        "--max-tokens", type=positive, default=PAPERS_RESPONSES.max_tokens, help="most tokens of an answer"
+    )
+    drawn.add_argument(
+        "--temperature", type=float, default=PAPERS_RESPONSES.temperature, help="sampling temperature; 0 = greedy"
+    )
+    drawn.add_argument("--top-p", type=float, default=PAPERS_RESPONSES.top_p, help="nucleus sampling")
     drawn.add_argument(
         "--repetition-penalty",
         type=float,
@@ -82,13 +99,19 @@ def add_to(commands: Any) -> None:
     )
     judge = parser.add_argument_group("the judge (defaults: the paper's)")
     judge.add_argument("--judge", required=True, metavar="MODEL", help=f"the paper's was {PAPERS_JUDGE}")
-    judge.add_argument("--judge-server", action="append", default=[], metavar="URL", help="ask it there; repeatable")
+    judge.add_argument(
+        "--judge-server", action="append", default=[], metavar="URL", help="address of its server; may be repeated"
+    )
     judge.add_argument("--judge-concurrency", type=positive, default=64, help="requests at once to each (default 64)")
     judge.add_argument("--judge-key-variable", metavar="NAME", help="the environment variable that holds its key")
-    judge.add_argument("--judge-max-tokens", type=positive, default=PAPERS_DECODING.max_tokens)
-    judge.add_argument("--judge-temperature", type=float, default=PAPERS_DECODING.temperature)
-    judge.add_argument("--judge-top-p", type=float, default=PAPERS_DECODING.top_p)
-    judge.add_argument("--judge-extra", type=_object, default={}, metavar="JSON", help="what else goes into a request")
+    judge.add_argument(
+        "--judge-max-tokens", type=positive, default=PAPERS_DECODING.max_tokens, help="most tokens of a judgement"
+    )
+    judge.add_argument(
+        "--judge-temperature", type=float, default=PAPERS_DECODING.temperature, help="sampling temperature"
+    )
+    judge.add_argument("--judge-top-p", type=float, default=PAPERS_DECODING.top_p, help="nucleus sampling")
+    judge.add_argument("--judge-extra", type=_object, default={}, metavar="JSON", help="more fields of each request")
     judge.add_argument(
         "--runs",
         type=from_one_to(MOST_RUNS),
@@ -106,10 +129,10 @@ def add_to(commands: Any) -> None:
         "--show-system", action="store_true", help="the judge sees the system message: not the paper's protocol"
     )
     judge.add_argument(
-        "--batch-out", type=Path, metavar="FILE", help="write what the judge is to be asked, ask nothing"
+        "--batch-out", type=Path, metavar="FILE", help="write the requests to the judge as batch files, and send none"
     )
     judge.add_argument(
-        "--batch-in", type=Path, nargs="+", default=[], metavar="FILE", help="a batch's output and errors"
+        "--batch-in", type=Path, nargs="+", default=[], metavar="FILE", help="output and error files of such a batch"
     )
     results = parser.add_argument_group("results")
     results.add_argument(
@@ -118,8 +141,10 @@ def add_to(commands: Any) -> None:
         help="where bench.json, bench_rows.jsonl, bench.png and the journal go (default the folder of --model)",
     )
     results.add_argument("--against", type=Path, metavar="FILE", help="bench_rows.jsonl of another model, to compare")
-    results.add_argument("--good", type=float, default=GOOD, help=f"a tie is both good from this on (default {GOOD:g})")
-    results.add_argument("--seed", type=not_negative, default=0, help="of the intervals (default 0)")
+    results.add_argument(
+        "--good", type=float, default=GOOD, help=f"score from which a tie counts as both good (default {GOOD:g})"
+    )
+    results.add_argument("--seed", type=not_negative, default=0, help="seed of the intervals (default 0)")
     parser.set_defaults(run=run)
 
 

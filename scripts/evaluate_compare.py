@@ -1,4 +1,10 @@
-"""The command `compare` of scripts/evaluate.py: what two folders hold of results, side by side."""
+r"""The results of two models side by side: what two folders hold of gain, rules, ifeval, bench and harness.
+
+    python scripts/evaluate.py compare outputs/smollm2-135m-instruct \
+        outputs/smollm2-135m-quickstart
+
+Writes compare.json and compare.png.
+"""
 
 import argparse
 import json
@@ -28,10 +34,16 @@ _AXES = {
 
 def add_to(commands: Any) -> None:
     """Add the command to those of evaluate.py."""
-    parser = commands.add_parser("compare", help="the results of two models side by side")
+    parser = commands.add_parser("compare", help="the results of two models side by side", description=__doc__)
     parser.add_argument("first", type=Path, metavar="A", help="a folder with results, or one of their JSON files")
     parser.add_argument("second", type=Path, metavar="B", help="what to compare it with: the difference is B less A")
-    parser.add_argument("--only", nargs="+", choices=_KINDS, help="compare these alone (default all that both have)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=_KINDS,
+        metavar="KIND",
+        help=f"compare only these of {', '.join(_KINDS)} (default: all that both have)",
+    )
     parser.add_argument("--details", action="store_true", help="show rules, sources and tasks within groups, too")
     parser.add_argument("--seed", type=not_negative, default=0, help="of the intervals (default 0)")
     parser.add_argument("--output-dir", type=Path, help="for compare.json and compare.png (default the folder of B)")

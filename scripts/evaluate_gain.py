@@ -1,4 +1,13 @@
-"""The command `gain` of scripts/evaluate.py: how much a model listens to the system message."""
+r"""How much likelier a model finds a reference answer under its own system message than under others.
+
+    python scripts/evaluate.py gain \
+        --data recipes/smollm2-135m/data/held_out.jsonl \
+        --before outputs/smollm2-135m-instruct \
+        --model outputs/smollm2-135m-quickstart
+
+With 95 % intervals; train/loop/system_gain.py says what the figure can't see. Writes gain.json, gain.png and a section
+into report.md. Scores are kept in gain_scores.jsonl, so the same command continues a killed run.
+"""
 
 import argparse
 import hashlib
@@ -30,7 +39,9 @@ _MOST_BARS = 30
 
 def add_to(commands: Any) -> None:
     """Add the command to those of evaluate.py."""
-    parser = commands.add_parser("gain", help="how much likelier answers are under their own system message")
+    parser = commands.add_parser(
+        "gain", help="how much likelier answers are under their own system message", description=__doc__
+    )
     parser.add_argument("--model", type=path_or_id, required=True, help="folder or hub id of a model or an adapter")
     parser.add_argument(
         "--before", type=path_or_id, help="the model that it was trained from, measured on the same rows"
@@ -51,9 +62,9 @@ def add_to(commands: Any) -> None:
         help="as chat.system_role of a recipe (default native: a model that we trained has its policy in its template)",
     )
     parser.add_argument("--others", type=positive, default=2, help="other messages for each row, at most (default 2)")
-    parser.add_argument("--limit", type=positive, help="at most so many rows, drawn by the seed (default all)")
+    parser.add_argument("--limit", type=positive, help="most rows to measure, drawn by the seed (default all)")
     parser.add_argument(
-        "--group", nargs="+", default=[], metavar="COLUMN", help="further columns to tell rows apart by"
+        "--group", nargs="+", default=[], metavar="COLUMN", help="more columns of the data by which figures are grouped"
     )
     parser.add_argument(
         "--dtype",

@@ -1,4 +1,10 @@
-"""The command `harness` of scripts/evaluate.py: tasks of lm-evaluation-harness with the trained chat template."""
+r"""Tasks of lm-evaluation-harness with the trained chat template.
+
+    python scripts/evaluate.py harness \
+        --model outputs/smollm2-135m-quickstart --tasks sysgen
+
+`sysgen` is the eight unseen benchmarks of SYSGEN. Writes harness.json, harness_rows.jsonl and a section into report.md.
+"""
 
 import argparse
 import importlib.metadata
@@ -24,7 +30,7 @@ HEADING = "## Benchmarks"
 
 def add_to(commands: Any) -> None:
     """Add the command to those of evaluate.py."""
-    parser = commands.add_parser("harness", help="benchmarks through lm-evaluation-harness")
+    parser = commands.add_parser("harness", help="benchmarks through lm-evaluation-harness", description=__doc__)
     parser.add_argument("--model", type=path_or_id, required=True, help="folder or hub id of a model or an adapter")
     parser.add_argument(
         "--tasks",
@@ -45,7 +51,7 @@ def add_to(commands: Any) -> None:
         help="examples before each question (default what each task defines)",
     )
     parser.add_argument(
-        "--limit", type=positive, metavar="N", help="the first documents of each task, so many (default all)"
+        "--limit", type=positive, metavar="N", help="number of documents of each task, from the first (default all)"
     )
     parser.add_argument("--template", type=path_or_id, help="as chat.template of a recipe (default: the model's own)")
     parser.add_argument(

@@ -1,4 +1,12 @@
-"""The command `ifeval` of scripts/evaluate.py: constraints in the system message that a program can check."""
+r"""Constraints of the system message that answers follow, by lm-evaluation-harness's own checkers.
+
+    python scripts/evaluate.py ifeval --model outputs/smollm2-135m-quickstart \
+        --data recipes/smollm2-135m/data/system_ifeval.jsonl \
+        --control recipes/smollm2-135m/data/system_ifeval_user.jsonl
+
+--control measures the same constraints in the user turn. Writes ifeval.json, ifeval_answers.jsonl, ifeval.png and a
+section into report.md. Answers are kept in ifeval.sqlite, so the same command continues a run that was stopped.
+"""
 
 import argparse
 import hashlib
@@ -55,11 +63,13 @@ class Answered:
 
 def add_to(commands: Any) -> None:
     """Add the command to those of evaluate.py."""
-    parser = commands.add_parser("ifeval", help="S-IFEval: checkable constraints in the system message")
+    parser = commands.add_parser(
+        "ifeval", help="S-IFEval: checkable constraints in the system message", description=__doc__
+    )
     add_respondent(parser)
     parser.add_argument("--data", type=Path, required=True, help="S-IFEval's rows, or IFEval's, as jsonl")
     parser.add_argument("--control", type=Path, help="the same rows with the constraints in the user turn")
-    parser.add_argument("--limit", type=positive, help="the first rows that count, so many (default all)")
+    parser.add_argument("--limit", type=positive, help="number of rows, from the first (default all)")
     parser.add_argument(
         "--all-rules",
         action="store_true",

@@ -1,4 +1,14 @@
-"""The command `rules` of scripts/evaluate.py: how often answers obey system messages that a program can check."""
+r"""How often answers obey system messages whose rules a program can check, before and after training.
+
+    python scripts/evaluate.py rules \
+        --rules recipes/smollm2-135m/data/rules.py \
+        --data recipes/smollm2-135m/data/held_out.jsonl \
+        --before outputs/smollm2-135m-instruct \
+        --after outputs/smollm2-135m-quickstart
+
+Writes the answers to answers.jsonl, the figures to adherence.json and adherence.png, and a section into report.md, all
+in the folder of the second model.
+"""
 
 import argparse
 import hashlib
@@ -38,12 +48,14 @@ class Verdict:
 
 def add_to(commands: Any) -> None:
     """Add the command to those of evaluate.py."""
-    parser = commands.add_parser("rules", help="adherence to rules that a program can check, before and after")
-    parser.add_argument("--rules", type=Path, required=True, help="a Python file with RULES")
-    parser.add_argument("--data", type=Path, required=True, help="held-out rows as jsonl")
+    parser = commands.add_parser(
+        "rules", help="adherence to rules that a program can check, before and after", description=__doc__
+    )
+    parser.add_argument("--rules", type=Path, required=True, help="Python file that defines RULES")
+    parser.add_argument("--data", type=Path, required=True, help="held-out rows, a JSONL file")
     parser.add_argument("--before", type=Path, required=True, help="folder of the model before training")
     parser.add_argument("--after", type=Path, required=True, help="folder of the trained model")
-    parser.add_argument("--max-new-tokens", type=positive, default=96, help="cut of an answer (default 96)")
+    parser.add_argument("--max-new-tokens", type=positive, default=96, help="most tokens of an answer (default 96)")
     parser.add_argument("--batch-size", type=positive, default=16, help="answers at a time (default 16)")
     parser.set_defaults(run=run)
 

@@ -7,7 +7,6 @@ quantized GGUF file. It is dequantized once and written as safetensors, so that 
 be with a model from the hub. A folder that is already there is left as it is.
 """
 
-import argparse
 import importlib.util
 import shutil
 import sys
@@ -49,7 +48,7 @@ def export(folder: Path) -> None:
 
 def main() -> None:
     """Run the command."""
-    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the model goes")
     folder = parser.parse_args().folder
     if (folder / "config.json").is_file():

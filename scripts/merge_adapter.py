@@ -1,6 +1,7 @@
-"""Merge a LoRA adapter into its base model: what comes out needs no peft.
+r"""Merge a LoRA adapter into its base model: what comes out needs no peft.
 
-    python scripts/merge_adapter.py outputs/janus-7b-lora --output outputs/janus-7b-merged
+    python scripts/merge_adapter.py outputs/janus-7b-lora \
+        --output outputs/janus-7b-merged
 
 Weights are merged file by file, so memory holds one file of the base, not the model. Then the result is proved:
 
@@ -45,7 +46,7 @@ SURVIVING = {"error": 0.5, "warning": 0.95}
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("adapter", type=Path, metavar="ADAPTER_DIR", help="what train/sft.py saved, or peft")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder for the merged model")
     parser.add_argument(

@@ -1,13 +1,13 @@
-"""Tokenize a recipe's data before the job that trains on it is submitted: on a machine without GPUs, on all cores.
+r"""Tokenize a recipe's data before the job that trains on it is submitted: on a machine without GPUs, on all cores.
 
-    python scripts/prepare.py --recipe recipes/janus-7b/sft/full.yaml [key=value ...]
+    python scripts/prepare.py \
+        --recipe recipes/smollm2-135m/sft/quickstart.yaml data.processes=2
 
-What is made is kept in `data.cache_dir`; training then only opens it. Calling it again, or in a second process at the
-same time, makes nothing twice; a call that was killed is made good by the next. Rows that the recipe refuses are told
-as training would tell them. Exit codes as of train/sft.py.
+The tokens are kept in `data.cache_dir`; training then only opens them. A second call, also at the same time, tokenizes
+nothing twice, and continues what a killed call left. Rows that the recipe refuses are reported as training would report
+them. The exit codes are those of train/sft.py.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -53,9 +53,9 @@ def main() -> int:
     """Run the command; the exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     leave_out_unhelpful_warnings()
-    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("--recipe", required=True, type=Path, metavar="FILE", help="the recipe that will be trained")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the recipe by dotted key")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
     options = parser.parse_intermixed_args()
     return ending(lambda: run(options.recipe, options.overrides), "stopped; nothing half-made was kept")
 

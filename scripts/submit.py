@@ -1,13 +1,17 @@
-"""Submit a recipe to Slurm, after checking it: a typo never waits in a queue.
+r"""Submit a recipe to Slurm, after checking it: a typo never waits in a queue.
 
-    python scripts/submit.py --recipe recipes/janus-7b/sft/full.yaml --nodes 2 --gpus-per-node 8 --time 24:00:00 \
-        [--partition gpu] [key=value ...]
+    python scripts/submit.py --recipe recipes/janus-7b/sft/full.yaml \
+        --nodes 2 --gpus-per-node 8 --time 24:00:00 --partition gpu --print
 
-`--print` shows the batch script and submits nothing. The job is warned before its time is over, saves, requeues itself
-and goes on; it ends when training is finished, has failed, was requeued --max-restarts times, or made no progress.
-With `--array 0-3` there is a task for each number, which stands for %a in the overrides:
-`--array 0-3 seed=%a output_dir=outputs/seed-%a`. Exit codes: 0 submitted; 2 there is something to mend (one `error:`
-says what); 1 anything else.
+    python scripts/submit.py --recipe recipes/janus-7b/sft/full.yaml \
+        --nodes 2 --gpus-per-node 8 --time 24:00:00 \
+        --array 0-3 seed=%a output_dir=outputs/seed-%a
+
+`--print` shows the batch script and submits nothing. Slurm warns the job before its time is over; the job then saves,
+requeues itself and resumes. It ends when training is finished or has failed, when it was requeued --max-restarts times,
+or when an attempt made no progress. `--array 0-3` submits one task for each number, which replaces %a in the overrides.
+
+Exit codes: 0 submitted; 2 something has to be changed (one `error:` says what); 1 anything else.
 """
 
 import argparse
@@ -57,7 +61,7 @@ class Task:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     add = parser.add_argument
     add("--recipe", required=True, type=Path, metavar="FILE", help="what to train, as YAML")
     add("--nodes", required=True, type=int, metavar="N", help="how many nodes")
@@ -71,19 +75,32 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--array", metavar="0-3", help="one task for each number; %%a in overrides stands for it")
     add("--sbatch", action="append", default=[], metavar="OPTION", help="any other option of sbatch: --sbatch=--nice")
     add(
-        "--setup", action="append", default=[], metavar="LINE", help="a line of shell before all else: module load cuda"
+        "--setup",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="shell line that the job runs first: module load cuda",
     )
     add(
         "--config",
         type=Path,
         metavar="FILE",
-        help="accelerate's (default: zero3.yaml, for several nodes zero3_multinode.yaml)",
+        help="configuration of accelerate (default: zero3.yaml, for several nodes zero3_multinode.yaml)",
     )
     add(
-        "--warn-before", type=int, metavar="SECONDS", help=f"when to save before the limit (default: {WARNING}, or 1/4)"
+        "--warn-before",
+        type=int,
+        metavar="SECONDS",
+        help=f"seconds before the limit at which the job saves (default: {WARNING}, or a quarter of the limit)",
     )
-    add("--max-restarts", type=int, default=20, metavar="N", help="requeue so often at most (default: 20)")
-    add("--resume-anyway", action="append", default=[], metavar="KEY", help="as of train/sft.py")
+    add(
+        "--max-restarts",
+        type=int,
+        default=20,
+        metavar="N",
+        help="most times that the job requeues itself (default: 20)",
+    )
+    add("--resume-anyway", action="append", default=[], metavar="KEY", help="passed on to train/sft.py")
     add("--check", action="store_true", help="before submitting, examine the data too, as train/sft.py --check does")
     add("--print", action="store_true", help="show the batch script, submit nothing")
     add("overrides", nargs="*", metavar="key=value", help="override the recipe by dotted key")

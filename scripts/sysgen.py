@@ -1,7 +1,8 @@
-"""Give rows without system messages the ones that fit them, and answer them anew (SYSGEN, arXiv:2502.11330).
+r"""Give rows without system messages the ones that fit them, and answer them anew (SYSGEN, arXiv:2502.11330).
 
-    vllm serve Qwen/Qwen2.5-14B-Instruct                                    # any OpenAI-compatible server
-    python scripts/sysgen.py --config recipes/sysgen/qwen2.5-14b-instruct.yaml [key=value ...]
+    vllm serve Qwen/Qwen2.5-14B-Instruct      # any OpenAI-compatible server
+    python scripts/sysgen.py \
+        --config recipes/sysgen/qwen2.5-14b-instruct.yaml
 
 What a server answers is written down at once: stop it with Ctrl-C or lose the machine, and the same command goes on
 where it was, asking nothing twice. The rows are in OUTPUT_DIR/data, which train/sft.py reads as it is; what they amount

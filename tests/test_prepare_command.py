@@ -40,7 +40,7 @@ def test_what_is_made_is_found_the_next_time_and_nothing_is_passed_over_in_silen
     )
     assert any(line.startswith("dropped rows: ") and f"{folder}/rows.jsonl:25" in line for line in lines)
     assert any(line.startswith("dropped rows: ") and "dropped, training, over 200 tokens" in line for line in lines)
-    assert any(line.startswith("warning: 1 file is passed over") and "rows.jsonl.bak" in line for line in lines)
+    assert any(line.startswith("warning: 1 file was skipped") and "rows.jsonl.bak" in line for line in lines)
     second = run("--recipe", recipe)
     assert f"{folder}: found" in second.stdout
     assert [line for line in second.stdout.splitlines() if line.startswith("training: ")] == [

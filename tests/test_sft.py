@@ -373,7 +373,7 @@ def test_rows_that_the_template_refuses_are_named_or_left_out(
     assert main(["--recipe", str(recipe_file(data={"on_bad_row": "skip"}))]) == 0
     shown = capsys.readouterr().out
     assert "23 rows" in shown
-    assert "1 row left out, refused by the template" in shown
+    assert "1 row skipped, refused by the template" in shown
 
 
 def test_wandb_without_a_key_is_an_error_not_a_question(recipe_file: Callable[..., Path], tmp_path: Path) -> None:

@@ -42,17 +42,29 @@ def naming(options: Mapping[str, str]) -> Iterator[None]:
         raise UserError(text) from fault
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Help whose paragraphs are wrapped at the terminal's width; indented ones (examples) keep their lines."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.strip().split("\n\n")
+        return "\n\n".join(
+            part if part.startswith(" ") else super(_HelpFormatter, self)._fill_text(part, width, indent)
+            for part in paragraphs
+        )
+
+
 class CommandLine(argparse.ArgumentParser):
     """The parser that every command begins with.
 
     - Its errors look like all others: `error:` at the start of the line, below the usage.
+    - Help is wrapped at the terminal's width; indented paragraphs (examples) keep their lines.
     - Options of `type=Path` take `~`, `$VAR` and `${VAR}`, as the keys of a recipe do.
     - From here on characters that the terminal or the log can't encode are escaped, in whatever is printed.
     """
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         """Take what ArgumentParser takes."""
-        super().__init__(*args, **keywords)
+        super().__init__(*args, **{"formatter_class": _HelpFormatter, **keywords})
         self.register("type", Path, path_option)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -329,30 +329,27 @@ def describe(found: Plan) -> list[str]:
         f"{found.trained_parameters:,} of {found.parameters:,} parameters, {found.optimizer}",
         f"GiB on each GPU, {found.tokens_per_gpu:,} tokens at a time, "
         f"gradient checkpointing {'on' if found.checkpointing else 'off'}:",
-        f"{'':<16}" + "".join(f"{name:>9}" for name in _COLUMNS) + f"{'total':>9}",
+        *_table([one.memory for one in found.candidates], [one.fits for one in found.candidates]),
     ]
     for one in found.candidates:
-        parts = [one.memory.parameters, one.memory.gradients, one.memory.optimizer, one.memory.communication]
-        parts += [one.memory.activations, one.memory.layer, one.memory.head, one.memory.step, one.memory.total]
-        host = f", {one.memory.host * cluster.gpus / _GIB:,.0f} GiB of each host" if one.memory.host else ""
-        verdict = f"fits{f', {one.caution}' if one.caution else ''}" if one.fits else "too large"
-        lines.append(
-            f"{one.memory.strategy:<16}" + "".join(f"{part / _GIB:>9,.1f}" for part in parts) + f"  {verdict}{host}"
-        )
+        if one.fits and one.caution:
+            lines.append(f"{one.memory.strategy} fits, {one.caution}")
+        if one.memory.host:
+            lines.append(f"{one.memory.strategy} takes {one.memory.host * cluster.gpus / _GIB:,.0f} GiB of each host")
     lines.append(
         f"total: the first five and the largest of layer and head, or the first four and step; {RESERVE:.0%} of a GPU "
         "is left free"
     )
     if found.chosen:
         lines += [
-            f"of those that fit, the one to take for its little communication is {found.chosen}:",
-            f"  {found.launch}",
+            f"recommended, as it fits with the least communication: {found.chosen}",
+            *_command(found.launch or ""),
         ]
     else:
         lines.append(
             "none fits: take a smaller training.per_device_train_batch_size or data.max_length, an adapter or more GPUs"
         )
-    lines += (line for text in _describe_fewest(found) for line in wrap(text, _WIDTH))
+    lines += _describe_fewest(found)
     attention = found.attention_flops / max(found.flops, 1)
     lines += [
         f"{found.steps:,} steps of {found.sequences_per_step:,} sequences, {found.tokens:,} tokens, {found.flops:.3g} "
@@ -360,7 +357,7 @@ def describe(found: Plan) -> list[str]:
         f"{_duration(found.hours)} ({found.gpu_hours:,.1f} GPU-hours) at {cluster.mfu:.0%} of {cluster.gpu}'s "
         f"{cluster.peak_flops / 1e12:,.0f} TFLOP/s in bfloat16",
     ]
-    return [*lines, *(line for text in (f"counted: {found.convention}", *found.notes) for line in wrap(text, _WIDTH))]
+    return [*lines, f"counted: {found.convention}", *found.notes]
 
 
 def _describe_fewest(found: Plan) -> list[str]:
@@ -381,8 +378,34 @@ def _describe_fewest(found: Plan) -> list[str]:
     return lines
 
 
-_WIDTH = 108
-_COLUMNS = ("weights", "grads", "optim.", "comm.", "activ.", "layer", "head", "step")
+def _table(memories: list[Memory], fits: list[bool]) -> list[str]:
+    """Return GiB by what they are for, a column for each strategy; in 48 columns, which a narrow terminal has."""
+    names = [memory.strategy.replace("ZeRO-3 offload", "offload") for memory in memories]
+    rows: list[tuple[str, list[str]]] = [("", names)]
+    for label, part in _PARTS.items():
+        rows.append((label, [f"{getattr(memory, part) / _GIB:,.1f}" for memory in memories]))
+    rows.append(("fits", ["yes" if one else "no" for one in fits]))
+    return [f"{label:<8}" + "".join(f"{cell:>8}" for cell in cells) for label, cells in rows]
+
+
+def _command(launch: str) -> list[str]:
+    """Return a command in lines that a shell takes as one."""
+    lines = wrap(launch, _COMMAND_WIDTH, break_long_words=False, break_on_hyphens=False)
+    return [f"  {'  ' if number else ''}{line}" for number, line in enumerate(" \\\n".join(lines).split("\n"))]
+
+
+_COMMAND_WIDTH = 42
+_PARTS = {
+    "weights": "parameters",
+    "grads": "gradients",
+    "optim.": "optimizer",
+    "comm.": "communication",
+    "activ.": "activations",
+    "layer": "layer",
+    "head": "head",
+    "step": "step",
+    "total": "total",
+}
 
 
 def _duration(time: float) -> str:

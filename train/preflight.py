@@ -141,7 +141,9 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
     text = Text()
 
     def line(name: str, value: str, style: str = "") -> None:
-        text.append(f"{name:<{_NAME}}", "bold").append(f"{wrap(visible(value), width, _NAME)}\n", style)
+        indented = value.startswith("  ")  # a command, in lines of its own
+        value = visible(value) if indented else wrap(visible(value), width, _NAME)
+        text.append(f"{name:<{_NAME}}", "bold").append(f"{value}\n", style)
 
     line("model", f"{report.model}, {report.dtype}" + (f", float8 {report.float8}" if report.float8 else ""))
     for sentence in report.model_notes:
@@ -176,7 +178,7 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
     if not any(part and part.duplicates.rows for part in (report.training, report.validation)):
         line("duplicates", "none")
     if report.validation and not report.overlap.questions.rows:
-        line("overlap", "no validation row begins with a user message that training has")
+        line("overlap", "no validation row begins with a user message that is also in training")
     if report.system_gain:
         line("system gain", report.system_gain)
     for number, value in enumerate(_describe_schedule(report)):
@@ -384,7 +386,7 @@ def _describe_waiting(data: Prepared, model: "PreTrainedModel", arguments: "SFTC
 
     plain, dealt = EpochOrder(data.train.rows, arguments, model.config).waiting()
     return (
-        f"ranks wait for the longest documents of others: {dealt - 1:.1%} of the time, as long ones are dealt evenly "
+        f"ranks wait for each other {dealt - 1:.1%} of the time, as long documents are balanced between them "
         f"({plain - 1:.1%} in random order)"
     )
 

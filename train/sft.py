@@ -1,10 +1,17 @@
-"""Supervised fine-tuning from a recipe.
+r"""Supervised fine-tuning from a recipe.
 
-    accelerate launch train/sft.py --recipe recipes/smollm2-135m/sft/quickstart.yaml [key=value ...]
+    accelerate launch --config_file accelerate_configs/cpu.yaml \
+        train/sft.py --recipe recipes/smollm2-135m/sft/quickstart.yaml \
+        training.learning_rate=1e-5
 
-`key=value` overrides the recipe by dotted key: training.learning_rate=1e-5. `--check` reports what would be trained
-and trains nothing. Exit codes: 0 done or ready; 2 there is something in the recipe, the data or the machine to mend
-(one `error:` says what); 1 anything else.
+    python train/sft.py --recipe recipes/smollm2-135m/sft/quickstart.yaml \
+        --check
+
+`key=value` overrides a key of the recipe, by its dotted name. `--check` reports what would be trained and trains
+nothing. The same command continues an interrupted run from its newest complete checkpoint.
+
+Exit codes: 0 done, or ready with --check; 2 something in the recipe, the data or the machine has to be changed (one
+`error:` says what); 130 stopped by Ctrl-C; 1 anything else.
 """
 
 import argparse
@@ -30,32 +37,40 @@ from train.recipe import Recipe, load_recipe
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", required=True, type=Path, metavar="FILE", help="what to train, as YAML")
+    parser = CommandLine(description=__doc__)
+    parser.add_argument(
+        "--recipe", required=True, type=Path, metavar="FILE", help="the recipe: a YAML file that says what to train"
+    )
     parser.add_argument(
         "--resume",
         type=path_or_id,
         default="auto",
         metavar="auto|never|DIR",
-        help="auto (default): go on from the newest complete checkpoint in output_dir, if there is one",
+        help="auto (default): resume from the newest complete checkpoint in output_dir, if there is one; never: train "
+        "from the beginning; DIR: resume from this checkpoint",
     )
     parser.add_argument(
         "--resume-anyway",
         action="append",
         default=[],
         metavar="KEY",
-        help="go on though this key of the recipe is not what it was; may be given again",
+        help="resume although this key of the recipe has changed since the checkpoint; may be repeated",
     )
-    parser.add_argument("--check", action="store_true", help="report on model, template and data; train nothing")
     parser.add_argument(
-        "--json", type=path_or_id, metavar="FILE", help="with --check: write the report to FILE too, as JSON"
+        "--check", action="store_true", help="report the model, the template and the data, and train nothing"
     )
-    parser.add_argument("--gpus", metavar="8x80GB", help="with --check: plan memory and time on such GPUs in each node")
-    parser.add_argument("--nodes", type=int, metavar="N", help="with --gpus: how many nodes (default 1)")
     parser.add_argument(
-        "--mfu", type=float, metavar="SHARE", help="with --gpus: share of the GPUs' peak FLOP/s reached (default 0.4)"
+        "--json", type=path_or_id, metavar="FILE", help="with --check: also write the report to FILE as JSON"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the recipe by dotted key")
+    parser.add_argument("--gpus", metavar="8x80GB", help="with --check: plan memory and time on these GPUs of one node")
+    parser.add_argument("--nodes", type=int, metavar="N", help="with --gpus: number of nodes (default 1)")
+    parser.add_argument(
+        "--mfu",
+        type=float,
+        metavar="SHARE",
+        help="with --gpus: share of the peak FLOP/s that training reaches (default 0.4)",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
     options = parser.parse_intermixed_args(arguments)
     if options.json is not None and not options.check:
         parser.error("--json writes the report of --check: give both")

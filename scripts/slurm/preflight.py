@@ -1,6 +1,7 @@
-"""What the nodes of a job say to each other before training starts; the batch script runs it, one process on each node.
+r"""Checks of the nodes of a job before training starts; the batch script runs it, one process on each node.
 
-    srun --ntasks-per-node=1 python scripts/slurm/preflight.py --recipe FILE --gpus 8 [key=value ...]
+    srun --ntasks-per-node=1 python scripts/slurm/preflight.py \
+        --recipe recipes/janus-7b/sft/full.yaml --gpus 8
 
 The same code and packages everywhere; output_dir and the cache writable, and the same folders on all nodes; all GPUs
 there and their memory free; and an all-reduce over all of them that ends in time. Reads SLURM_NODEID, SLURM_NNODES,
@@ -321,7 +322,7 @@ def check_node(options: argparse.Namespace) -> None:
 
 def main() -> int:
     """Run the command; the exit code."""
-    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("--recipe", required=True, metavar="FILE", help="the recipe that will be trained")
     parser.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs that each node must have (default 0)")
     parser.add_argument(

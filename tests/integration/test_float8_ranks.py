@@ -34,7 +34,7 @@ def train(recipe_file: str) -> int:
     convert(model, recipe.model.float8, emulate=True)
     step_log = StepLog(recipe.output_dir)
     trainer = JanusTrainer(recipe, arguments, model, tokenizer, data, [step_log])
-    print(screen(recipe, "chatml", data, trainer.model, arguments), flush=True)
+    print(screen(recipe, "chatml", data, trainer.model, arguments, width=10_000), flush=True)
     with step_log:
         trainer.train()
     trainer.save_model(recipe.output_dir)

@@ -93,7 +93,9 @@ def test_a_finished_run_is_not_trained_again_unless_it_is_another_one(
     recipe, run = recipe_file(data={"sources": [{"path": str(data)}]}, training=training), tmp_path / "run"
     assert main(["--recipe", str(recipe)]) == 0
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    capsys.readouterr()
+    screen = capsys.readouterr().out.partition("\nmodel ")[2].partition("\npacked documents")[0].splitlines()
+    assert [line.split()[0] for line in screen if line[:1].strip()][-2:] == ["steps", "output"]
+    assert all(len(line) <= 80 or len(line.split()) == 1 for line in screen), screen
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert main(["--recipe", str(recipe), "training.logging_steps=2", "data.processes=1"]) == 0
@@ -154,6 +156,13 @@ def test_a_finished_run_with_checkpoints_says_how_to_train_longer(
     shown = " ".join(capsys.readouterr().out.split())
     longer = "a larger training.max_steps and --resume-anyway training.max_steps continue from"
     assert f"{longer} {run / 'checkpoint-4'}." in shown
+    finished = load_recipe(recipe)
+    (run / "checkpoint-4").rename(tmp_path / "moved")
+    assert "its checkpoint-4 is missing or damaged" in str(finished_run(finished))
+    shutil.move(run / "checkpoint-2", tmp_path)
+    assert finished_run(finished)[0] is not None  # all are gone: somebody made room
+    (tmp_path / "moved").rename(run / "checkpoint-4")
+    assert finished_run(finished)[0] is not None
     assert main(["--recipe", recipe, "training.max_steps=5"]) == 2
     assert "training.max_steps was 4 and is 5" in capsys.readouterr().err
     assert main(["--recipe", recipe, "training.max_steps=5", "--resume-anyway", "training.max_steps"]) == 0

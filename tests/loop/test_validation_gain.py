@@ -102,7 +102,7 @@ def test_each_evaluation_measures_it_and_the_best_checkpoint_listens_most(
     ) in report
     assert "![system gain](system_gain.png)" in report
     assert (run / "system_gain.png").read_bytes().startswith(b"\x89PNG")
-    assert "measured at each evaluation on 10 validation rows, against other messages" in report
+    assert "measured at each evaluation on 10 validation rows, against other messages" in " ".join(report.split())
 
 
 def test_its_lines_are_those_of_the_run_as_it_went_on(

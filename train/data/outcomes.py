@@ -66,8 +66,8 @@ def warnings_of(data: Prepared) -> list[str]:
     if data.passed_over:
         named = ", ".join(map(str, data.passed_over[:3])) + (", ..." if len(data.passed_over) > 3 else "")
         found.append(
-            f"{counted(len(data.passed_over), 'file', 'is', 'are')} passed over, as a name that begins with _ or has "
-            f"no known ending is none of data: {named}"
+            f"{counted(len(data.passed_over), 'file', 'was', 'were')} skipped: a name that begins with _ or has no "
+            f"known ending is not data: {named}"
         )
     if data.companions:
         named = ", ".join(data.companions[:3]) + (", ..." if len(data.companions) > 3 else "")
@@ -84,18 +84,18 @@ def warnings_of(data: Prepared) -> list[str]:
         if account.duplicates.example:
             first, second = account.duplicates.example
             found.append(
-                f"{counted(account.duplicates.rows, f'{name} row', 'repeats', 'repeat')} another word for word: "
-                f"{second} says what {first} says"
+                f"{counted(account.duplicates.rows, f'{name} row', 'duplicates', 'duplicate')} another word for word: "
+                f"{second} is the same as {first}"
             )
     whole, question = data.overlap.conversations, data.overlap.questions
     if whole.example:
         found.append(
             f"{counted(whole.rows, 'validation row', 'is', 'are')} in training word for word, so the "
-            f"validation loss flatters: {whole.example[1]} says what {whole.example[0]} says"
+            f"validation loss is too low: {whole.example[1]} is the same as {whole.example[0]}"
         )
     if question.example and question.rows > whole.rows:
         found.append(
-            f"{counted(question.rows, 'validation row', 'begins', 'begin')} with a user message that training has too: "
-            f"{question.example[1]} asks what {question.example[0]} asks"
+            f"{counted(question.rows, 'validation row', 'begins', 'begin')} with a user message that is also in "
+            f"training: {question.example[1]} and {question.example[0]}"
         )
     return found

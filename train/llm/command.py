@@ -1,6 +1,5 @@
 """What scripts that have a model write data share: their options, their exit codes, and the last lines they print."""
 
-import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,10 +25,12 @@ def main(
     wrote no row ends with an `error:`, whatever left them out: who trains on it next would be told of an empty file and
     not why it is empty.
     """
-    parser = CommandLine(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="what is to be done: see recipes/")
-    parser.add_argument("--check", action="store_true", help="read the configuration and the rows, and ask nothing")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the configuration by dotted key")
+    parser = CommandLine(description=description)
+    parser.add_argument(
+        "--config", required=True, type=Path, metavar="FILE", help="the configuration, a YAML file: see recipes/"
+    )
+    parser.add_argument("--check", action="store_true", help="read the configuration and all rows, and send no request")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the configuration")
     options = parser.parse_intermixed_args()
     started = time.monotonic()
 

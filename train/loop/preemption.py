@@ -21,8 +21,7 @@ from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from train.errors import UserError
-from train.loop.checkpoint import COMPLETE, folders
-from train.loop.run_outcome import OUTCOME, weights_in
+from train.loop.run_outcome import OUTCOME, newest_checkpoint, results
 from train.progress import is_first_rank
 from train.recipe import TIME, SaveSection
 from train.whole_files import replacing, write_text
@@ -205,20 +204,17 @@ def telling_outcome(
         preemption.ended = True
     except KeyboardInterrupt:
         preemption.ended = True
-        _write(output_dir, "interrupted", preemption.step, f"Ctrl-C; {_newest_checkpoint(output_dir)}")
+        newest = newest_checkpoint(output_dir)
+        kept = f"the newest complete checkpoint is {newest.name}" if newest else "there is no complete checkpoint"
+        _write(output_dir, "interrupted", preemption.step, f"Ctrl-C; {kept}")
         raise
     except BaseException as fault:
         first_line = (str(fault).strip() or type(fault).__name__).splitlines()[0]
         mendable = isinstance(fault, UserError) or getattr(fault, "errno", None) in for_a_person
         _write(output_dir, "failed" if mendable else "crashed", preemption.step, first_line)
         raise
-    more = {**(fingerprint or {}), "weights": weights_in(output_dir)} if outcome == "finished" else {}
+    more = {**(fingerprint or {}), **results(output_dir)} if outcome == "finished" and is_first_rank() else {}
     _write(output_dir, outcome, preemption.step, reason, more)
-
-
-def _newest_checkpoint(output_dir: str) -> str:
-    whole = [path.name for path in folders(output_dir) if (path / COMPLETE).is_file()]
-    return f"the newest complete checkpoint is {whole[0]}" if whole else "there is no complete checkpoint"
 
 
 def restarts(output_dir: str | Path) -> list[tuple[int, str]]:

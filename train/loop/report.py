@@ -1,12 +1,14 @@
 """What a run leaves to read: its resolved recipe, and report.md with the loss as a picture."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from train.errors import UserError
+from train.formatting import shorten
 from train.loop.checkpoint import COMPLETE, folders
 from train.loop.preemption import restarts
 from train.loop.tracking import read_metrics
@@ -17,6 +19,8 @@ from train.report_parts import load_pyplot
 from train.resampling import FEWEST
 from train.whole_files import write_text
 
+_FEW_POINTS = 30
+"""A line through fewer of them has a mark at each."""
 _MODELS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -73,42 +77,46 @@ def model_card(recipe: Recipe) -> str:
 
 
 def draw_loss(metrics: list[dict[str, Any]], path: Path) -> None:
-    """Training and validation loss over the steps, as a PNG of 1,000 x 500 pixels."""
-    pyplot = load_pyplot()
-    figure, axes = pyplot.subplots(figsize=(10, 5), dpi=100)
-    for key, name, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
-        points = [(line["step"], line[key]) for line in metrics if isinstance(line.get(key), float)]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=name)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per trained token)")
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+    """Draw training and validation loss over the steps, as a PNG of 1,000 x 500 pixels."""
+    with step_plot(path, "Loss", "loss (nats per trained token)") as axes:
+        for key, name, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
+            points = [(line["step"], line[key]) for line in metrics if isinstance(line.get(key), float)]
+            if points:  # a line through one point can't be seen
+                axes.plot(*zip(*points, strict=True), "o-" if len(points) < _FEW_POINTS else style, label=name)
 
 
 def draw_gain(metrics: list[dict[str, Any]], path: Path) -> None:
-    """System gain over the steps with its 95 % interval, as a PNG of 1,000 x 500 pixels."""
+    """Draw system gain over the steps with its 95 % interval, as a PNG of 1,000 x 500 pixels."""
+    with step_plot(path, "System gain", "system gain (nats per token, 95 %)") as axes:
+        for key, name in (
+            ("eval_system_gain", "over other messages"),
+            ("eval_system_gain_over_none", "over no message"),
+        ):
+            lines = [line for line in metrics if isinstance(line.get(key), float)]
+            steps = [line["step"] for line in lines]
+            axes.plot(steps, [line[key] for line in lines], "o-", label=name)
+            if all(f"{key}_low" in line for line in lines):
+                low, high = ([line[f"{key}_{end}"] for line in lines] for end in ("low", "high"))
+                axes.fill_between(steps, low, high, alpha=0.2)
+        axes.axhline(0, color="black", linewidth=0.8)
+
+
+@contextmanager
+def step_plot(path: Path, title: str, label: str) -> Iterator[Any]:
+    """Yield axes over optimizer steps to draw on, and save them: whole steps, a legend below that covers nothing."""
     pyplot = load_pyplot()
-    figure, axes = pyplot.subplots(figsize=(10, 5), dpi=100)
-    for key, name in (("eval_system_gain", "over other messages"), ("eval_system_gain_over_none", "over no message")):
-        lines = [line for line in metrics if isinstance(line.get(key), float)]
-        steps = [line["step"] for line in lines]
-        axes.plot(steps, [line[key] for line in lines], "o-", label=name)
-        if all(f"{key}_low" in line for line in lines):
-            low, high = ([line[f"{key}_{end}"] for line in lines] for end in ("low", "high"))
-            axes.fill_between(steps, low, high, alpha=0.2)
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_title("System gain on validation rows")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    figure, axes = pyplot.subplots(figsize=(10, 5), dpi=100, layout="constrained")
+    yield axes
+    axes.set_title(f"{title} of {shorten(path.resolve().parent.name, 60)}".replace("$", r"\$"))
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("system gain (nats per token, 95 %)")
+    axes.set_ylabel(label)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
+    left, right = axes.dataLim.intervalx
+    if left == right:
+        axes.set_xlim(left - 1, right + 1)
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
     pyplot.close(figure)
 

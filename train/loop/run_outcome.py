@@ -1,8 +1,9 @@
 """Record of a finished run in outcome.json, and the check whether a recipe's run is already finished.
 
 A run is finished where outcome.json says so, its recipe and the bytes of its data were those of now, and the weights
-that it saved are still there. Settings that change no result (logging, where the cache lies) may differ. Of the base
-model only the sizes of its weight files are compared; data and models from a hub are taken to be unchanged.
+that it saved are still there, with its newest checkpoint or without any. Settings that change no result (logging, where
+the cache lies) may differ. Of the base model only the sizes of its weight files are compared; data and models from a
+hub are taken to be unchanged.
 """
 
 import json
@@ -62,6 +63,17 @@ def fingerprint(recipe: Recipe) -> dict[str, Any]:
     return {"run": _settings(recipe), "inputs": {str(path): _file(path) for path in _inputs(recipe)}}
 
 
+def newest_checkpoint(*parents: str | Path | None) -> Path | None:
+    """Return the newest checkpoint in these folders that was written to its end."""
+    return next((path for path in folders(*parents) if (path / COMPLETE).is_file()), None)
+
+
+def results(output_dir: str | Path) -> dict[str, Any]:
+    """Return what a finished run leaves and a later start looks for: its weights and its newest checkpoint."""
+    newest = newest_checkpoint(output_dir)
+    return {"weights": weights_in(output_dir), "checkpoint": newest and newest.name}
+
+
 def weights_in(output_dir: str | Path) -> dict[str, int]:
     """Return the weight files of a saved model or adapter, with their sizes in bytes."""
     return {path.name: path.stat().st_size for path in sorted(Path(output_dir).glob(_WEIGHTS))}
@@ -75,11 +87,11 @@ def finished_run(recipe: Recipe) -> tuple[FinishedRun | None, str | None]:
         if record["outcome"] != "finished":
             return None, None
         differences = list(_differences(record, recipe))
-        whole = [path for path in folders(folder, recipe.save.mirror_dir) if (path / COMPLETE).is_file()]
+        newest = newest_checkpoint(folder, recipe.save.mirror_dir)
         if differences:
             return None, f"{folder} holds a finished run, but {'; '.join(differences)}."
         length = "training.max_steps" if recipe.training.get("max_steps", -1) > 0 else "training.num_train_epochs"
-        return FinishedRun(str(folder), record["step"], record["time"], whole[0] if whole else None, length), None
+        return FinishedRun(str(folder), record["step"], record["time"], newest, length), None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None, None  # none is there, or one of another version
 
@@ -101,6 +113,10 @@ def _differences(record: dict[str, Any], recipe: Recipe) -> Iterator[str]:
             yield f"its {name} is {'damaged' if name in found else 'missing'}"
     if not record["weights"]:
         yield "it saved no weights"
+    newest = newest_checkpoint(recipe.output_dir)
+    # Without any checkpoint, somebody made room on the disk.
+    if folders(recipe.output_dir) and record["checkpoint"] != (newest and newest.name):
+        yield f"its {record['checkpoint'] or 'last checkpoint'} is missing or damaged"
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

@@ -8,7 +8,6 @@ then is a warning. Once that is mended,
 writes them again, from the recipe in that folder, beside the weights of a finished model.
 """
 
-import argparse
 import copy
 import os
 import re
@@ -209,7 +208,7 @@ def write_again(folder: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit code."""
-    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="where train/sft.py saved the model")
     options = parser.parse_args(arguments)
     return ending(lambda: write_again(options.output_dir), "stopped; start the same command again")

@@ -1,0 +1,41 @@
+"""loss.png and system_gain.png: what their axes say."""
+
+from pathlib import Path
+
+import pytest
+
+from train.loop.report import draw_gain, draw_loss, step_plot
+
+CURVES = {
+    "one step": {"training": ([1], [3.2])},
+    "two steps": {"training": ([1, 2], [3.2, 2.2]), "validation": ([2], [2.5])},
+    "six steps": {"training": (range(1, 7), [3.0, 2.9, 2.8, 2.7, 2.6, 2.5]), "validation": ([3, 6], [3.1, 2.7])},
+    "a long run": {"training": (range(1, 2_000), [1.0] * 1_999)},
+}
+
+
+@pytest.mark.parametrize("curves", CURVES.values(), ids=CURVES)
+def test_a_plot_over_steps_has_a_title_whole_steps_and_a_legend_beside_the_curves(
+    curves: dict[str, tuple[list[int], list[float]]], tmp_path: Path
+) -> None:
+    run = tmp_path / "costs_$5_$6"
+    run.mkdir()
+    with step_plot(run / "loss.png", "Loss", "loss") as axes:
+        for name, (steps, values) in curves.items():
+            axes.plot(steps, values, label=name)
+    assert axes.get_title().replace("\\", "") == "Loss of costs_$5_$6"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer step", "loss")
+    ticks = [tick for tick in axes.get_xticks() if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
+    assert ticks
+    assert all(tick == int(tick) for tick in ticks)
+    (legend,) = axes.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [*curves]
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+
+
+def test_runs_without_a_figure_have_a_picture_too(tmp_path: Path) -> None:
+    for metrics in ([], [{"step": 1, "loss": "nan"}], [{"step": 1, "eval_system_gain": 0.5, "eval_loss": 1.0}]):
+        for draw in (draw_loss, draw_gain):
+            draw(metrics, tmp_path / "picture.png")
+            assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+            (tmp_path / "picture.png").unlink()

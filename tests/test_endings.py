@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -105,7 +106,8 @@ def test_evaluations_write_their_results_first(where: str, rows: Path, tiny_chat
     assert json.loads((after / "adherence.json").read_text("utf-8"))["rule"]["any"]["rows"] == 4
     assert started(where, evaluate, "gain", "--model", after, "--data", rows) == ENDS[where]
     assert json.loads((after / "gain.json").read_text("utf-8"))["data"] == [str(rows)]
-    assert started(where, evaluate, "compare", after, after) == ENDS[where]
+    shutil.copytree(after, tmp_path / "again")
+    assert started(where, evaluate, "compare", tmp_path / "again", after) == ENDS[where]
     assert json.loads((after / "compare.json").read_text("utf-8"))["measures"]
 
 

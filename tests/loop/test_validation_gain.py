@@ -33,12 +33,13 @@ TRAINING = {
 
 @pytest.fixture
 def held_out(tmp_path: Path) -> Path:
-    """Four instructions under two messages each, three alone, and two rows without a message."""
+    """Three instructions under three messages each, four alone, and among those two rows without a message."""
     path = tmp_path / "held_out.jsonl"
     systems = ["Speak like a river.", "Speak like a stone.", "Be a paper window."]
-    rows = [(systems[row % 3], f"question {row // 2}", f"{systems[row % 3][-7:]} river {row}") for row in range(9)]
+    rows = [(systems[row % 3], f"question {row // 3}", f"{systems[row % 3][-7:]} river {row}") for row in range(9)]
     rows += [("Be brief.", "alone", "stone"), ("Be long.", "alone too", "window " * 9)]
     rows += [("", "nothing", "paper"), ("", "nothing more", "paper")]
+    rows += [("Be loud.", "by itself", "cloud"), ("Be slow.", "by itself too", "amber")]
     with path.open("w", encoding="utf-8") as lines:
         for row, (system, user, answer) in enumerate(rows):
             turns = [("system", system), ("user", user), ("assistant", answer)]
@@ -59,17 +60,17 @@ def test_each_evaluation_measures_it_and_the_best_checkpoint_listens_most(
     recipe = recipe_file(
         data={"validation": [{"path": str(held_out)}]},
         training=TRAINING,
-        system_gain={"rows": 10},
+        system_gain={"rows": 12},
         seed=5,
     )
     assert main(["--recipe", str(recipe)]) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("system gain: ")]
-    # Ten rows, each under its own message, one or two others, and none; an evaluation ends with all of them scored.
+    # Twelve rows, each under its own message, one or two others, and none; at its end all of them are scored.
     ends = [line for line in told if " (100%), " in line]
     assert len(ends) == 4
     [of] = {re.fullmatch(r"system gain: (\d+) of (\d+) answers \(100%\), 0s left", line).groups() for line in ends}
     assert of[0] == of[1]
-    assert 30 <= int(of[0]) <= 40
+    assert 36 <= int(of[0]) <= 48
     run = tmp_path / "run"
     lines = {line["step"]: line for line in metrics_of(run) if "eval_loss" in line}
     assert sorted(lines) == [0, 1, 2, 3]
@@ -82,7 +83,7 @@ def test_each_evaluation_measures_it_and_the_best_checkpoint_listens_most(
         tokenizer = AutoTokenizer.from_pretrained(tiny_model)
         use_template(tokenizer, "chatml")
         rows = read_labelled([Source(path=str(held_out))])
-        made = make_variants(rows, RowTokenizer(tokenizer, "assistant"), limit=10, seed=5)
+        made = make_variants(rows, RowTokenizer(tokenizer, "assistant"), limit=12, seed=5)
         return system_gain(AutoModelForCausalLM.from_pretrained(folder), made.rows, seed=5)
 
     for step, folder in ((0, tiny_model), (1, run / "checkpoint-1"), (best, run)):
@@ -102,7 +103,7 @@ def test_each_evaluation_measures_it_and_the_best_checkpoint_listens_most(
     ) in report
     assert "![system gain](system_gain.png)" in report
     assert (run / "system_gain.png").read_bytes().startswith(b"\x89PNG")
-    assert "measured at each evaluation on 10 validation rows, against other messages" in " ".join(report.split())
+    assert "measured at each evaluation on 12 validation rows, against other messages" in " ".join(report.split())
 
 
 def test_its_lines_are_those_of_the_run_as_it_went_on(

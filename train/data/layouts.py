@@ -147,9 +147,9 @@ def is_document(lines: Sequence[bytes]) -> bool:
 
 def check_lines(path: Path, lines: Sequence[bytes]) -> None:
     """Raise UserError where the first lines have one layout in common that no line of JSON has."""
-    if any(map(_is_object, lines[:_LINES_LOOKED_AT])):
-        return
     first = _first_line(lines)
+    if not first or any(map(_is_object, lines[:_LINES_LOOKED_AT])):
+        return
     fault = _fault_of(first)
     layout = _layout_of(first.decode("utf-8", "replace"), fault) if fault else None
     if layout is not None:

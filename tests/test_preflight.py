@@ -91,7 +91,7 @@ def test_a_check_needs_no_weights_and_writes_its_json(
         *("ready", "error", "warnings", "model", "dtype", "template", "probe", "max_length", "packing", "training"),
         *("chat", "system_messages", "caches", "float8", "system_gain"),
         *("validation", "outcomes", "overlap", "schedule", "output_dir", "resumes_from", "plan", "examples"),
-        *("finished", "model_notes"),
+        "finished",
     }
     part = {
         *("rows", "tokens", "trained_tokens", "rows_with_system_message", "distinct_system_messages", "lengths"),

@@ -146,8 +146,6 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
         text.append(f"{name:<{_NAME}}", "bold").append(f"{value}\n", style)
 
     line("model", f"{report.model}, {report.dtype}" + (f", float8 {report.float8}" if report.float8 else ""))
-    for sentence in report.model_notes:
-        line("", sentence)
     line("template", report.template)
     for sentence in report.probe:
         line("", sentence)

@@ -90,7 +90,6 @@ class Report:
     `error` is what has to change and null where `ready`. `resumes_from`: the checkpoint that the run would go on from.
     `finished`: the run of this recipe is in output_dir, trained to its end; null where it isn't.
     `system_gain`: on what each evaluation measures it, in words.
-    `model_notes`: what of the model is not trained, or is not loaded as it was saved.
     `float8`: how linear layers multiply, null where as their weights' type has it. `validation` is null where the
     recipe names none, `plan` where no GPUs are named.
     """
@@ -99,7 +98,6 @@ class Report:
     error: str | None
     warnings: list[str]
     model: str
-    model_notes: list[str]
     dtype: str
     float8: str | None
     template: str
@@ -159,9 +157,13 @@ def survey(
     return Report(
         ready=not any(faults),
         error=" ".join(fault for fault in faults if fault) or None,
-        warnings=[*warnings_of(data), *float8_warnings(recipe), *schedule_warnings(recipe.training, steps, sequences)],
+        warnings=[
+            *model_notes,
+            *warnings_of(data),
+            *float8_warnings(recipe),
+            *schedule_warnings(recipe.training, steps, sequences),
+        ],
         model=recipe.model.name_or_path,
-        model_notes=list(model_notes),
         dtype=recipe.model.dtype,
         float8=recipe.model.float8,
         template=template,

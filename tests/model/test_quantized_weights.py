@@ -126,7 +126,7 @@ def test_fp8_is_unpacked_to_the_weights_that_its_scales_stand_for(
     (folder / "config.json").write_text(json.dumps(config))
     read = recipe(model={"name_or_path": str(folder)})
     (note,) = check_fits(read, load_tokenizer(read.model))
-    assert note == "its weights are quantized (fp8) and are unpacked to float32 to be trained"
+    assert note == "The weights are quantized (fp8) and are unpacked to float32 to be trained"
     model = load_model(read)
     for name, weight in model.named_parameters():
         torch.testing.assert_close(weight, wanted[name], atol=1e-6, rtol=1e-6)

@@ -176,7 +176,7 @@ class JanusTrainer(SFTTrainer):
         return schedule
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> tuple[Any, ...]:
-        """transformers' numbers of epochs and steps; in a resumed run those that are left come after those done."""
+        """Return numbers of epochs and steps as transformers does; steps left are counted on from those done."""
         epochs, per_epoch, *rest, max_steps = super().set_initial_training_values(args, dataloader)
         shift = self._run_state.find_position(per_epoch)
         if shift and args.max_steps > 0:
@@ -186,7 +186,7 @@ class JanusTrainer(SFTTrainer):
         return epochs, per_epoch, *rest, max_steps
 
     def _init_training_state(self, max_steps: int, num_update_steps_per_epoch: int, *args: Any) -> tuple[int, int]:
-        """transformers' state: epochs trained, and micro-batches trained in the current one.
+        """Return the epochs trained, and the micro-batches trained in the current one.
 
         transformers keeps the checkpoint's logging_steps, eval_steps and save_steps; those of this run are in force.
         """
@@ -275,7 +275,7 @@ class JanusTrainer(SFTTrainer):
             self._resumed.load(self, Path(checkpoint))
 
     def length_changed(self) -> bool:
-        """Whether the run resumes with another number of steps or epochs than it had."""
+        """Return whether the run resumes with another number of steps or epochs than it had."""
         keys = {"training.max_steps", "training.num_train_epochs"}
         return self._resumed is not None and not keys.isdisjoint(self._resumed.changed)
 

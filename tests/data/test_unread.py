@@ -418,7 +418,7 @@ def numbered(value: Any, numbers: Iterator[int]) -> Any:
     return [numbered(item, numbers) for item in value] if isinstance(value, list) else value
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(ROWS)
 def test_each_text_of_a_row_is_rendered_told_or_the_row_refused(rows: RowTokenizer, made: tuple[str, Any]) -> None:
     format, row = made

@@ -259,6 +259,13 @@ def test_what_nothing_reads_is_counted_by_name(rows: RowTokenizer) -> None:
     }
 
 
+def test_what_is_told_can_be_written_whatever_the_row_held(rows: RowTokenizer) -> None:
+    row = {"messages": [USER, ASSISTANT], 0: "A column that a data frame had.", "half\ud83d": "Half of a \ud83d pair."}
+    _, faults = encoded(rows, row)
+    assert set(faults.unread) == {"0", "half\\ud83d"}
+    json.dumps(faults.unread, ensure_ascii=False).encode()
+
+
 def test_variables_of_a_row_go_to_the_template(rows: RowTokenizer) -> None:
     row = {"messages": [USER, ASSISTANT], "chat_template_kwargs": {"custom_instructions": "Write in capitals."}}
     text, faults = encoded(rows, row)

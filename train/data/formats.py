@@ -148,7 +148,7 @@ def convert(
     unread = {} if unread is None else unread
     messages = _with_system_column(row, _READERS[format](row, unread))
     for column in row.keys() - _READ[format]:
-        collect(unread, column, row[column])
+        collect(unread, str(column), row[column])  # a pickled data frame may have numbers for names
     tools = _tools(row)
     kept: list[Message] = []
     for number, message in enumerate(messages, 1):

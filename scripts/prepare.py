@@ -26,7 +26,7 @@ def run(recipe_file: Path, overrides: list[str]) -> None:
     refuse_missing(recipe, packages=False)  # another machine trains
     # Heavy imports wait until the recipe is known to be right.
     from train.data.chat_template import use_template
-    from train.data.outcomes import describe_outcome, outcomes, warnings_of
+    from train.data.outcomes import describe_outcome, describe_unread, outcomes, warnings_of
     from train.data.prepare import prepare
     from train.data.system_role import settle
     from train.model.load import load_tokenizer
@@ -44,6 +44,8 @@ def run(recipe_file: Path, overrides: list[str]) -> None:
         print(f"{name}: {account.rows:,} rows, {account.tokens:,} tokens, {account.sequences:,} sequences")
     for outcome in outcomes(data, recipe.data):
         print(f"dropped rows: {describe_outcome(outcome)}")
+    for line in describe_unread(data.unread):
+        print(f"not read: {line}")
     for warning in warnings_of(data):
         print(f"warning: {warning}")
     print(f"ready after {duration(seconds)}")

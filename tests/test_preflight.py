@@ -89,7 +89,7 @@ def test_a_check_needs_no_weights_and_writes_its_json(
     found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert found.keys() == {
         *("ready", "error", "warnings", "model", "dtype", "template", "probe", "max_length", "packing", "training"),
-        *("chat", "system_messages", "caches", "float8", "system_gain"),
+        *("chat", "system_messages", "caches", "float8", "system_gain", "unread"),
         *("validation", "outcomes", "overlap", "schedule", "output_dir", "resumes_from", "plan", "examples"),
         "finished",
     }

@@ -133,7 +133,8 @@ def read_row(
     unread = {} if unread is None else unread
     row = without(row, ignore, unread)
     messages, tools = convert(row, format, answers_needed=answers_needed, unread=unread)
-    return Conversation(messages, tools, place, _template_kwargs(row))
+    kwargs = {key: value for key, value in (_template_kwargs(row) or {}).items() if key != "tools"}
+    return Conversation(messages, tools, place, kwargs or None)
 
 
 def convert(
@@ -147,7 +148,7 @@ def convert(
     unread = {} if unread is None else unread
     messages = _with_system_column(row, _READERS[format](row, unread))
     for column in row.keys() - _READ[format]:
-        collect(unread, column, row[column])
+        collect(unread, str(column), row[column])  # a pickled data frame may have numbers for names
     tools = _tools(row)
     kept: list[Message] = []
     for number, message in enumerate(messages, 1):
@@ -314,9 +315,9 @@ def _tools(row: Row) -> list[dict[str, Any]] | None:
     if row.keys().isdisjoint(_TOOLS_OR_KWARGS):
         return None
     given = {column: tools for column in TOOL_COLUMNS if (tools := read_tools(row.get(column), column))}
-    kwargs = row.get(TEMPLATE_KWARGS)
-    if isinstance(kwargs, dict) and kwargs.get("tools"):
-        given[f"{TEMPLATE_KWARGS}.tools"] = read_tools(kwargs["tools"], f"{TEMPLATE_KWARGS}.tools") or []
+    name = f"{TEMPLATE_KWARGS}.tools"
+    if tools := read_tools((_template_kwargs(row) or {}).get("tools"), name):
+        given[name] = tools
     column = filled(given, tuple(given)) if given else None
     return given[column] if column else None
 
@@ -334,7 +335,7 @@ def _template_kwargs(row: Row) -> dict[str, Any] | None:
     if reserved:
         raise RowFault("wrong type", f"`{TEMPLATE_KWARGS}` sets {min(reserved)}, which a row can't decide")
     checked(json.dumps(kwargs, ensure_ascii=False, default=str), f"`{TEMPLATE_KWARGS}`")
-    return {key: value for key, value in kwargs.items() if key != "tools"} or None
+    return kwargs
 
 
 def _first(row: Row, columns: tuple[str, ...]) -> str:

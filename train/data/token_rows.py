@@ -61,9 +61,10 @@ class Faults:
         said = [text for message in messages for key in ("content", "reasoning_content") if (text := message.get(key))]
         for name, values in unread.items():
             text = lost_text(name, values, said)
+            name = _printable(name)
             rows, losing, example = self.unread.get(name, (0, 0, None))
             if text is not None and example is None:
-                example = (file, place, text[:_SHOWN] + ("..." if len(text) > _SHOWN else ""))
+                example = (file, place, _printable(text[:_SHOWN] + ("..." if len(text) > _SHOWN else "")))
             self.unread[name] = (rows + 1, losing + (text is not None), example)
 
     def merge(self, others: "Faults") -> None:
@@ -75,6 +76,11 @@ class Faults:
         for kind, (count, examples) in others.kinds.items():
             before, first = self.kinds.get(kind, (0, []))
             self.kinds[kind] = before + count, [*first, *examples][:_EXAMPLES]
+
+
+def _printable(text: str) -> str:
+    """Return a text without halves of surrogate pairs, which no file takes."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def batch_of(file: int, rows: Sequence[tuple[Conversation, Sequence[Encoded]]]) -> pyarrow.RecordBatch:

@@ -31,6 +31,7 @@ from transformers.utils import (
 )
 
 from train.errors import USER_FIXABLE_ERRNOS, CommandLine, UserError, ending
+from train.loop.report import model_card
 from train.model.adapters import lora_config
 from train.model.load import load_config
 from train.recipe import Recipe
@@ -60,6 +61,11 @@ def side_files(model: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokeni
         )
     writers["tokenizer"] = tokenizer.save_pretrained
     return writers
+
+
+def card(recipe: Recipe) -> Writers:
+    """Return the writer of the model card, which stands beside the finished model alone."""
+    return {CARD: lambda folder: (folder / CARD).write_text(model_card(recipe), encoding="utf-8")}
 
 
 def write_side_files(writers: Writers, folder: Path) -> dict[str, Exception]:
@@ -101,7 +107,7 @@ def side_file_faults(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iter
         model.generation_config = generation
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for name, error in write_side_files(side_files(model, tokenizer), folder).items():
+        for name, error in write_side_files(side_files(model, tokenizer) | card(recipe), folder).items():
             if not is_disk_error(error):  # of the temporary folder's disk
                 yield (
                     f"model.name_or_path: {recipe.model.name_or_path}: its {name} can be read but not written again, "
@@ -110,7 +116,7 @@ def side_file_faults(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iter
                 )
         names = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
     weights = [ADAPTER_SAFE_WEIGHTS_NAME] if recipe.adapter else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
-    for name in sorted({*map(str, names), *weights, CARD, "report.md", "loss.png"}):
+    for name in sorted({*map(str, names), *weights, "report.md", "loss.png"}):
         path = Path(recipe.output_dir, name)
         if path.is_dir():
             yield f"output_dir: {path} is a folder, and the run writes a file there. Move it, or name another folder."
@@ -173,7 +179,6 @@ def write_again(folder: Path) -> None:
     from train.data.chat_template import use_template, without_generation_marks
     from train.data.spans import Spans
     from train.data.system_role import settle
-    from train.loop.report import model_card
     from train.model.generate import stop_at
     from train.model.load import load_tokenizer
     from train.recipe import load_recipe
@@ -195,8 +200,7 @@ def write_again(folder: Path) -> None:
     tokenizer.eos_token = stop_tokens[0]
     tokenizer.pad_token = recipe.training.get("pad_token") or tokenizer.pad_token or tokenizer.eos_token
     align_special_tokens(model, tokenizer)
-    writers = side_files(model, tokenizer)
-    writers[CARD] = lambda folder: (folder / CARD).write_text(model_card(recipe), encoding="utf-8")
+    writers = side_files(model, tokenizer) | card(recipe)
     errors = write_side_files(writers, folder)
     if errors:
         raise UserError("; ".join(f"{folder}: {name}: {reason_of(error)}" for name, error in errors.items()) + ".")

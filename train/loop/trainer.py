@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,10 @@ from train.loop.guards import Guards
 from train.loop.isolation import IsolationTest
 from train.loop.order import EpochOrder
 from train.loop.preemption import Preemption, StopError, StopWhenAsked
-from train.loop.report import model_card
 from train.loop.run_state import RunState, files_expected
 from train.loop.saved import check_saved
 from train.loop.saving import Saver
-from train.loop.side_files import CARD, is_disk_error, reason_of, side_files, write_side_files
+from train.loop.side_files import card, is_disk_error, reason_of, side_files, write_side_files
 from train.loop.throughput import HELD, Counting, Held, Sums, Throughput
 from train.loop.validation_gain import ValidationGain
 from train.loop.weights import check_savable, save_weights
@@ -141,8 +140,26 @@ class JanusTrainer(SFTTrainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except ImportError as fault:
             raise UserError(f"training: {' '.join(str(fault).split())}") from fault
+        except Exception:
+            self._save_after_error()
+            raise
         finally:
             self._saver.close()
+
+    def _save_after_error(self) -> None:
+        """Save a model that has made all of its steps, where an evaluation or a checkpoint after them failed.
+
+        On the first rank and without the others, which may wait elsewhere: not where they hold parts of the weights.
+        """
+        sharded = self.is_fsdp_enabled or (
+            self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        )
+        done = 0 < self.state.max_steps <= self.state.global_step
+        if not done or sharded or not self.is_world_process_zero():
+            return
+        with suppress(Exception):  # the error that is on its way says more
+            self._save(self.args.output_dir)
+            print(f"all {self.state.max_steps:,} steps are done: the model is in {self.args.output_dir}", flush=True)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """transformers' optimizer. Raises UserError for settings that it refuses: that shows only here."""
@@ -171,8 +188,8 @@ class JanusTrainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """README.md in output_dir: the recipe, in place of TRL's page that is the same for every model."""
         if self.is_world_process_zero():
-            writers = {CARD: lambda folder: (folder / CARD).write_text(model_card(self._recipe), encoding="utf-8")}
-            self._warn_of(write_side_files(writers, Path(self.args.output_dir)), Path(self.args.output_dir))
+            folder = Path(self.args.output_dir)
+            self._warn_of(write_side_files(card(self._recipe), folder), folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """transformers' saving, of checkpoints too, with a model card beside the finished model.

@@ -82,8 +82,10 @@ KINDS = {
 WRONG = [base_instead, half_of_the_layers, wrong_scale, turned, another_weight_touched, one_number_off]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("dtype", "size"), [("float32", FEW_STEPS), ("bfloat16", 0.02), ("float16", 0.003)])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "size"),
+    [*((kind, "float32", FEW_STEPS) for kind in KINDS), ("lora", "bfloat16", 0.02), ("dora", "float16", 0.003)],
+)
 def test_a_right_merge_passes_and_a_wrong_one_is_refused(
     kind: str, dtype: str, size: float, bases: dict[str, Path], tmp_path: Path
 ) -> None:

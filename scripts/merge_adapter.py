@@ -35,7 +35,7 @@ PROMPTS = (
     "You answer in French alone.\n\nWhat is the capital of Norway?",
     "Write a function that reverses a list.",
 )
-TOLERANCE = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.25}
+TOLERANCE = {"float32": 0.01, "float16": 0.1, "bfloat16": 0.5}
 """Largest difference of a logit, as a share of the largest change that the adapter makes: what it costs a well-trained
 adapter that merged weights are rounded, by up to 2**-24, 2**-11 or 2**-8 of themselves."""
 NOISE = 1e-5
@@ -57,7 +57,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=float,
         metavar="SHARE",
         help="largest difference of a logit, as a share of the largest change that the adapter makes to one (default: "
-        "0.01 for weights in float32, 0.05 in float16, 0.25 in bfloat16)",
+        "0.01 for weights in float32, 0.1 in float16, 0.5 in bfloat16)",
     )
     parser.add_argument(
         "--dtype",

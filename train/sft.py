@@ -198,6 +198,8 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
                     return
                 trainer.save_model(recipe.output_dir)  # before anything else that could fail
                 if data.validation and arguments.eval_strategy == "no":
+                    if is_first_rank():
+                        print(f"the model is in {recipe.output_dir}; evaluating it", flush=True)
                     trainer.evaluate()
             if is_first_rank():
                 written = write_report(output_dir, overview, time.monotonic() - started)

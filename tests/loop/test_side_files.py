@@ -27,6 +27,7 @@ from train.loop import side_files, weights
 from train.loop.checkpoint import COMPLETE
 from train.loop.report import write_report
 from train.loop.tracking import StepLog
+from train.loop.trainer import JanusTrainer
 from train.loop.weights import check_savable, save_weights
 from train.model.load import load_tokenizer
 from train.recipe import load_recipe
@@ -291,6 +292,35 @@ def test_a_run_whose_report_fails_says_where_the_model_is(
     assert any(value.abs().max() > 0 for name, value in model.named_parameters() if "lora_B" in name)
     assert write_report(run, "", 1.0)
     assert (run / "loss.png").is_file()
+
+
+def test_a_model_whose_last_evaluation_fails_is_saved(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    """As where the GPU's memory holds training and not an evaluation: the steps are made by then."""
+
+    class OutOfMemory(JanusTrainer):
+        def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    training = {**ONE_STEP, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make_trainer(load_recipe(recipe_file(data={"validation": 0.25}, training=training)))
+    trainer.__class__ = OutOfMemory
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+    expected = trainer.model.state_dict()
+    saved = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(value, expected[name]) for name, value in saved.items())
+    AutoTokenizer.from_pretrained(tmp_path / "run")
+
+
+def test_a_config_with_a_value_of_another_type_is_an_error_that_names_it(
+    recipe_file: Callable[..., Path], refused: Callable[..., str], tiny_model: Path, tmp_path: Path
+) -> None:
+    config = json.loads((tiny_model / "config.json").read_text())
+    base = with_base(tiny_model, tmp_path / "base", config={**config, "max_position_embeddings": 2048.0})
+    said = refused("--recipe", recipe_file(model={"name_or_path": str(base)}), "--check")
+    assert said.startswith(f"model.name_or_path: {base}: config.json: ")
+    assert "max_position_embeddings" in said
+    assert "2048.0" in said
 
 
 def test_an_upload_that_fails_ends_no_run(

@@ -1,5 +1,6 @@
 """A merge is proved by its weights, where an adapter of few steps shows: a wrong one is refused whatever it changes."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,10 @@ KINDS = {
 WRONG = [base_instead, half_of_the_layers, wrong_scale, turned, another_weight_touched, one_number_off]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("dtype", "size"), [("float32", FEW_STEPS), ("bfloat16", 0.02), ("float16", 0.003)])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "size"),
+    [*((kind, "float32", FEW_STEPS) for kind in KINDS), ("lora", "bfloat16", 0.02), ("dora", "float16", 0.003)],
+)
 def test_a_right_merge_passes_and_a_wrong_one_is_refused(
     kind: str, dtype: str, size: float, bases: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -144,6 +147,25 @@ def test_convolutions_of_gpt_2_whose_weights_lie_the_other_way_round(tmp_path: P
         save_file(weights, merged / "model.safetensors")
         with pytest.raises(UserError, match="is not base plus update"):
             check(base, adapter, merged)
+
+
+def test_weights_in_another_form_beside_the_models_are_none_of_it(bases: dict[str, Path], tmp_path: Path) -> None:
+    """As Mistral publishes them: consolidated.safetensors, which transformers doesn't load."""
+    base = tmp_path / "base"
+    shutil.copytree(bases["float32"], base)
+    save_file({"layers.0.attention.wq.weight": torch.ones(2, 2)}, base / "consolidated.safetensors")
+    adapter = make_adapter(base, tmp_path / "adapter", FEW_STEPS)
+    merge_adapter(base, adapter, tmp_path / "merged")
+    assert check(base, adapter, tmp_path / "merged").changed == 4
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_2", "olora"])
+def test_an_adapter_that_began_by_changing_the_base_is_refused(
+    start: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(bases["float32"], tmp_path / "adapter", FEW_STEPS, init_lora_weights=start)
+    with pytest.raises(UserError, match=rf"init_lora_weights \({start}\) changed the base's weights"):
+        merge_adapter(bases["float32"], adapter, tmp_path / "merged")
 
 
 def test_what_an_adapter_holds_and_nothing_merges_is_named(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -417,7 +417,7 @@ class Spans:
 
 _ALWAYS_CHECKED = {"role", "content", "train"}
 _NO_PROMPT = "answer doesn't follow its prompt"
-NO_TOOLS = "conversation with tools, for which the template has no place"
+NO_TOOLS = "conversation with tools refused by the template"
 """The kind of fault of a row that another template could write."""
 
 

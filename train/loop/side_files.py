@@ -110,7 +110,7 @@ def side_file_faults(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iter
         model.generation_config = generation
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for name, error in write_side_files(side_files(model, tokenizer), folder).items():
+        for name, error in write_side_files(side_files(model, tokenizer) | card(recipe), folder).items():
             if not is_disk_error(error):  # of the temporary folder's disk
                 yield (
                     f"model.name_or_path: {recipe.model.name_or_path}: its {name} can be read but not written again, "
@@ -119,7 +119,7 @@ def side_file_faults(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iter
                 )
         names = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
     weights = [ADAPTER_SAFE_WEIGHTS_NAME] if recipe.adapter else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
-    for name in sorted({*map(str, names), *weights, CARD, "report.md", "loss.png"}):
+    for name in sorted({*map(str, names), *weights, "report.md", "loss.png"}):
         path = Path(recipe.output_dir, name)
         if path.is_dir():
             yield f"output_dir: {path} is a folder, and the run writes a file there. Move it, or name another folder."

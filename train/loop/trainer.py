@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +156,26 @@ class JanusTrainer(SFTTrainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except ImportError as fault:
             raise UserError(f"training: {' '.join(str(fault).split())}") from fault
+        except Exception:
+            self._save_after_error()
+            raise
         finally:
             self._saver.close()
+
+    def _save_after_error(self) -> None:
+        """Save a model that has made all of its steps, where an evaluation or a checkpoint after them failed.
+
+        On the first rank and without the others, which may wait elsewhere: not where they hold parts of the weights.
+        """
+        sharded = self.is_fsdp_enabled or (
+            self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        )
+        done = 0 < self.state.max_steps <= self.state.global_step
+        if not done or sharded or not self.is_world_process_zero():
+            return
+        with suppress(Exception):  # the error that is on its way says more
+            self._save(self.args.output_dir)
+            print(f"all {self.state.max_steps:,} steps are done: the model is in {self.args.output_dir}", flush=True)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """transformers' optimizer. Raises UserError for settings that it refuses: that shows only here."""

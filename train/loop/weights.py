@@ -6,6 +6,7 @@ can't be written costs the weights.
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -36,9 +37,7 @@ def save_weights(model: PreTrainedModel | PeftModel, folder: Path, state: Mappin
     metadata = {"format": "pt"}
     if isinstance(model, PeftModel):
         weights = get_peft_model_state_dict(model, state_dict=state)
-        path = folder / ADAPTER_SAFE_WEIGHTS_NAME
-        save_file(_apart(weights), path, metadata=metadata)
-        sync(path)
+        _write(_apart(weights), folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata)
         return
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
@@ -50,13 +49,23 @@ def save_weights(model: PreTrainedModel | PeftModel, folder: Path, state: Mappin
         for path in folder.glob(pattern):  # loaders take the wrong one where both forms are there
             path.unlink()
     for name, tensors in shards.filename_to_tensors.items():
-        save_file({tensor: weights[tensor] for tensor in tensors}, folder / name, metadata=metadata)
-        sync(folder / name)
+        _write({tensor: weights[tensor] for tensor in tensors}, folder / name, metadata)
     if shards.is_sharded:
         index = folder / SAFE_WEIGHTS_INDEX_NAME
         content = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         sync(index)
+
+
+def _write(weights: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a file that is whole and on the disk, or none."""
+    try:
+        save_file(weights, path, metadata=metadata)
+        sync(path)
+    except BaseException:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise
 
 
 def check_savable(model: PreTrainedModel | PeftModel) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -52,6 +53,8 @@ def _refuse(model: ModelSection, fault: Exception) -> UserError:
             f"model.name_or_path: {name} runs code of its own to load. Read that code; if you trust it, write "
             "`model.trust_remote_code: true`."
         )
+    if isinstance(fault, StrictDataclassError):  # the first of its lines names the key, the next ones the value
+        return UserError(f"model.name_or_path: {name}: config.json: {' '.join(text.split())} Correct that value.")
     first_line = text.splitlines()[0] if text else type(fault).__name__
     return UserError(f"model.name_or_path: {name} can't be loaded: {first_line}")
 
@@ -61,7 +64,7 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     refuse_missing_model(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(**_origin(model))
-    except (OSError, ValueError, KeyError, ImportError) as fault:
+    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as fault:
         raise _refuse(model, fault) from fault
     if tokenizer.chat_template is None:
         tokenizer.chat_template = _processor_template(model)
@@ -81,7 +84,7 @@ def load_config(model: ModelSection) -> PreTrainedConfig:
     """The model's config. Raises UserError where there is none that can be opened."""
     try:
         return AutoConfig.from_pretrained(**_origin(model))
-    except (OSError, ValueError, KeyError, ImportError) as fault:
+    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as fault:
         raise _refuse(model, fault) from fault
 
 

@@ -39,7 +39,7 @@ def merge_adapter(base: Path, adapter: Path, output: Path, dtype: str | None = N
     config = _read_config(base)
     model = _with_adapter(config, adapter)
     changes, tied = _changes(model), _tied(model.get_base_model())
-    files = _weight_files(base)
+    files = weight_files(base)
     names = {name for path in files for name in _names(path)}
     apart = bool(tied & changes.keys())
     copies = {kept: absent for kept in tied & names for absent in tied - names} if apart else {}
@@ -105,6 +105,12 @@ def _with_adapter(config: Any, adapter: Path) -> PeftModel:
             raise UserError(
                 f"{adapter}: its {key} can't be merged file by file. Merge it in memory with peft's merge_and_unload."
             )
+    start = settings.init_lora_weights
+    if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
+        raise UserError(
+            f"{adapter}: its init_lora_weights ({start}) changed the base's weights as training began, so it can't be "
+            "merged file by file. Merge it in memory with peft's merge_and_unload."
+        )
     with torch.device("meta"):
         bare = auto_class(config).from_config(config, dtype=torch.float32)
     _leave_weights_out(bare)
@@ -169,7 +175,8 @@ def _tied(base: PreTrainedModel) -> set[str]:
     return {f"{name}.weight" for name, module in base.named_modules() if any(module is end for end in ends)}
 
 
-def _weight_files(base: Path) -> list[Path]:
+def weight_files(base: Path) -> list[Path]:
+    """The safetensors files that a model in `base` is loaded from. Raises UserError where there are none."""
     index = base / SAFE_WEIGHTS_INDEX_NAME
     if (base / SAFE_WEIGHTS_NAME).is_file():
         return [base / SAFE_WEIGHTS_NAME]

@@ -110,7 +110,7 @@ def side_file_faults(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iter
         model.generation_config = generation
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for name, error in write_side_files(side_files(model, tokenizer) | card(recipe), folder).items():
+        for name, error in write_side_files(side_files(model, tokenizer) | finished_files(recipe), folder).items():
             if not is_disk_error(error):  # of the temporary folder's disk
                 yield (
                     f"model.name_or_path: {recipe.model.name_or_path}: its {name} can be read but not written again, "

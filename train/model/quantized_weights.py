@@ -85,7 +85,7 @@ def describe_quantized(config: PreTrainedConfig, dtype: str) -> str | None:
         return None
     into = "" if dtype == "auto" else f" to {dtype}"
     return (
-        f"its weights are quantized ({_method(saved_quantization(config) or {})}) and are unpacked{into} to be trained"
+        f"The weights are quantized ({_method(saved_quantization(config) or {})}) and are unpacked{into} to be trained"
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,7 +71,8 @@ def test_gain_and_compare_on_a_full_disk_keep_what_was_there(
     (tmp_path / "out").mkdir()
     gain = ("gain", "--model", tiny_chat_model, "--data", data, "--json", tmp_path / "out" / "gain.json")
     assert command(*gain) == 0
-    assert command("compare", tmp_path / "out", tmp_path / "out") == 0
+    shutil.copytree(tmp_path / "out", tmp_path / "copy")
+    assert command("compare", tmp_path / "copy", tmp_path / "out") == 0
     before = contents(tmp_path / "out")
     full = tmp_path / "out" / "gain_scores.jsonl"
     for asked in (gain, (*gain, "--others", "1", "--dtype", "bfloat16")):  # nothing to score, and everything
@@ -78,7 +80,7 @@ def test_gain_and_compare_on_a_full_disk_keep_what_was_there(
             assert says_no(*asked) == f"{full} can't be written: File too large."
     room = 1 + max(len(text) for name, text in before.items() if not name.endswith(".png"))
     assert room < min(len(text) for name, text in before.items() if name.endswith(".png"))
-    for asked in ((*gain, "--seed", "1"), ("compare", tmp_path / "out", tmp_path / "out", "--seed", "1")):
+    for asked in ((*gain, "--seed", "1"), ("compare", tmp_path / "copy", tmp_path / "out", "--seed", "1")):
         with files_of_at_most(room):
             assert says_no(*asked) == f"{tmp_path / 'out'}: can't be written: File too large"
         after = contents(tmp_path / "out")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.errors import UserError, not_negative
-from train.evaluation.folders import not_there
+from train.local_paths import missing_part
 from train.report_parts import error_bars, load_pyplot, shortened
 from train.resampling import explain_missing
 from train.whole_files import replacing, write_text
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
 
     for place in (options.first, options.second):
         if not place.exists():
-            raise UserError(f"{place}: there is no such folder or file: {not_there(place)}")
+            raise UserError(f"{place}: there is no such folder or file: {missing_part(place)}")
     folders = [place if place.is_dir() else place.parent for place in (options.first, options.second)]
     one_is_a_folder = options.first.is_dir() or options.second.is_dir()
     if options.first.samefile(options.second) or (one_is_a_folder and folders[0].samefile(folders[1])):

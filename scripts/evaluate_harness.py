@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from report_section import put_section
 
 from train.errors import UserError, not_negative, positive
-from train.evaluation.folders import not_there, require_model, require_results_folder
+from train.evaluation.folders import require_model, require_results_folder
 from train.evaluation.one_at_a_time import alone_in
-from train.local_paths import path_or_id
+from train.local_paths import missing_part, path_or_id
 from train.progress import counted
 from train.resampling import explain_missing
 from train.whole_files import replacing, write_text
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
         require_results_folder("--model", options.model, "For a hub id, say --output-dir FOLDER as well.")
     require_model("--model", options.model)
     if options.include_path and not options.include_path.is_dir():
-        where = not_there(options.include_path) if not options.include_path.exists() else "that is a file."
+        where = missing_part(options.include_path) if not options.include_path.exists() else "that is a file."
         raise UserError(f"--include-path {options.include_path}: there is no such folder of tasks: {where}")
     folder: Path = options.output_dir or Path(options.model)
 

@@ -4,10 +4,10 @@ Each function raises one UserError that begins with the option and names what is
 what there has nearly that name.
 """
 
-import difflib
 from pathlib import Path
 
 from train.errors import UserError
+from train.local_paths import may_be_hub_id, missing_part
 
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
@@ -19,7 +19,7 @@ def require_file(option: str, path: Path) -> None:
         inside = f" Name a file in it, such as {', '.join(names)}." if names else " Name a file."
         raise UserError(f"{option} {path}: that is a folder.{inside}")
     if not path.exists():
-        raise UserError(f"{option} {path}: can't be read: {not_there(path)}")
+        raise UserError(f"{option} {path}: can't be read: {missing_part(path)}")
 
 
 def require_model(option: str, name: str, *, hub: bool = True) -> None:
@@ -30,27 +30,11 @@ def require_model(option: str, name: str, *, hub: bool = True) -> None:
             raise UserError(f"{option} {name}: can't be loaded: there is no {' or '.join(_MODEL_FILES)} in it.")
     elif path.exists():
         raise UserError(f"{option} {name}: that is a file. Name the model's folder.")
-    elif not hub or _looks_local(name):
-        raise UserError(f"{option} {name}: there is no such folder: {not_there(path)}")
+    elif not hub or not may_be_hub_id(name):
+        raise UserError(f"{option} {name}: there is no such folder: {missing_part(path)}")
 
 
 def require_results_folder(option: str, name: str, otherwise: str) -> None:
     """Raise UserError where `name`, into whose folder results would go, is none. `otherwise`: what to write then."""
     if not Path(name).is_dir():
-        raise UserError(f"{option} {name}: there is no such folder: {not_there(Path(name))} {otherwise}")
-
-
-def _looks_local(name: str) -> bool:
-    """Whether a name is a path and not a hub id: `outputs/janus` is one where there is a folder `outputs`."""
-    parts = Path(name).parts
-    return name.startswith((".", "/", "~")) or len(parts) > 2 or (len(parts) == 2 and Path(parts[0]).is_dir())
-
-
-def not_there(path: Path) -> str:
-    """Which part of a path is missing, and what has nearly that name."""
-    missing = next(part for part in [*reversed(path.parents), path] if not part.exists())
-    folder = missing.parent
-    names = sorted(child.name for child in folder.iterdir()) if folder.is_dir() else []
-    near = [str(folder / name) for name in difflib.get_close_matches(missing.name, names, n=2, cutoff=0.7)]
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return f"there is no {missing.name} in {folder.absolute()}.{hint}"
+        raise UserError(f"{option} {name}: there is no such folder: {missing_part(Path(name))} {otherwise}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from train.errors import UserError
-from train.evaluation.folders import not_there
+from train.local_paths import missing_part
 from train.resampling import share_of, why_no_interval
 
 Record = dict[str, Any]
@@ -61,7 +61,7 @@ def read_results(place: Path) -> dict[str, Results]:
     elif place.is_file():
         paths = [place]
     else:
-        raise UserError(f"{place}: there is no such folder or file: {not_there(place)}")
+        raise UserError(f"{place}: there is no such folder or file: {missing_part(place)}")
     found = [_read(path) for path in paths]
     return {results.kind: results for results in found}
 

@@ -417,3 +417,13 @@ def test_columns_of_no_format_are_named() -> None:
     assert "`prompt`, `chosen`, `rejected`" in str(caught.value)
     for name in ("messages", "sharegpt", "alpaca", "janus", "prompt_completion", "question_answer", "exchanges"):
         assert name in str(caught.value)
+
+
+def test_a_conversation_may_hold_turns_in_place_of_exchanges() -> None:
+    turns = [{"role": "user", "content": "u", "language": "English"}, {"role": "assistant", "content": "a"}]
+    row = {"conversation": turns, "model": "m"}
+    assert detect(row) == "exchanges"
+    messages, tools = convert(row, "exchanges")
+    assert (messages, tools) == ([{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], None)
+    exchange = {"conversation": [{"input": "u", "output": "a", "role": "r"}]}
+    assert convert(exchange, "exchanges")[0] == messages

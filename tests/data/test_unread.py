@@ -167,6 +167,8 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "a trained user": ({"messages": [{**USER, "training": True}, ASSISTANT]}, "unsupported loss switch", "message 1 (user)"),
     "an unmasked user": ({"messages": [{**USER, "masked": False}, ASSISTANT]}, "unsupported loss switch", "`masked`"),
     "reasoning of a user": ({"messages": [{**USER, "thinking": "Hm."}, ASSISTANT]}, "wrong type", "`thinking`"),
+    "NaN in a call": ({"messages": [USER, {**ASSISTANT, "tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}]}, "wrong type", "tool calls of message 2: NaN"),
+    "infinity in a tool": ({"messages": [USER, ASSISTANT], "tools": [{**CALL, "maximum": float("inf")}]}, "wrong type", "`tools`: NaN and infinity"),
     "kwargs of text": ({"messages": [USER, ASSISTANT], "chat_template_kwargs": '"x"'}, "wrong type", "`chat_template_kwargs`"),
     "kwargs that are ours": ({"messages": [USER, ASSISTANT], "chat_template_kwargs": {"chat_template": "x"}}, "wrong type", "chat_template,"),
 }  # fmt: skip
@@ -295,6 +297,7 @@ def test_a_check_refuses_content_that_is_not_read_and_says_what_to_write(
     assert error.startswith("error: data.sources.0: text that is not read")
     assert f'`why` in 6 rows, first {file}:1: "As it is so."' in error
     assert 'data.sources.0.ignore: ["messages[].note", why]' in error
+    page = " ".join(page.split())
     assert "why (6 rows, content in 6)" in page
     assert "source (6 rows)" in page
     told = {one["name"]: one for one in json.loads(report.read_text())["unread"]}

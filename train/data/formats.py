@@ -8,7 +8,7 @@
 | janus             | `prompt` (older: `user_prompt`, `instruction`) and `output`                                      |
 | alpaca            | `instruction`, `output`; `input` (or `context`) where given                                      |
 | question_answer   | `question`, `query` or `instruction`, and `answer` or `response`; `input` or `context`           |
-| exchanges         | `conversation`: exchanges of input and output (Capybara)                                         |
+| exchanges         | `conversation`: exchanges of input and output (Capybara), or turns of role and content (LMSYS)  |
 
 Beside each of them: a system message (`SYSTEM_COLUMNS`), which becomes the first message; definitions of tools
 (`TOOL_COLUMNS`: a list, or JSON; OpenAI's older form without the wrapper too); `chat_template_kwargs`, which the
@@ -274,6 +274,8 @@ def _from_exchanges(row: Row, unread: Unread) -> list[Message]:
     exchanges = _needed(row, "conversation")
     if isinstance(exchanges, str):
         exchanges = parsed(exchanges, "`conversation`")
+    if isinstance(exchanges, list | tuple) and exchanges and all(_is_turn(one) for one in exchanges):
+        return read_turns(exchanges, "conversation", unread)  # WildChat, LMSYS-Chat-1M
     messages = []
     for exchange in exchanges if isinstance(exchanges, list | tuple) else (exchanges,):
         if not isinstance(exchange, dict):
@@ -284,6 +286,10 @@ def _from_exchanges(row: Row, unread: Unread) -> list[Message]:
         for key in exchange.keys() - {"input", "output"}:
             collect(unread, f"conversation[].{key}", exchange[key])
     return messages
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and not value.keys().isdisjoint(("role", "from")) and "input" not in value
 
 
 _READERS: dict[str, Callable[[Row, Unread], list[Message]]] = {

@@ -199,7 +199,7 @@ def _tool_calls(calls: Any, number: int) -> list[dict[str, Any]]:
             )
         function["arguments"] = {} if arguments is None else arguments
         wrapped.append({**call, "function": function})
-    checked(json.dumps(wrapped, ensure_ascii=False, default=str), where)
+    _check_json(wrapped, where)
     return wrapped
 
 
@@ -215,8 +215,16 @@ def read_tools(tools: Any, column: str) -> list[dict[str, Any]] | None:
     if not isinstance(tools, list | tuple):
         raise RowFault("wrong type", f"`{column}` is {shown(tools)}; a list of functions is wanted")
     wrapped = [_wrapped(tool, f"`{column}`") for tool in tools]
-    checked(json.dumps(wrapped, ensure_ascii=False, default=str), f"`{column}`")
+    _check_json(wrapped, f"`{column}`")
     return wrapped or None
+
+
+def _check_json(value: Any, where: str) -> None:
+    """Raise RowFault where a template couldn't write `value` as JSON: half of a surrogate pair, NaN, infinity."""
+    try:
+        checked(json.dumps(value, ensure_ascii=False, default=str, allow_nan=False), where)
+    except ValueError as fault:
+        raise RowFault("wrong type", f"{where}: NaN and infinity are no numbers of JSON") from fault
 
 
 def _wrapped(function: Any, where: str) -> dict[str, Any]:

@@ -26,8 +26,8 @@ _METADATA_WORDS = """
     kind class domain domains subject level difficulty quality capability
     score scores rating ratings rank reward rewards weight count length tokens stats
     model models generator annotator annotators author authors username created updated date time timestamp
-    state status flag flags toxic toxicity redacted moderation detoxify metadata meta header headers usage title role
-    rule held rubric rubrics
+    state status flag flags toxic toxicity redacted moderation detoxify metadata meta header headers usage title
+    rubric rubrics
 """
 METADATA = frozenset(_METADATA_WORDS.split())
 """Last words of names that describe a row: `source`, `prompt_id`, `original_source`, `openai_moderation`, `avatarUrl`.
@@ -39,7 +39,7 @@ _METADATA_NAMES = frozenset(("preference_set", "original_question", "sysgen", "g
 """Whole names: of Multifaceted-Collection, MetaMathQA, the rows that SYSGEN writes, Magpie."""
 
 _CONTENT_NAMES = """
-    messages conversations conversation prompt user_prompt instruction completion output question query answer response
+    prompt user_prompt instruction completion output question query answer response
     input context history chosen rejected custom_instructions instructions system system_prompt system_message
     system_instruction system_content developer_message tools functions available_tools
     content value thinking reasoning reasoning_content tool_calls function_call args arguments parameters refusal

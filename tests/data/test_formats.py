@@ -427,3 +427,24 @@ def test_a_conversation_may_hold_turns_in_place_of_exchanges() -> None:
     assert (messages, tools) == ([{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], None)
     exchange = {"conversation": [{"input": "u", "output": "a", "role": "r"}]}
     assert convert(exchange, "exchanges")[0] == messages
+
+
+def test_roles_of_other_tools_are_known() -> None:
+    row = {
+        "messages": [
+            {"role": "User", "content": "u"},
+            {"role": "tool_call", "content": '{"name": "f", "arguments": {"x": 1}}'},
+            {"role": "tool_response", "content": "r"},
+            {"role": "Assistant", "content": "a"},
+        ]
+    }
+    messages, _ = convert(row, "messages")
+    assert [message["role"] for message in messages] == ["user", "assistant", "tool", "assistant"]
+    assert messages[1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+    assert convert(
+        {"messages": [{"role": "prompter", "content": "u"}, {"role": "assistant", "content": "a"}]}, "messages"
+    )
+
+
+def test_alpaca_with_its_rendered_prompt_is_alpaca() -> None:
+    assert detect(["instruction", "input", "output", "prompt"]) == "alpaca"

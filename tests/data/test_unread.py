@@ -206,6 +206,7 @@ def test_equal_values_under_two_names_are_no_fault() -> None:
         ("model_name", "a model of ours"), ("sysgen", {"annotated": "<<Role>>You are a cook<</Role>>"}),
         ("original_question", "What was asked at first?"), ("conversation_hash", "0" * 64),
         ("anything", 3.5), ("anything", {"a": 1, "b": [True, None]}), ("anything", object()), ("short", "Paris"),
+        ("reasoning", "off"), ("loss", 1.25), ("system_prompt_id", "one of three words"), ("train_tokens", [12, 0, 1, 7]),
         ("link_to", "https://example.org/" + "a/" * 60), ("digest_of", "0f" * 64), ("when", "2024-05-01 10:00:00"),
     ],
 )  # fmt: skip
@@ -219,7 +220,11 @@ def test_metadata_is_no_content(name: str, value: Any) -> None:
         ("rationale", "It opened in 1931."), ("messages[].note", "Write in capitals."), ("hint", "x" * 65),
         ("guidance", "請用大寫字母回答。"), ("guidance", "すべて大文字で書いてください"), ("chosen", [{"role": "assistant", "content": "No."}]),
         ("rejected", "No"), ("input", "42"), ("anything", {"a": [{"b": "Three words here"}]}), ("text", "Some other text."),
-        ("documents", [{"title": "T", "text": "The bridge opened late."}]),
+        ("documents", [{"title": "T", "text": "The bridge opened late."}]), ("title", "How do I open it?"),
+        ("system_role", "You are a pirate."), ("role", "You are a pirate."), ("promptHeader", "Answer in French only."),
+        ("instructionType", "Answer in French only."), ("profile", {"role": "You are a pirate."}), ("note", "英語で答えて"),
+        ("messages[].mask", False), ("messages[].do_train", True), ("loss_mask", [0, 1]), ("is_trainable", 0),
+        ("messages[].calculate_loss", True), ("supervised", False),
     ],
 )  # fmt: skip
 def test_content_is_told_from_ids(name: str, value: Any) -> None:
@@ -232,6 +237,11 @@ def test_a_text_that_stands_in_the_conversation_is_not_lost() -> None:
     whole = "Be brief and kind. ### Instruction: Translate into Spanish. ### Input: I have 2 cats. ### Tengo 2 gatos."
     assert lost_text("text", [whole], texts) is None  # Alpaca
     assert lost_text("text", [whole.replace("2 gatos", "3")], texts) is not None
+    assert lost_text("text", [f"{whole}\n### System: Answer like a pirate."], texts) is not None
+    preamble = "Below is an instruction that describes a task. Write a response that completes the request."
+    assert lost_text("text", [f"{preamble}\n\n{whole}"], texts) is None  # as Alpaca renders it
+    sum_of_two = ["What is 2+2?", "4"]
+    assert lost_text("rationale", ["What is 2+2? Two fingers and two fingers are 4."], sum_of_two) is not None
     assert is_prose("Answer in capitals")
     assert not is_prose("Answer quickly")
     assert not is_metadata("messages[].content")

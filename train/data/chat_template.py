@@ -3,11 +3,12 @@
 import json
 import re
 from datetime import date, datetime, time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import jinja2
+import jinja2.meta
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -30,6 +31,13 @@ def without_generation_marks(template: str) -> str:
     A comment takes the tag's place, as it trims the white space around it in the same way.
     """
     return _GENERATION_TAG.sub(r"{#\1 \2#}", template)
+
+
+@lru_cache(maxsize=16)
+def variables_of(template: str) -> frozenset[str]:
+    """Return the names of the variables that a template takes from outside."""
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(_GENERATION_TAG.sub("", template))))
 
 
 def named_templates() -> list[str]:

@@ -99,6 +99,8 @@ def detect(columns: Iterable[str]) -> str:
         return "prompt_completion"
     if "output" in found:
         older = any(column in found for column in SYSTEM_COLUMNS) and not {*_CONTEXTS, "history"} & found.keys()
+        if {"instruction", "input"} <= found.keys():  # Code Alpaca has the rendered prompt beside them
+            return "alpaca"
         if "prompt" in found or "user_prompt" in found or ("instruction" in found and older):
             return "janus"
         if "instruction" in found:

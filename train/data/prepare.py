@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
+import yaml
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from train.data.cache import Entry, find_or_make, key_of
 from train.data.mixture import held_out, weighted
 from train.data.packing import PackingPlan, plan
+from train.data.rendering import REASONING_LOST
 from train.data.sequences import Sequences
 from train.data.source_tokens import ROWS, cache_folder, source_tokens
 from train.data.sources import BadRow, BadRows, OpenSource, digest_of_files
@@ -35,6 +37,8 @@ from train.recipe import DataSection, Recipe, Source
 from train.training_fields import training_fields
 
 _PLAN = "plan"
+_OF_ANOTHER_FORMAT = {"missing column", "wrong type", "unknown role", "empty content", "no assistant turn"}
+"""Kinds of faults that all rows have where they are read in a format that is not theirs."""
 
 
 class Row(NamedTuple):
@@ -181,7 +185,8 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     faults = _faults(tokenized)
     for (key, source), size in zip(named, np.diff(rows.source_ends), strict=True):
         if not size:
-            remedy = _remedy(faults, f"Is `{key}.format` the right one?")
+            readable = faults.keys() <= _OF_ANOTHER_FORMAT
+            remedy = _remedy(faults, f"Is `{key}.format` the right one?" if readable else "Mend them")
             raise UserError(
                 f"{key}: no row of {source.path} can be trained. Faults of all: {_named(faults)}. {remedy}"
                 f"{'' if remedy.endswith('?') else '.'}"
@@ -313,10 +318,10 @@ def refusal(data: Prepared, section: DataSection) -> str | None:
 def _lost(key: str, lost: Sequence[UnreadText]) -> str:
     """Return why a source may not be trained of which content would be left out."""
     named = "; ".join(f"`{one.name}` in {counted(one.losing, 'row')}, first {one.example}" for one in lost)
-    names = ", ".join(json.dumps(one.name) if set(one.name) & set("[]{},:#& ") else one.name for one in lost)
+    names = yaml.safe_dump([one.name for one in lost], default_flow_style=True, allow_unicode=True, width=math.inf)
     return (
         f"{key}: text that is not read, so the model would be trained without it: {named}. Rename it to what is read "
-        f"(the README lists it under Data), or leave it out with `{key}.ignore: [{names}]`."
+        f"(the README lists it under Data), or leave it out with `{key}.ignore: {names.strip()}`."
     )
 
 
@@ -327,6 +332,11 @@ def _named(faults: Mapping[str, BadRows]) -> str:
 
 def _remedy(faults: Mapping[str, BadRows], otherwise: str) -> str:
     """Advice for rows with these faults: `otherwise`, unless all that they need is a template with tools."""
+    if REASONING_LOST in faults:
+        return (
+            "Choose a `chat.template` that writes reasoning, or leave it out with "
+            f"`ignore: ['messages[].thinking']` under the source, by the name that it has there. {otherwise}"
+        )
     if NO_TOOLS not in faults:
         return otherwise
     template = "Write `chat.template: chatml-tools`, where the tokenizer has <|im_start|> and <|im_end|>, or the path "

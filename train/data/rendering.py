@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from train.data.chat_template import variables_of
 from train.data.formats import TEMPLATE_KWARGS, Message, RowFault
 from train.data.unread import Unread, collect, is_prose, texts_in
 
@@ -104,7 +105,7 @@ def check_answer(message: Message, window: str, *, last_part: bool = False) -> N
         return
     reasoning = (message.get("reasoning_content") or "").strip()
     if reasoning not in window:
-        raise RowFault("reasoning lost by the template", f"reasoning_content is not in the render: {reasoning[:60]!r}")
+        raise RowFault(REASONING_LOST, f"this reasoning is not in the render: {reasoning[:60]!r}")
     for call in message.get("tool_calls") or []:
         name = call.get("function", call).get("name", "")
         if name not in window:
@@ -161,7 +162,7 @@ def left_out(
                 if not _is_in(text, renders):
                     collect(missing, "tools[].description", text)
     for name, value in kwargs.items():
-        known = name in template
+        known = name in variables_of(template)
         lost = [text for text in texts_in(value) if not (_is_in(text, renders) or (known and not is_prose(text)))]
         for item in lost or ([] if known or any(texts_in(value)) else [value]):
             collect(missing, f"{TEMPLATE_KWARGS}.{name}", item)
@@ -169,6 +170,8 @@ def left_out(
 
 
 _BESIDE_CONTENT = {"name", "tool_call_id"}
+REASONING_LOST = "reasoning lost by the template"
+"""The kind of fault of a row whose reasoning another template could write."""
 
 
 def _written_whole(value: Any, renders: Sequence[str]) -> bool:

@@ -28,18 +28,22 @@ ROLES = {
     "developer": "system",
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "function": "tool",
+    "tool_response": "tool",
     "observation": "tool",
 }
 """The names that data sets use, and the four that templates know."""
 
+_ROLES_OF_CALLS = ("function_call", "tool_call")
 _ROLE_KEYS = ("role", "from")
 _CONTENT_KEYS = ("content", "value")
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
@@ -75,12 +79,13 @@ def _turn(turn: Any, number: int, column: str, unread: Unread) -> Message:
     other = filled(turn, _CONTENT_KEYS, f"message {number}: ") if "value" in turn else None
     content = turn[other] if other else turn.get("content")
     more = turn.keys() - _PLAIN_KEYS
-    if not more and name != "function_call":
+    is_call = name in _ROLES_OF_CALLS
+    if not more and not is_call:
         return new_message(role, _content(content, number, column, unread))
 
     key = filled(turn, _CALL_KEYS, f"message {number}: ")
     calls = turn[key] if key else None
-    if name == "function_call" and not calls:  # ShareGPT: the call is the value
+    if is_call and not calls:  # ShareGPT and ms-swift: the call is the value
         calls, content = content, ""
     read = new_message(role, _content(content, number, column, unread))
     if calls:
@@ -108,7 +113,7 @@ def _role(turn: Message, number: int, column: str, unread: Unread) -> tuple[Any,
     name, other = turn.get("role"), turn.get("from")
     if name is None:
         name, other = other, None
-    role = ROLES.get(name) if isinstance(name, str) else None
+    role = ROLES.get(name) or ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise RowFault("unknown role", f"message {number} has the role {shown(name)}; known are {', '.join(ROLES)}")
     if other is not None:

@@ -7,6 +7,7 @@ anyway is none (ultrachat_200k has `prompt` beside `messages`), and neither is a
 conversation (Alpaca has `text` beside `instruction` and `output`).
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -18,25 +19,29 @@ from train.data.texts import WIDE
 Unread = dict[str, list[Any]]
 """Values of one row that nothing read, by column (`rationale`) or key of a message (`messages[].note`)."""
 
-_METADATA_WORDS = """
+_ORIGIN_WORDS = """
     id ids idx index uuid guid key hash md5 sha sha1 sha256 digest checksum fingerprint ip
     source sources origin dataset datasets split subset config license licence url urls uri link links path file files
-    filename repo repository website commit revision version
-    language languages lang locale country category categories topic topics subtopic tag tags label labels type types
-    kind class domain domains subject level difficulty quality capability
+    filename repo repository website commit revision version language languages lang locale country
     score scores rating ratings rank reward rewards weight count length tokens stats
     model models generator annotator annotators author authors username created updated date time timestamp
-    state status flag flags toxic toxicity redacted moderation detoxify metadata meta header headers usage title
-    rubric rubrics
 """
-METADATA = frozenset(_METADATA_WORDS.split())
-"""Last words of names that describe a row: `source`, `prompt_id`, `original_source`, `openai_moderation`, `avatarUrl`.
+_ORIGINS = frozenset(_ORIGIN_WORDS.split())
+"""Last words of names that say where a row or a part of it is from: `source`, `system_prompt_id`, `avatarUrl`."""
+_KIND_WORDS = """
+    category categories topic topics subtopic tag tags label labels type types kind class domain domains subject
+    level difficulty quality capability state status flag flags toxic toxicity redacted moderation detoxify
+    metadata meta usage rubric rubrics
+"""
+_KINDS = frozenset(_KIND_WORDS.split())
+"""Last words of names that say what kind of row it is, unless a word of `_SPEAKERS` stands before: `system_tag`."""
+_SPEAKERS = frozenset(("system", "prompt", "instruction", "instructions", "message", "assistant", "user", "persona"))
+METADATA = _ORIGINS | _KINDS
+"""From the columns of ultrachat_200k, smoltalk, tulu-3-sft-mixture, OpenOrca, SlimOrca, OpenHermes-2.5, Dolly,
+no_robots, oasst2, Multifaceted-Collection, UltraFeedback, MetaMathQA, WildChat and BiGGen-Bench."""
 
-From the columns of ultrachat_200k, smoltalk, tulu-3-sft-mixture, OpenOrca, SlimOrca, OpenHermes-2.5, Dolly, no_robots,
-oasst2, Multifaceted-Collection, UltraFeedback, Magpie, MetaMathQA, WildChat and BiGGen-Bench."""
-
-_METADATA_NAMES = frozenset(("preference_set", "original_question", "sysgen", "gen_input_configs"))
-"""Whole names: of Multifaceted-Collection, MetaMathQA, the rows that SYSGEN writes, Magpie."""
+_METADATA_NAMES = frozenset(("preference_set", "original_question", "sysgen", "gen_input_configs", "header"))
+"""Whole names: of Multifaceted-Collection, MetaMathQA, the rows that SYSGEN writes, Magpie, WildChat (of requests)."""
 
 _CONTENT_NAMES = """
     prompt user_prompt instruction completion output question query answer response
@@ -47,8 +52,14 @@ _CONTENT_NAMES = """
 CONTENT = frozenset(_CONTENT_NAMES.split())
 """Names that hold content however short it is: those that some format or message reads, and their relatives."""
 
+_SETTINGS = {name: frozenset(("on", "off", "true", "false", "auto", "none")) for name in ("reasoning", "thinking")}
+"""Texts that are settings and no content: Nemotron's `reasoning: "off"`."""
+_SWITCH_WORDS = frozenset(("mask", "masked", "loss", "train", "trainable", "training", "supervised", "ignore"))
+_PREAMBLE = re.compile(r"Below is an instruction that describes a task.*?\b(?:request|instruction)\.", re.DOTALL)
+"""The sentences that Alpaca's rendered prompts begin with."""
+
 _WORDS = 3
-_WIDE_CHARACTERS = 8
+_WIDE_CHARACTERS = 6
 _LONGEST_ID = 64
 _WORD = re.compile(r"\S*[^\W\d_]\S*")
 _WIDE = re.compile(f"[{WIDE}]")
@@ -64,7 +75,7 @@ def collect(unread: Unread, name: str, value: Any) -> None:
 
 
 def is_prose(text: str) -> bool:
-    """Whether a text is longer than an id: three words, eight characters of a script without blanks, or 65 characters.
+    """Whether a text is longer than an id: three words, six characters of a script without blanks, or 65 characters.
 
     | text                                  | prose                         |
     |---------------------------------------|-------------------------------|
@@ -83,25 +94,44 @@ def is_prose(text: str) -> bool:
 @lru_cache(maxsize=4096)
 def is_metadata(name: str) -> bool:
     """Whether a name, or the last part of `messages[].name`, is one of metadata."""
-    name = _last(name)
-    words = [word.lower() for word in _PARTS.findall(name)]
-    return name in _METADATA_NAMES or (
-        bool(words) and (words[-1] in METADATA or (words[-1] == "name" and len(words) > 1))
-    )
+    words = _words(name)
+    if _last(name) in _METADATA_NAMES or not words:
+        return bool(words)
+    *before, last = words
+    return last in _ORIGINS or (_SPEAKERS.isdisjoint(before) and (last in _KINDS or (last == "name" and bool(before))))
+
+
+@lru_cache(maxsize=4096)
+def is_switch(name: str) -> bool:
+    """Whether a name speaks of what is trained: `loss_mask`, `do_train`, `messages[].masked`."""
+    return not _SWITCH_WORDS.isdisjoint(_words(name))
 
 
 def lost_text(name: str, values: Sequence[Any], said: Sequence[str]) -> str | None:
     """Return the first text of these unread values that is content and is not in the conversation, or None.
 
-    `said`: the texts of the conversation.
+    `said`: the texts of the conversation. Truth values under the name of a switch count too: they decide what is
+    trained, and are returned as JSON.
     """
+    if is_switch(name):
+        for value in values:
+            if _is_truth(value):
+                return json.dumps(value)
     if is_metadata(name):
         return None
-    short = _last(name) in CONTENT
+    short, settings = _last(name) in CONTENT, _SETTINGS.get(name, ())
     for text in texts_in(values):
-        if (short or is_prose(text)) and not _stands_in(text.strip(), said):
+        content = is_prose(text) or (short and text.strip().lower() not in settings)
+        if content and not _stands_in(text.strip(), said):
             return text
     return None
+
+
+def _is_truth(value: Any) -> bool:
+    """Whether a value is true or false, also as 1 or 0, or a list of such."""
+    if isinstance(value, list | tuple):
+        return bool(value) and all(map(_is_truth, value))
+    return isinstance(value, bool | int) and value in (0, 1)
 
 
 def texts_in(value: Any) -> Iterator[str]:
@@ -119,10 +149,20 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 def _stands_in(text: str, said: Sequence[str]) -> bool:
+    """Whether the conversation holds a text, or a text the whole conversation and no prose beside it."""
     if any(text in one for one in said):
         return True
-    lines = [line.strip() for one in said for line in one.splitlines()]
-    return bool(lines) and all(line in text for line in lines)
+    lines = {line.strip() for one in said for line in one.splitlines()} - {""}
+    if not lines or not all(line in text for line in lines):
+        return False
+    rest = _PREAMBLE.sub("", text)
+    for line in sorted(lines, key=len, reverse=True):
+        rest = rest.replace(line, "\n")
+    return not any(map(is_prose, rest.splitlines()))
+
+
+def _words(name: str) -> list[str]:
+    return [word.lower() for word in _PARTS.findall(_last(name))]
 
 
 def _last(name: str) -> str:

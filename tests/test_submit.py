@@ -12,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
 ONE_NODE = ("--nodes", "1", "--gpus-per-node", "8", "--time", "24:00:00")
@@ -219,14 +221,14 @@ def test_the_whole_check_comes_before_submitting(
 
 @pytest.fixture
 def large(recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path) -> Path:
-    """A recipe for a model of 16 billion parameters, of which there is the config alone."""
+    """A recipe for a model of 16 billion parameters, whose weights nobody loads: they are those of none."""
     folder = tmp_path / "large"
     shutil.copytree(tiny_model, folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     wide = {"hidden_size": 4_096, "intermediate_size": 14_336, "num_attention_heads": 32, "num_key_value_heads": 8}
     config |= wide | {"num_hidden_layers": 72, "head_dim": 128}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (folder / "model.safetensors").unlink()
+    save_file({"other": torch.zeros(1)}, folder / "model.safetensors")
     return recipe_file(model={"name_or_path": str(folder)}, training={"max_steps": 4, "num_train_epochs": ...})
 
 

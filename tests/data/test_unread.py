@@ -306,7 +306,7 @@ def test_a_check_refuses_content_that_is_not_read_and_says_what_to_write(
     page, error = capsys.readouterr()
     assert error.startswith("error: data.sources.0: text that is not read")
     assert f'`why` in 6 rows, first {file}:1: "As it is so."' in error
-    assert 'data.sources.0.ignore: ["messages[].note", why]' in error
+    assert "data.sources.0.ignore: ['messages[].note', why]" in error
     page = " ".join(page.split())
     assert "why (6 rows, content in 6)" in page
     assert "source (6 rows)" in page

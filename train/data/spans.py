@@ -417,7 +417,7 @@ class Spans:
 
 _ALWAYS_CHECKED = {"role", "content", "train"}
 _NO_PROMPT = "answer doesn't follow its prompt"
-NO_TOOLS = "conversation with tools refused by the template"
+NO_TOOLS = "refused by the template, with tools in the conversation"
 """The kind of fault of a row that another template could write."""
 
 

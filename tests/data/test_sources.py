@@ -234,6 +234,47 @@ def test_a_glob_gives_what_it_names_in_order(tmp_path: Path) -> None:
     assert rows_of(f"{tmp_path}/**/*.jsonl*") == ROWS
 
 
+PIRATE = "Always talk like a pirate, please."
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("system_prompt", PIRATE, PIRATE),
+        ("system", "Brief.", "Brief."),
+        ("tools", {"name": "weather"}, "weather"),
+        ("preamble", {"de": "Antworte immer auf Deutsch."}, "Antworte immer auf Deutsch."),
+        ("指示", "日本語で答えてください。", "日本語で答えてください。"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["json", "pkl"])
+def test_what_a_document_says_beside_its_rows_is_not_lost(
+    key: str, value: Any, text: str, ending: str, tmp_path: Path
+) -> None:
+    document = {key: value, "version": "1.0", "data": ROWS}
+    content = pickle.dumps(document) if ending == "pkl" else json.dumps(document).encode()
+    path = write(tmp_path / f"rows.{ending}", content)
+    with pytest.raises(UserError) as caught:
+        list(read_rows(Source(path=str(path)), allow_pickle=True))
+    error = str(caught.value)
+    assert error.startswith(f"{path}: `{key}` beside the rows (`data`) holds content that no row has")
+    assert json.dumps(text, ensure_ascii=False) in error
+    assert "Put it into the rows, or take it out of the file." in error
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"version": "1.0", "count": 3, "license": "CC BY 4.0, see the file beside this one"},
+        {"description": "Questions about spiders, written by hand.", "citation": "@misc{a, title = {All of it}}"},
+        {"info": {"description": "Questions about spiders.", "year": 2024}, "created": "on a day in May"},
+        {"system": "", "system_prompt": None, "tools": {}},
+    ],
+)
+def test_a_document_may_describe_itself_beside_its_rows(beside: dict[str, Any], tmp_path: Path) -> None:
+    assert rows_of(write(tmp_path / "rows.json", json.dumps({**beside, "rows": ROWS}).encode())) == ROWS
+
+
 @pytest.mark.parametrize("ending", ["pkl", "pickle", "bin", "joblib", "pt", "pth", "pkl.gz"])
 def test_pickles_are_refused_until_the_recipe_allows_them(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"rows.{ending}"

@@ -136,6 +136,29 @@ def test_a_column_that_a_format_needs_and_that_holds_no_text_is_a_fault_with_its
         convert(row, detect(row))
 
 
+@pytest.mark.parametrize(
+    ("row", "type", "cast"),
+    [
+        ({"system": [b"Be brief."], "prompt": ["q"], "output": ["a"]}, "binary", True),
+        ({"prompt": [b"q"], "output": ["a"]}, "binary", True),
+        ({"messages": [[{"role": "user", "content": b"q"}, {"role": "user", "content": b"q"}]]}, "binary", True),
+        ({"prompt": ["q"], "output": [datetime.date(2024, 5, 1)]}, "date32[day]", True),
+        ({"messages": [[b"q", b"a"]]}, "list<item: binary>", False),
+    ],
+)
+def test_a_value_that_holds_no_text_is_named_by_its_arrow_type_with_a_cast(
+    row: dict[str, Any], type: str, cast: bool
+) -> None:
+    ((_, read),) = ArrowRows(1, pyarrow.RecordBatch.from_pydict(row)).rows()
+    with pytest.raises(RowFault) as caught:
+        convert(read, detect(read))
+    assert f"of Arrow's type {type}" in str(caught.value)
+    assert "ArrowValue" not in str(caught.value)
+    assert ('in pyarrow, column.cast("string") makes text of it' in str(caught.value)) is cast
+    text = pyarrow.array([b"Be brief."]).cast("string")
+    assert text.to_pylist() == ["Be brief."]
+
+
 def test_text_that_is_no_utf8_is_a_fault_of_the_rows_that_need_it() -> None:
     broken = utf8(b"caf\xe9")
     batch = pyarrow.RecordBatch.from_arrays([broken, pyarrow.array(["a"]), broken], ["prompt", "output", "beside"])

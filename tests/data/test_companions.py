@@ -46,6 +46,12 @@ ROWS_UNDER_SUCH_NAMES: list[tuple[str, Any]] = [
     ("dataset_infos.json", {str(number): row for number, row in enumerate(ROWS)}),
     ("manifest.json", {"train": ROWS, "test": ROWS}),
     ("features.json", {"features": ROWS}),
+    ("rows.json", {row["prompt"]: {"file_name": f"{row['prompt']}.py", **row} for row in ROWS}),
+    ("rows.json", {row["prompt"]: {"script_url": "https://example.org/a.py", **row} for row in ROWS}),
+    ("rows.json", {"@context": "https://schema.org", "data": ROWS}),
+    ("rows.json", {"id": "a/b", "title": "t", "licenses": "MIT", "data": ROWS}),
+    ("rows.json", {"resources": [{"path": "a.py", **row} for row in ROWS]}),
+    ("rows.json", {"_data_files": "a.csv", "data": ROWS}),
 ]
 
 
@@ -97,7 +103,9 @@ def test_rows_are_rows_under_any_name(name: str, content: Any, tmp_path: Path) -
     path = write(tmp_path / name, content)
     assert companion(path) is None
     if name != "manifest.json":  # two lists: which one is meant?
-        assert rows_of(path) == rows_of(tmp_path) == (ROWS[:1] if content == ROWS[0] else ROWS)
+        found = rows_of(path)
+        assert found == rows_of(tmp_path)
+        assert [{key: row[key] for key in ROWS[0]} for row in found] == (ROWS[:1] if content == ROWS[0] else ROWS)
 
 
 def test_a_file_that_can_not_be_parsed_or_is_no_json_is_no_companion(tmp_path: Path) -> None:

@@ -163,6 +163,57 @@ def test_a_folder_gives_all_files_or_those_of_the_split(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "split", split="validation") == ROWS[1:2]
 
 
+@pytest.mark.parametrize(
+    ("names", "split", "chosen"),
+    [
+        (("data/train_sft-00000-of-00001", "data/train_gen-00000-of-00001", "data/test_sft-0"), "train_sft", [0]),
+        (("data/train_sft-00000-of-00001", "data/train_gen-00000-of-00001", "data/test_sft-0"), "train_gen", [1]),
+        (("data/train_sft-00000-of-00001", "data/train_gen-00000-of-00001", "data/test_sft-0"), "test", [2]),
+        (("train_sft-00000-of-00002-0123456789abcdef", "train_sft-00001-of-00002-fedcba9876543210"), "train", [0, 1]),
+        (("train_sft/part-0", "train_sft/part-1", "train_gen/part-0"), "train_sft", [0, 1]),
+        (("val_sft", "val_gen"), "validation_gen", [1]),
+        (("train-sft", "train-gen"), "train_sft", [0]),
+        (("TRAIN_SFT_1", "Train_sft_2", "train_gen_1"), "train_SFT", [0, 1]),
+        (("training_1", "train.part2", "train3"), "train", [0, 1, 2]),
+        (("math_train", "code_train_01"), "train", [0, 1]),
+        (("math_train", "code_train"), "math_train", [0]),
+        (("train/sft", "train/gen"), "train", [0, 1]),
+    ],
+)
+def test_a_split_takes_its_own_files_alone(
+    names: tuple[str, ...], split: str, chosen: list[int], tmp_path: Path
+) -> None:
+    for number, name in enumerate(names):
+        write(tmp_path / f"{name}.jsonl", lines([{"prompt": str(number), "output": "o"}]))
+    assert sorted(row["prompt"] for row in rows_of(tmp_path, split=split)) == list(map(str, chosen))
+
+
+@pytest.mark.parametrize(
+    ("names", "kinds"),
+    [
+        (("data/train_sft-00000-of-00001", "data/train_gen-00000-of-00001"), "`train_gen` or `train_sft`"),
+        (("train", "train_extra"), "`train` or `train_extra`"),
+        (("train_v1", "train_v2"), "`train_v1` or `train_v2`"),
+        (("train_sft/a", "train_gen/a"), "`train_gen` or `train_sft`"),
+    ],
+)
+def test_two_kinds_of_one_split_are_not_mixed_without_a_word(
+    names: tuple[str, ...], kinds: str, tmp_path: Path
+) -> None:
+    for name in names:
+        write(tmp_path / f"{name}.jsonl", lines(ROWS))
+    error = error_of(tmp_path)
+    assert f"the split `train` could be {kinds}, as the names of the files tell" in error
+    assert "`split: train_" in error
+    assert "a file or a glob" in error
+
+
+def test_a_part_of_a_split_is_no_split_of_a_folder(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", lines(ROWS))
+    for split in ("train[:2]", "train+test"):
+        assert f"no files of the split `{split}`. The names tell of: train." in error_of(tmp_path, split=split)
+
+
 def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     write(folder / "a.jsonl", lines(ROWS))
@@ -181,6 +232,47 @@ def test_a_glob_gives_what_it_names_in_order(tmp_path: Path) -> None:
     write(tmp_path / "x" / "2.jsonl", lines(ROWS[1:]))
     write(tmp_path / "1.jsonl.zst", lines(ROWS[:1]))
     assert rows_of(f"{tmp_path}/**/*.jsonl*") == ROWS
+
+
+PIRATE = "Always talk like a pirate, please."
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("system_prompt", PIRATE, PIRATE),
+        ("system", "Brief.", "Brief."),
+        ("tools", {"name": "weather"}, "weather"),
+        ("preamble", {"de": "Antworte immer auf Deutsch."}, "Antworte immer auf Deutsch."),
+        ("指示", "日本語で答えてください。", "日本語で答えてください。"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["json", "pkl"])
+def test_what_a_document_says_beside_its_rows_is_not_lost(
+    key: str, value: Any, text: str, ending: str, tmp_path: Path
+) -> None:
+    document = {key: value, "version": "1.0", "data": ROWS}
+    content = pickle.dumps(document) if ending == "pkl" else json.dumps(document).encode()
+    path = write(tmp_path / f"rows.{ending}", content)
+    with pytest.raises(UserError) as caught:
+        list(read_rows(Source(path=str(path)), allow_pickle=True))
+    error = str(caught.value)
+    assert error.startswith(f"{path}: `{key}` beside the rows (`data`) holds content that no row has")
+    assert json.dumps(text, ensure_ascii=False) in error
+    assert "Put it into the rows, or take it out of the file." in error
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"version": "1.0", "count": 3, "license": "CC BY 4.0, see the file beside this one"},
+        {"description": "Questions about spiders, written by hand.", "citation": "@misc{a, title = {All of it}}"},
+        {"info": {"description": "Questions about spiders.", "year": 2024}, "created": "on a day in May"},
+        {"system": "", "system_prompt": None, "tools": {}},
+    ],
+)
+def test_a_document_may_describe_itself_beside_its_rows(beside: dict[str, Any], tmp_path: Path) -> None:
+    assert rows_of(write(tmp_path / "rows.json", json.dumps({**beside, "rows": ROWS}).encode())) == ROWS
 
 
 @pytest.mark.parametrize("ending", ["pkl", "pickle", "bin", "joblib", "pt", "pth", "pkl.gz"])

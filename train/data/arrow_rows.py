@@ -16,6 +16,7 @@ import pyarrow
 import pyarrow.types as arrow
 
 from train.data.formats import Row
+from train.data.row_faults import shown
 
 _IS_TEXT = (arrow.is_string, arrow.is_large_string, arrow.is_string_view)
 _IS_NUMBER = (arrow.is_boolean, arrow.is_integer, arrow.is_floating)
@@ -33,6 +34,12 @@ class ArrowValue:
 
     def __str__(self) -> str:
         return self.type
+
+
+@shown.register
+def _(value: ArrowValue) -> str:
+    cast = "" if "<" in value.type else ' (in pyarrow, column.cast("string") makes text of it)'
+    return f"of Arrow's type {value.type}{cast}"
 
 
 @dataclass(frozen=True, slots=True)

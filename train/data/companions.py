@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from train.data.formats import detect
+from train.data.formats import RowFault, detect, read_row
 from train.errors import UserError
 
 _LARGEST = 16 << 20
@@ -17,16 +17,16 @@ STATE = "the state of a data set that datasets' save_to_disk wrote"
 def companion(path: Path) -> str | None:
     """What a file is that describes data and holds no rows, in words; None for any other.
 
-    Its content decides. Its name does so only where the content is one JSON object without rows of any known format:
-    a metadata.json may be data.
+    Its content decides: rows that can be read are data, whatever stands beside them. Its name does so only where the
+    content is one JSON object without rows of any known format: a metadata.json may be data.
     """
     value = _object(path)
-    if value is None:
+    if value is None or _holds_rows(value, _is_readable):
         return None
     for what, describes in _CONTENTS.items():
         if describes(value):
             return what
-    return None if _holds_rows(value) else _NAMES.get(path.name.lower())
+    return None if _holds_rows(value, _is_row) else _NAMES.get(path.name.lower())
 
 
 def was_saved(folder: Path) -> bool:
@@ -95,15 +95,24 @@ _NAMES = {
 }
 
 
-def _holds_rows(value: dict[str, Any]) -> bool:
+def _holds_rows(value: dict[str, Any], is_row: Callable[[dict[str, Any]], bool]) -> bool:
     """Whether an object is a row, or has rows right below it: in lists, or by id."""
     below = [item[0] if isinstance(item, list) and item else item for item in value.values()]
-    return any(isinstance(row, dict) and _is_row(row) for row in [value, *below])
+    return any(isinstance(row, dict) and is_row(row) for row in [value, *below])
 
 
 def _is_row(value: dict[str, Any]) -> bool:
     try:
         detect(value)
     except UserError:
+        return False
+    return True
+
+
+def _is_readable(value: dict[str, Any]) -> bool:
+    """Whether a row can be read; the features of a data set have the names of a row's columns, but no texts."""
+    try:
+        read_row(value, detect(value), "")
+    except (UserError, RowFault):
         return False
     return True

@@ -36,6 +36,8 @@ from train.data.layouts import (
     is_document,
     line_fault,
 )
+from train.data.row_faults import shown
+from train.data.unread import lost_text
 from train.errors import UserError
 
 PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".bin")
@@ -46,6 +48,9 @@ _BYTES_OF_A_CHUNK = 1 << 20
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\x50\x2a\x4d\x18": "zstd"}
 """How compressed files begin; the last is pzstd's. Downloads are unpacked on the way, or not, whatever their names."""
+
+_DESCRIPTIONS = frozenset(("description", "info", "name", "citation", "homepage"))
+"""Keys of a JSON document that describe it as a whole, beside the rows, as COCO and datasets have them."""
 
 PlacedRow = tuple[str, Row | RowFault]
 """Where in its file a row stands (":12", " row 12"; from 1), and the row, or why it can't even be read."""
@@ -205,9 +210,10 @@ def _rows_within(document: Any, path: Path) -> Iterator[PlacedRow]:
         with suppress(UserError):
             detect(document)
             rows = [document]
-        lists = [value for value in document.values() if isinstance(value, list)]
+        lists = {key: value for key, value in document.items() if isinstance(value, list)}
         if rows is None and len(lists) == 1:
-            rows = lists[0]
+            ((key, rows),) = lists.items()
+            _check_beside(document, key, path)
         elif rows is None and not lists and all(isinstance(value, dict) for value in document.values()):
             rows = document.values()
     if rows is None:
@@ -215,6 +221,18 @@ def _rows_within(document: Any, path: Path) -> Iterator[PlacedRow]:
         raise UserError(f"{path}: a list of rows, or an object with one list under it, is wanted; found: {keys}.")
     for number, row in enumerate(rows, 1):
         yield f" row {number}", _as_row(row)
+
+
+def _check_beside(document: dict[Any, Any], rows: Any, path: Path) -> None:
+    """Raise UserError where a key beside that of the rows holds content, which would be lost: a system prompt, say."""
+    for key, value in document.items():
+        if key == rows or key in _DESCRIPTIONS:
+            continue
+        if (text := lost_text(str(key), [value], ())) is not None:
+            raise UserError(
+                f"{path}: `{key}` beside the rows (`{rows}`) holds content that no row has: {shown(text)}. Put it into "
+                "the rows, or take it out of the file."
+            )
 
 
 def _parquet(path: Path) -> Iterator[Chunk]:

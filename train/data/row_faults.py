@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import singledispatch
 from typing import Any
 
 FAULT_KINDS = {
@@ -96,6 +97,7 @@ def parsed(text: str, where: str) -> Any:
         raise RowFault("invalid JSON", f"{where}: {fault}") from fault
 
 
+@singledispatch
 def shown(value: Any) -> str:
     """Return `value` for a message of one line: its type and its beginning."""
     names = {str: "the text", list: "the list", dict: "the object", bool: "", int: "the number", float: "the number"}

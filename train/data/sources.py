@@ -29,6 +29,9 @@ _SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+_WORDS = {word: split for split, words in _SPLITS.items() for word in words}
+_SHARD = re.compile(r"((^|[-_. ]+)(part|shard|chunk|file)?[-_. ]*\d+([-_. ]*of[-_. ]*\d+(-[0-9a-f]{16})?)?)+$")
+"""The number of a file, behind the name of its split: -00000-of-00002, -00000-of-00002-0123456789abcdef, _1, .part3."""
 _EXAMPLES = 3
 _COMPANIONS = ("README", "LICENSE", "LICENCE", "NOTICE")
 """What lies beside data and is none, so that nobody need be told."""
@@ -262,11 +265,18 @@ def _files_of_split(folder: Path, split: str) -> tuple[list[Path], list[Path], d
             f"{folder}: is {unclear[0].name} part of the split `{split}`? Its name doesn't tell"
             f"{', others do' if any(splits.values()) else ''}. Name a file or a glob in `path` instead."
         )
-    wanted = _split_of(Path(split)) or split
-    chosen = [path for path in files if splits[path] == wanted]
+    chosen = [path for path, named in splits.items() if named and named.is_meant_by(split)]
+    kinds = sorted({named.kind for path in chosen if (named := splits[path])})
     if not chosen:
-        known = ", ".join(sorted({name for name in splits.values() if name}))
+        known = ", ".join(sorted({named.kind for named in splits.values() if named}))
         raise UserError(f"{folder}: there are no files of the split `{split}`. The names tell of: {known}.")
+    if len(kinds) > 1 and split.lower() in _WORDS:
+        kind = next(kind for kind in kinds if kind not in _WORDS)
+        raise UserError(
+            f"{folder}: the split `{split}` could be {' or '.join(f'`{kind}`' for kind in kinds)}, as the names of the "
+            f"files tell. Write the one you mean under the source, such as `split: {kind}`, or name in `path` a file "
+            "or a glob."
+        )
     return chosen, passed_over, companions
 
 
@@ -274,11 +284,36 @@ def _below(folder: Path, path: Path) -> tuple[str, ...]:
     return path.relative_to(folder).parts
 
 
-def _split_of(path: Path) -> str | None:
+@dataclass(frozen=True, slots=True)
+class _SplitName:
+    """The split that a name tells: `train`, `train_sft` and `my_train_sft` of my_train_sft-00000-of-00002.parquet.
+
+    Words before that of the split tell the topic of a file, those behind it the kind of split.
+    """
+
+    split: str
+    kind: str
+    whole: str
+
+    def is_meant_by(self, split: str) -> bool:
+        """Return True if a recipe's `split` is this one: `train` is any kind of it, `train_sft` that one alone."""
+        wanted = split.lower()
+        if wanted in _WORDS:
+            return self.split == _WORDS[wanted]
+        return re.sub("[-_. ]+", "_", wanted) in (self.kind, self.whole)
+
+
+def _split_of(path: Path) -> _SplitName | None:
     """The split that a file's name tells, or else a folder's: `train` of train-00000-of-00002.parquet."""
-    words = [word for part in path.parts for word in re.split("[^a-z]+", part.lower())]
-    told = [split for word in words for split, names in _SPLITS.items() if word in names]
-    return told[-1] if told else None
+    file = path.name.lower()
+    file = file[: file.rindex(ending_of(path))]
+    for name in [file, *reversed([part.lower() for part in path.parts[:-1]])]:
+        words = [word for word in re.finditer("[a-z]+", name) if word[0] in _WORDS]
+        if words:
+            split, end = _WORDS[words[-1][0]], words[-1].end()
+            kind = re.sub("[-_. ]+", "_", _SHARD.sub("", name[end:]))
+            return _SplitName(split, split + kind, re.sub("[-_. ]+", "_", name[:end]) + kind)
+    return None
 
 
 def _saved(folder: Path, source: Source) -> OpenSource:

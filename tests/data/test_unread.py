@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from train.data.chat_template import use_template
 from train.data.files import ParsedRows
 from train.data.formats import ROLES, RowFault, convert, detect, read_row
-from train.data.outcomes import describe_unread
+from train.data.outcomes import describe_unread, warnings_of
 from train.data.prepare import Prepared, examine, refusal
 from train.data.sources import conversations
 from train.data.token_rows import Faults
@@ -327,6 +327,9 @@ def test_a_check_refuses_content_that_is_not_read_and_says_what_to_write(
     data, error = examined("why", "messages[].notes")
     assert "data.sources.0.ignore: no row of" in error
     assert "Did you mean messages[].note?" in error
+    data, error = examined("why", "messages[].note", "images")  # of another shard, say, or empty in this one
+    assert error is None
+    assert warnings_of(data)[:1] == [f"data.sources.0.ignore: no row of {file} has a value under `images`"]
 
 
 def test_what_is_ignored_is_read_as_if_it_were_not_there(rows: RowTokenizer) -> None:

@@ -62,7 +62,7 @@ def _describe_unread(one: UnreadText) -> str:
 
 def warnings_of(data: Prepared) -> list[str]:
     """What a person should know of the data, though nothing keeps it from being trained."""
-    found = []
+    found = [*data.absent]
     if data.passed_over:
         named = ", ".join(map(str, data.passed_over[:3])) + (", ..." if len(data.passed_over) > 3 else "")
         found.append(

@@ -137,7 +137,8 @@ class Prepared:
     `faults`: rows that can't be trained, by kind, whichever part's they are. `escaped`: rows of the sources that are
     trained with the control tokens typed in their text broken up. `passed_over`, `companions`: files beside the data
     that no row was read from, as their names are none of data, or as they describe it. `unread`: what no format reads
-    of the rows. `unmatched`: names in a source's `ignore` that no row has.
+    of the rows. `misspelt`: names in a source's `ignore` that no row has, where a row has one like it; `absent`: those
+    without a like, as of a column that is empty here.
     """
 
     train: Part
@@ -149,7 +150,8 @@ class Prepared:
     passed_over: Sequence[Path] = ()
     companions: Sequence[str] = ()
     unread: Sequence[UnreadText] = ()
-    unmatched: Sequence[str] = ()
+    misspelt: Sequence[str] = ()
+    absent: Sequence[str] = ()
 
     @property
     def accounts(self) -> dict[str, Account]:
@@ -238,13 +240,16 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         escaped,
         passed_over,
         companions,
-        unread=[one for of_source, _ in unread for one in of_source],
-        unmatched=[sentence for _, of_source in unread for sentence in of_source],
+        unread=[one for of_source, *_ in unread for one in of_source],
+        misspelt=[sentence for _, of_source, _ in unread for sentence in of_source],
+        absent=[sentence for _, _, of_source in unread for sentence in of_source],
     )
 
 
-def _unread(key: str, source: Source, entry: Entry, opened: OpenSource) -> tuple[list[UnreadText], list[str]]:
-    """Return what nothing reads of a source, and an error for each name in its `ignore` that no row has."""
+def _unread(
+    key: str, source: Source, entry: Entry, opened: OpenSource
+) -> tuple[list[UnreadText], list[str], list[str]]:
+    """Return what nothing reads of a source, and sentences for names in its `ignore`: misspelt ones, absent ones."""
     unread = []
     for name, (rows, losing, example) in sorted(entry.facts["unread"].items()):
         bad = (
@@ -254,13 +259,17 @@ def _unread(key: str, source: Source, entry: Entry, opened: OpenSource) -> tuple
         )
         unread.append(UnreadText(key, name, rows, losing, name in source.ignore, bad))
     names = [one.name for one in unread]
-    unmatched = []
+    misspelt, absent = [], []
     for name in source.ignore:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
-            hint = f"Did you mean {' or '.join(near)}?" if near else "Take it out."
-            unmatched.append(f"{key}.ignore: no row of {source.path} has `{name}` (or none that is not read). {hint}")
-    return unread, unmatched
+        near = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
+        if name in names:
+            continue
+        nothing = f"{key}.ignore: no row of {source.path} has a value under `{name}`"
+        if near:
+            misspelt.append(f"{nothing}. Did you mean {' or '.join(near)}?")
+        else:
+            absent.append(nothing)
+    return unread, misspelt, absent
 
 
 def _sequences_at_once(recipe: Recipe, *fields: str) -> int:
@@ -312,7 +321,7 @@ def refusal(data: Prepared, section: DataSection) -> str | None:
                 f"({section.max_length:,}); the longest has {account.longest:,} tokens."
             )
     rows = [f"data: {' '.join(reasons)}"] if reasons else []
-    return " ".join([*lost, *data.unmatched, *rows]) or None
+    return " ".join([*lost, *data.misspelt, *rows]) or None
 
 
 def _lost(key: str, lost: Sequence[UnreadText]) -> str:

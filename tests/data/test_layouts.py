@@ -13,12 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from train.data.formats import RowFault
-from train.data.sources import read_rows
+from train.data.sources import conversations, read_rows
 from train.errors import UserError
 from train.recipe import Source
 
@@ -242,6 +243,92 @@ def test_text_in_another_encoding(encoding: str, text: str, words: str, tmp_path
     if name and encoding == "cp1252":
         mended = subprocess.run(["iconv", "-f", name[1], "-t", "UTF-8"], input=content, capture_output=True, check=True)
         assert json.loads(mended.stdout) == row
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [("Größe? Sehr groß.", "ö"), ("Àéà: é", "À"), ("Das ‚ ist ‘, ß’", "‚"), ("señor, sí", "ñ"), ("20 € für é", "€")],
+)
+def test_the_letter_is_that_of_the_byte_that_is_named(text: str, letter: str, tmp_path: Path) -> None:
+    content = json.dumps({"prompt": text, "output": "o"}, ensure_ascii=False).encode("cp1252")
+    words = f" (in Windows-1252 it is {letter}: iconv"
+    byte = f"byte 0x{letter.encode('cp1252').hex()}"
+    (fault,) = faults_of(write(tmp_path / "rows.jsonl", LINES.encode() + content))
+    assert byte in fault
+    assert words in fault
+    far = b" " * 300  # the letter is looked for near the byte alone
+    assert f"{byte}{words}" in error_of(write(tmp_path / "rows.json", b"[" + far + content + far + b"]"))
+    table = f"prompt,output\n{text.replace(',', ' ')},o\n".encode("cp1252")
+    assert f"{byte}{words}" in faults_of(write(tmp_path / "rows.csv", table))[0]
+
+
+def test_a_byte_that_windows_1252_does_not_have_gets_no_letter(tmp_path: Path) -> None:
+    (fault,) = faults_of(write(tmp_path / "rows.jsonl", LINES.encode() + b'{"prompt": "\x81 \xe9 \xe8"}'))
+    assert "byte 0x81" in fault
+    assert "another encoding" in fault
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        str([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]),
+        "[{'role': 'user', 'content': 'hi'}\n {'role': 'assistant', 'content': 'yo'}]",  # NumPy's, as pandas writes it
+        "[{'from': 'human', 'value': \"it's\"}, ...]",
+        str([{"role": "user", "content": "it's", "name": None}]),
+        '[{"role": "user", "content": None}]',
+    ],
+)
+def test_python_in_a_cell_is_named_as_in_a_line(cell: str, tmp_path: Path) -> None:
+    frame = pandas.DataFrame({"messages": [cell]})
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+    ((_, fault),) = conversations(Source(path=str(tmp_path / "rows.csv")))
+    assert isinstance(fault, RowFault)
+    assert "`messages` is a Python list or dict (single quotes, None, True), not JSON" in fault.detail
+    assert "Write it with json.dumps" in fault.detail
+
+
+def test_json_text_sequences_show_their_separator_and_are_mended(tmp_path: Path) -> None:
+    content = "".join(f"\x1e{json.dumps(row)}\n" for row in ROWS)
+    for ending in ("jsonl", "json"):
+        error = error_of(write(tmp_path / f"rows.{ending}", content))
+        assert r"begins with '\x1e{" in error
+        assert "a JSON text sequence (RFC 7464)" in error
+        command = error.partition("Convert it: ")[2]
+        subprocess.run(command, shell=True, check=True)
+        new = tmp_path / f"rows.lines.{ending}"
+        assert rows_of(new) == ROWS
+
+
+@pytest.mark.parametrize("character", ["\x1c", "\x85", "\u2028"])
+def test_a_first_character_that_no_one_sees_is_shown(character: str, tmp_path: Path) -> None:
+    error = error_of(write(tmp_path / "rows.jsonl", "".join(f"{character}{line}\n" for line in LINES.split("\n"))))
+    assert f"it begins with {character!r}"[:-1] in error
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="the command in the message needs jq")
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (LINES + json.dumps(ROWS[0], indent=2) + "\n" + LINES, 4),
+        (LINES + "\n" + PRETTY, 5),
+        (LINES.replace("\n", "\r\n") + PRETTY.replace("\n", "\r\n"), 4),
+        (LINES + '{"messages": [\n{"role": "user"},\n{"role": "assistant"}]}\n', 4),
+        (LINES * 3 + PRETTY.rstrip(), 10),
+    ],
+)
+def test_an_object_over_several_lines_among_others_is_one_error(content: str, line: int, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", content)
+    error = error_of(path)
+    assert error.startswith(f"{path}:{line}: an object stands over several lines")
+    subprocess.run(error.partition("Convert it: ")[2], shell=True, check=True)
+    whole = [json.loads(line) for line in (tmp_path / "rows.lines.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(whole) >= len(ROWS) + 1
+    assert rows_of(tmp_path / "rows.lines.jsonl") == whole
+
+
+@pytest.mark.parametrize("line", ['{"a": [', "{", '{"a": {', '{"a": 1, "b": ['])
+def test_a_line_that_was_cut_is_a_fault_of_its_row(line: str, tmp_path: Path) -> None:
+    assert len(faults_of(write(tmp_path / "rows.jsonl", f"{LINES}{line}\n{LINES}"))) == 1
 
 
 def test_rows_that_are_lists_are_faults_line_by_line(tmp_path: Path) -> None:

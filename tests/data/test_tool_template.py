@@ -193,6 +193,42 @@ def test_rows_of_other_formats_reach_it_whole(tools_tokenizer: Any) -> None:
         assert tools_tokenizer.decode(encoded.input_ids) == wanted
 
 
+LISTED = f"You call functions. They stand within <tools> </tools> tags:\n<tools>\n{json.dumps([WEATHER])}\n</tools>\n"
+RESULT = '<tool_response>\n{"sky": "rain"}\n</tool_response>'
+# of hermes-function-calling-v1: (messages, tools, whether the tools are written)
+HERMES: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None, bool]] = {
+    "all of it": ([says("system", LISTED), ASK, says("assistant", "", OSLO), says("tool", RESULT), ANSWER], [WEATHER], False),
+    "tools listed": ([says("system", LISTED), ASK, says("assistant", "", OSLO), says("tool", "rain"), ANSWER], [WEATHER], False),
+    "tools listed on one line": ([says("system", "<tools>weather</tools>"), ASK, ANSWER], [WEATHER], False),
+    "tools listed twice": ([says("system", LISTED + LISTED + "<tools></tools>"), ASK, ANSWER], [WEATHER], False),
+    "a result": ([SYSTEM, ASK, says("assistant", "", OSLO), says("tool", f"{RESULT}\n"), ANSWER], [WEATHER], True),
+    "two results": ([ASK, says("assistant", "", OSLO, NOW), says("tool", RESULT), says("tool", "noon"), ANSWER], [WEATHER], True),
+    "two results in one": ([ASK, says("assistant", "", OSLO, NOW), says("tool", f"{RESULT}\n{RESULT}"), ANSWER], None, True),
+    "tags without tools": ([says("system", "Tools are within <tools> </tools> tags."), ASK, ANSWER], [WEATHER], True),
+    "an open tag": ([says("system", "Look behind <tools>."), ASK, ANSWER], [WEATHER], True),
+    "tags within a result": ([ASK, says("assistant", "", OSLO), says("tool", f"So: {RESULT}"), ANSWER], [WEATHER], True),
+    "tags in a question": ([SYSTEM, says("user", LISTED), ANSWER], [WEATHER], True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HERMES)
+def test_what_has_its_tags_already_is_not_written_twice(name: str, tools_tokenizer: Any) -> None:
+    messages, tools, listed = HERMES[name]
+    text, trained = written(messages, tools if listed else None)
+    for message in messages:  # they are wrapped as any result, and then one pair of tags is taken away
+        if message["role"] == "tool" and message["content"].startswith("<tool_response>"):
+            wrapped = f"<tool_response>\n{message['content']}\n</tool_response>"
+            assert wrapped in text
+            text = text.replace(wrapped, message["content"])
+    rendered, spans = render(tools_tokenizer, messages, tools)
+    assert rendered == text
+    assert [rendered[slice(*span)] for span in spans] == trained
+    (row,) = encode(tools_tokenizer, messages, tools=tools)
+    assert tools_tokenizer.decode(row.input_ids) == text
+    ids = [token for token, label in zip(row.input_ids, row.labels, strict=True) if label != NOT_TRAINED]
+    assert tools_tokenizer.decode(ids) == "".join(trained)
+
+
 def test_generation_stops_at_the_end_token_and_serving_needs_no_marks(tools_tokenizer: Any) -> None:
     assert Spans(tools_tokenizer).stop_tokens == ["<|im_end|>"]
     plain = without_generation_marks(tools_tokenizer.chat_template)

@@ -30,6 +30,7 @@ from train.data.layouts import (
     BYTES_OF_A_HEAD,
     check_head,
     check_lines,
+    check_one_a_line,
     delimiter_of,
     document_fault,
     guess,
@@ -154,6 +155,7 @@ def _chunks_of_lines(path: Path, stream: io.BufferedIOBase, lines: list[bytes]) 
     check_lines(path, lines)
     first = 1
     while lines:
+        check_one_a_line(path, first, lines)
         if not all(map(bytes.isspace, lines)):
             yield Lines(first, lines)
         first += len(lines)
@@ -190,7 +192,8 @@ def _document(path: Path) -> Iterator[Chunk]:
         document = json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as fault:
         line = content.count(b"\n", 0, fault.start) + 1
-        what = f"byte 0x{content[fault.start]:02x}{guess(content[max(0, fault.start - 100) : fault.start + 100])}"
+        start = max(0, fault.start - 100)
+        what = f"byte 0x{content[fault.start]:02x}{guess(content[start : fault.start + 100], fault.start - start)}"
         raise UserError(f"{path}:{line}: not UTF-8: {what}. Save it as UTF-8.") from fault
     except json.JSONDecodeError as fault:
         if fault.msg != "Extra data" or "\n" in fault.doc[: fault.pos].strip():
@@ -258,7 +261,7 @@ def _cells(path: Path, delimiter: str) -> Iterator[PlacedRow]:
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as fault:
-                undecodable[number] = f"line {number}: byte 0x{line[fault.start]:02x}{guess(line)}"
+                undecodable[number] = f"line {number}: byte 0x{line[fault.start]:02x}{guess(line, fault.start)}"
                 yield line.decode("utf-8", errors="replace")
 
     with _open(path) as stream:

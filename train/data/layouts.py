@@ -4,19 +4,22 @@ A file is named by its first bytes (`check_head`), a JSON file or a line of one 
 (`document_fault`, `line_fault`). Where a command mends it, the message holds the command.
 """
 
-import ast
 import csv
 import json
 import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
-from train.data.formats import RowFault
+from train.data.row_faults import PYTHON, RowFault, is_python
 from train.errors import UserError
 
 BYTES_OF_A_HEAD = 4096
+_BLANKS = " \t\r\n"
+"""What JSON takes for blanks; Python strips other characters too, which a message is to show."""
+_RECORD_SEPARATOR = "\x1e"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 _POINTERS = {
@@ -61,11 +64,12 @@ _PYTHON = _Layout(
     "python3 -c 'import ast, json, sys; [" + _LITERAL.format("line") + " for line in sys.stdin if line.strip()]'",
 )
 _PYTHON_LIST = _Layout(
-    "it is a Python list or dict (single quotes, None, True), not JSON",
+    f"it is {PYTHON}",
     "python3 -c 'import ast, json, sys; " + _LITERAL.format("sys.stdin.read()") + "'",
 )
 _SEVERAL = _Layout("several objects stand on one line", "jq -c .")
 _SPREAD = _Layout("the objects stand over several lines each", "jq -c .")
+_SPREAD_ONE = _Layout("an object stands over several lines", "jq -c .")
 _JOINED = _Layout(
     "a byte order mark (EF BB BF) inside the file, where another file was joined to it",
     r"sed 's/^\xEF\xBB\xBF//'",
@@ -153,18 +157,39 @@ def check_lines(path: Path, lines: Sequence[bytes]) -> None:
     fault = _fault_of(first)
     layout = _layout_of(first.decode("utf-8", "replace"), fault) if fault else None
     if layout is not None:
-        raise _refusal(path, layout)
+        raise _refusal(path, path, layout)
     if fault is not None and fault.pos == 0:
-        raise UserError(f"{path}: {_no_json(fault.doc)}")
+        raise _no_json(path, fault.doc)
+
+
+def check_one_a_line(path: Path, first: int, lines: Sequence[bytes]) -> None:
+    """Raise UserError where an object stands over several of these lines. `first`: the number of the first of them."""
+    begun = [
+        number
+        for number, line in enumerate(lines)
+        if (bare := line.strip()).startswith(b"{") and not bare.endswith(b"}")
+    ]
+    if not begun:
+        return
+    texts = [line.decode("utf-8", "replace") for line in lines]
+    ends = list(accumulate(map(len, texts)))
+    whole = "".join(texts)
+    for number in begun:
+        try:
+            _, end = json.JSONDecoder().raw_decode(whole, whole.index("{", ends[number] - len(texts[number])))
+        except (ValueError, RecursionError):  # broken or cut off: a fault of this row
+            continue
+        if end > ends[number]:
+            raise _refusal(f"{path}:{first + number}", path, _SPREAD_ONE)
 
 
 def document_fault(path: Path, text: str, fault: json.JSONDecodeError) -> UserError:
     """The error for a file that is not one JSON value, and by the lines that it begins with not one a line either."""
     rest = text[fault.pos :].lstrip()
     if not text[: fault.pos].strip():
-        return UserError(f"{path}: {_no_json(rest)}")
+        return _no_json(path, text[fault.pos :])
     if fault.msg == "Extra data" and not rest.startswith((",", "\ufeff")):
-        return _refusal(path, _SPREAD)
+        return _refusal(path, path, _SPREAD)
     where = f"{path}:{fault.lineno}: "
     if fault.msg == "Extra data" and rest.startswith("\ufeff"):
         return UserError(f"{where}{_JOINED.what}. Take it out: {rewriting(path, _JOINED.program, 'joined')}")
@@ -173,8 +198,8 @@ def document_fault(path: Path, text: str, fault: json.JSONDecodeError) -> UserEr
         return UserError(f"{invalid}: objects with commas between them. Put [ before the first and ] after the last.")
     if _is_cut(fault):
         return UserError(f"{invalid}: the file ends in the middle of a value. It was cut off: copy it again.")
-    if _is_python(text):
-        return _refusal(path, _PYTHON_LIST)
+    if is_python(text):
+        return _refusal(path, path, _PYTHON_LIST)
     if rest[:1] in ("]", "}") and text[: fault.pos].rstrip().endswith(","):
         return UserError(f"{invalid}: a comma stands before the closing {rest[0]}. Take it out.")
     return UserError(f"{invalid}.")
@@ -186,7 +211,8 @@ def line_fault(line: bytes, fault: ValueError | RecursionError, *, ended: bool) 
         return RowFault("not UTF-8", "zero bytes in the line, as where text in UTF-16 was added to the file")
     if isinstance(fault, UnicodeDecodeError):
         return RowFault(
-            "not UTF-8", f"byte 0x{line[fault.start]:02x} at byte {fault.start + 1} of the line{guess(line)}"
+            "not UTF-8",
+            f"byte 0x{line[fault.start]:02x} at byte {fault.start + 1} of the line{guess(line, fault.start)}",
         )
     if not isinstance(fault, json.JSONDecodeError):  # a number of 5,000 digits, 100,000 brackets
         return RowFault("invalid JSON", str(fault))
@@ -197,15 +223,15 @@ def line_fault(line: bytes, fault: ValueError | RecursionError, *, ended: bool) 
     return RowFault("invalid JSON", f"{fault.msg} at column {fault.colno}{cut}")
 
 
-def guess(text: bytes) -> str:
-    """What bytes that are not UTF-8 may be, to stand after the description of the first of them.
+def guess(text: bytes, at: int) -> str:
+    """What bytes that are not UTF-8 may be, to stand after the description of the one `at` this index.
 
     A single byte among ASCII is a letter of Western Europe as a rule; in East Asian encodings they come in pairs.
     """
     high = re.findall(rb"[\x80-\xff]+", text)
-    alone = next((run for run in high if len(run) == 1), None)
-    if alone and 2 * sum(len(run) == 1 for run in high) >= len(high):
-        letter = alone.decode("cp1252", "replace")
+    alone = sum(len(run) == 1 for run in high)
+    letter = text[at : at + 1].decode("cp1252", "ignore")
+    if letter and alone and 2 * alone >= len(high):
         return f" (in Windows-1252 it is {letter}: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW)"
     return " (of another encoding, such as GB18030, SHIFT_JIS or CP949: iconv -f NAME -t UTF-8 FILE > NEW)"
 
@@ -223,18 +249,23 @@ def delimiter_of(header: str, delimiter: str) -> str:
     return others[0] if cells(delimiter) == 1 and len(others) == 1 else delimiter
 
 
-def _refusal(path: Path, layout: _Layout) -> UserError:
+def _refusal(where: Path | str, path: Path, layout: _Layout) -> UserError:
     command = rewriting(path, layout.program, "lines", ".jsonl")
     return UserError(
-        f"{path}: {layout.what}. One JSON object a line is wanted, or one list of all objects. Convert it: {command}"
+        f"{where}: {layout.what}. One JSON object a line is wanted, or one list of all objects. Convert it: {command}"
     )
 
 
-def _no_json(text: str) -> str:
-    first = text.splitlines()[0].strip() if text.strip() else ""
+def _no_json(path: Path, text: str) -> UserError:
+    text = text.lstrip(_BLANKS)
+    if text.startswith(_RECORD_SEPARATOR):
+        what = "the file is a JSON text sequence (RFC 7464)"
+        command = rewriting(path, r"tr -d '\036'", "lines")
+        return UserError(f"{path}: {what}, it begins with {text[:20]!r}. JSON lines are wanted. Convert it: {command}")
+    first = text.partition("\n")[0].rstrip(_BLANKS)
     table = {",": ".csv", ";": ".csv", "\t": ".tsv"}.get(delimiter_of(first, "\0"))
     advice = f" A table with a header needs the ending {table}." if table else ""
-    return f"the file holds no JSON, it begins with {first[:60]!r}.{advice}"
+    return UserError(f"{path}: the file holds no JSON, it begins with {first[:60]!r}.{advice}")
 
 
 def _layout_of(text: str, fault: json.JSONDecodeError) -> _Layout | None:
@@ -243,17 +274,7 @@ def _layout_of(text: str, fault: json.JSONDecodeError) -> _Layout | None:
     if fault.msg == "Extra data":
         rest = text[fault.pos :].strip()
         return _COMMA if rest == "," else _SEVERAL if rest.startswith("{") else None
-    return _PYTHON if _is_python(text) else None
-
-
-def _is_python(text: str) -> bool:
-    """Whether a text that is not JSON is a dict or list as Python prints it."""
-    if not re.match(r"\s*(\[\s*)?\{\s*'", text) and not re.search(r": (None|True|False)\b", text):
-        return False
-    try:
-        return isinstance(ast.literal_eval(text.strip().removesuffix(",")), dict | list)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return False
+    return _PYTHON if is_python(text) else None
 
 
 def _is_cut(fault: json.JSONDecodeError | None) -> bool:

@@ -55,9 +55,11 @@ def describe_unread(unread: Sequence[UnreadText]) -> list[str]:
 
 
 def _describe_unread(one: UnreadText) -> str:
+    column, dot, key = one.name.rpartition(".")
+    name = one.name if key.strip() else f'{column}{dot}"{key}"'  # pandas' index has no name
     if one.ignored:
-        return f"{one.name} (ignored, {counted(one.rows, 'row')})"
-    return f"{one.name} ({counted(one.rows, 'row')}" + (f", content in {one.losing:,})" if one.losing else ")")
+        return f"{name} (ignored, {counted(one.rows, 'row')})"
+    return f"{name} ({counted(one.rows, 'row')}" + (f", content in {one.losing:,})" if one.losing else ")")
 
 
 def warnings_of(data: Prepared) -> list[str]:

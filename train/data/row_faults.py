@@ -1,6 +1,8 @@
 """Faults of rows, and the checks of single values that raise them."""
 
+import ast
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import singledispatch
 from typing import Any
@@ -23,6 +25,8 @@ FAULT_KINDS = {
 }
 """Every kind of fault found before a template is involved, and what it means."""
 
+PYTHON = "a Python list or dict (single quotes, None, True), not JSON"
+_PYTHON_START = re.compile(r"\s*(\[\s*)?\{\s*'")
 _SHOWN = 60
 
 
@@ -91,10 +95,22 @@ def parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as fault:
+        if is_python(text) or _PYTHON_START.match(text):  # NumPy's lists have no commas, long ones "..."
+            raise RowFault("invalid JSON", f"{where} is {PYTHON}: {shown(text)}. Write it with json.dumps") from fault
         detail = f"{where}: {fault.msg} at line {fault.lineno} column {fault.colno} of {shown(text)}"
         raise RowFault("invalid JSON", detail) from fault
     except (ValueError, RecursionError) as fault:  # a number of 5,000 digits, 100,000 brackets
         raise RowFault("invalid JSON", f"{where}: {fault}") from fault
+
+
+def is_python(text: str) -> bool:
+    """Whether a text that is not JSON is a dict or list as Python prints it."""
+    if not _PYTHON_START.match(text) and not re.search(r": (None|True|False)\b", text):
+        return False
+    try:
+        return isinstance(ast.literal_eval(text.strip().removesuffix(",")), dict | list)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return False
 
 
 @singledispatch

@@ -1,47 +1,62 @@
 """Record of a finished run in outcome.json, and the check whether a recipe's run is already finished.
 
-A run is finished where outcome.json says so, its recipe and the bytes of its data were those of now, and the weights
-that it saved are still there, with its newest checkpoint or without any. Settings that change no result (logging, where
-the cache lies) may differ. Of the base model only the sizes of its weight files are compared; data and models from a
-hub are taken to be unchanged.
+A run is finished where outcome.json says so, its recipe and the contents of what it names (`run_inputs`) were those of
+now, and the weights that it saved are still there, with its newest checkpoint or without any. Settings that change no
+result (logging, where the cache lies) may differ. A finished run that lacks files beside its weights is finished too:
+they can be written without training.
 """
 
 import json
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from train.formatting import wrap
-from train.loop.checkpoint import COMPLETE, HARMLESS, changed_keys, described, facts_of_recipe, folders
+from train.loop.checkpoint import COMPLETE, HARMLESS, changed_keys, facts_of_recipe, folders, value_of
 from train.loop.checkpoint import sequences_per_step as sequences
+from train.loop.run_inputs import BASE_MODEL, changed_files, contents, contents_alone, files_beside_weights, sampled
+from train.lr_schedules import FOLLOWS_EVALUATION
 from train.progress import counted
 from train.recipe import Recipe
+from train.training_fields import chosen_by_gain
 
 OUTCOME = "outcome.json"
 """In output_dir: how the last run there ended. Exit codes don't survive `accelerate launch`."""
 _WEIGHTS = "*.safetensors"
 _OUTSIDE = ("training.push_to_hub", "training.hub_")
 """Settings that change no weight, but what is done with them at the end."""
+_WHEN_MEASURED = {f"training.{name}" for name in ("eval_steps", "eval_strategy", "save_steps", "save_strategy")}
+"""Settings that decide which models the best one is chosen from, and when a learning rate follows the evaluation."""
+_VOCABULARY = ("tokenizer.json", "tekken.json", "*.model", "*.tiktoken", "vocab*")
+"""Patterns of which the files of every kind of tokenizer match one."""
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that was trained to its end. `time`: in seconds since 1970. `checkpoint`: its newest whole one."""
+    """A run that was trained to its end. `time`: in seconds since 1970. `checkpoint`: its newest whole one.
+
+    `missing`: files that the model can't be used without, and that can be written again.
+    """
 
     output_dir: str
     step: int
     time: float
     checkpoint: Path | None
     length: str
+    missing: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:
-        """Return when it was finished, and after how many steps."""
+        """Return when it was finished, after how many steps, and what its model lacks."""
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.time))
-        return f"already finished ({counted(self.step, 'step')}, {when})"
+        done = f"already finished ({counted(self.step, 'step')}, {when})"
+        if not self.missing:
+            return done
+        are, them = ("are", "them") if len(self.missing) > 1 else ("is", "it")
+        command = f"`python -m train.loop.side_files {self.output_dir}` writes {them} again"
+        return f"{done}, but its {', '.join(self.missing)} {are} missing ({command})"
 
     def message(self, width: int) -> str:
         """Return what a second start of the same command is told, in lines of `width` columns."""
@@ -60,7 +75,7 @@ class FinishedRun:
 
 def fingerprint(recipe: Recipe) -> dict[str, Any]:
     """Return what tells this run from another one: its settings, and the files that it reads."""
-    return {"run": _settings(recipe), "inputs": {str(path): _file(path) for path in _inputs(recipe)}}
+    return {"run": _settings(recipe), "contents": contents(recipe)}
 
 
 def newest_checkpoint(*parents: str | Path | None) -> Path | None:
@@ -69,14 +84,11 @@ def newest_checkpoint(*parents: str | Path | None) -> Path | None:
 
 
 def results(output_dir: str | Path) -> dict[str, Any]:
-    """Return what a finished run leaves and a later start looks for: its weights and its newest checkpoint."""
+    """Return what a finished run leaves and a later start looks for: its model and its newest checkpoint."""
     newest = newest_checkpoint(output_dir)
-    return {"weights": weights_in(output_dir), "checkpoint": newest and newest.name}
-
-
-def weights_in(output_dir: str | Path) -> dict[str, int]:
-    """Return the weight files of a saved model or adapter, with their sizes in bytes."""
-    return {path.name: path.stat().st_size for path in sorted(Path(output_dir).glob(_WEIGHTS))}
+    weights = {path.name: sampled(path) for path in sorted(Path(output_dir).glob(_WEIGHTS))}
+    beside = files_beside_weights(Path(output_dir))
+    return {"weights": weights, "beside weights": beside, "checkpoint": newest and newest.name}
 
 
 def finished_run(recipe: Recipe) -> tuple[FinishedRun | None, str | None]:
@@ -91,26 +103,27 @@ def finished_run(recipe: Recipe) -> tuple[FinishedRun | None, str | None]:
         if differences:
             return None, f"{folder} holds a finished run, but {'; '.join(differences)}."
         length = "training.max_steps" if recipe.training.get("max_steps", -1) > 0 else "training.num_train_epochs"
-        return FinishedRun(str(folder), record["step"], record["time"], newest, length), None
+        missing = tuple(_missing_files(folder, record["beside weights"], adapter=recipe.adapter is not None))
+        return FinishedRun(str(folder), record["step"], record["time"], newest, length, missing), None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None, None  # none is there, or one of another version
 
 
 def _differences(record: dict[str, Any], recipe: Recipe) -> Iterator[str]:
     before, now = record["run"], _settings(recipe)
-    for key in changed_keys(before, now):
-        if key not in HARMLESS or key.startswith(_OUTSIDE):
+    files_before, files_now = record["contents"], contents(recipe)
+    changed = changed_keys(before | contents_alone(files_before), now | contents_alone(files_now))
+    for key in changed:
+        if not _decides(key, now):
+            continue
+        if before.get(key) != now.get(key):
             yield f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-    inputs = record["inputs"]
-    for path in _inputs(recipe):
-        if str(path) not in inputs or _file(path, inputs[str(path)]) != inputs[str(path)]:
-            yield f"{path} has changed since"
-    for name in inputs.keys() - {str(path) for path in _inputs(recipe)}:
-        yield f"{name} is missing"
-    found = weights_in(recipe.output_dir)
-    for name, size in record["weights"].items():
-        if found.get(name) != size:
-            yield f"its {name} is {'damaged' if name in found else 'missing'}"
+        elif key != "model.name_or_path":  # of the same name, it is only the working folder that is another one
+            folder = recipe.model.name_or_path if key == BASE_MODEL else ""
+            yield from changed_files(files_before.get(key, ()), files_now.get(key, ()), folder)
+    for name, written in record["weights"].items():
+        if (found := sampled(Path(recipe.output_dir, name))) != written:
+            yield f"its {name} is {'damaged' if found else 'missing'}"
     if not record["weights"]:
         yield "it saved no weights"
     newest = newest_checkpoint(recipe.output_dir)
@@ -123,23 +136,23 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     return {**facts_of_recipe(recipe), "sequences per step and process": sequences(recipe, 1)}
 
 
-def _inputs(recipe: Recipe) -> list[Path]:
-    """Return the local files that decide what is trained: data, the template, and the weights of the base model."""
-    validation = recipe.data.validation
-    sources = [*recipe.data.sources, *(validation if isinstance(validation, list | tuple) else ())]
-    named = [source.path for source in sources]
-    named += [recipe.chat.template] if recipe.chat.template else []
-    files = [file for name in named for file in _files_below(Path(name).expanduser())]
-    return sorted({*files, *Path(recipe.model.name_or_path).expanduser().glob(_WEIGHTS)})
+def _decides(key: str, settings: dict[str, Any]) -> bool:
+    """Return whether another value of `key` means another finished model, or another upload of it."""
+    if key.startswith("system_gain."):
+        return chosen_by_gain(value_of(settings, "training.metric_for_best_model"))
+    if key in _WHEN_MEASURED:
+        follows = value_of(settings, "training.lr_scheduler_type") in FOLLOWS_EVALUATION
+        return follows or bool(value_of(settings, "training.load_best_model_at_end"))
+    return key not in HARMLESS or key.startswith(_OUTSIDE)
 
 
-def _files_below(path: Path) -> Iterator[Path]:
-    if path.is_file():
-        yield path
-    for folder, _, names in os.walk(path):
-        yield from (Path(folder, name) for name in names)
+def _missing_files(folder: Path, written: Iterable[str], *, adapter: bool) -> list[str]:
+    """Return the names of files beside the weights that are missing or empty: of those written, and of the necessary.
 
-
-def _file(path: Path, known: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """Return size and checksum; of weights the size alone, as they are large."""
-    return {"bytes": path.stat().st_size} if path.match(_WEIGHTS) else described(path, known=known)
+    A run whose last files couldn't be written is finished, too.
+    """
+    config = "adapter_config.json" if adapter else "config.json"
+    names = {*written, config, "generation_config.json", "tokenizer_config.json", "chat_template.jinja"}
+    if not any(any(folder.glob(pattern)) for pattern in _VOCABULARY):
+        names.add("tokenizer.json")
+    return sorted(name for name in names if not (folder / name).is_file() or not (folder / name).stat().st_size)

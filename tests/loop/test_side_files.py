@@ -195,15 +195,50 @@ def test_settings_that_transformers_refuses_are_an_error_before_training(
 # Known before training.
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "README.md", "loss.png"])
+IN_THE_WAY = [
+    *("config.json", "tokenizer.json", "model.safetensors", "README.md", "loss.png", "metrics.jsonl", "outcome.json"),
+    *("attempts.jsonl", ".lock", "suspects.jsonl", "system_gain.jsonl", "system_gain.png"),
+]
+
+
+@pytest.mark.parametrize("name", IN_THE_WAY)
 @pytest.mark.parametrize("check", [["--check"], []], ids=["check", "training"])
 def test_a_folder_in_the_way_of_a_file_is_an_error_before_training(
     name: str, check: list[str], recipe_file: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / "run" / name).mkdir(parents=True)
     said = refused("--recipe", recipe_file(), *check)
+    if name == ".lock" and not check:
+        assert said == f"output_dir: {tmp_path}/run/.lock can't be written: Is a directory. Name another folder."
+        return
     assert said.startswith(f"output_dir: {tmp_path}/run/{name} is a folder, and the run writes a file there.")
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run" / "metrics.jsonl").is_file()
+
+
+def test_every_file_that_a_run_leaves_is_one_whose_place_is_looked_at(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = recipe_file(training={**ONE_STEP, "eval_strategy": "steps"}, data={"validation": 0.25}, system_gain={})
+    assert main(["--recipe", str(path)]) == 0
+    left = {path.name for path in (tmp_path / "run").iterdir() if path.is_file()} - {"recipe.yaml"}
+    assert {"metrics.jsonl", "outcome.json", "report.md"} <= left
+    for name in left:
+        (tmp_path / "run" / name).unlink()
+        (tmp_path / "run" / name).mkdir()
+    recipe = load_recipe(path)
+    faults = list(side_files.side_file_faults(recipe, load_tokenizer(recipe.model)))
+    assert {name for name in left if any(f"/run/{name} is a folder" in fault for fault in faults)} == left
+
+
+@pytest.mark.parametrize("check", [["--check"], []], ids=["check", "training"])
+def test_a_file_in_the_way_of_checkpoints_is_an_error_before_training(
+    check: list[str], recipe_file: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "unfinished").write_text("notes")
+    said = refused("--recipe", recipe_file(), *check)
+    assert said.startswith(f"output_dir: {tmp_path}/run/unfinished is a file, and the run makes a folder there.")
+    assert (tmp_path / "run" / "unfinished").read_text() == "notes"
 
 
 def test_a_tokenizer_that_cannot_be_written_is_an_error_before_training(recipe_file: Callable[..., Path]) -> None:

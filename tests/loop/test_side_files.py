@@ -251,6 +251,39 @@ def test_a_tokenizer_that_cannot_be_written_is_an_error_before_training(recipe_f
     assert "cannot be serialized" in fault
 
 
+# A README.md that is the user's own stays.
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"# My project\n", b"", b"---\nlibrary_name: peft\n---\n# Another trainer's card", b"\xff\xfe not UTF-8"],
+    ids=["a project", "empty", "another card", "not UTF-8"],
+)
+def test_a_readme_that_no_run_wrote_is_left_alone_and_said_so(
+    content: bytes, recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer(load_recipe(recipe_file()))
+    readme = tmp_path / "run" / "README.md"
+    readme.parent.mkdir(exist_ok=True)
+    readme.write_bytes(content)
+    trainer.save_model(str(readme.parent))
+    assert readme.read_bytes() == content
+    shown = capsys.readouterr().out
+    assert f"{readme} was not written by janus-sft and stays as it is" in shown
+    assert "warning" not in shown
+
+
+def test_the_card_of_an_earlier_run_is_replaced(
+    recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    for seed in 1, 2:
+        recipe = load_recipe(recipe_file(seed=seed))
+        make_trainer(recipe).save_model(str(run))
+        assert f"seed: {seed}\n" in (run / "README.md").read_text()
+    assert "stays as it is" not in capsys.readouterr().out
+
+
 # What fails afterwards costs no weights.
 
 

@@ -32,7 +32,7 @@ from transformers.utils import (
 from train.errors import USER_FIXABLE_ERRNOS, CommandLine, UserError, ending
 from train.loop.guards import SUSPECTS
 from train.loop.preemption import ATTEMPTS
-from train.loop.report import model_card
+from train.loop.report import is_card_of_others, write_model_card
 from train.loop.run_outcome import OUTCOME
 from train.loop.saving import ASIDE, LOCK
 from train.loop.validation_gain import FILE as GAIN_FILE
@@ -75,7 +75,7 @@ def side_files(model: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokeni
 
 def finished_files(recipe: Recipe) -> Writers:
     """Return the writers of what stands beside a finished model alone: its card, and the processor of a whole model."""
-    writers: Writers = {CARD: lambda folder: (folder / CARD).write_text(model_card(recipe), encoding="utf-8")}
+    writers: Writers = {CARD: lambda folder: write_model_card(recipe, folder / CARD)}
     if recipe.adapter is None:
         writers["processor"] = lambda folder: copy_processor(recipe.model, folder)
     return writers
@@ -133,6 +133,8 @@ def side_file_faults(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iter
         path = Path(recipe.output_dir, name)
         if path.is_dir():
             yield f"output_dir: {path} is a folder, and the run writes a file there. Move it, or name another folder."
+        elif name == CARD and os.access(path, os.R_OK) and is_card_of_others(path):
+            continue  # it stays
         elif path.exists() and not os.access(path, os.W_OK):
             yield f"output_dir: {path} can't be written. Change its permissions, or name another folder."
     aside = Path(recipe.output_dir, ASIDE)

@@ -101,6 +101,34 @@ def test_weights_keep_their_type_and_are_rounded_once(tiny_model: Path, tmp_path
     assert torch.equal(after["model.norm.weight"], before["model.norm.weight"])
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype", "base_dtype"),
+    [
+        ("lora", "bfloat16", "float32"),
+        ("dora", "float16", "float32"),
+        ("embedding adapted", "bfloat16", "float32"),
+        ("embedding saved", "bfloat16", "float32"),
+        ("lora", "float16", "bfloat16"),
+        ("lora", "bfloat16", "float16"),
+    ],
+)
+def test_weights_are_rounded_once_to_another_type(
+    kind: str, dtype: str, base_dtype: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """They are those of a merge in float32, rounded: --dtype doesn't round the base before the update is added."""
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=getattr(torch, base_dtype)).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
+    adapter = make_adapter(base, tmp_path / "adapter", **ADAPTERS[kind])
+    arguments = [str(adapter), "--no-compare", "--output"]
+    assert script.main([*arguments, str(tmp_path / "whole"), "--dtype", "float32"]) == 0
+    assert script.main([*arguments, str(tmp_path / "merged"), "--dtype", dtype]) == 0
+    whole, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "merged"))
+    assert whole.keys() == merged.keys()
+    for name, value in whole.items():
+        assert torch.equal(merged[name], value.to(getattr(torch, dtype))), name
+
+
 def test_the_adapters_tokenizer_and_stop_tokens_come_along(tiny_model: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tiny_model, tmp_path / "adapter", target_modules=LINEAR)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)

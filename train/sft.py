@@ -124,6 +124,11 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(recipe.model)
     notes = check_fits(recipe, tokenizer)
     try_optimizer(recipe)
+    if checkpoint:
+        from train.loop.resume import ResumedSettings  # imports much of transformers
+
+        with_deepspeed = checkpoint.manifest["distribution"].startswith("DeepSpeed")
+        ResumedSettings(checkpoint, recipe).refuse(checkpoint, deepspeed=with_deepspeed)
     template = use_template(tokenizer, recipe.chat.template)
     before = settle(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
     pin_date(tokenizer, date_of_run(checkpoint))
@@ -139,7 +144,6 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     from train.loop.arguments import training_arguments
     from train.loop.preemption import Preemption, telling_outcome
     from train.loop.report import claim_output_dir, say_where_it_goes_on, write_report
-    from train.loop.resume import ResumedSettings
     from train.loop.run_state import facts_of_data, sharding
     from train.loop.saving import keep_others_out
     from train.loop.side_files import side_file_faults
@@ -172,7 +176,6 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
         arguments = training_arguments(described, stop_tokens)
         if checkpoint:
             check_distribution(checkpoint, sharding(arguments))
-            ResumedSettings(checkpoint, recipe).refuse(checkpoint, deepspeed=arguments.deepspeed_plugin is not None)
         tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
 
         step_log = StepLog(recipe.output_dir)

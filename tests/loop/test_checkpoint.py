@@ -245,7 +245,6 @@ REFUSED = [
     ("data.packing=false", "data.packing was True and is False", "data.packing"),
     ("chat.train_on=last", "chat.train_on was 'assistant' and is 'last'", "chat.train_on"),
     ("model.dtype=bfloat16", "model.dtype was 'float32' and is 'bfloat16'", "model.dtype"),
-    ("adapter.r=8", "adapter", "adapter"),
 ]
 
 
@@ -385,14 +384,73 @@ def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(
     assert_same_model(run, whole["full"])
 
 
-def test_a_checkpoint_that_does_not_fit_the_model_is_an_error(
+OTHER_WEIGHTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "rank": ("lora", {"adapter": {"r": 8}}, "adapter.r was 4 and is 8"),
+    "modules": (
+        "lora",
+        {"adapter": {"target_modules": ["q_proj"]}},
+        'adapter.target_modules was "all-linear" and is ["q_proj"]',
+    ),
+    "DoRA": ("lora", {"adapter": {"use_dora": True}}, "adapter.use_dora was false and is true"),
+    "whole modules": (
+        "lora",
+        {"adapter": {"modules_to_save": ["lm_head"]}},
+        'adapter.modules_to_save was null and is ["lm_head"]',
+    ),
+    "no adapter": ("lora", {"adapter": None}, "it was trained with an adapter"),
+    "an adapter": ("full", {"adapter": {"r": 4}}, "it was trained in full"),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_WEIGHTS)
+@pytest.mark.parametrize("named", [True, False])
+def test_a_checkpoint_of_other_weights_is_refused_at_once_and_no_flag_is_advised(
+    change: str,
+    named: bool,
+    again: Callable[..., tuple[Path, Path]],
+    refused: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No run can resume with another size of adapter, or one where there was none, whatever --resume-anyway says."""
+    kind, sections, said = OTHER_WEIGHTS[change]
+    path, run = again(kind, checkpoints=(6,), **sections)
+    keys = ("adapter.r", "adapter.target_modules", "adapter.use_dora", "adapter.modules_to_save")
+    anyway = [f"--resume-anyway={key}" for key in keys] if named else []
+    for check in ["--check"], []:
+        error = refused("--recipe", path, *check, *anyway)
+        assert error.startswith(f"--resume: {run / 'checkpoint-6'} can't be loaded into this run: adapter")
+        assert f"the checkpoint holds others ({said})" in error
+        assert "--resume-anyway" not in error
+    with pytest.raises(UserError):
+        find_checkpoint("auto", load_recipe(path))
+    assert "changed since" not in capsys.readouterr().out
+
+
+def test_an_adapters_modules_in_another_order_are_no_change(
+    again: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, run = again("lora", checkpoints=(6,))
+    manifest = json.loads((run / "checkpoint-6" / COMPLETE).read_text(encoding="utf-8"))
+    manifest["run"]["adapter.target_modules"] = ["q_proj", "v_proj"]
+    manifest["digest"] = digest_of(manifest)
+    (run / "checkpoint-6" / COMPLETE).write_text(json.dumps(manifest), encoding="utf-8")
+    assert find_checkpoint("auto", load_recipe(path, ["adapter.target_modules=[v_proj, q_proj]"])) is not None
+    assert "changed since" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="decides which weights are trained"):
+        find_checkpoint("auto", load_recipe(path, ["adapter.target_modules=[v_proj, k_proj]"]))
+
+
+def test_a_check_refuses_another_optimizer_for_a_checkpoint_of_deepspeed(
     again: Callable[..., tuple[Path, Path]], refused: Callable[..., str]
 ) -> None:
-    """--resume-anyway can name what no run can go on from: another size of adapter, or one where there was none."""
-    path, run = again("lora", adapter={"r": 8})
-    assert f"--resume: {run / 'checkpoint-6'} can't be loaded" in refused(
-        "--recipe", path, "--resume-anyway", "adapter.r", "training.max_steps=8", "--resume-anyway=training.max_steps"
-    )
+    path, run = again(checkpoints=(6,), training={"optim": "adafactor"})
+    manifest = json.loads((run / "checkpoint-6" / COMPLETE).read_text(encoding="utf-8"))
+    manifest["distribution"] = "DeepSpeed ZeRO-2"
+    manifest["digest"] = digest_of(manifest)
+    (run / "checkpoint-6" / COMPLETE).write_text(json.dumps(manifest), encoding="utf-8")
+    error = refused("--recipe", path, "--resume-anyway", "training.optim", "--check")
+    assert "holds the optimizer adamw_torch" in error
+    assert "DeepSpeed loads weights and optimizer together" in error
 
 
 def test_lines_of_metrics_that_were_lost_are_written_again_from_the_checkpoint(

@@ -195,15 +195,50 @@ def test_settings_that_transformers_refuses_are_an_error_before_training(
 # Known before training.
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "README.md", "loss.png"])
+IN_THE_WAY = [
+    *("config.json", "tokenizer.json", "model.safetensors", "README.md", "loss.png", "metrics.jsonl", "outcome.json"),
+    *("attempts.jsonl", ".lock", "suspects.jsonl", "system_gain.jsonl", "system_gain.png"),
+]
+
+
+@pytest.mark.parametrize("name", IN_THE_WAY)
 @pytest.mark.parametrize("check", [["--check"], []], ids=["check", "training"])
 def test_a_folder_in_the_way_of_a_file_is_an_error_before_training(
     name: str, check: list[str], recipe_file: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / "run" / name).mkdir(parents=True)
     said = refused("--recipe", recipe_file(), *check)
+    if name == ".lock" and not check:
+        assert said == f"output_dir: {tmp_path}/run/.lock can't be written: Is a directory. Name another folder."
+        return
     assert said.startswith(f"output_dir: {tmp_path}/run/{name} is a folder, and the run writes a file there.")
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run" / "metrics.jsonl").is_file()
+
+
+def test_every_file_that_a_run_leaves_is_one_whose_place_is_looked_at(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = recipe_file(training={**ONE_STEP, "eval_strategy": "steps"}, data={"validation": 0.25}, system_gain={})
+    assert main(["--recipe", str(path)]) == 0
+    left = {path.name for path in (tmp_path / "run").iterdir() if path.is_file()} - {"recipe.yaml"}
+    assert {"metrics.jsonl", "outcome.json", "report.md"} <= left
+    for name in left:
+        (tmp_path / "run" / name).unlink()
+        (tmp_path / "run" / name).mkdir()
+    recipe = load_recipe(path)
+    faults = list(side_files.side_file_faults(recipe, load_tokenizer(recipe.model)))
+    assert {name for name in left if any(f"/run/{name} is a folder" in fault for fault in faults)} == left
+
+
+@pytest.mark.parametrize("check", [["--check"], []], ids=["check", "training"])
+def test_a_file_in_the_way_of_checkpoints_is_an_error_before_training(
+    check: list[str], recipe_file: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "unfinished").write_text("notes")
+    said = refused("--recipe", recipe_file(), *check)
+    assert said.startswith(f"output_dir: {tmp_path}/run/unfinished is a file, and the run makes a folder there.")
+    assert (tmp_path / "run" / "unfinished").read_text() == "notes"
 
 
 def test_a_tokenizer_that_cannot_be_written_is_an_error_before_training(recipe_file: Callable[..., Path]) -> None:
@@ -214,6 +249,39 @@ def test_a_tokenizer_that_cannot_be_written_is_an_error_before_training(recipe_f
     [fault] = side_files.side_file_faults(recipe, tokenizer)
     assert fault.startswith(f"model.name_or_path: {recipe.model.name_or_path}: its tokenizer can be read but not")
     assert "cannot be serialized" in fault
+
+
+# A README.md that is the user's own stays.
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"# My project\n", b"", b"---\nlibrary_name: peft\n---\n# Another trainer's card", b"\xff\xfe not UTF-8"],
+    ids=["a project", "empty", "another card", "not UTF-8"],
+)
+def test_a_readme_that_no_run_wrote_is_left_alone_and_said_so(
+    content: bytes, recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer(load_recipe(recipe_file()))
+    readme = tmp_path / "run" / "README.md"
+    readme.parent.mkdir(exist_ok=True)
+    readme.write_bytes(content)
+    trainer.save_model(str(readme.parent))
+    assert readme.read_bytes() == content
+    shown = capsys.readouterr().out
+    assert f"{readme} was not written by janus-sft and stays as it is" in shown
+    assert "warning" not in shown
+
+
+def test_the_card_of_an_earlier_run_is_replaced(
+    recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    for seed in 1, 2:
+        recipe = load_recipe(recipe_file(seed=seed))
+        make_trainer(recipe).save_model(str(run))
+        assert f"seed: {seed}\n" in (run / "README.md").read_text()
+    assert "stays as it is" not in capsys.readouterr().out
 
 
 # What fails afterwards costs no weights.

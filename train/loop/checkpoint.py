@@ -37,6 +37,10 @@ _MEANING = {
     _BATCH[1]: f"with {_BATCH[0]}, on all processes",
 }
 """What stands behind a key that nobody changed under that name."""
+_WEIGHTS_OF_ADAPTER = ("adapter.r", "adapter.target_modules", "adapter.use_dora", "adapter.modules_to_save")
+"""Keys that decide which weights an adapter has."""
+_IN_ANY_ORDER = {"adapter.target_modules", "adapter.modules_to_save"}
+"""Keys whose lists of names say the same in another order."""
 _JUDGED_BY_TOKENS = {"data.sources", "data.validation"}
 """Keys whose paths don't matter where the tokens of their rows are known."""
 HARMLESS = {
@@ -101,8 +105,8 @@ def find_checkpoint(resume: str, recipe: Recipe, anyway: Sequence[str] = ()) -> 
 
     auto takes the newest whole one in output_dir or save.mirror_dir and says why it passed newer ones over. `anyway`:
     keys that may differ from those of its run. Raises UserError where DIR is no whole checkpoint, where there are
-    checkpoints but none is whole, where the one found holds no optimizer or belongs to another run, and where `anyway`
-    has a key that there isn't.
+    checkpoints but none is whole, where the one found holds no optimizer, other weights than this run trains, or
+    belongs to another run, and where `anyway` has a key that there isn't.
     """
     if resume == "never":
         return None
@@ -125,8 +129,26 @@ def find_checkpoint(resume: str, recipe: Recipe, anyway: Sequence[str] = ()) -> 
             near = difflib.get_close_matches(key, known, n=2)
             meant = f" Did you mean {' or '.join(near)}?" if near else ""
             raise UserError(f"--resume-anyway {key}: no key that a run can differ in from its checkpoint.{meant}")
+    _refuse_other_weights(found, facts_of_recipe(recipe))
     refuse_changes(found, found.manifest["run"], facts_of_recipe(recipe), anyway)
     return found
+
+
+def _refuse_other_weights(checkpoint: Checkpoint, now: Mapping[str, Any]) -> None:
+    """Raise UserError where this run trains other weights than a checkpoint holds: no run can resume with that."""
+    before = checkpoint.manifest["run"]
+    if (before.get("adapter.r") is None) != (now.get("adapter.r") is None):
+        keys = ["adapter"]
+    else:
+        keys = [key for key in changed_keys(before, now) if key in _WEIGHTS_OF_ADAPTER]
+    if keys:
+        differences = [f"{key} was {' and is '.join(_difference(before, now, key))}" for key in keys if "." in key]
+        differences = differences or [f"it was trained {'in full' if 'adapter' in before else 'with an adapter'}"]
+        raise UserError(
+            f"--resume: {checkpoint.folder} can't be loaded into this run: {', '.join(keys)} decides which weights are "
+            f"trained, and the checkpoint holds others ({'; '.join(differences)}). Change it back, or start anew with "
+            "`--resume never` and another output_dir."
+        )
 
 
 def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -157,6 +179,8 @@ def _weights(facts: Mapping[str, Any]) -> list[Any]:
 
 def _compared(facts: Mapping[str, Any], key: str) -> Any:
     value = value_of(facts, key)
+    if key in _IN_ANY_ORDER and isinstance(value, list):
+        return sorted(value)
     return [{**part, "source": None} for part in value] if key == "made.tokens" else value
 
 

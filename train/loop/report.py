@@ -62,6 +62,23 @@ def claim_output_dir(recipe: Recipe) -> Path:
     return folder
 
 
+_MADE_BY = "fine-tuned with janus-sft by this recipe:"
+"""Text of every model card that a run writes, and of no other README.md."""
+
+
+def write_model_card(recipe: Recipe, path: Path) -> None:
+    """Write the model card, unless a README.md is there that no run wrote: a line then says so."""
+    if is_card_of_others(path):
+        print(f"{path} was not written by janus-sft and stays as it is: the model card is left out", flush=True)
+        return
+    path.write_text(model_card(recipe), encoding="utf-8")
+
+
+def is_card_of_others(path: Path) -> bool:
+    """Return whether there is a README.md that is not a model card of a run."""
+    return path.is_file() and _MADE_BY not in path.read_text(encoding="utf-8", errors="replace")
+
+
 def model_card(recipe: Recipe) -> str:
     """README.md of the finished model: what it was made from, and by which recipe."""
     base = recipe.model.name_or_path
@@ -72,7 +89,7 @@ def model_card(recipe: Recipe) -> str:
     }
     return (
         f"---\n{yaml.safe_dump(metadata)}---\n\n# {Path(recipe.output_dir).name}\n\n"
-        f"`{base}`, fine-tuned with janus-sft by this recipe:\n\n```yaml\n{recipe.to_yaml()}```\n"
+        f"`{base}`, {_MADE_BY}\n\n```yaml\n{recipe.to_yaml()}```\n"
     )
 
 

@@ -50,8 +50,6 @@ _METRIC_STATE = {
 """Attributes of a schedule by metric that are its state; the others are settings."""
 _METRICS = {"training.metric_for_best_model", "training.greater_is_better"}
 """Keys that decide which figure such a schedule follows: that of another one says nothing about it."""
-_SHAPES = ("adapter.r", "adapter.target_modules", "adapter.use_dora", "adapter.modules_to_save")
-"""Keys that decide which weights an adapter has."""
 
 
 class _Ignored:
@@ -78,16 +76,7 @@ class ResumedSettings:
         self._schedule: dict[str, Any] = {}
 
     def refuse(self, checkpoint: Checkpoint, *, deepspeed: bool) -> None:
-        """Raise UserError for changes that no run can resume with."""
-        adapters = [key for key in self.changed if key in _SHAPES]
-        if (self._before.get("adapter.r") is None) != (self._now.get("adapter.r") is None):
-            adapters = ["adapter"]
-        if adapters:
-            raise UserError(
-                f"--resume: {checkpoint.folder} can't be loaded into this run: {', '.join(sorted(adapters))} decides "
-                "which weights are trained, and the checkpoint holds others. Change it back, or start anew with "
-                "`--resume never` and another output_dir."
-            )
+        """Raise UserError for an optimizer that DeepSpeed can't begin in the middle of a run."""
         if self.fresh_states and deepspeed:
             raise UserError(
                 f"--resume: {checkpoint.folder} holds the optimizer {self._name(self._before)}, and this run has "

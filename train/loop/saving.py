@@ -34,12 +34,12 @@ from train.loop.checkpoint import (
 from train.progress import is_first_rank
 from train.recipe import SaveSection
 
-_ASIDE = "unfinished"
+ASIDE = "unfinished"
 _SUFFIX = ".unfinished"
 _SET_ASIDE = "set-aside"
 _RESOLVED = "recipe.yaml"
 """What every run leaves in its folder as it begins."""
-_LOCK = ".lock"
+LOCK = ".lock"
 _SMALL_FILES = 2**19
 """Bytes, and more than all files take that hold no weights and no states."""
 
@@ -53,14 +53,15 @@ def keep_others_out(output_dir: str) -> TextIO | None:
         return None
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        return hold(Path(output_dir, _LOCK))
+        return hold(Path(output_dir, LOCK))
     except HeldError as holder:
         raise UserError(
             f"output_dir: another run is writing to {output_dir} ({holder}). Wait for its end, stop it, or name "
             "another folder."
         ) from holder
     except OSError as fault:
-        raise UserError(f"output_dir: {output_dir} can't be written: {fault.strerror}. Name another folder.") from fault
+        path = Path(output_dir, LOCK) if isinstance(fault, IsADirectoryError) else output_dir
+        raise UserError(f"output_dir: {path} can't be written: {fault.strerror}. Name another folder.") from fault
 
 
 class Saver:
@@ -73,7 +74,7 @@ class Saver:
         self._copying: Future[None] | None = None
         self._copies = ThreadPoolExecutor(1, "mirror")
         self._disk, self._mirror_disk = _disk_of(self._folder), _disk_of(settings.mirror_dir)
-        self.aside = self._folder / _ASIDE
+        self.aside = self._folder / ASIDE
         """Where a checkpoint is until it is whole."""
 
     def begin(self, going_on: Checkpoint | None) -> None:

@@ -30,7 +30,12 @@ from transformers.utils import (
 )
 
 from train.errors import USER_FIXABLE_ERRNOS, CommandLine, UserError, ending
-from train.loop.report import model_card
+from train.loop.guards import SUSPECTS
+from train.loop.preemption import ATTEMPTS
+from train.loop.report import is_card_of_others, write_model_card
+from train.loop.run_outcome import OUTCOME
+from train.loop.saving import ASIDE, LOCK
+from train.loop.validation_gain import FILE as GAIN_FILE
 from train.model.adapters import lora_config
 from train.model.load import copy_processor, load_config
 from train.model.text_part import bare_model, idle_parameters
@@ -40,6 +45,11 @@ if TYPE_CHECKING:  # importing it takes a second
     from peft import PeftModel
 
 CARD = "README.md"
+_OF_THE_RUN = (
+    *(LOCK, ATTEMPTS, OUTCOME, SUSPECTS, GAIN_FILE),
+    *("metrics.jsonl", "report.md", "loss.png", "system_gain.png"),
+)
+"""Files that a run writes into output_dir beside the model; recipe.yaml, the first, is tried by others."""
 Writers = dict[str, Callable[[Path], object]]
 """For each file, or group of files, how it is written into a folder."""
 
@@ -65,7 +75,7 @@ def side_files(model: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokeni
 
 def finished_files(recipe: Recipe) -> Writers:
     """Return the writers of what stands beside a finished model alone: its card, and the processor of a whole model."""
-    writers: Writers = {CARD: lambda folder: (folder / CARD).write_text(model_card(recipe), encoding="utf-8")}
+    writers: Writers = {CARD: lambda folder: write_model_card(recipe, folder / CARD)}
     if recipe.adapter is None:
         writers["processor"] = lambda folder: copy_processor(recipe.model, folder)
     return writers
@@ -119,12 +129,17 @@ def side_file_faults(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iter
                 )
         names = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
     weights = [ADAPTER_SAFE_WEIGHTS_NAME] if recipe.adapter else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
-    for name in sorted({*map(str, names), *weights, "report.md", "loss.png"}):
+    for name in sorted({*map(str, names), *weights, *_OF_THE_RUN}):
         path = Path(recipe.output_dir, name)
         if path.is_dir():
             yield f"output_dir: {path} is a folder, and the run writes a file there. Move it, or name another folder."
+        elif name == CARD and os.access(path, os.R_OK) and is_card_of_others(path):
+            continue  # it stays
         elif path.exists() and not os.access(path, os.W_OK):
             yield f"output_dir: {path} can't be written. Change its permissions, or name another folder."
+    aside = Path(recipe.output_dir, ASIDE)
+    if aside.exists() and not aside.is_dir():
+        yield f"output_dir: {aside} is a file, and the run makes a folder there. Move it, or name another folder."
 
 
 def _save_config(model: PreTrainedModel, folder: Path) -> None:

@@ -44,7 +44,7 @@ def is_adapter_alone(folder: Path) -> bool:
 
 def adapter_base(folder: Path) -> str | None:
     """Return the model that the adapter in `folder` was trained on, by its own word; None where it says nothing."""
-    base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     return base if isinstance(base, str) and base else None
 
 
@@ -161,7 +161,7 @@ def _weights_fault(folder: Path, model: ModelSection) -> str | None:
     pickles = [name for name in _PICKLES if (folder / name).is_file()]
     index = INDEX if (folder / INDEX).is_file() else _PICKLES[1] if pickles and model.allow_pickle else None
     if index and (folder / index).is_file():
-        shards = _read_json(folder / index).get("weight_map")
+        shards = read_json(folder / index).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             return f"has a {index} that names no weights. Get that file anew."
         files = sorted({str(name) for name in shards.values()})
@@ -256,7 +256,8 @@ def _whole_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (WEIGHTS, INDEX, *_PICKLES))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; an empty one where it can't be read."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):

@@ -28,6 +28,8 @@ from train.model.float8 import check_float8, check_start, convert
 from train.model.folder import adapter_base, is_adapter_alone
 from train.model.quantized_weights import check_quantized, describe_quantized, quantization_to_load, saved_quantization
 from train.model.text_part import auto_class, bare_model, describe_idle, idle_parameters
+from train.model.unloaded_weights import left_out, listed, weight_names
+from train.progress import is_first_rank
 from train.recipe import ModelSection, Recipe
 
 
@@ -119,8 +121,9 @@ def check_fits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
     Return sentences on the model for the start screen: what is left out of training, and weights that are unpacked.
 
-    A kernel or package that is missing, a model of another kind, quantized weights that can't be trained, names in
-    `adapter` that the model lacks, token ids beyond the model's vocabulary, sequences longer than its positions.
+    A kernel or package that is missing, a model of another kind, quantized weights that can't be trained, weights that
+    its config.json leaves out, names in `adapter` that the model lacks, token ids beyond the model's vocabulary,
+    sequences longer than its positions.
     """
     quantization_config(recipe.quantization)
     check_float8(recipe)
@@ -128,6 +131,8 @@ def check_fits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     _check_kind(recipe.model.name_or_path, whole)
     check_quantized(recipe, whole)
     bare = bare_model(whole, recipe.model)
+    if dropped := left_out(bare, whole, weight_names(Path(recipe.model.name_or_path))):
+        raise _refuse(recipe.model, ValueError(dropped))
     idle = idle_parameters(bare)
     check_adapter(recipe.adapter, bare, idle)
     choose_attention(recipe.model.attention, needs_of(recipe, whole), machine())
@@ -185,7 +190,7 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     if quantization is not None:
         settings["quantization_config"] = quantization
     try:
-        loaded = _load_whole(config, {**_origin(model), **settings})
+        loaded, others = _load_whole(config, {**_origin(model), **settings})
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as fault:
         if not model.allow_pickle and _has_pickled_weights(model.name_or_path):
             raise UserError(
@@ -193,15 +198,21 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
                 "they are opened. Use a safetensors version; if you trust them, write `model.allow_pickle: true`."
             ) from fault
         raise _refuse(model, fault) from fault
+    if others and is_first_rank():
+        print(
+            f"weights that {type(loaded).__name__} has no place for are not loaded, and not saved: {listed(others)}",
+            flush=True,
+        )
     if model.float8 is not None:
         convert(loaded, model.float8)
     return loaded
 
 
-def _load_whole(config: PreTrainedConfig, settings: dict[str, Any]) -> PreTrainedModel:
-    """The model of `config` with all of its weights. Raises ValueError where files lack some or have other shapes.
+def _load_whole(config: PreTrainedConfig, settings: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
+    """Return the model of `config` with all of its weights, and the names of others in its files.
 
-    transformers fills up what is missing with random numbers and goes on.
+    Raises ValueError where files lack some, have other shapes, or hold layers that `config` leaves out: transformers
+    fills up what is missing with random numbers, leaves out the rest, and goes on.
     """
     loaded, report = auto_class(config).from_pretrained(
         **settings, output_loading_info=True, ignore_mismatched_sizes=True
@@ -218,7 +229,10 @@ def _load_whole(config: PreTrainedConfig, settings: dict[str, Any]) -> PreTraine
             f"{name} is {' x '.join(map(str, in_file))} in its files, and its config.json asks for "
             f"{' x '.join(map(str, in_model))}. Weights and config.json are not of the same model."
         )
-    return loaded
+    others = sorted(report["unexpected_keys"])
+    if dropped := left_out(loaded, config, others):
+        raise ValueError(dropped)
+    return loaded, others
 
 
 def load_saved(name: str, dtype: str | None = None) -> PreTrainedModel:
@@ -236,7 +250,7 @@ def load_saved(name: str, dtype: str | None = None) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(base or name)
         if quantization := quantization_to_load(config):
             settings["quantization_config"] = quantization
-        loaded = _load_whole(config, settings)
+        loaded, _ = _load_whole(config, settings)
         if base:
             loaded.load_adapter(name)
         return loaded if saved_quantization(loaded.config) else loaded.to(device)

@@ -18,8 +18,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from train.errors import UserError
 from train.model.text_part import auto_class
 
-Change = Callable[[torch.Tensor], torch.Tensor]
-"""From a weight of the base to the merged one, of the same type."""
+Change = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+"""From a weight of the base to the merged one, rounded once, to the type given."""
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -149,13 +149,13 @@ def _changes(model: PeftModel) -> dict[str, Change]:
 
 
 def _merge_into(name: str, layer: Linear | Embedding) -> Change:
-    def change(original: torch.Tensor) -> torch.Tensor:
+    def change(original: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         base = layer.get_base_layer()
         empty = base.weight
         base.weight = torch.nn.Parameter(original.float(), requires_grad=False)
         try:
             layer.merge(safe_merge=True)  # into a copy, and it refuses what isn't finite
-            return base.weight.data.to(original.dtype)
+            return base.weight.data.to(dtype)
         except ValueError as fault:
             raise UserError(f"{name}: {fault}") from fault
         finally:
@@ -165,7 +165,7 @@ def _merge_into(name: str, layer: Linear | Embedding) -> Change:
 
 
 def _replace_by(value: torch.Tensor) -> Change:
-    return lambda original: value.detach().to(original.dtype)
+    return lambda _, dtype: value.detach().to(dtype)
 
 
 def _tied(base: PreTrainedModel) -> set[str]:
@@ -203,11 +203,11 @@ def _merged_file(
     with safe_open(path, "pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118
             original = tensors.get_tensor(name)
-            if dtype is not None and original.is_floating_point():
-                original = original.to(dtype)
+            rounded_to = dtype if dtype is not None and original.is_floating_point() else original.dtype
             for target in (name, *([copies[name]] if name in copies else ())):
                 change = changes.get(target)
-                merged[target] = (change(original) if change else original.clone()).contiguous()
+                value = change(original, rounded_to) if change else original.to(rounded_to, copy=True)
+                merged[target] = value.contiguous()
         return merged, tensors.metadata() or {"format": "pt"}
 
 

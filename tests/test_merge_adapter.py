@@ -187,6 +187,26 @@ def test_what_cant_be_merged_is_refused(tiny_model: Path, tmp_path: Path, refuse
     assert not list(tmp_path.glob("merged*"))
 
 
+@pytest.mark.parametrize("compare", [[], ["--no-compare"]], ids=["logits", "weights alone"])
+@pytest.mark.parametrize("case", ["one folder", "another adapter in the base", "settings alone", "an adapter as base"])
+def test_a_base_with_an_adapter_in_its_folder_is_refused(
+    case: str, compare: list[str], tiny_model: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    """transformers applies an adapter that lies beside a model by itself: it would be merged and applied again."""
+    base, output = tmp_path / "base", ["--output", tmp_path / "merged", *compare]
+    if case == "an adapter as base":
+        make_adapter(tiny_model, base, target_modules=["q_proj"])
+    else:
+        shutil.copytree(tiny_model, base)
+    adapter = make_adapter(tiny_model, tmp_path / "adapter", target_modules=["q_proj"])
+    names = ["adapter_config.json", *(["adapter_model.safetensors"] if case != "settings alone" else [])]
+    for name in names:
+        shutil.copy(adapter / name, base / name)
+    said = refused(base if case == "one folder" else adapter, "--base", base, *output)
+    assert said.startswith(f"{base}: as a base it must hold no adapter, and it holds adapter_config.json")
+    assert not list(tmp_path.glob("merged*"))
+
+
 def test_a_base_that_was_in_four_bits_is_told(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

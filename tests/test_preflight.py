@@ -538,6 +538,20 @@ def test_a_run_without_a_full_batch_or_without_its_processes_is_not_ready(
     assert error.startswith("training.fsdp: it takes several processes")
 
 
+@pytest.mark.parametrize("stage", ["zero1", "zero3"])
+def test_deepspeed_of_the_recipe_without_a_launcher_is_an_error(
+    stage: str, recipe_file: Callable[..., Path], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recipe_file(training={"deepspeed": str(ROOT / "ds_configs" / f"{stage}.json")})
+    for check in ["--check"], []:
+        error = refused("--recipe", path, *check)
+        assert error.startswith("training.deepspeed: DeepSpeed needs a launcher")
+        assert "torchrun" in error
+    assert main(["--recipe", str(path), "--check", "--gpus", "4x80GB"]) == 0  # elsewhere there is one
+    monkeypatch.setenv("RANK", "0")  # and here: one process is enough for DeepSpeed
+    assert main(["--recipe", str(path), "--check"]) == 0
+
+
 def test_rows_whose_control_tokens_are_broken_up_are_counted(
     recipe_file: Callable[..., Path], rows_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

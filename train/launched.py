@@ -4,6 +4,19 @@ from collections.abc import Mapping
 
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """What torchrun and the MPIs set; accelerate reads the same."""
+_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK")
+"""What DeepSpeed begins its process group from, also for one process."""
+
+
+def deepspeed_fault(deepspeed: object, environment: Mapping[str, str]) -> str | None:
+    """Return why `training.deepspeed` can't be used in a process started with this environment; None if it can."""
+    if not deepspeed or any(name in environment for name in _RANKS):
+        return None
+    return (
+        "training.deepspeed: DeepSpeed needs a launcher, for one process too, and there is none. Start the run with "
+        "`torchrun --nproc_per_node N train/sft.py`, or take the key out and start it with `accelerate launch "
+        "--config_file accelerate_configs/zero2.yaml`."
+    )
 
 
 def alone_by_mistake(environment: Mapping[str, str]) -> str | None:

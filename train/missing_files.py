@@ -3,6 +3,7 @@
 import glob
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from train.data.sources import open_source
@@ -13,14 +14,19 @@ from train.recipe import ModelSection, Recipe, Source
 
 
 def refuse_missing(recipe: Recipe, *, packages: bool = True) -> None:
-    """Raise UserError, naming each, for a missing model folder, source of the data or package of the optimizer.
+    """Raise UserError, naming each, for a missing model folder, source of the data or package that a setting needs.
 
-    Hub ids are looked for in the cache; none is asked for. Sources are found, not read. `packages`: the optimizer is
-    going to be used on this machine.
+    Hub ids are looked for in the cache; none is asked for. Sources are found, not read. `packages`: the run is
+    going to be on this machine.
     """
     faults = [error for look in _looks(recipe) if (error := _error_of(look))]
     if packages and (package := missing_package(recipe.training.get("optim") or "")):
         faults.append(package)
+    if packages and recipe.training.get("use_liger_kernel") and find_spec("liger_kernel") is None:
+        faults.append(
+            "training.use_liger_kernel: it needs the package liger-kernel, which is not installed. Install it with "
+            "`pip install liger-kernel`, or write false."
+        )
     if len(faults) > 1:
         raise UserError("\n  ".join([f"{recipe._origin.file} names {len(faults)} that are not there:", *faults]))
     for fault in faults:

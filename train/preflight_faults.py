@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from train.errors import UserError
+from train.launched import deepspeed_fault
 from train.loop.preemption import time_conflicts
 from train.loop.report import output_dir_conflicts
 from train.loop.tracking import integrations
@@ -89,5 +90,7 @@ def _training(recipe: Recipe, sequences: int, processes: int) -> Iterator[str]:
             f"and a batch of all processes takes {batch:,}. Write false, or a smaller "
             "training.per_device_train_batch_size."
         )
+    if processes == 1 and (fault := deepspeed_fault(settings["deepspeed"], os.environ)):
+        yield fault
     if settings["fsdp"] and processes == 1:
         yield "training.fsdp: it takes several processes, and this is one. Start them with `accelerate launch`."

@@ -71,7 +71,15 @@ _NOT_NEGATIVE: dict[str, Any] = {"ge": 0}
 _AT_LEAST_ONE: dict[str, Any] = {"ge": 1}
 _RANGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_delay", "dataloader_num_workers"),
+        (
+            "learning_rate",
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "eval_delay",
+            "dataloader_num_workers",
+            "neftune_noise_alpha",
+        ),
         _NOT_NEGATIVE,
     ),
     **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "eval_steps", "adam_epsilon"), _POSITIVE),

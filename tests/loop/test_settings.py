@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,10 @@ FAULTS = {
         ["training.lr_scheduler_type", "lr_scheduler_kwargs", "'nosuch'"],
     ),
     "an optimizer with what it can't read": ({"training": {"optim_args": "betas"}}, ["training.optim"]),
-    "a package that is not installed": ({"training": {"use_liger_kernel": True}}, ["training: ", "pip install liger"]),
+    "a package that is not installed": (
+        {"training": {"use_liger_kernel": True}},
+        ["training.use_liger_kernel: ", "pip install liger-kernel"],
+    ),
     "a compiler that there is none of": (
         {"training": {"torch_compile": True, "torch_compile_backend": "nosuch"}},
         ["training: ", "NOSUCH"],
@@ -135,3 +139,20 @@ def test_a_best_checkpoint_that_is_best_by_its_metric(
                 "eval_strategy": "epoch", "save_strategy": "epoch"}  # fmt: skip
     recipe = load_recipe(recipe_file(data={"validation": 0.25}, training=training))
     assert recipe.training["greater_is_better"] is greater
+
+
+@pytest.mark.skipif(find_spec("liger_kernel") is not None, reason="liger-kernel is installed")
+def test_a_check_names_a_package_that_is_not_installed(
+    recipe_file: Callable[..., Path], refused: Callable[..., str]
+) -> None:
+    error = refused("--recipe", recipe_file(training={"use_liger_kernel": True}), "--check")
+    assert error.startswith("training.use_liger_kernel: it needs the package liger-kernel")
+    assert main(["--recipe", str(recipe_file(training={"use_liger_kernel": False})), "--check"]) == 0
+
+
+@pytest.mark.parametrize("alpha", [-5, -0.1])
+def test_negative_noise_is_an_error_of_the_recipe(
+    alpha: float, recipe_file: Callable[..., Path], refused: Callable[..., str]
+) -> None:
+    error = refused("--recipe", recipe_file(training={"neftune_noise_alpha": alpha}), "--check")
+    assert f"training.neftune_noise_alpha: found {alpha}" in error

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from train.data.chat_template import use_template
 from train.data.prepare import Prepared, prepare
 from train.loop.arguments import training_arguments
 from train.loop.tracking import StepLog
-from train.loop.trainer import JanusTrainer
+from train.loop.trainer import JanusTrainer, _without_zero3
 from train.model.load import load_model, load_tokenizer
 from train.recipe import Recipe, load_recipe
 from train.run_steps import schedule
@@ -168,3 +169,24 @@ def test_steps_are_counted_as_transformers_counts_them(
     expected = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
     steps = schedule(recipe.training, len(trainer.train_dataset), 1.0, trainer.args.world_size)
     assert (steps.steps, steps.steps_per_epoch) == (expected[-1], expected[1])
+
+
+def test_zero3_is_in_force_again_beside_a_model_without_weights() -> None:
+    """`training.deepspeed` makes a plugin that lacks what accelerate's configuration puts into its own."""
+    pytest.importorskip("deepspeed")
+    from accelerate.utils import DeepSpeedPlugin
+    from transformers.integrations.deepspeed import (
+        HfTrainerDeepSpeedConfig,
+        is_deepspeed_zero3_enabled,
+        unset_hf_deepspeed_config,
+    )
+
+    settings = HfTrainerDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    try:
+        plugin = DeepSpeedPlugin(hf_ds_config=settings)
+        assert not hasattr(plugin, "dschf")
+        with _without_zero3(SimpleNamespace(deepspeed_plugin=plugin)):
+            assert not is_deepspeed_zero3_enabled()
+        assert is_deepspeed_zero3_enabled()
+    finally:
+        unset_hf_deepspeed_config()

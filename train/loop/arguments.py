@@ -1,5 +1,6 @@
 """TRL's arguments of a run."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from trl import SFTConfig
 
 from train.errors import UserError
+from train.launched import deepspeed_fault
 from train.loop.sharding import check_sharding
 from train.loop.tracking import integrations
 from train.recipe import Recipe
@@ -49,6 +51,8 @@ def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTCo
         raise UserError(
             "training.activation_offloading: it moves activations to the CPU, where they are already. Write false."
         )
+    if fault := deepspeed_fault(settings.get("deepspeed"), os.environ):
+        raise UserError(fault)
     with as_user_error("training"):
         arguments = SFTConfig(**settings)
     check_sharding(recipe, arguments)

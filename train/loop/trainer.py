@@ -569,5 +569,5 @@ def _without_zero3(arguments: SFTConfig) -> Iterator[None]:
     try:
         yield
     finally:
-        if arguments.deepspeed_plugin is not None:
-            set_hf_deepspeed_config(arguments.deepspeed_plugin.dschf)
+        if plugin := arguments.deepspeed_plugin:  # training.deepspeed makes one that has no dschf
+            set_hf_deepspeed_config(getattr(plugin, "dschf", plugin.hf_ds_config))

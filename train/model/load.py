@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +63,28 @@ def _refuse(model: ModelSection, fault: Exception) -> UserError:
     return UserError(f"model.name_or_path: {name} can't be loaded: {first_line}")
 
 
+@contextmanager
+def _reading(model: ModelSection, files: str) -> Iterator[None]:
+    """Raise UserError for all that transformers and tokenizers raise as they read `files`, of any class."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError, StrictDataclassError) as fault:
+        raise _refuse(model, fault) from fault
+    except Exception as fault:  # tokenizers raises nothing better; transformers trips over values of another type
+        text = " ".join(str(fault).split())[:300]
+        raise UserError(
+            f"model.name_or_path: {model.name_or_path}: a value in {files} can't be used ({type(fault).__name__}: "
+            f"{text}). Correct it, or get the file anew."
+        ) from fault
+
+
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises UserError where there is none that can be opened."""
     refuse_missing_model(model)
-    try:
+    with _reading(model, "tokenizer.json, tokenizer_config.json, special_tokens_map.json or added_tokens.json"):
         tokenizer = AutoTokenizer.from_pretrained(**_origin(model))
-    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as fault:
-        raise _refuse(model, fault) from fault
     if tokenizer.chat_template is None:
         tokenizer.chat_template = _processor_template(model)
     return tokenizer
@@ -84,10 +101,8 @@ def _processor_template(model: ModelSection) -> str | None:
 
 def load_config(model: ModelSection) -> PreTrainedConfig:
     """The model's config. Raises UserError where there is none that can be opened."""
-    try:
+    with _reading(model, "config.json"):
         return AutoConfig.from_pretrained(**_origin(model))
-    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as fault:
-        raise _refuse(model, fault) from fault
 
 
 def copy_processor(model: ModelSection, folder: Path) -> list[str]:
@@ -128,9 +143,10 @@ def check_fits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     quantization_config(recipe.quantization)
     check_float8(recipe)
     whole = load_config(recipe.model)
-    _check_kind(recipe.model.name_or_path, whole)
-    check_quantized(recipe, whole)
-    bare = bare_model(whole, recipe.model)
+    with _reading(recipe.model, "config.json"):
+        _check_kind(recipe.model.name_or_path, whole)
+        check_quantized(recipe, whole)
+        bare = bare_model(whole, recipe.model)
     if dropped := left_out(bare, whole, weight_names(Path(recipe.model.name_or_path))):
         raise _refuse(recipe.model, ValueError(dropped))
     idle = idle_parameters(bare)

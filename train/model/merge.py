@@ -80,6 +80,12 @@ def tied_embeddings(base: Path) -> frozenset[str]:
 
 
 def _read_config(base: Path) -> Any:
+    if (base / "adapter_config.json").is_file():
+        raise UserError(
+            f"{base}: as a base it must hold no adapter, and it holds adapter_config.json: transformers would apply "
+            "that adapter as it loads the model. Move adapter_config.json and adapter_model.safetensors to a folder of "
+            f"their own, and merge that with --base {base}."
+        )
     config = AutoConfig.from_pretrained(base)
     if getattr(config, "quantization_config", None):
         raise UserError(

@@ -118,7 +118,7 @@ def test_what_the_cache_of_the_hub_holds_may_be_had(tmp_path: Path, monkeypatch:
     assert unreachable("e/f", "model") is None
 
 
-def test_nothing_heavy_is_imported_to_find_what_is_missing(tmp_path: Path) -> None:
+def test_nothing_heavy_is_imported_to_find_what_is_missing(tmp_path: Path, tiny_model: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "model: {name_or_path: outputs/nothing-here}\ndata: {sources: [{path: no/rows.jsonl}], max_length: 64}\n"
@@ -126,7 +126,7 @@ def test_nothing_heavy_is_imported_to_find_what_is_missing(tmp_path: Path) -> No
     )
     program = "import sys; from train.sft import main; code = main(sys.argv[1:]); "
     program += "print(code, [name for name in ('torch', 'transformers', 'trl', 'datasets') if name in sys.modules])"
-    present = ["model.name_or_path=recipes", "data.sources.0.path=recipes/smollm2-135m/data/train.jsonl"]
+    present = [f"model.name_or_path={tiny_model}", "data.sources.0.path=recipes/smollm2-135m/data/train.jsonl"]
     for arguments in ([], [*present, "--resume", "nowhere/checkpoint-1"]):
         done = subprocess.run(
             [sys.executable, "-c", program, "--recipe", recipe, *arguments],

@@ -237,6 +237,7 @@ def test_without_a_gpu_a_check_warns_and_a_run_ends(
     assert main(["--recipe", str(path), "--check"]) == 0
     shown = capsys.readouterr().out
     assert "bfloat16, float8 rowwise\n" in shown
+    shown = " ".join(shown.split())  # lines are wrapped
     assert "compute capability 8.9 or later (Ada, Hopper, Blackwell), and this machine has no GPU" in shown
     assert "without `training.torch_compile: true`" in shown
     assert refused("--recipe", path).endswith("this machine has none. Write null, or train on another machine.")

@@ -67,9 +67,9 @@ def test_a_check_tells_the_steps_that_training_makes(
     assert main(["--recipe", recipe]) == 0
     screen = capsys.readouterr().out
     assert f"step {told['steps']}/{told['steps']} " in screen
-    each = f"{told['sequences_per_step']} sequences, about {told['tokens_per_step']:,.0f} tokens"
-    assert f"each of {each}" in page
-    assert f"{told['steps']} of {each}; 1 process" in screen
+    sequences, tokens = told["sequences_per_step"], f"about {told['tokens_per_step']:,.0f} tokens"
+    assert f"{sequences} sequences per step, {tokens}" in page
+    assert f"{told['steps']} steps of {sequences} sequences, {tokens}; 1 process" in screen
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     rates = [step["learning_rate"] for step in logged if "learning_rate" in step]
     assert len(rates) == told["steps"]

@@ -1,4 +1,4 @@
-r"""How much likelier a model finds a reference answer under its own system message than under others.
+r"""System gain: how much likelier a model finds a reference answer under its own system message than under others.
 
     python scripts/evaluate.py gain \
         --data recipes/smollm2-135m/data/held_out.jsonl \

@@ -1,4 +1,4 @@
-r"""How often answers obey system messages whose rules a program can check, before and after training.
+r"""Rules obeyed: how often answers obey system messages whose rules a program can check, before and after training.
 
     python scripts/evaluate.py rules \
         --rules recipes/smollm2-135m/data/rules.py \

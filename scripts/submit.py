@@ -356,7 +356,7 @@ def _different(tasks: list[Task]) -> Iterator[Task]:
 
 
 def memory_fault(options: argparse.Namespace, config: dict[str, Any], recipe: Recipe) -> str | None:
-    """What doesn't fit by the plan, and what would; None where the job fits, and where that can't be known."""
+    """Return what doesn't fit by the plan, and what would; None where the job fits, or where that can't be known."""
     from train.job_memory import gpus_of, memory_warning, shape_in_plan, strategy_of
     from train.plan import parse_cluster
 

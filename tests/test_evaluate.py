@@ -91,7 +91,7 @@ def test_adherence_is_what_the_answers_say(
 def refused(
     command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """What the command says in a folder after `error:`; nothing else but a usage line before it."""
+    """Return the command's words in a folder after `error:`; nothing but a usage line stands before them."""
 
     def run(folder: Path, *arguments: str | Path) -> str:
         monkeypatch.chdir(folder)

@@ -1,4 +1,4 @@
-"""What a recipe names and is not there: told with the folder looked in, before anything heavy is imported."""
+"""Tests of missing files: named with the folder looked in, before anything heavy is imported."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """What is missing of a recipe in a folder of its own, `recipes/`, when started from the folder above."""
+    """Return the error for a recipe in a folder of its own, `recipes/`, when started from the folder above."""
     monkeypatch.chdir(tmp_path)
     for folder in ("recipes", "outputs/first-model", "data/seen"):
         Path(folder).mkdir(parents=True)

@@ -96,7 +96,7 @@ _WHY_NOT_TEXT = {
 
 
 def is_encodable(text: str) -> bool:
-    """Whether `text` is all characters: Python stands in for other bytes of a file's name with halves of surrogates."""
+    """Return whether `text` is all characters: other bytes of a file's name are halves of surrogates in Python."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -48,7 +48,7 @@ def gpus_of(names: Sequence[str], count: int) -> str | None:
 
 
 def shape_in_plan(recipe: Recipe) -> Shape | None:
-    """What the model is made of; None for a mixture of experts, which the plan doesn't know."""
+    """Return the model's shape; None for a mixture of experts, which the plan doesn't know."""
     try:
         return shape_of(recipe, load_config(recipe.model))
     except UserError:
@@ -56,7 +56,7 @@ def shape_in_plan(recipe: Recipe) -> Shape | None:
 
 
 def strategy_of(config: Mapping[str, Any], recipe: Recipe) -> Strategy | None:
-    """How one of accelerate's configurations spreads the run; None where that isn't known here (FSDP)."""
+    """Return how one of accelerate's configurations spreads the run; None where that isn't known here (FSDP)."""
     if recipe.training.get("deepspeed") or recipe.training.get("fsdp"):  # they decide, whatever it is launched with
         return None
     kind = str(config.get("distributed_type", "NO"))
@@ -75,7 +75,7 @@ def strategy_of(config: Mapping[str, Any], recipe: Recipe) -> Strategy | None:
 
 
 def memory_warning(recipe: Recipe, shape: Shape, cluster: Cluster, strategy: Strategy, config_file: str) -> str | None:
-    """What doesn't fit and what would, as one paragraph; None where the job fits.
+    """Return what doesn't fit and what would, as one paragraph; None where the job fits.
 
     Rows are taken to be as long as data.max_length: the data isn't read.
     """

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """What torchrun and the MPIs set; accelerate reads the same."""
 _RANKS = ("RANK", "OMPI_COMM_WORLD_RANK")
-"""What DeepSpeed begins its process group from, also for one process."""
+"""Variables that DeepSpeed starts its process group from, also for one process."""
 
 
 def deepspeed_fault(deepspeed: object, environment: Mapping[str, str]) -> str | None:

@@ -200,7 +200,7 @@ def _selective(settings: dict[str, Any]) -> bool:
 
 
 def ways_on(cluster: Cluster) -> list[Strategy]:
-    """What there is to choose from: one GPU has nothing to share."""
+    """Return the strategies to choose from: one GPU has nothing to share."""
     return [one for one in STRATEGIES if cluster.processes > 1 or one is DDP or one.offload]
 
 

@@ -76,7 +76,7 @@ def shortened(text: str, most: int) -> str:
 
 
 def error_bars(found: Iterable[tuple[float, float | None, float | None]]) -> list[list[float]]:
-    """How far each interval reaches below and above its value, of (value, low, high); NaN, not drawn, without one.
+    """Return each interval's reach below and above its value, of (value, low, high); NaN, not drawn, without one.
 
     A percentile interval needn't hold the value itself.
     """

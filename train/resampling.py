@@ -55,7 +55,7 @@ class Estimate:
 
     @property
     def missing(self) -> str:
-        """Why there is no interval, as `why_no_interval` says it."""
+        """Return the reason for a missing interval, as `why_no_interval` gives it."""
         return why_no_interval(self.interval, self.groups)
 
     def record(self) -> dict[str, Any]:

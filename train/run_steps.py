@@ -15,7 +15,7 @@ from train.training_fields import with_defaults
 
 @dataclass(frozen=True)
 class Rhythm:
-    """How often something is done: never (`no`), once an epoch, every so many optimizer `steps`, or where `best`."""
+    """Frequency of something: never (`no`), once an epoch, every so many optimizer `steps`, or where `best`."""
 
     strategy: str
     steps: int | None = None

@@ -1,4 +1,4 @@
-"""What makes a finished run another one: the contents of files that it was trained from, and nothing else of them.
+"""Contents that make a finished run another one: those of files that it was trained from, and nothing else of them.
 
 No run is trained here: its outcome.json is written as the end of training writes it.
 """

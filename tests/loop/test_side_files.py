@@ -1,4 +1,4 @@
-"""Whatever becomes of the files beside them, trained weights are saved; what can be known of these is known before."""
+"""Tests of a save: the weights come first, and a file beside them that fails is known before or is a warning."""
 
 import json
 import shutil
@@ -146,7 +146,7 @@ PUBLISHED: dict[str, Any] = {
 def test_published_generation_settings_stay_as_they_are(
     kind: str, tiny_model: Path, recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """What transformers saves again where nothing was changed is saved where the stop tokens were."""
+    """Settings that transformers saves again unchanged are saved with other stop tokens, too."""
     base = with_base(tiny_model, tmp_path / "base", generation_config={"eos_token_id": 2, **PUBLISHED[kind]})
     GenerationConfig.from_pretrained(base).save_pretrained(tmp_path / "theirs")
     recipe = load_recipe(recipe_file(model={"name_or_path": str(base)}))

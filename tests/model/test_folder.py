@@ -40,7 +40,7 @@ def whole(folder: Path) -> None:
 
 
 def said(folder: Path, **settings: object) -> str | None:
-    """What is said of the folder; None where it passes."""
+    """Return the error for the folder; None where it passes."""
     try:
         check_model_folder(ModelSection(name_or_path=str(folder), **settings))
     except UserError as fault:

@@ -48,7 +48,7 @@ def add(folder: Path, **weights: torch.Tensor) -> None:
 
 
 def says(folder: Path) -> tuple[str | None, str | None]:
-    """What is said by the names in the files alone, and by what transformers did not load."""
+    """Return the errors by the names in the files alone, and by those that transformers did not load."""
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         bare = AutoModelForCausalLM.from_config(config)

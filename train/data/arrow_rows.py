@@ -96,7 +96,7 @@ def _leaves(kind: pyarrow.DataType) -> tuple[pyarrow.DataType, ...]:
 
 
 def _distinct(kind: pyarrow.DataType) -> bool:
-    """Whether no two fields of a struct share a name, as keys of a dictionary can't."""
+    """Return whether no two fields of a struct share a name, as keys of a dictionary can't."""
     names = [kind.field(number).name for number in range(kind.num_fields)] if arrow.is_struct(kind) else []
     return len(set(names)) == len(names)
 

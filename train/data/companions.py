@@ -15,7 +15,7 @@ STATE = "the state of a data set that datasets' save_to_disk wrote"
 
 
 def companion(path: Path) -> str | None:
-    """What a file is that describes data and holds no rows, in words; None for any other.
+    """Return a description of a file that describes data and holds no rows; None for any other.
 
     Its content decides: rows that can be read are data, whatever stands beside them. Its name does so only where the
     content is one JSON object without rows of any known format: a metadata.json may be data.
@@ -30,7 +30,7 @@ def companion(path: Path) -> str | None:
 
 
 def was_saved(folder: Path) -> bool:
-    """Whether datasets' `save_to_disk` wrote this folder; other programs write a state.json too."""
+    """Return whether datasets' `save_to_disk` wrote this folder; other programs write a state.json too."""
     state = folder / "state.json"
     value = _object(state)
     return (folder / "dataset_dict.json").is_file() or (state.is_file() and (value is None or "_data_files" in value))
@@ -51,7 +51,7 @@ def _object(path: Path) -> dict[str, Any] | None:
 
 
 def _is_description(value: Any) -> bool:
-    """Whether a value is one configuration as datasets describes it: its features, or the sizes of its splits."""
+    """Return whether a value is a configuration as datasets describes it: its features, or the sizes of its splits."""
     if not isinstance(value, dict):
         return False
     splits, features = value.get("splits"), value.get("features")
@@ -96,7 +96,7 @@ _NAMES = {
 
 
 def _holds_rows(value: dict[str, Any], is_row: Callable[[dict[str, Any]], bool]) -> bool:
-    """Whether an object is a row, or has rows right below it: in lists, or by id."""
+    """Return whether an object is a row, or has rows right below it: in lists, or by id."""
     below = [item[0] if isinstance(item, list) and item else item for item in value.values()]
     return any(isinstance(row, dict) and is_row(row) for row in [value, *below])
 
@@ -110,7 +110,7 @@ def _is_row(value: dict[str, Any]) -> bool:
 
 
 def _is_readable(value: dict[str, Any]) -> bool:
-    """Whether a row can be read; the features of a data set have the names of a row's columns, but no texts."""
+    """Return whether a row can be read; the features of a data set have the names of a row's columns, but no texts."""
     try:
         read_row(value, detect(value), "")
     except (UserError, RowFault):

@@ -48,7 +48,7 @@ _BYTES_OF_A_CHUNK = 1 << 20
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\x50\x2a\x4d\x18": "zstd"}
-"""How compressed files begin; the last is pzstd's. Downloads are unpacked on the way, or not, whatever their names."""
+"""First bytes of compressed files; the last is pzstd's. Downloads may be unpacked whatever their names say."""
 
 _DESCRIPTIONS = frozenset(("description", "info", "name", "citation", "homepage"))
 """Keys of a JSON document that describe it as a whole, beside the rows, as COCO and datasets have them."""

@@ -367,7 +367,7 @@ def _text(row: Row, column: str) -> str:
 
 
 def is_list_of_turns(value: Any) -> bool:
-    """Whether a value is a list of turns, or the JSON of one. A prompt of prose may begin with a bracket too."""
+    """Return whether a value is a list of turns, or the JSON of one. A prompt of prose may begin with a bracket too."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         try:
             turns = json.loads(value)

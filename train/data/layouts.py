@@ -18,7 +18,7 @@ from train.errors import UserError
 
 BYTES_OF_A_HEAD = 4096
 _BLANKS = " \t\r\n"
-"""What JSON takes for blanks; Python strips other characters too, which a message is to show."""
+"""Blanks of JSON; Python strips other characters too, which a message is to show."""
 _RECORD_SEPARATOR = "\x1e"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -134,7 +134,7 @@ def rewriting(path: Path, program: str, addition: str, ending: str = "") -> str:
 
 
 def is_document(lines: Sequence[bytes]) -> bool:
-    """Whether a file that begins with these lines is one JSON value, or several over several lines each."""
+    """Return whether a file that begins with these lines is one JSON value, or several over several lines each."""
     first = _first_line(lines)
     if first[:1] == b"[":
         return True
@@ -224,7 +224,7 @@ def line_fault(line: bytes, fault: ValueError | RecursionError, *, ended: bool) 
 
 
 def guess(text: bytes, at: int) -> str:
-    """What bytes that are not UTF-8 may be, to stand after the description of the one `at` this index.
+    """Return what bytes that are not UTF-8 may be, to stand after the description of the one `at` this index.
 
     A single byte among ASCII is a letter of Western Europe as a rule; in East Asian encodings they come in pairs.
     """
@@ -237,7 +237,7 @@ def guess(text: bytes, at: int) -> str:
 
 
 def delimiter_of(header: str, delimiter: str) -> str:
-    """What stands between the names of a table's header: `delimiter`, unless only one other character parts them."""
+    """Return the character between the names of a table's header: `delimiter`, unless only another one parts them."""
 
     def cells(character: str) -> int:
         try:
@@ -278,7 +278,7 @@ def _layout_of(text: str, fault: json.JSONDecodeError) -> _Layout | None:
 
 
 def _is_cut(fault: json.JSONDecodeError | None) -> bool:
-    """Whether JSON ends before its value does."""
+    """Return whether JSON ends before its value does."""
     return fault is not None and (fault.msg.startswith("Unterminated string") or fault.pos >= len(fault.doc.rstrip()))
 
 

@@ -101,7 +101,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class CachedSource:
-    """Where the tokens of one source are kept.
+    """Place of the tokens of one source.
 
     `hit`: they were there. `how`: which tokenizer made them. `tokens`: how many there are, and their digest.
     """

@@ -175,13 +175,13 @@ REASONING_LOST = "reasoning lost by the template"
 
 
 def _written_whole(value: Any, renders: Sequence[str]) -> bool:
-    """Whether a value stands in a render as templates' `tojson` writes it."""
+    """Return whether a value stands in a render as templates' `tojson` writes it."""
     text = json.dumps(value, ensure_ascii=False)
     return any(text in render for render in renders)
 
 
 def _is_in(text: str, renders: Sequence[str]) -> bool:
-    """Whether each line of a text is in a render, as it is or quoted as JSON."""
+    """Return whether each line of a text is in a render, as it is or quoted as JSON."""
     lines = [line.strip() for line in text.splitlines()]
     if all(any(line in render for render in renders) for line in lines):
         return True

@@ -31,7 +31,7 @@ _SHOWN = 60
 
 
 class RowFault(Exception):  # noqa: N818 - of a row, not of the program
-    """Why one row can't be trained: `kind` is shared by many rows, `detail` says what is wrong with this one.
+    """Reason why one row can't be trained: `kind` is shared by many rows, `detail` says what is wrong with this one.
 
     Faults of this package's reading have a kind of `FAULT_KINDS`; templates and masks add their own.
     """
@@ -46,7 +46,7 @@ class RowFault(Exception):  # noqa: N818 - of a row, not of the program
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a value holds nothing: null, an empty list or object, a text of blanks."""
+    """Return whether a value holds nothing: null, an empty list or object, a text of blanks."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or (isinstance(value, list | tuple | dict) and not value)
@@ -104,7 +104,7 @@ def parsed(text: str, where: str) -> Any:
 
 
 def is_python(text: str) -> bool:
-    """Whether a text that is not JSON is a dict or list as Python prints it."""
+    """Return whether a text that is not JSON is a dict or list as Python prints it."""
     if not _PYTHON_START.match(text) and not re.search(r": (None|True|False)\b", text):
         return False
     try:

@@ -75,7 +75,7 @@ def collect(unread: Unread, name: str, value: Any) -> None:
 
 
 def is_prose(text: str) -> bool:
-    """Whether a text is longer than an id: three words, six characters of a script without blanks, or 65 characters.
+    """Return whether a text is longer than an id: 3 words, 6 characters of a script without blanks, or 65 characters.
 
     | text                                  | prose                         |
     |---------------------------------------|-------------------------------|
@@ -93,7 +93,7 @@ def is_prose(text: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def is_metadata(name: str) -> bool:
-    """Whether a name, or the last part of `messages[].name`, is one of metadata."""
+    """Return whether a name, or the last part of `messages[].name`, is one of metadata."""
     words = _words(name)
     if _last(name) in _METADATA_NAMES or not words:
         return bool(words)
@@ -103,7 +103,7 @@ def is_metadata(name: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def is_switch(name: str) -> bool:
-    """Whether a name speaks of what is trained: `loss_mask`, `do_train`, `messages[].masked`."""
+    """Return whether a name speaks of what is trained: `loss_mask`, `do_train`, `messages[].masked`."""
     return not _SWITCH_WORDS.isdisjoint(_words(name))
 
 
@@ -128,7 +128,7 @@ def lost_text(name: str, values: Sequence[Any], said: Sequence[str]) -> str | No
 
 
 def _is_truth(value: Any) -> bool:
-    """Whether a value is true or false, also as 1 or 0, or a list of such."""
+    """Return whether a value is true or false, also as 1 or 0, or a list of such."""
     if isinstance(value, list | tuple):
         return bool(value) and all(map(_is_truth, value))
     return isinstance(value, bool | int) and value in (0, 1)
@@ -149,7 +149,7 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 def _stands_in(text: str, said: Sequence[str]) -> bool:
-    """Whether the conversation holds a text, or a text the whole conversation and no prose beside it."""
+    """Return whether the conversation holds a text, or a text the whole conversation and no prose beside it."""
     if any(text in one for one in said):
         return True
     lines = {line.strip() for one in said for line in one.splitlines()} - {""}

@@ -63,7 +63,7 @@ class Score:
 
     @property
     def missing(self) -> str:
-        """Why there is no interval, as `why_no_interval` says it."""
+        """Return the reason for a missing interval, as `why_no_interval` gives it."""
         return why_no_interval(self.interval, self.of)
 
     def record(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Share:
-    """How many of `of` follow, with a 95 % interval over `prompts`; the rest as of an Estimate."""
+    """Number that follow, out of `of`, with a 95 % interval over `prompts`; the rest as of an Estimate."""
 
     value: float
     low: float | None
@@ -34,7 +34,7 @@ class Share:
 
     @property
     def missing(self) -> str:
-        """Why there is no interval, as `why_no_interval` says it."""
+        """Return the reason for a missing interval, as `why_no_interval` gives it."""
         return why_no_interval(self.interval, self.prompts)
 
     def record(self) -> dict[str, Any]:

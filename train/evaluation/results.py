@@ -35,7 +35,7 @@ class Measure:
     groups: Mapping[str, str] = field(default_factory=dict)
     detail: bool = False
     missing: str = ""
-    """Why there is no interval, where that is known (`train.resampling.why_no_interval`)."""
+    """Return the reason for a missing interval, where it is known (`train.resampling.why_no_interval`)."""
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class Preemption:
         self.training = False
         """Whether there is something to save: before training, and after it, Ctrl-C stops at once."""
         self.ended = False
-        """Whether the run is over, and all that is left is to record how: Ctrl-C would lose that."""
+        """True once the run is over and its end is being recorded: Ctrl-C would lose that."""
 
     @contextmanager
     def watching(self) -> Iterator["Preemption"]:

@@ -71,7 +71,7 @@ class ResumedSettings:
         for key in self.changed & _GROUP_SETTINGS.keys():
             self._group_settings |= _GROUP_SETTINGS[key]
         self.fresh_states = self._compare_optimizers()
-        """Whether the optimizer can't take the checkpoint's states."""
+        """True where the optimizer can't take the checkpoint's states."""
         self._groups: list[dict[str, Any]] = []
         self._schedule: dict[str, Any] = {}
 
@@ -152,7 +152,7 @@ class ResumedSettings:
         schedule._last_lr = rates
 
     def _compare_optimizers(self) -> bool:
-        """Whether the states of one optimizer mean nothing to the other. Notes settings that only change in value."""
+        """Return whether one optimizer can't take the other's states. Notes settings that only change in value."""
         before, now = self._name(self._before), self._name(self._now)
         if before != now:
             if not {before, now} <= _SAME_STATES:

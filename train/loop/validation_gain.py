@@ -28,7 +28,7 @@ class ValidationGain:
         self._path = Path(recipe.output_dir) / FILE
         self._tokens_per_batch = sequences_per_batch * recipe.data.max_length
         self.answers = sum(len(variant) for row in rows for variant in row.all)
-        """How many answers a measurement scores, each under one message."""
+        """Return the number of answers that a measurement scores, each under one message."""
 
     def measure(
         self,

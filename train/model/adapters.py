@@ -81,7 +81,7 @@ def _adaptable_types() -> tuple[type, ...]:
 
 
 def _matches(wanted: str, name: str) -> bool:
-    """Whether peft takes the module `name` for `wanted`: the whole name, or its end from a dot on."""
+    """Return whether peft takes the module `name` for `wanted`: the whole name, or its end from a dot on."""
     return name == wanted or name.endswith(f".{wanted}")
 
 

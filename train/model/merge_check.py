@@ -32,7 +32,7 @@ _PREFIX = "base_model.model."
 
 @dataclass
 class MergeCheck:
-    """What the comparison found. `changed`: weights that the adapter has an update for."""
+    """Result of the comparison. `changed`: weights that the adapter has an update for."""
 
     changed: int = 0
     names: list[str] = field(default_factory=list)
@@ -41,7 +41,7 @@ class MergeCheck:
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether all updates of the adapter are zero: it was never trained."""
+        """Return whether all updates of the adapter are zero: it was never trained."""
         return self._wanted == 0
 
     @property
@@ -67,7 +67,7 @@ class _Update:
     scale: float
     magnitude: torch.Tensor | None
     by_column: bool
-    """Whether an output is a column of the weight, not a row; `magnitude` has one number for each."""
+    """Return whether an output is a column of the weight, not a row; `magnitude` has one number for each."""
 
     def rows(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """The update of some rows, without magnitudes, and a bound of what float32 gets wrong in it."""

@@ -219,6 +219,11 @@ def test_the_whole_check_comes_before_submitting(
     assert re.search(r"^error: .*bad\.jsonl", ended.stderr, re.MULTILINE)
 
 
+def job_for(recipe: Path, gpus: str, *more: str) -> list[str]:
+    """Options that print a job of one node with these GPUs."""
+    return [*("--recipe", str(recipe), "--nodes", "1", "--gpus-per-node", gpus, "--time", "24:00:00"), *more, "--print"]
+
+
 @pytest.fixture
 def large(recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path) -> Path:
     """A recipe for a model of 16 billion parameters, whose weights nobody loads: they are those of none."""
@@ -246,19 +251,7 @@ def test_a_job_that_does_not_fit_is_warned_of_last(
 ) -> None:  # fmt: skip
     """It is the plan's word alone, so the script is there all the same."""
     monkeypatch.chdir(ROOT)
-    command = [
-        "--recipe",
-        str(large),
-        "--nodes",
-        "1",
-        "--gpus-per-node",
-        gpus,
-        "--time",
-        "24:00:00",
-        *sbatch,
-        "--print",
-    ]
-    assert submit.main(command) == 0
+    assert submit.main(job_for(large, gpus, *sbatch)) == 0
     written = capsys.readouterr()
     assert written.out.startswith("#!/bin/bash")
     last = written.err.splitlines()[-1]
@@ -278,19 +271,7 @@ def test_a_job_that_fits_or_is_not_known_is_submitted_without_a_word(
     """GPUs without a type, of a type in two sizes, a CPU, and a way to run that the plan doesn't know."""
     monkeypatch.chdir(ROOT)
     config = ["--config", f"accelerate_configs/{sbatch[0]}.yaml"] if sbatch else []
-    command = [
-        "--recipe",
-        str(large),
-        "--nodes",
-        "1",
-        "--gpus-per-node",
-        gpus,
-        "--time",
-        "24:00:00",
-        *config,
-        "--print",
-    ]
-    assert submit.main(command) == 0
+    assert submit.main(job_for(large, gpus, *config)) == 0
     assert "warning: " not in capsys.readouterr().err
 
 

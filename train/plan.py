@@ -19,7 +19,7 @@ from train.model.memory import DDP, STRATEGIES, Memory, Numbers, Strategy, memor
 from train.model.optimizers import KNOWN, is_paged, runs_on_host
 from train.model.shape import Shape
 from train.recipe import Recipe
-from train.training_fields import training_fields
+from train.training_fields import with_defaults
 
 RESERVE = 0.08
 """Share of a GPU left to the CUDA context, NCCL, kernels' workspaces and gaps between blocks: an estimate of ours."""
@@ -145,7 +145,7 @@ def plan(
     sequences_per_step: int,
 ) -> Plan:
     """What fits, and how long it takes. `documents`: tokens of each trained row of an epoch; the rest: the schedule."""
-    settings = _settings(recipe)
+    settings = with_defaults(recipe.training)
     optimizer = optimizer_of(recipe)
     length = recipe.data.max_length if recipe.data.packing else int(documents.max(initial=0))
     ways = ways_on(cluster)
@@ -181,10 +181,6 @@ def plan(
     )
 
 
-def _settings(recipe: Recipe) -> dict[str, Any]:
-    return {name: known.default for name, known in training_fields().items()} | dict(recipe.training)
-
-
 def optimizer_of(recipe: Recipe) -> str:
     """The recipe's `training.optim`, or transformers' default."""
     return str(recipe.training.get("optim") or _DEFAULT_OPTIMIZER)
@@ -208,7 +204,7 @@ def candidate(
     recipe: Recipe, shape: Shape, cluster: Cluster, strategy: Strategy, optimizer: str, length: int
 ) -> Candidate:
     """The memory of a run under `strategy` with sequences of `length` tokens, and whether a GPU has that."""
-    settings = _settings(recipe)
+    settings = with_defaults(recipe.training)
     half = bool(settings["fp16"]) or settings.get("bf16") is not False
     used = optimizer if not strategy.offload or runs_on_host(optimizer) else "adamw_torch"
     numbers = Numbers(

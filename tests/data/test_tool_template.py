@@ -98,19 +98,24 @@ def tools_tokenizer(smollm2: Path) -> Any:
     return tokenizer
 
 
+def check_row(tokenizer: Any, messages: Any, tools: Any, text: str, trained: list[str]) -> None:
+    """The render and the tokens are `text`, and what is trained of them is `trained`."""
+    rendered, spans = render(tokenizer, messages, tools)
+    assert rendered == text
+    assert [rendered[slice(*span)] for span in spans] == trained
+    (row,) = encode(tokenizer, messages, tools=tools)
+    assert tokenizer.decode(row.input_ids) == text
+    ids = [token for token, label in zip(row.input_ids, row.labels, strict=True) if label != NOT_TRAINED]
+    assert tokenizer.decode(ids) == "".join(trained)
+
+
 @pytest.mark.parametrize("system", [True, False])
 @pytest.mark.parametrize("name", ROWS)
 def test_text_and_mask_are_those_built_by_hand(name: str, system: bool, tools_tokenizer: Any) -> None:
     messages, tools = ROWS[name]
     messages = messages if system else messages[1:]
     text, trained = written(messages, tools)
-    rendered, spans = render(tools_tokenizer, messages, tools)
-    assert rendered == text
-    assert [rendered[slice(*span)] for span in spans] == trained
-    (row,) = encode(tools_tokenizer, messages, tools=tools)
-    assert tools_tokenizer.decode(row.input_ids) == text
-    ids = [token for token, label in zip(row.input_ids, row.labels, strict=True) if label != NOT_TRAINED]
-    assert tools_tokenizer.decode(ids) == "".join(trained)
+    check_row(tools_tokenizer, messages, tools, text, trained)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -220,13 +225,7 @@ def test_what_has_its_tags_already_is_not_written_twice(name: str, tools_tokeniz
             wrapped = f"<tool_response>\n{message['content']}\n</tool_response>"
             assert wrapped in text
             text = text.replace(wrapped, message["content"])
-    rendered, spans = render(tools_tokenizer, messages, tools)
-    assert rendered == text
-    assert [rendered[slice(*span)] for span in spans] == trained
-    (row,) = encode(tools_tokenizer, messages, tools=tools)
-    assert tools_tokenizer.decode(row.input_ids) == text
-    ids = [token for token, label in zip(row.input_ids, row.labels, strict=True) if label != NOT_TRAINED]
-    assert tools_tokenizer.decode(ids) == "".join(trained)
+    check_row(tools_tokenizer, messages, tools, text, trained)
 
 
 def test_generation_stops_at_the_end_token_and_serving_needs_no_marks(tools_tokenizer: Any) -> None:

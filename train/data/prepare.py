@@ -34,7 +34,7 @@ from train.data.token_rows import TokenRows
 from train.errors import UserError
 from train.progress import counted, job
 from train.recipe import DataSection, Recipe, Source
-from train.training_fields import training_fields
+from train.training_fields import with_defaults
 
 _PLAN = "plan"
 _OF_ANOTHER_FORMAT = {"missing column", "wrong type", "unknown role", "empty content", "no assistant turn"}
@@ -278,7 +278,7 @@ def _sequences_at_once(recipe: Recipe, *fields: str) -> int:
     Their number divides that of all sequences, so ranks get equally many; and the sequences are the same however a
     step is split into ranks, batches and accumulation.
     """
-    settings = {name: known.default for name, known in training_fields().items()} | dict(recipe.training)
+    settings = with_defaults(recipe.training)
     return math.prod(settings[name] for name in fields) * int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -140,7 +140,12 @@ def add_to(commands: Any) -> None:
         type=Path,
         help="where bench.json, bench_rows.jsonl, bench.png and the journal go (default the folder of --model)",
     )
-    results.add_argument("--against", type=Path, metavar="FILE", help="bench_rows.jsonl of another model, to compare")
+    results.add_argument(
+        "--against",
+        type=Path,
+        metavar="FILE",
+        help="bench_rows.jsonl of another model, measured with the same settings, to compare",
+    )
     results.add_argument(
         "--good", type=float, default=GOOD, help=f"score from which a tie counts as both good (default {GOOD:g})"
     )
@@ -257,7 +262,9 @@ def _refuse_what_can_not_judge(options: argparse.Namespace) -> None:
     from train.llm.places import Pauses
     from train.llm.server import ServerLane
     from train.multifaceted.batch_files import read_batch
-    from train.multifaceted.pairwise import read_results
+    from train.multifaceted.judge import PROMPT_VERSION
+    from train.multifaceted.pairwise import read_protocol, read_results
+    from train.multifaceted.protocol import refuse_other_protocol, settings_of
 
     async def look(server: "Server") -> None:
         await ServerLane(server, Pauses(), patience=0).api.close()
@@ -267,7 +274,9 @@ def _refuse_what_can_not_judge(options: argparse.Namespace) -> None:
             asyncio.run(look(server))
     read_batch(options.batch_in)
     if options.against:
-        read_results(options.against)
+        theirs = read_protocol(options.against, read_results(options.against))
+        ours = settings_of(_protocol(options), PROMPT_VERSION, None if options.responses else _decoding(options))
+        refuse_other_protocol("this run", ours, f"--against {options.against}", theirs)
 
 
 def _judge_servers(options: argparse.Namespace) -> "list[Server]":
@@ -418,7 +427,8 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
         if options.against and options.against.exists() and rows.exists() and options.against.samefile(rows):
             raise UserError(f"--against {options.against}: that is the file which this very command writes.")
         with replacing(rows) as [lines]:
-            write_text(lines, "".join(json.dumps(row_record(one), ensure_ascii=False) + "\n" for one in judged))
+            records = (row_record(one, record["protocol"]) for one in judged)
+            write_text(lines, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records))
         if options.against:
             try:
                 versus = compare(rows, options.against, good=options.good, seed=options.seed)

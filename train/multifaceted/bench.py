@@ -335,8 +335,11 @@ def _best_of(judged: Sequence[JudgedRow], protocol: Protocol, seed: int) -> dict
     return record
 
 
-def row_record(judged: JudgedRow) -> dict[str, Any]:
-    """A line of bench_rows.jsonl: the row's score, and every answer with all that the judge said of it."""
+def row_record(judged: JudgedRow, protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of bench_rows.jsonl: the row's score, and every answer with all that the judge said of it.
+
+    `protocol`: as in bench.json, so that the file can be compared wherever it is copied to.
+    """
     row, settings = judged.row, judged.protocol.judge
     return {
         "id": row.id,
@@ -344,6 +347,7 @@ def row_record(judged: JudgedRow) -> dict[str, Any]:
         "system": row.system,
         "prompt": row.prompt,
         "judge": settings.model + (" (shown the system message)" if settings.show_system else ""),
+        "protocol": dict(protocol),
         "score": judged.score,
         "picked": judged.picked,
         "response": judged.answer.response.text if judged.answer else None,

@@ -1,5 +1,7 @@
 """The figures of the bench as a person reads them: the section of report.md, and a plot."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,8 @@ from train.llm.journal import Decoding
 from train.llm.unanswered import SHOWN_IN_REPORT
 from train.llm.unread import unread_warning
 from train.multifaceted.bench import JudgedRow, figures
-from train.multifaceted.bench_rows import Bench
+from train.multifaceted.bench_rows import Bench, BenchRow
+from train.multifaceted.judge import PROMPT_VERSION
 from train.multifaceted.protocol import (
     PAPERS_DECODING,
     PAPERS_JUDGE,
@@ -16,6 +19,8 @@ from train.multifaceted.protocol import (
     PAPERS_RUNS,
     ROWS_OF_THE_BENCH,
     Protocol,
+    decoding_record,
+    settings_of,
 )
 from train.progress import counted
 from train.report_parts import error_bars, load_pyplot, shortened
@@ -47,6 +52,8 @@ def make_record(
         "data": list(data),
         "rows": len(bench.rows),
         "rows_of_the_data": bench.of,
+        "fingerprint": fingerprint(bench.rows),
+        "protocol": settings_of(protocol, PROMPT_VERSION, decoding),
         "complete": not found["missing"]["judgements_missing"]["pending"],
         "deviations": deviations(bench, protocol, decoding, with_system),
         "judge": {
@@ -54,16 +61,21 @@ def make_record(
             "sees_the_system_message": settings.show_system,
             "runs": settings.runs,
             "retries": settings.retries,
-            **_decoding(settings.decoding),
+            **decoding_record(settings.decoding),
         },
-        "decoding": None if decoding is None else _decoding(decoding),
+        "decoding": None if decoding is None else decoding_record(decoding),
         "system_message_given": with_system,
         **found,
     }
 
 
-def _decoding(decoding: Decoding) -> dict[str, Any]:
-    return {"max_tokens": decoding.max_tokens, **decoding.parameters(0)}
+def fingerprint(rows: Sequence[BenchRow]) -> str:
+    """Return a checksum of rows, by which `compare` knows that two models were asked and graded alike."""
+    told = [
+        [row.system, row.prompt, row.reference, [[one.criteria, one.descriptions] for one in row.rubrics]]
+        for row in rows
+    ]
+    return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
 
 
 def deviations(bench: Bench, protocol: Protocol, decoding: Decoding | None, with_system: bool | None) -> list[str]:
@@ -94,7 +106,7 @@ def deviations(bench: Bench, protocol: Protocol, decoding: Decoding | None, with
 
 
 def _words(decoding: Decoding) -> str:
-    return ", ".join(f"{name} {value}" for name, value in _decoding(decoding).items())
+    return ", ".join(f"{name} {value}" for name, value in decoding_record(decoding).items())
 
 
 def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow]) -> str:

@@ -103,9 +103,7 @@ def test_a_preference_that_a_sibling_has_is_asked_again_with_those_to_avoid(tmp_
     assert len(asked_again) == 2
     for prompt in asked_again:
         wanted, _, avoid = prompt.rpartition("\n\n")
-        assert [line[2:].partition(",")[0] for line in wanted.rpartition("### Aspects\n")[2].splitlines()] == [
-            "style"
-        ]
+        assert [line[2:].partition(",")[0] for line in wanted.rpartition("### Aspects\n")[2].splitlines()] == ["style"]
         assert avoid.startswith("Do not propose any of these again: Dry WIT!")
     assert done.tally.events["preferences: the same as a sibling's, of some or all dimensions"] == 2
 

@@ -8,6 +8,7 @@ from train.llm.journal import Decoding
 from train.llm.unanswered import SHOWN_IN_REPORT
 from train.multifaceted.bench import JudgedRow, figures
 from train.multifaceted.bench_rows import Bench
+from train.multifaceted.judge import PROMPT_VERSION
 from train.multifaceted.protocol import (
     PAPERS_DECODING,
     PAPERS_JUDGE,
@@ -50,6 +51,7 @@ def make_record(
         "deviations": deviations(bench, protocol, decoding, with_system),
         "judge": {
             "model": settings.model,
+            "prompt_version": PROMPT_VERSION,
             "sees_the_system_message": settings.show_system,
             "runs": settings.runs,
             "retries": settings.retries,
@@ -66,9 +68,9 @@ def _decoding(decoding: Decoding) -> dict[str, Any]:
 
 
 def deviations(bench: Bench, protocol: Protocol, decoding: Decoding | None, with_system: bool | None) -> list[str]:
-    """In what this is not the paper's protocol, in words. The words of the judge's prompt are ours in any case."""
+    """List the differences from the paper's protocol. The wording of the judge's prompt is always one."""
     settings = protocol.judge
-    found = ["the words that the judge is asked in are our own"]
+    found = [f"the judge's prompt is in our own words (version {PROMPT_VERSION})"]
     if settings.show_system:
         found.append("the judge was shown the system message")
     if settings.model != PAPERS_JUDGE:

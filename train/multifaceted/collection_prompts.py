@@ -41,7 +41,7 @@ giving this instruction might have. The dimensions are:
 - Say what the answer should be like, not what it should say: the preference must suit other instructions of the same \
 kind.
 - Come up with preferences of your own; the ones shown only illustrate the aspect.
-- Reply with one line per aspect, `dimension: preference`, and nothing else."""
+- Reply with one line for each dimension shown, `dimension: preference`, and nothing else."""
 
 _PROPOSED: tuple[tuple[str, str, str], ...] = (
     (

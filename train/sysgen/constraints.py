@@ -1,11 +1,11 @@
 """Requirements on an answer that a program can check: at most 60 words, a list of four points, no commas.
 
-Some of their kinds are those that IFEval asks for; their words are ours throughout, and no sentence is taken from it:
-to train on a benchmark's own words would make its score worthless. Each kind is put in several ways, so that a model
-learns the requirement and not one sentence. The words are English, and so are the answers that they suit.
+Some kinds are also IFEval's, but the wording is ours throughout and no sentence is taken from it: training on a
+benchmark's own wording would make its score worthless. Each kind has several wordings, so that a model learns the
+requirement and not one sentence. The wordings are English, and so are the answers that get them.
 
-A check is strict and plain, and says no wherever in doubt: what it lets through is trained on as an example of
-following the message.
+A check is strict and simple, and fails an answer when in doubt: what passes is trained on as an example of following
+the message. A change of wording raises `prompts.PROMPT_VERSION`.
 """
 
 import math
@@ -273,7 +273,7 @@ _KINDS = (
         "Go into enough depth to fill at least {n} words.", "Never send a reply shorter than {n} words.")),
     _Kind("sentences_at_most", "Format", lambda it: it.is_plain and it.longest <= 120, _sentences_at_most, (
         "Say it in no more than {n} sentences.", "Never use more than {n} sentences.",
-        "Limit yourself to {n} sentences.", "Keep to {n} sentences or fewer; each line of a list counts as a sentence.")),
+        "Limit yourself to {n} sentences.", "Keep to {n} sentences or fewer; a line of a list counts as a sentence.")),
     _Kind("paragraphs", "Format", lambda it: it.is_plain and it.shortest >= 60, _paragraphs, (
         "Divide your reply into {n} paragraphs, with a blank line between them.",
         "Write {n} paragraphs, no more and no fewer, separated by blank lines.",
@@ -318,7 +318,7 @@ _KINDS = (
         "Bring in the term \"{word}\" {often}.")),
     _Kind("word_to_avoid", "Style", lambda it: it.shortest >= 20, _word_to_avoid, (
         "Do without the word \"{word}\".", "Never say \"{word}\".",
-        "The word \"{word}\" is off limits; find another way to put it.", "Steer clear of \"{word}\" in your wording.")),
+        "The word \"{word}\" is off limits; find another way to say it.", "Steer clear of the word \"{word}\".")),
     _Kind("lower_case", "Style", lambda it: not it.has_code and not it.hold(r"\d,\d"),
           _that(lambda answer: not any(letter.isupper() or letter.istitle() for letter in answer)), (
         "Type everything in lowercase, including names and the first word of a sentence.",

@@ -128,8 +128,8 @@ Below is a system message whose phrases were put into tags, <<Tag>>phrase<</Tag>
 {_DEFINITIONS}
 
 Judge for each of the eight tags whether it is used as defined:
-- Good: its phrases are what the tag means{{}}.
-- Bad: its phrases are something else{{}}.
+- Good: its phrases match the definition{{}}.
+- Bad: its phrases do not match it{{}}.
 - None: no phrase has this tag, or its phrases say nothing.
 
 Reply with eight lines and nothing else. Follow this form; the verdicts in it are placeholders:
@@ -143,7 +143,7 @@ def verify(message: Annotated, exchange: Sequence[Message] | None = None) -> lis
 
     `exchange`: one exchange of a longer conversation, which the message must fit as well.
     """
-    fits = (" and fit the conversation", " or contradict the conversation") if exchange else ("", "")
+    fits = (" and fit the conversation", ", or contradict the conversation") if exchange else ("", "")
     ask = _JUDGE_TAGS.format(*fits, _FORM)
     if exchange:
         ask += f"\n\n### Part of the conversation it was written for\n\n{shown(exchange)}"
@@ -157,7 +157,7 @@ def follows(system: str, question: str, answer: str) -> list[dict[str, str]]:
         _turn(
             "user",
             "An assistant was given a system message and a question. Does its answer do what the system message asks "
-            "for, as far as that applies to this question? Judge only this, not whether the answer is correct. Reply "
+            "for, as far as it applies to this question? Judge only this, not whether the answer is correct. Reply "
             f"with one word, Yes or No.\n\n### System message\n{system}\n\n### Question\n{question}\n\n"
             f"### Answer\n{answer}",
         )

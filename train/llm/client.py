@@ -19,9 +19,10 @@ from types import TracebackType
 from typing import Self
 
 from train.errors import UserError
+from train.llm.failures import LONGEST_WAIT, Trouble
 from train.llm.journal import Answer, Journal, Request
 from train.llm.places import Pauses, Places
-from train.llm.server import LONGEST_WAIT, Server, ServerLane, Trouble
+from train.llm.server import Server, ServerLane
 from train.progress import SECONDS_BETWEEN_LINES, duration
 
 FAILURES_OF_A_STAGE = 20

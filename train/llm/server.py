@@ -1,12 +1,11 @@
 """One server: its connections, its key, and what its answers and errors mean."""
 
 import asyncio
-import email.utils
 import os
 import re
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
@@ -14,15 +13,14 @@ import openai
 
 from train.errors import UserError
 from train.llm.connections import Connections
+from train.llm.failures import LONGEST_WAIT, Trouble, trouble_of, words_of_error
 from train.llm.journal import Answer, Request
 from train.llm.places import Lane, Pauses
+from train.llm.replies import answer_in
+from train.llm.request_body import request_body
 from train.progress import duration
 
 OPENAI_HOST = "api.openai.com"
-
-LONGEST_WAIT = 86_400.0
-"""The longest pause, in seconds, that a server may ask for: limits are by the day at most. The openai package obeys
-two minutes and urllib3 six hours, which would knock on a door that is to open in seven."""
 
 _NOT_SENT: Any = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
 
@@ -38,21 +36,6 @@ class Server:
     base_url: str
     concurrency: int = 64
     key_variable: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Trouble:
-    """Why there is no answer.
-
-    too much: the server's load. gone: it can't be reached. fault: its fault or the request's. row: it won't answer
-    this request. hopeless: it will answer none. again: it wants the request put otherwise, as it now will be.
-    """
-
-    kind: Literal["too much", "gone", "fault", "row", "hopeless", "again"]
-    what: str
-    retry_after: float | None = None
-    status: int | None = None
-    """Of a fault: None where no response came at all."""
 
 
 class ServerLane(Lane):
@@ -94,12 +77,7 @@ class ServerLane(Lane):
     async def send(self, model: str, request: Request) -> Answer | Trouble:
         """Ask once."""
         limit_name = self._limit_name
-        body = {
-            "model": model,
-            "messages": request.messages,
-            limit_name: request.decoding.max_tokens,
-            **request.decoding.parameters(request.sample),
-        }
+        body = request_body(model, request, limit_name=limit_name)
         started = time.monotonic()
         interruption = asyncio.timeout(None)
         try:
@@ -114,7 +92,8 @@ class ServerLane(Lane):
             if unsupported and error.param == "max_tokens" == limit_name:
                 self._limit_name = "max_completion_tokens"  # what OpenAI's reasoning models call it
                 return Trouble("again", "")
-            return self._judge(error)
+            words = self._clean(words_of_error(error.body, error.response.text))
+            return self._trouble(error.status_code, error.response, words, error.code)
         except openai.APIConnectionError as error:
             reached = not isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout)
             why = str(error.__cause__) or type(error.__cause__).__name__
@@ -128,57 +107,24 @@ class ServerLane(Lane):
         return self._read(response, time.monotonic() - started)
 
     def _read(self, response: httpx2.Response, seconds: float) -> Answer | Trouble:
-        """The answer that a body holds, if it does."""
+        """Return the answer in a response of status 200."""
         try:
-            body = response.json()
-            choice = body["choices"][0]
-            message, usage = choice["message"], body.get("usage") or {}
-            text, refusal = message.get("content"), message.get("refusal")
-            if not isinstance(text, str | None) or not isinstance(refusal, str | None):
-                raise TypeError("content is no text")
-            prompt_tokens, completion_tokens = (
-                count if isinstance(count := usage.get(name), int) else None
-                for name in ("prompt_tokens", "completion_tokens")
-            )
-            finish_reason = str(choice.get("finish_reason") or "")
-        except (ValueError, LookupError, TypeError, AttributeError):
+            return answer_in(response.json(), seconds)
+        except ValueError:
             what = f"no answer but garbage: {self._clean(response.text) or 'an empty body'}"
             return Trouble("fault", what, status=response.status_code)
-        return Answer(
-            text=_whole(text or ""),
-            finish_reason=_whole(finish_reason),
-            refusal=None if refusal is None else _whole(refusal),
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-            seconds=seconds,
-        )
 
-    def _judge(self, error: openai.APIStatusError) -> Trouble:
-        """What an error status means."""
-        status = error.status_code
-        what = f"{status} {error.response.reason_phrase}: {self._clean(_said(error))}".removesuffix(": ")
-        retry_after = _retry_after(error.response.headers)
-        if retry_after is not None and retry_after > self.longest_wait:
-            # Milliseconds, or a date in seconds since 1970: it is asked again after our own pauses, as without a word.
-            what += f" (its Retry-After is not obeyed: it asks for more than {duration(self.longest_wait)})"
-            retry_after = None
-        if error.code == "insufficient_quota":
-            return Trouble("hopeless", what, status=status)
-        match status:
-            case 429 | 503 | 529:
-                return Trouble("too much", what, retry_after)
-            case 502 | 520 | 521 | 522 | 523:
-                return Trouble("gone", what, retry_after)
-            case 401 | 402 | 404 | 405:
-                return Trouble("hopeless", what, status=status)
-            case 403 if not self.has_answered:  # later it is how some say that they won't answer this one
-                return Trouble("hopeless", what, status=status)
-            case 408 | 409 | 425:
-                return Trouble("fault", what, retry_after, status)
-            case _ if status >= 500:
-                return Trouble("fault", what, retry_after, status)
-            case _:
-                return Trouble("row", what)
+    def _trouble(self, status: int, response: httpx2.Response, words: str, code: Any) -> Trouble:
+        """Return the meaning of an error response."""
+        what = f"{status} {response.reason_phrase}: {words}".removesuffix(": ")
+        return trouble_of(
+            status,
+            what,
+            code,
+            response.headers,
+            has_answered=self.has_answered,
+            longest_wait=self.longest_wait,
+        )
 
     async def explain(self, model: str, trouble: Trouble) -> str:
         """What a person must know to mend it."""
@@ -244,32 +190,3 @@ def _name_and_host(base_url: str) -> tuple[str, str]:
     if not host or address.scheme not in ("http", "https"):
         raise UserError(f"base_url {base_url!r} is no address: write it like http://localhost:8000/v1.")
     return f"{address.scheme}://{host}{f':{port}' if port else ''}{address.path}", host
-
-
-def _said(error: openai.APIStatusError) -> str:
-    """The server's own words in the body of an error."""
-    body = error.body
-    for name in ("message", "detail", "error"):
-        if isinstance(body, dict) and isinstance(body.get(name), str):
-            return str(body[name])
-    return str(body) if body else error.response.text
-
-
-def _retry_after(headers: httpx2.Headers) -> float | None:
-    """Seconds that a server asks for: a number, or a date (RFC 9110); OpenAI also sends milliseconds."""
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        try:
-            seconds = float(headers.get(name, "")) * unit
-        except ValueError:
-            continue
-        if 0 <= seconds < float("inf"):
-            return seconds
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time())
-    except ValueError:
-        return None
-
-
-def _whole(text: str) -> str:
-    """`text` without halves of surrogate pairs, which JSON can hold and no file can."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)

@@ -5,7 +5,6 @@ any number of files, and a journal that has them is like one that was filled liv
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,8 @@ from typing import Any
 from train.errors import UserError
 from train.llm.client import NoAnswerError
 from train.llm.journal import Answer, Journal, Request
+from train.llm.replies import answer_in
+from train.llm.request_body import request_body
 from train.multifaceted.judge import NotYetError
 from train.whole_files import replacing
 
@@ -85,24 +86,9 @@ def _take(found: BatchAnswers, key: bytes, response: Any, error: Any) -> None:
 
 def _answer(body: Any) -> Answer | None:
     try:
-        choice = body["choices"][0]
-        message, usage = choice["message"], body.get("usage") or {}
-        text, refusal = message.get("content"), message.get("refusal")
-        if not isinstance(text, str | None) or not isinstance(refusal, str | None):
-            return None
-        prompt, completion = (
-            count if isinstance(count := usage.get(name), int) else None
-            for name in ("prompt_tokens", "completion_tokens")
-        )
-        finish_reason = str(choice.get("finish_reason") or "")
-    except (LookupError, TypeError, AttributeError):
+        return answer_in(body, seconds=0.0)
+    except ValueError:
         return None
-    return Answer(_whole(text or ""), _whole(finish_reason), refusal and _whole(refusal), prompt, completion, 0.0)
-
-
-def _whole(text: str) -> str:
-    """Without halves of surrogate pairs, which JSON can hold and no file can."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 class JournalAsker:
@@ -163,12 +149,7 @@ def _parts(requests: Mapping[bytes, Request], model: str, most_requests: int, mo
     lines: list[bytes] = []
     size = 0
     for key, request in requests.items():
-        body = {
-            "model": model,
-            "messages": [dict(message) for message in request.messages],
-            "max_tokens": request.decoding.max_tokens,
-            **request.decoding.parameters(request.sample),
-        }
+        body = request_body(model, request)
         record = {"custom_id": key.hex(), "method": "POST", "url": URL, "body": body}
         line = json.dumps(record).encode() + b"\n"
         if lines and (len(lines) == most_requests or size + len(line) > most_bytes):

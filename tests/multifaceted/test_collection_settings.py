@@ -222,6 +222,16 @@ def test_the_model_as_second_filter(tmp_path: Path) -> None:
     assert done.tally.events["screen: neither yes nor no, and kept"] == 1
     assert done.tally.instructions == 2
     assert {one.body["temperature"] for one in asked if stage_of(one) == "screen"} == {0.0}
+    assert done.tally.warnings() == []
+
+
+def test_a_filter_whose_verdicts_are_mostly_unread_ends_with_a_warning(tmp_path: Path) -> None:
+    rows = [turns(f"prompt {word} please") for word in ("alpha", "beta", "gamma")]
+    said = saying(screen=lambda asked: "No style is stated" if "alpha" not in asked.prompt else "I see no style: no.")
+    done, _ = run_with(said, tmp_path, rows, filter={"model": True}, sets_per_instruction=1)
+    (warning,) = done.tally.warnings()
+    assert warning.startswith("filter.model: 2 of 3 verdicts could not be read (67%). These instructions were kept.")
+    assert f"**Warning: {warning}**" in (tmp_path / "out" / "report.md").read_text("utf-8")
 
 
 def test_rules_of_the_filter_can_be_chosen(tmp_path: Path) -> None:

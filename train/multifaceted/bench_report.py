@@ -6,6 +6,7 @@ from typing import Any
 
 from train.llm.journal import Decoding
 from train.llm.unanswered import SHOWN_IN_REPORT
+from train.llm.unread import unread_warning
 from train.multifaceted.bench import JudgedRow, figures
 from train.multifaceted.bench_rows import Bench
 from train.multifaceted.judge import PROMPT_VERSION
@@ -105,6 +106,7 @@ def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow]) -> str:
     """
     score, judge, missing = record["score"], record["judge"], record["missing"]
     lines = [HEADING, "", _headline(record), ""]
+    lines += [part for warning in warnings(record) for part in (f"**Warning: {warning}**", "")]
     if not record["complete"]:
         pending = missing["judgements_missing"]["pending"]
         to_come = counted(pending, "judgement", "is", "are")
@@ -131,6 +133,20 @@ def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow]) -> str:
     for one in judged[:: max(len(judged) // _SAMPLES, 1)][:_SAMPLES]:
         lines += _sample(one)
     return "\n".join(lines) + "\n"
+
+
+def warnings(record: Mapping[str, Any]) -> list[str]:
+    """Return a line where most answers of the judge held no score that could be read."""
+    missing = record["missing"]
+    faults = missing["judge_answers_without_score"]
+    why = ", ".join(f"{count:,} {name}" for name, count in faults.items())
+    return unread_warning(
+        f"--judge {record['judge']['model']}",
+        sum(faults.values()),
+        missing["judge_answers"],
+        f"Reasons: {why}. They are in no mean; the answers are in bench_rows.jsonl. Use a judge that ends with "
+        "[RESULT] and a number, or raise --judge-max-tokens if its answers are cut.",
+    )
 
 
 def _headline(record: Mapping[str, Any]) -> str:

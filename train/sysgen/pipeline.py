@@ -136,6 +136,7 @@ class Pipeline:
             answer = await self._ask(outcome, "verify", prompts.verify(outcome.message, exchange), decoding, sample)
             read = parse_verdicts(answer.text)
             outcome.verdicts.append(dict(read.of))
+            outcome.tags_judged += len(outcome.message.tags)
             outcome.events["verdict written otherwise, and read"] += read.repairs.get("written otherwise", 0)
             outcome.events["verdict that can't be read"] += sum(tag not in read.of for tag in outcome.message.tags)
         for tag in outcome.message.tags:

@@ -13,7 +13,7 @@ import openai
 
 from train.errors import UserError
 from train.llm.connections import Connections
-from train.llm.failures import LONGEST_WAIT, Trouble, trouble_of, words_of_error
+from train.llm.failures import DENIED, LONGEST_WAIT, ErrorBody, Trouble, error_in, error_of, trouble_of
 from train.llm.journal import Answer, Request
 from train.llm.places import Lane, Pauses
 from train.llm.replies import answer_in
@@ -48,6 +48,13 @@ class ServerLane(Lane):
         super().__init__(name, server.concurrency, pauses)
         self.patience, self.longest_wait = patience, longest_wait
         self.has_answered = False
+        self.answered_sent_at = 0.0
+        """When the newest of the requests that it has answered was sent."""
+        self.denied: set[bytes] = set()
+        """The requests that it has denied since its last answer."""
+        self.denied_since = 0.0
+        self.denials = 0
+        """How many times in a row it has denied requests; those that were on their way together count once."""
         self.key = self._find_key(server, host)
         self._limit_name = "max_tokens"
         self._in_flight: set[asyncio.Timeout] = set()
@@ -92,8 +99,8 @@ class ServerLane(Lane):
             if unsupported and error.param == "max_tokens" == limit_name:
                 self._limit_name = "max_completion_tokens"  # what OpenAI's reasoning models call it
                 return Trouble("again", "")
-            words = self._clean(words_of_error(error.body, error.response.text))
-            return self._trouble(error.status_code, error.response, words, error.code)
+            body = _json(error.response)
+            return self._trouble(error.status_code, error.response, error_of(body, error.response.text))
         except openai.APIConnectionError as error:
             reached = not isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout)
             why = str(error.__cause__) or type(error.__cause__).__name__
@@ -107,29 +114,43 @@ class ServerLane(Lane):
         return self._read(response, time.monotonic() - started)
 
     def _read(self, response: httpx2.Response, seconds: float) -> Answer | Trouble:
-        """Return the answer in a response of status 200."""
-        try:
-            return answer_in(response.json(), seconds)
-        except ValueError:
-            what = f"no answer but garbage: {self._clean(response.text) or 'an empty body'}"
-            return Trouble("fault", what, status=response.status_code)
+        """Return the answer in a response of status 200, or the error in it, which some gateways send so."""
+        body = _json(response)
+        # An error may stand beside choices, which are empty then.
+        error = error_in(body, response.text) if isinstance(body, dict) and body.get("error") else None
+        if error is None:
+            try:
+                return answer_in(body, seconds)
+            except ValueError:
+                error = error_in(body, response.text)
+        if error is not None:
+            return self._trouble(error.implied_status(), response, error)
+        what = f"no answer but garbage: {self._clean(response.text) or 'an empty body'}"
+        return Trouble("fault", what, status=200)
 
-    def _trouble(self, status: int, response: httpx2.Response, words: str, code: Any) -> Trouble:
-        """Return the meaning of an error response."""
-        what = f"{status} {response.reason_phrase}: {words}".removesuffix(": ")
-        return trouble_of(
-            status,
-            what,
-            code,
-            response.headers,
-            has_answered=self.has_answered,
-            longest_wait=self.longest_wait,
-        )
+    def _trouble(self, status: int, response: httpx2.Response, error: ErrorBody) -> Trouble:
+        """Return the meaning of an error, in a response with the status of one or of a 200."""
+        said = f"{status} {response.reason_phrase}"
+        if response.status_code == 200:
+            said = "an error in the body of a 200" if status == 200 else f"{status} in the body of a 200"
+        what = f"{said}: {self._clean(error.words)}".removesuffix(": ")
+        return trouble_of(status, what, error, response.headers, longest_wait=self.longest_wait)
 
     async def explain(self, model: str, trouble: Trouble) -> str:
-        """What a person must know to mend it."""
+        """Return what is wrong and what to do, for an error that ends the run."""
         said = f"{self.name} answers {trouble.what.rstrip('.')}"
+        go_on = "What was answered so far is in the journal: start the same command again, and it goes on from there"
         match trouble.status:
+            case 401 | 403 if self.has_answered:
+                return (
+                    f"{said}, to {len(self.denied)} requests in a row. It answered others before: the key may "
+                    f"have expired or reached its limit. {go_on} when the key is accepted."
+                )
+            case _ if trouble.status in DENIED and self.has_answered:
+                return (
+                    f"{said}, for {duration(time.monotonic() - self.denied_since)}. It answered other requests before: "
+                    f"see whether it still serves {model!r} at this address. {go_on} when it does."
+                )
             case 401 | 403 if self.key is None:
                 return f"{said}. It wants a key: name the environment variable that holds it as key_variable."
             case 401 | 403:
@@ -141,15 +162,18 @@ class ServerLane(Lane):
                     return f"{said}. base_url is probably wrong: for most servers it ends in /v1."
                 named = ", ".join(sorted(models)[:10]) or "none"
                 return f"{said}. It was asked for the model {model!r}; those it names are: {named}."
+            case 402:
+                return f"{said}. Add credit, raise the limit or name another server. {go_on}."
             case _:
-                return (
-                    f"{said}. What was answered so far is in the journal; start the same command when this is mended."
-                )
+                return f"{said}. {go_on} when this is solved."
 
     def learn(self, outcome: Answer | Trouble | None, sent_at: float) -> None:
         """Adapt to how a request ended; None: it was cancelled."""
         if isinstance(outcome, Answer):
             self.has_answered = True
+            self.answered_sent_at = max(self.answered_sent_at, sent_at)
+            self.denied.clear()
+            self.denials = 0
             self.answered()
         elif outcome is not None and outcome.kind == "too much":
             self.refused(outcome.what, sent_at, outcome.retry_after)
@@ -157,6 +181,11 @@ class ServerLane(Lane):
             self.failed(outcome.what, sent_at)
             if outcome.what.startswith("can't be reached"):  # not what a gateway in front of it says
                 self._connections.when_sent = self._reached
+        elif outcome is not None and outcome.kind == "denied":
+            self.denied_since = self.denied_since if self.denied else time.monotonic()
+            before = self.failures_in_a_row
+            self.objected(outcome.what, sent_at)
+            self.denials += self.failures_in_a_row - before
         elif outcome is not None:
             self.heard_at = time.monotonic()
 
@@ -178,6 +207,14 @@ class ServerLane(Lane):
         text = text.replace(self.key, "***") if self.key else text
         text = re.sub(r"\s+", " ", text).strip()
         return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _json(response: httpx2.Response) -> Any:
+    """Return the parsed body of a response; None where it is no JSON."""
+    try:
+        return response.json()
+    except ValueError:
+        return None
 
 
 def _name_and_host(base_url: str) -> tuple[str, str]:

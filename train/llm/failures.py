@@ -27,6 +27,8 @@ class Trouble:
     retry_after: float | None = None
     status: int | None = None
     """Of a fault: None where no response came at all."""
+    advice: str | None = None
+    """Of what waiting does not cure: the remedy, where the connection itself tells it."""
 
 
 def trouble_of(

@@ -90,7 +90,7 @@ def test_a_preference_that_a_sibling_has_is_asked_again_with_those_to_avoid(tmp_
     asked_again: list[str] = []
 
     def propose(asked: Asked) -> str:
-        if "Something other than" in asked.prompt:
+        if "Do not propose" in asked.prompt:
             asked_again.append(asked.prompt)
             return good_everything(asked)
         return f"style: Dry WIT!\nbackground_knowledge: k{asked.number}\ninformativeness: i{asked.number}\nharmlessness: h{asked.number}"
@@ -103,10 +103,8 @@ def test_a_preference_that_a_sibling_has_is_asked_again_with_those_to_avoid(tmp_
     assert len(asked_again) == 2
     for prompt in asked_again:
         wanted, _, avoid = prompt.rpartition("\n\n")
-        assert [line[2:].partition(",")[0] for line in wanted.rpartition("### Asked for\n")[2].splitlines()] == [
-            "style"
-        ]
-        assert avoid.startswith("Something other than: Dry WIT!")
+        assert [line[2:].partition(",")[0] for line in wanted.rpartition("### Aspects\n")[2].splitlines()] == ["style"]
+        assert avoid.startswith("Do not propose any of these again: Dry WIT!")
     assert done.tally.events["preferences: the same as a sibling's, of some or all dimensions"] == 2
 
 

@@ -58,6 +58,7 @@ def make_record(
         "deviations": deviations(bench, protocol, decoding, with_system),
         "judge": {
             "model": settings.model,
+            "prompt_version": PROMPT_VERSION,
             "sees_the_system_message": settings.show_system,
             "runs": settings.runs,
             "retries": settings.retries,
@@ -79,9 +80,9 @@ def fingerprint(rows: Sequence[BenchRow]) -> str:
 
 
 def deviations(bench: Bench, protocol: Protocol, decoding: Decoding | None, with_system: bool | None) -> list[str]:
-    """In what this is not the paper's protocol, in words. The words of the judge's prompt are ours in any case."""
+    """List the differences from the paper's protocol. The wording of the judge's prompt is always one."""
     settings = protocol.judge
-    found = ["the words that the judge is asked in are our own"]
+    found = [f"the judge's prompt is in our own words (version {PROMPT_VERSION})"]
     if settings.show_system:
         found.append("the judge was shown the system message")
     if settings.model != PAPERS_JUDGE:

@@ -20,6 +20,7 @@ from train.llm.unanswered import NO_ANSWER, Unanswered
 from train.llm.unread import unread_warning
 from train.multifaceted.collection_config import STAGES, CollectionConfig
 from train.multifaceted.collection_outcome import Outcome
+from train.multifaceted.collection_prompts import PROMPT_VERSION
 from train.multifaceted.preferences import DIMENSIONS, Hierarchy, same_words
 
 SAMPLES = 5
@@ -110,6 +111,7 @@ class Tally:
         """Everything as plain values, for report.json."""
         return {
             "model": self._config.model,
+            "prompt_version": PROMPT_VERSION,
             "rows": self.rows,
             "instructions": self.instructions,
             "instructions_written": self.instructions_written,

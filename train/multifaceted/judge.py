@@ -23,14 +23,14 @@ from train.multifaceted.protocol import JudgeSettings
 STAGE = "judge, run {run}"
 
 _TASK = """\
-You grade one answer of a language model, by one criterion alone.
+You grade one answer from a language model on a single criterion.
 
-You are given the instruction that the model got, the answer to be graded, a reference that would earn the best grade, \
-and the criterion with a description of each grade from 1 to 5.
+You are given the instruction that the model received, the answer to be graded, a reference answer that would earn the \
+highest score, and the criterion with a description of each score from 1 to 5.
 
-First say in a few sentences which description fits the answer best and what in the answer shows it. Go by this \
-criterion only. The reference shows what a 5 looks like; an answer may earn a 5 in other words. Then give the grade, a \
-whole number from 1 to 5, on a last line of this form, and write nothing after it:
+First explain in a few sentences which description fits the answer best and what in the answer shows this. Consider \
+only this criterion. The reference answer shows what a 5 looks like; an answer in different words can earn a 5 as \
+well. Then give the score, a whole number from 1 to 5, on a final line in this form, and write nothing after it:
 [RESULT] n"""
 
 PROMPT_VERSION = 2
@@ -100,17 +100,17 @@ def parse_score(text: str) -> int | None:
 
 
 def judge_prompt(row: BenchRow, rubric: Rubric, response: str, *, show_system: bool = False) -> str:
-    """What the judge is asked. The system message is in it only with `show_system`."""
+    """Return the question for the judge, with the system message only if `show_system` is set."""
     parts = [_TASK]
     if show_system:
-        parts.append(f"### System message that the model got\n{row.system}")
-    grades = "\n".join(f"{grade}: {text}" for grade, text in enumerate(rubric.descriptions, 1))
+        parts.append(f"### System message that the model received\n{row.system}")
+    scores = "\n".join(f"{score}: {text}" for score, text in enumerate(rubric.descriptions, 1))
     parts += [
         f"### Instruction\n{row.prompt}",
         f"### Answer to be graded\n{response}",
-        f"### Reference, which earns a 5\n{row.reference}",
+        f"### Reference answer (score 5)\n{row.reference}",
         f"### Criterion\n{rubric.criteria}",
-        f"### Grades\n{grades}",
+        f"### Score descriptions\n{scores}",
     ]
     return "\n\n".join(parts)
 

@@ -13,6 +13,7 @@ from train.llm.unanswered import NO_ANSWER, Unanswered
 from train.llm.unread import unread_warning
 from train.sysgen.config import SysgenConfig
 from train.sysgen.outcome import Outcome
+from train.sysgen.prompts import PROMPT_VERSION
 from train.sysgen.tags import TAGS
 
 PHASES = ("read", "generated", "filtered", "verified", "answered")
@@ -143,6 +144,7 @@ class Tally:
         asked_for = PHASES if self._config.message == "generate" else ("read", "answered")
         return {
             "model": self._config.model,
+            "prompt_version": PROMPT_VERSION,
             "rows": self.rows,
             "rows_written": self.written,
             "rows_with_system_message": self.with_message,

@@ -15,6 +15,7 @@ Errors end in one of three ways:
 """
 
 import asyncio
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,9 +25,10 @@ from typing import Self
 
 from train.errors import UserError
 from train.llm.failures import LONGEST_WAIT, Trouble
+from train.llm.first_contact import share_secrets, unreachable
 from train.llm.journal import Answer, Journal, Request
 from train.llm.places import Pauses, Places
-from train.llm.server import Server, ServerLane
+from train.llm.server import PAUSE_OF_A_START, Server, ServerLane
 from train.progress import SECONDS_BETWEEN_LINES, duration
 
 FAILURES_OF_A_STAGE = 20
@@ -49,6 +51,9 @@ FEW_DENIED = 2
 LONGEST_ABSENCE = 600.0
 """Seconds for which 404s of a server that has answered before are waited for: a gateway sends them while the pod behind
 it is replaced, which includes loading the model."""
+
+WAIT_FOR_SERVER = 60.0
+"""So many seconds a server is waited for at the start, when no server has been reached in this run."""
 
 
 class NoAnswerError(Exception):
@@ -97,6 +102,10 @@ class Client:
     `patience`: how many seconds a server may say nothing at all, to none of its requests, before they are sent
     again; it doubles each time, so that an answer which takes longer does come. There is no limit on a single one.
 
+    `wait_for_server`: how many seconds a server that can't be reached is waited for at the start. If by then none has
+    been reached, the run ends; one of several is named in a warning, and still tried now and then. Later in the run
+    there is no limit: a server that has been reached comes back.
+
     `longest_wait`: how many seconds a server may ask to be left alone (Retry-After); one that asks for more is asked
     again as if it had not said how long. One that has had too much to do for as long, and that from the first request
     on, is given up.
@@ -117,12 +126,16 @@ class Client:
         patience: float = 3600.0,
         longest_wait: float = LONGEST_WAIT,
         longest_absence: float = LONGEST_ABSENCE,
+        wait_for_server: float = WAIT_FOR_SERVER,
     ) -> None:
         self.model, self.journal, self.attempts = model, journal, attempts
         self.pauses = pauses or Pauses()
         self.counts = Counts()
         self._longest_wait, self._longest_absence = longest_wait, longest_absence
+        self._wait_for_server = wait_for_server
         self._lanes = [ServerLane(server, self.pauses, patience, longest_wait) for server in servers]
+        share_secrets(self._lanes)
+        self._warned_of: set[str] = set()
         self._places = Places(self._lanes)
         self._asking: dict[bytes, asyncio.Future[None]] = {}
         self._starts: defaultdict[str, _Start] = defaultdict(_Start)
@@ -230,11 +243,13 @@ class Client:
             tries += 1
             faults += outcome.kind == "fault"
             self._end_a_false_start(request.stage, lane, outcome)
+            self._end_an_unreachable_start(lane, outcome)
             if faults >= self.attempts:
                 raise NoAnswerError(f"{outcome.what} ({self.attempts} times)")
             avoid = lane
             if outcome.retry_after is None:
-                await asyncio.sleep(self.pauses.after(tries))
+                pause = self.pauses.after(tries)
+                await asyncio.sleep(pause if lane.reached else min(pause, PAUSE_OF_A_START))
 
     async def _send(self, lane: ServerLane, key: bytes, request: Request) -> Answer | Trouble:
         """Ask once, in a place that was taken on this lane; it is given back, and the lane told how it went."""
@@ -292,6 +307,17 @@ class Client:
             raise UserError(
                 f"{lane.name} has answered nothing so far; {since} it said: {trouble.what.rstrip('.')}. {advice}"
             )
+
+    def _end_an_unreachable_start(self, lane: ServerLane, trouble: Trouble) -> None:
+        waited = time.monotonic() - lane.trouble_since
+        if trouble.kind != "gone" or lane.reached or waited < self._wait_for_server:
+            return
+        words = unreachable(lane, trouble, waited)
+        if not any(one.reached or one.trouble is None for one in self._lanes):
+            raise UserError(words)
+        if lane.name not in self._warned_of:
+            self._warned_of.add(lane.name)
+            print(f"warning: {words} The run goes on with the other servers.", file=sys.stderr, flush=True)
 
     def _count_failure(self, stage: str, start: _Start, failure: NoAnswerError) -> None:
         """Raise UserError where a stage has failed as a whole (see `FAILURES_OF_A_STAGE`)."""

@@ -35,6 +35,8 @@ class Trouble:
     """Of an error response, or of the error in the body of a 200; None where no response came at all."""
     too_long: bool = False
     """Of a row: the server's words are about the length of the request."""
+    advice: str | None = None
+    """Of what waiting does not cure: the remedy, where the connection itself tells it."""
 
 
 @dataclass(frozen=True, slots=True)

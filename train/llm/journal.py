@@ -74,6 +74,7 @@ class Request:
     def key(self, model: str) -> bytes:
         """What the journal knows the request by: stage, model, messages and decoding, without the token limit.
 
+        The messages hold the prompt itself, so a reworded prompt is another request and needs no version here.
         The limit stands beside the answer instead (see `Journal.find`): to raise it asks again what was cut, and
         that alone.
         """

@@ -214,8 +214,9 @@ class ServerLane(Lane):
 
     def learn(self, outcome: Answer | Trouble | None, sent_at: float) -> None:
         """Adapt to how a request ended; None: it was cancelled."""
-        if isinstance(outcome, Trouble) and (outcome.kind in ("too much", "row", "again") or outcome.status):
-            self.reached = True
+        if isinstance(outcome, Trouble):
+            is_own = outcome.status or outcome.kind in ("row", "again")
+            self.reached = self.reached or bool(is_own and outcome.kind != "gone")
         if isinstance(outcome, Answer):
             self.has_answered = self.reached = True
             self.answered_sent_at = max(self.answered_sent_at, sent_at)

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 
 from train.data.asked_rows import SourcesSection
+from train.llm.losses import Loss
 from train.llm.settings import OutputSection, ServerSection, StageSection, open_settings
 from train.multifaceted.filter_rules import Kind
 from train.recipe import PathText, Section, Text
@@ -115,6 +116,10 @@ class CollectionConfig(Section):
     pairs: Literal["one", "all", "none"] = "one"
     """Preference pairs: one = for each instruction the answer of one set, drawn by the seed, over that of a sibling, as
     in the paper's -DPO set; all = of each set over each sibling."""
+    accept_losses: Annotated[tuple[Loss, ...], Field(strict=False)] = ()
+    """Losses that no other setting decides and that are no error: no_answer = no answer came, after all tries;
+    unreadable = rows that can't be read; unsupported = rows that need tools, or don't begin with a user turn. All
+    other rows are written in any case; a run with losses that are not named here ends with exit code 2. [] = none."""
     screen: ScreenSection = ScreenSection()
     """Say whether an instruction states a style or format, for `filter.model`."""
     propose: ProposeSection = ProposeSection()

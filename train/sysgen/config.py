@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, create_model
 
 from train.data.asked_rows import SourcesSection
+from train.llm.losses import Loss
 from train.llm.settings import OutputSection, ServerSection, StageSection, open_settings
 from train.recipe import PathText, Section, Text
 from train.recipe_faults import validate_settings
@@ -125,6 +126,10 @@ class SysgenConfig(Section):
     on_unfinished_answer: Literal["drop", "keep", "original"] = "drop"
     """What becomes of a row whose new answer was cut at the token limit, refused or empty; original = with the answers
     of the data. A cut one that is kept teaches to stop in the middle. The paper doesn't say."""
+    accept_losses: Annotated[tuple[Loss, ...], Field(strict=False)] = ()
+    """Losses that no other setting decides and that are no error: no_answer = no answer came, after all tries;
+    unreadable = rows that can't be read; unsupported = a system message in the middle of the conversation. All
+    other rows are written in any case; a run with losses that are not named here ends with exit code 2. [] = none."""
     generate: GenerateSection = GenerateSection()
     """Write a system message in tagged phrases."""
     verify: VerifySection = VerifySection()

@@ -25,6 +25,7 @@ from train.data.asked_rows import PlacedRow
 from train.data.formats import Message, RowFault
 from train.llm.client import Client, NoAnswerError
 from train.llm.journal import Answer, Decoding, Request
+from train.llm.losses import UNREADABLE, UNSUPPORTED
 from train.llm.spent import ask
 from train.llm.unanswered import NO_ANSWER
 from train.llm.yes_or_no import says_no
@@ -51,7 +52,7 @@ class Pipeline:
         index, place, conversation = row
         outcome = Outcome(index, place)
         if isinstance(conversation, RowFault):
-            return outcome.leave_out(f"can't be read: {conversation.kind}", conversation.detail)
+            return outcome.leave_out(f"{UNREADABLE}: {conversation.kind}", conversation.detail)
         outcome.tools = conversation.tools
         try:
             return await self._taken_through(outcome, conversation.messages)
@@ -69,7 +70,7 @@ class Pipeline:
         if len(turns) < len(messages) - (existing is not None):
             outcome.events["turns after the last answer left out"] += 1
         if any(turn["role"] == "system" for turn in turns):
-            return outcome.leave_out("a system message in the middle of the conversation")
+            return outcome.leave_out(f"{UNSUPPORTED}: a system message in the middle of the conversation")
 
         if config.message == "common":
             outcome.system = config.common_message

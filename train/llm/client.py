@@ -23,6 +23,7 @@ from train.errors import UserError
 from train.llm.failures import LONGEST_WAIT, Trouble
 from train.llm.first_contact import share_secrets, unreachable
 from train.llm.journal import Answer, Journal, Request
+from train.llm.options import WAIT_FOR_SERVER
 from train.llm.places import Pauses, Places
 from train.llm.server import PAUSE_OF_A_START, Server, ServerLane
 from train.progress import SECONDS_BETWEEN_LINES, duration
@@ -34,9 +35,6 @@ FAILURES_OF_A_STAGE = 20
 FAULTS_OF_A_START = 8
 """So many responses in a row that are no answer, before any answer, are a fault of the settings too: about a minute
 of them. Some servers answer an unknown model with 500, and a web page at a wrong base_url is a 200."""
-
-WAIT_FOR_SERVER = 60.0
-"""So many seconds a server is waited for at the start, when no server has been reached in this run."""
 
 
 class NoAnswerError(Exception):

@@ -14,6 +14,7 @@ import asyncio
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -285,6 +286,16 @@ def _judge_servers(options: argparse.Namespace) -> "list[Server]":
     return [Server(url, options.judge_concurrency, options.judge_key_variable) for url in options.judge_server]
 
 
+async def _contact_judge(options: argparse.Namespace) -> None:
+    """Ask the judge's servers for a sign of life: the model's answers take hours, and would be for nothing."""
+    from train.evaluation.respondent import server_options
+    from train.llm.first_contact import check_servers
+
+    if options.judge_server:
+        with naming(server_options("judge-")):
+            await check_servers(_judge_servers(options), options.judge, wait=options.wait_for_server)
+
+
 def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]":
     """The responses of a file."""
     from train.llm.reasoning import without_reasoning
@@ -333,6 +344,8 @@ def _asked(options: argparse.Namespace, bench: "Bench", folder: Path) -> "list[l
         samples=options.best_of,
         stage="bench response",
         description="responses",
+        wait_for_server=options.wait_for_server,
+        before_asking=partial(_contact_judge, options),
     )
     return [
         [
@@ -376,7 +389,9 @@ def _judge(
     protocol = _protocol(options)
 
     async def live(journal: Journal) -> "list[JudgedRow]":
-        async with Client(_judge_servers(options), options.judge, journal) as client:
+        async with Client(
+            _judge_servers(options), options.judge, journal, wait_for_server=options.wait_for_server
+        ) as client:
             return await judge_rows(client, protocol, bench.rows, responses)
 
     batch = read_batch(options.batch_in)

@@ -214,7 +214,17 @@ def ask(
     )
     conversations = [list(row.messages) for rows in asked.values() for row in rows]
     respondent = respondent_of(options)
-    answers = iter(respond(respondent, conversations, decoding, journal, stage="ifeval", description="answers"))
+    answers = iter(
+        respond(
+            respondent,
+            conversations,
+            decoding,
+            journal,
+            stage="ifeval",
+            description="answers",
+            wait_for_server=options.wait_for_server,
+        )
+    )
     return {turn: [_answered(next(answers)[0], row, checkers) for row in rows] for turn, rows in asked.items()}
 
 

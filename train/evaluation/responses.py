@@ -7,7 +7,7 @@ checkpoint by its files and its template, so that one trained anew in the same f
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from train.evaluation.respondent import Checkpoint, Served, server_options
 from train.evaluation.vllm_server import vllm_server
 from train.llm.client import Client, NoAnswerError
 from train.llm.journal import Answer, Decoding, Journal, Request
+from train.llm.options import WAIT_FOR_SERVER
 from train.llm.rows import in_order, progress
 from train.progress import job
 
@@ -31,11 +32,15 @@ def respond(
     samples: int = 1,
     stage: str = "respond",
     description: str = "answers",
+    wait_for_server: float = WAIT_FOR_SERVER,
+    before_asking: Callable[[], Coroutine[Any, Any, None]] | None = None,
 ) -> list[list[Answer | NoAnswerError]]:
     """`samples` answers to each conversation, which ends with a user's turn: [conversations][samples].
 
     Where there is none, the reason stands in its place. Of `decoding`, temperature 0 is greedy; None is the model's or
-    the server's own. Raises UserError for what a person must mend; what was answered until then is in the journal.
+    the server's own. `wait_for_server`: as of `Client`. `before_asking` is awaited before the first answer is asked
+    for, and not where all are in the journal. Raises UserError for what a person must mend; what was answered until
+    then is in the journal.
     """
     with Journal(journal) as written:
         if isinstance(respondent, Served):
@@ -43,18 +48,21 @@ def respond(
                 conversations = [merged(messages) for messages in conversations]
             asked = _requests(conversations, decoding, samples, stage)
             with naming(server_options()):
-                return asyncio.run(_from_servers(respondent, asked, samples, written, description))
+                return asyncio.run(
+                    _from_servers(respondent, asked, samples, written, description, wait_for_server, before_asking)
+                )
         opened = OpenCheckpoint(respondent)
+        asked = _requests(conversations, decoding, samples, stage)
         if respondent.engine == "vllm":
+            if before_asking and not _all_answered(asked, opened.name, written):
+                asyncio.run(before_asking())
             with vllm_server(opened) as server:
                 served = Served(opened.name, (server,))
-                asked = _requests(conversations, decoding, samples, stage)
-                return asyncio.run(_from_servers(served, asked, samples, written, description))
+                return asyncio.run(_from_servers(served, asked, samples, written, description, wait_for_server))
         for name in decoding.extra:
             if name not in KNOWN_EXTRA:
                 raise UserError(f"{name} is no setting of a model's own generation. Known: {', '.join(KNOWN_EXTRA)}.")
-        asked = _requests(conversations, decoding, samples, stage)
-        return asyncio.run(_from_checkpoint(opened, asked, samples, written, description))
+        return asyncio.run(_from_checkpoint(opened, asked, samples, written, description, before_asking))
 
 
 def merged(messages: Messages) -> list[Mapping[str, Any]]:
@@ -71,14 +79,26 @@ def _requests(conversations: Sequence[Messages], decoding: Decoding, samples: in
     return [Request(stage, messages, decoding, sample) for messages in conversations for sample in range(samples)]
 
 
+def _all_answered(asked: Sequence[Request], model: str, journal: Journal) -> bool:
+    return all(journal.find(request.key(model), request.decoding.max_tokens) for request in asked)
+
+
 def _by_conversation(answers: Sequence[Answer | NoAnswerError], samples: int) -> list[list[Answer | NoAnswerError]]:
     return [list(answers[start : start + samples]) for start in range(0, len(answers), samples)]
 
 
 async def _from_servers(
-    served: Served, asked: Sequence[Request], samples: int, journal: Journal, description: str
+    served: Served,
+    asked: Sequence[Request],
+    samples: int,
+    journal: Journal,
+    description: str,
+    wait_for_server: float,
+    before_asking: Callable[[], Coroutine[Any, Any, None]] | None = None,
 ) -> list[list[Answer | NoAnswerError]]:
-    async with Client(served.servers, served.model, journal) as client:
+    async with Client(served.servers, served.model, journal, wait_for_server=wait_for_server) as client:
+        if before_asking and not _all_answered(asked, served.model, journal):
+            await before_asking()
 
         async def one(request: Request) -> Answer | NoAnswerError:
             try:
@@ -98,7 +118,12 @@ async def _from_servers(
 
 
 async def _from_checkpoint(
-    opened: OpenCheckpoint, asked: Sequence[Request], samples: int, journal: Journal, description: str
+    opened: OpenCheckpoint,
+    asked: Sequence[Request],
+    samples: int,
+    journal: Journal,
+    description: str,
+    before_asking: Callable[[], Coroutine[Any, Any, None]] | None,
 ) -> list[list[Answer | NoAnswerError]]:
     keys = [request.key(opened.name) for request in asked]
     found: dict[bytes, Answer | NoAnswerError] = {}
@@ -109,6 +134,8 @@ async def _from_checkpoint(
             found[key] = answer
         else:
             missing.setdefault(key, request)
+    if before_asking and missing:
+        await before_asking()
     with job(description, total=len(found) + len(missing), unit="answers", done=len(found)) as answering:
         waiting = {key: request.messages for key, request in missing.items()}
         for batch in opened.answers(waiting, asked[0].decoding) if waiting else ():

@@ -27,6 +27,7 @@ from train.errors import UserError
 from train.llm.failures import LONGEST_WAIT, Trouble
 from train.llm.first_contact import share_secrets, unreachable
 from train.llm.journal import Answer, Journal, Request
+from train.llm.options import WAIT_FOR_SERVER
 from train.llm.places import Pauses, Places
 from train.llm.server import PAUSE_OF_A_START, Server, ServerLane
 from train.progress import SECONDS_BETWEEN_LINES, duration
@@ -51,9 +52,6 @@ FEW_DENIED = 2
 LONGEST_ABSENCE = 600.0
 """Seconds for which 404s of a server that has answered before are waited for: a gateway sends them while the pod behind
 it is replaced, which includes loading the model."""
-
-WAIT_FOR_SERVER = 60.0
-"""So many seconds a server is waited for at the start, when no server has been reached in this run."""
 
 
 class NoAnswerError(Exception):

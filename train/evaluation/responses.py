@@ -34,8 +34,11 @@ def respond(
 ) -> list[list[Answer | NoAnswerError]]:
     """`samples` answers to each conversation, which ends with a user's turn: [conversations][samples].
 
-    Where there is none, the reason stands in its place. Of `decoding`, temperature 0 is greedy; None is the model's or
-    the server's own. Raises UserError for what a person must mend; what was answered until then is in the journal.
+    Where there is none, the reason stands in its place. A model may say nothing: a checkpoint's empty answer is its
+    answer, and so is a server's that is empty twice, unless its text went into a field of reasoning. One that was cut
+    counts as it is; one that the server broke off is asked again, and is no answer in the end. Of `decoding`,
+    temperature 0 is greedy; None is the model's or the server's own. Raises UserError for what a person must mend;
+    what was answered until then is in the journal.
     """
     with Journal(journal) as written:
         if isinstance(respondent, Served):
@@ -78,7 +81,7 @@ def _by_conversation(answers: Sequence[Answer | NoAnswerError], samples: int) ->
 async def _from_servers(
     served: Served, asked: Sequence[Request], samples: int, journal: Journal, description: str
 ) -> list[list[Answer | NoAnswerError]]:
-    async with Client(served.servers, served.model, journal) as client:
+    async with Client(served.servers, served.model, journal, accept_empty=True) as client:
 
         async def one(request: Request) -> Answer | NoAnswerError:
             try:
@@ -104,7 +107,7 @@ async def _from_checkpoint(
     found: dict[bytes, Answer | NoAnswerError] = {}
     missing: dict[bytes, Request] = {}
     for key, request in zip(keys, asked, strict=True):
-        answer = journal.find(key, request.decoding.max_tokens)
+        answer = journal.find(key, request.decoding.max_tokens, accept_empty=True)
         if answer is not None:
             found[key] = answer
         else:

@@ -18,11 +18,12 @@ class Trouble:
     """The reason why a request has no answer.
 
     too much: the server is over its load or rate limit. gone: it can't be reached. fault: an error of the server or of
-    this request; worth another try. row: it won't answer this request. hopeless: it will answer no request. again: it
+    this request; worth another try. broken: it answered this request, and broke the answer off; worth another try,
+    while others get their answers. row: it won't answer this request. hopeless: it will answer no request. again: it
     wants the request in another form, which the next try has.
     """
 
-    kind: Literal["too much", "gone", "fault", "row", "hopeless", "again"]
+    kind: Literal["too much", "gone", "fault", "broken", "row", "hopeless", "again"]
     what: str
     retry_after: float | None = None
     status: int | None = None

@@ -4,7 +4,7 @@ import asyncio
 import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,9 +14,10 @@ import openai
 from train.errors import UserError
 from train.llm.connections import Connections
 from train.llm.failures import LONGEST_WAIT, Trouble, trouble_of, words_of_error
+from train.llm.finish_reasons import ending_of
 from train.llm.journal import Answer, Request
 from train.llm.places import Lane, Pauses
-from train.llm.replies import answer_in
+from train.llm.replies import UnusableReplyError, answer_in
 from train.llm.request_body import request_body
 from train.progress import duration
 
@@ -48,6 +49,7 @@ class ServerLane(Lane):
         super().__init__(name, server.concurrency, pauses)
         self.patience, self.longest_wait = patience, longest_wait
         self.has_answered = False
+        self._gives_finish_reasons = False
         self.key = self._find_key(server, host)
         self._limit_name = "max_tokens"
         self._in_flight: set[asyncio.Timeout] = set()
@@ -104,15 +106,28 @@ class ServerLane(Lane):
             return Trouble("row", "the messages hold half of a surrogate pair, which is no text")
         finally:
             self._in_flight.discard(interruption)
-        return self._read(response, time.monotonic() - started)
+        return self._read(response, time.monotonic() - started, request.decoding.max_tokens)
 
-    def _read(self, response: httpx2.Response, seconds: float) -> Answer | Trouble:
-        """Return the answer in a response of status 200."""
+    def _read(self, response: httpx2.Response, seconds: float, max_tokens: int) -> Answer | Trouble:
+        """Return the answer in a response of status 200.
+
+        A server that gives finish reasons and leaves one out has broken that answer off. Of one that never gives any,
+        the token count tells whether the limit cut the answer.
+        """
         try:
-            return answer_in(response.json(), seconds)
+            answer = answer_in(response.json(), seconds)
+        except UnusableReplyError as error:
+            return Trouble("broken", self._clean(str(error)))
         except ValueError:
             what = f"no answer but garbage: {self._clean(response.text) or 'an empty body'}"
             return Trouble("fault", what, status=response.status_code)
+        if ending_of(answer.finish_reason) != "unstated":
+            self._gives_finish_reasons = True
+        elif self._gives_finish_reasons:
+            return Trouble("broken", "the answer has no finish_reason, and those before it had one: it was broken off")
+        elif answer.completion_tokens is not None and answer.completion_tokens >= max_tokens:
+            return replace(answer, finish_reason="length")
+        return answer
 
     def _trouble(self, status: int, response: httpx2.Response, words: str, code: Any) -> Trouble:
         """Return the meaning of an error response."""
@@ -157,6 +172,8 @@ class ServerLane(Lane):
             self.failed(outcome.what, sent_at)
             if outcome.what.startswith("can't be reached"):  # not what a gateway in front of it says
                 self._connections.when_sent = self._reached
+        elif outcome is not None and outcome.kind == "broken":
+            self.broke_off()
         elif outcome is not None:
             self.heard_at = time.monotonic()
 

@@ -84,7 +84,7 @@ CASES = (
         ("none of the eight tags",),
         ("Stil",),
     ),
-    Case("", ()),
+    Case("<think>hm</think>", ()),  # without the reasoning the client would ask again
 )  # fmt: skip
 
 

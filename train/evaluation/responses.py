@@ -37,10 +37,13 @@ def respond(
 ) -> list[list[Answer | NoAnswerError]]:
     """`samples` answers to each conversation, which ends with a user's turn: [conversations][samples].
 
-    Where there is none, the reason stands in its place. Of `decoding`, temperature 0 is greedy; None is the model's or
-    the server's own. `wait_for_server`: as of `Client`. `before_asking` is awaited before the first answer is asked
-    for, and not where all are in the journal. Raises UserError for what a person must mend; what was answered until
-    then is in the journal.
+    Where there is none, the reason stands in its place. A model may say nothing: a checkpoint's empty answer is its
+    answer, and so is a server's that is empty twice, unless its text went into a field of reasoning. One that was cut
+    counts as it is; one that the server broke off is asked again, and is no answer in the end.
+
+    Of `decoding`, temperature 0 is greedy; None is the model's or the server's own. `wait_for_server`: as of `Client`.
+    `before_asking` is awaited before the first answer is asked for, and not where all are in the journal. Raises
+    UserError for what the user can fix; what was answered until then is in the journal.
     """
     with Journal(journal) as written:
         if isinstance(respondent, Served):
@@ -96,7 +99,9 @@ async def _from_servers(
     wait_for_server: float,
     before_asking: Callable[[], Coroutine[Any, Any, None]] | None = None,
 ) -> list[list[Answer | NoAnswerError]]:
-    async with Client(served.servers, served.model, journal, wait_for_server=wait_for_server) as client:
+    async with Client(
+        served.servers, served.model, journal, accept_empty=True, wait_for_server=wait_for_server
+    ) as client:
         if before_asking and not _all_answered(asked, served.model, journal):
             await before_asking()
 
@@ -129,7 +134,7 @@ async def _from_checkpoint(
     found: dict[bytes, Answer | NoAnswerError] = {}
     missing: dict[bytes, Request] = {}
     for key, request in zip(keys, asked, strict=True):
-        answer = journal.find(key, request.decoding.max_tokens)
+        answer = journal.find(key, request.decoding.max_tokens, accept_empty=True)
         if answer is not None:
             found[key] = answer
         else:

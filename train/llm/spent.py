@@ -3,7 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from train.llm.client import Client
+from train.llm.client import Client, EmptyAnswerError
+from train.llm.finish_reasons import ending_of
 from train.llm.journal import Answer, Request
 from train.llm.reasoning import without_reasoning
 
@@ -34,13 +35,23 @@ class Spent:
 
 
 async def ask(client: Client, request: Request, spent: dict[str, Spent], events: Counter[str]) -> Answer:
-    """The answer without the reasoning before it, which is counted in `events`. Raises as `Client.ask`.
+    """Return the answer without the reasoning before it; raises as `Client.ask`, but returns empty answers.
 
-    `spent`: of the row, by stages.
+    Args:
+        spent: of the row, by stages.
+        events: counts reasoning and answers of an unknown ending, in the words of the report.
     """
     stage = request.stage
-    answer = await client.ask(request)
+    try:
+        answer = await client.ask(request)
+    except EmptyAnswerError as failure:
+        answer = failure.answer
     spent.setdefault(stage, Spent()).add(answer)
+    match ending_of(answer.finish_reason):
+        case "unknown":
+            events[f"{stage}: answer ended for an unknown reason ({answer.finish_reason[:60]})"] += 1
+        case "unstated":
+            events[f"{stage}: answer without a finish_reason"] += 1
     said = without_reasoning(answer.text)
     if said.unfinished:
         events[f"{stage}: reasoning without an end, and nothing said"] += 1

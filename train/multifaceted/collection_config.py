@@ -103,14 +103,14 @@ class CollectionConfig(Section):
     filter: FilterSection = FilterSection()
     """Which instructions are left out."""
     retries: int = Field(default=2, ge=0)
-    """Further tries for each step of a set whose answer is empty, cut, refused, can't be read, or the same as a
-    sibling's."""
+    """Further tries for each step of a set whose answer is empty, cut, refused, ended for an unknown reason, can't be
+    read, or is the same as a sibling's."""
     leak: float | None = Field(default=0.5, gt=0, le=1)
     """A system message that holds this share of the instruction's content words, and three of them at least, is written
     again: it is to fit any instruction; null = not looked at. Ours."""
     on_cut_answer: Literal["drop", "keep"] = "drop"
-    """What becomes of a set whose answer ran into the token limit, try after try. One that is kept teaches to stop in
-    the middle."""
+    """A set whose answer was cut at the token limit, or ended for an unknown reason, try after try; keep = it is
+    written, and teaches to stop in the middle."""
     on_lost_set: Literal["keep", "drop_instruction"] = "keep"
     """What becomes of the other sets of an instruction when one is left out."""
     pairs: Literal["one", "all", "none"] = "one"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import CommandLine, UserError, ending
+from train.llm.reasoning import advice_on
 from train.llm.unanswered import NO_ANSWER
 from train.progress import duration
 
@@ -44,6 +45,8 @@ def main(
         unanswered = done.tally.unanswered.lines()
         for line in unanswered:
             print(f"{NO_ANSWER}, {line}")
+        for line in advice_on(done.tally.events):
+            print(line)
         counts = done.counts
         print(
             f"{counts.answered:,} answers ({counts.from_journal:,} from the journal), "

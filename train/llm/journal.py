@@ -94,6 +94,8 @@ class Answer:
     seconds: float
     """From the request that was answered to its answer: without the tries and pauses before."""
     from_journal: bool = False
+    only_reasoning: bool = False
+    """Its text was reasoning that never ended, so it holds no answer (set by `train.llm.reasoning.read_answer`)."""
 
     @property
     def cut(self) -> bool:

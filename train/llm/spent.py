@@ -1,11 +1,11 @@
 """What was asked of a model for one row and stage: answers, tokens, seconds, and what it reasoned before."""
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from train.llm.client import Client
 from train.llm.journal import Answer, Request
-from train.llm.reasoning import without_reasoning
+from train.llm.reasoning import events_of, read_answer
 
 
 @dataclass(slots=True)
@@ -34,17 +34,14 @@ class Spent:
 
 
 async def ask(client: Client, request: Request, spent: dict[str, Spent], events: Counter[str]) -> Answer:
-    """The answer without the reasoning before it, which is counted in `events`. Raises as `Client.ask`.
+    """Return the answer without reasoning and control tokens, which are counted in `events`. Raises as `Client.ask`.
 
     `spent`: of the row, by stages.
     """
     stage = request.stage
     answer = await client.ask(request)
     spent.setdefault(stage, Spent()).add(answer)
-    said = without_reasoning(answer.text)
-    if said.unfinished:
-        events[f"{stage}: reasoning without an end, and nothing said"] += 1
-    elif said.reasoning is not None:
-        events[f"{stage}: reasoning taken out"] += 1
-    events[f"{stage}: tags of reasoning left in the text"] += said.holds_reasoning
-    return replace(answer, text=said.text)
+    answer, said = read_answer(answer)
+    for event in events_of(said):
+        events[f"{stage}: {event}"] += 1
+    return answer

@@ -310,7 +310,7 @@ def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]
             ]
         )
     for line in advice_on(events):
-        print(line, flush=True)
+        print(f"warning: {line}", flush=True)
     return found
 
 

@@ -84,7 +84,7 @@ def _read(answers: Sequence[Answer | NoAnswerError], description: str) -> list[A
             events.update(f"{description}: {event}" for event in events_of(said))
         found.append(answer)
     for line in advice_on(events):
-        print(line, flush=True)
+        print(f"warning: {line}", flush=True)
     return found
 
 

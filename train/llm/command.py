@@ -45,15 +45,13 @@ def main(
         unanswered = done.tally.unanswered.lines()
         for line in unanswered:
             print(f"{NO_ANSWER}, {line}")
-        for line in advice_on(done.tally.events):
-            print(line)
         counts = done.counts
         print(
             f"{counts.answered:,} answers ({counts.from_journal:,} from the journal), "
             f"{counts.tries_failed:,} tries repeated"
         )
         print(f"read {done.report}")
-        for warning in done.tally.warnings():
+        for warning in (*advice_on(done.tally.events), *done.tally.warnings()):
             print(f"warning: {warning}")
         if not done.tally.written:
             left_out, reasons = done.report.with_name("left_out.jsonl"), lost(done.tally)

@@ -72,7 +72,7 @@ def _ends_turn(text: str, token: re.Match[str]) -> bool:
 def without_end_tokens(text: str) -> tuple[str, tuple[str, ...]]:
     """Return the text without the control tokens at its end and the header before it, and these, from the end.
 
-    `</s>` that closes an `<s>` (struck out in HTML) stays.
+    What may be a word of the text stays: `</s>` that closes an `<s>` (struck out in HTML), `it ends with <eos>`.
     """
     end, tokens = _end_of_words(text)
     rest = text[:end]
@@ -80,6 +80,15 @@ def without_end_tokens(text: str) -> tuple[str, tuple[str, ...]]:
         tokens.append(header[0].strip())
         rest = rest[header.end() :]
     return (rest, tuple(tokens)) if tokens else (text, ())
+
+
+def _is_spoken_of(text: str, token: re.Match[str]) -> bool:
+    """Return True where a token that could be HTML or prose is the last word of a sentence without an end."""
+    before = text[max(0, token.start() - 3) : token.start()]
+    words = before.rstrip(" \t")
+    return (
+        "|" not in token[0] and "｜" not in token[0] and words != before and (words[-1:].isalnum() or words[-1:] == ":")
+    )
 
 
 def _end_of_words(text: str) -> tuple[int, list[str]]:
@@ -91,7 +100,7 @@ def _end_of_words(text: str) -> tuple[int, list[str]]:
         while end and text[end - 1].isspace():
             end -= 1
         last = [one for one in _TOKEN.finditer(text, max(0, end - _LONGEST), end) if one.end() == end]
-        if not last or (last[0][0] == "</s>" and unopened <= 0):
+        if not last or (last[0][0] == "</s>" and unopened <= 0) or _is_spoken_of(text, last[0]):
             return end, tokens
         tokens.append(last[0][0])
         unopened += {"<s>": 1, "</s>": -1}.get(tokens[-1], 0)

@@ -46,13 +46,13 @@ class Said:
 
     @property
     def holds_reasoning(self) -> bool:
-        """Whether marks of reasoning are left in the text: an answer may speak of them, so they stay."""
+        """Return True where marks of reasoning are left in the text: an answer may speak of them, so they stay."""
         text = self.text
         return bool(("<" in text and TAG.search(text)) or "[THINK]" in text or "[/THINK]" in text or TOKEN.search(text))
 
     @property
     def holds_control_tokens(self) -> bool:
-        """Whether control tokens of some model are left in the text."""
+        """Return True where control tokens of some model are left in the text."""
         return holds_control_tokens(self.text)
 
 
@@ -195,7 +195,7 @@ def _closer_alone(text: str) -> tuple[int, int] | None:
 
 
 def _ends_reasoning(before: str, after: str) -> bool:
-    """Whether a tag between these two texts ends reasoning: prose that speaks of one has it as a word among words."""
+    """Return True where a tag between these texts ends reasoning. In prose that speaks of it, it is a word of its own."""
     if not before.strip():
         return True
     glued = not before[-1].isspace()

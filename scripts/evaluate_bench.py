@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -298,7 +299,7 @@ async def _contact_judge(options: argparse.Namespace) -> None:
 
 def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]":
     """The responses of a file."""
-    from train.llm.reasoning import without_reasoning
+    from train.llm.reasoning import advice_on, events_of, without_reasoning
     from train.multifaceted.bench import Response
     from train.multifaceted.bench_rows import read_responses
 
@@ -306,6 +307,7 @@ def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]
     if strangers:
         print(f"--responses: {counted(strangers, 'line', 'belongs', 'belong')} to no row that is asked for", flush=True)
     found = []
+    events: Counter[str] = Counter()
     for row in bench.rows:
         answers = given.get(row.id)
         if answers is None or not answers.texts:
@@ -319,12 +321,16 @@ def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]
         if options.best_of > 1 and options.pick_by == "file" and answers.scores is None:
             raise UserError(f"--pick-by file: row {row.id!r} of {options.responses} has no `scores`.")
         scores: Sequence[float | None] = answers.scores or [None] * len(answers.texts)
+        said = [without_reasoning(text) for text in answers.texts[: options.best_of]]
+        events.update(f"--responses: {event}" for one in said for event in events_of(one))
         found.append(
             [
-                Response(without_reasoning(text).text, scorer=score)
-                for text, score in zip(answers.texts, scores, strict=True)
-            ][: options.best_of]
+                Response(one.text, scorer=score, only_reasoning=one.unfinished)
+                for one, score in zip(said, scores[: options.best_of], strict=True)
+            ]
         )
+    for line in advice_on(events):
+        print(f"warning: {line}", flush=True)
     return found
 
 
@@ -333,7 +339,6 @@ def _asked(options: argparse.Namespace, bench: "Bench", folder: Path) -> "list[l
     from train.evaluation.respondent import respondent_of
     from train.evaluation.responses import respond
     from train.llm.client import NoAnswerError
-    from train.llm.reasoning import without_reasoning
     from train.multifaceted.bench import Response, conversation
 
     answers = respond(
@@ -351,7 +356,7 @@ def _asked(options: argparse.Namespace, bench: "Bench", folder: Path) -> "list[l
         [
             Response(None, str(answer))
             if isinstance(answer, NoAnswerError)
-            else Response(without_reasoning(answer.text).text, finish_reason=answer.finish_reason)
+            else Response(answer.text, finish_reason=answer.finish_reason, only_reasoning=answer.only_reasoning)
             for answer in of_row
         ]
         for of_row in answers

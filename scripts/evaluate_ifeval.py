@@ -36,7 +36,6 @@ from train.evaluation.ifeval_figures import MEASURES, Share, gaps, gaps_by_rule,
 from train.evaluation.one_at_a_time import alone_in
 from train.evaluation.respondent import add_respondent, respondent_of
 from train.llm.journal import Decoding
-from train.llm.reasoning import without_reasoning
 from train.progress import counted
 from train.report_parts import error_bars, load_pyplot
 from train.resampling import explain_missing
@@ -231,9 +230,10 @@ def ask(
 def _answered(answer: Any, row: Row, checkers: Checkers) -> Answered:
     if isinstance(answer, Exception):
         return Answered(None, "no answer", checkers.verdict(row, ""), str(answer) or type(answer).__name__)
-    said = without_reasoning(answer.text)
-    how = "empty" if not said.text.strip() else "cut" if answer.cut else "ended"
-    return Answered(said.text, how, checkers.verdict(row, said.text))
+    how = "cut" if answer.cut else "ended"
+    if not answer.text.strip():
+        how = "without an end to its reasoning" if answer.only_reasoning else "empty"
+    return Answered(answer.text, how, checkers.verdict(row, answer.text))
 
 
 def same_when_merged(options: argparse.Namespace, asked: dict[str, list[Row]]) -> int:

@@ -2,11 +2,13 @@
 
     answers = respond(Checkpoint("outputs/janus-7b"), conversations, Decoding(1024, temperature=0.0), Path("a.sqlite"))
 
-A second call finds the answers of the first in the journal, also where the first was killed. The journal knows a
+Each answer comes without the reasoning before it and the control tokens around it (train/llm/reasoning.py). The journal
+keeps it as it was sent, so a second call finds the answers of the first, also where the first was killed. It knows a
 checkpoint by its files and its template, so that one trained anew in the same folder is asked anew.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -19,6 +21,7 @@ from train.evaluation.vllm_server import vllm_server
 from train.llm.client import Client, NoAnswerError
 from train.llm.journal import Answer, Decoding, Journal, Request
 from train.llm.options import WAIT_FOR_SERVER
+from train.llm.reasoning import advice_on, events_of, read_answer
 from train.llm.rows import in_order, progress
 from train.progress import job
 
@@ -86,6 +89,20 @@ def _all_answered(asked: Sequence[Request], model: str, journal: Journal) -> boo
     return all(journal.find(request.key(model), request.decoding.max_tokens) for request in asked)
 
 
+def _read(answers: Sequence[Answer | NoAnswerError], description: str) -> list[Answer | NoAnswerError]:
+    """Return the answers without reasoning and control tokens, and print what a user has to know of these."""
+    found: list[Answer | NoAnswerError] = []
+    events: Counter[str] = Counter()
+    for answer in answers:
+        if isinstance(answer, Answer):
+            answer, said = read_answer(answer)
+            events.update(f"{description}: {event}" for event in events_of(said))
+        found.append(answer)
+    for line in advice_on(events):
+        print(f"warning: {line}", flush=True)
+    return found
+
+
 def _by_conversation(answers: Sequence[Answer | NoAnswerError], samples: int) -> list[list[Answer | NoAnswerError]]:
     return [list(answers[start : start + samples]) for start in range(0, len(answers), samples)]
 
@@ -119,7 +136,7 @@ async def _from_servers(
             async for answer in found:
                 answers.append(answer)
                 pace.advance()
-    return _by_conversation(answers, samples)
+    return _by_conversation(_read(answers, description), samples)
 
 
 async def _from_checkpoint(
@@ -153,4 +170,4 @@ async def _from_checkpoint(
             )
             found |= batch
             answering.advance(len(batch))
-    return _by_conversation([found[key] for key in keys], samples)
+    return _by_conversation(_read([found[key] for key in keys], description), samples)

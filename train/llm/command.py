@@ -11,6 +11,7 @@ from train.llm.failures import is_about_length
 from train.llm.first_contact import check_servers
 from train.llm.losses import about_losses, unaccepted
 from train.llm.options import WAIT_FOR_SERVER, add_wait_for_server
+from train.llm.reasoning import advice_on
 from train.llm.unanswered import NO_ANSWER
 from train.progress import duration
 
@@ -66,7 +67,7 @@ def main(
             f"{counts.tries_failed:,} tries repeated"
         )
         print(f"read {done.report}")
-        for warning in done.tally.warnings():
+        for warning in (*advice_on(done.tally.events), *done.tally.warnings()):
             print(f"warning: {warning}")
         left_out, reasons = done.report.with_name("left_out.jsonl"), lost(done.tally)
         if not done.tally.written:

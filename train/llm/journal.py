@@ -98,6 +98,8 @@ class Answer:
     from_journal: bool = False
     reasoning_in: str = ""
     """The field that held reasoning beside the text (reasoning_content, ...). The journal does not keep it."""
+    only_reasoning: bool = False
+    """Its text was reasoning that never ended, so it holds no answer (set by `train.llm.reasoning.read_answer`)."""
 
     @property
     def ending(self) -> Ending:

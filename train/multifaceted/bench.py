@@ -41,12 +41,16 @@ _SCORES = (1.0, 5.0)
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One answer to a row; `text` is None where there is none: `missing` says why. `scorer`: someone's own score."""
+    """One answer to a row; `text` is None where there is none: `missing` says why. `scorer`: someone's own score.
+
+    `only_reasoning`: the model's reasoning never ended. Its text is empty and judged as that: it failed to answer.
+    """
 
     text: str | None
     missing: str = ""
     finish_reason: str = ""
     scorer: float | None = None
+    only_reasoning: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +318,7 @@ def _missing(judged: Sequence[JudgedRow], protocol: Protocol) -> dict[str, Any]:
         "judge_answers_without_score": dict(sorted(faults.items())),
         "judge_tokens": {name: sum(one.tokens.get(name, 0) for one in judgements) for name in ("prompt", "completion")},
         "responses_cut": sum(one.response.finish_reason == "length" for row in judged for one in row.answers),
+        "responses_only_reasoning": sum(one.response.only_reasoning for row in judged for one in row.answers),
         "responses_empty": sum(one.response.text == "" for row in judged for one in row.answers),
     }
 

@@ -186,7 +186,8 @@ def _about_missing(missing: Mapping[str, Any]) -> str:
     )
     if missing["responses_cut"] or missing["responses_empty"]:
         text += (
-            f" Responses: {missing['responses_cut']:,} cut at the token limit, {missing['responses_empty']:,} empty."
+            f" Responses: {missing['responses_cut']:,} cut at the token limit, {missing['responses_empty']:,} empty, "
+            f"{missing['responses_only_reasoning']:,} of these as their reasoning had no end."
         )
     return text
 

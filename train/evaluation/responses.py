@@ -7,10 +7,9 @@ checkpoint by its files and its template, so that one trained anew in the same f
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
 
 from train.errors import UserError, naming
 from train.evaluation.checkpoint import KNOWN_EXTRA, Messages, OpenCheckpoint
@@ -18,7 +17,9 @@ from train.evaluation.respondent import Checkpoint, Served, server_options
 from train.evaluation.vllm_server import vllm_server
 from train.llm.client import Client, NoAnswerError
 from train.llm.journal import Answer, Decoding, Journal, Request
+from train.llm.refusals import NameSetting, config_setting
 from train.llm.rows import in_order, progress
+from train.llm.system_role import merge_into_user
 from train.progress import job
 
 
@@ -31,40 +32,32 @@ def respond(
     samples: int = 1,
     stage: str = "respond",
     description: str = "answers",
+    name_setting: NameSetting = config_setting,
 ) -> list[list[Answer | NoAnswerError]]:
     """`samples` answers to each conversation, which ends with a user's turn: [conversations][samples].
 
     Where there is none, the reason stands in its place. Of `decoding`, temperature 0 is greedy; None is the model's or
-    the server's own. Raises UserError for what a person must mend; what was answered until then is in the journal.
+    the server's own. `name_setting`: the command's words for a setting that a server refuses. Raises UserError for what
+    the user can fix; what was answered until then is in the journal.
     """
     with Journal(journal) as written:
         if isinstance(respondent, Served):
             if respondent.system_role == "merge_into_user":
-                conversations = [merged(messages) for messages in conversations]
+                conversations = [merge_into_user(messages) for messages in conversations]
             asked = _requests(conversations, decoding, samples, stage)
             with naming(server_options()):
-                return asyncio.run(_from_servers(respondent, asked, samples, written, description))
+                return asyncio.run(_from_servers(respondent, asked, samples, written, description, name_setting))
         opened = OpenCheckpoint(respondent)
         if respondent.engine == "vllm":
             with vllm_server(opened) as server:
                 served = Served(opened.name, (server,))
                 asked = _requests(conversations, decoding, samples, stage)
-                return asyncio.run(_from_servers(served, asked, samples, written, description))
+                return asyncio.run(_from_servers(served, asked, samples, written, description, name_setting))
         for name in decoding.extra:
             if name not in KNOWN_EXTRA:
                 raise UserError(f"{name} is no setting of a model's own generation. Known: {', '.join(KNOWN_EXTRA)}.")
         asked = _requests(conversations, decoding, samples, stage)
         return asyncio.run(_from_checkpoint(opened, asked, samples, written, description))
-
-
-def merged(messages: Messages) -> list[Mapping[str, Any]]:
-    """The messages with what the system message says in the first user turn."""
-    system = [message["content"] for message in messages if message["role"] == "system"]
-    rest = [message for message in messages if message["role"] != "system"]
-    text = "\n\n".join(part for part in system if part.strip())
-    if not text or not rest:
-        return rest
-    return [{**rest[0], "content": f"{text}\n\n{rest[0]['content']}"}, *rest[1:]]
 
 
 def _requests(conversations: Sequence[Messages], decoding: Decoding, samples: int, stage: str) -> list[Request]:
@@ -76,9 +69,14 @@ def _by_conversation(answers: Sequence[Answer | NoAnswerError], samples: int) ->
 
 
 async def _from_servers(
-    served: Served, asked: Sequence[Request], samples: int, journal: Journal, description: str
+    served: Served,
+    asked: Sequence[Request],
+    samples: int,
+    journal: Journal,
+    description: str,
+    name_setting: NameSetting,
 ) -> list[list[Answer | NoAnswerError]]:
-    async with Client(served.servers, served.model, journal) as client:
+    async with Client(served.servers, served.model, journal, name_setting=name_setting) as client:
 
         async def one(request: Request) -> Answer | NoAnswerError:
             try:

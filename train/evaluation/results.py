@@ -322,7 +322,9 @@ def _read_bench(kind: str, path: Path, record: Record) -> Results:
             if one["mean"] is not None
         }
     conditions = {"data": [Path(data).name for data in record["data"]], "rows": record["rows"]}
-    conditions |= {"judge": record["judge"], "decoding": record["decoding"]}
+    # What isn't sent stands there as null, and in earlier records not at all.
+    decoding = {name: value for name, value in (record["decoding"] or {}).items() if value is not None}
+    conditions |= {"judge": record["judge"], "decoding": decoding or None}
     conditions["best of"] = record.get("best_of", {}).get("answers", 1)
     return Results(
         kind, path, record["model"], measures, conditions, {"system_message_given": record["system_message_given"]}

@@ -22,6 +22,7 @@ from train.errors import UserError
 from train.llm.failures import LONGEST_WAIT, Trouble
 from train.llm.journal import Answer, Journal, Request
 from train.llm.places import Pauses, Places
+from train.llm.refusals import NameSetting, config_setting
 from train.llm.server import Server, ServerLane
 from train.progress import SECONDS_BETWEEN_LINES, duration
 
@@ -35,7 +36,14 @@ of them. Some servers answer an unknown model with 500, and a web page at a wron
 
 
 class NoAnswerError(Exception):
-    """This request gets no answer, whatever is done; others do. The message says what the server said."""
+    """This request gets no answer, whatever is done; others do. The message says what the server said.
+
+    `advice`: the setting that the server's error is about, as a sentence.
+    """
+
+    def __init__(self, message: str, advice: str = "") -> None:
+        super().__init__(message)
+        self.advice = advice
 
 
 @dataclass
@@ -52,6 +60,8 @@ class Counts:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     """Tokens of the answers that were asked for in this run, not of those found in the journal."""
+    advice: str = ""
+    """The setting that the first refused request was about, as a sentence."""
 
 
 class Client:
@@ -63,6 +73,8 @@ class Client:
     `longest_wait`: how many seconds a server may ask to be left alone (Retry-After); one that asks for more is asked
     again as if it had not said how long. One that has had too much to do for as long, and that from the first request
     on, is given up.
+
+    `name_setting`: the command's words for a setting, for errors that are about one.
 
     Raises UserError for a `base_url` that is none and an environment variable that is not set.
     """
@@ -77,12 +89,13 @@ class Client:
         pauses: Pauses | None = None,
         patience: float = 3600.0,
         longest_wait: float = LONGEST_WAIT,
+        name_setting: NameSetting = config_setting,
     ) -> None:
         self.model, self.journal, self.attempts = model, journal, attempts
         self.pauses = pauses or Pauses()
         self.counts = Counts()
         self._longest_wait = longest_wait
-        self._lanes = [ServerLane(server, self.pauses, patience, longest_wait) for server in servers]
+        self._lanes = [ServerLane(server, self.pauses, patience, longest_wait, name_setting) for server in servers]
         self._places = Places(self._lanes)
         self._asking: dict[bytes, asyncio.Future[None]] = {}
         self._failed_in_stage: Counter[str] = Counter()
@@ -143,6 +156,7 @@ class Client:
                 answer = await self._ask_a_server(key, request)
             except NoAnswerError as failure:
                 self.counts.failed += 1
+                self.counts.advice = self.counts.advice or failure.advice
                 self._count_failure(request.stage, failure)
                 raise
             finally:
@@ -168,7 +182,7 @@ class Client:
             if outcome.kind == "hopeless":
                 raise UserError(await lane.explain(self.model, outcome))
             if outcome.kind == "row":
-                raise NoAnswerError(outcome.what)
+                raise NoAnswerError(outcome.what, outcome.advice)
             if outcome.kind == "again":
                 continue
             self.counts.tries_failed += 1
@@ -176,7 +190,7 @@ class Client:
             faults += outcome.kind == "fault"
             self._end_a_false_start(request.stage, lane, outcome)
             if faults >= self.attempts:
-                raise NoAnswerError(f"{outcome.what} ({self.attempts} times)")
+                raise NoAnswerError(f"{outcome.what} ({self.attempts} times)", outcome.advice)
             avoid = lane
             if outcome.retry_after is None:
                 await asyncio.sleep(self.pauses.after(tries))
@@ -207,7 +221,7 @@ class Client:
         is_response = trouble.kind == "fault" and trouble.status is not None
         if is_response and lane.failures_in_a_row >= FAULTS_OF_A_START:
             since = f"{lane.failures_in_a_row} times in a row"
-            advice = f"Is base_url right, and is {self.model!r} a model that it serves?"
+            advice = trouble.advice or f"Is base_url right, and is {self.model!r} a model that it serves?"
         elif trouble.kind == "too much" and waited > self._longest_wait:
             since = f"for {duration(waited)}"
             advice = "Start the same command when it takes requests again, or name another server."
@@ -228,7 +242,8 @@ class Client:
                 return
             raise UserError(
                 f"stage {stage}: none of the first {FAILURES_OF_A_STAGE} requests got an answer from {self.model}. "
-                f"The last one: {failure}. Mend the settings of the stage or of the server."
+                f"The last one: {str(failure).rstrip('.')}. "
+                f"{failure.advice or 'Mend the settings of the stage or of the server.'}"
             ) from failure
 
     async def _watch_silence(self) -> None:

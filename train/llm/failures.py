@@ -27,6 +27,8 @@ class Trouble:
     retry_after: float | None = None
     status: int | None = None
     """Of a fault: None where no response came at all."""
+    advice: str = ""
+    """The setting that the server's error is about (see `refusals.advice_on`)."""
 
 
 def trouble_of(

@@ -4,7 +4,7 @@ import asyncio
 import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,8 +16,10 @@ from train.llm.connections import Connections
 from train.llm.failures import LONGEST_WAIT, Trouble, trouble_of, words_of_error
 from train.llm.journal import Answer, Request
 from train.llm.places import Lane, Pauses
+from train.llm.refusals import NameSetting, advice_on, config_setting, said_in
 from train.llm.replies import answer_in
-from train.llm.request_body import request_body
+from train.llm.request_body import RequestForm, request_body
+from train.llm.stream import BrokenStreamError, completion_in
 from train.progress import duration
 
 OPENAI_HOST = "api.openai.com"
@@ -30,18 +32,26 @@ class Server:
     """An OpenAI-compatible server. `concurrency`: how many requests it gets at once, at most.
 
     `key_variable` names the environment variable that holds its key. Without one, OpenAI's own server gets
-    OPENAI_API_KEY, and no other server gets any key.
+    OPENAI_API_KEY, and no other server gets any key. `stream`: ask for answers as a stream of events.
     """
 
     base_url: str
     concurrency: int = 64
     key_variable: str | None = None
+    stream: bool = False
 
 
 class ServerLane(Lane):
-    """A server with its connections."""
+    """A server with its connections. `name_setting`: the command's words for a setting that an error is about."""
 
-    def __init__(self, server: Server, pauses: Pauses, patience: float, longest_wait: float = LONGEST_WAIT) -> None:
+    def __init__(
+        self,
+        server: Server,
+        pauses: Pauses,
+        patience: float,
+        longest_wait: float = LONGEST_WAIT,
+        name_setting: NameSetting = config_setting,
+    ) -> None:
         name, host = _name_and_host(server.base_url)
         if server.concurrency < 1:
             raise UserError(f"concurrency {server.concurrency} of {name} must be at least 1.")
@@ -49,7 +59,8 @@ class ServerLane(Lane):
         self.patience, self.longest_wait = patience, longest_wait
         self.has_answered = False
         self.key = self._find_key(server, host)
-        self._limit_name = "max_tokens"
+        self._form = RequestForm(stream=server.stream)
+        self._name_setting = name_setting
         self._in_flight: set[asyncio.Timeout] = set()
         self._connections = Connections(server.base_url)
         self.api = openai.AsyncOpenAI(
@@ -76,8 +87,7 @@ class ServerLane(Lane):
 
     async def send(self, model: str, request: Request) -> Answer | Trouble:
         """Ask once."""
-        limit_name = self._limit_name
-        body = request_body(model, request, limit_name=limit_name)
+        body = request_body(model, request, self._form)
         started = time.monotonic()
         interruption = asyncio.timeout(None)
         try:
@@ -88,12 +98,9 @@ class ServerLane(Lane):
         except TimeoutError:
             return Trouble("fault", f"nothing heard for {duration(self.patience / 2)}")
         except openai.APIStatusError as error:
-            unsupported = isinstance(error.body, dict) and error.body.get("code") == "unsupported_parameter"
-            if unsupported and error.param == "max_tokens" == limit_name:
-                self._limit_name = "max_completion_tokens"  # what OpenAI's reasoning models call it
-                return Trouble("again", "")
             words = self._clean(words_of_error(error.body, error.response.text))
-            return self._trouble(error.status_code, error.response, words, error.code)
+            trouble = self._trouble(error.status_code, error.response, words, error.code)
+            return self._refusal(trouble, error.status_code, error.body, error.response, body, request.stage)
         except openai.APIConnectionError as error:
             reached = not isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout)
             why = str(error.__cause__) or type(error.__cause__).__name__
@@ -104,12 +111,30 @@ class ServerLane(Lane):
             return Trouble("row", "the messages hold half of a surrogate pair, which is no text")
         finally:
             self._in_flight.discard(interruption)
-        return self._read(response, time.monotonic() - started)
+        return await self._read(response, time.monotonic() - started)
 
-    def _read(self, response: httpx2.Response, seconds: float) -> Answer | Trouble:
+    def _refusal(
+        self, trouble: Trouble, status: int, error: Any, response: httpx2.Response, body: dict[str, Any], stage: str
+    ) -> Trouble:
+        """Return the trouble with advice, or "again" where the error asks for another form of request.
+
+        500 is how llama.cpp and transformers serve report what a chat template refuses, and some gateways a 400.
+        """
+        if status not in (400, 422, 500):
+            return trouble
+        said = said_in(error, response.text)
+        if self._form.adapt(said, body):
+            return Trouble("again", "")
+        return replace(trouble, advice=advice_on(error, said, body, stage, self._name_setting))
+
+    async def _read(self, response: httpx2.Response, seconds: float) -> Answer | Trouble:
         """Return the answer in a response of status 200."""
         try:
-            return answer_in(response.json(), seconds)
+            # Some servers stream although they weren't asked to, and some don't although they were.
+            is_stream = response.content.startswith((b"data:", b"event:", b":"))
+            return answer_in(await completion_in(response, self.api) if is_stream else response.json(), seconds)
+        except BrokenStreamError:
+            return Trouble("fault", "the stream ended before the answer did", status=response.status_code)
         except ValueError:
             what = f"no answer but garbage: {self._clean(response.text) or 'an empty body'}"
             return Trouble("fault", what, status=response.status_code)

@@ -19,7 +19,7 @@ from train.llm.places import Lane, Pauses
 from train.llm.refusals import NameSetting, advice_on, config_setting, said_in
 from train.llm.replies import answer_in
 from train.llm.request_body import RequestForm, request_body
-from train.llm.stream import BrokenStreamError, completion_in
+from train.llm.stream import BrokenStreamError, completion_in, is_stream
 from train.progress import duration
 
 OPENAI_HOST = "api.openai.com"
@@ -131,8 +131,8 @@ class ServerLane(Lane):
         """Return the answer in a response of status 200."""
         try:
             # Some servers stream although they weren't asked to, and some don't although they were.
-            is_stream = response.content.startswith((b"data:", b"event:", b":"))
-            return answer_in(await completion_in(response, self.api) if is_stream else response.json(), seconds)
+            body = await completion_in(response, self.api) if is_stream(response) else response.json()
+            return answer_in(body, seconds)
         except BrokenStreamError:
             return Trouble("fault", "the stream ended before the answer did", status=response.status_code)
         except ValueError:

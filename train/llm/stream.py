@@ -1,13 +1,21 @@
 """Streamed answers, put together into the form of a whole response."""
 
+import re
 from typing import Any
 
 import httpx2
 import openai
 
+_EVENTS = re.compile(rb"\s*(?:data|event|id|retry)?:")
+
 
 class BrokenStreamError(Exception):
     """A stream that ended before its answer did."""
+
+
+def is_stream(response: httpx2.Response) -> bool:
+    """Return whether a response is a stream of events, by its first line: some servers give another content type."""
+    return _EVENTS.match(response.content) is not None
 
 
 async def completion_in(response: httpx2.Response, api: openai.AsyncOpenAI) -> dict[str, Any]:

@@ -6,12 +6,13 @@ connections). Here the connection that was used last is simply taken again.
 """
 
 import socket
-import ssl
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.request import getproxies, proxy_bypass
 
 import httpx2
+
+from train.llm.address import Address
+from train.llm.connection_faults import encryption_to
 
 KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
     (socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -25,11 +26,9 @@ answers take, and keeps the routers in between from forgetting them."""
 class Connections(httpx2.AsyncBaseTransport):
     """Hands whole responses up: the connection is free again once the last byte has come."""
 
-    def __init__(self, base_url: str) -> None:
-        self._proxy = _proxy_to(httpx2.URL(base_url))
-        # Certificates take 50 ms to read. To a plain address there is no encryption, and a redirect to it is refused.
-        plain = httpx2.URL(base_url).scheme == "http"
-        self._encryption = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if plain else httpx2.create_ssl_context()
+    def __init__(self, address: Address) -> None:
+        self._proxy = address.proxy.url if address.proxy else None
+        self._encryption = encryption_to(address)
         self._idle: list[httpx2.AsyncHTTPTransport] = []
         self._all: list[httpx2.AsyncHTTPTransport] = []
         self.when_sent: Callable[[], None] | None = None
@@ -74,11 +73,3 @@ class Connections(httpx2.AsyncBaseTransport):
         )
         self._all.append(connection)
         return connection
-
-
-def _proxy_to(url: httpx2.URL) -> str | None:
-    """The proxy that the environment names for an address; none to this machine itself."""
-    if url.host in ("localhost", "127.0.0.1", "::1") or proxy_bypass(url.host):
-        return None
-    proxies = getproxies()
-    return proxies.get(url.scheme) or proxies.get("all")

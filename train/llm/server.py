@@ -6,16 +6,19 @@ import re
 import time
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx2
 import openai
 
 from train.errors import UserError
+from train.llm.address import parse_address, shown_location
+from train.llm.advice import explain, is_unreachable
+from train.llm.connection_faults import connection_trouble, proxy_refusal, speaks_tls, tls_wanted
 from train.llm.connections import Connections
-from train.llm.failures import LONGEST_WAIT, Trouble, trouble_of, words_of_error
+from train.llm.failures import LONGEST_WAIT, ErrorBody, Trouble, error_in, error_of, trouble_of
 from train.llm.journal import Answer, Request
 from train.llm.places import Lane, Pauses
+from train.llm.redaction import Redactor
 from train.llm.refusals import NameSetting, advice_on, config_setting, said_in
 from train.llm.replies import answer_in
 from train.llm.request_body import RequestForm, request_body
@@ -23,6 +26,12 @@ from train.llm.stream import BrokenStreamError, completion_in, is_stream
 from train.progress import duration
 
 OPENAI_HOST = "api.openai.com"
+
+PAUSE_OF_A_START = 5.0
+"""Longest pause, in seconds, before a server is tried again that has never been reached: it may be starting."""
+
+FAULTS_OF_A_WRONG_SCHEME = 4
+"""After so many responses in a row that broke off, and no answer, we look whether it is TLS that is spoken there."""
 
 _NOT_SENT: Any = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
 
@@ -52,38 +61,70 @@ class ServerLane(Lane):
         longest_wait: float = LONGEST_WAIT,
         name_setting: NameSetting = config_setting,
     ) -> None:
-        name, host = _name_and_host(server.base_url)
+        self.address = parse_address(server.base_url)
+        name, host = self.address.shown, self.address.host
         if server.concurrency < 1:
             raise UserError(f"concurrency {server.concurrency} of {name} must be at least 1.")
         super().__init__(name, server.concurrency, pauses)
         self.patience, self.longest_wait = patience, longest_wait
         self.has_answered = False
-        self.key = self._find_key(server, host)
+        self.answered_sent_at = 0.0
+        """When the newest of the requests that it has answered was sent."""
+        self.denied: set[bytes] = set()
+        """The requests that it has denied since its last answer."""
+        self.denied_since = 0.0
+        self.denials = 0
+        """How many times in a row it has denied requests; those that were on their way together count once."""
+        self.reached = False
+        """Whether it has sent any response of its own. Until then the run's start is at stake, and pauses are short."""
+        self.key = self._find_key(server)
+        self.redactor = Redactor(self.secrets)
         self._form = RequestForm(stream=server.stream)
         self._name_setting = name_setting
         self._in_flight: set[asyncio.Timeout] = set()
-        self._connections = Connections(server.base_url)
+        self._connections = Connections(self.address)
+        self._asked_for_tls = False
         self.api = openai.AsyncOpenAI(
-            base_url=server.base_url,
+            base_url=self.address.base,
             api_key=self.key or "none",  # the package wants one; servers without keys don't look at it
             admin_api_key="",
-            # The environment may name OpenAI's organization, which is no other server's business.
-            default_headers=None if host == OPENAI_HOST else _NOT_SENT,
+            default_headers=self._headers(host),
             max_retries=0,  # retries here would keep a place, and tell no one
             http_client=openai.DefaultAsyncHttpxClient(
-                transport=self._connections, timeout=httpx2.Timeout(None, connect=30.0)
+                transport=self._connections,
+                timeout=httpx2.Timeout(None, connect=30.0),
+                follow_redirects=False,  # a POST becomes a GET on some, and the key is for this address alone
             ),
         )
         # Whole, as the package would put it together anew for each request, which was a tenth of a request's work.
-        self._address = f"{self.api.base_url}chat/completions"
+        self._chat_url = self.address.url("chat/completions")
 
-    def _find_key(self, server: Server, host: str) -> str | None:
-        variable = server.key_variable or ("OPENAI_API_KEY" if host == OPENAI_HOST else None)
+    def _find_key(self, server: Server) -> str | None:
+        variable = server.key_variable or ("OPENAI_API_KEY" if self.address.host == OPENAI_HOST else None)
         if variable is None:
             return None
         if not (key := os.environ.get(variable, "").strip()):
             raise UserError(f"{self.name} needs a key: set the environment variable {variable}.")
+        if not (key.isascii() and key.isprintable()):
+            found = "a line break" if len(key.splitlines()) > 1 else "a control character"
+            found = found if key.isascii() else "a character that is not ASCII (a curly quote, an invisible space?)"
+            raise UserError(
+                f"{variable}: the key in this environment variable holds {found}. A key is one line of ASCII "
+                "characters: set the variable to that alone."
+            )
         return key
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Return what no message may show: the key, and passwords of the address and of its proxy."""
+        return (*filter(None, [self.key]), *self.address.secrets)
+
+    def _headers(self, host: str) -> dict[str, Any]:
+        # The environment may name OpenAI's organization, which is no other server's business.
+        headers = {} if host == OPENAI_HOST else dict(_NOT_SENT)
+        if self.key and host.endswith(".azure.com"):
+            headers["api-key"] = self.key  # Azure takes keys there; in Authorization it takes tokens of Entra
+        return headers
 
     async def send(self, model: str, request: Request) -> Answer | Trouble:
         """Ask once."""
@@ -94,100 +135,142 @@ class ServerLane(Lane):
             async with interruption:
                 self._in_flight.add(interruption)
                 # The bare response: the package would build a model of it unchecked, and garbage looks like an answer.
-                response = await self.api.post(self._address, cast_to=httpx2.Response, body=body)
+                response = await self.api.post(self._chat_url, cast_to=httpx2.Response, body=body)
         except TimeoutError:
             return Trouble("fault", f"nothing heard for {duration(self.patience / 2)}")
         except openai.APIStatusError as error:
-            words = self._clean(words_of_error(error.body, error.response.text))
-            trouble = self._trouble(error.status_code, error.response, words, error.code)
-            return self._refusal(trouble, error.status_code, error.body, error.response, body, request.stage)
+            return self._refusal(await self.error_response(error), error.response, body, request.stage)
         except openai.APIConnectionError as error:
-            reached = not isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout)
-            why = str(error.__cause__) or type(error.__cause__).__name__
-            if reached:
-                return Trouble("fault", self._clean(why))
-            return Trouble("gone", f"can't be reached ({self._clean(why)})")
+            return await self.connection_failed(error)
         except UnicodeEncodeError:
             return Trouble("row", "the messages hold half of a surrogate pair, which is no text")
         finally:
             self._in_flight.discard(interruption)
-        return await self._read(response, time.monotonic() - started)
+        outcome = await self._read(response, time.monotonic() - started)
+        return outcome if isinstance(outcome, Answer) else self._refusal(outcome, response, body, request.stage)
 
-    def _refusal(
-        self, trouble: Trouble, status: int, error: Any, response: httpx2.Response, body: dict[str, Any], stage: str
-    ) -> Trouble:
+    def _refusal(self, trouble: Trouble, response: httpx2.Response, body: dict[str, Any], stage: str) -> Trouble:
         """Return the trouble with advice, or "again" where the error asks for another form of request.
 
         500 is how llama.cpp and transformers serve report what a chat template refuses, and some gateways a 400.
         """
-        if status not in (400, 422, 500):
+        if trouble.status not in (200, 400, 422, 500) or trouble.too_long or trouble.advice:
             return trouble
+        whole = _json(response)
+        if response.status_code == 200 and (not isinstance(whole, dict) or whole.get("choices")):
+            return trouble  # no error, but an answer that can't be read
+        error = whole.get("error") or whole if isinstance(whole, dict) else whole
         said = said_in(error, response.text)
         if self._form.adapt(said, body):
             return Trouble("again", "")
         return replace(trouble, advice=advice_on(error, said, body, stage, self._name_setting))
 
     async def _read(self, response: httpx2.Response, seconds: float) -> Answer | Trouble:
-        """Return the answer in a response of status 200."""
+        """Return the answer in a response of status 200, or the error in it, which some gateways send so."""
         try:
             # Some servers stream although they weren't asked to, and some don't although they were.
-            body = await completion_in(response, self.api) if is_stream(response) else response.json()
-            return answer_in(body, seconds)
+            body = await completion_in(response, self.api) if is_stream(response) else _json(response)
         except BrokenStreamError:
-            return Trouble("fault", "the stream ended before the answer did", status=response.status_code)
+            return Trouble("fault", "the stream ended before the answer did", status=200)
         except ValueError:
-            what = f"no answer but garbage: {self._clean(response.text) or 'an empty body'}"
-            return Trouble("fault", what, status=response.status_code)
+            body = None
+        # An error may stand beside choices, which are empty then.
+        error = error_in(body, response.text) if isinstance(body, dict) and body.get("error") else None
+        if error is None:
+            try:
+                answer = answer_in(body, seconds)
+            except ValueError:
+                error = error_in(body, response.text)
+            else:
+                if self.redactor.holds_secret(answer.text, answer.refusal, answer.finish_reason):
+                    return Trouble("row", "the answer repeats the server's key, and is kept nowhere")
+                return answer
+        if error is not None:
+            return self._trouble(error.implied_status(), response, error)
+        what = f"no answer but garbage: {self.clean(response.text) or 'an empty body'}"
+        return Trouble("fault", what, status=200)
 
-    def _trouble(self, status: int, response: httpx2.Response, words: str, code: Any) -> Trouble:
-        """Return the meaning of an error response."""
-        what = f"{status} {response.reason_phrase}: {words}".removesuffix(": ")
-        return trouble_of(
-            status,
-            what,
-            code,
-            response.headers,
-            has_answered=self.has_answered,
-            longest_wait=self.longest_wait,
-        )
+    async def error_response(self, error: openai.APIStatusError) -> Trouble:
+        """Return the meaning of a response that is an error or a redirect."""
+        response, status = error.response, error.status_code
+        if status == 407 and self.address.proxy:
+            return proxy_refusal(self.address)
+        if 300 <= status < 400:
+            return self._redirect(response)
+        if status == 400 and not isinstance(error.body, dict) and await self._wants_tls():
+            return tls_wanted(self.address)
+        return self._trouble(status, response, error_of(_json(response), response.text))
+
+    def _trouble(self, status: int, response: httpx2.Response, error: ErrorBody) -> Trouble:
+        """Return the meaning of an error, in a response with the status of one or of a 200."""
+        said = f"{status} {response.reason_phrase}"
+        if response.status_code == 200:
+            said = "an error in the body of a 200" if status == 200 else f"{status} in the body of a 200"
+        what = self.clean(f"{said}: {error.words}").removesuffix(":")
+        if self.address.proxy and response.status_code in (403, 502, 503, 504):  # it may be the proxy that says so
+            what = f"{what.rstrip('.')} (through {self.address.proxy})"
+        return trouble_of(status, what, error, response.headers, longest_wait=self.longest_wait)
+
+    def _redirect(self, response: httpx2.Response) -> Trouble:
+        what = f"{response.status_code} {self.clean(response.reason_phrase)}".rstrip()
+        try:
+            target = response.request.url.join(response.headers["location"])
+        except (KeyError, httpx2.InvalidURL):
+            return Trouble("hopeless", f"{what}, a redirect to nowhere", status=response.status_code)
+        shown = self.clean(shown_location(target))
+        leads_on = target.path.endswith("/chat/completions") and shown != self.address.shown
+        advice = f"Write {shown} as base_url." if leads_on else "That is no chat API: is base_url right?"
+        return Trouble("hopeless", f"{what}: it redirects to {shown}", status=response.status_code, advice=advice)
+
+    async def connection_failed(self, error: openai.APIConnectionError) -> Trouble:
+        """Return the meaning of a request without any response."""
+        cause = error.__cause__ or error
+        trouble = connection_trouble(cause, self.address, has_answered=self.has_answered)
+        if trouble.kind == "fault" and self.failures_in_a_row >= FAULTS_OF_A_WRONG_SCHEME and await self._wants_tls():
+            return tls_wanted(self.address)
+        return replace(trouble, what=self.clean(trouble.what))
+
+    async def _wants_tls(self) -> bool:
+        """Return whether it is TLS that is spoken there: looked at once, and before any answer."""
+        if self._asked_for_tls or self.has_answered:
+            return False
+        self._asked_for_tls = True
+        return await speaks_tls(self.address)
 
     async def explain(self, model: str, trouble: Trouble) -> str:
-        """What a person must know to mend it."""
-        said = f"{self.name} answers {trouble.what.rstrip('.')}"
-        match trouble.status:
-            case 401 | 403 if self.key is None:
-                return f"{said}. It wants a key: name the environment variable that holds it as key_variable."
-            case 401 | 403:
-                return f"{said}. The key in the environment is not accepted for {model}."
-            case 404 | 405:
-                try:
-                    models = [one.id async for one in self.api.models.list(timeout=30)]
-                except openai.OpenAIError:
-                    return f"{said}. base_url is probably wrong: for most servers it ends in /v1."
-                named = ", ".join(sorted(models)[:10]) or "none"
-                return f"{said}. It was asked for the model {model!r}; those it names are: {named}."
-            case _:
-                return (
-                    f"{said}. What was answered so far is in the journal; start the same command when this is mended."
-                )
+        """Return what is wrong and what to do about it."""
+        return await explain(self, model, trouble)
 
     def learn(self, outcome: Answer | Trouble | None, sent_at: float) -> None:
         """Adapt to how a request ended; None: it was cancelled."""
+        if isinstance(outcome, Trouble) and (outcome.kind in ("too much", "row", "again") or outcome.status):
+            self.reached = True
         if isinstance(outcome, Answer):
-            self.has_answered = True
+            self.has_answered = self.reached = True
+            self.answered_sent_at = max(self.answered_sent_at, sent_at)
+            self.denied.clear()
+            self.denials = 0
             self.answered()
         elif outcome is not None and outcome.kind == "too much":
             self.refused(outcome.what, sent_at, outcome.retry_after)
         elif outcome is not None and outcome.kind in ("fault", "gone"):
             self.failed(outcome.what, sent_at)
-            if outcome.what.startswith("can't be reached"):  # not what a gateway in front of it says
+            if not self.reached:
+                self.paused_until = min(self.paused_until, time.monotonic() + PAUSE_OF_A_START)
+            if is_unreachable(outcome):
                 self._connections.when_sent = self._reached
+        elif outcome is not None and outcome.kind == "denied":
+            self.denied_since = self.denied_since if self.denied else time.monotonic()
+            before = self.failures_in_a_row
+            self.objected(outcome.what, sent_at)
+            self.denials += self.failures_in_a_row - before
         elif outcome is not None:
             self.heard_at = time.monotonic()
 
     def _reached(self) -> None:
         """It takes requests again: that it can't be reached is no longer true, and the answer may take its time."""
         self._connections.when_sent = None
+        self.reached = True
         if self.trouble is not None:
             self.trouble, self.trouble_since = "reached again, no answer yet", time.monotonic()
 
@@ -198,20 +281,15 @@ class ServerLane(Lane):
             for interruption in self._in_flight:
                 interruption.reschedule(asyncio.get_running_loop().time())
 
-    def _clean(self, text: str) -> str:
-        """The beginning of what a server said, on one line, without the key, which some repeat."""
-        text = text.replace(self.key, "***") if self.key else text
-        text = re.sub(r"\s+", " ", text).strip()
+    def clean(self, text: str) -> str:
+        """Return the beginning of what a server or an exception says, on one line and without secrets."""
+        text = re.sub(r"\s+", " ", self.redactor.clean(text)).strip()
         return text if len(text) <= 300 else f"{text[:300]}..."
 
 
-def _name_and_host(base_url: str) -> tuple[str, str]:
-    """A server's address as it is shown, without a password that may stand in it, and its host."""
+def _json(response: httpx2.Response) -> Any:
+    """Return the parsed body of a response; None where it is no JSON."""
     try:
-        address = urlsplit(base_url)
-        host, port = address.hostname, address.port
+        return response.json()
     except ValueError:
-        host = None
-    if not host or address.scheme not in ("http", "https"):
-        raise UserError(f"base_url {base_url!r} is no address: write it like http://localhost:8000/v1.")
-    return f"{address.scheme}://{host}{f':{port}' if port else ''}{address.path}", host
+        return None

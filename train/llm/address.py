@@ -1,0 +1,191 @@
+"""Addresses of servers: the URLs that are asked, the proxy on the way, and the part of an address that may be shown."""
+
+import ipaddress
+import os
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from urllib.request import getproxies, proxy_bypass
+
+import httpx2
+
+from train.errors import UserError
+
+_ENDPOINT = re.compile(r"/(chat/completions|completions|models)$")
+_SECRET_NAME = re.compile(r"key|token|secret|sig|passw|auth|cred|code", re.IGNORECASE)
+_PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
+_THIS_MACHINE = ("localhost", "127.0.0.1", "::1", "0.0.0.0", "::")
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """A proxy that the environment names. `shown`: its URL without user and password."""
+
+    url: str
+    variable: str
+    shown: str
+    secrets: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Return how messages name it."""
+        return f"the proxy {self.shown} of {self.variable}"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """The address of a server.
+
+    base: the URL below which its paths lie, without a query.
+    shown: the same with the query, for messages: without user, password and the values of secret parameters.
+    secrets: what `shown` leaves out, and the proxy's password.
+    """
+
+    base: httpx2.URL
+    query: str
+    shown: str
+    secrets: tuple[str, ...]
+    proxy: Proxy | None
+
+    @property
+    def host(self) -> str:
+        """Return the host's name."""
+        return self.base.host
+
+    @property
+    def is_plain(self) -> bool:
+        """Return whether it is http, not https."""
+        return self.base.scheme == "http"
+
+    def url(self, path: str, base: httpx2.URL | None = None) -> str:
+        """Return the URL of `path`, as "chat/completions", with the address's query."""
+        base = base or self.base
+        raw = base.raw_path.rstrip(b"/") + f"/{path}{self.query and '?'}{self.query}".encode()
+        return str(base.copy_with(raw_path=raw))
+
+    def shown_at(self, base: httpx2.URL) -> str:
+        """Return another base with the address's query, for messages."""
+        return show(base) + _shown_query(self.query)
+
+    def with_path(self, path: str) -> httpx2.URL:
+        """Return the base with another path."""
+        return self.base.copy_with(raw_path=path.encode())
+
+
+def parse_address(base_url: str) -> Address:
+    """Return the address that a `base_url` stands for. Raises UserError where it is none.
+
+    A slash at its end, a fragment, and the path of an endpoint (`/chat/completions`) are left out.
+    """
+    text = base_url.strip()
+    example = "write it like http://localhost:8000/v1"
+    if re.search(r"\s", text):
+        raise UserError(f"base_url {_shown(text)!r} is no address: it holds white space. Take that out.")
+    if "://" not in text:
+        example = f"http:// or https:// is missing. Write http://{_shown(text).lstrip('/') or 'localhost:8000/v1'}"
+    try:
+        url = httpx2.URL(text)
+    except httpx2.InvalidURL as error:
+        why = str(error) if "@" not in text else "it can't be read"  # the reason may quote a password
+        raise UserError(f"base_url {_shown(text)!r} is no address ({why.rstrip('.')}): {example}.") from None
+    if not url.host or url.scheme not in ("http", "https"):
+        raise UserError(f"base_url {_shown(text)!r} is no address: {example}.")
+    if url.port is not None and not 0 < url.port < 65536:
+        raise UserError(f"base_url {_shown(text)!r} is no address: a port is a number from 1 to 65535.")
+    path, _, query = url.raw_path.decode("ascii").partition("?")
+    path = _ENDPOINT.sub("", path.rstrip("/")).rstrip("/")
+    base = url.copy_with(raw_path=(path or "/").encode(), fragment=None)
+    secrets = [url.password, url.userinfo.decode("ascii") if url.password else "", *_secret_values(url.params)]
+    proxy = find_proxy(url)
+    return Address(
+        base=base,
+        query=query,
+        shown=show(base) + _shown_query(query),
+        secrets=(*filter(None, secrets), *(proxy.secrets if proxy else ())),
+        proxy=proxy,
+    )
+
+
+def show(url: httpx2.URL) -> str:
+    """Return a URL for messages: without user, password and query."""
+    return str(url.copy_with(userinfo=b"", query=None, fragment=None)).rstrip("/")
+
+
+def shown_location(url: httpx2.URL) -> str:
+    """Return a redirect's target for messages, as the `base_url` that leads there."""
+    base = url.copy_with(raw_path=_ENDPOINT.sub("", url.raw_path.partition(b"?")[0].decode("ascii")).encode() or b"/")
+    return show(base) + _shown_query(url.query.decode("ascii"))
+
+
+def _secret_values(params: httpx2.QueryParams) -> list[str]:
+    return [value for name, value in params.multi_items() if _SECRET_NAME.search(name)]
+
+
+def _shown_query(query: str) -> str:
+    """Return a query with the values of its secret parameters replaced, as it stands behind a URL."""
+    parts = [part.partition("=") for part in query.split("&") if part]
+    shown = [f"{name}={'***' if _SECRET_NAME.search(name) else value}" for name, _, value in parts]
+    return f"?{'&'.join(shown)}" if shown else ""
+
+
+def _shown(text: str) -> str:
+    """Return what may be shown of text that is no URL."""
+    text = re.sub(r"[^/]*@", "***@", text)
+    return re.sub(r"\?.*", "?...", text, flags=re.DOTALL)
+
+
+def find_proxy(url: httpx2.URL) -> Proxy | None:
+    """Return the proxy that the environment names for a URL; None for this machine. Raises UserError for a bad one."""
+    host = url.host.rstrip(".")
+    at = f"{host}:{url.port or {'http': 80, 'https': 443}[url.scheme]}"
+    if host in _THIS_MACHINE or host.endswith(".localhost") or proxy_bypass(at) or _in_excluded_network(host):
+        return None
+    named = getproxies()
+    scheme = url.scheme if named.get(url.scheme) else "all"
+    if not (value := named.get(scheme)):
+        return None
+    variable = f"{scheme}_proxy" if f"{scheme}_proxy" in os.environ else f"{scheme}_proxy".upper()
+    proxy = _read_proxy(value, variable)
+    # After it was read: a setting that no request could use is told of, though this one would not.
+    return None if _is_loopback(host) else proxy
+
+
+def _read_proxy(value: str, variable: str) -> Proxy:
+    text = value.strip() if "://" in value else f"http://{value.strip()}"
+    shown = _shown(text)
+    allowed = "http://host:port, https://host:port or socks5://host:port"
+    otherwise = f"Set {variable} to {allowed}, unset it, or name the server's host in no_proxy"
+    try:
+        url = httpx2.URL(text)
+    except httpx2.InvalidURL:
+        url = httpx2.URL("")
+    if url.scheme not in _PROXY_SCHEMES or not url.host:
+        raise UserError(f"{variable}: the proxy {shown} of the environment can't be used. {otherwise}.")
+    if url.scheme.startswith("socks") and find_spec("socksio") is None:
+        raise UserError(
+            f"{variable}: the proxy {shown} of the environment needs the package socksio: `pip install socksio`. "
+            f"Or unset {variable}, or name the server's host in no_proxy."
+        )
+    secrets = (url.password, url.userinfo.decode("ascii")) if url.password else ()
+    return Proxy(text, variable, show(url), secrets)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _in_excluded_network(host: str) -> bool:
+    """Return whether no_proxy names a network (10.0.0.0/8) that holds `host`, as curl reads it and urllib does not."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    for part in getproxies().get("no", "").split(","):
+        try:
+            if "/" in part and address in ipaddress.ip_network(part.strip(), strict=False):
+                return True
+        except ValueError:
+            continue
+    return False

@@ -1,0 +1,103 @@
+"""Advice on errors that end a run: a wrong key, a wrong model name, a wrong path."""
+
+import asyncio
+import difflib
+import time
+from typing import TYPE_CHECKING, Any
+
+import httpx2
+import openai
+
+from train.llm.failures import DENIED, Trouble
+from train.progress import duration
+
+if TYPE_CHECKING:
+    from train.llm.server import ServerLane
+
+SECONDS_OF_A_LOOK = 10.0
+"""Longest wait for a list of models."""
+NAMES_SHOWN = 10
+_USUAL_PATHS = ("/v1", "/api/v1", "/openai/v1")
+"""Paths of vLLM, llama.cpp, OpenAI and most others, of OpenRouter and Open WebUI, and of Groq and Azure."""
+
+
+async def explain(lane: "ServerLane", model: str, trouble: Trouble) -> str:
+    """Return what is wrong and what to do about it, in one paragraph."""
+    what = trouble.what.rstrip(".")
+    said = f"{lane.name} {what if is_unreachable(trouble) else f'answers {what}'}."
+    if trouble.advice:
+        return f"{said} {trouble.advice}"
+    go_on = "What was answered so far is in the journal: start the same command again, and it goes on from there"
+    match trouble.status:
+        case 401 | 403 if lane.has_answered:
+            return (
+                f"{said.rstrip('.')}, to {len(lane.denied)} requests in a row. It answered others before: the key may "
+                f"have expired or reached its limit. {go_on} when the key is accepted."
+            )
+        case _ if trouble.status in DENIED and lane.has_answered:
+            return (
+                f"{said.rstrip('.')}, for {duration(time.monotonic() - lane.denied_since)}. It answered other requests "
+                f"before: see whether it still serves {model!r} at this address. {go_on} when it does."
+            )
+        case 401 | 403 if lane.key is None:
+            return f"{said} It wants a key: name the environment variable that holds it as key_variable."
+        case 401 | 403:
+            return f"{said} The key in the environment is not accepted for {model}."
+        case 404 | 405:
+            return f"{said} {await _advise_on_path(lane, model, trouble)}"
+        case 402:
+            return f"{said} Add credit, raise the limit or name another server. {go_on}."
+        case _:
+            return f"{said} {go_on} when this is solved."
+
+
+def is_unreachable(trouble: Trouble) -> bool:
+    """Return whether a trouble is a connection that failed, and not what a gateway says."""
+    return trouble.what.startswith("can't be reached")
+
+
+async def _advise_on_path(lane: "ServerLane", model: str, trouble: Trouble) -> str:
+    names = await list_models(lane)
+    if names is not None and trouble.status == 404:
+        return f"It was asked for the model {model!r}; {name_models(model, names)}."
+    if better := await find_base_url(lane):
+        return f"Write {better} as base_url: there it lists its models."
+    if names is None and model in trouble.what:
+        return f"Is {model!r} the name that the server knows the model by?"
+    return "base_url is probably wrong: for most servers it ends in /v1."
+
+
+def name_models(model: str, names: list[str]) -> str:
+    """Return which models a server lists, the most similar names first where there are many."""
+    near = difflib.get_close_matches(model, names, NAMES_SHOWN, 0.5) if len(names) > NAMES_SHOWN else []
+    shown = [*near, *(name for name in sorted(names) if name not in near)][:NAMES_SHOWN]
+    more = f" and {len(names) - len(shown):,} more" if len(names) > len(shown) else ""
+    return f"those it names are: {', '.join(shown) or 'none'}{more}"
+
+
+async def list_models(lane: "ServerLane", base: httpx2.URL | None = None) -> list[str] | None:
+    """Return the names of the models that a server lists, at another base if given; None where it lists none."""
+    try:
+        url = lane.address.url("models", base)
+        response = await lane.api.get(url, cast_to=httpx2.Response, options={"timeout": SECONDS_OF_A_LOOK})
+        return _names_in(response.json(), lane)
+    except (openai.OpenAIError, ValueError):
+        return None
+
+
+def _names_in(body: Any, lane: "ServerLane") -> list[str]:
+    """Return the names in a list of models: OpenAI's form, or the bare list of Together. Raises ValueError."""
+    entries = body.get("data") if isinstance(body, dict) else body
+    if not isinstance(entries, list):
+        raise ValueError("no list")
+    ids = [entry.get("id") for entry in entries if isinstance(entry, dict)]
+    return [lane.clean(name) for name in ids if isinstance(name, str)]
+
+
+async def find_base_url(lane: "ServerLane") -> str | None:
+    """Return another address of the same server, at which it lists its models; None where none is found."""
+    path = lane.address.base.raw_path.decode("ascii").rstrip("/")
+    paths = dict.fromkeys([f"{path}/v1", path.removesuffix("/v1"), *_USUAL_PATHS])
+    bases = [lane.address.with_path(other or "/") for other in paths if other != path]
+    found = await asyncio.gather(*(list_models(lane, base) for base in bases))
+    return next((lane.address.shown_at(base) for base, names in zip(bases, found, strict=True) if names), None)

@@ -1,0 +1,133 @@
+"""First contact: one or two small requests to each server, before work that depends on it begins.
+
+A run needs none of its own: its first request is the first contact, and a run that finds all in its journal asks
+nothing. `--check` makes it, and so does the bench with the judge's servers before the model answers for hours.
+
+1. The list of models. Where it names the model, and no key is sent that it might not have looked at, that is all.
+2. A request for one token. The list alone refuses no name: servers accept names that they don't list (adapters,
+   routers, aliases), and some have no list.
+"""
+
+import asyncio
+import sys
+import time
+from collections.abc import Sequence
+
+from train.errors import UserError
+from train.llm.advice import explain, is_unreachable, list_models, name_models
+from train.llm.connection_faults import speaks_tls, tls_wanted
+from train.llm.failures import Trouble
+from train.llm.journal import Answer, Decoding, Request
+from train.llm.places import Pauses
+from train.llm.redaction import Redactor
+from train.llm.server import PAUSE_OF_A_START, Server, ServerLane
+from train.progress import SECONDS_BETWEEN_LINES, duration
+
+SECONDS_OF_AN_ANSWER = 120.0
+"""Longest wait for one token. A server may load a model first, or work off a queue: that is no error."""
+START_IT = (
+    "Check host and port, and that the server is running. For one that is still starting, --wait-for-server 30m waits "
+    "as long."
+)
+_ONE_TOKEN = Request("first contact", [{"role": "user", "content": "Hi"}], Decoding(max_tokens=1))
+
+
+async def check_servers(servers: Sequence[Server], model: str, *, wait: float = 0.0) -> None:
+    """Ask each server, and print what it is.
+
+    Raises UserError where one refuses the key, doesn't know the model or the path, or has a fault of TLS; and where
+    none can be reached for `wait` seconds. One of several that can't be reached is a warning.
+    """
+    lanes = [ServerLane(server, Pauses(), patience=float("inf")) for server in servers]
+    share_secrets(lanes)
+    try:
+        outcomes = await asyncio.gather(*(_contact(lane, model, wait) for lane in lanes))
+        if all(isinstance(outcome, Trouble) for outcome in outcomes):
+            [first, *_] = [outcome for outcome in outcomes if isinstance(outcome, Trouble)]
+            raise UserError(unreachable(lanes[0], first))
+        for lane, outcome in zip(lanes, outcomes, strict=True):
+            if isinstance(outcome, Trouble):
+                print(f"warning: {unreachable(lane, outcome)}", file=sys.stderr)
+            else:
+                print(f"{lane.name} {outcome}", flush=True)
+    finally:
+        for lane in lanes:
+            await lane.api.close()
+
+
+def share_secrets(lanes: Sequence[ServerLane]) -> None:
+    """Have every lane redact the secrets of all."""
+    redactor = Redactor([secret for lane in lanes for secret in lane.secrets])
+    for lane in lanes:
+        lane.redactor = redactor
+
+
+def unreachable(lane: ServerLane, trouble: Trouble, waited: float = 0.0) -> str:
+    """Return that a server can't be reached, why, and what to do."""
+    what = trouble.what.rstrip(".")
+    what = what if is_unreachable(trouble) else f"answers {what}"
+    tried = f", tried for {duration(waited)}" if waited >= 1 else ""
+    return f"{lane.name} {what}{tried}. {trouble.advice or START_IT}"
+
+
+async def _contact(lane: ServerLane, model: str, wait: float) -> str | Trouble:
+    """Return in words what a server answers, or its trouble where it can't be reached. Raises UserError."""
+    started = told = time.monotonic()
+    failures = 0
+    while True:
+        names = await list_models(lane)
+        if names is not None and lane.key is None and _is_in(model, names):
+            return f"serves {model}"
+        outcome = await _one_token(lane, model)
+        left = started + wait - time.monotonic()
+        if not (isinstance(outcome, Trouble) and outcome.kind == "gone"):
+            return await _judge(lane, model, names, outcome)
+        if left <= 0:
+            return outcome
+        if not failures or time.monotonic() - told > SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            print(f"{lane.name}: {outcome.what}; waiting up to {duration(left)} for it", flush=True)
+        failures += 1
+        await asyncio.sleep(min(lane.pauses.after(failures), PAUSE_OF_A_START, left))
+
+
+async def _one_token(lane: ServerLane, model: str) -> Answer | Trouble | None:
+    """Return what comes of a request for one token; None where nothing comes in time."""
+    try:
+        async with asyncio.timeout(SECONDS_OF_AN_ANSWER):
+            while True:
+                outcome = await lane.send(model, _ONE_TOKEN)
+                if not (isinstance(outcome, Trouble) and outcome.kind == "again"):
+                    return outcome
+    except TimeoutError:
+        return None
+
+
+async def _judge(lane: ServerLane, model: str, names: list[str] | None, outcome: Answer | Trouble | None) -> str:
+    if outcome is None:
+        return f"is reached, and has not answered within {duration(SECONDS_OF_AN_ANSWER)}: it may be loading or busy"
+    if (
+        isinstance(outcome, Trouble)
+        and outcome.kind == "fault"
+        and not outcome.status
+        and await speaks_tls(lane.address)
+    ):
+        outcome = tls_wanted(lane.address)
+    if isinstance(outcome, Answer):
+        return f"answers as {model}"
+    if outcome.kind == "hopeless":
+        raise UserError(await explain(lane, model, outcome))
+    if outcome.kind == "too much":
+        return f"is reached, and busy: {outcome.what}"
+    if names is not None and not _is_in(model, names):
+        raise UserError(
+            f"{lane.name} answers {outcome.what.rstrip('.')}. It was asked for the model {model!r}; "
+            f"{name_models(model, names)}."
+        )
+    if outcome.kind == "row":
+        return f"is reached, and refuses a request for one token, which need not mean more: {outcome.what}"
+    raise UserError(await explain(lane, model, outcome))
+
+
+def _is_in(model: str, names: list[str]) -> bool:
+    return model in names or f"models/{model}" in names  # Gemini lists its names so

@@ -9,7 +9,7 @@ checkpoint by its files and its template, so that one trained anew in the same f
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from train.llm.client import Client, NoAnswerError
 from train.llm.journal import Answer, Decoding, Journal, Request
 from train.llm.options import WAIT_FOR_SERVER
 from train.llm.reasoning import advice_on, events_of, read_answer
+from train.llm.refusals import NameSetting, config_setting
 from train.llm.rows import in_order, progress
+from train.llm.system_role import merge_into_user
 from train.progress import job
 
 
@@ -37,6 +39,7 @@ def respond(
     description: str = "answers",
     wait_for_server: float = WAIT_FOR_SERVER,
     before_asking: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    name_setting: NameSetting = config_setting,
 ) -> list[list[Answer | NoAnswerError]]:
     """`samples` answers to each conversation, which ends with a user's turn: [conversations][samples].
 
@@ -45,17 +48,20 @@ def respond(
     counts as it is; one that the server broke off is asked again, and is no answer in the end.
 
     Of `decoding`, temperature 0 is greedy; None is the model's or the server's own. `wait_for_server`: as of `Client`.
-    `before_asking` is awaited before the first answer is asked for, and not where all are in the journal. Raises
-    UserError for what the user can fix; what was answered until then is in the journal.
+    `before_asking` is awaited before the first answer is asked for, and not where all are in the journal.
+    `name_setting`: the command's words for a setting that a server refuses. Raises UserError for what the user can fix;
+    what was answered until then is in the journal.
     """
     with Journal(journal) as written:
         if isinstance(respondent, Served):
             if respondent.system_role == "merge_into_user":
-                conversations = [merged(messages) for messages in conversations]
+                conversations = [merge_into_user(messages) for messages in conversations]
             asked = _requests(conversations, decoding, samples, stage)
             with naming(server_options()):
                 return asyncio.run(
-                    _from_servers(respondent, asked, samples, written, description, wait_for_server, before_asking)
+                    _from_servers(
+                        respondent, asked, samples, written, description, wait_for_server, name_setting, before_asking
+                    )
                 )
         opened = OpenCheckpoint(respondent)
         asked = _requests(conversations, decoding, samples, stage)
@@ -64,21 +70,13 @@ def respond(
                 asyncio.run(before_asking())
             with vllm_server(opened) as server:
                 served = Served(opened.name, (server,))
-                return asyncio.run(_from_servers(served, asked, samples, written, description, wait_for_server))
+                return asyncio.run(
+                    _from_servers(served, asked, samples, written, description, wait_for_server, name_setting)
+                )
         for name in decoding.extra:
             if name not in KNOWN_EXTRA:
                 raise UserError(f"{name} is no setting of a model's own generation. Known: {', '.join(KNOWN_EXTRA)}.")
         return asyncio.run(_from_checkpoint(opened, asked, samples, written, description, before_asking))
-
-
-def merged(messages: Messages) -> list[Mapping[str, Any]]:
-    """The messages with what the system message says in the first user turn."""
-    system = [message["content"] for message in messages if message["role"] == "system"]
-    rest = [message for message in messages if message["role"] != "system"]
-    text = "\n\n".join(part for part in system if part.strip())
-    if not text or not rest:
-        return rest
-    return [{**rest[0], "content": f"{text}\n\n{rest[0]['content']}"}, *rest[1:]]
 
 
 def _requests(conversations: Sequence[Messages], decoding: Decoding, samples: int, stage: str) -> list[Request]:
@@ -114,10 +112,16 @@ async def _from_servers(
     journal: Journal,
     description: str,
     wait_for_server: float,
+    name_setting: NameSetting,
     before_asking: Callable[[], Coroutine[Any, Any, None]] | None = None,
 ) -> list[list[Answer | NoAnswerError]]:
     async with Client(
-        served.servers, served.model, journal, accept_empty=True, wait_for_server=wait_for_server
+        served.servers,
+        served.model,
+        journal,
+        accept_empty=True,
+        wait_for_server=wait_for_server,
+        name_setting=name_setting,
     ) as client:
         if before_asking and not _all_answered(asked, served.model, journal):
             await before_asking()

@@ -62,6 +62,8 @@ def main(
         for line in unanswered:
             print(f"{NO_ANSWER}, {line}")
         counts = done.counts
+        if counts.advice:
+            print(counts.advice)
         print(
             f"{counts.answered:,} answers ({counts.from_journal:,} from the journal), "
             f"{counts.tries_failed:,} tries repeated"
@@ -72,6 +74,7 @@ def main(
         left_out, reasons = done.report.with_name("left_out.jsonl"), lost(done.tally)
         if not done.tally.written:
             why = f"Why no answer came, {'; '.join(unanswered).rstrip('.')}. " if unanswered else ""
+            why += f"{counts.advice} " if counts.advice else ""
             raise UserError(
                 f"no row was written: {went(done.tally.rows, reasons)}. {why}Each is in {left_out}, and {done.report} "
                 f"says more. {_ADVICE[any(map(is_about_length, done.tally.unanswered.counts()))]}, and start the same "

@@ -36,7 +36,7 @@ class Trouble:
     too_long: bool = False
     """Of a row: the server's words are about the length of the request."""
     advice: str | None = None
-    """Of what waiting does not cure: the remedy, where the connection itself tells it."""
+    """The remedy, where the connection or the server's own words tell it: see `refusals.advice_on`."""
 
 
 @dataclass(frozen=True, slots=True)

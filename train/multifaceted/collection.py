@@ -28,6 +28,7 @@ from train.llm.journal import Answer, Journal, Request
 from train.llm.options import WAIT_FOR_SERVER
 from train.llm.rows import in_order, progress
 from train.llm.spent import ask
+from train.llm.system_role import merge_into_user
 from train.llm.unanswered import NO_ANSWER
 from train.llm.yes_or_no import says_no
 from train.multifaceted import collection_prompts as prompts
@@ -211,6 +212,8 @@ class Pipeline:
 
     async def _ask(self, outcome: Outcome, stage: str, turns: Sequence[Mapping[str, Any]], sample: int) -> Answer:
         decoding = getattr(self.config, stage).decoding()
+        if self.config.system_role == "merge_into_user":
+            turns = merge_into_user(turns)
         return await ask(self.client, Request(stage, turns, decoding, sample), outcome.spent, outcome.events)
 
 

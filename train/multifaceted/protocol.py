@@ -105,8 +105,9 @@ def settings_of(protocol: Protocol, prompt_version: int, responses: Decoding | N
 
 
 def decoding_record(decoding: Decoding) -> dict[str, Any]:
-    """Return how answers are drawn, for JSON."""
-    return {"max_tokens": decoding.max_tokens, **decoding.parameters(0)}
+    """Return how answers are drawn, for JSON: what is sent."""
+    limit = {"max_tokens": decoding.max_tokens} if decoding.limit_name else {}
+    return limit | decoding.parameters(0)
 
 
 def protocol_of(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,7 +125,8 @@ def protocol_of(record: Mapping[str, Any]) -> dict[str, Any]:
             known["judge extra"] = judge
         best = record.get("best_of", {"answers": 1, "picked_by": None})
         known |= {"best of": best["answers"], "picked by": best["picked_by"]}
-        known["decoding"] = record.get("decoding") or UNKNOWN
+        drawn = record.get("decoding") or {}
+        known["decoding"] = {name: value for name, value in drawn.items() if value is not None} or UNKNOWN
     return {name: known.get(name, UNKNOWN) for name in OPTIONS}
 
 

@@ -27,6 +27,7 @@ from train.llm.client import Client, NoAnswerError
 from train.llm.journal import Answer, Decoding, Request
 from train.llm.losses import UNREADABLE, UNSUPPORTED
 from train.llm.spent import ask
+from train.llm.system_role import merge_into_user
 from train.llm.unanswered import NO_ANSWER
 from train.llm.yes_or_no import says_no
 from train.sysgen import prompts
@@ -275,6 +276,8 @@ class Pipeline:
     async def _ask(
         self, outcome: Outcome, stage: str, messages: Sequence[Mapping[str, Any]], decoding: Decoding, sample: int
     ) -> Answer:
+        if self.config.system_role == "merge_into_user":
+            messages = merge_into_user(messages)
         return await ask(self.client, Request(stage, messages, decoding, sample), outcome.spent, outcome.events)
 
 

@@ -10,6 +10,7 @@ from bench_runs import bench_row, command, judging, write_lines
 from scripted_server import served
 
 from train.errors import UserError
+from train.multifaceted.judge import PROMPT_VERSION
 from train.multifaceted.pairwise import compare, outcome
 from train.multifaceted.protocol import PAPERS_RESPONSES, JudgeSettings, Protocol, settings_of
 
@@ -103,14 +104,14 @@ def test_what_can_not_be_compared(tmp_path: Path, change: dict[str, Any], error:
         compare(first, second)
 
 
-SETTINGS = settings_of(Protocol(JudgeSettings("j"), 3, "first run"), 2, PAPERS_RESPONSES)
+SETTINGS = settings_of(Protocol(JudgeSettings("j"), 3, "first run"), PROMPT_VERSION, PAPERS_RESPONSES)
 
 
 @pytest.mark.parametrize(
     ("setting", "value", "option"),
     [
         ("judge sees the system message", True, "--show-system"),
-        ("judge prompt version", 3, ""),
+        ("judge prompt version", PROMPT_VERSION + 1, ""),
         ("judge runs", 5, "--runs"),
         ("judge retries", 0, "--retries"),
         ("judge max_tokens", 64, "--judge-max-tokens"),
@@ -140,6 +141,13 @@ def test_scores_that_were_measured_otherwise_are_not_compared(
     assert compare(paths[0], paths[0]).notes == []
 
 
+def test_a_file_that_names_no_version_of_the_prompt_is_of_the_first(tmp_path: Path) -> None:
+    new = write_lines(tmp_path / "new.jsonl", [result("r", 3.0, protocol=SETTINGS)])
+    old = write_lines(tmp_path / "old.jsonl", [result("r", 4.0)])
+    with pytest.raises(UserError, match="judge prompt version is 2 and 1"):
+        compare(new, old)
+
+
 def test_two_differences_are_both_named(tmp_path: Path) -> None:
     other = SETTINGS | {"judge runs": 1, "judge top_p": 0.5}
     for name, protocol in (("a", SETTINGS), ("b", other)):
@@ -149,12 +157,10 @@ def test_two_differences_are_both_named(tmp_path: Path) -> None:
 
 
 def test_settings_that_a_file_of_an_earlier_version_lacks_are_named(tmp_path: Path) -> None:
-    new = write_lines(tmp_path / "new.jsonl", [result("r", 3.0, protocol=SETTINGS)])
+    new = write_lines(tmp_path / "new.jsonl", [result("r", 3.0, protocol=SETTINGS | {"judge prompt version": 1})])
     old = write_lines(tmp_path / "old.jsonl", [result("r", 4.0)])
     (note,) = compare(new, old, names=("Ann", "Bob")).notes
-    assert note.startswith(
-        "not recorded for Bob, so it may differ: judge sees the system message, judge prompt version,"
-    )
+    assert note.startswith("not recorded for Bob, so it may differ: judge sees the system message, judge runs,")
     assert f"Note: {note}." in compare(new, old, names=("Ann", "Bob")).markdown()
     # Its bench.json, as it was before `protocol`, holds most of them.
     judge = {"model": "j", "sees_the_system_message": False, "runs": 3, "retries": 3, "max_tokens": 1024}
@@ -165,7 +171,7 @@ def test_settings_that_a_file_of_an_earlier_version_lacks_are_named(tmp_path: Pa
     }
     (tmp_path / "bench.json").write_text(json.dumps(record), encoding="utf-8")
     found = compare(new, old, names=("Ann", "Bob"))
-    assert found.notes == ["not recorded for Bob, so it may differ: judge prompt version, decoding"]
+    assert found.notes == ["not recorded for Bob, so it may differ: decoding"]
     assert found.record()["notes"] == found.notes
     record["judge"]["min_p"] = 0.1
     (tmp_path / "bench.json").write_text(json.dumps(record), encoding="utf-8")
@@ -241,7 +247,8 @@ def test_what_can_not_be_compared_leaves_the_runs_own_figures_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_lines(tmp_path / "rows.jsonl", [bench_row(number) for number in range(3)])
-    stranger = write_lines(tmp_path / "bench_rows.jsonl", [result("a", 1.0)])
+    protocol = {"judge prompt version": PROMPT_VERSION}
+    stranger = write_lines(tmp_path / "bench_rows.jsonl", [result("a", 1.0, protocol=protocol)])
     with served(judging(lambda row, rubric, time: "[RESULT] 3"), models=["judge"]) as server:
         asking = ["--model", "m", "--data", data, "--output-dir", tmp_path / "out", "--server", server.url]
         asking += ["--judge", "judge", "--judge-server", server.url]

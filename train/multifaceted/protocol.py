@@ -113,7 +113,7 @@ def decoding_record(decoding: Decoding) -> dict[str, Any]:
 def protocol_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the value of each of OPTIONS from a record of bench.json; UNKNOWN where it has none.
 
-    Before bench.json had them all under `protocol`, most stood in its sections.
+    Before bench.json had them all under `protocol`, most stood in its sections; the judge's prompt was version 1.
     """
     known = record.get("protocol")
     if known is None:
@@ -127,6 +127,7 @@ def protocol_of(record: Mapping[str, Any]) -> dict[str, Any]:
         known |= {"best of": best["answers"], "picked by": best["picked_by"]}
         drawn = record.get("decoding") or {}
         known["decoding"] = {name: value for name, value in drawn.items() if value is not None} or UNKNOWN
+    known = {"judge prompt version": 1} | known
     return {name: known.get(name, UNKNOWN) for name in OPTIONS}
 
 

@@ -186,6 +186,7 @@ def answers(found: Sequence[Answer | BaseException]) -> list[str | None]:
         Reply(200, {"error": {"code": 429, "message": "Provider returned error"}}),
         Reply(200, {"choices": [{"message": {"content": None}, "finish_reason": "stop"}], "error": {"code": 429}}),
         Reply(200, {"error": {"type": "overloaded_error", "message": "Overloaded"}}),
+        Reply(200, {"choices": [{"message": {"content": "Wat"}, "finish_reason": "error", "error": {"code": 429}}]}),
         Reply(200, {"status": 503}),
     ],
 )

@@ -283,7 +283,10 @@ def test_instructions_come_from_any_row_and_carry_their_sources(tmp_path: Path) 
     assert [(row["main_source"], row["original_source"], row["prompt"]) for row in written(tmp_path)] == [
         ("Nectar", "sharegpt", "one"), (str(tmp_path / "source.jsonl"), "FLASK", "two")
     ]  # fmt: skip
-    assert reasons(tmp_path) == [(None, "duplicate: the same as an instruction before"), (None, "needs tools")]
+    assert reasons(tmp_path) == [
+        (None, "duplicate: the same as an instruction before"),
+        (None, "not supported: needs tools"),
+    ]
     assert done.tally.events["row with a system message, which was ignored"] == 2
 
 
@@ -397,8 +400,8 @@ def test_what_asks_nothing_is_still_left_out(tmp_path: Path) -> None:
     found = instructions(SourcesSection(sources=[{"path": str(path)}]), FilterSection(), None)
     assert [one.reason for one in found] == [
         "can't be read: empty content",
-        "no user turn at the start",
-        "no user turn at the start",
+        "not supported: no user turn at the start",
+        "not supported: no user turn at the start",
     ]
 
 

@@ -152,11 +152,16 @@ def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow]) -> str:
 
 
 def warnings(record: Mapping[str, Any]) -> list[str]:
-    """Return a line where most answers of the judge held no score that could be read."""
+    """Return a line where something got no answer, and one where most answers of the judge held no readable score."""
     missing = record["missing"]
     faults = missing["judge_answers_without_score"]
     why = ", ".join(f"{count:,} {name}" for name, count in faults.items())
-    return unread_warning(
+    unanswered = sum(missing["why_no_response"].values()) + missing["judgements_missing"]["no answer"]
+    lost = [
+        f"{counted(unanswered, 'answer', 'is', 'are')} missing, of the model or of the judge, and in no mean "
+        "(the reasons are in report.md). The same command asks a server again for these alone."
+    ]
+    return lost * bool(unanswered) + unread_warning(
         f"--judge {record['judge']['model']}",
         sum(faults.values()),
         missing["judge_answers"],

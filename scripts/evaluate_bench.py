@@ -264,7 +264,7 @@ def _refuse_what_can_not_judge(options: argparse.Namespace) -> None:
     from train.multifaceted.batch_files import read_batch
     from train.multifaceted.judge import PROMPT_VERSION
     from train.multifaceted.pairwise import read_protocol, read_results
-    from train.multifaceted.protocol import refuse_other_protocol, settings_of
+    from train.multifaceted.protocol import protocol_of, refuse_other_protocol, settings_of
 
     async def look(server: "Server") -> None:
         await ServerLane(server, Pauses(), patience=0).api.close()
@@ -274,8 +274,8 @@ def _refuse_what_can_not_judge(options: argparse.Namespace) -> None:
             asyncio.run(look(server))
     read_batch(options.batch_in)
     if options.against:
-        theirs = read_protocol(options.against, read_results(options.against))
-        ours = settings_of(_protocol(options), PROMPT_VERSION, None if options.responses else _decoding(options))
+        theirs = protocol_of(read_protocol(options.against, read_results(options.against)))
+        ours = settings_of(_protocol(options), PROMPT_VERSION, None if options.responses else _decoding(options), {})
         refuse_other_protocol("this run", ours, f"--against {options.against}", theirs)
 
 
@@ -419,6 +419,7 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
         decoding=None if options.responses else _decoding(options),
         with_system=None if options.responses else not options.no_system,
         data=options.data,
+        respondent={name: getattr(options, name) for name in ("template", "system_role", "engine", "dtype")},
         seed=options.seed,
     )
     rows = folder / "bench_rows.jsonl"

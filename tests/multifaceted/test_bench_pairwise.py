@@ -103,7 +103,7 @@ def test_what_can_not_be_compared(tmp_path: Path, change: dict[str, Any], error:
         compare(first, second)
 
 
-SETTINGS = settings_of(Protocol(JudgeSettings("j"), 3, "first run"), 2, PAPERS_RESPONSES)
+SETTINGS = settings_of(Protocol(JudgeSettings("j"), 3, "first run"), 2, PAPERS_RESPONSES, {"system_role": "native"})
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_scores_that_were_measured_otherwise_are_not_compared(
     paths = []
     for name, protocol in (("a", SETTINGS), ("b", SETTINGS | {setting: value})):
         (tmp_path / name).mkdir()
-        kept = {"protocol": protocol}
+        kept = {"protocol": protocol, "judge": {}}
         row = result("r", 3.0) | (kept if kept_in == "rows" else {})
         paths.append(write_lines(tmp_path / name / "bench_rows.jsonl", [row]))
         (tmp_path / name / "bench.json").write_text(json.dumps(kept if kept_in == "bench.json" else {}), "utf-8")
@@ -151,7 +151,7 @@ def test_two_differences_are_both_named(tmp_path: Path) -> None:
 def test_settings_that_a_file_of_an_earlier_version_lacks_are_named(tmp_path: Path) -> None:
     new = write_lines(tmp_path / "new.jsonl", [result("r", 3.0, protocol=SETTINGS)])
     old = write_lines(tmp_path / "old.jsonl", [result("r", 4.0)])
-    (note,) = compare(new, old, names=("Ann", "Bob")).notes
+    note, _ = compare(new, old, names=("Ann", "Bob")).notes
     assert note.startswith(
         "not recorded for Bob, so it may differ: judge sees the system message, judge prompt version,"
     )
@@ -165,12 +165,28 @@ def test_settings_that_a_file_of_an_earlier_version_lacks_are_named(tmp_path: Pa
     }
     (tmp_path / "bench.json").write_text(json.dumps(record), encoding="utf-8")
     found = compare(new, old, names=("Ann", "Bob"))
-    assert found.notes == ["not recorded for Bob, so it may differ: judge prompt version, decoding"]
+    assert found.notes == [
+        "not recorded for Bob, so it may differ: judge prompt version, decoding",
+        'system_role is "native" and "unknown"',
+    ]
     assert found.record()["notes"] == found.notes
     record["judge"]["min_p"] = 0.1
     (tmp_path / "bench.json").write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(UserError, match=r"judge extra min_p is null and 0\.1"):
         compare(new, old)
+
+
+def test_how_the_models_were_asked_may_differ_and_is_noted(tmp_path: Path) -> None:
+    paths = [
+        write_lines(tmp_path / f"{place}.jsonl", [result("r", 3.0, protocol=SETTINGS | asked)])
+        for place, asked in enumerate(
+            ({"system_message_given": True}, {"system_message_given": False, "dtype": "float32"})
+        )
+    ]
+    assert compare(*paths).notes == [
+        "system_message_given is true and false",
+        'dtype is "unknown" and "float32"',
+    ]
 
 
 def test_another_protocol_ends_the_command_before_anything_is_asked(

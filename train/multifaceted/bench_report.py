@@ -42,10 +42,15 @@ def make_record(
     decoding: Decoding | None,
     with_system: bool | None,
     data: Sequence[str],
+    respondent: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """What stands in bench.json. `decoding`, `with_system`: None where the responses come from a file."""
+    """What stands in bench.json. `decoding`, `with_system`: None where the responses come from a file.
+
+    `respondent`: the values of `protocol.NOTED` but for the system message.
+    """
     settings = protocol.judge
+    noted = {} if with_system is None else {"system_message_given": with_system, **(respondent or {})}
     found = figures(judged, protocol, seed=seed)
     return {
         "model": model,
@@ -53,7 +58,7 @@ def make_record(
         "rows": len(bench.rows),
         "rows_of_the_data": bench.of,
         "fingerprint": fingerprint(bench.rows),
-        "protocol": settings_of(protocol, PROMPT_VERSION, decoding),
+        "protocol": settings_of(protocol, PROMPT_VERSION, decoding, noted),
         "complete": not found["missing"]["judgements_missing"]["pending"],
         "deviations": deviations(bench, protocol, decoding, with_system),
         "judge": {

@@ -76,15 +76,19 @@ OPTIONS = {
 }
 """Settings that must agree before scores are compared, each with the option of the bench that sets it.
 
-`decoding` is that of the responses. A system message that was left out (--no-system) is the paper's ablation: compared,
-and noted.
-"""
+`decoding` is that of the responses."""
+
+NOTED = ("system_message_given", "system_role", "template", "engine", "dtype")
+"""Settings of the model that responds. They may differ, as in the paper's ablation without system messages, and the
+difference is named."""
 
 
-def settings_of(protocol: Protocol, prompt_version: int, responses: Decoding | None) -> dict[str, Any]:
-    """Return the value of each of OPTIONS, for bench.json and the lines of bench_rows.jsonl.
+def settings_of(
+    protocol: Protocol, prompt_version: int, responses: Decoding | None, noted: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the value of each of OPTIONS and NOTED, for bench.json and the lines of bench_rows.jsonl.
 
-    `responses`: how they were drawn; None where that is not known.
+    `responses`, `noted`: how the responses were drawn; None and empty where that is not known.
     """
     judge, decoding = protocol.judge, protocol.judge.decoding
     extra = decoding.parameters(0)
@@ -101,7 +105,7 @@ def settings_of(protocol: Protocol, prompt_version: int, responses: Decoding | N
         "best of": protocol.best_of,
         "picked by": protocol.pick_by if protocol.best_of > 1 else None,
         "decoding": UNKNOWN if responses is None else decoding_record(responses),
-    }
+    } | {name: noted.get(name, UNKNOWN) for name in NOTED}
 
 
 def decoding_record(decoding: Decoding) -> dict[str, Any]:
@@ -118,14 +122,21 @@ def protocol_of(record: Mapping[str, Any]) -> dict[str, Any]:
     if known is None:
         judge = dict(record.get("judge", {}))
         known = {"judge sees the system message": judge.pop("sees_the_system_message", UNKNOWN)}
-        names = ("model", "runs", "retries", "max_tokens", "temperature", "top_p")
-        known |= {f"judge {name}": judge.pop(name) for name in names if name in judge}
+        names = {"model": "model", "prompt_version": "prompt version", "runs": "runs", "retries": "retries"}
+        names |= {name: name for name in ("max_tokens", "temperature", "top_p")}
+        known |= {f"judge {name}": judge.pop(key) for key, name in names.items() if key in judge}
         if "judge max_tokens" in known:
             known["judge extra"] = judge
         best = record.get("best_of", {"answers": 1, "picked_by": None})
         known |= {"best of": best["answers"], "picked by": best["picked_by"]}
         known["decoding"] = record.get("decoding") or UNKNOWN
     return {name: known.get(name, UNKNOWN) for name in OPTIONS}
+
+
+def noted_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the value of each of NOTED from a record of bench.json; UNKNOWN where it has none."""
+    known = {**record, **record.get("protocol", {})}
+    return {name: known.get(name, UNKNOWN) for name in NOTED}
 
 
 def refuse_other_protocol(first: str, one: Mapping[str, Any], second: str, other: Mapping[str, Any]) -> None:

@@ -275,7 +275,7 @@ def _refuse_what_can_not_judge(options: argparse.Namespace) -> None:
     read_batch(options.batch_in)
     if options.against:
         theirs = protocol_of(read_protocol(options.against, read_results(options.against)))
-        ours = settings_of(_protocol(options), PROMPT_VERSION, None if options.responses else _decoding(options), {})
+        ours = settings_of(_protocol(options), PROMPT_VERSION, None if options.responses else _decoding(options))
         refuse_other_protocol("this run", ours, f"--against {options.against}", theirs)
 
 
@@ -410,6 +410,7 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
     from train.multifaceted.bench import row_record
     from train.multifaceted.bench_report import HEADING, draw, make_record, markdown, warnings
     from train.multifaceted.pairwise import compare
+    from train.multifaceted.protocol import noted_of, protocol_of
 
     record = make_record(
         options.model,
@@ -428,7 +429,8 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
         if options.against and options.against.exists() and rows.exists() and options.against.samefile(rows):
             raise UserError(f"--against {options.against}: that is the file which this very command writes.")
         with replacing(rows) as [lines]:
-            records = (row_record(one, record["protocol"]) for one in judged)
+            kept = protocol_of(record) | noted_of(record)
+            records = (row_record(one, kept) for one in judged)
             write_text(lines, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records))
         if options.against:
             try:

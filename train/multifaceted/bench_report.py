@@ -20,7 +20,7 @@ from train.multifaceted.protocol import (
     ROWS_OF_THE_BENCH,
     Protocol,
     decoding_record,
-    settings_of,
+    judge_record,
 )
 from train.progress import counted
 from train.report_parts import error_bars, load_pyplot, shortened
@@ -47,10 +47,8 @@ def make_record(
 ) -> dict[str, Any]:
     """What stands in bench.json. `decoding`, `with_system`: None where the responses come from a file.
 
-    `respondent`: the values of `protocol.NOTED` but for the system message.
+    `respondent`: the further values of `protocol.NOTED`.
     """
-    settings = protocol.judge
-    noted = {} if with_system is None else {"system_message_given": with_system, **(respondent or {})}
     found = figures(judged, protocol, seed=seed)
     return {
         "model": model,
@@ -58,19 +56,12 @@ def make_record(
         "rows": len(bench.rows),
         "rows_of_the_data": bench.of,
         "fingerprint": fingerprint(bench.rows),
-        "protocol": settings_of(protocol, PROMPT_VERSION, decoding, noted),
         "complete": not found["missing"]["judgements_missing"]["pending"],
         "deviations": deviations(bench, protocol, decoding, with_system),
-        "judge": {
-            "model": settings.model,
-            "prompt_version": PROMPT_VERSION,
-            "sees_the_system_message": settings.show_system,
-            "runs": settings.runs,
-            "retries": settings.retries,
-            **decoding_record(settings.decoding),
-        },
+        "judge": judge_record(protocol.judge, PROMPT_VERSION),
         "decoding": None if decoding is None else decoding_record(decoding),
         "system_message_given": with_system,
+        "respondent": None if with_system is None else dict(respondent or {}),
         **found,
     }
 

@@ -62,8 +62,8 @@ class Protocol:
 
 OPTIONS = {
     "judge model": "--judge",
-    "judge sees the system message": "--show-system",
-    "judge prompt version": "",
+    "judge sees_the_system_message": "--show-system",
+    "judge prompt_version": "",
     "judge runs": "--runs",
     "judge retries": "--retries",
     "judge max_tokens": "--judge-max-tokens",
@@ -83,48 +83,44 @@ NOTED = ("system_message_given", "system_role", "template", "engine", "dtype")
 difference is named."""
 
 
-def settings_of(
-    protocol: Protocol, prompt_version: int, responses: Decoding | None, noted: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the value of each of OPTIONS and NOTED, for bench.json and the lines of bench_rows.jsonl.
-
-    `responses`, `noted`: how the responses were drawn; None and empty where that is not known.
-    """
-    judge, decoding = protocol.judge, protocol.judge.decoding
-    extra = decoding.parameters(0)
+def judge_record(settings: JudgeSettings, prompt_version: int) -> dict[str, Any]:
+    """Return the section `judge` of bench.json."""
     return {
-        "judge model": judge.model,
-        "judge sees the system message": judge.show_system,
-        "judge prompt version": prompt_version,
-        "judge runs": judge.runs,
-        "judge retries": judge.retries,
-        "judge max_tokens": decoding.max_tokens,
-        "judge temperature": extra.pop("temperature", None),
-        "judge top_p": extra.pop("top_p", None),
-        "judge extra": extra,
-        "best of": protocol.best_of,
-        "picked by": protocol.pick_by if protocol.best_of > 1 else None,
-        "decoding": UNKNOWN if responses is None else decoding_record(responses),
-    } | {name: noted.get(name, UNKNOWN) for name in NOTED}
+        "model": settings.model,
+        "prompt_version": prompt_version,
+        "sees_the_system_message": settings.show_system,
+        "runs": settings.runs,
+        "retries": settings.retries,
+        **decoding_record(settings.decoding),
+    }
 
 
 def decoding_record(decoding: Decoding) -> dict[str, Any]:
-    """Return how answers are drawn, for JSON."""
+    """Return how answers are drawn, for JSON. A parameter that is not sent is left out."""
     return {"max_tokens": decoding.max_tokens, **decoding.parameters(0)}
 
 
-def protocol_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the value of each of OPTIONS from a record of bench.json; UNKNOWN where it has none.
+def settings_of(protocol: Protocol, prompt_version: int, responses: Decoding | None) -> dict[str, Any]:
+    """Return the value of each of OPTIONS for a run. `responses`: how they are drawn; None where they are given."""
+    picks = protocol.best_of > 1
+    return protocol_of(
+        {
+            "judge": judge_record(protocol.judge, prompt_version),
+            "best_of": {"answers": protocol.best_of, "picked_by": protocol.pick_by if picks else None},
+            "decoding": decoding_record(responses) if responses else None,
+        }
+    )
 
-    Before bench.json had them all under `protocol`, most stood in its sections.
-    """
+
+def protocol_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the value of each of OPTIONS from a record of bench.json, or from a line of bench_rows.jsonl."""
     known = record.get("protocol")
     if known is None:
-        judge = dict(record.get("judge", {}))
-        known = {"judge sees the system message": judge.pop("sees_the_system_message", UNKNOWN)}
-        names = {"model": "model", "prompt_version": "prompt version", "runs": "runs", "retries": "retries"}
-        names |= {name: name for name in ("max_tokens", "temperature", "top_p")}
-        known |= {f"judge {name}": judge.pop(key) for key, name in names.items() if key in judge}
+        judge = {"prompt_version": 1, **record["judge"]}  # which was not recorded before version 2
+        if "max_tokens" in judge:
+            judge = {"temperature": None, "top_p": None, **judge}
+        keys = [name.removeprefix("judge ") for name in OPTIONS if name.startswith("judge ")]
+        known = {f"judge {key}": judge.pop(key) for key in keys if key in judge}
         if "judge max_tokens" in known:
             known["judge extra"] = judge
         best = record.get("best_of", {"answers": 1, "picked_by": None})
@@ -134,9 +130,9 @@ def protocol_of(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def noted_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the value of each of NOTED from a record of bench.json; UNKNOWN where it has none."""
-    known = {**record, **record.get("protocol", {})}
-    return {name: known.get(name, UNKNOWN) for name in NOTED}
+    """Return the value of each of NOTED from a record of bench.json, or from a line of bench_rows.jsonl."""
+    known = {**record, **(record.get("respondent") or {}), **record.get("protocol", {})}
+    return {name: UNKNOWN if known.get("system_message_given") is None else known.get(name, UNKNOWN) for name in NOTED}
 
 
 def refuse_other_protocol(first: str, one: Mapping[str, Any], second: str, other: Mapping[str, Any]) -> None:

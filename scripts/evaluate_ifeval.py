@@ -222,7 +222,7 @@ def _answered(answer: Any, row: Row, checkers: Checkers) -> Answered:
     if isinstance(answer, Exception):
         return Answered(None, "no answer", checkers.verdict(row, ""), str(answer) or type(answer).__name__)
     said = without_reasoning(answer.text)
-    how = "empty" if not said.text.strip() else "cut" if answer.cut else "ended"
+    how = "empty" if not said.text.strip() else "cut" if answer.cut else answer.unfinished or "ended"
     return Answered(said.text, how, checkers.verdict(row, said.text))
 
 

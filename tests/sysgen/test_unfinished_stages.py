@@ -49,7 +49,7 @@ def test_it_is_written_where_the_user_accepts_it(tmp_path: Path, choice: str) ->
     assert answers == (halves if choice == "keep" else ["old answer"] * len(ANSWERS))
 
 
-@pytest.mark.parametrize("reply", [said(HALF, "abort"), said(HALF, "error"), said(""), said(None, "load")])
+@pytest.mark.parametrize("reply", [said(HALF, "abort"), said("")])
 def test_what_is_broken_off_or_empty_is_asked_again_in_each_stage(tmp_path: Path, reply: Reply) -> None:
     async def script(asked: Asked) -> Reply:
         return reply if asked.times == 0 else said(good_everything(asked))

@@ -188,11 +188,12 @@ def _about_missing(missing: Mapping[str, Any]) -> str:
         f"{missing['rows_without_response']:,} without a response; {missing['rows_with_some_rubrics_missing']:,} "
         "scored by some of their rubrics only."
     )
-    if missing["responses_cut"] or missing["responses_empty"]:
-        text += (
-            f" Responses: {missing['responses_cut']:,} cut at the token limit, {missing['responses_empty']:,} empty, "
-            f"{missing['responses_only_reasoning']:,} of these as their reasoning had no end."
-        )
+    otherwise = missing["responses_ended_otherwise"]
+    if missing["responses_cut"] or missing["responses_empty"] or otherwise:
+        text += f" Responses: {missing['responses_cut']:,} cut at the token limit, {missing['responses_empty']:,} empty"
+        if unended := missing["responses_only_reasoning"]:
+            text += f" ({unended:,} of these as their reasoning had no end)"
+        text += "".join(f", {count:,} {name}" for name, count in otherwise.items()) + ". They are scored as they are."
     return text
 
 

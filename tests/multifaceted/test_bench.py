@@ -396,7 +396,7 @@ def test_reasoning_of_the_model_is_no_part_of_its_answer(tmp_path: Path, capsys:
     assert (missing["responses_cut"], missing["responses_empty"]) == (2, 1)
     assert missing["responses_only_reasoning"] == 1
     shown = capsys.readouterr().out
-    assert "1 empty, 1 of these as their reasoning had no end" in shown
+    assert "1 empty (1 of these as their reasoning had no end)" in shown
     assert "reasoning without an end, and nothing said: 1 answer (responses 1); raise the token limit" in shown
 
 
@@ -417,7 +417,7 @@ def test_responses_that_are_not_complete_are_scored_and_counted_by_name(tmp_path
     assert missing["responses_ended_otherwise"] == {"ended for an unknown reason (foo)": 1, "refused": 1}
     assert (missing["rows_without_response"], missing["rows_without_score"]) == (0, 0)
     told = "Responses: 1 cut at the token limit, 1 empty, 1 ended for an unknown reason (foo), 1 refused."
-    assert told in (tmp_path / "out" / "bench.md").read_text("utf-8")
+    assert told in (tmp_path / "out" / "report.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize(

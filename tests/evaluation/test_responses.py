@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from train.errors import UserError
 from train.evaluation.respondent import Checkpoint, Served
-from train.evaluation.responses import merged, respond
+from train.evaluation.responses import respond
 from train.llm.client import NoAnswerError
 from train.llm.journal import Decoding
 from train.llm.server import Server
+from train.llm.system_role import merge_into_user
 
 ROOT = Path(__file__).parents[2]
 GREEDY = Decoding(6, temperature=0.0)
@@ -141,7 +142,7 @@ def test_templates_are_handled_as_in_training(tiny_chat_model: Path, tmp_path: P
     )  # fmt: skip
     [[same]] = respond(
         Checkpoint(str(tiny_chat_model), template=str(deaf), system_role="merge_into_user"),
-        [merged(CONVERSATIONS[0])], GREEDY, tmp_path / "b.sqlite",
+        [merge_into_user(CONVERSATIONS[0])], GREEDY, tmp_path / "b.sqlite",
     )  # fmt: skip
     assert answer.text == same.text
 
@@ -160,8 +161,8 @@ def test_settings_that_no_model_here_knows_are_an_error(tiny_chat_model: Path, t
 
 def test_merged_says_both_in_the_first_user_turn() -> None:
     later = [{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    assert merged([*ask("a", "S"), *later]) == [{"role": "user", "content": "S\n\na"}, *later]
-    assert merged([*ask("a", "  "), *later]) == [{"role": "user", "content": "a"}, *later]
+    assert merge_into_user([*ask("a", "S"), *later]) == [{"role": "user", "content": "S\n\na"}, *later]
+    assert merge_into_user([*ask("a", "  "), *later]) == [{"role": "user", "content": "a"}, *later]
 
 
 KILLED = """

@@ -205,7 +205,7 @@ def _closer_alone(text: str) -> tuple[int, int] | None:
 
 
 def _ends_reasoning(before: str, after: str) -> bool:
-    """Return True where a tag between these texts ends reasoning and is not a word of prose that speaks of it."""
+    """Return True where a tag between these texts ends reasoning. In prose about the tag, it is a word of its own."""
     if not before.strip():
         return True
     glued = not before[-1].isspace()

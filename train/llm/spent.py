@@ -3,7 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from train.llm.client import Client
+from train.llm.client import Client, EmptyAnswerError
+from train.llm.finish_reasons import ending_of
 from train.llm.journal import Answer, Request
 from train.llm.reasoning import events_of, read_answer
 
@@ -34,13 +35,23 @@ class Spent:
 
 
 async def ask(client: Client, request: Request, spent: dict[str, Spent], events: Counter[str]) -> Answer:
-    """Return the answer without reasoning and control tokens, which are counted in `events`. Raises as `Client.ask`.
+    """Return the answer without reasoning and control tokens; raises as `Client.ask`, but returns empty answers.
 
-    `spent`: of the row, by stages.
+    Args:
+        spent: of the row, by stages.
+        events: counts reasoning, control tokens and answers of an unknown ending, in the words of the report.
     """
     stage = request.stage
-    answer = await client.ask(request)
+    try:
+        answer = await client.ask(request)
+    except EmptyAnswerError as failure:
+        answer = failure.answer
     spent.setdefault(stage, Spent()).add(answer)
+    match ending_of(answer.finish_reason):
+        case "unknown":
+            events[f"{stage}: answer ended for an unknown reason ({answer.finish_reason[:60]})"] += 1
+        case "unstated":
+            events[f"{stage}: answer without a finish_reason"] += 1
     answer, said = read_answer(answer)
     for event in events_of(said):
         events[f"{stage}: {event}"] += 1

@@ -179,8 +179,7 @@ async def judge_rubric(
 
 def _fault(answer: Answer, score: int | None) -> str:
     """Why an answer of the judge gives no score; nothing where it does."""
-    if answer.refused:
-        return "refused"
-    if answer.cut:  # it hadn't come to its end, so what looks like its result may be a quotation
-        return "cut at the token limit"
-    return "no score at its end" if score is None else ""
+    # One that hadn't come to its end holds none: what looks like its result may be a quotation. Where the server tells
+    # nothing of ends, the score must do.
+    unfinished = "" if answer.ending == "unstated" and not answer.refused else answer.unfinished
+    return unfinished or ("no score at its end" if score is None else "")

@@ -72,6 +72,7 @@ def test_an_answer_ends_where_another_turn_begins(rest: str) -> None:
         "```\n<|im_start|>user\nHi<|im_end|>\n```",
         "Mistral wraps a question in [INST] and [/INST], and Zephyr writes <|user|> before it.",
         "It begins with <|im_start|>user and ends with <|im_end|>",
+        "Sequences are <cls> ... <eos>, with the tokens that are registered.",
         "It was <s>wrong</s>",
         "HTML strikes text out with <s>",
         "A sentence ends with </s>",

@@ -81,6 +81,8 @@ def without_end_tokens(text: str) -> tuple[str, tuple[str, ...]]:
 
 def _is_word(text: str, token: re.Match[str]) -> bool:
     """Return True where a text speaks of a token: it stands after a space and a word, a quote or a bracket."""
+    if text[token.end() : token.end() + 1] in tuple(",;:)\"'”’»"):
+        return True
     before = text[max(0, token.start() - 3) : token.start()]
     words = before.rstrip(" \t")
     if words == before:

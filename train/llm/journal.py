@@ -135,7 +135,8 @@ class Answer:
     @property
     def detail(self) -> str:
         """What it says, or the reason that it says nothing, for the reports."""
-        return self.refusal or self.text or f"finish_reason {self.finish_reason or 'missing'}"
+        nothing = "its reasoning has no end, " if self.only_reasoning else ""
+        return self.refusal or self.text or f"{nothing}finish_reason {self.finish_reason or 'missing'}"
 
     @property
     def cut(self) -> bool:
@@ -161,6 +162,8 @@ class Answer:
             return "refused"
         if self.ending != "complete":
             return unfinished(self.finish_reason)
+        if self.only_reasoning:
+            return "without an end to its reasoning"
         if self.text and not self.text.isspace():
             return ""
         return f"empty, all of it in {self.reasoning_in}" if self.reasoning_in else "empty"

@@ -13,7 +13,9 @@ import argparse
 import asyncio
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,7 +160,12 @@ def add_to(commands: Any) -> None:
         type=Path,
         help="where bench.json, bench_rows.jsonl, bench.png and the journal go (default the folder of --model)",
     )
-    results.add_argument("--against", type=Path, metavar="FILE", help="bench_rows.jsonl of another model, to compare")
+    results.add_argument(
+        "--against",
+        type=Path,
+        metavar="FILE",
+        help="bench_rows.jsonl of another model, measured with the same settings, to compare",
+    )
     results.add_argument(
         "--good", type=float, default=GOOD, help=f"score from which a tie counts as both good (default {GOOD:g})"
     )
@@ -264,7 +271,9 @@ def _refuse_what_can_not_judge(options: argparse.Namespace) -> None:
     from train.llm.places import Pauses
     from train.llm.server import ServerLane
     from train.multifaceted.batch_files import read_batch
-    from train.multifaceted.pairwise import read_results
+    from train.multifaceted.judge import PROMPT_VERSION
+    from train.multifaceted.pairwise import read_protocol, read_results
+    from train.multifaceted.protocol import refuse_other_protocol, settings_of
 
     async def look(server: "Server") -> None:
         await ServerLane(server, Pauses(), patience=0).api.close()
@@ -274,7 +283,9 @@ def _refuse_what_can_not_judge(options: argparse.Namespace) -> None:
             asyncio.run(look(server))
     read_batch(options.batch_in)
     if options.against:
-        read_results(options.against)
+        theirs = read_protocol(options.against, read_results(options.against))
+        ours = settings_of(_protocol(options), PROMPT_VERSION, None if options.responses else _decoding(options))
+        refuse_other_protocol("this run", ours, f"--against {options.against}", theirs)
 
 
 def _judge_servers(options: argparse.Namespace) -> "list[Server]":
@@ -283,9 +294,19 @@ def _judge_servers(options: argparse.Namespace) -> "list[Server]":
     return [Server(url, options.judge_concurrency, options.judge_key_variable) for url in options.judge_server]
 
 
+async def _contact_judge(options: argparse.Namespace) -> None:
+    """Ask the judge's servers for a sign of life: the model's answers take hours, and would be for nothing."""
+    from train.evaluation.respondent import server_options
+    from train.llm.first_contact import check_servers
+
+    if options.judge_server:
+        with naming(server_options("judge-")):
+            await check_servers(_judge_servers(options), options.judge, wait=options.wait_for_server)
+
+
 def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]":
     """The responses of a file."""
-    from train.llm.reasoning import without_reasoning
+    from train.llm.reasoning import advice_on, events_of, without_reasoning
     from train.multifaceted.bench import Response
     from train.multifaceted.bench_rows import read_responses
 
@@ -293,6 +314,7 @@ def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]
     if strangers:
         print(f"--responses: {counted(strangers, 'line', 'belongs', 'belong')} to no row that is asked for", flush=True)
     found = []
+    events: Counter[str] = Counter()
     for row in bench.rows:
         answers = given.get(row.id)
         if answers is None or not answers.texts:
@@ -306,12 +328,16 @@ def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]
         if options.best_of > 1 and options.pick_by == "file" and answers.scores is None:
             raise UserError(f"--pick-by file: row {row.id!r} of {options.responses} has no `scores`.")
         scores: Sequence[float | None] = answers.scores or [None] * len(answers.texts)
+        said = [without_reasoning(text) for text in answers.texts[: options.best_of]]
+        events.update(f"--responses: {event}" for one in said for event in events_of(one))
         found.append(
             [
-                Response(without_reasoning(text).text, scorer=score)
-                for text, score in zip(answers.texts, scores, strict=True)
-            ][: options.best_of]
+                Response(one.text, scorer=score, only_reasoning=one.unfinished)
+                for one, score in zip(said, scores[: options.best_of], strict=True)
+            ]
         )
+    for line in advice_on(events):
+        print(f"warning: {line}", flush=True)
     return found
 
 
@@ -320,7 +346,6 @@ def _asked(options: argparse.Namespace, bench: "Bench", folder: Path) -> "tuple[
     from train.evaluation.respondent import respondent_of
     from train.evaluation.responses import respond
     from train.llm.client import NoAnswerError
-    from train.llm.reasoning import without_reasoning
     from train.llm.refusals import option_setting
     from train.multifaceted.bench import Response, conversation
 
@@ -332,6 +357,8 @@ def _asked(options: argparse.Namespace, bench: "Bench", folder: Path) -> "tuple[
         samples=options.best_of,
         stage="bench response",
         description="responses",
+        wait_for_server=options.wait_for_server,
+        before_asking=partial(_contact_judge, options),
         name_setting=option_setting(_OWN),
     )
     failures = [answer for of_row in answers for answer in of_row if isinstance(answer, NoAnswerError)]
@@ -339,7 +366,7 @@ def _asked(options: argparse.Namespace, bench: "Bench", folder: Path) -> "tuple[
         [
             Response(None, str(answer))
             if isinstance(answer, NoAnswerError)
-            else Response(without_reasoning(answer.text).text, finish_reason=answer.finish_reason)
+            else Response(answer.text, finish_reason=answer.finish_reason, only_reasoning=answer.only_reasoning)
             for answer in of_row
         ]
         for of_row in answers
@@ -380,7 +407,13 @@ def _judge(
     name_setting = option_setting(_JUDGES_OWN, "judge-")
 
     async def live(journal: Journal) -> "tuple[list[JudgedRow], str]":
-        async with Client(_judge_servers(options), options.judge, journal, name_setting=name_setting) as client:
+        async with Client(
+            _judge_servers(options),
+            options.judge,
+            journal,
+            wait_for_server=options.wait_for_server,
+            name_setting=name_setting,
+        ) as client:
             return await judge_rows(client, protocol, bench.rows, responses), client.counts.advice
 
     batch = read_batch(options.batch_in)
@@ -433,7 +466,8 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
         if options.against and options.against.exists() and rows.exists() and options.against.samefile(rows):
             raise UserError(f"--against {options.against}: that is the file which this very command writes.")
         with replacing(rows) as [lines]:
-            write_text(lines, "".join(json.dumps(row_record(one), ensure_ascii=False) + "\n" for one in judged))
+            records = (row_record(one, record["protocol"]) for one in judged)
+            write_text(lines, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records))
         if options.against:
             try:
                 versus = compare(rows, options.against, good=options.good, seed=options.seed)

@@ -36,7 +36,6 @@ from train.evaluation.ifeval_figures import MEASURES, Share, gaps, gaps_by_rule,
 from train.evaluation.one_at_a_time import alone_in
 from train.evaluation.respondent import add_respondent, refuse_in_extra, respondent_of
 from train.llm.journal import Answer, Decoding
-from train.llm.reasoning import without_reasoning
 from train.llm.refusals import option_setting
 from train.llm.system_role import merge_into_user
 from train.progress import counted
@@ -232,6 +231,7 @@ def ask(
             journal,
             stage="ifeval",
             description="answers",
+            wait_for_server=options.wait_for_server,
             name_setting=option_setting(("temperature",)),
         )
     )
@@ -250,10 +250,12 @@ def decoding_of(options: argparse.Namespace) -> Decoding:
 
 def _answered(answer: Any, row: Row, checkers: Checkers) -> Answered:
     if not isinstance(answer, Answer):
-        return Answered(None, "no answer", checkers.verdict(row, ""), str(answer), answer.advice)
-    said = without_reasoning(answer.text)
-    how = "empty" if not said.text.strip() else "cut" if answer.cut else "ended"
-    return Answered(said.text, how, checkers.verdict(row, said.text))
+        words = str(answer) or type(answer).__name__
+        return Answered(None, "no answer", checkers.verdict(row, ""), words, answer.advice)
+    how = "cut" if answer.cut else "ended"
+    if not answer.text.strip():
+        how = "without an end to its reasoning" if answer.only_reasoning else "empty"
+    return Answered(answer.text, how, checkers.verdict(row, answer.text))
 
 
 def same_when_merged(options: argparse.Namespace, asked: dict[str, list[Row]]) -> int:

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -169,6 +170,16 @@ def not_negative(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 up")
     return int(text)
+
+
+def time_span(text: str) -> float:
+    """Seconds, as an option's `type`: a number of them, or a duration such as 90s, 10m or 1h30m."""
+    if re.fullmatch(r"\d+(\.\d+)?", text, re.ASCII):
+        return float(text)
+    units = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
+    if not text or not re.fullmatch(r"(\d+d)?(\d+h)?(\d+m)?(\d+s)?", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration: write seconds, or 90s, 10m, 1h30m")
+    return float(sum(int(part[:-1]) * units[part[-1]] for part in re.findall(r"\d+[dhms]", text)))
 
 
 @contextmanager

@@ -230,6 +230,36 @@ def test_a_server_answers_with_its_own_template_or_merged(tmp_path: Path) -> Non
         assert len(server.asked) == requests
 
 
+def test_an_answer_comes_without_its_reasoning_and_the_journal_keeps_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """bench, ifeval and rules ask by `respond`."""
+    replies = {
+        "stone": "Hm.</think>River.<|im_end|>",
+        "window": "<|channel|>analysis<|message|>Hm",
+        "river": "River.<|im_end|>\n<|im_start|>user\nAnd?",
+    }
+
+    async def script(asked: Asked) -> Reply:
+        return said(replies[asked.prompt], "length" if asked.prompt == "river" else "stop")
+
+    with served(script) as server:
+        conversations = [ask(prompt) for prompt in replies]
+        found = respond(Served("m", (Server(server.url),)), conversations, GREEDY, tmp_path / "a.sqlite")
+    assert [(answer.text, answer.only_reasoning, answer.cut) for [answer] in found] == [
+        ("River.", False, False),
+        ("", True, False),
+        ("River.", False, False),
+    ]
+    assert sorted(text for _, text, *_ in rows(tmp_path / "a.sqlite")) == sorted(replies.values())
+    told = [line.partition("; ")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert told == [
+        "warning: reasoning without an end, and nothing said: 1 answer (answers 1)",
+        "warning: control tokens taken off the end: 1 answer (answers 1)",
+        "warning: ran on after its end, and was cut there: 1 answer (answers 1)",
+    ]
+
+
 VLLM = """#!{python}
 import argparse, json, os, pathlib, sys, threading
 sys.path.insert(0, {tests!r})

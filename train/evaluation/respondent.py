@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from train.errors import UserError, json_object, positive
+from train.llm.options import add_wait_for_server
 from train.local_paths import path_or_id
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def add_respondent(parser: argparse.ArgumentParser) -> None:
     who.add_argument("--server", action="append", default=[], metavar="URL", help="ask it there: http://host:8000/v1")
     who.add_argument("--concurrency", type=positive, default=64, help="requests at once to each server (default 64)")
     who.add_argument("--key-variable", metavar="NAME", help="the environment variable that holds the server's key")
+    add_wait_for_server(who)
     who.add_argument(
         "--extra",
         type=json_object,
@@ -94,7 +96,14 @@ def server_options(prefix: str = "") -> dict[str, str]:
 
     For `naming`.
     """
-    said = ("it as key_variable", "base_url is probably wrong", "Is base_url right", "base_url '")
+    said = (
+        "it as key_variable",
+        "base_url is probably wrong",
+        "Is base_url right",
+        "base_url '",
+        "as base_url",
+        "is base_url right",
+    )
     return {
         words: words.replace("base_url", f"--{prefix}server").replace("key_variable", f"--{prefix}key-variable")
         for words in said

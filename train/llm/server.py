@@ -16,11 +16,12 @@ from train.llm.advice import explain, is_unreachable
 from train.llm.connection_faults import connection_trouble, proxy_refusal, speaks_tls, tls_wanted
 from train.llm.connections import Connections
 from train.llm.failures import LONGEST_WAIT, ErrorBody, Trouble, error_in, error_of, trouble_of
+from train.llm.finish_reasons import ending_of
 from train.llm.journal import Answer, Request
 from train.llm.places import Lane, Pauses
 from train.llm.redaction import Redactor
 from train.llm.refusals import NameSetting, advice_on, config_setting, said_in
-from train.llm.replies import answer_in
+from train.llm.replies import UnusableReplyError, answer_in
 from train.llm.request_body import RequestForm, request_body
 from train.llm.stream import BrokenStreamError, completion_in, is_stream
 from train.progress import duration
@@ -68,6 +69,7 @@ class ServerLane(Lane):
         super().__init__(name, server.concurrency, pauses)
         self.patience, self.longest_wait = patience, longest_wait
         self.has_answered = False
+        self._gives_finish_reasons = False
         self.answered_sent_at = 0.0
         """When the newest of the requests that it has answered was sent."""
         self.denied: set[bytes] = set()
@@ -146,7 +148,7 @@ class ServerLane(Lane):
             return Trouble("row", "the messages hold half of a surrogate pair, which is no text")
         finally:
             self._in_flight.discard(interruption)
-        outcome = await self._read(response, time.monotonic() - started)
+        outcome = await self._read(response, time.monotonic() - started, request.decoding.max_tokens)
         return outcome if isinstance(outcome, Answer) else self._refusal(outcome, response, body, request.stage)
 
     def _refusal(self, trouble: Trouble, response: httpx2.Response, body: dict[str, Any], stage: str) -> Trouble:
@@ -165,13 +167,13 @@ class ServerLane(Lane):
             return Trouble("again", "")
         return replace(trouble, advice=advice_on(error, said, body, stage, self._name_setting))
 
-    async def _read(self, response: httpx2.Response, seconds: float) -> Answer | Trouble:
+    async def _read(self, response: httpx2.Response, seconds: float, max_tokens: int) -> Answer | Trouble:
         """Return the answer in a response of status 200, or the error in it, which some gateways send so."""
         try:
             # Some servers stream although they weren't asked to, and some don't although they were.
             body = await completion_in(response, self.api) if is_stream(response) else _json(response)
         except BrokenStreamError:
-            return Trouble("fault", "the stream ended before the answer did", status=200)
+            return Trouble("broken", "the stream ended before the answer did", status=200)
         except ValueError:
             body = None
         # An error may stand beside choices, which are empty then.
@@ -179,16 +181,33 @@ class ServerLane(Lane):
         if error is None:
             try:
                 answer = answer_in(body, seconds)
+            except UnusableReplyError as broken:
+                return Trouble("broken", self.clean(str(broken)), status=200)
             except ValueError:
                 error = error_in(body, response.text)
             else:
                 if self.redactor.holds_secret(answer.text, answer.refusal, answer.finish_reason):
                     return Trouble("row", "the answer repeats the server's key, and is kept nowhere")
-                return answer
+                return self._with_reason(answer, max_tokens)
         if error is not None:
             return self._trouble(error.implied_status(), response, error)
         what = f"no answer but garbage: {self.clean(response.text) or 'an empty body'}"
         return Trouble("fault", what, status=200)
+
+    def _with_reason(self, answer: Answer, max_tokens: int) -> Answer | Trouble:
+        """Judge an answer without a finish_reason.
+
+        A server that gives reasons and leaves one out has broken that answer off. Of one that never gives any, the
+        token count tells whether the limit cut the answer.
+        """
+        if ending_of(answer.finish_reason) != "unstated":
+            self._gives_finish_reasons = True
+        elif self._gives_finish_reasons:
+            what = "the answer has no finish_reason, and those before it had one: it was broken off"
+            return Trouble("broken", what, status=200)
+        elif answer.completion_tokens is not None and answer.completion_tokens >= max_tokens:
+            return replace(answer, finish_reason="length")
+        return answer
 
     async def error_response(self, error: openai.APIStatusError) -> Trouble:
         """Return the meaning of a response that is an error or a redirect."""
@@ -243,8 +262,9 @@ class ServerLane(Lane):
 
     def learn(self, outcome: Answer | Trouble | None, sent_at: float) -> None:
         """Adapt to how a request ended; None: it was cancelled."""
-        if isinstance(outcome, Trouble) and (outcome.kind in ("too much", "row", "again") or outcome.status):
-            self.reached = True
+        if isinstance(outcome, Trouble):
+            is_own = outcome.status or outcome.kind in ("row", "again")
+            self.reached = self.reached or bool(is_own and outcome.kind != "gone")
         if isinstance(outcome, Answer):
             self.has_answered = self.reached = True
             self.answered_sent_at = max(self.answered_sent_at, sent_at)
@@ -259,6 +279,8 @@ class ServerLane(Lane):
                 self.paused_until = min(self.paused_until, time.monotonic() + PAUSE_OF_A_START)
             if is_unreachable(outcome):
                 self._connections.when_sent = self._reached
+        elif outcome is not None and outcome.kind == "broken":
+            self.broke_off()
         elif outcome is not None and outcome.kind == "denied":
             self.denied_since = self.denied_since if self.denied else time.monotonic()
             before = self.failures_in_a_row

@@ -41,12 +41,16 @@ _SCORES = (1.0, 5.0)
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One answer to a row; `text` is None where there is none: `missing` says why. `scorer`: someone's own score."""
+    """One answer to a row; `text` is None where there is none: `missing` says why. `scorer`: someone's own score.
+
+    `only_reasoning`: the model's reasoning never ended. Its text is empty and judged as that: it failed to answer.
+    """
 
     text: str | None
     missing: str = ""
     finish_reason: str = ""
     scorer: float | None = None
+    only_reasoning: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,6 +321,7 @@ def _missing(judged: Sequence[JudgedRow], protocol: Protocol) -> dict[str, Any]:
         "judge_answers_without_score": dict(sorted(faults.items())),
         "judge_tokens": {name: sum(one.tokens.get(name, 0) for one in judgements) for name in ("prompt", "completion")},
         "responses_cut": sum(one.response.finish_reason == "length" for row in judged for one in row.answers),
+        "responses_only_reasoning": sum(one.response.only_reasoning for row in judged for one in row.answers),
         "responses_empty": sum(one.response.text == "" for row in judged for one in row.answers),
     }
 
@@ -338,8 +343,11 @@ def _best_of(judged: Sequence[JudgedRow], protocol: Protocol, seed: int) -> dict
     return record
 
 
-def row_record(judged: JudgedRow) -> dict[str, Any]:
-    """A line of bench_rows.jsonl: the row's score, and every answer with all that the judge said of it."""
+def row_record(judged: JudgedRow, protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of bench_rows.jsonl: the row's score, and every answer with all that the judge said of it.
+
+    `protocol`: as in bench.json, so that the file can be compared wherever it is copied to.
+    """
     row, settings = judged.row, judged.protocol.judge
     return {
         "id": row.id,
@@ -347,6 +355,7 @@ def row_record(judged: JudgedRow) -> dict[str, Any]:
         "system": row.system,
         "prompt": row.prompt,
         "judge": settings.model + (" (shown the system message)" if settings.show_system else ""),
+        "protocol": dict(protocol),
         "score": judged.score,
         "picked": judged.picked,
         "response": judged.answer.response.text if judged.answer else None,

@@ -1,5 +1,7 @@
 """The figures of the bench as a person reads them: the section of report.md, and a plot."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from train.llm.journal import Decoding
 from train.llm.unanswered import SHOWN_IN_REPORT
 from train.llm.unread import unread_warning
 from train.multifaceted.bench import JudgedRow, figures
-from train.multifaceted.bench_rows import Bench
+from train.multifaceted.bench_rows import Bench, BenchRow
 from train.multifaceted.judge import PROMPT_VERSION
 from train.multifaceted.protocol import (
     PAPERS_DECODING,
@@ -17,6 +19,7 @@ from train.multifaceted.protocol import (
     PAPERS_RUNS,
     ROWS_OF_THE_BENCH,
     Protocol,
+    settings_of,
 )
 from train.progress import counted
 from train.report_parts import error_bars, load_pyplot, shortened
@@ -48,6 +51,8 @@ def make_record(
         "data": list(data),
         "rows": len(bench.rows),
         "rows_of_the_data": bench.of,
+        "fingerprint": fingerprint(bench.rows),
+        "protocol": settings_of(protocol, PROMPT_VERSION, decoding),
         "complete": not found["missing"]["judgements_missing"]["pending"],
         "deviations": deviations(bench, protocol, decoding, with_system),
         "judge": {
@@ -62,6 +67,15 @@ def make_record(
         "system_message_given": with_system,
         **found,
     }
+
+
+def fingerprint(rows: Sequence[BenchRow]) -> str:
+    """Return a checksum of rows, by which `compare` knows that two models were asked and graded alike."""
+    told = [
+        [row.system, row.prompt, row.reference, [[one.criteria, one.descriptions] for one in row.rubrics]]
+        for row in rows
+    ]
+    return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
 
 
 def _sent(decoding: Decoding, papers: Decoding) -> dict[str, Any]:
@@ -177,7 +191,8 @@ def _about_missing(missing: Mapping[str, Any]) -> str:
     )
     if missing["responses_cut"] or missing["responses_empty"]:
         text += (
-            f" Responses: {missing['responses_cut']:,} cut at the token limit, {missing['responses_empty']:,} empty."
+            f" Responses: {missing['responses_cut']:,} cut at the token limit, {missing['responses_empty']:,} empty, "
+            f"{missing['responses_only_reasoning']:,} of these as their reasoning had no end."
         )
     return text
 

@@ -414,7 +414,7 @@ def _judge(
 def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]", folder: Path) -> None:
     """bench_rows.jsonl, bench.json, bench.png and the section of report.md, and the same on the screen."""
     from train.multifaceted.bench import row_record
-    from train.multifaceted.bench_report import HEADING, draw, make_record, markdown
+    from train.multifaceted.bench_report import HEADING, draw, make_record, markdown, warnings
     from train.multifaceted.pairwise import compare
 
     record = make_record(
@@ -455,5 +455,7 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
         raise UserError(f"{folder}: can't be written: {fault.strerror}") from fault
     print(text)
     print(f"the figures are in {folder / 'bench.json'}, all answers and judgements in {rows}")
+    for warning in warnings(record):
+        print(f"warning: {warning}")
     if no_comparison:
         raise no_comparison

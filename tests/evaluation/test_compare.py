@@ -402,8 +402,9 @@ async def answers_or_grades(asked: Asked) -> Reply:
 
 
 def test_what_gain_and_bench_write_is_read(
-    command: Callable[..., int], tiny_chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    command: Callable[..., int], says_no: Callable[..., str], tiny_chat_model: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     """Real files of both commands: paired differences are the means over their rows, wins those of the scores."""
     data = tmp_path / "rows.jsonl"
     systems = ("Be a river.", "Be a stone.", "Be a paper window.")
@@ -446,6 +447,13 @@ def test_what_gain_and_bench_write_is_read(
     assert change != 0
     assert f"B less A is {change:+.2f}" in shown
     assert f"| bench: score | {'{:.3f}'.format(found['bench', 'score']['a']['value'])}" in shown
+    # A judge asked in other words grades otherwise; an older file doesn't say in which words.
+    record = json.loads((folders[1] / "bench.json").read_text(encoding="utf-8"))
+    of_another = record["judge"] | {"prompt_version": record["judge"]["prompt_version"] + 1}
+    of_none = {name: value for name, value in record["judge"].items() if name != "prompt_version"}
+    for judge in (of_another, of_none):
+        (folders[1] / "bench.json").write_text(json.dumps(record | {"judge": judge}), encoding="utf-8")
+        assert "bench: judge prompt_version is 2 and" in says_no("compare", *folders, "--only", "bench")
 
 
 def test_gain_on_other_rows_or_in_another_dtype_is_told_apart(

@@ -69,7 +69,7 @@ def written(folder: Path, name: str = "data/rows.jsonl") -> list[dict[str, Any]]
 def stage_of(asked: Asked) -> str:
     if asked.body["messages"][0]["role"] == "system":
         return "answer"
-    sections = {"### Asked for": "propose", "### Preferences": "describe", "### Descriptions": "message"}
+    sections = {"### Aspects": "propose", "### Preferences": "describe", "### Descriptions": "message"}
     return next((stage for section, stage in sections.items() if section in asked.prompt), "screen")
 
 

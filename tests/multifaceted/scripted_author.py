@@ -100,7 +100,7 @@ class Author:
         if turns[0]["role"] == "system":
             system = turns[0]["content"]
             return self.text("answer", number_in(prompt), set_in(system), sample, [])
-        if "### Asked for" in prompt:
+        if "### Aspects" in prompt:
             number, wanted = number_in(prompt), asked_for(prompt)
             return self.text("propose", number, self.set_of[number, wanted[0]], sample, [name for name, _ in wanted])
         if "### Preferences" in prompt:

@@ -260,7 +260,7 @@ def test_a_model_is_asked_as_the_paper_asks_it_and_nothing_is_asked_twice(
     assert lines(tmp_path / "out" / "bench_rows.jsonl")[1]["response"] == "the-model answers: Question 1, is it?"
     found = record(tmp_path / "out")
     assert found["deviations"] == [
-        "the words that the judge is asked in are our own",
+        "the judge's prompt is in our own words (version 2)",
         "the judge is judge; the paper's is gpt-4-0125-preview, and scores of two judges differ",
         "the data has 3 rows, Multifaceted Bench 921",
     ]

@@ -1,6 +1,9 @@
-"""How the replies of models are read, and what a message tells of its instruction."""
+"""The prompts of the collection, how the replies of models are read, and what a message tells of its instruction."""
 
+import hashlib
+import json
 import random
+import re
 
 import pytest
 from hypothesis import given
@@ -10,8 +13,9 @@ from scripted_author import FOUR
 from train.multifaceted import collection_prompts as prompts
 from train.multifaceted.leaked_words import told_share
 from train.multifaceted.message_examples import EXAMPLES
-from train.multifaceted.preferences import Preference, load_hierarchy
+from train.multifaceted.preferences import OURS, Draw, Preference, load_hierarchy
 
+HIERARCHY = load_hierarchy()
 ASKED = [Preference(name, sub, "p") for name, sub in zip(FOUR, ("tone", "novice", "depth", "safety"), strict=True)]
 
 
@@ -124,6 +128,91 @@ def test_the_examples_of_a_prompt_follow_from_the_seed() -> None:
     assert [line.partition(":")[0] for line in lines] == list(FOUR)
     # The example's reply is read by the same rules.
     assert len(prompts.read_lines(described[1]["content"], ASKED)) == 4
+
+
+def drawn(*names: tuple[str, str]) -> list[Draw]:
+    return [Draw(HIERARCHY[dimension][sub], "p", ("One way", "Another way")) for dimension, sub in names]
+
+
+def text_of(turns: list[prompts.Turn]) -> str:
+    return "\n".join(turn["content"] for turn in turns)
+
+
+DRAWS = drawn(("style", "tone"), ("harmlessness", "safety"))
+PROPOSE, DESCRIBE = prompts.propose("Q", DRAWS, ["Dry wit"]), prompts.describe(ASKED, HIERARCHY, random.Random(1))
+MESSAGE = prompts.message(["a", "b", "c", "d"], random.Random(1))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [
+        # Section 3: one preference of each dimension for this instruction, which makes a difference to its answer.
+        (PROPOSE, "For each aspect, propose one preference that a user giving this instruction might have."),
+        (PROPOSE, "It must lead to an answer that clearly differs from the usual one."),
+        (PROPOSE, "the preference must suit other instructions of the same kind"),
+        (PROPOSE, "### Instruction\nQ\n\n### Aspects\n- style, tone ("),
+        (PROPOSE, "Do not propose any of these again: Dry wit"),
+        (DESCRIBE, "Describe each preference in two sentences"),
+        # One message from the four descriptions alone.
+        (MESSAGE, "I will give you four descriptions of what a user wants from answers"),
+        (MESSAGE, "Write one system message that makes an assistant answer that way."),
+        (MESSAGE, "Cover everything the four descriptions ask for"),
+        (MESSAGE, "Make it suit any question"),
+        (prompts.screen("Q"), "its length, format, style or tone, its audience, or the role to answer in"),
+        (prompts.screen("Q"), "Reply with one word, Yes or No."),
+    ],
+)
+def test_what_the_paper_asks_for_is_asked(prompt: list[prompts.Turn], sentence: str) -> None:
+    assert sentence in text_of(prompt)
+
+
+def test_all_rows_share_everything_before_their_own_text() -> None:
+    assert PROPOSE[:-1] == prompts.propose("Another", drawn(("style", "format")))[:-1]
+    for turns, start in (
+        (PROPOSE, "Users differ"),
+        (DESCRIBE, "Users differ"),
+        (MESSAGE, "You write system messages for"),
+    ):
+        assert turns[0]["content"].startswith(start)
+        assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2) + ["user"]
+
+
+def test_the_examples_of_preferences_keep_the_rules() -> None:
+    """Each is of the asked dimensions, of two to ten words, and shows the aspects as the hierarchy has them."""
+    for asked, reply in zip(PROPOSE[0:-1:2], PROPOSE[1:-1:2], strict=True):
+        shown = re.findall(r"^- (\w+), (\w+) \((.+)\), such as: (.+)$", asked["content"], re.MULTILINE)
+        assert [line.partition(":")[0] for line in reply["content"].splitlines()] == [one[0] for one in shown]
+        for dimension, sub, meaning, preferences in shown:
+            assert meaning == HIERARCHY[dimension][sub].meaning
+            assert set(preferences.split("; ")) <= set(HIERARCHY[dimension][sub].preferences)
+        found = prompts.read_lines(reply["content"], drawn(*((one[0], one[1]) for one in shown)))
+        assert len(found) == len(shown)
+        for dimension, text in found.items():
+            assert 2 <= len(text.split()) <= 10
+            assert all(text not in sub.preferences for sub in HIERARCHY[dimension].values())
+    names = [name for subs in HIERARCHY.values() for sub in subs.values() for name in sub.preferences]
+    assert all(2 <= len(name.split()) <= 10 for name in names)
+
+
+def test_every_description_of_ours_has_the_two_sentences_that_are_asked_for() -> None:
+    descriptions = [
+        text for subs in HIERARCHY.values() for sub in subs.values() for text in sub.preferences.values() if text
+    ]
+    descriptions += [text for example in EXAMPLES for text in example.descriptions]
+    assert len(descriptions) > 60
+    for text in descriptions:
+        assert len(re.findall(r"[.!?](?= |$)", text)) == 2, text
+
+
+def test_another_wording_has_another_version() -> None:
+    """When this fails, raise PROMPT_VERSION and write the new digest here: results of two wordings stay apart."""
+    everything = (
+        [PROPOSE, prompts.describe(ASKED, {name: {} for name in FOUR}, random.Random(1)), MESSAGE, prompts.screen("Q")],
+        [(example.descriptions, example.message) for example in EXAMPLES],
+        OURS.read_text("utf-8").partition("\n\n")[2],
+    )
+    digest = hashlib.blake2b(json.dumps(everything).encode(), digest_size=8).hexdigest()
+    assert (prompts.PROMPT_VERSION, digest) == (2, "92b5506a620296b8")
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_a_preference_that_a_sibling_has_is_asked_again_with_those_to_avoid(tmp_
     asked_again: list[str] = []
 
     def propose(asked: Asked) -> str:
-        if "Something other than" in asked.prompt:
+        if "Do not propose" in asked.prompt:
             asked_again.append(asked.prompt)
             return good_everything(asked)
         return f"style: Dry WIT!\nbackground_knowledge: k{asked.number}\ninformativeness: i{asked.number}\nharmlessness: h{asked.number}"
@@ -103,10 +103,8 @@ def test_a_preference_that_a_sibling_has_is_asked_again_with_those_to_avoid(tmp_
     assert len(asked_again) == 2
     for prompt in asked_again:
         wanted, _, avoid = prompt.rpartition("\n\n")
-        assert [line[2:].partition(",")[0] for line in wanted.rpartition("### Asked for\n")[2].splitlines()] == [
-            "style"
-        ]
-        assert avoid.startswith("Something other than: Dry WIT!")
+        assert [line[2:].partition(",")[0] for line in wanted.rpartition("### Aspects\n")[2].splitlines()] == ["style"]
+        assert avoid.startswith("Do not propose any of these again: Dry WIT!")
     assert done.tally.events["preferences: the same as a sibling's, of some or all dimensions"] == 2
 
 
@@ -224,6 +222,16 @@ def test_the_model_as_second_filter(tmp_path: Path) -> None:
     assert done.tally.events["screen: neither yes nor no, and kept"] == 1
     assert done.tally.instructions == 2
     assert {one.body["temperature"] for one in asked if stage_of(one) == "screen"} == {0.0}
+    assert done.tally.warnings() == []
+
+
+def test_a_filter_whose_verdicts_are_mostly_unread_ends_with_a_warning(tmp_path: Path) -> None:
+    rows = [turns(f"prompt {word} please") for word in ("alpha", "beta", "gamma")]
+    said = saying(screen=lambda asked: "No style is stated" if "alpha" not in asked.prompt else "I see no style: no.")
+    done, _ = run_with(said, tmp_path, rows, filter={"model": True}, sets_per_instruction=1)
+    (warning,) = done.tally.warnings()
+    assert warning.startswith("filter.model: 2 of 3 verdicts could not be read (67%). These instructions were kept.")
+    assert f"**Warning: {warning}**" in (tmp_path / "out" / "report.md").read_text("utf-8")
 
 
 def test_rules_of_the_filter_can_be_chosen(tmp_path: Path) -> None:

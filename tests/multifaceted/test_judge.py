@@ -1,6 +1,7 @@
 """The judge: which score a text ends in, and what is in the question."""
 
 import asyncio
+import hashlib
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from train.llm.client import NoAnswerError
 from train.llm.journal import Answer, Request
 from train.multifaceted.bench_rows import BenchRow, Rubric
-from train.multifaceted.judge import NotYetError, judge_prompt, judge_rubric, parse_score
+from train.multifaceted.judge import PROMPT_VERSION, NotYetError, judge_prompt, judge_rubric, parse_score
 from train.multifaceted.protocol import JudgeSettings
 
 CASES = Path(__file__).parents[3] / "shared" / "data" / "janus" / "judge_parse_cases.json"
@@ -154,6 +155,28 @@ def test_the_question_holds_all_that_the_judge_needs_and_not_the_system_message(
     assert "Zebra" not in prompt
     assert "Zebra system" in judge_prompt(ROW, ROW.rubrics[0], "r", show_system=True)
     assert parse_score(prompt) is None  # a judge that repeats its question has graded nothing
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "You grade one answer",
+        "on a single criterion",
+        "a reference answer that would earn the highest score",
+        "a description of each score from 1 to 5",
+        "First explain in a few sentences which description fits",
+        "Then give the score, a whole number from 1 to 5, on a final line in this form",
+        "\n[RESULT] n\n",
+    ],
+)
+def test_what_the_paper_asks_for_is_asked(sentence: str) -> None:
+    assert sentence in judge_prompt(ROW, ROW.rubrics[0], "r")
+
+
+def test_another_wording_has_another_version() -> None:
+    """When this fails, raise PROMPT_VERSION and write the new digest here: scores of two wordings stay apart."""
+    both = "".join(judge_prompt(ROW, ROW.rubrics[0], "r", show_system=shown) for shown in (True, False))
+    assert (PROMPT_VERSION, hashlib.blake2b(both.encode(), digest_size=8).hexdigest()) == (2, "e9a9362042e64451")
 
 
 def test_what_judges_needs_no_torch() -> None:

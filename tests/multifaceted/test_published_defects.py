@@ -197,7 +197,7 @@ def test_responses_of_one_model_never_stand_in_anothers_file(tmp_path: Path) -> 
                 assert json.loads((folder / "bench.json").read_text())["model"] == model
 
 
-def test_a_score_that_is_missing_breaks_no_mean(tmp_path: Path) -> None:
+def test_a_score_that_is_missing_breaks_no_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One None among the scores ended the aggregation with a traceback."""
     data = write_lines(tmp_path / "rows.jsonl", [bench_row(number) for number in range(2)])
 
@@ -214,8 +214,11 @@ def test_a_score_that_is_missing_breaks_no_mean(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "out", everything_missing)  # an earlier run had a score, and a plot of it
     assert (everything_missing / "bench.png").is_file()
     (everything_missing / "bench.sqlite").unlink()
+    capsys.readouterr()
     with served(judging(lambda row, rubric, time: "no verdict")) as server:
         assert command(*options(server, data, everything_missing), "--retries", "0") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("warning: --judge judge: 8 of 8 verdicts could not be read (100%). Reasons: 8 no score at")
     record = json.loads((everything_missing / "bench.json").read_text())
     assert record["score"] == {"mean": None, "scored": 0, "of": 2, "rows": 0} | none
     report = (everything_missing / "report.md").read_text()

@@ -1,11 +1,13 @@
 """What each key of a SYSGEN configuration does to a row."""
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
 from scripted_model import SEED
-from scripted_server import Asked, Reply, said
-from sysgen_runs import good_everything, lines, only_reason, only_row, question, run_with, saying
+from scripted_server import Asked, Reply, said, served
+from sysgen_runs import configuration, good_everything, lines, only_reason, only_row, question, run_with, saying
 
 from train.data.sources import conversations
 from train.recipe import Source
@@ -66,6 +68,48 @@ def test_a_tag_without_a_verdict(tmp_path: Path, choice: str, kept: bool) -> Non
         assert only_row(tmp_path)["messages"][0]["content"] == "You are a tester."
     else:
         assert only_reason(tmp_path) == "no phrase was verified"
+
+
+@pytest.mark.parametrize(
+    ("replies", "stage"),
+    [
+        (
+            {"verify": "Looks fine to me."},
+            "verify: 2 of 2 verdicts could not be read (100%). The phrases of these tags",
+        ),
+        ({"judge": "Hm."}, "gates.judge: 2 of 2 verdicts could not be read (100%). These rows were kept"),
+        ({"verify": "1. Role: Good", "judge": "It uses no jargon, so yes."}, ""),
+    ],
+)
+def test_a_run_with_mostly_unread_verdicts_ends_with_a_warning(
+    tmp_path: Path, replies: dict[str, str], stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+    from sysgen import main
+
+    rows = [question(), question("question [2] of the same kind?")]
+    source = tmp_path / "source.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with served(saying(**replies)) as server, pytest.MonkeyPatch.context() as patch:
+        config = configuration(tmp_path, server.url, source, gates={"judge": True})
+        patch.setattr(sys, "argv", ["sysgen.py", "--config", str(config)])
+        assert main() == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    report = (tmp_path / "out" / "report.md").read_text("utf-8")
+    if stage:
+        assert last.startswith(f"warning: {stage}")
+        assert f"**Warning: {stage}" in report
+    else:
+        assert "warning" not in last
+        assert "Warning" not in report
+
+
+def test_half_of_the_verdicts_unread_is_no_warning(tmp_path: Path) -> None:
+    message = "<<Role>>a<</Role>><<Style>>b<</Style>><<Task>>c<</Task>><<Tool>>d<</Tool>>"
+    for read, warned in (("Role: Good\nStyle: Good", False), ("Role: Good", True)):
+        (tmp_path / str(warned)).mkdir()
+        done, _ = run_with(saying(generate=message, verify=read), tmp_path / str(warned), [question()])
+        assert bool(done.tally.warnings()) is warned
 
 
 @pytest.mark.parametrize("choice", ["drop", "keep", "original"])

@@ -3,12 +3,14 @@
 import asyncio
 import difflib
 import re
+import time
 from typing import TYPE_CHECKING, Any
 
 import httpx2
 import openai
 
-from train.llm.failures import Trouble
+from train.llm.failures import DENIED, Trouble
+from train.progress import duration
 
 if TYPE_CHECKING:
     from train.llm.server import ServerLane
@@ -26,15 +28,28 @@ async def explain(lane: "ServerLane", model: str, trouble: Trouble) -> str:
     said = f"{lane.name} {what if is_unreachable(trouble) else f'answers {what}'}."
     if trouble.advice:
         return f"{said} {trouble.advice}"
+    go_on = "What was answered so far is in the journal: start the same command again, and it goes on from there"
     match trouble.status:
+        case 401 | 403 if lane.has_answered:
+            return (
+                f"{said.rstrip('.')}, to {len(lane.denied)} requests in a row. It answered others before: the key may "
+                f"have expired or reached its limit. {go_on} when the key is accepted."
+            )
+        case _ if trouble.status in DENIED and lane.has_answered:
+            return (
+                f"{said.rstrip('.')}, for {duration(time.monotonic() - lane.denied_since)}. It answered other requests "
+                f"before: see whether it still serves {model!r} at this address. {go_on} when it does."
+            )
         case 401 | 403 if lane.key is None:
             return f"{said} It wants a key: name the environment variable that holds it as key_variable."
         case 401 | 403:
             return f"{said} The key in the environment is not accepted for {model}."
         case 404 | 405:
             return f"{said} {await _advise_on_path(lane, model, trouble)}"
+        case 402:
+            return f"{said} Add credit, raise the limit or name another server. {go_on}."
         case _:
-            return f"{said} What was answered so far is in the journal; start the same command when this is mended."
+            return f"{said} {go_on} when this is solved."
 
 
 def is_unreachable(trouble: Trouble) -> bool:

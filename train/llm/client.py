@@ -4,18 +4,22 @@
         async with Client([Server("http://localhost:8000/v1")], "Qwen/Qwen2.5-14B-Instruct", journal) as client:
             answer = await client.ask(Request("generate", messages, Decoding(max_tokens=512, temperature=0.7)))
 
-What goes wrong ends in one of three ways. The server's trouble (too much to do, restarting, gone) is waited for, for
-as long as it takes; but one that has had too much to do from the first request on is given up after a day. One
-request's trouble (too long a prompt, the same fault try after try) raises NoAnswerError, and the others go on. What a
-person must mend (a key, a model's name) raises UserError, which is to end the run.
+Errors end in one of three ways:
+
+- The server's own (too much to do, restarting, gone) are waited for, for as long as it takes; but a server that has had
+  too much to do from the first request on is given up after a day.
+- A request's own (too long a prompt, the same fault try after try) raise NoAnswerError, and the others go on.
+- What the user has to change (a key, a model's name, credit) raises UserError, which ends the run. A server that has
+  answered before is asked again first: a 401 or 403 ends the run when nothing else has come for `DENIALS` tries, a 404
+  when nothing else has come for `LONGEST_ABSENCE`. Requests that were not answered by then are asked by the next run.
 """
 
 import asyncio
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -29,21 +33,54 @@ from train.llm.server import PAUSE_OF_A_START, Server, ServerLane
 from train.progress import SECONDS_BETWEEN_LINES, duration
 
 FAILURES_OF_A_STAGE = 20
-"""So many rows that fail before a stage's first answer are a fault of the settings, and end the run."""
+"""After this many requests of a stage that failed for good, before any was answered, the stage is judged: when those
+that are still in flight have failed too, the settings are wrong, and the run ends. Requests that are too long don't
+count: a server refuses them at once, and answers others later."""
 
 
 FAULTS_OF_A_START = 8
 """So many responses in a row that are no answer, before any answer, are a fault of the settings too: about a minute
 of them. Some servers answer an unknown model with 500, and a web page at a wrong base_url is a 200."""
 
+DENIALS = 8
+"""A server that has answered before and then refuses the key this many times in a row, which takes about half a minute,
+refuses it for good."""
+
+FEW_DENIED = 2
+"""Where no more requests than these are denied (403) in the same way, they are denied for what they say."""
+
+LONGEST_ABSENCE = 600.0
+"""Seconds for which 404s of a server that has answered before are waited for: a gateway sends them while the pod behind
+it is replaced, which includes loading the model."""
+
 
 class NoAnswerError(Exception):
     """This request gets no answer, whatever is done; others do. The message says what the server said."""
 
+    def __init__(self, what: str, *, too_long: bool = False) -> None:
+        super().__init__(what)
+        self.too_long = too_long
+
+
+@dataclass
+class _Start:
+    """A stage without an answer so far. `awaited`: those in flight when it came to be judged; None: it is not yet."""
+
+    failed: int = 0
+    too_long: int = 0
+    in_flight: set[bytes] = field(default_factory=set)
+    awaited: set[bytes] | None = None
+
+    def end(self, key: bytes) -> None:
+        """Note that a request has ended."""
+        self.in_flight.discard(key)
+        if self.awaited is not None:
+            self.awaited.discard(key)
+
 
 @dataclass
 class Counts:
-    """What became of the requests of this run."""
+    """Counts of the requests of this run."""
 
     answered: int = 0
     from_journal: int = 0
@@ -71,6 +108,8 @@ class Client:
     again as if it had not said how long. One that has had too much to do for as long, and that from the first request
     on, is given up.
 
+    `longest_absence`: see `LONGEST_ABSENCE`.
+
     Raises UserError for a `base_url` that is none and an environment variable that is not set.
     """
 
@@ -84,18 +123,20 @@ class Client:
         pauses: Pauses | None = None,
         patience: float = 3600.0,
         longest_wait: float = LONGEST_WAIT,
+        longest_absence: float = LONGEST_ABSENCE,
         wait_for_server: float = WAIT_FOR_SERVER,
     ) -> None:
         self.model, self.journal, self.attempts = model, journal, attempts
         self.pauses = pauses or Pauses()
         self.counts = Counts()
-        self._longest_wait, self._wait_for_server = longest_wait, wait_for_server
+        self._longest_wait, self._longest_absence = longest_wait, longest_absence
+        self._wait_for_server = wait_for_server
         self._lanes = [ServerLane(server, self.pauses, patience, longest_wait) for server in servers]
         share_secrets(self._lanes)
         self._warned_of: set[str] = set()
         self._places = Places(self._lanes)
         self._asking: dict[bytes, asyncio.Future[None]] = {}
-        self._failed_in_stage: Counter[str] = Counter()
+        self._starts: defaultdict[str, _Start] = defaultdict(_Start)
         self._answered_stages: set[str] = set()
 
     async def __aenter__(self) -> Self:
@@ -130,6 +171,9 @@ class Client:
                 found.append(f"{lane.name}: {lane.trouble}, for {duration(now - lane.trouble_since)}{again}")
             elif lane.in_flight and now - lane.heard_at > 60:
                 found.append(f"{lane.name}: silent for {duration(now - lane.heard_at)}")
+        for stage, start in self._starts.items():
+            if start.too_long >= FAILURES_OF_A_STAGE and stage not in self._answered_stages:
+                found.append(f"stage {stage}: no answer so far, {start.too_long:,} requests were too long")
         return found
 
     def waits_for(self) -> set[str]:
@@ -149,13 +193,20 @@ class Client:
             await asyncio.wait([self._asking[key]])  # the same is being asked: its answer will be in the journal
         if answer is None:
             ended = self._asking[key] = asyncio.get_running_loop().create_future()
+            start = None if request.stage in self._answered_stages else self._starts[request.stage]
+            if start:
+                start.in_flight.add(key)
             try:
                 answer = await self._ask_a_server(key, request)
             except NoAnswerError as failure:
                 self.counts.failed += 1
-                self._count_failure(request.stage, failure)
+                if start:
+                    start.end(key)
+                    self._count_failure(request.stage, start, failure)
                 raise
             finally:
+                if start:
+                    start.end(key)
                 del self._asking[key]
                 ended.set_result(None)
             self._answered_stages.add(request.stage)
@@ -170,6 +221,7 @@ class Client:
     async def _ask_a_server(self, key: bytes, request: Request) -> Answer:
         faults = tries = 0
         avoid: ServerLane | None = None
+        denied_at: float | None = None
         while True:
             lane = await self._places.take(avoid)
             outcome = await self._send(lane, key, request)
@@ -178,7 +230,11 @@ class Client:
             if outcome.kind == "hopeless":
                 raise UserError(await lane.explain(self.model, outcome))
             if outcome.kind == "row":
-                raise NoAnswerError(outcome.what)
+                raise NoAnswerError(outcome.what, too_long=outcome.too_long)
+            if outcome.kind == "denied":
+                lane.denied.add(key)
+                await self._end_if_denied(request.stage, lane, outcome, denied_at)
+                denied_at = denied_at or time.monotonic()
             if outcome.kind == "again":
                 continue
             self.counts.tries_failed += 1
@@ -212,6 +268,25 @@ class Client:
                 self._places.hand_out()
         return outcome
 
+    async def _end_if_denied(self, stage: str, lane: ServerLane, trouble: Trouble, denied_at: float | None) -> None:
+        """Raise where it is known who has to act on a refusal: UserError for the run, NoAnswerError for this request.
+
+        `denied_at`: when this request was denied before.
+        """
+        # An earlier run may have left only the requests that are denied for what they say.
+        if not lane.has_answered and not (trouble.status == 403 and self.journal.has_stage(stage, self.model)):
+            raise UserError(await lane.explain(self.model, trouble))
+        if trouble.status in (401, 403, 407):
+            is_over = lane.denials >= DENIALS
+        else:
+            is_over = time.monotonic() - lane.denied_since > self._longest_absence
+        if trouble.status == 403:
+            others_answered = denied_at is not None and lane.answered_sent_at > denied_at
+            if others_answered or (is_over and len(lane.denied) <= FEW_DENIED):
+                raise NoAnswerError(trouble.what)
+        if is_over:
+            raise UserError(await lane.explain(self.model, trouble))
+
     def _end_a_false_start(self, stage: str, lane: ServerLane, trouble: Trouble) -> None:
         if any(one.has_answered for one in self._lanes):
             return
@@ -219,7 +294,8 @@ class Client:
         is_response = trouble.kind == "fault" and trouble.status is not None
         if is_response and lane.failures_in_a_row >= FAULTS_OF_A_START:
             since = f"{lane.failures_in_a_row} times in a row"
-            advice = f"Is base_url right, and is {self.model!r} a model that it serves?"
+            is_error = trouble.status != 200  # a 200 may be any web page
+            advice = f"Is {'' if is_error else 'base_url right, and is '}{self.model!r} a model that it serves?"
         elif trouble.kind == "too much" and waited > self._longest_wait:
             since = f"for {duration(waited)}"
             advice = "Start the same command when it takes requests again, or name another server."
@@ -241,17 +317,24 @@ class Client:
             self._warned_of.add(lane.name)
             print(f"warning: {words} The run goes on with the other servers.", file=sys.stderr, flush=True)
 
-    def _count_failure(self, stage: str, failure: NoAnswerError) -> None:
+    def _count_failure(self, stage: str, start: _Start, failure: NoAnswerError) -> None:
+        """Raise UserError where a stage has failed as a whole (see `FAILURES_OF_A_STAGE`)."""
         if stage in self._answered_stages:
             return
-        self._failed_in_stage[stage] += 1
-        if self._failed_in_stage[stage] >= FAILURES_OF_A_STAGE:
+        start.too_long += failure.too_long
+        start.failed += not failure.too_long
+        if start.failed < FAILURES_OF_A_STAGE:
+            return
+        if start.awaited is None:
             if self.journal.has_stage(stage, self.model):  # in an earlier run: what is left are the rows that fail
                 self._answered_stages.add(stage)
                 return
+            start.awaited = set(start.in_flight)
+        if not start.awaited:
             raise UserError(
-                f"stage {stage}: none of the first {FAILURES_OF_A_STAGE} requests got an answer from {self.model}. "
-                f"The last one: {failure}. Mend the settings of the stage or of the server."
+                f"stage {stage}: none of the first {start.failed + start.too_long:,} requests got an answer from "
+                f"{self.model}. The last one: {str(failure).rstrip('.')}. Change the settings of the stage or of the "
+                "server."
             ) from failure
 
     async def _watch_silence(self) -> None:

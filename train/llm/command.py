@@ -62,6 +62,8 @@ def main(
             f"{counts.tries_failed:,} tries repeated"
         )
         print(f"read {done.report}")
+        for warning in done.tally.warnings():
+            print(f"warning: {warning}")
         if not done.tally.written:
             left_out, reasons = done.report.with_name("left_out.jsonl"), lost(done.tally)
             why = f"Why no answer came, {'; '.join(unanswered).rstrip('.')}. " if unanswered else ""

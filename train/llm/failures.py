@@ -1,8 +1,9 @@
 """Failed requests: the meaning of an error response for the request, the server and the run."""
 
 import email.utils
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,68 +13,139 @@ LONGEST_WAIT = 86_400.0
 """The longest pause, in seconds, that a server may ask for: limits are by the day at most. The openai package obeys
 two minutes and urllib3 six hours, which would retry before a daily limit resets."""
 
+DENIED = (401, 403, 404, 405, 407, 410)
+"""Statuses about the key, the address or the model, which no single request can change. From a server that has answered
+before, they can also come from a gateway whose backend is being replaced, and pass."""
+
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
     """The reason why a request has no answer.
 
     too much: the server is over its load or rate limit. gone: it can't be reached. fault: an error of the server or of
-    this request; worth another try. row: it won't answer this request. hopeless: it will answer no request. again: it
-    wants the request in another form, which the next try has.
+    this request; worth another try. row: it won't answer this request. denied: it refuses the key, the address or the
+    model (`DENIED`). hopeless: it will answer no request. again: it wants the request in another form, which the next
+    try has.
     """
 
-    kind: Literal["too much", "gone", "fault", "row", "hopeless", "again"]
+    kind: Literal["too much", "gone", "fault", "row", "denied", "hopeless", "again"]
     what: str
     retry_after: float | None = None
     status: int | None = None
-    """Of a fault: None where no response came at all."""
+    """Of an error response, or of the error in the body of a 200; None where no response came at all."""
+    too_long: bool = False
+    """Of a row: the server's words are about the length of the request."""
     advice: str | None = None
     """Of what waiting does not cure: the remedy, where the connection itself tells it."""
 
 
-def trouble_of(
-    status: int, what: str, code: Any, headers: Mapping[str, str], *, has_answered: bool, longest_wait: float
-) -> Trouble:
-    """Return the meaning of an error status.
+@dataclass(frozen=True, slots=True)
+class ErrorBody:
+    """An error in the body of a response.
+
+    `status`: the HTTP status that it names; `code`: its code, its type and the quotas that it names.
+    """
+
+    status: int | None
+    code: str
+    words: str
+
+    @property
+    def says(self) -> str:
+        """Code and words, without what some servers repeat of the request."""
+        return f"{self.code} {_ECHO.split(self.words[:2_000], 1)[0]}"
+
+    def implied_status(self) -> int:
+        """Return the status that it names, or that its code and words amount to; 200 if they say nothing."""
+        return self.status or next((status for words, status in _STATUS_OF_WORDS if words.search(self.says)), 200)
+
+
+def error_in(body: Any, text: str) -> ErrorBody | None:
+    """Return the error in the body of a response, parsed and as it was sent; None where there is none.
+
+    Knows OpenAI's form, vLLM's, OpenRouter's, Anthropic's, Gemini's (in a list), FastAPI's, MiniMax's, and `error` as
+    a string. The inner names come before the outer ones.
+    """
+    body = body[0] if isinstance(body, list) and body else body
+    places = list(_places(body))
+    named = [place.get(name) for place in places for name in ("code", "status", "status_code", "statusCode")]
+    numbers = (int(str(value)) for value in named if str(value).isdecimal())
+    status = next((number for number in numbers if 400 <= number < 600), None)
+    codes = [place.get(name) for place in places for name in ("code", "type", "status")]
+    codes += _QUOTA.findall(text[:20_000])
+    code = " ".join(value for value in codes if isinstance(value, str) and not value.isdecimal())
+    names = ("message", "msg", "detail", "error", "status_msg")
+    words = next((value for place in places for name in names if isinstance(value := place.get(name), str)), "")
+    raw = next((metadata.get("raw") for place in places if isinstance(metadata := place.get("metadata"), dict)), None)
+    if isinstance(raw, str):  # what the server behind OpenRouter said
+        words = f"{words}: {raw}"
+    return ErrorBody(status, code, words or code) if status or words or (code and body.get("error")) else None
+
+
+def error_of(body: Any, text: str) -> ErrorBody:
+    """Return the error in the body of a response with an error status; the whole body where it has no known form."""
+    return error_in(body, text) or ErrorBody(None, "", str(body) if body else _TAG.sub(" ", text))
+
+
+def trouble_of(status: int, what: str, error: ErrorBody, headers: Mapping[str, str], *, longest_wait: float) -> Trouble:
+    """Return the meaning of an error.
 
     Args:
-        status: HTTP status, or the one that the body of a 200 names.
+        status: HTTP status; of a 200, the one that its body amounts to (200: it doesn't say).
         what: the status and the server's words, without the key.
-        code: `error.code` of the body.
+        error: the error in the body.
         headers: of the response, for Retry-After.
-        has_answered: whether the server has answered any request of this run.
         longest_wait: seconds; a Retry-After above it is ignored.
     """
+    if status in (400, 500) and error.status:  # a gateway's own status around that of the server behind it
+        status = error.status
     retry_after = _retry_after(headers)
     if retry_after is not None and retry_after > longest_wait:
         # Milliseconds, or a date in seconds since 1970: the next try comes after our own pauses.
         what += f" (its Retry-After is not obeyed: it asks for more than {duration(longest_wait)})"
         retry_after = None
-    if code == "insufficient_quota":
-        return Trouble("hopeless", what, status=status)
+    if status == 402 or (status in (200, 400, 401, 403, 412, 429) and _is_exhausted(error, retry_after)):
+        return Trouble("hopeless", what, status=402)
+    if status == 400 and _BAD_KEY.search(error.says):
+        status = 401  # Gemini's
+    too_long = status == 413 or (status in (400, 422, 500) and is_about_length(error.says))
     match status:
         case 429 | 503 | 529:
-            return Trouble("too much", what, retry_after)
+            return Trouble("too much", what, retry_after, status)
         case 502 | 520 | 521 | 522 | 523:
-            return Trouble("gone", what, retry_after)
-        case 401 | 402 | 404 | 405:
-            return Trouble("hopeless", what, status=status)
-        case 403 if not has_answered:  # later it is how some say that they won't answer this one
-            return Trouble("hopeless", what, status=status)
-        case 408 | 409 | 425:
+            return Trouble("gone", what, retry_after, status)
+        case 403 if _FLAGGED.search(error.says):
+            return Trouble("row", what, status=status)
+        case _ if status in DENIED:
+            return Trouble("denied", what, status=status)
+        case 200 | 408 | 409 | 425:
             return Trouble("fault", what, retry_after, status)
-        case _ if status >= 500:
+        case _ if status >= 500 and not too_long:
             return Trouble("fault", what, retry_after, status)
         case _:
-            return Trouble("row", what)
+            return Trouble("row", what, status=status, too_long=too_long)
 
 
-def words_of_error(body: Any, text: str) -> str:
-    """Return the server's own words in the body of an error; `text` is the body as it was sent."""
-    for name in ("message", "detail", "error"):
-        if isinstance(body, dict) and isinstance(body.get(name), str):
-            return str(body[name])
-    return str(body) if body else text
+def is_about_length(words: str) -> bool:
+    """Return whether a server's words say that a request is too long."""
+    return bool(_TOO_LONG.search(words))
+
+
+def _places(body: Any) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a body in which an error may be told, the innermost first."""
+    if not isinstance(body, dict):
+        return
+    for name in ("error", "errors", "detail", "base_resp"):
+        inner = body.get(name)
+        yield from _places(inner[0] if name == "errors" and isinstance(inner, list) and inner else inner)
+    yield body
+
+
+def _is_exhausted(error: ErrorBody, retry_after: float | None) -> bool:
+    """Return whether credit or a quota is used up, as opposed to a limit per minute that passes by itself."""
+    if _EXHAUSTED_FOR_SURE.search(error.says):
+        return True
+    return retry_after is None and bool(_OUT_OF_CREDIT.search(error.says)) and not _FREQUENCY.search(error.says)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
@@ -89,3 +161,52 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
         return max(0.0, email.utils.parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time())
     except ValueError:
         return None
+
+
+# Words of servers. They are looked at only where a status alone doesn't tell.
+
+_ECHO = re.compile(r"""['"]input['"]\s*:""")
+"""Pydantic's errors repeat the request from here on."""
+_TAG = re.compile(r"<(script|style)\b.*?</\1>|<[^>]*>", re.DOTALL)
+_QUOTA = re.compile(r'"quotaId"\s*:\s*"(\w+)"')
+
+_TOO_LONG = re.compile(
+    r"context[ _-]?(?:length|window|size|limit)"  # OpenAI, vLLM, SGLang, llama.cpp, Mistral, DeepSeek, Ollama
+    r"|(?:prompt|inputs?|request|messages?|string)\b.{0,80}?\b(?:too (?:long|large)|longer than|exceeds? )"
+    r"|too many (?:(?:input|prompt) )?tokens|reduce the length|maximum (?:prompt|input) length"
+    r"|range of input length|`inputs` (?:tokens \+|must have)"  # DashScope, TGI
+    r"|string_above_max_length|request_too_large|context the overflows",  # OpenAI, Anthropic, LM Studio
+    re.IGNORECASE | re.DOTALL,
+)
+_OUT_OF_CREDIT = re.compile(
+    r"insufficient[ _-]?(?:\w+[ _-])?(?:quota|balance|credit|fund)"
+    r"|(?:balance|credits?)\b.{0,30}\b(?:insufficient|too low|exhausted|depleted)|out of credits?|all available credits"
+    r"|exceeded[ _].{0,20}quota|quota\b.{0,20}\b(?:exceeded|exhausted)|exceeded your monthly"
+    r"|exceeded_?budget|budget_exceeded|budget has been exceeded|\b(?:spend(?:ing)?|key|billing[ _]hard)[ _]limit"
+    r"|billing_not_active|account is not active|arrearage|overdue|account\b.{0,40}\bsuspended|余额不足|欠费",
+    re.IGNORECASE | re.DOTALL,
+)
+_EXHAUSTED_FOR_SURE = re.compile(r"insufficient_quota|billing_not_active|billing_hard_limit|PerDay|limit: 0\b")
+"""Final whatever else is said: Gemini advises to retry in some seconds beside a quotaId of the day or a limit of 0."""
+_FREQUENCY = re.compile(
+    r"per[ _-]?(?:second|minute|min|hour)|\b[RT]PM\b|rate.?limit|try again in|retry in", re.IGNORECASE
+)
+_BAD_KEY = re.compile(
+    r"api[ _]key (?:not valid|expired|not found)|API_KEY_INVALID|(?:invalid|incorrect)[ _]api[ _]key", re.IGNORECASE
+)
+_FLAGGED = re.compile(
+    r"flagged|moderation|content[ _-]?(?:policy|filter)|usage polic|prohibited content", re.IGNORECASE
+)
+
+_STATUS_OF_WORDS = (
+    (re.compile(rf"{_FREQUENCY.pattern}|too.?many.?requests|throttl|resource.{{0,10}}exhausted", re.IGNORECASE), 429),
+    (_OUT_OF_CREDIT, 402),
+    (re.compile(r"api[ _]key|unauthenticated|unauthori[sz]ed|authentication", re.IGNORECASE), 401),
+    (re.compile(r"permission|forbidden", re.IGNORECASE), 403),
+    (_TOO_LONG, 400),
+    (re.compile(r"overload|unavailable|capacity|loading|busy|try again later", re.IGNORECASE), 503),
+    (re.compile(r"model.{0,60}not.?(?:found|exist)|not_found_error|unexpected endpoint", re.IGNORECASE), 404),
+    (re.compile(r"server.?error|internal|api_error|time.?d?.?out", re.IGNORECASE), 500),
+    (re.compile(r"(?:invalid|bad).?(?:request|parameter|argument)|content.?(?:policy|filter)", re.IGNORECASE), 400),
+)
+"""The status of an error in a 200 that names none: of the first pattern that is found."""

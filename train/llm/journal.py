@@ -74,6 +74,7 @@ class Request:
     def key(self, model: str) -> bytes:
         """What the journal knows the request by: stage, model, messages and decoding, without the token limit.
 
+        The messages hold the prompt itself, so a reworded prompt is another request and needs no version here.
         The limit stands beside the answer instead (see `Journal.find`): to raise it asks again what was cut, and
         that alone.
         """
@@ -128,6 +129,7 @@ class Journal:
             self._writer = self._open()
             # A second connection, as a WAL lets it read while the first commits: the event loop never waits.
             self._reader = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._inode = path.stat().st_ino
         except BaseException:
             self._lock.release()
             raise
@@ -157,7 +159,7 @@ class Journal:
                     "COMMIT;"
                 )
         except sqlite3.Error as error:
-            raise UserError(f"{self.path} can't be used as a journal of answers: {error}.") from error
+            raise self._explained(error, "it can't be used as a journal of answers") from error
         return connection
 
     def find(self, key: bytes, max_tokens: int) -> Answer | None:
@@ -166,11 +168,11 @@ class Journal:
         An answer that came to its own end within the limit is. One that was cut counts for the very limit that cut
         it: under a higher one there is more to hear, under a lower one it is too long.
         """
-        found = self._reader.execute(
+        found = self._first(
             "SELECT text, finish_reason, refusal, prompt_tokens, completion_tokens, seconds, max_tokens"
             " FROM answers WHERE key = ?",
             (key,),
-        ).fetchone()
+        )
         if found is None:
             return None
         text, finish_reason, refusal, prompt_tokens, completion_tokens, seconds, limit = found
@@ -183,12 +185,43 @@ class Journal:
     def has_stage(self, stage: str, model: str) -> bool:
         """Whether `model` ever answered anything in `stage`."""
         query = "SELECT 1 FROM answers WHERE stage = ? AND model = ? LIMIT 1"
-        return self._reader.execute(query, (stage, model)).fetchone() is not None
+        return self._first(query, (stage, model)) is not None
 
     def seconds(self) -> float | None:
         """From the first request to the last answer of all that stands here, breaks included; None if nothing does."""
-        first, last = self._reader.execute("SELECT min(asked_at), max(asked_at + seconds) FROM answers").fetchone()
-        return None if first is None else last - first
+        found = self._first("SELECT min(asked_at), max(asked_at + seconds) FROM answers")
+        return None if found is None or found[0] is None else found[1] - found[0]
+
+    def _first(self, query: str, values: Sequence[Any] = ()) -> tuple[Any, ...] | None:
+        """Return the first row of a query's result. Raises UserError where the file can't be read."""
+        try:
+            row: tuple[Any, ...] | None = self._reader.execute(query, values).fetchone()
+        except sqlite3.Error as error:
+            raise self._explained(error, "answers can't be read from it") from error
+        return row
+
+    def _explained(self, error: sqlite3.Error, what: str) -> UserError:
+        """Return what the user can do about an error of SQLite."""
+        code = getattr(error, "sqlite_errorcode", None)  # none where a text is not UTF-8, which would be quoted
+        said = f"{self.path}: {what} ({'a text in it is not UTF-8' if code is None else error})"
+        match sqlite3.SQLITE_CORRUPT if code is None else code & 0xFF:
+            case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_MISMATCH | sqlite3.SQLITE_ERROR:
+                return UserError(
+                    f"{said}. The file is damaged, or is no journal. What is written beside it stays as it is. Move "
+                    f"the file away, with {self.path.name}-wal if there is one, and start the same command again: it "
+                    "asks anew, and puts the new rows in the place of those there, so copy these if you want to keep "
+                    "them."
+                )
+            case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+                return UserError(
+                    f"{said}. Another program has locked the file. Close it, and start the same command again: "
+                    "what was written before is safe."
+                )
+            case _:
+                return UserError(
+                    f"{said}. What was written before is safe: make room, see to the disk and to the permissions of "
+                    "the file and its folder, and start the same command again."
+                )
 
     async def add(self, key: bytes, model: str, request: Request, answer: Answer) -> None:
         """Write an answer down; returns when a killed process would no longer lose it."""
@@ -237,7 +270,7 @@ class Journal:
     def _commit(self, entries: list["_Entry"]) -> None:
         if not entries:
             return
-        failure: UserError | None = None
+        failure: Exception | None = None
         # One statement, and so one transaction, for all: executemany would hand Python's global lock to and fro with
         # the event loop for every row, and wait for it up to 5 ms each time while that one is busy.
         values = ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"] * len(entries))
@@ -246,16 +279,27 @@ class Journal:
                 f"INSERT OR REPLACE INTO answers ({COLUMNS}) VALUES {values}",
                 [value for entry in entries for value in entry.row],
             )
+            if not self._is_there():
+                failure = UserError(
+                    f"{self.path} was deleted or replaced during the run, so answers can no longer be written down. "
+                    "Put it back if you have moved it, and start the same command again."
+                )
         except sqlite3.Error as error:
-            failure = UserError(
-                f"{self.path}: answers can no longer be written down ({error}). What was written before is safe: "
-                "make room or mend the disk, and start the same command again."
-            )
+            failure = self._explained(error, "answers can no longer be written down")
+        except Exception as error:  # a number that SQLite can't hold: who waits for the answer must hear of it
+            failure = error
         for loop in {entry.committed.get_loop() for entry in entries}:
             settled = [entry.committed for entry in entries if entry.committed.get_loop() is loop]
             # A loop that was closed over waiting requests (Ctrl-C) needs no news.
             if not loop.is_closed():
                 loop.call_soon_threadsafe(_settle, settled, failure)
+
+    def _is_there(self) -> bool:
+        """Return whether the path still names the open file: SQLite goes on writing to one that is deleted."""
+        try:
+            return self.path.stat().st_ino == self._inode
+        except OSError:
+            return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +308,7 @@ class _Entry:
     committed: asyncio.Future[None]
 
 
-def _settle(futures: list[asyncio.Future[None]], failure: UserError | None) -> None:
+def _settle(futures: list[asyncio.Future[None]], failure: Exception | None) -> None:
     for future in futures:
         if future.done():  # whoever asked was cancelled meanwhile
             continue

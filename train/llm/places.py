@@ -71,7 +71,7 @@ class Lane:
         """It has too much to do; `retry_after` seconds if it said how long."""
         self.limit = max(1, min(self.limit, self.in_flight))
         self._clean_answers = 0
-        self._objected(what, sent_at)
+        self.objected(what, sent_at)
         if retry_after is not None:
             after = time.monotonic() + retry_after + self.pauses.first * random.random()
             self.paused_until = max(self.paused_until, after)
@@ -79,9 +79,10 @@ class Lane:
     def failed(self, what: str, sent_at: float) -> None:
         """It failed over a request, or can't be reached."""
         self.limit = max(1, self.limit - 1)
-        self._objected(what, sent_at)
+        self.objected(what, sent_at)
 
-    def _objected(self, what: str, sent_at: float) -> None:
+    def objected(self, what: str, sent_at: float) -> None:
+        """It has answered with an objection; the second in a row pauses it."""
         now = time.monotonic()
         self.heard_at = now
         self._growth = 1

@@ -15,7 +15,7 @@ from train.llm.address import parse_address, shown_location
 from train.llm.advice import explain, is_unreachable
 from train.llm.connection_faults import connection_trouble, proxy_refusal, speaks_tls, tls_wanted
 from train.llm.connections import Connections
-from train.llm.failures import LONGEST_WAIT, Trouble, trouble_of, words_of_error
+from train.llm.failures import LONGEST_WAIT, ErrorBody, Trouble, error_in, error_of, trouble_of
 from train.llm.journal import Answer, Request
 from train.llm.places import Lane, Pauses
 from train.llm.redaction import Redactor
@@ -58,6 +58,13 @@ class ServerLane(Lane):
         super().__init__(name, server.concurrency, pauses)
         self.patience, self.longest_wait = patience, longest_wait
         self.has_answered = False
+        self.answered_sent_at = 0.0
+        """When the newest of the requests that it has answered was sent."""
+        self.denied: set[bytes] = set()
+        """The requests that it has denied since its last answer."""
+        self.denied_since = 0.0
+        self.denials = 0
+        """How many times in a row it has denied requests; those that were on their way together count once."""
         self.reached = False
         """Whether it has sent any response of its own. Until then the run's start is at stake, and pauses are short."""
         self.key = self._find_key(server)
@@ -136,15 +143,23 @@ class ServerLane(Lane):
         return self._read(response, time.monotonic() - started)
 
     def _read(self, response: httpx2.Response, seconds: float) -> Answer | Trouble:
-        """Return the answer in a response of status 200."""
-        try:
-            answer = answer_in(response.json(), seconds)
-        except ValueError:
-            what = f"no answer but garbage: {self.clean(response.text) or 'an empty body'}"
-            return Trouble("fault", what, status=response.status_code)
-        if self.redactor.holds_secret(answer.text, answer.refusal, answer.finish_reason):
-            return Trouble("row", "the answer repeats the server's key, and is kept nowhere")
-        return answer
+        """Return the answer in a response of status 200, or the error in it, which some gateways send so."""
+        body = _json(response)
+        # An error may stand beside choices, which are empty then.
+        error = error_in(body, response.text) if isinstance(body, dict) and body.get("error") else None
+        if error is None:
+            try:
+                answer = answer_in(body, seconds)
+            except ValueError:
+                error = error_in(body, response.text)
+            else:
+                if self.redactor.holds_secret(answer.text, answer.refusal, answer.finish_reason):
+                    return Trouble("row", "the answer repeats the server's key, and is kept nowhere")
+                return answer
+        if error is not None:
+            return self._trouble(error.implied_status(), response, error)
+        what = f"no answer but garbage: {self.clean(response.text) or 'an empty body'}"
+        return Trouble("fault", what, status=200)
 
     async def error_response(self, error: openai.APIStatusError) -> Trouble:
         """Return the meaning of a response that is an error or a redirect."""
@@ -155,22 +170,17 @@ class ServerLane(Lane):
             return self._redirect(response)
         if status == 400 and not isinstance(error.body, dict) and await self._wants_tls():
             return tls_wanted(self.address)
-        words = self.clean(words_of_error(error.body, response.text))
-        return self._trouble(status, response, words, error.code)
+        return self._trouble(status, response, error_of(_json(response), response.text))
 
-    def _trouble(self, status: int, response: httpx2.Response, words: str, code: Any) -> Trouble:
-        """Return the meaning of an error response."""
-        what = self.clean(f"{status} {response.reason_phrase}: {words}").removesuffix(": ").removesuffix(":")
-        if self.address.proxy and status in (403, 502, 503, 504):  # it may be the proxy that says so
+    def _trouble(self, status: int, response: httpx2.Response, error: ErrorBody) -> Trouble:
+        """Return the meaning of an error, in a response with the status of one or of a 200."""
+        said = f"{status} {response.reason_phrase}"
+        if response.status_code == 200:
+            said = "an error in the body of a 200" if status == 200 else f"{status} in the body of a 200"
+        what = self.clean(f"{said}: {error.words}").removesuffix(":")
+        if self.address.proxy and response.status_code in (403, 502, 503, 504):  # it may be the proxy that says so
             what = f"{what.rstrip('.')} (through {self.address.proxy})"
-        return trouble_of(
-            status,
-            what,
-            code,
-            response.headers,
-            has_answered=self.has_answered,
-            longest_wait=self.longest_wait,
-        )
+        return trouble_of(status, what, error, response.headers, longest_wait=self.longest_wait)
 
     def _redirect(self, response: httpx2.Response) -> Trouble:
         what = f"{response.status_code} {self.clean(response.reason_phrase)}".rstrip()
@@ -208,6 +218,9 @@ class ServerLane(Lane):
             self.reached = True
         if isinstance(outcome, Answer):
             self.has_answered = self.reached = True
+            self.answered_sent_at = max(self.answered_sent_at, sent_at)
+            self.denied.clear()
+            self.denials = 0
             self.answered()
         elif outcome is not None and outcome.kind == "too much":
             self.refused(outcome.what, sent_at, outcome.retry_after)
@@ -217,6 +230,11 @@ class ServerLane(Lane):
                 self.paused_until = min(self.paused_until, time.monotonic() + PAUSE_OF_A_START)
             if is_unreachable(outcome):
                 self._connections.when_sent = self._reached
+        elif outcome is not None and outcome.kind == "denied":
+            self.denied_since = self.denied_since if self.denied else time.monotonic()
+            before = self.failures_in_a_row
+            self.objected(outcome.what, sent_at)
+            self.denials += self.failures_in_a_row - before
         elif outcome is not None:
             self.heard_at = time.monotonic()
 
@@ -238,3 +256,11 @@ class ServerLane(Lane):
         """Return the beginning of what a server or an exception says, on one line and without secrets."""
         text = re.sub(r"\s+", " ", self.redactor.clean(text)).strip()
         return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _json(response: httpx2.Response) -> Any:
+    """Return the parsed body of a response; None where it is no JSON."""
+    try:
+        return response.json()
+    except ValueError:
+        return None

@@ -1,8 +1,33 @@
-"""What a model says that was asked for a yes or a no."""
+"""The verdict in a reply to a yes-or-no question.
+
+A `yes` or `no` is a verdict where it opens its clause or follows only words that announce it ("so yes", "the answer is
+no"), and a `no` only where no noun or adjective follows ("no jargon"). Verdicts that contradict each other are unread.
+"""
+
+import re
+
+_CHOICE = re.compile(r"\b(?:yes|no)\b[\s()]*(?:[/|]|\bor\b|\band\b)[\s()]*(?:yes|no)\b(?!\s+\w)")
+"""The question repeated, or no decision: yes/no, yes or no, yes and no."""
+
+_MARKS = re.compile(r"[*_`\"“”„«»]|(?<!\w)['‘’]|['‘’](?!\w)")
+"""Emphasis and quotation marks. They are removed: quoting a word in a sentence gives it no clause of its own."""
+
+_CLAUSE_END = re.compile(r"[^\w\s'-]+|\n|-+(?!\w)|(?<!\w)-+")
+
+_ANNOUNCE = (
+    r"(?:so|thus|therefore|hence|then|but|overall|ultimately|absolutely|clearly|definitely|certainly|in|short|i(?:'d)?"
+    r"|would|think|believe|say|it(?:'s)?|this|that(?:'s)?|is|be|an?|the|my|final|clear|answer|verdict|judge?ment"
+    r"|assessment|conclusion|decision|result)"
+)
+_AFTER_NO = (
+    r"(?:i|it(?:'s)?|he|she|they|we|you|the|this|that|these|those|there|its|because|as|since|but|and|not|actually)\b"
+)
+_VERDICT = re.compile(rf"\s*(?:{_ANNOUNCE}\s+)*(yes(?![\w'-])|no(?=\s*$|\s+{_AFTER_NO}))")
 
 
 def says_no(reply: str) -> bool | None:
-    """Whether a reply says no; None where it says neither."""
-    words = [word.strip("*_.,:;!\"'`()").casefold() for word in reply.split()]
-    first = next((word for word in words if word in ("yes", "no")), None)
-    return None if first is None else first == "no"
+    """Return whether the verdict of a reply is no; None where there is no verdict or a contradiction."""
+    text = _MARKS.sub("", reply.casefold()).replace("’", "'")
+    clauses = _CLAUSE_END.split(_CHOICE.sub("\n", text))
+    verdicts = {match[1] for clause in clauses if (match := _VERDICT.match(clause))}
+    return "no" in verdicts if len(verdicts) == 1 else None

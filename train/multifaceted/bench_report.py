@@ -6,8 +6,10 @@ from typing import Any
 
 from train.llm.journal import Decoding
 from train.llm.unanswered import SHOWN_IN_REPORT
+from train.llm.unread import unread_warning
 from train.multifaceted.bench import JudgedRow, figures
 from train.multifaceted.bench_rows import Bench
+from train.multifaceted.judge import PROMPT_VERSION
 from train.multifaceted.protocol import (
     PAPERS_DECODING,
     PAPERS_JUDGE,
@@ -50,6 +52,7 @@ def make_record(
         "deviations": deviations(bench, protocol, decoding, with_system),
         "judge": {
             "model": settings.model,
+            "prompt_version": PROMPT_VERSION,
             "sees_the_system_message": settings.show_system,
             "runs": settings.runs,
             "retries": settings.retries,
@@ -66,9 +69,9 @@ def _decoding(decoding: Decoding) -> dict[str, Any]:
 
 
 def deviations(bench: Bench, protocol: Protocol, decoding: Decoding | None, with_system: bool | None) -> list[str]:
-    """In what this is not the paper's protocol, in words. The words of the judge's prompt are ours in any case."""
+    """List the differences from the paper's protocol. The wording of the judge's prompt is always one."""
     settings = protocol.judge
-    found = ["the words that the judge is asked in are our own"]
+    found = [f"the judge's prompt is in our own words (version {PROMPT_VERSION})"]
     if settings.show_system:
         found.append("the judge was shown the system message")
     if settings.model != PAPERS_JUDGE:
@@ -103,6 +106,7 @@ def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow]) -> str:
     """
     score, judge, missing = record["score"], record["judge"], record["missing"]
     lines = [HEADING, "", _headline(record), ""]
+    lines += [part for warning in warnings(record) for part in (f"**Warning: {warning}**", "")]
     if not record["complete"]:
         pending = missing["judgements_missing"]["pending"]
         to_come = counted(pending, "judgement", "is", "are")
@@ -129,6 +133,20 @@ def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow]) -> str:
     for one in judged[:: max(len(judged) // _SAMPLES, 1)][:_SAMPLES]:
         lines += _sample(one)
     return "\n".join(lines) + "\n"
+
+
+def warnings(record: Mapping[str, Any]) -> list[str]:
+    """Return a line where most answers of the judge held no score that could be read."""
+    missing = record["missing"]
+    faults = missing["judge_answers_without_score"]
+    why = ", ".join(f"{count:,} {name}" for name, count in faults.items())
+    return unread_warning(
+        f"--judge {record['judge']['model']}",
+        sum(faults.values()),
+        missing["judge_answers"],
+        f"Reasons: {why}. They are in no mean; the answers are in bench_rows.jsonl. Use a judge that ends with "
+        "[RESULT] and a number, or raise --judge-max-tokens if its answers are cut.",
+    )
 
 
 def _headline(record: Mapping[str, Any]) -> str:

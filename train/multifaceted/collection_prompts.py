@@ -1,9 +1,9 @@
-"""What the model is asked for the collection, and how its replies are read.
+"""The prompts of the collection, and the reading of their replies.
 
-The words are ours, the examples too. Every prompt is made of user and assistant turns alone, as some models have no
-system role, and says what is to be done before what differs from row to row, so that servers that keep prefixes compute
-it once. The system message is written from the four descriptions alone: neither the instruction nor the names of the
-preferences are in that prompt.
+The wording and the examples are ours. Every prompt consists of user and assistant turns only, as some models have no
+system role, and states the task before anything that differs between rows, so that servers with a prefix cache compute
+it once. The system message is written from the four descriptions alone: its prompt holds neither the instruction nor
+the names of the preferences.
 """
 
 import random
@@ -13,88 +13,93 @@ from collections.abc import Mapping, Sequence
 from train.multifaceted.message_examples import EXAMPLES
 from train.multifaceted.preferences import DIMENSIONS, Draw, Hierarchy, Preference, same_words
 
+PROMPT_VERSION = 2
+"""The wording of these prompts, of message_examples.py and of hierarchy.yaml, for report.json. Raise it with every
+change of wording."""
+
 Turn = dict[str, str]
 
 MEANINGS = {
     "style": "how the answer is written",
-    "background_knowledge": "how much the user knows of the subject already",
-    "informativeness": "what the answer gives the user to know",
-    "harmlessness": "how the answer deals with what could mislead, hurt or offend",
+    "background_knowledge": "how much the user already knows about the subject",
+    "informativeness": "what the user learns from the answer",
+    "harmlessness": "how the answer handles anything that could mislead, hurt or offend",
 }
 EXAMPLES_OF_MESSAGES = 3
 LONGEST_PREFERENCE = 200
-"""Characters. What is longer is no preference but a description, or talk."""
+"""Characters. Anything longer is a description or chatter, not a preference."""
 
 _DIMENSIONS = "\n".join(f"- {dimension}: {MEANINGS[dimension]}" for dimension in DIMENSIONS)
 
 _PROPOSE = f"""\
-Users differ in what they want of an answer. I show you an instruction, and for some of four dimensions one aspect \
-each, with a few preferences that users have had in it. For each aspect, name one preference that a user who gives \
-this instruction could have. The dimensions are:
+Users differ in what they want from an answer. I will show you an instruction and one aspect for each of up to four \
+dimensions, with a few preferences that other users have had. For each aspect, propose one preference that a user \
+giving this instruction might have. The dimensions are:
 {_DIMENSIONS}
 
-- Name it in three to ten words. It must lead to an answer that is clearly unlike the usual one.
-- It says what the answer should be like, not what it should say: it must suit other instructions of the same kind.
-- Think of one of your own; those that I show are there to tell you what is meant.
-- Reply with one line for each dimension that I ask for, `dimension: preference`, and write nothing else."""
+- State each preference in two to ten words. It must lead to an answer that clearly differs from the usual one.
+- Say what the answer should be like, not what it should say: the preference must suit other instructions of the same \
+kind.
+- Come up with preferences of your own; the ones shown only illustrate the aspect.
+- Reply with one line for each dimension shown, `dimension: preference`, and nothing else."""
 
 _PROPOSED: tuple[tuple[str, str, str], ...] = (
     (
-        "Why do leaves change colour in autumn?",
-        "- style, vividness (how much there is to see, hear and feel), such as: Told as a small scene\n"
-        "- background_knowledge, novice (the user knows nothing of the subject yet), such as: A curious child of ten\n"
-        "- informativeness, depth (how far below the surface the answer goes), such as: With the exceptions to the "
+        "Why do leaves change color in the fall?",
+        "- style, vividness (how much the reader can see, hear and feel), such as: Told as a short scene\n"
+        "- background_knowledge, novice (the user knows nothing about the subject), such as: A curious ten-year-old\n"
+        "- informativeness, depth (how far below the surface the answer goes), such as: Includes the exceptions to the "
         "rule\n"
-        "- harmlessness, accuracy (how the answer deals with what is certain and what is not), such as: Says how sure "
+        "- harmlessness, accuracy (how the answer separates what is certain from what is not), such as: Says how sure "
         "it is",
-        "style: As if walking through it with open eyes\n"
-        "background_knowledge: Has only ever wondered, never read about it\n"
-        "informativeness: Every process down to what it is good for\n"
-        "harmlessness: Popular half-truths put right",
+        "style: Like a guided walk with all senses open\n"
+        "background_knowledge: Has always wondered, never read about it\n"
+        "informativeness: Explains what each process is good for\n"
+        "harmlessness: Clears up popular half-truths",
     ),
     (
         "Write a function that finds the longest palindrome in a string.",
         "- style, tone (how the assistant sounds), such as: Dry wit; Formal and reserved\n"
-        "- informativeness, practicality (how directly the answer can be put to use), such as: Pitfalls from practice",
-        "style: A patient reviewer thinking aloud\ninformativeness: Ready to paste, with the cases that break it",
+        "- informativeness, practicality (how readily the answer can be put to use), such as: Real-world pitfalls",
+        "style: A patient reviewer thinking out loud\ninformativeness: Ready to paste, edge cases included",
     ),
 )
 
 
 def propose(instruction: str, draws: Sequence[Draw], avoid: Sequence[str] = ()) -> list[Turn]:
-    """Ask for a preference of each drawn sub-dimension. `avoid`: those that the instruction's other sets have."""
+    """Ask for a preference in each drawn sub-dimension. `avoid`: those of the instruction's other sets."""
     (first, shown, reply), *more = _PROPOSED
     turns = [
-        _turn("user", f"{_PROPOSE}\n\n### Instruction\n{first}\n\n### Asked for\n{shown}"),
+        _turn("user", f"{_PROPOSE}\n\n### Instruction\n{first}\n\n### Aspects\n{shown}"),
         _turn("assistant", reply),
     ]
     for example, shown, reply in more:
         turns += [
-            _turn("user", f"### Instruction\n{example}\n\n### Asked for\n{shown}"),
+            _turn("user", f"### Instruction\n{example}\n\n### Aspects\n{shown}"),
             _turn("assistant", reply),
         ]
     shown = "\n".join(
         f"- {one.sub.dimension}, {one.sub.name} ({one.sub.meaning}), such as: {'; '.join(one.examples)}"
         for one in draws
     )
-    ask = f"### Instruction\n{instruction}\n\n### Asked for\n{shown}"
+    ask = f"### Instruction\n{instruction}\n\n### Aspects\n{shown}"
     if avoid:
-        ask += f"\n\nSomething other than: {'; '.join(avoid)}"
+        ask += f"\n\nDo not propose any of these again: {'; '.join(avoid)}"
     return [*turns, _turn("user", ask)]
 
 
 _DESCRIBE = f"""\
-Users differ in what they want of an answer. I name some preferences of a user, each with the dimension and aspect \
-that it belongs to. The dimensions are:
+Users differ in what they want from an answer. I will list some preferences of one user, each with its dimension and \
+aspect. The dimensions are:
 {_DIMENSIONS}
 
-Describe each preference in two sentences, so that somebody who knows neither its name nor the user's question knows \
-what the answer must be like. Don't invent a question or a subject. Reply with one line for each dimension, \
-`dimension: description`, and write nothing else."""
+Describe each preference in two sentences, so that someone who knows neither its name nor the user's question \
+understands what the answer must be like. Do not invent a question or a subject. Reply with one line per dimension, \
+`dimension: description`, and nothing else."""
 
 
 def describe(preferences: Sequence[Preference], hierarchy: Hierarchy, chance: random.Random) -> list[Turn]:
-    """Ask for a description of each preference. The examples are drawn from those of the hierarchy that have one."""
+    """Ask for a description of each preference, with examples drawn from the described ones of the hierarchy."""
     ask, reply = [], []
     for dimension in DIMENSIONS:
         described = [
@@ -118,17 +123,17 @@ def describe(preferences: Sequence[Preference], hierarchy: Hierarchy, chance: ra
 
 
 _MESSAGE = """\
-You write system messages for assistants. I show you four descriptions of what a user wants of answers, whatever will \
-be asked. Write the one system message that makes an assistant answer like that.
+You write system messages for assistants. I will give you four descriptions of what a user wants from answers, \
+whatever the question. Write one system message that makes an assistant answer that way.
 
-- Give the assistant a role that goes with them, and speak to it: "You are ..."
-- Everything the four descriptions ask for must be in it, in your own words, as one whole.
-- It must suit any question: name no subject that the descriptions don't name.
-- Write a paragraph of 80 to 180 words of running text, and nothing before or after it."""
+- Give the assistant a role that fits the descriptions, and address it: "You are ..."
+- Cover everything the four descriptions ask for, in your own words and as a coherent whole.
+- Make it suit any question: name no subject that the descriptions do not name.
+- Write a single paragraph of 80 to 180 words of running text, with nothing before or after it."""
 
 
 def message(descriptions: Sequence[str], chance: random.Random) -> list[Turn]:
-    """Ask for a system message from descriptions, which come in an order of their own."""
+    """Ask for a system message from descriptions, which are shown in a drawn order."""
     drawn = chance.sample(EXAMPLES, min(EXAMPLES_OF_MESSAGES, len(EXAMPLES)))
     turns: list[Turn] = []
     for number, example in enumerate(drawn):
@@ -139,20 +144,20 @@ def message(descriptions: Sequence[str], chance: random.Random) -> list[Turn]:
 
 
 def screen(instruction: str) -> list[Turn]:
-    """Ask whether an instruction says how it is to be answered: the reply begins with yes or no."""
+    """Ask whether an instruction says how to answer it. The reply starts with yes or no."""
     return [
         _turn(
             "user",
-            "Below is an instruction for an assistant. Does it say, beside what is wanted, how the answer is to be "
-            "written: its length, form, style or tone, for whom it is, or in whose role? What the task itself makes "
-            "necessary (a poem where a poem is asked for, code where code is) doesn't count. Reply with one word, Yes "
-            f"or No.\n\n### Instruction\n{instruction}",
+            "Below is an instruction for an assistant. Besides what it wants, does it say how the answer should be "
+            "written: its length, format, style or tone, its audience, or the role to answer in? Whatever the task "
+            "itself requires (a poem when asked for a poem, code when asked for code) does not count. Reply with one "
+            f"word, Yes or No.\n\n### Instruction\n{instruction}",
         )
     ]
 
 
 def answer(system: str, instruction: str) -> list[Turn]:
-    """The instruction under its system message."""
+    """Ask for an answer to the instruction under its system message."""
     return [_turn("system", system), _turn("user", instruction)]
 
 

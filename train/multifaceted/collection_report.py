@@ -27,8 +27,9 @@ def _sections(name: str, facts: Mapping[str, Any], seconds: float | None) -> Ite
     yield f"# {name}"
     yield (
         f"{facts['sets_written']:,} rows (system message, instruction, answer) and {facts['pairs']:,} preference "
-        f"pairs, by {facts['model']}."
+        f"pairs, by {facts['model']}. Prompt version: {facts['prompt_version']}."
     )
+    yield from (f"**Warning: {warning}**" for warning in facts["warnings"])
     yield (
         "Every figure here was counted in this run. Figures of the paper's own collection stand here only where its "
         "text is at hand; its numbers of seed preferences and its similarity of messages we could not confirm, so they "

@@ -17,8 +17,10 @@ import numpy as np
 from train.data.texts import words_of
 from train.llm.spent import Spent
 from train.llm.unanswered import NO_ANSWER, Unanswered
+from train.llm.unread import unread_warning
 from train.multifaceted.collection_config import STAGES, CollectionConfig
 from train.multifaceted.collection_outcome import Outcome
+from train.multifaceted.collection_prompts import PROMPT_VERSION
 from train.multifaceted.preferences import DIMENSIONS, Hierarchy, same_words
 
 SAMPLES = 5
@@ -95,16 +97,28 @@ class Tally:
         else:
             heapq.heappushpop(heap, entry)
 
+    def warnings(self) -> list[str]:
+        """Return a line where the verdicts of the model's filter were mostly unread."""
+        return unread_warning(
+            "filter.model",
+            self.events["screen: neither yes nor no, and kept"],
+            self.spent["screen"].requests if "screen" in self.spent else 0,
+            "These instructions were kept. The replies are in answers.sqlite under the stage `screen`: check that the "
+            "model replies with yes or no, and that screen.max_tokens leaves room for it.",
+        )
+
     def facts(self) -> dict[str, Any]:
         """Everything as plain values, for report.json."""
         return {
             "model": self._config.model,
+            "prompt_version": PROMPT_VERSION,
             "rows": self.rows,
             "instructions": self.instructions,
             "instructions_written": self.instructions_written,
             "sets": self.sets,
             "sets_written": self.written,
             "pairs": self.pairs,
+            "warnings": self.warnings(),
             "left_out": _sorted(self.left_out),
             "sets_left_out": _sorted(self.sets_left_out),
             "unanswered": self.unanswered.counts(),

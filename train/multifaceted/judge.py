@@ -23,32 +23,42 @@ from train.multifaceted.protocol import JudgeSettings
 STAGE = "judge, run {run}"
 
 _TASK = """\
-You grade one answer of a language model, by one criterion alone.
+You grade one answer from a language model on a single criterion.
 
-You are given the instruction that the model got, the answer to be graded, a reference that would earn the best grade, \
-and the criterion with a description of each grade from 1 to 5.
+You are given the instruction that the model received, the answer to be graded, a reference answer that would earn the \
+highest score, and the criterion with a description of each score from 1 to 5.
 
-First say in a few sentences which description fits the answer best and what in the answer shows it. Go by this \
-criterion only. The reference shows what a 5 looks like; an answer may earn a 5 in other words. Then give the grade, a \
-whole number from 1 to 5, on a last line of this form, and write nothing after it:
+First explain in a few sentences which description fits the answer best and what in the answer shows this. Consider \
+only this criterion. The reference answer shows what a 5 looks like; an answer in different words can earn a 5 as \
+well. Then give the score, a whole number from 1 to 5, on a final line in this form, and write nothing after it:
 [RESULT] n"""
 
-_TAG = re.compile(r"\[\s{0,3}result\s{0,3}\]", re.IGNORECASE | re.ASCII)
-_OPENING = r"[\s:=*_`~\"'“‘(\[{<]*+"
-_CLOSING = r"[*_`~\"'”’)\]}>]*+"
+PROMPT_VERSION = 2
+"""The wording of the judge's prompt, for bench.json. Raise it with every change of wording: scores under two wordings
+are not comparable."""
+
+_TAG = re.compile(r"[\[【［]\s{0,3}result\s{0,3}\\?[\]】］]+", re.IGNORECASE | re.ASCII)
+_OPENING = r"(?:[\s:：=*_`~\"'“‘(\[{<$]|\\boxed|\\text)*+"
+_CLOSING = r"[*_`~\"'”’)\]}>$]*+"
 _NUMBER_WORD = r"(?:one|two|three|four|five|six|seven|eight|nine|ten)\b"
 _DIGIT = r"(?P<score>[1-5])(?![^\W_])"
 _OUT_OF_FIVE = rf"(?:[^\S\n]*(?:[/⁄]|out[^\S\n]+of)[^\S\n]*{_OPENING}(?:5|five)(?![^\W_]){_CLOSING})?+"
 _GOES_ON = rf"[^\S\n]*(?:[+%]|(?:[^\w\s]{{1,3}}|to\b|or\b|and\b|out[^\S\n]+of\b)?[^\S\n]*[(\[]?(?:\d|{_NUMBER_WORD}))"
 _NAME = r"(?:(?:the|my|final|overall)\s+)*(?:score|result|rating|grade)\s*(?:of\b|is\b|[:=])?"
 _AFTER_TAG = re.compile(
-    rf"{_OPENING}(?:[-–—]\s+)?(?:{_NAME}{_OPENING})?{_DIGIT}{_CLOSING}{_OUT_OF_FIVE}(?!{_GOES_ON})", re.IGNORECASE
+    rf"{_OPENING}(?:[-–—]\s+|(?:[-=]>|→)\s*)?(?:{_NAME}{_OPENING})?{_DIGIT}{_CLOSING}{_OUT_OF_FIVE}(?!{_GOES_ON})",
+    re.IGNORECASE,
 )
 _IN_BRACKETS = re.compile(
     rf"(?<![\w\]])\[\s*(?:score\s*(?:of\b|[:=])?\s*)?{_DIGIT}\s*{_OUT_OF_FIVE}\]?[\s.!*_]*\Z", re.I
 )
 _LAST_WORDS = re.compile(
     rf"\bscore\s*(?:of\b|is\b|[:=])?{_OPENING}{_DIGIT}{_CLOSING}{_OUT_OF_FIVE}[\s.!*_]*\Z", re.IGNORECASE
+)
+_ON_ITS_OWN_LINE = re.compile(
+    rf"(?:\{{.*)?[^\w\n]*+(?:{_NAME}{_OPENING}[\]}}>]*+(?:[-–—]\s+)?|(?<=\\)boxed){_OPENING}"
+    rf"{_DIGIT}{_CLOSING}{_OUT_OF_FIVE}[^\w+%]*(?:result>)?",
+    re.IGNORECASE,
 )
 _NOT_A_VERDICT = re.compile(
     r"\b(?:no|not|never|without|would|could|should|might|from|below|above|under|over|than|between|short|if|unless)\b"
@@ -66,10 +76,13 @@ def parse_score(text: str) -> int | None:
     `(5)`), after a colon or a name (`Score:`, `score of`), and before `/5` or `out of 5`. A number that goes on is no
     score: 10, 4.5, 4-5, "4 or 5", 4/10, "5 out of 10", 4+. An earlier `[RESULT]`, which may be quoted from the answer
     that is graded, doesn't count, even where the last one is followed by something else. Digits are those of ASCII.
-    What stands after the score, in other words or on further lines, is passed over.
+    What stands after the score, in other words or on further lines, is passed over. Brackets may be escaped (`\\[`) or
+    Chinese ones (`【RESULT】`).
 
     Without any `[RESULT]` the text must end in `[3]`, `[Score 4]`, `(Score 5)`, `score: 3` or `score of 1`, the last
-    two not in a sentence that says what is not the case ("keeps it from a score of 5").
+    two not in a sentence that says what is not the case ("keeps it from a score of 5"); or its last line must be the
+    score alone under a name (`**Result: 4**`, `[RESULT: 4]`, `Grade: 4/5`, `{"result": 4}`) or in a box
+    (`\\boxed{4}`). Within a sentence these two may be quoted from the answer.
     """
     tags = list(_TAG.finditer(text))
     if tags:
@@ -81,21 +94,23 @@ def parse_score(text: str) -> int | None:
     if found := _LAST_WORDS.search(end):
         sentence = re.split(r"[.!?\n]", end[: found.start()])[-1]
         return None if _NOT_A_VERDICT.search(sentence) else int(found["score"])
-    return None
+    last_line = end.rstrip(" \n$`*\\]}").rpartition("\n")[2]
+    found = _ON_ITS_OWN_LINE.fullmatch(last_line)
+    return int(found["score"]) if found else None
 
 
 def judge_prompt(row: BenchRow, rubric: Rubric, response: str, *, show_system: bool = False) -> str:
-    """What the judge is asked. The system message is in it only with `show_system`."""
+    """Return the question for the judge, with the system message only if `show_system` is set."""
     parts = [_TASK]
     if show_system:
-        parts.append(f"### System message that the model got\n{row.system}")
-    grades = "\n".join(f"{grade}: {text}" for grade, text in enumerate(rubric.descriptions, 1))
+        parts.append(f"### System message that the model received\n{row.system}")
+    scores = "\n".join(f"{score}: {text}" for score, text in enumerate(rubric.descriptions, 1))
     parts += [
         f"### Instruction\n{row.prompt}",
         f"### Answer to be graded\n{response}",
-        f"### Reference, which earns a 5\n{row.reference}",
+        f"### Reference answer (score 5)\n{row.reference}",
         f"### Criterion\n{rubric.criteria}",
-        f"### Grades\n{grades}",
+        f"### Score descriptions\n{scores}",
     ]
     return "\n\n".join(parts)
 

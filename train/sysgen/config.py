@@ -1,7 +1,7 @@
-"""What a SYSGEN run is: a YAML file in recipes/sysgen, strict and documented key by key.
+"""The configuration of a SYSGEN run: a YAML file in recipes/sysgen, strict and documented key by key.
 
 Defaults are the paper's (section 3 and appendix of arXiv:2502.11330) where it states one; where it is silent, the
-docstring says so.
+docstring says so. README.md lists every departure from the paper with its key.
 """
 
 from collections.abc import Sequence
@@ -86,7 +86,9 @@ class GatesSection(Section):
     """The system message must be in the language of the conversation; else it is written again, `retries` times."""
     leak: float | None = Field(default=0.5, gt=0, le=1)
     """A system message that holds this share of the answer's words in runs of five, which the questions don't hold, or
-    the whole of a short answer, is written again; null = not looked at."""
+    the whole of a short answer, is written again. The prompt says so too: the message must suit similar questions and
+    not give the answer away, or a new answer would only repeat it. null = neither, as in the paper. A change from or to
+    null is another prompt, so it asks for every message again."""
     near_duplicates: float | None = Field(default=None, gt=0, lt=1)
     """Leave out rows whose system message is this similar (Jaccard, of runs of three words) to one before; null = not
     looked at."""
@@ -102,7 +104,8 @@ class SysgenConfig(Section):
     servers: Annotated[tuple[ServerSection, ...], Field(strict=False, min_length=1)]
     """Where it is served; the load is shared by how fast each answers."""
     data: SourcesSection
-    """The rows that get system messages."""
+    """The rows that get system messages. Turns after the last answer are left out and counted: there is no answer to
+    train on. The paper doesn't say."""
     existing_system: Literal["replace", "keep", "refine"] = "replace"
     """What becomes of rows that have a system message; keep = they stay as they are and nothing is asked; refine = the
     generator sees it and works it out; replace = it is taken away first."""

@@ -1,11 +1,11 @@
 """Requirements on an answer that a program can check: at most 60 words, a list of four points, no commas.
 
-Some of their kinds are those that IFEval asks for; their words are ours throughout, and no sentence is taken from it:
-to train on a benchmark's own words would make its score worthless. Each kind is put in several ways, so that a model
-learns the requirement and not one sentence. The words are English, and so are the answers that they suit.
+Some kinds are also IFEval's, but the wording is ours throughout and no sentence is taken from it: training on a
+benchmark's own wording would make its score worthless. Each kind has several wordings, so that a model learns the
+requirement and not one sentence. The wordings are English, and so are the answers that get them.
 
-A check is strict and plain, and says no wherever in doubt: what it lets through is trained on as an example of
-following the message.
+A check is strict and simple, and fails an answer when in doubt: what passes is trained on as an example of following
+the message. A change of wording raises `prompts.PROMPT_VERSION`.
 """
 
 import math
@@ -145,7 +145,7 @@ _BEGINNINGS = (
 )  # fmt: skip
 _ENDINGS = (
     "That covers it.", "Over to you.", "And there you have it.", "Take it from here.", "Now you know.",
-    "Good luck with it.", "That is the whole story.", "Write back if it gets stuck.", "End of note.",
+    "Good luck with it.", "That is the whole story.", "Write back if you get stuck.", "End of note.",
 )  # fmt: skip
 
 
@@ -235,7 +235,7 @@ def _ending(originals: _Originals, chance: random.Random) -> _Made:
 def _word_to_include(originals: _Originals, chance: random.Random) -> _Made:
     word, times = chance.choice(list(originals.common_words.items()))
     wanted = chance.randint(1, min(times, 3))
-    often = {1: "at least once", 2: "at least twice", 3: "three times or more"}[wanted]
+    often = {1: "at least once", 2: "at least twice", 3: "three or more times"}[wanted]
     return {"word": word, "often": often}, lambda answer: words_of(answer).count(word) >= wanted
 
 
@@ -266,75 +266,75 @@ def _ends_with_postscript(answer: str) -> bool:
 # fmt: off
 _KINDS = (
     _Kind("words_at_most", "Format", lambda it: it.longest >= 10 and not it.has_code, _words_at_most, (
-        "Stay within {n} words.", "You have {n} words per reply; don't go beyond that.",
-        "Use {n} words or fewer each time.", "Cap each reply at {n} words.")),
+        "Stay within {n} words.", "You have {n} words per reply; don't go over.",
+        "Use {n} words or fewer in each reply.", "Cap each reply at {n} words.")),
     _Kind("words_at_least", "Format", lambda it: 30 <= it.shortest <= 400 and not it.has_code, _words_at_least, (
-        "Write {n} words or more in every reply.", "Don't stop before you have written {n} words.",
-        "Go into enough depth to fill {n} words at the least.", "No reply of yours is shorter than {n} words.")),
+        "Write {n} words or more in every reply.", "Don't stop before you reach {n} words.",
+        "Go into enough depth to fill at least {n} words.", "Never send a reply shorter than {n} words.")),
     _Kind("sentences_at_most", "Format", lambda it: it.is_plain and it.longest <= 120, _sentences_at_most, (
-        "Say it in {n} sentences at most.", "Never use more than {n} sentences.",
-        "Limit yourself to {n} sentences.", "Keep to {n} sentences or fewer, each line of a list counted as one.")),
+        "Say it in no more than {n} sentences.", "Never use more than {n} sentences.",
+        "Limit yourself to {n} sentences.", "Keep to {n} sentences or fewer; a line of a list counts as a sentence.")),
     _Kind("paragraphs", "Format", lambda it: it.is_plain and it.shortest >= 60, _paragraphs, (
-        "Divide what you write into {n} paragraphs, with a blank line between them.",
-        "Write {n} paragraphs, no more and no fewer, each set off by a blank line.",
-        "Set out your reply as {n} paragraphs with empty lines in between.")),
+        "Divide your reply into {n} paragraphs, with a blank line between them.",
+        "Write {n} paragraphs, no more and no fewer, separated by blank lines.",
+        "Lay out your reply as {n} paragraphs with empty lines in between.")),
     _Kind("bullet_points", "Format", lambda it: it.shortest >= 30 and not it.has_code, _bullet_points, (
-        "Put the key points into {n} bullets in markdown, each on its own line.",
-        "Include one bulleted list of {n} items in each reply, neither more nor fewer.",
-        "Sum up with {n} bullets, and use bullets nowhere else.")),
+        "Put the key points into {n} markdown bullets, each on its own line.",
+        "Include one bulleted list of {n} items in each reply, no more and no fewer.",
+        "Sum up in {n} bullets, and use no other bullets.")),
     _Kind("numbered_points", "Format", lambda it: it.shortest >= 30 and not it.has_code, _numbered_points, (
-        "Arrange it as {n} numbered points, each on a new line.",
-        "Count your points: give {n} of them, on lines numbered from 1.",
-        "Use a numbered list of {n} steps, and only that one list.")),
+        "Organize your reply into {n} numbered points, each on a new line.",
+        "Number your points: make {n} of them, on lines numbered from 1.",
+        "Use a numbered list of {n} steps, and no other numbered list.")),
     _Kind("highlighted", "Format", lambda it: it.shortest >= 30 and not it.has_code, _highlighted, (
-        "Set {n} or more terms in bold, **like this**.", "Mark the {n} most telling phrases in **bold**.",
-        "Make it easy to skim: put {n} or more pieces between double asterisks, as in **this**.")),
+        "Set {n} or more terms in bold, **like this**.", "Put the {n} most important phrases in **bold**.",
+        "Make it easy to skim: put {n} or more phrases in double asterisks, as in **this**.")),
     _Kind("title", "Format", lambda it: it.shortest >= 40, _that(lambda answer: bool(HEADING.match(answer.strip()))), (
         "Open with a title on its own line, as a markdown heading (# ...).",
-        "Give each reply a headline: its first line is a heading that starts with #.",
-        "The first line you write is a heading in markdown, with a # before it.")),
+        "Give each reply a headline: the first line is a heading that starts with #.",
+        "Make the first line a markdown heading, with a # in front.")),
     _Kind("json", "Format", lambda it: it.is_plain and it.longest <= 60, _that(is_json_object), (
-        "Reply in JSON alone: one object, without a code fence or a remark around it.",
-        "Your reply is read by a program: write one JSON object, and not a word beside it.",
-        "Put everything into a single JSON object; nothing stands before the first brace or after the last.")),
+        "Reply in JSON only: one object, without a code fence or any comment around it.",
+        "A program reads your reply: write one JSON object and nothing else.",
+        "Put everything into a single JSON object, with nothing before the first brace or after the last.")),
     _Kind("quoted", "Format", lambda it: it.is_plain and it.longest <= 100 and not it.hold('["“”]'),
           _that(_is_quoted), (
-        "Put the whole reply between straight double quotes (\").",
-        "Begin and end with a \" so that everything you say stands in quotes.",
-        "Set your reply in double quotes, from the first character to the last, as if it were quoted.")),
+        "Put the whole reply in straight double quotes (\").",
+        "Begin and end with a \" so that everything you say is in quotes.",
+        "Enclose your reply in double quotes, from the first character to the last.")),
     _Kind("postscript", "Content", lambda it: it.shortest >= 20, _that(_ends_with_postscript), (
-        "Close with a postscript, a last line that begins with PS:",
-        "Add one more thought at the bottom, on a line of its own that starts with \"PS:\".",
-        "Let every reply end in a one-line PS: with a tip or an aside.")),
+        "Close with a postscript: a last line that begins with PS:",
+        "Add one more thought at the bottom, on its own line starting with \"PS:\".",
+        "End every reply with a one-line PS: that holds a tip or an aside.")),
     _Kind("beginning", "Content", lambda it: it.shortest >= 10, _beginning, (
-        "Open each reply with these words: \"{phrase}\"", "Always lead in with \"{phrase}\" and go on from there.",
+        "Open each reply with these words: \"{phrase}\"", "Always lead with \"{phrase}\" and continue from there.",
         "The first words of your reply are \"{phrase}\"")),
     _Kind("ending", "Content", lambda it: it.shortest >= 10, _ending, (
-        "Sign off with \"{phrase}\" and write nothing below it.", "Your last words are always \"{phrase}\"",
-        "Conclude each reply with \"{phrase}\", word for word and without anything behind it.")),
+        "Sign off with \"{phrase}\" and write nothing after it.", "Your last words are always \"{phrase}\"",
+        "Conclude each reply with \"{phrase}\", word for word, and leave it at that.")),
     _Kind("word_to_include", "Content", lambda it: it.shortest >= 20 and not it.has_code and bool(it.common_words),
           _word_to_include, (
-        "Work the word \"{word}\" into what you say, {often}.", "Let \"{word}\" occur {often}.",
+        "Work the word \"{word}\" into your reply {often}.", "Use \"{word}\" {often}.",
         "Bring in the term \"{word}\" {often}.")),
     _Kind("word_to_avoid", "Style", lambda it: it.shortest >= 20, _word_to_avoid, (
         "Do without the word \"{word}\".", "Never say \"{word}\".",
-        "The word \"{word}\" is off limits; find another way.", "Steer clear of \"{word}\" in your wording.")),
+        "The word \"{word}\" is off limits; find another way to say it.", "Steer clear of the word \"{word}\".")),
     _Kind("lower_case", "Style", lambda it: not it.has_code and not it.hold(r"\d,\d"),
           _that(lambda answer: not any(letter.isupper() or letter.istitle() for letter in answer)), (
-        "Type everything in small letters, names and the start of sentences too.",
-        "Write without a single capital, as in a casual chat.", "lower case only, please, from start to end.",
-        "Leave the shift key alone: not one upper-case letter.")),
+        "Type everything in lowercase, including names and the first word of a sentence.",
+        "Write without a single capital letter, as in a casual chat.", "lowercase only, please, from start to finish.",
+        "Leave the shift key alone: not one uppercase letter.")),
     _Kind("capitals", "Style", lambda it: it.longest <= 40 and not it.has_code,
           _that(lambda answer: not any(letter.islower() for letter in answer)), (
-        "WRITE IN UPPER CASE ONLY, LIKE THIS.", "Reply in capitals throughout, like a telegram.",
-        "Every letter that you type is a capital.", "Use block capitals and no small letters.")),
+        "WRITE IN UPPERCASE ONLY, LIKE THIS.", "Reply in capitals throughout, like a telegram.",
+        "Every letter you type is a capital.", "Use block capitals and no lowercase letters.")),
     _Kind("no_commas", "Style", lambda it: not it.has_code and not it.hold(r"\d,\d"), _without(",，、،"), (
-        "Build sentences that get by without a comma.", "Commas are not to occur in your reply.",
-        "Use full stops where you would put a comma; leave commas out.", "Write comma-free prose.")),
+        "Build sentences that work without a comma.", "Keep commas out of your reply.",
+        "Use periods where you would put commas; leave commas out.", "Write comma-free prose.")),
     _Kind("no_exclamation_marks", "Style", lambda it: not it.has_code and not it.hold(r"\d!|!="), _without("!！¡"), (
         "Stay calm in tone and use no exclamation marks.", "Exclamation marks have no place in your replies.",
-        "Keep your enthusiasm out of the punctuation: not one exclamation mark.",
-        "Finish sentences with a full stop or a question mark, never with an exclamation mark.")),
+        "Keep your enthusiasm out of the punctuation: not a single exclamation mark.",
+        "Finish sentences with a period or a question mark, never with an exclamation mark.")),
 )
 # fmt: on
 

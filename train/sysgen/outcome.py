@@ -30,6 +30,8 @@ class Outcome:
     """What is left of it, with what was repaired and dropped."""
     verdicts: list[dict[str, Verdict]] = field(default_factory=list)
     """By tag; one item for the message, or for each turn of a conversation of several."""
+    tags_judged: int = 0
+    """Number of verdicts that were asked for: the message's tags, over all tries and turns."""
     constraints: list[dict[str, str]] = field(default_factory=list)
     answers: str = "original"
     """Whose answers are written: `anew` or `original`."""

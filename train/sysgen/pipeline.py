@@ -66,6 +66,8 @@ class Pipeline:
             outcome.events["kept with the system message that it had"] += 1
             return outcome
         turns = _up_to_last_answer(messages[existing is not None :])
+        if len(turns) < len(messages) - (existing is not None):
+            outcome.events["turns after the last answer left out"] += 1
         if any(turn["role"] == "system" for turn in turns):
             return outcome.leave_out("a system message in the middle of the conversation")
 
@@ -101,7 +103,8 @@ class Pipeline:
     ) -> tuple[str, str]:
         """One try. What is wrong with it, in the words of the report, and in detail; nothing if it passes."""
         config = self.config
-        prompt = prompts.generate(turns, existing=existing, remind_of=outcome.reminded_of)
+        forbid_leak = config.gates.leak is not None
+        prompt = prompts.generate(turns, existing=existing, remind_of=outcome.reminded_of, forbid_leak=forbid_leak)
         answer = await self._ask(outcome, "generate", prompt, config.generate.decoding(), sample)
         outcome.written_by_model, outcome.verdicts = answer.text, []
         outcome.message = Annotated(())
@@ -133,6 +136,7 @@ class Pipeline:
             answer = await self._ask(outcome, "verify", prompts.verify(outcome.message, exchange), decoding, sample)
             read = parse_verdicts(answer.text)
             outcome.verdicts.append(dict(read.of))
+            outcome.tags_judged += len(outcome.message.tags)
             outcome.events["verdict written otherwise, and read"] += read.repairs.get("written otherwise", 0)
             outcome.events["verdict that can't be read"] += sum(tag not in read.of for tag in outcome.message.tags)
         for tag in outcome.message.tags:
@@ -260,7 +264,7 @@ class Pipeline:
 
 
 def _up_to_last_answer(turns: Sequence[Message]) -> list[Message]:
-    """Without what follows the last answer, which nothing is learned from."""
+    """Return the turns up to the last answer: no answer to train on follows the others."""
     last = max(number for number, turn in enumerate(turns) if turn["role"] == "assistant")
     return list(turns[: last + 1])
 

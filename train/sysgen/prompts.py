@@ -1,8 +1,8 @@
-"""What the model is asked: to write a system message, to judge it, and whether an answer follows it.
+"""The prompts of SYSGEN: write a system message, judge its tags, say whether an answer follows it.
 
-The words are ours; what they ask for is in sections 3.1 to 3.3 of arXiv:2502.11330. Every prompt is made of user and
-assistant turns alone, as some generators have no system role, and begins with the same turns for every row, so that
-servers that keep prefixes compute them once.
+The wording is ours; the requirements are those of sections 3.1 to 3.3 of arXiv:2502.11330. Every prompt consists of
+user and assistant turns only, as some generators have no system role, and starts with the same turns for every row, so
+that servers with a prefix cache compute them once.
 """
 
 import json
@@ -11,49 +11,53 @@ from typing import Any
 
 from train.sysgen.tags import TAGS, Annotated
 
+PROMPT_VERSION = 2
+"""The wording of these prompts and of constraints.py, for report.json. Raise it with every change of wording."""
+
 Message = Mapping[str, Any]
 
 MEANINGS = {
-    "Role": "the role, profession or identity that the assistant takes",
+    "Role": "the role, profession or identity the assistant takes on",
     "Content": "what the answer must include",
-    "Task": "what is to be done",
-    "Action": "how to behave or to go about it",
+    "Task": "what the assistant is to do",
+    "Action": "how the assistant should behave or proceed",
     "Style": "how the answer should sound",
-    "Background": "what there is to know about the setting or the user",
-    "Tool": "built-in or external tools that are to be used",
+    "Background": "what to know about the setting or the user",
+    "Tool": "built-in or external tools to use",
     "Format": "the shape of the answer",
 }
 
 _DEFINITIONS = "\n".join(f"- {tag}: {MEANINGS[tag]}" for tag in TAGS)
 
 _WRITE = f"""\
-You write system messages. I show you a conversation between a user and an assistant that had none. Write the system \
-message that was given to the assistant before it: one for which these very answers would be fitting, and which would \
-suit other questions of the same kind as well.
+You write system messages. I will show you a conversation between a user and an assistant that had none. Write the \
+system message that could have come before it. These answers must be a fitting response to that message{{general}}.
 
-Build it of short phrases, and put each phrase between an opening and a closing tag, <<Tag>>phrase<</Tag>>, with one \
-of these eight tags:
+Build it from short phrases. Put each phrase between an opening and a closing tag, <<Tag>>phrase<</Tag>>, using one of \
+these eight tags:
 {_DEFINITIONS}
 
-- Use the tags that the conversation gives reason for, and leave the others out. A tag may occur several times.
-- Speak to the assistant ("You are ..."), in the language of the conversation.
-- Say what the answers are like, not what they say: the message must not give the answer away.
-- Write nothing outside the tags, no tag inside another one, and no other tags."""
+- Use the tags that the conversation calls for and leave out the others. A tag may occur several times.
+- Address the assistant ("You are ..."), in the language of the conversation.{{no_leak}}
+- Write nothing outside the tags, do not put a tag inside another, and use no other tags."""
+
+_GENERAL = ", and it must suit other questions of the same kind just as well"
+_NO_LEAK = "\n- Describe what the answers are like, not what they say: the message must not give the answer away."
 
 _EXAMPLES: tuple[tuple[str, str], ...] = (
     (
         "### User\nOur espresso machine drips after every shot. Do I need a technician?\n\n"
-        "### Assistant\nProbably not yet.\n\n1. Run a cleaning cycle: residue keeps the valve from closing.\n"
-        "2. Check the gasket of the group head. If it is hard or cracked, replace it (about 8 EUR).\n"
+        "### Assistant\nProbably not yet.\n\n1. Run a cleaning cycle: residue can keep the valve from closing.\n"
+        "2. Check the group head gasket. If it is hard or cracked, replace it (about $8).\n"
         "3. Still dripping? Then the solenoid valve is worn, and that is a job for a technician.",
-        "<<Role>>You are a service adviser for household appliances.<</Role>>\n"
-        "<<Content>>Name the likely causes and what a repair costs.<</Content>>\n"
+        "<<Role>>You are a service advisor for household appliances.<</Role>>\n"
+        "<<Content>>Name the likely causes and what the parts cost.<</Content>>\n"
         "<<Task>>Help owners find out what is wrong with their machine.<</Task>>\n"
-        "<<Action>>Begin with what the owner can do alone, and say when a technician is needed.<</Action>>\n"
+        "<<Action>>Start with what owners can do themselves, and say when a technician is needed.<</Action>>\n"
         "<<Format>>Give the steps as a numbered list.<</Format>>",
     ),
     (
-        "### User\nWie lange fährt der nächste Zug von Bern nach Genf?\n\n"
+        "### User\nWie lange braucht der nächste Zug von Bern nach Genf?\n\n"
         "### Assistant\nIch habe im Fahrplan nachgesehen: Der nächste fährt um 14:34 Uhr und ist um 16:15 Uhr in Genf, "
         "das sind 1 Stunde und 41 Minuten. Sie müssen nicht umsteigen. Gute Reise!",
         "<<Role>>Du bist der Auskunftsdienst einer Bahngesellschaft.<</Role>>\n"
@@ -64,48 +68,57 @@ _EXAMPLES: tuple[tuple[str, str], ...] = (
     ),
     (
         "### User\nWhat does `zip(*rows)` do?\n\n"
-        "### Assistant\nIt turns rows into columns. `*rows` passes each row as an argument of its own, and `zip` takes "
-        "the first items of all of them, then the second ones:\n\n```python\nlist(zip(*[(1, 2), (3, 4)]))  "
+        "### Assistant\nIt turns rows into columns. `*rows` passes each row as a separate argument, and `zip` collects "
+        "the first item of every row, then the second, and so on:\n\n```python\nlist(zip(*[(1, 2), (3, 4)]))  "
         "# [(1, 3), (2, 4)]\n```\n\n### User\nAnd if they differ in length?\n\n"
-        "### Assistant\nThen it stops at the shortest one, without a word. `zip(*rows, strict=True)` raises a "
+        "### Assistant\nThen it silently stops at the shortest one. `zip(*rows, strict=True)` raises a "
         "ValueError instead:\n\n```python\nlist(zip(*[(1, 2), (3,)], strict=True))  # ValueError\n```",
-        "<<Role>>You are an experienced Python developer who teaches.<</Role>>\n"
-        "<<Content>>Mention the pitfall where there is one.<</Content>>\n"
-        "<<Task>>Explain what a piece of Python does.<</Task>>\n"
+        "<<Role>>You are an experienced Python developer and teacher.<</Role>>\n"
+        "<<Content>>Point out pitfalls where there are any.<</Content>>\n"
+        "<<Task>>Explain what a piece of Python code does.<</Task>>\n"
         "<<Action>>Explain the parts one after another, from the inside out.<</Action>>\n"
         "<<Style>>Be matter-of-fact, without praise or filler.<</Style>>\n"
-        "<<Background>>The user can program but is new to Python's idioms.<</Background>>\n"
-        "<<Format>>Follow each explanation with a code block of a line or two that shows it.<</Format>>",
+        "<<Background>>The user can program but is new to Python idioms.<</Background>>\n"
+        "<<Format>>Follow each explanation with a code block of one or two lines that shows it.<</Format>>",
     ),
 )
-"""Conversations and what is to be written for them; between them they show all eight tags, a turn in another language
+"""Conversations and the messages to write for them. Together they show all eight tags, another language than English
 and a conversation of several turns."""
 
 
 def generate(
-    conversation: Sequence[Message], *, existing: str | None = None, remind_of: Sequence[str] = ()
+    conversation: Sequence[Message],
+    *,
+    existing: str | None = None,
+    remind_of: Sequence[str] = (),
+    forbid_leak: bool = True,
 ) -> list[dict[str, str]]:
     """Ask for a system message for a conversation without one.
 
-    `existing`: the one that it has, to be worked out. `remind_of`: tags to look for in particular.
+    Args:
+        existing: the conversation's own system message, to be elaborated.
+        remind_of: tags to look for in particular.
+        forbid_leak: ask for a message that suits similar questions and does not give the answer away. The paper asks
+            for neither.
     """
-    ask = [f"{_WRITE}\n\nThe conversation:\n\n{_EXAMPLES[0][0]}"]
-    ask += [f"The next conversation:\n\n{example}" for example, _ in _EXAMPLES[1:]]
+    task = _WRITE.format(general=_GENERAL, no_leak=_NO_LEAK) if forbid_leak else _WRITE.format(general="", no_leak="")
+    questions = [f"{task}\n\nThe conversation:\n\n{_EXAMPLES[0][0]}"]
+    questions += [f"The next conversation:\n\n{example}" for example, _ in _EXAMPLES[1:]]
     turns = [
         turn
-        for question, (_, answer) in zip(ask, _EXAMPLES, strict=True)
+        for question, (_, answer) in zip(questions, _EXAMPLES, strict=True)
         for turn in (_turn("user", question), _turn("assistant", answer))
     ]
     last = f"The next conversation:\n\n{shown(conversation)}"
     if existing is not None:
         last += (
-            f"\n\n### The system message that it had\n{existing}\n\nKeep everything that this message asks for, put it "
-            "into tags, and add what the conversation shows beyond it."
+            f"\n\n### Its system message\n{existing}\n\nKeep everything this message asks for, put it into "
+            "tags, and add whatever else the conversation shows."
         )
     for tag in remind_of:
         last += (
-            f"\n\nLook in particular whether the answers give reason for <<{tag}>> ({MEANINGS[tag]}). If they do, "
-            "include it; if they show nothing of the kind, leave it out and invent nothing."
+            f"\n\nPay particular attention to <<{tag}>> ({MEANINGS[tag]}): if the answers call for it, include it; if "
+            "nothing in them points to it, leave it out and do not make anything up."
         )
     return [*turns, _turn("user", last)]
 
@@ -114,12 +127,12 @@ _JUDGE_TAGS = f"""\
 Below is a system message whose phrases were put into tags, <<Tag>>phrase<</Tag>>. The eight tags mean:
 {_DEFINITIONS}
 
-Judge for each of the eight whether it is used as it is meant:
-- Good: its phrases are what the tag means{{}}.
-- Bad: its phrases are something else{{}}.
-- None: there is no phrase with this tag, or its phrases say nothing.
+Judge for each of the eight tags whether it is used as defined:
+- Good: its phrases match the definition{{}}.
+- Bad: its phrases do not match it{{}}.
+- None: no phrase has this tag, or its phrases say nothing.
 
-Answer with eight lines and nothing else, in this form:
+Reply with eight lines and nothing else. Follow this form; the verdicts in it are placeholders:
 {{}}"""
 
 _FORM = "\n".join(f"<<{tag}>>: {verdict}" for tag, verdict in zip(TAGS, ("Good", "Bad", "None") * 3, strict=False))
@@ -128,30 +141,31 @@ _FORM = "\n".join(f"<<{tag}>>: {verdict}" for tag, verdict in zip(TAGS, ("Good",
 def verify(message: Annotated, exchange: Sequence[Message] | None = None) -> list[dict[str, str]]:
     """Ask for a verdict on each tag, as in section 3.3: Good, Bad or None.
 
-    `exchange`: one turn of a longer conversation that the message is to fit as well.
+    `exchange`: one exchange of a longer conversation, which the message must fit as well.
     """
-    fits = (", and fit the conversation", ", or contradict the conversation") if exchange else ("", "")
+    fits = (" and fit the conversation", ", or contradict the conversation") if exchange else ("", "")
     ask = _JUDGE_TAGS.format(*fits, _FORM)
     if exchange:
-        ask += f"\n\n### A part of the conversation that it was given for\n\n{shown(exchange)}"
-    ask += f"\n\n### The system message\n{message.text}\n\n### The system message in tags\n{message.render()}"
+        ask += f"\n\n### Part of the conversation it was written for\n\n{shown(exchange)}"
+    ask += f"\n\n### The system message\n{message.text}\n\n### The system message with tags\n{message.render()}"
     return [_turn("user", ask)]
 
 
 def follows(system: str, question: str, answer: str) -> list[dict[str, str]]:
-    """Ask whether an answer follows its system message: the reply begins with yes or no."""
+    """Ask whether an answer follows its system message. The reply starts with yes or no."""
     return [
         _turn(
             "user",
-            "An assistant was given a system message and a question. Does its answer do what the system message asks, "
-            "as far as it bears on this question? Judge that alone, not whether the answer is right. Reply with one "
-            f"word, Yes or No.\n\n### System message\n{system}\n\n### Question\n{question}\n\n### Answer\n{answer}",
+            "An assistant was given a system message and a question. Does its answer do what the system message asks "
+            "for, as far as it applies to this question? Judge only this, not whether the answer is correct. Reply "
+            f"with one word, Yes or No.\n\n### System message\n{system}\n\n### Question\n{question}\n\n"
+            f"### Answer\n{answer}",
         )
     ]
 
 
 def shown(conversation: Sequence[Message]) -> str:
-    """A conversation as the prompts show it. Calls of tools are shown as JSON."""
+    """Return a conversation as the prompts show it, with tool calls as JSON."""
     parts = []
     for message in conversation:
         content = message.get("content") or ""

@@ -36,8 +36,10 @@ def _sections(name: str, facts: Mapping[str, Any], seconds: float | None) -> Ite
     yield f"# {name}"
     yield (
         f"{facts['rows_written']:,} of {rows:,} rows written ({share(facts['rows_written'], rows)}), "
-        f"{facts['rows_with_system_message']:,} of them with a system message, by {facts['model']}."
+        f"{facts['rows_with_system_message']:,} of them with a system message, by {facts['model']}. Prompt version: "
+        f"{facts['prompt_version']}."
     )
+    yield from (f"**Warning: {warning}**" for warning in facts["warnings"])
     yield "## Rows"
     yield table(
         ("phase", "rows", "of all"),

@@ -1,4 +1,4 @@
-"""System messages whose phrases stand in tags, as models write them, and verdicts on the tags.
+"""System messages whose phrases stand in tags, as models write them.
 
     <<Role>>You are a seasoned nurse.<</Role>> <<Style>>Be warm and brief.<</Style>>
 
@@ -21,12 +21,11 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
-Verdict = Literal["Good", "Bad", "None"]
+from train.sysgen.tag_names import NAMES, TAGS, Dropped
+from train.sysgen.verdicts import Verdict, Verdicts, parse_verdicts
 
-TAGS = ("Role", "Content", "Task", "Action", "Style", "Background", "Tool", "Format")
-"""The eight, in canonical order."""
+__all__ = ["TAGS", "Annotated", "Dropped", "Phrase", "Verdict", "Verdicts", "parse", "parse_verdicts"]
 
 _MARK = re.compile(
     r"<<[^\S\n]*(?P<before>[/\\]*)[^\S\n]*(?P<name>[^\W\d_][\w \t-]{0,39}?)[^\S\n]*(?P<after>[/\\]*)[^\S\n]*>>"
@@ -39,9 +38,6 @@ _CODE = re.compile(
     re.DOTALL,
 )
 """Fenced code, and code between runs of backticks of one length on a line, as in CommonMark."""
-
-_NAMES = {name.casefold() + plural: name for name in TAGS for plural in ("", "s")}
-
 
 _COLON = re.compile(r"(?:[:：](?:\s+|$)|：)+")
 _AROUND = (("**", "**"), ("__", "__"), ("*", "*"), ("`", "`"), ("<", ">"))
@@ -56,15 +52,6 @@ class Phrase:
 
     tag: str
     text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Dropped:
-    """What was not kept. `tag`: as the model wrote it, empty for text outside any tag."""
-
-    tag: str
-    text: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -100,15 +87,6 @@ class Annotated:
         gone = tuple(Dropped(phrase.tag, phrase.text, reason) for phrase in self.phrases if phrase.tag in tags)
         kept = tuple(phrase for phrase in self.phrases if phrase.tag not in tags)
         return Annotated(kept, self.repairs, self.dropped + gone)
-
-
-@dataclass(frozen=True)
-class Verdicts:
-    """What a model thinks of each tag. A tag without a readable verdict, or with two, is missing."""
-
-    of: Mapping[str, Verdict]
-    repairs: Mapping[str, int] = field(default_factory=dict, compare=False)
-    dropped: tuple[Dropped, ...] = field(default=(), compare=False)
 
 
 @dataclass(slots=True)
@@ -154,7 +132,7 @@ def parse(text: str) -> Annotated:
 def _marks(text: str) -> Iterator[_Mark]:
     for found in _MARK.finditer(text):
         written = re.sub(r"\s+", " ", found["name"])
-        name = _NAMES.get(written.casefold(), written)
+        name = NAMES.get(written.casefold(), written)
         repairs = []
         if name in TAGS:
             if written.casefold() != name.casefold():
@@ -352,44 +330,3 @@ def _is_phrase(tag: str, text: str) -> bool:
     """Whether there is any text, no mark in it but in code, and none that would close it."""
     marks = list(_marks(text))
     return bool(text) and _all_in_code(text, marks, 0) and not any(mark.closes and mark.name == tag for mark in marks)
-
-
-_VERDICTS: dict[str, Verdict] = {verdict.casefold(): verdict for verdict in get_args(Verdict)}
-
-_VERDICT = re.compile(
-    r"""(?:<<[^\S\n]*[/\\]*[^\S\n]*(?P<tag>[^\W\d_]\w*)[^\S\n]*[/\\]*[^\S\n]*>>   # <<Task>>
-        |^[^\w\n<]*(?P<bare>role|content|task|action|style|background|tool|format)s?\b  # - **Task**:
-        [^\w\n<:：]*(?=[:：]))
-        [^\w\n<]*(?:<<[^\S\n]*)?
-        (?P<verdict>good|bad|none)\b
-        (?P<choice>[^\S\n]*(?:/|\||,|\bor\b)[^\S\n]*(?:good|bad|none)\b)?   # the question itself, repeated
-        (?=[^\S\n]*(?:$|[^\w\s]))""",
-    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
-)
-
-
-def parse_verdicts(text: str) -> Verdicts:
-    """The verdicts in `<<Task>>: Good` lines, as a model wrote them; several may share a line. Never raises."""
-    found: dict[str, set[Verdict]] = {}
-    repairs: Counter[str] = Counter()
-    dropped: list[Dropped] = []
-    for match in _VERDICT.finditer(text):
-        written = match["tag"] or match["bare"]
-        name = _NAMES.get(written.casefold())
-        if name is None:
-            dropped.append(Dropped(written, match[0].strip(), "none of the eight tags"))
-            continue
-        if match["choice"]:
-            dropped.append(Dropped(name, match[0].strip(), "several verdicts at once"))
-            continue
-        verdict = _VERDICTS[match["verdict"].casefold()]
-        found.setdefault(name, set()).add(verdict)
-        repairs["written otherwise"] += match[0] != f"<<{name}>>: {verdict}"
-    of: dict[str, Verdict] = {}
-    for name in TAGS:
-        given = found.get(name, set())
-        if len(given) == 1:
-            of[name] = next(iter(given))
-        elif given:
-            dropped.append(Dropped(name, " and ".join(sorted(given)), "verdicts that contradict each other"))
-    return Verdicts(of, {kind: count for kind, count in repairs.items() if count}, tuple(dropped))

@@ -10,8 +10,10 @@ from typing import Any
 
 from train.llm.spent import Spent
 from train.llm.unanswered import NO_ANSWER, Unanswered
+from train.llm.unread import unread_warning
 from train.sysgen.config import SysgenConfig
 from train.sysgen.outcome import Outcome
+from train.sysgen.prompts import PROMPT_VERSION
 from train.sysgen.tags import TAGS
 
 PHASES = ("read", "generated", "filtered", "verified", "answered")
@@ -42,6 +44,7 @@ class Tally:
         self.reminded: Counter[str] = Counter()
         self.took_reminder: Counter[str] = Counter()
         self.constraints: Counter[str] = Counter()
+        self.tags_judged = 0
         self.message_characters = self.original_characters = self.new_characters = self.answered_rows = 0
         self.sum_of_ratios = 0.0
         self.ratios = [0] * (len(RATIO_BINS) + 1)
@@ -81,6 +84,7 @@ class Tally:
 
     def _add_reading(self, outcome: Outcome) -> None:
         """How the message was read, and what was taken out of it."""
+        self.tags_judged += outcome.tags_judged
         self.repairs.update(outcome.message.repairs)
         for dropped in outcome.message.dropped:
             if dropped.reason.startswith(("judged", "no verdict")):
@@ -111,15 +115,41 @@ class Tally:
         push = heapq.heappushpop if len(self._samples) == SAMPLES else heapq.heappush
         push(self._samples, (*rank, shown))
 
+    def warnings(self) -> list[str]:
+        """Return a line for each stage whose verdicts were mostly unread."""
+        look = (
+            "The replies are in answers.sqlite under the stage `{0}`: check that the model writes the form that the "
+            "prompt asks for, and that {0}.max_tokens leaves room for it."
+        )
+        missing = self._config.on_missing_verdict
+        done = "kept without verification" if missing == "keep" else "dropped"
+        judged = self.spent["judge"].requests if "judge" in self.spent else 0
+        return [
+            *unread_warning(
+                "verify",
+                self.events["verdict that can't be read"],
+                self.tags_judged,
+                f"The phrases of these tags were {done} (on_missing_verdict: {missing}). {look.format('verify')}",
+            ),
+            *unread_warning(
+                "gates.judge",
+                self.events["judgement that can't be read"],
+                judged,
+                f"These rows were kept without a judgement. {look.format('judge')}",
+            ),
+        ]
+
     def facts(self) -> dict[str, Any]:
         """Everything as plain values, for report.json."""
         asked_for = PHASES if self._config.message == "generate" else ("read", "answered")
         return {
             "model": self._config.model,
+            "prompt_version": PROMPT_VERSION,
             "rows": self.rows,
             "rows_written": self.written,
             "rows_with_system_message": self.with_message,
             "rows_through_phase": {phase: self.phases[phase] for phase in asked_for},
+            "warnings": self.warnings(),
             "left_out": _sorted(self.left_out),
             "unanswered": self.unanswered.counts(),
             "events": _sorted(self.events),

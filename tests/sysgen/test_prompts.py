@@ -1,0 +1,162 @@
+"""The prompts of SYSGEN: the paper's requirements, a prefix that servers can reuse, examples that keep the rules."""
+
+import hashlib
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted_model import EIGHT
+from sysgen_runs import only_row, question, run_with, saying
+
+from train.sysgen import constraints, prompts
+from train.sysgen.gates import language_of, leaked_share
+from train.sysgen.tags import parse, parse_verdicts
+
+SHORT = question("Why is the sky blue?", "Rayleigh scattering.")["messages"]
+LONG = question("Hi.", "Hello!")["messages"] + SHORT
+TAGGED = parse("<<Format>>Write a list.<</Format>><<Role>>You are a tester.<</Role>>")
+
+MEANT = {
+    "Role": ("role", "profession", "identity"),
+    "Content": ("must include",),
+    "Task": ("do",),
+    "Action": ("behave", "proceed"),
+    "Style": ("sound",),
+    "Background": ("setting",),
+    "Tool": ("built-in", "external"),
+    "Format": ("shape",),
+}
+
+
+def text_of(turns: list[dict[str, str]]) -> str:
+    return "\n".join(turn["content"] for turn in turns)
+
+
+@pytest.mark.parametrize("prompt", [text_of(prompts.generate(SHORT)), text_of(prompts.verify(TAGGED))])
+def test_the_eight_tags_are_defined_in_canonical_order(prompt: str) -> None:
+    lines = [line for line in prompt.splitlines() if line.startswith(tuple(f"- {tag}: " for tag in EIGHT))]
+    assert [line[2:].partition(":")[0] for line in lines] == list(EIGHT)
+    for line, words in zip(lines, MEANT.values(), strict=True):
+        assert all(word in line for word in words)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [
+        # Section 3.1: a message for which the answer is a fitting one, every phrase in a tag, in the same language.
+        (prompts.generate(SHORT), "These answers must be a fitting response to that message"),
+        (prompts.generate(SHORT), "Put each phrase between an opening and a closing tag, <<Tag>>phrase<</Tag>>"),
+        (prompts.generate(SHORT), "using one of these eight tags"),
+        (prompts.generate(SHORT), "in the language of the conversation"),
+        (prompts.generate(SHORT), "Write nothing outside the tags"),
+        # Section 3.3: Good, Bad or None for each of the eight, from the definitions and both forms of the message.
+        (prompts.verify(TAGGED), "Judge for each of the eight tags whether it is used as defined"),
+        (prompts.verify(TAGGED), "### The system message\nYou are a tester. Write a list.\n"),
+        (prompts.verify(TAGGED), f"### The system message with tags\n{TAGGED.render()}"),
+        # The gate of ours.
+        (prompts.follows("S", "Q", "A"), "Reply with one word, Yes or No."),
+    ],
+)
+def test_what_the_paper_asks_for_is_asked(prompt: list[dict[str, str]], sentence: str) -> None:
+    assert sentence in text_of(prompt)
+
+
+def test_an_existing_message_and_rare_tags_are_asked_for_after_the_conversation() -> None:
+    plain, more = prompts.generate(SHORT), prompts.generate(SHORT, existing="Be brief.", remind_of=["Tool", "Style"])
+    assert more[:-1] == plain[:-1]
+    added = more[-1]["content"].removeprefix(plain[-1]["content"])
+    assert added != more[-1]["content"]
+    places = [
+        added.index(text) for text in ("Be brief.", "Keep everything this message asks for", "<<Tool>>", "<<Style>>")
+    ]
+    assert places == sorted(places)
+
+
+def test_all_rows_share_everything_before_their_own_text() -> None:
+    one, other = prompts.generate(SHORT), prompts.generate(LONG)
+    assert one[:-1] == other[:-1]
+    assert [turn["role"] for turn in one] == ["user", "assistant"] * 3 + ["user"]
+    judged, of_another = (text_of(prompts.verify(message)) for message in (TAGGED, parse("<<Task>>Count.<</Task>>")))
+    shared = next(at for at, (a, b) in enumerate(zip(judged, of_another, strict=False)) if a != b)
+    assert judged[:shared].rstrip().endswith("### The system message")
+
+
+def test_the_examples_keep_the_rules() -> None:
+    turns = prompts.generate(SHORT)
+    tags: set[str] = set()
+    languages = set()
+    for asked, written in itertools.pairwise(turns[:-1]):
+        if asked["role"] != "user":
+            continue
+        message = parse(written["content"])
+        assert (message.dropped, message.repairs) == ((), {})
+        assert message.render() == written["content"]  # nothing outside, in canonical order
+        conversation = asked["content"].rpartition("conversation:\n\n")[2]
+        languages.add(language_of(message.text))
+        assert language_of(message.text) in (language_of(conversation), None)
+        questions, answers = ("\n".join(turns_of(conversation, role)) for role in ("User", "Assistant"))
+        assert leaked_share(message.text, questions, answers) == 0
+        tags |= set(message.tags)
+    assert tags == set(EIGHT)
+    assert len(languages - {None}) == 2
+    assert any(turn["content"].count("### Assistant") > 1 for turn in turns)
+
+
+def turns_of(conversation: str, role: str) -> list[str]:
+    turns = [turn.partition("\n") for turn in f"\n\n{conversation}".split("\n\n### ")[1:]]
+    return [text for name, _, text in turns if name == role]
+
+
+def test_the_form_of_the_verdicts_is_one_that_is_read() -> None:
+    prompt = prompts.verify(TAGGED)[0]["content"]
+    form = "\n".join(line for line in prompt.partition("###")[0].splitlines() if line.startswith("<<"))
+    read = parse_verdicts(form)
+    assert set(read.of) == set(EIGHT)
+    assert set(read.of.values()) == {"Good", "Bad", "None"}
+
+
+@pytest.mark.parametrize(("leak", "there"), [(0.5, True), (None, False)])
+def test_without_the_gate_the_prompt_asks_what_the_paper_does(tmp_path: Path, leak: float | None, there: bool) -> None:
+    """Neither a message that suits other questions nor one that keeps the answer to itself."""
+    _, asked = run_with(saying(), tmp_path, [question()], gates={"leak": leak})
+    first = asked[0].body["messages"][0]["content"]
+    for sentence in ("must not give the answer away", "must suit other questions of the same kind"):
+        assert (sentence in first) == there
+    assert "  " not in first.partition("```")[0]
+    assert "response to that message, and it" in first if there else "response to that message.\n" in first
+
+
+@pytest.mark.parametrize("after", [["and then?"], ["and then?", "please"]])
+def test_turns_after_the_last_answer_are_left_out_and_counted(tmp_path: Path, after: list[str]) -> None:
+    longer = {"messages": question()["messages"] + [{"role": "user", "content": text} for text in after]}
+    done, asked = run_with(saying(), tmp_path, [longer])
+    assert done.tally.events["turns after the last answer left out"] == 1
+    assert "| turns after the last answer left out | 1 |" in done.report.read_text("utf-8")
+    assert [turn["role"] for turn in only_row(tmp_path)["messages"]] == ["system", "user", "assistant"]
+    assert not any(text in turn["content"] for text in after for one in asked for turn in one.body["messages"])
+    (tmp_path / "plain").mkdir()
+    done, _ = run_with(saying(), tmp_path / "plain", [question(system="Be brief.")])
+    assert "turns after the last answer left out" not in done.tally.events
+
+
+def test_the_report_names_the_version_of_the_prompts(tmp_path: Path) -> None:
+    done, _ = run_with(saying(), tmp_path, [question()])
+    assert json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))["prompt_version"] == prompts.PROMPT_VERSION
+    assert f"Prompt version: {prompts.PROMPT_VERSION}." in done.report.read_text("utf-8")
+
+
+def test_another_wording_has_another_version() -> None:
+    """When this fails, raise PROMPT_VERSION and write the new digest here: results of two wordings stay apart."""
+    everything: list[Any] = [
+        [
+            prompts.generate(LONG, existing="X", remind_of=EIGHT, forbid_leak=forbid_leak)
+            for forbid_leak in (True, False)
+        ],
+        [prompts.verify(TAGGED), prompts.verify(TAGGED, SHORT), prompts.follows("S", "Q", "A")],
+        [(kind.name, kind.tag, kind.phrases) for kind in constraints._KINDS],
+        [constraints._AVOIDABLE, constraints._BEGINNINGS, constraints._ENDINGS],
+    ]
+    digest = hashlib.blake2b(json.dumps(everything).encode(), digest_size=8).hexdigest()
+    assert (prompts.PROMPT_VERSION, digest) == (2, "ab0ce4f040cbf269")

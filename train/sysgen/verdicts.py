@@ -1,0 +1,134 @@
+"""Verdicts on tags (Good, Bad, None), in the forms that models write them in.
+
+    <<Role>>: Good        1. Role: Good        **Role** - Good because it names a profession.
+    | Role | Good |       Role = Good          {"Role": "Good"}        {"tag": "Role", "verdict": "Good"}
+
+A verdict is read where a line, a table row or a JSON object pairs a tag with one of the three words, in any case and
+marks. The tag's phrase (in quotes, brackets or a table cell) and the words "verdict" or "is" may stand between the two,
+and a reason behind the verdict. A line or a JSON list that names a verdict and then only tags is read as well. The rest
+is unread: several verdicts at once, a condition, a verdict on another line than its tag.
+"""
+
+import html
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from train.sysgen.tag_names import NAMES, TAGS, Dropped
+
+Verdict = Literal["Good", "Bad", "None"]
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """The verdict on each tag. A tag without a readable verdict, or with two, is missing."""
+
+    of: Mapping[str, Verdict]
+    repairs: Mapping[str, int] = field(default_factory=dict, compare=False)
+    dropped: tuple[Dropped, ...] = field(default=(), compare=False)
+
+
+_VERDICTS: dict[str, Verdict] = {verdict.casefold(): verdict for verdict in get_args(Verdict)}
+
+_NAME = rf"(?:{'|'.join(TAGS)})s?\b"
+_WORD = rf"(?:{'|'.join(_VERDICTS)})\b"
+_ANY_MARKS = r"[^\w\n]{0,20}"
+_MARKS = r"[^\w\n,;.{]{0,20}"
+_EMPHASIS = r"[ *_`\"'<>]{0,8}"
+
+_ENTRY = re.compile(
+    rf"""
+    (?: <<\ ?[/\\]*\ ?(?P<tag>[^\W\d_]\w*)\ ?[/\\]*\ ?>> [^\w\n<]{{0,20}} (?:<<\ ?)?          # <<Task>>:
+      | (?:^|[.,;|{{(\[<>]) {_ANY_MARKS} (?:(?:\d{{1,2}}|[a-h])[^\w\n]{{1,20}})?              # 1.
+        (?:(?:the|tag)\b{_MARKS})* (?P<bare>{_NAME}) (?:{_MARKS}\btag\b)?                     # the **Task** tag
+        (?P<between>
+          {_MARKS}
+          (?: (?: "[^"\n]{{0,300}}" | “[^”\n]{{0,300}}” | \([^()\n]{{0,300}}\) | (?<=\|)[^|\n]{{0,300}}(?=\|) )
+              {_MARKS} )??                                                                    # "Be brief." -
+          (?: [,;]?{_ANY_MARKS} (?:the\ )?(?:verdict|judge?ment|assessment|rating)\b {_MARKS} )?
+          (?: is\b(?:\ (?:judged|rated)\b)? {_MARKS} )?
+        )
+    )
+    (?P<verdict>{_WORD}) (?!-\w)
+    (?P<choice> {_EMPHASIS} (?: [/|&] | \bor\b | \band\b | ,(?={_EMPHASIS}{_WORD}(?!\ (?!or\b|and\b)\w)) )
+        {_EMPHASIS}{_WORD} )?+                                                                # Good or Bad
+    (?= \ ?(?: $ | [^\w\s] | (?:because|as(?!\ long)|since|due\ to|in\ that|but|though|although)\b ))
+    """,
+    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+)
+
+_BY_VERDICT = re.compile(
+    rf"^{_ANY_MARKS}(?P<verdict>{_WORD})[^\w\n]{{0,20}}[:=|>→–—-]{_ANY_MARKS}"
+    rf"(?P<tags>{_NAME}(?:(?:[^\w\n]|\band\b){{1,20}}{_NAME})*){_ANY_MARKS}$",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""Good: Role, Task"""
+
+_LINE_END = re.compile(r"[^\w\n]*$", re.MULTILINE)
+_JSON = re.compile(r"[{\[]\s*[\"{\[]")
+
+
+def parse_verdicts(text: str) -> Verdicts:
+    """Return the verdicts in a reply. Never raises."""
+    text = re.sub(r"[^\S\n]+", " ", html.unescape(text))
+    lines = [text, *_json_lines(text)]
+    found: dict[str, set[Verdict]] = {}
+    otherwise: set[str] = set()
+    dropped: list[Dropped] = []
+    for match in (match for part in lines for match in _ENTRY.finditer(part)):
+        written = match["tag"] or match["bare"]
+        name = NAMES.get(written.casefold())
+        if name is None:
+            dropped.append(Dropped(written, match[0].strip(), "none of the eight tags"))
+        elif match["choice"]:
+            dropped.append(Dropped(name, match[0].strip(), "several verdicts at once"))
+        elif match["between"] != " " or _LINE_END.match(match.string, match.end()):  # "Tool None" is a line of its own
+            verdict = _VERDICTS[match["verdict"].casefold()]
+            found.setdefault(name, set()).add(verdict)
+            if match[0] != f"<<{name}>>: {verdict}":
+                otherwise.add(name)
+    for match in (match for part in lines for match in _BY_VERDICT.finditer(part)):
+        for written in re.findall(_NAME, match["tags"], re.IGNORECASE):
+            name = NAMES[written.casefold()]
+            found.setdefault(name, set()).add(_VERDICTS[match["verdict"].casefold()])
+            otherwise.add(name)
+    of: dict[str, Verdict] = {}
+    for name in TAGS:
+        given = found.get(name, set())
+        if len(given) == 1:
+            of[name] = next(iter(given))
+        elif given:
+            dropped.append(Dropped(name, " and ".join(sorted(given)), "verdicts that contradict each other"))
+    return Verdicts(of, {"written otherwise": len(otherwise)} if otherwise else {}, tuple(dropped))
+
+
+def _json_lines(text: str) -> Iterator[str]:
+    """Yield the first JSON value of a text as lines of `tag: verdict`; nothing where there is none."""
+    start = _JSON.search(text)
+    if start is None:
+        return
+    try:
+        value, _ = json.JSONDecoder().raw_decode(text, start.start())
+    except (ValueError, RecursionError):
+        return
+    unread: list[Any] = [value]
+    while unread:
+        value = unread.pop()
+        if isinstance(value, list):
+            unread += value
+        elif isinstance(value, dict):
+            for key, item in [*value.items(), (_only(value, NAMES), value)]:
+                if verdict := _only(item, _VERDICTS):
+                    yield f"{key}: {verdict}"
+                if isinstance(item, list) and all(isinstance(one, str) for one in item):
+                    yield f"{key}: {', '.join(item)}"
+            unread += value.values()
+
+
+def _only(value: Any, words: Mapping[str, Any]) -> str:
+    """Return the one text among an object's values, or the text itself, that is one of `words`; else nothing."""
+    texts = value.values() if isinstance(value, dict) else [value]
+    found = [text for text in texts if isinstance(text, str) and text.strip("<> .").casefold() in words]
+    return found[0] if len(found) == 1 else ""

@@ -120,7 +120,7 @@ async def _judge(lane: ServerLane, model: str, names: list[str] | None, outcome:
         outcome = tls_wanted(lane.address)
     if isinstance(outcome, Answer):
         return f"answers as {model}"
-    if outcome.kind == "hopeless":
+    if outcome.kind in ("denied", "hopeless"):
         raise UserError(await explain(lane, model, outcome))
     if outcome.kind == "too much":
         return f"is reached, and busy: {outcome.what}"

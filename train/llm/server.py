@@ -226,7 +226,7 @@ class ServerLane(Lane):
         answered_as = _json(response).get("model")
         if answered_as in (None, model):
             return None
-        only = await only_model(self) or ()
+        only = await only_model(self) or []
         if answered_as not in only or model in only:
             return None
         return Trouble(

@@ -34,13 +34,15 @@ TRIES = 3
 _ONE_TOKEN = Request("first contact", [{"role": "user", "content": "Hi"}], Decoding(max_tokens=1))
 
 
-async def check_servers(servers: Sequence[Server], model: str, *, wait: float = 0.0) -> None:
+async def check_servers(
+    servers: Sequence[Server], model: str, *, wait: float = 0.0, pauses: Pauses | None = None
+) -> None:
     """Ask each server, and print what it is.
 
     Raises UserError where one refuses the key, doesn't know the model or the path, or has a fault of TLS; and where
     none can be reached for `wait` seconds. One of several that can't be reached is a warning.
     """
-    lanes = [ServerLane(server, Pauses(), patience=float("inf")) for server in servers]
+    lanes = [ServerLane(server, pauses or Pauses(), patience=float("inf")) for server in servers]
     share_secrets(lanes)
     try:
         outcomes = await asyncio.gather(*(_contact(lane, model, wait) for lane in lanes))

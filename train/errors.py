@@ -4,6 +4,7 @@ for standard output that takes nothing."""
 import argparse
 import errno
 import io
+import json
 import os
 import re
 import sys
@@ -125,6 +126,31 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
     return int(text)
+
+
+def number_or_null(text: str) -> float | None:
+    """A number, or null for what is not to be sent, as an option's `type`."""
+    if text.lower() in ("null", "none"):
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor null") from None
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object, as an option's `type`."""
+    try:
+        value = json.loads(text, parse_constant=_no_number)
+    except ValueError as fault:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {fault}") from fault
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return value
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def from_one_to(most: int) -> Callable[[str], int]:

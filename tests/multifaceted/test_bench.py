@@ -107,6 +107,7 @@ def test_the_score_is_the_mean_over_rows_and_what_is_missing_is_counted(done: tu
         "judge_answers_without_score": {"no score at its end": 1 + 2 * RUNS},
         "judge_tokens": {"prompt": 7 * 40, "completion": sum(len(text.split()) for text in texts_of(folder))},
         "responses_cut": 0,
+        "responses_only_reasoning": 0,
         "responses_empty": 0,
     }
     assert found["complete"]
@@ -378,7 +379,7 @@ def test_a_model_gives_as_many_answers_as_asked_for(tmp_path: Path) -> None:
     assert {answer["response"] for answer in row["answers"]} == {"answer 0", "answer 1", "answer 2"}
 
 
-def test_reasoning_of_the_model_is_no_part_of_its_answer(tmp_path: Path) -> None:
+def test_reasoning_of_the_model_is_no_part_of_its_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_lines(tmp_path / "rows.jsonl", ROWS[:2])
 
     async def script(asked: Asked) -> Reply:
@@ -392,6 +393,10 @@ def test_reasoning_of_the_model_is_no_part_of_its_answer(tmp_path: Path) -> None
     assert [row["response"] for row in lines(tmp_path / "out" / "bench_rows.jsonl")] == ["Open.", ""]
     missing = record(tmp_path / "out")["missing"]
     assert (missing["responses_cut"], missing["responses_empty"]) == (2, 1)
+    assert missing["responses_only_reasoning"] == 1
+    shown = capsys.readouterr().out
+    assert "1 empty, 1 of these as their reasoning had no end" in shown
+    assert "reasoning without an end, and nothing said: 1 answer (responses 1); raise the token limit" in shown
 
 
 @pytest.mark.parametrize(

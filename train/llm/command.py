@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import CommandLine, UserError, ending
+from train.llm.failures import is_about_length
 from train.llm.first_contact import check_servers
+from train.llm.losses import about_losses, unaccepted
 from train.llm.options import WAIT_FOR_SERVER, add_wait_for_server
+from train.llm.reasoning import advice_on
 from train.llm.unanswered import NO_ANSWER
 from train.progress import duration
 
@@ -23,11 +26,13 @@ def main(
 ) -> int:
     """Run the command; the exit code.
 
-    `run` takes the configuration and how many seconds an unreachable server is waited for at the start. `tell`: print
-    what the tally of a run says, given the time it took. `lost`: how often each reason left something out; what servers
-    said where no answer came is in the tally's `unanswered` (see `train.llm.unanswered`). A run that wrote no row ends
-    with an `error:`, whatever left them out: who trains on it next would be told of an empty file and not why it is
-    empty.
+    `run` takes the configuration and the seconds for which an unreachable server is waited for at the start. `tell`:
+    print what the tally of a run says, given the time it took. `lost`: how often each reason left something out; what
+    servers said where no answer came is in the tally's `unanswered` (see `train.llm.unanswered`).
+
+    A run ends with an `error:` and exit code 2 where it lost rows for a reason that no setting accepts (see
+    `train.llm.losses`), and where it wrote no row, whatever left them out: who trains on it next would be told of an
+    empty file and not why it is empty.
     """
     parser = CommandLine(description=description)
     parser.add_argument(
@@ -57,22 +62,35 @@ def main(
         for line in unanswered:
             print(f"{NO_ANSWER}, {line}")
         counts = done.counts
+        if counts.advice:
+            print(counts.advice)
         print(
             f"{counts.answered:,} answers ({counts.from_journal:,} from the journal), "
             f"{counts.tries_failed:,} tries repeated"
         )
         print(f"read {done.report}")
-        for warning in done.tally.warnings():
+        for warning in (*advice_on(done.tally.events), *done.tally.warnings()):
             print(f"warning: {warning}")
+        left_out, reasons = done.report.with_name("left_out.jsonl"), lost(done.tally)
         if not done.tally.written:
-            left_out, reasons = done.report.with_name("left_out.jsonl"), lost(done.tally)
             why = f"Why no answer came, {'; '.join(unanswered).rstrip('.')}. " if unanswered else ""
+            why += f"{counts.advice} " if counts.advice else ""
             raise UserError(
                 f"no row was written: {went(done.tally.rows, reasons)}. {why}Each is in {left_out}, and {done.report} "
-                "says more. Mend the data or the settings that left them out, and start the same command again."
+                f"says more. {_ADVICE[any(map(is_about_length, done.tally.unanswered.counts()))]}, and start the same "
+                "command again."
             )
+        if losses := unaccepted(reasons, config.accept_losses):
+            raise UserError(about_losses(losses, config.accept_losses, left_out))
 
     return ending(act, "stopped; what was answered is in the journal, and the same command goes on from here")
+
+
+_ADVICE = {
+    False: "Change the data or the settings that left them out",
+    True: "Serve the model with a longer context, lower `max_tokens` of the stages, or take shorter rows",
+}
+"""Where the server says that requests are too long, and where not."""
 
 
 def went(rows: int, reasons: Mapping[str, int]) -> str:

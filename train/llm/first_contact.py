@@ -122,7 +122,7 @@ async def _judge(lane: ServerLane, model: str, names: list[str] | None, outcome:
         outcome = tls_wanted(lane.address)
     if isinstance(outcome, Answer):
         return f"answers as {model}"
-    if outcome.kind in ("denied", "hopeless"):
+    if outcome.kind in ("hopeless", "denied"):
         raise UserError(await explain(lane, model, outcome))
     if outcome.kind == "too much":
         return f"is reached, and busy: {outcome.what}"

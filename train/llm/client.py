@@ -192,7 +192,11 @@ class Client:
         for lane in self._lanes:
             if lane.trouble:
                 again = f", next try in {duration(lane.paused_until - now)}" if lane.paused_until > now else ""
-                found.append(f"{lane.name}: {lane.trouble}, for {duration(now - lane.trouble_since)}{again}")
+                at_most = (
+                    "" if lane.reached or len(self._lanes) > 1 else f" of {duration(self._wait_for_server)} at most"
+                )
+                since = f"for {duration(now - lane.trouble_since)}{at_most}"
+                found.append(f"{lane.name}: {lane.trouble}, {since}{again}")
             elif lane.in_flight and now - lane.heard_at > 60:
                 found.append(f"{lane.name}: silent for {duration(now - lane.heard_at)}")
         for stage, start in self._starts.items():

@@ -41,6 +41,7 @@ async def check_servers(
     model: str,
     *,
     wait: float = 0.0,
+    pauses: Pauses | None = None,
     decoding: Decoding = _PLAIN,
     name_setting: NameSetting = config_setting,
 ) -> None:
@@ -49,7 +50,9 @@ async def check_servers(
     Raises UserError where one refuses the key, doesn't know the model or the path, or has a fault of TLS; and where
     none can be reached for `wait` seconds. One of several that can't be reached is a warning.
     """
-    lanes = [ServerLane(server, Pauses(), patience=float("inf"), name_setting=name_setting) for server in servers]
+    lanes = [
+        ServerLane(server, pauses or Pauses(), patience=float("inf"), name_setting=name_setting) for server in servers
+    ]
     request = Request("first contact", [{"role": "user", "content": "Hi"}], replace(decoding, max_tokens=1))
     share_secrets(lanes)
     try:
@@ -78,8 +81,14 @@ def unreachable(lane: ServerLane, trouble: Trouble, waited: float = 0.0) -> str:
     """Return that a server can't be reached, why, and what to do."""
     what = trouble.what.rstrip(".")
     what = what if is_unreachable(trouble) else f"answers {what}"
+    proxy = lane.address.proxy
+    advice = (
+        f"See that the proxy is running, unset {proxy.variable}, or name the server's host in no_proxy."
+        if proxy
+        else START_IT
+    )
     tried = f", tried for {duration(waited)}" if waited >= 1 else ""
-    return f"{lane.name} {what}{tried}. {trouble.advice or START_IT}"
+    return f"{lane.name} {what}{tried}. {trouble.advice or advice}"
 
 
 async def _contact(lane: ServerLane, model: str, request: Request, wait: float) -> str | Trouble:
@@ -139,7 +148,7 @@ async def _judge(lane: ServerLane, model: str, names: list[str] | None, outcome:
             f"{lane.name} answers {outcome.what.rstrip('.')}. It was asked for the model {model!r}; "
             f"{name_models(model, names)}."
         )
-    if outcome.kind == "row":
+    if outcome.kind in ("row", "broken"):
         return f"is reached, and refuses a request for one token, which need not mean more: {outcome.what}"
     raise UserError(
         f"{lane.name} answers {outcome.what.rstrip('.')} ({TRIES} times). Is base_url right, and is {model!r} a model "

@@ -246,7 +246,7 @@ def _answered(answer: Any, row: Row, checkers: Checkers) -> Answered:
     if not isinstance(answer, Answer):
         words = str(answer) or type(answer).__name__
         return Answered(None, "no answer", checkers.verdict(row, ""), words, answer.advice)
-    how = "cut" if answer.cut else "ended"
+    how = "cut" if answer.cut else answer.unfinished or "ended"
     if not answer.text.strip():
         how = "without an end to its reasoning" if answer.only_reasoning else "empty"
     return Answered(answer.text, how, checkers.verdict(row, answer.text))

@@ -414,7 +414,8 @@ def test_what_a_file_of_an_earlier_version_does_not_record_is_said(
     assert 'note: harness: system_instruction is null and "Be brief."' in shown
     (line,) = [line for line in shown.splitlines() if line.startswith("note: bench: ")]
     assert line.startswith("note: bench: not recorded for A and B, so it may differ: content of the rows, judge sees")
-    assert "judge prompt version" not in line  # both are of the first
+    assert "judge prompt_version" not in line  # both are of the first
+    assert "judge temperature" in line
     assert "judge runs" not in line
 
 

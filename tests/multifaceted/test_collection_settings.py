@@ -135,6 +135,12 @@ FAULTS: list[tuple[str, Reply | str, str]] = [
     ("answer", "<think>hm</think>\n\n", "answer: empty"),
     ("answer", said("", "content_filter"), "answer: refused"),
     ("answer", said("On and", "length"), "answer: cut at the token limit"),
+    ("answer", said("On and", "MAX_TOKENS"), "answer: cut at the token limit"),
+    ("answer", said(None, "content_filter: SAFETY"), "answer: refused"),
+    ("answer", said("On and", "foo"), "answer: ended for an unknown reason (foo)"),
+    ("answer", said(None, tool_calls=[{"id": "1"}]), "answer: calls a tool"),
+    ("message", said("You are a", "model_length"), "system message: cut at the token limit"),
+    ("describe", said(None, "SPII"), "descriptions: refused"),
     ("answer", Reply(400, {"error": {"message": "too long a prompt"}}), "no answer from the model"),
 ]
 """What a stage gets, and what the report says of it. The instruction's mark tells which."""

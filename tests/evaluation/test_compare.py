@@ -37,7 +37,7 @@ def sides(command: Callable[..., int], tmp_path_factory: pytest.TempPathFactory)
     """Two folders of S-IFEval on our own rows, of two scripted models."""
     folders = (tmp_path_factory.mktemp("a"), tmp_path_factory.mktemp("b"))
     for folder, script in zip(folders, (rambles, is_careful), strict=True):
-        with served(script) as server:
+        with served(script, models=["judge"]) as server:
             assert command(
                 "ifeval", "--model", folder.name, "--server", server.url, "--data", OURS / "system_ifeval.jsonl",
                 "--control", OURS / "system_ifeval_user.jsonl", "--limit", "40", "--output-dir", folder,
@@ -466,7 +466,7 @@ def test_what_gain_and_bench_write_is_read(
     rows = [{"system": systems[row % 3], "prompt": f"q {row // 3}", "output": f"{row} river"} for row in range(9)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     folders = [tmp_path / "a", tmp_path / "b"]
-    with served(answers_or_grades) as server:
+    with served(answers_or_grades, models=["judge"]) as server:
         for folder in folders:
             shutil.copytree(tiny_chat_model, folder)
             if folder.name == "b":

@@ -77,7 +77,7 @@ class Author:
         good = good_text(stage, number, which, wanted)
         match kind:
             case "empty":
-                return said(" \n")
+                return said("<think>hm</think> \n")  # the client asks again for what is empty without it
             case "refusal":
                 return said("", refusal="I will not.")
             case "content_filter":

@@ -195,6 +195,15 @@ def test_settings_that_a_file_of_an_earlier_version_lacks_are_named(tmp_path: Pa
         compare(new, old)
 
 
+def test_a_parameter_that_is_not_sent_is_the_same_written_as_null_or_left_out(tmp_path: Path) -> None:
+    decoding = {name: value for name, value in SETTINGS["decoding"].items() if name != "repetition_penalty"}
+    paths = [
+        write_lines(tmp_path / f"{place}.jsonl", [result("r", 3.0, protocol=SETTINGS | {"decoding": one})])
+        for place, one in enumerate((decoding, decoding | {"repetition_penalty": None}))
+    ]
+    assert compare(*paths).notes == []
+
+
 def test_how_the_models_were_asked_may_differ_and_is_noted(tmp_path: Path) -> None:
     paths = [
         write_lines(tmp_path / f"{place}.jsonl", [result("r", 3.0, protocol=SETTINGS | asked)])
@@ -258,7 +267,7 @@ def test_the_command_compares_with_another_models_rows(tmp_path: Path, capsys: p
         return f"[RESULT] {max(row + 1, 2)}"
 
     for name, say in (("m", grade), ("n", better)):
-        with served(judging(say)) as server:
+        with served(judging(say), models=["judge"]) as server:
             servers = ["--server", server.url, "--judge", "judge", "--judge-server", server.url]
             against = ["--against", tmp_path / "m" / "bench_rows.jsonl"] if name == "n" else []
             assert command("--model", name, "--data", data, "--output-dir", tmp_path / name, *servers, *against) == 0
@@ -283,7 +292,7 @@ def test_what_can_not_be_compared_leaves_the_runs_own_figures_whole(
 ) -> None:
     data = write_lines(tmp_path / "rows.jsonl", [bench_row(number) for number in range(3)])
     stranger = write_lines(tmp_path / "bench_rows.jsonl", [result("a", 1.0)])
-    with served(judging(lambda row, rubric, time: "[RESULT] 3")) as server:
+    with served(judging(lambda row, rubric, time: "[RESULT] 3"), models=["judge"]) as server:
         asking = ["--model", "m", "--data", data, "--output-dir", tmp_path / "out", "--server", server.url]
         asking += ["--judge", "judge", "--judge-server", server.url]
         assert command(*asking) == 0

@@ -163,6 +163,20 @@ def test_what_is_lost_and_what_a_retry_saves(tmp_path: Path, tries: int, retries
         assert seen[number, stage] == (1 if hopeless else tries + (not lost))
 
 
+def test_what_servers_leave_in_a_reply_is_no_part_of_any_row(tmp_path: Path) -> None:
+    def leaky(asked: Asked) -> str:
+        analysis = "<|channel|>analysis<|message|>style: Hm.<|end|><|start|>assistant<|channel|>final<|message|>"
+        return f"{analysis}{good_everything(asked)}<|return|>"
+
+    stages = ("propose", "describe", "message", "answer")
+    done, _ = run_with(saying(**dict.fromkeys(stages, leaky)), tmp_path, [turns(BICYCLE)], sets_per_instruction=1)
+    (tmp_path / "plain").mkdir()
+    run_with(saying(), tmp_path / "plain", [turns(BICYCLE)], sets_per_instruction=1)
+    for column in ("preference_set", "system", "output"):
+        assert [row[column] for row in written(tmp_path)] == [row[column] for row in written(tmp_path / "plain")]
+    assert all(done.tally.events[f"{stage}: reasoning taken out"] == 1 for stage in stages)
+
+
 def test_a_cut_answer_may_be_kept(tmp_path: Path) -> None:
     cut = said("On and", "length")
     done, asked = run_with(saying(answer=lambda _: cut), tmp_path, [turns(BICYCLE)], on_cut_answer="keep")

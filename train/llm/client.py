@@ -27,7 +27,10 @@ from train.errors import UserError
 from train.llm.failures import LONGEST_WAIT, Trouble
 from train.llm.first_contact import share_secrets, unreachable
 from train.llm.journal import Answer, Journal, Request
+from train.llm.options import WAIT_FOR_SERVER
 from train.llm.places import Pauses, Places
+from train.llm.refusals import NameSetting, config_setting
+from train.llm.replies import why_empty
 from train.llm.server import PAUSE_OF_A_START, Server, ServerLane
 from train.progress import SECONDS_BETWEEN_LINES, duration
 
@@ -52,15 +55,16 @@ LONGEST_ABSENCE = 600.0
 """Seconds for which 404s of a server that has answered before are waited for: a gateway sends them while the pod behind
 it is replaced, which includes loading the model."""
 
-WAIT_FOR_SERVER = 60.0
-"""So many seconds a server is waited for at the start, when no server has been reached in this run."""
-
 
 class NoAnswerError(Exception):
-    """This request gets no answer, whatever is done; others do. The message says what the server said."""
+    """This request gets no answer, whatever is done; others do. The message says what the server said.
 
-    def __init__(self, what: str, *, too_long: bool = False) -> None:
+    `advice`: the setting that the server's error is about, as a sentence.
+    """
+
+    def __init__(self, what: str, advice: str | None = None, *, too_long: bool = False) -> None:
         super().__init__(what)
+        self.advice = advice or ""
         self.too_long = too_long
 
 
@@ -80,6 +84,14 @@ class _Start:
             self.awaited.discard(key)
 
 
+class EmptyAnswerError(NoAnswerError):
+    """The model says nothing to this request, try after try. `answer`: the last of the empty ones."""
+
+    def __init__(self, words: str, answer: Answer) -> None:
+        super().__init__(words)
+        self.answer = answer
+
+
 @dataclass
 class Counts:
     """Counts of the requests of this run."""
@@ -91,9 +103,13 @@ class Counts:
     """How often a request had to be sent again."""
     cut: int = 0
     refused: int = 0
+    reasoned: int = 0
+    """Answers of this run that came with reasoning in a field of its own."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     """Tokens of the answers that were asked for in this run, not of those found in the journal."""
+    advice: str = ""
+    """The setting that the first refused request was about, as a sentence."""
 
 
 class Client:
@@ -110,7 +126,11 @@ class Client:
     again as if it had not said how long. One that has had too much to do for as long, and that from the first request
     on, is given up.
 
-    `longest_absence`: see `LONGEST_ABSENCE`.
+    `accept_empty`: an empty answer is asked for once more and then taken as what the model says; evaluations want that,
+    as a model may say nothing. Otherwise it is asked for `attempts` times, raises EmptyAnswerError and is not kept. One
+    whose text went into a field of reasoning is never taken: the server was started wrongly.
+
+    `longest_absence`: see `LONGEST_ABSENCE`. `name_setting`: the command's words for a setting, for errors about one.
 
     Raises UserError for a `base_url` that is none and an environment variable that is not set.
     """
@@ -125,15 +145,17 @@ class Client:
         pauses: Pauses | None = None,
         patience: float = 3600.0,
         longest_wait: float = LONGEST_WAIT,
+        accept_empty: bool = False,
         longest_absence: float = LONGEST_ABSENCE,
         wait_for_server: float = WAIT_FOR_SERVER,
+        name_setting: NameSetting = config_setting,
     ) -> None:
         self.model, self.journal, self.attempts = model, journal, attempts
         self.pauses = pauses or Pauses()
         self.counts = Counts()
         self._longest_wait, self._longest_absence = longest_wait, longest_absence
-        self._wait_for_server = wait_for_server
-        self._lanes = [ServerLane(server, self.pauses, patience, longest_wait) for server in servers]
+        self._wait_for_server, self._accept_empty = wait_for_server, accept_empty
+        self._lanes = [ServerLane(server, self.pauses, patience, longest_wait, name_setting) for server in servers]
         share_secrets(self._lanes)
         self._warned_of: set[str] = set()
         self._places = Places(self._lanes)
@@ -191,7 +213,10 @@ class Client:
         Cancelling it leaves nothing behind. Raises NoAnswerError and UserError (see the module).
         """
         key = request.key(self.model)
-        while (answer := self.journal.find(key, request.decoding.max_tokens)) is None and key in self._asking:
+        limit = request.decoding.max_tokens
+        while (
+            answer := self.journal.find(key, limit, accept_empty=self._accept_empty)
+        ) is None and key in self._asking:
             await asyncio.wait([self._asking[key]])  # the same is being asked: its answer will be in the journal
         if answer is None:
             ended = self._asking[key] = asyncio.get_running_loop().create_future()
@@ -202,6 +227,7 @@ class Client:
                 answer = await self._ask_a_server(key, request)
             except NoAnswerError as failure:
                 self.counts.failed += 1
+                self.counts.advice = self.counts.advice or failure.advice
                 if start:
                     start.end(key)
                     self._count_failure(request.stage, start, failure)
@@ -214,6 +240,7 @@ class Client:
             self._answered_stages.add(request.stage)
             self.counts.prompt_tokens += answer.prompt_tokens or 0
             self.counts.completion_tokens += answer.completion_tokens or 0
+            self.counts.reasoned += bool(answer.reasoning_in)
         self.counts.answered += 1
         self.counts.from_journal += answer.from_journal
         self.counts.cut += answer.cut
@@ -221,18 +248,26 @@ class Client:
         return answer
 
     async def _ask_a_server(self, key: bytes, request: Request) -> Answer:
-        faults = tries = 0
+        faults = empty = tries = 0
         avoid: ServerLane | None = None
         denied_at: float | None = None
         while True:
             lane = await self._places.take(avoid)
-            outcome = await self._send(lane, key, request)
+            outcome = await self._send(lane, key, request, accept_empty=self._accept_empty and empty > 0)
             if isinstance(outcome, Answer):
                 return outcome
+            if isinstance(outcome, EmptyAnswerError):
+                self.counts.tries_failed += 1
+                empty += 1
+                if empty >= self.attempts:
+                    raise EmptyAnswerError(f"{outcome} ({self.attempts} times)", outcome.answer)
+                avoid = lane
+                await asyncio.sleep(self.pauses.after(empty))
+                continue
             if outcome.kind == "hopeless":
                 raise UserError(await lane.explain(self.model, outcome))
             if outcome.kind == "row":
-                raise NoAnswerError(outcome.what, too_long=outcome.too_long)
+                raise NoAnswerError(outcome.what, outcome.advice, too_long=outcome.too_long)
             if outcome.kind == "denied":
                 lane.denied.add(key)
                 await self._end_if_denied(request.stage, lane, outcome, denied_at)
@@ -241,28 +276,38 @@ class Client:
                 continue
             self.counts.tries_failed += 1
             tries += 1
-            faults += outcome.kind == "fault"
+            faults += outcome.kind in ("fault", "broken")
             self._end_a_false_start(request.stage, lane, outcome)
             self._end_an_unreachable_start(lane, outcome)
             if faults >= self.attempts:
-                raise NoAnswerError(f"{outcome.what} ({self.attempts} times)")
+                raise NoAnswerError(f"{outcome.what} ({self.attempts} times)", outcome.advice)
             avoid = lane
             if outcome.retry_after is None:
                 pause = self.pauses.after(tries)
                 await asyncio.sleep(pause if lane.reached else min(pause, PAUSE_OF_A_START))
 
-    async def _send(self, lane: ServerLane, key: bytes, request: Request) -> Answer | Trouble:
-        """Ask once, in a place that was taken on this lane; it is given back, and the lane told how it went."""
+    async def _send(
+        self, lane: ServerLane, key: bytes, request: Request, *, accept_empty: bool
+    ) -> Answer | Trouble | EmptyAnswerError:
+        """Ask once, in a place that was taken on this lane; it is given back, and the lane told how it went.
+
+        An answer is in the journal when this returns.
+        """
         sent_at = time.monotonic()
         outcome: Answer | Trouble | None = None
+        is_kept = False
         try:
             outcome = await lane.send(self.model, request)
+            if isinstance(outcome, Answer):
+                is_kept = not outcome.empty or (accept_empty and not outcome.reasoning_in)
         finally:
-            self._places.unwritten += isinstance(outcome, Answer)
+            self._places.unwritten += is_kept
             self._places.give_back(lane)
             lane.learn(outcome, sent_at)
             self._places.hand_out()
         if isinstance(outcome, Answer):
+            if not is_kept:
+                return EmptyAnswerError(why_empty(outcome), outcome)
             try:
                 await self.journal.add(key, self.model, request, outcome)
             finally:
@@ -298,6 +343,7 @@ class Client:
             since = f"{lane.failures_in_a_row} times in a row"
             is_error = trouble.status != 200  # a 200 may be any web page
             advice = f"Is {'' if is_error else 'base_url right, and is '}{self.model!r} a model that it serves?"
+            advice = trouble.advice or advice
         elif trouble.kind == "too much" and waited > self._longest_wait:
             since = f"for {duration(waited)}"
             advice = "Start the same command when it takes requests again, or name another server."
@@ -335,8 +381,8 @@ class Client:
         if not start.awaited:
             raise UserError(
                 f"stage {stage}: none of the first {start.failed + start.too_long:,} requests got an answer from "
-                f"{self.model}. The last one: {str(failure).rstrip('.')}. Change the settings of the stage or of the "
-                "server."
+                f"{self.model}. The last one: {str(failure).rstrip('.')}. "
+                f"{failure.advice or 'Change the settings of the stage or of the server.'}"
             ) from failure
 
     async def _watch_silence(self) -> None:

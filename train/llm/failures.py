@@ -23,12 +23,12 @@ class Trouble:
     """The reason why a request has no answer.
 
     too much: the server is over its load or rate limit. gone: it can't be reached. fault: an error of the server or of
-    this request; worth another try. row: it won't answer this request. denied: it refuses the key, the address or the
-    model (`DENIED`). hopeless: it will answer no request. again: it wants the request in another form, which the next
-    try has.
+    this request; worth another try. broken: it broke off its answer to this request, and answers others; worth another
+    try. row: it won't answer this request. denied: it refuses the key, the address or the model (`DENIED`). hopeless:
+    it will answer no request. again: it wants the request in another form, which the next try has.
     """
 
-    kind: Literal["too much", "gone", "fault", "row", "denied", "hopeless", "again"]
+    kind: Literal["too much", "gone", "fault", "broken", "row", "denied", "hopeless", "again"]
     what: str
     retry_after: float | None = None
     status: int | None = None
@@ -36,7 +36,7 @@ class Trouble:
     too_long: bool = False
     """Of a row: the server's words are about the length of the request."""
     advice: str | None = None
-    """Of what waiting does not cure: the remedy, where the connection itself tells it."""
+    """The remedy, where the connection or the server's own words tell it: see `refusals.advice_on`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
 from train.errors import UserError
+from train.llm.finish_reasons import Ending, ending_of
 
 LAYOUT = 1
 """The layout of the table, in the file's user_version."""
@@ -41,7 +42,8 @@ class Decoding:
     """How an answer is drawn, in the names of the OpenAI API.
 
     What is None or empty is not sent, so the server's own default holds. `extra` goes into the request as it stands
-    (top_k, min_p, chat_template_kwargs and what else a server knows).
+    (top_k, min_p, chat_template_kwargs and what else a server knows). `limit_name`: the field of the token limit; None
+    = no limit is sent. Under the name max_tokens a server that refuses it gets the name that it asks for.
     """
 
     max_tokens: int
@@ -50,6 +52,26 @@ class Decoding:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+    limit_name: str | None = "max_tokens"
+
+    @classmethod
+    def of_settings(
+        cls,
+        max_tokens: int,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        extra: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Self:
+        """Return the decoding of a stage's settings. A null in `extra` takes its field out of the request, and a
+        `max_completion_tokens` there takes the place of `max_tokens`.
+        """
+        own = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        own |= dict.fromkeys(name for name in own if name in extra)
+        rest = {name: value for name, value in extra.items() if value is not None}
+        limit = rest.pop("max_completion_tokens", None)
+        limit_name = "max_completion_tokens" if limit else None if "max_tokens" in extra else "max_tokens"
+        return cls(limit or max_tokens, **own, extra=rest, limit_name=limit_name)  # type: ignore[arg-type]
 
     def parameters(self, sample: int) -> dict[str, Any]:
         """What stands in a request beside model, messages and the token limit. Each sample has a seed of its own."""
@@ -95,16 +117,61 @@ class Answer:
     seconds: float
     """From the request that was answered to its answer: without the tries and pauses before."""
     from_journal: bool = False
+    reasoning_in: str = ""
+    """The field that held reasoning beside the text (reasoning_content, ...). The journal does not keep it."""
+    only_reasoning: bool = False
+    """Its text was reasoning that never ended, so it holds no answer (set by `train.llm.reasoning.read_answer`)."""
+
+    @property
+    def ending(self) -> Ending:
+        """The class of its finish reason.
+
+        An answer without a reason is complete if the server counts tokens: the client has seen that they are fewer
+        than the limit (see `ServerLane`).
+        """
+        ending = ending_of(self.finish_reason)
+        return "complete" if ending == "unstated" and self.completion_tokens else ending
+
+    @property
+    def detail(self) -> str:
+        """What it says, or the reason that it says nothing, for the reports."""
+        return self.refusal or self.text or f"finish_reason {self.finish_reason or 'missing'}"
 
     @property
     def cut(self) -> bool:
         """Whether the token limit ended it."""
-        return self.finish_reason == "length"
+        return self.ending == "cut"
 
     @property
     def refused(self) -> bool:
         """Whether the server withheld it (a content filter) or the model's refusal came marked as one."""
-        return self.finish_reason == "content_filter" or bool(self.refusal)
+        return bool(self.refusal) or self.ending == "refused"
+
+    @property
+    def empty(self) -> bool:
+        """Whether it holds no text though nothing cut it, withheld it or called a tool."""
+        if self.text and not self.text.isspace():
+            return False
+        return not self.refusal and self.ending in ("complete", "unknown", "unstated")
+
+    @property
+    def unfinished(self) -> str:
+        """Why it is not a complete answer, in the words of the reports; nothing where it is."""
+        if self.refused:
+            return "refused"
+        match self.ending:
+            case "cut":
+                return "cut at the token limit"
+            case "tool":
+                return "calls a tool"
+            case "unstated":
+                return "without a finish_reason"
+            case "unknown":
+                return f"ended for an unknown reason ({self.finish_reason[:60]})"
+            case _ if self.text and not self.text.isspace():
+                return ""
+            case _:
+                return f"empty, all of it in {self.reasoning_in}" if self.reasoning_in else "empty"
 
 
 class Journal:
@@ -162,11 +229,13 @@ class Journal:
             raise self._explained(error, "it can't be used as a journal of answers") from error
         return connection
 
-    def find(self, key: bytes, max_tokens: int) -> Answer | None:
-        """The answer to a request, if it was given and is what `max_tokens` would have let through.
+    def find(self, key: bytes, max_tokens: int, *, accept_empty: bool = False) -> Answer | None:
+        """Return the answer to a request, if it was given and is what `max_tokens` would have let through.
 
         An answer that came to its own end within the limit is. One that was cut counts for the very limit that cut
-        it: under a higher one there is more to hear, under a lower one it is too long.
+        it: under a higher one there is more to hear, under a lower one it is too long. One that the server broke off
+        (abort, error) is not returned, nor is an empty one unless `accept_empty`: earlier versions kept those, and
+        they are to be asked again.
         """
         found = self._first(
             "SELECT text, finish_reason, refusal, prompt_tokens, completion_tokens, seconds, max_tokens"
@@ -177,6 +246,8 @@ class Journal:
             return None
         text, finish_reason, refusal, prompt_tokens, completion_tokens, seconds, limit = found
         answer = Answer(text, finish_reason, refusal, prompt_tokens, completion_tokens, seconds, from_journal=True)
+        if answer.ending == "fault" or (answer.empty and not accept_empty):
+            return None
         if limit == max_tokens:
             return answer
         length = limit if answer.completion_tokens is None else answer.completion_tokens

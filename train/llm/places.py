@@ -3,13 +3,15 @@
 A server starts with all the places it may have, as an idle one can take them, and loses some when it objects:
 
 - Too much (429, 503): it keeps as many places as it has accepted requests at that moment, which is what it bears.
-- A fault (500, a dropped connection, garbage): one place less. Where a share e of the answers are faults, that
-  settles somewhat above 1/e places: one in a hundred leaves 64 alone, one in ten leaves about fifteen.
+- A fault (500, a dropped connection, garbage, an answer that it breaks off): one place less. Where a share e of the
+  answers are faults, that settles somewhat above 1/e places: one in a hundred leaves 64 alone, one in ten leaves about
+  fifteen.
 - Places come back after each round of answers (as many as there are places) without an objection: one, then two,
   then four. So a server at its limit is asked for too much about once a round, and one that was away is full again
   within a few rounds.
 - Objections with no answer between them pause the server, for longer each time; Retry-After pauses it as long as it
-  says. Objections to requests that were on their way together count once.
+  says. Objections to requests that were on their way together count once. An answer that it breaks off does not pause
+  it: it does answer.
 """
 
 import asyncio
@@ -80,6 +82,12 @@ class Lane:
         """It failed over a request, or can't be reached."""
         self.limit = max(1, self.limit - 1)
         self.objected(what, sent_at)
+
+    def broke_off(self) -> None:
+        """It began an answer and did not end it: one place less, and no pause, as it does answer."""
+        self.heard_at = time.monotonic()
+        self.limit = max(1, self.limit - 1)
+        self._growth = 1
 
     def objected(self, what: str, sent_at: float) -> None:
         """It has answered with an objection; the second in a row pauses it."""

@@ -1,11 +1,12 @@
 """What was asked of a model for one row and stage: answers, tokens, seconds, and what it reasoned before."""
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from train.llm.client import Client
+from train.llm.client import Client, EmptyAnswerError
+from train.llm.finish_reasons import ending_of
 from train.llm.journal import Answer, Request
-from train.llm.reasoning import without_reasoning
+from train.llm.reasoning import events_of, read_answer
 
 
 @dataclass(slots=True)
@@ -34,17 +35,24 @@ class Spent:
 
 
 async def ask(client: Client, request: Request, spent: dict[str, Spent], events: Counter[str]) -> Answer:
-    """The answer without the reasoning before it, which is counted in `events`. Raises as `Client.ask`.
+    """Return the answer without reasoning and control tokens; raises as `Client.ask`, but returns empty answers.
 
-    `spent`: of the row, by stages.
+    Args:
+        spent: of the row, by stages.
+        events: counts reasoning, control tokens and answers of an unknown ending, in the words of the report.
     """
     stage = request.stage
-    answer = await client.ask(request)
+    try:
+        answer = await client.ask(request)
+    except EmptyAnswerError as failure:
+        answer = failure.answer
     spent.setdefault(stage, Spent()).add(answer)
-    said = without_reasoning(answer.text)
-    if said.unfinished:
-        events[f"{stage}: reasoning without an end, and nothing said"] += 1
-    elif said.reasoning is not None:
-        events[f"{stage}: reasoning taken out"] += 1
-    events[f"{stage}: tags of reasoning left in the text"] += said.holds_reasoning
-    return replace(answer, text=said.text)
+    match ending_of(answer.finish_reason):
+        case "unknown":
+            events[f"{stage}: answer ended for an unknown reason ({answer.finish_reason[:60]})"] += 1
+        case "unstated":
+            events[f"{stage}: answer without a finish_reason"] += 1
+    answer, said = read_answer(answer)
+    for event in events_of(said):
+        events[f"{stage}: {event}"] += 1
+    return answer

@@ -59,7 +59,7 @@ def make_record(
         "complete": not found["missing"]["judgements_missing"]["pending"],
         "deviations": deviations(bench, protocol, decoding, with_system),
         "judge": judge_record(protocol.judge, PROMPT_VERSION),
-        "decoding": None if decoding is None else decoding_record(decoding),
+        "decoding": None if decoding is None else decoding_record(decoding, PAPERS_RESPONSES),
         "system_message_given": with_system,
         "respondent": None if with_system is None else dict(respondent or {}),
         **found,
@@ -83,14 +83,16 @@ def deviations(bench: Bench, protocol: Protocol, decoding: Decoding | None, with
         found.append("the judge was shown the system message")
     if settings.model != PAPERS_JUDGE:
         found.append(f"the judge is {settings.model}; the paper's is {PAPERS_JUDGE}, and scores of two judges differ")
-    if settings.decoding != PAPERS_DECODING:
-        found.append(f"the judge answers with {_words(settings.decoding)}; in the paper {_words(PAPERS_DECODING)}")
+    papers = decoding_record(PAPERS_DECODING, PAPERS_DECODING)
+    if (judges := decoding_record(settings.decoding, PAPERS_DECODING)) != papers:
+        found.append(f"the judge answers with {_words(judges)}; in the paper {_words(papers)}")
     if settings.runs != PAPERS_RUNS:
         found.append(f"{counted(settings.runs, 'run')} of the judge, in the paper {PAPERS_RUNS}")
+    papers = decoding_record(PAPERS_RESPONSES, PAPERS_RESPONSES)
     if decoding is None:
         found.append("the responses come from a file: how they were drawn isn't known here")
-    elif decoding != PAPERS_RESPONSES:
-        found.append(f"responses are drawn with {_words(decoding)}; in the paper {_words(PAPERS_RESPONSES)}")
+    elif (drawn := decoding_record(decoding, PAPERS_RESPONSES)) != papers:
+        found.append(f"responses are drawn with {_words(drawn)}; in the paper {_words(papers)}")
     if with_system is False:
         found.append("no system message was given to the model (--no-system)")
     if protocol.best_of > 1:
@@ -102,8 +104,8 @@ def deviations(bench: Bench, protocol: Protocol, decoding: Decoding | None, with
     return found
 
 
-def _words(decoding: Decoding) -> str:
-    return ", ".join(f"{name} {value}" for name, value in decoding_record(decoding).items())
+def _words(sent: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {'not sent' if value is None else value}" for name, value in sent.items())
 
 
 def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow]) -> str:
@@ -182,7 +184,8 @@ def _about_missing(missing: Mapping[str, Any]) -> str:
     )
     if missing["responses_cut"] or missing["responses_empty"]:
         text += (
-            f" Responses: {missing['responses_cut']:,} cut at the token limit, {missing['responses_empty']:,} empty."
+            f" Responses: {missing['responses_cut']:,} cut at the token limit, {missing['responses_empty']:,} empty, "
+            f"{missing['responses_only_reasoning']:,} of these as their reasoning had no end."
         )
     return text
 

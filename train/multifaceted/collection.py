@@ -25,8 +25,10 @@ from train.data.near_duplicates import NearDuplicates
 from train.errors import UserError
 from train.llm.client import Client, Counts, NoAnswerError
 from train.llm.journal import Answer, Journal, Request
+from train.llm.options import WAIT_FOR_SERVER
 from train.llm.rows import in_order, progress
 from train.llm.spent import ask
+from train.llm.system_role import merge_into_user
 from train.llm.unanswered import NO_ANSWER
 from train.llm.yes_or_no import says_no
 from train.multifaceted import collection_prompts as prompts
@@ -77,8 +79,9 @@ class Pipeline:
         except NoAnswerError as failure:
             outcome.reason, outcome.detail = NO_ANSWER, str(failure)
             return True
-        no = says_no(answer.text)
-        outcome.events["screen: neither yes nor no, and kept"] += no is None
+        no = None if answer.refused else says_no(answer.text)
+        if no is None:
+            outcome.events[f"screen: {answer.unfinished or 'neither yes nor no'}, and kept"] += 1
         if no is False:
             outcome.reason, outcome.detail = "states a style or format, says the model", _beginning(answer.text)
         return no is False
@@ -151,9 +154,9 @@ class Pipeline:
         for sample in range(1 + self.config.retries):
             missing = [draw for draw in wanted if draw.sub.dimension not in found]
             answer = await self._ask(outcome, stage, ask_for(missing, sample), sample)
-            why, detail = _unusable(answer), _beginning(answer.refusal or answer.text)
+            why, detail = answer.unfinished, _beginning(answer.detail)
             if not answer.refused:
-                lines = prompts.read_lines(answer.text, missing, cut=answer.cut)
+                lines = prompts.read_lines(answer.text, missing, cut=bool(why))
                 for draw in missing:
                     if (text := lines.get(draw.sub.dimension)) is None:
                         continue
@@ -165,7 +168,7 @@ class Pipeline:
                     why = fault or why
             if len(found) == len(wanted):
                 return found
-            why = why or ("cut at the token limit" if answer.cut else "can't be read")
+            why = why or "can't be read"
             outcome.events[f"{_NOUNS[stage]}: {why}, of some or all dimensions"] += 1
         lost = [draw.sub.dimension for draw in wanted if draw.sub.dimension not in found]
         one.leave_out(f"{_NOUNS[stage]}: {why}", f"{', '.join(lost)}: {detail}")
@@ -179,10 +182,8 @@ class Pipeline:
             answer = await self._ask(outcome, "message", ask, sample)
             text = prompts.read_message(answer.text)
             share = told_share(text, outcome.instruction.prompt)
-            why = _unusable(replace(answer, text=text))
-            if not why and answer.cut:
-                why = "cut at the token limit"
-            elif not why and prompts.is_refusal(text):
+            why = replace(answer, text=text).unfinished
+            if not why and prompts.is_refusal(text):
                 why = "refused"
             elif not why and same_words(text) in siblings:
                 why = "the same as a sibling's"
@@ -192,37 +193,28 @@ class Pipeline:
                 one.system = text
                 return True
             outcome.events[f"system message: {why}"] += 1
-        return one.leave_out(f"system message: {why}", _beginning(answer.refusal or answer.text))
+        return one.leave_out(f"system message: {why}", _beginning(answer.detail))
 
     async def _answer(self, outcome: Outcome, one: SetOutcome) -> bool:
         ask = prompts.answer(one.system, outcome.instruction.prompt)
         why = ""
         for sample in range(1 + self.config.retries):
             answer = await self._ask(outcome, "answer", ask, sample)
-            why = _unusable(answer)
-            if not why and answer.cut:
-                if self.config.on_cut_answer == "keep":
-                    outcome.events["answer: cut at the token limit, and kept"] += 1
-                else:
-                    why = "cut at the token limit"
+            why = answer.unfinished
+            if why and self.config.on_cut_answer == "keep" and not answer.refused and answer.text.strip():
+                outcome.events[f"answer: {why}, and kept"] += 1
+                why = ""
             if not why:
                 one.output = answer.text
                 return True
             outcome.events[f"answer: {why}"] += 1
-        return one.leave_out(f"answer: {why}", _beginning(answer.refusal or answer.text))
+        return one.leave_out(f"answer: {why}", _beginning(answer.detail))
 
     async def _ask(self, outcome: Outcome, stage: str, turns: Sequence[Mapping[str, Any]], sample: int) -> Answer:
         decoding = getattr(self.config, stage).decoding()
+        if self.config.system_role == "merge_into_user":
+            turns = merge_into_user(turns)
         return await ask(self.client, Request(stage, turns, decoding, sample), outcome.spent, outcome.events)
-
-
-def _unusable(answer: Answer) -> str:
-    """Why nothing is to be had of an answer, in the words of the report."""
-    if answer.refused:
-        return "refused"
-    if answer.text.strip():
-        return ""
-    return "cut at the token limit" if answer.cut else "empty"
 
 
 def _beginning(text: str) -> str:
@@ -242,10 +234,11 @@ class Done:
     report: Path
 
 
-def run(config: CollectionConfig) -> Done:
+def run(config: CollectionConfig, wait_for_server: float = WAIT_FOR_SERVER) -> Done:
     """Take all instructions through the pipeline, write rows, pairs and the report. Raises UserError.
 
     What is interrupted at any moment is made good by the next call, which asks nothing again that was answered.
+    `wait_for_server`: as of `Client`.
     """
     hierarchy = load_hierarchy(config.hierarchy.file, ours=config.hierarchy.ours)
     plan = Plan(hierarchy, config.sets_per_instruction, config.seed)
@@ -258,7 +251,7 @@ def run(config: CollectionConfig) -> Done:
     total = number_of_rows(config.data)
     with Journal(folder / JOURNAL) as journal, Output(config) as output:
         tally = Tally(config, hierarchy)
-        counts = asyncio.run(_run(config, hierarchy, plan, journal, output, tally, total))
+        counts = asyncio.run(_run(config, hierarchy, plan, journal, output, tally, total, wait_for_server))
         try:
             return Done(tally, counts, write_report(folder, tally.facts(), journal.seconds()))
         except OSError as error:
@@ -276,11 +269,15 @@ async def _run(
     output: Output,
     tally: Tally,
     total: int,
+    wait_for_server: float,
 ) -> Counts:
     threshold = config.filter.near_duplicates
     servers = [server.server() for server in config.servers]
     with nullcontext() if threshold is None else NearDuplicates(threshold) as near:
-        async with Client(servers, config.model, journal) as client, progress("rows", total, client) as pace:
+        async with (
+            Client(servers, config.model, journal, wait_for_server=wait_for_server) as client,
+            progress("rows", total, client) as pace,
+        ):
             pipeline = Pipeline(config, client, hierarchy, plan)
             rows = instructions(config.data, config.filter, near)
             # Twice as many as the servers take at once, as in SYSGEN: while one is between two steps, another asks.

@@ -91,13 +91,14 @@ def judge_record(settings: JudgeSettings, prompt_version: int) -> dict[str, Any]
         "sees_the_system_message": settings.show_system,
         "runs": settings.runs,
         "retries": settings.retries,
-        **decoding_record(settings.decoding),
+        **decoding_record(settings.decoding, PAPERS_DECODING),
     }
 
 
-def decoding_record(decoding: Decoding) -> dict[str, Any]:
-    """Return how answers are drawn, for JSON. A parameter that is not sent is left out."""
-    return {"max_tokens": decoding.max_tokens, **decoding.parameters(0)}
+def decoding_record(decoding: Decoding, papers: Decoding) -> dict[str, Any]:
+    """Return the fields of a request; None for one that the paper's request has and this one hasn't."""
+    limit = decoding.max_tokens if decoding.limit_name else None
+    return {"max_tokens": limit} | dict.fromkeys(papers.parameters(0)) | decoding.parameters(0)
 
 
 def settings_of(protocol: Protocol, prompt_version: int, responses: Decoding | None) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def settings_of(protocol: Protocol, prompt_version: int, responses: Decoding | N
         {
             "judge": judge_record(protocol.judge, prompt_version),
             "best_of": {"answers": protocol.best_of, "picked_by": protocol.pick_by if picks else None},
-            "decoding": decoding_record(responses) if responses else None,
+            "decoding": decoding_record(responses, PAPERS_RESPONSES) if responses else None,
         }
     )
 
@@ -125,7 +126,8 @@ def protocol_of(record: Mapping[str, Any]) -> dict[str, Any]:
             known["judge extra"] = judge
         best = record.get("best_of", {"answers": 1, "picked_by": None})
         known |= {"best of": best["answers"], "picked by": best["picked_by"]}
-        known["decoding"] = record.get("decoding") or UNKNOWN
+        drawn = record.get("decoding") or {}
+        known["decoding"] = {name: value for name, value in drawn.items() if value is not None} or UNKNOWN
     return {name: known.get(name, UNKNOWN) for name in OPTIONS}
 
 

@@ -25,7 +25,9 @@ from train.data.asked_rows import PlacedRow
 from train.data.formats import Message, RowFault
 from train.llm.client import Client, NoAnswerError
 from train.llm.journal import Answer, Decoding, Request
+from train.llm.losses import UNREADABLE, UNSUPPORTED
 from train.llm.spent import ask
+from train.llm.system_role import merge_into_user
 from train.llm.unanswered import NO_ANSWER
 from train.llm.yes_or_no import says_no
 from train.sysgen import prompts
@@ -51,7 +53,7 @@ class Pipeline:
         index, place, conversation = row
         outcome = Outcome(index, place)
         if isinstance(conversation, RowFault):
-            return outcome.leave_out(f"can't be read: {conversation.kind}", conversation.detail)
+            return outcome.leave_out(f"{UNREADABLE}: {conversation.kind}", conversation.detail)
         outcome.tools = conversation.tools
         try:
             return await self._taken_through(outcome, conversation.messages)
@@ -69,7 +71,7 @@ class Pipeline:
         if len(turns) < len(messages) - (existing is not None):
             outcome.events["turns after the last answer left out"] += 1
         if any(turn["role"] == "system" for turn in turns):
-            return outcome.leave_out("a system message in the middle of the conversation")
+            return outcome.leave_out(f"{UNSUPPORTED}: a system message in the middle of the conversation")
 
         if config.message == "common":
             outcome.system = config.common_message
@@ -109,15 +111,16 @@ class Pipeline:
         outcome.written_by_model, outcome.verdicts = answer.text, []
         outcome.message = Annotated(())
         if answer.refused:
-            return "the model refused to write a system message", answer.refusal or ""
+            return "the model refused to write a system message", _beginning(answer.detail)
         if answer.cut:
             outcome.events["system message cut at the token limit"] += 1
         outcome.phase = "generated"
         outcome.message = parse(answer.text)
         if not outcome.message.phrases:
-            return "no valid phrase", _beginning(answer.text)
+            return "no valid phrase", _beginning(answer.text) or answer.unfinished or "an empty answer"
         outcome.phase = "filtered"
-        await self._verify(outcome, turns, sample)
+        if unfinished := await self._verify(outcome, turns, sample):
+            return unfinished, f"of the message {_beginning(answer.text)}"
         if not outcome.message.phrases:
             judged = (f"{tag}: {verdict}" for said in outcome.verdicts for tag, verdict in said.items())
             return "no phrase was verified", ", ".join(judged)
@@ -127,7 +130,8 @@ class Pipeline:
             await asyncio.sleep(0)
             return self._stopped_by_gates(outcome.system, turns)
 
-    async def _verify(self, outcome: Outcome, turns: Sequence[Message], sample: int) -> None:
+    async def _verify(self, outcome: Outcome, turns: Sequence[Message], sample: int) -> str:
+        """Remove the phrases that fail; return why the verification is not finished, nothing if it is."""
         exchanges: Sequence[Sequence[Message] | None] = _exchanges(turns)
         if len(exchanges) == 1:
             exchanges = [None]  # the paper's way: the message alone
@@ -135,10 +139,19 @@ class Pipeline:
         for exchange in exchanges:
             answer = await self._ask(outcome, "verify", prompts.verify(outcome.message, exchange), decoding, sample)
             read = parse_verdicts(answer.text)
+            missing = sum(tag not in read.of for tag in outcome.message.tags)
+            if missing and answer.unfinished:
+                unfinished = f"verification {answer.unfinished}"
+                if self.config.on_unfinished_verification == "retry":
+                    return unfinished
+                outcome.events[f"{unfinished}, and its phrases kept"] += 1
+                if not read.of:
+                    continue
+            else:
+                outcome.events["verdict that can't be read"] += missing
             outcome.verdicts.append(dict(read.of))
             outcome.tags_judged += len(outcome.message.tags)
             outcome.events["verdict written otherwise, and read"] += read.repairs.get("written otherwise", 0)
-            outcome.events["verdict that can't be read"] += sum(tag not in read.of for tag in outcome.message.tags)
         for tag in outcome.message.tags:
             verdict = _combined([verdicts.get(tag) for verdicts in outcome.verdicts])
             if verdict is None and self.config.on_missing_verdict == "keep":
@@ -146,6 +159,7 @@ class Pipeline:
             if verdict != "Good":
                 reason = f"judged {verdict}" if verdict else "no verdict"
                 outcome.message = outcome.message.without({tag}, reason)
+        return ""
 
     def _stopped_by_gates(self, system: str, turns: Sequence[Message]) -> tuple[str, str]:
         gates = self.config.gates
@@ -225,15 +239,15 @@ class Pipeline:
                 outcome.events["answer that breaks a constraint"] += 1
             else:
                 return None
-            unfinished = _unfinished(answer)
-            if unfinished:
+            if answer.unfinished:
+                unfinished = f"new answer {answer.unfinished}"
                 outcome.events[unfinished] += 1
                 if config.on_unfinished_answer == "original":
                     outcome.events["kept its own answers, as a new one was unfinished"] += 1
                     outcome.answers = "original"
                     return list(turns)
                 if config.on_unfinished_answer == "drop" or not answer.text.strip():
-                    outcome.leave_out(unfinished, _beginning(answer.refusal or answer.text))
+                    outcome.leave_out(unfinished, _beginning(answer.detail))
                     return None
             history.append({"role": "assistant", "content": answer.text})
         outcome.answers = "anew"
@@ -251,8 +265,10 @@ class Pipeline:
                 continue
             asked = prompts.follows(outcome.system, question, turn["content"])
             answer = await self._ask(outcome, "judge", asked, self.config.judge.decoding(), 0)
-            verdict = says_no(answer.text)
-            outcome.events["judgement that can't be read"] += verdict is None
+            verdict = None if answer.refused else says_no(answer.text)
+            if verdict is None:
+                why = answer.unfinished or "that can't be read"
+                outcome.events[f"judgement {why}"] += 1
             if verdict:
                 return outcome.leave_out("gate: the answer ignores the system message", _beginning(turn["content"]))
         return outcome
@@ -260,6 +276,8 @@ class Pipeline:
     async def _ask(
         self, outcome: Outcome, stage: str, messages: Sequence[Mapping[str, Any]], decoding: Decoding, sample: int
     ) -> Answer:
+        if self.config.system_role == "merge_into_user":
+            messages = merge_into_user(messages)
         return await ask(self.client, Request(stage, messages, decoding, sample), outcome.spent, outcome.events)
 
 
@@ -287,15 +305,6 @@ def _combined(verdicts: Sequence[Verdict | None]) -> Verdict | None:
     """What several turns say of one tag: Bad if one says so, else Good if one does, else None; nothing if none does."""
     order: tuple[Verdict, ...] = ("Bad", "Good", "None")
     return next((verdict for verdict in order if verdict in verdicts), None)
-
-
-def _unfinished(answer: Answer) -> str:
-    """Why an answer is none to learn from, in the words of the report."""
-    if answer.refused:
-        return "new answer refused"
-    if answer.cut:
-        return "new answer cut at the token limit"
-    return "" if answer.text.strip() else "new answer empty"
 
 
 def _beginning(text: str) -> str:

@@ -1,0 +1,73 @@
+"""Finish reasons: the one table that says whether an answer is complete, cut, refused or a fault of the server.
+
+    complete   the model ended its answer itself, or at a stop string
+    cut        the token limit or the context window ended it
+    refused    a filter or the model withheld it, or a part of it
+    tool       the model called a tool; nobody offers it one here, so this is no answer in text
+    fault      the server broke it off; it is asked again, like a 500
+    unknown    a reason that is not in the table, or one that says nothing ("other")
+    unstated   the server gave no reason
+
+The OpenAI API has five reasons; servers and gateways have more, and pass on those of the model's own API. Case and
+punctuation make no difference: MAX_TOKENS, maxTokens and max_tokens are one, and so are content_filter and
+content-filter. Of `content_filter: PROHIBITED_CONTENT` or `FinishReason.STOP` the part that is known decides.
+"""
+
+import functools
+from typing import Literal
+
+Ending = Literal["complete", "cut", "refused", "tool", "fault", "unknown", "unstated"]
+
+REASONS: dict[Ending, str] = {
+    # OpenAI, vLLM, SGLang: stop. TGI, Together: eos, eos_token. llama.cpp before 2024: eos, word. Anthropic, Bedrock:
+    # end_turn, stop_sequence. Cohere: COMPLETE. Titan: FINISH. ERNIE: normal.
+    "complete": "stop eos eos_token end_turn end_of_turn end_of_text endoftext stop_sequence stop_string "
+    "stop_token stop_word word complete completed finish finished normal done end",
+    # Gemini: MAX_TOKENS. Mistral: model_length. Anthropic, GLM: model_context_window_exceeded. Cohere: ERROR_LIMIT.
+    # watsonx: token_limit. OpenAI's Responses: max_output_tokens. llama.cpp: limit.
+    "cut": "length max_tokens max_token max_length max_output_tokens max_completion_tokens max_new_tokens model_length "
+    "max_model_len context_length context_length_exceeded context_window_exceeded model_context_window_exceeded "
+    "token_limit token_limit_reached limit error_limit truncated incomplete",
+    # Azure, OpenAI: content_filter. Anthropic: refusal. Bedrock: guardrail_intervened, content_filtered. Gemini: the
+    # upper-case ones, which its OpenAI endpoint passes on. GLM, Hunyuan: sensitive. Cohere: ERROR_TOXIC.
+    "refused": "content_filter content_filtered content_filtering content_policy content_policy_violation filtered "
+    "refusal refused safety recitation prohibited_content blocklist spii model_armor language escalation blocked "
+    "image_safety image_prohibited_content image_recitation guardrail guardrails guardrail_intervened moderation "
+    "sensitive error_toxic policy_violation blocked_reason_unspecified",
+    # Anthropic, Bedrock: tool_use. Gemini: MALFORMED_FUNCTION_CALL and the like.
+    "tool": "tool_calls tool_call tool_use function_call function_calls malformed_function_call malformed_tool_use "
+    "malformed_tool_call unexpected_tool_call too_many_tool_calls",
+    # vLLM, SGLang: abort, error. OpenRouter, Mistral, Cohere: error. Ollama: load, unload. DeepSeek:
+    # insufficient_system_resource. GLM: network_error. TensorRT-LLM, watsonx: cancelled, timeout, time_limit,
+    # not_finished. Gemini: MALFORMED_RESPONSE. Bedrock: malformed_model_output.
+    "fault": "abort aborted error errored exception failed failure cancel canceled cancelled user_cancel load loading "
+    "unload timeout timed_out time_limit deadline_exceeded insufficient_system_resource insufficient_resources "
+    "overloaded rate_limit rate_limited network_error server_error internal_error internal_server_error "
+    "service_unavailable unavailable engine_error connection_error upstream_error provider_error error_other "
+    "not_finished unfinished in_progress interrupted preempted shutdown disconnect disconnected malformed_response "
+    "malformed_model_output missing_thought_signature",
+    # Written out by servers that have no reason to give.
+    "unstated": "null none",
+}  # fmt: skip
+
+
+def _plain(reason: str) -> str:
+    return "".join(filter(str.isalnum, reason.casefold()))
+
+
+_ENDINGS: dict[str, Ending] = {_plain(name): ending for ending, names in REASONS.items() for name in names.split()}
+
+
+@functools.lru_cache(maxsize=1024)
+def ending_of(finish_reason: str) -> Ending:
+    """Return the class of a finish reason; unstated for an empty one."""
+    if not (plain := _plain(finish_reason)):
+        return "unstated"
+    if ending := _ENDINGS.get(plain):
+        return ending
+    # `content_filter: PROHIBITED_CONTENT`, `FinishReason.STOP`, `FINISH_REASON_MAX_TOKENS`, `stop (eos)`
+    head, tail = finish_reason.partition(":")[0], finish_reason.rpartition(".")[2]
+    for part in (head, tail, finish_reason.partition("(")[0], plain.removeprefix("finishreason")):
+        if ending := _ENDINGS.get(_plain(part)):
+            return ending
+    return "unknown"

@@ -10,6 +10,7 @@ from bench_runs import bench_row, command, judging, lines, write_lines
 from scripted_server import served
 
 from train.errors import UserError
+from train.multifaceted.judge import PROMPT_VERSION
 from train.multifaceted.pairwise import compare, outcome
 from train.multifaceted.protocol import PAPERS_RESPONSES, JudgeSettings, Protocol, protocol_of, settings_of
 
@@ -103,7 +104,7 @@ def test_what_can_not_be_compared(tmp_path: Path, change: dict[str, Any], error:
         compare(first, second)
 
 
-SETTINGS = settings_of(Protocol(JudgeSettings("j"), 3, "first run"), 2, PAPERS_RESPONSES)
+SETTINGS = settings_of(Protocol(JudgeSettings("j"), 3, "first run"), PROMPT_VERSION, PAPERS_RESPONSES)
 
 
 def sections(settings: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def sections(settings: dict[str, Any]) -> dict[str, Any]:
     ("setting", "value", "option"),
     [
         ("judge sees_the_system_message", True, "--show-system"),
-        ("judge prompt_version", 3, ""),
+        ("judge prompt_version", PROMPT_VERSION + 1, ""),
         ("judge runs", 5, "--runs"),
         ("judge retries", 0, "--retries"),
         ("judge max_tokens", 64, "--judge-max-tokens"),
@@ -151,6 +152,13 @@ def test_scores_that_were_measured_otherwise_are_not_compared(
     assert compare(paths[0], paths[0]).notes == []
 
 
+def test_a_file_that_names_no_version_of_the_prompt_is_of_the_first(tmp_path: Path) -> None:
+    new = write_lines(tmp_path / "new.jsonl", [result("r", 3.0, protocol=SETTINGS)])
+    old = write_lines(tmp_path / "old.jsonl", [result("r", 4.0)])
+    with pytest.raises(UserError, match="judge prompt_version is 2 and 1"):
+        compare(new, old)
+
+
 def test_two_differences_are_both_named(tmp_path: Path) -> None:
     other = SETTINGS | {"judge runs": 1, "judge top_p": 0.5}
     for name, protocol in (("a", SETTINGS), ("b", other)):
@@ -160,17 +168,14 @@ def test_two_differences_are_both_named(tmp_path: Path) -> None:
 
 
 def test_settings_that_a_file_of_an_earlier_version_lacks_are_named(tmp_path: Path) -> None:
-    new = write_lines(tmp_path / "new.jsonl", [result("r", 3.0, protocol=SETTINGS)])
+    new = write_lines(tmp_path / "new.jsonl", [result("r", 3.0, protocol=SETTINGS | {"judge prompt_version": 1})])
     old = write_lines(tmp_path / "old.jsonl", [result("r", 4.0)])
     (note,) = compare(new, old, names=("Ann", "Bob")).notes
-    assert note.startswith(
-        "not recorded for Bob, so it may differ: judge sees_the_system_message, judge prompt_version,"
-    )
+    assert note.startswith("not recorded for Bob, so it may differ: judge sees_the_system_message, judge runs,")
     assert f"Note: {note}." in compare(new, old, names=("Ann", "Bob")).markdown()
     # Its bench.json, as it was before `protocol`, holds most of them.
     judge = {
         "model": "j",
-        "prompt_version": 2,
         "sees_the_system_message": False,
         "runs": 3,
         "retries": 3,
@@ -291,7 +296,8 @@ def test_what_can_not_be_compared_leaves_the_runs_own_figures_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_lines(tmp_path / "rows.jsonl", [bench_row(number) for number in range(3)])
-    stranger = write_lines(tmp_path / "bench_rows.jsonl", [result("a", 1.0)])
+    protocol = {"judge prompt version": PROMPT_VERSION}
+    stranger = write_lines(tmp_path / "bench_rows.jsonl", [result("a", 1.0, protocol=protocol)])
     with served(judging(lambda row, rubric, time: "[RESULT] 3"), models=["judge"]) as server:
         asking = ["--model", "m", "--data", data, "--output-dir", tmp_path / "out", "--server", server.url]
         asking += ["--judge", "judge", "--judge-server", server.url]

@@ -83,16 +83,17 @@ def deviations(bench: Bench, protocol: Protocol, decoding: Decoding | None, with
         found.append("the judge was shown the system message")
     if settings.model != PAPERS_JUDGE:
         found.append(f"the judge is {settings.model}; the paper's is {PAPERS_JUDGE}, and scores of two judges differ")
-    papers = decoding_record(PAPERS_DECODING, PAPERS_DECODING)
-    if (judges := decoding_record(settings.decoding, PAPERS_DECODING)) != papers:
+    judges, papers = (decoding_record(one, PAPERS_DECODING) for one in (settings.decoding, PAPERS_DECODING))
+    if judges != papers:
         found.append(f"the judge answers with {_words(judges)}; in the paper {_words(papers)}")
     if settings.runs != PAPERS_RUNS:
         found.append(f"{counted(settings.runs, 'run')} of the judge, in the paper {PAPERS_RUNS}")
-    papers = decoding_record(PAPERS_RESPONSES, PAPERS_RESPONSES)
     if decoding is None:
         found.append("the responses come from a file: how they were drawn isn't known here")
-    elif (drawn := decoding_record(decoding, PAPERS_RESPONSES)) != papers:
-        found.append(f"responses are drawn with {_words(drawn)}; in the paper {_words(papers)}")
+    else:
+        drawn, papers = (decoding_record(one, PAPERS_RESPONSES) for one in (decoding, PAPERS_RESPONSES))
+        if drawn != papers:
+            found.append(f"responses are drawn with {_words(drawn)}; in the paper {_words(papers)}")
     if with_system is False:
         found.append("no system message was given to the model (--no-system)")
     if protocol.best_of > 1:
@@ -145,11 +146,16 @@ def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow]) -> str:
 
 
 def warnings(record: Mapping[str, Any]) -> list[str]:
-    """Return a line where most answers of the judge held no score that could be read."""
+    """Return a line where something got no answer, and one where most answers of the judge held no readable score."""
     missing = record["missing"]
     faults = missing["judge_answers_without_score"]
     why = ", ".join(f"{count:,} {name}" for name, count in faults.items())
-    return unread_warning(
+    unanswered = sum(missing["why_no_response"].values()) + missing["judgements_missing"]["no answer"]
+    lost = [
+        f"{counted(unanswered, 'answer', 'is', 'are')} missing, of the model or of the judge, and in no mean "
+        "(the reasons are in report.md). The same command asks a server again for these alone."
+    ]
+    return lost * bool(unanswered) + unread_warning(
         f"--judge {record['judge']['model']}",
         sum(faults.values()),
         missing["judge_answers"],
@@ -182,11 +188,12 @@ def _about_missing(missing: Mapping[str, Any]) -> str:
         f"{missing['rows_without_response']:,} without a response; {missing['rows_with_some_rubrics_missing']:,} "
         "scored by some of their rubrics only."
     )
-    if missing["responses_cut"] or missing["responses_empty"]:
-        text += (
-            f" Responses: {missing['responses_cut']:,} cut at the token limit, {missing['responses_empty']:,} empty, "
-            f"{missing['responses_only_reasoning']:,} of these as their reasoning had no end."
-        )
+    otherwise = missing["responses_ended_otherwise"]
+    if missing["responses_cut"] or missing["responses_empty"] or otherwise:
+        text += f" Responses: {missing['responses_cut']:,} cut at the token limit, {missing['responses_empty']:,} empty"
+        if unended := missing["responses_only_reasoning"]:
+            text += f" ({unended:,} of these as their reasoning had no end)"
+        text += "".join(f", {count:,} {name}" for name, count in otherwise.items()) + ". They are scored as they are."
     return text
 
 

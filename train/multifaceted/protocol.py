@@ -96,7 +96,7 @@ def judge_record(settings: JudgeSettings, prompt_version: int) -> dict[str, Any]
 
 
 def decoding_record(decoding: Decoding, papers: Decoding) -> dict[str, Any]:
-    """Return the fields of a request; None for one that the paper's request has and this one hasn't."""
+    """Return what a request holds of how answers are drawn, for JSON; None for what the paper's has and it has not."""
     limit = decoding.max_tokens if decoding.limit_name else None
     return {"max_tokens": limit} | dict.fromkeys(papers.parameters(0)) | decoding.parameters(0)
 
@@ -128,6 +128,7 @@ def protocol_of(record: Mapping[str, Any]) -> dict[str, Any]:
         known |= {"best of": best["answers"], "picked by": best["picked_by"]}
         drawn = record.get("decoding") or {}
         known["decoding"] = {name: value for name, value in drawn.items() if value is not None} or UNKNOWN
+    known = {"judge prompt_version": 1} | known
     return {name: known.get(name, UNKNOWN) for name in OPTIONS}
 
 

@@ -201,6 +201,15 @@ def test_settings_that_a_file_of_an_earlier_version_lacks_are_named(tmp_path: Pa
         compare(newer, old)
 
 
+def test_a_parameter_that_is_not_sent_is_the_same_written_as_null_or_left_out(tmp_path: Path) -> None:
+    decoding = {name: value for name, value in SETTINGS["decoding"].items() if name != "repetition_penalty"}
+    paths = [
+        write_lines(tmp_path / f"{place}.jsonl", [result("r", 3.0, protocol=SETTINGS | {"decoding": one})])
+        for place, one in enumerate((decoding, decoding | {"repetition_penalty": None}))
+    ]
+    assert compare(*paths).notes == []
+
+
 def test_how_the_models_were_asked_may_differ_and_is_noted(tmp_path: Path) -> None:
     paths = [
         write_lines(tmp_path / f"{place}.jsonl", [result("r", 3.0, protocol=SETTINGS | asked)])

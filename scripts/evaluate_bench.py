@@ -13,13 +13,15 @@ import argparse
 import asyncio
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from report_section import put_section
 
-from train.errors import UserError, from_one_to, naming, not_negative, positive
+from train.errors import UserError, from_one_to, json_object, naming, not_negative, number_or_null, positive
 from train.evaluation.folders import require_file, require_model, require_results_folder
 from train.evaluation.one_at_a_time import alone_in
 from train.local_paths import path_or_id
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
     from train.multifaceted.protocol import Protocol
 
 JOURNAL = "bench.sqlite"
+_OWN = ("temperature", "top_p", "repetition_penalty")
+"""Request fields of the answers that have options of their own, beside the token limit."""
+_JUDGES_OWN = ("temperature", "top_p")
 
 
 def add_to(commands: Any) -> None:
@@ -88,14 +93,17 @@ def add_to(commands: Any) -> None:
         "--max-tokens", type=positive, default=PAPERS_RESPONSES.max_tokens, help="most tokens of an answer"
     )
     drawn.add_argument(
-        "--temperature", type=float, default=PAPERS_RESPONSES.temperature, help="sampling temperature; 0 = greedy"
+        "--temperature",
+        type=number_or_null,
+        default=PAPERS_RESPONSES.temperature,
+        help="sampling temperature; 0 = greedy; null, here and below = not sent, so the server's own",
     )
-    drawn.add_argument("--top-p", type=float, default=PAPERS_RESPONSES.top_p, help="nucleus sampling")
+    drawn.add_argument("--top-p", type=number_or_null, default=PAPERS_RESPONSES.top_p, help="nucleus sampling")
     drawn.add_argument(
         "--repetition-penalty",
-        type=float,
+        type=number_or_null,
         default=PAPERS_RESPONSES.extra["repetition_penalty"],
-        help="1 = none, and not sent, for servers that don't know it",
+        help="1 = none, and not sent, as null, for servers that don't know it",
     )
     judge = parser.add_argument_group("the judge (defaults: the paper's)")
     judge.add_argument("--judge", required=True, metavar="MODEL", help=f"the paper's was {PAPERS_JUDGE}")
@@ -108,10 +116,22 @@ def add_to(commands: Any) -> None:
         "--judge-max-tokens", type=positive, default=PAPERS_DECODING.max_tokens, help="most tokens of a judgement"
     )
     judge.add_argument(
-        "--judge-temperature", type=float, default=PAPERS_DECODING.temperature, help="sampling temperature"
+        "--judge-temperature",
+        type=number_or_null,
+        default=PAPERS_DECODING.temperature,
+        help="sampling temperature; null = not sent",
     )
-    judge.add_argument("--judge-top-p", type=float, default=PAPERS_DECODING.top_p, help="nucleus sampling")
-    judge.add_argument("--judge-extra", type=_object, default={}, metavar="JSON", help="more fields of each request")
+    judge.add_argument(
+        "--judge-top-p", type=number_or_null, default=PAPERS_DECODING.top_p, help="nucleus sampling; null = not sent"
+    )
+    judge.add_argument(
+        "--judge-extra",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help='more fields of each request; null = that one is not sent; {"max_completion_tokens": 4096} replaces '
+        "--judge-max-tokens",
+    )
     judge.add_argument(
         "--runs",
         type=from_one_to(MOST_RUNS),
@@ -140,26 +160,17 @@ def add_to(commands: Any) -> None:
         type=Path,
         help="where bench.json, bench_rows.jsonl, bench.png and the journal go (default the folder of --model)",
     )
-    results.add_argument("--against", type=Path, metavar="FILE", help="bench_rows.jsonl of another model, to compare")
+    results.add_argument(
+        "--against",
+        type=Path,
+        metavar="FILE",
+        help="bench_rows.jsonl of another model, measured with the same settings, to compare",
+    )
     results.add_argument(
         "--good", type=float, default=GOOD, help=f"score from which a tie counts as both good (default {GOOD:g})"
     )
     results.add_argument("--seed", type=not_negative, default=0, help="seed of the intervals (default 0)")
     parser.set_defaults(run=run)
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text, parse_constant=_no_number)
-    except ValueError as fault:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {fault}") from fault
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
-    return value
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -188,12 +199,10 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
         responses = _given(options, bench)
         refuse_without_responses(responses, f"--responses {options.responses}")
     else:
-        responses = _asked(options, bench, folder)
-        gives_system = not options.no_system and any(row.system.strip() for row in bench.rows)
-        hint = " A model without a system role: --system-role merge_into_user." if gives_system else ""
-        refuse_without_responses(responses, f"--model {options.model}", hint)
-    judged = _judge(options, bench, responses, folder)
-    refuse_without_judgements(judged, f"--judge {options.judge}")
+        responses, advice = _asked(options, bench, folder)
+        refuse_without_responses(responses, f"--model {options.model}", advice)
+    judged, advice = _judge(options, bench, responses, folder)
+    refuse_without_judgements(judged, f"--judge {options.judge}", advice)
     _write(options, bench, judged, folder)
 
 
@@ -213,6 +222,8 @@ def _folder(options: argparse.Namespace) -> Path:
 
 
 def _refuse_contradictions(options: argparse.Namespace) -> None:
+    from train.evaluation.respondent import refuse_in_extra
+
     batch = bool(options.batch_out or options.batch_in)
     if batch == bool(options.judge_server):
         raise UserError(
@@ -237,18 +248,21 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
         raise UserError(f"--pick-by {options.pick_by}: there is one answer to each row. Say --best-of N as well.")
     if options.no_system and options.responses:
         raise UserError("--no-system: the answers of --responses are there already; leave one of the two out.")
-    for name in options.judge_extra:
-        if name in ("max_tokens", "max_completion_tokens", "temperature", "top_p"):
-            option = name.replace("_", "-").replace("completion-", "")
-            raise UserError(f"--judge-extra: `{name}` has an option of its own: --judge-{option}.")
-        if name in ("model", "messages", "stream", "stream_options", "n"):
-            raise UserError(f"--judge-extra: `{name}` is set by the bench itself; leave it out.")
+    for prefix, names in (("", _OWN), ("judge_", _JUDGES_OWN)):
+        own = {
+            name: (f"--{prefix}{name}".replace("_", "-"), getattr(options, f"{prefix}{name}"))
+            for name in ("max_tokens", *names)
+        }
+        refuse_in_extra(f"--{prefix}extra".replace("_", "-"), getattr(options, f"{prefix}extra"), own)
+    if options.extra and options.responses:
+        raise UserError("--extra: the answers of --responses are there already; leave one of the two out.")
     for name, most in (("temperature", None), ("judge_temperature", None), ("top_p", 1), ("judge_top_p", 1)):
         value = getattr(options, name)
-        if not 0 <= value < float("inf") or (most and not 0 < value <= most):
+        if value is not None and (not 0 <= value < float("inf") or (most and not 0 < value <= most)):
             raise UserError(f"--{name.replace('_', '-')} {value:g}: {'above 0, up to 1' if most else 'at least 0'}.")
-    if not 0 < options.repetition_penalty < float("inf"):
-        raise UserError(f"--repetition-penalty {options.repetition_penalty:g}: above 0; 1 = none.")
+    penalty = options.repetition_penalty
+    if penalty is not None and not 0 < penalty < float("inf"):
+        raise UserError(f"--repetition-penalty {penalty:g}: above 0; 1 = none.")
 
 
 def _refuse_what_can_not_judge(options: argparse.Namespace) -> None:
@@ -257,7 +271,9 @@ def _refuse_what_can_not_judge(options: argparse.Namespace) -> None:
     from train.llm.places import Pauses
     from train.llm.server import ServerLane
     from train.multifaceted.batch_files import read_batch
-    from train.multifaceted.pairwise import read_results
+    from train.multifaceted.judge import PROMPT_VERSION
+    from train.multifaceted.pairwise import read_protocol, read_results
+    from train.multifaceted.protocol import refuse_other_protocol, settings_of
 
     async def look(server: "Server") -> None:
         await ServerLane(server, Pauses(), patience=0).api.close()
@@ -267,7 +283,9 @@ def _refuse_what_can_not_judge(options: argparse.Namespace) -> None:
             asyncio.run(look(server))
     read_batch(options.batch_in)
     if options.against:
-        read_results(options.against)
+        theirs = read_protocol(options.against, read_results(options.against))
+        ours = settings_of(_protocol(options), PROMPT_VERSION, None if options.responses else _decoding(options))
+        refuse_other_protocol("this run", ours, f"--against {options.against}", theirs)
 
 
 def _judge_servers(options: argparse.Namespace) -> "list[Server]":
@@ -276,9 +294,19 @@ def _judge_servers(options: argparse.Namespace) -> "list[Server]":
     return [Server(url, options.judge_concurrency, options.judge_key_variable) for url in options.judge_server]
 
 
+async def _contact_judge(options: argparse.Namespace) -> None:
+    """Ask the judge's servers for a sign of life: the model's answers take hours, and would be for nothing."""
+    from train.evaluation.respondent import server_options
+    from train.llm.first_contact import check_servers
+
+    if options.judge_server:
+        with naming(server_options("judge-")):
+            await check_servers(_judge_servers(options), options.judge, wait=options.wait_for_server)
+
+
 def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]":
     """The responses of a file."""
-    from train.llm.reasoning import without_reasoning
+    from train.llm.reasoning import advice_on, events_of, without_reasoning
     from train.multifaceted.bench import Response
     from train.multifaceted.bench_rows import read_responses
 
@@ -286,6 +314,7 @@ def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]
     if strangers:
         print(f"--responses: {counted(strangers, 'line', 'belongs', 'belong')} to no row that is asked for", flush=True)
     found = []
+    events: Counter[str] = Counter()
     for row in bench.rows:
         answers = given.get(row.id)
         if answers is None or not answers.texts:
@@ -299,21 +328,25 @@ def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]
         if options.best_of > 1 and options.pick_by == "file" and answers.scores is None:
             raise UserError(f"--pick-by file: row {row.id!r} of {options.responses} has no `scores`.")
         scores: Sequence[float | None] = answers.scores or [None] * len(answers.texts)
+        said = [without_reasoning(text) for text in answers.texts[: options.best_of]]
+        events.update(f"--responses: {event}" for one in said for event in events_of(one))
         found.append(
             [
-                Response(without_reasoning(text).text, scorer=score)
-                for text, score in zip(answers.texts, scores, strict=True)
-            ][: options.best_of]
+                Response(one.text, scorer=score, only_reasoning=one.unfinished)
+                for one, score in zip(said, scores[: options.best_of], strict=True)
+            ]
         )
+    for line in advice_on(events):
+        print(f"warning: {line}", flush=True)
     return found
 
 
-def _asked(options: argparse.Namespace, bench: "Bench", folder: Path) -> "list[list[Response]]":
-    """The responses of a model."""
+def _asked(options: argparse.Namespace, bench: "Bench", folder: Path) -> "tuple[list[list[Response]], str]":
+    """The responses of a model, and the option to change where its server refused some."""
     from train.evaluation.respondent import respondent_of
     from train.evaluation.responses import respond
     from train.llm.client import NoAnswerError
-    from train.llm.reasoning import without_reasoning
+    from train.llm.refusals import option_setting
     from train.multifaceted.bench import Response, conversation
 
     answers = respond(
@@ -324,30 +357,35 @@ def _asked(options: argparse.Namespace, bench: "Bench", folder: Path) -> "list[l
         samples=options.best_of,
         stage="bench response",
         description="responses",
+        wait_for_server=options.wait_for_server,
+        before_asking=partial(_contact_judge, options),
+        name_setting=option_setting(_OWN),
     )
-    return [
+    failures = [answer for of_row in answers for answer in of_row if isinstance(answer, NoAnswerError)]
+    responses = [
         [
             Response(None, str(answer))
             if isinstance(answer, NoAnswerError)
-            else Response(without_reasoning(answer.text).text, finish_reason=answer.finish_reason)
+            else Response(answer.text, finish_reason=answer.finish_reason, only_reasoning=answer.only_reasoning)
             for answer in of_row
         ]
         for of_row in answers
     ]
+    return responses, next((failure.advice for failure in failures if failure.advice), "")
 
 
 def _decoding(options: argparse.Namespace) -> Any:
     from train.llm.journal import Decoding
 
-    penalty = {} if options.repetition_penalty == 1 else {"repetition_penalty": options.repetition_penalty}
-    return Decoding(options.max_tokens, options.temperature, options.top_p, extra=penalty)
+    extra = {"repetition_penalty": None if options.repetition_penalty == 1 else options.repetition_penalty}
+    return Decoding.of_settings(options.max_tokens, options.temperature, options.top_p, extra=extra | options.extra)
 
 
 def _protocol(options: argparse.Namespace) -> "Protocol":
     from train.llm.journal import Decoding
     from train.multifaceted.protocol import JudgeSettings, Protocol
 
-    decoding = Decoding(
+    decoding = Decoding.of_settings(
         options.judge_max_tokens, options.judge_temperature, options.judge_top_p, extra=options.judge_extra
     )
     settings = JudgeSettings(options.judge, decoding, options.runs, options.retries, options.show_system)
@@ -356,26 +394,34 @@ def _protocol(options: argparse.Namespace) -> "Protocol":
 
 def _judge(
     options: argparse.Namespace, bench: "Bench", responses: "list[list[Response]]", folder: Path
-) -> "list[JudgedRow]":
-    """What the judge says, from its servers or from files of a batch."""
+) -> "tuple[list[JudgedRow], str]":
+    """What the judge says, from its servers or from files of a batch; and the option to change where it refused."""
     from train.evaluation.respondent import server_options
     from train.llm.client import Client
     from train.llm.journal import Journal
+    from train.llm.refusals import option_setting
     from train.multifaceted.batch_files import JournalAsker, read_batch, write_batch
     from train.multifaceted.bench import judge_rows
 
     protocol = _protocol(options)
+    name_setting = option_setting(_JUDGES_OWN, "judge-")
 
-    async def live(journal: Journal) -> "list[JudgedRow]":
-        async with Client(_judge_servers(options), options.judge, journal) as client:
-            return await judge_rows(client, protocol, bench.rows, responses)
+    async def live(journal: Journal) -> "tuple[list[JudgedRow], str]":
+        async with Client(
+            _judge_servers(options),
+            options.judge,
+            journal,
+            wait_for_server=options.wait_for_server,
+            name_setting=name_setting,
+        ) as client:
+            return await judge_rows(client, protocol, bench.rows, responses), client.counts.advice
 
     batch = read_batch(options.batch_in)
     with Journal(folder / JOURNAL) as journal:
         if options.judge_server:
             with naming(server_options("judge-")):
                 return asyncio.run(live(journal))
-        asker = JournalAsker(journal, options.judge, batch)
+        asker = JournalAsker(journal, options.judge, batch, name_setting)
         judged = asyncio.run(judge_rows(asker, protocol, bench.rows, responses))
     if batch.lines:
         print(f"--batch-in: {counted(batch.lines, 'line')}, {len(batch.answers):,} with an answer", flush=True)
@@ -393,7 +439,9 @@ def _judge(
         print(f"{have} no answer yet: --batch-out FILE writes what is missing, for the next batch")
     elif options.batch_out:
         print("the judge has answered everything: --batch-out wrote nothing")
-    return judged
+    if asker.advice:
+        print(f"--batch-in: {asker.advice}")
+    return judged, asker.advice
 
 
 def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]", folder: Path) -> None:
@@ -418,7 +466,8 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
         if options.against and options.against.exists() and rows.exists() and options.against.samefile(rows):
             raise UserError(f"--against {options.against}: that is the file which this very command writes.")
         with replacing(rows) as [lines]:
-            write_text(lines, "".join(json.dumps(row_record(one), ensure_ascii=False) + "\n" for one in judged))
+            records = (row_record(one, record["protocol"]) for one in judged)
+            write_text(lines, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records))
         if options.against:
             try:
                 versus = compare(rows, options.against, good=options.good, seed=options.seed)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from report_section import put_section
 
-from train.errors import UserError, not_negative, positive
+from train.errors import UserError, not_negative, number_or_null, positive
 from train.evaluation.folders import require_file, require_model, require_results_folder
 from train.evaluation.ifeval import (
     PLACES,
@@ -34,9 +34,10 @@ from train.evaluation.ifeval import (
 )
 from train.evaluation.ifeval_figures import MEASURES, Share, gaps, gaps_by_rule, shares, shares_by_rule
 from train.evaluation.one_at_a_time import alone_in
-from train.evaluation.respondent import add_respondent, respondent_of
-from train.llm.journal import Decoding
-from train.llm.reasoning import without_reasoning
+from train.evaluation.respondent import add_respondent, refuse_in_extra, respondent_of
+from train.llm.journal import Answer, Decoding
+from train.llm.refusals import option_setting
+from train.llm.system_role import merge_into_user
 from train.progress import counted
 from train.report_parts import error_bars, load_pyplot
 from train.resampling import explain_missing
@@ -52,13 +53,14 @@ HEADING = "## Constraints that a program can check"
 class Answered:
     """What came back for one row; `text` without reasoning, None where there was no answer, and `how` it ended.
 
-    `why`: the reason where there was no answer.
+    `why`: the reason where there was no answer; `advice`: the option to change, where the server's error is about one.
     """
 
     text: str | None
     how: str
     verdict: Verdict
     why: str | None = None
+    advice: str = ""
 
 
 def add_to(commands: Any) -> None:
@@ -79,7 +81,10 @@ def add_to(commands: Any) -> None:
         "--max-new-tokens", type=positive, default=1280, help="longest answer (default 1280, the official one)"
     )
     parser.add_argument(
-        "--temperature", type=_from_zero, default=0.0, help="of the answers (default 0, the official one)"
+        "--temperature",
+        type=_from_zero,
+        default=0.0,
+        help="of the answers (default 0, the official one); null = not sent, so the server's own",
     )
     parser.add_argument(
         "--seed", type=not_negative, default=0, help="of the intervals, and of answers drawn (default 0)"
@@ -88,18 +93,23 @@ def add_to(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _from_zero(text: str) -> float:
+def _from_zero(text: str) -> float | None:
     try:
-        number = float(text)
-    except ValueError:
+        number = number_or_null(text)
+    except argparse.ArgumentTypeError:
         number = math.nan
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up")
+    if number is not None and not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up, nor null")
     return number
 
 
 def run(options: argparse.Namespace) -> None:
     """Ask, check, and write answers, figures, plot and report. Raises UserError."""
+    own = {
+        "max_tokens": ("--max-new-tokens", options.max_new_tokens),
+        "temperature": ("--temperature", options.temperature),
+    }
+    refuse_in_extra("--extra", options.extra, own)
     folder = output_folder(options)
     with alone_in(folder, "ifeval"):
         _measure(options, folder)
@@ -126,10 +136,9 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
     found = ask(options, asked, checkers, folder / "ifeval.sqlite")
     for turn, answers in found.items():
         if all(one.why for one in answers):
-            hint = " A model without a system role: --system-role merge_into_user." if turn == "system" else ""
             raise UserError(
                 f"--model {options.model}: none of the {len(answers):,} prompts with constraints {places[turn]} got an "
-                f"answer. Of the first: {answers[0].why}{hint}"
+                f"answer. Of the first: {answers[0].why} {answers[0].advice}".rstrip()
             )
     verdicts = {turn: [one.verdict for one in answers] for turn, answers in found.items()}
     record: dict[str, Any] = {
@@ -146,7 +155,7 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
             "same_in_both_turns": same_when_merged(options, asked),
             "drawn_at_random": [key for key in (rows[number].key for number in scored) if key in at_random],
         },
-        "decoding": {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature},
+        "decoding": {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature, **options.extra},
         "respondent": {name: getattr(options, name) for name in ("template", "system_role", "engine", "dtype")},
         "checkers": checkers.record(),
         "seed": options.seed,
@@ -167,7 +176,8 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
         by_rule = gaps_by_rule(asked["system"], verdicts["system"], verdicts["user"], options.seed)
         record["gap"] = {name: one.record() for name, one in gap.items()}
         record["gap"]["by_rule"] = {rule: one.record() for rule, one in by_rule.items()}
-    text = section(record, places, overall, of_rule, gap, about_unanswered(asked, found, places))
+    unanswered = about_unanswered(asked, found, places)
+    text = section(record, places, overall, of_rule, gap, unanswered)
     try:
         names = ("ifeval_answers.jsonl", "ifeval.json", "ifeval.png")
         with replacing(*(folder / name for name in names)) as [lines, figures, plot]:
@@ -179,6 +189,8 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
         raise UserError(f"{folder}: can't be written: {fault.strerror}") from fault
     print(text)
     print(f"the figures are in {folder / 'ifeval.json'}, the answers in {folder / 'ifeval_answers.jsonl'}")
+    if unanswered:
+        print(f"warning: {unanswered.rstrip('.')}. The same command asks again for these alone.")
 
 
 def output_folder(options: argparse.Namespace) -> Path:
@@ -207,33 +219,45 @@ def ask(
     """Answers and verdicts for each turn. What the journal holds is not asked again."""
     from train.evaluation.responses import respond
 
-    decoding = Decoding(
+    decoding = Decoding.of_settings(
         max_tokens=options.max_new_tokens,
         temperature=options.temperature,
-        seed=options.seed if options.temperature else None,
+        seed=None if options.temperature == 0 else options.seed,
+        extra=options.extra,
     )
     conversations = [list(row.messages) for rows in asked.values() for row in rows]
     respondent = respondent_of(options)
-    answers = iter(respond(respondent, conversations, decoding, journal, stage="ifeval", description="answers"))
+    answers = iter(
+        respond(
+            respondent,
+            conversations,
+            decoding,
+            journal,
+            stage="ifeval",
+            description="answers",
+            wait_for_server=options.wait_for_server,
+            name_setting=option_setting(("temperature",)),
+        )
+    )
     return {turn: [_answered(next(answers)[0], row, checkers) for row in rows] for turn, rows in asked.items()}
 
 
 def _answered(answer: Any, row: Row, checkers: Checkers) -> Answered:
-    if isinstance(answer, Exception):
-        return Answered(None, "no answer", checkers.verdict(row, ""), str(answer) or type(answer).__name__)
-    said = without_reasoning(answer.text)
-    how = "empty" if not said.text.strip() else "cut" if answer.cut else answer.unfinished or "ended"
-    return Answered(said.text, how, checkers.verdict(row, said.text))
+    if not isinstance(answer, Answer):
+        words = str(answer) or type(answer).__name__
+        return Answered(None, "no answer", checkers.verdict(row, ""), words, answer.advice)
+    how = "cut" if answer.cut else answer.unfinished or "ended"
+    if not answer.text.strip():
+        how = "without an end to its reasoning" if answer.only_reasoning else "empty"
+    return Answered(answer.text, how, checkers.verdict(row, answer.text))
 
 
 def same_when_merged(options: argparse.Namespace, asked: dict[str, list[Row]]) -> int:
     """Of how many prompts --system-role merge_into_user makes the very one of the control."""
-    from train.evaluation.responses import merged
-
     if options.system_role != "merge_into_user" or len(asked) < 2:
         return 0
     pairs = zip(asked["system"], asked["user"], strict=True)
-    return sum(merged(row.messages) == merged(other.messages) for row, other in pairs)
+    return sum(merge_into_user(row.messages) == merge_into_user(other.messages) for row, other in pairs)
 
 
 def fingerprint(asked: dict[str, list[Row]]) -> str:
@@ -305,12 +329,14 @@ def section(
 ) -> str:
     """The section of report.md: how it was measured, what got no answer, the four measures, the rules."""
     data, decoding, checkers = record["data"], record["decoding"], record["checkers"]
+    temperature = decoding["temperature"]
+    drawn = "the model's own temperature" if temperature is None else f"temperature {temperature:g}"
     asked = f"{counted(data['prompts'], 'prompt')} with {counted(data['constraints'], 'constraint')}"
     lines = [HEADING, "", f"{asked} of {data['file']}"]
     if data["left_out"]:
         lines[-1] += f"; left out, as officially: prompts with {' or '.join(data['left_out'])}"
     lines[-1] += (
-        f". Answers of at most {decoding['max_new_tokens']:,} tokens at temperature {decoding['temperature']:g}"
+        f". Answers of at most {decoding['max_new_tokens']:,} tokens at {drawn}"
         f", checked by lm-eval {checkers['lm_eval']} ({checkers['sentences']}; langdetect's seed is 0)."
     )
     if data["drawn_at_random"]:

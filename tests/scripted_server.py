@@ -4,7 +4,7 @@ import asyncio
 import json
 import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -50,14 +50,25 @@ def error(status: int, message: str, *, headers: dict[str, str] | None = None, *
     )
 
 
+def _bytes_of(reply: Reply) -> bytes:
+    """The response as it is sent."""
+    content = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
+    lines = [f"HTTP/1.1 {reply.status} Said", f"Content-Length: {len(content)}"]
+    lines += [f"{name}: {value}" for name, value in reply.headers.items()]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode() + content
+
+
 Script = Callable[[Asked], Awaitable[Reply]]
 
 
 class ScriptedServer:
-    """`answered`: how often each prompt was answered with 200, to the last byte."""
+    """`answered`: how often each prompt was answered with 200, to the last byte.
 
-    def __init__(self, script: Script) -> None:
-        self.script = script
+    `models`: the names that it lists; a look at them is not in `asked`. None: the script is asked for the list.
+    """
+
+    def __init__(self, script: Script, models: Sequence[str] | None = None) -> None:
+        self.script, self.models = script, models
         self.asked: list[Asked] = []
         self.answered: Counter[str] = Counter()
         self.in_flight = self.most_in_flight = 0
@@ -105,6 +116,9 @@ class ScriptedServer:
         headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in head[1:] if line)}
         raw = await reader.readexactly(int(headers.get("content-length", 0)))
         body = json.loads(raw) if raw else {}
+        if self.models is not None and head[0].startswith("GET "):
+            writer.write(_bytes_of(Reply(body={"object": "list", "data": [{"id": name} for name in self.models]})))
+            return True
         asked = Asked(body, headers, head[0].split()[1], len(self.asked), 0)
         asked.times = self._seen[asked.prompt]
         self._seen[asked.prompt] += 1
@@ -115,10 +129,7 @@ class ScriptedServer:
             reply = await self.script(asked)
         finally:
             self.in_flight -= 1
-        content = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
-        lines = [f"HTTP/1.1 {reply.status} Said", f"Content-Length: {len(content)}"]
-        lines += [f"{name}: {value}" for name, value in reply.headers.items()]
-        whole = ("\r\n".join(lines) + "\r\n\r\n").encode() + content
+        whole = _bytes_of(reply)
         if reply.drop is not None:
             writer.write(whole[: reply.drop])
             return False
@@ -131,9 +142,9 @@ class ScriptedServer:
 
 
 @contextmanager
-def served(script: Script) -> Iterator[ScriptedServer]:
+def served(script: Script, models: Sequence[str] | None = None) -> Iterator[ScriptedServer]:
     """A server in a thread of its own, for clients in other processes."""
-    server = ScriptedServer(script)
+    server = ScriptedServer(script, models)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()

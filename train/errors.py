@@ -4,7 +4,9 @@ for standard output that takes nothing."""
 import argparse
 import errno
 import io
+import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -126,6 +128,31 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def number_or_null(text: str) -> float | None:
+    """A number, or null for what is not to be sent, as an option's `type`."""
+    if text.lower() in ("null", "none"):
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor null") from None
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object, as an option's `type`."""
+    try:
+        value = json.loads(text, parse_constant=_no_number)
+    except ValueError as fault:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {fault}") from fault
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return value
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
 def from_one_to(most: int) -> Callable[[str], int]:
     """A whole number from 1 up to `most`, as an option's `type`."""
 
@@ -143,6 +170,16 @@ def not_negative(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 up")
     return int(text)
+
+
+def time_span(text: str) -> float:
+    """Seconds, as an option's `type`: a number of them, or a duration such as 90s, 10m or 1h30m."""
+    if re.fullmatch(r"\d+(\.\d+)?", text, re.ASCII):
+        return float(text)
+    units = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
+    if not text or not re.fullmatch(r"(\d+d)?(\d+h)?(\d+m)?(\d+s)?", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration: write seconds, or 90s, 10m, 1h30m")
+    return float(sum(int(part[:-1]) * units[part[-1]] for part in re.findall(r"\d+[dhms]", text)))
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def sides(command: Callable[..., int], tmp_path_factory: pytest.TempPathFactory)
     """Two folders of S-IFEval on our own rows, of two scripted models."""
     folders = (tmp_path_factory.mktemp("a"), tmp_path_factory.mktemp("b"))
     for folder, script in zip(folders, (rambles, is_careful), strict=True):
-        with served(script) as server:
+        with served(script, models=["judge"]) as server:
             assert command(
                 "ifeval", "--model", folder.name, "--server", server.url, "--data", OURS / "system_ifeval.jsonl",
                 "--control", OURS / "system_ifeval_user.jsonl", "--limit", "40", "--output-dir", folder,
@@ -393,6 +393,61 @@ def test_all_kinds_in_one_table(
     assert "note: bench: only A has it" in shown
 
 
+def test_what_a_file_of_an_earlier_version_does_not_record_is_said(
+    command: Callable[..., int], says_no: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        write_bench(folder, [3.0, 4.0])
+        write_rules(folder, [True] * 8)
+        write_harness(folder, [True] * 8)
+    adherence = json.loads((folders[0] / "adherence.json").read_text(encoding="utf-8"))
+    del adherence["asked"]["max_new_tokens"]
+    (folders[0] / "adherence.json").write_text(json.dumps(adherence), encoding="utf-8")
+    harness = json.loads((folders[1] / "harness.json").read_text(encoding="utf-8"))
+    harness["options"]["system_instruction"] = "Be brief."
+    (folders[1] / "harness.json").write_text(json.dumps(harness), encoding="utf-8")
+    assert command("compare", *folders) == 0
+    shown = capsys.readouterr().out
+    assert "note: rules: not recorded for A, so it may differ: max_new_tokens" in shown
+    assert 'note: harness: system_instruction is null and "Be brief."' in shown
+    (line,) = [line for line in shown.splitlines() if line.startswith("note: bench: ")]
+    assert line.startswith("note: bench: not recorded for A and B, so it may differ: content of the rows, judge sees")
+    assert "judge prompt version" not in line  # both are of the first
+    assert "judge runs" not in line
+
+
+def test_benches_of_another_protocol_or_other_rows_are_refused(
+    command: Callable[..., int], says_no: Callable[..., str], tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in (OURS / "bench.jsonl").read_text("utf-8").splitlines()[:2]]
+    other = [rows[0], {**rows[1], "reference_answer": "Another reference."}]
+    given = [{"system": row["system"], "prompt": row["prompt"], "responses": ["Well.", "No idea."]} for row in rows]
+    for name, lines in (("data", rows), ("other", other), ("given", given)):
+        (tmp_path / name).mkdir()
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "bench.jsonl").write_text(text, encoding="utf-8")
+
+    def measured(name: str, data: str, *options: str) -> Path:
+        assert command(
+            "bench", "--model", "m", "--responses", tmp_path / "given" / "bench.jsonl", "--data",
+            tmp_path / data / "bench.jsonl", "--judge", "judge", "--judge-server", server.url, "--best-of", "2",
+            "--runs", "2", "--output-dir", tmp_path / name, *options,
+        ) == 0  # fmt: skip
+        return tmp_path / name
+
+    with served(answers_or_grades) as server:
+        first = measured("first", "data")
+        assert command("compare", first, measured("same", "data")) == 0
+        for folder, fault in (
+            (measured("picked", "data", "--pick-by", "all-runs"), 'bench: picked by is "first run" and "all runs"'),
+            (measured("cooler", "data", "--judge-temperature", "0.5"), "bench: judge temperature is 1.0 and 0.5"),
+            (measured("rows", "other"), "bench: content of the rows is "),
+        ):
+            assert fault in says_no("compare", first, folder)
+
+
 async def answers_or_grades(asked: Asked) -> Reply:
     """The models answer with their name; the judge gives a grade that follows from it and the question."""
     if asked.body["model"] != "judge":
@@ -411,7 +466,7 @@ def test_what_gain_and_bench_write_is_read(
     rows = [{"system": systems[row % 3], "prompt": f"q {row // 3}", "output": f"{row} river"} for row in range(9)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     folders = [tmp_path / "a", tmp_path / "b"]
-    with served(answers_or_grades) as server:
+    with served(answers_or_grades, models=["judge"]) as server:
         for folder in folders:
             shutil.copytree(tiny_chat_model, folder)
             if folder.name == "b":
@@ -447,13 +502,14 @@ def test_what_gain_and_bench_write_is_read(
     assert change != 0
     assert f"B less A is {change:+.2f}" in shown
     assert f"| bench: score | {'{:.3f}'.format(found['bench', 'score']['a']['value'])}" in shown
-    # A judge asked in other words grades otherwise; an older file doesn't say in which words.
+    # A judge asked in other words grades otherwise; a file that names no version is of the first.
     record = json.loads((folders[1] / "bench.json").read_text(encoding="utf-8"))
-    of_another = record["judge"] | {"prompt_version": record["judge"]["prompt_version"] + 1}
-    of_none = {name: value for name, value in record["judge"].items() if name != "prompt_version"}
-    for judge in (of_another, of_none):
-        (folders[1] / "bench.json").write_text(json.dumps(record | {"judge": judge}), encoding="utf-8")
-        assert "bench: judge prompt_version is 2 and" in says_no("compare", *folders, "--only", "bench")
+    of_another = record["protocol"] | {"judge prompt version": 3}
+    of_none = {name: value for name, value in record["protocol"].items() if name != "judge prompt version"}
+    for protocol, version in ((of_another, 3), (of_none, 1)):
+        (folders[1] / "bench.json").write_text(json.dumps(record | {"protocol": protocol}), encoding="utf-8")
+        shown = says_no("compare", *folders, "--only", "bench")
+        assert f"bench: judge prompt version is 2 and {version}" in shown
 
 
 def test_gain_on_other_rows_or_in_another_dtype_is_told_apart(

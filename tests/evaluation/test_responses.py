@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from train.errors import UserError
 from train.evaluation.respondent import Checkpoint, Served
-from train.evaluation.responses import merged, respond
+from train.evaluation.responses import respond
 from train.llm.client import NoAnswerError
 from train.llm.journal import Decoding
 from train.llm.server import Server
+from train.llm.system_role import merge_into_user
 
 ROOT = Path(__file__).parents[2]
 GREEDY = Decoding(6, temperature=0.0)
@@ -141,7 +142,7 @@ def test_templates_are_handled_as_in_training(tiny_chat_model: Path, tmp_path: P
     )  # fmt: skip
     [[same]] = respond(
         Checkpoint(str(tiny_chat_model), template=str(deaf), system_role="merge_into_user"),
-        [merged(CONVERSATIONS[0])], GREEDY, tmp_path / "b.sqlite",
+        [merge_into_user(CONVERSATIONS[0])], GREEDY, tmp_path / "b.sqlite",
     )  # fmt: skip
     assert answer.text == same.text
 
@@ -160,8 +161,8 @@ def test_settings_that_no_model_here_knows_are_an_error(tiny_chat_model: Path, t
 
 def test_merged_says_both_in_the_first_user_turn() -> None:
     later = [{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    assert merged([*ask("a", "S"), *later]) == [{"role": "user", "content": "S\n\na"}, *later]
-    assert merged([*ask("a", "  "), *later]) == [{"role": "user", "content": "a"}, *later]
+    assert merge_into_user([*ask("a", "S"), *later]) == [{"role": "user", "content": "S\n\na"}, *later]
+    assert merge_into_user([*ask("a", "  "), *later]) == [{"role": "user", "content": "a"}, *later]
 
 
 KILLED = """
@@ -246,6 +247,36 @@ def test_a_served_model_may_say_nothing(tmp_path: Path) -> None:
         assert server.prompts() == {"nothing": 2, "at first": 2, "cut": 1}
         respond(there, conversations, GREEDY, tmp_path / "a.sqlite")
         assert server.prompts() == {"nothing": 2, "at first": 2, "cut": 1}
+
+
+def test_an_answer_comes_without_its_reasoning_and_the_journal_keeps_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """bench, ifeval and rules ask by `respond`."""
+    replies = {
+        "stone": "Hm.</think>River.<|im_end|>",
+        "window": "<|channel|>analysis<|message|>Hm",
+        "river": "River.<|im_end|>\n<|im_start|>user\nAnd?",
+    }
+
+    async def script(asked: Asked) -> Reply:
+        return said(replies[asked.prompt], "length" if asked.prompt == "river" else "stop")
+
+    with served(script) as server:
+        conversations = [ask(prompt) for prompt in replies]
+        found = respond(Served("m", (Server(server.url),)), conversations, GREEDY, tmp_path / "a.sqlite")
+    assert [(answer.text, answer.only_reasoning, answer.cut) for [answer] in found] == [
+        ("River.", False, False),
+        ("", True, False),
+        ("River.", False, False),
+    ]
+    assert sorted(text for _, text, *_ in rows(tmp_path / "a.sqlite")) == sorted(replies.values())
+    told = [line.partition("; ")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert told == [
+        "warning: reasoning without an end, and nothing said: 1 answer (answers 1)",
+        "warning: control tokens taken off the end: 1 answer (answers 1)",
+        "warning: ran on after its end, and was cut there: 1 answer (answers 1)",
+    ]
 
 
 VLLM = """#!{python}

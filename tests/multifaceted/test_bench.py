@@ -51,7 +51,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Asked], s
         for number, row in enumerate(ROWS[:4])
     ]
     answers = write_lines(folder / "answers.jsonl", responses)
-    with served(judging(plan)) as server:
+    with served(judging(plan), models=["judge"]) as server:
         assert command(*options(server, data, folder / "out"), "--responses", answers) == 0
         return folder / "out", list(server.asked), server.url
 
@@ -107,6 +107,7 @@ def test_the_score_is_the_mean_over_rows_and_what_is_missing_is_counted(done: tu
         "judge_answers_without_score": {"no score at its end": 1 + 2 * RUNS},
         "judge_tokens": {"prompt": 7 * 40, "completion": sum(len(text.split()) for text in texts_of(folder))},
         "responses_cut": 0,
+        "responses_only_reasoning": 0,
         "responses_empty": 0,
         "responses_ended_otherwise": {},
     }
@@ -232,7 +233,7 @@ def test_a_model_is_asked_as_the_paper_asks_it_and_nothing_is_asked_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_lines(tmp_path / "rows.jsonl", [*ROWS[:2], bench_row(2, system="")])
-    with served(judging(grade)) as server:
+    with served(judging(grade), models=["judge"]) as server:
         asking = [*options(server, data, tmp_path / "out"), "--server", server.url]
         assert command(*asking) == 0
         asked = list(server.asked)
@@ -282,7 +283,7 @@ def test_a_judge_that_sees_the_system_message_is_labelled_everywhere(
     answers = write_lines(
         tmp_path / "a.jsonl", [{"system": row["system"], "prompt": row["prompt"], "response": "r"} for row in ROWS[:2]]
     )
-    with served(judging(grade)) as server:
+    with served(judging(grade), models=["judge"]) as server:
         asking = [*options(server, data, tmp_path / "out"), "--responses", str(answers)]
         assert command(*asking, "--show-system") == 0
         for one in server.asked:
@@ -304,7 +305,7 @@ def test_a_judge_that_sees_the_system_message_is_labelled_everywhere(
 
 def test_a_raised_token_limit_or_more_runs_ask_for_what_is_new_alone(tmp_path: Path) -> None:
     data = write_lines(tmp_path / "rows.jsonl", ROWS[:2])
-    with served(judging(grade)) as server:
+    with served(judging(grade), models=["judge"]) as server:
         for runs, expected in ((1, 2 + 2 * RUBRICS), (3, 2 * 2 * RUBRICS), (2, 0)):
             before = len(server.asked)
             assert command(*options(server, data, tmp_path / "out", runs=runs), "--server", server.url) == 0
@@ -346,7 +347,7 @@ def test_best_of_n_picks_one_and_keeps_all(
     tmp_path: Path, candidates: tuple[Path, Path], pick_by: str, score: float, picked: int, calls: int
 ) -> None:
     data, given = candidates
-    with served(fickle) as server:
+    with served(fickle, models=["judge"]) as server:
         asking = options(server, data, tmp_path / "out", best_of=3, pick_by=pick_by, responses=given)
         assert command(*asking) == 0
         assert len(server.asked) == 2 * RUBRICS * calls
@@ -373,13 +374,13 @@ def test_a_model_gives_as_many_answers_as_asked_for(tmp_path: Path) -> None:
     async def script(asked: Asked) -> Reply:
         return said(f"answer {asked.times}" if asked.body["model"] == "the-model" else "[RESULT] 3")
 
-    with served(script) as server:
+    with served(script, models=["judge"]) as server:
         assert command(*options(server, data, tmp_path / "out", best_of=3), "--server", server.url) == 0
     (row,) = lines(tmp_path / "out" / "bench_rows.jsonl")
     assert {answer["response"] for answer in row["answers"]} == {"answer 0", "answer 1", "answer 2"}
 
 
-def test_reasoning_of_the_model_is_no_part_of_its_answer(tmp_path: Path) -> None:
+def test_reasoning_of_the_model_is_no_part_of_its_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_lines(tmp_path / "rows.jsonl", ROWS[:2])
 
     async def script(asked: Asked) -> Reply:
@@ -387,12 +388,16 @@ def test_reasoning_of_the_model_is_no_part_of_its_answer(tmp_path: Path) -> None
             return said("[RESULT] 3")
         return said("<think>secret</think>Open." if "0" in asked.prompt else "<think>secret without an end", "length")
 
-    with served(script) as server:
+    with served(script, models=["judge"]) as server:
         assert command(*options(server, data, tmp_path / "out"), "--server", server.url) == 0
         assert not any("secret" in one.prompt for one in server.asked)
     assert [row["response"] for row in lines(tmp_path / "out" / "bench_rows.jsonl")] == ["Open.", ""]
     missing = record(tmp_path / "out")["missing"]
     assert (missing["responses_cut"], missing["responses_empty"]) == (2, 1)
+    assert missing["responses_only_reasoning"] == 1
+    shown = capsys.readouterr().out
+    assert "1 empty, 1 of these as their reasoning had no end" in shown
+    assert "reasoning without an end, and nothing said: 1 answer (responses 1); raise the token limit" in shown
 
 
 def test_responses_that_are_not_complete_are_scored_and_counted_by_name(tmp_path: Path) -> None:
@@ -411,7 +416,7 @@ def test_responses_that_are_not_complete_are_scored_and_counted_by_name(tmp_path
     assert (missing["responses_cut"], missing["responses_empty"]) == (1, 1)
     assert missing["responses_ended_otherwise"] == {"ended for an unknown reason (foo)": 1, "refused": 1}
     assert (missing["rows_without_response"], missing["rows_without_score"]) == (0, 0)
-    told = "Responses: 1 cut at the token limit, 1 empty, 1 ended for an unknown reason (foo), 1 refused."
+    told = "0 of these as their reasoning had no end; 1 ended for an unknown reason (foo); 1 refused."
     assert told in (tmp_path / "out" / "bench.md").read_text("utf-8")
 
 
@@ -479,7 +484,7 @@ def test_what_keeps_the_judge_from_judging_is_said_before_the_model_is_asked(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     data = write_lines(tmp_path / "rows.jsonl", ROWS)
-    with served(judging(plan)) as server:
+    with served(judging(plan), models=["judge"]) as server:
         given = {
             "model": "m", "data": data, "output_dir": "out", "server": server.url, "judge": "judge",
             "judge_server": server.url,
@@ -527,7 +532,7 @@ def test_a_response_too_many_is_an_error_and_a_part_is_said_to_be_one(
     tmp_path: Path, candidates: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, given = candidates
-    with served(judging(grade)) as server:
+    with served(judging(grade), models=["judge"]) as server:
         asking: Callable[..., list[str]] = lambda **changes: options(server, data, tmp_path / "out", **changes)  # noqa: E731
         assert command(*asking(responses=given)) == 2
         assert "has 3 responses. Say --best-of 3" in capsys.readouterr().err
@@ -539,7 +544,7 @@ def test_a_response_too_many_is_an_error_and_a_part_is_said_to_be_one(
 
 def test_runs_that_differ_in_words_are_not_suspected(tmp_path: Path) -> None:
     data = write_lines(tmp_path / "rows.jsonl", ROWS[:1])
-    with served(judging(lambda row, rubric, time: f"Thought {time}. [RESULT] 3")) as server:
+    with served(judging(lambda row, rubric, time: f"Thought {time}. [RESULT] 3"), models=["judge"]) as server:
         assert command(*options(server, data, tmp_path / "out"), "--server", server.url) == 0
     assert record(tmp_path / "out")["runs"]["rubrics_with_the_same_words"] == 0
     assert "word for word" not in (tmp_path / "out" / "report.md").read_text("utf-8")

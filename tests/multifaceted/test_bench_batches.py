@@ -76,7 +76,7 @@ def results(folder: Path) -> tuple[bytes, bytes]:
 def test_a_batch_gives_the_bytes_of_a_live_run(
     tmp_path: Path, bench: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with served(judge) as server:
+    with served(judge, models=["judge"]) as server:
         assert bench("live", "--judge-server", server.url) == 0
         live = [one.body for one in server.asked]
     # Each round asks what the one before left open: the rubric that can't be read is asked three times in all.
@@ -158,7 +158,7 @@ def test_best_of_n_takes_a_batch_to_pick_and_one_to_score(tmp_path: Path) -> Non
         options = ("--model", "m", "--data", data, "--responses", answers, "--best-of", "3", "--judge", "judge")
         return command(*options, "--output-dir", tmp_path / output, *arguments)
 
-    with served(by_answer) as server:
+    with served(by_answer, models=["judge"]) as server:
         assert asking("live", "--judge-server", server.url) == 0
     inputs: list[str | Path] = []
     for number, (expected, about) in enumerate([(2 * 3 * 4, {"1", "4", "2"}), (2 * 4 * 2, {"4"})]):

@@ -72,7 +72,7 @@ def test_kills_lose_nothing_and_the_files_are_those_of_a_run_in_one_go(
             "--runs", str(RUNS), "--retries", "1", "--output-dir", str(folder),
         ]  # fmt: skip
 
-    with served(script) as server:
+    with served(script, models=["judge"]) as server:
         assert command(*options(server.url, whole)) == 0
         needed = len(server.asked)
         assert answers_in(whole) == RESPONSES + JUDGEMENTS + RUNS  # a second try in each run of the one rubric
@@ -110,7 +110,7 @@ def test_kills_lose_nothing_and_the_files_are_those_of_a_run_in_one_go(
 
 def test_half_written_results_replace_nothing(tmp_path: Path) -> None:
     data = write_lines(tmp_path / "rows.jsonl", [bench_row(0)])
-    with served(script) as server:
+    with served(script, models=["judge"]) as server:
         options = [
             "--model",
             "m",

@@ -10,7 +10,9 @@ from bench_runs import bench_row, command, judging, write_lines
 from scripted_server import served
 
 from train.errors import UserError
+from train.multifaceted.judge import PROMPT_VERSION
 from train.multifaceted.pairwise import compare, outcome
+from train.multifaceted.protocol import PAPERS_RESPONSES, JudgeSettings, Protocol, settings_of
 
 
 def result(id: str, score: float | None, **more: Any) -> dict[str, Any]:
@@ -102,6 +104,114 @@ def test_what_can_not_be_compared(tmp_path: Path, change: dict[str, Any], error:
         compare(first, second)
 
 
+SETTINGS = settings_of(Protocol(JudgeSettings("j"), 3, "first run"), PROMPT_VERSION, PAPERS_RESPONSES)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "option"),
+    [
+        ("judge sees the system message", True, "--show-system"),
+        ("judge prompt version", PROMPT_VERSION + 1, ""),
+        ("judge runs", 5, "--runs"),
+        ("judge retries", 0, "--retries"),
+        ("judge max_tokens", 64, "--judge-max-tokens"),
+        ("judge temperature", 0.0, "--judge-temperature"),
+        ("judge temperature", None, "--judge-temperature"),
+        ("judge top_p", 1.0, "--judge-top-p"),
+        ("judge extra", {"top_k": 20}, "--judge-extra"),
+        ("best of", 4, "--best-of"),
+        ("picked by", "all runs", "--pick-by"),
+        ("decoding", {**SETTINGS["decoding"], "temperature": 0.0}, "--temperature"),
+    ],
+)
+@pytest.mark.parametrize("kept_in", ["rows", "bench.json"])
+def test_scores_that_were_measured_otherwise_are_not_compared(
+    tmp_path: Path, setting: str, value: Any, option: str, kept_in: str
+) -> None:
+    paths = []
+    for name, protocol in (("a", SETTINGS), ("b", SETTINGS | {setting: value})):
+        (tmp_path / name).mkdir()
+        kept = {"protocol": protocol}
+        row = result("r", 3.0) | (kept if kept_in == "rows" else {})
+        paths.append(write_lines(tmp_path / name / "bench_rows.jsonl", [row]))
+        (tmp_path / name / "bench.json").write_text(json.dumps(kept if kept_in == "bench.json" else {}), "utf-8")
+    with pytest.raises(UserError, match=f"not measured alike: {setting} (.+ )?is .+ and .+{option}") as refusal:
+        compare(*paths)
+    assert str(refusal.value).count(" is ") == 1
+    assert compare(paths[0], paths[0]).notes == []
+
+
+def test_a_file_that_names_no_version_of_the_prompt_is_of_the_first(tmp_path: Path) -> None:
+    new = write_lines(tmp_path / "new.jsonl", [result("r", 3.0, protocol=SETTINGS)])
+    old = write_lines(tmp_path / "old.jsonl", [result("r", 4.0)])
+    with pytest.raises(UserError, match="judge prompt version is 2 and 1"):
+        compare(new, old)
+
+
+def test_two_differences_are_both_named(tmp_path: Path) -> None:
+    other = SETTINGS | {"judge runs": 1, "judge top_p": 0.5}
+    for name, protocol in (("a", SETTINGS), ("b", other)):
+        write_lines(tmp_path / f"{name}.jsonl", [result("r", 3.0, protocol=protocol)])
+    with pytest.raises(UserError, match=r"judge runs is 3 and 1; judge top_p is 0.9 and 0.5\..*--runs, --judge-top-p"):
+        compare(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+
+
+def test_settings_that_a_file_of_an_earlier_version_lacks_are_named(tmp_path: Path) -> None:
+    new = write_lines(tmp_path / "new.jsonl", [result("r", 3.0, protocol=SETTINGS | {"judge prompt version": 1})])
+    old = write_lines(tmp_path / "old.jsonl", [result("r", 4.0)])
+    (note,) = compare(new, old, names=("Ann", "Bob")).notes
+    assert note.startswith("not recorded for Bob, so it may differ: judge sees the system message, judge runs,")
+    assert f"Note: {note}." in compare(new, old, names=("Ann", "Bob")).markdown()
+    # Its bench.json, as it was before `protocol`, holds most of them.
+    judge = {"model": "j", "sees_the_system_message": False, "runs": 3, "retries": 3, "max_tokens": 1024}
+    record = {
+        "judge": {**judge, "temperature": 1.0, "top_p": 0.9},
+        "best_of": {"answers": 3, "picked_by": "first run"},
+        "decoding": None,
+    }
+    (tmp_path / "bench.json").write_text(json.dumps(record), encoding="utf-8")
+    found = compare(new, old, names=("Ann", "Bob"))
+    assert found.notes == ["not recorded for Bob, so it may differ: decoding"]
+    assert found.record()["notes"] == found.notes
+    record["judge"]["min_p"] = 0.1
+    (tmp_path / "bench.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(UserError, match=r"judge extra min_p is null and 0\.1"):
+        compare(new, old)
+
+
+def test_another_protocol_ends_the_command_before_anything_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_lines(tmp_path / "rows.jsonl", [bench_row(0)])
+    with served(judging(lambda row, rubric, time: "[RESULT] 3")) as server:
+        asking = [
+            "--data",
+            data,
+            "--server",
+            server.url,
+            "--judge",
+            "judge",
+            "--judge-server",
+            server.url,
+            "--runs",
+            "1",
+        ]
+        assert command("--model", "m", *asking, "--output-dir", tmp_path / "m") == 0
+        asked = len(server.asked)
+        asking += ["--against", tmp_path / "m" / "bench_rows.jsonl", "--output-dir", tmp_path / "n", "--model", "n"]
+        assert command(*asking, "--judge-temperature", "0", "--best-of", "2", "--pick-by", "all-runs") == 2
+        assert len(server.asked) == asked
+        refusal = capsys.readouterr().err
+        for difference in (
+            "judge temperature is 0.0 and 1.0",
+            "best of is 2 and 1",
+            'picked by is "all runs" and null',
+        ):
+            assert difference in refusal
+        assert command(*asking) == 0
+    assert "Rows that both have a score for: 1." in capsys.readouterr().out
+
+
 def test_the_command_compares_with_another_models_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [bench_row(number) for number in range(4)]
     data = write_lines(tmp_path / "rows.jsonl", rows)
@@ -113,7 +223,7 @@ def test_the_command_compares_with_another_models_rows(tmp_path: Path, capsys: p
         return f"[RESULT] {max(row + 1, 2)}"
 
     for name, say in (("m", grade), ("n", better)):
-        with served(judging(say)) as server:
+        with served(judging(say), models=["judge"]) as server:
             servers = ["--server", server.url, "--judge", "judge", "--judge-server", server.url]
             against = ["--against", tmp_path / "m" / "bench_rows.jsonl"] if name == "n" else []
             assert command("--model", name, "--data", data, "--output-dir", tmp_path / name, *servers, *against) == 0
@@ -137,8 +247,9 @@ def test_what_can_not_be_compared_leaves_the_runs_own_figures_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_lines(tmp_path / "rows.jsonl", [bench_row(number) for number in range(3)])
-    stranger = write_lines(tmp_path / "bench_rows.jsonl", [result("a", 1.0)])
-    with served(judging(lambda row, rubric, time: "[RESULT] 3")) as server:
+    protocol = {"judge prompt version": PROMPT_VERSION}
+    stranger = write_lines(tmp_path / "bench_rows.jsonl", [result("a", 1.0, protocol=protocol)])
+    with served(judging(lambda row, rubric, time: "[RESULT] 3"), models=["judge"]) as server:
         asking = ["--model", "m", "--data", data, "--output-dir", tmp_path / "out", "--server", server.url]
         asking += ["--judge", "judge", "--judge-server", server.url]
         assert command(*asking) == 0

@@ -31,7 +31,7 @@ async def has_no_system_role(asked: Asked) -> Reply:
 def test_a_model_whose_server_refuses_everything_has_no_score(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with served(has_no_system_role) as server:
+    with served(has_no_system_role, models=["judge"]) as server:
         assert bench(tmp_path, server.url) == 2
         told = capsys.readouterr().err.partition("error: ")[2]
         assert told.startswith("--model m: none of the 6 prompts got an answer: ")
@@ -45,7 +45,7 @@ def test_a_model_whose_server_refuses_everything_has_no_score(
 
 def test_a_file_of_responses_without_any_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = write_lines(tmp_path / "answers.jsonl", [{**row, "responses": []} for row in ROWS])
-    with served(GRADES) as server:
+    with served(GRADES, models=["judge"]) as server:
         data = write_lines(tmp_path / "rows.jsonl", ROWS)
         asked = ("--model", "m", "--data", data, "--judge", "judge", "--judge-server", server.url)
         assert command(*asked, "--responses", empty, "--output-dir", tmp_path / "out") == 2
@@ -67,12 +67,13 @@ def test_why_some_got_no_answer_is_counted_where_the_figures_stand(
             return error(400, "too   many\nzebras")
         return error(400, "no stripes") if number == 3 else said("A stripe.")
 
-    with served(script) as server:
+    with served(script, models=["judge"]) as server:
         assert bench(tmp_path, server.url) == 0
     shown = capsys.readouterr().out
     missing = record(tmp_path)["missing"]
     (zebras, stripes), (judges,) = missing["why_no_response"].items(), missing["why_no_judgement"].items()
     assert (zebras[1], stripes[1], judges[1]) == (2, 1, 4 * 2)
+    assert shown.splitlines()[-1].startswith("warning: 11 answers are missing")
     assert ("too many zebras" in zebras[0], "no stripes" in stripes[0], "too long" in judges[0]) == (True, True, True)
     for text in (shown, (tmp_path / "out" / "report.md").read_text("utf-8")):
         assert f"- no response, 2 times: {zebras[0]}" in text
@@ -92,7 +93,7 @@ def test_a_judge_that_never_answers_is_an_error_and_the_responses_are_kept(
             return error(400, "this judge is asleep")
         return await GRADES(asked)
 
-    with served(script) as server:
+    with served(script, models=["judge"]) as server:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "bench.json").write_text("of an earlier run", encoding="utf-8")
         assert bench(tmp_path, server.url, "--limit", "1") == 2
@@ -134,6 +135,6 @@ def test_one_of_a_thing_is_said_to_be_one(tmp_path: Path, capsys: pytest.Capture
     assert "1 question for the judge: " in shown
     assert "**Not finished: 1 judgement is still to come; " in shown
     assert "the data has 1 row, Multifaceted Bench 921" in shown
-    with served(GRADES) as server:
+    with served(GRADES, models=["judge"]) as server:
         assert command(*asked, "--runs", "1", "--judge-server", server.url) == 0
     assert "the mean of 1 run over 1 row." in capsys.readouterr().out

@@ -263,12 +263,13 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=120)
 
 
-def test_the_check_reads_all_rows_and_asks_nothing(tmp_path: Path) -> None:
+def test_the_check_reads_all_rows_and_asks_each_server_for_a_sign_of_life(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "source.jsonl", [row_of(number) for number in range(20)])
     with source.open("a") as file:
         file.write('{"messages": []}\n')
-    path = configuration(tmp_path, "http://127.0.0.1:9/v1", source)
-    checked = command("--config", str(path), "--check")
+    with served(saying(), models=["another name of m"]) as server:
+        checked = command("--config", str(configuration(tmp_path, server.url, source)), "--check")
+        assert [asked.body["max_tokens"] for asked in server.asked] == [1]  # the list alone refuses no name
     assert checked.returncode == 0, checked.stderr
     assert checked.stdout.splitlines() == [
         "hierarchy: 4 dimensions, 20 sub-dimensions, 89 preferences",
@@ -277,8 +278,9 @@ def test_the_check_reads_all_rows_and_asks_nothing(tmp_path: Path) -> None:
         "2 times: row of several turns, of which the first was taken",
         f"left out: 1 (4.8%): duplicate: the same as an instruction before; the first: {source}:11",
         f"left out: 1 (4.8%): states a length already; the first: {source}:13: length: in 3 bullet points",
-        f"left out: 1 (4.8%): no user turn at the start; the first: {source}:21",
+        f"left out: 1 (4.8%): not supported: no user turn at the start; the first: {source}:21",
         "about 216 requests to m, 16 at once, for 54 sets that pass at once",
+        f"{server.url} answers as m",
     ]
     assert not (tmp_path / "out").exists()
 
@@ -351,15 +353,16 @@ def test_what_the_user_can_mend_is_one_error(
     from collection import main
 
     source = write_rows(tmp_path / "source.jsonl", [row_of(0)])
-    path = configuration(tmp_path, "http://127.0.0.1:9/v1", source)
     arguments = sys.argv
     try:
-        sys.argv = ["collection.py", "--config", str(path), *(change.split() if "=20" in change else [change])]
-        if not told:
-            sys.argv.append("--check")
-            assert main() == 0  # twenty sets of five sub-dimensions are four preferences of each, which there are
-            return
-        assert main() == 2
+        with served(saying(), models=["m"]) as server:
+            path = configuration(tmp_path, server.url, source)
+            sys.argv = ["collection.py", "--config", str(path), *(change.split() if "=20" in change else [change])]
+            if not told:
+                sys.argv.append("--check")
+                assert main() == 0  # twenty sets of five sub-dimensions are four preferences of each, which there are
+                return
+            assert main() == 2
     finally:
         sys.argv = arguments
     said = capsys.readouterr()
@@ -407,6 +410,7 @@ def test_a_run_that_writes_no_row_says_where_they_went(tmp_path: Path, said_of_m
         asked = len(server.asked)
         second = command("--config", path)
         assert len(server.asked) == asked
+        checked = command("--config", path, "--check")
     reasons = Counter(row["reason"] for row in lines(folder / "left_out.jsonl"))
     assert reasons.total() == (2 if unreadable else 6)
     for ended in (first, second):
@@ -418,7 +422,6 @@ def test_a_run_that_writes_no_row_says_where_they_went(tmp_path: Path, said_of_m
         assert f"{folder / 'left_out.jsonl'}" in ended.stderr
         assert ended.stdout.startswith("0 rows and 0 pairs of ")
     assert (folder / "report.md").is_file()
-    checked = command("--config", path, "--check")
     assert checked.returncode == (2 if unreadable else 0)
     assert "2 rows, " in checked.stdout
     assert ("error: no row becomes an instruction: all 2" in checked.stderr) == unreadable

@@ -169,6 +169,20 @@ def test_what_is_lost_and_what_a_retry_saves(tmp_path: Path, tries: int, retries
         assert seen[number, stage] == (1 if hopeless else tries + (not lost))
 
 
+def test_what_servers_leave_in_a_reply_is_no_part_of_any_row(tmp_path: Path) -> None:
+    def leaky(asked: Asked) -> str:
+        analysis = "<|channel|>analysis<|message|>style: Hm.<|end|><|start|>assistant<|channel|>final<|message|>"
+        return f"{analysis}{good_everything(asked)}<|return|>"
+
+    stages = ("propose", "describe", "message", "answer")
+    done, _ = run_with(saying(**dict.fromkeys(stages, leaky)), tmp_path, [turns(BICYCLE)], sets_per_instruction=1)
+    (tmp_path / "plain").mkdir()
+    run_with(saying(), tmp_path / "plain", [turns(BICYCLE)], sets_per_instruction=1)
+    for column in ("preference_set", "system", "output"):
+        assert [row[column] for row in written(tmp_path)] == [row[column] for row in written(tmp_path / "plain")]
+    assert all(done.tally.events[f"{stage}: reasoning taken out"] == 1 for stage in stages)
+
+
 def test_a_cut_answer_may_be_kept(tmp_path: Path) -> None:
     cut = said("On and", "length")
     done, asked = run_with(saying(answer=lambda _: cut), tmp_path, [turns(BICYCLE)], on_cut_answer="keep")
@@ -275,7 +289,10 @@ def test_instructions_come_from_any_row_and_carry_their_sources(tmp_path: Path) 
     assert [(row["main_source"], row["original_source"], row["prompt"]) for row in written(tmp_path)] == [
         ("Nectar", "sharegpt", "one"), (str(tmp_path / "source.jsonl"), "FLASK", "two")
     ]  # fmt: skip
-    assert reasons(tmp_path) == [(None, "duplicate: the same as an instruction before"), (None, "needs tools")]
+    assert reasons(tmp_path) == [
+        (None, "duplicate: the same as an instruction before"),
+        (None, "not supported: needs tools"),
+    ]
     assert done.tally.events["row with a system message, which was ignored"] == 2
 
 
@@ -389,8 +406,8 @@ def test_what_asks_nothing_is_still_left_out(tmp_path: Path) -> None:
     found = instructions(SourcesSection(sources=[{"path": str(path)}]), FilterSection(), None)
     assert [one.reason for one in found] == [
         "can't be read: empty content",
-        "no user turn at the start",
-        "no user turn at the start",
+        "not supported: no user turn at the start",
+        "not supported: no user turn at the start",
     ]
 
 

@@ -80,6 +80,34 @@ def test_reasoning_is_no_part_of_message_verdict_and_answer(tmp_path: Path, open
         assert f"| {stage}: reasoning taken out | 1 |" in done.report.read_text("utf-8")
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "event"),
+    [
+        ("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>", "<|return|>", ""),
+        ("Hm, as <<Role>>: Bad.</think>", "", "reasoning taken out"),
+        ("◁think▷Hm.◁/think▷", "", "reasoning taken out"),
+        ("", "<|im_end|>\n", "control tokens taken off the end"),
+        ("", "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nMore!", "ran on after its end, and was cut there"),
+    ],
+)
+def test_what_servers_leave_in_a_reply_is_no_part_of_any_row(
+    tmp_path: Path, before: str, after: str, event: str
+) -> None:
+    replies = {"generate": GENERATED, "verify": "<<Role>>: Good", "answer": "A new one."}
+    done = run_with(answers(**{stage: said(before + text + after) for stage, text in replies.items()}), tmp_path)
+    (row,) = lines(tmp_path / "out" / "data" / "rows.jsonl")
+    assert [turn["content"] for turn in row["messages"]] == ["You are a tester.", QUESTION["content"], "A new one."]
+    assert row["sysgen"]["written_by_model"] == GENERATED
+    for stage in replies:
+        assert done.tally.events[f"{stage}: {event or 'reasoning taken out'}"] == 1
+
+
+def test_an_answer_that_can_not_be_told_from_its_reasoning_is_not_written(tmp_path: Path) -> None:
+    done = run_with(answers(answer=said("Tea.<|START_THINKING|>Or coffee.<|END_THINKING|>Coffee.")), tmp_path)
+    assert done.tally.events["answer: reasoning without an end, and nothing said"] == 1
+    assert done.tally.written == 0
+
+
 @pytest.mark.parametrize("choice", ["drop", "keep"])
 def test_an_answer_that_is_reasoning_alone_is_not_written(tmp_path: Path, choice: str) -> None:
     script = answers(answer=said("<think>Perhaps, or perhaps", "length"))
@@ -89,9 +117,20 @@ def test_an_answer_that_is_reasoning_alone_is_not_written(tmp_path: Path, choice
     assert done.tally.events["answer: reasoning without an end, and nothing said"] == 1
 
 
-def test_tags_of_reasoning_in_the_middle_of_an_answer_are_told_of(tmp_path: Path) -> None:
+def test_tags_of_reasoning_in_the_middle_of_an_answer_are_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = run_with(answers(answer=said("First <think>hm</think> then")), tmp_path)
     assert done.tally.events["answer: tags of reasoning left in the text"] == 1
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    from sysgen import main
+
+    monkeypatch.setattr(sys, "argv", ["sysgen.py", "--config", str(tmp_path / "config.yaml")])
+    assert main() == 0  # from the journal
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "warning: tags of reasoning left in the text: 1 answer (answer 1); the text may speak of them, or hold "
+        "reasoning: read some before you use it"
+    )
 
 
 def test_answers_of_the_data_get_no_constraints_that_nobody_checked(tmp_path: Path) -> None:

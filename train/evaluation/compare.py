@@ -1,12 +1,12 @@
 """Two sets of results side by side: the difference of each measure, paired by rows where both kept theirs."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from train.conditions import difference, differences, unknown
 from train.errors import UserError
 from train.evaluation.results import Measure, Results
 from train.progress import job
@@ -72,7 +72,9 @@ def compare(
             f"there is nothing that both were measured by: A has {', '.join(first)}, B has {', '.join(second)}"
             + "".join(f". {kind}{reason}" for kind, reason in list(why.items())[:1])
         )
-    faults = [fault for kind in shared for fault in _differing(kind, first[kind], second[kind])]
+    faults = [
+        f"{kind}: {fault}" for kind in shared for fault in differences(first[kind].conditions, second[kind].conditions)
+    ]
     if faults:
         raise UserError(
             f"they were not measured alike: {'; '.join(faults)}. Measure both with the same data and options, or name "
@@ -83,10 +85,11 @@ def compare(
     pairs = []
     for kind in shared:
         one, other = first[kind], second[kind]
+        notes += [f"{kind}: {sentence}" for sentence in unknown(one.conditions, other.conditions)]
         notes += [
-            f"{kind}: {name} is {_shown(value)} and {_shown(other.notes.get(name))}"
-            for name, value in one.notes.items()
-            if value != other.notes.get(name)
+            f"{kind}: {name} {difference(one.notes.get(name), other.notes.get(name))}"
+            for name in dict.fromkeys([*one.notes, *other.notes])
+            if one.notes.get(name) != other.notes.get(name)
         ]
         notes += [
             f"{kind}: {name}: only {side} has it"
@@ -100,28 +103,6 @@ def compare(
                 pairs.append(_pair(kind, name, one.measures[name], other.measures[name], seed))
                 comparing.advance()
     return Comparison(pairs, notes)
-
-
-def _differing(kind: str, first: Results, second: Results) -> list[str]:
-    return [
-        f"{kind}: {name} {_differ(first.conditions.get(name), second.conditions.get(name))}"
-        for name in dict.fromkeys([*first.conditions, *second.conditions])
-        if first.conditions.get(name) != second.conditions.get(name)
-    ]
-
-
-def _differ(one: Any, other: Any) -> str:
-    """What differs, as short as can be: of mappings the keys that do."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        keys = [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]
-        first = f"{keys[0]} is {_shown(one.get(keys[0]))} and {_shown(other.get(keys[0]))}"
-        return first if len(keys) == 1 else f"{first} (and {len(keys) - 1} more)"
-    return f"is {_shown(one)} and {_shown(other)}"
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:80] + " ..."
 
 
 def _pair(kind: str, name: str, first: Measure, second: Measure, seed: int) -> Pair:

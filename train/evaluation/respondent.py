@@ -1,10 +1,12 @@
 """Who answers: a checkpoint or a served model, and the options of a command that say so."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from train.errors import UserError, positive
+from train.errors import UserError, json_object, positive
+from train.llm.options import add_wait_for_server
 from train.local_paths import path_or_id
 
 if TYPE_CHECKING:
@@ -52,6 +54,14 @@ def add_respondent(parser: argparse.ArgumentParser) -> None:
     who.add_argument("--server", action="append", default=[], metavar="URL", help="ask it there: http://host:8000/v1")
     who.add_argument("--concurrency", type=positive, default=64, help="requests at once to each server (default 64)")
     who.add_argument("--key-variable", metavar="NAME", help="the environment variable that holds the server's key")
+    add_wait_for_server(who)
+    who.add_argument(
+        "--extra",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="more fields of each request; null = that one is not sent",
+    )
     who.add_argument("--template", type=path_or_id, help="as chat.template of a recipe (default: the model's own)")
     who.add_argument(
         "--system-role",
@@ -69,12 +79,31 @@ def add_respondent(parser: argparse.ArgumentParser) -> None:
     who.add_argument("--batch-size", type=positive, default=16, help="answers at a time, without a server (default 16)")
 
 
+def refuse_in_extra(option: str, extra: Mapping[str, Any], own: Mapping[str, tuple[str, Any]]) -> None:
+    """Raise UserError for a request field that `option` can't set.
+
+    `own`: the option and value of each field that has an option of its own.
+    """
+    from train.llm.settings import faults_in_extra  # which takes a while to import
+
+    for name, why in faults_in_extra(extra, {field: value for field, (_, value) in own.items()}):
+        setting = own[name][0] if name in own else ""
+        raise UserError(f"{option}: `{name}`: {why.format(setting=setting)}")
+
+
 def server_options(prefix: str = "") -> dict[str, str]:
     """What errors about a server say of a configuration's keys, and the same of the options --`prefix`server and so on.
 
     For `naming`.
     """
-    said = ("it as key_variable", "base_url is probably wrong", "Is base_url right", "base_url '")
+    said = (
+        "it as key_variable",
+        "base_url is probably wrong",
+        "Is base_url right",
+        "base_url '",
+        "as base_url",
+        "is base_url right",
+    )
     return {
         words: words.replace("base_url", f"--{prefix}server").replace("key_variable", f"--{prefix}key-variable")
         for words in said

@@ -2,12 +2,14 @@
 
     answers = respond(Checkpoint("outputs/janus-7b"), conversations, Decoding(1024, temperature=0.0), Path("a.sqlite"))
 
-A second call finds the answers of the first in the journal, also where the first was killed. The journal knows a
+Each answer comes without the reasoning before it and the control tokens around it (train/llm/reasoning.py). The journal
+keeps it as it was sent, so a second call finds the answers of the first, also where the first was killed. It knows a
 checkpoint by its files and its template, so that one trained anew in the same folder is asked anew.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,11 @@ from train.evaluation.respondent import Checkpoint, Served, server_options
 from train.evaluation.vllm_server import vllm_server
 from train.llm.client import Client, NoAnswerError
 from train.llm.journal import Answer, Decoding, Journal, Request
+from train.llm.options import WAIT_FOR_SERVER
+from train.llm.reasoning import advice_on, events_of, read_answer
+from train.llm.refusals import NameSetting, config_setting
 from train.llm.rows import in_order, progress
+from train.llm.system_role import merge_into_user
 from train.progress import job
 
 
@@ -31,47 +37,68 @@ def respond(
     samples: int = 1,
     stage: str = "respond",
     description: str = "answers",
+    wait_for_server: float = WAIT_FOR_SERVER,
+    before_asking: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    name_setting: NameSetting = config_setting,
 ) -> list[list[Answer | NoAnswerError]]:
     """`samples` answers to each conversation, which ends with a user's turn: [conversations][samples].
 
     Where there is none, the reason stands in its place. A model may say nothing: a checkpoint's empty answer is its
     answer, and so is a server's that is empty twice, unless its text went into a field of reasoning. One that was cut
-    counts as it is; one that the server broke off is asked again, and is no answer in the end. Of `decoding`,
-    temperature 0 is greedy; None is the model's or the server's own. Raises UserError for what a person must mend;
+    counts as it is; one that the server broke off is asked again, and is no answer in the end.
+
+    Of `decoding`, temperature 0 is greedy; None is the model's or the server's own. `wait_for_server`: as of `Client`.
+    `before_asking` is awaited before the first answer is asked for, and not where all are in the journal.
+    `name_setting`: the command's words for a setting that a server refuses. Raises UserError for what the user can fix;
     what was answered until then is in the journal.
     """
     with Journal(journal) as written:
         if isinstance(respondent, Served):
             if respondent.system_role == "merge_into_user":
-                conversations = [merged(messages) for messages in conversations]
+                conversations = [merge_into_user(messages) for messages in conversations]
             asked = _requests(conversations, decoding, samples, stage)
             with naming(server_options()):
-                return asyncio.run(_from_servers(respondent, asked, samples, written, description))
+                return asyncio.run(
+                    _from_servers(
+                        respondent, asked, samples, written, description, wait_for_server, name_setting, before_asking
+                    )
+                )
         opened = OpenCheckpoint(respondent)
+        asked = _requests(conversations, decoding, samples, stage)
         if respondent.engine == "vllm":
+            if before_asking and not _all_answered(asked, opened.name, written):
+                asyncio.run(before_asking())
             with vllm_server(opened) as server:
                 served = Served(opened.name, (server,))
-                asked = _requests(conversations, decoding, samples, stage)
-                return asyncio.run(_from_servers(served, asked, samples, written, description))
+                return asyncio.run(
+                    _from_servers(served, asked, samples, written, description, wait_for_server, name_setting)
+                )
         for name in decoding.extra:
             if name not in KNOWN_EXTRA:
                 raise UserError(f"{name} is no setting of a model's own generation. Known: {', '.join(KNOWN_EXTRA)}.")
-        asked = _requests(conversations, decoding, samples, stage)
-        return asyncio.run(_from_checkpoint(opened, asked, samples, written, description))
-
-
-def merged(messages: Messages) -> list[Mapping[str, Any]]:
-    """The messages with what the system message says in the first user turn."""
-    system = [message["content"] for message in messages if message["role"] == "system"]
-    rest = [message for message in messages if message["role"] != "system"]
-    text = "\n\n".join(part for part in system if part.strip())
-    if not text or not rest:
-        return rest
-    return [{**rest[0], "content": f"{text}\n\n{rest[0]['content']}"}, *rest[1:]]
+        return asyncio.run(_from_checkpoint(opened, asked, samples, written, description, before_asking))
 
 
 def _requests(conversations: Sequence[Messages], decoding: Decoding, samples: int, stage: str) -> list[Request]:
     return [Request(stage, messages, decoding, sample) for messages in conversations for sample in range(samples)]
+
+
+def _all_answered(asked: Sequence[Request], model: str, journal: Journal) -> bool:
+    return all(journal.find(request.key(model), request.decoding.max_tokens) for request in asked)
+
+
+def _read(answers: Sequence[Answer | NoAnswerError], description: str) -> list[Answer | NoAnswerError]:
+    """Return the answers without reasoning and control tokens, and print what a user has to know of these."""
+    found: list[Answer | NoAnswerError] = []
+    events: Counter[str] = Counter()
+    for answer in answers:
+        if isinstance(answer, Answer):
+            answer, said = read_answer(answer)
+            events.update(f"{description}: {event}" for event in events_of(said))
+        found.append(answer)
+    for line in advice_on(events):
+        print(f"warning: {line}", flush=True)
+    return found
 
 
 def _by_conversation(answers: Sequence[Answer | NoAnswerError], samples: int) -> list[list[Answer | NoAnswerError]]:
@@ -79,9 +106,25 @@ def _by_conversation(answers: Sequence[Answer | NoAnswerError], samples: int) ->
 
 
 async def _from_servers(
-    served: Served, asked: Sequence[Request], samples: int, journal: Journal, description: str
+    served: Served,
+    asked: Sequence[Request],
+    samples: int,
+    journal: Journal,
+    description: str,
+    wait_for_server: float,
+    name_setting: NameSetting,
+    before_asking: Callable[[], Coroutine[Any, Any, None]] | None = None,
 ) -> list[list[Answer | NoAnswerError]]:
-    async with Client(served.servers, served.model, journal, accept_empty=True) as client:
+    async with Client(
+        served.servers,
+        served.model,
+        journal,
+        accept_empty=True,
+        wait_for_server=wait_for_server,
+        name_setting=name_setting,
+    ) as client:
+        if before_asking and not _all_answered(asked, served.model, journal):
+            await before_asking()
 
         async def one(request: Request) -> Answer | NoAnswerError:
             try:
@@ -97,11 +140,16 @@ async def _from_servers(
             async for answer in found:
                 answers.append(answer)
                 pace.advance()
-    return _by_conversation(answers, samples)
+    return _by_conversation(_read(answers, description), samples)
 
 
 async def _from_checkpoint(
-    opened: OpenCheckpoint, asked: Sequence[Request], samples: int, journal: Journal, description: str
+    opened: OpenCheckpoint,
+    asked: Sequence[Request],
+    samples: int,
+    journal: Journal,
+    description: str,
+    before_asking: Callable[[], Coroutine[Any, Any, None]] | None,
 ) -> list[list[Answer | NoAnswerError]]:
     keys = [request.key(opened.name) for request in asked]
     found: dict[bytes, Answer | NoAnswerError] = {}
@@ -112,6 +160,8 @@ async def _from_checkpoint(
             found[key] = answer
         else:
             missing.setdefault(key, request)
+    if before_asking and missing:
+        await before_asking()
     with job(description, total=len(found) + len(missing), unit="answers", done=len(found)) as answering:
         waiting = {key: request.messages for key, request in missing.items()}
         for batch in opened.answers(waiting, asked[0].decoding) if waiting else ():
@@ -124,4 +174,4 @@ async def _from_checkpoint(
             )
             found |= batch
             answering.advance(len(batch))
-    return _by_conversation([found[key] for key in keys], samples)
+    return _by_conversation(_read([found[key] for key in keys], description), samples)

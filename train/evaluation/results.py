@@ -12,8 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
+from train.conditions import UNKNOWN
 from train.errors import UserError
 from train.local_paths import missing_part
+from train.multifaceted.protocol import protocol_of
 from train.resampling import share_of, why_no_interval
 
 Record = dict[str, Any]
@@ -288,7 +290,7 @@ def _rules_of(when: str, model: str, kind: str, path: Path, record: Record) -> R
             measures[f"{name}: {rule}"] = replace(_of_these(measure, path), detail=True)
     asked = {held_out: {rule: one["rows"] for rule, one in of_rule.items()} for held_out, of_rule in counted.items()}
     conditions = {"rows by rule": asked, "rows": sorted(key for of_kind in rows.values() for key in of_kind)}
-    conditions["max_new_tokens"] = how.get("max_new_tokens")
+    conditions["max_new_tokens"] = how.get("max_new_tokens", UNKNOWN)
     folder = how.get("before_folder") if when == "before" else None
     return Results(kind, path, model, measures, conditions, {"checks": how.get("rules")}, folder)
 
@@ -322,8 +324,7 @@ def _read_bench(kind: str, path: Path, record: Record) -> Results:
             if one["mean"] is not None
         }
     conditions = {"data": [Path(data).name for data in record["data"]], "rows": record["rows"]}
-    conditions |= {"judge": record["judge"], "decoding": record["decoding"]}
-    conditions["best of"] = record.get("best_of", {}).get("answers", 1)
+    conditions |= {"content of the rows": record.get("fingerprint", UNKNOWN)} | protocol_of(record)
     return Results(
         kind, path, record["model"], measures, conditions, {"system_message_given": record["system_message_given"]}
     )

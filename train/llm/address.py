@@ -80,8 +80,8 @@ def parse_address(base_url: str) -> Address:
     example = "write it like http://localhost:8000/v1"
     if re.search(r"\s", text):
         raise UserError(f"base_url {_shown(text)!r} is no address: it holds white space. Take that out.")
-    if "://" not in text:
-        example = f"http:// or https:// is missing. Write http://{_shown(text).lstrip('/') or 'localhost:8000/v1'}"
+    if "://" not in text and re.search(r"\w[.:/]", text):
+        example = f"http:// or https:// is missing. Write http://{_shown(text).lstrip('/')}"
     try:
         url = httpx2.URL(text)
     except httpx2.InvalidURL as error:

@@ -2,6 +2,7 @@
 
 import asyncio
 import difflib
+import re
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ async def _advise_on_path(lane: "ServerLane", model: str, trouble: Trouble) -> s
         return f"It was asked for the model {model!r}; {name_models(model, names)}."
     if better := await find_base_url(lane):
         return f"Write {better} as base_url: there it lists its models."
-    if names is None and model in trouble.what:
+    if names is None and re.search(rf"(?<!\w){re.escape(model)}(?!\w)", trouble.what):
         return f"Is {model!r} the name that the server knows the model by?"
     return "base_url is probably wrong: for most servers it ends in /v1."
 

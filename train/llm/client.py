@@ -27,7 +27,9 @@ from train.errors import UserError
 from train.llm.failures import LONGEST_WAIT, Trouble
 from train.llm.first_contact import share_secrets, unreachable
 from train.llm.journal import Answer, Journal, Request
+from train.llm.options import WAIT_FOR_SERVER
 from train.llm.places import Pauses, Places
+from train.llm.refusals import NameSetting, config_setting
 from train.llm.replies import why_empty
 from train.llm.server import PAUSE_OF_A_START, Server, ServerLane
 from train.progress import SECONDS_BETWEEN_LINES, duration
@@ -53,15 +55,16 @@ LONGEST_ABSENCE = 600.0
 """Seconds for which 404s of a server that has answered before are waited for: a gateway sends them while the pod behind
 it is replaced, which includes loading the model."""
 
-WAIT_FOR_SERVER = 60.0
-"""So many seconds a server is waited for at the start, when no server has been reached in this run."""
-
 
 class NoAnswerError(Exception):
-    """This request gets no answer, whatever is done; others do. The message says what the server said."""
+    """This request gets no answer, whatever is done; others do. The message says what the server said.
 
-    def __init__(self, what: str, *, too_long: bool = False) -> None:
+    `advice`: the setting that the server's error is about, as a sentence.
+    """
+
+    def __init__(self, what: str, advice: str | None = None, *, too_long: bool = False) -> None:
         super().__init__(what)
+        self.advice = advice or ""
         self.too_long = too_long
 
 
@@ -105,6 +108,8 @@ class Counts:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     """Tokens of the answers that were asked for in this run, not of those found in the journal."""
+    advice: str = ""
+    """The setting that the first refused request was about, as a sentence."""
 
 
 class Client:
@@ -125,7 +130,7 @@ class Client:
     as a model may say nothing. Otherwise it is asked for `attempts` times, raises EmptyAnswerError and is not kept. One
     whose text went into a field of reasoning is never taken: the server was started wrongly.
 
-    `longest_absence`: see `LONGEST_ABSENCE`.
+    `longest_absence`: see `LONGEST_ABSENCE`. `name_setting`: the command's words for a setting, for errors about one.
 
     Raises UserError for a `base_url` that is none and an environment variable that is not set.
     """
@@ -143,13 +148,14 @@ class Client:
         accept_empty: bool = False,
         longest_absence: float = LONGEST_ABSENCE,
         wait_for_server: float = WAIT_FOR_SERVER,
+        name_setting: NameSetting = config_setting,
     ) -> None:
         self.model, self.journal, self.attempts = model, journal, attempts
         self.pauses = pauses or Pauses()
         self.counts = Counts()
         self._longest_wait, self._longest_absence = longest_wait, longest_absence
         self._wait_for_server, self._accept_empty = wait_for_server, accept_empty
-        self._lanes = [ServerLane(server, self.pauses, patience, longest_wait) for server in servers]
+        self._lanes = [ServerLane(server, self.pauses, patience, longest_wait, name_setting) for server in servers]
         share_secrets(self._lanes)
         self._warned_of: set[str] = set()
         self._places = Places(self._lanes)
@@ -221,6 +227,7 @@ class Client:
                 answer = await self._ask_a_server(key, request)
             except NoAnswerError as failure:
                 self.counts.failed += 1
+                self.counts.advice = self.counts.advice or failure.advice
                 if start:
                     start.end(key)
                     self._count_failure(request.stage, start, failure)
@@ -260,7 +267,7 @@ class Client:
             if outcome.kind == "hopeless":
                 raise UserError(await lane.explain(self.model, outcome))
             if outcome.kind == "row":
-                raise NoAnswerError(outcome.what, too_long=outcome.too_long)
+                raise NoAnswerError(outcome.what, outcome.advice, too_long=outcome.too_long)
             if outcome.kind == "denied":
                 lane.denied.add(key)
                 await self._end_if_denied(request.stage, lane, outcome, denied_at)
@@ -273,7 +280,7 @@ class Client:
             self._end_a_false_start(request.stage, lane, outcome)
             self._end_an_unreachable_start(lane, outcome)
             if faults >= self.attempts:
-                raise NoAnswerError(f"{outcome.what} ({self.attempts} times)")
+                raise NoAnswerError(f"{outcome.what} ({self.attempts} times)", outcome.advice)
             avoid = lane
             if outcome.retry_after is None:
                 pause = self.pauses.after(tries)
@@ -336,6 +343,7 @@ class Client:
             since = f"{lane.failures_in_a_row} times in a row"
             is_error = trouble.status != 200  # a 200 may be any web page
             advice = f"Is {'' if is_error else 'base_url right, and is '}{self.model!r} a model that it serves?"
+            advice = trouble.advice or advice
         elif trouble.kind == "too much" and waited > self._longest_wait:
             since = f"for {duration(waited)}"
             advice = "Start the same command when it takes requests again, or name another server."
@@ -373,8 +381,8 @@ class Client:
         if not start.awaited:
             raise UserError(
                 f"stage {stage}: none of the first {start.failed + start.too_long:,} requests got an answer from "
-                f"{self.model}. The last one: {str(failure).rstrip('.')}. Change the settings of the stage or of the "
-                "server."
+                f"{self.model}. The last one: {str(failure).rstrip('.')}. "
+                f"{failure.advice or 'Change the settings of the stage or of the server.'}"
             ) from failure
 
     async def _watch_silence(self) -> None:

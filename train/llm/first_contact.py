@@ -29,6 +29,8 @@ START_IT = (
     "Check host and port, and that the server is running. For one that is still starting, --wait-for-server 30m waits "
     "as long."
 )
+TRIES = 3
+"""Of a request that fails: a gateway with several servers behind it may have one that is faulty."""
 _ONE_TOKEN = Request("first contact", [{"role": "user", "content": "Hi"}], Decoding(max_tokens=1))
 
 
@@ -95,10 +97,13 @@ async def _one_token(lane: ServerLane, model: str) -> Answer | Trouble | None:
     """Return what comes of a request for one token; None where nothing comes in time."""
     try:
         async with asyncio.timeout(SECONDS_OF_AN_ANSWER):
-            while True:
+            for tries in range(1, TRIES + 1):
                 outcome = await lane.send(model, _ONE_TOKEN)
-                if not (isinstance(outcome, Trouble) and outcome.kind == "again"):
-                    return outcome
+                if not (isinstance(outcome, Trouble) and outcome.kind in ("again", "fault")):
+                    break
+                if outcome.kind == "fault":
+                    await asyncio.sleep(lane.pauses.after(tries))
+            return outcome
     except TimeoutError:
         return None
 
@@ -115,7 +120,7 @@ async def _judge(lane: ServerLane, model: str, names: list[str] | None, outcome:
         outcome = tls_wanted(lane.address)
     if isinstance(outcome, Answer):
         return f"answers as {model}"
-    if outcome.kind == "hopeless":
+    if outcome.kind in ("hopeless", "denied"):
         raise UserError(await explain(lane, model, outcome))
     if outcome.kind == "too much":
         return f"is reached, and busy: {outcome.what}"
@@ -126,7 +131,10 @@ async def _judge(lane: ServerLane, model: str, names: list[str] | None, outcome:
         )
     if outcome.kind == "row":
         return f"is reached, and refuses a request for one token, which need not mean more: {outcome.what}"
-    raise UserError(await explain(lane, model, outcome))
+    raise UserError(
+        f"{lane.name} answers {outcome.what.rstrip('.')} ({TRIES} times). Is base_url right, and is {model!r} a model "
+        "that it serves?"
+    )
 
 
 def _is_in(model: str, names: list[str]) -> bool:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from filelock import FileLock, Timeout
@@ -42,7 +42,8 @@ class Decoding:
     """How an answer is drawn, in the names of the OpenAI API.
 
     What is None or empty is not sent, so the server's own default holds. `extra` goes into the request as it stands
-    (top_k, min_p, chat_template_kwargs and what else a server knows).
+    (top_k, min_p, chat_template_kwargs and what else a server knows). `limit_name`: the field of the token limit; None
+    = no limit is sent. Under the name max_tokens a server that refuses it gets the name that it asks for.
     """
 
     max_tokens: int
@@ -51,6 +52,26 @@ class Decoding:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+    limit_name: str | None = "max_tokens"
+
+    @classmethod
+    def of_settings(
+        cls,
+        max_tokens: int,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        extra: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Self:
+        """Return the decoding of a stage's settings. A null in `extra` takes its field out of the request, and a
+        `max_completion_tokens` there takes the place of `max_tokens`.
+        """
+        own = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        own |= dict.fromkeys(name for name in own if name in extra)
+        rest = {name: value for name, value in extra.items() if value is not None}
+        limit = rest.pop("max_completion_tokens", None)
+        limit_name = "max_completion_tokens" if limit else None if "max_tokens" in extra else "max_tokens"
+        return cls(limit or max_tokens, **own, extra=rest, limit_name=limit_name)  # type: ignore[arg-type]
 
     def parameters(self, sample: int) -> dict[str, Any]:
         """What stands in a request beside model, messages and the token limit. Each sample has a seed of its own."""
@@ -98,6 +119,8 @@ class Answer:
     from_journal: bool = False
     reasoning_in: str = ""
     """The field that held reasoning beside the text (reasoning_content, ...). The journal does not keep it."""
+    only_reasoning: bool = False
+    """Its text was reasoning that never ended, so it holds no answer (set by `train.llm.reasoning.read_answer`)."""
 
     @property
     def ending(self) -> Ending:

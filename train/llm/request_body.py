@@ -1,15 +1,52 @@
-"""Bodies of chat completion requests."""
+"""Bodies of chat completion requests, in the form that a server accepts."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from train.llm.journal import Request
+from train.llm.refusals import names_field, wants_completion_tokens, wants_stream
 
 
-def request_body(model: str, request: Request, *, limit_name: str = "max_tokens") -> dict[str, Any]:
-    """Return the JSON body of a request. `limit_name`: the server's name for the token limit."""
-    return {
-        "model": model,
-        "messages": request.messages,
-        limit_name: request.decoding.max_tokens,
-        **request.decoding.parameters(request.sample),
-    }
+@dataclass(slots=True)
+class RequestForm:
+    """The form of request that a server accepts; it changes as the server's refusals ask.
+
+    `limit_name`: its name for the token limit. `stream`: it answers in a stream of events alone. `stream_usage`: a
+    stream may be asked to end with its token counts.
+    """
+
+    limit_name: str = "max_tokens"
+    stream: bool = False
+    stream_usage: bool = True
+
+    def adapt(self, said: str, body: dict[str, Any]) -> bool:
+        """Change to the form that an error asks for (see `refusals.said_in`); False: the form is not its reason.
+
+        Requests of the old form may still be in flight when the form changes: they are sent again, too.
+        """
+        if "max_tokens" in body and wants_completion_tokens(said):
+            self.limit_name = "max_completion_tokens"  # what OpenAI's reasoning models call it
+        elif "stream" not in body and wants_stream(said):
+            self.stream = True
+        elif "stream_options" in body and names_field(said, "stream_options"):
+            self.stream_usage = False
+        else:
+            return False
+        return True
+
+
+_USUAL = RequestForm()
+
+
+def request_body(model: str, request: Request, form: RequestForm = _USUAL) -> dict[str, Any]:
+    """Return the JSON body of a request. The decoding's own name for the token limit goes before the form's."""
+    decoding = request.decoding
+    body: dict[str, Any] = {"model": model, "messages": request.messages}
+    if decoding.limit_name:
+        body[form.limit_name if decoding.limit_name == "max_tokens" else decoding.limit_name] = decoding.max_tokens
+    body |= decoding.parameters(request.sample)
+    if form.stream:
+        body["stream"] = True
+        if form.stream_usage:
+            body["stream_options"] = {"include_usage": True}
+    return body

@@ -15,13 +15,15 @@ from train.llm.address import parse_address, shown_location
 from train.llm.advice import explain, is_unreachable
 from train.llm.connection_faults import connection_trouble, proxy_refusal, speaks_tls, tls_wanted
 from train.llm.connections import Connections
-from train.llm.failures import LONGEST_WAIT, ErrorBody, Trouble, error_in, error_of, trouble_of
+from train.llm.failures import DENIED, LONGEST_WAIT, ErrorBody, Trouble, error_in, error_of, trouble_of
 from train.llm.finish_reasons import ending_of
 from train.llm.journal import Answer, Request
 from train.llm.places import Lane, Pauses
 from train.llm.redaction import Redactor
+from train.llm.refusals import NameSetting, advice_on, config_setting, said_in
 from train.llm.replies import UnusableReplyError, answer_in
-from train.llm.request_body import request_body
+from train.llm.request_body import RequestForm, request_body
+from train.llm.stream import BrokenStreamError, completion_in, is_stream
 from train.progress import duration
 
 OPENAI_HOST = "api.openai.com"
@@ -40,18 +42,26 @@ class Server:
     """An OpenAI-compatible server. `concurrency`: how many requests it gets at once, at most.
 
     `key_variable` names the environment variable that holds its key. Without one, OpenAI's own server gets
-    OPENAI_API_KEY, and no other server gets any key.
+    OPENAI_API_KEY, and no other server gets any key. `stream`: ask for answers as a stream of events.
     """
 
     base_url: str
     concurrency: int = 64
     key_variable: str | None = None
+    stream: bool = False
 
 
 class ServerLane(Lane):
-    """A server with its connections."""
+    """A server with its connections. `name_setting`: the command's words for a setting that an error is about."""
 
-    def __init__(self, server: Server, pauses: Pauses, patience: float, longest_wait: float = LONGEST_WAIT) -> None:
+    def __init__(
+        self,
+        server: Server,
+        pauses: Pauses,
+        patience: float,
+        longest_wait: float = LONGEST_WAIT,
+        name_setting: NameSetting = config_setting,
+    ) -> None:
         self.address = parse_address(server.base_url)
         name, host = self.address.shown, self.address.host
         if server.concurrency < 1:
@@ -71,7 +81,8 @@ class ServerLane(Lane):
         """Whether it has sent any response of its own. Until then the run's start is at stake, and pauses are short."""
         self.key = self._find_key(server)
         self.redactor = Redactor(self.secrets)
-        self._limit_name = "max_tokens"
+        self._form = RequestForm(stream=server.stream)
+        self._name_setting = name_setting
         self._in_flight: set[asyncio.Timeout] = set()
         self._connections = Connections(self.address)
         self._asked_for_tls = False
@@ -119,8 +130,7 @@ class ServerLane(Lane):
 
     async def send(self, model: str, request: Request) -> Answer | Trouble:
         """Ask once."""
-        limit_name = self._limit_name
-        body = request_body(model, request, limit_name=limit_name)
+        body = request_body(model, request, self._form)
         started = time.monotonic()
         interruption = asyncio.timeout(None)
         try:
@@ -131,29 +141,51 @@ class ServerLane(Lane):
         except TimeoutError:
             return Trouble("fault", f"nothing heard for {duration(self.patience / 2)}")
         except openai.APIStatusError as error:
-            unsupported = isinstance(error.body, dict) and error.body.get("code") == "unsupported_parameter"
-            if unsupported and error.param == "max_tokens" == limit_name:
-                self._limit_name = "max_completion_tokens"  # what OpenAI's reasoning models call it
-                return Trouble("again", "")
-            return await self.error_response(error)
+            return self._refusal(await self.error_response(error), error.response, body, request.stage)
         except openai.APIConnectionError as error:
             return await self.connection_failed(error)
         except UnicodeEncodeError:
             return Trouble("row", "the messages hold half of a surrogate pair, which is no text")
         finally:
             self._in_flight.discard(interruption)
-        return self._read(response, time.monotonic() - started, request.decoding.max_tokens)
+        outcome = await self._read(response, time.monotonic() - started, request.decoding.max_tokens)
+        return outcome if isinstance(outcome, Answer) else self._refusal(outcome, response, body, request.stage)
 
-    def _read(self, response: httpx2.Response, seconds: float, max_tokens: int) -> Answer | Trouble:
+    def _refusal(self, trouble: Trouble, response: httpx2.Response, body: dict[str, Any], stage: str) -> Trouble:
+        """Return the trouble with advice, or "again" where the error asks for another form of request.
+
+        500 is how llama.cpp and transformers serve report what a chat template refuses, and some gateways a 400.
+        """
+        if trouble.status not in (200, 400, 422, 500) or trouble.too_long or trouble.advice:
+            return trouble
+        whole = _json(response)
+        if response.status_code == 200 and (not isinstance(whole, dict) or whole.get("choices")):
+            return trouble  # no error, but an answer that can't be read
+        error = whole.get("error") or whole if isinstance(whole, dict) else whole
+        said = said_in(error, response.text)
+        if self._form.adapt(said, body):
+            return Trouble("again", "")
+        return replace(trouble, advice=advice_on(error, said, body, stage, self._name_setting))
+
+    async def _read(self, response: httpx2.Response, seconds: float, max_tokens: int) -> Answer | Trouble:
         """Return the answer in a response of status 200, or the error in it, which some gateways send so."""
-        body = _json(response)
+        body: Any
+        try:
+            # Some servers stream although they weren't asked to, and some don't although they were.
+            body = await completion_in(response, self.api) if is_stream(response) else _json(response)
+        except BrokenStreamError:
+            return Trouble("broken", "the stream ended before the answer did", status=200)
+        except ValueError:
+            body = None
         # An error may stand beside choices, which are empty then.
         error = error_in(body, response.text) if isinstance(body, dict) and body.get("error") else None
         if error is None:
             try:
                 answer = answer_in(body, seconds)
             except UnusableReplyError as broken:
-                return Trouble("broken", self.clean(str(broken)), status=200)
+                error = error_in(body["choices"][0], response.text)  # of the server that a gateway asked
+                if error is None or error.status not in (*DENIED, 402, 429, 503, 529):
+                    return Trouble("broken", self.clean(str(broken)), status=200)
             except ValueError:
                 error = error_in(body, response.text)
             else:
@@ -233,8 +265,9 @@ class ServerLane(Lane):
 
     def learn(self, outcome: Answer | Trouble | None, sent_at: float) -> None:
         """Adapt to how a request ended; None: it was cancelled."""
-        if isinstance(outcome, Trouble) and (outcome.kind in ("too much", "row", "again") or outcome.status):
-            self.reached = True
+        if isinstance(outcome, Trouble):
+            is_own = outcome.status or outcome.kind in ("row", "again")
+            self.reached = self.reached or bool(is_own and outcome.kind != "gone")
         if isinstance(outcome, Answer):
             self.has_answered = self.reached = True
             self.answered_sent_at = max(self.answered_sent_at, sent_at)

@@ -2,8 +2,9 @@
 that asks a model."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 from pydantic import Field
@@ -23,10 +24,13 @@ class ServerSection(Section):
     """How many requests it gets at once, at most; fewer while it objects."""
     key_variable: Text | None = None
     """The environment variable that holds its key; null = none, but for OpenAI's own server OPENAI_API_KEY."""
+    stream: bool = False
+    """Ask for answers as a stream of events, for a server that gives no others. One that says so in an error gets such
+    requests from then on without it."""
 
     def server(self) -> Server:
         """As the client takes it."""
-        return Server(self.base_url, self.concurrency, self.key_variable)
+        return Server(self.base_url, self.concurrency, self.key_variable, self.stream)
 
 
 class StageSection(Section):
@@ -41,13 +45,18 @@ class StageSection(Section):
     seed: int | None = None
     """Sent with each request (a further try gets the next number); null = none is sent."""
     extra: dict[str, Any] = Field(default_factory=dict)
-    """What else goes into a request as it stands, such as top_k or chat_template_kwargs. A model that reasons first
-    does without where its template can be told so, as Qwen3's by {chat_template_kwargs: {enable_thinking: false}}; else
-    give it tokens enough. What it writes in <think> is taken out and counted."""
+    """What else goes into a request as it stands, such as top_k or chat_template_kwargs; null = that field is not sent.
+    max_completion_tokens takes the place of `max_tokens`; {max_tokens: null} alone sends no limit. What has a key of
+    its own is set there. A model that reasons first does without where it can be told so, as Qwen3 by
+    {chat_template_kwargs: {enable_thinking: false}} (DashScope: {enable_thinking: false}); else give it tokens enough.
+    What it writes in <think> is taken out and counted."""
 
     def decoding(self) -> Decoding:
         """As the client takes it."""
-        return Decoding(self.max_tokens, self.temperature, self.top_p, self.seed, (), self.extra)
+        return Decoding.of_settings(self.max_tokens, self.temperature, self.top_p, self.seed, self.extra)
+
+
+SystemRole = Literal["native", "merge_into_user"]
 
 
 class OutputSection(Section):
@@ -62,24 +71,35 @@ class OutputSection(Section):
 _NOT_IN_EXTRA = {
     "model": "the run itself sets it",
     "messages": "the run itself sets them",
-    "stream": "answers are taken whole and one at a time",
+    "stream": "answers are taken whole and one at a time; a server that only streams is asked for a stream by itself",
     "stream_options": "answers are taken whole and one at a time",
     "n": "answers are taken whole and one at a time",
-    "max_completion_tokens": "write `max_tokens` of the stage, and servers get it by the name they know",
 }
 
 
+def faults_in_extra(extra: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield each name in `extra` that can't be there, and why: what would keep answers from being read, or contradicts.
+
+    `own`: the value of each request field that has a setting of its own; `{setting}` in a reason stands for that.
+    """
+    for name, value in extra.items():
+        if name in _NOT_IN_EXTRA:
+            yield name, f"{_NOT_IN_EXTRA[name]}."
+        elif value is not None and own.get(name) is not None:
+            yield name, "not set here: write {setting}."
+        elif name == "max_completion_tokens" and (type(value) not in (int, NoneType) or value == 0):
+            yield name, "must be an integer >= 1, or null."
+
+
 def refuse_in_extra(document: Document, stage: str) -> None:
-    """Note what would undo the request that it goes into, or can't be sent."""
-    extra = document.section(stage).get("extra")
+    """Note what `extra` of a stage can't hold."""
+    section = document.section(stage)
+    extra = section.get("extra")
     if not isinstance(extra, dict):
         return
-    for name in extra:
-        path = (stage, "extra", name)
-        if name in _NOT_IN_EXTRA:
-            document.fault(path, f"{_NOT_IN_EXTRA[name]}.")
-        elif name in StageSection.model_fields:
-            document.fault(path, f"not set here: write `{stage}.{name}`.")
+    own = {name: section.get(name, field.default) for name, field in StageSection.model_fields.items()}
+    for name, why in faults_in_extra(extra, own):
+        document.fault((stage, "extra", name), why.format(setting=f"`{stage}.{name}`"))
     try:
         json.dumps(extra, allow_nan=False)
     except ValueError:

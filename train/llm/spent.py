@@ -1,12 +1,12 @@
 """What was asked of a model for one row and stage: answers, tokens, seconds, and what it reasoned before."""
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from train.llm.client import Client, EmptyAnswerError
 from train.llm.finish_reasons import ending_of, unfinished
 from train.llm.journal import Answer, Request
-from train.llm.reasoning import without_reasoning
+from train.llm.reasoning import events_of, read_answer
 
 
 @dataclass(slots=True)
@@ -35,11 +35,11 @@ class Spent:
 
 
 async def ask(client: Client, request: Request, spent: dict[str, Spent], events: Counter[str]) -> Answer:
-    """Return the answer without the reasoning before it; raises as `Client.ask`, but returns empty answers.
+    """Return the answer without reasoning and control tokens; raises as `Client.ask`, but returns empty answers.
 
     Args:
         spent: of the row, by stages.
-        events: counts reasoning and answers of an unknown ending, in the words of the report.
+        events: counts reasoning, control tokens and answers of an unknown ending, in the words of the report.
     """
     stage = request.stage
     try:
@@ -49,10 +49,7 @@ async def ask(client: Client, request: Request, spent: dict[str, Spent], events:
     spent.setdefault(stage, Spent()).add(answer)
     if ending_of(answer.finish_reason) in ("unknown", "unstated"):
         events[f"{stage}: answer {unfinished(answer.finish_reason)}"] += 1
-    said = without_reasoning(answer.text)
-    if said.unfinished:
-        events[f"{stage}: reasoning without an end, and nothing said"] += 1
-    elif said.reasoning is not None:
-        events[f"{stage}: reasoning taken out"] += 1
-    events[f"{stage}: tags of reasoning left in the text"] += said.holds_reasoning
-    return replace(answer, text=said.text)
+    answer, said = read_answer(answer)
+    for event in events_of(said):
+        events[f"{stage}: {event}"] += 1
+    return answer

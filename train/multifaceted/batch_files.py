@@ -14,6 +14,7 @@ from typing import Any
 from train.errors import UserError
 from train.llm.client import NoAnswerError
 from train.llm.journal import Answer, Journal, Request
+from train.llm.refusals import NameSetting, advice_on, config_setting, said_in
 from train.llm.replies import UnusableReplyError, answer_in, why_empty
 from train.llm.request_body import request_body
 from train.multifaceted.judge import NotYetError
@@ -37,6 +38,8 @@ class BatchAnswers:
 
     answers: dict[bytes, Answer] = field(default_factory=dict)
     errors: dict[bytes, str] = field(default_factory=dict)
+    refusals: dict[bytes, Any] = field(default_factory=dict)
+    """The error objects of `errors`."""
     failed: Counter[str] = field(default_factory=Counter)
     lines: int = 0
 
@@ -91,6 +94,7 @@ def _take(found: BatchAnswers, key: bytes, response: Any, error: Any) -> None:
     what = " ".join(what.split())[:300]
     if isinstance(status, int) and 400 <= status < 500 and status not in _WORTH_ANOTHER_TRY:
         found.errors[key] = f"{status}: {what}".removesuffix(": ")
+        found.refusals[key] = said or error or body
     else:
         found.failed[what or f"status {status}"] += 1
 
@@ -98,11 +102,15 @@ def _take(found: BatchAnswers, key: bytes, response: Any, error: Any) -> None:
 class JournalAsker:
     """Asks the journal, into which it puts what a batch's files hold. `wanted`: what neither had, by key.
 
-    `found`: the keys of the files' answers that were asked for.
+    `found`: the keys of the files' answers that were asked for. `advice`: the setting that the first refused request
+    was about, as a sentence in the words of `name_setting`.
     """
 
-    def __init__(self, journal: Journal, model: str, batch: BatchAnswers) -> None:
+    def __init__(
+        self, journal: Journal, model: str, batch: BatchAnswers, name_setting: NameSetting = config_setting
+    ) -> None:
         self.journal, self.model, self.batch = journal, model, batch
+        self.name_setting, self.advice = name_setting, ""
         self.wanted: dict[bytes, Request] = {}
         self.found: set[bytes] = set()
 
@@ -114,6 +122,7 @@ class JournalAsker:
         if answer := self.journal.find(key, request.decoding.max_tokens):
             return answer
         if key in self.batch.errors:
+            self.advice = self.advice or self._advice_on(self.batch.refusals[key], request)
             raise NoAnswerError(self.batch.errors[key])
         if answer := self.batch.answers.get(key):
             await self.journal.add(key, self.model, request, answer)
@@ -121,6 +130,11 @@ class JournalAsker:
                 return found
         self.wanted.setdefault(key, request)
         raise NotYetError
+
+    def _advice_on(self, error: Any, request: Request) -> str:
+        body = request_body(self.model, request)
+        advice = advice_on(error, said_in(error, ""), body, request.stage, self.name_setting)
+        return f"{advice} Then write the batch again, without the file of these errors." if advice else ""
 
 
 def write_batch(

@@ -42,12 +42,16 @@ _SCORES = (1.0, 5.0)
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One answer to a row; `text` is None where there is none: `missing` says why. `scorer`: someone's own score."""
+    """One answer to a row; `text` is None where there is none: `missing` says why. `scorer`: someone's own score.
+
+    `only_reasoning`: the model's reasoning never ended. Its text is empty and judged as that: it failed to answer.
+    """
 
     text: str | None
     missing: str = ""
     finish_reason: str = ""
     scorer: float | None = None
+    only_reasoning: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,25 +202,28 @@ def in_words(why: Mapping[str, int]) -> str:
     return "; ".join(f"{count:,} times: {reason}" for reason, count in list(why.items())[:3]).rstrip(".")
 
 
-def refuse_without_responses(responses: Sequence[Sequence[Response]], whose: str, hint: str = "") -> None:
+def refuse_without_responses(responses: Sequence[Sequence[Response]], whose: str, advice: str = "") -> None:
     """Raise UserError, which says why, where not one prompt got an answer: the model was never measured.
 
-    `whose`: the option that names who was to give them.
+    `whose`: the option that names who was to give them. `advice`: the option to change, as a sentence.
     """
     answers = [one for of_row in responses for one in of_row]
     if all(one.text is None for one in answers):
         why = in_words(reasons(one.missing for one in answers))
-        raise UserError(f"{whose}: none of the {len(responses):,} prompts got an answer: {why}.{hint}")
+        raise UserError(f"{whose}: none of the {len(responses):,} prompts got an answer: {why}. {advice}".rstrip())
 
 
-def refuse_without_judgements(judged: Sequence[JudgedRow], whose: str) -> None:
-    """Raise UserError, which says why, where not one judgement got an answer, and none may still come."""
+def refuse_without_judgements(judged: Sequence[JudgedRow], whose: str, advice: str = "") -> None:
+    """Raise UserError, which says why, where not one judgement got an answer, and none may still come.
+
+    `advice`: the option to change, as a sentence.
+    """
     judgements = _judgements(judged)
     if judgements and all(one.missing == "no answer" and not one.texts for one in judgements):
         why = in_words(reasons(one.detail for one in judgements))
         raise UserError(
-            f"{whose}: none of the {len(judgements):,} judgements got an answer: {why}. What the model answered is "
-            "kept, and the same command goes on from there."
+            f"{whose}: none of the {len(judgements):,} judgements got an answer: {why}. {advice}{' ' if advice else ''}"
+            "What the model answered is kept, and the same command goes on from there."
         )
 
 
@@ -317,6 +324,7 @@ def _missing(judged: Sequence[JudgedRow], protocol: Protocol) -> dict[str, Any]:
         "judge_answers_without_score": dict(sorted(faults.items())),
         "judge_tokens": {name: sum(one.tokens.get(name, 0) for one in judgements) for name in ("prompt", "completion")},
         "responses_cut": endings.pop("cut at the token limit", 0),
+        "responses_only_reasoning": sum(one.response.only_reasoning for row in judged for one in row.answers),
         "responses_empty": sum(one.response.text == "" for row in judged for one in row.answers),
         "responses_ended_otherwise": dict(sorted(endings.items())),
     }
@@ -339,8 +347,11 @@ def _best_of(judged: Sequence[JudgedRow], protocol: Protocol, seed: int) -> dict
     return record
 
 
-def row_record(judged: JudgedRow) -> dict[str, Any]:
-    """A line of bench_rows.jsonl: the row's score, and every answer with all that the judge said of it."""
+def row_record(judged: JudgedRow, protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of bench_rows.jsonl: the row's score, and every answer with all that the judge said of it.
+
+    `protocol`: as in bench.json, so that the file can be compared wherever it is copied to.
+    """
     row, settings = judged.row, judged.protocol.judge
     return {
         "id": row.id,
@@ -348,6 +359,7 @@ def row_record(judged: JudgedRow) -> dict[str, Any]:
         "system": row.system,
         "prompt": row.prompt,
         "judge": settings.model + (" (shown the system message)" if settings.show_system else ""),
+        "protocol": dict(protocol),
         "score": judged.score,
         "picked": judged.picked,
         "response": judged.answer.response.text if judged.answer else None,

@@ -1,5 +1,7 @@
 """The figures of the bench as a person reads them: the section of report.md, and a plot."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from train.llm.journal import Decoding
 from train.llm.unanswered import SHOWN_IN_REPORT
 from train.llm.unread import unread_warning
 from train.multifaceted.bench import JudgedRow, figures
-from train.multifaceted.bench_rows import Bench
+from train.multifaceted.bench_rows import Bench, BenchRow
 from train.multifaceted.judge import PROMPT_VERSION
 from train.multifaceted.protocol import (
     PAPERS_DECODING,
@@ -17,6 +19,7 @@ from train.multifaceted.protocol import (
     PAPERS_RUNS,
     ROWS_OF_THE_BENCH,
     Protocol,
+    settings_of,
 )
 from train.progress import counted
 from train.report_parts import error_bars, load_pyplot, shortened
@@ -48,6 +51,8 @@ def make_record(
         "data": list(data),
         "rows": len(bench.rows),
         "rows_of_the_data": bench.of,
+        "fingerprint": fingerprint(bench.rows),
+        "protocol": settings_of(protocol, PROMPT_VERSION, decoding),
         "complete": not found["missing"]["judgements_missing"]["pending"],
         "deviations": deviations(bench, protocol, decoding, with_system),
         "judge": {
@@ -56,16 +61,27 @@ def make_record(
             "sees_the_system_message": settings.show_system,
             "runs": settings.runs,
             "retries": settings.retries,
-            **_decoding(settings.decoding),
+            **_sent(settings.decoding, PAPERS_DECODING),
         },
-        "decoding": None if decoding is None else _decoding(decoding),
+        "decoding": None if decoding is None else _sent(decoding, PAPERS_RESPONSES),
         "system_message_given": with_system,
         **found,
     }
 
 
-def _decoding(decoding: Decoding) -> dict[str, Any]:
-    return {"max_tokens": decoding.max_tokens, **decoding.parameters(0)}
+def fingerprint(rows: Sequence[BenchRow]) -> str:
+    """Return a checksum of rows, by which `compare` knows that two models were asked and graded alike."""
+    told = [
+        [row.system, row.prompt, row.reference, [[one.criteria, one.descriptions] for one in row.rubrics]]
+        for row in rows
+    ]
+    return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
+
+
+def _sent(decoding: Decoding, papers: Decoding) -> dict[str, Any]:
+    """What a request holds; of what the paper's has and this one hasn't, None."""
+    limit = decoding.max_tokens if decoding.limit_name else None
+    return {"max_tokens": limit} | dict.fromkeys(papers.parameters(0)) | decoding.parameters(0)
 
 
 def deviations(bench: Bench, protocol: Protocol, decoding: Decoding | None, with_system: bool | None) -> list[str]:
@@ -76,14 +92,14 @@ def deviations(bench: Bench, protocol: Protocol, decoding: Decoding | None, with
         found.append("the judge was shown the system message")
     if settings.model != PAPERS_JUDGE:
         found.append(f"the judge is {settings.model}; the paper's is {PAPERS_JUDGE}, and scores of two judges differ")
-    if settings.decoding != PAPERS_DECODING:
-        found.append(f"the judge answers with {_words(settings.decoding)}; in the paper {_words(PAPERS_DECODING)}")
+    if (judges := _sent(settings.decoding, PAPERS_DECODING)) != (papers := _sent(PAPERS_DECODING, PAPERS_DECODING)):
+        found.append(f"the judge answers with {_words(judges)}; in the paper {_words(papers)}")
     if settings.runs != PAPERS_RUNS:
         found.append(f"{counted(settings.runs, 'run')} of the judge, in the paper {PAPERS_RUNS}")
     if decoding is None:
         found.append("the responses come from a file: how they were drawn isn't known here")
-    elif decoding != PAPERS_RESPONSES:
-        found.append(f"responses are drawn with {_words(decoding)}; in the paper {_words(PAPERS_RESPONSES)}")
+    elif (drawn := _sent(decoding, PAPERS_RESPONSES)) != (papers := _sent(PAPERS_RESPONSES, PAPERS_RESPONSES)):
+        found.append(f"responses are drawn with {_words(drawn)}; in the paper {_words(papers)}")
     if with_system is False:
         found.append("no system message was given to the model (--no-system)")
     if protocol.best_of > 1:
@@ -95,8 +111,8 @@ def deviations(bench: Bench, protocol: Protocol, decoding: Decoding | None, with
     return found
 
 
-def _words(decoding: Decoding) -> str:
-    return ", ".join(f"{name} {value}" for name, value in _decoding(decoding).items())
+def _words(sent: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {'not sent' if value is None else value}" for name, value in sent.items())
 
 
 def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow]) -> str:
@@ -136,11 +152,16 @@ def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow]) -> str:
 
 
 def warnings(record: Mapping[str, Any]) -> list[str]:
-    """Return a line where most answers of the judge held no score that could be read."""
+    """Return a line where something got no answer, and one where most answers of the judge held no readable score."""
     missing = record["missing"]
     faults = missing["judge_answers_without_score"]
     why = ", ".join(f"{count:,} {name}" for name, count in faults.items())
-    return unread_warning(
+    unanswered = sum(missing["why_no_response"].values()) + missing["judgements_missing"]["no answer"]
+    lost = [
+        f"{counted(unanswered, 'answer', 'is', 'are')} missing, of the model or of the judge, and in no mean "
+        "(the reasons are in report.md). The same command asks a server again for these alone."
+    ]
+    return lost * bool(unanswered) + unread_warning(
         f"--judge {record['judge']['model']}",
         sum(faults.values()),
         missing["judge_answers"],
@@ -175,8 +196,11 @@ def _about_missing(missing: Mapping[str, Any]) -> str:
     )
     otherwise = missing["responses_ended_otherwise"]
     if missing["responses_cut"] or missing["responses_empty"] or otherwise:
-        text += f" Responses: {missing['responses_cut']:,} cut at the token limit, {missing['responses_empty']:,} empty"
-        text += "".join(f", {count:,} {name}" for name, count in otherwise.items()) + ". They are scored as they are."
+        text += (
+            f" Responses: {missing['responses_cut']:,} cut at the token limit, {missing['responses_empty']:,} empty, "
+            f"{missing['responses_only_reasoning']:,} of these as their reasoning had no end"
+        )
+        text += "".join(f"; {count:,} {name}" for name, count in otherwise.items()) + "."
     return text
 
 

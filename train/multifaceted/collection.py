@@ -25,8 +25,10 @@ from train.data.near_duplicates import NearDuplicates
 from train.errors import UserError
 from train.llm.client import Client, Counts, NoAnswerError
 from train.llm.journal import Answer, Journal, Request
+from train.llm.options import WAIT_FOR_SERVER
 from train.llm.rows import in_order, progress
 from train.llm.spent import ask
+from train.llm.system_role import merge_into_user
 from train.llm.unanswered import NO_ANSWER
 from train.llm.yes_or_no import says_no
 from train.multifaceted import collection_prompts as prompts
@@ -210,6 +212,8 @@ class Pipeline:
 
     async def _ask(self, outcome: Outcome, stage: str, turns: Sequence[Mapping[str, Any]], sample: int) -> Answer:
         decoding = getattr(self.config, stage).decoding()
+        if self.config.system_role == "merge_into_user":
+            turns = merge_into_user(turns)
         return await ask(self.client, Request(stage, turns, decoding, sample), outcome.spent, outcome.events)
 
 
@@ -230,10 +234,11 @@ class Done:
     report: Path
 
 
-def run(config: CollectionConfig) -> Done:
+def run(config: CollectionConfig, wait_for_server: float = WAIT_FOR_SERVER) -> Done:
     """Take all instructions through the pipeline, write rows, pairs and the report. Raises UserError.
 
     What is interrupted at any moment is made good by the next call, which asks nothing again that was answered.
+    `wait_for_server`: as of `Client`.
     """
     hierarchy = load_hierarchy(config.hierarchy.file, ours=config.hierarchy.ours)
     plan = Plan(hierarchy, config.sets_per_instruction, config.seed)
@@ -246,7 +251,7 @@ def run(config: CollectionConfig) -> Done:
     total = number_of_rows(config.data)
     with Journal(folder / JOURNAL) as journal, Output(config) as output:
         tally = Tally(config, hierarchy)
-        counts = asyncio.run(_run(config, hierarchy, plan, journal, output, tally, total))
+        counts = asyncio.run(_run(config, hierarchy, plan, journal, output, tally, total, wait_for_server))
         try:
             return Done(tally, counts, write_report(folder, tally.facts(), journal.seconds()))
         except OSError as error:
@@ -264,11 +269,15 @@ async def _run(
     output: Output,
     tally: Tally,
     total: int,
+    wait_for_server: float,
 ) -> Counts:
     threshold = config.filter.near_duplicates
     servers = [server.server() for server in config.servers]
     with nullcontext() if threshold is None else NearDuplicates(threshold) as near:
-        async with Client(servers, config.model, journal) as client, progress("rows", total, client) as pace:
+        async with (
+            Client(servers, config.model, journal, wait_for_server=wait_for_server) as client,
+            progress("rows", total, client) as pace,
+        ):
             pipeline = Pipeline(config, client, hierarchy, plan)
             rows = instructions(config.data, config.filter, near)
             # Twice as many as the servers take at once, as in SYSGEN: while one is between two steps, another asks.

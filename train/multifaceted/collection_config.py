@@ -12,7 +12,8 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 
 from train.data.asked_rows import SourcesSection
-from train.llm.settings import OutputSection, ServerSection, StageSection, open_settings
+from train.llm.losses import Loss
+from train.llm.settings import OutputSection, ServerSection, StageSection, SystemRole, open_settings
 from train.multifaceted.filter_rules import Kind
 from train.recipe import PathText, Section, Text
 from train.recipe_faults import validate_settings
@@ -89,6 +90,10 @@ class CollectionConfig(Section):
     """The model, by the name that the servers know it by. It proposes, describes, writes and answers."""
     servers: Annotated[tuple[ServerSection, ...], Field(strict=False, min_length=1)]
     """Where it is served; the load is shared by how fast each answers."""
+    system_role: SystemRole = "native"
+    """What requests do with a system message; native = it is sent as one; merge_into_user = in the first user turn,
+    before its text and a blank line, for a model without a system role (Gemma, Mistral 7B, o1-mini). The rows that are
+    written are the same."""
     data: SourcesSection
     """The rows whose first user turn is an instruction. A system message that they have is ignored, and counted."""
     sets_per_instruction: int = Field(default=3, ge=1, le=20)
@@ -115,6 +120,10 @@ class CollectionConfig(Section):
     pairs: Literal["one", "all", "none"] = "one"
     """Preference pairs: one = for each instruction the answer of one set, drawn by the seed, over that of a sibling, as
     in the paper's -DPO set; all = of each set over each sibling."""
+    accept_losses: Annotated[tuple[Loss, ...], Field(strict=False)] = ()
+    """Losses that no other setting decides and that are no error: no_answer = no answer came, after all tries;
+    unreadable = rows that can't be read; unsupported = rows that need tools, or don't begin with a user turn. All
+    other rows are written in any case; a run with losses that are not named here ends with exit code 2. [] = none."""
     screen: ScreenSection = ScreenSection()
     """Say whether an instruction states a style or format, for `filter.model`."""
     propose: ProposeSection = ProposeSection()

@@ -11,6 +11,7 @@ from train.data.asked_rows import SourcesSection
 from train.data.formats import Conversation, Row, RowFault, read_row
 from train.data.near_duplicates import NearDuplicates
 from train.data.sources import chunks_and_format, open_source
+from train.llm.losses import UNREADABLE, UNSUPPORTED
 from train.multifaceted.collection_config import FilterSection
 from train.multifaceted.instruction_filter import states_style
 
@@ -95,7 +96,7 @@ def _rows(data: SourcesSection) -> Iterator[tuple[Instruction, list[str], tuple[
                     conversation = read_row(read, format, whole_place, ignore=source.ignore, answers_needed=False)
                 except RowFault as fault:
                     nothing = Instruction(whole_place, source.path, whole_place)
-                    yield nothing, [], (f"can't be read: {fault.kind}", fault.detail)
+                    yield nothing, [], (f"{UNREADABLE}: {fault.kind}", fault.detail)
                     continue
                 yield _first_turn(conversation, row, source.path)
 
@@ -128,9 +129,9 @@ def _first_turn(
         events.append(OF_SEVERAL_TURNS)
     first = next((message["role"] for message in conversation.messages if message["role"] != "system"), "")
     if first != "user":
-        return found, events, ("no user turn at the start", "")
+        return found, events, (f"{UNSUPPORTED}: no user turn at the start", "")
     if conversation.tools:
-        return found, events, ("needs tools", "")
+        return found, events, (f"{UNSUPPORTED}: needs tools", "")
     return found, events, None
 
 

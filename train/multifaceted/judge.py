@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 
 from train.llm.client import NoAnswerError
 from train.llm.journal import Answer, Request
-from train.llm.reasoning import without_reasoning
+from train.llm.reasoning import read_answer
 from train.multifaceted.bench_rows import BenchRow, Rubric
 from train.multifaceted.protocol import JudgeSettings
 
@@ -168,8 +168,9 @@ async def judge_rubric(
         texts.append(answer.text)
         tokens["prompt"] += answer.prompt_tokens or 0
         tokens["completion"] += answer.completion_tokens or 0
-        score = parse_score(without_reasoning(answer.text).text)
-        if fault := _fault(answer, score):
+        read, _ = read_answer(answer)
+        score = parse_score(read.text)
+        if fault := _fault(read, score):
             faults.append(fault)
         else:
             return judged(score)

@@ -5,18 +5,20 @@ rounding, they are both good if that score is at least `good` (4 of 5), else bot
 intervals; p is that of a two-sided sign-flip test of the mean difference in scores (train/resampling.py).
 """
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from train.conditions import unknown
 from train.data.formats import RowFault
 from train.data.sources import read_rows
 from train.errors import UserError
-from train.multifaceted.protocol import GOOD
+from train.multifaceted.protocol import GOOD, protocol_of, refuse_other_protocol
 from train.recipe import Source
 from train.resampling import SHARE, Bounds, Estimate, estimates, explain_missing
 
@@ -29,6 +31,7 @@ class Pairwise:
     """`shares`: of each of OUTCOMES; `counts` likewise. `difference`: of the scores, first less second.
 
     `only_first`, `only_second`: rows of one file alone. `without_score`: rows of both of which one has no score.
+    `notes`: the settings of the bench that a file doesn't record.
     """
 
     names: tuple[str, str]
@@ -40,6 +43,7 @@ class Pairwise:
     only_first: int
     only_second: int
     without_score: int
+    notes: Sequence[str] = ()
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
@@ -62,6 +66,7 @@ class Pairwise:
             "rows_of_the_first_alone": self.only_first,
             "rows_of_the_second_alone": self.only_second,
             "rows_without_a_score": self.without_score,
+            "notes": list(self.notes),
         }
 
     def markdown(self) -> str:
@@ -95,6 +100,7 @@ class Pairwise:
         ]
         if left:
             lines.append(f"Left out: rows {', '.join(left)}.")
+        lines += [f"Note: {note}." for note in self.notes]
         lines += explain_missing("\n".join(lines))
         return "\n".join(lines) + "\n"
 
@@ -104,9 +110,14 @@ def compare(
 ) -> Pairwise:
     """Compare two files bench_rows.jsonl. `names`: of the models, in the tables (default: the files' folders).
 
-    Raises UserError for files that aren't such, that share no row with a score, or whose judges or rows differ.
+    Raises UserError for files that aren't such, that share no row with a score, or whose judges, settings or rows
+    differ.
     """
     rows_of_first, rows_of_second = read_results(first), read_results(second)
+    settings = [read_protocol(path, rows) for path, rows in ((first, rows_of_first), (second, rows_of_second))]
+    for one in settings:
+        del one["judge model"]  # every row names its judge, in files of earlier versions as well
+    sides = names or _names(first, second)
     shared = [id for id in rows_of_first if id in rows_of_second]
     differences = []
     outcomes = []
@@ -125,6 +136,7 @@ def compare(
             continue
         outcomes.append(outcome(one["score"], other["score"], good))
         differences.append(one["score"] - other["score"])
+    refuse_other_protocol(str(first), settings[0], str(second), settings[1])
     if not outcomes:
         raise UserError(f"{first} and {second}: there is no row that has a score in both.")
     table = np.array([[name == found for name in OUTCOMES] for found in outcomes], np.float64)
@@ -132,7 +144,7 @@ def compare(
     bounds: list[Bounds] = [*[SHARE] * len(OUTCOMES), _DIFFERENCE]
     found = estimates(values, np.arange(len(values)), np.zeros(values.shape[1]), bounds, seed=seed)
     return Pairwise(
-        names or _names(first, second),
+        sides,
         len(outcomes),
         good,
         {name: outcomes.count(name) for name in OUTCOMES},
@@ -141,6 +153,7 @@ def compare(
         len(rows_of_first) - len(shared),
         len(rows_of_second) - len(shared),
         without_score,
+        unknown(settings[0], settings[1], sides),
     )
 
 
@@ -178,3 +191,14 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
             raise UserError(f"{place}: that is no line of bench_rows.jsonl: it has {', '.join(wanted)}.")
         rows[str(row["id"])] = row
     return rows
+
+
+def read_protocol(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the settings that rows were scored with: from the rows themselves, or from the bench.json beside them."""
+    line = next(iter(rows.values()), {})
+    if "protocol" in line:
+        return protocol_of(line)
+    try:
+        return protocol_of(json.loads(path.with_name("bench.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # only the rows were kept
+        return protocol_of({"protocol": {}})

@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 from pydantic import Field, create_model
 
 from train.data.asked_rows import SourcesSection
-from train.llm.settings import OutputSection, ServerSection, StageSection, open_settings
+from train.llm.losses import Loss
+from train.llm.settings import OutputSection, ServerSection, StageSection, SystemRole, open_settings
 from train.recipe import PathText, Section, Text
 from train.recipe_faults import validate_settings
 from train.sysgen.tags import TAGS
@@ -103,6 +104,10 @@ class SysgenConfig(Section):
     """The model, by the name that the servers know it by. It writes, verifies and answers (and judges)."""
     servers: Annotated[tuple[ServerSection, ...], Field(strict=False, min_length=1)]
     """Where it is served; the load is shared by how fast each answers."""
+    system_role: SystemRole = "native"
+    """What requests do with a system message; native = it is sent as one; merge_into_user = in the first user turn,
+    before its text and a blank line, for a model without a system role (Gemma, Mistral 7B, o1-mini). The rows that are
+    written are the same."""
     data: SourcesSection
     """The rows that get system messages. Turns after the last answer are left out and counted: there is no answer to
     train on. The paper doesn't say."""
@@ -130,6 +135,10 @@ class SysgenConfig(Section):
     """A row whose new answer was cut at the token limit, refused, empty, a call of a tool, or ended for an unknown
     reason; drop = it is left out; keep = it is written unless the answer is empty (a cut one teaches to stop in the
     middle); original = it keeps the answers of the data. The paper does not say."""
+    accept_losses: Annotated[tuple[Loss, ...], Field(strict=False)] = ()
+    """Losses that no other setting decides and that are no error: no_answer = no answer came, after all tries;
+    unreadable = rows that can't be read; unsupported = a system message in the middle of the conversation. All
+    other rows are written in any case; a run with losses that are not named here ends with exit code 2. [] = none."""
     generate: GenerateSection = GenerateSection()
     """Write a system message in tagged phrases."""
     verify: VerifySection = VerifySection()

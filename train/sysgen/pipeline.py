@@ -25,7 +25,9 @@ from train.data.asked_rows import PlacedRow
 from train.data.formats import Message, RowFault
 from train.llm.client import Client, NoAnswerError
 from train.llm.journal import Answer, Decoding, Request
+from train.llm.losses import UNREADABLE, UNSUPPORTED
 from train.llm.spent import ask
+from train.llm.system_role import merge_into_user
 from train.llm.unanswered import NO_ANSWER
 from train.llm.yes_or_no import says_no
 from train.sysgen import prompts
@@ -51,7 +53,7 @@ class Pipeline:
         index, place, conversation = row
         outcome = Outcome(index, place)
         if isinstance(conversation, RowFault):
-            return outcome.leave_out(f"can't be read: {conversation.kind}", conversation.detail)
+            return outcome.leave_out(f"{UNREADABLE}: {conversation.kind}", conversation.detail)
         outcome.tools = conversation.tools
         try:
             return await self._taken_through(outcome, conversation.messages)
@@ -69,7 +71,7 @@ class Pipeline:
         if len(turns) < len(messages) - (existing is not None):
             outcome.events["turns after the last answer left out"] += 1
         if any(turn["role"] == "system" for turn in turns):
-            return outcome.leave_out("a system message in the middle of the conversation")
+            return outcome.leave_out(f"{UNSUPPORTED}: a system message in the middle of the conversation")
 
         if config.message == "common":
             outcome.system = config.common_message
@@ -274,6 +276,8 @@ class Pipeline:
     async def _ask(
         self, outcome: Outcome, stage: str, messages: Sequence[Mapping[str, Any]], decoding: Decoding, sample: int
     ) -> Answer:
+        if self.config.system_role == "merge_into_user":
+            messages = merge_into_user(messages)
         return await ask(self.client, Request(stage, messages, decoding, sample), outcome.spent, outcome.events)
 
 

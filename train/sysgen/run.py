@@ -10,6 +10,7 @@ from train.data.near_duplicates import NearDuplicates
 from train.errors import UserError
 from train.llm.client import Client, Counts
 from train.llm.journal import Journal
+from train.llm.options import WAIT_FOR_SERVER
 from train.llm.rows import in_order, progress
 from train.sysgen.balance import LAG, Balance
 from train.sysgen.config import SysgenConfig
@@ -32,10 +33,11 @@ class Done:
     report: Path
 
 
-def run(config: SysgenConfig) -> Done:
+def run(config: SysgenConfig, wait_for_server: float = WAIT_FOR_SERVER) -> Done:
     """Take all rows through the pipeline, write them and the report. Raises UserError.
 
     What is interrupted at any moment is made good by the next call, which asks nothing again that was answered.
+    `wait_for_server`: as of `Client`.
     """
     folder = Path(config.output_dir)
     try:
@@ -46,7 +48,7 @@ def run(config: SysgenConfig) -> Done:
     total = number_of_rows(config.data)
     with Journal(folder / JOURNAL) as journal, Output(folder, config.output, config.model) as output:
         tally = Tally(config)
-        counts = asyncio.run(_run(config, journal, output, tally, total))
+        counts = asyncio.run(_run(config, journal, output, tally, total, wait_for_server))
         try:
             return Done(tally, counts, write_report(folder, tally.facts(), journal.seconds()))
         except OSError as error:
@@ -56,14 +58,19 @@ def run(config: SysgenConfig) -> Done:
             ) from error
 
 
-async def _run(config: SysgenConfig, journal: Journal, output: Output, tally: Tally, total: int) -> Counts:
+async def _run(
+    config: SysgenConfig, journal: Journal, output: Output, tally: Tally, total: int, wait_for_server: float
+) -> Counts:
     if config.gates.language or config.constraints.share:
         load_languages()
     balance = Balance(config)
     threshold = config.gates.near_duplicates
     servers = [server.server() for server in config.servers]
     with nullcontext() if threshold is None else NearDuplicates(threshold) as messages:
-        async with Client(servers, config.model, journal) as client, progress("rows", total, client) as pace:
+        async with (
+            Client(servers, config.model, journal, wait_for_server=wait_for_server) as client,
+            progress("rows", total, client) as pace,
+        ):
             pipeline = Pipeline(config, client, balance)
             at_once = min(2 * client.concurrency, LAG // 2)
             rows = in_order(placed_rows(config.data), pipeline.run, at_once=at_once, ahead=min(32 * at_once, LAG - 1))

@@ -1,0 +1,44 @@
+"""Rows that a run loses for reasons that no setting decides, and the names by which a configuration accepts them.
+
+What a rule of the configuration leaves out (a gate, `on_empty`, a filter) is accepted by that configuration, and is no
+loss. `accept_losses` names the others; a run that has some which it doesn't name ends with exit code 2.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Literal
+
+from train.llm.unanswered import NO_ANSWER
+
+Loss = Literal["no_answer", "unreadable", "unsupported"]
+
+UNREADABLE = "can't be read"
+UNSUPPORTED = "not supported"
+
+_REASONS: dict[Loss, str] = {"no_answer": NO_ANSWER, "unreadable": UNREADABLE, "unsupported": UNSUPPORTED}
+"""The beginning of each loss's reason in reports."""
+
+
+def unaccepted(reasons: Mapping[str, int], accepted: Collection[Loss]) -> dict[Loss, dict[str, int]]:
+    """Return the counts of the reasons that are losses which `accepted` doesn't name, by loss."""
+    found: dict[Loss, dict[str, int]] = {}
+    for loss, beginning in _REASONS.items():
+        counts = {reason: count for reason, count in reasons.items() if reason.startswith(beginning)}
+        if counts and loss not in accepted:
+            found[loss] = counts
+    return found
+
+
+def about_losses(found: Mapping[Loss, Mapping[str, int]], accepted: Collection[Loss], left_out: object) -> str:
+    """Return the error of a run with losses that are not accepted. `left_out`: the file that holds them."""
+    reasons = "; ".join(f"{count:,}: {reason}" for counts in found.values() for reason, count in counts.items())
+    names = [loss for loss in _REASONS if loss in found or loss in accepted]
+    remedies = ["The same command asks again for those without an answer, and for nothing else"] * (
+        "no_answer" in found
+    )
+    remedies += ["Correct the data of those that can't be read or are not supported"] * bool(
+        found.keys() - {"no_answer"}
+    )
+    return (
+        f"all rows are written but for those that are lost for reasons that no setting accepts ({reasons}). Each is in "
+        f"{left_out}. {'. '.join(remedies)}. To accept such losses, write `accept_losses: [{', '.join(names)}]`."
+    )

@@ -1,0 +1,147 @@
+"""Refused requests: what a server's error says against the form of a request, and the setting that changes it.
+
+OpenAI names a field in `param`, pydantic in `loc`; gateways quote either in a sentence, in JSON inside of a message, or
+in another spelling (presencePenalty). So all text of an error is searched, and only for fields that the request had.
+"""
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+NameSetting = Callable[[str, str, str], str]
+"""The words by which a command's user gives a setting a value: of stage, request field (or system_role) and value."""
+
+_LONGEST = 4_000
+"""Characters of an error that are searched."""
+_ECHOES = frozenset(("input", "input_value", "ctx", "url", "callstack", "stacktrace", "traceback"))
+"""Keys of an error that repeat the request or tell of the server's code."""
+
+_NOT_SUPPORTED = r"(?:not|n't|un|no longer)[ _-]?(?:support|permitted|allowed|enabled|accepted|recogni[sz]ed|known)"
+_COMPLETION_TOKENS = re.compile(
+    rf"\buse\W{{0,3}}(?:the\W{{0,3}})?max_?completion_?tokens"
+    rf"|\bmax_?tokens\b.{{0,60}}?(?:{_NOT_SUPPORTED}|deprecated)"
+    r"|(?:unsupported|unknown|unrecogni[sz]ed|unexpected|not permitted)[^.]{0,60}\bmax_?tokens\b",
+    re.IGNORECASE | re.DOTALL,
+)
+_STREAM = re.compile(
+    r"only supports? (?:the )?stream|\bstream(?:ing)?(?: mode)? only\b|\bstream(?:ing)? (?:is )?(?:required|mandatory)"
+    r"|requires? (?:the )?stream|\bstream\W{0,3}(?:must|should|has to|needs to) be (?:set to )?\W?true"
+    r"|enable the stream|\bnon-?stream|\bstream\W{0,3}=\W{0,3}(?:true\W{0,3}is required|false)|非流式",
+    re.IGNORECASE,
+)
+_SYSTEM_ROLE = re.compile(
+    rf"\b(?:system|developer)[\W_]{{0,3}}(?:role|message|prompt|instruction)s?\b.{{0,40}}?{_NOT_SUPPORTED}"
+    r"|(?:not|n't|cannot|un)[ -]?(?:support|accept|allow)\w*\W.{0,30}?\bsystem\b"
+    r"|(?:unknown|invalid|unexpected|illegal)\b.{0,20}\brole\b.{0,20}\bsystem\b"
+    r"|\bonly\b.{0,10}\buser\b.{0,40}\broles? (?:is|are) (?:supported|allowed)"
+    r"|\brole\b.{0,40}(?:should|must) be\b(?=.{0,40}\buser\b)(?!.{0,80}\bsystem\b)",
+    re.IGNORECASE | re.DOTALL,
+)
+_ALTERNATE = re.compile(r"\broles must alternate\b", re.IGNORECASE)
+_REFUSES = re.compile(
+    r"support|permitted|allowed|forbidden|unknown|unrecogni[sz]ed|unexpected|invalid|deprecated|\bboth\b|\bmust\b"
+    r"|\bshould\b|\bonly\b|cannot|can't|can not|\brange\b|between|greater|less than|不支持",
+    re.IGNORECASE,
+)
+_TOO_LONG = re.compile(r"context (?:length|window|size)|too (?:long|large)|maximum \w+ length|reduce the length", re.I)
+
+
+def said_in(error: Any, text: str) -> str:
+    """Return all that an error response says, without what it repeats of the request; `text`: its body as it came."""
+    return " ".join(_strings(error) if isinstance(error, Mapping | list) and error else [text])[:_LONGEST]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value[:_LONGEST]
+    elif isinstance(value, Mapping):
+        for name, part in value.items():
+            if name not in _ECHOES:
+                yield from _strings(part)
+    elif isinstance(value, list):
+        for part in value[:20]:
+            yield from _strings(part)
+
+
+def wants_completion_tokens(said: str) -> bool:
+    """Return whether an error refuses `max_tokens` by its name, not by its value."""
+    return bool(_COMPLETION_TOKENS.search(said))
+
+
+def wants_stream(said: str) -> bool:
+    """Return whether an error says that a request must be streamed."""
+    return bool(_STREAM.search(said))
+
+
+def refuses_system_role(said: str, messages: Collection[Mapping[str, Any]]) -> bool:
+    """Return whether an error says that a system message, which is among `messages`, has no place."""
+    rest = [message["role"] for message in messages if message["role"] != "system"]
+    if len(rest) == len(messages):
+        return False
+    if _SYSTEM_ROLE.search(said):
+        return True
+    alternate = all(role == ("user", "assistant")[number % 2] for number, role in enumerate(rest))
+    return alternate and bool(_ALTERNATE.search(said)) and "optional system message" not in said
+
+
+def names_field(said: str, field: str) -> bool:
+    """Return whether an error names a request field, in its own spelling or in camel case."""
+    return bool(re.search(rf"(?<![a-z]){field.replace('_', '[_ ]?')}(?![a-z])", said, re.IGNORECASE))
+
+
+def refused_fields(error: Any, said: str, body: Mapping[str, Any]) -> list[str]:
+    """Return the sampling parameters of `body` that an error is about."""
+    fields = [name for name in body if name not in ("model", "messages", "max_tokens", "stream", "stream_options")]
+    param = error.get("param") if isinstance(error, Mapping) else None
+    if isinstance(param, str) and (last := param.rpartition(".")[2]) in fields:
+        return [last]
+    if _TOO_LONG.search(said) or not _REFUSES.search(said):
+        return []
+    return [name for name in fields if names_field(said, name)]
+
+
+def advice_on(error: Any, said: str, body: Mapping[str, Any], stage: str, name_setting: NameSetting) -> str:
+    """Return the setting to change after a refusal, as a sentence; nothing where it is about no setting.
+
+    Args:
+        error: the error object of the response.
+        said: `said_in` of it.
+        body: the request's body.
+        stage: the request's stage.
+        name_setting: the command's words for a setting.
+    """
+    if refuses_system_role(said, body["messages"]):
+        return f"If the model has no system role, say {name_setting(stage, 'system_role', 'merge_into_user')}."
+    if "enable_thinking" in said and wants_stream(said):
+        return f"Turn its thinking off: {name_setting(stage, 'enable_thinking', 'false')}."
+    if "max_tokens" in body and wants_completion_tokens(said):
+        setting = name_setting(stage, "max_completion_tokens", str(body["max_tokens"]))
+        return f"Send the token limit by the other name: {setting}."
+    if "stream" in body and wants_stream(said):
+        return "It was asked for a stream, and refuses that too: this model can't be asked here."
+    fields = refused_fields(error, said, body)
+    settings = [name_setting(stage, name, "null") for name in fields]
+    if len(settings) > 1:
+        either = re.search(r"\bboth\b|only one|either|together", said)
+        return f"Leave one of them out: {' or '.join(settings)}." if either else f"Leave out {', '.join(settings)}."
+    return f"Leave it out: {settings[0]}." if settings else ""
+
+
+def config_setting(stage: str, field: str, value: str) -> str:
+    """Name a setting as a key of a configuration file."""
+    if field == "system_role":
+        return f"`system_role: {value}`"
+    own = field in ("temperature", "top_p", "seed")
+    return f"`{stage}.{field}: {value}`" if own else f"`{stage}.extra: {{{field}: {value}}}`"
+
+
+def option_setting(own: Collection[str], prefix: str = "") -> NameSetting:
+    """Name settings as options that begin with `prefix`; `own`: the request fields that have an option of their own."""
+
+    def name_setting(stage: str, field: str, value: str) -> str:
+        if field in own or field == "system_role":
+            return f"--{prefix}{field.replace('_', '-')} {value}"
+        return f"--{prefix}extra '{json.dumps({field: json.loads(value)})}'"
+
+    return name_setting

@@ -8,7 +8,8 @@ What a server answers is written down at once: stop it with Ctrl-C or lose the m
 where it was, asking nothing twice. The rows are in OUTPUT_DIR/data, in the columns of Multifaceted Collection, which
 train/sft.py reads as they are; preference pairs in OUTPUT_DIR/pairs; what they amount to in OUTPUT_DIR/report.md.
 --check reads the configuration, the hierarchy and all rows, and asks each server for its models or for one token. Exit
-codes as of train/sft.py, 2 too where no row is left to train on; 130 after Ctrl-C.
+codes as of train/sft.py; 2 also where no row is left to train on, or rows were lost for a reason that no setting
+accepts (see `accept_losses`); 130 after Ctrl-C.
 """
 
 import sys

@@ -176,7 +176,8 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
         by_rule = gaps_by_rule(asked["system"], verdicts["system"], verdicts["user"], options.seed)
         record["gap"] = {name: one.record() for name, one in gap.items()}
         record["gap"]["by_rule"] = {rule: one.record() for rule, one in by_rule.items()}
-    text = section(record, places, overall, of_rule, gap, about_unanswered(asked, found, places))
+    unanswered = about_unanswered(asked, found, places)
+    text = section(record, places, overall, of_rule, gap, unanswered)
     try:
         names = ("ifeval_answers.jsonl", "ifeval.json", "ifeval.png")
         with replacing(*(folder / name for name in names)) as [lines, figures, plot]:
@@ -188,6 +189,8 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
         raise UserError(f"{folder}: can't be written: {fault.strerror}") from fault
     print(text)
     print(f"the figures are in {folder / 'ifeval.json'}, the answers in {folder / 'ifeval_answers.jsonl'}")
+    if unanswered:
+        print(f"warning: {unanswered.rstrip('.')}. The same command asks again for these alone.")
 
 
 def output_folder(options: argparse.Namespace) -> Path:
@@ -243,7 +246,7 @@ def _answered(answer: Any, row: Row, checkers: Checkers) -> Answered:
     if not isinstance(answer, Answer):
         words = str(answer) or type(answer).__name__
         return Answered(None, "no answer", checkers.verdict(row, ""), words, answer.advice)
-    how = "cut" if answer.cut else "ended"
+    how = "cut" if answer.cut else answer.unfinished or "ended"
     if not answer.text.strip():
         how = "without an end to its reasoning" if answer.only_reasoning else "empty"
     return Answered(answer.text, how, checkers.verdict(row, answer.text))

@@ -19,6 +19,16 @@ def differences(first: Conditions, second: Conditions) -> list[str]:
     ]
 
 
+def changes(first: Conditions, second: Conditions) -> list[str]:
+    """Return `name is 1 and 2` for each setting that differs, recorded or not."""
+    names = dict.fromkeys([*first, *second])
+    return [
+        f"{name} {difference(first.get(name), second.get(name))}"
+        for name in names
+        if first.get(name) != second.get(name)
+    ]
+
+
 def unknown(first: Conditions, second: Conditions, names: tuple[str, str] = ("A", "B")) -> list[str]:
     """Return a sentence for each side, or for both, that doesn't record some of the conditions."""
     found: dict[str, list[str]] = {}

@@ -91,6 +91,7 @@ def test_a_server_is_asked_once_and_the_files_say_what_it_did(
     assert by_place["system", 8]["why"] is None
     assert "2 prompts got no answer and count as following nothing; the first (key 7, in the system message): " in shown
     assert "this prompt is refused" in shown
+    assert shown.splitlines()[-1].startswith("warning: 2 prompts got no answer and count as following nothing")
     # 12 prompts, 16 constraints. System turn: 3 and 6 follow both, 0 and 9 their title alone; user turn: all but 7, 8.
     values = {
         turn: {name: record[turn][name]["value"] for name in ("prompt_strict", "constraint_strict")}

@@ -260,6 +260,25 @@ def test_an_answer_comes_without_its_reasoning_and_the_journal_keeps_it(
     ]
 
 
+def test_a_served_model_may_say_nothing(tmp_path: Path) -> None:
+    async def script(asked: Asked) -> Reply:
+        match asked.prompt:
+            case "nothing":
+                return said("")
+            case "at first":
+                return said("something" if asked.times else "")
+        return said("Half", "length")
+
+    conversations = [[{"role": "user", "content": prompt}] for prompt in ("nothing", "at first", "cut")]
+    with served(script) as server:
+        there = Served("m", (Server(server.url),))
+        found = [answer for [answer] in respond(there, conversations, GREEDY, tmp_path / "a.sqlite")]
+        assert [(answer.text, answer.cut) for answer in found] == [("", False), ("something", False), ("Half", True)]
+        assert server.prompts() == {"nothing": 2, "at first": 2, "cut": 1}
+        respond(there, conversations, GREEDY, tmp_path / "a.sqlite")
+        assert server.prompts() == {"nothing": 2, "at first": 2, "cut": 1}
+
+
 VLLM = """#!{python}
 import argparse, json, os, pathlib, sys, threading
 sys.path.insert(0, {tests!r})

@@ -109,6 +109,7 @@ def test_the_score_is_the_mean_over_rows_and_what_is_missing_is_counted(done: tu
         "responses_cut": 0,
         "responses_only_reasoning": 0,
         "responses_empty": 0,
+        "responses_ended_otherwise": {},
     }
     assert found["complete"]
     assert len(asked) == 12 + 1 + 9 + 6 + 12 + 12 + 3  # of row 3 three tries were repeated
@@ -395,8 +396,28 @@ def test_reasoning_of_the_model_is_no_part_of_its_answer(tmp_path: Path, capsys:
     assert (missing["responses_cut"], missing["responses_empty"]) == (2, 1)
     assert missing["responses_only_reasoning"] == 1
     shown = capsys.readouterr().out
-    assert "1 empty, 1 of these as their reasoning had no end" in shown
+    assert "1 empty (1 of these as their reasoning had no end)" in shown
     assert "reasoning without an end, and nothing said: 1 answer (responses 1); raise the token limit" in shown
+
+
+def test_responses_that_are_not_complete_are_scored_and_counted_by_name(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "rows.jsonl", ROWS[:4])
+    reasons = ("MAX_TOKENS", "SAFETY", "foo", "stop")
+
+    async def script(asked: Asked) -> Reply:
+        if asked.body["model"] == "judge":
+            return said("[RESULT] 3")
+        number = int(asked.prompt.partition("Question ")[2][0])
+        return said("" if reasons[number] == "stop" else "Half of", reasons[number])
+
+    with served(script) as server:
+        assert command(*options(server, data, tmp_path / "out"), "--server", server.url) == 0
+    missing = record(tmp_path / "out")["missing"]
+    assert (missing["responses_cut"], missing["responses_empty"]) == (1, 1)
+    assert missing["responses_ended_otherwise"] == {"ended for an unknown reason (foo)": 1, "refused": 1}
+    assert (missing["rows_without_response"], missing["rows_without_score"]) == (0, 0)
+    told = "Responses: 1 cut at the token limit, 1 empty, 1 ended for an unknown reason (foo), 1 refused."
+    assert told in (tmp_path / "out" / "bench.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize(

@@ -236,3 +236,17 @@ def test_an_answer_outdoes_an_error_and_garbage_is_asked_again(tmp_path: Path) -
         assert found.answers.keys() == {b"\xab"}
         assert not found.errors
         assert found.failed == {"status 200": 1}
+
+
+def test_what_a_batch_answers_with_nothing_or_half_is_asked_again(tmp_path: Path) -> None:
+    def line(id: str, text: str, finish_reason: str) -> dict[str, Any]:
+        choice = {"message": {"content": text}, "finish_reason": finish_reason}
+        return {"custom_id": id, "response": {"status_code": 200, "body": {"choices": [choice]}}}
+
+    answers = [line("aa", "[RESULT] 4", "abort"), line("bb", "", "stop"), line("cc", "[RESULT] 4", "MAX_TOKENS")]
+    found = read_batch([write_lines(tmp_path / "output.jsonl", answers)])
+    assert {key: answer.cut for key, answer in found.answers.items()} == {b"\xcc": True}
+    assert found.failed == {
+        "the server broke the answer off (finish_reason abort)": 1,
+        "an empty answer (finish_reason stop)": 1,
+    }

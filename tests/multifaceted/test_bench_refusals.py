@@ -73,6 +73,7 @@ def test_why_some_got_no_answer_is_counted_where_the_figures_stand(
     missing = record(tmp_path)["missing"]
     (zebras, stripes), (judges,) = missing["why_no_response"].items(), missing["why_no_judgement"].items()
     assert (zebras[1], stripes[1], judges[1]) == (2, 1, 4 * 2)
+    assert shown.splitlines()[-1].startswith("warning: 11 answers are missing")
     assert ("too many zebras" in zebras[0], "no stripes" in stripes[0], "too long" in judges[0]) == (True, True, True)
     for text in (shown, (tmp_path / "out" / "report.md").read_text("utf-8")):
         assert f"- no response, 2 times: {zebras[0]}" in text

@@ -278,7 +278,7 @@ def test_the_check_reads_all_rows_and_asks_each_server_for_a_sign_of_life(tmp_pa
         "2 times: row of several turns, of which the first was taken",
         f"left out: 1 (4.8%): duplicate: the same as an instruction before; the first: {source}:11",
         f"left out: 1 (4.8%): states a length already; the first: {source}:13: length: in 3 bullet points",
-        f"left out: 1 (4.8%): no user turn at the start; the first: {source}:21",
+        f"left out: 1 (4.8%): not supported: no user turn at the start; the first: {source}:21",
         "about 216 requests to m, 16 at once, for 54 sets that pass at once",
         f"{server.url} answers as m",
     ]

@@ -135,6 +135,12 @@ FAULTS: list[tuple[str, Reply | str, str]] = [
     ("answer", "<think>hm</think>\n\n", "answer: empty"),
     ("answer", said("", "content_filter"), "answer: refused"),
     ("answer", said("On and", "length"), "answer: cut at the token limit"),
+    ("answer", said("On and", "MAX_TOKENS"), "answer: cut at the token limit"),
+    ("answer", said(None, "content_filter: SAFETY"), "answer: refused"),
+    ("answer", said("On and", "foo"), "answer: ended for an unknown reason (foo)"),
+    ("answer", said(None, tool_calls=[{"id": "1"}]), "answer: calls a tool"),
+    ("message", said("You are a", "model_length"), "system message: cut at the token limit"),
+    ("describe", said(None, "SPII"), "descriptions: refused"),
     ("answer", Reply(400, {"error": {"message": "too long a prompt"}}), "no answer from the model"),
 ]
 """What a stage gets, and what the report says of it. The instruction's mark tells which."""
@@ -283,7 +289,10 @@ def test_instructions_come_from_any_row_and_carry_their_sources(tmp_path: Path) 
     assert [(row["main_source"], row["original_source"], row["prompt"]) for row in written(tmp_path)] == [
         ("Nectar", "sharegpt", "one"), (str(tmp_path / "source.jsonl"), "FLASK", "two")
     ]  # fmt: skip
-    assert reasons(tmp_path) == [(None, "duplicate: the same as an instruction before"), (None, "needs tools")]
+    assert reasons(tmp_path) == [
+        (None, "duplicate: the same as an instruction before"),
+        (None, "not supported: needs tools"),
+    ]
     assert done.tally.events["row with a system message, which was ignored"] == 2
 
 
@@ -397,8 +406,8 @@ def test_what_asks_nothing_is_still_left_out(tmp_path: Path) -> None:
     found = instructions(SourcesSection(sources=[{"path": str(path)}]), FilterSection(), None)
     assert [one.reason for one in found] == [
         "can't be read: empty content",
-        "no user turn at the start",
-        "no user turn at the start",
+        "not supported: no user turn at the start",
+        "not supported: no user turn at the start",
     ]
 
 

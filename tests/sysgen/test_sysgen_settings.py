@@ -207,7 +207,7 @@ def test_rows_that_cannot_be_read_or_are_refused_by_the_server_are_left_out_with
     assert told == [
         ("2", "can't be read: no assistant turn"),
         ("3", "no answer from the model"),
-        ("4", "a system message in the middle of the conversation"),
+        ("4", "not supported: a system message in the middle of the conversation"),
     ]
 
 

@@ -168,7 +168,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 _ECHO = re.compile(r"""['"]input['"]\s*:""")
 """Pydantic's errors repeat the request from here on."""
 _TAG = re.compile(r"<(script|style)\b.*?</\1>|<[^>]*>", re.DOTALL)
-_QUOTA = re.compile(r'"quotaId"\s*:\s*"(\w+)"')
+_QUOTA = re.compile(r'"quotaId"\s*:\s*"([\w-]+)"')
 
 _TOO_LONG = re.compile(
     r"context[ _-]?(?:length|window|size|limit)"  # OpenAI, vLLM, SGLang, llama.cpp, Mistral, DeepSeek, Ollama

@@ -71,3 +71,22 @@ def ending_of(finish_reason: str) -> Ending:
         if ending := _ENDINGS.get(_plain(part)):
             return ending
     return "unknown"
+
+
+def unfinished(finish_reason: str) -> str:
+    """Return the words of the reports for an answer that is not complete; nothing for one that is."""
+    match ending_of(finish_reason):
+        case "complete":
+            return ""
+        case "cut":
+            return "cut at the token limit"
+        case "refused":
+            return "refused"
+        case "tool":
+            return "calls a tool"
+        case "fault":
+            return f"broken off by the server ({finish_reason[:60]})"
+        case "unknown":
+            return f"ended for an unknown reason ({finish_reason[:60]})"
+        case "unstated":
+            return "without a finish_reason"

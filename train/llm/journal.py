@@ -22,7 +22,7 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from train.errors import UserError
-from train.llm.finish_reasons import Ending, ending_of
+from train.llm.finish_reasons import Ending, ending_of, unfinished
 
 LAYOUT = 1
 """The layout of the table, in the file's user_version."""
@@ -160,21 +160,13 @@ class Answer:
         """Why it is not a complete answer, in the words of the reports; nothing where it is."""
         if self.refused:
             return "refused"
-        match self.ending:
-            case "cut":
-                return "cut at the token limit"
-            case "tool":
-                return "calls a tool"
-            case "unstated":
-                return "without a finish_reason"
-            case "unknown":
-                return f"ended for an unknown reason ({self.finish_reason[:60]})"
-            case _ if self.only_reasoning:
-                return "without an end to its reasoning"
-            case _ if self.text and not self.text.isspace():
-                return ""
-            case _:
-                return f"empty, all of it in {self.reasoning_in}" if self.reasoning_in else "empty"
+        if self.ending != "complete":
+            return unfinished(self.finish_reason)
+        if self.only_reasoning:
+            return "without an end to its reasoning"
+        if self.text and not self.text.isspace():
+            return ""
+        return f"empty, all of it in {self.reasoning_in}" if self.reasoning_in else "empty"
 
 
 class Journal:

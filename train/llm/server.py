@@ -15,7 +15,7 @@ from train.llm.address import parse_address, shown_location
 from train.llm.advice import explain, is_unreachable
 from train.llm.connection_faults import connection_trouble, proxy_refusal, speaks_tls, tls_wanted
 from train.llm.connections import Connections
-from train.llm.failures import LONGEST_WAIT, ErrorBody, Trouble, error_in, error_of, trouble_of
+from train.llm.failures import DENIED, LONGEST_WAIT, ErrorBody, Trouble, error_in, error_of, trouble_of
 from train.llm.finish_reasons import ending_of
 from train.llm.journal import Answer, Request
 from train.llm.places import Lane, Pauses
@@ -169,6 +169,7 @@ class ServerLane(Lane):
 
     async def _read(self, response: httpx2.Response, seconds: float, max_tokens: int) -> Answer | Trouble:
         """Return the answer in a response of status 200, or the error in it, which some gateways send so."""
+        body: Any
         try:
             # Some servers stream although they weren't asked to, and some don't although they were.
             body = await completion_in(response, self.api) if is_stream(response) else _json(response)
@@ -182,7 +183,9 @@ class ServerLane(Lane):
             try:
                 answer = answer_in(body, seconds)
             except UnusableReplyError as broken:
-                return Trouble("broken", self.clean(str(broken)), status=200)
+                error = error_in(body["choices"][0], response.text)  # of the server that a gateway asked
+                if error is None or error.status not in (*DENIED, 402, 429, 503, 529):
+                    return Trouble("broken", self.clean(str(broken)), status=200)
             except ValueError:
                 error = error_in(body, response.text)
             else:

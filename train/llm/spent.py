@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from train.llm.client import Client, EmptyAnswerError
-from train.llm.finish_reasons import ending_of
+from train.llm.finish_reasons import ending_of, unfinished
 from train.llm.journal import Answer, Request
 from train.llm.reasoning import events_of, read_answer
 
@@ -47,11 +47,8 @@ async def ask(client: Client, request: Request, spent: dict[str, Spent], events:
     except EmptyAnswerError as failure:
         answer = failure.answer
     spent.setdefault(stage, Spent()).add(answer)
-    match ending_of(answer.finish_reason):
-        case "unknown":
-            events[f"{stage}: answer ended for an unknown reason ({answer.finish_reason[:60]})"] += 1
-        case "unstated":
-            events[f"{stage}: answer without a finish_reason"] += 1
+    if ending_of(answer.finish_reason) in ("unknown", "unstated"):
+        events[f"{stage}: answer {unfinished(answer.finish_reason)}"] += 1
     answer, said = read_answer(answer)
     for event in events_of(said):
         events[f"{stage}: {event}"] += 1

@@ -15,7 +15,7 @@ from train.errors import UserError
 from train.llm.client import NoAnswerError
 from train.llm.journal import Answer, Journal, Request
 from train.llm.refusals import NameSetting, advice_on, config_setting, said_in
-from train.llm.replies import answer_in
+from train.llm.replies import UnusableReplyError, answer_in, why_empty
 from train.llm.request_body import request_body
 from train.multifaceted.judge import NotYetError
 from train.whole_files import replacing
@@ -32,7 +32,8 @@ _WORTH_ANOTHER_TRY = (408, 409, 425, 429)
 class BatchAnswers:
     """What files of a batch's output hold, by key. `errors`: why a request will get no answer.
 
-    `failed`: requests whose error may pass (the server's, a batch that expired): they are to be asked again.
+    `failed`: requests whose error may pass (the server's, an answer that is empty or that the server broke off, a batch
+    that expired): they are to be asked again.
     """
 
     answers: dict[bytes, Answer] = field(default_factory=dict)
@@ -75,9 +76,19 @@ def read_batch(paths: Sequence[Path]) -> BatchAnswers:
 def _take(found: BatchAnswers, key: bytes, response: Any, error: Any) -> None:
     status = response.get("status_code") if isinstance(response, Mapping) else None
     body = response.get("body") if isinstance(response, Mapping) else None
-    if status == 200 and (answer := _answer(body)):
-        found.answers.setdefault(key, answer)
-        return
+    if status == 200:
+        try:
+            answer = answer_in(body, seconds=0.0)
+            if answer.empty:
+                raise UnusableReplyError(why_empty(answer))
+        except UnusableReplyError as unusable:
+            found.failed[str(unusable)] += 1
+            return
+        except ValueError:
+            pass  # an error in a 200, or nothing known
+        else:
+            found.answers.setdefault(key, answer)
+            return
     said = body.get("error") if isinstance(body, Mapping) else None
     what = next((str(one["message"]) for one in (said, error) if isinstance(one, Mapping) and one.get("message")), "")
     what = " ".join(what.split())[:300]
@@ -86,13 +97,6 @@ def _take(found: BatchAnswers, key: bytes, response: Any, error: Any) -> None:
         found.refusals[key] = said or error or body
     else:
         found.failed[what or f"status {status}"] += 1
-
-
-def _answer(body: Any) -> Answer | None:
-    try:
-        return answer_in(body, seconds=0.0)
-    except ValueError:
-        return None
 
 
 class JournalAsker:

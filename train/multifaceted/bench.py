@@ -28,6 +28,7 @@ import numpy as np
 from train.data.formats import Message
 from train.errors import UserError
 from train.llm.client import Client
+from train.llm.finish_reasons import unfinished
 from train.llm.rows import in_order, progress
 from train.llm.unanswered import Unanswered
 from train.multifaceted.bench_rows import NOT_STATED, BenchRow
@@ -305,6 +306,8 @@ def _missing(judged: Sequence[JudgedRow], protocol: Protocol) -> dict[str, Any]:
     judgements = _judgements(judged)
     why = Counter(one.missing for one in judgements if one.missing)
     faults = Counter(fault for one in judgements for fault in one.faults)
+    reasons_given = (one.response.finish_reason for row in judged for one in row.answers)
+    endings = Counter(words for reason in reasons_given if reason and (words := unfinished(reason)))
     return {
         "rows_without_response": sum(all(one.response.text is None for one in row.answers) for row in judged),
         "why_no_response": reasons(
@@ -320,9 +323,10 @@ def _missing(judged: Sequence[JudgedRow], protocol: Protocol) -> dict[str, Any]:
         "judge_answers": sum(len(one.texts) for one in judgements),
         "judge_answers_without_score": dict(sorted(faults.items())),
         "judge_tokens": {name: sum(one.tokens.get(name, 0) for one in judgements) for name in ("prompt", "completion")},
-        "responses_cut": sum(one.response.finish_reason == "length" for row in judged for one in row.answers),
+        "responses_cut": endings.pop("cut at the token limit", 0),
         "responses_only_reasoning": sum(one.response.only_reasoning for row in judged for one in row.answers),
         "responses_empty": sum(one.response.text == "" for row in judged for one in row.answers),
+        "responses_ended_otherwise": dict(sorted(endings.items())),
     }
 
 
@@ -346,7 +350,7 @@ def _best_of(judged: Sequence[JudgedRow], protocol: Protocol, seed: int) -> dict
 def row_record(judged: JudgedRow, protocol: Mapping[str, Any]) -> dict[str, Any]:
     """A line of bench_rows.jsonl: the row's score, and every answer with all that the judge said of it.
 
-    `protocol`: as in bench.json, so that the file can be compared wherever it is copied to.
+    `protocol`: the settings by which a file is compared, wherever it is copied to.
     """
     row, settings = judged.row, judged.protocol.judge
     return {

@@ -1,0 +1,142 @@
+"""Journals that are damaged, locked, gone or no files: one error each, that names the file and what to do."""
+
+import asyncio
+import random
+import sqlite3
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from train.errors import UserError
+from train.llm.journal import Answer, Decoding, Journal, Request
+
+REQUESTS = [Request("generate", [{"role": "user", "content": "Why?"}], Decoding(100), number) for number in range(200)]
+PAGE = 4096
+
+
+def answer(number: int) -> Answer:
+    return Answer(f"because of {number}, " * 20, "stop", None, 7, 40, 0.5)
+
+
+def ask_and_add(path: Path) -> dict[int, str]:
+    """Do what a run does, each request in turn; what the journal knew. Raises UserError."""
+
+    async def work(journal: Journal) -> dict[int, str]:
+        known = {}
+        for number, request in enumerate(REQUESTS):
+            if found := journal.find(request.key("m"), 100):
+                known[number] = found.text
+            else:
+                await journal.add(request.key("m"), "m", request, answer(number))
+        journal.has_stage("generate", "m")
+        journal.seconds()
+        return known
+
+    with Journal(path) as journal:
+        return asyncio.run(work(journal))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("whole") / "answers.sqlite"
+    ask_and_add(path)
+    return path.read_bytes()
+
+
+def zeros(data: bytearray, page: int) -> None:
+    data[page * PAGE : (page + 1) * PAGE] = bytes(PAGE)
+
+
+def half_of_it(data: bytearray, page: int) -> None:
+    data[page * PAGE : page * PAGE + PAGE // 2] = bytes(PAGE // 2)
+
+
+def noise(data: bytearray, page: int) -> None:
+    data[page * PAGE + 1000 : page * PAGE + 1200] = random.Random(page).randbytes(200)
+
+
+def cut(data: bytearray, page: int) -> None:
+    del data[page * PAGE + 7 :]
+
+
+@pytest.mark.parametrize("damage", [zeros, half_of_it, noise, cut])
+def test_a_damaged_page_is_one_error_that_names_the_file_and_what_to_do(
+    tmp_path: Path, whole: bytes, damage: Callable[[bytearray, int], None]
+) -> None:
+    """Whatever page it is, a run sees right answers or that error: no traceback, and no other text."""
+    told = []
+    for page in range(0, len(whole) // PAGE, 3):
+        path = tmp_path / f"{page}.sqlite"
+        data = bytearray(whole)
+        damage(data, page)
+        path.write_bytes(data)
+        try:
+            known = ask_and_add(path)
+        except UserError as failure:
+            told.append((path, str(failure)))
+        else:
+            assert all(text == answer(number).text for number, text in known.items())
+    assert told
+    for path, words in told:
+        assert words.startswith(f"{path}: ")
+        assert "The file is damaged, or is no journal." in words
+        assert "Move the file away" in words
+        assert words.isprintable()
+
+
+def test_a_damaged_log_of_the_last_answers_only_loses_these(tmp_path: Path, whole: bytes) -> None:
+    path = tmp_path / "answers.sqlite"
+    path.write_bytes(whole)
+    (tmp_path / "answers.sqlite-wal").write_bytes(random.Random(1).randbytes(50_000))
+    (tmp_path / "answers.sqlite-shm").write_bytes(b"\xff" * 32_768)
+    assert ask_and_add(path) == {number: answer(number).text for number in range(200)}
+
+
+def test_a_folder_in_its_place(tmp_path: Path) -> None:
+    (tmp_path / "answers.sqlite").mkdir()
+    with pytest.raises(UserError, match=r"answers.sqlite: it can't be used as a journal of answers \(unable to open"):
+        Journal(tmp_path / "answers.sqlite")
+
+
+@pytest.mark.parametrize("when", ["at the start", "while it is written"])
+def test_another_program_that_locks_it(tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "answers.sqlite"
+    ask_and_add(path)
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *of, **more: connect(*of, **more, timeout=0.01))
+    other = connect(path, isolation_level=None)
+    if when == "at the start":
+        other.execute("PRAGMA journal_mode = DELETE")  # in a WAL nobody can lock readers out
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(UserError, match="Another program has locked the file"):
+            Journal(path)
+    else:
+        with Journal(path) as journal:
+            other.execute("BEGIN IMMEDIATE")
+            late = replace(REQUESTS[0], stage="late")
+            with pytest.raises(UserError, match=r"answers can no longer be written down .* has locked the file"):
+                asyncio.run(journal.add(late.key("m"), "m", late, answer(0)))
+            assert journal.find(REQUESTS[0].key("m"), 100)
+            other.execute("ROLLBACK")
+    other.close()
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_one_that_is_deleted_during_the_run_ends_it(tmp_path: Path, is_replaced: bool) -> None:
+    path = tmp_path / "answers.sqlite"
+    with Journal(path) as journal:
+        path.unlink()
+        if is_replaced:
+            path.write_bytes(b"")
+        with pytest.raises(UserError, match=r"answers.sqlite was deleted or replaced during the run"):
+            asyncio.run(journal.add(REQUESTS[0].key("m"), "m", REQUESTS[0], answer(0)))
+
+
+def test_what_cannot_be_written_is_told_to_whoever_waits(tmp_path: Path) -> None:
+    with Journal(tmp_path / "answers.sqlite") as journal:
+        big = replace(answer(0), completion_tokens=10**30)  # more than SQLite's 64 bits
+        with pytest.raises(OverflowError):
+            asyncio.run(journal.add(REQUESTS[0].key("m"), "m", REQUESTS[0], big))
+        asyncio.run(journal.add(REQUESTS[1].key("m"), "m", REQUESTS[1], answer(1)))  # and it goes on

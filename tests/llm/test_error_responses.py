@@ -1,0 +1,348 @@
+"""Error responses: their meaning by status and words, errors in 200s, denials in mid-run, requests that are too long."""
+
+import asyncio
+import json
+import re
+from collections.abc import Sequence
+from contextlib import aclosing, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from client_runs import about, echo, first, run
+from scripted_server import Asked, Reply, Script, ScriptedServer, error
+
+from train.errors import UserError
+from train.llm.client import DENIALS, FAILURES_OF_A_STAGE, Client, NoAnswerError
+from train.llm.failures import Trouble, error_in, error_of, trouble_of
+from train.llm.journal import Answer
+from train.llm.rows import in_order
+
+
+def meaning(status: int, body: Any, headers: dict[str, str] | None = None) -> Trouble:
+    text = json.dumps(body)
+    found = error_in(body, text) if status == 200 else error_of(body, text)
+    assert found is not None
+    return trouble_of(
+        found.implied_status() if status == 200 else status, found.words, found, headers or {}, longest_wait=86_400
+    )
+
+
+IN_200 = {
+    "OpenRouter": ({"error": {"code": 429, "message": "Rate limit exceeded: free-models-per-day"}}, "too much", 429),
+    "a code as a string": ({"error": {"code": "503", "message": "No instances"}}, "too much", 503),
+    "vLLM": ({"object": "error", "message": "oops", "type": "InternalServerError", "code": 500}, "fault", 500),
+    "OpenAI": ({"error": {"message": "Slow down", "type": "x", "code": "rate_limit_exceeded"}}, "too much", 429),
+    "Anthropic": ({"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}, "too much", 503),
+    "Gemini": ([{"error": {"code": 503, "message": "busy", "status": "UNAVAILABLE"}}], "too much", 503),
+    "a string": ({"error": "model 'm' not found"}, "denied", 404),
+    "LM Studio at a wrong path": ({"error": "Unexpected endpoint or method. (POST /chat)"}, "denied", 404),
+    "FastAPI": ({"detail": "Too many requests"}, "too much", 429),
+    "a status alone": ({"status": 503}, "too much", 503),
+    "AWS's gateway": ({"statusCode": 502, "message": "bad gateway"}, "gone", 502),
+    "empty choices": ({"choices": [], "error": {"code": 502, "message": "Provider error"}}, "gone", 502),
+    "null choices": ({"choices": None, "error": {"type": "server_error", "message": "oh"}}, "fault", 500),
+    "MiniMax": ({"base_resp": {"status_code": 1002, "status_msg": "rate limit"}, "choices": None}, "too much", 429),
+    "MiniMax's credit": ({"base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}}, "hopeless", 402),
+    "a wrong key": ({"error": {"message": "no", "code": "invalid_api_key"}}, "denied", 401),
+    "no credit": ({"error": {"message": "Insufficient credits", "code": 402}}, "hopeless", 402),
+    "too long": ({"error": {"message": "too long", "code": "context_length_exceeded"}}, "row", 400),
+    "flagged": ({"error": {"message": "Your input was flagged", "code": 403}}, "row", 403),
+    "no words of any kind": ({"error": {"message": "upstream"}}, "fault", 200),
+}
+
+
+@pytest.mark.parametrize(("body", "kind", "status"), IN_200.values(), ids=IN_200)
+def test_an_error_in_a_200_is_read_as_the_status_that_it_names_or_means(body: Any, kind: str, status: int) -> None:
+    found = meaning(200, body)
+    assert (found.kind, found.status) == (kind, status)
+
+
+@pytest.mark.parametrize("body", [{}, {"choices": []}, [], "hello", None, {"error": {}}, {"error": None, "id": "x"}])
+def test_a_body_without_an_error_is_none(body: Any) -> None:
+    assert error_in(body, json.dumps(body)) is None
+
+
+EXHAUSTED = {
+    "OpenAI": (429, {"error": {"message": "You exceeded your current quota, please check your plan and billing."}}),
+    "OpenAI's code": (429, {"error": {"message": "no", "code": "insufficient_quota"}}),
+    "OpenRouter's key": (403, {"error": {"message": "Key limit exceeded (total limit).", "code": 403}}),
+    "Anthropic": (400, {"error": {"message": "Your credit balance is too low to access the Anthropic API."}}),
+    "DeepSeek": (402, {"error": {"message": "Insufficient Balance"}}),
+    "Moonshot": (429, {"error": {"message": "suspended", "type": "exceeded_current_quota_error"}}),
+    "xAI": (403, {"error": "Your team has either used all available credits or reached its monthly spending limit."}),
+    "LiteLLM": (400, {"error": {"message": "Budget has been exceeded! Current cost: 2", "type": "budget_exceeded"}}),
+    "SiliconFlow": (403, {"code": 30001, "message": "Sorry, your account balance is insufficient"}),
+    "Zhipu": (429, {"error": {"code": "1113", "message": "余额不足或无可用资源包"}}),
+    "DashScope": (400, {"error": {"code": "Arrearage", "message": "Access denied"}}),
+    "Gemini's day": (
+        429,
+        [
+            {
+                "error": {
+                    "code": 429,
+                    "message": "Quota exceeded. Please retry in 34s.",
+                    "details": [{"violations": [{"quotaId": "GenerateRequestsPerDayPerProjectPerModel-FreeTier"}]}],
+                }
+            }
+        ],
+    ),
+    "Gemini without any": (429, [{"error": {"message": "exceeded your current quota, limit: 0, Please retry in 17s."}}]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("status", "body"), EXHAUSTED.values(), ids=EXHAUSTED)
+def test_credit_or_quota_that_is_used_up_ends_the_run(status: int, body: Any) -> None:
+    found = meaning(status, body)
+    assert (found.kind, found.status) == ("hopeless", 402)
+
+
+PASSING = {
+    "OpenAI": "Rate limit reached for m on tokens per min (TPM): Limit 1. Add a payment method at .../account/billing.",
+    "Azure": "Requests have exceeded token rate limit of your current OpenAI S0 pricing tier. See aka.ms/oai/quotaincrease",
+    "Groq": "Rate limit reached for model m on tokens per day (TPD): Limit 9. Please try again in 7m12s.",
+    "Vertex": "Quota exceeded for aiplatform.googleapis.com/generate_content_requests_per_minute_per_project.",
+    "Gemini": "Resource has been exhausted (e.g. check quota).",
+}
+
+
+@pytest.mark.parametrize("words", PASSING.values(), ids=PASSING)
+def test_a_limit_that_passes_by_itself_is_waited_for(words: str) -> None:
+    assert meaning(429, {"error": {"message": words, "code": 429}}).kind == "too much"
+
+
+def test_a_quota_that_says_when_to_come_back_is_waited_for() -> None:
+    assert meaning(429, {"error": {"message": "Quota exceeded."}}, {"retry-after": "3600"}).retry_after == 3600
+
+
+TOO_LONG = {
+    "vLLM": (400, "This model's maximum context length is 4096 tokens. However, you requested 4203 tokens"),
+    "vLLM's prompt": (400, "The decoder prompt (length 5000) is longer than the maximum model length of 4096."),
+    "SGLang": (400, "The input (61709 tokens) is longer than the model's context length (40960 tokens)."),
+    "TGI": (422, "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096. Given: 5000"),
+    "llama.cpp": (400, "request (10431 tokens) exceeds the available context size (4096 tokens), try increasing it"),
+    "llama.cpp's batch": (500, "input is too large to process. increase the physical batch size"),
+    "llama-cpp-python": (400, "Requested tokens (817) exceed context window of 512"),
+    "Anthropic": (400, "prompt is too long: 204808 tokens > 200000 maximum"),
+    "Gemini": (400, "The input token count (1200000) exceeds the maximum number of tokens allowed (1048575)."),
+    "Mistral": (400, "Prompt contains 40000 tokens and 0 draft tokens, too large for model with 32768 maximum context"),
+    "Bedrock": (400, "Input is too long for requested model."),
+    "xAI": (400, "This model's maximum prompt length is 131072 but the request contains 537812 tokens."),
+    "Cohere": (400, "too many tokens: total number of tokens in the prompt cannot exceed 4081"),
+    "DashScope": (400, "Range of input length should be [1, 30720]"),
+    "Zhipu": (400, "Prompt exceeds max length"),
+    "nginx": (413, "<html><h1>413 Request Entity Too Large</h1></html>"),
+}
+
+
+@pytest.mark.parametrize(("status", "words"), TOO_LONG.values(), ids=TOO_LONG)
+def test_a_request_that_is_too_long_is_its_rows_failure(status: int, words: str) -> None:
+    found = meaning(status, {"error": {"message": words}})
+    assert (found.kind, found.too_long) == ("row", True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "top_k is no parameter",
+        "max_tokens: 8192 > 4096, which is the maximum allowed number of output tokens",
+        "'temperature' does not support 0.7 with this model",
+        "[{'type': 'extra_forbidden', 'msg': 'Extra inputs are not permitted', 'input': 'the context length'}]",
+        "System role not supported",
+    ],
+)
+def test_other_faults_of_a_request_are_not_about_its_length(words: str) -> None:
+    found = meaning(400, {"error": {"message": words}})
+    assert (found.kind, found.too_long) == ("row", False)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "meant"),
+    [
+        (400, [{"error": {"code": 400, "message": "API key not valid. Please pass a valid API key."}}], "denied", 401),
+        (400, [{"error": {"code": 400, "message": "API key expired. Please renew the API key."}}], "denied", 401),
+        (500, {"error": {"code": "429", "message": "litellm.RateLimitError"}}, "too much", 429),
+        (403, {"error": {"message": 'requires moderation. Your input was flagged for "violence"'}}, "row", 403),
+        (403, {"error": {"message": "forbidden"}}, "denied", 403),
+        (502, "<html><head><title>502 Bad Gateway</title></head></html>", "gone", 502),
+    ],
+)
+def test_a_status_is_corrected_by_what_the_body_says(status: int, body: Any, kind: str, meant: int) -> None:
+    found = meaning(status, body)
+    assert (found.kind, found.status) == (kind, meant)
+
+
+async def ask_each(client: Client, prompts: Sequence[str]) -> list[Answer | BaseException]:
+    return await asyncio.gather(*(client.ask(about(prompt)) for prompt in prompts), return_exceptions=True)
+
+
+def answers(found: Sequence[Answer | BaseException]) -> list[str | None]:
+    return [one.text if isinstance(one, Answer) else None for one in found]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(200, {"error": {"code": 429, "message": "Provider returned error"}}),
+        Reply(200, {"choices": [{"message": {"content": None}, "finish_reason": "stop"}], "error": {"code": 429}}),
+        Reply(200, {"error": {"type": "overloaded_error", "message": "Overloaded"}}),
+        Reply(200, {"choices": [{"message": {"content": "Wat"}, "finish_reason": "error", "error": {"code": 429}}]}),
+        Reply(200, {"status": 503}),
+    ],
+)
+def test_a_rate_limit_in_a_200_is_waited_for_without_end(tmp_path: Path, reply: Reply) -> None:
+    async def work(client: Client, servers: list[ScriptedServer]) -> tuple[str, int]:
+        return (await client.ask(about("hi"))).text, len(servers[0].asked)
+
+    assert run(first(*[reply] * 30), work, tmp_path) == ("re: hi", 31)
+
+
+def test_credit_that_is_used_up_in_a_200_ends_the_run_with_its_words(tmp_path: Path) -> None:
+    async def script(asked: Asked) -> Reply:
+        return Reply(200, {"error": {"message": "Insufficient credits", "code": 402}})
+
+    async def work(client: Client, servers: list[ScriptedServer]) -> str:
+        with pytest.raises(UserError) as failure:
+            await client.ask(about("hi"))
+        assert len(servers[0].asked) == 1
+        return str(failure.value)
+
+    told = run(script, work, tmp_path)
+    assert "402 in the body of a 200: Insufficient credits. Add credit" in told
+    assert "start the same command again" in told
+
+
+def after(count: int, reply: Reply, until: int | None = None) -> Script:
+    """Answers so many requests, and then sends this reply, up to a number of requests if that is given."""
+
+    async def script(asked: Asked) -> Reply:
+        return await echo(asked) if asked.number < count or asked.number >= (until or 1e9) else reply
+
+    return script
+
+
+DENIED = {
+    "an expired key": error(401, "Access token expired"),
+    "forbidden": error(403, "no access to this resource"),
+    "an ingress": Reply(404, b"404 page not found\n"),
+    "a wrong method": Reply(405, b""),
+    "Gemini's key": error(400, "API key expired. Please renew the API key."),
+}
+
+
+@pytest.mark.parametrize("reply", DENIED.values(), ids=DENIED)
+def test_denials_that_pass_lose_nothing(tmp_path: Path, reply: Reply) -> None:
+    async def work(client: Client, servers: list[ScriptedServer]) -> None:
+        prompts = [f"{number}" for number in range(40)]
+        assert answers(await ask_each(client, prompts)) == [f"re: {prompt}" for prompt in prompts]
+        assert client.counts.failed == 0
+
+    run(after(20, reply, until=30), work, tmp_path, concurrency=4)
+
+
+@pytest.mark.parametrize("name", ["an expired key", "forbidden", "Gemini's key", "an ingress"])
+def test_denials_without_an_answer_in_between_end_the_run_and_lose_no_row(tmp_path: Path, name: str) -> None:
+    prompts = [f"{number}" for number in range(40)]
+
+    async def denied(client: Client, servers: list[ScriptedServer]) -> None:
+        found = await ask_each(client, prompts[:20])
+        assert None not in answers(found)
+        found = await ask_each(client, prompts)
+        assert answers(found)[:20] == [f"re: {prompt}" for prompt in prompts[:20]]
+        assert {type(one) for one in found[20:]} == {UserError}
+        assert len(servers[0].asked) >= 20 + DENIALS
+        for one in found[20:]:
+            assert re.search(r"It answered other.*start the same command again, and it goes on from there", str(one))
+
+    async def healthy(client: Client, servers: list[ScriptedServer]) -> list[str | None]:
+        found = answers(await ask_each(client, prompts))
+        assert len(servers[0].asked) == 20
+        return found
+
+    run(after(20, DENIED[name]), denied, tmp_path, longest_absence=0.1)
+    assert run(echo, healthy, tmp_path) == [f"re: {prompt}" for prompt in prompts]
+
+
+def test_rows_that_are_forbidden_for_what_they_say_are_lost_alone(tmp_path: Path) -> None:
+    async def script(asked: Asked) -> Reply:
+        return error(403, "not for you") if asked.prompt.startswith("rude") else await echo(asked)
+
+    async def work(client: Client, servers: list[ScriptedServer]) -> None:
+        prompts = [f"rude {number}" if number % 10 == 5 else f"{number}" for number in range(100)]
+        found = await ask_each(client, prompts)
+        for prompt, one in zip(prompts, found, strict=True):
+            assert isinstance(one, NoAnswerError if "rude" in prompt else Answer), (prompt, one)
+
+    run(script, work, tmp_path, concurrency=4)
+
+
+def test_forbidden_rows_that_are_all_that_an_earlier_run_left_are_lost_as_rows(tmp_path: Path) -> None:
+    async def script(asked: Asked) -> Reply:
+        return error(403, "not for you") if asked.prompt == "rude" else await echo(asked)
+
+    async def work(client: Client, servers: list[ScriptedServer]) -> None:
+        [good, rude] = await ask_each(client, ["good", "rude"])
+        assert isinstance(good, Answer)
+        assert isinstance(rude, NoAnswerError)
+
+    run(script, work, tmp_path)
+    run(script, work, tmp_path)  # the good one is in the journal, and the rude one is all that is asked
+
+
+def test_rows_that_fail_at_once_do_not_end_a_stage_whose_answers_take_longer(tmp_path: Path) -> None:
+    failed: list[str] = []
+
+    async def script(asked: Asked) -> Reply:
+        if asked.prompt.startswith("bad"):
+            failed.append(asked.prompt)
+            return error(400, "I don't like it")
+        while len(failed) < 3 * FAILURES_OF_A_STAGE:  # the answers come after all of these
+            await asyncio.sleep(0.001)
+        return await echo(asked)
+
+    async def work(client: Client, servers: list[ScriptedServer]) -> None:
+        prompts = [f"good {number}" for number in range(4)]
+        prompts += [f"bad {number}" for number in range(3 * FAILURES_OF_A_STAGE)]
+        assert answers(await ask_each(client, prompts)) == [
+            f"re: {prompt}" if "good" in prompt else None for prompt in prompts
+        ]
+        assert client.counts.failed == 3 * FAILURES_OF_A_STAGE
+
+    run(script, work, tmp_path, concurrency=8)
+
+
+def test_a_stage_all_of_whose_requests_fail_ends_the_run_soon(tmp_path: Path) -> None:
+    async def script(asked: Asked) -> Reply:
+        return error(400, "top_k is no parameter")
+
+    async def work(client: Client, servers: list[ScriptedServer]) -> None:
+        async def lose(number: int) -> None:
+            with suppress(NoAnswerError):
+                await client.ask(about(f"{number}"))
+
+        async def lose_all() -> None:
+            async with aclosing(in_order(range(5_000), lose, at_once=16)) as rows:
+                async for _ in rows:
+                    pass
+
+        with pytest.raises(UserError, match=r"^stage stage: none of the first \d+ requests got an answer.*top_k"):
+            await lose_all()
+        assert len(servers[0].asked) < 100
+
+    run(script, work, tmp_path)
+
+
+def test_any_number_of_requests_that_are_too_long_come_before_the_first_answer(tmp_path: Path) -> None:
+    async def script(asked: Asked) -> Reply:
+        if asked.prompt.startswith("long"):
+            return error(400, "the request exceeds the available context size", type="exceed_context_size_error")
+        return await echo(asked)
+
+    async def work(client: Client, servers: list[ScriptedServer]) -> None:
+        found = await ask_each(client, [f"long {number}" for number in range(5 * FAILURES_OF_A_STAGE)])
+        assert {type(one) for one in found} == {NoAnswerError}
+        assert client.troubles() == ["stage stage: no answer so far, 100 requests were too long"]
+        assert (await client.ask(about("short"))).text == "re: short"
+        assert client.troubles() == []
+
+    run(script, work, tmp_path)

@@ -273,7 +273,7 @@ def _refuse_what_can_not_judge(options: argparse.Namespace) -> None:
     from train.multifaceted.batch_files import read_batch
     from train.multifaceted.judge import PROMPT_VERSION
     from train.multifaceted.pairwise import read_protocol, read_results
-    from train.multifaceted.protocol import refuse_other_protocol, settings_of
+    from train.multifaceted.protocol import protocol_of, refuse_other_protocol, settings_of
 
     async def look(server: "Server") -> None:
         await ServerLane(server, Pauses(), patience=0).api.close()
@@ -283,7 +283,7 @@ def _refuse_what_can_not_judge(options: argparse.Namespace) -> None:
             asyncio.run(look(server))
     read_batch(options.batch_in)
     if options.against:
-        theirs = read_protocol(options.against, read_results(options.against))
+        theirs = protocol_of(read_protocol(options.against, read_results(options.against)))
         ours = settings_of(_protocol(options), PROMPT_VERSION, None if options.responses else _decoding(options))
         refuse_other_protocol("this run", ours, f"--against {options.against}", theirs)
 
@@ -298,10 +298,17 @@ async def _contact_judge(options: argparse.Namespace) -> None:
     """Ask the judge's servers for a sign of life: the model's answers take hours, and would be for nothing."""
     from train.evaluation.respondent import server_options
     from train.llm.first_contact import check_servers
+    from train.llm.refusals import option_setting
 
     if options.judge_server:
         with naming(server_options("judge-")):
-            await check_servers(_judge_servers(options), options.judge, wait=options.wait_for_server)
+            await check_servers(
+                _judge_servers(options),
+                options.judge,
+                wait=options.wait_for_server,
+                decoding=_protocol(options).judge.decoding,
+                name_setting=option_setting(_JUDGES_OWN, "judge-"),
+            )
 
 
 def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]":
@@ -449,6 +456,7 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
     from train.multifaceted.bench import row_record
     from train.multifaceted.bench_report import HEADING, draw, make_record, markdown, warnings
     from train.multifaceted.pairwise import compare
+    from train.multifaceted.protocol import noted_of, protocol_of
 
     record = make_record(
         options.model,
@@ -458,6 +466,7 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
         decoding=None if options.responses else _decoding(options),
         with_system=None if options.responses else not options.no_system,
         data=options.data,
+        respondent={name: getattr(options, name) for name in ("template", "system_role", "engine", "dtype")},
         seed=options.seed,
     )
     rows = folder / "bench_rows.jsonl"
@@ -466,7 +475,8 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
         if options.against and options.against.exists() and rows.exists() and options.against.samefile(rows):
             raise UserError(f"--against {options.against}: that is the file which this very command writes.")
         with replacing(rows) as [lines]:
-            records = (row_record(one, record["protocol"]) for one in judged)
+            kept = protocol_of(record) | noted_of(record)
+            records = (row_record(one, kept) for one in judged)
             write_text(lines, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records))
         if options.against:
             try:

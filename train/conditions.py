@@ -15,7 +15,17 @@ def differences(first: Conditions, second: Conditions) -> list[str]:
     return [
         f"{name} {difference(first[name], second[name])}"
         for name in first
-        if name in second and UNKNOWN not in (first[name], second[name]) and first[name] != second[name]
+        if name in second and UNKNOWN not in (first[name], second[name]) and not _same(first[name], second[name])
+    ]
+
+
+def changes(first: Conditions, second: Conditions) -> list[str]:
+    """Return `name is 1 and 2` for each setting that differs, recorded or not."""
+    names = dict.fromkeys([*first, *second])
+    return [
+        f"{name} {difference(first.get(name), second.get(name))}"
+        for name in names
+        if not _same(first.get(name), second.get(name))
     ]
 
 
@@ -27,6 +37,13 @@ def unknown(first: Conditions, second: Conditions, names: tuple[str, str] = ("A"
         if sides:
             found.setdefault(" and ".join(sides), []).append(name)
     return [f"not recorded for {sides}, so it may differ: {', '.join(of)}" for sides, of in found.items()]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Return whether two values are equal; in a mapping, a value that is missing is None."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return all(one.get(key) == other.get(key) for key in [*one, *other])
+    return bool(one == other)
 
 
 def difference(one: Any, other: Any) -> str:

@@ -230,25 +230,6 @@ def test_a_server_answers_with_its_own_template_or_merged(tmp_path: Path) -> Non
         assert len(server.asked) == requests
 
 
-def test_a_served_model_may_say_nothing(tmp_path: Path) -> None:
-    async def script(asked: Asked) -> Reply:
-        match asked.prompt:
-            case "nothing":
-                return said("")
-            case "at first":
-                return said("something" if asked.times else "")
-        return said("Half", "length")
-
-    conversations = [[{"role": "user", "content": prompt}] for prompt in ("nothing", "at first", "cut")]
-    with served(script) as server:
-        there = Served("m", (Server(server.url),))
-        found = [answer for [answer] in respond(there, conversations, GREEDY, tmp_path / "a.sqlite")]
-        assert [(answer.text, answer.cut) for answer in found] == [("", False), ("something", False), ("Half", True)]
-        assert server.prompts() == {"nothing": 2, "at first": 2, "cut": 1}
-        respond(there, conversations, GREEDY, tmp_path / "a.sqlite")
-        assert server.prompts() == {"nothing": 2, "at first": 2, "cut": 1}
-
-
 def test_an_answer_comes_without_its_reasoning_and_the_journal_keeps_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -277,6 +258,25 @@ def test_an_answer_comes_without_its_reasoning_and_the_journal_keeps_it(
         "warning: control tokens taken off the end: 1 answer (answers 1)",
         "warning: ran on after its end, and was cut there: 1 answer (answers 1)",
     ]
+
+
+def test_a_served_model_may_say_nothing(tmp_path: Path) -> None:
+    async def script(asked: Asked) -> Reply:
+        match asked.prompt:
+            case "nothing":
+                return said("")
+            case "at first":
+                return said("something" if asked.times else "")
+        return said("Half", "length")
+
+    conversations = [[{"role": "user", "content": prompt}] for prompt in ("nothing", "at first", "cut")]
+    with served(script) as server:
+        there = Served("m", (Server(server.url),))
+        found = [answer for [answer] in respond(there, conversations, GREEDY, tmp_path / "a.sqlite")]
+        assert [(answer.text, answer.cut) for answer in found] == [("", False), ("something", False), ("Half", True)]
+        assert server.prompts() == {"nothing": 2, "at first": 2, "cut": 1}
+        respond(there, conversations, GREEDY, tmp_path / "a.sqlite")
+        assert server.prompts() == {"nothing": 2, "at first": 2, "cut": 1}
 
 
 VLLM = """#!{python}

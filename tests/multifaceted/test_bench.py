@@ -396,13 +396,11 @@ def test_reasoning_of_the_model_is_no_part_of_its_answer(tmp_path: Path, capsys:
     assert (missing["responses_cut"], missing["responses_empty"]) == (2, 1)
     assert missing["responses_only_reasoning"] == 1
     shown = capsys.readouterr().out
-    assert "1 empty, 1 of these as their reasoning had no end" in shown
+    assert "1 empty (1 of these as their reasoning had no end)" in shown
     assert "reasoning without an end, and nothing said: 1 answer (responses 1); raise the token limit" in shown
 
 
-def test_responses_that_are_not_complete_are_scored_and_counted_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_responses_that_are_not_complete_are_scored_and_counted_by_name(tmp_path: Path) -> None:
     data = write_lines(tmp_path / "rows.jsonl", ROWS[:4])
     reasons = ("MAX_TOKENS", "SAFETY", "foo", "stop")
 
@@ -412,14 +410,14 @@ def test_responses_that_are_not_complete_are_scored_and_counted_by_name(
         number = int(asked.prompt.partition("Question ")[2][0])
         return said("" if reasons[number] == "stop" else "Half of", reasons[number])
 
-    with served(script, models=["judge", "the-model"]) as server:
+    with served(script) as server:
         assert command(*options(server, data, tmp_path / "out"), "--server", server.url) == 0
     missing = record(tmp_path / "out")["missing"]
     assert (missing["responses_cut"], missing["responses_empty"]) == (1, 1)
     assert missing["responses_ended_otherwise"] == {"ended for an unknown reason (foo)": 1, "refused": 1}
     assert (missing["rows_without_response"], missing["rows_without_score"]) == (0, 0)
-    told = "0 of these as their reasoning had no end; 1 ended for an unknown reason (foo); 1 refused."
-    assert told in capsys.readouterr().out
+    told = "Responses: 1 cut at the token limit, 1 empty, 1 ended for an unknown reason (foo), 1 refused."
+    assert told in (tmp_path / "out" / "report.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize(
@@ -528,6 +526,23 @@ def test_what_a_server_wants_is_named_as_the_option_that_gives_it(
     assert told in said_last
     assert "what base_url and key_variable are is my affair" in said_last
     assert "\n" not in said_last.strip()
+
+
+def test_the_judge_is_looked_for_before_the_model_is_asked_and_not_where_all_is_answered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_lines(tmp_path / "rows.jsonl", ROWS[:1])
+    with (
+        served(judging(lambda row, rubric, time: "[RESULT] 3"), models=["judge"]) as judge,
+        served(judging(plan)) as model,
+    ):
+        asking = [*options(judge, data, tmp_path / "out", model="m", runs=1), "--server", model.url]
+        away = [part.replace(judge.url, "http://127.0.0.1:9/v1") for part in asking]
+        assert command(*away, "--wait-for-server", "0") == 2
+        assert "error: http://127.0.0.1:9/v1 can't be reached (connection refused" in capsys.readouterr().err
+        assert not model.asked
+        assert command(*asking) == 0
+    assert command(*away, "--wait-for-server", "0") == 0  # of both servers, none is there
 
 
 def test_a_response_too_many_is_an_error_and_a_part_is_said_to_be_one(

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_runs import bench_row, command, judging, write_lines
+from bench_runs import bench_row, command, judging, lines, write_lines
 from scripted_server import served
 
 from train.errors import UserError
 from train.multifaceted.judge import PROMPT_VERSION
 from train.multifaceted.pairwise import compare, outcome
-from train.multifaceted.protocol import PAPERS_RESPONSES, JudgeSettings, Protocol, settings_of
+from train.multifaceted.protocol import PAPERS_RESPONSES, JudgeSettings, Protocol, protocol_of, settings_of
 
 
 def result(id: str, score: float | None, **more: Any) -> dict[str, Any]:
@@ -107,11 +107,22 @@ def test_what_can_not_be_compared(tmp_path: Path, change: dict[str, Any], error:
 SETTINGS = settings_of(Protocol(JudgeSettings("j"), 3, "first run"), PROMPT_VERSION, PAPERS_RESPONSES)
 
 
+def sections(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same settings as bench.json has them: what is not sent to the judge is not written."""
+    judge = {name.removeprefix("judge "): value for name, value in settings.items() if name.startswith("judge ")}
+    judge |= judge.pop("extra")
+    return {
+        "judge": {name: value for name, value in judge.items() if value is not None},
+        "best_of": {"answers": settings["best of"], "picked_by": settings["picked by"]},
+        "decoding": settings["decoding"],
+    }
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "option"),
     [
-        ("judge sees the system message", True, "--show-system"),
-        ("judge prompt version", PROMPT_VERSION + 1, ""),
+        ("judge sees_the_system_message", True, "--show-system"),
+        ("judge prompt_version", PROMPT_VERSION + 1, ""),
         ("judge runs", 5, "--runs"),
         ("judge retries", 0, "--retries"),
         ("judge max_tokens", 64, "--judge-max-tokens"),
@@ -131,10 +142,10 @@ def test_scores_that_were_measured_otherwise_are_not_compared(
     paths = []
     for name, protocol in (("a", SETTINGS), ("b", SETTINGS | {setting: value})):
         (tmp_path / name).mkdir()
-        kept = {"protocol": protocol}
-        row = result("r", 3.0) | (kept if kept_in == "rows" else {})
+        row = result("r", 3.0) | ({"protocol": protocol} if kept_in == "rows" else {})
         paths.append(write_lines(tmp_path / name / "bench_rows.jsonl", [row]))
-        (tmp_path / name / "bench.json").write_text(json.dumps(kept if kept_in == "bench.json" else {}), "utf-8")
+        if kept_in == "bench.json":
+            (tmp_path / name / "bench.json").write_text(json.dumps(sections(protocol)), encoding="utf-8")
     with pytest.raises(UserError, match=f"not measured alike: {setting} (.+ )?is .+ and .+{option}") as refusal:
         compare(*paths)
     assert str(refusal.value).count(" is ") == 1
@@ -144,7 +155,7 @@ def test_scores_that_were_measured_otherwise_are_not_compared(
 def test_a_file_that_names_no_version_of_the_prompt_is_of_the_first(tmp_path: Path) -> None:
     new = write_lines(tmp_path / "new.jsonl", [result("r", 3.0, protocol=SETTINGS)])
     old = write_lines(tmp_path / "old.jsonl", [result("r", 4.0)])
-    with pytest.raises(UserError, match="judge prompt version is 2 and 1"):
+    with pytest.raises(UserError, match="judge prompt_version is 2 and 1"):
         compare(new, old)
 
 
@@ -157,13 +168,19 @@ def test_two_differences_are_both_named(tmp_path: Path) -> None:
 
 
 def test_settings_that_a_file_of_an_earlier_version_lacks_are_named(tmp_path: Path) -> None:
-    new = write_lines(tmp_path / "new.jsonl", [result("r", 3.0, protocol=SETTINGS | {"judge prompt version": 1})])
+    new = write_lines(tmp_path / "new.jsonl", [result("r", 3.0, protocol=SETTINGS | {"judge prompt_version": 1})])
     old = write_lines(tmp_path / "old.jsonl", [result("r", 4.0)])
     (note,) = compare(new, old, names=("Ann", "Bob")).notes
-    assert note.startswith("not recorded for Bob, so it may differ: judge sees the system message, judge runs,")
+    assert note.startswith("not recorded for Bob, so it may differ: judge sees_the_system_message, judge runs,")
     assert f"Note: {note}." in compare(new, old, names=("Ann", "Bob")).markdown()
     # Its bench.json, as it was before `protocol`, holds most of them.
-    judge = {"model": "j", "sees_the_system_message": False, "runs": 3, "retries": 3, "max_tokens": 1024}
+    judge = {
+        "model": "j",
+        "sees_the_system_message": False,
+        "runs": 3,
+        "retries": 3,
+        "max_tokens": 1024,
+    }
     record = {
         "judge": {**judge, "temperature": 1.0, "top_p": 0.9},
         "best_of": {"answers": 3, "picked_by": "first run"},
@@ -177,6 +194,33 @@ def test_settings_that_a_file_of_an_earlier_version_lacks_are_named(tmp_path: Pa
     (tmp_path / "bench.json").write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(UserError, match=r"judge extra min_p is null and 0\.1"):
         compare(new, old)
+    del record["judge"]["min_p"]
+    (tmp_path / "bench.json").write_text(json.dumps(record), encoding="utf-8")
+    newer = write_lines(tmp_path / "newer.jsonl", [result("r", 3.0, protocol=SETTINGS)])
+    with pytest.raises(UserError, match="judge prompt_version is 2 and 1"):
+        compare(newer, old)
+
+
+def test_a_parameter_that_is_not_sent_is_the_same_written_as_null_or_left_out(tmp_path: Path) -> None:
+    decoding = {name: value for name, value in SETTINGS["decoding"].items() if name != "repetition_penalty"}
+    paths = [
+        write_lines(tmp_path / f"{place}.jsonl", [result("r", 3.0, protocol=SETTINGS | {"decoding": one})])
+        for place, one in enumerate((decoding, decoding | {"repetition_penalty": None}))
+    ]
+    assert compare(*paths).notes == []
+
+
+def test_how_the_models_were_asked_may_differ_and_is_noted(tmp_path: Path) -> None:
+    paths = [
+        write_lines(tmp_path / f"{place}.jsonl", [result("r", 3.0, protocol=SETTINGS | asked)])
+        for place, asked in enumerate(
+            ({"system_message_given": True}, {"system_message_given": False, "dtype": "float32"})
+        )
+    ]
+    assert compare(*paths).notes == [
+        "system_message_given is true and false",
+        'dtype is "unknown" and "float32"',
+    ]
 
 
 def test_another_protocol_ends_the_command_before_anything_is_asked(
@@ -209,6 +253,12 @@ def test_another_protocol_ends_the_command_before_anything_is_asked(
         ):
             assert difference in refusal
         assert command(*asking) == 0
+    for name in ("m", "n"):  # the rows are written with the settings that bench.json has in its sections
+        (row,) = lines(tmp_path / name / "bench_rows.jsonl")
+        written = protocol_of(row)
+        assert written == protocol_of(json.loads((tmp_path / name / "bench.json").read_text("utf-8")))
+        assert written["judge temperature"] == 1.0
+        assert (row["protocol"]["system_message_given"], row["protocol"]["system_role"]) == (True, "native")
     assert "Rows that both have a score for: 1." in capsys.readouterr().out
 
 
@@ -247,7 +297,7 @@ def test_what_can_not_be_compared_leaves_the_runs_own_figures_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_lines(tmp_path / "rows.jsonl", [bench_row(number) for number in range(3)])
-    protocol = {"judge prompt version": PROMPT_VERSION}
+    protocol = {"judge prompt_version": PROMPT_VERSION}
     stranger = write_lines(tmp_path / "bench_rows.jsonl", [result("a", 1.0, protocol=protocol)])
     with served(judging(lambda row, rubric, time: "[RESULT] 3"), models=["judge"]) as server:
         asking = ["--model", "m", "--data", data, "--output-dir", tmp_path / "out", "--server", server.url]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from train.conditions import difference, differences, unknown
+from train.conditions import changes, differences, unknown
 from train.errors import UserError
 from train.evaluation.results import Measure, Results
 from train.progress import job
@@ -86,11 +86,7 @@ def compare(
     for kind in shared:
         one, other = first[kind], second[kind]
         notes += [f"{kind}: {sentence}" for sentence in unknown(one.conditions, other.conditions)]
-        notes += [
-            f"{kind}: {name} {difference(one.notes.get(name), other.notes.get(name))}"
-            for name in dict.fromkeys([*one.notes, *other.notes])
-            if one.notes.get(name) != other.notes.get(name)
-        ]
+        notes += [f"{kind}: {change}" for change in changes(one.notes, other.notes)]
         notes += [
             f"{kind}: {name}: only {side} has it"
             for side, has, lacks in (("A", one, other), ("B", other, one))

@@ -15,7 +15,7 @@ from typing import Any, overload
 from train.conditions import UNKNOWN
 from train.errors import UserError
 from train.local_paths import missing_part
-from train.multifaceted.protocol import protocol_of
+from train.multifaceted.protocol import noted_of, protocol_of
 from train.resampling import share_of, why_no_interval
 
 Record = dict[str, Any]
@@ -325,9 +325,7 @@ def _read_bench(kind: str, path: Path, record: Record) -> Results:
         }
     conditions = {"data": [Path(data).name for data in record["data"]], "rows": record["rows"]}
     conditions |= {"content of the rows": record.get("fingerprint", UNKNOWN)} | protocol_of(record)
-    return Results(
-        kind, path, record["model"], measures, conditions, {"system_message_given": record["system_message_given"]}
-    )
+    return Results(kind, path, record["model"], measures, conditions, noted_of(record))
 
 
 @dataclass(frozen=True)

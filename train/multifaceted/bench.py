@@ -350,7 +350,7 @@ def _best_of(judged: Sequence[JudgedRow], protocol: Protocol, seed: int) -> dict
 def row_record(judged: JudgedRow, protocol: Mapping[str, Any]) -> dict[str, Any]:
     """A line of bench_rows.jsonl: the row's score, and every answer with all that the judge said of it.
 
-    `protocol`: as in bench.json, so that the file can be compared wherever it is copied to.
+    `protocol`: the settings by which a file is compared, wherever it is copied to.
     """
     row, settings = judged.row, judged.protocol.judge
     return {

@@ -19,7 +19,8 @@ from train.multifaceted.protocol import (
     PAPERS_RUNS,
     ROWS_OF_THE_BENCH,
     Protocol,
-    settings_of,
+    decoding_record,
+    judge_record,
 )
 from train.progress import counted
 from train.report_parts import error_bars, load_pyplot, shortened
@@ -41,10 +42,13 @@ def make_record(
     decoding: Decoding | None,
     with_system: bool | None,
     data: Sequence[str],
+    respondent: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """What stands in bench.json. `decoding`, `with_system`: None where the responses come from a file."""
-    settings = protocol.judge
+    """What stands in bench.json. `decoding`, `with_system`: None where the responses come from a file.
+
+    `respondent`: the further values of `protocol.NOTED`.
+    """
     found = figures(judged, protocol, seed=seed)
     return {
         "model": model,
@@ -52,19 +56,12 @@ def make_record(
         "rows": len(bench.rows),
         "rows_of_the_data": bench.of,
         "fingerprint": fingerprint(bench.rows),
-        "protocol": settings_of(protocol, PROMPT_VERSION, decoding),
         "complete": not found["missing"]["judgements_missing"]["pending"],
         "deviations": deviations(bench, protocol, decoding, with_system),
-        "judge": {
-            "model": settings.model,
-            "prompt_version": PROMPT_VERSION,
-            "sees_the_system_message": settings.show_system,
-            "runs": settings.runs,
-            "retries": settings.retries,
-            **_sent(settings.decoding, PAPERS_DECODING),
-        },
-        "decoding": None if decoding is None else _sent(decoding, PAPERS_RESPONSES),
+        "judge": judge_record(protocol.judge, PROMPT_VERSION),
+        "decoding": None if decoding is None else decoding_record(decoding, PAPERS_RESPONSES),
         "system_message_given": with_system,
+        "respondent": None if with_system is None else dict(respondent or {}),
         **found,
     }
 
@@ -78,12 +75,6 @@ def fingerprint(rows: Sequence[BenchRow]) -> str:
     return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
 
 
-def _sent(decoding: Decoding, papers: Decoding) -> dict[str, Any]:
-    """What a request holds; of what the paper's has and this one hasn't, None."""
-    limit = decoding.max_tokens if decoding.limit_name else None
-    return {"max_tokens": limit} | dict.fromkeys(papers.parameters(0)) | decoding.parameters(0)
-
-
 def deviations(bench: Bench, protocol: Protocol, decoding: Decoding | None, with_system: bool | None) -> list[str]:
     """List the differences from the paper's protocol. The wording of the judge's prompt is always one."""
     settings = protocol.judge
@@ -92,14 +83,17 @@ def deviations(bench: Bench, protocol: Protocol, decoding: Decoding | None, with
         found.append("the judge was shown the system message")
     if settings.model != PAPERS_JUDGE:
         found.append(f"the judge is {settings.model}; the paper's is {PAPERS_JUDGE}, and scores of two judges differ")
-    if (judges := _sent(settings.decoding, PAPERS_DECODING)) != (papers := _sent(PAPERS_DECODING, PAPERS_DECODING)):
+    judges, papers = (decoding_record(one, PAPERS_DECODING) for one in (settings.decoding, PAPERS_DECODING))
+    if judges != papers:
         found.append(f"the judge answers with {_words(judges)}; in the paper {_words(papers)}")
     if settings.runs != PAPERS_RUNS:
         found.append(f"{counted(settings.runs, 'run')} of the judge, in the paper {PAPERS_RUNS}")
     if decoding is None:
         found.append("the responses come from a file: how they were drawn isn't known here")
-    elif (drawn := _sent(decoding, PAPERS_RESPONSES)) != (papers := _sent(PAPERS_RESPONSES, PAPERS_RESPONSES)):
-        found.append(f"responses are drawn with {_words(drawn)}; in the paper {_words(papers)}")
+    else:
+        drawn, papers = (decoding_record(one, PAPERS_RESPONSES) for one in (decoding, PAPERS_RESPONSES))
+        if drawn != papers:
+            found.append(f"responses are drawn with {_words(drawn)}; in the paper {_words(papers)}")
     if with_system is False:
         found.append("no system message was given to the model (--no-system)")
     if protocol.best_of > 1:
@@ -196,11 +190,10 @@ def _about_missing(missing: Mapping[str, Any]) -> str:
     )
     otherwise = missing["responses_ended_otherwise"]
     if missing["responses_cut"] or missing["responses_empty"] or otherwise:
-        text += (
-            f" Responses: {missing['responses_cut']:,} cut at the token limit, {missing['responses_empty']:,} empty, "
-            f"{missing['responses_only_reasoning']:,} of these as their reasoning had no end"
-        )
-        text += "".join(f"; {count:,} {name}" for name, count in otherwise.items()) + "."
+        text += f" Responses: {missing['responses_cut']:,} cut at the token limit, {missing['responses_empty']:,} empty"
+        if unended := missing["responses_only_reasoning"]:
+            text += f" ({unended:,} of these as their reasoning had no end)"
+        text += "".join(f", {count:,} {name}" for name, count in otherwise.items()) + ". They are scored as they are."
     return text
 
 

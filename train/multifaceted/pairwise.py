@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from train.conditions import unknown
+from train.conditions import changes, unknown
 from train.data.formats import RowFault
 from train.data.sources import read_rows
 from train.errors import UserError
-from train.multifaceted.protocol import GOOD, protocol_of, refuse_other_protocol
+from train.multifaceted.protocol import GOOD, noted_of, protocol_of, refuse_other_protocol
 from train.recipe import Source
 from train.resampling import SHARE, Bounds, Estimate, estimates, explain_missing
 
@@ -31,7 +31,7 @@ class Pairwise:
     """`shares`: of each of OUTCOMES; `counts` likewise. `difference`: of the scores, first less second.
 
     `only_first`, `only_second`: rows of one file alone. `without_score`: rows of both of which one has no score.
-    `notes`: the settings of the bench that a file doesn't record.
+    `notes`: settings that a file doesn't record, and those of the models that differ.
     """
 
     names: tuple[str, str]
@@ -114,7 +114,8 @@ def compare(
     differ.
     """
     rows_of_first, rows_of_second = read_results(first), read_results(second)
-    settings = [read_protocol(path, rows) for path, rows in ((first, rows_of_first), (second, rows_of_second))]
+    records = read_protocol(first, rows_of_first), read_protocol(second, rows_of_second)
+    settings, noted = [protocol_of(record) for record in records], [noted_of(record) for record in records]
     for one in settings:
         del one["judge model"]  # every row names its judge, in files of earlier versions as well
     sides = names or _names(first, second)
@@ -153,7 +154,7 @@ def compare(
         len(rows_of_first) - len(shared),
         len(rows_of_second) - len(shared),
         without_score,
-        unknown(settings[0], settings[1], sides),
+        [*unknown(settings[0], settings[1], sides), *changes(noted[0], noted[1])],
     )
 
 
@@ -194,11 +195,12 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_protocol(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the settings that rows were scored with: from the rows themselves, or from the bench.json beside them."""
+    """Return the record of the settings that rows were scored with: their own, or else the bench.json beside them."""
     line = next(iter(rows.values()), {})
     if "protocol" in line:
-        return protocol_of(line)
+        return {"protocol": line["protocol"]}
     try:
-        return protocol_of(json.loads(path.with_name("bench.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # only the rows were kept
-        return protocol_of({"protocol": {}})
+        record = json.loads(path.with_name("bench.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = None
+    return record if isinstance(record, dict) and isinstance(record.get("judge"), dict) else {"protocol": {}}

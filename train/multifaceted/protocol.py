@@ -62,8 +62,8 @@ class Protocol:
 
 OPTIONS = {
     "judge model": "--judge",
-    "judge sees the system message": "--show-system",
-    "judge prompt version": "",
+    "judge sees_the_system_message": "--show-system",
+    "judge prompt_version": "",
     "judge runs": "--runs",
     "judge retries": "--retries",
     "judge max_tokens": "--judge-max-tokens",
@@ -76,59 +76,66 @@ OPTIONS = {
 }
 """Settings that must agree before scores are compared, each with the option of the bench that sets it.
 
-`decoding` is that of the responses. A system message that was left out (--no-system) is the paper's ablation: compared,
-and noted.
-"""
+`decoding` is that of the responses."""
+
+NOTED = ("system_message_given", "system_role", "template", "engine", "dtype")
+"""Settings of the model that responds. They may differ, as in the paper's ablation without system messages, and the
+difference is named."""
 
 
-def settings_of(protocol: Protocol, prompt_version: int, responses: Decoding | None) -> dict[str, Any]:
-    """Return the value of each of OPTIONS, for bench.json and the lines of bench_rows.jsonl.
-
-    `responses`: how they were drawn; None where that is not known.
-    """
-    judge, decoding = protocol.judge, protocol.judge.decoding
-    extra = decoding.parameters(0)
+def judge_record(settings: JudgeSettings, prompt_version: int) -> dict[str, Any]:
+    """Return the section `judge` of bench.json."""
     return {
-        "judge model": judge.model,
-        "judge sees the system message": judge.show_system,
-        "judge prompt version": prompt_version,
-        "judge runs": judge.runs,
-        "judge retries": judge.retries,
-        "judge max_tokens": decoding.max_tokens,
-        "judge temperature": extra.pop("temperature", None),
-        "judge top_p": extra.pop("top_p", None),
-        "judge extra": extra,
-        "best of": protocol.best_of,
-        "picked by": protocol.pick_by if protocol.best_of > 1 else None,
-        "decoding": UNKNOWN if responses is None else decoding_record(responses),
+        "model": settings.model,
+        "prompt_version": prompt_version,
+        "sees_the_system_message": settings.show_system,
+        "runs": settings.runs,
+        "retries": settings.retries,
+        **decoding_record(settings.decoding, PAPERS_DECODING),
     }
 
 
-def decoding_record(decoding: Decoding) -> dict[str, Any]:
-    """Return how answers are drawn, for JSON: what is sent."""
-    limit = {"max_tokens": decoding.max_tokens} if decoding.limit_name else {}
-    return limit | decoding.parameters(0)
+def decoding_record(decoding: Decoding, papers: Decoding) -> dict[str, Any]:
+    """Return what a request holds of how answers are drawn, for JSON; None for what the paper's has and it has not."""
+    limit = decoding.max_tokens if decoding.limit_name else None
+    return {"max_tokens": limit} | dict.fromkeys(papers.parameters(0)) | decoding.parameters(0)
+
+
+def settings_of(protocol: Protocol, prompt_version: int, responses: Decoding | None) -> dict[str, Any]:
+    """Return the value of each of OPTIONS for a run. `responses`: how they are drawn; None where they are given."""
+    picks = protocol.best_of > 1
+    return protocol_of(
+        {
+            "judge": judge_record(protocol.judge, prompt_version),
+            "best_of": {"answers": protocol.best_of, "picked_by": protocol.pick_by if picks else None},
+            "decoding": decoding_record(responses, PAPERS_RESPONSES) if responses else None,
+        }
+    )
 
 
 def protocol_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the value of each of OPTIONS from a record of bench.json; UNKNOWN where it has none.
-
-    Before bench.json had them all under `protocol`, most stood in its sections; the judge's prompt was version 1.
-    """
+    """Return the value of each of OPTIONS from a record of bench.json, or from a line of bench_rows.jsonl."""
     known = record.get("protocol")
     if known is None:
-        judge = dict(record.get("judge", {}))
-        known = {"judge sees the system message": judge.pop("sees_the_system_message", UNKNOWN)}
-        names = ("model", "runs", "retries", "max_tokens", "temperature", "top_p")
-        known |= {f"judge {name}": judge.pop(name) for name in names if name in judge}
+        judge = {"prompt_version": 1, **record["judge"]}  # which was not recorded before version 2
+        if "max_tokens" in judge:
+            judge = {"temperature": None, "top_p": None, **judge}
+        keys = [name.removeprefix("judge ") for name in OPTIONS if name.startswith("judge ")]
+        known = {f"judge {key}": judge.pop(key) for key in keys if key in judge}
         if "judge max_tokens" in known:
             known["judge extra"] = judge
         best = record.get("best_of", {"answers": 1, "picked_by": None})
         known |= {"best of": best["answers"], "picked by": best["picked_by"]}
         drawn = record.get("decoding") or {}
         known["decoding"] = {name: value for name, value in drawn.items() if value is not None} or UNKNOWN
-    known = {"judge prompt version": 1} | known
+    known = {"judge prompt_version": 1} | known
     return {name: known.get(name, UNKNOWN) for name in OPTIONS}
+
+
+def noted_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the value of each of NOTED from a record of bench.json, or from a line of bench_rows.jsonl."""
+    known = {**record, **(record.get("respondent") or {}), **record.get("protocol", {})}
+    return {name: UNKNOWN if known.get("system_message_given") is None else known.get(name, UNKNOWN) for name in NOTED}
 
 
 def refuse_other_protocol(first: str, one: Mapping[str, Any], second: str, other: Mapping[str, Any]) -> None:

@@ -16,6 +16,8 @@ ENDINGS: list[tuple[Ending, str]] = [
     ("refused", "refusal guardrail_intervened content_filter:PROHIBITED_CONTENT sensitive ERROR_TOXIC Content_Filter"),
     ("tool", "tool_calls function_call tool_use MALFORMED_FUNCTION_CALL toolUse"),
     ("fault", "abort error ERROR cancelled canceled load timeout insufficient_system_resource network_error"),
+    ("cut", "stop:max_tokens Stop:length"),
+    ("unknown", "stop:foo foo.bar"),
     ("fault", "abort:engine-died not_finished unload MALFORMED_RESPONSE"),
     ("unknown", "foo OTHER FINISH_REASON_UNSPECIFIED pause_turn stopped_by_foo 7 unlength"),
 ]
@@ -155,14 +157,9 @@ def test_an_answer_that_is_all_in_a_field_of_reasoning(field: str) -> None:
         ({"content": "Half"}, "MAX_TOKENS", "cut at the token limit"),
         ({"content": "Half", "refusal": "No."}, "length", "refused"),
         ({"content": "All?"}, "foo", "ended for an unknown reason (foo)"),
-        ({"content": "All."}, None, ""),  # with a token count, by which the client knows that nothing cut it
+        ({"content": "All?"}, None, "without a finish_reason"),
         ({"content": " \n"}, "stop", "empty"),
     ],
 )
 def test_the_reason_that_an_answer_is_not_complete(message: Any, finish_reason: Any, unfinished: str) -> None:
     assert reply(message, finish_reason).unfinished == unfinished
-
-
-def test_without_a_reason_and_a_token_count_nothing_tells_that_it_is_complete() -> None:
-    answer = answer_in({"choices": [{"message": {"content": "All?"}}]}, 0.1)
-    assert (answer.ending, answer.unfinished) == ("unstated", "without a finish_reason")

@@ -144,12 +144,19 @@ def test_a_server_that_gives_reasons_has_broken_off_what_has_none(tmp_path: Path
     assert run(script, work, tmp_path) == ("re: hi", 4)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "unfinished"), [(49, ""), (50, "cut at the token limit"), (None, "without a finish_reason")]
-)
-def test_a_server_that_never_gives_a_reason(tmp_path: Path, tokens: int | None, unfinished: str) -> None:
+NO_REASON = {
+    "fewer tokens than the limit": (FRAGMENT * 9, 49, ""),
+    "as many as the limit": (FRAGMENT, 50, "cut at the token limit"),
+    "fewer bytes than the limit": (FRAGMENT, None, ""),
+    "counted as none": (FRAGMENT, 0, ""),
+    "as many bytes": ("漢" * 17, None, "without a finish_reason"),
+}
+
+
+@pytest.mark.parametrize(("text", "tokens", "unfinished"), NO_REASON.values(), ids=NO_REASON)
+def test_a_server_that_never_gives_a_reason(tmp_path: Path, text: str, tokens: int | None, unfinished: str) -> None:
     async def script(asked: Asked) -> Reply:
-        reply = broken_off(None)
+        reply = said(text, None)  # type: ignore[arg-type]
         reply.body["usage"]["completion_tokens"] = tokens
         return reply
 

@@ -407,9 +407,7 @@ def test_reasoning_of_the_model_is_no_part_of_its_answer(tmp_path: Path, capsys:
     assert f"warning: control tokens taken off the end: {judgements} answers (judge {judgements}); " in shown
 
 
-def test_responses_that_are_not_complete_are_scored_and_counted_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_responses_that_are_not_complete_are_scored_and_counted_by_name(tmp_path: Path) -> None:
     data = write_lines(tmp_path / "rows.jsonl", ROWS[:4])
     reasons = ("MAX_TOKENS", "SAFETY", "foo", "stop")
 
@@ -419,7 +417,7 @@ def test_responses_that_are_not_complete_are_scored_and_counted_by_name(
         number = int(asked.prompt.partition("Question ")[2][0])
         return said("" if reasons[number] == "stop" else "Half of", reasons[number])
 
-    with served(script, models=["judge", "the-model"]) as server:
+    with served(script) as server:
         assert command(*options(server, data, tmp_path / "out"), "--server", server.url) == 0
     missing = record(tmp_path / "out")["missing"]
     assert (missing["responses_cut"], missing["responses_empty"]) == (1, 1)

@@ -112,4 +112,4 @@ def test_a_server_that_gives_no_finish_reason_is_of_use(tmp_path: Path) -> None:
     done, _ = run_with(script, tmp_path, [question()])
     assert only_row(tmp_path)["messages"][2]["content"] == "a fine new answer"
     for stage in ("generate", "verify", "answer"):
-        assert done.tally.events[f"{stage}: answer without a finish_reason"] == 1
+        assert done.tally.events[f"{stage}: answer without a finish_reason, below the token limit"] == 1

@@ -67,6 +67,7 @@ def main(
         print(
             f"{counts.answered:,} answers ({counts.from_journal:,} from the journal), "
             f"{counts.tries_failed:,} tries repeated"
+            + (f", {counts.reasoned:,} with reasoning in a field of its own" if counts.reasoned else "")
         )
         print(f"read {done.report}")
         for warning in (*advice_on(done.tally.events), *done.tally.warnings()):

@@ -18,6 +18,9 @@ from typing import Literal
 
 Ending = Literal["complete", "cut", "refused", "tool", "fault", "unknown", "unstated"]
 
+BELOW_LIMIT = "missing, below the token limit"
+"""Our own name for the end of an answer without a reason that is shorter than the token limit: nothing has cut it."""
+
 REASONS: dict[Ending, str] = {
     # OpenAI, vLLM, SGLang: stop. TGI, Together: eos, eos_token. llama.cpp before 2024: eos, word. Anthropic, Bedrock:
     # end_turn, stop_sequence. Cohere: COMPLETE. Titan: FINISH. ERNIE: normal.
@@ -56,6 +59,7 @@ def _plain(reason: str) -> str:
 
 
 _ENDINGS: dict[str, Ending] = {_plain(name): ending for ending, names in REASONS.items() for name in names.split()}
+_ENDINGS[_plain(BELOW_LIMIT)] = "complete"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -65,12 +69,13 @@ def ending_of(finish_reason: str) -> Ending:
         return "unstated"
     if ending := _ENDINGS.get(plain):
         return ending
-    # `content_filter: PROHIBITED_CONTENT`, `FinishReason.STOP`, `FINISH_REASON_MAX_TOKENS`, `stop (eos)`
-    head, tail = finish_reason.partition(":")[0], finish_reason.rpartition(".")[2]
-    for part in (head, tail, finish_reason.partition("(")[0], plain.removeprefix("finishreason")):
-        if ending := _ENDINGS.get(_plain(part)):
+    # `content_filter: PROHIBITED_CONTENT`, `stop: max_tokens`: of a reason and its detail the bad news counts.
+    for part in finish_reason.split(":"):
+        if (ending := _ENDINGS.get(_plain(part))) not in (None, "complete"):
             return ending
-    return "unknown"
+    # `FinishReason.STOP`, `FINISH_REASON_MAX_TOKENS`
+    last = finish_reason.rpartition(".")[2]
+    return _ENDINGS.get(_plain(last)) or _ENDINGS.get(plain.removeprefix("finishreason")) or "unknown"
 
 
 def unfinished(finish_reason: str) -> str:

@@ -129,13 +129,8 @@ class Answer:
 
     @property
     def ending(self) -> Ending:
-        """The class of its finish reason.
-
-        An answer without a reason is complete if the server counts tokens: the client has seen that they are fewer
-        than the limit (see `ServerLane`).
-        """
-        ending = ending_of(self.finish_reason)
-        return "complete" if ending == "unstated" and self.completion_tokens else ending
+        """The class of its finish reason."""
+        return ending_of(self.finish_reason)
 
     @property
     def detail(self) -> str:

@@ -23,7 +23,7 @@ from train.llm.connection_faults import (
 )
 from train.llm.connections import Connections
 from train.llm.failures import DENIED, LONGEST_WAIT, ErrorBody, Trouble, error_in, error_of, trouble_of
-from train.llm.finish_reasons import ending_of
+from train.llm.finish_reasons import BELOW_LIMIT, ending_of
 from train.llm.journal import Answer, Request
 from train.llm.places import Lane, Pauses
 from train.llm.redaction import Redactor
@@ -213,14 +213,16 @@ class ServerLane(Lane):
         """Judge an answer without a finish_reason.
 
         A server that gives reasons and leaves one out has broken that answer off. Of one that never gives any, the
-        token count tells whether the limit cut the answer.
+        length tells whether the limit may have cut the answer: in tokens, or in bytes, as no token is shorter.
         """
         if ending_of(answer.finish_reason) != "unstated":
             self._gives_finish_reasons = True
         elif self._gives_finish_reasons:
             what = "the answer has no finish_reason, and those before it had one: it was broken off"
             return Trouble("broken", what, status=200)
-        elif answer.completion_tokens is not None and answer.completion_tokens >= max_tokens:
+        elif (answer.completion_tokens or len(answer.text.encode())) < max_tokens:
+            return replace(answer, finish_reason=BELOW_LIMIT)
+        elif answer.completion_tokens:
             return replace(answer, finish_reason="length")
         return answer
 

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from train.llm.client import Client, EmptyAnswerError
-from train.llm.finish_reasons import ending_of, unfinished
+from train.llm.finish_reasons import BELOW_LIMIT, unfinished
 from train.llm.journal import Answer, Request
 from train.llm.reasoning import events_of, read_answer
 
@@ -47,7 +47,9 @@ async def ask(client: Client, request: Request, spent: dict[str, Spent], events:
     except EmptyAnswerError as failure:
         answer = failure.answer
     spent.setdefault(stage, Spent()).add(answer)
-    if ending_of(answer.finish_reason) in ("unknown", "unstated"):
+    if answer.finish_reason == BELOW_LIMIT:
+        events[f"{stage}: answer without a finish_reason, below the token limit"] += 1
+    elif answer.ending in ("unknown", "unstated"):
         events[f"{stage}: answer {unfinished(answer.finish_reason)}"] += 1
     answer, said = read_answer(answer)
     for event in events_of(said):

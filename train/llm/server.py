@@ -168,7 +168,7 @@ class ServerLane(Lane):
 
         500 is how llama.cpp and transformers serve report what a chat template refuses, and some gateways a 400.
         """
-        if trouble.status not in (200, 400, 422, 500) or trouble.too_long or trouble.advice:
+        if trouble.status not in (200, 400, 422, 500) or trouble.about_content or trouble.advice:
             return trouble
         whole = _json(response)
         if response.status_code == 200 and (not isinstance(whole, dict) or whole.get("choices")):
@@ -240,7 +240,7 @@ class ServerLane(Lane):
         said = f"{status} {response.reason_phrase}"
         if response.status_code == 200:
             said = "an error in the body of a 200" if status == 200 else f"{status} in the body of a 200"
-        what = self.clean(f"{said}: {error.words}").removesuffix(":")
+        what = self.clean(f"{said}: {error.words.removeprefix(said)}").removesuffix(":")
         if self.address.proxy and response.status_code in (403, 502, 503, 504):  # it may be the proxy that says so
             what = f"{what.rstrip('.')} (through {self.address.proxy})"
         return trouble_of(status, what, error, response.headers, longest_wait=self.longest_wait)

@@ -317,6 +317,7 @@ def test_vllm_is_started_with_the_template_asked_and_ended(
     program.write_text(VLLM.format(python=sys.executable, tests=str(ROOT / "tests"), log=str(log)), encoding="utf-8")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # of no use for what runs on this machine
     checkpoint = Checkpoint(str(tiny_chat_model), engine="vllm", system_role="merge_into_user")
     [[answer]] = respond(checkpoint, CONVERSATIONS[:1], GREEDY, tmp_path / "a.sqlite")
     process, *command = json.loads(log.read_text(encoding="utf-8"))

@@ -92,7 +92,10 @@ def test_an_address_is_shown_with_its_query_and_without_its_secrets(base_url: st
     assert "hush" in address.secrets
 
 
-@pytest.mark.parametrize("base_url", ["http://me:hush@h:port/v1", "me:hush@h/v1", "http://me:hush@h /v1?key=hush"])
+@pytest.mark.parametrize(
+    "base_url",
+    ["http://me:hush@h:port/v1", "me:hush@h/v1", "http://me:hush@h /v1?key=hush", "http://me:hush/h@ush@h/v1"],
+)
 def test_no_password_is_in_an_error_about_an_address(base_url: str) -> None:
     with pytest.raises(UserError, match="is no address") as failure:
         parse_address(base_url)

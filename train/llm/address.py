@@ -129,7 +129,10 @@ def _shown_query(query: str) -> str:
 
 def _shown(text: str) -> str:
     """Return what may be shown of text that is no URL."""
-    text = re.sub(r"[^/]*@", "***@", text)
+    before, at, behind = text.rpartition("@")
+    if at:
+        scheme, colon, _ = before.rpartition("://")
+        text = f"{scheme}{colon}***@{behind}"
     return re.sub(r"\?.*", "?...", text, flags=re.DOTALL)
 
 

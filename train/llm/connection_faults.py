@@ -27,7 +27,7 @@ def connection_trouble(error: BaseException, address: Address, *, has_answered: 
     causes = list(_causes(error))
     for cause in causes:
         if isinstance(cause, ssl.SSLCertVerificationError):
-            return _certificate_trouble(cause, address)
+            return _certificate_trouble(cause)
         if isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLWantReadError):
             break  # closed or silent in the middle of a handshake, as a server that restarts
         if isinstance(cause, ssl.SSLError):
@@ -66,7 +66,7 @@ def _reason(error: BaseException, causes: list[BaseException], address: Address)
     return f"{last.strerror if last else str(error) or type(error).__name__}{where and f', through {address.proxy}'}"
 
 
-def _certificate_trouble(error: ssl.SSLCertVerificationError, address: Address) -> Trouble:
+def _certificate_trouble(error: ssl.SSLCertVerificationError) -> Trouble:
     what = f"a certificate that can't be trusted: {error.verify_message.rstrip('.')}"
     if error.verify_code in _NOT_VALID_NOW:
         advice = "Renew the certificate on the server, and see that the clocks of both machines are right."

@@ -15,7 +15,16 @@ from train.llm.address import parse_address, shown_location
 from train.llm.advice import explain, is_unreachable
 from train.llm.connection_faults import connection_trouble, proxy_refusal, speaks_tls, tls_wanted
 from train.llm.connections import Connections
-from train.llm.failures import DENIED, LONGEST_WAIT, ErrorBody, Trouble, error_in, error_of, trouble_of
+from train.llm.failures import (
+    DENIED,
+    LONGEST_WAIT,
+    ErrorBody,
+    Trouble,
+    error_in,
+    error_of,
+    is_about_shared_context,
+    trouble_of,
+)
 from train.llm.finish_reasons import ending_of
 from train.llm.journal import Answer, Request
 from train.llm.places import Lane, Pauses
@@ -84,6 +93,8 @@ class ServerLane(Lane):
         self._form = RequestForm(stream=server.stream)
         self._name_setting = name_setting
         self._in_flight: set[asyncio.Timeout] = set()
+        self._shared_at = 0.0
+        """When a request was last sent while others were in flight."""
         self._connections = Connections(self.address)
         self._asked_for_tls = False
         self.api = openai.AsyncOpenAI(
@@ -136,12 +147,14 @@ class ServerLane(Lane):
         try:
             async with interruption:
                 self._in_flight.add(interruption)
+                if len(self._in_flight) > 1:
+                    self._shared_at = started
                 # The bare response: the package would build a model of it unchecked, and garbage looks like an answer.
                 response = await self.api.post(self._chat_url, cast_to=httpx2.Response, body=body)
         except TimeoutError:
             return Trouble("fault", f"nothing heard for {duration(self.patience / 2)}")
         except openai.APIStatusError as error:
-            return self._refusal(await self.error_response(error), error.response, body, request.stage)
+            return self._refusal(await self.error_response(error), error.response, body, request.stage, started)
         except openai.APIConnectionError as error:
             return await self.connection_failed(error)
         except UnicodeEncodeError:
@@ -149,13 +162,19 @@ class ServerLane(Lane):
         finally:
             self._in_flight.discard(interruption)
         outcome = await self._read(response, time.monotonic() - started, request.decoding.max_tokens)
-        return outcome if isinstance(outcome, Answer) else self._refusal(outcome, response, body, request.stage)
+        return (
+            outcome if isinstance(outcome, Answer) else self._refusal(outcome, response, body, request.stage, started)
+        )
 
-    def _refusal(self, trouble: Trouble, response: httpx2.Response, body: dict[str, Any], stage: str) -> Trouble:
+    def _refusal(
+        self, trouble: Trouble, response: httpx2.Response, body: dict[str, Any], stage: str, started: float
+    ) -> Trouble:
         """Return the trouble with advice, or "again" where the error asks for another form of request.
 
         500 is how llama.cpp and transformers serve report what a chat template refuses, and some gateways a 400.
         """
+        if trouble.too_long and self._shared_at >= started and is_about_shared_context(trouble.what):
+            return replace(trouble, kind="too much", too_long=False)
         if trouble.status not in (200, 400, 422, 500) or trouble.too_long or trouble.advice:
             return trouble
         whole = _json(response)

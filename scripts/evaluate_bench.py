@@ -298,10 +298,17 @@ async def _contact_judge(options: argparse.Namespace) -> None:
     """Ask the judge's servers for a sign of life: the model's answers take hours, and would be for nothing."""
     from train.evaluation.respondent import server_options
     from train.llm.first_contact import check_servers
+    from train.llm.refusals import option_setting
 
     if options.judge_server:
         with naming(server_options("judge-")):
-            await check_servers(_judge_servers(options), options.judge, wait=options.wait_for_server)
+            await check_servers(
+                _judge_servers(options),
+                options.judge,
+                wait=options.wait_for_server,
+                decoding=_protocol(options).judge.decoding,
+                name_setting=option_setting(_JUDGES_OWN, "judge-"),
+            )
 
 
 def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]":

@@ -141,6 +141,7 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
                 f"answer. Of the first: {answers[0].why} {answers[0].advice}".rstrip()
             )
     verdicts = {turn: [one.verdict for one in answers] for turn, answers in found.items()}
+    decoding = decoding_of(options)
     record: dict[str, Any] = {
         "kind": "ifeval",
         "model": options.model,
@@ -155,7 +156,11 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
             "same_in_both_turns": same_when_merged(options, asked),
             "drawn_at_random": [key for key in (rows[number].key for number in scored) if key in at_random],
         },
-        "decoding": {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature, **options.extra},
+        "decoding": {
+            "max_new_tokens": decoding.max_tokens if decoding.limit_name else None,
+            "temperature": decoding.temperature,
+            **decoding.extra,
+        },
         "respondent": {name: getattr(options, name) for name in ("template", "system_role", "engine", "dtype")},
         "checkers": checkers.record(),
         "seed": options.seed,
@@ -219,19 +224,13 @@ def ask(
     """Answers and verdicts for each turn. What the journal holds is not asked again."""
     from train.evaluation.responses import respond
 
-    decoding = Decoding.of_settings(
-        max_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        seed=None if options.temperature == 0 else options.seed,
-        extra=options.extra,
-    )
     conversations = [list(row.messages) for rows in asked.values() for row in rows]
     respondent = respondent_of(options)
     answers = iter(
         respond(
             respondent,
             conversations,
-            decoding,
+            decoding_of(options),
             journal,
             stage="ifeval",
             description="answers",
@@ -240,6 +239,16 @@ def ask(
         )
     )
     return {turn: [_answered(next(answers)[0], row, checkers) for row in rows] for turn, rows in asked.items()}
+
+
+def decoding_of(options: argparse.Namespace) -> Decoding:
+    """Return how answers are drawn."""
+    return Decoding.of_settings(
+        max_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed if options.temperature else None,
+        extra=options.extra,
+    )
 
 
 def _answered(answer: Any, row: Row, checkers: Checkers) -> Answered:
@@ -329,14 +338,15 @@ def section(
 ) -> str:
     """The section of report.md: how it was measured, what got no answer, the four measures, the rules."""
     data, decoding, checkers = record["data"], record["decoding"], record["checkers"]
-    temperature = decoding["temperature"]
+    limit, temperature = decoding["max_new_tokens"], decoding["temperature"]
+    length = "without a token limit" if limit is None else f"of at most {limit:,} tokens"
     drawn = "the model's own temperature" if temperature is None else f"temperature {temperature:g}"
     asked = f"{counted(data['prompts'], 'prompt')} with {counted(data['constraints'], 'constraint')}"
     lines = [HEADING, "", f"{asked} of {data['file']}"]
     if data["left_out"]:
         lines[-1] += f"; left out, as officially: prompts with {' or '.join(data['left_out'])}"
     lines[-1] += (
-        f". Answers of at most {decoding['max_new_tokens']:,} tokens at {drawn}"
+        f". Answers {length} at {drawn}"
         f", checked by lm-eval {checkers['lm_eval']} ({checkers['sentences']}; langdetect's seed is 0)."
     )
     if data["drawn_at_random"]:

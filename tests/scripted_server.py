@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -65,10 +66,13 @@ class ScriptedServer:
     """`answered`: how often each prompt was answered with 200, to the last byte.
 
     `models`: the names that it lists; a look at them is not in `asked`. None: the script is asked for the list.
+    `encryption`: it speaks TLS.
     """
 
-    def __init__(self, script: Script, models: Sequence[str] | None = None) -> None:
-        self.script, self.models = script, models
+    def __init__(
+        self, script: Script, models: Sequence[str] | None = None, encryption: ssl.SSLContext | None = None
+    ) -> None:
+        self.script, self.models, self.encryption = script, models, encryption
         self.asked: list[Asked] = []
         self.answered: Counter[str] = Counter()
         self.in_flight = self.most_in_flight = 0
@@ -79,11 +83,11 @@ class ScriptedServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}/v1"
+        return f"http{'s' if self.encryption else ''}://127.0.0.1:{self._port}/v1"
 
     async def __aenter__(self) -> Self:
         # The same port after a stop, so that a server can come back.
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self._port)
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self._port, ssl=self.encryption)
         self._port = self._server.sockets[0].getsockname()[1]
         return self
 

@@ -15,7 +15,7 @@ def differences(first: Conditions, second: Conditions) -> list[str]:
     return [
         f"{name} {difference(first[name], second[name])}"
         for name in first
-        if name in second and UNKNOWN not in (first[name], second[name]) and first[name] != second[name]
+        if name in second and UNKNOWN not in (first[name], second[name]) and not _same(first[name], second[name])
     ]
 
 
@@ -25,7 +25,7 @@ def changes(first: Conditions, second: Conditions) -> list[str]:
     return [
         f"{name} {difference(first.get(name), second.get(name))}"
         for name in names
-        if first.get(name) != second.get(name)
+        if not _same(first.get(name), second.get(name))
     ]
 
 
@@ -37,6 +37,13 @@ def unknown(first: Conditions, second: Conditions, names: tuple[str, str] = ("A"
         if sides:
             found.setdefault(" and ".join(sides), []).append(name)
     return [f"not recorded for {sides}, so it may differ: {', '.join(of)}" for sides, of in found.items()]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Return whether two values are equal; in a mapping, a value that is missing is None."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return all(one.get(key) == other.get(key) for key in [*one, *other])
+    return bool(one == other)
 
 
 def difference(one: Any, other: Any) -> str:

@@ -505,12 +505,12 @@ def test_what_gain_and_bench_write_is_read(
     assert f"| bench: score | {'{:.3f}'.format(found['bench', 'score']['a']['value'])}" in shown
     # A judge asked in other words grades otherwise; a file that names no version is of the first.
     record = json.loads((folders[1] / "bench.json").read_text(encoding="utf-8"))
-    of_another = record["protocol"] | {"judge prompt version": 3}
-    of_none = {name: value for name, value in record["protocol"].items() if name != "judge prompt version"}
-    for protocol, version in ((of_another, 3), (of_none, 1)):
-        (folders[1] / "bench.json").write_text(json.dumps(record | {"protocol": protocol}), encoding="utf-8")
+    of_another = record["judge"] | {"prompt_version": 3}
+    of_none = {name: value for name, value in record["judge"].items() if name != "prompt_version"}
+    for judge, version in ((of_another, 3), (of_none, 1)):
+        (folders[1] / "bench.json").write_text(json.dumps(record | {"judge": judge}), encoding="utf-8")
         shown = says_no("compare", *folders, "--only", "bench")
-        assert f"bench: judge prompt version is 2 and {version}" in shown
+        assert f"bench: judge prompt_version is 2 and {version}" in shown
 
 
 def test_gain_on_other_rows_or_in_another_dtype_is_told_apart(

@@ -275,6 +275,37 @@ def test_a_turn_that_gets_no_answer_at_all_has_no_figures(
     assert note in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
 
+async def reasons_first(asked: Asked) -> Reply:
+    """As OpenAI's reasoning models have it."""
+    if asked.body.get("temperature", 1) != 1:
+        message = "Unsupported value: 'temperature' does not support 0.0 with this model."
+        return error(400, message, param="temperature", code="unsupported_value")
+    if "max_tokens" in asked.body:
+        return error(400, "Unsupported parameter: 'max_tokens'", param="max_tokens", code="unsupported_parameter")
+    return said("A river")
+
+
+def test_any_parameter_can_be_left_out_or_renamed(
+    command: Callable[..., int], says_no: Callable[..., str], tmp_path: Path
+) -> None:
+    data, out = write_rows(tmp_path / "u.jsonl", False, count=1), tmp_path / "out"
+    with served(reasons_first) as server:
+        arguments = ("ifeval", "--model", "m", "--server", server.url, "--data", data, "--output-dir", out)
+        assert "Leave it out: --temperature null." in says_no(*arguments)
+        assert "write --temperature" in says_no(*arguments, "--extra", '{"temperature": 1}')
+        asked = len(server.asked)
+        extra = {"max_tokens": None, "max_completion_tokens": 900, "reasoning_effort": "low"}
+        assert command(*arguments, "--temperature", "null", "--extra", json.dumps(extra)) == 0
+        (one,) = server.asked[asked:]
+    sent = {name: value for name, value in one.body.items() if name not in ("model", "messages")}
+    assert sent == {"max_completion_tokens": 900, "reasoning_effort": "low"}
+    decoding = json.loads((out / "ifeval.json").read_text(encoding="utf-8"))["decoding"]
+    assert decoding == {"max_new_tokens": 900, "temperature": None, "reasoning_effort": "low"}
+    assert "Answers of at most 900 tokens at the model's own temperature" in (out / "report.md").read_text(
+        encoding="utf-8"
+    )
+
+
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, "scripts")

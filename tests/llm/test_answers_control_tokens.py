@@ -25,6 +25,8 @@ from train.llm.reasoning import advice_on, events_of, read_answer, without_reaso
         ("</s>", 1),
         (" [/INST]", 1),
         ("<seed:eos>", 1),
+        ("<|im_end", 1),
+        ("<unused106><unused106>", 2),
     ],
 )
 def test_control_tokens_at_the_end_are_taken_off(end: str, tokens: int) -> None:
@@ -48,6 +50,9 @@ def test_control_tokens_at_the_end_are_taken_off(end: str, tokens: int) -> None:
         "\n<|im_start|>user\nAnd Geneva?",
         "assistant\n\nBern it is.",
         "[|user|]And Geneva?",
+        "</s>USER: And Geneva?",
+        " [INST] And Geneva? [/INST]",
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>And Geneva?",
     ],
 )
 def test_an_answer_ends_where_another_turn_begins(rest: str) -> None:
@@ -65,6 +70,9 @@ def test_an_answer_ends_where_another_turn_begins(rest: str) -> None:
         "ChatML ends a turn with <|im_end|> and begins one with <|im_start|>.",
         "The token `<|im_end|>` ends a turn.",
         "```\n<|im_start|>user\nHi<|im_end|>\n```",
+        "Mistral wraps a question in [INST] and [/INST], and Zephyr writes <|user|> before it.",
+        "It begins with <|im_start|>user and ends with <|im_end|>",
+        "Sequences are <cls> ... <eos>, with the tokens that are registered.",
         "It was <s>wrong</s>",
         "HTML strikes text out with <s>",
         "A sentence ends with </s>",

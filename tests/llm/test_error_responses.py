@@ -138,7 +138,7 @@ TOO_LONG = {
 @pytest.mark.parametrize(("status", "words"), TOO_LONG.values(), ids=TOO_LONG)
 def test_a_request_that_is_too_long_is_its_rows_failure(status: int, words: str) -> None:
     found = meaning(status, {"error": {"message": words}})
-    assert (found.kind, found.too_long) == ("row", True)
+    assert (found.kind, found.about_content) == ("row", True)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,20 @@ def test_a_request_that_is_too_long_is_its_rows_failure(status: int, words: str)
 )
 def test_other_faults_of_a_request_are_not_about_its_length(words: str) -> None:
     found = meaning(400, {"error": {"message": words}})
-    assert (found.kind, found.too_long) == ("row", False)
+    assert (found.kind, found.about_content) == ("row", False)
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (403, {"message": "requires moderation. Your input was flagged"}),
+        (400, {"message": "The response was filtered", "code": "content_filter"}),
+        (400, {"message": "Input data may contain inappropriate content.", "code": "data_inspection_failed"}),
+    ],
+)
+def test_a_request_that_a_filter_refuses_is_its_rows_failure(status: int, error: dict[str, str]) -> None:
+    found = meaning(status, {"error": error})
+    assert (found.kind, found.about_content) == ("row", True)
 
 
 @pytest.mark.parametrize(
@@ -341,7 +354,7 @@ def test_any_number_of_requests_that_are_too_long_come_before_the_first_answer(t
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         found = await ask_each(client, [f"long {number}" for number in range(5 * FAILURES_OF_A_STAGE)])
         assert {type(one) for one in found} == {NoAnswerError}
-        assert client.troubles() == ["stage stage: no answer so far, 100 requests were too long"]
+        assert client.troubles() == ["stage stage: no answer so far, 100 refused as too long or by a filter"]
         assert (await client.ask(about("short"))).text == "re: short"
         assert client.troubles() == []
 

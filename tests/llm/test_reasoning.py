@@ -49,66 +49,91 @@ def test_what_was_said_and_what_was_thought(text: str, said: str, reasoning: str
     assert (found.text, found.reasoning, found.unfinished) == (said, reasoning, False)
 
 
-OF_FORMS = {
-    "DeepSeek, Qwen, GLM and most others": ("<longcat_think>Hm.</longcat_think>Bern.", "<thinking>Hm"),
-    "tags that were escaped for HTML": ("&lt;think&gt;Hm.&lt;/think&gt;Bern.", "&lt;think&gt;Hm"),
-    "an empty tag": ("<think/>Bern.", None),
-    "Magistral, Ministral": ("[THINK]Hm.[/THINK]Bern.", "[THINK]Hm"),
-    "Kimi-VL": ("◁think▷Hm.◁/think▷Bern.", "◁think▷Hm"),
-    "Command A": (
+OF_FORMS: list[tuple[str, str | None, str | None]] = [
+    ("DeepSeek, Qwen, GLM and most others", "<longcat_think>Hm.</longcat_think>Bern.", "<thinking>Hm"),
+    ("tags that were escaped for HTML", "&lt;think&gt;Hm.&lt;/think&gt;Bern.", "&lt;think&gt;Hm"),
+    ("an empty tag", "<think/>Bern.", None),
+    ("Magistral, Ministral", "[THINK]Hm.[/THINK]Bern.", "[THINK]Hm"),
+    ("Kimi-VL", "◁think▷Hm.◁/think▷Bern.", "◁think▷Hm"),
+    (
+        "Command A, OpenThinker, Sky-T1, MiniCPM, Solar Open 2",
         "<|START_THINKING|>Hm.<|END_THINKING|><|START_RESPONSE|>Bern.<|END_RESPONSE|>",
         "<|START_THINKING|>Hm",
     ),
-    "OpenThinker, Sky-T1": (
+    (
+        "Command A, OpenThinker, Sky-T1, MiniCPM, Solar Open 2",
         "<|begin_of_thought|>Hm.<|end_of_thought|>\n\n<|begin_of_solution|>Bern.<|end_of_solution|>",
         "<|begin_of_thought|>Hm",
     ),
-    "MiniCPM": ("<|thought_start|>\nHm.\n<|thought_end|>\nBern.", "<|thought_start|>Hm"),
-    "Apertus": ("<|inner_prefix|>Hm.<|inner_suffix|>Bern.<|assistant_end|>", "<|inner_prefix|>Hm"),
-    "Solar Open 2": ("<|think:start|>Hm.<|think:end|>Bern.", "<|think:start|>Hm"),
-    "Solar Open": ("<|think|>Hm.<|end|><|begin|>assistant<|content|>Bern.<|end|>", "<|think|>Hm.<|end|>"),
-    "Kimi K3": (
+    (
+        "Command A, OpenThinker, Sky-T1, MiniCPM, Solar Open 2",
+        "<|thought_start|>\nHm.\n<|thought_end|>\nBern.",
+        "<|thought_start|>Hm",
+    ),
+    ("Apertus", "<|inner_prefix|>Hm.<|inner_suffix|>Bern.<|assistant_end|>", "<|inner_prefix|>Hm"),
+    (
+        "Command A, OpenThinker, Sky-T1, MiniCPM, Solar Open 2",
+        "<|think:start|>Hm.<|think:end|>Bern.",
+        "<|think:start|>Hm",
+    ),
+    ("Solar Open", "<|think|>Hm.<|end|><|begin|>assistant<|content|>Bern.<|end|>", "<|think|>Hm.<|end|>"),
+    (
+        "Kimi K3",
         "<|open|>think<|sep|>Hm.<|close|>think<|sep|><|open|>response<|sep|>Bern.<|close|>response<|sep|><|end_of_msg|>",
         "<|open|>think<|sep|>Hm",
     ),
-    "Inkling": (
+    (
+        "Inkling",
         "<|message_model|><|content_thinking|>Hm.<|end_message|><|message_model|><|content_text|>Bern.<|end_message|>",
         "<|message_model|><|content_thinking|>Hm",
     ),
-    "Gemma 4": ("<|channel>thought\nHm.<channel|>Bern.<turn|>", "<|channel>thought\nHm"),
-    "Gemma 4 without its special tokens, so that the end can't be told": (None, "thought\nHm.\n\nBern."),
-    "MedGemma 1.5": ("<unused94>thought\nHm.<unused95>Bern.", "<unused94>thought\nHm"),
-    "openPangu": ("[unused16]Hm.[unused17]Bern.", "[unused16]Hm"),
-    "HyperCLOVA X SEED Think": ("/think\nHm.<|im_end|>\n<|im_start|>assistant\nBern.<|im_end|>", None),
-    "gpt-oss without its special tokens": ("analysisWe need it short.assistantfinalBern.", "analysisWe need it"),
-    "gpt-oss without its special tokens, with reasoning of other first words": (
+    ("Gemma 4", "<|channel>thought\nHm.<channel|>Bern.<turn|>", "<|channel>thought\nHm"),
+    ("Gemma 4 without its special tokens, so that the end can't be told", None, "thought\nHm.\n\nBern."),
+    ("MedGemma 1.5", "<unused94>thought\nHm.<unused95>Bern.", "<unused94>thought\nHm"),
+    ("openPangu", "[unused16]Hm.[unused17]Bern.", "[unused16]Hm"),
+    ("HyperCLOVA X SEED Think", "/think\nHm.<|im_end|>\n<|im_start|>assistant\nBern.<|im_end|>", None),
+    ("gpt-oss without its special tokens", "analysisWe need it short.assistantfinalBern.", "analysisWe need it"),
+    (
+        "gpt-oss without its special tokens, with reasoning of other first words",
         "analysis\nhm.assistantcommentaryLet me see.assistantfinalBern.",
         None,
     ),
-    "Granite 3.2": ("Here's my thought process: Hm.\n\n**Here is my response:** Bern.", None),
-    "Apriel": (
-        "Here are my reasoning steps:\nHm.\n[BEGIN FINAL RESPONSE]\nBern.\n[END FINAL RESPONSE]\n<|end|>",
-        None,
-    ),
-    "HuatuoGPT-o1": ("## Thinking\n\nHm.\n\n## Final Response\n\nBern.", None),
-    "a code block with a label": ("```thinking\nHm.\n```\nBern.", "```thinking\nHm"),
-    "Open WebUI": (
+    ("Granite 3.2", "Here's my thought process: Hm.\n\n**Here is my response:** Bern.", None),
+    ("Apriel", "Here are my reasoning steps:\nHm.\n[BEGIN FINAL RESPONSE]\nBern.\n[END FINAL RESPONSE]\n<|end|>", None),
+    ("HuatuoGPT-o1", "## Thinking\n\nHm.\n\n## Final Response\n\nBern.", None),
+    ("a code block with a label", "```thinking\nHm.\n```\nBern.", "```thinking\nHm"),
+    (
+        "Open WebUI",
         '<details type="reasoning" done="true" duration="2">\n<summary>Thought for 2 s</summary>\nHm.\n</details>\nBern.',
         '<details type="reasoning" done="false">\nHm',
     ),
-    "Poe": ("*Thinking...*\n\n> Hm.\n> Hm.\n\nBern.", None),
-    "Ollama's command line": ("Thinking...\nHm.\n...done thinking.\n\nBern.", None),
-}
+    ("Poe", "*Thinking...*\n\n> Hm.\n> Hm.\n\nBern.", None),
+    ("Ollama's command line", "Thinking...\nHm.\n...done thinking.\n\nBern.", None),
+    (
+        "Command A, OpenThinker, Sky-T1, MiniCPM, Solar Open 2",
+        "<|thinking_start|>Hm.<|thinking_end|>Bern.",
+        "<|reasoning|>Hm",
+    ),
+    ("Command A, OpenThinker, Sky-T1, MiniCPM, Solar Open 2", "<|think|>Hm.<|/think|>Bern.", None),
+    ("s1", "<|im_start|>think\nHm.<|im_start|>answer\nBern.<|im_end|>", "<|im_start|>think\nHm"),
+    ("Dify", '<details style="color:gray" open> <summary> Thinking... </summary>\nHm.\n</details>\n\nBern.', None),
+    ("DeepSeek, Qwen, GLM and most others", "<SCRATCHPAD>Hm.</ SCRATCHPAD>\nBern.", "<mm:think>Hm"),
+    (
+        "DeepSeek, Qwen, GLM and most others",
+        "<|im_start|>assistant\n<think>Hm.</think>Bern.<|im_end|>",
+        "<|im_start|>assistant\n<think>Hm",
+    ),
+    ("Magistral, Ministral", "[REASONING]Hm.[/REASONING]Bern.", "[THINK]\nHm"),
+]
 """A text of each form, and one whose reasoning has no end where the opener alone is enough to know it by."""
 
 
 def test_every_form_has_its_row() -> None:
-    assert OF_FORMS.keys() == {form.models for form in FORMS}
+    assert {models for models, _, _ in OF_FORMS} == {form.models for form in FORMS}
 
 
-@pytest.mark.parametrize("models", OF_FORMS)
-def test_a_form_is_taken_out(models: str) -> None:
-    whole, cut = OF_FORMS[models]
+@pytest.mark.parametrize(("models", "whole", "cut"), OF_FORMS)
+def test_a_form_is_taken_out(models: str, whole: str | None, cut: str | None) -> None:
     if whole is not None:
         found = without_reasoning(whole)
         assert (found.text, found.unfinished) == ("Bern.", False)

@@ -3,6 +3,8 @@
 The errors are those that servers and gateways were reported to send, in their own words.
 """
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from scripted_server import Asked, Reply, ScriptedServer, error, said
 
 from train.errors import UserError
 from train.llm.client import Client, NoAnswerError
-from train.llm.journal import Decoding, Request
+from train.llm.journal import NO_LIMIT, Decoding, Request
 from train.llm.refusals import advice_on, config_setting, option_setting, refuses_system_role, said_in
 from train.llm.request_body import request_body
 from train.llm.system_role import merge_into_user
@@ -86,7 +88,7 @@ def test_a_limit_that_is_too_large_keeps_its_name(tmp_path: Path, message: str) 
         ({}, {"max_tokens": 50}, 50),
         ({"max_tokens": None, "max_completion_tokens": 4096}, {"max_completion_tokens": 4096}, 4096),
         ({"max_completion_tokens": 4096}, {"max_completion_tokens": 4096}, 4096),
-        ({"max_tokens": None}, {}, 50),
+        ({"max_tokens": None}, {}, NO_LIMIT),
         ({"max_completion_tokens": None}, {"max_tokens": 50}, 50),
     ],
 )
@@ -97,8 +99,26 @@ def test_extra_renames_the_limit_and_the_journal_finds_the_same_answers(
     requests = [Request("stage", SYSTEM, decoding) for decoding in (plain, changed)]
     body = request_body("m", requests[1])
     assert body == {"model": "m", "messages": SYSTEM, "temperature": 0.5, "seed": 3} | sent
-    assert requests[0].key("m") == requests[1].key("m")
+    told = [1, "stage", "m", 0, {"temperature": 0.5, "seed": 3}, SYSTEM]  # as the first journals were written
+    key = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=20).digest()
+    assert requests[0].key("m") == requests[1].key("m") == key
     assert changed.max_tokens == limit
+
+
+def test_without_a_limit_what_one_cut_is_asked_again_and_the_rest_is_not(tmp_path: Path) -> None:
+    async def script(asked: Asked) -> Reply:
+        limited = "max_tokens" in asked.body
+        return said(f"{asked.prompt} {limited}", "length" if limited and asked.prompt == "long" else "stop")
+
+    async def work(client: Client, servers: list[ScriptedServer]) -> None:
+        none = Decoding.of_settings(50, 0.5, extra={"max_tokens": None})
+        for prompt in ("long", "short"):
+            await client.ask(about(prompt))
+        texts = [(await client.ask(about(prompt, decoding=none))).text for prompt in ("long", "short")]
+        assert texts == ["long False", "short True"]
+        assert (await client.ask(about("long"))).text == "long False"  # it came to its end within the limit
+
+    run(script, work, tmp_path)
 
 
 def test_null_in_extra_takes_any_field_out_and_a_value_fills_one_that_is_null() -> None:
@@ -148,14 +168,20 @@ def test_null_in_extra_takes_any_field_out_and_a_value_fills_one_that_is_null() 
             error(400, "Unrecognized request argument supplied: repetition_penalty"),
             "Leave it out: `answer.extra: {repetition_penalty: null}`.",
         ),
+        (
+            error(400, "Unrecognized request argument supplied: max_completion_tokens"),
+            "Send the token limit as max_tokens, or none: `answer.extra: {max_tokens: null}`.",
+        ),
         # Errors about something else
+        (error(400, "max_completion_tokens is too large: 50. This model supports at most 16 completion tokens."), ""),
         (error(400, "This model's maximum context length is 9 tokens. temperature must ..."), ""),
         (error(400, "the prompt is empty"), ""),
         (Reply(400, b"<html>400 Bad Request</html>"), ""),
     ],
 )
 def test_a_refused_parameter_is_named_by_its_setting(refusal: Reply, advice: str) -> None:
-    decoding = Decoding(50, 0.7, 0.9, 3, extra={"repetition_penalty": 1.03})
+    limit_name = "max_completion_tokens" if "max_completion_tokens" in str(refusal.body) else "max_tokens"
+    decoding = Decoding(50, 0.7, 0.9, 3, extra={"repetition_penalty": 1.03}, limit_name=limit_name)
     body = request_body("m", Request("answer", SYSTEM, decoding))
     whole = refusal.body if isinstance(refusal.body, dict) else None
     inner = whole.get("error", whole) if whole else None  # as the openai package hands it on

@@ -396,7 +396,7 @@ def test_reasoning_of_the_model_is_no_part_of_its_answer(tmp_path: Path, capsys:
     assert (missing["responses_cut"], missing["responses_empty"]) == (2, 1)
     assert missing["responses_only_reasoning"] == 1
     shown = capsys.readouterr().out
-    assert "1 empty, 1 of these as their reasoning had no end" in shown
+    assert "1 empty (1 of these as their reasoning had no end)" in shown
     assert "reasoning without an end, and nothing said: 1 answer (responses 1); raise the token limit" in shown
 
 
@@ -417,7 +417,7 @@ def test_responses_that_are_not_complete_are_scored_and_counted_by_name(tmp_path
     assert missing["responses_ended_otherwise"] == {"ended for an unknown reason (foo)": 1, "refused": 1}
     assert (missing["rows_without_response"], missing["rows_without_score"]) == (0, 0)
     told = "Responses: 1 cut at the token limit, 1 empty, 1 ended for an unknown reason (foo), 1 refused."
-    assert told in (tmp_path / "out" / "bench.md").read_text("utf-8")
+    assert told in (tmp_path / "out" / "report.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize(
@@ -526,6 +526,23 @@ def test_what_a_server_wants_is_named_as_the_option_that_gives_it(
     assert told in said_last
     assert "what base_url and key_variable are is my affair" in said_last
     assert "\n" not in said_last.strip()
+
+
+def test_the_judge_is_looked_for_before_the_model_is_asked_and_not_where_all_is_answered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_lines(tmp_path / "rows.jsonl", ROWS[:1])
+    with (
+        served(judging(lambda row, rubric, time: "[RESULT] 3"), models=["judge"]) as judge,
+        served(judging(plan)) as model,
+    ):
+        asking = [*options(judge, data, tmp_path / "out", model="m", runs=1), "--server", model.url]
+        away = [part.replace(judge.url, "http://127.0.0.1:9/v1") for part in asking]
+        assert command(*away, "--wait-for-server", "0") == 2
+        assert "error: http://127.0.0.1:9/v1 can't be reached (connection refused" in capsys.readouterr().err
+        assert not model.asked
+        assert command(*asking) == 0
+    assert command(*away, "--wait-for-server", "0") == 0  # of both servers, none is there
 
 
 def test_a_response_too_many_is_an_error_and_a_part_is_said_to_be_one(

@@ -194,10 +194,20 @@ def test_settings_that_a_file_of_an_earlier_version_lacks_are_named(tmp_path: Pa
     (tmp_path / "bench.json").write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(UserError, match=r"judge extra min_p is null and 0\.1"):
         compare(new, old)
-    del record["judge"]["min_p"], record["judge"]["prompt_version"]  # the wording before there were versions
+    del record["judge"]["min_p"]
     (tmp_path / "bench.json").write_text(json.dumps(record), encoding="utf-8")
+    newer = write_lines(tmp_path / "newer.jsonl", [result("r", 3.0, protocol=SETTINGS)])
     with pytest.raises(UserError, match="judge prompt_version is 2 and 1"):
-        compare(new, old)
+        compare(newer, old)
+
+
+def test_a_parameter_that_is_not_sent_is_the_same_written_as_null_or_left_out(tmp_path: Path) -> None:
+    decoding = {name: value for name, value in SETTINGS["decoding"].items() if name != "repetition_penalty"}
+    paths = [
+        write_lines(tmp_path / f"{place}.jsonl", [result("r", 3.0, protocol=SETTINGS | {"decoding": one})])
+        for place, one in enumerate((decoding, decoding | {"repetition_penalty": None}))
+    ]
+    assert compare(*paths).notes == []
 
 
 def test_how_the_models_were_asked_may_differ_and_is_noted(tmp_path: Path) -> None:
@@ -287,7 +297,7 @@ def test_what_can_not_be_compared_leaves_the_runs_own_figures_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_lines(tmp_path / "rows.jsonl", [bench_row(number) for number in range(3)])
-    protocol = {"judge prompt version": PROMPT_VERSION}
+    protocol = {"judge prompt_version": PROMPT_VERSION}
     stranger = write_lines(tmp_path / "bench_rows.jsonl", [result("a", 1.0, protocol=protocol)])
     with served(judging(lambda row, rubric, time: "[RESULT] 3"), models=["judge"]) as server:
         asking = ["--model", "m", "--data", data, "--output-dir", tmp_path / "out", "--server", server.url]

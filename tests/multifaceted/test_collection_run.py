@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from collection_runs import author_of, configuration, lines, run_file, run_with, saying, write_rows
+from collection_runs import author_of, configuration, good_everything, lines, run_file, run_with, saying, write_rows
 from scripted_author import FOUR, description, expected, message, number_in, output, preference, row_of
 from scripted_server import Asked, Reply, error, served
 
@@ -425,3 +425,27 @@ def test_a_run_that_writes_no_row_says_where_they_went(tmp_path: Path, said_of_m
     assert checked.returncode == (2 if unreadable else 0)
     assert "2 rows, " in checked.stdout
     assert ("error: no row becomes an instruction: all 2" in checked.stderr) == unreadable
+
+
+@pytest.mark.parametrize("accepted", [[], ["no_answer"], ["no_answer", "unsupported"]])
+def test_sets_and_rows_that_are_lost_end_the_run_with_2_unless_that_is_accepted(
+    tmp_path: Path, accepted: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    from collection import main
+
+    def answer(asked: Asked) -> Reply | str:
+        return error(400, "not this one") if "[2]" in asked.prompt else good_everything(asked)
+
+    turns = [[{"role": "user", "content": f"What is [{number}]?"}] for number in (1, 2)]
+    turns.append([{"role": "assistant", "content": "No question."}])
+    source = write_rows(tmp_path / "source.jsonl", [{"messages": one} for one in turns])
+    with served(saying(answer=answer)) as server:
+        path = configuration(tmp_path, server.url, source, sets_per_instruction=1, accept_losses=accepted)
+        monkeypatch.setattr(sys, "argv", ["collection.py", "--config", str(path)])
+        code = main()
+    errors = capsys.readouterr().err
+    assert len(lines(tmp_path / "out" / "data" / "rows.jsonl")) == 1
+    assert (code, "error: " in errors) == ((0, False) if "unsupported" in accepted else (2, True))
+    assert ("1: no answer from the model (sets)" in errors) == (not accepted)
+    assert ("1: not supported: no user turn at the start" in errors) == ("unsupported" not in accepted)

@@ -125,7 +125,7 @@ FAULTS: list[tuple[str, Reply | str, str]] = [
     ("propose", "style: " + "x" * 201, "preferences: too long"),
     ("propose", "style: tone\nstyle: Style\nnothing: here", "preferences: can't be read"),
     ("propose", said("style: Dry wit\nharmlessness: Cau", "length"), "preferences: cut at the token limit"),
-    ("describe", "<think>on and on", "descriptions: empty"),
+    ("describe", "<think>on and on", "descriptions: without an end to its reasoning"),
     ("describe", "\n".join(f"{name}: It is short." for name in FOUR), "descriptions: the same for two dimensions"),
     ("describe", said("", refusal="No."), "descriptions: refused"),
     ("message", "I'm sorry, I can't help with that.", "system message: refused"),

@@ -212,8 +212,14 @@ def test_reasoning_is_no_verdict() -> None:
     judgement = judge(Said(answer("<think>[RESULT] 5 or so</think>It is weak. [RESULT] 2")))
     assert judgement.score == 2
     asker = Said(answer("<think>I lean to [RESULT] 5"), answer("[RESULT] 1"))
-    assert judge(asker).score == 1
+    found = judge(asker)
+    assert (found.score, found.faults) == (1, ("without an end to its reasoning",))
     assert len(asker.asked) == 2
+    for text in (
+        "Hm, [RESULT] 5?</think>Weak. [RESULT] 2<|im_end|>",
+        "analysisWe see [RESULT] 5.assistantfinal[RESULT] 2",
+    ):
+        assert judge(Said(answer(text))).score == 2
 
 
 def test_an_answer_that_was_cut_or_refused_is_asked_for_again_as_another_sample() -> None:

@@ -45,7 +45,7 @@ def test_the_collection_merges_the_system_message_for_a_model_without_the_role(t
     assert asked[-1].body["messages"] == [{"role": "user", "content": f"{row['system']}\n\nTell me of rivers."}]
 
 
-def bench(folder: Path, *more: str | Path, data: Path | None = None) -> int:
+def bench(folder: Path, *more: str | Path) -> int:
     data = write_lines(folder / "rows.jsonl", ROWS)
     return command("--model", "m", "--data", data, "--judge", "judge", "--runs", "1", "--output-dir", folder, *more)
 
@@ -59,7 +59,9 @@ def test_what_is_null_is_not_sent_by_the_bench_and_null_in_its_record(tmp_path: 
     with served(GRADES) as server:
         servers = ("--server", server.url, "--judge-server", server.url)
         assert bench(tmp_path, *servers, *NULLS, *JUDGES_NULLS, "--judge-extra", renamed) == 0
-        (answer, judgement) = [one.body for one in server.asked]
+        asked = [one.body for one in server.asked if "messages" in one.body]
+    (answer,) = (body for body in asked if body["model"] == "m")
+    judgement = asked[-1]  # after the first contact
     assert set(answer) == {"model", "messages", "max_tokens"}
     assert {name: value for name, value in judgement.items() if name != "messages"} == {
         "model": "judge",
@@ -123,6 +125,24 @@ def test_a_refused_parameter_is_named_as_the_option_that_leaves_it_out(
     told = capsys.readouterr().err
     assert advice in told
     assert "system-role" not in told
+
+
+def test_a_judge_that_wants_a_key_shows_what_it_refuses_before_the_model_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEY_OF_THE_JUDGE", "k")
+
+    async def script(asked: Asked) -> Reply:
+        if "messages" not in asked.body:
+            return Reply(body={"data": [{"id": "judge"}]})
+        return error(400, "Unsupported parameter", param="top_p") if "top_p" in asked.body else await GRADES(asked)
+
+    with served(script) as server:
+        servers = ("--server", server.url, "--judge-server", server.url, "--judge-key-variable", "KEY_OF_THE_JUDGE")
+        assert bench(tmp_path, *servers) == 2
+        assert "Leave it out: --judge-top-p null." in capsys.readouterr().err
+        assert {one.body["model"] for one in server.asked if "messages" in one.body} == {"judge"}
+        assert bench(tmp_path, *servers, "--judge-top-p", "null", "--top-p", "null") == 0
 
 
 @pytest.mark.parametrize(

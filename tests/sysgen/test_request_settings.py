@@ -10,6 +10,7 @@ from sysgen_runs import configuration, good_everything, lines, only_row, questio
 
 from train.errors import UserError
 from train.sysgen.config import load_config
+from train.sysgen.run import run
 
 STAGES = ("generate", "verify", "answer", "judge")
 
@@ -38,6 +39,16 @@ def test_each_stage_takes_any_field_in_extra(tmp_path: Path) -> None:
     assert [{name: one.body[name] for name in one.body if name not in ("model", "messages")} for one in asked] == [
         fields
     ] * 4
+
+
+def test_a_server_that_only_streams_is_asked_so(tmp_path: Path) -> None:
+    source = tmp_path / "source.jsonl"
+    source.write_text('{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n')
+    with served(good) as server:
+        servers = [{"base_url": server.url, "stream": True}]
+        done = run(load_config(configuration(tmp_path, server.url, source, servers=servers)))
+        assert [one.body["stream"] for one in server.asked] == [True] * 3
+    assert done.tally.written == 1
 
 
 def test_a_row_without_a_system_role_is_the_same_and_its_requests_are_merged(tmp_path: Path) -> None:

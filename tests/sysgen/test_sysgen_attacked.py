@@ -105,7 +105,18 @@ def test_what_servers_leave_in_a_reply_is_no_part_of_any_row(
 def test_an_answer_that_can_not_be_told_from_its_reasoning_is_not_written(tmp_path: Path) -> None:
     done = run_with(answers(answer=said("Tea.<|START_THINKING|>Or coffee.<|END_THINKING|>Coffee.")), tmp_path)
     assert done.tally.events["answer: reasoning without an end, and nothing said"] == 1
-    assert done.tally.written == 0
+    (row,) = lines(tmp_path / "out" / "left_out.jsonl")
+    assert row["reason"] == "new answer without an end to its reasoning"
+    assert row["detail"] == "its reasoning has no end, finish_reason stop"
+
+
+@pytest.mark.parametrize("stage", ["generate", "verify"])
+def test_a_message_or_verdict_that_is_reasoning_alone_is_asked_for_again(tmp_path: Path, stage: str) -> None:
+    done = run_with(answers(**{stage: said("<think>Perhaps <<Role>>: Good")}), tmp_path, retries=1)
+    (row,) = lines(tmp_path / "out" / "left_out.jsonl")
+    what = {"generate": "system message", "verify": "verification"}[stage]
+    assert row["reason"] == f"{what} without an end to its reasoning"
+    assert done.tally.events[f"{stage}: reasoning without an end, and nothing said"] == 2
 
 
 @pytest.mark.parametrize("choice", ["drop", "keep"])

@@ -69,7 +69,7 @@ def test_losses_that_no_setting_accepts_are_an_error_that_names_each_reason_and_
     if code:
         assert errors.startswith("error: ")
         assert errors.count("\n") == 1
-        assert f"Each is in {tmp_path / 'out' / 'left_out.jsonl'}." in errors
+        assert f"each of these is in {tmp_path / 'out' / 'left_out.jsonl'}." in errors
         assert "write `accept_losses: [no_answer, unreadable, unsupported]`." in errors
         assert ("asks again for those without an answer" in errors) == ("no_answer" not in accepted)
 

@@ -62,7 +62,7 @@ async def _advise_on_path(lane: "ServerLane", model: str, trouble: Trouble) -> s
     if names is not None and trouble.status == 404:
         return f"It was asked for the model {model!r}; {name_models(model, names)}."
     if better := await find_base_url(lane):
-        return f"Write {better} as base_url: there it lists its models."
+        return f"Write {better} as base_url."
     if names is None and re.search(rf"(?<!\w){re.escape(model)}(?!\w)", trouble.what):
         return f"Is {model!r} the name that the server knows the model by?"
     return "base_url is probably wrong: for most servers it ends in /v1."
@@ -78,27 +78,60 @@ def name_models(model: str, names: list[str]) -> str:
 
 async def list_models(lane: "ServerLane", base: httpx2.URL | None = None) -> list[str] | None:
     """Return the names of the models that a server lists, at another base if given; None where it lists none."""
+    entries = await _listed(lane, base)
+    return None if entries is None else [name for names in entries for name in names]
+
+
+async def only_model(lane: "ServerLane") -> list[str] | None:
+    """Return the names of the one model that a server lists; None where it lists several, or none."""
+    entries = await _listed(lane)
+    return entries[0] if entries and len(entries) == 1 else None
+
+
+async def _listed(lane: "ServerLane", base: httpx2.URL | None = None) -> list[list[str]] | None:
+    """Return the models that a server lists, each by its id and its aliases (llama.cpp's)."""
     try:
         url = lane.address.url("models", base)
         response = await lane.api.get(url, cast_to=httpx2.Response, options={"timeout": SECONDS_OF_A_LOOK})
-        return _names_in(response.json(), lane)
+        body = response.json()
     except (openai.OpenAIError, ValueError):
         return None
-
-
-def _names_in(body: Any, lane: "ServerLane") -> list[str]:
-    """Return the names in a list of models: OpenAI's form, or the bare list of Together. Raises ValueError."""
-    entries = body.get("data") if isinstance(body, dict) else body
+    entries = body.get("data") if isinstance(body, dict) else body  # Together sends the bare list
     if not isinstance(entries, list):
-        raise ValueError("no list")
-    ids = [entry.get("id") for entry in entries if isinstance(entry, dict)]
-    return [lane.clean(name) for name in ids if isinstance(name, str)]
+        return None
+    named = [_names_of(entry) for entry in entries if isinstance(entry, dict)]
+    return [[lane.clean(name) for name in names] for names in named if names]
+
+
+def _names_of(entry: dict[str, Any]) -> list[str]:
+    aliases = entry.get("aliases")
+    names = [entry.get("id"), *(aliases if isinstance(aliases, list) else ())]
+    return list(dict.fromkeys(name for name in names if isinstance(name, str)))
 
 
 async def find_base_url(lane: "ServerLane") -> str | None:
-    """Return another address of the same server, at which it lists its models; None where none is found."""
+    """Return another address of the same server, at which it has a chat API; None where none is found.
+
+    It has one where it lists models, or refuses to GET what is for POST alone (`transformers serve` without a cache
+    lists none).
+    """
     path = lane.address.base.raw_path.decode("ascii").rstrip("/")
     paths = dict.fromkeys([f"{path}/v1", path.removesuffix("/v1"), *_USUAL_PATHS])
     bases = [lane.address.with_path(other or "/") for other in paths if other != path]
-    found = await asyncio.gather(*(list_models(lane, base) for base in bases))
-    return next((lane.address.shown_at(base) for base, names in zip(bases, found, strict=True) if names), None)
+    for look in (list_models, _takes_chats):
+        found = await asyncio.gather(*(look(lane, base) for base in bases))
+        for base, is_there in zip(bases, found, strict=True):
+            if is_there:
+                return lane.address.shown_at(base)
+    return None
+
+
+async def _takes_chats(lane: "ServerLane", base: httpx2.URL) -> bool:
+    try:
+        url = lane.address.url("chat/completions", base)
+        await lane.api.get(url, cast_to=httpx2.Response, options={"timeout": SECONDS_OF_A_LOOK})
+    except openai.APIStatusError as error:
+        return error.status_code == 405
+    except openai.OpenAIError:
+        return False
+    return False

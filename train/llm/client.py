@@ -36,8 +36,8 @@ from train.progress import SECONDS_BETWEEN_LINES, duration
 
 FAILURES_OF_A_STAGE = 20
 """After this many requests of a stage that failed for good, before any was answered, the stage is judged: when those
-that are still in flight have failed too, the settings are wrong, and the run ends. Requests that are too long don't
-count: a server refuses them at once, and answers others later."""
+that are still in flight have failed too, the settings are wrong, and the run ends. Requests that are too long, or
+that a filter refuses, don't count: a server refuses them at once, and answers others later."""
 
 
 FAULTS_OF_A_START = 8
@@ -62,10 +62,10 @@ class NoAnswerError(Exception):
     `advice`: the setting that the server's error is about, as a sentence.
     """
 
-    def __init__(self, what: str, advice: str | None = None, *, too_long: bool = False) -> None:
+    def __init__(self, what: str, advice: str | None = None, *, about_content: bool = False) -> None:
         super().__init__(what)
         self.advice = advice or ""
-        self.too_long = too_long
+        self.about_content = about_content
 
 
 @dataclass
@@ -73,7 +73,7 @@ class _Start:
     """A stage without an answer so far. `awaited`: those in flight when it came to be judged; None: it is not yet."""
 
     failed: int = 0
-    too_long: int = 0
+    about_content: int = 0
     in_flight: set[bytes] = field(default_factory=set)
     awaited: set[bytes] | None = None
 
@@ -192,12 +192,18 @@ class Client:
         for lane in self._lanes:
             if lane.trouble:
                 again = f", next try in {duration(lane.paused_until - now)}" if lane.paused_until > now else ""
-                found.append(f"{lane.name}: {lane.trouble}, for {duration(now - lane.trouble_since)}{again}")
+                at_most = (
+                    "" if lane.reached or len(self._lanes) > 1 else f" of {duration(self._wait_for_server)} at most"
+                )
+                since = f"for {duration(now - lane.trouble_since)}{at_most}"
+                found.append(f"{lane.name}: {lane.trouble}, {since}{again}")
             elif lane.in_flight and now - lane.heard_at > 60:
                 found.append(f"{lane.name}: silent for {duration(now - lane.heard_at)}")
         for stage, start in self._starts.items():
-            if start.too_long >= FAILURES_OF_A_STAGE and stage not in self._answered_stages:
-                found.append(f"stage {stage}: no answer so far, {start.too_long:,} requests were too long")
+            if start.about_content >= FAILURES_OF_A_STAGE and stage not in self._answered_stages:
+                found.append(
+                    f"stage {stage}: no answer so far, {start.about_content:,} refused as too long or by a filter"
+                )
         return found
 
     def waits_for(self) -> set[str]:
@@ -267,7 +273,7 @@ class Client:
             if outcome.kind == "hopeless":
                 raise UserError(await lane.explain(self.model, outcome))
             if outcome.kind == "row":
-                raise NoAnswerError(outcome.what, outcome.advice, too_long=outcome.too_long)
+                raise NoAnswerError(outcome.what, outcome.advice, about_content=outcome.about_content)
             if outcome.kind == "denied":
                 lane.denied.add(key)
                 await self._end_if_denied(request.stage, lane, outcome, denied_at)
@@ -369,8 +375,8 @@ class Client:
         """Raise UserError where a stage has failed as a whole (see `FAILURES_OF_A_STAGE`)."""
         if stage in self._answered_stages:
             return
-        start.too_long += failure.too_long
-        start.failed += not failure.too_long
+        start.about_content += failure.about_content
+        start.failed += not failure.about_content
         if start.failed < FAILURES_OF_A_STAGE:
             return
         if start.awaited is None:
@@ -380,7 +386,7 @@ class Client:
             start.awaited = set(start.in_flight)
         if not start.awaited:
             raise UserError(
-                f"stage {stage}: none of the first {start.failed + start.too_long:,} requests got an answer from "
+                f"stage {stage}: none of the first {start.failed + start.about_content:,} requests got an answer from "
                 f"{self.model}. The last one: {str(failure).rstrip('.')}. "
                 f"{failure.advice or 'Change the settings of the stage or of the server.'}"
             ) from failure

@@ -28,8 +28,8 @@ def connection_trouble(error: BaseException, address: Address, *, has_answered: 
     for cause in causes:
         if isinstance(cause, ssl.SSLCertVerificationError):
             return _certificate_trouble(cause, address)
-        if isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError):
-            break  # closed in the middle of a handshake, as by a server that restarts
+        if isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLWantReadError):
+            break  # closed or silent in the middle of a handshake, as a server that restarts
         if isinstance(cause, ssl.SSLError):
             return _tls_trouble(cause, address, has_answered)
     if isinstance(error, httpx2.ProxyError):
@@ -58,6 +58,8 @@ def _reason(error: BaseException, causes: list[BaseException], address: Address)
                 return f"the host name can't be looked up{' of' + where[3:] if where else ''}: {cause.strerror}"
             case socket.gaierror():
                 return f"unknown host name{' of' + where[3:] if where else ''}: {cause.strerror}"
+            case ssl.SSLWantReadError():
+                return "no answer to a TLS handshake within 30s"
             case httpx2.ConnectTimeout():
                 return f"no connection within 30s{where and f' to {address.proxy}'}"
     last = next((cause for cause in reversed(causes) if isinstance(cause, OSError) and cause.strerror), None)
@@ -82,8 +84,7 @@ def _tls_trouble(error: ssl.SSLError, address: Address, has_answered: bool) -> T
     if has_answered:
         return Trouble("gone", f"can't be reached (TLS: {reason})")
     if error.reason in _NO_TLS:
-        plain = address.shown.replace("https://", "http://", 1)
-        return Trouble("hopeless", "without TLS, as plain http", advice=f"Write {plain} as base_url.")
+        return http_wanted(address)
     advice = "Is it the right port? The server or a proxy before it refuses the handshake; its log says more."
     return Trouble("hopeless", f"with a TLS fault ({reason})", advice=advice)
 
@@ -118,12 +119,34 @@ async def speaks_tls(address: Address) -> bool:
     try:
         async with asyncio.timeout(_SECONDS_OF_HANDSHAKE):
             _, writer = await asyncio.open_connection(address.host, address.base.port or 80, ssl=context)
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+            return True
     except (OSError, TimeoutError):
         return False
-    writer.close()
-    with contextlib.suppress(OSError):
-        await writer.wait_closed()
-    return True
+
+
+async def speaks_http(address: Address) -> bool:
+    """Return whether a server with which no TLS handshake came off speaks plain http on that port."""
+    if address.is_plain or address.proxy:
+        return False
+    try:
+        async with asyncio.timeout(_SECONDS_OF_HANDSHAKE):
+            reader, writer = await asyncio.open_connection(address.host, address.base.port or 443)
+            try:
+                writer.write(f"GET / HTTP/1.1\r\nHost: {address.host}\r\nConnection: close\r\n\r\n".encode())
+                return (await reader.read(5)).startswith(b"HTTP/")
+            finally:
+                writer.close()
+    except (OSError, TimeoutError):
+        return False
+
+
+def http_wanted(address: Address) -> Trouble:
+    """Return the trouble of a TLS handshake with a server of plain http."""
+    plain = address.shown.replace("https://", "http://", 1)
+    return Trouble("hopeless", "without TLS, as plain http", advice=f"Write {plain} as base_url.")
 
 
 def tls_wanted(address: Address) -> Trouble:

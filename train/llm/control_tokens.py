@@ -9,33 +9,35 @@ Tokens in code (`<|im_end|>` in backticks, a template in a code block) are what 
 
 import re
 
-_PIPED = r"<\|[\w:/.-]{1,40}\|>|<｜[^<>｜\n]{1,40}｜>"
 _TOKEN = re.compile(
-    rf"<\|close\|>\w+<\|sep\|>|{_PIPED}|</?s>|<(?:start|end)_of_turn>|<end_of_(?:utterance|sentence)>|<turn\|>|<\|turn>"
-    r"|<(?:eos|eop|eod|eoa|eot|bos|pad)>|<seed:eos>|<SPECIAL_\d+>|<extra_id_\d+>"
-    r"|\[(?:EOS|EOT|/?INST|END FINAL RESPONSE)\]|\[\|endofturn\|\]"
+    r"<\|close\|>\w+<\|sep\|>|<\|[\w:/.-]{1,40}\|>|<｜[^<>｜\n]{1,40}｜>|</?s>|<turn\|>|<\|turn>"
+    r"|<(?:start|end)_of_(?:turn|utterance|sentence|text|message)>|<(?:eos|eop|eod|eoa|eot|eom|bos|pad|unk|EOS|EOT)>"
+    r"|<seed:eos>|<(?:SPECIAL_|extra_id_|reserved_|unused|ctrl)\d+>|\[unused\d+\]|\[\|endofturn\|\]"
+    r"|\[(?:EOS|EOT|/?INST|END FINAL RESPONSE)\]|<\|(?:im_end|eot_id|endoftext|end_of_text|end|return)\|?\Z"
 )
 _LONGEST = 64
 """Characters at the end of a text in which one token stands."""
 
-_ROLE = r"(?:user|assistant|system|model|tool|human|gpt|developer|ipython|observation)\b"
+_ROLE = r"\s*(?:user|assistant|system|model|tool|human|gpt|developer|ipython|observation)\b"
 _TURN = re.compile(
-    rf"(?P<header><(?:\|(?:im_start|start_header_id|start_of_role|turn_start|start|begin)\|>\s*{_ROLE}"
-    rf"|start_of_turn>\s*{_ROLE}|\|turn>\s*{_ROLE}|\|(?:user|human|assistant|system|observation|prompter)\|>"
-    r"|\|im_(?:user|assistant|system)\|>|\|START_OF_TURN_TOKEN\|>|｜(?:User|Assistant)｜>)"
-    r"|\[INST\]|\[\|(?:user|assistant|system)\|\])"
-    r"|<(?:\|(?:im_end|endoftext|end_of_text|eot_id|eom_id|eot|end|return|endofturn|end_of_turn|END_OF_TURN_TOKEN|eos)"
-    r"\|>|end_of_turn>|turn\|>|eos>|｜end▁of▁sentence｜>)"
+    r"<(?:\|(?:im_start|start_header_id|start_of_role|turn_start|start|begin)\|>"
+    rf"{_ROLE}|start_of_turn>{_ROLE}|\|turn>{_ROLE}|\|(?:user|human|assistant|system|observation|prompter)\|>"
+    r"|\|im_(?:user|assistant|system)\|>|\|START_OF_TURN_TOKEN\|>|｜(?:User|Assistant)｜>"
+    r"|\|(?:im_end|endoftext|end_of_text|eot_id|eom_id|eot|end|return|endofturn|end_of_turn|END_OF_TURN_TOKEN|eos)\|>"
+    r"|end_of_turn>|turn\|>|eos>|/s>|｜end▁of▁sentence｜>)"
+    r"|\[INST\]|\[\|(?:user|assistant|system)\|\]"
 )
-"""What begins another turn, and what ends one."""
+"""What begins another turn or ends one."""
 _LLAMA_3 = re.compile(r"(?<=[.!?…。！？])assistant\n\n")
 """Its next turn where the special tokens were stripped (llama.cpp#6772)."""
 _OWN_HEADER = re.compile(
     r"\s*(?:<\|(?:im_start|start_header_id|start_of_role)\|>assistant(?:<\|(?:end_header_id|end_of_role)\|>|\n)"
     r"|<start_of_turn>model\n|<\|turn>model\n|<\|assistant\|>|<｜Assistant｜>|\[\|assistant\|\]"
+    r"|<\|START_OF_TURN_TOKEN\|><\|CHATBOT_TOKEN\|>|<\|im_assistant\|>assistant<\|im_middle\|>"
     r"|<\|begin_of_solution\|>|<\|START_(?:RESPONSE|TEXT)\|>|<\|open\|>response<\|sep\|>"
     r"|<\|message_model\|>(?:<\|content_text\|>)?|<\|content_text\|>)\s*"
 )
+_SENTENCE_END = ".!?…。！？"
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.DOTALL)
 
 
@@ -52,43 +54,40 @@ def holds_control_tokens(text: str) -> bool:
 def cut_at_next_turn(text: str) -> tuple[str, bool]:
     """Return the text before the first turn that follows its own, and whether one does."""
     plain = without_code(text)
-    header = _OWN_HEADER.match(plain)
-    own = header.end() if header else 0
     end = _end_of_words(plain)[0]
-    for found in _TURN.finditer(plain, own, end):
-        if found["header"] or _ends_turn(plain, found):
+    for found in _TURN.finditer(plain, 0, end):
+        is_html = found[0] == "</s>" and plain.count("</s>") <= plain.count("<s>")
+        if not is_html and not _is_word(plain, found):
             return text[: found.start()].rstrip(), True
-    if "assistant\n\n" in plain and (stripped := _LLAMA_3.search(plain, own)):
+    if "assistant\n\n" in plain and (stripped := _LLAMA_3.search(plain)):
         return text[: stripped.start()].rstrip(), True
     return text, False
 
 
-def _ends_turn(text: str, token: re.Match[str]) -> bool:
-    """Return whether a token ends a turn: a text that speaks of one has a space or a quote before it."""
-    before = text[token.start() - 1 : token.start()]
-    return before.isalnum() or before in tuple(".!?…。！？)*_\n>")
+def without_header(text: str) -> tuple[str, str]:
+    """Return the text without the header of its turn or the mark that opens its answer, and that header."""
+    header = _OWN_HEADER.match(text)
+    return (text[header.end() :], header[0].strip()) if header else (text, "")
 
 
 def without_end_tokens(text: str) -> tuple[str, tuple[str, ...]]:
-    """Return the text without the control tokens at its end and the header before it, and these, from the end.
+    """Return the text without the control tokens at its end, and these from the end.
 
     What may be a word of the text stays: `</s>` that closes an `<s>` (struck out in HTML), `it ends with <eos>`.
     """
     end, tokens = _end_of_words(text)
-    rest = text[:end]
-    if header := _OWN_HEADER.match(rest):
-        tokens.append(header[0].strip())
-        rest = rest[header.end() :]
-    return (rest, tuple(tokens)) if tokens else (text, ())
+    return (text[:end], tuple(tokens)) if tokens else (text, ())
 
 
-def _is_spoken_of(text: str, token: re.Match[str]) -> bool:
-    """Return True where a token that could be HTML or prose is the last word of a sentence without an end."""
+def _is_word(text: str, token: re.Match[str]) -> bool:
+    """Return True where a text speaks of a token: it stands after a space and a word, a quote or a bracket."""
+    if text[token.end() : token.end() + 1] in tuple(",;:)\"'”’»"):
+        return True
     before = text[max(0, token.start() - 3) : token.start()]
     words = before.rstrip(" \t")
-    return (
-        "|" not in token[0] and "｜" not in token[0] and words != before and (words[-1:].isalnum() or words[-1:] == ":")
-    )
+    if words == before:
+        return bool(before) and not (before[-1].isalnum() or before[-1] in f"{_SENTENCE_END})*_\n>]")
+    return words[-1:] not in tuple(f"{_SENTENCE_END}>]\n")
 
 
 def _end_of_words(text: str) -> tuple[int, list[str]]:
@@ -100,7 +99,9 @@ def _end_of_words(text: str) -> tuple[int, list[str]]:
         while end and text[end - 1].isspace():
             end -= 1
         last = [one for one in _TOKEN.finditer(text, max(0, end - _LONGEST), end) if one.end() == end]
-        if not last or (last[0][0] == "</s>" and unopened <= 0) or _is_spoken_of(text, last[0]):
+        if not last or (last[0][0] == "</s>" and unopened <= 0):
+            return end, tokens
+        if _is_word(text, last[0]) and ("|" not in last[0][0] or _TOKEN.search(text, 0, last[0].start())):
             return end, tokens
         tokens.append(last[0][0])
         unopened += {"<s>": 1, "</s>": -1}.get(tokens[-1], 0)

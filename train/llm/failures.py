@@ -33,8 +33,8 @@ class Trouble:
     retry_after: float | None = None
     status: int | None = None
     """Of an error response, or of the error in the body of a 200; None where no response came at all."""
-    too_long: bool = False
-    """Of a row: the server's words are about the length of the request."""
+    about_content: bool = False
+    """Of a row: the server's words are about what the request holds: its length, or what a filter found in it."""
     advice: str | None = None
     """The remedy, where the connection or the server's own words tell it: see `refusals.advice_on`."""
 
@@ -84,7 +84,7 @@ def error_in(body: Any, text: str) -> ErrorBody | None:
 
 def error_of(body: Any, text: str) -> ErrorBody:
     """Return the error in the body of a response with an error status; the whole body where it has no known form."""
-    return error_in(body, text) or ErrorBody(None, "", str(body) if body else _TAG.sub(" ", text))
+    return error_in(body, text) or ErrorBody(None, "", str(body) if body else _text_of(text))
 
 
 def trouble_of(status: int, what: str, error: ErrorBody, headers: Mapping[str, str], *, longest_wait: float) -> Trouble:
@@ -108,22 +108,21 @@ def trouble_of(status: int, what: str, error: ErrorBody, headers: Mapping[str, s
         return Trouble("hopeless", what, status=402)
     if status == 400 and _BAD_KEY.search(error.says):
         status = 401  # Gemini's
-    too_long = status == 413 or (status in (400, 422, 500) and is_about_length(error.says))
+    is_flagged = status in (400, 403, 422) and bool(_FLAGGED.search(error.says))
+    is_long = status == 413 or (status in (400, 422, 500) and is_about_length(error.says))
     match status:
         case 429 | 503 | 529:
             return Trouble("too much", what, retry_after, status)
         case 502 | 520 | 521 | 522 | 523:
             return Trouble("gone", what, retry_after, status)
-        case 403 if _FLAGGED.search(error.says):
-            return Trouble("row", what, status=status)
-        case _ if status in DENIED:
+        case _ if status in DENIED and not is_flagged:
             return Trouble("denied", what, status=status)
         case 200 | 408 | 409 | 425:
             return Trouble("fault", what, retry_after, status)
-        case _ if status >= 500 and not too_long:
+        case _ if status >= 500 and not is_long:
             return Trouble("fault", what, retry_after, status)
         case _:
-            return Trouble("row", what, status=status, too_long=too_long)
+            return Trouble("row", what, status=status, about_content=is_long or is_flagged)
 
 
 def is_about_length(words: str) -> bool:
@@ -137,6 +136,12 @@ def is_about_shared_context(words: str) -> bool:
     The slots of llama.cpp share one (`kv_unified`). It ends them all with 500 then; each would have had room alone.
     """
     return "context size has been exceeded" in words.lower()
+
+
+def _text_of(page: str) -> str:
+    """Return the title of a web page, or its text."""
+    title = _TITLE.search(page)
+    return title[1] if title else _TAG.sub(" ", page)
 
 
 def _places(body: Any) -> Iterator[dict[str, Any]]:
@@ -176,6 +181,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 _ECHO = re.compile(r"""['"]input['"]\s*:""")
 """Pydantic's errors repeat the request from here on."""
 _TAG = re.compile(r"<(script|style)\b.*?</\1>|<[^>]*>", re.DOTALL)
+_TITLE = re.compile(r"<title>(.*?)</title>", re.DOTALL | re.IGNORECASE)
 _QUOTA = re.compile(r'"quotaId"\s*:\s*"([\w-]+)"')
 
 _TOO_LONG = re.compile(
@@ -203,7 +209,8 @@ _BAD_KEY = re.compile(
     r"api[ _]key (?:not valid|expired|not found)|API_KEY_INVALID|(?:invalid|incorrect)[ _]api[ _]key", re.IGNORECASE
 )
 _FLAGGED = re.compile(
-    r"flagged|moderation|content[ _-]?(?:policy|filter)|usage polic|prohibited content", re.IGNORECASE
+    r"flagged|moderation|content[ _-]?(?:policy|filter)|(?:prohibited|inappropriate) content|data_inspection",
+    re.IGNORECASE,
 )
 
 _STATUS_OF_WORDS = (

@@ -12,6 +12,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from train.errors import UserError
 from train.llm.advice import explain, is_unreachable, list_models, name_models
@@ -20,6 +21,7 @@ from train.llm.failures import Trouble
 from train.llm.journal import Answer, Decoding, Request
 from train.llm.places import Pauses
 from train.llm.redaction import Redactor
+from train.llm.refusals import NameSetting, config_setting
 from train.llm.server import PAUSE_OF_A_START, Server, ServerLane
 from train.progress import SECONDS_BETWEEN_LINES, duration
 
@@ -31,19 +33,30 @@ START_IT = (
 )
 TRIES = 3
 """Of a request that fails: a gateway with several servers behind it may have one that is faulty."""
-_ONE_TOKEN = Request("first contact", [{"role": "user", "content": "Hi"}], Decoding(max_tokens=1))
+_PLAIN = Decoding(max_tokens=1)
 
 
-async def check_servers(servers: Sequence[Server], model: str, *, wait: float = 0.0) -> None:
-    """Ask each server, and print what it is.
+async def check_servers(
+    servers: Sequence[Server],
+    model: str,
+    *,
+    wait: float = 0.0,
+    pauses: Pauses | None = None,
+    decoding: Decoding = _PLAIN,
+    name_setting: NameSetting = config_setting,
+) -> None:
+    """Ask each server, and print what it is. `decoding`: of the request for one token, so that a refusal shows early.
 
     Raises UserError where one refuses the key, doesn't know the model or the path, or has a fault of TLS; and where
     none can be reached for `wait` seconds. One of several that can't be reached is a warning.
     """
-    lanes = [ServerLane(server, Pauses(), patience=float("inf")) for server in servers]
+    lanes = [
+        ServerLane(server, pauses or Pauses(), patience=float("inf"), name_setting=name_setting) for server in servers
+    ]
+    request = Request("first contact", [{"role": "user", "content": "Hi"}], replace(decoding, max_tokens=1))
     share_secrets(lanes)
     try:
-        outcomes = await asyncio.gather(*(_contact(lane, model, wait) for lane in lanes))
+        outcomes = await asyncio.gather(*(_contact(lane, model, request, wait) for lane in lanes))
         if all(isinstance(outcome, Trouble) for outcome in outcomes):
             [first, *_] = [outcome for outcome in outcomes if isinstance(outcome, Trouble)]
             raise UserError(unreachable(lanes[0], first))
@@ -68,11 +81,17 @@ def unreachable(lane: ServerLane, trouble: Trouble, waited: float = 0.0) -> str:
     """Return that a server can't be reached, why, and what to do."""
     what = trouble.what.rstrip(".")
     what = what if is_unreachable(trouble) else f"answers {what}"
+    proxy = lane.address.proxy
+    advice = (
+        f"See that the proxy is running, unset {proxy.variable}, or name the server's host in no_proxy."
+        if proxy
+        else START_IT
+    )
     tried = f", tried for {duration(waited)}" if waited >= 1 else ""
-    return f"{lane.name} {what}{tried}. {trouble.advice or START_IT}"
+    return f"{lane.name} {what}{tried}. {trouble.advice or advice}"
 
 
-async def _contact(lane: ServerLane, model: str, wait: float) -> str | Trouble:
+async def _contact(lane: ServerLane, model: str, request: Request, wait: float) -> str | Trouble:
     """Return in words what a server answers, or its trouble where it can't be reached. Raises UserError."""
     started = told = time.monotonic()
     failures = 0
@@ -80,7 +99,7 @@ async def _contact(lane: ServerLane, model: str, wait: float) -> str | Trouble:
         names = await list_models(lane)
         if names is not None and lane.key is None and _is_in(model, names):
             return f"serves {model}"
-        outcome = await _one_token(lane, model)
+        outcome = await _one_token(lane, model, request)
         left = started + wait - time.monotonic()
         if not (isinstance(outcome, Trouble) and outcome.kind == "gone"):
             return await _judge(lane, model, names, outcome)
@@ -93,12 +112,12 @@ async def _contact(lane: ServerLane, model: str, wait: float) -> str | Trouble:
         await asyncio.sleep(min(lane.pauses.after(failures), PAUSE_OF_A_START, left))
 
 
-async def _one_token(lane: ServerLane, model: str) -> Answer | Trouble | None:
+async def _one_token(lane: ServerLane, model: str, request: Request) -> Answer | Trouble | None:
     """Return what comes of a request for one token; None where nothing comes in time."""
     try:
         async with asyncio.timeout(SECONDS_OF_AN_ANSWER):
             for tries in range(1, TRIES + 1):
-                outcome = await lane.send(model, _ONE_TOKEN)
+                outcome = await lane.send(model, request)
                 if not (isinstance(outcome, Trouble) and outcome.kind in ("again", "fault")):
                     break
                 if outcome.kind == "fault":
@@ -120,7 +139,7 @@ async def _judge(lane: ServerLane, model: str, names: list[str] | None, outcome:
         outcome = tls_wanted(lane.address)
     if isinstance(outcome, Answer):
         return f"answers as {model}"
-    if outcome.kind in ("hopeless", "denied"):
+    if outcome.kind in ("hopeless", "denied") or (outcome.kind == "row" and outcome.advice):
         raise UserError(await explain(lane, model, outcome))
     if outcome.kind == "too much":
         return f"is reached, and busy: {outcome.what}"
@@ -129,7 +148,7 @@ async def _judge(lane: ServerLane, model: str, names: list[str] | None, outcome:
             f"{lane.name} answers {outcome.what.rstrip('.')}. It was asked for the model {model!r}; "
             f"{name_models(model, names)}."
         )
-    if outcome.kind == "row":
+    if outcome.kind in ("row", "broken"):
         return f"is reached, and refuses a request for one token, which need not mean more: {outcome.what}"
     raise UserError(
         f"{lane.name} answers {outcome.what.rstrip('.')} ({TRIES} times). Is base_url right, and is {model!r} a model "

@@ -32,6 +32,9 @@ APPLICATION = 0x4A534654
 
 ANSWERS_A_COMMIT = 1_000
 
+NO_LIMIT = 2**63 - 1
+"""The token limit of a request without one: what a limit cut before is asked again."""
+
 COLUMNS = (
     "key, stage, model, text, finish_reason, refusal, prompt_tokens, completion_tokens, max_tokens, seconds, asked_at"
 )
@@ -70,8 +73,10 @@ class Decoding:
         own |= dict.fromkeys(name for name in own if name in extra)
         rest = {name: value for name, value in extra.items() if value is not None}
         limit = rest.pop("max_completion_tokens", None)
-        limit_name = "max_completion_tokens" if limit else None if "max_tokens" in extra else "max_tokens"
-        return cls(limit or max_tokens, **own, extra=rest, limit_name=limit_name)  # type: ignore[arg-type]
+        limit_name: str | None = "max_completion_tokens"
+        if limit is None:
+            limit, limit_name = (NO_LIMIT, None) if "max_tokens" in extra else (max_tokens, "max_tokens")
+        return cls(limit, **own, extra=rest, limit_name=limit_name)  # type: ignore[arg-type]
 
     def parameters(self, sample: int) -> dict[str, Any]:
         """What stands in a request beside model, messages and the token limit. Each sample has a seed of its own."""
@@ -135,7 +140,8 @@ class Answer:
     @property
     def detail(self) -> str:
         """What it says, or the reason that it says nothing, for the reports."""
-        return self.refusal or self.text or f"finish_reason {self.finish_reason or 'missing'}"
+        nothing = "its reasoning has no end, " if self.only_reasoning else ""
+        return self.refusal or self.text or f"{nothing}finish_reason {self.finish_reason or 'missing'}"
 
     @property
     def cut(self) -> bool:
@@ -161,6 +167,8 @@ class Answer:
             return "refused"
         if self.ending != "complete":
             return unfinished(self.finish_reason)
+        if self.only_reasoning:
+            return "without an end to its reasoning"
         if self.text and not self.text.isspace():
             return ""
         return f"empty, all of it in {self.reasoning_in}" if self.reasoning_in else "empty"

@@ -32,13 +32,12 @@ def about_losses(found: Mapping[Loss, Mapping[str, int]], accepted: Collection[L
     """Return the error of a run with losses that are not accepted. `left_out`: the file that holds them."""
     reasons = "; ".join(f"{count:,}: {reason}" for counts in found.values() for reason, count in counts.items())
     names = [loss for loss in _REASONS if loss in found or loss in accepted]
-    remedies = ["The same command asks again for those without an answer, and for nothing else"] * (
-        "no_answer" in found
-    )
-    remedies += ["Correct the data of those that can't be read or are not supported"] * bool(
-        found.keys() - {"no_answer"}
-    )
+    remedies = []
+    if "no_answer" in found:
+        remedies.append("The same command asks again for those without an answer, and for nothing else")
+    if found.keys() - {"no_answer"}:
+        remedies.append("Correct the data of those that can't be read or are not supported")
     return (
-        f"all rows are written but for those that are lost for reasons that no setting accepts ({reasons}). Each is in "
-        f"{left_out}. {'. '.join(remedies)}. To accept such losses, write `accept_losses: [{', '.join(names)}]`."
+        f"rows are missing for reasons that no setting accepts ({reasons}). All others are written; each of these is "
+        f"in {left_out}. {'. '.join(remedies)}. To accept such losses, write `accept_losses: [{', '.join(names)}]`."
     )

@@ -14,10 +14,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from train.llm.control_tokens import cut_at_next_turn, holds_control_tokens, without_code, without_end_tokens
+from train.llm.control_tokens import (
+    cut_at_next_turn,
+    holds_control_tokens,
+    without_code,
+    without_end_tokens,
+    without_header,
+)
 from train.llm.harmony import holds_harmony, split_channels
 from train.llm.journal import Answer
-from train.llm.reasoning_forms import OPENER, TAG, TOKEN, Form, closers_alone, form_of, may_hold_marks
+from train.llm.reasoning_forms import OPENER, TAG, Form, closers_alone, form_of, holds_token, may_hold_marks
 from train.progress import counted
 
 _CLOSING_FENCE = re.compile(r"\s*```[^\S\n]*(?:\n|\Z)")
@@ -48,7 +54,7 @@ class Said:
     def holds_reasoning(self) -> bool:
         """Return True where marks of reasoning are left in the text: an answer may speak of them, so they stay."""
         text = self.text
-        return bool(("<" in text and TAG.search(text)) or "[THINK]" in text or "[/THINK]" in text or TOKEN.search(text))
+        return bool(("<" in text and TAG.search(text)) or "[THINK]" in text or "[/THINK]" in text or holds_token(text))
 
     @property
     def holds_control_tokens(self) -> bool:
@@ -113,15 +119,19 @@ def without_reasoning(text: str) -> Said:
     """Return `text` without the reasoning and the control tokens around the answer. Never raises."""
     if OPENER.match(text) is None and not may_hold_marks(text):
         return Said(text)
-    said = _split(text)
+    whole, *headers = without_header(text)
+    said = _split(whole)
     if said.unfinished:
         return said
     answer, tokens = without_end_tokens(said.text)
-    if TOKEN.search(without_code(answer)) or holds_harmony(without_code(answer)):
+    if said.reasoning is not None:
+        answer, mark = without_header(answer)
+        headers.append(mark)
+    if holds_token(without_code(answer)) or holds_harmony(without_code(answer)):
         return Said("", text, unfinished=True)  # reasoning may stand anywhere in it
     if said.reasoning is not None and (wrapped := _WRAPPED.match(answer)):
         answer = wrapped["answer"].strip()
-    return replace(said, text=answer, end_tokens=tokens)
+    return replace(said, text=answer, end_tokens=(*tokens, *filter(None, headers)))
 
 
 def _split(text: str) -> Said:

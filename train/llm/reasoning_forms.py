@@ -10,7 +10,12 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-_WORDS = r"(?:[a-z]+[:_])?think(?:ing)?|thoughts?|reasoning|scratchpad"
+_WORDS = (
+    r"(?:[a-z]+[:_])?think(?:ing)?|thoughts?|reasoning|reflection|scratch_?pad|inner_(?:monologue|thoughts?)"
+    r"|chain_of_thought"
+)
+_UPPER = "(?:THINK(?:ING)?|THOUGHTS?|REASONING)"
+_IN_TOKEN = "(?:think(?:ing)?|thoughts?|reasoning)"
 _FIRST_WORDS = "We|We'll|We're|The|User|I|I'll|Need|Okay|Ok|Let|Let's|It|This|They|So|You|Just|Simple|Must|Should"
 _HERE_IS = r"[*#_ ]*Here(?:'s|’s| is) my"
 
@@ -40,45 +45,48 @@ class Form:
 
     def find_opener(self, text: str) -> int | None:
         """Return where a text first opens reasoning in this form, at its beginning or further on."""
-        if self.alone == "word" and self.closer != r"\[/THINK\]":
+        if "{word}" in self.closer:
             return next((tag.start() for tag in TAG.finditer(text) if not tag["closes"]), None)
         found = re.search(self.opener, text)
         return found.start() if found else None
 
     def find_closer(self, text: str, opener: re.Match[str]) -> re.Match[str] | None:
         """Return the first closer after an opener that isn't in backticks; one of a tag has the opener's name."""
-        word = opener["word"] or opener["escaped"] if "{word}" in self.closer else None
+        word = opener["word"] or opener["escaped"] or ""
         closers = _compiled(self.closer, word).finditer(text, opener.end())
         return next(
             (one for one in closers if not text[one.start() - 1] == "`" == text[one.end() : one.end() + 1]), None
         )
 
 
-@functools.cache
-def _compiled(closer: str, word: str | None) -> re.Pattern[str]:
-    if word is None:
-        return re.compile(closer)
+@functools.lru_cache(maxsize=64)
+def _compiled(closer: str, word: str) -> re.Pattern[str]:
     return re.compile(closer.replace("{word}", re.escape(word)), re.IGNORECASE)
 
 
 FORMS = (
     # Also Phi, Nemotron, EXAONE, Granite 3.3, Hunyuan, ERNIE, Step, Seed (seed:think), MiniMax (mm:think), LongCat.
-    Form("DeepSeek, Qwen, GLM and most others", _tag("<", ">"), r"</{word}\s*>", alone="word"),
+    Form("DeepSeek, Qwen, GLM and most others", _tag("<", ">"), r"</\s*{word}\s*>", alone="word"),
     Form("tags that were escaped for HTML", _tag("&lt;", "&gt;").replace("<word>", "<escaped>"), r"&lt;/{word}\s*&gt;"),
     Form("an empty tag", rf"(?i:<(?:{_WORDS})\s*/>)", ""),
-    Form("Magistral, Ministral", r"\[THINK\]", r"\[/THINK\]", alone="word"),
+    Form("Magistral, Ministral", rf"\[{_UPPER}\]", rf"\[/{_UPPER}\]", alone="word"),
     Form("Kimi-VL", "◁think▷", "◁/think▷", alone="token"),
-    Form("Command A", r"<\|START_THINKING\|>", r"<\|END_THINKING\|>", alone="token"),
-    Form("OpenThinker, Sky-T1", r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>", alone="token"),
-    Form("MiniCPM", r"<\|thought_start\|>", r"<\|thought_end\|>", alone="token"),
-    Form("Apertus", r"<\|inner_prefix\|>", r"<\|inner_suffix\|>", alone="token"),
-    Form("Solar Open 2", r"<\|think:start\|>", r"<\|think:end\|>", alone="token"),
     Form(
         "Solar Open",
-        r"<\|think(?:ing)?\|>",
-        r"<\|/think(?:ing)?\|>|</\|think(?:ing)?\|>|<\|end\|>\s*<\|begin\|>assistant\s*<\|content\|>",
+        r"<\|think\|>(?=(?s:.*?)<\|content\|>)",
+        r"<\|end\|>\s*<\|begin\|>assistant\s*<\|content\|>",
         alone="token",
         holds_turn=True,
+    ),
+    Form(
+        "Command A, OpenThinker, Sky-T1, MiniCPM, Solar Open 2",
+        rf"(?i:<\|(?:(?:start|begin)_?(?:of_?)?)?{_IN_TOKEN}(?:[_:]?(?:start|begin))?\|>)",
+        rf"<\|(?:/|end_?(?:of_?)?){_IN_TOKEN}\|>|<\|{_IN_TOKEN}[_:]?end\|>|</\|{_IN_TOKEN}\|>",
+        alone="token",
+    ),
+    Form("Apertus", r"<\|inner_prefix\|>", r"<\|inner_suffix\|>", alone="token"),
+    Form(
+        "s1", r"<\|im_start\|>think\n", r"(?:<\|im_end\|>\s*)?<\|im_start\|>answer\n?", alone="token", holds_turn=True
     ),
     Form("Kimi K3", r"<\|open\|>think<\|sep\|>", r"<\|close\|>think<\|sep\|>", alone="token"),
     Form("Inkling", r"(?:<\|message_model\|>)?<\|content_thinking\|>", r"<\|end_message\|>"),
@@ -95,14 +103,14 @@ FORMS = (
     ),
     Form(
         "gpt-oss without its special tokens",
-        rf"(?:assistant)?(?:analysis|commentary)(?=(?:{_FIRST_WORDS})\b)",
+        rf"(?:assistant)?(?:analysis|commentary)(?=\n?(?:{_FIRST_WORDS})\b)",
         "assistantfinal",
         alone="glued",
     ),
     Form(
         "gpt-oss without its special tokens, with reasoning of other first words",
         r"(?:assistant)?(?:analysis|commentary)",
-        r"(?<=\S)assistantfinal(?=\S)|\n[^\S\n]*assistantfinal[^\S\n]*\n",
+        r"(?:(?<=\S)|(?<=\n))assistantfinal",
         needs_closer=True,
     ),
     Form("Granite 3.2", rf"{_HERE_IS} thought process:[*_]*", rf"\n{_HERE_IS} response:[*_]*", needs_closer=True),
@@ -110,6 +118,7 @@ FORMS = (
     Form("HuatuoGPT-o1", r"#+ Thinking\n", r"\n#+ Final Response\n", needs_closer=True),
     Form("a code block with a label", r"```(?:think(?:ing)?|thoughts?|reasoning)\n", r"\n```[^\S\n]*(?=\n|\Z)"),
     Form("Open WebUI", r'<details[^<>]*\btype="reasoning"[^<>]*>', "</details>"),
+    Form("Dify", r"<details[^<>]*>\s*<summary>\s*(?:Thinking|Thought|Reasoning)[^<]*</summary>", "</details>"),
     Form("Poe", r"[*_]Thinking\.\.\.[*_]\s*(?=>)", r"(?<!\n)\n+(?![>\n])", needs_closer=True),
     Form("Ollama's command line", r"Thinking\.\.\.\n", r"\.\.\.done thinking\.\n", needs_closer=True),
 )
@@ -121,22 +130,21 @@ OPENER = re.compile(
 )
 """An opener at the beginning of a text, after blanks, a byte order mark or the first line of a code block."""
 _ALONE = tuple(
-    (form, re.compile(form.closer.replace("{word}", f"(?:{_WORDS})"), re.IGNORECASE if form.alone == "word" else 0))
+    (form, re.compile(form.closer.replace("{word}", f"(?:{_WORDS})"), 0 if form.alone == "glued" else re.IGNORECASE))
     for form in FORMS
     if form.alone
 )
-TAG = re.compile(rf"<(?P<closes>/)?(?:{_WORDS})(?:\s[^<>]*?)?>", re.IGNORECASE)
+TAG = re.compile(rf"<(?P<closes>/\s*)?(?:{_WORDS})(?:\s[^<>]*?)?>", re.IGNORECASE)
 """A mark that answers may speak of, as they may of [THINK]."""
-TOKEN = re.compile(
+_TOKEN = re.compile(
     "|".join(f"{form.opener}|{form.closer}" for form in FORMS if form.alone == "token" and not form.needs_closer)
 )
-"""A mark that no answer holds outside code."""
 _MARK = re.compile(
-    rf"<(?:[|｜]|/?s>|/(?:{_WORDS})\s*>|(?:start|end)_of_|turn\||channel\||unused9|seed:eos>|SPECIAL_|extra_id_"
-    r"|(?:eos|eop|eod|eoa|eot|bos|pad)>)",
+    rf"<(?:[|｜]|/?s>|/\s*(?:{_WORDS})\s*>|(?:start|end)_of_|turn\||channel\||(?:unused|SPECIAL_|extra_id_|reserved_|ctrl)\d"
+    r"|(?:seed:)?eo[a-z]>|(?:bos|pad|unk)>)",
     re.IGNORECASE,
 )
-_BRACKET = re.compile(r"\[(?:/THINK\]|unused1|BEGIN FINAL|END FINAL|/?INST\]|EO[ST]\]|\|)")
+_BRACKET = re.compile(rf"\[(?:/{_UPPER}\]|unused\d|BEGIN FINAL|END FINAL|/?INST\]|EO[ST]\]|\|)")
 
 
 def may_hold_marks(text: str) -> bool:
@@ -147,6 +155,12 @@ def may_hold_marks(text: str) -> bool:
         or "◁" in text
         or ("assistant" in text and ("assistantfinal" in text or "assistant\n\n" in text))
     )
+
+
+def holds_token(text: str) -> bool:
+    """Return whether a mark is in the text that is a token of a model, which no answer holds outside code."""
+    signs = ("<|", "|>", "◁", "[unused", "<unused")
+    return any(sign in text for sign in signs) and bool(_TOKEN.search(text))
 
 
 def closers_alone(text: str) -> list[tuple[Form, re.Match[str]]]:

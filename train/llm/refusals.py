@@ -9,6 +9,10 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+from train.llm.failures import is_about_length
+
+_NO_SAMPLING_PARAMETERS = ("model", "messages", "max_tokens", "max_completion_tokens", "stream", "stream_options")
+
 NameSetting = Callable[[str, str, str], str]
 """The words by which a command's user gives a setting a value: of stage, request field (or system_role) and value."""
 
@@ -18,12 +22,14 @@ _ECHOES = frozenset(("input", "input_value", "ctx", "url", "callstack", "stacktr
 """Keys of an error that repeat the request or tell of the server's code."""
 
 _NOT_SUPPORTED = r"(?:not|n't|un|no longer)[ _-]?(?:support|permitted|allowed|enabled|accepted|recogni[sz]ed|known)"
-_COMPLETION_TOKENS = re.compile(
-    rf"\buse\W{{0,3}}(?:the\W{{0,3}})?max_?completion_?tokens"
-    rf"|\bmax_?tokens\b.{{0,60}}?(?:{_NOT_SUPPORTED}|deprecated)"
-    r"|(?:unsupported|unknown|unrecogni[sz]ed|unexpected|not permitted)[^.]{0,60}\bmax_?tokens\b",
-    re.IGNORECASE | re.DOTALL,
+_USE_COMPLETION_TOKENS = re.compile(r"\buse\W{0,3}(?:the\W{0,3})?max_?completion_?tokens", re.IGNORECASE)
+_BY_NAME = (
+    rf"\b{{0}}\b.{{{{0,60}}}}?(?:{_NOT_SUPPORTED}|deprecated)"
+    r"|(?:unsupported|unknown|unrecogni[sz]ed|unexpected|not permitted)[^.]{{0,60}}\b{0}\b"
 )
+"""A field that is refused by its name, not by its value."""
+_MAX_TOKENS = re.compile(_BY_NAME.format("max_?tokens"), re.IGNORECASE | re.DOTALL)
+_MAX_COMPLETION_TOKENS = re.compile(_BY_NAME.format("max_?completion_?tokens"), re.IGNORECASE | re.DOTALL)
 _STREAM = re.compile(
     r"only supports? (?:the )?stream|\bstream(?:ing)?(?: mode)? only\b|\bstream(?:ing)? (?:is )?(?:required|mandatory)"
     r"|requires? (?:the )?stream|\bstream\W{0,3}(?:must|should|has to|needs to) be (?:set to )?\W?true"
@@ -44,7 +50,6 @@ _REFUSES = re.compile(
     r"|\bshould\b|\bonly\b|cannot|can't|can not|\brange\b|between|greater|less than|不支持",
     re.IGNORECASE,
 )
-_TOO_LONG = re.compile(r"context (?:length|window|size)|too (?:long|large)|maximum \w+ length|reduce the length", re.I)
 
 
 def said_in(error: Any, text: str) -> str:
@@ -66,7 +71,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 def wants_completion_tokens(said: str) -> bool:
     """Return whether an error refuses `max_tokens` by its name, not by its value."""
-    return bool(_COMPLETION_TOKENS.search(said))
+    return bool(_USE_COMPLETION_TOKENS.search(said) or _MAX_TOKENS.search(said))
 
 
 def wants_stream(said: str) -> bool:
@@ -92,11 +97,11 @@ def names_field(said: str, field: str) -> bool:
 
 def refused_fields(error: Any, said: str, body: Mapping[str, Any]) -> list[str]:
     """Return the sampling parameters of `body` that an error is about."""
-    fields = [name for name in body if name not in ("model", "messages", "max_tokens", "stream", "stream_options")]
+    fields = [name for name in body if name not in _NO_SAMPLING_PARAMETERS]
     param = error.get("param") if isinstance(error, Mapping) else None
     if isinstance(param, str) and (last := param.rpartition(".")[2]) in fields:
         return [last]
-    if _TOO_LONG.search(said) or not _REFUSES.search(said):
+    if is_about_length(said) or not _REFUSES.search(said):
         return []
     return [name for name in fields if names_field(said, name)]
 
@@ -118,6 +123,8 @@ def advice_on(error: Any, said: str, body: Mapping[str, Any], stage: str, name_s
     if "max_tokens" in body and wants_completion_tokens(said):
         setting = name_setting(stage, "max_completion_tokens", str(body["max_tokens"]))
         return f"Send the token limit by the other name: {setting}."
+    if "max_completion_tokens" in body and _MAX_COMPLETION_TOKENS.search(said):
+        return f"Send the token limit as max_tokens, or none: {name_setting(stage, 'max_tokens', 'null')}."
     if "stream" in body and wants_stream(said):
         return "It was asked for a stream, and refuses that too: this model can't be asked here."
     fields = refused_fields(error, said, body)

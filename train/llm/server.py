@@ -12,8 +12,15 @@ import openai
 
 from train.errors import UserError
 from train.llm.address import parse_address, shown_location
-from train.llm.advice import explain, is_unreachable
-from train.llm.connection_faults import connection_trouble, proxy_refusal, speaks_tls, tls_wanted
+from train.llm.advice import explain, is_unreachable, only_model
+from train.llm.connection_faults import (
+    connection_trouble,
+    http_wanted,
+    proxy_refusal,
+    speaks_http,
+    speaks_tls,
+    tls_wanted,
+)
 from train.llm.connections import Connections
 from train.llm.failures import (
     DENIED,
@@ -96,7 +103,7 @@ class ServerLane(Lane):
         self._shared_at = 0.0
         """When a request was last sent while others were in flight."""
         self._connections = Connections(self.address)
-        self._asked_for_tls = False
+        self._asked_for_tls = self._named_model = False
         self.api = openai.AsyncOpenAI(
             base_url=self.address.base,
             api_key=self.key or "none",  # the package wants one; servers without keys don't look at it
@@ -162,9 +169,12 @@ class ServerLane(Lane):
         finally:
             self._in_flight.discard(interruption)
         outcome = await self._read(response, time.monotonic() - started, request.decoding.max_tokens)
-        return (
-            outcome if isinstance(outcome, Answer) else self._refusal(outcome, response, body, request.stage, started)
-        )
+        if isinstance(outcome, Trouble):
+            return self._refusal(outcome, response, body, request.stage, started)
+        if not self._named_model:
+            self._named_model = True
+            return await self._wrong_model(model, response) or outcome
+        return outcome
 
     def _refusal(
         self, trouble: Trouble, response: httpx2.Response, body: dict[str, Any], stage: str, started: float
@@ -173,9 +183,9 @@ class ServerLane(Lane):
 
         500 is how llama.cpp and transformers serve report what a chat template refuses, and some gateways a 400.
         """
-        if trouble.too_long and self._shared_at >= started and is_about_shared_context(trouble.what):
-            return replace(trouble, kind="too much", too_long=False)
-        if trouble.status not in (200, 400, 422, 500) or trouble.too_long or trouble.advice:
+        if trouble.about_content and self._shared_at >= started and is_about_shared_context(trouble.what):
+            return replace(trouble, kind="too much", about_content=False)
+        if trouble.status not in (200, 400, 422, 500) or trouble.about_content or trouble.advice:
             return trouble
         whole = _json(response)
         if response.status_code == 200 and (not isinstance(whole, dict) or whole.get("choices")):
@@ -247,7 +257,7 @@ class ServerLane(Lane):
         said = f"{status} {response.reason_phrase}"
         if response.status_code == 200:
             said = "an error in the body of a 200" if status == 200 else f"{status} in the body of a 200"
-        what = self.clean(f"{said}: {error.words}").removesuffix(":")
+        what = self.clean(f"{said}: {error.words.removeprefix(said)}").removesuffix(":")
         if self.address.proxy and response.status_code in (403, 502, 503, 504):  # it may be the proxy that says so
             what = f"{what.rstrip('.')} (through {self.address.proxy})"
         return trouble_of(status, what, error, response.headers, longest_wait=self.longest_wait)
@@ -269,6 +279,8 @@ class ServerLane(Lane):
         trouble = connection_trouble(cause, self.address, has_answered=self.has_answered)
         if trouble.kind == "fault" and self.failures_in_a_row >= FAULTS_OF_A_WRONG_SCHEME and await self._wants_tls():
             return tls_wanted(self.address)
+        if trouble.kind == "gone" and not self.reached and await speaks_http(self.address):
+            return http_wanted(self.address)
         return replace(trouble, what=self.clean(trouble.what))
 
     async def _wants_tls(self) -> bool:
@@ -277,6 +289,21 @@ class ServerLane(Lane):
             return False
         self._asked_for_tls = True
         return await speaks_tls(self.address)
+
+    async def _wrong_model(self, model: str, response: httpx2.Response) -> Trouble | None:
+        """Return the trouble of a server that answers any name with its only model, as llama.cpp's and TGI's do."""
+        body = _json(response)
+        answered_as = body.get("model") if isinstance(body, dict) else None
+        if answered_as in (None, model):
+            return None
+        only = await only_model(self) or []
+        if answered_as not in only or model in only:
+            return None
+        return Trouble(
+            "hopeless",
+            f"as {only[0]!r}, which is the only model that it serves, and not as {model!r}",
+            advice=f"Write {only[0]} as the model's name.",
+        )
 
     async def explain(self, model: str, trouble: Trouble) -> str:
         """Return what is wrong and what to do about it."""

@@ -114,6 +114,8 @@ class Pipeline:
             return "the model refused to write a system message", _beginning(answer.detail)
         if answer.cut:
             outcome.events["system message cut at the token limit"] += 1
+        elif answer.only_reasoning:
+            return f"system message {answer.unfinished}", answer.detail
         outcome.phase = "generated"
         outcome.message = parse(answer.text)
         if not outcome.message.phrases:

@@ -277,12 +277,13 @@ def test_a_server_with_one_model_that_ignores_the_name_is_told_of(
 @pytest.mark.parametrize(
     ("url", "why"),
     [
-        (f"http://127.0.0.1:{free_port()}/v1", "connection refused: nothing listens there"),
-        (f"https://127.0.0.1:{free_port()}/v1", "connection refused: nothing listens there"),
+        ("http://127.0.0.1:{port}/v1", "connection refused: nothing listens there"),
+        ("https://127.0.0.1:{port}/v1", "connection refused: nothing listens there"),
         ("http://no-such-host.invalid/v1", "unknown host name"),
     ],
 )
 def test_a_server_that_can_not_be_reached_at_the_start_ends_the_run(url: str, why: str, tmp_path: Path) -> None:
+    url = url.format(port=free_port())
     told = asyncio.run(refusal(Server(url), tmp_path, wait=0.02))
     assert told.startswith(f"{url} can't be reached ({why}")
     assert "Check host and port" in told

@@ -105,6 +105,7 @@ def test_the_score_is_the_mean_over_rows_and_what_is_missing_is_counted(done: tu
         "why_no_judgement": {"400 Said: too long a prompt": RUBRICS * RUNS},
         "judge_answers": 12 + 1 + 9 + 2 * RUNS + 12,
         "judge_answers_without_score": {"no score at its end": 1 + 2 * RUNS},
+        "judge_answers_cleaned": {},
         "judge_tokens": {"prompt": 7 * 40, "completion": sum(len(text.split()) for text in texts_of(folder))},
         "responses_cut": 0,
         "responses_only_reasoning": 0,
@@ -385,7 +386,7 @@ def test_reasoning_of_the_model_is_no_part_of_its_answer(tmp_path: Path, capsys:
 
     async def script(asked: Asked) -> Reply:
         if asked.body["model"] == "judge":
-            return said("[RESULT] 3")
+            return said("Hm.</think>[RESULT] 3<|im_end|>")
         return said("<think>secret</think>Open." if "0" in asked.prompt else "<think>secret without an end", "length")
 
     with served(script, models=["judge"]) as server:
@@ -395,12 +396,20 @@ def test_reasoning_of_the_model_is_no_part_of_its_answer(tmp_path: Path, capsys:
     missing = record(tmp_path / "out")["missing"]
     assert (missing["responses_cut"], missing["responses_empty"]) == (2, 1)
     assert missing["responses_only_reasoning"] == 1
+    judgements = 2 * RUBRICS * RUNS
+    assert missing["judge_answers_cleaned"] == {
+        "control tokens taken off the end": judgements,
+        "reasoning taken out": judgements,
+    }
     shown = capsys.readouterr().out
     assert "1 empty (1 of these as their reasoning had no end)" in shown
     assert "reasoning without an end, and nothing said: 1 answer (responses 1); raise the token limit" in shown
+    assert f"warning: control tokens taken off the end: {judgements} answers (judge {judgements}); " in shown
 
 
-def test_responses_that_are_not_complete_are_scored_and_counted_by_name(tmp_path: Path) -> None:
+def test_responses_that_are_not_complete_are_scored_and_counted_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = write_lines(tmp_path / "rows.jsonl", ROWS[:4])
     reasons = ("MAX_TOKENS", "SAFETY", "foo", "stop")
 
@@ -410,7 +419,7 @@ def test_responses_that_are_not_complete_are_scored_and_counted_by_name(tmp_path
         number = int(asked.prompt.partition("Question ")[2][0])
         return said("" if reasons[number] == "stop" else "Half of", reasons[number])
 
-    with served(script) as server:
+    with served(script, models=["judge", "the-model"]) as server:
         assert command(*options(server, data, tmp_path / "out"), "--server", server.url) == 0
     missing = record(tmp_path / "out")["missing"]
     assert (missing["responses_cut"], missing["responses_empty"]) == (1, 1)

@@ -68,6 +68,7 @@ END_TOKENS = "control tokens taken off the end"
 RAN_ON = "ran on after its end, and was cut there"
 TAGS_LEFT = "tags of reasoning left in the text"
 TOKENS_LEFT = "control tokens left in the text"
+LEFT = (TAGS_LEFT, TOKENS_LEFT)
 
 ADVICE = {
     NO_END: "raise the token limit, or start the server with a parser for this model's reasoning",

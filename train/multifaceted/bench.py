@@ -322,6 +322,7 @@ def _missing(judged: Sequence[JudgedRow], protocol: Protocol) -> dict[str, Any]:
         "why_no_judgement": reasons(one.detail for one in judgements if one.missing == "no answer"),
         "judge_answers": sum(len(one.texts) for one in judgements),
         "judge_answers_without_score": dict(sorted(faults.items())),
+        "judge_answers_cleaned": dict(sorted(Counter(event for one in judgements for event in one.cleaned).items())),
         "judge_tokens": {name: sum(one.tokens.get(name, 0) for one in judgements) for name in ("prompt", "completion")},
         "responses_cut": endings.pop("cut at the token limit", 0),
         "responses_only_reasoning": sum(one.response.only_reasoning for row in judged for one in row.answers),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from train.llm.journal import Decoding
+from train.llm.reasoning import advice_on
 from train.llm.unanswered import SHOWN_IN_REPORT
 from train.llm.unread import unread_warning
 from train.multifaceted.bench import JudgedRow, figures
@@ -146,7 +147,7 @@ def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow]) -> str:
 
 
 def warnings(record: Mapping[str, Any]) -> list[str]:
-    """Return a line where something got no answer, and one where most answers of the judge held no readable score."""
+    """Return lines on missing answers, on reasoning and control tokens of the judge, and on mostly unread scores."""
     missing = record["missing"]
     faults = missing["judge_answers_without_score"]
     why = ", ".join(f"{count:,} {name}" for name, count in faults.items())
@@ -155,12 +156,17 @@ def warnings(record: Mapping[str, Any]) -> list[str]:
         f"{counted(unanswered, 'answer', 'is', 'are')} missing, of the model or of the judge, and in no mean "
         "(the reasons are in report.md). The same command asks a server again for these alone."
     ]
-    return lost * bool(unanswered) + unread_warning(
-        f"--judge {record['judge']['model']}",
-        sum(faults.values()),
-        missing["judge_answers"],
-        f"Reasons: {why}. They are in no mean; the answers are in bench_rows.jsonl. Use a judge that ends with "
-        "[RESULT] and a number, or raise --judge-max-tokens if its answers are cut.",
+    cleaned = {f"judge: {event}": count for event, count in missing["judge_answers_cleaned"].items()}
+    return (
+        lost * bool(unanswered)
+        + advice_on(cleaned)
+        + unread_warning(
+            f"--judge {record['judge']['model']}",
+            sum(faults.values()),
+            missing["judge_answers"],
+            f"Reasons: {why}. They are in no mean; the answers are in bench_rows.jsonl. Use a judge that ends with "
+            "[RESULT] and a number, or raise --judge-max-tokens if its answers are cut.",
+        )
     )
 
 

@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 
 from train.llm.client import NoAnswerError
 from train.llm.journal import Answer, Request
-from train.llm.reasoning import read_answer
+from train.llm.reasoning import LEFT, events_of, read_answer
 from train.multifaceted.bench_rows import BenchRow, Rubric
 from train.multifaceted.protocol import JudgeSettings
 
@@ -143,6 +143,8 @@ class Judgement:
     detail: str = ""
     faults: tuple[str, ...] = ()
     tokens: Mapping[str, int] = field(default_factory=dict)
+    cleaned: tuple[str, ...] = ()
+    """What was taken out of its answers, in the words of `train.llm.reasoning`."""
 
 
 async def judge_rubric(
@@ -152,10 +154,11 @@ async def judge_rubric(
     messages = [{"role": "user", "content": judge_prompt(row, rubric, response, show_system=settings.show_system)}]
     texts: list[str] = []
     faults: list[str] = []
+    cleaned: list[str] = []
     tokens = {"prompt": 0, "completion": 0}
 
     def judged(score: int | None, missing: Missing | None = None, detail: str = "") -> Judgement:
-        return Judgement(score, tuple(texts), missing, detail, tuple(faults), tokens)
+        return Judgement(score, tuple(texts), missing, detail, tuple(faults), tokens, tuple(cleaned))
 
     for sample in range(settings.retries + 1):
         request = Request(STAGE.format(run=run + 1), messages, settings.decoding, sample)
@@ -168,7 +171,8 @@ async def judge_rubric(
         texts.append(answer.text)
         tokens["prompt"] += answer.prompt_tokens or 0
         tokens["completion"] += answer.completion_tokens or 0
-        read, _ = read_answer(answer)
+        read, said = read_answer(answer)
+        cleaned.extend(event for event in events_of(said) if event not in LEFT)
         score = parse_score(read.text)
         if fault := _fault(read, score):
             faults.append(fault)

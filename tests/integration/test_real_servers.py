@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from real_servers import ROOT, RealServer, running
+from real_servers import ROOT, RealServer, free_port, running
 from transformers import AutoTokenizer
 
 from train.data.sources import conversations
@@ -38,12 +38,12 @@ def script(name: str) -> ModuleType:
     return module
 
 
-def run_script(name: str, settings: dict[str, Any], folder: Path) -> int:
+def run_script(name: str, settings: dict[str, Any], folder: Path, *options: str) -> int:
     """Run scripts/NAME.py with these settings in this process; its exit code."""
     config = folder / f"{name}.yaml"
     config.write_text(yaml.safe_dump({**settings, "output_dir": str(folder / "out")}), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{name}.py", "--config", str(config)])
+        patch.setattr(sys, "argv", [f"{name}.py", "--config", str(config), *options])
         return script(name).main()
 
 
@@ -167,3 +167,32 @@ def test_ifeval_checks_the_answers_that_the_server_gave(
     assert sum(record["system"]["endings"].values()) == len(answers) == 2
     followed = [verdict for answer in answers for verdict in answer["strict"]]
     assert record["system"]["constraint_strict"]["value"] == sum(followed) / len(followed)
+
+
+def check(
+    server: RealServer, folder: Path, capsys: pytest.CaptureFixture[str], url: str = "", model: str = ""
+) -> tuple[int, str]:
+    """Run `sysgen.py --check` with an address or a model changed; its exit code, and the error it ends with."""
+    settings = settings_for(server, 1)
+    settings |= {"model": model or server.model, "servers": [{"base_url": url or server.url}]}
+    code = run_script("sysgen", settings, folder, "--check")
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.out + shown.err
+    assert shown.err.count("error: ") == (code != 0)
+    return code, shown.err.partition("error: ")[2]
+
+
+def test_a_check_finds_the_server_the_model_and_the_address(
+    server: RealServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check(server, tmp_path, capsys) == (0, "")
+    code, error = check(server, tmp_path, capsys, model="no/such-model")
+    assert (code, "'no/such-model'" in error) == (2, True)  # llama.cpp would answer, as the model that it has
+    nothing = f"http://127.0.0.1:{free_port()}/v1"
+    code, error = check(server, tmp_path, capsys, url=nothing)
+    assert (code, error.startswith(f"{nothing} can't be reached (connection refused")) == (2, True)
+    code, error = check(server, tmp_path, capsys, url=server.url.removesuffix("/v1"))
+    if server.kind == TRANSFORMERS:
+        assert (code, f"Write {server.url} as base_url" in error) == (2, True)
+    else:
+        assert code == 0  # llama.cpp serves both paths

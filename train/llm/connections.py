@@ -46,6 +46,10 @@ class Connections(httpx2.AsyncBaseTransport):
                 body = b"".join([part async for part in response.stream])
             finally:
                 await response.stream.aclose()
+            if response.status_code == 500:
+                # After an exception in the application uvicorn closes the connection, and sends no word of it before:
+                # of requests that come next on the same one, half were lost.
+                await connection.aclose()
         finally:
             self._idle.append(connection)  # after a failure too: it opens a new socket by itself
         return httpx2.Response(

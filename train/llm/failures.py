@@ -130,6 +130,14 @@ def is_about_length(words: str) -> bool:
     return bool(_TOO_LONG.search(words))
 
 
+def is_about_shared_context(words: str) -> bool:
+    """Return whether a server says that all of its requests together outgrew the context that they share.
+
+    The slots of llama.cpp share one (`kv_unified`). It ends them all with 500 then; each would have had room alone.
+    """
+    return "context size has been exceeded" in words.lower()
+
+
 def _text_of(page: str) -> str:
     """Return the title of a web page, or its text."""
     title = _TITLE.search(page)

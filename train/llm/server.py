@@ -22,7 +22,16 @@ from train.llm.connection_faults import (
     tls_wanted,
 )
 from train.llm.connections import Connections
-from train.llm.failures import DENIED, LONGEST_WAIT, ErrorBody, Trouble, error_in, error_of, trouble_of
+from train.llm.failures import (
+    DENIED,
+    LONGEST_WAIT,
+    ErrorBody,
+    Trouble,
+    error_in,
+    error_of,
+    is_about_shared_context,
+    trouble_of,
+)
 from train.llm.finish_reasons import BELOW_LIMIT, ending_of
 from train.llm.journal import Answer, Request
 from train.llm.places import Lane, Pauses
@@ -91,6 +100,8 @@ class ServerLane(Lane):
         self._form = RequestForm(stream=server.stream)
         self._name_setting = name_setting
         self._in_flight: set[asyncio.Timeout] = set()
+        self._shared_at = 0.0
+        """When a request was last sent while others were in flight."""
         self._connections = Connections(self.address)
         self._asked_for_tls = self._named_model = False
         self.api = openai.AsyncOpenAI(
@@ -143,12 +154,14 @@ class ServerLane(Lane):
         try:
             async with interruption:
                 self._in_flight.add(interruption)
+                if len(self._in_flight) > 1:
+                    self._shared_at = started
                 # The bare response: the package would build a model of it unchecked, and garbage looks like an answer.
                 response = await self.api.post(self._chat_url, cast_to=httpx2.Response, body=body)
         except TimeoutError:
             return Trouble("fault", f"nothing heard for {duration(self.patience / 2)}")
         except openai.APIStatusError as error:
-            return self._refusal(await self.error_response(error), error.response, body, request.stage)
+            return self._refusal(await self.error_response(error), error.response, body, request.stage, started)
         except openai.APIConnectionError as error:
             return await self.connection_failed(error)
         except UnicodeEncodeError:
@@ -157,17 +170,21 @@ class ServerLane(Lane):
             self._in_flight.discard(interruption)
         outcome = await self._read(response, time.monotonic() - started, request.decoding.max_tokens)
         if isinstance(outcome, Trouble):
-            return self._refusal(outcome, response, body, request.stage)
+            return self._refusal(outcome, response, body, request.stage, started)
         if not self._named_model:
             self._named_model = True
             return await self._wrong_model(model, response) or outcome
         return outcome
 
-    def _refusal(self, trouble: Trouble, response: httpx2.Response, body: dict[str, Any], stage: str) -> Trouble:
+    def _refusal(
+        self, trouble: Trouble, response: httpx2.Response, body: dict[str, Any], stage: str, started: float
+    ) -> Trouble:
         """Return the trouble with advice, or "again" where the error asks for another form of request.
 
         500 is how llama.cpp and transformers serve report what a chat template refuses, and some gateways a 400.
         """
+        if trouble.about_content and self._shared_at >= started and is_about_shared_context(trouble.what):
+            return replace(trouble, kind="too much", about_content=False)
         if trouble.status not in (200, 400, 422, 500) or trouble.about_content or trouble.advice:
             return trouble
         whole = _json(response)

@@ -1,0 +1,36 @@
+"""Connections that a server closes without a word."""
+
+import asyncio
+from pathlib import Path
+
+from client_runs import SHORT, about, echo
+from scripted_server import Asked, Reply, ScriptedServer, error
+
+from train.llm.client import Client
+from train.llm.journal import Journal
+from train.llm.server import Server
+
+
+class ClosesAfterAnError(ScriptedServer):
+    """Closes a connection on which it has sent a 500, when the next request is on its way (as uvicorn may)."""
+
+    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        goes_on = await super()._exchange(reader, writer)
+        if len(self.asked) > 1:
+            return goes_on
+        await reader.read(1)
+        return False
+
+
+def test_no_request_follows_an_error_on_the_same_connection(tmp_path: Path) -> None:
+    async def script(asked: Asked) -> Reply:
+        return await echo(asked) if asked.number else error(500, "Internal Server Error")
+
+    async def ask() -> None:
+        async with ClosesAfterAnError(script) as server:
+            with Journal(tmp_path / "answers.sqlite") as journal:
+                async with Client([Server(server.url)], "m", journal, pauses=SHORT) as client:
+                    assert (await client.ask(about("hi"))).text == "re: hi"
+                    assert (client.counts.tries_failed, len(server.asked)) == (1, 2)
+
+    asyncio.run(ask())

@@ -288,7 +288,7 @@ class Client:
             if faults >= self.attempts:
                 raise NoAnswerError(f"{outcome.what} ({self.attempts} times)", outcome.advice)
             avoid = lane
-            if outcome.retry_after is None:
+            if outcome.retry_after is None and outcome.kind != "too much":  # of which the whole server rests
                 pause = self.pauses.after(tries)
                 await asyncio.sleep(pause if lane.reached else min(pause, PAUSE_OF_A_START))
 

@@ -114,7 +114,7 @@ def options(server: ScriptedServer, data: Path, output: Path, model: str = "m") 
 def test_no_switch_scores_a_part_of_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """DEBUG was left on, and 10 random rows were scored as if they were the whole."""
     data = write_lines(tmp_path / "rows.jsonl", [bench_row(number) for number in range(23)])
-    with served(judging(grade)) as server:
+    with served(judging(grade), models=["judge"]) as server:
         assert command(*options(server, data, tmp_path / "out")) == 0
         judged = Counter(place_of(one.prompt) for one in server.asked if one.body["model"] == "judge")
     assert judged == {(row, rubric): 1 for row in range(23) for rubric in range(4)}
@@ -146,7 +146,7 @@ def test_best_of_n_keeps_all_n_answers(tmp_path: Path) -> None:
         answer = asked.prompt.split("### Answer to be graded\n")[1]
         return said(f"[RESULT] {answer[1]}" if answer[1] in "123" else "[RESULT] 1")
 
-    with served(script) as server:
+    with served(script, models=["judge"]) as server:
         assert command(*options(server, data, tmp_path / "out"), "--best-of", "4", "--pick-by", "all-runs") == 0
     for row in lines(tmp_path / "out" / "bench_rows.jsonl"):
         texts = [answer["response"] for answer in row["answers"]]

@@ -19,11 +19,12 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
 from train.errors import UserError
+from train.llm.empty_answers import is_answered, says_nothing
 from train.llm.failures import LONGEST_WAIT, Trouble
 from train.llm.first_contact import share_secrets, unreachable
 from train.llm.journal import Answer, Journal, Request
@@ -85,7 +86,10 @@ class _Start:
 
 
 class EmptyAnswerError(NoAnswerError):
-    """The model says nothing to this request, try after try. `answer`: the last of the empty ones."""
+    """The model says nothing to this request, try after try. `answer`: the last of the empty ones.
+
+    One that holds nothing but reasoning that has ended, or control tokens, is empty too.
+    """
 
     def __init__(self, words: str, answer: Answer) -> None:
         super().__init__(words)
@@ -105,6 +109,8 @@ class Counts:
     refused: int = 0
     reasoned: int = 0
     """Answers of this run that came with reasoning in a field of its own."""
+    with_ignored_parts: int = 0
+    """Answers of this run with parts beside the text that can't be read as text (Mistral's references)."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     """Tokens of the answers that were asked for in this run, not of those found in the journal."""
@@ -127,8 +133,8 @@ class Client:
     on, is given up.
 
     `accept_empty`: an empty answer is asked for once more and then taken as what the model says; evaluations want that,
-    as a model may say nothing. Otherwise it is asked for `attempts` times, raises EmptyAnswerError and is not kept. One
-    whose text went into a field of reasoning is never taken: the server was started wrongly.
+    as a model may say nothing. Otherwise it is asked for `attempts` times and raises EmptyAnswerError; the last one is
+    kept, see `ask`. One whose text went into a field of reasoning is never taken: the server was started wrongly.
 
     `longest_absence`: see `LONGEST_ABSENCE`. `name_setting`: the command's words for a setting, for errors about one.
 
@@ -157,6 +163,9 @@ class Client:
         self._wait_for_server, self._accept_empty = wait_for_server, accept_empty
         self._lanes = [ServerLane(server, self.pauses, patience, longest_wait, name_setting) for server in servers]
         share_secrets(self._lanes)
+        gives_reasons = journal.gives_reasons(model, len(self._lanes))
+        for lane in self._lanes:
+            lane.gives_finish_reasons = gives_reasons
         self._warned_of: set[str] = set()
         self._places = Places(self._lanes)
         self._asking: dict[bytes, asyncio.Future[None]] = {}
@@ -213,16 +222,23 @@ class Client:
             lane.name for lane in self._lanes if lane.trouble and not (lane.has_answered and lane.paused_until <= soon)
         }
 
-    async def ask(self, request: Request) -> Answer:
-        """The answer: from the journal, or from a server and then in the journal.
+    async def ask(self, request: Request, *, next_try: Request | None = None, goes_on_empty: bool = False) -> Answer:
+        """Return the answer: from the journal, or from a server and then in the journal.
 
-        Cancelling it leaves nothing behind. Raises NoAnswerError and UserError (see the module).
+        An empty answer in the journal is asked for again, unless an earlier start went on without one: another answer
+        would change what that start wrote. Cancelling leaves nothing behind.
+
+        Args:
+            request: what to ask.
+            next_try: what the caller asks next where this answer is empty; None = the same with the next sample.
+                An earlier start went on if the journal holds its answer.
+            goes_on_empty: the caller asks for nothing in the place of an empty answer, and loses no row by it.
+
+        Raises:
+            EmptyAnswerError, NoAnswerError, UserError: see the module.
         """
         key = request.key(self.model)
-        limit = request.decoding.max_tokens
-        while (
-            answer := self.journal.find(key, limit, accept_empty=self._accept_empty)
-        ) is None and key in self._asking:
+        while (answer := self._recorded(request, key, next_try, goes_on_empty)) is None and key in self._asking:
             await asyncio.wait([self._asking[key]])  # the same is being asked: its answer will be in the journal
         if answer is None:
             ended = self._asking[key] = asyncio.get_running_loop().create_future()
@@ -247,11 +263,24 @@ class Client:
             self.counts.prompt_tokens += answer.prompt_tokens or 0
             self.counts.completion_tokens += answer.completion_tokens or 0
             self.counts.reasoned += bool(answer.reasoning_in)
+            self.counts.with_ignored_parts += bool(answer.ignored_part)
         self.counts.answered += 1
         self.counts.from_journal += answer.from_journal
         self.counts.cut += answer.cut
         self.counts.refused += answer.refused
         return answer
+
+    def _recorded(self, request: Request, key: bytes, next_try: Request | None, goes_on_empty: bool) -> Answer | None:
+        """Return the answer in the journal. Raises EmptyAnswerError for an empty one that is not to be asked again."""
+        answer = self.journal.find(key, request.decoding.max_tokens, accept_empty=True)
+        if answer is None or self._accept_empty or not says_nothing(answer):
+            return answer
+        next_try = next_try or replace(request, sample=request.sample + 1)
+        if not (goes_on_empty or is_answered(self.journal, self.model, next_try)):
+            return None
+        self.counts.answered += 1
+        self.counts.from_journal += 1
+        raise EmptyAnswerError(why_empty(answer), answer)
 
     async def _ask_a_server(self, key: bytes, request: Request) -> Answer:
         faults = empty = tries = 0
@@ -266,6 +295,8 @@ class Client:
                 self.counts.tries_failed += 1
                 empty += 1
                 if empty >= self.attempts:
+                    if not self._accept_empty:  # else it would be taken for what the model says
+                        await self.journal.add(key, self.model, request, outcome.answer)
                     raise EmptyAnswerError(f"{outcome} ({self.attempts} times)", outcome.answer)
                 avoid = lane
                 await asyncio.sleep(self.pauses.after(empty))
@@ -305,7 +336,7 @@ class Client:
         try:
             outcome = await lane.send(self.model, request)
             if isinstance(outcome, Answer):
-                is_kept = not outcome.empty or (accept_empty and not outcome.reasoning_in)
+                is_kept = not says_nothing(outcome) or (accept_empty and not outcome.reasoning_in)
         finally:
             self._places.unwritten += is_kept
             self._places.give_back(lane)

@@ -22,7 +22,7 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from train.errors import UserError
-from train.llm.finish_reasons import Ending, ending_of, unfinished
+from train.llm.finish_reasons import BELOW_LIMIT, INFERRED, Ending, ending_of, unfinished
 
 LAYOUT = 1
 """The layout of the table, in the file's user_version."""
@@ -124,6 +124,8 @@ class Answer:
     from_journal: bool = False
     reasoning_in: str = ""
     """The field that held reasoning beside the text (reasoning_content, ...). The journal does not keep it."""
+    ignored_part: str = ""
+    """The type of a part beside the text that can't be read as text. The journal does not keep it."""
     only_reasoning: bool = False
     """Its text was reasoning that never ended, so it holds no answer (set by `train.llm.reasoning.read_answer`)."""
 
@@ -151,9 +153,12 @@ class Answer:
     @property
     def empty(self) -> bool:
         """Whether it holds no text though nothing cut it, withheld it or called a tool."""
-        if self.text and not self.text.isspace():
-            return False
-        return not self.refusal and self.ending in ("complete", "unknown", "unstated")
+        return self.blank and not self.refusal and self.ending in ("complete", "unknown", "unstated")
+
+    @property
+    def blank(self) -> bool:
+        """Whether its text shows nothing: blanks and invisible characters (U+200B, U+FEFF) at most."""
+        return not any(letter.isprintable() and not letter.isspace() for letter in self.text)
 
     @property
     def unfinished(self) -> str:
@@ -164,7 +169,7 @@ class Answer:
             return unfinished(self.finish_reason)
         if self.only_reasoning:
             return "without an end to its reasoning"
-        if self.text and not self.text.isspace():
+        if not self.blank:
             return ""
         return f"empty, all of it in {self.reasoning_in}" if self.reasoning_in else "empty"
 
@@ -229,8 +234,7 @@ class Journal:
 
         An answer that came to its own end within the limit is. One that was cut counts for the very limit that cut
         it: under a higher one there is more to hear, under a lower one it is too long. One that the server broke off
-        (abort, error) is not returned, nor is an empty one unless `accept_empty`: earlier versions kept those, and
-        they are to be asked again.
+        (abort, error) is not returned: earlier versions kept those. Nor is an empty one unless `accept_empty`.
         """
         found = self._first(
             "SELECT text, finish_reason, refusal, prompt_tokens, completion_tokens, seconds, max_tokens"
@@ -249,9 +253,25 @@ class Journal:
         return answer if not answer.cut and length <= max_tokens else None
 
     def has_stage(self, stage: str, model: str) -> bool:
-        """Whether `model` ever answered anything in `stage`."""
-        query = "SELECT 1 FROM answers WHERE stage = ? AND model = ? LIMIT 1"
-        return self._first(query, (stage, model)) is not None
+        """Whether `model` ever answered anything in `stage`. Empty answers, which the client keeps too, don't count."""
+        query = (
+            "SELECT 1 FROM answers WHERE stage = ? AND model = ?"
+            " AND (trim(text, char(9, 10, 13, 32)) != '' OR refusal IS NOT NULL"
+            " OR finish_reason NOT IN ('stop', '', ?)) LIMIT 1"
+        )
+        return self._first(query, (stage, model, BELOW_LIMIT)) is not None
+
+    def gives_reasons(self, model: str, servers: int) -> bool:
+        """Return whether answers of `model` came with a finish_reason of the server's own.
+
+        Where several servers answered and some of the answers had none, one of the servers may never give any.
+        """
+        places = ", ".join("?" * len(INFERRED))
+        given = f"SELECT 1 FROM answers WHERE model = ? AND lower(finish_reason) NOT IN ({places}) LIMIT 1"
+        missing = "SELECT 1 FROM answers WHERE model = ? AND finish_reason = ? LIMIT 1"
+        return self._first(given, (model, *INFERRED)) is not None and (
+            servers == 1 or self._first(missing, (model, BELOW_LIMIT)) is None
+        )
 
     def seconds(self) -> float | None:
         """From the first request to the last answer of all that stands here, breaks included; None if nothing does."""

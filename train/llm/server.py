@@ -32,7 +32,7 @@ from train.llm.failures import (
     is_about_shared_context,
     trouble_of,
 )
-from train.llm.finish_reasons import BELOW_LIMIT, ending_of
+from train.llm.finish_reasons import BELOW_LIMIT
 from train.llm.journal import Answer, Request
 from train.llm.places import Lane, Pauses
 from train.llm.redaction import Redactor
@@ -85,7 +85,8 @@ class ServerLane(Lane):
         super().__init__(name, server.concurrency, pauses)
         self.patience, self.longest_wait = patience, longest_wait
         self.has_answered = False
-        self._gives_finish_reasons = False
+        self.gives_finish_reasons = False
+        """Whether any of its answers had a finish_reason, in this start or an earlier one."""
         self.answered_sent_at = 0.0
         """When the newest of the requests that it has answered was sent."""
         self.denied: set[bytes] = set()
@@ -232,9 +233,9 @@ class ServerLane(Lane):
         A server that gives reasons and leaves one out has broken that answer off. Of one that never gives any, the
         length tells whether the limit may have cut the answer: in tokens, or in bytes, as no token is shorter.
         """
-        if ending_of(answer.finish_reason) != "unstated":
-            self._gives_finish_reasons = True
-        elif self._gives_finish_reasons:
+        if answer.ending != "unstated":
+            self.gives_finish_reasons |= answer.ending != "tool"  # which a call says without any reason
+        elif self.gives_finish_reasons:
             what = "the answer has no finish_reason, and those before it had one: it was broken off"
             return Trouble("broken", what, status=200)
         elif (answer.completion_tokens or len(answer.text.encode())) < max_tokens:

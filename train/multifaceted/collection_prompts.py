@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 
+from train.llm.further_turns import FurtherTurn
 from train.multifaceted.message_examples import EXAMPLES
 from train.multifaceted.preferences import DIMENSIONS, Draw, Hierarchy, Preference, same_words
 
@@ -160,6 +161,17 @@ def answer(system: str, instruction: str) -> list[Turn]:
     """Ask for an answer to the instruction under its system message."""
     return [_turn("system", system), _turn("user", instruction)]
 
+
+FURTHER_TURNS = {
+    "propose": FurtherTurn.of_prompt("instruction", "aspects", after=r":[ \t]*\w"),
+    "describe": FurtherTurn.of_prompt("preferences", after=r":[ \t]*\w"),
+    "message": FurtherTurn.of_prompt(
+        "descriptions",
+        after=r"\A\s*(?!(?:sure|certainly|of|okay|ok|here|below|great|absolutely)\b)[^\n]{30,}[^\s:*]\s*\Z",
+    ),
+    "screen": FurtherTurn.of_prompt("instruction", after=r"\b(?:yes|no)\b"),
+}
+"""Where replies to these prompts end, by stage. An answer is none of them: it may hold any line."""
 
 _MARKS = " \t*_`\"'“”‘’"
 _LABEL = re.compile(r"^[\W\d_]*(?P<name>[A-Za-z][A-Za-z _]*?)[*_`]*\s*(?:[,/(>–-][^:]*)?[*_`]*:(?P<text>.*)$")

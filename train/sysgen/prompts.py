@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from train.llm.further_turns import FurtherTurn
 from train.sysgen.tags import TAGS, Annotated
 
 PROMPT_VERSION = 2
@@ -162,6 +163,16 @@ def follows(system: str, question: str, answer: str) -> list[dict[str, str]]:
             f"### Answer\n{answer}",
         )
     ]
+
+
+FURTHER_TURNS = {
+    "generate": FurtherTurn.of_prompt("tool", after="<<[/\\\\]"),
+    "verify": FurtherTurn.of_prompt(
+        "tool", "part of the conversation.*", "the system message with tags", after=r"\b(?:good|bad|none)\b"
+    ),
+    "judge": FurtherTurn.of_prompt("question", "answer", after=r"\b(?:yes|no)\b"),
+}
+"""Where replies to these prompts end, by stage. A new answer is none of them: it may hold any line."""
 
 
 def shown(conversation: Sequence[Message]) -> str:

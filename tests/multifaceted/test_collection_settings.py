@@ -132,7 +132,7 @@ FAULTS: list[tuple[str, Reply | str, str]] = [
     ("message", "As an AI, I cannot.", "system message: refused"),
     ("message", "```\n\n```", "system message: empty"),
     ("message", said("You are a", "length"), "system message: cut at the token limit"),
-    ("answer", "<think>hm</think>\n\n", "answer: empty"),
+    ("answer", "<think>hm", "answer: without an end to its reasoning"),
     ("answer", said("", "content_filter"), "answer: refused"),
     ("answer", said("On and", "length"), "answer: cut at the token limit"),
     ("answer", said("On and", "MAX_TOKENS"), "answer: cut at the token limit"),

@@ -88,7 +88,8 @@ class Author:
             case "garbage":
                 return said("Sure, here you are!")
             case "partial":  # the second half of the lines is wanting
-                return said(good_text(stage, number, which, wanted[: len(wanted) // 2]) or "<think>hm")
+                half = wanted[: len(wanted) // 2]
+                return said(good_text(stage, number, which, half) if half else "<think>hm")
             case "length":  # the last line has no end
                 return said(good, "length")
             case "sorry":

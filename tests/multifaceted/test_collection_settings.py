@@ -131,6 +131,7 @@ FAULTS: list[tuple[str, Reply | str, str]] = [
     ("message", "I'm sorry, I can't help with that.", "system message: refused"),
     ("message", "As an AI, I cannot.", "system message: refused"),
     ("message", "```\n\n```", "system message: empty"),
+    ("message", "Could you share the four descriptions?", "system message: can't be read"),
     ("message", said("You are a", "length"), "system message: cut at the token limit"),
     ("answer", "<think>hm", "answer: without an end to its reasoning"),
     ("answer", said("", "content_filter"), "answer: refused"),

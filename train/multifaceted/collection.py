@@ -188,6 +188,8 @@ class Pipeline:
             why = replace(answer, text=text).unfinished
             if not why and prompts.is_refusal(text):
                 why = "refused"
+            elif not why and not prompts.is_message(text):
+                why = "can't be read"
             elif not why and same_words(text) in siblings:
                 why = "the same as a sibling's"
             elif not why and self.config.leak is not None and share >= self.config.leak:

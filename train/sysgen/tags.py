@@ -50,19 +50,21 @@ _NEEDED = (
     r"(?:needed|required|specified|necessary|applicable|provided|given|mentioned|used|stated|available|relevant"
     r"|indicated|included|identified|implied|found)"
 )
+_ABOUT = (
+    r"(?:tools?|roles?|tasks?|actions?|styles?|formats?|formatting|content|background|context|information|details?"
+    r"|instructions?|requirements?|constraints?|preferences?|phrases?)"
+)
 _SAYS_NOTHING = re.compile(
     rf"""\W*(?:(?:n[/.]?a|null|nil|blank|empty|unspecified|tbd|phrase|(?:your|the|insert|some)\ phrase(?:\ here)?)
-    | (?:none|nothing|not)? (?:\s*(?:is|are|was|were|at\ all|here|(?:in\ )?particular|specific|specifically|explicitly))*
+    | (?:none|nothing|not)? (?:\s*(?:is|are|was|were|at\ all|here|(?:in\ )?particular|specific(?:ally)?|explicitly))*
       (?:\s*{_NEEDED})?
-    | (?:there\ (?:is|are)\ )? no \s (?:\w+\s){{0,2}}? (?:tools?|roles?|tasks?|actions?|styles?|formats?|formatting|content|background|context
-      |information|details?|instructions?|requirements?|constraints?|preferences?|phrases?) (?:\s\w+)?
-      (?:\s(?:is|are|was|were))? \s {_NEEDED}
+    | (?:there\ (?:is|are)\ )? no \s (?:\w+\s){{0,2}}? {_ABOUT} (?:\s\w+)? (?:\s(?:is|are|was|were))? \s {_NEEDED}
     | (?:there\ (?:is|are)\ )? no \s (?:specific|particular|special|additional|external|extra|further) \s \w+
     | keine?|aucune?|ningun[oa]|nessun[oa]|无|無|なし|нет
     )(?:\s(?:for|in|by|here)\b [\w ,'’]{{0,60}})?\W*""",
     re.IGNORECASE | re.VERBOSE,
 )
-"""`None`, `Not specified.`, `No specific tools are needed.`, `(empty)`, `...`, and the prompt's placeholder `phrase`."""
+"""`None`, `Not specified.`, `No specific tools are needed.`, `(empty)`, `...`, and the placeholder `phrase`."""
 _LONGEST_NOTHING = 120
 """Characters."""
 

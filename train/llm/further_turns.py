@@ -13,7 +13,10 @@ MADE_UP = "made up a further turn of the prompt, and was cut there"
 
 @dataclass(frozen=True, slots=True)
 class FurtherTurn:
-    """The lines that begin a further turn, and what a reply holds by then: a heading at its start is part of it."""
+    """The lines that begin a further turn where `after` finds something in the text before them.
+
+    A heading at the start of a reply is part of it.
+    """
 
     begins: re.Pattern[str]
     after: re.Pattern[str]
@@ -26,16 +29,13 @@ class FurtherTurn:
             rf"^[ \t]*(?:#{{1,6}}[ \t]*\**(?:{names})\b[^\w\n]*$|\**(?:user|assistant|human)(?:\**:|:\**)"
             r"|\W{0,4}(?:the )?(?:next )?conversation[:*]+\s*$)"
         )
-        return cls(re.compile(begins, re.IGNORECASE | re.MULTILINE), re.compile(after, re.IGNORECASE))
+        return cls(re.compile(begins, re.IGNORECASE | re.MULTILINE), re.compile(after, re.IGNORECASE | re.DOTALL))
 
 
 def own_turn(reply: str, turn: FurtherTurn) -> str:
-    """Return the reply up to the first further turn; whole where there is none. Lines inside tagged phrases are text.
-
-    The text before a further turn must hold what `after` finds.
-    """
+    """Return the reply up to the first further turn; whole where there is none."""
     for found in turn.begins.finditer(reply):
         before = reply[: found.start()]
-        if before.rfind("<</") == before.rfind("<<") and turn.after.search(before):
+        if turn.after.search(before):
             return before.rstrip()
     return reply

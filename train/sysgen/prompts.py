@@ -166,7 +166,7 @@ def follows(system: str, question: str, answer: str) -> list[dict[str, str]]:
 
 
 FURTHER_TURNS = {
-    "generate": FurtherTurn.of_prompt("tool", after="<<[/\\\\]"),
+    "generate": FurtherTurn.of_prompt("tool", after=r"<<[/\\](?!.*<<)"),  # not inside a phrase
     "verify": FurtherTurn.of_prompt(
         "tool", "part of the conversation.*", "the system message with tags", after=r"\b(?:good|bad|none)\b"
     ),

@@ -11,6 +11,7 @@ from typing import Any
 
 from train.llm.further_turns import FurtherTurn
 from train.sysgen.tags import TAGS, Annotated
+from train.sysgen.verdicts import PLACEHOLDERS
 
 PROMPT_VERSION = 2
 """The wording of these prompts and of constraints.py, for report.json. Raise it with every change of wording."""
@@ -136,7 +137,7 @@ Judge for each of the eight tags whether it is used as defined:
 Reply with eight lines and nothing else. Follow this form; the verdicts in it are placeholders:
 {{}}"""
 
-_FORM = "\n".join(f"<<{tag}>>: {verdict}" for tag, verdict in zip(TAGS, ("Good", "Bad", "None") * 3, strict=False))
+_FORM = "\n".join(f"<<{tag}>>: {verdict}" for tag, verdict in PLACEHOLDERS.items())
 
 
 def verify(message: Annotated, exchange: Sequence[Message] | None = None) -> list[dict[str, str]]:

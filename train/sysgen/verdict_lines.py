@@ -1,7 +1,7 @@
 """Verdicts that stand on another line than their tag, or behind a phrase without quotes, as lines of `tag: verdict`.
 
-    ### Role        - **Role**:             <<Role>>You are a nurse.<</Role>>     Good:       Role: You are a nurse. - Good
-    Good              - Verdict: Good       Good                                  - Role
+    ### Role     - **Role**:            <<Role>>You are a nurse.<</Role>>    Good:     Role: You are a nurse. - Good
+    Good           - Verdict: Good      Good                                 - Role
 
 The rules for what counts as a verdict in one line are those of `verdicts.py`, which reads these lines.
 """

@@ -13,7 +13,8 @@ from client_runs import about, echo, first, run
 from scripted_server import Asked, Reply, Script, ScriptedServer, error
 
 from train.errors import UserError
-from train.llm.client import DENIALS, FAILURES_OF_A_STAGE, Client, NoAnswerError
+from train.llm.client import FAILURES_OF_A_STAGE, Client, NoAnswerError
+from train.llm.endings import DENIALS
 from train.llm.failures import Trouble, error_in, error_of, trouble_of
 from train.llm.journal import Answer
 from train.llm.rows import in_order

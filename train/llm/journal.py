@@ -11,12 +11,13 @@ import hashlib
 import json
 import queue
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType, NoneType, TracebackType
 from typing import Any, Self
 
 from filelock import FileLock, Timeout
@@ -212,6 +213,13 @@ class Journal:
             # the last of them but break nothing (sqlite.org/pragma.html#pragma_synchronous).
             connection.execute("PRAGMA synchronous = NORMAL")
             if is_new:
+                if any(self.path.parent.glob("data/*")):
+                    print(
+                        f"warning: {self.path} is empty, though rows are written beside it: all is asked again, and "
+                        "the new rows take their place. If that is not meant, stop the run and put the journal back.",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 connection.executescript(
                     f"BEGIN; PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {LAYOUT};"
                     "CREATE TABLE answers (key BLOB PRIMARY KEY, stage TEXT NOT NULL, model TEXT NOT NULL,"
@@ -240,6 +248,12 @@ class Journal:
         if found is None:
             return None
         text, finish_reason, refusal, prompt_tokens, completion_tokens, seconds, limit = found
+        if (
+            not (type(text) is type(finish_reason) is str and type(limit) is int and type(seconds) is float)
+            or type(refusal) not in (str, NoneType)
+            or not {type(prompt_tokens), type(completion_tokens)} <= _COUNT
+        ):
+            raise self._explained(_wrong_type(), "answers can't be read from it")
         answer = Answer(text, finish_reason, refusal, prompt_tokens, completion_tokens, seconds, from_journal=True)
         if answer.ending == "fault" or (answer.empty and not accept_empty):
             return None
@@ -256,7 +270,12 @@ class Journal:
     def seconds(self) -> float | None:
         """From the first request to the last answer of all that stands here, breaks included; None if nothing does."""
         found = self._first("SELECT min(asked_at), max(asked_at + seconds) FROM answers")
-        return None if found is None or found[0] is None else found[1] - found[0]
+        if found is None or found[0] is None:
+            return None
+        first, last = found
+        if not type(first) is type(last) is float:
+            raise self._explained(_wrong_type(), "answers can't be read from it")
+        return float(last - first)
 
     def _first(self, query: str, values: Sequence[Any] = ()) -> tuple[Any, ...] | None:
         """Return the first row of a query's result. Raises UserError where the file can't be read."""
@@ -366,6 +385,16 @@ class Journal:
             return self.path.stat().st_ino == self._inode
         except OSError:
             return False
+
+
+_COUNT = {int, NoneType}
+
+
+def _wrong_type() -> sqlite3.Error:
+    """Return the error of a damaged record: a flipped bit in its header makes another type of a column."""
+    error = sqlite3.DatabaseError("a column holds a value of another type")
+    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    return error
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,7 +105,7 @@ def test_a_port_that_closes_every_connection_ends_the_start_when_its_time_is_ove
             assert str(failure.value).startswith(f"{tunnel.url} closes the connection without an answer (")
             assert "The port is open, and no model server answers behind it." in str(failure.value)
             assert "--wait-for-server" in str(failure.value)
-            with pytest.raises(UserError, match="closes the connection without an answer .* no model server answers"):
+            with pytest.raises(UserError, match=r"closes the connection without an answer .* no model server answers"):
                 await check_servers([Server(tunnel.url)], "m", pauses=SHORT)
 
     asyncio.run(asyncio.wait_for(work(), 60))
@@ -116,15 +116,18 @@ def test_a_server_that_starts_behind_an_open_port_is_waited_for_and_no_row_is_lo
     tmp_path: Path, attempts: int
 ) -> None:
     async def work() -> None:
-        async with ScriptedServer(echo, ["m"]) as server, Tunnel() as tunnel:
-            async with client_of([tunnel.url], tmp_path, attempts=attempts) as client:
-                asking = asyncio.create_task(ask_all(client, 8))
-                while tunnel.connections < 80:
-                    await asyncio.sleep(0.001)
-                assert re.search(r"closes the connection .*, for \ds of 1m00s at most", client.troubles()[0])
-                tunnel.backend = server
-                assert await asking == expected(8)
-                assert client.counts.failed == 0
+        async with (
+            ScriptedServer(echo, ["m"]) as server,
+            Tunnel() as tunnel,
+            client_of([tunnel.url], tmp_path, attempts=attempts) as client,
+        ):
+            asking = asyncio.create_task(ask_all(client, 8))
+            while tunnel.connections < 80:
+                await asyncio.sleep(0.001)
+            assert re.search(r"closes the connection .*, for \ds of 1m00s at most", client.troubles()[0])
+            tunnel.backend = server
+            assert await asking == expected(8)
+            assert client.counts.failed == 0
 
     asyncio.run(asyncio.wait_for(work(), 60))
 
@@ -136,16 +139,19 @@ def test_a_server_that_goes_away_behind_an_open_port_in_mid_run_costs_no_row(tmp
                 tunnel.cut()
             return await echo(asked)
 
-        async with ScriptedServer(script, ["m"]) as server, Tunnel(server) as tunnel:
-            async with client_of([tunnel.url], tmp_path, attempts=3, wait_for_server=0) as client:
-                asking = asyncio.create_task(ask_all(client, 20))
-                while tunnel.connections < 150:
-                    await asyncio.sleep(0.001)
-                assert "closes the connection without an answer" in client.troubles()[0]
-                assert "at most" not in client.troubles()[0]
-                tunnel.backend = server
-                assert await asking == expected(20)
-                assert client.counts.failed == 0
+        async with (
+            ScriptedServer(script, ["m"]) as server,
+            Tunnel(server) as tunnel,
+            client_of([tunnel.url], tmp_path, attempts=3, wait_for_server=0) as client,
+        ):
+            asking = asyncio.create_task(ask_all(client, 20))
+            while tunnel.connections < 150:
+                await asyncio.sleep(0.001)
+            assert "closes the connection without an answer" in client.troubles()[0]
+            assert "at most" not in client.troubles()[0]
+            tunnel.backend = server
+            assert await asking == expected(20)
+            assert client.counts.failed == 0
 
     asyncio.run(asyncio.wait_for(work(), 60))
 

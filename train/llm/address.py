@@ -118,7 +118,7 @@ def _fault_of(text: str) -> str:
     host = re.split(r"[/?#]", rest or text, maxsplit=1)[0].rpartition("@")[2]
     if text and (text[0] in _QUOTES or text[-1] in _QUOTES):
         return "it stands in quotes or brackets. Write it without them"
-    if variable := _VARIABLE.search(host) or _BRACED.search(text.partition("?")[0].rpartition("@")[2]):
+    if variable := _VARIABLE.search(host) or _BRACED.search(text.rpartition("@")[2]):
         return f"it holds {variable[0]}, and no variable is put in here. Write the address itself"
     if found := re.match(r"(https?)(?!://|:\d+(?:/|$))(?::/?|/{1,2})(?=[\w\[])", text, re.IGNORECASE):
         return f"after {found[1]} comes :// in an address. Write {found[1].lower()}://{_shown(text[found.end() :])}"

@@ -211,10 +211,28 @@ def test_a_server_that_wants_a_slash_behind_its_path_gets_it(status: int, writte
     async def work() -> None:
         async with ScriptedServer(script) as server:
             url = server.url.replace("/v1", f"{written}?a=b")
-            assert await ask(Server(url, key_variable="MY_KEY"), tmp_path, "a", "b") == ["re: a", "re: b"]
-            first, *rest = [asked.path for asked in server.asked]
-            assert first == "/v1/chat/completions?a=b"
-            assert rest == ["/v1/chat/completions/?a=b"] * 2
+            with Journal(tmp_path / "answers.sqlite") as journal:
+                async with Client([Server(url, key_variable="MY_KEY")], "m", journal, pauses=SHORT) as client:
+                    await asyncio.gather(*(client.ask(about(f"{number}")) for number in range(20)))
+                    assert client.counts.failed == 0
+            paths = [asked.path for asked in server.asked]
+            assert paths[0] == "/v1/chat/completions?a=b"
+            assert paths.count("/v1/chat/completions/?a=b") == 20
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_redirects_to_ever_more_slashes_or_to_and_fro_end_the_run(step: int, tmp_path: Path) -> None:
+    async def script(asked: Asked) -> Reply:
+        path = asked.path.rstrip("/")
+        slashes = len(asked.path) - len(path)
+        return Reply(307, b"", {"Location": path + "/" * (slashes + step if slashes else 1)})
+
+    async def work() -> None:
+        async with ScriptedServer(script) as server:
+            assert "it redirects to " in await refusal(Server(server.url), tmp_path)
+            assert len([asked for asked in server.asked if asked.body]) == 2
 
     asyncio.run(work())
 

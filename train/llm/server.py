@@ -115,7 +115,7 @@ class ServerLane(Lane):
         self._shared_at = 0.0
         """When a request was last sent while others were in flight."""
         self._connections = Connections(self.address)
-        self._asked_for_tls = self._named_model = self._has_slash = False
+        self._asked_for_tls = self._named_model = False
         self.api = openai.AsyncOpenAI(
             base_url=self.address.base,
             api_key=self.key or "none",  # the package wants one; servers without keys don't look at it
@@ -273,10 +273,10 @@ class ServerLane(Lane):
             target = response.request.url.join(response.headers["location"])
         except (KeyError, httpx2.InvalidURL):
             return Trouble("hopeless", f"{what}, a redirect to nowhere", status=response.status_code)
-        if target.host == self.address.host and target.path == httpx2.URL(self._chat_url).path + "/":
-            if not self._has_slash:  # of the same server, so that the key may go there
-                self._has_slash = True
-                self._chat_url = self.address.url("chat/completions/")
+        asked = response.request.url.path
+        if target.host == self.address.host and target.path == f"{asked}/" and not asked.endswith("/"):
+            # The same server, so that the key may go there. Requests that were under way come here again.
+            self._chat_url = self.address.url("chat/completions/")
             return Trouble("again", "")
         shown = self.clean(shown_location(target))
         leads_on = target.path.endswith("/chat/completions") and shown != self.address.shown

@@ -7,11 +7,13 @@
 Errors end in one of three ways:
 
 - The server's own (too much to do, restarting, gone) are waited for, for as long as it takes; but a server that has had
-  too much to do from the first request on is given up after a day.
+  too much to do from the first request on is given up after a day. A connection that ends without a response is the
+  server's own where it answers nobody, and else the request's.
 - A request's own (too long a prompt, the same fault try after try) raise NoAnswerError, and the others go on.
 - What the user has to change (a key, a model's name, credit) raises UserError, which ends the run. A server that has
   answered before is asked again first: a 401 or 403 ends the run when nothing else has come for `DENIALS` tries, a 404
-  when nothing else has come for `LONGEST_ABSENCE`. Requests that were not answered by then are asked by the next run.
+  when nothing else has come for `LONGEST_ABSENCE` (see endings.py). Requests that were not answered by then are asked
+  by the next run. A key or credit ends the run only where no other server is left.
 """
 
 import asyncio

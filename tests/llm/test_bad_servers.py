@@ -24,6 +24,7 @@ class Tunnel:
     def __init__(self, backend: ScriptedServer | None = None) -> None:
         self.backend = backend
         self.connections = 0
+        self.is_silent = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> "Tunnel":
@@ -48,7 +49,9 @@ class Tunnel:
         assert task
         self._tasks.add(task)
         with contextlib.suppress(OSError, asyncio.CancelledError):
-            if self.backend:
+            if self.is_silent:
+                await reader.read()  # until the client leaves
+            elif self.backend:
                 port = int(self.backend.url.split(":")[2].partition("/")[0])
                 behind, to = await asyncio.open_connection("127.0.0.1", port)
                 await asyncio.gather(self._pass_on(reader, to), self._pass_on(behind, writer))
@@ -266,9 +269,32 @@ def test_what_a_silent_one_of_several_holds_the_others_get(tmp_path: Path, capsy
         async with silent_port() as url, ScriptedServer(echo) as good, client_of([url, good.url], tmp_path) as client:
             assert await ask_all(client, 20) == expected(20)
             assert client.counts.failed == 0
+            lane = client._lanes[0]
+            assert (lane.rests, lane.in_flight) == (True, 0)
+            assert await ask_all(client, 40) == expected(40)  # no more of them wait for it
+            assert lane.in_flight == 0
         [named] = client.counts.bad_servers
         assert named.startswith(f"{url} never gave an answer (accepts connections and sends nothing).")
         assert "Its requests are sent to the other servers." in capsys.readouterr().err
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_silent_server_that_comes_to_its_senses_gets_requests_again(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with ScriptedServer(echo, ["m"]) as server, Tunnel() as tunnel, ScriptedServer(echo) as good:
+            tunnel.is_silent = True
+            async with client_of([tunnel.url, good.url], tmp_path) as client:
+                assert await ask_all(client, 20) == expected(20)
+                lane = client._lanes[0]
+                assert lane.rests
+                tunnel.is_silent, tunnel.backend = False, server
+                while lane.rests:
+                    await asyncio.sleep(0.01)
+                assert await ask_all(client, 80) == expected(80)
+                assert server.answered
+            assert client.counts.bad_servers == []
 
     asyncio.run(asyncio.wait_for(work(), 60))
 

@@ -342,5 +342,6 @@ class Client:
             patience = min(lane.patience for lane in self._lanes)
             await asyncio.sleep(min(patience, self._endings.silence) / 8)
             await self._endings.watch_silent_starts()
+            self._places.hand_out()
             for lane in self._lanes:
                 lane.interrupt_if_silent()

@@ -81,7 +81,7 @@ class Endings:
         """
         if lane.closed:
             return
-        others = [one for one in self._lanes if one is not lane and not one.closed]
+        others = [one for one in self._lanes if one is not lane and not (one.closed or one.rests)]
         if trouble.status not in (401, 402, 403) or len(self._lanes) == 1:
             raise UserError(await explain(lane, self._model, trouble))
         if not others:
@@ -182,7 +182,7 @@ class Endings:
         silent = [
             lane
             for lane in self._lanes
-            if lane.in_flight and not lane.has_answered and now - lane.heard_at > self.silence
+            if lane.rests or (lane.in_flight and not lane.has_answered and now - lane.heard_at > self.silence)
         ]
         await asyncio.gather(*(self._look_at_silent(lane, now) for lane in silent))
 
@@ -192,9 +192,11 @@ class Endings:
             if others_answer and now - lane.heard_at > self._longest_absence:
                 lane.interrupt()
             return
-        if await look(lane) is not None:
+        is_heard = await look(lane) is not None
+        lane.rests = others_answer and not is_heard
+        if is_heard:
             return
-        if others_answer:
+        if lane.rests:
             lane.interrupt()
         if lane.name not in self._warned_of:
             self._warned_of.add(lane.name)

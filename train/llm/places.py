@@ -52,6 +52,8 @@ class Lane:
         """What it said when it was last paused. Answers that were under way come during a pause, and don't end it."""
         self.closed = ""
         """Why it is asked nothing more; empty while it is asked."""
+        self.rests = False
+        """Whether it gets no request until a look at it hears something."""
         self.trouble: str | None = None
         """Its last objection, until it answers again."""
         self.trouble_since = 0.0
@@ -117,7 +119,7 @@ class Lane:
 
     def is_open(self, now: float) -> bool:
         """Whether it may get one more request."""
-        return self.in_flight < self.limit and self.paused_until <= now and not self.closed
+        return self.in_flight < self.limit and self.paused_until <= now and not (self.closed or self.rests)
 
 
 AnyLane = TypeVar("AnyLane", bound=Lane)

@@ -71,7 +71,7 @@ def main(
             + (f", {counts.with_ignored_parts:,} with parts that are no text" if counts.with_ignored_parts else "")
         )
         print(f"read {done.report}")
-        for warning in (*advice_on(done.tally.events), *done.tally.warnings()):
+        for warning in (*advice_on(done.tally.events), *done.tally.warnings(), *counts.bad_servers):
             print(f"warning: {warning}")
         left_out, reasons = done.report.with_name("left_out.jsonl"), lost(done.tally)
         if not done.tally.written:

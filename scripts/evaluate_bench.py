@@ -306,7 +306,7 @@ async def _contact_judge(options: argparse.Namespace) -> None:
                 _judge_servers(options),
                 options.judge,
                 wait=options.wait_for_server,
-                decoding=_protocol(options).judge.decoding,
+                stages={"judge": _protocol(options).judge.decoding},
                 name_setting=option_setting(_JUDGES_OWN, "judge-"),
             )
 

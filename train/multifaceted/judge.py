@@ -73,7 +73,7 @@ _HEADING = re.compile(
 _NOT_A_VERDICT = re.compile(
     r"\b(?:no|not|never|without|would|could|should|might|from|below|above|under|over|than|between|short|if|unless"
     r"|fail\w*|almost|nearly|hardly|barely|max(?:imum)?|min(?:imum)?|highest|lowest|possible|other|another|previous"
-    r"|reference|to (?:earn|get|reach|merit|deserve|achieve|receive|obtain|have))\b|n['’]t\b",
+    r"|reference|to (?:earn|get|reach|merit|deserve|achieve|receive|obtain|have))\b|n['’]t\b|['’]d\b|\bhad\b",
     re.IGNORECASE,
 )
 _I_WOULD_GIVE = re.compile(
@@ -87,7 +87,8 @@ _OTHER_NUMBER = r"(?:0|[6-9]|[1-9]\d+|six|seven|eight|nine|ten|twenty|(?:a )?hun
 _IN_DOUBT = re.compile(
     r"\W{0,3}(?:(?:and|plus|with|&)\W{1,2})?(?:an?\W|one\W)?(?:half|quarter)\b|\W{0,3}(?:plus|minus|per ?cent)\b"
     r"|\W{0,3}point (?:\d|five)"
-    rf"|(?:(?!\b(?:because|since|as)\b)[^.;\n])*?(?:\b(?:out of|of|from|over|up to)\W{{1,3}}(?:a |possible |total |of |maximum )*"
+    r"|(?:(?!\b(?:because|since|as)\b)[^.;\n])*?"
+    r"(?:\b(?:out of|of|from|over|up to)\W{1,3}(?:a |possible |total |of |maximum )*"
     rf"{_OTHER_NUMBER}|\bscale\b[^.;\n]{{0,25}}?\b{_OTHER_NUMBER}|\b{_OTHER_NUMBER}\W?(?:point|star|grade)"
     r"|\b(?:or|maybe|perhaps|possibly|rather|almost|nearly|close to|leaning(?: to| towards?)?)\W{1,3}"
     r"(?:(?:maybe|perhaps|possibly|even|an?|to)\W{1,2}){0,2}(?:\d|two\b|three\b|four\b|five\b))",
@@ -115,11 +116,11 @@ def parse_score(text: str) -> int | None:
     Without any `[RESULT]` the text must end in
 
     - a JSON object with one score, wherever its key stands (`{"score": 4, "reason": "..."}`),
-    - `[3]`, `[[3]]`, `[Score 4]`, `(Score 5)`, `score: 3` or `score of 1`, the last two not in a sentence that says what
-      is not the case ("keeps it from a score of 5") or speaks of the reference answer,
-    - a last line that is the score alone under a name (`**Result: 4**`, `[RESULT: 4]`, `Grade: 4/5`, `<score>4</score>`)
-      or in a box (`\\boxed{4}`), or the number below a heading (`### Result`). Within a sentence these may be quoted
-      from the answer.
+    - `[3]`, `[[3]]`, `[Score 4]`, `(Score 5)`, `score: 3` or `score of 1`, the last two not in a sentence that says
+      what is not the case ("keeps it from a score of 5") or speaks of the reference answer,
+    - a last line that is the score alone under a name (`**Result: 4**`, `[RESULT: 4]`, `Grade: 4/5`,
+      `<score>4</score>`) or in a box (`\\boxed{4}`), or the number below a heading (`### Result`). Within a sentence
+      these may be quoted from the answer.
     """
     tags = list(_TAG.finditer(text))
     if tags:
@@ -208,7 +209,11 @@ class Asker(Protocol):
         ...
 
 
-Missing = Literal["unparsable", "no answer", "pending"]
+Missing = Literal["unparsable", "refused", "unfinished", "no answer", "pending"]
+"""unparsable: an answer was complete, and none had a score. refused: the judge or a filter refused each time.
+unfinished: no answer was complete (cut, broken off, ended for an unknown reason)."""
+NO_SCORE = "no score at its end"
+"""The fault of an answer that is complete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +264,8 @@ async def judge_rubric(
             faults.append(fault)
         else:
             return judged(score)
-    return judged(None, "unparsable", faults[-1])
+    kind: Missing = "refused" if set(faults) == {"refused"} else "unfinished"
+    return judged(None, "unparsable" if NO_SCORE in faults else kind, faults[-1])
 
 
 def _fault(answer: Answer, score: int | None) -> str:
@@ -267,4 +273,4 @@ def _fault(answer: Answer, score: int | None) -> str:
     # One that hadn't come to its end holds none: what looks like its result may be a quotation. Where the server tells
     # nothing of ends, the score must do.
     unfinished = "" if answer.ending == "unstated" and not answer.refused else answer.unfinished
-    return unfinished or ("no score at its end" if score is None else "")
+    return unfinished or (NO_SCORE if score is None else "")

@@ -158,7 +158,7 @@ def test_a_file_that_names_no_version_of_the_prompt_is_of_the_first(tmp_path: Pa
     with pytest.raises(UserError, match="judge prompt_version is 2 and 1") as refusal:
         compare(new, old)
     assert str(refusal.value).endswith(
-        f"Run bench again for the model of {old} (version 1 of the judge's prompt is no longer asked); unchanged answers "
+        f"Run bench again for the model of {old} (version 1 of the judge's prompt can no longer be asked); unchanged answers "
         "are taken from the journal."
     )
     with pytest.raises(UserError, match=f"Run bench again for the model of {old}"):

@@ -160,4 +160,4 @@ def _to_measure_again(first: str, one: Mapping[str, Any], second: str, other: Ma
         return "one of the two"
     older, version = (first, versions[0]) if versions[0] < versions[1] else (second, versions[1])
     model = f"the model of {older.removeprefix('--against ')}"
-    return f"{model} (version {version} of the judge's prompt is no longer asked)"
+    return f"{model} (version {version} of the judge's prompt can no longer be asked)"

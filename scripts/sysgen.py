@@ -6,9 +6,9 @@ r"""Give rows without system messages the ones that fit them, and answer them an
 
 What a server answers is written down at once: stop it with Ctrl-C or lose the machine, and the same command goes on
 where it was, asking nothing twice. The rows are in OUTPUT_DIR/data, which train/sft.py reads as it is; what they amount
-to in OUTPUT_DIR/report.md. --check reads the configuration and all rows, and asks each server for its models or for one
-token. Exit codes as of train/sft.py; 2 also where no row is left to train on, or rows were lost for a reason that no
-setting accepts (see `accept_losses`); 130 after Ctrl-C.
+to in OUTPUT_DIR/report.md. --check reads the configuration and all rows, and asks each server for one token with the
+settings of each stage. Exit codes as of train/sft.py; 2 also where no row is left to train on, or rows were lost for a
+reason that no setting accepts (see `accept_losses`); 130 after Ctrl-C.
 """
 
 import sys
@@ -62,9 +62,20 @@ def lost(tally: Tally) -> Counter[str]:
     return tally.left_out
 
 
+def asked_stages(config: SysgenConfig) -> list[str]:
+    """Return the stages that a run asks for."""
+    asked = {
+        "generate": config.message == "generate",
+        "verify": config.message == "generate",
+        "answer": config.answers == "anew",
+        "judge": config.gates.judge,
+    }
+    return [stage for stage, is_asked in asked.items() if is_asked]
+
+
 def main() -> int:
     """Run the command; the exit code."""
-    return command.main(__doc__, load_config, check, run, tell, lost)
+    return command.main(__doc__, load_config, check, run, tell, lost, asked_stages)
 
 
 if __name__ == "__main__":

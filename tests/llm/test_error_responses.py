@@ -381,3 +381,37 @@ def test_any_number_of_requests_that_are_too_long_come_before_the_first_answer(t
         assert client.troubles() == []
 
     run(script, work, tmp_path)
+
+
+PROMPT = 'the whole of a long prompt (with [brackets], "quotes" and it\'s own marks) ' * 40
+FAULT = {"type": "extra_forbidden", "loc": ["body", "top_k"], "msg": "Extra inputs are not permitted", "input": PROMPT}
+OTHER = {"type": "missing", "loc": ["body", "messages", 0, "role"], "msg": "Field required", "input": {"text": PROMPT}}
+AS_PYTHON = str([{**FAULT, "loc": ("body", "top_k")}, {**OTHER, "loc": ("body", "messages", 0, "role")}])
+TOLD = "body.top_k: Extra inputs are not permitted"
+VALIDATION = {
+    "FastAPI": ({"detail": [FAULT]}, TOLD),
+    "two": ({"detail": [FAULT, OTHER]}, f"{TOLD}; body.messages.0.role: Field required"),
+    "many": ({"detail": [FAULT] * 5}, f"{TOLD}; {TOLD}; {TOLD} (and 2 more)"),
+    "vLLM": (
+        {"error": {"message": AS_PYTHON, "type": "Bad Request", "code": 400}},
+        f"{TOLD}; body.messages.0.role: Field required",
+    ),
+    "vLLM before 0.9": ({"object": "error", "message": AS_PYTHON, "code": 400}, f"{TOLD}; body.messages.0.role"),
+    "Mistral": ({"object": "error", "message": {"detail": [FAULT]}, "type": "invalid_request_error"}, TOLD),
+    "errors": ({"errors": [OTHER]}, "body.messages.0.role: Field required"),
+    "JSON in a message": ({"error": {"message": f"bad request: {json.dumps([FAULT])}"}}, TOLD),
+    "pydantic's own text": (
+        {"detail": "1 validation error for Chat\ntop_k\n  Extra inputs are not permitted [type=extra_forbidden, "
+         f"input_value={PROMPT[:40]!r}, input_type=str]\n    For further information visit https://errors.pydantic.dev"},
+        "1 validation error for Chat\ntop_k\n  Extra inputs are not permitted [type=extra_forbidden]",
+    ),
+    "no known form": ({"reason": {"why": "top_k"}, "input": PROMPT}, '{"reason": {"why": "top_k"}}'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "told"), VALIDATION.values(), ids=VALIDATION)
+def test_errors_of_validation_are_told_by_field_and_without_the_prompt(body: Any, told: str) -> None:
+    words = error_of(body, json.dumps(body)).words
+    assert words.startswith(told)
+    assert "long prompt" not in words
+    assert "'type'" not in words

@@ -16,7 +16,7 @@ from scripted_server import Asked, Reply, Script, ScriptedServer, error, said
 from train.errors import UserError, time_span
 from train.llm.client import Client, NoAnswerError
 from train.llm.first_contact import check_servers
-from train.llm.journal import Journal
+from train.llm.journal import Decoding, Journal
 from train.llm.server import Server
 
 
@@ -502,9 +502,9 @@ def test_a_proxy_that_can_not_be_reached_is_named(scheme: str, tmp_path: Path, m
 # The look before work
 
 CHECKS = {
-    "a name in the list": (Reply(200, {"data": [{"id": "m"}]}), said("x"), None, "serves m", 1),
-    "Gemini's list": (Reply(200, {"data": [{"id": "models/m"}]}), said("x"), None, "serves m", 1),
-    "a bare list": (Reply(200, [{"id": "m"}]), said("x"), None, "serves m", 1),
+    "a name in the list": (Reply(200, {"data": [{"id": "m"}]}), said("x"), None, "answers as m", 2),
+    "Gemini's list": (Reply(200, {"data": [{"id": "models/m"}]}), said("x"), None, "answers as m", 2),
+    "a bare list": (Reply(200, [{"id": "m"}]), said("x"), None, "answers as m", 2),
     "a name that is not in the list": (Reply(200, {"data": [{"id": "n"}]}), said("x"), None, "answers as m", 2),
     "no list": (Reply(500, b"Internal Server Error"), said("x"), None, "answers as m", 2),
     "an empty answer": (Reply(404, b""), said(""), None, "answers as m", 2),
@@ -571,3 +571,66 @@ def test_a_duration_is_seconds_or_units(text: str, seconds: float) -> None:
 def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is no duration"):
         time_span(text)
+
+
+# Sampling parameters of the stages
+
+
+async def look(script: Script, stages: dict[str, Decoding]) -> list[Asked]:
+    """The requests of a look at a server that wants no key and lists its model."""
+
+    async def listing(asked: Asked) -> Reply:
+        return await script(asked) if asked.body else Reply(200, {"data": [{"id": "m"}]})
+
+    async with ScriptedServer(listing) as server:
+        await check_servers([Server(server.url)], "m", pauses=SHORT, stages=stages)
+        return [asked for asked in server.asked if asked.body]
+
+
+REFUSED_PARAMETERS = {
+    "top_p": (Decoding(9, 1.0, 0.9), "'top_p' is not supported with this model.", "`answer.top_p: null`"),
+    "seed": (Decoding(9, seed=3), "Unknown parameter: seed", "`answer.seed: null`"),
+    "two at once": (
+        Decoding(9, 1.0, 0.9),
+        "`temperature` and `top_p` cannot both be specified",
+        "`answer.temperature: null` or `answer.top_p: null`",
+    ),
+    "extra": (Decoding(9, extra={"top_k": 5}), "top_k is not permitted", "`answer.extra: {top_k: null}`"),
+}
+
+
+@pytest.mark.parametrize(("decoding", "words", "told"), REFUSED_PARAMETERS.values(), ids=REFUSED_PARAMETERS)
+def test_a_listed_model_is_asked_with_the_parameters_of_each_stage(decoding: Decoding, words: str, told: str) -> None:
+    async def script(asked: Asked) -> Reply:
+        refused = decoding.parameters(0).keys() <= asked.body.keys()
+        return error(400, words) if refused else said("x")
+
+    with pytest.raises(UserError, match=re.escape(told)):
+        asyncio.run(look(script, {"generate": Decoding(5), "answer": decoding}))
+
+
+def test_stages_with_the_same_parameters_share_a_request() -> None:
+    stages = {
+        "generate": Decoding(512, 0.7),
+        "verify": Decoding(256, 0.7),
+        "answer": Decoding(1024, 0.7, extra={"top_k": 5}),
+        "judge": Decoding(16, 0.0),
+    }
+    asked = asyncio.run(look(echo, stages))
+    assert [(one.body["temperature"], one.body.get("top_k")) for one in asked] == [(0.7, None), (0.7, 5), (0.0, None)]
+    assert {one.body["max_tokens"] for one in asked} == {1}
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"min_tokens": 8}, "min_tokens must be less than or equal to max_tokens=1, got 8."),
+        ({"thinking": {"budget_tokens": 40}}, "`max_tokens` must be greater than `thinking.budget_tokens`."),
+    ],
+)
+def test_a_parameter_that_contradicts_one_token_alone_is_no_fault_of_the_settings(extra: dict, words: str) -> None:
+    async def script(asked: Asked) -> Reply:
+        return error(400, words) if asked.body["max_tokens"] == 1 else said("x")
+
+    asked = asyncio.run(look(script, {"answer": Decoding(64, extra=extra)}))
+    assert [one.body["max_tokens"] for one in asked] == [1, 64]

@@ -1,17 +1,19 @@
-"""First contact: one or two small requests to each server, before work that depends on it begins.
+"""First contact: small requests to each server, before work that depends on it begins.
 
 A run needs none of its own: its first request is the first contact, and a run that finds all in its journal asks
 nothing. `--check` makes it, and so does the bench with the judge's servers before the model answers for hours.
 
-1. The list of models. Where it names the model, and no key is sent that it might not have looked at, that is all.
-2. A request for one token. The list alone refuses no name: servers accept names that they don't list (adapters,
-   routers, aliases), and some have no list.
+1. The list of models, for the words of an error. It refuses no name: servers accept names that they don't list
+   (adapters, routers, aliases), and some have no list.
+2. A request for one token with the sampling parameters of each stage, as a server may refuse some of them. Stages with
+   the same parameters share a request.
 """
 
 import asyncio
+import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from train.errors import UserError
@@ -21,7 +23,7 @@ from train.llm.failures import Trouble
 from train.llm.journal import Answer, Decoding, Request
 from train.llm.places import Pauses
 from train.llm.redaction import Redactor
-from train.llm.refusals import NameSetting, config_setting
+from train.llm.refusals import NameSetting, config_setting, names_field
 from train.llm.server import PAUSE_OF_A_START, SILENT, Server, ServerLane
 from train.progress import SECONDS_BETWEEN_LINES, duration
 
@@ -40,7 +42,8 @@ SECONDS_OF_A_SILENT_ONE = 30.0
 """Longest wait for one token from a server that did not answer a look at its models."""
 TRIES = 3
 """Of a request that fails: a gateway with several servers behind it may have one that is faulty."""
-_PLAIN = Decoding(max_tokens=1)
+_LIMITS = ("max_tokens", "max_completion_tokens")
+_PLAIN = {"first contact": Decoding(max_tokens=1)}
 
 
 async def check_servers(
@@ -49,21 +52,21 @@ async def check_servers(
     *,
     wait: float = 0.0,
     pauses: Pauses | None = None,
-    decoding: Decoding = _PLAIN,
+    stages: Mapping[str, Decoding] = _PLAIN,
     name_setting: NameSetting = config_setting,
 ) -> None:
-    """Ask each server, and print what it is. `decoding`: of the request for one token, so that a refusal shows early.
+    """Ask each server, and print what it is. `stages`: the stages of the run and how their answers are drawn.
 
-    Raises UserError where one refuses the key, doesn't know the model or the path, or has a fault of TLS; and where
-    none can be reached for `wait` seconds. One of several that can't be reached is a warning.
+    Raises UserError where one refuses the key or a sampling parameter, doesn't know the model or the path, or has a
+    fault of TLS; and where none can be reached for `wait` seconds. One of several that can't be reached is a warning.
     """
     lanes = [
         ServerLane(server, pauses or Pauses(), patience=float("inf"), name_setting=name_setting) for server in servers
     ]
-    request = Request("first contact", [{"role": "user", "content": "Hi"}], replace(decoding, max_tokens=1))
+    requests = _distinct(stages)
     share_secrets(lanes)
     try:
-        outcomes = await asyncio.gather(*(_contact(lane, model, request, wait) for lane in lanes))
+        outcomes = await asyncio.gather(*(_contact(lane, model, requests, wait) for lane in lanes))
         if all(isinstance(outcome, Trouble) for outcome in outcomes):
             [first, *_] = [outcome for outcome in outcomes if isinstance(outcome, Trouble)]
             raise UserError(unreachable(lanes[0], first))
@@ -75,6 +78,15 @@ async def check_servers(
     finally:
         for lane in lanes:
             await lane.api.close()
+
+
+def _distinct(stages: Mapping[str, Decoding]) -> list[Request]:
+    """Return a small request for each distinct set of sampling parameters, of the first stage that has it."""
+    found: dict[str, Request] = {}
+    for stage, decoding in stages.items():
+        parameters = f"{decoding.limit_name} {json.dumps(decoding.parameters(0), sort_keys=True)}"
+        found.setdefault(parameters, Request(stage, [{"role": "user", "content": "Hi"}], decoding))
+    return list(found.values())
 
 
 def share_secrets(lanes: Sequence[ServerLane]) -> None:
@@ -98,16 +110,18 @@ def unreachable(lane: ServerLane, trouble: Trouble, waited: float = 0.0) -> str:
     return f"{about(lane, trouble)}{tried}. {trouble.advice or advice}"
 
 
-async def _contact(lane: ServerLane, model: str, request: Request, wait: float) -> str | Trouble:
+async def _contact(lane: ServerLane, model: str, requests: Sequence[Request], wait: float) -> str | Trouble:
     """Return in words what a server answers, or its trouble where it can't be reached. Raises UserError."""
     started = told = time.monotonic()
     failures = 0
     while True:
         names = await list_models(lane)
-        if names is not None and lane.key is None and _is_in(model, names):
-            return f"serves {model}"
         is_silent = not lane.reached
-        outcome = await _one_token(lane, model, request, SECONDS_OF_A_SILENT_ONE if is_silent else SECONDS_OF_AN_ANSWER)
+        seconds = SECONDS_OF_A_SILENT_ONE if is_silent else SECONDS_OF_AN_ANSWER
+        for request in requests:
+            outcome = await _one_token(lane, model, request, seconds)
+            if not isinstance(outcome, Answer):
+                break
         if outcome is None and is_silent and await look(lane) is None:
             outcome = SILENT
         if not (isinstance(outcome, Trouble) and outcome.kind in (("gone", "dropped") if is_silent else ("gone",))):
@@ -125,11 +139,18 @@ async def _contact(lane: ServerLane, model: str, request: Request, wait: float) 
 
 
 async def _one_token(lane: ServerLane, model: str, request: Request, seconds: float) -> Answer | Trouble | None:
-    """Return what comes of a request for one token; None where nothing comes in time."""
+    """Return the outcome of a request for one token; None where nothing comes in time.
+
+    A parameter that contradicts this limit alone (min_tokens, a budget for reasoning) is tried with the stage's own.
+    """
+    small = replace(request, decoding=replace(request.decoding, max_tokens=1))
     try:
         async with asyncio.timeout(seconds):
             for tries in range(1, TRIES + 1):
-                outcome = await lane.send(model, request)
+                outcome = await lane.send(model, small)
+                if isinstance(outcome, Trouble) and outcome.kind == "row" and _is_about_limit(outcome):
+                    small = request
+                    continue
                 if not (isinstance(outcome, Trouble) and outcome.kind in ("again", "fault", "dropped")):
                     break
                 if outcome.kind != "again":
@@ -137,6 +158,11 @@ async def _one_token(lane: ServerLane, model: str, request: Request, seconds: fl
             return outcome
     except TimeoutError:
         return None
+
+
+def _is_about_limit(trouble: Trouble) -> bool:
+    """Return whether a refused setting was named beside the token limit."""
+    return bool(trouble.advice) and any(names_field(trouble.what, name) for name in _LIMITS)
 
 
 async def _judge(lane: ServerLane, model: str, names: list[str] | None, outcome: Answer | Trouble | None) -> str:
@@ -162,9 +188,12 @@ async def _judge(lane: ServerLane, model: str, names: list[str] | None, outcome:
         )
     if outcome.kind in ("row", "broken"):
         return f"is reached, and refuses a request for one token, which need not mean more: {outcome.what}"
-    raise UserError(
-        f"{about(lane, outcome)} ({TRIES} times). Is base_url right, and is {model!r} a model that it serves?"
+    advice = (
+        f"It lists {model!r}, so look into the server's own log."
+        if names is not None
+        else f"Is base_url right, and is {model!r} a model that it serves?"
     )
+    raise UserError(f"{about(lane, outcome)} ({TRIES} times). {advice}")
 
 
 def _is_in(model: str, names: list[str]) -> bool:

@@ -85,6 +85,16 @@ def test_certain_reasoning_is_taken_out(text: str, said: str) -> None:
         "analysisOkay, Bern it is.",
         "analysis\nThe user asks for the capital.",
         "analysisQuestion: the capital. Answer: Bern",
+    ],
+)
+def test_reasoning_that_can_not_be_told_is_unfinished(text: str) -> None:
+    found = without_reasoning(text)
+    assert (found.text, found.unfinished) == ("", True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "<think>\n\n</think>\n\n",
         "<think>Bern is the capital.</think>",
         "◁think▷Bern.◁/think▷",
@@ -92,9 +102,10 @@ def test_certain_reasoning_is_taken_out(text: str, said: str) -> None:
         '<details type="reasoning" done="true">Bern.</details>',
     ],
 )
-def test_reasoning_that_can_not_be_told_is_unfinished(text: str) -> None:
+def test_reasoning_with_nothing_behind_it_is_an_empty_answer(text: str) -> None:
     found = without_reasoning(text)
-    assert (found.text, found.unfinished) == ("", True)
+    assert (found.text, found.unfinished) == ("", False)
+    assert found.reasoning in ("", "Bern.", "Bern is the capital.")
 
 
 @pytest.mark.parametrize(

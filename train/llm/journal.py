@@ -110,15 +110,6 @@ class Request:
         return hashlib.blake2b(json.dumps(told_apart, sort_keys=True).encode(), digest_size=20).digest()
 
 
-_UNSEEN = "\u00ad\u034f\u115f\u1160\u2800\u3164\ufe0e\ufe0f\uffa0"
-"""Characters that Python calls printable and no one sees (of Unicode's Default_Ignorable_Code_Point)."""
-
-
-def is_blank(text: str) -> bool:
-    """Return True where a text holds nothing to see: blanks, zero-width characters, a byte order mark."""
-    return not any(sign.isprintable() and not sign.isspace() and sign not in _UNSEEN for sign in text)
-
-
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What a model said, as the server told it. Tokens are None where the server doesn't count them."""
@@ -160,9 +151,12 @@ class Answer:
     @property
     def empty(self) -> bool:
         """Whether it holds no text though nothing cut it, withheld it or called a tool."""
-        if not is_blank(self.text):
-            return False
-        return not self.refusal and self.ending in ("complete", "unknown", "unstated")
+        return self.blank and not self.refusal and self.ending in ("complete", "unknown", "unstated")
+
+    @property
+    def blank(self) -> bool:
+        """Whether its text shows nothing: blanks and invisible characters (U+200B, U+FEFF) at most."""
+        return not any(letter.isprintable() and not letter.isspace() for letter in self.text)
 
     @property
     def unfinished(self) -> str:
@@ -173,7 +167,7 @@ class Answer:
             return unfinished(self.finish_reason)
         if self.only_reasoning:
             return "without an end to its reasoning"
-        if not is_blank(self.text):
+        if not self.blank:
             return ""
         return f"empty, all of it in {self.reasoning_in}" if self.reasoning_in else "empty"
 

@@ -26,7 +26,7 @@ from train.llm.control_tokens import (
     without_header,
 )
 from train.llm.harmony import holds_harmony, split_channels
-from train.llm.journal import Answer, is_blank
+from train.llm.journal import Answer
 from train.llm.mentions import is_announced, is_named, is_word
 from train.llm.reasoning_ends import closer_alone, closer_of, without_blocks
 from train.llm.reasoning_forms import CLOSER, OPENER, TAG, document_name, form_of, may_hold_marks, tokens_in
@@ -161,8 +161,6 @@ def without_reasoning(text: str, asked: Sequence[Mapping[str, Any]] = ()) -> Sai
     plain = without_code(answer)
     if holds_harmony(plain) or any(_is_real(answer, token) for token in tokens_in(plain)):
         return Said("", text, unfinished=True)  # reasoning may stand anywhere in it
-    if said.reasoning is not None and is_blank(answer):
-        return Said("", text, unfinished=True)
     return replace(said, text=answer, end_tokens=(*tokens, *headers), calls_tool=calls_tool(answer, plain))
 
 
@@ -217,6 +215,6 @@ def _is_document(name: str, rest: str, asked: Sequence[Mapping[str, Any]]) -> bo
     """Return True where tags of a name that any document may have are part of the answer: nothing follows them, or
     other tags do, or the question names them.
     """
-    if is_blank(without_end_tokens(rest)[0]) or (_NEXT_TAG.match(rest) and not OPENER.match(rest)):
+    if not without_end_tokens(rest)[0].strip() or (_NEXT_TAG.match(rest) and not OPENER.match(rest)):
         return True
     return any(f"<{name}".casefold() in str(message.get("content")).casefold() for message in asked)

@@ -148,13 +148,13 @@ MESSAGE = prompts.message(["a", "b", "c", "d"], random.Random(1))
     [
         # Section 3: one preference of each dimension for this instruction, which makes a difference to its answer.
         (PROPOSE, "For each aspect, propose one preference that a user giving this instruction might have."),
-        (PROPOSE, "It must lead to an answer that clearly differs from the usual one."),
-        (PROPOSE, "the preference must suit other instructions of the same kind"),
+        (PROPOSE, "It must lead to an answer that is clearly different from a default one."),
+        (PROPOSE, "the preference must also suit other instructions of the same kind"),
         (PROPOSE, "### Instruction\nQ\n\n### Aspects\n- style, tone ("),
         (PROPOSE, "Do not propose any of these again: Dry wit"),
         (DESCRIBE, "Describe each preference in two sentences"),
         # One message from the four descriptions alone.
-        (MESSAGE, "I will give you four descriptions of what a user wants from answers"),
+        (MESSAGE, "I will give you four descriptions of what a user wants from every answer"),
         (MESSAGE, "Write one system message that makes an assistant answer that way."),
         (MESSAGE, "Cover everything the four descriptions ask for"),
         (MESSAGE, "Make it suit any question"),
@@ -180,7 +180,7 @@ def test_all_rows_share_everything_before_their_own_text() -> None:
 def test_the_examples_of_preferences_keep_the_rules() -> None:
     """Each is of the asked dimensions, of two to ten words, and shows the aspects as the hierarchy has them."""
     for asked, reply in zip(PROPOSE[0:-1:2], PROPOSE[1:-1:2], strict=True):
-        shown = re.findall(r"^- (\w+), (\w+) \((.+)\), such as: (.+)$", asked["content"], re.MULTILINE)
+        shown = re.findall(r"^- (\w+), (\w+) \((.+)\)\. Examples: (.+)$", asked["content"], re.MULTILINE)
         assert [line.partition(":")[0] for line in reply["content"].splitlines()] == [one[0] for one in shown]
         for dimension, sub, meaning, preferences in shown:
             assert meaning == HIERARCHY[dimension][sub].meaning
@@ -212,7 +212,7 @@ def test_another_wording_has_another_version() -> None:
         OURS.read_text("utf-8").partition("\n\n")[2],
     )
     digest = hashlib.blake2b(json.dumps(everything).encode(), digest_size=8).hexdigest()
-    assert (prompts.PROMPT_VERSION, digest) == (2, "92b5506a620296b8")
+    assert (prompts.PROMPT_VERSION, digest) == (2, "3c4882841afd1a77")
 
 
 @pytest.mark.parametrize(

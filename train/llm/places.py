@@ -22,7 +22,6 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-
 SHARE_OF_ABSENCE = 0.25
 """Longest pause of a server that has answered, as a share of the time since its last answer."""
 

@@ -33,34 +33,34 @@ _DIMENSIONS = "\n".join(f"- {dimension}: {MEANINGS[dimension]}" for dimension in
 
 _PROPOSE = f"""\
 Users differ in what they want from an answer. I will show you an instruction and one aspect for each of up to four \
-dimensions, with a few preferences that other users have had. For each aspect, propose one preference that a user \
-giving this instruction might have. The dimensions are:
+dimensions, with a few preferences that other users have expressed. For each aspect, propose one preference that a \
+user giving this instruction might have. The dimensions are:
 {_DIMENSIONS}
 
-- State each preference in two to ten words. It must lead to an answer that clearly differs from the usual one.
-- Say what the answer should be like, not what it should say: the preference must suit other instructions of the same \
-kind.
+- State each preference in two to ten words. It must lead to an answer that is clearly different from a default one.
+- Say what the answer should be like or whom it is for, not what it should say: the preference must also suit other \
+instructions of the same kind.
 - Come up with preferences of your own; the ones shown only illustrate the aspect.
 - Reply with one line for each dimension shown, `dimension: preference`, and nothing else."""
 
 _PROPOSED: tuple[tuple[str, str, str], ...] = (
     (
         "Why do leaves change color in the fall?",
-        "- style, vividness (how much the reader can see, hear and feel), such as: Told as a short scene\n"
-        "- background_knowledge, novice (the user knows nothing about the subject), such as: A curious ten-year-old\n"
-        "- informativeness, depth (how far below the surface the answer goes), such as: Includes the exceptions to the "
-        "rule\n"
-        "- harmlessness, accuracy (how the answer separates what is certain from what is not), such as: Says how sure "
+        "- style, vividness (how much the reader can see, hear and feel). Examples: Told as a short scene\n"
+        "- background_knowledge, novice (the user knows nothing about the subject). Examples: A curious ten-year-old\n"
+        "- informativeness, depth (how far below the surface the answer goes). Examples: Includes the exceptions to "
+        "the rule\n"
+        "- harmlessness, accuracy (how the answer separates what is certain from what is not). Examples: Says how sure "
         "it is",
-        "style: Like a guided walk with all senses open\n"
-        "background_knowledge: Has always wondered, never read about it\n"
-        "informativeness: Explains what each process is good for\n"
-        "harmlessness: Clears up popular half-truths",
+        "style: Like a guided walk that engages all five senses\n"
+        "background_knowledge: Has always wondered but never read about it\n"
+        "informativeness: Explains what purpose each process serves\n"
+        "harmlessness: Clears up popular misconceptions",
     ),
     (
         "Write a function that finds the longest palindrome in a string.",
-        "- style, tone (how the assistant sounds), such as: Dry wit; Formal and reserved\n"
-        "- informativeness, practicality (how readily the answer can be put to use), such as: Real-world pitfalls",
+        "- style, tone (how the assistant sounds). Examples: Dry wit; Formal and reserved\n"
+        "- informativeness, practicality (how readily the answer can be put to use). Examples: Real-world pitfalls",
         "style: A patient reviewer thinking out loud\ninformativeness: Ready to paste, edge cases included",
     ),
 )
@@ -79,7 +79,7 @@ def propose(instruction: str, draws: Sequence[Draw], avoid: Sequence[str] = ()) 
             _turn("assistant", reply),
         ]
     shown = "\n".join(
-        f"- {one.sub.dimension}, {one.sub.name} ({one.sub.meaning}), such as: {'; '.join(one.examples)}"
+        f"- {one.sub.dimension}, {one.sub.name} ({one.sub.meaning}). Examples: {'; '.join(one.examples)}"
         for one in draws
     )
     ask = f"### Instruction\n{instruction}\n\n### Aspects\n{shown}"
@@ -89,13 +89,13 @@ def propose(instruction: str, draws: Sequence[Draw], avoid: Sequence[str] = ()) 
 
 
 _DESCRIBE = f"""\
-Users differ in what they want from an answer. I will list some preferences of one user, each with its dimension and \
+Users differ in what they want from an answer. I will list one user's preferences, each with its dimension and \
 aspect. The dimensions are:
 {_DIMENSIONS}
 
 Describe each preference in two sentences, so that someone who knows neither its name nor the user's question \
-understands what the answer must be like. Do not invent a question or a subject. Reply with one line per dimension, \
-`dimension: description`, and nothing else."""
+understands what kind of answer is wanted or whom it is for. Do not bring in any particular question or subject. \
+Reply with one line per dimension, `dimension: description`, and nothing else."""
 
 
 def describe(preferences: Sequence[Preference], hierarchy: Hierarchy, chance: random.Random) -> list[Turn]:
@@ -123,13 +123,13 @@ def describe(preferences: Sequence[Preference], hierarchy: Hierarchy, chance: ra
 
 
 _MESSAGE = """\
-You write system messages for assistants. I will give you four descriptions of what a user wants from answers, \
-whatever the question. Write one system message that makes an assistant answer that way.
+You write system messages for assistants. I will give you four descriptions of what a user wants from every \
+answer. Write one system message that makes an assistant answer that way.
 
-- Give the assistant a role that fits the descriptions, and address it: "You are ..."
+- Give the assistant a role that fits the descriptions, and address it as "you".
 - Cover everything the four descriptions ask for, in your own words and as a coherent whole.
-- Make it suit any question: name no subject that the descriptions do not name.
-- Write a single paragraph of 80 to 180 words of running text, with nothing before or after it."""
+- Make it suit any question: mention no subject that the descriptions do not mention.
+- Write a single paragraph of prose, 80 to 180 words long, and nothing else."""
 
 
 def message(descriptions: Sequence[str], chance: random.Random) -> list[Turn]:
@@ -148,10 +148,10 @@ def screen(instruction: str) -> list[Turn]:
     return [
         _turn(
             "user",
-            "Below is an instruction for an assistant. Besides what it wants, does it say how the answer should be "
-            "written: its length, format, style or tone, its audience, or the role to answer in? Whatever the task "
-            "itself requires (a poem when asked for a poem, code when asked for code) does not count. Reply with one "
-            f"word, Yes or No.\n\n### Instruction\n{instruction}",
+            "Below is an instruction for an assistant. Apart from what it asks for, does it specify how the answer "
+            "should be written: its length, format, style or tone, its audience, or the role to answer in? Ignore "
+            "anything inherent in the task itself; asking for a poem or for code does not count. Reply with one word, "
+            f"Yes or No.\n\n### Instruction\n{instruction}",
         )
     ]
 

@@ -148,6 +148,11 @@ def test_tokens_around_an_answer_are_taken_off(text: str) -> None:
     assert (found.text, found.unfinished, found.holds_control_tokens) == ("Bern.", False, False)
 
 
+def test_a_blank_may_stand_before_the_end_of_a_turn() -> None:
+    found = without_reasoning("It is Bern <|im_end|>\n<|im_start|>user\nMore?")
+    assert (found.text, found.ran_on) == ("It is Bern", True)
+
+
 def test_a_turn_after_code_is_cut_off() -> None:
     for end in ("<|im_end|>\n", "\n<|im_end|>\n", "\n"):
         found = without_reasoning(f"Here:\n```python\nx\n```{end}<|im_start|>user\nMore?")

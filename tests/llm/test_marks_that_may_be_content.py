@@ -62,6 +62,7 @@ def test_tags_in_reasoning_are_no_phrases() -> None:
         ("analysisWe need it.assistantfinalBern.assistantanalysisMore.assistantfinalBern again.", "Bern."),
         ("analysisWe need it.assistantfinalBern.assistantcommentaryHm", "Bern."),
         ("<think>abc</thinking>\n\nBern.", "Bern."),
+        ("Hm.</think> and so it is Bern.", "and so it is Bern."),
         ("hm, ok\n</think>\nbern", "bern"),
         ("Okay.</think>\n\n</think>\n\nBern.", "Bern."),
         ("Run\n```\nls\n```</think>\n\nBern.", "Bern."),

@@ -34,6 +34,7 @@ _ENDS = (
 )
 """Tokens at which a model's turn ends, and those with which it fills the rest."""
 _END = re.compile(rf"(?:{_ENDS}|<\|(?:im_end|eot_id|endoftext|end_of_text|end|return)\|?)\Z")
+_END_OF_TURN = re.compile(_ENDS)
 _LONGEST = 64
 """Characters at the end of a text in which one token stands."""
 
@@ -87,7 +88,8 @@ def cut_at_next_turn(text: str) -> tuple[str, bool]:
     for turn in _TURN.finditer(plain):
         if not text[: turn.start()].strip() or is_announced(text, turn.start()):
             return text, False
-        if not is_word(text, turn.start(), turn.end()):
+        ends_one = _END_OF_TURN.match(turn[0]) and text[turn.end() : turn.end() + 1] not in tuple("\"'”’»)")
+        if not (is_named if ends_one else is_word)(text, *turn.span()):
             if not text[turn.end() :].strip() and _END.search(turn[0]):
                 break  # tokens at the end of the text
             return text[: turn.start()].rstrip(), True

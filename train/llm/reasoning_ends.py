@@ -7,7 +7,7 @@ text before it, follows the end of a sentence, or stands on a line of its own wh
 import re
 
 from train.llm.code_spans import without_code
-from train.llm.mentions import is_announced, is_named, is_named_after, is_named_before, speaks_of_marks
+from train.llm.mentions import SENTENCE_END, is_announced, is_named, is_named_after, is_named_before, speaks_of_marks
 from train.llm.reasoning_forms import BLOCK, Form, closers_alone
 
 _QUOTES = "\"'“”‘’«»("
@@ -101,11 +101,13 @@ def _is_paired(text: str, form: Form, closer: re.Match[str], start: int) -> bool
 def _ends_reasoning(text: str, start: int, end: int) -> bool:
     """Return True where a tag ends reasoning. In prose about the tag, it is a word of its own."""
     before, after = text[:start].rstrip(), text[end:].lstrip()
+    is_glued = len(before) == start
+    if is_glued and before[-1:] in tuple(SENTENCE_END):
+        return True
     if is_named_after(text, end):
         return False
     if not before:
         return True
-    is_glued = len(before) == start
     is_after_sentence = before[-1] in _SENTENCE_END
     if not after:
         return is_glued or is_after_sentence

@@ -63,7 +63,8 @@ async def ask(
         events[f"{stage}: answer without a finish_reason, below the token limit"] += 1
     elif answer.ending in ("unknown", "unstated"):
         events[f"{stage}: answer {unfinished(answer.finish_reason)}"] += 1
-    answer, said = read_answer(answer)
+    # Elsewhere the conversation is quoted in a prompt of ours, and asks for nothing.
+    answer, said = read_answer(answer, request.messages if stage == "answer" else ())
     for event in events_of(said):
         events[f"{stage}: {event}"] += 1
     if further_turn is not None and (text := own_turn(answer.text, further_turn)) != answer.text:

@@ -41,6 +41,9 @@ until its requests are sent to the others."""
 SILENCE_OF_A_START = 30.0
 """Seconds without a byte from a server that has never sent one, after which it is asked for its list of models."""
 
+LONGEST_PAUSE_OF_LOOKS = 10.0
+"""Seconds between looks at servers that have closed connections without an answer: they may be back any time."""
+
 
 class NoAnswerError(Exception):
     """This request gets no answer, whatever is done; others do. The message says what the server said.
@@ -174,7 +177,7 @@ class Endings:
             if any(found):
                 return [lane for lane, is_there in zip(usable, found, strict=True) if is_there]
             looks += 1
-            await asyncio.sleep(usable[0].pauses.after(looks))
+            await asyncio.sleep(min(usable[0].pauses.after(looks), LONGEST_PAUSE_OF_LOOKS))
 
     async def watch_silent_starts(self) -> None:
         """Look at servers that have been asked and never sent a byte: warn, and free the requests if others answer."""

@@ -7,23 +7,26 @@ r"""Build a collection of system messages that ask for different things of the s
 What a server answers is written down at once: stop it with Ctrl-C or lose the machine, and the same command goes on
 where it was, asking nothing twice. The rows are in OUTPUT_DIR/data, in the columns of Multifaceted Collection, which
 train/sft.py reads as they are; preference pairs in OUTPUT_DIR/pairs; what they amount to in OUTPUT_DIR/report.md.
---check reads the configuration, the hierarchy and all rows, and asks each server for its models or for one token. Exit
-codes as of train/sft.py; 2 also where no row is left to train on, or rows were lost for a reason that no setting
-accepts (see `accept_losses`); 130 after Ctrl-C.
+--check reads the configuration, the hierarchy and all rows, and asks each server for one token with the settings of
+each stage. Exit codes as of train/sft.py; 2 also where no row is left to train on, or rows were lost for a reason that
+no setting accepts (see `accept_losses`); 130 after Ctrl-C.
 """
 
 import sys
 from collections import Counter
 from contextlib import nullcontext
 
-from train.data.near_duplicates import NearDuplicates
-from train.errors import UserError
-from train.llm import command
-from train.multifaceted.collection import run
-from train.multifaceted.collection_config import CollectionConfig, load_config
-from train.multifaceted.collection_tally import Tally
-from train.multifaceted.instructions import instructions
-from train.multifaceted.preferences import Plan, load_hierarchy
+try:
+    from train.data.near_duplicates import NearDuplicates
+    from train.errors import UserError
+    from train.llm import command
+    from train.multifaceted.collection import run
+    from train.multifaceted.collection_config import STAGES, CollectionConfig, load_config
+    from train.multifaceted.collection_tally import Tally
+    from train.multifaceted.instructions import instructions
+    from train.multifaceted.preferences import Plan, load_hierarchy
+except KeyboardInterrupt:  # the imports take a second or more
+    sys.exit(130)
 
 
 def check(config: CollectionConfig) -> None:
@@ -81,9 +84,15 @@ def lost(tally: Tally) -> Counter[str]:
     return tally.left_out + Counter({f"{reason} (sets)": count for reason, count in tally.sets_left_out.items()})
 
 
+def asked_stages(config: CollectionConfig) -> list[str]:
+    """Return the stages that a run asks for."""
+    left_out = {"screen": not config.filter.model, "propose": config.preferences != "proposed"}
+    return [stage for stage in STAGES if not left_out.get(stage)]
+
+
 def main() -> int:
     """Run the command; the exit code."""
-    return command.main(__doc__, load_config, check, run, tell, lost)
+    return command.main(__doc__, load_config, check, run, tell, lost, asked_stages)
 
 
 if __name__ == "__main__":

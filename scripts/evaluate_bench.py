@@ -202,7 +202,7 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
         responses, advice = _asked(options, bench, folder)
         refuse_without_responses(responses, f"--model {options.model}", advice)
     judged, advice = _judge(options, bench, responses, folder)
-    refuse_without_judgements(judged, f"--judge {options.judge}", advice)
+    refuse_without_judgements(judged, f"--judge {options.judge}", advice, batch=not options.judge_server)
     _write(options, bench, judged, folder)
 
 
@@ -306,7 +306,7 @@ async def _contact_judge(options: argparse.Namespace) -> None:
                 _judge_servers(options),
                 options.judge,
                 wait=options.wait_for_server,
-                decoding=_protocol(options).judge.decoding,
+                stages={"judge": _protocol(options).judge.decoding},
                 name_setting=option_setting(_JUDGES_OWN, "judge-"),
             )
 
@@ -373,7 +373,12 @@ def _asked(options: argparse.Namespace, bench: "Bench", folder: Path) -> "tuple[
         [
             Response(None, str(answer))
             if isinstance(answer, NoAnswerError)
-            else Response(answer.text, finish_reason=answer.finish_reason, only_reasoning=answer.only_reasoning)
+            else Response(
+                answer.text,
+                finish_reason=answer.finish_reason,
+                only_reasoning=answer.only_reasoning,
+                refused=answer.refused,
+            )
             for answer in of_row
         ]
         for of_row in answers
@@ -421,7 +426,10 @@ def _judge(
             wait_for_server=options.wait_for_server,
             name_setting=name_setting,
         ) as client:
-            return await judge_rows(client, protocol, bench.rows, responses), client.counts.advice
+            judged = await judge_rows(client, protocol, bench.rows, responses)
+        for line in client.counts.bad_servers:
+            print(f"warning: {line}", flush=True)
+        return judged, client.counts.advice
 
     batch = read_batch(options.batch_in)
     with Journal(folder / JOURNAL) as journal:
@@ -454,7 +462,14 @@ def _judge(
 def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]", folder: Path) -> None:
     """bench_rows.jsonl, bench.json, bench.png and the section of report.md, and the same on the screen."""
     from train.multifaceted.bench import row_record
-    from train.multifaceted.bench_report import HEADING, draw, make_record, markdown, warnings
+    from train.multifaceted.bench_report import (
+        HEADING,
+        draw,
+        make_record,
+        markdown,
+        no_judgement_finished,
+        warnings,
+    )
     from train.multifaceted.pairwise import compare
     from train.multifaceted.protocol import noted_of, protocol_of
 
@@ -478,7 +493,9 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
             kept = protocol_of(record) | noted_of(record)
             records = (row_record(one, kept) for one in judged)
             write_text(lines, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records))
-        if options.against:
+        if options.against and not record["complete"] and record["score"]["mean"] is None:
+            print(f"--against {options.against}: compared once the judge has answered", flush=True)
+        elif options.against:
             try:
                 versus = compare(rows, options.against, good=options.good, seed=options.seed)
                 record["against"] = versus.record()
@@ -491,7 +508,7 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
                 draw(record, plot)
         if not scored:
             (folder / "bench.png").unlink(missing_ok=True)  # of an earlier run
-        text = markdown(record, judged)
+        text = markdown(record, judged, batch=not options.judge_server)
         if versus:
             text += f"\nAgainst {options.against}:\n\n{versus.markdown()}"
         put_section(folder / "report.md", HEADING, text)
@@ -499,7 +516,9 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
         raise UserError(f"{folder}: can't be written: {fault.strerror}") from fault
     print(text)
     print(f"the figures are in {folder / 'bench.json'}, all answers and judgements in {rows}")
-    for warning in warnings(record):
+    if refusal := no_judgement_finished(record):
+        raise UserError(refusal)
+    for warning in warnings(record, batch=not options.judge_server):
         print(f"warning: {warning}")
     if no_comparison:
         raise no_comparison

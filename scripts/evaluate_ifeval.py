@@ -108,6 +108,7 @@ def run(options: argparse.Namespace) -> None:
     own = {
         "max_tokens": ("--max-new-tokens", options.max_new_tokens),
         "temperature": ("--temperature", options.temperature),
+        "seed": ("--seed", options.seed if options.temperature else None),
     }
     refuse_in_extra("--extra", options.extra, own)
     folder = output_folder(options)
@@ -138,7 +139,7 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
         if all(one.why for one in answers):
             raise UserError(
                 f"--model {options.model}: none of the {len(answers):,} prompts with constraints {places[turn]} got an "
-                f"answer. Of the first: {answers[0].why} {answers[0].advice}".rstrip()
+                f"answer. Of the first: {str(answers[0].why).rstrip('.')}. {answers[0].advice}".rstrip()
             )
     verdicts = {turn: [one.verdict for one in answers] for turn, answers in found.items()}
     decoding = decoding_of(options)
@@ -255,9 +256,11 @@ def _answered(answer: Any, row: Row, checkers: Checkers) -> Answered:
     if not isinstance(answer, Answer):
         words = str(answer) or type(answer).__name__
         return Answered(None, "no answer", checkers.verdict(row, ""), words, answer.advice)
-    how = "cut" if answer.cut else answer.unfinished or "ended"
-    if not answer.text.strip():
-        how = "without an end to its reasoning" if answer.only_reasoning else "empty"
+    how = answer.unfinished or "ended"
+    if answer.cut:
+        how = "without an end to its reasoning" if answer.only_reasoning else "cut"
+    elif answer.ending == "unstated" and not answer.refused and not answer.text.strip():
+        how = "empty"
     return Answered(answer.text, how, checkers.verdict(row, answer.text))
 
 

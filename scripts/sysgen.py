@@ -6,21 +6,24 @@ r"""Give rows without system messages the ones that fit them, and answer them an
 
 What a server answers is written down at once: stop it with Ctrl-C or lose the machine, and the same command goes on
 where it was, asking nothing twice. The rows are in OUTPUT_DIR/data, which train/sft.py reads as it is; what they amount
-to in OUTPUT_DIR/report.md. --check reads the configuration and all rows, and asks each server for its models or for one
-token. Exit codes as of train/sft.py; 2 also where no row is left to train on, or rows were lost for a reason that no
-setting accepts (see `accept_losses`); 130 after Ctrl-C.
+to in OUTPUT_DIR/report.md. --check reads the configuration and all rows, and asks each server for one token with the
+settings of each stage. Exit codes as of train/sft.py; 2 also where no row is left to train on, or rows were lost for a
+reason that no setting accepts (see `accept_losses`); 130 after Ctrl-C.
 """
 
 import sys
 from collections import Counter
 
-from train.data.asked_rows import placed_rows
-from train.data.formats import RowFault
-from train.errors import UserError
-from train.llm import command
-from train.sysgen.config import SysgenConfig, load_config
-from train.sysgen.run import run
-from train.sysgen.tally import Tally
+try:
+    from train.data.asked_rows import placed_rows
+    from train.data.formats import RowFault
+    from train.errors import UserError
+    from train.llm import command
+    from train.sysgen.config import SysgenConfig, load_config
+    from train.sysgen.run import run
+    from train.sysgen.tally import Tally
+except KeyboardInterrupt:  # the imports take a second or more
+    sys.exit(130)
 
 
 def check(config: SysgenConfig) -> None:
@@ -59,9 +62,20 @@ def lost(tally: Tally) -> Counter[str]:
     return tally.left_out
 
 
+def asked_stages(config: SysgenConfig) -> list[str]:
+    """Return the stages that a run asks for."""
+    asked = {
+        "generate": config.message == "generate",
+        "verify": config.message == "generate",
+        "answer": config.answers == "anew",
+        "judge": config.gates.judge,
+    }
+    return [stage for stage, is_asked in asked.items() if is_asked]
+
+
 def main() -> int:
     """Run the command; the exit code."""
-    return command.main(__doc__, load_config, check, run, tell, lost)
+    return command.main(__doc__, load_config, check, run, tell, lost, asked_stages)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,11 @@ def differences(first: Conditions, second: Conditions) -> list[str]:
     ]
 
 
-def changes(first: Conditions, second: Conditions) -> list[str]:
-    """Return `name is 1 and 2` for each setting that differs, recorded or not."""
-    names = dict.fromkeys([*first, *second])
+def changes(first: Conditions, second: Conditions, names: tuple[str, str] = ("A", "B")) -> list[str]:
+    """Return `name is 1 and 2 (A and B)` for each setting that differs, recorded or not; `names`: of the sides."""
     return [
-        f"{name} {difference(first.get(name), second.get(name))}"
-        for name in names
+        f"{name} {difference(first.get(name), second.get(name))} ({names[0]} and {names[1]})"
+        for name in dict.fromkeys([*first, *second])
         if not _same(first.get(name), second.get(name))
     ]
 

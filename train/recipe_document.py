@@ -60,7 +60,11 @@ _SYNTAX_HINTS = {
     "cannot start any token": "A value that begins with @, % or ` needs quotes.",
 }
 
-_SECRET = re.compile(r"secret|passw(or)?d|api[_-]?key|access[_-]?key|credential|token$", re.IGNORECASE)
+SECRET = re.compile(
+    r"secret|passw(or)?d|api[_-]?key|(access|private|auth)[_-]?key|credential|authorization|bearer|token$",
+    re.IGNORECASE,
+)
+"""Names of keys that hold a secret."""
 _MOST_VALUES = 10_000  # far beyond any recipe: what has more grows from YAML aliases
 
 
@@ -104,7 +108,7 @@ class Document:
         """Put the value of `key=value` into the tree."""
         key, equals, value = text.partition("=")
         parts = key.strip().split(".")
-        shown = f"{key}=..." if any(map(_SECRET.search, re.findall(r"[\w-]+", text))) else text
+        shown = f"{key}=..." if any(map(SECRET.search, re.findall(r"[\w-]+", text))) else text
         shown = shown if len(shown) <= 100 else f"{shown[:97]}..."
         place = Place(1_000_000_000 + order, f"override `{shown}`")
         if not equals or not all(parts):
@@ -139,17 +143,20 @@ class Document:
         except YamlError as fault:
             self.faults.append((place, str(fault)))
 
-    def refuse_secrets(self) -> None:
-        """Take every key out whose name speaks of a secret, and report it without its value."""
+    def refuse_secrets(self, variables: str = "HF_TOKEN, WANDB_API_KEY") -> None:
+        """Take every key out whose name speaks of a secret, and report it without its value.
+
+        `variables`: the environment variables to set instead, for the message.
+        """
         for path in list(_paths(self.tree)):
             key = path[-1]
-            if not isinstance(key, str) or not _SECRET.search(key):
+            if not isinstance(key, str) or not SECRET.search(key):
                 continue
             if path[:-1] == ("training",) and key in training_fields():
                 continue  # eos_token and its like; hub_token is refused by name
             del value_at(self.tree, path[:-1])[key]
             why = "a recipe holds no secrets, for it is copied into output_dir and into logs"
-            self.fault(path, f"{why}. Set them in the environment (HF_TOKEN, WANDB_API_KEY).")
+            self.fault(path, f"{why}. Set them in the environment ({variables}).")
 
     def fault(self, path: KeyPath, message: str) -> None:
         """Note what is wrong with the key at `path`, which may be missing: then its section tells the place."""

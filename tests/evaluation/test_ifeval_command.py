@@ -262,7 +262,7 @@ def test_a_turn_that_gets_no_answer_at_all_has_no_figures(
                      "--output-dir", tmp_path / "out")  # fmt: skip
         refusal = says_no(*arguments)
         assert "none of the 12 prompts with constraints in the system message got an answer" in refusal
-        assert "System role not supported" in refusal
+        assert "System role not supported. If the model has no system role" in refusal
         assert "--system-role merge_into_user" in refusal
         assert not (tmp_path / "out" / "ifeval.json").exists()
         assert command(*arguments, "--system-role", "merge_into_user") == 0
@@ -273,6 +273,31 @@ def test_a_turn_that_gets_no_answer_at_all_has_no_figures(
     # These prompts are those of the control, word for word: a gap of 0 is no finding.
     note = "12 of 12 prompts are those of the control word for word, as merge_into_user makes them"
     assert note in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+
+WITHHELD = [
+    said("", "content_filter"),
+    said(None, refusal="I can't help."),
+    said("Half a", "SAFETY"),
+    said("", "length"),
+    said("", "tool_calls"),
+    said("<think>Hm", "length"),
+    said(""),
+]
+
+
+def test_answers_that_were_withheld_are_named_as_that_and_not_as_empty(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def script(asked: Asked) -> Reply:
+        return WITHHELD[int(asked.prompt.split()[-1].strip("."))]
+
+    data, out = write_rows(tmp_path / "s.jsonl", True, count=len(WITHHELD)), tmp_path / "out"
+    with served(script) as server:
+        assert command("ifeval", "--model", "m", "--server", server.url, "--data", data, "--output-dir", out) == 0
+    endings = json.loads((out / "ifeval.json").read_text(encoding="utf-8"))["system"]["endings"]
+    assert endings == {"refused": 3, "cut": 1, "calls a tool": 1, "without an end to its reasoning": 1, "empty": 1}
+    assert "3 refused, 1 cut" in (out / "report.md").read_text(encoding="utf-8")
 
 
 async def reasons_first(asked: Asked) -> Reply:
@@ -293,6 +318,8 @@ def test_any_parameter_can_be_left_out_or_renamed(
         arguments = ("ifeval", "--model", "m", "--server", server.url, "--data", data, "--output-dir", out)
         assert "Leave it out: --temperature null." in says_no(*arguments)
         assert "write --temperature" in says_no(*arguments, "--extra", '{"temperature": 1}')
+        seeded = (*arguments, "--temperature", "1")
+        assert "`seed`: not set here: write --seed" in says_no(*seeded, "--extra", '{"seed": 5}')
         asked = len(server.asked)
         extra = {"max_tokens": None, "max_completion_tokens": 900, "reasoning_effort": "low"}
         assert command(*arguments, "--temperature", "null", "--extra", json.dumps(extra)) == 0

@@ -142,7 +142,7 @@ def test_the_bench_keeps_each_answer_and_makes_no_score_of_what_holds_none(
         "--judge-max-tokens",
         "12",
     )
-    assert command(*asked, *model, *drawn, *judge, "--judge-temperature", "0", "--runs", "1", "--retries", "0") == 0
+    code = command(*asked, *model, *drawn, *judge, "--judge-temperature", "0", "--runs", "1", "--retries", "0")
     (row,) = lines(tmp_path / "out" / "bench_rows.jsonl")
     record = json.loads((tmp_path / "out" / "bench.json").read_text("utf-8"))
     assert row["response"]
@@ -151,7 +151,9 @@ def test_the_bench_keeps_each_answer_and_makes_no_score_of_what_holds_none(
     assert [len(judgement["texts"]) for judgement in judgements] == [1] * 4
     assert [parse_score(judgement["texts"][0]) for judgement in judgements] == [one["score"] for one in judgements]
     unread = sum(judgement["score"] is None for judgement in judgements)
-    assert record["missing"]["judgements_missing"]["unparsable"] == unread
+    missing = record["missing"]["judgements_missing"]
+    assert missing["unparsable"] + missing.get("unfinished", 0) == unread
+    assert code == (2 if missing.get("unfinished", 0) == 4 else 0)  # all cut: nothing was measured
     assert (record["score"]["mean"] is None) == (unread == 4)
 
 

@@ -13,8 +13,9 @@ from client_runs import about, echo, first, run
 from scripted_server import Asked, Reply, Script, ScriptedServer, error
 
 from train.errors import UserError
-from train.llm.client import DENIALS, FAILURES_OF_A_STAGE, Client, NoAnswerError
-from train.llm.failures import Trouble, error_in, error_of, trouble_of
+from train.llm.client import FAILURES_OF_A_STAGE, Client, NoAnswerError
+from train.llm.endings import DENIALS
+from train.llm.failures import Trouble, error_in, error_of, is_about_length, trouble_of
 from train.llm.journal import Answer
 from train.llm.rows import in_order
 
@@ -139,6 +140,27 @@ TOO_LONG = {
 def test_a_request_that_is_too_long_is_its_rows_failure(status: int, words: str) -> None:
     found = meaning(status, {"error": {"message": words}})
     assert (found.kind, found.about_content) == ("row", True)
+
+
+@pytest.mark.parametrize(
+    ("words", "is_bytes"),
+    [
+        ("<html><title>413 Request Entity Too Large</title><center>nginx</center></html>", True),
+        ({"error": {"type": "request_too_large", "message": "Request exceeds the maximum size"}}, True),
+        ({"message": "request entity too large", "type": "entity.too.large"}, True),
+        ("Payload Too Large", True),
+        ("", True),
+        ({"error": {"message": "Request too large for model `m` on tokens per minute (TPM): Limit 6000"}}, False),
+        ({"error": {"message": "Input validation error: `inputs` must have less than 512 tokens. Given: 700"}}, False),
+    ],
+)
+def test_a_limit_in_bytes_is_not_the_context(words: Any, is_bytes: bool) -> None:
+    body = words if isinstance(words, dict) else None
+    error = error_of(body, json.dumps(body) if body else words)
+    found = trouble_of(413, "413 Request Entity Too Large", error, {}, longest_wait=1)
+    assert (found.kind, found.about_content) == ("row", True)
+    assert bool(found.advice and "limit in bytes" in found.advice) == is_bytes
+    assert not is_about_length(found.what)  # or the last line of a run would speak of the model's context
 
 
 @pytest.mark.parametrize(
@@ -359,3 +381,37 @@ def test_any_number_of_requests_that_are_too_long_come_before_the_first_answer(t
         assert client.troubles() == []
 
     run(script, work, tmp_path)
+
+
+PROMPT = 'the whole of a long prompt (with [brackets], "quotes" and it\'s own marks) ' * 40
+FAULT = {"type": "extra_forbidden", "loc": ["body", "top_k"], "msg": "Extra inputs are not permitted", "input": PROMPT}
+OTHER = {"type": "missing", "loc": ["body", "messages", 0, "role"], "msg": "Field required", "input": {"text": PROMPT}}
+AS_PYTHON = str([{**FAULT, "loc": ("body", "top_k")}, {**OTHER, "loc": ("body", "messages", 0, "role")}])
+TOLD = "body.top_k: Extra inputs are not permitted"
+VALIDATION = {
+    "FastAPI": ({"detail": [FAULT]}, TOLD),
+    "two": ({"detail": [FAULT, OTHER]}, f"{TOLD}; body.messages.0.role: Field required"),
+    "many": ({"detail": [FAULT] * 5}, f"{TOLD}; {TOLD}; {TOLD} (and 2 more)"),
+    "vLLM": (
+        {"error": {"message": AS_PYTHON, "type": "Bad Request", "code": 400}},
+        f"{TOLD}; body.messages.0.role: Field required",
+    ),
+    "vLLM before 0.9": ({"object": "error", "message": AS_PYTHON, "code": 400}, f"{TOLD}; body.messages.0.role"),
+    "Mistral": ({"object": "error", "message": {"detail": [FAULT]}, "type": "invalid_request_error"}, TOLD),
+    "errors": ({"errors": [OTHER]}, "body.messages.0.role: Field required"),
+    "JSON in a message": ({"error": {"message": f"bad request: {json.dumps([FAULT])}"}}, TOLD),
+    "pydantic's own text": (
+        {"detail": "1 validation error for Chat\ntop_k\n  Extra inputs are not permitted [type=extra_forbidden, "
+         f"input_value={PROMPT[:40]!r}, input_type=str]\n    For further information visit https://errors.pydantic.dev"},
+        "1 validation error for Chat\ntop_k\n  Extra inputs are not permitted [type=extra_forbidden]",
+    ),
+    "no known form": ({"reason": {"why": "top_k"}, "input": PROMPT}, '{"reason": {"why": "top_k"}}'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "told"), VALIDATION.values(), ids=VALIDATION)
+def test_errors_of_validation_are_told_by_field_and_without_the_prompt(body: Any, told: str) -> None:
+    words = error_of(body, json.dumps(body)).words
+    assert words.startswith(told)
+    assert "long prompt" not in words
+    assert "'type'" not in words

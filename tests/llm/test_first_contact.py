@@ -16,7 +16,7 @@ from scripted_server import Asked, Reply, Script, ScriptedServer, error, said
 from train.errors import UserError, time_span
 from train.llm.client import Client, NoAnswerError
 from train.llm.first_contact import check_servers
-from train.llm.journal import Journal
+from train.llm.journal import Decoding, Journal
 from train.llm.server import Server
 
 
@@ -195,6 +195,57 @@ def test_where_a_redirect_leads_decides_what_to_write(location: str | None, told
         async with ScriptedServer(script) as server:
             port = server.url.split(":")[2].removesuffix("/v1")
             assert told.replace("PORT", port) in await refusal(Server(server.url), tmp_path)
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("status", [301, 307, 308])
+@pytest.mark.parametrize("written", ["/v1", "/v1/chat/completions/"])
+def test_a_server_that_wants_a_slash_behind_its_path_gets_it(status: int, written: str, tmp_path: Path) -> None:
+    async def script(asked: Asked) -> Reply:
+        path, _, query = asked.path.partition("?")
+        if path.endswith("/"):
+            return await echo(asked)
+        return Reply(status, b"", {"Location": f"{path}/?{query}"})
+
+    async def work() -> None:
+        async with ScriptedServer(script) as server:
+            url = server.url.replace("/v1", f"{written}?a=b")
+            with Journal(tmp_path / "answers.sqlite") as journal:
+                async with Client([Server(url, key_variable="MY_KEY")], "m", journal, pauses=SHORT) as client:
+                    await asyncio.gather(*(client.ask(about(f"{number}")) for number in range(20)))
+                    assert client.counts.failed == 0
+            paths = [asked.path for asked in server.asked]
+            assert paths[0] == "/v1/chat/completions?a=b"
+            assert paths.count("/v1/chat/completions/?a=b") == 20
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_redirects_to_ever_more_slashes_or_to_and_fro_end_the_run(step: int, tmp_path: Path) -> None:
+    async def script(asked: Asked) -> Reply:
+        path = asked.path.rstrip("/")
+        slashes = len(asked.path) - len(path)
+        return Reply(307, b"", {"Location": path + "/" * (slashes + step if slashes else 1)})
+
+    async def work() -> None:
+        async with ScriptedServer(script) as server:
+            assert "it redirects to " in await refusal(Server(server.url), tmp_path)
+            assert len([asked for asked in server.asked if asked.body]) == 2
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("location", ["http://other.invalid/v1/chat/completions/", "/v1/chat/completions//", "/"])
+def test_a_slash_elsewhere_is_a_redirect(location: str, tmp_path: Path) -> None:
+    async def script(asked: Asked) -> Reply:
+        return Reply(307, b"", {"Location": location})
+
+    async def work() -> None:
+        async with ScriptedServer(script) as server:
+            assert "it redirects to " in await refusal(Server(server.url), tmp_path)
+            assert len([asked for asked in server.asked if asked.body]) == 1
 
     asyncio.run(work())
 
@@ -415,6 +466,30 @@ def test_a_proxy_that_refuses_is_named(
     asyncio.run(work())
 
 
+def test_the_page_of_a_proxy_that_refuses_is_no_reason_to_look_for_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replies = {
+        b"<html><title>ERROR: The requested URL could not be retrieved</title></html>": "The proxy may be what refuses",
+        b'{"error": {"message": "no"}}': "It wants a key",
+    }
+
+    async def work() -> None:
+        for body, advice in replies.items():
+
+            async def handle(head: bytes, writer: asyncio.StreamWriter, body: bytes = body) -> None:
+                writer.write(b"HTTP/1.1 403 Forbidden\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+                await writer.drain()
+
+            async with listening(handle) as port:
+                monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
+                told = await refusal(Server("http://h.example/v1"), tmp_path, wait=0)
+                assert advice in told
+                assert ("unset http_proxy, or name the server's host in no_proxy." in told) == ("proxy may" in advice)
+
+    asyncio.run(work())
+
+
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_proxy_that_can_not_be_reached_is_named(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     proxy = f"127.0.0.1:{free_port()}"
@@ -427,9 +502,9 @@ def test_a_proxy_that_can_not_be_reached_is_named(scheme: str, tmp_path: Path, m
 # The look before work
 
 CHECKS = {
-    "a name in the list": (Reply(200, {"data": [{"id": "m"}]}), said("x"), None, "serves m", 1),
-    "Gemini's list": (Reply(200, {"data": [{"id": "models/m"}]}), said("x"), None, "serves m", 1),
-    "a bare list": (Reply(200, [{"id": "m"}]), said("x"), None, "serves m", 1),
+    "a name in the list": (Reply(200, {"data": [{"id": "m"}]}), said("x"), None, "answers as m", 2),
+    "Gemini's list": (Reply(200, {"data": [{"id": "models/m"}]}), said("x"), None, "answers as m", 2),
+    "a bare list": (Reply(200, [{"id": "m"}]), said("x"), None, "answers as m", 2),
     "a name that is not in the list": (Reply(200, {"data": [{"id": "n"}]}), said("x"), None, "answers as m", 2),
     "no list": (Reply(500, b"Internal Server Error"), said("x"), None, "answers as m", 2),
     "an empty answer": (Reply(404, b""), said(""), None, "answers as m", 2),
@@ -460,6 +535,7 @@ def test_a_server_that_would_do(
 REFUSED = {
     "the key": (Reply(200, {"data": [{"id": "m"}]}), error(401, "bad key"), "MY_KEY", "is not accepted for m"),
     "no key": (error(401, "no key"), error(401, "no key"), None, "key_variable"),
+    "a model that it lists": (Reply(200, {"data": [{"id": "m"}]}), error(404, "no m"), "MY_KEY", "It lists 'm' among"),
     "the model": (Reply(200, {"data": [{"id": "n"}]}), error(404, "no m"), None, "those it names are: n"),
     "the model by 400": (Reply(200, {"data": [{"id": "n"}]}), error(400, "odd"), None, "those it names are: n"),
     "the model by 500": (error(500, "oh"), error(500, "oh"), None, "is 'm' a model that it serves?"),
@@ -495,3 +571,66 @@ def test_a_duration_is_seconds_or_units(text: str, seconds: float) -> None:
 def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is no duration"):
         time_span(text)
+
+
+# Sampling parameters of the stages
+
+
+async def look(script: Script, stages: dict[str, Decoding]) -> list[Asked]:
+    """The requests of a look at a server that wants no key and lists its model."""
+
+    async def listing(asked: Asked) -> Reply:
+        return await script(asked) if asked.body else Reply(200, {"data": [{"id": "m"}]})
+
+    async with ScriptedServer(listing) as server:
+        await check_servers([Server(server.url)], "m", pauses=SHORT, stages=stages)
+        return [asked for asked in server.asked if asked.body]
+
+
+REFUSED_PARAMETERS = {
+    "top_p": (Decoding(9, 1.0, 0.9), "'top_p' is not supported with this model.", "`answer.top_p: null`"),
+    "seed": (Decoding(9, seed=3), "Unknown parameter: seed", "`answer.seed: null`"),
+    "two at once": (
+        Decoding(9, 1.0, 0.9),
+        "`temperature` and `top_p` cannot both be specified",
+        "`answer.temperature: null` or `answer.top_p: null`",
+    ),
+    "extra": (Decoding(9, extra={"top_k": 5}), "top_k is not permitted", "`answer.extra: {top_k: null}`"),
+}
+
+
+@pytest.mark.parametrize(("decoding", "words", "told"), REFUSED_PARAMETERS.values(), ids=REFUSED_PARAMETERS)
+def test_a_listed_model_is_asked_with_the_parameters_of_each_stage(decoding: Decoding, words: str, told: str) -> None:
+    async def script(asked: Asked) -> Reply:
+        refused = decoding.parameters(0).keys() <= asked.body.keys()
+        return error(400, words) if refused else said("x")
+
+    with pytest.raises(UserError, match=re.escape(told)):
+        asyncio.run(look(script, {"generate": Decoding(5), "answer": decoding}))
+
+
+def test_stages_with_the_same_parameters_share_a_request() -> None:
+    stages = {
+        "generate": Decoding(512, 0.7),
+        "verify": Decoding(256, 0.7),
+        "answer": Decoding(1024, 0.7, extra={"top_k": 5}),
+        "judge": Decoding(16, 0.0),
+    }
+    asked = asyncio.run(look(echo, stages))
+    assert [(one.body["temperature"], one.body.get("top_k")) for one in asked] == [(0.7, None), (0.7, 5), (0.0, None)]
+    assert {one.body["max_tokens"] for one in asked} == {1}
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"min_tokens": 8}, "min_tokens must be less than or equal to max_tokens=1, got 8."),
+        ({"thinking": {"budget_tokens": 40}}, "`max_tokens` must be greater than `thinking.budget_tokens`."),
+    ],
+)
+def test_a_parameter_that_contradicts_one_token_alone_is_no_fault_of_the_settings(extra: dict, words: str) -> None:
+    async def script(asked: Asked) -> Reply:
+        return error(400, words) if asked.body["max_tokens"] == 1 else said("x")
+
+    asked = asyncio.run(look(script, {"answer": Decoding(64, extra=extra)}))
+    assert [one.body["max_tokens"] for one in asked] == [1, 64]

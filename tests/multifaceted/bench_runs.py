@@ -12,6 +12,8 @@ from scripted_server import Asked, Reply, error, said
 
 ROOT = Path(__file__).parents[2]
 DIMENSIONS = ("style", "background_knowledge", "informativeness", "harmlessness")
+FIRST_CONTACT = "Hi"
+"""The prompt of the first contact with the judge's server, which is no judgement."""
 Say = Callable[[int, int, int], Reply | str]
 """What the judge says of row i and rubric j, when asked the very same for the n-th time (from 0)."""
 
@@ -59,7 +61,7 @@ def judging(say: Say) -> Callable[[Asked], Any]:
     async def script(asked: Asked) -> Reply:
         if asked.body["model"] != "judge":
             return said(f"{asked.body['model']} answers: {asked.prompt}")
-        if asked.prompt == "Hi":  # a sign of life, and no judgement
+        if asked.prompt == FIRST_CONTACT:
             return said("Feedback")
         time = times[asked.prompt]
         times[asked.prompt] += 1

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import bench_runs
 import pytest
-from bench_runs import bench_row, command, place_of, write_lines
-from scripted_server import Asked, Reply, error, said, served
+from bench_runs import FIRST_CONTACT, bench_row, command, place_of, write_lines
+from scripted_server import Asked, Reply, ScriptedServer, error, said, served
 
 ROWS = 10
 KILLS = 4
@@ -45,6 +45,8 @@ async def script(asked: Asked) -> Reply:
     """Says the same to the same question, a moment later; some at the second try only."""
     if asked.body["model"] != "judge":
         return said(f"Answer to {asked.prompt}")
+    if asked.prompt == FIRST_CONTACT:
+        return said("Feedback")
     row, rubric = place_of(asked.prompt)
     if (row, rubric) == (3, 1):
         return said("no verdict")
@@ -56,6 +58,10 @@ async def script(asked: Asked) -> Reply:
 def answers_in(folder: Path) -> int:
     with sqlite3.connect(folder / "bench.sqlite") as connection:
         return connection.execute("SELECT count(*) FROM answers").fetchone()[0]
+
+
+def answers_given(server: ScriptedServer) -> int:
+    return server.answered.total() - server.answered[FIRST_CONTACT]
 
 
 def test_kills_lose_nothing_and_the_files_are_those_of_a_run_in_one_go(
@@ -76,7 +82,7 @@ def test_kills_lose_nothing_and_the_files_are_those_of_a_run_in_one_go(
         assert command(*options(server.url, whole)) == 0
         needed = len(server.asked)
         assert answers_in(whole) == RESPONSES + JUDGEMENTS + RUNS  # a second try in each run of the one rubric
-        answered_before = server.answered.total()
+        answered_before = answers_given(server)
         lost = 0
         moments = sorted(random.Random(7).sample(range(2, needed - 10), KILLS))
         for moment in moments:
@@ -88,12 +94,12 @@ def test_kills_lose_nothing_and_the_files_are_those_of_a_run_in_one_go(
             process.join()
             assert process.exitcode == -signal.SIGKILL  # it was in the middle of it
             if (killed / "bench.sqlite").exists():
-                lost = server.answered.total() - answered_before - answers_in(killed)
+                lost = answers_given(server) - answered_before - answers_in(killed)
         process = start(tmp_path, *options(server.url, killed))
         process.join(120)
         assert process.exitcode == 0, (tmp_path / "printed").read_text()
         # Nothing was answered twice but what was on its way at a kill.
-        repeated = server.answered.total() - answered_before - answers_in(killed)
+        repeated = answers_given(server) - answered_before - answers_in(killed)
         assert repeated == lost <= KILLS * (CONCURRENCY + CONCURRENCY // 4)
         asked = len(server.asked)
         process = start(tmp_path, *options(server.url, killed))

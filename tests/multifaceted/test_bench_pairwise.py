@@ -155,8 +155,14 @@ def test_scores_that_were_measured_otherwise_are_not_compared(
 def test_a_file_that_names_no_version_of_the_prompt_is_of_the_first(tmp_path: Path) -> None:
     new = write_lines(tmp_path / "new.jsonl", [result("r", 3.0, protocol=SETTINGS)])
     old = write_lines(tmp_path / "old.jsonl", [result("r", 4.0)])
-    with pytest.raises(UserError, match="judge prompt_version is 2 and 1"):
+    with pytest.raises(UserError, match="judge prompt_version is 2 and 1") as refusal:
         compare(new, old)
+    assert str(refusal.value).endswith(
+        f"Run bench again for the model of {old} (version 1 of the judge's prompt can no longer be asked); unchanged answers "
+        "are taken from the journal."
+    )
+    with pytest.raises(UserError, match=f"Run bench again for the model of {old}"):
+        compare(old, new)
 
 
 def test_two_differences_are_both_named(tmp_path: Path) -> None:
@@ -165,6 +171,9 @@ def test_two_differences_are_both_named(tmp_path: Path) -> None:
         write_lines(tmp_path / f"{name}.jsonl", [result("r", 3.0, protocol=protocol)])
     with pytest.raises(UserError, match=r"judge runs is 3 and 1; judge top_p is 0.9 and 0.5\..*--runs, --judge-top-p"):
         compare(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    limit = write_lines(tmp_path / "c.jsonl", [result("r", 3.0, protocol=SETTINGS | {"judge max_tokens": 9})])
+    with pytest.raises(UserError, match=r"for one of the two with the same --judge-max-tokens \(or max_completion_tok"):
+        compare(tmp_path / "a.jsonl", limit)
 
 
 def test_settings_that_a_file_of_an_earlier_version_lacks_are_named(tmp_path: Path) -> None:
@@ -218,8 +227,8 @@ def test_how_the_models_were_asked_may_differ_and_is_noted(tmp_path: Path) -> No
         )
     ]
     assert compare(*paths).notes == [
-        "system_message_given is true and false",
-        'dtype is "unknown" and "float32"',
+        f"system_message_given is true and false ({paths[0]} and {paths[1]})",
+        f'dtype is "unknown" and "float32" ({paths[0]} and {paths[1]})',
     ]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_runs import bench_row, command, judging, lines, place_of, too_long, write_lines
+from bench_runs import FIRST_CONTACT, bench_row, command, judging, lines, place_of, too_long, write_lines
 from scripted_server import Asked, Reply, error, said, served
 
 ROWS = [bench_row(number) for number in range(6)]
@@ -61,7 +61,8 @@ def test_why_some_got_no_answer_is_counted_where_the_figures_stand(
 
     async def script(asked: Asked) -> Reply:
         if asked.body["model"] == "judge":
-            return too_long() if place_of(asked.prompt)[0] == 0 else said("[RESULT] 3")
+            is_refused = asked.prompt != FIRST_CONTACT and place_of(asked.prompt)[0] == 0
+            return too_long() if is_refused else said("[RESULT] 3")
         number = int(asked.prompt.split()[1].strip(","))
         if number in (1, 2):
             return error(400, "too   many\nzebras")

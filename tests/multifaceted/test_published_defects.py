@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_runs import ROOT, bench_row, command, judging, lines, place_of, write_lines
+from bench_runs import FIRST_CONTACT, ROOT, bench_row, command, judging, lines, place_of, write_lines
 from scripted_server import Asked, Reply, ScriptedServer, said, served
 
 from train.data.chat_template import use_template
@@ -116,7 +116,9 @@ def test_no_switch_scores_a_part_of_the_rows(tmp_path: Path, capsys: pytest.Capt
     data = write_lines(tmp_path / "rows.jsonl", [bench_row(number) for number in range(23)])
     with served(judging(grade), models=["judge"]) as server:
         assert command(*options(server, data, tmp_path / "out")) == 0
-        judged = Counter(place_of(one.prompt) for one in server.asked if one.body["model"] == "judge")
+        questions = [one.prompt for one in server.asked if one.body["model"] == "judge"]
+    questions.remove(FIRST_CONTACT)
+    judged = Counter(map(place_of, questions))
     assert judged == {(row, rubric): 1 for row in range(23) for rubric in range(4)}
     record = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert (record["score"]["scored"], record["score"]["of"], record["rows_of_the_data"]) == (23, 23, 23)
@@ -143,6 +145,8 @@ def test_best_of_n_keeps_all_n_answers(tmp_path: Path) -> None:
     async def script(asked: Asked) -> Reply:
         if asked.body["model"] != "judge":
             return said(f"<{asked.times}>")
+        if asked.prompt == FIRST_CONTACT:
+            return said("Feedback")
         answer = asked.prompt.split("### Answer to be graded\n")[1]
         return said(f"[RESULT] {answer[1]}" if answer[1] in "123" else "[RESULT] 1")
 

@@ -111,7 +111,8 @@ def turns_of(conversation: str, role: str) -> list[str]:
 def test_the_form_of_the_verdicts_is_one_that_is_read() -> None:
     prompt = prompts.verify(TAGGED)[0]["content"]
     form = "\n".join(line for line in prompt.partition("###")[0].splitlines() if line.startswith("<<"))
-    read = parse_verdicts(form)
+    assert parse_verdicts(form).of == {}  # a reply that repeats it judges nothing
+    read = parse_verdicts(form.replace("Bad", "Good", 1))
     assert set(read.of) == set(EIGHT)
     assert set(read.of.values()) == {"Good", "Bad", "None"}
 

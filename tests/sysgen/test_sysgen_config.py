@@ -36,6 +36,13 @@ def test_a_training_recipe_is_told_from_one_of_sysgen() -> None:
     assert "training: unknown key." in str(failure.value)
 
 
+@pytest.mark.parametrize("override", ["answer.extra={api_key: sk-1}", "answer.extra={a: {Authorization: sk-1}}"])
+def test_a_secret_in_a_stage_names_the_setting_of_a_servers_key(override: str) -> None:
+    with pytest.raises(UserError, match=r"secrets.*the variable that its `servers\.N\.key_variable` names") as failure:
+        load_config(CONFIGS[0], [override])
+    assert "sk-1" not in str(failure.value)
+
+
 def test_an_empty_file(tmp_path: Path) -> None:
     path = tmp_path / "empty.yaml"
     path.write_text("")

@@ -190,14 +190,14 @@ def test_the_check_reads_all_rows_and_asks_each_server_for_a_sign_of_life(tmp_pa
         file.write('{"messages": []}\n')
     with served(saying(), models=["m", "n"]) as server:
         checked = command("--config", str(configuration(tmp_path, server.url, source)), "--check")
-        assert not server.asked  # but for the list
+        assert {asked.body["max_tokens"] for asked in server.asked} == {1}  # the list alone refuses no parameter
     assert checked.returncode == 0, checked.stderr
     turns = sum(len(row_of(number)["messages"]) // 2 for number in range(20))
     assert checked.stdout.splitlines() == [
         "21 rows, 0 of them with a system message (existing_system: replace)",
         "warning: 1 rows can't be read: no assistant turn",
         f"about {20 + 2 * turns} requests to m, 16 at once, if every row passes at the first try",
-        f"{server.url} serves m",
+        f"{server.url} answers as m",
     ]
     assert not (tmp_path / "out").exists()
 

@@ -9,6 +9,7 @@ import numpy as np
 from train.conditions import changes, differences, unknown
 from train.errors import UserError
 from train.evaluation.results import Measure, Results
+from train.multifaceted.pairwise import scores_of_shared_rubrics
 from train.progress import job
 from train.resampling import DIFFERENCE_OF_SHARES, Bounds, Estimate, estimates
 
@@ -88,6 +89,9 @@ def compare(
         notes += [f"{kind}: {sentence}" for sentence in unknown(one.conditions, other.conditions)]
         notes += [f"{kind}: {change}" for change in changes(one.notes, other.notes)]
         notes += [
+            f"{kind}: {side} {results.incomplete}" for side, results in (("A", one), ("B", other)) if results.incomplete
+        ]
+        notes += [
             f"{kind}: {name}: only {side} has it"
             for side, has, lacks in (("A", one, other), ("B", other, one))
             for name, measure in has.measures.items()
@@ -107,12 +111,19 @@ def _pair(kind: str, name: str, first: Measure, second: Measure, seed: int) -> P
     shared = [row for row in first.rows if row in second.rows]
     differences: list[float] = []
     groups: list[str] = []
+    rows = 0
     for row in shared:
-        differences += [b - a for a, b in zip(first.rows[row], second.rows[row], strict=True)]
-        groups += [first.groups.get(row, row)] * len(first.rows[row])
+        ours, theirs = first.rows[row], second.rows[row]
+        if row in first.parts and row in second.parts:
+            if not (scores := scores_of_shared_rubrics(first.parts[row], second.parts[row])):
+                continue
+            ours, theirs = (scores[0],), (scores[1],)
+        rows += 1
+        differences += [b - a for a, b in zip(ours, theirs, strict=True)]
+        groups += [first.groups.get(row, row)] * len(ours)
     if not differences:
         return Pair(kind, name, first, second, None, None)
     _, numbers = np.unique(groups, return_inverse=True)
     bounds = _BOUNDS.get(first.unit)
     (found,) = estimates(np.array(differences)[:, None], numbers.astype(np.int64), np.zeros(1), [bounds], seed=seed)
-    return Pair(kind, name, first, second, found, len(shared))
+    return Pair(kind, name, first, second, found, rows)

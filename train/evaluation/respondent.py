@@ -88,7 +88,8 @@ def refuse_in_extra(option: str, extra: Mapping[str, Any], own: Mapping[str, tup
 
     for name, why in faults_in_extra(extra, {field: value for field, (_, value) in own.items()}):
         setting = own[name][0] if name in own else ""
-        raise UserError(f"{option}: `{name}`: {why.format(setting=setting)}")
+        key_variable = option.replace("extra", "key-variable")
+        raise UserError(f"{option}: `{name}`: {why.format(setting=setting, key_variable=key_variable)}")
 
 
 def server_options(prefix: str = "") -> dict[str, str]:

@@ -15,6 +15,7 @@ from typing import Any, overload
 from train.conditions import UNKNOWN
 from train.errors import UserError
 from train.local_paths import missing_part
+from train.multifaceted.pairwise import unfinished_in
 from train.multifaceted.protocol import noted_of, protocol_of
 from train.resampling import share_of, why_no_interval
 
@@ -38,6 +39,8 @@ class Measure:
     detail: bool = False
     missing: str = ""
     """Return the reason for a missing interval, where it is known (`train.resampling.why_no_interval`)."""
+    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """row -> the line of the bench whose rubrics its score is the mean of."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Results:
     conditions: Mapping[str, Any]
     notes: Mapping[str, Any]
     folder: str | None = None
+    incomplete: str = ""
+    """What the figures lack, as a predicate: `is not finished: ...`."""
 
 
 def read_results(place: Path) -> dict[str, Results]:
@@ -182,7 +187,8 @@ def _read_ifeval(kind: str, path: Path, record: Record) -> Results:
     conditions = {"data": record["data"]["fingerprint"], **record["decoding"]}
     # What got no answer counts as following nothing: a difference may be the server's.
     unanswered = {
-        f"without an answer, {turn} turn": record[turn]["endings"].get("no answer", 0)
+        f"{words}, {turn} turn": record[turn]["endings"].get(how, 0)
+        for words, how in (("without an answer", "no answer"), ("refused", "refused"))
         for turn in ("system", "user")
         if turn in record
     }
@@ -304,19 +310,16 @@ def _share(value: float, rows: Mapping[str, tuple[float, ...]], groups: Mapping[
 
 
 def _read_bench(kind: str, path: Path, record: Record) -> Results:
-    rows = {
-        str(line["id"]): (float(line["score"]),)
-        for line in _lines(path.with_name("bench_rows.jsonl"))
-        if line["score"] is not None
-    }
+    lines = list(_lines(path.with_name("bench_rows.jsonl")))
+    scored = {str(line["id"]): line for line in lines if line["score"] is not None}
+    rows = {id: (float(line["score"]),) for id, line in scored.items()}
+    incomplete = unfinished_in(lines)
     overall = record["score"]
     if overall["mean"] is None:
-        raise ValueError("no row has a score")
-    measures = {
-        "score": _of_these(
-            Measure(overall["mean"], **_interval(overall, "rows"), unit="score", rows=rows or None), path
-        )
-    }
+        why = f"the run {incomplete}. Give the answers of the batch by --batch-in first" if incomplete else ""
+        raise UserError(f"{path}: no row has a score, so there is nothing to compare: {why or 'see report.md'}.")
+    measure = Measure(overall["mean"], **_interval(overall, "rows"), unit="score", rows=rows or None, parts=scored)
+    measures = {"score": _of_these(measure, path)}
     for by in ("source", "dimension"):
         measures |= {
             f"{by}: {name}": Measure(one["mean"], **_interval(one, "rows"), unit="score", detail=True)
@@ -325,7 +328,7 @@ def _read_bench(kind: str, path: Path, record: Record) -> Results:
         }
     conditions = {"data": [Path(data).name for data in record["data"]], "rows": record["rows"]}
     conditions |= {"content of the rows": record.get("fingerprint", UNKNOWN)} | protocol_of(record)
-    return Results(kind, path, record["model"], measures, conditions, noted_of(record))
+    return Results(kind, path, record["model"], measures, conditions, noted_of(record), incomplete=incomplete)
 
 
 @dataclass(frozen=True)

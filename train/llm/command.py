@@ -23,12 +23,14 @@ def main(
     run: Callable[[Any, float], Any],
     tell: Callable[[Any, str], None],
     lost: Callable[[Any], Mapping[str, int]],
+    asked_stages: Callable[[Any], Sequence[str]],
 ) -> int:
     """Run the command; the exit code.
 
     `run` takes the configuration and the seconds for which an unreachable server is waited for at the start. `tell`:
     print what the tally of a run says, given the time it took. `lost`: how often each reason left something out; what
-    servers said where no answer came is in the tally's `unanswered` (see `train.llm.unanswered`).
+    servers said where no answer came is in the tally's `unanswered` (see `train.llm.unanswered`). `asked_stages`: the
+    sections of the stages that a run asks for.
 
     A run ends with an `error:` and exit code 2 where it lost rows for a reason that no setting accepts (see
     `train.llm.losses`), and where it wrote no row, whatever left them out: who trains on it next would be told of an
@@ -41,7 +43,7 @@ def main(
     parser.add_argument(
         "--check",
         action="store_true",
-        help="read the configuration and all rows, and ask each server for its models or one token",
+        help="read the configuration and all rows, and ask each server for one token with the settings of each stage",
     )
     add_wait_for_server(parser, ", with --check 0s")
     parser.set_defaults(wait_for_server=None)
@@ -54,7 +56,8 @@ def main(
         if options.check:
             check(config)
             servers = [server.server() for server in config.servers]
-            asyncio.run(check_servers(servers, config.model, wait=options.wait_for_server or 0.0))
+            stages = {stage: getattr(config, stage).decoding() for stage in asked_stages(config)}
+            asyncio.run(check_servers(servers, config.model, wait=options.wait_for_server or 0.0, stages=stages))
             return
         done = run(config, WAIT_FOR_SERVER if options.wait_for_server is None else options.wait_for_server)
         tell(done.tally, duration(time.monotonic() - started))
@@ -68,9 +71,10 @@ def main(
             f"{counts.answered:,} answers ({counts.from_journal:,} from the journal), "
             f"{counts.tries_failed:,} tries repeated"
             + (f", {counts.reasoned:,} with reasoning in a field of its own" if counts.reasoned else "")
+            + (f", {counts.with_ignored_parts:,} with parts that are no text" if counts.with_ignored_parts else "")
         )
         print(f"read {done.report}")
-        for warning in (*advice_on(done.tally.events), *done.tally.warnings()):
+        for warning in (*advice_on(done.tally.events), *done.tally.warnings(), *counts.bad_servers):
             print(f"warning: {warning}")
         left_out, reasons = done.report.with_name("left_out.jsonl"), lost(done.tally)
         if not done.tally.written:

@@ -1,6 +1,7 @@
 """Failed requests: the meaning of an error response for the request, the server and the run."""
 
 import email.utils
+import json
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,9 @@ LONGEST_WAIT = 86_400.0
 """The longest pause, in seconds, that a server may ask for: limits are by the day at most. The openai package obeys
 two minutes and urllib3 six hours, which would retry before a daily limit resets."""
 
+SHOWN_ERRORS = 3
+"""Of the errors that a server finds in one request."""
+
 DENIED = (401, 403, 404, 405, 407, 410)
 """Statuses about the key, the address or the model, which no single request can change. From a server that has answered
 before, they can also come from a gateway whose backend is being replaced, and pass."""
@@ -22,13 +26,15 @@ before, they can also come from a gateway whose backend is being replaced, and p
 class Trouble:
     """The reason why a request has no answer.
 
-    too much: the server is over its load or rate limit. gone: it can't be reached. fault: an error of the server or of
-    this request; worth another try. broken: it broke off its answer to this request, and answers others; worth another
-    try. row: it won't answer this request. denied: it refuses the key, the address or the model (`DENIED`). hopeless:
-    it will answer no request. again: it wants the request in another form, which the next try has.
+    too much: the server is over its load or rate limit. gone: it can't be reached. dropped: the connection ended before
+    any byte of a response; a fault of the request where the server answers others, else as gone. fault: an error of the
+    server or of this request; worth another try. broken: it broke off its answer to this request, and answers others;
+    worth another try. row: it won't answer this request. denied: it refuses the key, the address or the model
+    (`DENIED`). hopeless: it will answer no request. again: it wants the request in another form, and the next try has
+    that.
     """
 
-    kind: Literal["too much", "gone", "fault", "broken", "row", "denied", "hopeless", "again"]
+    kind: Literal["too much", "gone", "dropped", "fault", "broken", "row", "denied", "hopeless", "again"]
     what: str
     retry_after: float | None = None
     status: int | None = None
@@ -75,7 +81,10 @@ def error_in(body: Any, text: str) -> ErrorBody | None:
     codes += _QUOTA.findall(text[:20_000])
     code = " ".join(value for value in codes if isinstance(value, str) and not value.isdecimal())
     names = ("message", "msg", "detail", "error", "status_msg")
-    words = next((value for place in places for name in names if isinstance(value := place.get(name), str)), "")
+    words = _validation_errors(body, text) or next(
+        (value for place in places for name in names if isinstance(value := place.get(name), str)), ""
+    )
+    words = _PYDANTIC_ECHO.sub("", words)
     raw = next((metadata.get("raw") for place in places if isinstance(metadata := place.get("metadata"), dict)), None)
     if isinstance(raw, str):  # what the server behind OpenRouter said
         words = f"{words}: {raw}"
@@ -84,7 +93,7 @@ def error_in(body: Any, text: str) -> ErrorBody | None:
 
 def error_of(body: Any, text: str) -> ErrorBody:
     """Return the error in the body of a response with an error status; the whole body where it has no known form."""
-    return error_in(body, text) or ErrorBody(None, "", str(body) if body else _text_of(text))
+    return error_in(body, text) or ErrorBody(None, "", _dumped(body) if body else _text_of(text))
 
 
 def trouble_of(status: int, what: str, error: ErrorBody, headers: Mapping[str, str], *, longest_wait: float) -> Trouble:
@@ -122,7 +131,47 @@ def trouble_of(status: int, what: str, error: ErrorBody, headers: Mapping[str, s
         case _ if status >= 500 and not is_long:
             return Trouble("fault", what, retry_after, status)
         case _:
-            return Trouble("row", what, status=status, about_content=is_long or is_flagged)
+            is_bytes = status == 413 and not _TOKENS.search(error.says)
+            advice = _ABOUT_BYTES if is_bytes else None
+            return Trouble("row", what, status=status, about_content=is_long or is_flagged, advice=advice)
+
+
+def _validation_errors(body: Any, text: str) -> str:
+    """Return the errors of pydantic in a body, as `body.messages: Field required`; nothing where there are none.
+
+    FastAPI sends them as objects, vLLM as the text of Python's list of them. Each repeats what it is about (`input`),
+    which may be the whole prompt.
+    """
+    if "loc" not in text:
+        return ""
+    found = list(_faulty_fields(body)) or [
+        (re.findall(r"[\w-]+", match["loc"]), match["one"] or match["other"] or "")
+        for match in _PYDANTIC.finditer(text[:100_000].replace('\\"', '"'))
+    ]
+    shown = [f"{'.'.join(map(str, place))}: {what}" for place, what in found[:SHOWN_ERRORS]]
+    more = f" (and {len(found) - SHOWN_ERRORS:,} more)" if len(found) > SHOWN_ERRORS else ""
+    return "; ".join(shown) + more
+
+
+def _faulty_fields(value: Any) -> Iterator[tuple[list[Any], str]]:
+    """Yield place and message of each of pydantic's errors within a body."""
+    if isinstance(value, dict) and isinstance(value.get("loc"), list) and isinstance(value.get("msg"), str):
+        yield value["loc"], value["msg"]
+        return
+    for name in ("detail", "error", "errors", "message") if isinstance(value, dict) else ():
+        yield from _faulty_fields(value.get(name))
+    for one in value if isinstance(value, list) else ():
+        yield from _faulty_fields(one)
+
+
+def _dumped(body: Any) -> str:
+    """Return a body of no known form as JSON, without what it may repeat of the request."""
+    kept = (
+        {name: value for name, value in body.items() if name not in ("input", "ctx")}
+        if isinstance(body, dict)
+        else body
+    )
+    return json.dumps(kept, ensure_ascii=False)
 
 
 def is_about_length(words: str) -> bool:
@@ -178,6 +227,11 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 # Words of servers. They are looked at only where a status alone doesn't tell.
 
+_PYDANTIC = re.compile(
+    r"""['"]loc['"]\s*:\s*[(\[](?P<loc>[^)\]]{0,300})[)\]]\s*,\s*['"]msg['"]\s*:\s*"""
+    r"""(?:'(?P<one>[^'\n]{0,300})'|"(?P<other>[^"\n]{0,300})")"""
+)
+_PYDANTIC_ECHO = re.compile(r",? ?input_value=.*?, input_type=\w+|\s*For further information visit \S+", re.DOTALL)
 _ECHO = re.compile(r"""['"]input['"]\s*:""")
 """Pydantic's errors repeat the request from here on."""
 _TAG = re.compile(r"<(script|style)\b.*?</\1>|<[^>]*>", re.DOTALL)
@@ -186,11 +240,17 @@ _QUOTA = re.compile(r'"quotaId"\s*:\s*"([\w-]+)"')
 
 _TOO_LONG = re.compile(
     r"context[ _-]?(?:length|window|size|limit)"  # OpenAI, vLLM, SGLang, llama.cpp, Mistral, DeepSeek, Ollama
-    r"|(?:prompt|inputs?|request|messages?|string)\b.{0,80}?\b(?:too (?:long|large)|longer than|exceeds? )"
+    r"|(?:prompt|inputs?|request(?! entity too large)|messages?|string)\b"
+    r".{0,80}?\b(?:too (?:long|large)|longer than|exceeds? )"
     r"|too many (?:(?:input|prompt) )?tokens|reduce the length|maximum (?:prompt|input) length"
     r"|range of input length|`inputs` (?:tokens \+|must have)"  # DashScope, TGI
     r"|string_above_max_length|request_too_large|context the overflows",  # OpenAI, Anthropic, LM Studio
     re.IGNORECASE | re.DOTALL,
+)
+_TOKENS = re.compile(r"token|context|prompt|length", re.IGNORECASE)
+_ABOUT_BYTES = (
+    "That is a limit in bytes of the server or of a proxy before it (client_max_body_size of nginx), not the model's "
+    "context: raise it there, or take shorter rows."
 )
 _OUT_OF_CREDIT = re.compile(
     r"insufficient[ _-]?(?:\w+[ _-])?(?:quota|balance|credit|fund)"

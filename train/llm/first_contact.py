@@ -1,28 +1,30 @@
-"""First contact: one or two small requests to each server, before work that depends on it begins.
+"""First contact: small requests to each server, before work that depends on it begins.
 
 A run needs none of its own: its first request is the first contact, and a run that finds all in its journal asks
 nothing. `--check` makes it, and so does the bench with the judge's servers before the model answers for hours.
 
-1. The list of models. Where it names the model, and no key is sent that it might not have looked at, that is all.
-2. A request for one token. The list alone refuses no name: servers accept names that they don't list (adapters,
-   routers, aliases), and some have no list.
+1. The list of models, for the words of an error. It refuses no name: servers accept names that they don't list
+   (adapters, routers, aliases), and some have no list.
+2. A request for one token with the sampling parameters of each stage, as a server may refuse some of them. Stages with
+   the same parameters share a request.
 """
 
 import asyncio
+import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from train.errors import UserError
-from train.llm.advice import explain, is_unreachable, list_models, name_models
+from train.llm.advice import about, explain, list_models, look, name_models
 from train.llm.connection_faults import speaks_tls, tls_wanted
 from train.llm.failures import Trouble
 from train.llm.journal import Answer, Decoding, Request
 from train.llm.places import Pauses
 from train.llm.redaction import Redactor
-from train.llm.refusals import NameSetting, config_setting
-from train.llm.server import PAUSE_OF_A_START, Server, ServerLane
+from train.llm.refusals import NameSetting, config_setting, names_field
+from train.llm.server import PAUSE_OF_A_START, SILENT, Server, ServerLane
 from train.progress import SECONDS_BETWEEN_LINES, duration
 
 SECONDS_OF_AN_ANSWER = 120.0
@@ -31,9 +33,17 @@ START_IT = (
     "Check host and port, and that the server is running. For one that is still starting, --wait-for-server 30m waits "
     "as long."
 )
+BEHIND_A_PORT = (
+    "The port is open, and no model server answers behind it. See that the server is running, and that the port of a "
+    "container or tunnel (docker, ssh -L, kubectl port-forward) leads to its own. For one that is still starting, "
+    "--wait-for-server 30m waits as long."
+)
+SECONDS_OF_A_SILENT_ONE = 30.0
+"""Longest wait for one token from a server that did not answer a look at its models."""
 TRIES = 3
 """Of a request that fails: a gateway with several servers behind it may have one that is faulty."""
-_PLAIN = Decoding(max_tokens=1)
+_LIMITS = ("max_tokens", "max_completion_tokens")
+_PLAIN = {"first contact": Decoding(max_tokens=1)}
 
 
 async def check_servers(
@@ -42,21 +52,21 @@ async def check_servers(
     *,
     wait: float = 0.0,
     pauses: Pauses | None = None,
-    decoding: Decoding = _PLAIN,
+    stages: Mapping[str, Decoding] = _PLAIN,
     name_setting: NameSetting = config_setting,
 ) -> None:
-    """Ask each server, and print what it is. `decoding`: of the request for one token, so that a refusal shows early.
+    """Ask each server, and print what it is. `stages`: the stages of the run and how their answers are drawn.
 
-    Raises UserError where one refuses the key, doesn't know the model or the path, or has a fault of TLS; and where
-    none can be reached for `wait` seconds. One of several that can't be reached is a warning.
+    Raises UserError where one refuses the key or a sampling parameter, doesn't know the model or the path, or has a
+    fault of TLS; and where none can be reached for `wait` seconds. One of several that can't be reached is a warning.
     """
     lanes = [
         ServerLane(server, pauses or Pauses(), patience=float("inf"), name_setting=name_setting) for server in servers
     ]
-    request = Request("first contact", [{"role": "user", "content": "Hi"}], replace(decoding, max_tokens=1))
+    requests = _distinct(stages)
     share_secrets(lanes)
     try:
-        outcomes = await asyncio.gather(*(_contact(lane, model, request, wait) for lane in lanes))
+        outcomes = await asyncio.gather(*(_contact(lane, model, requests, wait) for lane in lanes))
         if all(isinstance(outcome, Trouble) for outcome in outcomes):
             [first, *_] = [outcome for outcome in outcomes if isinstance(outcome, Trouble)]
             raise UserError(unreachable(lanes[0], first))
@@ -70,6 +80,15 @@ async def check_servers(
             await lane.api.close()
 
 
+def _distinct(stages: Mapping[str, Decoding]) -> list[Request]:
+    """Return a small request for each distinct set of sampling parameters, of the first stage that has it."""
+    found: dict[str, Request] = {}
+    for stage, decoding in stages.items():
+        parameters = f"{decoding.limit_name} {json.dumps(decoding.parameters(0), sort_keys=True)}"
+        found.setdefault(parameters, Request(stage, [{"role": "user", "content": "Hi"}], decoding))
+    return list(found.values())
+
+
 def share_secrets(lanes: Sequence[ServerLane]) -> None:
     """Have every lane redact the secrets of all."""
     redactor = Redactor([secret for lane in lanes for secret in lane.secrets])
@@ -79,30 +98,37 @@ def share_secrets(lanes: Sequence[ServerLane]) -> None:
 
 def unreachable(lane: ServerLane, trouble: Trouble, waited: float = 0.0) -> str:
     """Return that a server can't be reached, why, and what to do."""
-    what = trouble.what.rstrip(".")
-    what = what if is_unreachable(trouble) else f"answers {what}"
     proxy = lane.address.proxy
     advice = (
         f"See that the proxy is running, unset {proxy.variable}, or name the server's host in no_proxy."
         if proxy
+        else BEHIND_A_PORT
+        if trouble.kind == "dropped"
         else START_IT
     )
     tried = f", tried for {duration(waited)}" if waited >= 1 else ""
-    return f"{lane.name} {what}{tried}. {trouble.advice or advice}"
+    return f"{about(lane, trouble)}{tried}. {trouble.advice or advice}"
 
 
-async def _contact(lane: ServerLane, model: str, request: Request, wait: float) -> str | Trouble:
+async def _contact(lane: ServerLane, model: str, requests: Sequence[Request], wait: float) -> str | Trouble:
     """Return in words what a server answers, or its trouble where it can't be reached. Raises UserError."""
     started = told = time.monotonic()
     failures = 0
     while True:
         names = await list_models(lane)
-        if names is not None and lane.key is None and _is_in(model, names):
-            return f"serves {model}"
-        outcome = await _one_token(lane, model, request)
-        left = started + wait - time.monotonic()
-        if not (isinstance(outcome, Trouble) and outcome.kind == "gone"):
+        is_silent = not lane.reached
+        seconds = SECONDS_OF_A_SILENT_ONE if is_silent else SECONDS_OF_AN_ANSWER
+        for request in requests:
+            outcome = await _one_token(lane, model, request, seconds)
+            if not isinstance(outcome, Answer):
+                break
+        if outcome is None and is_silent and await look(lane) is None:
+            outcome = SILENT
+        if not (isinstance(outcome, Trouble) and outcome.kind in (("gone", "dropped") if is_silent else ("gone",))):
             return await _judge(lane, model, names, outcome)
+        if outcome.kind == "dropped" and await speaks_tls(lane.address):
+            return await _judge(lane, model, names, tls_wanted(lane.address))
+        left = started + wait - time.monotonic()
         if left <= 0:
             return outcome
         if not failures or time.monotonic() - told > SECONDS_BETWEEN_LINES:
@@ -112,19 +138,31 @@ async def _contact(lane: ServerLane, model: str, request: Request, wait: float) 
         await asyncio.sleep(min(lane.pauses.after(failures), PAUSE_OF_A_START, left))
 
 
-async def _one_token(lane: ServerLane, model: str, request: Request) -> Answer | Trouble | None:
-    """Return what comes of a request for one token; None where nothing comes in time."""
+async def _one_token(lane: ServerLane, model: str, request: Request, seconds: float) -> Answer | Trouble | None:
+    """Return the outcome of a request for one token; None where nothing comes in time.
+
+    A parameter that contradicts this limit alone (min_tokens, a budget for reasoning) is tried with the stage's own.
+    """
+    small = replace(request, decoding=replace(request.decoding, max_tokens=1))
     try:
-        async with asyncio.timeout(SECONDS_OF_AN_ANSWER):
+        async with asyncio.timeout(seconds):
             for tries in range(1, TRIES + 1):
-                outcome = await lane.send(model, request)
-                if not (isinstance(outcome, Trouble) and outcome.kind in ("again", "fault")):
+                outcome = await lane.send(model, small)
+                if isinstance(outcome, Trouble) and outcome.kind == "row" and _is_about_limit(outcome):
+                    small = request
+                    continue
+                if not (isinstance(outcome, Trouble) and outcome.kind in ("again", "fault", "dropped")):
                     break
-                if outcome.kind == "fault":
+                if outcome.kind != "again":
                     await asyncio.sleep(lane.pauses.after(tries))
             return outcome
     except TimeoutError:
         return None
+
+
+def _is_about_limit(trouble: Trouble) -> bool:
+    """Return whether a refused setting was named beside the token limit."""
+    return bool(trouble.advice) and any(names_field(trouble.what, name) for name in _LIMITS)
 
 
 async def _judge(lane: ServerLane, model: str, names: list[str] | None, outcome: Answer | Trouble | None) -> str:
@@ -132,7 +170,7 @@ async def _judge(lane: ServerLane, model: str, names: list[str] | None, outcome:
         return f"is reached, and has not answered within {duration(SECONDS_OF_AN_ANSWER)}: it may be loading or busy"
     if (
         isinstance(outcome, Trouble)
-        and outcome.kind == "fault"
+        and outcome.kind in ("fault", "dropped")
         and not outcome.status
         and await speaks_tls(lane.address)
     ):
@@ -150,10 +188,12 @@ async def _judge(lane: ServerLane, model: str, names: list[str] | None, outcome:
         )
     if outcome.kind in ("row", "broken"):
         return f"is reached, and refuses a request for one token, which need not mean more: {outcome.what}"
-    raise UserError(
-        f"{lane.name} answers {outcome.what.rstrip('.')} ({TRIES} times). Is base_url right, and is {model!r} a model "
-        "that it serves?"
+    advice = (
+        f"It lists {model!r}, so look into the server's own log."
+        if names is not None
+        else f"Is base_url right, and is {model!r} a model that it serves?"
     )
+    raise UserError(f"{about(lane, outcome)} ({TRIES} times). {advice}")
 
 
 def _is_in(model: str, names: list[str]) -> bool:

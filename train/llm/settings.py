@@ -12,7 +12,7 @@ from pydantic import Field
 from train.llm.journal import Decoding
 from train.llm.server import Server
 from train.recipe import Section, Text
-from train.recipe_document import Document
+from train.recipe_document import SECRET, Document
 
 
 class ServerSection(Section):
@@ -80,15 +80,33 @@ _NOT_IN_EXTRA = {
 def faults_in_extra(extra: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield each name in `extra` that can't be there, and why: what would keep answers from being read, or contradicts.
 
-    `own`: the value of each request field that has a setting of its own; `{setting}` in a reason stands for that.
+    `own`: the value of each request field that has a setting of its own; `{setting}` in a reason stands for that,
+    and `{key_variable}` for the setting that names the variable of a server's key.
     """
     for name, value in extra.items():
-        if name in _NOT_IN_EXTRA:
+        if _holds_secret(name, value):
+            yield name, _NO_SECRETS
+        elif name in _NOT_IN_EXTRA:
             yield name, f"{_NOT_IN_EXTRA[name]}."
         elif value is not None and own.get(name) is not None:
             yield name, "not set here: write {setting}."
         elif name == "max_completion_tokens" and (type(value) not in (int, NoneType) or value == 0):
             yield name, "must be an integer >= 1, or null."
+
+
+_NO_SECRETS = (
+    "requests hold no secrets here, for they are copied into the output folder and into logs. Set a server's key in "
+    "the environment, and name the variable by {key_variable}."
+)
+
+
+def _holds_secret(name: str, value: Any) -> bool:
+    """Return whether the name of a request field, or one within its value, is that of a secret."""
+    if SECRET.search(name):
+        return True
+    if isinstance(value, list):
+        return any(_holds_secret("", part) for part in value)
+    return isinstance(value, Mapping) and any(_holds_secret(str(inner), part) for inner, part in value.items())
 
 
 def refuse_in_extra(document: Document, stage: str) -> None:
@@ -99,7 +117,9 @@ def refuse_in_extra(document: Document, stage: str) -> None:
         return
     own = {name: section.get(name, field.default) for name, field in StageSection.model_fields.items()}
     for name, why in faults_in_extra(extra, own):
-        document.fault((stage, "extra", name), why.format(setting=f"`{stage}.{name}`"))
+        document.fault(
+            (stage, "extra", name), why.format(setting=f"`{stage}.{name}`", key_variable="`servers.N.key_variable`")
+        )
     try:
         json.dumps(extra, allow_nan=False)
     except ValueError:
@@ -111,7 +131,7 @@ def open_settings(path: str | Path, overrides: Sequence[str], stages: Iterable[s
     document = Document(Path(path), keys=("model", "servers", "data", "output_dir"))
     for order, override in enumerate(overrides):
         document.override(override, order)
-    document.refuse_secrets()
+    document.refuse_secrets("a server's key in the variable that its `servers.N.key_variable` names; HF_TOKEN")
     for stage in stages:
         refuse_in_extra(document, stage)
     return document

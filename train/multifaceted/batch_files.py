@@ -13,6 +13,7 @@ from typing import Any
 
 from train.errors import UserError
 from train.llm.client import NoAnswerError
+from train.llm.failures import ErrorBody, error_in, trouble_of
 from train.llm.journal import Answer, Journal, Request
 from train.llm.refusals import NameSetting, advice_on, config_setting, said_in
 from train.llm.replies import UnusableReplyError, answer_in, why_empty
@@ -25,15 +26,13 @@ MOST_REQUESTS = 50_000
 MOST_BYTES = 200_000_000
 """What OpenAI takes in one file (platform.openai.com/docs/guides/batch)."""
 
-_WORTH_ANOTHER_TRY = (408, 409, 425, 429)
-
 
 @dataclass(slots=True)
 class BatchAnswers:
     """What files of a batch's output hold, by key. `errors`: why a request will get no answer.
 
-    `failed`: requests whose error may pass (the server's, an answer that is empty or that the server broke off, a batch
-    that expired): they are to be asked again.
+    `failed`: requests whose error is not about them (a key, a model's name, a limit, the server's own, an answer that
+    is empty or that the server broke off, a batch that expired): they are to be asked again.
     """
 
     answers: dict[bytes, Answer] = field(default_factory=dict)
@@ -89,12 +88,15 @@ def _take(found: BatchAnswers, key: bytes, response: Any, error: Any) -> None:
         else:
             found.answers.setdefault(key, answer)
             return
-    said = body.get("error") if isinstance(body, Mapping) else None
-    what = next((str(one["message"]) for one in (said, error) if isinstance(one, Mapping) and one.get("message")), "")
-    what = " ".join(what.split())[:300]
-    if isinstance(status, int) and 400 <= status < 500 and status not in _WORTH_ANOTHER_TRY:
-        found.errors[key] = f"{status}: {what}".removesuffix(": ")
-        found.refusals[key] = said or error or body
+    said = error_in(body, json.dumps(body)) or error_in(error, json.dumps(error)) or ErrorBody(None, "", "")
+    what = " ".join(said.words.split())[:300]
+    with_status = f"{status}: {what}".removesuffix(": ")
+    trouble = isinstance(status, int) and status >= 400 and trouble_of(status, what, said, {}, longest_wait=0.0)
+    if trouble and trouble.kind == "row":
+        found.errors[key] = with_status
+        found.refusals[key] = (body.get("error") if isinstance(body, Mapping) else None) or error or body
+    elif trouble and trouble.kind in ("denied", "hopeless"):
+        found.failed[with_status] += 1
     else:
         found.failed[what or f"status {status}"] += 1
 

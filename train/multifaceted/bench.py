@@ -52,6 +52,15 @@ class Response:
     finish_reason: str = ""
     scorer: float | None = None
     only_reasoning: bool = False
+    refused: bool = False
+    """A filter withheld it, or the model's refusal came marked as one."""
+
+    @property
+    def unfinished(self) -> str:
+        """Return why it is not a complete answer, in the words of the reports; nothing where it is, or unknown."""
+        if self.refused:
+            return "refused"
+        return unfinished(self.finish_reason) if self.finish_reason else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,18 +222,28 @@ def refuse_without_responses(responses: Sequence[Sequence[Response]], whose: str
         raise UserError(f"{whose}: none of the {len(responses):,} prompts got an answer: {why}. {advice}".rstrip())
 
 
-def refuse_without_judgements(judged: Sequence[JudgedRow], whose: str, advice: str = "") -> None:
+def refuse_without_judgements(
+    judged: Sequence[JudgedRow], whose: str, advice: str = "", *, batch: bool = False
+) -> None:
     """Raise UserError, which says why, where not one judgement got an answer, and none may still come.
 
-    `advice`: the option to change, as a sentence.
+    `advice`: the option to change, as a sentence. `batch`: answers come from files of a batch.
     """
     judgements = _judgements(judged)
     if judgements and all(one.missing == "no answer" and not one.texts for one in judgements):
         why = in_words(reasons(one.detail for one in judgements))
+        go_on = "What the model answered is kept, and the same command goes on from there."
+        if batch:
+            go_on = "" if advice else WRITE_AGAIN
         raise UserError(
-            f"{whose}: none of the {len(judgements):,} judgements got an answer: {why}. {advice}{' ' if advice else ''}"
-            "What the model answered is kept, and the same command goes on from there."
+            f"{whose}: none of the {len(judgements):,} judgements got an answer: {why}. {advice} {go_on}".rstrip()
         )
+
+
+WRITE_AGAIN = (
+    "Errors in the files of --batch-in are final: leave out the file that holds them, and a new --batch-out writes "
+    "these questions again."
+)
 
 
 def _judgements(judged: Sequence[JudgedRow]) -> list[Judgement]:
@@ -306,8 +325,7 @@ def _missing(judged: Sequence[JudgedRow], protocol: Protocol) -> dict[str, Any]:
     judgements = _judgements(judged)
     why = Counter(one.missing for one in judgements if one.missing)
     faults = Counter(fault for one in judgements for fault in one.faults)
-    reasons_given = (one.response.finish_reason for row in judged for one in row.answers)
-    endings = Counter(words for reason in reasons_given if reason and (words := unfinished(reason)))
+    endings = Counter(words for row in judged for one in row.answers if (words := one.response.unfinished))
     return {
         "rows_without_response": sum(all(one.response.text is None for one in row.answers) for row in judged),
         "why_no_response": reasons(
@@ -318,7 +336,8 @@ def _missing(judged: Sequence[JudgedRow], protocol: Protocol) -> dict[str, Any]:
             row.score is not None and any(score is None for score in row.rubric_scores) for row in judged
         ),
         "judgements": len(judgements),
-        "judgements_missing": {reason: why[reason] for reason in ("unparsable", "no answer", "pending")},
+        "judgements_missing": {reason: why[reason] for reason in ("unparsable", "no answer", "pending")}
+        | {reason: why[reason] for reason in ("refused", "unfinished") if why[reason]},
         "why_no_judgement": reasons(one.detail for one in judgements if one.missing == "no answer"),
         "judge_answers": sum(len(one.texts) for one in judgements),
         "judge_answers_without_score": dict(sorted(faults.items())),
@@ -326,7 +345,9 @@ def _missing(judged: Sequence[JudgedRow], protocol: Protocol) -> dict[str, Any]:
         "judge_tokens": {name: sum(one.tokens.get(name, 0) for one in judgements) for name in ("prompt", "completion")},
         "responses_cut": endings.pop("cut at the token limit", 0),
         "responses_only_reasoning": sum(one.response.only_reasoning for row in judged for one in row.answers),
-        "responses_empty": sum(one.response.text == "" for row in judged for one in row.answers),
+        "responses_empty": sum(
+            one.response.text == "" and not one.response.refused for row in judged for one in row.answers
+        ),
         "responses_ended_otherwise": dict(sorted(endings.items())),
     }
 

@@ -10,9 +10,9 @@ from train.llm.journal import Decoding
 from train.llm.reasoning import advice_on
 from train.llm.unanswered import SHOWN_IN_REPORT
 from train.llm.unread import unread_warning
-from train.multifaceted.bench import JudgedRow, figures
+from train.multifaceted.bench import WRITE_AGAIN, JudgedRow, figures
 from train.multifaceted.bench_rows import Bench, BenchRow
-from train.multifaceted.judge import PROMPT_VERSION
+from train.multifaceted.judge import NO_SCORE, PROMPT_VERSION
 from train.multifaceted.protocol import (
     PAPERS_DECODING,
     PAPERS_JUDGE,
@@ -28,6 +28,7 @@ from train.report_parts import error_bars, load_pyplot, shortened
 from train.resampling import explain_missing, why_no_interval
 
 HEADING = "## Multifaceted Bench"
+_ASKED_AGAIN = "The same command asks a server again for these alone."
 _SAMPLES = 3
 _MOST_SUBDIMENSIONS = 40
 _SUSPICIOUS = 0.5
@@ -110,14 +111,14 @@ def _words(sent: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {'not sent' if value is None else value}" for name, value in sent.items())
 
 
-def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow]) -> str:
-    """The section: what was measured and how, the score, its parts, what is missing, and samples.
+def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow], *, batch: bool = False) -> str:
+    """Return the section: what was measured and how, the score, its parts, what is missing, and samples.
 
-    `record`: as it stands in bench.json.
+    `record`: as it stands in bench.json. `batch`: the judge's answers come from files of a batch.
     """
     score, judge, missing = record["score"], record["judge"], record["missing"]
     lines = [HEADING, "", _headline(record), ""]
-    lines += [part for warning in warnings(record) for part in (f"**Warning: {warning}**", "")]
+    lines += [part for warning in warnings(record, batch=batch) for part in (f"**Warning: {warning}**", "")]
     if not record["complete"]:
         pending = missing["judgements_missing"]["pending"]
         to_come = counted(pending, "judgement", "is", "are")
@@ -146,15 +147,54 @@ def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def warnings(record: Mapping[str, Any]) -> list[str]:
-    """Return lines on missing answers, on reasoning and control tokens of the judge, and on mostly unread scores."""
+def no_judgement_finished(record: Mapping[str, Any]) -> str:
+    """Return that the judge refused or left unfinished all that it was asked, and what to do; nothing where it did not.
+
+    Such a run has measured nothing. A judge whose complete answers hold no score has been heard, and is a warning.
+    """
     missing = record["missing"]
-    faults = missing["judge_answers_without_score"]
-    why = ", ".join(f"{count:,} {name}" for name, count in faults.items())
+    why, faults = missing["judgements_missing"], missing["judge_answers_without_score"]
+    kinds = [f"{why[kind]:,} {kind}" for kind in ("refused", "unfinished") if why.get(kind)]
+    if record["score"]["mean"] is not None or not kinds or why["unparsable"] or why["pending"]:
+        return ""
+    kinds += [f"{why['no answer']:,} without an answer"] * bool(why["no answer"])
+    return (
+        f"--judge {record['judge']['model']}: none of the {missing['judgements']:,} judgements has a score: "
+        f"{', '.join(kinds)}. Its answers: {_counts(faults)}. {_advice_on_judge(faults)}"
+    )
+
+
+def _counts(faults: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in faults.items())
+
+
+def _advice_on_judge(faults: Mapping[str, int]) -> str:
+    """Return what to do about answers of the judge without a score, for each kind of fault."""
+    longer = any(name.startswith(("cut", "without an end to")) for name in faults)
+    others = [name for name in faults if name.startswith(("ended", "calls", "broken", "without a finish"))]
+    advice = {
+        "The judge, or a filter of its server, refuses to grade these: use another judge, or turn the filter off.": (
+            "refused" in faults
+        ),
+        "Raise --judge-max-tokens (or max_completion_tokens in --judge-extra).": longer,
+        "See in the log of the judge's server why it ends answers like this.": bool(others),
+        "Use a judge that ends with [RESULT] and a number.": NO_SCORE in faults,
+    }
+    return " ".join(sentence for sentence, applies in advice.items() if applies)
+
+
+def warnings(record: Mapping[str, Any], *, batch: bool = False) -> list[str]:
+    """Return lines on missing answers, on reasoning and control tokens of the judge, and on mostly unread scores.
+
+    `batch`: the judge's answers come from files of a batch.
+    """
+    missing = record["missing"]
+    faults, kinds = missing["judge_answers_without_score"], missing["judgements_missing"]
+    unread = sum(kinds.get(kind, 0) for kind in ("unparsable", "refused", "unfinished"))
     unanswered = sum(missing["why_no_response"].values()) + missing["judgements_missing"]["no answer"]
     lost = [
         f"{counted(unanswered, 'answer', 'is', 'are')} missing, of the model or of the judge, and in no mean "
-        "(the reasons are in report.md). The same command asks a server again for these alone."
+        f"(the reasons are in report.md). {WRITE_AGAIN if batch else _ASKED_AGAIN}"
     ]
     cleaned = {f"judge: {event}": count for event, count in missing["judge_answers_cleaned"].items()}
     return (
@@ -162,10 +202,10 @@ def warnings(record: Mapping[str, Any]) -> list[str]:
         + advice_on(cleaned)
         + unread_warning(
             f"--judge {record['judge']['model']}",
-            sum(faults.values()),
-            missing["judge_answers"],
-            f"Reasons: {why}. They are in no mean; the answers are in bench_rows.jsonl. Use a judge that ends with "
-            "[RESULT] and a number, or raise --judge-max-tokens if its answers are cut.",
+            unread,
+            missing["judgements"] - kinds["no answer"] - kinds["pending"],
+            f"Reasons: {_counts(faults)}. They are in no mean; the answers are in bench_rows.jsonl. "
+            + _advice_on_judge(faults),
         )
     )
 

@@ -9,10 +9,11 @@ sample. One that the token limit cut holds none, whatever its last words look li
 still has no score is missing, never a zero and never a None in a mean.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from train.llm.client import NoAnswerError
 from train.llm.journal import Answer, Request
@@ -41,30 +42,63 @@ _TAG = re.compile(r"[\[【［]\s{0,3}result\s{0,3}\\?[\]】］]+", re.IGNORECASE
 _OPENING = r"(?:[\s:：=*_`~\"'“‘(\[{<$]|\\boxed|\\text)*+"
 _CLOSING = r"[*_`~\"'”’)\]}>$]*+"
 _NUMBER_WORD = r"(?:one|two|three|four|five|six|seven|eight|nine|ten)\b"
-_DIGIT = r"(?P<score>[1-5])(?![^\W_])"
-_OUT_OF_FIVE = rf"(?:[^\S\n]*(?:[/⁄]|out[^\S\n]+of)[^\S\n]*{_OPENING}(?:5|five)(?![^\W_]){_CLOSING})?+"
+_DIGIT = r"(?P<score>[1-5])(?:[.,]0{1,2})?(?![^\W_])"
+_OUT_OF_FIVE = rf"(?:[^\S\n]*(?:[/⁄]|out[^\S\n]+of)[^\S\n]*{_OPENING}(?:5(?:\.0)?|five)(?![^\W_]){_CLOSING})?+"
 _GOES_ON = rf"[^\S\n]*(?:[+%]|(?:[^\w\s]{{1,3}}|to\b|or\b|and\b|out[^\S\n]+of\b)?[^\S\n]*[(\[]?(?:\d|{_NUMBER_WORD}))"
 _NAME = r"(?:(?:the|my|final|overall)\s+)*(?:score|result|rating|grade)\s*(?:of\b|is\b|[:=])?"
 _AFTER_TAG = re.compile(
-    rf"{_OPENING}(?:[-–—]\s+|(?:[-=]>|→)\s*)?(?:{_NAME}{_OPENING})?{_DIGIT}{_CLOSING}{_OUT_OF_FIVE}(?!{_GOES_ON})",
+    rf"{_OPENING}(?:[-–—]\s+|(?:[-=]>|→)\s*)?(?:{_NAME}{_OPENING})?(?:n\b{_OPENING})?{_DIGIT}{_CLOSING}{_OUT_OF_FIVE}(?!{_GOES_ON})",
     re.IGNORECASE,
 )
 _IN_BRACKETS = re.compile(
-    rf"(?<![\w\]])\[\s*(?:score\s*(?:of\b|[:=])?\s*)?{_DIGIT}\s*{_OUT_OF_FIVE}\]?[\s.!*_]*\Z", re.I
+    rf"(?<![\w\]])\[\s*(?:score\s*(?:of\b|[:=])?\s*)?{_DIGIT}\s*{_OUT_OF_FIVE}\]{{0,2}}[\s.!*_]*\Z", re.I
 )
+_IN_WORDS = r"(?:[^\S\n]*\([a-z][a-z ,'’-]{0,80}\))?"
+"""The score in words behind it, as in `4 (good)`."""
 _LAST_WORDS = re.compile(
-    rf"\bscore\s*(?:of\b|is\b|[:=])?{_OPENING}{_DIGIT}{_CLOSING}{_OUT_OF_FIVE}[\s.!*_]*\Z", re.IGNORECASE
+    rf"\bscore\s*(?:of\b|is\b|[:=])?{_OPENING}{_DIGIT}{_CLOSING}{_OUT_OF_FIVE}(?P<more>{_IN_WORDS}[\s.!*_]*)\Z",
+    re.IGNORECASE,
 )
 _ON_ITS_OWN_LINE = re.compile(
     rf"(?:\{{.*)?[^\w\n]*+(?:{_NAME}{_OPENING}[\]}}>]*+(?:[-–—]\s+)?|(?<=\\)boxed){_OPENING}"
-    rf"{_DIGIT}{_CLOSING}{_OUT_OF_FIVE}[^\w+%]*(?:result>)?",
+    rf"{_DIGIT}{_CLOSING}{_OUT_OF_FIVE}(?P<more>{_IN_WORDS})[^\w+%]*(?:(?:result|score|rating|grade)>)?",
     re.IGNORECASE,
 )
+_HEADING = re.compile(
+    rf"(?:\A|\n)[^\S\n]*(?:#{{1,6}}[^\S\n]*[*_]*|[*_]{{2,}}){_NAME}[:*_]*\s*\n\s*{_OPENING}{_DIGIT}{_CLOSING}{_OUT_OF_FIVE}"
+    r"[^\w+%]*\Z",
+    re.IGNORECASE,
+)
+"""A heading (`### Result`, `**Score**`) with the number alone below it."""
 _NOT_A_VERDICT = re.compile(
-    r"\b(?:no|not|never|without|would|could|should|might|from|below|above|under|over|than|between|short|if|unless)\b"
-    r"|n['’]t\b",
+    r"\b(?:no|not|never|without|would|could|should|might|from|below|above|under|over|than|between|short|if|unless"
+    r"|fail\w*|almost|nearly|hardly|barely|max(?:imum)?|min(?:imum)?|highest|lowest|possible|other|another|previous"
+    r"|reference|to (?:earn|get|reach|merit|deserve|achieve|receive|obtain|have))\b|n['’]t\b|['’]d\b|\bhad\b",
     re.IGNORECASE,
 )
+_I_WOULD_GIVE = re.compile(
+    r"\A\W*(?:(?:so|thus|therefore|hence|overall|accordingly|on balance|in (?:summary|conclusion)|all in all"
+    r"|for (?:this|these) reasons?|given (?:this|that|all (?:this|that))|based on (?:this|that))\W+)*"
+    r"I(?: would|['’]d)(?=(?: therefore| thus)? (?:give|assign|rate|award|grade|score)\b)",
+    re.IGNORECASE,
+)
+"""The beginning of a sentence whose `would` is a courtesy and no condition."""
+_OTHER_NUMBER = r"(?:0|[6-9]|[1-9]\d+|six|seven|eight|nine|ten|twenty|(?:a )?hundred)\b"
+_IN_DOUBT = re.compile(
+    r"\W{0,3}(?:(?:and|plus|with|&)\W{1,2})?(?:an?\W|one\W)?(?:half|quarter)\b|\W{0,3}(?:plus|minus|per ?cent)\b"
+    r"|\W{0,3}point (?:\d|five)"
+    r"|(?:(?!\b(?:because|since|as)\b)[^.;\n])*?"
+    r"(?:\b(?:out of|of|from|over|up to)\W{1,3}(?:a |possible |total |of |maximum )*"
+    rf"{_OTHER_NUMBER}|\bscale\b[^.;\n]{{0,25}}?\b{_OTHER_NUMBER}|\b{_OTHER_NUMBER}\W?(?:point|star|grade)"
+    r"|\b(?:or|maybe|perhaps|possibly|rather|almost|nearly|close to|leaning(?: to| towards?)?)\W{1,3}"
+    r"(?:(?:maybe|perhaps|possibly|even|an?|to)\W{1,2}){0,2}(?:\d|two\b|three\b|four\b|five\b))",
+    re.IGNORECASE,
+)
+"""What takes a number back in the words that follow it: another scale, a fraction, a second number."""
+_ENDING_TAG = re.compile(r"[\s*_(]*(?P<score>[1-5])(?:\s*/\s*5)?[\s*_).]*")
+_JSON_NAMES = frozenset(("score", "result", "rating", "grade", "finalscore", "overallscore", "finalresult"))
+_JSON_TRIES = 5
+_LONGEST_JSON = 8_000
 _LOOKED_AT = 300
 """Characters after the tag, or before the end, in which a score stands: more are another text."""
 
@@ -73,29 +107,77 @@ def parse_score(text: str) -> int | None:
     """The score that a judge's answer ends in, 1 to 5; None where it can't be told. Never raises.
 
     The last `[RESULT]`, in any case, decides alone: what follows it must be the number, perhaps in marks (`**4**`,
-    `(5)`), after a colon or a name (`Score:`, `score of`), and before `/5` or `out of 5`. A number that goes on is no
-    score: 10, 4.5, 4-5, "4 or 5", 4/10, "5 out of 10", 4+. An earlier `[RESULT]`, which may be quoted from the answer
-    that is graded, doesn't count, even where the last one is followed by something else. Digits are those of ASCII.
-    What stands after the score, in other words or on further lines, is passed over. Brackets may be escaped (`\\[`) or
-    Chinese ones (`【RESULT】`).
+    `(5)`), after a colon or a name (`Score:`, `score of`, `n =`), and before `/5` or `out of 5`. A number that goes on
+    is no score: 10, 4.5, 4-5, "4 or 5", 4/10, "5 (out of 10)", "4 and a half", 4+. An earlier `[RESULT]`, which may be
+    quoted from the answer that is graded, doesn't count, unless the last one only closes it (`[RESULT] 4 [RESULT]`).
+    Digits are those of ASCII. What else stands after the score is skipped. Brackets may be escaped (`\\[`) or Chinese
+    ones (`【RESULT】`).
 
-    Without any `[RESULT]` the text must end in `[3]`, `[Score 4]`, `(Score 5)`, `score: 3` or `score of 1`, the last
-    two not in a sentence that says what is not the case ("keeps it from a score of 5"); or its last line must be the
-    score alone under a name (`**Result: 4**`, `[RESULT: 4]`, `Grade: 4/5`, `{"result": 4}`) or in a box
-    (`\\boxed{4}`). Within a sentence these two may be quoted from the answer.
+    Without any `[RESULT]` the text must end in
+
+    - a JSON object with one score, wherever its key stands (`{"score": 4, "reason": "..."}`),
+    - `[3]`, `[[3]]`, `[Score 4]`, `(Score 5)`, `score: 3` or `score of 1`, the last two not in a sentence that says
+      what is not the case ("keeps it from a score of 5") or speaks of the reference answer,
+    - a last line that is the score alone under a name (`**Result: 4**`, `[RESULT: 4]`, `Grade: 4/5`,
+      `<score>4</score>`) or in a box (`\\boxed{4}`), or the number below a heading (`### Result`). Within a sentence
+      these may be quoted from the answer.
     """
     tags = list(_TAG.finditer(text))
     if tags:
-        found = _AFTER_TAG.match(text[tags[-1].end() :][:_LOOKED_AT])
-        return int(found["score"]) if found else None
+        after = text[tags[-1].end() :][:_LOOKED_AT]
+        if len(tags) > 1 and not after.strip(" \n\t*_."):
+            found = _ENDING_TAG.fullmatch(text, tags[-2].end(), tags[-1].start())
+            return int(found["score"]) if found else None
+        found = _AFTER_TAG.match(after)
+        return int(found["score"]) if found and not _IN_DOUBT.match(after, found.end()) else None
     end = text.rstrip()[-_LOOKED_AT:]
+    if end.rstrip("`").rstrip().endswith("}") and (record := _json_at_the_end(text)) is not None:
+        return _score_in(record)
     if found := _IN_BRACKETS.search(end):
-        return int(found["score"]) if "]" in found[0] else None
+        return int(found["score"]) if "]" in found[0] and "reference" not in _sentence_before(end, found) else None
     if found := _LAST_WORDS.search(end):
-        sentence = re.split(r"[.!?\n]", end[: found.start()])[-1]
-        return None if _NOT_A_VERDICT.search(sentence) else int(found["score"])
+        sentence = _I_WOULD_GIVE.sub("I", _sentence_before(end, found), count=1)
+        is_no_verdict = _NOT_A_VERDICT.search(sentence) or _IN_DOUBT.match(found["more"])
+        return None if is_no_verdict else int(found["score"])
+    if found := _HEADING.search(end):
+        return int(found["score"])
     last_line = end.rstrip(" \n$`*\\]}").rpartition("\n")[2]
     found = _ON_ITS_OWN_LINE.fullmatch(last_line)
+    return int(found["score"]) if found and not _IN_DOUBT.match(found["more"]) else None
+
+
+def _sentence_before(text: str, found: re.Match[str]) -> str:
+    """Return the sentence before a match, or the heading above a line that has nothing else."""
+    sentence = re.split(r"[.!?\n]", text[: found.start()])[-1]
+    if sentence.strip(" *_#-"):
+        return sentence.lower()
+    above = text[: found.start()].rstrip(" \n*_#-").rpartition("\n")[2]
+    return above.lower() if above.startswith(("#", "*")) or above.endswith(":") else ""
+
+
+def _json_at_the_end(text: str) -> dict[str, Any] | None:
+    """Return the JSON object that a text ends with, perhaps in a code block."""
+    text = text[-_LONGEST_JSON:].rstrip(" \n\t`")
+    starts = [match.end() - 1 for match in re.finditer(r"(?:\A|\n)[^\S\n]*\{", text)]
+    for start in starts[-_JSON_TRIES:]:
+        try:
+            record = json.loads(text[start:], strict=False)
+        except (ValueError, RecursionError):
+            continue
+        return record if isinstance(record, dict) else None
+    return None
+
+
+def _score_in(record: Mapping[str, Any]) -> int | None:
+    """Return the one score of a JSON object; None where there is none, or its scale is another."""
+    names = {name: re.sub(r"[\W_]", "", name).lower() for name in record}
+    scores = [record[name] for name, plain in names.items() if plain in _JSON_NAMES]
+    scales = [record[name] for name, plain in names.items() if re.search(r"max|scale|outof|possible", plain)]
+    if len(scores) != 1 or isinstance(scores[0], bool):
+        return None
+    if any(not re.fullmatch(r"(?:1\W*(?:to)?\W*)?5(?:\.0)?", str(scale)) for scale in scales):
+        return None
+    found = re.fullmatch(rf"\s*{_DIGIT}{_OUT_OF_FIVE}\s*", str(scores[0]))
     return int(found["score"]) if found else None
 
 
@@ -127,7 +209,11 @@ class Asker(Protocol):
         ...
 
 
-Missing = Literal["unparsable", "no answer", "pending"]
+Missing = Literal["unparsable", "refused", "unfinished", "no answer", "pending"]
+"""unparsable: an answer was complete, and none had a score. refused: the judge or a filter refused each time.
+unfinished: no answer was complete (cut, broken off, ended for an unknown reason)."""
+NO_SCORE = "no score at its end"
+"""The fault of an answer that is complete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +264,8 @@ async def judge_rubric(
             faults.append(fault)
         else:
             return judged(score)
-    return judged(None, "unparsable", faults[-1])
+    kind: Missing = "refused" if set(faults) == {"refused"} else "unfinished"
+    return judged(None, "unparsable" if NO_SCORE in faults else kind, faults[-1])
 
 
 def _fault(answer: Answer, score: int | None) -> str:
@@ -186,4 +273,4 @@ def _fault(answer: Answer, score: int | None) -> str:
     # One that hadn't come to its end holds none: what looks like its result may be a quotation. Where the server tells
     # nothing of ends, the score must do.
     unfinished = "" if answer.ending == "unstated" and not answer.refused else answer.unfinished
-    return unfinished or ("no score at its end" if score is None else "")
+    return unfinished or (NO_SCORE if score is None else "")

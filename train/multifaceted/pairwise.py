@@ -1,15 +1,17 @@
 """Two models on the rows of the bench that both have a score for: win, both good, both bad.
 
-A row goes to the model whose score there (the mean of its rubrics) is the higher one. Where both have the same, up to
-rounding, they are both good if that score is at least `good` (4 of 5), else both bad. Shares have Wilson's
-intervals; p is that of a two-sided sign-flip test of the mean difference in scores (train/resampling.py).
+A row goes to the model whose score there is the higher one: the mean of the rubrics that both have a score for. Where
+both have the same, up to rounding, they are both good if that score is at least `good` (4 of 5), else both bad. Shares
+have Wilson's intervals; p is that of a two-sided sign-flip test of the mean difference in scores (train/resampling.py).
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from train.data.formats import RowFault
 from train.data.sources import read_rows
 from train.errors import UserError
 from train.multifaceted.protocol import GOOD, noted_of, protocol_of, refuse_other_protocol
+from train.progress import counted
 from train.recipe import Source
 from train.resampling import SHARE, Bounds, Estimate, estimates, explain_missing
 
@@ -31,7 +34,7 @@ class Pairwise:
     """`shares`: of each of OUTCOMES; `counts` likewise. `difference`: of the scores, first less second.
 
     `only_first`, `only_second`: rows of one file alone. `without_score`: rows of both of which one has no score.
-    `notes`: settings that a file doesn't record, and those of the models that differ.
+    `notes`: settings that a file doesn't record, those of the models that differ, and what is not finished.
     """
 
     names: tuple[str, str]
@@ -90,16 +93,16 @@ class Pairwise:
             f"p = {found.p:.2g} (sign flips).",
         ]
         left = [
-            f"{count:,} {what}"
+            f"{counted(count, 'row')} {what}"
             for count, what in (
                 (self.only_first, f"of {first} alone"),
                 (self.only_second, f"of {second} alone"),
-                (self.without_score, "without a score of both"),
+                (self.without_score, "without a score in one of them"),
             )
             if count
         ]
         if left:
-            lines.append(f"Left out: rows {', '.join(left)}.")
+            lines.append(f"Left out: {', '.join(left)}.")
         lines += [f"Note: {note}." for note in self.notes]
         lines += explain_missing("\n".join(lines))
         return "\n".join(lines) + "\n"
@@ -119,6 +122,11 @@ def compare(
     for one in settings:
         del one["judge model"]  # every row names its judge, in files of earlier versions as well
     sides = names or _names(first, second)
+    incomplete = [
+        f"{side} {what}"
+        for side, rows in zip(sides, (rows_of_first, rows_of_second), strict=True)
+        if (what := unfinished_in(rows.values()))
+    ]
     shared = [id for id in rows_of_first if id in rows_of_second]
     differences = []
     outcomes = []
@@ -135,11 +143,15 @@ def compare(
         if one["score"] is None or other["score"] is None:
             without_score += 1
             continue
-        outcomes.append(outcome(one["score"], other["score"], good))
-        differences.append(one["score"] - other["score"])
+        if not (scores := scores_of_shared_rubrics(one, other)):
+            without_score += 1
+            continue
+        outcomes.append(outcome(*scores, good))
+        differences.append(scores[0] - scores[1])
     refuse_other_protocol(str(first), settings[0], str(second), settings[1])
     if not outcomes:
-        raise UserError(f"{first} and {second}: there is no row that has a score in both.")
+        why = f" {'. '.join(incomplete)}." if incomplete else ""
+        raise UserError(f"{first} and {second}: there is no row that has a score in both.{why}")
     table = np.array([[name == found for name in OUTCOMES] for found in outcomes], np.float64)
     values = np.column_stack([table, differences])
     bounds: list[Bounds] = [*[SHARE] * len(OUTCOMES), _DIFFERENCE]
@@ -154,7 +166,7 @@ def compare(
         len(rows_of_first) - len(shared),
         len(rows_of_second) - len(shared),
         without_score,
-        [*unknown(settings[0], settings[1], sides), *changes(noted[0], noted[1])],
+        [*unknown(settings[0], settings[1], sides), *changes(noted[0], noted[1], sides), *incomplete],
     )
 
 
@@ -163,6 +175,41 @@ def outcome(first: float, second: float, good: float = GOOD) -> str:
     if math.isclose(first, second, abs_tol=1e-9):
         return OUTCOMES[2] if first >= good - 1e-9 else OUTCOMES[3]
     return OUTCOMES[0] if first > second else OUTCOMES[1]
+
+
+def rubric_scores(row: Mapping[str, Any]) -> list[float | None]:
+    """Return the score of each rubric of a line; an empty list where an earlier version has not recorded them."""
+    rubrics = row.get("rubrics") or []
+    return [rubric["score"] for rubric in rubrics] if all("score" in rubric for rubric in rubrics) else []
+
+
+def scores_of_shared_rubrics(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the scores of two lines of the same row over the rubrics that both have; None where they share none."""
+    ours, theirs = rubric_scores(one), rubric_scores(other)
+    if not ours or len(ours) != len(theirs) or (None not in ours and None not in theirs):
+        return one["score"], other["score"]
+    shared = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+    return (fmean(a for a, _ in shared), fmean(b for _, b in shared)) if shared else None
+
+
+def unfinished_in(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return what the scores of a file lack: `is not finished: ...`, `has ...`; nothing where they are whole."""
+    pending = 0
+    partly: Counter[tuple[int, int]] = Counter()
+    for row in rows:
+        scores = rubric_scores(row)
+        if row["score"] is not None and None in scores:
+            partly[sum(score is not None for score in scores), len(scores)] += 1
+        for answer in row.get("answers") or ():
+            judgements = (one for runs in answer.get("judgements") or () for one in runs if one)
+            pending += sum(one.get("missing") == "pending" for one in judgements)
+    found = [
+        f"{counted(count, 'row')} scored by {some:,} of {'its' if count == 1 else 'their'} {every:,} rubrics"
+        for (some, every), count in sorted(partly.items())
+    ]
+    if pending:
+        return "; ".join([f"is not finished: {counted(pending, 'judgement')} pending", *found])
+    return f"has {'; '.join(found)} (compared by the rubrics that both have)" if found else ""
 
 
 def _names(first: Path, second: Path) -> tuple[str, str]:

@@ -66,7 +66,7 @@ OPTIONS = {
     "judge prompt_version": "",
     "judge runs": "--runs",
     "judge retries": "--retries",
-    "judge max_tokens": "--judge-max-tokens",
+    "judge max_tokens": "--judge-max-tokens (or max_completion_tokens in --judge-extra)",
     "judge temperature": "--judge-temperature",
     "judge top_p": "--judge-top-p",
     "judge extra": "--judge-extra",
@@ -148,5 +148,16 @@ def refuse_other_protocol(first: str, one: Mapping[str, Any], second: str, other
     same = f" with the same {options}" if options else ""
     raise UserError(
         f"{first} and {second}: their scores can't be compared, as they were not measured alike: {'; '.join(found)}. "
-        f"Run bench again for one of the two{same}: answers that this leaves as they are come from the journal."
+        f"Run bench again for {_to_measure_again(first, one, second, other)}{same}; unchanged answers are taken from "
+        "the journal."
     )
+
+
+def _to_measure_again(first: str, one: Mapping[str, Any], second: str, other: Mapping[str, Any]) -> str:
+    """Return the side to measure again: the one with the older version of the judge's prompt, if they differ."""
+    versions = one["judge prompt_version"], other["judge prompt_version"]
+    if versions[0] == versions[1]:
+        return "one of the two"
+    older, version = (first, versions[0]) if versions[0] < versions[1] else (second, versions[1])
+    model = f"the model of {older.removeprefix('--against ')}"
+    return f"{model} (version {version} of the judge's prompt can no longer be asked)"

@@ -9,7 +9,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from train.llm.further_turns import FurtherTurn
 from train.sysgen.tags import TAGS, Annotated
+from train.sysgen.verdicts import PLACEHOLDERS
 
 PROMPT_VERSION = 2
 """The wording of these prompts and of constraints.py, for report.json. Raise it with every change of wording."""
@@ -138,7 +140,7 @@ which case neither Good nor Bad applies.
 Reply with eight lines in this form and nothing else; the verdicts shown are placeholders:
 {{}}"""
 
-_FORM = "\n".join(f"<<{tag}>>: {verdict}" for tag, verdict in zip(TAGS, ("Good", "Bad", "None") * 3, strict=False))
+_FORM = "\n".join(f"<<{tag}>>: {verdict}" for tag, verdict in PLACEHOLDERS.items())
 
 
 def verify(message: Annotated, exchange: Sequence[Message] | None = None) -> list[dict[str, str]]:
@@ -165,6 +167,16 @@ def follows(system: str, question: str, answer: str) -> list[dict[str, str]]:
             f"\n\n### Answer\n{answer}",
         )
     ]
+
+
+FURTHER_TURNS = {
+    "generate": FurtherTurn.of_prompt("tool", after=r"<<[/\\](?!.*<<)"),  # not inside a phrase
+    "verify": FurtherTurn.of_prompt(
+        "tool", "part of the conversation.*", "the system message with tags", after=r"\b(?:good|bad|none)\b"
+    ),
+    "judge": FurtherTurn.of_prompt("question", "answer", after=r"\b(?:yes|no)\b"),
+}
+"""Where replies to these prompts end, by stage. A new answer is none of them: it may hold any line."""
 
 
 def shown(conversation: Sequence[Message]) -> str:

@@ -16,14 +16,17 @@ import sys
 from collections import Counter
 from contextlib import nullcontext
 
-from train.data.near_duplicates import NearDuplicates
-from train.errors import UserError
-from train.llm import command
-from train.multifaceted.collection import run
-from train.multifaceted.collection_config import STAGES, CollectionConfig, load_config
-from train.multifaceted.collection_tally import Tally
-from train.multifaceted.instructions import instructions
-from train.multifaceted.preferences import Plan, load_hierarchy
+try:
+    from train.data.near_duplicates import NearDuplicates
+    from train.errors import UserError
+    from train.llm import command
+    from train.multifaceted.collection import run
+    from train.multifaceted.collection_config import STAGES, CollectionConfig, load_config
+    from train.multifaceted.collection_tally import Tally
+    from train.multifaceted.instructions import instructions
+    from train.multifaceted.preferences import Plan, load_hierarchy
+except KeyboardInterrupt:  # the imports take a second or more
+    sys.exit(130)
 
 
 def check(config: CollectionConfig) -> None:

@@ -15,15 +15,18 @@ is kept, so the same command continues a run that was stopped.
 import os
 import sys
 
-import evaluate_bench
-import evaluate_compare
-import evaluate_gain
-import evaluate_harness
-import evaluate_ifeval
-import evaluate_rules
+try:
+    import evaluate_bench
+    import evaluate_compare
+    import evaluate_gain
+    import evaluate_harness
+    import evaluate_ifeval
+    import evaluate_rules
 
-from train.errors import CommandLine, ending
-from train.loop.noise import leave_out_unhelpful_warnings
+    from train.errors import CommandLine, ending
+    from train.loop.noise import leave_out_unhelpful_warnings
+except KeyboardInterrupt:  # the imports take a second or more
+    sys.exit(130)
 
 
 def main() -> int:

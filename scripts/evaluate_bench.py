@@ -426,7 +426,10 @@ def _judge(
             wait_for_server=options.wait_for_server,
             name_setting=name_setting,
         ) as client:
-            return await judge_rows(client, protocol, bench.rows, responses), client.counts.advice
+            judged = await judge_rows(client, protocol, bench.rows, responses)
+        for line in client.counts.bad_servers:
+            print(f"warning: {line}", flush=True)
+        return judged, client.counts.advice
 
     batch = read_batch(options.batch_in)
     with Journal(folder / JOURNAL) as journal:

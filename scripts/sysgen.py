@@ -14,13 +14,16 @@ reason that no setting accepts (see `accept_losses`); 130 after Ctrl-C.
 import sys
 from collections import Counter
 
-from train.data.asked_rows import placed_rows
-from train.data.formats import RowFault
-from train.errors import UserError
-from train.llm import command
-from train.sysgen.config import SysgenConfig, load_config
-from train.sysgen.run import run
-from train.sysgen.tally import Tally
+try:
+    from train.data.asked_rows import placed_rows
+    from train.data.formats import RowFault
+    from train.errors import UserError
+    from train.llm import command
+    from train.sysgen.config import SysgenConfig, load_config
+    from train.sysgen.run import run
+    from train.sysgen.tally import Tally
+except KeyboardInterrupt:  # the imports take a second or more
+    sys.exit(130)
 
 
 def check(config: SysgenConfig) -> None:

@@ -99,8 +99,8 @@ class ScriptedServer:
         await asyncio.gather(*self._connections, return_exceptions=True)
 
     def prompts(self) -> Counter[str]:
-        """How often each prompt was asked."""
-        return Counter(asked.prompt for asked in self.asked)
+        """How often each prompt was asked. A look at the models is none."""
+        return Counter(asked.prompt for asked in self.asked if asked.body)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

@@ -1,6 +1,7 @@
 """Journals that are damaged, locked, gone or no files: one error each, that names the file and what to do."""
 
 import asyncio
+import contextlib
 import random
 import sqlite3
 from collections.abc import Callable
@@ -92,6 +93,43 @@ def test_a_damaged_log_of_the_last_answers_only_loses_these(tmp_path: Path, whol
     (tmp_path / "answers.sqlite-wal").write_bytes(random.Random(1).randbytes(50_000))
     (tmp_path / "answers.sqlite-shm").write_bytes(b"\xff" * 32_768)
     assert ask_and_add(path) == {number: answer(number).text for number in range(200)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "text = cast('abc' as blob)",
+        "finish_reason = cast('stop' as blob)",
+        "refusal = cast('no' as blob)",
+        "completion_tokens = 'abc'",
+        "prompt_tokens = 1.5",
+        "max_tokens = 'y'",
+        "seconds = 'x'",
+        "asked_at = 'x'",
+    ],
+)
+def test_a_flipped_bit_that_makes_another_type_of_a_value_is_that_error(
+    tmp_path: Path, whole: bytes, change: str
+) -> None:
+    path = tmp_path / "answers.sqlite"
+    path.write_bytes(whole)
+    with contextlib.closing(sqlite3.connect(path)) as other, other:
+        other.execute(f"UPDATE answers SET {change}")
+    with pytest.raises(UserError, match=r"answers.sqlite: .*another type\). The file is damaged, or is no journal."):
+        ask_and_add(path)
+
+
+@pytest.mark.parametrize("emptied", [True, False])
+def test_an_empty_journal_beside_rows_is_warned_of(
+    tmp_path: Path, whole: bytes, emptied: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "answers.sqlite"
+    path.write_bytes(b"" if emptied else whole)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.jsonl").write_text("{}\n")
+    ask_and_add(path)
+    told = capsys.readouterr().err
+    assert told.startswith(f"warning: {path} is empty, though rows are written beside it") if emptied else not told
 
 
 def test_a_folder_in_its_place(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from client_runs import about, echo, first, run
 from scripted_server import Asked, Reply, Script, ScriptedServer, error
 
 from train.errors import UserError
-from train.llm.client import DENIALS, FAILURES_OF_A_STAGE, Client, NoAnswerError
-from train.llm.failures import Trouble, error_in, error_of, trouble_of
+from train.llm.client import FAILURES_OF_A_STAGE, Client, NoAnswerError
+from train.llm.endings import DENIALS
+from train.llm.failures import Trouble, error_in, error_of, is_about_length, trouble_of
 from train.llm.journal import Answer
 from train.llm.rows import in_order
 
@@ -139,6 +140,27 @@ TOO_LONG = {
 def test_a_request_that_is_too_long_is_its_rows_failure(status: int, words: str) -> None:
     found = meaning(status, {"error": {"message": words}})
     assert (found.kind, found.about_content) == ("row", True)
+
+
+@pytest.mark.parametrize(
+    ("words", "is_bytes"),
+    [
+        ("<html><title>413 Request Entity Too Large</title><center>nginx</center></html>", True),
+        ({"error": {"type": "request_too_large", "message": "Request exceeds the maximum size"}}, True),
+        ({"message": "request entity too large", "type": "entity.too.large"}, True),
+        ("Payload Too Large", True),
+        ("", True),
+        ({"error": {"message": "Request too large for model `m` on tokens per minute (TPM): Limit 6000"}}, False),
+        ({"error": {"message": "Input validation error: `inputs` must have less than 512 tokens. Given: 700"}}, False),
+    ],
+)
+def test_a_limit_in_bytes_is_not_the_context(words: Any, is_bytes: bool) -> None:
+    body = words if isinstance(words, dict) else None
+    error = error_of(body, json.dumps(body) if body else words)
+    found = trouble_of(413, "413 Request Entity Too Large", error, {}, longest_wait=1)
+    assert (found.kind, found.about_content) == ("row", True)
+    assert bool(found.advice and "limit in bytes" in found.advice) == is_bytes
+    assert not is_about_length(found.what)  # or the last line of a run would speak of the model's context
 
 
 @pytest.mark.parametrize(

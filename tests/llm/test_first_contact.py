@@ -199,6 +199,57 @@ def test_where_a_redirect_leads_decides_what_to_write(location: str | None, told
     asyncio.run(work())
 
 
+@pytest.mark.parametrize("status", [301, 307, 308])
+@pytest.mark.parametrize("written", ["/v1", "/v1/chat/completions/"])
+def test_a_server_that_wants_a_slash_behind_its_path_gets_it(status: int, written: str, tmp_path: Path) -> None:
+    async def script(asked: Asked) -> Reply:
+        path, _, query = asked.path.partition("?")
+        if path.endswith("/"):
+            return await echo(asked)
+        return Reply(status, b"", {"Location": f"{path}/?{query}"})
+
+    async def work() -> None:
+        async with ScriptedServer(script) as server:
+            url = server.url.replace("/v1", f"{written}?a=b")
+            with Journal(tmp_path / "answers.sqlite") as journal:
+                async with Client([Server(url, key_variable="MY_KEY")], "m", journal, pauses=SHORT) as client:
+                    await asyncio.gather(*(client.ask(about(f"{number}")) for number in range(20)))
+                    assert client.counts.failed == 0
+            paths = [asked.path for asked in server.asked]
+            assert paths[0] == "/v1/chat/completions?a=b"
+            assert paths.count("/v1/chat/completions/?a=b") == 20
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_redirects_to_ever_more_slashes_or_to_and_fro_end_the_run(step: int, tmp_path: Path) -> None:
+    async def script(asked: Asked) -> Reply:
+        path = asked.path.rstrip("/")
+        slashes = len(asked.path) - len(path)
+        return Reply(307, b"", {"Location": path + "/" * (slashes + step if slashes else 1)})
+
+    async def work() -> None:
+        async with ScriptedServer(script) as server:
+            assert "it redirects to " in await refusal(Server(server.url), tmp_path)
+            assert len([asked for asked in server.asked if asked.body]) == 2
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("location", ["http://other.invalid/v1/chat/completions/", "/v1/chat/completions//", "/"])
+def test_a_slash_elsewhere_is_a_redirect(location: str, tmp_path: Path) -> None:
+    async def script(asked: Asked) -> Reply:
+        return Reply(307, b"", {"Location": location})
+
+    async def work() -> None:
+        async with ScriptedServer(script) as server:
+            assert "it redirects to " in await refusal(Server(server.url), tmp_path)
+            assert len([asked for asked in server.asked if asked.body]) == 1
+
+    asyncio.run(work())
+
+
 # Paths and models
 
 
@@ -415,6 +466,30 @@ def test_a_proxy_that_refuses_is_named(
     asyncio.run(work())
 
 
+def test_the_page_of_a_proxy_that_refuses_is_no_reason_to_look_for_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replies = {
+        b"<html><title>ERROR: The requested URL could not be retrieved</title></html>": "The proxy may be what refuses",
+        b'{"error": {"message": "no"}}': "It wants a key",
+    }
+
+    async def work() -> None:
+        for body, advice in replies.items():
+
+            async def handle(head: bytes, writer: asyncio.StreamWriter, body: bytes = body) -> None:
+                writer.write(b"HTTP/1.1 403 Forbidden\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+                await writer.drain()
+
+            async with listening(handle) as port:
+                monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
+                told = await refusal(Server("http://h.example/v1"), tmp_path, wait=0)
+                assert advice in told
+                assert ("unset http_proxy, or name the server's host in no_proxy." in told) == ("proxy may" in advice)
+
+    asyncio.run(work())
+
+
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_proxy_that_can_not_be_reached_is_named(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     proxy = f"127.0.0.1:{free_port()}"
@@ -460,6 +535,7 @@ def test_a_server_that_would_do(
 REFUSED = {
     "the key": (Reply(200, {"data": [{"id": "m"}]}), error(401, "bad key"), "MY_KEY", "is not accepted for m"),
     "no key": (error(401, "no key"), error(401, "no key"), None, "key_variable"),
+    "a model that it lists": (Reply(200, {"data": [{"id": "m"}]}), error(404, "no m"), "MY_KEY", "It lists 'm' among"),
     "the model": (Reply(200, {"data": [{"id": "n"}]}), error(404, "no m"), None, "those it names are: n"),
     "the model by 400": (Reply(200, {"data": [{"id": "n"}]}), error(400, "odd"), None, "those it names are: n"),
     "the model by 500": (error(500, "oh"), error(500, "oh"), None, "is 'm' a model that it serves?"),

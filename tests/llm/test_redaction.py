@@ -66,6 +66,35 @@ def test_no_eight_characters_of_any_key_are_left(key: str, data: st.DataObject) 
     assert not any(key[start : start + 8] in cleaned for start in range(len(key) - 7))
 
 
+def test_a_beginning_of_a_key_gives_it_away_in_an_answer() -> None:
+    redactor = Redactor(["sk-live-0123456789abcdefghij"])
+    assert redactor.holds_secret("your key is sk-live-01234567 and so on")
+    assert not redactor.holds_secret("your key is sk-live-0123456 and so on")
+    assert Redactor(["sk-of-14-chars"]).holds_secret("the key sk-of-14-chars")
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ('"sk-in-quotes-0123456789"', "stands in quotes"),
+        ("'sk-in-quotes-0123456789'", "stands in quotes"),
+        ("sk-in-quotes-0123456789`", "stands in quotes"),
+        ("Bearer sk-prefixed-0123456789", "begins with 'Bearer'"),
+        ("bearer  sk-prefixed-0123456789", "begins with 'bearer'"),
+        ("Authorization: Bearer sk-prefixed-0123456789", "begins with 'Authorization:'"),
+        ("MY_KEY=sk-prefixed-0123456789", "begins with 'MY_KEY='"),
+    ],
+)
+def test_a_key_that_was_copied_with_more_than_itself_is_refused_before_anything_is_asked(
+    key: str, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MY_KEY", key)
+    with Journal(tmp_path / "answers.sqlite") as journal, pytest.raises(UserError) as failure:
+        Client([Server("http://h/v1", key_variable="MY_KEY")], "m", journal)
+    assert str(failure.value).startswith(f"MY_KEY: the key in this environment variable {told}. Set the variable")
+    assert "0123456789" not in str(failure.value)
+
+
 @pytest.mark.parametrize("key", ["EMPTY", "none", "x", "sk-abc"])
 def test_a_short_key_is_taken_out_and_words_stay_words(key: str) -> None:
     redactor = Redactor([key])

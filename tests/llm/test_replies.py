@@ -84,7 +84,14 @@ def test_a_refusal_in_a_part_is_a_refusal() -> None:
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
 def test_a_part_that_is_no_text_is_named(kind: str) -> None:
     with pytest.raises(UnusableReplyError, match=f"a part of type '{kind}' that can't be read as text"):
-        reply({"content": [text_part("See: "), {"type": kind, kind: {}}]})
+        reply({"content": [THINKING, {"type": kind, kind: {}}]})
+
+
+@pytest.mark.parametrize("kind", ["reference", "image_url", "web_search_call", "citations"])
+def test_a_part_that_is_no_text_is_ignored_beside_text(kind: str) -> None:
+    answer = reply({"content": [text_part("Bern"), {"type": kind, "reference_ids": [1]}, text_part(".")]})
+    assert (answer.text, answer.ignored_part, answer.unfinished) == ("Bern.", kind, "")
+    assert reply({"content": [text_part("Bern.")]}).ignored_part == ""
 
 
 def test_the_completions_form_and_several_choices() -> None:
@@ -117,6 +124,60 @@ def test_an_answer_that_the_server_broke_off(choice: dict[str, Any], words: str)
 def test_what_the_models_filter_did_is_no_fault_of_the_gateway() -> None:
     answer = reply({"content": ""}, "error", native_finish_reason="PROHIBITED_CONTENT", error={"code": 403})
     assert (answer.refused, answer.finish_reason) == (True, "PROHIBITED_CONTENT")
+
+
+@pytest.mark.parametrize(
+    ("finish_reason", "native", "unfinished"),
+    [
+        ("stop", "MAX_TOKENS", "cut at the token limit"),
+        ("stop", "length", "cut at the token limit"),
+        ("stop", "SAFETY", "refused"),
+        ("stop", "tool_use", "calls a tool"),
+        ("OTHER", "max_tokens", "cut at the token limit"),
+        (None, "max_tokens", "cut at the token limit"),
+        (None, "end_turn", ""),
+        ("stop", "STOP", ""),
+        ("stop", "something new", ""),
+        ("stop", None, ""),
+        ("length", "stop", "cut at the token limit"),
+        ("content_filter", "STOP", "refused"),
+    ],
+)
+def test_the_worse_of_a_gateways_reason_and_the_models_counts(
+    finish_reason: str | None, native: str | None, unfinished: str
+) -> None:
+    assert reply({"content": "Half"}, finish_reason, native_finish_reason=native).unfinished == unfinished
+    fields = {"native_finish_reason": native}
+    assert reply({"content": "Half"}, finish_reason, provider_specific_fields=fields).unfinished == unfinished
+
+
+def test_a_native_fault_is_one() -> None:
+    with pytest.raises(UnusableReplyError, match=r"\(finish_reason abort\)$"):
+        reply({"content": "Half"}, "stop", native_finish_reason="abort")
+
+
+@pytest.mark.parametrize("choices", [{"choices": None}, {"choices": []}, {}])
+@pytest.mark.parametrize(
+    "feedback",
+    [
+        {"promptFeedback": {"blockReason": "SAFETY"}},
+        {"promptFeedback": {"blockReason": "OTHER", "safetyRatings": []}},
+        {"prompt_feedback": {"block_reason": "PROHIBITED_CONTENT"}},
+    ],
+)
+def test_a_blocked_prompt_is_refused(choices: dict[str, Any], feedback: dict[str, Any]) -> None:
+    answer = answer_in({**choices, **feedback}, 0.1)
+    assert (answer.refused, answer.empty, answer.unfinished) == (True, False, "refused")
+    assert "content_filter: " in answer.detail
+    body = {"choices": [{"message": {"content": "Bern."}, "finish_reason": "stop"}], "promptFeedback": {}}
+    assert answer_in(body, 0.1).unfinished == ""
+
+
+@pytest.mark.parametrize("text", ["\u200b", "\ufeff", " \u2060\n", "\u00ad\u200d"])
+def test_invisible_characters_are_no_answer(text: str) -> None:
+    answer = reply({"content": text})
+    assert (answer.empty, answer.unfinished) == (True, "empty")
+    assert not reply({"content": f"{text}x"}).empty
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,9 @@ YES = [
     # a mention of the word is no verdict
     'The message says to reply with "no" to rude questions, and it does. Yes.',
     "A no-nonsense tone, as asked: yes",
+    "Mostly yes",
+    "Yes. No change is needed.",
+    "The response is yes",
     "Rule No. 3 is followed as well. Yes.",
 ]
 NO = [
@@ -73,6 +76,13 @@ NO = [
     "\\boxed{no}",
     "```\nNo\n```",
     "- No",
+    "The response is No.",
+    "The correct answer is No",
+    "Therefore the response would be No",
+    "No due to tone",
+    "No, the answer is long. Yes would need brevity.",
+    "The right answer is: no",
+    "Largely no.",
 ]
 UNREAD = [
     "",

@@ -55,12 +55,15 @@ def fault_of(stage: str, number: int, which: int) -> int:
     return (0, 0, 0, 1, 0, 0, 2, 0, 0, 0, 3, 0, 0)[(number * 5 + which * 3 + place * 7) % 13]
 
 
+UNENDING = "without an end to its reasoning"
+
+
 def kind_of(stage: str, number: int, which: int) -> str:
     kinds = {
-        "propose": ("empty", "refusal", "garbage", "partial"),
-        "describe": ("refusal", "empty", "partial", "length"),
-        "message": ("length", "refusal", "empty", "sorry", "leak"),
-        "answer": ("length", "content_filter", "empty", "refusal"),
+        "propose": ("unending", "refusal", "garbage", "partial"),
+        "describe": ("refusal", "unending", "partial", "length"),
+        "message": ("length", "refusal", "unending", "sorry", "leak"),
+        "answer": ("length", "content_filter", "unending", "refusal"),
     }[stage]
     return kinds[(number + which) % len(kinds)]
 
@@ -76,8 +79,8 @@ class Author:
         kind = kind_of(stage, number, which) if bad else "fine"
         good = good_text(stage, number, which, wanted)
         match kind:
-            case "empty":
-                return said("<think>hm</think> \n")  # the client asks again for what is empty without it
+            case "unending":
+                return said("<think>hm")  # the client would ask again for what is empty
             case "refusal":
                 return said("", refusal="I will not.")
             case "content_filter":
@@ -85,7 +88,8 @@ class Author:
             case "garbage":
                 return said("Sure, here you are!")
             case "partial":  # the second half of the lines is wanting
-                return said(good_text(stage, number, which, wanted[: len(wanted) // 2]) or "<think>hm</think> \n")
+                half = wanted[: len(wanted) // 2]
+                return said(good_text(stage, number, which, half) if half else "<think>hm")
             case "length":  # the last line has no end
                 return said(good, "length")
             case "sorry":
@@ -226,11 +230,13 @@ def make(result: Expected, number: int, which: int, retries: int) -> str:
             result.requests[stage] += 1
             result.completion_tokens[stage] += reply["usage"]["completion_tokens"]
             if text.startswith("<think>"):
-                result.events[f"{stage}: reasoning taken out"] += 1
+                ended = "</think>" in text
+                event = "reasoning taken out" if ended else "reasoning without an end, and nothing said"
+                result.events[f"{stage}: {event}"] += 1
             if sample >= fault_of(stage, number, which):
                 break
             kind = kind_of(stage, number, which)
-            why = {"refusal": "refused", "content_filter": "refused", "sorry": "refused", "empty": "empty"}.get(
+            why = {"refusal": "refused", "content_filter": "refused", "sorry": "refused", "unending": UNENDING}.get(
                 kind, ""
             )
             why = why or {"length": "cut at the token limit", "leak": "tells what the instruction is about"}.get(
@@ -242,7 +248,7 @@ def make(result: Expected, number: int, which: int, retries: int) -> str:
                     wanted = wanted[-1:]
                 elif kind == "partial":
                     wanted = wanted[len(wanted) // 2 :]
-                why = "empty" if said_nothing else why
+                why = UNENDING if said_nothing else why
                 why = why or "can't be read"
                 result.events[f"{NOUNS[stage]}: {why}, of some or all dimensions"] += 1
             else:

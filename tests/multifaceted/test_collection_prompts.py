@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted_author import FOUR
 
+from train.llm.further_turns import own_turn
 from train.multifaceted import collection_prompts as prompts
 from train.multifaceted.leaked_words import told_share
 from train.multifaceted.message_examples import EXAMPLES
@@ -88,6 +89,83 @@ def test_a_message_is_taken_out_of_what_stands_around_it(reply: str) -> None:
     assert prompts.read_message(reply) == "You are one."
 
 
+MESSAGE_TEXT = "You are a patient guide who explains things briefly: first the point, then why it matters."
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        "Sure! Here is a system message that covers everything:\n\n{}",
+        "Sure! Here's the system message: {}",
+        "Certainly! Below is a system message:\n{}",
+        "Of course! Here you go:\n---\n{}",
+        "Okay.\n{}",
+        "Got it!\n\n**System message:**\n\n{}",
+        "Here is your system prompt:\n\n```\n{}\n```\n\nLet me know if you need changes.",
+        'Here is a system message:\n\n"{}"\n\n---\n\nExplanation: it is short.',
+        "{}\n\n---\n\nThis message covers all four descriptions.",
+        "{}\n\nThis system message covers all four.",
+        "{}\n***",
+        "{}\n\nNote: it is short.",
+        "{}\n\n(Word count: 112)",
+        "{} (112 words)",
+        "<system_message>\n{}\n</system_message>",
+        "<system>{}</system>",
+        "<prompt>\n{}",
+    ],
+)
+def test_a_lead_in_a_note_and_a_tag_are_no_part_of_a_message(around: str) -> None:
+    assert prompts.read_message(around.format(MESSAGE_TEXT)) == MESSAGE_TEXT
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "You are a guide.\n\nYou use lists.",
+        "Act as a tutor. End each answer with a question: can the user say it in other words?",
+        "As a tutor, you answer in this order:\nthe point, the reason, an example.",
+        "Du bist ein Lehrer. Frage am Ende: Was fehlt noch?",
+        "As an AI tutor, you explain each step.",
+        "You are a coach. Never say: I cannot help.",
+        *(example.message for example in EXAMPLES),
+    ],
+)
+def test_a_message_is_kept_as_it_is(message: str) -> None:
+    assert prompts.read_message(message) == message
+    assert prompts.is_message(message)
+    assert not prompts.is_refusal(message)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "Could you please share the four descriptions?",
+        "Please provide the four descriptions.",
+        "I need more. Could you tell me what you want?",
+        "What are the four descriptions?",
+        '{"system_message": "You are one."}',
+        '[\n  {"role": "system"}\n]',
+        "# Role\nYou are one.\n# Style\nBe brief.",
+        "You are one.\n\n### Descriptions\n- The answer is short.",
+        "<<Role>>You are one.<</Role>>",
+    ],
+)
+def test_what_is_no_paragraph_is_no_message(reply: str) -> None:
+    assert not prompts.is_message(prompts.read_message(reply))
+
+
+def test_a_message_ends_where_a_further_turn_of_the_prompt_begins() -> None:
+    turn = prompts.FURTHER_TURNS["message"]
+    for made_up in ("### Descriptions\n- The answer is short.", "### System message\nYou are a pilot.", "## User\nHi"):
+        assert own_turn(f"{MESSAGE_TEXT}\n\n{made_up}", turn) == MESSAGE_TEXT
+    for whole in (f"### System message\n{MESSAGE_TEXT}", f"Sure, here it is:\n\n### System message\n{MESSAGE_TEXT}"):
+        assert own_turn(whole, turn) == whole
+    lines = "style: Dry wit\nharmlessness: Careful"
+    assert (
+        own_turn(f"{lines}\n\n### Instruction\nBake bread.\n\n### Aspects", prompts.FURTHER_TURNS["propose"]) == lines
+    )
+
+
 @pytest.mark.parametrize(
     "reply", ['"Ahoy" is how you begin, and you end with "Bye".', '"Yes" or "no" is all you say, my "friend"']
 )
@@ -101,6 +179,19 @@ def test_refusals_are_told_from_messages() -> None:
         "Sorry, I won’t.",
         "As an AI, I must not.",
         "I cannot assist with it.",
+        "Unfortunately, I cannot fulfill this request.",
+        "Regrettably, this is not possible.",
+        "Sorry, no.",
+        "My apologies, but I can't.",
+        "I must decline.",
+        "I won't be able to help.",
+        "I'd rather not write this.",
+        "I regret that I cannot.",
+        "I’m afraid I can’t do that.",
+        "I do not feel comfortable with it.",
+        "As a language model, I have no preferences.",
+        "I'm just an AI, so no.",
+        "This request violates my guidelines.",
     ):
         assert prompts.is_refusal(text)
     for example in EXAMPLES:
@@ -148,13 +239,13 @@ MESSAGE = prompts.message(["a", "b", "c", "d"], random.Random(1))
     [
         # Section 3: one preference of each dimension for this instruction, which makes a difference to its answer.
         (PROPOSE, "For each aspect, propose one preference that a user giving this instruction might have."),
-        (PROPOSE, "It must lead to an answer that clearly differs from the usual one."),
-        (PROPOSE, "the preference must suit other instructions of the same kind"),
+        (PROPOSE, "It must lead to an answer that is clearly different from a default one."),
+        (PROPOSE, "the preference must also suit other instructions of the same kind"),
         (PROPOSE, "### Instruction\nQ\n\n### Aspects\n- style, tone ("),
         (PROPOSE, "Do not propose any of these again: Dry wit"),
         (DESCRIBE, "Describe each preference in two sentences"),
         # One message from the four descriptions alone.
-        (MESSAGE, "I will give you four descriptions of what a user wants from answers"),
+        (MESSAGE, "I will give you four descriptions of what a user wants from every answer"),
         (MESSAGE, "Write one system message that makes an assistant answer that way."),
         (MESSAGE, "Cover everything the four descriptions ask for"),
         (MESSAGE, "Make it suit any question"),
@@ -180,7 +271,7 @@ def test_all_rows_share_everything_before_their_own_text() -> None:
 def test_the_examples_of_preferences_keep_the_rules() -> None:
     """Each is of the asked dimensions, of two to ten words, and shows the aspects as the hierarchy has them."""
     for asked, reply in zip(PROPOSE[0:-1:2], PROPOSE[1:-1:2], strict=True):
-        shown = re.findall(r"^- (\w+), (\w+) \((.+)\), such as: (.+)$", asked["content"], re.MULTILINE)
+        shown = re.findall(r"^- (\w+), (\w+) \((.+)\)\. Examples: (.+)$", asked["content"], re.MULTILINE)
         assert [line.partition(":")[0] for line in reply["content"].splitlines()] == [one[0] for one in shown]
         for dimension, sub, meaning, preferences in shown:
             assert meaning == HIERARCHY[dimension][sub].meaning
@@ -212,7 +303,7 @@ def test_another_wording_has_another_version() -> None:
         OURS.read_text("utf-8").partition("\n\n")[2],
     )
     digest = hashlib.blake2b(json.dumps(everything).encode(), digest_size=8).hexdigest()
-    assert (prompts.PROMPT_VERSION, digest) == (2, "92b5506a620296b8")
+    assert (prompts.PROMPT_VERSION, digest) == (2, "3c4882841afd1a77")
 
 
 @pytest.mark.parametrize(

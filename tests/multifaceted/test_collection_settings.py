@@ -1,5 +1,6 @@
 """What each key of a collection's configuration does, and what becomes of replies that aren't as asked."""
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from train.data.asked_rows import SourcesSection
 from train.data.formats import RowFault
 from train.data.sources import conversations
 from train.errors import UserError
+from train.llm.client import Client
+from train.llm.places import Pauses
 from train.multifaceted.collection_config import FilterSection, load_config
 from train.multifaceted.instructions import instructions
 from train.multifaceted.preferences import load_hierarchy
@@ -131,8 +134,9 @@ FAULTS: list[tuple[str, Reply | str, str]] = [
     ("message", "I'm sorry, I can't help with that.", "system message: refused"),
     ("message", "As an AI, I cannot.", "system message: refused"),
     ("message", "```\n\n```", "system message: empty"),
+    ("message", "Could you share the four descriptions?", "system message: can't be read"),
     ("message", said("You are a", "length"), "system message: cut at the token limit"),
-    ("answer", "<think>hm</think>\n\n", "answer: empty"),
+    ("answer", "<think>hm", "answer: without an end to its reasoning"),
     ("answer", said("", "content_filter"), "answer: refused"),
     ("answer", said("On and", "length"), "answer: cut at the token limit"),
     ("answer", said("On and", "MAX_TOKENS"), "answer: cut at the token limit"),
@@ -465,3 +469,28 @@ def test_another_setting_asks_only_what_depends_on_it(tmp_path: Path) -> None:
     assert asked == []
     _, asked = run_with(script, tmp_path, rows, preferences="hierarchy", answer={"max_tokens": 64, "temperature": 0.1})
     assert Counter(map(stage_of, asked)) == {"answer": 12}
+
+
+@pytest.mark.parametrize("stage", ["propose", "describe", "message"])
+def test_an_empty_answer_that_a_retry_made_up_for_changes_no_row_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """The second set of the instruction gets an empty answer, and its retry names other preferences to avoid."""
+    impatient = functools.partial(Client, attempts=2, pauses=Pauses(first=0.001, longest=0.002))
+    monkeypatch.setattr("train.multifaceted.collection.Client", impatient)
+    seen: Counter[str] = Counter()
+
+    async def empty_once(asked: Asked) -> Reply:
+        seen[stage_of(asked)] += 1
+        return said("" if stage_of(asked) == stage and seen[stage] in (2, 3) else good_everything(asked))
+
+    async def otherwise(asked: Asked) -> Reply:
+        return said(good_everything(asked).replace("Kind", "Sort").replace("helper", "aide"))
+
+    rows = [turns("What is [0]?")]
+    run_with(empty_once, tmp_path, rows, sets_per_instruction=2)
+    before = (tmp_path / "out" / "data" / "rows.jsonl").read_bytes()
+    assert before.count(b"\n") == 2
+    _, asked = run_with(otherwise, tmp_path, rows, sets_per_instruction=2)
+    assert asked == []
+    assert (tmp_path / "out" / "data" / "rows.jsonl").read_bytes() == before

@@ -165,8 +165,8 @@ def test_the_question_holds_all_that_the_judge_needs_and_not_the_system_message(
         "a reference answer that would earn the highest score",
         "a description of each score from 1 to 5",
         "First explain in a few sentences which description fits",
-        "Then give the score, a whole number from 1 to 5, on a final line in this form",
-        "\n[RESULT] n\n",
+        "Then give the score on a final line in this form, [RESULT] followed by the number alone",
+        "\n[RESULT] (a whole number from 1 to 5)\n",
     ],
 )
 def test_what_the_paper_asks_for_is_asked(sentence: str) -> None:
@@ -176,7 +176,7 @@ def test_what_the_paper_asks_for_is_asked(sentence: str) -> None:
 def test_another_wording_has_another_version() -> None:
     """When this fails, raise PROMPT_VERSION and write the new digest here: scores of two wordings stay apart."""
     both = "".join(judge_prompt(ROW, ROW.rubrics[0], "r", show_system=shown) for shown in (True, False))
-    assert (PROMPT_VERSION, hashlib.blake2b(both.encode(), digest_size=8).hexdigest()) == (2, "e9a9362042e64451")
+    assert (PROMPT_VERSION, hashlib.blake2b(both.encode(), digest_size=8).hexdigest()) == (2, "81144bfb42aaad7a")
 
 
 def test_what_judges_needs_no_torch() -> None:

@@ -84,7 +84,7 @@ CASES = (
         ("none of the eight tags",),
         ("Stil",),
     ),
-    Case("<think>hm</think>", ()),  # without the reasoning the client would ask again
+    Case("<think>hm", ()),  # the client would ask again for what is empty
 )  # fmt: skip
 
 
@@ -119,8 +119,8 @@ def answer_of(number: int, turn: int) -> tuple[str, str, str | None]:
         return text, "length", None
     if number % 29 == 6:
         return "", "stop", "I will not."
-    # The client asks again for what is empty without reasoning.
-    return ("<think>hm</think>" if number % 31 == 8 else text), "stop", None
+    # The client would ask again for what is empty.
+    return ("<think>hm" if number % 31 == 8 else text), "stop", None
 
 
 def turns_of(number: int) -> int:
@@ -207,6 +207,8 @@ def expected(count: int, retries: int = 2) -> Expected:
             result.count("generate", case.written)
             phrases = [(tag, text.replace("#", str(number))) for tag, text in case.kept]
             reason = "no valid phrase"
+            if case.written.startswith("<think>"):
+                reason = "system message without an end to its reasoning"
             verdicts: list[dict[str, str | None]] = []
             if phrases:
                 for turn in range(turns_of(number)):
@@ -242,7 +244,8 @@ def expected(count: int, retries: int = 2) -> Expected:
             text, finish_reason, refusal = answer_of(number, turn)
             result.count("answer", text)
             if refusal or finish_reason == "length" or text.startswith("<think>"):
-                reason = "refused" if refusal else "empty" if text.startswith("<think>") else "cut at the token limit"
+                reason = "refused" if refusal else "cut at the token limit"
+                reason = "without an end to its reasoning" if text.startswith("<think>") else reason
                 break
             turns += [source[2 * turn], {"role": "assistant", "content": text}]
         if reason:

@@ -46,13 +46,14 @@ def test_the_eight_tags_are_defined_in_canonical_order(prompt: str) -> None:
     ("prompt", "sentence"),
     [
         # Section 3.1: a message for which the answer is a fitting one, every phrase in a tag, in the same language.
-        (prompts.generate(SHORT), "These answers must be a fitting response to that message"),
+        (prompts.generate(SHORT), "An assistant that received your message should naturally give the answers shown"),
         (prompts.generate(SHORT), "Put each phrase between an opening and a closing tag, <<Tag>>phrase<</Tag>>"),
         (prompts.generate(SHORT), "using one of these eight tags"),
         (prompts.generate(SHORT), "in the language of the conversation"),
         (prompts.generate(SHORT), "Write nothing outside the tags"),
         # Section 3.3: Good, Bad or None for each of the eight, from the definitions and both forms of the message.
         (prompts.verify(TAGGED), "Judge for each of the eight tags whether it is used as defined"),
+        (prompts.verify(TAGGED), "- None: no phrase has this tag, or its phrases say nothing of substance"),
         (prompts.verify(TAGGED), "### The system message\nYou are a tester. Write a list.\n"),
         (prompts.verify(TAGGED), f"### The system message with tags\n{TAGGED.render()}"),
         # The gate of ours.
@@ -68,9 +69,7 @@ def test_an_existing_message_and_rare_tags_are_asked_for_after_the_conversation(
     assert more[:-1] == plain[:-1]
     added = more[-1]["content"].removeprefix(plain[-1]["content"])
     assert added != more[-1]["content"]
-    places = [
-        added.index(text) for text in ("Be brief.", "Keep everything this message asks for", "<<Tool>>", "<<Style>>")
-    ]
+    places = [added.index(text) for text in ("Be brief.", "keep everything it asks for", "<<Tool>>", "<<Style>>")]
     assert places == sorted(places)
 
 
@@ -112,7 +111,8 @@ def turns_of(conversation: str, role: str) -> list[str]:
 def test_the_form_of_the_verdicts_is_one_that_is_read() -> None:
     prompt = prompts.verify(TAGGED)[0]["content"]
     form = "\n".join(line for line in prompt.partition("###")[0].splitlines() if line.startswith("<<"))
-    read = parse_verdicts(form)
+    assert parse_verdicts(form).of == {}  # a reply that repeats it judges nothing
+    read = parse_verdicts(form.replace("Bad", "Good", 1))
     assert set(read.of) == set(EIGHT)
     assert set(read.of.values()) == {"Good", "Bad", "None"}
 
@@ -122,10 +122,10 @@ def test_without_the_gate_the_prompt_asks_what_the_paper_does(tmp_path: Path, le
     """Neither a message that suits other questions nor one that keeps the answer to itself."""
     _, asked = run_with(saying(), tmp_path, [question()], gates={"leak": leak})
     first = asked[0].body["messages"][0]["content"]
-    for sentence in ("must not give the answer away", "must suit other questions of the same kind"):
+    for sentence in ("must not give the answer away", "work just as well for other questions of the same kind"):
         assert (sentence in first) == there
     assert "  " not in first.partition("```")[0]
-    assert "response to that message, and it" in first if there else "response to that message.\n" in first
+    assert ("answers shown, and the message" if there else "answers shown.\n") in first
 
 
 @pytest.mark.parametrize("after", [["and then?"], ["and then?", "please"]])
@@ -159,4 +159,4 @@ def test_another_wording_has_another_version() -> None:
         [constraints._AVOIDABLE, constraints._BEGINNINGS, constraints._ENDINGS],
     ]
     digest = hashlib.blake2b(json.dumps(everything).encode(), digest_size=8).hexdigest()
-    assert (prompts.PROMPT_VERSION, digest) == (2, "ab0ce4f040cbf269")
+    assert (prompts.PROMPT_VERSION, digest) == (2, "3409a364d465e425")

@@ -108,6 +108,37 @@ def test_what_is_kept(text: str, expected: list[tuple[str, str]]) -> None:
     assert phrases(text) == expected
 
 
+NOTHING = [
+    "None needed", "None specified.", "Not specified.", "No specific tools are needed.", "(empty)", "...", "-", "phrase",
+    "[phrase]", "Not applicable here.", "Nothing", "No background provided", "No tools are required for this task.",
+    "Not mentioned in the conversation.", "No additional context", "There are no tools available", "keine", "无",
+]  # fmt: skip
+SOMETHING = [
+    "None of the steps may be skipped.", "Nothing but the answer.", "Not a word more than needed.", "No jargon.",
+    "No emojis are allowed.", "No more words than needed.", "Phrase it kindly.", "Use no tools.", "No background noise.",
+    "Name the null value.", "Keine Fremdwörter.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NOTHING)
+def test_a_phrase_that_says_nothing_is_dropped(text: str) -> None:
+    read = parse(f"<<Role>>r<</Role>><<Tool>>{text}<</Tool>>")
+    assert read.tags == ("Role",)
+    assert [(one.tag, one.text, one.reason) for one in read.dropped] == [("Tool", text, "says nothing")]
+
+
+@pytest.mark.parametrize("text", SOMETHING)
+def test_a_phrase_that_forbids_something_is_one(text: str) -> None:
+    assert phrases(f"<<Tool>>{text}<</Tool>>") == [("Tool", text)]
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "</s>", "<|eot_id|>\n", " <end_of_turn>"])
+def test_control_tokens_at_the_end_of_a_phrase_are_taken_off(token: str) -> None:
+    read = parse(f"<<Role>>You are a cook.{token}<</Role>>")
+    assert [phrase.text for phrase in read.phrases] == ["You are a cook."]
+    assert read.repairs == {"control tokens at the end": 1}
+
+
 LEFT_OUT = {
     "outside": ("hello <<Role>>r<</Role>> bye", [("Role", "r")], [("", "hello", "outside any tag"), ("", "bye", "outside any tag")]),
     "invented": ("<<Example>>e<</Example>><<Role>>r<</Role>>", [("Role", "r")], [("Example", "e", "none of the eight tags")]),
@@ -231,7 +262,7 @@ def test_no_phrase_that_is_written_as_asked_is_lost(text: str) -> None:
     message = parse(text)
     kept = [(phrase.tag, phrase.text) for phrase in message.phrases]
     for tag, phrase in re.findall(rf"<<({'|'.join(TAGS)})>>([^<>]*)<</\1>>", text):
-        if phrase.strip():
+        if re.search(r"\w", phrase):
             whole = (tag, phrase.strip()) in kept
             assert whole or any(phrase.strip() in held for _, held in kept)
 
@@ -252,7 +283,7 @@ def test_a_thousand_phrases_in_each_other_are_read() -> None:
     assert phrases(text) == [("Role", "a b " * levels + "cd" * levels)]
 
 
-PLAIN = st.text("abc é漢.,!\n", min_size=1, max_size=12).filter(str.strip)
+PLAIN = st.text("abc é漢.,!\n", min_size=1, max_size=12).filter(lambda text: any(map(str.isalpha, text)))
 NOISE = st.one_of(
     PLAIN.map(lambda text: (text, [])),
     PLAIN.map(lambda text: (f"<<Example>>{text}<</Example>>", [])),

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.sysgen.tags import TAGS, parse_verdicts
+from train.sysgen.verdicts import PLACEHOLDERS
 
 THREE = {"Role": "Good", "Task": "Bad", "Tool": "None"}
 
@@ -74,6 +75,21 @@ READ = {
     "by verdict": "Good: Role\nBad: Task\nNone: Tool",
     "by verdict, with a list each": "**Good**: Role, <<Role>>\n- Bad - Tasks\nNone: `Tool` and Tool",
     "JSON by verdict": '{"Good": ["Role"],\n "Bad": ["Task"],\n "None": ["Tool"]}',
+    "a heading, and a line": "### Role\nGood\n\n### Task\nBad - a style\n\n### Tool\nNone",
+    "a heading with a colon, and a sentence": "**Role:**\nGood. It fits.\n**Task:**\nBad, as it is a style.\n**Tool:**\nNone.",
+    "numbers, and a line": "1. Role\n   Good\n2. Task\n   Bad\n3. Tool\n   None",
+    "a list below": "- **Role**:\n  - Verdict: Good\n  - Reason: it fits\n- **Task**:\n  - Verdict: Bad\n- **Tool**:\n  - Verdict: None",
+    "the phrase, then the verdict": "**Role**: You are a teacher.\n**Verdict**: Good\n\n**Task**: Be brief.\n**Verdict**: Bad\n\n"
+    "**Tool**: no phrase\n**Verdict**: None",
+    "a reason, then the verdict": "### Role\nIt names a profession.\nVerdict: **Good**\n### Task\nA style.\nJudgment: Bad\n"
+    "### Tool\nMissing.\nFinal verdict: None",
+    "the tagged phrase, then the verdict": "<<Role>>You are a teacher.<</Role>>\nGood\n<<Task>>Be brief.<</Task>>\nBad\n"
+    "<<Tool>><</Tool>>\nNone",
+    "the phrase without quotes": "Role: You are a teacher. - Good\nTask: Be brief. (Bad)\n**Tool**: no phrase → None",
+    "by verdict, in lists": "Good:\n- Role\nBad:\n- Task\n\nNone:\n- Tool",
+    "by verdict, under headings": "### Good\n- **Role**\n\n### Bad\n- <<Task>>\n\n### None\n- Tool",
+    "one line with slashes": "Role: Good / Task: Bad / Tool: None",
+    "a match": "Role: Good match\nTask: Bad fit\nTool: None",
     "windows lines": "Role: Good\r\nTask: Bad\r\nTool: None\r\n",
 }
 
@@ -92,6 +108,11 @@ UNREAD = {
     "null": '{"Role": null, "Task": true, "Tool": 1}',
     "two in an object": '{"Role": {"first": "Good", "second": "Bad"}}',
     "JSON that contradicts itself": '{"Role": "Good", "Role": "Bad"}',
+    "a verdict under no tag of its own": "Role: You are a teacher.\nIt is what it is.\nGood\n### Style of the answer\nBad",
+    "a negated phrase": "Role: not a teacher, and so not - Good\nTask: isn't clear (Bad)",
+    "two verdicts below a tag": "### Role\nVerdict: Good\nVerdict: Bad",
+    "the prompt's own form": "\n".join(f"<<{tag}>>: {verdict}" for tag, verdict in PLACEHOLDERS.items()),
+    "the prompt's own form in other marks": "\n".join(f"- {tag}: {verdict}" for tag, verdict in PLACEHOLDERS.items()),
     "by verdict, and contradictory": "Good: Role, Task\nBad: Role, Task",
 }
 

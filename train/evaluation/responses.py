@@ -140,6 +140,8 @@ async def _from_servers(
             async for answer in found:
                 answers.append(answer)
                 pace.advance()
+    for line in client.counts.bad_servers:
+        print(f"warning: {line}", flush=True)
     return _by_conversation(_read(answers, description), samples)
 
 

@@ -30,6 +30,11 @@ class Proxy:
         """Return how messages name it."""
         return f"the proxy {self.shown} of {self.variable}"
 
+    @property
+    def advice(self) -> str:
+        """Return how to do without it."""
+        return f"unset {self.variable}, or name the server's host in no_proxy"
+
 
 @dataclass(frozen=True, slots=True)
 class Address:
@@ -80,6 +85,8 @@ def parse_address(base_url: str) -> Address:
     example = "write it like http://localhost:8000/v1"
     if re.search(r"\s", text):
         raise UserError(f"base_url {_shown(text)!r} is no address: it holds white space. Take that out.")
+    if fault := _fault_of(text):
+        raise UserError(f"base_url {_shown(text)!r} is no address: {fault}.")
     if "://" not in text and re.search(r"\w[.:/]", text):
         example = f"http:// or https:// is missing. Write http://{_shown(text).lstrip('/')}"
     try:
@@ -103,6 +110,41 @@ def parse_address(base_url: str) -> Address:
         secrets=(*filter(None, secrets), *(proxy.secrets if proxy else ())),
         proxy=proxy,
     )
+
+
+def _fault_of(text: str) -> str:
+    """Return what is wrong with a `base_url` and what to write, for faults that have a likely cause."""
+    scheme, _, rest = text.partition("://")
+    host = re.split(r"[/?#]", rest or text, maxsplit=1)[0].rpartition("@")[2]
+    if text and (text[0] in _QUOTES or text[-1] in _QUOTES):
+        return "it stands in quotes or brackets. Write it without them"
+    if variable := _VARIABLE.search(host) or _BRACED.search(text.rpartition("@")[2]):
+        return f"it holds {variable[0]}, and no variable is put in here. Write the address itself"
+    if found := re.match(r"(https?)(?!://|:\d+(?:/|$))(?::/?|/{1,2})(?=[\w\[])", text, re.IGNORECASE):
+        return f"after {found[1]} comes :// in an address. Write {found[1].lower()}://{_shown(text[found.end() :])}"
+    if rest and scheme.lower() in ("ws", "wss"):
+        http = "https" if scheme.lower() == "wss" else "http"
+        return f"{scheme}:// is a web socket, and chat APIs speak http. Write {http}://{_shown(rest)}"
+    if rest and host.count(":") > 1 and "[" not in host:
+        before, _, port = host.rpartition(":")
+        inside = f"[{before}]:{port}" if port.isdecimal() and _is_ipv6(before) else f"[{host}]"
+        return f"an IPv6 address stands in brackets. Write {scheme}://{inside}{_shown(rest.partition(host)[2])}"
+    if rest and scheme.lower() not in ("http", "https"):
+        return f"it begins with {_shown(scheme)}:// and not with http:// or https://; write it like {_EXAMPLE}"
+    return ""
+
+
+_EXAMPLE = "http://localhost:8000/v1"
+_QUOTES = "\"'`<>\u201c\u201d\u2018\u2019"
+_BRACED = re.compile(r"\$\{[^}]*\}|\$\([^)]*\)|\{\{.*?\}\}")
+_VARIABLE = re.compile(rf"{_BRACED.pattern}|\$\w+|%\w+%")
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text).version == 6
+    except ValueError:
+        return False
 
 
 def show(url: httpx2.URL) -> str:

@@ -22,14 +22,24 @@ _USUAL_PATHS = ("/v1", "/api/v1", "/openai/v1")
 """Paths of vLLM, llama.cpp, OpenAI and most others, of OpenRouter and Open WebUI, and of Groq and Azure."""
 
 
-async def explain(lane: "ServerLane", model: str, trouble: Trouble) -> str:
-    """Return what is wrong and what to do about it, in one paragraph."""
+def about(lane: "ServerLane", trouble: Trouble) -> str:
+    """Return the beginning of a sentence about a server's trouble."""
     what = trouble.what.rstrip(".")
-    said = f"{lane.name} {what if is_unreachable(trouble) else f'answers {what}'}."
+    is_silent = trouble.status is None and trouble.kind in ("gone", "dropped")
+    return f"{lane.name} {what if is_silent or is_unreachable(trouble) else f'answers {what}'}"
+
+
+async def explain(lane: "ServerLane", model: str, trouble: Trouble, *, others_go_on: bool = False) -> str:
+    """Return what is wrong and what to do about it, in one paragraph. `others_go_on`: the run doesn't end by that."""
+    said = f"{about(lane, trouble)}."
     if trouble.advice:
         return f"{said} {trouble.advice}"
     go_on = "What was answered so far is in the journal: start the same command again, and it goes on from there"
     match trouble.status:
+        case 401 | 403 if lane.has_answered and others_go_on:
+            return f"{said} It answered before: the key may have expired or reached its limit."
+        case 402 if others_go_on:
+            return f"{said} Add credit or raise the limit."
         case 401 | 403 if lane.has_answered:
             return (
                 f"{said.rstrip('.')}, to {len(lane.denied)} requests in a row. It answered others before: the key may "
@@ -59,6 +69,11 @@ def is_unreachable(trouble: Trouble) -> bool:
 
 async def _advise_on_path(lane: "ServerLane", model: str, trouble: Trouble) -> str:
     names = await list_models(lane)
+    if names is not None and model in names:
+        return (
+            f"It lists {model!r} among its models, and refuses it all the same: see whether this key may use it, and "
+            "what the server's log says."
+        )
     if names is not None and trouble.status == 404:
         return f"It was asked for the model {model!r}; {name_models(model, names)}."
     if better := await find_base_url(lane):
@@ -74,6 +89,19 @@ def name_models(model: str, names: list[str]) -> str:
     shown = [*near, *(name for name in sorted(names) if name not in near)][:NAMES_SHOWN]
     more = f" and {len(names) - len(shown):,} more" if len(names) > len(shown) else ""
     return f"those it names are: {', '.join(shown) or 'none'}{more}"
+
+
+async def look(lane: "ServerLane") -> int | None:
+    """Return the status with which a server answers a look at its models; None where it sends no response at all."""
+    options: Any = {"timeout": SECONDS_OF_A_LOOK}
+    try:
+        response = await lane.api.get(lane.address.url("models"), cast_to=httpx2.Response, options=options)
+    except openai.APIStatusError as error:
+        response = error.response
+    except openai.OpenAIError:
+        return None
+    lane.reached = True
+    return response.status_code
 
 
 async def list_models(lane: "ServerLane", base: httpx2.URL | None = None) -> list[str] | None:
@@ -93,7 +121,11 @@ async def _listed(lane: "ServerLane", base: httpx2.URL | None = None) -> list[li
     try:
         url = lane.address.url("models", base)
         response = await lane.api.get(url, cast_to=httpx2.Response, options={"timeout": SECONDS_OF_A_LOOK})
+        lane.reached = True
         body = response.json()
+    except openai.APIStatusError:
+        lane.reached = True
+        return None
     except (openai.OpenAIError, ValueError):
         return None
     entries = body.get("data") if isinstance(body, dict) else body  # Together sends the bare list

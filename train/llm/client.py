@@ -7,25 +7,28 @@
 Errors end in one of three ways:
 
 - The server's own (too much to do, restarting, gone) are waited for, for as long as it takes; but a server that has had
-  too much to do from the first request on is given up after a day.
+  too much to do from the first request on is given up after a day. A connection that ends without a response is the
+  server's own where it answers nobody, and else the request's.
 - A request's own (too long a prompt, the same fault try after try) raise NoAnswerError, and the others go on.
 - What the user has to change (a key, a model's name, credit) raises UserError, which ends the run. A server that has
   answered before is asked again first: a 401 or 403 ends the run when nothing else has come for `DENIALS` tries, a 404
-  when nothing else has come for `LONGEST_ABSENCE`. Requests that were not answered by then are asked by the next run.
+  when nothing else has come for `LONGEST_ABSENCE` (see endings.py). Requests that were not answered by then are asked
+  by the next run. A key or credit ends the run only where no other server is left.
 """
 
 import asyncio
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
 from train.errors import UserError
+from train.llm.empty_answers import is_answered, says_nothing
+from train.llm.endings import LONGEST_ABSENCE, Endings, NoAnswerError
 from train.llm.failures import LONGEST_WAIT, Trouble
-from train.llm.first_contact import share_secrets, unreachable
+from train.llm.first_contact import share_secrets
 from train.llm.journal import Answer, Journal, Request
 from train.llm.options import WAIT_FOR_SERVER
 from train.llm.places import Pauses, Places
@@ -38,34 +41,6 @@ FAILURES_OF_A_STAGE = 20
 """After this many requests of a stage that failed for good, before any was answered, the stage is judged: when those
 that are still in flight have failed too, the settings are wrong, and the run ends. Requests that are too long, or
 that a filter refuses, don't count: a server refuses them at once, and answers others later."""
-
-
-FAULTS_OF_A_START = 8
-"""So many responses in a row that are no answer, before any answer, are a fault of the settings too: about a minute
-of them. Some servers answer an unknown model with 500, and a web page at a wrong base_url is a 200."""
-
-DENIALS = 8
-"""A server that has answered before and then refuses the key this many times in a row, which takes about half a minute,
-refuses it for good."""
-
-FEW_DENIED = 2
-"""Where no more requests than these are denied (403) in the same way, they are denied for what they say."""
-
-LONGEST_ABSENCE = 600.0
-"""Seconds for which 404s of a server that has answered before are waited for: a gateway sends them while the pod behind
-it is replaced, which includes loading the model."""
-
-
-class NoAnswerError(Exception):
-    """This request gets no answer, whatever is done; others do. The message says what the server said.
-
-    `advice`: the setting that the server's error is about, as a sentence.
-    """
-
-    def __init__(self, what: str, advice: str | None = None, *, about_content: bool = False) -> None:
-        super().__init__(what)
-        self.advice = advice or ""
-        self.about_content = about_content
 
 
 @dataclass
@@ -85,7 +60,10 @@ class _Start:
 
 
 class EmptyAnswerError(NoAnswerError):
-    """The model says nothing to this request, try after try. `answer`: the last of the empty ones."""
+    """The model says nothing to this request, try after try. `answer`: the last of the empty ones.
+
+    One that holds nothing but reasoning that has ended, or control tokens, is empty too.
+    """
 
     def __init__(self, words: str, answer: Answer) -> None:
         super().__init__(words)
@@ -105,11 +83,15 @@ class Counts:
     refused: int = 0
     reasoned: int = 0
     """Answers of this run that came with reasoning in a field of its own."""
+    with_ignored_parts: int = 0
+    """Answers of this run with parts beside the text that can't be read as text (Mistral's references)."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     """Tokens of the answers that were asked for in this run, not of those found in the journal."""
     advice: str = ""
     """The setting that the first refused request was about, as a sentence."""
+    bad_servers: list[str] = field(default_factory=list)
+    """What is wrong with each server that was closed or never answered while others did; known at the end."""
 
 
 class Client:
@@ -127,8 +109,8 @@ class Client:
     on, is given up.
 
     `accept_empty`: an empty answer is asked for once more and then taken as what the model says; evaluations want that,
-    as a model may say nothing. Otherwise it is asked for `attempts` times, raises EmptyAnswerError and is not kept. One
-    whose text went into a field of reasoning is never taken: the server was started wrongly.
+    as a model may say nothing. Otherwise it is asked for `attempts` times and raises EmptyAnswerError; the last one is
+    kept, see `ask`. One whose text went into a field of reasoning is never taken: the server was started wrongly.
 
     `longest_absence`: see `LONGEST_ABSENCE`. `name_setting`: the command's words for a setting, for errors about one.
 
@@ -153,11 +135,20 @@ class Client:
         self.model, self.journal, self.attempts = model, journal, attempts
         self.pauses = pauses or Pauses()
         self.counts = Counts()
-        self._longest_wait, self._longest_absence = longest_wait, longest_absence
         self._wait_for_server, self._accept_empty = wait_for_server, accept_empty
         self._lanes = [ServerLane(server, self.pauses, patience, longest_wait, name_setting) for server in servers]
         share_secrets(self._lanes)
-        self._warned_of: set[str] = set()
+        gives_reasons = journal.gives_reasons(model, len(self._lanes))
+        for lane in self._lanes:
+            lane.gives_finish_reasons = gives_reasons
+        self._endings = Endings(
+            self._lanes,
+            model,
+            journal,
+            longest_wait=longest_wait,
+            longest_absence=longest_absence,
+            wait_for_server=wait_for_server,
+        )
         self._places = Places(self._lanes)
         self._asking: dict[bytes, asyncio.Future[None]] = {}
         self._starts: defaultdict[str, _Start] = defaultdict(_Start)
@@ -170,6 +161,7 @@ class Client:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
+        self.counts.bad_servers = self._endings.bad_servers()
         self._watch.cancel()
         await asyncio.gather(self._watch, return_exceptions=True)
         for lane in self._lanes:
@@ -190,13 +182,17 @@ class Client:
         now = time.monotonic()
         found = []
         for lane in self._lanes:
-            if lane.trouble:
-                again = f", next try in {duration(lane.paused_until - now)}" if lane.paused_until > now else ""
-                at_most = (
-                    "" if lane.reached or len(self._lanes) > 1 else f" of {duration(self._wait_for_server)} at most"
-                )
-                since = f"for {duration(now - lane.trouble_since)}{at_most}"
+            again = f", next try in {duration(lane.paused_until - now)}" if lane.paused_until > now else ""
+            if lane.closed:
+                found.append(f"{lane.name}: {lane.closed}; it is asked nothing more")
+            elif lane.trouble:
+                passed = now - lane.trouble_since
+                is_bounded = lane.is_away and not lane.reached and passed < self._wait_for_server
+                at_most = f" of {duration(self._wait_for_server)} at most"
+                since = f"for {duration(passed)}{at_most if is_bounded and len(self._lanes) == 1 else ''}"
                 found.append(f"{lane.name}: {lane.trouble}, {since}{again}")
+            elif again:
+                found.append(f"{lane.name}: {lane.pause_reason}{again}")
             elif lane.in_flight and now - lane.heard_at > 60:
                 found.append(f"{lane.name}: silent for {duration(now - lane.heard_at)}")
         for stage, start in self._starts.items():
@@ -210,19 +206,28 @@ class Client:
         """The servers that keep a person waiting: those that object and have never answered, or pause for long."""
         soon = time.monotonic() + SECONDS_BETWEEN_LINES
         return {
-            lane.name for lane in self._lanes if lane.trouble and not (lane.has_answered and lane.paused_until <= soon)
+            lane.name
+            for lane in self._lanes
+            if lane.closed or (lane.trouble and not lane.has_answered) or lane.paused_until > soon
         }
 
-    async def ask(self, request: Request) -> Answer:
-        """The answer: from the journal, or from a server and then in the journal.
+    async def ask(self, request: Request, *, next_try: Request | None = None, goes_on_empty: bool = False) -> Answer:
+        """Return the answer: from the journal, or from a server and then in the journal.
 
-        Cancelling it leaves nothing behind. Raises NoAnswerError and UserError (see the module).
+        An empty answer in the journal is asked for again, unless an earlier start went on without one: another answer
+        would change what that start wrote. Cancelling leaves nothing behind.
+
+        Args:
+            request: what to ask.
+            next_try: what the caller asks next where this answer is empty; None = the same with the next sample.
+                An earlier start went on if the journal holds its answer.
+            goes_on_empty: the caller asks for nothing in the place of an empty answer, and loses no row by it.
+
+        Raises:
+            EmptyAnswerError, NoAnswerError, UserError: see the module.
         """
         key = request.key(self.model)
-        limit = request.decoding.max_tokens
-        while (
-            answer := self.journal.find(key, limit, accept_empty=self._accept_empty)
-        ) is None and key in self._asking:
+        while (answer := self._recorded(request, key, next_try, goes_on_empty)) is None and key in self._asking:
             await asyncio.wait([self._asking[key]])  # the same is being asked: its answer will be in the journal
         if answer is None:
             ended = self._asking[key] = asyncio.get_running_loop().create_future()
@@ -247,16 +252,31 @@ class Client:
             self.counts.prompt_tokens += answer.prompt_tokens or 0
             self.counts.completion_tokens += answer.completion_tokens or 0
             self.counts.reasoned += bool(answer.reasoning_in)
+            self.counts.with_ignored_parts += bool(answer.ignored_part)
         self.counts.answered += 1
         self.counts.from_journal += answer.from_journal
         self.counts.cut += answer.cut
         self.counts.refused += answer.refused
         return answer
 
+    def _recorded(self, request: Request, key: bytes, next_try: Request | None, goes_on_empty: bool) -> Answer | None:
+        """Return the answer in the journal. Raises EmptyAnswerError for an empty one that is not to be asked again."""
+        answer = self.journal.find(key, request.decoding.max_tokens, accept_empty=True)
+        if answer is None or self._accept_empty or not says_nothing(answer):
+            return answer
+        next_try = next_try or replace(request, sample=request.sample + 1)
+        if not (goes_on_empty or is_answered(self.journal, self.model, next_try)):
+            return None
+        self.counts.answered += 1
+        self.counts.from_journal += 1
+        raise EmptyAnswerError(why_empty(answer), answer)
+
     async def _ask_a_server(self, key: bytes, request: Request) -> Answer:
         faults = empty = tries = 0
         avoid: ServerLane | None = None
         denied_at: float | None = None
+        seen: Collection[ServerLane] = ()
+        """The servers that were there before the last try."""
         while True:
             lane = await self._places.take(avoid)
             outcome = await self._send(lane, key, request, accept_empty=self._accept_empty and empty > 0)
@@ -266,25 +286,32 @@ class Client:
                 self.counts.tries_failed += 1
                 empty += 1
                 if empty >= self.attempts:
+                    if not self._accept_empty:  # else it would be taken for what the model says
+                        await self.journal.add(key, self.model, request, outcome.answer)
                     raise EmptyAnswerError(f"{outcome} ({self.attempts} times)", outcome.answer)
                 avoid = lane
                 await asyncio.sleep(self.pauses.after(empty))
                 continue
             if outcome.kind == "hopeless":
-                raise UserError(await lane.explain(self.model, outcome))
+                await self._endings.end_or_close(lane, outcome)
             if outcome.kind == "row":
                 raise NoAnswerError(outcome.what, outcome.advice, about_content=outcome.about_content)
             if outcome.kind == "denied":
                 lane.denied.add(key)
-                await self._end_if_denied(request.stage, lane, outcome, denied_at)
+                await self._endings.end_if_denied(request.stage, lane, outcome, denied_at)
                 denied_at = denied_at or time.monotonic()
             if outcome.kind == "again":
                 continue
             self.counts.tries_failed += 1
             tries += 1
-            faults += outcome.kind in ("fault", "broken")
-            self._end_a_false_start(request.stage, lane, outcome)
-            self._end_an_unreachable_start(lane, outcome)
+            faults += outcome.kind in ("fault", "broken") or (outcome.kind == "dropped" and lane.reached)
+            await self._endings.end_a_wrong_start(request.stage, lane, outcome)
+            if outcome.kind == "dropped" and faults >= self.attempts - 1:
+                if lane in seen and faults >= self.attempts:
+                    raise NoAnswerError(f"{outcome.what} ({self.attempts} times)")
+                # Before it counts for the last time, the server has to be there: the request may not be the reason.
+                faults = self.attempts - 1
+                seen = await self._endings.wait_until_one_is_there()
             if faults >= self.attempts:
                 raise NoAnswerError(f"{outcome.what} ({self.attempts} times)", outcome.advice)
             avoid = lane
@@ -305,7 +332,7 @@ class Client:
         try:
             outcome = await lane.send(self.model, request)
             if isinstance(outcome, Answer):
-                is_kept = not outcome.empty or (accept_empty and not outcome.reasoning_in)
+                is_kept = not says_nothing(outcome) or (accept_empty and not outcome.reasoning_in)
         finally:
             self._places.unwritten += is_kept
             self._places.give_back(lane)
@@ -320,56 +347,6 @@ class Client:
                 self._places.unwritten -= 1
                 self._places.hand_out()
         return outcome
-
-    async def _end_if_denied(self, stage: str, lane: ServerLane, trouble: Trouble, denied_at: float | None) -> None:
-        """Raise where it is known who has to act on a refusal: UserError for the run, NoAnswerError for this request.
-
-        `denied_at`: when this request was denied before.
-        """
-        # An earlier run may have left only the requests that are denied for what they say.
-        if not lane.has_answered and not (trouble.status == 403 and self.journal.has_stage(stage, self.model)):
-            raise UserError(await lane.explain(self.model, trouble))
-        if trouble.status in (401, 403, 407):
-            is_over = lane.denials >= DENIALS
-        else:
-            is_over = time.monotonic() - lane.denied_since > self._longest_absence
-        if trouble.status == 403:
-            others_answered = denied_at is not None and lane.answered_sent_at > denied_at
-            if others_answered or (is_over and len(lane.denied) <= FEW_DENIED):
-                raise NoAnswerError(trouble.what)
-        if is_over:
-            raise UserError(await lane.explain(self.model, trouble))
-
-    def _end_a_false_start(self, stage: str, lane: ServerLane, trouble: Trouble) -> None:
-        if any(one.has_answered for one in self._lanes):
-            return
-        waited = time.monotonic() - lane.trouble_since
-        is_response = trouble.kind == "fault" and trouble.status is not None
-        if is_response and lane.failures_in_a_row >= FAULTS_OF_A_START:
-            since = f"{lane.failures_in_a_row} times in a row"
-            is_error = trouble.status != 200  # a 200 may be any web page
-            advice = f"Is {'' if is_error else 'base_url right, and is '}{self.model!r} a model that it serves?"
-            advice = trouble.advice or advice
-        elif trouble.kind == "too much" and waited > self._longest_wait:
-            since = f"for {duration(waited)}"
-            advice = "Start the same command when it takes requests again, or name another server."
-        else:
-            return
-        if not self.journal.has_stage(stage, self.model):
-            raise UserError(
-                f"{lane.name} has answered nothing so far; {since} it said: {trouble.what.rstrip('.')}. {advice}"
-            )
-
-    def _end_an_unreachable_start(self, lane: ServerLane, trouble: Trouble) -> None:
-        waited = time.monotonic() - lane.trouble_since
-        if trouble.kind != "gone" or lane.reached or waited < self._wait_for_server:
-            return
-        words = unreachable(lane, trouble, waited)
-        if not any(one.reached or one.trouble is None for one in self._lanes):
-            raise UserError(words)
-        if lane.name not in self._warned_of:
-            self._warned_of.add(lane.name)
-            print(f"warning: {words} The run goes on with the other servers.", file=sys.stderr, flush=True)
 
     def _count_failure(self, stage: str, start: _Start, failure: NoAnswerError) -> None:
         """Raise UserError where a stage has failed as a whole (see `FAILURES_OF_A_STAGE`)."""
@@ -393,6 +370,9 @@ class Client:
 
     async def _watch_silence(self) -> None:
         while True:
-            await asyncio.sleep(min(lane.patience for lane in self._lanes) / 8)
+            patience = min(lane.patience for lane in self._lanes)
+            await asyncio.sleep(min(patience, self._endings.silence) / 8)
+            await self._endings.watch_silent_starts()
+            self._places.hand_out()
             for lane in self._lanes:
                 lane.interrupt_if_silent()

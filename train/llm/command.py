@@ -71,9 +71,10 @@ def main(
             f"{counts.answered:,} answers ({counts.from_journal:,} from the journal), "
             f"{counts.tries_failed:,} tries repeated"
             + (f", {counts.reasoned:,} with reasoning in a field of its own" if counts.reasoned else "")
+            + (f", {counts.with_ignored_parts:,} with parts that are no text" if counts.with_ignored_parts else "")
         )
         print(f"read {done.report}")
-        for warning in (*advice_on(done.tally.events), *done.tally.warnings()):
+        for warning in (*advice_on(done.tally.events), *done.tally.warnings(), *counts.bad_servers):
             print(f"warning: {warning}")
         left_out, reasons = done.report.with_name("left_out.jsonl"), lost(done.tally)
         if not done.tally.written:

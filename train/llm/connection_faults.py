@@ -37,6 +37,9 @@ def connection_trouble(error: BaseException, address: Address, *, has_answered: 
     why = _reason(error, causes, address)
     if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
         return Trouble("gone", f"can't be reached ({why})")
+    # `Connections` raises no ReadError once a response has begun.
+    if isinstance(error, httpx2.ReadError | httpx2.WriteError) or "without sending a response" in str(error):
+        return Trouble("dropped", f"closes the connection without an answer ({why.rstrip('.')})")
     return Trouble("fault", why)
 
 

@@ -44,6 +44,8 @@ class Connections(httpx2.AsyncBaseTransport):
             assert isinstance(response.stream, httpx2.AsyncByteStream)
             try:
                 body = b"".join([part async for part in response.stream])
+            except httpx2.ReadError as error:  # told apart from a connection that ended before any response
+                raise httpx2.RemoteProtocolError(f"the response broke off: {error}") from error
             finally:
                 await response.stream.aclose()
             if response.status_code == 500:

@@ -26,13 +26,15 @@ before, they can also come from a gateway whose backend is being replaced, and p
 class Trouble:
     """The reason why a request has no answer.
 
-    too much: the server is over its load or rate limit. gone: it can't be reached. fault: an error of the server or of
-    this request; worth another try. broken: it broke off its answer to this request, and answers others; worth another
-    try. row: it won't answer this request. denied: it refuses the key, the address or the model (`DENIED`). hopeless:
-    it will answer no request. again: it wants the request in another form, which the next try has.
+    too much: the server is over its load or rate limit. gone: it can't be reached. dropped: the connection ended before
+    any byte of a response; a fault of the request where the server answers others, else as gone. fault: an error of the
+    server or of this request; worth another try. broken: it broke off its answer to this request, and answers others;
+    worth another try. row: it won't answer this request. denied: it refuses the key, the address or the model
+    (`DENIED`). hopeless: it will answer no request. again: it wants the request in another form, and the next try has
+    that.
     """
 
-    kind: Literal["too much", "gone", "fault", "broken", "row", "denied", "hopeless", "again"]
+    kind: Literal["too much", "gone", "dropped", "fault", "broken", "row", "denied", "hopeless", "again"]
     what: str
     retry_after: float | None = None
     status: int | None = None
@@ -129,7 +131,9 @@ def trouble_of(status: int, what: str, error: ErrorBody, headers: Mapping[str, s
         case _ if status >= 500 and not is_long:
             return Trouble("fault", what, retry_after, status)
         case _:
-            return Trouble("row", what, status=status, about_content=is_long or is_flagged)
+            is_bytes = status == 413 and not _TOKENS.search(error.says)
+            advice = _ABOUT_BYTES if is_bytes else None
+            return Trouble("row", what, status=status, about_content=is_long or is_flagged, advice=advice)
 
 
 def _validation_errors(body: Any, text: str) -> str:
@@ -236,11 +240,17 @@ _QUOTA = re.compile(r'"quotaId"\s*:\s*"([\w-]+)"')
 
 _TOO_LONG = re.compile(
     r"context[ _-]?(?:length|window|size|limit)"  # OpenAI, vLLM, SGLang, llama.cpp, Mistral, DeepSeek, Ollama
-    r"|(?:prompt|inputs?|request|messages?|string)\b.{0,80}?\b(?:too (?:long|large)|longer than|exceeds? )"
+    r"|(?:prompt|inputs?|request(?! entity too large)|messages?|string)\b"
+    r".{0,80}?\b(?:too (?:long|large)|longer than|exceeds? )"
     r"|too many (?:(?:input|prompt) )?tokens|reduce the length|maximum (?:prompt|input) length"
     r"|range of input length|`inputs` (?:tokens \+|must have)"  # DashScope, TGI
     r"|string_above_max_length|request_too_large|context the overflows",  # OpenAI, Anthropic, LM Studio
     re.IGNORECASE | re.DOTALL,
+)
+_TOKENS = re.compile(r"token|context|prompt|length", re.IGNORECASE)
+_ABOUT_BYTES = (
+    "That is a limit in bytes of the server or of a proxy before it (client_max_body_size of nginx), not the model's "
+    "context: raise it there, or take shorter rows."
 )
 _OUT_OF_CREDIT = re.compile(
     r"insufficient[ _-]?(?:\w+[ _-])?(?:quota|balance|credit|fund)"

@@ -21,6 +21,9 @@ Ending = Literal["complete", "cut", "refused", "tool", "fault", "unknown", "unst
 BELOW_LIMIT = "missing, below the token limit"
 """Our own name for the end of an answer without a reason that is shorter than the token limit: nothing has cut it."""
 
+INFERRED = ("", "null", "none", BELOW_LIMIT, "length", "tool_calls")
+"""Finish reasons that may be our own reading of an answer without one."""
+
 REASONS: dict[Ending, str] = {
     # OpenAI, vLLM, SGLang: stop. TGI, Together: eos, eos_token. llama.cpp before 2024: eos, word. Anthropic, Bedrock:
     # end_turn, stop_sequence. Cohere: COMPLETE. Titan: FINISH. ERNIE: normal.

@@ -17,14 +17,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from train.errors import UserError
-from train.llm.advice import explain, is_unreachable, list_models, name_models
+from train.llm.advice import about, explain, list_models, look, name_models
 from train.llm.connection_faults import speaks_tls, tls_wanted
 from train.llm.failures import Trouble
 from train.llm.journal import Answer, Decoding, Request
 from train.llm.places import Pauses
 from train.llm.redaction import Redactor
 from train.llm.refusals import NameSetting, config_setting, names_field
-from train.llm.server import PAUSE_OF_A_START, Server, ServerLane
+from train.llm.server import PAUSE_OF_A_START, SILENT, Server, ServerLane
 from train.progress import SECONDS_BETWEEN_LINES, duration
 
 SECONDS_OF_AN_ANSWER = 120.0
@@ -33,6 +33,13 @@ START_IT = (
     "Check host and port, and that the server is running. For one that is still starting, --wait-for-server 30m waits "
     "as long."
 )
+BEHIND_A_PORT = (
+    "The port is open, and no model server answers behind it. See that the server is running, and that the port of a "
+    "container or tunnel (docker, ssh -L, kubectl port-forward) leads to its own. For one that is still starting, "
+    "--wait-for-server 30m waits as long."
+)
+SECONDS_OF_A_SILENT_ONE = 30.0
+"""Longest wait for one token from a server that did not answer a look at its models."""
 TRIES = 3
 """Of a request that fails: a gateway with several servers behind it may have one that is faulty."""
 _LIMITS = ("max_tokens", "max_completion_tokens")
@@ -91,16 +98,16 @@ def share_secrets(lanes: Sequence[ServerLane]) -> None:
 
 def unreachable(lane: ServerLane, trouble: Trouble, waited: float = 0.0) -> str:
     """Return that a server can't be reached, why, and what to do."""
-    what = trouble.what.rstrip(".")
-    what = what if is_unreachable(trouble) else f"answers {what}"
     proxy = lane.address.proxy
     advice = (
         f"See that the proxy is running, unset {proxy.variable}, or name the server's host in no_proxy."
         if proxy
+        else BEHIND_A_PORT
+        if trouble.kind == "dropped"
         else START_IT
     )
     tried = f", tried for {duration(waited)}" if waited >= 1 else ""
-    return f"{lane.name} {what}{tried}. {trouble.advice or advice}"
+    return f"{about(lane, trouble)}{tried}. {trouble.advice or advice}"
 
 
 async def _contact(lane: ServerLane, model: str, requests: Sequence[Request], wait: float) -> str | Trouble:
@@ -109,13 +116,19 @@ async def _contact(lane: ServerLane, model: str, requests: Sequence[Request], wa
     failures = 0
     while True:
         names = await list_models(lane)
+        is_silent = not lane.reached
+        seconds = SECONDS_OF_A_SILENT_ONE if is_silent else SECONDS_OF_AN_ANSWER
         for request in requests:
-            outcome = await _one_token(lane, model, request)
+            outcome = await _one_token(lane, model, request, seconds)
             if not isinstance(outcome, Answer):
                 break
-        left = started + wait - time.monotonic()
-        if not (isinstance(outcome, Trouble) and outcome.kind == "gone"):
+        if outcome is None and is_silent and await look(lane) is None:
+            outcome = SILENT
+        if not (isinstance(outcome, Trouble) and outcome.kind in (("gone", "dropped") if is_silent else ("gone",))):
             return await _judge(lane, model, names, outcome)
+        if outcome.kind == "dropped" and await speaks_tls(lane.address):
+            return await _judge(lane, model, names, tls_wanted(lane.address))
+        left = started + wait - time.monotonic()
         if left <= 0:
             return outcome
         if not failures or time.monotonic() - told > SECONDS_BETWEEN_LINES:
@@ -125,22 +138,22 @@ async def _contact(lane: ServerLane, model: str, requests: Sequence[Request], wa
         await asyncio.sleep(min(lane.pauses.after(failures), PAUSE_OF_A_START, left))
 
 
-async def _one_token(lane: ServerLane, model: str, request: Request) -> Answer | Trouble | None:
+async def _one_token(lane: ServerLane, model: str, request: Request, seconds: float) -> Answer | Trouble | None:
     """Return the outcome of a request for one token; None where nothing comes in time.
 
     A parameter that contradicts this limit alone (min_tokens, a budget for reasoning) is tried with the stage's own.
     """
     small = replace(request, decoding=replace(request.decoding, max_tokens=1))
     try:
-        async with asyncio.timeout(SECONDS_OF_AN_ANSWER):
+        async with asyncio.timeout(seconds):
             for tries in range(1, TRIES + 1):
                 outcome = await lane.send(model, small)
                 if isinstance(outcome, Trouble) and outcome.kind == "row" and _is_about_limit(outcome):
                     small = request
                     continue
-                if not (isinstance(outcome, Trouble) and outcome.kind in ("again", "fault")):
+                if not (isinstance(outcome, Trouble) and outcome.kind in ("again", "fault", "dropped")):
                     break
-                if outcome.kind == "fault":
+                if outcome.kind != "again":
                     await asyncio.sleep(lane.pauses.after(tries))
             return outcome
     except TimeoutError:
@@ -157,7 +170,7 @@ async def _judge(lane: ServerLane, model: str, names: list[str] | None, outcome:
         return f"is reached, and has not answered within {duration(SECONDS_OF_AN_ANSWER)}: it may be loading or busy"
     if (
         isinstance(outcome, Trouble)
-        and outcome.kind == "fault"
+        and outcome.kind in ("fault", "dropped")
         and not outcome.status
         and await speaks_tls(lane.address)
     ):
@@ -180,7 +193,7 @@ async def _judge(lane: ServerLane, model: str, names: list[str] | None, outcome:
         if names is not None
         else f"Is base_url right, and is {model!r} a model that it serves?"
     )
-    raise UserError(f"{lane.name} answers {outcome.what.rstrip('.')} ({TRIES} times). {advice}")
+    raise UserError(f"{about(lane, outcome)} ({TRIES} times). {advice}")
 
 
 def _is_in(model: str, names: list[str]) -> bool:

@@ -7,17 +7,29 @@ The format: github.com/openai/harmony. Its library reads token ids, which a serv
 
 import re
 
+from train.llm.mentions import is_named, is_word
+
 _HEADER = re.compile(
     r"(?:<\|start\|>(?P<role>[^<]*))?(?:<\|channel\|>(?P<channel>[^<]*))?(?:<\|constrain\|>[^<]*)?<\|message\|>"
 )
 _END = re.compile(r"<\|(?:end|return|call|start|channel)\|>")
 _TOKENS = re.compile(r"<\|(?:channel|message|constrain|start|call)\|>")
-SIGNS = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>", "<|call|>")
+_SIGNS = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>", "<|call|>")
+_RUN = re.compile(
+    r"(?:<\|(?:start|channel|message|constrain|call)\|>(?P<name>assistant|analysis|commentary|final|user|system)?)+"
+)
 
 
 def holds_harmony(text: str) -> bool:
-    """Whether tokens are in the text that only this format has."""
-    return any(sign in text for sign in SIGNS)
+    """Return whether tokens that only this format has are in the text, and not as words of a sentence."""
+    return any(sign in text for sign in _SIGNS) and not all(_is_spoken_of(text, run) for run in _RUN.finditer(text))
+
+
+def _is_spoken_of(text: str, run: re.Match[str]) -> bool:
+    after = text[run.end() :]
+    if run["name"] and not after[:1].isspace() and after[:1] not in tuple(".,;)"):
+        return False
+    return is_named(text, run.start(), run.end()) or (not run["name"] and is_word(text, run.start(), run.end()))
 
 
 def split_channels(text: str, plain: str) -> tuple[str, str, str] | None:

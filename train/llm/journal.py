@@ -22,7 +22,8 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from train.errors import UserError
-from train.llm.finish_reasons import Ending, ending_of, unfinished
+from train.llm.finish_reasons import BELOW_LIMIT, INFERRED, Ending, ending_of, unfinished
+from train.llm.journal_faults import READING, WRONG_TYPE, are_of_the_columns, explained, warn_of_empty
 
 LAYOUT = 1
 """The layout of the table, in the file's user_version."""
@@ -124,6 +125,8 @@ class Answer:
     from_journal: bool = False
     reasoning_in: str = ""
     """The field that held reasoning beside the text (reasoning_content, ...). The journal does not keep it."""
+    ignored_part: str = ""
+    """The type of a part beside the text that can't be read as text. The journal does not keep it."""
     only_reasoning: bool = False
     """Its text was reasoning that never ended, so it holds no answer (set by `train.llm.reasoning.read_answer`)."""
 
@@ -151,9 +154,12 @@ class Answer:
     @property
     def empty(self) -> bool:
         """Whether it holds no text though nothing cut it, withheld it or called a tool."""
-        if self.text and not self.text.isspace():
-            return False
-        return not self.refusal and self.ending in ("complete", "unknown", "unstated")
+        return self.blank and not self.refusal and self.ending in ("complete", "unknown", "unstated")
+
+    @property
+    def blank(self) -> bool:
+        """Whether its text shows nothing: blanks and invisible characters (U+200B, U+FEFF) at most."""
+        return not any(letter.isprintable() and not letter.isspace() for letter in self.text)
 
     @property
     def unfinished(self) -> str:
@@ -164,7 +170,7 @@ class Answer:
             return unfinished(self.finish_reason)
         if self.only_reasoning:
             return "without an end to its reasoning"
-        if self.text and not self.text.isspace():
+        if not self.blank:
             return ""
         return f"empty, all of it in {self.reasoning_in}" if self.reasoning_in else "empty"
 
@@ -212,6 +218,7 @@ class Journal:
             # the last of them but break nothing (sqlite.org/pragma.html#pragma_synchronous).
             connection.execute("PRAGMA synchronous = NORMAL")
             if is_new:
+                warn_of_empty(self.path)
                 connection.executescript(
                     f"BEGIN; PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {LAYOUT};"
                     "CREATE TABLE answers (key BLOB PRIMARY KEY, stage TEXT NOT NULL, model TEXT NOT NULL,"
@@ -221,7 +228,7 @@ class Journal:
                     "COMMIT;"
                 )
         except sqlite3.Error as error:
-            raise self._explained(error, "it can't be used as a journal of answers") from error
+            raise explained(self.path, error, "it can't be used as a journal of answers") from error
         return connection
 
     def find(self, key: bytes, max_tokens: int, *, accept_empty: bool = False) -> Answer | None:
@@ -229,8 +236,7 @@ class Journal:
 
         An answer that came to its own end within the limit is. One that was cut counts for the very limit that cut
         it: under a higher one there is more to hear, under a lower one it is too long. One that the server broke off
-        (abort, error) is not returned, nor is an empty one unless `accept_empty`: earlier versions kept those, and
-        they are to be asked again.
+        (abort, error) is not returned: earlier versions kept those. Nor is an empty one unless `accept_empty`.
         """
         found = self._first(
             "SELECT text, finish_reason, refusal, prompt_tokens, completion_tokens, seconds, max_tokens"
@@ -240,6 +246,8 @@ class Journal:
         if found is None:
             return None
         text, finish_reason, refusal, prompt_tokens, completion_tokens, seconds, limit = found
+        if not are_of_the_columns(*found):
+            raise explained(self.path, WRONG_TYPE, READING)
         answer = Answer(text, finish_reason, refusal, prompt_tokens, completion_tokens, seconds, from_journal=True)
         if answer.ending == "fault" or (answer.empty and not accept_empty):
             return None
@@ -249,45 +257,43 @@ class Journal:
         return answer if not answer.cut and length <= max_tokens else None
 
     def has_stage(self, stage: str, model: str) -> bool:
-        """Whether `model` ever answered anything in `stage`."""
-        query = "SELECT 1 FROM answers WHERE stage = ? AND model = ? LIMIT 1"
-        return self._first(query, (stage, model)) is not None
+        """Whether `model` ever answered anything in `stage`. Empty answers, which the client keeps too, don't count."""
+        query = (
+            "SELECT 1 FROM answers WHERE stage = ? AND model = ?"
+            " AND (trim(text, char(9, 10, 13, 32)) != '' OR refusal IS NOT NULL"
+            " OR finish_reason NOT IN ('stop', '', ?)) LIMIT 1"
+        )
+        return self._first(query, (stage, model, BELOW_LIMIT)) is not None
+
+    def gives_reasons(self, model: str, servers: int) -> bool:
+        """Return whether answers of `model` came with a finish_reason of the server's own.
+
+        Where several servers answered and some of the answers had none, one of the servers may never give any.
+        """
+        places = ", ".join("?" * len(INFERRED))
+        given = f"SELECT 1 FROM answers WHERE model = ? AND lower(finish_reason) NOT IN ({places}) LIMIT 1"
+        missing = "SELECT 1 FROM answers WHERE model = ? AND finish_reason = ? LIMIT 1"
+        return self._first(given, (model, *INFERRED)) is not None and (
+            servers == 1 or self._first(missing, (model, BELOW_LIMIT)) is None
+        )
 
     def seconds(self) -> float | None:
         """From the first request to the last answer of all that stands here, breaks included; None if nothing does."""
         found = self._first("SELECT min(asked_at), max(asked_at + seconds) FROM answers")
-        return None if found is None or found[0] is None else found[1] - found[0]
+        if found is None or found[0] is None:
+            return None
+        first, last = found
+        if not type(first) is type(last) is float:
+            raise explained(self.path, WRONG_TYPE, READING)
+        return float(last - first)
 
     def _first(self, query: str, values: Sequence[Any] = ()) -> tuple[Any, ...] | None:
         """Return the first row of a query's result. Raises UserError where the file can't be read."""
         try:
             row: tuple[Any, ...] | None = self._reader.execute(query, values).fetchone()
         except sqlite3.Error as error:
-            raise self._explained(error, "answers can't be read from it") from error
+            raise explained(self.path, error, READING) from error
         return row
-
-    def _explained(self, error: sqlite3.Error, what: str) -> UserError:
-        """Return what the user can do about an error of SQLite."""
-        code = getattr(error, "sqlite_errorcode", None)  # none where a text is not UTF-8, which would be quoted
-        said = f"{self.path}: {what} ({'a text in it is not UTF-8' if code is None else error})"
-        match sqlite3.SQLITE_CORRUPT if code is None else code & 0xFF:
-            case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_MISMATCH | sqlite3.SQLITE_ERROR:
-                return UserError(
-                    f"{said}. The file is damaged, or is no journal. What is written beside it stays as it is. Move "
-                    f"the file away, with {self.path.name}-wal if there is one, and start the same command again: it "
-                    "asks anew, and puts the new rows in the place of those there, so copy these if you want to keep "
-                    "them."
-                )
-            case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
-                return UserError(
-                    f"{said}. Another program has locked the file. Close it, and start the same command again: "
-                    "what was written before is safe."
-                )
-            case _:
-                return UserError(
-                    f"{said}. What was written before is safe: make room, see to the disk and to the permissions of "
-                    "the file and its folder, and start the same command again."
-                )
 
     async def add(self, key: bytes, model: str, request: Request, answer: Answer) -> None:
         """Write an answer down; returns when a killed process would no longer lose it."""
@@ -351,7 +357,7 @@ class Journal:
                     "Put it back if you have moved it, and start the same command again."
                 )
         except sqlite3.Error as error:
-            failure = self._explained(error, "answers can no longer be written down")
+            failure = explained(self.path, error, "answers can no longer be written down")
         except Exception as error:  # a number that SQLite can't hold: who waits for the answer must hear of it
             failure = error
         for loop in {entry.committed.get_loop() for entry in entries}:

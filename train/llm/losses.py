@@ -4,6 +4,7 @@ What a rule of the configuration leaves out (a gate, `on_empty`, a filter) is ac
 loss. `accept_losses` names the others; a run that has some which it doesn't name ends with exit code 2.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Literal
 
@@ -14,15 +15,21 @@ Loss = Literal["no_answer", "unreadable", "unsupported"]
 UNREADABLE = "can't be read"
 UNSUPPORTED = "not supported"
 
-_REASONS: dict[Loss, str] = {"no_answer": NO_ANSWER, "unreadable": UNREADABLE, "unsupported": UNSUPPORTED}
-"""The beginning of each loss's reason in reports."""
+_EMPTY = "(?:new answer|verification|system message|(?:system message|preferences|descriptions|answer):) empty"
+"""An answer without any text, try after try."""
+_REASONS: dict[Loss, re.Pattern[str]] = {
+    "no_answer": re.compile(rf"{NO_ANSWER}|{_EMPTY}\b"),
+    "unreadable": re.compile(UNREADABLE),
+    "unsupported": re.compile(UNSUPPORTED),
+}
+"""The beginning of each loss's reasons in reports."""
 
 
 def unaccepted(reasons: Mapping[str, int], accepted: Collection[Loss]) -> dict[Loss, dict[str, int]]:
     """Return the counts of the reasons that are losses which `accepted` doesn't name, by loss."""
     found: dict[Loss, dict[str, int]] = {}
     for loss, beginning in _REASONS.items():
-        counts = {reason: count for reason, count in reasons.items() if reason.startswith(beginning)}
+        counts = {reason: count for reason, count in reasons.items() if beginning.match(reason)}
         if counts and loss not in accepted:
             found[loss] = counts
     return found

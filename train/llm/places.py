@@ -48,6 +48,12 @@ class Lane:
         self.heard_at = time.monotonic()
         """When it last said anything, or was asked after a rest."""
         self.paused_until = 0.0
+        self.pause_reason = ""
+        """What it said when it was last paused. Answers that were under way come during a pause, and don't end it."""
+        self.closed = ""
+        """Why it is asked nothing more; empty while it is asked."""
+        self.rests = False
+        """Whether it gets no request until a look at it hears something."""
         self.trouble: str | None = None
         """Its last objection, until it answers again."""
         self.trouble_since = 0.0
@@ -81,7 +87,7 @@ class Lane:
         self.objected(what, sent_at)
         if retry_after is not None:
             after = time.monotonic() + retry_after + self.pauses.first * random.random()
-            self.paused_until = max(self.paused_until, after)
+            self.paused_until, self.pause_reason = max(self.paused_until, after), what
 
     def failed(self, what: str, sent_at: float) -> None:
         """It failed over a request, or can't be reached."""
@@ -109,11 +115,11 @@ class Lane:
         if self.failures_in_a_row > 1:
             longest = max(self.pauses.first, SHARE_OF_ABSENCE * (now - self._answered_at))
             pause = min(longest, self.pauses.after(self.failures_in_a_row - 1))
-            self.paused_until = max(self.paused_until, now + pause)
+            self.paused_until, self.pause_reason = max(self.paused_until, now + pause), what
 
     def is_open(self, now: float) -> bool:
         """Whether it may get one more request."""
-        return self.in_flight < self.limit and self.paused_until <= now
+        return self.in_flight < self.limit and self.paused_until <= now and not (self.closed or self.rests)
 
 
 AnyLane = TypeVar("AnyLane", bound=Lane)

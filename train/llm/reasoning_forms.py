@@ -7,6 +7,7 @@ whole engine. gpt-oss with its special tokens is in `harmony.py`.
 
 import functools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,9 +15,17 @@ _WORDS = (
     r"(?:[a-z]+[:_])?think(?:ing)?|thoughts?|reasoning|reflection|scratch_?pad|inner_(?:monologue|thoughts?)"
     r"|chain_of_thought"
 )
+_OWN_WORDS = "(?:[a-z]+[:_])?think"
+"""Names that models have for reasoning, and no one else. The other words may be names in a document."""
 _UPPER = "(?:THINK(?:ING)?|THOUGHTS?|REASONING)"
 _IN_TOKEN = "(?:think(?:ing)?|thoughts?|reasoning)"
-_FIRST_WORDS = "We|We'll|We're|The|User|I|I'll|Need|Okay|Ok|Let|Let's|It|This|They|So|You|Just|Simple|Must|Should"
+_FIRST_WORDS = (
+    "We|We'll|We're|The|User|I|I'll|I'm|Need|Okay|Ok|Let|Let's|It|It's|This|That|They|So|You|Just|Simple|Must|Should"
+    "|Hm+|Wait|First|Now|Maybe|Probably|Question|Answer|Provide|Given|Look|Looks|Looking|Alright|Sure|What|How|Can"
+    "|Could|Possibly|There|Here|To|For|In|If|As|Thus|Also|Actually|Well|Yes|No|Given|Check|Think|Task|Asked|Want|Wants"
+)
+_FIRST_LINES = "The user|User|We need|Okay|Let's|Need to"
+"""Elsewhere a line of one such word is a heading."""
 _HERE_IS = r"[*#_ ]*Here(?:'s|’s| is) my"
 
 
@@ -43,25 +52,24 @@ class Form:
     needs_closer: bool = False
     holds_turn: bool = False
 
-    def find_opener(self, text: str) -> int | None:
-        """Return where a text first opens reasoning in this form, at its beginning or further on."""
-        if "{word}" in self.closer:
-            return next((tag.start() for tag in TAG.finditer(text) if not tag["closes"]), None)
-        found = re.search(self.opener, text)
-        return found.start() if found else None
+    def openers(self, text: str, closer: re.Match[str], start: int) -> Iterator[re.Match[str]]:
+        """Return what opens reasoning between `start` and a closer of this form; a tag has the closer's name."""
+        if "{word}" not in self.closer:
+            return _compiled(self.opener, "").finditer(text, start, closer.start())
+        name = re.sub(r"[\s</>]", "", closer[0]).casefold()
+        tags = TAG.finditer(text, start, closer.start())
+        return (tag for tag in tags if not tag["closes"] and tag["name"].casefold() == name)
 
-    def find_closer(self, text: str, opener: re.Match[str]) -> re.Match[str] | None:
-        """Return the first closer after an opener that isn't in backticks; one of a tag has the opener's name."""
+    def closers(self, text: str, opener: re.Match[str]) -> list[re.Match[str]]:
+        """Return the closers after an opener that aren't in backticks; those of a tag have the opener's name."""
         word = opener["word"] or opener["escaped"] or ""
-        closers = _compiled(self.closer, word).finditer(text, opener.end())
-        return next(
-            (one for one in closers if not text[one.start() - 1] == "`" == text[one.end() : one.end() + 1]), None
-        )
+        found = _compiled(self.closer, word).finditer(text, opener.end())
+        return [one for one in found if not text[one.start() - 1] == "`" == text[one.end() : one.end() + 1]]
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(closer: str, word: str) -> re.Pattern[str]:
-    return re.compile(closer.replace("{word}", re.escape(word)), re.IGNORECASE)
+def _compiled(mark: str, word: str) -> re.Pattern[str]:
+    return re.compile(mark.replace("{word}", re.escape(word)), re.IGNORECASE)
 
 
 FORMS = (
@@ -91,7 +99,7 @@ FORMS = (
     Form("Kimi K3", r"<\|open\|>think<\|sep\|>", r"<\|close\|>think<\|sep\|>", alone="token"),
     Form("Inkling", r"(?:<\|message_model\|>)?<\|content_thinking\|>", r"<\|end_message\|>"),
     Form("Gemma 4", r"<\|channel>(?:thought\s)?", r"<channel\|>", alone="token"),
-    Form("Gemma 4 without its special tokens, so that the end can't be told", r"thought\n", "(?!)"),
+    Form("Gemma 4 without its special tokens, so that the end can't be told", r"thought\n(?![a-z])", "(?!)"),
     Form("MedGemma 1.5", r"<unused94>(?:thought\s)?", "<unused95>", alone="token"),
     Form("openPangu", r"\[unused16\]", r"\[unused17\]", alone="token"),
     Form(
@@ -103,7 +111,7 @@ FORMS = (
     ),
     Form(
         "gpt-oss without its special tokens",
-        rf"(?:assistant)?(?:analysis|commentary)(?=\n?(?:{_FIRST_WORDS})\b)",
+        rf"(?:assistant)?(?:analysis|commentary)(?=(?:{_FIRST_WORDS}|\n(?:{_FIRST_LINES}))\b(?!\s*[=(]|\.\w))",
         "assistantfinal",
         alone="glued",
     ),
@@ -134,17 +142,24 @@ _ALONE = tuple(
     for form in FORMS
     if form.alone
 )
-TAG = re.compile(rf"<(?P<closes>/\s*)?(?:{_WORDS})(?:\s[^<>]*?)?>", re.IGNORECASE)
+CLOSER = re.compile(
+    "|".join(f"(?:{pattern.pattern})" for form, pattern in _ALONE if form.alone != "glued"), re.IGNORECASE
+)
+"""Any closer that may stand without an opener."""
+TAG = re.compile(rf"<(?P<closes>/\s*)?(?P<name>{_WORDS})(?:\s[^<>]*?)?>", re.IGNORECASE)
 """A mark that answers may speak of, as they may of [THINK]."""
+BLOCK = re.compile(rf"^[^\S\n]*(?:<(?P<name>{_OWN_WORDS})>|\[(?P<mark>{_UPPER})\])", re.MULTILINE | re.IGNORECASE)
+"""An opener at the beginning of a line. Names that any document may have are not among them."""
+_OWN_WORD = re.compile(_OWN_WORDS, re.IGNORECASE)
 _TOKEN = re.compile(
     "|".join(f"{form.opener}|{form.closer}" for form in FORMS if form.alone == "token" and not form.needs_closer)
 )
 _MARK = re.compile(
-    rf"<(?:[|｜]|/?s>|/\s*(?:{_WORDS})\s*>|(?:start|end)_of_|turn\||channel\||(?:unused|SPECIAL_|extra_id_|reserved_|ctrl)\d"
+    rf"<(?=[|｜/a-zA-Z])(?:[|｜]|/?s>|(?:/\s*)?(?:{_WORDS})[\s>]|/?(?:\w+:)?(?:tool_?calls?|function)|(?:start|end)_of_|turn\||channel\||(?:unused|SPECIAL_|extra_id_|reserved_|ctrl)\d"
     r"|(?:seed:)?eo[a-z]>|(?:bos|pad|unk)>)",
     re.IGNORECASE,
 )
-_BRACKET = re.compile(rf"\[(?:/{_UPPER}\]|unused\d|BEGIN FINAL|END FINAL|/?INST\]|EO[ST]\]|\|)")
+_BRACKET = re.compile(rf"\[(?:/{_UPPER}\]|unused\d|BEGIN FINAL|END FINAL|/?INST\]|EO[ST]\]|\||THINK|TOOL_CALL|e~\[)")
 
 
 def may_hold_marks(text: str) -> bool:
@@ -154,19 +169,29 @@ def may_hold_marks(text: str) -> bool:
         or ("[" in text and _BRACKET.search(text))
         or "◁" in text
         or ("assistant" in text and ("assistantfinal" in text or "assistant\n\n" in text))
+        or "functools[" in text
+        or "]~b]" in text
     )
 
 
-def holds_token(text: str) -> bool:
-    """Return whether a mark is in the text that is a token of a model, which no answer holds outside code."""
+def tokens_in(text: str) -> Iterator[re.Match[str]]:
+    """Return the marks in a text that are tokens of a model, which answers hold only to speak of them."""
     signs = ("<|", "|>", "◁", "[unused", "<unused")
-    return any(sign in text for sign in signs) and bool(_TOKEN.search(text))
+    return _TOKEN.finditer(text) if any(sign in text for sign in signs) else iter(())
 
 
 def closers_alone(text: str) -> list[tuple[Form, re.Match[str]]]:
     """Return all closers that may stand without an opener, in their order. One regular expression for all is slow."""
     found = ((form, closer) for form, pattern in _ALONE for closer in pattern.finditer(text))
     return sorted(found, key=lambda one: one[1].start())
+
+
+def document_name(opener: re.Match[str], form: Form) -> str:
+    """Return the name of an opener that may be a tag of an ordinary document; nothing for a model's own mark."""
+    if form.models == "Dify":
+        return "details"
+    word: str = opener["word"] or ""
+    return "" if _OWN_WORD.fullmatch(word) else word
 
 
 def form_of(opener: re.Match[str]) -> Form:

@@ -17,6 +17,8 @@ WINDOW = 8
 SHORTEST_CERTAIN = 12
 """Length from which a secret in an answer is no coincidence. Keys of services are longer; people also set `EMPTY`,
 `dummy` and the like for servers that ignore the key, and models write such words."""
+PREFIX = 16
+"""Length of a secret's beginning that gives it away in an answer."""
 LONGEST_SEARCHED = 100_000
 """Characters of a text that are searched; the rest is left out. Of an error at most some hundred are shown."""
 
@@ -55,7 +57,7 @@ class Redactor:
             form[start : start + WINDOW] for form in self._forms for start in range(len(form) - WINDOW + 1)
         }
         self._certain = sorted(
-            {form for secret in wanted if len(secret) >= SHORTEST_CERTAIN for form in _plain_forms(secret)}
+            {form[:PREFIX] for secret in wanted if len(secret) >= SHORTEST_CERTAIN for form in _plain_forms(secret)}
         )
 
     def clean(self, text: str) -> str:

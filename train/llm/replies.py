@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from train.llm.finish_reasons import ending_of
+from train.llm.finish_reasons import Ending, ending_of
 from train.llm.journal import Answer
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "reasoning_details", "thinking", "thinking_blocks")
@@ -22,14 +22,17 @@ class UnusableReplyError(ValueError):
 def answer_in(body: Any, seconds: float) -> Answer:
     """Return the answer in a chat completion: that of its first choice.
 
-    Content in parts (Magistral, Anthropic, Bedrock) is the text parts joined; parts of reasoning are no text. The
-    completions form (`text` in place of a message) is read too.
+    Content in parts (Magistral, Anthropic, Bedrock) is the text parts joined; parts of reasoning are no text, and other
+    parts beside a text (Mistral's references) are ignored. The completions form (`text` in place of a message) is read
+    too, and so is a prompt that Gemini has blocked, which has no choices: a refusal.
 
     Raises:
         UnusableReplyError: the server broke the answer off (finish_reason abort or error, an error in the choice), or
-            the content has parts that are no text.
+            the content has parts, and none of them can be read.
         ValueError: `body` is no chat completion.
     """
+    if isinstance(body, Mapping) and not body.get("choices") and (block_reason := _block_reason(body)):
+        return Answer("", f"content_filter: {block_reason}", None, None, None, seconds)
     try:
         choice = body["choices"][0]
         message = choice.get("message") or choice.get("delta") or {"content": choice.get("text")}
@@ -45,16 +48,19 @@ def answer_in(body: Any, seconds: float) -> Answer:
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError("not a chat completion") from error
     text = "" if content is None else content
+    ignored = ""
     if not isinstance(text, str):
         parts = _Parts(text)
+        ignored = parts.ignored
         text, refusal, has_tool_calls = parts.text, refusal or parts.refusal, has_tool_calls or parts.calls_tool
         reasoning = reasoning or (parts.holds_reasoning and "content parts") or ""
     if isinstance(reason, Mapping):  # SGLang's own API: {"type": "length", "length": 16}
         reason = reason.get("type")
     finish_reason = str(reason or "")
-    if ending_of(finish_reason) == "fault" and ending_of(str(choice.get("native_finish_reason") or "")) == "refused":
-        finish_reason = str(choice["native_finish_reason"])  # a gateway's "error" for what the model's filter did
-    elif failure or ending_of(finish_reason) == "fault":
+    native = _native_reason(choice)
+    if ending_of(native) in _NATIVE_COUNTS.get(ending_of(finish_reason), ()):
+        finish_reason, failure = native, failure if ending_of(native) == "fault" else None
+    if failure or ending_of(finish_reason) == "fault":
         raise UnusableReplyError(_words_of_fault(finish_reason, failure))
     elif has_tool_calls and ending_of(finish_reason) in ("complete", "unstated"):
         finish_reason = "tool_calls"  # some say "stop" all the same
@@ -66,7 +72,32 @@ def answer_in(body: Any, seconds: float) -> Answer:
         completion_tokens=completion_tokens,
         seconds=seconds,
         reasoning_in=reasoning,
+        ignored_part=ignored,
     )
+
+
+_NATIVE_COUNTS: dict[Ending, tuple[Ending, ...]] = {
+    "complete": ("cut", "refused", "fault", "tool"),
+    "unknown": ("cut", "refused", "fault", "tool"),
+    "unstated": ("complete", "cut", "refused", "fault", "tool"),
+    "fault": ("refused",),
+}
+"""The endings of the model's own reason that count in place of a gateway's: `stop` for what the token limit cut,
+`error` for what the model's filter did."""
+
+
+def _native_reason(choice: Mapping[str, Any]) -> str:
+    """Return the reason of the model's own API beside a gateway's: OpenRouter's field, or LiteLLM's."""
+    fields = choice.get("provider_specific_fields")
+    inner = fields.get("native_finish_reason") if isinstance(fields, Mapping) else None
+    return str(choice.get("native_finish_reason") or inner or "")
+
+
+def _block_reason(body: Mapping[str, Any]) -> str:
+    """Return the reason for which Gemini has blocked a prompt; nothing where it has not."""
+    feedback = body.get("promptFeedback") or body.get("prompt_feedback")
+    reason = feedback.get("blockReason") or feedback.get("block_reason") if isinstance(feedback, Mapping) else None
+    return str(reason or "")
 
 
 class _Parts:
@@ -75,6 +106,8 @@ class _Parts:
     def __init__(self, content: Any) -> None:
         self.text = self.refusal = ""
         self.calls_tool = self.holds_reasoning = False
+        self.ignored = ""
+        """The type of the first part that can't be read."""
         for part in content if isinstance(content, list) else [content]:
             kind = part.get("type") or "text" if isinstance(part, Mapping) else "text"
             if kind in _REASONING_PARTS:
@@ -86,9 +119,13 @@ class _Parts:
             elif kind == "refusal" and isinstance(said := _member(part, "refusal"), str):
                 self.refusal += said
             elif isinstance(part, Mapping):
-                raise UnusableReplyError(f"the answer's content has a part of type {kind!r} that can't be read as text")
+                self.ignored = self.ignored or str(kind)
             else:
                 raise ValueError("content is no text")
+        if self.ignored and not (self.text or self.refusal or self.calls_tool):
+            raise UnusableReplyError(
+                f"the answer's content has a part of type {self.ignored!r} that can't be read as text"
+            )
 
 
 def _member(part: Any, name: str) -> Any:
@@ -102,6 +139,8 @@ def why_empty(answer: Answer) -> str:
             f"an empty answer, all of it in {answer.reasoning_in}: the server's reasoning parser and the template's "
             "setting (enable_thinking) do not match. Start the server without the parser, or let the model reason"
         )
+    if not answer.blank:
+        return "an empty answer: nothing but reasoning or control tokens"
     return f"an empty answer (finish_reason {answer.finish_reason or 'missing'})"
 
 

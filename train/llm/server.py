@@ -1,7 +1,6 @@
 """One server: its connections, its key, and what its answers and errors mean."""
 
 import asyncio
-import os
 import re
 import time
 from dataclasses import dataclass, replace
@@ -32,8 +31,9 @@ from train.llm.failures import (
     is_about_shared_context,
     trouble_of,
 )
-from train.llm.finish_reasons import BELOW_LIMIT, ending_of
+from train.llm.finish_reasons import BELOW_LIMIT
 from train.llm.journal import Answer, Request
+from train.llm.keys import find_key
 from train.llm.places import Lane, Pauses
 from train.llm.redaction import Redactor
 from train.llm.refusals import NameSetting, advice_on, config_setting, said_in
@@ -49,6 +49,13 @@ PAUSE_OF_A_START = 5.0
 
 FAULTS_OF_A_WRONG_SCHEME = 4
 """After so many responses in a row that broke off, and no answer, we look whether it is TLS that is spoken there."""
+
+SILENT = Trouble(
+    "gone",
+    "accepts connections and sends nothing",
+    advice="A model server lists its models at once: is the port right?",
+)
+"""The trouble of a server that has never sent a byte, not even a list of its models."""
 
 _NOT_SENT: Any = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
 
@@ -85,7 +92,8 @@ class ServerLane(Lane):
         super().__init__(name, server.concurrency, pauses)
         self.patience, self.longest_wait = patience, longest_wait
         self.has_answered = False
-        self._gives_finish_reasons = False
+        self.gives_finish_reasons = False
+        """Whether any of its answers had a finish_reason, in this start or an earlier one."""
         self.answered_sent_at = 0.0
         """When the newest of the requests that it has answered was sent."""
         self.denied: set[bytes] = set()
@@ -95,7 +103,12 @@ class ServerLane(Lane):
         """How many times in a row it has denied requests; those that were on their way together count once."""
         self.reached = False
         """Whether it has sent any response of its own. Until then the run's start is at stake, and pauses are short."""
-        self.key = self._find_key(server)
+        self.away_since: float | None = None
+        """When the first request was sent that did not reach it, of those before any response."""
+        self.is_away = self.was_asked = False
+        """Whether the last request did not reach it; whether any was sent."""
+        variable = server.key_variable or ("OPENAI_API_KEY" if host == OPENAI_HOST else None)
+        self.key = find_key(name, variable) if variable else None
         self.redactor = Redactor(self.secrets)
         self._form = RequestForm(stream=server.stream)
         self._name_setting = name_setting
@@ -119,21 +132,6 @@ class ServerLane(Lane):
         # Whole, as the package would put it together anew for each request, which was a tenth of a request's work.
         self._chat_url = self.address.url("chat/completions")
 
-    def _find_key(self, server: Server) -> str | None:
-        variable = server.key_variable or ("OPENAI_API_KEY" if self.address.host == OPENAI_HOST else None)
-        if variable is None:
-            return None
-        if not (key := os.environ.get(variable, "").strip()):
-            raise UserError(f"{self.name} needs a key: set the environment variable {variable}.")
-        if not (key.isascii() and key.isprintable()):
-            found = "a line break" if len(key.splitlines()) > 1 else "a control character"
-            found = found if key.isascii() else "a character that is not ASCII (a curly quote, an invisible space?)"
-            raise UserError(
-                f"{variable}: the key in this environment variable holds {found}. A key is one line of ASCII "
-                "characters: set the variable to that alone."
-            )
-        return key
-
     @property
     def secrets(self) -> tuple[str, ...]:
         """Return what no message may show: the key, and passwords of the address and of its proxy."""
@@ -148,6 +146,7 @@ class ServerLane(Lane):
 
     async def send(self, model: str, request: Request) -> Answer | Trouble:
         """Ask once."""
+        self.was_asked = True
         body = request_body(model, request, self._form)
         started = time.monotonic()
         interruption = asyncio.timeout(None)
@@ -159,7 +158,7 @@ class ServerLane(Lane):
                 # The bare response: the package would build a model of it unchecked, and garbage looks like an answer.
                 response = await self.api.post(self._chat_url, cast_to=httpx2.Response, body=body)
         except TimeoutError:
-            return Trouble("fault", f"nothing heard for {duration(self.patience / 2)}")
+            return Trouble("fault", f"nothing heard for {duration(self.patience / 2)}") if self.reached else SILENT
         except openai.APIStatusError as error:
             return self._refusal(await self.error_response(error), error.response, body, request.stage, started)
         except openai.APIConnectionError as error:
@@ -232,9 +231,9 @@ class ServerLane(Lane):
         A server that gives reasons and leaves one out has broken that answer off. Of one that never gives any, the
         length tells whether the limit may have cut the answer: in tokens, or in bytes, as no token is shorter.
         """
-        if ending_of(answer.finish_reason) != "unstated":
-            self._gives_finish_reasons = True
-        elif self._gives_finish_reasons:
+        if answer.ending != "unstated":
+            self.gives_finish_reasons |= answer.ending != "tool"  # which a call says without any reason
+        elif self.gives_finish_reasons:
             what = "the answer has no finish_reason, and those before it had one: it was broken off"
             return Trouble("broken", what, status=200)
         elif (answer.completion_tokens or len(answer.text.encode())) < max_tokens:
@@ -256,13 +255,18 @@ class ServerLane(Lane):
 
     def _trouble(self, status: int, response: httpx2.Response, error: ErrorBody) -> Trouble:
         """Return the meaning of an error, in a response with the status of one or of a 200."""
-        said = f"{status} {response.reason_phrase}"
+        said = f"{status} {response.reason_phrase}".rstrip()
         if response.status_code == 200:
             said = "an error in the body of a 200" if status == 200 else f"{status} in the body of a 200"
         what = self.clean(f"{said}: {error.words.removeprefix(said)}").removesuffix(":")
-        if self.address.proxy and response.status_code in (403, 502, 503, 504):  # it may be the proxy that says so
-            what = f"{what.rstrip('.')} (through {self.address.proxy})"
-        return trouble_of(status, what, error, response.headers, longest_wait=self.longest_wait)
+        proxy = self.address.proxy
+        if proxy and response.status_code in (403, 502, 503, 504):  # it may be the proxy that says so
+            what = f"{what.rstrip('.')} (through {proxy})"
+        trouble = trouble_of(status, what, error, response.headers, longest_wait=self.longest_wait)
+        # What https answers comes from the server itself. Model servers write JSON, and proxies web pages.
+        if proxy and status == 403 and self.address.is_plain and not isinstance(_json(response), dict):
+            return replace(trouble, advice=f"The proxy may be what refuses: {proxy.advice}.")
+        return trouble
 
     def _redirect(self, response: httpx2.Response) -> Trouble:
         what = f"{response.status_code} {self.clean(response.reason_phrase)}".rstrip()
@@ -270,6 +274,11 @@ class ServerLane(Lane):
             target = response.request.url.join(response.headers["location"])
         except (KeyError, httpx2.InvalidURL):
             return Trouble("hopeless", f"{what}, a redirect to nowhere", status=response.status_code)
+        asked = response.request.url.path
+        if target.host == self.address.host and target.path == f"{asked}/" and not asked.endswith("/"):
+            # The same server, so that the key may go there. Requests that were under way come here again.
+            self._chat_url = self.address.url("chat/completions/")
+            return Trouble("again", "")
         shown = self.clean(shown_location(target))
         leads_on = target.path.endswith("/chat/completions") and shown != self.address.shown
         advice = f"Write {shown} as base_url." if leads_on else "That is no chat API: is base_url right?"
@@ -279,7 +288,11 @@ class ServerLane(Lane):
         """Return the meaning of a request without any response."""
         cause = error.__cause__ or error
         trouble = connection_trouble(cause, self.address, has_answered=self.has_answered)
-        if trouble.kind == "fault" and self.failures_in_a_row >= FAULTS_OF_A_WRONG_SCHEME and await self._wants_tls():
+        if (
+            trouble.kind in ("fault", "dropped")
+            and self.failures_in_a_row >= FAULTS_OF_A_WRONG_SCHEME
+            and await self._wants_tls()
+        ):
             return tls_wanted(self.address)
         if trouble.kind == "gone" and not self.reached and await speaks_http(self.address):
             return http_wanted(self.address)
@@ -316,15 +329,19 @@ class ServerLane(Lane):
         if isinstance(outcome, Trouble):
             is_own = outcome.status or outcome.kind in ("row", "again")
             self.reached = self.reached or bool(is_own and outcome.kind != "gone")
+            self.is_away = outcome.kind in ("gone", "dropped")
+            if self.is_away and self.away_since is None:
+                self.away_since = sent_at
         if isinstance(outcome, Answer):
             self.has_answered = self.reached = True
+            self.is_away = False
             self.answered_sent_at = max(self.answered_sent_at, sent_at)
             self.denied.clear()
             self.denials = 0
             self.answered()
         elif outcome is not None and outcome.kind == "too much":
             self.refused(outcome.what, sent_at, outcome.retry_after)
-        elif outcome is not None and outcome.kind in ("fault", "gone"):
+        elif outcome is not None and outcome.kind in ("fault", "gone", "dropped"):
             self.failed(outcome.what, sent_at)
             if not self.reached:
                 self.paused_until = min(self.paused_until, time.monotonic() + PAUSE_OF_A_START)
@@ -343,7 +360,7 @@ class ServerLane(Lane):
     def _reached(self) -> None:
         """It takes requests again: that it can't be reached is no longer true, and the answer may take its time."""
         self._connections.when_sent = None
-        self.reached = True
+        self.is_away = False
         if self.trouble is not None:
             self.trouble, self.trouble_since = "reached again, no answer yet", time.monotonic()
 
@@ -351,8 +368,12 @@ class ServerLane(Lane):
         """Give up the requests of a server that has said nothing for too long; they are sent again."""
         if self.in_flight and time.monotonic() - self.heard_at > self.patience:
             self.patience *= 2
-            for interruption in self._in_flight:
-                interruption.reschedule(asyncio.get_running_loop().time())
+            self.interrupt()
+
+    def interrupt(self) -> None:
+        """Give up the requests in flight; they are sent again."""
+        for interruption in self._in_flight:
+            interruption.reschedule(asyncio.get_running_loop().time())
 
     def clean(self, text: str) -> str:
         """Return the beginning of what a server or an exception says, on one line and without secrets."""

@@ -1,10 +1,11 @@
 """What was asked of a model for one row and stage: answers, tokens, seconds, and what it reasoned before."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from train.llm.client import Client, EmptyAnswerError
 from train.llm.finish_reasons import BELOW_LIMIT, unfinished
+from train.llm.further_turns import MADE_UP, FurtherTurn, own_turn
 from train.llm.journal import Answer, Request
 from train.llm.reasoning import events_of, read_answer
 
@@ -34,16 +35,27 @@ class Spent:
         self.seconds += other.seconds
 
 
-async def ask(client: Client, request: Request, spent: dict[str, Spent], events: Counter[str]) -> Answer:
+async def ask(
+    client: Client,
+    request: Request,
+    spent: dict[str, Spent],
+    events: Counter[str],
+    *,
+    further_turn: FurtherTurn | None = None,
+    next_try: Request | None = None,
+    goes_on_empty: bool = False,
+) -> Answer:
     """Return the answer without reasoning and control tokens; raises as `Client.ask`, but returns empty answers.
 
     Args:
         spent: of the row, by stages.
         events: counts reasoning, control tokens and answers of an unknown ending, in the words of the report.
+        further_turn: of the stage's prompt, where the reply is cut; None = the answer is taken whole.
+        next_try, goes_on_empty: as of `Client.ask`.
     """
     stage = request.stage
     try:
-        answer = await client.ask(request)
+        answer = await client.ask(request, next_try=next_try, goes_on_empty=goes_on_empty)
     except EmptyAnswerError as failure:
         answer = failure.answer
     spent.setdefault(stage, Spent()).add(answer)
@@ -51,7 +63,11 @@ async def ask(client: Client, request: Request, spent: dict[str, Spent], events:
         events[f"{stage}: answer without a finish_reason, below the token limit"] += 1
     elif answer.ending in ("unknown", "unstated"):
         events[f"{stage}: answer {unfinished(answer.finish_reason)}"] += 1
-    answer, said = read_answer(answer)
+    # Elsewhere the conversation is quoted in a prompt of ours, and asks for nothing.
+    answer, said = read_answer(answer, request.messages if stage == "answer" else ())
     for event in events_of(said):
         events[f"{stage}: {event}"] += 1
+    if further_turn is not None and (text := own_turn(answer.text, further_turn)) != answer.text:
+        events[f"{stage}: {MADE_UP}"] += 1
+        answer = replace(answer, text=text, finish_reason="stop" if answer.cut else answer.finish_reason)
     return answer

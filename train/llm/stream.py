@@ -30,7 +30,7 @@ async def completion_in(response: httpx2.Response, api: openai.AsyncOpenAI) -> d
     """
     choice: dict[str, Any] = {}
     message: dict[str, Any] = {}
-    usage = None
+    usage = feedback = None
     try:
         async for chunk in openai.AsyncStream(cast_to=object, response=response, client=api):
             if not isinstance(chunk, dict):
@@ -38,6 +38,7 @@ async def completion_in(response: httpx2.Response, api: openai.AsyncOpenAI) -> d
             if chunk.get("object") == "error":  # vLLM before 0.10: the error itself, not below `error`
                 return {"error": chunk}
             usage = chunk.get("usage") or usage
+            feedback = chunk.get("promptFeedback") or feedback  # of Gemini, which has blocked the prompt
             for part in chunk.get("choices") or ():
                 if part.get("index", 0) == 0:
                     _add(message, part.get("delta") or {})
@@ -46,9 +47,9 @@ async def completion_in(response: httpx2.Response, api: openai.AsyncOpenAI) -> d
         return {"error": error.body}
     except AttributeError as error:
         raise ValueError("not a chat completion in chunks") from error
-    if not choice.get("finish_reason") and not response.content.rstrip().endswith(b"[DONE]"):
+    if not choice.get("finish_reason") and not feedback and not response.content.rstrip().endswith(b"[DONE]"):
         raise BrokenStreamError
-    return {"choices": [{**choice, "message": message}] if choice else [], "usage": usage}
+    return {"choices": [{**choice, "message": message}] if choice else [], "usage": usage, "promptFeedback": feedback}
 
 
 def _add(message: dict[str, Any], delta: dict[str, Any]) -> None:

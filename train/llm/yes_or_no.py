@@ -16,13 +16,14 @@ _CLAUSE_END = re.compile(r"[^\w\s'-]+|\n|-+(?!\w)|(?<!\w)-+")
 
 _ANNOUNCE = (
     r"(?:so|thus|therefore|hence|then|but|overall|ultimately|absolutely|clearly|definitely|certainly|in|short|i(?:'d)?"
-    r"|would|think|believe|say|it(?:'s)?|this|that(?:'s)?|is|be|an?|the|my|final|clear|answer|verdict|judge?ment"
-    r"|assessment|conclusion|decision|result)"
+    r"|mostly|largely|generally|essentially|basically|would|think|believe|say|it(?:'s)?|this|that(?:'s)?|is|be|an?|the"
+    r"|my|final|clear|correct|right|answer|response|reply|verdict|judge?ment|assessment|conclusion|decision|result)"
 )
 _AFTER_NO = (
-    r"(?:i|it(?:'s)?|he|she|they|we|you|the|this|that|these|those|there|its|because|as|since|but|and|not|actually)\b"
+    r"(?:i|it(?:'s)?|he|she|they|we|you|the|this|that|these|those|there|its|because|due to|as|since|but|and|not"
+    r"|actually)\b"
 )
-_VERDICT = re.compile(rf"\s*(?:{_ANNOUNCE}\s+)*(yes(?![\w'-])|no(?=\s*$|\s+{_AFTER_NO}))")
+_VERDICT = re.compile(rf"\s*(?:{_ANNOUNCE}\s+)*(yes(?![\w'-])(?!\s+would\s+(?!be\b))|no(?=\s*$|\s+{_AFTER_NO}))")
 
 
 def says_no(reply: str) -> bool | None:

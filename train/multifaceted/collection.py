@@ -75,7 +75,8 @@ class Pipeline:
         if not self.config.filter.model:
             return False
         try:
-            answer = await self._ask(outcome, "screen", prompts.screen(outcome.instruction.prompt), 0)
+            request = self._request("screen", prompts.screen(outcome.instruction.prompt), 0)
+            answer = await self._ask(outcome, request, goes_on_empty=True)
         except NoAnswerError as failure:
             outcome.reason, outcome.detail = NO_ANSWER, str(failure)
             return True
@@ -153,7 +154,9 @@ class Pipeline:
         why, detail = "", ""
         for sample in range(1 + self.config.retries):
             missing = [draw for draw in wanted if draw.sub.dimension not in found]
-            answer = await self._ask(outcome, stage, ask_for(missing, sample), sample)
+            request = self._request(stage, ask_for(missing, sample), sample)
+            next_try = self._request(stage, ask_for(missing, sample + 1), sample + 1)
+            answer = await self._ask(outcome, request, next_try=next_try)
             why, detail = answer.unfinished, _beginning(answer.detail)
             if not answer.refused:
                 lines = prompts.read_lines(answer.text, missing, cut=bool(why))
@@ -179,12 +182,14 @@ class Pipeline:
         siblings = {same_words(other.system) for other in outcome.written if other is not one}
         why = ""
         for sample in range(1 + self.config.retries):
-            answer = await self._ask(outcome, "message", ask, sample)
+            answer = await self._ask(outcome, self._request("message", ask, sample))
             text = prompts.read_message(answer.text)
             share = told_share(text, outcome.instruction.prompt)
             why = replace(answer, text=text).unfinished
             if not why and prompts.is_refusal(text):
                 why = "refused"
+            elif not why and not prompts.is_message(text):
+                why = "can't be read"
             elif not why and same_words(text) in siblings:
                 why = "the same as a sibling's"
             elif not why and self.config.leak is not None and share >= self.config.leak:
@@ -199,9 +204,9 @@ class Pipeline:
         ask = prompts.answer(one.system, outcome.instruction.prompt)
         why = ""
         for sample in range(1 + self.config.retries):
-            answer = await self._ask(outcome, "answer", ask, sample)
+            answer = await self._ask(outcome, self._request("answer", ask, sample))
             why = answer.unfinished
-            if why and self.config.on_cut_answer == "keep" and not answer.refused and answer.text.strip():
+            if why and self.config.on_cut_answer == "keep" and not answer.refused and not answer.blank:
                 outcome.events[f"answer: {why}, and kept"] += 1
                 why = ""
             if not why:
@@ -210,11 +215,24 @@ class Pipeline:
             outcome.events[f"answer: {why}"] += 1
         return one.leave_out(f"answer: {why}", _beginning(answer.detail))
 
-    async def _ask(self, outcome: Outcome, stage: str, turns: Sequence[Mapping[str, Any]], sample: int) -> Answer:
+    def _request(self, stage: str, turns: Sequence[Mapping[str, Any]], sample: int) -> Request:
         decoding = getattr(self.config, stage).decoding()
         if self.config.system_role == "merge_into_user":
             turns = merge_into_user(turns)
-        return await ask(self.client, Request(stage, turns, decoding, sample), outcome.spent, outcome.events)
+        return Request(stage, turns, decoding, sample)
+
+    async def _ask(
+        self, outcome: Outcome, request: Request, *, next_try: Request | None = None, goes_on_empty: bool = False
+    ) -> Answer:
+        return await ask(
+            self.client,
+            request,
+            outcome.spent,
+            outcome.events,
+            further_turn=prompts.FURTHER_TURNS.get(request.stage),
+            next_try=next_try,
+            goes_on_empty=goes_on_empty,
+        )
 
 
 def _beginning(text: str) -> str:

@@ -121,9 +121,10 @@ class CollectionConfig(Section):
     """Preference pairs: one = for each instruction the answer of one set, drawn by the seed, over that of a sibling, as
     in the paper's -DPO set; all = of each set over each sibling."""
     accept_losses: Annotated[tuple[Loss, ...], Field(strict=False)] = ()
-    """Losses that no other setting decides and that are no error: no_answer = no answer came, after all tries;
-    unreadable = rows that can't be read; unsupported = rows that need tools, or don't begin with a user turn. All
-    other rows are written in any case; a run with losses that are not named here ends with exit code 2. [] = none."""
+    """Losses that no other setting decides and that are no error: no_answer = no answer came, after all tries, or an
+    empty one; unreadable = rows that can't be read; unsupported = rows that need tools, or don't begin with a user
+    turn. All other rows are written in any case; a run with losses that are not named here ends with exit code 2. []
+    = none."""
     screen: ScreenSection = ScreenSection()
     """Say whether an instruction states a style or format, for `filter.model`."""
     propose: ProposeSection = ProposeSection()

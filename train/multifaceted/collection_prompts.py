@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 
+from train.llm.further_turns import FurtherTurn
 from train.multifaceted.message_examples import EXAMPLES
 from train.multifaceted.preferences import DIMENSIONS, Draw, Hierarchy, Preference, same_words
 
@@ -33,34 +34,34 @@ _DIMENSIONS = "\n".join(f"- {dimension}: {MEANINGS[dimension]}" for dimension in
 
 _PROPOSE = f"""\
 Users differ in what they want from an answer. I will show you an instruction and one aspect for each of up to four \
-dimensions, with a few preferences that other users have had. For each aspect, propose one preference that a user \
-giving this instruction might have. The dimensions are:
+dimensions, with a few preferences that other users have expressed. For each aspect, propose one preference that a \
+user giving this instruction might have. The dimensions are:
 {_DIMENSIONS}
 
-- State each preference in two to ten words. It must lead to an answer that clearly differs from the usual one.
-- Say what the answer should be like, not what it should say: the preference must suit other instructions of the same \
-kind.
+- State each preference in two to ten words. It must lead to an answer that is clearly different from a default one.
+- Say what the answer should be like or whom it is for, not what it should say: the preference must also suit other \
+instructions of the same kind.
 - Come up with preferences of your own; the ones shown only illustrate the aspect.
 - Reply with one line for each dimension shown, `dimension: preference`, and nothing else."""
 
 _PROPOSED: tuple[tuple[str, str, str], ...] = (
     (
         "Why do leaves change color in the fall?",
-        "- style, vividness (how much the reader can see, hear and feel), such as: Told as a short scene\n"
-        "- background_knowledge, novice (the user knows nothing about the subject), such as: A curious ten-year-old\n"
-        "- informativeness, depth (how far below the surface the answer goes), such as: Includes the exceptions to the "
-        "rule\n"
-        "- harmlessness, accuracy (how the answer separates what is certain from what is not), such as: Says how sure "
+        "- style, vividness (how much the reader can see, hear and feel). Examples: Told as a short scene\n"
+        "- background_knowledge, novice (the user knows nothing about the subject). Examples: A curious ten-year-old\n"
+        "- informativeness, depth (how far below the surface the answer goes). Examples: Includes the exceptions to "
+        "the rule\n"
+        "- harmlessness, accuracy (how the answer separates what is certain from what is not). Examples: Says how sure "
         "it is",
-        "style: Like a guided walk with all senses open\n"
-        "background_knowledge: Has always wondered, never read about it\n"
-        "informativeness: Explains what each process is good for\n"
-        "harmlessness: Clears up popular half-truths",
+        "style: Like a guided walk that engages all five senses\n"
+        "background_knowledge: Has always wondered but never read about it\n"
+        "informativeness: Explains what purpose each process serves\n"
+        "harmlessness: Clears up popular misconceptions",
     ),
     (
         "Write a function that finds the longest palindrome in a string.",
-        "- style, tone (how the assistant sounds), such as: Dry wit; Formal and reserved\n"
-        "- informativeness, practicality (how readily the answer can be put to use), such as: Real-world pitfalls",
+        "- style, tone (how the assistant sounds). Examples: Dry wit; Formal and reserved\n"
+        "- informativeness, practicality (how readily the answer can be put to use). Examples: Real-world pitfalls",
         "style: A patient reviewer thinking out loud\ninformativeness: Ready to paste, edge cases included",
     ),
 )
@@ -79,7 +80,7 @@ def propose(instruction: str, draws: Sequence[Draw], avoid: Sequence[str] = ()) 
             _turn("assistant", reply),
         ]
     shown = "\n".join(
-        f"- {one.sub.dimension}, {one.sub.name} ({one.sub.meaning}), such as: {'; '.join(one.examples)}"
+        f"- {one.sub.dimension}, {one.sub.name} ({one.sub.meaning}). Examples: {'; '.join(one.examples)}"
         for one in draws
     )
     ask = f"### Instruction\n{instruction}\n\n### Aspects\n{shown}"
@@ -89,13 +90,13 @@ def propose(instruction: str, draws: Sequence[Draw], avoid: Sequence[str] = ()) 
 
 
 _DESCRIBE = f"""\
-Users differ in what they want from an answer. I will list some preferences of one user, each with its dimension and \
+Users differ in what they want from an answer. I will list one user's preferences, each with its dimension and \
 aspect. The dimensions are:
 {_DIMENSIONS}
 
 Describe each preference in two sentences, so that someone who knows neither its name nor the user's question \
-understands what the answer must be like. Do not invent a question or a subject. Reply with one line per dimension, \
-`dimension: description`, and nothing else."""
+understands what kind of answer is wanted or whom it is for. Do not bring in any particular question or subject. \
+Reply with one line per dimension, `dimension: description`, and nothing else."""
 
 
 def describe(preferences: Sequence[Preference], hierarchy: Hierarchy, chance: random.Random) -> list[Turn]:
@@ -123,13 +124,13 @@ def describe(preferences: Sequence[Preference], hierarchy: Hierarchy, chance: ra
 
 
 _MESSAGE = """\
-You write system messages for assistants. I will give you four descriptions of what a user wants from answers, \
-whatever the question. Write one system message that makes an assistant answer that way.
+You write system messages for assistants. I will give you four descriptions of what a user wants from every \
+answer. Write one system message that makes an assistant answer that way.
 
-- Give the assistant a role that fits the descriptions, and address it: "You are ..."
+- Give the assistant a role that fits the descriptions, and address it as "you".
 - Cover everything the four descriptions ask for, in your own words and as a coherent whole.
-- Make it suit any question: name no subject that the descriptions do not name.
-- Write a single paragraph of 80 to 180 words of running text, with nothing before or after it."""
+- Make it suit any question: mention no subject that the descriptions do not mention.
+- Write a single paragraph of prose, 80 to 180 words long, and nothing else."""
 
 
 def message(descriptions: Sequence[str], chance: random.Random) -> list[Turn]:
@@ -148,10 +149,10 @@ def screen(instruction: str) -> list[Turn]:
     return [
         _turn(
             "user",
-            "Below is an instruction for an assistant. Besides what it wants, does it say how the answer should be "
-            "written: its length, format, style or tone, its audience, or the role to answer in? Whatever the task "
-            "itself requires (a poem when asked for a poem, code when asked for code) does not count. Reply with one "
-            f"word, Yes or No.\n\n### Instruction\n{instruction}",
+            "Below is an instruction for an assistant. Apart from what it asks for, does it specify how the answer "
+            "should be written: its length, format, style or tone, its audience, or the role to answer in? Ignore "
+            "anything inherent in the task itself; asking for a poem or for code does not count. Reply with one word, "
+            f"Yes or No.\n\n### Instruction\n{instruction}",
         )
     ]
 
@@ -160,6 +161,17 @@ def answer(system: str, instruction: str) -> list[Turn]:
     """Ask for an answer to the instruction under its system message."""
     return [_turn("system", system), _turn("user", instruction)]
 
+
+FURTHER_TURNS = {
+    "propose": FurtherTurn.of_prompt("instruction", "aspects", after=r":[ \t]*\w"),
+    "describe": FurtherTurn.of_prompt("preferences", after=r":[ \t]*\w"),
+    "message": FurtherTurn.of_prompt(
+        "descriptions",
+        after=r"\A\s*(?!(?:sure|certainly|of|okay|ok|here|below|great|absolutely)\b)[^\n]{30,}[^\s:*]\s*\Z",
+    ),
+    "screen": FurtherTurn.of_prompt("instruction", after=r"\b(?:yes|no)\b"),
+}
+"""Where replies to these prompts end, by stage. An answer is none of them: it may hold any line."""
 
 _MARKS = " \t*_`\"'“”‘’"
 _LABEL = re.compile(r"^[\W\d_]*(?P<name>[A-Za-z][A-Za-z _]*?)[*_`]*\s*(?:[,/(>–-][^:]*)?[*_`]*:(?P<text>.*)$")
@@ -194,36 +206,94 @@ def read_lines(reply: str, draws: Sequence[Preference] | Sequence[Draw], *, cut:
 
 
 _FENCE = re.compile(r"^```\w*\n(?P<text>.*?)\n?```$", re.DOTALL)
+_TAG = re.compile(
+    r"^<(?P<name>(?:system[ _-]?)?(?:message|prompt)|system|answer|output|response)>"
+    r"\s*(?P<text>.*?)\s*(?:</(?P=name)>)?$",
+    re.DOTALL | re.IGNORECASE,
+)
+_OPENING = r"(?:sure(?: thing)?|certainly|of course|absolutely|okay|ok|great|alright|understood|got it|no problem)"
+_LEAD_IN = re.compile(
+    rf"^(?:{_OPENING}\b[^\n:]{{0,60}}?[.!,]*\s*\n+|[-*_=]{{3,}}\s*\n+"
+    r"|(?!you\b)(?=[^\n]*\b(?:here|below|following|message|prompt|paragraph|draft|version)\b)(?![^\n]*\byou are\b)"
+    r"[^\n]{0,200}:[*_]*[^\S\n]*\n+"
+    rf"|(?:{_OPENING}[.!,]+[^\S\n]+)?(?:here(?: is|['’]s)|below is) [^\n:.]{{0,120}}:[*_]*\s*)",
+    re.IGNORECASE,
+)
 _HEAD = re.compile(
-    r"^[#*\s]*(?:here is |here's )?(?:the |a )?system (?:message|prompt)[*\s]*(?::[*\s]*|\n+)", re.IGNORECASE
+    r"^[#*\s]*(?:here is |here's )?(?:the |a |your )?system (?:message|prompt)[*\s]*(?::[*\s]*|\n+)", re.IGNORECASE
+)
+_TRAILER = re.compile(
+    r"\s*\n[^\S\n]*(?:[-*_=]{3,}[^\S\n]*(?:\n.*)?"
+    r"|\W{0,3}(?:note|explanation|word count|(?:this|the) (?:system )?(?:message|prompt|paragraph)\b(?! must| should)"
+    r"|let me know|i hope|feel free|please let me know|would you like)\b.*)\Z"
+    r"|\s*[(\[*_]+\s*(?:word count\b[^\n]{0,30}|(?:about |approximately |~)?\d+ words)[.)\]*_\s]*\Z",
+    re.DOTALL | re.IGNORECASE,
 )
 _QUOTES = {'"': '"', "“": "”", "«": "»"}
 
 
 def read_message(reply: str) -> str:
-    """A system message without what models put around one: a heading, quotation marks, a block of code."""
-    text = reply.strip()
-    if fenced := _FENCE.match(text):
-        text = fenced["text"].strip()
-    text = _HEAD.sub("", text, count=1).strip()
-    if text[:1] in _QUOTES and text.endswith(_QUOTES[text[0]]) and text.count(text[0]) + text.count(text[-1]) in (2, 4):
-        inner = text[1:-1]
-        if text[0] not in inner and text[-1] not in inner:
-            text = inner.strip()
+    """Return a system message without what models put around one.
+
+    That is a lead-in, a heading, quotation marks, a block of code, a tag, and a note behind it.
+    """
+    text, before = reply.strip(), None
+    while text != before:
+        before = text
+        if wrapped := _FENCE.match(text) or _TAG.match(text):
+            text = wrapped["text"].strip()
+        text = _HEAD.sub("", text, count=1).strip()
+        if (lead_in := _LEAD_IN.match(text)) and lead_in.end() < len(text):
+            text = text[lead_in.end() :].strip()
+        text = _without_quotes(_TRAILER.sub("", text).strip())
     return text
 
 
+def _without_quotes(text: str) -> str:
+    if text[:1] in _QUOTES and text.endswith(_QUOTES[text[0]]) and text.count(text[0]) + text.count(text[-1]) in (2, 4):
+        inner = text[1:-1]
+        if text[0] not in inner and text[-1] not in inner:
+            return inner.strip()
+    return text
+
+
+_APOLOGY = (
+    r"(?:unfortunately|regrettably|sorry|(?:my )?apologies|i(?:['’]m| am) (?:very |so |truly )?sorry"
+    r"|i(?:['’]m| am) afraid|i apologi[sz]e|i regret)"
+)
+_DECLINES = (
+    r"(?: (?:respectfully|simply|really))? ?(?:can(?:no|['’])?t|can not|could ?n[o'’]t|won['’]?t|will not|must"
+    r"|decline|refuse|(?:am|['’]m) (?:unable|not (?:able|allowed|permitted|comfortable))"
+    r"|(?:have|need) to (?:decline|refuse)|(?: would|['’]d) rather not|would prefer not"
+    r"|do(?: not|n['’]t) feel comfortable)"
+)
 _REFUSALS = re.compile(
-    r"\W*(?:i(?:['’]m| am) (?:very |so )?sorry\b|sorry, (?:but )?i\b|i apologi[sz]e\b"
-    r"|(?:unfortunately, )?i(?: am|['’]m) (?:not able|unable) to\b|i (?:can(?:no|['’])?t|won['’]t|will not) "
-    r"(?:help|assist|write|create|do|provide|fulfil|comply)|as an ai\b)",
+    rf"\W*(?:{_APOLOGY}(?:[,.;:!]|\s+(?:but|that|for|i)\b)|{_APOLOGY}\W*\Z|i{_DECLINES}\b"
+    r"|as an? (?:\w+ ){0,2}(?:ai|language model|llm|assistant)\b[^.!?\n]{0,80}\bi\b"
+    r"|i(?:['’]m| am) (?:just |only |merely )?an? (?:\w+ ){0,2}(?:ai|language model|llm)\b"
+    r"|(?:this|the|your) request (?:violates|goes against|conflicts|can(?:no|['’])t))",
     re.IGNORECASE,
 )
 
 
 def is_refusal(text: str) -> bool:
-    """Whether a model declines, in words that no system message begins with."""
+    """Return whether a model declines, in words that no system message begins with."""
     return bool(_REFUSALS.match(text))
+
+
+_NO_PARAGRAPH = re.compile(r"^[^\S\n]*(?:#{1,6}[^\S\n]|\{\s*\"|\[\s*[{\"]|[}\]],?$|<<|</?\w+>[^\S\n]*$)", re.MULTILINE)
+"""A heading, JSON, tags of a line of their own."""
+_ASKS_BACK = re.compile(
+    r"(?:^|[.!?]\s+|\n)(?:(?:could|can|would|will|do|did|may) (?:you|i)\b[^?]*\?"
+    r"|(?:what|which|who) (?:are|is|would|do|did)\b[^?]*\?"
+    r"|please (?:provide|share|give|send|tell|paste|specify|clarify)\b[^.?!]*\bdescriptions?\b[^?]*)\W*\Z",
+    re.IGNORECASE,
+)
+
+
+def is_message(text: str) -> bool:
+    """Return whether a text can be a system message: running text, and no question to whoever asked for it."""
+    return not (_NO_PARAGRAPH.search(text) or (not text.startswith("You ") and _ASKS_BACK.search(text)))
 
 
 def _turn(role: str, content: str) -> Turn:

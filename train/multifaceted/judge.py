@@ -24,15 +24,15 @@ from train.multifaceted.protocol import JudgeSettings
 STAGE = "judge, run {run}"
 
 _TASK = """\
-You grade one answer from a language model on a single criterion.
+You grade one answer, written by a language model, on a single criterion.
 
 You are given the instruction that the model received, the answer to be graded, a reference answer that would earn the \
 highest score, and the criterion with a description of each score from 1 to 5.
 
 First explain in a few sentences which description fits the answer best and what in the answer shows this. Consider \
-only this criterion. The reference answer shows what a 5 looks like; an answer in different words can earn a 5 as \
-well. Then give the score, a whole number from 1 to 5, on a final line in this form, and write nothing after it:
-[RESULT] n"""
+only this criterion. The reference answer shows what a 5 looks like; a differently worded answer can also earn a 5. \
+Then give the score on a final line in this form, [RESULT] followed by the number alone, and write nothing after it:
+[RESULT] (a whole number from 1 to 5)"""
 
 PROMPT_VERSION = 2
 """The wording of the judge's prompt, for bench.json. Raise it with every change of wording: scores under two wordings

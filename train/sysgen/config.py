@@ -134,11 +134,13 @@ class SysgenConfig(Section):
     on_unfinished_answer: Literal["drop", "keep", "original"] = "drop"
     """A row whose new answer was cut at the token limit, refused, empty, a call of a tool, or ended for an unknown
     reason; drop = it is left out; keep = it is written unless the answer is empty (a cut one teaches to stop in the
-    middle); original = it keeps the answers of the data. The paper does not say."""
+    middle); original = it keeps the answers of the data. An answer that the server withholds (content_filter) goes by
+    this rule and is no loss; a row left out for an empty one is (`accept_losses`). The paper does not say."""
     accept_losses: Annotated[tuple[Loss, ...], Field(strict=False)] = ()
-    """Losses that no other setting decides and that are no error: no_answer = no answer came, after all tries;
-    unreadable = rows that can't be read; unsupported = a system message in the middle of the conversation. All
-    other rows are written in any case; a run with losses that are not named here ends with exit code 2. [] = none."""
+    """Losses that no other setting decides and that are no error: no_answer = no answer came, after all tries, or an
+    empty one; unreadable = rows that can't be read; unsupported = a system message in the middle of the conversation.
+    All other rows are written in any case; a run with losses that are not named here ends with exit code 2. [] =
+    none."""
     generate: GenerateSection = GenerateSection()
     """Write a system message in tagged phrases."""
     verify: VerifySection = VerifySection()

@@ -144,7 +144,7 @@ _BEGINNINGS = (
     "Glad you brought this up.", "To put it plainly:", "This is how I see it:", "Happy to look into this.",
 )  # fmt: skip
 _ENDINGS = (
-    "That covers it.", "Over to you.", "And there you have it.", "Take it from here.", "Now you know.",
+    "That covers it.", "Over to you.", "And there you have it.", "You can take it from here.", "Now you know.",
     "Good luck with it.", "That is the whole story.", "Write back if you get stuck.", "End of note.",
 )  # fmt: skip
 
@@ -270,32 +270,32 @@ _KINDS = (
         "Use {n} words or fewer in each reply.", "Cap each reply at {n} words.")),
     _Kind("words_at_least", "Format", lambda it: 30 <= it.shortest <= 400 and not it.has_code, _words_at_least, (
         "Write {n} words or more in every reply.", "Don't stop before you reach {n} words.",
-        "Go into enough depth to fill at least {n} words.", "Never send a reply shorter than {n} words.")),
+        "Go into enough depth to fill at least {n} words.", "Never send a reply of fewer than {n} words.")),
     _Kind("sentences_at_most", "Format", lambda it: it.is_plain and it.longest <= 120, _sentences_at_most, (
         "Say it in no more than {n} sentences.", "Never use more than {n} sentences.",
-        "Limit yourself to {n} sentences.", "Keep to {n} sentences or fewer; a line of a list counts as a sentence.")),
+        "Limit yourself to {n} sentences.", "Keep to {n} sentences or fewer; each list item counts as one.")),
     _Kind("paragraphs", "Format", lambda it: it.is_plain and it.shortest >= 60, _paragraphs, (
         "Divide your reply into {n} paragraphs, with a blank line between them.",
         "Write {n} paragraphs, no more and no fewer, separated by blank lines.",
         "Lay out your reply as {n} paragraphs with empty lines in between.")),
     _Kind("bullet_points", "Format", lambda it: it.shortest >= 30 and not it.has_code, _bullet_points, (
-        "Put the key points into {n} markdown bullets, each on its own line.",
-        "Include one bulleted list of {n} items in each reply, no more and no fewer.",
-        "Sum up in {n} bullets, and use no other bullets.")),
+        "Present the key points as {n} markdown bullets, each on its own line.",
+        "Include one bulleted list in each reply, with {n} items, no more and no fewer.",
+        "Sum up in {n} bullets, and use bullets nowhere else.")),
     _Kind("numbered_points", "Format", lambda it: it.shortest >= 30 and not it.has_code, _numbered_points, (
         "Organize your reply into {n} numbered points, each on a new line.",
-        "Number your points: make {n} of them, on lines numbered from 1.",
+        "Make {n} points, each on its own line, numbered from 1.",
         "Use a numbered list of {n} steps, and no other numbered list.")),
     _Kind("highlighted", "Format", lambda it: it.shortest >= 30 and not it.has_code, _highlighted, (
         "Set {n} or more terms in bold, **like this**.", "Put the {n} most important phrases in **bold**.",
-        "Make it easy to skim: put {n} or more phrases in double asterisks, as in **this**.")),
+        "Make it easy to skim: wrap {n} or more phrases in double asterisks, as in **this**.")),
     _Kind("title", "Format", lambda it: it.shortest >= 40, _that(lambda answer: bool(HEADING.match(answer.strip()))), (
         "Open with a title on its own line, as a markdown heading (# ...).",
         "Give each reply a headline: the first line is a heading that starts with #.",
         "Make the first line a markdown heading, with a # in front.")),
     _Kind("json", "Format", lambda it: it.is_plain and it.longest <= 60, _that(is_json_object), (
-        "Reply in JSON only: one object, without a code fence or any comment around it.",
-        "A program reads your reply: write one JSON object and nothing else.",
+        "Reply in JSON only: one object, without a code fence or any text around it.",
+        "A program will parse your reply: write one JSON object and nothing else.",
         "Put everything into a single JSON object, with nothing before the first brace or after the last.")),
     _Kind("quoted", "Format", lambda it: it.is_plain and it.longest <= 100 and not it.hold('["“”]'),
           _that(_is_quoted), (
@@ -304,8 +304,8 @@ _KINDS = (
         "Enclose your reply in double quotes, from the first character to the last.")),
     _Kind("postscript", "Content", lambda it: it.shortest >= 20, _that(_ends_with_postscript), (
         "Close with a postscript: a last line that begins with PS:",
-        "Add one more thought at the bottom, on its own line starting with \"PS:\".",
-        "End every reply with a one-line PS: that holds a tip or an aside.")),
+        "Add one more thought at the end, on its own line starting with \"PS:\".",
+        "End every reply with one line that starts with \"PS:\" and offers a tip or an aside.")),
     _Kind("beginning", "Content", lambda it: it.shortest >= 10, _beginning, (
         "Open each reply with these words: \"{phrase}\"", "Always lead with \"{phrase}\" and continue from there.",
         "The first words of your reply are \"{phrase}\"")),
@@ -323,14 +323,14 @@ _KINDS = (
           _that(lambda answer: not any(letter.isupper() or letter.istitle() for letter in answer)), (
         "Type everything in lowercase, including names and the first word of a sentence.",
         "Write without a single capital letter, as in a casual chat.", "lowercase only, please, from start to finish.",
-        "Leave the shift key alone: not one uppercase letter.")),
+        "Never capitalize: not one uppercase letter.")),
     _Kind("capitals", "Style", lambda it: it.longest <= 40 and not it.has_code,
           _that(lambda answer: not any(letter.islower() for letter in answer)), (
         "WRITE IN UPPERCASE ONLY, LIKE THIS.", "Reply in capitals throughout, like a telegram.",
-        "Every letter you type is a capital.", "Use block capitals and no lowercase letters.")),
+        "Make every letter a capital.", "Use block capitals and no lowercase letters.")),
     _Kind("no_commas", "Style", lambda it: not it.has_code and not it.hold(r"\d,\d"), _without(",，、،"), (
-        "Build sentences that work without a comma.", "Keep commas out of your reply.",
-        "Use periods where you would put commas; leave commas out.", "Write comma-free prose.")),
+        "Build every sentence so that it needs no comma, and use none.", "Keep commas out of your reply.",
+        "Start a new sentence where you would put a comma; use no commas at all.", "Write comma-free prose.")),
     _Kind("no_exclamation_marks", "Style", lambda it: not it.has_code and not it.hold(r"\d!|!="), _without("!！¡"), (
         "Stay calm in tone and use no exclamation marks.", "Exclamation marks have no place in your replies.",
         "Keep your enthusiasm out of the punctuation: not a single exclamation mark.",

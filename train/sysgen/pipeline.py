@@ -19,6 +19,7 @@ counted.
 import asyncio
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from train.data.asked_rows import PlacedRow
@@ -93,7 +94,8 @@ class Pipeline:
         for sample in range(tries):
             if sample:
                 outcome.events["another try at the system message"] += 1
-            why_not, detail = await self._try_message(outcome, turns, existing, sample)
+            is_last = sample + 1 == tries
+            why_not, detail = await self._try_message(outcome, turns, existing, sample, is_last=is_last)
             if not why_not:
                 return True
             outcome.events[why_not] += 1
@@ -101,27 +103,30 @@ class Pipeline:
         return False
 
     async def _try_message(
-        self, outcome: Outcome, turns: Sequence[Message], existing: str | None, sample: int
+        self, outcome: Outcome, turns: Sequence[Message], existing: str | None, sample: int, *, is_last: bool
     ) -> tuple[str, str]:
         """One try. What is wrong with it, in the words of the report, and in detail; nothing if it passes."""
         config = self.config
         forbid_leak = config.gates.leak is not None
         prompt = prompts.generate(turns, existing=existing, remind_of=outcome.reminded_of, forbid_leak=forbid_leak)
-        answer = await self._ask(outcome, "generate", prompt, config.generate.decoding(), sample)
+        request = self._request("generate", prompt, config.generate.decoding(), sample)
+        goes_on_empty = is_last and config.on_empty == "keep_without_system"
+        answer = await self._ask(outcome, request, goes_on_empty=goes_on_empty)
         outcome.written_by_model, outcome.verdicts = answer.text, []
         outcome.message = Annotated(())
         if answer.refused:
             return "the model refused to write a system message", _beginning(answer.detail)
         if answer.cut:
             outcome.events["system message cut at the token limit"] += 1
-        elif answer.only_reasoning:
+        elif answer.only_reasoning or answer.empty:
             return f"system message {answer.unfinished}", answer.detail
         outcome.phase = "generated"
         outcome.message = parse(answer.text)
         if not outcome.message.phrases:
             return "no valid phrase", _beginning(answer.text) or answer.unfinished or "an empty answer"
         outcome.phase = "filtered"
-        if unfinished := await self._verify(outcome, turns, sample):
+        next_try = replace(request, sample=sample + 1)
+        if unfinished := await self._verify(outcome, turns, sample, next_try, goes_on_empty=goes_on_empty):
             return unfinished, f"of the message {_beginning(answer.text)}"
         if not outcome.message.phrases:
             judged = (f"{tag}: {verdict}" for said in outcome.verdicts for tag, verdict in said.items())
@@ -132,14 +137,21 @@ class Pipeline:
             await asyncio.sleep(0)
             return self._stopped_by_gates(outcome.system, turns)
 
-    async def _verify(self, outcome: Outcome, turns: Sequence[Message], sample: int) -> str:
-        """Remove the phrases that fail; return why the verification is not finished, nothing if it is."""
+    async def _verify(
+        self, outcome: Outcome, turns: Sequence[Message], sample: int, next_try: Request, *, goes_on_empty: bool
+    ) -> str:
+        """Remove the phrases that fail; return why the verification is not finished, nothing if it is.
+
+        `next_try`, `goes_on_empty`: what follows on an empty verification, as of `Client.ask`.
+        """
         exchanges: Sequence[Sequence[Message] | None] = _exchanges(turns)
         if len(exchanges) == 1:
             exchanges = [None]  # the paper's way: the message alone
         decoding = self.config.verify.decoding()
+        goes_on_empty = goes_on_empty or self.config.on_unfinished_verification == "keep"
         for exchange in exchanges:
-            answer = await self._ask(outcome, "verify", prompts.verify(outcome.message, exchange), decoding, sample)
+            request = self._request("verify", prompts.verify(outcome.message, exchange), decoding, sample)
+            answer = await self._ask(outcome, request, next_try=next_try, goes_on_empty=goes_on_empty)
             read = parse_verdicts(answer.text)
             missing = sum(tag not in read.of for tag in outcome.message.tags)
             if missing and answer.unfinished:
@@ -227,6 +239,7 @@ class Pipeline:
         """The turns with every answer given anew; None where one doesn't comply, or is unfinished and the row goes."""
         config = self.config
         attempts = config.constraints.attempts if constraints else 1
+        goes_on_empty = config.on_unfinished_answer == "original" or not all(one.is_met("") for one in constraints)
         history: list[Message] = []
         for turn in turns:
             if turn["role"] != "assistant":
@@ -234,7 +247,8 @@ class Pipeline:
                 continue
             for sample in range(attempts):
                 asked = [_system(outcome.system), *history]
-                answer = await self._ask(outcome, "answer", asked, config.answer.decoding(), sample)
+                request = self._request("answer", asked, config.answer.decoding(), sample)
+                answer = await self._ask(outcome, request, goes_on_empty=goes_on_empty)
                 broken = [one for one in constraints if not one.is_met(answer.text)]
                 if not broken:
                     break
@@ -248,7 +262,7 @@ class Pipeline:
                     outcome.events["kept its own answers, as a new one was unfinished"] += 1
                     outcome.answers = "original"
                     return list(turns)
-                if config.on_unfinished_answer == "drop" or not answer.text.strip():
+                if config.on_unfinished_answer == "drop" or answer.blank:
                     outcome.leave_out(unfinished, _beginning(answer.detail))
                     return None
             history.append({"role": "assistant", "content": answer.text})
@@ -266,7 +280,8 @@ class Pipeline:
             if turn["role"] != "assistant" or not turn["content"].strip():
                 continue
             asked = prompts.follows(outcome.system, question, turn["content"])
-            answer = await self._ask(outcome, "judge", asked, self.config.judge.decoding(), 0)
+            request = self._request("judge", asked, self.config.judge.decoding(), 0)
+            answer = await self._ask(outcome, request, goes_on_empty=True)
             verdict = None if answer.refused else says_no(answer.text)
             if verdict is None:
                 why = answer.unfinished or "that can't be read"
@@ -275,12 +290,23 @@ class Pipeline:
                 return outcome.leave_out("gate: the answer ignores the system message", _beginning(turn["content"]))
         return outcome
 
-    async def _ask(
-        self, outcome: Outcome, stage: str, messages: Sequence[Mapping[str, Any]], decoding: Decoding, sample: int
-    ) -> Answer:
+    def _request(self, stage: str, messages: Sequence[Mapping[str, Any]], decoding: Decoding, sample: int) -> Request:
         if self.config.system_role == "merge_into_user":
             messages = merge_into_user(messages)
-        return await ask(self.client, Request(stage, messages, decoding, sample), outcome.spent, outcome.events)
+        return Request(stage, messages, decoding, sample)
+
+    async def _ask(
+        self, outcome: Outcome, request: Request, *, next_try: Request | None = None, goes_on_empty: bool = False
+    ) -> Answer:
+        return await ask(
+            self.client,
+            request,
+            outcome.spent,
+            outcome.events,
+            further_turn=prompts.FURTHER_TURNS.get(request.stage),
+            next_try=next_try,
+            goes_on_empty=goes_on_empty,
+        )
 
 
 def _up_to_last_answer(turns: Sequence[Message]) -> list[Message]:

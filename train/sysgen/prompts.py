@@ -9,7 +9,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from train.llm.further_turns import FurtherTurn
 from train.sysgen.tags import TAGS, Annotated
+from train.sysgen.verdicts import PLACEHOLDERS
 
 PROMPT_VERSION = 2
 """The wording of these prompts and of constraints.py, for report.json. Raise it with every change of wording."""
@@ -19,10 +21,10 @@ Message = Mapping[str, Any]
 MEANINGS = {
     "Role": "the role, profession or identity the assistant takes on",
     "Content": "what the answer must include",
-    "Task": "what the assistant is to do",
+    "Task": "what the assistant should do",
     "Action": "how the assistant should behave or proceed",
     "Style": "how the answer should sound",
-    "Background": "what to know about the setting or the user",
+    "Background": "what the assistant should know about the setting or the user",
     "Tool": "built-in or external tools to use",
     "Format": "the shape of the answer",
 }
@@ -30,23 +32,24 @@ MEANINGS = {
 _DEFINITIONS = "\n".join(f"- {tag}: {MEANINGS[tag]}" for tag in TAGS)
 
 _WRITE = f"""\
-You write system messages. I will show you a conversation between a user and an assistant that had none. Write the \
-system message that could have come before it. These answers must be a fitting response to that message{{general}}.
+You write system messages. I will show you a conversation between a user and an assistant. Write the system message \
+that could have come before it. An assistant that received your message should naturally give the answers \
+shown{{general}}.
 
 Build it from short phrases. Put each phrase between an opening and a closing tag, <<Tag>>phrase<</Tag>>, using one of \
 these eight tags:
 {_DEFINITIONS}
 
-- Use the tags that the conversation calls for and leave out the others. A tag may occur several times.
-- Address the assistant ("You are ..."), in the language of the conversation.{{no_leak}}
-- Write nothing outside the tags, do not put a tag inside another, and use no other tags."""
+- Use the tags that the conversation calls for and leave out the others. You may use a tag more than once.
+- Speak to the assistant directly ("You are ...") in the language of the conversation.{{no_leak}}
+- Write nothing outside the tags, do not put one tag inside another, and use only these eight tags."""
 
-_GENERAL = ", and it must suit other questions of the same kind just as well"
+_GENERAL = ", and the message should work just as well for other questions of the same kind"
 _NO_LEAK = "\n- Describe what the answers are like, not what they say: the message must not give the answer away."
 
 _EXAMPLES: tuple[tuple[str, str], ...] = (
     (
-        "### User\nOur espresso machine drips after every shot. Do I need a technician?\n\n"
+        "### User\nMy espresso machine drips after every shot. Do I need a technician?\n\n"
         "### Assistant\nProbably not yet.\n\n1. Run a cleaning cycle: residue can keep the valve from closing.\n"
         "2. Check the group head gasket. If it is hard or cracked, replace it (about $8).\n"
         "3. Still dripping? Then the solenoid valve is worn, and that is a job for a technician.",
@@ -70,20 +73,20 @@ _EXAMPLES: tuple[tuple[str, str], ...] = (
         "### User\nWhat does `zip(*rows)` do?\n\n"
         "### Assistant\nIt turns rows into columns. `*rows` passes each row as a separate argument, and `zip` collects "
         "the first item of every row, then the second, and so on:\n\n```python\nlist(zip(*[(1, 2), (3, 4)]))  "
-        "# [(1, 3), (2, 4)]\n```\n\n### User\nAnd if they differ in length?\n\n"
+        "# [(1, 3), (2, 4)]\n```\n\n### User\nWhat if they differ in length?\n\n"
         "### Assistant\nThen it silently stops at the shortest one. `zip(*rows, strict=True)` raises a "
         "ValueError instead:\n\n```python\nlist(zip(*[(1, 2), (3,)], strict=True))  # ValueError\n```",
         "<<Role>>You are an experienced Python developer and teacher.<</Role>>\n"
         "<<Content>>Point out pitfalls where there are any.<</Content>>\n"
         "<<Task>>Explain what a piece of Python code does.<</Task>>\n"
-        "<<Action>>Explain the parts one after another, from the inside out.<</Action>>\n"
+        "<<Action>>Explain the parts one by one, from the inside out.<</Action>>\n"
         "<<Style>>Be matter-of-fact, without praise or filler.<</Style>>\n"
-        "<<Background>>The user can program but is new to Python idioms.<</Background>>\n"
-        "<<Format>>Follow each explanation with a code block of one or two lines that shows it.<</Format>>",
+        "<<Background>>The user knows how to program but is new to Python idioms.<</Background>>\n"
+        "<<Format>>Follow each explanation with a code block of one or two lines that illustrates it.<</Format>>",
     ),
 )
-"""Conversations and the messages to write for them. Together they show all eight tags, another language than English
-and a conversation of several turns."""
+"""Conversations and the messages to write for them. Together they show all eight tags, a language other than
+English and a conversation of several turns."""
 
 
 def generate(
@@ -112,30 +115,32 @@ def generate(
     last = f"The next conversation:\n\n{shown(conversation)}"
     if existing is not None:
         last += (
-            f"\n\n### Its system message\n{existing}\n\nKeep everything this message asks for, put it into "
-            "tags, and add whatever else the conversation shows."
+            f"\n\n### Its existing system message\n{existing}\n\nRewrite this message in tagged phrases: keep "
+            "everything it asks for, and add whatever else the conversation calls for."
         )
     for tag in remind_of:
         last += (
-            f"\n\nPay particular attention to <<{tag}>> ({MEANINGS[tag]}): if the answers call for it, include it; if "
-            "nothing in them points to it, leave it out and do not make anything up."
+            f"\n\nPay particular attention to <<{tag}>> ({MEANINGS[tag]}): include it if the answers call for it; "
+            "otherwise leave it out rather than invent something."
         )
     return [*turns, _turn("user", last)]
 
 
 _JUDGE_TAGS = f"""\
-Below is a system message whose phrases were put into tags, <<Tag>>phrase<</Tag>>. The eight tags mean:
+Below is a system message whose phrases have been tagged, <<Tag>>phrase<</Tag>>. The eight tags are defined as \
+follows:
 {_DEFINITIONS}
 
 Judge for each of the eight tags whether it is used as defined:
 - Good: its phrases match the definition{{}}.
-- Bad: its phrases do not match it{{}}.
-- None: no phrase has this tag, or its phrases say nothing.
+- Bad: at least one of its phrases does not match the definition{{}}.
+- None: no phrase has this tag, or its phrases say nothing of substance (as in "No special tools are needed"), in \
+which case neither Good nor Bad applies.
 
-Reply with eight lines and nothing else. Follow this form; the verdicts in it are placeholders:
+Reply with eight lines in this form and nothing else; the verdicts shown are placeholders:
 {{}}"""
 
-_FORM = "\n".join(f"<<{tag}>>: {verdict}" for tag, verdict in zip(TAGS, ("Good", "Bad", "None") * 3, strict=False))
+_FORM = "\n".join(f"<<{tag}>>: {verdict}" for tag, verdict in PLACEHOLDERS.items())
 
 
 def verify(message: Annotated, exchange: Sequence[Message] | None = None) -> list[dict[str, str]]:
@@ -143,7 +148,7 @@ def verify(message: Annotated, exchange: Sequence[Message] | None = None) -> lis
 
     `exchange`: one exchange of a longer conversation, which the message must fit as well.
     """
-    fits = (" and fit the conversation", ", or contradict the conversation") if exchange else ("", "")
+    fits = (" and fit the conversation", " or does not fit the conversation") if exchange else ("", "")
     ask = _JUDGE_TAGS.format(*fits, _FORM)
     if exchange:
         ask += f"\n\n### Part of the conversation it was written for\n\n{shown(exchange)}"
@@ -157,11 +162,21 @@ def follows(system: str, question: str, answer: str) -> list[dict[str, str]]:
         _turn(
             "user",
             "An assistant was given a system message and a question. Does its answer do what the system message asks "
-            "for, as far as it applies to this question? Judge only this, not whether the answer is correct. Reply "
-            f"with one word, Yes or No.\n\n### System message\n{system}\n\n### Question\n{question}\n\n"
-            f"### Answer\n{answer}",
+            "for, to the extent that the message applies to this question? Judge only this, not whether the answer is "
+            f"correct. Reply with one word, Yes or No.\n\n### System message\n{system}\n\n### Question\n{question}"
+            f"\n\n### Answer\n{answer}",
         )
     ]
+
+
+FURTHER_TURNS = {
+    "generate": FurtherTurn.of_prompt("tool", after=r"<<[/\\](?!.*<<)"),  # not inside a phrase
+    "verify": FurtherTurn.of_prompt(
+        "tool", "part of the conversation.*", "the system message with tags", after=r"\b(?:good|bad|none)\b"
+    ),
+    "judge": FurtherTurn.of_prompt("question", "answer", after=r"\b(?:yes|no)\b"),
+}
+"""Where replies to these prompts end, by stage. A new answer is none of them: it may hold any line."""
 
 
 def shown(conversation: Sequence[Message]) -> str:

@@ -12,7 +12,9 @@ meant in two ways is dropped and told, with the reason. The rules, where tags me
 - A phrase with a tag inside that has no partner or is none of the eight is dropped. What is properly matched within
   a dropped one stands.
 - `<<Role>>: a<</Role>>`: the colon goes. So do marks that were set around the tags, as in `**<<Role>>**`.
-- A phrase that says `None` or `N/A`, as where a model fills in all eight, is none.
+- A phrase that says nothing (`None`, `Not specified.`, `No tools are needed.`, `...`), as where a model fills in all
+  eight, is dropped. So is the prompt's placeholder.
+- Control tokens at the end of a phrase are taken off: `<<Role>>a<|im_end|><</Role>>`.
 - Tags in code (between backticks or code fences) are part of the phrase around it. Code around whole phrases, as
   where a model fences all it writes, is nothing.
 """
@@ -22,6 +24,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from train.llm.control_tokens import without_end_tokens
 from train.sysgen.tag_names import NAMES, TAGS, Dropped
 from train.sysgen.verdicts import Verdict, Verdicts, parse_verdicts
 
@@ -43,7 +46,27 @@ _COLON = re.compile(r"(?:[:：](?:\s+|$)|：)+")
 _AROUND = (("**", "**"), ("__", "__"), ("*", "*"), ("`", "`"), ("<", ">"))
 """What models set around a tag: `**<<Role>>**`, `<<<Role>>>`."""
 
-_SAYS_NOTHING = re.compile(r"\W*(?:none|n/a|not applicable|null)\W*", re.IGNORECASE)
+_NEEDED = (
+    r"(?:needed|required|specified|necessary|applicable|provided|given|mentioned|used|stated|available|relevant"
+    r"|indicated|included|identified|implied|found)"
+)
+_ABOUT = (
+    r"(?:tools?|roles?|tasks?|actions?|styles?|formats?|formatting|content|background|context|information|details?"
+    r"|instructions?|requirements?|constraints?|preferences?|phrases?)"
+)
+_SAYS_NOTHING = re.compile(
+    rf"""\W*(?:(?:n[/.]?a|null|nil|blank|empty|unspecified|tbd|phrase|(?:your|the|insert|some)\ phrase(?:\ here)?)
+    | (?:none|nothing|not)? (?:\s*(?:is|are|was|were|at\ all|here|(?:in\ )?particular|specific(?:ally)?|explicitly))*
+      (?:\s*{_NEEDED})?
+    | (?:there\ (?:is|are)\ )? no \s (?:\w+\s){{0,2}}? {_ABOUT} (?:\s\w+)? (?:\s(?:is|are|was|were))? \s {_NEEDED}
+    | (?:there\ (?:is|are)\ )? no \s (?:specific|particular|special|additional|external|extra|further) \s \w+
+    | keine?|aucune?|ningun[oa]|nessun[oa]|无|無|なし|нет
+    )(?:\s(?:for|in|by|here)\b [\w ,'’]{{0,60}})?\W*""",
+    re.IGNORECASE | re.VERBOSE,
+)
+"""`None`, `Not specified.`, `No specific tools are needed.`, `(empty)`, `...`, and the placeholder `phrase`."""
+_LONGEST_NOTHING = 120
+"""Characters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +273,7 @@ class _Reading:
         elif not whole:
             if not pair.inside:
                 self.dropped.append(Dropped(name, "", "empty"))
-        elif _SAYS_NOTHING.fullmatch(whole):
+        elif len(whole) <= _LONGEST_NOTHING and whole.strip(":：") and _SAYS_NOTHING.fullmatch(whole):
             self.dropped.append(Dropped(name, whole, "says nothing"))
         elif not self._keep(pair, whole):
             lonely = any(_marks(whole))  # else nothing was left of it but a colon or marks
@@ -272,6 +295,8 @@ class _Reading:
         if colon := _COLON.match(text):
             text = text[colon.end() :].strip()
             repairs.append("colon behind the tag")
+        text, tokens = without_end_tokens(text)
+        repairs += ["control tokens at the end"] * bool(tokens)
         if not _is_phrase(pair.opener.name, text):
             return False
         self.phrases.append(Phrase(pair.opener.name, text))

@@ -5,8 +5,9 @@
 
 A verdict is read where a line, a table row or a JSON object pairs a tag with one of the three words, in any case and
 marks. The tag's phrase (in quotes, brackets or a table cell) and the words "verdict" or "is" may stand between the two,
-and a reason behind the verdict. A line or a JSON list that names a verdict and then only tags is read as well. The rest
-is unread: several verdicts at once, a condition, a verdict on another line than its tag.
+and a reason behind the verdict. A line, a JSON list or a heading that names a verdict and then only tags is read as
+well, and so is a verdict below its tag (`verdict_lines.py`). The rest is unread: several verdicts at once, a condition,
+the placeholders of the prompt's own form.
 """
 
 import html
@@ -14,9 +15,11 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any, Literal, get_args
 
 from train.sysgen.tag_names import NAMES, TAGS, Dropped
+from train.sysgen.verdict_lines import verdict_lines
 
 Verdict = Literal["Good", "Bad", "None"]
 
@@ -30,6 +33,9 @@ class Verdicts:
     dropped: tuple[Dropped, ...] = field(default=(), compare=False)
 
 
+PLACEHOLDERS: dict[str, Verdict] = dict(zip(TAGS, cycle(get_args(Verdict)), strict=False))
+"""The verdicts in the form that the prompt shows; a reply that repeats them judges nothing."""
+
 _VERDICTS: dict[str, Verdict] = {verdict.casefold(): verdict for verdict in get_args(Verdict)}
 
 _NAME = rf"(?:{'|'.join(TAGS)})s?\b"
@@ -41,7 +47,7 @@ _EMPHASIS = r"[ *_`\"'<>]{0,8}"
 _ENTRY = re.compile(
     rf"""
     (?: <<\ ?[/\\]*\ ?(?P<tag>[^\W\d_]\w*)\ ?[/\\]*\ ?>> [^\w\n<]{{0,20}} (?:<<\ ?)?          # <<Task>>:
-      | (?:^|[.,;|{{(\[<>]) {_ANY_MARKS} (?:(?:\d{{1,2}}|[a-h])[^\w\n]{{1,20}})?              # 1.
+      | (?:^|[.,;|/{{(\[<>]) {_ANY_MARKS} (?:(?:\d{{1,2}}|[a-h])[^\w\n]{{1,20}})?              # 1.
         (?:(?:the|tag)\b{_MARKS})* (?P<bare>{_NAME}) (?:{_MARKS}\btag\b)?                     # the **Task** tag
         (?P<between>
           {_MARKS}
@@ -54,7 +60,8 @@ _ENTRY = re.compile(
     (?P<verdict>{_WORD}) (?!-\w)
     (?P<choice> {_EMPHASIS} (?: [/|&] | \bor\b | \band\b | ,(?={_EMPHASIS}{_WORD}(?!\ (?!or\b|and\b)\w)) )
         {_EMPHASIS}{_WORD} )?+                                                                # Good or Bad
-    (?= \ ?(?: $ | [^\w\s] | (?:because|as(?!\ long)|since|due\ to|in\ that|but|though|although)\b ))
+    (?= \ ?(?: $ | [^\w\s] | (?:match|fit)\b(?!\ for\b)
+              | (?:because|as(?!\ long)|since|due\ to|in\ that|but|though|although)\b ))
     """,
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
@@ -73,7 +80,7 @@ _JSON = re.compile(r"[{\[]\s*[\"{\[]")
 def parse_verdicts(text: str) -> Verdicts:
     """Return the verdicts in a reply. Never raises."""
     text = re.sub(r"[^\S\n]+", " ", html.unescape(text))
-    lines = [text, *_json_lines(text)]
+    lines = [text, *_json_lines(text), *verdict_lines(text)]
     found: dict[str, set[Verdict]] = {}
     otherwise: set[str] = set()
     dropped: list[Dropped] = []
@@ -101,6 +108,8 @@ def parse_verdicts(text: str) -> Verdicts:
             of[name] = next(iter(given))
         elif given:
             dropped.append(Dropped(name, " and ".join(sorted(given)), "verdicts that contradict each other"))
+    if of == PLACEHOLDERS:
+        return Verdicts({}, {}, (Dropped("", text.strip(), "the placeholders of the prompt"),))
     return Verdicts(of, {"written otherwise": len(otherwise)} if otherwise else {}, tuple(dropped))
 
 

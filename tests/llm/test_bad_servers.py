@@ -1,0 +1,360 @@
+"""Servers that are not what they seem: ports without a server behind them, silent ones, one bad one of several."""
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from client_runs import SHORT, about, echo, run
+from scripted_server import Asked, Reply, ScriptedServer, error
+
+from train.errors import UserError
+from train.llm import advice, endings, first_contact
+from train.llm.client import Client, NoAnswerError
+from train.llm.first_contact import check_servers
+from train.llm.journal import Journal
+from train.llm.server import Server
+
+
+class Tunnel:
+    """A port that takes every connection, and passes it on only while there is a server behind it."""
+
+    def __init__(self, backend: ScriptedServer | None = None) -> None:
+        self.backend = backend
+        self.connections = 0
+        self.is_silent = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> "Tunnel":
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/v1"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        self.cut()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def cut(self) -> None:
+        """The server behind it is gone, and so are the connections to it."""
+        self.backend = None
+        for task in self._tasks:
+            task.cancel()
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        task = asyncio.current_task()
+        assert task
+        self._tasks.add(task)
+        with contextlib.suppress(OSError, asyncio.CancelledError):
+            if self.is_silent:
+                await reader.read()  # until the client leaves
+            elif self.backend:
+                port = int(self.backend.url.split(":")[2].partition("/")[0])
+                behind, to = await asyncio.open_connection("127.0.0.1", port)
+                await asyncio.gather(self._pass_on(reader, to), self._pass_on(behind, writer))
+        self._tasks.discard(task)
+        writer.close()
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65_536):
+            writer.write(data)
+        writer.close()
+
+
+@contextlib.asynccontextmanager
+async def silent_port() -> AsyncIterator[str]:
+    """A port that takes connections and never says anything, as a database does that waits for its own protocol."""
+    held = []
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        held.append(writer)
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    finally:
+        server.close()
+        for writer in held:
+            writer.close()
+
+
+@contextlib.asynccontextmanager
+async def client_of(urls: list[str], folder: Path, **settings: object) -> AsyncIterator[Client]:
+    with Journal(folder / "answers.sqlite") as journal:
+        servers = [Server(url, concurrency=4) for url in urls]
+        async with Client(servers, "m", journal, **{"pauses": SHORT, **settings}) as client:
+            yield client
+
+
+async def ask_all(client: Client, count: int) -> list[str]:
+    return [answer.text for answer in await asyncio.gather(*(client.ask(about(f"{n}")) for n in range(count)))]
+
+
+def expected(count: int) -> list[str]:
+    return [f"re: {number}" for number in range(count)]
+
+
+# Ports without a server behind them
+
+
+def test_a_port_that_closes_every_connection_ends_the_start_when_its_time_is_over(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with Tunnel() as tunnel, client_of([tunnel.url], tmp_path, wait_for_server=0.1) as client:
+            with pytest.raises(UserError) as failure:
+                await ask_all(client, 3)
+            assert str(failure.value).startswith(f"{tunnel.url} closes the connection without an answer (")
+            assert "The port is open, and no model server answers behind it." in str(failure.value)
+            assert "--wait-for-server" in str(failure.value)
+            with pytest.raises(UserError, match=r"closes the connection without an answer .* no model server answers"):
+                await check_servers([Server(tunnel.url)], "m", pauses=SHORT)
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
+@pytest.mark.parametrize("attempts", [2, 6])
+def test_a_server_that_starts_behind_an_open_port_is_waited_for_and_no_row_is_lost(
+    tmp_path: Path, attempts: int
+) -> None:
+    async def work() -> None:
+        async with (
+            ScriptedServer(echo, ["m"]) as server,
+            Tunnel() as tunnel,
+            client_of([tunnel.url], tmp_path, attempts=attempts) as client,
+        ):
+            asking = asyncio.create_task(ask_all(client, 8))
+            while tunnel.connections < 80:
+                await asyncio.sleep(0.001)
+            assert re.search(r"closes the connection .*, for \ds of 1m00s at most", client.troubles()[0])
+            tunnel.backend = server
+            assert await asking == expected(8)
+            assert client.counts.failed == 0
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
+def test_a_server_that_goes_away_behind_an_open_port_in_mid_run_costs_no_row(tmp_path: Path) -> None:
+    async def work() -> None:
+        async def script(asked: Asked) -> Reply:
+            if asked.number == 9:
+                tunnel.cut()
+            return await echo(asked)
+
+        async with (
+            ScriptedServer(script, ["m"]) as server,
+            Tunnel(server) as tunnel,
+            client_of([tunnel.url], tmp_path, attempts=3, wait_for_server=0) as client,
+        ):
+            asking = asyncio.create_task(ask_all(client, 20))
+            while tunnel.connections < 150:
+                await asyncio.sleep(0.001)
+            assert "closes the connection without an answer" in client.troubles()[0]
+            assert "at most" not in client.troubles()[0]
+            tunnel.backend = server
+            assert await asking == expected(20)
+            assert client.counts.failed == 0
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
+def test_requests_that_end_their_connection_on_a_server_that_is_there_are_lost_alone(tmp_path: Path) -> None:
+    """Also where they are all that is left to ask, so that no other request shows that the server is there."""
+
+    async def script(asked: Asked) -> Reply:
+        return Reply(drop=0) if "poison" in asked.prompt else await echo(asked)
+
+    async def work(client: Client, servers: list[ScriptedServer]) -> None:
+        await client.ask(about("good"))
+        found = await asyncio.gather(*(client.ask(about(f"poison {n}")) for n in range(3)), return_exceptions=True)
+        assert [type(one) for one in found] == [NoAnswerError] * 3
+        assert servers[0].prompts() == {"good": 1, **{f"poison {number}": 4 for number in range(3)}}
+
+    run(script, lambda *of: asyncio.wait_for(work(*of), 60), tmp_path, attempts=4)
+
+
+# Pauses
+
+
+def test_answers_under_way_do_not_hide_a_pause(tmp_path: Path) -> None:
+    async def script(asked: Asked) -> Reply:
+        if asked.prompt == "limited":
+            return error(429, "tokens per day", headers={"Retry-After": "1267"})
+        await refused.wait()
+        return await echo(asked)
+
+    async def work(client: Client, servers: list[ScriptedServer]) -> None:
+        slow = asyncio.create_task(client.ask(about("slow")))
+        while not servers[0].asked:
+            await asyncio.sleep(0.001)
+        limited = asyncio.create_task(client.ask(about("limited")))
+        while not client.counts.tries_failed:
+            await asyncio.sleep(0.001)
+        refused.set()
+        assert (await slow).text == "re: slow"
+        [line] = client.troubles()
+        assert re.fullmatch(rf"{servers[0].url}: 429 Said: tokens per day, next try in 21m0\ds", line)
+        assert client.waits_for() == {servers[0].url}
+        limited.cancel()
+
+    refused = asyncio.Event()
+    run(script, lambda *of: asyncio.wait_for(work(*of), 60), tmp_path)
+
+
+# Silence
+
+
+@pytest.fixture
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endings, "SILENCE_OF_A_START", 0.1)
+    monkeypatch.setattr(advice, "SECONDS_OF_A_LOOK", 0.1)
+    monkeypatch.setattr(first_contact, "SECONDS_OF_A_SILENT_ONE", 0.1)
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_port_that_says_nothing_is_warned_of_and_fails_the_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def work() -> None:
+        async with silent_port() as url:
+            async with client_of([url], tmp_path) as client:
+                asking = asyncio.create_task(client.ask(about("hi")))
+                told = ""
+                while not told:
+                    await asyncio.sleep(0.01)
+                    told = capsys.readouterr().err
+                asking.cancel()
+            words = f"{url} accepts connections and sends nothing. A model server lists its models at once: is the port"
+            assert told.startswith(f"warning: {words}")
+            with pytest.raises(UserError) as failure:
+                await check_servers([Server(url)], "m", pauses=SHORT)
+            assert str(failure.value).startswith(words)
+            async with ScriptedServer(echo) as good:  # one of several is a warning
+                await check_servers([Server(url), Server(good.url)], "m", pauses=SHORT)
+            assert capsys.readouterr().err.startswith(f"warning: {words}")
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
+@pytest.mark.usefixtures("_impatient")
+@pytest.mark.parametrize("listed", [Reply(200, {"data": [{"id": "m"}]}), error(404, "no list")])
+def test_a_server_that_loads_its_model_for_the_first_answer_is_not_silent(
+    listed: Reply, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def script(asked: Asked) -> Reply:
+        if not asked.body:
+            looks.append(asked)
+            return listed
+        while len(looks) < 3:  # each silence is looked at, and this is the third
+            await asyncio.sleep(0.01)
+        return await echo(asked)
+
+    async def work(client: Client, servers: list[ScriptedServer]) -> None:
+        asking = asyncio.create_task(client.ask(about("hi")))
+        while not looks:
+            await asyncio.sleep(0.01)
+        looks.extend(looks[:1] * 2)
+        assert (await asking).text == "re: hi"
+        assert servers[0].prompts() == {"hi": 1}
+
+    looks: list[Asked] = []
+    run(script, lambda *of: asyncio.wait_for(work(*of), 60), tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_what_a_silent_one_of_several_holds_the_others_get(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async def work() -> None:
+        async with silent_port() as url, ScriptedServer(echo) as good, client_of([url, good.url], tmp_path) as client:
+            assert await ask_all(client, 20) == expected(20)
+            assert client.counts.failed == 0
+            lane = client._lanes[0]
+            assert (lane.rests, lane.in_flight) == (True, 0)
+            assert await ask_all(client, 40) == expected(40)  # no more of them wait for it
+            assert lane.in_flight == 0
+        [named] = client.counts.bad_servers
+        assert named.startswith(f"{url} never gave an answer (accepts connections and sends nothing).")
+        assert "Its requests are sent to the other servers." in capsys.readouterr().err
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_silent_server_that_comes_to_its_senses_gets_requests_again(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with ScriptedServer(echo, ["m"]) as server, Tunnel() as tunnel, ScriptedServer(echo) as good:
+            tunnel.is_silent = True
+            async with client_of([tunnel.url, good.url], tmp_path) as client:
+                assert await ask_all(client, 20) == expected(20)
+                lane = client._lanes[0]
+                assert lane.rests
+                tunnel.is_silent, tunnel.backend = False, server
+                while lane.rests:
+                    await asyncio.sleep(0.01)
+                assert await ask_all(client, 80) == expected(80)
+                assert server.answered
+            assert client.counts.bad_servers == []
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
+# One bad server of several
+
+
+@pytest.mark.parametrize("answered_before", [0, 5])
+@pytest.mark.parametrize("reply", [error(401, "bad key"), error(403, "not yours"), error(402, "pay")])
+def test_a_key_that_one_of_several_refuses_closes_that_server_alone(
+    answered_before: int, reply: Reply, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def refusing(asked: Asked) -> Reply:
+        return await echo(asked) if asked.number < answered_before else reply
+
+    clients: list[Client] = []
+
+    async def work(client: Client, servers: list[ScriptedServer]) -> None:
+        clients.append(client)
+        url = servers[1].url
+        number = 0
+        while not client._lanes[1].closed:
+            number += 8
+            assert (await ask_all(client, number))[-8:] == expected(number)[-8:]
+        asked = len(servers[1].asked)
+        assert await ask_all(client, number + 30) == expected(number + 30)
+        assert len(servers[1].asked) <= asked + 4  # those that were on their way
+        assert client.counts.failed == 0
+        told = capsys.readouterr().err
+        assert told.count(f"warning: {url} answers {reply.status} Said: ") == 1
+        assert "the run goes on with the other servers" in told
+        assert f"{url}: {reply.status} Said" in client.troubles()[0]
+
+    run([echo, refusing], lambda *of: asyncio.wait_for(work(*of), 60), tmp_path, concurrency=4)
+    [named] = clients[0].counts.bad_servers
+    assert f"was asked nothing more, as it answered: {reply.status} Said" in named
+
+
+def test_the_last_of_several_that_refuses_its_key_ends_the_run(tmp_path: Path) -> None:
+    async def refusing(asked: Asked) -> Reply:
+        return error(401, "bad key")
+
+    async def work(client: Client, servers: list[ScriptedServer]) -> None:
+        with pytest.raises(UserError) as failure:
+            await ask_all(client, 20)
+        assert all(server.url in str(failure.value) for server in servers)
+        assert "bad key. It wants a key" in str(failure.value)
+
+    run([refusing] * 3, lambda *of: asyncio.wait_for(work(*of), 60), tmp_path)
+
+
+def test_a_server_that_only_fails_beside_a_good_one_is_named_at_the_end(tmp_path: Path) -> None:
+    async def broken(asked: Asked) -> Reply:
+        return error(500, "CUDA error")
+
+    async def work(client: Client, servers: list[ScriptedServer]) -> Client:
+        assert await ask_all(client, 30) == expected(30)
+        return client
+
+    client = run([echo, broken], work, tmp_path)
+    assert re.search(r"never gave an answer \(500 Said: CUDA error\)", client.counts.bad_servers[0])
+    again = run([echo, broken], work, tmp_path)  # nothing was asked of anyone
+    assert again.counts.bad_servers == []

@@ -1,0 +1,66 @@
+"""Marks (tags of reasoning, control tokens) that a text speaks of, told from marks that a model set.
+
+An answer about language models names them: "it ends with </think>", "the token <|im_end|> closes a turn". A mark that
+a model set is glued to the text, or stands after the end of a sentence or on a line of its own.
+"""
+
+import re
+
+SENTENCE_END = ".!?…。！？"
+_NOUNS = (
+    r"(?:tags?|tokens?|mark(?:er)?s?|closers?|openers?|delimiters?|symbols?|strings?|sequences?|formats?|forms?"
+    r"|templates?|syntax|examples?)"
+)
+_NAMED_BEFORE = re.compile(
+    rf"(?:^|\W)(?:{_NOUNS}|is|are|was|were|be|with|as|by|the|an?|and|or|to|of|in|from|until|after|before|like|than"
+    r"|its?|which|us(?:e[sd]?|ing)|called|named|writ(?:es?|ten)|add(?:s|ed)?|emits?|wrote|has|have|reserves?|see)"
+    r"[ \t]+[\"'“‘«(*_]*\Z",
+    re.IGNORECASE,
+)
+_NAMED_AFTER = re.compile(
+    r"[\"'”’»)*_]*(?:[,;:](?=\s|\Z)|[ \t]+(?:is|are|was|were|and|or|then|tags?|tokens?|mark(?:er)?s?|opens?|closes?"
+    r"|begins?|starts?|ends?|means?|does|do|in|at|as|for|to|has|have|stands?|comes?|tells?|before|after)\b)"
+)
+_NOUN_AT_END = re.compile(rf"\b{_NOUNS}\b[^.!?…。！？\n]*\Z", re.IGNORECASE)
+_LIST_MARKER = re.compile(r"(?:^|\n)[ \t]*(?:[-*+•]|\d+[.)])[ \t]+\Z")
+_WORD = 24
+"""Characters before a mark in which the word before it stands, with a quotation mark."""
+_SHORT = 120
+"""Characters before a mark in which its sentence is looked for."""
+
+
+def is_named(text: str, start: int, end: int) -> bool:
+    """Return True where the words around a mark speak of it: "the tag </think>", "<think> is"."""
+    return bool(_NAMED_AFTER.match(text, end) or _NAMED_BEFORE.search(text[max(0, start - _WORD) : start]))
+
+
+def is_named_before(text: str, start: int) -> bool:
+    """Return True where the word before a mark speaks of it, on its line or on the one before."""
+    return _NAMED_BEFORE.search(f"{text[max(0, start - _WORD) : start].rstrip()} ") is not None
+
+
+def is_named_after(text: str, end: int) -> bool:
+    """Return True where the words after a mark speak of it."""
+    return _NAMED_AFTER.match(text, end) is not None
+
+
+def is_announced(text: str, start: int) -> bool:
+    """Return True where a colon or a list's marker stands before a mark: it is what the text shows."""
+    before = text[max(0, start - _SHORT) : start]
+    return before.rstrip().endswith((":", "：")) or _LIST_MARKER.search(before) is not None
+
+
+def speaks_of_marks(text: str) -> bool:
+    """Return True where the last sentence of a text, which has no end yet, names a tag, a token or a format."""
+    return _NOUN_AT_END.search(text[-_SHORT:].rstrip().rstrip(":")) is not None
+
+
+def is_word(text: str, start: int, end: int) -> bool:
+    """Return True where a mark is a word of its sentence: it stands after a space and a word, a quote or a bracket."""
+    if text[end : end + 1] in tuple(",;:)\"'”’»"):
+        return True
+    before = text[max(0, start - 3) : start]
+    words = before.rstrip(" \t")
+    if words == before:
+        return bool(before) and not (before[-1].isalnum() or before[-1] in f"{SENTENCE_END})*_\n>]}}\"”’'`")
+    return words[-1:] not in tuple(f"{SENTENCE_END}>]\n")

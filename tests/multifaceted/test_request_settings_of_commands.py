@@ -127,8 +127,9 @@ def test_a_refused_parameter_is_named_as_the_option_that_leaves_it_out(
     assert "system-role" not in told
 
 
-def test_a_judge_that_wants_a_key_shows_what_it_refuses_before_the_model_answers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("key", [(), ("--judge-key-variable", "KEY_OF_THE_JUDGE")])
+def test_a_judge_shows_what_it_refuses_before_the_model_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, key: tuple[str, ...]
 ) -> None:
     monkeypatch.setenv("KEY_OF_THE_JUDGE", "k")
 
@@ -138,7 +139,7 @@ def test_a_judge_that_wants_a_key_shows_what_it_refuses_before_the_model_answers
         return error(400, "Unsupported parameter", param="top_p") if "top_p" in asked.body else await GRADES(asked)
 
     with served(script) as server:
-        servers = ("--server", server.url, "--judge-server", server.url, "--judge-key-variable", "KEY_OF_THE_JUDGE")
+        servers = ("--server", server.url, "--judge-server", server.url, *key)
         assert bench(tmp_path, *servers) == 2
         assert "Leave it out: --judge-top-p null." in capsys.readouterr().err
         assert {one.body["model"] for one in server.asked if "messages" in one.body} == {"judge"}

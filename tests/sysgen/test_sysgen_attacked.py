@@ -128,6 +128,12 @@ def test_an_answer_that_is_reasoning_alone_is_not_written(tmp_path: Path, choice
     assert done.tally.events["answer: reasoning without an end, and nothing said"] == 1
 
 
+def test_a_call_of_a_tool_as_text_is_not_written(tmp_path: Path) -> None:
+    run_with(answers(answer=said('I look it up.\n<tool_call>\n{"name": "search"}\n</tool_call>')), tmp_path)
+    (row,) = lines(tmp_path / "out" / "left_out.jsonl")
+    assert row["reason"] == "new answer calls a tool"
+
+
 def test_tags_of_reasoning_in_the_middle_of_an_answer_are_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -327,7 +327,7 @@ SAID = {
     "twice, not the same": ("<<Role>>: Good\n<<Role>>: Bad", {}),
     "the question": ("<<Role>>: Good/Bad/None\n<<Task>>: Good or Bad", {}),
     "a sentence": ("<<Role>>: None of them is good\n<<Task>>: not good\n<<Style>>: Goodness", {}),
-    "on the next line": ("<<Role>>:\nGood", {}),
+    "on the next line": ("<<Role>>:\nGood", {"Role": "Good"}),
     "of another tag": ("<<Example>>: Good", {}),
     "nothing": ("", {}),
 }

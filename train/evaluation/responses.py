@@ -87,13 +87,15 @@ def _all_answered(asked: Sequence[Request], model: str, journal: Journal) -> boo
     return all(journal.find(request.key(model), request.decoding.max_tokens) for request in asked)
 
 
-def _read(answers: Sequence[Answer | NoAnswerError], description: str) -> list[Answer | NoAnswerError]:
+def _read(
+    answers: Sequence[Answer | NoAnswerError], asked: Sequence[Request], description: str
+) -> list[Answer | NoAnswerError]:
     """Return the answers without reasoning and control tokens, and print what a user has to know of these."""
     found: list[Answer | NoAnswerError] = []
     events: Counter[str] = Counter()
-    for answer in answers:
+    for answer, request in zip(answers, asked, strict=True):
         if isinstance(answer, Answer):
-            answer, said = read_answer(answer)
+            answer, said = read_answer(answer, request.messages)
             events.update(f"{description}: {event}" for event in events_of(said))
         found.append(answer)
     for line in advice_on(events):
@@ -142,7 +144,7 @@ async def _from_servers(
                 pace.advance()
     for line in client.counts.bad_servers:
         print(f"warning: {line}", flush=True)
-    return _by_conversation(_read(answers, description), samples)
+    return _by_conversation(_read(answers, asked, description), samples)
 
 
 async def _from_checkpoint(
@@ -176,4 +178,4 @@ async def _from_checkpoint(
             )
             found |= batch
             answering.advance(len(batch))
-    return _by_conversation(_read([found[key] for key in keys], description), samples)
+    return _by_conversation(_read([found[key] for key in keys], asked, description), samples)

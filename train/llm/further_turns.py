@@ -24,7 +24,9 @@ class FurtherTurn:
     @classmethod
     def of_prompt(cls, *headings: str, after: str) -> "FurtherTurn":
         """Return that of a prompt with these headings (regular expressions, without their `###`)."""
-        names = "|".join(("user", "assistant", "human", "(?:the |its )?(?:existing )?system (?:message|prompt)", "system", *headings))
+        names = "|".join(
+            ("user", "assistant", "human", "(?:the |its )?(?:existing )?system (?:message|prompt)", "system", *headings)
+        )
         begins = (
             rf"^[ \t]*(?:#{{1,6}}[ \t]*\**(?:{names})\b[^\w\n]*$|\**(?:user|assistant|human)(?:\**:|:\**)"
             r"|\W{0,4}(?:the )?(?:next )?conversation[:*]+\s*$)"

@@ -55,7 +55,7 @@ class Results:
     notes: Mapping[str, Any]
     folder: str | None = None
     incomplete: str = ""
-    """What the figures lack, as a predicate: `is not finished: ...`."""
+    """Missing parts of the figures, as a predicate: `is not finished: ...`."""
 
 
 def read_results(place: Path) -> dict[str, Results]:

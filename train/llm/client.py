@@ -91,7 +91,7 @@ class Counts:
     advice: str = ""
     """The setting that the first refused request was about, as a sentence."""
     bad_servers: list[str] = field(default_factory=list)
-    """What is wrong with each server that was closed or never answered while others did; known at the end."""
+    """The fault of each server that was closed, or never answered while others did; known at the end."""
 
 
 class Client:

@@ -95,7 +95,7 @@ _ADVICE = {
     False: "Change the data or the settings that left them out",
     True: "Serve the model with a longer context, lower `max_tokens` of the stages, or take shorter rows",
 }
-"""Where the server says that requests are too long, and where not."""
+"""Advice for requests that the server calls too long, and for others."""
 
 
 def went(rows: int, reasons: Mapping[str, int]) -> str:

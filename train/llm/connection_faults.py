@@ -14,7 +14,7 @@ from train.llm.address import Address
 from train.llm.failures import Trouble
 
 _NO_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST"}
-"""What OpenSSL says of bytes that are not TLS, in its several versions."""
+"""Words of OpenSSL for bytes that are not TLS, in its several versions."""
 _UNTRUSTED = {18, 19, 20, 21}
 """X509_V_ERR_...: self-signed, self-signed in the chain, no issuer, no first certificate (openssl verify(1))."""
 _NOT_VALID_NOW = {9, 10}

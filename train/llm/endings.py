@@ -23,15 +23,15 @@ from train.llm.server import SILENT, ServerLane
 from train.progress import duration
 
 FAULTS_OF_A_START = 8
-"""So many responses in a row that are no answer, before any answer, are a fault of the settings too: about a minute
-of them. Some servers answer an unknown model with 500, and a web page at a wrong base_url is a 200."""
+"""Responses in a row without an answer, before any answer, that end the run: the settings are wrong. They take about
+a minute. Some servers answer an unknown model with 500, and a web page at a wrong base_url is a 200."""
 
 DENIALS = 8
 """A server that has answered before and then refuses the key this many times in a row, which takes about half a minute,
 refuses it for good."""
 
 FEW_DENIED = 2
-"""Where no more requests than these are denied (403) in the same way, they are denied for what they say."""
+"""Up to this many requests that are denied (403) in the same way are denied for their content."""
 
 LONGEST_ABSENCE = 600.0
 """Seconds for which 404s of a server that has answered before are waited for: a gateway sends them while the pod behind

@@ -137,7 +137,7 @@ class Answer:
 
     @property
     def detail(self) -> str:
-        """What it says, or the reason that it says nothing, for the reports."""
+        """Its text, or the reason that it has none, for the reports."""
         nothing = "its reasoning has no end, " if self.only_reasoning else ""
         return self.refusal or self.text or f"{nothing}finish_reason {self.finish_reason or 'missing'}"
 
@@ -153,17 +153,17 @@ class Answer:
 
     @property
     def empty(self) -> bool:
-        """Whether it holds no text though nothing cut it, withheld it or called a tool."""
+        """True for an answer without text that nothing cut or withheld, and that calls no tool."""
         return self.blank and not self.refusal and self.ending in ("complete", "unknown", "unstated")
 
     @property
     def blank(self) -> bool:
-        """Whether its text shows nothing: blanks and invisible characters (U+200B, U+FEFF) at most."""
+        """True for a text of blanks and invisible characters (U+200B, U+FEFF) alone."""
         return not any(letter.isprintable() and not letter.isspace() for letter in self.text)
 
     @property
     def unfinished(self) -> str:
-        """Why it is not a complete answer, in the words of the reports; nothing where it is."""
+        """The reason that it is not a complete answer, in the words of the reports; empty for a complete one."""
         if self.refused:
             return "refused"
         if self.ending != "complete":

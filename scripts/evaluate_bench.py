@@ -407,7 +407,7 @@ def _protocol(options: argparse.Namespace) -> "Protocol":
 def _judge(
     options: argparse.Namespace, bench: "Bench", responses: "list[list[Response]]", folder: Path
 ) -> "tuple[list[JudgedRow], str]":
-    """Return the judgements, from servers or from files of a batch, and the option to change where requests were refused."""
+    """Return the judgements, from servers or batch files, and the option to change where requests were refused."""
     from train.evaluation.respondent import server_options
     from train.llm.client import Client
     from train.llm.journal import Journal

@@ -57,7 +57,8 @@ def main(
             check(config)
             servers = [server.server() for server in config.servers]
             stages = {stage: getattr(config, stage).decoding() for stage in asked_stages(config)}
-            asyncio.run(check_servers(servers, config.model, wait=options.wait_for_server or 0.0, stages=stages))
+            if stages:
+                asyncio.run(check_servers(servers, config.model, wait=options.wait_for_server or 0.0, stages=stages))
             return
         done = run(config, WAIT_FOR_SERVER if options.wait_for_server is None else options.wait_for_server)
         tell(done.tally, duration(time.monotonic() - started))

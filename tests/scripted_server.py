@@ -99,7 +99,7 @@ class ScriptedServer:
         await asyncio.gather(*self._connections, return_exceptions=True)
 
     def prompts(self) -> Counter[str]:
-        """How often each prompt was asked. A look at the models is none."""
+        """Return the number of times that each prompt was asked, without looks at the models."""
         return Counter(asked.prompt for asked in self.asked if asked.body)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -66,7 +66,7 @@ def cut(data: bytearray, page: int) -> None:
 def test_a_damaged_page_is_one_error_that_names_the_file_and_what_to_do(
     tmp_path: Path, whole: bytes, damage: Callable[[bytearray, int], None]
 ) -> None:
-    """Whatever page it is, a run sees right answers or that error: no traceback, and no other text."""
+    """A run sees right answers or that error, for any page: no traceback, and no other text."""
     told = []
     for page in range(0, len(whole) // PAGE, 3):
         path = tmp_path / f"{page}.sqlite"

@@ -36,7 +36,7 @@ def replying(text: str) -> Script:
 
 
 async def outcome_of_two_tries(client: Client, servers: list[ScriptedServer]) -> tuple[list[str], int]:
-    """What a caller gets that goes on to the next sample where an answer is empty, and how often the server was asked.
+    """Return the answer of a caller that goes on to the next sample after an empty one, and how often the server was asked.
 
     The samples have the same prompt, so the server's script tells them apart by how often it was asked.
     """

@@ -39,7 +39,7 @@ async def ask(servers: list[Server] | Server, folder: Path, *prompts: str, wait:
 
 
 async def refusal(servers: list[Server] | Server, folder: Path, wait: float = 30.0) -> str:
-    """What ends the run."""
+    """Return the error that ends the run."""
     with pytest.raises(UserError) as failure:
         await ask(servers, folder, wait=wait)
     told = str(failure.value)

@@ -29,7 +29,7 @@ KEY = "sk-9f/Qw+8'x&Z~b{7}\\k=T%u\"M<0>j"
 
 
 def forms(key: str) -> Iterator[str]:
-    """How programs write a key, and its halves."""
+    """Return the forms in which programs write a key, and its halves."""
     yield from (key, repr(key)[1:-1], json.dumps(key)[1:-1], html.escape(key), quote(key), quote(key, safe=""))
     yield from (quote_plus(key), quote(key, safe="").lower(), quote(quote(key)), json.dumps(json.dumps(key))[2:-2])
     yield key.encode().hex()

@@ -13,6 +13,7 @@ from sysgen_runs import only_row, question, run_with, saying
 from train.sysgen import constraints, prompts
 from train.sysgen.gates import language_of, leaked_share
 from train.sysgen.tags import parse, parse_verdicts
+from train.sysgen.verdicts import verdicts_of_reply
 
 SHORT = question("Why is the sky blue?", "Rayleigh scattering.")["messages"]
 LONG = question("Hi.", "Hello!")["messages"] + SHORT
@@ -111,7 +112,7 @@ def turns_of(conversation: str, role: str) -> list[str]:
 def test_the_form_of_the_verdicts_is_one_that_is_read() -> None:
     prompt = prompts.verify(TAGGED)[0]["content"]
     form = "\n".join(line for line in prompt.partition("###")[0].splitlines() if line.startswith("<<"))
-    assert parse_verdicts(form).of == {}  # a reply that repeats it judges nothing
+    assert verdicts_of_reply(form).of == {}  # a reply that repeats it judges nothing
     read = parse_verdicts(form.replace("Bad", "Good", 1))
     assert set(read.of) == set(EIGHT)
     assert set(read.of.values()) == {"Good", "Bad", "None"}

@@ -20,7 +20,7 @@ ANSWERS: list[tuple[Reply, str, str]] = [
     (said(HALF, "foo"), "new answer ended for an unknown reason (foo)", HALF),
     (said(HALF, "OTHER"), "new answer ended for an unknown reason (OTHER)", HALF),
 ]
-"""What is said to question [n], the reason of its row, and what stands in the detail."""
+"""The reply to question [n], the reason of its row, and what stands in the detail."""
 
 
 async def unfinished(asked: Asked) -> Reply:

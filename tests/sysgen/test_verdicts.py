@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.sysgen.tags import TAGS, parse_verdicts
-from train.sysgen.verdicts import PLACEHOLDERS
+from train.sysgen.verdicts import PLACEHOLDERS, verdicts_of_reply
 
 THREE = {"Role": "Good", "Task": "Bad", "Tool": "None"}
 
@@ -111,8 +111,6 @@ UNREAD = {
     "a verdict under no tag of its own": "Role: You are a teacher.\nIt is what it is.\nGood\n### Style of the answer\nBad",
     "a negated phrase": "Role: not a teacher, and so not - Good\nTask: isn't clear (Bad)",
     "two verdicts below a tag": "### Role\nVerdict: Good\nVerdict: Bad",
-    "the prompt's own form": "\n".join(f"<<{tag}>>: {verdict}" for tag, verdict in PLACEHOLDERS.items()),
-    "the prompt's own form in other marks": "\n".join(f"- {tag}: {verdict}" for tag, verdict in PLACEHOLDERS.items()),
     "by verdict, and contradictory": "Good: Role, Task\nBad: Role, Task",
 }
 
@@ -134,6 +132,13 @@ def test_a_table_of_issues_is_no_second_verdict_and_none_is_taken_from_it() -> N
 def test_tags_without_a_verdict_take_none_from_their_neighbours() -> None:
     text = "Good: Role, Style\nBad: Content, None: Tool\nTask:\nStyle, Background: fine\nAction, Bad"
     assert parse_verdicts(text).of == {"Role": "Good", "Style": "Good"}
+
+
+@pytest.mark.parametrize("form", ["<<{}>>: {}", "- {}: {}"])
+def test_a_reply_that_repeats_the_prompts_own_form_judges_nothing(form: str) -> None:
+    text = "\n".join(form.format(tag, verdict) for tag, verdict in PLACEHOLDERS.items())
+    assert verdicts_of_reply(text).of == {}
+    assert parse_verdicts(text).of == PLACEHOLDERS
 
 
 def test_each_tag_read_from_another_form_counts_once() -> None:

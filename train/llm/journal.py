@@ -257,7 +257,7 @@ class Journal:
         return answer if not answer.cut and length <= max_tokens else None
 
     def has_stage(self, stage: str, model: str) -> bool:
-        """Whether `model` ever answered anything in `stage`. Empty answers, which the client keeps too, don't count."""
+        """Return whether `model` ever answered anything in `stage`. Empty answers, which are kept too, don't count."""
         query = (
             "SELECT 1 FROM answers WHERE stage = ? AND model = ?"
             " AND (trim(text, char(9, 10, 13, 32)) != '' OR refusal IS NOT NULL"

@@ -49,11 +49,11 @@ class Lane:
         """When it last said anything, or was asked after a rest."""
         self.paused_until = 0.0
         self.pause_reason = ""
-        """What it said when it was last paused. Answers that were under way come during a pause, and don't end it."""
+        """Its words when it was last paused. Answers that were under way come during a pause, and don't end it."""
         self.closed = ""
-        """Why it is asked nothing more; empty while it is asked."""
+        """The reason that it is asked nothing more; empty while it is asked."""
         self.rests = False
-        """Whether it gets no request until a look at it hears something."""
+        """True while it gets no request until a look at it hears something."""
         self.trouble: str | None = None
         """Its last objection, until it answers again."""
         self.trouble_since = 0.0

@@ -45,7 +45,7 @@ _NEXT_TAG = re.compile(r"\s*<(?!(?:answer|response|output|solution)\b)[a-z]\w*\b
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What a model wrote, in its parts.
+    """A model's reply, in its parts.
 
     `unfinished`: the reasoning never ended, or can't be told from the answer; `text` is then empty. `end_tokens`:
     control tokens that were taken off the answer. `ran_on`: the model went on with further turns, which were cut off.
@@ -94,7 +94,7 @@ ADVICE = {
     TOKENS_LEFT: "train/sft.py --check refuses them for a tokenizer that has them",
     TURNS_LEFT: "the text may be a dialogue, or the model went on past its end: read some before you use it",
 }
-"""What a user has to know beyond the report."""
+"""Advice beyond the report, by event."""
 
 
 def events_of(said: Said) -> list[str]:

@@ -93,20 +93,20 @@ class ServerLane(Lane):
         self.patience, self.longest_wait = patience, longest_wait
         self.has_answered = False
         self.gives_finish_reasons = False
-        """Whether any of its answers had a finish_reason, in this start or an earlier one."""
+        """True once any of its answers had a finish_reason, in this start or an earlier one."""
         self.answered_sent_at = 0.0
         """When the newest of the requests that it has answered was sent."""
         self.denied: set[bytes] = set()
         """The requests that it has denied since its last answer."""
         self.denied_since = 0.0
         self.denials = 0
-        """How many times in a row it has denied requests; those that were on their way together count once."""
+        """Number of times in a row that it has denied requests; those that were on their way together count once."""
         self.reached = False
-        """Whether it has sent any response of its own. Until then the run's start is at stake, and pauses are short."""
+        """True once it has sent a response of its own. Until then pauses are short, for the run's start."""
         self.away_since: float | None = None
         """When the first request was sent that did not reach it, of those before any response."""
         self.is_away = self.was_asked = False
-        """Whether the last request did not reach it; whether any was sent."""
+        """True where the last request did not reach it; true once any was sent."""
         variable = server.key_variable or ("OPENAI_API_KEY" if host == OPENAI_HOST else None)
         self.key = find_key(name, variable) if variable else None
         self.redactor = Redactor(self.secrets)

@@ -45,7 +45,7 @@ class StageSection(Section):
     seed: int | None = None
     """Sent with each request (a further try gets the next number); null = none is sent."""
     extra: dict[str, Any] = Field(default_factory=dict)
-    """What else goes into a request as it stands, such as top_k or chat_template_kwargs; null = that field is not sent.
+    """Other fields of a request, sent as they are: top_k, chat_template_kwargs, ...; null = that field is not sent.
     max_completion_tokens takes the place of `max_tokens`; {max_tokens: null} alone sends no limit. What has a key of
     its own is set there. A model that reasons first does without where it can be told so, as Qwen3 by
     {chat_template_kwargs: {enable_thinking: false}} (DashScope: {enable_thinking: false}); else give it tokens enough.

@@ -1,7 +1,9 @@
 """What was asked of a model for one row and stage: answers, tokens, seconds, and what it reasoned before."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from train.llm.client import Client, EmptyAnswerError
 from train.llm.finish_reasons import BELOW_LIMIT, unfinished
@@ -35,30 +37,35 @@ class Spent:
         self.seconds += other.seconds
 
 
+class AskedRow(Protocol):
+    """A row on its way through the stages. `events`: in the words of the report."""
+
+    spent: dict[str, Spent]
+    events: Counter[str]
+
+
 async def ask(
     client: Client,
     request: Request,
-    spent: dict[str, Spent],
-    events: Counter[str],
+    row: AskedRow,
+    further_turns: Mapping[str, FurtherTurn],
     *,
-    further_turn: FurtherTurn | None = None,
     next_try: Request | None = None,
     goes_on_empty: bool = False,
 ) -> Answer:
     """Return the answer without reasoning and control tokens; raises as `Client.ask`, but returns empty answers.
 
     Args:
-        spent: of the row, by stages.
-        events: counts reasoning, control tokens and answers of an unknown ending, in the words of the report.
-        further_turn: of the stage's prompt, where the reply is cut; None = the answer is taken whole.
+        row: gets what was spent, and counts of reasoning, control tokens and answers of an unknown ending.
+        further_turns: of the prompts, by stage, where replies are cut; replies of another stage are taken whole.
         next_try, goes_on_empty: as of `Client.ask`.
     """
-    stage = request.stage
+    stage, events = request.stage, row.events
     try:
         answer = await client.ask(request, next_try=next_try, goes_on_empty=goes_on_empty)
     except EmptyAnswerError as failure:
         answer = failure.answer
-    spent.setdefault(stage, Spent()).add(answer)
+    row.spent.setdefault(stage, Spent()).add(answer)
     if answer.finish_reason == BELOW_LIMIT:
         events[f"{stage}: answer without a finish_reason, below the token limit"] += 1
     elif answer.ending in ("unknown", "unstated"):
@@ -67,6 +74,7 @@ async def ask(
     answer, said = read_answer(answer, request.messages if stage == "answer" else ())
     for event in events_of(said):
         events[f"{stage}: {event}"] += 1
+    further_turn = further_turns.get(stage)
     if further_turn is not None and (text := own_turn(answer.text, further_turn)) != answer.text:
         events[f"{stage}: {MADE_UP}"] += 1
         answer = replace(answer, text=text, finish_reason="stop" if answer.cut else answer.finish_reason)

@@ -47,7 +47,7 @@ def make_record(
     respondent: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """What stands in bench.json. `decoding`, `with_system`: None where the responses come from a file.
+    """Return the record for bench.json. `decoding`, `with_system`: None where the responses come from a file.
 
     `respondent`: the further values of `protocol.NOTED`.
     """

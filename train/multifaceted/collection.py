@@ -24,7 +24,7 @@ from train.data.asked_rows import number_of_rows, refuse_own_files
 from train.data.near_duplicates import NearDuplicates
 from train.errors import UserError
 from train.llm.client import Client, Counts, NoAnswerError
-from train.llm.journal import Answer, Journal, Request
+from train.llm.journal import Journal, Request
 from train.llm.options import WAIT_FOR_SERVER
 from train.llm.rows import in_order, progress
 from train.llm.spent import ask
@@ -76,7 +76,7 @@ class Pipeline:
             return False
         try:
             request = self._request("screen", prompts.screen(outcome.instruction.prompt), 0)
-            answer = await self._ask(outcome, request, goes_on_empty=True)
+            answer = await ask(self.client, request, outcome, prompts.FURTHER_TURNS, goes_on_empty=True)
         except NoAnswerError as failure:
             outcome.reason, outcome.detail = NO_ANSWER, str(failure)
             return True
@@ -156,7 +156,7 @@ class Pipeline:
             missing = [draw for draw in wanted if draw.sub.dimension not in found]
             request = self._request(stage, ask_for(missing, sample), sample)
             next_try = self._request(stage, ask_for(missing, sample + 1), sample + 1)
-            answer = await self._ask(outcome, request, next_try=next_try)
+            answer = await ask(self.client, request, outcome, prompts.FURTHER_TURNS, next_try=next_try)
             why, detail = answer.unfinished, _beginning(answer.detail)
             if not answer.refused:
                 lines = prompts.read_lines(answer.text, missing, cut=bool(why))
@@ -178,11 +178,11 @@ class Pipeline:
         return None
 
     async def _write_message(self, outcome: Outcome, one: SetOutcome, chance: random.Random) -> bool:
-        ask = prompts.message([preference.description for preference in one.preferences], chance)
+        turns = prompts.message([preference.description for preference in one.preferences], chance)
         siblings = {same_words(other.system) for other in outcome.written if other is not one}
         why = ""
         for sample in range(1 + self.config.retries):
-            answer = await self._ask(outcome, self._request("message", ask, sample))
+            answer = await ask(self.client, self._request("message", turns, sample), outcome, prompts.FURTHER_TURNS)
             text = prompts.read_message(answer.text)
             share = told_share(text, outcome.instruction.prompt)
             why = replace(answer, text=text).unfinished
@@ -201,10 +201,10 @@ class Pipeline:
         return one.leave_out(f"system message: {why}", _beginning(answer.detail))
 
     async def _answer(self, outcome: Outcome, one: SetOutcome) -> bool:
-        ask = prompts.answer(one.system, outcome.instruction.prompt)
+        turns = prompts.answer(one.system, outcome.instruction.prompt)
         why = ""
         for sample in range(1 + self.config.retries):
-            answer = await self._ask(outcome, self._request("answer", ask, sample))
+            answer = await ask(self.client, self._request("answer", turns, sample), outcome, prompts.FURTHER_TURNS)
             why = answer.unfinished
             if why and self.config.on_cut_answer == "keep" and not answer.refused and not answer.blank:
                 outcome.events[f"answer: {why}, and kept"] += 1
@@ -220,19 +220,6 @@ class Pipeline:
         if self.config.system_role == "merge_into_user":
             turns = merge_into_user(turns)
         return Request(stage, turns, decoding, sample)
-
-    async def _ask(
-        self, outcome: Outcome, request: Request, *, next_try: Request | None = None, goes_on_empty: bool = False
-    ) -> Answer:
-        return await ask(
-            self.client,
-            request,
-            outcome.spent,
-            outcome.events,
-            further_turn=prompts.FURTHER_TURNS.get(request.stage),
-            next_try=next_try,
-            goes_on_empty=goes_on_empty,
-        )
 
 
 def _beginning(text: str) -> str:

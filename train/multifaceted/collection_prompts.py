@@ -171,7 +171,7 @@ FURTHER_TURNS = {
     ),
     "screen": FurtherTurn.of_prompt("instruction", after=r"\b(?:yes|no)\b"),
 }
-"""Where replies to these prompts end, by stage. An answer is none of them: it may hold any line."""
+"""Ends of the replies to these prompts, by stage. An answer is none of them: it may hold any line."""
 
 _MARKS = " \t*_`\"'“”‘’"
 _LABEL = re.compile(r"^[\W\d_]*(?P<name>[A-Za-z][A-Za-z _]*?)[*_`]*\s*(?:[,/(>–-][^:]*)?[*_`]*:(?P<text>.*)$")

@@ -94,7 +94,7 @@ _IN_DOUBT = re.compile(
     r"(?:(?:maybe|perhaps|possibly|even|an?|to)\W{1,2}){0,2}(?:\d|two\b|three\b|four\b|five\b))",
     re.IGNORECASE,
 )
-"""What takes a number back in the words that follow it: another scale, a fraction, a second number."""
+"""Words after a number that take it back: another scale, a fraction, a second number."""
 _ENDING_TAG = re.compile(r"[\s*_(]*(?P<score>[1-5])(?:\s*/\s*5)?[\s*_).]*")
 _JSON_NAMES = frozenset(("score", "result", "rating", "grade", "finalscore", "overallscore", "finalresult"))
 _JSON_TRIES = 5
@@ -230,7 +230,7 @@ class Judgement:
     faults: tuple[str, ...] = ()
     tokens: Mapping[str, int] = field(default_factory=dict)
     cleaned: tuple[str, ...] = ()
-    """What was taken out of its answers, in the words of `train.llm.reasoning`."""
+    """Events of reading its answers, in the words of `train.llm.reasoning`."""
 
 
 async def judge_rubric(

@@ -105,7 +105,7 @@ class SysgenConfig(Section):
     servers: Annotated[tuple[ServerSection, ...], Field(strict=False, min_length=1)]
     """Where it is served; the load is shared by how fast each answers."""
     system_role: SystemRole = "native"
-    """What requests do with a system message; native = it is sent as one; merge_into_user = in the first user turn,
+    """The place of a system message in requests; native = it is sent as one; merge_into_user = in the first user turn,
     before its text and a blank line, for a model without a system role (Gemma, Mistral 7B, o1-mini). The rows that are
     written are the same."""
     data: SourcesSection

@@ -25,7 +25,7 @@ from typing import Any
 from train.data.asked_rows import PlacedRow
 from train.data.formats import Message, RowFault
 from train.llm.client import Client, NoAnswerError
-from train.llm.journal import Answer, Decoding, Request
+from train.llm.journal import Decoding, Request
 from train.llm.losses import UNREADABLE, UNSUPPORTED
 from train.llm.spent import ask
 from train.llm.system_role import merge_into_user
@@ -37,7 +37,8 @@ from train.sysgen.config import SysgenConfig
 from train.sysgen.constraints import Constraint, draw
 from train.sysgen.gates import language_of, leaked_share
 from train.sysgen.outcome import Outcome
-from train.sysgen.tags import Annotated, Phrase, Verdict, parse, parse_verdicts
+from train.sysgen.tags import Annotated, Phrase, Verdict, parse
+from train.sysgen.verdicts import verdicts_of_reply
 
 
 class Pipeline:
@@ -111,7 +112,7 @@ class Pipeline:
         prompt = prompts.generate(turns, existing=existing, remind_of=outcome.reminded_of, forbid_leak=forbid_leak)
         request = self._request("generate", prompt, config.generate.decoding(), sample)
         goes_on_empty = is_last and config.on_empty == "keep_without_system"
-        answer = await self._ask(outcome, request, goes_on_empty=goes_on_empty)
+        answer = await ask(self.client, request, outcome, prompts.FURTHER_TURNS, goes_on_empty=goes_on_empty)
         outcome.written_by_model, outcome.verdicts = answer.text, []
         outcome.message = Annotated(())
         if answer.refused:
@@ -151,8 +152,10 @@ class Pipeline:
         goes_on_empty = goes_on_empty or self.config.on_unfinished_verification == "keep"
         for exchange in exchanges:
             request = self._request("verify", prompts.verify(outcome.message, exchange), decoding, sample)
-            answer = await self._ask(outcome, request, next_try=next_try, goes_on_empty=goes_on_empty)
-            read = parse_verdicts(answer.text)
+            answer = await ask(
+                self.client, request, outcome, prompts.FURTHER_TURNS, next_try=next_try, goes_on_empty=goes_on_empty
+            )
+            read = verdicts_of_reply(answer.text)
             missing = sum(tag not in read.of for tag in outcome.message.tags)
             if missing and answer.unfinished:
                 unfinished = f"verification {answer.unfinished}"
@@ -248,7 +251,7 @@ class Pipeline:
             for sample in range(attempts):
                 asked = [_system(outcome.system), *history]
                 request = self._request("answer", asked, config.answer.decoding(), sample)
-                answer = await self._ask(outcome, request, goes_on_empty=goes_on_empty)
+                answer = await ask(self.client, request, outcome, prompts.FURTHER_TURNS, goes_on_empty=goes_on_empty)
                 broken = [one for one in constraints if not one.is_met(answer.text)]
                 if not broken:
                     break
@@ -281,7 +284,7 @@ class Pipeline:
                 continue
             asked = prompts.follows(outcome.system, question, turn["content"])
             request = self._request("judge", asked, self.config.judge.decoding(), 0)
-            answer = await self._ask(outcome, request, goes_on_empty=True)
+            answer = await ask(self.client, request, outcome, prompts.FURTHER_TURNS, goes_on_empty=True)
             verdict = None if answer.refused else says_no(answer.text)
             if verdict is None:
                 why = answer.unfinished or "that can't be read"
@@ -294,19 +297,6 @@ class Pipeline:
         if self.config.system_role == "merge_into_user":
             messages = merge_into_user(messages)
         return Request(stage, messages, decoding, sample)
-
-    async def _ask(
-        self, outcome: Outcome, request: Request, *, next_try: Request | None = None, goes_on_empty: bool = False
-    ) -> Answer:
-        return await ask(
-            self.client,
-            request,
-            outcome.spent,
-            outcome.events,
-            further_turn=prompts.FURTHER_TURNS.get(request.stage),
-            next_try=next_try,
-            goes_on_empty=goes_on_empty,
-        )
 
 
 def _up_to_last_answer(turns: Sequence[Message]) -> list[Message]:

@@ -176,7 +176,7 @@ FURTHER_TURNS = {
     ),
     "judge": FurtherTurn.of_prompt("question", "answer", after=r"\b(?:yes|no)\b"),
 }
-"""Where replies to these prompts end, by stage. A new answer is none of them: it may hold any line."""
+"""Ends of the replies to these prompts, by stage. A new answer is none of them: it may hold any line."""
 
 
 def shown(conversation: Sequence[Message]) -> str:

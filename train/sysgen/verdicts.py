@@ -6,8 +6,7 @@
 A verdict is read where a line, a table row or a JSON object pairs a tag with one of the three words, in any case and
 marks. The tag's phrase (in quotes, brackets or a table cell) and the words "verdict" or "is" may stand between the two,
 and a reason behind the verdict. A line, a JSON list or a heading that names a verdict and then only tags is read as
-well, and so is a verdict below its tag (`verdict_lines.py`). The rest is unread: several verdicts at once, a condition,
-the placeholders of the prompt's own form.
+well, and so is a verdict below its tag (`verdict_lines.py`). The rest is unread: several verdicts at once, a condition.
 """
 
 import html
@@ -108,9 +107,15 @@ def parse_verdicts(text: str) -> Verdicts:
             of[name] = next(iter(given))
         elif given:
             dropped.append(Dropped(name, " and ".join(sorted(given)), "verdicts that contradict each other"))
-    if of == PLACEHOLDERS:
-        return Verdicts({}, {}, (Dropped("", text.strip(), "the placeholders of the prompt"),))
     return Verdicts(of, {"written otherwise": len(otherwise)} if otherwise else {}, tuple(dropped))
+
+
+def verdicts_of_reply(text: str) -> Verdicts:
+    """Return the verdicts in a reply to the prompt: none where it only repeats the prompt's own form."""
+    read = parse_verdicts(text)
+    if read.of == PLACEHOLDERS:
+        return Verdicts({}, {}, (Dropped("", text.strip(), "the placeholders of the prompt"),))
+    return read
 
 
 def _json_lines(text: str) -> Iterator[str]:

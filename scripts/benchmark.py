@@ -27,16 +27,17 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from benchmark_contenders import CONTENDERS
-from benchmark_sysgen import HOW_TO_INSTALL, compare_sysgen
-from benchmark_sysgen import Options as SysgenOptions
-from benchmark_train import Options as TrainOptions
-from benchmark_train import compare_trainers
-from benchmark_train_settings import CONFIGS, FACTORS, Lengths, model_config
+from benchmarks.data_contenders import CONTENDERS
+from benchmarks.sysgen import HOW_TO_INSTALL, compare_sysgen
+from benchmarks.sysgen import Options as SysgenOptions
+from benchmarks.training import Options as TrainOptions
+from benchmarks.training import compare_trainers
+from benchmarks.training_settings import CONFIGS, FACTORS, Lengths, model_config
 
-from train.errors import CommandLine, UserError
-from train.json_report import write
-from train.loop.noise import leave_out_unhelpful_warnings
+from train.cli import CommandLine
+from train.errors import UserError
+from train.preflight.json_report import write
+from train.warning_filters import leave_out_unhelpful_warnings
 
 DATA_PACKAGES = ("janus-sft", "trl", "transformers", "tokenizers", "fastokens", "datasets", "pyarrow", "numpy", "torch")
 TRAIN_PACKAGES = (
@@ -95,7 +96,7 @@ def describe(where: dict[str, Any], packages: dict[str, str | None]) -> str:
 
 def data(options: argparse.Namespace) -> None:
     """The command `data`."""
-    from benchmark_data import Options, compare_preparations  # takes seconds: it imports torch
+    from benchmarks.data import Options, compare_preparations  # takes seconds: it imports torch
 
     if not Path("/proc/self/smaps_rollup").is_file():
         raise UserError("memory is read from /proc/PID/smaps_rollup, which this system lacks: run it on Linux")

@@ -17,14 +17,14 @@ from collections import Counter
 from contextlib import nullcontext
 
 try:
-    from train.data.near_duplicates import NearDuplicates
+    from train.datagen import command
+    from train.datagen.deduplication import NearDuplicates
     from train.errors import UserError
-    from train.llm import command
-    from train.multifaceted.collection import run
-    from train.multifaceted.collection_config import STAGES, CollectionConfig, load_config
-    from train.multifaceted.collection_tally import Tally
-    from train.multifaceted.instructions import instructions
-    from train.multifaceted.preferences import Plan, load_hierarchy
+    from train.multifaceted.collection.config import STAGES, CollectionConfig, load_config
+    from train.multifaceted.collection.hierarchy import Plan, load_hierarchy
+    from train.multifaceted.collection.instructions import instructions
+    from train.multifaceted.collection.run import run
+    from train.multifaceted.collection.stats import Tally
 except KeyboardInterrupt:  # the imports take a second or more
     sys.exit(130)
 

@@ -14,17 +14,19 @@ is kept, so the same command continues a run that was stopped.
 
 import os
 import sys
+from pathlib import Path
+
+# Python puts the folder of the started file first on the import path. Leave it out: `import evaluate` must find Hugging
+# Face's package, which tasks of lm-evaluation-harness use, and not this file.
+HERE = Path(__file__).resolve().parent
+if sys.path[0] == str(HERE):
+    sys.path[0] = str(HERE.parent)
 
 try:
-    import evaluate_bench
-    import evaluate_compare
-    import evaluate_gain
-    import evaluate_harness
-    import evaluate_ifeval
-    import evaluate_rules
-
-    from train.errors import CommandLine, ending
-    from train.loop.noise import leave_out_unhelpful_warnings
+    from train.cli import CommandLine, ending
+    from train.evaluation import bench, compare_command, gain, harness_command, rules
+    from train.evaluation.ifeval import command as ifeval
+    from train.warning_filters import leave_out_unhelpful_warnings
 except KeyboardInterrupt:  # the imports take a second or more
     sys.exit(130)
 
@@ -35,14 +37,7 @@ def main() -> int:
     leave_out_unhelpful_warnings()
     parser = CommandLine(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    for command in (
-        evaluate_rules,
-        evaluate_gain,
-        evaluate_ifeval,
-        evaluate_bench,
-        evaluate_harness,
-        evaluate_compare,
-    ):
+    for command in (rules, gain, ifeval, bench, harness_command, compare_command):
         command.add_to(commands)
     options = parser.parse_args()
     return ending(

@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from train.errors import CommandLine
+from train.cli import CommandLine
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

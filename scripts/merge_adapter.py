@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from train.errors import CommandLine, UserError, ending
-from train.local_paths import path_or_id
+from train.cli import CommandLine, ending
+from train.errors import UserError
+from train.storage.local_paths import path_or_id
 
 if TYPE_CHECKING:
     import torch

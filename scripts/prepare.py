@@ -13,11 +13,11 @@ import sys
 import time
 from pathlib import Path
 
-from train.errors import CommandLine, ending
-from train.loop.noise import leave_out_unhelpful_warnings
-from train.missing_files import refuse_missing
-from train.progress import duration
+from train.cli import CommandLine, ending
+from train.formatting import duration
+from train.preflight.missing_files import refuse_missing
 from train.recipe import load_recipe
+from train.warning_filters import leave_out_unhelpful_warnings
 
 
 def run(recipe_file: Path, overrides: list[str]) -> None:
@@ -25,11 +25,11 @@ def run(recipe_file: Path, overrides: list[str]) -> None:
     recipe = load_recipe(recipe_file, overrides)
     refuse_missing(recipe, packages=False)  # another machine trains
     # Heavy imports wait until the recipe is known to be right.
-    from train.data.chat_template import use_template
-    from train.data.outcomes import describe_outcome, describe_unread, outcomes, warnings_of
+    from train.data.chat.system_role import settle
+    from train.data.chat.template import use_template
+    from train.data.diagnostics import describe_outcome, describe_unread, outcomes, warnings_of
     from train.data.prepare import prepare
-    from train.data.system_role import settle
-    from train.model.load import load_tokenizer
+    from train.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(recipe.model)
     use_template(tokenizer, recipe.chat.template)

@@ -30,10 +30,11 @@ from typing import Any
 
 import yaml
 
-from train.errors import CommandLine, UserError, ending
-from train.loop.noise import leave_out_unhelpful_warnings
-from train.missing_files import refuse_missing
+from train.cli import CommandLine, ending
+from train.errors import UserError
+from train.preflight.missing_files import refuse_missing
 from train.recipe import Recipe, load_recipe
+from train.warning_filters import leave_out_unhelpful_warnings
 
 ROOT = Path(__file__).parents[1]
 WARNING = 600
@@ -201,12 +202,13 @@ def check_recipe(recipe: Recipe, processes: int, anyway: list[str]) -> None:
     refuse_missing(recipe)
     import torch
 
-    from train.data.chat_template import use_template
-    from train.data.system_role import settle
-    from train.loop.optimizer_trial import try_optimizer
+    from train.data.chat.system_role import settle
+    from train.data.chat.template import use_template
+    from train.loop.optimizer_test import try_optimizer
     from train.model.folder import check_model_folder
-    from train.model.load import check_fits, load_tokenizer
-    from train.preflight_faults import run_faults
+    from train.model.load import check_fits
+    from train.model.tokenizer import load_tokenizer
+    from train.preflight.checks import run_faults
 
     if faults := run_faults(recipe, 0, processes):
         raise UserError(" ".join(faults))
@@ -223,7 +225,8 @@ def check_recipe(recipe: Recipe, processes: int, anyway: list[str]) -> None:
 
 def _check_checkpoint(recipe: Recipe, anyway: list[str]) -> None:
     """Raise UserError where the newest checkpoint belongs to another run. Its files are left for the job to verify."""
-    from train.loop.checkpoint import COMPLETE, Checkpoint, facts_of_recipe, folders, refuse_changes
+    from train.loop.checkpoint.manifest import COMPLETE, Checkpoint, folders
+    from train.loop.checkpoint.resume import facts_of_recipe, refuse_changes
 
     for folder in folders(recipe.output_dir, recipe.save.mirror_dir):
         try:
@@ -357,8 +360,8 @@ def _different(tasks: list[Task]) -> Iterator[Task]:
 
 def memory_fault(options: argparse.Namespace, config: dict[str, Any], recipe: Recipe) -> str | None:
     """Return what doesn't fit by the plan, and what would; None where the job fits, or where that can't be known."""
-    from train.job_memory import gpus_of, memory_warning, shape_in_plan, strategy_of
-    from train.plan import parse_cluster
+    from train.preflight.plan.job_memory import gpus_of, memory_warning, shape_in_plan, strategy_of
+    from train.preflight.plan.plan import parse_cluster
 
     gpus, strategy = gpus_of(options.gpu_names, options.gpus), strategy_of(config, recipe)
     shape = shape_in_plan(recipe) if gpus and strategy else None
@@ -372,7 +375,7 @@ def run_check(options: argparse.Namespace, task: Task) -> int:
 
     The report goes to standard error, as --print may have the other.
     """
-    from train.job_memory import gpus_of, shape_in_plan
+    from train.preflight.plan.job_memory import gpus_of, shape_in_plan
 
     gpus = gpus_of(options.gpu_names, options.gpus)
     anyway = [word for key in options.resume_anyway for word in ("--resume-anyway", key)]

@@ -15,13 +15,13 @@ import sys
 from collections import Counter
 
 try:
-    from train.data.asked_rows import placed_rows
-    from train.data.formats import RowFault
+    from train.data.sources.formats import RowFault
+    from train.datagen import command
+    from train.datagen.source_rows import placed_rows
     from train.errors import UserError
-    from train.llm import command
     from train.sysgen.config import SysgenConfig, load_config
     from train.sysgen.run import run
-    from train.sysgen.tally import Tally
+    from train.sysgen.stats import Tally
 except KeyboardInterrupt:  # the imports take a second or more
     sys.exit(130)
 

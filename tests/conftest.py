@@ -52,7 +52,7 @@ def tokenizer(smollm2: Path):
 @pytest.fixture
 def chatml_tokenizer(tokenizer):
     """SmolLM2's tokenizer with our ChatML template."""
-    from train.data.chat_template import use_template
+    from train.data.chat.template import use_template
 
     use_template(tokenizer, "chatml")
     return tokenizer
@@ -102,7 +102,7 @@ def tiny_chat_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) 
     """The tiny model with ChatML as the template that it was saved with."""
     from transformers import AutoTokenizer
 
-    from train.data.chat_template import use_template
+    from train.data.chat.template import use_template
 
     folder = tmp_path_factory.mktemp("model") / "tiny-chat"
     shutil.copytree(tiny_model, folder)
@@ -252,9 +252,9 @@ class ReadRow(NamedTuple):
 @pytest.fixture
 def load(recipe_file: Callable[..., Path]) -> Callable[..., Loaded]:
     """Prepares a source, or with the keys of a data section several, and reads back from the tokens what they say."""
-    from train.data.chat_template import use_template
+    from train.data.chat.template import use_template
     from train.data.prepare import prepare
-    from train.model.load import load_tokenizer
+    from train.model.tokenizer import load_tokenizer
     from train.recipe import load_recipe
 
     def read(path: Path | str, *, seed: int = 0, **data: Any) -> Loaded:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from train.data.sources import read_rows
-from train.errors import CommandLine
+from train.cli import CommandLine
+from train.data.sources.source import read_rows
 from train.recipe import Source
 
 ROOT = Path(__file__).parents[1]

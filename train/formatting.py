@@ -96,3 +96,21 @@ def _cut(text: str, place: int) -> int:
     blank = max(text.rfind(" ", window, place), text.rfind("\n", window, place))
     starts = [start for start, _, _ in split_graphemes(text[window : place + _LOOK_BACK])[0]]
     return blank + 1 if blank >= 0 else window + max(start for start in starts if window + start <= place)
+
+
+def duration(seconds: float) -> str:
+    """`seconds` as a person says it: 42s, 3m07s, 2h05m, 4d03h."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    if seconds < 86_400:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 86_400}d{seconds % 86_400 // 3600:02d}h"
+
+
+def counted(count: int, noun: str, one: str = "", many: str = "") -> str:
+    """`1 row`, `2 rows`; with the form of a verb for one and for many, `1 row is`, `2 rows are`."""
+    plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{plural} {one if count == 1 else many}".rstrip()

@@ -1,6 +1,5 @@
 """How far a long job is: a bar in a terminal, a line now and then in a log file; the first rank alone speaks."""
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -9,13 +8,11 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from train.formatting import duration
+from train.ranks import is_first_rank
+
 SECONDS_BETWEEN_LINES = 15.0
 """How often a job writes a line where the output is not a terminal."""
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the one that speaks; true also where there is one process alone."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 class Job:
@@ -79,21 +76,3 @@ def job(description: str, *, total: int | None = None, unit: str = "", done: int
     )
     with Progress(*columns, console=console, transient=True) as bar:
         yield Job(description, total, unit, bar, done=done)
-
-
-def duration(seconds: float) -> str:
-    """`seconds` as a person says it: 42s, 3m07s, 2h05m, 4d03h."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    if seconds < 86_400:
-        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-    return f"{seconds // 86_400}d{seconds % 86_400 // 3600:02d}h"
-
-
-def counted(count: int, noun: str, one: str = "", many: str = "") -> str:
-    """`1 row`, `2 rows`; with the form of a verb for one and for many, `1 row is`, `2 rows are`."""
-    plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
-    return f"{count:,} {noun}{plural} {one if count == 1 else many}".rstrip()

@@ -23,16 +23,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from train.errors import USER_FIXABLE_ERRNOS, CommandLine, UserError, names_of_files
+from train.cli import CommandLine
+from train.errors import USER_FIXABLE_ERRNOS, UserError, names_of_files
 from train.formatting import wrap
-from train.json_report import discard_earlier
-from train.launched import alone_by_mistake
-from train.local_paths import path_or_id
-from train.loop.noise import leave_out_unhelpful_warnings
-from train.missing_files import refuse_missing
 from train.model.folder import check_model_folder
-from train.progress import is_first_rank
+from train.preflight.json_report import discard_earlier
+from train.preflight.missing_files import refuse_missing
+from train.ranks import alone_by_mistake, is_first_rank
 from train.recipe import Recipe, load_recipe
+from train.storage.local_paths import path_or_id
+from train.warning_filters import leave_out_unhelpful_warnings
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -95,37 +95,39 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
         return
 
     check_model_folder(recipe.model, weights=not options.gpus)
-    from train.loop.checkpoint import (
+    from train.loop.checkpoint.resume import (
         check_distribution,
         date_of_run,
         find_checkpoint,
-        processes_now,
         refuse_changes,
         with_same_steps,
     )
+    from train.ranks import processes_now
 
     checkpoint = find_checkpoint(options.resume, recipe, options.resume_anyway)
 
     # Heavy imports wait until the recipe is known to be right and what it names to be there.
-    from train.data.chat_template import pin_date, use_template, without_generation_marks
-    from train.data.gain_rows import describe_gain, gain_refusal, gain_rows
+    from train.data.chat.assistant_spans import Spans
+    from train.data.chat.system_role import settle
+    from train.data.chat.template import pin_date, use_template, without_generation_marks
     from train.data.prepare import prepare
-    from train.data.spans import Spans
-    from train.data.system_role import settle
-    from train.loop.optimizer_trial import try_optimizer
+    from train.loop.optimizer_test import try_optimizer
     from train.model.float8 import check_start
-    from train.model.load import check_fits, load_config, load_model, load_tokenizer
+    from train.model.load import check_fits, load_config, load_model
     from train.model.quantized_weights import with_saved_quantization
-    from train.plan import parse_cluster
-    from train.preflight import check, screen
-    from train.run_steps import schedule, schedule_fault
+    from train.model.tokenizer import load_tokenizer
+    from train.preflight.check import check
+    from train.preflight.plan.plan import parse_cluster
+    from train.preflight.start_screen import screen
+    from train.recipe.schedule import schedule, schedule_fault
+    from train.system_gain.validation_rows import describe_gain, gain_refusal, gain_rows
 
     cluster = parse_cluster(options.gpus, options.nodes, options.mfu) if options.gpus else None
     tokenizer = load_tokenizer(recipe.model)
     notes = check_fits(recipe, tokenizer)
     try_optimizer(recipe)
     if checkpoint:
-        from train.loop.resume import ResumedSettings  # imports much of transformers
+        from train.loop.checkpoint.resumed_settings import ResumedSettings  # imports much of transformers
 
         with_deepspeed = checkpoint.manifest["distribution"].startswith("DeepSpeed")
         ResumedSettings(checkpoint, recipe).refuse(checkpoint, deepspeed=with_deepspeed)
@@ -142,14 +144,15 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
 
     # TRL, which a check does without, takes seconds to import.
     from train.loop.arguments import training_arguments
-    from train.loop.preemption import Preemption, telling_outcome
-    from train.loop.report import claim_output_dir, say_where_it_goes_on, write_report
-    from train.loop.run_state import facts_of_data, sharding
-    from train.loop.saving import keep_others_out
-    from train.loop.side_files import side_file_faults
-    from train.loop.tracking import StepLog, tracked
+    from train.loop.checkpoint.side_files import side_file_faults
+    from train.loop.checkpoint.trainer_state import facts_of_data, sharding
+    from train.loop.metrics_log import StepLog, tracked
+    from train.loop.output_dir import claim_output_dir, keep_others_out
+    from train.loop.preemption import Preemption
+    from train.loop.report import say_where_it_goes_on, write_report
+    from train.loop.run_outcome import telling_outcome
     from train.loop.trainer import JanusTrainer
-    from train.model.generate import stop_at
+    from train.model.inference import stop_at
 
     lock = keep_others_out(recipe.output_dir)  # as long as this function runs
     output_dir = claim_output_dir(recipe)
@@ -229,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
         if is_first_rank():
             print(f"error: {fault}", file=sys.stderr, flush=True)
         if "torch" in sys.modules:  # else the fault was found before anything was loaded
-            from train.loop.leaving import leave_with_the_others
+            from train.loop.shutdown import leave_with_the_others
 
             leave_with_the_others()
         return 2

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
-from train.data.chat_template import use_template
+from train.data.chat.template import use_template
 from train.data.fast_tokenizer import DiffersError, FastTokenizer, UnsuitableError
-from train.data.formats import RowFault
 from train.data.loss_mask import Encoder
+from train.data.sources.formats import RowFault
 
 LETTERS = "abc XYZ\n\n\t  .,!'019éÅ\u0301\u030añ日本語한글العربية😀👩‍🚀🇩🇪\u200b\u00a0\ufeff▁Ġ<|>[]/\\{}𝔘"
 WORDS = ["the", "assistant", "system", " user", "<|im_end|> ", "[/INST]", "</s>", "<s>", "<unk>", "don't", "ﬁ", "naïve"]

@@ -2,10 +2,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from train.data.chat_template import use_template, without_generation_marks
-from train.data.formats import Conversation, RowFault
+from train.data.chat.template import use_template, without_generation_marks
 from train.data.loss_mask import NOT_TRAINED, encode
-from train.data.tokenize import RowTokenizer
+from train.data.sources.formats import Conversation, RowFault
+from train.data.tokens.workers import RowTokenizer
 from train.errors import UserError
 
 TURNS = [

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.data.chat_template import use_template
+from train.data.chat.template import use_template
 from train.data.prepare import Prepared, examine, prepare
-from train.data.survey import choose_examples, histogram, quantiles
+from train.data.stats import choose_examples, histogram, quantiles
 from train.errors import UserError
-from train.model.load import load_tokenizer
+from train.model.tokenizer import load_tokenizer
 from train.recipe import ModelSection, load_recipe
 
 

@@ -239,7 +239,7 @@ def test_the_legend_of_the_plot_covers_nothing(evaluate_script: ModuleType, meas
         Pair(kinds[number % 3], f"{name}: {number}", measure, Measure(1.0, None, None), None, None)
         for number in range(measures)
     ]
-    figure = evaluate_script.evaluate_compare.plot(pairs, (name, name))
+    figure = evaluate_script.compare_command.plot(pairs, (name, name))
     figure.canvas.draw()
     [legend] = figure.legends
     covered = legend.get_window_extent()

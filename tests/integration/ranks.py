@@ -16,9 +16,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 IMPORTED_ONCE = [
-    "train.loop.noise",
+    "train.warning_filters",
     "deepspeed",
-    "train.preflight",
+    "train.preflight.page",
     "train.data.prepare",
     "train.loop.trainer",
     "train.loop.report",

@@ -20,7 +20,7 @@ from conftest import WORDS
 from ranks import Outcome, launch, sft
 from safetensors.torch import load_file
 
-from train.loop.checkpoint import COMPLETE
+from train.loop.checkpoint.manifest import COMPLETE
 
 pytest.importorskip("deepspeed")
 
@@ -181,7 +181,7 @@ def with_trouble_at(*arguments: str) -> int:
     *rest, trouble = arguments
     how, step, mended, folder, content = trouble.split(",")
     disk = Disk(Path(folder), Path(content))
-    from train.loop.saving import Saver
+    from train.loop.checkpoint.writer import Saver
 
     look, begin = Saver._room, Saver.save
     number = 0
@@ -390,7 +390,7 @@ def sft_with_rank_1_behind(*arguments: str) -> int:
     """Rank 1 is still busy with its group as rank 0 finds the fault."""
     from torch.distributed.distributed_c10d import _get_default_store
 
-    from train.loop import checkpoint
+    from train.loop.checkpoint import manifest as checkpoint
 
     check = checkpoint.check_distribution
 

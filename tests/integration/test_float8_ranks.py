@@ -13,14 +13,15 @@ pytest.importorskip("torchao.float8", reason="the package torchao is not install
 
 def train(recipe_file: str) -> int:
     """A rank of a run as train/sft.py has it, with layers that emulate float8."""
-    from train.data.chat_template import use_template
+    from train.data.chat.template import use_template
     from train.data.prepare import prepare
     from train.loop.arguments import training_arguments
-    from train.loop.tracking import StepLog
+    from train.loop.metrics_log import StepLog
     from train.loop.trainer import JanusTrainer
     from train.model.float8 import convert
-    from train.model.load import load_model, load_tokenizer
-    from train.preflight import screen
+    from train.model.load import load_model
+    from train.model.tokenizer import load_tokenizer
+    from train.preflight.start_screen import screen
     from train.recipe import load_recipe
 
     recipe = load_recipe(recipe_file)

@@ -17,7 +17,7 @@ from conftest import WORDS
 from ranks import Outcome, launch, sft
 from safetensors.torch import load_file
 
-from train.loop.checkpoint import COMPLETE
+from train.loop.checkpoint.manifest import COMPLETE
 from train.loop.throughput import CLOCKED
 
 pytest.importorskip("deepspeed")

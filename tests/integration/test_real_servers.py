@@ -13,7 +13,7 @@ import yaml
 from real_servers import ROOT, RealServer, free_port, running
 from transformers import AutoTokenizer
 
-from train.data.sources import conversations
+from train.data.sources.source import conversations
 from train.multifaceted.judge import parse_score
 from train.recipe import Source
 

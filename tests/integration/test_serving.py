@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from train.data.chat_template import render, use_template
+from train.data.chat.template import render, use_template
 from train.sft import main
 
 

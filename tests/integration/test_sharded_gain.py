@@ -19,15 +19,16 @@ def measure_in_training(recipe: str, rows: str, report: str) -> None:
     """As train/sft.py trains; as training begins, each rank measures and writes what it found."""
     from transformers import TrainerCallback
 
-    from train.data.chat_template import use_template
+    from train.data.chat.template import use_template
     from train.data.prepare import prepare
-    from train.data.system_variants import VariantRows
-    from train.loop.answer_scores import log_likelihoods
     from train.loop.arguments import training_arguments
-    from train.loop.system_gain import system_gain
     from train.loop.trainer import JanusTrainer
-    from train.model.load import load_model, load_tokenizer
+    from train.model.load import load_model
+    from train.model.tokenizer import load_tokenizer
     from train.recipe import load_recipe
+    from train.system_gain.log_likelihood import log_likelihoods
+    from train.system_gain.metric import system_gain
+    from train.system_gain.variants import VariantRows
 
     loaded = load_recipe(recipe)
     tokenizer = load_tokenizer(loaded.model)
@@ -65,9 +66,9 @@ def measure_in_training(recipe: str, rows: str, report: str) -> None:
 
 
 def variants(rows: str | Path, tokenizer: object) -> list:
-    from train.data.system_variants import make_variants, read_labelled
-    from train.data.tokenize import RowTokenizer
+    from train.data.tokens.workers import RowTokenizer
     from train.recipe import Source
+    from train.system_gain.variants import make_variants, read_labelled
 
     return make_variants(read_labelled([Source(path=str(rows))]), RowTokenizer(tokenizer, "assistant")).rows
 
@@ -76,11 +77,11 @@ def variants(rows: str | Path, tokenizer: object) -> list:
 def test_two_processes_give_the_figures_of_one(
     config: str | None, recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path
 ) -> None:
-    from train.data.chat_template import use_template
+    from train.data.chat.template import use_template
     from train.data.prepare import prepare
-    from train.loop.answer_scores import batches
-    from train.loop.system_gain import system_gain
     from train.recipe import load_recipe
+    from train.system_gain.log_likelihood import batches
+    from train.system_gain.metric import system_gain
 
     chance = random.Random(2)
     text = lambda count: " ".join(chance.choice(WORDS.split()) for _ in range(count))  # noqa: E731

@@ -109,7 +109,7 @@ def steps_logged(run: Path) -> list[int]:
 
 def resumes_from(recipe: Path, *overrides: str) -> int:
     """The step of the checkpoint that the next run takes, every checksum of it verified; 0 if there is none."""
-    from train.loop.checkpoint import find_checkpoint
+    from train.loop.checkpoint.resume import find_checkpoint
     from train.recipe import load_recipe
 
     found = find_checkpoint("auto", load_recipe(recipe, overrides))

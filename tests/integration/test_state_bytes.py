@@ -15,8 +15,8 @@ from ranks import ROOT, launch
 from state_bytes import train_and_measure
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from train.model.memory import DDP, STRATEGIES, Numbers, states_of
-from train.model.shape import shape_of
+from train.model.architecture import shape_of
+from train.preflight.plan.memory import DDP, STRATEGIES, Numbers, states_of
 from train.recipe import load_recipe
 
 LORA = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}  # 3 x 64 elements: no padding by luck

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from train.llm.client import Client, NoAnswerError
+from train.llm.concurrency import Pauses
 from train.llm.journal import Decoding, Journal, Request
-from train.llm.places import Pauses
-from train.llm.rows import in_order, progress
+from train.llm.ordered_map import in_order
+from train.llm.progress import progress
 from train.llm.server import Server
 
 STAGES = 4

@@ -9,8 +9,8 @@ from typing import Any
 from scripted_server import Asked, Reply, Script, ScriptedServer, said
 
 from train.llm.client import Client
+from train.llm.concurrency import Pauses
 from train.llm.journal import Decoding, Journal, Request
-from train.llm.places import Pauses
 from train.llm.server import Server
 
 SHORT = Pauses(first=0.001, longest=0.01)

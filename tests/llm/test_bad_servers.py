@@ -11,9 +11,11 @@ from client_runs import SHORT, about, echo, run
 from scripted_server import Asked, Reply, ScriptedServer, error
 
 from train.errors import UserError
-from train.llm import advice, endings, first_contact
+from train.llm import outages as endings
 from train.llm.client import Client, NoAnswerError
-from train.llm.first_contact import check_servers
+from train.llm.connection import diagnosis as advice
+from train.llm.connection import startup_check as first_contact
+from train.llm.connection.startup_check import check_servers
 from train.llm.journal import Journal
 from train.llm.server import Server
 

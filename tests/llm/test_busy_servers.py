@@ -12,10 +12,10 @@ from client_runs import SHORT, about, echo, run
 from scripted_server import Asked, Reply, ScriptedServer, error
 
 from train.errors import UserError
-from train.llm import rows as rows_module
+from train.llm import progress as rows_module
 from train.llm.client import Client
 from train.llm.journal import Journal
-from train.llm.rows import progress
+from train.llm.progress import progress
 from train.llm.server import Server
 
 

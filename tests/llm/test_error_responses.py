@@ -14,10 +14,10 @@ from scripted_server import Asked, Reply, Script, ScriptedServer, error
 
 from train.errors import UserError
 from train.llm.client import FAILURES_OF_A_STAGE, Client, NoAnswerError
-from train.llm.endings import DENIALS
-from train.llm.failures import Trouble, error_in, error_of, is_about_length, trouble_of
 from train.llm.journal import Answer
-from train.llm.rows import in_order
+from train.llm.ordered_map import in_order
+from train.llm.outages import DENIALS
+from train.llm.server_errors import Trouble, error_in, error_of, is_about_length, trouble_of
 
 
 def meaning(status: int, body: Any, headers: dict[str, str] | None = None) -> Trouble:

@@ -17,7 +17,7 @@ import pytest
 from asking_process import STAGES
 from scripted_server import Asked, Reply, said, served
 
-from train.llm.places import Lane, Pauses, Places
+from train.llm.concurrency import Lane, Pauses, Places
 
 ROWS = 125
 REQUESTS = ROWS * STAGES
@@ -25,7 +25,7 @@ CONCURRENCY = 16
 KILLS = 20
 
 processes = multiprocessing.get_context("forkserver")  # its children begin with the slow imports done
-processes.set_forkserver_preload(["train.llm.rows"])
+processes.set_forkserver_preload(["train.llm.progress"])
 
 
 @pytest.fixture

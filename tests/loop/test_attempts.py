@@ -15,9 +15,9 @@ from transformers import TrainerState
 
 from train.errors import UserError
 from train.loop import preemption
+from train.loop.checkpoint.writer import Saver
 from train.loop.preemption import Preemption, StopWhenAsked
 from train.loop.run_outcome import finished_run
-from train.loop.saving import Saver
 from train.recipe import SaveSection, load_recipe
 from train.sft import main
 

@@ -10,15 +10,16 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
-from train.data.chat_template import use_template
+from train.data.chat.template import use_template
 from train.data.prepare import prepare
 from train.loop.arguments import training_arguments
+from train.loop.metrics_log import StepLog
 from train.loop.throughput import CLOCKED, Counting, Held, Throughput
-from train.loop.tracking import StepLog
 from train.loop.trainer import JanusTrainer
-from train.model.compute import PEAK_FLOPS, peak_flops
-from train.model.load import load_config, load_model, load_tokenizer
-from train.model.shape import shape_of
+from train.model.architecture import shape_of
+from train.model.flops import PEAK_FLOPS, peak_flops
+from train.model.load import load_config, load_model
+from train.model.tokenizer import load_tokenizer
 from train.recipe import load_recipe
 
 

@@ -9,14 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from train.data.chat_template import use_template
+from train.data.chat.template import use_template
 from train.data.prepare import Prepared, prepare
 from train.loop.arguments import training_arguments
-from train.loop.tracking import StepLog
+from train.loop.metrics_log import StepLog
 from train.loop.trainer import JanusTrainer, _without_zero3
-from train.model.load import load_model, load_tokenizer
+from train.model.load import load_model
+from train.model.tokenizer import load_tokenizer
 from train.recipe import Recipe, load_recipe
-from train.run_steps import schedule
+from train.recipe.schedule import schedule
 
 
 def prepared(recipe: Recipe):

@@ -10,17 +10,18 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from train.data.chat_template import use_template
+from train.data.chat.template import use_template
 from train.data.prepare import Prepared, prepare
 from train.errors import UserError
 from train.loop.arguments import training_arguments
-from train.loop.checkpoint import find_checkpoint
-from train.loop.isolation import measure
-from train.loop.tracking import StepLog
+from train.loop.checkpoint.resume import find_checkpoint
+from train.loop.guards.packing_isolation import measure
+from train.loop.metrics_log import StepLog
 from train.loop.trainer import JanusTrainer
 from train.model.float8 import Difference, check_start, convert, gpu_fault, layers_of, loss_difference, without_float8
-from train.model.load import load_model, load_tokenizer
-from train.preflight import screen
+from train.model.load import load_model
+from train.model.tokenizer import load_tokenizer
+from train.preflight.start_screen import screen
 from train.recipe import Recipe, load_recipe
 from train.sft import main
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from train.errors import UserError
-from train.model.load import check_fits, load_model, load_tokenizer
+from train.model.load import check_fits, load_model
 from train.model.quantized_weights import check_quantized, with_saved_quantization
+from train.model.tokenizer import load_tokenizer
 from train.recipe import Recipe, load_recipe
 from train.sft import main
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from train.model.adapters import check_adapter, lora_config
-from train.model.shape import shape_of
+from train.model.architecture import shape_of
 from train.model.text_part import auto_class, bare_model, describe_idle, freeze, idle_modules, idle_parameters
 from train.recipe import AdapterSection, ModelSection, load_recipe
 

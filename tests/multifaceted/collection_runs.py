@@ -9,9 +9,9 @@ import yaml
 from scripted_author import SEED, Author, expected, number_in, row_of
 from scripted_server import Asked, Reply, Script, said, served
 
-from train.multifaceted.collection import Done, run
-from train.multifaceted.collection_config import load_config
-from train.multifaceted.preferences import Plan, load_hierarchy
+from train.multifaceted.collection.config import load_config
+from train.multifaceted.collection.hierarchy import Plan, load_hierarchy
+from train.multifaceted.collection.run import Done, run
 
 
 def configuration(folder: Path, url: str, source: Path, **changes: Any) -> Path:

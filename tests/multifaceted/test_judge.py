@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from train.llm.client import NoAnswerError
 from train.llm.journal import Answer, Request
-from train.multifaceted.bench_rows import BenchRow, Rubric
-from train.multifaceted.judge import PROMPT_VERSION, NotYetError, judge_prompt, judge_rubric, parse_score
-from train.multifaceted.protocol import JudgeSettings
+from train.multifaceted.bench.judging import PROMPT_VERSION, NotYetError, judge_prompt, judge_rubric
+from train.multifaceted.bench.protocol import JudgeSettings
+from train.multifaceted.bench.rows import BenchRow, Rubric
+from train.multifaceted.judge import parse_score
 
 CASES = Path(__file__).parents[3] / "shared" / "data" / "janus" / "judge_parse_cases.json"
 ROW = BenchRow(
@@ -180,7 +181,7 @@ def test_another_wording_has_another_version() -> None:
 
 
 def test_what_judges_needs_no_torch() -> None:
-    modules = "train.multifaceted.bench_report, train.multifaceted.batch_files, train.multifaceted.pairwise"
+    modules = "train.multifaceted.bench.report, train.multifaceted.bench.batch_api, train.multifaceted.bench.pairwise"
     code = f"import sys, {modules}\nprint(sorted({{'torch', 'transformers', 'datasets', 'matplotlib'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

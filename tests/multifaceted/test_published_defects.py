@@ -14,12 +14,12 @@ import pytest
 from bench_runs import FIRST_CONTACT, ROOT, bench_row, command, judging, lines, place_of, write_lines
 from scripted_server import Asked, Reply, ScriptedServer, said, served
 
-from train.data.chat_template import use_template
-from train.data.formats import convert, detect
+from train.data.chat.template import use_template
 from train.data.loss_mask import encode
+from train.data.sources.formats import convert, detect
 from train.errors import UserError
-from train.evaluation.checkpoint import OpenCheckpoint
-from train.evaluation.respondent import Checkpoint
+from train.evaluation.models.local import OpenCheckpoint
+from train.evaluation.models.options import Checkpoint
 from train.recipe import load_recipe
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_documented_options_exist_and_do_what_they_say(tmp_path: Path, capsys: p
     """`--N` was documented, and `--n` defined."""
     assert command("--help") == 0
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-    documents = (ROOT / "README.md", ROOT / "scripts" / "evaluate.py", ROOT / "scripts" / "evaluate_bench.py")
+    documents = (ROOT / "README.md", ROOT / "scripts" / "evaluate.py", ROOT / "train" / "evaluation" / "bench.py")
     for document in documents:
         for block in re.findall(r"evaluate\.py bench .*?(?=\n\n|\n```|\"\"\")", document.read_text("utf-8"), re.DOTALL):
             used = set(re.findall(r"(?<!\w)--[\w-]+", block))

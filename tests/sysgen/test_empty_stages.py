@@ -10,7 +10,7 @@ from sysgen_runs import good_everything, lines, question, run_with
 from test_sysgen_losses import run as run  # a fixture
 
 from train.llm.client import Client
-from train.llm.places import Pauses
+from train.llm.concurrency import Pauses
 
 GENERATE, VERIFY, JUDGE = "The next conversation", "Below is a system message", "An assistant was given"
 

@@ -6,7 +6,7 @@ import pytest
 from scripted_server import Asked, Reply, said
 from sysgen_runs import good_everything, only_row, question, run_with
 
-from train.llm.further_turns import own_turn
+from train.datagen.further_turns import own_turn
 from train.llm.yes_or_no import says_no
 from train.sysgen.prompts import FURTHER_TURNS
 from train.sysgen.tags import parse, parse_verdicts

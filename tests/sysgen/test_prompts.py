@@ -11,7 +11,7 @@ from scripted_model import EIGHT
 from sysgen_runs import only_row, question, run_with, saying
 
 from train.sysgen import constraints, prompts
-from train.sysgen.gates import language_of, leaked_share
+from train.sysgen.filters import language_of, leaked_share
 from train.sysgen.tags import parse, parse_verdicts
 from train.sysgen.verdicts import verdicts_of_reply
 

@@ -20,7 +20,7 @@ from scripted_model import EIGHT, answer, expected, faulty, row_of, write_rows
 from scripted_server import Asked, Reply, Script, error, served
 from sysgen_runs import configuration, lines, question, run_file, run_with, saying
 
-from train.data.sources import conversations
+from train.data.sources.source import conversations
 from train.errors import UserError
 from train.recipe import Source
 from train.sysgen.config import load_config

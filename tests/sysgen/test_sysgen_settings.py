@@ -9,7 +9,7 @@ from scripted_model import SEED
 from scripted_server import Asked, Reply, said, served
 from sysgen_runs import configuration, good_everything, lines, only_reason, only_row, question, run_with, saying
 
-from train.data.sources import conversations
+from train.data.sources.source import conversations
 from train.recipe import Source
 
 

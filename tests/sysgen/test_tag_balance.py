@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from train.sysgen.balance import LAG, Balance
 from train.sysgen.config import SysgenConfig
-from train.sysgen.outcome import Outcome
+from train.sysgen.result import Outcome
+from train.sysgen.tag_balance import LAG, Balance
 from train.sysgen.tags import Annotated, Phrase
 
 

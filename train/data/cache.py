@@ -21,9 +21,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
 
-from train.data.sources import digest_of_files
 from train.errors import UserError
-from train.progress import Job, is_first_rank
+from train.progress import Job
+from train.ranks import is_first_rank
+from train.storage.atomic_write import sync
+from train.storage.checksum import digest_of_files
 
 _MANIFEST = "manifest.json"
 _PROGRESS = "progress"
@@ -129,15 +131,6 @@ def _make(folder: Path, key: str, build: Build) -> Entry:
 
 def _described(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "xxh3_128": digest_of_files([path])}
-
-
-def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, onto the disk. Raises OSError."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _read(folder: Path) -> Mapping[str, Any] | None:

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from train.data.rendering import Span
+from train.data.chat.rendering import Span
 
 _UNSPELLABLE = b"\xff"
 """Stands for a token that spells no text: UTF-8 has no such byte, so a row that holds it never agrees."""

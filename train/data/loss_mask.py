@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from train.data.chat.assistant_spans import Spans, TrainOn
+from train.data.chat.rendering import Rendering, Span, Tools, gaps
+from train.data.chat.system_role import SystemRole, settle
 from train.data.fast_tokenizer import FastTokenizer, UnsuitableError
-from train.data.formats import Message, RowFault
-from train.data.rendering import Rendering, Span, Tools, gaps
-from train.data.spans import Spans, TrainOn
-from train.data.system_role import SystemRole, settle
-from train.data.unread import Unread
+from train.data.sources.formats import Message, RowFault
+from train.data.sources.unused_text import Unread
 
 NOT_TRAINED = -100
 """The label that PyTorch's cross entropy ignores."""
@@ -273,7 +273,7 @@ def encode(
     """Token ids and labels of one conversation under the tokenizer's own chat template.
 
     One row, or several where the template rewrites earlier turns (see `spans`). `train_on`: every assistant turn, or
-    the last one only; its end token is trained with it. `system_role`: see `train.data.system_role`; the tokenizer's
+    the last one only; its end token is trained with it. `system_role`: see `train.data.chat.system_role`; the tokenizer's
     template stays as it is.
     Raises RowFault where this conversation can't be trained, UserError where the tokenizer or template can't be.
     """

@@ -22,19 +22,20 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from train.data.cache import Entry, find_or_make, key_of
-from train.data.mixture import held_out, weighted
+from train.data.chat.assistant_spans import NO_TOOLS
+from train.data.chat.rendering import REASONING_LOST
+from train.data.dataset import Sequences
 from train.data.packing import PackingPlan, plan
-from train.data.rendering import REASONING_LOST
-from train.data.sequences import Sequences
-from train.data.source_tokens import ROWS, cache_folder, source_tokens
-from train.data.sources import BadRow, BadRows, OpenSource, digest_of_files
-from train.data.spans import NO_TOOLS
-from train.data.survey import Overlap, Repeats, choose_examples, duplicates, shared
-from train.data.token_rows import TokenRows
+from train.data.sources.mixture import held_out, weighted
+from train.data.sources.source import BadRow, BadRows, OpenSource
+from train.data.stats import Overlap, Repeats, choose_examples, duplicates, shared
+from train.data.tokens.source import ROWS, cache_folder, source_tokens
+from train.data.tokens.table import TokenRows
 from train.errors import UserError
-from train.progress import counted, job
+from train.formatting import counted
+from train.progress import job
 from train.recipe import DataSection, Recipe, Source
-from train.training_fields import with_defaults
+from train.recipe.sft_config import with_defaults
 
 _PLAN = "plan"
 _OF_ANOTHER_FORMAT = {"missing column", "wrong type", "unknown role", "empty content", "no assistant turn"}
@@ -447,7 +448,6 @@ def _plan(lengths: NDArray[np.int32], recipe: Recipe, multiple_of: int, epoch: i
     made_of = {
         "lengths": xxhash.xxh3_128(lengths.tobytes()).hexdigest(),
         "numbers": [capacity, multiple_of, recipe.seed, epoch],
-        "code": digest_of_files([Path(__file__).with_name("packing.py")]),
     }
 
     def build(folder: Path) -> dict[str, Any]:

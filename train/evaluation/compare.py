@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from train.conditions import changes, differences, unknown
 from train.errors import UserError
 from train.evaluation.results import Measure, Results
-from train.multifaceted.pairwise import scores_of_shared_rubrics
+from train.multifaceted.bench.pairwise import scores_of_shared_rubrics
 from train.progress import job
+from train.reporting.conditions import changes, differences, unknown
 from train.resampling import DIFFERENCE_OF_SHARES, Bounds, Estimate, estimates
 
 _BOUNDS: dict[str, Bounds] = {"share": DIFFERENCE_OF_SHARES, "points": (-2.0, 2.0)}

@@ -7,7 +7,7 @@ what there has nearly that name.
 from pathlib import Path
 
 from train.errors import UserError
-from train.local_paths import may_be_hub_id, missing_part
+from train.storage.local_paths import may_be_hub_id, missing_part
 
 _MODEL_FILES = ("config.json", "adapter_config.json")
 

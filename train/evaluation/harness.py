@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from train.errors import UserError
-from train.evaluation.punkt import missing_package, provide_punkt
+from train.evaluation.ifeval.punkt import missing_package, provide_punkt
 from train.resampling import FEWEST, Method, why_no_interval, wilson
 
 SYSGEN = {
@@ -156,7 +156,7 @@ def evaluate(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from train.evaluation.checkpoint import fingerprint, open_tokenizer
+    from train.evaluation.models.local import fingerprint, open_tokenizer
     from train.model.load import load_saved
 
     logging.getLogger("lm_eval.models.huggingface").addFilter(_is_helpful)

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
-from train.conditions import UNKNOWN
 from train.errors import UserError
-from train.local_paths import missing_part
-from train.multifaceted.pairwise import unfinished_in
-from train.multifaceted.protocol import noted_of, protocol_of
+from train.multifaceted.bench.pairwise import unfinished_in
+from train.multifaceted.bench.protocol import noted_of, protocol_of
+from train.reporting.conditions import UNKNOWN
 from train.resampling import share_of, why_no_interval
+from train.storage.local_paths import missing_part
 
 Record = dict[str, Any]
 

@@ -25,17 +25,18 @@ from types import TracebackType
 from typing import Self
 
 from train.errors import UserError
+from train.formatting import duration
+from train.llm.concurrency import Pauses, Places
+from train.llm.connection.startup_check import share_secrets
 from train.llm.empty_answers import is_answered, says_nothing
-from train.llm.endings import LONGEST_ABSENCE, Endings, NoAnswerError
-from train.llm.failures import LONGEST_WAIT, Trouble
-from train.llm.first_contact import share_secrets
 from train.llm.journal import Answer, Journal, Request
 from train.llm.options import WAIT_FOR_SERVER
-from train.llm.places import Pauses, Places
+from train.llm.outages import LONGEST_ABSENCE, Endings, NoAnswerError
 from train.llm.refusals import NameSetting, config_setting
 from train.llm.replies import why_empty
 from train.llm.server import PAUSE_OF_A_START, Server, ServerLane
-from train.progress import SECONDS_BETWEEN_LINES, duration
+from train.llm.server_errors import LONGEST_WAIT, Trouble
+from train.progress import SECONDS_BETWEEN_LINES
 
 FAILURES_OF_A_STAGE = 20
 """After this many requests of a stage that failed for good, before any was answered, the stage is judged: when those

@@ -8,7 +8,7 @@ stands in the files.
 from dataclasses import replace
 
 from train.llm.journal import Answer, Journal, Request
-from train.llm.reasoning import read_answer
+from train.llm.reasoning.answer import read_answer
 
 _SHORT = 64
 """Characters."""

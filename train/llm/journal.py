@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from train.errors import UserError
 from train.llm.finish_reasons import BELOW_LIMIT, INFERRED, Ending, ending_of, unfinished
-from train.llm.journal_faults import READING, WRONG_TYPE, are_of_the_columns, explained, warn_of_empty
+from train.llm.journal_errors import READING, WRONG_TYPE, are_of_the_columns, explained, warn_of_empty
 
 LAYOUT = 1
 """The layout of the table, in the file's user_version."""
@@ -128,7 +128,7 @@ class Answer:
     ignored_part: str = ""
     """The type of a part beside the text that can't be read as text. The journal does not keep it."""
     only_reasoning: bool = False
-    """Its text was reasoning that never ended, so it holds no answer (set by `train.llm.reasoning.read_answer`)."""
+    """Its text was reasoning that never ended, so it holds no answer (set by `train.llm.reasoning.answer.read_answer`)."""
 
     @property
     def ending(self) -> Ending:

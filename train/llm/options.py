@@ -2,7 +2,7 @@
 
 import argparse
 
-from train.errors import time_span
+from train.cli import time_span
 
 WAIT_FOR_SERVER = 60.0
 """Seconds that a server which can't be reached is waited for at the start of a run."""

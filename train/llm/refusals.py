@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from train.llm.failures import is_about_length
+from train.llm.server_errors import is_about_length
 
 _NO_SAMPLING_PARAMETERS = ("model", "messages", "max_tokens", "max_completion_tokens", "stream", "stream_options")
 

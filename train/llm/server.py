@@ -10,9 +10,12 @@ import httpx2
 import openai
 
 from train.errors import UserError
-from train.llm.address import parse_address, shown_location
-from train.llm.advice import explain, is_unreachable, only_model
-from train.llm.connection_faults import (
+from train.formatting import duration
+from train.llm.concurrency import Lane, Pauses
+from train.llm.connection.address import parse_address, shown_location
+from train.llm.connection.api_keys import find_key
+from train.llm.connection.diagnosis import explain, is_unreachable, only_model
+from train.llm.connection.errors import (
     connection_trouble,
     http_wanted,
     proxy_refusal,
@@ -20,8 +23,15 @@ from train.llm.connection_faults import (
     speaks_tls,
     tls_wanted,
 )
-from train.llm.connections import Connections
-from train.llm.failures import (
+from train.llm.connection.redaction import Redactor
+from train.llm.connection.stream import BrokenStreamError, completion_in, is_stream
+from train.llm.connection.transport import Connections
+from train.llm.finish_reasons import BELOW_LIMIT
+from train.llm.journal import Answer, Request
+from train.llm.refusals import NameSetting, advice_on, config_setting, said_in
+from train.llm.replies import UnusableReplyError, answer_in
+from train.llm.request_body import RequestForm, request_body
+from train.llm.server_errors import (
     DENIED,
     LONGEST_WAIT,
     ErrorBody,
@@ -31,16 +41,6 @@ from train.llm.failures import (
     is_about_shared_context,
     trouble_of,
 )
-from train.llm.finish_reasons import BELOW_LIMIT
-from train.llm.journal import Answer, Request
-from train.llm.keys import find_key
-from train.llm.places import Lane, Pauses
-from train.llm.redaction import Redactor
-from train.llm.refusals import NameSetting, advice_on, config_setting, said_in
-from train.llm.replies import UnusableReplyError, answer_in
-from train.llm.request_body import RequestForm, request_body
-from train.llm.stream import BrokenStreamError, completion_in, is_stream
-from train.progress import duration
 
 OPENAI_HOST = "api.openai.com"
 

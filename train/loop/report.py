@@ -7,59 +7,19 @@ from typing import Any
 
 import yaml
 
-from train.errors import UserError
-from train.formatting import shorten
-from train.loop.checkpoint import COMPLETE, folders
-from train.loop.preemption import restarts
-from train.loop.tracking import read_metrics
-from train.loop.validation_gain import FILE as GAIN_FILE
-from train.progress import duration, is_first_rank
+from train.formatting import duration, shorten
+from train.loop.checkpoint.manifest import COMPLETE, folders
+from train.loop.run_outcome import restarts
+from train.ranks import is_first_rank
 from train.recipe import Recipe
-from train.report_parts import load_pyplot
+from train.reporting.markdown import load_pyplot
 from train.resampling import FEWEST
-from train.whole_files import write_text
+from train.storage.atomic_write import write_text
+from train.storage.jsonl import read_metrics
+from train.system_gain.evaluator import FILE as GAIN_FILE
 
 _FEW_POINTS = 30
 """A line through fewer of them has a mark at each."""
-_MODELS = ("model.safetensors", "pytorch_model.bin")
-
-
-def output_dir_conflicts(recipe: Recipe) -> Iterator[str]:
-    """What stands in the folder of the run and forbids it, in words; nothing is written."""
-    folder = Path(recipe.output_dir)
-    if folder.is_dir() and Path(recipe.model.name_or_path).resolve() == folder.resolve():
-        yield "output_dir: that is the folder of model.name_or_path: it would be overwritten. Name another."
-    if recipe.adapter is None and (folder / "adapter_config.json").is_file():
-        yield (
-            f"output_dir: {folder} holds an adapter, which would be applied to the model that this run saves beside it."
-            " Name another folder, or take the adapter away."
-        )
-    models = [folder / f"{name}{index}" for name in _MODELS for index in ("", ".index.json")]
-    if recipe.adapter is not None and any(path.is_file() for path in models):
-        yield (
-            f"output_dir: {folder} holds a model, to which the adapter that this run saves beside it would be applied. "
-            "Name another folder, or take the model away."
-        )
-    mirror = recipe.save.mirror_dir
-    if mirror is not None and Path(mirror).resolve() == folder.resolve():
-        yield "save.mirror_dir: that is output_dir: copies go to a second disk. Name another folder, or null."
-
-
-def claim_output_dir(recipe: Recipe) -> Path:
-    """The folder of the run, made if need be, with the resolved recipe in it.
-
-    Raises UserError where it can't be written: known before hours of work, not after them.
-    """
-    folder = Path(recipe.output_dir)
-    for conflict in output_dir_conflicts(recipe):
-        raise UserError(conflict)
-    try:
-        if is_first_rank():
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    except OSError as fault:
-        raise UserError(f"output_dir: {folder} can't be written: {fault.strerror}. Name another folder.") from fault
-    return folder
 
 
 _MADE_BY = "fine-tuned with janus-sft by this recipe:"

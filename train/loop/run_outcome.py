@@ -7,20 +7,33 @@ they can be written without training.
 """
 
 import json
+import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.formatting import wrap
-from train.loop.checkpoint import COMPLETE, HARMLESS, changed_keys, facts_of_recipe, folders, value_of
-from train.loop.checkpoint import sequences_per_step as sequences
-from train.loop.run_inputs import BASE_MODEL, changed_files, contents, contents_alone, files_beside_weights, sampled
-from train.lr_schedules import FOLLOWS_EVALUATION
-from train.progress import counted
+from train.errors import UserError
+from train.formatting import counted, wrap
+from train.loop.checkpoint.manifest import COMPLETE, folders
+from train.loop.checkpoint.resume import HARMLESS, changed_keys, facts_of_recipe, value_of
+from train.loop.checkpoint.run_inputs import (
+    BASE_MODEL,
+    changed_files,
+    contents,
+    contents_alone,
+    files_beside_weights,
+    sampled,
+)
+from train.loop.preemption import Preemption
+from train.ranks import is_first_rank
 from train.recipe import Recipe
-from train.training_fields import chosen_by_gain
+from train.recipe.conflicts import chosen_by_gain
+from train.recipe.lr_schedules import FOLLOWS_EVALUATION
+from train.recipe.schedule import sequences_per_step as sequences
+from train.storage.atomic_write import replacing, write_text
 
 OUTCOME = "outcome.json"
 """In output_dir: how the last run there ended. Exit codes don't survive `accelerate launch`."""
@@ -55,7 +68,7 @@ class FinishedRun:
         if not self.missing:
             return done
         are, them = ("are", "them") if len(self.missing) > 1 else ("is", "it")
-        command = f"`python -m train.loop.side_files {self.output_dir}` writes {them} again"
+        command = f"`python -m train.loop.checkpoint.side_files {self.output_dir}` writes {them} again"
         return f"{done}, but its {', '.join(self.missing)} {are} missing ({command})"
 
     def message(self, width: int) -> str:
@@ -156,3 +169,87 @@ def _missing_files(folder: Path, written: Iterable[str], *, adapter: bool) -> li
     if not any(any(folder.glob(pattern)) for pattern in _VOCABULARY):
         names.add("tokenizer.json")
     return sorted(name for name in names if not (folder / name).is_file() or not (folder / name).stat().st_size)
+
+
+ATTEMPTS = "attempts.jsonl"
+"""In output_dir: a line as an attempt of the run begins, and one as it ends. One that was killed has no second line."""
+
+
+@contextmanager
+def telling_outcome(
+    output_dir: str,
+    preemption: Preemption,
+    for_a_person: Collection[int] = (),
+    fingerprint: Mapping[str, Any] | None = None,
+) -> Iterator[None]:
+    """Record how the block ended: in OUTCOME for whoever started it (the batch script), and in ATTEMPTS for later.
+
+    It belongs inside `preemption.watching()`, so that Ctrl-C can't break off the record itself.
+    finished; preempted (saved and stopped); interrupted by Ctrl-C, without saving; failed (the user must mend
+    something); crashed: an error of ours, a library's or a peer's, after which another attempt may go well.
+    `for_a_person`: errno of an OSError that the user must mend. `fingerprint`: kept of a run that is finished.
+    """
+    _note(output_dir, {"from_step": preemption.step, "time": time.time()}, anew=preemption.step == 0)
+    if is_first_rank():
+        with suppress(OSError):
+            Path(output_dir, OUTCOME).unlink(missing_ok=True)  # what is said there was said of a run before this one
+    try:
+        yield
+        outcome, reason = ("preempted", preemption.reason) if preemption.reason else ("finished", None)
+        preemption.ended = True
+    except KeyboardInterrupt:
+        preemption.ended = True
+        newest = newest_checkpoint(output_dir)
+        kept = f"the newest complete checkpoint is {newest.name}" if newest else "there is no complete checkpoint"
+        _write(output_dir, "interrupted", preemption.step, f"Ctrl-C; {kept}")
+        raise
+    except BaseException as fault:
+        first_line = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+        mendable = isinstance(fault, UserError) or getattr(fault, "errno", None) in for_a_person
+        _write(output_dir, "failed" if mendable else "crashed", preemption.step, first_line)
+        raise
+    more = {**(fingerprint or {}), **results(output_dir)} if outcome == "finished" and is_first_rank() else {}
+    _write(output_dir, outcome, preemption.step, reason, more)
+
+
+def restarts(output_dir: str | Path) -> list[tuple[int, str]]:
+    """Each time that the run in this folder was started again: from which step, and how the one before had ended."""
+    found: list[tuple[int, str]] = []
+    ended = "killed"
+    try:
+        lines = Path(output_dir, ATTEMPTS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    for number, line in enumerate(lines):
+        try:
+            said = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # cut short as the disk was full or the machine went down
+        if "outcome" in said:
+            reason = f": {said['reason']}" if said["reason"] else ""
+            ended = f"{said['outcome']} at step {said['step']}{reason}"
+        else:
+            if number:
+                found.append((said["from_step"], ended))
+            ended = "killed"
+    return found
+
+
+def _write(output_dir: str, outcome: str, step: int, reason: str | None, more: Mapping[str, Any] | None = None) -> None:
+    """Write OUTCOME and the last line of ATTEMPTS. `more`: what OUTCOME alone says."""
+    if not is_first_rank():
+        return
+    said: dict[str, Any] = {
+        "outcome": outcome, "step": step, "reason": reason, "job": os.environ.get("SLURM_JOB_ID"), "time": time.time(),
+    }  # fmt: skip
+    with suppress(OSError), replacing(Path(output_dir) / OUTCOME) as [unfinished]:
+        write_text(unfinished, json.dumps({**said, **(more or {})}) + "\n")  # on a full disk the fault itself matters
+    _note(output_dir, said)
+
+
+def _note(output_dir: str, said: dict[str, Any], *, anew: bool = False) -> None:
+    """Append a line to ATTEMPTS. `anew`: those that stand there are another run's."""
+    if not is_first_rank():
+        return
+    with suppress(OSError), Path(output_dir, ATTEMPTS).open("w" if anew else "a", encoding="utf-8") as lines:
+        lines.write(json.dumps(said) + "\n")

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from transformers import TrainerCallback
 
 from train.data.loss_mask import NOT_TRAINED
-from train.model.compute import peak_flops, training_flops
-from train.model.shape import Shape
+from train.model.architecture import Shape
+from train.model.flops import peak_flops, training_flops
 
 HELD = "held"
 """Where a batch says what it holds; taken out before the model sees it."""
@@ -108,7 +108,7 @@ class _Clock:
 class Throughput(TrainerCallback):
     """The figures of the steps since the last logging step. Evaluation and saving lie between steps and don't count.
 
-    MFU is the share of the device's bfloat16 peak that `train.model.compute.CONVENTION` counts, by the documents that
+    MFU is the share of the device's bfloat16 peak that `train.model.flops.CONVENTION` counts, by the documents that
     were trained: attention within each of them, nothing computed again. There is none on a device whose peak isn't
     known, and for a mixture of experts.
     """

@@ -24,31 +24,32 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTConfig, SFTTrainer
 
+from train.data.dataset import EvenSequences, Sequences
 from train.data.prepare import Prepared
-from train.data.sequences import EvenSequences, Sequences
-from train.data.system_variants import VariantRows
 from train.errors import UserError
-from train.loop import universal
 from train.loop.arguments import as_user_error
-from train.loop.checkpoint import checkpoint_in, loading
-from train.loop.deepspeed_files import written_last
-from train.loop.guards import Guards
-from train.loop.isolation import IsolationTest
-from train.loop.order import EpochOrder
+from train.loop.checkpoint import deepspeed as universal
+from train.loop.checkpoint.deepspeed import written_last
+from train.loop.checkpoint.manifest import checkpoint_in
+from train.loop.checkpoint.resume import loading
+from train.loop.checkpoint.resumed_settings import ResumedSettings
+from train.loop.checkpoint.side_files import finished_files, is_disk_error, reason_of, side_files, write_side_files
+from train.loop.checkpoint.trainer_state import RunState, files_expected
+from train.loop.checkpoint.verification import check_saved
+from train.loop.checkpoint.weights import check_savable, save_weights
+from train.loop.checkpoint.writer import Saver
+from train.loop.guards.anomalies import Guards
+from train.loop.guards.packing_isolation import IsolationTest
+from train.loop.metrics_log import StepLog
 from train.loop.preemption import Preemption, StopError, StopWhenAsked
-from train.loop.resume import ResumedSettings
-from train.loop.run_state import RunState, files_expected
-from train.loop.saved import check_saved
-from train.loop.saving import Saver
-from train.loop.side_files import finished_files, is_disk_error, reason_of, side_files, write_side_files
+from train.loop.sampler import EpochOrder
 from train.loop.throughput import HELD, Counting, Held, Sums, Throughput
-from train.loop.tracking import StepLog
-from train.loop.validation_gain import ValidationGain
-from train.loop.weights import check_savable, save_weights
 from train.model.adapters import check_adapter, lora_config
-from train.model.shape import Shape, shape_of
+from train.model.architecture import Shape, shape_of
 from train.model.text_part import bare_model, freeze, idle_parameters
 from train.recipe import Recipe
+from train.system_gain.evaluator import ValidationGain
+from train.system_gain.variants import VariantRows
 
 
 def _sample(sequences: Sequences) -> Dataset:
@@ -274,7 +275,7 @@ class JanusTrainer(SFTTrainer):
         for name, error in errors.items():
             print(
                 f"warning: {folder}: {name} couldn't be written: {reason_of(error)}. The weights are not affected. "
-                f"Mend that; `python -m train.loop.side_files {self.args.output_dir}` then writes it beside the "
+                f"Mend that; `python -m train.loop.checkpoint.side_files {self.args.output_dir}` then writes it beside the "
                 "finished model.",
                 flush=True,
             )

@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from train.errors import UserError
 from train.model.text_part import idle_modules
 from train.recipe import AdapterSection, QuantizationSection
-from train.recipe_document import closest, did_you_mean
+from train.recipe.yaml_document import closest, did_you_mean
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from train.errors import UserError
-from train.model.attention import machine
-from train.progress import is_first_rank
+from train.model.attention.selection import machine
+from train.ranks import is_first_rank
 from train.recipe import Recipe
 
 MULTIPLE = 16

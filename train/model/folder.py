@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from train.errors import UserError
 from train.recipe import ModelSection
+from train.storage.local_paths import may_be_hub_id, similar, unreachable
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -268,3 +269,32 @@ def read_json(path: Path) -> dict[str, Any]:
 def _listed(names: set[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(sorted(names)[:3]) + more
+
+
+def refuse_missing_model(model: ModelSection, recipe_file: str | None = None) -> None:
+    """Raise UserError where `model.name_or_path` is neither a folder nor an id that the hub may have."""
+    name = model.name_or_path
+    path = Path(name)
+    if path.is_dir():
+        return
+    where = "" if path.is_absolute() else f" in {Path.cwd()}"
+    if path.exists():
+        raise UserError(f"model.name_or_path: {path} is a file. Write the folder that the model is in: {path.parent}.")
+    if not may_be_hub_id(name):
+        hint = _from_recipe(path, recipe_file) or similar(path)
+        raise UserError(
+            f"model.name_or_path: there is no folder {path}{where}.{hint} Write a model folder or a hub id."
+        )
+    if why := unreachable(name, "model"):
+        hint = _from_recipe(path, recipe_file) or similar(path)
+        raise UserError(
+            f"model.name_or_path: {name} can't be loaded: there is no folder of that name{where}; {why}.{hint}"
+        )
+
+
+def _from_recipe(path: Path, recipe_file: str | None) -> str:
+    """Return a hint where `path` is there when looked up from the recipe's folder: paths are not."""
+    beside = Path(recipe_file).parent / path if recipe_file else path
+    if path.exists() or not beside.exists():
+        return ""
+    return f" Paths start from the working folder, not from the recipe's: did you mean {beside}?"

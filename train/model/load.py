@@ -1,6 +1,5 @@
 """Weights and tokenizer from a folder or the hub: safetensors only and no foreign code, unless the recipe allows it."""
 
-import json
 import re
 import shutil
 import sys
@@ -14,7 +13,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,15 +21,14 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from train.errors import UserError
-from train.missing_files import refuse_missing_model
 from train.model.adapters import check_adapter, quantization_config
-from train.model.attention import attention_for, choose_attention, machine, needs_of
+from train.model.attention.selection import attention_for, choose_attention, machine, needs_of
 from train.model.float8 import check_float8, check_start, convert
 from train.model.folder import adapter_base, is_adapter_alone
 from train.model.quantized_weights import check_quantized, describe_quantized, quantization_to_load, saved_quantization
 from train.model.text_part import auto_class, bare_model, describe_idle, idle_parameters
 from train.model.unloaded_weights import left_out, listed, weight_names
-from train.progress import is_first_rank
+from train.ranks import is_first_rank
 from train.recipe import ModelSection, Recipe
 
 
@@ -78,25 +75,6 @@ def _reading(model: ModelSection, files: str) -> Iterator[None]:
             f"model.name_or_path: {model.name_or_path}: a value in {files} can't be used ({type(fault).__name__}: "
             f"{text}). Correct it, or get the file anew."
         ) from fault
-
-
-def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises UserError where there is none that can be opened."""
-    refuse_missing_model(model)
-    with _reading(model, "tokenizer.json, tokenizer_config.json, special_tokens_map.json or added_tokens.json"):
-        tokenizer = AutoTokenizer.from_pretrained(**_origin(model))
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = _processor_template(model)
-    return tokenizer
-
-
-def _processor_template(model: ModelSection) -> str | None:
-    """The chat template of a multimodal model that keeps it with its processor alone (chat_template.json)."""
-    file = _optional_file(model, "chat_template.json")
-    try:
-        return str(json.loads(Path(file).read_bytes())["chat_template"]) if file else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def load_config(model: ModelSection) -> PreTrainedConfig:

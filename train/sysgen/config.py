@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, create_model
 
-from train.data.asked_rows import SourcesSection
-from train.llm.losses import Loss
-from train.llm.settings import OutputSection, ServerSection, StageSection, SystemRole, open_settings
+from train.datagen.config import OutputSection, ServerSection, StageSection, SystemRole, open_settings
+from train.datagen.drop_reasons import Loss
+from train.datagen.source_rows import SourcesSection
 from train.recipe import PathText, Section, Text
-from train.recipe_faults import validate_settings
+from train.recipe.validation import validate_settings
 from train.sysgen.tags import TAGS
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from train.data.texts import (
+from train.datagen.words import (
     BOLD,
     BULLET,
     HEADING,

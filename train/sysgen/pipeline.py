@@ -22,21 +22,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from train.data.asked_rows import PlacedRow
-from train.data.formats import Message, RowFault
+from train.data.sources.formats import Message, RowFault
+from train.datagen.drop_reasons import UNREADABLE, UNSUPPORTED
+from train.datagen.source_rows import PlacedRow
+from train.datagen.usage import ask
 from train.llm.client import Client, NoAnswerError
+from train.llm.failures import NO_ANSWER
 from train.llm.journal import Decoding, Request
-from train.llm.losses import UNREADABLE, UNSUPPORTED
-from train.llm.spent import ask
 from train.llm.system_role import merge_into_user
-from train.llm.unanswered import NO_ANSWER
 from train.llm.yes_or_no import says_no
 from train.sysgen import prompts
-from train.sysgen.balance import Balance
 from train.sysgen.config import SysgenConfig
 from train.sysgen.constraints import Constraint, draw
-from train.sysgen.gates import language_of, leaked_share
-from train.sysgen.outcome import Outcome
+from train.sysgen.filters import language_of, leaked_share
+from train.sysgen.result import Outcome
+from train.sysgen.tag_balance import Balance
 from train.sysgen.tags import Annotated, Phrase, Verdict, parse
 from train.sysgen.verdicts import verdicts_of_reply
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.llm.further_turns import FurtherTurn
+from train.datagen.further_turns import FurtherTurn
 from train.sysgen.tags import TAGS, Annotated
 from train.sysgen.verdicts import PLACEHOLDERS
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.llm.unanswered import for_report
-from train.report_parts import cost, counted, load_pyplot, quoted, share, table
+from train.llm.failures import for_report
+from train.reporting.markdown import cost, counted, load_pyplot, quoted, share, table
 from train.sysgen.tags import TAGS
 
 _PHASES = {

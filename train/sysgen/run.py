@@ -5,21 +5,22 @@ from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.data.asked_rows import number_of_rows, placed_rows, refuse_own_files
-from train.data.near_duplicates import NearDuplicates
+from train.datagen.deduplication import NearDuplicates
+from train.datagen.source_rows import number_of_rows, placed_rows, refuse_own_files
 from train.errors import UserError
 from train.llm.client import Client, Counts
 from train.llm.journal import Journal
 from train.llm.options import WAIT_FOR_SERVER
-from train.llm.rows import in_order, progress
-from train.sysgen.balance import LAG, Balance
+from train.llm.ordered_map import in_order
+from train.llm.progress import progress
 from train.sysgen.config import SysgenConfig
-from train.sysgen.gates import load_languages
-from train.sysgen.outcome import Outcome
-from train.sysgen.output import Output
+from train.sysgen.filters import load_languages
 from train.sysgen.pipeline import Pipeline
 from train.sysgen.report import write_report
-from train.sysgen.tally import Tally
+from train.sysgen.result import Outcome
+from train.sysgen.stats import Tally
+from train.sysgen.tag_balance import LAG, Balance
+from train.sysgen.writer import Output
 
 JOURNAL = "answers.sqlite"
 

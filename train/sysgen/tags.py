@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from train.llm.control_tokens import without_end_tokens
+from train.llm.reasoning.control_tokens import without_end_tokens
 from train.sysgen.tag_names import NAMES, TAGS, Dropped
 from train.sysgen.verdicts import Verdict, Verdicts, parse_verdicts
 

@@ -1,0 +1,23 @@
+"""Lines of the screens about what became of the rows."""
+
+import pytest
+
+from train.data.diagnostics import describe_unread
+from train.data.prepare import UnreadText
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("", '""'),
+        ("  ", '"  "'),
+        ("messages[].", 'messages[].""'),
+        ("index", "index"),
+        ("messages[].note", "messages[].note"),
+    ],
+)
+def test_a_column_without_a_name_can_be_seen(name: str, shown: str) -> None:
+    """As pandas writes its index."""
+    for ignored, told in ((False, "2 rows"), (True, "ignored, 2 rows")):
+        unread = UnreadText("data.sources.0", name, rows=2, losing=0, ignored=ignored)
+        assert describe_unread([unread]) == [f"data.sources.0: {shown} ({told})"]

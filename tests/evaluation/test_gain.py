@@ -1,0 +1,267 @@
+"""scripts/evaluate.py gain: its files say what the models do, and what can't be measured is one error."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from train.data.chat.template import use_template
+
+ROOT = Path(__file__).parents[2]
+SYSTEMS = ("Be a river.", "Be a stone.", "Be a paper window.")
+
+
+@pytest.fixture
+def refused(command: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    def run(*arguments: str | Path) -> str:
+        assert command("gain", *arguments) == 2
+        *usage, error = capsys.readouterr().err.splitlines()
+        assert not usage or usage[0].startswith("usage: ")
+        return error.removeprefix("error: ") if error.startswith("error: ") else ""
+
+    return run
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Four instructions with three siblings each, in Janus's columns, and a row without a system message."""
+    rows = [
+        {
+            "main_source": "a" if question < 1 else "b",
+            "preference_set": [{"dimension": "style", "subdimension": ("tone", "format")[number % 2]}],
+            "system": system,
+            "prompt": f"question {question}",
+            "output": f"answer {system} {question}",
+        }
+        for question in range(4)
+        for number, system in enumerate(SYSTEMS)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"system": ""}]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def after(tiny_model: Path, tmp_path: Path) -> Path:
+    """Other weights than the tiny model's, and a template that is of use."""
+    folder = tmp_path / "after"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: value * 1.1 for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    use_template(tokenizer, "chatml")
+    tokenizer.chat_template = tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def gain_by_hand(folder: Path, rows: list[dict]) -> tuple[list[float], list[float]]:
+    """Over both siblings' messages, and over none: a row at a time, in float64, the text written out here."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).double()
+
+    def likelihood(system: str | None, row: dict) -> tuple[float, int]:
+        turn = lambda role, text: f"<|im_start|>{role}\n{text}"  # noqa: E731
+        prompt = f"{turn('system', system)}<|im_end|>\n" if system else ""
+        prompt += f"{turn('user', row['prompt'])}<|im_end|>\n{turn('assistant', '')}"
+        before, answer = (tokenizer(text)["input_ids"] for text in (prompt, row["output"] + "<|im_end|>"))
+        with torch.no_grad():
+            scores = model(torch.tensor([before + answer])).logits[0].log_softmax(-1).tolist()
+        return math.fsum(scores[len(before) + place - 1][token] for place, token in enumerate(answer)), len(answer)
+
+    over_others, over_none = [], []
+    for row in rows:
+        own, tokens = likelihood(row["system"], row)
+        others = [likelihood(system, row)[0] for system in SYSTEMS if system != row["system"]]
+        over_others.append(statistics.fmean((own - other) / tokens for other in others))
+        over_none.append((own - likelihood(None, row)[0]) / tokens)
+    return over_others, over_none
+
+
+def test_figures_are_those_of_the_models(
+    command: Callable[..., int], data: Path, after: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (after / "report.md").write_text("# a run\n\n## System gain\n\nold\n\n## Later\n\nstays\n", encoding="utf-8")
+    assert command("gain", "--model", after, "--before", tiny_model, "--data", data) == 0
+    shown = capsys.readouterr().out
+    assert f"left out: 1 row: no system message (the first: {data}:13)" in shown
+    record = json.loads((after / "gain.json").read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()][:12]
+    means = {}
+    for name, folder in ("before", tiny_model), ("after", after):
+        over_others, over_none = gain_by_hand(folder, rows)
+        found = record["models"][name]
+        assert found["overall"]["gain"]["mean"] == pytest.approx(statistics.fmean(over_others), abs=1e-5)
+        assert found["overall"]["gain_over_none"]["mean"] == pytest.approx(statistics.fmean(over_none), abs=1e-5)
+        assert found["rows_with_siblings"] == found["overall"]["rows"] == 12
+        assert found["overall"]["instructions"] == 4
+        groups = {(group["of"], group["is"]): group for group in found["groups"]}
+        assert {label: group["rows"] for label, group in groups.items()} == {
+            ("main_source", "a"): 3,
+            ("main_source", "b"): 9,
+            ("style", "tone"): 8,
+            ("style", "format"): 4,
+        }
+        assert groups["main_source", "b"]["gain"]["mean"] == pytest.approx(statistics.fmean(over_others[3:]), abs=1e-5)
+        assert groups["main_source", "a"]["gain"]["low"] is None
+        means[name] = statistics.fmean(over_others)
+    assert record["change"][0]["gain"]["mean"] == pytest.approx(means["after"] - means["before"], abs=1e-5)
+    assert abs(means["after"] - means["before"]) > 1e-3
+    assert (after / "gain.png").read_bytes().startswith(b"\x89PNG")
+    report = (after / "report.md").read_text(encoding="utf-8")
+    assert report.startswith("# a run\n\n## System gain\n\nReference answers of ")
+    assert report.endswith("\n\n## Later\n\nstays\n")
+    assert f"{means['after']:+.3f} (n = 4) p=" in report
+
+
+def test_other_folders_stay_as_they_are_with_json(
+    command: Callable[..., int], data: Path, after: Path, tmp_path: Path
+) -> None:
+    before = sorted(path.name for path in after.iterdir())
+    (tmp_path / "out").mkdir()
+    command_line = ["--model", after, "--data", data, "--json", tmp_path / "out" / "of.json", "--limit", "5"]
+    assert command("gain", *command_line, "--group", "prompt", "--others", "1") == 0
+    assert sorted(path.name for path in after.iterdir()) == before
+    written = [".gain.lock", "gain.png", "gain_scores.jsonl", "of.json", "of_rows.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == written
+    record = json.loads((tmp_path / "out" / "of.json").read_text(encoding="utf-8"))
+    assert record["models"]["after"]["overall"]["rows"] == 5
+    assert "change" not in record
+    assert {group["of"] for group in record["models"]["after"]["groups"]} >= {"prompt"}
+
+
+def test_what_can_not_be_measured_is_an_error(
+    refused: Callable[..., str], data: Path, after: Path, tiny_model: Path, smollm2: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "plain.jsonl"
+    rows.write_text(json.dumps({"prompt": "river?", "output": "stone"}) + "\n", encoding="utf-8")
+    good = ["--model", after, "--data", data]
+    assert refused("--model", "nowhere", "--data", data).startswith("--model nowhere: there is no such folder")
+    assert refused("--model", tmp_path, "--data", data).startswith(f"--model {tmp_path}: can't be loaded: there is no ")
+    assert refused("--model", after, "--data", rows).startswith(f"--data {rows}: no row can be measured (1: no system")
+    assert "no.jsonl" in refused("--model", after, "--data", tmp_path / "no.jsonl")
+    assert refused(*good, "--before", smollm2).startswith(f"--before {smollm2}: its tokens are not those of {after}")
+    assert refused(*good, "--group", "subject") == "--group subject: no row has a text in a column of that name"
+    assert refused(*good, "--json", tmp_path / "no" / "gain.json").startswith("--json ")
+    os.mkfifo(tmp_path / "pipe")  # what is no file isn't replaced by one
+    assert refused(*good, "--json", tmp_path / "pipe").endswith("that is no file in a folder that is there")
+    assert refused(*good, "--others", "0") == "argument --others: '0' is no number from 1 up"
+    assert refused(*good, "--template", "chatm").startswith("chat.template: there is no template 'chatm'")
+    assert "loses system messages" in refused("--model", tiny_model, "--data", data, "--template", _deaf(tmp_path))
+    assert not (after / "gain.json").exists()
+
+
+def _deaf(folder: Path) -> Path:
+    """A template that leaves system messages out."""
+    path = folder / "deaf.jinja"
+    path.write_text(
+        "{% for message in messages %}{% if message.role != 'system' %}<|im_start|>{{ message.role }}\n"
+        "{{ message.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_a_section_is_written_in_its_place(evaluate_script: ModuleType, tmp_path: Path) -> None:
+    report = tmp_path / "report.md"
+    evaluate_script.gain.put_section(report, "## B", "## B\n\nfirst\n")
+    assert report.read_text() == "## B\n\nfirst\n"
+    report.write_text("# run\n\ntext\n\n## A\n\na\n### sub\n\n## B\n\nold\n\n### of B\n\n## C\n\nc\n")
+    evaluate_script.gain.put_section(report, "## B", "## B\n\nnew\n")
+    assert report.read_text() == "# run\n\ntext\n\n## A\n\na\n### sub\n\n## B\n\nnew\n\n## C\n\nc\n"
+    evaluate_script.gain.put_section(report, "## D", "## D\n\nd\n")
+    assert report.read_text().endswith("## C\n\nc\n\n## D\n\nd\n")
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, "scripts")
+from train.evaluation.score_file import ScoreFile
+whole, left = ScoreFile.add, int(sys.argv.pop(1))
+def until_killed(*arguments):
+    global left
+    whole(*arguments)
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+ScoreFile.add = until_killed
+import evaluate
+sys.exit(evaluate.main())
+"""
+
+
+def test_what_was_scored_is_not_scored_again(
+    command: Callable[..., int], after: Path, data: Path, tmp_path: Path
+) -> None:
+    """Killed after two batches of five or more; the figures are those of a run left alone."""
+    arguments = ["gain", "--model", after, "--data", data, "--batch-tokens", "200"]
+    killed = [sys.executable, "-c", KILLED, "2", *map(str, arguments)]
+    assert subprocess.run(killed, cwd=ROOT, capture_output=True, check=False).returncode == -signal.SIGKILL
+    scores = after / "gain_scores.jsonl"
+    kept = [line for line in scores.read_text(encoding="utf-8").splitlines() if line]
+    assert kept
+    with scores.open("a", encoding="utf-8") as lines:
+        lines.write(kept[0][: len(kept[0]) // 2])  # as a crash leaves it
+    assert command(*arguments) == 0
+    every = [json.loads(line) for line in scores.read_text(encoding="utf-8").splitlines() if line.endswith("]")]
+    assert len(every) == len({key for key, _ in every}) > len(kept)
+    assert [json.dumps(line) for line in every[: len(kept)]] == kept
+    alone = tmp_path / "alone.json"
+    assert command(*arguments, "--json", alone) == 0
+    found, expected = (json.loads(path.read_text(encoding="utf-8")) for path in (after / "gain.json", alone))
+    assert [one["overall"]["gain"]["mean"] for one in found["models"].values()] == pytest.approx(
+        [one["overall"]["gain"]["mean"] for one in expected["models"].values()], abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("rubbish", [b"\xff\xfe\n", b"5\n", b'["a"]\n', b"{}\n", b"\x00\x00\n"])
+def test_a_broken_line_among_the_scores_is_passed_over(
+    command: Callable[..., int], after: Path, data: Path, rubbish: bytes
+) -> None:
+    """As a disk that was full or lost its power may leave it."""
+    assert command("gain", "--model", after, "--data", data) == 0
+    scores = after / "gain_scores.jsonl"
+    kept = scores.read_bytes()
+    found = (after / "gain.json").read_bytes()
+    scores.write_bytes(rubbish + kept)
+    assert command("gain", "--model", after, "--data", data) == 0
+    assert (after / "gain.json").read_bytes() == found
+    assert scores.read_bytes().strip() == (rubbish + kept).strip()  # nothing was scored again
+
+
+def test_an_adapter_is_measured_upon_its_base(
+    command: Callable[..., int], data: Path, after: Path, tmp_path: Path
+) -> None:
+    """An adapter, and the same merged into the weights."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(after), LoraConfig(r=4, target_modules="all-linear"))
+    for name, weights in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weights, std=0.05)
+    tokenizer = AutoTokenizer.from_pretrained(after)
+    for folder, saved in (tmp_path / "adapter", model), (tmp_path / "merged", None):
+        if saved is None:
+            saved = model.merge_and_unload()
+        saved.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        assert command("gain", "--model", folder, "--data", data) == 0
+    adapter, merged = (json.loads((tmp_path / name / "gain.json").read_text()) for name in ("adapter", "merged"))
+    [of_adapter], [of_merged] = adapter["models"].values(), merged["models"].values()
+    assert of_adapter["overall"]["gain"]["mean"] == pytest.approx(of_merged["overall"]["gain"]["mean"], abs=1e-4)
+    assert command("gain", "--model", after, "--data", data) == 0
+    [of_base] = json.loads((after / "gain.json").read_text())["models"].values()
+    assert abs(of_base["overall"]["gain"]["mean"] - of_merged["overall"]["gain"]["mean"]) > 0.01

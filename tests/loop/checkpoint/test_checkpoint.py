@@ -1,0 +1,729 @@
+"""Which checkpoints a run goes on from, and what is said of one that it can't go on from."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from train.data.chat.template import use_template
+from train.data.prepare import prepare
+from train.errors import UserError
+from train.loop.checkpoint.manifest import COMPLETE, checkpoint_in, digest_of, written
+from train.loop.checkpoint.resume import check_distribution, find_checkpoint
+from train.loop.throughput import CLOCKED
+from train.model.tokenizer import load_tokenizer
+from train.recipe import load_recipe
+from train.sft import main
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": ..., "max_steps": 2}
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, Path]:
+    """Runs that nobody disturbed, full and with an adapter: checkpoints 2, 4 and 6, and the model."""
+    folder = tmp_path_factory.mktemp("whole")
+    rows = folder / "rows.jsonl"
+    with rows.open("w", encoding="utf-8") as lines:
+        for number in range(24):
+            turns = [("system", "river stone"), ("user", f"cloud {number}"), ("assistant", "seven " * (1 + number * 2))]
+            lines.write(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n")
+    runs = {}
+    for kind, adapter in (("full", None), ("lora", {"r": 4})):
+        recipe: dict[str, Any] = {
+            "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
+            "chat": {"template": "chatml"},
+            "data": {"sources": [{"path": str(rows)}], "max_length": 128, "validation": 0.2},
+            "adapter": adapter,
+            "training": {
+                "bf16": False,
+                "gradient_checkpointing": False,
+                "learning_rate": 1e-3,
+                "per_device_train_batch_size": 2,
+                "max_steps": STEPS,
+                "logging_steps": 1,
+                "eval_strategy": "steps",
+                "eval_steps": 2,
+                "save_strategy": "steps",
+                "save_steps": 2,
+            },
+            "output_dir": str(folder / kind),
+        }
+        path = folder / f"{kind}.yaml"
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        assert main(["--recipe", str(path)]) == 0
+        runs[kind] = folder / kind
+    return runs
+
+
+@pytest.fixture
+def again(whole: dict[str, Path], tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
+    """A recipe for the folder `run`, and that folder with the checkpoints of a whole run in it."""
+
+    def copy(kind: str = "full", *, checkpoints: tuple[int, ...] = (2, 4, 6), **sections: Any) -> tuple[Path, Path]:
+        run = tmp_path / "run"
+        for step in checkpoints:
+            shutil.copytree(whole[kind] / f"checkpoint-{step}", run / f"checkpoint-{step}")
+        recipe = yaml.safe_load((whole[kind].parent / f"{kind}.yaml").read_text(encoding="utf-8"))
+        recipe["output_dir"] = str(run)
+        for section, values in sections.items():
+            recipe[section] = {**(recipe.get(section) or {}), **values} if isinstance(values, dict) else values
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        return path, run
+
+    return copy
+
+
+def steps(run: Path) -> list[int]:
+    return sorted(int(path.name.rpartition("-")[2]) for path in run.glob("checkpoint-*"))
+
+
+def figures(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what the clock decides."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        {
+            key: value
+            for key, value in line.items()
+            if key not in CLOCKED and not key.endswith(("runtime", "_per_second"))
+        }
+        for line in lines
+    ]
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def assert_same_model(run: Path, other: Path) -> None:
+    name = "adapter_model.safetensors" if (other / "adapter_config.json").exists() else "model.safetensors"
+    one, two = load_file(run / name), load_file(other / name)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_checkpoint_without_its_optimizer_is_not_gone_on_from(
+    recipe_file: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    """Its weights would be trained on from a fresh optimizer: another run under the same name."""
+    recipe = recipe_file(training={**SAVING, "save_only_model": True})
+    assert main(["--recipe", str(recipe)]) == 0
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    assert not (checkpoint / "optimizer.pt").exists()
+    (tmp_path / "run" / "outcome.json").unlink()  # as of a run that was killed: one that is finished needs no optimizer
+    for resume in "auto", str(checkpoint):
+        error = refused("--recipe", recipe, "--resume", resume)
+        assert f"{checkpoint} holds no optimizer" in error
+        assert "training.save_only_model" in error
+    error = refused("--recipe", recipe_file(training=SAVING))
+    assert "holds no optimizer" in error  # not merely another recipe
+
+
+def truncated(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def emptied(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def flipped(file: Path) -> None:
+    """One bit in the middle, the size unchanged."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def edited(file: Path) -> None:
+    file.write_text(file.read_text(encoding="utf-8").replace('"seed": 42', '"seed": 43'), encoding="utf-8")
+
+
+DAMAGES = [
+    ("full", "model.safetensors", truncated, "is damaged"),
+    ("full", "model.safetensors", flipped, "is damaged"),
+    ("full", "optimizer.pt", truncated, "is damaged"),
+    ("full", "optimizer.pt", flipped, "is damaged"),
+    ("full", "scheduler.pt", Path.unlink, "is missing"),
+    ("full", "rng_state.pth", Path.unlink, "is missing"),
+    ("full", "run_state_0.json", flipped, "is damaged"),
+    ("full", "trainer_state.json", truncated, "is damaged"),
+    ("lora", "adapter_model.safetensors", emptied, "is damaged"),
+    ("lora", "adapter_config.json", flipped, "is damaged"),
+    ("full", COMPLETE, Path.unlink, "it has no COMPLETE.json"),
+    ("full", COMPLETE, truncated, "is damaged"),
+    ("full", COMPLETE, emptied, "is damaged"),
+    ("full", COMPLETE, edited, "is damaged"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "damage", "said"), DAMAGES, ids=[f"{name}-{damage.__name__}" for _, name, damage, _ in DAMAGES]
+)
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_taken(
+    kind: str,
+    name: str,
+    damage: Callable[[Path], None],
+    said: str,
+    again: Callable[..., tuple[Path, Path]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, run = again(kind)
+    recipe = load_recipe(path)
+    assert find_checkpoint("auto", recipe).step == 6  # type: ignore[union-attr]
+    damage(run / "checkpoint-6" / name)
+    capsys.readouterr()
+    found = find_checkpoint("auto", recipe)
+    assert found is not None
+    assert found.folder == run / "checkpoint-4"
+    told = capsys.readouterr().out
+    assert "passed over: " in told
+    assert str(run / "checkpoint-6") in told
+    assert said in told
+    if name != COMPLETE:
+        assert str(run / "checkpoint-6" / name) in told
+    with pytest.raises(UserError, match="--resume never"):
+        find_checkpoint(str(run / "checkpoint-6"), recipe)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_run_that_passes_damaged_checkpoints_over_ends_as_one_left_alone(
+    kind: str, again: Callable[..., tuple[Path, Path]], whole: dict[str, Path]
+) -> None:
+    """The damaged ones never come back: no resume meets them again, and none counts among those that are kept."""
+    path, run = again(kind, training={"save_total_limit": 2})
+    truncated(run / "checkpoint-6" / COMPLETE)
+    flipped(run / "checkpoint-4" / "optimizer.pt")
+    assert main(["--recipe", str(path)]) == 0
+    assert_same_model(run, whole[kind])
+    assert losses(run) == losses(whole[kind])  # the first steps too, of which there was no metrics.jsonl
+    assert steps(run) == [4, 6]
+    assert steps(run / "set-aside-1") == [4, 6]
+    assert find_checkpoint("auto", load_recipe(path)).folder == run / "checkpoint-6"  # type: ignore[union-attr]
+
+
+def test_nothing_is_begun_where_no_checkpoint_is_whole(
+    again: Callable[..., tuple[Path, Path]], refused: Callable[..., str]
+) -> None:
+    path, run = again()
+    (run / "checkpoint-2" / COMPLETE).unlink()
+    truncated(run / "checkpoint-4" / "model.safetensors")
+    shutil.rmtree(run / "checkpoint-6")
+    (run / "checkpoint-6").mkdir()
+    error = refused("--recipe", path)
+    for said in (
+        f"none of the checkpoints in {run} is whole",
+        f"{run / 'checkpoint-6'} was not written to the end",
+        f"{run / 'checkpoint-4' / 'model.safetensors'} is damaged",
+        f"{run / 'checkpoint-2'} was not written to the end",
+        "--resume never",
+    ):
+        assert said in error
+    assert not (run / "metrics.jsonl").exists()
+    error = refused("--recipe", path, "--resume", run / "checkpoint-4")
+    assert f"{run / 'checkpoint-4' / 'model.safetensors'} is damaged" in error
+    error = refused("--recipe", path, "--resume", run / "elsewhere")
+    assert f"{run / 'elsewhere'} is not there, or is no checkpoint" in error
+
+
+REFUSED = [
+    ("seed=43", "seed was 42 and is 43", "seed"),
+    ("training.learning_rate=0.002", "training.learning_rate was 0.001 and is 0.002", "training.learning_rate"),
+    ("training.optim=adafactor", "training.optim was None and is 'adafactor'", "training.optim"),
+    ("training.max_steps=8", "training.max_steps was 6 and is 8", "training.max_steps"),
+    ("training.weight_decay=0.1", "training.weight_decay was", "training.weight_decay"),
+    ("data.max_length=256", "data.max_length was 128 and is 256", "data.max_length"),
+    ("data.packing=false", "data.packing was True and is False", "data.packing"),
+    ("chat.train_on=last", "chat.train_on was 'assistant' and is 'last'", "chat.train_on"),
+    ("model.dtype=bfloat16", "model.dtype was 'float32' and is 'bfloat16'", "model.dtype"),
+]
+
+
+@pytest.mark.parametrize(("override", "said", "key"), REFUSED, ids=[override for override, _, _ in REFUSED])
+def test_what_changes_the_mathematics_is_refused_by_name_unless_it_is_named(
+    override: str, said: str, key: str, again: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, run = again()
+    recipe = load_recipe(path, [override])
+    with pytest.raises(UserError) as refusal:
+        find_checkpoint("auto", recipe)
+    assert said in str(refusal.value)
+    assert f"{run / 'checkpoint-6'} belongs to another run" in str(refusal.value)
+    assert f"--resume-anyway {key}" in str(refusal.value)
+    named = [word for word in str(refusal.value).split() if word.startswith(key)]
+    capsys.readouterr()
+    found = find_checkpoint("auto", recipe, [key, *(word.rstrip(".,;:") for word in named)])
+    assert found is not None
+    told = capsys.readouterr().out
+    assert f"changed since checkpoint-6: {key}" in told or f", {key}" in told
+    assert "(in force from step 7)" in told
+    with pytest.raises(UserError):
+        find_checkpoint("auto", recipe, ["training.adam_beta1"])  # another key doesn't help
+
+
+def test_what_changes_nothing_is_allowed_and_told(
+    again: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path, _ = again()
+    changes = {
+        "training.logging_steps": 2,
+        "training.save_steps": 3,
+        "training.gradient_checkpointing": True,
+        "data.processes": 1,
+        "data.cache_dir": str(tmp_path / "cache"),
+    }
+    found = find_checkpoint("auto", load_recipe(path, [f"{key}={value}" for key, value in changes.items()]))
+    assert found is not None
+    told = capsys.readouterr().out
+    assert "changed since checkpoint-6: " in told
+    for key, value in changes.items():
+        assert re.search(f"{re.escape(key)} \\S+ -> {re.escape(json.dumps(value))}[, ]", told)
+
+
+def test_a_default_that_is_written_down_is_no_change(again: Callable[..., tuple[Path, Path]]) -> None:
+    path, _ = again()
+    recipe = load_recipe(path, ["training.weight_decay=0.0", "training.adam_beta1=0.9"])
+    assert find_checkpoint("auto", recipe) is not None
+
+
+def test_other_data_behind_the_same_recipe_is_refused(
+    again: Callable[..., tuple[Path, Path]], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    """The bytes of a source, a template's file, and how many sequences a step has."""
+    path, run = again()
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    source = Path(recipe["data"]["sources"][0]["path"])
+    before = source.read_bytes()
+    try:
+        source.write_bytes(before.replace(b"river", b"stone", 1))
+        error = refused("--recipe", path)
+    finally:
+        source.write_bytes(before)
+    assert f"{run / 'checkpoint-6'} belongs to another run: made.tokens was" in error
+    assert "what the rows of data.sources became" in error
+    assert "--resume-anyway made.tokens" in error
+    error = refused("--recipe", path, "training.gradient_accumulation_steps=2")
+    assert "training.gradient_accumulation_steps was '2 sequences a step' and is '4 sequences a step'" in error
+    assert "training.per_device_train_batch_size" in error
+    assert "--resume-anyway training.gradient_accumulation_steps" in error
+    assert main(["--recipe", str(path), *("training.per_device_train_batch_size=1", SAME_STEP)]) == 0
+
+
+SAME_STEP = "training.gradient_accumulation_steps=2"
+
+
+def test_another_text_of_the_template_is_told_where_no_token_changes(
+    again: Callable[..., tuple[Path, Path]],
+    refused: Callable[..., str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The finished model is saved with it; a text that changes tokens is refused."""
+    from train.data.chat import template as chat_template
+
+    shipped = (Path(chat_template.__file__).parents[1] / "templates" / "chatml.jinja").read_text(encoding="utf-8")
+    template = tmp_path / "own.jinja"
+    template.write_text(shipped, encoding="utf-8")
+    path, run = again(checkpoints=(), chat={"template": str(template)}, training={"max_steps": 2})
+    assert main(["--recipe", str(path)]) == 0
+    template.write_text(f"Hello\n{shipped}", encoding="utf-8")
+    error = refused("--recipe", path)
+    assert f"{run / 'checkpoint-2'} belongs to another run: made.tokens was" in error
+    template.write_text(f"{{# another #}}{shipped}", encoding="utf-8")  # the same text for every conversation
+    assert main(["--recipe", str(path)]) == 0
+    assert "changed since checkpoint-2: made.template" in capsys.readouterr().out
+    assert (run / "chat_template.jinja").read_text(encoding="utf-8").startswith("{# another #}")
+
+
+def test_another_distribution_is_refused(again: Callable[..., tuple[Path, Path]]) -> None:
+    _, run = again()
+    checkpoint = checkpoint_in(run / "checkpoint-6")
+    check_distribution(checkpoint, "one process or DDP")
+    with pytest.raises(
+        UserError, match="written under one process or DDP, and this run is launched as DeepSpeed ZeRO-3"
+    ):
+        check_distribution(checkpoint, "DeepSpeed ZeRO-3")
+
+
+def test_a_finished_run_that_is_started_again_trains_no_further(
+    again: Callable[..., tuple[Path, Path]], whole: dict[str, Path]
+) -> None:
+    path, run = again()
+    for _ in range(2):
+        assert main(["--recipe", str(path)]) == 0
+        assert_same_model(run, whole["full"])
+        assert steps(run) == [2, 4, 6]
+        assert json.loads((run / "outcome.json").read_text(encoding="utf-8"))["step"] == STEPS
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(
+    again: Callable[..., tuple[Path, Path]],
+    refused: Callable[..., str],
+    whole: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It would be moved aside, as one of the future, in the moment in which the run goes on from it."""
+    path, run = again(checkpoints=(2, 4))
+    (run / "checkpoint-4").rename(run / "checkpoint-99")
+    said = f"{run / 'checkpoint-99'} holds step 4: rename it to checkpoint-4."
+    assert said in refused("--recipe", path, "--resume", run / "checkpoint-99")
+    assert steps(run) == [2, 99]
+    capsys.readouterr()
+    assert main(["--recipe", str(path)]) == 0
+    assert f"passed over: {said}" in capsys.readouterr().out
+    assert steps(run / "set-aside-1") == [99]
+    assert_same_model(run, whole["full"])
+
+
+OTHER_WEIGHTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "rank": ("lora", {"adapter": {"r": 8}}, "adapter.r was 4 and is 8"),
+    "modules": (
+        "lora",
+        {"adapter": {"target_modules": ["q_proj"]}},
+        'adapter.target_modules was "all-linear" and is ["q_proj"]',
+    ),
+    "DoRA": ("lora", {"adapter": {"use_dora": True}}, "adapter.use_dora was false and is true"),
+    "whole modules": (
+        "lora",
+        {"adapter": {"modules_to_save": ["lm_head"]}},
+        'adapter.modules_to_save was null and is ["lm_head"]',
+    ),
+    "no adapter": ("lora", {"adapter": None}, "it was trained with an adapter"),
+    "an adapter": ("full", {"adapter": {"r": 4}}, "it was trained in full"),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_WEIGHTS)
+@pytest.mark.parametrize("named", [True, False])
+def test_a_checkpoint_of_other_weights_is_refused_at_once_and_no_flag_is_advised(
+    change: str,
+    named: bool,
+    again: Callable[..., tuple[Path, Path]],
+    refused: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No run can resume with another size of adapter, or one where there was none, whatever --resume-anyway says."""
+    kind, sections, said = OTHER_WEIGHTS[change]
+    path, run = again(kind, checkpoints=(6,), **sections)
+    keys = ("adapter.r", "adapter.target_modules", "adapter.use_dora", "adapter.modules_to_save")
+    anyway = [f"--resume-anyway={key}" for key in keys] if named else []
+    for check in ["--check"], []:
+        error = refused("--recipe", path, *check, *anyway)
+        assert error.startswith(f"--resume: {run / 'checkpoint-6'} can't be loaded into this run: adapter")
+        assert f"the checkpoint holds others ({said})" in error
+        assert "--resume-anyway" not in error
+    with pytest.raises(UserError):
+        find_checkpoint("auto", load_recipe(path))
+    assert "changed since" not in capsys.readouterr().out
+
+
+def test_an_adapters_modules_in_another_order_are_no_change(
+    again: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, run = again("lora", checkpoints=(6,))
+    manifest = json.loads((run / "checkpoint-6" / COMPLETE).read_text(encoding="utf-8"))
+    manifest["run"]["adapter.target_modules"] = ["q_proj", "v_proj"]
+    manifest["digest"] = digest_of(manifest)
+    (run / "checkpoint-6" / COMPLETE).write_text(json.dumps(manifest), encoding="utf-8")
+    assert find_checkpoint("auto", load_recipe(path, ["adapter.target_modules=[v_proj, q_proj]"])) is not None
+    assert "changed since" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="decides which weights are trained"):
+        find_checkpoint("auto", load_recipe(path, ["adapter.target_modules=[v_proj, k_proj]"]))
+
+
+def test_a_check_refuses_another_optimizer_for_a_checkpoint_of_deepspeed(
+    again: Callable[..., tuple[Path, Path]], refused: Callable[..., str]
+) -> None:
+    path, run = again(checkpoints=(6,), training={"optim": "adafactor"})
+    manifest = json.loads((run / "checkpoint-6" / COMPLETE).read_text(encoding="utf-8"))
+    manifest["distribution"] = "DeepSpeed ZeRO-2"
+    manifest["digest"] = digest_of(manifest)
+    (run / "checkpoint-6" / COMPLETE).write_text(json.dumps(manifest), encoding="utf-8")
+    error = refused("--recipe", path, "--resume-anyway", "training.optim", "--check")
+    assert "holds the optimizer adamw_torch" in error
+    assert "DeepSpeed loads weights and optimizer together" in error
+
+
+def test_lines_of_metrics_that_were_lost_are_written_again_from_the_checkpoint(
+    again: Callable[..., tuple[Path, Path]], whole: dict[str, Path]
+) -> None:
+    """A node that loses its power keeps the checkpoint, which was synced; a run in another folder never had them."""
+    path, run = again(checkpoints=(2, 4))
+    lines = (whole["full"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    for kept in ([], lines[:1], lines[1:3]):
+        (run / "metrics.jsonl").write_text("".join(kept), encoding="utf-8")
+        assert main(["--recipe", str(path)]) == 0
+        assert figures(run) == figures(whole["full"])
+        after = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        assert [json.loads(line) for line in after[:6]] == [json.loads(line) for line in lines[:6]]
+        shutil.rmtree(run / "checkpoint-6")
+
+
+@pytest.mark.parametrize("max_steps", [STEPS, 5])
+def test_an_epoch_that_ended_as_the_run_was_killed_is_ended_by_the_next(
+    max_steps: int, again: Callable[..., tuple[Path, Path]]
+) -> None:
+    """Checkpoint 5 was written at the last step of an epoch, before what is due at its end; that is not forgotten."""
+    epochs = {"eval_strategy": "epoch", "logging_strategy": "epoch", "save_steps": 5, "max_steps": max_steps}
+    path, run = again(checkpoints=(), training=epochs)
+    assert main(["--recipe", str(path)]) == 0
+    expected = figures(run)
+    assert [line["step"] for line in expected] == [5, 5] + [6, 6] * (max_steps == STEPS)
+    for lost in ("metrics.jsonl", "outcome.json"):
+        (run / lost).unlink()
+    if max_steps == STEPS:
+        shutil.rmtree(run / "checkpoint-6", ignore_errors=True)
+    assert main(["--recipe", str(path)]) == 0
+    assert figures(run) == expected
+
+
+STOPPED = {
+    "no": {"save_strategy": "no"},
+    "epoch": {"save_strategy": "epoch", "eval_strategy": "epoch"},
+    "best": {"save_strategy": "best", "eval_steps": 1, "metric_for_best_model": "loss", "load_best_model_at_end": True},
+}
+
+
+@pytest.mark.parametrize("strategy", STOPPED)
+def test_a_run_that_is_stopped_at_its_first_step_ends_as_one_left_alone(
+    strategy: str, again: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """However it saves otherwise: a stop saves."""
+    path, run = again(checkpoints=(), training=STOPPED[strategy])
+    assert main(["--recipe", str(path)]) == 0
+    expected = run.rename(tmp_path / "expected")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1")  # long ago
+    for step in (1, 1 if strategy == "best" else 2):  # an evaluation that is due comes before a step, and is given up
+        assert main(["--recipe", str(path)]) == 0
+        ended = json.loads((run / "outcome.json").read_text(encoding="utf-8"))
+        assert (ended["outcome"], ended["step"]) == ("preempted", step)
+        assert steps(run)[-1] == step
+        assert not (run / "model.safetensors").exists()
+    monkeypatch.delenv("SLURM_JOB_END_TIME")
+    assert main(["--recipe", str(path)]) == 0
+    assert_same_model(run, expected)
+    assert figures(run) == figures(expected)
+
+
+def test_a_run_that_is_to_stop_at_its_last_step_is_finished(
+    again: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, run = again(checkpoints=(), training={"max_steps": 1, "save_strategy": "no"})
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1")
+    assert main(["--recipe", str(path)]) == 0
+    assert json.loads((run / "outcome.json").read_text(encoding="utf-8"))["outcome"] == "finished"
+    assert (run / "model.safetensors").exists()
+    assert steps(run) == []
+
+
+def test_a_key_that_there_is_not_is_no_permission(again: Callable[..., tuple[Path, Path]]) -> None:
+    path, _ = again()
+    with pytest.raises(UserError, match=r"--resume-anyway data\.max_lenght: .* Did you mean data\.max_length"):
+        find_checkpoint("auto", load_recipe(path, ["data.max_length=256"]), ["data.max_lenght"])
+
+
+def test_what_lies_in_the_future_of_a_run_is_moved_aside(
+    again: Callable[..., tuple[Path, Path]], whole: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that begins anew, or from an older checkpoint, is never mixed with what was there; nothing is deleted."""
+    path, run = again(training={"save_total_limit": 2})
+    main(["--recipe", str(path), "--resume", str(run / "checkpoint-2"), "--resume-anyway=seed", "seed=43"])
+    assert steps(run) == [4, 6]  # retention took the old 2, and not one of its own
+    assert steps(run / "set-aside-1") == [4, 6]
+    assert all(checkpoint_in(run / f"checkpoint-{step}").manifest["run"]["seed"] == 43 for step in (4, 6))
+    assert "checkpoint-4, checkpoint-6. Delete them when you like." in capsys.readouterr().out
+    main(["--recipe", str(path), "--resume", "never"])
+    assert steps(run / "set-aside-2") == [4, 6]
+    assert steps(run) == [4, 6]
+    assert_same_model(run, whole["full"])
+    assert losses(run) == losses(whole["full"])
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_so_many_checkpoints_stay_and_the_best_among_them(best: bool, again: Callable[..., tuple[Path, Path]]) -> None:
+    """At a learning rate that ruins the model the first evaluation stays the best."""
+    settings = {"load_best_model_at_end": True, "metric_for_best_model": "loss"} if best else {}
+    training = {"save_total_limit": 1, "learning_rate": 3.0, "lr_scheduler_type": "constant", **settings}
+    path, run = again(checkpoints=(), training=training)
+    assert main(["--recipe", str(path)]) == 0
+    assert steps(run) == ([2, 6] if best else [6])
+    assert_same_model(run, run / ("checkpoint-2" if best else "checkpoint-6"))
+
+
+def test_the_best_checkpoint_is_found_where_the_run_was_moved_to(
+    again: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = {"learning_rate": 3.0, "lr_scheduler_type": "constant", "load_best_model_at_end": True}
+    path, run = again(checkpoints=(), training=training)
+    assert main(["--recipe", str(path)]) == 0
+    best = load_file(run / "checkpoint-2" / "model.safetensors")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for step in 2, 4:
+        (run / f"checkpoint-{step}").rename(elsewhere / f"checkpoint-{step}")
+    shutil.rmtree(run)
+    recipe = str(path)
+    assert main(["--recipe", recipe, "--resume", str(elsewhere / "checkpoint-4")]) == 0
+    assert torch.equal(load_file(run / "model.safetensors")["model.norm.weight"], best["model.norm.weight"])
+    shutil.rmtree(run)
+    shutil.rmtree(elsewhere / "checkpoint-2")
+    capsys.readouterr()
+    assert main(["--recipe", recipe, "--resume", str(elsewhere / "checkpoint-4")]) == 0
+    assert "warning: the best model so far, checkpoint-2" in capsys.readouterr().out
+
+
+def test_a_copy_of_each_checkpoint_serves_when_the_originals_are_gone(
+    again: Callable[..., tuple[Path, Path]],
+    whole: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    mirror = tmp_path / "mirror"
+    path, run = again(checkpoints=(), save={"mirror_dir": str(mirror)}, training={"save_total_limit": 2})
+    (mirror / "checkpoint-9.unfinished").mkdir(parents=True)  # of a run that was killed as it copied
+    assert main(["--recipe", str(path)]) == 0
+    assert steps(mirror) == steps(run) == [4, 6]
+    assert {child.name for child in mirror.iterdir()} == {"checkpoint-4", "checkpoint-6"}
+    shutil.rmtree(run)
+    flipped(mirror / "checkpoint-6" / "optimizer.pt")
+    capsys.readouterr()
+    assert main(["--recipe", str(path)]) == 0
+    told = capsys.readouterr().out
+    assert f"{mirror / 'checkpoint-6' / 'optimizer.pt'} is damaged" in told
+    assert f"going on from {mirror / 'checkpoint-4'}" in told
+    assert_same_model(run, whole["full"])
+    assert steps(mirror) == [4, 6]
+    assert find_checkpoint(str(mirror / "checkpoint-6"), load_recipe(path)) is not None
+
+
+def test_a_mirror_in_the_folder_of_the_run_itself_is_refused(
+    again: Callable[..., tuple[Path, Path]], refused: Callable[..., str]
+) -> None:
+    """Each copy would take the place of the checkpoint that it is made from, which is deleted first."""
+    path, run = again()
+    assert "save.mirror_dir" in refused("--recipe", path, f"save.mirror_dir={run.parent}/./run")
+    assert steps(run) == [2, 4, 6]
+
+
+def test_a_mirror_that_vanishes_only_warns(
+    again: Callable[..., tuple[Path, Path]], whole: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mirror = tmp_path / "mirror"
+    mirror.write_text("not a folder", encoding="utf-8")
+    path, run = again(checkpoints=(), save={"mirror_dir": str(mirror)})
+    assert main(["--recipe", str(path)]) == 0
+    assert "warning: save.mirror_dir: checkpoint-6 was not copied" in capsys.readouterr().out
+    assert_same_model(run, whole["full"])
+
+
+HOLD = """
+import fcntl, sys
+with open(sys.argv[1], "a+") as lock:
+    fcntl.lockf(lock, fcntl.LOCK_EX)
+    lock.write("process 1 on elsewhere")
+    lock.flush()
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_runs_never_write_to_one_folder(
+    again: Callable[..., tuple[Path, Path]], refused: Callable[..., str], whole: dict[str, Path]
+) -> None:
+    path, run = again(checkpoints=(4,))
+    command = [sys.executable, "-c", HOLD, str(run / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout
+        other.stdout.readline()
+        error = refused("--recipe", path)
+        assert f"output_dir: another run is writing to {run} (process 1 on elsewhere)" in error
+        assert not (run / "recipe.yaml").exists()
+        assert main(["--recipe", str(path), "--check"]) == 0  # it writes nothing
+        other.kill()  # the lock goes with the process
+    assert main(["--recipe", str(path)]) == 0
+    assert_same_model(run, whole["full"])
+
+
+def test_a_folder_that_is_a_link_and_a_checkpoint_from_elsewhere(
+    again: Callable[..., tuple[Path, Path]], whole: dict[str, Path], tmp_path: Path
+) -> None:
+    path, run = again()
+    disk, copied = tmp_path / "disk", tmp_path / "copied"
+    shutil.move(run / "checkpoint-4", copied)  # its name says nothing any more
+    shutil.rmtree(run)
+    disk.mkdir()
+    run.symlink_to(disk)
+    assert main(["--recipe", str(path), "--resume", str(copied)]) == 0
+    assert_same_model(run, whole["full"])
+    assert run.is_symlink()
+    assert steps(disk) == [6]
+    assert copied.is_dir()
+
+
+def test_weights_of_an_earlier_run_do_not_lie_beside_the_new_ones(
+    again: Callable[..., tuple[Path, Path]], whole: dict[str, Path]
+) -> None:
+    """A larger model was there, in several files with an index; that would be known only after hours of training."""
+    path, run = again()
+    for number in 1, 2:
+        (run / f"model-0000{number}-of-00002.safetensors").write_bytes(b"earlier")
+    (run / "model.safetensors.index.json").write_text('{"weight_map": {}}', encoding="utf-8")
+    assert main(["--recipe", str(path)]) == 0
+    assert {file.name for file in run.glob("*.safetensors*")} == {"model.safetensors"}
+    assert_same_model(run, whole["full"])
+
+
+def test_the_manifest_counts_what_was_consumed(whole: dict[str, Path]) -> None:
+    run = whole["full"]
+    recipe = load_recipe(run.parent / "full.yaml")
+    tokenizer = load_tokenizer(recipe.model)
+    use_template(tokenizer, "chatml")
+    sequences = len(prepare(recipe, tokenizer).train.rows)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for step in 2, 4, 6:
+        manifest = checkpoint_in(run / f"checkpoint-{step}").manifest
+        assert manifest["step"] == step
+        assert manifest["tokens"] == next(line["num_tokens"] for line in lines if line["step"] == step)
+        assert manifest["sequences"] == round(manifest["epoch"] * sequences)
+        assert json.loads(written(manifest))["digest"] == digest_of(manifest)
+        listed = set(manifest["files"])
+        assert listed == {path.name for path in (run / f"checkpoint-{step}").iterdir()} - {COMPLETE}
+
+
+def test_wandb_goes_on_with_the_same_run(
+    again: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    path, run = again(
+        checkpoints=(), tracking={"wandb": {"project": "tests", "mode": "offline"}}, training={"max_steps": 4}
+    )
+    assert main(["--recipe", str(path)]) == 0
+    first = checkpoint_in(run / "checkpoint-2").manifest["wandb_run"]
+    assert first
+    shutil.rmtree(run / "checkpoint-4")
+    assert main(["--recipe", str(path)]) == 0
+    assert checkpoint_in(run / "checkpoint-4").manifest["wandb_run"] == first
+    assert len(list((run / "wandb").glob(f"offline-run-*-{first}"))) == 2
+
+
+def test_half_a_line_of_metrics_after_a_crash_is_passed_over(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = str(recipe_file(training={**SAVING, "max_steps": 4}))
+    assert main(["--recipe", recipe]) == 0
+    run = tmp_path / "run"
+    (run / "checkpoint-4" / "COMPLETE.json").unlink()
+    metrics = run / "metrics.jsonl"
+    before = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    metrics.write_text(metrics.read_text(encoding="utf-8")[:-30], encoding="utf-8")
+    assert main(["--recipe", recipe]) == 0
+    after = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    assert [(line["step"], line["loss"]) for line in after] == [(line["step"], line["loss"]) for line in before]

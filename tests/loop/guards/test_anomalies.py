@@ -1,0 +1,154 @@
+"""Steps that go wrong: a row whose loss is not finite is named and changes no weight, and a loss that jumps is named."""
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from broken_steps import poison, rows, suspects
+from safetensors.torch import load_file
+
+from train.loop.guards.anomalies import SUSPECTS, Guards
+from train.loop.throughput import Held
+from train.recipe import GuardsSection
+from train.sft import main
+
+
+@pytest.fixture
+def poisoned(tiny_model: Path, tmp_path: Path) -> Path:
+    return poison(tiny_model, tmp_path / "poisoned")
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "rows"])
+@pytest.mark.parametrize("adapter", [None, {"r": 2}], ids=["full", "lora"])
+def test_a_step_that_is_not_finite_changes_no_weight_and_its_row_is_named(
+    recipe_file: Callable[..., Path],
+    tmp_path: Path,
+    poisoned: Path,
+    capsys: pytest.CaptureFixture[str],
+    packing: bool,
+    adapter: dict | None,
+) -> None:
+    bad = rows(tmp_path / "bad.jsonl", {4})
+    sections = {
+        "model": {"name_or_path": str(poisoned)},
+        "data": {"sources": [{"path": str(bad)}], "packing": packing, "max_length": 256},
+        "adapter": adapter,
+        "training": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "weight_decay": 0.1},
+    }
+    assert main(["--recipe", str(recipe_file(**sections))]) == 0
+    (found,) = suspects(tmp_path / "run")
+    assert found["kind"] == "not finite"
+    assert found["loss"] == "nan"
+    named = [row["place"] for row in found["rows"] if row["loss"] == "nan"]
+    assert len(named) == len(found["rows"])
+    # sdpa multiplies what is masked by 0, so all documents of the pack are not numbers
+    assert f"{bad}:5" in named if packing else named == [f"{bad}:5"]
+    shown = capsys.readouterr().out
+    assert f"step {found['step']}: the gradients are not finite, so no weight was changed" in shown
+    assert f"{bad}:5 (nan)" in shown
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics if line["loss"] == "nan"] == [found["step"]]
+    assert [line["step"] for line in metrics if line["grad_norm"] == "nan"] == [found["step"]]
+    name = "adapter_model" if adapter else "model"
+    saved = load_file(tmp_path / "run" / f"{name}.safetensors")
+    saved.pop("model.embed_tokens.weight", None)
+    assert all(weight.isfinite().all() for weight in saved.values())
+
+
+def test_weights_are_those_of_before_the_step(recipe_file: Callable[..., Path], tmp_path: Path, poisoned: Path) -> None:
+    """One good step and one bad one leave what the good one alone leaves: no decay and no momentum of the bad one."""
+    bad = rows(tmp_path / "bad.jsonl", set(range(12)))
+    good = rows(tmp_path / "good.jsonl", set())
+    saved = {}
+    for name, steps in (("one", 1), ("two", 2)):
+        lines = good.read_text().splitlines()[:1] + bad.read_text().splitlines()[1:2]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for seed in range(20):  # an order in which the good row comes first
+            training = {
+                "per_device_train_batch_size": 1,
+                "max_steps": steps,
+                "num_train_epochs": ...,
+                "weight_decay": 0.1,
+            }
+            recipe = recipe_file(
+                model={"name_or_path": str(poisoned)},
+                data={"sources": [{"path": str(path)}], "packing": False},
+                training={**training, "lr_scheduler_type": "constant"},
+                output_dir=str(tmp_path / f"{name}-{seed}"),
+                seed=seed,
+            )
+            assert main(["--recipe", str(recipe)]) == 0
+            found = suspects(tmp_path / f"{name}-{seed}") if (tmp_path / f"{name}-{seed}" / SUSPECTS).exists() else []
+            if [one["step"] for one in found] == [2] * (steps - 1):
+                saved[name] = load_file(tmp_path / f"{name}-{seed}" / "model.safetensors"), seed
+                break
+    assert saved["one"][1] == saved["two"][1]
+    before = load_file(poisoned / "model.safetensors")
+    one, two = saved["one"][0], saved["two"][0]
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=0, equal_nan=True)
+    assert not torch.equal(one["lm_head.weight"], before["lm_head.weight"])
+
+
+def test_too_many_such_steps_in_a_row_end_the_run(
+    recipe_file: Callable[..., Path], refused: Callable[..., str], tmp_path: Path, poisoned: Path
+) -> None:
+    bad = rows(tmp_path / "bad.jsonl", set(range(12)))
+    sections = {"model": {"name_or_path": str(poisoned)}, "data": {"sources": [{"path": str(bad)}]}}
+    error = refused(
+        "--recipe", recipe_file(**sections, training={"per_device_train_batch_size": 1}), "guards.non_finite_steps=2"
+    )
+    assert "2 steps in a row whose gradients were not finite, the last of them step 2" in error
+    assert str(tmp_path / "run" / SUSPECTS) in error
+    assert "guards.non_finite_steps" in error
+    assert [one["step"] for one in suspects(tmp_path / "run")] == [1, 2]
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def guards(tmp_path: Path, **settings: float | None) -> Guards:
+    places = lambda sequence: [f"rows.jsonl:{sequence * 2 + 1}", f"rows.jsonl:{sequence * 2 + 2}"]  # noqa: E731
+    return Guards(GuardsSection(**settings), Accelerator(cpu=True), places, str(tmp_path))
+
+
+def test_a_loss_that_jumps_is_named_with_the_rows_that_made_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watched = guards(tmp_path, loss_spike=8.0)
+    chance = np.random.default_rng(3)
+    means = []
+    for step in range(1, 41):
+        losses = torch.tensor(chance.normal(2.0, 0.1, (1, 9)))
+        losses[0, 3] = 0.0  # between the two documents of 4 and 6 tokens
+        if step == 30:
+            losses[0, 4:] += 20
+        counted = losses != 0
+        watched.add(Held((step,), np.array([4, 6]), 8), losses, counted)
+        assert watched.finite(step, 1.0, float(watched.loss_sum()))
+        means.append(float(losses.sum() / 8))
+    assert watched.spikes == 1
+    watched.tell_spikes()
+    (found,) = suspects(tmp_path)
+    usual = statistics.median(means[:29])
+    spread = statistics.median(abs(mean - usual) for mean in means[:29])
+    assert found["step"] == 30
+    assert found["kind"] == "spike"
+    assert found["loss"] == pytest.approx(means[29])
+    assert found["loss"] > usual + 8 * 1.4826 * spread
+    assert found["usual"] == pytest.approx(usual)
+    assert [row["place"] for row in found["rows"]] == ["rows.jsonl:62", "rows.jsonl:61"]
+    assert "step 30: the loss jumped to" in capsys.readouterr().out
+    assert watched.spikes == 0
+
+
+def test_nothing_is_named_where_nobody_asks(tmp_path: Path) -> None:
+    watched = guards(tmp_path, loss_spike=None)
+    for step, loss in enumerate([2.0, 2.1] * 20 + [99.0]):
+        watched.add(Held((0,), np.array([2]), 1), torch.tensor([[loss]]), torch.tensor([[True]]))
+        watched.finite(step, 1.0, float(watched.loss_sum()))
+    assert watched.spikes == 0

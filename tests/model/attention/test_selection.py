@@ -1,0 +1,207 @@
+"""Which kernel `auto` takes, what it says of the others, and what is refused by name."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from train.errors import UserError
+from train.model.attention.selection import Machine, Needs, choose_attention, needs_of
+from train.recipe import load_recipe
+
+A100, HOPPER, BLACKWELL, CPU = (8, 0), (9, 0), (10, 0), None
+ALL = frozenset({"flash_attention_2", "flash_attention_3", "flash_attention_4"})
+LLAMA = Needs(head_size=128, dtype="bfloat16", groups=4)
+
+
+def auto(needs: Needs = LLAMA, capability: tuple[int, int] | None = HOPPER, installed=ALL, **machine) -> str:
+    return str(choose_attention("auto", needs, Machine(capability, frozenset(installed), **machine)))
+
+
+def test_the_fastest_first() -> None:
+    assert auto() == "flash_attention_3"
+    assert auto(capability=BLACKWELL) == "flash_attention_4"
+    assert auto(capability=A100) == (
+        "flash_attention_2: flash_attention_4 does not run on compute capability 8.0; "
+        "flash_attention_3 is for Hopper, not for compute capability 8.0"
+    )
+    assert auto(installed={"flash_attention_2"}).startswith("flash_attention_2: ")
+
+
+def test_without_packages_torchs_own_kernels() -> None:
+    chosen = auto(installed=())
+    assert chosen.startswith("torch_varlen: ")
+    for package in ("flash-attn-3", "flash-attn-4", "flash-attn"):
+        assert f"needs the package {package}, which is not installed" in chosen
+    assert auto(installed=(), varlen_takes=frozenset()).startswith("sdpa: ")
+
+
+def test_without_a_gpu() -> None:
+    assert auto(capability=CPU) == "sdpa: FlashAttention needs a CUDA device"
+    assert auto(replace(LLAMA, softcap=50.0), CPU).startswith("eager: FlashAttention needs a CUDA device; sdpa does no")
+
+
+@pytest.mark.parametrize(
+    ("needs", "machine", "chosen", "reason"),
+    [
+        ({"dtype": "float32"}, {}, "sdpa", "in 16 bits, not in float32"),
+        ({"head_size": 512}, {}, "sdpa", "head sizes up to 256, not 512"),
+        ({}, {"capability": (7, 5)}, "sdpa", "does not run on compute capability 7.5"),
+        ({"flash": False}, {}, "sdpa", "not supported by this model's code"),
+        ({"flash": False, "sdpa": False}, {}, "flex_attention", "sdpa is not supported by this model's code"),
+        ({"flash": False, "sdpa": False, "flex": False}, {}, "eager", "flex_attention is not supported by this model"),
+        ({"registered": False}, {}, "sdpa", "torch_varlen is not supported by this model's code"),
+        ({"head_size": 100}, {}, "sdpa", "multiples of 8, not 100"),
+        ({"softcap": 50.0}, {}, "flex_attention", "torch_varlen does no soft-capping"),
+        ({"dropout": 0.1}, {}, "sdpa", "torch_varlen does no dropout"),
+        ({"sliding_window": 4096}, {}, "torch_varlen", "flash-attn"),
+        ({"sliding_window": 4096}, {"varlen_takes": frozenset({"is_causal"})}, "sdpa", "no sliding window with torch"),
+        ({"head_size": 208}, {"capability": (8, 9)}, "sdpa", "no backward for head size 208"),
+        ({"head_size": 208}, {"capability": (8, 0)}, "torch_varlen", "flash-attn"),
+    ],
+)
+def test_what_torchs_own_kernels_can_not_do(needs: dict, machine: dict, chosen: str, reason: str) -> None:
+    line = auto(replace(LLAMA, **needs), installed=(), **machine)
+    assert line.startswith(f"{chosen}: ")
+    assert reason in line
+
+
+def test_dropout_needs_flash_attention_2() -> None:
+    assert auto(replace(LLAMA, dropout=0.1)).startswith("flash_attention_2: ")
+
+
+def test_a_kernel_that_fails_its_trial_is_passed_over_or_refused() -> None:
+    tried = []
+
+    def trial(kernel: str, needs: Needs) -> str | None:
+        tried.append(kernel)
+        return "no backward" if kernel == "flash_attention_3" else None
+
+    here = Machine(HOPPER, ALL)
+    assert str(choose_attention("auto", LLAMA, here, trial=trial)) == (
+        "flash_attention_4: flash_attention_3 fails here: no backward"
+    )
+    assert tried == ["flash_attention_3", "flash_attention_4"]
+    with pytest.raises(UserError, match=r"flash_attention_3 fails here: no backward\. Write `auto`"):
+        choose_attention("flash_attention_3", LLAMA, here, trial=trial)
+    tried.clear()
+    choose_attention("auto", LLAMA, Machine(CPU, ALL), trial=trial)
+    choose_attention("sdpa", LLAMA, here, trial=trial)
+    assert tried == []
+
+
+@pytest.mark.parametrize(
+    ("kernel", "remedy"),
+    [
+        ("flash_attention_4", "pip install --pre flash-attn-4"),
+        ("flash_attention_3", "https://github.com/Dao-AILab/flash-attention"),
+        ("flash_attention_2", "pip install flash-attn --no-build-isolation"),
+        ("torch_varlen", "pip install 'torch>=2.10'"),
+    ],
+)
+def test_a_missing_kernel_by_name(kernel: str, remedy: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        choose_attention(kernel, LLAMA, Machine(HOPPER, frozenset(), frozenset()))
+    assert str(refusal.value).startswith(f"model.attention: {kernel} needs ")
+    assert remedy in str(refusal.value)
+    assert str(refusal.value).endswith("or write `auto`.")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "needs", "capability", "words"),
+    [
+        ("torch_varlen", LLAMA, CPU, "needs a CUDA device"),
+        ("flex_attention", LLAMA, CPU, "needs a CUDA device"),
+        ("flex_attention", replace(LLAMA, dropout=0.1), HOPPER, "attention_dropout is 0.1"),
+        ("sdpa", replace(LLAMA, softcap=50.0), HOPPER, "no soft-capping"),
+        ("torch_varlen", replace(LLAMA, dtype="float32"), HOPPER, "in 16 bits"),
+    ],
+)
+def test_a_kernel_by_name_that_can_not_serve(kernel: str, needs: Needs, capability, words: str) -> None:
+    with pytest.raises(UserError, match=rf"^model\.attention: {kernel} .*{words}.* Write `auto`\.$"):
+        choose_attention(kernel, needs, Machine(capability, ALL))
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa", "flex_attention", "torch_varlen", "flash_attention_2"])
+def test_a_kernel_by_name_is_taken(kernel: str) -> None:
+    assert str(choose_attention(kernel, LLAMA, Machine(HOPPER, ALL))) == kernel
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            transformers.LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, dtype="float16"),
+            Needs(head_size=16, dtype="float32", groups=2),
+        ),
+        (
+            transformers.MistralConfig(
+                head_dim=128, num_attention_heads=32, num_key_value_heads=8, sliding_window=4096
+            ),
+            Needs(head_size=128, dtype="float32", groups=4, sliding_window=4096),
+        ),
+        (
+            transformers.Qwen2Config(
+                hidden_size=64, num_attention_heads=4, num_key_value_heads=4, attention_dropout=0.1
+            ),
+            Needs(head_size=16, dtype="float32", dropout=0.1),
+        ),
+        (
+            transformers.Gemma2Config(head_dim=256, num_attention_heads=8, num_key_value_heads=4, sliding_window=4096),
+            Needs(head_size=256, dtype="float32", groups=2, sliding_window=4096, softcap=50.0, sdpa=False),
+        ),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_what_a_model_needs(config, expected: Needs, recipe_file: Callable[..., Path]) -> None:
+    assert needs_of(load_recipe(recipe_file()), config) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "training", "expected"),
+    [
+        ("float32", {"bf16": False}, "float32"),
+        ("float32", {"bf16": True}, "bfloat16"),  # under autocast
+        ("float32", {"bf16": ...}, "bfloat16"),  # TRL's default
+        ("float32", {"bf16": False, "fp16": True}, "float16"),
+        ("bfloat16", {"bf16": False}, "bfloat16"),
+        ("auto", {"bf16": False}, "float16"),
+    ],
+)
+def test_what_attention_computes_in(
+    dtype: str, training: dict, expected: str, recipe_file: Callable[..., Path]
+) -> None:
+    recipe = load_recipe(recipe_file(model={"dtype": dtype}, training=training))
+    assert needs_of(recipe, transformers.LlamaConfig(dtype="float16")).dtype == expected
+
+
+def test_sinks_are_no_matter_for_flash_attention(recipe_file: Callable[..., Path]) -> None:
+    """gpt-oss names the only FlashAttention that knows its sinks."""
+    needs = needs_of(load_recipe(recipe_file(training={"bf16": True})), transformers.GptOssConfig())
+    assert not needs.flash
+    assert auto(needs).startswith("flex_attention: ")
+
+
+def test_code_that_comes_with_a_model(recipe_file: Callable[..., Path]) -> None:
+    """Nothing is known of it: `auto` takes no risk, and a kernel by name is the user's word."""
+    config = type("ForeignConfig", (transformers.PretrainedConfig,), {"hidden_size": 64, "num_attention_heads": 4})()
+    sixteen = {"bf16": True}
+    assert auto(needs_of(load_recipe(recipe_file(training=sixteen)), config)).startswith("sdpa: ")
+    named = load_recipe(recipe_file(model={"attention": "flash_attention_2"}, training=sixteen))
+    assert (
+        choose_attention("flash_attention_2", needs_of(named, config), Machine(HOPPER, ALL)).kernel
+        == "flash_attention_2"
+    )
+
+
+def test_the_start_screen_says_which_and_why(recipe_file: Callable[..., Path], capsys) -> None:
+    from train.sft import main
+
+    assert main(["--recipe", str(recipe_file(training={"num_train_epochs": ..., "max_steps": 1}))]) == 0
+    shown = capsys.readouterr().out
+    (line,) = [line for line in shown.splitlines() if line.startswith("attention ")]
+    if not torch.cuda.is_available():
+        assert line == "attention   sdpa: FlashAttention needs a CUDA device"

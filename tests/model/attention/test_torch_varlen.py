@@ -1,0 +1,403 @@
+"""torch_varlen: what stands around torch's kernel, beside attention document by document; and the kernel on a GPU."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, LlamaForCausalLM
+from trl.models import enable_selective_activation_checkpointing
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from train.model.attention import torch_varlen as varlen
+from train.model.attention.kernel_test import trial
+
+HEADS, KEY_HEADS, SIZE = 4, 2, 16
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def masks(cu_seq_q, cu_seq_k, sides: list[int]) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Each document's queries and keys, and who sees whom: the last query stands at the last key."""
+    borders_q, borders_k = cu_seq_q.tolist(), cu_seq_k.tolist()
+    for start_q, end_q, start_k, end_k in zip(borders_q, borders_q[1:], borders_k, borders_k[1:], strict=False):
+        behind = torch.arange(end_q - start_q)[:, None] + (end_k - start_k) - (end_q - start_q)
+        behind = behind - torch.arange(end_k - start_k)
+        seen = (behind <= sides[0] if sides[0] >= 0 else True) & (
+            behind >= -sides[1] if sides[1] >= 0 else behind == behind
+        )
+        yield slice(start_q, end_q), slice(start_k, end_k), seen
+
+
+def forward(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, sides) -> tuple[torch.Tensor, ...]:
+    """Attention document by document, [tokens, heads, size], and the logarithms of the sums, [heads, tokens]."""
+    assert query.ndim == key.ndim == value.ndim == 3
+    assert query.shape[2] == key.shape[2] == value.shape[2]
+    assert query.dtype == key.dtype == value.dtype
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert (cu_seq_q[-1], cu_seq_k[-1]) == (query.shape[0], key.shape[0])
+    assert max_q >= cu_seq_q.diff().max()
+    assert max_k >= cu_seq_k.diff().max()
+    groups = query.shape[1] // key.shape[1]
+    key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
+    outputs, logs = [], []
+    for mine, theirs, seen in masks(cu_seq_q, cu_seq_k, sides):
+        scores = torch.einsum("qhd,khd->hqk", query[mine], key[theirs]) * scale
+        logs.append(scores.masked_fill(~seen, -torch.inf).logsumexp(-1))
+        shares = (scores - logs[-1][..., None]).exp() * seen
+        outputs.append(torch.einsum("hqk,khd->qhd", shares, value[theirs]))
+    return torch.cat(outputs), torch.cat(logs, dim=1), torch.zeros(2, dtype=torch.uint64)
+
+
+def backward(grad_out, query, key, value, out, lse, cu_seq_q, cu_seq_k, scale, sides) -> tuple[torch.Tensor, ...]:
+    """Dao et al., arXiv:2205.14135, appendix B.2, document by document: from the output and the sums of the forward."""
+    groups = query.shape[1] // key.shape[1]
+    wide_key, wide_value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
+    dq, dk, dv = torch.zeros_like(query), torch.zeros_like(wide_key), torch.zeros_like(wide_value)
+    for mine, theirs, seen in masks(cu_seq_q, cu_seq_k, sides):
+        scores = torch.einsum("qhd,khd->hqk", query[mine], wide_key[theirs]) * scale
+        shares = (scores - lse[:, mine, None]).exp() * seen
+        dv[theirs] = torch.einsum("hqk,qhd->khd", shares, grad_out[mine])
+        weighted = (grad_out[mine] * out[mine]).sum(-1).T[..., None]
+        ds = shares * (torch.einsum("qhd,khd->hqk", grad_out[mine], wide_value[theirs]) - weighted) * scale
+        dq[mine] = torch.einsum("hqk,khd->qhd", ds, wide_key[theirs])
+        dk[theirs] = torch.einsum("hqk,qhd->khd", ds, query[mine])
+    return dq, *(one.unflatten(1, (-1, groups)).sum(2) for one in (dk, dv))
+
+
+VERSIONS = {
+    "2.10": ("", ""),
+    "2.11": (", float? scale=None, int[]? window_size=None",) * 2,
+    "2.13": (
+        ", float? scale=None, int[]? window_size=None, bool enable_gqa=False, Tensor? seqused_k=None, "
+        "Tensor? block_table=None, int? num_splits=None",
+        ", float? scale=None, int[]? window_size=None",
+    ),
+}
+"""What torch's two operators take after `is_causal` (and `rng_state`), in torch/nn/attention/varlen.py."""
+RUNS: Counter[str] = Counter()
+
+
+@cache
+def stand_in(version: str) -> tuple:
+    """torch's operators, which need CUDA, computed by the loops above, with the schema of each version."""
+    library = torch.library.Library(f"stand_in_{version.replace('.', '_')}", "DEF")
+    queries = "Tensor query, Tensor key, Tensor value"
+    lengths = "Tensor cu_seq_q, Tensor cu_seq_k, SymInt max_q, SymInt max_k"
+    one, other = VERSIONS[version]
+    library.define(f"_varlen_attn({queries}, {lengths}, bool is_causal=False{one}) -> (Tensor, Tensor, Tensor)")
+    library.define(
+        f"_varlen_attn_backward(Tensor grad_out, {queries}, Tensor out, Tensor lse, {lengths}, bool is_causal, "
+        f"Tensor rng_state{other}) -> (Tensor, Tensor, Tensor)"
+    )
+
+    def how(size, is_causal=False, scale=None, window_size=None, **beside) -> tuple[float, list[int]]:
+        assert set(beside) <= {"enable_gqa"}
+        assert window_size is None or is_causal == (window_size == [-1, 0])
+        return size**-0.5 if scale is None else scale, window_size or [-1, 0 if is_causal else -1]
+
+    def run(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **named) -> tuple[torch.Tensor, ...]:
+        RUNS["forward"] += 1
+        assert query.shape[1] == key.shape[1] or named["enable_gqa"]
+        return forward(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *how(query.shape[2], **named))
+
+    def run_backward(grad_out, query, key, value, out, lse, cu_seq_q, cu_seq_k, max_q, max_k, rng_state, **named) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        RUNS["backward"] += 1
+        return backward(grad_out, query, key, value, out, lse, cu_seq_q, cu_seq_k, *how(query.shape[2], **named))
+
+    operators = []
+    for name, function in ("_varlen_attn", run), ("_varlen_attn_backward", run_backward):
+        operator = getattr(getattr(torch.ops, library.ns), name).default
+        names = [argument.name for argument in operator._schema.arguments]
+        library.impl(
+            name,
+            lambda *given, _run=function, _names=names, **named: _run(
+                **dict(zip(_names, given, strict=False)), **named
+            ),
+            "CPU",
+        )
+        operators.append(operator)
+    return tuple(operators), library
+
+
+@pytest.fixture(params=VERSIONS)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    operators, _ = stand_in(request.param)
+    monkeypatch.setattr(varlen, "torch_kernel", lambda: operators)
+    RUNS.clear()
+    return request.param
+
+
+LAYER = SimpleNamespace(is_causal=True, config=SimpleNamespace(), modules=list)
+
+
+def random_inputs(batch: int, tokens: int, key_tokens: int | None = None, value_size: int = SIZE) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = [
+        (HEADS, tokens, SIZE),
+        (KEY_HEADS, key_tokens or tokens, SIZE),
+        (KEY_HEADS, key_tokens or tokens, value_size),
+    ]
+    return [torch.randn(batch, *shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def expected(inputs: list[torch.Tensor], allowed: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+    """[batch, tokens, heads, size] with all pairs that may see each other written out: [batch, tokens, key tokens]."""
+    return scaled_dot_product_attention(*inputs, attn_mask=allowed[:, None], scale=scale, enable_gqa=True).transpose(
+        1, 2
+    )
+
+
+def causal(tokens: int, key_tokens: int | None = None) -> torch.Tensor:
+    key_tokens = key_tokens or tokens
+    return torch.ones(tokens, key_tokens, dtype=torch.bool).tril(key_tokens - tokens)
+
+
+def blocks(lengths: list[int]) -> torch.Tensor:
+    return torch.block_diag(*(causal(length) for length in lengths)).bool()
+
+
+def assert_same(output: torch.Tensor, right: torch.Tensor, inputs: list[torch.Tensor]) -> None:
+    """The outputs and the gradients of query, key and value."""
+    torch.testing.assert_close(output, right)
+    weights = torch.randn_like(right)
+    for one, other in zip(
+        torch.autograd.grad(output, inputs, weights), torch.autograd.grad(right, inputs, weights), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def collated(lengths: list[int]) -> dict:
+    borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return {
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
+@pytest.mark.parametrize("scale", [None, 0.37])
+@pytest.mark.parametrize("lengths", [[7, 1, 5], [13], [1, 1, 1]])
+def test_documents_of_the_collator(kernel: str, lengths: list[int], scale: float | None) -> None:
+    inputs = random_inputs(1, sum(lengths))
+    output, weights = varlen.attention(LAYER, *inputs, None, scaling=scale, **collated(lengths))
+    assert weights is None
+    assert_same(output, expected(inputs, blocks(lengths)[None], scale), inputs)
+
+
+def test_documents_by_positions_alone(kernel: str) -> None:
+    """In two rows, which a collator without `padding_free` may make, and with one row of positions for both."""
+    inputs = random_inputs(2, 8)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 1]])
+    output, _ = varlen.attention(LAYER, *inputs, None, position_ids=positions)
+    assert_same(output, expected(inputs, torch.stack([blocks([3, 5]), blocks([6, 2])])), inputs)
+    output, _ = varlen.attention(LAYER, *inputs, None, position_ids=positions[:1])
+    assert_same(output, expected(inputs, blocks([3, 5])[None]), inputs)
+    output, _ = varlen.attention(LAYER, *inputs, None)
+    assert_same(output, expected(inputs, causal(8)[None]), inputs)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(kernel: str, side: str) -> None:
+    """Rows of 8, 3 and 5 tokens; what stands where there is none is 0, and no NaN."""
+    real = torch.arange(8) < torch.tensor([8, 3, 5])[:, None]
+    real = real.flip(1) if side == "left" else real
+    inputs = random_inputs(3, 8)
+    output, _ = varlen.attention(LAYER, *inputs, real.long())
+    allowed = causal(8)[None] & real[:, None, :] | torch.eye(8, dtype=torch.bool)  # each sees itself, or sdpa says NaN
+    assert_same(output, expected(inputs, allowed) * real[:, :, None, None], inputs)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_cache(kernel: str, queries: int, padded: bool) -> None:
+    """The queries are the last of the keys, in generation (1) and where a prompt goes on (3)."""
+    real = torch.arange(9) >= torch.tensor([0, 4])[:, None]
+    inputs = random_inputs(2, queries, 9)
+    output, _ = varlen.attention(LAYER, *inputs, real if padded else None)
+    allowed = causal(queries, 9)[None].expand(2, -1, -1)
+    assert_same(output, expected(inputs, allowed & real[:, None, :] if padded else allowed), inputs)
+
+
+def test_a_sliding_window(kernel: str) -> None:
+    """A window of 4 keys, the query's own among them; one that no document reaches is none, for any torch."""
+    lengths = [9, 3]
+    inputs = random_inputs(1, 12)
+    call = lambda window: varlen.attention(LAYER, *inputs, None, sliding_window=window, **collated(lengths))[0]  # noqa: E731
+    assert_same(call(9), expected(inputs, blocks(lengths)[None]), inputs)
+    if kernel == "2.10":
+        with pytest.raises(ValueError, match="no sliding window with torch"):
+            call(4)
+        return
+    assert_same(call(4), expected(inputs, blocks(lengths)[None] & ~causal(12).tril(-4)), inputs)
+
+
+def test_both_ways(kernel: str) -> None:
+    inputs = random_inputs(1, 6)
+    output, _ = varlen.attention(LAYER, *inputs, None, is_causal=False, **collated([2, 4]))
+    both = torch.block_diag(torch.ones(2, 2), torch.ones(4, 4)).bool()
+    assert_same(output, expected(inputs, both[None]), inputs)
+
+
+def test_smaller_values(kernel: str) -> None:
+    inputs = random_inputs(1, 6, value_size=10)
+    output, _ = varlen.attention(LAYER, *inputs, None, **collated([2, 4]))
+    assert output.shape == (1, 6, HEADS, 10)
+    assert_same(output, expected(inputs, blocks([2, 4])[None]), inputs)
+
+
+@pytest.mark.parametrize(
+    ("asked", "word"),
+    [({"dropout": 0.1}, "dropout"), ({"softcap": 30.0}, "soft-capping"), ({"s_aux": torch.ones(HEADS)}, "sinks")],
+)
+def test_what_the_kernel_can_not_do_is_refused(asked: dict, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        varlen.attention(LAYER, *random_inputs(1, 4), None, **asked)
+    with pytest.raises(ValueError, match="padding mask"):
+        varlen.attention(LAYER, *random_inputs(1, 4), torch.zeros(1, 1, 4, 4))
+
+
+def test_a_whole_model_as_under_sdpa(kernel: str, tiny_model: Path) -> None:
+    """Packed by TRL's collator, padded, and generating with a cache from prompts padded on the left: transformers finds it by its name."""
+    varlen.register()
+    models = [LlamaForCausalLM.from_pretrained(tiny_model, attn_implementation=name) for name in (varlen.NAME, "sdpa")]
+    ids = torch.randint(3, 200, (1, 40), generator=torch.Generator().manual_seed(0))
+    lengths = [11, 20, 9]
+    rows = [{"input_ids": row.tolist()} for row in ids[0].split(lengths)]
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(rows)
+    assert batch.pop("labels").shape == ids.shape
+    packed = [model(**batch, use_cache=False).logits for model in models]
+    torch.testing.assert_close(*packed, rtol=1e-4, atol=1e-4)
+    for one, other in zip(
+        *(
+            torch.autograd.grad(logits.square().mean(), list(model.parameters()))
+            for logits, model in zip(packed, models, strict=True)
+        ),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
+    rows = ids.view(2, 20)
+    mask = (torch.arange(20) >= torch.tensor([0, 6])[:, None]).long()
+    found = [model(rows, attention_mask=mask, use_cache=False).logits[mask.bool()] for model in models]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    answers = [
+        model.generate(rows, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0) for model in models
+    ]
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("selective", [True, False])
+def test_selective_checkpointing_keeps_what_attention_put_out(kernel: str, selective: bool, tiny_model: Path) -> None:
+    """TRL's: with it the kernel runs once a layer, without it once more, and the gradients are the same bits."""
+    varlen.register()
+    model = LlamaForCausalLM.from_pretrained(tiny_model, attn_implementation=varlen.NAME).train()
+    ids = torch.randint(3, 200, (1, 40), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for checkpointing in False, True:
+        if checkpointing and selective:
+            enable_selective_activation_checkpointing(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        RUNS.clear()
+        model.zero_grad()
+        model(ids, use_cache=False, **collated([15, 25])).logits.square().mean().backward()
+        gradients.append([one.grad for one in model.parameters()])
+    assert (RUNS["forward"], RUNS["backward"]) == (2 if selective else 4, 2)
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_float32_weights_under_autocast(kernel: str, tiny_model: Path) -> None:
+    """RoPE leaves queries and keys in float32 there, and values in 16 bits; FlashAttention has no float32."""
+    varlen.register()
+    model = LlamaForCausalLM.from_pretrained(tiny_model, attn_implementation=varlen.NAME)
+    seen = []
+    inner = varlen.flash_varlen
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(
+            varlen, "flash_varlen", lambda query, *rest, **how: seen.append(query.dtype) or inner(query, *rest, **how)
+        )
+        logits = model(torch.arange(3, 43)[None], use_cache=False).logits
+    assert seen == [torch.bfloat16] * 2
+    assert logits.isfinite().all()
+
+
+def test_this_torch_has_a_kernel_we_know_how_to_call() -> None:
+    takes = varlen.kernel_parameters()
+    assert {"query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"} <= takes
+    assert {"scale", "window_size"} <= takes or "is_causal" in takes
+
+
+def test_shapes_are_known_to_the_compiler() -> None:
+    """torch.compile runs it on tensors without numbers, forward and backward: this torch's own operators."""
+    with FakeTensorMode():
+        inputs = [
+            torch.empty(1, heads, 12, SIZE).bfloat16().requires_grad_() for heads in (HEADS, KEY_HEADS, KEY_HEADS)
+        ]
+        borders = torch.empty(3, dtype=torch.int32)
+        documents = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": 8, "max_length_k": 8}
+        output, _ = varlen.attention(LAYER, *inputs, None, **documents)
+        assert output.shape == (1, 12, HEADS, SIZE)
+        for one, other in zip(torch.autograd.grad(output.sum(), inputs), inputs, strict=True):
+            assert one.shape == other.shape
+
+
+def run_trial(kernel: str, **asked) -> str | None:
+    settings = {
+        "head_size": 32,
+        "groups": 2,
+        "dtype": torch.bfloat16,
+        "window": None,
+        "softcap": None,
+        "device": torch.device("cpu"),
+    }
+    return trial(kernel, **(settings | asked))
+
+
+@pytest.mark.parametrize("window", [None, 4096])
+def test_the_trial_finds_nothing_wrong_with_the_loop(kernel: str, window: int | None) -> None:
+    """And leaves random numbers alone."""
+    varlen.register()
+    state = torch.get_rng_state()
+    failure = run_trial(varlen.NAME, window=window)
+    assert failure is None if window is None or kernel != "2.10" else "sliding window" in failure
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_trial_finds_a_leak_and_a_missing_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "output on packed documents is off" in run_trial("sdpa")  # without a mask it knows of no documents
+
+    def forward_only(module, query, key, value, attention_mask, **kwargs):
+        raise RuntimeError("this build does not support backward\nmore")
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "forward_only", forward_only)
+    assert run_trial("forward_only") == "this build does not support backward"
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("window", [None, 4096])
+def test_torchs_own_kernel(head_size: int, groups: int, window: int | None) -> None:
+    """Forward and backward on packed documents beside plain arithmetic in float32."""
+    varlen.register()
+    cuda = torch.device("cuda")
+    assert (
+        run_trial(varlen.NAME, head_size=head_size, groups=groups, window=window, dtype=torch.bfloat16, device=cuda)
+        is None
+    )
+
+
+@pytest.mark.gpu
+@gpu
+def test_training_with_it_on_a_gpu(recipe_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    from train.sft import main
+
+    recipe = recipe_file(model={"attention": "torch_varlen"}, training={"bf16": True})
+    assert main(["--recipe", str(recipe)]) == 0
+    assert "packed documents are apart" in capsys.readouterr().out

@@ -1,0 +1,116 @@
+"""The warning of a job that its GPUs have no room for: which number is too large, and what would fit."""
+
+import re
+import shlex
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+from test_plan import shape_for
+
+from train.model.architecture import Shape
+from train.preflight.plan.job_memory import gpus_of, memory_warning, strategy_of
+from train.preflight.plan.plan import candidate, optimizer_of, parse_cluster
+from train.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).parents[2]
+FULL = ROOT / "recipes/janus-llama-3-8b/sft/full.yaml"
+LLAMA_70B = "meta-llama/Llama-3.1-70B"
+
+
+@cache
+def shape(model: str | None) -> Shape:
+    return shape_for(load_recipe(FULL), model)
+
+
+def warning(recipe: Recipe, gpus: str, nodes: int, config: str, model: str | None = None) -> str | None:
+    strategy = strategy_of(yaml.safe_load((ROOT / config).read_text(encoding="utf-8")), recipe)
+    assert strategy is not None
+    return memory_warning(recipe, shape(model), parse_cluster(gpus, nodes), strategy, config)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nodes", "config", "model", "optimizer"),
+    [
+        ("8x80GB", 2, "accelerate_configs/zero3_multinode.yaml", LLAMA_70B, "adamw_torch_fused"),
+        ("8xH100", 1, "accelerate_configs/zero3.yaml", LLAMA_70B, "adamw_bnb_8bit"),
+        ("4x40GB", 1, "accelerate_configs/zero3.yaml", None, "adamw_torch"),
+        ("8x40GB", 1, "accelerate_configs/zero2.yaml", None, "adamw_torch_fused"),
+        ("1x40GB", 1, "accelerate_configs/single_gpu.yaml", None, "adamw_torch_fused"),
+    ],
+)
+def test_what_is_said_to_fit_does_fit(
+    gpus: str, nodes: int, config: str, model: str | None, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each way is taken, and asked of the plan again: then there is no warning."""
+    monkeypatch.chdir(ROOT)
+    overrides = ["training.per_device_train_batch_size=1", f"training.optim={optimizer}"]
+    recipe = load_recipe(FULL, overrides)
+    said = warning(recipe, gpus, nodes, config, model)
+    assert said is not None
+    cluster = parse_cluster(gpus, nodes)
+    strategy = strategy_of(yaml.safe_load((ROOT / config).read_text(encoding="utf-8")), recipe)
+    found = candidate(recipe, shape(model), cluster, strategy, optimizer_of(recipe), recipe.data.max_length)
+    assert f"({config}) needs {found.memory.total / 2**30:,.1f} GiB on each of {cluster.processes} GPUs" in said
+    assert f"and {cluster.memory * 0.92 / 2**30:,.1f} of their {cluster.memory / 2**30:,.0f} GiB can be used" in said
+    ways = re.search(r"What fits: (.*)\. Or write a smaller", said)
+    assert ways
+    for way in ways[1].split("; or "):
+        words = shlex.split(way)
+        options = dict(zip(words[::2], words[1::2], strict=False)) if words[0].startswith("--") else {}
+        changed = [word for word in words if word.startswith("training.")]
+        other = load_recipe(FULL, [*overrides, *changed])
+        taken = int(options.get("--nodes", nodes)), options.get("--config", config)
+        assert warning(other, gpus, *taken, model) is None, way
+
+
+def test_what_fits_and_what_no_cluster_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert warning(load_recipe(FULL), "8xH100", 1, "accelerate_configs/zero3.yaml") is None
+    hopeless = load_recipe(FULL, ["training.per_device_train_batch_size=64"])
+    said = warning(hopeless, "8x24GB", 1, "accelerate_configs/zero3.yaml")
+    assert said is not None
+    assert "What fits" not in said
+    assert said.endswith(
+        "Write a smaller training.per_device_train_batch_size or data.max_length, or train an adapter."
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "gpus"),
+    [
+        (["h100"], "8xH100"),
+        (["nvidia_a100-sxm4-80gb"], "8xA100-80GB"),
+        (["", "a100&80gb"], "8xA100-80GB"),
+        (["", "gpu:h200:8"], "8xH200"),
+        (["1g.10gb"], "8x10GB"),
+        (["nvidia_h100_nvl"], None),  # 94 GB
+        (["a100"], None),  # 40 or 80 GB
+        (["v100"], None),
+        ([""], None),
+    ],
+)
+def test_gpus_are_known_by_what_a_cluster_calls_them(names: list[str], gpus: str | None) -> None:
+    assert gpus_of(names, 8) == (gpus and gpus.upper().replace("X", "x"))
+    assert gpus_of(names, 0) is None
+
+
+def test_how_a_run_is_spread_is_read_from_the_configuration(
+    monkeypatch: pytest.MonkeyPatch, recipe_file: Callable[..., Path]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    recipe = load_recipe(FULL)
+    names = {
+        path.stem: (found := strategy_of(yaml.safe_load(path.read_text(encoding="utf-8")), recipe)) and found.name
+        for path in (ROOT / "accelerate_configs").glob("*.yaml")
+    }
+    assert names == {
+        "cpu": "DDP", "single_gpu": "DDP", "ddp": "DDP", "fsdp2": None, "zero1": "ZeRO-1", "zero2": "ZeRO-2",
+        "zero3": "ZeRO-3", "zero3_multinode": "ZeRO-3", "zero3_offload": "ZeRO-3 offload",
+    }  # fmt: skip
+    inline = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3, "offload_param_device": "cpu"}}
+    assert strategy_of(inline, recipe).name == "ZeRO-3 offload"
+    own = load_recipe(FULL, ["training.deepspeed=ds_configs/zero2.json"])
+    assert strategy_of(inline, own) is None

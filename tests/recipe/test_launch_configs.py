@@ -1,0 +1,118 @@
+"""Every file of accelerate_configs/ and ds_configs/, read by those who will read it."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+from train.preflight.plan.memory import REDUCE_BUCKET
+
+ROOT = Path(__file__).parents[2]
+LAUNCHES = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+DEEPSPEED = sorted((ROOT / "ds_configs").glob("*.json"))
+
+
+def filled_in(path: Path):
+    """The DeepSpeed configuration as transformers hands it over, for the Janus 7B recipe's geometry."""
+    from transformers import MistralConfig, TrainingArguments
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    arguments = TrainingArguments(use_cpu=True, bf16=True, gradient_accumulation_steps=4, report_to=[])
+    config = HfTrainerDeepSpeedConfig(json.loads(path.read_text()))
+    config.trainer_config_process(arguments)
+    model = type("Model", (), {"config": MistralConfig()})()
+    config.trainer_config_finalize(arguments, model, num_training_steps=10)
+    return config.config
+
+
+@pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
+def test_accelerate_reads_each_launch_configuration(path: Path) -> None:
+    config = load_config_from_file(str(path))  # raises for a key that accelerate doesn't know
+    if config.distributed_type == "DEEPSPEED":
+        assert set(config.deepspeed_config) <= {
+            "deepspeed_config_file", "zero3_init_flag", "deepspeed_multinode_launcher",
+        }  # fmt: skip
+        zero = json.loads((ROOT / config.deepspeed_config["deepspeed_config_file"]).read_text())["zero_optimization"]
+        assert (zero["stage"] == 3) == config.deepspeed_config.get("zero3_init_flag", False)
+        assert config.num_machines == 1 or config.deepspeed_config["deepspeed_multinode_launcher"] == "standard"
+    if config.fsdp_config:
+        known = {name for name in vars(launch_command_parser().parse_args(["x"])) if name.startswith("fsdp_")}
+        assert set(config.fsdp_config) <= known
+        assert config.fsdp_config["fsdp_state_dict_type"] == "FULL_STATE_DICT"
+    assert config.mixed_precision in ("no", None)  # the recipe decides
+
+
+@pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
+def test_each_opens_with_a_command_that_launches_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    head = re.match(r"(#.*\n)+", path.read_text())
+    lines = re.sub(r"\\\n#\s*", " ", head[0]).splitlines()
+    (command,) = [line.lstrip("# ") for line in lines if "accelerate launch" in line]
+    words = shlex.split(command)[2:]
+    assert f"accelerate_configs/{path.name}" in words
+    arguments = launch_command_parser().parse_args(["1" if word.startswith("$") else word for word in words])
+    _validate_launch_command(arguments)
+    assert Path(arguments.training_script).is_file()
+    recipe = arguments.training_script_args[arguments.training_script_args.index("--recipe") + 1]
+    assert Path(recipe).is_file()
+
+
+def test_no_deepspeed_configuration_is_without_a_launch() -> None:
+    named = {
+        (yaml.safe_load(path.read_text()).get("deepspeed_config") or {}).get("deepspeed_config_file")
+        for path in LAUNCHES
+    }
+    assert {f"ds_configs/{path.name}" for path in DEEPSPEED} == named - {None}
+
+
+@pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
+def test_deepspeed_knows_every_key(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime import constants
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    config = filled_in(path)
+    assert "auto" not in json.dumps(config)
+    known = {value for value in vars(constants).values() if isinstance(value, str)} | {"zero_optimization", "optimizer"}
+    assert set(config) <= known
+    assert set(config["data_types"]) == {constants.GRAD_ACCUM_DTYPE}
+    read = DeepSpeedConfig(config)
+    assert read.zero_config.stage == int(re.search(r"zero(\d)", path.stem)[1])
+    assert read.bfloat16_config.enabled
+    assert read.grad_accum_dtype == "fp32"
+    if read.zero_config.stage < 3:
+        assert read.zero_config.reduce_bucket_size == REDUCE_BUCKET  # the plan counts it
+    if read.zero_config.stage == 1:
+        assert read.bfloat16_config.immediate_grad_update
+    with pytest.raises(ValueError, match="overlap_com"):  # it does look at the keys
+        DeepSpeedZeroConfig(**config["zero_optimization"], overlap_com=True)
+
+
+@pytest.mark.parametrize(("kind", "processes"), [("NO", 1), ("NO", 2), ("MULTI_CPU", 2)])
+def test_a_process_that_was_to_be_one_of_several_says_so(tmp_path: Path, kind: str, processes: int) -> None:
+    """accelerate itself starts one process for these, without a word."""
+    config = tmp_path / "launch.yaml"
+    settings = yaml.safe_load((ROOT / "accelerate_configs" / "cpu.yaml").read_text())
+    config.write_text(yaml.safe_dump(settings | {"distributed_type": kind}), encoding="utf-8")
+    started = ["--config_file", config, "--num_processes", processes, "train/sft.py", "--recipe", "nowhere.yaml"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MASTER_")}
+    for exported in ({}, {"MASTER_ADDR": "node-1", "MASTER_PORT": "20001"} if processes == 1 else {}):
+        result = subprocess.run(
+            [sys.executable, "-m", "accelerate.commands.launch", *map(str, started)],
+            cwd=ROOT, capture_output=True, text=True, check=False, env=environment | exported,
+        )  # fmt: skip
+        said = result.stderr.splitlines()
+        assert sum(line.startswith("error: ") for line in said) == 1  # no such recipe, which is said right after
+        told = [line for line in said if line.startswith("warning: ")]
+        assert len(told) == (processes > 1)
+        assert all("--config_file accelerate_configs/ddp.yaml" in line for line in told)

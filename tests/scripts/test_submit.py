@@ -1,0 +1,325 @@
+"""scripts/submit.py without a Slurm: what it refuses, and the batch script that it shows."""
+
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).parents[2]
+ONE_NODE = ("--nodes", "1", "--gpus-per-node", "8", "--time", "24:00:00")
+TWO_NODES = ("--nodes", "2", "--gpus-per-node", "h100:8", "--time", "2-12:00:00")
+ARRAY = ("--array", "0-6:3%2", "seed=%a", "output_dir=outputs/run-%a")
+
+
+@pytest.fixture(scope="module")
+def submit() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("submit", ROOT / "scripts" / "submit.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["submit"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def shown(
+    submit: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """The batch script that --print shows."""
+    monkeypatch.chdir(ROOT)
+
+    def run(recipe: Path, *arguments: str) -> str:
+        capsys.readouterr()
+        code = submit.main(["--recipe", str(recipe), *arguments, "--print"])
+        written = capsys.readouterr()
+        assert code == 0, written.err
+        return written.out
+
+    return run
+
+
+@pytest.fixture
+def refused(
+    submit: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """What is said after `error:`."""
+    monkeypatch.chdir(ROOT)
+
+    def run(recipe: Path, *arguments: str) -> str:
+        capsys.readouterr()
+        try:
+            code = submit.main(["--recipe", str(recipe), *arguments])
+        except SystemExit as ended:
+            code = ended.code
+        written = capsys.readouterr()
+        assert code == 2
+        assert written.out == ""
+        assert written.err.count("error: ") == 1
+        return written.err.partition("error: ")[2]
+
+    return run
+
+
+VARIANTS = {
+    "one node": ONE_NODE,
+    "two nodes": TWO_NODES,
+    "array": (*ONE_NODE, *ARRAY),
+    "CPU": ("--nodes", "1", "--gpus-per-node", "0", "--time", "30"),
+    "awkward words": (*ONE_NODE, 'output_dir=outputs/it\'s $(date) "100%"', "--setup", "module load cuda"),
+}
+
+
+@pytest.mark.parametrize("arguments", VARIANTS.values(), ids=VARIANTS)
+def test_every_variant_is_a_shell_script_that_shellcheck_finds_nothing_in(
+    arguments: tuple[str, ...], shown: Callable[..., str], recipe_file: Callable[..., Path]
+) -> None:
+    script = shown(recipe_file(), *arguments)
+    checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+    assert not [line for line in script.splitlines() if len(line) > 160 and not line.startswith(("recipe=", "launch="))]
+    if shutil.which("shellcheck"):
+        # Those two take a quote inside a folder's name for an attempt to quote.
+        command = ["shellcheck", "--severity=warning", "--exclude=SC2089,SC2090", "-"]
+        found = subprocess.run(command, input=script, capture_output=True, text=True, check=False)
+        assert found.returncode == 0, found.stdout
+
+
+def variable(script: str, name: str, **environment: str) -> list[str]:
+    """The words of a variable, as bash has them before the part that is the same for every job."""
+    head = script.partition("# Below is")[0]
+    ended = subprocess.run(
+        ["bash", "-c", f'{head}\nprintf "%s\\0" "${{{name}[@]}}"'],
+        env={"PATH": "/usr/bin:/bin", **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return ended.stdout.split("\0")[:-1]
+
+
+def directives(script: str) -> dict[str, str]:
+    lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH ")]
+    return {name: shlex.split(value)[0] if value else "" for name, _, value in (line.partition("=") for line in lines)}
+
+
+def test_two_nodes_start_a_launcher_each_with_deepspeeds_plain_one(
+    shown: Callable[..., str], recipe_file: Callable[..., Path]
+) -> None:
+    recipe = recipe_file()
+    script = shown(recipe, *TWO_NODES, "--partition", "big", "--sbatch=--exclude=n7", "training.max_steps=5")
+    asked = directives(script)
+    assert {
+        "nodes": "2",
+        "ntasks-per-node": "1",
+        "gpus-per-node": "h100:8",
+        "time": "2-12:00:00",
+    }.items() <= asked.items()
+    assert {"partition": "big", "exclude": "n7", "requeue": "", "open-mode": "append"}.items() <= asked.items()
+    assert asked["signal"] == "B:USR1@600"
+    launch = variable(script, "launch")
+    assert launch[launch.index("--num_processes") + 1] == "16"
+    assert launch[-2:] == ["--deepspeed_multinode_launcher", "standard"]
+    assert launch[launch.index("--config_file") + 1] == "accelerate_configs/zero3_multinode.yaml"
+    assert variable(script, "recipe") == ["--recipe", str(recipe), "training.max_steps=5"]
+    assert """'trap "" TERM; exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"'""" in script
+
+
+def test_an_array_gives_each_task_its_number_and_folder(
+    shown: Callable[..., str], recipe_file: Callable[..., Path]
+) -> None:
+    script = shown(recipe_file(), *ONE_NODE, *ARRAY)
+    assert directives(script)["output"] == "outputs/run-%a/slurm-%A_%a.log"
+    assert directives(script)["array"] == "0-6:3%2"
+    assert variable(script, "recipe", SLURM_ARRAY_TASK_ID="3")[2:] == ["seed=3", "output_dir=outputs/run-3"]
+    assert variable(script, "output_dir", SLURM_ARRAY_TASK_ID="6") == ["outputs/run-6"]
+
+
+def test_words_with_quotes_spaces_and_percent_signs_arrive_as_they_are(
+    shown: Callable[..., str], recipe_file: Callable[..., Path]
+) -> None:
+    folder = 'outputs/it\'s $(date) "100%"'
+    script = shown(recipe_file(), *ONE_NODE, f"output_dir={folder}")
+    assert variable(script, "output_dir") == [folder]
+    assert variable(script, "recipe")[-1] == f"output_dir={folder}"
+    assert directives(script)["output"] == f"{folder}/slurm-%j.log".replace("100%", "100%%")  # a pattern of Slurm's
+
+
+def test_print_submits_nothing_leaves_nothing_and_shows_no_secret(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """With a sbatch on the path that would leave a trace."""
+    (tmp_path / "bin").mkdir()
+    trace = tmp_path / "submitted"
+    (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/sh\ntouch {trace}\n")
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    secrets = {"WANDB_API_KEY": "0123456789abcdef-wandb", "HF_TOKEN": "hf_secret-of-the-hub"}
+    ended = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "submit.py", "--recipe", recipe_file(), *TWO_NODES, "--print"],
+        cwd=ROOT,
+        env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **secrets},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("#!/bin/bash\n")
+    assert not trace.exists()
+    assert not (tmp_path / "run").exists()
+    assert not any(secret in ended.stdout + ended.stderr for secret in secrets.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"data": {"max_lenght": 5}}, "Did you mean `data.max_length`?"),
+        ({"data": {"sources": [{"path": "data/nowhere.jsonl"}]}}, "data/nowhere.jsonl: there is no data in"),
+        ({"model": {"name_or_path": "./nowhere"}}, "model.name_or_path: there is no folder nowhere"),
+        ({"chat": {"template": "chatmll"}}, "chat.template"),
+        ({"data": {"max_length": 4_096}}, "data.max_length: 4,096 is more than the 2,048 positions"),
+        ({"tracking": {"wandb": {"mode": "online"}}}, "there is no key for it"),
+    ],
+)
+def test_what_is_wrong_with_a_recipe_never_waits_in_a_queue(
+    change: dict, said: str, refused: Callable[..., str], recipe_file: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert said in refused(recipe_file(**change), *ONE_NODE)
+
+
+def test_one_task_at_fault_is_enough(refused: Callable[..., str], recipe_file: Callable[..., Path]) -> None:
+    said = refused(recipe_file(), *ONE_NODE, "--array", "1,3", "output_dir=x-%a", "training.learning_rate=%ae-")
+    assert "training.learning_rate" in said
+
+
+def test_the_whole_check_comes_before_submitting(
+    refused: Callable[..., str], recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A row that can't be trained is found by --check alone; its report and error are those of train/sft.py."""
+    (tmp_path / "bad.jsonl").write_text('{"messages": [{"role": "user", "content": "and?"}]}\n')
+    recipe = recipe_file(data={"sources": [{"path": str(tmp_path / "bad.jsonl")}]})
+    ended = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "submit.py", "--recipe", recipe, *ONE_NODE, "--print", "--check"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert re.search(r"^error: .*bad\.jsonl", ended.stderr, re.MULTILINE)
+
+
+def job_for(recipe: Path, gpus: str, *more: str) -> list[str]:
+    """Options that print a job of one node with these GPUs."""
+    return [*("--recipe", str(recipe), "--nodes", "1", "--gpus-per-node", gpus, "--time", "24:00:00"), *more, "--print"]
+
+
+@pytest.fixture
+def large(recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path) -> Path:
+    """A recipe for a model of 16 billion parameters, whose weights nobody loads: they are those of none."""
+    folder = tmp_path / "large"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    wide = {"hidden_size": 4_096, "intermediate_size": 14_336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    config |= wide | {"num_hidden_layers": 72, "head_dim": 128}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file({"other": torch.zeros(1)}, folder / "model.safetensors")
+    return recipe_file(model={"name_or_path": str(folder)}, training={"max_steps": 4, "num_train_epochs": ...})
+
+
+@pytest.mark.parametrize(
+    ("gpus", "sbatch", "needs"),
+    [
+        ("nvidia_a100_80gb:4", (), r"needs \d+\.\d GiB on each of 4 GPUs, and 73\.6 of their 80 GiB can be used"),
+        ("h100:2", ("--array", "0-1", "seed=%a", "output_dir=outputs/run-%a"), r"of 2 GPUs, and 73\.6 of their 80 GiB"),
+        ("4", ("--sbatch=--constraint=a100&40gb",), r"on each of 4 GPUs, and 36\.8 of their 40 GiB can be used"),
+    ],
+)
+def test_a_job_that_does_not_fit_is_warned_of_last(
+    gpus: str, sbatch: tuple[str, ...], needs: str, submit: ModuleType, large: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """It is the plan's word alone, so the script is there all the same."""
+    monkeypatch.chdir(ROOT)
+    assert submit.main(job_for(large, gpus, *sbatch)) == 0
+    written = capsys.readouterr()
+    assert written.out.startswith("#!/bin/bash")
+    last = written.err.splitlines()[-1]
+    assert last.startswith("warning: the plan says that this job does not fit: ZeRO-3 (accelerate_configs/zero3.yaml) ")
+    assert re.search(needs, last)
+    assert "What fits: " in last
+    assert written.err.count("warning: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("gpus", "sbatch"), [("h100:8", ()), ("4", ()), ("a100:4", ()), ("0", ()), ("h100:4", ("fsdp2",))]
+)
+def test_a_job_that_fits_or_is_not_known_is_submitted_without_a_word(
+    gpus: str, sbatch: tuple[str, ...], submit: ModuleType, large: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """GPUs without a type, of a type in two sizes, a CPU, and a way to run that the plan doesn't know."""
+    monkeypatch.chdir(ROOT)
+    config = ["--config", f"accelerate_configs/{sbatch[0]}.yaml"] if sbatch else []
+    assert submit.main(job_for(large, gpus, *config)) == 0
+    assert "warning: " not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--nodes", "0", "--gpus-per-node", "8", "--time", "1:00:00"), "--nodes: found 0"),
+        (("--nodes", "1", "--gpus-per-node", "eight", "--time", "1:00:00"), "--gpus-per-node: found 'eight'"),
+        (("--nodes", "1", "--gpus-per-node", "8", "--time", "1 day"), "--time: found '1 day'"),
+        ((*ONE_NODE, "--warn-before", "86400"), "--warn-before: found 86400. Write seconds, fewer than the 86,400"),
+        ((*ONE_NODE, "--array", "3-"), "--array: found '3-'"),
+        ((*ONE_NODE, "--array", "3-1"), "--array: found '3-1'"),
+        ((*ONE_NODE, "--sbatch=--time=5"), "--sbatch: --time is set by submit.py itself"),
+        ((*ONE_NODE, "--sbatch=--export=TOKEN=abc"), "--sbatch: --export is set by submit.py itself"),
+        ((*ONE_NODE[:-1], "2"), "--time: 2 is 120 s, and save.seconds_before_end is 120"),
+        ((*ONE_NODE, "--array", "0-3"), "--array: its tasks would write into one output_dir"),
+        ((*ONE_NODE, "--config", "accelerate_configs/zero4.yaml"), "--config: accelerate_configs/zero4.yaml can't be read"),
+        ((*ONE_NODE, "--config", "accelerate_configs/cpu.yaml"), "is for one process (distributed_type: NO)"),
+        ((*ONE_NODE, "--max-restarts", "-1"), "--max-restarts: found -1"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_the_command_is_said_with_what_is_allowed(
+    arguments: tuple[str, ...], said: str, refused: Callable[..., str], recipe_file: Callable[..., Path]
+) -> None:
+    assert said in refused(recipe_file(), *arguments)
+
+
+def test_without_sbatch_it_says_so_and_where_configurations_are_missing(
+    refused: Callable[..., str], recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "sbatch is not found" in refused(recipe_file(), *ONE_NODE)
+    assert not (tmp_path / "run").exists()
+
+
+def test_deepspeeds_configuration_must_be_there_from_where_it_is_submitted(
+    submit: ModuleType, recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    config = str(ROOT / "accelerate_configs" / "zero3.yaml")
+    assert submit.main(["--recipe", str(recipe_file()), *ONE_NODE, "--config", config]) == 2
+    assert "names ds_configs/zero3.json, which is not there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("90", 5_400), ("90:30", 5_430), ("1:30:00", 5_400), ("2-12", 216_000), ("2-12:30", 217_800), ("0-0:0:9", 9)],
+)
+def test_time_limits_are_read_as_slurm_reads_them(submit: ModuleType, limit: str, seconds: int) -> None:
+    assert submit.seconds_of(limit) == seconds

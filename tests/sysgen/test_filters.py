@@ -1,0 +1,287 @@
+"""The gates: languages told on texts of our own in 26 languages, leaks and near-duplicates against plain recounts."""
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from train.datagen.deduplication import NearDuplicates
+from train.sysgen.filters import language_of, leaked_share
+
+SAMPLES = [
+    json.loads(line) for line in (Path(__file__).parent / "language_samples.jsonl").read_text("utf-8").splitlines()
+]
+TOLD = [(sample, language_of(sample["text"])) for sample in SAMPLES]
+"""kind: a system message, a question, a text with pieces in another language or code, or one without any."""
+
+LONG_GERMAN = (
+    "Die Wärmepumpe entzieht der Außenluft Wärme und gibt sie an das Wasser der Heizung ab. Dafür braucht sie Strom. "
+) * 60
+
+
+# Language
+
+
+def test_no_language_is_told_wrong() -> None:
+    wrong = [(told, sample) for sample, told in TOLD if told and sample["language"] not in told.split("/")]
+    assert wrong == []
+
+
+def test_a_correct_message_is_never_stopped() -> None:
+    """Each system message with each question in its language: no two languages are told, for 1,000 pairs."""
+    by_language: dict[tuple[str, bool], list[str | None]] = {}
+    for sample, told in TOLD:
+        by_language.setdefault((sample["language"], sample["kind"] == "system"), []).append(told)
+    pairs = [
+        pair
+        for (language, is_system), messages in by_language.items()
+        if is_system
+        for pair in itertools.product(messages, by_language[language, False])
+    ]
+    assert len(pairs) > 1000
+    assert [pair for pair in pairs if all(pair) and pair[0] != pair[1]] == []
+
+
+def test_a_message_of_two_sentences_is_mostly_told() -> None:
+    long = [told for sample, told in TOLD if sample["kind"] == "system" and len(sample["text"].encode()) > 60]
+    assert len(long) > 50
+    assert sum(told is not None for told in long) / len(long) > 0.9
+
+
+def test_nothing_is_told_of_code_numbers_and_single_words() -> None:
+    assert [sample["text"] for sample, told in TOLD if sample["kind"] == "none" and told] == []
+
+
+@pytest.mark.parametrize(("text", "language"), [
+    ("Answer in short and simple sentences, please.", "en"),
+    ("ANSWER IN SHORT AND SIMPLE SENTENCES, PLEASE.", "en"),
+    ("Why does this fail?\n\n```python\nfür_alle(kunden)\n```\nI see no reason for it.", "en"),
+    ("What is the meaning of „Ich habe heute leider gar keine Zeit für dich und auch morgen nicht“?", "en"),
+    ("If $n$ is odd, show that $\\gcd(n, 2) = 1$ and explain what follows from it.", "en"),
+    ("Erkläre mir bitte den Unterschied zwischen Liste und Tupel.", "de"),
+    ("Forklar hvert steg med enkle ord, og avslutt med svaret på en egen linje.", "da/no"),
+    ("Forklar hvert trin med enkle ord, og slut af med svaret på en linje for sig.", "da/no"),
+    ("Objasni svaki korak jednostavnim riječima i završi rezultatom u zasebnom retku.", "bs/hr/sr"),
+    ("Објасни сваки корак једноставним речима и заврши резултатом у посебном реду.", "bs/hr/sr"),
+    ("请用简单的语言解释每一步，最后写出结果。", "zh"),
+    ("各ステップを簡単な言葉で説明し、最後に結果を書いてください。", "ja"),
+])  # fmt: skip
+def test_a_language_by_its_code(text: str, language: str) -> None:
+    assert language_of(text) == language
+
+
+@pytest.mark.parametrize("text", [
+    "Translate into English: Ich habe heute leider keine Zeit für dich.",
+    "Ich habe heute leider keine Zeit für dich. Translate this into English, please.",
+    "Translate this into English, please:\n\n" + LONG_GERMAN,
+    LONG_GERMAN + "\n\nTranslate this into English, please.",
+    "What do 你好 and 谢谢 mean?",
+    "翻译：The weather is nice today and we are going to the park.",
+    "令和六年度東京都予算案概要",  # Japanese in Chinese characters alone
+    "日本国憲法第九条",
+])  # fmt: skip
+def test_two_languages_or_one_of_two_are_none(text: str) -> None:
+    assert language_of(text) is None
+
+
+def test_a_long_text_is_told_too() -> None:
+    assert language_of(LONG_GERMAN) == "de"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(), max_size=300))
+@example("`" * 5000)
+@example('"' * 5001)
+@example("\\[" * 5000)
+def test_any_text_has_a_language_or_none(text: str) -> None:
+    told = language_of(text)
+    assert told is None or all(2 <= len(code) <= 3 and code.isalpha() for code in told.split("/"))
+
+
+# Giving the answer away
+
+
+@pytest.mark.parametrize(("system", "questions", "answer", "share"), [
+    # eight words or more: by runs of five
+    ("Say that the cat sat on the mat.", "Where was it?", "In short the cat sat on the mat all day", 0.6),
+    ("Say that the cat sat on the mat.", "Did the cat sat on the mat?", "In short the cat sat on the mat all day", 0.0),
+    ("The cat sat on a mat.", "", "The cat sat on the mat all day long", 0.0),
+    ("THE CAT: sat on, the 'mat'", "", "the cat sat on the mat; the cat sat on the mat", 1.0),
+    ("", "", "the cat sat on the mat all day", 0.0),
+    ("Der Fluß fließt im Tal am Haus vorbei.", "", "DER FLUSS FLIESST IM TAL AM HAUS VORBEI", 1.0),
+    ("告诉用户秘鲁的首都是利马。", "", "秘鲁的首都是利马，在海边。", 8 / 11),
+    ("बताओ कि पेरू की राजधानी लीमा है और वह तट पर है", "", "पेरू की राजधानी लीमा है और वह तट पर है", 1.0),
+    # fewer: the whole answer
+    ("You know that the capital is Lima.", "Capital of Peru?", "Lima.", 1.0),
+    ("You help visitors of Lima.", "Is Lima the capital?", "Lima.", 0.0),
+    ("You know that the capital is Lima, Peru.", "Capital?", "lima, peru", 1.0),
+    ("You know that it costs 1,250 dollars.", "How much?", "1,250", 1.0),
+    ("You know that it costs 1,250 dollars.", "How much?", "250", 0.0),
+    ("Answer in 42 words.", "6 * 7?", "42", 0.0),
+    ("Say yes to all.", "Is it?", "Yes.", 0.0),
+    ("Answer with option A.", "A or B?", "A", 0.0),
+    ("Label each review as Positive, Negative or Neutral.", "Great food!", "Positive", 0.0),
+    ("Label each review: positive, negative, neutral.", "Great food!", "Positive", 0.0),
+    ("Use one of these labels: spam/genuine.", "Buy now!", "Spam", 0.0),
+    ("It is spam. Use one of these labels: spam/genuine.", "Buy now!", "Spam", 1.0),
+    ("首都是利马市。", "首都？", "利马市", 1.0),
+    ("你要说不。", "去吗？", "不", 0.0),
+    ("You are helpful.", "Hm?", "", 0.0),
+    ("You are helpful.", "Hm?", "🙂", 0.0),
+])  # fmt: skip
+def test_how_much_a_message_gives_away(system: str, questions: str, answer: str, share: float) -> None:
+    assert leaked_share(system, questions, answer) == pytest.approx(share)
+
+
+SENTENCES = st.lists(st.sampled_from("abc"), max_size=25).map(" ".join)
+
+
+@settings(max_examples=500, deadline=None)
+@given(SENTENCES, SENTENCES, st.lists(st.sampled_from("abc"), min_size=8, max_size=20))
+def test_the_share_is_that_of_a_plain_count(system: str, questions: str, answer: list[str]) -> None:
+    told = 0
+    for place in range(len(answer)):
+        around = [answer[start : start + 5] for start in range(place - 4, place + 1) if 0 <= start <= len(answer) - 5]
+        told += any(" ".join(run) in system and " ".join(run) not in questions for run in around)
+    assert leaked_share(system, questions, " ".join(answer)) == told / len(answer)
+
+
+@settings(max_examples=200, deadline=None)
+@given(*[st.text(st.characters(), max_size=100)] * 3)
+def test_any_texts_have_a_share(system: str, questions: str, answer: str) -> None:
+    assert 0 <= leaked_share(system, questions, answer) <= 1
+
+
+# Near-duplicates
+
+
+def pairs_of_texts(count: int) -> list[tuple[str, str]]:
+    """A text and one with some of its words changed, more or fewer."""
+    chance = random.Random(7)
+    vocabulary = [f"word{number}" for number in range(2000)]
+    pairs = []
+    for _ in range(count):
+        text = chance.choices(vocabulary, k=chance.randint(5, 90))
+        changed = chance.choice([0, 0.01, 0.03, 0.06, 0.1, 0.2])
+        other = [chance.choice(vocabulary) if chance.random() < changed else word for word in text]
+        pairs.append((" ".join(text), " ".join(other)))
+    return pairs
+
+
+def jaccard(one: str, other: str) -> float:
+    sets = [{tuple(text.split()[at : at + 3]) for at in range(len(text.split()) - 2)} for text in (one, other)]
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 0.8, 0.95])
+def test_the_verdict_is_that_of_the_exact_similarity(threshold: float) -> None:
+    """But for pairs within four standard errors of 128 hashes, of which one in 16,000 is worse by chance."""
+    clear = 0
+    for one, other in pairs_of_texts(600):
+        exact = jaccard(one, other)
+        if abs(exact - threshold) <= 4 * (exact * (1 - exact) / 128) ** 0.5:
+            continue
+        clear += 1
+        with NearDuplicates(threshold) as seen:
+            assert not seen.is_near_duplicate(one)
+            assert seen.is_near_duplicate(other) == (exact >= threshold), (exact, one, other)
+    assert clear > 300
+
+
+def test_texts_of_a_corpus_are_compared_with_all_before() -> None:
+    pairs = pairs_of_texts(400)
+    with NearDuplicates(0.7) as seen:
+        assert [one for one, _ in pairs if seen.is_near_duplicate(one)] == []
+        found = [seen.is_near_duplicate(other) for _, other in pairs]
+    sure = [
+        (found, jaccard(*pair)) for found, pair in zip(found, pairs, strict=True) if abs(jaccard(*pair) - 0.7) > 0.17
+    ]
+    assert len(sure) > 200
+    assert all(found == (exact > 0.7) for found, exact in sure)
+
+
+@pytest.mark.parametrize(("one", "other", "are_alike"), [
+    ("You are a guide.", "you are -- A GUIDE", True),
+    ("Be brief.", "Be brief!", True),
+    ("Be brief.", "Be kind.", False),
+    ("", "", True),
+    ("", "Be brief.", False),
+    ("???", "!!!", False),
+    ("你是一名导游。请简短回答。", "你是一名导游，请简短回答！", True),
+    ("你是一名导游。请简短回答。", "请用编号列表给出步骤。", False),
+    ("\ud800", "\udfff", False),
+])  # fmt: skip
+def test_short_and_strange_texts(one: str, other: str, are_alike: bool) -> None:
+    with NearDuplicates(0.8) as seen:
+        assert not seen.is_near_duplicate(one)
+        assert seen.is_near_duplicate(other) == are_alike
+
+
+def test_only_texts_that_were_kept_are_compared_with() -> None:
+    """A ~ B ~ C with A unlike C: B first leaves out both others, A first leaves out B alone."""
+    words = [f"word{number}" for number in range(100)]
+    a, b, c = (" ".join(words[start : start + 80]) for start in (0, 10, 20))
+    assert jaccard(a, b) > 0.75 > 0.65 > jaccard(a, c)
+    with NearDuplicates(0.7) as seen:
+        assert [seen.is_near_duplicate(text) for text in (a, b, c)] == [False, True, False]
+    with NearDuplicates(0.7) as seen:
+        assert [seen.is_near_duplicate(text) for text in (b, a, c)] == [False, True, True]
+
+
+@pytest.mark.parametrize("threshold", [0, -0.1, 1.1])
+def test_a_threshold_is_a_share(threshold: float) -> None:
+    with pytest.raises(ValueError, match="above 0 and at most 1"):
+        NearDuplicates(threshold)
+
+
+ELSEWHERE = """
+import random, sys
+from train.data.near_duplicates import NearDuplicates
+from train.sysgen.gates import language_of, leaked_share
+
+def memory():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+
+def texts(count, chance=random.Random(3)):
+    for number in range(count):
+        yield " ".join(str(chance.randrange(300)) for _ in range(30)) if number % 3 else f"You are guide {number % 50}"
+
+with NearDuplicates(0.8) as seen:
+    verdicts = "".join(str(int(seen.is_near_duplicate(text))) for text in texts(10_000))
+    before = memory()
+    for text in texts(int(sys.argv[1])):
+        seen.is_near_duplicate(text)
+    print(verdicts, memory() - before)
+language_of("Where is the nearest station, please?")
+leaked_share("a", "b", "c")
+print(sorted({"torch", "transformers", "sklearn", "scipy", "datasets", "trl"} & set(sys.modules)))
+"""
+
+
+def elsewhere(hash_seed: str, further: int) -> list[str]:
+    """In a process of its own: verdicts, growth of the memory in MiB, and which big libraries were imported."""
+    root = Path(__file__).parents[2]
+    return subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, str(further)],
+        env={"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(root)},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    ).stdout.split(maxsplit=2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_same_in_every_process_in_flat_memory_and_without_the_trainer() -> None:
+    one, other = elsewhere("1", 20_000), elsewhere("2", 0)
+    assert one[0] == other[0]
+    assert set(one[0]) == {"0", "1"}
+    assert float(one[1]) < 8  # 15 when SQLite keeps the 13,000 new texts in memory
+    assert one[2].strip() == "[]"

@@ -1,0 +1,108 @@
+"""Control tokens typed in a message, such as `<|im_end|>` in a user's text.
+
+A tokenizer makes a control token of such text wherever it stands, so a message could end its own turn and open another
+in any role (transformers#29279, #47822). `chat.control_tokens_in_text` says what becomes of them:
+
+- error: the row can't be trained (RowFault).
+- escape: a zero-width space (U+200B) goes in after the first character, so the text reads the same and falls into
+  ordinary tokens. Answers are trained in this form.
+- allow: they stay, and are control tokens in the row. For data that means them.
+
+A control token is one that the tokenizer marks as special. Added tokens that aren't (Qwen3's <think>, <tool_call>) are
+for messages to use. Markers that are ordinary text ([INST] in Mistral 7B v0.1, "### User:") are not found.
+"""
+
+import re
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from train.data.sources.formats import Message, RowFault
+from train.errors import UserError
+
+Policy = Literal["error", "escape", "allow"]
+
+ZERO_WIDTH_SPACE = "\u200b"
+_FAULT = "control token in text, which `chat.control_tokens_in_text: escape` would break up and `allow` would keep"
+
+
+class ControlTokens:
+    """The control tokens of one tokenizer, and what becomes of them where they are typed in text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, policy: Policy) -> None:
+        """Made once for many rows: it asks the tokenizer for all its tokens.
+
+        Raises UserError under `escape` where the tokenizer doesn't see the zero-width space.
+        """
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special = {token for token in special | set(tokenizer.all_special_tokens) if token}
+        longest_first = sorted(special, key=lambda token: (-len(token), token))
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) is found nowhere
+        self._policy = policy
+        if policy == "escape":
+            self._check_escape(tokenizer, longest_first)
+
+    def _check_escape(self, tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
+        ids = set(tokenizer.convert_tokens_to_ids(tokens))
+        for token in tokens:
+            escaped = _escape(token)
+            if not self._pattern.search(escaped) and ids.intersection(
+                tokenizer(escaped, add_special_tokens=False)["input_ids"]
+            ):
+                raise UserError(
+                    f"chat.control_tokens_in_text: escape: the tokenizer of {tokenizer.name_or_path} makes a control "
+                    f"token of {token} also with a zero-width space in it. Write `error`."
+                )
+
+    def clean(self, messages: list[Message]) -> list[Message]:
+        """The messages as the policy wants them; the same list where nothing is to be changed.
+
+        Every text but the role is looked at: contents, reasoning, the names and arguments of tool calls.
+        Raises RowFault for a control token under `error`, and under `escape` for one that can't be broken up.
+        """
+        if self._policy == "allow":
+            return messages
+        cleaned = messages
+        for number, message in enumerate(messages):
+            for key, value in message.items():
+                if key == "role" or (isinstance(value, str) and not self._pattern.search(value)):
+                    continue
+                new = self._clean(value, f"the {key} of message {number + 1} ({message['role']})")
+                if new != value:
+                    if cleaned is messages:
+                        cleaned = list(messages)
+                    cleaned[number] = {**cleaned[number], key: new}
+        return cleaned
+
+    def clean_tools(self, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        """The definitions of tools, likewise. Raises RowFault."""
+        return tools if tools is None or self._policy == "allow" else self._clean(tools, "the tools")
+
+    def clean_kwargs(self, kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The variables that a row sets for the template, likewise. Raises RowFault."""
+        return kwargs if kwargs is None or self._policy == "allow" else self._clean(kwargs, "chat_template_kwargs")
+
+    def _clean(self, value: Any, where: str) -> Any:
+        if isinstance(value, dict):
+            return {self._clean(key, where): self._clean(item, where) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._clean(item, where) for item in value]
+        found = self._pattern.search(value) if isinstance(value, str) else None
+        if found is None:
+            return value
+        if self._policy == "error":
+            raise RowFault(_FAULT, f"{found[0]} in {where}")
+        escaped = self._pattern.sub(lambda token: _escape(token[0]), value)
+        left = self._pattern.search(escaped)
+        if left is not None:
+            raise RowFault("control token in text that can't be broken up", f"{left[0]} in {where}")
+        return escaped
+
+
+def _escape(token: str) -> str:
+    return token[0] + ZERO_WIDTH_SPACE + token[1:]
+
+
+def clean(tokenizer: PreTrainedTokenizerBase, messages: list[Message], policy: Policy) -> list[Message]:
+    """`ControlTokens.clean` for one conversation. Raises RowFault and UserError."""
+    return ControlTokens(tokenizer, policy).clean(messages)

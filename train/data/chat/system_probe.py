@@ -1,0 +1,303 @@
+"""What a chat template does with system messages, found by rendering sentinels and never by reading the template."""
+
+import re
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from train.data.chat.rendering import reason
+from train.data.chat.template import template_name
+from train.errors import UserError
+
+Handling = Literal["turn", "merged", "ignored", "raises"]
+Middle = Literal["turn", "merged", "moved", "ignored", "raises"]
+Messages = list[dict[str, Any]]
+
+# Characters for private use at both ends: no template writes them, and no default begins or ends with them.
+SYSTEM, OTHER_SYSTEM, QUESTION, ANSWER, NEXT_QUESTION, NEXT_ANSWER = (
+    f"\ue000{word}\ue001" for word in ("system", "other", "question", "answer", "next question", "next answer")
+)
+EXCHANGES: Messages = [
+    {"role": "user", "content": QUESTION},
+    {"role": "assistant", "content": ANSWER},
+    {"role": "user", "content": NEXT_QUESTION},
+    {"role": "assistant", "content": NEXT_ANSWER},
+]
+"""Two questions and answers, without a system message."""
+
+_TURN_NAMES = ("the first question", "the first answer", "the second question", "the second answer")
+_DIGIT = re.compile(r"\d")
+_CONTROL = re.compile(r"<[|｜]?[^<>\s]+[|｜]?>|\[/?\w+\]")
+_ROLE_WORD = re.compile(r"\b(?:system|developer)\b", re.IGNORECASE)
+
+
+class Refused(Exception):  # noqa: N818 - a finding, not a fault
+    """The template raised; with its words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a template does with system messages.
+
+    `handling`: a system message at the start is a turn of its own, is merged into a user turn (`merged_into`: which
+    one of several), is ignored, or makes the template raise (`refusal`: its words).
+    `default`: text that the template puts in the place of a system message that isn't there.
+    `header`: text that it writes before the first user turn of every conversation, such as Llama 3.1's dates.
+    `dated`: the render depends on the day it is made.
+    `mid_conversation`: what becomes of a system message between two exchanges; moved: to the front.
+    `two_in_a_row`: both are kept, or one is lost. `empty`: an empty one renders as none does, or differs from that.
+    `contents_are_parts`: the template renders contents that are lists of parts and loses those that are text.
+    """
+
+    handling: Handling
+    refusal: str | None
+    merged_into: Literal["first", "last"] | None
+    default: str | None
+    header: str | None
+    dated: bool
+    mid_conversation: Middle
+    two_in_a_row: Literal["kept", "lost", "raises"]
+    empty: Literal["absent", "differs", "raises"]
+    contents_are_parts: bool
+
+    def describe(self) -> list[str]:
+        """What the template does without our help, as sentences, what matters most first."""
+        how = {
+            "turn": "writes a system message as a turn of its own",
+            "merged": f"writes a system message into the {self.merged_into} user turn",
+            "ignored": "IGNORES system messages: their text is not in the render",
+            "raises": f"refuses system messages: {self.refusal}",
+        }[self.handling]
+        sentences = [f"Without our help the template {how}."]
+        if self.default is not None:
+            sentences.append(f"To a conversation without one it would add its own: {self.default!r}.")
+        if self.contents_are_parts:
+            sentences.append("It renders contents that are lists of parts only, and loses contents that are text.")
+        return sentences
+
+    def describe_settled(self) -> list[str]:
+        """The same of a template that trains: where system messages stand in its rows."""
+        sentences = [
+            {
+                "turn": "A system message is a turn of its own.",
+                "merged": f"A system message goes into the {self.merged_into} user turn.",
+                "ignored": "A system message is LOST.",
+                "raises": "A conversation with a system message is refused.",
+            }[self.handling]
+        ]
+        if self.merged_into == "last":
+            sentences.append("So the earlier answers of a conversation are trained without it.")
+        if self.handling in ("turn", "merged"):
+            sentences.append(
+                {
+                    "turn": "One in the middle of a conversation is a turn there.",
+                    "merged": "One in the middle of a conversation goes into a user turn.",
+                    "moved": "One in the middle of a conversation is moved to the front.",
+                    "ignored": "One in the middle of a conversation is LOST.",
+                    "raises": "One in the middle of a conversation is refused.",
+                }[self.mid_conversation]
+            )
+            if self.two_in_a_row != "kept":
+                sentences.append(
+                    f"Of two in a row {'one is LOST' if self.two_in_a_row == 'lost' else 'none is taken'}."
+                )
+        return sentences
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """How a template writes a conversation without a system message.
+
+    `plain`: the whole render of `EXCHANGES`. `bos`: the BOS token that it begins with, or nothing. `head`: what else
+    stands before the first user turn. `opening`: what stands before a user's text, in the first turn as in later ones.
+    `in_parts`: the template wants contents as lists of parts.
+    """
+
+    plain: str
+    bos: str
+    head: str
+    opening: str
+    in_parts: bool
+
+
+def system(text: str = SYSTEM) -> Messages:
+    """A conversation of one system message."""
+    return [{"role": "system", "content": text}]
+
+
+def render_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    *,
+    template: str | None = None,
+    in_parts: bool = False,
+    tools: list[dict[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
+) -> str:
+    """The text of a conversation, under the tokenizer's template or another. Raises Refused."""
+    if in_parts:
+        messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    try:
+        texts, _ = render_jinja_template(
+            conversations=[messages],
+            tools=tools,
+            chat_template=tokenizer.chat_template if template is None else template,
+            add_generation_prompt=add_generation_prompt,
+            **tokenizer.special_tokens_map,
+        )
+    except Exception as fault:  # a template is a program: it can fail in any way
+        raise Refused(reason(fault)) from fault
+    return str(texts[0])
+
+
+def probe(tokenizer: PreTrainedTokenizerBase) -> Probe:
+    """What the tokenizer's template does with system messages.
+
+    Raises UserError where the template can't render two questions and answers without any.
+    """
+    turns = find_turns(tokenizer)
+
+    def attempt(messages: Messages) -> str | Refused:
+        try:
+            return render_text(tokenizer, messages, in_parts=turns.in_parts)
+        except Refused as refused:
+            return refused
+
+    text = attempt(system() + EXCHANGES)
+    pair = attempt(system() + system(OTHER_SYSTEM) + EXCHANGES)
+    empty = attempt(system("") + EXCHANGES)
+    handling, merged_into = _handling(text, turns)
+    kept = isinstance(text, str) and handling != "ignored"
+    default = _injected(turns.plain, str(text)) if kept else None
+    return Probe(
+        handling=handling,
+        refusal=str(text) if isinstance(text, Refused) else None,
+        merged_into=merged_into,
+        default=default,
+        header=_words(turns.head.replace(default, "", 1) if default else turns.head),
+        dated="strftime_now" in str(tokenizer.chat_template),
+        mid_conversation=_middle(attempt(EXCHANGES[:2] + system() + EXCHANGES[2:]), turns),
+        two_in_a_row=_pair(pair),
+        empty="raises"
+        if isinstance(empty, Refused)
+        else "absent"
+        if _unnumbered(empty) == _unnumbered(turns.plain)
+        else "differs",
+        contents_are_parts=turns.in_parts,
+    )
+
+
+def find_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
+    """How the tokenizer's template writes turns. Raises UserError where it loses one of a plain conversation."""
+    refusal: str | None = None
+    lost: list[str] = []
+    for in_parts in (False, True):
+        try:
+            plain = render_text(tokenizer, EXCHANGES, in_parts=in_parts)
+            after_answer = render_text(tokenizer, EXCHANGES[:2], in_parts=in_parts).rpartition(ANSWER)[2]
+        except Refused as refused:
+            refusal = refusal or str(refused)
+            continue
+        missing = [name for name, turn in zip(_TURN_NAMES, EXCHANGES, strict=True) if turn["content"] not in plain]
+        if not missing:
+            break
+        lost = lost or missing
+    else:
+        what, why = ("refuses", refusal) if refusal else ("loses messages of", f"{', '.join(lost)}: not as written")
+        raise UserError(
+            f"chat.template: {template_name(tokenizer)} {what} a conversation of two questions and answers ({why}). "
+            "Name another template."
+        )
+    before, _, rest = plain.partition(QUESTION)
+    between = rest.partition(ANSWER)[2].partition(NEXT_QUESTION)[0]
+    opening = between.removeprefix(after_answer)
+    bos = tokenizer.bos_token or ""
+    if not before.startswith(bos) or opening.startswith(bos):
+        bos = ""  # also where it begins every turn, as SmolLM2's does
+    before = before.removeprefix(bos)
+    shared = common_end(_unnumbered(before), _unnumbered(opening))
+    if not shared.strip() and opening.strip():  # a default stands in the first user turn, behind its opening
+        head = before[: max(0, _unnumbered(before).rfind(_unnumbered(opening)))]
+    else:
+        head = before[: len(before) - len(shared)]
+        opening = before[len(head) :]
+    return Turns(plain, bos, head, opening, in_parts)
+
+
+def common_end(one: str, other: str) -> str:
+    """The longest text that both end with."""
+    return one[len(one) - _same_start(one[::-1], other[::-1]) :]
+
+
+def _unnumbered(text: str) -> str:
+    """`text` with one digit for all: turns that are numbered, and clocks that go on, say the same twice."""
+    return _DIGIT.sub("0", text)
+
+
+def _same_start(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _handling(text: str | Refused, turns: Turns) -> tuple[Handling, Literal["first", "last"] | None]:
+    """What became of a system message before `EXCHANGES`."""
+    if isinstance(text, Refused):
+        return "raises", None
+    if SYSTEM not in text:
+        return "ignored", None
+    before, _, after = text.partition(SYSTEM)
+    if QUESTION in after and _opens_turn(after.partition(QUESTION)[0], turns):
+        return "turn", None
+    return "merged", "last" if QUESTION in before and ANSWER in before else "first"
+
+
+def _middle(text: str | Refused, turns: Turns) -> Middle:
+    """What became of a system message between the two of `EXCHANGES`."""
+    if isinstance(text, Refused):
+        return "raises"
+    if SYSTEM not in text:
+        return "ignored"
+    before, _, after = text.partition(SYSTEM)
+    if QUESTION not in before:
+        return "moved"
+    return "turn" if _opens_turn(after.partition(NEXT_QUESTION)[0], turns) else "merged"
+
+
+def _pair(text: str | Refused) -> Literal["kept", "lost", "raises"]:
+    """What became of two system messages at the start."""
+    if isinstance(text, Refused):
+        return "raises"
+    return "kept" if SYSTEM in text and OTHER_SYSTEM in text else "lost"
+
+
+def _opens_turn(gap: str, turns: Turns) -> bool:
+    """Whether a user turn begins in the text between a system message and a user's text."""
+    return _unnumbered(turns.opening).strip() in _unnumbered(gap)
+
+
+def _injected(plain: str, with_system: str) -> str | None:
+    """What stands in the place of the system message in the render without one.
+
+    That place lies between two messages, or before the first one: what the renders differ in elsewhere is no default.
+    """
+    before, _, after = with_system.partition(SYSTEM)
+    behind = next((end for end in (QUESTION, ANSWER, NEXT_QUESTION, NEXT_ANSWER) if end in after), None)
+    front = next((end for end in (NEXT_ANSWER, NEXT_QUESTION, ANSWER, QUESTION) if end in before), None)
+    gap = plain.partition(behind)[0] if behind else plain
+    gap = gap.rpartition(front)[2] if front else gap
+    given = before.rpartition(front)[2] if front else before
+    given += SYSTEM + (after.partition(behind)[0] if behind else after)
+    start = _same_start(_unnumbered(gap), _unnumbered(given))
+    end = len(gap) - len(common_end(_unnumbered(gap[start:]), _unnumbered(given[start:])))
+    return gap[start:end].strip() or None
+
+
+def _words(head: str) -> str | None:
+    """What `head` says beside control tokens and the name of the role."""
+    text = _CONTROL.sub("\n", head).strip()
+    if not re.search(r"\w", _ROLE_WORD.sub("", text)):
+        return None
+    return _ROLE_WORD.sub("", text, count=1).strip() if _ROLE_WORD.match(text) else text

@@ -1,0 +1,103 @@
+"""What became of rows that are not trained as they stand, and what else a person should know of the data, in words."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from train.data.prepare import Prepared, UnreadText
+from train.data.sources.source import BadRow
+from train.formatting import counted
+from train.recipe import DataSection
+
+_NAMES_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Rows that are not trained as they stand, for one reason, with the first three of them.
+
+    `outcome`: refused (the run won't start), skipped, dropped or truncated.
+    """
+
+    outcome: str
+    reason: str
+    rows: int
+    examples: list[BadRow]
+
+
+def outcomes(data: Prepared, section: DataSection) -> list[Outcome]:
+    """Every kind of row that is not trained as it stands, the most frequent first."""
+    bad = "refused" if section.on_bad_row == "error" else "skipped"
+    found = [Outcome(bad, kind, rows.count, rows.examples) for kind, rows in data.faults.items()]
+    for name, account in data.accounts.items():
+        for became, rows in account.overlong.items():
+            reason = f"{name}, over {section.max_length:,} tokens"
+            found.append(Outcome(became, reason, rows.count, rows.examples))
+    return sorted(found, key=lambda one: -one.rows)
+
+
+def describe_outcome(one: Outcome) -> str:
+    """How many rows are not trained as they stand, why, and where the first is."""
+    # "1 row refused by the template", not "1 row refused, refused by the template"
+    why = one.reason if one.reason.startswith(f"{one.outcome} ") else f"{one.outcome}, {one.reason}"
+    return f"{counted(one.rows, 'row')} {why}: first {one.examples[0]}"
+
+
+def describe_unread(unread: Sequence[UnreadText]) -> list[str]:
+    """A line for each source with columns or keys of messages that nothing reads: those that lose content first."""
+    lines = []
+    for key, found in groupby(unread, lambda one: one.key):
+        of_source = sorted(found, key=lambda one: (not one.losing or one.ignored, -one.rows, one.name))
+        shown = [_describe_unread(one) for one in of_source[:_NAMES_SHOWN]]
+        more = [f"and {len(of_source) - _NAMES_SHOWN:,} others"] if len(of_source) > _NAMES_SHOWN else []
+        lines.append(f"{key}: {', '.join([*shown, *more])}")
+    return lines
+
+
+def _describe_unread(one: UnreadText) -> str:
+    column, dot, key = one.name.rpartition(".")
+    name = one.name if key.strip() else f'{column}{dot}"{key}"'  # pandas' index has no name
+    if one.ignored:
+        return f"{name} (ignored, {counted(one.rows, 'row')})"
+    return f"{name} ({counted(one.rows, 'row')}" + (f", content in {one.losing:,})" if one.losing else ")")
+
+
+def warnings_of(data: Prepared) -> list[str]:
+    """What a person should know of the data, though nothing keeps it from being trained."""
+    found = [*data.absent]
+    if data.passed_over:
+        named = ", ".join(map(str, data.passed_over[:3])) + (", ..." if len(data.passed_over) > 3 else "")
+        found.append(
+            f"{counted(len(data.passed_over), 'file', 'was', 'were')} skipped: a name that begins with _ or has no "
+            f"known ending is not data: {named}"
+        )
+    if data.companions:
+        named = ", ".join(data.companions[:3]) + (", ..." if len(data.companions) > 3 else "")
+        found.append(
+            f"{counted(len(data.companions), 'file', 'is', 'are')} skipped, as what describes data holds no rows: "
+            f"{named}"
+        )
+    if data.escaped:
+        found.append(
+            f"{counted(data.escaped, 'row', 'has', 'have')} control tokens typed in the text, which a zero-width space "
+            "breaks up (chat.control_tokens_in_text: escape)"
+        )
+    for name, account in data.accounts.items():
+        if account.duplicates.example:
+            first, second = account.duplicates.example
+            found.append(
+                f"{counted(account.duplicates.rows, f'{name} row', 'duplicates', 'duplicate')} another word for word: "
+                f"{second} is the same as {first}"
+            )
+    whole, question = data.overlap.conversations, data.overlap.questions
+    if whole.example:
+        found.append(
+            f"{counted(whole.rows, 'validation row', 'is', 'are')} in training word for word, so the "
+            f"validation loss is too low: {whole.example[1]} is the same as {whole.example[0]}"
+        )
+    if question.example and question.rows > whole.rows:
+        found.append(
+            f"{counted(question.rows, 'validation row', 'begins', 'begin')} with a user message that is also in "
+            f"training: {question.example[1]} and {question.example[0]}"
+        )
+    return found

@@ -1,0 +1,123 @@
+"""Verdicts -> shares with intervals: of prompts and of constraints, by rule, and what the user turn adds.
+
+Constraints of one prompt are answered by one answer, so it is prompts that are independent (train/resampling.py says
+how intervals follow from that). The gap is over the same prompts: each prompt's difference is one number.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from train.evaluation.ifeval.checkers import Verdict
+from train.evaluation.ifeval.rows import Row
+from train.resampling import DIFFERENCE_OF_SHARES, SHARE, Bounds, Estimate, Method, estimates, why_no_interval
+
+MEASURES = {
+    "prompt_strict": "prompts whose constraints are all followed, strict",
+    "prompt_loose": "prompts whose constraints are all followed, loose",
+    "constraint_strict": "constraints followed, strict",
+    "constraint_loose": "constraints followed, loose",
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """Number that follow, out of `of`, with a 95 % interval over `prompts`; the rest as of an Estimate."""
+
+    value: float
+    low: float | None
+    high: float | None
+    of: int
+    prompts: int
+    interval: Method
+
+    @property
+    def missing(self) -> str:
+        """Return the reason for a missing interval, as `why_no_interval` gives it."""
+        return why_no_interval(self.interval, self.prompts)
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def shares(rows: Sequence[Row], verdicts: Sequence[Verdict], seed: int = 0) -> dict[str, Share]:
+    """The four measures."""
+    return {name: _share(values, groups, seed) for name, (values, groups) in _scores(rows, verdicts).items()}
+
+
+def shares_by_rule(rows: Sequence[Row], verdicts: Sequence[Verdict], seed: int = 0) -> dict[str, dict[str, Share]]:
+    """rule -> strict and loose share of its constraints."""
+    return {
+        rule: {
+            manner: _share(*_of_rule(rows, rule, lambda row: getattr(verdicts[row], manner)), seed)  # noqa: B023
+            for manner in ("strict", "loose")
+        }
+        for rule in rules_of(rows)
+    }
+
+
+def gaps(rows: Sequence[Row], system: Sequence[Verdict], user: Sequence[Verdict], seed: int = 0) -> dict[str, Estimate]:
+    """System turn less user turn in each measure, on the same prompts, with a 95 % interval and a sign-flip p."""
+    ours, theirs = _scores(rows, system), _scores(rows, user)
+    return {name: _difference(ours[name], theirs[name], seed) for name in MEASURES}
+
+
+def gaps_by_rule(
+    rows: Sequence[Row], system: Sequence[Verdict], user: Sequence[Verdict], seed: int = 0
+) -> dict[str, Estimate]:
+    """rule -> system turn less user turn in the strict share of its constraints."""
+    return {
+        rule: _difference(
+            _of_rule(rows, rule, lambda row: system[row].strict),
+            _of_rule(rows, rule, lambda row: user[row].strict),
+            seed,
+        )
+        for rule in rules_of(rows)
+    }
+
+
+def rules_of(rows: Sequence[Row]) -> list[str]:
+    """The rules that occur, by name."""
+    return sorted({rule for row in rows for rule in row.instructions})
+
+
+_Scores = tuple[list[float], list[int]]
+"""A number for each thing that is counted, and the number of its prompt."""
+
+
+def _scores(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> dict[str, _Scores]:
+    prompts = list(range(len(rows)))
+    constraints = [prompt for prompt in prompts for _ in rows[prompt].instructions]
+    return {
+        "prompt_strict": ([float(all(verdict.strict)) for verdict in verdicts], prompts),
+        "prompt_loose": ([float(all(verdict.loose)) for verdict in verdicts], prompts),
+        "constraint_strict": ([float(one) for verdict in verdicts for one in verdict.strict], constraints),
+        "constraint_loose": ([float(one) for verdict in verdicts for one in verdict.loose], constraints),
+    }
+
+
+def _of_rule(rows: Sequence[Row], rule: str, follows: Callable[[int], Sequence[bool]]) -> _Scores:
+    found = [
+        (float(followed), number)
+        for number, row in enumerate(rows)
+        for name, followed in zip(row.instructions, follows(number), strict=True)
+        if name == rule
+    ]
+    return [value for value, _ in found], [number for _, number in found]
+
+
+def _share(values: list[float], prompts: list[int], seed: int) -> Share:
+    found = _estimate(values, prompts, SHARE, seed, permutations=1)  # whether a share is zero is no question to test
+    return Share(found.mean, found.low, found.high, len(values), found.groups, found.interval)
+
+
+def _difference(one: _Scores, other: _Scores, seed: int) -> Estimate:
+    return _estimate([a - b for a, b in zip(one[0], other[0], strict=True)], one[1], DIFFERENCE_OF_SHARES, seed)
+
+
+def _estimate(values: list[float], prompts: list[int], bounds: Bounds, seed: int, **options: int) -> Estimate:
+    column = np.array(values, np.float64)[:, None]
+    return estimates(column, np.array(prompts, np.int64), np.zeros(1), [bounds], seed=seed, **options)[0]

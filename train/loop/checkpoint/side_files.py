@@ -1,0 +1,234 @@
+"""Files beside the weights of a saved model: configuration, generation settings, tokenizer, model card.
+
+They are tried before training, by writing them into a temporary folder, and written after the weights: one that fails
+then is a warning. Once that is mended,
+
+    python -m train.loop.checkpoint.side_files OUTPUT_DIR
+
+writes them again, from the recipe in that folder, beside the weights of a finished model.
+"""
+
+import copy
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+)
+
+from train.cli import CommandLine, ending
+from train.errors import USER_FIXABLE_ERRNOS, UserError
+from train.loop.checkpoint.writer import ASIDE
+from train.loop.guards.anomalies import SUSPECTS
+from train.loop.output_dir import LOCK
+from train.loop.report import is_card_of_others, write_model_card
+from train.loop.run_outcome import ATTEMPTS, OUTCOME
+from train.model.adapters import lora_config
+from train.model.load import copy_processor, load_config
+from train.model.text_part import bare_model, idle_parameters
+from train.recipe import Recipe
+from train.system_gain.evaluator import FILE as GAIN_FILE
+
+if TYPE_CHECKING:  # importing it takes a second
+    from peft import PeftModel
+
+CARD = "README.md"
+_OF_THE_RUN = (
+    *(LOCK, ATTEMPTS, OUTCOME, SUSPECTS, GAIN_FILE),
+    *("metrics.jsonl", "report.md", "loss.png", "system_gain.png"),
+)
+"""Files that a run writes into output_dir beside the model; recipe.yaml, the first, is tried by others."""
+Writers = dict[str, Callable[[Path], object]]
+"""For each file, or group of files, how it is written into a folder."""
+
+
+def side_files(model: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokenizerBase) -> Writers:
+    """Return the writers of what transformers needs beside the weights of `model`, or peft beside its adapter."""
+    writers: Writers = {}
+    if getattr(model, "peft_config", None):
+        writers[ADAPTER_CONFIG_NAME] = lambda folder: _save_adapter_config(model, folder)
+    else:
+        writers[CONFIG_NAME] = lambda folder: _save_config(model, folder)
+    if model.can_generate():
+        # Not save_pretrained: it refuses published settings (a temperature without do_sample) where one of them, such
+        # as the stop tokens, was changed, and takes them as they are where none was (transformers#29988). They are
+        # kept, as vLLM reads the temperature and transformers do_sample.
+        settings = model.generation_config
+        writers[GENERATION_CONFIG_NAME] = lambda folder: settings.to_json_file(
+            folder / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"]
+        )
+    writers["tokenizer"] = tokenizer.save_pretrained
+    return writers
+
+
+def finished_files(recipe: Recipe) -> Writers:
+    """Return the writers of what stands beside a finished model alone: its card, and the processor of a whole model."""
+    writers: Writers = {CARD: lambda folder: write_model_card(recipe, folder / CARD)}
+    if recipe.adapter is None:
+        writers["processor"] = lambda folder: copy_processor(recipe.model, folder)
+    return writers
+
+
+def write_side_files(writers: Writers, folder: Path) -> dict[str, Exception]:
+    """Write each file into `folder`, whatever becomes of the others; the errors of those that failed."""
+    errors = {}
+    for name, write in writers.items():
+        try:
+            write(folder)
+        except Exception as error:  # tokenizers raises nothing better
+            errors[name] = error
+    return errors
+
+
+def is_disk_error(error: Exception) -> bool:
+    """Return whether the disk is full, read-only or gone; tokenizers says so in the text of a bare Exception."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return (int(number[1]) if number else getattr(error, "errno", None)) in USER_FIXABLE_ERRNOS
+
+
+def reason_of(error: Exception) -> str:
+    """Return the text of an error in one line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())[:500].rstrip(".")
+
+
+def side_file_faults(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Yield what would keep a finished model of this recipe from being saved whole, as errors for the user.
+
+    The files are written into a temporary folder, those of the model without its weights. Nothing stays there.
+    """
+    try:
+        model = _without_weights(recipe)
+    except Exception:  # loading the weights says what is wrong with the model, or with its adapter
+        return
+    generation = _generation_config(recipe)
+    if isinstance(generation, str):
+        yield generation
+    elif generation is not None:
+        model.generation_config = generation
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name, error in write_side_files(side_files(model, tokenizer) | finished_files(recipe), folder).items():
+            if not is_disk_error(error):  # of the temporary folder's disk
+                yield (
+                    f"model.name_or_path: {recipe.model.name_or_path}: its {name} can be read but not written again, "
+                    f"so the trained model would lack it: {reason_of(error)}. Mend it until transformers' own "
+                    "save_pretrained writes it."
+                )
+        names = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    weights = [ADAPTER_SAFE_WEIGHTS_NAME] if recipe.adapter else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
+    for name in sorted({*map(str, names), *weights, *_OF_THE_RUN}):
+        path = Path(recipe.output_dir, name)
+        if path.is_dir():
+            yield f"output_dir: {path} is a folder, and the run writes a file there. Move it, or name another folder."
+        elif name == CARD and os.access(path, os.R_OK) and is_card_of_others(path):
+            continue  # it stays
+        elif path.exists() and not os.access(path, os.W_OK):
+            yield f"output_dir: {path} can't be written. Change its permissions, or name another folder."
+    aside = Path(recipe.output_dir, ASIDE)
+    if aside.exists() and not aside.is_dir():
+        yield f"output_dir: {aside} is a file, and the run makes a folder there. Move it, or name another folder."
+
+
+def _save_config(model: PreTrainedModel, folder: Path) -> None:
+    """As PreTrainedModel.save_pretrained does it, with code of the model's own."""
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    if model.is_remote_code():
+        custom_object_save(model, folder, config=model.config)
+    model.config.save_pretrained(folder)
+
+
+def _save_adapter_config(model: "PeftModel", folder: Path) -> None:
+    """As PeftModel.save_pretrained does it."""
+    settings = copy.copy(model.peft_config[model.active_adapter])
+    settings.inference_mode = True
+    settings.base_model_name_or_path = settings.base_model_name_or_path or model.get_base_model().name_or_path
+    settings.save_pretrained(str(folder))
+
+
+def _without_weights(recipe: Recipe) -> "PreTrainedModel | PeftModel":
+    """The model of a recipe, with its adapter, on PyTorch's meta device."""
+    model = bare_model(load_config(recipe.model), recipe.model)
+    model.name_or_path = recipe.model.name_or_path
+    if recipe.adapter is None:
+        return model
+    from peft import get_peft_model
+
+    with torch.device("meta"):
+        return get_peft_model(model, lora_config(recipe.adapter, model, idle_parameters(model)))
+
+
+def _generation_config(recipe: Recipe) -> GenerationConfig | str | None:
+    """The model's published generation settings; None where it has none; an error for the user."""
+    name = recipe.model.name_or_path
+    path = Path(name, GENERATION_CONFIG_NAME)
+    try:
+        return GenerationConfig.from_pretrained(name, revision=recipe.model.revision or "main")
+    except OSError as error:
+        if not path.exists():
+            return None
+        # transformers takes its defaults in place of a file that it can't read, and says nothing
+        return f"model.name_or_path: {path} can't be read: {reason_of(error)}. Mend it, or take it away."
+    except (ValueError, TypeError, AttributeError) as error:
+        return f"model.name_or_path: {path}: {reason_of(error)}. Correct that value, or take the file away."
+
+
+def write_again(folder: Path) -> None:
+    """Write the files beside the weights of the finished model in `folder`. Raises UserError where one fails."""
+    from transformers.trainer_utils import align_special_tokens
+
+    from train.data.chat.assistant_spans import Spans
+    from train.data.chat.system_role import settle
+    from train.data.chat.template import use_template, without_generation_marks
+    from train.model.inference import stop_at
+    from train.model.tokenizer import load_tokenizer
+    from train.recipe import load_recipe
+
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder}: holds no weights. Name the output_dir of a run that saved its model.")
+    recipe = load_recipe(folder / "recipe.yaml")
+    tokenizer = load_tokenizer(recipe.model)
+    use_template(tokenizer, recipe.chat.template)
+    settle(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
+    stop_tokens = Spans(tokenizer).stop_tokens
+    tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
+    model = _without_weights(recipe)
+    generation = _generation_config(recipe)
+    if isinstance(generation, str):
+        raise UserError(generation)
+    model.generation_config = generation or model.generation_config
+    stop_at(model, tokenizer, stop_tokens)
+    tokenizer.eos_token = stop_tokens[0]
+    tokenizer.pad_token = recipe.training.get("pad_token") or tokenizer.pad_token or tokenizer.eos_token
+    align_special_tokens(model, tokenizer)
+    writers = side_files(model, tokenizer) | finished_files(recipe)
+    errors = write_side_files(writers, folder)
+    if errors:
+        raise UserError("; ".join(f"{folder}: {name}: {reason_of(error)}" for name, error in errors.items()) + ".")
+    print(f"{', '.join(writers)} written to {folder}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; the exit code."""
+    parser = CommandLine(description=__doc__)
+    parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="where train/sft.py saved the model")
+    options = parser.parse_args(arguments)
+    return ending(lambda: write_again(options.output_dir), "stopped; start the same command again")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Weights of a model, written as transformers and peft write them, and nothing else.
+
+Their own `save_pretrained` writes configuration, generation settings and a model card first, so that one of these which
+can't be written costs the weights.
+"""
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from train.errors import UserError
+from train.loop.checkpoint.verification import expected_weights, whole_state
+from train.storage.atomic_write import sync
+
+_NAME = SAFE_WEIGHTS_NAME.replace(".", "{suffix}.")
+_SHARD = "50GB"
+"""Largest file, as transformers has it."""
+
+
+def save_weights(model: PreTrainedModel | PeftModel, folder: Path, state: Mapping[str, torch.Tensor] | None) -> None:
+    """Write the weights of `model` to `folder`, of a PeftModel those of its adapter, and bring them onto the disk.
+
+    `state`: its state dict where that had to be gathered; None = take it from the model. Files of an earlier save with
+    other shards go. Raises OSError, or what safetensors and PyTorch raise on a full disk.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt"}
+    if isinstance(model, PeftModel):
+        weights = get_peft_model_state_dict(model, state_dict=state)
+        _write(_apart(weights), folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata)
+        return
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        state, more = quantizer.get_state_dict_and_metadata(model)
+        metadata |= more
+    weights = _apart(_converted(model, model.state_dict() if state is None else state))
+    shards = split_torch_state_dict_into_shards(weights, filename_pattern=_NAME, max_shard_size=_SHARD)
+    for pattern in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, _NAME.format(suffix="-?????-of-?????")):
+        for path in folder.glob(pattern):  # loaders take the wrong one where both forms are there
+            path.unlink()
+    for name, tensors in shards.filename_to_tensors.items():
+        _write({tensor: weights[tensor] for tensor in tensors}, folder / name, metadata)
+    if shards.is_sharded:
+        index = folder / SAFE_WEIGHTS_INDEX_NAME
+        content = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        sync(index)
+
+
+def _write(weights: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a file that is whole and on the disk, or none."""
+    try:
+        save_file(weights, path, metadata=metadata)
+        sync(path)
+    except BaseException:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise
+
+
+def check_savable(model: PreTrainedModel | PeftModel) -> None:
+    """Raise UserError, before training, for a model whose weights couldn't be written: names and ties, no data."""
+    try:
+        if not isinstance(model, PeftModel):
+            _converted(model, whole_state(model))
+        expected_weights(model)
+    except (RuntimeError, ValueError, KeyError) as fault:
+        reason = " ".join(str(fault).split())[:500]
+        raise UserError(
+            f"model.name_or_path: the weights of {model.name_or_path} can be loaded but not saved, so nothing would be "
+            f"left of a training run: {reason}. Use another version of the model or of transformers."
+        ) from fault
+
+
+def _converted(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict under the names that files have, without those that are left out or tied to others."""
+    ignored = set(model._keys_to_ignore_on_save or ())
+    kept = {name: value for name, value in state.items() if name not in ignored}
+    return dict(revert_weight_conversion(model, remove_tied_weights_from_state_dict(kept, model)))
+
+
+def _apart(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors of which no two are the same memory: safetensors refuses these, or would drop a name."""
+    seen: set[tuple[torch.device, int, int]] = set()
+    apart = {}
+    for name, value in weights.items():
+        memory = value.device, value.data_ptr(), value.numel()
+        apart[name] = value.clone(memory_format=torch.contiguous_format) if memory in seen else value.contiguous()
+        seen.add(memory)
+    return apart

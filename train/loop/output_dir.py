@@ -1,0 +1,73 @@
+"""TODO: train.loop.output_dir."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from train.errors import UserError
+from train.ranks import is_first_rank
+from train.recipe import Recipe
+from train.storage.file_lock import HeldError, hold
+
+_MODELS = ("model.safetensors", "pytorch_model.bin")
+
+
+def output_dir_conflicts(recipe: Recipe) -> Iterator[str]:
+    """What stands in the folder of the run and forbids it, in words; nothing is written."""
+    folder = Path(recipe.output_dir)
+    if folder.is_dir() and Path(recipe.model.name_or_path).resolve() == folder.resolve():
+        yield "output_dir: that is the folder of model.name_or_path: it would be overwritten. Name another."
+    if recipe.adapter is None and (folder / "adapter_config.json").is_file():
+        yield (
+            f"output_dir: {folder} holds an adapter, which would be applied to the model that this run saves beside it."
+            " Name another folder, or take the adapter away."
+        )
+    models = [folder / f"{name}{index}" for name in _MODELS for index in ("", ".index.json")]
+    if recipe.adapter is not None and any(path.is_file() for path in models):
+        yield (
+            f"output_dir: {folder} holds a model, to which the adapter that this run saves beside it would be applied. "
+            "Name another folder, or take the model away."
+        )
+    mirror = recipe.save.mirror_dir
+    if mirror is not None and Path(mirror).resolve() == folder.resolve():
+        yield "save.mirror_dir: that is output_dir: copies go to a second disk. Name another folder, or null."
+
+
+def claim_output_dir(recipe: Recipe) -> Path:
+    """The folder of the run, made if need be, with the resolved recipe in it.
+
+    Raises UserError where it can't be written: known before hours of work, not after them.
+    """
+    folder = Path(recipe.output_dir)
+    for conflict in output_dir_conflicts(recipe):
+        raise UserError(conflict)
+    try:
+        if is_first_rank():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    except OSError as fault:
+        raise UserError(f"output_dir: {folder} can't be written: {fault.strerror}. Name another folder.") from fault
+    return folder
+
+
+LOCK = ".lock"
+
+
+def keep_others_out(output_dir: str) -> TextIO | None:
+    """Lock the folder of a run, which is made if need be, for as long as what this returns stays open.
+
+    Raises UserError where another run is in it, or where it can't be written.
+    """
+    if not is_first_rank():
+        return None
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        return hold(Path(output_dir, LOCK))
+    except HeldError as holder:
+        raise UserError(
+            f"output_dir: another run is writing to {output_dir} ({holder}). Wait for its end, stop it, or name "
+            "another folder."
+        ) from holder
+    except OSError as fault:
+        path = Path(output_dir, LOCK) if isinstance(fault, IsADirectoryError) else output_dir
+        raise UserError(f"output_dir: {path} can't be written: {fault.strerror}. Name another folder.") from fault

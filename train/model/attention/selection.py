@@ -1,0 +1,246 @@
+"""Which attention kernel a run uses, and why not another."""
+
+import importlib.metadata
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+
+from train.errors import UserError
+from train.model.attention import torch_varlen as varlen
+from train.model.attention.kernel_test import trial
+from train.recipe import Recipe
+
+_DISTRIBUTIONS = {  # by these names transformers tells them apart
+    "flash_attention_4": "flash-attn-4",
+    "flash_attention_3": "flash-attn-3",
+    "flash_attention_2": "flash-attn",
+}
+_INSTALL = {  # FlashAttention, the newest first: it skips what other kernels compute and mask away
+    "flash_attention_4": "Install it with `pip install --pre flash-attn-4`",
+    "flash_attention_3": "Build it from the folder hopper of https://github.com/Dao-AILab/flash-attention",
+    "flash_attention_2": "Install it with `pip install flash-attn --no-build-isolation`",
+    varlen.NAME: "Install it with `pip install 'torch>=2.10'`",
+}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a model and its recipe ask of an attention kernel."""
+
+    head_size: int
+    dtype: str
+    """Of queries, keys and values as attention sees them: under autocast, not of the weights."""
+    groups: int = 1
+    """Query heads that share one head of keys and values."""
+    sliding_window: int | None = None
+    softcap: float | None = None
+    dropout: float = 0.0
+    flash: bool = True
+    """Whether the architecture's code in transformers takes FlashAttention; so for the three below."""
+    registered: bool = True
+    """Whether it asks transformers' AttentionInterface, where torch_varlen is; other code would pass it over."""
+    flex: bool = True
+    sdpa: bool = True
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this process can run."""
+
+    capability: tuple[int, int] | None
+    """CUDA's compute capability, (9, 0) for an H100; None without a CUDA device."""
+    installed: frozenset[str]
+    """Kernels whose package is there."""
+    varlen_takes: frozenset[str] = frozenset({"scale", "window_size"})
+    """Parameters of torch's own kernel for variable lengths; empty = this torch has none."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel, by the name that transformers knows, and why not each of the faster ones."""
+
+    kernel: str
+    reasons: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """As the start screen shows it."""
+        return ": ".join(filter(None, (self.kernel, "; ".join(self.reasons))))
+
+
+def attention_for(recipe: Recipe, config: PretrainedConfig) -> Choice:
+    """The kernel for a recipe and a model's `config`, tried where there is a CUDA device. Raises UserError."""
+    return choose_attention(recipe.model.attention, needs_of(recipe, config), machine(), trial=_tried)
+
+
+def needs_of(recipe: Recipe, config: PretrainedConfig) -> Needs:
+    """What `recipe` and the model's `config` ask of attention."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None) or 1  # some models have no attention at all
+    heads = max(heads) if isinstance(heads, list) else heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    if getattr(text, "qk_nope_head_dim", None):  # multi-head latent attention (DeepSeek-V2, arXiv:2405.04434)
+        size = text.qk_nope_head_dim + text.qk_rope_head_dim
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    architecture = architecture[0] if isinstance(architecture, tuple) else architecture
+    trusted = (
+        architecture is None and recipe.model.attention != "auto"
+    )  # code that comes with a model: the user knows it
+    shared_heads = getattr(text, "num_key_value_heads", None)
+    only_flash = getattr(architecture, "_compatible_flash_implementations", None)
+    return Needs(
+        head_size=size,
+        dtype=_dtype(recipe, config),
+        groups=heads // shared_heads if isinstance(shared_heads, int) and shared_heads else 1,
+        sliding_window=getattr(text, "sliding_window", None),
+        softcap=getattr(text, "attn_logit_softcapping", None),
+        dropout=getattr(text, "attention_dropout", 0.0) or 0.0,
+        flash=bool(getattr(architecture, "_supports_flash_attn", trusted)) and only_flash is None,
+        registered=bool(getattr(architecture, "_supports_attention_backend", trusted)),
+        flex=bool(getattr(architecture, "_supports_flex_attn", trusted)),
+        sdpa=bool(getattr(architecture, "_supports_sdpa", True)),
+    )
+
+
+def _dtype(recipe: Recipe, config: PretrainedConfig) -> str:
+    training = recipe.training
+    if training.get("fp16"):
+        return "float16"
+    if training.get("bf16", True):  # TRL's own default
+        return "bfloat16"
+    saved = str(config.dtype or "float32").removeprefix("torch.")
+    return saved if recipe.model.dtype == "auto" else recipe.model.dtype
+
+
+@cache
+def machine() -> Machine:
+    """This machine, as this process sees it."""
+    capability = None
+    if torch.cuda.is_available():
+        device = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        capability = torch.cuda.get_device_capability(device)
+    installed = {kernel for kernel, distribution in _DISTRIBUTIONS.items() if _is_installed(distribution)}
+    return Machine(capability, frozenset(installed), varlen.kernel_parameters())
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@cache
+def _tried(kernel: str, needs: Needs) -> str | None:
+    return trial(
+        kernel,
+        head_size=needs.head_size,
+        groups=needs.groups,
+        dtype=getattr(torch, needs.dtype),
+        window=needs.sliding_window,
+        softcap=needs.softcap,
+        device=torch.device("cuda", torch.cuda.current_device()),
+    )
+
+
+def choose_attention(
+    wanted: str, needs: Needs, here: Machine, *, trial: Callable[[str, Needs], str | None] | None = None
+) -> Choice:
+    """The kernel for `model.attention: wanted`, registered with transformers.
+
+    `auto` takes the first of these that can do what the model needs on this machine, all of which keep packed documents
+    apart: FlashAttention 3 on Hopper, for which it was written (arXiv:2407.08608), 4, 3, 2, torch's own kernels for
+    variable lengths; then PyTorch's scaled-dot-product attention, and for scores that it can't make (soft-capped ones,
+    attention sinks) flex_attention, which has to be compiled, or without a CUDA device eager attention.
+    `trial` says what is wrong with a kernel when it runs, or None; without it, and without a CUDA device, none runs.
+    Raises UserError for a kernel by name that can't be used, with what to install or to write instead.
+    """
+    varlen.register()
+
+    def try_out(kernel: str, needs: Needs) -> str | None:
+        if trial is None or here.capability is None or kernel not in _INSTALL:
+            return None
+        failure = trial(kernel, needs)
+        return f"fails here: {failure}" if failure else None
+
+    if wanted != "auto":
+        if fault := _fault(wanted, needs, here) or try_out(wanted, needs):
+            is_missing = wanted in _INSTALL and _missing(wanted, here)
+            remedy = f"{_INSTALL[wanted]}, or write" if is_missing else "Write"
+            raise UserError(f"model.attention: {wanted} {fault}. {remedy} `auto`.")
+        return Choice(wanted)
+    first = ["flash_attention_3"] if here.capability and here.capability[0] == 9 else []
+    order, reasons = [*dict.fromkeys([*first, *_INSTALL]), "sdpa", "flex_attention"], []
+    if here.capability is None:
+        order, reasons = ["sdpa"], ["FlashAttention needs a CUDA device"]
+    for kernel in order:
+        fault = _fault(kernel, needs, here) or try_out(kernel, needs)
+        if fault is None:
+            return Choice(kernel, tuple(reasons))
+        reasons.append(f"{kernel} {fault}")
+    return Choice("eager", tuple(reasons))
+
+
+def _fault(kernel: str, needs: Needs, here: Machine) -> str | None:
+    """Why `kernel` can't serve, in words that follow its name; None if nothing is known against it."""
+    if kernel == "eager":
+        return None
+    if kernel == "sdpa":
+        if needs.softcap:
+            return "does no soft-capping of scores, which this model has"
+        return None if needs.sdpa else "is not supported by this model's code"
+    if kernel == "flex_attention":
+        if not needs.flex:
+            return "is not supported by this model's code"
+        if needs.dropout:
+            return f"does no dropout, and this model's attention_dropout is {needs.dropout}"
+        return None if here.capability else "needs a CUDA device, and there is none"  # no backward on a CPU
+    if missing := _missing(kernel, here):
+        return missing
+    if here.capability is None:
+        return "needs a CUDA device, and there is none"
+    return _flash_fault(kernel, needs, here.capability, here)
+
+
+def _missing(kernel: str, here: Machine) -> str | None:
+    if kernel == varlen.NAME:
+        return None if here.varlen_takes else "needs a newer torch, which is not installed"
+    return None if kernel in here.installed else f"needs the package {_DISTRIBUTIONS[kernel]}, which is not installed"
+
+
+def _flash_fault(kernel: str, needs: Needs, capability: tuple[int, int], here: Machine) -> str | None:
+    """What FlashAttention of this kind can't do; sources: transformers' gates, flash-attention's README, torch's."""
+    major = capability[0]
+    generation = f"compute capability {capability[0]}.{capability[1]}"
+    if not needs.flash or (kernel == varlen.NAME and not needs.registered):
+        return "is not supported by this model's code"
+    if needs.dtype not in ("bfloat16", "float16"):
+        return f"computes in 16 bits, not in {needs.dtype}"
+    if needs.head_size > 256:
+        return f"does head sizes up to 256, not {needs.head_size}"
+    if major < (9 if kernel == "flash_attention_4" else 8):
+        return f"does not run on {generation}"
+    if kernel == "flash_attention_3" and major != 9:
+        return f"is for Hopper, not for {generation}"
+    if needs.dropout and kernel != "flash_attention_2":
+        return f"does no dropout, and this model's attention_dropout is {needs.dropout}"
+    if kernel == varlen.NAME:
+        return _varlen_fault(needs, capability, here)
+    return None
+
+
+def _varlen_fault(needs: Needs, capability: tuple[int, int], here: Machine) -> str | None:
+    if needs.head_size % 8:
+        return f"does head sizes that are multiples of 8, not {needs.head_size}"
+    if needs.softcap:
+        return "does no soft-capping of scores, which this model has"
+    if needs.sliding_window and "window_size" not in here.varlen_takes:
+        return f"does no sliding window with torch {torch.__version__}, and this model's is {needs.sliding_window}"
+    # torch's sdp_utils.cpp: no backward for these sizes where shared memory is small
+    if 192 < needs.head_size <= 224 and capability in ((8, 6), (8, 9), (12, 0), (12, 1)):
+        return f"has no backward for head size {needs.head_size} on compute capability {capability[0]}.{capability[1]}"
+    return None

@@ -1,0 +1,249 @@
+"""What a run is about to do: on one screen before its first step, and on the long page of --check.
+
+    accelerate launch train/sft.py --recipe FILE --check [--json FILE]
+
+reads, encodes and packs the rows as training would, loads no weights and starts no process group.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import chain, count
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from train.data.diagnostics import describe_outcome, describe_unread
+from train.data.stats import Bin
+from train.errors import UserError
+from train.formatting import counted, shorten, visible, wrap
+from train.preflight.plan.plan import describe
+from train.preflight.report import Example, PartReport, Piece, Report
+from train.recipe.schedule import Rhythm
+
+if TYPE_CHECKING:  # --check does without both, and importing them takes seconds
+    pass
+
+_NAME = 12
+_BAR = 40
+_MARKS = (("⟦", "⟧"), ("⟪", "⟫"), ("⦅", "⦆"))
+_TRAINED, _CONTROL, _ASIDE = "bold green", "magenta", "dim"
+_SYSTEM_WHOLE, _HEAD, _TAIL = 3_500, 3_800, 400
+"""Characters of a system message that are shown in any case. It is a turn, or begins one after a role's name or a date:
+of a long turn in a row with a system message so many characters are shown at its start and at its end."""
+_ROOM, _LEAST_ROOM = 1_200, 80
+"""Characters of all other turns of a row together, and those of one at least."""
+_POLICIES = {
+    "assistant": "every answer is trained, with its end token",
+    "last": "the last answer of each conversation is trained, with its end token",
+    "error": "rows with a control token typed in their text are refused",
+    "escape": "control tokens typed in a text are broken up by an invisible character (U+200B)",
+    "allow": "control tokens typed in a text act as control tokens",
+}
+
+
+def show(report: Report, control_tokens: Sequence[str], console: Console) -> None:
+    """Print the page: what is trained is coloured where `console` can, or else stands between marks.
+
+    Raises UserError where it can't be printed, BrokenPipeError where nobody reads on.
+    """
+    if sys.stdout is None:
+        raise UserError("standard output is closed, so the report can't be shown. Leave it open.")
+    coloured = console.color_system is not None and not console.no_color
+    shown = page(report, control_tokens, coloured=coloured, width=console.width)
+    text = f"{shown.plain}\n"
+    if coloured:
+        with console.capture() as captured:
+            console.print(shown, soft_wrap=True)
+        text = captured.get()
+    encoding = console.encoding
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), end="", file=console.file, flush=True)
+    except OSError as fault:
+        # Python flushes once more as it ends, and would print a traceback for it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), console.file.fileno())
+        if isinstance(fault, BrokenPipeError):
+            raise
+        raise UserError(f"standard output can't be written: {fault.strerror}.") from fault
+
+
+def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width: int) -> Text:
+    """Return the whole report in lines of `width` columns; the text of example rows keeps its own lines.
+
+    Without colours the trained text stands between marks that no row shown holds.
+    """
+    text = Text()
+
+    def line(name: str, value: str, style: str = "") -> None:
+        indented = value.startswith("  ")  # a command, in lines of its own
+        value = visible(value) if indented else wrap(visible(value), width, _NAME)
+        text.append(f"{name:<{_NAME}}", "bold").append(f"{value}\n", style)
+
+    line("model", f"{report.model}, {report.dtype}" + (f", float8 {report.float8}" if report.float8 else ""))
+    line("template", report.template)
+    for sentence in report.probe:
+        line("", sentence)
+    line("system", f"chat.system_role: {report.chat['system_role']}")
+    for sentence in report.system_messages:
+        line("", sentence)
+    for name, key in (("trained", "train_on"), ("control", "control_tokens_in_text")):
+        line(name, f"chat.{key}: {report.chat[key]}, {_POLICIES[report.chat[key]]}")
+    for number, cache in enumerate(report.caches):
+        found = "found" if cache.hit else "made now"
+        line("" if number else "cache", f"{cache.source}: {cache.key[:8]}..., {found}; tokens by {cache.how}")
+    text.append("\n")
+    _show_examples(text, report.examples, control_tokens, coloured=coloured, width=width)
+    for name, part in (("training", report.training), ("validation", report.validation)):
+        if part:
+            bars = _bars(part.histogram, width - _NAME) if name == "training" else []
+            shown = [*_describe_part(part), *bars]
+            for number, value in enumerate(shown):
+                line("" if number else name, value)
+    for number, one in enumerate(report.outcomes):
+        line("" if number else "dropped", describe_outcome(one), "yellow")
+    if not report.outcomes:
+        line("dropped", "no row was refused, skipped, dropped or truncated")
+    for number, value in enumerate(describe_unread(report.unread) or ["nothing: every column and key is read"]):
+        line("" if number else "not read", value)
+    for warning in report.warnings:
+        line("warning", warning, "yellow")
+    if not any(part and part.duplicates.rows for part in (report.training, report.validation)):
+        line("duplicates", "none")
+    if report.validation and not report.overlap.questions.rows:
+        line("overlap", "no validation row begins with a user message that is also in training")
+    if report.system_gain:
+        line("system gain", report.system_gain)
+    for number, value in enumerate(_describe_schedule(report)):
+        line("" if number else "steps", value)
+    for number, value in enumerate(describe(report.plan) if report.plan else ()):
+        line("" if number else "plan", value)
+    if report.finished:
+        line("output", f"{report.output_dir}, {report.finished}: the same command trains nothing")
+    else:
+        line("output", report.output_dir + (f", resumes from {report.resumes_from}" if report.resumes_from else ""))
+    text.append("\nready" if report.ready else "\nnot ready", "bold green" if report.ready else "bold red")
+    return text
+
+
+def _show_examples(
+    text: Text, examples: list[Example], control_tokens: Sequence[str], *, coloured: bool, width: int
+) -> None:
+    longest_first = sorted({token for token in control_tokens if token}, key=len, reverse=True)
+    control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    marks = None if coloured else marks_for(piece for example in examples for piece in example.pieces)
+    if examples:
+        how = "is green" if marks is None else f"stands between {marks[0]} and {marks[1]}"
+        about = f"{counted(len(examples), 'example row')}; what is trained {how}"
+        if any(fit(piece, example, control) != piece.text for example in examples for piece in example.pieces):
+            about += f". Long turns are shortened; a system message is shown whole up to {_SYSTEM_WHOLE:,} characters"
+        text.append(f"{wrap(about, width)}\n", "bold")
+    for example in examples:
+        about = f"{example.tokens:,} tokens, {example.trained_tokens:,} trained"
+        system = f"{'with' if example.system_message else 'without'} a system message"
+        system += " of its own, with the default" if example.default_system else ""
+        text.append(f"{wrap(f'--- {visible(example.place)}: {about}, {system}', width)}\n", _ASIDE)
+        short = [Piece(visible(fit(piece, example, control)), piece.trained) for piece in example.pieces]
+        if marks:
+            text.append(marked(short, marks))
+        else:
+            for piece in short:
+                start = len(text)
+                text.append(piece.text, _TRAINED if piece.trained else "")
+                for found in [] if piece.trained else control.finditer(piece.text):
+                    text.stylize(_CONTROL, start + found.start(), start + found.end())
+        text.append("\n" if text.plain.endswith("\n") else "\n\n")
+
+
+def fit(piece: Piece, example: Example, control: re.Pattern[str]) -> str:
+    """Return the text of a piece with the middle of each long turn left out, and every control token whole."""
+    tokens = [*control.finditer(piece.text)]
+    room, tail = max(_LEAST_ROOM, _ROOM // max(len(example.pieces), len(tokens) // 2)), None
+    if not piece.trained and (example.system_message or example.default_system):
+        room, tail = _HEAD + _TAIL, _TAIL
+    parts, end = [], 0
+    for token in tokens:
+        parts += [shorten(piece.text[end : token.start()], room, tail), token[0]]
+        end = token.end()
+    return "".join([*parts, shorten(piece.text[end:], room, tail)])
+
+
+def marks_for(pieces: Iterable[Piece]) -> tuple[str, str]:
+    """The first pair of marks that none of the texts holds; there is always one."""
+    whole = "".join(piece.text for piece in pieces)
+    numbered = ((f"⟦{number}⟦", f"⟧{number}⟧") for number in count(1))
+    return next(pair for pair in chain(_MARKS, numbered) if not any(mark in whole for mark in pair))
+
+
+def marked(pieces: Sequence[Piece], marks: tuple[str, str]) -> str:
+    """The text of a row with marks around what is trained; without the marks it is the row's text again."""
+    return "".join(f"{marks[0]}{piece.text}{marks[1]}" if piece.trained else piece.text for piece in pieces)
+
+
+def _describe_part(part: PartReport) -> list[str]:
+    share = part.trained_tokens / max(part.tokens, 1)
+    system = part.rows_with_system_message / max(part.rows, 1)
+    default = part.rows_with_default_system
+    lines = [
+        f"{counted(part.rows, 'row')}, {counted(part.tokens, 'token')}, {share:.1%} of them trained",
+        f"{system:.1%} of the rows have a system message of their own, {part.distinct_system_messages:,} distinct"
+        + (f"; {counted(default, 'row')} with the default" if default else ""),
+    ]
+    if part.rows_of_conversations > part.conversations:
+        lines.append(
+            f"{counted(part.conversations, 'conversation')} became {counted(part.rows_of_conversations, 'row')}, as "
+            "the template rewrites earlier turns"
+        )
+    if part.filling is not None:
+        lines.append(
+            f"packed into {counted(part.sequences, 'sequence')}, {part.filling:.1%} full, "
+            f"{part.documents_per_sequence_mean:.1f} rows each on average (at most {part.documents_per_sequence_max:,})"
+        )
+    if len(set(part.lengths.values())) > 1:
+        names = {"0": "min", "100": "max"}
+        spread = ", ".join(
+            f"{names.get(percent, f'p{percent}')} {tokens:,}" for percent, tokens in part.lengths.items()
+        )
+        lines += [f"row length percentiles (tokens): {spread}", f"longest row: {part.longest_place}"]
+    return lines
+
+
+def _bars(bins: list[Bin], width: int) -> list[str]:
+    """Return a histogram, one line for each bin that has any row; nothing where one bin has all."""
+    bins = [bin for bin in bins if bin.rows]
+    if len(bins) < 2:
+        return []
+    most = max(bin.rows for bin in bins)
+    labels = [f"{bin.start:,}" + (f" to {bin.end - 1:,}" if bin.end - bin.start > 1 else "") for bin in bins]
+    longest = max(map(len, labels))
+    bar = max(min(_BAR, width - longest - len(f"   {most:,}")), 10)
+    return [
+        "histogram of row lengths (tokens):",
+        *(
+            f"{label:>{longest}}  {'█' * -(-bin.rows * bar // most)} {bin.rows:,}"
+            for label, bin in zip(labels, bins, strict=True)
+        ),
+    ]
+
+
+def _describe_schedule(report: Report) -> list[str]:
+    steps = report.schedule
+    epochs = f"{steps.epochs:.3g} {'epoch' if steps.epochs == 1 else 'epochs'}"
+    lines = [
+        f"{counted(steps.steps, 'step')}: {epochs} of {counted(steps.steps_per_epoch, 'step')} "
+        f"({report.training.tokens:,} tokens); {counted(steps.processes, 'process')}",
+        f"{counted(steps.sequences_per_step, 'sequence')} per step, about {steps.tokens_per_step:,.0f} tokens",
+    ]
+    if steps.warmup_steps:
+        lines.append(f"warm-up: the first {counted(steps.warmup_steps, 'step')}")
+    if report.validation:
+        lines.append(f"evaluation: {_describe_rhythm(steps.evaluation, 'at the end')}")
+    lines.append(f"checkpoints: {_describe_rhythm(steps.saving, 'none, the model is saved at the end')}")
+    return lines
+
+
+def _describe_rhythm(rhythm: Rhythm, never: str) -> str:
+    if rhythm.strategy == "steps":
+        return f"every {counted(rhythm.steps or 0, 'step')}"
+    return {"no": never, "epoch": "after each epoch", "best": "after each best evaluation so far"}[rhythm.strategy]

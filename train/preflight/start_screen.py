@@ -1,0 +1,118 @@
+"""TODO: train.preflight.page.start_screen."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from train.data.diagnostics import describe_outcome, describe_unread, outcomes, warnings_of
+from train.data.prepare import Account, Prepared
+from train.formatting import counted, visible, wrap
+from train.preflight.page import _NAME
+from train.recipe import Recipe
+from train.recipe.schedule import schedule, schedule_warnings
+
+if TYPE_CHECKING:  # --check does without both, and importing them takes seconds
+    from transformers import PreTrainedModel
+    from trl import SFTConfig
+
+
+def screen(
+    recipe: Recipe,
+    template: str,
+    data: Prepared,
+    model: "PreTrainedModel",
+    arguments: "SFTConfig",
+    system_gain: str | None = None,
+    *,
+    model_notes: Sequence[str] = (),
+    width: int = 80,
+) -> str:
+    """Return model, data, batches and what is trained as plain text in lines of `width` columns.
+
+    `template`, `system_gain`: their descriptions.
+    """
+    from train.model.attention.selection import attention_for
+    from train.model.float8 import float8_warnings
+
+    trained, total = _parameters(model)
+    kind = "full fine-tuning" if recipe.adapter is None else f"LoRA r={recipe.adapter.r}"
+    if recipe.quantization is not None:
+        kind += f" on 4-bit {recipe.quantization.bnb_4bit_quant_type}"
+    account = data.train.account
+    processes = arguments.world_size * max(arguments.n_gpu, 1)  # of one process without DDP all GPUs take a batch each
+    steps = schedule(recipe.training, len(data.train.rows), account.tokens_per_sequence, processes)
+    warned = [
+        *warnings_of(data),
+        *float8_warnings(recipe),
+        *schedule_warnings(recipe.training, steps, len(data.train.rows)),
+    ]
+    lines = [
+        ("model", f"{recipe.model.name_or_path}, {recipe.model.dtype}"),
+        *(("", sentence) for sentence in model_notes),
+        ("attention", str(attention_for(recipe, model.config))),
+        ("training", f"{kind}: {trained:,} of {total:,} parameters ({trained / total:.2%})"),
+        *(_describe_float8(recipe, data, model, arguments) if recipe.model.float8 else []),
+        ("template", template),
+        *_describe("data", data.train.account, recipe),
+        *(_describe("validation", data.validation.account, recipe) if data.validation else []),
+        *(("dropped", describe_outcome(one)) for one in outcomes(data, recipe.data)),
+        *(("" if number else "not read", value) for number, value in enumerate(describe_unread(data.unread))),
+        *(("warning", warning) for warning in warned),
+        *([("system gain", system_gain)] if system_gain else []),
+        (
+            "steps",
+            f"{counted(steps.steps, 'step')} of {counted(steps.sequences_per_step, 'sequence')}, about "
+            f"{steps.tokens_per_step:,.0f} tokens; {counted(arguments.world_size, 'process')}",
+        ),
+        *([("", _describe_waiting(data, model, arguments))] if arguments.world_size > 1 else []),
+        ("output", recipe.output_dir),
+    ]
+    return "\n".join(f"{name:<{_NAME}}{wrap(visible(value), width, _NAME)}" for name, value in lines)
+
+
+def _describe_float8(
+    recipe: Recipe, data: Prepared, model: "PreTrainedModel", arguments: "SFTConfig"
+) -> list[tuple[str, str]]:
+    """Which layers compute so, and the loss with and without. Raises UserError where rounding doesn't explain it."""
+    from train.model.float8 import TOKENS, layers_of, loss_difference
+
+    rows = data.train.rows
+    longest = int(np.minimum(rows.lengths[:1_000], TOKENS).argmax())
+    difference = loss_difference(model, rows.row(longest)[0].tolist(), arguments.device, bf16=bool(arguments.bf16))
+    return [("float8", f"{recipe.model.float8}: {layers_of(model)}"), ("", str(difference))]
+
+
+def _describe_waiting(data: Prepared, model: "PreTrainedModel", arguments: "SFTConfig") -> str:
+    from train.loop.sampler import EpochOrder
+
+    plain, dealt = EpochOrder(data.train.rows, arguments, model.config).waiting()
+    return (
+        f"ranks wait for each other {dealt - 1:.1%} of the time, as long documents are balanced between them "
+        f"({plain - 1:.1%} in random order)"
+    )
+
+
+def _describe(name: str, account: Account, recipe: Recipe) -> list[tuple[str, str]]:
+    share = account.trained_tokens / max(account.tokens, 1)
+    lines = [(name, f"{counted(account.rows, 'row')}, {counted(account.tokens, 'token')}, {share:.1%} of them trained")]
+    if recipe.data.packing:
+        filling = account.tokens / max(account.sequences * recipe.data.max_length, 1)
+        sequences = counted(account.sequences, "sequence")
+        lines.append(("", f"packed into {sequences} of {recipe.data.max_length:,}, {filling:.1%} full"))
+    if account.overlong_tokens:
+        lost = f"{counted(account.overlong_tokens, 'token')} lost from rows over {recipe.data.max_length:,} tokens"
+        lines.append(("", lost))
+    return lines
+
+
+def _parameters(model: "PreTrainedModel") -> tuple[int, int]:
+    """Parameters trained and in all; quantized ones count for what they stand for, ZeRO-3's with their whole size."""
+    trained = total = 0
+    for parameter in model.parameters():
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        if parameter.__class__.__name__ == "Params4bit":
+            size = parameter.quant_state.shape.numel() if parameter.quant_state else size
+        total += size
+        trained += size if parameter.requires_grad else 0
+    return trained, total

@@ -1,0 +1,43 @@
+"""A recipe: the YAML file that says what to train."""
+
+from train.recipe.schema import (
+    TIME,
+    AdapterSection,
+    ChatSection,
+    DataSection,
+    GuardsSection,
+    ModelSection,
+    PathText,
+    QuantizationSection,
+    Recipe,
+    SaveSection,
+    Section,
+    Source,
+    Sources,
+    SystemGainSection,
+    Text,
+    TrackingSection,
+    WandbSection,
+    load_recipe,
+)
+
+__all__ = [
+    "TIME",
+    "AdapterSection",
+    "ChatSection",
+    "DataSection",
+    "GuardsSection",
+    "ModelSection",
+    "PathText",
+    "QuantizationSection",
+    "Recipe",
+    "SaveSection",
+    "Section",
+    "Source",
+    "Sources",
+    "SystemGainSection",
+    "Text",
+    "TrackingSection",
+    "WandbSection",
+    "load_recipe",
+]

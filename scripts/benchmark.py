@@ -37,7 +37,7 @@ from benchmarks.training_settings import CONFIGS, FACTORS, Lengths, model_config
 from train.cli import CommandLine
 from train.errors import UserError
 from train.preflight.json_report import write
-from train.warning_filters import leave_out_unhelpful_warnings
+from train.warning_filters import filter_known_warnings
 
 DATA_PACKAGES = ("janus-sft", "trl", "transformers", "tokenizers", "fastokens", "datasets", "pyarrow", "numpy", "torch")
 TRAIN_PACKAGES = (
@@ -209,7 +209,7 @@ def _count(text: str) -> int:
 def main() -> int:
     """Run the command; the exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    leave_out_unhelpful_warnings()
+    filter_known_warnings()
     parser = CommandLine(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
 

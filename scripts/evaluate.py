@@ -26,7 +26,7 @@ try:
     from train.cli import CommandLine, ending
     from train.evaluation import bench, compare_command, gain, harness_command, rules
     from train.evaluation.ifeval import command as ifeval
-    from train.warning_filters import leave_out_unhelpful_warnings
+    from train.warning_filters import filter_known_warnings
 except KeyboardInterrupt:  # the imports take a second or more
     sys.exit(130)
 
@@ -34,7 +34,7 @@ except KeyboardInterrupt:  # the imports take a second or more
 def main() -> int:
     """Run the command; the exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    leave_out_unhelpful_warnings()
+    filter_known_warnings()
     parser = CommandLine(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
     for command in (rules, gain, ifeval, bench, harness_command, compare_command):

@@ -17,7 +17,7 @@ from train.cli import CommandLine, ending
 from train.formatting import duration
 from train.preflight.missing_files import refuse_missing
 from train.recipe import load_recipe
-from train.warning_filters import leave_out_unhelpful_warnings
+from train.warning_filters import filter_known_warnings
 
 
 def run(recipe_file: Path, overrides: list[str]) -> None:
@@ -25,7 +25,7 @@ def run(recipe_file: Path, overrides: list[str]) -> None:
     recipe = load_recipe(recipe_file, overrides)
     refuse_missing(recipe, packages=False)  # another machine trains
     # Heavy imports wait until the recipe is known to be right.
-    from train.data.chat.system_role import settle
+    from train.data.chat.system_role import apply_system_role
     from train.data.chat.template import use_template
     from train.data.diagnostics import describe_outcome, describe_unread, outcomes, warnings_of
     from train.data.prepare import prepare
@@ -33,7 +33,7 @@ def run(recipe_file: Path, overrides: list[str]) -> None:
 
     tokenizer = load_tokenizer(recipe.model)
     use_template(tokenizer, recipe.chat.template)
-    settle(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
+    apply_system_role(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
     started = time.monotonic()
     data = prepare(recipe, tokenizer)
     seconds = time.monotonic() - started
@@ -54,7 +54,7 @@ def run(recipe_file: Path, overrides: list[str]) -> None:
 def main() -> int:
     """Run the command; the exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    leave_out_unhelpful_warnings()
+    filter_known_warnings()
     parser = CommandLine(description=__doc__)
     parser.add_argument("--recipe", required=True, type=Path, metavar="FILE", help="the recipe that will be trained")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")

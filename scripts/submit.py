@@ -34,7 +34,7 @@ from train.cli import CommandLine, ending
 from train.errors import UserError
 from train.preflight.missing_files import refuse_missing
 from train.recipe import Recipe, load_recipe
-from train.warning_filters import leave_out_unhelpful_warnings
+from train.warning_filters import filter_known_warnings
 
 ROOT = Path(__file__).parents[1]
 WARNING = 600
@@ -202,7 +202,7 @@ def check_recipe(recipe: Recipe, processes: int, anyway: list[str]) -> None:
     refuse_missing(recipe)
     import torch
 
-    from train.data.chat.system_role import settle
+    from train.data.chat.system_role import apply_system_role
     from train.data.chat.template import use_template
     from train.loop.optimizer_test import try_optimizer
     from train.model.folder import check_model_folder
@@ -220,13 +220,13 @@ def check_recipe(recipe: Recipe, processes: int, anyway: list[str]) -> None:
     check_fits(recipe if torch.cuda.is_available() else recipe.model_copy(update={"model": anything}), tokenizer)
     try_optimizer(recipe)
     use_template(tokenizer, recipe.chat.template)
-    settle(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
+    apply_system_role(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
 
 
 def _check_checkpoint(recipe: Recipe, anyway: list[str]) -> None:
     """Raise UserError where the newest checkpoint belongs to another run. Its files are left for the job to verify."""
     from train.loop.checkpoint.manifest import COMPLETE, Checkpoint, folders
-    from train.loop.checkpoint.resume import facts_of_recipe, refuse_changes
+    from train.loop.checkpoint.resume import refuse_changes, run_fingerprint
 
     for folder in folders(recipe.output_dir, recipe.save.mirror_dir):
         try:
@@ -234,7 +234,7 @@ def _check_checkpoint(recipe: Recipe, anyway: list[str]) -> None:
             before = {key: value for key, value in manifest["run"].items() if not key.startswith("made.")}
         except (OSError, ValueError, KeyError):
             continue  # not whole: the job passes it over too
-        refuse_changes(Checkpoint(folder, manifest), before, facts_of_recipe(recipe), anyway)
+        refuse_changes(Checkpoint(folder, manifest), before, run_fingerprint(recipe), anyway)
         return
 
 
@@ -387,7 +387,7 @@ def run_check(options: argparse.Namespace, task: Task) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    leave_out_unhelpful_warnings()
+    filter_known_warnings()
     options = parse(arguments)
     return ending(lambda: submit(options), "stopped; squeue shows whether a job was submitted")
 

@@ -17,7 +17,7 @@ from collections import Counter
 try:
     from train.data.sources.formats import RowFault
     from train.datagen import command
-    from train.datagen.source_rows import placed_rows
+    from train.datagen.source_rows import iter_rows
     from train.errors import UserError
     from train.sysgen.config import SysgenConfig, load_config
     from train.sysgen.run import run
@@ -30,7 +30,7 @@ def check(config: SysgenConfig) -> None:
     """Say what a run would do, after reading every row. Raises UserError."""
     rows = with_system = requests = 0
     faults: Counter[str] = Counter()
-    for _, _, row in placed_rows(config.data):
+    for _, _, row in iter_rows(config.data):
         rows += 1
         if isinstance(row, RowFault):
             faults[row.kind] += 1

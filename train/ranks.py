@@ -20,7 +20,7 @@ def deepspeed_fault(deepspeed: object, environment: Mapping[str, str]) -> str | 
     )
 
 
-def alone_by_mistake(environment: Mapping[str, str]) -> str | None:
+def single_process_warning(environment: Mapping[str, str]) -> str | None:
     """What to tell whoever asked `accelerate launch` for several processes and got this one alone; else None.
 
     For `distributed_type` NO and MULTI_CPU accelerate (1.15, `simple_launcher`) starts one process, whatever

@@ -29,10 +29,10 @@ from train.formatting import wrap
 from train.model.folder import check_model_folder
 from train.preflight.json_report import discard_earlier
 from train.preflight.missing_files import refuse_missing
-from train.ranks import alone_by_mistake, is_first_rank
+from train.ranks import is_first_rank, single_process_warning
 from train.recipe import Recipe, load_recipe
 from train.storage.local_paths import path_or_id
-from train.warning_filters import leave_out_unhelpful_warnings
+from train.warning_filters import filter_known_warnings
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -108,7 +108,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
 
     # Heavy imports wait until the recipe is known to be right and what it names to be there.
     from train.data.chat.assistant_spans import Spans
-    from train.data.chat.system_role import settle
+    from train.data.chat.system_role import apply_system_role
     from train.data.chat.template import pin_date, use_template, without_generation_marks
     from train.data.prepare import prepare
     from train.loop.optimizer_test import try_optimizer
@@ -132,7 +132,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
         with_deepspeed = checkpoint.manifest["distribution"].startswith("DeepSpeed")
         ResumedSettings(checkpoint, recipe).refuse(checkpoint, deepspeed=with_deepspeed)
     template = use_template(tokenizer, recipe.chat.template)
-    before = settle(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
+    before = apply_system_role(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
     pin_date(tokenizer, date_of_run(checkpoint))
     if options.check:
         about = {"checkpoint": checkpoint.folder if checkpoint else None, "cluster": cluster, "json_file": options.json}
@@ -147,18 +147,18 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     from train.loop.checkpoint.side_files import side_file_faults
     from train.loop.checkpoint.trainer_state import facts_of_data, sharding
     from train.loop.metrics_log import StepLog, tracked
-    from train.loop.output_dir import claim_output_dir, keep_others_out
+    from train.loop.output_dir import claim_output_dir, lock_output_dir
     from train.loop.preemption import Preemption
     from train.loop.report import say_where_it_goes_on, write_report
-    from train.loop.run_outcome import telling_outcome
+    from train.loop.run_outcome import record_run_outcome
     from train.loop.trainer import JanusTrainer
     from train.model.inference import stop_at
 
-    lock = keep_others_out(recipe.output_dir)  # as long as this function runs
+    lock = lock_output_dir(recipe.output_dir)  # as long as this function runs
     output_dir = claim_output_dir(recipe)
     preemption = Preemption(recipe.output_dir, recipe.save, checkpoint.step if checkpoint else 0)
     run = fingerprint(recipe) if is_first_rank() else {}
-    telling = telling_outcome(recipe.output_dir, preemption, USER_FIXABLE_ERRNOS, run)
+    telling = record_run_outcome(recipe.output_dir, preemption, USER_FIXABLE_ERRNOS, run)
     with preemption.watching(), telling, lock or nullcontext():
         if checkpoint:
             recipe = with_same_steps(recipe, checkpoint, options.resume_anyway, processes_now())
@@ -215,11 +215,11 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    leave_out_unhelpful_warnings()
+    filter_known_warnings()
     options = parse(arguments)
     if options.check and not is_first_rank():
         return 0  # a report needs one process, however many the launcher starts
-    if mistake := alone_by_mistake(os.environ):
+    if mistake := single_process_warning(os.environ):
         print(f"warning: {mistake}", file=sys.stderr, flush=True)
     try:
         if options.json is not None:
@@ -232,9 +232,9 @@ def main(arguments: list[str] | None = None) -> int:
         if is_first_rank():
             print(f"error: {fault}", file=sys.stderr, flush=True)
         if "torch" in sys.modules:  # else the fault was found before anything was loaded
-            from train.loop.shutdown import leave_with_the_others
+            from train.loop.shutdown import shutdown_process_group
 
-            leave_with_the_others()
+            shutdown_process_group()
         return 2
     except BrokenPipeError:
         if not options.check:

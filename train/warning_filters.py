@@ -32,7 +32,7 @@ class _LeaveOut(logging.Filter):
         return not any(phrase in message for phrase in self.phrases)
 
 
-def leave_out_unhelpful_warnings() -> None:
+def filter_known_warnings() -> None:
     """Call it before the libraries are imported."""
     for name, phrases in UNHELPFUL.items():
         logging.getLogger(name).addFilter(_LeaveOut(phrases))

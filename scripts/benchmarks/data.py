@@ -21,7 +21,7 @@ import psutil
 from benchmarks.data_contenders import CONTENDERS, Memory, Task, memory
 from benchmarks.process import last_words, running
 from benchmarks.rows import generate
-from train.data.chat.system_role import settle
+from train.data.chat.system_role import apply_system_role
 from train.data.chat.template import use_template
 from train.errors import UserError
 from train.model.tokenizer import load_tokenizer
@@ -255,7 +255,7 @@ def _write_rows(folder: Path, count: int, contenders: tuple[str, ...], options: 
     """The rows as jsonl, and as text where a bare tokenizer needs that."""
     tokenizer = load_tokenizer(ModelSection(name_or_path=options.tokenizer))
     use_template(tokenizer, options.template)
-    settle(tokenizer, "native")
+    apply_system_role(tokenizer, "native")
     file, texts_file = folder / f"rows-{count}.jsonl", folder / f"texts-{count}.jsonl"
     digest, characters = hashlib.sha256(), 0
     with (

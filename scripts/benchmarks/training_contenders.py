@@ -30,7 +30,7 @@ from train.model.attention.selection import Choice, attention_for
 from train.model.flops import peak_flops, training_flops
 from train.preflight.plan.plan import Cluster, plan
 from train.recipe import Recipe, load_recipe
-from train.warning_filters import leave_out_unhelpful_warnings
+from train.warning_filters import filter_known_warnings
 
 CHARACTERS_A_TOKEN = 4.03
 """Of Mistral's tokenizer (v1), in 400 rows of rows.py: 4.03 in system messages, 4.05 in questions, 4.03 in
@@ -202,10 +202,10 @@ def trl(task: Task, dtype: str, recipe: Recipe, watch: Watch) -> tuple[Any, int]
 
 def ours(task: Task, attention: str, recipe: Recipe, watch: Watch) -> tuple[Any, int]:
     """JanusTrainer as train/sft.py makes it, on sequences from rows on disk."""
-    from train.data.dataset import Sequences
+    from train.data.dataset import PackedDataset
     from train.data.loss_mask import Encoded
     from train.data.packing import plan as packing_plan
-    from train.data.prepare import Account, Part, Prepared
+    from train.data.prepare import Prepared, Split, SplitStats
     from train.data.sources.formats import Conversation
     from train.data.tokens.table import TokenRows, batch_of, write
     from train.loop.arguments import training_arguments
@@ -217,7 +217,7 @@ def ours(task: Task, attention: str, recipe: Recipe, watch: Watch) -> tuple[Any,
     said = [{"role": "user", "content": "a row of the benchmark"}]
     write(file, [batch_of(0, [(Conversation(said, None, f" row {n}"), [row]) for n, row in enumerate(encoded, 1)])])
     rows = TokenRows([file], [["benchmark"]])
-    sequences = Sequences(
+    sequences = PackedDataset(
         rows,
         np.arange(len(rows)),
         wanted.max_length,
@@ -234,7 +234,7 @@ def ours(task: Task, attention: str, recipe: Recipe, watch: Watch) -> tuple[Any,
         arguments,
         random_model(wanted, recipe.model.dtype, attention),
         tokenizer(),
-        Prepared(Part(sequences, Account()), None),
+        Prepared(Split(sequences, SplitStats()), None),
         [step_log, watch],
     )
     return trainer, len(sequences)
@@ -340,7 +340,7 @@ def probe(task: Task) -> None:
 
 def main() -> int:
     """Run one task; the exit code."""
-    leave_out_unhelpful_warnings()
+    filter_known_warnings()
     warnings.filterwarnings("ignore", message="`use_liger_kernel=True` is deprecated", category=FutureWarning)
     task = Task.from_json(sys.argv[1])
     os.environ["HF_DATASETS_CACHE"] = str(task.folder / "cache")  # before datasets is imported

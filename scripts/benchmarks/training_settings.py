@@ -192,8 +192,8 @@ def chosen(patterns: Sequence[str] | None, listed: Sequence[Contender]) -> list[
                 f"changes in the order {', '.join(FACTORS)}, such as full+checkpointing=none+liger=on."
             )
         found += fitting
-    in_order = [one for one in listed if one in found]
-    return list(dict.fromkeys([*in_order, *found]))
+    map_ordered = [one for one in listed if one in found]
+    return list(dict.fromkeys([*map_ordered, *found]))
 
 
 @dataclass(frozen=True)

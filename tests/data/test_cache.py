@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from train.data.cache import find, find_or_make, key_of, report_progress
+from train.data.cache import cache_key, find, find_or_make, report_progress
 from train.errors import UserError
 from train.progress import Job
 
@@ -129,9 +129,9 @@ def test_where_two_make_it_at_once_one_is_kept(tmp_path: Path) -> None:
 
 def test_the_key_follows_from_every_part() -> None:
     parts = {"a": 1, "b": ["x", None], "c": {"y": 2.5}}
-    assert key_of(parts) == key_of(dict(reversed(parts.items())))
+    assert cache_key(parts) == cache_key(dict(reversed(parts.items())))
     others = [{**parts, "a": 2}, {**parts, "b": ["x"]}, {**parts, "c": {"y": 2.25}}, {**parts, "d": None}]
-    assert len({key_of(one) for one in [parts, *others]}) == 5
+    assert len({cache_key(one) for one in [parts, *others]}) == 5
 
 
 PREPARE = """

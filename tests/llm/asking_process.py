@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from train.llm.client import Client, NoAnswerError
+from train.llm.client import Client, RequestFailed
 from train.llm.concurrency import Pauses
 from train.llm.journal import Decoding, Journal, Request
-from train.llm.ordered_map import in_order
+from train.llm.ordered_map import map_ordered
 from train.llm.progress import progress
 from train.llm.server import Server
 
@@ -33,13 +33,13 @@ async def ask_rows(url: str, folder: Path, rows: int, concurrency: int, stages: 
                     messages = [{"role": "user", "content": f"{stage}: {texts[-1]}"}]
                     try:
                         answer = await client.ask(Request(f"stage {stage}", messages, Decoding(max_tokens=9)))
-                    except NoAnswerError as failure:
+                    except RequestFailed as failure:
                         return [*texts, f"failed: {failure}"]
                     texts.append(answer.text)
                 return texts
 
             async with progress("rows", rows, client) as pace:
-                async for texts in in_order(range(rows), work, at_once=2 * concurrency):
+                async for texts in map_ordered(range(rows), work, at_once=2 * concurrency):
                     lines.write(json.dumps(texts) + "\n")
                     pace.advance()
             return client.counts.completion_tokens

@@ -12,7 +12,7 @@ from scripted_server import Asked, Reply, ScriptedServer, error
 
 from train.errors import UserError
 from train.llm import outages as endings
-from train.llm.client import Client, NoAnswerError
+from train.llm.client import Client, RequestFailed
 from train.llm.connection import diagnosis as advice
 from train.llm.connection import startup_check as first_contact
 from train.llm.connection.startup_check import check_servers
@@ -170,7 +170,7 @@ def test_requests_that_end_their_connection_on_a_server_that_is_there_are_lost_a
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         await client.ask(about("good"))
         found = await asyncio.gather(*(client.ask(about(f"poison {n}")) for n in range(3)), return_exceptions=True)
-        assert [type(one) for one in found] == [NoAnswerError] * 3
+        assert [type(one) for one in found] == [RequestFailed] * 3
         assert servers[0].prompts() == {"good": 1, **{f"poison {number}": 4 for number in range(3)}}
 
     run(script, lambda *of: asyncio.wait_for(work(*of), 60), tmp_path, attempts=4)

@@ -302,7 +302,7 @@ def test_answers_that_cannot_be_written_yet_hold_up_new_requests(tmp_path: Path)
             await asyncio.sleep(0.001)
         await asyncio.sleep(0.1)
         # Eight places and a quarter more: this many a kill could lose now, and no more.
-        assert len(servers[0].asked) - 1 == client._places.most_at_risk == 10
+        assert len(servers[0].asked) - 1 == client._places.max_uncommitted == 10
         other.execute("ROLLBACK")
         other.close()
         await asking
@@ -359,6 +359,6 @@ def test_a_cancelled_request_leaves_nothing_behind(tmp_path: Path) -> None:
         first_one.cancel()
         hold.set()
         assert (await second).text == "re: hi"  # it waited for the first one's answer, and now asks itself
-        assert (client.in_flight, client._asking, client._places.unwritten) == (0, {}, 0)
+        assert (client.in_flight, client._asking, client._places.uncommitted) == (0, {}, 0)
 
     run(script, work, tmp_path)

@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.llm.concurrency import Lane, Pauses, Places
+from train.llm.concurrency import ConcurrencyLimiter, Pauses, ServerSlots
 
 NO_PAUSE = Pauses(first=0.0, longest=0.0)
 
 
-def lane(most: int, pauses: Pauses = NO_PAUSE) -> Lane:
-    return Lane("here", most, pauses)
+def lane(most: int, pauses: Pauses = NO_PAUSE) -> ServerSlots:
+    return ServerSlots("here", most, pauses)
 
 
-def rounds(server: Lane, count: int) -> list[int]:
+def rounds(server: ServerSlots, count: int) -> list[int]:
     """The limit after each of so many rounds of answers."""
     seen = []
     for _ in range(count):
@@ -88,9 +88,9 @@ def test_a_pause_that_ends_while_places_are_handed_out_leaves_no_one_waiting(mon
     async def work() -> None:
         server = lane(1)
         monkeypatch.setattr("train.llm.concurrency.time", clock := SteppingClock())
-        # The first look of `take` and the first of `hand_out` find it paused, the next one does not.
+        # The first look of `take` and the first of `dispatch` find it paused, the next one does not.
         server.paused_until = clock.now + 2.01
-        assert await asyncio.wait_for(Places([server]).take(), timeout=5) is server
+        assert await asyncio.wait_for(ConcurrencyLimiter([server]).take(), timeout=5) is server
 
     asyncio.run(work())
 
@@ -117,21 +117,21 @@ def test_the_limit_stays_between_one_and_the_bound(events: list[str], most: int)
 
 def test_whoever_waits_longest_is_next_and_a_place_is_never_lost_by_a_cancel() -> None:
     async def run() -> list[int]:
-        places = Places([lane(1)])
+        places = ConcurrencyLimiter([lane(1)])
         first = await places.take()
         order: list[int] = []
 
         async def wait(number: int) -> None:
             taken = await places.take()
             order.append(number)
-            places.give_back(taken)
-            places.hand_out()
+            places.release(taken)
+            places.dispatch()
 
         tasks = [asyncio.create_task(wait(number)) for number in range(5)]
         await asyncio.sleep(0)
         tasks[1].cancel()  # while it waits
-        places.give_back(first)
-        places.hand_out()
+        places.release(first)
+        places.dispatch()
         tasks[0].cancel()  # as the place is handed to it
         await asyncio.gather(*tasks, return_exceptions=True)
         assert places.lanes[0].in_flight == 0
@@ -143,12 +143,12 @@ def test_whoever_waits_longest_is_next_and_a_place_is_never_lost_by_a_cancel() -
 def test_the_emptiest_server_is_asked_and_the_one_that_failed_last() -> None:
     async def run() -> None:
         small, large = lane(2), lane(4)
-        places = Places([small, large])
+        places = ConcurrencyLimiter([small, large])
         taken = [await places.take() for _ in range(6)]
         assert [taken.count(small), taken.count(large)] == [2, 4]
         assert taken[1] is large
-        places.give_back(small)
-        places.give_back(large)
+        places.release(small)
+        places.release(large)
         assert await places.take(avoid=large) is small
         assert await places.take(avoid=large) is large  # better than waiting
 

@@ -13,14 +13,14 @@ from client_runs import about, echo, first, run
 from scripted_server import Asked, Reply, Script, ScriptedServer, error
 
 from train.errors import UserError
-from train.llm.client import FAILURES_OF_A_STAGE, Client, NoAnswerError
+from train.llm.client import FAILURES_OF_A_STAGE, Client, RequestFailed
 from train.llm.journal import Answer
-from train.llm.ordered_map import in_order
+from train.llm.ordered_map import map_ordered
 from train.llm.outages import DENIALS
-from train.llm.server_errors import Trouble, error_in, error_of, is_about_length, trouble_of
+from train.llm.server_errors import ServerError, error_in, error_of, is_about_length, trouble_of
 
 
-def meaning(status: int, body: Any, headers: dict[str, str] | None = None) -> Trouble:
+def meaning(status: int, body: Any, headers: dict[str, str] | None = None) -> ServerError:
     text = json.dumps(body)
     found = error_in(body, text) if status == 200 else error_of(body, text)
     assert found is not None
@@ -306,7 +306,7 @@ def test_rows_that_are_forbidden_for_what_they_say_are_lost_alone(tmp_path: Path
         prompts = [f"rude {number}" if number % 10 == 5 else f"{number}" for number in range(100)]
         found = await ask_each(client, prompts)
         for prompt, one in zip(prompts, found, strict=True):
-            assert isinstance(one, NoAnswerError if "rude" in prompt else Answer), (prompt, one)
+            assert isinstance(one, RequestFailed if "rude" in prompt else Answer), (prompt, one)
 
     run(script, work, tmp_path, concurrency=4)
 
@@ -318,7 +318,7 @@ def test_forbidden_rows_that_are_all_that_an_earlier_run_left_are_lost_as_rows(t
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         [good, rude] = await ask_each(client, ["good", "rude"])
         assert isinstance(good, Answer)
-        assert isinstance(rude, NoAnswerError)
+        assert isinstance(rude, RequestFailed)
 
     run(script, work, tmp_path)
     run(script, work, tmp_path)  # the good one is in the journal, and the rude one is all that is asked
@@ -352,11 +352,11 @@ def test_a_stage_all_of_whose_requests_fail_ends_the_run_soon(tmp_path: Path) ->
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         async def lose(number: int) -> None:
-            with suppress(NoAnswerError):
+            with suppress(RequestFailed):
                 await client.ask(about(f"{number}"))
 
         async def lose_all() -> None:
-            async with aclosing(in_order(range(5_000), lose, at_once=16)) as rows:
+            async with aclosing(map_ordered(range(5_000), lose, at_once=16)) as rows:
                 async for _ in rows:
                     pass
 
@@ -375,7 +375,7 @@ def test_any_number_of_requests_that_are_too_long_come_before_the_first_answer(t
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         found = await ask_each(client, [f"long {number}" for number in range(5 * FAILURES_OF_A_STAGE)])
-        assert {type(one) for one in found} == {NoAnswerError}
+        assert {type(one) for one in found} == {RequestFailed}
         assert client.troubles() == ["stage stage: no answer so far, 100 refused as too long or by a filter"]
         assert (await client.ask(about("short"))).text == "re: short"
         assert client.troubles() == []

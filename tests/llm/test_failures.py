@@ -1,10 +1,10 @@
 """Why requests got no answer, counted by kind."""
 
-from train.llm.failures import KINDS, Unanswered, for_report
+from train.llm.failures import KINDS, FailureReasons, for_report
 
 
 def test_words_that_differ_in_their_numbers_are_one_kind_shown_as_it_came_first() -> None:
-    found = Unanswered()
+    found = FailureReasons()
     for words in (
         "500 Oops: no (6 times)",
         "400 Bad Request: you requested 4203 tokens (request req_7f3a)",
@@ -25,11 +25,11 @@ def test_words_that_differ_in_their_numbers_are_one_kind_shown_as_it_came_first(
         "1 times: 500 Oops: no (6 times)",
         "2 times: something else (2 kinds)",
     ]
-    assert Unanswered().lines() == []
+    assert FailureReasons().lines() == []
 
 
 def test_neither_kinds_nor_lines_grow_without_end() -> None:
-    found = Unanswered()
+    found = FailureReasons()
     for number in range(3_000):
         letters = "".join(chr(ord("a") + int(digit)) for digit in str(number))
         found.add(f"400 Bad Request: {letters} " + "x y " * 1_000)

@@ -17,7 +17,7 @@ import pytest
 from asking_process import STAGES
 from scripted_server import Asked, Reply, said, served
 
-from train.llm.concurrency import Lane, Pauses, Places
+from train.llm.concurrency import ConcurrencyLimiter, Pauses, ServerSlots
 
 ROWS = 125
 REQUESTS = ROWS * STAGES
@@ -67,10 +67,10 @@ def journal_size(folder: Path) -> int:
         return connection.execute("SELECT count(*) FROM answers").fetchone()[0]
 
 
-def most_at_risk(concurrency: int) -> int:
+def max_uncommitted(concurrency: int) -> int:
     """What the client promises: a quarter more than the places."""
     promised = concurrency + concurrency // 4
-    assert Places([Lane("here", concurrency, Pauses())]).most_at_risk == promised
+    assert ConcurrencyLimiter([ServerSlots("here", concurrency, Pauses())]).max_uncommitted == promised
     return promised
 
 
@@ -106,7 +106,7 @@ def test_twenty_kills_lose_nothing_and_repeat_next_to_nothing(
 
     # Each kill loses at most what was under way, and what was answered twice is just what was lost.
     assert len(lost) >= KILLS - 1
-    assert max(lost) <= most_at_risk(CONCURRENCY)
+    assert max(lost) <= max_uncommitted(CONCURRENCY)
     rows = [json.loads(line) for line in output.splitlines()]
     assert len(rows) == ROWS
     chain = {f"{stage}: {texts[stage]}": texts[stage + 1] for texts in rows for stage in range(STAGES)}

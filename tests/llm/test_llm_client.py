@@ -10,7 +10,7 @@ from client_runs import LIMIT, about, echo, first, run
 from scripted_server import Asked, Reply, ScriptedServer, error, said
 
 from train.errors import UserError
-from train.llm.client import FAILURES_OF_A_STAGE, Client, NoAnswerError
+from train.llm.client import FAILURES_OF_A_STAGE, Client, RequestFailed
 from train.llm.journal import Answer, Decoding, Journal, Request
 from train.llm.server import Server
 
@@ -136,7 +136,7 @@ def test_a_request_that_fails_each_time_fails_alone(tmp_path: Path, name: str) -
         tasks = [client.ask(about(prompt)) for prompt in ("a", "poison", "b")]
         a, failure, b = await asyncio.gather(*tasks, return_exceptions=True)
         assert (a.text, b.text) == ("re: a", "re: b")
-        assert isinstance(failure, NoAnswerError)
+        assert isinstance(failure, RequestFailed)
         assert str(failure).endswith("(4 times)")
         assert servers[0].prompts() == {"a": 1, "b": 1, "poison": 4}
         assert client.counts.failed == 1
@@ -156,7 +156,7 @@ def test_a_prompt_that_the_server_refuses_is_that_rows_failure(tmp_path: Path, s
         return error(status, "maximum context length is 8192") if "long" in asked.prompt else await echo(asked)
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
-        with pytest.raises(NoAnswerError, match=f"^{status} .*: maximum context length is 8192$"):
+        with pytest.raises(RequestFailed, match=f"^{status} .*: maximum context length is 8192$"):
             await client.ask(about("long"))
         assert (await client.ask(about("short"))).text == "re: short"
         assert servers[0].prompts() == {"long": 1, "short": 1}
@@ -169,7 +169,7 @@ def test_half_a_surrogate_pair_fails_its_row_and_is_mended_in_answers(tmp_path: 
         return said("odd \ud83d end \U0001f600")
 
     async def work(client: Client, servers: list[ScriptedServer]) -> str:
-        with pytest.raises(NoAnswerError, match="surrogate"):
+        with pytest.raises(RequestFailed, match="surrogate"):
             await client.ask(about("\ud83d"))
         return (await client.ask(about("hi"))).text
 
@@ -180,7 +180,7 @@ async def many_fail(client: Client, servers: list[ScriptedServer]) -> str:
     for number in range(FAILURES_OF_A_STAGE + 10):
         try:
             await client.ask(about(f"bad {number}"))
-        except NoAnswerError:
+        except RequestFailed:
             continue
         except UserError as failure:
             assert number == FAILURES_OF_A_STAGE - 1
@@ -258,7 +258,7 @@ def test_a_server_that_never_answers_anything_ends_the_run(tmp_path: Path, reply
         failures = await asyncio.gather(
             *(client.ask(about(f"{number}")) for number in range(20)), return_exceptions=True
         )
-        assert {type(failure) for failure in failures} == {NoAnswerError}
+        assert {type(failure) for failure in failures} == {RequestFailed}
 
     run(script, only_bad, tmp_path)
     run(script, a_good_one_first, tmp_path)
@@ -271,7 +271,7 @@ def test_forbidden_after_an_answer_is_the_rows_failure(tmp_path: Path) -> None:
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         await client.ask(about("hi"))
-        with pytest.raises(NoAnswerError, match="flagged"):
+        with pytest.raises(RequestFailed, match="flagged"):
             await client.ask(about("rude"))
 
     run(script, work, tmp_path)
@@ -297,7 +297,7 @@ def test_the_key_is_sent_where_it_belongs_and_shown_nowhere(
     async def work(client: Client, servers: list[ScriptedServer]) -> list[str]:
         told = []
         for prompt in ("row", "hopeless"):
-            with pytest.raises((NoAnswerError, UserError)) as failure:
+            with pytest.raises((RequestFailed, UserError)) as failure:
                 await client.ask(about(prompt))
             told.append(str(failure.value))
         seen = "".join(f"{name}: {value}\n" for asked in servers[0].asked for name, value in asked.headers.items())

@@ -15,8 +15,8 @@ import pytest
 from train.errors import UserError
 from train.llm import progress as rows_module
 from train.llm.client import Counts
-from train.llm.ordered_map import in_order
-from train.llm.progress import Pace, progress
+from train.llm.ordered_map import map_ordered
+from train.llm.progress import RequestProgress, progress
 
 
 def test_results_come_in_order_however_long_each_row_takes() -> None:
@@ -29,7 +29,7 @@ def test_results_come_in_order_however_long_each_row_takes() -> None:
         return row * row
 
     async def run() -> list[int]:
-        return [result async for result in in_order(range(500), work, at_once=17)]
+        return [result async for result in map_ordered(range(500), work, at_once=17)]
 
     assert asyncio.run(run()) == [row * row for row in range(500)]
 
@@ -64,7 +64,7 @@ def test_no_row_waits_for_another_ones_stage_and_no_more_are_begun_than_said() -
 
     async def run() -> list[int]:
         letting_go = asyncio.create_task(let_go())
-        results = [result async for result in in_order(source(), work, at_once=8, ahead=50)]
+        results = [result async for result in map_ordered(source(), work, at_once=8, ahead=50)]
         await letting_go
         return results
 
@@ -82,7 +82,7 @@ def test_a_taker_that_is_slow_does_not_stop_the_work() -> None:
         return row
 
     async def run() -> None:
-        async with aclosing(in_order(range(1_000), work, at_once=4, ahead=100)) as coming:
+        async with aclosing(map_ordered(range(1_000), work, at_once=4, ahead=100)) as coming:
             await anext(coming)
             while done < 100:  # never ends if rows are begun only while a result is waited for
                 await asyncio.sleep(0)
@@ -107,7 +107,7 @@ def test_the_first_error_ends_it_as_it_is_and_cancels_the_rest(where: str) -> No
     async def run() -> None:
         before = asyncio.all_tasks()
         with pytest.raises(UserError, match="the key is wrong" if where == "work" else "row 10 is broken"):
-            async for _ in in_order(source(), work, at_once=9):
+            async for _ in map_ordered(source(), work, at_once=9):
                 pass
         assert asyncio.all_tasks() == before
 
@@ -126,7 +126,7 @@ def test_leaving_early_cancels_what_is_at_work() -> None:
                 ended += 1
             return row
 
-        async with aclosing(in_order(range(100), work, at_once=10)) as coming:
+        async with aclosing(map_ordered(range(100), work, at_once=10)) as coming:
             assert await anext(coming) == 0
             await asyncio.sleep(0)  # the row begun in its place has started too
         return ended
@@ -144,7 +144,7 @@ def test_the_line_tells_rows_speed_failures_and_time_left(monkeypatch: pytest.Mo
     now = 1_000.0
     monkeypatch.setattr(rows_module.time, "monotonic", lambda: now)
     client = a_client()
-    pace = Pace("sysgen", 1_000, client)
+    pace = RequestProgress("sysgen", 1_000, client)
     pace.advance(400)  # from the journal, in no time
     now += 1
     pace.look()
@@ -213,7 +213,7 @@ def test_of_rows_that_fail_together_one_is_told_and_asyncio_tells_of_none() -> N
         asyncio.get_running_loop().set_exception_handler(lambda _, complaint: complaints.append(complaint))
         asyncio.get_running_loop().call_soon(together.set)
         with pytest.raises(ValueError, match=r"^0$"):
-            async for _ in in_order(range(8), work, at_once=4):
+            async for _ in map_ordered(range(8), work, at_once=4):
                 pass
         gc.collect()
 

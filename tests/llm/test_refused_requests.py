@@ -15,7 +15,7 @@ from client_runs import LIMIT, about, echo, run
 from scripted_server import Asked, Reply, ScriptedServer, error, said
 
 from train.errors import UserError
-from train.llm.client import Client, NoAnswerError
+from train.llm.client import Client, RequestFailed
 from train.llm.journal import NO_LIMIT, Decoding, Request
 from train.llm.refusals import advice_on, config_setting, option_setting, refuses_system_role, said_in
 from train.llm.request_body import request_body
@@ -75,7 +75,7 @@ def test_a_limit_that_is_too_large_keeps_its_name(tmp_path: Path, message: str) 
         return error(400, message)
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
-        with pytest.raises(NoAnswerError, match="400"):
+        with pytest.raises(RequestFailed, match="400"):
             await client.ask(about("a"))
         assert [one.body["max_tokens"] for one in servers[0].asked] == [50]
 
@@ -262,7 +262,7 @@ def test_a_stage_whose_requests_are_all_refused_ends_with_the_setting(
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         for number in range(20):
             request = about(f"{number}", **changes)
-            with pytest.raises((NoAnswerError, UserError)) as failure:
+            with pytest.raises((RequestFailed, UserError)) as failure:
                 await client.ask(replace(request, sample=number))
             if isinstance(failure.value, UserError):
                 break
@@ -287,7 +287,7 @@ def test_a_thinking_model_is_streamed_and_its_setting_named_where_that_does_not_
         assert [one.body.get("stream") for one in servers[0].asked] == [None, True]
 
     async def fails(client: Client, servers: list[ScriptedServer]) -> None:
-        with pytest.raises(NoAnswerError) as failure:
+        with pytest.raises(RequestFailed) as failure:
             await client.ask(about("b"))
         assert failure.value.advice == "Turn its thinking off: `stage.extra: {enable_thinking: false}`."
         assert len(servers[0].asked) == 2

@@ -7,7 +7,7 @@ import pytest
 from client_runs import about, echo, run
 from scripted_server import Asked, Reply, ScriptedServer, error
 
-from train.llm.client import Client, NoAnswerError
+from train.llm.client import Client, RequestFailed
 
 OUTGROWN = error(500, "Context size has been exceeded.", type="server_error", code=500)
 IN_STREAM = b'data: {"error": {"code": 500, "message": "Context size has been exceeded.", "type": "server_error"}}\n\n'
@@ -41,7 +41,7 @@ def test_a_request_that_outgrows_the_context_alone_is_too_long(tmp_path: Path) -
         return OUTGROWN
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
-        with pytest.raises(NoAnswerError, match="Context size has been exceeded") as failure:
+        with pytest.raises(RequestFailed, match="Context size has been exceeded") as failure:
             await client.ask(about("long"))
         assert failure.value.about_content
         assert len(servers[0].asked) == 1

@@ -8,7 +8,7 @@ import pytest
 from client_runs import about, echo, run
 from scripted_server import Asked, Reply, ScriptedServer, error
 
-from train.llm.client import Client, NoAnswerError
+from train.llm.client import Client, RequestFailed
 from train.llm.journal import Answer
 from train.llm.server import Server
 
@@ -134,7 +134,7 @@ def test_a_server_that_refuses_a_stream_too_is_said_to(tmp_path: Path) -> None:
         return error(400, "This model only support stream mode")
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
-        with pytest.raises(NoAnswerError) as failure:
+        with pytest.raises(RequestFailed) as failure:
             await client.ask(about("a"))
         assert "this model can't be asked here" in failure.value.advice
         assert [one.body.get("stream") for one in servers[0].asked] == [None, True]

@@ -9,7 +9,7 @@ import pytest
 from client_runs import about, echo, first, run
 from scripted_server import Asked, Reply, ScriptedServer, said
 
-from train.llm.client import Client, EmptyAnswerError, NoAnswerError
+from train.llm.client import Client, EmptyAnswerError, RequestFailed
 from train.llm.journal import Answer, Journal
 
 FRAGMENT = "Water boils because its"
@@ -49,8 +49,8 @@ def test_what_is_no_answer_is_asked_again(tmp_path: Path, reply: Reply) -> None:
     assert (again.text, again.from_journal, asked) == ("re: hi", True, 0)
 
 
-async def no_answer(client: Client, servers: list[ScriptedServer]) -> tuple[NoAnswerError, int]:
-    with pytest.raises(NoAnswerError) as failure:
+async def no_answer(client: Client, servers: list[ScriptedServer]) -> tuple[RequestFailed, int]:
+    with pytest.raises(RequestFailed) as failure:
         await client.ask(about("hi"))
     return failure.value, len(servers[0].asked)
 

@@ -7,7 +7,7 @@ from multiprocessing.queues import SimpleQueue
 import pytest
 from torch import distributed
 
-from train.loop.shutdown import leave_with_the_others
+from train.loop.shutdown import shutdown_process_group
 
 
 def _rank(rank: int, port: int, behind: dict[int, float], seconds: float, times: "SimpleQueue[tuple]") -> None:
@@ -16,7 +16,7 @@ def _rank(rank: int, port: int, behind: dict[int, float], seconds: float, times:
     distributed.init_process_group("gloo")
     time.sleep(behind[rank])
     came = time.monotonic()
-    leave_with_the_others(seconds)
+    shutdown_process_group(seconds)
     times.put((rank, came, time.monotonic()))
 
 
@@ -55,5 +55,5 @@ def test_one_that_does_not_come_is_waited_for_so_long(late: int) -> None:
 
 def test_without_a_group_there_is_nobody_to_wait_for() -> None:
     started = time.monotonic()
-    leave_with_the_others()
+    shutdown_process_group()
     assert time.monotonic() - started < 1

@@ -14,7 +14,7 @@ from train.data.chat.template import use_template
 from train.data.prepare import prepare
 from train.loop.arguments import training_arguments
 from train.loop.metrics_log import StepLog
-from train.loop.throughput import CLOCKED, Counting, Held, Throughput
+from train.loop.throughput import CLOCKED, BatchInfo, CountingCollator, Throughput
 from train.loop.trainer import JanusTrainer
 from train.model.architecture import shape_of
 from train.model.flops import PEAK_FLOPS, peak_flops
@@ -90,7 +90,7 @@ def test_a_batch_says_what_it_holds() -> None:
         {"input_ids": [1, 2, 3, 4, 5], "labels": [1, 2, 3, -100, 5], "seq_lengths": [2, 3], "sequence": 7},
         {"input_ids": [6], "labels": [6], "seq_lengths": [1], "sequence": 3},
     ]
-    batch = Counting(lambda examples: {"rows": len(examples)})(examples)
+    batch = CountingCollator(lambda examples: {"rows": len(examples)})(examples)
     held = batch.pop("held")
     assert batch == {"rows": 2}
     assert (held.sequences, held.documents.tolist(), held.trained_tokens) == ((7, 3), [2, 3, 1], 2)
@@ -103,8 +103,8 @@ def test_mfu_counts_the_documents_that_were_trained(recipe_file: Callable[..., P
     throughput = Throughput(Accelerator(cpu=True), shape)
     throughput._peak = 1e6
     throughput.begin_step()
-    throughput.add(Held((0,), np.array([5, 300]), 100), None)
-    throughput.add(Held((1,), np.array([17]), 4), None)
+    throughput.add(BatchInfo((0,), np.array([5, 300]), 100), None)
+    throughput.add(BatchInfo((1,), np.array([17]), 4), None)
     throughput.on_step_end()
     figures, _ = throughput.figures()
     flops = 0

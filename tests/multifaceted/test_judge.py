@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.llm.client import NoAnswerError
+from train.llm.client import RequestFailed
 from train.llm.journal import Answer, Request
 from train.multifaceted.bench.judging import PROMPT_VERSION, NotYetError, judge_prompt, judge_rubric
 from train.multifaceted.bench.protocol import JudgeSettings
@@ -237,6 +237,6 @@ def test_an_answer_that_was_cut_or_refused_is_asked_for_again_as_another_sample(
 
 def test_what_is_missing_says_why() -> None:
     assert judge(Said(answer("a"), answer("b")), retries=1).missing == "unparsable"
-    found = judge(Said(answer("a"), NoAnswerError("too long")), retries=1)
+    found = judge(Said(answer("a"), RequestFailed("too long")), retries=1)
     assert (found.score, found.missing, found.detail, found.texts) == (None, "no answer", "too long", ("a",))
     assert judge(Said(NotYetError())).missing == "pending"

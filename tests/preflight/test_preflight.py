@@ -13,7 +13,7 @@ from rich.cells import cell_len
 from safetensors.torch import save_file
 from trl import SFTConfig
 
-from train.data.chat.system_role import settle
+from train.data.chat.system_role import apply_system_role
 from train.data.chat.template import use_template
 from train.data.prepare import examine
 from train.errors import UserError
@@ -21,7 +21,7 @@ from train.formatting import shorten, visible
 from train.loop.output_dir import claim_output_dir
 from train.model.tokenizer import load_tokenizer
 from train.preflight.page import marked, marks_for, page
-from train.preflight.report import Piece, Report, pieces, survey
+from train.preflight.report import Piece, Report, build_report, pieces
 from train.recipe import load_recipe
 from train.recipe.schedule import schedule
 from train.sft import main
@@ -41,8 +41,8 @@ def report_of(path: Path) -> Report:
     recipe = load_recipe(path)
     tokenizer = load_tokenizer(recipe.model)
     template = use_template(tokenizer, recipe.chat.template)
-    before = settle(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
-    return survey(recipe, tokenizer, examine(recipe, tokenizer), template, before)
+    before = apply_system_role(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
+    return build_report(recipe, tokenizer, examine(recipe, tokenizer), template, before)
 
 
 def page_of(path: Path) -> str:

@@ -16,7 +16,7 @@ import torch
 from conftest import WORDS
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from train.data.chat.system_role import SystemRole, settle
+from train.data.chat.system_role import SystemRole, apply_system_role
 from train.data.chat.template import use_template
 from train.data.loss_mask import Encoded, encode
 from train.data.sources.formats import Conversation
@@ -63,7 +63,7 @@ def variants(
     **options: Any,
 ) -> VariantRows:
     use_template(tokenizer, template)
-    settle(tokenizer, role)
+    apply_system_role(tokenizer, role)
     return make_variants(read_labelled([Source(path=str(path))]), RowTokenizer(tokenizer, "assistant"), **options)
 
 
@@ -423,16 +423,16 @@ def test_rows_weigh_alike_however_many_an_instruction_has() -> None:
 
 def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     chance = np.random.default_rng(4)
-    trials, held = 400, 0
-    for trial in range(trials):
+    probe_conversations, held = 400, 0
+    for trial in range(probe_conversations):
         sizes = chance.integers(1, 4, 60)
         effect = np.repeat(chance.normal(0.5, 1, 60), sizes) + chance.normal(0, 0.5, sizes.sum())
         (found,) = estimates(
             effect[:, None], np.repeat(np.arange(60), sizes), np.zeros(1), seed=trial, resamples=500, permutations=1
         )
         held += found.low <= 0.5 <= found.high
-    assert 0.95 * trials - held < 3.5 * math.sqrt(trials * 0.95 * 0.05)  # a binomial's spread
-    assert held < trials
+    assert 0.95 * probe_conversations - held < 3.5 * math.sqrt(probe_conversations * 0.95 * 0.05)  # a binomial's spread
+    assert held < probe_conversations
 
 
 def test_p_is_uniform_without_an_effect_and_small_with_one() -> None:

@@ -50,7 +50,7 @@ def default_folder() -> Path:
     return Path(HF_HOME) / "janus-sft"
 
 
-def key_of(parts: Mapping[str, Any]) -> str:
+def cache_key(parts: Mapping[str, Any]) -> str:
     """32 hexadecimal digits that follow from all that JSON shows of `parts`."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
@@ -114,7 +114,7 @@ def _make(folder: Path, key: str, build: Build) -> Entry:
         (partial / _PROGRESS).unlink(missing_ok=True)
         files = {path.name: _described(path) for path in sorted(partial.iterdir())}
         manifest = partial / _MANIFEST
-        described = {"files": files, "facts": facts, "digest": key_of(facts)}
+        described = {"files": files, "facts": facts, "digest": cache_key(facts)}
         manifest.write_text(json.dumps(described, indent=1, ensure_ascii=False), "utf-8")
         for path in (*partial.iterdir(), partial):
             sync(path)
@@ -138,6 +138,6 @@ def _read(folder: Path) -> Mapping[str, Any] | None:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text("utf-8"))
         whole = all(_described(folder / name) == described for name, described in manifest["files"].items())
-        return manifest["facts"] if whole and manifest["digest"] == key_of(manifest["facts"]) else None
+        return manifest["facts"] if whole and manifest["digest"] == cache_key(manifest["facts"]) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
         return None

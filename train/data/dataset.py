@@ -13,7 +13,7 @@ from train.data.packing import PackingPlan
 from train.data.tokens.table import TokenRows
 
 
-class Sequences:
+class PackedDataset:
     """A map-style data set, as torch's DataLoader takes it.
 
     Sequence i of epoch e has the index e * len(self) + i, so that what a process reads follows from the index alone,
@@ -79,14 +79,14 @@ class Sequences:
         return ids, labels_of(ids, self._rows.trained(row))
 
 
-class EvenSequences:
+class PaddedDataset:
     """`sequences`, and behind them as many that count for nothing as make their number a multiple of `at_once`.
 
     Where the last batches aren't full, accelerate fills them with the first rows again (`even_batches`), as all ranks
     must run equally many; in a sum over tokens those would count twice.
     """
 
-    def __init__(self, sequences: Sequences, at_once: int) -> None:
+    def __init__(self, sequences: PackedDataset, at_once: int) -> None:
         self._sequences = sequences
         self._count = -(-len(sequences) // at_once) * at_once
 
@@ -95,7 +95,7 @@ class EvenSequences:
         return self._count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """As of `Sequences`; none of its tokens is labelled where it counts for nothing."""
+        """As of `PackedDataset`; none of its tokens is labelled where it counts for nothing."""
         if index < len(self._sequences):
             return self._sequences[index]
         item = self._sequences[0]

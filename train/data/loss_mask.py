@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from train.data.chat.assistant_spans import Spans, TrainOn
 from train.data.chat.rendering import Rendering, Span, Tools, gaps
-from train.data.chat.system_role import SystemRole, settle
+from train.data.chat.system_role import SystemRole, apply_system_role
 from train.data.fast_tokenizer import FastTokenizer, UnsuitableError
 from train.data.sources.formats import Message, RowFault
 from train.data.sources.unused_text import Unread
@@ -279,7 +279,7 @@ def encode(
     """
     if system_role != "native":
         tokenizer = copy.copy(tokenizer)
-        settle(tokenizer, system_role)
+        apply_system_role(tokenizer, system_role)
     encoder = _encoders.get(tokenizer)
     if encoder is None or not encoder.is_for(tokenizer):
         encoder = _encoders[tokenizer] = Encoder(tokenizer)

@@ -21,10 +21,10 @@ import yaml
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from train.data.cache import Entry, find_or_make, key_of
+from train.data.cache import Entry, cache_key, find_or_make
 from train.data.chat.assistant_spans import NO_TOOLS
 from train.data.chat.rendering import REASONING_LOST
-from train.data.dataset import Sequences
+from train.data.dataset import PackedDataset
 from train.data.packing import PackingPlan, plan
 from train.data.sources.mixture import held_out, weighted
 from train.data.sources.source import BadRow, BadRows, OpenSource
@@ -52,7 +52,7 @@ class Row(NamedTuple):
 
 
 @dataclass
-class Account:
+class SplitStats:
     """What became of the rows of one part.
 
     `conversations`: those that could be tokenized, as often as the weights say. `rows`: those trained; a template that
@@ -93,11 +93,11 @@ class Account:
 
 
 @dataclass(frozen=True)
-class Part:
+class Split:
     """The rows of training or validation."""
 
-    rows: Sequences
-    account: Account
+    rows: PackedDataset
+    account: SplitStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +142,8 @@ class Prepared:
     without a like, as of a column that is empty here.
     """
 
-    train: Part
-    validation: Part | None
+    train: Split
+    validation: Split | None
     faults: Mapping[str, BadRows] = field(default_factory=dict)
     overlap: Overlap = field(default_factory=Overlap)
     caches: Sequence[CachedSource] = ()
@@ -155,7 +155,7 @@ class Prepared:
     absent: Sequence[str] = ()
 
     @property
-    def accounts(self) -> dict[str, Account]:
+    def accounts(self) -> dict[str, SplitStats]:
         """The accounts of the parts that there are, by name."""
         parts = {"training": self.train, "validation": self.validation}
         return {name: part.account for name, part in parts.items() if part}
@@ -367,10 +367,10 @@ def _faults(tokenized: Sequence[tuple[Entry, OpenSource]]) -> dict[str, BadRows]
 
 def _part(
     conversations: NDArray[np.int64], rows: TokenRows, recipe: Recipe, multiple_of: int
-) -> tuple[Part, NDArray[np.int64]]:
+) -> tuple[Split, NDArray[np.int64]]:
     """The rows of these conversations as they are trained, and which of the conversations have any, each once."""
     section = recipe.data
-    account = Account(conversations=len(conversations))
+    account = SplitStats(conversations=len(conversations))
     everything = _rows_of(conversations, rows.conversations)
     account.lengths = rows.lengths[everything]
     if len(everything):
@@ -381,7 +381,7 @@ def _part(
     account.distinct_systems = rows.distinct_systems(chosen)
 
     lengths = np.minimum(rows.lengths[chosen], section.max_length)
-    sequences = Sequences(
+    sequences = PackedDataset(
         rows,
         chosen,
         section.max_length,
@@ -403,7 +403,7 @@ def _part(
         place = chance.choice(parts.tolist())  # where a template splits the conversation: any of its rows
         row = int(chosen[place])
         account.examples.append(Row(*sequences.row(place), rows.place(row), bool(rows.has_system[row])))
-    return Part(sequences, account), rows.conversations[chosen[once]]
+    return Split(sequences, account), rows.conversations[chosen[once]]
 
 
 def _rows_of(conversations: NDArray[np.int64], of_rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -415,7 +415,7 @@ def _rows_of(conversations: NDArray[np.int64], of_rows: NDArray[np.int64]) -> ND
 
 
 def _fitting(
-    everything: NDArray[np.int64], rows: TokenRows, section: DataSection, account: Account
+    everything: NDArray[np.int64], rows: TokenRows, section: DataSection, account: SplitStats
 ) -> NDArray[np.int64]:
     """The rows that `data.overlong` leaves. Counts what becomes of the others."""
     length, longest = rows.lengths[everything], section.max_length
@@ -457,6 +457,6 @@ def _plan(lengths: NDArray[np.int32], recipe: Recipe, multiple_of: int, epoch: i
 
     with job("packing", unit="rows"):
         try:
-            return PackingPlan.load(find_or_make(cache_folder(recipe), key_of(made_of), build).folder / _PLAN)
+            return PackingPlan.load(find_or_make(cache_folder(recipe), cache_key(made_of), build).folder / _PLAN)
         except UserError:  # the folder can't be written: no reason to stop in the middle of a run
             return plan(lengths, capacity, multiple_of=multiple_of, seed=recipe.seed, epoch=epoch)

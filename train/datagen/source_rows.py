@@ -26,7 +26,7 @@ class SourcesSection(Section):
     """Open data in pickle files, which can run code as they are opened."""
 
 
-def placed_rows(data: SourcesSection) -> Iterator[PlacedRow]:
+def iter_rows(data: SourcesSection) -> Iterator[PlacedRow]:
     """Every row of the sources with its number and place, up to the limit. Raises UserError."""
     rows = (row for source in data.sources for row in conversations(source, data.allow_pickle))
     for index, (place, row) in enumerate(islice(rows, data.limit)):

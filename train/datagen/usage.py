@@ -13,7 +13,7 @@ from train.llm.reasoning.answer import events_of, read_answer
 
 
 @dataclass(slots=True)
-class Spent:
+class Usage:
     """What one stage asked for one row."""
 
     requests: int = 0
@@ -29,7 +29,7 @@ class Spent:
         self.completion_tokens += answer.completion_tokens or 0
         self.seconds += answer.seconds
 
-    def add_all(self, other: "Spent") -> None:
+    def add_all(self, other: "Usage") -> None:
         """All that was counted elsewhere."""
         self.requests += other.requests
         self.prompt_tokens += other.prompt_tokens
@@ -40,7 +40,7 @@ class Spent:
 class AskedRow(Protocol):
     """A row on its way through the stages. `events`: in the words of the report."""
 
-    spent: dict[str, Spent]
+    spent: dict[str, Usage]
     events: Counter[str]
 
 
@@ -65,7 +65,7 @@ async def ask(
         answer = await client.ask(request, next_try=next_try, goes_on_empty=goes_on_empty)
     except EmptyAnswerError as failure:
         answer = failure.answer
-    row.spent.setdefault(stage, Spent()).add(answer)
+    row.spent.setdefault(stage, Usage()).add(answer)
     if answer.finish_reason == BELOW_LIMIT:
         events[f"{stage}: answer without a finish_reason, below the token limit"] += 1
     elif answer.ending in ("unknown", "unstated"):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from train.cli import from_one_to, json_object, not_negative, number_or_null, positive
 from train.errors import UserError, naming
 from train.evaluation.folders import require_file, require_model, require_results_folder
-from train.evaluation.results_dir import alone_in
+from train.evaluation.results_dir import exclusive
 from train.formatting import counted
 from train.recipe import Source
 from train.reporting.markdown import put_section
@@ -177,7 +177,7 @@ def run(options: argparse.Namespace) -> None:
     """Answer, judge, and write what came of it. Raises UserError."""
     folder = _folder(options)
     _refuse_contradictions(options)
-    with alone_in(folder, "bench"):
+    with exclusive(folder, "bench"):
         _measure(options, folder)
 
 
@@ -269,14 +269,14 @@ def _refuse_what_can_not_judge(options: argparse.Namespace) -> None:
     """All that would end the run after the model has answered, which may take hours."""
     from train.evaluation.models.options import server_options
     from train.llm.concurrency import Pauses
-    from train.llm.server import ServerLane
+    from train.llm.server import ServerConnection
     from train.multifaceted.bench.batch_api import read_batch
     from train.multifaceted.bench.judging import PROMPT_VERSION
     from train.multifaceted.bench.pairwise import read_protocol, read_results
     from train.multifaceted.bench.protocol import protocol_of, refuse_other_protocol, settings_of
 
     async def look(server: "Server") -> None:
-        await ServerLane(server, Pauses(), patience=0).api.close()
+        await ServerConnection(server, Pauses(), patience=0).api.close()
 
     with naming(server_options("judge-")):
         for server in _judge_servers(options):
@@ -352,7 +352,7 @@ def _asked(options: argparse.Namespace, bench: "Bench", folder: Path) -> "tuple[
     """The responses of a model, and the option to change where its server refused some."""
     from train.evaluation.models.options import respondent_of
     from train.evaluation.models.responses import respond
-    from train.llm.client import NoAnswerError
+    from train.llm.client import RequestFailed
     from train.llm.refusals import option_setting
     from train.multifaceted.bench.scoring import Response, conversation
 
@@ -368,11 +368,11 @@ def _asked(options: argparse.Namespace, bench: "Bench", folder: Path) -> "tuple[
         before_asking=partial(_contact_judge, options),
         name_setting=option_setting(_OWN),
     )
-    failures = [answer for of_row in answers for answer in of_row if isinstance(answer, NoAnswerError)]
+    failures = [answer for of_row in answers for answer in of_row if isinstance(answer, RequestFailed)]
     responses = [
         [
             Response(None, str(answer))
-            if isinstance(answer, NoAnswerError)
+            if isinstance(answer, RequestFailed)
             else Response(
                 answer.text,
                 finish_reason=answer.finish_reason,

@@ -20,7 +20,7 @@ from train.cli import not_negative, positive
 from train.errors import UserError, naming
 from train.evaluation.folders import require_model, require_results_folder
 from train.evaluation.results import folder_of
-from train.evaluation.results_dir import alone_in
+from train.evaluation.results_dir import exclusive
 from train.formatting import counted
 from train.progress import job
 from train.recipe import ModelSection, Source
@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
             require_model(option, model)
     if not file.parent.is_dir() or (file.exists() and not file.is_file()):
         raise UserError(f"--json {file}: that is no file in a folder that is there")
-    with alone_in(file.parent, "gain"):
+    with exclusive(file.parent, "gain"):
         _measure_all(options, folder, file)
 
 
@@ -160,7 +160,7 @@ def rows_for(options: argparse.Namespace, models: list[str]) -> "tuple[VariantRo
     """
     from pydantic import ValidationError
 
-    from train.data.chat.system_role import settle
+    from train.data.chat.system_role import apply_system_role
     from train.data.chat.template import use_template
     from train.data.tokens.workers import RowTokenizer
     from train.evaluation.models.local import tokenizer_of
@@ -180,7 +180,7 @@ def rows_for(options: argparse.Namespace, models: list[str]) -> "tuple[VariantRo
     except ValidationError as fault:
         raise UserError(f"--data or --split: {fault.errors()[0]['msg']}") from fault
     use_template(tokenizer, options.template)
-    settle(tokenizer, options.system_role)
+    apply_system_role(tokenizer, options.system_role)
     rows = read_labelled(sources, options.group)
     known = {column for row in rows if isinstance(row, Labelled) for column, _ in row.labels}
     for column in options.group:

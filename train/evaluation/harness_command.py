@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from train.cli import not_negative, positive
 from train.errors import UserError
 from train.evaluation.folders import require_model, require_results_folder
-from train.evaluation.results_dir import alone_in
+from train.evaluation.results_dir import exclusive
 from train.formatting import counted
 from train.reporting.markdown import put_section
 from train.resampling import explain_missing
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
         raise UserError(f"--output-dir {folder}: can't be made: {fault.strerror}") from fault
-    with alone_in(folder, "harness"):
+    with exclusive(folder, "harness"):
         _measure(options, folder)
 
 

@@ -9,7 +9,7 @@ from train.storage.file_lock import HeldError, hold
 
 
 @contextmanager
-def alone_in(folder: Path, command: str) -> Iterator[None]:
+def exclusive(folder: Path, command: str) -> Iterator[None]:
     """Keep a second run of `command` out of `folder`, which is there, while what runs inside writes to it.
 
     Another command writes to other files and is not kept out: a model may be measured in several ways at once. Raises

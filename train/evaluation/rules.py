@@ -25,7 +25,7 @@ from train.cli import positive
 from train.errors import UserError, naming
 from train.evaluation.folders import require_file, require_model
 from train.evaluation.results import folder_of
-from train.evaluation.results_dir import alone_in
+from train.evaluation.results_dir import exclusive
 from train.formatting import counted
 from train.reporting.markdown import error_bars, load_pyplot, put_section, shortened
 from train.resampling import Estimate, explain_missing, share_of
@@ -124,7 +124,7 @@ def read_rules(path: Path) -> Mapping[str, Any]:
 def answer(folder: Path, rows: list[dict[str, Any]], options: argparse.Namespace) -> list[str]:
     """What the model in `folder`, whole or an adapter, answers to each row's system and user message."""
     from train.evaluation.models.responses import Checkpoint, respond
-    from train.llm.client import NoAnswerError
+    from train.llm.client import RequestFailed
     from train.llm.journal import Decoding
 
     with naming({"--model": "--before or --after"}):
@@ -137,7 +137,7 @@ def answer(folder: Path, rows: list[dict[str, Any]], options: argparse.Namespace
         )
     texts = []
     for row, [given] in zip(rows, found, strict=True):
-        if isinstance(given, NoAnswerError):
+        if isinstance(given, RequestFailed):
             raise UserError(f"{folder}: no answer to {row['messages'][1]['content']!r}: {given}")
         texts.append(given.text)
     return texts
@@ -247,7 +247,7 @@ def run(options: argparse.Namespace) -> None:
     rows = read_rows(options.data, known)
     for option, folder in (("--before", options.before), ("--after", options.after)):
         require_model(option, str(folder), hub=False)
-    with alone_in(options.after, "rules"):
+    with exclusive(options.after, "rules"):
         _measure(options, known, rows)
 
 

@@ -9,7 +9,7 @@ Errors end in one of three ways:
 - The server's own (too much to do, restarting, gone) are waited for, for as long as it takes; but a server that has had
   too much to do from the first request on is given up after a day. A connection that ends without a response is the
   server's own where it answers nobody, and else the request's.
-- A request's own (too long a prompt, the same fault try after try) raise NoAnswerError, and the others go on.
+- A request's own (too long a prompt, the same fault try after try) raise RequestFailed, and the others go on.
 - What the user has to change (a key, a model's name, credit) raises UserError, which ends the run. A server that has
   answered before is asked again first: a 401 or 403 ends the run when nothing else has come for `DENIALS` tries, a 404
   when nothing else has come for `LONGEST_ABSENCE` (see endings.py). Requests that were not answered by then are asked
@@ -26,16 +26,16 @@ from typing import Self
 
 from train.errors import UserError
 from train.formatting import duration
-from train.llm.concurrency import Pauses, Places
+from train.llm.concurrency import ConcurrencyLimiter, Pauses
 from train.llm.connection.startup_check import share_secrets
 from train.llm.empty_answers import is_answered, says_nothing
 from train.llm.journal import Answer, Journal, Request
 from train.llm.options import WAIT_FOR_SERVER
-from train.llm.outages import LONGEST_ABSENCE, Endings, NoAnswerError
+from train.llm.outages import LONGEST_ABSENCE, Endings, RequestFailed
 from train.llm.refusals import NameSetting, config_setting
 from train.llm.replies import why_empty
-from train.llm.server import PAUSE_OF_A_START, Server, ServerLane
-from train.llm.server_errors import LONGEST_WAIT, Trouble
+from train.llm.server import PAUSE_OF_A_START, Server, ServerConnection
+from train.llm.server_errors import LONGEST_WAIT, ServerError
 from train.progress import SECONDS_BETWEEN_LINES
 
 FAILURES_OF_A_STAGE = 20
@@ -60,7 +60,7 @@ class _Start:
             self.awaited.discard(key)
 
 
-class EmptyAnswerError(NoAnswerError):
+class EmptyAnswerError(RequestFailed):
     """The model says nothing to this request, try after try. `answer`: the last of the empty ones.
 
     One that holds nothing but reasoning that has ended, or control tokens, is empty too.
@@ -137,7 +137,9 @@ class Client:
         self.pauses = pauses or Pauses()
         self.counts = Counts()
         self._wait_for_server, self._accept_empty = wait_for_server, accept_empty
-        self._lanes = [ServerLane(server, self.pauses, patience, longest_wait, name_setting) for server in servers]
+        self._lanes = [
+            ServerConnection(server, self.pauses, patience, longest_wait, name_setting) for server in servers
+        ]
         share_secrets(self._lanes)
         gives_reasons = journal.gives_reasons(model, len(self._lanes))
         for lane in self._lanes:
@@ -150,7 +152,7 @@ class Client:
             longest_absence=longest_absence,
             wait_for_server=wait_for_server,
         )
-        self._places = Places(self._lanes)
+        self._places = ConcurrencyLimiter(self._lanes)
         self._asking: dict[bytes, asyncio.Future[None]] = {}
         self._starts: defaultdict[str, _Start] = defaultdict(_Start)
         self._answered_stages: set[str] = set()
@@ -225,7 +227,7 @@ class Client:
             goes_on_empty: the caller asks for nothing in the place of an empty answer, and loses no row by it.
 
         Raises:
-            EmptyAnswerError, NoAnswerError, UserError: see the module.
+            EmptyAnswerError, RequestFailed, UserError: see the module.
         """
         key = request.key(self.model)
         while (answer := self._recorded(request, key, next_try, goes_on_empty)) is None and key in self._asking:
@@ -237,7 +239,7 @@ class Client:
                 start.in_flight.add(key)
             try:
                 answer = await self._ask_a_server(key, request)
-            except NoAnswerError as failure:
+            except RequestFailed as failure:
                 self.counts.failed += 1
                 self.counts.advice = self.counts.advice or failure.advice
                 if start:
@@ -274,9 +276,9 @@ class Client:
 
     async def _ask_a_server(self, key: bytes, request: Request) -> Answer:
         faults = empty = tries = 0
-        avoid: ServerLane | None = None
+        avoid: ServerConnection | None = None
         denied_at: float | None = None
-        seen: Collection[ServerLane] = ()
+        seen: Collection[ServerConnection] = ()
         """The servers that were there before the last try."""
         while True:
             lane = await self._places.take(avoid)
@@ -296,7 +298,7 @@ class Client:
             if outcome.kind == "hopeless":
                 await self._endings.end_or_close(lane, outcome)
             if outcome.kind == "row":
-                raise NoAnswerError(outcome.what, outcome.advice, about_content=outcome.about_content)
+                raise RequestFailed(outcome.what, outcome.advice, about_content=outcome.about_content)
             if outcome.kind == "denied":
                 lane.denied.add(key)
                 await self._endings.end_if_denied(request.stage, lane, outcome, denied_at)
@@ -309,47 +311,47 @@ class Client:
             await self._endings.end_a_wrong_start(request.stage, lane, outcome)
             if outcome.kind == "dropped" and faults >= self.attempts - 1:
                 if lane in seen and faults >= self.attempts:
-                    raise NoAnswerError(f"{outcome.what} ({self.attempts} times)")
+                    raise RequestFailed(f"{outcome.what} ({self.attempts} times)")
                 # Before it counts for the last time, the server has to be there: the request may not be the reason.
                 faults = self.attempts - 1
                 seen = await self._endings.wait_until_one_is_there()
             if faults >= self.attempts:
-                raise NoAnswerError(f"{outcome.what} ({self.attempts} times)", outcome.advice)
+                raise RequestFailed(f"{outcome.what} ({self.attempts} times)", outcome.advice)
             avoid = lane
             if outcome.retry_after is None and outcome.kind != "too much":  # of which the whole server rests
                 pause = self.pauses.after(tries)
                 await asyncio.sleep(pause if lane.reached else min(pause, PAUSE_OF_A_START))
 
     async def _send(
-        self, lane: ServerLane, key: bytes, request: Request, *, accept_empty: bool
-    ) -> Answer | Trouble | EmptyAnswerError:
+        self, lane: ServerConnection, key: bytes, request: Request, *, accept_empty: bool
+    ) -> Answer | ServerError | EmptyAnswerError:
         """Ask once, in a place that was taken on this lane; it is given back, and the lane told how it went.
 
         An answer is in the journal when this returns.
         """
         sent_at = time.monotonic()
-        outcome: Answer | Trouble | None = None
+        outcome: Answer | ServerError | None = None
         is_kept = False
         try:
             outcome = await lane.send(self.model, request)
             if isinstance(outcome, Answer):
                 is_kept = not says_nothing(outcome) or (accept_empty and not outcome.reasoning_in)
         finally:
-            self._places.unwritten += is_kept
-            self._places.give_back(lane)
+            self._places.uncommitted += is_kept
+            self._places.release(lane)
             lane.learn(outcome, sent_at)
-            self._places.hand_out()
+            self._places.dispatch()
         if isinstance(outcome, Answer):
             if not is_kept:
                 return EmptyAnswerError(why_empty(outcome), outcome)
             try:
                 await self.journal.add(key, self.model, request, outcome)
             finally:
-                self._places.unwritten -= 1
-                self._places.hand_out()
+                self._places.uncommitted -= 1
+                self._places.dispatch()
         return outcome
 
-    def _count_failure(self, stage: str, start: _Start, failure: NoAnswerError) -> None:
+    def _count_failure(self, stage: str, start: _Start, failure: RequestFailed) -> None:
         """Raise UserError where a stage has failed as a whole (see `FAILURES_OF_A_STAGE`)."""
         if stage in self._answered_stages:
             return
@@ -374,6 +376,6 @@ class Client:
             patience = min(lane.patience for lane in self._lanes)
             await asyncio.sleep(min(patience, self._endings.silence) / 8)
             await self._endings.watch_silent_starts()
-            self._places.hand_out()
+            self._places.dispatch()
             for lane in self._lanes:
                 lane.interrupt_if_silent()

@@ -38,7 +38,7 @@ class Pauses:
         return min(self.longest, self.first * 2.0 ** min(failures - 1, 30)) * random.uniform(0.5, 1.0)
 
 
-class Lane:
+class ServerSlots:
     """One server's places. `limit` is how many it has now, between 1 and `most`."""
 
     def __init__(self, name: str, most: int, pauses: Pauses) -> None:
@@ -122,10 +122,10 @@ class Lane:
         return self.in_flight < self.limit and self.paused_until <= now and not (self.closed or self.rests)
 
 
-AnyLane = TypeVar("AnyLane", bound=Lane)
+AnyLane = TypeVar("AnyLane", bound=ServerSlots)
 
 
-class Places(Generic[AnyLane]):
+class ConcurrencyLimiter(Generic[AnyLane]):
     """Hands out the lanes' places, first come, first served; always the lane with the largest share free.
 
     So a slow server gets what it can bear and no more, a dead one a request now and then, and neither keeps the
@@ -133,14 +133,14 @@ class Places(Generic[AnyLane]):
 
     A place is free again as soon as its answer has come, as the server is to be kept busy while that is written
     down. Answers that are not yet written are counted all the same: with the requests in flight there are never
-    more of them than `most_at_risk`, a quarter more than there are places. This many a killed process can lose.
+    more of them than `max_uncommitted`, a quarter more than there are places. This many a killed process can lose.
     """
 
     def __init__(self, lanes: list[AnyLane]) -> None:
         self.lanes = lanes
-        self.unwritten = 0
+        self.uncommitted = 0
         places = sum(lane.most for lane in lanes)
-        self.most_at_risk = places + max(1, places // 4)
+        self.max_uncommitted = places + max(1, places // 4)
         self._waiting: deque[tuple[asyncio.Future[AnyLane], AnyLane | None]] = deque()
         self._alarm: asyncio.TimerHandle | None = None
 
@@ -151,20 +151,20 @@ class Places(Generic[AnyLane]):
             return lane
         mine: asyncio.Future[AnyLane] = asyncio.get_running_loop().create_future()
         self._waiting.append((mine, avoid))
-        self.hand_out()
+        self.dispatch()
         try:
             return await mine
         except asyncio.CancelledError:
             if mine.done() and not mine.cancelled():  # the place came in the same moment
-                self.give_back(mine.result())
-                self.hand_out()
+                self.release(mine.result())
+                self.dispatch()
             raise
 
-    def give_back(self, lane: AnyLane) -> None:
-        """The request has ended. What the lane learns from it is told to it next, and then comes `hand_out`."""
+    def release(self, lane: AnyLane) -> None:
+        """The request has ended. What the lane learns from it is told to it next, and then comes `dispatch`."""
         lane.in_flight -= 1
 
-    def hand_out(self) -> None:
+    def dispatch(self) -> None:
         """Give the places that are free to those that wait."""
         now = time.monotonic()  # one look: a pause that ends after `_best` has seen it would set no alarm
         while self._waiting:
@@ -179,7 +179,7 @@ class Places(Generic[AnyLane]):
         self._set_alarm(now)
 
     def _best(self, avoid: AnyLane | None, now: float) -> AnyLane | None:
-        if self.unwritten + sum(lane.in_flight for lane in self.lanes) >= self.most_at_risk:
+        if self.uncommitted + sum(lane.in_flight for lane in self.lanes) >= self.max_uncommitted:
             return None
         free = [lane for lane in self.lanes if lane.is_open(now)]
         return min(free, key=lambda lane: (lane is avoid, lane.in_flight / lane.limit), default=None)
@@ -191,4 +191,4 @@ class Places(Generic[AnyLane]):
             self._alarm = None
         paused = [lane.paused_until - now for lane in self.lanes if lane.paused_until > now]
         if self._waiting and paused:
-            self._alarm = asyncio.get_running_loop().call_later(min(paused) + 0.001, self.hand_out)
+            self._alarm = asyncio.get_running_loop().call_later(min(paused) + 0.001, self.dispatch)

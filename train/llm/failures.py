@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 NO_ANSWER = "no answer from the model"
-"""The reason that reports give of what is left out by a `NoAnswerError`."""
+"""The reason that reports give of what is left out by a `RequestFailed`."""
 KINDS = 200
 """So many kinds are told apart, so that memory stays flat; what is new beyond them counts as `other words`."""
 LONGEST_SHOWN = 200
@@ -18,8 +18,8 @@ _OTHERS = "other words"
 _WITH_DIGITS = re.compile(r"\S*\d\S*")
 
 
-class Unanswered:
-    """Counts what `NoAnswerError` says."""
+class FailureReasons:
+    """Counts what `RequestFailed` says."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -51,7 +51,7 @@ class Unanswered:
 
 
 def for_report(counts: Mapping[str, int]) -> dict[str, int]:
-    """The most frequent of `Unanswered.counts`, as cells of a table that take them for nothing but text."""
+    """The most frequent of `FailureReasons.counts`, as cells of a table that take them for nothing but text."""
     return {f"`{words.replace('`', chr(39))}`": count for words, count in list(counts.items())[:SHOWN_IN_REPORT]}
 
 

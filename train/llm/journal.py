@@ -3,7 +3,7 @@
 An answer is handed out only once its row is committed. What a run builds on an answer (the next stage's prompt, a
 written row) can therefore never name an answer that the next start doesn't find, and asks for anew and gets
 otherwise. A killed process loses only what the server had sent and the journal had not yet committed: some
-milliseconds' worth, and never more than the client allows (`Places.most_at_risk`).
+milliseconds' worth, and never more than the client allows (`ConcurrencyLimiter.max_uncommitted`).
 """
 
 import asyncio

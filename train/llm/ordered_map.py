@@ -11,7 +11,7 @@ Row = TypeVar("Row")
 Result = TypeVar("Result")
 
 
-async def in_order(
+async def map_ordered(
     rows: Iterable[Row], work: Callable[[Row], Awaitable[Result]], *, at_once: int, ahead: int | None = None
 ) -> AsyncGenerator[Result]:
     """`work(row)` for each row, `at_once` at a time; the results in the order of the rows, each as soon as it may.

@@ -19,8 +19,8 @@ from train.llm.connection.diagnosis import explain, look
 from train.llm.connection.errors import speaks_tls, tls_wanted
 from train.llm.connection.startup_check import unreachable
 from train.llm.journal import Journal
-from train.llm.server import SILENT, ServerLane
-from train.llm.server_errors import Trouble
+from train.llm.server import SILENT, ServerConnection
+from train.llm.server_errors import ServerError
 
 FAULTS_OF_A_START = 8
 """Responses in a row without an answer, before any answer, that end the run: the settings are wrong. They take about
@@ -45,7 +45,7 @@ LONGEST_PAUSE_OF_LOOKS = 10.0
 """Seconds between looks at servers that have closed connections without an answer: they may be back any time."""
 
 
-class NoAnswerError(Exception):
+class RequestFailed(Exception):  # noqa: N818
     """This request gets no answer, whatever is done; others do. The message says what the server said.
 
     `advice`: the setting that the server's error is about, as a sentence.
@@ -62,7 +62,7 @@ class Endings:
 
     def __init__(
         self,
-        lanes: Sequence[ServerLane],
+        lanes: Sequence[ServerConnection],
         model: str,
         journal: Journal,
         *,
@@ -76,7 +76,7 @@ class Endings:
         self.silence = SILENCE_OF_A_START
         self._warned_of: set[str] = set()
 
-    async def end_or_close(self, lane: ServerLane, trouble: Trouble) -> None:
+    async def end_or_close(self, lane: ServerConnection, trouble: ServerError) -> None:
         """Close a server that will answer no request for now, or raise UserError where no other can go on.
 
         One of several is closed for its key or its credit alone: an address, a model's name or a certificate is wrong
@@ -97,8 +97,10 @@ class Endings:
     def _named_closed(self) -> str:
         return "; ".join(f"{lane.name} ({lane.closed})" for lane in self._lanes if lane.closed)
 
-    async def end_if_denied(self, stage: str, lane: ServerLane, trouble: Trouble, denied_at: float | None) -> None:
-        """Raise where it is known who has to act on a refusal: UserError for the run, NoAnswerError for this request.
+    async def end_if_denied(
+        self, stage: str, lane: ServerConnection, trouble: ServerError, denied_at: float | None
+    ) -> None:
+        """Raise where it is known who has to act on a refusal: UserError for the run, RequestFailed for this request.
 
         `denied_at`: when this request was denied before.
         """
@@ -112,16 +114,16 @@ class Endings:
         if trouble.status == 403:
             others_answered = denied_at is not None and lane.answered_sent_at > denied_at
             if others_answered or (is_over and len(lane.denied) <= FEW_DENIED):
-                raise NoAnswerError(trouble.what)
+                raise RequestFailed(trouble.what)
         if is_over:
             await self.end_or_close(lane, trouble)
 
-    async def end_a_wrong_start(self, stage: str, lane: ServerLane, trouble: Trouble) -> None:
+    async def end_a_wrong_start(self, stage: str, lane: ServerConnection, trouble: ServerError) -> None:
         """Raise UserError where no server has answered, and this one won't."""
         self._end_a_false_start(stage, lane, trouble)
         await self._end_an_unreachable_start(lane, trouble)
 
-    def _end_a_false_start(self, stage: str, lane: ServerLane, trouble: Trouble) -> None:
+    def _end_a_false_start(self, stage: str, lane: ServerConnection, trouble: ServerError) -> None:
         if any(one.has_answered for one in self._lanes):
             return
         waited = time.monotonic() - lane.trouble_since
@@ -140,7 +142,7 @@ class Endings:
                 f"{lane.name} has answered nothing so far; {since} it said: {trouble.what.rstrip('.')}. {advice}"
             )
 
-    async def _end_an_unreachable_start(self, lane: ServerLane, trouble: Trouble) -> None:
+    async def _end_an_unreachable_start(self, lane: ServerConnection, trouble: ServerError) -> None:
         if trouble.kind not in ("gone", "dropped") or lane.reached or lane.away_since is None:
             return
         waited = time.monotonic() - lane.away_since
@@ -164,11 +166,11 @@ class Endings:
     def _warn(self, words: str) -> None:
         print(f"warning: {words}", file=sys.stderr, flush=True)
 
-    async def _is_there(self, lane: ServerLane) -> bool:
+    async def _is_there(self, lane: ServerConnection) -> bool:
         """Return whether a server answers a look at its models; a gateway may say that it has no server."""
         return await look(lane) not in (None, 502, 503, 504)
 
-    async def wait_until_one_is_there(self) -> Collection[ServerLane]:
+    async def wait_until_one_is_there(self) -> Collection[ServerConnection]:
         """Return the servers that answer a look at their models, as soon as there are any."""
         looks = 0
         while True:
@@ -189,7 +191,7 @@ class Endings:
         ]
         await asyncio.gather(*(self._look_at_silent(lane, now) for lane in silent))
 
-    async def _look_at_silent(self, lane: ServerLane, now: float) -> None:
+    async def _look_at_silent(self, lane: ServerConnection, now: float) -> None:
         others_answer = any(one.has_answered and not one.closed for one in self._lanes)
         if lane.reached:  # it may be loading the model
             if others_answer and now - lane.heard_at > self._longest_absence:

@@ -19,7 +19,7 @@ SECONDS_OF_SPEED = 60.0
 """What tokens/s and the time left are measured over, so that they tell of now, not of a journal read at the start."""
 
 
-class Pace:
+class RequestProgress:
     """How many rows are done, and how fast they and their tokens come."""
 
     def __init__(self, description: str, total: int | None, client: Client) -> None:
@@ -54,12 +54,12 @@ class Pace:
 
 
 @asynccontextmanager
-async def progress(description: str, total: int | None, client: Client) -> AsyncIterator[Pace]:
+async def progress(description: str, total: int | None, client: Client) -> AsyncIterator[RequestProgress]:
     """Show the pace of what runs inside: a bar in a terminal, a line now and then in a log file.
 
     That a server keeps everyone waiting is told in the log at once.
     """
-    pace = Pace(description, total, client)
+    pace = RequestProgress(description, total, client)
     console = Console(file=sys.stdout)
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(20),

@@ -11,7 +11,7 @@ import openai
 
 from train.errors import UserError
 from train.formatting import duration
-from train.llm.concurrency import Lane, Pauses
+from train.llm.concurrency import Pauses, ServerSlots
 from train.llm.connection.address import parse_address, shown_location
 from train.llm.connection.api_keys import find_key
 from train.llm.connection.diagnosis import explain, is_unreachable, only_model
@@ -35,7 +35,7 @@ from train.llm.server_errors import (
     DENIED,
     LONGEST_WAIT,
     ErrorBody,
-    Trouble,
+    ServerError,
     error_in,
     error_of,
     is_about_shared_context,
@@ -50,7 +50,7 @@ PAUSE_OF_A_START = 5.0
 FAULTS_OF_A_WRONG_SCHEME = 4
 """After so many responses in a row that broke off, and no answer, we look whether it is TLS that is spoken there."""
 
-SILENT = Trouble(
+SILENT = ServerError(
     "gone",
     "accepts connections and sends nothing",
     advice="A model server lists its models at once: is the port right?",
@@ -74,7 +74,7 @@ class Server:
     stream: bool = False
 
 
-class ServerLane(Lane):
+class ServerConnection(ServerSlots):
     """A server with its connections. `name_setting`: the command's words for a setting that an error is about."""
 
     def __init__(
@@ -144,7 +144,7 @@ class ServerLane(Lane):
             headers["api-key"] = self.key  # Azure takes keys there; in Authorization it takes tokens of Entra
         return headers
 
-    async def send(self, model: str, request: Request) -> Answer | Trouble:
+    async def send(self, model: str, request: Request) -> Answer | ServerError:
         """Ask once."""
         self.was_asked = True
         body = request_body(model, request, self._form)
@@ -158,17 +158,17 @@ class ServerLane(Lane):
                 # The bare response: the package would build a model of it unchecked, and garbage looks like an answer.
                 response = await self.api.post(self._chat_url, cast_to=httpx2.Response, body=body)
         except TimeoutError:
-            return Trouble("fault", f"nothing heard for {duration(self.patience / 2)}") if self.reached else SILENT
+            return ServerError("fault", f"nothing heard for {duration(self.patience / 2)}") if self.reached else SILENT
         except openai.APIStatusError as error:
             return self._refusal(await self.error_response(error), error.response, body, request.stage, started)
         except openai.APIConnectionError as error:
             return await self.connection_failed(error)
         except UnicodeEncodeError:
-            return Trouble("row", "the messages hold half of a surrogate pair, which is no text")
+            return ServerError("row", "the messages hold half of a surrogate pair, which is no text")
         finally:
             self._in_flight.discard(interruption)
         outcome = await self._read(response, time.monotonic() - started, request.decoding.max_tokens)
-        if isinstance(outcome, Trouble):
+        if isinstance(outcome, ServerError):
             return self._refusal(outcome, response, body, request.stage, started)
         if not self._named_model:
             self._named_model = True
@@ -176,8 +176,8 @@ class ServerLane(Lane):
         return outcome
 
     def _refusal(
-        self, trouble: Trouble, response: httpx2.Response, body: dict[str, Any], stage: str, started: float
-    ) -> Trouble:
+        self, trouble: ServerError, response: httpx2.Response, body: dict[str, Any], stage: str, started: float
+    ) -> ServerError:
         """Return the trouble with advice, or "again" where the error asks for another form of request.
 
         500 is how llama.cpp and transformers serve report what a chat template refuses, and some gateways a 400.
@@ -192,17 +192,17 @@ class ServerLane(Lane):
         error = whole.get("error") or whole if isinstance(whole, dict) else whole
         said = said_in(error, response.text)
         if self._form.adapt(said, body):
-            return Trouble("again", "")
+            return ServerError("again", "")
         return replace(trouble, advice=advice_on(error, said, body, stage, self._name_setting))
 
-    async def _read(self, response: httpx2.Response, seconds: float, max_tokens: int) -> Answer | Trouble:
+    async def _read(self, response: httpx2.Response, seconds: float, max_tokens: int) -> Answer | ServerError:
         """Return the answer in a response of status 200, or the error in it, which some gateways send so."""
         body: Any
         try:
             # Some servers stream although they weren't asked to, and some don't although they were.
             body = await completion_in(response, self.api) if is_stream(response) else _json(response)
         except BrokenStreamError:
-            return Trouble("broken", "the stream ended before the answer did", status=200)
+            return ServerError("broken", "the stream ended before the answer did", status=200)
         except ValueError:
             body = None
         # An error may stand beside choices, which are empty then.
@@ -213,19 +213,19 @@ class ServerLane(Lane):
             except UnusableReplyError as broken:
                 error = error_in(body["choices"][0], response.text)  # of the server that a gateway asked
                 if error is None or error.status not in (*DENIED, 402, 429, 503, 529):
-                    return Trouble("broken", self.clean(str(broken)), status=200)
+                    return ServerError("broken", self.clean(str(broken)), status=200)
             except ValueError:
                 error = error_in(body, response.text)
             else:
                 if self.redactor.holds_secret(answer.text, answer.refusal, answer.finish_reason):
-                    return Trouble("row", "the answer repeats the server's key, and is kept nowhere")
+                    return ServerError("row", "the answer repeats the server's key, and is kept nowhere")
                 return self._with_reason(answer, max_tokens)
         if error is not None:
             return self._trouble(error.implied_status(), response, error)
         what = f"no answer but garbage: {self.clean(response.text) or 'an empty body'}"
-        return Trouble("fault", what, status=200)
+        return ServerError("fault", what, status=200)
 
-    def _with_reason(self, answer: Answer, max_tokens: int) -> Answer | Trouble:
+    def _with_reason(self, answer: Answer, max_tokens: int) -> Answer | ServerError:
         """Judge an answer without a finish_reason.
 
         A server that gives reasons and leaves one out has broken that answer off. Of one that never gives any, the
@@ -235,14 +235,14 @@ class ServerLane(Lane):
             self.gives_finish_reasons |= answer.ending != "tool"  # which a call says without any reason
         elif self.gives_finish_reasons:
             what = "the answer has no finish_reason, and those before it had one: it was broken off"
-            return Trouble("broken", what, status=200)
+            return ServerError("broken", what, status=200)
         elif (answer.completion_tokens or len(answer.text.encode())) < max_tokens:
             return replace(answer, finish_reason=BELOW_LIMIT)
         elif answer.completion_tokens:
             return replace(answer, finish_reason="length")
         return answer
 
-    async def error_response(self, error: openai.APIStatusError) -> Trouble:
+    async def error_response(self, error: openai.APIStatusError) -> ServerError:
         """Return the meaning of a response that is an error or a redirect."""
         response, status = error.response, error.status_code
         if status == 407 and self.address.proxy:
@@ -253,7 +253,7 @@ class ServerLane(Lane):
             return tls_wanted(self.address)
         return self._trouble(status, response, error_of(_json(response), response.text))
 
-    def _trouble(self, status: int, response: httpx2.Response, error: ErrorBody) -> Trouble:
+    def _trouble(self, status: int, response: httpx2.Response, error: ErrorBody) -> ServerError:
         """Return the meaning of an error, in a response with the status of one or of a 200."""
         said = f"{status} {response.reason_phrase}".rstrip()
         if response.status_code == 200:
@@ -268,23 +268,23 @@ class ServerLane(Lane):
             return replace(trouble, advice=f"The proxy may be what refuses: {proxy.advice}.")
         return trouble
 
-    def _redirect(self, response: httpx2.Response) -> Trouble:
+    def _redirect(self, response: httpx2.Response) -> ServerError:
         what = f"{response.status_code} {self.clean(response.reason_phrase)}".rstrip()
         try:
             target = response.request.url.join(response.headers["location"])
         except (KeyError, httpx2.InvalidURL):
-            return Trouble("hopeless", f"{what}, a redirect to nowhere", status=response.status_code)
+            return ServerError("hopeless", f"{what}, a redirect to nowhere", status=response.status_code)
         asked = response.request.url.path
         if target.host == self.address.host and target.path == f"{asked}/" and not asked.endswith("/"):
             # The same server, so that the key may go there. Requests that were under way come here again.
             self._chat_url = self.address.url("chat/completions/")
-            return Trouble("again", "")
+            return ServerError("again", "")
         shown = self.clean(shown_location(target))
         leads_on = target.path.endswith("/chat/completions") and shown != self.address.shown
         advice = f"Write {shown} as base_url." if leads_on else "That is no chat API: is base_url right?"
-        return Trouble("hopeless", f"{what}: it redirects to {shown}", status=response.status_code, advice=advice)
+        return ServerError("hopeless", f"{what}: it redirects to {shown}", status=response.status_code, advice=advice)
 
-    async def connection_failed(self, error: openai.APIConnectionError) -> Trouble:
+    async def connection_failed(self, error: openai.APIConnectionError) -> ServerError:
         """Return the meaning of a request without any response."""
         cause = error.__cause__ or error
         trouble = connection_trouble(cause, self.address, has_answered=self.has_answered)
@@ -305,7 +305,7 @@ class ServerLane(Lane):
         self._asked_for_tls = True
         return await speaks_tls(self.address)
 
-    async def _wrong_model(self, model: str, response: httpx2.Response) -> Trouble | None:
+    async def _wrong_model(self, model: str, response: httpx2.Response) -> ServerError | None:
         """Return the trouble of a server that answers any name with its only model, as llama.cpp's and TGI's do."""
         body = _json(response)
         answered_as = body.get("model") if isinstance(body, dict) else None
@@ -314,19 +314,19 @@ class ServerLane(Lane):
         only = await only_model(self) or []
         if answered_as not in only or model in only:
             return None
-        return Trouble(
+        return ServerError(
             "hopeless",
             f"as {only[0]!r}, which is the only model that it serves, and not as {model!r}",
             advice=f"Write {only[0]} as the model's name.",
         )
 
-    async def explain(self, model: str, trouble: Trouble) -> str:
+    async def explain(self, model: str, trouble: ServerError) -> str:
         """Return what is wrong and what to do about it."""
         return await explain(self, model, trouble)
 
-    def learn(self, outcome: Answer | Trouble | None, sent_at: float) -> None:
+    def learn(self, outcome: Answer | ServerError | None, sent_at: float) -> None:
         """Adapt to how a request ended; None: it was cancelled."""
-        if isinstance(outcome, Trouble):
+        if isinstance(outcome, ServerError):
             is_own = outcome.status or outcome.kind in ("row", "again")
             self.reached = self.reached or bool(is_own and outcome.kind != "gone")
             self.is_away = outcome.kind in ("gone", "dropped")

@@ -23,7 +23,7 @@ before, they can also come from a gateway whose backend is being replaced, and p
 
 
 @dataclass(frozen=True, slots=True)
-class Trouble:
+class ServerError:
     """The reason why a request has no answer.
 
     too much: the server is over its load or rate limit. gone: it can't be reached. dropped: the connection ended before
@@ -96,7 +96,9 @@ def error_of(body: Any, text: str) -> ErrorBody:
     return error_in(body, text) or ErrorBody(None, "", _dumped(body) if body else _text_of(text))
 
 
-def trouble_of(status: int, what: str, error: ErrorBody, headers: Mapping[str, str], *, longest_wait: float) -> Trouble:
+def trouble_of(
+    status: int, what: str, error: ErrorBody, headers: Mapping[str, str], *, longest_wait: float
+) -> ServerError:
     """Return the meaning of an error.
 
     Args:
@@ -114,26 +116,26 @@ def trouble_of(status: int, what: str, error: ErrorBody, headers: Mapping[str, s
         what += f" (its Retry-After is not obeyed: it asks for more than {duration(longest_wait)})"
         retry_after = None
     if status == 402 or (status in (200, 400, 401, 403, 412, 429) and _is_exhausted(error, retry_after)):
-        return Trouble("hopeless", what, status=402)
+        return ServerError("hopeless", what, status=402)
     if status == 400 and _BAD_KEY.search(error.says):
         status = 401  # Gemini's
     is_flagged = status in (400, 403, 422) and bool(_FLAGGED.search(error.says))
     is_long = status == 413 or (status in (400, 422, 500) and is_about_length(error.says))
     match status:
         case 429 | 503 | 529:
-            return Trouble("too much", what, retry_after, status)
+            return ServerError("too much", what, retry_after, status)
         case 502 | 520 | 521 | 522 | 523:
-            return Trouble("gone", what, retry_after, status)
+            return ServerError("gone", what, retry_after, status)
         case _ if status in DENIED and not is_flagged:
-            return Trouble("denied", what, status=status)
+            return ServerError("denied", what, status=status)
         case 200 | 408 | 409 | 425:
-            return Trouble("fault", what, retry_after, status)
+            return ServerError("fault", what, retry_after, status)
         case _ if status >= 500 and not is_long:
-            return Trouble("fault", what, retry_after, status)
+            return ServerError("fault", what, retry_after, status)
         case _:
             is_bytes = status == 413 and not _TOKENS.search(error.says)
             advice = _ABOUT_BYTES if is_bytes else None
-            return Trouble("row", what, status=status, about_content=is_long or is_flagged, advice=advice)
+            return ServerError("row", what, status=status, about_content=is_long or is_flagged, advice=advice)
 
 
 def _validation_errors(body: Any, text: str) -> str:

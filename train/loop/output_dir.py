@@ -53,7 +53,7 @@ def claim_output_dir(recipe: Recipe) -> Path:
 LOCK = ".lock"
 
 
-def keep_others_out(output_dir: str) -> TextIO | None:
+def lock_output_dir(output_dir: str) -> TextIO | None:
     """Lock the folder of a run, which is made if need be, for as long as what this returns stays open.
 
     Raises UserError where another run is in it, or where it can't be written.

@@ -18,7 +18,7 @@ from typing import Any
 from train.errors import UserError
 from train.formatting import counted, wrap
 from train.loop.checkpoint.manifest import COMPLETE, folders
-from train.loop.checkpoint.resume import HARMLESS, changed_keys, facts_of_recipe, value_of
+from train.loop.checkpoint.resume import RESUMABLE_CHANGES, changed_keys, run_fingerprint, value_of
 from train.loop.checkpoint.run_inputs import (
     BASE_MODEL,
     changed_files,
@@ -146,7 +146,7 @@ def _differences(record: dict[str, Any], recipe: Recipe) -> Iterator[str]:
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    return {**facts_of_recipe(recipe), "sequences per step and process": sequences(recipe, 1)}
+    return {**run_fingerprint(recipe), "sequences per step and process": sequences(recipe, 1)}
 
 
 def _decides(key: str, settings: dict[str, Any]) -> bool:
@@ -156,7 +156,7 @@ def _decides(key: str, settings: dict[str, Any]) -> bool:
     if key in _WHEN_MEASURED:
         follows = value_of(settings, "training.lr_scheduler_type") in FOLLOWS_EVALUATION
         return follows or bool(value_of(settings, "training.load_best_model_at_end"))
-    return key not in HARMLESS or key.startswith(_OUTSIDE)
+    return key not in RESUMABLE_CHANGES or key.startswith(_OUTSIDE)
 
 
 def _missing_files(folder: Path, written: Iterable[str], *, adapter: bool) -> list[str]:
@@ -176,7 +176,7 @@ ATTEMPTS = "attempts.jsonl"
 
 
 @contextmanager
-def telling_outcome(
+def record_run_outcome(
     output_dir: str,
     preemption: Preemption,
     for_a_person: Collection[int] = (),

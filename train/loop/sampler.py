@@ -8,7 +8,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedConfig
 from trl import SFTConfig
 
-from train.data.dataset import Sequences
+from train.data.dataset import PackedDataset
 from train.data.packing import PackingPlan
 
 
@@ -17,10 +17,10 @@ def linear_tokens(config: PreTrainedConfig) -> float:
     return 12.0 * config.get_text_config().hidden_size
 
 
-class EpochOrder(Sampler[int]):
-    """Indices of `Sequences` for one epoch after the other, for all ranks: accelerate deals them out."""
+class BalancedSampler(Sampler[int]):
+    """Indices of `PackedDataset` for one epoch after the other, for all ranks: accelerate deals them out."""
 
-    def __init__(self, sequences: Sequences, arguments: SFTConfig, config: PreTrainedConfig) -> None:
+    def __init__(self, sequences: PackedDataset, arguments: SFTConfig, config: PreTrainedConfig) -> None:
         """`config`: the model's, whose size tells how attention weighs beside the rest."""
         self._sequences, self._linear_tokens, self._seed = sequences, linear_tokens(config), arguments.seed
         self._ranks, self._batch = arguments.world_size, arguments.train_batch_size

@@ -9,7 +9,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 _SECONDS_BETWEEN_LOOKS = 0.05
 
 
-def leave_with_the_others(seconds: float = 30.0) -> None:
+def shutdown_process_group(seconds: float = 30.0) -> None:
     """Wait until all processes of the group have come here, at most `seconds` for those that don't.
 
     A process that leaves while another is still joining the group (the group's own start waits for nobody) ends that

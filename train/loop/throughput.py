@@ -22,7 +22,7 @@ from train.data.loss_mask import NOT_TRAINED
 from train.model.architecture import Shape
 from train.model.flops import peak_flops, training_flops
 
-HELD = "held"
+BATCH_INFO = "held"
 """Where a batch says what it holds; taken out before the model sees it."""
 CLOCKED = (
     "tokens_per_second",
@@ -40,7 +40,7 @@ CLOCKED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class BatchInfo:
     """What a batch of one process holds. `sequences`: their indices in the data set; `documents`: tokens of each
     document, those of the first sequence first; `trained_tokens`: tokens that have a loss."""
 
@@ -49,7 +49,7 @@ class Held:
     trained_tokens: int
 
 
-class Counting:
+class CountingCollator:
     """A collator that says beside each batch, under HELD, what it holds."""
 
     def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
@@ -61,7 +61,10 @@ class Counting:
         trained = np.concatenate([example["labels"] for example in examples]) != NOT_TRAINED
         trained[np.cumsum(documents) - documents] = False  # nothing foretells a document's first token
         sequences = tuple(example["sequence"] for example in examples)
-        return {**self._collate(examples), HELD: Held(sequences, documents.astype(np.int64), int(trained.sum()))}
+        return {
+            **self._collate(examples),
+            BATCH_INFO: BatchInfo(sequences, documents.astype(np.int64), int(trained.sum())),
+        }
 
 
 class Sums(NamedTuple):
@@ -186,7 +189,7 @@ class Throughput(TrainerCallback):
             self._waited += time.perf_counter() - began
             yield batch
 
-    def add(self, held: Held, sums: Sums | None) -> None:
+    def add(self, held: BatchInfo, sums: Sums | None) -> None:
         """Count a micro-batch."""
         self._documents.append(held.documents)
         self._trained_tokens += held.trained_tokens

@@ -24,7 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTConfig, SFTTrainer
 
-from train.data.dataset import EvenSequences, Sequences
+from train.data.dataset import PackedDataset, PaddedDataset
 from train.data.prepare import Prepared
 from train.errors import UserError
 from train.loop.arguments import as_user_error
@@ -42,8 +42,8 @@ from train.loop.guards.anomalies import Guards
 from train.loop.guards.packing_isolation import IsolationTest
 from train.loop.metrics_log import StepLog
 from train.loop.preemption import Preemption, StopError, StopWhenAsked
-from train.loop.sampler import EpochOrder
-from train.loop.throughput import HELD, Counting, Held, Sums, Throughput
+from train.loop.sampler import BalancedSampler
+from train.loop.throughput import BATCH_INFO, BatchInfo, CountingCollator, Sums, Throughput
 from train.model.adapters import check_adapter, lora_config
 from train.model.architecture import Shape, shape_of
 from train.model.text_part import bare_model, freeze, idle_parameters
@@ -52,7 +52,7 @@ from train.system_gain.evaluator import ValidationGain
 from train.system_gain.variants import VariantRows
 
 
-def _sample(sequences: Sequences) -> Dataset:
+def _sample(sequences: PackedDataset) -> Dataset:
     """One sequence, as TRL wants to see data: only a Dataset will do, and none of more than memory holds."""
     return Dataset.from_list([sequences[0]])
 
@@ -65,7 +65,7 @@ class JanusTrainer(SFTTrainer):
 
     data_collator: Any
     _signature_columns: list[str]  # transformers' own
-    order: EpochOrder | None = None
+    order: BalancedSampler | None = None
     """What training walks through, once it has begun."""
     grad_norm: torch.Tensor | float = math.nan
     """Of the last step."""
@@ -117,8 +117,8 @@ class JanusTrainer(SFTTrainer):
         self.train_dataset = data.train.rows
         # Losses that TRL works out are transformers' means of batches: one without labels would be none of a number.
         at_once = 1 if self._needs_more_than_the_head() else arguments.eval_batch_size * arguments.world_size
-        self.eval_dataset = EvenSequences(data.validation.rows, at_once) if data.validation else None
-        self.data_collator = Counting(self.data_collator)
+        self.eval_dataset = PaddedDataset(data.validation.rows, at_once) if data.validation else None
+        self.data_collator = CountingCollator(self.data_collator)
         self.remove_callback(PrinterCallback)
         if recipe.data.packing:
             self.add_callback(IsolationTest(self))
@@ -134,11 +134,11 @@ class JanusTrainer(SFTTrainer):
             self.add_callback(callback)
         self._guards = Guards(recipe.guards, self.accelerator, data.train.rows.places, recipe.output_dir)
 
-    def _get_train_sampler(self, train_dataset: Sequences | None = None) -> Sampler[int] | None:
+    def _get_train_sampler(self, train_dataset: PackedDataset | None = None) -> Sampler[int] | None:
         """Our order in the place of a random one."""
         if self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
-        self.order = EpochOrder(train_dataset or self.train_dataset, self.args, self.model.config)
+        self.order = BalancedSampler(train_dataset or self.train_dataset, self.args, self.model.config)
         return self.order
 
     def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -243,11 +243,11 @@ class JanusTrainer(SFTTrainer):
         save = super().save_model
         if _internal_call:
             if output_dir is not None:  # else push_to_hub saves again what has just been saved
-                self._saver.all_or_none(lambda: save(output_dir, True))
+                self._saver.raise_on_all_ranks(lambda: save(output_dir, True))
             return
         folder = Path(output_dir or self.args.output_dir)
         for act in (lambda: save(str(folder), True), lambda: self._check_weights(folder)):
-            if fault := self._saver.first_fault(act):
+            if fault := self._saver.first_error_on_any_rank(act):
                 go_on = self._saver.how_to_go_on()
                 raise UserError(f"output_dir: the model couldn't be saved in {folder}: {fault}. {go_on}")
         self.create_model_card()
@@ -282,7 +282,7 @@ class JanusTrainer(SFTTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """transformers' files of them; DeepSpeed's are written where no process waits for another."""
-        self._saver.all_or_none(self._saver.check_room_for_small_files)
+        self._saver.raise_on_all_ranks(self._saver.check_room_for_small_files)
         with written_last(self.model_wrapped) if self.is_deepspeed_enabled else nullcontext():
             super()._save_optimizer_and_scheduler(output_dir)
 
@@ -387,7 +387,7 @@ class JanusTrainer(SFTTrainer):
 
         Losses that need all logits or a router's are left to TRL, figures included.
         """
-        held: Any = inputs.pop(HELD)
+        held: Any = inputs.pop(BATCH_INFO)
         if return_outputs or self._needs_more_than_the_head():
             if self.model.training:
                 self._count(held, None)
@@ -420,7 +420,7 @@ class JanusTrainer(SFTTrainer):
             or (parallelism is not None and parallelism.sp_enabled)
         )
 
-    def _count(self, held: Held, sums: Sums | None) -> None:
+    def _count(self, held: BatchInfo, sums: Sums | None) -> None:
         self._tokens_since_saved += int(held.documents.sum())
         self._throughput.add(held, sums)
 

@@ -15,7 +15,7 @@ from train.errors import UserError
 from train.preflight.json_report import write
 from train.preflight.page import show
 from train.preflight.plan.plan import Cluster
-from train.preflight.report import survey
+from train.preflight.report import build_report
 from train.recipe import Recipe
 
 if TYPE_CHECKING:  # --check does without both, and importing them takes seconds
@@ -40,7 +40,7 @@ def check(
     from starting: after the report, or before it if there is nothing to report on.
     """
     data = examine(recipe, tokenizer)
-    report = survey(
+    report = build_report(
         recipe,
         tokenizer,
         data,

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from train.data.chat.system_role import Probe, outcome
 from train.data.diagnostics import Outcome, outcomes, warnings_of
 from train.data.loss_mask import NOT_TRAINED
-from train.data.prepare import Account, CachedSource, Prepared, Row, UnreadText, refusal
+from train.data.prepare import CachedSource, Prepared, Row, SplitStats, UnreadText, refusal
 from train.data.stats import Bin, Overlap, Repeats, histogram, quantiles
 from train.loop.checkpoint.side_files import side_file_faults
 from train.model.architecture import shape_of
@@ -120,7 +120,7 @@ class Report:
     examples: list[Example]
 
 
-def survey(
+def build_report(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     data: Prepared,
@@ -210,7 +210,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], labels:
     return found
 
 
-def _plan(recipe: Recipe, account: Account, steps: Schedule, cluster: Cluster) -> Plan:
+def _plan(recipe: Recipe, account: SplitStats, steps: Schedule, cluster: Cluster) -> Plan:
     lengths = np.minimum(account.lengths, recipe.data.max_length)
     if recipe.data.overlong != "truncate":
         lengths = account.lengths[account.lengths <= recipe.data.max_length]
@@ -225,7 +225,7 @@ def _plan(recipe: Recipe, account: Account, steps: Schedule, cluster: Cluster) -
     )
 
 
-def _part(account: Account, recipe: Recipe, default_is_given: bool) -> PartReport:
+def _part(account: SplitStats, recipe: Recipe, default_is_given: bool) -> PartReport:
     documents = account.documents_per_sequence
     return PartReport(
         conversations=account.conversations,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from train.data.diagnostics import describe_outcome, describe_unread, outcomes, warnings_of
-from train.data.prepare import Account, Prepared
+from train.data.prepare import Prepared, SplitStats
 from train.formatting import counted, visible, wrap
 from train.preflight.page import _NAME
 from train.recipe import Recipe
@@ -84,16 +84,16 @@ def _describe_float8(
 
 
 def _describe_waiting(data: Prepared, model: "PreTrainedModel", arguments: "SFTConfig") -> str:
-    from train.loop.sampler import EpochOrder
+    from train.loop.sampler import BalancedSampler
 
-    plain, dealt = EpochOrder(data.train.rows, arguments, model.config).waiting()
+    plain, dealt = BalancedSampler(data.train.rows, arguments, model.config).waiting()
     return (
         f"ranks wait for each other {dealt - 1:.1%} of the time, as long documents are balanced between them "
         f"({plain - 1:.1%} in random order)"
     )
 
 
-def _describe(name: str, account: Account, recipe: Recipe) -> list[tuple[str, str]]:
+def _describe(name: str, account: SplitStats, recipe: Recipe) -> list[tuple[str, str]]:
     share = account.trained_tokens / max(account.tokens, 1)
     lines = [(name, f"{counted(account.rows, 'row')}, {counted(account.tokens, 'token')}, {share:.1%} of them trained")]
     if recipe.data.packing:

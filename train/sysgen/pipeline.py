@@ -26,7 +26,7 @@ from train.data.sources.formats import Message, RowFault
 from train.datagen.drop_reasons import UNREADABLE, UNSUPPORTED
 from train.datagen.source_rows import PlacedRow
 from train.datagen.usage import ask
-from train.llm.client import Client, NoAnswerError
+from train.llm.client import Client, RequestFailed
 from train.llm.failures import NO_ANSWER
 from train.llm.journal import Decoding, Request
 from train.llm.system_role import merge_into_user
@@ -59,7 +59,7 @@ class Pipeline:
         outcome.tools = conversation.tools
         try:
             return await self._taken_through(outcome, conversation.messages)
-        except NoAnswerError as failure:
+        except RequestFailed as failure:
             return outcome.leave_out(NO_ANSWER, str(failure))
 
     async def _taken_through(self, outcome: Outcome, messages: Sequence[Message]) -> Outcome:

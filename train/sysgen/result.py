@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from train.datagen.usage import Spent
+from train.datagen.usage import Usage
 from train.sysgen.tags import Annotated, Verdict
 
 
@@ -40,7 +40,7 @@ class Outcome:
     phase: str = "read"
     """The last phase that it came through: read, generated, filtered, verified, answered."""
     reminded_of: tuple[str, ...] = ()
-    spent: dict[str, Spent] = field(default_factory=dict)
+    spent: dict[str, Usage] = field(default_factory=dict)
     """By stage."""
     original_characters: int = 0
     new_characters: int = 0

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.datagen.deduplication import NearDuplicates
-from train.datagen.source_rows import number_of_rows, placed_rows, refuse_own_files
+from train.datagen.source_rows import iter_rows, number_of_rows, refuse_own_files
 from train.errors import UserError
 from train.llm.client import Client, Counts
 from train.llm.journal import Journal
 from train.llm.options import WAIT_FOR_SERVER
-from train.llm.ordered_map import in_order
+from train.llm.ordered_map import map_ordered
 from train.llm.progress import progress
 from train.sysgen.config import SysgenConfig
 from train.sysgen.filters import load_languages
@@ -74,7 +74,7 @@ async def _run(
         ):
             pipeline = Pipeline(config, client, balance)
             at_once = min(2 * client.concurrency, LAG // 2)
-            rows = in_order(placed_rows(config.data), pipeline.run, at_once=at_once, ahead=min(32 * at_once, LAG - 1))
+            rows = map_ordered(iter_rows(config.data), pipeline.run, at_once=at_once, ahead=min(32 * at_once, LAG - 1))
             async with aclosing(rows) as outcomes:
                 async for outcome in outcomes:
                     if messages and _is_ours(outcome) and messages.is_near_duplicate(outcome.system):

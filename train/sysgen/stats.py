@@ -9,8 +9,8 @@ from collections import Counter
 from typing import Any
 
 from train.datagen.drop_reasons import unread_warning
-from train.datagen.usage import Spent
-from train.llm.failures import NO_ANSWER, Unanswered
+from train.datagen.usage import Usage
+from train.llm.failures import NO_ANSWER, FailureReasons
 from train.sysgen.config import SysgenConfig
 from train.sysgen.prompts import PROMPT_VERSION
 from train.sysgen.result import Outcome
@@ -33,7 +33,7 @@ class Tally:
         self.rows = self.written = self.with_message = 0
         self.phases: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
-        self.unanswered = Unanswered()
+        self.unanswered = FailureReasons()
         self.events: Counter[str] = Counter()
         self.repairs: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
@@ -48,7 +48,7 @@ class Tally:
         self.message_characters = self.original_characters = self.new_characters = self.answered_rows = 0
         self.sum_of_ratios = 0.0
         self.ratios = [0] * (len(RATIO_BINS) + 1)
-        self.spent: dict[str, Spent] = {}
+        self.spent: dict[str, Usage] = {}
         self._samples: list[tuple[int, int, dict[str, Any]]] = []
 
     def add(self, outcome: Outcome) -> None:
@@ -58,7 +58,7 @@ class Tally:
             self.phases[phase] += 1
         self.events.update(outcome.events)
         for stage, spent in outcome.spent.items():
-            self.spent.setdefault(stage, Spent()).add_all(spent)
+            self.spent.setdefault(stage, Usage()).add_all(spent)
         self._add_reading(outcome)
         if outcome.reason == NO_ANSWER:
             self.unanswered.add(outcome.detail)

@@ -8,7 +8,7 @@ from typing import Any
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from train.data.cache import find_or_make, key_of
+from train.data.cache import cache_key, find_or_make
 from train.data.prepare import Prepared
 from train.data.sources.formats import Conversation
 from train.data.tokens.source import cache_folder
@@ -33,7 +33,7 @@ def gain_rows(recipe: Recipe, data: Prepared, tokenizer: PreTrainedTokenizerBase
     sequences = data.validation.rows
     places = sorted({place for sequence in range(len(sequences)) for place in sequences.places(sequence)})
     settings = recipe.system_gain
-    key = key_of(
+    key = cache_key(
         {
             "gain rows of": [source.key for source in data.caches],
             "places": xxhash.xxh3_128("\n".join(places).encode()).hexdigest(),

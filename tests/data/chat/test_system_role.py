@@ -8,7 +8,7 @@ import pytest
 from chat_templates import TRL_TEMPLATES, say, text_of, tokenizer_with
 from transformers import AutoTokenizer
 
-from train.data.chat.system_role import outcome, probe, settle
+from train.data.chat.system_role import apply_system_role, outcome, probe
 from train.data.chat.template import has_generation_marks, render, use_template
 from train.errors import UserError
 
@@ -29,7 +29,7 @@ def gemma() -> Any:
 def test_native_leaves_the_template_as_it_is(template: str) -> None:
     tokenizer = tokenizer_with(template)
     before = tokenizer.chat_template
-    settle(tokenizer, "native")
+    apply_system_role(tokenizer, "native")
     assert tokenizer.chat_template == before
 
 
@@ -39,17 +39,17 @@ def test_native_leaves_the_template_as_it_is(template: str) -> None:
 )
 def test_native_refuses_a_template_that_loses_system_messages(template: str, why: str) -> None:
     with pytest.raises(UserError, match=r"chat.system_role: native: .* loses system messages") as fault:
-        settle(tokenizer_with(template), "native")
+        apply_system_role(tokenizer_with(template), "native")
     assert f"({why}). Write `merge_into_user`" in str(fault.value)
     with pytest.raises(UserError, match=r"chat.system_role: error: .* loses system messages"):
-        settle(tokenizer_with(template), "error", "Be kind.")
+        apply_system_role(tokenizer_with(template), "error", "Be kind.")
 
 
 # merge_into_user
 
 
 def test_gemma_with_the_system_message_in_the_user_turn(gemma) -> None:
-    settle(gemma, "merge_into_user")
+    apply_system_role(gemma, "merge_into_user")
     assert text_of(gemma, "system: Be brief.", *PLAIN) == (
         "<bos><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\nHello<end_of_turn>\n"
         "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\nSo long<end_of_turn>\n"
@@ -75,13 +75,13 @@ def test_gemma_with_the_system_message_in_the_user_turn(gemma) -> None:
 )  # fmt: skip
 def test_merge_into_user_writes_it_into_the_first_user_turn(template: str, expected: str) -> None:
     tokenizer = tokenizer_with(template)
-    settle(tokenizer, "merge_into_user")
+    apply_system_role(tokenizer, "merge_into_user")
     assert text_of(tokenizer, "system: Be brief.", *PLAIN) == expected
     assert text_of(tokenizer, *PLAIN) == expected.replace("Be brief.\n\n", "")
 
 
 def test_merge_into_user_takes_away_the_default_that_the_template_adds(tokenizer) -> None:
-    assert settle(tokenizer, "merge_into_user").default == SMOLLM2_DEFAULT
+    assert apply_system_role(tokenizer, "merge_into_user").default == SMOLLM2_DEFAULT
     assert text_of(tokenizer, "system: Be brief.", "user: Hi", add_generation_prompt=True) == (
         "<|im_start|>user\nBe brief.\n\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -95,8 +95,8 @@ SHIPPED = sorted(path.stem for path in TRL_TEMPLATES.glob("*.jinja") if not path
 def test_merge_into_user_renders_as_messages_merged_by_hand(template: str) -> None:
     """With every template that TRL ships, marks and tools too. Muse Glimmer's dated default can't be taken out."""
     tokenizer, plain = tokenizer_with(template), tokenizer_with(template)
-    if settle(tokenizer, "merge_into_user").default is not None:
-        settle(plain, "native", "")
+    if apply_system_role(tokenizer, "merge_into_user").default is not None:
+        apply_system_role(plain, "native", "")
     in_parts = probe(plain).contents_are_parts
 
     def messages(*turns: str) -> list[dict[str, Any]]:
@@ -132,7 +132,7 @@ ODD: dict[str, tuple[tuple[str, ...], str]] = {
 @pytest.mark.parametrize("case", ODD)
 def test_odd_system_messages_in_the_user_turn(case: str) -> None:
     tokenizer = tokenizer_with("ignores")
-    settle(tokenizer, "merge_into_user")
+    apply_system_role(tokenizer, "merge_into_user")
     turns, expected = ODD[case]
     assert text_of(tokenizer, *turns) == expected
 
@@ -148,7 +148,7 @@ def test_odd_system_messages_in_the_user_turn(case: str) -> None:
 )
 def test_a_system_message_without_a_user_turn_to_go_into_is_refused(turns: tuple[str, ...]) -> None:
     tokenizer = tokenizer_with("ignores")
-    settle(tokenizer, "merge_into_user")
+    apply_system_role(tokenizer, "merge_into_user")
     with pytest.raises(
         jinja2.TemplateError, match=r"a system message is .*chat.system_role: merge_into_user could write"
     ):
@@ -158,7 +158,7 @@ def test_a_system_message_without_a_user_turn_to_go_into_is_refused(turns: tuple
 def test_contents_in_parts_are_merged_too(gemma) -> None:
     """A server may send contents as lists of parts; Gemma 3's template renders both, and trims each part."""
     tokenizer = tokenizer_with("gemma3", "<bos>", "<eos>")
-    settle(tokenizer, "merge_into_user")
+    apply_system_role(tokenizer, "merge_into_user")
     parts = [
         {"role": "system", "content": [{"type": "text", "text": "A"}]},
         {"role": "user", "name": "Eve", "content": [{"type": "text", "text": "Hi"}, {"type": "image"}]},
@@ -172,7 +172,7 @@ def test_contents_in_parts_are_merged_too(gemma) -> None:
 
 def test_the_other_keys_of_the_user_turn_that_templates_know_are_kept(tokenizer) -> None:
     tokenizer.chat_template = "{% for m in messages if m.role != 'system' %}{{ m.name }}:{{ m.content }}/{% endfor %}"
-    settle(tokenizer, "merge_into_user")
+    apply_system_role(tokenizer, "merge_into_user")
     messages = [*say("system: A"), {"role": "user", "name": "Eve", "content": "Hi"}]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "Eve:A\n\nHi/"
 
@@ -181,7 +181,7 @@ def test_the_other_keys_of_the_user_turn_that_templates_know_are_kept(tokenizer)
 
 
 def test_gemma_with_a_system_turn_of_its_own_as_in_sysgen(gemma) -> None:
-    assert settle(gemma, "turn").handling == "raises"
+    assert apply_system_role(gemma, "turn").handling == "raises"
     assert text_of(gemma, "system: Be brief.", *PLAIN) == (
         "<bos><start_of_turn>system\nBe brief.<end_of_turn>\n<start_of_turn>user\nHi<end_of_turn>\n"
         "<start_of_turn>model\nHello<end_of_turn>\n<start_of_turn>user\nBye<end_of_turn>\n"
@@ -202,10 +202,10 @@ def test_gemma_with_a_system_turn_of_its_own_as_in_sysgen(gemma) -> None:
 
 def test_turn_in_the_syntax_of_other_templates() -> None:
     tokenizer = tokenizer_with("ignores")
-    settle(tokenizer, "turn")
+    apply_system_role(tokenizer, "turn")
     assert text_of(tokenizer, "system: S", "user: Hi", add_generation_prompt=True) == "SYSTEM: S\nUSER: Hi\nASSISTANT:"
     tokenizer = tokenizer_with("gemma3", "<bos>", "<eos>")  # which merges it, if it is let
-    settle(tokenizer, "turn")
+    apply_system_role(tokenizer, "turn")
     assert text_of(tokenizer, "system: S", "user: Hi") == (
         "<bos><start_of_turn>system\nS<end_of_turn>\n<start_of_turn>user\nHi<end_of_turn>\n"
     )
@@ -214,35 +214,35 @@ def test_turn_in_the_syntax_of_other_templates() -> None:
 def test_turn_leaves_a_template_that_has_one() -> None:
     tokenizer = tokenizer_with("mistral v7")
     before = tokenizer.chat_template
-    settle(tokenizer, "turn")
+    apply_system_role(tokenizer, "turn")
     assert tokenizer.chat_template == before
     assert text_of(tokenizer, "system: S", "user: Hi") == "<s>[SYSTEM_PROMPT]S[/SYSTEM_PROMPT][INST]Hi[/INST]"
 
 
 def test_turn_is_refused_where_none_can_be_made() -> None:
     with pytest.raises(UserError, match=r"chat.system_role: turn: .*its user turn begins with '\[INST\] '"):
-        settle(tokenizer_with("mistral v1"), "turn")
+        apply_system_role(tokenizer_with("mistral v1"), "turn")
     with pytest.raises(UserError, match=r"begins with '<s>\[INST\] '"):
-        settle(tokenizer_with("llama 2"), "turn")
+        apply_system_role(tokenizer_with("llama 2"), "turn")
     # <|user|> is one token; <|system|> would fall into pieces
     tokenizer = tokenizer_with("ignores", special=("<|user|>", "<|assistant|>"))
     tokenizer.chat_template = tokenizer.chat_template.replace("USER: ", "<|user|>").replace(
         "ASSISTANT: ", "<|assistant|>"
     )
     with pytest.raises(UserError, match=r"the tokenizer has no such token as <\|user\|> for the system"):
-        settle(tokenizer, "turn")
+        apply_system_role(tokenizer, "turn")
     # a BOS that is written out can't be kept from standing there twice
     tokenizer = tokenizer_with("gemma", "<bos>", "<eos>")
     tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "<bos>")
     with pytest.raises(UserError, match="changes what follows it"):
-        settle(tokenizer, "turn")
+        apply_system_role(tokenizer, "turn")
 
 
 # error
 
 
 def test_error_refuses_rows_with_a_system_message(gemma) -> None:
-    settle(gemma, "error")
+    apply_system_role(gemma, "error")
     with pytest.raises(jinja2.TemplateError, match=r"chat.system_role: error allows none"):
         text_of(gemma, "system: S", "user: Hi")
     with pytest.raises(jinja2.TemplateError, match=r"chat.system_role: error allows none"):
@@ -255,7 +255,7 @@ def test_error_refuses_rows_with_a_system_message(gemma) -> None:
 
 @pytest.mark.parametrize("role", ["native", "turn", "error"])
 def test_default_system_takes_the_place_of_the_templates_own(role: Any, tokenizer) -> None:
-    settle(tokenizer, role, "Say 'é' + \"x\" \\n {{ 1 }} TEXT\n😀")
+    apply_system_role(tokenizer, role, "Say 'é' + \"x\" \\n {{ 1 }} TEXT\n😀")
     expected = "<|im_start|>system\nSay 'é' + \"x\" \\n {{ 1 }} TEXT\n😀<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
     assert text_of(tokenizer, "user: Hi") == expected
     assert text_of(tokenizer, "system:  ", "user: Hi") == expected
@@ -269,18 +269,18 @@ def test_default_system_takes_the_place_of_the_templates_own(role: Any, tokenize
 
 def test_default_system_under_the_policies_for_templates_without_the_role(gemma) -> None:
     own = gemma.chat_template
-    settle(gemma, "merge_into_user", "Be kind.")
+    apply_system_role(gemma, "merge_into_user", "Be kind.")
     assert text_of(gemma, "user: Hi") == "<bos><start_of_turn>user\nBe kind.\n\nHi<end_of_turn>\n"
     assert text_of(gemma, "system: S", "user: Hi") == "<bos><start_of_turn>user\nS\n\nHi<end_of_turn>\n"
     gemma.chat_template = own
-    settle(gemma, "turn", "Be kind.")
+    apply_system_role(gemma, "turn", "Be kind.")
     assert text_of(gemma, "user: Hi") == (
         "<bos><start_of_turn>system\nBe kind.<end_of_turn>\n<start_of_turn>user\nHi<end_of_turn>\n"
     )
 
 
 def test_an_empty_default_system_removes_the_templates_own(tokenizer) -> None:
-    assert settle(tokenizer, "native", "").default == SMOLLM2_DEFAULT
+    assert apply_system_role(tokenizer, "native", "").default == SMOLLM2_DEFAULT
     assert text_of(tokenizer, "user: Hi") == "<|im_start|>user\nHi<|im_end|>\n"
     assert text_of(tokenizer, "system: S", "user: Hi") == (
         "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
@@ -293,7 +293,7 @@ def test_an_empty_default_system_removes_qwens_with_tools_too() -> None:
     tokenizer = tokenizer_with("qwen2_5")
     with_system = text_of(tokenizer, "system: S", "user: Hi", tools=tools)
     assert QWEN_DEFAULT in text_of(tokenizer, "user: Hi", tools=tools)
-    settle(tokenizer, "native", "")
+    apply_system_role(tokenizer, "native", "")
     assert text_of(tokenizer, "user: Hi") == "<|im_start|>user\nHi<|im_end|>\n"
     assert text_of(tokenizer, "system: S", "user: Hi", tools=tools) == with_system
     without = text_of(tokenizer, "user: Hi", tools=tools)
@@ -303,24 +303,24 @@ def test_an_empty_default_system_removes_qwens_with_tools_too() -> None:
 
 def test_a_default_that_stands_nowhere_in_the_template_is_silenced_by_an_empty_message() -> None:
     tokenizer = tokenizer_with("default in a variable")
-    settle(tokenizer, "native", "")
+    apply_system_role(tokenizer, "native", "")
     assert text_of(tokenizer, "user: Hi") == "<|user|>\nHi<|end|>\n"
     assert text_of(tokenizer, "system: S", "user: Hi") == "<|system|>\nS<|end|>\n<|user|>\nHi<|end|>\n"
 
 
 def test_an_empty_default_system_is_refused_where_the_text_cannot_go() -> None:
     with pytest.raises(UserError, match=r"adds 'Cutting Knowledge Date.*can't be taken out"):
-        settle(tokenizer_with("llama3_1"), "native", "")
+        apply_system_role(tokenizer_with("llama3_1"), "native", "")
     tokenizer = tokenizer_with("default in a variable")
     tokenizer.chat_template = tokenizer.chat_template.replace("{% if ns.system %}", "{% if true %}")
     with pytest.raises(UserError, match=r"adds 'You are Al.'.*can't be taken out"):
-        settle(tokenizer, "native", "")
+        apply_system_role(tokenizer, "native", "")
 
 
 def test_an_empty_default_system_changes_nothing_where_there_is_none() -> None:
     tokenizer = tokenizer_with("llama3")
     before = tokenizer.chat_template
-    settle(tokenizer, "native", "")
+    apply_system_role(tokenizer, "native", "")
     assert tokenizer.chat_template == before
 
 
@@ -330,7 +330,7 @@ def test_an_empty_default_system_changes_nothing_where_there_is_none() -> None:
 @pytest.mark.parametrize("role", ["merge_into_user", "turn"])
 def test_generation_marks_still_mark_the_answers(role: Any, tokenizer) -> None:
     tokenizer = tokenizer_with("gemma_training", "<bos>", "<eos>", ("<start_of_turn>", "<end_of_turn>"))
-    settle(tokenizer, role, "Be kind.")
+    apply_system_role(tokenizer, role, "Be kind.")
     assert has_generation_marks(tokenizer.chat_template)
     for turns in (PLAIN, ("system: S", *PLAIN)):
         text, spans = render(tokenizer, say(*turns))
@@ -341,7 +341,7 @@ def test_generation_marks_still_mark_the_answers(role: Any, tokenizer) -> None:
     ("role", "default"), [("merge_into_user", "Be kind."), ("turn", None), ("turn", "Be kind."), ("error", None)]
 )
 def test_the_saved_tokenizer_carries_what_was_chosen(role: Any, default: str | None, gemma, tmp_path: Path) -> None:
-    settle(gemma, role, default)
+    apply_system_role(gemma, role, default)
     gemma.save_pretrained(tmp_path)
     saved = AutoTokenizer.from_pretrained(tmp_path)
     assert saved.chat_template == gemma.chat_template
@@ -353,13 +353,13 @@ def test_the_saved_tokenizer_carries_what_was_chosen(role: Any, default: str | N
 
 
 def test_a_model_that_was_trained_by_us_before_can_be_settled_anew(gemma) -> None:
-    settle(gemma, "merge_into_user", "Be kind.")
+    apply_system_role(gemma, "merge_into_user", "Be kind.")
     once = gemma.chat_template
-    settle(gemma, "native")  # what was chosen then stays
+    apply_system_role(gemma, "native")  # what was chosen then stays
     assert gemma.chat_template == once
-    settle(gemma, "merge_into_user", "Be kind.")
+    apply_system_role(gemma, "merge_into_user", "Be kind.")
     assert gemma.chat_template == once
-    settle(gemma, "turn")
+    apply_system_role(gemma, "turn")
     assert text_of(gemma, "user: Hi") == "<bos><start_of_turn>user\nHi<end_of_turn>\n"
     assert text_of(gemma, "system: S", "user: Hi") == (
         "<bos><start_of_turn>system\nS<end_of_turn>\n<start_of_turn>user\nHi<end_of_turn>\n"
@@ -370,24 +370,24 @@ def test_a_model_that_was_trained_by_us_before_can_be_settled_anew(gemma) -> Non
 def test_what_goes_before_a_template_leaves_its_white_space(start: str, tokenizer) -> None:
     tokenizer.chat_template = start + "{% for m in messages %}{{ m.role + ': ' + m.content }}\n{% endfor %}"
     before = text_of(tokenizer, *PLAIN)
-    settle(tokenizer, "error")
+    apply_system_role(tokenizer, "error")
     assert text_of(tokenizer, *PLAIN) == before
 
 
 def test_our_own_templates_take_every_policy(mistral_tokenizer_v1) -> None:
     tokenizer = mistral_tokenizer_v1()
     use_template(tokenizer, "mistral-system")
-    assert settle(tokenizer, "native", "Be kind.").merged_into == "first"
+    assert apply_system_role(tokenizer, "native", "Be kind.").merged_into == "first"
     assert text_of(tokenizer, "user: Hi") == "<s>[INST] Be kind.\nHi [/INST]"
     use_template(tokenizer, "mistral-system")
-    settle(tokenizer, "merge_into_user")
+    apply_system_role(tokenizer, "merge_into_user")
     assert text_of(tokenizer, "system: S", "user: Hi") == "<s>[INST] S\n\nHi [/INST]"
 
 
 @pytest.mark.parametrize(("role", "default"), [("merge_into_user", None), ("native", ""), ("native", "Be kind.")])
 def test_a_template_that_numbers_turns_takes_every_policy(role: Any, default: str | None, tokenizer) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ loop.index }}: {{ m.content }}\n{% endfor %}"
-    settle(tokenizer, role, default)
+    apply_system_role(tokenizer, role, default)
     first = {"merge_into_user": "user 1: Hi\n"}.get(
         role, "system 1: Be kind.\nuser 2: Hi\n" if default else "user 1: Hi\n"
     )
@@ -401,11 +401,11 @@ def test_an_error_names_the_file_that_the_template_came_from(tokenizer, tmp_path
     path.write_text("{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     use_template(tokenizer, str(path))
     with pytest.raises(UserError, match=rf"the template {path} loses system messages"):
-        settle(tokenizer, "native")
+        apply_system_role(tokenizer, "native")
     own = tokenizer_with("ignores")
     own.name_or_path = "some/model"
     with pytest.raises(UserError, match="the template of some/model loses system messages"):
-        settle(own, "native")
+        apply_system_role(own, "native")
 
 
 # what results, in words
@@ -447,7 +447,7 @@ def test_what_results_is_said(
     template: str, role: Any, default: str | None, sentences: list[str], given: str | None
 ) -> None:
     tokenizer = tokenizer_with(template)
-    found = outcome(tokenizer, settle(tokenizer, role, default), default)
+    found = outcome(tokenizer, apply_system_role(tokenizer, role, default), default)
     assert (found.sentences, found.default, found.changed) == (sentences, given, role != "native")
 
 
@@ -455,7 +455,7 @@ def test_a_clock_is_no_change_of_the_template(tokenizer) -> None:
     tokenizer.chat_template = (
         "{{ strftime_now('%f') }}\n{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     )
-    before = settle(tokenizer, "native")
+    before = apply_system_role(tokenizer, "native")
     found = outcome(tokenizer, before, None)
     assert not found.changed
     assert f"To every conversation the template adds: {before.header!r}." in found.sentences

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from train.errors import UserError
 from train.evaluation.models.options import Checkpoint, Served
 from train.evaluation.models.responses import respond
-from train.llm.client import NoAnswerError
+from train.llm.client import RequestFailed
 from train.llm.journal import Decoding
 from train.llm.server import Server
 from train.llm.system_role import merge_into_user
@@ -109,7 +109,7 @@ def test_prompts_at_the_end_of_the_models_positions(tiny_chat_model: Path, tmp_p
     [too_long], [last], [short] = respond(
         Checkpoint(str(tiny_chat_model)), conversations, GREEDY, tmp_path / "a.sqlite"
     )
-    assert isinstance(too_long, NoAnswerError)
+    assert isinstance(too_long, RequestFailed)
     assert f"{length(fits + 1):,} tokens" in str(too_long)
     assert last.completion_tokens <= positions - length(fits) < 6
     assert (short.text, short.completion_tokens) == one_by_one(tiny_chat_model, conversations[2:], 6)[0]
@@ -221,7 +221,7 @@ def test_a_server_answers_with_its_own_template_or_merged(tmp_path: Path) -> Non
         assert [[answer.text for answer in of_row] for of_row in (first[0], first[2])] == [
             ["system:Speak like a river. user:stone"] * 2, ["user:x"] * 2,
         ]  # fmt: skip
-        assert all(isinstance(answer, NoAnswerError) for answer in first[1])
+        assert all(isinstance(answer, RequestFailed) for answer in first[1])
         into_user = replace(there, system_role="merge_into_user")
         [[answer]] = respond(into_user, conversations[:1], GREEDY, tmp_path / "a.sqlite")
         assert answer.text == "user:Speak like a river.\n\nstone"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scripted_server import Asked, Reply, ScriptedServer, error, said, served
 
 from train.errors import UserError
-from train.llm.client import Client, NoAnswerError
+from train.llm.client import Client, RequestFailed
 from train.llm.connection.redaction import Redactor
 from train.llm.journal import Journal
 from train.llm.server import Server
@@ -213,7 +213,7 @@ def test_the_key_of_one_server_is_not_told_by_another(tmp_path: Path, monkeypatc
             with Journal(tmp_path / "answers.sqlite") as journal:
                 async with Client(servers, "m", journal) as client:
                     for number in range(4):
-                        with pytest.raises(NoAnswerError, match=r": known are \*\*\*, \*\*\* and \*\*\*$"):
+                        with pytest.raises(RequestFailed, match=r": known are \*\*\*, \*\*\* and \*\*\*$"):
                             await client.ask(about(f"{number}"))
 
     asyncio.run(work())

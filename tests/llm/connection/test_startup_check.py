@@ -15,7 +15,7 @@ from scripted_server import Asked, Reply, Script, ScriptedServer, error, said
 
 from train.cli import time_span
 from train.errors import UserError
-from train.llm.client import Client, NoAnswerError
+from train.llm.client import Client, RequestFailed
 from train.llm.connection.startup_check import check_servers
 from train.llm.journal import Decoding, Journal
 from train.llm.server import Server
@@ -149,7 +149,7 @@ def test_a_400_without_json_from_a_plain_server_is_the_rows(tmp_path: Path) -> N
 
     async def work() -> None:
         async with listening(answer_anything) as port:
-            with pytest.raises(NoAnswerError, match=r"^400 Bad Request$"):
+            with pytest.raises(RequestFailed, match=r"^400 Bad Request$"):
                 await ask(Server(f"http://127.0.0.1:{port}/v1"), tmp_path)
 
     asyncio.run(work())

@@ -13,7 +13,7 @@ from broken_steps import poison, rows, suspects
 from safetensors.torch import load_file
 
 from train.loop.guards.anomalies import SUSPECTS, Guards
-from train.loop.throughput import Held
+from train.loop.throughput import BatchInfo
 from train.recipe import GuardsSection
 from train.sft import main
 
@@ -128,7 +128,7 @@ def test_a_loss_that_jumps_is_named_with_the_rows_that_made_it(
         if step == 30:
             losses[0, 4:] += 20
         counted = losses != 0
-        watched.add(Held((step,), np.array([4, 6]), 8), losses, counted)
+        watched.add(BatchInfo((step,), np.array([4, 6]), 8), losses, counted)
         assert watched.finite(step, 1.0, float(watched.loss_sum()))
         means.append(float(losses.sum() / 8))
     assert watched.spikes == 1
@@ -149,6 +149,6 @@ def test_a_loss_that_jumps_is_named_with_the_rows_that_made_it(
 def test_nothing_is_named_where_nobody_asks(tmp_path: Path) -> None:
     watched = guards(tmp_path, loss_spike=None)
     for step, loss in enumerate([2.0, 2.1] * 20 + [99.0]):
-        watched.add(Held((0,), np.array([2]), 1), torch.tensor([[loss]]), torch.tensor([[True]]))
+        watched.add(BatchInfo((0,), np.array([2]), 1), torch.tensor([[loss]]), torch.tensor([[True]]))
         watched.finite(step, 1.0, float(watched.loss_sum()))
     assert watched.spikes == 0

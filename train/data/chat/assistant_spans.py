@@ -44,9 +44,9 @@ from train.data.chat.probe_conversations import (
     RESULT,
     VALUE,
     call,
+    probe_conversations,
     question,
     tools_for,
-    trials,
 )
 from train.data.chat.rendering import (
     Form,
@@ -120,7 +120,7 @@ class Spans:
             self._check()
         elif self._ending is not None:
             one = self._try(question(ANSWER), self._form) and len(self._render(question(ANSWER), None)[1]) == 1
-            self._marks_suffice = bool(one) and all(map(self._marks_agree, trials()))
+            self._marks_suffice = bool(one) and all(map(self._marks_agree, probe_conversations()))
 
     @property
     def stop_tokens(self) -> list[str]:
@@ -219,7 +219,7 @@ class Spans:
                 f"ends answers with {self._eos or 'an end token'}."
             )
         refused: RowFault | None = None
-        for messages in trials():
+        for messages in probe_conversations():
             try:
                 tools = tools_for(messages)
                 self._turn(messages, len(messages) - 1, tools, self._render(messages, tools))

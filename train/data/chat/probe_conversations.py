@@ -39,7 +39,7 @@ def call() -> list[Message]:
     return [*question(), {"role": "assistant", "content": "", "tool_calls": calls}]
 
 
-def trials() -> list[list[Message]]:
+def probe_conversations() -> list[list[Message]]:
     """Conversations that templates are known to render in ways of their own."""
     two = [*question(ANSWER), {"role": "user", "content": NEXT}, {"role": "assistant", "content": VALUE}]
     reasoned = [two[0], {**two[1], "reasoning_content": NAME}]

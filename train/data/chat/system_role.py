@@ -47,7 +47,7 @@ from train.data.chat.system_probe import (
 from train.data.chat.template import date_of, template_name
 from train.errors import UserError
 
-__all__ = ["Outcome", "Probe", "SystemRole", "outcome", "probe", "settle"]
+__all__ = ["Outcome", "Probe", "SystemRole", "apply_system_role", "outcome", "probe"]
 
 SystemRole = Literal["native", "merge_into_user", "turn", "error"]
 
@@ -143,7 +143,9 @@ _TURN = """\
 _END = "{%- set messages = janus.messages %}\n"
 
 
-def settle(tokenizer: PreTrainedTokenizerBase, system_role: SystemRole, default_system: str | None = None) -> Probe:
+def apply_system_role(
+    tokenizer: PreTrainedTokenizerBase, system_role: SystemRole, default_system: str | None = None
+) -> Probe:
     """Write the recipe's policy into the tokenizer's template; what the template did with system messages before that.
 
     Raises UserError where the template would lose system messages or can't be made to do what the recipe says.
@@ -186,7 +188,7 @@ class Outcome:
 
 
 def outcome(tokenizer: PreTrainedTokenizerBase, before: Probe, default_system: str | None) -> Outcome:
-    """What the settled template of `tokenizer` does, found by rendering it. `before`: what `settle` gave."""
+    """What the settled template of `tokenizer` does, found by rendering it. `before`: what `apply_system_role` gave."""
     plain = find_turns(tokenizer).plain
     now = probe(tokenizer)
     sentences = now.describe_settled()

@@ -14,7 +14,7 @@ import pyarrow
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from train.data.cache import Entry, default_folder, find_or_make, key_of, report_progress
+from train.data.cache import Entry, cache_key, default_folder, find_or_make, report_progress
 from train.data.chat.template import date_of
 from train.data.fast_tokenizer import DiffersError
 from train.data.sources.formats import ignored_when_read
@@ -30,7 +30,17 @@ ROWS = "rows.arrow"
 
 _DECISIVE = (
     *("arrow_rows", "chat_template", "companions", "control_tokens", "fast_tokenizer", "files", "formats", "layouts"),
-    *("loss_mask", "rendering", "row_faults", "source_tokens", "sources", "spans", "token_rows", "tokenize", "trials"),
+    *(
+        "loss_mask",
+        "rendering",
+        "row_faults",
+        "source_tokens",
+        "sources",
+        "spans",
+        "token_rows",
+        "tokenize",
+        "probe_conversations",
+    ),
     *("turns", "unread"),
 )
 """The modules that decide which tokens a row becomes: where one changes, rows are tokenized anew."""
@@ -52,7 +62,7 @@ def source_tokens(
             made_of = _made_of(source, opened, recipe, tokenizer)
             return find_or_make(
                 cache_folder(recipe),
-                key_of(made_of),
+                cache_key(made_of),
                 lambda partial: _write(partial, source, opened, made_of["rows"], recipe, tokenizer, tokenizing),
                 tokenizing,
             ), opened

@@ -32,7 +32,7 @@ from train.evaluation.ifeval.rows import (
     same_rows,
 )
 from train.evaluation.models.options import add_respondent, refuse_in_extra, respondent_of
-from train.evaluation.results_dir import alone_in
+from train.evaluation.results_dir import exclusive
 from train.llm.journal import Answer, Decoding
 from train.llm.refusals import option_setting
 from train.llm.system_role import merge_into_user
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
     }
     refuse_in_extra("--extra", options.extra, own)
     folder = output_folder(options)
-    with alone_in(folder, "ifeval"):
+    with exclusive(folder, "ifeval"):
         _measure(options, folder)
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from train.data.chat.system_role import SystemRole, settle
+from train.data.chat.system_role import SystemRole, apply_system_role
 from train.data.chat.template import use_template
 from train.errors import UserError, naming
 from train.evaluation.models.options import Checkpoint
-from train.llm.client import NoAnswerError
+from train.llm.client import RequestFailed
 from train.llm.journal import Answer, Decoding
 from train.model.inference import Generated, generate_batch
 from train.model.load import load_config, load_saved
@@ -41,7 +41,7 @@ def open_tokenizer(model: str, template: str | None, system_role: SystemRole) ->
     """
     tokenizer = tokenizer_of(model)
     use_template(tokenizer, template)
-    settle(tokenizer, system_role)
+    apply_system_role(tokenizer, system_role)
     return tokenizer
 
 
@@ -93,7 +93,7 @@ class OpenCheckpoint:
 
     def answers(
         self, asked: Mapping[bytes, Messages], decoding: Decoding
-    ) -> Iterator[dict[bytes, Answer | NoAnswerError]]:
+    ) -> Iterator[dict[bytes, Answer | RequestFailed]]:
         """The answer to each of the conversations, batch by batch, by the keys of `asked`.
 
         Prompts of like length share a batch, the longest first: what doesn't fit in memory doesn't fit at once. What
@@ -101,21 +101,21 @@ class OpenCheckpoint:
         """
         options = decoding.extra.get("chat_template_kwargs", {})
         prompts: dict[bytes, str] = {}
-        refused: dict[bytes, Answer | NoAnswerError] = {}
+        refused: dict[bytes, Answer | RequestFailed] = {}
         for key, messages in asked.items():
             try:
                 prompts[key] = self.tokenizer.apply_chat_template(
                     [dict(message) for message in messages], tokenize=False, add_generation_prompt=True, **options
                 )
             except Exception as fault:  # whatever a template's author lets it raise
-                refused[key] = NoAnswerError(f"the chat template refuses it: {fault}")
+                refused[key] = RequestFailed(f"the chat template refuses it: {fault}")
         lengths = {
             key: len(self.tokenizer(prompt, add_special_tokens=False).input_ids) for key, prompt in prompts.items()
         }
         positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", math.inf)
         for key, length in lengths.items():
             if length >= positions:
-                refused[key] = NoAnswerError(f"the prompt has {length:,} tokens; the model was made for {positions:,}")
+                refused[key] = RequestFailed(f"the prompt has {length:,} tokens; the model was made for {positions:,}")
         if refused:
             yield refused
         waiting = sorted((key for key in prompts if key not in refused), key=lambda key: -lengths[key])

@@ -18,10 +18,10 @@ from train.errors import UserError, naming
 from train.evaluation.models.local import KNOWN_EXTRA, Messages, OpenCheckpoint
 from train.evaluation.models.options import Checkpoint, Served, server_options
 from train.evaluation.models.vllm_server import vllm_server
-from train.llm.client import Client, NoAnswerError
+from train.llm.client import Client, RequestFailed
 from train.llm.journal import Answer, Decoding, Journal, Request
 from train.llm.options import WAIT_FOR_SERVER
-from train.llm.ordered_map import in_order
+from train.llm.ordered_map import map_ordered
 from train.llm.progress import progress
 from train.llm.reasoning.answer import advice_on, events_of, read_answer
 from train.llm.refusals import NameSetting, config_setting
@@ -41,7 +41,7 @@ def respond(
     wait_for_server: float = WAIT_FOR_SERVER,
     before_asking: Callable[[], Coroutine[Any, Any, None]] | None = None,
     name_setting: NameSetting = config_setting,
-) -> list[list[Answer | NoAnswerError]]:
+) -> list[list[Answer | RequestFailed]]:
     """`samples` answers to each conversation, which ends with a user's turn: [conversations][samples].
 
     Where there is none, the reason stands in its place. A model may say nothing: a checkpoint's empty answer is its
@@ -89,10 +89,10 @@ def _all_answered(asked: Sequence[Request], model: str, journal: Journal) -> boo
 
 
 def _read(
-    answers: Sequence[Answer | NoAnswerError], asked: Sequence[Request], description: str
-) -> list[Answer | NoAnswerError]:
+    answers: Sequence[Answer | RequestFailed], asked: Sequence[Request], description: str
+) -> list[Answer | RequestFailed]:
     """Return the answers without reasoning and control tokens, and print what a user has to know of these."""
-    found: list[Answer | NoAnswerError] = []
+    found: list[Answer | RequestFailed] = []
     events: Counter[str] = Counter()
     for answer, request in zip(answers, asked, strict=True):
         if isinstance(answer, Answer):
@@ -104,7 +104,7 @@ def _read(
     return found
 
 
-def _by_conversation(answers: Sequence[Answer | NoAnswerError], samples: int) -> list[list[Answer | NoAnswerError]]:
+def _by_conversation(answers: Sequence[Answer | RequestFailed], samples: int) -> list[list[Answer | RequestFailed]]:
     return [list(answers[start : start + samples]) for start in range(0, len(answers), samples)]
 
 
@@ -117,7 +117,7 @@ async def _from_servers(
     wait_for_server: float,
     name_setting: NameSetting,
     before_asking: Callable[[], Coroutine[Any, Any, None]] | None = None,
-) -> list[list[Answer | NoAnswerError]]:
+) -> list[list[Answer | RequestFailed]]:
     async with Client(
         served.servers,
         served.model,
@@ -129,16 +129,16 @@ async def _from_servers(
         if before_asking and not _all_answered(asked, served.model, journal):
             await before_asking()
 
-        async def one(request: Request) -> Answer | NoAnswerError:
+        async def one(request: Request) -> Answer | RequestFailed:
             try:
                 return await client.ask(request)
-            except NoAnswerError as failure:
+            except RequestFailed as failure:
                 return failure
 
         answers = []
         async with (
             progress(description, len(asked), client) as pace,
-            aclosing(in_order(asked, one, at_once=2 * client.concurrency)) as found,
+            aclosing(map_ordered(asked, one, at_once=2 * client.concurrency)) as found,
         ):
             async for answer in found:
                 answers.append(answer)
@@ -155,9 +155,9 @@ async def _from_checkpoint(
     journal: Journal,
     description: str,
     before_asking: Callable[[], Coroutine[Any, Any, None]] | None,
-) -> list[list[Answer | NoAnswerError]]:
+) -> list[list[Answer | RequestFailed]]:
     keys = [request.key(opened.name) for request in asked]
-    found: dict[bytes, Answer | NoAnswerError] = {}
+    found: dict[bytes, Answer | RequestFailed] = {}
     missing: dict[bytes, Request] = {}
     for key, request in zip(keys, asked, strict=True):
         answer = journal.find(key, request.decoding.max_tokens, accept_empty=True)

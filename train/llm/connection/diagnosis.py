@@ -10,10 +10,10 @@ import httpx2
 import openai
 
 from train.formatting import duration
-from train.llm.server_errors import DENIED, Trouble
+from train.llm.server_errors import DENIED, ServerError
 
 if TYPE_CHECKING:
-    from train.llm.server import ServerLane
+    from train.llm.server import ServerConnection
 
 SECONDS_OF_A_LOOK = 10.0
 """Longest wait for a list of models."""
@@ -22,14 +22,14 @@ _USUAL_PATHS = ("/v1", "/api/v1", "/openai/v1")
 """Paths of vLLM, llama.cpp, OpenAI and most others, of OpenRouter and Open WebUI, and of Groq and Azure."""
 
 
-def about(lane: "ServerLane", trouble: Trouble) -> str:
+def about(lane: "ServerConnection", trouble: ServerError) -> str:
     """Return the beginning of a sentence about a server's trouble."""
     what = trouble.what.rstrip(".")
     is_silent = trouble.status is None and trouble.kind in ("gone", "dropped")
     return f"{lane.name} {what if is_silent or is_unreachable(trouble) else f'answers {what}'}"
 
 
-async def explain(lane: "ServerLane", model: str, trouble: Trouble, *, others_go_on: bool = False) -> str:
+async def explain(lane: "ServerConnection", model: str, trouble: ServerError, *, others_go_on: bool = False) -> str:
     """Return what is wrong and what to do about it, in one paragraph. `others_go_on`: the run doesn't end by that."""
     said = f"{about(lane, trouble)}."
     if trouble.advice:
@@ -62,12 +62,12 @@ async def explain(lane: "ServerLane", model: str, trouble: Trouble, *, others_go
             return f"{said} {go_on} when this is solved."
 
 
-def is_unreachable(trouble: Trouble) -> bool:
+def is_unreachable(trouble: ServerError) -> bool:
     """Return whether a trouble is a connection that failed, and not what a gateway says."""
     return trouble.what.startswith("can't be reached")
 
 
-async def _advise_on_path(lane: "ServerLane", model: str, trouble: Trouble) -> str:
+async def _advise_on_path(lane: "ServerConnection", model: str, trouble: ServerError) -> str:
     names = await list_models(lane)
     if names is not None and model in names:
         return (
@@ -91,7 +91,7 @@ def name_models(model: str, names: list[str]) -> str:
     return f"those it names are: {', '.join(shown) or 'none'}{more}"
 
 
-async def look(lane: "ServerLane") -> int | None:
+async def look(lane: "ServerConnection") -> int | None:
     """Return the status with which a server answers a look at its models; None where it sends no response at all."""
     options: Any = {"timeout": SECONDS_OF_A_LOOK}
     try:
@@ -104,19 +104,19 @@ async def look(lane: "ServerLane") -> int | None:
     return response.status_code
 
 
-async def list_models(lane: "ServerLane", base: httpx2.URL | None = None) -> list[str] | None:
+async def list_models(lane: "ServerConnection", base: httpx2.URL | None = None) -> list[str] | None:
     """Return the names of the models that a server lists, at another base if given; None where it lists none."""
     entries = await _listed(lane, base)
     return None if entries is None else [name for names in entries for name in names]
 
 
-async def only_model(lane: "ServerLane") -> list[str] | None:
+async def only_model(lane: "ServerConnection") -> list[str] | None:
     """Return the names of the one model that a server lists; None where it lists several, or none."""
     entries = await _listed(lane)
     return entries[0] if entries and len(entries) == 1 else None
 
 
-async def _listed(lane: "ServerLane", base: httpx2.URL | None = None) -> list[list[str]] | None:
+async def _listed(lane: "ServerConnection", base: httpx2.URL | None = None) -> list[list[str]] | None:
     """Return the models that a server lists, each by its id and its aliases (llama.cpp's)."""
     try:
         url = lane.address.url("models", base)
@@ -141,7 +141,7 @@ def _names_of(entry: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(name for name in names if isinstance(name, str)))
 
 
-async def find_base_url(lane: "ServerLane") -> str | None:
+async def find_base_url(lane: "ServerConnection") -> str | None:
     """Return another address of the same server, at which it has a chat API; None where none is found.
 
     It has one where it lists models, or refuses to GET what is for POST alone (`transformers serve` without a cache
@@ -158,7 +158,7 @@ async def find_base_url(lane: "ServerLane") -> str | None:
     return None
 
 
-async def _takes_chats(lane: "ServerLane", base: httpx2.URL) -> bool:
+async def _takes_chats(lane: "ServerConnection", base: httpx2.URL) -> bool:
     try:
         url = lane.address.url("chat/completions", base)
         await lane.api.get(url, cast_to=httpx2.Response, options={"timeout": SECONDS_OF_A_LOOK})

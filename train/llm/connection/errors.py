@@ -11,7 +11,7 @@ import httpx2
 
 from train.errors import UserError
 from train.llm.connection.address import Address
-from train.llm.server_errors import Trouble
+from train.llm.server_errors import ServerError
 
 _NO_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST"}
 """Words of OpenSSL for bytes that are not TLS, in its several versions."""
@@ -22,7 +22,7 @@ _OTHER_NAME = {62, 64}
 _SECONDS_OF_HANDSHAKE = 3.0
 
 
-def connection_trouble(error: BaseException, address: Address, *, has_answered: bool) -> Trouble:
+def connection_trouble(error: BaseException, address: Address, *, has_answered: bool) -> ServerError:
     """Return the meaning of an exception of the transport. Its words may hold secrets: clean them."""
     causes = list(_causes(error))
     for cause in causes:
@@ -36,11 +36,11 @@ def connection_trouble(error: BaseException, address: Address, *, has_answered: 
         return _proxy_trouble(str(error), address, has_answered)
     why = _reason(error, causes, address)
     if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
-        return Trouble("gone", f"can't be reached ({why})")
+        return ServerError("gone", f"can't be reached ({why})")
     # `Connections` raises no ReadError once a response has begun.
     if isinstance(error, httpx2.ReadError | httpx2.WriteError) or "without sending a response" in str(error):
-        return Trouble("dropped", f"closes the connection without an answer ({why.rstrip('.')})")
-    return Trouble("fault", why)
+        return ServerError("dropped", f"closes the connection without an answer ({why.rstrip('.')})")
+    return ServerError("fault", why)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -69,7 +69,7 @@ def _reason(error: BaseException, causes: list[BaseException], address: Address)
     return f"{last.strerror if last else str(error) or type(error).__name__}{where and f', through {address.proxy}'}"
 
 
-def _certificate_trouble(error: ssl.SSLCertVerificationError) -> Trouble:
+def _certificate_trouble(error: ssl.SSLCertVerificationError) -> ServerError:
     what = f"a certificate that can't be trusted: {error.verify_message.rstrip('.')}"
     if error.verify_code in _NOT_VALID_NOW:
         advice = "Renew the certificate on the server, and see that the clocks of both machines are right."
@@ -79,34 +79,34 @@ def _certificate_trouble(error: ssl.SSLCertVerificationError) -> Trouble:
         advice = "Set SSL_CERT_FILE to a PEM file that holds it, or the certificate of the authority that signed it."
     if error.verify_code not in _UNTRUSTED:
         advice += " The certificates that are trusted are those of SSL_CERT_FILE, where it is set."
-    return Trouble("hopeless", f"with {what}", advice=advice)
+    return ServerError("hopeless", f"with {what}", advice=advice)
 
 
-def _tls_trouble(error: ssl.SSLError, address: Address, has_answered: bool) -> Trouble:
+def _tls_trouble(error: ssl.SSLError, address: Address, has_answered: bool) -> ServerError:
     reason = (error.reason or str(error)).replace("_", " ").lower()
     if has_answered:
-        return Trouble("gone", f"can't be reached (TLS: {reason})")
+        return ServerError("gone", f"can't be reached (TLS: {reason})")
     if error.reason in _NO_TLS:
         return http_wanted(address)
     advice = "Is it the right port? The server or a proxy before it refuses the handshake; its log says more."
-    return Trouble("hopeless", f"with a TLS fault ({reason})", advice=advice)
+    return ServerError("hopeless", f"with a TLS fault ({reason})", advice=advice)
 
 
-def _proxy_trouble(words: str, address: Address, has_answered: bool) -> Trouble:
+def _proxy_trouble(words: str, address: Address, has_answered: bool) -> ServerError:
     """Return the meaning of what a proxy said when it was to open a tunnel."""
     status = words.partition(" ")[0]
     what = f"can't be reached ({address.proxy} answers {words})"
-    return proxy_refusal(address) if status == "407" else Trouble(
+    return proxy_refusal(address) if status == "407" else ServerError(
         "hopeless" if status in ("400", "403", "404", "405", "501") and not has_answered else "gone", what,
         advice=f"Unset {address.proxy.variable}, or name the server's host in no_proxy." if address.proxy else None,
     )  # fmt: skip
 
 
-def proxy_refusal(address: Address) -> Trouble:
+def proxy_refusal(address: Address) -> ServerError:
     """Return the meaning of 407."""
     assert address.proxy
     variable = address.proxy.variable
-    return Trouble(
+    return ServerError(
         "hopeless",
         f"can't be reached ({address.proxy} wants a user name and a password)",
         advice=f"Set {variable}=http://USER:PASSWORD@host:port, or name the server's host in no_proxy.",
@@ -146,16 +146,16 @@ async def speaks_http(address: Address) -> bool:
         return False
 
 
-def http_wanted(address: Address) -> Trouble:
+def http_wanted(address: Address) -> ServerError:
     """Return the trouble of a TLS handshake with a server of plain http."""
     plain = address.shown.replace("https://", "http://", 1)
-    return Trouble("hopeless", "without TLS, as plain http", advice=f"Write {plain} as base_url.")
+    return ServerError("hopeless", "without TLS, as plain http", advice=f"Write {plain} as base_url.")
 
 
-def tls_wanted(address: Address) -> Trouble:
+def tls_wanted(address: Address) -> ServerError:
     """Return the trouble of plain http that was sent to a port of TLS."""
     https = address.shown.replace("http://", "https://", 1)
-    return Trouble("hopeless", "in TLS, not in plain http", advice=f"Write {https} as base_url.")
+    return ServerError("hopeless", "in TLS, not in plain http", advice=f"Write {https} as base_url.")
 
 
 def encryption_to(address: Address) -> ssl.SSLContext:

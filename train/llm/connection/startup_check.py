@@ -24,8 +24,8 @@ from train.llm.connection.errors import speaks_tls, tls_wanted
 from train.llm.connection.redaction import Redactor
 from train.llm.journal import Answer, Decoding, Request
 from train.llm.refusals import NameSetting, config_setting, names_field
-from train.llm.server import PAUSE_OF_A_START, SILENT, Server, ServerLane
-from train.llm.server_errors import Trouble
+from train.llm.server import PAUSE_OF_A_START, SILENT, Server, ServerConnection
+from train.llm.server_errors import ServerError
 from train.progress import SECONDS_BETWEEN_LINES
 
 SECONDS_OF_AN_ANSWER = 120.0
@@ -62,17 +62,18 @@ async def check_servers(
     fault of TLS; and where none can be reached for `wait` seconds. One of several that can't be reached is a warning.
     """
     lanes = [
-        ServerLane(server, pauses or Pauses(), patience=float("inf"), name_setting=name_setting) for server in servers
+        ServerConnection(server, pauses or Pauses(), patience=float("inf"), name_setting=name_setting)
+        for server in servers
     ]
     requests = _distinct(stages)
     share_secrets(lanes)
     try:
         outcomes = await asyncio.gather(*(_contact(lane, model, requests, wait) for lane in lanes))
-        if all(isinstance(outcome, Trouble) for outcome in outcomes):
-            [first, *_] = [outcome for outcome in outcomes if isinstance(outcome, Trouble)]
+        if all(isinstance(outcome, ServerError) for outcome in outcomes):
+            [first, *_] = [outcome for outcome in outcomes if isinstance(outcome, ServerError)]
             raise UserError(unreachable(lanes[0], first))
         for lane, outcome in zip(lanes, outcomes, strict=True):
-            if isinstance(outcome, Trouble):
+            if isinstance(outcome, ServerError):
                 print(f"warning: {unreachable(lane, outcome)}", file=sys.stderr)
             else:
                 print(f"{lane.name} {outcome}", flush=True)
@@ -90,14 +91,14 @@ def _distinct(stages: Mapping[str, Decoding]) -> list[Request]:
     return list(found.values())
 
 
-def share_secrets(lanes: Sequence[ServerLane]) -> None:
+def share_secrets(lanes: Sequence[ServerConnection]) -> None:
     """Have every lane redact the secrets of all."""
     redactor = Redactor([secret for lane in lanes for secret in lane.secrets])
     for lane in lanes:
         lane.redactor = redactor
 
 
-def unreachable(lane: ServerLane, trouble: Trouble, waited: float = 0.0) -> str:
+def unreachable(lane: ServerConnection, trouble: ServerError, waited: float = 0.0) -> str:
     """Return that a server can't be reached, why, and what to do."""
     proxy = lane.address.proxy
     advice = (
@@ -111,7 +112,7 @@ def unreachable(lane: ServerLane, trouble: Trouble, waited: float = 0.0) -> str:
     return f"{about(lane, trouble)}{tried}. {trouble.advice or advice}"
 
 
-async def _contact(lane: ServerLane, model: str, requests: Sequence[Request], wait: float) -> str | Trouble:
+async def _contact(lane: ServerConnection, model: str, requests: Sequence[Request], wait: float) -> str | ServerError:
     """Return in words what a server answers, or its trouble where it can't be reached. Raises UserError."""
     started = told = time.monotonic()
     failures = 0
@@ -125,7 +126,7 @@ async def _contact(lane: ServerLane, model: str, requests: Sequence[Request], wa
                 break
         if outcome is None and is_silent and await look(lane) is None:
             outcome = SILENT
-        if not (isinstance(outcome, Trouble) and outcome.kind in (("gone", "dropped") if is_silent else ("gone",))):
+        if not (isinstance(outcome, ServerError) and outcome.kind in (("gone", "dropped") if is_silent else ("gone",))):
             return await _judge(lane, model, names, outcome)
         if outcome.kind == "dropped" and await speaks_tls(lane.address):
             return await _judge(lane, model, names, tls_wanted(lane.address))
@@ -139,7 +140,9 @@ async def _contact(lane: ServerLane, model: str, requests: Sequence[Request], wa
         await asyncio.sleep(min(lane.pauses.after(failures), PAUSE_OF_A_START, left))
 
 
-async def _one_token(lane: ServerLane, model: str, request: Request, seconds: float) -> Answer | Trouble | None:
+async def _one_token(
+    lane: ServerConnection, model: str, request: Request, seconds: float
+) -> Answer | ServerError | None:
     """Return the outcome of a request for one token; None where nothing comes in time.
 
     A parameter that contradicts this limit alone (min_tokens, a budget for reasoning) is tried with the stage's own.
@@ -149,10 +152,10 @@ async def _one_token(lane: ServerLane, model: str, request: Request, seconds: fl
         async with asyncio.timeout(seconds):
             for tries in range(1, TRIES + 1):
                 outcome = await lane.send(model, small)
-                if isinstance(outcome, Trouble) and outcome.kind == "row" and _is_about_limit(outcome):
+                if isinstance(outcome, ServerError) and outcome.kind == "row" and _is_about_limit(outcome):
                     small = request
                     continue
-                if not (isinstance(outcome, Trouble) and outcome.kind in ("again", "fault", "dropped")):
+                if not (isinstance(outcome, ServerError) and outcome.kind in ("again", "fault", "dropped")):
                     break
                 if outcome.kind != "again":
                     await asyncio.sleep(lane.pauses.after(tries))
@@ -161,16 +164,18 @@ async def _one_token(lane: ServerLane, model: str, request: Request, seconds: fl
         return None
 
 
-def _is_about_limit(trouble: Trouble) -> bool:
+def _is_about_limit(trouble: ServerError) -> bool:
     """Return whether a refused setting was named beside the token limit."""
     return bool(trouble.advice) and any(names_field(trouble.what, name) for name in _LIMITS)
 
 
-async def _judge(lane: ServerLane, model: str, names: list[str] | None, outcome: Answer | Trouble | None) -> str:
+async def _judge(
+    lane: ServerConnection, model: str, names: list[str] | None, outcome: Answer | ServerError | None
+) -> str:
     if outcome is None:
         return f"is reached, and has not answered within {duration(SECONDS_OF_AN_ANSWER)}: it may be loading or busy"
     if (
-        isinstance(outcome, Trouble)
+        isinstance(outcome, ServerError)
         and outcome.kind in ("fault", "dropped")
         and not outcome.status
         and await speaks_tls(lane.address)

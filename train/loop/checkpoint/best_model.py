@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.loop.checkpoint.manifest import Checkpoint, manifest_of
-from train.loop.checkpoint.resume import HARMLESS, changed_keys, facts_of_recipe
+from train.loop.checkpoint.resume import RESUMABLE_CHANGES, changed_keys, run_fingerprint
 from train.ranks import is_first_rank
 from train.recipe.conflicts import chosen_by_gain
 
@@ -75,11 +75,11 @@ class BestModel:
     def go_on_from(self, checkpoint: Checkpoint) -> None:
         """Take up what the state of a checkpoint says, if this run chooses and measures as that one did."""
         trainer, state = self._trainer, self._trainer.state
-        now = {**facts_of_recipe(trainer._recipe), **trainer._about}
+        now = {**run_fingerprint(trainer._recipe), **trainer._about}
         changed = changed_keys(checkpoint.manifest["run"], now)
         by_gain = chosen_by_gain(trainer.args.metric_for_best_model)
         sections = (*_MEASURED_ON, "system_gain.") if by_gain else _MEASURED_ON
-        measured_on = [key for key in changed if key.startswith(sections) and key not in HARMLESS]
+        measured_on = [key for key in changed if key.startswith(sections) and key not in RESUMABLE_CHANGES]
         if measured_on and state.best_global_step:
             self._forget()
             if trainer.args.load_best_model_at_end and is_first_rank():

@@ -39,7 +39,7 @@ _JUDGED_BY_TOKENS = {"data.sources", "data.validation"}
 """Keys whose paths don't matter where the tokens of their rows are known."""
 
 
-HARMLESS = {
+RESUMABLE_CHANGES = {
     "data.cache_dir",
     "data.processes",
     "model.attention",
@@ -59,7 +59,7 @@ HARMLESS = {
 """Keys that don't change what is computed, but for rounding: they may change in the middle of a run."""
 
 
-def facts_of_recipe(recipe: Recipe) -> dict[str, Any]:
+def run_fingerprint(recipe: Recipe) -> dict[str, Any]:
     """The dotted keys of the recipe that decide what a run computes, with their values as JSON has them."""
     sections = recipe.model_dump(mode="json", exclude={"output_dir", "tracking", "guards", "save"})
     flat: dict[str, Any] = {}
@@ -98,14 +98,14 @@ def find_checkpoint(resume: str, recipe: Recipe, anyway: Sequence[str] = ()) -> 
             f"--resume {resume}: {found.folder} holds no optimizer (training.save_only_model: true), so no run can go "
             "on from it. Name another output_dir, or write `--resume never` to start anew."
         )
-    known = {*found.manifest["run"], *facts_of_recipe(recipe), *(f"training.{name}" for name in training_fields())}
+    known = {*found.manifest["run"], *run_fingerprint(recipe), *(f"training.{name}" for name in training_fields())}
     for key in anyway:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=2)
             meant = f" Did you mean {' or '.join(near)}?" if near else ""
             raise UserError(f"--resume-anyway {key}: no key that a run can differ in from its checkpoint.{meant}")
-    _refuse_other_weights(found, facts_of_recipe(recipe))
-    refuse_changes(found, found.manifest["run"], facts_of_recipe(recipe), anyway)
+    _refuse_other_weights(found, run_fingerprint(recipe))
+    refuse_changes(found, found.manifest["run"], run_fingerprint(recipe), anyway)
     return found
 
 
@@ -190,7 +190,7 @@ def refuse_changes(
     changed = changed_keys(before, now)
     meaning = {key: f" ({_MEANING[key]})" if key in _MEANING else "" for key in changed}
     by_gain = chosen_by_gain(value_of(now, "training.metric_for_best_model"))
-    harmless = HARMLESS | ({"chat.template"} if _tells_tokens(before) else set())
+    harmless = RESUMABLE_CHANGES | ({"chat.template"} if _tells_tokens(before) else set())
     allowed = harmless | set(anyway)
     if not {"made.tokens", *_JUDGED_BY_TOKENS}.isdisjoint(anyway):
         allowed |= {"made.tokens"}

@@ -25,7 +25,7 @@ from transformers.trainer import SCHEDULER_NAME
 
 from train.errors import UserError
 from train.loop.checkpoint.manifest import Checkpoint
-from train.loop.checkpoint.resume import changed_keys, facts_of_recipe, value_of
+from train.loop.checkpoint.resume import changed_keys, run_fingerprint, value_of
 from train.ranks import is_first_rank
 from train.recipe import Recipe
 
@@ -65,7 +65,7 @@ class ResumedSettings:
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe) -> None:
         """Compare the recipe with that of the checkpoint."""
-        self._before, self._now = checkpoint.manifest["run"], facts_of_recipe(recipe)
+        self._before, self._now = checkpoint.manifest["run"], run_fingerprint(recipe)
         self.changed = set(changed_keys(self._before, self._now))
         self.step = checkpoint.step
         self._group_settings: set[str] = set()

@@ -192,7 +192,7 @@ def write_again(folder: Path) -> None:
     from transformers.trainer_utils import align_special_tokens
 
     from train.data.chat.assistant_spans import Spans
-    from train.data.chat.system_role import settle
+    from train.data.chat.system_role import apply_system_role
     from train.data.chat.template import use_template, without_generation_marks
     from train.model.inference import stop_at
     from train.model.tokenizer import load_tokenizer
@@ -203,7 +203,7 @@ def write_again(folder: Path) -> None:
     recipe = load_recipe(folder / "recipe.yaml")
     tokenizer = load_tokenizer(recipe.model)
     use_template(tokenizer, recipe.chat.template)
-    settle(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
+    apply_system_role(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
     stop_tokens = Spans(tokenizer).stop_tokens
     tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
     model = _without_weights(recipe)

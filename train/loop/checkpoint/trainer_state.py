@@ -26,7 +26,7 @@ from train.data.prepare import Prepared
 from train.loop.checkpoint import deepspeed as universal
 from train.loop.checkpoint.best_model import BestModel
 from train.loop.checkpoint.manifest import UNSHARDED, Checkpoint
-from train.loop.checkpoint.resume import facts_of_recipe
+from train.loop.checkpoint.resume import run_fingerprint
 from train.loop.checkpoint.resumed_settings import shift_of_steps
 from train.ranks import is_first_rank
 from train.recipe.schedule import sequences_per_step
@@ -111,7 +111,7 @@ class RunState(TrainerCallback):
             "sequences": self._consumed(),
             "sequences_per_epoch": self._sizes()[0],
             "tokens": state.num_input_tokens_seen,
-            "run": {**facts_of_recipe(recipe), **trainer._about},
+            "run": {**run_fingerprint(recipe), **trainer._about},
             "processes": arguments.world_size,
             "sequences_per_step": sequences_per_step(recipe, arguments.world_size),
             "distribution": sharding(arguments),

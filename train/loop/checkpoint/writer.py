@@ -68,7 +68,7 @@ class Saver:
                 "--resume auto: the processes found different checkpoints, so output_dir and save.mirror_dir are not "
                 "the same folders on all nodes, or have changed just now. Name one: --resume DIR."
             )
-        fault = self.first_fault(lambda: self._set_aside(going_on))
+        fault = self.first_error_on_any_rank(lambda: self._set_aside(going_on))
         if fault:
             raise UserError(f"output_dir: older checkpoints couldn't be moved aside: {fault}. Name another folder.")
 
@@ -107,20 +107,20 @@ class Saver:
         """
         name = f"checkpoint-{step}"
         unfinished = self.aside / name
-        fault = self.first_fault(self._room)
-        fault = fault or self.first_fault(lambda: self._clear(unfinished))
-        fault = fault or self.first_fault(write)
-        fault = fault or self.first_fault(lambda: check(unfinished))
+        fault = self.first_error_on_any_rank(self._room)
+        fault = fault or self.first_error_on_any_rank(lambda: self._clear(unfinished))
+        fault = fault or self.first_error_on_any_rank(write)
+        fault = fault or self.first_error_on_any_rank(lambda: check(unfinished))
         files: dict[str, Any] = {}
         if not fault:
             # over a network each node may see files of the others late: one list for all, or one would be left out
             names = sorted({name for part in gather_object([list(files_below(unfinished))]) for name in part})
-            fault = self.first_fault(lambda: files.update(self._settled(unfinished, names)))
+            fault = self.first_error_on_any_rank(lambda: files.update(self._settled(unfinished, names)))
         if not fault:
             everyone: dict[str, Any] = {}
             for part in gather_object([files]):
                 everyone |= part
-            fault = self.first_fault(lambda: self._finish(unfinished, {**manifest(), "files": everyone}))
+            fault = self.first_error_on_any_rank(lambda: self._finish(unfinished, {**manifest(), "files": everyone}))
         if not fault:
             if is_first_rank():
                 self._forget_older(name, best)
@@ -151,7 +151,7 @@ class Saver:
             print(f"copying the last checkpoint to {self._settings.mirror_dir}", flush=True)
         self._copies.shutdown(wait=True)
 
-    def first_fault(self, act: Callable[[], Any]) -> str | None:
+    def first_error_on_any_rank(self, act: Callable[[], Any]) -> str | None:
         """What went wrong as each process did `act`; None if nothing did on any."""
         fault = None
         try:
@@ -169,12 +169,12 @@ class Saver:
         faults = [one for one in gather_object([fault]) if one]
         return faults[0].rstrip(".") if faults else None
 
-    def all_or_none(self, act: Callable[[], Any]) -> None:
+    def raise_on_all_ranks(self, act: Callable[[], Any]) -> None:
         """Have each process do `act`; where it fails on one, raise OSError on all, before they wait for each other.
 
         A process that failed alone would leave the others in a collective that it never comes to.
         """
-        fault = self.first_fault(act)
+        fault = self.first_error_on_any_rank(act)
         if fault:
             raise OSError(errno.EIO, fault)
 

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from train.errors import UserError
-from train.loop.throughput import Held
+from train.loop.throughput import BatchInfo
 from train.ranks import is_first_rank
 from train.recipe import GuardsSection
 
@@ -65,7 +65,7 @@ class Guards:
         """`places`: where each document of a sequence stands, by the sequence's index."""
         self._settings, self._accelerator, self._places = settings, accelerator, places
         self._file = Path(output_dir) / SUSPECTS
-        self._batches: list[tuple[Held, torch.Tensor, torch.Tensor]] = []
+        self._batches: list[tuple[BatchInfo, torch.Tensor, torch.Tensor]] = []
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self._spikes: list[Suspect] = []
         self._not_finite = 0  # steps, in a row
@@ -83,7 +83,7 @@ class Guards:
         """Jumps of this process's loss that were not told yet."""
         return len(self._spikes)
 
-    def add(self, held: Held, losses: torch.Tensor, counted: torch.Tensor) -> None:
+    def add(self, held: BatchInfo, losses: torch.Tensor, counted: torch.Tensor) -> None:
         """Note a micro-batch. `losses`: of its tokens in nats, [rows, tokens - 1]; `counted`: which have one."""
         self._batches.append((held, losses.detach(), counted))
 
@@ -133,7 +133,7 @@ class Guards:
 
     def _rows(self, *, only_broken: bool) -> list[Row]:
         """The step's rows, the highest losses first; where some are not finite and `only_broken`, those alone."""
-        found: list[tuple[float, Held, int]] = []
+        found: list[tuple[float, BatchInfo, int]] = []
         for held, losses, counted in self._batches:
             values, have_one = losses.double().cpu().numpy(), counted.cpu().numpy()
             ends = np.cumsum(held.documents)
@@ -147,7 +147,7 @@ class Guards:
         found.sort(key=lambda one: -math.inf if math.isnan(one[0]) else -one[0])
         return [Row(self._place(held, number), _plain(float(loss))) for loss, held, number in found[:_NAMED]]
 
-    def _place(self, held: Held, document: int) -> str:
+    def _place(self, held: BatchInfo, document: int) -> str:
         return [place for sequence in held.sequences for place in self._places(sequence)][document]
 
     def _tell(self, suspects: list[Suspect]) -> None:

@@ -12,9 +12,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
-from train.data.dataset import Sequences
+from train.data.dataset import PackedDataset
 from train.errors import UserError
-from train.loop.throughput import HELD
+from train.loop.throughput import BATCH_INFO
 from train.model.float8 import without_float8
 from train.model.inference import as_in_evaluation
 from train.ranks import is_first_rank
@@ -113,7 +113,7 @@ def measure(trainer: SFTTrainer) -> Isolation:
     )
 
 
-def _pieces(sequences: Sequences) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
+def _pieces(sequences: PackedDataset) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
     """Token ids of three documents, and of others in the place of the first and the third, as long as they."""
     first, second, third = _LENGTHS
     lengths = (first, second, third, first, third)
@@ -131,7 +131,7 @@ def _token_losses(trainer: SFTTrainer, documents: list[list[int]]) -> list[torch
     lengths = [len(document) for document in documents]
     batch = trainer.data_collator([{"input_ids": tokens, "labels": tokens, "seq_lengths": lengths, "sequence": 0}])
     inputs = trainer._prepare_inputs(batch)
-    inputs.pop(HELD, None)
+    inputs.pop(BATCH_INFO, None)
     with trainer.compute_loss_context_manager():
         outputs = trainer.model_wrapped(**inputs, use_cache=False, fused_lm_head=True)  # as TRL's compute_loss does
     losses = -outputs.log_probs[0].double().cpu()

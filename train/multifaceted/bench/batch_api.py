@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
-from train.llm.client import NoAnswerError
+from train.llm.client import RequestFailed
 from train.llm.journal import Answer, Journal, Request
 from train.llm.refusals import NameSetting, advice_on, config_setting, said_in
 from train.llm.replies import UnusableReplyError, answer_in, why_empty
@@ -117,7 +117,7 @@ class JournalAsker:
         self.found: set[bytes] = set()
 
     async def ask(self, request: Request) -> Answer:
-        """The answer in the journal. Raises NoAnswerError where the batch says so, else NotYetError."""
+        """The answer in the journal. Raises RequestFailed where the batch says so, else NotYetError."""
         key = request.key(self.model)
         if key in self.batch.answers:
             self.found.add(key)
@@ -125,7 +125,7 @@ class JournalAsker:
             return answer
         if key in self.batch.errors:
             self.advice = self.advice or self._advice_on(self.batch.refusals[key], request)
-            raise NoAnswerError(self.batch.errors[key])
+            raise RequestFailed(self.batch.errors[key])
         if answer := self.batch.answers.get(key):
             await self.journal.add(key, self.model, request, answer)
             if found := self.journal.find(key, request.decoding.max_tokens):

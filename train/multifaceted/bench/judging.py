@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from train.llm.client import NoAnswerError
+from train.llm.client import RequestFailed
 from train.llm.journal import Answer, Request
 from train.llm.reasoning.answer import LEFT, events_of, read_answer
 from train.multifaceted.bench.protocol import JudgeSettings
@@ -55,7 +55,7 @@ class Asker(Protocol):
     """Whoever gets the judge's answers: the client of servers, or a journal that batch files have filled."""
 
     async def ask(self, request: Request) -> Answer:
-        """The answer. Raises NoAnswerError where none will come, and NotYetError where none has come yet."""
+        """The answer. Raises RequestFailed where none will come, and NotYetError where none has come yet."""
         ...
 
 
@@ -97,7 +97,7 @@ async def judge_rubric(
         request = Request(STAGE.format(run=run + 1), messages, settings.decoding, sample)
         try:
             answer = await asker.ask(request)
-        except NoAnswerError as failure:
+        except RequestFailed as failure:
             return judged(None, "no answer", str(failure))
         except NotYetError:
             return judged(None, "pending")

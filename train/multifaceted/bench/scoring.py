@@ -28,9 +28,9 @@ import numpy as np
 from train.data.sources.formats import Message
 from train.errors import UserError
 from train.llm.client import Client
-from train.llm.failures import Unanswered
+from train.llm.failures import FailureReasons
 from train.llm.finish_reasons import unfinished
-from train.llm.ordered_map import in_order
+from train.llm.ordered_map import map_ordered
 from train.llm.progress import progress
 from train.multifaceted.bench.judging import Asker, Judgement, judge_rubric
 from train.multifaceted.bench.protocol import Protocol
@@ -188,7 +188,7 @@ async def judge_rows(
     judged: list[JudgedRow] = []
     client = asker if isinstance(asker, Client) else None
     at_once = client.concurrency if client else ROWS_AT_ONCE
-    done: AsyncGenerator[JudgedRow] = in_order(range(len(rows)), work, at_once=at_once)
+    done: AsyncGenerator[JudgedRow] = map_ordered(range(len(rows)), work, at_once=at_once)
     async with progress("judging", len(rows), client) if client else nullcontext() as pace, aclosing(done) as outcomes:
         async for outcome in outcomes:
             judged.append(outcome)
@@ -199,7 +199,7 @@ async def judge_rows(
 
 def reasons(why: Iterable[str]) -> dict[str, int]:
     """How often each kind of reason comes, the most frequent first."""
-    found = Unanswered()
+    found = FailureReasons()
     for one in why:
         found.add(one or "no reason given")
     return found.counts()

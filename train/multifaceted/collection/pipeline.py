@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from train.datagen.usage import ask
-from train.llm.client import Client, NoAnswerError
+from train.llm.client import Client, RequestFailed
 from train.llm.failures import NO_ANSWER
 from train.llm.journal import Request
 from train.llm.system_role import merge_into_user
@@ -49,7 +49,7 @@ class Pipeline:
         for one in outcome.sets:
             try:
                 made = await self._make(outcome, one)
-            except NoAnswerError as failure:
+            except RequestFailed as failure:
                 made = one.leave_out(NO_ANSWER, str(failure))
             if not made and self.config.on_lost_set == "drop_instruction":
                 for other in outcome.written:
@@ -64,7 +64,7 @@ class Pipeline:
         try:
             request = self._request("screen", prompts.screen(outcome.instruction.prompt), 0)
             answer = await ask(self.client, request, outcome, prompts.FURTHER_TURNS, goes_on_empty=True)
-        except NoAnswerError as failure:
+        except RequestFailed as failure:
             outcome.reason, outcome.detail = NO_ANSWER, str(failure)
             return True
         no = None if answer.refused else says_no(answer.text)

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from train.datagen.usage import Spent
+from train.datagen.usage import Usage
 from train.multifaceted.collection.hierarchy import Draw, Preference
 from train.multifaceted.collection.instructions import Instruction
 
@@ -39,7 +39,7 @@ class Outcome:
     detail: str = ""
     events: Counter[str] = field(default_factory=Counter)
     """What happened on the way, over all tries, in the words of the report."""
-    spent: dict[str, Spent] = field(default_factory=dict)
+    spent: dict[str, Usage] = field(default_factory=dict)
     """By stage."""
 
     @property

@@ -11,7 +11,7 @@ from train.errors import UserError
 from train.llm.client import Client, Counts
 from train.llm.journal import Journal
 from train.llm.options import WAIT_FOR_SERVER
-from train.llm.ordered_map import in_order
+from train.llm.ordered_map import map_ordered
 from train.llm.progress import progress
 from train.multifaceted.collection.config import CollectionConfig
 from train.multifaceted.collection.hierarchy import Hierarchy, Plan, load_hierarchy
@@ -80,7 +80,7 @@ async def _run(
             pipeline = Pipeline(config, client, hierarchy, plan)
             rows = instructions(config.data, config.filter, near)
             # Twice as many as the servers take at once, as in SYSGEN: while one is between two steps, another asks.
-            async with aclosing(in_order(rows, pipeline.run, at_once=2 * client.concurrency)) as outcomes:
+            async with aclosing(map_ordered(rows, pipeline.run, at_once=2 * client.concurrency)) as outcomes:
                 async for outcome in outcomes:
                     tally.add(outcome, pairs=output.write(outcome))
                     pace.advance()

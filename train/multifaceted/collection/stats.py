@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from train.datagen.drop_reasons import unread_warning
-from train.datagen.usage import Spent
+from train.datagen.usage import Usage
 from train.datagen.words import words_of
-from train.llm.failures import NO_ANSWER, Unanswered
+from train.llm.failures import NO_ANSWER, FailureReasons
 from train.multifaceted.collection.config import STAGES, CollectionConfig
 from train.multifaceted.collection.hierarchy import DIMENSIONS, Hierarchy, same_words
 from train.multifaceted.collection.prompts import PROMPT_VERSION
@@ -41,9 +41,9 @@ class Tally:
         self.rows = self.instructions = self.instructions_written = self.sets = self.written = self.pairs = 0
         self.left_out: Counter[str] = Counter()
         self.sets_left_out: Counter[str] = Counter()
-        self.unanswered = Unanswered()
+        self.unanswered = FailureReasons()
         self.events: Counter[str] = Counter()
-        self.spent: dict[str, Spent] = {}
+        self.spent: dict[str, Usage] = {}
         self._drawn: Counter[tuple[str, str]] = Counter()
         self._written: Counter[tuple[str, str]] = Counter()
         self._preferences: dict[tuple[str, str], Counter[str]] = {}
@@ -58,7 +58,7 @@ class Tally:
         self.pairs += pairs
         self.events.update(outcome.events)
         for stage, spent in outcome.spent.items():
-            self.spent.setdefault(stage, Spent()).add_all(spent)
+            self.spent.setdefault(stage, Usage()).add_all(spent)
         for reason, detail in ((outcome.reason, outcome.detail), *((one.reason, one.detail) for one in outcome.sets)):
             if reason == NO_ANSWER:
                 self.unanswered.add(detail)

@@ -36,10 +36,10 @@ def sources(room: str) -> Iterator[tuple[Path, ast.Module]]:
 def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Find docstrings, also those under an assignment."""
     for node in ast.walk(tree):
-        for statement in getattr(node, "body", []) if not isinstance(node, ast.Lambda | ast.IfExp) else []:
-            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-                if isinstance(statement.value.value, str):
-                    yield statement.lineno, statement.value.value
+        for statement in getattr(node, "body", []) if isinstance(node, ast.stmt | ast.Module) else []:
+            match statement:
+                case ast.Expr(value=ast.Constant(value=str(text))):
+                    yield statement.lineno, text
 
 
 def bound_names(tree: ast.Module) -> Iterator[tuple[int, str]]:

@@ -5,9 +5,9 @@ import hashlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from external_data import ABSENT, FOLDER
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +18,7 @@ from train.multifaceted.bench.protocol import JudgeSettings
 from train.multifaceted.bench.rows import BenchRow, Rubric
 from train.multifaceted.judge import parse_score
 
-CASES = Path(__file__).parents[3] / "shared" / "data" / "janus" / "judge_parse_cases.json"
+CASES = FOLDER / "janus" / "judge_parse_cases.json"
 ROW = BenchRow(
     "r",
     "here",
@@ -30,7 +30,7 @@ ROW = BenchRow(
 )
 
 
-@pytest.mark.skipif(not CASES.is_file(), reason="the published cases are no part of this repository")
+@pytest.mark.skipif(not CASES.is_file(), reason=ABSENT)
 def test_the_published_cases() -> None:
     cases = json.loads(CASES.read_text("utf-8"))
     assert len(cases) == 19

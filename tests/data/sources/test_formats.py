@@ -1,15 +1,13 @@
 """Rows of every format become the messages that a person would write for them; a bad row says what is wrong."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
+from external_data import FOLDER
 
 from train.data.sources.formats import FAULT_KINDS, ROLES, RowFault, convert, detect
 from train.errors import UserError
-
-SHARED = Path(__file__).parents[4] / "shared" / "data"
 
 SYSTEM = {"role": "system", "content": "Be brief. 𝕊𝕪𝕤 🜲"}
 USER = {"role": "user", "content": "Why is the sky blue? 空"}
@@ -144,7 +142,7 @@ def test_older_janus_columns_read_as_alpaca_mean_the_same() -> None:
 
 
 def test_a_published_row_of_multifaceted_collection() -> None:
-    path = SHARED / "janus" / "collection_row_old_schema.json"
+    path = FOLDER / "janus" / "collection_row_old_schema.json"
     if not path.is_file():
         pytest.skip(f"no {path}")
     row = json.loads(path.read_text(encoding="utf-8"))
@@ -155,7 +153,7 @@ def test_a_published_row_of_multifaceted_collection() -> None:
 
 @pytest.mark.parametrize("file", ["glaive_tools", "tau_airline_tools"])
 def test_real_tool_calls_keep_their_words_and_arguments(file: str) -> None:
-    path = SHARED / "conversations" / f"{file}.jsonl"
+    path = FOLDER / "conversations" / f"{file}.jsonl"
     if not path.is_file():
         pytest.skip(f"no {path}")
     calls = 0

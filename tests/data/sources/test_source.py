@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from external_data import FOLDER
 
 from train.data.sources.formats import FAULT_KINDS, RowFault, convert, detect
 from train.data.sources.source import BadRows, open_source, read_rows
@@ -20,7 +21,6 @@ from train.errors import UserError
 from train.recipe import Source
 from train.storage.checksum import digest_of_files
 
-SHARED = Path(__file__).parents[4] / "shared" / "data"
 ROOT = Path(__file__).parents[3]
 
 ROWS = [
@@ -316,7 +316,7 @@ def conversations_of(path: Path) -> list[list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("name", REAL)
 def test_published_conversations(name: str) -> None:
-    path = SHARED / "conversations" / f"{name}.jsonl"
+    path = FOLDER / "conversations" / f"{name}.jsonl"
     if not path.is_file():
         pytest.skip(f"no {path}")
     assert len(conversations_of(path)) == REAL[name]

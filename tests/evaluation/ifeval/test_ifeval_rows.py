@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from external_data import FOLDER
 
 from train.errors import UserError
 from train.evaluation.ifeval.checkers import Checkers, Verdict
@@ -18,7 +19,7 @@ from train.evaluation.ifeval.rows import SKIPPED, Row, read_rows, refuse_other_t
 
 ROOT = Path(__file__).parents[3]
 OURS = ROOT / "recipes" / "smollm2-135m" / "data"
-PUBLISHED = ROOT.parent / "shared" / "data" / "system_ifeval"
+PUBLISHED = FOLDER / "system_ifeval"
 
 # rule -> arguments, an answer that follows, one that doesn't
 BY_HAND = {

@@ -7,12 +7,13 @@ from typing import Any
 import datasets
 import pytest
 from bench_runs import ROOT, bench_row, rubric, write_lines
+from external_data import ABSENT, FOLDER
 
 from train.errors import UserError
 from train.multifaceted.bench.rows import NOT_STATED, read_bench, read_responses
 from train.recipe import Source
 
-PUBLISHED = ROOT.parent / "shared" / "data" / "janus"
+PUBLISHED = FOLDER / "janus"
 
 
 def read(path: Path, limit: int | None = None):
@@ -78,7 +79,7 @@ def test_ids_of_an_object_of_rows_are_texts(tmp_path: Path) -> None:
     assert [row.id for row in read(tmp_path / "rows.json").rows] == ["468", "7"]
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published rows are no part of this repository")
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason=ABSENT)
 def test_the_published_rows() -> None:
     (new,) = read(PUBLISHED / "bench_row.json").rows
     assert new.source == "Alpha-nlg (art)"

@@ -14,7 +14,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from train.errors import UserError, naming
+from train.errors import UserError, replace_in_errors
 from train.evaluation.models.local import KNOWN_EXTRA, Messages, OpenCheckpoint
 from train.evaluation.models.options import Checkpoint, Served, server_options
 from train.evaluation.models.vllm_server import vllm_server
@@ -26,7 +26,7 @@ from train.llm.progress import progress
 from train.llm.reasoning.answer import advice_on, events_of, read_answer
 from train.llm.refusals import NameSetting, config_setting
 from train.llm.system_role import merge_into_user
-from train.progress import job
+from train.progress import progress_bar
 
 
 def respond(
@@ -58,7 +58,7 @@ def respond(
             if respondent.system_role == "merge_into_user":
                 conversations = [merge_into_user(messages) for messages in conversations]
             asked = _requests(conversations, decoding, samples, stage)
-            with naming(server_options()):
+            with replace_in_errors(server_options()):
                 return asyncio.run(
                     _from_servers(
                         respondent, asked, samples, written, description, wait_for_server, name_setting, before_asking
@@ -167,7 +167,7 @@ async def _from_checkpoint(
             missing.setdefault(key, request)
     if before_asking and missing:
         await before_asking()
-    with job(description, total=len(found) + len(missing), unit="answers", done=len(found)) as answering:
+    with progress_bar(description, total=len(found) + len(missing), unit="answers", done=len(found)) as answering:
         waiting = {key: request.messages for key, request in missing.items()}
         for batch in opened.answers(waiting, asked[0].decoding) if waiting else ():
             await asyncio.gather(

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from train.formatting import counted
+from train.formatting import format_count
 from train.llm.journal import Answer
 from train.llm.reasoning.block_ends import closer_alone, closer_of, without_blocks
 from train.llm.reasoning.code_spans import without_code
@@ -120,7 +120,7 @@ def advice_on(events: Mapping[str, int]) -> list[str]:
         stages = {event.removesuffix(f": {words}"): count for event, count in events.items() if event.endswith(words)}
         if total := sum(stages.values()):
             of = ", ".join(f"{stage} {count:,}" for stage, count in stages.items() if count)
-            lines.append(f"{words}: {counted(total, 'answer')} ({of}); {advice}")
+            lines.append(f"{words}: {format_count(total, 'answer')} ({of}); {advice}")
     return lines
 
 

@@ -19,7 +19,7 @@ from train.llm.replies import UnusableReplyError, answer_in, why_empty
 from train.llm.request_body import request_body
 from train.llm.server_errors import ErrorBody, error_in, trouble_of
 from train.multifaceted.bench.judging import NotYetError
-from train.storage.atomic_write import replacing
+from train.storage.atomic_write import atomic_write
 
 URL = "/v1/chat/completions"
 MOST_REQUESTS = 50_000
@@ -157,7 +157,7 @@ def write_batch(
         if name.exists():
             raise UserError(f"--batch-out {name}: is there already. Name a new file, so that none is sent twice.")
     try:
-        with replacing(*names) as asides:
+        with atomic_write(*names) as asides:
             for aside, lines in zip(asides, parts, strict=True):
                 aside.write_bytes(b"".join(lines))
     except OSError as fault:

@@ -35,7 +35,7 @@ from train.llm.progress import progress
 from train.multifaceted.bench.judging import Asker, Judgement, judge_rubric
 from train.multifaceted.bench.protocol import Protocol
 from train.multifaceted.bench.rows import NOT_STATED, BenchRow
-from train.resampling import estimates
+from train.resampling import estimate_means
 
 ROWS_AT_ONCE = 64
 _SCORES = (1.0, 5.0)
@@ -289,7 +289,7 @@ def _estimate(values: Sequence[tuple[int, float | None]], seed: int) -> dict[str
     if there:
         column = np.array([[score] for _, score in there])
         rows = np.array([row for row, _ in there])
-        (found,) = estimates(column, rows, np.zeros(1), [_SCORES], seed=seed, permutations=0)
+        (found,) = estimate_means(column, rows, np.zeros(1), [_SCORES], seed=seed, permutations=0)
         record = {"mean": found.mean, "low": found.low, "high": found.high}
         record |= {"rows": found.groups, "interval": found.interval}
     return record | {"scored": len(there), "of": len(values)}

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.llm.failures import for_report
+from train.llm.failures import to_table_cells
 from train.reporting.markdown import cost, counted, load_pyplot, quoted, share, table
 from train.sysgen.tags import TAGS
 
@@ -47,7 +47,7 @@ def _sections(name: str, facts: Mapping[str, Any], seconds: float | None) -> Ite
         + [("written", f"{facts['rows_written']:,}", share(facts["rows_written"], rows))],
     )
     yield from counted("Left out", "reason", facts["left_out"], rows, "of all")
-    yield from counted("Why no answer came", "what was said", for_report(facts["unanswered"]))
+    yield from counted("Why no answer came", "what was said", to_table_cells(facts["unanswered"]))
     yield from counted(
         "On the way",
         "what happened",

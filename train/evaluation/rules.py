@@ -125,7 +125,7 @@ def read_rules(path: Path) -> Mapping[str, Any]:
 def answer(folder: Path, rows: list[dict[str, Any]], options: argparse.Namespace) -> list[str]:
     """What the model in `folder`, whole or an adapter, answers to each row's system and user message."""
     from train.evaluation.models.responses import Checkpoint, respond
-    from train.llm.client import RequestFailed
+    from train.llm.failures import RequestFailed
     from train.llm.journal import Decoding
 
     with replace_in_errors({"--model": "--before or --after"}):

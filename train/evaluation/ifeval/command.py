@@ -34,7 +34,7 @@ from train.evaluation.ifeval.rows import (
 from train.evaluation.models.options import add_respondent, refuse_in_extra, respondent_of
 from train.evaluation.results_dir import exclusive
 from train.llm.journal import Answer, Decoding
-from train.llm.refusals import option_setting
+from train.llm.refusals import option_formatter
 from train.llm.system_role import merge_into_user
 from train.reporting.markdown import replace_section
 from train.storage.atomic_write import atomic_write, write_text
@@ -216,7 +216,7 @@ def ask(
             stage="ifeval",
             description="answers",
             wait_for_server=options.wait_for_server,
-            name_setting=option_setting(("temperature",)),
+            format_setting=option_formatter(("temperature",)),
         )
     )
     return {turn: [_answered(next(answers)[0], row, checkers) for row in rows] for turn, rows in asked.items()}
@@ -224,7 +224,7 @@ def ask(
 
 def decoding_of(options: argparse.Namespace) -> Decoding:
     """Return how answers are drawn."""
-    return Decoding.of_settings(
+    return Decoding.from_settings(
         max_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed if options.temperature else None,

@@ -29,7 +29,7 @@ from train.data.sources.formats import Message
 from train.errors import UserError
 from train.llm.client import Client
 from train.llm.failures import FailureReasons
-from train.llm.finish_reasons import unfinished
+from train.llm.finish_reasons import describe_unfinished
 from train.llm.ordered_map import map_ordered
 from train.llm.progress import progress
 from train.multifaceted.bench.judging import Asker, Judgement, judge_rubric
@@ -61,7 +61,7 @@ class Response:
         """Return why it is not a complete answer, in the words of the reports; nothing where it is, or unknown."""
         if self.refused:
             return "refused"
-        return unfinished(self.finish_reason) if self.finish_reason else ""
+        return describe_unfinished(self.finish_reason) if self.finish_reason else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,8 +170,8 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
             made = {key: value for key, value in checkpoint.manifest["run"].items() if key.startswith("made.")}
             refuse_changes(checkpoint, made, about, options.resume_anyway)
         variants = gain_rows(recipe, data, tokenizer)
-        account = data.train.account
-        steps = compute_schedule(recipe.training, len(data.train.rows), account.tokens_per_sequence, world_size())
+        account = data.train.stats
+        steps = compute_schedule(recipe.training, len(data.train.dataset), account.tokens_per_sequence, world_size())
         if fault := gain_refusal(recipe, variants) or schedule_error(recipe.training, steps):
             raise UserError(fault)
         stop_tokens = SpanFinder(tokenizer).stop_tokens

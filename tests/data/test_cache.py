@@ -141,7 +141,7 @@ import sys
 import time
 from train.data.chat.template import use_template
 from train.data.prepare import prepare
-from train.model.load import load_tokenizer
+from train.model.tokenizer import load_tokenizer
 from train.recipe import load_recipe
 
 

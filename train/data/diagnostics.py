@@ -68,13 +68,13 @@ def find_data_warnings(data: Prepared) -> list[str]:
     if data.skipped_files:
         named = ", ".join(map(str, data.skipped_files[:3])) + (", ..." if len(data.skipped_files) > 3 else "")
         found.append(
-            f"{format_count(len(data.passed_over), 'file', 'was', 'were')} skipped: a name that begins with _ or has no "
+            f"{format_count(len(data.skipped_files), 'file', 'was', 'were')} skipped: a name that begins with _ or has no "
             f"known ending is not data: {named}"
         )
     if data.metadata_files:
         named = ", ".join(data.metadata_files[:3]) + (", ..." if len(data.metadata_files) > 3 else "")
         found.append(
-            f"{format_count(len(data.companions), 'file', 'is', 'are')} skipped, as what describes data holds no rows: "
+            f"{format_count(len(data.metadata_files), 'file', 'is', 'are')} skipped, as what describes data holds no rows: "
             f"{named}"
         )
     if data.escaped:
@@ -86,7 +86,7 @@ def find_data_warnings(data: Prepared) -> list[str]:
         if stats.duplicates.example:
             first, second = stats.duplicates.example
             found.append(
-                f"{format_count(account.duplicates.rows, f'{name} row', 'duplicates', 'duplicate')} another word for word: "
+                f"{format_count(stats.duplicates.rows, f'{name} row', 'duplicates', 'duplicate')} another word for word: "
                 f"{second} is the same as {first}"
             )
     whole, question = data.overlap.conversations, data.overlap.questions

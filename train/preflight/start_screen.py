@@ -41,7 +41,7 @@ def screen(
         kind += f" on 4-bit {recipe.quantization.bnb_4bit_quant_type}"
     account = data.train.stats
     processes = arguments.world_size * max(arguments.n_gpu, 1)  # of one process without DDP all GPUs take a batch each
-    steps = compute_schedule(recipe.training, len(data.train.rows), account.tokens_per_sequence, processes)
+    steps = compute_schedule(recipe.training, len(data.train.dataset), account.tokens_per_sequence, processes)
     warned = [
         *find_data_warnings(data),
         *float8_warnings(recipe),

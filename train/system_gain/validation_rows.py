@@ -53,7 +53,7 @@ def gain_rows(recipe: Recipe, data: Prepared, tokenizer: PreTrainedTokenizerBase
         return {"rows": len(chosen), "left_out": made.left_out, "examples": made.examples}
 
     with progress_bar("choosing rows for system gain", unit="rows") as choosing:
-        entry = find_or_make(cache_folder(recipe), key, build, choosing)
+        entry = get_or_build(cache_folder(recipe), key, build, choosing)
     made = VariantRows([], Counter(entry.facts["left_out"]), dict(entry.facts["examples"]))
     kept = json.loads((entry.folder / _FILE).read_text(encoding="utf-8"))
     rows = RowTokenizer(tokenizer, recipe.chat.train_on, recipe.chat.control_tokens_in_text)

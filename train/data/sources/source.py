@@ -102,7 +102,7 @@ def open_source(source: Source, allow_pickle: bool = False) -> OpenSource:
             raise UserError(f"{source.path}: no file matches this pattern in {Path.cwd()}.")
         files, metadata_files = _without_companions(files)
         if not files:
-            raise UserError(f"{source.path}: no file of rows matches this pattern{_only(companions)}.")
+            raise UserError(f"{source.path}: no file of rows matches this pattern{_only(metadata_files)}.")
     elif looks_like_hub_id(source.path):
         return _hub(source)
     else:

@@ -130,7 +130,7 @@ class _Counted:
     """The batches as they pass, and what they hold in all."""
 
     def __init__(
-        self, batches: Iterator[tuple[pyarrow.RecordBatch, Faults]], folder: Path, tokenizing: ProgressBar
+        self, batches: Iterator[tuple[pyarrow.RecordBatch, RowIssues]], folder: Path, tokenizing: ProgressBar
     ) -> None:
         self._batches, self._folder, self._job = batches, folder, tokenizing
         self.rows, self.faults, self.digest = 0, RowIssues(), TokensDigest()

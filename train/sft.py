@@ -107,7 +107,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(options.resume, recipe, options.resume_anyway)
 
     # Heavy imports wait until the recipe is known to be right and what it names to be there.
-    from train.data.chat.assistant_spans import Spans
+    from train.data.chat.assistant_spans import SpanFinder
     from train.data.chat.system_role import apply_system_role
     from train.data.chat.template import pin_date, use_template, without_generation_marks
     from train.data.prepare import prepare
@@ -170,11 +170,11 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
             made = {key: value for key, value in checkpoint.manifest["run"].items() if key.startswith("made.")}
             refuse_changes(checkpoint, made, about, options.resume_anyway)
         variants = gain_rows(recipe, data, tokenizer)
-        account = data.train.account
-        steps = compute_schedule(recipe.training, len(data.train.rows), account.tokens_per_sequence, world_size())
+        account = data.train.stats
+        steps = compute_schedule(recipe.training, len(data.train.dataset), account.tokens_per_sequence, world_size())
         if fault := gain_refusal(recipe, variants) or schedule_error(recipe.training, steps):
             raise UserError(fault)
-        stop_tokens = Spans(tokenizer).stop_tokens
+        stop_tokens = SpanFinder(tokenizer).stop_tokens
         described = with_saved_quantization(recipe, load_config(recipe.model))
         arguments = training_arguments(described, stop_tokens)
         if checkpoint:

@@ -233,7 +233,7 @@ def ours(task: Task, clock: Clock) -> Tokens:
     apply_system_role(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
     with clock.running():
         prepared = prepare(recipe, tokenizer)
-    tokens, account = count(prepared.train.rows), prepared.train.account
+    tokens, account = count(prepared.train.dataset), prepared.train.stats
     claimed = (account.rows, account.tokens, account.trained_tokens, account.sequences)
     counted = (len(tokens.documents), int(tokens.occurrences.sum()), int(tokens.trained.sum()), tokens.sequences)
     if claimed != counted:

@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from train.data.loss_mask import Encoded
+from train.data.loss_mask import EncodedRow
 from train.model.inference import as_in_evaluation
 
 _LOGITS = 1 << 28
@@ -52,7 +52,7 @@ def batches(
 
 def log_likelihoods(
     model: Any,
-    rows: Sequence[Encoded],
+    rows: Sequence[EncodedRow],
     accelerator: Accelerator | None = None,
     *,
     tokens_per_batch: int = 8_192,
@@ -101,7 +101,7 @@ def log_likelihoods(
 
 
 def _score(
-    model: Any, head: Any, rows: Sequence[Encoded], targets: Sequence[NDArray[np.int64]], device: torch.device
+    model: Any, head: Any, rows: Sequence[EncodedRow], targets: Sequence[NDArray[np.int64]], device: torch.device
 ) -> torch.Tensor:
     """The sums of one batch: float64 on the CPU, [rows]."""
     longest = max(len(piece.ids) for piece in rows)

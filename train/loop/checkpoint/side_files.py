@@ -191,7 +191,7 @@ def write_again(folder: Path) -> None:
     """Write the files beside the weights of the finished model in `folder`. Raises UserError where one fails."""
     from transformers.trainer_utils import align_special_tokens
 
-    from train.data.chat.assistant_spans import Spans
+    from train.data.chat.assistant_spans import SpanFinder
     from train.data.chat.system_role import apply_system_role
     from train.data.chat.template import use_template, without_generation_marks
     from train.model.inference import stop_at
@@ -204,7 +204,7 @@ def write_again(folder: Path) -> None:
     tokenizer = load_tokenizer(recipe.model)
     use_template(tokenizer, recipe.chat.template)
     apply_system_role(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
-    stop_tokens = Spans(tokenizer).stop_tokens
+    stop_tokens = SpanFinder(tokenizer).stop_tokens
     tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
     model = _without_weights(recipe)
     generation = _generation_config(recipe)

@@ -31,9 +31,9 @@ from train.model.load import check_model, load_config, load_model
 from train.model.quantized_weights import with_saved_quantization
 from train.model.tokenizer import check_vocabulary, load_chat_tokenizer
 from train.preflight.start_screen import start_screen
-from train.ranks import is_first_rank, processes_now
+from train.ranks import is_first_rank, world_size
 from train.recipe import Recipe
-from train.recipe.schedule import schedule, schedule_fault
+from train.recipe.schedule import compute_schedule, schedule_error
 from train.system_gain.validation_rows import describe_gain, gain_refusal, gain_rows
 
 
@@ -57,7 +57,7 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
     with _claimed_output_dir(recipe, checkpoint) as preemption:
         # Load the data.
         if checkpoint:
-            recipe = with_same_steps(recipe, checkpoint, resume_anyway, processes_now())
+            recipe = with_same_steps(recipe, checkpoint, resume_anyway, world_size())
         _refuse(side_file_faults(recipe, tokenizer))
         data = prepare(recipe, tokenizer)
         facts = facts_of_data(data, tokenizer)
@@ -66,8 +66,8 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
             refuse_changes(checkpoint, facts_before, facts, resume_anyway)
         gain = gain_rows(recipe, data, tokenizer)
         tokens_per_sequence = data.train.account.tokens_per_sequence
-        steps = schedule(recipe.training, len(data.train.rows), tokens_per_sequence, processes_now())
-        _refuse([gain_refusal(recipe, gain) or schedule_fault(recipe.training, steps)])
+        steps = compute_schedule(recipe.training, len(data.train.rows), tokens_per_sequence, world_size())
+        _refuse([gain_refusal(recipe, gain) or schedule_error(recipe.training, steps)])
 
         # Set up the trainer; under ZeRO-3 its arguments must exist before the model is loaded.
         stop_tokens = Spans(tokenizer).stop_tokens

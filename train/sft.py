@@ -21,8 +21,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from train.cli import CommandLine
-from train.errors import USER_FIXABLE_ERRNOS, UserError, names_of_files
+from train.cli import CommandLine, print_error, run_command
+from train.errors import USER_FIXABLE_ERRNOS, UserError
 from train.formatting import wrap
 from train.loop.checkpoint.resume import find_checkpoint
 from train.loop.run_outcome import finished_run
@@ -31,7 +31,7 @@ from train.preflight.json_report import discard_earlier_report
 from train.preflight.missing_files import refuse_missing
 from train.ranks import is_first_rank, single_process_warning
 from train.recipe import load_recipe
-from train.storage.local_paths import path_or_id
+from train.storage.local_paths import parse_path_or_id
 from train.warning_filters import filter_known_warnings
 
 
@@ -43,7 +43,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--resume",
-        type=path_or_id,
+        type=parse_path_or_id,
         default="auto",
         metavar="auto|never|DIR",
         help="auto (default): resume from the newest complete checkpoint in output_dir, if there is one; never: train "
@@ -60,7 +60,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--check", action="store_true", help="report the model, the template and the data, and train nothing"
     )
     parser.add_argument(
-        "--json", type=path_or_id, metavar="FILE", help="with --check: also write the report to FILE as JSON"
+        "--json", type=parse_path_or_id, metavar="FILE", help="with --check: also write the report to FILE as JSON"
     )
     parser.add_argument("--gpus", metavar="8x80GB", help="with --check: plan memory and time on these GPUs of one node")
     parser.add_argument("--nodes", type=int, metavar="N", help="with --gpus: number of nodes (default 1)")
@@ -123,34 +123,23 @@ def main(arguments: list[str] | None = None) -> int:
         return 0  # a report needs one process, however many the launcher starts
     if mistake := single_process_warning(os.environ):
         print(f"warning: {mistake}", file=sys.stderr, flush=True)
-    try:
-        with names_of_files():
-            run(options)
-    except UserError as fault:
-        if is_first_rank():
-            print(f"error: {fault}", file=sys.stderr, flush=True)
-        if "torch" in sys.modules:  # else the fault was found before anything was loaded
-            from train.loop.shutdown import shutdown_process_group
+    return run_command(
+        lambda: run(options),
+        "stopped",
+        guard_output=options.check,
+        on_user_error=report_error,
+        user_fixable_errnos=USER_FIXABLE_ERRNOS,
+    )
 
-            shutdown_process_group()
-        return 2
-    except BrokenPipeError:
-        if not options.check:
-            raise
-        return 1  # who read the report has left, and knows it
-    except OSError as fault:
-        if fault.errno not in USER_FIXABLE_ERRNOS:
-            raise
-        print(
-            f"error: {fault.filename or 'a file'}: {fault.strerror}. Mend it and start again.",
-            file=sys.stderr,
-            flush=True,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)
-        return 130
-    return 0
+
+def report_error(error: UserError) -> None:
+    """Print the error once, on the first rank, and shut down all ranks together."""
+    if is_first_rank():
+        print_error(error)
+    if "torch" in sys.modules:  # else no process group has been started
+        from train.loop.shutdown import shutdown_process_group
+
+        shutdown_process_group()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from train.cli import OutputLostError
 from train.data.prepare import examine
 from train.errors import UserError
 from train.loop.checkpoint.manifest import Checkpoint
@@ -79,13 +80,16 @@ def check(
 def _publish(report: Report, tokenizer: PreTrainedTokenizerBase, json_file: Path | None) -> None:
     """Print the report and write it to `json_file`; then raise what went wrong, with what the report itself says."""
     errors = [report.error] if report.error else []
-    reader_left = None
+    output_lost = None
     try:
         print_page(report, [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()], Console(file=sys.stdout))
     except UserError as error:
         errors.append(str(error))
-    except BrokenPipeError as error:
-        reader_left = error
+    except OutputLostError as error:
+        if error.reader_left:
+            output_lost = error
+        else:
+            errors.append(str(error))
     if json_file:
         try:
             write_json(dataclasses.asdict(report), json_file)
@@ -93,5 +97,5 @@ def _publish(report: Report, tokenizer: PreTrainedTokenizerBase, json_file: Path
             errors.append(str(error))
     if errors:
         raise UserError(" ".join(errors))
-    if reader_left:
-        raise reader_left
+    if output_lost:
+        raise output_lost

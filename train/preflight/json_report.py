@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
-from train.storage.atomic_write import replacing, write_text
+from train.storage.atomic_write import atomic_write, write_text
 
 _KEYS = frozenset({"ready", "error", "model", "training", "schedule", "examples"})
 """Keys of every report; a JSON file without them is something else."""
@@ -37,7 +37,7 @@ def discard_earlier_report(name: str) -> Path:
 def write_json(report: dict[str, Any], path: Path) -> None:
     """Write a report atomically. Raises UserError if the file can't be written."""
     try:
-        with replacing(path) as [unfinished]:
+        with atomic_write(path) as [unfinished]:
             write_text(unfinished, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise _unwritable(path, error) from error

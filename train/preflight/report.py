@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from train.data.chat.system_role import outcome
-from train.data.diagnostics import find_data_warnings, find_dropped_rows
+from train.data.chat.system_role import describe_effect
+from train.data.diagnostics import DroppedRows, find_data_warnings, find_dropped_rows
 from train.data.loss_mask import NOT_TRAINED
 from train.data.prepare import CachedSource, ExampleRow, Prepared, SplitStats, UnreadText, find_data_error
 from train.data.stats import Bin, Overlap, Repeats, histogram, quantiles
@@ -134,7 +134,7 @@ def build_report(
 
     The steps are those on `cluster`, or else of the processes that the launcher starts.
     """
-    tokenizer, account = chat.tokenizer, data.train.account
+    tokenizer, account = chat.tokenizer, data.train.stats
     processes = cluster.processes if cluster else int(os.environ.get("WORLD_SIZE", "1"))
     gain = gain_rows(recipe, data, tokenizer)
     sequences = account.sequences
@@ -149,7 +149,7 @@ def build_report(
         schedule_error(recipe.training, steps),
         *errors,
     ]
-    systems = outcome(tokenizer, chat.probe, recipe.chat.default_system)
+    systems = describe_effect(tokenizer, chat.probe, recipe.chat.default_system)
     given = systems.default is not None
     return Report(
         ready=not any(faults),

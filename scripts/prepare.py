@@ -25,15 +25,11 @@ def run(recipe_file: Path, overrides: list[str]) -> None:
     recipe = load_recipe(recipe_file, overrides)
     refuse_missing(recipe, packages=False)  # another machine trains
     # Heavy imports wait until the recipe is known to be right.
-    from train.data.chat.system_role import apply_system_role
-    from train.data.chat.template import use_template
     from train.data.diagnostics import describe_dropped, describe_unread, find_data_warnings, find_dropped_rows
     from train.data.prepare import prepare
-    from train.model.tokenizer import load_tokenizer
+    from train.model.tokenizer import load_chat_tokenizer
 
-    tokenizer = load_tokenizer(recipe.model)
-    use_template(tokenizer, recipe.chat.template)
-    apply_system_role(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
+    tokenizer = load_chat_tokenizer(recipe).tokenizer
     started = time.monotonic()
     data = prepare(recipe, tokenizer)
     seconds = time.monotonic() - started

@@ -9,7 +9,7 @@ import torch
 from trl import SFTConfig
 
 from train.errors import UserError
-from train.loop.metrics_log import integrations
+from train.loop.tracking import integrations
 from train.ranks import deepspeed_launch_error
 from train.recipe import Recipe
 

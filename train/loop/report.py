@@ -9,6 +9,7 @@ import yaml
 
 from train.formatting import duration, shorten
 from train.loop.checkpoint.manifest import COMPLETE, folders
+from train.loop.output_dir import CARD_MARK, is_card_of_others
 from train.loop.run_outcome import restarts
 from train.ranks import is_first_rank
 from train.recipe import Recipe
@@ -22,21 +23,12 @@ _FEW_POINTS = 30
 """A line through fewer of them has a mark at each."""
 
 
-_MADE_BY = "fine-tuned with janus-sft by this recipe:"
-"""Text of every model card that a run writes, and of no other README.md."""
-
-
 def write_model_card(recipe: Recipe, path: Path) -> None:
     """Write the model card, unless a README.md is there that no run wrote: a line then says so."""
     if is_card_of_others(path):
         print(f"{path} was not written by janus-sft and stays as it is: the model card is left out", flush=True)
         return
     path.write_text(model_card(recipe), encoding="utf-8")
-
-
-def is_card_of_others(path: Path) -> bool:
-    """Return whether there is a README.md that is not a model card of a run."""
-    return path.is_file() and _MADE_BY not in path.read_text(encoding="utf-8", errors="replace")
 
 
 def model_card(recipe: Recipe) -> str:
@@ -49,7 +41,7 @@ def model_card(recipe: Recipe) -> str:
     }
     return (
         f"---\n{yaml.safe_dump(metadata)}---\n\n# {Path(recipe.output_dir).name}\n\n"
-        f"`{base}`, {_MADE_BY}\n\n```yaml\n{recipe.to_yaml()}```\n"
+        f"`{base}`, {CARD_MARK}\n\n```yaml\n{recipe.to_yaml()}```\n"
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train.errors import UserError
 from train.formatting import format_count, wrap
@@ -27,7 +27,7 @@ from train.loop.checkpoint.run_inputs import (
     files_beside_weights,
     sampled,
 )
-from train.loop.preemption import Preemption
+from train.loop.output_dir import ATTEMPTS, OUTCOME
 from train.ranks import is_first_rank
 from train.recipe import Recipe
 from train.recipe.conflicts import chosen_by_gain
@@ -35,8 +35,9 @@ from train.recipe.lr_schedules import FOLLOWS_EVALUATION
 from train.recipe.schedule import sequences_per_step as sequences
 from train.storage.atomic_write import atomic_write, write_text
 
-OUTCOME = "outcome.json"
-"""In output_dir: how the last run there ended. Exit codes don't survive `accelerate launch`."""
+if TYPE_CHECKING:  # imports torch and the Trainer, which `--check` does without
+    from train.loop.preemption import Preemption
+
 _WEIGHTS = "*.safetensors"
 _OUTSIDE = ("training.push_to_hub", "training.hub_")
 """Settings that change no weight, but what is done with them at the end."""
@@ -171,14 +172,10 @@ def _missing_files(folder: Path, written: Iterable[str], *, adapter: bool) -> li
     return sorted(name for name in names if not (folder / name).is_file() or not (folder / name).stat().st_size)
 
 
-ATTEMPTS = "attempts.jsonl"
-"""In output_dir: a line as an attempt of the run begins, and one as it ends. One that was killed has no second line."""
-
-
 @contextmanager
 def record_run_outcome(
     output_dir: str,
-    preemption: Preemption,
+    preemption: "Preemption",
     for_a_person: Collection[int] = (),
     fingerprint: Mapping[str, Any] | None = None,
 ) -> Iterator[None]:

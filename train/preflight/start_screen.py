@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # --check does without both, and importing them takes seconds
     from trl import SFTConfig
 
 
-def screen(
+def start_screen(
     recipe: Recipe,
     template: str,
     data: Prepared,

@@ -34,10 +34,9 @@ quickstart, against float32), which mostly cancels in the mean (0.003 there).
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from train.data.loss_mask import EncodedRow
@@ -55,6 +54,9 @@ from train.resampling import (
 )
 from train.system_gain.log_likelihood import log_likelihoods
 from train.system_gain.variants import Label, Variants
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 MEASURES = ("gain", "accuracy", "gain_over_none", "accuracy_over_none")
 _NO_EFFECT = np.array([0.0, 0.5, 0.0, 0.5])
@@ -138,7 +140,7 @@ class SystemGain:
 def system_gain(
     model: Any,
     rows: Sequence[Variants],
-    accelerator: Accelerator | None = None,
+    accelerator: "Accelerator | None" = None,
     *,
     tokens_per_batch: int = 8_192,
     seed: int = 0,

@@ -29,11 +29,11 @@ from train.loop.checkpoint.manifest import (
     step_of,
     written,
 )
+from train.loop.output_dir import ASIDE
 from train.ranks import is_first_rank
 from train.recipe import SaveSection
 from train.storage.atomic_write import fsync
 
-ASIDE = "unfinished"
 _SUFFIX = ".unfinished"
 _SET_ASIDE = "set-aside"
 _RESOLVED = "recipe.yaml"

@@ -3,7 +3,7 @@
 import pytest
 
 from train.data.diagnostics import describe_unread
-from train.data.prepare import UnreadText
+from train.data.prepared_data import UnreadText
 
 
 @pytest.mark.parametrize(

@@ -51,11 +51,11 @@ _HARD_TEXTS = (
 )
 
 
-class DiffersError(Exception):
+class TokensDifferError(Exception):
     """The two disagree, on the text that this says."""
 
 
-class UnsuitableError(Exception):
+class UnsupportedTokenizerError(Exception):
     """fastokens can't be used for a tokenizer, for the reason that this says."""
 
 
@@ -68,7 +68,7 @@ class FastTokenizer:
         description = json.loads(file)
         pieces = _pieces(tokenizer, description)
         if pieces is None:
-            raise UnsuitableError("its tokens are of a kind whose bytes aren't known")
+            raise UnsupportedTokenizerError("its tokens are of a kind whose bytes aren't known")
         self._pieces = pieces
         self._sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
         self._backend = backend
@@ -83,12 +83,12 @@ class FastTokenizer:
         try:
             self._fast = fastokens.Tokenizer.from_json_str(file)
             self.check([text + token + text for text in _HARD_TEXTS for token in ["", *added[:4]]])
-        except DiffersError as fault:
-            raise UnsuitableError(f"it gives other tokens for {fault}") from fault
+        except TokensDifferError as fault:
+            raise UnsupportedTokenizerError(f"it gives other tokens for {fault}") from fault
         except BaseException as fault:  # whatever it says of a tokenizer that it doesn't know; a Rust panic, too
             if isinstance(fault, KeyboardInterrupt | SystemExit):
                 raise
-            raise UnsuitableError(f"fastokens refuses it: {' '.join(str(fault).split())[:100]}") from fault
+            raise UnsupportedTokenizerError(f"fastokens refuses it: {' '.join(str(fault).split())[:100]}") from fault
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32] | None]:
         """Token ids of each text; None where the tokenizer itself has to be asked."""
@@ -106,7 +106,7 @@ class FastTokenizer:
         chosen = list(texts)
         for text, ids in zip(chosen, self.encode(chosen), strict=True):
             if ids is not None and ids.tolist() != self._backend.encode(text, add_special_tokens=False).ids:
-                raise DiffersError(repr(text[:60]))
+                raise TokensDifferError(repr(text[:60]))
 
     def tokens_within(self, text: str, ids: NDArray[np.int32], spans: Sequence[Span]) -> NDArray[np.int32] | None:
         """First token, and the one behind the last, of each span of characters: shape (spans, 2).

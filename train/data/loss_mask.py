@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from train.data.chat.assistant_spans import SpanFinder, TrainOn
 from train.data.chat.rendering import Rendering, Span, Tools, gaps
 from train.data.chat.system_role import SystemRole, apply_system_role
-from train.data.fast_tokenizer import FastTokenizer, UnsuitableError
+from train.data.fast_tokenizer import FastTokenizer, UnsupportedTokenizerError
 from train.data.sources.formats import Message, RowError
 from train.data.sources.unread_text import Unread
 
@@ -61,10 +61,10 @@ class EncodedRow:
     @property
     def labels(self) -> list[int]:
         """As long a list of labels, `NOT_TRAINED` where nothing is learnt."""
-        return labels_of(self.ids, self.trained).tolist()
+        return make_labels(self.ids, self.trained).tolist()
 
 
-def labels_of(ids: NDArray[np.int32], trained: NDArray[np.int32]) -> NDArray[np.int64]:
+def make_labels(ids: NDArray[np.int32], trained: NDArray[np.int32]) -> NDArray[np.int64]:
     """The ids within the spans `trained`, `NOT_TRAINED` elsewhere."""
     labels = np.full(len(ids), NOT_TRAINED, np.int64)
     for start, end in trained.tolist():
@@ -72,7 +72,7 @@ def labels_of(ids: NDArray[np.int32], trained: NDArray[np.int32]) -> NDArray[np.
     return labels
 
 
-def spans_of(trained: NDArray[np.bool_]) -> NDArray[np.int32]:
+def find_runs(trained: NDArray[np.bool_]) -> NDArray[np.int32]:
     """The runs of true values: shape (runs, 2), the first and the one behind the last."""
     edges = np.flatnonzero(np.diff(trained, prepend=False, append=False))
     return edges.astype(np.int32).reshape(-1, 2)
@@ -98,7 +98,7 @@ class Encoder:
         if fast and self._backend is not None:
             try:
                 self._fast = FastTokenizer(tokenizer, self._backend)
-            except UnsuitableError as fault:
+            except UnsupportedTokenizerError as fault:
                 self.why_not_fast = str(fault)
 
     def is_for(self, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -170,7 +170,7 @@ class Encoder:
             return self._label_slowly(rendering)
         ids = np.asarray(encoding.ids, dtype=np.int32)
         trained = self._trained(ids, encoding, rendering.spans)
-        return self._label_in_parts(rendering) if trained is None else EncodedRow(ids, spans_of(trained))
+        return self._label_in_parts(rendering) if trained is None else EncodedRow(ids, find_runs(trained))
 
     def _trained(self, ids: NDArray[np.int32], encoding: Encoding, spans: list[Span]) -> NDArray[np.bool_] | None:
         """Which of the tokens lie in a span; None where one lies across a border, so that tokens can't tell.

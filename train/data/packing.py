@@ -88,7 +88,7 @@ def pack(lengths: Sequence[int], capacity: int, documents_per_sequence: int | No
     Best-fit decreasing (Johnson 1973): the longest row first, each into the fullest sequence that still has room and
     fewer than `documents_per_sequence` rows. Gives the row indices of each sequence; every row is in exactly one, none
     is cut. The same lengths give the same sequences. Takes O(rows x log(rows)) and one bit a token of capacity for each
-    look-up. Rows of like length end up together; `plan` mixes them.
+    look-up. Rows of like length end up together; `plan_packing` mixes them.
 
     Raises ValueError for a row that is empty or longer than `capacity`, and for a cap below 1.
     """
@@ -99,7 +99,7 @@ def pack(lengths: Sequence[int], capacity: int, documents_per_sequence: int | No
     return sequences
 
 
-def plan(
+def plan_packing(
     lengths: Sequence[int] | NDArray[np.integer],
     capacity: int | None,
     *,

@@ -25,7 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTConfig, SFTTrainer
 
 from train.data.dataset import PackedDataset, PaddedDataset
-from train.data.prepare import Prepared
+from train.data.prepared_data import PreparedData
 from train.errors import UserError
 from train.loop.arguments import as_user_error
 from train.loop.checkpoint import deepspeed as universal
@@ -80,7 +80,7 @@ class JanusTrainer(SFTTrainer):
         arguments: SFTConfig,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        data: Prepared,
+        data: PreparedData,
         callbacks: list[TrainerCallback],
         *,
         preemption: Preemption | None = None,

@@ -10,10 +10,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from train.data.chat.system_role import describe_effect
-from train.data.diagnostics import DroppedRows, find_data_warnings, find_dropped_rows
+from train.data.diagnostics import DroppedRows, find_data_error, find_data_warnings, find_dropped_rows
 from train.data.loss_mask import NOT_TRAINED
-from train.data.prepare import CachedSource, ExampleRow, Prepared, SplitStats, UnreadText, find_data_error
-from train.data.stats import Bin, Overlap, Repeats, histogram, quantiles
+from train.data.prepared_data import CachedSource, ExampleRow, PreparedData, SplitStats, UnreadText
+from train.data.stats import Bin, Overlap, Repeats, histogram, percentiles
 from train.model.tokenizer import ChatTokenizer
 from train.preflight.checks import run_faults
 from train.recipe import Recipe
@@ -122,7 +122,7 @@ class Report:
 def build_report(
     recipe: Recipe,
     chat: ChatTokenizer,
-    data: Prepared,
+    data: PreparedData,
     *,
     errors: Sequence[str] = (),
     notes: Sequence[str] = (),
@@ -246,7 +246,7 @@ def _part(account: SplitStats, recipe: Recipe, default_is_given: bool) -> PartRe
         rows_with_system_message=account.rows_with_system,
         rows_with_default_system=account.rows - account.rows_with_system if default_is_given else 0,
         distinct_system_messages=account.distinct_systems,
-        lengths=quantiles(account.lengths),
+        lengths=percentiles(account.lengths),
         histogram=histogram(account.lengths),
         longest_tokens=account.longest,
         longest_place=account.longest_place,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from train.data.diagnostics import describe_dropped, describe_unread, find_data_warnings, find_dropped_rows
-from train.data.prepare import Prepared, SplitStats
+from train.data.prepared_data import PreparedData, SplitStats
 from train.formatting import format_count, visible, wrap
 from train.preflight.page import _NAME
 from train.recipe import Recipe
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # --check does without both, and importing them takes seconds
 def start_screen(
     recipe: Recipe,
     template: str,
-    data: Prepared,
+    data: PreparedData,
     model: "PreTrainedModel",
     arguments: "SFTConfig",
     system_gain: str | None = None,
@@ -72,7 +72,7 @@ def start_screen(
 
 
 def _describe_float8(
-    recipe: Recipe, data: Prepared, model: "PreTrainedModel", arguments: "SFTConfig"
+    recipe: Recipe, data: PreparedData, model: "PreTrainedModel", arguments: "SFTConfig"
 ) -> list[tuple[str, str]]:
     """Which layers compute so, and the loss with and without. Raises UserError where rounding doesn't explain it."""
     from train.model.float8 import TOKENS, layers_of, loss_difference
@@ -83,7 +83,7 @@ def _describe_float8(
     return [("float8", f"{recipe.model.float8}: {layers_of(model)}"), ("", str(difference))]
 
 
-def _describe_waiting(data: Prepared, model: "PreTrainedModel", arguments: "SFTConfig") -> str:
+def _describe_waiting(data: PreparedData, model: "PreTrainedModel", arguments: "SFTConfig") -> str:
     from train.loop.sampler import BalancedSampler
 
     plain, dealt = BalancedSampler(data.train.dataset, arguments, model.config).waiting()

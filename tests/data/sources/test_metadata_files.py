@@ -145,5 +145,5 @@ def test_skipped_companions_are_named_by_a_check(
     assert main(["--recipe", str(recipe), "--check"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert (
-        f"1 file is skipped, as what describes data holds no rows: {listed} (LLaMA-Factory's list of data sets)" in said
+        f"1 file was skipped (metadata without rows): {listed} (LLaMA-Factory's list of data sets)" in said
     )

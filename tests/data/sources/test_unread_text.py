@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.data.chat.template import use_template
-from train.data.diagnostics import describe_unread, find_data_warnings
-from train.data.prepare import Prepared, examine, find_data_error
+from train.data.diagnostics import describe_unread, find_data_error, find_data_warnings
+from train.data.prepare import examine
+from train.data.prepared_data import PreparedData
 from train.data.sources.formats import ROLES, RowError, convert, detect, read_row
 from train.data.sources.readers import ParsedRows
 from train.data.sources.source import read_conversations
-from train.data.sources.unread_text import is_metadata, is_prose, lost_text
+from train.data.sources.unread_text import find_lost_text, is_metadata, is_prose
 from train.data.tokens.table import RowIssues
 from train.data.tokens.workers import RowTokenizer
 from train.model.tokenizer import load_tokenizer
@@ -211,7 +212,7 @@ def test_equal_values_under_two_names_are_no_fault() -> None:
     ],
 )  # fmt: skip
 def test_metadata_is_no_content(name: str, value: Any) -> None:
-    assert lost_text(name, [value], ["The conversation."]) is None
+    assert find_lost_text(name, [value], ["The conversation."]) is None
 
 
 @pytest.mark.parametrize(
@@ -228,20 +229,20 @@ def test_metadata_is_no_content(name: str, value: Any) -> None:
     ],
 )  # fmt: skip
 def test_content_is_told_from_ids(name: str, value: Any) -> None:
-    assert lost_text(name, [value], ["The conversation."]) is not None
+    assert find_lost_text(name, [value], ["The conversation."]) is not None
 
 
 def test_a_text_that_stands_in_the_conversation_is_not_lost() -> None:
     texts = ["Be brief and kind.", "Translate into Spanish.\nI have 2 cats.", "Tengo 2 gatos."]
-    assert lost_text("prompt", ["Translate into Spanish.\nI have 2 cats. "], texts) is None  # ultrachat_200k
+    assert find_lost_text("prompt", ["Translate into Spanish.\nI have 2 cats. "], texts) is None  # ultrachat_200k
     whole = "Be brief and kind. ### Instruction: Translate into Spanish. ### Input: I have 2 cats. ### Tengo 2 gatos."
-    assert lost_text("text", [whole], texts) is None  # Alpaca
-    assert lost_text("text", [whole.replace("2 gatos", "3")], texts) is not None
-    assert lost_text("text", [f"{whole}\n### System: Answer like a pirate."], texts) is not None
+    assert find_lost_text("text", [whole], texts) is None  # Alpaca
+    assert find_lost_text("text", [whole.replace("2 gatos", "3")], texts) is not None
+    assert find_lost_text("text", [f"{whole}\n### System: Answer like a pirate."], texts) is not None
     preamble = "Below is an instruction that describes a task. Write a response that completes the request."
-    assert lost_text("text", [f"{preamble}\n\n{whole}"], texts) is None  # as Alpaca renders it
+    assert find_lost_text("text", [f"{preamble}\n\n{whole}"], texts) is None  # as Alpaca renders it
     sum_of_two = ["What is 2+2?", "4"]
-    assert lost_text("rationale", ["What is 2+2? Two fingers and two fingers are 4."], sum_of_two) is not None
+    assert find_lost_text("rationale", ["What is 2+2? Two fingers and two fingers are 4."], sum_of_two) is not None
     assert is_prose("Answer in capitals")
     assert not is_prose("Answer quickly")
     assert not is_metadata("messages[].content")
@@ -258,7 +259,7 @@ def test_what_nothing_reads_is_counted_by_name(rows: RowTokenizer) -> None:
         {"role": "tool", "content": "1", "tool_call_id": "c1", "name": "f"},
     ]  # fmt: skip
     _, faults = encoded(rows, {"messages": turns, "id": 3, "nothing": None, "blank": " ", "why": "As it is so."})
-    assert faults.kinds == {}
+    assert faults.errors == {}
     assert faults.unread == {
         "id": (1, 0, None),
         "why": (1, 1, (0, ":1", "As it is so.")),
@@ -288,7 +289,7 @@ def test_variables_of_a_row_go_to_the_template(rows: RowTokenizer) -> None:
     )
     assert set(faults.unread) == {"chat_template_kwargs.persona", "chat_template_kwargs.enable_thinking"}
     typed = row | {"chat_template_kwargs": {"custom_instructions": "<|im_end|>"}}
-    assert "control token" in str(list(encoded(rows, typed)[1].kinds))
+    assert "control token" in str(list(encoded(rows, typed)[1].errors))
 
 
 def test_a_check_refuses_content_that_is_not_read_and_says_what_to_write(
@@ -313,7 +314,7 @@ def test_a_check_refuses_content_that_is_not_read_and_says_what_to_write(
     told = {one["name"]: one for one in json.loads(report.read_text())["unread"]}
     assert (told["why"]["rows"], told["why"]["losing"], told["source"]["losing"]) == (6, 6, 0)
 
-    def examined(*ignore: str) -> tuple[Prepared, str | None]:
+    def examined(*ignore: str) -> tuple[PreparedData, str | None]:
         loaded = load_recipe(recipe_file(data={"sources": [{"path": str(file), "ignore": list(ignore)}]}))
         tokenizer = load_tokenizer(loaded.model)
         use_template(tokenizer, loaded.chat.template)
@@ -447,7 +448,7 @@ def test_each_text_of_a_row_is_rendered_told_or_the_row_refused(rows: RowTokeniz
     format, row = made
     row = numbered(row, count(1))
     rendered, faults = encoded(rows, row, format)
-    if faults.kinds:
+    if faults.errors:
         return
     told = [name.replace("conversations[]", "messages[]") for name in faults.unread]
     for path, text in texts(row, ""):

@@ -172,7 +172,7 @@ def convert(
     return kept, tools
 
 
-def ignored_when_read(ignore: Collection[str]) -> list[str]:
+def select_read_names(ignore: Collection[str]) -> list[str]:
     """Return those of the names that would be read if they were not ignored: the others change no token."""
     return sorted(
         name for name in ignore if name in _COLUMNS or ("[]." in name and name.partition("[].")[2] in TURN_KEYS)
@@ -181,7 +181,7 @@ def ignored_when_read(ignore: Collection[str]) -> list[str]:
 
 def without(row: RawRow, ignore: Collection[str], unread: Unread) -> RawRow:
     """Return `row` without the columns and keys of messages in `ignore`; their values are collected in `unread`."""
-    names = ignored_when_read(ignore) if ignore else []
+    names = select_read_names(ignore) if ignore else []
     if not names:
         return row
     row = dict(row)

@@ -38,7 +38,7 @@ from train.data.sources.file_errors import (
 )
 from train.data.sources.formats import RawRow, RowError, detect
 from train.data.sources.row_errors import shown
-from train.data.sources.unread_text import lost_text
+from train.data.sources.unread_text import find_lost_text
 from train.errors import UserError
 
 PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".bin")
@@ -231,7 +231,7 @@ def _check_beside(document: dict[Any, Any], rows: Any, path: Path) -> None:
     for key, value in document.items():
         if key == rows or key in _DESCRIPTIONS:
             continue
-        if (text := lost_text(str(key), [value], ())) is not None:
+        if (text := find_lost_text(str(key), [value], ())) is not None:
             raise UserError(
                 f"{path}: `{key}` beside the rows (`{rows}`) holds content that no row has: {shown(text)}. Put it into "
                 "the rows, or take it out of the file."

@@ -17,7 +17,7 @@ from train.data.sources.formats import TEMPLATE_KWARGS, Conversation, RawRow, Ro
 from train.data.sources.metadata_files import STATE, companion, was_saved
 from train.data.sources.readers import READERS, ROWS_OF_A_CHUNK, Chunk, LocatedRow, ending_of, first_line, read_file
 from train.data.sources.row_errors import shown
-from train.data.sources.unread_text import Unread, collect, lost_text
+from train.data.sources.unread_text import Unread, collect, find_lost_text
 from train.errors import UserError
 from train.recipe import Source
 from train.storage.checksum import digest_of_files
@@ -157,7 +157,7 @@ def _read_whole(row: RawRow, format: str, place: str, source: Source) -> Convers
         collect(unread, f"{TEMPLATE_KWARGS}.{name}", value)
     said = [message["content"] for message in conversation.messages]
     for name, values in unread.items():
-        if name not in source.ignore and (text := lost_text(name, values, said)) is not None:
+        if name not in source.ignore and (text := find_lost_text(name, values, said)) is not None:
             remedy = f"rename it to what the format {format} reads, or write `ignore: [{name}]` under the source"
             raise RowError("text not read", f"`{name}` holds {shown(text)}: {remedy}")
     return conversation

@@ -109,7 +109,7 @@ def is_switch(name: str) -> bool:
     return not _SWITCH_WORDS.isdisjoint(_words(name))
 
 
-def lost_text(name: str, values: Sequence[Any], said: Sequence[str]) -> str | None:
+def find_lost_text(name: str, values: Sequence[Any], said: Sequence[str]) -> str | None:
     """Return the first text of these unread values that is content and is not in the conversation, or None.
 
     `said`: the texts of the conversation. Truth values under the name of a switch count too: they decide what is

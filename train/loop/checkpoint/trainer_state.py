@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from train.data.chat.template import date_of
-from train.data.prepare import Prepared
+from train.data.prepared_data import PreparedData
 from train.loop.checkpoint import deepspeed as universal
 from train.loop.checkpoint.best_model import BestModel
 from train.loop.checkpoint.manifest import UNSHARDED, Checkpoint
@@ -213,7 +213,7 @@ class RunState(TrainerCallback):
             self._trainer.order.set_epoch(int(state.epoch))
 
 
-def facts_of_data(data: Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def facts_of_data(data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what a run trains on: the tokens of each source, which rows, how they are packed, template and date."""
     plan = data.train.dataset.plan_of(0)
     packed = xxhash.xxh3_128(plan.rows.tobytes() + plan.ends.tobytes()).hexdigest()

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -114,13 +114,12 @@ def tiny_chat_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
-def evaluate_script() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(ROOT / "scripts"))
+def evaluate_script() -> ModuleType:
+    """Import scripts/evaluate.py as a module."""
     spec = importlib.util.spec_from_file_location("evaluate_command_of_evaluation", ROOT / "scripts" / "evaluate.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(ROOT / "scripts"))
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,7 @@ def test_what_is_there_is_no_fault(says: Callable[..., str]) -> None:
             ["training.optim: grokadamw needs the package grokadamw", "pip install grokadamw"],
         ),
         ("training.deepspeed=ds/zero.json", ["training.deepspeed: there is no file ds/zero.json in {}"]),
-        ("training.deepspeed=data/seen/cut.json", ["training.deepspeed: data/seen/cut.json is no JSON"]),
+        ("training.deepspeed=data/seen/cut.json", ["training.deepspeed: data/seen/cut.json is not valid JSON"]),
         ("training.fsdp_config=data/seen/list.json", ["data/seen/list.json must hold a JSON object"]),
         ("training.fsdp_config=fsdp.json", ["training.fsdp_config: there is no file fsdp.json in {}"]),
         ("chat.template=mine.jinja", ["chat.template: there is no file mine.jinja in {}"]),

@@ -30,7 +30,7 @@ from train.loop.checkpoint.run_inputs import (
 from train.loop.preemption import Preemption
 from train.ranks import is_first_rank
 from train.recipe import Recipe
-from train.recipe.conflicts import chosen_by_gain
+from train.recipe.conflicts import is_gain_metric
 from train.recipe.lr_schedules import FOLLOWS_EVALUATION
 from train.recipe.schedule import sequences_per_step as sequences
 from train.storage.atomic_write import atomic_write, write_text
@@ -152,7 +152,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 def _decides(key: str, settings: dict[str, Any]) -> bool:
     """Return whether another value of `key` means another finished model, or another upload of it."""
     if key.startswith("system_gain."):
-        return chosen_by_gain(value_of(settings, "training.metric_for_best_model"))
+        return is_gain_metric(value_of(settings, "training.metric_for_best_model"))
     if key in _WHEN_MEASURED:
         follows = value_of(settings, "training.lr_scheduler_type") in FOLLOWS_EVALUATION
         return follows or bool(value_of(settings, "training.load_best_model_at_end"))

@@ -8,7 +8,7 @@ import xxhash
 from train.errors import UserError
 
 
-def digest_of_files(files: Iterable[Path], facts: Iterable[object] = ()) -> str:
+def hash_files(files: Iterable[Path], facts: Iterable[object] = ()) -> str:
     """One digest (xxh3, 128 bits, hexadecimal) of the bytes of all files, where each ends, and some facts beside them.
 
     Raises UserError for a file that can't be read.

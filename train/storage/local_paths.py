@@ -1,4 +1,4 @@
-"""Local paths: `~` and environment variables expanded, missing files named, paths told from hub ids."""
+"""Local paths: `~` and environment variables expand_path, missing files named, paths told from hub ids."""
 
 import argparse
 import difflib
@@ -21,10 +21,10 @@ _FILE_ENDINGS = (
 
 @dataclass(frozen=True)
 class LocalPath:
-    """Mark of a key that takes a path, in the `Annotated` of its type: `~`, `$VAR` and `${VAR}` in it are expanded."""
+    """Mark of a key that takes a path, in the `Annotated` of its type: `~`, `$VAR` and `${VAR}` in it are expand_path."""
 
 
-def expanded(text: str) -> str:
+def expand_path(text: str) -> str:
     """Return `text` with `$VAR` and `${VAR}` replaced, and then a `~` or `~user` at its start.
 
     `$` before anything but a letter, `_` or `{` stays as it is. Raises ValueError, which names no key.
@@ -48,14 +48,14 @@ def expanded(text: str) -> str:
 
 
 def parse_path(text: str) -> Path:
-    """Return an option's value as a path, expanded."""
+    """Return an option's value as a path, expand_path."""
     return Path(parse_path_or_id(text))
 
 
 def parse_path_or_id(text: str) -> str:
-    """Return an option's value expanded, as text: a path, or a word that is none."""
+    """Return an option's value expand_path, as text: a path, or a word that is none."""
     try:
-        return expanded(text)
+        return expand_path(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from train.loop.checkpoint.manifest import Checkpoint, manifest_of
 from train.loop.checkpoint.resume import RESUMABLE_CHANGES, changed_keys, run_fingerprint
 from train.ranks import is_first_rank
-from train.recipe.conflicts import chosen_by_gain
+from train.recipe.conflicts import is_gain_metric
 
 if TYPE_CHECKING:
     from train.loop.trainer import JanusTrainer
@@ -77,7 +77,7 @@ class BestModel:
         trainer, state = self._trainer, self._trainer.state
         now = {**run_fingerprint(trainer._recipe), **trainer._about}
         changed = changed_keys(checkpoint.manifest["run"], now)
-        by_gain = chosen_by_gain(trainer.args.metric_for_best_model)
+        by_gain = is_gain_metric(trainer.args.metric_for_best_model)
         sections = (*_MEASURED_ON, "system_gain.") if by_gain else _MEASURED_ON
         measured_on = [key for key in changed if key.startswith(sections) and key not in RESUMABLE_CHANGES]
         if measured_on and state.best_global_step:

@@ -15,7 +15,7 @@ from typing import Any
 
 from train.errors import UserError
 from train.progress import progress_bar
-from train.storage.checksum import digest_of_files
+from train.storage.checksum import hash_files
 
 COMPLETE = "COMPLETE.json"
 UNSHARDED = "one process or DDP"
@@ -98,7 +98,7 @@ def described(path: Path, *, known: Mapping[str, Any] | None = None) -> dict[str
         size = path.stat().st_size
         if known is not None and known.get("bytes") != size:
             return None
-        return {"bytes": size, "xxh3_128": digest_of_files([path])}
+        return {"bytes": size, "xxh3_128": hash_files([path])}
     except (OSError, UserError):
         return None
 

@@ -12,9 +12,9 @@ from train.errors import UserError
 from train.loop.checkpoint.manifest import Checkpoint, _opened, folders
 from train.ranks import is_first_rank
 from train.recipe import Recipe
-from train.recipe.conflicts import chosen_by_gain
-from train.recipe.schedule import _BATCH, sequences_per_step
-from train.recipe.sft_config import training_fields
+from train.recipe.conflicts import is_gain_metric
+from train.recipe.schedule import BATCH_KEYS, sequences_per_step
+from train.recipe.sft_config import training_fields, with_defaults
 
 _MEANING = {
     "made.tokens": "what the rows of data.sources became: their text, the tokenizer, the template or a policy of chat "
@@ -22,7 +22,7 @@ _MEANING = {
     "made.rows": "which rows are trained and held out, and how often",
     "made.sequences": "how rows are packed",
     "made.template": "the text of the template, which is saved with the model; no token is another one",
-    _BATCH[1]: f"with {_BATCH[0]}, on all processes",
+    BATCH_KEYS[1]: f"with {BATCH_KEYS[0]}, on all processes",
 }
 """What stands behind a key that nobody changed under that name."""
 
@@ -66,7 +66,7 @@ def run_fingerprint(recipe: Recipe) -> dict[str, Any]:
     for section, values in sections.items():
         for key, value in values.items() if isinstance(values, dict) else [("", values)]:
             flat[f"{section}.{key}".rstrip(".")] = value
-    return {key: value for key, value in flat.items() if key not in _BATCH}
+    return {key: value for key, value in flat.items() if key not in BATCH_KEYS}
 
 
 def value_of(facts: Mapping[str, Any], key: str) -> Any:
@@ -189,12 +189,12 @@ def refuse_changes(
     """
     changed = changed_keys(before, now)
     meaning = {key: f" ({_MEANING[key]})" if key in _MEANING else "" for key in changed}
-    by_gain = chosen_by_gain(value_of(now, "training.metric_for_best_model"))
+    by_gain = is_gain_metric(value_of(now, "training.metric_for_best_model"))
     harmless = RESUMABLE_CHANGES | ({"chat.template"} if _tells_tokens(before) else set())
     allowed = harmless | set(anyway)
     if not {"made.tokens", *_JUDGED_BY_TOKENS}.isdisjoint(anyway):
         allowed |= {"made.tokens"}
-    if any(key.startswith(("data.", "made.")) or key in ("seed", *_BATCH) for key in anyway):
+    if any(key.startswith(("data.", "made.")) or key in ("seed", *BATCH_KEYS) for key in anyway):
         allowed |= {"made.rows", "made.sequences"}  # they follow
     refused = [key for key in changed if key not in allowed and (by_gain or not key.startswith("system_gain."))]
     if refused:
@@ -247,12 +247,12 @@ def with_same_steps(recipe: Recipe, checkpoint: Checkpoint, anyway: Sequence[str
     if now == wanted:
         return recipe
     if processes == were:
-        named = [*anyway, _BATCH[1]] if _BATCH[0] in anyway else anyway
+        named = [*anyway, BATCH_KEYS[1]] if BATCH_KEYS[0] in anyway else anyway
         refuse_changes(
-            checkpoint, {_BATCH[1]: f"{wanted} sequences a step"}, {_BATCH[1]: f"{now} sequences a step"}, named
+            checkpoint, {BATCH_KEYS[1]: f"{wanted} sequences a step"}, {BATCH_KEYS[1]: f"{now} sequences a step"}, named
         )
         return recipe
-    each = recipe.training.get("per_device_train_batch_size", training_fields()["per_device_train_batch_size"].default)
+    each = with_defaults(recipe.training)["per_device_train_batch_size"]
     accumulation, rest = divmod(wanted, each * processes)
     if rest:
         raise UserError(

@@ -224,7 +224,7 @@ def _folder(options: argparse.Namespace) -> Path:
 
 
 def _refuse_contradictions(options: argparse.Namespace) -> None:
-    from train.evaluation.models.options import refuse_in_extra
+    from train.evaluation.models.options import refuse_extra_fields
 
     batch = bool(options.batch_out or options.batch_in)
     if batch == bool(options.judge_server):
@@ -255,7 +255,7 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
             name: (f"--{prefix}{name}".replace("_", "-"), getattr(options, f"{prefix}{name}"))
             for name in ("max_tokens", *names)
         }
-        refuse_in_extra(f"--{prefix}extra".replace("_", "-"), getattr(options, f"{prefix}extra"), own)
+        refuse_extra_fields(f"--{prefix}extra".replace("_", "-"), getattr(options, f"{prefix}extra"), own)
     if options.extra and options.responses:
         raise UserError("--extra: the answers of --responses are there already; leave one of the two out.")
     for name, most in (("temperature", None), ("judge_temperature", None), ("top_p", 1), ("judge_top_p", 1)):
@@ -270,7 +270,7 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
 def _refuse_what_can_not_judge(options: argparse.Namespace) -> None:
     """All that would end the run after the model has answered, which may take hours."""
     from train.evaluation.models.options import server_options
-    from train.llm.concurrency import Pauses
+    from train.llm.concurrency import Backoff
     from train.llm.server import ServerConnection
     from train.multifaceted.bench.batch_api import read_batch
     from train.multifaceted.bench.judging import PROMPT_VERSION
@@ -278,7 +278,7 @@ def _refuse_what_can_not_judge(options: argparse.Namespace) -> None:
     from train.multifaceted.bench.protocol import protocol_of, refuse_other_protocol, settings_of
 
     async def look(server: "Server") -> None:
-        await ServerConnection(server, Pauses(), patience=0).api.close()
+        await ServerConnection(server, Backoff(), patience=0).api.close()
 
     with replace_in_errors(server_options("judge-")):
         for server in _judge_servers(options):
@@ -299,8 +299,8 @@ def _judge_servers(options: argparse.Namespace) -> "list[Server]":
 async def _contact_judge(options: argparse.Namespace) -> None:
     """Ask the judge's servers for a sign of life: the model's answers take hours, and would be for nothing."""
     from train.evaluation.models.options import server_options
-    from train.llm.connection.startup_check import check_servers
-    from train.llm.refusals import option_setting
+    from train.llm.refusals import option_formatter
+    from train.llm.startup_check import check_servers
 
     if options.judge_server:
         with replace_in_errors(server_options("judge-")):
@@ -309,13 +309,13 @@ async def _contact_judge(options: argparse.Namespace) -> None:
                 options.judge,
                 wait=options.wait_for_server,
                 stages={"judge": _protocol(options).judge.decoding},
-                name_setting=option_setting(_JUDGES_OWN, "judge-"),
+                format_setting=option_formatter(_JUDGES_OWN, "judge-"),
             )
 
 
 def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]":
     """The responses of a file."""
-    from train.llm.reasoning.answer import advice_on, events_of, without_reasoning
+    from train.llm.reasoning.answer import format_advice, list_events, without_reasoning
     from train.multifaceted.bench.rows import read_responses
     from train.multifaceted.bench.scoring import Response
 
@@ -341,14 +341,14 @@ def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]
             raise UserError(f"--pick-by file: row {row.id!r} of {options.responses} has no `scores`.")
         scores: Sequence[float | None] = answers.scores or [None] * len(answers.texts)
         said = [without_reasoning(text) for text in answers.texts[: options.best_of]]
-        events.update(f"--responses: {event}" for one in said for event in events_of(one))
+        events.update(f"--responses: {event}" for one in said for event in list_events(one))
         found.append(
             [
                 Response(one.text, scorer=score, only_reasoning=one.unfinished)
                 for one, score in zip(said, scores[: options.best_of], strict=True)
             ]
         )
-    for line in advice_on(events):
+    for line in format_advice(events):
         print(f"warning: {line}", flush=True)
     return found
 
@@ -356,12 +356,12 @@ def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]
 def _asked(options: argparse.Namespace, bench: "Bench", folder: Path) -> "tuple[list[list[Response]], str]":
     """The responses of a model, and the option to change where its server refused some."""
     from train.evaluation.models.options import respondent_of
-    from train.evaluation.models.responses import respond
+    from train.evaluation.models.responses import generate_answers
     from train.llm.client import RequestFailed
-    from train.llm.refusals import option_setting
+    from train.llm.refusals import option_formatter
     from train.multifaceted.bench.scoring import Response, conversation
 
-    answers = respond(
+    answers = generate_answers(
         respondent_of(options),
         [conversation(row, with_system=not options.no_system) for row in bench.rows],
         _decoding(options),
@@ -371,7 +371,7 @@ def _asked(options: argparse.Namespace, bench: "Bench", folder: Path) -> "tuple[
         description="responses",
         wait_for_server=options.wait_for_server,
         before_asking=partial(_contact_judge, options),
-        name_setting=option_setting(_OWN),
+        format_setting=option_formatter(_OWN),
     )
     failures = [answer for of_row in answers for answer in of_row if isinstance(answer, RequestFailed)]
     responses = [
@@ -395,14 +395,14 @@ def _decoding(options: argparse.Namespace) -> Any:
     from train.llm.journal import Decoding
 
     extra = {"repetition_penalty": None if options.repetition_penalty == 1 else options.repetition_penalty}
-    return Decoding.of_settings(options.max_tokens, options.temperature, options.top_p, extra=extra | options.extra)
+    return Decoding.from_settings(options.max_tokens, options.temperature, options.top_p, extra=extra | options.extra)
 
 
 def _protocol(options: argparse.Namespace) -> "Protocol":
     from train.llm.journal import Decoding
     from train.multifaceted.bench.protocol import JudgeSettings, Protocol
 
-    decoding = Decoding.of_settings(
+    decoding = Decoding.from_settings(
         options.judge_max_tokens, options.judge_temperature, options.judge_top_p, extra=options.judge_extra
     )
     settings = JudgeSettings(options.judge, decoding, options.runs, options.retries, options.show_system)
@@ -416,12 +416,12 @@ def _judge(
     from train.evaluation.models.options import server_options
     from train.llm.client import Client
     from train.llm.journal import Journal
-    from train.llm.refusals import option_setting
-    from train.multifaceted.bench.batch_api import JournalAsker, read_batch, write_batch
+    from train.llm.refusals import option_formatter
+    from train.multifaceted.bench.batch_api import BatchJudgeClient, read_batch, write_batch
     from train.multifaceted.bench.scoring import judge_rows
 
     protocol = _protocol(options)
-    name_setting = option_setting(_JUDGES_OWN, "judge-")
+    format_setting = option_formatter(_JUDGES_OWN, "judge-")
 
     async def live(journal: Journal) -> "tuple[list[JudgedRow], str]":
         async with Client(
@@ -429,7 +429,7 @@ def _judge(
             options.judge,
             journal,
             wait_for_server=options.wait_for_server,
-            name_setting=name_setting,
+            format_setting=format_setting,
         ) as client:
             judged = await judge_rows(client, protocol, bench.rows, responses)
         for line in client.counts.bad_servers:
@@ -441,7 +441,7 @@ def _judge(
         if options.judge_server:
             with replace_in_errors(server_options("judge-")):
                 return asyncio.run(live(journal))
-        asker = JournalAsker(journal, options.judge, batch, name_setting)
+        asker = BatchJudgeClient(journal, options.judge, batch, format_setting)
         judged = asyncio.run(judge_rows(asker, protocol, bench.rows, responses))
     if batch.lines:
         print(f"--batch-in: {format_count(batch.lines, 'line')}, {len(batch.answers):,} with an answer", flush=True)
@@ -466,7 +466,7 @@ def _judge(
 
 def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]", folder: Path) -> None:
     """bench_rows.jsonl, bench.json, bench.png and the section of report.md, and the same on the screen."""
-    from train.multifaceted.bench.pairwise import compare
+    from train.multifaceted.bench.pairwise import compare_pairwise
     from train.multifaceted.bench.protocol import noted_of, protocol_of
     from train.multifaceted.bench.report import HEADING, draw, make_record, markdown, no_judgement_finished, warnings
     from train.multifaceted.bench.scoring import row_record
@@ -495,7 +495,7 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
             print(f"--against {options.against}: compared once the judge has answered", flush=True)
         elif options.against:
             try:
-                versus = compare(rows, options.against, good=options.good, seed=options.seed)
+                versus = compare_pairwise(rows, options.against, good=options.good, seed=options.seed)
                 record["against"] = versus.record()
             except UserError as fault:  # said last: the run's own figures are none the worse
                 no_comparison = fault

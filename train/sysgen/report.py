@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.llm.failures import for_report
+from train.llm.failures import to_table_cells
 from train.reporting.markdown import code_block, count_section, format_share, format_table, format_usage
 from train.reporting.plots import load_pyplot
 from train.sysgen.tags import TAGS
@@ -51,7 +51,7 @@ def _sections(name: str, facts: Mapping[str, Any], seconds: float | None) -> Ite
         + [("written", f"{facts['rows_written']:,}", format_share(facts["rows_written"], rows))],
     )
     yield from count_section("Left out", "reason", facts["left_out"], rows, "of all")
-    yield from count_section("Why no answer came", "what was said", for_report(facts["unanswered"]))
+    yield from count_section("Why no answer came", "what was said", to_table_cells(facts["unanswered"]))
     yield from count_section(
         "On the way",
         "what happened",

@@ -10,7 +10,7 @@ from train.datagen.drop_reasons import unread_warning
 from train.formatting import format_count
 from train.llm.failures import SHOWN_IN_REPORT
 from train.llm.journal import Decoding
-from train.llm.reasoning.answer import advice_on
+from train.llm.reasoning.answer import format_advice
 from train.multifaceted.bench.judging import NO_SCORE, PROMPT_VERSION
 from train.multifaceted.bench.protocol import (
     PAPERS_DECODING,
@@ -204,7 +204,7 @@ def warnings(record: Mapping[str, Any], *, batch: bool = False) -> list[str]:
     cleaned = {f"judge: {event}": count for event, count in missing["judge_answers_cleaned"].items()}
     return (
         lost * bool(unanswered)
-        + advice_on(cleaned)
+        + format_advice(cleaned)
         + unread_warning(
             f"--judge {record['judge']['model']}",
             unread,

@@ -113,13 +113,25 @@ def tiny_chat_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
+def _load_script(name: str) -> ModuleType:
+    """Import scripts/NAME.py under another module name, with scripts/ on the import path meanwhile."""
+    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "scripts")
+        spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="session")
 def evaluate_script() -> ModuleType:
-    """Import scripts/evaluate.py as a module."""
-    spec = importlib.util.spec_from_file_location("evaluate_command_of_evaluation", ROOT / "scripts" / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return _load_script("evaluate")
+
+
+@pytest.fixture(scope="session")
+def submit_script() -> ModuleType:
+    return _load_script("submit")
 
 
 @pytest.fixture(scope="session")

@@ -113,7 +113,7 @@ def test_what_the_cache_of_the_hub_holds_may_be_had(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
     for proxy in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(proxy, raising=False)
-    assert "hub.invalid can't be found from this machine" in (hub_unreachable_reason("e/f", "model") or "")
+    assert "hub.invalid can't be resolved from this machine" in (hub_unreachable_reason("e/f", "model") or "")
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.invalid:3128")
     assert hub_unreachable_reason("e/f", "model") is None
 

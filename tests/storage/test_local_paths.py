@@ -46,11 +46,11 @@ def test_home_and_variables_are_replaced_and_nothing_else(home: Path) -> None:
         ("$UNSET/a", "the environment variable UNSET in `$UNSET/a` is not set"),
         ("a/${UNSET}", "the environment variable UNSET in `a/${UNSET}` is not set"),
         ("$EMPTY/a", "is empty"),  # an empty one would make a path below the root
-        ("${UNSET:-/tmp}/a", "Only $NAME and ${NAME} are replaced"),
-        ("${}", "Only $NAME and ${NAME} are replaced"),
+        ("${UNSET:-/tmp}/a", "Only $NAME and ${NAME} are expanded"),
+        ("${}", "Only $NAME and ${NAME} are expanded"),
         (
             "~no_such_user/a",
-            "there is no user no_such_user here. A name that begins with ~ is written ./~no_such_user/a",
+            "there is no user no_such_user. For a file whose name starts with ~ write ./~no_such_user/a",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""TODO: train.storage.jsonl."""
+"""JSON lines."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl, in the order of the steps; half a line, left by a crash, is passed over."""
+    """Return the objects of a metrics.jsonl in their order; lines that a crash left incomplete are skipped."""
     metrics = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

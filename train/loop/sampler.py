@@ -42,7 +42,7 @@ class BalancedSampler(Sampler[int]):
         first = self._epoch * len(self._sequences)
         return iter((first + order).tolist())
 
-    def waiting(self) -> tuple[float, float]:
+    def epoch_imbalance(self) -> tuple[float, float]:
         """How much longer than without any waiting of ranks an epoch takes: in plain random order, and in this one."""
         costs = self._costs()
         orders = [

@@ -24,7 +24,7 @@ from train.model.flops import peak_flops, training_flops
 
 BATCH_INFO = "held"
 """Where a batch says what it holds; taken out before the model sees it."""
-CLOCKED = (
+TIMING_METRICS = (
     "tokens_per_second",
     "tokens_per_second_per_gpu",
     "trained_tokens_per_second_per_gpu",

@@ -30,19 +30,19 @@ from train.errors import UserError
 from train.loop.arguments import as_user_error
 from train.loop.checkpoint import deepspeed as universal
 from train.loop.checkpoint.deepspeed import written_last
-from train.loop.checkpoint.manifest import checkpoint_in
+from train.loop.checkpoint.manifest import read_checkpoint
 from train.loop.checkpoint.resume import loading
 from train.loop.checkpoint.resumed_settings import ResumedSettings
-from train.loop.checkpoint.side_files import finished_files, is_disk_error, reason_of, side_files, write_side_files
 from train.loop.checkpoint.trainer_state import RunState, files_expected
 from train.loop.checkpoint.verification import check_saved
 from train.loop.checkpoint.weights import check_savable, save_weights
-from train.loop.checkpoint.writer import Saver
+from train.loop.checkpoint.writer import CheckpointWriter
 from train.loop.guards.anomalies import Guards
-from train.loop.guards.packing_isolation import IsolationTest
+from train.loop.guards.packing_isolation import PackingIsolationTest
 from train.loop.metrics_log import StepLog
-from train.loop.preemption import Preemption, StopError, StopWhenAsked
+from train.loop.preemption import EvaluationStoppedError, Preemption, PreemptionCallback
 from train.loop.sampler import BalancedSampler
+from train.loop.side_files import finished_files, is_disk_error, reason_of, side_files, write_side_files
 from train.loop.throughput import BATCH_INFO, BatchInfo, CountingCollator, Sums, Throughput
 from train.model.adapters import check_adapter, lora_config
 from train.model.architecture import Shape, shape_of
@@ -121,14 +121,14 @@ class JanusTrainer(SFTTrainer):
         self.data_collator = CountingCollator(self.data_collator)
         self.remove_callback(PrinterCallback)
         if recipe.data.packing:
-            self.add_callback(IsolationTest(self))
+            self.add_callback(PackingIsolationTest(self))
         self._recipe, self._about = recipe, dict(about or {})
-        self._saver = Saver(recipe.output_dir, recipe.save, recipe.training.get("save_total_limit"))
+        self._saver = CheckpointWriter(recipe.output_dir, recipe.save, recipe.training.get("save_total_limit"))
         self._preemption = preemption or Preemption(recipe.output_dir, recipe.save)
         self._throughput = Throughput(self.accelerator, shape)
         self._run_state = RunState(self)
         self._gain = ValidationGain(recipe, gain.rows, arguments.per_device_eval_batch_size) if gain else None
-        self._stop_when_asked = StopWhenAsked(self._preemption, self.accelerator)
+        self._stop_when_asked = PreemptionCallback(self._preemption, self.accelerator)
         self._step_log = next((callback for callback in callbacks if isinstance(callback, StepLog)), None)
         for callback in (self._throughput, self._run_state, self._stop_when_asked):
             self.add_callback(callback)
@@ -148,7 +148,7 @@ class JanusTrainer(SFTTrainer):
         missing (some ask only here), and where the checkpoint can't be loaded on the processes that there are.
         """
         check_savable(self._unwrapped())
-        going_on = checkpoint_in(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
+        going_on = read_checkpoint(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
         self._saver.begin(going_on)
         if going_on:
             resume_from_checkpoint = str(self._run_state.go_on_from(going_on))
@@ -275,7 +275,7 @@ class JanusTrainer(SFTTrainer):
         for name, error in errors.items():
             print(
                 f"warning: {folder}: {name} couldn't be written: {reason_of(error)}. The weights are not affected. "
-                f"Mend that; `python -m train.loop.checkpoint.side_files {self.args.output_dir}` then writes it beside the "
+                f"Mend that; `python -m train.loop.side_files {self.args.output_dir}` then writes it beside the "
                 "finished model.",
                 flush=True,
             )
@@ -317,7 +317,7 @@ class JanusTrainer(SFTTrainer):
             super()._load_best_model()
             return
         best = self.state.best_model_checkpoint
-        folder = self._run_state.loadable(checkpoint_in(Path(str(best))))
+        folder = self._run_state.loadable(read_checkpoint(Path(str(best))))
         self.state.best_model_checkpoint = str(folder)
         with universal.loading(self.model_wrapped, folder):
             super()._load_best_model()
@@ -517,10 +517,10 @@ class JanusTrainer(SFTTrainer):
             return {}
         try:
             if self._preemption.reason:
-                raise StopError
+                raise EvaluationStoppedError
             self._run_state.evaluation_is_due = False
             return super()._evaluate(*args, **kwargs)
-        except StopError:
+        except EvaluationStoppedError:
             self._run_state.evaluation_is_due = True
             self.control.should_save = self.control.should_training_stop = True
             return {}

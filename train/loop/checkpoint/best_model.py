@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.loop.checkpoint.manifest import Checkpoint, manifest_of
+from train.loop.checkpoint.manifest import Checkpoint, read_manifest
 from train.loop.checkpoint.resume import RESUMABLE_CHANGES, changed_keys, run_fingerprint
 from train.ranks import is_first_rank
 from train.recipe.conflicts import chosen_by_gain
@@ -132,7 +132,7 @@ class BestModel:
     def _folder(self, name: str, checkpoint: Checkpoint) -> Path | None:
         recipe = self._trainer._recipe
         parents = (recipe.output_dir, checkpoint.folder.parent, recipe.save.mirror_dir)
-        return next((path for parent in parents if parent and manifest_of(path := Path(parent, name))), None)
+        return next((path for parent in parents if parent and read_manifest(path := Path(parent, name))), None)
 
     def _is_lost(self) -> bool:
         """Whether the best of all evaluated models is one whose checkpoint couldn't be written."""

@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 
 from train.errors import UserError
-from train.loop.checkpoint.manifest import COMPLETE, Checkpoint, manifest_of
+from train.loop.checkpoint.manifest import COMPLETE, Checkpoint, read_manifest
 
 _FOLDER = "universal"
 _LATEST = "latest_universal"
@@ -42,7 +42,7 @@ def universal_form(checkpoint: Checkpoint, output_dir: str, processes: int) -> P
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f"{folder.name}.lock"):
-            if (manifest_of(folder) or {}).get("digest") == checkpoint.manifest["digest"]:
+            if (read_manifest(folder) or {}).get("digest") == checkpoint.manifest["digest"]:
                 return folder
             shutil.rmtree(folder, ignore_errors=True)
             aside = folder.with_suffix(".unfinished")

@@ -35,13 +35,15 @@ class Checkpoint:
         return int(self.manifest["step"])
 
 
-def folders(*parents: str | Path | None) -> list[Path]:
+def list_checkpoints(*parents: str | Path | None) -> list[Path]:
     """The checkpoints in these folders, whole or not, the newest first."""
-    found = [path for parent in parents if parent for path in Path(parent).glob("checkpoint-*") if step_of(path) >= 0]
-    return sorted(found, key=step_of, reverse=True)
+    found = [
+        path for parent in parents if parent for path in Path(parent).glob("checkpoint-*") if parse_step(path) >= 0
+    ]
+    return sorted(found, key=parse_step, reverse=True)
 
 
-def step_of(folder: Path) -> int:
+def parse_step(folder: Path) -> int:
     """The step in a checkpoint's name; -1 where the folder isn't named like one."""
     number = re.fullmatch(r"checkpoint-(\d+)", folder.name)
     return int(number[1]) if number else -1
@@ -51,7 +53,7 @@ def _opened(folder: Path) -> Checkpoint | str:
     """The checkpoint, if every file is there as it was written; else what is wrong with it, as a sentence."""
     try:
         manifest = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
-        if manifest["digest"] != digest_of(manifest):
+        if manifest["digest"] != manifest_digest(manifest):
             return f"{folder / COMPLETE} is damaged."
         files, step = manifest["files"], manifest["step"]
     except FileNotFoundError:
@@ -59,40 +61,40 @@ def _opened(folder: Path) -> Checkpoint | str:
         return f"{folder} {there} {COMPLETE}."
     except (OSError, ValueError, KeyError, TypeError) as fault:
         return f"{folder / COMPLETE} is damaged ({fault or type(fault).__name__})."
-    if step_of(folder) not in (-1, step):
+    if parse_step(folder) not in (-1, step):
         return f"{folder} holds step {step}: rename it to checkpoint-{step}."
     with job(f"checking {folder.name}", total=len(files), unit="files") as checking:
         for name, written in files.items():
-            if described(folder / name, known=written) != written:
+            if describe_file(folder / name, known=written) != written:
                 what = "is damaged" if (folder / name).is_file() else "is missing"
                 return f"{folder / name} {what}."
             checking.advance()
     return Checkpoint(folder, manifest)
 
 
-def checkpoint_in(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in a folder, whose files are not looked at. Raises UserError where it has no whole manifest."""
-    manifest = manifest_of(folder)
+    manifest = read_manifest(folder)
     if manifest is None:
         raise UserError(f"--resume: {folder} is no whole checkpoint: its {COMPLETE} is missing or damaged.")
     return Checkpoint(folder, manifest)
 
 
-def manifest_of(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What COMPLETE.json says; None where it isn't there or isn't whole. The files are not looked at."""
     try:
         manifest: dict[str, Any] = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
-        return manifest if manifest["digest"] == digest_of(manifest) else None
+        return manifest if manifest["digest"] == manifest_digest(manifest) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def written(manifest: Mapping[str, Any]) -> str:
     """A manifest as COMPLETE.json has it, with its digest."""
-    return json.dumps({**manifest, "digest": digest_of(manifest)}, indent=1, sort_keys=True)
+    return json.dumps({**manifest, "digest": manifest_digest(manifest)}, indent=1, sort_keys=True)
 
 
-def described(path: Path, *, known: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+def describe_file(path: Path, *, known: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
     """Size and checksum of a file, as the manifest has them; None where it can't be read or isn't of `known`'s size."""
     try:
         size = path.stat().st_size
@@ -103,13 +105,13 @@ def described(path: Path, *, known: Mapping[str, Any] | None = None) -> dict[str
         return None
 
 
-def digest_of(manifest: Mapping[str, Any]) -> str:
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
     """Of all that a manifest says but for its own digest."""
     said = {key: value for key, value in manifest.items() if key != "digest"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def files_below(folder: Path) -> Iterator[str]:
+def list_files(folder: Path) -> Iterator[str]:
     """Names of all files below `folder`, relative to it, in one order everywhere; COMPLETE.json aside."""
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != COMPLETE:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
-from train.loop.checkpoint.manifest import Checkpoint, _opened, folders
+from train.loop.checkpoint.manifest import Checkpoint, _opened, list_checkpoints
 from train.ranks import is_first_rank
 from train.recipe import Recipe
 from train.recipe.conflicts import chosen_by_gain
@@ -69,7 +69,7 @@ def run_fingerprint(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key not in _BATCH}
 
 
-def value_of(facts: Mapping[str, Any], key: str) -> Any:
+def get_value(facts: Mapping[str, Any], key: str) -> Any:
     """Return what a run had there, or TRL's default where nothing is written: to write a default is no change."""
     field = training_fields().get(key.removeprefix("training."))
     return facts.get(key, field.default if field else None)
@@ -153,7 +153,7 @@ def _weights(facts: Mapping[str, Any]) -> list[Any]:
 
 
 def _compared(facts: Mapping[str, Any], key: str) -> Any:
-    value = value_of(facts, key)
+    value = get_value(facts, key)
     if key in _IN_ANY_ORDER and isinstance(value, list):
         return sorted(value)
     return [{**part, "source": None} for part in value] if key == "made.tokens" else value
@@ -161,7 +161,7 @@ def _compared(facts: Mapping[str, Any], key: str) -> Any:
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any], key: str) -> tuple[str, str]:
     """Return what a key was and what it is, as text."""
-    then, since = value_of(before, key), value_of(now, key)
+    then, since = get_value(before, key), get_value(now, key)
     if key == "made.tokens":
         if len(then) != len(since):
             return f"{len(then)} sources", f"{len(since)} sources"
@@ -189,7 +189,7 @@ def refuse_changes(
     """
     changed = changed_keys(before, now)
     meaning = {key: f" ({_MEANING[key]})" if key in _MEANING else "" for key in changed}
-    by_gain = chosen_by_gain(value_of(now, "training.metric_for_best_model"))
+    by_gain = chosen_by_gain(get_value(now, "training.metric_for_best_model"))
     harmless = RESUMABLE_CHANGES | ({"chat.template"} if _tells_tokens(before) else set())
     allowed = harmless | set(anyway)
     if not {"made.tokens", *_JUDGED_BY_TOKENS}.isdisjoint(anyway):
@@ -199,7 +199,7 @@ def refuse_changes(
     refused = [key for key in changed if key not in allowed and (by_gain or not key.startswith("system_gain."))]
     if refused:
         told = [
-            f"{key} was {value_of(before, key)!r} and is {value_of(now, key)!r}{meaning[key]}"
+            f"{key} was {get_value(before, key)!r} and is {get_value(now, key)!r}{meaning[key]}"
             if not key.startswith("made.")
             else f"{key} was {' and is '.join(_difference(before, now, key))}{meaning[key]}"
             for key in refused
@@ -216,7 +216,7 @@ def refuse_changes(
         )
 
 
-def date_of_run(checkpoint: Checkpoint | None) -> date:
+def get_run_date(checkpoint: Checkpoint | None) -> date:
     """Return the date that a run renders its rows with: that of its start, also where it goes on after midnight."""
     begun = checkpoint.manifest["run"].get("made.date") if checkpoint else None
     return date.fromisoformat(begun) if begun else date.today()
@@ -233,7 +233,7 @@ def check_distribution(checkpoint: Checkpoint, now: str) -> None:
         )
 
 
-def with_same_steps(recipe: Recipe, checkpoint: Checkpoint, anyway: Sequence[str], processes: int) -> Recipe:
+def keep_sequences_per_step(recipe: Recipe, checkpoint: Checkpoint, anyway: Sequence[str], processes: int) -> Recipe:
     """The recipe with as many sequences a step as the checkpoint's run had, on the processes that there are now.
 
     Each step then has the very sequences that it would have had, but for the last of an epoch where they don't fill it:
@@ -275,7 +275,7 @@ def with_same_steps(recipe: Recipe, checkpoint: Checkpoint, anyway: Sequence[str
 def _newest(recipe: Recipe) -> Checkpoint | str | None:
     """The newest whole checkpoint; why there is none, if there are some; None if there are none."""
     passed_over: list[str] = []
-    for folder in folders(recipe.output_dir, recipe.save.mirror_dir):
+    for folder in list_checkpoints(recipe.output_dir, recipe.save.mirror_dir):
         opened = _opened(folder)
         if isinstance(opened, Checkpoint):
             if passed_over and is_first_rank():

@@ -25,7 +25,7 @@ from transformers.trainer import SCHEDULER_NAME
 
 from train.errors import UserError
 from train.loop.checkpoint.manifest import Checkpoint
-from train.loop.checkpoint.resume import changed_keys, run_fingerprint, value_of
+from train.loop.checkpoint.resume import changed_keys, get_value, run_fingerprint
 from train.ranks import is_first_rank
 from train.recipe import Recipe
 
@@ -122,7 +122,7 @@ class ResumedSettings:
 
     def _place(self, schedule: Any, groups: list[dict[str, Any]], saved: Mapping[str, Any]) -> None:
         """Give a schedule the settings that it was made with, and the position that it had."""
-        before, now = (str(value_of(facts, "training.lr_scheduler_type")) for facts in (self._before, self._now))
+        before, now = (str(get_value(facts, "training.lr_scheduler_type")) for facts in (self._before, self._now))
         by_metric = before in _BY_METRIC
         if isinstance(schedule, LambdaLR):
             vars(schedule).update(self._schedule)
@@ -139,7 +139,7 @@ class ResumedSettings:
                     schedule.load_state_dict(dict(saved))
                 reduced = [*saved["_last_lr"]] + [saved["_last_lr"][-1]] * len(rates)
                 if "training.learning_rate" in self.changed:  # what the metric made of the old one, it makes of this
-                    old = float(value_of(self._before, "training.learning_rate"))
+                    old = float(get_value(self._before, "training.learning_rate"))
                     reduced = [rate * (last / old) for rate, last in zip(rates, reduced, strict=False)]
                 rates = reduced[: len(rates)]
             state = {key: value for key, value in vars(schedule).items() if key in _METRIC_STATE}

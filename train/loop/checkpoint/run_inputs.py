@@ -16,7 +16,7 @@ import xxhash
 
 from train.data.sources.source import open_source
 from train.errors import UserError
-from train.loop.checkpoint.manifest import described
+from train.loop.checkpoint.manifest import describe_file
 from train.model.folder import INDEX, WEIGHTS
 from train.recipe import Recipe, Source
 from train.recipe.sft_config import CONFIG_FILES
@@ -49,12 +49,12 @@ def contents(recipe: Recipe) -> Contents:
         named["chat.template"] = recipe.chat.template
     for key, name in named.items():
         if isinstance(name, str):
-            found[key] = [{"file": name, "content": described(Path(name))}]
+            found[key] = [{"file": name, "content": describe_file(Path(name))}]
     folder = Path(recipe.model.name_or_path)
     if folder.is_dir():
         found["model.name_or_path"] = [{"file": str(folder), "content": os.path.abspath(folder)}]
         beside = files_beside_weights(folder, _CODE if recipe.model.trust_remote_code else ())
-        described_files = {name: described(folder / name) for name in beside}
+        described_files = {name: describe_file(folder / name) for name in beside}
         described_files |= {name: sampled(folder / name) for name in _weights(folder)}
         found[BASE_MODEL] = [
             {"file": name, "content": written and {"name": name, **written}}

@@ -114,7 +114,7 @@ class RunState(TrainerCallback):
             "run": {**run_fingerprint(recipe), **trainer._about},
             "processes": arguments.world_size,
             "sequences_per_step": sequences_per_step(recipe, arguments.world_size),
-            "distribution": sharding(arguments),
+            "distribution": optimizer_distribution(arguments),
             "packages": {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)},
             "wandb_run": run.id if run else None,
         }
@@ -213,7 +213,7 @@ class RunState(TrainerCallback):
             self._trainer.order.set_epoch(int(state.epoch))
 
 
-def facts_of_data(data: Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def data_fingerprint(data: Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what a run trains on: the tokens of each source, which rows, how they are packed, template and date."""
     plan = data.train.rows.plan_of(0)
     packed = xxhash.xxh3_128(plan.rows.tobytes() + plan.ends.tobytes()).hexdigest()
@@ -228,7 +228,7 @@ def facts_of_data(data: Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[st
     }
 
 
-def sharding(arguments: TrainingArguments) -> str:
+def optimizer_distribution(arguments: TrainingArguments) -> str:
     """How the states of the optimizer lie in a checkpoint."""
     if arguments.deepspeed_plugin is not None:
         return f"DeepSpeed ZeRO-{arguments.deepspeed_plugin.zero_stage}"

@@ -22,11 +22,11 @@ from train.errors import UserError
 from train.loop.checkpoint.manifest import (
     COMPLETE,
     Checkpoint,
-    described,
-    files_below,
-    folders,
-    manifest_of,
-    step_of,
+    describe_file,
+    list_checkpoints,
+    list_files,
+    parse_step,
+    read_manifest,
     written,
 )
 from train.ranks import is_first_rank
@@ -42,7 +42,7 @@ _SMALL_FILES = 2**19
 """Bytes, and more than all files take that hold no weights and no states."""
 
 
-class Saver:
+class CheckpointWriter:
     """Writes the checkpoints of one run. All processes must call what it offers."""
 
     def __init__(self, output_dir: str, settings: SaveSection, keep: int | None) -> None:
@@ -77,7 +77,11 @@ class Saver:
             return
         parents = [self._folder, *(Path(folder) for folder in [self._settings.mirror_dir] if folder)]
         for parent in parents:
-            others = [path for path in folders(parent) if not _belongs(path, going_on, mirrored=parent != self._folder)]
+            others = [
+                path
+                for path in list_checkpoints(parent)
+                if not _belongs(path, going_on, mirrored=parent != self._folder)
+            ]
             if not others:
                 continue
             numbers = [int(path.name.rpartition("-")[2]) for path in parent.glob(f"{_SET_ASIDE}-[0-9]*")]
@@ -114,7 +118,7 @@ class Saver:
         files: dict[str, Any] = {}
         if not fault:
             # over a network each node may see files of the others late: one list for all, or one would be left out
-            names = sorted({name for part in gather_object([list(files_below(unfinished))]) for name in part})
+            names = sorted({name for part in gather_object([list(list_files(unfinished))]) for name in part})
             fault = self.first_error_on_any_rank(lambda: files.update(self._settled(unfinished, names)))
         if not fault:
             everyone: dict[str, Any] = {}
@@ -196,7 +200,7 @@ class Saver:
         if not is_first_rank():
             return
         self._check_folder()
-        newest = next((found for path in _whole(self._folder) if (found := manifest_of(path))), None)
+        newest = next((found for path in _whole(self._folder) if (found := read_manifest(path))), None)
         if newest is None:
             return
         needed = sum(one["bytes"] for one in newest["files"].values())
@@ -222,7 +226,7 @@ class Saver:
         found = {}
         for name in names[self._ranks.process_index :: self._ranks.num_processes]:
             sync(unfinished / name)
-            found[name] = described(unfinished / name)
+            found[name] = describe_file(unfinished / name)
             if found[name] is None:
                 raise OSError(errno.EIO, f"{name} was written and can't be read back")
         return found
@@ -265,7 +269,7 @@ class Saver:
             self._mirror_disk = self._mirror_disk or _disk_of(mirror)
             if _disk_of(mirror) != self._mirror_disk:
                 raise OSError(errno.ENOENT, "the disk that it was on is gone")
-            for name in [*files_below(folder), COMPLETE]:
+            for name in [*list_files(folder), COMPLETE]:
                 (aside / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / name, aside / name)
                 sync(aside / name)
@@ -288,7 +292,7 @@ def _disk_of(folder: Path | str | None) -> int | None:
 
 def _whole(parent: Path) -> list[Path]:
     """The checkpoints in a folder that were written to their end, the newest first."""
-    return [path for path in folders(parent) if (path / COMPLETE).is_file()]
+    return [path for path in list_checkpoints(parent) if (path / COMPLETE).is_file()]
 
 
 def _surplus(whole: list[Path], keep: int | None, spared: Iterable[str | None]) -> list[Path]:
@@ -302,11 +306,11 @@ def _surplus(whole: list[Path], keep: int | None, spared: Iterable[str | None]) 
 
 def _belongs(path: Path, going_on: Checkpoint | None, *, mirrored: bool) -> bool:
     """Whether a checkpoint lies before the point from which the run goes on, or is that point."""
-    if going_on is None or step_of(path) > going_on.step:
+    if going_on is None or parse_step(path) > going_on.step:
         return False
-    if step_of(path) < going_on.step or path.samefile(going_on.folder):
+    if parse_step(path) < going_on.step or path.samefile(going_on.folder):
         return True
-    manifest = manifest_of(path) if mirrored else None
+    manifest = read_manifest(path) if mirrored else None
     return manifest is not None and manifest["digest"] == going_on.manifest["digest"]
 
 

@@ -61,7 +61,7 @@ class Isolation:
         return None
 
 
-class IsolationTest(TrainerCallback):
+class PackingIsolationTest(TrainerCallback):
     """Runs the self-test where training begins: by then the model is wrapped for its processes."""
 
     def __init__(self, trainer: SFTTrainer) -> None:
@@ -72,7 +72,7 @@ class IsolationTest(TrainerCallback):
     ) -> None:
         """Raises UserError on every process where any of them finds that documents see each other."""
         trainer = self._trainer
-        measured = measure(trainer)
+        measured = measure_isolation(trainer)
         fault = measured.fault()
         found = torch.tensor([fault is not None], device=args.device)
         if trainer.accelerator.gather(found).any():
@@ -89,7 +89,7 @@ class IsolationTest(TrainerCallback):
             )
 
 
-def measure(trainer: SFTTrainer) -> Isolation:
+def measure_isolation(trainer: SFTTrainer) -> Isolation:
     """Five forwards of a short pack through the trainer's own collator and wrapped model.
 
     All processes must call it: each takes the same documents, pieces of the first rows, so that it runs as many

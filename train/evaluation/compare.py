@@ -9,11 +9,11 @@ import numpy as np
 from train.errors import UserError
 from train.evaluation.results import Measure, Results
 from train.multifaceted.bench.pairwise import scores_of_shared_rubrics
-from train.progress import job
+from train.progress import progress_bar
 from train.reporting.conditions import changes, differences, unknown
-from train.resampling import DIFFERENCE_OF_SHARES, Bounds, Estimate, estimates
+from train.resampling import DIFFERENCE_BOUNDS, Bounds, Estimate, estimate_means
 
-_BOUNDS: dict[str, Bounds] = {"share": DIFFERENCE_OF_SHARES, "points": (-2.0, 2.0)}
+_BOUNDS: dict[str, Bounds] = {"share": DIFFERENCE_BOUNDS, "points": (-2.0, 2.0)}
 """Of the difference of two measures, by their unit; none of the others."""
 
 
@@ -98,7 +98,7 @@ def compare(
             if name not in lacks.measures and not measure.detail
         ]
         both = [name for name in one.measures if name in other.measures]
-        with job(f"comparing {kind}", total=len(both), unit="measures") as comparing:
+        with progress_bar(f"comparing {kind}", total=len(both), unit="measures") as comparing:
             for name in both:
                 pairs.append(_pair(kind, name, one.measures[name], other.measures[name], seed))
                 comparing.advance()
@@ -125,5 +125,7 @@ def _pair(kind: str, name: str, first: Measure, second: Measure, seed: int) -> P
         return Pair(kind, name, first, second, None, None)
     _, numbers = np.unique(groups, return_inverse=True)
     bounds = _BOUNDS.get(first.unit)
-    (found,) = estimates(np.array(differences)[:, None], numbers.astype(np.int64), np.zeros(1), [bounds], seed=seed)
+    (found,) = estimate_means(
+        np.array(differences)[:, None], numbers.astype(np.int64), np.zeros(1), [bounds], seed=seed
+    )
     return Pair(kind, name, first, second, found, rows)

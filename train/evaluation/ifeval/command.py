@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.cli import not_negative, number_or_null, positive
+from train.cli import float_or_null, non_negative_int, positive_int
 from train.errors import UserError
 from train.evaluation.folders import require_file, require_model, require_results_folder
 from train.evaluation.ifeval.checkers import Checkers
@@ -34,10 +34,10 @@ from train.evaluation.ifeval.rows import (
 from train.evaluation.models.options import add_respondent, refuse_in_extra, respondent_of
 from train.evaluation.results_dir import exclusive
 from train.llm.journal import Answer, Decoding
-from train.llm.refusals import option_setting
+from train.llm.refusals import option_formatter
 from train.llm.system_role import merge_into_user
-from train.reporting.markdown import put_section
-from train.storage.atomic_write import replacing, write_text
+from train.reporting.markdown import replace_section
+from train.storage.atomic_write import atomic_write, write_text
 
 if TYPE_CHECKING:
     pass
@@ -51,14 +51,14 @@ def add_to(commands: Any) -> None:
     add_respondent(parser)
     parser.add_argument("--data", type=Path, required=True, help="S-IFEval's rows, or IFEval's, as jsonl")
     parser.add_argument("--control", type=Path, help="the same rows with the constraints in the user turn")
-    parser.add_argument("--limit", type=positive, help="number of rows, from the first (default all)")
+    parser.add_argument("--limit", type=positive_int, help="number of rows, from the first (default all)")
     parser.add_argument(
         "--all-rules",
         action="store_true",
         help=f"score also prompts with {' or '.join(SKIPPED)}, which the official scoring leaves out",
     )
     parser.add_argument(
-        "--max-new-tokens", type=positive, default=1280, help="longest answer (default 1280, the official one)"
+        "--max-new-tokens", type=positive_int, default=1280, help="longest answer (default 1280, the official one)"
     )
     parser.add_argument(
         "--temperature",
@@ -67,7 +67,7 @@ def add_to(commands: Any) -> None:
         help="of the answers (default 0, the official one); null = not sent, so the server's own",
     )
     parser.add_argument(
-        "--seed", type=not_negative, default=0, help="of the intervals, and of answers drawn (default 0)"
+        "--seed", type=non_negative_int, default=0, help="of the intervals, and of answers drawn (default 0)"
     )
     parser.add_argument("--output-dir", type=Path, help="where everything goes (default the folder of --model)")
     parser.set_defaults(run=run)
@@ -75,7 +75,7 @@ def add_to(commands: Any) -> None:
 
 def _from_zero(text: str) -> float | None:
     try:
-        number = number_or_null(text)
+        number = float_or_null(text)
     except argparse.ArgumentTypeError:
         number = math.nan
     if number is not None and not 0 <= number < math.inf:
@@ -166,11 +166,11 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
     text = section(record, places, overall, of_rule, gap, unanswered)
     try:
         names = ("ifeval_answers.jsonl", "ifeval.json", "ifeval.png")
-        with replacing(*(folder / name for name in names)) as [lines, figures, plot]:
+        with atomic_write(*(folder / name for name in names)) as [lines, figures, plot]:
             write_answers(lines, asked, found)
             write_text(figures, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
             draw(places, overall, of_rule, plot)
-        put_section(folder / "report.md", HEADING, text)
+        replace_section(folder / "report.md", HEADING, text)
     except OSError as fault:
         raise UserError(f"{folder}: can't be written: {fault.strerror}") from fault
     print(text)
@@ -216,7 +216,7 @@ def ask(
             stage="ifeval",
             description="answers",
             wait_for_server=options.wait_for_server,
-            name_setting=option_setting(("temperature",)),
+            format_setting=option_formatter(("temperature",)),
         )
     )
     return {turn: [_answered(next(answers)[0], row, checkers) for row in rows] for turn, rows in asked.items()}
@@ -224,7 +224,7 @@ def ask(
 
 def decoding_of(options: argparse.Namespace) -> Decoding:
     """Return how answers are drawn."""
-    return Decoding.of_settings(
+    return Decoding.from_settings(
         max_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed if options.temperature else None,

@@ -12,7 +12,15 @@ import numpy as np
 
 from train.evaluation.ifeval.checkers import Verdict
 from train.evaluation.ifeval.rows import Row
-from train.resampling import DIFFERENCE_OF_SHARES, SHARE, Bounds, Estimate, Method, estimates, why_no_interval
+from train.resampling import (
+    DIFFERENCE_BOUNDS,
+    SHARE_BOUNDS,
+    Bounds,
+    Estimate,
+    IntervalMethod,
+    estimate_means,
+    missing_interval_reason,
+)
 
 MEASURES = {
     "prompt_strict": "prompts whose constraints are all followed, strict",
@@ -31,12 +39,12 @@ class Share:
     high: float | None
     of: int
     prompts: int
-    interval: Method
+    interval: IntervalMethod
 
     @property
     def missing(self) -> str:
-        """Return the reason for a missing interval, as `why_no_interval` gives it."""
-        return why_no_interval(self.interval, self.prompts)
+        """Return the reason for a missing interval, as `missing_interval_reason` gives it."""
+        return missing_interval_reason(self.interval, self.prompts)
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
@@ -110,14 +118,16 @@ def _of_rule(rows: Sequence[Row], rule: str, follows: Callable[[int], Sequence[b
 
 
 def _share(values: list[float], prompts: list[int], seed: int) -> Share:
-    found = _estimate(values, prompts, SHARE, seed, permutations=1)  # whether a share is zero is no question to test
+    found = _estimate(
+        values, prompts, SHARE_BOUNDS, seed, permutations=1
+    )  # whether a share is zero is no question to test
     return Share(found.mean, found.low, found.high, len(values), found.groups, found.interval)
 
 
 def _difference(one: _Scores, other: _Scores, seed: int) -> Estimate:
-    return _estimate([a - b for a, b in zip(one[0], other[0], strict=True)], one[1], DIFFERENCE_OF_SHARES, seed)
+    return _estimate([a - b for a, b in zip(one[0], other[0], strict=True)], one[1], DIFFERENCE_BOUNDS, seed)
 
 
 def _estimate(values: list[float], prompts: list[int], bounds: Bounds, seed: int, **options: int) -> Estimate:
     column = np.array(values, np.float64)[:, None]
-    return estimates(column, np.array(prompts, np.int64), np.zeros(1), [bounds], seed=seed, **options)[0]
+    return estimate_means(column, np.array(prompts, np.int64), np.zeros(1), [bounds], seed=seed, **options)[0]

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from train.cli import json_object, positive
+from train.cli import json_object, positive_int
 from train.errors import UserError
 from train.llm.options import add_wait_for_server
-from train.storage.local_paths import path_or_id
+from train.storage.local_paths import parse_path_or_id
 
 if TYPE_CHECKING:
     from train.llm.server import Server
@@ -48,12 +48,14 @@ def add_respondent(parser: argparse.ArgumentParser) -> None:
     who = parser.add_argument_group("who answers")
     who.add_argument(
         "--model",
-        type=path_or_id,
+        type=parse_path_or_id,
         required=True,
         help="folder or hub id of a model or an adapter; with --server its name",
     )
     who.add_argument("--server", action="append", default=[], metavar="URL", help="ask it there: http://host:8000/v1")
-    who.add_argument("--concurrency", type=positive, default=64, help="requests at once to each server (default 64)")
+    who.add_argument(
+        "--concurrency", type=positive_int, default=64, help="requests at once to each server (default 64)"
+    )
     who.add_argument("--key-variable", metavar="NAME", help="the environment variable that holds the server's key")
     add_wait_for_server(who)
     who.add_argument(
@@ -63,7 +65,9 @@ def add_respondent(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="more fields of each request; null = that one is not sent",
     )
-    who.add_argument("--template", type=path_or_id, help="as chat.template of a recipe (default: the model's own)")
+    who.add_argument(
+        "--template", type=parse_path_or_id, help="as chat.template of a recipe (default: the model's own)"
+    )
     who.add_argument(
         "--system-role",
         default="native",
@@ -77,7 +81,9 @@ def add_respondent(parser: argparse.ArgumentParser) -> None:
         help="what runs a model that is no server's (default transformers); vllm is started for it, and ended",
     )
     who.add_argument("--dtype", choices=("float32", "bfloat16"), help="default float32 on a CPU, bfloat16 on a GPU")
-    who.add_argument("--batch-size", type=positive, default=16, help="answers at a time, without a server (default 16)")
+    who.add_argument(
+        "--batch-size", type=positive_int, default=16, help="answers at a time, without a server (default 16)"
+    )
 
 
 def refuse_in_extra(option: str, extra: Mapping[str, Any], own: Mapping[str, tuple[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
-from train.progress import job
+from train.progress import progress_bar
 from train.storage.checksum import digest_of_files
 
 COMPLETE = "COMPLETE.json"
@@ -65,7 +65,7 @@ def verify_checkpoint(folder: Path) -> Checkpoint | str:
         return f"{folder / COMPLETE} is damaged ({error or type(error).__name__})."
     if parse_step(folder) not in (-1, step):
         return f"{folder} holds step {step}: rename it to checkpoint-{step}."
-    with job(f"checking {folder.name}", total=len(files), unit="files") as progress:
+    with progress_bar(f"checking {folder.name}", total=len(files), unit="files") as progress:
         for name, expected in files.items():
             if describe_file(folder / name, expected=expected) != expected:
                 return f"{folder / name} is {'damaged' if (folder / name).is_file() else 'missing'}."

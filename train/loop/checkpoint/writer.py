@@ -32,7 +32,7 @@ from train.loop.checkpoint.manifest import (
 )
 from train.ranks import is_first_rank
 from train.recipe import SaveSection
-from train.storage.atomic_write import sync
+from train.storage.atomic_write import fsync
 
 STAGING = "unfinished"
 """Name of the folder in output_dir that holds a checkpoint until it is complete."""
@@ -235,7 +235,7 @@ class CheckpointWriter:
         """Sync this process's share of the files to the disk. Return their sizes and checksums."""
         files = {}
         for name in names[self._ranks.process_index :: self._ranks.num_processes]:
-            sync(folder / name)
+            fsync(folder / name)
             files[name] = describe_file(folder / name)
             if files[name] is None:
                 raise OSError(errno.EIO, f"{name} was written and can't be read back")
@@ -248,13 +248,13 @@ class CheckpointWriter:
         complete = folder / COMPLETE
         complete.write_text(format_manifest(manifest), encoding="utf-8")
         for path in (complete, *(path for path in folder.rglob("*") if path.is_dir()), folder):
-            sync(path)
+            fsync(path)
         self._check_folder()
         target = self._folder / folder.name
         if target.exists():  # written again, by a pending evaluation, say: no partial checkpoint may bear its name
             target.rename(self.staging_dir / f"{target.name}.before")
         folder.rename(target)
-        sync(self._folder)
+        fsync(self._folder)
         shutil.rmtree(self.staging_dir, ignore_errors=True)
 
     def _delete_older(self, newest: str, best: str | None) -> None:
@@ -282,10 +282,10 @@ class CheckpointWriter:
             for name in [*list_files(folder), COMPLETE]:
                 (staging_dir / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / name, staging_dir / name)
-                sync(staging_dir / name)
+                fsync(staging_dir / name)
             shutil.rmtree(mirror / folder.name, ignore_errors=True)
             staging_dir.rename(mirror / folder.name)
-            sync(mirror)
+            fsync(mirror)
             for path in _select_surplus(list_complete_checkpoints(mirror), self._keep, spared):
                 path.rename(staging_dir)
                 shutil.rmtree(staging_dir, ignore_errors=True)

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from train.llm.client import RequestFailed
+from train.llm.failures import RequestFailed
 from train.llm.journal import Answer, Request
-from train.llm.reasoning.answer import LEFT, events_of, read_answer
+from train.llm.reasoning.answer import LEFTOVER_EVENTS, list_events, read_answer
 from train.multifaceted.bench.protocol import JudgeSettings
 from train.multifaceted.bench.rows import BenchRow, Rubric
 from train.multifaceted.judge import Missing, parse_score
@@ -105,7 +105,7 @@ async def judge_rubric(
         tokens["prompt"] += answer.prompt_tokens or 0
         tokens["completion"] += answer.completion_tokens or 0
         read, said = read_answer(answer)
-        cleaned.extend(event for event in events_of(said) if event not in LEFT)
+        cleaned.extend(event for event in list_events(said) if event not in LEFTOVER_EVENTS)
         score = parse_score(read.text)
         if fault := _fault(read, score):
             faults.append(fault)

@@ -29,13 +29,13 @@ from train.data.sources.formats import Message
 from train.errors import UserError
 from train.llm.client import Client
 from train.llm.failures import FailureReasons
-from train.llm.finish_reasons import unfinished
+from train.llm.finish_reasons import describe_unfinished
 from train.llm.ordered_map import map_ordered
 from train.llm.progress import progress
 from train.multifaceted.bench.judging import Asker, Judgement, judge_rubric
 from train.multifaceted.bench.protocol import Protocol
 from train.multifaceted.bench.rows import NOT_STATED, BenchRow
-from train.resampling import estimates
+from train.resampling import estimate_means
 
 ROWS_AT_ONCE = 64
 _SCORES = (1.0, 5.0)
@@ -61,7 +61,7 @@ class Response:
         """Return why it is not a complete answer, in the words of the reports; nothing where it is, or unknown."""
         if self.refused:
             return "refused"
-        return unfinished(self.finish_reason) if self.finish_reason else ""
+        return describe_unfinished(self.finish_reason) if self.finish_reason else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +289,7 @@ def _estimate(values: Sequence[tuple[int, float | None]], seed: int) -> dict[str
     if there:
         column = np.array([[score] for _, score in there])
         rows = np.array([row for row, _ in there])
-        (found,) = estimates(column, rows, np.zeros(1), [_SCORES], seed=seed, permutations=0)
+        (found,) = estimate_means(column, rows, np.zeros(1), [_SCORES], seed=seed, permutations=0)
         record = {"mean": found.mean, "low": found.low, "high": found.high}
         record |= {"rows": found.groups, "interval": found.interval}
     return record | {"scored": len(there), "of": len(values)}

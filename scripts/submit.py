@@ -225,8 +225,9 @@ def check_recipe(recipe: Recipe, processes: int, anyway: list[str]) -> None:
 
 def _check_checkpoint(recipe: Recipe, anyway: list[str]) -> None:
     """Raise UserError where the newest checkpoint belongs to another run. Its files are left for the job to verify."""
+    from train.loop.checkpoint.fingerprint import run_fingerprint
     from train.loop.checkpoint.manifest import COMPLETE, Checkpoint, list_checkpoints
-    from train.loop.checkpoint.resume import refuse_changes, run_fingerprint
+    from train.loop.checkpoint.resume import refuse_changes
 
     for folder in list_checkpoints(recipe.output_dir, recipe.save.mirror_dir):
         try:

@@ -83,7 +83,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def train(recipe: Recipe, options: argparse.Namespace) -> None:
     """Prepare, load, train, save; or report, with --check. Raises UserError for all that the user can mend."""
-    from train.loop.run_outcome import find_finished_run, inputs_fingerprint
+    from train.loop.finished_run import find_finished_run, inputs_fingerprint
 
     width = Console(file=sys.stdout).width
     finished, changed = find_finished_run(recipe) if options.resume == "auto" else (None, None)
@@ -144,13 +144,15 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
 
     # TRL, which a check does without, takes seconds to import.
     from train.loop.arguments import training_arguments
-    from train.loop.checkpoint.trainer_state import data_fingerprint, optimizer_distribution
-    from train.loop.metrics_log import StepLog, open_trackers
+    from train.loop.checkpoint.fingerprint import data_fingerprint
+    from train.loop.checkpoint.trainer_state import optimizer_distribution
+    from train.loop.metrics_log import StepLog
     from train.loop.output_dir import claim_output_dir, lock_output_dir
     from train.loop.preemption import Preemption
-    from train.loop.report import print_resume_hint, write_report
-    from train.loop.run_outcome import record_run_outcome
+    from train.loop.report import write_report
+    from train.loop.run_outcome import print_resume_hint, record_run_outcome
     from train.loop.side_files import side_file_errors
+    from train.loop.trackers import open_trackers
     from train.loop.trainer import JanusTrainer
     from train.model.inference import stop_at
 

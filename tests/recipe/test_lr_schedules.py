@@ -224,12 +224,12 @@ def test_what_works_is_allowed_and_can_be_built(load: Callable[..., Any], traini
         ({"optim": "adagrad", "optim_args": "eps=-1"}, ["training.optim: adagrad can't be built with", "optim_args"]),
         (
             {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 1.7e308}},
-            ["training.lr_scheduler_kwargs: transformers can't make a cosine schedule", "Write other arguments"],
+            ["training.lr_scheduler_kwargs: transformers can't build a cosine schedule", "Write other arguments"],
         ),
         (
             {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch",
              "lr_scheduler_kwargs": {"min_lr": [0.0, 0.0, 0.0]}},
-            ["training.lr_scheduler_kwargs: transformers can't make a reduce_lr_on_plateau schedule"],
+            ["training.lr_scheduler_kwargs: transformers can't build a reduce_lr_on_plateau schedule"],
         ),
     ],
 )  # fmt: skip

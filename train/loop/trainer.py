@@ -15,7 +15,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
-    TrainerControl,
 )
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -33,7 +32,8 @@ from train.loop.guards.anomalies import Guards
 from train.loop.guards.packing_isolation import PackingIsolationTest
 from train.loop.loss import FUSED_LOSSES, LossSums, fused_loss
 from train.loop.metrics_log import StepLog
-from train.loop.preemption import EvaluationStoppedError, Preemption, PreemptionCallback
+from train.loop.preemption import Preemption
+from train.loop.preemption_callback import EvaluationStoppedError, PreemptionCallback
 from train.loop.sampler import BalancedSampler
 from train.loop.throughput import Throughput
 from train.model.adapters import check_adapter, lora_config
@@ -56,7 +56,6 @@ class JanusTrainer(CheckpointingTrainer):
     """The order of training, once it has begun."""
     grad_norm: torch.Tensor | float = math.nan
     """Gradient norm of the last step."""
-    control: TrainerControl
     _evaluated: LossSums | None = None
     _tokens_since_saved: int = 0
 
@@ -248,7 +247,9 @@ class JanusTrainer(CheckpointingTrainer):
         scaled = self.accelerator.mixed_precision == "fp16"  # overflows are normal until the scale is found
         loss_sum = self._guards.loss_sum()
         judged = self.accelerator.reduce(loss_sum) if scaled else torch.as_tensor(norm, device=loss_sum.device)
-        requested = self.accelerator.reduce(torch.tensor(float(self._preemption.is_requested()), device=loss_sum.device))
+        requested = self.accelerator.reduce(
+            torch.tensor(float(self._preemption.is_requested()), device=loss_sum.device)
+        )
         *judgement, requests = torch.stack([judged.double(), loss_sum, requested.double()]).tolist()
         self._preemption.requested_on_any_rank = requests > 0
         if not self._guards.check_step(self.state.global_step + 1, *judgement) and not scaled:
@@ -340,7 +341,7 @@ class JanusTrainer(CheckpointingTrainer):
             output.metrics.update(self._measure_gain(self._gain, metric_key_prefix))
         return output
 
-    def _measure_gain(self, gain: ValidationGain, prefix: str) -> dict[str, float]:
+    def _measure_gain(self, gain: ValidationGain, prefix: str) -> Mapping[str, float]:
         """Return the metrics of the system gain. Raises EvaluationStoppedError if the run has to stop."""
         progress = self._step_log.part("system gain", gain.answers, "answers") if self._step_log else None
 

@@ -175,7 +175,10 @@ def keep_sequences_per_step(recipe: Recipe, checkpoint: Checkpoint, anyway: Sequ
     if processes == processes_before:
         allowed = [*anyway, _ACCUMULATION] if _BATCH_SIZE in anyway else anyway
         refuse_changes(
-            checkpoint, {_ACCUMULATION: f"{before} sequences a step"}, {_ACCUMULATION: f"{now} sequences a step"}, allowed
+            checkpoint,
+            {_ACCUMULATION: f"{before} sequences a step"},
+            {_ACCUMULATION: f"{now} sequences a step"},
+            allowed,
         )
         return recipe
     batch_size = get_value({f"training.{key}": value for key, value in recipe.training.items()}, _BATCH_SIZE)

@@ -80,7 +80,9 @@ class CheckpointWriter:
             return
         for parent in [self._folder, *(Path(folder) for folder in [self._settings.mirror_dir] if folder)]:
             mirrored = parent != self._folder
-            others = [path for path in list_checkpoints(parent) if not _is_past_of(resume_from, path, mirrored=mirrored)]
+            others = [
+                path for path in list_checkpoints(parent) if not _is_past_of(resume_from, path, mirrored=mirrored)
+            ]
             if not others:
                 continue
             numbers = [int(path.name.rpartition("-")[2]) for path in parent.glob(f"{_SET_ASIDE}-[0-9]*")]

@@ -126,7 +126,7 @@ class Guards:
         if self._consecutive_skips >= self._settings.non_finite_steps:
             raise UserError(
                 f"training: the gradients of {format_steps(self._consecutive_skips)} were not finite; the last was "
-                f"step {step}. Their rows are in {self._file}; these steps changed no weight. Inspect those rows, lower "
+                f"step {step}. Their rows are in {self._file}; these steps changed no weight. Inspect the rows, lower "
                 "training.learning_rate, use bfloat16 instead of float16, or allow more such steps: "
                 "guards.non_finite_steps."
             )

@@ -353,7 +353,7 @@ def test_the_test_for_leaks_looks_past_shared_scales(recipe_file: Callable[..., 
     trainer.model_wrapped = trainer.model
     found = measure_isolation(trainer)
     assert (found.change, found.noise) == (0.0, 0.0)
-    assert found.fault() is None
+    assert found.find_error() is None
 
 
 @pytest.mark.gpu

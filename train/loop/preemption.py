@@ -44,15 +44,15 @@ class Preemption:
         self._last_poll = 0.0
         self._request: str | None = None
         self.requested_on_any_rank = False
-        """Whether any process had a request at the last step."""
+        """True if any process had a request at the last step."""
         self.reason: str | None = None
-        """Why the run stops, once all processes agree on it."""
+        """Reason of the stop, once all processes agree on it."""
         self.step = step
         """Optimizer steps done."""
         self.training = False
-        """Whether there is something to save: before training and after it, Ctrl-C stops at once."""
+        """True while there is something to save: before training and after it, Ctrl-C stops at once."""
         self.ended = False
-        """Whether the run is over and its outcome is being recorded, which Ctrl-C must not interrupt."""
+        """True if the run is over and its outcome is being recorded, which Ctrl-C must not interrupt."""
 
     @contextmanager
     def watching(self) -> Iterator["Preemption"]:

@@ -120,7 +120,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if (name := option.partition("=")[0]) in OURS or "\n" in option:
             parser.error(f"--sbatch: {name} is set by submit.py itself, from options of its own (--help)")
     try:
-        options.seconds = seconds = parse_time_limit(options.time)
+        options.seconds = seconds = seconds_of(options.time)
         options.numbers = numbers_of(options.array) if options.array else []
     except ValueError as fault:
         parser.error(str(fault))
@@ -134,7 +134,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def parse_time_limit(limit: str) -> int:
+def seconds_of(limit: str) -> int:
     """Seconds of a time limit as Slurm writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises ValueError."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
     if not found:
@@ -202,25 +202,21 @@ def check_recipe(recipe: Recipe, processes: int, anyway: list[str]) -> None:
     refuse_missing(recipe)
     import torch
 
-    from train.data.chat.system_role import apply_system_role
-    from train.data.chat.template import use_template
     from train.loop.optimizer_test import check_optimizer
     from train.model.folder import check_model_folder
-    from train.model.load import check_fits
-    from train.model.tokenizer import load_tokenizer
+    from train.model.load import check_model
+    from train.model.tokenizer import check_vocabulary, load_chat_tokenizer
     from train.preflight.checks import run_faults
 
     if faults := run_faults(recipe, 0, processes):
         raise UserError(" ".join(faults))
     _check_checkpoint(recipe, anyway)
     check_model_folder(recipe.model)
-    tokenizer = load_tokenizer(recipe.model)
     # A login node has no GPU to try kernels on: the nodes do that, before they load the model.
     anything = recipe.model.model_copy(update={"attention": "auto"})
-    check_fits(recipe if torch.cuda.is_available() else recipe.model_copy(update={"model": anything}), tokenizer)
+    checked = check_model(recipe if torch.cuda.is_available() else recipe.model_copy(update={"model": anything}))
     check_optimizer(recipe)
-    use_template(tokenizer, recipe.chat.template)
-    apply_system_role(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
+    check_vocabulary(load_chat_tokenizer(recipe).tokenizer, recipe.model, checked.embeddings)
 
 
 def _check_checkpoint(recipe: Recipe, anyway: list[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from train.loop.guards.anomalies import SUSPECTS
+from train.loop.output_dir import SUSPECTS
 
 _POISON = "Z"
 

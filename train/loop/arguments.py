@@ -9,7 +9,7 @@ import torch
 from trl import SFTConfig
 
 from train.errors import UserError
-from train.loop.trackers import tracker_names
+from train.loop.tracking import tracker_names
 from train.ranks import deepspeed_launch_error
 from train.recipe import Recipe
 

@@ -22,7 +22,8 @@ from train.loop.checkpoint.run_inputs import (
     list_changed_files,
     without_paths,
 )
-from train.loop.run_outcome import OUTCOME, newest_checkpoint
+from train.loop.output_dir import OUTCOME
+from train.loop.run_outcome import newest_checkpoint
 from train.recipe import Recipe
 from train.recipe.conflicts import chosen_by_gain
 from train.recipe.lr_schedules import FOLLOWS_EVALUATION

@@ -1,6 +1,7 @@
-"""Output folder of a run: refuse one with conflicting files, create it, lock it."""
+"""Output folder of a run: names of its files, checks of an existing folder, creation and lock."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -8,9 +9,25 @@ from train.errors import UserError
 from train.ranks import is_first_rank
 from train.recipe import Recipe
 from train.storage.file_lock import LockHeldError, acquire_lock
+from train.system_gain.evaluator import FILE as GAIN_FILE
 
 LOCK = ".lock"
-"""Name of the lock file in output_dir."""
+OUTCOME = "outcome.json"
+"""How the last run ended."""
+ATTEMPTS = "attempts.jsonl"
+"""A line when an attempt begins, and one when it ends; one that was killed has no second line."""
+STAGING = "unfinished"
+"""Folder of a checkpoint until it is complete."""
+SUSPECTS = "suspects.jsonl"
+"""A JSON object for each step that a guard reported."""
+CARD = "README.md"
+CARD_MARK = "fine-tuned with janus-sft by this recipe:"
+"""Text of every model card that a run writes, and of no other README.md."""
+_RUN_FILES = (
+    *(LOCK, ATTEMPTS, OUTCOME, SUSPECTS, GAIN_FILE),
+    *("metrics.jsonl", "report.md", "loss.png", "system_gain.png"),
+)
+"""Files that a run writes beside the model; `claim_output_dir` writes recipe.yaml."""
 _MODELS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -33,6 +50,29 @@ def output_dir_conflicts(recipe: Recipe) -> Iterator[str]:
     mirror = recipe.save.mirror_dir
     if mirror is not None and Path(mirror).resolve() == folder.resolve():
         yield "save.mirror_dir: this is output_dir; copies belong on a second disk. Name another folder, or null."
+
+
+def is_foreign_card(path: Path) -> bool:
+    """Return whether there is a README.md that is not a model card of a run."""
+    return path.is_file() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace")
+
+
+def unwritable_files(recipe: Recipe, names: Collection[str]) -> Iterator[str]:
+    """Yield an error for each file of a run that can't be written into output_dir.
+
+    `names`: files of the finished model; those that every run writes are added.
+    """
+    for name in sorted({*names, *_RUN_FILES}):
+        path = Path(recipe.output_dir, name)
+        if path.is_dir():
+            yield f"output_dir: {path} is a folder, and the run writes a file there. Move it, or name another folder."
+        elif name == CARD and os.access(path, os.R_OK) and is_foreign_card(path):
+            continue  # it is kept
+        elif path.exists() and not os.access(path, os.W_OK):
+            yield f"output_dir: {path} can't be written. Change its permissions, or name another folder."
+    staging_dir = Path(recipe.output_dir, STAGING)
+    if staging_dir.exists() and not staging_dir.is_dir():
+        yield f"output_dir: {staging_dir} is a file, and the run needs a folder there. Move it, or name another folder."
 
 
 def claim_output_dir(recipe: Recipe) -> Path:

@@ -5,7 +5,6 @@ its workers half a minute later (pytorch#119856). The processes agree before any
 """
 
 import os
-import re
 import signal
 import time
 from collections.abc import Iterator
@@ -14,8 +13,9 @@ from pathlib import Path
 from types import FrameType
 
 from train.errors import UserError
+from train.loop.time_limit import parse_time_limit, time_conflicts
 from train.ranks import is_first_rank
-from train.recipe import TIME, SaveSection
+from train.recipe import SaveSection
 
 STOP = "stop"
 """Name of the stop file in output_dir; also `stop-<SLURM_JOB_ID>`."""
@@ -99,20 +99,3 @@ class Preemption:
             print(f"stopping: {self.reason}", flush=True)
             for path in self._files:
                 path.unlink(missing_ok=True)
-
-
-def parse_time_limit(time_limit: str) -> int:
-    """Return the seconds of `90:00`, `11:30:00` or `2-00:00:00`, Slurm's notation."""
-    match = re.match(TIME, time_limit)
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 0, 0, 0)
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
-def time_conflicts(settings: SaveSection) -> Iterator[str]:
-    """Yield errors in the times of a recipe."""
-    limit = settings.time_limit
-    if limit is not None and parse_time_limit(limit) <= settings.seconds_before_end:
-        yield (
-            f"save.time_limit: {limit} must be longer than save.seconds_before_end ({settings.seconds_before_end}): "
-            "the run would stop after its first step. Write a longer limit, or fewer seconds."
-        )

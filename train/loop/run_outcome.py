@@ -14,16 +14,13 @@ from typing import TYPE_CHECKING, Any
 from train.errors import UserError
 from train.loop.checkpoint.manifest import list_complete_checkpoints
 from train.loop.checkpoint.run_inputs import describe_by_samples, list_files_beside_weights
+from train.loop.output_dir import ATTEMPTS, OUTCOME
 from train.ranks import is_first_rank
 from train.storage.atomic_write import atomic_write, write_text
 from train.storage.jsonl import read_json_lines
 
 if TYPE_CHECKING:
     from train.loop.preemption import Preemption
-
-OUTCOME = "outcome.json"
-ATTEMPTS = "attempts.jsonl"
-"""A line when an attempt begins, and one when it ends; one that was killed has no second line."""
 
 
 def newest_checkpoint(*parents: str | Path | None) -> Path | None:

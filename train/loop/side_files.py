@@ -9,7 +9,6 @@ writes them again, from the recipe in that folder, beside the weights of a finis
 """
 
 import copy
-import os
 import re
 import sys
 import tempfile
@@ -32,27 +31,15 @@ from transformers.utils import (
 
 from train.cli import CommandLine, run_command
 from train.errors import USER_FIXABLE_ERRNOS, UserError
-from train.loop.checkpoint.writer import STAGING
-from train.loop.guards.anomalies import SUSPECTS
-from train.loop.output_dir import LOCK
-from train.loop.run_outcome import ATTEMPTS, OUTCOME
+from train.loop.output_dir import CARD, CARD_MARK, is_foreign_card, unwritable_files
 from train.model.adapters import lora_config
 from train.model.load import copy_processor, load_config
 from train.model.text_part import bare_model, idle_parameters
 from train.recipe import Recipe
-from train.system_gain.evaluator import FILE as GAIN_FILE
 
 if TYPE_CHECKING:  # importing it takes a second
     from peft import PeftModel
 
-CARD = "README.md"
-_CARD_MARK = "fine-tuned with janus-sft by this recipe:"
-"""Text of every model card that a run writes, and of no other README.md."""
-_OF_THE_RUN = (
-    *(LOCK, ATTEMPTS, OUTCOME, SUSPECTS, GAIN_FILE),
-    *("metrics.jsonl", "report.md", "loss.png", "system_gain.png"),
-)
-"""Files that a run writes into output_dir beside the model; `claim_output_dir` writes recipe.yaml."""
 Writers = dict[str, Callable[[Path], object]]
 """For each file, or group of files, the function that writes it into a folder."""
 
@@ -108,48 +95,47 @@ def describe_error(error: Exception) -> str:
 
 
 def side_file_errors(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Yield errors for the user that would leave a finished model of this recipe incomplete.
+    """Yield errors for the user that would leave a finished model of this recipe incomplete."""
+    errors, names = try_side_files(recipe, tokenizer)
+    yield from errors
+    if names:
+        yield from unwritable_files(recipe, names)
 
-    All files but the weights are written into a temporary folder, which is deleted.
+
+def try_side_files(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
+    """Write the side files of this recipe's model into a temporary folder; return errors, and the names of all files.
+
+    The names include those of the weights, which are not written. They are empty if the model can't be built: loading
+    its weights reports errors of the model or its adapter.
     """
     try:
         model = _build_without_weights(recipe)
-    except Exception:  # loading the weights reports errors of the model or its adapter
-        return
+    except Exception:
+        return [], []
+    errors: list[str] = []
     generation = _generation_config(recipe)
     if isinstance(generation, str):
-        yield generation
+        errors.append(generation)
     elif generation is not None:
         model.generation_config = generation
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for name, error in write_side_files(
-            list_side_files(model, tokenizer) | list_final_files(recipe), folder
-        ).items():
+        writers = list_side_files(model, tokenizer) | list_final_files(recipe)
+        for name, error in write_side_files(writers, folder).items():
             if not is_disk_error(error):  # of the temporary folder's disk
-                yield (
+                errors.append(
                     f"model.name_or_path: {recipe.model.name_or_path}: its {name} can be read but not written again, "
                     f"so the trained model would lack it: {describe_error(error)}. Fix it until transformers' own "
                     "save_pretrained writes it."
                 )
-        names = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+        names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     weights = [ADAPTER_SAFE_WEIGHTS_NAME] if recipe.adapter else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
-    for name in sorted({*map(str, names), *weights, *_OF_THE_RUN}):
-        path = Path(recipe.output_dir, name)
-        if path.is_dir():
-            yield f"output_dir: {path} is a folder, and the run writes a file there. Move it, or name another folder."
-        elif name == CARD and os.access(path, os.R_OK) and _is_foreign_card(path):
-            continue  # it is kept
-        elif path.exists() and not os.access(path, os.W_OK):
-            yield f"output_dir: {path} can't be written. Change its permissions, or name another folder."
-    staging_dir = Path(recipe.output_dir, STAGING)
-    if staging_dir.exists() and not staging_dir.is_dir():
-        yield f"output_dir: {staging_dir} is a file, and the run needs a folder there. Move it, or name another folder."
+    return errors, [*names, *weights]
 
 
 def write_model_card(recipe: Recipe, path: Path) -> None:
     """Write README.md of the finished model: its base and its recipe. A README.md that no run wrote is kept."""
-    if _is_foreign_card(path):
+    if is_foreign_card(path):
         print(f"{path} was not written by janus-sft and is kept: there is no model card", flush=True)
         return
     base = recipe.model.name_or_path
@@ -160,14 +146,9 @@ def write_model_card(recipe: Recipe, path: Path) -> None:
     }
     path.write_text(
         f"---\n{yaml.safe_dump(metadata)}---\n\n# {Path(recipe.output_dir).name}\n\n"
-        f"`{base}`, {_CARD_MARK}\n\n```yaml\n{recipe.to_yaml()}```\n",
+        f"`{base}`, {CARD_MARK}\n\n```yaml\n{recipe.to_yaml()}```\n",
         encoding="utf-8",
     )
-
-
-def _is_foreign_card(path: Path) -> bool:
-    """Return whether there is a README.md that is not a model card of a run."""
-    return path.is_file() and _CARD_MARK not in path.read_text(encoding="utf-8", errors="replace")
 
 
 def _save_config(model: PreTrainedModel, folder: Path) -> None:
@@ -218,20 +199,17 @@ def write_again(folder: Path) -> None:
     """Write the files beside the weights of the finished model in `folder`. Raises UserError if one fails."""
     from transformers.trainer_utils import align_special_tokens
 
-    from train.data.chat.assistant_spans import Spans
-    from train.data.chat.system_role import apply_system_role
-    from train.data.chat.template import use_template, without_generation_marks
+    from train.data.chat.assistant_spans import SpanFinder
+    from train.data.chat.template import without_generation_marks
     from train.model.inference import stop_at
-    from train.model.tokenizer import load_tokenizer
+    from train.model.tokenizer import load_chat_tokenizer
     from train.recipe import load_recipe
 
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder}: holds no weights. Name the output_dir of a run that saved its model.")
     recipe = load_recipe(folder / "recipe.yaml")
-    tokenizer = load_tokenizer(recipe.model)
-    use_template(tokenizer, recipe.chat.template)
-    apply_system_role(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
-    stop_tokens = Spans(tokenizer).stop_tokens
+    tokenizer = load_chat_tokenizer(recipe).tokenizer
+    stop_tokens = SpanFinder(tokenizer).stop_tokens
     tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
     model = _build_without_weights(recipe)
     generation = _generation_config(recipe)

@@ -87,7 +87,7 @@ class JanusTrainer(CheckpointingTrainer):
 
         Raises UserError for settings that TRL or peft refuses, or that leave nothing to train.
         """
-        rows, batch = len(data.train.rows), arguments.train_batch_size * arguments.world_size
+        rows, batch = len(data.train.dataset), arguments.train_batch_size * arguments.world_size
         if arguments.dataloader_drop_last and rows < batch:
             raise UserError(
                 f"training.dataloader_drop_last: the {rows:,} sequences are fewer than the {batch:,} of one batch on "
@@ -104,23 +104,23 @@ class JanusTrainer(CheckpointingTrainer):
                 arguments,
                 about or {},
                 model=model,
-                train_dataset=_first_sequence(data.train.rows),
-                eval_dataset=_first_sequence(data.validation.rows) if data.validation else None,
+                train_dataset=_first_sequence(data.train.dataset),
+                eval_dataset=_first_sequence(data.validation.dataset) if data.validation else None,
                 processing_class=tokenizer,
                 peft_config=lora_config(recipe.adapter, model, idle),
                 callbacks=callbacks,
             )
-        self.train_dataset = data.train.rows
+        self.train_dataset = data.train.dataset
         # Losses that TRL computes are transformers' means of batches: one without labels would have no mean.
         eval_batch = 1 if self._needs_logits() else arguments.eval_batch_size * arguments.world_size
-        self.eval_dataset = PaddedDataset(data.validation.rows, eval_batch) if data.validation else None
+        self.eval_dataset = PaddedDataset(data.validation.dataset, eval_batch) if data.validation else None
         self.data_collator = CountingCollator(self.data_collator)
         self._preemption = preemption or Preemption(recipe.output_dir, recipe.save)
         self._throughput = Throughput(self.accelerator, shape)
         self._gain = ValidationGain(recipe, gain.rows, arguments.per_device_eval_batch_size) if gain else None
         self._preemption_callback = PreemptionCallback(self._preemption, self.accelerator)
         self._step_log = next((callback for callback in callbacks if isinstance(callback, StepLog)), None)
-        self._guards = Guards(recipe.guards, self.accelerator, data.train.rows.places, recipe.output_dir)
+        self._guards = Guards(recipe.guards, self.accelerator, data.train.dataset.places, recipe.output_dir)
         self.remove_callback(PrinterCallback)
         if recipe.data.packing:
             self.add_callback(PackingIsolationTest(self))

@@ -14,7 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from train.loop.finished_run import find_finished_run, inputs_fingerprint
-from train.loop.run_outcome import OUTCOME, describe_results
+from train.loop.output_dir import OUTCOME
+from train.loop.run_outcome import describe_results
 from train.recipe import load_recipe
 from train.sft import main
 

@@ -13,7 +13,8 @@ from broken_steps import poison, rows, suspects
 from safetensors.torch import load_file
 
 from train.loop.batch_info import BatchInfo
-from train.loop.guards.anomalies import SUSPECTS, Guards
+from train.loop.guards.anomalies import Guards
+from train.loop.output_dir import SUSPECTS
 from train.recipe import GuardsSection
 from train.sft import main
 

@@ -30,12 +30,11 @@ from train.loop.checkpoint.manifest import (
     parse_step,
     read_manifest,
 )
+from train.loop.output_dir import STAGING
 from train.ranks import is_first_rank
 from train.recipe import SaveSection
 from train.storage.atomic_write import fsync
 
-STAGING = "unfinished"
-"""Name of the folder in output_dir that holds a checkpoint until it is complete."""
 _SUFFIX = ".unfinished"
 _SET_ASIDE = "set-aside"
 _RECIPE = "recipe.yaml"

@@ -20,11 +20,10 @@ from accelerate.utils import gather_object
 
 from train.errors import UserError
 from train.loop.batch_info import BatchInfo
+from train.loop.output_dir import SUSPECTS
 from train.ranks import is_first_rank
 from train.recipe import GuardsSection
 
-SUSPECTS = "suspects.jsonl"
-"""In output_dir: a JSON object for each step that a guard reported."""
 _MAX_RECENT, _MIN_RECENT = 64, 16
 """Steps that a loss is compared with, at most and at least."""
 _MAX_WRITTEN, _MAX_SHOWN = 16, 3

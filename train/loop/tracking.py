@@ -1,4 +1,4 @@
-"""Trackers of a run: wandb and TensorBoard, if the recipe asks for them."""
+"""Trackers of a run: Weights & Biases and TensorBoard, if the recipe names them."""
 
 import importlib.util
 import os

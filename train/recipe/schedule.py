@@ -127,6 +127,7 @@ BATCH_KEYS = ("training.per_device_train_batch_size", "training.gradient_accumul
 def sequences_per_step(recipe: Recipe, processes: int) -> int:
     """Rows of all processes and accumulation steps in one optimizer step."""
     each, accumulated = (
-        recipe.training.get(key.partition(".")[2], training_fields()[key.partition(".")[2]].default) for key in BATCH_KEYS
+        recipe.training.get(key.partition(".")[2], training_fields()[key.partition(".")[2]].default)
+        for key in BATCH_KEYS
     )
     return int(each * accumulated * processes)

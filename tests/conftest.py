@@ -1,6 +1,7 @@
 """What the tests share: a real small model and tokenizer, a tiny one with random weights, Mistral's tokenizer."""
 
 import atexit
+import gc
 import importlib.util
 import json
 import os
@@ -29,6 +30,18 @@ WORDS = "river stone cloud amber seven quiet window paper north candle orbit map
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whole runs first: one that is left for the end keeps a single worker busy while the others have nothing to do."""
     items.sort(key=lambda item: ("integration" not in item.path.parts, item.path.parent != Path(__file__).parent))
+
+
+_frozen_modules = 0
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Exclude imported modules from garbage collection: a run collects before training, 2 s with all of torch and TRL."""
+    global _frozen_modules
+    if len(sys.modules) > _frozen_modules + 100:
+        gc.collect()
+        gc.freeze()
+        _frozen_modules = len(sys.modules)
 
 
 @pytest.fixture(scope="session")
@@ -252,7 +265,7 @@ class Loaded(NamedTuple):
 
     train: list["ReadRow"]
     validation: list["ReadRow"]
-    faults: dict[str, Any]
+    errors: dict[str, Any]
 
 
 class ReadRow(NamedTuple):
@@ -277,14 +290,14 @@ def load(recipe_file: Callable[..., Path]) -> Callable[..., Loaded]:
 
         def rows(part: Any) -> list[ReadRow]:
             found = []
-            for number, row in enumerate(part.rows._chosen.tolist()):
-                turns = tokenizer.decode(part.rows[number]["input_ids"]).split("<|im_start|>")[1:]
+            for number, row in enumerate(part.dataset._chosen.tolist()):
+                turns = tokenizer.decode(part.dataset[number]["input_ids"]).split("<|im_start|>")[1:]
                 turns = [turn.removesuffix("<|im_end|>\n").split("\n", 1) for turn in turns]
                 messages = [{"role": role, "content": content} for role, content in turns]
-                found.append(ReadRow(messages, part.rows._rows.place(row)))
+                found.append(ReadRow(messages, part.dataset._rows.place(row)))
             return found
 
         validation = rows(prepared.validation) if prepared.validation else []
-        return Loaded(rows(prepared.train), validation, dict(prepared.faults))
+        return Loaded(rows(prepared.train), validation, dict(prepared.errors))
 
     return read

@@ -53,33 +53,30 @@ def _check_recipe(recipe: Recipe, processes: int, resume_anyway: list[str]) -> N
     refuse_missing(recipe)
     import torch
 
-    from train.data.chat.system_role import apply_system_role
-    from train.data.chat.template import use_template
-    from train.loop.optimizer_test import try_optimizer
+    from train.loop.optimizer_test import check_optimizer
     from train.model.folder import check_model_folder
-    from train.model.load import check_fits
-    from train.model.tokenizer import load_tokenizer
+    from train.model.load import check_model
+    from train.model.tokenizer import check_vocabulary, load_chat_tokenizer
     from train.preflight.checks import run_faults
 
     if errors := run_faults(recipe, 0, processes):
         raise UserError(" ".join(errors))
     _check_checkpoint(recipe, resume_anyway)
     check_model_folder(recipe.model)
-    tokenizer = load_tokenizer(recipe.model)
     # A login node has no GPU to test attention kernels on: the nodes test them before they load the model.
     any_attention = recipe.model.model_copy(update={"attention": "auto"})
-    check_fits(recipe if torch.cuda.is_available() else recipe.model_copy(update={"model": any_attention}), tokenizer)
-    try_optimizer(recipe)
-    use_template(tokenizer, recipe.chat.template)
-    apply_system_role(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
+    checked = check_model(recipe if torch.cuda.is_available() else recipe.model_copy(update={"model": any_attention}))
+    check_optimizer(recipe)
+    check_vocabulary(load_chat_tokenizer(recipe).tokenizer, recipe.model, checked.embeddings)
 
 
 def _check_checkpoint(recipe: Recipe, resume_anyway: list[str]) -> None:
     """Raise UserError if the newest checkpoint belongs to another run. The job verifies its files."""
-    from train.loop.checkpoint.manifest import COMPLETE, Checkpoint, folders
-    from train.loop.checkpoint.resume import refuse_changes, run_fingerprint
+    from train.loop.checkpoint.fingerprint import run_fingerprint
+    from train.loop.checkpoint.manifest import COMPLETE, Checkpoint, list_checkpoints
+    from train.loop.checkpoint.resume import refuse_changes
 
-    for folder in folders(recipe.output_dir, recipe.save.mirror_dir):
+    for folder in list_checkpoints(recipe.output_dir, recipe.save.mirror_dir):
         try:
             manifest = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
             before = {key: value for key, value in manifest["run"].items() if not key.startswith("made.")}

@@ -155,8 +155,8 @@ def test_a_port_in_use_is_an_error(preflight: Callable[..., list[tuple[int, str,
 def test_the_stop_file_is_the_reason_on_the_first_rank_even_if_another_rank_saw_it(tmp_path: Path) -> None:
     """The batch script requeues unless the user touched output_dir/stop: the first rank must report that file."""
     first = Preemption(str(tmp_path), SaveSection())
-    assert not first.asked()
+    assert not first.is_requested()
     (tmp_path / "stop").touch()
-    assert not first.asked()  # it looks only now and then
+    assert not first.is_requested()  # it looks only now and then
     first.agree()  # another rank was asked to stop
     assert first.reason == "the file stop"

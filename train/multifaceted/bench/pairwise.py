@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from train.data.sources.formats import RowFault
+from train.data.sources.formats import RowError
 from train.data.sources.source import read_rows
 from train.errors import UserError
 from train.formatting import format_count
@@ -236,7 +236,7 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
     """The lines of a bench_rows.jsonl by the ids of their rows. Raises UserError."""
     rows: dict[str, dict[str, Any]] = {}
     for place, row in read_rows(Source(path=str(path))):
-        if isinstance(row, RowFault):
+        if isinstance(row, RowError):
             raise UserError(f"{place}: {row}.")
         wanted: Sequence[str] = ("id", "prompt", "judge", "score")
         if any(name not in row for name in wanted) or not isinstance(row["score"], int | float | None):

@@ -6,8 +6,6 @@ length and packed into which sequences is computed at each start, from row numbe
 
 import difflib
 import json
-import math
-import os
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -25,8 +23,9 @@ from train.data.stats import Overlap, Repeats, find_shared
 from train.data.tokens.source import ROWS, tokenize_source
 from train.data.tokens.table import TokenTable
 from train.errors import UserError
+from train.ranks import world_size
 from train.recipe import Recipe, Source
-from train.recipe.sft_config import with_defaults
+from train.recipe.schedule import sequences_per_step
 
 
 def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
@@ -76,12 +75,14 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
         apply_weight(*sources[number], conversations, recipe.seed) for number, conversations in enumerate(training)
     ]
 
-    step = _sequences_at_once(recipe, "per_device_train_batch_size", "gradient_accumulation_steps")
+    # The number of sequences is a multiple of those of one step over all ranks, so ranks get equally many, and the
+    # sequences are the same however a step is divided into ranks, batches and accumulation.
+    step = sequences_per_step(recipe, world_size())
     train, trained = build_split(np.concatenate(training), table, recipe, step)
     validation_split: Split | None = None
     overlap = Overlap()
     if held_out:
-        step = _sequences_at_once(recipe, "per_device_eval_batch_size")
+        step = sequences_per_step(recipe, world_size(), evaluation=True)
         validation_split, validated = build_split(np.concatenate(held_out), table, recipe, step)
         overlap = _find_overlap(table, first_rows[trained], first_rows[validated])
 
@@ -147,16 +148,6 @@ def _check_ignore(key: str, source: Source, names: list[str], misspelled: list[s
             misspelled.append(f"{sentence}. Did you mean {' or '.join(similar)}?")
         else:
             unused.append(sentence)
-
-
-def _sequences_at_once(recipe: Recipe, *fields: str) -> int:
-    """Return the sequences of one optimizer step, or of one evaluation step, over all ranks: the product of `fields`.
-
-    The number of all sequences is a multiple of it, so ranks get equally many, and the sequences are the same however
-    a step is divided into ranks, batches and accumulation.
-    """
-    settings = with_defaults(recipe.training)
-    return math.prod(settings[name] for name in fields) * int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _find_overlap(table: TokenTable, training: NDArray[np.int64], validation: NDArray[np.int64]) -> Overlap:

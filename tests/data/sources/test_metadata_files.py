@@ -144,6 +144,4 @@ def test_skipped_companions_are_named_by_a_check(
     recipe = recipe_file(data={"sources": [{"path": str(tmp_path / "lf")}]})
     assert main(["--recipe", str(recipe), "--check"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert (
-        f"1 file was skipped (metadata without rows): {listed} (LLaMA-Factory's list of data sets)" in said
-    )
+    assert f"1 file was skipped (metadata without rows): {listed} (LLaMA-Factory's list of data sets)" in said

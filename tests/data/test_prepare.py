@@ -191,10 +191,10 @@ def test_examples_repeat_no_row_and_show_any_part_of_a_split_conversation(
     assert (account.conversations, account.rows) == (4, 19)
     assert sorted(row.place for row in account.examples) == [f"{path}:1", f"{path}:4"]
     seeds = range(8)
-    shown = {
+    preview = {
         len(row.input_ids)
         for seed in seeds
         for row in examined(recipe_file(chat={"template": str(template)}, data=data, seed=seed)).train.stats.examples
         if row.place == f"{path}:1"
     }
-    assert len(shown) > 2
+    assert len(preview) > 2

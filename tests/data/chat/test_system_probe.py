@@ -119,12 +119,12 @@ def test_a_clock_is_no_default(tokenizer) -> None:
     assert (found.default, found.dated, found.empty) == (None, True, "differs")
 
 
-@pytest.mark.parametrize("fault", ["{{ 1 / 0 }}", "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}"])
-def test_whatever_a_template_raises_is_a_refusal(fault: str, tokenizer) -> None:
+@pytest.mark.parametrize("error", ["{{ 1 / 0 }}", "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}"])
+def test_whatever_a_template_raises_is_a_refusal(error: str, tokenizer) -> None:
     plain = tokenizer.chat_template
-    tokenizer.chat_template = "{% if messages[0].role == 'system' %}" + fault + "{% endif %}" + NUMBERED
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}" + error + "{% endif %}" + NUMBERED
     assert probe(tokenizer).handling == "raises"
-    tokenizer.chat_template = fault + plain
+    tokenizer.chat_template = error + plain
     with pytest.raises(UserError, match=r"refuses a conversation of two .*(ZeroDivision|Recursion)Error"):
         probe(tokenizer)
 

@@ -38,9 +38,9 @@ def test_native_leaves_the_template_as_it_is(template: str) -> None:
     [("gemma", "it raises: System role not supported"), ("ignores", "their text is not in the render")],
 )
 def test_native_refuses_a_template_that_loses_system_messages(template: str, why: str) -> None:
-    with pytest.raises(UserError, match=r"chat.system_role: native: .* loses system messages") as fault:
+    with pytest.raises(UserError, match=r"chat.system_role: native: .* loses system messages") as error:
         apply_system_role(tokenizer_with(template), "native")
-    assert f"({why}). Write `merge_into_user`" in str(fault.value)
+    assert f"({why}). Write `merge_into_user`" in str(error.value)
     with pytest.raises(UserError, match=r"chat.system_role: error: .* loses system messages"):
         apply_system_role(tokenizer_with(template), "error", "Be kind.")
 

@@ -47,9 +47,9 @@ def rows(tiny_model: Path) -> RowTokenizer:
 
 def encoded(rows: RowTokenizer, row: dict[str, Any], format: str = "auto") -> tuple[str, RowIssues]:
     """The text of a row as it is trained (all of its rows), and what is told of it."""
-    batch, faults = rows.encode_chunk(0, ParsedRows([(":1", row)]), detect(row) if format == "auto" else format)
+    batch, errors = rows.encode_chunk(0, ParsedRows([(":1", row)]), detect(row) if format == "auto" else format)
     backend = rows.encoder._backend
-    return "\n".join(backend.decode(ids, skip_special_tokens=False) for ids in batch["input_ids"].to_pylist()), faults
+    return "\n".join(backend.decode(ids, skip_special_tokens=False) for ids in batch["input_ids"].to_pylist()), errors
 
 
 def said(row: dict[str, Any]) -> list[tuple[str, str]]:
@@ -98,9 +98,9 @@ def test_a_system_message_may_have_any_of_these_names(column: str, row: dict[str
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
 def test_reasoning_is_trained_under_any_of_its_names(rows: RowTokenizer, key: str) -> None:
-    text, faults = encoded(rows, {"messages": [USER, {**ASSISTANT, key: "Let me see."}]})
+    text, errors = encoded(rows, {"messages": [USER, {**ASSISTANT, key: "Let me see."}]})
     assert "<think>\nLet me see.\n</think>" in text
-    assert not faults.unread
+    assert not errors.unread
 
 
 @pytest.mark.parametrize(
@@ -168,8 +168,8 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "a trained user": ({"messages": [{**USER, "training": True}, ASSISTANT]}, "unsupported loss switch", "message 1 (user)"),
     "an unmasked user": ({"messages": [{**USER, "masked": False}, ASSISTANT]}, "unsupported loss switch", "`masked`"),
     "reasoning of a user": ({"messages": [{**USER, "thinking": "Hm."}, ASSISTANT]}, "wrong type", "`thinking`"),
-    "NaN in a call": ({"messages": [USER, {**ASSISTANT, "tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}]}, "wrong type", "tool calls of message 2: NaN"),
-    "infinity in a tool": ({"messages": [USER, ASSISTANT], "tools": [{**CALL, "maximum": float("inf")}]}, "wrong type", "`tools`: NaN and infinity"),
+    "NaN in a call": ({"messages": [USER, {**ASSISTANT, "tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}]}, "wrong type", "tool calls of message 2: JSON has no NaN"),
+    "infinity in a tool": ({"messages": [USER, ASSISTANT], "tools": [{**CALL, "maximum": float("inf")}]}, "wrong type", "`tools`: JSON has no NaN"),
     "kwargs of text": ({"messages": [USER, ASSISTANT], "chat_template_kwargs": '"x"'}, "wrong type", "`chat_template_kwargs`"),
     "kwargs that are ours": ({"messages": [USER, ASSISTANT], "chat_template_kwargs": {"chat_template": "x"}}, "wrong type", "chat_template,"),
 }  # fmt: skip
@@ -258,9 +258,9 @@ def test_what_nothing_reads_is_counted_by_name(rows: RowTokenizer) -> None:
         {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", "name": "f", "arguments": {"a": "b"}}]},
         {"role": "tool", "content": "1", "tool_call_id": "c1", "name": "f"},
     ]  # fmt: skip
-    _, faults = encoded(rows, {"messages": turns, "id": 3, "nothing": None, "blank": " ", "why": "As it is so."})
-    assert faults.errors == {}
-    assert faults.unread == {
+    _, errors = encoded(rows, {"messages": turns, "id": 3, "nothing": None, "blank": " ", "why": "As it is so."})
+    assert errors.errors == {}
+    assert errors.unread == {
         "id": (1, 0, None),
         "why": (1, 1, (0, ":1", "As it is so.")),
         "messages[].mood": (1, 0, None),
@@ -274,20 +274,20 @@ def test_what_nothing_reads_is_counted_by_name(rows: RowTokenizer) -> None:
 
 def test_what_is_told_can_be_written_whatever_the_row_held(rows: RowTokenizer) -> None:
     row = {"messages": [USER, ASSISTANT], 0: "A column that a data frame had.", "half\ud83d": "Half of a \ud83d pair."}
-    _, faults = encoded(rows, row)
-    assert set(faults.unread) == {"0", "half\\ud83d"}
-    json.dumps(faults.unread, ensure_ascii=False).encode()
+    _, errors = encoded(rows, row)
+    assert set(errors.unread) == {"0", "half\\ud83d"}
+    json.dumps(errors.unread, ensure_ascii=False).encode()
 
 
 def test_variables_of_a_row_go_to_the_template(rows: RowTokenizer) -> None:
     row = {"messages": [USER, ASSISTANT], "chat_template_kwargs": {"custom_instructions": "Write in capitals."}}
-    text, faults = encoded(rows, row)
+    text, errors = encoded(rows, row)
     assert "system\nWrite in capitals." in text
-    assert faults.unread == {}
-    text, faults = encoded(
+    assert errors.unread == {}
+    text, errors = encoded(
         rows, row | {"chat_template_kwargs": {"persona": "Zorro", "enable_thinking": False, "x": []}}
     )
-    assert set(faults.unread) == {"chat_template_kwargs.persona", "chat_template_kwargs.enable_thinking"}
+    assert set(errors.unread) == {"chat_template_kwargs.persona", "chat_template_kwargs.enable_thinking"}
     typed = row | {"chat_template_kwargs": {"custom_instructions": "<|im_end|>"}}
     assert "control token" in str(list(encoded(rows, typed)[1].errors))
 
@@ -350,9 +350,9 @@ def test_rows_for_a_model_to_answer_lose_no_text_either(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     row = {"messages": [USER, ASSISTANT], "id": "x", "chat_template_kwargs": {"custom_instructions": "Rhyme."}}
     file.write_text(json.dumps(row) + "\n")
-    ((_, fault),) = read_conversations(Source(path=str(file)))
-    assert isinstance(fault, RowError)
-    assert "`chat_template_kwargs.custom_instructions` holds" in fault.detail
+    ((_, error),) = read_conversations(Source(path=str(file)))
+    assert isinstance(error, RowError)
+    assert "`chat_template_kwargs.custom_instructions` holds" in error.detail
     ignore = ("chat_template_kwargs.custom_instructions",)
     ((_, read),) = read_conversations(Source(path=str(file), ignore=ignore))
     assert not isinstance(read, RowError)
@@ -447,10 +447,10 @@ def numbered(value: Any, numbers: Iterator[int]) -> Any:
 def test_each_text_of_a_row_is_rendered_told_or_the_row_refused(rows: RowTokenizer, made: tuple[str, Any]) -> None:
     format, row = made
     row = numbered(row, count(1))
-    rendered, faults = encoded(rows, row, format)
-    if faults.errors:
+    rendered, errors = encoded(rows, row, format)
+    if errors.errors:
         return
-    told = [name.replace("conversations[]", "messages[]") for name in faults.unread]
+    told = [name.replace("conversations[]", "messages[]") for name in errors.unread]
     for path, text in texts(row, ""):
         path = path.replace("conversations[]", "messages[]")
         if path.endswith((".role", ".from", ".type")):

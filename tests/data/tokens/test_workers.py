@@ -49,7 +49,7 @@ def test_rows_on_disk_are_the_rows_one_by_one(chatml_tokenizer, many, tmp_path: 
     write_table(tmp_path / "rows.arrow", (batch for batch, _ in results))
     stored = TokenTable([tmp_path / "rows.arrow"], [opened.files])
 
-    refused = sum(count for _, faults in results for count, _ in faults.errors.values())
+    refused = sum(count for _, errors in results for count, _ in errors.errors.values())
     good = []
     for number, messages in enumerate(many, 1):
         try:

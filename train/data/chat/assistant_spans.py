@@ -223,8 +223,8 @@ class SpanFinder:
             try:
                 tools = tools_for(messages)
                 self._turn(messages, len(messages) - 1, tools, self._render(messages, tools))
-            except RowError as fault:
-                refused = fault if fault.kind == _NO_PROMPT or refused is None else refused
+            except RowError as error:
+                refused = error if error.kind == _NO_PROMPT or refused is None else refused
             else:
                 return
         if refused is not None and refused.kind == _NO_PROMPT:
@@ -244,8 +244,8 @@ class SpanFinder:
         for find in (self._by_marks, self._split):
             try:
                 outcomes.append(find(messages, wanted, tools, *self._render(messages, tools)))
-            except RowError as fault:
-                outcomes.append(fault.kind)
+            except RowError as error:
+                outcomes.append(error.kind)
         return outcomes[0] in ([], outcomes[1])
 
     # -- rows
@@ -272,14 +272,14 @@ class SpanFinder:
         """One conversation as the rows to train, in its order, each verified against the messages.
 
         A message with `train: false` is part of the conversation and not trained. Several rows: see above.
-        Raises RowFault where the template refuses the conversation, loses a message or doesn't let the model's part
+        Raises RowError where the template refuses the conversation, loses a message or doesn't let the model's part
         be told from the rest.
         """
         try:
             return self._rows(messages, tools, train_on)
-        except RowError as fault:
-            if self._call_ending is None and fault.kind.endswith("by the template") and _has_tools(messages, tools):
-                raise RowError(NO_TOOLS, fault.detail) from fault
+        except RowError as error:
+            if self._call_ending is None and error.kind.endswith("by the template") and _has_tools(messages, tools):
+                raise RowError(NO_TOOLS, error.detail) from error
             raise
 
     def _rows(self, messages: list[Message], tools: Tools, train_on: TrainOn) -> list[Rendering]:
@@ -389,18 +389,18 @@ class SpanFinder:
         run = number
         while run and messages[run - 1]["role"] == "assistant":
             run -= 1
-        shown = ""
+        preview = ""
         for first in dict.fromkeys((number, run)):
             for mode in self._all_modes():
                 try:
                     prompt, _ = self._render(messages[:first], tools, None, add_generation_prompt=True, **mode)
-                except RowError as fault:
-                    shown = shown or f"the template can't prompt for message {number + 1} ({fault.detail})"
+                except RowError as error:
+                    preview = preview or f"the template can't prompt for message {number + 1} ({error.detail})"
                     continue
                 if text.startswith(prompt):
                     return first, len(prompt)
-                shown = shown or _difference(prompt, text)
-        raise RowError(_NO_PROMPT, shown)
+                preview = preview or _difference(prompt, text)
+        raise RowError(_NO_PROMPT, preview)
 
     def _all_modes(self) -> Iterator[dict[str, Any]]:
         yield {}
@@ -409,7 +409,7 @@ class SpanFinder:
     def _render(
         self, messages: list[Message], tools: Tools, form: Form | None = None, **options: Any
     ) -> tuple[str, list[Span]]:
-        """Text and marks of one conversation. Raises RowFault where the template refuses it."""
+        """Text and marks of one conversation. Raises RowError where the template refuses it."""
         return render_row(
             messages,
             tools,
@@ -446,7 +446,7 @@ def _any_of(tokens: Any) -> re.Pattern[str]:
 
 
 def _check_ends(answers: list[Message], written: str, end_token: str) -> None:
-    """Raise RowFault where the model would go on after an end token: what a template writes there is not the model's.
+    """Raise RowError where the model would go on after an end token: what a template writes there is not the model's.
 
     Those that an answer holds itself (`control_tokens_in_text: allow`) and those between merged answers don't count.
     """

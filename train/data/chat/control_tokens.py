@@ -3,7 +3,7 @@
 A tokenizer makes a control token of such text wherever it stands, so a message could end its own turn and open another
 in any role (transformers#29279, #47822). `chat.control_tokens_in_text` says what becomes of them:
 
-- error: the row can't be trained (RowFault).
+- error: the row can't be trained (RowError).
 - escape: a zero-width space (U+200B) goes in after the first character, so the text reads the same and falls into
   ordinary tokens. Answers are trained in this form.
 - allow: they stay, and are control tokens in the row. For data that means them.
@@ -58,7 +58,7 @@ class ControlTokens:
         """The messages as the policy wants them; the same list where nothing is to be changed.
 
         Every text but the role is looked at: contents, reasoning, the names and arguments of tool calls.
-        Raises RowFault for a control token under `error`, and under `escape` for one that can't be broken up.
+        Raises RowError for a control token under `error`, and under `escape` for one that can't be broken up.
         """
         if self._policy == "allow":
             return messages
@@ -75,11 +75,11 @@ class ControlTokens:
         return cleaned
 
     def clean_tools(self, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-        """The definitions of tools, likewise. Raises RowFault."""
+        """The definitions of tools, likewise. Raises RowError."""
         return tools if tools is None or self._policy == "allow" else self._clean(tools, "the tools")
 
     def clean_kwargs(self, kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
-        """The variables that a row sets for the template, likewise. Raises RowFault."""
+        """The variables that a row sets for the template, likewise. Raises RowError."""
         return kwargs if kwargs is None or self._policy == "allow" else self._clean(kwargs, "chat_template_kwargs")
 
     def _clean(self, value: Any, where: str) -> Any:
@@ -104,5 +104,5 @@ def _escape(token: str) -> str:
 
 
 def clean(tokenizer: PreTrainedTokenizerBase, messages: list[Message], policy: Policy) -> list[Message]:
-    """`ControlTokens.clean` for one conversation. Raises RowFault and UserError."""
+    """`ControlTokens.clean` for one conversation. Raises RowError and UserError."""
     return ControlTokens(tokenizer, policy).clean(messages)

@@ -10,7 +10,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from train.data.chat.template import variables_of
 from train.data.sources.formats import TEMPLATE_KWARGS, Message, RowError
-from train.data.sources.unread_text import Unread, collect, is_prose, texts_in
+from train.data.sources.unread_text import Unread, collect, is_prose, iter_texts
 
 Span = tuple[int, int]
 """First character, and the one behind the last."""
@@ -64,7 +64,7 @@ def render_row(
     """Text of one conversation and, where the template is `marked`, the spans inside `{% generation %}`.
 
     `variables`: what the template gets beside messages and tools.
-    Raises RowFault where the template refuses the conversation: a template is a program, so with any exception.
+    Raises RowError where the template refuses the conversation: a template is a program, so with any exception.
     """
     try:
         texts, marks = render_jinja_template(
@@ -74,16 +74,16 @@ def render_row(
             return_assistant_tokens_mask=marked,
             **variables,
         )
-    except Exception as fault:
-        raise RowError("refused by the template", reason(fault)) from fault
+    except Exception as error:
+        raise RowError("refused by the template", reason(error)) from error
     return str(texts[0]), [(start, end) for start, end in marks[0]] if marked else []
 
 
-def reason(fault: Exception) -> str:
+def reason(error: Exception) -> str:
     """Why a template could not be rendered, on one line and without a full stop."""
-    said = " ".join(named(str(fault)).split()).rstrip(".")
-    kind = type(fault).__name__
-    return said if said and type(fault).__module__.startswith("jinja2") else f"{kind}: {said}" if said else kind
+    said = " ".join(named(str(error)).split()).rstrip(".")
+    kind = type(error).__name__
+    return said if said and type(error).__module__.startswith("jinja2") else f"{kind}: {said}" if said else kind
 
 
 def named(text: str) -> str:
@@ -92,7 +92,7 @@ def named(text: str) -> str:
 
 
 def check_answer(message: Message, window: str, *, last_part: bool = False) -> None:
-    """Raise RowFault unless all that an assistant says is in `window`: content, reasoning, the tools that it calls.
+    """Raise RowError unless all that an assistant says is in `window`: content, reasoning, the tools that it calls.
 
     Templates trim contents, and write reasoning apart from the rest. `last_part`: what stands after it is enough.
     """
@@ -113,7 +113,7 @@ def check_answer(message: Message, window: str, *, last_part: bool = False) -> N
 
 
 def check_others(messages: list[Message], tools: Tools, rendering: Rendering) -> None:
-    """Raise RowFault unless what the others say stands in the text that is not trained."""
+    """Raise RowError unless what the others say stands in the text that is not trained."""
     parts = [rendering.text[before:start] for before, start in gaps(rendering)]
     for message in messages:
         if message["role"] == "assistant":
@@ -163,8 +163,8 @@ def left_out(
                     collect(missing, "tools[].description", text)
     for name, value in kwargs.items():
         known = name in variables_of(template)
-        lost = [text for text in texts_in(value) if not (_is_in(text, renders) or (known and not is_prose(text)))]
-        for item in lost or ([] if known or any(texts_in(value)) else [value]):
+        lost = [text for text in iter_texts(value) if not (_is_in(text, renders) or (known and not is_prose(text)))]
+        for item in lost or ([] if known or any(iter_texts(value)) else [value]):
             collect(missing, f"{TEMPLATE_KWARGS}.{name}", item)
     return missing
 

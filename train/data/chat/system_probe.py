@@ -148,8 +148,8 @@ def render_text(
             add_generation_prompt=add_generation_prompt,
             **tokenizer.special_tokens_map,
         )
-    except Exception as fault:  # a template is a program: it can fail in any way
-        raise Refused(reason(fault)) from fault
+    except Exception as error:  # a template is a program: it can fail in any way
+        raise Refused(reason(error)) from error
     return str(texts[0])
 
 

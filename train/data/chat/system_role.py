@@ -355,9 +355,9 @@ def _no_turn(tokenizer: PreTrainedTokenizerBase, reason: str) -> UserError:
 
 
 def _cannot_remove(tokenizer: PreTrainedTokenizerBase, text: str) -> UserError:
-    shown = text if len(text) <= 80 else text[:80] + "..."
+    preview = text if len(text) <= 80 else text[:80] + "..."
     return UserError(
-        f"chat: {template_name(tokenizer)} adds {shown!r} to conversations, and that can't be taken "
+        f"chat: {template_name(tokenizer)} adds {preview!r} to conversations, and that can't be taken "
         "out. Name a template that doesn't with `chat.template`; or keep its text with `chat.system_role: native` and "
         "without `chat.default_system`, or with one that isn't empty."
     )

@@ -124,8 +124,8 @@ def use_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
         )
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise UserError(f"chat.template: {path} can't be read as UTF-8 text: {fault}") from fault
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat.template: {path} can't be read as UTF-8 text: {error}") from error
     vocabulary = tokenizer.get_vocab()
     missing = sorted(token for token in set(_CONTROL_TOKEN.findall(text)) if token not in vocabulary)
     if missing:
@@ -135,8 +135,8 @@ def use_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
         )
     try:
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION_TAG.sub("", text))
-    except jinja2.TemplateSyntaxError as fault:
-        raise UserError(f"chat.template: {path}, line {fault.lineno}: {fault.message}") from fault
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"chat.template: {path}, line {error.lineno}: {error.message}") from error
     tokenizer.chat_template = text
     _files[tokenizer] = name
     return name

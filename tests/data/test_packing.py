@@ -71,9 +71,9 @@ def test_refuses_a_row_that_no_sequence_can_hold(length: int) -> None:
 
 @pytest.mark.parametrize("documents", [0, -1])
 def test_refuses_a_cap_under_which_no_sequence_holds_a_row(documents: int) -> None:
-    with pytest.raises(ValueError, match="documents_per_sequence is"):
+    with pytest.raises(ValueError, match="documents_per_sequence must be"):
         pack([5], 10, documents)
-    with pytest.raises(ValueError, match="documents_per_sequence is"):
+    with pytest.raises(ValueError, match="documents_per_sequence must be"):
         plan_packing([5], 10, documents_per_sequence=documents)
 
 

@@ -127,7 +127,7 @@ class Encoder:
             missing: Unread = {}
             try:
                 rendered = self._span_finder.with_variables(kwargs).rows(messages, tools, train_on)
-                missing = self._span_finder.left_out(messages, tools, kwargs, rendered)
+                missing = self._span_finder.find_left_out(messages, tools, kwargs, rendered)
                 renderings.append(rendered)
             except RowError as error:
                 renderings.append(error)

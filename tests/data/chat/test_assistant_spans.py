@@ -264,7 +264,7 @@ def test_spans_are_those_of_trl_or_better(name: str, counts) -> None:
     training = tokenizer_for(name, (TEMPLATES / f"{name}_training.jinja").read_text(encoding="utf-8"))
     counts["pairs"] += 1
     if EXCEPTIONS.get(name) == {NO_PROMPT}:
-        with pytest.raises(UserError, match="generation prompt goes on with '<think>"):
+        with pytest.raises(UserError, match="generation prompt continues with '<think>"):
             SpanFinder(plain)
         messages = [user("Ask?"), answer("Hello")]
         text, marks = rendered(name, training, messages, None)
@@ -435,7 +435,7 @@ def test_whatever_a_template_raises_is_the_fault_of_the_row(error: str) -> None:
 
 def test_a_fault_shows_the_words_of_the_trial_without_its_marks() -> None:
     template = CHATML.replace("m.role", "m.role ~ loop.revindex")
-    with pytest.raises(UserError, match=r"goes on with '5.n\{ask\}") as error:
+    with pytest.raises(UserError, match=r"continues with '5.n\{ask\}") as error:
         SpanFinder(tokenizer_for("counting down", template + PROMPT))
     assert "\ue000" not in str(error.value)
     assert "\\ue000" not in str(error.value)

@@ -85,11 +85,11 @@ def test_probe_refuses_a_template_that_loses_more_than_system_messages(tokenizer
 
 def test_the_findings_in_words() -> None:
     assert probe(tokenizer_with("gemma")).describe() == [
-        "Without our help the template refuses system messages: System role not supported."
+        "The unmodified template refuses system messages: System role not supported."
     ]
     assert probe(tokenizer_with("qwen2_5")).describe() == [
-        "Without our help the template writes a system message as a turn of its own.",
-        f"To a conversation without one it would add its own: '{QWEN_DEFAULT}'.",
+        "The unmodified template writes a system message as a turn of its own.",
+        f"To a conversation without one it adds its own: '{QWEN_DEFAULT}'.",
     ]
     assert probe(tokenizer_with("mistral v3")).describe_settled()[:2] == [
         "A system message goes into the last user turn.",

@@ -70,7 +70,7 @@ def test_text_without_control_tokens_is_left_as_it_is(tokenizer, policy: str) ->
     assert clean(tokenizer, messages, policy) is messages
 
 
-def test_tool_calls_reasoning_and_tools_are_looked_at(tokenizer) -> None:
+def test_tool_calls_reasoning_and_tools_are_searched(tokenizer) -> None:
     def call(text: str) -> dict[str, Any]:
         return {"type": "function", "function": {"name": "f", "arguments": {text: [text, 1, None]}}}
 
@@ -96,7 +96,7 @@ def test_added_tokens_that_are_not_special_are_for_messages_to_use(tokenizer) ->
         clean(tokenizer, [{"role": "assistant", "content": "<tool>x"}], "error")
 
 
-def test_a_token_that_begins_like_another_is_broken_up_whole() -> None:
+def test_a_token_that_begins_like_another_is_broken_up_completely() -> None:
     messages = [{"role": "user", "content": "<a><a><b>"}]
     assert clean(word_tokenizer("<a>", "<a><b>"), messages, "escape")[0]["content"] == "<\u200ba><\u200ba><b>"
 

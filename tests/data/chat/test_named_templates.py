@@ -68,7 +68,7 @@ def test_names_without_default_are_for_the_user_to_choose_from(with_templates: C
         use_template(opened(folder), None)
 
 
-def test_a_processors_template_is_the_tokenizers(with_templates: Callable[..., Path]) -> None:
+def test_a_template_of_a_processor_is_the_tokenizers(with_templates: Callable[..., Path]) -> None:
     tokenizer = opened(with_templates("processor", {"default": CHATML}))
     assert use_template(tokenizer, None) == "the tokenizer's own"
     assert tokenizer.chat_template == CHATML

@@ -42,7 +42,7 @@ class Ending:
 
 
 class AnswerFormat:
-    """How one tokenizer's chat template writes answers.
+    """The format of answers under one tokenizer's chat template.
 
     - `marked`: the template has `{% generation %}` marks.
     - `form`: the form of messages that it takes.

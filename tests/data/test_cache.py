@@ -1,4 +1,4 @@
-"""A folder of the cache is whole or not there, whoever was killed, and one process makes it while others wait."""
+"""Cache: an entry is complete or missing, whichever process is killed; one process builds it while others wait."""
 
 import json
 import multiprocessing

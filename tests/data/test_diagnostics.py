@@ -1,4 +1,4 @@
-"""Lines of the screens about what became of the rows."""
+"""Diagnostics: lines of the reports about unread columns."""
 
 import pytest
 

@@ -115,9 +115,9 @@ def test_a_text_that_the_tokenizer_changes_is_left_to_it(chatml_tokenizer) -> No
 def test_a_difference_in_tokens_is_an_error(chatml_tokenizer) -> None:
     fast = FastTokenizer(chatml_tokenizer, Encoder(chatml_tokenizer)._backend)
     fast.check(["some text"])
-    exact_rows = Encoder(chatml_tokenizer)._backend
-    exact_rows.add_special_tokens(["some text"])
-    fast._backend = exact_rows
+    other_backend = Encoder(chatml_tokenizer)._backend
+    other_backend.add_special_tokens(["some text"])
+    fast._backend = other_backend
     with pytest.raises(TokensDifferError, match="some text"):
         fast.check(["other text", "some text"])
 

@@ -1,4 +1,4 @@
-"""What becomes of every row: the accounts, recounted from the file and the tokenizer in plain Python."""
+"""Prepared data: the statistics of each split, recounted from the file and the tokenizer in plain Python."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Our spans against the `{% generation %}` marks of TRL's training templates, and against what inference asks for."""
+"""Assistant spans, compared with the marks of TRL's training templates and with the prompts of inference."""
 
 import itertools
 import re

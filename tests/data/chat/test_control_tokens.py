@@ -1,4 +1,4 @@
-"""Control tokens typed in a message: found, broken up or left, as the recipe says."""
+"""Control tokens typed in a message are refused, broken up or kept, as the recipe says."""
 
 from typing import Any
 

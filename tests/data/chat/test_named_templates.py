@@ -1,4 +1,4 @@
-"""Tokenizers with several chat templates by name, and processors that keep one for their tokenizer."""
+"""Tokenizers with several named chat templates, and processors with a template for their tokenizer."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What each policy for system messages makes of a template; every expected text is written by hand."""
+"""System roles: the template under each policy; every expected text is written by hand."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The template chatml-tools: what it writes and what is trained of it, by plain string building and by Qwen2.5's."""
+"""The template chatml-tools: its text and trained spans, compared with plain string building and Qwen2.5's template."""
 
 import json
 from collections.abc import Callable

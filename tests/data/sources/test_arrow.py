@@ -1,4 +1,4 @@
-"""Columns of Parquet and saved data sets: texts and numbers are converted, nothing else is, and nothing can fail."""
+"""Columns of Parquet and saved data sets: only texts and numbers are converted, and no conversion fails."""
 
 import datetime
 import decimal

@@ -1,4 +1,4 @@
-"""A file that is not what its ending says is named for what it is, and the command in the message mends it."""
+"""File errors: content that is not what the extension says is recognized, and the command in the message converts it."""
 
 import bz2
 import gzip

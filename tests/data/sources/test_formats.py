@@ -1,4 +1,4 @@
-"""Rows of every format become the messages that a person would write for them; a bad row says what is wrong."""
+"""Formats: rows of every format become the expected messages; the error of a bad row says what is wrong."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Files that describe data are no rows, whatever their names; files of rows are, whatever theirs."""
+"""Metadata files are not read as rows, whatever their names; files with rows are, whatever theirs."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +24,7 @@ LLAMA_FACTORY = {
     "theirs": {"hf_hub_url": "someone/data"},
 }
 # (name of the file, its content, what it is)
-COMPANIONS: list[tuple[str, Any, str]] = [
+METADATA_FILES: list[tuple[str, Any, str]] = [
     ("dataset_infos.json", {"default": INFO, "small": INFO}, "datasets' description"),
     ("dataset_infos.json", {"default": {"splits": {"train": {"num_examples": 12}}}}, "datasets' description"),
     ("dataset_infos.json", {}, "datasets' description"),
@@ -75,7 +75,7 @@ def error_of(path: Path | str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "content", "what"), COMPANIONS)
+@pytest.mark.parametrize(("name", "content", "what"), METADATA_FILES)
 def test_a_metadata_file_is_skipped_in_a_folder_and_refused_by_name(
     name: str, content: Any, kind: str, tmp_path: Path
 ) -> None:

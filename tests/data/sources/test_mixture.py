@@ -1,4 +1,4 @@
-"""Which rows are trained, how often, and which are held out; read back from the tokens that are trained."""
+"""Mixture: weights and held-out rows, read back from the tokens that are trained."""
 
 from collections import Counter
 from collections.abc import Callable

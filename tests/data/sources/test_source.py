@@ -1,4 +1,4 @@
-"""Every kind of file gives back the rows that were written, and a broken one says where and what is wrong."""
+"""Sources: every kind of file gives back the rows that were written; a broken one names the position and the error."""
 
 import csv
 import json

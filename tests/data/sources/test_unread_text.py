@@ -1,4 +1,4 @@
-"""Every text of a row is read, listed as not read, or a fault of the row; content that nothing reads is an error."""
+"""Unread text: every text of a row is read, reported, or a row error; unread content stops the run."""
 
 import json
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Chunks through worker processes give what rows one by one give; what is stored gives back what was encoded."""
+"""Worker processes give the tokens of rows encoded one by one, and the token table gives them back."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server on loopback that answers by a script, and counts what it was asked and has answered."""
+"""OpenAI-compatible server on loopback that answers by a script and counts its requests and answers."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ from typing import Any, Self
 
 @dataclass
 class Asked:
-    """One request as the server got it. `times`: how often this very prompt came before."""
+    """A request. `times`: number of earlier requests with the same prompt."""
 
     body: dict[str, Any]
     headers: dict[str, str]
@@ -28,7 +28,7 @@ class Asked:
 
 @dataclass
 class Reply:
-    """What is sent back: `body` as JSON, or the bytes. `drop` ends the connection after so many bytes of it."""
+    """A response: `body` as JSON, or bytes. `drop`: close the connection after this number of bytes."""
 
     status: int = 200
     body: Any = None
@@ -37,7 +37,7 @@ class Reply:
 
 
 def said(text: str | None, finish_reason: str = "stop", **message: Any) -> Reply:
-    """A chat completion; a word is a token."""
+    """Return a chat completion; each word counts as a token."""
     words = len((text or "").split())
     choice = {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text, **message}}
     usage = {"prompt_tokens": 7, "completion_tokens": words, "total_tokens": 7 + words}
@@ -45,14 +45,14 @@ def said(text: str | None, finish_reason: str = "stop", **message: Any) -> Reply
 
 
 def error(status: int, message: str, *, headers: dict[str, str] | None = None, **more: Any) -> Reply:
-    """An error in OpenAI's form."""
+    """Return an error in OpenAI's format."""
     return Reply(
         status, {"error": {"message": message, "type": "x", "param": None, "code": None, **more}}, headers or {}
     )
 
 
 def _bytes_of(reply: Reply) -> bytes:
-    """The response as it is sent."""
+    """Return the bytes of a response."""
     content = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
     lines = [f"HTTP/1.1 {reply.status} Said", f"Content-Length: {len(content)}"]
     lines += [f"{name}: {value}" for name, value in reply.headers.items()]
@@ -63,10 +63,11 @@ Script = Callable[[Asked], Awaitable[Reply]]
 
 
 class ScriptedServer:
-    """`answered`: how often each prompt was answered with 200, to the last byte.
+    """Server on a free port.
 
-    `models`: the names that it lists; a look at them is not in `asked`. None: the script is asked for the list.
-    `encryption`: it speaks TLS.
+    - `answered`: number of complete answers with status 200, by prompt.
+    - `models`: names that it lists; such requests are not in `asked`. None: the script answers them.
+    - `encryption`: TLS context.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class ScriptedServer:
         return f"http{'s' if self.encryption else ''}://127.0.0.1:{self._port}/v1"
 
     async def __aenter__(self) -> Self:
-        # The same port after a stop, so that a server can come back.
+        # The same port after a stop, so that a server can be restarted.
         self._server = await asyncio.start_server(self._connected, "127.0.0.1", self._port, ssl=self.encryption)
         self._port = self._server.sockets[0].getsockname()[1]
         return self
@@ -99,7 +100,7 @@ class ScriptedServer:
         await asyncio.gather(*self._connections, return_exceptions=True)
 
     def prompts(self) -> Counter[str]:
-        """Return the number of times that each prompt was asked, without looks at the models."""
+        """Return the number of requests by prompt, without requests for the list of models."""
         return Counter(asked.prompt for asked in self.asked if asked.body)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -110,7 +111,7 @@ class ScriptedServer:
             while await self._exchange(reader, writer):
                 pass
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass  # the client left, or the server stops
+            pass  # the client disconnected, or the server stops
         finally:
             self._connections.discard(task)
             writer.close()
@@ -133,21 +134,21 @@ class ScriptedServer:
             reply = await self.script(asked)
         finally:
             self.in_flight -= 1
-        whole = _bytes_of(reply)
+        response = _bytes_of(reply)
         if reply.drop is not None:
-            writer.write(whole[: reply.drop])
+            writer.write(response[: reply.drop])
             return False
         if reader.at_eof() or writer.is_closing():
-            return False  # the client left: it is not answered
+            return False  # the client disconnected
         self.answered[asked.prompt] += reply.status == 200
-        writer.write(whole)
+        writer.write(response)
         await writer.drain()
         return True
 
 
 @contextmanager
 def served(script: Script, models: Sequence[str] | None = None) -> Iterator[ScriptedServer]:
-    """A server in a thread of its own, for clients in other processes."""
+    """Run a server in its own thread, for clients in other processes."""
     server = ScriptedServer(script, models)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)

@@ -1,4 +1,4 @@
-"""Output that the terminal can't encode is escaped, files are UTF-8 whatever the locale, and no name crashes a command."""
+"""Output that the terminal can't encode is escaped, files are UTF-8 in any locale, and no file name crashes a command."""
 
 import io
 import json
@@ -55,7 +55,7 @@ def started(code: str, environment: dict[str, str], *arguments: str | Path | byt
 
 
 @pytest.mark.parametrize("name", ASCII)
-def test_whatever_a_command_says_is_escaped(name: str, tmp_path: Path) -> None:
+def test_all_output_of_a_command_is_escaped(name: str, tmp_path: Path) -> None:
     for raised, code in (("UserError", 2), ("RuntimeError", 1)):
         said = started(SAYS.format(description="x", raised=raised), ASCII[name], tmp_path / "file")
         assert said[0] == code
@@ -66,13 +66,13 @@ def test_whatever_a_command_says_is_escaped(name: str, tmp_path: Path) -> None:
         assert (tmp_path / "file").read_bytes() == "è🌲".encode() + rb"\udce9"
 
 
-def test_a_page_of_help_is_escaped(tmp_path: Path) -> None:
+def test_help_is_escaped(tmp_path: Path) -> None:
     code = SAYS.format(description=r"\xe8", raised="RuntimeError")
     returned, said, _ = started(code, ASCII["a stream of ASCII"], tmp_path, "--help")
     assert (returned, r"\xe8" in said) == (0, True)
 
 
-def test_an_argument_that_is_no_text_is_an_error(tmp_path: Path) -> None:
+def test_an_argument_that_is_not_text_is_an_error(tmp_path: Path) -> None:
     code = SAYS.format(description="x", raised="UserError")
     returned, _, said = started(code, {"PYTHONUTF8": "1"}, tmp_path / "file", b"key=caf\xe9")
     assert returned == 2
@@ -82,7 +82,7 @@ def test_an_argument_that_is_no_text_is_an_error(tmp_path: Path) -> None:
     assert "this locale can't represent these characters. Set LC_ALL=C.UTF-8" in said
 
 
-def test_a_name_that_this_locale_can_not_write_is_an_error() -> None:
+def test_a_file_name_that_the_locale_cannot_encode_is_an_error() -> None:
     code = "import sys; from train.cli import run_command; sys.exit(run_command(lambda: open(chr(0xe9)), ''))"
     returned, _, said = started(code, ASCII["the C locale"])
     assert returned == 2
@@ -90,7 +90,7 @@ def test_a_name_that_this_locale_can_not_write_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("parse", ["parse_args", "parse_intermixed_args", "parse_known_args"])
-def test_every_way_to_parse_looks_at_its_arguments(parse: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_parse_methods_check_their_arguments(parse: str, capsys: pytest.CaptureFixture[str]) -> None:
     parser = CommandLine()
     parser.add_argument("words", nargs="*")
     with pytest.raises(SystemExit, match="2"):
@@ -100,7 +100,7 @@ def test_every_way_to_parse_looks_at_its_arguments(parse: str, capsys: pytest.Ca
 
 
 def run_in_ascii(*arguments: str | Path) -> tuple[int, bytes]:
-    """Exit code and output of train/sft.py where standard output is a log that takes ASCII alone."""
+    """Run train/sft.py with an ASCII log as standard output; return exit code and output."""
     from train.sft import main
 
     written = io.BytesIO()
@@ -112,7 +112,7 @@ def run_in_ascii(*arguments: str | Path) -> tuple[int, bytes]:
         return main([str(argument) for argument in arguments]), written.getvalue()
 
 
-def test_a_training_says_names_that_the_log_can_not_encode(
+def test_training_escapes_names_that_the_log_cannot_encode(
     recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny_model, tmp_path / "modèle")
@@ -128,7 +128,7 @@ def test_a_training_says_names_that_the_log_can_not_encode(
     assert "modèle" in (tmp_path / "sortie-é" / "report.md").read_text("utf-8")
 
 
-def test_files_of_a_folder_whose_names_are_no_text(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_files_whose_names_are_not_text_are_read(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     folder = tmp_path / "rows"
     folder.mkdir()
     row: dict[str, Any] = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}

@@ -79,8 +79,8 @@ def test_every_variant_is_a_valid_shell_script_without_findings_of_shellcheck(
     if shutil.which("shellcheck"):
         # Both mistake a quote in the name of a folder for quoting.
         command = ["shellcheck", "--severity=warning", "--exclude=SC2089,SC2090", "-"]
-        found = subprocess.run(command, input=script, capture_output=True, text=True, check=False)
-        assert found.returncode == 0, found.stdout
+        result = subprocess.run(command, input=script, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, found.stdout
 
 
 def variable(script: str, name: str, **environment: str) -> list[str]:

@@ -116,8 +116,8 @@ def test_evaluations_write_results_before_they_print(
 
 async def good_everything(asked: Asked) -> Reply:
     """Answer the collection's requests well enough for a row; SYSGEN sends none here."""
-    wanted = asked.prompt.rpartition("\n### ")[2].splitlines()[1:]
-    names = [line[2:].partition(",")[0] for line in wanted if line.startswith("- ")]
+    requested = asked.prompt.rpartition("\n### ")[2].splitlines()[1:]
+    names = [line[2:].partition(",")[0] for line in requested if line.startswith("- ")]
     lines = "\n".join(f"{name}: Kind {asked.number} for {place}." for place, name in enumerate(names))
     return said(lines or f"You are helper {asked.number}.")
 

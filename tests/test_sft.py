@@ -120,15 +120,15 @@ def test_a_run_resumes_from_its_newest_complete_checkpoint(
     assert main(["--recipe", recipe]) == 0
     run = tmp_path / "run"
     assert json.loads((run / "checkpoint-4" / "COMPLETE.json").read_text())["step"] == 4
-    whole, metrics = load_file(run / "model.safetensors"), lines_of(run / "metrics.jsonl")
+    weights, metrics = load_file(run / "model.safetensors"), lines_of(run / "metrics.jsonl")
     (run / "checkpoint-4" / "COMPLETE.json").unlink()
     capsys.readouterr()
     assert main(["--recipe", recipe]) == 0
     shown = capsys.readouterr().out
     assert f"going on from {run / 'checkpoint-2'}" in shown
     assert "step 2/4" not in shown
-    again, metrics_again = load_file(run / "model.safetensors"), lines_of(run / "metrics.jsonl")
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    resumed, metrics_again = load_file(run / "model.safetensors"), lines_of(run / "metrics.jsonl")
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
     assert [line["loss"] for line in metrics_again] == [line["loss"] for line in metrics]
     (run / "checkpoint-2" / "COMPLETE.json").unlink()
     (run / "checkpoint-4" / "COMPLETE.json").unlink()

@@ -138,7 +138,7 @@ BROKEN: dict[str, tuple[str, str, list[str]]] = {
         "rows.jsonl\n      weight: 0",
         ["recipe.yaml:8: data.sources.0.weight: found 0", "> 0"],
     ),
-    "validation over the whole": (
+    "validation share above 1": (
         "max_length",
         "validation: 1.5\n  max_length",
         ["data.validation: found 1.5", "> 0 and < 1"],

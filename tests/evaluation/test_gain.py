@@ -176,12 +176,12 @@ def _deaf(folder: Path) -> Path:
 
 def test_a_section_is_written_in_its_place(evaluate_script: ModuleType, tmp_path: Path) -> None:
     report = tmp_path / "report.md"
-    evaluate_script.gain.put_section(report, "## B", "## B\n\nfirst\n")
+    evaluate_script.gain.replace_section(report, "## B", "## B\n\nfirst\n")
     assert report.read_text() == "## B\n\nfirst\n"
     report.write_text("# run\n\ntext\n\n## A\n\na\n### sub\n\n## B\n\nold\n\n### of B\n\n## C\n\nc\n")
-    evaluate_script.gain.put_section(report, "## B", "## B\n\nnew\n")
+    evaluate_script.gain.replace_section(report, "## B", "## B\n\nnew\n")
     assert report.read_text() == "# run\n\ntext\n\n## A\n\na\n### sub\n\n## B\n\nnew\n\n## C\n\nc\n"
-    evaluate_script.gain.put_section(report, "## D", "## D\n\nd\n")
+    evaluate_script.gain.replace_section(report, "## D", "## D\n\nd\n")
     assert report.read_text().endswith("## C\n\nc\n\n## D\n\nd\n")
 
 

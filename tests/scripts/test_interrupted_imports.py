@@ -33,6 +33,9 @@ def test_ctrl_c_during_imports_ends_without_a_traceback(
     script: str, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, module, raising=False)
+    package, _, name = module.rpartition(".")
+    if package in sys.modules:  # an earlier test may have imported it
+        monkeypatch.delattr(sys.modules[package], name, raising=False)
     monkeypatch.setattr(sys, "meta_path", [_Interrupt(module), *sys.meta_path])
     monkeypatch.syspath_prepend(SCRIPTS)
     with pytest.raises(SystemExit) as ended:

@@ -11,9 +11,10 @@ from typing import Any
 from train.llm.client import Client
 from train.llm.concurrency import Backoff
 from train.llm.failures import RequestFailed
-from train.llm.journal import Decoding, Journal, Request
+from train.llm.journal import Journal
 from train.llm.ordered_map import map_ordered
 from train.llm.progress import progress
+from train.llm.request import Decoding, Request
 from train.llm.server import Server
 
 STAGES = 4

@@ -10,10 +10,11 @@ from scripted_server import Asked, Reply, Script, ScriptedServer, said
 
 from train.llm.client import Client
 from train.llm.concurrency import Backoff
-from train.llm.journal import Decoding, Journal, Request
+from train.llm.journal import Journal
+from train.llm.request import Decoding, Request
 from train.llm.server import Server
 
-SHORT = Backoff(first=0.001, longest=0.01)
+SHORT = Backoff(initial=0.001, longest=0.01)
 LIMIT = Decoding(max_tokens=50, temperature=0.5)
 
 

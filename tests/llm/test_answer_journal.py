@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from train.errors import UserError
-from train.llm.journal import Answer, Decoding, Journal, Request
+from train.llm.journal import Journal
+from train.llm.request import Answer, Decoding, Request
 
 REQUEST = Request(
     "generate",
@@ -154,6 +155,6 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_written(tmp_path: Path) -> 
     with Journal(tmp_path / "answers.sqlite") as journal:
         journal._writer.execute("PRAGMA max_page_count = 40")  # SQLite's own full disk
         written = asyncio.run(fill(journal))
-        assert "can no longer be written down" in told[0]
+        assert "can no longer be stored" in told[0]
         assert written > 0
         assert all(journal.find(replace(REQUEST, sample=number).key("m"), 100) for number in range(written))

@@ -11,10 +11,9 @@ from client_runs import SHORT, about, echo, run
 from scripted_server import Asked, Reply, ScriptedServer, error
 
 from train.errors import UserError
-from train.llm import failure_policy as endings
-from train.llm import startup_check as first_contact
+from train.llm import failure_policy, startup_check
 from train.llm.client import Client
-from train.llm.connection import diagnosis as advice
+from train.llm.connection import endpoint
 from train.llm.failures import RequestFailed
 from train.llm.journal import Journal
 from train.llm.server import Server
@@ -210,9 +209,9 @@ def test_answers_under_way_do_not_hide_a_pause(tmp_path: Path) -> None:
 
 @pytest.fixture
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endings, "SILENCE_OF_A_START", 0.1)
-    monkeypatch.setattr(advice, "SECONDS_OF_A_LOOK", 0.1)
-    monkeypatch.setattr(first_contact, "SECONDS_OF_A_SILENT_ONE", 0.1)
+    monkeypatch.setattr(failure_policy, "SILENCE_AT_START", 0.1)
+    monkeypatch.setattr(endpoint, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(startup_check, "SILENT_ANSWER_SECONDS", 0.1)
 
 
 @pytest.mark.usefixtures("_impatient")
@@ -267,13 +266,17 @@ def test_a_server_that_loads_its_model_for_the_first_answer_is_not_silent(
 
 
 @pytest.mark.usefixtures("_impatient")
-def test_what_a_silent_one_of_several_holds_the_others_get(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_other_servers_get_the_requests_of_a_silent_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failure_policy, "SILENCE_AT_START", 0.5)  # the other one answers before
+
     async def work() -> None:
         async with silent_port() as url, ScriptedServer(echo) as good, client_of([url, good.url], tmp_path) as client:
             assert await ask_all(client, 20) == expected(20)
             assert client.counts.failed == 0
-            lane = client._lanes[0]
-            assert (lane.rests, lane.in_flight) == (True, 0)
+            lane = client._servers[0]
+            assert (lane.suspended, lane.in_flight) == (True, 0)
             assert await ask_all(client, 40) == expected(40)  # no more of them wait for it
             assert lane.in_flight == 0
         [named] = client.counts.bad_servers
@@ -284,16 +287,16 @@ def test_what_a_silent_one_of_several_holds_the_others_get(tmp_path: Path, capsy
 
 
 @pytest.mark.usefixtures("_impatient")
-def test_a_silent_server_that_comes_to_its_senses_gets_requests_again(tmp_path: Path) -> None:
+def test_a_silent_server_that_recovers_gets_requests_again(tmp_path: Path) -> None:
     async def work() -> None:
         async with ScriptedServer(echo, ["m"]) as server, Tunnel() as tunnel, ScriptedServer(echo) as good:
             tunnel.is_silent = True
             async with client_of([tunnel.url, good.url], tmp_path) as client:
                 assert await ask_all(client, 20) == expected(20)
-                lane = client._lanes[0]
-                assert lane.rests
+                lane = client._servers[0]
+                assert lane.suspended
                 tunnel.is_silent, tunnel.backend = False, server
-                while lane.rests:
+                while lane.suspended:
                     await asyncio.sleep(0.01)
                 assert await ask_all(client, 80) == expected(80)
                 assert server.answered
@@ -319,7 +322,7 @@ def test_a_key_that_one_of_several_refuses_closes_that_server_alone(
         clients.append(client)
         url = servers[1].url
         number = 0
-        while not client._lanes[1].closed:
+        while not client._servers[1].closed:
             number += 8
             assert (await ask_all(client, number))[-8:] == expected(number)[-8:]
         asked = len(servers[1].asked)
@@ -328,12 +331,12 @@ def test_a_key_that_one_of_several_refuses_closes_that_server_alone(
         assert client.counts.failed == 0
         told = capsys.readouterr().err
         assert told.count(f"warning: {url} answers {reply.status} Said: ") == 1
-        assert "the run goes on with the other servers" in told
+        assert "the run continues with the other servers" in told
         assert f"{url}: {reply.status} Said" in client.server_messages()[0]
 
     run([echo, refusing], lambda *of: asyncio.wait_for(work(*of), 60), tmp_path, concurrency=4)
     [named] = clients[0].counts.bad_servers
-    assert f"was asked nothing more, as it answered: {reply.status} Said" in named
+    assert f"got no more requests after its answer: {reply.status} Said" in named
 
 
 def test_the_last_of_several_that_refuses_its_key_ends_the_run(tmp_path: Path) -> None:
@@ -344,7 +347,7 @@ def test_the_last_of_several_that_refuses_its_key_ends_the_run(tmp_path: Path) -
         with pytest.raises(UserError) as failure:
             await ask_all(client, 20)
         assert all(server.url in str(failure.value) for server in servers)
-        assert "bad key. It wants a key" in str(failure.value)
+        assert "bad key. It requires a key" in str(failure.value)
 
     run([refusing] * 3, lambda *of: asyncio.wait_for(work(*of), 60), tmp_path)
 

@@ -126,7 +126,7 @@ def test_a_server_that_never_let_anything_through_is_given_up_after_the_longest_
         with pytest.raises(UserError) as failure:
             await client.ask(about("hi"))
         assert re.fullmatch(
-            rf"{servers[0].url} has answered nothing so far; for \d+s it said: {status} Said: out of breath\. "
+            rf"{servers[0].url} has not answered; for \d+s it said: {status} Said: out of breath\. "
             r"Start the same command when it takes requests again, or name another server\.",
             str(failure.value),
         )
@@ -243,7 +243,7 @@ def test_it_backs_off_from_a_server_that_refuses_and_grows_when_it_bears_more(tm
     script = Bounded(4)
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
-        [lane] = client._lanes
+        [lane] = client._servers
         await ask_all(client, 300, "few ")
         # Without backing off, 32 at once against 4 would have been refused thousands of times.
         assert script.refused < 300
@@ -302,7 +302,7 @@ def test_answers_that_cannot_be_written_yet_hold_up_new_requests(tmp_path: Path)
             await asyncio.sleep(0.001)
         await asyncio.sleep(0.1)
         # Eight places and a quarter more: this many a kill could lose now, and no more.
-        assert len(servers[0].asked) - 1 == client._places.max_uncommitted == 10
+        assert len(servers[0].asked) - 1 == client._limiter.max_uncommitted == 10
         other.execute("ROLLBACK")
         other.close()
         await asking
@@ -320,7 +320,7 @@ def test_a_server_that_says_nothing_at_all_is_asked_again_more_patiently(tmp_pat
         assert (await client.ask(about("hi"))).text == "re: hi"
         tries = len(servers[0].asked)
         assert tries >= 3
-        assert client._lanes[0].patience == 0.1 * 2 ** (tries - 1)
+        assert client._servers[0].patience == 0.1 * 2 ** (tries - 1)
 
     run(script, work, tmp_path, patience=0.1)
 
@@ -359,6 +359,6 @@ def test_a_cancelled_request_leaves_nothing_behind(tmp_path: Path) -> None:
         first_one.cancel()
         hold.set()
         assert (await second).text == "re: hi"  # it waited for the first one's answer, and now asks itself
-        assert (client.in_flight, client._asking, client._places.uncommitted) == (0, {}, 0)
+        assert (client.in_flight, client._asking, client._limiter.uncommitted) == (0, {}, 0)
 
     run(script, work, tmp_path)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from train.errors import UserError
-from train.llm.journal import Answer, Decoding, Journal, Request
+from train.llm.journal import Journal
+from train.llm.request import Answer, Decoding, Request
 
 REQUESTS = [Request("generate", [{"role": "user", "content": "Why?"}], Decoding(100), number) for number in range(200)]
 PAGE = 4096
@@ -154,7 +155,7 @@ def test_another_program_that_locks_it(tmp_path: Path, when: str, monkeypatch: p
         with Journal(path) as journal:
             other.execute("BEGIN IMMEDIATE")
             late = replace(REQUESTS[0], stage="late")
-            with pytest.raises(UserError, match=r"answers can no longer be written down .* has locked the file"):
+            with pytest.raises(UserError, match=r"answers can no longer be stored .* has locked the file"):
                 asyncio.run(journal.add(late.key("m"), "m", late, answer(0)))
             assert journal.find(REQUESTS[0].key("m"), 100)
             other.execute("ROLLBACK")

@@ -13,11 +13,11 @@ from client_runs import about, echo, first, run
 from scripted_server import Asked, Reply, Script, ScriptedServer, error
 
 from train.errors import UserError
-from train.llm.client import FAILURES_OF_A_STAGE, Client
+from train.llm.client import FAILURES_OF_STAGE, Client
 from train.llm.failure_policy import DENIALS
 from train.llm.failures import RequestFailed
-from train.llm.journal import Answer
 from train.llm.ordered_map import map_ordered
+from train.llm.request import Answer
 from train.llm.server_errors import ServerError, classify_error, is_about_length, parse_error, parse_error_body
 
 
@@ -26,31 +26,39 @@ def meaning(status: int, body: Any, headers: dict[str, str] | None = None) -> Se
     found = parse_error(body, text) if status == 200 else parse_error_body(body, text)
     assert found is not None
     return classify_error(
-        found.implied_status() if status == 200 else status, found.words, found, headers or {}, longest_wait=86_400
+        found.implied_status() if status == 200 else status, found.message, found, headers or {}, longest_wait=86_400
     )
 
 
 IN_200 = {
-    "OpenRouter": ({"error": {"code": 429, "message": "Rate limit exceeded: free-models-per-day"}}, "too much", 429),
-    "a code as a string": ({"error": {"code": "503", "message": "No instances"}}, "too much", 503),
-    "vLLM": ({"object": "error", "message": "oops", "type": "InternalServerError", "code": 500}, "fault", 500),
-    "OpenAI": ({"error": {"message": "Slow down", "type": "x", "code": "rate_limit_exceeded"}}, "too much", 429),
-    "Anthropic": ({"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}, "too much", 503),
-    "Gemini": ([{"error": {"code": 503, "message": "busy", "status": "UNAVAILABLE"}}], "too much", 503),
+    "OpenRouter": (
+        {"error": {"code": 429, "message": "Rate limit exceeded: free-models-per-day"}},
+        "rate_limited",
+        429,
+    ),
+    "a code as a string": ({"error": {"code": "503", "message": "No instances"}}, "rate_limited", 503),
+    "vLLM": ({"object": "error", "message": "oops", "type": "InternalServerError", "code": 500}, "retryable", 500),
+    "OpenAI": ({"error": {"message": "Slow down", "type": "x", "code": "rate_limit_exceeded"}}, "rate_limited", 429),
+    "Anthropic": (
+        {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}},
+        "rate_limited",
+        503,
+    ),
+    "Gemini": ([{"error": {"code": 503, "message": "busy", "status": "UNAVAILABLE"}}], "rate_limited", 503),
     "a string": ({"error": "model 'm' not found"}, "denied", 404),
     "LM Studio at a wrong path": ({"error": "Unexpected endpoint or method. (POST /chat)"}, "denied", 404),
-    "FastAPI": ({"detail": "Too many requests"}, "too much", 429),
-    "a status alone": ({"status": 503}, "too much", 503),
-    "AWS's gateway": ({"statusCode": 502, "message": "bad gateway"}, "gone", 502),
-    "empty choices": ({"choices": [], "error": {"code": 502, "message": "Provider error"}}, "gone", 502),
-    "null choices": ({"choices": None, "error": {"type": "server_error", "message": "oh"}}, "fault", 500),
-    "MiniMax": ({"base_resp": {"status_code": 1002, "status_msg": "rate limit"}, "choices": None}, "too much", 429),
-    "MiniMax's credit": ({"base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}}, "hopeless", 402),
+    "FastAPI": ({"detail": "Too many requests"}, "rate_limited", 429),
+    "a status alone": ({"status": 503}, "rate_limited", 503),
+    "AWS's gateway": ({"statusCode": 502, "message": "bad gateway"}, "unreachable", 502),
+    "empty choices": ({"choices": [], "error": {"code": 502, "message": "Provider error"}}, "unreachable", 502),
+    "null choices": ({"choices": None, "error": {"type": "server_error", "message": "oh"}}, "retryable", 500),
+    "MiniMax": ({"base_resp": {"status_code": 1002, "status_msg": "rate limit"}, "choices": None}, "rate_limited", 429),
+    "MiniMax's credit": ({"base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}}, "fatal", 402),
     "a wrong key": ({"error": {"message": "no", "code": "invalid_api_key"}}, "denied", 401),
-    "no credit": ({"error": {"message": "Insufficient credits", "code": 402}}, "hopeless", 402),
-    "too long": ({"error": {"message": "too long", "code": "context_length_exceeded"}}, "row", 400),
-    "flagged": ({"error": {"message": "Your input was flagged", "code": 403}}, "row", 403),
-    "no words of any kind": ({"error": {"message": "upstream"}}, "fault", 200),
+    "no credit": ({"error": {"message": "Insufficient credits", "code": 402}}, "fatal", 402),
+    "too long": ({"error": {"message": "too long", "code": "context_length_exceeded"}}, "request", 400),
+    "flagged": ({"error": {"message": "Your input was flagged", "code": 403}}, "request", 403),
+    "no words of any kind": ({"error": {"message": "upstream"}}, "retryable", 200),
 }
 
 
@@ -96,7 +104,7 @@ EXHAUSTED = {
 @pytest.mark.parametrize(("status", "body"), EXHAUSTED.values(), ids=EXHAUSTED)
 def test_credit_or_quota_that_is_used_up_ends_the_run(status: int, body: Any) -> None:
     found = meaning(status, body)
-    assert (found.kind, found.status) == ("hopeless", 402)
+    assert (found.kind, found.status) == ("fatal", 402)
 
 
 PASSING = {
@@ -110,7 +118,7 @@ PASSING = {
 
 @pytest.mark.parametrize("words", PASSING.values(), ids=PASSING)
 def test_a_limit_that_passes_by_itself_is_waited_for(words: str) -> None:
-    assert meaning(429, {"error": {"message": words, "code": 429}}).kind == "too much"
+    assert meaning(429, {"error": {"message": words, "code": 429}}).kind == "rate_limited"
 
 
 def test_a_quota_that_says_when_to_come_back_is_waited_for() -> None:
@@ -140,7 +148,7 @@ TOO_LONG = {
 @pytest.mark.parametrize(("status", "words"), TOO_LONG.values(), ids=TOO_LONG)
 def test_a_request_that_is_too_long_is_its_rows_failure(status: int, words: str) -> None:
     found = meaning(status, {"error": {"message": words}})
-    assert (found.kind, found.about_content) == ("row", True)
+    assert (found.kind, found.about_content) == ("request", True)
 
 
 @pytest.mark.parametrize(
@@ -159,9 +167,9 @@ def test_a_limit_in_bytes_is_not_the_context(words: Any, is_bytes: bool) -> None
     body = words if isinstance(words, dict) else None
     error = parse_error_body(body, json.dumps(body) if body else words)
     found = classify_error(413, "413 Request Entity Too Large", error, {}, longest_wait=1)
-    assert (found.kind, found.about_content) == ("row", True)
+    assert (found.kind, found.about_content) == ("request", True)
     assert bool(found.advice and "limit in bytes" in found.advice) == is_bytes
-    assert not is_about_length(found.what)  # or the last line of a run would speak of the model's context
+    assert not is_about_length(found.message)  # or the last line of a run would speak of the model's context
 
 
 @pytest.mark.parametrize(
@@ -176,7 +184,7 @@ def test_a_limit_in_bytes_is_not_the_context(words: Any, is_bytes: bool) -> None
 )
 def test_other_faults_of_a_request_are_not_about_its_length(words: str) -> None:
     found = meaning(400, {"error": {"message": words}})
-    assert (found.kind, found.about_content) == ("row", False)
+    assert (found.kind, found.about_content) == ("request", False)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +197,7 @@ def test_other_faults_of_a_request_are_not_about_its_length(words: str) -> None:
 )
 def test_a_request_that_a_filter_refuses_is_its_rows_failure(status: int, error: dict[str, str]) -> None:
     found = meaning(status, {"error": error})
-    assert (found.kind, found.about_content) == ("row", True)
+    assert (found.kind, found.about_content) == ("request", True)
 
 
 @pytest.mark.parametrize(
@@ -197,10 +205,10 @@ def test_a_request_that_a_filter_refuses_is_its_rows_failure(status: int, error:
     [
         (400, [{"error": {"code": 400, "message": "API key not valid. Please pass a valid API key."}}], "denied", 401),
         (400, [{"error": {"code": 400, "message": "API key expired. Please renew the API key."}}], "denied", 401),
-        (500, {"error": {"code": "429", "message": "litellm.RateLimitError"}}, "too much", 429),
-        (403, {"error": {"message": 'requires moderation. Your input was flagged for "violence"'}}, "row", 403),
+        (500, {"error": {"code": "429", "message": "litellm.RateLimitError"}}, "rate_limited", 429),
+        (403, {"error": {"message": 'requires moderation. Your input was flagged for "violence"'}}, "request", 403),
         (403, {"error": {"message": "forbidden"}}, "denied", 403),
-        (502, "<html><head><title>502 Bad Gateway</title></head></html>", "gone", 502),
+        (502, "<html><head><title>502 Bad Gateway</title></head></html>", "unreachable", 502),
     ],
 )
 def test_a_status_is_corrected_by_what_the_body_says(status: int, body: Any, kind: str, meant: int) -> None:
@@ -288,7 +296,7 @@ def test_denials_without_an_answer_in_between_end_the_run_and_lose_no_row(tmp_pa
         assert {type(one) for one in found[20:]} == {UserError}
         assert len(servers[0].asked) >= 20 + DENIALS
         for one in found[20:]:
-            assert re.search(r"It answered other.*start the same command again, and it goes on from there", str(one))
+            assert re.search(r"It answered other.*start the same command again, and it continues from there", str(one))
 
     async def healthy(client: Client, servers: list[ScriptedServer]) -> list[str | None]:
         found = answers(await ask_each(client, prompts))
@@ -332,17 +340,17 @@ def test_rows_that_fail_at_once_do_not_end_a_stage_whose_answers_take_longer(tmp
         if asked.prompt.startswith("bad"):
             failed.append(asked.prompt)
             return error(400, "I don't like it")
-        while len(failed) < 3 * FAILURES_OF_A_STAGE:  # the answers come after all of these
+        while len(failed) < 3 * FAILURES_OF_STAGE:  # the answers come after all of these
             await asyncio.sleep(0.001)
         return await echo(asked)
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         prompts = [f"good {number}" for number in range(4)]
-        prompts += [f"bad {number}" for number in range(3 * FAILURES_OF_A_STAGE)]
+        prompts += [f"bad {number}" for number in range(3 * FAILURES_OF_STAGE)]
         assert answers(await ask_each(client, prompts)) == [
             f"re: {prompt}" if "good" in prompt else None for prompt in prompts
         ]
-        assert client.counts.failed == 3 * FAILURES_OF_A_STAGE
+        assert client.counts.failed == 3 * FAILURES_OF_STAGE
 
     run(script, work, tmp_path, concurrency=8)
 
@@ -375,7 +383,7 @@ def test_any_number_of_requests_that_are_too_long_come_before_the_first_answer(t
         return await echo(asked)
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
-        found = await ask_each(client, [f"long {number}" for number in range(5 * FAILURES_OF_A_STAGE)])
+        found = await ask_each(client, [f"long {number}" for number in range(5 * FAILURES_OF_STAGE)])
         assert {type(one) for one in found} == {RequestFailed}
         assert client.server_messages() == ["stage stage: no answer so far, 100 refused as too long or by a filter"]
         assert (await client.ask(about("short"))).text == "re: short"
@@ -412,7 +420,7 @@ VALIDATION = {
 
 @pytest.mark.parametrize(("body", "told"), VALIDATION.values(), ids=VALIDATION)
 def test_errors_of_validation_are_told_by_field_and_without_the_prompt(body: Any, told: str) -> None:
-    words = parse_error_body(body, json.dumps(body)).words
+    words = parse_error_body(body, json.dumps(body)).message
     assert words.startswith(told)
     assert "long prompt" not in words
     assert "'type'" not in words

@@ -36,7 +36,7 @@ def test_neither_kinds_nor_lines_grow_without_end() -> None:
     counts = found.counts()
     assert len(counts) == KINDS + 1
     assert sum(counts.values()) == 3_000
-    assert counts["other words"] == 3_000 - KINDS
+    assert counts["other messages"] == 3_000 - KINDS
     assert max(map(len, found.lines())) < 250
     assert len(found.lines()) == 4
 

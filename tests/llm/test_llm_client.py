@@ -10,9 +10,10 @@ from client_runs import LIMIT, about, echo, first, run
 from scripted_server import Asked, Reply, ScriptedServer, error, said
 
 from train.errors import UserError
-from train.llm.client import FAILURES_OF_A_STAGE, Client
+from train.llm.client import FAILURES_OF_STAGE, Client
 from train.llm.failures import RequestFailed
-from train.llm.journal import Answer, Decoding, Journal, Request
+from train.llm.journal import Journal
+from train.llm.request import Answer, Decoding, Request
 from train.llm.server import Server
 
 
@@ -178,13 +179,13 @@ def test_half_a_surrogate_pair_fails_its_row_and_is_mended_in_answers(tmp_path: 
 
 
 async def many_fail(client: Client, servers: list[ScriptedServer]) -> str:
-    for number in range(FAILURES_OF_A_STAGE + 10):
+    for number in range(FAILURES_OF_STAGE + 10):
         try:
             await client.ask(about(f"bad {number}"))
         except RequestFailed:
             continue
         except UserError as failure:
-            assert number == FAILURES_OF_A_STAGE - 1
+            assert number == FAILURES_OF_STAGE - 1
             return str(failure)
     return "went on"
 
@@ -205,9 +206,9 @@ def test_a_stage_that_nobody_ever_answered_ends_the_run(tmp_path: Path) -> None:
 
 
 HOPELESS = {
-    "no key": (error(401, "missing key"), "wants a key"),
-    "not allowed": (error(403, "forbidden"), "wants a key"),
-    "no model": (error(404, "no such model"), "those it names are: alpha, beta"),
+    "no key": (error(401, "missing key"), "requires a key"),
+    "not allowed": (error(403, "forbidden"), "requires a key"),
+    "no model": (error(404, "no such model"), "it lists: alpha, beta"),
     "no credit": (error(429, "buy more", code="insufficient_quota"), "in the journal"),
     "unpaid": (error(402, "pay"), "in the journal"),
 }
@@ -251,7 +252,7 @@ def test_a_server_that_never_answers_anything_ends_the_run(tmp_path: Path, reply
         return await echo(asked) if asked.prompt == "good" else reply
 
     async def only_bad(client: Client, servers: list[ScriptedServer]) -> None:
-        with pytest.raises(UserError, match=r"has answered nothing so far; 8 times in a row it said: .*(such|Welcome)"):
+        with pytest.raises(UserError, match=r"has not answered; 8 times in a row it said: .*(such|Welcome)"):
             await asyncio.gather(*(client.ask(about(f"{number}")) for number in range(20)))
 
     async def a_good_one_first(client: Client, servers: list[ScriptedServer]) -> None:
@@ -280,7 +281,7 @@ def test_forbidden_after_an_answer_is_the_rows_failure(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://x/v1", "http://", "http://x:port/v1", ""])
 def test_what_is_no_address_is_said_at_once(tmp_path: Path, url: str) -> None:
-    with Journal(tmp_path / "answers.sqlite") as journal, pytest.raises(UserError, match="is no address"):
+    with Journal(tmp_path / "answers.sqlite") as journal, pytest.raises(UserError, match="is not a URL"):
         Client([Server(url)], "m", journal)
 
 

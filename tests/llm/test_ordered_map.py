@@ -150,15 +150,15 @@ def test_the_line_tells_rows_speed_failures_and_time_left(monkeypatch: pytest.Mo
     pace = RequestProgress("sysgen", 1_000, client)
     pace.advance(400)  # from the journal, in no time
     now += 1
-    pace.look()
+    pace.sample()
     for _ in range(100):  # then one row a second, of 250 tokens
         now += 1
         pace.advance()
         client.counts.completion_tokens += 250
-        pace.look()
+        pace.sample()
     client.counts.failed, client.counts.retries = 2, 17
     assert pace.line() == (
-        "500 of 1,000 rows (50%), 250 tokens/s, 2 failed, 17 tries repeated, 64 in flight, 8m20s left; "
+        "500 of 1,000 rows (50%), 250 tokens/s, 2 failed, 17 retries, 64 in flight, 8m20s left; "
         "http://a/v1: 429 Busy, for 3s"
     )
 

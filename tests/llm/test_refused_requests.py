@@ -17,7 +17,6 @@ from scripted_server import Asked, Reply, ScriptedServer, error, said
 from train.errors import UserError
 from train.llm.client import Client
 from train.llm.failures import RequestFailed
-from train.llm.journal import NO_LIMIT, Decoding, Request
 from train.llm.refusals import (
     extract_error_text,
     format_config_key,
@@ -25,6 +24,7 @@ from train.llm.refusals import (
     refuses_system_role,
     suggest_setting,
 )
+from train.llm.request import NO_LIMIT, Decoding, Request
 from train.llm.request_body import request_body
 from train.llm.system_role import merge_into_user
 
@@ -158,7 +158,7 @@ def test_null_in_extra_takes_any_field_out_and_a_value_fills_one_that_is_null() 
         (forbidden("seed"), "Leave it out: `answer.seed: null`."),
         (
             wrapped('{"type":"error","error":{"message":"temperature and top_p cannot both be specified"}}'),
-            "Leave one of them out: `answer.temperature: null` or `answer.top_p: null`.",
+            "Leave out one of them: `answer.temperature: null` or `answer.top_p: null`.",
         ),
         (error(400, "`temperature` is deprecated for this model"), "Leave it out: `answer.temperature: null`."),
         (
@@ -257,7 +257,7 @@ def test_a_system_message_goes_into_the_first_user_turn() -> None:
             {"decoding": replace(LIMIT, top_p=0.9)},
             "Leave it out: `stage.top_p: null`.",
         ),
-        (500, NO_SYSTEM_ROLE[0], {"messages": SYSTEM}, "say `system_role: merge_into_user`."),
+        (500, NO_SYSTEM_ROLE[0], {"messages": SYSTEM}, "set `system_role: merge_into_user`."),
     ],
 )
 def test_a_stage_whose_requests_are_all_refused_ends_with_the_setting(
@@ -296,7 +296,7 @@ def test_a_thinking_model_is_streamed_and_its_setting_named_where_that_does_not_
     async def fails(client: Client, servers: list[ScriptedServer]) -> None:
         with pytest.raises(RequestFailed) as failure:
             await client.ask(about("b"))
-        assert failure.value.advice == "Turn its thinking off: `stage.extra: {enable_thinking: false}`."
+        assert failure.value.advice == "Turn off its thinking: `stage.extra: {enable_thinking: false}`."
         assert len(servers[0].asked) == 2
 
     run(script(True), works, tmp_path)

@@ -4,37 +4,37 @@ from typing import Any
 
 import pytest
 
-from train.llm.finish_reasons import REASONS, Ending, classify_finish_reason
-from train.llm.journal import Answer
+from train.llm.finish_reasons import REASONS, FinishClass, classify_finish_reason
 from train.llm.replies import UnusableReplyError, describe_empty, parse_completion
+from train.llm.request import Answer
 
-ENDINGS: list[tuple[Ending, str]] = [
+ENDINGS: list[tuple[FinishClass, str]] = [
     ("complete", "stop STOP eos eos_token EOS end_turn stop_sequence COMPLETE Stop FinishReason.STOP endTurn"),
     ("cut", "length LENGTH max_tokens MAX_TOKENS maxTokens model_length model_context_window_exceeded token_limit"),
     ("cut", "max_output_tokens FINISH_REASON_MAX_TOKENS FinishReason.MAX_TOKENS ERROR_LIMIT"),
     ("refused", "content_filter content-filter content_filtered SAFETY RECITATION PROHIBITED_CONTENT BLOCKLIST SPII"),
     ("refused", "refusal guardrail_intervened content_filter:PROHIBITED_CONTENT sensitive ERROR_TOXIC Content_Filter"),
     ("tool", "tool_calls function_call tool_use MALFORMED_FUNCTION_CALL toolUse"),
-    ("fault", "abort error ERROR cancelled canceled load timeout insufficient_system_resource network_error"),
+    ("error", "abort error ERROR cancelled canceled load timeout insufficient_system_resource network_error"),
     ("cut", "stop:max_tokens Stop:length"),
     ("unknown", "stop:foo foo.bar"),
-    ("fault", "abort:engine-died not_finished unload MALFORMED_RESPONSE"),
+    ("error", "abort:engine-died not_finished unload MALFORMED_RESPONSE"),
     ("unknown", "foo OTHER FINISH_REASON_UNSPECIFIED pause_turn stopped_by_foo 7 unlength"),
 ]
 
 
-@pytest.mark.parametrize(("ending", "names"), ENDINGS)
-def test_the_class_of_a_finish_reason(ending: Ending, names: str) -> None:
-    assert {name: classify_finish_reason(name) for name in names.split()} == dict.fromkeys(names.split(), ending)
+@pytest.mark.parametrize(("finish_class", "names"), ENDINGS)
+def test_the_class_of_a_finish_reason(finish_class: FinishClass, names: str) -> None:
+    assert {name: classify_finish_reason(name) for name in names.split()} == dict.fromkeys(names.split(), finish_class)
 
 
 def test_case_and_punctuation_make_no_difference_and_no_reason_is_in_two_classes() -> None:
-    for ending, names in REASONS.items():
+    for finish_class, names in REASONS.items():
         for name in names.split():
             words = name.split("_")
             camel = words[0] + "".join(map(str.capitalize, words[1:]))
             for form in (name, name.upper(), "-".join(words), camel, f" {name}. "):
-                assert classify_finish_reason(form) == ending, form
+                assert classify_finish_reason(form) == finish_class, form
     every = [name for names in REASONS.values() for name in names.split()]
     assert len(set(every)) == len(every)
 
@@ -83,7 +83,7 @@ def test_a_refusal_in_a_part_is_a_refusal() -> None:
 
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
 def test_a_part_that_is_no_text_is_named(kind: str) -> None:
-    with pytest.raises(UnusableReplyError, match=f"a part of type '{kind}' that can't be read as text"):
+    with pytest.raises(UnusableReplyError, match=f"an unreadable part of type '{kind}'"):
         reply({"content": [THINKING, {"type": kind, kind: {}}]})
 
 

@@ -17,7 +17,8 @@ from train.cli import time_span
 from train.errors import UserError
 from train.llm.client import Client
 from train.llm.failures import RequestFailed
-from train.llm.journal import Decoding, Journal
+from train.llm.journal import Journal
+from train.llm.request import Decoding
 from train.llm.server import Server
 from train.llm.startup_check import check_servers
 
@@ -62,9 +63,9 @@ def free_port() -> int:
 @pytest.mark.parametrize(
     ("name", "trusted", "told"),
     [
-        ("good", False, "self-signed certificate. Set SSL_CERT_FILE to a PEM file that holds it"),
+        ("good", False, "self-signed certificate. Set SSL_CERT_FILE to a PEM file with this certificate"),
         ("expired", True, "certificate has expired. Renew the certificate on the server"),
-        ("another host", True, "IP address mismatch.*Write the host name that stands in the certificate as base_url"),
+        ("another host", True, "IP address mismatch.*Use the host name in the certificate as base_url"),
         ("good", True, ""),
     ],
 )
@@ -85,7 +86,7 @@ def test_a_certificate_that_can_not_be_trusted_ends_the_run(
     asyncio.run(work())
 
 
-@pytest.mark.parametrize(("content", "told"), [(None, "No such file"), (b"no PEM", "no PEM certificate is in it")])
+@pytest.mark.parametrize(("content", "told"), [(None, "No such file"), (b"no PEM", "it holds no PEM certificate")])
 def test_a_file_of_certificates_that_can_not_be_read_is_one_error(
     content: bytes | None, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -406,7 +407,7 @@ def test_one_of_several_that_can_not_be_reached_is_a_warning(
         line for line in shown.err.splitlines() if line.startswith(f"warning: {away.base_url} can't be reached")
     ]
     assert len(warnings) == 2  # one of each
-    assert "The run goes on with the other servers." in warnings[0]
+    assert "The run continues with the other servers." in warnings[0]
 
 
 def test_one_of_several_with_a_fault_that_waiting_does_not_cure_ends_the_run(tmp_path: Path) -> None:
@@ -450,7 +451,7 @@ async def proxy_that_says(status: str, monkeypatch: pytest.MonkeyPatch) -> Async
 @pytest.mark.parametrize(
     ("status", "told"),
     [
-        ("407 Proxy Authentication Required", "wants a user name and a password"),
+        ("407 Proxy Authentication Required", "requires a user name and a password"),
         ("403 Forbidden", "403 Forbidden"),
         ("502 Bad Gateway", "502 Bad Gateway"),
     ],
@@ -473,7 +474,7 @@ def test_the_page_of_a_proxy_that_refuses_is_no_reason_to_look_for_a_key(
 ) -> None:
     replies = {
         b"<html><title>ERROR: The requested URL could not be retrieved</title></html>": "The proxy may be what refuses",
-        b'{"error": {"message": "no"}}': "It wants a key",
+        b'{"error": {"message": "no"}}': "It requires a key",
     }
 
     async def work() -> None:
@@ -538,8 +539,8 @@ REFUSED = {
     "the key": (Reply(200, {"data": [{"id": "m"}]}), error(401, "bad key"), "MY_KEY", "is not accepted for m"),
     "no key": (error(401, "no key"), error(401, "no key"), None, "key_variable"),
     "a model that it lists": (Reply(200, {"data": [{"id": "m"}]}), error(404, "no m"), "MY_KEY", "It lists 'm' among"),
-    "the model": (Reply(200, {"data": [{"id": "n"}]}), error(404, "no m"), None, "those it names are: n"),
-    "the model by 400": (Reply(200, {"data": [{"id": "n"}]}), error(400, "odd"), None, "those it names are: n"),
+    "the model": (Reply(200, {"data": [{"id": "n"}]}), error(404, "no m"), None, "it lists: n"),
+    "the model by 400": (Reply(200, {"data": [{"id": "n"}]}), error(400, "odd"), None, "it lists: n"),
     "the model by 500": (error(500, "oh"), error(500, "oh"), None, "is 'm' a model that it serves?"),
     "the model by its words": (error(404, "x"), error(404, "The model `m` is not there"), None, "Is 'm' the name"),
     "a web page": (Reply(200, b"<html>"), Reply(200, b"<html>"), None, "Is base_url right"),

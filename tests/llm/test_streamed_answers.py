@@ -10,7 +10,7 @@ from scripted_server import Asked, Reply, ScriptedServer, error
 
 from train.llm.client import Client
 from train.llm.failures import RequestFailed
-from train.llm.journal import Answer
+from train.llm.request import Answer
 from train.llm.server import Server
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
@@ -137,7 +137,7 @@ def test_a_server_that_refuses_a_stream_too_is_said_to(tmp_path: Path) -> None:
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         with pytest.raises(RequestFailed) as failure:
             await client.ask(about("a"))
-        assert "this model can't be asked here" in failure.value.advice
+        assert "this server can't serve the model" in failure.value.advice
         assert [one.body.get("stream") for one in servers[0].asked] == [None, True]
 
     run(script, work, tmp_path)

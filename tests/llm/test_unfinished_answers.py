@@ -11,7 +11,8 @@ from scripted_server import Asked, Reply, ScriptedServer, said
 
 from train.llm.client import Client
 from train.llm.failures import EmptyAnswerError, RequestFailed
-from train.llm.journal import Answer, Journal
+from train.llm.journal import Journal
+from train.llm.request import Answer
 
 FRAGMENT = "Water boils because its"
 

@@ -125,7 +125,7 @@ def answer(folder: Path, rows: list[dict[str, Any]], options: argparse.Namespace
     """What the model in `folder`, whole or an adapter, answers to each row's system and user message."""
     from train.evaluation.models.responses import Checkpoint, respond
     from train.llm.failures import RequestFailed
-    from train.llm.journal import Decoding
+    from train.llm.request import Decoding
 
     with naming({"--model": "--before or --after"}):
         found = respond(

@@ -77,9 +77,9 @@ def test_a_beginning_of_a_key_gives_it_away_in_an_answer() -> None:
 @pytest.mark.parametrize(
     ("key", "told"),
     [
-        ('"sk-in-quotes-0123456789"', "stands in quotes"),
-        ("'sk-in-quotes-0123456789'", "stands in quotes"),
-        ("sk-in-quotes-0123456789`", "stands in quotes"),
+        ('"sk-in-quotes-0123456789"', "is in quotes"),
+        ("'sk-in-quotes-0123456789'", "is in quotes"),
+        ("sk-in-quotes-0123456789`", "is in quotes"),
         ("Bearer sk-prefixed-0123456789", "begins with 'Bearer'"),
         ("bearer  sk-prefixed-0123456789", "begins with 'bearer'"),
         ("Authorization: Bearer sk-prefixed-0123456789", "begins with 'Authorization:'"),

@@ -2,8 +2,8 @@
 
 import pytest
 
-from train.llm.journal import Answer
 from train.llm.reasoning.answer import format_advice, list_events, read_answer, without_reasoning
+from train.llm.request import Answer
 
 
 @pytest.mark.parametrize(

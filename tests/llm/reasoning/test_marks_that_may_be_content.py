@@ -2,8 +2,8 @@
 
 import pytest
 
-from train.llm.journal import Answer
 from train.llm.reasoning.answer import list_events, read_answer, without_reasoning
+from train.llm.request import Answer
 
 THOUGHT = [
     "Okay, the user asks about the capital. I'd wrap it in ```json if asked.\n",

@@ -2,8 +2,8 @@
 
 import pytest
 
-from train.llm.journal import Answer
 from train.llm.reasoning.answer import read_answer
+from train.llm.request import Answer
 
 CALLS = [
     '<tool_call>\n{"name": "search", "arguments": {"query": "Bern"}}\n</tool_call>',

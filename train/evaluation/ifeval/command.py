@@ -33,8 +33,8 @@ from train.evaluation.ifeval.rows import (
 )
 from train.evaluation.models.options import add_respondent, refuse_in_extra, respondent_of
 from train.evaluation.results_dir import exclusive
-from train.llm.journal import Answer, Decoding
 from train.llm.refusals import option_formatter
+from train.llm.request import Answer, Decoding
 from train.llm.system_role import merge_into_user
 from train.reporting.markdown import put_section
 from train.storage.atomic_write import replacing, write_text
@@ -239,7 +239,7 @@ def _answered(answer: Any, row: Row, checkers: Checkers) -> Answered:
     how = answer.unfinished or "ended"
     if answer.cut:
         how = "without an end to its reasoning" if answer.only_reasoning else "cut"
-    elif answer.ending == "unstated" and not answer.refused and not answer.text.strip():
+    elif answer.finish_class == "unstated" and not answer.refused and not answer.text.strip():
         how = "empty"
     return Answered(answer.text, how, checkers.verdict(row, answer.text))
 

@@ -13,7 +13,7 @@ from certificates import encryption_with, write_certificate
 from client_runs import SHORT, about, echo
 from scripted_server import Asked, Reply, Script, ScriptedServer, error, said
 
-from train.cli import time_span
+from train.cli import duration_seconds
 from train.errors import UserError
 from train.llm.client import Client
 from train.llm.failures import RequestFailed
@@ -567,13 +567,13 @@ def test_a_server_that_would_not_do_is_one_error(listed: Reply, answered: Reply,
     [("90", 90), ("0", 0), ("1.5", 1.5), ("90s", 90), ("10m", 600), ("2h", 7200), ("1h30m", 5400), ("1d", 86_400)],
 )
 def test_a_duration_is_seconds_or_units(text: str, seconds: float) -> None:
-    assert time_span(text) == seconds
+    assert duration_seconds(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "m", "-5", "10 m", "1m1h", "inf", "nan", "٣"])
 def test_what_is_no_duration_is_refused(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="is no duration"):
-        time_span(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a duration"):
+        duration_seconds(text)
 
 
 # Sampling parameters of the stages

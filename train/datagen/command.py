@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.cli import CommandLine, ending
+from train.cli import CommandLine, run_command
 from train.datagen.drop_reasons import about_losses, unaccepted
 from train.errors import UserError
 from train.formatting import duration
@@ -90,7 +90,7 @@ def main(
         if losses := unaccepted(reasons, config.accept_losses):
             raise UserError(about_losses(losses, config.accept_losses, left_out))
 
-    return ending(act, "stopped; what was answered is in the journal, and the same command goes on from here")
+    return run_command(act, "stopped; what was answered is in the journal, and the same command goes on from here")
 
 
 _ADVICE = {

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from train.formatting import counted
+from train.formatting import format_count
 from train.llm.reasoning.block_ends import find_closer, find_lone_closer, strip_blocks
 from train.llm.reasoning.code_spans import blank_code
 from train.llm.reasoning.control_tokens import (
@@ -123,7 +123,7 @@ def format_advice(events: Mapping[str, int]) -> list[str]:
         stages = {event.removesuffix(f": {kind}"): count for event, count in events.items() if event.endswith(kind)}
         if total := sum(stages.values()):
             counts = ", ".join(f"{stage} {count:,}" for stage, count in stages.items() if count)
-            lines.append(f"{kind}: {counted(total, 'answer')} ({counts}); {advice}")
+            lines.append(f"{kind}: {format_count(total, 'answer')} ({counts}); {advice}")
     return lines
 
 

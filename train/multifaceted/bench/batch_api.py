@@ -19,8 +19,8 @@ from train.llm.replies import UnusableReplyError, describe_empty, parse_completi
 from train.llm.request import Answer, Request
 from train.llm.request_body import request_body
 from train.llm.server_errors import ErrorBody, classify_error, parse_error
-from train.multifaceted.bench.judging import NotYetError
-from train.storage.atomic_write import replacing
+from train.multifaceted.bench.judging import PendingError
+from train.storage.atomic_write import atomic_write
 
 URL = "/v1/chat/completions"
 MOST_REQUESTS = 50_000
@@ -102,7 +102,7 @@ def _take(found: BatchAnswers, key: bytes, response: Any, error: Any) -> None:
         found.failed[what or f"status {status}"] += 1
 
 
-class JournalAsker:
+class BatchJudgeClient:
     """Asks the journal, into which it puts what a batch's files hold. `wanted`: what neither had, by key.
 
     `found`: the keys of the files' answers that were asked for. `advice`: the setting that the first refused request
@@ -132,7 +132,7 @@ class JournalAsker:
             if found := self.journal.find(key, request.decoding.max_tokens):
                 return found
         self.wanted.setdefault(key, request)
-        raise NotYetError
+        raise PendingError
 
     def _advice_on(self, error: Any, request: Request) -> str:
         body = request_body(self.model, request)
@@ -158,7 +158,7 @@ def write_batch(
         if name.exists():
             raise UserError(f"--batch-out {name}: is there already. Name a new file, so that none is sent twice.")
     try:
-        with replacing(*names) as asides:
+        with atomic_write(*names) as asides:
             for aside, lines in zip(asides, parts, strict=True):
                 aside.write_bytes(b"".join(lines))
     except OSError as fault:

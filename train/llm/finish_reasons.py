@@ -57,6 +57,17 @@ REASONS: dict[FinishClass, str] = {
 }  # fmt: skip
 
 
+_DESCRIPTIONS: dict[FinishClass, str] = {
+    "complete": "",
+    "cut": "cut at the token limit",
+    "refused": "refused",
+    "tool": "calls a tool",
+    "error": "broken off by the server ({})",
+    "unknown": "ended for an unknown reason ({})",
+    "unstated": "without a finish_reason",
+}
+
+
 def _plain(reason: str) -> str:
     return "".join(filter(str.isalnum, reason.casefold()))
 
@@ -84,14 +95,3 @@ def classify_finish_reason(finish_reason: str) -> FinishClass:
 def describe_unfinished(finish_reason: str) -> str:
     """Return the reports' text for an answer that is not complete; empty for one that is."""
     return _DESCRIPTIONS[classify_finish_reason(finish_reason)].format(finish_reason[:60])
-
-
-_DESCRIPTIONS: dict[FinishClass, str] = {
-    "complete": "",
-    "cut": "cut at the token limit",
-    "refused": "refused",
-    "tool": "calls a tool",
-    "error": "broken off by the server ({})",
-    "unknown": "ended for an unknown reason ({})",
-    "unstated": "without a finish_reason",
-}

@@ -83,6 +83,7 @@ def _distinct_requests(stages: Mapping[str, Decoding]) -> list[Request]:
 
 async def _contact(server: ServerConnection, model: str, requests: Sequence[Request], wait: float) -> str | ServerError:
     """Return the server's state as text, or its error if it can't be reached. Raises UserError."""
+    address = server.endpoint.address
     started = printed_at = time.monotonic()
     failures = 0
     while True:
@@ -96,11 +97,11 @@ async def _contact(server: ServerConnection, model: str, requests: Sequence[Requ
                 break
         if result is None and is_silent and await server.endpoint.probe() is None:
             result = SILENT
+        if isinstance(result, ServerError) and result.kind in ("retryable", "dropped") and not result.status:
+            result = tls_expected(address) if await speaks_tls(address) else result
         kinds = ("unreachable", "dropped") if is_silent else ("unreachable",)
         if not (isinstance(result, ServerError) and result.kind in kinds):
             return await _judge(server, model, names, result)
-        if result.kind == "dropped" and await speaks_tls(server.endpoint.address):
-            return await _judge(server, model, names, tls_expected(server.endpoint.address))
         remaining = started + wait - time.monotonic()
         if remaining <= 0:
             return result
@@ -149,9 +150,6 @@ async def _judge(
         return f"is reached, and has not answered within {duration(ANSWER_SECONDS)}: it may be loading or busy"
     if isinstance(result, Answer):
         return f"answers as {model}"
-    address = server.endpoint.address
-    if result.kind in ("retryable", "dropped") and not result.status and await speaks_tls(address):
-        result = tls_expected(address)
     if result.kind in ("fatal", "denied") or (result.kind == "request" and result.advice):
         raise UserError(await explain(server, model, result))
     if result.kind == "rate_limited":

@@ -192,10 +192,8 @@ def _split(text: str, asked: Sequence[Mapping[str, Any]]) -> ParsedReply:
             if end is None and not (form.needs_closer or is_ambiguous):
                 return ParsedReply("", "\n".join([*thoughts, rest[start:].strip()]), unfinished=True)
             if end and opener["fence"]:
-                fence = _CLOSING_FENCE.match(rest, end[1])
-                end = (
-                    (end[0], fence.end()) if fence and rest[fence.end() :].strip() else None
-                )  # else it is shown as code
+                fence = _CLOSING_FENCE.match(rest, end[1])  # without one, or with no text after it, it is shown as code
+                end = (end[0], fence.end()) if fence and rest[fence.end() :].strip() else None
             name = document_name(opener, form)
             if end and name and _is_document(name, rest[end[1] :], asked):
                 end = None

@@ -1,4 +1,4 @@
-"""Addresses: the URL that is asked, the part that is shown, and the proxy on the way."""
+"""Addresses: the request URL, the form for messages, and the proxy on the way."""
 
 from urllib.parse import urlsplit
 
@@ -92,11 +92,11 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("base_url", "told"), REFUSED.items())
-def test_what_is_no_address_says_what_to_write(base_url: str, told: str) -> None:
+@pytest.mark.parametrize(("base_url", "message"), REFUSED.items())
+def test_an_invalid_base_url_is_an_error_with_advice(base_url: str, message: str) -> None:
     with pytest.raises(UserError, match=r"^base_url '") as failure:
         parse_address(base_url)
-    assert told in str(failure.value)
+    assert message in str(failure.value)
     assert "\n" not in str(failure.value)
 
 
@@ -127,7 +127,7 @@ def test_no_password_is_in_an_error_about_an_address(base_url: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.0.1.1", "[::1]", "0.0.0.0", "[::]", "api.localhost"])
-def test_this_machine_is_asked_without_a_proxy(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_this_machine_needs_no_proxy(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://proxy.invalid:3128")
     monkeypatch.setenv("ALL_PROXY", "http://proxy.invalid:3128")
     assert parse_address(f"http://{host}:8000/v1").proxy is None
@@ -170,7 +170,7 @@ def test_a_proxy_is_named_with_its_variable_and_without_its_password(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "told"),
+    ("variable", "value", "message"),
     [
         ("all_proxy", "socks://me:hush@127.0.0.1:7891/", "all_proxy: the proxy socks://***@127.0.0.1:7891/ of"),
         ("ALL_PROXY", "socks4://127.0.0.1:1080", "ALL_PROXY: the proxy socks4://127.0.0.1:1080 of"),
@@ -180,12 +180,12 @@ def test_a_proxy_is_named_with_its_variable_and_without_its_password(monkeypatch
     ],
 )
 def test_a_proxy_that_can_not_be_used_is_one_error(
-    variable: str, value: str, told: str, monkeypatch: pytest.MonkeyPatch
+    variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
     with pytest.raises(UserError) as failure:
         parse_address("http://h/v1")
-    assert str(failure.value).startswith(told)
+    assert str(failure.value).startswith(message)
     assert "hush" not in str(failure.value)
 
 

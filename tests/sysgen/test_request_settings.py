@@ -79,7 +79,7 @@ def test_the_setting_of_a_refused_request_is_the_last_word(tmp_path: Path, capsy
             told = capsys.readouterr().err
             assert told.startswith("error: no row was written")
             assert "400 Said: System role not supported" in told
-            assert "If the model has no system role, say `system_role: merge_into_user`." in told
+            assert "If the model has no system role, set `system_role: merge_into_user`." in told
             sys.argv.append("system_role=merge_into_user")
             assert main() == 0
         finally:

@@ -71,7 +71,7 @@ def main(
             print(counts.advice)
         print(
             f"{counts.answered:,} answers ({counts.from_journal:,} from the journal), "
-            f"{counts.retries:,} tries repeated"
+            f"{counts.retries:,} retries"
             + (f", {counts.reasoned:,} with reasoning in a field of its own" if counts.reasoned else "")
             + (f", {counts.with_ignored_parts:,} with parts that are no text" if counts.with_ignored_parts else "")
         )

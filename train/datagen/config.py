@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from train.llm.journal import Decoding
+from train.llm.request import Decoding
 from train.llm.server import Server
 from train.recipe import Section, Text
 from train.recipe.yaml_document import SECRET, Document

@@ -9,8 +9,8 @@ from train.datagen.further_turns import MADE_UP, FurtherTurn, own_turn
 from train.llm.client import Client
 from train.llm.failures import EmptyAnswerError
 from train.llm.finish_reasons import BELOW_LIMIT, describe_unfinished
-from train.llm.journal import Answer, Request
 from train.llm.reasoning.answer import list_events, read_answer
+from train.llm.request import Answer, Request
 
 
 @dataclass(slots=True)
@@ -69,7 +69,7 @@ async def ask(
     row.spent.setdefault(stage, Usage()).add(answer)
     if answer.finish_reason == BELOW_LIMIT:
         events[f"{stage}: answer without a finish_reason, below the token limit"] += 1
-    elif answer.ending in ("unknown", "unstated"):
+    elif answer.finish_class in ("unknown", "unstated"):
         events[f"{stage}: answer {describe_unfinished(answer.finish_reason)}"] += 1
     # Elsewhere the conversation is quoted in a prompt of ours, and asks for nothing.
     answer, said = read_answer(answer, request.messages if stage == "answer" else ())

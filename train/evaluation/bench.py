@@ -278,7 +278,7 @@ def _refuse_what_can_not_judge(options: argparse.Namespace) -> None:
     from train.multifaceted.bench.protocol import protocol_of, refuse_other_protocol, settings_of
 
     async def look(server: "Server") -> None:
-        await ServerConnection(server, Backoff(), patience=0).api.close()
+        await ServerConnection(server, Backoff(), patience=0).endpoint.api.close()
 
     with replace_in_errors(server_options("judge-")):
         for server in _judge_servers(options):
@@ -357,7 +357,7 @@ def _asked(options: argparse.Namespace, bench: "Bench", folder: Path) -> "tuple[
     """The responses of a model, and the option to change where its server refused some."""
     from train.evaluation.models.options import respondent_of
     from train.evaluation.models.responses import generate_answers
-    from train.llm.client import RequestFailed
+    from train.llm.failures import RequestFailed
     from train.llm.refusals import option_formatter
     from train.multifaceted.bench.scoring import Response, conversation
 
@@ -392,14 +392,14 @@ def _asked(options: argparse.Namespace, bench: "Bench", folder: Path) -> "tuple[
 
 
 def _decoding(options: argparse.Namespace) -> Any:
-    from train.llm.journal import Decoding
+    from train.llm.request import Decoding
 
     extra = {"repetition_penalty": None if options.repetition_penalty == 1 else options.repetition_penalty}
     return Decoding.from_settings(options.max_tokens, options.temperature, options.top_p, extra=extra | options.extra)
 
 
 def _protocol(options: argparse.Namespace) -> "Protocol":
-    from train.llm.journal import Decoding
+    from train.llm.request import Decoding
     from train.multifaceted.bench.protocol import JudgeSettings, Protocol
 
     decoding = Decoding.from_settings(

@@ -125,8 +125,8 @@ def read_rules(path: Path) -> Mapping[str, Any]:
 def answer(folder: Path, rows: list[dict[str, Any]], options: argparse.Namespace) -> list[str]:
     """What the model in `folder`, whole or an adapter, answers to each row's system and user message."""
     from train.evaluation.models.responses import LocalModel, generate_answers
-    from train.llm.client import RequestFailed
-    from train.llm.journal import Decoding
+    from train.llm.failures import RequestFailed
+    from train.llm.request import Decoding
 
     with replace_in_errors({"--model": "--before or --after"}):
         found = generate_answers(

@@ -28,7 +28,7 @@ from train.datagen.source_rows import PlacedRow
 from train.datagen.usage import ask
 from train.llm.client import Client
 from train.llm.failures import NO_ANSWER, RequestFailed
-from train.llm.journal import Decoding, Request
+from train.llm.request import Decoding, Request
 from train.llm.system_role import merge_into_user
 from train.llm.yes_or_no import says_no
 from train.sysgen import prompts

@@ -325,7 +325,7 @@ def test_the_command_says_what_became_of_it_and_ctrl_c_keeps_what_was_answered(t
     assert f"of {len(wanted.kept)} instructions ({count} rows read) after" in done.stdout
     for reason, times in Counter(reason for _, which, reason in wanted.left_out if which is not None).items():
         assert f"sets left out: {times} ({times / (3 * len(wanted.kept)):.1%}): {reason}" in last
-    assert f"{wanted.requests.total()} answers (60 from the journal), 0 tries repeated" in last
+    assert f"{wanted.requests.total()} answers (60 from the journal), 0 retries" in last
     assert last[-2] == f"read {tmp_path / 'out' / 'report.md'}"
     assert last[-1].startswith("warning: reasoning without an end, and nothing said: ")
 
@@ -344,7 +344,7 @@ def test_the_command_says_what_became_of_it_and_ctrl_c_keeps_what_was_answered(t
         ("answer.extra={messages: []}", "answer.extra.messages: the run itself sets them."),
         ("api_key=x", "Set them in the environment"),
         ("data.sources.0.path=nowhere.jsonl", "nowhere.jsonl: there is no nowhere.jsonl in"),
-        ("servers.0.base_url=localhost", "base_url 'localhost' is no address: write it like http://localhost:8000/v1."),
+        ("servers.0.base_url=localhost", "base_url 'localhost' is not a URL: write it like http://localhost:8000/v1."),
     ],
 )
 def test_what_the_user_can_mend_is_one_error(

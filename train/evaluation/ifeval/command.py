@@ -33,8 +33,8 @@ from train.evaluation.ifeval.rows import (
 )
 from train.evaluation.models.options import add_respondent, refuse_extra_fields, respondent_of
 from train.evaluation.results_dir import exclusive
-from train.llm.journal import Answer, Decoding
 from train.llm.refusals import option_formatter
+from train.llm.request import Answer, Decoding
 from train.llm.system_role import merge_into_user
 from train.reporting.markdown import replace_section
 from train.storage.atomic_write import atomic_write, write_text
@@ -239,7 +239,7 @@ def _answered(answer: Any, row: IFEvalRow, checkers: Checkers) -> CheckedAnswer:
     how = answer.unfinished or "ended"
     if answer.cut:
         how = "without an end to its reasoning" if answer.only_reasoning else "cut"
-    elif answer.ending == "unstated" and not answer.refused and not answer.text.strip():
+    elif answer.finish_class == "unstated" and not answer.refused and not answer.text.strip():
         how = "empty"
     return CheckedAnswer(answer.text, how, checkers.verdict(row, answer.text))
 

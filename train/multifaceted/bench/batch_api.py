@@ -13,9 +13,10 @@ from typing import Any
 
 from train.errors import UserError
 from train.llm.failures import RequestFailed
-from train.llm.journal import Answer, Journal, Request
+from train.llm.journal import Journal
 from train.llm.refusals import SettingFormatter, extract_error_text, format_config_key, suggest_setting
 from train.llm.replies import UnusableReplyError, describe_empty, parse_completion
+from train.llm.request import Answer, Request
 from train.llm.request_body import request_body
 from train.llm.server_errors import ErrorBody, classify_error, parse_error
 from train.multifaceted.bench.judging import PendingError
@@ -89,13 +90,13 @@ def _take(found: BatchAnswers, key: bytes, response: Any, error: Any) -> None:
             found.answers.setdefault(key, answer)
             return
     said = parse_error(body, json.dumps(body)) or parse_error(error, json.dumps(error)) or ErrorBody(None, "", "")
-    what = " ".join(said.words.split())[:300]
+    what = " ".join(said.message.split())[:300]
     with_status = f"{status}: {what}".removesuffix(": ")
     trouble = isinstance(status, int) and status >= 400 and classify_error(status, what, said, {}, longest_wait=0.0)
-    if trouble and trouble.kind == "row":
+    if trouble and trouble.kind == "request":
         found.errors[key] = with_status
         found.refusals[key] = (body.get("error") if isinstance(body, Mapping) else None) or error or body
-    elif trouble and trouble.kind in ("denied", "hopeless"):
+    elif trouble and trouble.kind in ("denied", "fatal"):
         found.failed[with_status] += 1
     else:
         found.failed[what or f"status {status}"] += 1

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from train.llm.failures import RequestFailed
-from train.llm.journal import Answer, Request
 from train.llm.reasoning.answer import LEFTOVER_EVENTS, list_events, read_answer
+from train.llm.request import Answer, Request
 from train.multifaceted.bench.protocol import JudgeSettings
 from train.multifaceted.bench.rows import BenchRow, Rubric
 from train.multifaceted.judge import Missing, parse_score
@@ -119,5 +119,5 @@ def _fault(answer: Answer, score: int | None) -> str:
     """Why an answer of the judge gives no score; nothing where it does."""
     # One that hadn't come to its end holds none: what looks like its result may be a quotation. Where the server tells
     # nothing of ends, the score must do.
-    unfinished = "" if answer.ending == "unstated" and not answer.refused else answer.unfinished
+    unfinished = "" if answer.finish_class == "unstated" and not answer.refused else answer.unfinished
     return unfinished or (NO_SCORE if score is None else "")

@@ -9,8 +9,8 @@ from typing import Any
 from train.datagen.drop_reasons import unread_warning
 from train.formatting import format_count
 from train.llm.failures import SHOWN_IN_REPORT
-from train.llm.journal import Decoding
 from train.llm.reasoning.answer import format_advice
+from train.llm.request import Decoding
 from train.multifaceted.bench.judging import NO_SCORE, PROMPT_VERSION
 from train.multifaceted.bench.protocol import (
     PAPERS_DECODING,

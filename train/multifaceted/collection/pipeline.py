@@ -20,7 +20,7 @@ from typing import Any
 from train.datagen.usage import ask
 from train.llm.client import Client
 from train.llm.failures import NO_ANSWER, RequestFailed
-from train.llm.journal import Request
+from train.llm.request import Request
 from train.llm.system_role import merge_into_user
 from train.llm.yes_or_no import says_no
 from train.multifaceted.collection import prompts

@@ -18,13 +18,13 @@ from contextlib import nullcontext
 
 try:
     from train.datagen import command
-    from train.datagen.deduplication import NearDuplicates
+    from train.datagen.deduplication import NearDuplicateFilter
     from train.errors import UserError
     from train.multifaceted.collection.config import STAGES, CollectionConfig, load_config
-    from train.multifaceted.collection.hierarchy import Plan, load_hierarchy
+    from train.multifaceted.collection.hierarchy import PreferencePlan, load_hierarchy
     from train.multifaceted.collection.instructions import instructions
     from train.multifaceted.collection.run import run
-    from train.multifaceted.collection.stats import Tally
+    from train.multifaceted.collection.stats import CollectionStats
 except KeyboardInterrupt:  # the imports take a second or more
     sys.exit(130)
 
@@ -32,7 +32,7 @@ except KeyboardInterrupt:  # the imports take a second or more
 def check(config: CollectionConfig) -> None:
     """Say what a run would do, after reading every row. Raises UserError."""
     hierarchy = load_hierarchy(config.hierarchy.file, ours=config.hierarchy.ours)
-    Plan(hierarchy, config.sets_per_instruction, config.seed)
+    PreferencePlan(hierarchy, config.sets_per_instruction, config.seed)
     subs = [sub for of in hierarchy.values() for sub in of.values()]
     preferences = sum(len(sub.preferences) for sub in subs)
     print(f"hierarchy: {len(hierarchy)} dimensions, {len(subs):,} sub-dimensions, {preferences:,} preferences")
@@ -41,7 +41,7 @@ def check(config: CollectionConfig) -> None:
     events: Counter[str] = Counter()
     examples: dict[str, str] = {}
     threshold = config.filter.near_duplicates
-    with nullcontext() if threshold is None else NearDuplicates(threshold) as near:
+    with nullcontext() if threshold is None else NearDuplicateFilter(threshold) as near:
         for one in instructions(config.data, config.filter, near):
             rows += 1
             kept += one.number is not None
@@ -56,7 +56,7 @@ def check(config: CollectionConfig) -> None:
         print(f"left out: {count:,} ({count / rows:.1%}): {reason}; the first: {examples[reason]}")
     if not kept:
         raise UserError(
-            f"no row becomes an instruction: {command.went(rows, left_out)}. Mend the data, or the settings of "
+            f"no row becomes an instruction: {command.format_drop_reasons(rows, left_out)}. Mend the data, or the settings of "
             "`filter`."
         )
     sets = kept * config.sets_per_instruction
@@ -65,23 +65,23 @@ def check(config: CollectionConfig) -> None:
     print(f"about {requests:,} requests to {config.model}, {places:,} at once, for {sets:,} sets that pass at once")
 
 
-def tell(tally: Tally, time: str) -> None:
+def tell(stats: CollectionStats, time: str) -> None:
     """Print what became of the instructions and their sets."""
     print(
-        f"{tally.written:,} rows and {tally.pairs:,} pairs of {tally.instructions:,} instructions "
-        f"({tally.rows:,} rows read) after {time}"
+        f"{stats.written:,} rows and {stats.pairs:,} pairs of {stats.instructions:,} instructions "
+        f"({stats.rows:,} rows read) after {time}"
     )
     for what, total, left_out in (
-        ("instructions", tally.rows, tally.left_out),
-        ("sets", tally.sets, tally.sets_left_out),
+        ("instructions", stats.rows, stats.left_out),
+        ("sets", stats.sets, stats.sets_left_out),
     ):
         for reason, count in left_out.most_common():
             print(f"{what} left out: {count:,} ({count / total:.1%}): {reason}")
 
 
-def lost(tally: Tally) -> Counter[str]:
+def lost(stats: CollectionStats) -> Counter[str]:
     """How many instructions, and how many sets, each reason left out."""
-    return tally.left_out + Counter({f"{reason} (sets)": count for reason, count in tally.sets_left_out.items()})
+    return stats.left_out + Counter({f"{reason} (sets)": count for reason, count in stats.sets_left_out.items()})
 
 
 def asked_stages(config: CollectionConfig) -> list[str]:

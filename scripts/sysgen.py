@@ -21,7 +21,7 @@ try:
     from train.errors import UserError
     from train.sysgen.config import SysgenConfig, load_config
     from train.sysgen.run import run
-    from train.sysgen.stats import Tally
+    from train.sysgen.stats import SysgenStats
 except KeyboardInterrupt:  # the imports take a second or more
     sys.exit(130)
 
@@ -46,20 +46,22 @@ def check(config: SysgenConfig) -> None:
         print(f"warning: {count:,} rows can't be read: {kind}")
     places = sum(server.concurrency for server in config.servers)
     if rows == faults.total():
-        raise UserError(f"no row can be read: {command.went(rows, faults)}. Mend the data, or name other sources.")
+        raise UserError(
+            f"no row can be read: {command.format_drop_reasons(rows, faults)}. Mend the data, or name other sources."
+        )
     print(f"about {requests:,} requests to {config.model}, {places:,} at once, if every row passes at the first try")
 
 
-def tell(tally: Tally, time: str) -> None:
+def tell(stats: SysgenStats, time: str) -> None:
     """Print what became of the rows."""
-    print(f"{tally.written:,} of {tally.rows:,} rows written after {time}")
-    for reason, count in tally.left_out.most_common():
-        print(f"left out: {count:,} ({count / tally.rows:.1%}): {reason}")
+    print(f"{stats.written:,} of {stats.rows:,} rows written after {time}")
+    for reason, count in stats.left_out.most_common():
+        print(f"left out: {count:,} ({count / stats.rows:.1%}): {reason}")
 
 
-def lost(tally: Tally) -> Counter[str]:
+def lost(stats: SysgenStats) -> Counter[str]:
     """How many rows each reason left out."""
-    return tally.left_out
+    return stats.left_out
 
 
 def asked_stages(config: SysgenConfig) -> list[str]:

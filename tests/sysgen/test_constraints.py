@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.sysgen.constraints import Constraint, draw
+from train.sysgen.constraints import Constraint, draw_constraints
 from train.sysgen.tags import Phrase, parse
 
 ONE_LINE = "Lima is the capital of Peru. It lies on the coast, and about ten million people live there."
@@ -67,7 +67,7 @@ def some(kind: str, at_least: int = 1) -> list[Constraint]:
     """Constraints of one kind, in all their wordings."""
     found: dict[str, Constraint] = {}
     for seed in range(4000):
-        for constraint in draw(ORIGINALS[seed % len(ORIGINALS)], random.Random(seed), 4):
+        for constraint in draw_constraints(ORIGINALS[seed % len(ORIGINALS)], random.Random(seed), 4):
             if constraint.kind == kind:
                 found[constraint.text] = constraint
     assert len(found) >= at_least
@@ -100,7 +100,7 @@ BY_HAND: dict[str, Callable[[Constraint], tuple[list[str], list[str]]]] = {
          "# Title\n\n" + "\n\n".join(["Text."] * (number_in(it) - 1))],
     ),
     "bullet_points": lambda it: (
-        ["Here:\n" + "- a point\n" * number_in(it) + "Done.", "* **bold** point\n" * number_in(it)],
+        ["Here:\n" + "- a point\n" * number_in(it) + "RunResult.", "* **bold** point\n" * number_in(it)],
         ["- a point\n" * (number_in(it) + 1), "- a point\n" * (number_in(it) - 1), "", "-no point\n" * number_in(it)],
     ),
     "numbered_points": lambda it: (
@@ -291,7 +291,9 @@ def test_an_independent_recount_agrees(kind: str, data: st.DataObject) -> None:
     text = data.draw(TEXTS | LETTERS if by_letter else TEXTS)
     if kind in ("beginning", "title", "json", "quoted"):  # else rarely met
         text = (
-            data.draw(st.sampled_from(("", quoted_in(constraint) if kind == "beginning" else "", "# T ", '{"b":')))
+            data.draw(
+                st.sampled_from(("", quoted_in(constraint) if kind == "beginning" else "", "# T ", '{"b":'))
+            )
             + text
         )
     assert constraint.is_met(text) == recounted(constraint, text), (constraint.text, text)
@@ -355,7 +357,7 @@ def complying(constraints: list[Constraint]) -> str:
 @pytest.mark.parametrize("answers", ORIGINALS)
 def test_all_constraints_of_a_draw_can_be_met_by_one_answer(answers: tuple[str, ...]) -> None:
     for seed in range(1000):
-        constraints = draw(answers, random.Random(seed), 4)
+        constraints = draw_constraints(answers, random.Random(seed), 4)
         answer = complying(constraints)
         assert [one.text for one in constraints if not one.is_met(answer)] == [], answer
 
@@ -363,7 +365,7 @@ def test_all_constraints_of_a_draw_can_be_met_by_one_answer(answers: tuple[str, 
 def test_every_kind_occurs_and_in_several_wordings() -> None:
     wordings: dict[str, set[str]] = {}
     for seed in range(2000):
-        for one in draw(ORIGINALS[seed % len(ORIGINALS)], random.Random(seed), 2):
+        for one in draw_constraints(ORIGINALS[seed % len(ORIGINALS)], random.Random(seed), 2):
             plain = re.sub(rf'"[^"]+"|\d+|\b({"|".join(SPELLED)})\b', "*", one.text)
             wordings.setdefault(one.kind, set()).add(plain)
     assert wordings.keys() == KINDS
@@ -373,7 +375,7 @@ def test_every_kind_occurs_and_in_several_wordings() -> None:
 @pytest.mark.parametrize("answers", ORIGINALS)
 def test_the_same_chance_gives_the_same_constraints(answers: tuple[str, ...]) -> None:
     def drawn(seed: int) -> list[tuple[str, str, str]]:
-        return [(one.kind, one.tag, one.text) for one in draw(answers, random.Random(seed), 3)]
+        return [(one.kind, one.tag, one.text) for one in draw_constraints(answers, random.Random(seed), 3)]
 
     assert [drawn(seed) for seed in range(50)] == [drawn(seed) for seed in range(50)]
     assert len({str(drawn(seed)) for seed in range(50)}) > 10
@@ -389,7 +391,7 @@ def test_what_is_drawn_can_stand_in_its_tag() -> None:
 def test_at_most_so_many_and_no_kind_twice() -> None:
     for seed in range(500):
         for at_most in (1, 2, 4):
-            kinds = [one.kind for one in draw((PROSE,), random.Random(seed), at_most)]
+            kinds = [one.kind for one in draw_constraints((PROSE,), random.Random(seed), at_most)]
             assert 1 <= len(kinds) <= at_most
             assert len(set(kinds)) == len(kinds)
 
@@ -404,14 +406,16 @@ def test_kinds_that_get_into_each_others_way_are_not_drawn_together() -> None:
     together = {
         tuple(sorted((one.kind, other.kind)))
         for seed in range(3000)
-        for one, other in itertools.combinations(draw(ORIGINALS[seed % len(ORIGINALS)], random.Random(seed), 4), 2)
+        for one, other in itertools.combinations(
+            draw_constraints(ORIGINALS[seed % len(ORIGINALS)], random.Random(seed), 4), 2
+        )
     }
     assert together.isdisjoint(apart)
     assert {("bullet_points", "lower_case"), ("highlighted", "title"), ("beginning", "ending")} <= together
 
 
 def kinds_for(*answers: str) -> set[str]:
-    return {one.kind for seed in range(600) for one in draw(answers, random.Random(seed), 4)}
+    return {one.kind for seed in range(600) for one in draw_constraints(answers, random.Random(seed), 4)}
 
 
 def test_answers_with_code_get_nothing_that_would_break_code() -> None:
@@ -441,7 +445,7 @@ def test_every_answer_of_a_conversation_counts() -> None:
     few = {"lower_case", "no_commas", "no_exclamation_marks", "words_at_most", "sentences_at_most", "quoted"}
     assert kinds_for(PROSE, "Lima.") == few  # one is too short for the rest
     for seed in range(600):
-        for one in draw(CONVERSATION, random.Random(seed), 4):
+        for one in draw_constraints(CONVERSATION, random.Random(seed), 4):
             if one.kind == "word_to_include":
                 assert all(answer.lower().split().count(quoted_in(one)) >= 1 for answer in CONVERSATION)
             if one.kind in ("words_at_most", "words_at_least", "sentences_at_most"):
@@ -452,4 +456,4 @@ def test_every_answer_of_a_conversation_counts() -> None:
     (), ("",), ("利马是秘鲁的首都。",), (ONE_LINE, "Лима — столица Перу."), ('{"capital": "Lima"}',), ("<b>Lima</b>",), ("[1, 2]",),
 ])  # fmt: skip
 def test_nothing_for_other_scripts_and_data(answers: tuple[str, ...]) -> None:
-    assert all(draw(answers, random.Random(seed), 4) == [] for seed in range(50))
+    assert all(draw_constraints(answers, random.Random(seed), 4) == [] for seed in range(50))

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from train.datagen.deduplication import NearDuplicates
-from train.sysgen.filters import language_of, leaked_share
+from train.datagen.deduplication import NearDuplicateFilter
+from train.sysgen.filters import detect_language, measure_answer_leak
 
 SAMPLES = [
     json.loads(line) for line in (Path(__file__).parent / "language_samples.jsonl").read_text("utf-8").splitlines()
 ]
-TOLD = [(sample, language_of(sample["text"])) for sample in SAMPLES]
+TOLD = [(sample, detect_language(sample["text"])) for sample in SAMPLES]
 """kind: a system message, a question, a text with pieces in another language or code, or one without any."""
 
 LONG_GERMAN = (
@@ -73,7 +73,7 @@ def test_nothing_is_told_of_code_numbers_and_single_words() -> None:
     ("各ステップを簡単な言葉で説明し、最後に結果を書いてください。", "ja"),
 ])  # fmt: skip
 def test_a_language_by_its_code(text: str, language: str) -> None:
-    assert language_of(text) == language
+    assert detect_language(text) == language
 
 
 @pytest.mark.parametrize("text", [
@@ -87,11 +87,11 @@ def test_a_language_by_its_code(text: str, language: str) -> None:
     "日本国憲法第九条",
 ])  # fmt: skip
 def test_two_languages_or_one_of_two_are_none(text: str) -> None:
-    assert language_of(text) is None
+    assert detect_language(text) is None
 
 
 def test_a_long_text_is_told_too() -> None:
-    assert language_of(LONG_GERMAN) == "de"
+    assert detect_language(LONG_GERMAN) == "de"
 
 
 @settings(max_examples=200, deadline=None)
@@ -100,7 +100,7 @@ def test_a_long_text_is_told_too() -> None:
 @example('"' * 5001)
 @example("\\[" * 5000)
 def test_any_text_has_a_language_or_none(text: str) -> None:
-    told = language_of(text)
+    told = detect_language(text)
     assert told is None or all(2 <= len(code) <= 3 and code.isalpha() for code in told.split("/"))
 
 
@@ -136,7 +136,7 @@ def test_any_text_has_a_language_or_none(text: str) -> None:
     ("You are helpful.", "Hm?", "🙂", 0.0),
 ])  # fmt: skip
 def test_how_much_a_message_gives_away(system: str, questions: str, answer: str, share: float) -> None:
-    assert leaked_share(system, questions, answer) == pytest.approx(share)
+    assert measure_answer_leak(system, questions, answer) == pytest.approx(share)
 
 
 SENTENCES = st.lists(st.sampled_from("abc"), max_size=25).map(" ".join)
@@ -149,13 +149,13 @@ def test_the_share_is_that_of_a_plain_count(system: str, questions: str, answer:
     for place in range(len(answer)):
         around = [answer[start : start + 5] for start in range(place - 4, place + 1) if 0 <= start <= len(answer) - 5]
         told += any(" ".join(run) in system and " ".join(run) not in questions for run in around)
-    assert leaked_share(system, questions, " ".join(answer)) == told / len(answer)
+    assert measure_answer_leak(system, questions, " ".join(answer)) == told / len(answer)
 
 
 @settings(max_examples=200, deadline=None)
 @given(*[st.text(st.characters(), max_size=100)] * 3)
 def test_any_texts_have_a_share(system: str, questions: str, answer: str) -> None:
-    assert 0 <= leaked_share(system, questions, answer) <= 1
+    assert 0 <= measure_answer_leak(system, questions, answer) <= 1
 
 
 # Near-duplicates
@@ -163,13 +163,13 @@ def test_any_texts_have_a_share(system: str, questions: str, answer: str) -> Non
 
 def pairs_of_texts(count: int) -> list[tuple[str, str]]:
     """A text and one with some of its words changed, more or fewer."""
-    chance = random.Random(7)
+    rng = random.Random(7)
     vocabulary = [f"word{number}" for number in range(2000)]
     pairs = []
     for _ in range(count):
-        text = chance.choices(vocabulary, k=chance.randint(5, 90))
-        changed = chance.choice([0, 0.01, 0.03, 0.06, 0.1, 0.2])
-        other = [chance.choice(vocabulary) if chance.random() < changed else word for word in text]
+        text = rng.choices(vocabulary, k=rng.randint(5, 90))
+        changed = rng.choice([0, 0.01, 0.03, 0.06, 0.1, 0.2])
+        other = [rng.choice(vocabulary) if rng.random() < changed else word for word in text]
         pairs.append((" ".join(text), " ".join(other)))
     return pairs
 
@@ -188,7 +188,7 @@ def test_the_verdict_is_that_of_the_exact_similarity(threshold: float) -> None:
         if abs(exact - threshold) <= 4 * (exact * (1 - exact) / 128) ** 0.5:
             continue
         clear += 1
-        with NearDuplicates(threshold) as seen:
+        with NearDuplicateFilter(threshold) as seen:
             assert not seen.is_near_duplicate(one)
             assert seen.is_near_duplicate(other) == (exact >= threshold), (exact, one, other)
     assert clear > 300
@@ -196,7 +196,7 @@ def test_the_verdict_is_that_of_the_exact_similarity(threshold: float) -> None:
 
 def test_texts_of_a_corpus_are_compared_with_all_before() -> None:
     pairs = pairs_of_texts(400)
-    with NearDuplicates(0.7) as seen:
+    with NearDuplicateFilter(0.7) as seen:
         assert [one for one, _ in pairs if seen.is_near_duplicate(one)] == []
         found = [seen.is_near_duplicate(other) for _, other in pairs]
     sure = [
@@ -218,7 +218,7 @@ def test_texts_of_a_corpus_are_compared_with_all_before() -> None:
     ("\ud800", "\udfff", False),
 ])  # fmt: skip
 def test_short_and_strange_texts(one: str, other: str, are_alike: bool) -> None:
-    with NearDuplicates(0.8) as seen:
+    with NearDuplicateFilter(0.8) as seen:
         assert not seen.is_near_duplicate(one)
         assert seen.is_near_duplicate(other) == are_alike
 
@@ -228,38 +228,38 @@ def test_only_texts_that_were_kept_are_compared_with() -> None:
     words = [f"word{number}" for number in range(100)]
     a, b, c = (" ".join(words[start : start + 80]) for start in (0, 10, 20))
     assert jaccard(a, b) > 0.75 > 0.65 > jaccard(a, c)
-    with NearDuplicates(0.7) as seen:
+    with NearDuplicateFilter(0.7) as seen:
         assert [seen.is_near_duplicate(text) for text in (a, b, c)] == [False, True, False]
-    with NearDuplicates(0.7) as seen:
+    with NearDuplicateFilter(0.7) as seen:
         assert [seen.is_near_duplicate(text) for text in (b, a, c)] == [False, True, True]
 
 
 @pytest.mark.parametrize("threshold", [0, -0.1, 1.1])
 def test_a_threshold_is_a_share(threshold: float) -> None:
     with pytest.raises(ValueError, match="above 0 and at most 1"):
-        NearDuplicates(threshold)
+        NearDuplicateFilter(threshold)
 
 
 ELSEWHERE = """
 import random, sys
-from train.data.near_duplicates import NearDuplicates
-from train.sysgen.gates import language_of, leaked_share
+from train.datagen.deduplication import NearDuplicateFilter
+from train.sysgen.filters import detect_language, measure_answer_leak
 
 def memory():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
 
-def texts(count, chance=random.Random(3)):
+def texts(count, rng=random.Random(3)):
     for number in range(count):
-        yield " ".join(str(chance.randrange(300)) for _ in range(30)) if number % 3 else f"You are guide {number % 50}"
+        yield " ".join(str(rng.randrange(300)) for _ in range(30)) if number % 3 else f"You are guide {number % 50}"
 
-with NearDuplicates(0.8) as seen:
+with NearDuplicateFilter(0.8) as seen:
     verdicts = "".join(str(int(seen.is_near_duplicate(text))) for text in texts(10_000))
     before = memory()
     for text in texts(int(sys.argv[1])):
         seen.is_near_duplicate(text)
     print(verdicts, memory() - before)
-language_of("Where is the nearest station, please?")
-leaked_share("a", "b", "c")
+detect_language("Where is the nearest station, please?")
+measure_answer_leak("a", "b", "c")
 print(sorted({"torch", "transformers", "sklearn", "scipy", "datasets", "trl"} & set(sys.modules)))
 """
 

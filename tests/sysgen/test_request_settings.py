@@ -28,7 +28,7 @@ async def has_no_system_role(asked: Asked) -> Reply:
 def test_nothing_but_model_and_messages_need_be_sent(tmp_path: Path) -> None:
     nulls = {"temperature": None, "top_p": None, "seed": None, "extra": {"max_tokens": None, "top_k": None}}
     done, asked = run_with(good, tmp_path, [question()], gates={"judge": True}, **dict.fromkeys(STAGES, nulls))
-    assert done.tally.written == 1
+    assert done.stats.written == 1
     assert [set(one.body) for one in asked] == [{"model", "messages"}] * 4
 
 
@@ -48,7 +48,7 @@ def test_a_server_that_only_streams_is_asked_so(tmp_path: Path) -> None:
         servers = [{"base_url": server.url, "stream": True}]
         done = run(load_config(configuration(tmp_path, server.url, source, servers=servers)))
         assert [one.body["stream"] for one in server.asked] == [True] * 3
-    assert done.tally.written == 1
+    assert done.stats.written == 1
 
 
 def test_a_row_without_a_system_role_is_the_same_and_its_requests_are_merged(tmp_path: Path) -> None:

@@ -38,33 +38,33 @@ def test_rows_and_report_are_what_a_plain_loop_makes_of_them(tmp_path: Path, scr
     write_rows(source, count)
     with served(script) as server:
         run(load_config(configuration(tmp_path, server.url, source)))
-    wanted = expected(count)
+    reference = expected(count)
     rows = lines(tmp_path / "out" / "data" / "rows.jsonl")
-    assert [row["messages"] for row in rows] == [row["messages"] for row in wanted.rows]
-    assert [row["sysgen"]["tags"] for row in rows] == [row["tags"] for row in wanted.rows]
-    assert [row["sysgen"]["source"] for row in rows] == [f"{source}:{row['number'] + 1}" for row in wanted.rows]
+    assert [row["messages"] for row in rows] == [row["messages"] for row in reference.rows]
+    assert [row["sysgen"]["tags"] for row in rows] == [row["tags"] for row in reference.rows]
+    assert [row["sysgen"]["source"] for row in rows] == [f"{source}:{row['number'] + 1}" for row in reference.rows]
     left_out = [(row["source"], row["reason"]) for row in lines(tmp_path / "out" / "left_out.jsonl")]
-    assert left_out == [(f"{source}:{number + 1}", reason) for number, reason in wanted.left_out]
+    assert left_out == [(f"{source}:{number + 1}", reason) for number, reason in reference.left_out]
 
     facts = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
-    assert (facts["rows"], facts["rows_written"]) == (count, len(wanted.rows))
-    reasons = [reason for _, reason in wanted.left_out]
+    assert (facts["rows"], facts["rows_written"]) == (count, len(reference.rows))
+    reasons = [reason for _, reason in reference.left_out]
     assert facts["left_out"] == {reason: reasons.count(reason) for reason in reasons}
     for tag in EIGHT:
         of = facts["tags"][tag]
-        assert of["rows"] == wanted.tags[tag]
-        assert of["share"] == pytest.approx(wanted.tags[tag] / len(wanted.rows))
-        assert of["verdicts"] == {name: wanted.verdicts[tag, name] for name in ("Good", "Bad", "None", "missing")}
-        assert of["phrases_removed"] == {name: n for (one, name), n in wanted.removed.items() if one == tag}
-    assert facts["repairs"] == wanted.repairs
-    assert facts["dropped"] == wanted.dropped
-    assert facts["unknown_tags"] == wanted.unknown
-    assert facts["characters"]["ratio"] == pytest.approx(wanted.new_characters / wanted.old_characters)
-    assert {stage: of["requests"] for stage, of in facts["spent"].items()} == wanted.requests
-    assert {stage: of["completion_tokens"] for stage, of in facts["spent"].items()} == wanted.completion_tokens
+        assert of["rows"] == reference.tags[tag]
+        assert of["share"] == pytest.approx(reference.tags[tag] / len(reference.rows))
+        assert of["verdicts"] == {name: reference.verdicts[tag, name] for name in ("Good", "Bad", "None", "missing")}
+        assert of["phrases_removed"] == {name: n for (one, name), n in reference.removed.items() if one == tag}
+    assert facts["repairs"] == reference.repairs
+    assert facts["dropped"] == reference.dropped
+    assert facts["unknown_tags"] == reference.unknown
+    assert facts["characters"]["ratio"] == pytest.approx(reference.new_characters / reference.old_characters)
+    assert {stage: of["requests"] for stage, of in facts["spent"].items()} == reference.requests
+    assert {stage: of["completion_tokens"] for stage, of in facts["spent"].items()} == reference.completion_tokens
     assert len(facts["samples"]) == 20
     report = (tmp_path / "out" / "report.md").read_text("utf-8")
-    assert f"{len(wanted.rows)} of {count} rows written" in report
+    assert f"{len(reference.rows)} of {count} rows written" in report
     for reason in set(reasons):
         assert f"| {reason} | {reasons.count(reason)} | {reasons.count(reason) / count:.1%} |" in report
     assert (tmp_path / "out" / "tags.png").read_bytes()[:4] == (tmp_path / "out" / "lengths.png").read_bytes()[:4]
@@ -73,11 +73,11 @@ def test_rows_and_report_are_what_a_plain_loop_makes_of_them(tmp_path: Path, scr
 def test_twenty_kills_over_500_rows_give_the_same_bytes_and_repeat_nothing_that_was_written_down(
     tmp_path: Path,
 ) -> None:
-    count, chance = 500, random.Random(11)
+    count, rng = 500, random.Random(11)
     source = tmp_path / "source.jsonl"
     write_rows(source, count)
     requests = expected(count).requests.total()
-    moments = sorted(chance.sample(range(1, requests), 20))
+    moments = sorted(rng.sample(range(1, requests), 20))
     whole = tmp_path / "whole"
     whole.mkdir()
     with served(answer) as server:

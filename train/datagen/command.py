@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from train.cli import CommandLine, ending
-from train.datagen.drop_reasons import about_losses, unaccepted
+from train.datagen.drop_reasons import find_unaccepted_losses, format_loss_error
 from train.errors import UserError
 from train.formatting import duration
 from train.llm.connection.startup_check import check_servers
@@ -83,12 +83,12 @@ def main(
             why = f"Why no answer came, {'; '.join(unanswered).rstrip('.')}. " if unanswered else ""
             why += f"{counts.advice} " if counts.advice else ""
             raise UserError(
-                f"no row was written: {went(done.tally.rows, reasons)}. {why}Each is in {left_out}, and {done.report} "
+                f"no row was written: {format_drop_reasons(done.tally.rows, reasons)}. {why}Each is in {left_out}, and {done.report} "
                 f"says more. {_ADVICE[any(map(is_about_length, done.tally.unanswered.counts()))]}, and start the same "
                 "command again."
             )
-        if losses := unaccepted(reasons, config.accept_losses):
-            raise UserError(about_losses(losses, config.accept_losses, left_out))
+        if losses := find_unaccepted_losses(reasons, config.accept_losses):
+            raise UserError(format_loss_error(losses, config.accept_losses, left_out))
 
     return ending(act, "stopped; what was answered is in the journal, and the same command goes on from here")
 
@@ -100,6 +100,6 @@ _ADVICE = {
 """Advice for requests that the server calls too long, and for others."""
 
 
-def went(rows: int, reasons: Mapping[str, int]) -> str:
+def format_drop_reasons(rows: int, reasons: Mapping[str, int]) -> str:
     """Where the rows went of which none is left (a source without any is an error of its own)."""
     return f"all {rows:,} were left out ({'; '.join(f'{count:,}: {reason}' for reason, count in reasons.items())})"

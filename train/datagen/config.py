@@ -77,7 +77,7 @@ _NOT_IN_EXTRA = {
 }
 
 
-def faults_in_extra(extra: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def find_extra_errors(extra: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield each name in `extra` that can't be there, and why: what would keep answers from being read, or contradicts.
 
     `own`: the value of each request field that has a setting of its own; `{setting}` in a reason stands for that,
@@ -109,14 +109,14 @@ def _holds_secret(name: str, value: Any) -> bool:
     return isinstance(value, Mapping) and any(_holds_secret(str(inner), part) for inner, part in value.items())
 
 
-def refuse_in_extra(document: Document, stage: str) -> None:
+def check_extra(document: Document, stage: str) -> None:
     """Note what `extra` of a stage can't hold."""
     section = document.section(stage)
     extra = section.get("extra")
     if not isinstance(extra, dict):
         return
     own = {name: section.get(name, field.default) for name, field in StageSection.model_fields.items()}
-    for name, why in faults_in_extra(extra, own):
+    for name, why in find_extra_errors(extra, own):
         document.fault(
             (stage, "extra", name), why.format(setting=f"`{stage}.{name}`", key_variable="`servers.N.key_variable`")
         )
@@ -126,12 +126,12 @@ def refuse_in_extra(document: Document, stage: str) -> None:
         document.fault((stage, "extra"), "holds a number that JSON can't (.inf or .nan).")
 
 
-def open_settings(path: str | Path, overrides: Sequence[str], stages: Iterable[str]) -> Document:
+def open_config(path: str | Path, overrides: Sequence[str], stages: Iterable[str]) -> Document:
     """The file of a configuration that asks a model, with `key=value` overrides and the faults of its stages noted."""
     document = Document(Path(path), keys=("model", "servers", "data", "output_dir"))
     for order, override in enumerate(overrides):
         document.override(override, order)
     document.refuse_secrets("a server's key in the variable that its `servers.N.key_variable` names; HF_TOKEN")
     for stage in stages:
-        refuse_in_extra(document, stage)
+        check_extra(document, stage)
     return document

@@ -19,7 +19,7 @@ from train.errors import UserError
 from train.storage.atomic_write import sync
 
 
-class JsonLines:
+class JsonlFile:
     """A file of JSON lines that keeps what it holds as long as the same lines are written again."""
 
     def __init__(self, path: Path) -> None:
@@ -94,10 +94,10 @@ class ParquetFiles:
         return [path for path in sorted(self._folder.glob("rows-?????.parquet")) if int(path.stem[5:]) >= first]
 
 
-RowFiles = JsonLines | ParquetFiles
+RowFiles = JsonlFile | ParquetFiles
 
 
-def open_rows(folder: Path, settings: OutputSection, schema: pyarrow.Schema) -> RowFiles:
+def open_row_files(folder: Path, settings: OutputSection, schema: pyarrow.Schema) -> RowFiles:
     """The files of a folder: rows.jsonl, or rows-00000.parquet and so on.
 
     Raises OSError, and UserError where rows of the other format are in the folder.
@@ -110,5 +110,5 @@ def open_rows(folder: Path, settings: OutputSection, schema: pyarrow.Schema) -> 
             "one data set. Move it away, or name another folder. The journal may stay: nothing is asked again."
         )
     if settings.format == "jsonl":
-        return JsonLines(folder / "rows.jsonl")
+        return JsonlFile(folder / "rows.jsonl")
     return ParquetFiles(folder, settings.rows_per_file, schema)

@@ -5,14 +5,14 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
-from train.datagen.words import runs_of, words_of
+from train.datagen.text_units import extract_ngrams, split_words
 
 _HASHES = 128
 _SEED = 42
 _FOUND = 0.99
 
 
-class NearDuplicates:
+class NearDuplicateFilter:
     """Tells whether a text is nearly one of those before, by the Jaccard similarity of their runs of three words.
 
     The similarity is estimated from 128 MinHash values (rensa), with a standard error of at most 0.044; a pair of
@@ -93,8 +93,8 @@ def _signature(text: str) -> bytes:
     import numpy
     from rensa import RMinHash
 
-    words = words_of(text) or text.split()  # nothing but marks
-    runs = runs_of(words, min(3, len(words)))
+    words = split_words(text) or text.split()  # nothing but marks
+    runs = extract_ngrams(words, min(3, len(words)))
     hashes = RMinHash(num_perm=_HASHES, seed=_SEED)
     hashes.update(sorted(" ".join(run).encode("utf-8", "surrogatepass") for run in runs))
     return numpy.array(hashes.digest(), dtype=numpy.uint32).tobytes()

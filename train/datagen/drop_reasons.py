@@ -26,7 +26,7 @@ _REASONS: dict[Loss, re.Pattern[str]] = {
 """The beginning of each loss's reasons in reports."""
 
 
-def unaccepted(reasons: Mapping[str, int], accepted: Collection[Loss]) -> dict[Loss, dict[str, int]]:
+def find_unaccepted_losses(reasons: Mapping[str, int], accepted: Collection[Loss]) -> dict[Loss, dict[str, int]]:
     """Return the counts of the reasons that are losses which `accepted` doesn't name, by loss."""
     found: dict[Loss, dict[str, int]] = {}
     for loss, beginning in _REASONS.items():
@@ -36,7 +36,7 @@ def unaccepted(reasons: Mapping[str, int], accepted: Collection[Loss]) -> dict[L
     return found
 
 
-def about_losses(found: Mapping[Loss, Mapping[str, int]], accepted: Collection[Loss], left_out: object) -> str:
+def format_loss_error(found: Mapping[Loss, Mapping[str, int]], accepted: Collection[Loss], left_out: object) -> str:
     """Return the error of a run with losses that are not accepted. `left_out`: the file that holds them."""
     reasons = "; ".join(f"{count:,}: {reason}" for counts in found.values() for reason, count in counts.items())
     names = [loss for loss in _REASONS if loss in found or loss in accepted]

@@ -11,7 +11,7 @@ from train.data.sources.source import conversations, count_rows, open_source
 from train.errors import UserError
 from train.recipe import Section, Sources
 
-PlacedRow = tuple[int, str, Conversation | RowFault]
+NumberedRow = tuple[int, str, Conversation | RowFault]
 """A row's number, its place, and the row or why it can't be read."""
 
 
@@ -26,14 +26,14 @@ class SourcesSection(Section):
     """Open data in pickle files, which can run code as they are opened."""
 
 
-def iter_rows(data: SourcesSection) -> Iterator[PlacedRow]:
+def iter_rows(data: SourcesSection) -> Iterator[NumberedRow]:
     """Every row of the sources with its number and place, up to the limit. Raises UserError."""
     rows = (row for source in data.sources for row in conversations(source, data.allow_pickle))
     for index, (place, row) in enumerate(islice(rows, data.limit)):
         yield index, place, row
 
 
-def number_of_rows(data: SourcesSection) -> int:
+def count_source_rows(data: SourcesSection) -> int:
     """How many rows there are, up to the limit. Raises UserError."""
     total = 0
     for source in data.sources:

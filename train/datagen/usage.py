@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from train.datagen.further_turns import MADE_UP, FurtherTurn, own_turn
+from train.datagen.stop_patterns import INVENTED_TURN, StopPattern, cut_at_stop_pattern
 from train.llm.client import Client, EmptyAnswerError
 from train.llm.finish_reasons import BELOW_LIMIT, unfinished
 from train.llm.journal import Answer, Request
@@ -37,7 +37,7 @@ class Usage:
         self.seconds += other.seconds
 
 
-class AskedRow(Protocol):
+class RowInProgress(Protocol):
     """A row on its way through the stages. `events`: in the words of the report."""
 
     spent: dict[str, Usage]
@@ -47,8 +47,8 @@ class AskedRow(Protocol):
 async def ask(
     client: Client,
     request: Request,
-    row: AskedRow,
-    further_turns: Mapping[str, FurtherTurn],
+    row: RowInProgress,
+    stop_patterns: Mapping[str, StopPattern],
     *,
     next_try: Request | None = None,
     goes_on_empty: bool = False,
@@ -74,8 +74,8 @@ async def ask(
     answer, said = read_answer(answer, request.messages if stage == "answer" else ())
     for event in events_of(said):
         events[f"{stage}: {event}"] += 1
-    further_turn = further_turns.get(stage)
-    if further_turn is not None and (text := own_turn(answer.text, further_turn)) != answer.text:
-        events[f"{stage}: {MADE_UP}"] += 1
+    further_turn = stop_patterns.get(stage)
+    if further_turn is not None and (text := cut_at_stop_pattern(answer.text, further_turn)) != answer.text:
+        events[f"{stage}: {INVENTED_TURN}"] += 1
         answer = replace(answer, text=text, finish_reason="stop" if answer.cut else answer.finish_reason)
     return answer

@@ -6,11 +6,11 @@ docstring says so. README.md lists every departure from the paper with its key.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal, Annotated
 
 from pydantic import Field, create_model
 
-from train.datagen.config import OutputSection, ServerSection, StageSection, SystemRole, open_settings
+from train.datagen.config import OutputSection, ServerSection, StageSection, SystemRole, open_config
 from train.datagen.drop_reasons import Loss
 from train.datagen.source_rows import SourcesSection
 from train.recipe import PathText, Section, Text
@@ -169,4 +169,4 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SysgenConfig
     Raises UserError with everything that is wrong with the file and the overrides, each with its line and dotted key.
     """
     stages = ("generate", "verify", "answer", "judge")
-    return validate_settings(open_settings(path, overrides, stages), SysgenConfig)
+    return validate_settings(open_config(path, overrides, stages), SysgenConfig)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from train.datagen.words import (
+from train.datagen.text_units import (
     BOLD,
     BULLET,
     HEADING,
@@ -24,7 +24,7 @@ from train.datagen.words import (
     count_sentences,
     has_paragraphs,
     is_json_object,
-    words_of,
+    split_words,
 )
 
 Check = Callable[[str], bool]
@@ -40,27 +40,29 @@ class Constraint:
     is_met: Check
 
 
-def draw(answers: Sequence[str], chance: random.Random, at_most: int, *, shaped: bool = False) -> list[Constraint]:
+def draw_constraints(
+    answers: Sequence[str], rng: random.Random, at_most: int, *, shaped: bool = False
+) -> list[Constraint]:
     """One to `at_most` constraints that suit a conversation with these answers, of kinds that go together.
 
     Every new answer is to meet each of them, so each suits all of the answers. None for answers that aren't in Latin
     letters, or are data (JSON, XML) themselves. `shaped`: the system message says already what form the answer takes
     ("a short paragraph"), so no constraint asks for another one (a JSON object).
     """
-    originals = _Originals(tuple(answers))
+    originals = _OriginalAnswers(tuple(answers))
     if not originals.is_prose:
         return []
-    wanted = chance.randint(1, at_most)
+    count = rng.randint(1, at_most)
     kinds = list(_KINDS)
-    chance.shuffle(kinds)
+    rng.shuffle(kinds)
     drawn: list[Constraint] = []
     for kind in kinds:
-        if len(drawn) == wanted:
+        if len(drawn) == count:
             break
         if shaped and kind.name in _SHAPES:
             continue
         if kind.suits(originals) and not any(_exclude_each_other(kind.name, other.kind) for other in drawn):
-            drawn.append(kind.drawn(originals, chance))
+            drawn.append(kind.drawn(originals, rng))
     return drawn
 
 
@@ -74,14 +76,14 @@ _CODE = re.compile(
 
 
 @dataclass(frozen=True)
-class _Originals:
+class _OriginalAnswers:
     """The answers of the data, and what there is to know of them."""
 
     answers: tuple[str, ...]
 
     @cached_property
     def words(self) -> list[list[str]]:
-        return [words_of(answer) for answer in self.answers]
+        return [split_words(answer) for answer in self.answers]
 
     @cached_property
     def shortest(self) -> int:
@@ -151,31 +153,31 @@ _ENDINGS = (
 
 # The kinds
 
-_Made = tuple[dict[str, str], Check]
+_Instance = tuple[dict[str, str], Check]
 
 
 @dataclass(frozen=True, slots=True)
-class _Kind:
+class _ConstraintKind:
     """A kind of constraint: which answers it suits, how its values are drawn, and how it is put."""
 
     name: str
     tag: str
-    suits: Callable[[_Originals], bool]
-    make: Callable[[_Originals, random.Random], _Made]
+    suits: Callable[[_OriginalAnswers], bool]
+    make: Callable[[_OriginalAnswers, random.Random], _Instance]
     phrases: tuple[str, ...]
 
-    def drawn(self, originals: _Originals, chance: random.Random) -> Constraint:
-        values, check = self.make(originals, chance)
-        text = chance.choice(self.phrases).format(**values)
+    def drawn(self, originals: _OriginalAnswers, rng: random.Random) -> Constraint:
+        values, check = self.make(originals, rng)
+        text = rng.choice(self.phrases).format(**values)
         return Constraint(self.name, self.tag, text, lambda answer: bool(answer.strip()) and check(answer))
 
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
-def _number(number: int, chance: random.Random) -> dict[str, str]:
+def _number(number: int, rng: random.Random) -> dict[str, str]:
     """In letters or digits."""
-    spelled = number < len(_NUMBERS) and chance.random() < 0.5
+    spelled = number < len(_NUMBERS) and rng.random() < 0.5
     return {"n": _NUMBERS[number] if spelled else str(number)}
 
 
@@ -184,73 +186,73 @@ def _step(number: float) -> int:
     return 5 if number < 60 else 10 if number < 200 else 50
 
 
-def _words_at_most(originals: _Originals, chance: random.Random) -> _Made:
-    about = originals.longest * chance.uniform(1.0, 1.4)
+def _words_at_most(originals: _OriginalAnswers, rng: random.Random) -> _Instance:
+    about = originals.longest * rng.uniform(1.0, 1.4)
     limit = math.ceil(about / _step(about)) * _step(about)
-    return {"n": str(limit)}, lambda answer: len(words_of(answer)) <= limit
+    return {"n": str(limit)}, lambda answer: len(split_words(answer)) <= limit
 
 
-def _words_at_least(originals: _Originals, chance: random.Random) -> _Made:
-    about = originals.shortest * chance.uniform(0.6, 1.0)
+def _words_at_least(originals: _OriginalAnswers, rng: random.Random) -> _Instance:
+    about = originals.shortest * rng.uniform(0.6, 1.0)
     limit = math.floor(about / _step(about)) * _step(about)
-    return {"n": str(limit)}, lambda answer: len(words_of(answer)) >= limit
+    return {"n": str(limit)}, lambda answer: len(split_words(answer)) >= limit
 
 
-def _sentences_at_most(originals: _Originals, chance: random.Random) -> _Made:
-    limit = max(2, max(map(count_sentences, originals.answers)) + chance.randint(0, 1))
-    return _number(limit, chance), lambda answer: count_sentences(answer) <= limit
+def _sentences_at_most(originals: _OriginalAnswers, rng: random.Random) -> _Instance:
+    limit = max(2, max(map(count_sentences, originals.answers)) + rng.randint(0, 1))
+    return _number(limit, rng), lambda answer: count_sentences(answer) <= limit
 
 
-def _paragraphs(originals: _Originals, chance: random.Random) -> _Made:
-    wanted = min(2 + originals.shortest // 100, 5) if chance.random() < 0.5 else chance.randint(2, 3)
-    return _number(wanted, chance), lambda answer: has_paragraphs(answer, wanted)
+def _paragraphs(originals: _OriginalAnswers, rng: random.Random) -> _Instance:
+    count = min(2 + originals.shortest // 100, 5) if rng.random() < 0.5 else rng.randint(2, 3)
+    return _number(count, rng), lambda answer: has_paragraphs(answer, count)
 
 
-def _bullet_points(originals: _Originals, chance: random.Random) -> _Made:
-    wanted = chance.randint(2, min(6, 2 + originals.shortest // 30))
-    return _number(wanted, chance), lambda answer: len(BULLET.findall(answer)) == wanted
+def _bullet_points(originals: _OriginalAnswers, rng: random.Random) -> _Instance:
+    count = rng.randint(2, min(6, 2 + originals.shortest // 30))
+    return _number(count, rng), lambda answer: len(BULLET.findall(answer)) == count
 
 
-def _numbered_points(originals: _Originals, chance: random.Random) -> _Made:
-    wanted = chance.randint(2, min(6, 2 + originals.shortest // 30))
-    numbers = list(range(1, wanted + 1))
-    return _number(wanted, chance), lambda answer: [int(found) for found in NUMBERED.findall(answer)] == numbers
+def _numbered_points(originals: _OriginalAnswers, rng: random.Random) -> _Instance:
+    count = rng.randint(2, min(6, 2 + originals.shortest // 30))
+    numbers = list(range(1, count + 1))
+    return _number(count, rng), lambda answer: [int(found) for found in NUMBERED.findall(answer)] == numbers
 
 
-def _highlighted(originals: _Originals, chance: random.Random) -> _Made:
-    wanted = chance.randint(2, min(5, 2 + originals.shortest // 40))
-    return _number(wanted, chance), lambda answer: len(BOLD.findall(answer)) >= wanted
+def _highlighted(originals: _OriginalAnswers, rng: random.Random) -> _Instance:
+    count = rng.randint(2, min(5, 2 + originals.shortest // 40))
+    return _number(count, rng), lambda answer: len(BOLD.findall(answer)) >= count
 
 
-def _beginning(originals: _Originals, chance: random.Random) -> _Made:
-    phrase = chance.choice(_BEGINNINGS)
+def _beginning(originals: _OriginalAnswers, rng: random.Random) -> _Instance:
+    phrase = rng.choice(_BEGINNINGS)
     return {"phrase": phrase}, lambda answer: answer.lstrip().startswith(phrase)
 
 
-def _ending(originals: _Originals, chance: random.Random) -> _Made:
-    phrase = chance.choice(_ENDINGS)
+def _ending(originals: _OriginalAnswers, rng: random.Random) -> _Instance:
+    phrase = rng.choice(_ENDINGS)
     return {"phrase": phrase}, lambda answer: answer.rstrip().endswith(phrase)
 
 
-def _word_to_include(originals: _Originals, chance: random.Random) -> _Made:
-    word, times = chance.choice(list(originals.common_words.items()))
-    wanted = chance.randint(1, min(times, 3))
-    often = {1: "at least once", 2: "at least twice", 3: "three or more times"}[wanted]
-    return {"word": word, "often": often}, lambda answer: words_of(answer).count(word) >= wanted
+def _word_to_include(originals: _OriginalAnswers, rng: random.Random) -> _Instance:
+    word, times = rng.choice(list(originals.common_words.items()))
+    count = rng.randint(1, min(times, 3))
+    often = {1: "at least once", 2: "at least twice", 3: "three or more times"}[count]
+    return {"word": word, "often": often}, lambda answer: split_words(answer).count(word) >= count
 
 
-def _word_to_avoid(originals: _Originals, chance: random.Random) -> _Made:
+def _word_to_avoid(originals: _OriginalAnswers, rng: random.Random) -> _Instance:
     used = [word for word in _AVOIDABLE if any(word in words for words in originals.words)]
-    word = chance.choice(used if used and chance.random() < 0.5 else _AVOIDABLE)
+    word = rng.choice(used if used and rng.random() < 0.5 else _AVOIDABLE)
     return {"word": word}, lambda answer: word not in re.split(r"[\W_]+", answer.casefold())
 
 
-def _without(marks: str) -> Callable[[_Originals, random.Random], _Made]:
-    return lambda originals, chance: ({}, lambda answer: not any(mark in answer for mark in marks))
+def _without(marks: str) -> Callable[[_OriginalAnswers, random.Random], _Instance]:
+    return lambda originals, rng: ({}, lambda answer: not any(mark in answer for mark in marks))
 
 
-def _that(check: Check) -> Callable[[_Originals, random.Random], _Made]:
-    return lambda originals, chance: ({}, check)
+def _that(check: Check) -> Callable[[_OriginalAnswers, random.Random], _Instance]:
+    return lambda originals, rng: ({}, check)
 
 
 def _is_quoted(answer: str) -> bool:
@@ -265,73 +267,73 @@ def _ends_with_postscript(answer: str) -> bool:
 
 # fmt: off
 _KINDS = (
-    _Kind("words_at_most", "Format", lambda it: it.longest >= 10 and not it.has_code, _words_at_most, (
+    _ConstraintKind("words_at_most", "Format", lambda it: it.longest >= 10 and not it.has_code, _words_at_most, (
         "Stay within {n} words.", "You have {n} words per reply; don't go over.",
         "Use {n} words or fewer in each reply.", "Cap each reply at {n} words.")),
-    _Kind("words_at_least", "Format", lambda it: 30 <= it.shortest <= 400 and not it.has_code, _words_at_least, (
+    _ConstraintKind("words_at_least", "Format", lambda it: 30 <= it.shortest <= 400 and not it.has_code, _words_at_least, (
         "Write {n} words or more in every reply.", "Don't stop before you reach {n} words.",
         "Go into enough depth to fill at least {n} words.", "Never send a reply of fewer than {n} words.")),
-    _Kind("sentences_at_most", "Format", lambda it: it.is_plain and it.longest <= 120, _sentences_at_most, (
+    _ConstraintKind("sentences_at_most", "Format", lambda it: it.is_plain and it.longest <= 120, _sentences_at_most, (
         "Say it in no more than {n} sentences.", "Never use more than {n} sentences.",
         "Limit yourself to {n} sentences.", "Keep to {n} sentences or fewer; each list item counts as one.")),
-    _Kind("paragraphs", "Format", lambda it: it.is_plain and it.shortest >= 60, _paragraphs, (
+    _ConstraintKind("paragraphs", "Format", lambda it: it.is_plain and it.shortest >= 60, _paragraphs, (
         "Divide your reply into {n} paragraphs, with a blank line between them.",
         "Write {n} paragraphs, no more and no fewer, separated by blank lines.",
         "Lay out your reply as {n} paragraphs with empty lines in between.")),
-    _Kind("bullet_points", "Format", lambda it: it.shortest >= 30 and not it.has_code, _bullet_points, (
+    _ConstraintKind("bullet_points", "Format", lambda it: it.shortest >= 30 and not it.has_code, _bullet_points, (
         "Present the key points as {n} markdown bullets, each on its own line.",
         "Include one bulleted list in each reply, with {n} items, no more and no fewer.",
         "Sum up in {n} bullets, and use bullets nowhere else.")),
-    _Kind("numbered_points", "Format", lambda it: it.shortest >= 30 and not it.has_code, _numbered_points, (
+    _ConstraintKind("numbered_points", "Format", lambda it: it.shortest >= 30 and not it.has_code, _numbered_points, (
         "Organize your reply into {n} numbered points, each on a new line.",
         "Make {n} points, each on its own line, numbered from 1.",
         "Use a numbered list of {n} steps, and no other numbered list.")),
-    _Kind("highlighted", "Format", lambda it: it.shortest >= 30 and not it.has_code, _highlighted, (
+    _ConstraintKind("highlighted", "Format", lambda it: it.shortest >= 30 and not it.has_code, _highlighted, (
         "Set {n} or more terms in bold, **like this**.", "Put the {n} most important phrases in **bold**.",
         "Make it easy to skim: wrap {n} or more phrases in double asterisks, as in **this**.")),
-    _Kind("title", "Format", lambda it: it.shortest >= 40, _that(lambda answer: bool(HEADING.match(answer.strip()))), (
+    _ConstraintKind("title", "Format", lambda it: it.shortest >= 40, _that(lambda answer: bool(HEADING.match(answer.strip()))), (
         "Open with a title on its own line, as a markdown heading (# ...).",
         "Give each reply a headline: the first line is a heading that starts with #.",
         "Make the first line a markdown heading, with a # in front.")),
-    _Kind("json", "Format", lambda it: it.is_plain and it.longest <= 60, _that(is_json_object), (
+    _ConstraintKind("json", "Format", lambda it: it.is_plain and it.longest <= 60, _that(is_json_object), (
         "Reply in JSON only: one object, without a code fence or any text around it.",
         "A program will parse your reply: write one JSON object and nothing else.",
         "Put everything into a single JSON object, with nothing before the first brace or after the last.")),
-    _Kind("quoted", "Format", lambda it: it.is_plain and it.longest <= 100 and not it.hold('["“”]'),
+    _ConstraintKind("quoted", "Format", lambda it: it.is_plain and it.longest <= 100 and not it.hold('["“”]'),
           _that(_is_quoted), (
         "Put the whole reply in straight double quotes (\").",
         "Begin and end with a \" so that everything you say is in quotes.",
         "Enclose your reply in double quotes, from the first character to the last.")),
-    _Kind("postscript", "Content", lambda it: it.shortest >= 20, _that(_ends_with_postscript), (
+    _ConstraintKind("postscript", "Content", lambda it: it.shortest >= 20, _that(_ends_with_postscript), (
         "Close with a postscript: a last line that begins with PS:",
         "Add one more thought at the end, on its own line starting with \"PS:\".",
         "End every reply with one line that starts with \"PS:\" and offers a tip or an aside.")),
-    _Kind("beginning", "Content", lambda it: it.shortest >= 10, _beginning, (
+    _ConstraintKind("beginning", "Content", lambda it: it.shortest >= 10, _beginning, (
         "Open each reply with these words: \"{phrase}\"", "Always lead with \"{phrase}\" and continue from there.",
         "The first words of your reply are \"{phrase}\"")),
-    _Kind("ending", "Content", lambda it: it.shortest >= 10, _ending, (
+    _ConstraintKind("ending", "Content", lambda it: it.shortest >= 10, _ending, (
         "Sign off with \"{phrase}\" and write nothing after it.", "Your last words are always \"{phrase}\"",
         "Conclude each reply with \"{phrase}\", word for word, and leave it at that.")),
-    _Kind("word_to_include", "Content", lambda it: it.shortest >= 20 and not it.has_code and bool(it.common_words),
+    _ConstraintKind("word_to_include", "Content", lambda it: it.shortest >= 20 and not it.has_code and bool(it.common_words),
           _word_to_include, (
         "Work the word \"{word}\" into your reply {often}.", "Use \"{word}\" {often}.",
         "Bring in the term \"{word}\" {often}.")),
-    _Kind("word_to_avoid", "Style", lambda it: it.shortest >= 20, _word_to_avoid, (
+    _ConstraintKind("word_to_avoid", "Style", lambda it: it.shortest >= 20, _word_to_avoid, (
         "Do without the word \"{word}\".", "Never say \"{word}\".",
         "The word \"{word}\" is off limits; find another way to say it.", "Steer clear of the word \"{word}\".")),
-    _Kind("lower_case", "Style", lambda it: not it.has_code and not it.hold(r"\d,\d"),
+    _ConstraintKind("lower_case", "Style", lambda it: not it.has_code and not it.hold(r"\d,\d"),
           _that(lambda answer: not any(letter.isupper() or letter.istitle() for letter in answer)), (
         "Type everything in lowercase, including names and the first word of a sentence.",
         "Write without a single capital letter, as in a casual chat.", "lowercase only, please, from start to finish.",
         "Never capitalize: not one uppercase letter.")),
-    _Kind("capitals", "Style", lambda it: it.longest <= 40 and not it.has_code,
+    _ConstraintKind("capitals", "Style", lambda it: it.longest <= 40 and not it.has_code,
           _that(lambda answer: not any(letter.islower() for letter in answer)), (
         "WRITE IN UPPERCASE ONLY, LIKE THIS.", "Reply in capitals throughout, like a telegram.",
         "Make every letter a capital.", "Use block capitals and no lowercase letters.")),
-    _Kind("no_commas", "Style", lambda it: not it.has_code and not it.hold(r"\d,\d"), _without(",，、،"), (
+    _ConstraintKind("no_commas", "Style", lambda it: not it.has_code and not it.hold(r"\d,\d"), _without(",，、،"), (
         "Build every sentence so that it needs no comma, and use none.", "Keep commas out of your reply.",
         "Start a new sentence where you would put a comma; use no commas at all.", "Write comma-free prose.")),
-    _Kind("no_exclamation_marks", "Style", lambda it: not it.has_code and not it.hold(r"\d!|!="), _without("!！¡"), (
+    _ConstraintKind("no_exclamation_marks", "Style", lambda it: not it.has_code and not it.hold(r"\d!|!="), _without("!！¡"), (
         "Stay calm in tone and use no exclamation marks.", "Exclamation marks have no place in your replies.",
         "Keep your enthusiasm out of the punctuation: not a single exclamation mark.",
         "Finish sentences with a period or a question mark, never with an exclamation mark.")),

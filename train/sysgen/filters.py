@@ -9,7 +9,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from train.data.sources.unused_text import WIDE
-from train.datagen.words import runs_of, words_of
+from train.datagen.text_units import extract_ngrams, split_words
 
 if TYPE_CHECKING:
     from py3langid.langid import LanguageIdentifier
@@ -67,7 +67,7 @@ _READ, _FIRST, _LAST = 2_400, 500, 250
 """Characters of a long text that are cleaned, and that are then rated, in half a millisecond."""
 
 
-def language_of(text: str) -> str | None:
+def detect_language(text: str) -> str | None:
     """The language of a text by its ISO 639 code (of two letters where there is one); None where it can't be told.
 
     Code, formulas, quotations and addresses aren't looked at. None: fewer than 15 letters are left, py3langid isn't
@@ -138,8 +138,8 @@ def _identifier() -> "LanguageIdentifier":
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
-def load_languages() -> None:
-    """Load what `language_of` needs: a second, better spent before requests are under way."""
+def load_language_detector() -> None:
+    """Load what `detect_language` needs: a second, better spent before requests are under way."""
     _identifier()
 
 
@@ -152,7 +152,7 @@ _COMMON = {"true", "false", "none", "yes", "okay", "right", "wrong", "correct", 
 _COMMON |= {"faux", "richtig", "falsch", "verdadero", "falso", "vero", "tidak", "neither", "both", "unknown"}
 
 
-def leaked_share(system: str, questions: str, answer: str) -> float:
+def measure_answer_leak(system: str, questions: str, answer: str) -> float:
     """How much of an answer its system message gives away, from 0 to 1.
 
     The share of the answer's words that lie in runs of five words which also stand in the message and not in the
@@ -163,11 +163,11 @@ def leaked_share(system: str, questions: str, answer: str) -> float:
     Words are compared without upper case, marks and punctuation; in Chinese, Japanese, Thai and the like, each
     character is one.
     """
-    of_answer, of_system, of_questions = words_of(answer), words_of(system), words_of(questions)
+    of_answer, of_system, of_questions = split_words(answer), split_words(system), split_words(questions)
     if len(of_answer) < _SHORT_ANSWER:
         gives_away = _tells(of_answer) and _stands_in(of_answer, of_system) and not _stands_in(of_answer, of_questions)
         return float(gives_away and not (len(of_answer) <= 2 and _is_choice(of_answer, system)))
-    told = runs_of(of_system, _RUN) - runs_of(of_questions, _RUN)
+    told = extract_ngrams(of_system, _RUN) - extract_ngrams(of_questions, _RUN)
     covered = [False] * len(of_answer)
     for start in range(len(of_answer) - _RUN + 1):
         if tuple(of_answer[start : start + _RUN]) in told:
@@ -186,9 +186,9 @@ def _tells(words: list[str]) -> bool:
 
 def _is_choice(words: list[str], system: str) -> bool:
     """Whether every sentence that names them is one of a choice: with an `or`, a slash, or three things in a row."""
-    sentences = [sentence for sentence in _BREAK.split(system) if _stands_in(words, words_of(sentence))]
+    sentences = [sentence for sentence in _BREAK.split(system) if _stands_in(words, split_words(sentence))]
     return all(
-        not _CHOICE.isdisjoint(words_of(sentence))
+        not _CHOICE.isdisjoint(split_words(sentence))
         or re.search("[/|]", sentence)
         or len(re.findall("[,،、，]", sentence)) > 1
         for sentence in sentences

@@ -9,9 +9,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.datagen.further_turns import FurtherTurn
-from train.sysgen.tags import TAGS, Annotated
-from train.sysgen.verdicts import PLACEHOLDERS
+from train.datagen.stop_patterns import StopPattern
+from train.sysgen.tags import TAGS, TaggedMessage
+from train.sysgen.verdicts import PLACEHOLDER_VERDICTS
 
 PROMPT_VERSION = 2
 """The wording of these prompts and of constraints.py, for report.json. Raise it with every change of wording."""
@@ -140,10 +140,10 @@ which case neither Good nor Bad applies.
 Reply with eight lines in this form and nothing else; the verdicts shown are placeholders:
 {{}}"""
 
-_FORM = "\n".join(f"<<{tag}>>: {verdict}" for tag, verdict in PLACEHOLDERS.items())
+_FORM = "\n".join(f"<<{tag}>>: {verdict}" for tag, verdict in PLACEHOLDER_VERDICTS.items())
 
 
-def verify(message: Annotated, exchange: Sequence[Message] | None = None) -> list[dict[str, str]]:
+def verify(message: TaggedMessage, exchange: Sequence[Message] | None = None) -> list[dict[str, str]]:
     """Ask for a verdict on each tag, as in section 3.3: Good, Bad or None.
 
     `exchange`: one exchange of a longer conversation, which the message must fit as well.
@@ -156,7 +156,7 @@ def verify(message: Annotated, exchange: Sequence[Message] | None = None) -> lis
     return [_turn("user", ask)]
 
 
-def follows(system: str, question: str, answer: str) -> list[dict[str, str]]:
+def judge(system: str, question: str, answer: str) -> list[dict[str, str]]:
     """Ask whether an answer follows its system message. The reply starts with yes or no."""
     return [
         _turn(
@@ -169,12 +169,12 @@ def follows(system: str, question: str, answer: str) -> list[dict[str, str]]:
     ]
 
 
-FURTHER_TURNS = {
-    "generate": FurtherTurn.of_prompt("tool", after=r"<<[/\\](?!.*<<)"),  # not inside a phrase
-    "verify": FurtherTurn.of_prompt(
+STOP_PATTERNS = {
+    "generate": StopPattern.of_prompt("tool", after=r"<<[/\\](?!.*<<)"),  # not inside a phrase
+    "verify": StopPattern.of_prompt(
         "tool", "part of the conversation.*", "the system message with tags", after=r"\b(?:good|bad|none)\b"
     ),
-    "judge": FurtherTurn.of_prompt("question", "answer", after=r"\b(?:yes|no)\b"),
+    "judge": StopPattern.of_prompt("question", "answer", after=r"\b(?:yes|no)\b"),
 }
 """Ends of the replies to these prompts, by stage. A new answer is none of them: it may hold any line."""
 

@@ -21,7 +21,7 @@ _PHASES = {
 def write_report(folder: Path, facts: Mapping[str, Any], seconds: float | None) -> Path:
     """Write report.json, report.md and its two pictures into `folder`; the path of report.md.
 
-    `facts`: those of `Tally`. `seconds`: from the first request to the last answer.
+    `facts`: those of `SysgenStats`. `seconds`: from the first request to the last answer.
     """
     draw_tags(facts, folder / "tags.png")
     draw_lengths(facts, folder / "lengths.png")

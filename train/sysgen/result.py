@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from train.datagen.usage import Usage
-from train.sysgen.tags import Annotated, Verdict
+from train.sysgen.tags import TaggedMessage, Verdict
 
 
 @dataclass(slots=True)
-class Outcome:
+class RowResult:
     """What became of one row. A row that is left out has a reason; how far it came stands in the rest."""
 
     index: int
@@ -26,7 +26,7 @@ class Outcome:
     system: str = ""
     written_by_model: str = ""
     """The message in tags as the model wrote it, before anything was taken out."""
-    message: Annotated = field(default_factory=lambda: Annotated(()))
+    message: TaggedMessage = field(default_factory=lambda: TaggedMessage(()))
     """What is left of it, with what was repaired and dropped."""
     verdicts: list[dict[str, Verdict]] = field(default_factory=list)
     """By tag; one item for the message, or for each turn of a conversation of several."""
@@ -46,7 +46,7 @@ class Outcome:
     new_characters: int = 0
     """Length of the answers before and after, where they were given anew."""
 
-    def leave_out(self, reason: str, detail: str = "") -> "Outcome":
+    def leave_out(self, reason: str, detail: str = "") -> "RowResult":
         """This row is not written."""
         self.reason, self.detail = reason, detail
         return self

@@ -13,7 +13,7 @@ from train.datagen.usage import Usage
 from train.llm.failures import NO_ANSWER, FailureReasons
 from train.sysgen.config import SysgenConfig
 from train.sysgen.prompts import PROMPT_VERSION
-from train.sysgen.result import Outcome
+from train.sysgen.result import RowResult
 from train.sysgen.tags import TAGS
 
 PHASES = ("read", "generated", "filtered", "verified", "answered")
@@ -25,7 +25,7 @@ RATIO_BINS = tuple(round(2 ** (step / 4), 3) for step in range(-16, 17))
 """Edges of the histogram of lengths, new over original: a sixteenth to sixteen times, four bins to a doubling."""
 
 
-class Tally:
+class SysgenStats:
     """Adds up outcomes."""
 
     def __init__(self, config: SysgenConfig) -> None:
@@ -51,42 +51,42 @@ class Tally:
         self.spent: dict[str, Usage] = {}
         self._samples: list[tuple[int, int, dict[str, Any]]] = []
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, result: RowResult) -> None:
         """Count one row."""
         self.rows += 1
-        for phase in PHASES[: PHASES.index(outcome.phase) + 1]:
+        for phase in PHASES[: PHASES.index(result.phase) + 1]:
             self.phases[phase] += 1
-        self.events.update(outcome.events)
-        for stage, spent in outcome.spent.items():
+        self.events.update(result.events)
+        for stage, spent in result.spent.items():
             self.spent.setdefault(stage, Usage()).add_all(spent)
-        self._add_reading(outcome)
-        if outcome.reason == NO_ANSWER:
-            self.unanswered.add(outcome.detail)
-        if outcome.reason is not None:
-            self.left_out[outcome.reason] += 1
+        self._add_reading(result)
+        if result.reason == NO_ANSWER:
+            self.unanswered.add(result.detail)
+        if result.reason is not None:
+            self.left_out[result.reason] += 1
             return
         self.written += 1
-        if outcome.system:
+        if result.system:
             self.with_message += 1
-            self.message_characters += len(outcome.system)
-        self.tags.update(outcome.message.tags)
-        self.reminded.update(outcome.reminded_of)
-        self.took_reminder.update(tag for tag in outcome.reminded_of if tag in outcome.message.tags)
-        self.constraints.update(one["kind"] for one in outcome.constraints)
-        if outcome.new_characters and outcome.original_characters:
+            self.message_characters += len(result.system)
+        self.tags.update(result.message.tags)
+        self.reminded.update(result.reminded_of)
+        self.took_reminder.update(tag for tag in result.reminded_of if tag in result.message.tags)
+        self.constraints.update(one["kind"] for one in result.constraints)
+        if result.new_characters and result.original_characters:
             self.answered_rows += 1
-            self.original_characters += outcome.original_characters
-            self.new_characters += outcome.new_characters
-            ratio = outcome.new_characters / outcome.original_characters
+            self.original_characters += result.original_characters
+            self.new_characters += result.new_characters
+            ratio = result.new_characters / result.original_characters
             self.sum_of_ratios += ratio
             self.ratios[sum(ratio >= edge for edge in RATIO_BINS)] += 1
-        self._sample(outcome)
+        self._sample(result)
 
-    def _add_reading(self, outcome: Outcome) -> None:
+    def _add_reading(self, result: RowResult) -> None:
         """How the message was read, and what was taken out of it."""
-        self.tags_judged += outcome.tags_judged
-        self.repairs.update(outcome.message.repairs)
-        for dropped in outcome.message.dropped:
+        self.tags_judged += result.tags_judged
+        self.repairs.update(result.message.repairs)
+        for dropped in result.message.dropped:
             if dropped.reason.startswith(("judged", "no verdict")):
                 self.removed[dropped.tag][dropped.reason] += 1
                 continue
@@ -94,22 +94,22 @@ class Tally:
             if dropped.reason == "none of the eight tags":
                 known = dropped.tag in self.unknown_tags or len(self.unknown_tags) < MOST_UNKNOWN_TAGS
                 self.unknown_tags[dropped.tag if known else "others"] += 1
-        for verdicts in outcome.verdicts:
+        for verdicts in result.verdicts:
             for tag in TAGS:
                 self.verdicts[tag][verdicts.get(tag, "missing")] += 1
 
-    def _sample(self, outcome: Outcome) -> None:
+    def _sample(self, result: RowResult) -> None:
         """Keep the row if it is among the twenty that the seed gives the lowest numbers."""
-        digest = hashlib.blake2b(f"{self._config.seed} {outcome.index}".encode(), digest_size=8).digest()
-        rank = (-int.from_bytes(digest), outcome.index)
+        digest = hashlib.blake2b(f"{self._config.seed} {result.index}".encode(), digest_size=8).digest()
+        rank = (-int.from_bytes(digest), result.index)
         if len(self._samples) == SAMPLES and rank < self._samples[0][:2]:
             return
         shown = {
-            "source": outcome.place,
-            "annotated": _beginning(outcome.message.render() or outcome.system),
-            "written_by_model": _beginning(outcome.written_by_model),
+            "source": result.place,
+            "annotated": _beginning(result.message.render() or result.system),
+            "written_by_model": _beginning(result.written_by_model),
             "conversation": [
-                {"role": turn["role"], "content": _beginning(turn["content"])} for turn in outcome.messages[:7]
+                {"role": turn["role"], "content": _beginning(turn["content"])} for turn in result.messages[:7]
             ],
         }
         push = heapq.heappushpop if len(self._samples) == SAMPLES else heapq.heappush

@@ -10,7 +10,7 @@ import random
 from collections import Counter, deque
 
 from train.sysgen.config import SysgenConfig
-from train.sysgen.result import Outcome
+from train.sysgen.result import RowResult
 
 LAG = 4_096
 """Rows between one that is settled and the first that may know of it; more than are ever at work at once."""
@@ -27,7 +27,7 @@ _WEIGHT_OF_BELIEF = 50
 """In rows."""
 
 
-class Balance:
+class TagBalance:
     """Counts what came of the rows, and says of which tags a row is reminded."""
 
     def __init__(self, config: SysgenConfig) -> None:
@@ -35,34 +35,36 @@ class Balance:
         self.seed = config.seed
         self._rows: Counter[tuple[str, bool]] = Counter()
         self._with_tag: Counter[tuple[str, bool]] = Counter()
-        self._unsettled: deque[Outcome] = deque()
+        self._unsettled: deque[RowResult] = deque()
 
-    def settle(self, outcome: Outcome) -> None:
+    def settle(self, result: RowResult) -> None:
         """What became of the next row, in the order of the rows."""
         if self.targets:
-            self._unsettled.append(outcome)
+            self._unsettled.append(result)
 
-    def reminders(self, index: int) -> tuple[str, ...]:
+    def draw_reminders(self, index: int) -> tuple[str, ...]:
         """The tags that row `index` is reminded of. Rows ask in their order."""
         while self._unsettled and self._unsettled[0].index <= index - LAG:
             self._count(self._unsettled.popleft())
-        chance = random.Random(f"{self.seed} reminders {index}")
-        return tuple(tag for tag, target in self.targets.items() if chance.random() < self.share_to_remind(tag, target))
+        rng = random.Random(f"{self.seed} reminders {index}")
+        return tuple(
+            tag for tag, target in self.targets.items() if rng.random() < self.compute_reminder_share(tag, target)
+        )
 
-    def share_to_remind(self, tag: str, target: float) -> float:
+    def compute_reminder_share(self, tag: str, target: float) -> float:
         """Share of rows to remind of `tag` now, between 0 and 1."""
         unasked, reminded = self._share(tag, False), self._share(tag, True)
         if unasked >= target:
             return 0.0
         return 1.0 if reminded <= target else (target - unasked) / (reminded - unasked)
 
-    def _count(self, outcome: Outcome) -> None:
-        if outcome.reason is not None or not outcome.message.phrases:
+    def _count(self, result: RowResult) -> None:
+        if result.reason is not None or not result.message.phrases:
             return
         for tag in self.targets:
-            case = (tag, tag in outcome.reminded_of)
+            case = (tag, tag in result.reminded_of)
             self._rows[case] += 1
-            self._with_tag[case] += tag in outcome.message.tags
+            self._with_tag[case] += tag in result.message.tags
 
     def _share(self, tag: str, was_reminded: bool) -> float:
         believed = _REMINDED if was_reminded else _UNASKED[tag]

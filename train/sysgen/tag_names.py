@@ -10,7 +10,7 @@ NAMES = {name.casefold() + plural: name for name in TAGS for plural in ("", "s")
 
 
 @dataclass(frozen=True, slots=True)
-class Dropped:
+class DroppedText:
     """Text that was not kept. `tag`: as the model wrote it, empty for text outside any tag."""
 
     tag: str

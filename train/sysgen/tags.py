@@ -25,10 +25,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from train.llm.reasoning.control_tokens import without_end_tokens
-from train.sysgen.tag_names import NAMES, TAGS, Dropped
+from train.sysgen.tag_names import NAMES, TAGS, DroppedText
 from train.sysgen.verdicts import Verdict, Verdicts, parse_verdicts
 
-__all__ = ["TAGS", "Annotated", "Dropped", "Phrase", "Verdict", "Verdicts", "parse", "parse_verdicts"]
+__all__ = ["TAGS", "TaggedMessage", "DroppedText", "Phrase", "Verdict", "Verdicts", "parse", "parse_verdicts"]
 
 _MARK = re.compile(
     r"<<[^\S\n]*(?P<before>[/\\]*)[^\S\n]*(?P<name>[^\W\d_][\w \t-]{0,39}?)[^\S\n]*(?P<after>[/\\]*)[^\S\n]*>>"
@@ -78,13 +78,13 @@ class Phrase:
 
 
 @dataclass(frozen=True)
-class Annotated:
+class TaggedMessage:
     """A system message in phrases, in canonical order. How it was read counts for nothing when two are compared."""
 
     phrases: tuple[Phrase, ...]
     repairs: Mapping[str, int] = field(default_factory=dict, compare=False)
     """How often each kind of fault was repaired, in phrases that were kept or not."""
-    dropped: tuple[Dropped, ...] = field(default=(), compare=False)
+    dropped: tuple[DroppedText, ...] = field(default=(), compare=False)
 
     @property
     def text(self) -> str:
@@ -100,16 +100,16 @@ class Annotated:
         """The phrases in their tags, a line to each."""
         return "\n".join(f"<<{phrase.tag}>>{phrase.text}<</{phrase.tag}>>" for phrase in self.phrases)
 
-    def with_phrases(self, phrases: Iterable[Phrase]) -> "Annotated":
+    def with_phrases(self, phrases: Iterable[Phrase]) -> "TaggedMessage":
         """This message with further phrases, each behind those of its tag."""
         together = sorted((*self.phrases, *phrases), key=lambda phrase: TAGS.index(phrase.tag))
-        return Annotated(tuple(together), self.repairs, self.dropped)
+        return TaggedMessage(tuple(together), self.repairs, self.dropped)
 
-    def without(self, tags: Collection[str], reason: str) -> "Annotated":
+    def without(self, tags: Collection[str], reason: str) -> "TaggedMessage":
         """This message without the phrases of some tags, which join what was dropped."""
-        gone = tuple(Dropped(phrase.tag, phrase.text, reason) for phrase in self.phrases if phrase.tag in tags)
+        gone = tuple(DroppedText(phrase.tag, phrase.text, reason) for phrase in self.phrases if phrase.tag in tags)
         kept = tuple(phrase for phrase in self.phrases if phrase.tag not in tags)
-        return Annotated(kept, self.repairs, self.dropped + gone)
+        return TaggedMessage(kept, self.repairs, self.dropped + gone)
 
 
 @dataclass(slots=True)
@@ -136,7 +136,7 @@ class _Pair:
     inside: list["_Pair"] = field(default_factory=list)
 
 
-def parse(text: str) -> Annotated:
+def parse(text: str) -> TaggedMessage:
     """The phrases of a message as a model wrote it. Never raises; `parse(parse(x).render()) == parse(x)`."""
     marks = _without_code(text, list(_marks(text)))
     pairs, lonely = _matched(marks)
@@ -149,7 +149,7 @@ def parse(text: str) -> Annotated:
     repairs.update("opening tag as closer" for pair in pairs if not pair.closer.closes)
     repairs.update(reading.repairs)
     phrases = sorted(reading.phrases, key=lambda phrase: TAGS.index(phrase.tag))
-    return Annotated(tuple(phrases), dict(repairs), tuple(reading.dropped))
+    return TaggedMessage(tuple(phrases), dict(repairs), tuple(reading.dropped))
 
 
 def _marks(text: str) -> Iterator[_Mark]:
@@ -249,7 +249,7 @@ class _Reading:
     def __init__(self, text: str) -> None:
         self.text = text
         self.phrases: list[Phrase] = []
-        self.dropped: list[Dropped] = []
+        self.dropped: list[DroppedText] = []
         self.repairs: Counter[str] = Counter()
 
     def read(self, pair: _Pair) -> list[_Pair]:
@@ -259,26 +259,26 @@ class _Reading:
         whole = "".join(pieces).strip()
         full = [piece for piece in pieces if piece.strip()]
         if not pair.opener.is_known:
-            self.dropped.append(Dropped(name, whole, "none of the eight tags"))
+            self.dropped.append(DroppedText(name, whole, "none of the eight tags"))
         elif not all(inner.opener.is_known for inner in pair.inside):
-            self.dropped.append(Dropped(name, whole, "a tag inside without a partner, or none of the eight"))
+            self.dropped.append(DroppedText(name, whole, "a tag inside without a partner, or none of the eight"))
         elif len(full) > 1 and self._keep(pair, self._flat(pair)):
             self.dropped += [
-                Dropped(inner.opener.name, self._between(inner).strip(), "part of the phrase around it")
+                DroppedText(inner.opener.name, self._between(inner).strip(), "part of the phrase around it")
                 for inner in pair.inside
             ]
             return []
         elif len(full) > 1:
-            self.dropped.append(Dropped(name, whole, "in pieces around other tags"))
+            self.dropped.append(DroppedText(name, whole, "in pieces around other tags"))
         elif not whole:
             if not pair.inside:
-                self.dropped.append(Dropped(name, "", "empty"))
+                self.dropped.append(DroppedText(name, "", "empty"))
         elif len(whole) <= _LONGEST_NOTHING and whole.strip(":：") and _SAYS_NOTHING.fullmatch(whole):
-            self.dropped.append(Dropped(name, whole, "says nothing"))
+            self.dropped.append(DroppedText(name, whole, "says nothing"))
         elif not self._keep(pair, whole):
             lonely = any(_marks(whole))  # else nothing was left of it but a colon or marks
             why = "a tag inside without a partner, or none of the eight" if lonely else "empty"
-            self.dropped.append(Dropped(name, whole, why))
+            self.dropped.append(DroppedText(name, whole, why))
         return pair.inside
 
     def _keep(self, pair: _Pair, text: str) -> bool:
@@ -323,7 +323,7 @@ class _Reading:
 
     def _drop_text(self, tag: str, text: str, reason: str) -> None:
         if tag or text.strip():
-            self.dropped.append(Dropped(tag, text.strip(), reason))
+            self.dropped.append(DroppedText(tag, text.strip(), reason))
 
     def _pieces(self, pair: _Pair) -> Iterator[str]:
         """A pair's own text, without what stands in the pairs inside it."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any, Literal, get_args
 
-from train.sysgen.tag_names import NAMES, TAGS, Dropped
+from train.sysgen.tag_names import NAMES, TAGS, DroppedText
 from train.sysgen.verdict_lines import verdict_lines
 
 Verdict = Literal["Good", "Bad", "None"]
@@ -29,10 +29,10 @@ class Verdicts:
 
     of: Mapping[str, Verdict]
     repairs: Mapping[str, int] = field(default_factory=dict, compare=False)
-    dropped: tuple[Dropped, ...] = field(default=(), compare=False)
+    dropped: tuple[DroppedText, ...] = field(default=(), compare=False)
 
 
-PLACEHOLDERS: dict[str, Verdict] = dict(zip(TAGS, cycle(get_args(Verdict)), strict=False))
+PLACEHOLDER_VERDICTS: dict[str, Verdict] = dict(zip(TAGS, cycle(get_args(Verdict)), strict=False))
 """The verdicts in the form that the prompt shows; a reply that repeats them judges nothing."""
 
 _VERDICTS: dict[str, Verdict] = {verdict.casefold(): verdict for verdict in get_args(Verdict)}
@@ -82,14 +82,14 @@ def parse_verdicts(text: str) -> Verdicts:
     lines = [text, *_json_lines(text), *verdict_lines(text)]
     found: dict[str, set[Verdict]] = {}
     otherwise: set[str] = set()
-    dropped: list[Dropped] = []
+    dropped: list[DroppedText] = []
     for match in (match for part in lines for match in _ENTRY.finditer(part)):
         written = match["tag"] or match["bare"]
         name = NAMES.get(written.casefold())
         if name is None:
-            dropped.append(Dropped(written, match[0].strip(), "none of the eight tags"))
+            dropped.append(DroppedText(written, match[0].strip(), "none of the eight tags"))
         elif match["choice"]:
-            dropped.append(Dropped(name, match[0].strip(), "several verdicts at once"))
+            dropped.append(DroppedText(name, match[0].strip(), "several verdicts at once"))
         elif match["between"] != " " or _LINE_END.match(match.string, match.end()):  # "Tool None" is a line of its own
             verdict = _VERDICTS[match["verdict"].casefold()]
             found.setdefault(name, set()).add(verdict)
@@ -106,15 +106,15 @@ def parse_verdicts(text: str) -> Verdicts:
         if len(given) == 1:
             of[name] = next(iter(given))
         elif given:
-            dropped.append(Dropped(name, " and ".join(sorted(given)), "verdicts that contradict each other"))
+            dropped.append(DroppedText(name, " and ".join(sorted(given)), "verdicts that contradict each other"))
     return Verdicts(of, {"written otherwise": len(otherwise)} if otherwise else {}, tuple(dropped))
 
 
-def verdicts_of_reply(text: str) -> Verdicts:
+def parse_reply_verdicts(text: str) -> Verdicts:
     """Return the verdicts in a reply to the prompt: none where it only repeats the prompt's own form."""
     read = parse_verdicts(text)
-    if read.of == PLACEHOLDERS:
-        return Verdicts({}, {}, (Dropped("", text.strip(), "the placeholders of the prompt"),))
+    if read.of == PLACEHOLDER_VERDICTS:
+        return Verdicts({}, {}, (DroppedText("", text.strip(), "the placeholders of the prompt"),))
     return read
 
 

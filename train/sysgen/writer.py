@@ -15,10 +15,10 @@ from typing import Any, Self
 import pyarrow
 
 from train.datagen.config import OutputSection
-from train.datagen.dataset_writer import JsonLines, open_rows
+from train.datagen.dataset_writer import JsonlFile, open_row_files
 from train.errors import UserError
 from train.storage.atomic_write import sync
-from train.sysgen.result import Outcome
+from train.sysgen.result import RowResult
 
 _TURN = pyarrow.struct(
     [
@@ -32,32 +32,32 @@ _SCHEMA = pyarrow.schema(
 """One for all rows: what varies from row to row is JSON in a text, as the trainer reads it too."""
 
 
-def written_row(outcome: Outcome, model: str) -> dict[str, Any]:
+def build_row(result: RowResult, model: str) -> dict[str, Any]:
     """A row as it is written: `messages`, `tools` where it has any, and `sysgen`, which trainers ignore."""
-    row: dict[str, Any] = {"messages": outcome.messages}
-    if outcome.tools:
-        row["tools"] = outcome.tools
-    return row | {"sysgen": {"source": outcome.place, "model": model, **_history(outcome), "answers": outcome.answers}}
+    row: dict[str, Any] = {"messages": result.messages}
+    if result.tools:
+        row["tools"] = result.tools
+    return row | {"sysgen": {"source": result.place, "model": model, **_history(result), "answers": result.answers}}
 
 
-def row_left_out(outcome: Outcome, model: str) -> dict[str, Any]:
+def build_dropped_row(result: RowResult, model: str) -> dict[str, Any]:
     """A row of left_out.jsonl."""
-    why = {"source": outcome.place, "reason": outcome.reason, "detail": outcome.detail, "model": model}
-    return why | _history(outcome)
+    why = {"source": result.place, "reason": result.reason, "detail": result.detail, "model": model}
+    return why | _history(result)
 
 
-def _history(outcome: Outcome) -> dict[str, Any]:
+def _history(result: RowResult) -> dict[str, Any]:
     """How the system message came to be what it is."""
-    message = outcome.message
+    message = result.message
     return {
         "tags": list(message.tags),
         "annotated": message.render(),
-        "written_by_model": outcome.written_by_model,
+        "written_by_model": result.written_by_model,
         "dropped": [{"tag": one.tag, "text": one.text, "reason": one.reason} for one in message.dropped],
         "repairs": dict(message.repairs),
-        "verdicts": outcome.verdicts,
-        "constraints": outcome.constraints,
-        "reminded_of": list(outcome.reminded_of),
+        "verdicts": result.verdicts,
+        "constraints": result.constraints,
+        "reminded_of": list(result.reminded_of),
     }
 
 
@@ -77,26 +77,26 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-class Output:
+class SysgenWriter:
     """Writes outcomes, in their order. Use it in a `with` block; call `finish` when there are no more."""
 
     def __init__(self, folder: Path, settings: OutputSection, model: str) -> None:
         self.model = model
         self._folder, self._format = folder / "data", settings.format
         try:
-            self._rows = open_rows(self._folder, settings, _SCHEMA)
-            self._left_out = JsonLines(folder / "left_out.jsonl")
+            self._rows = open_row_files(self._folder, settings, _SCHEMA)
+            self._left_out = JsonlFile(folder / "left_out.jsonl")
         except OSError as error:
             raise UserError(f"output_dir: {folder} can't be written to: {error.strerror}.") from error
 
-    def write(self, outcome: Outcome) -> None:
+    def write(self, result: RowResult) -> None:
         """One more row. Raises UserError where the disk takes no more; what was written before is whole."""
         try:
-            if outcome.reason is None:
-                row = written_row(outcome, self.model)
+            if result.reason is None:
+                row = build_row(result, self.model)
                 self._rows.write(_for_parquet(row) if self._format == "parquet" else row)
             else:
-                self._left_out.write(row_left_out(outcome, self.model))
+                self._left_out.write(build_dropped_row(result, self.model))
         except OSError as error:
             raise self._no_more(error) from error
 

@@ -167,11 +167,11 @@ def compare_pairs(facts: dict[str, Any], rows: Sequence[dict[str, Any]], pairs: 
 
 
 def test_kills_give_the_same_bytes_and_repeat_nothing_that_was_written_down(tmp_path: Path) -> None:
-    count, kills, chance = 45, 6, random.Random(11)
+    count, kills, rng = 45, 6, random.Random(11)
     author, wanted = author_of(count), expected(count)
     source = write_rows(tmp_path / "source.jsonl", [row_of(number) for number in range(count)])
     requests = wanted.requests.total()
-    moments = sorted(chance.sample(range(1, requests), kills))
+    moments = sorted(rng.sample(range(1, requests), kills))
     whole = tmp_path / "whole"
     whole.mkdir()
     with served(author.answer) as server:

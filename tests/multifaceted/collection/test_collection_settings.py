@@ -56,7 +56,7 @@ def test_sets_per_instruction(tmp_path: Path, sets: int) -> None:
     done, asked = run_with(saying(), tmp_path, [turns(BICYCLE)], sets_per_instruction=sets)
     assert Counter(map(stage_of, asked)) == dict.fromkeys(("propose", "describe", "message", "answer"), sets)
     assert len(written(tmp_path)) == sets
-    assert done.tally.pairs == (sets > 1)
+    assert done.stats.pairs == (sets > 1)
 
 
 def test_preferences_from_the_hierarchy_ask_nothing_and_differ(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_preference_that_a_sibling_has_is_asked_again_with_those_to_avoid(tmp_
         wanted, _, avoid = prompt.rpartition("\n\n")
         assert [line[2:].partition(",")[0] for line in wanted.rpartition("### Aspects\n")[2].splitlines()] == ["style"]
         assert avoid.startswith("Do not propose any of these again: Dry WIT!")
-    assert done.tally.events["preferences: the same as a sibling's, of some or all dimensions"] == 2
+    assert done.stats.events["preferences: the same as a sibling's, of some or all dimensions"] == 2
 
 
 def test_a_sibling_that_never_differs_is_left_out(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_what_servers_leave_in_a_reply_is_no_part_of_any_row(tmp_path: Path) -> 
     run_with(saying(), tmp_path / "plain", [turns(BICYCLE)], sets_per_instruction=1)
     for column in ("preference_set", "system", "output"):
         assert [row[column] for row in written(tmp_path)] == [row[column] for row in written(tmp_path / "plain")]
-    assert all(done.tally.events[f"{stage}: reasoning taken out"] == 1 for stage in stages)
+    assert all(done.stats.events[f"{stage}: reasoning taken out"] == 1 for stage in stages)
 
 
 def test_a_cut_answer_may_be_kept(tmp_path: Path) -> None:
@@ -192,8 +192,8 @@ def test_a_cut_answer_may_be_kept(tmp_path: Path) -> None:
     done, asked = run_with(saying(answer=lambda _: cut), tmp_path, [turns(BICYCLE)], on_cut_answer="keep")
     assert [row["output"] for row in written(tmp_path)] == ["On and"] * 3
     assert Counter(map(stage_of, asked))["answer"] == 3
-    assert done.tally.events["answer: cut at the token limit, and kept"] == 3
-    assert done.tally.pairs == 0  # they say the same
+    assert done.stats.events["answer: cut at the token limit, and kept"] == 3
+    assert done.stats.pairs == 0  # they say the same
 
 
 @pytest.mark.parametrize(("leak", "kept"), [(0.75, 0), (0.8, 3), (None, 3)])
@@ -243,17 +243,17 @@ def test_the_model_as_second_filter(tmp_path: Path) -> None:
     done, asked = run_with(saying(screen=screen), tmp_path, rows, filter={"model": True}, sets_per_instruction=1)
     assert reasons(tmp_path) == [(None, "states a style or format, says the model")]
     assert [row["prompt"] for row in written(tmp_path)] == ["hm please", "no please"]
-    assert done.tally.events["screen: neither yes nor no, and kept"] == 1
-    assert done.tally.instructions == 2
+    assert done.stats.events["screen: neither yes nor no, and kept"] == 1
+    assert done.stats.instructions == 2
     assert {one.body["temperature"] for one in asked if stage_of(one) == "screen"} == {0.0}
-    assert done.tally.warnings() == []
+    assert done.stats.warnings() == []
 
 
 def test_a_filter_whose_verdicts_are_mostly_unread_ends_with_a_warning(tmp_path: Path) -> None:
     rows = [turns(f"prompt {word} please") for word in ("alpha", "beta", "gamma")]
     said = saying(screen=lambda asked: "No style is stated" if "alpha" not in asked.prompt else "I see no style: no.")
     done, _ = run_with(said, tmp_path, rows, filter={"model": True}, sets_per_instruction=1)
-    (warning,) = done.tally.warnings()
+    (warning,) = done.stats.warnings()
     assert warning.startswith("filter.model: 2 of 3 verdicts could not be read (67%). These instructions were kept.")
     assert f"**Warning: {warning}**" in (tmp_path / "out" / "report.md").read_text("utf-8")
 
@@ -297,7 +297,7 @@ def test_instructions_come_from_any_row_and_carry_their_sources(tmp_path: Path) 
         (None, "duplicate: the same as an instruction before"),
         (None, "not supported: needs tools"),
     ]
-    assert done.tally.events["row with a system message, which was ignored"] == 2
+    assert done.stats.events["row with a system message, which was ignored"] == 2
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.errors import UserError
-from train.multifaceted.collection.hierarchy import DIMENSIONS, OURS, Plan, SubDimension, load_hierarchy
+from train.multifaceted.collection.hierarchy import DIMENSIONS, OURS, PreferencePlan, SubDimension, load_hierarchy
 
 
 def hierarchy_of(sizes: list[int], preferences: int = 4) -> dict[str, dict[str, SubDimension]]:
@@ -37,21 +37,21 @@ def hierarchy_of(sizes: list[int], preferences: int = 4) -> dict[str, dict[str, 
 def test_counts_differ_by_one_at_most_and_siblings_differ(
     sizes: list[int], sets: int, seed: int, count: int, order: Any
 ) -> None:
-    plan = Plan(hierarchy_of(sizes, 6), sets, seed)
+    plan = PreferencePlan(hierarchy_of(sizes, 6), sets, seed)
     numbers = list(range(count))
     order.shuffle(numbers)  # whatever order they are asked for in
     found = {number: plan.of(number) for number in numbers}
-    anew = Plan(hierarchy_of(sizes, 6), sets, seed)
+    anew = PreferencePlan(hierarchy_of(sizes, 6), sets, seed)
     assert found == {number: anew.of(number) for number in range(count)}
     for place, size in enumerate(sizes):
         counts = Counter({f"s{number}": 0 for number in range(size)})
         preferences: dict[str, Counter[str]] = {name: Counter() for name in counts}
         for number in range(count):
-            draws = [one[place] for one in found[number]]
-            names = Counter(draw.sub.name for draw in draws)
-            assert len({draw.preference for draw in draws}) == sets  # all siblings differ
+            planned = [one[place] for one in found[number]]
+            names = Counter(draw.sub.name for draw in planned)
+            assert len({draw.preference for draw in planned}) == sets  # all siblings differ
             assert max(names.values()) - min(names[name] for name in counts) <= 1  # as rarely shared as can be
-            for draw in draws:
+            for draw in planned:
                 counts[draw.sub.name] += 1
                 preferences[draw.sub.name][draw.preference] += 1
                 assert draw.preference in draw.sub.preferences
@@ -64,12 +64,12 @@ def test_counts_differ_by_one_at_most_and_siblings_differ(
 
 def test_pairs_of_sub_dimensions_are_not_tied_to_each_other() -> None:
     """Every combination of two dimensions' sub-dimensions comes up, about equally often."""
-    plan = Plan(load_hierarchy(), 3, 42)
+    plan = PreferencePlan(load_hierarchy(), 3, 42)
     together = Counter((one[0].sub.name, one[3].sub.name) for number in range(500) for one in plan.of(number))
     assert len(together) == 25
     assert min(together.values()) > 0.6 * 60
     assert max(together.values()) < 1.6 * 60
-    other = Plan(load_hierarchy(), 3, 43)
+    other = PreferencePlan(load_hierarchy(), 3, 43)
     assert [one[0].sub.name for one in plan.of(0)] != [one[0].sub.name for one in other.of(0)]
 
 
@@ -155,4 +155,4 @@ def test_too_few_preferences_for_sets_that_differ() -> None:
     with pytest.raises(
         UserError, match=r"7 sets of an instruction take 4 different preferences of harmlessness.s0, which has 3"
     ):
-        Plan(hierarchy_of([7, 7, 7, 2], 3), 7, 0)
+        PreferencePlan(hierarchy_of([7, 7, 7, 2], 3), 7, 0)

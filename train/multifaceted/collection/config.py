@@ -11,7 +11,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from train.datagen.config import OutputSection, ServerSection, StageSection, SystemRole, open_settings
+from train.datagen.config import OutputSection, ServerSection, StageSection, SystemRole, open_config
 from train.datagen.drop_reasons import Loss
 from train.datagen.source_rows import SourcesSection
 from train.multifaceted.collection.style_patterns import Kind
@@ -148,7 +148,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CollectionCo
 
     Raises UserError with everything that is wrong with the file and the overrides, each with its line and dotted key.
     """
-    document = open_settings(path, overrides, STAGES)
+    document = open_config(path, overrides, STAGES)
     if document.section("hierarchy").get("ours") is False and document.section("hierarchy").get("file") is None:
         document.fault(("hierarchy", "ours"), "found false without a `hierarchy.file` to take its place. Name one.")
     return validate_settings(document, CollectionConfig)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.datagen.words import words_of
+from train.datagen.text_units import split_words
 from train.errors import UserError
 from train.recipe.yaml_document import Document, KeyPath, closest, described, did_you_mean, near_files
 
@@ -44,7 +44,7 @@ class SubDimension:
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class PlannedPreference:
     """What a set takes from one dimension. `preference`: the one of the hierarchy, where none is proposed.
 
     `examples`: a few of the sub-dimension's preferences.
@@ -69,9 +69,9 @@ Hierarchy = Mapping[str, Mapping[str, SubDimension]]
 """By dimension and name."""
 
 
-def same_words(text: str) -> str:
+def normalize_words(text: str) -> str:
     """What two texts share that differ in case, marks and punctuation alone."""
-    return " ".join(words_of(text)) or " ".join(text.casefold().split())
+    return " ".join(split_words(text)) or " ".join(text.casefold().split())
 
 
 def load_hierarchy(file: str | Path | None = None, *, ours: bool = True) -> Hierarchy:
@@ -146,7 +146,7 @@ def _sub_dimension(
             document.fault((*here, "preferences", text), f"found {what}. Allowed: a description, or nothing.")
     merged = {**(known.preferences if known else {})}
     for text, description in preferences.items():
-        twin = next((one for one in merged if same_words(one) == same_words(text)), None) if known else None
+        twin = next((one for one in merged if normalize_words(one) == normalize_words(text)), None) if known else None
         merged[twin or text] = description or (merged[twin] if twin else None)
     return SubDimension(dimension, name, " ".join(meaning.split()), merged)
 
@@ -158,15 +158,15 @@ def _refuse_twins(document: Document, found: Sequence[SubDimension], known: Hier
     first: dict[tuple[str, str], str] = {}
     for sub in (*others, *found):
         for text in sub.preferences:
-            before = first.setdefault((sub.dimension, same_words(text)), sub.name)
-            again = sum(same_words(one) == same_words(text) for one in sub.preferences) > 1
+            before = first.setdefault((sub.dimension, normalize_words(text)), sub.name)
+            again = sum(normalize_words(one) == normalize_words(text) for one in sub.preferences) > 1
             if before != sub.name or again:
                 where = f"in {before}" if before != sub.name else "here"
                 path = (sub.dimension, sub.name, "preferences", text)
                 document.fault(path, f"stands {where} too, blanks and marks aside. Keep one of them.")
 
 
-class Plan:
+class PreferencePlan:
     """Which sub-dimensions the sets of each instruction take, and which preferences of the hierarchy.
 
     Raises UserError where a dimension has too few preferences for so many sets that differ.
@@ -184,31 +184,31 @@ class Plan:
                         "of this dimension, to the hierarchy, or take fewer sets."
                     )
 
-    def of(self, instruction: int) -> list[list[Draw]]:
+    def of(self, instruction: int) -> list[list[PlannedPreference]]:
         """For each set of an instruction, numbered from 0, what it takes from each dimension."""
         by_dimension = [self._of_dimension(dimension, instruction) for dimension in DIMENSIONS]
-        return [list(draws) for draws in zip(*by_dimension, strict=True)]
+        return [list(planned) for planned in zip(*by_dimension, strict=True)]
 
-    def _of_dimension(self, dimension: str, instruction: int) -> list[Draw]:
+    def _of_dimension(self, dimension: str, instruction: int) -> list[PlannedPreference]:
         subs = self.hierarchy[dimension]
         names = sorted(subs)
         period = math.lcm(len(names), self.sets)  # after so many sets, decks and instructions end together
         block, place = divmod(instruction * self.sets, period)
         dealt = self._dealt(dimension, names, block, period)[place : place + self.sets]
-        draws = []
+        planned = []
         for number, name in enumerate(dealt, instruction * self.sets):
             sub = subs[name]
-            chance = random.Random(f"{self.seed} examples {dimension} {number}")
-            examples = chance.sample(sorted(sub.preferences), min(EXAMPLES_SHOWN, len(sub.preferences)))
-            draws.append(Draw(sub, self._preference(sub, number // len(names)), tuple(examples)))
-        return draws
+            rng = random.Random(f"{self.seed} examples {dimension} {number}")
+            examples = rng.sample(sorted(sub.preferences), min(EXAMPLES_SHOWN, len(sub.preferences)))
+            planned.append(PlannedPreference(sub, self._preference(sub, number // len(names)), tuple(examples)))
+        return planned
 
     def _dealt(self, dimension: str, names: Sequence[str], block: int, period: int) -> list[str]:
         """The sub-dimensions of one period of sets."""
-        chance = random.Random(f"{self.seed} sub-dimensions {dimension} {block}")
+        rng = random.Random(f"{self.seed} sub-dimensions {dimension} {block}")
         dealt: list[str] = []
         while len(dealt) < period:
-            deck = chance.sample(names, len(names))
+            deck = rng.sample(names, len(names))
             begun = len(dealt) % self.sets
             if begun:  # an instruction in the middle: what it has least of comes first
                 had = Counter(dealt[-begun:])
@@ -224,5 +224,5 @@ class Plan:
         block, place = divmod(times, len(preferences))
         # Where siblings may share the sub-dimension, one order for all blocks: any run of draws differs.
         shared = self.sets > len(self.hierarchy[sub.dimension])
-        chance = random.Random(f"{self.seed} preferences {sub.dimension} {sub.name} {0 if shared else block}")
-        return chance.sample(preferences, len(preferences))[place]
+        rng = random.Random(f"{self.seed} preferences {sub.dimension} {sub.name} {0 if shared else block}")
+        return rng.sample(preferences, len(preferences))[place]

@@ -9,11 +9,11 @@ from typing import Any
 
 from train.data.sources.formats import Conversation, Row, RowFault, read_row
 from train.data.sources.source import chunks_and_format, open_source
-from train.datagen.deduplication import NearDuplicates
+from train.datagen.deduplication import NearDuplicateFilter
 from train.datagen.drop_reasons import UNREADABLE, UNSUPPORTED
 from train.datagen.source_rows import SourcesSection
 from train.multifaceted.collection.config import FilterSection
-from train.multifaceted.collection.style_filter import states_style
+from train.multifaceted.collection.style_filter import find_style_statements
 
 HAD_A_SYSTEM_MESSAGE = "row with a system message, which was ignored"
 _AN = {"audience": "an"}
@@ -44,7 +44,9 @@ class Instruction:
     events: tuple[str, ...] = ()
 
 
-def instructions(data: SourcesSection, filter: FilterSection, near: NearDuplicates | None) -> Iterator[Instruction]:
+def instructions(
+    data: SourcesSection, filter: FilterSection, near: NearDuplicateFilter | None
+) -> Iterator[Instruction]:
     """An instruction for each row of the sources, up to the limit, kept or left out. Raises UserError.
 
     Nothing here asks a model: the same rows give the same numbers. Of those that are the same the first is kept; one
@@ -62,13 +64,13 @@ def instructions(data: SourcesSection, filter: FilterSection, near: NearDuplicat
 
 
 def _why_not(
-    prompt: str, filter: FilterSection, near: NearDuplicates | None, seen: set[bytes]
+    prompt: str, filter: FilterSection, near: NearDuplicateFilter | None, seen: set[bytes]
 ) -> tuple[str | None, str]:
-    digest = hashlib.blake2b(normalised(prompt).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    digest = hashlib.blake2b(normalize(prompt).encode("utf-8", "surrogatepass"), digest_size=16).digest()
     if digest in seen:
         return "duplicate: the same as an instruction before", ""
     seen.add(digest)
-    if found := states_style(prompt, filter.rules):
+    if found := find_style_statements(prompt, filter.rules):
         words = "; ".join(f"{one.kind}: {one.words}" for one in found)
         return f"states {_AN.get(found[0].kind, 'a')} {found[0].kind} already", words
     if near is not None and near.is_near_duplicate(prompt):
@@ -76,7 +78,7 @@ def _why_not(
     return None, ""
 
 
-def normalised(text: str) -> str:
+def normalize(text: str) -> str:
     """What two instructions share that are the same but for case, blanks and the last punctuation mark."""
     return " ".join(unicodedata.normalize("NFC", text).casefold().split()).rstrip(" .?!")
 

@@ -2,7 +2,7 @@
 
 import functools
 
-from train.datagen.words import words_of
+from train.datagen.text_units import split_words
 
 FEWEST = 3
 """So many words of the instruction at least must stand in a message before it counts as telling anything."""
@@ -28,15 +28,15 @@ def _stop_words() -> frozenset[str]:
     return frozenset(_STOP_WORDS.split())
 
 
-def content_words(text: str) -> set[str]:
+def extract_content_words(text: str) -> set[str]:
     """Words of four letters or more that aren't among the most common of English. In scripts without blanks between
     words there are none."""
     stop_words = _stop_words()
-    return {word for word in words_of(text) if len(word) > 3 and word not in stop_words}
+    return {word for word in split_words(text) if len(word) > 3 and word not in stop_words}
 
 
-def told_share(message: str, instruction: str) -> float:
+def measure_instruction_leak(message: str, instruction: str) -> float:
     """Which share of the instruction's content words the message holds, 0 to 1; 0 where it holds fewer than three."""
-    of_instruction = content_words(instruction)
-    told = of_instruction & content_words(message)
+    of_instruction = extract_content_words(instruction)
+    told = of_instruction & extract_content_words(message)
     return len(told) / len(of_instruction) if len(told) >= FEWEST else 0.0

@@ -10,9 +10,15 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 
-from train.datagen.further_turns import FurtherTurn
+from train.datagen.stop_patterns import StopPattern
 from train.multifaceted.collection.few_shot_messages import EXAMPLES
-from train.multifaceted.collection.hierarchy import DIMENSIONS, Draw, Hierarchy, Preference, same_words
+from train.multifaceted.collection.hierarchy import (
+    DIMENSIONS,
+    Hierarchy,
+    PlannedPreference,
+    Preference,
+    normalize_words,
+)
 
 PROMPT_VERSION = 2
 """The wording of these prompts, of message_examples.py and of hierarchy.yaml, for report.json. Raise it with every
@@ -67,7 +73,7 @@ _PROPOSED: tuple[tuple[str, str, str], ...] = (
 )
 
 
-def propose(instruction: str, draws: Sequence[Draw], avoid: Sequence[str] = ()) -> list[Turn]:
+def propose(instruction: str, planned: Sequence[PlannedPreference], avoid: Sequence[str] = ()) -> list[Turn]:
     """Ask for a preference in each drawn sub-dimension. `avoid`: those of the instruction's other sets."""
     (first, shown, reply), *more = _PROPOSED
     turns = [
@@ -81,7 +87,7 @@ def propose(instruction: str, draws: Sequence[Draw], avoid: Sequence[str] = ()) 
         ]
     shown = "\n".join(
         f"- {one.sub.dimension}, {one.sub.name} ({one.sub.meaning}). Examples: {'; '.join(one.examples)}"
-        for one in draws
+        for one in planned
     )
     ask = f"### Instruction\n{instruction}\n\n### Aspects\n{shown}"
     if avoid:
@@ -99,7 +105,7 @@ understands what kind of answer is wanted or whom it is for. Do not bring in any
 Reply with one line per dimension, `dimension: description`, and nothing else."""
 
 
-def describe(preferences: Sequence[Preference], hierarchy: Hierarchy, chance: random.Random) -> list[Turn]:
+def describe(preferences: Sequence[Preference], hierarchy: Hierarchy, rng: random.Random) -> list[Turn]:
     """Ask for a description of each preference, with examples drawn from the described ones of the hierarchy."""
     ask, reply = [], []
     for dimension in DIMENSIONS:
@@ -110,7 +116,7 @@ def describe(preferences: Sequence[Preference], hierarchy: Hierarchy, chance: ra
             if description
         ]
         if described:
-            name, text, description = chance.choice(described)
+            name, text, description = rng.choice(described)
             ask.append(f"- {dimension}, {name}: {text}")
             reply.append(f"{dimension}: {description}")
     shown = "\n".join(f"- {one.dimension}, {one.subdimension}: {one.preference}" for one in preferences)
@@ -133,14 +139,14 @@ answer. Write one system message that makes an assistant answer that way.
 - Write a single paragraph of prose, 80 to 180 words long, and nothing else."""
 
 
-def message(descriptions: Sequence[str], chance: random.Random) -> list[Turn]:
+def message(descriptions: Sequence[str], rng: random.Random) -> list[Turn]:
     """Ask for a system message from descriptions, which are shown in a drawn order."""
-    drawn = chance.sample(EXAMPLES, min(EXAMPLES_OF_MESSAGES, len(EXAMPLES)))
+    drawn = rng.sample(EXAMPLES, min(EXAMPLES_OF_MESSAGES, len(EXAMPLES)))
     turns: list[Turn] = []
     for number, example in enumerate(drawn):
         shown = "### Descriptions\n" + "\n".join(f"- {one}" for one in example.descriptions)
         turns += [_turn("user", shown if number else f"{_MESSAGE}\n\n{shown}"), _turn("assistant", example.message)]
-    shown = "\n".join(f"- {one}" for one in chance.sample(descriptions, len(descriptions)))
+    shown = "\n".join(f"- {one}" for one in rng.sample(descriptions, len(descriptions)))
     return [*turns, _turn("user", f"### Descriptions\n{shown}")]
 
 
@@ -162,14 +168,14 @@ def answer(system: str, instruction: str) -> list[Turn]:
     return [_turn("system", system), _turn("user", instruction)]
 
 
-FURTHER_TURNS = {
-    "propose": FurtherTurn.of_prompt("instruction", "aspects", after=r":[ \t]*\w"),
-    "describe": FurtherTurn.of_prompt("preferences", after=r":[ \t]*\w"),
-    "message": FurtherTurn.of_prompt(
+STOP_PATTERNS = {
+    "propose": StopPattern.of_prompt("instruction", "aspects", after=r":[ \t]*\w"),
+    "describe": StopPattern.of_prompt("preferences", after=r":[ \t]*\w"),
+    "message": StopPattern.of_prompt(
         "descriptions",
         after=r"\A\s*(?!(?:sure|certainly|of|okay|ok|here|below|great|absolutely)\b)[^\n]{30,}[^\s:*]\s*\Z",
     ),
-    "screen": FurtherTurn.of_prompt("instruction", after=r"\b(?:yes|no)\b"),
+    "screen": StopPattern.of_prompt("instruction", after=r"\b(?:yes|no)\b"),
 }
 """Ends of the replies to these prompts, by stage. An answer is none of them: it may hold any line."""
 
@@ -177,7 +183,9 @@ _MARKS = " \t*_`\"'“”‘’"
 _LABEL = re.compile(r"^[\W\d_]*(?P<name>[A-Za-z][A-Za-z _]*?)[*_`]*\s*(?:[,/(>–-][^:]*)?[*_`]*:(?P<text>.*)$")
 
 
-def read_lines(reply: str, draws: Sequence[Preference] | Sequence[Draw], *, cut: bool = False) -> dict[str, str]:
+def parse_dimension_lines(
+    reply: str, planned: Sequence[Preference] | Sequence[PlannedPreference], *, cut: bool = False
+) -> dict[str, str]:
     """The text behind each dimension's name, for those that were asked for; of a name that comes twice the first.
 
     Case, marks, numbers before the name and the sub-dimension behind it don't matter. `cut`: the last line has no end.
@@ -186,7 +194,7 @@ def read_lines(reply: str, draws: Sequence[Preference] | Sequence[Draw], *, cut:
         one.dimension if isinstance(one, Preference) else one.sub.dimension: (
             one.subdimension if isinstance(one, Preference) else one.sub.name
         )
-        for one in draws
+        for one in planned
     }
     lines = [line for line in reply.splitlines() if line.strip()]
     found: dict[str, str] = {}
@@ -197,9 +205,15 @@ def read_lines(reply: str, draws: Sequence[Preference] | Sequence[Draw], *, cut:
             continue
         text = " ".join(label["text"].split()).strip(_MARKS)
         of_sub, colon, rest = text.partition(":")  # `style: tone: Dry wit`
-        if colon and same_words(of_sub) == same_words(asked[name].replace("_", " ")):
+        if colon and normalize_words(of_sub) == normalize_words(asked[name].replace("_", " ")):
             text = rest.strip(_MARKS)
-        says_something = same_words(text) not in ("", same_words(asked[name]), "preference", "description", "none")
+        says_something = normalize_words(text) not in (
+            "",
+            normalize_words(asked[name]),
+            "preference",
+            "description",
+            "none",
+        )
         if says_something and any(map(str.isalnum, text)):
             found[name] = text
     return found
@@ -232,7 +246,7 @@ _TRAILER = re.compile(
 _QUOTES = {'"': '"', "“": "”", "«": "»"}
 
 
-def read_message(reply: str) -> str:
+def parse_message(reply: str) -> str:
     """Return a system message without what models put around one.
 
     That is a lead-in, a heading, quotation marks, a block of code, a tag, and a note behind it.
@@ -291,7 +305,7 @@ _ASKS_BACK = re.compile(
 )
 
 
-def is_message(text: str) -> bool:
+def is_system_message(text: str) -> bool:
     """Return whether a text can be a system message: running text, and no question to whoever asked for it."""
     return not (_NO_PARAGRAPH.search(text) or (not text.startswith("You ") and _ASKS_BACK.search(text)))
 

@@ -13,7 +13,7 @@ from train.reporting.markdown import cost, counted, load_pyplot, quoted, share, 
 def write_report(folder: Path, facts: Mapping[str, Any], seconds: float | None) -> Path:
     """Write report.json, report.md and its picture into `folder`; the path of report.md.
 
-    `facts`: those of `Tally`. `seconds`: from the first request to the last answer.
+    `facts`: those of `CollectionStats`. `seconds`: from the first request to the last answer.
     """
     draw_coverage(facts, folder / "coverage.png")
     (folder / "report.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")

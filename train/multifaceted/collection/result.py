@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from train.datagen.usage import Usage
-from train.multifaceted.collection.hierarchy import Draw, Preference
+from train.multifaceted.collection.hierarchy import PlannedPreference, Preference
 from train.multifaceted.collection.instructions import Instruction
 
 
 @dataclass(slots=True)
-class SetOutcome:
+class SetResult:
     """One set of an instruction. One that is left out has a reason; how far it came stands in the rest."""
 
     number: int
-    draws: list[Draw]
+    planned: list[PlannedPreference]
     preferences: list[Preference] = field(default_factory=list)
     system: str = ""
     output: str = ""
@@ -30,11 +30,11 @@ class SetOutcome:
 
 
 @dataclass(slots=True)
-class Outcome:
+class InstructionResult:
     """What became of one instruction. One that is left out as a whole has a reason and no sets."""
 
     instruction: Instruction
-    sets: list[SetOutcome] = field(default_factory=list)
+    sets: list[SetResult] = field(default_factory=list)
     reason: str | None = None
     detail: str = ""
     events: Counter[str] = field(default_factory=Counter)
@@ -43,7 +43,7 @@ class Outcome:
     """By stage."""
 
     @property
-    def written(self) -> list[SetOutcome]:
+    def written(self) -> list[SetResult]:
         """The sets that are written; while they are made, those that are not lost so far."""
         return [one for one in self.sets if one.reason is None]
 
@@ -56,59 +56,59 @@ class Outcome:
         }
 
 
-def rows_of(outcome: Outcome) -> list[dict[str, Any]]:
+def build_rows(result: InstructionResult) -> list[dict[str, Any]]:
     """Rows of the hub's set: its columns, and nothing else."""
     return [
         {
-            **outcome.place,
+            **result.place,
             "preference_set": _preference_set(one),
             "system": one.system,
-            "prompt": outcome.instruction.prompt,
+            "prompt": result.instruction.prompt,
             "output": one.output,
         }
-        for one in outcome.written
+        for one in result.written
     ]
 
 
-def left_out_of(outcome: Outcome) -> list[dict[str, Any]]:
+def build_dropped_rows(result: InstructionResult) -> list[dict[str, Any]]:
     """Rows of left_out.jsonl: the instruction, or each of its sets that is not written (numbered from 0)."""
-    of = {**outcome.place, "place": outcome.instruction.place, "prompt": outcome.instruction.prompt}
-    if outcome.reason is not None:
-        return [{**of, "set": None, "reason": outcome.reason, "detail": outcome.detail}]
+    of = {**result.place, "place": result.instruction.place, "prompt": result.instruction.prompt}
+    if result.reason is not None:
+        return [{**of, "set": None, "reason": result.reason, "detail": result.detail}]
     return [
         {
             **of,
             "set": one.number,
             "reason": one.reason,
             "detail": one.detail,
-            "subdimensions": [draw.sub.name for draw in one.draws],
+            "subdimensions": [draw.sub.name for draw in one.planned],
             "preference_set": _preference_set(one),
             "system": one.system,
             "output": one.output,
         }
-        for one in outcome.sets
+        for one in result.sets
         if one.reason is not None
     ]
 
 
-def pairs_of(outcome: Outcome, which: Literal["one", "all", "none"], seed: int) -> list[dict[str, Any]]:
+def build_pairs(result: InstructionResult, which: Literal["one", "all", "none"], seed: int) -> list[dict[str, Any]]:
     """Preference pairs in the columns of the hub's -DPO set: the answer to a message is chosen over a sibling's.
 
     Sets whose answers are the same make no pair. `chosen` and `rejected` hold the user's turn too, as the schema of
     these columns has it in the trainers that know it (argilla's, axolotl's).
     """
-    written = outcome.written
+    written = result.written
     possible = [(own, other) for own in written for other in written if own.output != other.output]
     if which == "none" or not possible:
         return []
     if which == "one":
-        chance = random.Random(f"{seed} pair {outcome.instruction.number}")
-        first = chance.choice(list(dict.fromkeys(own.number for own, _ in possible)))
-        possible = [chance.choice([pair for pair in possible if pair[0].number == first])]
-    prompt = outcome.instruction.prompt
+        rng = random.Random(f"{seed} pair {result.instruction.number}")
+        first = rng.choice(list(dict.fromkeys(own.number for own, _ in possible)))
+        possible = [rng.choice([pair for pair in possible if pair[0].number == first])]
+    prompt = result.instruction.prompt
     return [
         {
-            **outcome.place,
+            **result.place,
             "system": own.system,
             "prompt": prompt,
             "chosen": [{"content": prompt, "role": "user"}, {"content": own.output, "role": "assistant"}],
@@ -118,7 +118,7 @@ def pairs_of(outcome: Outcome, which: Literal["one", "all", "none"], seed: int) 
     ]
 
 
-def _preference_set(one: SetOutcome) -> list[dict[str, str]]:
+def _preference_set(one: SetResult) -> list[dict[str, str]]:
     return [
         {
             "dimension": preference.dimension,

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from train.datagen.drop_reasons import unread_warning
+from train.datagen.text_units import split_words
 from train.datagen.usage import Usage
-from train.datagen.words import words_of
 from train.llm.failures import NO_ANSWER, FailureReasons
 from train.multifaceted.collection.config import STAGES, CollectionConfig
-from train.multifaceted.collection.hierarchy import DIMENSIONS, Hierarchy, same_words
+from train.multifaceted.collection.hierarchy import DIMENSIONS, Hierarchy, normalize_words
 from train.multifaceted.collection.prompts import PROMPT_VERSION
-from train.multifaceted.collection.result import Outcome
+from train.multifaceted.collection.result import InstructionResult
 
 SAMPLES = 5
 COMPARED = 200
@@ -33,7 +33,7 @@ LENGTHS = ("system", "prompt", "output")
 _Ranked = list[tuple[int, int, Any]]
 
 
-class Tally:
+class CollectionStats:
     """Adds up outcomes."""
 
     def __init__(self, config: CollectionConfig, hierarchy: Hierarchy) -> None:
@@ -52,44 +52,44 @@ class Tally:
         self._samples: _Ranked = []
         self._compared: _Ranked = []
 
-    def add(self, outcome: Outcome, pairs: int = 0) -> None:
+    def add(self, result: InstructionResult, pairs: int = 0) -> None:
         """Count one instruction, of which so many pairs were made."""
         self.rows += 1
         self.pairs += pairs
-        self.events.update(outcome.events)
-        for stage, spent in outcome.spent.items():
+        self.events.update(result.events)
+        for stage, spent in result.spent.items():
             self.spent.setdefault(stage, Usage()).add_all(spent)
-        for reason, detail in ((outcome.reason, outcome.detail), *((one.reason, one.detail) for one in outcome.sets)):
+        for reason, detail in ((result.reason, result.detail), *((one.reason, one.detail) for one in result.sets)):
             if reason == NO_ANSWER:
                 self.unanswered.add(detail)
-        if outcome.reason is not None:
-            self.left_out[outcome.reason] += 1
+        if result.reason is not None:
+            self.left_out[result.reason] += 1
             return
         self.instructions += 1
-        self.sets += len(outcome.sets)
-        written = outcome.written
+        self.sets += len(result.sets)
+        written = result.written
         self.written += len(written)
         self.instructions_written += bool(written)
-        for one in outcome.sets:
-            self._drawn.update((draw.sub.dimension, draw.sub.name) for draw in one.draws)
+        for one in result.sets:
+            self._drawn.update((draw.sub.dimension, draw.sub.name) for draw in one.planned)
             if one.reason is not None:
                 self.sets_left_out[one.reason] += 1
                 continue
             for preference in one.preferences:
                 where = (preference.dimension, preference.subdimension)
                 self._written[where] += 1
-                words = same_words(preference.preference)
+                words = normalize_words(preference.preference)
                 self._preferences.setdefault(where, Counter())[words] += 1
                 self._wording.setdefault(words, preference.preference)
-            for name, text in zip(LENGTHS, (one.system, outcome.instruction.prompt, one.output), strict=True):
+            for name, text in zip(LENGTHS, (one.system, result.instruction.prompt, one.output), strict=True):
                 self._lengths[name].append(len(text))
         if written:
-            self._keep(self._samples, SAMPLES, "sample", outcome, _shown(outcome))
-            self._keep(self._compared, COMPARED, "compared", outcome, [one.system for one in written])
+            self._keep(self._samples, SAMPLES, "sample", result, _shown(result))
+            self._keep(self._compared, COMPARED, "compared", result, [one.system for one in written])
 
-    def _keep(self, heap: _Ranked, most: int, purpose: str, outcome: Outcome, what: Any) -> None:
+    def _keep(self, heap: _Ranked, most: int, purpose: str, result: InstructionResult, what: Any) -> None:
         """Keep `what` if its instruction is among those that the seed gives the lowest numbers."""
-        number = outcome.instruction.number or 0
+        number = result.instruction.number or 0
         digest = hashlib.blake2b(f"{self._config.seed} {purpose} {number}".encode(), digest_size=7).digest()
         entry = (-int.from_bytes(digest), number, what)
         if len(heap) < most:
@@ -174,7 +174,7 @@ class _Words:
     """rouge-score's own tokens are ASCII's letters and digits; these are words in any script."""
 
     def tokenize(self, text: str) -> list[str]:
-        return words_of(text)
+        return split_words(text)
 
 
 def similarity(messages: Sequence[Sequence[str]]) -> dict[str, Any]:
@@ -221,10 +221,10 @@ def _evenness(counts: Iterable[int], kinds: int) -> float | None:
     return _entropy(counts) / math.log2(kinds) if kinds > 1 else None
 
 
-def _shown(outcome: Outcome) -> dict[str, Any]:
+def _shown(result: InstructionResult) -> dict[str, Any]:
     return {
-        "source": outcome.instruction.place,
-        "prompt": _beginning(outcome.instruction.prompt),
+        "source": result.instruction.place,
+        "prompt": _beginning(result.instruction.prompt),
         "sets": [
             {
                 "preferences": [
@@ -234,7 +234,7 @@ def _shown(outcome: Outcome) -> dict[str, Any]:
                 "system": _beginning(one.system),
                 "output": _beginning(one.output),
             }
-            for one in outcome.written
+            for one in result.written
         ],
     }
 

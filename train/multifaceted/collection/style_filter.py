@@ -15,7 +15,7 @@ from train.multifaceted.collection.style_patterns import RULES, Kind
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class StyleStatement:
     """Words of an instruction that say how it is to be answered."""
 
     kind: Kind
@@ -33,7 +33,7 @@ def _compiled() -> tuple[tuple[Kind, re.Pattern[str]], ...]:
     return tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in RULES)
 
 
-def states_style(instruction: str, kinds: tuple[Kind, ...] = get_args(Kind)) -> list[Finding]:
+def find_style_statements(instruction: str, kinds: tuple[Kind, ...] = get_args(Kind)) -> list[StyleStatement]:
     """What an instruction says of how it is to be answered, by kind and the words that say so; nothing as a rule.
 
     Code and longer quotations in it aren't read, and of a very long one only the beginning and the end.
@@ -41,10 +41,12 @@ def states_style(instruction: str, kinds: tuple[Kind, ...] = get_args(Kind)) -> 
     if len(instruction) > _FIRST + _LAST:
         instruction = f"{instruction[:_FIRST]}\n{instruction[-_LAST:]}"
     text = _NOT_READ.sub(" … ", instruction)
-    found: list[Finding] = []
+    found: list[StyleStatement] = []
     for kind, pattern in _compiled():
         if kind in kinds and (match := pattern.search(text)):
             words = " ".join(match[0].split()).strip(" .,:;!?*#-").lstrip("0123456789. ")
             if not any(words in other.words or other.words in words for other in found):
-                found.append(Finding(kind, words if len(words) <= _LONGEST_SHOWN else f"{words[:_LONGEST_SHOWN]}..."))
+                found.append(
+                    StyleStatement(kind, words if len(words) <= _LONGEST_SHOWN else f"{words[:_LONGEST_SHOWN]}...")
+                )
     return found

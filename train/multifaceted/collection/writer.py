@@ -11,10 +11,10 @@ from typing import Self
 
 import pyarrow
 
-from train.datagen.dataset_writer import JsonLines, RowFiles, open_rows
+from train.datagen.dataset_writer import JsonlFile, RowFiles, open_row_files
 from train.errors import UserError
 from train.multifaceted.collection.config import CollectionConfig
-from train.multifaceted.collection.result import Outcome, left_out_of, pairs_of, rows_of
+from train.multifaceted.collection.result import InstructionResult, build_dropped_rows, build_pairs, build_rows
 from train.storage.atomic_write import sync
 
 DATA, PAIRS, LEFT_OUT = "data", "pairs", "left_out.jsonl"
@@ -38,34 +38,34 @@ PAIR_SCHEMA = pyarrow.schema(
 )
 
 
-class Output:
+class CollectionWriter:
     """Writes outcomes, in their order. Use it in a `with` block; call `finish` when there are no more."""
 
     def __init__(self, config: CollectionConfig) -> None:
         self._config = config
         self._folder = folder = Path(config.output_dir)
         try:
-            self._rows: RowFiles = open_rows(folder / DATA, config.output, ROW_SCHEMA)
+            self._rows: RowFiles = open_row_files(folder / DATA, config.output, ROW_SCHEMA)
             self._pairs: RowFiles | None = None
             if config.pairs != "none" or (folder / PAIRS).exists():  # those of an earlier run must go
-                self._pairs = open_rows(folder / PAIRS, config.output, PAIR_SCHEMA)
-            self._left_out = JsonLines(folder / LEFT_OUT)
+                self._pairs = open_row_files(folder / PAIRS, config.output, PAIR_SCHEMA)
+            self._left_out = JsonlFile(folder / LEFT_OUT)
         except OSError as error:
             raise UserError(f"output_dir: {folder} can't be written to: {error.strerror}.") from error
 
-    def write(self, outcome: Outcome) -> int:
+    def write(self, result: InstructionResult) -> int:
         """What there is to write of one more instruction; how many pairs it made.
 
         Raises UserError where the disk takes no more; what was written before is whole.
         """
-        pairs = pairs_of(outcome, self._config.pairs, self._config.seed)
+        pairs = build_pairs(result, self._config.pairs, self._config.seed)
         try:
-            for row in rows_of(outcome):
+            for row in build_rows(result):
                 self._rows.write(row)
             for pair in pairs:
                 assert self._pairs is not None
                 self._pairs.write(pair)
-            for row in left_out_of(outcome):
+            for row in build_dropped_rows(result):
                 self._left_out.write(row)
         except OSError as error:
             raise self._no_more(error) from error

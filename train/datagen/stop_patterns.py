@@ -7,12 +7,12 @@ What it says there is about a conversation that does not exist, so the reply end
 import re
 from dataclasses import dataclass
 
-MADE_UP = "made up a further turn of the prompt, and was cut there"
+INVENTED_TURN = "made up a further turn of the prompt, and was cut there"
 """The event, in the words of the reports."""
 
 
 @dataclass(frozen=True, slots=True)
-class FurtherTurn:
+class StopPattern:
     """The lines that begin a further turn where `after` finds something in the text before them.
 
     A heading at the start of a reply is part of it.
@@ -22,7 +22,7 @@ class FurtherTurn:
     after: re.Pattern[str]
 
     @classmethod
-    def of_prompt(cls, *headings: str, after: str) -> "FurtherTurn":
+    def of_prompt(cls, *headings: str, after: str) -> "StopPattern":
         """Return that of a prompt with these headings (regular expressions, without their `###`)."""
         names = "|".join(
             ("user", "assistant", "human", "(?:the |its )?(?:existing )?system (?:message|prompt)", "system", *headings)
@@ -34,7 +34,7 @@ class FurtherTurn:
         return cls(re.compile(begins, re.IGNORECASE | re.MULTILINE), re.compile(after, re.IGNORECASE | re.DOTALL))
 
 
-def own_turn(reply: str, turn: FurtherTurn) -> str:
+def cut_at_stop_pattern(reply: str, turn: StopPattern) -> str:
     """Return the reply up to the first further turn; whole where there is none."""
     for found in turn.begins.finditer(reply):
         before = reply[: found.start()]

@@ -19,14 +19,14 @@ _ABBREVIATIONS = re.compile(r"\b(Mr|Mrs|Ms|Dr|Prof|e\.g|i\.e)\.(?=\s)")
 _NO_PARAGRAPH = re.compile(r"\s*(?:(?:#{1,6}|[-*•+]|\d+[.)])(?:\s|$)|[-*_]{3,}\s|```|\||[\W_]*$)")
 
 
-def words_of(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """Its words, without upper case and marks. What a hyphen or an apostrophe joins is one word, and so is a number
     with its digits; in a script without blanks, each character is one."""
     plain = unicodedata.normalize("NFC", text).casefold().translate(_marks()).replace("’", "'")
     return _WORD.findall(plain)
 
 
-def runs_of(words: list[str], length: int) -> set[tuple[str, ...]]:
+def extract_ngrams(words: list[str], length: int) -> set[tuple[str, ...]]:
     """All runs of so many words."""
     return {tuple(words[start : start + length]) for start in range(len(words) - length + 1)}
 

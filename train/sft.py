@@ -83,10 +83,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def train(recipe: Recipe, options: argparse.Namespace) -> None:
     """Prepare, load, train, save; or report, with --check. Raises UserError for all that the user can mend."""
-    from train.loop.run_outcome import fingerprint, finished_run
+    from train.loop.run_outcome import find_finished_run, inputs_fingerprint
 
     width = Console(file=sys.stdout).width
-    finished, changed = finished_run(recipe) if options.resume == "auto" else (None, None)
+    finished, changed = find_finished_run(recipe) if options.resume == "auto" else (None, None)
     if changed and is_first_rank():
         print(wrap(changed, width), flush=True)
     if finished and not options.check:
@@ -97,10 +97,10 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     check_model_folder(recipe.model, weights=not options.gpus)
     from train.loop.checkpoint.resume import (
         check_distribution,
-        date_of_run,
         find_checkpoint,
+        get_run_date,
+        keep_sequences_per_step,
         refuse_changes,
-        with_same_steps,
     )
     from train.ranks import world_size
 
@@ -111,7 +111,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     from train.data.chat.system_role import apply_system_role
     from train.data.chat.template import pin_date, use_template, without_generation_marks
     from train.data.prepare import prepare
-    from train.loop.optimizer_test import try_optimizer
+    from train.loop.optimizer_test import check_optimizer
     from train.model.float8 import check_start
     from train.model.load import check_fits, load_config, load_model
     from train.model.quantized_weights import with_saved_quantization
@@ -125,7 +125,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     cluster = parse_cluster(options.gpus, options.nodes, options.mfu) if options.gpus else None
     tokenizer = load_tokenizer(recipe.model)
     notes = check_fits(recipe, tokenizer)
-    try_optimizer(recipe)
+    check_optimizer(recipe)
     if checkpoint:
         from train.loop.checkpoint.resumed_settings import ResumedSettings  # imports much of transformers
 
@@ -133,7 +133,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
         ResumedSettings(checkpoint, recipe).refuse(checkpoint, deepspeed=with_deepspeed)
     template = use_template(tokenizer, recipe.chat.template)
     before = apply_system_role(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
-    pin_date(tokenizer, date_of_run(checkpoint))
+    pin_date(tokenizer, get_run_date(checkpoint))
     if options.check:
         about = {"checkpoint": checkpoint.folder if checkpoint else None, "cluster": cluster, "json_file": options.json}
         described = with_saved_quantization(recipe, load_config(recipe.model))
@@ -144,28 +144,28 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
 
     # TRL, which a check does without, takes seconds to import.
     from train.loop.arguments import training_arguments
-    from train.loop.checkpoint.side_files import side_file_faults
-    from train.loop.checkpoint.trainer_state import facts_of_data, sharding
-    from train.loop.metrics_log import StepLog, tracked
+    from train.loop.checkpoint.trainer_state import data_fingerprint, optimizer_distribution
+    from train.loop.metrics_log import StepLog, open_trackers
     from train.loop.output_dir import claim_output_dir, lock_output_dir
     from train.loop.preemption import Preemption
-    from train.loop.report import say_where_it_goes_on, write_report
+    from train.loop.report import print_resume_hint, write_report
     from train.loop.run_outcome import record_run_outcome
+    from train.loop.side_files import side_file_errors
     from train.loop.trainer import JanusTrainer
     from train.model.inference import stop_at
 
     lock = lock_output_dir(recipe.output_dir)  # as long as this function runs
     output_dir = claim_output_dir(recipe)
     preemption = Preemption(recipe.output_dir, recipe.save, checkpoint.step if checkpoint else 0)
-    run = fingerprint(recipe) if is_first_rank() else {}
+    run = inputs_fingerprint(recipe) if is_first_rank() else {}
     telling = record_run_outcome(recipe.output_dir, preemption, USER_FIXABLE_ERRNOS, run)
     with preemption.watching(), telling, lock or nullcontext():
         if checkpoint:
-            recipe = with_same_steps(recipe, checkpoint, options.resume_anyway, world_size())
-        if faults := list(side_file_faults(recipe, tokenizer)):
+            recipe = keep_sequences_per_step(recipe, checkpoint, options.resume_anyway, world_size())
+        if faults := list(side_file_errors(recipe, tokenizer)):
             raise UserError(" ".join(faults))
         data = prepare(recipe, tokenizer)
-        about = facts_of_data(data, tokenizer)
+        about = data_fingerprint(data, tokenizer)
         if checkpoint:
             made = {key: value for key, value in checkpoint.manifest["run"].items() if key.startswith("made.")}
             refuse_changes(checkpoint, made, about, options.resume_anyway)
@@ -178,11 +178,11 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
         described = with_saved_quantization(recipe, load_config(recipe.model))
         arguments = training_arguments(described, stop_tokens)
         if checkpoint:
-            check_distribution(checkpoint, sharding(arguments))
+            check_distribution(checkpoint, optimizer_distribution(arguments))
         tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
 
         step_log = StepLog(recipe.output_dir)
-        with tracked(recipe, checkpoint.manifest["wandb_run"] if checkpoint else None):
+        with open_trackers(recipe, checkpoint.manifest["wandb_run"] if checkpoint else None):
             if is_first_rank():
                 print(f"loading {recipe.model.name_or_path}", flush=True)
             model = load_model(recipe)
@@ -200,7 +200,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
             with step_log:
                 trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
                 if preemption.reason:
-                    say_where_it_goes_on(output_dir)
+                    print_resume_hint(output_dir)
                     return
                 trainer.save_model(recipe.output_dir)  # before anything else that could fail
                 if data.validation and arguments.eval_strategy == "no":

@@ -9,7 +9,7 @@ import torch
 from trl import SFTConfig
 
 from train.errors import UserError
-from train.loop.metrics_log import integrations
+from train.loop.metrics_log import tracker_names
 from train.ranks import deepspeed_launch_error
 from train.recipe import Recipe
 
@@ -36,14 +36,14 @@ def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTCo
         "logging_nan_inf_filter": False,  # a loss that is not finite shall show, no mean in its place (trl#6702)
         **recipe.training,
         "output_dir": recipe.output_dir,
-        "save_total_limit": None,  # an older checkpoint goes when a newer one is known to be whole: see `Saver`
+        "save_total_limit": None,  # an older checkpoint goes when a newer one is known to be whole: see `CheckpointWriter`
         "seed": recipe.seed,
         "max_length": None,
         "packing": False,
         "padding_free": recipe.data.packing,
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "eos_token": next(iter(stop_tokens), None),
-        "report_to": integrations(recipe.tracking),
+        "report_to": tracker_names(recipe.tracking),
         "disable_tqdm": True,
     }
     if settings.get("activation_offloading") and settings["use_cpu"]:

@@ -21,7 +21,7 @@ from train.storage.atomic_write import atomic_write, write_text
 from train.storage.jsonl import read_metrics
 
 
-def integrations(tracking: TrackingSection) -> list[str]:
+def tracker_names(tracking: TrackingSection) -> list[str]:
     """Names under which transformers knows the trackers. Raises UserError for one whose package is missing."""
     wanted = [name for name in ("wandb", "tensorboard") if getattr(tracking, name)]
     for name in wanted:
@@ -34,7 +34,7 @@ def integrations(tracking: TrackingSection) -> list[str]:
 
 
 @contextmanager
-def tracked(recipe: Recipe, wandb_run: str | None = None) -> Iterator[None]:
+def open_trackers(recipe: Recipe, wandb_run: str | None = None) -> Iterator[None]:
     """Open the wandb run of the recipe on the first rank and close it on every path; name TensorBoard's folder.
 
     `wandb_run`: the id of the run that this one goes on from.

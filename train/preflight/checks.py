@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from train.errors import UserError
-from train.loop.metrics_log import integrations
+from train.loop.metrics_log import tracker_names
 from train.loop.output_dir import output_dir_conflicts
 from train.loop.preemption import time_conflicts
 from train.ranks import deepspeed_launch_error
@@ -55,7 +55,7 @@ def _mirror_dir(recipe: Recipe) -> Iterator[str]:
 
 def _tracking(recipe: Recipe) -> Iterator[str]:
     try:
-        integrations(recipe.tracking)
+        tracker_names(recipe.tracking)
     except UserError as fault:
         yield str(fault)
     wandb = recipe.tracking.wandb

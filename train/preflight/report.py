@@ -14,7 +14,7 @@ from train.data.diagnostics import Outcome, outcomes, warnings_of
 from train.data.loss_mask import NOT_TRAINED
 from train.data.prepare import CachedSource, Prepared, Row, SplitStats, UnreadText, refusal
 from train.data.stats import Bin, Overlap, Repeats, histogram, quantiles
-from train.loop.checkpoint.side_files import side_file_faults
+from train.loop.side_files import side_file_errors
 from train.model.architecture import shape_of
 from train.model.float8 import float8_warnings
 from train.model.load import load_config
@@ -149,7 +149,7 @@ def build_report(
         gain_refusal(recipe, gain),
         *run_faults(recipe, account.sequences, processes),
         schedule_error(recipe.training, steps),
-        *side_file_faults(recipe, tokenizer),
+        *side_file_errors(recipe, tokenizer),
     ]
     systems = outcome(tokenizer, before, recipe.chat.default_system)
     given = systems.default is not None

@@ -30,7 +30,7 @@ from typing import Any
 
 import yaml
 
-from train.cli import CommandLine, ending
+from train.cli import CommandLine, run_command
 from train.errors import UserError
 from train.preflight.missing_files import refuse_missing
 from train.recipe import Recipe, load_recipe
@@ -120,7 +120,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if (name := option.partition("=")[0]) in OURS or "\n" in option:
             parser.error(f"--sbatch: {name} is set by submit.py itself, from options of its own (--help)")
     try:
-        options.seconds = seconds = seconds_of(options.time)
+        options.seconds = seconds = parse_time_limit(options.time)
         options.numbers = numbers_of(options.array) if options.array else []
     except ValueError as fault:
         parser.error(str(fault))
@@ -134,7 +134,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def seconds_of(limit: str) -> int:
+def parse_time_limit(limit: str) -> int:
     """Seconds of a time limit as Slurm writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises ValueError."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
     if not found:
@@ -204,7 +204,7 @@ def check_recipe(recipe: Recipe, processes: int, anyway: list[str]) -> None:
 
     from train.data.chat.system_role import apply_system_role
     from train.data.chat.template import use_template
-    from train.loop.optimizer_test import try_optimizer
+    from train.loop.optimizer_test import check_optimizer
     from train.model.folder import check_model_folder
     from train.model.load import check_fits
     from train.model.tokenizer import load_tokenizer
@@ -218,17 +218,17 @@ def check_recipe(recipe: Recipe, processes: int, anyway: list[str]) -> None:
     # A login node has no GPU to try kernels on: the nodes do that, before they load the model.
     anything = recipe.model.model_copy(update={"attention": "auto"})
     check_fits(recipe if torch.cuda.is_available() else recipe.model_copy(update={"model": anything}), tokenizer)
-    try_optimizer(recipe)
+    check_optimizer(recipe)
     use_template(tokenizer, recipe.chat.template)
     apply_system_role(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
 
 
 def _check_checkpoint(recipe: Recipe, anyway: list[str]) -> None:
     """Raise UserError where the newest checkpoint belongs to another run. Its files are left for the job to verify."""
-    from train.loop.checkpoint.manifest import COMPLETE, Checkpoint, folders
+    from train.loop.checkpoint.manifest import COMPLETE, Checkpoint, list_checkpoints
     from train.loop.checkpoint.resume import refuse_changes, run_fingerprint
 
-    for folder in folders(recipe.output_dir, recipe.save.mirror_dir):
+    for folder in list_checkpoints(recipe.output_dir, recipe.save.mirror_dir):
         try:
             manifest = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
             before = {key: value for key, value in manifest["run"].items() if not key.startswith("made.")}
@@ -389,7 +389,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     filter_known_warnings()
     options = parse(arguments)
-    return ending(lambda: submit(options), "stopped; squeue shows whether a job was submitted")
+    return run_command(lambda: submit(options), "stopped; squeue shows whether a job was submitted")
 
 
 if __name__ == "__main__":

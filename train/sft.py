@@ -23,15 +23,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from train.cli import CommandLine
-from train.errors import USER_FIXABLE_ERRNOS, UserError, names_of_files
+from train.cli import CommandLine, print_error, run_command
+from train.errors import USER_FIXABLE_ERRNOS, UserError
 from train.formatting import wrap
 from train.model.folder import check_model_folder
 from train.preflight.json_report import discard_earlier
 from train.preflight.missing_files import refuse_missing
 from train.ranks import is_first_rank, single_process_warning
 from train.recipe import Recipe, load_recipe
-from train.storage.local_paths import path_or_id
+from train.storage.local_paths import parse_path_or_id
 from train.warning_filters import filter_known_warnings
 
 
@@ -43,7 +43,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--resume",
-        type=path_or_id,
+        type=parse_path_or_id,
         default="auto",
         metavar="auto|never|DIR",
         help="auto (default): resume from the newest complete checkpoint in output_dir, if there is one; never: train "
@@ -60,7 +60,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--check", action="store_true", help="report the model, the template and the data, and train nothing"
     )
     parser.add_argument(
-        "--json", type=path_or_id, metavar="FILE", help="with --check: also write the report to FILE as JSON"
+        "--json", type=parse_path_or_id, metavar="FILE", help="with --check: also write the report to FILE as JSON"
     )
     parser.add_argument("--gpus", metavar="8x80GB", help="with --check: plan memory and time on these GPUs of one node")
     parser.add_argument("--nodes", type=int, metavar="N", help="with --gpus: number of nodes (default 1)")
@@ -83,10 +83,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def train(recipe: Recipe, options: argparse.Namespace) -> None:
     """Prepare, load, train, save; or report, with --check. Raises UserError for all that the user can mend."""
-    from train.loop.run_outcome import fingerprint, finished_run
+    from train.loop.run_outcome import find_finished_run, inputs_fingerprint
 
     width = Console(file=sys.stdout).width
-    finished, changed = finished_run(recipe) if options.resume == "auto" else (None, None)
+    finished, changed = find_finished_run(recipe) if options.resume == "auto" else (None, None)
     if changed and is_first_rank():
         print(wrap(changed, width), flush=True)
     if finished and not options.check:
@@ -97,12 +97,12 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     check_model_folder(recipe.model, weights=not options.gpus)
     from train.loop.checkpoint.resume import (
         check_distribution,
-        date_of_run,
         find_checkpoint,
+        get_run_date,
+        keep_sequences_per_step,
         refuse_changes,
-        with_same_steps,
     )
-    from train.ranks import processes_now
+    from train.ranks import world_size
 
     checkpoint = find_checkpoint(options.resume, recipe, options.resume_anyway)
 
@@ -111,7 +111,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     from train.data.chat.system_role import apply_system_role
     from train.data.chat.template import pin_date, use_template, without_generation_marks
     from train.data.prepare import prepare
-    from train.loop.optimizer_test import try_optimizer
+    from train.loop.optimizer_test import check_optimizer
     from train.model.float8 import check_start
     from train.model.load import check_fits, load_config, load_model
     from train.model.quantized_weights import with_saved_quantization
@@ -119,13 +119,13 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     from train.preflight.check import check
     from train.preflight.plan.plan import parse_cluster
     from train.preflight.start_screen import screen
-    from train.recipe.schedule import schedule, schedule_fault
+    from train.recipe.schedule import compute_schedule, schedule_error
     from train.system_gain.validation_rows import describe_gain, gain_refusal, gain_rows
 
     cluster = parse_cluster(options.gpus, options.nodes, options.mfu) if options.gpus else None
     tokenizer = load_tokenizer(recipe.model)
     notes = check_fits(recipe, tokenizer)
-    try_optimizer(recipe)
+    check_optimizer(recipe)
     if checkpoint:
         from train.loop.checkpoint.resumed_settings import ResumedSettings  # imports much of transformers
 
@@ -133,7 +133,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
         ResumedSettings(checkpoint, recipe).refuse(checkpoint, deepspeed=with_deepspeed)
     template = use_template(tokenizer, recipe.chat.template)
     before = apply_system_role(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
-    pin_date(tokenizer, date_of_run(checkpoint))
+    pin_date(tokenizer, get_run_date(checkpoint))
     if options.check:
         about = {"checkpoint": checkpoint.folder if checkpoint else None, "cluster": cluster, "json_file": options.json}
         described = with_saved_quantization(recipe, load_config(recipe.model))
@@ -144,45 +144,45 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
 
     # TRL, which a check does without, takes seconds to import.
     from train.loop.arguments import training_arguments
-    from train.loop.checkpoint.side_files import side_file_faults
-    from train.loop.checkpoint.trainer_state import facts_of_data, sharding
-    from train.loop.metrics_log import StepLog, tracked
+    from train.loop.checkpoint.trainer_state import data_fingerprint, optimizer_distribution
+    from train.loop.metrics_log import StepLog, open_trackers
     from train.loop.output_dir import claim_output_dir, lock_output_dir
     from train.loop.preemption import Preemption
-    from train.loop.report import say_where_it_goes_on, write_report
+    from train.loop.report import print_resume_hint, write_report
     from train.loop.run_outcome import record_run_outcome
+    from train.loop.side_files import side_file_errors
     from train.loop.trainer import JanusTrainer
     from train.model.inference import stop_at
 
     lock = lock_output_dir(recipe.output_dir)  # as long as this function runs
     output_dir = claim_output_dir(recipe)
     preemption = Preemption(recipe.output_dir, recipe.save, checkpoint.step if checkpoint else 0)
-    run = fingerprint(recipe) if is_first_rank() else {}
+    run = inputs_fingerprint(recipe) if is_first_rank() else {}
     telling = record_run_outcome(recipe.output_dir, preemption, USER_FIXABLE_ERRNOS, run)
     with preemption.watching(), telling, lock or nullcontext():
         if checkpoint:
-            recipe = with_same_steps(recipe, checkpoint, options.resume_anyway, processes_now())
-        if faults := list(side_file_faults(recipe, tokenizer)):
+            recipe = keep_sequences_per_step(recipe, checkpoint, options.resume_anyway, world_size())
+        if faults := list(side_file_errors(recipe, tokenizer)):
             raise UserError(" ".join(faults))
         data = prepare(recipe, tokenizer)
-        about = facts_of_data(data, tokenizer)
+        about = data_fingerprint(data, tokenizer)
         if checkpoint:
             made = {key: value for key, value in checkpoint.manifest["run"].items() if key.startswith("made.")}
             refuse_changes(checkpoint, made, about, options.resume_anyway)
         variants = gain_rows(recipe, data, tokenizer)
         account = data.train.account
-        steps = schedule(recipe.training, len(data.train.rows), account.tokens_per_sequence, processes_now())
-        if fault := gain_refusal(recipe, variants) or schedule_fault(recipe.training, steps):
+        steps = compute_schedule(recipe.training, len(data.train.rows), account.tokens_per_sequence, world_size())
+        if fault := gain_refusal(recipe, variants) or schedule_error(recipe.training, steps):
             raise UserError(fault)
         stop_tokens = Spans(tokenizer).stop_tokens
         described = with_saved_quantization(recipe, load_config(recipe.model))
         arguments = training_arguments(described, stop_tokens)
         if checkpoint:
-            check_distribution(checkpoint, sharding(arguments))
+            check_distribution(checkpoint, optimizer_distribution(arguments))
         tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
 
         step_log = StepLog(recipe.output_dir)
-        with tracked(recipe, checkpoint.manifest["wandb_run"] if checkpoint else None):
+        with open_trackers(recipe, checkpoint.manifest["wandb_run"] if checkpoint else None):
             if is_first_rank():
                 print(f"loading {recipe.model.name_or_path}", flush=True)
             model = load_model(recipe)
@@ -200,7 +200,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
             with step_log:
                 trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
                 if preemption.reason:
-                    say_where_it_goes_on(output_dir)
+                    print_resume_hint(output_dir)
                     return
                 trainer.save_model(recipe.output_dir)  # before anything else that could fail
                 if data.validation and arguments.eval_strategy == "no":
@@ -221,38 +221,31 @@ def main(arguments: list[str] | None = None) -> int:
         return 0  # a report needs one process, however many the launcher starts
     if mistake := single_process_warning(os.environ):
         print(f"warning: {mistake}", file=sys.stderr, flush=True)
-    try:
+
+    def run() -> None:
         if options.json is not None:
             options.json = discard_earlier(options.json)
-        with names_of_files():
-            recipe = load_recipe(options.recipe, options.overrides)
-            refuse_missing(recipe)
-            train(recipe, options)
-    except UserError as fault:
-        if is_first_rank():
-            print(f"error: {fault}", file=sys.stderr, flush=True)
-        if "torch" in sys.modules:  # else the fault was found before anything was loaded
-            from train.loop.shutdown import shutdown_process_group
+        recipe = load_recipe(options.recipe, options.overrides)
+        refuse_missing(recipe)
+        train(recipe, options)
 
-            shutdown_process_group()
-        return 2
-    except BrokenPipeError:
-        if not options.check:
-            raise
-        return 1  # who read the report has left, and knows it
-    except OSError as fault:
-        if fault.errno not in USER_FIXABLE_ERRNOS:
-            raise
-        print(
-            f"error: {fault.filename or 'a file'}: {fault.strerror}. Mend it and start again.",
-            file=sys.stderr,
-            flush=True,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)
-        return 130
-    return 0
+    return run_command(
+        run,
+        "stopped",
+        guard_output=options.check,
+        on_user_error=report_error,
+        user_fixable_errnos=USER_FIXABLE_ERRNOS,
+    )
+
+
+def report_error(error: UserError) -> None:
+    """Print the error once, on the first rank, and shut down all ranks together."""
+    if is_first_rank():
+        print_error(error)
+    if "torch" in sys.modules:  # else no process group has been started
+        from train.loop.shutdown import shutdown_process_group
+
+        shutdown_process_group()
 
 
 if __name__ == "__main__":

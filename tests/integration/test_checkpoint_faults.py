@@ -181,28 +181,28 @@ def with_trouble_at(*arguments: str) -> int:
     *rest, trouble = arguments
     how, step, mended, folder, content = trouble.split(",")
     disk = Disk(Path(folder), Path(content))
-    from train.loop.checkpoint.writer import Saver
+    from train.loop.checkpoint.writer import CheckpointWriter
 
-    look, begin = Saver._room, Saver.save
+    look, begin = CheckpointWriter._room, CheckpointWriter.save
     number = 0
 
     def meet_trouble(early: bool) -> None:
         if number == int(step) and how.startswith("early-") == early and os.environ.get("RANK", "0") == "0":
             disk.make_trouble(how.removeprefix("early-"))
 
-    def room(self: Saver) -> None:
+    def room(self: CheckpointWriter) -> None:
         meet_trouble(early=True)
         look(self)
         meet_trouble(early=False)
 
-    def save(self: Saver, now: int, *args: Any, **more: Any) -> bool:
+    def save(self: CheckpointWriter, now: int, *args: Any, **more: Any) -> bool:
         nonlocal number
         number = now
         if now == int(mended) and os.environ.get("RANK", "0") == "0":
             disk.mend(how)
         return begin(self, now, *args, **more)
 
-    Saver._room, Saver.save = room, save
+    CheckpointWriter._room, CheckpointWriter.save = room, save
     return sft(*rest)
 
 

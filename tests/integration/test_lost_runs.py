@@ -18,7 +18,7 @@ from ranks import Outcome, launch, sft
 from safetensors.torch import load_file
 
 from train.loop.checkpoint.manifest import COMPLETE
-from train.loop.throughput import CLOCKED
+from train.loop.throughput import TIMING_METRICS
 
 pytest.importorskip("deepspeed")
 
@@ -113,7 +113,7 @@ def start(kind: Kind, recipe: Path, folder: Path, *options: str, job: Callable[.
 
 def figures(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what the clock decides."""
-    clock = {*CLOCKED, "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+    clock = {*TIMING_METRICS, "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 

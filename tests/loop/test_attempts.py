@@ -15,9 +15,9 @@ from transformers import TrainerState
 
 from train.errors import UserError
 from train.loop import preemption
-from train.loop.checkpoint.writer import Saver
-from train.loop.preemption import Preemption, StopWhenAsked
-from train.loop.run_outcome import finished_run
+from train.loop.checkpoint.writer import CheckpointWriter
+from train.loop.preemption import Preemption, PreemptionCallback
+from train.loop.run_outcome import find_finished_run
 from train.recipe import SaveSection, load_recipe
 from train.sft import main
 
@@ -40,9 +40,9 @@ def outcome(run: Path) -> tuple[str, int, str | None]:
 
 def failing_at(step: int, fault: BaseException) -> Callable[..., bool]:
     """Saving that goes wrong at a step."""
-    save = Saver.save
+    save = CheckpointWriter.save
 
-    def fail(self: Saver, at: int, *arguments: object, **more: object) -> bool:
+    def fail(self: CheckpointWriter, at: int, *arguments: object, **more: object) -> bool:
         if at == step:
             raise fault
         return save(self, at, *arguments, **more)
@@ -55,12 +55,12 @@ def test_a_crash_and_what_a_person_must_mend_are_told_apart_and_report_md_tells_
 ) -> None:
     recipe, run = str(recipe_file(training=SAVING)), tmp_path / "run"
     with monkeypatch.context() as broken:
-        broken.setattr(Saver, "save", failing_at(4, RuntimeError("NCCL: a peer is gone\nand more")))
+        broken.setattr(CheckpointWriter, "save", failing_at(4, RuntimeError("NCCL: a peer is gone\nand more")))
         with pytest.raises(RuntimeError):
             main(["--recipe", recipe])
     assert outcome(run) == ("crashed", 4, "NCCL: a peer is gone")
     with monkeypatch.context() as broken:
-        broken.setattr(Saver, "save", failing_at(4, UserError("the disk is full")))
+        broken.setattr(CheckpointWriter, "save", failing_at(4, UserError("the disk is full")))
         assert main(["--recipe", recipe]) == 2
     assert outcome(run) == ("failed", 4, "the disk is full")
     killed = subprocess.run([sys.executable, "-c", KILLED_AT_STEP_4, "--recipe", recipe], check=False)
@@ -117,7 +117,7 @@ def test_a_finished_run_is_not_trained_again_unless_it_is_another_one(
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["finished"] in " ".join(shown.split())
 
     def difference(*overrides: str) -> str | None:
-        finished, why = finished_run(load_recipe(recipe, overrides))
+        finished, why = find_finished_run(load_recipe(recipe, overrides))
         assert (finished is None) == (why is not None)
         return why
 
@@ -142,9 +142,9 @@ def test_a_finished_run_is_not_trained_again_unless_it_is_another_one(
         assert difference() is None
     assert f"model.name_or_path was '{base}' and is '{run}'" in str(difference(f"model.name_or_path={run}"))
     (run / "outcome.json").write_text((run / "outcome.json").read_text(encoding="utf-8").replace("finished", "failed"))
-    assert finished_run(load_recipe(recipe)) == (None, None)
+    assert find_finished_run(load_recipe(recipe)) == (None, None)
     (run / "outcome.json").write_text('{"outcome": "finished", "step": 2}')  # as an earlier version wrote it
-    assert finished_run(load_recipe(recipe)) == (None, None)
+    assert find_finished_run(load_recipe(recipe)) == (None, None)
 
 
 def test_a_finished_run_with_checkpoints_says_how_to_train_longer(
@@ -159,11 +159,11 @@ def test_a_finished_run_with_checkpoints_says_how_to_train_longer(
     assert f"{longer} {run / 'checkpoint-4'}." in shown
     finished = load_recipe(recipe)
     (run / "checkpoint-4").rename(tmp_path / "moved")
-    assert "its checkpoint-4 is missing or damaged" in str(finished_run(finished))
+    assert "its checkpoint-4 is missing or damaged" in str(find_finished_run(finished))
     shutil.move(run / "checkpoint-2", tmp_path)
-    assert finished_run(finished)[0] is not None  # all are gone: somebody made room
+    assert find_finished_run(finished)[0] is not None  # all are gone: somebody made room
     (tmp_path / "moved").rename(run / "checkpoint-4")
-    assert finished_run(finished)[0] is not None
+    assert find_finished_run(finished)[0] is not None
     assert main(["--recipe", recipe, "training.max_steps=5"]) == 2
     assert "training.max_steps was 4 and is 5" in capsys.readouterr().err
     assert main(["--recipe", recipe, "training.max_steps=5", "--resume-anyway", "training.max_steps"]) == 0
@@ -175,14 +175,14 @@ LONGER = {**SAVING, "max_steps": 6}
 
 def interrupting(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C as step 2 ends, again at a moment of the save in step 3, and while outcome.json is written."""
-    step_end, save, write = StopWhenAsked.on_step_end, Saver.save, preemption.write_text
+    step_end, save, write = PreemptionCallback.on_step_end, CheckpointWriter.save, preemption.write_text
 
-    def first(self: StopWhenAsked, args: object, state: TrainerState, *others: object, **more: object) -> None:
+    def first(self: PreemptionCallback, args: object, state: TrainerState, *others: object, **more: object) -> None:
         if state.global_step == 2:
             os.kill(os.getpid(), signal.SIGINT)
         step_end(self, args, state, *others, **more)
 
-    def second(self: Saver, step: int, put: Callable[[], None], *others: object, **more: object) -> bool:
+    def second(self: CheckpointWriter, step: int, put: Callable[[], None], *others: object, **more: object) -> bool:
         def half() -> None:
             put()
             if moment == "half-way":
@@ -197,8 +197,8 @@ def interrupting(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         write(path, text)
 
-    monkeypatch.setattr(StopWhenAsked, "on_step_end", first)
-    monkeypatch.setattr(Saver, "save", second)
+    monkeypatch.setattr(PreemptionCallback, "on_step_end", first)
+    monkeypatch.setattr(CheckpointWriter, "save", second)
     monkeypatch.setattr(preemption, "write_text", third)  # that of outcome.json
 
 
@@ -261,11 +261,11 @@ def test_a_run_that_stops_says_where_it_goes_on(
     assert main(["--recipe", recipe]) == 0
     assert capsys.readouterr().out.endswith(f"stopped; the same command goes on from {run / 'checkpoint-2'}\n")
 
-    def no_room(self: Saver) -> None:
+    def no_room(self: CheckpointWriter) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Preemption, "asked", lambda self: self.step >= 4 or asked(self))
-    monkeypatch.setattr(Saver, "_room", no_room)
+    monkeypatch.setattr(CheckpointWriter, "_room", no_room)
     assert main(["--recipe", recipe, "save.on_error=warn"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"checkpoint-5 couldn't be written: .* The run stops without it \(save.on_error: warn\)\.", shown)

@@ -9,8 +9,8 @@ import torch
 from trl import SFTConfig
 
 from train.errors import UserError
-from train.loop.metrics_log import integrations
-from train.ranks import deepspeed_fault
+from train.loop.metrics_log import tracker_names
+from train.ranks import deepspeed_launch_error
 from train.recipe import Recipe
 
 
@@ -36,21 +36,21 @@ def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTCo
         "logging_nan_inf_filter": False,  # a loss that is not finite shall show, no mean in its place (trl#6702)
         **recipe.training,
         "output_dir": recipe.output_dir,
-        "save_total_limit": None,  # an older checkpoint goes when a newer one is known to be whole: see `Saver`
+        "save_total_limit": None,  # an older checkpoint goes when a newer one is known to be whole: see `CheckpointWriter`
         "seed": recipe.seed,
         "max_length": None,
         "packing": False,
         "padding_free": recipe.data.packing,
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "eos_token": next(iter(stop_tokens), None),
-        "report_to": integrations(recipe.tracking),
+        "report_to": tracker_names(recipe.tracking),
         "disable_tqdm": True,
     }
     if settings.get("activation_offloading") and settings["use_cpu"]:
         raise UserError(
             "training.activation_offloading: it moves activations to the CPU, where they are already. Write false."
         )
-    if fault := deepspeed_fault(settings.get("deepspeed"), os.environ):
+    if fault := deepspeed_launch_error(settings.get("deepspeed"), os.environ):
         raise UserError(fault)
     with as_user_error("training"):
         arguments = SFTConfig(**settings)

@@ -22,7 +22,7 @@ _ON_THE_MODEL = ("galore_", "apollo_", "lomo", "adalomo")
 _REFUSALS = (ValueError, TypeError, LookupError, ImportError, AttributeError, ArithmeticError, RuntimeError)
 
 
-def try_optimizer(recipe: Recipe) -> None:
+def check_optimizer(recipe: Recipe) -> None:
     """Build both as the Trainer will, and compute learning rates from the first step to the last.
 
     `train.recipe.lr_schedules` and `train.recipe.optimizer_arguments` know the arguments and say what to write; this is for what they

@@ -29,11 +29,11 @@ _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
-class StopError(Exception):
+class EvaluationStoppedError(Exception):
     """Raised inside an evaluation that is given up as the run has to stop."""
 
 
-class StopWhenAsked(TrainerCallback):
+class PreemptionCallback(TrainerCallback):
     """Has a run save and stop where any of its processes is asked to."""
 
     def __init__(self, preemption: "Preemption", accelerator: Accelerator) -> None:
@@ -74,7 +74,7 @@ class StopWhenAsked(TrainerCallback):
         asked = torch.tensor(float(self._preemption.asked()), device=self._accelerator.device)
         if self._accelerator.reduce(asked).item() and state.global_step < state.max_steps:
             self._preemption.agree()
-            raise StopError
+            raise EvaluationStoppedError
 
     def _stop(self, control: TrainerControl) -> None:
         control.should_save = control.should_training_stop = True
@@ -94,7 +94,7 @@ class Preemption:
         self._files = [Path(output_dir) / name for name in (STOP, f"{STOP}-{job}" if job else STOP)]
         ends = [float(os.environ["SLURM_JOB_END_TIME"])] if os.environ.get("SLURM_JOB_END_TIME", "").isdigit() else []
         if settings.time_limit is not None:
-            ends.append(time.time() + seconds_of(settings.time_limit))
+            ends.append(time.time() + parse_time_limit(settings.time_limit))
         self._deadline = min(ends) - settings.seconds_before_end if ends else None
         self._started = time.time()
         self._signal: str | None = None
@@ -158,7 +158,7 @@ class Preemption:
                 path.unlink(missing_ok=True)
 
 
-def seconds_of(time_limit: str) -> int:
+def parse_time_limit(time_limit: str) -> int:
     """Seconds of `90:00`, `11:30:00` or `2-00:00:00`, as Slurm writes times."""
     found = re.match(TIME, time_limit)
     days, hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0, 0)
@@ -168,7 +168,7 @@ def seconds_of(time_limit: str) -> int:
 def time_conflicts(settings: SaveSection) -> Iterator[str]:
     """What is wrong with the times of a recipe, in words."""
     limit = settings.time_limit
-    if limit is not None and seconds_of(limit) <= settings.seconds_before_end:
+    if limit is not None and parse_time_limit(limit) <= settings.seconds_before_end:
         yield (
             f"save.time_limit: {limit} is no more than save.seconds_before_end ({settings.seconds_before_end}), so the "
             "run would stop after its first step. Write a longer limit, or fewer seconds."

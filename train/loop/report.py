@@ -8,12 +8,12 @@ from typing import Any
 import yaml
 
 from train.formatting import duration, shorten
-from train.loop.checkpoint.manifest import COMPLETE, folders
-from train.loop.run_outcome import restarts
+from train.loop.checkpoint.manifest import COMPLETE, list_checkpoints
+from train.loop.run_outcome import read_restarts
 from train.ranks import is_first_rank
 from train.recipe import Recipe
-from train.reporting.markdown import load_pyplot
-from train.resampling import FEWEST
+from train.reporting.plots import load_pyplot
+from train.resampling import MIN_GROUPS
 from train.storage.atomic_write import write_text
 from train.storage.jsonl import read_metrics
 from train.system_gain.evaluator import FILE as GAIN_FILE
@@ -53,7 +53,7 @@ def model_card(recipe: Recipe) -> str:
     )
 
 
-def draw_loss(metrics: list[dict[str, Any]], path: Path) -> None:
+def plot_loss(metrics: list[dict[str, Any]], path: Path) -> None:
     """Draw training and validation loss over the steps, as a PNG of 1,000 x 500 pixels."""
     with step_plot(path, "Loss", "loss (nats per trained token)") as axes:
         for key, name, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
@@ -62,7 +62,7 @@ def draw_loss(metrics: list[dict[str, Any]], path: Path) -> None:
                 axes.plot(*zip(*points, strict=True), "o-" if len(points) < _FEW_POINTS else style, label=name)
 
 
-def draw_gain(metrics: list[dict[str, Any]], path: Path) -> None:
+def plot_system_gain(metrics: list[dict[str, Any]], path: Path) -> None:
     """Draw system gain over the steps with its 95 % interval, as a PNG of 1,000 x 500 pixels."""
     with step_plot(path, "System gain", "system gain (nats per token, 95 %)") as axes:
         for key, name in (
@@ -98,10 +98,10 @@ def step_plot(path: Path, title: str, label: str) -> Iterator[Any]:
     pyplot.close(figure)
 
 
-def say_where_it_goes_on(output_dir: Path) -> None:
+def print_resume_hint(output_dir: Path) -> None:
     """The last line of a run that was asked to stop: what the next one begins with."""
     if is_first_rank():
-        newest = next((path for path in folders(output_dir) if (path / COMPLETE).is_file()), None)
+        newest = next((path for path in list_checkpoints(output_dir) if (path / COMPLETE).is_file()), None)
         print(f"stopped; the same command {f'goes on from {newest}' if newest else 'starts anew'}", flush=True)
 
 
@@ -120,12 +120,12 @@ def write_report(output_dir: Path, screen: str, seconds: float) -> bool:
 
 def _write_report(output_dir: Path, screen: str, seconds: float) -> None:
     metrics = read_metrics(output_dir / "metrics.jsonl")
-    loss = _picture(draw_loss, metrics, output_dir / "loss.png")
+    loss = _picture(plot_loss, metrics, output_dir / "loss.png")
     losses = [line["loss"] for line in metrics if "loss" in line]
     validation = {line["step"]: line["eval_loss"] for line in metrics if "eval_loss" in line}
     loaded = [line["loaded_step"] for line in metrics if line.get("loaded_step") in validation]
     speeds = sorted(line["tokens_per_second"] for line in metrics if "tokens_per_second" in line)
-    again = restarts(output_dir)
+    again = read_restarts(output_dir)
     rows = [(f"training time since step {again[-1][0]}" if again else "training time", duration(seconds))]
     if again:
         told = ", ".join(f"from step {step} ({ended})" for step, ended in again).replace("|", "\\|")
@@ -142,10 +142,10 @@ def _write_report(output_dir: Path, screen: str, seconds: float) -> None:
         first, last = min(gains), loaded[-1] if loaded and loaded[-1] in gains else max(gains)
         name = "system gain in nats per token" + (f", after step {first} and {last}" if first != last else "")
         if "eval_system_gain_low" not in gains[last] and isinstance(gains[last]["eval_system_gain"], float):
-            name += f" (of fewer than {FEWEST} instructions: no interval)"
+            name += f" (of fewer than {MIN_GROUPS} instructions: no interval)"
         shown = [_with_interval(gains[step], "eval_system_gain") for step in dict.fromkeys((first, last))]
         rows.append((name, " -> ".join(shown)))
-        picture = _picture(draw_gain, list(gains.values()), output_dir / "system_gain.png")
+        picture = _picture(plot_system_gain, list(gains.values()), output_dir / "system_gain.png")
     if speeds:
         rows.append(("median speed", f"{speeds[len(speeds) // 2]:,.0f} tokens/s"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)

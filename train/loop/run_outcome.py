@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
-from train.formatting import counted, wrap
-from train.loop.checkpoint.manifest import COMPLETE, folders
-from train.loop.checkpoint.resume import RESUMABLE_CHANGES, changed_keys, run_fingerprint, value_of
+from train.formatting import format_count, wrap
+from train.loop.checkpoint.manifest import COMPLETE, list_checkpoints
+from train.loop.checkpoint.resume import RESUMABLE_CHANGES, changed_keys, get_value, run_fingerprint
 from train.loop.checkpoint.run_inputs import (
     BASE_MODEL,
     changed_files,
@@ -33,7 +33,7 @@ from train.recipe import Recipe
 from train.recipe.conflicts import chosen_by_gain
 from train.recipe.lr_schedules import FOLLOWS_EVALUATION
 from train.recipe.schedule import sequences_per_step as sequences
-from train.storage.atomic_write import replacing, write_text
+from train.storage.atomic_write import atomic_write, write_text
 
 OUTCOME = "outcome.json"
 """In output_dir: how the last run there ended. Exit codes don't survive `accelerate launch`."""
@@ -64,11 +64,11 @@ class FinishedRun:
     def summary(self) -> str:
         """Return when it was finished, after how many steps, and what its model lacks."""
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.time))
-        done = f"already finished ({counted(self.step, 'step')}, {when})"
+        done = f"already finished ({format_count(self.step, 'step')}, {when})"
         if not self.missing:
             return done
         are, them = ("are", "them") if len(self.missing) > 1 else ("is", "it")
-        command = f"`python -m train.loop.checkpoint.side_files {self.output_dir}` writes {them} again"
+        command = f"`python -m train.loop.side_files {self.output_dir}` writes {them} again"
         return f"{done}, but its {', '.join(self.missing)} {are} missing ({command})"
 
     def message(self, width: int) -> str:
@@ -86,14 +86,14 @@ class FinishedRun:
         return "\n".join(wrap(line, width) for line in lines)
 
 
-def fingerprint(recipe: Recipe) -> dict[str, Any]:
+def inputs_fingerprint(recipe: Recipe) -> dict[str, Any]:
     """Return what tells this run from another one: its settings, and the files that it reads."""
     return {"run": _settings(recipe), "contents": contents(recipe)}
 
 
 def newest_checkpoint(*parents: str | Path | None) -> Path | None:
     """Return the newest checkpoint in these folders that was written to its end."""
-    return next((path for path in folders(*parents) if (path / COMPLETE).is_file()), None)
+    return next((path for path in list_checkpoints(*parents) if (path / COMPLETE).is_file()), None)
 
 
 def results(output_dir: str | Path) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def results(output_dir: str | Path) -> dict[str, Any]:
     return {"weights": weights, "beside weights": beside, "checkpoint": newest and newest.name}
 
 
-def finished_run(recipe: Recipe) -> tuple[FinishedRun | None, str | None]:
+def find_finished_run(recipe: Recipe) -> tuple[FinishedRun | None, str | None]:
     """Return the run of this recipe if it is finished; else why the finished run in output_dir is not this one."""
     folder = Path(recipe.output_dir)
     try:
@@ -141,7 +141,7 @@ def _differences(record: dict[str, Any], recipe: Recipe) -> Iterator[str]:
         yield "it saved no weights"
     newest = newest_checkpoint(recipe.output_dir)
     # Without any checkpoint, somebody made room on the disk.
-    if folders(recipe.output_dir) and record["checkpoint"] != (newest and newest.name):
+    if list_checkpoints(recipe.output_dir) and record["checkpoint"] != (newest and newest.name):
         yield f"its {record['checkpoint'] or 'last checkpoint'} is missing or damaged"
 
 
@@ -152,10 +152,10 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 def _decides(key: str, settings: dict[str, Any]) -> bool:
     """Return whether another value of `key` means another finished model, or another upload of it."""
     if key.startswith("system_gain."):
-        return chosen_by_gain(value_of(settings, "training.metric_for_best_model"))
+        return chosen_by_gain(get_value(settings, "training.metric_for_best_model"))
     if key in _WHEN_MEASURED:
-        follows = value_of(settings, "training.lr_scheduler_type") in FOLLOWS_EVALUATION
-        return follows or bool(value_of(settings, "training.load_best_model_at_end"))
+        follows = get_value(settings, "training.lr_scheduler_type") in FOLLOWS_EVALUATION
+        return follows or bool(get_value(settings, "training.load_best_model_at_end"))
     return key not in RESUMABLE_CHANGES or key.startswith(_OUTSIDE)
 
 
@@ -180,14 +180,14 @@ def record_run_outcome(
     output_dir: str,
     preemption: Preemption,
     for_a_person: Collection[int] = (),
-    fingerprint: Mapping[str, Any] | None = None,
+    inputs_fingerprint: Mapping[str, Any] | None = None,
 ) -> Iterator[None]:
     """Record how the block ended: in OUTCOME for whoever started it (the batch script), and in ATTEMPTS for later.
 
     It belongs inside `preemption.watching()`, so that Ctrl-C can't break off the record itself.
     finished; preempted (saved and stopped); interrupted by Ctrl-C, without saving; failed (the user must mend
     something); crashed: an error of ours, a library's or a peer's, after which another attempt may go well.
-    `for_a_person`: errno of an OSError that the user must mend. `fingerprint`: kept of a run that is finished.
+    `for_a_person`: errno of an OSError that the user must mend. `inputs_fingerprint`: kept of a run that is finished.
     """
     _note(output_dir, {"from_step": preemption.step, "time": time.time()}, anew=preemption.step == 0)
     if is_first_rank():
@@ -208,11 +208,11 @@ def record_run_outcome(
         mendable = isinstance(fault, UserError) or getattr(fault, "errno", None) in for_a_person
         _write(output_dir, "failed" if mendable else "crashed", preemption.step, first_line)
         raise
-    more = {**(fingerprint or {}), **results(output_dir)} if outcome == "finished" and is_first_rank() else {}
+    more = {**(inputs_fingerprint or {}), **results(output_dir)} if outcome == "finished" and is_first_rank() else {}
     _write(output_dir, outcome, preemption.step, reason, more)
 
 
-def restarts(output_dir: str | Path) -> list[tuple[int, str]]:
+def read_restarts(output_dir: str | Path) -> list[tuple[int, str]]:
     """Each time that the run in this folder was started again: from which step, and how the one before had ended."""
     found: list[tuple[int, str]] = []
     ended = "killed"
@@ -242,7 +242,7 @@ def _write(output_dir: str, outcome: str, step: int, reason: str | None, more: M
     said: dict[str, Any] = {
         "outcome": outcome, "step": step, "reason": reason, "job": os.environ.get("SLURM_JOB_ID"), "time": time.time(),
     }  # fmt: skip
-    with suppress(OSError), replacing(Path(output_dir) / OUTCOME) as [unfinished]:
+    with suppress(OSError), atomic_write(Path(output_dir) / OUTCOME) as [unfinished]:
         write_text(unfinished, json.dumps({**said, **(more or {})}) + "\n")  # on a full disk the fault itself matters
     _note(output_dir, said)
 

@@ -6,7 +6,7 @@ docstring says so. README.md lists every departure from the paper with its key.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, create_model
 

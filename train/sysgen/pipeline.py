@@ -26,8 +26,8 @@ from train.data.sources.formats import Message, RowFault
 from train.datagen.drop_reasons import UNREADABLE, UNSUPPORTED
 from train.datagen.source_rows import NumberedRow
 from train.datagen.usage import ask
-from train.llm.client import Client, RequestFailed
-from train.llm.failures import NO_ANSWER
+from train.llm.client import Client
+from train.llm.failures import NO_ANSWER, RequestFailed
 from train.llm.journal import Decoding, Request
 from train.llm.system_role import merge_into_user
 from train.llm.yes_or_no import says_no
@@ -111,8 +111,8 @@ class Pipeline:
         forbid_leak = config.gates.leak is not None
         prompt = prompts.generate(turns, existing=existing, remind_of=result.reminded_of, forbid_leak=forbid_leak)
         request = self._request("generate", prompt, config.generate.decoding(), sample)
-        goes_on_empty = is_last and config.on_empty == "keep_without_system"
-        answer = await ask(self.client, request, result, prompts.STOP_PATTERNS, goes_on_empty=goes_on_empty)
+        continues_if_empty = is_last and config.on_empty == "keep_without_system"
+        answer = await ask(self.client, request, result, prompts.STOP_PATTERNS, continues_if_empty=continues_if_empty)
         result.written_by_model, result.verdicts = answer.text, []
         result.message = TaggedMessage(())
         if answer.refused:
@@ -127,7 +127,7 @@ class Pipeline:
             return "no valid phrase", _beginning(answer.text) or answer.unfinished or "an empty answer"
         result.phase = "filtered"
         next_try = replace(request, sample=sample + 1)
-        if unfinished := await self._verify(result, turns, sample, next_try, goes_on_empty=goes_on_empty):
+        if unfinished := await self._verify(result, turns, sample, next_try, continues_if_empty=continues_if_empty):
             return unfinished, f"of the message {_beginning(answer.text)}"
         if not result.message.phrases:
             judged = (f"{tag}: {verdict}" for said in result.verdicts for tag, verdict in said.items())
@@ -139,21 +139,21 @@ class Pipeline:
             return self._stopped_by_gates(result.system, turns)
 
     async def _verify(
-        self, result: RowResult, turns: Sequence[Message], sample: int, next_try: Request, *, goes_on_empty: bool
+        self, result: RowResult, turns: Sequence[Message], sample: int, next_try: Request, *, continues_if_empty: bool
     ) -> str:
         """Remove the phrases that fail; return why the verification is not finished, nothing if it is.
 
-        `next_try`, `goes_on_empty`: what follows on an empty verification, as of `Client.ask`.
+        `next_try`, `continues_if_empty`: what follows on an empty verification, as of `Client.ask`.
         """
         exchanges: Sequence[Sequence[Message] | None] = _exchanges(turns)
         if len(exchanges) == 1:
             exchanges = [None]  # the paper's way: the message alone
         decoding = self.config.verify.decoding()
-        goes_on_empty = goes_on_empty or self.config.on_unfinished_verification == "keep"
+        continues_if_empty = continues_if_empty or self.config.on_unfinished_verification == "keep"
         for exchange in exchanges:
             request = self._request("verify", prompts.verify(result.message, exchange), decoding, sample)
             answer = await ask(
-                self.client, request, result, prompts.STOP_PATTERNS, next_try=next_try, goes_on_empty=goes_on_empty
+                self.client, request, result, prompts.STOP_PATTERNS, next_try=next_try, continues_if_empty=continues_if_empty
             )
             read = parse_reply_verdicts(answer.text)
             missing = sum(tag not in read.of for tag in result.message.tags)
@@ -242,7 +242,7 @@ class Pipeline:
         """The turns with every answer given anew; None where one doesn't comply, or is unfinished and the row goes."""
         config = self.config
         attempts = config.constraints.attempts if constraints else 1
-        goes_on_empty = config.on_unfinished_answer == "original" or not all(one.is_met("") for one in constraints)
+        continues_if_empty = config.on_unfinished_answer == "original" or not all(one.is_met("") for one in constraints)
         history: list[Message] = []
         for turn in turns:
             if turn["role"] != "assistant":
@@ -251,7 +251,7 @@ class Pipeline:
             for sample in range(attempts):
                 asked = [_system(result.system), *history]
                 request = self._request("answer", asked, config.answer.decoding(), sample)
-                answer = await ask(self.client, request, result, prompts.STOP_PATTERNS, goes_on_empty=goes_on_empty)
+                answer = await ask(self.client, request, result, prompts.STOP_PATTERNS, continues_if_empty=continues_if_empty)
                 broken = [one for one in constraints if not one.is_met(answer.text)]
                 if not broken:
                     break
@@ -284,7 +284,7 @@ class Pipeline:
                 continue
             asked = prompts.judge(result.system, question, turn["content"])
             request = self._request("judge", asked, self.config.judge.decoding(), 0)
-            answer = await ask(self.client, request, result, prompts.STOP_PATTERNS, goes_on_empty=True)
+            answer = await ask(self.client, request, result, prompts.STOP_PATTERNS, continues_if_empty=True)
             verdict = None if answer.refused else says_no(answer.text)
             if verdict is None:
                 why = answer.unfinished or "that can't be read"

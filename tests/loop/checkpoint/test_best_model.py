@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from train.loop.checkpoint.manifest import checkpoint_in
-from train.loop.checkpoint.writer import Saver
+from train.loop.checkpoint.manifest import read_checkpoint
+from train.loop.checkpoint.writer import CheckpointWriter
 from train.sft import main
 
 TRAINING = {
@@ -124,19 +124,19 @@ def no_room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Checkpoints of these steps find no room on the disk."""
 
     def take(*steps: int) -> None:
-        save, room, now = Saver.save, Saver._room, [0]
+        save, room, now = CheckpointWriter.save, CheckpointWriter._room, [0]
 
-        def of_step(self: Saver, step: int, *args: object, **more: object) -> bool:
+        def of_step(self: CheckpointWriter, step: int, *args: object, **more: object) -> bool:
             now[0] = step
             return save(self, step, *args, **more)  # type: ignore[arg-type]
 
-        def look(self: Saver) -> None:
+        def look(self: CheckpointWriter) -> None:
             if now[0] in steps:
                 raise OSError(errno.ENOSPC, "no room")
             room(self)
 
-        monkeypatch.setattr(Saver, "save", of_step)
-        monkeypatch.setattr(Saver, "_room", look)
+        monkeypatch.setattr(CheckpointWriter, "save", of_step)
+        monkeypatch.setattr(CheckpointWriter, "_room", look)
 
     return take
 
@@ -185,4 +185,4 @@ def test_a_best_model_that_is_lost_is_told(
         state = json.loads((run / "checkpoint-5" / "trainer_state.json").read_text(encoding="utf-8"))
         assert state["best_global_step"] == second
         assert math.isclose(state["best_metric"], losses[second])
-        assert checkpoint_in(run / "checkpoint-5").step == 5
+        assert read_checkpoint(run / "checkpoint-5").step == 5

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from train.data.chat.template import use_template
 from train.data.prepare import prepare
 from train.errors import UserError
-from train.loop.checkpoint.manifest import COMPLETE, checkpoint_in, digest_of, written
+from train.loop.checkpoint.manifest import COMPLETE, manifest_digest, read_checkpoint, written
 from train.loop.checkpoint.resume import check_distribution, find_checkpoint
-from train.loop.throughput import CLOCKED
+from train.loop.throughput import TIMING_METRICS
 from train.model.tokenizer import load_tokenizer
 from train.recipe import load_recipe
 from train.sft import main
@@ -95,7 +95,7 @@ def figures(run: Path) -> list[dict[str, Any]]:
         {
             key: value
             for key, value in line.items()
-            if key not in CLOCKED and not key.endswith(("runtime", "_per_second"))
+            if key not in TIMING_METRICS and not key.endswith(("runtime", "_per_second"))
         }
         for line in lines
     ]
@@ -347,7 +347,7 @@ def test_another_text_of_the_template_is_told_where_no_token_changes(
 
 def test_another_distribution_is_refused(again: Callable[..., tuple[Path, Path]]) -> None:
     _, run = again()
-    checkpoint = checkpoint_in(run / "checkpoint-6")
+    checkpoint = read_checkpoint(run / "checkpoint-6")
     check_distribution(checkpoint, "one process or DDP")
     with pytest.raises(
         UserError, match="written under one process or DDP, and this run is launched as DeepSpeed ZeRO-3"
@@ -433,7 +433,7 @@ def test_an_adapters_modules_in_another_order_are_no_change(
     path, run = again("lora", checkpoints=(6,))
     manifest = json.loads((run / "checkpoint-6" / COMPLETE).read_text(encoding="utf-8"))
     manifest["run"]["adapter.target_modules"] = ["q_proj", "v_proj"]
-    manifest["digest"] = digest_of(manifest)
+    manifest["digest"] = manifest_digest(manifest)
     (run / "checkpoint-6" / COMPLETE).write_text(json.dumps(manifest), encoding="utf-8")
     assert find_checkpoint("auto", load_recipe(path, ["adapter.target_modules=[v_proj, q_proj]"])) is not None
     assert "changed since" not in capsys.readouterr().out
@@ -447,7 +447,7 @@ def test_a_check_refuses_another_optimizer_for_a_checkpoint_of_deepspeed(
     path, run = again(checkpoints=(6,), training={"optim": "adafactor"})
     manifest = json.loads((run / "checkpoint-6" / COMPLETE).read_text(encoding="utf-8"))
     manifest["distribution"] = "DeepSpeed ZeRO-2"
-    manifest["digest"] = digest_of(manifest)
+    manifest["digest"] = manifest_digest(manifest)
     (run / "checkpoint-6" / COMPLETE).write_text(json.dumps(manifest), encoding="utf-8")
     error = refused("--recipe", path, "--resume-anyway", "training.optim", "--check")
     assert "holds the optimizer adamw_torch" in error
@@ -540,7 +540,7 @@ def test_what_lies_in_the_future_of_a_run_is_moved_aside(
     main(["--recipe", str(path), "--resume", str(run / "checkpoint-2"), "--resume-anyway=seed", "seed=43"])
     assert steps(run) == [4, 6]  # retention took the old 2, and not one of its own
     assert steps(run / "set-aside-1") == [4, 6]
-    assert all(checkpoint_in(run / f"checkpoint-{step}").manifest["run"]["seed"] == 43 for step in (4, 6))
+    assert all(read_checkpoint(run / f"checkpoint-{step}").manifest["run"]["seed"] == 43 for step in (4, 6))
     assert "checkpoint-4, checkpoint-6. Delete them when you like." in capsys.readouterr().out
     main(["--recipe", str(path), "--resume", "never"])
     assert steps(run / "set-aside-2") == [4, 6]
@@ -691,11 +691,11 @@ def test_the_manifest_counts_what_was_consumed(whole: dict[str, Path]) -> None:
     sequences = len(prepare(recipe, tokenizer).train.rows)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for step in 2, 4, 6:
-        manifest = checkpoint_in(run / f"checkpoint-{step}").manifest
+        manifest = read_checkpoint(run / f"checkpoint-{step}").manifest
         assert manifest["step"] == step
         assert manifest["tokens"] == next(line["num_tokens"] for line in lines if line["step"] == step)
         assert manifest["sequences"] == round(manifest["epoch"] * sequences)
-        assert json.loads(written(manifest))["digest"] == digest_of(manifest)
+        assert json.loads(written(manifest))["digest"] == manifest_digest(manifest)
         listed = set(manifest["files"])
         assert listed == {path.name for path in (run / f"checkpoint-{step}").iterdir()} - {COMPLETE}
 
@@ -708,11 +708,11 @@ def test_wandb_goes_on_with_the_same_run(
         checkpoints=(), tracking={"wandb": {"project": "tests", "mode": "offline"}}, training={"max_steps": 4}
     )
     assert main(["--recipe", str(path)]) == 0
-    first = checkpoint_in(run / "checkpoint-2").manifest["wandb_run"]
+    first = read_checkpoint(run / "checkpoint-2").manifest["wandb_run"]
     assert first
     shutil.rmtree(run / "checkpoint-4")
     assert main(["--recipe", str(path)]) == 0
-    assert checkpoint_in(run / "checkpoint-4").manifest["wandb_run"] == first
+    assert read_checkpoint(run / "checkpoint-4").manifest["wandb_run"] == first
     assert len(list((run / "wandb").glob(f"offline-run-*-{first}"))) == 2
 
 

@@ -20,9 +20,9 @@ from train.data.prepare import prepare
 from train.data.tokens import source as source_tokens
 from train.data.tokens.table import TokenRows, TokensDigest
 from train.errors import UserError
-from train.loop.checkpoint.manifest import COMPLETE, checkpoint_in, written
-from train.loop.checkpoint.resume import date_of_run, find_checkpoint, refuse_changes
-from train.loop.checkpoint.trainer_state import facts_of_data
+from train.loop.checkpoint.manifest import COMPLETE, read_checkpoint, written
+from train.loop.checkpoint.resume import find_checkpoint, get_run_date, refuse_changes
+from train.loop.checkpoint.trainer_state import data_fingerprint
 from train.model.tokenizer import load_tokenizer
 from train.recipe import load_recipe
 from train.sft import main
@@ -76,9 +76,9 @@ def resumed(whole: Path) -> Callable[..., None]:
         assert checkpoint is not None
         tokenizer = load_tokenizer(recipe.model)
         use_template(tokenizer, recipe.chat.template)
-        pin_date(tokenizer, date_of_run(checkpoint))
+        pin_date(tokenizer, get_run_date(checkpoint))
         made = {key: value for key, value in checkpoint.manifest["run"].items() if key.startswith("made.")}
-        refuse_changes(checkpoint, made, facts_of_data(prepare(recipe, tokenizer), tokenizer), anyway)
+        refuse_changes(checkpoint, made, data_fingerprint(prepare(recipe, tokenizer), tokenizer), anyway)
 
     return compare
 
@@ -184,7 +184,7 @@ def test_a_checkpoint_of_an_earlier_version_is_compared_by_what_it_says(
 ) -> None:
     """It had names of caches in the place of tokens, and no rows."""
     shutil.copytree(whole / "run" / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
-    manifest = dict(checkpoint_in(whole / "run" / "checkpoint-2").manifest)
+    manifest = dict(read_checkpoint(whole / "run" / "checkpoint-2").manifest)
     run = {key: value for key, value in manifest["run"].items() if key not in ("made.rows", "made.date")}
     manifest["run"] = {**run, "made.tokens": ["0123456789abcdef"]}
     del manifest["sequences_per_epoch"]
@@ -213,12 +213,12 @@ def test_a_run_goes_on_with_the_date_of_its_start(
     with monkeypatch.context() as patch:
         patch.setattr("train.loop.checkpoint.manifest.date", Begun)
         assert main(arguments) == 0
-    assert checkpoint_in(tmp_path / "run" / "checkpoint-2").manifest["run"]["made.date"] == begun.isoformat()
+    assert read_checkpoint(tmp_path / "run" / "checkpoint-2").manifest["run"]["made.date"] == begun.isoformat()
     capsys.readouterr()
     arguments.append("training.max_steps=4")
     assert main([*arguments, "--resume-anyway", "training.max_steps"]) == 0
     assert "made." not in capsys.readouterr().out
-    manifest = checkpoint_in(tmp_path / "run" / "checkpoint-4").manifest["run"]
+    manifest = read_checkpoint(tmp_path / "run" / "checkpoint-4").manifest["run"]
     assert manifest["made.date"] == begun.isoformat()
     assert main([*arguments, "--check"]) == 0
     page = capsys.readouterr().out

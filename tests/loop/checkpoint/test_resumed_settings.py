@@ -13,7 +13,7 @@ from transformers import Trainer, get_scheduler
 from trl import SFTConfig
 
 from train.errors import UserError
-from train.loop.checkpoint.manifest import checkpoint_in
+from train.loop.checkpoint.manifest import read_checkpoint
 from train.loop.checkpoint.resumed_settings import ResumedSettings
 from train.recipe import load_recipe
 from train.sft import main
@@ -193,7 +193,7 @@ def test_another_optimizer_starts_with_fresh_states_and_says_so(
 
 def test_deepspeed_refuses_another_optimizer(begun: Callable[..., Path]) -> None:
     run = begun()
-    checkpoint = checkpoint_in(run / "checkpoint-2")
+    checkpoint = read_checkpoint(run / "checkpoint-2")
     recipe = load_recipe(run.with_suffix(".yaml"), ["training.optim=adafactor"])
     settings = ResumedSettings(checkpoint, recipe)
     settings.refuse(checkpoint, deepspeed=False)

@@ -68,7 +68,7 @@ class Bench:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class GivenResponses:
     """Answers to one row that were not asked for here. `scores`: what someone's own scorer thinks of each."""
 
     texts: tuple[str, ...]
@@ -247,7 +247,7 @@ def _digest(row: BenchRow) -> str:
     return hashlib.blake2b(json.dumps(words).encode(), digest_size=8).hexdigest()
 
 
-def read_responses(path: str, rows: Sequence[BenchRow]) -> tuple[dict[str, Given], int]:
+def read_responses(path: str, rows: Sequence[BenchRow]) -> tuple[dict[str, GivenResponses], int]:
     """Answers to `rows` from a file: id -> answers, and how many lines of the file belong to none of the rows.
 
     A line has `response` (a text) or `responses` (a list of texts), perhaps `scores` (a number for each), and `id`, or
@@ -258,7 +258,7 @@ def read_responses(path: str, rows: Sequence[BenchRow]) -> tuple[dict[str, Given
     by_words: dict[tuple[str, str], list[BenchRow]] = {}
     for row in rows:
         by_words.setdefault((row.system, row.prompt), []).append(row)
-    given: dict[str, Given] = {}
+    given: dict[str, GivenResponses] = {}
     strangers = 0
     for place, raw in read_rows(Source(path=path)):
         try:
@@ -287,7 +287,7 @@ def read_responses(path: str, rows: Sequence[BenchRow]) -> tuple[dict[str, Given
     return given, strangers
 
 
-def _answers(raw: Mapping[str, Any]) -> Given:
+def _answers(raw: Mapping[str, Any]) -> GivenResponses:
     texts = raw.get("responses")
     if texts is None and isinstance(raw.get("answers"), list):  # bench_rows.jsonl
         texts = [answer.get("response") for answer in raw["answers"] if isinstance(answer, Mapping)]
@@ -299,7 +299,7 @@ def _answers(raw: Mapping[str, Any]) -> Given:
     texts = [_writable(text, "the response") for text in texts]
     scores = raw.get("scores")
     if scores is None:
-        return Given(tuple(texts))
+        return GivenResponses(tuple(texts))
     if (
         not isinstance(scores, list)
         or len(scores) != len(texts)
@@ -308,4 +308,4 @@ def _answers(raw: Mapping[str, Any]) -> Given:
         )
     ):
         raise RowFault("wrong scores", "`scores` must be a list with a number for each of `responses`")
-    return Given(tuple(texts), tuple(map(float, scores)))
+    return GivenResponses(tuple(texts), tuple(map(float, scores)))

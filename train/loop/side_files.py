@@ -3,7 +3,7 @@
 They are tried before training, by writing them into a temporary folder, and written after the weights: one that fails
 then is a warning. Once that is mended,
 
-    python -m train.loop.checkpoint.side_files OUTPUT_DIR
+    python -m train.loop.side_files OUTPUT_DIR
 
 writes them again, from the recipe in that folder, beside the weights of a finished model.
 """
@@ -29,7 +29,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
-from train.cli import CommandLine, ending
+from train.cli import CommandLine, run_command
 from train.errors import USER_FIXABLE_ERRNOS, UserError
 from train.loop.checkpoint.writer import ASIDE
 from train.loop.guards.anomalies import SUSPECTS
@@ -105,7 +105,7 @@ def reason_of(error: Exception) -> str:
     return " ".join(text.split())[:500].rstrip(".")
 
 
-def side_file_faults(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def side_file_errors(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Yield what would keep a finished model of this recipe from being saved whole, as errors for the user.
 
     The files are written into a temporary folder, those of the model without its weights. Nothing stays there.
@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = CommandLine(description=__doc__)
     parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="where train/sft.py saved the model")
     options = parser.parse_args(arguments)
-    return ending(lambda: write_again(options.output_dir), "stopped; start the same command again")
+    return run_command(lambda: write_again(options.output_dir), "stopped; start the same command again")
 
 
 if __name__ == "__main__":

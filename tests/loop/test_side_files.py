@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from train.errors import UserError
-from train.loop.checkpoint import side_files, weights
+from train.loop import side_files, weights
 from train.loop.checkpoint.manifest import COMPLETE
 from train.loop.checkpoint.weights import check_savable, save_weights
 from train.loop.metrics_log import StepLog
@@ -150,7 +150,7 @@ def test_published_generation_settings_stay_as_they_are(
     base = with_base(tiny_model, tmp_path / "base", generation_config={"eos_token_id": 2, **PUBLISHED[kind]})
     GenerationConfig.from_pretrained(base).save_pretrained(tmp_path / "theirs")
     recipe = load_recipe(recipe_file(model={"name_or_path": str(base)}))
-    assert list(side_files.side_file_faults(recipe, load_tokenizer(recipe.model))) == []
+    assert list(side_files.side_file_errors(recipe, load_tokenizer(recipe.model))) == []
     model = AutoModelForCausalLM.from_pretrained(base)
     model.generation_config.eos_token_id = [2, 7]
     writers = side_files.side_files(model, load_tokenizer(recipe.model))
@@ -187,7 +187,7 @@ def test_settings_that_transformers_refuses_are_an_error_before_training(
 ) -> None:
     base = with_base(tiny_model, tmp_path / "base", generation_config=content)
     recipe = load_recipe(recipe_file(model={"name_or_path": str(base)}))
-    [fault] = side_files.side_file_faults(recipe, load_tokenizer(recipe.model))
+    [fault] = side_files.side_file_errors(recipe, load_tokenizer(recipe.model))
     assert fault.startswith(f"model.name_or_path: {base}/generation_config.json")
     assert said in fault
 
@@ -226,7 +226,7 @@ def test_every_file_that_a_run_leaves_is_one_whose_place_is_looked_at(
         (tmp_path / "run" / name).unlink()
         (tmp_path / "run" / name).mkdir()
     recipe = load_recipe(path)
-    faults = list(side_files.side_file_faults(recipe, load_tokenizer(recipe.model)))
+    faults = list(side_files.side_file_errors(recipe, load_tokenizer(recipe.model)))
     assert {name for name in left if any(f"/run/{name} is a folder" in fault for fault in faults)} == left
 
 
@@ -244,9 +244,9 @@ def test_a_file_in_the_way_of_checkpoints_is_an_error_before_training(
 def test_a_tokenizer_that_cannot_be_written_is_an_error_before_training(recipe_file: Callable[..., Path]) -> None:
     recipe = load_recipe(recipe_file(adapter={"r": 4, "target_modules": ["q_proj"]}))
     tokenizer = load_tokenizer(recipe.model)
-    assert list(side_files.side_file_faults(recipe, tokenizer)) == []
+    assert list(side_files.side_file_errors(recipe, tokenizer)) == []
     spoil(tokenizer)
-    [fault] = side_files.side_file_faults(recipe, tokenizer)
+    [fault] = side_files.side_file_errors(recipe, tokenizer)
     assert fault.startswith(f"model.name_or_path: {recipe.model.name_or_path}: its tokenizer can be read but not")
     assert "cannot be serialized" in fault
 
@@ -301,7 +301,7 @@ def test_files_that_cannot_be_written_are_named_and_written_later(
     shown = capsys.readouterr().out
     for name in ("config.json", "generation_config.json", "tokenizer", "README.md"):
         assert f"warning: {run}: {name} couldn't be written: " in shown
-    assert f"python -m train.loop.checkpoint.side_files {run}" in shown
+    assert f"python -m train.loop.side_files {run}" in shown
     expected = trainer.model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in load_file(run / "model.safetensors").items())
 

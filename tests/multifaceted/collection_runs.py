@@ -44,7 +44,7 @@ def author_of(count: int, sets: int = 3) -> Author:
     set_of = {}
     for place, row in enumerate(expected(count).kept):
         number = number_in(next(turn["content"] for turn in row_of(row)["messages"] if turn["role"] == "user"))
-        for which, planned in enumerate(plan.of(place)):
+        for which, planned in enumerate(plan.sets_of(place)):
             for draw in planned:
                 set_of[number, (draw.sub.dimension, draw.sub.name)] = which
     return Author(set_of)

@@ -151,7 +151,7 @@ def test_a_judge_shows_what_it_refuses_before_the_model_answers(
     [
         (("--extra", '{"temperature": 0.2}'), "--extra: `temperature`: not set here: write --temperature."),
         (("--extra", '{"repetition_penalty": 2}'), "`repetition_penalty`: not set here: write --repetition-penalty."),
-        (("--judge-extra", '{"stream": true}'), "--judge-extra: `stream`: answers are taken whole"),
+        (("--judge-extra", '{"stream": true}'), "--judge-extra: `stream`: not supported: each answer is read in one piece"),
         (("--judge-extra", '{"max_tokens": 9}'), "`max_tokens`: not set here: write --judge-max-tokens."),
         (("--judge-extra", '{"max_completion_tokens": 0}'), "`max_completion_tokens`: must be an integer >= 1"),
         (("--top-p", "nul"), "argument --top-p: 'nul' must be a number or null"),

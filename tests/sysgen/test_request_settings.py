@@ -95,8 +95,8 @@ def test_the_setting_of_a_refused_request_is_the_last_word(tmp_path: Path, capsy
         ({"answer": {"top_p": 0.9, "extra": {"top_p": 0.5}}}, "answer.extra.top_p: not set here: write `answer.top_p`"),
         ({"judge": {"extra": {"max_completion_tokens": "many"}}}, "judge.extra.max_completion_tokens: must be an int"),
         ({"judge": {"extra": {"max_completion_tokens": True}}}, "judge.extra.max_completion_tokens: must be an integ"),
-        ({"answer": {"extra": {"n": 2}}}, "answer.extra.n: answers are taken whole and one at a time."),
-        ({"answer": {"extra": {"stream": None}}}, "answer.extra.stream: answers are taken whole"),
+        ({"answer": {"extra": {"n": 2}}}, "answer.extra.n: not supported: each request gets one answer."),
+        ({"answer": {"extra": {"stream": None}}}, "answer.extra.stream: not supported: each answer is read in one piece"),
         ({"system_role": "turn"}, "system_role: found 'turn'. Allowed: native, merge_into_user."),
     ],
 )

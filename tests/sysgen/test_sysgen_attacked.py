@@ -182,7 +182,7 @@ def test_a_run_does_not_write_over_its_own_source(tmp_path: Path) -> None:
     before = (tmp_path / "out" / "data" / "rows.jsonl").read_bytes()
     for source in ("out/data", "out/data/rows.jsonl", "out/../out/data/*.jsonl"):
         config = configuration(tmp_path, "http://127.0.0.1:9/v1", tmp_path / source)
-        with pytest.raises(UserError, match=r"is in the output_dir of this very run, .* name another output_dir"):
+        with pytest.raises(UserError, match=r"is in the output_dir of this run, .* name another output_dir"):
             run(load_config(config))
     assert (tmp_path / "out" / "data" / "rows.jsonl").read_bytes() == before
 
@@ -209,8 +209,8 @@ def test_one_setting_of_a_stage_leaves_the_others_as_they_are(tmp_path: Path, st
 @pytest.mark.parametrize(
     ("extra", "told"),
     [
-        ("{model: other}", "generate.extra.model: the run itself sets it"),
-        ("{stream: true}", "generate.extra.stream: answers are taken whole and one at a time"),
+        ("{model: other}", "generate.extra.model: set by the run itself"),
+        ("{stream: true}", "generate.extra.stream: not supported: each answer is read in one piece"),
         ("{temperature: 1.0}", "generate.extra.temperature: not set here: write `generate.temperature`."),
         ("{bias: .inf}", "generate.extra: holds a number that JSON can't"),
     ],

@@ -176,7 +176,7 @@ def test_ctrl_c_keeps_what_was_answered(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.strip() == "stopped; what was answered is in the journal, and the same command goes on from here"
+    assert errors.strip() == "stopped; the answers so far are in the journal, and the same command continues from here"
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -194,9 +194,9 @@ def test_the_check_reads_all_rows_and_asks_each_server_for_a_sign_of_life(tmp_pa
     assert checked.returncode == 0, checked.stderr
     turns = sum(len(row_of(number)["messages"]) // 2 for number in range(20))
     assert checked.stdout.splitlines() == [
-        "21 rows, 0 of them with a system message (existing_system: replace)",
+        "21 rows, 0 with a system message (existing_system: replace)",
         "warning: 1 rows can't be read: no assistant turn",
-        f"about {20 + 2 * turns} requests to m, 16 at once, if every row passes at the first try",
+        f"about {20 + 2 * turns} requests to m, 16 at once, if every first try passes",
         f"{server.url} answers as m",
     ]
     assert not (tmp_path / "out").exists()
@@ -251,7 +251,7 @@ def test_a_run_that_writes_no_row_says_where_they_went(tmp_path: Path, rows: lis
     assert reasons.total() == len(rows)
     for ended in (first, second, third):
         assert ended.returncode == 2, ended.stderr
-        assert ended.stderr.startswith(f"error: no row was written: all {len(rows)} were left out (")
+        assert ended.stderr.startswith(f"error: no row was written: all {len(rows)} were dropped (")
         assert ended.stderr.count("\n") == 1
         for reason, count in reasons.items():
             assert f"{count}: {reason}" in ended.stderr
@@ -290,4 +290,4 @@ def test_the_servers_own_words_are_told_where_it_refused_rows(tmp_path: Path) ->
         ]
         report = (tmp_path / "out" / "report.md").read_text("utf-8")
         assert f"| `{details[0]}` | 2 |\n| `400 Said: too long` | 1 |" in report
-    assert f"Why no answer came, 2 times: {details[0]}; 1 times: 400 Said: too long. Each is in" in ended.stderr
+    assert f"Errors of the server: 2 times: {details[0]}; 1 times: 400 Said: too long. The dropped rows are in" in ended.stderr

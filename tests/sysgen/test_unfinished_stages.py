@@ -80,7 +80,7 @@ def test_a_verification_that_is_not_finished_is_no_missing_verdict(tmp_path: Pat
     assert sum("Judge for each of the eight" in one.prompt for one in asked) == 3  # with two more tries
     assert done.stats.events[reason] == 3
     assert f"| {reason} | 3 |" in done.report.read_text("utf-8")
-    assert "verdict that can't be read" not in done.stats.events + done.stats.left_out
+    assert "verdict that can't be read" not in done.stats.events + done.stats.drop_counts
 
     (tmp_path / "kept").mkdir()
     done, asked = run_with(verification(reply), tmp_path / "kept", [question()], on_unfinished_verification="keep")

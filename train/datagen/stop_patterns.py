@@ -1,21 +1,21 @@
-"""Further turns of the prompt that a model makes up after its own.
+"""Stop patterns: client-side stop sequences for replies that continue with an invented turn of the prompt.
 
-A model that is shown examples, as in `### User ... ### Assistant ...`, may go on with another one once it has replied.
-What it says there is about a conversation that does not exist, so the reply ends where the further turn begins.
+After its reply, a model that was shown examples (`### User ... ### Assistant ...`) may continue with another example
+of its own. That text is about a conversation that does not exist, so the reply is cut where it begins.
 """
 
 import re
 from dataclasses import dataclass
 
 INVENTED_TURN = "made up a further turn of the prompt, and was cut there"
-"""The event, in the words of the reports."""
+"""Label of the event in reports."""
 
 
 @dataclass(frozen=True, slots=True)
 class StopPattern:
-    """The lines that begin a further turn where `after` finds something in the text before them.
+    """Lines that begin an invented turn, wherever `after` matches the text before them.
 
-    A heading at the start of a reply is part of it.
+    A heading at the start of a reply is part of the reply.
     """
 
     begins: re.Pattern[str]
@@ -23,7 +23,7 @@ class StopPattern:
 
     @classmethod
     def of_prompt(cls, *headings: str, after: str) -> "StopPattern":
-        """Return that of a prompt with these headings (regular expressions, without their `###`)."""
+        """Return the pattern of a prompt with these headings (regular expressions, without their `###`)."""
         names = "|".join(
             ("user", "assistant", "human", "(?:the |its )?(?:existing )?system (?:message|prompt)", "system", *headings)
         )
@@ -34,10 +34,10 @@ class StopPattern:
         return cls(re.compile(begins, re.IGNORECASE | re.MULTILINE), re.compile(after, re.IGNORECASE | re.DOTALL))
 
 
-def cut_at_stop_pattern(reply: str, turn: StopPattern) -> str:
-    """Return the reply up to the first further turn; whole where there is none."""
-    for found in turn.begins.finditer(reply):
-        before = reply[: found.start()]
-        if turn.after.search(before):
+def cut_at_stop_pattern(reply: str, pattern: StopPattern) -> str:
+    """Return the reply up to its first invented turn; the complete reply if it has none."""
+    for match in pattern.begins.finditer(reply):
+        before = reply[: match.start()]
+        if pattern.after.search(before):
             return before.rstrip()
     return reply

@@ -1,35 +1,31 @@
-"""The four phases of SYSGEN for one row after another (section 3 of arXiv:2502.11330), and what we add to them.
+"""Pipeline of SYSGEN: the four phases for one row (section 3 of arXiv:2502.11330), and our additions.
 
     generate   M(S | prompt, Q, A): a system message in tagged phrases
-    filter     rules: what stands in properly matched tags of the eight, in canonical order (`tags.parse`)
-    verify     M judges each tag; Bad and None go
-    answer     M(A' | S, Q): every answer anew
+    filter     rules: keep properly matched tags of the eight, in canonical order (`tags.parse`)
+    verify     M judges each tag; Bad and None are removed
+    answer     M(A' | S, Q): new answers for all turns
 
-Each row goes through all of them without waiting for any other. All that is random is drawn from the seed and the
-row's number, so the same answers of the model give the same rows, whatever order they came in.
-
-A conversation of several turns gets one system message, which is verified against each turn (a tag stays if no turn
-finds it Bad and one finds it Good), and its answers are given anew in sequence, each seeing those before. Answers that
-call tools, and those after the results of tools, can't be given anew without the tools: such a row keeps its own.
-
-What a model writes while it reasons (`<think>`) is no part of what it says: it is taken out of all it writes, and
-counted.
+- Each row passes all phases without waiting for other rows. All random choices follow from the seed and the row's
+  number, so the same answers of the model give the same rows, in whatever order they arrive.
+- A conversation of several turns gets one system message, which is verified against each turn (a tag stays if no turn
+  judges it Bad and at least one judges it Good). Its answers are generated in sequence, each seeing those before.
+- A row whose answers call tools, or follow the results of tools, keeps them: new answers would need the tools.
+- Reasoning of the model (`<think>`) is removed from all replies and counted.
 """
 
 import asyncio
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from train.data.sources.formats import Message, RowFault
 from train.datagen.drop_reasons import UNREADABLE, UNSUPPORTED
 from train.datagen.source_rows import NumberedRow
-from train.datagen.usage import ask
+from train.datagen.stage_client import StageClient
+from train.datagen.stats import truncate_line
 from train.llm.client import Client
 from train.llm.failures import NO_ANSWER, RequestFailed
-from train.llm.journal import Decoding, Request
-from train.llm.system_role import merge_into_user
+from train.llm.journal import Request
 from train.llm.yes_or_no import says_no
 from train.sysgen import prompts
 from train.sysgen.config import SysgenConfig
@@ -42,27 +38,28 @@ from train.sysgen.verdicts import parse_reply_verdicts
 
 
 class Pipeline:
-    """Takes rows through the phases. `balance` decides who is reminded of rare tags."""
+    """The phases of SYSGEN. `balance` draws the reminders of rare tags."""
 
     def __init__(self, config: SysgenConfig, client: Client, balance: TagBalance) -> None:
-        self.config, self.client, self.balance = config, client, balance
-        # The gates take a millisecond or two a row, and rows come to them in crowds: one at a time, with a look at the
-        # servers' answers in between, or 64 places would wait for a crowd of 64.
-        self._at_the_gates = asyncio.Lock()
+        self.config, self.balance = config, balance
+        self.client = StageClient(client, config, prompts.STOP_PATTERNS)
+        # The gates take one or two milliseconds per row. One row at a time, and the event loop handles the servers'
+        # answers in between: otherwise 64 rows that arrive together would leave the servers idle.
+        self._gates_lock = asyncio.Lock()
 
     async def run(self, row: NumberedRow) -> RowResult:
-        """What becomes of one row. Raises UserError, as the client does, for what ends the run."""
+        """Return the result of one row. Raises UserError as the client does, which ends the run."""
         index, place, conversation = row
         result = RowResult(index, place)
         if isinstance(conversation, RowFault):
-            return result.leave_out(f"{UNREADABLE}: {conversation.kind}", conversation.detail)
+            return result.drop(f"{UNREADABLE}: {conversation.kind}", conversation.detail)
         result.tools = conversation.tools
         try:
-            return await self._taken_through(result, conversation.messages)
+            return await self._run_phases(result, conversation.messages)
         except RequestFailed as failure:
-            return result.leave_out(NO_ANSWER, str(failure))
+            return result.drop(NO_ANSWER, str(failure))
 
-    async def _taken_through(self, result: RowResult, messages: Sequence[Message]) -> RowResult:
+    async def _run_phases(self, result: RowResult, messages: Sequence[Message]) -> RowResult:
         config = self.config
         existing = messages[0]["content"] if messages[0]["role"] == "system" else None
         if existing is not None and config.existing_system == "keep":
@@ -73,7 +70,7 @@ class Pipeline:
         if len(turns) < len(messages) - (existing is not None):
             result.events["turns after the last answer left out"] += 1
         if any(turn["role"] == "system" for turn in turns):
-            return result.leave_out(f"{UNSUPPORTED}: a system message in the middle of the conversation")
+            return result.drop(f"{UNSUPPORTED}: a system message in the middle of the conversation")
 
         if config.message == "common":
             result.system = config.common_message
@@ -89,34 +86,34 @@ class Pipeline:
     # The system message
 
     async def _write_message(self, result: RowResult, turns: Sequence[Message], existing: str | None) -> bool:
-        """Generate, filter and verify until there is a message that passes; else leave the row out."""
+        """Generate, filter and verify messages until one passes and return True; else drop the row."""
         result.reminded_of = self.balance.draw_reminders(result.index)
         tries = 1 + (self.config.retries if self.config.on_empty == "retry" else 0)
+        reason = detail = ""
         for sample in range(tries):
             if sample:
                 result.events["another try at the system message"] += 1
-            is_last = sample + 1 == tries
-            why_not, detail = await self._try_message(result, turns, existing, sample, is_last=is_last)
-            if not why_not:
+            reason, detail = await self._try_message(result, turns, existing, sample, is_last=sample + 1 == tries)
+            if not reason:
                 return True
-            result.events[why_not] += 1
-        result.leave_out(why_not, detail)
+            result.events[reason] += 1
+        result.drop(reason, detail)
         return False
 
     async def _try_message(
         self, result: RowResult, turns: Sequence[Message], existing: str | None, sample: int, *, is_last: bool
     ) -> tuple[str, str]:
-        """One try. What is wrong with it, in the words of the report, and in detail; nothing if it passes."""
+        """Try once; return the reason why the message does not pass, and a detail. Both are empty if it passes."""
         config = self.config
         forbid_leak = config.gates.leak is not None
         prompt = prompts.generate(turns, existing=existing, remind_of=result.reminded_of, forbid_leak=forbid_leak)
-        request = self._request("generate", prompt, config.generate.decoding(), sample)
+        request = self.client.request("generate", prompt, sample)
         continues_if_empty = is_last and config.on_empty == "keep_without_system"
-        answer = await ask(self.client, request, result, prompts.STOP_PATTERNS, continues_if_empty=continues_if_empty)
+        answer = await self.client.ask(request, result, continues_if_empty=continues_if_empty)
         result.written_by_model, result.verdicts = answer.text, []
         result.message = TaggedMessage(())
         if answer.refused:
-            return "the model refused to write a system message", _beginning(answer.detail)
+            return "the model refused to write a system message", truncate_line(answer.detail)
         if answer.cut:
             result.events["system message cut at the token limit"] += 1
         elif answer.only_reasoning or answer.empty:
@@ -124,53 +121,52 @@ class Pipeline:
         result.phase = "generated"
         result.message = parse(answer.text)
         if not result.message.phrases:
-            return "no valid phrase", _beginning(answer.text) or answer.unfinished or "an empty answer"
+            return "no valid phrase", truncate_line(answer.text) or answer.unfinished or "an empty answer"
         result.phase = "filtered"
         next_try = replace(request, sample=sample + 1)
         if unfinished := await self._verify(result, turns, sample, next_try, continues_if_empty=continues_if_empty):
-            return unfinished, f"of the message {_beginning(answer.text)}"
+            return unfinished, f"of the message {truncate_line(answer.text)}"
         if not result.message.phrases:
-            judged = (f"{tag}: {verdict}" for said in result.verdicts for tag, verdict in said.items())
-            return "no phrase was verified", ", ".join(judged)
+            verdicts = (f"{tag}: {verdict}" for by_tag in result.verdicts for tag, verdict in by_tag.items())
+            return "no phrase was verified", ", ".join(verdicts)
         result.phase = "verified"
         result.system = result.message.text
-        async with self._at_the_gates:
+        async with self._gates_lock:
             await asyncio.sleep(0)
-            return self._stopped_by_gates(result.system, turns)
+            return self._check_gates(result.system, turns)
 
     async def _verify(
         self, result: RowResult, turns: Sequence[Message], sample: int, next_try: Request, *, continues_if_empty: bool
     ) -> str:
-        """Remove the phrases that fail; return why the verification is not finished, nothing if it is.
+        """Remove the phrases that fail; return why the verification is unfinished, an empty text if it is finished.
 
-        `next_try`, `continues_if_empty`: what follows on an empty verification, as of `Client.ask`.
+        `next_try`, `continues_if_empty`: what follows an empty verification, see `Client.ask`.
         """
-        exchanges: Sequence[Sequence[Message] | None] = _exchanges(turns)
+        exchanges: Sequence[Sequence[Message] | None] = _split_exchanges(turns)
         if len(exchanges) == 1:
-            exchanges = [None]  # the paper's way: the message alone
-        decoding = self.config.verify.decoding()
-        continues_if_empty = continues_if_empty or self.config.on_unfinished_verification == "keep"
+            exchanges = [None]  # as in the paper: the message alone
+        keeps_unfinished = self.config.on_unfinished_verification == "keep"
         for exchange in exchanges:
-            request = self._request("verify", prompts.verify(result.message, exchange), decoding, sample)
-            answer = await ask(
-                self.client, request, result, prompts.STOP_PATTERNS, next_try=next_try, continues_if_empty=continues_if_empty
+            request = self.client.request("verify", prompts.verify(result.message, exchange), sample)
+            answer = await self.client.ask(
+                request, result, next_try=next_try, continues_if_empty=continues_if_empty or keeps_unfinished
             )
-            read = parse_reply_verdicts(answer.text)
-            missing = sum(tag not in read.of for tag in result.message.tags)
+            verdicts = parse_reply_verdicts(answer.text)
+            missing = sum(tag not in verdicts.of for tag in result.message.tags)
             if missing and answer.unfinished:
                 unfinished = f"verification {answer.unfinished}"
-                if self.config.on_unfinished_verification == "retry":
+                if not keeps_unfinished:
                     return unfinished
                 result.events[f"{unfinished}, and its phrases kept"] += 1
-                if not read.of:
+                if not verdicts.of:
                     continue
             else:
                 result.events["verdict that can't be read"] += missing
-            result.verdicts.append(dict(read.of))
+            result.verdicts.append(dict(verdicts.of))
             result.tags_judged += len(result.message.tags)
-            result.events["verdict written otherwise, and read"] += read.repairs.get("written otherwise", 0)
+            result.events["verdict written otherwise, and read"] += verdicts.repairs.get("written otherwise", 0)
         for tag in result.message.tags:
-            verdict = _combined([verdicts.get(tag) for verdicts in result.verdicts])
+            verdict = _combine_verdicts([verdicts.get(tag) for verdicts in result.verdicts])
             if verdict is None and self.config.on_missing_verdict == "keep":
                 continue
             if verdict != "Good":
@@ -178,7 +174,8 @@ class Pipeline:
                 result.message = result.message.without({tag}, reason)
         return ""
 
-    def _stopped_by_gates(self, system: str, turns: Sequence[Message]) -> tuple[str, str]:
+    def _check_gates(self, system: str, turns: Sequence[Message]) -> tuple[str, str]:
+        """Return the reason why a gate stops the message, and a detail. Both are empty if none does."""
         gates = self.config.gates
         questions = "\n".join(turn["content"] for turn in turns if turn["role"] == "user")
         if gates.language:
@@ -200,60 +197,61 @@ class Pipeline:
             if has_tools and config.answers == "anew":
                 result.events["kept its own answers, as they need tools"] += 1
             result.messages = [_system(result.system), *turns]
-            return await self._judged(result)
-        plain = result.message
-        constraints = self._drawn(result, turns)
-        answered = await self._answered_anew(result, turns, constraints)
+            return await self._judge(result)
+        unconstrained = result.message
+        constraints = self._add_constraints(result, turns)
+        answered = await self._generate_answers(result, turns, constraints)
         if answered is None and constraints and result.reason is None:
-            result.events["constraints given up"] += 1
-            result.message, result.constraints, result.system = plain, [], plain.text
-            answered = await self._answered_anew(result, turns, [])
+            _remove_constraints(result, unconstrained)
+            answered = await self._generate_answers(result, turns, [])
         if answered is None:
             return result
-        if constraints and result.answers == "original":  # which were not written to meet them, and aren't checked
-            result.events["constraints given up"] += 1
-            result.message, result.constraints, result.system = plain, [], plain.text
+        if constraints and result.answers == "original":  # written without the constraints, and not checked
+            _remove_constraints(result, unconstrained)
         result.messages = [_system(result.system), *answered]
         if result.answers == "anew":
             result.phase = "answered"
             result.original_characters = sum(len(answer["content"]) for answer in _answers(turns))
             result.new_characters = sum(len(answer["content"]) for answer in _answers(answered))
-        return await self._judged(result)
+        return await self._judge(result)
 
-    def _drawn(self, result: RowResult, turns: Sequence[Message]) -> list[Constraint]:
-        """Constraints for this row, put into its message."""
-        count = self.config.constraints
+    def _add_constraints(self, result: RowResult, turns: Sequence[Message]) -> list[Constraint]:
+        """Draw the row's constraints and add them to its message."""
+        settings = self.config.constraints
         rng = random.Random(f"{self.config.seed} constraints {result.index}")
-        if self.config.message == "common" or rng.random() >= count.share:
+        if self.config.message == "common" or rng.random() >= settings.share:
             return []
         language = detect_language(" ".join(turn["content"] for turn in turns if turn["role"] == "user"))
         if language not in (None, "en"):
-            return []  # their words are English
+            return []  # the templates are English
         shaped = "Format" in result.message.tags
-        drawn = draw_constraints([answer["content"] for answer in _answers(turns)], rng, count.at_most, shaped=shaped)
-        result.message = result.message.with_phrases(Phrase(one.tag, one.text) for one in drawn)
+        originals = [answer["content"] for answer in _answers(turns)]
+        drawn = draw_constraints(originals, rng, settings.at_most, shaped=shaped)
+        result.message = result.message.with_phrases(Phrase(constraint.tag, constraint.text) for constraint in drawn)
         result.system = result.message.text
-        result.constraints = [{"kind": one.kind, "tag": one.tag, "text": one.text} for one in drawn]
+        result.constraints = [
+            {"kind": constraint.kind, "tag": constraint.tag, "text": constraint.text} for constraint in drawn
+        ]
         return drawn
 
-    async def _answered_anew(
+    async def _generate_answers(
         self, result: RowResult, turns: Sequence[Message], constraints: Sequence[Constraint]
     ) -> list[Message] | None:
-        """The turns with every answer given anew; None where one doesn't comply, or is unfinished and the row goes."""
+        """Return the turns with new answers; None if one does not comply, or is unfinished and the row is dropped."""
         config = self.config
         attempts = config.constraints.attempts if constraints else 1
-        continues_if_empty = config.on_unfinished_answer == "original" or not all(one.is_met("") for one in constraints)
+        continues_if_empty = config.on_unfinished_answer == "original" or not all(
+            constraint.is_met("") for constraint in constraints
+        )
         history: list[Message] = []
         for turn in turns:
             if turn["role"] != "assistant":
                 history.append({"role": turn["role"], "content": turn["content"]})
                 continue
             for sample in range(attempts):
-                asked = [_system(result.system), *history]
-                request = self._request("answer", asked, config.answer.decoding(), sample)
-                answer = await ask(self.client, request, result, prompts.STOP_PATTERNS, continues_if_empty=continues_if_empty)
-                broken = [one for one in constraints if not one.is_met(answer.text)]
-                if not broken:
+                request = self.client.request("answer", [_system(result.system), *history], sample)
+                answer = await self.client.ask(request, result, continues_if_empty=continues_if_empty)
+                if all(constraint.is_met(answer.text) for constraint in constraints):
                     break
                 result.events["answer that breaks a constraint"] += 1
             else:
@@ -266,14 +264,14 @@ class Pipeline:
                     result.answers = "original"
                     return list(turns)
                 if config.on_unfinished_answer == "drop" or answer.blank:
-                    result.leave_out(unfinished, _beginning(answer.detail))
+                    result.drop(unfinished, truncate_line(answer.detail))
                     return None
             history.append({"role": "assistant", "content": answer.text})
         result.answers = "anew"
         return history
 
-    async def _judged(self, result: RowResult) -> RowResult:
-        """Leave a row out whose answers ignore the system message, if that is asked for."""
+    async def _judge(self, result: RowResult) -> RowResult:
+        """Drop the row if an answer ignores the system message, with `gates.judge`."""
         if not self.config.gates.judge:
             return result
         question = ""
@@ -282,21 +280,20 @@ class Pipeline:
                 question = turn["content"]
             if turn["role"] != "assistant" or not turn["content"].strip():
                 continue
-            asked = prompts.judge(result.system, question, turn["content"])
-            request = self._request("judge", asked, self.config.judge.decoding(), 0)
-            answer = await ask(self.client, request, result, prompts.STOP_PATTERNS, continues_if_empty=True)
-            verdict = None if answer.refused else says_no(answer.text)
-            if verdict is None:
-                why = answer.unfinished or "that can't be read"
-                result.events[f"judgement {why}"] += 1
-            if verdict:
-                return result.leave_out("gate: the answer ignores the system message", _beginning(turn["content"]))
+            request = self.client.request("judge", prompts.judge(result.system, question, turn["content"]))
+            answer = await self.client.ask(request, result, continues_if_empty=True)
+            ignores_message = None if answer.refused else says_no(answer.text)
+            if ignores_message is None:
+                unfinished = answer.unfinished or "that can't be read"
+                result.events[f"judgement {unfinished}"] += 1
+            if ignores_message:
+                return result.drop("gate: the answer ignores the system message", truncate_line(turn["content"]))
         return result
 
-    def _request(self, stage: str, messages: Sequence[Mapping[str, Any]], decoding: Decoding, sample: int) -> Request:
-        if self.config.system_role == "merge_into_user":
-            messages = merge_into_user(messages)
-        return Request(stage, messages, decoding, sample)
+
+def _remove_constraints(result: RowResult, unconstrained: TaggedMessage) -> None:
+    result.events["constraints given up"] += 1
+    result.message, result.constraints, result.system = unconstrained, [], unconstrained.text
 
 
 def _up_to_last_answer(turns: Sequence[Message]) -> list[Message]:
@@ -305,8 +302,8 @@ def _up_to_last_answer(turns: Sequence[Message]) -> list[Message]:
     return list(turns[: last + 1])
 
 
-def _exchanges(turns: Sequence[Message]) -> list[list[Message]]:
-    """Each answer with what was said since the one before."""
+def _split_exchanges(turns: Sequence[Message]) -> list[list[Message]]:
+    """Return each answer with the turns since the previous one."""
     exchanges: list[list[Message]] = [[]]
     for turn in turns:
         exchanges[-1].append(turn)
@@ -319,15 +316,10 @@ def _answers(turns: Sequence[Message]) -> list[Message]:
     return [turn for turn in turns if turn["role"] == "assistant"]
 
 
-def _combined(verdicts: Sequence[Verdict | None]) -> Verdict | None:
-    """What several turns say of one tag: Bad if one says so, else Good if one does, else None; nothing if none does."""
+def _combine_verdicts(verdicts: Sequence[Verdict | None]) -> Verdict | None:
+    """Return the verdict on a tag over several turns: Bad before Good before None; Python's None without any."""
     order: tuple[Verdict, ...] = ("Bad", "Good", "None")
     return next((verdict for verdict in order if verdict in verdicts), None)
-
-
-def _beginning(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _system(text: str) -> Message:

@@ -276,10 +276,10 @@ def test_the_check_reads_all_rows_and_asks_each_server_for_a_sign_of_life(tmp_pa
         "21 rows, 18 instructions",
         "2 times: row with a system message, which was ignored",
         "2 times: row of several turns, of which the first was taken",
-        f"left out: 1 (4.8%): duplicate: the same as an instruction before; the first: {source}:11",
-        f"left out: 1 (4.8%): states a length already; the first: {source}:13: length: in 3 bullet points",
-        f"left out: 1 (4.8%): not supported: no user turn at the start; the first: {source}:21",
-        "about 216 requests to m, 16 at once, for 54 sets that pass at once",
+        f"dropped: 1 (4.8%): duplicate: the same as an instruction before; the first: {source}:11",
+        f"dropped: 1 (4.8%): states a length already; the first: {source}:13: length: in 3 bullet points",
+        f"dropped: 1 (4.8%): not supported: no user turn at the start; the first: {source}:21",
+        "about 216 requests to m, 16 at once, for 54 sets, if every first try passes",
         f"{server.url} answers as m",
     ]
     assert not (tmp_path / "out").exists()
@@ -315,7 +315,7 @@ def test_the_command_says_what_became_of_it_and_ctrl_c_keeps_what_was_answered(t
         os.kill(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130
-        assert errors.strip() == "stopped; what was answered is in the journal, and the same command goes on from here"
+        assert errors.strip() == "stopped; the answers so far are in the journal, and the same command continues from here"
         stuck = False
         done = command("--config", str(path))
     assert done.returncode == 0, done.stderr
@@ -324,8 +324,8 @@ def test_the_command_says_what_became_of_it_and_ctrl_c_keeps_what_was_answered(t
     assert f"{len(wanted.rows)} rows and " in done.stdout
     assert f"of {len(wanted.kept)} instructions ({count} rows read) after" in done.stdout
     for reason, times in Counter(reason for _, which, reason in wanted.left_out if which is not None).items():
-        assert f"sets left out: {times} ({times / (3 * len(wanted.kept)):.1%}): {reason}" in last
-    assert f"{wanted.requests.total()} answers (60 from the journal), 0 tries repeated" in last
+        assert f"dropped sets: {times} ({times / (3 * len(wanted.kept)):.1%}): {reason}" in last
+    assert f"{wanted.requests.total()} answers (60 from the journal), 0 retries" in last
     assert last[-2] == f"read {tmp_path / 'out' / 'report.md'}"
     assert last[-1].startswith("warning: reasoning without an end, and nothing said: ")
 
@@ -338,10 +338,10 @@ def test_the_command_says_what_became_of_it_and_ctrl_c_keeps_what_was_answered(t
         ("filter.rules=[tone]", "filter.rules.0: found 'tone'. Allowed: length, format, style, audience, role."),
         ("pairs=two", "pairs: found 'two'. Allowed: one, all, none."),
         ("leak=2", "leak: found 2. Allowed: a number above 0 and not above 1; or null."),
-        ("hierarchy.ours=false", "hierarchy.ours: found false without a `hierarchy.file` to take its place. Name one."),
+        ("hierarchy.ours=false", "hierarchy.ours: found false without a `hierarchy.file` to replace it. Name one."),
         ("hierarchy.file=nowhere.yaml", "nowhere.yaml: there is no such"),
         ("sets_per_instruction=20 preferences=hierarchy", ""),
-        ("answer.extra={messages: []}", "answer.extra.messages: the run itself sets them."),
+        ("answer.extra={messages: []}", "answer.extra.messages: set by the run itself."),
         ("api_key=x", "Set them in the environment"),
         ("data.sources.0.path=nowhere.jsonl", "nowhere.jsonl: there is no nowhere.jsonl in"),
         ("servers.0.base_url=localhost", "base_url 'localhost' is no address: write it like http://localhost:8000/v1."),
@@ -390,11 +390,11 @@ def test_the_servers_own_words_are_told_where_it_refused_everything(tmp_path: Pa
     told = [line for line in ended.stdout.splitlines() if line.startswith("no answer from the model, ")]
     assert told == [f"no answer from the model, {len(details)} times: {shown}"]
     assert ended.stderr.count("\n") == 1
-    assert f"Why no answer came, {len(details)} times: {shown.rstrip('.')}. Each is in " in ended.stderr
+    assert f"Errors of the server: {len(details)} times: {shown.rstrip('.')}. The dropped rows are in " in ended.stderr
     report = (tmp_path / "out" / "report.md").read_text("utf-8")
     cell = shown.replace("|", "\\|")
     assert (
-        f"### Why no answer came\n\n| what was said | times |\n| --- | ---: |\n| `{cell}` | {len(details)} |" in report
+        f"### Failed requests\n\n| error of the server | times |\n| --- | ---: |\n| `{cell}` | {len(details)} |" in report
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 from collection_runs import good_everything, lines, mark_in, run_with, saying, stage_of, written
 from scripted_author import FOUR, turns
 from scripted_server import Asked, Reply, said
+from train.multifaceted.collection.iter_instructions import iter_instructions
 
 from train.data.sources.formats import RowFault
 from train.data.sources.source import conversations
@@ -20,7 +21,6 @@ from train.llm.client import Client
 from train.llm.concurrency import Backoff
 from train.multifaceted.collection.config import FilterSection, load_config
 from train.multifaceted.collection.hierarchy import load_hierarchy
-from train.multifaceted.collection.instructions import instructions
 from train.recipe import Source
 
 ROOT = Path(__file__).parents[3]
@@ -244,7 +244,7 @@ def test_the_model_as_second_filter(tmp_path: Path) -> None:
     assert reasons(tmp_path) == [(None, "states a style or format, says the model")]
     assert [row["prompt"] for row in written(tmp_path)] == ["hm please", "no please"]
     assert done.stats.events["screen: neither yes nor no, and kept"] == 1
-    assert done.stats.instructions == 2
+    assert done.stats.iter_instructions == 2
     assert {one.body["temperature"] for one in asked if stage_of(one) == "screen"} == {0.0}
     assert done.stats.warnings() == []
 
@@ -321,7 +321,7 @@ def test_an_instruction_needs_no_answer(tmp_path: Path, row: dict[str, Any]) -> 
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
     data = SourcesSection(sources=[{"path": str(path)}])
-    [found] = instructions(data, FilterSection(), None)
+    [found] = iter_instructions(data, FilterSection(), None)
     assert (" ".join(found.prompt.split()), found.number, found.reason) == ("Why is the sky blue?", 0, None)
 
 
@@ -395,7 +395,7 @@ def test_an_answer_of_nothing_or_blanks_is_as_good_as_none(tmp_path: Path, form:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     data = SourcesSection(sources=[{"path": str(path)}])
-    found = list(instructions(data, FilterSection(), None))
+    found = list(iter_instructions(data, FilterSection(), None))
     assert [" ".join(one.prompt.split()) for one in found] == [SKY, SKY]
     assert [one.reason for one in found] == [None, "duplicate: the same as an instruction before"]
     # The trainer, which needs answers, goes on refusing the same rows (a history and a middle turn too).
@@ -407,7 +407,7 @@ def test_what_asks_nothing_is_still_left_out(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     turns_of = [[{"role": "user", "content": " "}], [{"role": "assistant", "content": ""}], []]
     path.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in turns_of), encoding="utf-8")
-    found = instructions(SourcesSection(sources=[{"path": str(path)}]), FilterSection(), None)
+    found = iter_instructions(SourcesSection(sources=[{"path": str(path)}]), FilterSection(), None)
     assert [one.reason for one in found] == [
         "can't be read: empty content",
         "not supported: no user turn at the start",
@@ -420,7 +420,7 @@ def test_a_first_row_without_its_instruction_is_left_out_and_hides_no_others(tmp
     path = tmp_path / "rows.jsonl"
     rows = [{column: None}, {column: "Why is the sky blue?"}, {column: None}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    found = list(instructions(SourcesSection(sources=[{"path": str(path)}]), FilterSection(), None))
+    found = list(iter_instructions(SourcesSection(sources=[{"path": str(path)}]), FilterSection(), None))
     assert [one.number for one in found] == [None, 0, None]
     assert all((one.reason or "").startswith("can't be read: ") for one in found[::2])
 
@@ -449,7 +449,7 @@ def test_a_run_that_would_read_what_it_writes_is_refused(tmp_path: Path) -> None
     run_with(saying(), tmp_path, [turns(BICYCLE)])
     before = (tmp_path / "out" / "data" / "rows.jsonl").read_bytes()
     source = {"sources": [{"path": str(tmp_path / "out" / "data")}]}
-    with pytest.raises(UserError, match="is in the output_dir of this very run"):
+    with pytest.raises(UserError, match="is in the output_dir of this run"):
         run_with(saying(), tmp_path, [turns(BICYCLE)], data=source)
     assert (tmp_path / "out" / "data" / "rows.jsonl").read_bytes() == before
     with pytest.raises(UserError, match=r"rows.jsonl is of an earlier run with another output.format"):
@@ -477,7 +477,7 @@ def test_an_empty_answer_that_a_retry_made_up_for_changes_no_row_later(
 ) -> None:
     """The second set of the instruction gets an empty answer, and its retry names other preferences to avoid."""
     impatient = functools.partial(Client, attempts=2, backoff=Backoff(first=0.001, longest=0.002))
-    monkeypatch.setattr("train.multifaceted.collection.pipeline.Client", impatient)
+    monkeypatch.setattr("train.datagen.run.Client", impatient)
     seen: Counter[str] = Counter()
 
     async def empty_once(asked: Asked) -> Reply:

@@ -40,9 +40,9 @@ def test_counts_differ_by_one_at_most_and_siblings_differ(
     plan = PreferencePlan(hierarchy_of(sizes, 6), sets, seed)
     numbers = list(range(count))
     order.shuffle(numbers)  # whatever order they are asked for in
-    found = {number: plan.of(number) for number in numbers}
+    found = {number: plan.sets_of(number) for number in numbers}
     anew = PreferencePlan(hierarchy_of(sizes, 6), sets, seed)
-    assert found == {number: anew.of(number) for number in range(count)}
+    assert found == {number: anew.sets_of(number) for number in range(count)}
     for place, size in enumerate(sizes):
         counts = Counter({f"s{number}": 0 for number in range(size)})
         preferences: dict[str, Counter[str]] = {name: Counter() for name in counts}
@@ -65,12 +65,12 @@ def test_counts_differ_by_one_at_most_and_siblings_differ(
 def test_pairs_of_sub_dimensions_are_not_tied_to_each_other() -> None:
     """Every combination of two dimensions' sub-dimensions comes up, about equally often."""
     plan = PreferencePlan(load_hierarchy(), 3, 42)
-    together = Counter((one[0].sub.name, one[3].sub.name) for number in range(500) for one in plan.of(number))
+    together = Counter((one[0].sub.name, one[3].sub.name) for number in range(500) for one in plan.sets_of(number))
     assert len(together) == 25
     assert min(together.values()) > 0.6 * 60
     assert max(together.values()) < 1.6 * 60
     other = PreferencePlan(load_hierarchy(), 3, 43)
-    assert [one[0].sub.name for one in plan.of(0)] != [one[0].sub.name for one in other.of(0)]
+    assert [one[0].sub.name for one in plan.sets_of(0)] != [one[0].sub.name for one in other.sets_of(0)]
 
 
 def test_our_hierarchy_has_the_sub_dimensions_of_the_hub_set() -> None:
@@ -126,7 +126,7 @@ def _alone(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("styel:\n  a: {meaning: m, preferences: [x]}", "1: styel: no dimension. Allowed: style, background_knowledge, informativeness, harmlessness. Did you mean `style`?"),
+        ("styel:\n  a: {meaning: m, preferences: [x]}", "1: styel: unknown dimension. Allowed: style, background_knowledge, informativeness, harmlessness. Did you mean `style`?"),
         ("style: [a, b]", "1: style: found a list of 2. Allowed: sub-dimensions by their names."),
         ("style:\n  new: {preferences: [x]}", "2: style.new.meaning: missing. Say in a few words what it is about: the model sees it."),
         ("style:\n  new: {meaning: m}", "2: style.new.preferences: missing. Name at least one"),
@@ -135,8 +135,8 @@ def _alone(folder: Path) -> Path:
         ("style:\n  new: {meaning: m, preferences: [3]}", "style.new.preferences: found 3. Allowed: texts."),
         ("style:\n  new: text", "2: style.new: found 'text'. Allowed: a section with `meaning` and `preferences`."),
         ("style:\n  new: {meanin: m, preferences: [x]}", "2: style.new.meanin: unknown key. Allowed: meaning, preferences. Did you mean `meaning`?"),
-        ("style:\n  new: {meaning: m, preferences: ['dry WIT']}", "style.new.preferences.dry WIT: stands in tone too, blanks and marks aside."),
-        ("style:\n  new:\n    meaning: m\n    preferences:\n      Ab c:\n      ab c!:", "style.new.preferences.ab c!: stands here too"),
+        ("style:\n  new: {meaning: m, preferences: ['dry WIT']}", "style.new.preferences.dry WIT: is also in tone, apart from blanks and punctuation."),
+        ("style:\n  new:\n    meaning: m\n    preferences:\n      Ab c:\n      ab c!:", "style.new.preferences.ab c!: is also here"),
         ("style:\n  tone:\n  tone:", "given twice, first in"),
         ("", "empty. It must have at least the keys style"),
         ("a: b: c", "not valid YAML"),

@@ -91,7 +91,7 @@ def refuse_extra_fields(option: str, extra: Mapping[str, Any], own: Mapping[str,
 
     `own`: the option and value of each field that has an option of its own.
     """
-    from train.datagen.config import find_extra_errors  # which takes a while to import
+    from train.datagen.extra_fields import find_extra_errors
 
     for name, why in find_extra_errors(extra, {field: value for field, (_, value) in own.items()}):
         setting = own[name][0] if name in own else ""

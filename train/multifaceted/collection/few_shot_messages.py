@@ -1,11 +1,11 @@
-"""Hand-written system messages with the descriptions they were written from: examples for the message prompt."""
+"""Few-shot examples of the message prompt: hand-written system messages with their descriptions."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class FewShotMessage:
-    """Four descriptions, one for each dimension, and the system message written from them."""
+    """Four descriptions, one per dimension, and the system message written from them."""
 
     descriptions: tuple[str, str, str, str]
     message: str

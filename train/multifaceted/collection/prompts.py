@@ -139,7 +139,7 @@ answer. Write one system message that makes an assistant answer that way.
 - Write a single paragraph of prose, 80 to 180 words long, and nothing else."""
 
 
-def message(descriptions: Sequence[str], rng: random.Random) -> list[Turn]:
+def write_message(descriptions: Sequence[str], rng: random.Random) -> list[Turn]:
     """Ask for a system message from descriptions, which are shown in a drawn order."""
     drawn = rng.sample(EXAMPLES, min(EXAMPLES_OF_MESSAGES, len(EXAMPLES)))
     turns: list[Turn] = []
@@ -171,7 +171,7 @@ def answer(system: str, instruction: str) -> list[Turn]:
 STOP_PATTERNS = {
     "propose": StopPattern.of_prompt("instruction", "aspects", after=r":[ \t]*\w"),
     "describe": StopPattern.of_prompt("preferences", after=r":[ \t]*\w"),
-    "message": StopPattern.of_prompt(
+    "write_message": StopPattern.of_prompt(
         "descriptions",
         after=r"\A\s*(?!(?:sure|certainly|of|okay|ok|here|below|great|absolutely)\b)[^\n]{30,}[^\s:*]\s*\Z",
     ),

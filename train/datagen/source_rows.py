@@ -12,7 +12,7 @@ from train.errors import UserError
 from train.recipe import Section, Sources
 
 NumberedRow = tuple[int, str, Conversation | RowFault]
-"""Number of a row in all sources (from 0), its place (`data.jsonl:12`), and its conversation or why it is unreadable."""
+"""Number of a row in all sources (from 0), its place (`data.jsonl:12`), and its conversation or reading error."""
 
 
 class SourcesSection(Section):

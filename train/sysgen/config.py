@@ -62,8 +62,8 @@ class TagsSection(Section):
     """Frequency of tags."""
 
     target_share: TargetShares = TargetShares()
-    """For rare tags (Tool: 2 to 17 % in the paper): some prompts remind the generator of the tag and ask it to leave the
-    tag out where the conversation shows nothing of the kind. The share of reminded rows follows from earlier rows."""
+    """For rare tags (Tool: 2 to 17 % in the paper): some prompts remind the generator of the tag and ask it to leave
+    the tag out where the conversation shows nothing of the kind. The share of reminded rows follows from earlier rows."""
 
 
 class ConstraintsSection(Section):
@@ -88,8 +88,9 @@ class GatesSection(Section):
     leak: float | None = Field(default=0.5, gt=0, le=1)
     """Threshold for system messages that give the answer away: the share of the answer's words in runs of five that the
     message holds and the questions do not, or a complete short answer. Such a message is generated again. The prompt
-    asks for it too: the message must suit similar questions, or a new answer would only repeat it. null = no check and
-    no such request, as in the paper. Changing from or to null changes the prompt, so every message is requested again."""
+    asks for it too: the message must suit similar questions, or a new answer would only repeat it. null = no check
+    and no such request, as in the paper. Changing from or to null changes the prompt, so that every message is
+    requested again."""
     near_duplicates: float | None = Field(default=None, gt=0, lt=1)
     """Drop rows whose system message has at least this Jaccard similarity (3-grams of words) to an earlier one; null =
     no check."""

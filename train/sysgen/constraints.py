@@ -1,11 +1,12 @@
-"""Requirements on an answer that a program can check: at most 60 words, a list of four points, no commas.
+"""Constraints: requirements on an answer that a program can check (at most 60 words, a list of four points, no commas).
 
-Some kinds are also IFEval's, but the wording is ours throughout and no sentence is taken from it: training on a
-benchmark's own wording would make its score worthless. Each kind has several wordings, so that a model learns the
-requirement and not one sentence. The wordings are English, and so are the answers that get them.
+- Some kinds are also IFEval's, but all wordings are ours: training on a benchmark's own wording would make its score
+  worthless. Each kind has several wordings, so that a model learns the requirement and not a sentence.
+- The wordings are English, for English answers.
+- Checks are strict and simple, and fail an answer when in doubt: an answer that passes is trained on as an example of
+  following the message.
 
-A check is strict and simple, and fails an answer when in doubt: what passes is trained on as an example of following
-the message. A change of wording raises `prompts.PROMPT_VERSION`.
+Raise `prompts.PROMPT_VERSION` with every change of wording.
 """
 
 import math
@@ -32,7 +33,7 @@ Check = Callable[[str], bool]
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """One requirement, in words and as a check of one answer. The check takes any text and never raises."""
+    """One requirement, as text and as a check of an answer. The check takes any text and never raises."""
 
     kind: str
     tag: str
@@ -43,11 +44,17 @@ class Constraint:
 def draw_constraints(
     answers: Sequence[str], rng: random.Random, at_most: int, *, shaped: bool = False
 ) -> list[Constraint]:
-    """One to `at_most` constraints that suit a conversation with these answers, of kinds that go together.
+    """Draw one to `at_most` compatible constraints for a conversation with these answers.
 
-    Every new answer is to meet each of them, so each suits all of the answers. None for answers that aren't in Latin
-    letters, or are data (JSON, XML) themselves. `shaped`: the system message says already what form the answer takes
-    ("a short paragraph"), so no constraint asks for another one (a JSON object).
+    Each constraint suits all of the answers, since every new answer must meet it. Answers that are not in Latin letters
+    or are data (JSON, XML) get none.
+
+    Args:
+        answers: answers of the data.
+        rng: random number generator.
+        at_most: maximum number of constraints.
+        shaped: the system message states the form of the answer ("a short paragraph"), so that no constraint may ask
+            for another one (a JSON object).
     """
     originals = _OriginalAnswers(tuple(answers))
     if not originals.is_prose:
@@ -62,11 +69,11 @@ def draw_constraints(
         if shaped and kind.name in _SHAPES:
             continue
         if kind.suits(originals) and not any(_exclude_each_other(kind.name, other.kind) for other in drawn):
-            drawn.append(kind.drawn(originals, rng))
+            drawn.append(kind.draw(originals, rng))
     return drawn
 
 
-# The answers of the data
+# The original answers
 
 _CODE = re.compile(
     r"""`|~~~|\\[a-zA-Z(\[]|\$[^$\n]*\$|[;{}]\s*$
@@ -77,7 +84,7 @@ _CODE = re.compile(
 
 @dataclass(frozen=True)
 class _OriginalAnswers:
-    """The answers of the data, and what there is to know of them."""
+    """Answers of the data with the properties that decide which constraints suit them."""
 
     answers: tuple[str, ...]
 
@@ -87,12 +94,12 @@ class _OriginalAnswers:
 
     @cached_property
     def shortest(self) -> int:
-        """Number of words."""
+        """Words of the shortest answer."""
         return min(map(len, self.words))
 
     @cached_property
     def longest(self) -> int:
-        """Number of words."""
+        """Words of the longest answer."""
         return max(map(len, self.words))
 
     @cached_property
@@ -105,26 +112,26 @@ class _OriginalAnswers:
             and latin >= 0.9 * len(letters)
         )
 
-    def hold(self, pattern: str) -> bool:
-        """Whether one of the answers has a place that a regular expression fits."""
+    def match(self, pattern: str) -> bool:
+        """Return whether a regular expression matches in one of the answers."""
         return any(re.search(pattern, answer, re.MULTILINE) for answer in self.answers)
 
     @cached_property
     def has_code(self) -> bool:
-        """Code or mathematics, where commas, capitals and marks mean something."""
+        """Code or mathematics, where commas, capitals and punctuation have a meaning."""
         return any(map(_CODE.search, self.answers))
 
     @cached_property
     def has_list(self) -> bool:
-        return self.hold(BULLET.pattern) or self.hold(NUMBERED.pattern) or self.hold(r"^\s*\|.*\|")
+        return self.match(BULLET.pattern) or self.match(NUMBERED.pattern) or self.match(r"^\s*\|.*\|")
 
     @cached_property
     def is_plain(self) -> bool:
-        return not self.has_code and not self.has_list and not self.hold(r"^#{1,6}\s")
+        return not self.has_code and not self.has_list and not self.match(r"^#{1,6}\s")
 
     @cached_property
     def common_words(self) -> dict[str, int]:
-        """Words with a content that occur in every answer, as they stand in a dictionary, and how often at least."""
+        """Lower-case content words that occur in every answer, with their lowest count."""
         counts = [Counter(re.findall(r"(?<![\w'’-])[a-z]{5,14}(?![\w'’-])", answer)) for answer in self.answers]
         shared = set(counts[0]).intersection(*counts[1:]) - set(_NO_CONTENT.split())
         return {word: min(count[word] for count in counts) for word in sorted(shared)}
@@ -157,17 +164,17 @@ _Instance = tuple[dict[str, str], Check]
 
 
 @dataclass(frozen=True, slots=True)
-class _ConstraintKind:
-    """A kind of constraint: which answers it suits, how its values are drawn, and how it is put."""
+class _Kind:
+    """A kind of constraint: the answers it suits, how its values are drawn, and its wordings."""
 
     name: str
     tag: str
     suits: Callable[[_OriginalAnswers], bool]
-    make: Callable[[_OriginalAnswers, random.Random], _Instance]
+    instantiate: Callable[[_OriginalAnswers, random.Random], _Instance]
     phrases: tuple[str, ...]
 
-    def drawn(self, originals: _OriginalAnswers, rng: random.Random) -> Constraint:
-        values, check = self.make(originals, rng)
+    def draw(self, originals: _OriginalAnswers, rng: random.Random) -> Constraint:
+        values, check = self.instantiate(originals, rng)
         text = rng.choice(self.phrases).format(**values)
         return Constraint(self.name, self.tag, text, lambda answer: bool(answer.strip()) and check(answer))
 
@@ -176,13 +183,13 @@ _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eigh
 
 
 def _number(number: int, rng: random.Random) -> dict[str, str]:
-    """In letters or digits."""
+    """Return the value of a number, spelled out or in digits."""
     spelled = number < len(_NUMBERS) and rng.random() < 0.5
     return {"n": _NUMBERS[number] if spelled else str(number)}
 
 
 def _step(number: float) -> int:
-    """People ask for round numbers."""
+    """Return the step for rounding: people ask for round numbers."""
     return 5 if number < 60 else 10 if number < 200 else 50
 
 
@@ -216,7 +223,7 @@ def _bullet_points(originals: _OriginalAnswers, rng: random.Random) -> _Instance
 def _numbered_points(originals: _OriginalAnswers, rng: random.Random) -> _Instance:
     count = rng.randint(2, min(6, 2 + originals.shortest // 30))
     numbers = list(range(1, count + 1))
-    return _number(count, rng), lambda answer: [int(found) for found in NUMBERED.findall(answer)] == numbers
+    return _number(count, rng), lambda answer: [int(number) for number in NUMBERED.findall(answer)] == numbers
 
 
 def _highlighted(originals: _OriginalAnswers, rng: random.Random) -> _Instance:
@@ -267,73 +274,73 @@ def _ends_with_postscript(answer: str) -> bool:
 
 # fmt: off
 _KINDS = (
-    _ConstraintKind("words_at_most", "Format", lambda it: it.longest >= 10 and not it.has_code, _words_at_most, (
+    _Kind("words_at_most", "Format", lambda it: it.longest >= 10 and not it.has_code, _words_at_most, (
         "Stay within {n} words.", "You have {n} words per reply; don't go over.",
         "Use {n} words or fewer in each reply.", "Cap each reply at {n} words.")),
-    _ConstraintKind("words_at_least", "Format", lambda it: 30 <= it.shortest <= 400 and not it.has_code, _words_at_least, (
+    _Kind("words_at_least", "Format", lambda it: 30 <= it.shortest <= 400 and not it.has_code, _words_at_least, (
         "Write {n} words or more in every reply.", "Don't stop before you reach {n} words.",
         "Go into enough depth to fill at least {n} words.", "Never send a reply of fewer than {n} words.")),
-    _ConstraintKind("sentences_at_most", "Format", lambda it: it.is_plain and it.longest <= 120, _sentences_at_most, (
+    _Kind("sentences_at_most", "Format", lambda it: it.is_plain and it.longest <= 120, _sentences_at_most, (
         "Say it in no more than {n} sentences.", "Never use more than {n} sentences.",
         "Limit yourself to {n} sentences.", "Keep to {n} sentences or fewer; each list item counts as one.")),
-    _ConstraintKind("paragraphs", "Format", lambda it: it.is_plain and it.shortest >= 60, _paragraphs, (
+    _Kind("paragraphs", "Format", lambda it: it.is_plain and it.shortest >= 60, _paragraphs, (
         "Divide your reply into {n} paragraphs, with a blank line between them.",
         "Write {n} paragraphs, no more and no fewer, separated by blank lines.",
         "Lay out your reply as {n} paragraphs with empty lines in between.")),
-    _ConstraintKind("bullet_points", "Format", lambda it: it.shortest >= 30 and not it.has_code, _bullet_points, (
+    _Kind("bullet_points", "Format", lambda it: it.shortest >= 30 and not it.has_code, _bullet_points, (
         "Present the key points as {n} markdown bullets, each on its own line.",
         "Include one bulleted list in each reply, with {n} items, no more and no fewer.",
         "Sum up in {n} bullets, and use bullets nowhere else.")),
-    _ConstraintKind("numbered_points", "Format", lambda it: it.shortest >= 30 and not it.has_code, _numbered_points, (
+    _Kind("numbered_points", "Format", lambda it: it.shortest >= 30 and not it.has_code, _numbered_points, (
         "Organize your reply into {n} numbered points, each on a new line.",
         "Make {n} points, each on its own line, numbered from 1.",
         "Use a numbered list of {n} steps, and no other numbered list.")),
-    _ConstraintKind("highlighted", "Format", lambda it: it.shortest >= 30 and not it.has_code, _highlighted, (
+    _Kind("highlighted", "Format", lambda it: it.shortest >= 30 and not it.has_code, _highlighted, (
         "Set {n} or more terms in bold, **like this**.", "Put the {n} most important phrases in **bold**.",
         "Make it easy to skim: wrap {n} or more phrases in double asterisks, as in **this**.")),
-    _ConstraintKind("title", "Format", lambda it: it.shortest >= 40, _that(lambda answer: bool(HEADING.match(answer.strip()))), (
+    _Kind("title", "Format", lambda it: it.shortest >= 40, _that(lambda answer: bool(HEADING.match(answer.strip()))), (
         "Open with a title on its own line, as a markdown heading (# ...).",
         "Give each reply a headline: the first line is a heading that starts with #.",
         "Make the first line a markdown heading, with a # in front.")),
-    _ConstraintKind("json", "Format", lambda it: it.is_plain and it.longest <= 60, _that(is_json_object), (
+    _Kind("json", "Format", lambda it: it.is_plain and it.longest <= 60, _that(is_json_object), (
         "Reply in JSON only: one object, without a code fence or any text around it.",
         "A program will parse your reply: write one JSON object and nothing else.",
         "Put everything into a single JSON object, with nothing before the first brace or after the last.")),
-    _ConstraintKind("quoted", "Format", lambda it: it.is_plain and it.longest <= 100 and not it.hold('["“”]'),
+    _Kind("quoted", "Format", lambda it: it.is_plain and it.longest <= 100 and not it.match('["“”]'),
           _that(_is_quoted), (
         "Put the whole reply in straight double quotes (\").",
         "Begin and end with a \" so that everything you say is in quotes.",
         "Enclose your reply in double quotes, from the first character to the last.")),
-    _ConstraintKind("postscript", "Content", lambda it: it.shortest >= 20, _that(_ends_with_postscript), (
+    _Kind("postscript", "Content", lambda it: it.shortest >= 20, _that(_ends_with_postscript), (
         "Close with a postscript: a last line that begins with PS:",
         "Add one more thought at the end, on its own line starting with \"PS:\".",
         "End every reply with one line that starts with \"PS:\" and offers a tip or an aside.")),
-    _ConstraintKind("beginning", "Content", lambda it: it.shortest >= 10, _beginning, (
+    _Kind("beginning", "Content", lambda it: it.shortest >= 10, _beginning, (
         "Open each reply with these words: \"{phrase}\"", "Always lead with \"{phrase}\" and continue from there.",
         "The first words of your reply are \"{phrase}\"")),
-    _ConstraintKind("ending", "Content", lambda it: it.shortest >= 10, _ending, (
+    _Kind("ending", "Content", lambda it: it.shortest >= 10, _ending, (
         "Sign off with \"{phrase}\" and write nothing after it.", "Your last words are always \"{phrase}\"",
         "Conclude each reply with \"{phrase}\", word for word, and leave it at that.")),
-    _ConstraintKind("word_to_include", "Content", lambda it: it.shortest >= 20 and not it.has_code and bool(it.common_words),
+    _Kind("word_to_include", "Content", lambda it: it.shortest >= 20 and not it.has_code and bool(it.common_words),
           _word_to_include, (
         "Work the word \"{word}\" into your reply {often}.", "Use \"{word}\" {often}.",
         "Bring in the term \"{word}\" {often}.")),
-    _ConstraintKind("word_to_avoid", "Style", lambda it: it.shortest >= 20, _word_to_avoid, (
+    _Kind("word_to_avoid", "Style", lambda it: it.shortest >= 20, _word_to_avoid, (
         "Do without the word \"{word}\".", "Never say \"{word}\".",
         "The word \"{word}\" is off limits; find another way to say it.", "Steer clear of the word \"{word}\".")),
-    _ConstraintKind("lower_case", "Style", lambda it: not it.has_code and not it.hold(r"\d,\d"),
+    _Kind("lower_case", "Style", lambda it: not it.has_code and not it.match(r"\d,\d"),
           _that(lambda answer: not any(letter.isupper() or letter.istitle() for letter in answer)), (
         "Type everything in lowercase, including names and the first word of a sentence.",
         "Write without a single capital letter, as in a casual chat.", "lowercase only, please, from start to finish.",
         "Never capitalize: not one uppercase letter.")),
-    _ConstraintKind("capitals", "Style", lambda it: it.longest <= 40 and not it.has_code,
+    _Kind("capitals", "Style", lambda it: it.longest <= 40 and not it.has_code,
           _that(lambda answer: not any(letter.islower() for letter in answer)), (
         "WRITE IN UPPERCASE ONLY, LIKE THIS.", "Reply in capitals throughout, like a telegram.",
         "Make every letter a capital.", "Use block capitals and no lowercase letters.")),
-    _ConstraintKind("no_commas", "Style", lambda it: not it.has_code and not it.hold(r"\d,\d"), _without(",，、،"), (
+    _Kind("no_commas", "Style", lambda it: not it.has_code and not it.match(r"\d,\d"), _without(",，、،"), (
         "Build every sentence so that it needs no comma, and use none.", "Keep commas out of your reply.",
         "Start a new sentence where you would put a comma; use no commas at all.", "Write comma-free prose.")),
-    _ConstraintKind("no_exclamation_marks", "Style", lambda it: not it.has_code and not it.hold(r"\d!|!="), _without("!！¡"), (
+    _Kind("no_exclamation_marks", "Style", lambda it: not it.has_code and not it.match(r"\d!|!="), _without("!！¡"), (
         "Stay calm in tone and use no exclamation marks.", "Exclamation marks have no place in your replies.",
         "Keep your enthusiasm out of the punctuation: not a single exclamation mark.",
         "Finish sentences with a period or a question mark, never with an exclamation mark.")),
@@ -356,13 +363,13 @@ _EXCLUDING = (
         "ending postscript lower_case capitals no_commas",
     ),
 )
-"""Any of the first with any of the second can't both be met, or not without a contortion."""
+"""Kinds of which one of the first and one of the second can't both be met, or only awkwardly."""
 
 _SHAPES = frozenset(("paragraphs", "bullet_points", "numbered_points", "title", "json", "quoted"))
-"""Kinds that give the whole answer a form of its own."""
+"""Kinds that prescribe the form of the complete answer."""
 
-_PAIRS = {frozenset((one, other)) for ones, others in _EXCLUDING for one in ones.split() for other in others.split()}
+_PAIRS = {frozenset((a, b)) for first, second in _EXCLUDING for a in first.split() for b in second.split()}
 
 
-def _exclude_each_other(one: str, other: str) -> bool:
-    return one == other or frozenset((one, other)) in _PAIRS
+def _exclude_each_other(kind: str, other: str) -> bool:
+    return kind == other or frozenset((kind, other)) in _PAIRS

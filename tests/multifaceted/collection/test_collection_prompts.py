@@ -211,7 +211,7 @@ def test_our_examples_keep_the_rules_that_the_prompt_states() -> None:
 
 def test_the_examples_of_a_prompt_follow_from_the_seed() -> None:
     descriptions = [f"The answer is {name}." for name in FOUR]
-    one, same, other = (prompts.message(descriptions, random.Random(seed)) for seed in (1, 1, 2))
+    one, same, other = (prompts.write_message(descriptions, random.Random(seed)) for seed in (1, 1, 2))
     assert one == same != other
     assert [turn["role"] for turn in one] == ["user", "assistant"] * 3 + ["user"]
     assert sorted(one[-1]["content"].splitlines()[1:]) == sorted(f"- {text}" for text in descriptions)
@@ -232,7 +232,7 @@ def text_of(turns: list[prompts.Turn]) -> str:
 
 DRAWS = drawn(("style", "tone"), ("harmlessness", "safety"))
 PROPOSE, DESCRIBE = prompts.propose("Q", DRAWS, ["Dry wit"]), prompts.describe(ASKED, HIERARCHY, random.Random(1))
-MESSAGE = prompts.message(["a", "b", "c", "d"], random.Random(1))
+MESSAGE = prompts.write_message(["a", "b", "c", "d"], random.Random(1))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import pytest
 from collection_runs import good_everything, lines, mark_in, run_with, saying, stage_of, written
 from scripted_author import FOUR, turns
 from scripted_server import Asked, Reply, said
-from train.multifaceted.collection.iter_instructions import iter_instructions
 
 from train.data.sources.formats import RowFault
 from train.data.sources.source import conversations
@@ -21,6 +20,7 @@ from train.llm.client import Client
 from train.llm.concurrency import Backoff
 from train.multifaceted.collection.config import FilterSection, load_config
 from train.multifaceted.collection.hierarchy import load_hierarchy
+from train.multifaceted.collection.instructions import iter_instructions
 from train.recipe import Source
 
 ROOT = Path(__file__).parents[3]
@@ -244,7 +244,7 @@ def test_the_model_as_second_filter(tmp_path: Path) -> None:
     assert reasons(tmp_path) == [(None, "states a style or format, says the model")]
     assert [row["prompt"] for row in written(tmp_path)] == ["hm please", "no please"]
     assert done.stats.events["screen: neither yes nor no, and kept"] == 1
-    assert done.stats.iter_instructions == 2
+    assert done.stats.instructions == 2
     assert {one.body["temperature"] for one in asked if stage_of(one) == "screen"} == {0.0}
     assert done.stats.warnings() == []
 

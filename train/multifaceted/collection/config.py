@@ -101,13 +101,13 @@ class CollectionConfig(GenerationConfig):
     """A system message that holds this share of the instruction's content words, and at least three of them, is
     generated again: it should fit any instruction; null = no check. Ours."""
     on_cut_answer: Literal["drop", "keep"] = "drop"
-    """A set whose answer was cut at the token limit, or ended for an unknown reason, in all tries; keep = it is written,
-    and teaches to stop in the middle."""
+    """A set whose answer was cut at the token limit, or ended for an unknown reason, in all tries; keep = it is
+    written, and teaches to stop in the middle."""
     on_lost_set: Literal["keep", "drop_instruction"] = "keep"
     """The other sets of an instruction when one is dropped."""
     pairs: Literal["one", "all", "none"] = "one"
-    """Preference pairs; one = per instruction, the answer of one set, drawn with the seed, over that of a sibling, as in
-    the paper's -DPO set; all = each set over each sibling."""
+    """Preference pairs; one = per instruction, the answer of one set, drawn with the seed, over that of a sibling, as
+    in the paper's -DPO set; all = each set over each sibling."""
     screen: ScreenSection = ScreenSection()
     """Stage: judge whether an instruction states a style or format, for `filter.model`."""
     propose: ProposeSection = ProposeSection()

@@ -305,7 +305,8 @@ PATTERNS: dict[Kind, tuple[str, ...]] = {
         ),
         (
             rf"{_TELL}{_REST}{{0,140}}?(?<!good )(?<!best )(?<!better )(?<!safe )(?<!easy )(?<!designed )(?<!intended )"
-            rf"(?<!important )\b(?:to|for) (?:a |an |my |the |your |our |young |younger |small )*(?:[\w-]+ )?{_PEOPLE}\b"
+            r"(?<!important )\b(?:to|for) (?:a |an |my |the |your |our |young |younger |small )*"
+            rf"(?:[\w-]+ )?{_PEOPLE}\b"
         ),
         (
             rf"{_TELL}{_REST}{{0,140}}?\b(?:suitable|appropriate|accessible|understandable|aimed|geared) (?:for|to|"

@@ -75,9 +75,9 @@ def test_an_existing_message_and_rare_tags_are_asked_for_after_the_conversation(
 
 
 def test_all_rows_share_everything_before_their_own_text() -> None:
-    one, other = prompts.generate(SHORT), prompts.generate(LONG)
-    assert one[:-1] == other[:-1]
-    assert [turn["role"] for turn in one] == ["user", "assistant"] * 3 + ["user"]
+    short, long = prompts.generate(SHORT), prompts.generate(LONG)
+    assert short[:-1] == long[:-1]
+    assert [turn["role"] for turn in short] == ["user", "assistant"] * 3 + ["user"]
     judged, of_another = (text_of(prompts.verify(message)) for message in (TAGGED, parse("<<Task>>Count.<</Task>>")))
     shared = next(at for at, (a, b) in enumerate(zip(judged, of_another, strict=False)) if a != b)
     assert judged[:shared].rstrip().endswith("### The system message")
@@ -136,7 +136,7 @@ def test_turns_after_the_last_answer_are_left_out_and_counted(tmp_path: Path, af
     assert done.stats.events["turns after the last answer left out"] == 1
     assert "| turns after the last answer left out | 1 |" in done.report.read_text("utf-8")
     assert [turn["role"] for turn in only_row(tmp_path)["messages"]] == ["system", "user", "assistant"]
-    assert not any(text in turn["content"] for text in after for one in asked for turn in one.body["messages"])
+    assert not any(text in turn["content"] for text in after for request in asked for turn in request.body["messages"])
     (tmp_path / "plain").mkdir()
     done, _ = run_with(saying(), tmp_path / "plain", [question(system="Be brief.")])
     assert "turns after the last answer left out" not in done.stats.events

@@ -207,7 +207,7 @@ def test_one_setting_of_a_stage_leaves_the_others_as_they_are(tmp_path: Path, st
 
 
 @pytest.mark.parametrize(
-    ("extra", "told"),
+    ("extra", "message"),
     [
         ("{model: other}", "generate.extra.model: set by the run itself"),
         ("{stream: true}", "generate.extra.stream: not supported: each answer is read in one piece"),
@@ -215,11 +215,11 @@ def test_one_setting_of_a_stage_leaves_the_others_as_they_are(tmp_path: Path, st
         ("{bias: .inf}", "generate.extra: holds a number that JSON can't"),
     ],
 )
-def test_what_extra_may_not_hold(tmp_path: Path, extra: str, told: str) -> None:
+def test_what_extra_may_not_hold(tmp_path: Path, extra: str, message: str) -> None:
     config = configuration(tmp_path, "http://127.0.0.1:9/v1", tmp_path / "source.jsonl")
     with pytest.raises(UserError) as failure:
         load_config(config, [f"generate.extra={extra}"])
-    assert told in str(failure.value)
+    assert message in str(failure.value)
 
 
 def test_a_disk_that_is_full_is_one_error(tmp_path: Path) -> None:

@@ -55,7 +55,9 @@ def test_rows_and_report_are_what_a_plain_loop_makes_of_them(tmp_path: Path, scr
         assert of["rows"] == reference.tags[tag]
         assert of["share"] == pytest.approx(reference.tags[tag] / len(reference.rows))
         assert of["verdicts"] == {name: reference.verdicts[tag, name] for name in ("Good", "Bad", "None", "missing")}
-        assert of["phrases_removed"] == {name: n for (one, name), n in reference.removed.items() if one == tag}
+        assert of["phrases_removed"] == {
+            name: n for (removed_from, name), n in reference.removed.items() if removed_from == tag
+        }
     assert facts["repairs"] == reference.repairs
     assert facts["dropped"] == reference.dropped
     assert facts["unknown_tags"] == reference.unknown
@@ -109,7 +111,9 @@ def test_twenty_kills_over_500_rows_give_the_same_bytes_and_repeat_nothing_that_
         repeated = server.answered.total() - requests
     for name in ("data/rows.jsonl", "left_out.jsonl"):
         assert (tmp_path / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()
-    facts, whole_facts = (json.loads((one / "out" / "report.json").read_text("utf-8")) for one in (tmp_path, whole))
+    facts, whole_facts = (
+        json.loads((folder / "out" / "report.json").read_text("utf-8")) for folder in (tmp_path, whole)
+    )
     for of in (*facts["spent"].values(), *whole_facts["spent"].values()):
         del of["seconds"]
     assert facts == whole_facts
@@ -203,7 +207,7 @@ def test_the_check_reads_all_rows_and_asks_each_server_for_a_sign_of_life(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ("generate.max_tokns=5", "generate.max_tokns: unknown key. Did you mean `generate.max_tokens`?"),
         ("tags.target_share.Toll=0.1", "tags.target_share.Toll: unknown key. Did you mean `tags.target_share.Tool`?"),
@@ -214,14 +218,14 @@ def test_the_check_reads_all_rows_and_asks_each_server_for_a_sign_of_life(tmp_pa
         ("servers.0.base_url=localhost", "base_url 'localhost' is no address: write it like http://localhost:8000/v1."),
     ],
 )
-def test_what_the_user_can_mend_is_one_error(tmp_path: Path, change: str, told: str) -> None:
+def test_what_the_user_can_mend_is_one_error(tmp_path: Path, change: str, message: str) -> None:
     source = tmp_path / "source.jsonl"
     write_rows(source, 1)
     path = configuration(tmp_path, "http://127.0.0.1:9/v1", source)
     failed = command("--config", str(path), change)
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.startswith("error: ")
-    assert told in failed.stderr
+    assert message in failed.stderr
     assert "Traceback" not in failed.stderr
 
 
@@ -283,11 +287,14 @@ def test_the_servers_own_words_are_told_where_it_refused_rows(tmp_path: Path) ->
         assert ended.returncode == 2, ended.stderr
         details = [row["detail"] for row in lines(tmp_path / "out" / "left_out.jsonl")]
         assert re.fullmatch(r"400 Said: request \d: top_k is no parameter", details[0])
-        told = [line for line in ended.stdout.splitlines() if line.startswith("no answer from the model, ")]
-        assert told == [
+        failures = [line for line in ended.stdout.splitlines() if line.startswith("no answer from the model, ")]
+        assert failures == [
             f"no answer from the model, 2 times: {details[0]}",
             "no answer from the model, 1 times: 400 Said: too long",
         ]
         report = (tmp_path / "out" / "report.md").read_text("utf-8")
         assert f"| `{details[0]}` | 2 |\n| `400 Said: too long` | 1 |" in report
-    assert f"Errors of the server: 2 times: {details[0]}; 1 times: 400 Said: too long. The dropped rows are in" in ended.stderr
+    assert (
+        f"Errors of the server: 2 times: {details[0]}; 1 times: 400 Said: too long. The dropped rows are in"
+        in ended.stderr
+    )

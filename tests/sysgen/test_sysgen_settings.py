@@ -186,7 +186,11 @@ def test_answers_that_need_tools_stay_as_they_are(tmp_path: Path) -> None:
         folder.mkdir()
         _, asked = run_with(saying(), folder, [row], output={"format": format})
         assert '"look_up"' in asked[0].prompt
-        assert [one.prompt[:5] for one in asked] == ["The n", "Below", "Below"]  # verified for each of the two answers
+        assert [request.prompt[:5] for request in asked] == [
+            "The n",
+            "Below",
+            "Below",
+        ]  # verified for each of the two answers
         ((_, written),) = conversations(Source(path=str(folder / "out" / "data")))
         assert written.messages == [{"role": "system", "content": "You are a tester."}, *row["messages"]]
         assert written.tools == row["tools"]
@@ -203,8 +207,8 @@ def test_rows_that_cannot_be_read_or_are_refused_by_the_server_are_left_out_with
     rows = [question(), {"messages": [{"role": "user", "content": "hm"}]}, question("too long"), {"messages": middle}]
     done, _ = run_with(script, tmp_path, rows)
     assert done.stats.written == 1
-    told = [(row["source"].rpartition(":")[2], row["reason"]) for row in lines(tmp_path / "out" / "left_out.jsonl")]
-    assert told == [
+    reasons = [(row["source"].rpartition(":")[2], row["reason"]) for row in lines(tmp_path / "out" / "left_out.jsonl")]
+    assert reasons == [
         ("2", "can't be read: no assistant turn"),
         ("3", "no answer from the model"),
         ("4", "not supported: a system message in the middle of the conversation"),
@@ -267,14 +271,14 @@ def test_of_messages_that_are_nearly_the_same_the_first_is_kept(tmp_path: Path) 
 def test_constraints_stand_in_the_message_and_hold_for_the_answer(tmp_path: Path, obeys: bool) -> None:
     """A model that can do one thing alone: it writes whatever the drawn constraint asks for, or never does."""
     rows = [question(f"question [{number}]?", "Tea is made of leaves and water. " * 3) for number in range(30)]
-    made: list[str] = []
+    systems: list[str] = []
 
     async def script(asked: Asked) -> Reply:
         text = good_everything(asked)
         if text != "a fine new answer":
             return said(text)
         system = asked.body["messages"][0]["content"]
-        made.append(system)
+        systems.append(system)
         return said("Tea." if obeys and system != "You are a tester." else "TEA, tea!! `tea` " * 40)
 
     settings = {"constraints": {"share": 1.0, "at_most": 1, "attempts": 2}}
@@ -284,7 +288,7 @@ def test_constraints_stand_in_the_message_and_hold_for_the_answer(tmp_path: Path
     for row in written:
         constraints = row["sysgen"]["constraints"]
         system = row["messages"][0]["content"]
-        assert system == " ".join(["You are a tester.", *(one["text"] for one in constraints)])
+        assert system == " ".join(["You are a tester.", *(constraint["text"] for constraint in constraints)])
         if constraints:
             assert (constraints[0]["tag"], constraints[0]["kind"]) != ("", "")
     with_constraints = [row for row in written if row["sysgen"]["constraints"]]
@@ -296,4 +300,4 @@ def test_constraints_stand_in_the_message_and_hold_for_the_answer(tmp_path: Path
         assert all(row["messages"][2]["content"] == "Tea." for row in with_constraints)
     assert given_up  # some kinds (a list, a title) are met by neither answer
     broken = done.stats.events["answer that breaks a constraint"]
-    assert broken == len(made) - len(rows) if not obeys else broken >= 2 * given_up
+    assert broken == len(systems) - len(rows) if not obeys else broken >= 2 * given_up

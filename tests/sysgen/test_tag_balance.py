@@ -58,8 +58,8 @@ def shares(
 def test_the_share_that_was_asked_for_comes_about(
     tmp_path: Path, target: float, unasked: float, reminded: float, share: float, asked: float
 ) -> None:
-    found, draw_reminders = shares(config(target, tmp_path), unasked, reminded, 40_000)
-    assert found == pytest.approx(share, abs=0.015)
+    reached, draw_reminders = shares(config(target, tmp_path), unasked, reminded, 40_000)
+    assert reached == pytest.approx(share, abs=0.015)
     assert draw_reminders == pytest.approx(asked, abs=0.02)
 
 

@@ -14,7 +14,7 @@ def phrases(text: str) -> list[tuple[str, str]]:
 
 
 def reasons(text: str) -> list[tuple[str, str, str]]:
-    return [(one.tag, one.text, one.reason) for one in parse(text).dropped]
+    return [(dropped.tag, dropped.text, dropped.reason) for dropped in parse(text).dropped]
 
 
 ALONE = "a tag inside without a partner, or none of the eight"
@@ -124,7 +124,7 @@ SOMETHING = [
 def test_a_phrase_that_says_nothing_is_dropped(text: str) -> None:
     read = parse(f"<<Role>>r<</Role>><<Tool>>{text}<</Tool>>")
     assert read.tags == ("Role",)
-    assert [(one.tag, one.text, one.reason) for one in read.dropped] == [("Tool", text, "says nothing")]
+    assert [(dropped.tag, dropped.text, dropped.reason) for dropped in read.dropped] == [("Tool", text, "says nothing")]
 
 
 @pytest.mark.parametrize("text", SOMETHING)
@@ -198,7 +198,7 @@ def test_the_message_and_its_parts() -> None:
     )
     shorter = message.without({"Style"}, "judged Bad")
     assert shorter.text == "You are a nurse."
-    assert [(one.tag, one.text, one.reason) for one in shorter.dropped] == [
+    assert [(dropped.tag, dropped.text, dropped.reason) for dropped in shorter.dropped] == [
         ("Style", "Be brief.", "judged Bad"),
         ("Style", "Be kind.", "judged Bad"),
     ]
@@ -247,7 +247,7 @@ def test_nothing_invalid_is_kept(text: str) -> None:
             rf"<<[ \t/\\]*({'|'.join([*TAGS, 'FewShotMessage', 'System'])})s?[ \t/\\]*>>", bare, re.IGNORECASE
         )
         # Its tag is written at least twice, before its text and behind it.
-        marks = [found.start() for found in re.finditer(rf"<<[\s/\\]*{phrase.tag}s?[\s/\\]*>>", text, re.IGNORECASE)]
+        marks = [match.start() for match in re.finditer(rf"<<[\s/\\]*{phrase.tag}s?[\s/\\]*>>", text, re.IGNORECASE)]
         letters = [text.find(letter) for letter in phrase.text if not letter.isspace()]
         assert len(marks) >= 2
         assert min(letters) >= 0
@@ -340,7 +340,7 @@ def test_verdicts(text: str, expected: dict[str, str]) -> None:
 
 def test_verdicts_that_say_nothing_are_told() -> None:
     said = parse_verdicts("<<Role>>: Good\n<<Role>>: Bad\n<<Task>>: Good/Bad\n<<Example>>: Good\n<<style>>: Good")
-    assert sorted((one.tag, one.reason) for one in said.dropped) == [
+    assert sorted((dropped.tag, dropped.reason) for dropped in said.dropped) == [
         ("FewShotMessage", "none of the eight tags"),
         ("Role", "verdicts that contradict each other"),
         ("Task", "several verdicts at once"),

@@ -56,7 +56,7 @@ def test_what_is_broken_off_or_empty_is_asked_again_in_each_stage(tmp_path: Path
 
     _, asked = run_with(script, tmp_path, [question()], gates={"judge": True})
     assert only_row(tmp_path)["messages"][2]["content"] == "a fine new answer"
-    assert [one.times for one in asked] == [0, 1] * 4
+    assert [request.times for request in asked] == [0, 1] * 4
 
 
 def verification(reply: Reply) -> Any:
@@ -77,7 +77,7 @@ VERIFICATIONS = {
 def test_a_verification_that_is_not_finished_is_no_missing_verdict(tmp_path: Path, reason: str, reply: Reply) -> None:
     done, asked = run_with(verification(reply), tmp_path, [question()])
     assert only_reason(tmp_path) == reason
-    assert sum("Judge for each of the eight" in one.prompt for one in asked) == 3  # with two more tries
+    assert sum("Judge for each of the eight" in request.prompt for request in asked) == 3  # with two more tries
     assert done.stats.events[reason] == 3
     assert f"| {reason} | 3 |" in done.report.read_text("utf-8")
     assert "verdict that can't be read" not in done.stats.events + done.stats.drop_counts

@@ -148,7 +148,7 @@ def test_each_tag_read_from_another_form_counts_once() -> None:
 
 
 LINES = st.lists(
-    st.tuples(st.sampled_from(TAGS), st.sampled_from(["Good", "Bad", "None"])), unique_by=lambda one: one[0]
+    st.tuples(st.sampled_from(TAGS), st.sampled_from(["Good", "Bad", "None"])), unique_by=lambda pair: pair[0]
 )
 FORMS = ["{}: {}", "- **{}** - {}", "{} = {}", "| {} | {} | why |", "1. {}: {} because so", "{} ({})", "<{}>{}</{}>"]
 

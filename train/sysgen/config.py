@@ -63,7 +63,8 @@ class TagsSection(Section):
 
     target_share: TargetShares = TargetShares()
     """For rare tags (Tool: 2 to 17 % in the paper): some prompts remind the generator of the tag and ask it to leave
-    the tag out where the conversation shows nothing of the kind. The share of reminded rows follows from earlier rows."""
+    the tag out where the conversation shows nothing of the kind. The share of reminded rows follows from earlier
+    rows."""
 
 
 class ConstraintsSection(Section):

@@ -19,7 +19,7 @@ class RowResult:
     place: str
     """Place of the row: data.jsonl:12."""
     reason: str | None = None
-    """Why the row is dropped, as the report shows it; None = it is written."""
+    """Reason for dropping the row, as the report shows it; None = it is written."""
     detail: str = ""
     """Words of the server, the reader or the gate."""
     messages: list[dict[str, Any]] = field(default_factory=list)

@@ -21,7 +21,7 @@ ASKED = [Preference(name, sub, "p") for name, sub in zip(FOUR, ("tone", "novice"
 
 
 @pytest.mark.parametrize(
-    ("reply", "found"),
+    ("reply", "lines"),
     [
         ("style: Dry wit\nharmlessness: Careful", {"style": "Dry wit", "harmlessness": "Careful"}),
         ("- **Style**: Dry wit", {"style": "Dry wit"}),
@@ -42,8 +42,8 @@ ASKED = [Preference(name, sub, "p") for name, sub in zip(FOUR, ("tone", "novice"
         ("", {}),
     ],
 )
-def test_lines_are_read_in_the_forms_that_models_write(reply: str, found: dict[str, str]) -> None:
-    assert prompts.parse_dimension_lines(reply, ASKED) == found
+def test_lines_are_read_in_the_forms_that_models_write(reply: str, lines: dict[str, str]) -> None:
+    assert prompts.parse_dimension_lines(reply, ASKED) == lines
 
 
 def test_the_last_line_of_a_cut_reply_is_not_read() -> None:
@@ -211,10 +211,10 @@ def test_our_examples_keep_the_rules_that_the_prompt_states() -> None:
 
 def test_the_examples_of_a_prompt_follow_from_the_seed() -> None:
     descriptions = [f"The answer is {name}." for name in FOUR]
-    one, same, other = (prompts.write_message(descriptions, random.Random(seed)) for seed in (1, 1, 2))
-    assert one == same != other
-    assert [turn["role"] for turn in one] == ["user", "assistant"] * 3 + ["user"]
-    assert sorted(one[-1]["content"].splitlines()[1:]) == sorted(f"- {text}" for text in descriptions)
+    first, same, second = (prompts.write_message(descriptions, random.Random(seed)) for seed in (1, 1, 2))
+    assert first == same != second
+    assert [turn["role"] for turn in first] == ["user", "assistant"] * 3 + ["user"]
+    assert sorted(first[-1]["content"].splitlines()[1:]) == sorted(f"- {text}" for text in descriptions)
     described = prompts.describe(ASKED, load_hierarchy(), random.Random(1))
     lines = described[1]["content"].splitlines()
     assert [line.partition(":")[0] for line in lines] == list(FOUR)
@@ -273,13 +273,13 @@ def test_the_examples_of_preferences_keep_the_rules() -> None:
     """Each is of the asked dimensions, of two to ten words, and shows the aspects as the hierarchy has them."""
     for asked, reply in zip(PROPOSE[0:-1:2], PROPOSE[1:-1:2], strict=True):
         shown = re.findall(r"^- (\w+), (\w+) \((.+)\)\. Examples: (.+)$", asked["content"], re.MULTILINE)
-        assert [line.partition(":")[0] for line in reply["content"].splitlines()] == [one[0] for one in shown]
+        assert [line.partition(":")[0] for line in reply["content"].splitlines()] == [aspect[0] for aspect in shown]
         for dimension, sub, meaning, preferences in shown:
             assert meaning == HIERARCHY[dimension][sub].meaning
             assert set(preferences.split("; ")) <= set(HIERARCHY[dimension][sub].preferences)
-        found = prompts.parse_dimension_lines(reply["content"], drawn(*((one[0], one[1]) for one in shown)))
-        assert len(found) == len(shown)
-        for dimension, text in found.items():
+        lines = prompts.parse_dimension_lines(reply["content"], drawn(*((aspect[0], aspect[1]) for aspect in shown)))
+        assert len(lines) == len(shown)
+        for dimension, text in lines.items():
             assert 2 <= len(text.split()) <= 10
             assert all(text not in sub.preferences for sub in HIERARCHY[dimension].values())
     names = [name for subs in HIERARCHY.values() for sub in subs.values() for name in sub.preferences]

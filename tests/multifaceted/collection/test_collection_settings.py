@@ -64,26 +64,26 @@ def test_preferences_from_the_hierarchy_ask_nothing_and_differ(tmp_path: Path) -
     _, asked = run_with(saying(), tmp_path, rows, preferences="hierarchy")
     assert Counter(map(stage_of, asked)) == dict.fromkeys(("describe", "message", "answer"), 15)
     ours = load_hierarchy()
-    found = Counter()
+    counts = Counter()
     for row in written(tmp_path):
-        for one in row["preference_set"]:
-            assert one["preference"] in ours[one["dimension"]][one["subdimension"]].preferences
-            found[one["dimension"], one["subdimension"]] += 1
-    assert set(found.values()) == {3}  # fifteen sets, five sub-dimensions
+        for preference in row["preference_set"]:
+            assert preference["preference"] in ours[preference["dimension"]][preference["subdimension"]].preferences
+            counts[preference["dimension"], preference["subdimension"]] += 1
+    assert set(counts.values()) == {3}  # fifteen sets, five sub-dimensions
 
 
 def test_the_message_is_written_from_the_descriptions_alone_and_the_answer_under_it(tmp_path: Path) -> None:
     _, asked = run_with(saying(), tmp_path, [turns(BICYCLE)], sets_per_instruction=1)
     (row,) = written(tmp_path)
-    of = {stage_of(one): one.body["messages"] for one in asked}
+    of = {stage_of(request): request.body["messages"] for request in asked}
     for stage in ("describe", "message"):
         assert not any(BICYCLE in turn["content"] for turn in of[stage])
     for turn in of["message"]:
         assert "dimension" not in turn["content"]
-    for one in row["preference_set"]:
-        assert one["preference"] in of["describe"][-1]["content"]
-        assert one["description"] in of["message"][-1]["content"]
-        assert one["preference"] not in of["message"][-1]["content"]
+    for preference in row["preference_set"]:
+        assert preference["preference"] in of["describe"][-1]["content"]
+        assert preference["description"] in of["message"][-1]["content"]
+        assert preference["preference"] not in of["message"][-1]["content"]
     assert of["answer"] == [{"role": "system", "content": row["system"]}, {"role": "user", "content": BICYCLE}]
     for stage in ("propose", "describe", "message"):  # some models have no system role
         assert {turn["role"] for turn in of[stage]} == {"user", "assistant"}
@@ -227,9 +227,9 @@ def test_pairs(tmp_path: Path, pairs: str, count: int) -> None:
     if pairs == "none":
         assert not (tmp_path / "out" / "pairs").exists()
         return
-    found = written(tmp_path, "pairs/rows.jsonl")
-    assert len({(pair["system"], pair["rejected"][1]["content"]) for pair in found}) == count
-    for pair in found:
+    pairs_written = written(tmp_path, "pairs/rows.jsonl")
+    assert len({(pair["system"], pair["rejected"][1]["content"]) for pair in pairs_written}) == count
+    for pair in pairs_written:
         assert pair["chosen"][1]["content"] == answers[pair["system"]] != pair["rejected"][1]["content"]
     run_with(saying(), tmp_path, [turns(BICYCLE)], pairs="none")
     assert written(tmp_path, "pairs/rows.jsonl") == []  # those of the run before are gone
@@ -245,7 +245,7 @@ def test_the_model_as_second_filter(tmp_path: Path) -> None:
     assert [row["prompt"] for row in written(tmp_path)] == ["hm please", "no please"]
     assert done.stats.events["screen: neither yes nor no, and kept"] == 1
     assert done.stats.instructions == 2
-    assert {one.body["temperature"] for one in asked if stage_of(one) == "screen"} == {0.0}
+    assert {request.body["temperature"] for request in asked if stage_of(request) == "screen"} == {0.0}
     assert done.stats.warnings() == []
 
 
@@ -321,8 +321,12 @@ def test_an_instruction_needs_no_answer(tmp_path: Path, row: dict[str, Any]) -> 
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
     data = SourcesSection(sources=[{"path": str(path)}])
-    [found] = iter_instructions(data, FilterSection(), None)
-    assert (" ".join(found.prompt.split()), found.number, found.reason) == ("Why is the sky blue?", 0, None)
+    [instruction] = iter_instructions(data, FilterSection(), None)
+    assert (" ".join(instruction.prompt.split()), instruction.number, instruction.reason) == (
+        "Why is the sky blue?",
+        0,
+        None,
+    )
 
 
 SKY = "Why is the sky blue?"
@@ -389,15 +393,18 @@ EMPTY_ANSWERS: dict[str, tuple[dict[str, Any], Callable[[Any], dict[str, Any]]]]
 @pytest.mark.parametrize("form", EMPTY_ANSWERS)
 def test_an_answer_of_nothing_or_blanks_is_as_good_as_none(tmp_path: Path, form: str, first: str, answer: Any) -> None:
     """In every format, whether the first row, which tells the format, has an answer or not."""
-    whole, made = EMPTY_ANSWERS[form]
-    empty = made(answer)
+    whole, make_empty = EMPTY_ANSWERS[form]
+    empty = make_empty(answer)
     rows = [whole, empty] if first == "whole" else [empty, empty]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     data = SourcesSection(sources=[{"path": str(path)}])
-    found = list(iter_instructions(data, FilterSection(), None))
-    assert [" ".join(one.prompt.split()) for one in found] == [SKY, SKY]
-    assert [one.reason for one in found] == [None, "duplicate: the same as an instruction before"]
+    instructions = list(iter_instructions(data, FilterSection(), None))
+    assert [" ".join(instruction.prompt.split()) for instruction in instructions] == [SKY, SKY]
+    assert [instruction.reason for instruction in instructions] == [
+        None,
+        "duplicate: the same as an instruction before",
+    ]
     # The trainer, which needs answers, goes on refusing the same rows (a history and a middle turn too).
     read = [row for _, row in conversations(Source(path=str(path)))] if answer is not None else []
     assert all(isinstance(row, RowFault) for row in read[first == "whole" :])
@@ -407,8 +414,8 @@ def test_what_asks_nothing_is_still_left_out(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     turns_of = [[{"role": "user", "content": " "}], [{"role": "assistant", "content": ""}], []]
     path.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in turns_of), encoding="utf-8")
-    found = iter_instructions(SourcesSection(sources=[{"path": str(path)}]), FilterSection(), None)
-    assert [one.reason for one in found] == [
+    instructions = iter_instructions(SourcesSection(sources=[{"path": str(path)}]), FilterSection(), None)
+    assert [instruction.reason for instruction in instructions] == [
         "can't be read: empty content",
         "not supported: no user turn at the start",
         "not supported: no user turn at the start",
@@ -420,9 +427,9 @@ def test_a_first_row_without_its_instruction_is_left_out_and_hides_no_others(tmp
     path = tmp_path / "rows.jsonl"
     rows = [{column: None}, {column: "Why is the sky blue?"}, {column: None}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    found = list(iter_instructions(SourcesSection(sources=[{"path": str(path)}]), FilterSection(), None))
-    assert [one.number for one in found] == [None, 0, None]
-    assert all((one.reason or "").startswith("can't be read: ") for one in found[::2])
+    instructions = list(iter_instructions(SourcesSection(sources=[{"path": str(path)}]), FilterSection(), None))
+    assert [instruction.number for instruction in instructions] == [None, 0, None]
+    assert all((instruction.reason or "").startswith("can't be read: ") for instruction in instructions[::2])
 
 
 def test_a_hierarchy_that_is_not_there_is_called_one(tmp_path: Path) -> None:
@@ -437,9 +444,9 @@ def test_a_hierarchy_of_ones_own(tmp_path: Path) -> None:
     )
     settings = {"hierarchy": {"file": str(mine), "ours": False}, "preferences": "hierarchy"}
     _, asked = run_with(saying(), tmp_path, [turns(BICYCLE)], sets_per_instruction=2, **settings)
-    found = [[one["preference"] for one in row["preference_set"]] for row in written(tmp_path)]
-    assert [sorted(pair) for pair in zip(*found, strict=True)] == [[f"A {name}", f"B {name}"] for name in FOUR]
-    described = next(one.body["messages"] for one in asked if stage_of(one) == "describe")
+    preferences = [[preference["preference"] for preference in row["preference_set"]] for row in written(tmp_path)]
+    assert [sorted(pair) for pair in zip(*preferences, strict=True)] == [[f"A {name}", f"B {name}"] for name in FOUR]
+    described = next(request.body["messages"] for request in asked if stage_of(request) == "describe")
     assert len(described) == 1  # without descriptions there is no example
     with pytest.raises(UserError, match=r"3 sets of an instruction take 3 different preferences of style.only"):
         run_with(saying(), tmp_path, [turns(BICYCLE)], **settings)

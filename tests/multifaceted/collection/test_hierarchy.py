@@ -18,7 +18,7 @@ def hierarchy_of(sizes: list[int], preferences: int = 4) -> dict[str, dict[str, 
     return {
         dimension: {
             f"s{number}": SubDimension(
-                dimension, f"s{number}", "m", {f"{number} p{one}": None for one in range(preferences)}
+                dimension, f"s{number}", "m", {f"{number} p{index}": None for index in range(preferences)}
             )
             for number in range(size)
         }
@@ -40,37 +40,43 @@ def test_counts_differ_by_one_at_most_and_siblings_differ(
     plan = PreferencePlan(hierarchy_of(sizes, 6), sets, seed)
     numbers = list(range(count))
     order.shuffle(numbers)  # whatever order they are asked for in
-    found = {number: plan.sets_of(number) for number in numbers}
-    anew = PreferencePlan(hierarchy_of(sizes, 6), sets, seed)
-    assert found == {number: anew.sets_of(number) for number in range(count)}
+    planned_sets = {number: plan.sets_of(number) for number in numbers}
+    second_plan = PreferencePlan(hierarchy_of(sizes, 6), sets, seed)
+    assert planned_sets == {number: second_plan.sets_of(number) for number in range(count)}
     for place, size in enumerate(sizes):
         counts = Counter({f"s{number}": 0 for number in range(size)})
         preferences: dict[str, Counter[str]] = {name: Counter() for name in counts}
         for number in range(count):
-            planned = [one[place] for one in found[number]]
-            names = Counter(draw.sub.name for draw in planned)
-            assert len({draw.preference for draw in planned}) == sets  # all siblings differ
+            planned = [preference_set[place] for preference_set in planned_sets[number]]
+            names = Counter(part.sub.name for part in planned)
+            assert len({part.preference for part in planned}) == sets  # all siblings differ
             assert max(names.values()) - min(names[name] for name in counts) <= 1  # as rarely shared as can be
-            for draw in planned:
-                counts[draw.sub.name] += 1
-                preferences[draw.sub.name][draw.preference] += 1
-                assert draw.preference in draw.sub.preferences
-                assert set(draw.examples) <= set(draw.sub.preferences)
+            for part in planned:
+                counts[part.sub.name] += 1
+                preferences[part.sub.name][part.preference] += 1
+                assert part.preference in part.sub.preferences
+                assert set(part.examples) <= set(part.sub.preferences)
                 # After each set, not only at the end.
                 assert max(counts.values()) - min(counts.values()) <= 1
         for name, times in preferences.items():
-            assert max(times.values(), default=0) - min(times[f"{name[1:]} p{one}"] for one in range(6)) <= 1
+            assert max(times.values(), default=0) - min(times[f"{name[1:]} p{index}"] for index in range(6)) <= 1
 
 
 def test_pairs_of_sub_dimensions_are_not_tied_to_each_other() -> None:
     """Every combination of two dimensions' sub-dimensions comes up, about equally often."""
     plan = PreferencePlan(load_hierarchy(), 3, 42)
-    together = Counter((one[0].sub.name, one[3].sub.name) for number in range(500) for one in plan.sets_of(number))
+    together = Counter(
+        (preference_set[0].sub.name, preference_set[3].sub.name)
+        for number in range(500)
+        for preference_set in plan.sets_of(number)
+    )
     assert len(together) == 25
     assert min(together.values()) > 0.6 * 60
     assert max(together.values()) < 1.6 * 60
-    other = PreferencePlan(load_hierarchy(), 3, 43)
-    assert [one[0].sub.name for one in plan.sets_of(0)] != [one[0].sub.name for one in other.sets_of(0)]
+    other_plan = PreferencePlan(load_hierarchy(), 3, 43)
+    assert [preference_set[0].sub.name for preference_set in plan.sets_of(0)] != [
+        preference_set[0].sub.name for preference_set in other_plan.sets_of(0)
+    ]
 
 
 def test_our_hierarchy_has_the_sub_dimensions_of_the_hub_set() -> None:
@@ -124,7 +130,7 @@ def _alone(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("styel:\n  a: {meaning: m, preferences: [x]}", "1: styel: unknown dimension. Allowed: style, background_knowledge, informativeness, harmlessness. Did you mean `style`?"),
         ("style: [a, b]", "1: style: found a list of 2. Allowed: sub-dimensions by their names."),
@@ -142,12 +148,12 @@ def _alone(folder: Path) -> Path:
         ("a: b: c", "not valid YAML"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_file_is_told_with_its_line(tmp_path: Path, text: str, told: str) -> None:
+def test_what_is_wrong_with_a_file_is_told_with_its_line(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as failure:
         load_hierarchy(path)
-    assert told in str(failure.value)
+    assert message in str(failure.value)
     assert "mine.yaml" in str(failure.value)
 
 

@@ -37,7 +37,7 @@ class Instruction:
     number: int | None = None
     """Number among the kept instructions, from 0; None if it is dropped."""
     reason: str | None = None
-    """Why it is dropped, as the report shows it; None = it is kept."""
+    """Reason for dropping it, as the report shows it; None = it is kept."""
     detail: str = ""
     """The words of the instruction or of the reader that the reason is about."""
     events: tuple[str, ...] = ()

@@ -22,7 +22,7 @@ class SetResult:
     system: str = ""
     output: str = ""
     reason: str | None = None
-    """Why the set is dropped, as the report shows it; None = it is written."""
+    """Reason for dropping the set, as the report shows it; None = it is written."""
     detail: str = ""
 
     def drop(self, reason: str, detail: str = "") -> bool:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from train.loop.report import plot_loss, plot_system_gain, step_plot
+from train.loop.report import plot_loss, plot_system_gain
+from train.reporting.plots import step_plot
 
 CURVES = {
     "one step": {"training": ([1], [3.2])},
@@ -20,7 +21,7 @@ def test_a_plot_over_steps_has_a_title_whole_steps_and_a_legend_beside_the_curve
 ) -> None:
     run = tmp_path / "costs_$5_$6"
     run.mkdir()
-    with step_plot(run / "loss.png", "Loss", "loss") as axes:
+    with step_plot(run / "loss.png", "Loss of costs_$5_$6", "loss") as axes:
         for name, (steps, values) in curves.items():
             axes.plot(steps, values, label=name)
     assert axes.get_title().replace("\\", "") == "Loss of costs_$5_$6"

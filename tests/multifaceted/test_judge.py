@@ -239,4 +239,4 @@ def test_what_is_missing_says_why() -> None:
     assert judge(ScriptedReply(answer("a"), answer("b")), retries=1).missing == "unparsable"
     found = judge(ScriptedReply(answer("a"), RequestFailed("too long")), retries=1)
     assert (found.score, found.missing, found.detail, found.texts) == (None, "no answer", "too long", ("a",))
-    assert judge(ParsedReply(PendingError())).missing == "pending"
+    assert judge(ScriptedReply(PendingError())).missing == "pending"

@@ -122,8 +122,8 @@ def _check_extra(document: Document, stage: str) -> None:
     own = {name: section.get(name, field.default) for name, field in StageSection.model_fields.items()}
     for name, reason in find_extra_errors(extra, own):
         message = reason.format(setting=f"`{stage}.{name}`", key_variable="`servers.N.key_variable`")
-        document.fault((stage, "extra", name), message)
+        document.add_error((stage, "extra", name), message)
     try:
         json.dumps(extra, allow_nan=False)
     except ValueError:
-        document.fault((stage, "extra"), "holds a number that JSON can't represent (.inf or .nan).")
+        document.add_error((stage, "extra"), "holds a number that JSON can't represent (.inf or .nan).")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from pydantic import Field
 
-from train.data.sources.formats import Conversation, RowFault
-from train.data.sources.source import conversations, count_rows, open_source
+from train.data.sources.formats import Conversation, RowError
+from train.data.sources.source import count_rows, open_source, read_conversations
 from train.errors import UserError
 from train.recipe import Section, Sources
 
-NumberedRow = tuple[int, str, Conversation | RowFault]
+NumberedRow = tuple[int, str, Conversation | RowError]
 """Number of a row in all sources (from 0), its place (`data.jsonl:12`), and its conversation or reading error."""
 
 
@@ -28,7 +28,7 @@ class SourcesSection(Section):
 
 def iter_rows(data: SourcesSection) -> Iterator[NumberedRow]:
     """Yield every row of the sources, up to the limit. Raises UserError."""
-    rows = (row for source in data.sources for row in conversations(source, data.allow_pickle))
+    rows = (row for source in data.sources for row in read_conversations(source, data.allow_pickle))
     for index, (place, row) in enumerate(islice(rows, data.limit)):
         yield index, place, row
 

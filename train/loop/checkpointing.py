@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerControl, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig
 
@@ -46,6 +46,8 @@ class CheckpointingTrainer(SavingTrainer):
     Subclasses add their figures to a checkpoint: `figures_to_save` and `load_figures`.
     """
 
+    control: TrainerControl
+    lr_scheduler: Any
     _resumed_settings: ResumedSettings | None = None
     _resume_from: Checkpoint | None = None
     """The checkpoint to resume from, until its state is restored."""

@@ -1,9 +1,9 @@
 """Token losses of TRL's fused head: the loss of a micro-batch, and its sums for the metrics.
 
-    tokens                 1    2    3    4   |  5    6    7        two packed documents, | = border
-    labels                -100 -100  3    4   | -100  6    7        -100 = not trained
-    losses                      0    l3   l4  |  0    l6   l7       [rows, tokens - 1], 0 where not trained
-    loss                  (l3 + l4 + l6 + l7) / trained tokens of the optimizer step, on all processes
+tokens                 1    2    3    4   |  5    6    7        two packed documents, | = border
+labels                -100 -100  3    4   | -100  6    7        -100 = not trained
+losses                      0    l3   l4  |  0    l6   l7       [rows, tokens - 1], 0 where not trained
+loss                  (l3 + l4 + l6 + l7) / trained tokens of the optimizer step, on all processes
 """
 
 from typing import Any, NamedTuple

@@ -113,7 +113,7 @@ def epoch_order(
 
 
 def imbalance(costs: ArrayLike, order: ArrayLike, *, ranks: int, batch: int) -> float:
-    """Return the duration of an epoch relative to one where no rank waits for another at a micro step; 1.0 = no waiting.
+    """Return the duration of an epoch relative to one without waiting at micro steps; 1.0 = no rank waits.
 
     The sum over micro steps of the slowest rank's cost, divided by that of the mean cost. The last micro step is filled
     from the front of the order, as accelerate does (even_batches).

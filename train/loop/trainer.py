@@ -15,7 +15,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
-    TrainerControl,
 )
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -33,7 +32,8 @@ from train.loop.guards.anomalies import Guards
 from train.loop.guards.packing_isolation import PackingIsolationTest
 from train.loop.loss import FUSED_LOSSES, LossSums, fused_loss
 from train.loop.metrics_log import StepLog
-from train.loop.preemption import EvaluationStoppedError, Preemption, PreemptionCallback
+from train.loop.preemption import Preemption
+from train.loop.preemption_callback import EvaluationStoppedError, PreemptionCallback
 from train.loop.sampler import BalancedSampler
 from train.loop.throughput import Throughput
 from train.model.adapters import check_adapter, lora_config
@@ -56,7 +56,6 @@ class JanusTrainer(CheckpointingTrainer):
     """The order of training, once it has begun."""
     grad_norm: torch.Tensor | float = math.nan
     """Gradient norm of the last step."""
-    control: TrainerControl
     _evaluated: LossSums | None = None
     _tokens_since_saved: int = 0
 
@@ -88,7 +87,7 @@ class JanusTrainer(CheckpointingTrainer):
 
         Raises UserError for settings that TRL or peft refuses, or that leave nothing to train.
         """
-        rows, batch = len(data.train.rows), arguments.train_batch_size * arguments.world_size
+        rows, batch = len(data.train.dataset), arguments.train_batch_size * arguments.world_size
         if arguments.dataloader_drop_last and rows < batch:
             raise UserError(
                 f"training.dataloader_drop_last: the {rows:,} sequences are fewer than the {batch:,} of one batch on "
@@ -105,23 +104,23 @@ class JanusTrainer(CheckpointingTrainer):
                 arguments,
                 about or {},
                 model=model,
-                train_dataset=_first_sequence(data.train.rows),
-                eval_dataset=_first_sequence(data.validation.rows) if data.validation else None,
+                train_dataset=_first_sequence(data.train.dataset),
+                eval_dataset=_first_sequence(data.validation.dataset) if data.validation else None,
                 processing_class=tokenizer,
                 peft_config=lora_config(recipe.adapter, model, idle),
                 callbacks=callbacks,
             )
-        self.train_dataset = data.train.rows
+        self.train_dataset = data.train.dataset
         # Losses that TRL computes are transformers' means of batches: one without labels would have no mean.
         eval_batch = 1 if self._needs_logits() else arguments.eval_batch_size * arguments.world_size
-        self.eval_dataset = PaddedDataset(data.validation.rows, eval_batch) if data.validation else None
+        self.eval_dataset = PaddedDataset(data.validation.dataset, eval_batch) if data.validation else None
         self.data_collator = CountingCollator(self.data_collator)
         self._preemption = preemption or Preemption(recipe.output_dir, recipe.save)
         self._throughput = Throughput(self.accelerator, shape)
         self._gain = ValidationGain(recipe, gain.rows, arguments.per_device_eval_batch_size) if gain else None
         self._preemption_callback = PreemptionCallback(self._preemption, self.accelerator)
         self._step_log = next((callback for callback in callbacks if isinstance(callback, StepLog)), None)
-        self._guards = Guards(recipe.guards, self.accelerator, data.train.rows.places, recipe.output_dir)
+        self._guards = Guards(recipe.guards, self.accelerator, data.train.dataset.places, recipe.output_dir)
         self.remove_callback(PrinterCallback)
         if recipe.data.packing:
             self.add_callback(PackingIsolationTest(self))
@@ -248,7 +247,9 @@ class JanusTrainer(CheckpointingTrainer):
         scaled = self.accelerator.mixed_precision == "fp16"  # overflows are normal until the scale is found
         loss_sum = self._guards.loss_sum()
         judged = self.accelerator.reduce(loss_sum) if scaled else torch.as_tensor(norm, device=loss_sum.device)
-        requested = self.accelerator.reduce(torch.tensor(float(self._preemption.is_requested()), device=loss_sum.device))
+        requested = self.accelerator.reduce(
+            torch.tensor(float(self._preemption.is_requested()), device=loss_sum.device)
+        )
         *judgement, requests = torch.stack([judged.double(), loss_sum, requested.double()]).tolist()
         self._preemption.requested_on_any_rank = requests > 0
         if not self._guards.check_step(self.state.global_step + 1, *judgement) and not scaled:
@@ -340,7 +341,7 @@ class JanusTrainer(CheckpointingTrainer):
             output.metrics.update(self._measure_gain(self._gain, metric_key_prefix))
         return output
 
-    def _measure_gain(self, gain: ValidationGain, prefix: str) -> dict[str, float]:
+    def _measure_gain(self, gain: ValidationGain, prefix: str) -> Mapping[str, float]:
         """Return the metrics of the system gain. Raises EvaluationStoppedError if the run has to stop."""
         progress = self._step_log.part("system gain", gain.answers, "answers") if self._step_log else None
 

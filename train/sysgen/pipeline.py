@@ -18,7 +18,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from train.data.sources.formats import Message, RowFault
+from train.data.sources.formats import Message, RowError
 from train.datagen.drop_reasons import UNREADABLE, UNSUPPORTED
 from train.datagen.source_rows import NumberedRow
 from train.datagen.stage_client import StageClient
@@ -51,7 +51,7 @@ class Pipeline:
         """Return the result of one row. Raises UserError as the client does, which ends the run."""
         index, place, conversation = row
         result = RowResult(index, place)
-        if isinstance(conversation, RowFault):
+        if isinstance(conversation, RowError):
             return result.drop(f"{UNREADABLE}: {conversation.kind}", conversation.detail)
         result.tools = conversation.tools
         try:

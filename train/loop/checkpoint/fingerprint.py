@@ -57,8 +57,8 @@ def data_fingerprint(data: "Prepared", tokenizer: "PreTrainedTokenizerBase") -> 
 
     from train.data.chat.template import date_of
 
-    plan = data.train.rows.plan_of(0)
-    splits = [split.rows.digest() for split in (data.train, data.validation) if split]
+    plan = data.train.dataset.plan_of(0)
+    splits = [split.dataset.digest() for split in (data.train, data.validation) if split]
     day = date_of(tokenizer)
     return {
         "made.tokens": [{"source": cache.source, **cache.tokens} for cache in data.caches],

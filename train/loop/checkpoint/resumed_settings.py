@@ -85,7 +85,9 @@ class ResumedSettings:
 
     def note_new(self, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
         """Note the settings of a new optimizer and schedule, before a checkpoint is loaded into them."""
-        self._groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        self._groups = [
+            {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        ]
         self._schedule = dict(vars(_unwrap(schedule)))
 
     def read_schedule(self, schedule: Any, checkpoint: Path) -> Mapping[str, Any]:

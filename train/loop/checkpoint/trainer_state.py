@@ -9,6 +9,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +119,7 @@ def build_manifest(
         "processes": arguments.world_size,
         "sequences_per_step": sequences_per_step(recipe, arguments.world_size),
         "distribution": optimizer_distribution(arguments),
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES if _is_installed(name)},
+        "packages": _installed_versions(),
         "wandb_run": wandb_run.id if wandb_run else None,
     }
 
@@ -147,9 +149,10 @@ def expected_files(arguments: TrainingArguments, *, deepspeed: bool, fsdp: bool)
         yield "optimizer.pt"
 
 
-def _is_installed(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+@cache
+def _installed_versions() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions

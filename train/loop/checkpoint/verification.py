@@ -33,9 +33,8 @@ def check_saved(model: PreTrainedModel | PeftModel, folder: Path) -> None:
         if saved_name is None:
             errors.append(f"{names[0]} is missing")
         elif saved[saved_name] != shape:
-            errors.append(
-                f"{saved_name} is {_format_shape(saved[saved_name])} in the file and {_format_shape(shape)} in the model"
-            )
+            in_file, in_model = _format_shape(saved[saved_name]), _format_shape(shape)
+            errors.append(f"{saved_name} is {in_file} in the file and {in_model} in the model")
     if errors:
         more = f" and {len(errors) - 3:,} more" if len(errors) > 3 else ""
         raise UserError(
@@ -67,7 +66,7 @@ def _read_headers(folder: Path, name: str) -> Shapes:
     if name == SAFE_WEIGHTS_NAME and index.is_file():
         if single.is_file():
             raise UserError(
-                f"output_dir: {single} from another save lies beside {index.name} and would be loaded instead. Remove it."
+                f"output_dir: {single}, from another save, would be loaded in place of {index.name}. Remove it."
             )
         files = [folder / shard for shard in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
     else:
@@ -109,7 +108,7 @@ def _of_model(model: PreTrainedModel) -> list[tuple[list[str], tuple[int, ...]]]
 
 
 def _of_adapter(model: PeftModel) -> list[tuple[list[str], tuple[int, ...]]]:
-    """Return the name and the shape of each weight. Raises UserError for a trained parameter that peft doesn't write."""
+    """Return name and shape of each weight. Raises UserError for a trained parameter that peft doesn't write."""
     full = full_state_dict(model)
     written = get_peft_model_state_dict(model, state_dict=dict(full), save_embedding_layers=False)
     kept = {id(value) for value in written.values()}

@@ -30,12 +30,11 @@ from train.loop.checkpoint.manifest import (
     parse_step,
     read_manifest,
 )
+from train.loop.output_dir import STAGING
 from train.ranks import is_first_rank
 from train.recipe import SaveSection
 from train.storage.atomic_write import fsync
 
-STAGING = "unfinished"
-"""Name of the folder in output_dir that holds a checkpoint until it is complete."""
 _SUFFIX = ".unfinished"
 _SET_ASIDE = "set-aside"
 _RECIPE = "recipe.yaml"
@@ -80,7 +79,9 @@ class CheckpointWriter:
             return
         for parent in [self._folder, *(Path(folder) for folder in [self._settings.mirror_dir] if folder)]:
             mirrored = parent != self._folder
-            others = [path for path in list_checkpoints(parent) if not _is_past_of(resume_from, path, mirrored=mirrored)]
+            others = [
+                path for path in list_checkpoints(parent) if not _is_past_of(resume_from, path, mirrored=mirrored)
+            ]
             if not others:
                 continue
             numbers = [int(path.name.rpartition("-")[2]) for path in parent.glob(f"{_SET_ASIDE}-[0-9]*")]

@@ -20,11 +20,10 @@ from accelerate.utils import gather_object
 
 from train.errors import UserError
 from train.loop.batch_info import BatchInfo
+from train.loop.output_dir import SUSPECTS
 from train.ranks import is_first_rank
 from train.recipe import GuardsSection
 
-SUSPECTS = "suspects.jsonl"
-"""In output_dir: a JSON object for each step that a guard reported."""
 _MAX_RECENT, _MIN_RECENT = 64, 16
 """Steps that a loss is compared with, at most and at least."""
 _MAX_WRITTEN, _MAX_SHOWN = 16, 3
@@ -126,7 +125,7 @@ class Guards:
         if self._consecutive_skips >= self._settings.non_finite_steps:
             raise UserError(
                 f"training: the gradients of {format_steps(self._consecutive_skips)} were not finite; the last was "
-                f"step {step}. Their rows are in {self._file}; these steps changed no weight. Inspect those rows, lower "
+                f"step {step}. Their rows are in {self._file}; these steps changed no weight. Inspect the rows, lower "
                 "training.learning_rate, use bfloat16 instead of float16, or allow more such steps: "
                 "guards.non_finite_steps."
             )

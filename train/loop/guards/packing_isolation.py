@@ -37,8 +37,8 @@ class Isolation:
     """Measurements of the test in nats, on the second document of a pack: root mean squares over its tokens."""
 
     change: float
-    """Change of its tokens' losses when the document before it is replaced. All shapes stay the same, so it is exactly 0
-    if documents are isolated, unless tokens share more than attention (batches of experts, scales of float8)."""
+    """Change of its tokens' losses when the document before it is replaced. All shapes stay the same, so it is exactly
+    0 if documents are isolated, unless tokens share more than attention (batches of experts, scales of float8)."""
     noise: float
     """The same when the document AFTER it is replaced, which no causal model can see: the effect of such sharing."""
     leak: float

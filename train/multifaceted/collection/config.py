@@ -132,5 +132,5 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CollectionCo
     """
     document = open_config(path, overrides, STAGES)
     if document.section("hierarchy").get("ours") is False and document.section("hierarchy").get("file") is None:
-        document.fault(("hierarchy", "ours"), "found false without a `hierarchy.file` to replace it. Name one.")
+        document.add_error(("hierarchy", "ours"), "found false without a `hierarchy.file` to replace it. Name one.")
     return validate_settings(document, CollectionConfig)

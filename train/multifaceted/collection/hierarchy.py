@@ -23,7 +23,7 @@ from typing import Any
 
 from train.datagen.text_units import split_words
 from train.errors import UserError
-from train.recipe.yaml_document import Document, KeyPath, closest, described, did_you_mean, near_files
+from train.recipe.yaml_document import Document, KeyPath, closest_match, describe_value, did_you_mean, suggest_files
 
 DIMENSIONS = ("style", "background_knowledge", "informativeness", "harmlessness")
 """Dimensions of the published data set, in its order; the Bench has a rubric for each."""
@@ -80,7 +80,7 @@ def load_hierarchy(file: str | Path | None = None, *, ours: bool = True) -> Hier
     Raises UserError with all errors in the file, each with its line.
     """
     if file is not None and not Path(file).is_file():
-        raise UserError(f"hierarchy.file: {file}: there is no such file.{near_files(str(file))}")
+        raise UserError(f"hierarchy.file: {file}: there is no such file.{suggest_files(str(file))}")
     hierarchy: dict[str, dict[str, SubDimension]] = {dimension: {} for dimension in DIMENSIONS}
     for path in ((OURS,) if ours else ()) + ((Path(file),) if file is not None else ()):
         for sub in _read(path, hierarchy):
@@ -100,19 +100,17 @@ def _read(path: Path, base: Hierarchy) -> Iterator[SubDimension]:
     read: list[SubDimension] = []
     for dimension, subs in document.tree.items():
         if dimension not in DIMENSIONS:
-            suggestion = did_you_mean(closest(dimension, DIMENSIONS, 0.6))
-            document.fault((dimension,), f"unknown dimension. Allowed: {', '.join(DIMENSIONS)}.{suggestion}")
+            suggestion = did_you_mean(closest_match(dimension, DIMENSIONS, 0.6))
+            document.add_error((dimension,), f"unknown dimension. Allowed: {', '.join(DIMENSIONS)}.{suggestion}")
         elif not isinstance(subs, dict) or not subs:
-            document.fault((dimension,), f"found {described(subs)}. Allowed: sub-dimensions by name.")
+            document.add_error((dimension,), f"found {describe_value(subs)}. Allowed: sub-dimensions by name.")
         else:
             read += [
                 _parse_subdimension(document, dimension, name, content, base[dimension].get(name))
                 for name, content in subs.items()
             ]
     _refuse_duplicates(document, read, base)
-    if document.faults:
-        lines = [f"{place.words}: {message}" for place, message in sorted(document.faults)]
-        raise UserError("\n  ".join([f"{document.name} has {len(lines)} errors:", *lines] if lines[1:] else lines))
+    document.raise_errors()
     yield from read
 
 
@@ -121,15 +119,17 @@ def _parse_subdimension(
 ) -> SubDimension:
     path: KeyPath = (dimension, name)
     if not isinstance(content, dict):
-        document.fault(path, f"found {described(content)}. Allowed: a section with `meaning` and `preferences`.")
+        document.add_error(
+            path, f"found {describe_value(content)}. Allowed: a section with `meaning` and `preferences`."
+        )
         content = {"meaning": "-", "preferences": {"-": None}}
     for key in content.keys() - {"meaning", "preferences"}:
-        suggestion = did_you_mean(closest(key, ("meaning", "preferences"), 0.6))
-        document.fault((*path, key), f"unknown key. Allowed: meaning, preferences.{suggestion}")
+        suggestion = did_you_mean(closest_match(key, ("meaning", "preferences"), 0.6))
+        document.add_error((*path, key), f"unknown key. Allowed: meaning, preferences.{suggestion}")
     meaning = content.get("meaning", base.meaning if base else None)
     if not isinstance(meaning, str) or not meaning.strip():
-        value = f"found {described(meaning)}" if "meaning" in content else "missing"
-        document.fault((*path, "meaning"), f"{value}. Say in a few words what it is about: the model sees it.")
+        value = f"found {describe_value(meaning)}" if "meaning" in content else "missing"
+        document.add_error((*path, "meaning"), f"{value}. Say in a few words what it is about: the model sees it.")
         meaning = ""
     preferences = _parse_preferences(document, path, content, base)
     merged = {**(base.preferences if base else {})}
@@ -147,16 +147,16 @@ def _parse_preferences(
     path = (*path, "preferences")
     if isinstance(preferences, list):
         if invalid := [text for text in preferences if not isinstance(text, str)]:
-            document.fault(path, f"found {described(invalid[0])}. Allowed: texts.")
+            document.add_error(path, f"found {describe_value(invalid[0])}. Allowed: texts.")
         preferences = {str(text): None for text in preferences}
     if not isinstance(preferences, dict) or not (preferences or base):
-        value = f"found {described(preferences)}" if "preferences" in content else "missing"
-        document.fault(path, f"{value}. Name at least one, each with its description or nothing.")
+        value = f"found {describe_value(preferences)}" if "preferences" in content else "missing"
+        document.add_error(path, f"{value}. Name at least one, each with its description or nothing.")
         preferences = {}
     for text, description in preferences.items():
         if not text.strip() or not isinstance(description, str | None):
-            value = described(description) if text.strip() else "an empty preference"
-            document.fault((*path, text), f"found {value}. Allowed: a description, or nothing.")
+            value = describe_value(description) if text.strip() else "an empty preference"
+            document.add_error((*path, text), f"found {value}. Allowed: a description, or nothing.")
     return preferences
 
 
@@ -172,7 +172,7 @@ def _refuse_duplicates(document: Document, read: Sequence[SubDimension], base: H
             if before != sub.name or is_repeated:
                 where = f"in {before}" if before != sub.name else "here"
                 path = (sub.dimension, sub.name, "preferences", text)
-                document.fault(path, f"is also {where}, apart from blanks and punctuation. Keep one of them.")
+                document.add_error(path, f"is also {where}, apart from blanks and punctuation. Keep one of them.")
 
 
 class PreferencePlan:

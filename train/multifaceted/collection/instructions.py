@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from train.data.sources.formats import Conversation, Row, RowFault, read_row
+from train.data.sources.formats import Conversation, RawRow, RowError, read_row
 from train.data.sources.source import chunks_and_format, open_source
 from train.datagen.deduplication import NearDuplicateFilter
 from train.datagen.drop_reasons import UNREADABLE, UNSUPPORTED
@@ -92,18 +92,18 @@ def _read_instructions(data: SourcesSection) -> Iterator[Instruction]:
             for place_in_file, row in chunk.rows():
                 place = opened.files[file] + place_in_file
                 try:
-                    if isinstance(row, RowFault):
+                    if isinstance(row, RowError):
                         raise row
                     complete_row = with_answer_column(row)
                     conversation = read_row(complete_row, format, place, ignore=source.ignore, answers_needed=False)
-                except RowFault as error:
+                except RowError as error:
                     reason = f"{UNREADABLE}: {error.kind}"
                     yield Instruction(place, source.path, place, reason=reason, detail=error.detail)
                     continue
                 yield _first_turn(conversation, row, source.path)
 
 
-def with_answer_column(row: Row) -> Row:
+def with_answer_column(row: RawRow) -> RawRow:
     """Return a row with an empty answer column if it has none or a null: its columns determine its format."""
     columns = {column: value for column, value in row.items() if value is not None}
     if not _TURNS.isdisjoint(columns):
@@ -118,7 +118,7 @@ def with_answer_column(row: Row) -> Row:
     return columns | dict.fromkeys(_ANSWERS & row.keys() or {_QUESTIONS[question]}, "")
 
 
-def _first_turn(conversation: Conversation, row: Row, source: str) -> Instruction:
+def _first_turn(conversation: Conversation, row: RawRow, source: str) -> Instruction:
     """Return the first user turn of a conversation as an instruction."""
     users = [message["content"] for message in conversation.messages if message["role"] == "user"]
     main, original = _text(row, "main_source"), _text(row, "original_source") or _text(row, "source")
@@ -143,6 +143,6 @@ def _first_turn(conversation: Conversation, row: Row, source: str) -> Instructio
     )
 
 
-def _text(row: Row, column: str) -> str:
+def _text(row: RawRow, column: str) -> str:
     value: Any = row.get(column)
     return value if isinstance(value, str) else ""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.datagen.drop_reasons import unread_warning
+from train.datagen.stats import unread_warning
 from train.formatting import format_count
 from train.llm.failures import SHOWN_IN_REPORT
 from train.llm.reasoning.answer import format_advice

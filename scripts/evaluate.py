@@ -23,8 +23,8 @@ if sys.path[0] == str(HERE):
     sys.path[0] = str(HERE.parent)
 
 try:
-    from train.cli import CommandLine, ending
-    from train.evaluation import bench, compare_command, gain, harness_command, rules
+    from train.cli import CommandLine, run_command
+    from train.evaluation import bench, compare, gain, harness, rules
     from train.evaluation.ifeval import command as ifeval
     from train.warning_filters import filter_known_warnings
 except KeyboardInterrupt:  # the imports take a second or more
@@ -37,12 +37,12 @@ def main() -> int:
     filter_known_warnings()
     parser = CommandLine(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    for command in (rules, gain, ifeval, bench, harness_command, compare_command):
+    for command in (rules, gain, ifeval, bench, harness, compare):
         command.add_to(commands)
     options = parser.parse_args()
-    return ending(
+    return run_command(
         lambda: options.run(options),
-        stopped="stopped; what was answered or scored is kept, and the same command goes on from here",
+        "stopped; answers and scores so far are kept: the same command continues",
     )
 
 

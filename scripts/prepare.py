@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from train.cli import CommandLine, ending
+from train.cli import CommandLine, run_command
 from train.formatting import duration
 from train.preflight.missing_files import refuse_missing
 from train.recipe import load_recipe
@@ -59,7 +59,7 @@ def main() -> int:
     parser.add_argument("--recipe", required=True, type=Path, metavar="FILE", help="the recipe that will be trained")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
     options = parser.parse_intermixed_args()
-    return ending(lambda: run(options.recipe, options.overrides), "stopped; nothing half-made was kept")
+    return run_command(lambda: run(options.recipe, options.overrides), "stopped; nothing half-made was kept")
 
 
 if __name__ == "__main__":

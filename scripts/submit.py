@@ -30,7 +30,7 @@ from typing import Any
 
 import yaml
 
-from train.cli import CommandLine, ending
+from train.cli import CommandLine, run_command
 from train.errors import UserError
 from train.preflight.missing_files import refuse_missing
 from train.recipe import Recipe, load_recipe
@@ -389,7 +389,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     filter_known_warnings()
     options = parse(arguments)
-    return ending(lambda: submit(options), "stopped; squeue shows whether a job was submitted")
+    return run_command(lambda: submit(options), "stopped; squeue shows whether a job was submitted")
 
 
 if __name__ == "__main__":

@@ -23,15 +23,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from train.cli import CommandLine
-from train.errors import USER_FIXABLE_ERRNOS, UserError, names_of_files
+from train.cli import CommandLine, print_error, run_command
+from train.errors import USER_FIXABLE_ERRNOS, UserError
 from train.formatting import wrap
 from train.model.folder import check_model_folder
 from train.preflight.json_report import discard_earlier
 from train.preflight.missing_files import refuse_missing
 from train.ranks import is_first_rank, single_process_warning
 from train.recipe import Recipe, load_recipe
-from train.storage.local_paths import path_or_id
+from train.storage.local_paths import parse_path_or_id
 from train.warning_filters import filter_known_warnings
 
 
@@ -43,7 +43,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--resume",
-        type=path_or_id,
+        type=parse_path_or_id,
         default="auto",
         metavar="auto|never|DIR",
         help="auto (default): resume from the newest complete checkpoint in output_dir, if there is one; never: train "
@@ -60,7 +60,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--check", action="store_true", help="report the model, the template and the data, and train nothing"
     )
     parser.add_argument(
-        "--json", type=path_or_id, metavar="FILE", help="with --check: also write the report to FILE as JSON"
+        "--json", type=parse_path_or_id, metavar="FILE", help="with --check: also write the report to FILE as JSON"
     )
     parser.add_argument("--gpus", metavar="8x80GB", help="with --check: plan memory and time on these GPUs of one node")
     parser.add_argument("--nodes", type=int, metavar="N", help="with --gpus: number of nodes (default 1)")
@@ -102,7 +102,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
         refuse_changes,
         with_same_steps,
     )
-    from train.ranks import processes_now
+    from train.ranks import world_size
 
     checkpoint = find_checkpoint(options.resume, recipe, options.resume_anyway)
 
@@ -119,7 +119,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     from train.preflight.check import check
     from train.preflight.plan.plan import parse_cluster
     from train.preflight.start_screen import screen
-    from train.recipe.schedule import schedule, schedule_fault
+    from train.recipe.schedule import compute_schedule, schedule_error
     from train.system_gain.validation_rows import describe_gain, gain_refusal, gain_rows
 
     cluster = parse_cluster(options.gpus, options.nodes, options.mfu) if options.gpus else None
@@ -161,7 +161,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     telling = record_run_outcome(recipe.output_dir, preemption, USER_FIXABLE_ERRNOS, run)
     with preemption.watching(), telling, lock or nullcontext():
         if checkpoint:
-            recipe = with_same_steps(recipe, checkpoint, options.resume_anyway, processes_now())
+            recipe = with_same_steps(recipe, checkpoint, options.resume_anyway, world_size())
         if faults := list(side_file_faults(recipe, tokenizer)):
             raise UserError(" ".join(faults))
         data = prepare(recipe, tokenizer)
@@ -171,8 +171,8 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
             refuse_changes(checkpoint, made, about, options.resume_anyway)
         variants = gain_rows(recipe, data, tokenizer)
         account = data.train.account
-        steps = schedule(recipe.training, len(data.train.rows), account.tokens_per_sequence, processes_now())
-        if fault := gain_refusal(recipe, variants) or schedule_fault(recipe.training, steps):
+        steps = compute_schedule(recipe.training, len(data.train.rows), account.tokens_per_sequence, world_size())
+        if fault := gain_refusal(recipe, variants) or schedule_error(recipe.training, steps):
             raise UserError(fault)
         stop_tokens = Spans(tokenizer).stop_tokens
         described = with_saved_quantization(recipe, load_config(recipe.model))
@@ -221,38 +221,31 @@ def main(arguments: list[str] | None = None) -> int:
         return 0  # a report needs one process, however many the launcher starts
     if mistake := single_process_warning(os.environ):
         print(f"warning: {mistake}", file=sys.stderr, flush=True)
-    try:
+
+    def run() -> None:
         if options.json is not None:
             options.json = discard_earlier(options.json)
-        with names_of_files():
-            recipe = load_recipe(options.recipe, options.overrides)
-            refuse_missing(recipe)
-            train(recipe, options)
-    except UserError as fault:
-        if is_first_rank():
-            print(f"error: {fault}", file=sys.stderr, flush=True)
-        if "torch" in sys.modules:  # else the fault was found before anything was loaded
-            from train.loop.shutdown import shutdown_process_group
+        recipe = load_recipe(options.recipe, options.overrides)
+        refuse_missing(recipe)
+        train(recipe, options)
 
-            shutdown_process_group()
-        return 2
-    except BrokenPipeError:
-        if not options.check:
-            raise
-        return 1  # who read the report has left, and knows it
-    except OSError as fault:
-        if fault.errno not in USER_FIXABLE_ERRNOS:
-            raise
-        print(
-            f"error: {fault.filename or 'a file'}: {fault.strerror}. Mend it and start again.",
-            file=sys.stderr,
-            flush=True,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)
-        return 130
-    return 0
+    return run_command(
+        run,
+        "stopped",
+        guard_output=options.check,
+        on_user_error=report_error,
+        user_fixable_errnos=USER_FIXABLE_ERRNOS,
+    )
+
+
+def report_error(error: UserError) -> None:
+    """Print the error once, on the first rank, and shut down all ranks together."""
+    if is_first_rank():
+        print_error(error)
+    if "torch" in sys.modules:  # else no process group has been started
+        from train.loop.shutdown import shutdown_process_group
+
+        shutdown_process_group()
 
 
 if __name__ == "__main__":

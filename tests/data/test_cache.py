@@ -12,7 +12,7 @@ import pytest
 
 from train.data.cache import cache_key, find, find_or_make, report_progress
 from train.errors import UserError
-from train.progress import Job
+from train.progress import ProgressBar
 
 
 def build(folder: Path) -> dict:
@@ -102,7 +102,7 @@ def test_others_wait_for_the_one_that_makes_it_and_see_how_far_it_is(tmp_path: P
     while not (tmp_path / "started").exists():
         time.sleep(0.01)
 
-    class Waiting(Job):
+    class Waiting(ProgressBar):
         def advance(self, amount: int = 1) -> None:
             super().advance(amount)
             (tmp_path / "go").touch()  # now that we have seen it wait

@@ -23,7 +23,7 @@ from train.model.tokenizer import load_tokenizer
 from train.preflight.page import marked, marks_for, page
 from train.preflight.report import Piece, Report, build_report, pieces
 from train.recipe import load_recipe
-from train.recipe.schedule import schedule
+from train.recipe.schedule import compute_schedule
 from train.sft import main
 
 ROOT = Path(__file__).parents[2]
@@ -266,14 +266,14 @@ SCHEDULES = [
 @pytest.mark.parametrize("sequences", [1, 24, 101])
 def test_the_schedule_is_that_of_sft_config(training: dict, sequences: int, tmp_path: Path) -> None:
     arguments = SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to=[], **training)
-    found = schedule(training, sequences, 10.0, arguments.world_size)
+    found = compute_schedule(training, sequences, 10.0, arguments.world_size)
     assert found.warmup_steps == arguments.get_warmup_steps(found.steps)
     assert found.saving.steps == arguments.save_steps
 
 
 def test_more_processes_take_fewer_steps() -> None:
     training = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_train_epochs": 3}
-    found = schedule({**training, "eval_strategy": "steps", "eval_steps": 0.1}, 1_000, 500.0, 8)
+    found = compute_schedule({**training, "eval_strategy": "steps", "eval_steps": 0.1}, 1_000, 500.0, 8)
     assert (found.sequences_per_step, found.steps_per_epoch, found.steps) == (64, 16, 48)  # 62.5 batches of 16 rows
     assert found.tokens_per_step == 32_000
     assert found.evaluation.steps == 5

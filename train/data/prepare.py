@@ -32,8 +32,8 @@ from train.data.stats import Overlap, Repeats, choose_examples, duplicates, shar
 from train.data.tokens.source import ROWS, cache_folder, source_tokens
 from train.data.tokens.table import TokenRows
 from train.errors import UserError
-from train.formatting import counted
-from train.progress import job
+from train.formatting import format_count
+from train.progress import progress_bar
 from train.recipe import DataSection, Recipe, Source
 from train.recipe.sft_config import with_defaults
 
@@ -327,7 +327,7 @@ def refusal(data: Prepared, section: DataSection) -> str | None:
 
 def _lost(key: str, lost: Sequence[UnreadText]) -> str:
     """Return why a source may not be trained of which content would be left out."""
-    named = "; ".join(f"`{one.name}` in {counted(one.losing, 'row')}, first {one.example}" for one in lost)
+    named = "; ".join(f"`{one.name}` in {format_count(one.losing, 'row')}, first {one.example}" for one in lost)
     names = yaml.safe_dump([one.name for one in lost], default_flow_style=True, allow_unicode=True, width=math.inf)
     return (
         f"{key}: text that is not read, so the model would be trained without it: {named}. Rename it to what is read "
@@ -455,7 +455,7 @@ def _plan(lengths: NDArray[np.int32], recipe: Recipe, multiple_of: int, epoch: i
         made.save(folder / _PLAN)
         return {"sequences": len(made)}
 
-    with job("packing", unit="rows"):
+    with progress_bar("packing", unit="rows"):
         try:
             return PackingPlan.load(find_or_make(cache_folder(recipe), cache_key(made_of), build).folder / _PLAN)
         except UserError:  # the folder can't be written: no reason to stop in the middle of a run

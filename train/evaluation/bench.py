@@ -20,17 +20,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.errors import UserError, naming
+from train.errors import UserError, replace_in_errors
 from train.evaluation.bench_config import COMMON, JUDGE_FIELDS, RESPONSE_FIELDS, BenchConfig
 from train.evaluation.command_options import add_options, load_settings
 from train.evaluation.models.options import server_options
 from train.evaluation.required_paths import require_model
 from train.evaluation.results_dir import as_json, as_jsonl, exclusive, output_folder, write_results
-from train.formatting import counted
+from train.formatting import format_count
 from train.recipe import Source
 
 if TYPE_CHECKING:
-    from train.llm.client import RequestFailed
+    from train.llm.failures import RequestFailed
     from train.llm.journal import Answer, Journal
     from train.llm.server import Server
     from train.multifaceted.bench.batch_api import BatchAnswers, BatchJudgeClient
@@ -91,7 +91,7 @@ def _measure(config: BenchConfig, folder: Path) -> None:
 
 def _refuse_unusable_judge(config: BenchConfig) -> None:
     """Raise UserError for what would end the run only after the model has answered, which may take hours."""
-    from train.llm.concurrency import Pauses
+    from train.llm.concurrency import Backoff
     from train.llm.server import ServerConnection
     from train.multifaceted.bench.batch_api import read_batch
     from train.multifaceted.bench.judging import PROMPT_VERSION
@@ -99,9 +99,9 @@ def _refuse_unusable_judge(config: BenchConfig) -> None:
     from train.multifaceted.bench.protocol import protocol_of, refuse_other_protocol, settings_of
 
     async def open_and_close(server: "Server") -> None:
-        await ServerConnection(server, Pauses(), patience=0).api.close()
+        await ServerConnection(server, Backoff(), patience=0).api.close()
 
-    with naming(server_options("judge-")):
+    with replace_in_errors(server_options("judge-")):
         for server in config.judge_servers():
             asyncio.run(open_and_close(server))
     read_batch(config.batch_in)
@@ -114,31 +114,31 @@ def _refuse_unusable_judge(config: BenchConfig) -> None:
 
 async def _contact_judge(config: BenchConfig) -> None:
     """Check that the judge's servers answer, before the model spends hours on responses."""
-    from train.llm.connection.startup_check import check_servers
-    from train.llm.refusals import option_setting
+    from train.llm.refusals import option_formatter
+    from train.llm.startup_check import check_servers
 
     if config.judge_server:
-        with naming(server_options("judge-")):
+        with replace_in_errors(server_options("judge-")):
             await check_servers(
                 config.judge_servers(),
                 config.judge,
                 wait=config.wait_for_server,
                 stages={"judge": config.protocol().judge.decoding},
-                name_setting=option_setting(JUDGE_FIELDS, "judge-"),
+                format_setting=option_formatter(JUDGE_FIELDS, "judge-"),
             )
 
 
 def _read_responses(config: BenchConfig, bench: "Bench") -> "list[list[Response]]":
     """Return the responses of the file of --responses, per row."""
-    from train.llm.reasoning.answer import advice_on
+    from train.llm.reasoning.answer import format_advice
     from train.multifaceted.bench.rows import read_responses
 
     given, unmatched = read_responses(str(config.responses), bench.rows)
     if unmatched:
-        print(f"--responses: {counted(unmatched, 'line', 'belongs', 'belong')} to no row of this run", flush=True)
+        print(f"--responses: {format_count(unmatched, 'line', 'belongs', 'belong')} to no row of this run", flush=True)
     events: Counter[str] = Counter()
     responses = [_responses_of(row.id, given.get(row.id), config, events) for row in bench.rows]
-    for line in advice_on(events):
+    for line in format_advice(events):
         print(f"warning: {line}", flush=True)
     return responses
 
@@ -147,7 +147,7 @@ def _responses_of(
     id: str, answers: "GivenResponses | None", config: BenchConfig, events: Counter[str]
 ) -> "list[Response]":
     """Return one row's responses without reasoning, whose events go into `events`. Raises UserError."""
-    from train.llm.reasoning.answer import events_of, without_reasoning
+    from train.llm.reasoning.answer import list_events, without_reasoning
     from train.multifaceted.bench.scoring import Response
 
     if answers is None or not answers.texts:
@@ -163,7 +163,7 @@ def _responses_of(
     responses = []
     for text, score in list(zip(answers.texts, scores, strict=True))[: config.best_of]:
         answer = without_reasoning(text)
-        events.update(f"--responses: {event}" for event in events_of(answer))
+        events.update(f"--responses: {event}" for event in list_events(answer))
         responses.append(Response(answer.text, given_score=score, only_reasoning=answer.unfinished))
     return responses
 
@@ -171,8 +171,8 @@ def _responses_of(
 def _ask_model(config: BenchConfig, bench: "Bench", folder: Path) -> "tuple[list[list[Response]], str]":
     """Return the model's responses, and the option to change if its server refused some."""
     from train.evaluation.models.responses import generate_answers
-    from train.llm.client import RequestFailed
-    from train.llm.refusals import option_setting
+    from train.llm.failures import RequestFailed
+    from train.llm.refusals import option_formatter
     from train.multifaceted.bench.scoring import conversation
 
     answers = generate_answers(
@@ -185,7 +185,7 @@ def _ask_model(config: BenchConfig, bench: "Bench", folder: Path) -> "tuple[list
         description="responses",
         wait_for_server=config.wait_for_server,
         before_asking=partial(_contact_judge, config),
-        name_setting=option_setting(RESPONSE_FIELDS),
+        format_setting=option_formatter(RESPONSE_FIELDS),
     )
     failures = [answer for of_row in answers for answer in of_row if isinstance(answer, RequestFailed)]
     responses = [[_as_response(answer) for answer in of_row] for of_row in answers]
@@ -193,7 +193,7 @@ def _ask_model(config: BenchConfig, bench: "Bench", folder: Path) -> "tuple[list
 
 
 def _as_response(answer: "Answer | RequestFailed") -> "Response":
-    from train.llm.client import RequestFailed
+    from train.llm.failures import RequestFailed
     from train.multifaceted.bench.scoring import Response
 
     if isinstance(answer, RequestFailed):
@@ -209,12 +209,12 @@ def _judge(
     """Return the judged rows, from servers or batch files, and the option to change if requests were refused."""
     from train.llm.client import Client
     from train.llm.journal import Journal
-    from train.llm.refusals import option_setting
+    from train.llm.refusals import option_formatter
     from train.multifaceted.bench.batch_api import BatchJudgeClient, read_batch
     from train.multifaceted.bench.scoring import judge_rows
 
     protocol = config.protocol()
-    name_setting = option_setting(JUDGE_FIELDS, "judge-")
+    format_setting = option_formatter(JUDGE_FIELDS, "judge-")
 
     async def ask_servers(journal: "Journal") -> "tuple[list[JudgedRow], str]":
         async with Client(
@@ -222,7 +222,7 @@ def _judge(
             config.judge,
             journal,
             wait_for_server=config.wait_for_server,
-            name_setting=name_setting,
+            format_setting=format_setting,
         ) as client:
             judged = await judge_rows(client, protocol, bench.rows, responses)
         for line in client.counts.bad_servers:
@@ -232,9 +232,9 @@ def _judge(
     batch = read_batch(config.batch_in)
     with Journal(folder / JOURNAL) as journal:
         if config.judge_server:
-            with naming(server_options("judge-")):
+            with replace_in_errors(server_options("judge-")):
                 return asyncio.run(ask_servers(journal))
-        client = BatchJudgeClient(journal, config.judge, batch, name_setting)
+        client = BatchJudgeClient(journal, config.judge, batch, format_setting)
         judged = asyncio.run(judge_rows(client, protocol, bench.rows, responses))
     _report_batch(config, batch, client)
     return judged, client.advice
@@ -245,18 +245,18 @@ def _report_batch(config: BenchConfig, batch: "BatchAnswers", client: "BatchJudg
     from train.multifaceted.bench.batch_api import write_batch
 
     if batch.lines:
-        print(f"--batch-in: {counted(batch.lines, 'line')}, {len(batch.answers):,} with an answer", flush=True)
+        print(f"--batch-in: {format_count(batch.lines, 'line')}, {len(batch.answers):,} with an answer", flush=True)
         for reason, count in batch.failed.most_common(5):
             print(f"--batch-in: {count:,} failed, and are asked again: {reason}", flush=True)
         if unmatched := len(batch.answers.keys() - client.matched):
-            belong = counted(unmatched, "answer", "belongs", "belong")
+            belong = format_count(unmatched, "answer", "belongs", "belong")
             print(f"--batch-in: {belong} to none of these questions (other rows, responses or judge?)")
     missing = len(client.missing)
     if missing and config.batch_out:
         files = write_batch(client.missing, config.judge, Path(config.batch_out))
-        print(f"{counted(missing, 'question')} for the judge: {', '.join(map(str, files))}")
+        print(f"{format_count(missing, 'question')} for the judge: {', '.join(map(str, files))}")
     elif missing:
-        have = counted(missing, "question", "has", "have")
+        have = format_count(missing, "question", "has", "have")
         print(f"{have} no answer yet: --batch-out FILE writes the missing questions, for the next batch")
     elif config.batch_out:
         print("the judge has answered everything: --batch-out wrote nothing")

@@ -106,11 +106,11 @@ class BenchConfig(ModelOptions):
     def response_decoding(self) -> Decoding:
         """Return the sampling settings of the responses."""
         extra = {"repetition_penalty": None if self.repetition_penalty == 1 else self.repetition_penalty}
-        return Decoding.of_settings(self.max_tokens, self.temperature, self.top_p, extra=extra | self.extra)
+        return Decoding.from_settings(self.max_tokens, self.temperature, self.top_p, extra=extra | self.extra)
 
     def protocol(self) -> Protocol:
         """Return the settings by which rows are scored."""
-        decoding = Decoding.of_settings(
+        decoding = Decoding.from_settings(
             self.judge_max_tokens, self.judge_temperature, self.judge_top_p, extra=self.judge_extra
         )
         judge = JudgeSettings(self.judge, decoding, self.runs, self.retries, self.show_system)

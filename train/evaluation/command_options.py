@@ -18,11 +18,11 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from train.cli import time_span
+from train.cli import duration_seconds
 from train.recipe import Section
 from train.recipe.validation import validate_settings
 from train.recipe.yaml_document import Document, KeyPath, Place
-from train.storage.local_paths import LocalPath, path_or_id
+from train.storage.local_paths import LocalPath, parse_path_or_id
 
 Settings = TypeVar("Settings", bound=Section)
 _METAVARS = {int: "N", float: "X", dict: "JSON"}
@@ -41,9 +41,9 @@ def add_options(parser: argparse.ArgumentParser, section: type[Section], *, comm
             continue
         keywords["metavar"] = _metavar(name, field)
         if _is_path(field):
-            keywords["type"] = path_or_id
+            keywords["type"] = parse_path_or_id
         elif name in _DURATIONS:
-            keywords["type"] = time_span
+            keywords["type"] = duration_seconds
         if tuple in kinds:
             keywords |= {"action": "extend", "nargs": "+"}
         parser.add_argument(option, **keywords)

@@ -33,9 +33,7 @@ def read_jsonl_rows(path: Path, model: type[Row], contents: str, prefix: str = "
             raw = json.loads(line)
             row = model.model_validate(raw)
         except json.JSONDecodeError as error:
-            raise UserError(
-                f"{place}: not valid JSON: {error.msg} at column {error.colno}. {contents}"
-            ) from error
+            raise UserError(f"{place}: not valid JSON: {error.msg} at column {error.colno}. {contents}") from error
         except ValidationError as error:
             raise UserError(f"{place}: {_first_error(error)}. {contents}") from error
         count += 1

@@ -7,7 +7,7 @@ similar name that exists.
 from pathlib import Path
 
 from train.errors import UserError
-from train.storage.local_paths import may_be_hub_id, missing_part
+from train.storage.local_paths import describe_missing_path, looks_like_hub_id
 
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
@@ -20,7 +20,7 @@ def require_file(option: str, path: str | Path) -> None:
         remedy = f" Name a file in it, such as {', '.join(names)}." if names else " Name a file."
         raise UserError(f"{option} {path}: that is a folder.{remedy}")
     if not path.exists():
-        raise UserError(f"{option} {path}: cannot be read: {missing_part(path)}")
+        raise UserError(f"{option} {path}: cannot be read: {describe_missing_path(path)}")
 
 
 def require_model(option: str, name: str, *, hub: bool = True) -> None:
@@ -31,11 +31,11 @@ def require_model(option: str, name: str, *, hub: bool = True) -> None:
             raise UserError(f"{option} {name}: cannot be loaded: there is no {' or '.join(_MODEL_FILES)} in it.")
     elif path.exists():
         raise UserError(f"{option} {name}: that is a file. Name the model's folder.")
-    elif not hub or not may_be_hub_id(name):
-        raise UserError(f"{option} {name}: there is no such folder: {missing_part(path)}")
+    elif not hub or not looks_like_hub_id(name):
+        raise UserError(f"{option} {name}: there is no such folder: {describe_missing_path(path)}")
 
 
 def require_results_folder(option: str, name: str, remedy: str) -> None:
     """Raise UserError if `name`, the folder that would hold the results, does not exist. `remedy`: the advice."""
     if not Path(name).is_dir():
-        raise UserError(f"{option} {name}: there is no such folder: {missing_part(Path(name))} {remedy}")
+        raise UserError(f"{option} {name}: there is no such folder: {describe_missing_path(Path(name))} {remedy}")

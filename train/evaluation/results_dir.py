@@ -9,9 +9,9 @@ from typing import Any
 
 from train.errors import UserError
 from train.evaluation.required_paths import require_results_folder
-from train.reporting.markdown import put_section
-from train.storage.atomic_write import replacing, write_text
-from train.storage.file_lock import HeldError, hold
+from train.reporting.markdown import replace_section
+from train.storage.atomic_write import atomic_write, write_text
+from train.storage.file_lock import LockHeldError, acquire_lock
 
 Writer = Callable[[Path], None]
 """Writes one file to the given path."""
@@ -43,8 +43,8 @@ def exclusive(folder: Path, command: str) -> Iterator[None]:
     folder is not writable.
     """
     try:
-        lock = hold(folder / f".{command}.lock")
-    except HeldError as holder:
+        lock = acquire_lock(folder / f".{command}.lock")
+    except LockHeldError as holder:
         raise UserError(
             f"{folder}: another run of `{command}` is writing there ({holder}). Wait until it ends, stop it, or write "
             "the results of this one to another folder."
@@ -61,11 +61,11 @@ def write_results(folder: Path, files: Mapping[str, Writer], *, heading: str = "
     `heading`: the line that `section` begins with; empty = no report. Raises UserError if the folder is not writable.
     """
     try:
-        with replacing(*(folder / name for name in files)) as staged:
+        with atomic_write(*(folder / name for name in files)) as staged:
             for path, write in zip(staged, files.values(), strict=True):
                 write(path)
         if heading:
-            put_section(folder / "report.md", heading, section)
+            replace_section(folder / "report.md", heading, section)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
 

@@ -14,10 +14,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from train.errors import UserError
 from train.formatting import duration
-from train.progress import Job, job
+from train.progress import ProgressBar, progress_bar
 from train.ranks import is_first_rank
 from train.recipe import Recipe, TrackingSection
-from train.storage.atomic_write import replacing, write_text
+from train.storage.atomic_write import atomic_write, write_text
 from train.storage.jsonl import read_metrics
 
 
@@ -73,8 +73,8 @@ class StepLog(TrainerCallback):
     def __init__(self, output_dir: str) -> None:
         self.path = Path(output_dir) / "metrics.jsonl"
         self._open = ExitStack()
-        self._job: Job | None = None
-        self._evaluation: Job | None = None
+        self._job: ProgressBar | None = None
+        self._evaluation: ProgressBar | None = None
         self._started = 0.0
         self._first_step = 0
         self._unwritten = ""
@@ -95,10 +95,10 @@ class StepLog(TrainerCallback):
                 if metrics["step"] <= state.global_step and "loaded_step" not in metrics
             ]
             kept = _with_lost_lines(kept, state.log_history)
-        with replacing(self.path) as [unfinished]:  # a full disk must not cost the lines that were there
+        with atomic_write(self.path) as [unfinished]:  # a full disk must not cost the lines that were there
             write_text(unfinished, "".join(json.dumps(metrics) + "\n" for metrics in kept))
         self._job = self._open.enter_context(
-            job("training", total=state.max_steps, unit="steps", done=state.global_step)
+            progress_bar("training", total=state.max_steps, unit="steps", done=state.global_step)
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -168,7 +168,7 @@ class StepLog(TrainerCallback):
             self._evaluation = self._job.part("evaluating", len(kwargs["eval_dataloader"]), "batches")
         self._evaluation.advance()
 
-    def part(self, description: str, total: int, unit: str) -> Job | None:
+    def part(self, description: str, total: int, unit: str) -> ProgressBar | None:
         """The progress of a part of the evaluation, below that of training; None where this process shows none."""
         return self._job.part(description, total, unit) if self._job else None
 

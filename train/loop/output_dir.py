@@ -7,7 +7,7 @@ from typing import TextIO
 from train.errors import UserError
 from train.ranks import is_first_rank
 from train.recipe import Recipe
-from train.storage.file_lock import HeldError, hold
+from train.storage.file_lock import LockHeldError, acquire_lock
 
 _MODELS = ("model.safetensors", "pytorch_model.bin")
 
@@ -62,8 +62,8 @@ def lock_output_dir(output_dir: str) -> TextIO | None:
         return None
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        return hold(Path(output_dir, LOCK))
-    except HeldError as holder:
+        return acquire_lock(Path(output_dir, LOCK))
+    except LockHeldError as holder:
         raise UserError(
             f"output_dir: another run is writing to {output_dir} ({holder}). Wait for its end, stop it, or name "
             "another folder."

@@ -12,8 +12,8 @@ from train.loop.checkpoint.manifest import COMPLETE, folders
 from train.loop.run_outcome import restarts
 from train.ranks import is_first_rank
 from train.recipe import Recipe
-from train.reporting.markdown import load_pyplot
-from train.resampling import FEWEST
+from train.reporting.plots import load_pyplot
+from train.resampling import MIN_GROUPS
 from train.storage.atomic_write import write_text
 from train.storage.jsonl import read_metrics
 from train.system_gain.evaluator import FILE as GAIN_FILE
@@ -142,7 +142,7 @@ def _write_report(output_dir: Path, screen: str, seconds: float) -> None:
         first, last = min(gains), loaded[-1] if loaded and loaded[-1] in gains else max(gains)
         name = "system gain in nats per token" + (f", after step {first} and {last}" if first != last else "")
         if "eval_system_gain_low" not in gains[last] and isinstance(gains[last]["eval_system_gain"], float):
-            name += f" (of fewer than {FEWEST} instructions: no interval)"
+            name += f" (of fewer than {MIN_GROUPS} instructions: no interval)"
         shown = [_with_interval(gains[step], "eval_system_gain") for step in dict.fromkeys((first, last))]
         rows.append((name, " -> ".join(shown)))
         picture = _picture(draw_gain, list(gains.values()), output_dir / "system_gain.png")

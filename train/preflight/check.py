@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from train.cli import OutputLostError
 from train.data.chat.system_role import Probe
 from train.data.prepare import examine
 from train.errors import UserError
@@ -52,13 +53,16 @@ def check(
         model_notes=model_notes,
     )
     faults = [report.error] if report.error else []
-    reader_left = None
+    output_lost = None
     try:
         show(report, [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()], Console(file=sys.stdout))
     except UserError as fault:
         faults.append(str(fault))
-    except BrokenPipeError as fault:
-        reader_left = fault
+    except OutputLostError as lost:
+        if lost.reader_left:
+            output_lost = lost
+        else:
+            faults.append(str(lost))
     if json_file:
         try:
             write(dataclasses.asdict(report), json_file)
@@ -66,5 +70,5 @@ def check(
             faults.append(str(fault))
     if faults:
         raise UserError(" ".join(faults))
-    if reader_left:
-        raise reader_left
+    if output_lost:
+        raise output_lost

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
-from train.storage.atomic_write import replacing, write_text
+from train.storage.atomic_write import atomic_write, write_text
 
 KEYS = frozenset({"ready", "error", "model", "training", "schedule", "examples"})
 """Every report has these; a file without them is something else."""
@@ -37,7 +37,7 @@ def discard_earlier(name: str) -> Path:
 def write(report: dict[str, Any], path: Path) -> None:
     """Write the report, under a name for the meantime until it is whole. Raises UserError where that can't be done."""
     try:
-        with replacing(path) as [unfinished]:
+        with atomic_write(path) as [unfinished]:
             write_text(unfinished, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     except OSError as fault:
         raise _refuse(path, fault) from fault

@@ -5,7 +5,6 @@
 reads, encodes and packs the rows as training would, loads no weights and starts no process group.
 """
 
-import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -18,7 +17,7 @@ from rich.text import Text
 from train.data.diagnostics import describe_outcome, describe_unread
 from train.data.stats import Bin
 from train.errors import UserError
-from train.formatting import counted, shorten, visible, wrap
+from train.formatting import format_count, shorten, visible, wrap
 from train.preflight.plan.plan import describe
 from train.preflight.report import Example, PartReport, Piece, Report
 from train.recipe.schedule import Rhythm
@@ -45,9 +44,9 @@ _POLICIES = {
 
 
 def show(report: Report, control_tokens: Sequence[str], console: Console) -> None:
-    """Print the page: what is trained is coloured where `console` can, or else stands between marks.
+    """Print the page; trained text is coloured where `console` can, and stands between marks otherwise.
 
-    Raises UserError where it can't be printed, BrokenPipeError where nobody reads on.
+    Raises UserError where standard output is closed, OutputLostError (see `run_command`) where it can't be written.
     """
     if sys.stdout is None:
         raise UserError("standard output is closed, so the report can't be shown. Leave it open.")
@@ -59,14 +58,7 @@ def show(report: Report, control_tokens: Sequence[str], console: Console) -> Non
             console.print(shown, soft_wrap=True)
         text = captured.get()
     encoding = console.encoding
-    try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), end="", file=console.file, flush=True)
-    except OSError as fault:
-        # Python flushes once more as it ends, and would print a traceback for it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), console.file.fileno())
-        if isinstance(fault, BrokenPipeError):
-            raise
-        raise UserError(f"standard output can't be written: {fault.strerror}.") from fault
+    print(text.encode(encoding, "backslashreplace").decode(encoding), end="", file=console.file, flush=True)
 
 
 def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width: int) -> Text:
@@ -135,7 +127,7 @@ def _show_examples(
     marks = None if coloured else marks_for(piece for example in examples for piece in example.pieces)
     if examples:
         how = "is green" if marks is None else f"stands between {marks[0]} and {marks[1]}"
-        about = f"{counted(len(examples), 'example row')}; what is trained {how}"
+        about = f"{format_count(len(examples), 'example row')}; what is trained {how}"
         if any(fit(piece, example, control) != piece.text for example in examples for piece in example.pieces):
             about += f". Long turns are shortened; a system message is shown whole up to {_SYSTEM_WHOLE:,} characters"
         text.append(f"{wrap(about, width)}\n", "bold")
@@ -186,18 +178,18 @@ def _describe_part(part: PartReport) -> list[str]:
     system = part.rows_with_system_message / max(part.rows, 1)
     default = part.rows_with_default_system
     lines = [
-        f"{counted(part.rows, 'row')}, {counted(part.tokens, 'token')}, {share:.1%} of them trained",
+        f"{format_count(part.rows, 'row')}, {format_count(part.tokens, 'token')}, {share:.1%} of them trained",
         f"{system:.1%} of the rows have a system message of their own, {part.distinct_system_messages:,} distinct"
-        + (f"; {counted(default, 'row')} with the default" if default else ""),
+        + (f"; {format_count(default, 'row')} with the default" if default else ""),
     ]
     if part.rows_of_conversations > part.conversations:
         lines.append(
-            f"{counted(part.conversations, 'conversation')} became {counted(part.rows_of_conversations, 'row')}, as "
+            f"{format_count(part.conversations, 'conversation')} became {format_count(part.rows_of_conversations, 'row')}, as "
             "the template rewrites earlier turns"
         )
     if part.filling is not None:
         lines.append(
-            f"packed into {counted(part.sequences, 'sequence')}, {part.filling:.1%} full, "
+            f"packed into {format_count(part.sequences, 'sequence')}, {part.filling:.1%} full, "
             f"{part.documents_per_sequence_mean:.1f} rows each on average (at most {part.documents_per_sequence_max:,})"
         )
     if len(set(part.lengths.values())) > 1:
@@ -231,12 +223,12 @@ def _describe_schedule(report: Report) -> list[str]:
     steps = report.schedule
     epochs = f"{steps.epochs:.3g} {'epoch' if steps.epochs == 1 else 'epochs'}"
     lines = [
-        f"{counted(steps.steps, 'step')}: {epochs} of {counted(steps.steps_per_epoch, 'step')} "
-        f"({report.training.tokens:,} tokens); {counted(steps.processes, 'process')}",
-        f"{counted(steps.sequences_per_step, 'sequence')} per step, about {steps.tokens_per_step:,.0f} tokens",
+        f"{format_count(steps.steps, 'step')}: {epochs} of {format_count(steps.steps_per_epoch, 'step')} "
+        f"({report.training.tokens:,} tokens); {format_count(steps.processes, 'process')}",
+        f"{format_count(steps.sequences_per_step, 'sequence')} per step, about {steps.tokens_per_step:,.0f} tokens",
     ]
     if steps.warmup_steps:
-        lines.append(f"warm-up: the first {counted(steps.warmup_steps, 'step')}")
+        lines.append(f"warm-up: the first {format_count(steps.warmup_steps, 'step')}")
     if report.validation:
         lines.append(f"evaluation: {_describe_rhythm(steps.evaluation, 'at the end')}")
     lines.append(f"checkpoints: {_describe_rhythm(steps.saving, 'none, the model is saved at the end')}")
@@ -245,5 +237,5 @@ def _describe_schedule(report: Report) -> list[str]:
 
 def _describe_rhythm(rhythm: Rhythm, never: str) -> str:
     if rhythm.strategy == "steps":
-        return f"every {counted(rhythm.steps or 0, 'step')}"
+        return f"every {format_count(rhythm.steps or 0, 'step')}"
     return {"no": never, "epoch": "after each epoch", "best": "after each best evaluation so far"}[rhythm.strategy]

@@ -21,7 +21,7 @@ from train.model.load import load_config
 from train.preflight.checks import run_faults
 from train.preflight.plan.plan import Cluster, Plan, plan
 from train.recipe import Recipe
-from train.recipe.schedule import Schedule, schedule, schedule_fault, schedule_warnings, sequences_per_step
+from train.recipe.schedule import Schedule, compute_schedule, schedule_error, schedule_warnings, sequences_per_step
 from train.system_gain.validation_rows import describe_gain, gain_refusal, gain_rows
 
 
@@ -143,12 +143,12 @@ def build_report(
     if cluster and recipe.data.packing:  # on so many GPUs rows are packed into whole steps
         whole = sequences_per_step(recipe, processes)
         sequences = max(sequences, min(-(-sequences // whole) * whole, account.rows))
-    steps = schedule(recipe.training, sequences, account.tokens / max(sequences, 1), processes)
+    steps = compute_schedule(recipe.training, sequences, account.tokens / max(sequences, 1), processes)
     faults = [
         refusal(data, recipe.data),
         gain_refusal(recipe, gain),
         *run_faults(recipe, account.sequences, processes),
-        schedule_fault(recipe.training, steps),
+        schedule_error(recipe.training, steps),
         *side_file_faults(recipe, tokenizer),
     ]
     systems = outcome(tokenizer, before, recipe.chat.default_system)

@@ -7,10 +7,10 @@ import numpy as np
 
 from train.data.diagnostics import describe_outcome, describe_unread, outcomes, warnings_of
 from train.data.prepare import Prepared, SplitStats
-from train.formatting import counted, visible, wrap
+from train.formatting import format_count, visible, wrap
 from train.preflight.page import _NAME
 from train.recipe import Recipe
-from train.recipe.schedule import schedule, schedule_warnings
+from train.recipe.schedule import compute_schedule, schedule_warnings
 
 if TYPE_CHECKING:  # --check does without both, and importing them takes seconds
     from transformers import PreTrainedModel
@@ -41,7 +41,7 @@ def screen(
         kind += f" on 4-bit {recipe.quantization.bnb_4bit_quant_type}"
     account = data.train.account
     processes = arguments.world_size * max(arguments.n_gpu, 1)  # of one process without DDP all GPUs take a batch each
-    steps = schedule(recipe.training, len(data.train.rows), account.tokens_per_sequence, processes)
+    steps = compute_schedule(recipe.training, len(data.train.rows), account.tokens_per_sequence, processes)
     warned = [
         *warnings_of(data),
         *float8_warnings(recipe),
@@ -62,8 +62,8 @@ def screen(
         *([("system gain", system_gain)] if system_gain else []),
         (
             "steps",
-            f"{counted(steps.steps, 'step')} of {counted(steps.sequences_per_step, 'sequence')}, about "
-            f"{steps.tokens_per_step:,.0f} tokens; {counted(arguments.world_size, 'process')}",
+            f"{format_count(steps.steps, 'step')} of {format_count(steps.sequences_per_step, 'sequence')}, about "
+            f"{steps.tokens_per_step:,.0f} tokens; {format_count(arguments.world_size, 'process')}",
         ),
         *([("", _describe_waiting(data, model, arguments))] if arguments.world_size > 1 else []),
         ("output", recipe.output_dir),
@@ -95,13 +95,18 @@ def _describe_waiting(data: Prepared, model: "PreTrainedModel", arguments: "SFTC
 
 def _describe(name: str, account: SplitStats, recipe: Recipe) -> list[tuple[str, str]]:
     share = account.trained_tokens / max(account.tokens, 1)
-    lines = [(name, f"{counted(account.rows, 'row')}, {counted(account.tokens, 'token')}, {share:.1%} of them trained")]
+    lines = [
+        (
+            name,
+            f"{format_count(account.rows, 'row')}, {format_count(account.tokens, 'token')}, {share:.1%} of them trained",
+        )
+    ]
     if recipe.data.packing:
         filling = account.tokens / max(account.sequences * recipe.data.max_length, 1)
-        sequences = counted(account.sequences, "sequence")
+        sequences = format_count(account.sequences, "sequence")
         lines.append(("", f"packed into {sequences} of {recipe.data.max_length:,}, {filling:.1%} full"))
     if account.overlong_tokens:
-        lost = f"{counted(account.overlong_tokens, 'token')} lost from rows over {recipe.data.max_length:,} tokens"
+        lost = f"{format_count(account.overlong_tokens, 'token')} lost from rows over {recipe.data.max_length:,} tokens"
         lines.append(("", lost))
     return lines
 

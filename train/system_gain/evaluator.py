@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from train.errors import UserError
 from train.ranks import is_first_rank
 from train.recipe import Recipe
-from train.storage.atomic_write import replacing, write_text
+from train.storage.atomic_write import atomic_write, write_text
 from train.storage.jsonl import read_metrics
 from train.system_gain.metric import MEASURES, system_gain
 from train.system_gain.variants import Variants
@@ -66,7 +66,7 @@ class ValidationGain:
         """
         try:
             kept = [line for line in self._earlier() if line["step"] < record["step"]]
-            with replacing(self._path) as [unfinished]:  # a full disk must not cost the lines that were there
+            with atomic_write(self._path) as [unfinished]:  # a full disk must not cost the lines that were there
                 write_text(unfinished, "".join(json.dumps(line) + "\n" for line in [*kept, record]))
         except OSError as fault:
             print(f"warning: {self._path} can't be written: {fault.strerror}", flush=True)

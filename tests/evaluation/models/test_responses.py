@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from train.errors import UserError
 from train.evaluation.models.options import LocalModel, ServedModel
 from train.evaluation.models.responses import generate_answers
-from train.llm.client import RequestFailed
+from train.llm.failures import RequestFailed
 from train.llm.journal import Decoding
 from train.llm.server import Server
 from train.llm.system_role import merge_into_user

@@ -17,7 +17,7 @@ from train.data.sources.source import conversations
 from train.datagen.source_rows import SourcesSection
 from train.errors import UserError
 from train.llm.client import Client
-from train.llm.concurrency import Pauses
+from train.llm.concurrency import Backoff
 from train.multifaceted.collection.config import FilterSection, load_config
 from train.multifaceted.collection.hierarchy import load_hierarchy
 from train.multifaceted.collection.instructions import instructions
@@ -476,7 +476,7 @@ def test_an_empty_answer_that_a_retry_made_up_for_changes_no_row_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     """The second set of the instruction gets an empty answer, and its retry names other preferences to avoid."""
-    impatient = functools.partial(Client, attempts=2, pauses=Pauses(first=0.001, longest=0.002))
+    impatient = functools.partial(Client, attempts=2, backoff=Backoff(first=0.001, longest=0.002))
     monkeypatch.setattr("train.multifaceted.collection.pipeline.Client", impatient)
     seen: Counter[str] = Counter()
 

@@ -21,7 +21,7 @@ from train.data.sources.unused_text import Unread, collect, lost_text
 from train.errors import UserError
 from train.recipe import Source
 from train.storage.checksum import digest_of_files
-from train.storage.local_paths import may_be_hub_id, missing_part
+from train.storage.local_paths import describe_missing_path, looks_like_hub_id
 
 _SPLITS = {
     "train": ("train", "training"),
@@ -103,10 +103,10 @@ def open_source(source: Source, allow_pickle: bool = False) -> OpenSource:
         files, companions = _without_companions(files)
         if not files:
             raise UserError(f"{source.path}: no file of rows matches this pattern{_only(companions)}.")
-    elif may_be_hub_id(source.path):
+    elif looks_like_hub_id(source.path):
         return _hub(source)
     else:
-        raise UserError(f"{source.path}: {missing_part(path)}")
+        raise UserError(f"{source.path}: {describe_missing_path(path)}")
     _refuse_hub_keys(source, files_have_splits=path.is_dir())
     return OpenSource(
         [_printable(file) for file in files],
@@ -322,7 +322,7 @@ def _hub(source: Source) -> OpenSource:
     except Exception as fault:  # of many libraries, and all of them about the id, the split, the login or the network
         tried = f"split `{source.split}`" + (f", configuration `{source.name}`" if source.name else "")
         tried += f", revision `{source.revision}`" if source.revision else ""
-        here = missing_part(Path(source.path)).rstrip(".")
+        here = describe_missing_path(Path(source.path)).rstrip(".")
         raise UserError(
             f"{source.path}: no file or folder here ({here}), and the Hugging Face hub didn't give a data set of that "
             f"name ({tried}): {type(fault).__name__}: {first_line(fault)}. Check the id, the split and the network; a "

@@ -22,7 +22,7 @@ from train.data.sources.source import OpenSource, chunks_and_format, open_source
 from train.data.tokens.table import Faults, TokensDigest, write
 from train.data.tokens.workers import RowTokenizer, tokenize
 from train.errors import UserError
-from train.progress import Job, job
+from train.progress import ProgressBar, progress_bar
 from train.recipe import Recipe, Source
 
 ROWS = "rows.arrow"
@@ -58,7 +58,7 @@ def source_tokens(
     """The tokens of one source on disk, made now if they aren't there. Raises UserError, naming `key`."""
     try:
         opened = open_source(source, recipe.data.allow_pickle)
-        with job(f"tokenizing {source.path}", unit="rows") as tokenizing:
+        with progress_bar(f"tokenizing {source.path}", unit="rows") as tokenizing:
             made_of = _made_of(source, opened, recipe, tokenizer)
             return find_or_make(
                 cache_folder(recipe),
@@ -95,7 +95,7 @@ def _write(
     digest: str,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
-    tokenizing: Job,
+    tokenizing: ProgressBar,
 ) -> dict[str, Any]:
     """Tokenize a source, which has this digest, into `folder`; what its manifest is to say. Raises UserError."""
     chat = recipe.chat
@@ -129,7 +129,9 @@ def _write(
 class _Counted:
     """The batches as they pass, and what they hold in all."""
 
-    def __init__(self, batches: Iterator[tuple[pyarrow.RecordBatch, Faults]], folder: Path, tokenizing: Job) -> None:
+    def __init__(
+        self, batches: Iterator[tuple[pyarrow.RecordBatch, Faults]], folder: Path, tokenizing: ProgressBar
+    ) -> None:
         self._batches, self._folder, self._job = batches, folder, tokenizing
         self.rows, self.faults, self.digest = 0, Faults(), TokensDigest()
 

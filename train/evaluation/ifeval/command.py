@@ -35,9 +35,9 @@ from train.evaluation.ifeval.rows import (
 )
 from train.evaluation.models.options import ModelOptions, refuse_extra_fields
 from train.evaluation.required_paths import require_file, require_model
-from train.evaluation.results_dir import as_json, exclusive, output_folder, write_results
+from train.evaluation.results_dir import Writer, as_json, exclusive, output_folder, write_results
 from train.llm.journal import Answer, Decoding
-from train.llm.refusals import option_setting
+from train.llm.refusals import option_formatter
 from train.llm.system_role import merge_into_user
 from train.recipe import PathText
 
@@ -68,7 +68,7 @@ class IFEvalOptions(ModelOptions):
 
     def decoding(self) -> Decoding:
         """Return the sampling settings of the answers."""
-        return Decoding.of_settings(
+        return Decoding.from_settings(
             max_tokens=self.max_new_tokens,
             temperature=self.temperature,
             seed=self.seed if self.temperature else None,
@@ -99,9 +99,7 @@ def run(options: argparse.Namespace) -> None:
         require_file("--control", config.control)
     if not config.server:
         require_model("--model", config.model)
-    folder = output_folder(
-        config.model, config.output_dir, remedy="For a hub id or a server, add --output-dir FOLDER."
-    )
+    folder = output_folder(config.model, config.output_dir, remedy="For a hub id or a server, add --output-dir FOLDER.")
     with exclusive(folder, "ifeval"):
         _measure(config, folder)
 
@@ -169,7 +167,7 @@ def _measure(config: IFEvalOptions, folder: Path) -> None:
         record["gap"]["by_rule"] = {rule: estimate.record() for rule, estimate in gap_by_rule.items()}
     unanswered = summarize_unanswered(asked, answers, places)
     text = section(record, places, overall, by_rule, gap, unanswered)
-    files = {
+    files: dict[str, Writer] = {
         "ifeval_answers.jsonl": partial(write_answers, asked=asked, answers=answers),
         "ifeval.json": as_json(record),
         "ifeval.png": partial(plot_shares, places, overall, by_rule),
@@ -206,7 +204,7 @@ def ask(config: IFEvalOptions, asked: Asked, checkers: Checkers, journal: Path) 
             stage="ifeval",
             description="answers",
             wait_for_server=config.wait_for_server,
-            name_setting=option_setting(("temperature",)),
+            format_setting=option_formatter(("temperature",)),
         )
     )
     return {turn: [_checked(next(answers)[0], row, checkers) for row in rows] for turn, rows in asked.items()}

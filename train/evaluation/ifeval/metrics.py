@@ -12,7 +12,15 @@ import numpy as np
 
 from train.evaluation.ifeval.checkers import ConstraintVerdict
 from train.evaluation.ifeval.rows import IFEvalRow
-from train.resampling import DIFFERENCE_OF_SHARES, SHARE, Bounds, Estimate, Method, estimates, why_no_interval
+from train.resampling import (
+    DIFFERENCE_BOUNDS,
+    SHARE_BOUNDS,
+    Bounds,
+    Estimate,
+    IntervalMethod,
+    estimate_means,
+    missing_interval_reason,
+)
 
 MEASURES = {
     "prompt_strict": "prompts whose constraints are all followed, strict",
@@ -31,12 +39,12 @@ class Share:
     high: float | None
     of: int
     prompts: int
-    interval: Method
+    interval: IntervalMethod
 
     @property
     def missing(self) -> str:
-        """Return the reason for a missing interval, as `why_no_interval` gives it."""
-        return why_no_interval(self.interval, self.prompts)
+        """Return the reason for a missing interval, as `missing_interval_reason` gives it."""
+        return missing_interval_reason(self.interval, self.prompts)
 
     def record(self) -> dict[str, Any]:
         """Return the share for JSON."""
@@ -120,15 +128,15 @@ def _of_rule(rows: Sequence[IFEvalRow], rule: str, follows: Callable[[int], Sequ
 
 
 def _share(values: list[float], prompts: list[int], seed: int) -> Share:
-    estimate = _estimate(values, prompts, SHARE, seed, permutations=1)  # a share is not tested against zero
+    estimate = _estimate(values, prompts, SHARE_BOUNDS, seed, permutations=1)  # a share is not tested against zero
     return Share(estimate.mean, estimate.low, estimate.high, len(values), estimate.groups, estimate.interval)
 
 
 def _difference(first: _Scores, second: _Scores, seed: int) -> Estimate:
     differences = [a - b for a, b in zip(first[0], second[0], strict=True)]
-    return _estimate(differences, first[1], DIFFERENCE_OF_SHARES, seed)
+    return _estimate(differences, first[1], DIFFERENCE_BOUNDS, seed)
 
 
 def _estimate(values: list[float], prompts: list[int], bounds: Bounds, seed: int, **options: int) -> Estimate:
     column = np.array(values, np.float64)[:, None]
-    return estimates(column, np.array(prompts, np.int64), np.zeros(1), [bounds], seed=seed, **options)[0]
+    return estimate_means(column, np.array(prompts, np.int64), np.zeros(1), [bounds], seed=seed, **options)[0]

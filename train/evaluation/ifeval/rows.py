@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from train.errors import UserError
 from train.evaluation.jsonl_rows import read_jsonl_rows
 
 SKIPPED = ("language:response_language", "combination:repeat_prompt")
-"""Rules that the official scoring of S-IFEval skips, with every prompt that has one of them: 470 of 541 prompts stay."""
+"""Rules that the official scoring of S-IFEval skips, with every prompt that has one: 470 of 541 prompts stay."""
 PLACES = {"system": "in the system message", "user": "in the user turn"}
 """Turn -> its name in reports."""
 _CONTENTS = (
@@ -64,13 +64,13 @@ class _PublishedRow(BaseModel):
     key: Annotated[int | str, Field(union_mode="left_to_right")]
     prompt: str
     instruction_id_list: list[str] = Field(min_length=1)
-    kwargs: list[dict[str, Any]]
+    arguments: list[dict[str, Any]] = Field(validation_alias=AliasChoices("kwargs"))
     messages: list[_Message] | None = None
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
-        if len(self.kwargs) != len(self.instruction_id_list):
-            raise ValueError(f"kwargs has {len(self.kwargs)} entries for {len(self.instruction_id_list)} rules")
+        if len(self.arguments) != len(self.instruction_id_list):
+            raise ValueError(f"kwargs has {len(self.arguments)} entries for {len(self.instruction_id_list)} rules")
         if self.messages and self.messages[-1].role != "user":
             raise ValueError("messages must end with a user turn")
         return self
@@ -94,7 +94,7 @@ def read_rows(path: Path) -> list[IFEvalRow]:
             published.prompt,
             tuple(published.instruction_id_list),
             # Files from the hub hold every argument of every rule, null if the rule has none.
-            tuple({name: value for name, value in given.items() if value is not None} for given in published.kwargs),
+            tuple({name: value for name, value in given.items() if value is not None} for given in published.arguments),
             tuple(message.model_dump() for message in messages),
             place,
         )
@@ -121,7 +121,7 @@ def match_rows(rows: Sequence[IFEvalRow], control: Sequence[IFEvalRow], path: Pa
 
 
 def refuse_swapped_control(rows: Sequence[IFEvalRow], control: Sequence[IFEvalRow]) -> None:
-    """Raise UserError if constraints of `rows` are not in the system message, or those of `control` not in the user turn.
+    """Raise UserError if `rows` lack system messages, or if `control` has its constraints there.
 
     The gap between the two would measure something else. A control may have a system message (a persona, say), but
     none that contains that of its row. `control`: the same rows in the same order.

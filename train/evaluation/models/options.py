@@ -113,7 +113,7 @@ def refuse_extra_fields(option: str, extra: Mapping[str, Any], own: Mapping[str,
 def server_options(prefix: str = "") -> dict[str, str]:
     """Map phrases of server errors about keys of a configuration to the same about --`prefix`server and so on.
 
-    For `train.errors.naming`.
+    For `train.errors.replace_in_errors`.
     """
     phrases = (
         "it as key_variable",

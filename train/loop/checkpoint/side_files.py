@@ -29,7 +29,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
-from train.cli import CommandLine, ending
+from train.cli import CommandLine, run_command
 from train.errors import USER_FIXABLE_ERRNOS, UserError
 from train.loop.checkpoint.writer import ASIDE
 from train.loop.guards.anomalies import SUSPECTS
@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = CommandLine(description=__doc__)
     parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="where train/sft.py saved the model")
     options = parser.parse_args(arguments)
-    return ending(lambda: write_again(options.output_dir), "stopped; start the same command again")
+    return run_command(lambda: write_again(options.output_dir), "stopped; start the same command again")
 
 
 if __name__ == "__main__":

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
-from train.llm.client import RequestFailed
+from train.llm.failures import RequestFailed
 from train.llm.journal import Answer, Journal, Request
-from train.llm.refusals import NameSetting, advice_on, config_setting, said_in
-from train.llm.replies import UnusableReplyError, answer_in, why_empty
+from train.llm.refusals import SettingFormatter, extract_error_text, format_config_key, suggest_setting
+from train.llm.replies import UnusableReplyError, describe_empty, parse_completion
 from train.llm.request_body import request_body
-from train.llm.server_errors import ErrorBody, error_in, trouble_of
+from train.llm.server_errors import ErrorBody, classify_error, parse_error
 from train.multifaceted.bench.judging import PendingError
-from train.storage.atomic_write import replacing
+from train.storage.atomic_write import atomic_write
 
 URL = "/v1/chat/completions"
 MAX_REQUESTS = 50_000
@@ -78,9 +78,9 @@ def _add_line(batch: BatchAnswers, key: bytes, response: Any, error_object: Any)
     body = response.get("body") if isinstance(response, Mapping) else None
     if status == 200:
         try:
-            answer = answer_in(body, seconds=0.0)
+            answer = parse_completion(body, seconds=0.0)
             if answer.empty:
-                raise UnusableReplyError(why_empty(answer))
+                raise UnusableReplyError(describe_empty(answer))
         except UnusableReplyError as unusable:
             batch.failed[str(unusable)] += 1
             return
@@ -90,13 +90,15 @@ def _add_line(batch: BatchAnswers, key: bytes, response: Any, error_object: Any)
             batch.answers.setdefault(key, answer)
             return
     error_body = (
-        error_in(body, json.dumps(body)) or error_in(error_object, json.dumps(error_object)) or ErrorBody(None, "", "")
+        parse_error(body, json.dumps(body))
+        or parse_error(error_object, json.dumps(error_object))
+        or ErrorBody(None, "", "")
     )
     message = " ".join(error_body.words.split())[:300]
     with_status = f"{status}: {message}".removesuffix(": ")
     server_error = None
     if isinstance(status, int) and status >= 400:
-        server_error = trouble_of(status, message, error_body, {}, longest_wait=0.0)
+        server_error = classify_error(status, message, error_body, {}, longest_wait=0.0)
     if server_error and server_error.kind == "row":
         batch.errors[key] = with_status
         batch.refusals[key] = (body.get("error") if isinstance(body, Mapping) else None) or error_object or body
@@ -111,14 +113,14 @@ class BatchJudgeClient:
 
     - `missing`: the requests without an answer in either, by key.
     - `matched`: the keys of the files' answers that were asked for.
-    - `advice`: the setting to change for the first refused request, as a sentence that `name_setting` words.
+    - `advice`: the setting to change for the first refused request, as a sentence that `format_setting` words.
     """
 
     def __init__(
-        self, journal: Journal, model: str, batch: BatchAnswers, name_setting: NameSetting = config_setting
+        self, journal: Journal, model: str, batch: BatchAnswers, format_setting: SettingFormatter = format_config_key
     ) -> None:
         self.journal, self.model, self.batch = journal, model, batch
-        self.name_setting, self.advice = name_setting, ""
+        self.format_setting, self.advice = format_setting, ""
         self.missing: dict[bytes, Request] = {}
         self.matched: set[bytes] = set()
 
@@ -141,7 +143,7 @@ class BatchJudgeClient:
 
     def _advice_on(self, error: Any, request: Request) -> str:
         body = request_body(self.model, request)
-        advice = advice_on(error, said_in(error, ""), body, request.stage, self.name_setting)
+        advice = suggest_setting(error, extract_error_text(error, ""), body, request.stage, self.format_setting)
         return f"{advice} Then write the batch again, without the file of these errors." if advice else ""
 
 
@@ -163,7 +165,7 @@ def write_batch(
         if name.exists():
             raise UserError(f"--batch-out {name}: exists already. Name a new file, so that no request is sent twice.")
     try:
-        with replacing(*names) as staged:
+        with atomic_write(*names) as staged:
             for file, lines in zip(staged, parts, strict=True):
                 file.write_bytes(b"".join(lines))
     except OSError as error:

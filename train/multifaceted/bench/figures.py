@@ -13,7 +13,7 @@ import numpy as np
 from train.multifaceted.bench.protocol import Protocol
 from train.multifaceted.bench.rows import NOT_STATED
 from train.multifaceted.bench.scoring import JudgedRow, count_reasons, judgements_of, mean_of
-from train.resampling import estimates
+from train.resampling import estimate_means
 
 _SCORES = (1.0, 5.0)
 
@@ -54,7 +54,7 @@ def _estimate(values: Sequence[tuple[int, float | None]], seed: int) -> dict[str
     if scored:
         column = np.array([[score] for _, score in scored])
         rows = np.array([row for row, _ in scored])
-        (estimate,) = estimates(column, rows, np.zeros(1), [_SCORES], seed=seed, permutations=0)
+        (estimate,) = estimate_means(column, rows, np.zeros(1), [_SCORES], seed=seed, permutations=0)
         record = {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
         record |= {"rows": estimate.groups, "interval": estimate.interval}
     return record | {"scored": len(scored), "of": len(values)}

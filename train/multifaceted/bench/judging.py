@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from train.llm.client import RequestFailed
+from train.llm.failures import RequestFailed
 from train.llm.journal import Answer, Request
-from train.llm.reasoning.answer import LEFT, events_of, read_answer
+from train.llm.reasoning.answer import LEFTOVER_EVENTS, list_events, read_answer
 from train.multifaceted.bench.protocol import JudgeSettings
 from train.multifaceted.bench.rows import BenchRow, Rubric
 from train.multifaceted.judge import parse_score
@@ -119,7 +119,7 @@ async def judge_rubric(
         tokens["prompt"] += answer.prompt_tokens or 0
         tokens["completion"] += answer.completion_tokens or 0
         plain_answer, cleaning = read_answer(answer)
-        cleaned.extend(event for event in events_of(cleaning) if event not in LEFT)
+        cleaned.extend(event for event in list_events(cleaning) if event not in LEFTOVER_EVENTS)
         score = parse_score(plain_answer.text)
         if error := _score_error(plain_answer, score):
             errors.append(error)

@@ -19,11 +19,11 @@ import numpy as np
 from train.data.sources.formats import RowFault
 from train.data.sources.source import read_rows
 from train.errors import UserError
-from train.formatting import counted
+from train.formatting import format_count
 from train.multifaceted.bench.protocol import GOOD, noted_of, protocol_of, refuse_other_protocol
 from train.recipe import Source
 from train.reporting.conditions import changes, unknown
-from train.resampling import SHARE, Bounds, Estimate, estimates, explain_missing
+from train.resampling import SHARE_BOUNDS, Bounds, Estimate, estimate_means, explain_missing_intervals
 
 OUTCOMES = ("win of the first", "win of the second", "both good", "both bad")
 _DIFFERENCE = (-4.0, 4.0)  # scores are 1 to 5
@@ -95,7 +95,7 @@ class PairwiseComparison:
             f"p = {change.p:.2g} (sign-flip test).",
         ]
         skipped = [
-            f"{counted(count, 'row')} {reason}"
+            f"{format_count(count, 'row')} {reason}"
             for count, reason in (
                 (self.only_first, f"only in {first}"),
                 (self.only_second, f"only in {second}"),
@@ -106,7 +106,7 @@ class PairwiseComparison:
         if skipped:
             lines.append(f"Skipped: {', '.join(skipped)}.")
         lines += [f"Note: {note}." for note in self.notes]
-        lines += explain_missing("\n".join(lines))
+        lines += explain_missing_intervals("\n".join(lines))
         return "\n".join(lines) + "\n"
 
 
@@ -156,8 +156,8 @@ def compare_pairwise(
         raise UserError(f"{first} and {second}: no row has a score in both.{reason}")
     table = np.array([[name == outcome for name in OUTCOMES] for outcome in outcomes], np.float64)
     values = np.column_stack([table, differences])
-    bounds: list[Bounds] = [*[SHARE] * len(OUTCOMES), _DIFFERENCE]
-    columns = estimates(values, np.arange(len(values)), np.zeros(values.shape[1]), bounds, seed=seed)
+    bounds: list[Bounds] = [*[SHARE_BOUNDS] * len(OUTCOMES), _DIFFERENCE]
+    columns = estimate_means(values, np.arange(len(values)), np.zeros(values.shape[1]), bounds, seed=seed)
     return PairwiseComparison(
         sides,
         len(outcomes),
@@ -206,11 +206,11 @@ def unfinished_in(rows: Iterable[Mapping[str, Any]]) -> str:
             judgements = (judgement for runs in answer.get("judgements") or () for judgement in runs if judgement)
             pending += sum(judgement.get("missing") == "pending" for judgement in judgements)
     partly_scored = [
-        f"{counted(count, 'row')} scored by {scored:,} of {'its' if count == 1 else 'their'} {total:,} rubrics"
+        f"{format_count(count, 'row')} scored by {scored:,} of {'its' if count == 1 else 'their'} {total:,} rubrics"
         for (scored, total), count in sorted(partly.items())
     ]
     if pending:
-        return "; ".join([f"is not finished: {counted(pending, 'judgement')} pending", *partly_scored])
+        return "; ".join([f"is not finished: {format_count(pending, 'judgement')} pending", *partly_scored])
     return f"has {'; '.join(partly_scored)} (compared by the rubrics scored in both)" if partly_scored else ""
 
 

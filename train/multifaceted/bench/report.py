@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from train.datagen.drop_reasons import unread_warning
-from train.formatting import counted
+from train.formatting import format_count
 from train.llm.failures import SHOWN_IN_REPORT
 from train.llm.journal import Decoding
-from train.llm.reasoning.answer import advice_on
+from train.llm.reasoning.answer import format_advice
 from train.multifaceted.bench.figures import figures
 from train.multifaceted.bench.judging import NO_SCORE, PROMPT_VERSION
 from train.multifaceted.bench.protocol import (
@@ -26,13 +26,15 @@ from train.multifaceted.bench.protocol import (
 )
 from train.multifaceted.bench.rows import Bench, BenchRow
 from train.multifaceted.bench.scoring import WRITE_AGAIN, JudgedRow
-from train.reporting.markdown import error_bars, load_pyplot, shortened
-from train.resampling import explain_missing, why_no_interval
+from train.reporting.markdown import truncate_middle
+from train.reporting.plots import BarSeries, bar_plot
+from train.resampling import explain_missing_intervals, missing_interval_reason
 
 HEADING = "## Multifaceted Bench"
 _ASKED_AGAIN = "The same command requests only these again."
 _SAMPLES = 3
 _MAX_SUBDIMENSIONS = 40
+_MAX_SOURCES_IN_PLOT = 20
 _SUSPICIOUS_SHARE = 0.5
 """Answers of several sentences, sampled at temperature 1, are hardly ever the same word for word."""
 
@@ -91,7 +93,7 @@ def deviations(bench: Bench, protocol: Protocol, decoding: Decoding | None, with
     if ours != papers:
         lines.append(f"the judge answers with {_shown_fields(ours)}; in the paper {_shown_fields(papers)}")
     if settings.runs != PAPERS_RUNS:
-        lines.append(f"{counted(settings.runs, 'run')} of the judge, in the paper {PAPERS_RUNS}")
+        lines.append(f"{format_count(settings.runs, 'run')} of the judge, in the paper {PAPERS_RUNS}")
     if decoding is None:
         lines.append("the responses come from a file: their sampling settings are not known")
     else:
@@ -105,7 +107,9 @@ def deviations(bench: Bench, protocol: Protocol, decoding: Decoding | None, with
     if len(bench.rows) < bench.rows_in_data:
         lines.append(f"{len(bench.rows):,} of the data's {bench.rows_in_data:,} rows (--limit)")
     if bench.rows_in_data != ROWS_OF_THE_BENCH:
-        lines.append(f"the data has {counted(bench.rows_in_data, 'row')}, Multifaceted Bench {ROWS_OF_THE_BENCH:,}")
+        lines.append(
+            f"the data has {format_count(bench.rows_in_data, 'row')}, Multifaceted Bench {ROWS_OF_THE_BENCH:,}"
+        )
     return lines
 
 
@@ -123,7 +127,7 @@ def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow], *, batch: b
     lines += [part for warning in warnings(record, batch=batch) for part in (f"**Warning: {warning}**", "")]
     if not record["complete"]:
         pending = missing["judgements_missing"]["pending"]
-        are_pending = counted(pending, "judgement", "is", "are")
+        are_pending = format_count(pending, "judgement", "is", "are")
         lines += [f"**Not finished: {are_pending} pending; the figures below are without them.**", ""]
     if record["deviations"]:
         lines += ["Deviations from the paper's protocol:", "", *(f"- {line}" for line in record["deviations"]), ""]
@@ -140,7 +144,7 @@ def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow], *, batch: b
     lines += [
         "",
         "Counts are rows for `all rows` and sources, rubrics for the other lines.",
-        *explain_missing("\n".join(lines)),
+        *explain_missing_intervals("\n".join(lines)),
     ]
     if len(largest) > len(shown):
         lines += [f"bench.json has {len(largest) - len(shown):,} more kinds of rubrics."]
@@ -199,13 +203,13 @@ def warnings(record: Mapping[str, Any], *, batch: bool = False) -> list[str]:
     unread = sum(kinds.get(kind, 0) for kind in ("unparsable", "refused", "unfinished"))
     unanswered = sum(missing["why_no_response"].values()) + missing["judgements_missing"]["no answer"]
     missing_answers = [
-        f"{counted(unanswered, 'answer', 'is', 'are')} missing, of the model or of the judge, and not part of any mean "
+        f"{format_count(unanswered, 'answer', 'is', 'are')} missing, of model or judge, and not part of any mean "
         f"(reasons: report.md). {WRITE_AGAIN if batch else _ASKED_AGAIN}"
     ]
     cleaned = {f"judge: {event}": count for event, count in missing["judge_answers_cleaned"].items()}
     return (
         missing_answers * bool(unanswered)
-        + advice_on(cleaned)
+        + format_advice(cleaned)
         + unread_warning(
             f"--judge {record['judge']['model']}",
             unread,
@@ -220,7 +224,7 @@ def _headline(record: Mapping[str, Any]) -> str:
     score, judge = record["score"], record["judge"]
     mean = "no score" if score["mean"] is None else f"{_shown(score)} of 5"
     text = f"**{record['model']}: {mean}**, judged by {judge['model']}, the mean of "
-    text += f"{counted(len(record['runs']['numbers']), 'run')} over {counted(score['scored'], 'row')}"
+    text += f"{format_count(len(record['runs']['numbers']), 'run')} over {format_count(score['scored'], 'row')}"
     if record["rows"] < record["rows_of_the_data"]:
         text += f" (the first {record['rows']:,} of {record['rows_of_the_data']:,}: not the complete bench)"
     return text + "."
@@ -228,10 +232,12 @@ def _headline(record: Mapping[str, Any]) -> str:
 
 def _about_missing(missing: Mapping[str, Any]) -> str:
     kinds, errors = missing["judgements_missing"], missing["judge_answers_without_score"]
-    text = f"Missing: {sum(kinds.values()):,} of {counted(missing['judgements'], 'judgement')}"
+    text = f"Missing: {sum(kinds.values()):,} of {format_count(missing['judgements'], 'judgement')}"
     if any(kinds.values()):
         text += f" ({_counts({kind: count for kind, count in kinds.items() if count})})"
-    text += f"; {sum(errors.values()):,} of {counted(missing['judge_answers'], 'answer')} of the judge without a score"
+    text += (
+        f"; {sum(errors.values()):,} of {format_count(missing['judge_answers'], 'answer')} of the judge without a score"
+    )
     if errors:
         text += f" ({_counts(errors)})"
     text += (
@@ -251,8 +257,11 @@ def _about_missing(missing: Mapping[str, Any]) -> str:
 def _why_missing(missing: Mapping[str, Any]) -> list[str]:
     """List the reasons for missing answers, followed by a blank line."""
     lines = [
-        f"- {missing_part}, {counted(count, 'time')}: {reason}"
-        for missing_part, name in (("no response", "why_no_response"), ("no answer of the judge", "why_no_judgement"))
+        f"- {describe_missing_path}, {format_count(count, 'time')}: {reason}"
+        for describe_missing_path, name in (
+            ("no response", "why_no_response"),
+            ("no answer of the judge", "why_no_judgement"),
+        )
         for reason, count in list(missing[name].items())[:SHOWN_IN_REPORT]
     ]
     return [*lines, ""] if lines else []
@@ -266,7 +275,7 @@ def _about_runs(runs: Mapping[str, Any], asked: int) -> str:
     if runs["std_within_a_rubric"] is not None:
         text += (
             f"; within a rubric {runs['std_within_a_rubric']:.2f} on average, and "
-            f"{runs['rubrics_in_agreement']:.0%} of {counted(runs['rubrics_with_two_runs'], 'rubric')} "
+            f"{runs['rubrics_in_agreement']:.0%} of {format_count(runs['rubrics_with_two_runs'], 'rubric')} "
             "got the same score in all runs"
         )
     if len(runs["numbers"]) < asked:
@@ -290,7 +299,7 @@ def _about_best(best: Mapping[str, Any]) -> str:
     if every := best.get("all_answers"):
         text += f" Mean of all answers: {_shown(every)} (run {', '.join(map(str, every['runs']))})."
     if best["fewer_answers"]:
-        text += f" {counted(best['fewer_answers'], 'row', 'has', 'have')} fewer answers."
+        text += f" {format_count(best['fewer_answers'], 'row', 'has', 'have')} fewer answers."
     return text
 
 
@@ -327,25 +336,19 @@ def _shown(score: Mapping[str, Any]) -> str:
     if score["mean"] is None:
         return "none"
     if score["low"] is None:
-        return f"{score['mean']:.2f} ({why_no_interval(score['interval'], score['rows'])})"
+        return f"{score['mean']:.2f} ({missing_interval_reason(score['interval'], score['rows'])})"
     return f"{score['mean']:.2f} [{score['low']:.2f}, {score['high']:.2f}]"
 
 
 def plot_scores(record: Mapping[str, Any], path: Path) -> None:
     """Save a PNG of the scores with their intervals: overall, by source and by dimension."""
-    pyplot = load_pyplot()
     bars: list[tuple[str, Mapping[str, Any]]] = [("all rows", record["score"])]
-    bars += [(f"source: {name}", one) for name, one in list(record["by_source"].items())[:20]]
-    bars += [(f"dimension: {name}", one) for name, one in record["by_dimension"].items()]
-    bars = [(name, one) for name, one in bars if one["mean"] is not None]
-    figure, axes = pyplot.subplots(figsize=(9, 0.4 * len(bars) + 1.4), dpi=100, layout="constrained")
-    means = [one["mean"] for _, one in bars]
-    ends = error_bars((one["mean"], one["low"], one["high"]) for _, one in bars)
-    axes.barh(range(len(bars)), means, 0.7, xerr=ends, color="tab:blue", capsize=2)
-    axes.set_yticks(range(len(bars)), [shortened(name, 48) for name, _ in bars])
-    axes.invert_yaxis()
-    axes.set_xlim(1, 5)
-    axes.set_xlabel(shortened(f"score by {record['judge']['model']}", 80) + ", 1 to 5 (95 %)")
-    figure.suptitle(shortened(f"Multifaceted Bench: {record['model']}", 90), fontsize=11)
-    figure.savefig(path)
-    pyplot.close(figure)
+    bars += [(f"source: {name}", score) for name, score in list(record["by_source"].items())[:_MAX_SOURCES_IN_PLOT]]
+    bars += [(f"dimension: {name}", score) for name, score in record["by_dimension"].items()]
+    bars = [(name, score) for name, score in bars if score["mean"] is not None]
+    names = [truncate_middle(name, 48) for name, _ in bars]
+    series = [BarSeries([(score["mean"], score["low"], score["high"]) for _, score in bars])]
+    title = truncate_middle(f"Multifaceted Bench: {record['model']}", 90)
+    xlabel = truncate_middle(f"score by {record['judge']['model']}", 80) + ", 1 to 5 (95 %)"
+    with bar_plot(path, title, xlabel, names, series) as axes:
+        axes.set_xlim(1, 5)

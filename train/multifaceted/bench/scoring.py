@@ -28,7 +28,7 @@ from train.data.sources.formats import Message
 from train.errors import UserError
 from train.llm.client import Client
 from train.llm.failures import FailureReasons
-from train.llm.finish_reasons import unfinished
+from train.llm.finish_reasons import describe_unfinished
 from train.llm.ordered_map import map_ordered
 from train.llm.progress import progress
 from train.multifaceted.bench.judging import JudgeClient, Judgement, judge_rubric
@@ -60,7 +60,7 @@ class Response:
         """Return why it is not a complete response, as reports name it; empty if it is complete or not known."""
         if self.refused:
             return "refused"
-        return unfinished(self.finish_reason) if self.finish_reason else ""
+        return describe_unfinished(self.finish_reason) if self.finish_reason else ""
 
 
 @dataclass(frozen=True, slots=True)

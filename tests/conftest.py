@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -114,33 +114,30 @@ def tiny_chat_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
-def evaluate_script() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(ROOT / "scripts"))
+def evaluate_script() -> ModuleType:
+    """scripts/evaluate.py as a module: `import evaluate` may find a library of that name."""
     spec = importlib.util.spec_from_file_location("evaluate_command_of_evaluation", ROOT / "scripts" / "evaluate.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(ROOT / "scripts"))
+    return module
 
 
 @pytest.fixture(scope="session")
 def command(evaluate_script: ModuleType) -> Callable[..., int]:
-    """Runs a command of scripts/evaluate.py in this process: its exit code."""
+    """Run a command of scripts/evaluate.py in this process; the exit code."""
 
     def run(*arguments: object) -> int:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-            try:
-                return evaluate_script.main()
-            except SystemExit as end:  # argparse's own
-                return int(end.code)
+        try:
+            return evaluate_script.main([*map(str, arguments)])
+        except SystemExit as end:  # argparse's own
+            return int(end.code)
 
     return run
 
 
 @pytest.fixture
 def says_no(command: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that the user must mend: what it says after `error: `."""
+    """Run a command that ends with an error of the user's; its message after `error: `."""
 
     def run(*arguments: object) -> str:
         capsys.readouterr()

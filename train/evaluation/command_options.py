@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from train.cli import duration_seconds
+from train.cli import duration_seconds, json_object
 from train.recipe import Section
 from train.recipe.validation import validate_settings
 from train.recipe.yaml_document import Document, KeyPath, Place
@@ -44,6 +44,8 @@ def add_options(parser: argparse.ArgumentParser, section: type[Section], *, comm
             keywords["type"] = parse_path_or_id
         elif name in _DURATIONS:
             keywords["type"] = duration_seconds
+        elif dict in kinds:
+            keywords["type"] = json_object
         if tuple in kinds:
             keywords |= {"action": "extend", "nargs": "+"}
         parser.add_argument(option, **keywords)

@@ -43,14 +43,20 @@ def read_jsonl_rows(path: Path, model: type[Row], contents: str, prefix: str = "
 
 
 def _first_error(error: ValidationError) -> str:
-    """Return the key and the message of the first error."""
-    details = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in details["loc"] if not str(part).startswith("function-"))
-    message = details["msg"].removeprefix("Value error, ")
+    """Return the missing keys or, if there are none, the key and the message of the first error."""
+    errors = error.errors(include_url=False)
+    if missing := [_key(details) for details in errors if details["type"] == "missing"]:
+        return f"there is no {', no '.join(missing)}"
+    details = errors[0]
+    message = details["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if details["type"] == "model_type":
-        return f"found a {type(details['input']).__name__}, not an object"
-    if details["type"] == "missing":
-        return f"`{key}` is missing"
+        kind = f"a {type(details['input']).__name__}, not an object"
+        return f"{_key(details)} is {kind}" if details["loc"] else f"found {kind}"
+    if not details["loc"]:
+        return message
     given = json.dumps(details["input"], ensure_ascii=False, default=str)
-    shown = f" (found {given})" if key and len(given) <= 60 else ""
-    return f"`{key}`: {message}{shown}" if key else message
+    return f"{_key(details)} {message}" + (f" (found {given})" if len(given) <= 60 else "")
+
+
+def _key(details: Any) -> str:
+    return f"`{'.'.join(map(str, details['loc']))}`"

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from train.errors import UserError
 from train.evaluation.jsonl_rows import read_jsonl_rows
@@ -61,11 +61,18 @@ class _PublishedRow(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    key: Annotated[int | str, Field(union_mode="left_to_right")]
+    key: Any
     prompt: str
     instruction_id_list: list[str] = Field(min_length=1)
     arguments: list[dict[str, Any]] = Field(validation_alias=AliasChoices("kwargs"))
     messages: list[_Message] | None = None
+
+    @field_validator("key")
+    @classmethod
+    def _check_key(cls, key: Any) -> int | str:
+        if isinstance(key, bool) or not isinstance(key, int | str):
+            raise ValueError("must be an integer or text")
+        return key
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:

@@ -1,5 +1,6 @@
 """The model under evaluation: the options that name it, and the two kinds of models that they name."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -108,6 +109,10 @@ def refuse_extra_fields(option: str, extra: Mapping[str, Any], own: Mapping[str,
         setting = own[name][0] if name in own else ""
         key_variable = option.replace("extra", "key-variable")
         raise UserError(f"{option}: `{name}`: {reason.format(setting=setting, key_variable=key_variable)}")
+    try:
+        json.dumps(extra, allow_nan=False)
+    except ValueError:
+        raise UserError(f"{option}: holds a number that JSON cannot represent (.inf or .nan).") from None
 
 
 def server_options(prefix: str = "") -> dict[str, str]:

@@ -166,4 +166,4 @@ def _older_side(
         return "one of the two"
     older, version = (first, versions[0]) if versions[0] < versions[1] else (second, versions[1])
     model = f"the model of {older.removeprefix('--against ')}"
-    return f"{model} (version {version} of the judge's prompt is no longer available)"
+    return f"{model} (version {version} of the judge's prompt has been replaced)"

@@ -1,6 +1,7 @@
 """What the tests share: a real small model and tokenizer, a tiny one with random weights, Mistral's tokenizer."""
 
 import atexit
+import gc
 import importlib.util
 import json
 import os
@@ -29,6 +30,18 @@ WORDS = "river stone cloud amber seven quiet window paper north candle orbit map
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whole runs first: one that is left for the end keeps a single worker busy while the others have nothing to do."""
     items.sort(key=lambda item: ("integration" not in item.path.parts, item.path.parent != Path(__file__).parent))
+
+
+_frozen_modules = 0
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Exclude imported modules from garbage collection: a run collects before training, 2 s with all of torch and TRL."""
+    global _frozen_modules
+    if len(sys.modules) > _frozen_modules + 100:
+        gc.collect()
+        gc.freeze()
+        _frozen_modules = len(sys.modules)
 
 
 @pytest.fixture(scope="session")
@@ -113,13 +126,25 @@ def tiny_chat_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
+def _load_script(name: str) -> ModuleType:
+    """Import scripts/NAME.py under another module name, with scripts/ on the import path meanwhile."""
+    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "scripts")
+        spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="session")
 def evaluate_script() -> ModuleType:
-    """scripts/evaluate.py as a module: `import evaluate` may find a library of that name."""
-    spec = importlib.util.spec_from_file_location("evaluate_command_of_evaluation", ROOT / "scripts" / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return _load_script("evaluate")
+
+
+@pytest.fixture(scope="session")
+def submit_script() -> ModuleType:
+    return _load_script("submit")
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +162,7 @@ def command(evaluate_script: ModuleType) -> Callable[..., int]:
 
 @pytest.fixture
 def says_no(command: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that ends with an error of the user's; its message after `error: `."""
+    """Runs a command that the user must mend: what it says after `error: `."""
 
     def run(*arguments: object) -> str:
         capsys.readouterr()
@@ -238,7 +263,7 @@ class Loaded(NamedTuple):
 
     train: list["ReadRow"]
     validation: list["ReadRow"]
-    faults: dict[str, Any]
+    errors: dict[str, Any]
 
 
 class ReadRow(NamedTuple):
@@ -263,14 +288,14 @@ def load(recipe_file: Callable[..., Path]) -> Callable[..., Loaded]:
 
         def rows(part: Any) -> list[ReadRow]:
             found = []
-            for number, row in enumerate(part.rows._chosen.tolist()):
-                turns = tokenizer.decode(part.rows[number]["input_ids"]).split("<|im_start|>")[1:]
+            for number, row in enumerate(part.dataset._chosen.tolist()):
+                turns = tokenizer.decode(part.dataset[number]["input_ids"]).split("<|im_start|>")[1:]
                 turns = [turn.removesuffix("<|im_end|>\n").split("\n", 1) for turn in turns]
                 messages = [{"role": role, "content": content} for role, content in turns]
-                found.append(ReadRow(messages, part.rows._rows.place(row)))
+                found.append(ReadRow(messages, part.dataset._rows.place(row)))
             return found
 
         validation = rows(prepared.validation) if prepared.validation else []
-        return Loaded(rows(prepared.train), validation, dict(prepared.faults))
+        return Loaded(rows(prepared.train), validation, dict(prepared.errors))
 
     return read

@@ -19,7 +19,7 @@ from benchmarks.process import end, last_words, running, words
 from benchmarks.training_settings import Contender, Lengths, Task, chosen, every, usual
 from benchmarks.training_table import line_of, markdown, ratios, shown
 from train.errors import UserError
-from train.preflight.json_report import write
+from train.preflight.json_report import write_json
 from train.progress import ProgressBar, progress_bar
 
 _LINES_OF_A_FAILURE = 60
@@ -102,7 +102,7 @@ class Record:
 
     def _save(self) -> None:
         table = self.table()
-        write({**self._content, "table": table, "ratios": ratios(table)}, self._file)
+        write_json({**self._content, "table": table, "ratios": ratios(table)}, self._file)
 
     def _refuse_others(self, lengths: Lengths, call: dict[str, Any]) -> None:
         name, before = self._file, self._content

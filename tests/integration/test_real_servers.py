@@ -13,7 +13,7 @@ import yaml
 from real_servers import ROOT, RealServer, free_port, running
 from transformers import AutoTokenizer
 
-from train.data.sources.source import conversations
+from train.data.sources.source import read_conversations
 from train.multifaceted.judge import parse_score
 from train.recipe import Source
 
@@ -64,7 +64,7 @@ def report(folder: Path) -> dict[str, Any]:
 
 def written(folder: Path) -> list[list[dict[str, Any]]]:
     """Return the messages of each written row."""
-    return [row.messages for _, row in conversations(Source(path=str(folder / "out" / "data")))]
+    return [row.messages for _, row in read_conversations(Source(path=str(folder / "out" / "data")))]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -149,7 +149,9 @@ def test_the_bench_keeps_each_answer_and_makes_no_score_of_what_holds_none(
     assert row["answers"][0]["finish_reason"] in ("length", "stop")
     judgements = [judgement for (judgement,) in row["answers"][0]["judgements"]]
     assert [len(judgement["texts"]) for judgement in judgements] == [1] * 4
-    assert [parse_score(judgement["texts"][0]) for judgement in judgements] == [one["score"] for one in judgements]
+    assert [parse_score(judgement["texts"][0]) for judgement in judgements] == [
+        judgement["score"] for judgement in judgements
+    ]
     unread = sum(judgement["score"] is None for judgement in judgements)
     missing = record["missing"]["judgements_missing"]
     assert missing["unparsable"] + missing.get("unfinished", 0) == unread

@@ -15,13 +15,13 @@ from train.data.prepare import Prepared, prepare
 from train.errors import UserError
 from train.loop.arguments import training_arguments
 from train.loop.checkpoint.resume import find_checkpoint
-from train.loop.guards.packing_isolation import measure
+from train.loop.guards.packing_isolation import measure_isolation
 from train.loop.metrics_log import StepLog
 from train.loop.trainer import JanusTrainer
 from train.model.float8 import Difference, check_start, convert, gpu_fault, layers_of, loss_difference, without_float8
 from train.model.load import load_model
 from train.model.tokenizer import load_tokenizer
-from train.preflight.start_screen import screen
+from train.preflight.start_screen import start_screen
 from train.recipe import Recipe, load_recipe
 from train.sft import main
 
@@ -294,7 +294,7 @@ def test_a_run_is_shown_saved_as_a_plain_model_and_resumed(
     steps = {"max_steps": 6, "num_train_epochs": ..., "save_strategy": "steps", "save_steps": 3}
     recipe = load_recipe(float8_recipe(recipe_file, name, training=steps))
     trainer, data = emulated(recipe)
-    shown = screen(recipe, "chatml", data, trainer.model, trainer.args, width=10_000).splitlines()
+    shown = start_screen(recipe, "chatml", data, trainer.model, trainer.args, width=10_000).splitlines()
     place = next(number for number, line in enumerate(shown) if line.startswith("float8 "))
     first = "model.layers.0.self_attn.q_proj"
     assert shown[place] == f"float8      {name}: 13 of 15 linear layers; as they are: {first}, lm_head"
@@ -351,9 +351,9 @@ def test_the_test_for_leaks_looks_past_shared_scales(recipe_file: Callable[..., 
     """One scale for a tensor ties packed documents together; whether masks do is seen without float8."""
     trainer, _ = emulated(load_recipe(float8_recipe(recipe_file, "tensorwise")))
     trainer.model_wrapped = trainer.model
-    found = measure(trainer)
+    found = measure_isolation(trainer)
     assert (found.change, found.noise) == (0.0, 0.0)
-    assert found.fault() is None
+    assert found.find_error() is None
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ from scripted_model import EIGHT, answer, expected, faulty, row_of, write_rows
 from scripted_server import Asked, Reply, Script, error, served
 from sysgen_runs import configuration, lines, question, run_file, run_with, saying
 
-from train.data.sources.source import conversations
+from train.data.sources.source import read_conversations
 from train.errors import UserError
 from train.recipe import Source
 from train.sysgen.config import load_config
@@ -126,7 +126,7 @@ def test_the_trainer_reads_what_is_written_in_either_format(tmp_path: Path) -> N
         folder = tmp_path / format
         folder.mkdir()
         run_with(answer, folder, rows, output={"format": format, "rows_per_file": 7})
-        read.append([row.messages for _, row in conversations(Source(path=str(folder / "out" / "data")))])
+        read.append([row.messages for _, row in read_conversations(Source(path=str(folder / "out" / "data")))])
     assert read[0] == read[1] == [row["messages"] for row in expected(60).rows]
     files = sorted((tmp_path / "parquet" / "out" / "data").iterdir())
     assert [pyarrow.parquet.read_metadata(file).num_rows for file in files] == [7] * (len(files) - 1) + [
@@ -208,7 +208,7 @@ def test_the_check_reads_all_rows_and_asks_each_server_for_a_sign_of_life(tmp_pa
         ("generate.max_tokns=5", "generate.max_tokns: unknown key. Did you mean `generate.max_tokens`?"),
         ("tags.target_share.Toll=0.1", "tags.target_share.Toll: unknown key. Did you mean `tags.target_share.Tool`?"),
         ("on_empty=skip", "on_empty: found 'skip'. Allowed: retry, drop, keep_without_system."),
-        ("gates.leak=2", "gates.leak: found 2. Allowed: a number above 0 and not above 1; or null."),
+        ("gates.leak=2", "gates.leak: found 2. Allowed: a number > 0 and <= 1; or null."),
         ("api_key=x", "Set them in the environment"),
         ("data.sources.0.path=nowhere.jsonl", "nowhere.jsonl: there is no nowhere.jsonl in"),
         ("servers.0.base_url=localhost", "base_url 'localhost' is no address: write it like http://localhost:8000/v1."),

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from train.data.chat.system_role import SystemRole, apply_system_role
 from train.data.chat.template import use_template
-from train.data.loss_mask import Encoded, encode
+from train.data.loss_mask import EncodedRow, encode
 from train.data.sources.formats import Conversation
 from train.data.tokens.workers import RowTokenizer
 from train.errors import UserError
@@ -67,7 +67,7 @@ def variants(
     return make_variants(read_labelled([Source(path=str(path))]), RowTokenizer(tokenizer, "assistant"), **options)
 
 
-def plain_sum(model: torch.nn.Module, pieces: list[Encoded]) -> float:
+def plain_sum(model: torch.nn.Module, pieces: list[EncodedRow]) -> float:
     """ln p of the trained tokens: one row at a time, added up in plain Python."""
     terms = []
     for piece in pieces:
@@ -365,8 +365,8 @@ def test_a_leading_run_of_system_messages_is_one_and_a_later_one_stays() -> None
 def test_an_answer_that_a_border_changes_is_compared_by_sums(tiny: torch.nn.Module) -> None:
     from train.system_gain.variants import Variants
 
-    def encoded(ids: list[int], start: int) -> list[Encoded]:
-        return [Encoded(np.array(ids, np.int32), np.array([[start, len(ids)]], np.int32))]
+    def encoded(ids: list[int], start: int) -> list[EncodedRow]:
+        return [EncodedRow(np.array(ids, np.int32), np.array([[start, len(ids)]], np.int32))]
 
     row = Variants(":1", 0, (), encoded([5, 6, 7, 8], 2), [encoded([9, 6, 7, 8, 9], 2)], encoded([6, 7, 8], 1), False)
     assert not row.same_answer
@@ -486,7 +486,7 @@ def test_what_is_told_is_what_was_measured(measured: SystemGain) -> None:
     assert f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]" in table
     odd = measured.groups["rule", "odd"].gain
     assert f"| rule | odd | 8 | {odd.mean:+.3f} (n = 4) p={odd.p:.3f} |" in table  # eight rows of four instructions
-    assert "(n = ...): too few instructions for an interval; it takes at least 6." in table
+    assert "(n = ...): too few instructions for an interval, which needs at least 6." in table
     widths = [line.count("|") for line in table.splitlines() if line.startswith("|")]
     assert set(widths) == {3, 5}
     assert "16 rows of 8 instructions; " in table

@@ -25,7 +25,7 @@ from train.errors import UserError
 from train.progress import ProgressBar
 from train.ranks import is_first_rank
 from train.storage.atomic_write import fsync
-from train.storage.checksum import digest_of_files
+from train.storage.checksum import hash_files
 
 _MANIFEST = "manifest.json"
 _PROGRESS = "progress"
@@ -61,7 +61,7 @@ def find(folder: Path, key: str) -> Entry | None:
     return None if facts is None else Entry(folder / key, key, facts, hit=True)
 
 
-def find_or_make(folder: Path, key: str, build: Build, waiting: ProgressBar | None = None) -> Entry:
+def get_or_build(folder: Path, key: str, build: Build, waiting: ProgressBar | None = None) -> Entry:
     """The entry of that key; made by `build` where it isn't there, or is broken.
 
     `waiting` shows how far another process is that makes it. Raises UserError where the folder can't be written;
@@ -130,7 +130,7 @@ def _make(folder: Path, key: str, build: Build) -> Entry:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "xxh3_128": digest_of_files([path])}
+    return {"bytes": path.stat().st_size, "xxh3_128": hash_files([path])}
 
 
 def _read(folder: Path) -> Mapping[str, Any] | None:

@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from train.cli import duration_seconds, json_object
 from train.recipe import Section
 from train.recipe.validation import validate_settings
-from train.recipe.yaml_document import Document, KeyPath, Place
+from train.recipe.yaml_document import Document, KeyPath, Location
 from train.storage.local_paths import LocalPath, parse_path_or_id
 
 Settings = TypeVar("Settings", bound=Section)
@@ -83,8 +83,8 @@ class _OptionsDocument(Document):
             super().__init__(file, required)
             return
         self.name = "command line"
-        self.places: dict[KeyPath, Place] = {(): Place(0, self.name)}
-        self.faults: list[tuple[Place, str]] = []
+        self.locations: dict[KeyPath, Location] = {(): Location(0, self.name)}
+        self.errors: list[tuple[Location, str]] = []
         self.tree: dict[str, Any] = {}
         self._values = 0
 
@@ -96,19 +96,21 @@ class _OptionsDocument(Document):
         else:
             self.tree[name] = value
         written = " ".join(map(str, value)) if isinstance(value, list) else "" if value is True else str(value)
-        place = Place(1_000_000_000 + order, f"{option_of(name)} {written}".strip())
-        self.places = {path: old for path, old in self.places.items() if path[:1] != (name,)} | {(name,): place}
+        location = Location(1_000_000_000 + order, f"{option_of(name)} {written}".strip())
+        self.locations = {path: old for path, old in self.locations.items() if path[:1] != (name,)} | {
+            (name,): location
+        }
         self._options.add(name)
 
-    def fault(self, path: KeyPath, message: str) -> None:
+    def add_error(self, path: KeyPath, message: str) -> None:
         """Note an error of the key at `path`, named as the option that set it or, without a file, has to set it."""
         if path and path[0] in self._options:
             within = f"{'.'.join(map(str, path[1:]))}: " if len(path) > 1 else ""
-            self.faults.append((self.places[path[:1]], f"{within}{message}"))
+            self.errors.append((self.locations[path[:1]], f"{within}{message}"))
         elif path and not self._has_file:
-            self.faults.append((self.places[()], f"{option_of(str(path[0]))}: {message}"))
+            self.errors.append((self.locations[()], f"{option_of(str(path[0]))}: {message}"))
         else:
-            super().fault(path, message)
+            super().add_error(path, message)
 
 
 def _kinds(field: FieldInfo) -> set[Any]:

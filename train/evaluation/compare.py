@@ -21,7 +21,7 @@ from train.evaluation.results import Measure, Results, read_before, read_results
 from train.evaluation.results_dir import as_json, write_results
 from train.multifaceted.bench.pairwise import PairwiseComparison, compare_pairwise, scores_of_shared_rubrics
 from train.progress import progress_bar
-from train.reporting.conditions import changes, differences, unknown
+from train.reporting.conditions import all_differences, missing_conditions, recorded_differences
 from train.reporting.markdown import truncate_middle
 from train.reporting.plots import BASELINE_COLOR, COLOR, BarSeries, draw_bars, new_figure
 from train.resampling import DIFFERENCE_BOUNDS, Bounds, Estimate, estimate_means, explain_missing_intervals
@@ -171,7 +171,7 @@ def compare_results(
     errors = [
         f"{kind}: {difference}"
         for kind in shared
-        for difference in differences(first[kind].conditions, second[kind].conditions)
+        for difference in recorded_differences(first[kind].conditions, second[kind].conditions)
     ]
     if errors:
         raise UserError(
@@ -194,7 +194,7 @@ def compare_results(
 
 def _notes(kind: str, first: Results, second: Results) -> list[str]:
     """List settings that differ or are not recorded, unfinished results, and measures that only one side has."""
-    lines = [*unknown(first.conditions, second.conditions), *changes(first.notes, second.notes)]
+    lines = [*missing_conditions(first.conditions, second.conditions), *all_differences(first.notes, second.notes)]
     lines += [f"{side} {results.incomplete}" for side, results in (("A", first), ("B", second)) if results.incomplete]
     lines += [
         f"{name}: only {side} has it"

@@ -30,7 +30,7 @@ from train.reporting.plots import BASELINE_COLOR, COLOR, BarSeries, bar_plot
 from train.storage.local_paths import parse_path_or_id
 
 if TYPE_CHECKING:
-    from train.data.sources.formats import RowFault
+    from train.data.sources.formats import RowError
     from train.system_gain.metric import SystemGain
     from train.system_gain.variants import Label, Labelled, VariantRows
 
@@ -211,7 +211,7 @@ def make_rows(options: argparse.Namespace, models: list[str]) -> "tuple[VariantR
     return variants, fingerprint_of(rows, variants)
 
 
-def fingerprint_of(rows: "Sequence[Labelled | tuple[str, RowFault]]", variants: "VariantRows") -> str:
+def fingerprint_of(rows: "Sequence[Labelled | tuple[str, RowError]]", variants: "VariantRows") -> str:
     """Return a checksum of the texts of all rows and of the choice of rows, by which `compare` matches two results.
 
     It does not depend on the places of the rows. All rows count, as other messages are sampled from all of them.

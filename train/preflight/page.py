@@ -9,21 +9,16 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import chain, count
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
-from train.data.diagnostics import describe_outcome, describe_unread
+from train.data.diagnostics import describe_dropped, describe_unread
 from train.data.stats import Bin
 from train.errors import UserError
 from train.formatting import format_count, shorten, visible, wrap
-from train.preflight.plan.plan import describe
 from train.preflight.report import Example, PartReport, Piece, Report
-from train.recipe.schedule import Rhythm
-
-if TYPE_CHECKING:  # --check does without both, and importing them takes seconds
-    pass
+from train.recipe.schedule import Cadence
 
 _NAME = 12
 _BAR = 40
@@ -43,7 +38,7 @@ _POLICIES = {
 }
 
 
-def show(report: Report, control_tokens: Sequence[str], console: Console) -> None:
+def print_page(report: Report, control_tokens: Sequence[str], console: Console) -> None:
     """Print the page; trained text is coloured where `console` can, and stands between marks otherwise.
 
     Raises UserError where standard output is closed, OutputLostError (see `run_command`) where it can't be written.
@@ -94,7 +89,7 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
             for number, value in enumerate(shown):
                 line("" if number else name, value)
     for number, one in enumerate(report.outcomes):
-        line("" if number else "dropped", describe_outcome(one), "yellow")
+        line("" if number else "dropped", describe_dropped(one), "yellow")
     if not report.outcomes:
         line("dropped", "no row was refused, skipped, dropped or truncated")
     for number, value in enumerate(describe_unread(report.unread) or ["nothing: every column and key is read"]):
@@ -109,7 +104,7 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
         line("system gain", report.system_gain)
     for number, value in enumerate(_describe_schedule(report)):
         line("" if number else "steps", value)
-    for number, value in enumerate(describe(report.plan) if report.plan else ()):
+    for number, value in enumerate(_describe_plan(report)):
         line("" if number else "plan", value)
     if report.finished:
         line("output", f"{report.output_dir}, {report.finished}: the same command trains nothing")
@@ -117,6 +112,14 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
         line("output", report.output_dir + (f", resumes from {report.resumes_from}" if report.resumes_from else ""))
     text.append("\nready" if report.ready else "\nnot ready", "bold green" if report.ready else "bold red")
     return text
+
+
+def _describe_plan(report: Report) -> list[str]:
+    if report.plan is None:
+        return []
+    from train.preflight.plan.plan import describe
+
+    return describe(report.plan)
 
 
 def _show_examples(
@@ -235,7 +238,7 @@ def _describe_schedule(report: Report) -> list[str]:
     return lines
 
 
-def _describe_rhythm(rhythm: Rhythm, never: str) -> str:
+def _describe_rhythm(rhythm: Cadence, never: str) -> str:
     if rhythm.strategy == "steps":
         return f"every {format_count(rhythm.steps or 0, 'step')}"
     return {"no": never, "epoch": "after each epoch", "best": "after each best evaluation so far"}[rhythm.strategy]

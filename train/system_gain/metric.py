@@ -34,13 +34,12 @@ quickstart, against float32), which mostly cancels in the mean (0.003 there).
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from train.data.loss_mask import Encoded
+from train.data.loss_mask import EncodedRow
 from train.errors import UserError
 from train.formatting import format_count
 from train.resampling import (
@@ -56,6 +55,9 @@ from train.resampling import (
 from train.system_gain.log_likelihood import log_likelihoods
 from train.system_gain.variants import Label, Variants
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 MEASURES = ("gain", "accuracy", "gain_over_none", "accuracy_over_none")
 _NO_EFFECT = np.array([0.0, 0.5, 0.0, 0.5])
 _OF_CHANGE = np.zeros(4)
@@ -66,10 +68,10 @@ _BOUNDS_OF_CHANGE: tuple[Bounds, ...] = (None, DIFFERENCE_BOUNDS, None, DIFFEREN
 class Scores(Protocol):
     """Sums of log-probabilities that were computed before, and where further ones are kept."""
 
-    def find(self, row: Encoded) -> float | None:
+    def find(self, row: EncodedRow) -> float | None:
         """The sum of a row, if it was computed."""
 
-    def add(self, rows: Sequence[Encoded], scores: Sequence[float]) -> None:
+    def add(self, rows: Sequence[EncodedRow], scores: Sequence[float]) -> None:
         """Keep those of further rows."""
 
 
@@ -138,7 +140,7 @@ class SystemGain:
 def system_gain(
     model: Any,
     rows: Sequence[Variants],
-    accelerator: Accelerator | None = None,
+    accelerator: "Accelerator | None" = None,
     *,
     tokens_per_batch: int = 8_192,
     seed: int = 0,

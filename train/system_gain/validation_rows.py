@@ -8,7 +8,7 @@ from typing import Any
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from train.data.cache import cache_key, find_or_make
+from train.data.cache import cache_key, get_or_build
 from train.data.prepare import Prepared
 from train.data.sources.formats import Conversation
 from train.data.tokens.source import cache_folder
@@ -16,7 +16,7 @@ from train.data.tokens.workers import RowTokenizer
 from train.formatting import format_count
 from train.progress import progress_bar
 from train.recipe import Recipe
-from train.recipe.conflicts import chosen_by_gain
+from train.recipe.conflicts import is_gain_metric
 from train.system_gain.variants import Chosen, Labelled, VariantRows, choose, encode, read_labelled
 
 _FILE = "rows.json"
@@ -30,7 +30,7 @@ def gain_rows(recipe: Recipe, data: Prepared, tokenizer: PreTrainedTokenizerBase
     """
     if data.validation is None or not recipe.system_gain.rows:
         return None
-    sequences = data.validation.rows
+    sequences = data.validation.dataset
     places = sorted({place for sequence in range(len(sequences)) for place in sequences.places(sequence)})
     settings = recipe.system_gain
     key = cache_key(
@@ -53,7 +53,7 @@ def gain_rows(recipe: Recipe, data: Prepared, tokenizer: PreTrainedTokenizerBase
         return {"rows": len(chosen), "left_out": made.left_out, "examples": made.examples}
 
     with progress_bar("choosing rows for system gain", unit="rows") as choosing:
-        entry = find_or_make(cache_folder(recipe), key, build, choosing)
+        entry = get_or_build(cache_folder(recipe), key, build, choosing)
     made = VariantRows([], Counter(entry.facts["left_out"]), dict(entry.facts["examples"]))
     kept = json.loads((entry.folder / _FILE).read_text(encoding="utf-8"))
     rows = RowTokenizer(tokenizer, recipe.chat.train_on, recipe.chat.control_tokens_in_text)
@@ -77,7 +77,7 @@ def describe_gain(made: VariantRows | None) -> str | None:
 def gain_refusal(recipe: Recipe, made: VariantRows | None) -> str | None:
     """Why the best checkpoint can't be found as the recipe asks, or None."""
     metric = recipe.training.get("metric_for_best_model")
-    if not chosen_by_gain(metric) or (made is not None and made.rows):
+    if not is_gain_metric(metric) or (made is not None and made.rows):
         return None
     why = "system_gain.rows is 0" if made is None else _why_not(made)
     return f"training.metric_for_best_model: {metric} can't be measured: {why}. Write eval_loss, or mend that."

@@ -23,7 +23,7 @@ from collection_runs import author_of, configuration, good_everything, lines, ru
 from scripted_author import FOUR, description, expected, message, number_in, output, preference, row_of
 from scripted_server import Asked, Reply, error, served
 
-from train.data.sources.source import conversations
+from train.data.sources.source import read_conversations
 from train.multifaceted.collection.config import load_config
 from train.multifaceted.collection.run import run
 from train.recipe import Source
@@ -222,7 +222,7 @@ def test_the_trainer_reads_what_is_written_in_either_format_and_finds_its_dimens
         folder.mkdir()
         source = [row_of(number) for number in range(count)]
         run_with(author_of(count).answer, folder, source, output={"format": format, "rows_per_file": 16})
-        read.append([row.messages for _, row in conversations(Source(path=str(folder / "out" / "data")))])
+        read.append([row.messages for _, row in read_conversations(Source(path=str(folder / "out" / "data")))])
         from datasets import load_dataset
 
         files = [str(file) for file in sorted((folder / "out" / "data").iterdir())]
@@ -337,7 +337,7 @@ def test_the_command_says_what_became_of_it_and_ctrl_c_keeps_what_was_answered(t
         ("sets_per_instruction=0", "sets_per_instruction: found 0. Allowed:"),
         ("filter.rules=[tone]", "filter.rules.0: found 'tone'. Allowed: length, format, style, audience, role."),
         ("pairs=two", "pairs: found 'two'. Allowed: one, all, none."),
-        ("leak=2", "leak: found 2. Allowed: a number above 0 and not above 1; or null."),
+        ("leak=2", "leak: found 2. Allowed: a number > 0 and <= 1; or null."),
         ("hierarchy.ours=false", "hierarchy.ours: found false without a `hierarchy.file` to take its place. Name one."),
         ("hierarchy.file=nowhere.yaml", "nowhere.yaml: there is no such"),
         ("sets_per_instruction=20 preferences=hierarchy", ""),

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from train.data.sources.formats import RowFault
+from train.data.sources.formats import RowError
 from train.data.sources.source import read_rows
 from train.errors import UserError
 from train.formatting import format_count
 from train.multifaceted.bench.protocol import GOOD, noted_of, protocol_of, refuse_other_protocol
 from train.recipe import Source
-from train.reporting.conditions import changes, unknown
+from train.reporting.conditions import all_differences, missing_conditions
 from train.resampling import SHARE_BOUNDS, Bounds, Estimate, estimate_means, explain_missing_intervals
 
 OUTCOMES = ("win of the first", "win of the second", "both good", "both bad")
@@ -168,7 +168,11 @@ def compare_pairwise(
         len(rows_of_first) - len(shared),
         len(rows_of_second) - len(shared),
         without_score,
-        [*unknown(settings[0], settings[1], sides), *changes(noted[0], noted[1], sides), *incomplete],
+        [
+            *missing_conditions(settings[0], settings[1], sides),
+            *all_differences(noted[0], noted[1], sides),
+            *incomplete,
+        ],
     )
 
 
@@ -234,7 +238,7 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
     """Return the lines of a bench_rows.jsonl by the ids of their rows. Raises UserError."""
     rows: dict[str, dict[str, Any]] = {}
     for place, row in read_rows(Source(path=str(path))):
-        if isinstance(row, RowFault):
+        if isinstance(row, RowError):
             raise UserError(f"{place}: {row}.")
         required = ("id", "prompt", "judge", "score")
         if any(name not in row for name in required) or not isinstance(row["score"], int | float | None):

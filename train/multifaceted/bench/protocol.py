@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from train.errors import UserError
 from train.llm.journal import Decoding
-from train.reporting.conditions import UNKNOWN, differences
+from train.reporting.conditions import UNKNOWN, recorded_differences
 
 HUB_ID = "kaist-ai/Multifaceted-Bench"
 ROWS_OF_THE_BENCH = 921
@@ -144,7 +144,7 @@ def refuse_other_protocol(
     first: str, settings_of_first: Mapping[str, Any], second: str, settings_of_second: Mapping[str, Any]
 ) -> None:
     """Raise UserError with each of OPTIONS that differs between two measurements, and with the command to run again."""
-    unequal = differences(settings_of_first, settings_of_second)
+    unequal = recorded_differences(settings_of_first, settings_of_second)
     if not unequal:
         return
     names = [name for name in OPTIONS if any(text.startswith(f"{name} ") for text in unequal)]

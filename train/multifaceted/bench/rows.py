@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from train.data.sources.formats import RowFault
+from train.data.sources.formats import RowError
 from train.data.sources.readers import ending_of
 from train.data.sources.source import read_rows
 from train.errors import UserError
@@ -86,10 +86,10 @@ def read_bench(sources: Sequence[Source], limit: int | None = None) -> Bench:
     for place, raw in (placed for source in sources for placed in _raw_rows(source)):
         total += 1
         try:
-            if isinstance(raw, RowFault):
+            if isinstance(raw, RowError):
                 raise raw
             rows.append(_row(raw, place))
-        except RowFault as error:
+        except RowError as error:
             errors.append(f"{place}: {error}")
     if errors:
         more = f" {len(errors):,} of {total:,} rows have such an error." if len(errors) > 1 else ""
@@ -128,13 +128,13 @@ def _is_bench_row(value: Any) -> bool:
 
 
 def _row(raw: Mapping[str, Any], place: str) -> BenchRow:
-    """Return a row, with an empty id if the data has none. Raises RowFault."""
+    """Return a row, with an empty id if the data has none. Raises RowError."""
     rubrics = _list(raw, "rubrics")
     preferences = _list(raw, "preferences", optional=True)
     if not rubrics:
-        raise RowFault("no rubric", "`rubrics` is an empty list")
+        raise RowError("no rubric", "`rubrics` is an empty list")
     if preferences and len(preferences) != len(rubrics):
-        raise RowFault(
+        raise RowError(
             "rubrics and preferences differ", f"there are {len(rubrics)} rubrics and {len(preferences)} preferences"
         )
     return BenchRow(
@@ -156,20 +156,20 @@ def _id(raw: Mapping[str, Any]) -> str:
     if id is None:
         return ""
     if isinstance(id, bool) or not isinstance(id, str | int):
-        raise RowFault("wrong type", f"`id` is of type {type(id).__name__}; it must be text or an integer")
+        raise RowError("wrong type", f"`id` is of type {type(id).__name__}; it must be text or an integer")
     return str(id).strip()
 
 
 def _rubric(rubric: Any, preference: Any, number: int) -> Rubric:
     if not isinstance(rubric, Mapping):
-        raise RowFault("wrong type", f"rubric {number} is of type {type(rubric).__name__}; it must be an object")
+        raise RowError("wrong type", f"rubric {number} is of type {type(rubric).__name__}; it must be an object")
     criteria, descriptions = rubric.get("criteria"), rubric.get("score_descriptions")
     if not isinstance(criteria, str) or not criteria.strip():
-        raise RowFault("no criteria", f"rubric {number} has no `criteria`")
+        raise RowError("no criteria", f"rubric {number} has no `criteria`")
     by_grade = {str(grade): text for grade, text in descriptions.items()} if isinstance(descriptions, Mapping) else {}
     texts = [by_grade.get(str(grade)) for grade in range(1, 6)]
     if set(by_grade) != set("12345") or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise RowFault("no score descriptions", f"rubric {number} has no text for each score from 1 to 5")
+        raise RowError("no score descriptions", f"rubric {number} has no text for each score from 1 to 5")
     labels = preference if isinstance(preference, Mapping) else {}
     for text in (criteria, *map(str, texts)):
         _writable(text, f"rubric {number}")
@@ -185,8 +185,8 @@ def _value(raw: Mapping[str, Any], column: str) -> Any:
     return next((raw[name] for name in _NAMES[column] if raw.get(name) is not None), None)
 
 
-def _missing_column(column: str) -> RowFault:
-    return RowFault("a column is missing", f"there is no {' or '.join(f'`{name}`' for name in _NAMES[column])}")
+def _missing_column(column: str) -> RowError:
+    return RowError("a column is missing", f"there is no {' or '.join(f'`{name}`' for name in _NAMES[column])}")
 
 
 def _text(raw: Mapping[str, Any], column: str, *, optional: bool = False, may_be_empty: bool = False) -> str:
@@ -197,16 +197,16 @@ def _text(raw: Mapping[str, Any], column: str, *, optional: bool = False, may_be
             return ""
         raise _missing_column(column)
     if not isinstance(value, str):
-        raise RowFault("wrong type", f"`{column}` is of type {type(value).__name__}; it must be text")
+        raise RowError("wrong type", f"`{column}` is of type {type(value).__name__}; it must be text")
     if not (value.strip() or optional or may_be_empty):
-        raise RowFault("empty", f"`{column}` is empty")
+        raise RowError("empty", f"`{column}` is empty")
     return _writable(value, f"`{column}`")
 
 
 def _writable(text: str, where: str) -> str:
-    """Return `text`. Raises RowFault if no file and no request can hold it."""
+    """Return `text`. Raises RowError if no file and no request can hold it."""
     if re.search("[\ud800-\udfff]", text):
-        raise RowFault("no text", f"{where} holds half of a surrogate pair, which is no text")
+        raise RowError("no text", f"{where} holds half of a surrogate pair, which is no text")
     return text
 
 
@@ -216,13 +216,13 @@ def _list(raw: Mapping[str, Any], column: str, *, optional: bool = False) -> lis
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise RowFault("invalid JSON", f"`{column}`: {error}") from error
+            raise RowError("invalid JSON", f"`{column}`: {error}") from error
     if value is None:
         if optional:
             return []
         raise _missing_column(column)
     if not isinstance(value, list | tuple):
-        raise RowFault("wrong type", f"`{column}` is of type {type(value).__name__}; it must be a list")
+        raise RowError("wrong type", f"`{column}` is of type {type(value).__name__}; it must be a list")
     return list(value)
 
 
@@ -264,7 +264,7 @@ def read_responses(path: str, rows: Sequence[BenchRow]) -> tuple[dict[str, Given
     unmatched = 0
     for place, raw in read_rows(Source(path=path)):
         try:
-            if isinstance(raw, RowFault):
+            if isinstance(raw, RowError):
                 raise raw
             responses = _responses(raw)
             id = _id(raw)
@@ -272,7 +272,7 @@ def read_responses(path: str, rows: Sequence[BenchRow]) -> tuple[dict[str, Given
             if not id:
                 texts = (_text(raw, "system", may_be_empty=True), _text(raw, "prompt"))
                 matching = by_text.get(texts, [])
-        except RowFault as error:
+        except RowError as error:
             raise UserError(
                 f"{place}: {error}. A line of --responses has `response` or `responses`, and the `id` of its row, or "
                 "its `system` and `prompt`."
@@ -297,7 +297,7 @@ def _responses(raw: Mapping[str, Any]) -> GivenResponses:
     if texts is None:
         texts = [raw.get("response")]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise RowFault("no response", "there is no text in `response`, nor a list of texts in `responses`")
+        raise RowError("no response", "there is no text in `response`, nor a list of texts in `responses`")
     texts = [_writable(text, "the response") for text in texts]
     scores = raw.get("scores")
     if scores is None:
@@ -309,5 +309,5 @@ def _responses(raw: Mapping[str, Any]) -> GivenResponses:
             isinstance(score, int | float) and not isinstance(score, bool) and score == score for score in scores
         )
     ):
-        raise RowFault("wrong scores", "`scores` must be a list with a number for each of `responses`")
+        raise RowError("wrong scores", "`scores` must be a list with a number for each of `responses`")
     return GivenResponses(tuple(texts), tuple(map(float, scores)))

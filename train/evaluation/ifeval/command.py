@@ -36,7 +36,6 @@ from train.evaluation.ifeval.rows import (
 from train.evaluation.models.options import ModelOptions, refuse_extra_fields
 from train.evaluation.required_paths import require_file, require_model
 from train.evaluation.results_dir import Writer, as_json, exclusive, output_folder, write_results
-from train.llm.journal import Answer, Decoding
 from train.llm.refusals import option_formatter
 from train.llm.request import Answer, Decoding
 from train.llm.system_role import merge_into_user

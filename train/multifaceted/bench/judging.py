@@ -133,5 +133,5 @@ def _score_error(answer: Answer, score: int | None) -> str:
     """Return why an answer of the judge gives no score; empty if it gives one."""
     # In an unfinished answer the apparent score may be a quotation. If the server reports no finish reasons, the score
     # itself has to do.
-    unfinished = "" if answer.ending == "unstated" and not answer.refused else answer.unfinished
+    unfinished = "" if answer.finish_class == "unstated" and not answer.refused else answer.unfinished
     return unfinished or (NO_SCORE if score is None else "")

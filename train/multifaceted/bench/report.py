@@ -11,6 +11,7 @@ from train.datagen.stats import unread_warning
 from train.formatting import format_count
 from train.llm.failures import SHOWN_IN_REPORT
 from train.llm.reasoning.answer import format_advice
+from train.llm.request import Decoding
 from train.multifaceted.bench.figures import figures
 from train.multifaceted.bench.judging import NO_SCORE, PROMPT_VERSION
 from train.multifaceted.bench.protocol import (

@@ -25,7 +25,7 @@ def run(recipe_file: Path, overrides: list[str]) -> None:
     recipe = load_recipe(recipe_file, overrides)
     refuse_missing(recipe, packages=False)  # another machine trains
     # Heavy imports wait until the recipe is known to be right.
-    from train.data.diagnostics import describe_outcome, describe_unread, outcomes, warnings_of
+    from train.data.diagnostics import describe_dropped, describe_unread, find_data_warnings, find_dropped_rows
     from train.data.prepare import prepare
     from train.model.tokenizer import load_chat_tokenizer
 
@@ -36,13 +36,13 @@ def run(recipe_file: Path, overrides: list[str]) -> None:
     for cache in data.caches:
         print(f"{cache.source}: {'found' if cache.hit else 'made'}, tokens by {cache.how}")
         print(f"    {cache.folder}")
-    for name, account in data.accounts.items():
-        print(f"{name}: {account.rows:,} rows, {account.tokens:,} tokens, {account.sequences:,} sequences")
-    for outcome in outcomes(data, recipe.data):
-        print(f"dropped rows: {describe_outcome(outcome)}")
+    for name, stats in data.stats.items():
+        print(f"{name}: {stats.rows:,} rows, {stats.tokens:,} tokens, {stats.sequences:,} sequences")
+    for outcome in find_dropped_rows(data, recipe.data):
+        print(f"dropped rows: {describe_dropped(outcome)}")
     for line in describe_unread(data.unread):
         print(f"not read: {line}")
-    for warning in warnings_of(data):
+    for warning in find_data_warnings(data):
         print(f"warning: {warning}")
     print(f"ready after {duration(seconds)}")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from train.data.chat.assistant_spans import Spans
+from train.data.chat.assistant_spans import SpanFinder
 from train.data.chat.template import without_generation_marks
 from train.data.prepare import prepare
 from train.errors import USER_FIXABLE_ERRNOS, UserError
@@ -65,12 +65,12 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
             facts_before = {key: value for key, value in checkpoint.manifest["run"].items() if key.startswith("made.")}
             refuse_changes(checkpoint, facts_before, facts, resume_anyway)
         gain = gain_rows(recipe, data, tokenizer)
-        tokens_per_sequence = data.train.account.tokens_per_sequence
-        steps = compute_schedule(recipe.training, len(data.train.rows), tokens_per_sequence, world_size())
+        tokens_per_sequence = data.train.stats.tokens_per_sequence
+        steps = compute_schedule(recipe.training, len(data.train.dataset), tokens_per_sequence, world_size())
         _refuse([gain_refusal(recipe, gain) or schedule_error(recipe.training, steps)])
 
         # Set up the trainer; under ZeRO-3 its arguments must exist before the model is loaded.
-        stop_tokens = Spans(tokenizer).stop_tokens
+        stop_tokens = SpanFinder(tokenizer).stop_tokens
         described = with_saved_quantization(recipe, load_config(recipe.model))
         arguments = training_arguments(described, stop_tokens)
         if checkpoint:

@@ -229,7 +229,7 @@ def ours(task: Task, clock: Clock) -> Tokens:
     tokenizer = load_chat_tokenizer(recipe).tokenizer
     with clock.running():
         prepared = prepare(recipe, tokenizer)
-    tokens, account = count(prepared.train.rows), prepared.train.account
+    tokens, account = count(prepared.train.dataset), prepared.train.stats
     claimed = (account.rows, account.tokens, account.trained_tokens, account.sequences)
     counted = (len(tokens.documents), int(tokens.occurrences.sum()), int(tokens.trained.sum()), tokens.sequences)
     if claimed != counted:

@@ -57,7 +57,7 @@ fi
 
 # Preflight: all nodes have the same code, see the same disk, have free GPUs, and reach each other.
 TORCH_CPP_LOG_LEVEL=ERROR srun --kill-on-bad-exit=1 \
-    python "$checkout/scripts/slurm/preflight.py" --gpus "$gpus" "${recipe[@]}" ||
+    python "$checkout/scripts/slurm/node_check.py" --gpus "$gpus" "${recipe[@]}" ||
     stop "the preflight failed, see above"
 
 echo "$start_step" >>"$attempts"

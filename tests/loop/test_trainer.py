@@ -37,7 +37,7 @@ def make_trainer(recipe: Recipe) -> JanusTrainer:
 def one_by_one(model: torch.nn.Module, data: Prepared) -> tuple[torch.Tensor, int]:
     """Summed loss over the documents of all rows, each in a forward of its own, with gradients; and its tokens."""
     loss, tokens = torch.zeros((), dtype=torch.float64), 0
-    for row in data.train.rows:
+    for row in data.train.dataset:
         start = 0
         for length in row.get("seq_lengths") or [len(row["input_ids"])]:
             ids = torch.tensor(row["input_ids"][None, start : start + length])

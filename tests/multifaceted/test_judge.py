@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from train.llm.failures import RequestFailed
 from train.llm.journal import Answer, Request
-from train.multifaceted.bench.judging import PROMPT_VERSION, NotYetError, judge_prompt, judge_rubric
+from train.multifaceted.bench.judging import PROMPT_VERSION, PendingError, judge_prompt, judge_rubric
 from train.multifaceted.bench.protocol import JudgeSettings
 from train.multifaceted.bench.rows import BenchRow, Rubric
 from train.multifaceted.judge import parse_score
@@ -239,4 +239,4 @@ def test_what_is_missing_says_why() -> None:
     assert judge(ScriptedReply(answer("a"), answer("b")), retries=1).missing == "unparsable"
     found = judge(ScriptedReply(answer("a"), RequestFailed("too long")), retries=1)
     assert (found.score, found.missing, found.detail, found.texts) == (None, "no answer", "too long", ("a",))
-    assert judge(ScriptedReply(NotYetError())).missing == "pending"
+    assert judge(ScriptedReply(PendingError())).missing == "pending"

@@ -18,7 +18,7 @@ from train.loop.preemption import Preemption
 from train.recipe import SaveSection
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = Path("scripts") / "slurm" / "preflight.py"
+SCRIPT = Path("scripts") / "slurm" / "node_check.py"
 
 
 @dataclass

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from train.data.chat.system_role import SystemRole, apply_system_role
 from train.data.chat.template import use_template
-from train.data.loss_mask import Encoded, encode
+from train.data.loss_mask import EncodedRow, encode
 from train.data.sources.formats import Conversation
 from train.data.tokens.workers import RowTokenizer
 from train.errors import UserError
@@ -67,7 +67,7 @@ def variants(
     return make_variants(read_labelled([Source(path=str(path))]), RowTokenizer(tokenizer, "assistant"), **options)
 
 
-def plain_sum(model: torch.nn.Module, pieces: list[Encoded]) -> float:
+def plain_sum(model: torch.nn.Module, pieces: list[EncodedRow]) -> float:
     """ln p of the trained tokens: one row at a time, added up in plain Python."""
     terms = []
     for piece in pieces:
@@ -365,8 +365,8 @@ def test_a_leading_run_of_system_messages_is_one_and_a_later_one_stays() -> None
 def test_an_answer_that_a_border_changes_is_compared_by_sums(tiny: torch.nn.Module) -> None:
     from train.system_gain.variants import Variants
 
-    def encoded(ids: list[int], start: int) -> list[Encoded]:
-        return [Encoded(np.array(ids, np.int32), np.array([[start, len(ids)]], np.int32))]
+    def encoded(ids: list[int], start: int) -> list[EncodedRow]:
+        return [EncodedRow(np.array(ids, np.int32), np.array([[start, len(ids)]], np.int32))]
 
     row = Variants(":1", 0, (), encoded([5, 6, 7, 8], 2), [encoded([9, 6, 7, 8, 9], 2)], encoded([6, 7, 8], 1), False)
     assert not row.same_answer

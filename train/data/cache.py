@@ -61,7 +61,7 @@ def find(folder: Path, key: str) -> Entry | None:
     return None if facts is None else Entry(folder / key, key, facts, hit=True)
 
 
-def find_or_make(folder: Path, key: str, build: Build, waiting: ProgressBar | None = None) -> Entry:
+def get_or_build(folder: Path, key: str, build: Build, waiting: ProgressBar | None = None) -> Entry:
     """The entry of that key; made by `build` where it isn't there, or is broken.
 
     `waiting` shows how far another process is that makes it. Raises UserError where the folder can't be written;

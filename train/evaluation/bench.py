@@ -224,7 +224,7 @@ def _folder(options: argparse.Namespace) -> Path:
 
 
 def _refuse_contradictions(options: argparse.Namespace) -> None:
-    from train.evaluation.models.options import refuse_in_extra
+    from train.evaluation.models.options import refuse_extra_fields
 
     batch = bool(options.batch_out or options.batch_in)
     if batch == bool(options.judge_server):
@@ -255,7 +255,7 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
             name: (f"--{prefix}{name}".replace("_", "-"), getattr(options, f"{prefix}{name}"))
             for name in ("max_tokens", *names)
         }
-        refuse_in_extra(f"--{prefix}extra".replace("_", "-"), getattr(options, f"{prefix}extra"), own)
+        refuse_extra_fields(f"--{prefix}extra".replace("_", "-"), getattr(options, f"{prefix}extra"), own)
     if options.extra and options.responses:
         raise UserError("--extra: the answers of --responses are there already; leave one of the two out.")
     for name, most in (("temperature", None), ("judge_temperature", None), ("top_p", 1), ("judge_top_p", 1)):
@@ -356,12 +356,12 @@ def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]
 def _asked(options: argparse.Namespace, bench: "Bench", folder: Path) -> "tuple[list[list[Response]], str]":
     """The responses of a model, and the option to change where its server refused some."""
     from train.evaluation.models.options import respondent_of
-    from train.evaluation.models.responses import respond
-    from train.llm.failures import RequestFailed
+    from train.evaluation.models.responses import generate_answers
+    from train.llm.client import RequestFailed
     from train.llm.refusals import option_formatter
     from train.multifaceted.bench.scoring import Response, conversation
 
-    answers = respond(
+    answers = generate_answers(
         respondent_of(options),
         [conversation(row, with_system=not options.no_system) for row in bench.rows],
         _decoding(options),
@@ -417,7 +417,7 @@ def _judge(
     from train.llm.client import Client
     from train.llm.journal import Journal
     from train.llm.refusals import option_formatter
-    from train.multifaceted.bench.batch_api import JournalAsker, read_batch, write_batch
+    from train.multifaceted.bench.batch_api import BatchJudgeClient, read_batch, write_batch
     from train.multifaceted.bench.scoring import judge_rows
 
     protocol = _protocol(options)
@@ -441,7 +441,7 @@ def _judge(
         if options.judge_server:
             with replace_in_errors(server_options("judge-")):
                 return asyncio.run(live(journal))
-        asker = JournalAsker(journal, options.judge, batch, format_setting)
+        asker = BatchJudgeClient(journal, options.judge, batch, format_setting)
         judged = asyncio.run(judge_rows(asker, protocol, bench.rows, responses))
     if batch.lines:
         print(f"--batch-in: {format_count(batch.lines, 'line')}, {len(batch.answers):,} with an answer", flush=True)
@@ -466,7 +466,7 @@ def _judge(
 
 def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]", folder: Path) -> None:
     """bench_rows.jsonl, bench.json, bench.png and the section of report.md, and the same on the screen."""
-    from train.multifaceted.bench.pairwise import compare
+    from train.multifaceted.bench.pairwise import compare_pairwise
     from train.multifaceted.bench.protocol import noted_of, protocol_of
     from train.multifaceted.bench.report import HEADING, draw, make_record, markdown, no_judgement_finished, warnings
     from train.multifaceted.bench.scoring import row_record
@@ -495,7 +495,7 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
             print(f"--against {options.against}: compared once the judge has answered", flush=True)
         elif options.against:
             try:
-                versus = compare(rows, options.against, good=options.good, seed=options.seed)
+                versus = compare_pairwise(rows, options.against, good=options.good, seed=options.seed)
                 record["against"] = versus.record()
             except UserError as fault:  # said last: the run's own figures are none the worse
                 no_comparison = fault

@@ -21,9 +21,9 @@ from train.storage.atomic_write import atomic_write, write_text
 from train.storage.local_paths import describe_missing_path
 
 if TYPE_CHECKING:
-    from train.evaluation.compare import Comparison, Pair
+    from train.evaluation.compare import Comparison, MeasurePair
     from train.evaluation.results import Measure, Results
-    from train.multifaceted.bench.pairwise import Pairwise
+    from train.multifaceted.bench.pairwise import PairwiseComparison
 
 _KINDS = ("gain", "rules", "ifeval", "bench", "harness")
 _AXES = {
@@ -54,7 +54,7 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Compare, print the table, write compare.json and compare.png. Raises UserError."""
-    from train.evaluation.compare import compare
+    from train.evaluation.compare import compare_results
     from train.evaluation.results import read_before, read_results
 
     for place in (options.first, options.second):
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
         kind: f"it was measured with --before {before}, and A is {options.first.resolve()}"
         for kind, before in measured_against.items()
     }
-    comparison = compare(*sides, seed=options.seed, only_second=only_second)
+    comparison = compare_results(*sides, seed=options.seed, only_second=only_second)
     shown = [pair for pair in comparison.pairs if options.details or not pair.first.detail]
     versus = _pairwise(sides, options.seed)
     folder: Path = options.output_dir or (options.second if options.second.is_dir() else options.second.parent)
@@ -104,17 +104,21 @@ def run(options: argparse.Namespace) -> None:
     print(f"the figures are in {folder / 'compare.json'}, the plot in {folder / 'compare.png'}")
 
 
-def _pairwise(sides: "Sequence[Mapping[str, Results]]", seed: int) -> "Pairwise | None":
+def _pairwise(sides: "Sequence[Mapping[str, Results]]", seed: int) -> "PairwiseComparison | None":
     """Wins of each on the bench, where both have its rows; B is the first, as all differences are B less A."""
-    from train.multifaceted.bench.pairwise import compare
+    from train.multifaceted.bench.pairwise import compare_pairwise
 
     if not all("bench" in side for side in sides):
         return None
     rows = [side["bench"].path.with_name("bench_rows.jsonl") for side in sides]
-    return compare(rows[1], rows[0], names=("B", "A"), seed=seed) if all(path.is_file() for path in rows) else None
+    return (
+        compare_pairwise(rows[1], rows[0], names=("B", "A"), seed=seed)
+        if all(path.is_file() for path in rows)
+        else None
+    )
 
 
-def table(comparison: "Comparison", shown: "Sequence[Pair]", names: tuple[str, str]) -> str:
+def table(comparison: "Comparison", shown: "Sequence[MeasurePair]", names: tuple[str, str]) -> str:
     """The measures as Markdown, and below them what is to be known."""
     lines = [f"A = {names[0]}", f"B = {names[1]}", "", "| | A | B | B less A | p | rows |", "|---|---|---|---|---|---|"]
     for pair in shown:
@@ -137,7 +141,7 @@ def _measure(measure: "Measure") -> str:
     return f"{shown} [{scale * measure.low:.{digits}f}, {scale * measure.high:.{digits}f}]"
 
 
-def _change(pair: "Pair") -> str:
+def _change(pair: "MeasurePair") -> str:
     scale, digits = (100, 1) if pair.first.unit in ("share", "points") else (1, 3)
     found = pair.difference
     if found is None:
@@ -148,17 +152,17 @@ def _change(pair: "Pair") -> str:
     return f"{shown} [{scale * found.low:+.{digits}f}, {scale * found.high:+.{digits}f}]"
 
 
-def draw(shown: "Sequence[Pair]", names: tuple[str, str], path: Path) -> None:
+def draw(shown: "Sequence[MeasurePair]", names: tuple[str, str], path: Path) -> None:
     """Save `plot` as a PNG."""
     figure = plot(shown, names)
     figure.savefig(path)
     load_pyplot().close(figure)
 
 
-def plot(shown: "Sequence[Pair]", names: tuple[str, str]) -> Any:
+def plot(shown: "Sequence[MeasurePair]", names: tuple[str, str]) -> Any:
     """A figure with a panel for each kind and unit, and a pair of bars with intervals for each measure."""
     pyplot = load_pyplot()
-    panels: dict[tuple[str, str], list[Pair]] = {}
+    panels: dict[tuple[str, str], list[MeasurePair]] = {}
     for pair in shown:
         panels.setdefault((pair.kind, pair.first.unit), []).append(pair)
     heights = [len(pairs) + 1.5 for pairs in panels.values()]

@@ -30,7 +30,7 @@ from train.storage.atomic_write import atomic_write, write_text
 from train.storage.local_paths import parse_path_or_id
 
 if TYPE_CHECKING:
-    from train.data.sources.formats import RowFault
+    from train.data.sources.formats import RowError
     from train.system_gain.metric import Figures, SystemGain
     from train.system_gain.variants import Label, Labelled, VariantRows
 
@@ -211,7 +211,7 @@ def rows_for(options: argparse.Namespace, models: list[str]) -> "tuple[VariantRo
     return made, fingerprint_of(rows, made)
 
 
-def fingerprint_of(rows: "Sequence[Labelled | tuple[str, RowFault]]", made: "VariantRows") -> str:
+def fingerprint_of(rows: "Sequence[Labelled | tuple[str, RowError]]", made: "VariantRows") -> str:
     """A checksum of the texts of all rows, and of which are measured: by it `compare` knows that two are of the same.
 
     Where the rows stand is no part of it. Messages are drawn from all of them.

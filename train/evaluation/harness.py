@@ -72,7 +72,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Scored:
+class HarnessResult:
     """`scores` of tasks and groups; `rows`: what each document scored; `requests`: the file that holds the requests."""
 
     scores: list[Score]
@@ -151,7 +151,7 @@ def evaluate(
     batch_size: int = 16,
     few_shot: int | None = None,
     limit: int | None = None,
-) -> Scored:
+) -> HarnessResult:
     """Run the tasks on a checkpoint, under its chat template. Raises UserError."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -180,7 +180,7 @@ def evaluate(
     if found is None:  # a rank that isn't the first
         raise UserError("run it as one process: it was started by a launcher of several")
     rows = _rows(found["samples"])
-    return Scored(_scores(found, rows), rows, Path(f"{requests}_rank0.db"))
+    return HarnessResult(_scores(found, rows), rows, Path(f"{requests}_rank0.db"))
 
 
 def _is_helpful(record: logging.LogRecord) -> bool:

@@ -23,7 +23,7 @@ from train.storage.atomic_write import atomic_write, write_text
 from train.storage.local_paths import describe_missing_path, parse_path_or_id
 
 if TYPE_CHECKING:
-    from train.evaluation.harness import Score, Scored
+    from train.evaluation.harness import HarnessResult, Score
 
 HEADING = "## Benchmarks"
 
@@ -114,7 +114,7 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
     print(f"the figures are in {folder / 'harness.json'}, each document's in {folder / 'harness_rows.jsonl'}")
 
 
-def write(scored: "Scored", options: argparse.Namespace, folder: Path) -> None:
+def write(scored: "HarnessResult", options: argparse.Namespace, folder: Path) -> None:
     """harness.json and harness_rows.jsonl."""
     record = {
         "kind": "harness",
@@ -135,7 +135,7 @@ def write(scored: "Scored", options: argparse.Namespace, folder: Path) -> None:
         write_text(figures, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
-def section(scored: "Scored", options: argparse.Namespace) -> str:
+def section(scored: "HarnessResult", options: argparse.Namespace) -> str:
     """The section of report.md: how it was measured and a line for each metric."""
     about = f"lm-eval {importlib.metadata.version('lm-eval')}, with the chat template and few-shot examples as turns"
     about += f", system message `{options.system_instruction}`" if options.system_instruction else ", no system message"

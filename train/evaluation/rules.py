@@ -38,7 +38,7 @@ KINDS = {"wording": "held-out questions and wordings", "rule": "rules never trai
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RuleVerdict:
     """One held-out row: what both models answered, and whether each answer obeys."""
 
     row: dict[str, Any]
@@ -124,13 +124,13 @@ def read_rules(path: Path) -> Mapping[str, Any]:
 
 def answer(folder: Path, rows: list[dict[str, Any]], options: argparse.Namespace) -> list[str]:
     """What the model in `folder`, whole or an adapter, answers to each row's system and user message."""
-    from train.evaluation.models.responses import Checkpoint, respond
-    from train.llm.failures import RequestFailed
+    from train.evaluation.models.responses import LocalModel, generate_answers
+    from train.llm.client import RequestFailed
     from train.llm.journal import Decoding
 
     with replace_in_errors({"--model": "--before or --after"}):
-        found = respond(
-            Checkpoint(str(folder), dtype="bfloat16", batch_size=options.batch_size),
+        found = generate_answers(
+            LocalModel(str(folder), dtype="bfloat16", batch_size=options.batch_size),
             [row["messages"][:-1] for row in rows],
             Decoding(options.max_new_tokens, temperature=0.0),
             options.after / "rules.sqlite",
@@ -144,7 +144,7 @@ def answer(folder: Path, rows: list[dict[str, Any]], options: argparse.Namespace
     return texts
 
 
-def adherence(verdicts: list[Verdict]) -> dict[str, dict[str, tuple[int, int, int]]]:
+def adherence(verdicts: list[RuleVerdict]) -> dict[str, dict[str, tuple[int, int, int]]]:
     """Kind of held-out row -> rule -> (rows, obeyed before, obeyed after)."""
     counts: dict[str, dict[str, tuple[int, int, int]]] = defaultdict(dict)
     for verdict in verdicts:
@@ -160,7 +160,7 @@ def total(of_rule: dict[str, tuple[int, int, int]]) -> tuple[int, int, int]:
     return rows, before, after
 
 
-def intervals(verdicts: list[Verdict]) -> dict[str, dict[str, tuple[Estimate, Estimate]]]:
+def intervals(verdicts: list[RuleVerdict]) -> dict[str, dict[str, tuple[Estimate, Estimate]]]:
     """Kind of held-out row -> rule, or ALL -> adherence before and after; answers to one question are one group."""
     found: dict[str, dict[str, tuple[Estimate, Estimate]]] = {}
     for kind, of_rule in adherence(verdicts).items():
@@ -173,7 +173,7 @@ def intervals(verdicts: list[Verdict]) -> dict[str, dict[str, tuple[Estimate, Es
     return found
 
 
-def section(verdicts: list[Verdict], max_new_tokens: int) -> str:
+def section(verdicts: list[RuleVerdict], max_new_tokens: int) -> str:
     """The part of report.md, in Markdown: a table for each kind of held-out row, and five samples."""
     lines = [HEADING, ""]
     found = intervals(verdicts)
@@ -216,7 +216,7 @@ def _quoted(text: str) -> str:
     return "`" + shown.replace("`", "'").replace("\n", " ⏎ ") + "`"
 
 
-def draw(verdicts: list[Verdict], path: Path) -> None:
+def draw(verdicts: list[RuleVerdict], path: Path) -> None:
     """Adherence before and after, a pair of bars a rule, as a PNG."""
     pyplot = load_pyplot()
     bars = [
@@ -258,7 +258,7 @@ def _measure(options: argparse.Namespace, known: Mapping[str, Any], rows: list[d
     for row, *texts in zip(rows, *answers, strict=True):
         question = row["messages"][1]["content"]
         obeys = [known[row["rule"]].check(question, text) for text in texts]
-        verdicts.append(Verdict(row, (texts[0], texts[1]), (obeys[0], obeys[1])))
+        verdicts.append(RuleVerdict(row, (texts[0], texts[1]), (obeys[0], obeys[1])))
 
     try:
         write(verdicts, options)
@@ -266,7 +266,7 @@ def _measure(options: argparse.Namespace, known: Mapping[str, Any], rows: list[d
         raise UserError(f"{options.after}: can't be written: {fault.strerror}") from fault
 
 
-def write(verdicts: list[Verdict], options: argparse.Namespace) -> None:
+def write(verdicts: list[RuleVerdict], options: argparse.Namespace) -> None:
     """answers.jsonl, adherence.json and its plot, and the section of report.md, which is printed, too."""
     folder: Path = options.after
     checks = hashlib.blake2b(options.rules.read_bytes(), digest_size=16).hexdigest()

@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from train.data.cache import cache_key, find, find_or_make
+from train.data.cache import cache_key, find, get_or_build
 from train.data.tokens.source import cache_folder
 from train.errors import UserError
 from train.model.unloaded_weights import weight_names
@@ -78,7 +78,7 @@ def remember_passed(recipe: Recipe, facts: ModelFacts) -> None:
     """Keep the results of checks that all passed. A cache that can't be written is left as it is."""
     if key := _key(recipe):
         try:
-            find_or_make(cache_folder(recipe), key, lambda _: asdict(facts))
+            get_or_build(cache_folder(recipe), key, lambda _: asdict(facts))
         except UserError:
             return
 

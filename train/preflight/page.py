@@ -13,7 +13,7 @@ from itertools import chain, count
 from rich.console import Console
 from rich.text import Text
 
-from train.data.diagnostics import describe_outcome, describe_unread
+from train.data.diagnostics import describe_dropped, describe_unread
 from train.data.stats import Bin
 from train.errors import UserError
 from train.formatting import format_count, shorten, visible, wrap
@@ -89,7 +89,7 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
             for number, value in enumerate(shown):
                 line("" if number else name, value)
     for number, one in enumerate(report.outcomes):
-        line("" if number else "dropped", describe_outcome(one), "yellow")
+        line("" if number else "dropped", describe_dropped(one), "yellow")
     if not report.outcomes:
         line("dropped", "no row was refused, skipped, dropped or truncated")
     for number, value in enumerate(describe_unread(report.unread) or ["nothing: every column and key is read"]):

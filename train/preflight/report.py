@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from train.data.chat.system_role import outcome
-from train.data.diagnostics import Outcome, outcomes, warnings_of
+from train.data.chat.system_role import describe_effect
+from train.data.diagnostics import DroppedRows, find_data_warnings, find_dropped_rows
 from train.data.loss_mask import NOT_TRAINED
-from train.data.prepare import CachedSource, Prepared, Row, SplitStats, UnreadText, refusal
+from train.data.prepare import CachedSource, ExampleRow, Prepared, SplitStats, UnreadText, find_data_error
 from train.data.stats import Bin, Overlap, Repeats, histogram, quantiles
 from train.model.tokenizer import ChatTokenizer
 from train.preflight.checks import run_faults
@@ -107,7 +107,7 @@ class Report:
     training: PartReport
     validation: PartReport | None
     caches: list[CachedSource]
-    outcomes: list[Outcome]
+    outcomes: list[DroppedRows]
     unread: list[UnreadText]
     overlap: Overlap
     system_gain: str | None
@@ -134,7 +134,7 @@ def build_report(
 
     The steps are those on `cluster`, or else of the processes that the launcher starts.
     """
-    tokenizer, account = chat.tokenizer, data.train.account
+    tokenizer, account = chat.tokenizer, data.train.stats
     processes = cluster.processes if cluster else int(os.environ.get("WORLD_SIZE", "1"))
     gain = gain_rows(recipe, data, tokenizer)
     sequences = account.sequences
@@ -143,20 +143,20 @@ def build_report(
         sequences = max(sequences, min(-(-sequences // whole) * whole, account.rows))
     steps = compute_schedule(recipe.training, sequences, account.tokens / max(sequences, 1), processes)
     faults = [
-        refusal(data, recipe.data),
+        find_data_error(data, recipe.data),
         gain_refusal(recipe, gain),
         *run_faults(recipe, account.sequences, processes),
         schedule_error(recipe.training, steps),
         *errors,
     ]
-    systems = outcome(tokenizer, chat.probe, recipe.chat.default_system)
+    systems = describe_effect(tokenizer, chat.probe, recipe.chat.default_system)
     given = systems.default is not None
     return Report(
         ready=not any(faults),
         error=" ".join(fault for fault in faults if fault) or None,
         warnings=[
             *notes,
-            *warnings_of(data),
+            *find_data_warnings(data),
             *_float8_warnings(recipe),
             *schedule_warnings(recipe.training, steps, sequences),
         ],
@@ -170,9 +170,9 @@ def build_report(
         max_length=recipe.data.max_length,
         packing=recipe.data.packing,
         training=_part(account, recipe, given),
-        validation=_part(data.validation.account, recipe, given) if data.validation else None,
+        validation=_part(data.validation.stats, recipe, given) if data.validation else None,
         caches=list(data.caches),
-        outcomes=outcomes(data, recipe.data),
+        outcomes=find_dropped_rows(data, recipe.data),
         unread=list(data.unread),
         overlap=data.overlap,
         system_gain=describe_gain(gain),
@@ -258,7 +258,7 @@ def _part(account: SplitStats, recipe: Recipe, default_is_given: bool) -> PartRe
     )
 
 
-def _example(tokenizer: PreTrainedTokenizerBase, row: Row, default_is_given: bool) -> Example:
+def _example(tokenizer: PreTrainedTokenizerBase, row: ExampleRow, default_is_given: bool) -> Example:
     return Example(
         place=row.place,
         tokens=len(row.input_ids),

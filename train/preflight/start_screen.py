@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.data.diagnostics import describe_outcome, describe_unread, outcomes, warnings_of
+from train.data.diagnostics import describe_dropped, describe_unread, find_data_warnings, find_dropped_rows
 from train.data.prepare import Prepared, SplitStats
 from train.formatting import format_count, visible, wrap
 from train.preflight.page import _NAME
@@ -39,13 +39,13 @@ def start_screen(
     kind = "full fine-tuning" if recipe.adapter is None else f"LoRA r={recipe.adapter.r}"
     if recipe.quantization is not None:
         kind += f" on 4-bit {recipe.quantization.bnb_4bit_quant_type}"
-    account = data.train.account
+    account = data.train.stats
     processes = arguments.world_size * max(arguments.n_gpu, 1)  # of one process without DDP all GPUs take a batch each
-    steps = compute_schedule(recipe.training, len(data.train.rows), account.tokens_per_sequence, processes)
+    steps = compute_schedule(recipe.training, len(data.train.dataset), account.tokens_per_sequence, processes)
     warned = [
-        *warnings_of(data),
+        *find_data_warnings(data),
         *float8_warnings(recipe),
-        *schedule_warnings(recipe.training, steps, len(data.train.rows)),
+        *schedule_warnings(recipe.training, steps, len(data.train.dataset)),
     ]
     lines = [
         ("model", f"{recipe.model.name_or_path}, {recipe.model.dtype}"),
@@ -54,9 +54,9 @@ def start_screen(
         ("training", f"{kind}: {trained:,} of {total:,} parameters ({trained / total:.2%})"),
         *(_describe_float8(recipe, data, model, arguments) if recipe.model.float8 else []),
         ("template", template),
-        *_describe("data", data.train.account, recipe),
-        *(_describe("validation", data.validation.account, recipe) if data.validation else []),
-        *(("dropped", describe_outcome(one)) for one in outcomes(data, recipe.data)),
+        *_describe("data", data.train.stats, recipe),
+        *(_describe("validation", data.validation.stats, recipe) if data.validation else []),
+        *(("dropped", describe_dropped(one)) for one in find_dropped_rows(data, recipe.data)),
         *(("" if number else "not read", value) for number, value in enumerate(describe_unread(data.unread))),
         *(("warning", warning) for warning in warned),
         *([("system gain", system_gain)] if system_gain else []),
@@ -77,7 +77,7 @@ def _describe_float8(
     """Which layers compute so, and the loss with and without. Raises UserError where rounding doesn't explain it."""
     from train.model.float8 import TOKENS, layers_of, loss_difference
 
-    rows = data.train.rows
+    rows = data.train.dataset
     longest = int(np.minimum(rows.lengths[:1_000], TOKENS).argmax())
     difference = loss_difference(model, rows.row(longest)[0].tolist(), arguments.device, bf16=bool(arguments.bf16))
     return [("float8", f"{recipe.model.float8}: {layers_of(model)}"), ("", str(difference))]
@@ -86,7 +86,7 @@ def _describe_float8(
 def _describe_waiting(data: Prepared, model: "PreTrainedModel", arguments: "SFTConfig") -> str:
     from train.loop.sampler import BalancedSampler
 
-    plain, dealt = BalancedSampler(data.train.rows, arguments, model.config).waiting()
+    plain, dealt = BalancedSampler(data.train.dataset, arguments, model.config).waiting()
     return (
         f"ranks wait for each other {dealt - 1:.1%} of the time, as long documents are balanced between them "
         f"({plain - 1:.1%} in random order)"

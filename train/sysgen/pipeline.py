@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from train.data.sources.formats import Message, RowFault
+from train.data.sources.formats import Message, RowError
 from train.datagen.drop_reasons import UNREADABLE, UNSUPPORTED
 from train.datagen.source_rows import PlacedRow
 from train.datagen.usage import ask
@@ -54,7 +54,7 @@ class Pipeline:
         """What becomes of one row. Raises UserError, as the client does, for what ends the run."""
         index, place, conversation = row
         outcome = Outcome(index, place)
-        if isinstance(conversation, RowFault):
+        if isinstance(conversation, RowError):
             return outcome.leave_out(f"{UNREADABLE}: {conversation.kind}", conversation.detail)
         outcome.tools = conversation.tools
         try:

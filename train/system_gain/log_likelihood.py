@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from train.data.loss_mask import Encoded
+from train.data.loss_mask import EncodedRow
 from train.model.inference import as_in_evaluation
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def batches(
 
 def log_likelihoods(
     model: Any,
-    rows: Sequence[Encoded],
+    rows: Sequence[EncodedRow],
     accelerator: "Accelerator | None" = None,
     *,
     tokens_per_batch: int = 8_192,
@@ -103,7 +103,7 @@ def log_likelihoods(
 
 
 def _score(
-    model: Any, head: Any, rows: Sequence[Encoded], targets: Sequence[NDArray[np.int64]], device: torch.device
+    model: Any, head: Any, rows: Sequence[EncodedRow], targets: Sequence[NDArray[np.int64]], device: torch.device
 ) -> torch.Tensor:
     """The sums of one batch: float64 on the CPU, [rows]."""
     longest = max(len(piece.ids) for piece in rows)

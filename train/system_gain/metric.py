@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from train.data.loss_mask import Encoded
+from train.data.loss_mask import EncodedRow
 from train.errors import UserError
 from train.formatting import format_count
 from train.resampling import (
@@ -68,10 +68,10 @@ _BOUNDS_OF_CHANGE: tuple[Bounds, ...] = (None, DIFFERENCE_BOUNDS, None, DIFFEREN
 class Scores(Protocol):
     """Sums of log-probabilities that were computed before, and where further ones are kept."""
 
-    def find(self, row: Encoded) -> float | None:
+    def find(self, row: EncodedRow) -> float | None:
         """The sum of a row, if it was computed."""
 
-    def add(self, rows: Sequence[Encoded], scores: Sequence[float]) -> None:
+    def add(self, rows: Sequence[EncodedRow], scores: Sequence[float]) -> None:
         """Keep those of further rows."""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from train.data.cache import cache_key, find_or_make
+from train.data.cache import cache_key, get_or_build
 from train.data.prepare import Prepared
 from train.data.sources.formats import Conversation
 from train.data.tokens.source import cache_folder
@@ -30,7 +30,7 @@ def gain_rows(recipe: Recipe, data: Prepared, tokenizer: PreTrainedTokenizerBase
     """
     if data.validation is None or not recipe.system_gain.rows:
         return None
-    sequences = data.validation.rows
+    sequences = data.validation.dataset
     places = sorted({place for sequence in range(len(sequences)) for place in sequences.places(sequence)})
     settings = recipe.system_gain
     key = cache_key(
@@ -53,7 +53,7 @@ def gain_rows(recipe: Recipe, data: Prepared, tokenizer: PreTrainedTokenizerBase
         return {"rows": len(chosen), "left_out": made.left_out, "examples": made.examples}
 
     with progress_bar("choosing rows for system gain", unit="rows") as choosing:
-        entry = find_or_make(cache_folder(recipe), key, build, choosing)
+        entry = get_or_build(cache_folder(recipe), key, build, choosing)
     made = VariantRows([], Counter(entry.facts["left_out"]), dict(entry.facts["examples"]))
     kept = json.loads((entry.folder / _FILE).read_text(encoding="utf-8"))
     rows = RowTokenizer(tokenizer, recipe.chat.train_on, recipe.chat.control_tokens_in_text)

@@ -21,17 +21,17 @@ from train.errors import UserError
 from train.evaluation.folders import require_file, require_model, require_results_folder
 from train.evaluation.ifeval.checkers import Checkers
 from train.evaluation.ifeval.metrics import gaps, gaps_by_rule, shares, shares_by_rule
-from train.evaluation.ifeval.report import HEADING, Answered, about_unanswered, draw, section
+from train.evaluation.ifeval.report import HEADING, CheckedAnswer, about_unanswered, draw, section
 from train.evaluation.ifeval.rows import (
     PLACES,
     SKIPPED,
-    Row,
+    IFEvalRow,
     place_of_constraints,
     read_rows,
     refuse_other_turns,
     same_rows,
 )
-from train.evaluation.models.options import add_respondent, refuse_in_extra, respondent_of
+from train.evaluation.models.options import add_respondent, refuse_extra_fields, respondent_of
 from train.evaluation.results_dir import exclusive
 from train.llm.journal import Answer, Decoding
 from train.llm.refusals import option_formatter
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
         "temperature": ("--temperature", options.temperature),
         "seed": ("--seed", options.seed if options.temperature else None),
     }
-    refuse_in_extra("--extra", options.extra, own)
+    refuse_extra_fields("--extra", options.extra, own)
     folder = output_folder(options)
     with exclusive(folder, "ifeval"):
         _measure(options, folder)
@@ -200,15 +200,15 @@ def output_folder(options: argparse.Namespace) -> Path:
 
 
 def ask(
-    options: argparse.Namespace, asked: dict[str, list[Row]], checkers: Checkers, journal: Path
-) -> dict[str, list[Answered]]:
+    options: argparse.Namespace, asked: dict[str, list[IFEvalRow]], checkers: Checkers, journal: Path
+) -> dict[str, list[CheckedAnswer]]:
     """Answers and verdicts for each turn. What the journal holds is not asked again."""
-    from train.evaluation.models.responses import respond
+    from train.evaluation.models.responses import generate_answers
 
     conversations = [list(row.messages) for rows in asked.values() for row in rows]
     respondent = respondent_of(options)
     answers = iter(
-        respond(
+        generate_answers(
             respondent,
             conversations,
             decoding_of(options),
@@ -232,19 +232,19 @@ def decoding_of(options: argparse.Namespace) -> Decoding:
     )
 
 
-def _answered(answer: Any, row: Row, checkers: Checkers) -> Answered:
+def _answered(answer: Any, row: IFEvalRow, checkers: Checkers) -> CheckedAnswer:
     if not isinstance(answer, Answer):
         words = str(answer) or type(answer).__name__
-        return Answered(None, "no answer", checkers.verdict(row, ""), words, answer.advice)
+        return CheckedAnswer(None, "no answer", checkers.verdict(row, ""), words, answer.advice)
     how = answer.unfinished or "ended"
     if answer.cut:
         how = "without an end to its reasoning" if answer.only_reasoning else "cut"
     elif answer.ending == "unstated" and not answer.refused and not answer.text.strip():
         how = "empty"
-    return Answered(answer.text, how, checkers.verdict(row, answer.text))
+    return CheckedAnswer(answer.text, how, checkers.verdict(row, answer.text))
 
 
-def same_when_merged(options: argparse.Namespace, asked: dict[str, list[Row]]) -> int:
+def same_when_merged(options: argparse.Namespace, asked: dict[str, list[IFEvalRow]]) -> int:
     """Of how many prompts --system-role merge_into_user makes the very one of the control."""
     if options.system_role != "merge_into_user" or len(asked) < 2:
         return 0
@@ -252,7 +252,7 @@ def same_when_merged(options: argparse.Namespace, asked: dict[str, list[Row]]) -
     return sum(merge_into_user(row.messages) == merge_into_user(other.messages) for row, other in pairs)
 
 
-def fingerprint(asked: dict[str, list[Row]]) -> str:
+def fingerprint(asked: dict[str, list[IFEvalRow]]) -> str:
     """A checksum of what was asked and of its constraints, by which `compare` knows that two runs asked the same."""
     told = [
         [turn, [[row.key, row.prompt, row.instructions, row.arguments, row.messages] for row in rows]]
@@ -261,7 +261,7 @@ def fingerprint(asked: dict[str, list[Row]]) -> str:
     return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def write_answers(path: Path, asked: dict[str, list[Row]], found: dict[str, list[Answered]]) -> None:
+def write_answers(path: Path, asked: dict[str, list[IFEvalRow]], found: dict[str, list[CheckedAnswer]]) -> None:
     """One line for each answer: turn, key, rules, the answer that was checked, the verdicts for each rule."""
     with path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as lines:
         for turn, rows in asked.items():

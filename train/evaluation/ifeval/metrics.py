@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from train.evaluation.ifeval.checkers import Verdict
-from train.evaluation.ifeval.rows import Row
+from train.evaluation.ifeval.checkers import ConstraintVerdict
+from train.evaluation.ifeval.rows import IFEvalRow
 from train.resampling import (
     DIFFERENCE_BOUNDS,
     SHARE_BOUNDS,
@@ -51,12 +51,14 @@ class Share:
         return asdict(self)
 
 
-def shares(rows: Sequence[Row], verdicts: Sequence[Verdict], seed: int = 0) -> dict[str, Share]:
+def shares(rows: Sequence[IFEvalRow], verdicts: Sequence[ConstraintVerdict], seed: int = 0) -> dict[str, Share]:
     """The four measures."""
     return {name: _share(values, groups, seed) for name, (values, groups) in _scores(rows, verdicts).items()}
 
 
-def shares_by_rule(rows: Sequence[Row], verdicts: Sequence[Verdict], seed: int = 0) -> dict[str, dict[str, Share]]:
+def shares_by_rule(
+    rows: Sequence[IFEvalRow], verdicts: Sequence[ConstraintVerdict], seed: int = 0
+) -> dict[str, dict[str, Share]]:
     """rule -> strict and loose share of its constraints."""
     return {
         rule: {
@@ -67,14 +69,16 @@ def shares_by_rule(rows: Sequence[Row], verdicts: Sequence[Verdict], seed: int =
     }
 
 
-def gaps(rows: Sequence[Row], system: Sequence[Verdict], user: Sequence[Verdict], seed: int = 0) -> dict[str, Estimate]:
+def gaps(
+    rows: Sequence[IFEvalRow], system: Sequence[ConstraintVerdict], user: Sequence[ConstraintVerdict], seed: int = 0
+) -> dict[str, Estimate]:
     """System turn less user turn in each measure, on the same prompts, with a 95 % interval and a sign-flip p."""
     ours, theirs = _scores(rows, system), _scores(rows, user)
     return {name: _difference(ours[name], theirs[name], seed) for name in MEASURES}
 
 
 def gaps_by_rule(
-    rows: Sequence[Row], system: Sequence[Verdict], user: Sequence[Verdict], seed: int = 0
+    rows: Sequence[IFEvalRow], system: Sequence[ConstraintVerdict], user: Sequence[ConstraintVerdict], seed: int = 0
 ) -> dict[str, Estimate]:
     """rule -> system turn less user turn in the strict share of its constraints."""
     return {
@@ -87,7 +91,7 @@ def gaps_by_rule(
     }
 
 
-def rules_of(rows: Sequence[Row]) -> list[str]:
+def rules_of(rows: Sequence[IFEvalRow]) -> list[str]:
     """The rules that occur, by name."""
     return sorted({rule for row in rows for rule in row.instructions})
 
@@ -96,7 +100,7 @@ _Scores = tuple[list[float], list[int]]
 """A number for each thing that is counted, and the number of its prompt."""
 
 
-def _scores(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> dict[str, _Scores]:
+def _scores(rows: Sequence[IFEvalRow], verdicts: Sequence[ConstraintVerdict]) -> dict[str, _Scores]:
     prompts = list(range(len(rows)))
     constraints = [prompt for prompt in prompts for _ in rows[prompt].instructions]
     return {
@@ -107,7 +111,7 @@ def _scores(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> dict[str, _Scor
     }
 
 
-def _of_rule(rows: Sequence[Row], rule: str, follows: Callable[[int], Sequence[bool]]) -> _Scores:
+def _of_rule(rows: Sequence[IFEvalRow], rule: str, follows: Callable[[int], Sequence[bool]]) -> _Scores:
     found = [
         (float(followed), number)
         for number, row in enumerate(rows)

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.evaluation.ifeval.checkers import Verdict
+from train.evaluation.ifeval.checkers import ConstraintVerdict
 from train.evaluation.ifeval.metrics import MEASURES, Share
 from train.evaluation.ifeval.rows import (
-    Row,
+    IFEvalRow,
 )
 from train.formatting import format_count
 from train.reporting.plots import error_bars, load_pyplot
@@ -21,7 +21,7 @@ HEADING = "## Constraints that a program can check"
 
 
 @dataclass(frozen=True)
-class Answered:
+class CheckedAnswer:
     """What came back for one row; `text` without reasoning, None where there was no answer, and `how` it ended.
 
     `why`: the reason where there was no answer; `advice`: the option to change, where the server's error is about one.
@@ -29,13 +29,13 @@ class Answered:
 
     text: str | None
     how: str
-    verdict: Verdict
+    verdict: ConstraintVerdict
     why: str | None = None
     advice: str = ""
 
 
 def about_unanswered(
-    asked: dict[str, list[Row]], found: dict[str, list[Answered]], places: dict[str, str]
+    asked: dict[str, list[IFEvalRow]], found: dict[str, list[CheckedAnswer]], places: dict[str, str]
 ) -> str | None:
     """How many prompts got no answer, and why the first of them; None where all got one."""
     without = [

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class LocalModel:
     """A model on the disk or on the hub, whole or an adapter, and what it runs in.
 
     `template`, `system_role`: as a recipe's `chat` has them. `dtype`: None = bfloat16 on a GPU, float32 on a CPU.
@@ -31,7 +31,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """A model behind OpenAI-compatible servers, by the name that they know it by.
 
     `system_role`: native = as the server's template has it; merge_into_user = in the first user turn, before its text
@@ -86,7 +86,7 @@ def add_respondent(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def refuse_in_extra(option: str, extra: Mapping[str, Any], own: Mapping[str, tuple[str, Any]]) -> None:
+def refuse_extra_fields(option: str, extra: Mapping[str, Any], own: Mapping[str, tuple[str, Any]]) -> None:
     """Raise UserError for a request field that `option` can't set.
 
     `own`: the option and value of each field that has an option of its own.
@@ -118,10 +118,10 @@ def server_options(prefix: str = "") -> dict[str, str]:
     }
 
 
-def respondent_of(options: argparse.Namespace) -> Checkpoint | Served:
+def respondent_of(options: argparse.Namespace) -> LocalModel | ServedModel:
     """Who answers, by the options of `add_respondent`. Raises UserError for options that contradict."""
     if not options.server:
-        return Checkpoint(
+        return LocalModel(
             options.model,
             options.template,
             options.system_role,
@@ -140,4 +140,4 @@ def respondent_of(options: argparse.Namespace) -> Checkpoint | Served:
     from train.llm.server import Server  # which takes a second to import
 
     servers = tuple(Server(url, options.concurrency, options.key_variable) for url in options.server)
-    return Served(options.model, servers, options.system_role)
+    return ServedModel(options.model, servers, options.system_role)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError, replace_in_errors
-from train.evaluation.models.local import KNOWN_EXTRA, Messages, OpenCheckpoint
-from train.evaluation.models.options import Checkpoint, Served, server_options
+from train.evaluation.models.local import KNOWN_EXTRA, LocalGenerator, Messages
+from train.evaluation.models.options import LocalModel, ServedModel, server_options
 from train.evaluation.models.vllm_server import vllm_server
 from train.llm.client import Client
 from train.llm.failures import RequestFailed
@@ -30,8 +30,8 @@ from train.llm.system_role import merge_into_user
 from train.progress import progress_bar
 
 
-def respond(
-    respondent: Checkpoint | Served,
+def generate_answers(
+    respondent: LocalModel | ServedModel,
     conversations: Sequence[Messages],
     decoding: Decoding,
     journal: Path,
@@ -55,7 +55,7 @@ def respond(
     what was answered until then is in the journal.
     """
     with Journal(journal) as written:
-        if isinstance(respondent, Served):
+        if isinstance(respondent, ServedModel):
             if respondent.system_role == "merge_into_user":
                 conversations = [merge_into_user(messages) for messages in conversations]
             asked = _requests(conversations, decoding, samples, stage)
@@ -65,13 +65,13 @@ def respond(
                         respondent, asked, samples, written, description, wait_for_server, format_setting, before_asking
                     )
                 )
-        opened = OpenCheckpoint(respondent)
+        opened = LocalGenerator(respondent)
         asked = _requests(conversations, decoding, samples, stage)
         if respondent.engine == "vllm":
             if before_asking and not _all_answered(asked, opened.name, written):
                 asyncio.run(before_asking())
             with vllm_server(opened) as server:
-                served = Served(opened.name, (server,))
+                served = ServedModel(opened.name, (server,))
                 return asyncio.run(
                     _from_servers(served, asked, samples, written, description, wait_for_server, format_setting)
                 )
@@ -110,7 +110,7 @@ def _by_conversation(answers: Sequence[Answer | RequestFailed], samples: int) ->
 
 
 async def _from_servers(
-    served: Served,
+    served: ServedModel,
     asked: Sequence[Request],
     samples: int,
     journal: Journal,
@@ -150,7 +150,7 @@ async def _from_servers(
 
 
 async def _from_checkpoint(
-    opened: OpenCheckpoint,
+    opened: LocalGenerator,
     asked: Sequence[Request],
     samples: int,
     journal: Journal,

@@ -180,7 +180,7 @@ def write_again(folder: Path) -> None:
     """Write the files beside the weights of the finished model in `folder`. Raises UserError where one fails."""
     from transformers.trainer_utils import align_special_tokens
 
-    from train.data.chat.assistant_spans import Spans
+    from train.data.chat.assistant_spans import SpanFinder
     from train.data.chat.template import without_generation_marks
     from train.model.inference import stop_at
     from train.model.tokenizer import load_chat_tokenizer
@@ -190,7 +190,7 @@ def write_again(folder: Path) -> None:
         raise UserError(f"{folder}: holds no weights. Name the output_dir of a run that saved its model.")
     recipe = load_recipe(folder / "recipe.yaml")
     tokenizer = load_chat_tokenizer(recipe).tokenizer
-    stop_tokens = Spans(tokenizer).stop_tokens
+    stop_tokens = SpanFinder(tokenizer).stop_tokens
     tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
     model = _without_weights(recipe)
     generation = _generation_config(recipe)

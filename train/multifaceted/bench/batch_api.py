@@ -18,7 +18,7 @@ from train.llm.refusals import SettingFormatter, extract_error_text, format_conf
 from train.llm.replies import UnusableReplyError, describe_empty, parse_completion
 from train.llm.request_body import request_body
 from train.llm.server_errors import ErrorBody, classify_error, parse_error
-from train.multifaceted.bench.judging import NotYetError
+from train.multifaceted.bench.judging import PendingError
 from train.storage.atomic_write import atomic_write
 
 URL = "/v1/chat/completions"
@@ -101,7 +101,7 @@ def _take(found: BatchAnswers, key: bytes, response: Any, error: Any) -> None:
         found.failed[what or f"status {status}"] += 1
 
 
-class JournalAsker:
+class BatchJudgeClient:
     """Asks the journal, into which it puts what a batch's files hold. `wanted`: what neither had, by key.
 
     `found`: the keys of the files' answers that were asked for. `advice`: the setting that the first refused request
@@ -131,7 +131,7 @@ class JournalAsker:
             if found := self.journal.find(key, request.decoding.max_tokens):
                 return found
         self.wanted.setdefault(key, request)
-        raise NotYetError
+        raise PendingError
 
     def _advice_on(self, error: Any, request: Request) -> str:
         body = request_body(self.model, request)

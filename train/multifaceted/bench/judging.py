@@ -47,11 +47,11 @@ def judge_prompt(row: BenchRow, rubric: Rubric, response: str, *, show_system: b
     return "\n\n".join(parts)
 
 
-class NotYetError(Exception):
+class PendingError(Exception):
     """The answer may still come: it has been, or is to be, asked for in a batch file."""
 
 
-class Asker(Protocol):
+class JudgeClient(Protocol):
     """Whoever gets the judge's answers: the client of servers, or a journal that batch files have filled."""
 
     async def ask(self, request: Request) -> Answer:
@@ -81,7 +81,7 @@ class Judgement:
 
 
 async def judge_rubric(
-    asker: Asker, settings: JudgeSettings, row: BenchRow, rubric: Rubric, response: str, run: int
+    asker: JudgeClient, settings: JudgeSettings, row: BenchRow, rubric: Rubric, response: str, run: int
 ) -> Judgement:
     """Ask about one rubric in run `run` (from 0), again where the answer holds no score. Raises UserError."""
     messages = [{"role": "user", "content": judge_prompt(row, rubric, response, show_system=settings.show_system)}]
@@ -99,7 +99,7 @@ async def judge_rubric(
             answer = await asker.ask(request)
         except RequestFailed as failure:
             return judged(None, "no answer", str(failure))
-        except NotYetError:
+        except PendingError:
             return judged(None, "pending")
         texts.append(answer.text)
         tokens["prompt"] += answer.prompt_tokens or 0

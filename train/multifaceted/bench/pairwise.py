@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from train.data.sources.formats import RowFault
+from train.data.sources.formats import RowError
 from train.data.sources.source import read_rows
 from train.errors import UserError
 from train.formatting import format_count
@@ -30,7 +30,7 @@ _DIFFERENCE = (-4.0, 4.0)  # scores are 1 to 5
 
 
 @dataclass(frozen=True, slots=True)
-class Pairwise:
+class PairwiseComparison:
     """`shares`: of each of OUTCOMES; `counts` likewise. `difference`: of the scores, first less second.
 
     `only_first`, `only_second`: rows of one file alone. `without_score`: rows of both of which one has no score.
@@ -108,9 +108,9 @@ class Pairwise:
         return "\n".join(lines) + "\n"
 
 
-def compare(
+def compare_pairwise(
     first: Path, second: Path, *, names: tuple[str, str] | None = None, good: float = GOOD, seed: int = 0
-) -> Pairwise:
+) -> PairwiseComparison:
     """Compare two files bench_rows.jsonl. `names`: of the models, in the tables (default: the files' folders).
 
     Raises UserError for files that aren't such, that share no row with a score, or whose judges, settings or rows
@@ -156,7 +156,7 @@ def compare(
     values = np.column_stack([table, differences])
     bounds: list[Bounds] = [*[SHARE_BOUNDS] * len(OUTCOMES), _DIFFERENCE]
     found = estimate_means(values, np.arange(len(values)), np.zeros(values.shape[1]), bounds, seed=seed)
-    return Pairwise(
+    return PairwiseComparison(
         sides,
         len(outcomes),
         good,
@@ -232,7 +232,7 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
     """The lines of a bench_rows.jsonl by the ids of their rows. Raises UserError."""
     rows: dict[str, dict[str, Any]] = {}
     for place, row in read_rows(Source(path=str(path))):
-        if isinstance(row, RowFault):
+        if isinstance(row, RowError):
             raise UserError(f"{place}: {row}.")
         wanted: Sequence[str] = ("id", "prompt", "judge", "score")
         if any(name not in row for name in wanted) or not isinstance(row["score"], int | float | None):

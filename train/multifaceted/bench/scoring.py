@@ -32,7 +32,7 @@ from train.llm.failures import FailureReasons
 from train.llm.finish_reasons import describe_unfinished
 from train.llm.ordered_map import map_ordered
 from train.llm.progress import progress
-from train.multifaceted.bench.judging import Asker, Judgement, judge_rubric
+from train.multifaceted.bench.judging import JudgeClient, Judgement, judge_rubric
 from train.multifaceted.bench.protocol import Protocol
 from train.multifaceted.bench.rows import NOT_STATED, BenchRow
 from train.resampling import estimate_means
@@ -126,7 +126,7 @@ def conversation(row: BenchRow, *, with_system: bool = True) -> list[Message]:
     return [*system, {"role": "user", "content": row.prompt}]
 
 
-async def judge_row(asker: Asker, protocol: Protocol, row: BenchRow, responses: Sequence[Response]) -> JudgedRow:
+async def judge_row(asker: JudgeClient, protocol: Protocol, row: BenchRow, responses: Sequence[Response]) -> JudgedRow:
     """Take one row's answers to the judge, as far as the protocol wants them judged. Raises UserError."""
     runs = range(protocol.judge.runs)
     judged: list[list[list[Judgement | None]]] = [[[None for _ in runs] for _ in row.rubrics] for _ in responses]
@@ -178,7 +178,7 @@ def _highest(scores: Sequence[float | None], responses: Sequence[Response]) -> i
 
 
 async def judge_rows(
-    asker: Asker, protocol: Protocol, rows: Sequence[BenchRow], responses: Sequence[Sequence[Response]]
+    asker: JudgeClient, protocol: Protocol, rows: Sequence[BenchRow], responses: Sequence[Sequence[Response]]
 ) -> list[JudgedRow]:
     """Every row through the judge, in order. Raises UserError."""
 

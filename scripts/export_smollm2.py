@@ -31,9 +31,9 @@ def export(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
-    from train.model.load import hide_bars_in_logs
+    from train.model.load import disable_bars_in_logs
 
-    hide_bars_in_logs()
+    disable_bars_in_logs()
     gguf = find_gguf()
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -126,11 +126,11 @@ def prove(base: Path, adapter: Path, merged: Path, dtype: str) -> None:
 
     Raises UserError where one is wrong, or where rounding to `dtype` leaves too little of the update.
     """
-    from train.model.merge import tied_embeddings
+    from train.model.merge import find_tied_embeddings
     from train.model.merge_check import check_merge
 
     try:
-        found = check_merge(base, adapter, merged, tied_embeddings(base))
+        found = check_merge(base, adapter, merged, find_tied_embeddings(base))
     except UserError as fault:
         raise UserError(f"{adapter}: merged, the model answers otherwise than base and adapter: {fault}") from fault
     if found.changes_nothing:
@@ -191,10 +191,10 @@ def merge(options: argparse.Namespace) -> None:
     warn_of_quantization(options.adapter)
     from transformers import AutoConfig
 
-    from train.model.load import hide_bars_in_logs
+    from train.model.load import disable_bars_in_logs
     from train.model.merge import merge_adapter
 
-    hide_bars_in_logs()
+    disable_bars_in_logs()
     unfinished = options.output.with_name(f"{options.output.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:

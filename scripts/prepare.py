@@ -15,7 +15,7 @@ from pathlib import Path
 
 from train.cli import CommandLine, run_command
 from train.formatting import duration
-from train.preflight.missing_files import refuse_missing
+from train.preflight.missing_files import check_files_exist
 from train.recipe import load_recipe
 from train.warning_filters import filter_known_warnings
 
@@ -23,7 +23,7 @@ from train.warning_filters import filter_known_warnings
 def run(recipe_file: Path, overrides: list[str]) -> None:
     """Prepare what the recipe names and say where it is. Raises UserError."""
     recipe = load_recipe(recipe_file, overrides)
-    refuse_missing(recipe, packages=False)  # another machine trains
+    check_files_exist(recipe, packages=False)  # another machine trains
     # Heavy imports wait until the recipe is known to be right.
     from train.data.diagnostics import describe_dropped, describe_unread, find_data_warnings, find_dropped_rows
     from train.data.prepare import prepare

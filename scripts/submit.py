@@ -32,7 +32,7 @@ import yaml
 
 from train.cli import CommandLine, run_command
 from train.errors import UserError
-from train.preflight.missing_files import refuse_missing
+from train.preflight.missing_files import check_files_exist
 from train.recipe import Recipe, load_recipe
 from train.warning_filters import filter_known_warnings
 
@@ -199,16 +199,16 @@ def check_launch(options: argparse.Namespace) -> dict[str, Any]:
 
 def check_recipe(recipe: Recipe, processes: int, anyway: list[str]) -> None:
     """Whatever can be known in seconds, without reading the data. Raises UserError."""
-    refuse_missing(recipe)
+    check_files_exist(recipe)
     import torch
 
     from train.loop.optimizer_test import try_optimizer
     from train.model.folder import check_model_folder
     from train.model.load import check_model
     from train.model.tokenizer import check_vocabulary, load_chat_tokenizer
-    from train.preflight.checks import run_faults
+    from train.preflight.checks import find_run_errors
 
-    if faults := run_faults(recipe, 0, processes):
+    if faults := find_run_errors(recipe, 0, processes):
         raise UserError(" ".join(faults))
     _check_checkpoint(recipe, anyway)
     check_model_folder(recipe.model)
@@ -356,11 +356,11 @@ def _different(tasks: list[Task]) -> Iterator[Task]:
 
 def memory_fault(options: argparse.Namespace, config: dict[str, Any], recipe: Recipe) -> str | None:
     """Return what doesn't fit by the plan, and what would; None where the job fits, or where that can't be known."""
-    from train.preflight.plan.job_memory import gpus_of, memory_warning, shape_in_plan, strategy_of
+    from train.preflight.plan.job_memory import dense_architecture, memory_warning, parse_gpu_names, read_strategy
     from train.preflight.plan.plan import parse_cluster
 
-    gpus, strategy = gpus_of(options.gpu_names, options.gpus), strategy_of(config, recipe)
-    shape = shape_in_plan(recipe) if gpus and strategy else None
+    gpus, strategy = parse_gpu_names(options.gpu_names, options.gpus), read_strategy(config, recipe)
+    shape = dense_architecture(recipe) if gpus and strategy else None
     if gpus is None or strategy is None or shape is None:
         return None
     return memory_warning(recipe, shape, parse_cluster(gpus, options.nodes), strategy, str(options.config))
@@ -371,12 +371,12 @@ def run_check(options: argparse.Namespace, task: Task) -> int:
 
     The report goes to standard error, as --print may have the other.
     """
-    from train.preflight.plan.job_memory import gpus_of, shape_in_plan
+    from train.preflight.plan.job_memory import dense_architecture, parse_gpu_names
 
-    gpus = gpus_of(options.gpu_names, options.gpus)
+    gpus = parse_gpu_names(options.gpu_names, options.gpus)
     anyway = [word for key in options.resume_anyway for word in ("--resume-anyway", key)]
     command = [sys.executable, str(ROOT / "train" / "sft.py"), "--recipe", str(options.recipe), *anyway, "--check"]
-    command += ["--gpus", gpus, "--nodes", str(options.nodes)] if gpus and shape_in_plan(task.recipe) else []
+    command += ["--gpus", gpus, "--nodes", str(options.nodes)] if gpus and dense_architecture(task.recipe) else []
     return subprocess.run([*command, *task.overrides], stdout=sys.stderr, check=False).returncode
 
 

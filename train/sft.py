@@ -28,7 +28,7 @@ from train.loop.checkpoint.resume import find_checkpoint
 from train.loop.run_outcome import finished_run
 from train.model.folder import check_model_folder
 from train.preflight.json_report import discard_earlier_report
-from train.preflight.missing_files import refuse_missing
+from train.preflight.missing_files import check_files_exist
 from train.ranks import is_first_rank, single_process_warning
 from train.recipe import load_recipe
 from train.storage.local_paths import parse_path_or_id
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
     """Train the recipe, or report on it with --check. Raises UserError for whatever the user can fix."""
     json_file = discard_earlier_report(options.json) if options.json is not None else None
     recipe = load_recipe(options.recipe, options.overrides)
-    refuse_missing(recipe)
+    check_files_exist(recipe)
     width = Console(file=sys.stdout).width
     finished, difference = finished_run(recipe) if options.resume == "auto" else (None, None)
     if difference and is_first_rank():

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from trl.trainer.utils import get_peak_flops
 
 from train.errors import UserError
-from train.model.architecture import Shape, shape_of
+from train.model.architecture import Architecture, inspect_architecture
 from train.model.flops import PEAK_FLOPS
 from train.model.load import load_config
 from train.preflight.plan.memory import STRATEGIES
@@ -40,9 +40,9 @@ PUBLISHED = {  # parameters that the hub counts in the safetensors files, in tho
 JANUS_ROWS = np.full(196_998, 1_000)  # an epoch: 751 steps of 32 sequences of 8,192 tokens, eight rows in each
 
 
-def shape_for(recipe: Recipe, name: str | None = None) -> Shape:
+def shape_for(recipe: Recipe, name: str | None = None) -> Architecture:
     name = (name or recipe.model.name_or_path).rpartition("/")[2].lower()
-    return shape_of(recipe, AutoConfig.from_pretrained(CONFIGS / f"{name}.json"))
+    return inspect_architecture(recipe, AutoConfig.from_pretrained(CONFIGS / f"{name}.json"))
 
 
 def plan_of(recipe: Recipe, gpus: str, nodes: int = 1, model: str | None = None) -> Plan:
@@ -263,7 +263,7 @@ def test_a_mixture_of_experts_is_refused(recipe_file: Callable[..., Path], tmp_p
     from train.errors import UserError
 
     with pytest.raises(UserError, match="mixture of experts"):
-        shape_of(load_recipe(recipe_file()), MixtralConfig())
+        inspect_architecture(load_recipe(recipe_file()), MixtralConfig())
 
 
 def test_what_a_plan_cannot_count_it_says(tmp_path: Path) -> None:

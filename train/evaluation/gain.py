@@ -32,7 +32,7 @@ from train.storage.local_paths import parse_path_or_id
 if TYPE_CHECKING:
     from train.data.sources.formats import RowError
     from train.system_gain.metric import Figures, SystemGain
-    from train.system_gain.variants import Label, Labelled, VariantRows
+    from train.system_gain.variants import Label, LabelledConversation, VariantRows
 
 HEADING = "## System gain"
 _MOST_BARS = 30
@@ -173,7 +173,7 @@ def rows_for(options: argparse.Namespace, models: list[str]) -> "tuple[VariantRo
     from train.data.chat.template import use_template
     from train.data.tokens.workers import RowTokenizer
     from train.evaluation.models.local import tokenizer_of
-    from train.system_gain.variants import Labelled, make_variants, read_labelled
+    from train.system_gain.variants import LabelledConversation, make_variants, read_labelled_conversations
 
     with replace_in_errors({"--model": "--model or --before"}):
         tokenizers = {model: tokenizer_of(model) for model in models}
@@ -190,8 +190,8 @@ def rows_for(options: argparse.Namespace, models: list[str]) -> "tuple[VariantRo
         raise UserError(f"--data or --split: {fault.errors()[0]['msg']}") from fault
     use_template(tokenizer, options.template)
     apply_system_role(tokenizer, options.system_role)
-    rows = read_labelled(sources, options.group)
-    known = {column for row in rows if isinstance(row, Labelled) for column, _ in row.labels}
+    rows = read_labelled_conversations(sources, options.group)
+    known = {column for row in rows if isinstance(row, LabelledConversation) for column, _ in row.labels}
     for column in options.group:
         if column not in known:
             raise UserError(f"--group {column}: no row has a text in a column of that name")
@@ -211,17 +211,17 @@ def rows_for(options: argparse.Namespace, models: list[str]) -> "tuple[VariantRo
     return made, fingerprint_of(rows, made)
 
 
-def fingerprint_of(rows: "Sequence[Labelled | tuple[str, RowError]]", made: "VariantRows") -> str:
+def fingerprint_of(rows: "Sequence[LabelledConversation | tuple[str, RowError]]", made: "VariantRows") -> str:
     """A checksum of the texts of all rows, and of which are measured: by it `compare` knows that two are of the same.
 
     Where the rows stand is no part of it. Messages are drawn from all of them.
     """
-    from train.system_gain.variants import Labelled
+    from train.system_gain.variants import LabelledConversation
 
     measured = {row.place for row in made.rows}
     told = [
         [row.conversation.messages, row.conversation.tools, row.conversation.place in measured]
-        if isinstance(row, Labelled)
+        if isinstance(row, LabelledConversation)
         else None
         for row in rows
     ]
@@ -244,13 +244,13 @@ def _measure(name: str, made: "VariantRows", file: Path, options: argparse.Names
     from train.evaluation.models.local import fingerprint
     from train.model.load import load_saved
     from train.system_gain.metric import system_gain
-    from train.system_gain.score_cache import ScoreFile
+    from train.system_gain.score_cache import ScoreCache
 
     model = load_saved(name, options.dtype)
     total = sum(len(variant) for row in made.rows for variant in row.all)
     told_apart = json.dumps([fingerprint(name), str(model.dtype)])
     with (
-        ScoreFile(file.with_name("gain_scores.jsonl"), told_apart) as scores,
+        ScoreCache(file.with_name("gain_scores.jsonl"), told_apart) as scores,
         progress_bar(f"scoring answers with {name}", total=total, unit="answers") as scoring,
     ):
         found = system_gain(

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from transformers import TrainerCallback
 
 from train.data.loss_mask import NOT_TRAINED
-from train.model.architecture import Shape
-from train.model.flops import peak_flops, training_flops
+from train.model.architecture import Architecture
+from train.model.flops import count_training_flops, peak_flops
 
 BATCH_INFO = "held"
 """Where a batch says what it holds; taken out before the model sees it."""
@@ -116,7 +116,7 @@ class Throughput(TrainerCallback):
     known, and for a mixture of experts.
     """
 
-    def __init__(self, accelerator: Accelerator, shape: Shape | None) -> None:
+    def __init__(self, accelerator: Accelerator, shape: Architecture | None) -> None:
         """`shape`: the model's, None where its arithmetic isn't known."""
         self._accelerator, self._shape = accelerator, shape
         self._clock = _Clock(accelerator.device)
@@ -149,7 +149,7 @@ class Throughput(TrainerCallback):
     def _counts(self) -> NDArray[np.float64]:
         """Tokens, trained tokens, FLOPs, steps, and seconds: in all, waiting, forward, backward, in the optimizer."""
         documents = np.concatenate([np.empty(0, np.int64), *self._documents])
-        flops = training_flops(self._shape, documents).total if self._shape else 0.0
+        flops = count_training_flops(self._shape, documents).total if self._shape else 0.0
         parts = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
         for part, start, end in self._spans:
             parts[part] += self._clock.between(start, end)

@@ -45,8 +45,8 @@ from train.loop.preemption import Preemption, StopError, StopWhenAsked
 from train.loop.sampler import BalancedSampler
 from train.loop.throughput import BATCH_INFO, BatchInfo, CountingCollator, Sums, Throughput
 from train.model.adapters import check_adapter, lora_config
-from train.model.architecture import Shape, shape_of
-from train.model.text_part import bare_model, freeze, idle_parameters
+from train.model.architecture import Architecture, inspect_architecture
+from train.model.text_part import build_meta_model, find_idle_parameters, freeze
 from train.recipe import Recipe
 from train.system_gain.evaluator import ValidationGain
 from train.system_gain.variants import VariantRows
@@ -101,7 +101,7 @@ class JanusTrainer(SFTTrainer):
             )
         with _without_zero3(arguments):
             shape = _shape(recipe, model)
-            idle = idle_parameters(bare_model(model.config, recipe.model))
+            idle = find_idle_parameters(build_meta_model(model.config, recipe.model))
         check_adapter(recipe.adapter, model, idle)
         freeze(model, idle)
         with as_user_error("adapter" if recipe.adapter else "training"):
@@ -555,10 +555,10 @@ class JanusTrainer(SFTTrainer):
         return output
 
 
-def _shape(recipe: Recipe, model: PreTrainedModel) -> Shape | None:
+def _shape(recipe: Recipe, model: PreTrainedModel) -> Architecture | None:
     """What the model is made of; None for kinds whose arithmetic isn't known here."""
     try:
-        return shape_of(recipe, model.config)
+        return inspect_architecture(recipe, model.config)
     except UserError:
         return None
 

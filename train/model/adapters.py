@@ -8,7 +8,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from train.errors import UserError
-from train.model.text_part import idle_modules
+from train.model.text_part import find_idle_modules
 from train.recipe import AdapterSection, QuantizationSection
 from train.recipe.yaml_document import closest, did_you_mean
 
@@ -21,7 +21,7 @@ def lora_config(
 ) -> "LoraConfig | None":
     """The adapter as peft wants it; None for full fine-tuning.
 
-    `idle`: parameters of `model` that text never trains (`idle_parameters`); modules of them alone get no adapter.
+    `idle`: parameters of `model` that text never trains (`find_idle_parameters`); modules of them alone get no adapter.
     """
     if adapter is None:
         return None
@@ -29,7 +29,7 @@ def lora_config(
 
     settings = adapter.model_dump(mode="json")
     if model is not None:
-        if outside := idle_modules(model, idle):
+        if outside := find_idle_modules(model, idle):
             settings["exclude_modules"] = rf"(?:{'|'.join(map(re.escape, outside))})(?:\..*)?"
         if adapter.modules_to_save:
             settings["modules_to_save"] = _exact(adapter.modules_to_save, model, outside)
@@ -43,7 +43,7 @@ def check_adapter(adapter: AdapterSection | None, model: PreTrainedModel, idle: 
     """
     if adapter is None:
         return
-    outside = _inside(idle_modules(model, idle))
+    outside = _inside(find_idle_modules(model, idle))
     modules: dict[str, torch.nn.Module] = dict(model.named_modules())
     adaptable = {name: module for name, module in modules.items() if isinstance(module, _adaptable_types())}
     if adapter.target_modules == "all-linear":

@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from train.errors import UserError
 from train.model.adapters import lora_config
-from train.model.text_part import bare_model, freeze, idle_parameters
+from train.model.text_part import build_meta_model, find_idle_parameters, freeze
 from train.recipe import Recipe
 
 _NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -46,7 +46,7 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Shape:
+class Architecture:
     """A dense decoder. Widths are in elements a token.
 
     `query_width`, `key_width`: heads and key-value heads times their size. `norms`: normalizations of hidden width in a
@@ -81,7 +81,7 @@ class Shape:
         return sum(one.elements for one in self.parameters if one.trained)
 
 
-def shape_of(recipe: Recipe, config: PreTrainedConfig) -> Shape:
+def inspect_architecture(recipe: Recipe, config: PreTrainedConfig) -> Architecture:
     """The model of `config` with the adapter and quantization of the recipe. Loads no weights.
 
     Raises UserError for a mixture of experts, whose memory and arithmetic are not worked out here, and for an adapter
@@ -93,8 +93,8 @@ def shape_of(recipe: Recipe, config: PreTrainedConfig) -> Shape:
             f"--gpus: the plan knows dense models; {recipe.model.name_or_path} is a mixture of experts. Leave out "
             "--gpus: the rest of the check works."
         )
-    model = bare_model(config, recipe.model)
-    idle = idle_parameters(model)
+    model = build_meta_model(config, recipe.model)
+    idle = find_idle_parameters(model)
     freeze(model, idle)
     never_used = {id(one) for name, one in model.named_parameters() if name in idle}
     embedding = model.get_input_embeddings().weight
@@ -140,7 +140,7 @@ def shape_of(recipe: Recipe, config: PreTrainedConfig) -> Shape:
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
     window = getattr(text, "sliding_window", None)
-    return Shape(
+    return Architecture(
         parameters=parameters,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,

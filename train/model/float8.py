@@ -37,7 +37,7 @@ TOKENS = 512
 def check_float8(recipe: Recipe) -> None:
     """Raise UserError where `model.float8` lacks a package, or this machine's GPU is one without float8.
 
-    A machine without any GPU passes: the one that trains may be another. `check_start` asks there.
+    A machine without any GPU passes: the one that trains may be another. `check_float8_start` asks there.
     """
     if recipe.model.float8 is None:
         return
@@ -52,7 +52,7 @@ def check_float8(recipe: Recipe) -> None:
         _check_gpu()
 
 
-def check_start(recipe: Recipe) -> None:
+def check_float8_start(recipe: Recipe) -> None:
     """Raise UserError where a run in float8 is about to start on a machine, or in a way, that can't."""
     if recipe.model.float8 is None:
         return
@@ -69,11 +69,11 @@ def check_start(recipe: Recipe) -> None:
 
 def _check_gpu() -> None:
     name = torch.cuda.get_device_name() if machine().capability else ""
-    if fault := gpu_fault(machine().capability, name):
+    if fault := gpu_error(machine().capability, name):
         raise UserError(fault)
 
 
-def gpu_fault(capability: tuple[int, int] | None, name: str = "") -> str | None:
+def gpu_error(capability: tuple[int, int] | None, name: str = "") -> str | None:
     """What is wrong with a GPU of such a compute capability, None being no GPU at all; None if nothing is."""
     if capability is not None and capability >= _CAPABILITY:
         return None
@@ -116,16 +116,16 @@ def convert(model: PreTrainedModel, recipe_name: str, *, emulate: bool = False) 
         return filter_linear_layers(module, name, layers_to_filter=kept)
 
     convert_model_to_fp8_ao(model, config=config, module_filter_func=chosen)
-    if not layers_of(model).converted:
+    if not find_linear_layers(model).converted:
         raise UserError(
-            f"model.float8: none of the model's {len(layers_of(model).others)} linear layers can compute in float8: "
+            f"model.float8: none of the model's {len(find_linear_layers(model).others)} linear layers can compute in float8: "
             f"their sizes must be multiples of {MULTIPLE}, and the first layer and the last stay as they are. "
             "Write null."
         )
 
 
 @dataclass(frozen=True)
-class Layers:
+class LinearLayers:
     """The names of a model's linear layers, but for an adapter's own: those in float8, and the others."""
 
     converted: list[str]
@@ -138,7 +138,7 @@ class Layers:
         return f"{len(self.converted):,} of {total:,} linear layers; as they are: {named or 'none'}"
 
 
-def layers_of(model: torch.nn.Module) -> Layers:
+def find_linear_layers(model: torch.nn.Module) -> LinearLayers:
     """Which linear layers of `model` compute in float8, and which don't."""
     converted: list[str] = []
     others: list[str] = []
@@ -147,7 +147,7 @@ def layers_of(model: torch.nn.Module) -> Layers:
             continue
         short = name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".modules_to_save", "")
         (converted if _is_float8(module) else others).append(short)
-    return Layers(converted, others)
+    return LinearLayers(converted, others)
 
 
 def _is_float8(module: torch.nn.Module) -> bool:
@@ -169,7 +169,7 @@ def without_float8(model: torch.nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Difference:
+class LossDifference:
     """Mean losses of a row's tokens in nats, with the same weights."""
 
     float8: float
@@ -195,7 +195,9 @@ class Difference:
         return f"{losses}: rounding to 8 bits explains {allowed:.2g} ({_SHARE:.2%} of the loss, and 3 standard errors)"
 
 
-def loss_difference(model: torch.nn.Module, row: Sequence[int], device: torch.device, *, bf16: bool) -> Difference:
+def measure_loss_difference(
+    model: torch.nn.Module, row: Sequence[int], device: torch.device, *, bf16: bool
+) -> LossDifference:
     """What float8 makes of the loss of `row` (token ids, of which the first TOKENS count), before training.
 
     `device`: where to compute; the weights may be in host memory still, or split by ZeRO-3. `bf16`: under autocast, as
@@ -209,13 +211,13 @@ def loss_difference(model: torch.nn.Module, row: Sequence[int], device: torch.de
     if split or is_first_rank():  # with FSDP the first rank alone has the weights
         found = [_measure(model, row[:TOKENS], device, bf16=bf16)]
     broadcast_object_list(found)  # all end alike
-    difference: Difference = found[0]
+    difference: LossDifference = found[0]
     if fault := difference.fault():
         raise UserError(f"model.float8: {fault}. Write another of torchao's recipes, `rowwise_with_gw_hp`, or null.")
     return difference
 
 
-def _measure(model: torch.nn.Module, row: Sequence[int], device: torch.device, *, bf16: bool) -> Difference:
+def _measure(model: torch.nn.Module, row: Sequence[int], device: torch.device, *, bf16: bool) -> LossDifference:
     ids = torch.tensor([row], device=device)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -230,7 +232,7 @@ def _measure(model: torch.nn.Module, row: Sequence[int], device: torch.device, *
         for module, mode in modes:
             module.training = mode
     difference = float8 - plain
-    return Difference(
+    return LossDifference(
         float8=float8.mean().item(),
         plain=plain.mean().item(),
         standard_error=(difference.var(unbiased=False) / len(difference)).sqrt().item(),

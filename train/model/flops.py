@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from train.model.architecture import Shape
+from train.model.architecture import Architecture
 
 CONVENTION = (
     "6 FLOPs a token for each non-embedding parameter that is trained, 4 for a frozen one (forward, and backward to "
@@ -55,7 +55,7 @@ class Flops(NamedTuple):
         return self.parameters + self.attention
 
 
-def training_flops(shape: Shape, documents: NDArray[np.integer]) -> Flops:
+def count_training_flops(shape: Architecture, documents: NDArray[np.integer]) -> Flops:
     """FLOPs to train once on documents of these lengths in tokens, by CONVENTION.
 
     Kaplan et al. (arXiv:2001.08361, section 2.1) and Chowdhery et al. (arXiv:2204.02311, appendix B): 2 forward and 4

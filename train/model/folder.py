@@ -271,7 +271,7 @@ def _listed(names: set[str]) -> str:
     return ", ".join(sorted(names)[:3]) + more
 
 
-def refuse_missing_model(model: ModelSection, recipe_file: str | None = None) -> None:
+def check_model_exists(model: ModelSection, recipe_file: str | None = None) -> None:
     """Raise UserError where `model.name_or_path` is neither a folder nor an id that the hub may have."""
     name = model.name_or_path
     path = Path(name)

@@ -60,7 +60,7 @@ def generate_batch(
     return generated
 
 
-def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str]) -> None:
+def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str]) -> None:
     """Have the saved generation settings stop at each of `stop_tokens`, at eos and at what the model stops at already.
 
     Call it before the trainer makes the first of them the tokenizer's eos.
@@ -73,7 +73,7 @@ def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_tok
 
 
 @contextmanager
-def as_in_evaluation(model: Any) -> Iterator[None]:
+def evaluation_mode(model: Any) -> Iterator[None]:
     """The model without dropout and the like, each of its modules afterwards as it was."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -17,18 +17,23 @@ from transformers.utils import logging as transformers_logging
 
 from train.errors import UserError
 from train.model.adapters import check_adapter, quantization_config
-from train.model.attention.selection import attention_for, choose_attention, machine, needs_of
-from train.model.float8 import check_float8, check_start, convert
+from train.model.attention.selection import attention_needs, choose_attention, machine, select_attention
+from train.model.float8 import check_float8, check_float8_start, convert
 from train.model.folder import adapter_base, is_adapter_alone
 from train.model.pretrained import optional_file, origin, reading, unloadable
-from train.model.quantized_weights import check_quantized, describe_quantized, quantization_to_load, saved_quantization
-from train.model.text_part import auto_class, bare_model, describe_idle, idle_parameters
-from train.model.unloaded_weights import left_out, listed, weight_names
+from train.model.quantized_weights import (
+    check_quantized,
+    describe_quantized,
+    quantization_to_load,
+    read_saved_quantization,
+)
+from train.model.text_part import auto_model_class, build_meta_model, describe_idle, find_idle_parameters
+from train.model.unloaded_weights import left_out, listed, read_weight_names
 from train.ranks import is_first_rank
 from train.recipe import ModelSection, Recipe
 
 
-def hide_bars_in_logs() -> None:
+def disable_bars_in_logs() -> None:
     """Keep transformers' own progress bars out of a log file, where each step of theirs is a piece of one long line."""
     if not sys.stdout.isatty():
         transformers_logging.disable_progress_bar()
@@ -76,12 +81,12 @@ def check_model(recipe: Recipe) -> CheckedModel:
     with reading(recipe.model, "config.json"):
         _check_kind(recipe.model.name_or_path, config)
         check_quantized(recipe, config)
-        bare = bare_model(config, recipe.model)
-    if dropped := left_out(bare, config, weight_names(Path(recipe.model.name_or_path))):
+        bare = build_meta_model(config, recipe.model)
+    if dropped := left_out(bare, config, read_weight_names(Path(recipe.model.name_or_path))):
         raise unloadable(recipe.model, ValueError(dropped))
-    idle = idle_parameters(bare)
+    idle = find_idle_parameters(bare)
     check_adapter(recipe.adapter, bare, idle)
-    choose_attention(recipe.model.attention, needs_of(recipe, config), machine())
+    choose_attention(recipe.model.attention, attention_needs(recipe, config), machine())
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions and recipe.data.max_length > positions:
@@ -118,15 +123,15 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     Raises UserError where the weights can't be opened, aren't those of the model, or are pickled and the recipe doesn't
     allow that, and where this machine can't multiply in float8 and the recipe asks for it.
     """
-    hide_bars_in_logs()
+    disable_bars_in_logs()
     model = recipe.model
-    check_start(recipe)
+    check_float8_start(recipe)
     config = load_config(model)
-    attention = attention_for(recipe, config)
+    attention = select_attention(recipe, config)
     settings: dict[str, Any] = {"attn_implementation": attention.kernel, "dtype": getattr(torch, model.dtype, "auto")}
     settings["use_safetensors"] = None if model.allow_pickle else True
     quantization = quantization_to_load(config)
-    if saved_quantization(config) is None:
+    if read_saved_quantization(config) is None:
         quantization = quantization_config(recipe.quantization)
     if quantization is not None:
         settings["quantization_config"] = quantization
@@ -155,7 +160,7 @@ def _load_whole(config: PreTrainedConfig, settings: dict[str, Any]) -> tuple[Pre
     Raises ValueError where files lack some, have other shapes, or hold layers that `config` leaves out: transformers
     fills up what is missing with random numbers, leaves out the rest, and goes on.
     """
-    loaded, report = auto_class(config).from_pretrained(
+    loaded, report = auto_model_class(config).from_pretrained(
         **settings, output_loading_info=True, ignore_mismatched_sizes=True
     )
     if missing := sorted(report["missing_keys"]):
@@ -181,7 +186,7 @@ def load_saved(name: str, dtype: str | None = None) -> PreTrainedModel:
 
     `dtype`: float32 or bfloat16; None = bfloat16 on a GPU and float32 on a CPU. Raises UserError.
     """
-    hide_bars_in_logs()
+    disable_bars_in_logs()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32"))
     # With a config.json beside it transformers would look for the base's weights in the adapter's folder.
@@ -194,7 +199,7 @@ def load_saved(name: str, dtype: str | None = None) -> PreTrainedModel:
         loaded, _ = _load_whole(config, settings)
         if base:
             loaded.load_adapter(name)
-        return loaded if saved_quantization(loaded.config) else loaded.to(device)
+        return loaded if read_saved_quantization(loaded.config) else loaded.to(device)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as fault:
         raise UserError(f"{name}: can't be loaded: {' '.join(str(fault).split())}") from fault
 

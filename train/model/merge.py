@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from train.errors import UserError
-from train.model.text_part import auto_class
+from train.model.text_part import auto_model_class
 
 Change = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 """From a weight of the base to the merged one, rounded once, to the type given."""
@@ -39,7 +39,7 @@ def merge_adapter(base: Path, adapter: Path, output: Path, dtype: str | None = N
     config = _read_config(base)
     model = _with_adapter(config, adapter)
     changes, tied = _changes(model), _tied(model.get_base_model())
-    files = weight_files(base)
+    files = find_weight_files(base)
     names = {name for path in files for name in _names(path)}
     apart = bool(tied & changes.keys())
     copies = {kept: absent for kept in tied & names for absent in tied - names} if apart else {}
@@ -72,11 +72,11 @@ def merge_adapter(base: Path, adapter: Path, output: Path, dtype: str | None = N
     return len(changes)
 
 
-def tied_embeddings(base: Path) -> frozenset[str]:
+def find_tied_embeddings(base: Path) -> frozenset[str]:
     """Names of the input and output embeddings' weights where the model in `base` ties them; else none."""
     config = _read_config(base)
     with torch.device("meta"):
-        return frozenset(_tied(auto_class(config).from_config(config)))
+        return frozenset(_tied(auto_model_class(config).from_config(config)))
 
 
 def _read_config(base: Path) -> Any:
@@ -118,7 +118,7 @@ def _with_adapter(config: Any, adapter: Path) -> PeftModel:
             "merged file by file. Merge it in memory with peft's merge_and_unload."
         )
     with torch.device("meta"):
-        bare = auto_class(config).from_config(config, dtype=torch.float32)
+        bare = auto_model_class(config).from_config(config, dtype=torch.float32)
     _leave_weights_out(bare)
     try:
         return PeftModel.from_pretrained(bare, adapter, torch_device="cpu")
@@ -181,7 +181,7 @@ def _tied(base: PreTrainedModel) -> set[str]:
     return {f"{name}.weight" for name, module in base.named_modules() if any(module is end for end in ends)}
 
 
-def weight_files(base: Path) -> list[Path]:
+def find_weight_files(base: Path) -> list[Path]:
     """The safetensors files that a model in `base` is loaded from. Raises UserError where there are none."""
     index = base / SAFE_WEIGHTS_INDEX_NAME
     if (base / SAFE_WEIGHTS_NAME).is_file():

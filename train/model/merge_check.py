@@ -21,7 +21,7 @@ from safetensors import safe_open
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from train.errors import UserError
-from train.model.merge import weight_files
+from train.model.merge import find_weight_files
 
 _AT_ONCE = 2**22
 """Elements of a weight that are compared at once."""
@@ -87,10 +87,10 @@ def check_merge(base: Path, adapter: Path, merged: Path, tied: frozenset[str] = 
     assert isinstance(settings, LoraConfig)
     with safe_open(adapter / ADAPTER_SAFE_WEIGHTS_NAME, "pt") as file:
         adapted = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    places = {name: path for path in weight_files(base) for name in _names(path)}
+    places = {name: path for path in find_weight_files(base) for name in _names(path)}
     found = MergeCheck()
     used: set[str] = set()
-    for path in weight_files(merged):
+    for path in find_weight_files(merged):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 source = name if name in places else next(iter(tied & places.keys()), None) if name in tied else None

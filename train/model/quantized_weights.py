@@ -17,7 +17,7 @@ from train.errors import UserError
 from train.recipe import QuantizationSection, Recipe
 
 
-def saved_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
+def read_saved_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
     """Return the quantization that the weights of `config` were saved with; None for weights that are not quantized."""
     for part in (config, config.get_text_config()):
         declared = getattr(part, "quantization_config", None)
@@ -28,7 +28,7 @@ def saved_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
 
 def check_quantized(recipe: Recipe, config: PreTrainedConfig) -> None:
     """Raise UserError where the weights are saved in a form that can't be trained as the recipe says, or not here."""
-    declared = saved_quantization(config)
+    declared = read_saved_quantization(config)
     if declared is None:
         return
     name = recipe.model.name_or_path
@@ -63,7 +63,7 @@ def quantization_to_load(config: PreTrainedConfig) -> QuantizationConfigMixin | 
 
     Nothing is not the same as `quantization_config=None`, which makes transformers forget the model's own.
     """
-    declared = saved_quantization(config)
+    declared = read_saved_quantization(config)
     as_loaded = _as_loaded(declared) if declared else None
     return as_loaded if getattr(as_loaded, "dequantize", False) else None
 
@@ -73,7 +73,7 @@ def with_saved_quantization(recipe: Recipe, config: PreTrainedConfig) -> Recipe:
 
     For reports, plans and checks of settings; what a run is compared by stays the recipe as written.
     """
-    declared = saved_quantization(config)
+    declared = read_saved_quantization(config)
     if declared is None or recipe.quantization is not None or _method(declared) != "bitsandbytes_4bit":
         return recipe
     return recipe.model_copy(update={"quantization": QuantizationSection.model_construct(**_bitsandbytes(declared))})
@@ -84,9 +84,7 @@ def describe_quantized(config: PreTrainedConfig, dtype: str) -> str | None:
     if quantization_to_load(config) is None:
         return None
     into = "" if dtype == "auto" else f" to {dtype}"
-    return (
-        f"The weights are quantized ({_method(saved_quantization(config) or {})}) and are unpacked{into} to be trained"
-    )
+    return f"The weights are quantized ({_method(read_saved_quantization(config) or {})}) and are unpacked{into} to be trained"
 
 
 def _method(declared: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from train.recipe import ModelSection
 _TOKENS = 64
 
 
-def auto_class(config: PreTrainedConfig) -> Any:
+def auto_model_class(config: PreTrainedConfig) -> Any:
     """Return the class to load a model of `config` with: one that holds all of it, towers too.
 
     AutoModelForCausalLM doesn't know some multimodal models, and of others it loads the text part alone, which would be
@@ -37,19 +37,19 @@ def auto_class(config: PreTrainedConfig) -> Any:
     return exact or (known[0][0] if known else AutoModelForCausalLM)
 
 
-def bare_model(config: PreTrainedConfig, model: ModelSection) -> PreTrainedModel:
+def build_meta_model(config: PreTrainedConfig, model: ModelSection) -> PreTrainedModel:
     """Return the model of `config` without weights, on PyTorch's meta device."""
     config = copy.deepcopy(config)  # transformers writes into the config of a model that it makes
     dtype = getattr(torch, model.dtype, None) or config.get_text_config().dtype or torch.float32
     if getattr(config, "quantization_config", None):
         del config.quantization_config
     with torch.device("meta"):
-        return auto_class(config).from_config(
+        return auto_model_class(config).from_config(
             config, dtype=dtype, attn_implementation="eager", trust_remote_code=model.trust_remote_code
         )
 
 
-def idle_parameters(model: PreTrainedModel) -> frozenset[str]:
+def find_idle_parameters(model: PreTrainedModel) -> frozenset[str]:
     """Return the names of the parameters of `model`, a bare one, that text alone never trains.
 
     Nothing is idle in a model of text alone, which isn't tried. Where the try fails, idle is what lies outside the
@@ -66,7 +66,7 @@ def idle_parameters(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(name for name, weight in model.named_parameters() if id(weight) not in reached)
 
 
-def idle_modules(model: torch.nn.Module, idle: frozenset[str]) -> list[str]:
+def find_idle_modules(model: torch.nn.Module, idle: frozenset[str]) -> list[str]:
     """Return the names of the largest modules of which all parameters are in `idle`."""
     if not idle:
         return []
@@ -94,7 +94,7 @@ def describe_idle(model: PreTrainedModel, idle: frozenset[str]) -> str | None:
     if not idle:
         return None
     count = sum(weight.numel() for name, weight in model.named_parameters() if name in idle)
-    names = [name.removeprefix("model.") for name in idle_modules(model, idle)]
+    names = [name.removeprefix("model.") for name in find_idle_modules(model, idle)]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{count:,} parameters are not trained, since no text reaches them: {', '.join(names[:3])}{more}"
 

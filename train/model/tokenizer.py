@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from train.data.chat.system_role import Probe, apply_system_role
 from train.data.chat.template import pin_date, use_template
 from train.errors import UserError
-from train.model.folder import read_json, refuse_missing_model
+from train.model.folder import check_model_exists, read_json
 from train.model.pretrained import optional_file, origin, reading
 from train.recipe import ModelSection, Recipe
 
@@ -41,7 +41,7 @@ def load_chat_tokenizer(recipe: Recipe, day: date | None = None) -> ChatTokenize
 
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer. Raises UserError if there is none that can be opened."""
-    refuse_missing_model(model)
+    check_model_exists(model)
     with reading(model, "tokenizer.json, tokenizer_config.json, special_tokens_map.json or added_tokens.json"):
         tokenizer = AutoTokenizer.from_pretrained(**origin(model), config=_minimal_config(Path(model.name_or_path)))
     if tokenizer.chat_template is None:

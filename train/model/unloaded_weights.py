@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # importing them takes seconds, which `--check` on a warm cac
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def weight_names(folder: Path) -> list[str]:
+def read_weight_names(folder: Path) -> list[str]:
     """Return the names of the weights in a local model's safetensors files; none where there are no such files."""
     if (folder / WEIGHTS).is_file():
         with safe_open(folder / WEIGHTS, "numpy") as tensors:

@@ -16,7 +16,7 @@ from train.recipe import Recipe
 from train.recipe.sft_config import with_defaults
 
 
-def run_faults(recipe: Recipe, sequences: int, processes: int) -> list[str]:
+def find_run_errors(recipe: Recipe, sequences: int, processes: int) -> list[str]:
     """Each fault as a sentence or two, as it stands after `error:`. `sequences`: what an epoch trains.
 
     Nothing is left behind where a folder is tried.

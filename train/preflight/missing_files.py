@@ -8,13 +8,13 @@ from pathlib import Path
 
 from train.data.sources.source import open_source
 from train.errors import UserError
-from train.model.folder import _from_recipe, refuse_missing_model
+from train.model.folder import _from_recipe, check_model_exists
 from train.recipe import Recipe, Source
 from train.recipe.optimizer_arguments import missing_package
 from train.storage.local_paths import hub_unreachable_reason, looks_like_hub_id, suggest_similar
 
 
-def refuse_missing(recipe: Recipe, *, packages: bool = True) -> None:
+def check_files_exist(recipe: Recipe, *, packages: bool = True) -> None:
     """Raise UserError, naming each, for a missing model folder, source of the data or package that a setting needs.
 
     Hub ids are looked for in the cache; none is asked for. Sources are found, not read. `packages`: the run is
@@ -35,7 +35,7 @@ def refuse_missing(recipe: Recipe, *, packages: bool = True) -> None:
 
 
 def _looks(recipe: Recipe) -> Iterator[Callable[[], object]]:
-    yield partial(refuse_missing_model, recipe.model, recipe._origin.file)
+    yield partial(check_model_exists, recipe.model, recipe._origin.file)
     parts = {"sources": recipe.data.sources, "validation": recipe.data.validation}
     for name, sources in parts.items():
         for number, source in enumerate(sources if isinstance(sources, tuple) else ()):

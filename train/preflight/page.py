@@ -17,7 +17,7 @@ from train.data.diagnostics import describe_dropped, describe_unread
 from train.data.stats import Bin
 from train.errors import UserError
 from train.formatting import format_count, shorten, visible, wrap
-from train.preflight.report import Example, PartReport, Piece, Report
+from train.preflight.report import Example, Piece, Report, SplitReport
 from train.recipe.schedule import Rhythm
 
 _NAME = 12
@@ -176,7 +176,7 @@ def marked(pieces: Sequence[Piece], marks: tuple[str, str]) -> str:
     return "".join(f"{marks[0]}{piece.text}{marks[1]}" if piece.trained else piece.text for piece in pieces)
 
 
-def _describe_part(part: PartReport) -> list[str]:
+def _describe_part(part: SplitReport) -> list[str]:
     share = part.trained_tokens / max(part.tokens, 1)
     system = part.rows_with_system_message / max(part.rows, 1)
     default = part.rows_with_default_system

@@ -15,10 +15,10 @@ from train.data.loss_mask import NOT_TRAINED
 from train.data.prepare import CachedSource, ExampleRow, Prepared, SplitStats, UnreadText, find_data_error
 from train.data.stats import Bin, Overlap, Repeats, histogram, quantiles
 from train.model.tokenizer import ChatTokenizer
-from train.preflight.checks import run_faults
+from train.preflight.checks import find_run_errors
 from train.recipe import Recipe
 from train.recipe.schedule import Schedule, compute_schedule, schedule_error, schedule_warnings, sequences_per_step
-from train.system_gain.validation_rows import describe_gain, gain_refusal, gain_rows
+from train.system_gain.validation_rows import describe_gain, gain_metric_error, load_gain_rows
 
 if TYPE_CHECKING:  # the plan imports modelling code
     from train.preflight.plan.plan import Cluster, Plan
@@ -48,7 +48,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class PartReport:
+class SplitReport:
     """Training or validation.
 
     `conversations` became `rows_of_conversations` rows: more, where the template rewrites earlier turns. `rows` are
@@ -104,8 +104,8 @@ class Report:
     system_messages: list[str]
     max_length: int
     packing: bool
-    training: PartReport
-    validation: PartReport | None
+    training: SplitReport
+    validation: SplitReport | None
     caches: list[CachedSource]
     outcomes: list[DroppedRows]
     unread: list[UnreadText]
@@ -136,7 +136,7 @@ def build_report(
     """
     tokenizer, account = chat.tokenizer, data.train.stats
     processes = cluster.processes if cluster else int(os.environ.get("WORLD_SIZE", "1"))
-    gain = gain_rows(recipe, data, tokenizer)
+    gain = load_gain_rows(recipe, data, tokenizer)
     sequences = account.sequences
     if cluster and recipe.data.packing:  # on so many GPUs rows are packed into whole steps
         whole = sequences_per_step(recipe, processes)
@@ -144,8 +144,8 @@ def build_report(
     steps = compute_schedule(recipe.training, sequences, account.tokens / max(sequences, 1), processes)
     faults = [
         find_data_error(data, recipe.data),
-        gain_refusal(recipe, gain),
-        *run_faults(recipe, account.sequences, processes),
+        gain_metric_error(recipe, gain),
+        *find_run_errors(recipe, account.sequences, processes),
         schedule_error(recipe.training, steps),
         *errors,
     ]
@@ -217,7 +217,7 @@ def _float8_warnings(recipe: Recipe) -> list[str]:
 
 
 def _plan(recipe: Recipe, account: SplitStats, steps: Schedule, cluster: "Cluster") -> "Plan":
-    from train.model.architecture import shape_of
+    from train.model.architecture import inspect_architecture
     from train.model.load import load_config
     from train.preflight.plan.plan import plan
 
@@ -226,7 +226,7 @@ def _plan(recipe: Recipe, account: SplitStats, steps: Schedule, cluster: "Cluste
         lengths = account.lengths[account.lengths <= recipe.data.max_length]
     return plan(
         recipe,
-        shape_of(recipe, load_config(recipe.model)),
+        inspect_architecture(recipe, load_config(recipe.model)),
         cluster,
         lengths,
         steps=steps.steps,
@@ -235,9 +235,9 @@ def _plan(recipe: Recipe, account: SplitStats, steps: Schedule, cluster: "Cluste
     )
 
 
-def _part(account: SplitStats, recipe: Recipe, default_is_given: bool) -> PartReport:
+def _part(account: SplitStats, recipe: Recipe, default_is_given: bool) -> SplitReport:
     documents = account.documents_per_sequence
-    return PartReport(
+    return SplitReport(
         conversations=account.conversations,
         rows_of_conversations=len(account.lengths),
         rows=account.rows,

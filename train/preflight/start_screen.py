@@ -32,7 +32,7 @@ def start_screen(
 
     `template`, `system_gain`: their descriptions.
     """
-    from train.model.attention.selection import attention_for
+    from train.model.attention.selection import select_attention
     from train.model.float8 import float8_warnings
 
     trained, total = _parameters(model)
@@ -50,7 +50,7 @@ def start_screen(
     lines = [
         ("model", f"{recipe.model.name_or_path}, {recipe.model.dtype}"),
         *(("", sentence) for sentence in model_notes),
-        ("attention", str(attention_for(recipe, model.config))),
+        ("attention", str(select_attention(recipe, model.config))),
         ("training", f"{kind}: {trained:,} of {total:,} parameters ({trained / total:.2%})"),
         *(_describe_float8(recipe, data, model, arguments) if recipe.model.float8 else []),
         ("template", template),
@@ -75,12 +75,14 @@ def _describe_float8(
     recipe: Recipe, data: Prepared, model: "PreTrainedModel", arguments: "SFTConfig"
 ) -> list[tuple[str, str]]:
     """Which layers compute so, and the loss with and without. Raises UserError where rounding doesn't explain it."""
-    from train.model.float8 import TOKENS, layers_of, loss_difference
+    from train.model.float8 import TOKENS, find_linear_layers, measure_loss_difference
 
     rows = data.train.dataset
     longest = int(np.minimum(rows.lengths[:1_000], TOKENS).argmax())
-    difference = loss_difference(model, rows.row(longest)[0].tolist(), arguments.device, bf16=bool(arguments.bf16))
-    return [("float8", f"{recipe.model.float8}: {layers_of(model)}"), ("", str(difference))]
+    difference = measure_loss_difference(
+        model, rows.row(longest)[0].tolist(), arguments.device, bf16=bool(arguments.bf16)
+    )
+    return [("float8", f"{recipe.model.float8}: {find_linear_layers(model)}"), ("", str(difference))]
 
 
 def _describe_waiting(data: Prepared, model: "PreTrainedModel", arguments: "SFTConfig") -> str:

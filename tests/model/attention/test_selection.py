@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from train.errors import UserError
-from train.model.attention.selection import Machine, Needs, choose_attention, needs_of
+from train.model.attention.selection import Machine, Needs, attention_needs, choose_attention
 from train.recipe import load_recipe
 
 A100, HOPPER, BLACKWELL, CPU = (8, 0), (9, 0), (10, 0), None
@@ -157,7 +157,7 @@ def test_a_kernel_by_name_is_taken(kernel: str) -> None:
     ids=lambda value: getattr(value, "model_type", ""),
 )
 def test_what_a_model_needs(config, expected: Needs, recipe_file: Callable[..., Path]) -> None:
-    assert needs_of(load_recipe(recipe_file()), config) == expected
+    assert attention_needs(load_recipe(recipe_file()), config) == expected
 
 
 @pytest.mark.parametrize(
@@ -175,12 +175,12 @@ def test_what_attention_computes_in(
     dtype: str, training: dict, expected: str, recipe_file: Callable[..., Path]
 ) -> None:
     recipe = load_recipe(recipe_file(model={"dtype": dtype}, training=training))
-    assert needs_of(recipe, transformers.LlamaConfig(dtype="float16")).dtype == expected
+    assert attention_needs(recipe, transformers.LlamaConfig(dtype="float16")).dtype == expected
 
 
 def test_sinks_are_no_matter_for_flash_attention(recipe_file: Callable[..., Path]) -> None:
     """gpt-oss names the only FlashAttention that knows its sinks."""
-    needs = needs_of(load_recipe(recipe_file(training={"bf16": True})), transformers.GptOssConfig())
+    needs = attention_needs(load_recipe(recipe_file(training={"bf16": True})), transformers.GptOssConfig())
     assert not needs.flash
     assert auto(needs).startswith("flex_attention: ")
 
@@ -189,10 +189,10 @@ def test_code_that_comes_with_a_model(recipe_file: Callable[..., Path]) -> None:
     """Nothing is known of it: `auto` takes no risk, and a kernel by name is the user's word."""
     config = type("ForeignConfig", (transformers.PretrainedConfig,), {"hidden_size": 64, "num_attention_heads": 4})()
     sixteen = {"bf16": True}
-    assert auto(needs_of(load_recipe(recipe_file(training=sixteen)), config)).startswith("sdpa: ")
+    assert auto(attention_needs(load_recipe(recipe_file(training=sixteen)), config)).startswith("sdpa: ")
     named = load_recipe(recipe_file(model={"attention": "flash_attention_2"}, training=sixteen))
     assert (
-        choose_attention("flash_attention_2", needs_of(named, config), Machine(HOPPER, ALL)).kernel
+        choose_attention("flash_attention_2", attention_needs(named, config), Machine(HOPPER, ALL)).kernel
         == "flash_attention_2"
     )
 

@@ -127,7 +127,7 @@ def stand_in(version: str) -> tuple:
 @pytest.fixture(params=VERSIONS)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     operators, _ = stand_in(request.param)
-    monkeypatch.setattr(varlen, "torch_kernel", lambda: operators)
+    monkeypatch.setattr(varlen, "find_torch_kernel", lambda: operators)
     RUNS.clear()
     return request.param
 

@@ -34,7 +34,7 @@ from train.loop.output_dir import CARD, unwritable_files
 from train.loop.report import write_model_card
 from train.model.adapters import lora_config
 from train.model.load import copy_processor, load_config
-from train.model.text_part import bare_model, idle_parameters
+from train.model.text_part import build_meta_model, find_idle_parameters
 from train.recipe import Recipe
 
 if TYPE_CHECKING:  # importing it takes a second
@@ -151,14 +151,14 @@ def _save_adapter_config(model: "PeftModel", folder: Path) -> None:
 
 def _without_weights(recipe: Recipe) -> "PreTrainedModel | PeftModel":
     """The model of a recipe, with its adapter, on PyTorch's meta device."""
-    model = bare_model(load_config(recipe.model), recipe.model)
+    model = build_meta_model(load_config(recipe.model), recipe.model)
     model.name_or_path = recipe.model.name_or_path
     if recipe.adapter is None:
         return model
     from peft import get_peft_model
 
     with torch.device("meta"):
-        return get_peft_model(model, lora_config(recipe.adapter, model, idle_parameters(model)))
+        return get_peft_model(model, lora_config(recipe.adapter, model, find_idle_parameters(model)))
 
 
 def _generation_config(recipe: Recipe) -> GenerationConfig | str | None:
@@ -182,7 +182,7 @@ def write_again(folder: Path) -> None:
 
     from train.data.chat.assistant_spans import SpanFinder
     from train.data.chat.template import without_generation_marks
-    from train.model.inference import stop_at
+    from train.model.inference import set_stop_tokens
     from train.model.tokenizer import load_chat_tokenizer
     from train.recipe import load_recipe
 
@@ -197,7 +197,7 @@ def write_again(folder: Path) -> None:
     if isinstance(generation, str):
         raise UserError(generation)
     model.generation_config = generation or model.generation_config
-    stop_at(model, tokenizer, stop_tokens)
+    set_stop_tokens(model, tokenizer, stop_tokens)
     tokenizer.eos_token = stop_tokens[0]
     tokenizer.pad_token = recipe.training.get("pad_token") or tokenizer.pad_token or tokenizer.eos_token
     align_special_tokens(model, tokenizer)

@@ -60,7 +60,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Choice:
+class AttentionChoice:
     """A kernel, by the name that transformers knows, and why not each of the faster ones."""
 
     kernel: str
@@ -71,12 +71,12 @@ class Choice:
         return ": ".join(filter(None, (self.kernel, "; ".join(self.reasons))))
 
 
-def attention_for(recipe: Recipe, config: PretrainedConfig) -> Choice:
+def select_attention(recipe: Recipe, config: PretrainedConfig) -> AttentionChoice:
     """The kernel for a recipe and a model's `config`, tried where there is a CUDA device. Raises UserError."""
-    return choose_attention(recipe.model.attention, needs_of(recipe, config), machine(), trial=_tried)
+    return choose_attention(recipe.model.attention, attention_needs(recipe, config), machine(), trial=_tried)
 
 
-def needs_of(recipe: Recipe, config: PretrainedConfig) -> Needs:
+def attention_needs(recipe: Recipe, config: PretrainedConfig) -> Needs:
     """What `recipe` and the model's `config` ask of attention."""
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None) or 1  # some models have no attention at all
@@ -149,7 +149,7 @@ def _tried(kernel: str, needs: Needs) -> str | None:
 
 def choose_attention(
     wanted: str, needs: Needs, here: Machine, *, trial: Callable[[str, Needs], str | None] | None = None
-) -> Choice:
+) -> AttentionChoice:
     """The kernel for `model.attention: wanted`, registered with transformers.
 
     `auto` takes the first of these that can do what the model needs on this machine, all of which keep packed documents
@@ -172,7 +172,7 @@ def choose_attention(
             is_missing = wanted in _INSTALL and _missing(wanted, here)
             remedy = f"{_INSTALL[wanted]}, or write" if is_missing else "Write"
             raise UserError(f"model.attention: {wanted} {fault}. {remedy} `auto`.")
-        return Choice(wanted)
+        return AttentionChoice(wanted)
     first = ["flash_attention_3"] if here.capability and here.capability[0] == 9 else []
     order, reasons = [*dict.fromkeys([*first, *_INSTALL]), "sdpa", "flex_attention"], []
     if here.capability is None:
@@ -180,9 +180,9 @@ def choose_attention(
     for kernel in order:
         fault = _fault(kernel, needs, here) or try_out(kernel, needs)
         if fault is None:
-            return Choice(kernel, tuple(reasons))
+            return AttentionChoice(kernel, tuple(reasons))
         reasons.append(f"{kernel} {fault}")
-    return Choice("eager", tuple(reasons))
+    return AttentionChoice("eager", tuple(reasons))
 
 
 def _fault(kernel: str, needs: Needs, here: Machine) -> str | None:

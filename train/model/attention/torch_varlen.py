@@ -27,7 +27,7 @@ def register() -> None:
 
 
 @cache
-def torch_kernel() -> tuple[Any, Any] | None:
+def find_torch_kernel() -> tuple[Any, Any] | None:
     """torch's operators, forward and backward; None where it has none."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return None
@@ -40,7 +40,7 @@ def torch_kernel() -> tuple[Any, Any] | None:
 
 def kernel_parameters() -> frozenset[str]:
     """What torch's kernel takes here: it differs between 2.10, 2.11 and 2.13. Empty where torch has none."""
-    kernel = torch_kernel()
+    kernel = find_torch_kernel()
     return frozenset(_parameters(kernel[0])) if kernel else frozenset()
 
 
@@ -171,7 +171,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What torch.nn.attention.varlen.varlen_attn calls, under a name that TRL keeps: output, log of sums, and a state
     of random numbers that nothing uses."""
-    kernel = torch_kernel()
+    kernel = find_torch_kernel()
     assert kernel is not None, f"torch {torch.__version__} has no kernel for variable lengths"
     return _call(
         kernel[0], query=query, key=key, value=value, cu_seq_q=cu_seq_q, cu_seq_k=cu_seq_k, max_q=max_q, max_k=max_k,
@@ -188,7 +188,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
 def _backward(ctx: Any, gradient: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     query, key, value, cu_seq_q, cu_seq_k, out, lse, rng_state = ctx.saved_tensors
     max_q, max_k, scale, window_size = ctx.numbers
-    kernel = torch_kernel()
+    kernel = find_torch_kernel()
     assert kernel is not None
     gradients = _call(
         kernel[1], grad_out=gradient, query=query, key=key, value=value, out=out, lse=lse, cu_seq_q=cu_seq_q,

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from train.model.architecture import Shape
+from train.model.architecture import Architecture
 
 TOKEN_CHUNK, VOCABULARY_CHUNK = 4_096, 32_768
 """TRL's tiles of logits: TOKEN_CHUNK_SIZE in trl/kernels/chunked_logprob.py and _CHUNKED_LOGPROB_CHUNK_SIZE in
@@ -33,7 +33,7 @@ class Activations(NamedTuple):
         return self.kept + max(self.working, self.head)
 
 
-def layer_bytes(shape: Shape, precision: Precision, squared_length: int = 0) -> int:
+def layer_bytes(shape: Architecture, precision: Precision, squared_length: int = 0) -> int:
     """Bytes a token that one decoder layer keeps for its backward without gradient checkpointing.
 
     `squared_length`: tokens of a row, where the attention kernel keeps all scores (eager), else 0.
@@ -58,7 +58,7 @@ def layer_bytes(shape: Shape, precision: Precision, squared_length: int = 0) -> 
 
 
 def activations(
-    shape: Shape,
+    shape: Architecture,
     tokens: int,
     precision: Precision,
     *,
@@ -92,7 +92,7 @@ def activations(
     return Activations(kept, working, head_bytes(shape, tokens, precision))
 
 
-def head_bytes(shape: Shape, tokens: int, precision: Precision) -> int:
+def head_bytes(shape: Architecture, tokens: int, precision: Precision) -> int:
     """Most bytes that TRL's fused output layer holds at once, in its backward.
 
     No logits but a tile of 4,096 tokens x 32,768 entries; the hidden states of the trained positions (all, at worst)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
-from train.model.architecture import Shape, shape_of
+from train.model.architecture import Architecture, inspect_architecture
 from train.model.flops import PEAK_FLOPS
 from train.model.load import load_config
 from train.preflight.plan.memory import DDP, STRATEGIES, Strategy
@@ -17,11 +17,11 @@ from train.preflight.plan.plan import (
     Cluster,
     candidate,
     fewest_nodes,
-    optimizer_of,
-    optimizers_to_try,
+    list_optimizers,
+    list_strategies,
+    optimizer_name,
     parse_cluster,
     usable,
-    ways_on,
 )
 from train.recipe import Recipe
 
@@ -29,7 +29,7 @@ _GIB = 2**30
 _SEVERAL_NODES = "accelerate_configs/zero3_multinode.yaml"
 
 
-def gpus_of(names: Sequence[str], count: int) -> str | None:
+def parse_gpu_names(names: Sequence[str], count: int) -> str | None:
     """`8xH100-80GB`, as `--gpus` has it, from what a cluster calls its GPUs; None where that doesn't tell their memory.
 
     `names`: a type (`h100`, `nvidia_a100-sxm4-80gb`, a slice `1g.10gb`) or a constraint (`a100&80gb`).
@@ -47,15 +47,15 @@ def gpus_of(names: Sequence[str], count: int) -> str | None:
     return gpus
 
 
-def shape_in_plan(recipe: Recipe) -> Shape | None:
+def dense_architecture(recipe: Recipe) -> Architecture | None:
     """Return the model's shape; None for a mixture of experts, which the plan doesn't know."""
     try:
-        return shape_of(recipe, load_config(recipe.model))
+        return inspect_architecture(recipe, load_config(recipe.model))
     except UserError:
         return None
 
 
-def strategy_of(config: Mapping[str, Any], recipe: Recipe) -> Strategy | None:
+def read_strategy(config: Mapping[str, Any], recipe: Recipe) -> Strategy | None:
     """Return how one of accelerate's configurations spreads the run; None where that isn't known here (FSDP)."""
     if recipe.training.get("deepspeed") or recipe.training.get("fsdp"):  # they decide, whatever it is launched with
         return None
@@ -74,12 +74,14 @@ def strategy_of(config: Mapping[str, Any], recipe: Recipe) -> Strategy | None:
     return next((one for one in STRATEGIES if (one.stage, one.offload) == (stage, offload)), None)
 
 
-def memory_warning(recipe: Recipe, shape: Shape, cluster: Cluster, strategy: Strategy, config_file: str) -> str | None:
+def memory_warning(
+    recipe: Recipe, shape: Architecture, cluster: Cluster, strategy: Strategy, config_file: str
+) -> str | None:
     """Return what doesn't fit and what would, as one paragraph; None where the job fits.
 
     Rows are taken to be as long as data.max_length: the data isn't read.
     """
-    optimizer, length = optimizer_of(recipe), recipe.data.max_length
+    optimizer, length = optimizer_name(recipe), recipe.data.max_length
     found = candidate(recipe, shape, cluster, strategy, optimizer, length)
     if found.fits:
         return None
@@ -94,13 +96,13 @@ def memory_warning(recipe: Recipe, shape: Shape, cluster: Cluster, strategy: Str
             words.append(f"training.optim={other_optimizer}")
         ways.append(" ".join(words))
 
-    for one in ways_on(cluster):
+    for one in list_strategies(cluster):
         fitting = candidate(recipe, shape, cluster, one, optimizer, length)
         if fitting.fits and not fitting.caution:
             add(cluster.nodes, one, "adamw_torch" if one.offload and not runs_on_host(optimizer) else optimizer)
             break
     by_name = {one.name: one for one in STRATEGIES}
-    for tried in optimizers_to_try(optimizer):
+    for tried in list_optimizers(optimizer):
         fewest = fewest_nodes(recipe, shape, cluster, tried, length)
         if fewest.here and tried != optimizer:
             add(cluster.nodes, by_name[fewest.here], tried)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from train.model.architecture import Parameter, Shape
+from train.model.architecture import Architecture, Parameter
 from train.preflight.plan.activations import Activations
 from train.preflight.plan.optimizer_states import Tensor, state_bytes
 
@@ -96,9 +96,9 @@ class Memory:
     host: int
 
 
-def memory(shape: Shape, strategy: Strategy, numbers: Numbers, kept: Activations) -> Memory:
+def memory(shape: Architecture, strategy: Strategy, numbers: Numbers, kept: Activations) -> Memory:
     """All parts of a run under `strategy`."""
-    states = states_of(shape, strategy, numbers)
+    states = count_state_bytes(shape, strategy, numbers)
     held = states.parameters + states.gradients + states.optimizer + states.communication
     return Memory(
         strategy=strategy.name,
@@ -115,7 +115,7 @@ def memory(shape: Shape, strategy: Strategy, numbers: Numbers, kept: Activations
     )
 
 
-def states_of(shape: Shape, strategy: Strategy, numbers: Numbers) -> States:
+def count_state_bytes(shape: Architecture, strategy: Strategy, numbers: Numbers) -> States:
     """Parameters, gradients, optimizer and communication buffers of one rank."""
     if strategy.stage == 0:
         return _replicated(shape, numbers)
@@ -126,7 +126,7 @@ def states_of(shape: Shape, strategy: Strategy, numbers: Numbers) -> States:
     return _stage_1_or_2(shape, strategy, numbers)
 
 
-def _replicated(shape: Shape, numbers: Numbers) -> States:
+def _replicated(shape: Architecture, numbers: Numbers) -> States:
     """Each GPU has all of it, in the dtype that the recipe loads: no master weights are made.
 
     DDP's buckets are a second copy of the gradients (gradient_as_bucket_view is False in torch and in accelerate).
@@ -144,7 +144,7 @@ def _replicated(shape: Shape, numbers: Numbers) -> States:
     )
 
 
-def _stage_1_in_16_bits(shape: Shape, numbers: Numbers) -> States:
+def _stage_1_in_16_bits(shape: Architecture, numbers: Numbers) -> States:
     """DeepSpeed's bf16_optimizer.py, which stands in for stage_1_and_2.py where gradients are added up in float32.
 
     Every GPU has all weights and the sum of all gradients in float32, both padded to 2 elements for each GPU; float32
@@ -169,7 +169,7 @@ def _stage_1_in_16_bits(shape: Shape, numbers: Numbers) -> States:
     )
 
 
-def _stage_1_or_2(shape: Shape, strategy: Strategy, numbers: Numbers) -> States:
+def _stage_1_or_2(shape: Architecture, strategy: Strategy, numbers: Numbers) -> States:
     """DeepSpeed's stage_1_and_2.py: each optimizer group is one flat tensor, padded to 2 elements for each GPU.
 
     Every GPU has all weights; float32 masters and states of its share. Three buckets of the weights' dtype: one is
@@ -205,7 +205,7 @@ def _stage_1_or_2(shape: Shape, strategy: Strategy, numbers: Numbers) -> States:
     )
 
 
-def _partitioned(shape: Shape, strategy: Strategy, numbers: Numbers) -> States:
+def _partitioned(shape: Architecture, strategy: Strategy, numbers: Numbers) -> States:
     """DeepSpeed's stage3.py and partition_parameters.py: each PARAMETER is padded to a multiple of the GPUs.
 
     Whole, on every GPU: parameters of up to 10 x hidden size elements (stage3_param_persistence_threshold: auto), 4-bit
@@ -277,19 +277,19 @@ def _parts(groups: Sequence[Sequence[Parameter]], shares: Sequence[int], gpus: i
     return [_Part(*part) for part in zip(whole.tolist(), largest.tolist(), strict=True)]
 
 
-def _aligned(shape: Shape, numbers: Numbers) -> list[int]:
+def _aligned(shape: Architecture, numbers: Numbers) -> list[int]:
     """Elements of each optimizer group as one flat tensor, padded to 2 elements for each GPU."""
     groups = [sum(one.elements for one in group) for group in _groups(shape.parameters)]
     return [-(-elements // (2 * numbers.gpus)) * 2 * numbers.gpus for elements in groups]
 
 
-def _frozen(shape: Shape, itemsize: int, numbers: Numbers) -> int:
+def _frozen(shape: Architecture, itemsize: int, numbers: Numbers) -> int:
     """Bytes of the whole weights that aren't trained."""
     frozen = (one for one in shape.parameters if not one.trained)
     return sum(_stored(one, itemsize, numbers) + _scales(one, numbers) for one in frozen)
 
 
-def _largest(shape: Shape) -> int:
+def _largest(shape: Architecture) -> int:
     """Elements of the largest trained parameter: its gradient stands alone until it is added or sent."""
     return max((one.elements for one in shape.parameters if one.trained), default=0)
 
@@ -350,5 +350,5 @@ def _scales(one: Parameter, numbers: Numbers) -> int:
     return scales + 4 * -(-scales // _SCALES_BLOCK) if numbers.double_quant else 4 * scales
 
 
-def _is_embedding(one: Parameter, shape: Shape) -> bool:
+def _is_embedding(one: Parameter, shape: Architecture) -> bool:
     return one.role == "embedding" or (one.role == "adapter" and one.shape == (shape.vocabulary, shape.hidden))

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.errors import UserError
-from train.model.architecture import Shape
-from train.model.flops import CONVENTION, DEFAULT_GPU, DEFAULT_MFU, MEMORY_GIB, PEAK_FLOPS, hours, training_flops
+from train.model.architecture import Architecture
+from train.model.flops import CONVENTION, DEFAULT_GPU, DEFAULT_MFU, MEMORY_GIB, PEAK_FLOPS, count_training_flops, hours
 from train.preflight.plan.activations import Precision, activations
 from train.preflight.plan.memory import DDP, STRATEGIES, Memory, Numbers, Strategy, memory
 from train.preflight.plan.optimizer_states import KNOWN, is_paged, runs_on_host
@@ -136,7 +136,7 @@ def parse_cluster(gpus: str, nodes: int | None = None, mfu: float | None = None)
 
 def plan(
     recipe: Recipe,
-    shape: Shape,
+    shape: Architecture,
     cluster: Cluster,
     documents: NDArray[np.integer],
     *,
@@ -146,13 +146,13 @@ def plan(
 ) -> Plan:
     """What fits, and how long it takes. `documents`: tokens of each trained row of an epoch; the rest: the schedule."""
     settings = with_defaults(recipe.training)
-    optimizer = optimizer_of(recipe)
+    optimizer = optimizer_name(recipe)
     length = recipe.data.max_length if recipe.data.packing else int(documents.max(initial=0))
-    ways = ways_on(cluster)
+    ways = list_strategies(cluster)
     candidates = [candidate(recipe, shape, cluster, one, optimizer, length) for one in ways]
     fitting = [(one.caution is not None, order) for order, one in enumerate(candidates) if one.fits]
     chosen = ways[min(fitting)[1]] if fitting else None
-    once = training_flops(shape, documents)
+    once = count_training_flops(shape, documents)
     total = once.total * epochs
     took = hours(total, cluster.processes, cluster.peak_flops, cluster.mfu)
     return Plan(
@@ -167,7 +167,7 @@ def plan(
         chosen=chosen.name if chosen else None,
         config_file=_config_file(chosen, cluster) if chosen else None,
         launch=_launch(recipe, chosen, cluster, optimizer) if chosen else None,
-        fewest_nodes=[fewest_nodes(recipe, shape, cluster, one, length) for one in optimizers_to_try(optimizer)],
+        fewest_nodes=[fewest_nodes(recipe, shape, cluster, one, length) for one in list_optimizers(optimizer)],
         steps=steps,
         sequences_per_step=sequences_per_step,
         tokens=round(float(documents.sum()) * epochs),
@@ -181,7 +181,7 @@ def plan(
     )
 
 
-def optimizer_of(recipe: Recipe) -> str:
+def optimizer_name(recipe: Recipe) -> str:
     """The recipe's `training.optim`, or transformers' default."""
     return str(recipe.training.get("optim") or _DEFAULT_OPTIMIZER)
 
@@ -195,13 +195,13 @@ def _selective(settings: dict[str, Any]) -> bool:
     return bool((settings.get("gradient_checkpointing_kwargs") or {}).get("selective"))
 
 
-def ways_on(cluster: Cluster) -> list[Strategy]:
+def list_strategies(cluster: Cluster) -> list[Strategy]:
     """Return the strategies to choose from: one GPU has nothing to share."""
     return [one for one in STRATEGIES if cluster.processes > 1 or one is DDP or one.offload]
 
 
 def candidate(
-    recipe: Recipe, shape: Shape, cluster: Cluster, strategy: Strategy, optimizer: str, length: int
+    recipe: Recipe, shape: Architecture, cluster: Cluster, strategy: Strategy, optimizer: str, length: int
 ) -> Candidate:
     """The memory of a run under `strategy` with sequences of `length` tokens, and whether a GPU has that."""
     settings = with_defaults(recipe.training)
@@ -238,17 +238,17 @@ def usable(cluster: Cluster) -> float:
     return cluster.memory * (1 - RESERVE)
 
 
-def optimizers_to_try(optimizer: str) -> list[str]:
+def list_optimizers(optimizer: str) -> list[str]:
     """The recipe's own, and 8-bit Adam where that isn't it."""
     return [optimizer] if "8bit" in optimizer or "adafactor" in optimizer else [optimizer, EIGHT_BIT_ADAM]
 
 
-def fewest_nodes(recipe: Recipe, shape: Shape, cluster: Cluster, optimizer: str, length: int) -> FewestNodes:
+def fewest_nodes(recipe: Recipe, shape: Architecture, cluster: Cluster, optimizer: str, length: int) -> FewestNodes:
     """The fewest nodes of such GPUs on which a way fits that neither offloads nor has a caution."""
 
     def fitting(nodes: int) -> str | None:
         some = replace(cluster, nodes=nodes)
-        for way in ways_on(some):
+        for way in list_strategies(some):
             if not way.offload:
                 found = candidate(recipe, shape, some, way, optimizer, length)
                 if found.fits and not found.caution:

@@ -29,7 +29,7 @@ def run(recipe_file: Path, overrides: list[str]) -> None:
     from train.data.prepare import prepare
     from train.model.tokenizer import load_chat_tokenizer
 
-    tokenizer = load_chat_tokenizer(recipe).tokenizer
+    tokenizer = load_chat_tokenizer(recipe.model, recipe.chat).tokenizer
     started = time.monotonic()
     data = prepare(recipe, tokenizer)
     seconds = time.monotonic() - started

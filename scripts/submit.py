@@ -216,7 +216,7 @@ def check_recipe(recipe: Recipe, processes: int, anyway: list[str]) -> None:
     anything = recipe.model.model_copy(update={"attention": "auto"})
     checked = check_model(recipe if torch.cuda.is_available() else recipe.model_copy(update={"model": anything}))
     try_optimizer(recipe)
-    check_vocabulary(load_chat_tokenizer(recipe).tokenizer, recipe.model, checked.embeddings)
+    check_vocabulary(load_chat_tokenizer(recipe.model, recipe.chat).tokenizer, recipe.model, checked.embeddings)
 
 
 def _check_checkpoint(recipe: Recipe, anyway: list[str]) -> None:
@@ -356,8 +356,8 @@ def _different(tasks: list[Task]) -> Iterator[Task]:
 
 def memory_fault(options: argparse.Namespace, config: dict[str, Any], recipe: Recipe) -> str | None:
     """Return what doesn't fit by the plan, and what would; None where the job fits, or where that can't be known."""
+    from train.preflight.plan.cluster import parse_cluster
     from train.preflight.plan.job_memory import dense_architecture, memory_warning, parse_gpu_names, read_strategy
-    from train.preflight.plan.plan import parse_cluster
 
     gpus, strategy = parse_gpu_names(options.gpu_names, options.gpus), read_strategy(config, recipe)
     shape = dense_architecture(recipe) if gpus and strategy else None

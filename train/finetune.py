@@ -49,7 +49,7 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
     if checkpoint:
         with_deepspeed = checkpoint.manifest["distribution"].startswith("DeepSpeed")
         ResumedSettings(checkpoint, recipe).refuse(checkpoint, deepspeed=with_deepspeed)
-    tokenizer, template, _ = load_chat_tokenizer(recipe, date_of_run(checkpoint))
+    tokenizer, template, _ = load_chat_tokenizer(recipe.model, recipe.chat, date_of_run(checkpoint))
     check_vocabulary(tokenizer, recipe.model, checked.embeddings)
     check_float8_start(recipe)
 

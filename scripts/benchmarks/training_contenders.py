@@ -28,7 +28,8 @@ from train.errors import UserError
 from train.model.architecture import Architecture, inspect_architecture
 from train.model.attention.selection import AttentionChoice, select_attention
 from train.model.flops import count_training_flops, peak_flops
-from train.preflight.plan.plan import Cluster, plan
+from train.preflight.plan.cluster import Cluster
+from train.preflight.plan.plan import plan_run
 from train.recipe import Recipe, load_recipe
 from train.warning_filters import filter_known_warnings
 
@@ -265,7 +266,7 @@ def foretold(recipe: Recipe, shape: Architecture, wanted: Lengths) -> dict[str, 
     total = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
     cluster = Cluster(1, 1, "here", total, 1.0, assumed=False, mfu=1.0)
     sizes = np.array([sum(row) for row in row_lengths(wanted)])
-    found = plan(recipe, shape, cluster, sizes, steps=wanted.steps, epochs=1, sequences_per_step=wanted.batch)
+    found = plan_run(recipe, shape, cluster, sizes, steps=wanted.steps, epochs=1, sequences_per_step=wanted.batch)
     memory = vars(found.candidates[0].memory)
     return {name: value for name, value in memory.items() if isinstance(value, int) and name != "host"}
 

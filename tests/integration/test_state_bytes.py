@@ -16,7 +16,7 @@ from state_bytes import train_and_measure
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from train.model.architecture import inspect_architecture
-from train.preflight.plan.memory import DDP, STRATEGIES, Numbers, count_state_bytes
+from train.preflight.plan.memory import DDP, STRATEGIES, StateSettings, count_state_bytes
 from train.recipe import load_recipe
 
 LORA = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}  # 3 x 64 elements: no padding by luck
@@ -73,7 +73,7 @@ def measured(recipe_file: Callable[..., Path], tmp_path: Path, odd_model: Path) 
             logs=tmp_path / "logs",
         ).succeeded()
         shape = inspect_architecture(load_recipe(recipe), AutoConfig.from_pretrained(odd_model))
-        planned = count_state_bytes(shape, chosen, Numbers(2, optimizer, bf16))
+        planned = count_state_bytes(shape, chosen, StateSettings(2, optimizer, bf16))
         return planned, [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
 
     return measure
@@ -144,4 +144,6 @@ def test_a_step_without_deepspeed(
     adam.step()
     with LiveBytes() as live:
         adam.step()
-    assert count_state_bytes(shape, DDP, Numbers(2, optimizer, True)).step == pytest.approx(live.peak, abs=SCALARS)
+    assert count_state_bytes(shape, DDP, StateSettings(2, optimizer, True)).step == pytest.approx(
+        live.peak, abs=SCALARS
+    )

@@ -11,8 +11,9 @@ import yaml
 from test_plan import shape_for
 
 from train.model.architecture import Architecture
+from train.preflight.plan.candidates import evaluate_candidate, optimizer_name
+from train.preflight.plan.cluster import parse_cluster
 from train.preflight.plan.job_memory import memory_warning, parse_gpu_names, read_strategy
-from train.preflight.plan.plan import candidate, optimizer_name, parse_cluster
 from train.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +53,7 @@ def test_what_is_said_to_fit_does_fit(
     assert said is not None
     cluster = parse_cluster(gpus, nodes)
     strategy = read_strategy(yaml.safe_load((ROOT / config).read_text(encoding="utf-8")), recipe)
-    found = candidate(recipe, shape(model), cluster, strategy, optimizer_name(recipe), recipe.data.max_length)
+    found = evaluate_candidate(recipe, shape(model), cluster, strategy, optimizer_name(recipe), recipe.data.max_length)
     assert f"({config}) needs {found.memory.total / 2**30:,.1f} GiB on each of {cluster.processes} GPUs" in said
     assert f"and {cluster.memory * 0.92 / 2**30:,.1f} of their {cluster.memory / 2**30:,.0f} GiB can be used" in said
     ways = re.search(r"What fits: (.*)\. Or write a smaller", said)

@@ -18,11 +18,11 @@ from train.preflight.plan.activations import (
     TOKEN_CHUNK,
     VOCABULARY_CHUNK,
     Precision,
-    activations,
+    estimate_activations,
     head_bytes,
     layer_bytes,
 )
-from train.preflight.plan.memory import DDP, STRATEGIES, Numbers, count_state_bytes
+from train.preflight.plan.memory import DDP, STRATEGIES, StateSettings, count_state_bytes
 from train.preflight.plan.optimizer_states import Tensor, state_bytes
 from train.recipe import AdapterSection, QuantizationSection, load_recipe
 
@@ -102,7 +102,7 @@ def test_a_layer_with_fused_matrices_keeps_somewhat_more() -> None:
 
 def test_checkpointing_keeps_the_input_of_each_layer() -> None:
     known = shape(LlamaConfig(**SIZES, num_key_value_heads=4))
-    on, off = (activations(known, 100, Precision(2, 2), checkpointing=on) for on in (True, False))
+    on, off = (estimate_activations(known, 100, Precision(2, 2), checkpointing=on) for on in (True, False))
     assert on.kept == 100 * 64 * 2 * (2 + 2)
     assert off.kept - 100 * 64 * 2 * 2 == 2 * 100 * layer_bytes(known, Precision(2, 2))
     assert on.working > off.working
@@ -200,10 +200,10 @@ def test_ddp_keeps_what_the_recipe_loads() -> None:
     config = LlamaConfig(**SIZES, num_key_value_heads=4)
     for dtype, size in ("bfloat16", 2), ("float32", 4):
         known = shape(config, dtype)
-        found = count_state_bytes(known, DDP, Numbers(2, "adamw_torch", True))
+        found = count_state_bytes(known, DDP, StateSettings(2, "adamw_torch", True))
         assert (found.parameters, found.gradients, found.communication) == (known.total * size,) * 3
         assert found.optimizer == 2 * known.total * size + 4 * len(known.parameters)
-        assert count_state_bytes(known, DDP, Numbers(1, "adamw_torch", True)).communication == 0
+        assert count_state_bytes(known, DDP, StateSettings(1, "adamw_torch", True)).communication == 0
 
 
 def test_eighteen_bytes_a_parameter_shrink_as_in_the_zero_paper() -> None:
@@ -214,7 +214,7 @@ def test_eighteen_bytes_a_parameter_shrink_as_in_the_zero_paper() -> None:
     more = 7.5 * 2
     paper = (31.4 + more, 16.6 + more / 64, 1.9 + more / 64)
     for strategy, gigabytes in zip(STRATEGIES[1:4], paper, strict=True):
-        found = count_state_bytes(known, strategy, Numbers(64, "adamw_torch", True))
+        found = count_state_bytes(known, strategy, StateSettings(64, "adamw_torch", True))
         total = (found.parameters + found.gradients + found.optimizer) * scale / 1e9
         assert total == pytest.approx(gigabytes, rel=0.02)
 
@@ -235,7 +235,7 @@ def test_four_bit_weights_are_those_of_bitsandbytes() -> None:
         else:
             made += one.nbytes
     adapters = 2 * sum(one.elements for one in known.parameters if one.trained)
-    assert count_state_bytes(known, DDP, Numbers(1, "adamw_torch", True)).parameters == made + adapters
+    assert count_state_bytes(known, DDP, StateSettings(1, "adamw_torch", True)).parameters == made + adapters
 
 
 def test_stage_3_pads_each_parameter_and_keeps_small_ones_whole() -> None:
@@ -245,7 +245,7 @@ def test_stage_3_pads_each_parameter_and_keeps_small_ones_whole() -> None:
             num_key_value_heads=2,
         )
     )
-    found = count_state_bytes(known, STRATEGIES[3], Numbers(8, "adamw_torch", True))
+    found = count_state_bytes(known, STRATEGIES[3], StateSettings(8, "adamw_torch", True))
     shares = [-(-one.elements // 8) for one in known.parameters]
     small = [share * 8 for share, one in zip(shares, known.parameters, strict=True) if one.elements <= 600]
     assert found.parameters == 2 * (sum(shares) + sum(small))

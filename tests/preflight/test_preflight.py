@@ -37,7 +37,7 @@ def wide_output(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def report_of(path: Path) -> Report:
     recipe = load_recipe(path)
-    chat = load_chat_tokenizer(recipe)
+    chat = load_chat_tokenizer(recipe.model, recipe.chat)
     return build_report(recipe, chat, examine(recipe, chat.tokenizer))
 
 

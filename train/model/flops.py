@@ -77,6 +77,6 @@ def count_training_flops(shape: Architecture, documents: NDArray[np.integer]) ->
     return Flops(each * float(lengths.sum()), 12.0 * shape.query_width * pairs)
 
 
-def hours(flops: float, gpus: int, peak_flops: float, mfu: float) -> float:
+def estimate_hours(flops: float, gpus: int, peak_flops: float, mfu: float) -> float:
     """Wall-clock hours of `flops` on so many GPUs, each at the share `mfu` of `peak_flops` FLOP/s."""
     return flops / (gpus * peak_flops * mfu) / 3600

@@ -117,9 +117,9 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
 def _describe_plan(report: Report) -> list[str]:
     if report.plan is None:
         return []
-    from train.preflight.plan.plan import describe
+    from train.preflight.plan.description import describe_plan
 
-    return describe(report.plan)
+    return describe_plan(report.plan)
 
 
 def _show_examples(

@@ -21,7 +21,8 @@ from train.recipe.schedule import Schedule, compute_schedule, schedule_error, sc
 from train.system_gain.validation_rows import describe_gain, gain_metric_error, load_gain_rows
 
 if TYPE_CHECKING:  # the plan imports modelling code
-    from train.preflight.plan.plan import Cluster, Plan
+    from train.preflight.plan.cluster import Cluster
+    from train.preflight.plan.plan import RunPlan
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Report:
     output_dir: str
     resumes_from: str | None
     finished: str | None
-    plan: "Plan | None"
+    plan: "RunPlan | None"
     examples: list[Example]
 
 
@@ -216,15 +217,15 @@ def _float8_warnings(recipe: Recipe) -> list[str]:
     return float8_warnings(recipe)
 
 
-def _plan(recipe: Recipe, account: SplitStats, steps: Schedule, cluster: "Cluster") -> "Plan":
+def _plan(recipe: Recipe, account: SplitStats, steps: Schedule, cluster: "Cluster") -> "RunPlan":
     from train.model.architecture import inspect_architecture
     from train.model.load import load_config
-    from train.preflight.plan.plan import plan
+    from train.preflight.plan.plan import plan_run
 
     lengths = np.minimum(account.lengths, recipe.data.max_length)
     if recipe.data.overlong != "truncate":
         lengths = account.lengths[account.lengths <= recipe.data.max_length]
-    return plan(
+    return plan_run(
         recipe,
         inspect_architecture(recipe, load_config(recipe.model)),
         cluster,

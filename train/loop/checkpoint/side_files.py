@@ -189,7 +189,7 @@ def write_again(folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder}: holds no weights. Name the output_dir of a run that saved its model.")
     recipe = load_recipe(folder / "recipe.yaml")
-    tokenizer = load_chat_tokenizer(recipe).tokenizer
+    tokenizer = load_chat_tokenizer(recipe.model, recipe.chat).tokenizer
     stop_tokens = SpanFinder(tokenizer).stop_tokens
     tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
     model = _without_weights(recipe)

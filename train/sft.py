@@ -94,7 +94,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train the recipe, report on it with --check, or write one with --init. Raises UserError if the user can fix it."""
+    """Train the recipe, report on it (--check) or write one (--init). Raises UserError for errors of the user."""
     if options.init is not None:
         from train.preflight.starter_recipe import write_starter_recipe
 

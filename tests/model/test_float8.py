@@ -204,7 +204,7 @@ def test_weights_that_float8_cannot_hold_stop_the_run(name: str) -> None:
     ],
 )
 def test_how_far_the_loss_may_be_off(float8: float, plain: float, standard_error: float, fine: bool) -> None:
-    fault = LossDifference(float8, plain, standard_error, 100).fault()
+    fault = LossDifference(float8, plain, standard_error, 100).error()
     assert (fault is None) == fine
     assert fine or f"is {float8:.4f} with it, 2.0000 without" in fault or plain < 1
     assert fine or ("explains nan" not in fault)

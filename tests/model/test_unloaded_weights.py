@@ -151,9 +151,7 @@ def test_other_weights_that_are_not_loaded_are_named(
     recipe = load_recipe(recipe_file(model={"name_or_path": str(base)}))
     check_model(recipe)
     load_model(recipe)
-    told = (
-        "weights that LlamaForCausalLM has no place for are not loaded, and not saved: v_head.summary.bias and 1 more"
-    )
+    told = "weights that are not part of LlamaForCausalLM are neither loaded nor saved: v_head.summary.bias and 1 more"
     assert told in capsys.readouterr().out
     load_model(load_recipe(recipe_file()))
     assert "not loaded" not in capsys.readouterr().out

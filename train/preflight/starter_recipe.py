@@ -1,4 +1,4 @@
-"""`train/sft.py --init FILE`: a commented minimal recipe for given data, with the statistics that its values follow from.
+"""`train/sft.py --init FILE`: a commented minimal recipe for given data, with the statistics behind its values.
 
 python train/sft.py --init my.yaml --model outputs/smollm2-135m-instruct --data rows.jsonl
 """

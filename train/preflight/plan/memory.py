@@ -1,8 +1,9 @@
 """Bytes of a run on each GPU, by part, under each way to distribute it.
 
-Parameters, gradients and optimizer states follow Rajbhandari et al., "ZeRO" (arXiv:1910.02054, section 3.1: 2 + 2 + 12 bytes a parameter with
-bfloat16 and float32 Adam, and section 5: what each stage divides by the number of GPUs), to the byte as DeepSpeed 0.19
-lays them out, padding included. Gradients take 4 bytes, not 2: ds_configs/ accumulate them in float32.
+Parameters, gradients and optimizer states follow Rajbhandari et al., "ZeRO" (arXiv:1910.02054, section 3.1: 2 + 2 + 12
+bytes a parameter with bfloat16 and float32 Adam, and section 5: what each stage divides by the number of GPUs), to the
+byte as DeepSpeed 0.19 lays them out, padding included. Gradients take 4 bytes, not 2: ds_configs/ accumulate them in
+float32.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,13 +23,13 @@ REDUCE_BUCKET = 200_000_000
 _ALL_REDUCE = 500_000_000
 """Elements after which DeepSpeed closes a bucket to be reduced (MEMORY_OPT_ALLREDUCE_SIZE in its engine.py)."""
 _NORM_ITEMSIZE = 8
-"""Bytes of an element of the float64 copy that DeepSpeed takes a gradient's norm of (get_norm_dtype, zero/utils.py)."""
+"""Bytes of an element of the float64 copy that a gradient's norm is taken of (get_norm_dtype in zero/utils.py)."""
 _QUANTIZED_BLOCK, _SCALES_BLOCK = 64, 256
 """bitsandbytes: weights that share a scale, and scales that share one under double quantization."""
 
 
 class Strategy(NamedTuple):
-    """A way to distribute a run over GPUs. `stage`: of ZeRO, 0 = a full copy on each; `offload`: to the host's memory."""
+    """A way to distribute a run over GPUs. `stage`: of ZeRO, 0 = a copy on each; `offload`: to the host's memory."""
 
     name: str
     stage: int
@@ -185,7 +186,7 @@ def _stage_1_in_16_bits(shape: Architecture, settings: StateSettings) -> StateBy
 
 
 def _stage_1_or_2(shape: Architecture, strategy: Strategy, settings: StateSettings) -> StateBytes:
-    """Return the bytes in DeepSpeed's stage_1_and_2.py: a flat tensor per optimizer group, padded to 2 elements per GPU.
+    """Return the bytes in DeepSpeed's stage_1_and_2.py: a flat tensor per group, padded to 2 elements per GPU.
 
     - Every GPU holds all weights, and the float32 master weights and states of its share.
     - There are three buckets in the weights' dtype: one is filled, one is reduced, and a copy is sent.
@@ -323,7 +324,7 @@ def _temporaries(settings: StateSettings, size: int) -> int:
 
 
 def _groups(parameters: Iterable[Parameter]) -> list[list[Parameter]]:
-    """Return the trained parameters in the groups of transformers' optimizers: with decay and without; none is empty."""
+    """Return the trained parameters by optimizer group of transformers: with decay and without; none is empty."""
     trained = [parameter for parameter in parameters if parameter.trained]
     both = ([parameter for parameter in trained if parameter.decayed is decayed] for decayed in (True, False))
     return [group for group in both if group]

@@ -118,7 +118,7 @@ def test_which_layers_compute_in_float8() -> None:
     perceptron = [f"model.layers.{n}.mlp.{part}_proj" for n in (0, 1) for part in ("gate", "up", "down")]
     assert layers.converted == attention[1:]
     assert sorted(layers.others) == sorted([attention[0], *perceptron, "lm_head"])
-    assert str(layers).startswith("7 of 15 linear layers; as they are: model.layers.0.self_attn.q_proj, ")
+    assert str(layers).startswith("7 of 15 linear layers; not converted: model.layers.0.self_attn.q_proj, ")
     assert str(layers).endswith(" and 5 more")
 
 
@@ -305,7 +305,7 @@ def test_a_run_is_shown_saved_as_a_plain_model_and_resumed(
     shown = start_screen(recipe, "chatml", data, trainer.model, trainer.args, width=10_000).splitlines()
     place = next(number for number, line in enumerate(shown) if line.startswith("float8 "))
     first = "model.layers.0.self_attn.q_proj"
-    assert shown[place] == f"float8      {name}: 13 of 15 linear layers; as they are: {first}, lm_head"
+    assert shown[place] == f"float8      {name}: 13 of 15 linear layers; not converted: {first}, lm_head"
     assert " tokens) is " in shown[place + 1]
     assert shown[place + 1].endswith(" without it")
     trainer.train()

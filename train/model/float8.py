@@ -1,7 +1,7 @@
 """Linear layers that multiply in float8: hardware checks, conversion, and a test of its effect on the loss.
 
-The layers are torchao's, selected as accelerate does. Weights, gradients, optimizer states and saved files don't change:
-only the factors of a product are rounded to 8 bits with a scale, in each product again.
+The layers are torchao's, selected as accelerate does. Weights, gradients, optimizer states and saved files don't
+change: only the factors of a product are rounded to 8 bits with a scale, in each product again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,10 +24,10 @@ _CAPABILITY = (8, 9)
 """First compute capability with float8 tensor cores: Ada (8.9), Hopper (9.0), Blackwell (10.0 and later)."""
 _NEEDS = "the recipe computes in float8, which takes a GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell)"
 _SHARE = 2**-4
-"""Allowed error of the loss, as a share of it (of 1 nat if it is smaller). e4m3 has 3 bits of mantissa, so each factor of
-a product is off by at most 2**-4 of itself (root mean square 2.6 %). Such errors are independent and mostly cancel in a
-sum, so the loss, a mean over long sums, must be off by less than a single factor. In emulation SmolLM2-135M's was off by
-0.5 to 1.0 % over 400 tokens; with wrong scales or kernels the error is several nats."""
+"""Allowed error of the loss, as a share of it (of 1 nat if it is smaller). e4m3 has 3 bits of mantissa, so each factor
+of a product is off by at most 2**-4 of itself (root mean square 2.6 %). Such errors are independent and mostly cancel
+in a sum, so the loss, a mean over long sums, must be off by less than a single factor. In emulation SmolLM2-135M's was
+off by 0.5 to 1.0 % over 400 tokens; with wrong scales or kernels the error is several nats."""
 _STANDARD_ERRORS = 3
 """Allowed besides, as the mean over a few tokens is uncertain: single ones are off by 0.3 nats (SmolLM2-135M)."""
 TOKENS = 512

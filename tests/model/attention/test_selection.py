@@ -55,8 +55,8 @@ def test_without_a_gpu() -> None:
         ({"flash": False, "sdpa": False, "flex": False}, {}, "eager", "flex_attention is not supported by this model"),
         ({"registered": False}, {}, "sdpa", "torch_varlen is not supported by this model's code"),
         ({"head_size": 100}, {}, "sdpa", "multiples of 8, not 100"),
-        ({"softcap": 50.0}, {}, "flex_attention", "torch_varlen does no soft-capping"),
-        ({"dropout": 0.1}, {}, "sdpa", "torch_varlen does no dropout"),
+        ({"softcap": 50.0}, {}, "flex_attention", "torch_varlen does not support soft-capping"),
+        ({"dropout": 0.1}, {}, "sdpa", "torch_varlen does not support dropout"),
         ({"sliding_window": 4096}, {}, "torch_varlen", "flash-attn"),
         ({"sliding_window": 4096}, {"varlen_takes": frozenset({"is_causal"})}, "sdpa", "no sliding window with torch"),
         ({"head_size": 208}, {"capability": (8, 9)}, "sdpa", "no backward for head size 208"),
@@ -76,20 +76,20 @@ def test_dropout_needs_flash_attention_2() -> None:
 def test_a_kernel_that_fails_its_trial_is_passed_over_or_refused() -> None:
     tried = []
 
-    def trial(kernel: str, needs: Needs) -> str | None:
+    def failing(kernel: str, needs: Needs) -> str | None:
         tried.append(kernel)
         return "no backward" if kernel == "flash_attention_3" else None
 
     here = Machine(HOPPER, ALL)
-    assert str(choose_attention("auto", LLAMA, here, trial=trial)) == (
+    assert str(choose_attention("auto", LLAMA, here, check=failing)) == (
         "flash_attention_4: flash_attention_3 fails here: no backward"
     )
     assert tried == ["flash_attention_3", "flash_attention_4"]
     with pytest.raises(UserError, match=r"flash_attention_3 fails here: no backward\. Write `auto`"):
-        choose_attention("flash_attention_3", LLAMA, here, trial=trial)
+        choose_attention("flash_attention_3", LLAMA, here, check=failing)
     tried.clear()
-    choose_attention("auto", LLAMA, Machine(CPU, ALL), trial=trial)
-    choose_attention("sdpa", LLAMA, here, trial=trial)
+    choose_attention("auto", LLAMA, Machine(CPU, ALL), check=failing)
+    choose_attention("sdpa", LLAMA, here, check=failing)
     assert tried == []
 
 
@@ -116,7 +116,7 @@ def test_a_missing_kernel_by_name(kernel: str, remedy: str) -> None:
         ("torch_varlen", LLAMA, CPU, "needs a CUDA device"),
         ("flex_attention", LLAMA, CPU, "needs a CUDA device"),
         ("flex_attention", replace(LLAMA, dropout=0.1), HOPPER, "attention_dropout is 0.1"),
-        ("sdpa", replace(LLAMA, softcap=50.0), HOPPER, "no soft-capping"),
+        ("sdpa", replace(LLAMA, softcap=50.0), HOPPER, "not support soft-capping"),
         ("torch_varlen", replace(LLAMA, dtype="float32"), HOPPER, "in 16 bits"),
     ],
 )

@@ -82,7 +82,12 @@ def test_a_value_that_yaml_takes_for_something_else_is_an_error_at_its_line(reci
 
 def test_every_file_that_the_readme_and_the_recipes_name_is_there() -> None:
     """Published commands name files that are called otherwise."""
-    texts = [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "recipes").rglob("*.yaml")]
+    texts = [
+        ROOT / "README.md",
+        ROOT / "Makefile",
+        *(ROOT / "recipes").rglob("*.md"),
+        *(ROOT / "recipes").rglob("*.yaml"),
+    ]
     missing = []
     count = 0
     for text in texts:
@@ -129,8 +134,8 @@ def test_documented_options_exist_and_do_what_they_say(tmp_path: Path, capsys: p
     """`--N` was documented, and `--n` defined."""
     assert command("--help") == 0
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-    documents = (ROOT / "README.md", ROOT / "scripts" / "evaluate.py", ROOT / "train" / "evaluation" / "bench.py")
-    for document in documents:
+    evaluation = ROOT / "train" / "evaluation"
+    for document in (evaluation / "README.md", ROOT / "scripts" / "evaluate.py", evaluation / "bench.py"):
         for block in re.findall(r"evaluate\.py bench .*?(?=\n\n|\n```|\"\"\")", document.read_text("utf-8"), re.DOTALL):
             used = set(re.findall(r"(?<!\w)--[\w-]+", block))
             assert used

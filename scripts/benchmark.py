@@ -36,7 +36,7 @@ from benchmarks.training_settings import CONFIGS, FACTORS, Lengths, model_config
 
 from train.cli import CommandLine
 from train.errors import UserError
-from train.preflight.json_report import write
+from train.preflight.json_report import write_json
 from train.warning_filters import filter_known_warnings
 
 DATA_PACKAGES = ("janus-sft", "trl", "transformers", "tokenizers", "fastokens", "datasets", "pyarrow", "numpy", "torch")
@@ -182,7 +182,7 @@ def sysgen(options: argparse.Namespace) -> None:
     )
     print(f"\n{result.markdown()}\n\n{describe(where, packages)}")
     if options.json:
-        write({"command": "sysgen", "machine": where, "versions": packages, **result.record()}, options.json)
+        write_json({"command": "sysgen", "machine": where, "versions": packages, **result.record()}, options.json)
         print(f"every measurement is in {options.json}")
 
 

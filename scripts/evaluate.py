@@ -23,7 +23,7 @@ if sys.path[0] == str(HERE):
     sys.path[0] = str(HERE.parent)
 
 try:
-    from train.cli import CommandLine, ending
+    from train.cli import CommandLine, run_command
     from train.evaluation import bench, compare_command, gain, harness_command, rules
     from train.evaluation.ifeval import command as ifeval
     from train.warning_filters import filter_known_warnings
@@ -40,9 +40,9 @@ def main() -> int:
     for command in (rules, gain, ifeval, bench, harness_command, compare_command):
         command.add_to(commands)
     options = parser.parse_args()
-    return ending(
+    return run_command(
         lambda: options.run(options),
-        stopped="stopped; what was answered or scored is kept, and the same command goes on from here",
+        "stopped; answers and scores so far are kept: the same command continues",
     )
 
 

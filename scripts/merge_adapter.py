@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from train.cli import CommandLine, ending
+from train.cli import CommandLine, run_command
 from train.errors import UserError
-from train.storage.local_paths import path_or_id
+from train.storage.local_paths import parse_path_or_id
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("adapter", type=Path, metavar="ADAPTER_DIR", help="what train/sft.py saved, or peft")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder for the merged model")
     parser.add_argument(
-        "--base", type=path_or_id, metavar="DIR|ID", help="the base model (default: the one that the adapter names)"
+        "--base",
+        type=parse_path_or_id,
+        metavar="DIR|ID",
+        help="the base model (default: the one that the adapter names)",
     )
     parser.add_argument(
         "--tolerance",
@@ -210,7 +213,7 @@ def merge(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit code."""
     options = parse(arguments)
-    return ending(lambda: merge(options), "stopped; start the same command again")
+    return run_command(lambda: merge(options), "stopped; start the same command again")
 
 
 if __name__ == "__main__":

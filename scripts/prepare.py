@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from train.cli import CommandLine, ending
+from train.cli import CommandLine, run_command
 from train.formatting import duration
 from train.preflight.missing_files import refuse_missing
 from train.recipe import load_recipe
@@ -25,28 +25,24 @@ def run(recipe_file: Path, overrides: list[str]) -> None:
     recipe = load_recipe(recipe_file, overrides)
     refuse_missing(recipe, packages=False)  # another machine trains
     # Heavy imports wait until the recipe is known to be right.
-    from train.data.chat.system_role import apply_system_role
-    from train.data.chat.template import use_template
-    from train.data.diagnostics import describe_outcome, describe_unread, outcomes, warnings_of
+    from train.data.diagnostics import describe_dropped, describe_unread, find_data_warnings, find_dropped_rows
     from train.data.prepare import prepare
-    from train.model.tokenizer import load_tokenizer
+    from train.model.tokenizer import load_chat_tokenizer
 
-    tokenizer = load_tokenizer(recipe.model)
-    use_template(tokenizer, recipe.chat.template)
-    apply_system_role(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
+    tokenizer = load_chat_tokenizer(recipe).tokenizer
     started = time.monotonic()
     data = prepare(recipe, tokenizer)
     seconds = time.monotonic() - started
     for cache in data.caches:
         print(f"{cache.source}: {'found' if cache.hit else 'made'}, tokens by {cache.how}")
         print(f"    {cache.folder}")
-    for name, account in data.accounts.items():
-        print(f"{name}: {account.rows:,} rows, {account.tokens:,} tokens, {account.sequences:,} sequences")
-    for outcome in outcomes(data, recipe.data):
-        print(f"dropped rows: {describe_outcome(outcome)}")
+    for name, stats in data.stats.items():
+        print(f"{name}: {stats.rows:,} rows, {stats.tokens:,} tokens, {stats.sequences:,} sequences")
+    for outcome in find_dropped_rows(data, recipe.data):
+        print(f"dropped rows: {describe_dropped(outcome)}")
     for line in describe_unread(data.unread):
         print(f"not read: {line}")
-    for warning in warnings_of(data):
+    for warning in find_data_warnings(data):
         print(f"warning: {warning}")
     print(f"ready after {duration(seconds)}")
 
@@ -59,7 +55,7 @@ def main() -> int:
     parser.add_argument("--recipe", required=True, type=Path, metavar="FILE", help="the recipe that will be trained")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
     options = parser.parse_intermixed_args()
-    return ending(lambda: run(options.recipe, options.overrides), "stopped; nothing half-made was kept")
+    return run_command(lambda: run(options.recipe, options.overrides), "stopped; nothing half-made was kept")
 
 
 if __name__ == "__main__":

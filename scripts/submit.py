@@ -30,7 +30,7 @@ from typing import Any
 
 import yaml
 
-from train.cli import CommandLine, ending
+from train.cli import CommandLine, run_command
 from train.errors import UserError
 from train.preflight.missing_files import refuse_missing
 from train.recipe import Recipe, load_recipe
@@ -202,25 +202,21 @@ def check_recipe(recipe: Recipe, processes: int, anyway: list[str]) -> None:
     refuse_missing(recipe)
     import torch
 
-    from train.data.chat.system_role import apply_system_role
-    from train.data.chat.template import use_template
     from train.loop.optimizer_test import try_optimizer
     from train.model.folder import check_model_folder
-    from train.model.load import check_fits
-    from train.model.tokenizer import load_tokenizer
+    from train.model.load import check_model
+    from train.model.tokenizer import check_vocabulary, load_chat_tokenizer
     from train.preflight.checks import run_faults
 
     if faults := run_faults(recipe, 0, processes):
         raise UserError(" ".join(faults))
     _check_checkpoint(recipe, anyway)
     check_model_folder(recipe.model)
-    tokenizer = load_tokenizer(recipe.model)
     # A login node has no GPU to try kernels on: the nodes do that, before they load the model.
     anything = recipe.model.model_copy(update={"attention": "auto"})
-    check_fits(recipe if torch.cuda.is_available() else recipe.model_copy(update={"model": anything}), tokenizer)
+    checked = check_model(recipe if torch.cuda.is_available() else recipe.model_copy(update={"model": anything}))
     try_optimizer(recipe)
-    use_template(tokenizer, recipe.chat.template)
-    apply_system_role(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
+    check_vocabulary(load_chat_tokenizer(recipe).tokenizer, recipe.model, checked.embeddings)
 
 
 def _check_checkpoint(recipe: Recipe, anyway: list[str]) -> None:
@@ -389,7 +385,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     filter_known_warnings()
     options = parse(arguments)
-    return ending(lambda: submit(options), "stopped; squeue shows whether a job was submitted")
+    return run_command(lambda: submit(options), "stopped; squeue shows whether a job was submitted")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 
 try:
-    from train.data.sources.formats import RowFault
+    from train.data.sources.formats import RowError
     from train.datagen import command
     from train.datagen.source_rows import iter_rows
     from train.errors import UserError
@@ -32,7 +32,7 @@ def check(config: SysgenConfig) -> None:
     faults: Counter[str] = Counter()
     for _, _, row in iter_rows(config.data):
         rows += 1
-        if isinstance(row, RowFault):
+        if isinstance(row, RowError):
             faults[row.kind] += 1
             continue
         with_system += row.messages[0]["role"] == "system"

@@ -241,7 +241,7 @@ class Loaded(NamedTuple):
 
     train: list["ReadRow"]
     validation: list["ReadRow"]
-    faults: dict[str, Any]
+    errors: dict[str, Any]
 
 
 class ReadRow(NamedTuple):
@@ -266,14 +266,14 @@ def load(recipe_file: Callable[..., Path]) -> Callable[..., Loaded]:
 
         def rows(part: Any) -> list[ReadRow]:
             found = []
-            for number, row in enumerate(part.rows._chosen.tolist()):
-                turns = tokenizer.decode(part.rows[number]["input_ids"]).split("<|im_start|>")[1:]
+            for number, row in enumerate(part.dataset._chosen.tolist()):
+                turns = tokenizer.decode(part.dataset[number]["input_ids"]).split("<|im_start|>")[1:]
                 turns = [turn.removesuffix("<|im_end|>\n").split("\n", 1) for turn in turns]
                 messages = [{"role": role, "content": content} for role, content in turns]
-                found.append(ReadRow(messages, part.rows._rows.place(row)))
+                found.append(ReadRow(messages, part.dataset._rows.place(row)))
             return found
 
         validation = rows(prepared.validation) if prepared.validation else []
-        return Loaded(rows(prepared.train), validation, dict(prepared.faults))
+        return Loaded(rows(prepared.train), validation, dict(prepared.errors))
 
     return read

@@ -50,7 +50,7 @@ everywhere = pytest.mark.parametrize("where", [pytest.param("full", marks=needs_
 )
 def test_whatever_is_printed(where: str, act: str) -> None:
     """A little waits in a buffer until the end, and much does not."""
-    code = f"import sys; from train.errors import ending; sys.exit(ending(lambda: {act}, 'stopped'))"
+    code = f"import sys; from train.cli import run_command; sys.exit(run_command(lambda: {act}, 'stopped'))"
     assert started(where, "-c", code) == ENDS[where]
 
 
@@ -62,11 +62,12 @@ def test_whatever_is_printed(where: str, act: str) -> None:
 def test_what_else_ends_a_command_is_said_alone(where: str, fault: str, code: int, words: str) -> None:
     program = f"""
 import sys
-from train.errors import UserError, ending
+from train.cli import run_command
+from train.errors import UserError
 def act():
     print("a line")
     raise {fault}
-sys.exit(ending(act, "stopped"))
+sys.exit(run_command(act, "stopped"))
 """
     assert started(where, "-c", program) == (code, words)
 
@@ -75,7 +76,7 @@ sys.exit(ending(act, "stopped"))
 def test_another_fault_of_the_machine_is_none_of_the_output() -> None:
     act = "open('/dev/full', 'w').write('x' * 100_000)"
     code, said_of_it = started(
-        "full", "-c", f"import sys; from train.errors import ending; sys.exit(ending(lambda: {act}, ''))"
+        "full", "-c", f"import sys; from train.cli import run_command; sys.exit(run_command(lambda: {act}, ''))"
     )
     assert code == 1
     assert said_of_it.startswith("Traceback")

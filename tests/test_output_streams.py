@@ -25,9 +25,10 @@ ASCII = {
 SAYS = """
 import logging, sys, warnings
 from pathlib import Path
-from train.errors import CommandLine, UserError, ending
-from train.progress import job
-from train.whole_files import write_text
+from train.cli import CommandLine, run_command
+from train.errors import UserError
+from train.progress import progress_bar
+from train.storage.atomic_write import write_text
 CommandLine(description="{description}").parse_args(sys.argv[2:])
 TEXT = chr(0xe8) + chr(0x1f332) + chr(0xdce9)
 def act():
@@ -35,11 +36,11 @@ def act():
     print("warned", TEXT, file=sys.stderr)
     warnings.warn("of " + TEXT)
     logging.warning("logged %s", TEXT)
-    with job("a job of " + TEXT, total=2) as one:
-        one.show("shown " + TEXT)
+    with progress_bar("a job of " + TEXT, total=2) as bar:
+        bar.show("shown " + TEXT)
     write_text(Path(sys.argv[1]), TEXT)
     raise {raised}("raised " + TEXT)
-sys.exit(ending(act, "stopped"))
+sys.exit(run_command(act, "stopped"))
 """
 ESCAPED = r"\xe8\U0001f332\udce9"
 
@@ -78,14 +79,14 @@ def test_an_argument_that_is_no_text_is_an_error(tmp_path: Path) -> None:
     assert r"error: argument b'key=caf\xe9': not UTF-8. Rename the file" in said
     returned, _, said = started(code, ASCII["the C locale"], tmp_path / "file", "key=café".encode())
     assert returned == 2
-    assert "this locale has no such characters. Set LC_ALL=C.UTF-8" in said
+    assert "this locale can't represent these characters. Set LC_ALL=C.UTF-8" in said
 
 
 def test_a_name_that_this_locale_can_not_write_is_an_error() -> None:
-    code = "import sys; from train.errors import ending; sys.exit(ending(lambda: open(chr(0xe9)), ''))"
+    code = "import sys; from train.cli import run_command; sys.exit(run_command(lambda: open(chr(0xe9)), ''))"
     returned, _, said = started(code, ASCII["the C locale"])
     assert returned == 2
-    assert said.strip() == r"error: this locale (ascii) can't write '\xe9'. Set LC_ALL=C.UTF-8, or PYTHONUTF8=1."
+    assert said.strip() == r"error: this locale (ascii) can't represent '\xe9'. Set LC_ALL=C.UTF-8, or PYTHONUTF8=1."
 
 
 @pytest.mark.parametrize("parse", ["parse_args", "parse_intermixed_args", "parse_known_args"])

@@ -3,13 +3,13 @@
 import pytest
 
 from train import progress
-from train.progress import SECONDS_BETWEEN_LINES, job
+from train.progress import SECONDS_BETWEEN_LINES, progress_bar
 
 
 def test_each_bar_counts_in_its_own_unit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the output for a terminal
     monkeypatch.setenv("COLUMNS", "120")
-    with job("training", total=5, unit="steps") as training:
+    with progress_bar("training", total=5, unit="steps") as training:
         training.part("evaluating", 7, "batches").advance(2)
     last = {
         name: line
@@ -28,7 +28,7 @@ def test_a_log_file_is_never_silent_for_long(
 ) -> None:
     now = 1_000.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    with job("training", total=100, unit="steps", done=40) as training:
+    with progress_bar("training", total=100, unit="steps", done=40) as training:
         for step in range(41, 45):
             now += SECONDS_BETWEEN_LINES / 2
             training.advance()

@@ -7,7 +7,15 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from train.resampling import DIFFERENCE_OF_SHARES, FEWEST, SHARE, estimates, explain_missing, share_of, wilson
+from train.resampling import (
+    DIFFERENCE_BOUNDS,
+    MIN_GROUPS,
+    SHARE_BOUNDS,
+    estimate_means,
+    estimate_share,
+    explain_missing_intervals,
+    wilson_interval,
+)
 
 Z = NormalDist().inv_cdf(0.975)
 
@@ -24,36 +32,36 @@ def farthest_not_refused(share: float, of: int, edge: float) -> float:
 
 @pytest.mark.parametrize(("share", "of"), [(0, 6), (1, 6), (1, 10), (0, 36), (0.5, 8), (1 / 30, 30), (137.5 / 138, 36)])
 def test_wilsons_interval_is_what_the_score_test_does_not_refuse(share: float, of: int) -> None:
-    low, high = wilson(share, of)
+    low, high = wilson_interval(share, of)
     expected = tuple(farthest_not_refused(share, of, edge) for edge in (0.0, 1.0))
     assert (low, high) == pytest.approx(expected, abs=1e-9)
     assert high - low > 0.05
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])
-@pytest.mark.parametrize("bounds", [SHARE, DIFFERENCE_OF_SHARES, (1.0, 5.0), None])
+@pytest.mark.parametrize("bounds", [SHARE_BOUNDS, DIFFERENCE_BOUNDS, (1.0, 5.0), None])
 def test_of_few_rows_there_is_no_interval(rows: int, bounds: tuple[float, float] | None) -> None:
-    (found,) = estimates(np.ones((rows, 1)), np.arange(rows), np.zeros(1), [bounds])
+    (found,) = estimate_means(np.ones((rows, 1)), np.arange(rows), np.zeros(1), [bounds])
     assert (found.mean, found.low, found.high, found.groups) == (1, None, None, rows)
     assert found.missing == f"n = {rows}"
-    assert explain_missing(f"100 % ({found.missing})") == [
+    assert explain_missing_intervals(f"100 % ({found.missing})") == [
         "(n = ...): too few rows for an interval; it takes at least 6."
     ]
-    assert explain_missing("100 % [72.2, 100.0]") == []
+    assert explain_missing_intervals("100 % [72.2, 100.0]") == []
 
 
 def test_the_fewest_are_those_from_which_a_test_can_find_anything() -> None:
     """All flips of the signs of values that agree: with five, 2 of 32 are as extreme; with six, 2 of 64."""
-    for groups in (FEWEST - 1, FEWEST):
+    for groups in (MIN_GROUPS - 1, MIN_GROUPS):
         extreme = sum(abs(sum(signs)) == groups for signs in itertools.product((1, -1), repeat=groups))
-        assert (extreme / 2**groups < 0.05) is (groups == FEWEST)
+        assert (extreme / 2**groups < 0.05) is (groups == MIN_GROUPS)
 
 
 @pytest.mark.parametrize("constant", [0.0, 1.0])
 @pytest.mark.parametrize(("groups", "of_each"), [(6, 1), (40, 1), (40, 3)])
 def test_a_constant_share_has_wilsons_interval_of_its_groups(constant: float, groups: int, of_each: int) -> None:
-    (found,) = estimates(
-        np.full((groups * of_each, 1), constant), np.repeat(np.arange(groups), of_each), np.zeros(1), [SHARE]
+    (found,) = estimate_means(
+        np.full((groups * of_each, 1), constant), np.repeat(np.arange(groups), of_each), np.zeros(1), [SHARE_BOUNDS]
     )
     # From (1 - high)^n as a score test has it: high = z^2 / (n + z^2).
     most = Z**2 / (groups + Z**2)
@@ -64,11 +72,11 @@ def test_a_constant_share_has_wilsons_interval_of_its_groups(constant: float, gr
 def test_one_group_that_differs_makes_no_share_surer_than_none() -> None:
     values = np.ones(120)
     groups = np.repeat(np.arange(40), 3)
-    alike = share_of(values.tolist(), groups.astype(str).tolist())
+    alike = estimate_share(values.tolist(), groups.astype(str).tolist())
     values[7] = 0
-    one_off = share_of(values.tolist(), groups.astype(str).tolist())
+    one_off = estimate_share(values.tolist(), groups.astype(str).tolist())
     assert one_off.high - one_off.low > alike.high - alike.low > 0.08
-    assert (one_off.low, one_off.high) == wilson(119 / 120, 40)
+    assert (one_off.low, one_off.high) == wilson_interval(119 / 120, 40)
 
 
 def test_shares_of_independent_rows_cover_the_truth_and_the_bootstrap_would_not() -> None:
@@ -84,8 +92,8 @@ def test_shares_of_independent_rows_cover_the_truth_and_the_bootstrap_would_not(
 
     columns = [np.array([1.0] * count + [0.0] * (of - count))[:, None] for count in range(of + 1)]
     rows = np.arange(of)
-    ours = [estimates(column, rows, np.zeros(1), [SHARE], permutations=1)[0] for column in columns]
-    plain = [estimates(column, rows, np.zeros(1), permutations=1)[0] for column in columns]
+    ours = [estimate_means(column, rows, np.zeros(1), [SHARE_BOUNDS], permutations=1)[0] for column in columns]
+    plain = [estimate_means(column, rows, np.zeros(1), permutations=1)[0] for column in columns]
     assert covered([(one.low, one.high) for one in ours]) > 0.92
     ends = [(one.mean, one.mean) if one.low is None else (one.low, one.high) for one in plain]
     assert covered(ends) < 0.70
@@ -102,9 +110,9 @@ def test_no_interval_is_without_width() -> None:
         "rounding": 0.3 + 1e-17 * rng.integers(0, 2, 16),
     }
     for name, values in samples.items():
-        for bounds in (SHARE, DIFFERENCE_OF_SHARES, (1.0, 5.0), None):
+        for bounds in (SHARE_BOUNDS, DIFFERENCE_BOUNDS, (1.0, 5.0), None):
             column = values[:, None] + (3 if bounds == (1.0, 5.0) else 0)
-            (found,) = estimates(column, groups, np.zeros(1), [bounds])
+            (found,) = estimate_means(column, groups, np.zeros(1), [bounds])
             if bounds is None:
                 assert (found.low, found.high, found.missing) == (None, None, "all alike"), name
             else:
@@ -124,7 +132,7 @@ def tangos_score(pairs: int, better: int, worse: int, difference: float) -> floa
 @pytest.mark.parametrize(("value", "low", "high"), [(1.0, True, False), (0.0, True, True), (-1.0, False, True)])
 def test_differences_that_are_all_alike_have_tangos_interval(value: float, low: bool, high: bool) -> None:
     pairs = 12
-    (found,) = estimates(np.full((pairs, 1), value), np.arange(pairs), np.zeros(1), [DIFFERENCE_OF_SHARES])
+    (found,) = estimate_means(np.full((pairs, 1), value), np.arange(pairs), np.zeros(1), [DIFFERENCE_BOUNDS])
     better, worse = pairs * (value > 0), pairs * (value < 0)
     for end, open_end, sign in ((found.low, low, 1), (found.high, high, -1)):
         if open_end:

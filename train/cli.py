@@ -1,4 +1,4 @@
-"""TODO: train.cli."""
+"""Command-line parsing and exit codes, shared by all commands."""
 
 import argparse
 import io
@@ -6,17 +6,17 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from train.errors import UserError, names_of_files
-from train.storage.local_paths import path_option
+from train.errors import UserError, convert_encoding_errors
+from train.storage.local_paths import parse_path
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Help whose paragraphs are wrapped at the terminal's width; indented ones (examples) keep their lines."""
+    """Help formatter that wraps paragraphs at the terminal's width and keeps the lines of indented ones (examples)."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         paragraphs = text.strip().split("\n\n")
@@ -27,49 +27,49 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 class CommandLine(argparse.ArgumentParser):
-    """The parser that every command begins with.
+    """Argument parser of all commands.
 
-    - Its errors look like all others: `error:` at the start of the line, below the usage.
+    - Usage errors end with exit code 2 and a line that starts with `error:`.
     - Help is wrapped at the terminal's width; indented paragraphs (examples) keep their lines.
-    - Options of `type=Path` take `~`, `$VAR` and `${VAR}`, as the keys of a recipe do.
-    - From here on characters that the terminal or the log can't encode are escaped, in whatever is printed.
+    - Options of `type=Path` expand `~`, `$VAR` and `${VAR}`, like the keys of a recipe.
+    - Parsing makes standard output and standard error escape characters that their encoding lacks.
     """
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
-        """Take what ArgumentParser takes."""
+        """Accept the arguments of ArgumentParser."""
         super().__init__(*args, **{"formatter_class": _HelpFormatter, **keywords})
-        self.register("type", Path, path_option)
+        self.register("type", Path, parse_path)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse; an argument that isn't text is an error."""
+        """Parse like argparse, after checking that all arguments are valid text."""
         return super().parse_known_args(self._checked(args), namespace)
 
     def parse_known_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Likewise."""
+        """Parse like argparse, after checking that all arguments are valid text."""
         return super().parse_known_intermixed_args(self._checked(args), namespace)
 
     def _checked(self, arguments: Sequence[str] | None) -> list[str]:
         escape_unencodable()
-        words = sys.argv[1:] if arguments is None else list(arguments)
-        for word in words:
-            if not is_encodable(word):
-                self.error(f"argument {os.fsencode(word)!r}: {_WHY_NOT_TEXT[_is_utf8(word)]}")
-        return words
+        arguments = sys.argv[1:] if arguments is None else list(arguments)
+        for argument in arguments:
+            if not is_encodable(argument):
+                self.error(f"argument {os.fsencode(argument)!r}: {_ENCODING_ADVICE[_is_utf8(argument)]}")
+        return arguments
 
     def error(self, message: str) -> NoReturn:
-        """Exit with 2."""
+        """Print the usage and the error, and exit with code 2."""
         self.print_usage(sys.stderr)
         self.exit(2, f"error: {message}\n")
 
 
-_WHY_NOT_TEXT = {
-    False: "not UTF-8. Rename the file or folder that it names.",
-    True: "this locale has no such characters. Set LC_ALL=C.UTF-8, or PYTHONUTF8=1.",
+_ENCODING_ADVICE = {
+    False: "not UTF-8. Rename the file or folder.",
+    True: "this locale can't represent these characters. Set LC_ALL=C.UTF-8, or PYTHONUTF8=1.",
 }
 
 
 def is_encodable(text: str) -> bool:
-    """Return whether `text` is all characters: other bytes of a file's name are halves of surrogates in Python."""
+    """Return whether `text` can be encoded; Python represents undecodable bytes of file names as lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -77,88 +77,93 @@ def is_encodable(text: str) -> bool:
     return True
 
 
-def _is_utf8(word: str) -> bool:
+def _is_utf8(argument: str) -> bool:
     try:
-        os.fsencode(word).decode()
+        os.fsencode(argument).decode()
     except UnicodeDecodeError:
         return False
     return True
 
 
 def escape_unencodable() -> None:
-    """Have standard output and standard error escape what they can't encode, as a container's ASCII can't most."""
+    """Make standard output and standard error escape characters that their encoding (ASCII in many containers) lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
             stream.reconfigure(errors="backslashreplace")
 
 
-def positive(text: str) -> int:
-    """A whole number from 1 up, as an option's `type`."""
+def positive_int(text: str) -> int:
+    """Parse an integer >= 1; an option's `type`."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer >= 1")
     return int(text)
 
 
-def number_or_null(text: str) -> float | None:
-    """A number, or null for what is not to be sent, as an option's `type`."""
+def non_negative_int(text: str) -> int:
+    """Parse an integer >= 0, such as a seed of numpy; an option's `type`."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer >= 0")
+    return int(text)
+
+
+def int_up_to(limit: int) -> Callable[[str], int]:
+    """Return an option's `type` that parses an integer from 1 to `limit`."""
+
+    def parse_bounded(text: str) -> int:
+        number = positive_int(text)
+        if number > limit:
+            raise argparse.ArgumentTypeError(f"{number} must be at most {limit:,}")
+        return number
+
+    return parse_bounded
+
+
+def float_or_null(text: str) -> float | None:
+    """Parse a number, or `null` for a parameter that is not sent; an option's `type`."""
     if text.lower() in ("null", "none"):
         return None
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor null") from None
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number or null") from None
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """A JSON object, as an option's `type`."""
+    """Parse a JSON object; an option's `type`."""
     try:
-        value = json.loads(text, parse_constant=_no_number)
-    except ValueError as fault:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {fault}") from fault
+        value = json.loads(text, parse_constant=_reject_constant)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a JSON object")
     return value
 
 
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+def _reject_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is not a JSON number")
 
 
-def from_one_to(most: int) -> Callable[[str], int]:
-    """A whole number from 1 up to `most`, as an option's `type`."""
-
-    def bounded(text: str) -> int:
-        number = positive(text)
-        if number > most:
-            raise argparse.ArgumentTypeError(f"{number} is more than {most:,}, which is the most")
-        return number
-
-    return bounded
-
-
-def not_negative(text: str) -> int:
-    """A whole number from 0 up, as an option's `type`: numpy takes no other seed."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 up")
-    return int(text)
-
-
-def time_span(text: str) -> float:
-    """Seconds, as an option's `type`: a number of them, or a duration such as 90s, 10m or 1h30m."""
+def duration_seconds(text: str) -> float:
+    """Parse seconds, or a duration such as 90s, 10m or 1h30m; an option's `type`."""
     if re.fullmatch(r"\d+(\.\d+)?", text, re.ASCII):
         return float(text)
     units = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
     if not text or not re.fullmatch(r"(\d+d)?(\d+h)?(\d+m)?(\d+s)?", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{text!r} is no duration: write seconds, or 90s, 10m, 1h30m")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a duration: seconds, or 90s, 10m, 1h30m")
     return float(sum(int(part[:-1]) * units[part[-1]] for part in re.findall(r"\d+[dhms]", text)))
 
 
 class OutputLostError(Exception):
-    """Standard output can't be written; what it was caused by says why."""
+    """Standard output can't be written. `reader_left`: it is a pipe whose reader has exited."""
+
+    def __init__(self, error: OSError) -> None:
+        """Wrap the error of the stream."""
+        super().__init__(f"standard output can't be written: {error.strerror}.")
+        self.reader_left = isinstance(error, BrokenPipeError)
 
 
-class _Output:
-    """Standard output whose own faults are told from those of any other file."""
+class _GuardedOutput:
+    """Standard output that raises OutputLostError, to tell its errors from those of other files."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -167,64 +172,89 @@ class _Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """As of any stream. Raises OutputLostError."""
+        """Write `text`. Raises OutputLostError."""
         try:
             return self._stream.write(text)
-        except OSError as fault:
-            raise OutputLostError from fault
+        except OSError as error:
+            raise OutputLostError(error) from error
 
-    def writelines(self, lines: Iterator[str]) -> None:
-        """As of any stream. Raises OutputLostError."""
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write all lines. Raises OutputLostError."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """As of any stream. Raises OutputLostError."""
+        """Flush the stream. Raises OutputLostError."""
         try:
             self._stream.flush()
-        except OSError as fault:
-            raise OutputLostError from fault
+        except OSError as error:
+            raise OutputLostError(error) from error
 
 
-def ending(act: Callable[[], None], stopped: str) -> int:
-    """Run a command; its exit code, and one line on standard error where it didn't come to its end.
+def print_error(message: object) -> None:
+    """Print one paragraph to standard error, behind `error:`."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
 
-    2 there is something to mend: a UserError, or standard output that can't be written. 1 who read standard output has
-    left, and knows it: not a word. 130 after Ctrl-C, where `stopped` is what is said. All else is raised.
+
+def run_command(
+    command: Callable[[], object],
+    interrupted: str,
+    *,
+    guard_output: bool = True,
+    on_user_error: Callable[[UserError], None] = print_error,
+    user_fixable_errnos: Collection[int] = (),
+) -> int:
+    """Run `command` and return its exit code; exceptions not listed here propagate.
+
+    - 0: done.
+    - 1: the reader of standard output has exited, as in `... | head`; nothing is printed.
+    - 2: UserError, or standard output can't be written; one line on standard error.
+    - 130: Ctrl-C; prints `interrupted`.
+
+    Args:
+        command: the work, without arguments. Its return value is ignored.
+        interrupted: the line printed on Ctrl-C.
+        guard_output: handle errors of standard output. False for training, which must not stop silently.
+        on_user_error: how a UserError is reported, for commands that run on several ranks.
+        user_fixable_errnos: errnos of OSErrors that are printed with exit code 2 instead of raised.
     """
+
+    def run() -> int:
+        try:
+            with convert_encoding_errors():
+                command()
+        except UserError as error:
+            on_user_error(error)
+            return 2
+        except OutputLostError as error:
+            return _report_lost_output(error)
+        except OSError as error:
+            if error.errno not in user_fixable_errnos:
+                raise
+            print_error(f"{error.filename or 'a file'}: {error.strerror}. Fix this and start again.")
+            return 2
+        except KeyboardInterrupt:
+            print(interrupted, file=sys.stderr, flush=True)
+            return 130
+        return 0
+
     stream = sys.stdout
-    if stream is None:  # closed, and Python prints nothing
-        return _ending(act, stopped)
-    with redirect_stdout(_Output(stream)):
-        code = _ending(act, stopped)
+    if stream is None or not guard_output:  # None: closed, and Python prints nothing
+        return run()
+    with redirect_stdout(_GuardedOutput(stream)):
+        code = run()
         try:
             sys.stdout.flush()
-        except OutputLostError as lost:
-            code = code or _told_of(lost)
-            # Python flushes once more as it ends, and would print a traceback for it.
+        except OutputLostError as error:
+            code = code or _report_lost_output(error)
+            # Python flushes again at exit and would print a traceback.
             with suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code
 
 
-def _ending(act: Callable[[], None], stopped: str) -> int:
-    try:
-        with names_of_files():
-            act()
-    except UserError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2
-    except OutputLostError as lost:
-        return _told_of(lost)
-    except KeyboardInterrupt:
-        print(stopped, file=sys.stderr)
-        return 130
-    return 0
-
-
-def _told_of(lost: OutputLostError) -> int:
-    if isinstance(lost.__cause__, BrokenPipeError):
+def _report_lost_output(error: OutputLostError) -> int:
+    if error.reader_left:
         return 1
-    why = getattr(lost.__cause__, "strerror", None)
-    print(f"error: standard output can't be written: {why}.", file=sys.stderr)
+    print_error(error)
     return 2

@@ -1,5 +1,4 @@
-"""What the user can mend: one exception, printed after `error:` with exit code 2, and the same for command lines and
-for standard output that takes nothing."""
+"""User errors: one exception for everything the user can fix, printed after `error:` with exit code 2."""
 
 import errno
 import sys
@@ -7,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 USER_FIXABLE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN}
-"""Errors of a disk that is full, read-only or gone."""
+"""Errors of a disk that is full, read-only or unreachable."""
 
 
 class UserError(Exception):
-    """A fault in the recipe, the data, the template or the machine that the person at the keyboard can mend.
+    """Error in the recipe, the data, the template or the machine that the user can fix.
 
     The message is one paragraph without the leading `error:`. It names the file, key or row, says what is allowed
     and what to write instead.
@@ -19,30 +18,30 @@ class UserError(Exception):
 
 
 @contextmanager
-def naming(options: Mapping[str, str]) -> Iterator[None]:
-    """Errors from inside name what the user typed: `options` holds words of theirs, and what is said in their place.
+def replace_in_errors(replacements: Mapping[str, str]) -> Iterator[None]:
+    """Replace terms in UserErrors raised inside, so that they name what the user typed (an option for a recipe key).
 
-    Of a word that is there several times the last one is meant. A server that an error quotes may say the same word:
-    where that can be, give a phrase.
+    Only the last occurrence of each key of `replacements` is replaced. Text quoted from a server may contain the same
+    word: use a phrase where that is possible.
     """
     try:
         yield
-    except UserError as fault:
-        text = str(fault)
-        for key, option in options.items():
-            before, found, after = text.rpartition(key)
-            text = f"{before}{option}{after}" if found else text
-        raise UserError(text) from fault
+    except UserError as error:
+        text = str(error)
+        for term, replacement in replacements.items():
+            before, separator, after = text.rpartition(term)
+            text = f"{before}{replacement}{after}" if separator else text
+        raise UserError(text) from error
 
 
 @contextmanager
-def names_of_files() -> Iterator[None]:
-    """Raise UserError where a file's name can't be written in the encoding of this locale, as `é` in ASCII."""
+def convert_encoding_errors() -> Iterator[None]:
+    """Raise UserError where this locale's encoding can't represent a file name, as ASCII can't represent `é`."""
     try:
         yield
-    except UnicodeEncodeError as fault:
+    except UnicodeEncodeError as error:
         if sys.getfilesystemencoding() == "utf-8":
             raise
         raise UserError(
-            f"this locale ({fault.encoding}) can't write {fault.object!r}. Set LC_ALL=C.UTF-8, or PYTHONUTF8=1."
-        ) from fault
+            f"this locale ({error.encoding}) can't represent {error.object!r}. Set LC_ALL=C.UTF-8, or PYTHONUTF8=1."
+        ) from error

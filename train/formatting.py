@@ -110,7 +110,7 @@ def duration(seconds: float) -> str:
     return f"{seconds // 86_400}d{seconds % 86_400 // 3600:02d}h"
 
 
-def counted(count: int, noun: str, one: str = "", many: str = "") -> str:
+def format_count(count: int, noun: str, one: str = "", many: str = "") -> str:
     """`1 row`, `2 rows`; with the form of a verb for one and for many, `1 row is`, `2 rows are`."""
     plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
     return f"{count:,} {noun}{plural} {one if count == 1 else many}".rstrip()

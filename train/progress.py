@@ -15,7 +15,7 @@ SECONDS_BETWEEN_LINES = 15.0
 """How often a job writes a line where the output is not a terminal."""
 
 
-class Job:
+class ProgressBar:
     """One long job. `advance` and `show` may be called as often as one likes."""
 
     def __init__(self, description: str, total: int | None, unit: str, bar: Progress | None, *, done: int = 0) -> None:
@@ -41,9 +41,9 @@ class Job:
         elif is_first_rank():
             print(line, flush=True)
 
-    def part(self, description: str, total: int | None, unit: str) -> "Job":
+    def part(self, description: str, total: int | None, unit: str) -> "ProgressBar":
         """A job within this one, with a bar of its own below this one's until it is finished."""
-        return Job(description, total, unit, self._bar)
+        return ProgressBar(description, total, unit, self._bar)
 
     def finish(self) -> None:
         """Take this job's bar away."""
@@ -60,11 +60,11 @@ class Job:
 
 
 @contextmanager
-def job(description: str, *, total: int | None = None, unit: str = "", done: int = 0) -> Iterator[Job]:
+def progress_bar(description: str, *, total: int | None = None, unit: str = "", done: int = 0) -> Iterator[ProgressBar]:
     """Show the progress of what runs inside. `total` in `unit`s, None where it isn't known; `done` before it began."""
     console = Console(file=sys.stdout)
     if not (console.is_terminal and is_first_rank()):
-        yield Job(description, total, unit, None, done=done)
+        yield ProgressBar(description, total, unit, None, done=done)
         return
     counted = MofNCompleteColumn() if total else TimeElapsedColumn()
     columns = (
@@ -75,4 +75,4 @@ def job(description: str, *, total: int | None = None, unit: str = "", done: int
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        yield Job(description, total, unit, bar, done=done)
+        yield ProgressBar(description, total, unit, bar, done=done)

@@ -9,7 +9,7 @@ _RANKS = ("RANK", "OMPI_COMM_WORLD_RANK")
 """Variables that DeepSpeed starts its process group from, also for one process."""
 
 
-def deepspeed_fault(deepspeed: object, environment: Mapping[str, str]) -> str | None:
+def deepspeed_launch_error(deepspeed: object, environment: Mapping[str, str]) -> str | None:
     """Return why `training.deepspeed` can't be used in a process started with this environment; None if it can."""
     if not deepspeed or any(name in environment for name in _RANKS):
         return None
@@ -44,6 +44,6 @@ def is_first_rank() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def processes_now() -> int:
+def world_size() -> int:
     """Processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 RESAMPLES = 2_000
 PERMUTATIONS = 9_999
 LEVEL = 0.95
-FEWEST = 6
+MIN_GROUPS = 6
 """Groups that an interval takes. Even the whole range of 5 values holds the median 15 times in 16 (1 - 2 / 2^5, below
 95 %), and no flipping of 5 signs has p < 0.05."""
-SHARE, DIFFERENCE_OF_SHARES = (0.0, 1.0), (-1.0, 1.0)
+SHARE_BOUNDS, DIFFERENCE_BOUNDS = (0.0, 1.0), (-1.0, 1.0)
 """The least and the greatest that a value of a column can be."""
 Bounds = tuple[float, float] | None
-Method = Literal["bootstrap", "wilson", "bounded", "none: too few", "none: all alike"]
+IntervalMethod = Literal["bootstrap", "wilson", "bounded", "none: too few", "none: all alike"]
 _Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 _DRAWS_AT_ONCE = 1 << 22
 """Numbers drawn at a time: with many instructions the whole table of resamples would take gigabytes."""
@@ -51,34 +51,34 @@ class Estimate:
     high: float | None
     p: float
     groups: int
-    interval: Method
+    interval: IntervalMethod
 
     @property
     def missing(self) -> str:
-        """Return the reason for a missing interval, as `why_no_interval` gives it."""
-        return why_no_interval(self.interval, self.groups)
+        """Return the reason for a missing interval, as `missing_interval_reason` gives it."""
+        return missing_interval_reason(self.interval, self.groups)
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
-def why_no_interval(method: str, groups: int) -> str:
+def missing_interval_reason(method: str, groups: int) -> str:
     """`n = 2` or `all alike`, to stand where an interval would; nothing where there is one."""
     return {"none: too few": f"n = {groups}", "none: all alike": "all alike"}.get(method, "")
 
 
-def explain_missing(text: str, of: str = "rows") -> list[str]:
+def explain_missing_intervals(text: str, of: str = "rows") -> list[str]:
     """A line for each reason that `text` gives for a missing interval; `of`: what n counts."""
     lines = []
     if "(n = " in text:
-        lines.append(f"(n = ...): too few {of} for an interval; it takes at least {FEWEST}.")
+        lines.append(f"(n = ...): too few {of} for an interval; it takes at least {MIN_GROUPS}.")
     if "(all alike)" in text:
         lines.append("(all alike): every value is the same, which says nothing of how far others would be from it.")
     return lines
 
 
-def wilson(share: float, count: int) -> tuple[float, float]:
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
     """Wilson's interval (1927) of a share of `count` independent rows: the shares that a score test doesn't refuse."""
     weight = _Z**2 / count
     centre = (share + weight / 2) / (1 + weight)
@@ -86,15 +86,15 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     return (0.0 if share == 0 else centre - half), (1.0 if share == 1 else centre + half)
 
 
-def share_of(values: Sequence[float], groups: Sequence[str]) -> Estimate:
+def estimate_share(values: Sequence[float], groups: Sequence[str]) -> Estimate:
     """The share of rows whose value is 1, those of one group not independent of each other."""
     _, numbers = np.unique(groups, return_inverse=True)
     column = np.array(values, np.float64)[:, None]
-    (found,) = estimates(column, numbers.astype(np.int64), np.zeros(1), [SHARE], permutations=0)
+    (found,) = estimate_means(column, numbers.astype(np.int64), np.zeros(1), [SHARE_BOUNDS], permutations=0)
     return found
 
 
-def estimates(
+def estimate_means(
     values: NDArray[np.float64],
     instructions: NDArray[np.int64],
     no_effect: NDArray[np.float64],
@@ -116,7 +116,7 @@ def estimates(
     means = (sums.sum(0) / sizes.sum()).tolist()
     chance = np.random.default_rng(seed)
     drawn_again: list[tuple[float, float]] = [(math.nan, math.nan)] * len(means)
-    if count >= FEWEST:
+    if count >= MIN_GROUPS:
         found = np.concatenate(
             [
                 (drawn @ sums) / (drawn @ sizes)[:, None]
@@ -143,23 +143,23 @@ def estimates(
 
 def _interval(
     values: NDArray[np.float64], group: NDArray[np.int64], mean: float, bounds: Bounds, bootstrap: tuple[float, float]
-) -> tuple[tuple[float | None, float | None], Method]:
+) -> tuple[tuple[float | None, float | None], IntervalMethod]:
     """The ends of one column's interval, and how they were found. `bootstrap`: what drawing groups again gives."""
     groups = int(group.max()) + 1
-    if groups < FEWEST:
+    if groups < MIN_GROUPS:
         return (None, None), "none: too few"
-    if bounds == SHARE:
+    if bounds == SHARE_BOUNDS:
         mean = min(max(mean, 0.0), 1.0)  # a mean of ones may be off by rounding
         differing = len(np.unique(group[values != round(mean)]))
         if groups == len(values) and np.isin(values, (0, 1)).all():
-            return wilson(mean, groups), "wilson"
-        if differing < FEWEST:
-            return wilson(mean, groups), "wilson"
+            return wilson_interval(mean, groups), "wilson"
+        if differing < MIN_GROUPS:
+            return wilson_interval(mean, groups), "wilson"
     # Rounding may leave the bootstrap of equal values a width of its own.
     if np.ptp(values) <= 1e-9 * max(abs(mean), 1e-300) or bootstrap[1] - bootstrap[0] <= 1e-9 * np.ptp(values):
         if bounds is None:
             return (None, None), "none: all alike"
-        others = wilson(0.0, groups)[1]
+        others = wilson_interval(0.0, groups)[1]
         return (mean + others * (bounds[0] - mean), mean + others * (bounds[1] - mean)), "bounded"
     return bootstrap, "bootstrap"
 

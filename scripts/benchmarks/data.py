@@ -25,7 +25,7 @@ from train.data.chat.system_role import apply_system_role
 from train.data.chat.template import use_template
 from train.errors import UserError
 from train.model.tokenizer import load_tokenizer
-from train.progress import Job, job
+from train.progress import ProgressBar, progress_bar
 from train.recipe import ModelSection
 
 SECONDS_BETWEEN_SAMPLES = 0.05
@@ -229,7 +229,7 @@ def compare_preparations(options: Options) -> Result:
         measurements: list[Measurement] = []
         tokens: dict[tuple[str, int], Path] = {}
         total = options.repeat * len(several) * len(contenders)
-        with job("measuring", total=total, unit="runs") as measuring:
+        with progress_bar("measuring", total=total, unit="runs") as measuring:
             for repetition in range(options.repeat):
                 for rows in several:
                     runs = folder / f"{rows.count}-{repetition}"
@@ -244,7 +244,7 @@ def compare_preparations(options: Options) -> Result:
         return Result(options, several, measurements, _differences(tokens, several, options))
 
 
-def _line(measured: Measurement, measuring: Job, total: int) -> str:
+def _line(measured: Measurement, measuring: ProgressBar, total: int) -> str:
     return (
         f"{measuring.done}/{total} {measured.contender}, {measured.rows_in:,} rows: {measured.seconds:.2f} s, "
         f"{measured.tokens / measured.seconds:,.0f} tokens/s, {_size(measured.peak_memory)}"
@@ -259,7 +259,7 @@ def _write_rows(folder: Path, count: int, contenders: tuple[str, ...], options: 
     file, texts_file = folder / f"rows-{count}.jsonl", folder / f"texts-{count}.jsonl"
     digest, characters = hashlib.sha256(), 0
     with (
-        job(f"writing {count:,} rows", total=count, unit="rows") as writing,
+        progress_bar(f"writing {count:,} rows", total=count, unit="rows") as writing,
         file.open("wb") as lines,
         texts_file.open("w", encoding="utf-8") as texts,
     ):

@@ -206,10 +206,8 @@ def ours(task: Task, clock: Clock) -> Tokens:
     """`prepare`, as the door calls it. `ours-again` finds the cache that the run before it left in the same folder."""
     import yaml
 
-    from train.data.chat.system_role import apply_system_role
-    from train.data.chat.template import use_template
     from train.data.prepare import prepare
-    from train.model.tokenizer import load_tokenizer
+    from train.model.tokenizer import load_chat_tokenizer
     from train.recipe import DataSection, load_recipe
 
     data: dict[str, object] = {
@@ -228,12 +226,10 @@ def ours(task: Task, clock: Clock) -> Tokens:
         encoding="utf-8",
     )
     recipe = load_recipe(file)
-    tokenizer = load_tokenizer(recipe.model)
-    use_template(tokenizer, recipe.chat.template)
-    apply_system_role(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
+    tokenizer = load_chat_tokenizer(recipe).tokenizer
     with clock.running():
         prepared = prepare(recipe, tokenizer)
-    tokens, account = count(prepared.train.rows), prepared.train.account
+    tokens, account = count(prepared.train.dataset), prepared.train.stats
     claimed = (account.rows, account.tokens, account.trained_tokens, account.sequences)
     counted = (len(tokens.documents), int(tokens.occurrences.sum()), int(tokens.trained.sum()), tokens.sequences)
     if claimed != counted:

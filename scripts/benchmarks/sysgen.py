@@ -22,7 +22,7 @@ from benchmarks.rows import generate
 from benchmarks.sysgen_server import ROW_MARK, STAGES
 from benchmarks.sysgen_table import markdown, medians
 from train.errors import UserError
-from train.progress import job
+from train.progress import progress_bar
 
 CONTENDERS = ("bare", "ours", "distilabel")
 HOW_TO_INSTALL = "python -m venv distilabel && distilabel/bin/pip install 'distilabel[openai]==1.5.3' requests"
@@ -110,7 +110,10 @@ def compare_sysgen(options: Options) -> Result:
     contenders, failures = _contenders(options)
     measurements: list[Measurement] = []
     total = options.repeat * len(options.rows) * len(contenders)
-    with TemporaryDirectory(prefix="janus-benchmark-") as name, job("measuring", total=total, unit="runs") as measuring:
+    with (
+        TemporaryDirectory(prefix="janus-benchmark-") as name,
+        progress_bar("measuring", total=total, unit="runs") as measuring,
+    ):
         files = {rows: _write_rows(Path(name) / f"rows-{rows}.jsonl", rows, options.seed) for rows in options.rows}
         for repetition in range(options.repeat):
             for rows, contender in ((rows, contender) for rows in options.rows for contender in contenders):

@@ -19,8 +19,8 @@ from benchmarks.process import end, last_words, running, words
 from benchmarks.training_settings import Contender, Lengths, Task, chosen, every, usual
 from benchmarks.training_table import line_of, markdown, ratios, shown
 from train.errors import UserError
-from train.preflight.json_report import write
-from train.progress import Job, job
+from train.preflight.json_report import write_json
+from train.progress import ProgressBar, progress_bar
 
 _LINES_OF_A_FAILURE = 60
 _KEPT = ("command", "settings", "calls", "measurements")  # the table follows from them
@@ -102,7 +102,7 @@ class Record:
 
     def _save(self) -> None:
         table = self.table()
-        write({**self._content, "table": table, "ratios": ratios(table)}, self._file)
+        write_json({**self._content, "table": table, "ratios": ratios(table)}, self._file)
 
     def _refuse_others(self, lengths: Lengths, call: dict[str, Any]) -> None:
         name, before = self._file, self._content
@@ -170,7 +170,7 @@ def measure_all(
     None is started in less time than the quickest took, and what runs at the deadline is stopped and counts as not run.
     """
     shortest = 0.0
-    with job("measuring", total=len(contenders), unit="contenders") as measuring:
+    with progress_bar("measuring", total=len(contenders), unit="contenders") as measuring:
         for number, contender in enumerate(contenders):
             begun = time.monotonic()
             left = float("inf") if deadline is None else deadline - begun
@@ -188,7 +188,7 @@ def measure_all(
     return []
 
 
-def _show(measuring: Job, line: dict[str, Any]) -> None:
+def _show(measuring: ProgressBar, line: dict[str, Any]) -> None:
     measuring.show(f"{measuring.done}/{measuring.total} {shown(line)}")
 
 

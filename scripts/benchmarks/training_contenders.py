@@ -203,7 +203,7 @@ def trl(task: Task, dtype: str, recipe: Recipe, watch: Watch) -> tuple[Any, int]
 def ours(task: Task, attention: str, recipe: Recipe, watch: Watch) -> tuple[Any, int]:
     """JanusTrainer as train/sft.py makes it, on sequences from rows on disk."""
     from train.data.dataset import PackedDataset
-    from train.data.loss_mask import Encoded
+    from train.data.loss_mask import EncodedRow
     from train.data.packing import plan as packing_plan
     from train.data.prepare import Prepared, Split, SplitStats
     from train.data.sources.formats import Conversation
@@ -213,7 +213,7 @@ def ours(task: Task, attention: str, recipe: Recipe, watch: Watch) -> tuple[Any,
     from train.loop.trainer import JanusTrainer
 
     wanted, file = task.lengths, task.folder / "rows.arrow"
-    encoded = [Encoded(ids, np.array([[answer, len(ids)]], np.int32)) for ids, answer in token_ids(wanted)]
+    encoded = [EncodedRow(ids, np.array([[answer, len(ids)]], np.int32)) for ids, answer in token_ids(wanted)]
     said = [{"role": "user", "content": "a row of the benchmark"}]
     write(file, [batch_of(0, [(Conversation(said, None, f" row {n}"), [row]) for n, row in enumerate(encoded, 1)])])
     rows = TokenRows([file], [["benchmark"]])

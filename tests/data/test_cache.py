@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from train.data.cache import cache_key, find, find_or_make, report_progress
+from train.data.cache import cache_key, find, get_or_build, report_progress
 from train.errors import UserError
-from train.progress import Job
+from train.progress import ProgressBar
 
 
 def build(folder: Path) -> dict:
@@ -26,9 +26,9 @@ def never(folder: Path) -> dict:
 
 
 def test_an_entry_is_made_once_and_found_again(tmp_path: Path) -> None:
-    made = find_or_make(tmp_path / "a" / "b", "k", build)
+    made = get_or_build(tmp_path / "a" / "b", "k", build)
     assert (made.hit, made.facts, (made.folder / "rows").read_bytes()) == (False, {"rows": 2}, b"some rows")
-    again = find_or_make(tmp_path / "a" / "b", "k", never)
+    again = get_or_build(tmp_path / "a" / "b", "k", never)
     assert (again.hit, again.facts, again.folder) == (True, {"rows": 2}, made.folder)
     assert find(tmp_path / "a" / "b", "other") is None
 
@@ -50,9 +50,9 @@ def test_an_entry_is_made_once_and_found_again(tmp_path: Path) -> None:
     ],
 )
 def test_a_broken_entry_is_made_anew(damage: Callable[[Path], None], tmp_path: Path) -> None:
-    damage(find_or_make(tmp_path, "k", build).folder)
+    damage(get_or_build(tmp_path, "k", build).folder)
     assert find(tmp_path, "k") is None
-    made = find_or_make(tmp_path, "k", build)
+    made = get_or_build(tmp_path, "k", build)
     assert not made.hit
     assert (made.folder / "rows").read_bytes() == b"some rows"
     assert find(tmp_path, "k") is not None
@@ -64,7 +64,7 @@ def test_what_fails_leaves_nothing_behind(tmp_path: Path) -> None:
         raise UserError("no such row")
 
     with pytest.raises(UserError, match="no such row"):
-        find_or_make(tmp_path, "k", fail)
+        get_or_build(tmp_path, "k", fail)
     assert [path.name for path in tmp_path.iterdir()] == ["k.lock"]
 
 
@@ -74,7 +74,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     (left / "rows").write_bytes(b"half")
     other = tmp_path / "other.host-1.partial"
     other.mkdir()
-    find_or_make(tmp_path, "k", build)
+    get_or_build(tmp_path, "k", build)
     assert not left.exists()
     assert other.exists()  # another key may be in the making
 
@@ -82,7 +82,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.cache_dir: .*file.* can't be written"):
-        find_or_make(tmp_path / "file", "k", build)
+        get_or_build(tmp_path / "file", "k", build)
 
 
 def _make_slowly(folder: Path, started: Path) -> None:
@@ -93,7 +93,7 @@ def _make_slowly(folder: Path, started: Path) -> None:
             time.sleep(0.01)
         return build(partial)
 
-    find_or_make(folder, "k", slow)
+    get_or_build(folder, "k", slow)
 
 
 def test_others_wait_for_the_one_that_makes_it_and_see_how_far_it_is(tmp_path: Path) -> None:
@@ -102,13 +102,13 @@ def test_others_wait_for_the_one_that_makes_it_and_see_how_far_it_is(tmp_path: P
     while not (tmp_path / "started").exists():
         time.sleep(0.01)
 
-    class Waiting(Job):
+    class Waiting(ProgressBar):
         def advance(self, amount: int = 1) -> None:
             super().advance(amount)
             (tmp_path / "go").touch()  # now that we have seen it wait
 
     waiting = Waiting("waiting", None, "rows", None)
-    assert find_or_make(tmp_path, "k", never, waiting).hit
+    assert get_or_build(tmp_path, "k", never, waiting).hit
     assert waiting.done == 1_234
     maker.join()
     assert maker.exitcode == 0
@@ -119,11 +119,11 @@ def test_where_two_make_it_at_once_one_is_kept(tmp_path: Path) -> None:
 
     def overtaken(partial: Path) -> dict:
         (tmp_path / "elsewhere").mkdir()
-        find_or_make(tmp_path / "elsewhere", "k", build).folder.rename(tmp_path / "k")
+        get_or_build(tmp_path / "elsewhere", "k", build).folder.rename(tmp_path / "k")
         (partial / "rows").write_bytes(b"mine")
         return {"rows": 1}
 
-    assert find_or_make(tmp_path, "k", overtaken).facts == {"rows": 2}
+    assert get_or_build(tmp_path, "k", overtaken).facts == {"rows": 2}
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -139,9 +139,9 @@ import os
 import signal
 import sys
 import time
-from train.data.chat_template import use_template
+from train.data.chat.template import use_template
 from train.data.prepare import prepare
-from train.model.load import load_tokenizer
+from train.model.tokenizer import load_tokenizer
 from train.recipe import load_recipe
 
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from train.data.chat.template import use_template
 from train.data.fast_tokenizer import DiffersError, FastTokenizer, UnsuitableError
 from train.data.loss_mask import Encoder
-from train.data.sources.formats import RowFault
+from train.data.sources.formats import RowError
 
 LETTERS = "abc XYZ\n\n\t  .,!'019éÅ\u0301\u030añ日本語한글العربية😀👩‍🚀🇩🇪\u200b\u00a0\ufeff▁Ġ<|>[]/\\{}𝔘"
 WORDS = ["the", "assistant", "system", " user", "<|im_end|> ", "[/INST]", "</s>", "<s>", "<unk>", "don't", "ﬁ", "naïve"]
@@ -38,11 +38,11 @@ def compare(exact: Encoder, fast: Encoder, rows: list[list[dict]]) -> None:
     pairs = [(row, None) for row in rows]
     assert not fast.why_not_fast
     for one, other in zip(fast.encode(pairs, "assistant"), exact.encode(pairs, "assistant"), strict=True):
-        if isinstance(other, RowFault):
-            assert isinstance(one, RowFault)
+        if isinstance(other, RowError):
+            assert isinstance(one, RowError)
             assert (one.kind, one.detail) == (other.kind, other.detail)
         else:
-            assert not isinstance(one, RowFault)
+            assert not isinstance(one, RowError)
             assert [(row.input_ids, row.labels) for row in one] == [(row.input_ids, row.labels) for row in other]
 
 

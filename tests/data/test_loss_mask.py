@@ -4,7 +4,7 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from train.data.chat.template import use_template, without_generation_marks
 from train.data.loss_mask import NOT_TRAINED, encode
-from train.data.sources.formats import Conversation, RowFault
+from train.data.sources.formats import Conversation, RowError
 from train.data.tokens.workers import RowTokenizer
 from train.errors import UserError
 
@@ -109,7 +109,7 @@ def test_a_prompt_that_no_answer_follows_is_refused(tokenizer) -> None:
     tokenizer.chat_template = LOOP.format(content="m.content", end="<|im_end|>") + prompt
     (encoded,) = encode(tokenizer, [TURNS[1], {"role": "assistant", "content": "<think>\nHm.</think>Yes"}])
     assert trained_text(tokenizer, encoded) == "Hm.</think>Yes<|im_end|>"
-    with pytest.raises(RowFault, match=r"answer doesn't follow its prompt.*'<think>"):
+    with pytest.raises(RowError, match=r"answer doesn't follow its prompt.*'<think>"):
         encode(tokenizer, TURNS)
 
 
@@ -136,7 +136,7 @@ def test_answers_that_a_template_merges_are_trained_as_one(tokenizer) -> None:
     (encoded,) = encode(tokenizer, messages)
     assert trained_text(tokenizer, encoded) == "Hello 😀 you and more<|im_end|>So long<|im_end|>"
     messages[2] = {**messages[2], "train": False}
-    with pytest.raises(RowFault, match="merged"):
+    with pytest.raises(RowError, match="merged"):
         encode(tokenizer, messages)
 
 
@@ -154,7 +154,7 @@ def test_the_next_turns_token_ends_an_answer_where_the_template_has_no_other(tok
 
 
 def test_reasoning_that_a_template_drops_is_a_fault(chatml_tokenizer) -> None:
-    with pytest.raises(RowFault, match="reasoning lost by the template"):
+    with pytest.raises(RowError, match="reasoning lost by the template"):
         encode(chatml_tokenizer, [TURNS[1], {**TURNS[2], "reasoning_content": "Hm."}])
 
 
@@ -180,7 +180,7 @@ def test_two_bos_tokens_are_a_fault(tokenizer) -> None:
     (encoded,) = encode(tokenizer, TURNS)
     assert encoded.input_ids.count(tokenizer.bos_token_id) == 1
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
-    with pytest.raises(RowFault, match="two BOS tokens"):
+    with pytest.raises(RowError, match="two BOS tokens"):
         encode(tokenizer, TURNS)
 
 
@@ -248,7 +248,7 @@ TEMPLATES_THAT_LOSE_SOMETHING = {
 @pytest.mark.parametrize("kind", TEMPLATES_THAT_LOSE_SOMETHING)
 def test_a_template_that_loses_something_is_caught_by_the_row(kind: str, tokenizer) -> None:
     tokenizer.chat_template = "{% for m in messages %}" + TEMPLATES_THAT_LOSE_SOMETHING[kind] + "{% endfor %}"
-    with pytest.raises(RowFault) as caught:
+    with pytest.raises(RowError) as caught:
         encode(tokenizer, TURNS[:3])
     assert caught.value.kind == kind
 
@@ -260,7 +260,7 @@ def test_batches_give_what_single_rows_give(chatml_tokenizer) -> None:
     results = RowTokenizer(chatml_tokenizer, "assistant").encode(conversations)
     assert results[:4] == [encode(chatml_tokenizer, messages) for messages in turns]
     fault = results[4]
-    assert isinstance(fault, RowFault)
+    assert isinstance(fault, RowError)
     assert "no turn for the role tool" in fault.detail
 
 
@@ -275,7 +275,7 @@ def test_control_tokens_typed_in_text_are_dealt_with_before_the_template_sees_th
     conversations = [Conversation(typed, None, ":1"), Conversation(TURNS, None, ":2")]
     first, second = RowTokenizer(chatml_tokenizer, "assistant", policy).encode(conversations)
     assert second == encode(chatml_tokenizer, TURNS)
-    assert isinstance(first, RowFault) == refused
+    assert isinstance(first, RowError) == refused
     if not refused:
         turns = first[0].input_ids.count(chatml_tokenizer.convert_tokens_to_ids("<|im_start|>"))
         assert turns == (3 if policy == "allow" else 2)

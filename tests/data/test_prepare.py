@@ -54,7 +54,7 @@ def test_the_account_is_what_a_plain_count_gives(
     recipe_file: Callable[..., Path], rows_file: Path, count: Callable
 ) -> None:
     data = examined(recipe_file())
-    account, rows = data.train.account, rows_of(rows_file)
+    account, rows = data.train.stats, rows_of(rows_file)
     counts = [count(row) for row in rows]
     assert account.rows == account.conversations == len(rows)
     assert account.lengths.tolist() == [length for length, _ in counts]
@@ -66,9 +66,9 @@ def test_the_account_is_what_a_plain_count_gives(
     systems = [message["content"] for row in rows for message in row if message["role"] == "system"]
     assert account.rows_with_system == len(systems)
     assert account.distinct_systems == len(set(systems))
-    assert account.documents_per_sequence.tolist() == [len(row["seq_lengths"]) for row in data.train.rows]
-    assert sum(len(row["input_ids"]) for row in data.train.rows) == account.tokens
-    assert all(sum(row["seq_lengths"]) == len(row["input_ids"]) == len(row["labels"]) for row in data.train.rows)
+    assert account.documents_per_sequence.tolist() == [len(row["seq_lengths"]) for row in data.train.dataset]
+    assert sum(len(row["input_ids"]) for row in data.train.dataset) == account.tokens
+    assert all(sum(row["seq_lengths"]) == len(row["input_ids"]) == len(row["labels"]) for row in data.train.dataset)
 
 
 @pytest.mark.parametrize(("overlong", "outcome"), [("error", "refused"), ("drop", "dropped"), ("truncate", None)])
@@ -76,7 +76,7 @@ def test_overlong_rows_are_counted_by_what_becomes_of_them(
     overlong: str, outcome: str | None, recipe_file: Callable[..., Path], rows_file: Path, count: Callable
 ) -> None:
     most = 60
-    account = examined(recipe_file(data={"max_length": most, "overlong": overlong})).train.account
+    account = examined(recipe_file(data={"max_length": most, "overlong": overlong})).train.stats
     rows = rows_of(rows_file)
     longer = [(number, *count(row)) for number, row in enumerate(rows, 1) if count(row)[0] > most]
     assert len(longer) >= 3
@@ -119,8 +119,8 @@ def test_all_faults_are_in_one_error(recipe_file: Callable[..., Path], rows_file
 
 def test_no_row_left_is_told_and_not_a_crash(recipe_file: Callable[..., Path]) -> None:
     data = examined(recipe_file(data={"max_length": 8, "overlong": "drop"}))
-    assert (data.train.account.rows, data.train.account.sequences, len(data.train.rows)) == (0, 0, 0)
-    assert data.train.account.examples == []
+    assert (data.train.stats.rows, data.train.stats.sequences, len(data.train.dataset)) == (0, 0, 0)
+    assert data.train.stats.examples == []
 
 
 def test_duplicates_and_overlap_are_found_with_their_places(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
@@ -133,14 +133,14 @@ def test_duplicates_and_overlap_are_found_with_their_places(recipe_file: Callabl
     first = ("", "q", "a"), ("", "r", "a"), ("", "q", "a"), ("be brief", "q", "a")
     train, held = write("f.jsonl", *first), write("v.jsonl", ("", "new", "a"), ("", " q ", "b"), ("", "r", "a"))
     data = examined(recipe_file(data={"sources": [{"path": train, "weight": 2.0}], "validation": [{"path": held}]}))
-    assert data.train.account.rows == 8
-    duplicates = data.train.account.duplicates  # a weight of 2.0 makes none
+    assert data.train.stats.rows == 8
+    duplicates = data.train.stats.duplicates  # a weight of 2.0 makes none
     assert (duplicates.rows, duplicates.example) == (1, (f"{train}:1", f"{train}:3"))
     found = data.overlap
     assert (found.questions.rows, found.questions.example) == (2, (f"{train}:1", f"{held}:2"))
     assert (found.conversations.rows, found.conversations.example) == (1, (f"{train}:2", f"{held}:3"))
     twice = examined(recipe_file(data={"sources": [{"path": train}, {"path": train, "split": "train"}]}))
-    assert twice.train.account.duplicates.rows == 5
+    assert twice.train.stats.duplicates.rows == 5
 
 
 def test_quantiles_are_lengths_that_occur() -> None:
@@ -186,14 +186,14 @@ def test_examples_repeat_no_row_and_show_any_part_of_a_split_conversation(
     path = tmp_path / "turns.jsonl"
     path.write_text((json.dumps({"messages": turns}) + "\n") * 3 + json.dumps({"messages": turns[:2]}) + "\n")
     data = {"sources": [{"path": str(path)}]}
-    account = examined(recipe_file(chat={"template": str(template)}, data=data)).train.account
+    account = examined(recipe_file(chat={"template": str(template)}, data=data)).train.stats
     assert (account.conversations, account.rows) == (4, 19)
     assert sorted(row.place for row in account.examples) == [f"{path}:1", f"{path}:4"]
     seeds = range(8)
     shown = {
         len(row.input_ids)
         for seed in seeds
-        for row in examined(recipe_file(chat={"template": str(template)}, data=data, seed=seed)).train.account.examples
+        for row in examined(recipe_file(chat={"template": str(template)}, data=data, seed=seed)).train.stats.examples
         if row.place == f"{path}:1"
     }
     assert len(shown) > 2

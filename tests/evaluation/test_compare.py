@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from scripted_server import Asked, Reply, said, served
 
-from train.evaluation.compare import Pair, compare
+from train.evaluation.compare import MeasurePair, compare_results
 from train.evaluation.results import KINDS, Measure, Results
 
 ROOT = Path(__file__).parents[2]
@@ -131,7 +131,7 @@ def test_rows_of_a_group_are_drawn_again_together() -> None:
         {"k": Results("k", Path("k"), "m", {"n": Measure(0.0, None, None, rows=kept, groups=groups)}, {}, {})}
         for kept in (rows, better)
     ]
-    [pair] = compare(*sides).pairs
+    [pair] = compare_results(*sides).pairs
     assert pair.rows == 60
     assert pair.difference.mean == pytest.approx(sum(differences) / 10)
     low, high = plain_interval([[difference] * 12 for difference in differences])
@@ -236,7 +236,7 @@ def test_the_legend_of_the_plot_covers_nothing(evaluate_script: ModuleType, meas
     measure = Measure(0.4, 0.3, 0.5)
     kinds = ("ifeval", "gain", "harness")
     pairs = [
-        Pair(kinds[number % 3], f"{name}: {number}", measure, Measure(1.0, None, None), None, None)
+        MeasurePair(kinds[number % 3], f"{name}: {number}", measure, Measure(1.0, None, None), None, None)
         for number in range(measures)
     ]
     figure = evaluate_script.compare_command.plot(pairs, (name, name))

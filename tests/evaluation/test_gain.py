@@ -156,7 +156,7 @@ def test_what_can_not_be_measured_is_an_error(
     assert refused(*good, "--json", tmp_path / "no" / "gain.json").startswith("--json ")
     os.mkfifo(tmp_path / "pipe")  # what is no file isn't replaced by one
     assert refused(*good, "--json", tmp_path / "pipe").endswith("that is no file in a folder that is there")
-    assert refused(*good, "--others", "0") == "argument --others: '0' is no number from 1 up"
+    assert refused(*good, "--others", "0") == "argument --others: '0' must be an integer >= 1"
     assert refused(*good, "--template", "chatm").startswith("chat.template: there is no template 'chatm'")
     assert "loses system messages" in refused("--model", tiny_model, "--data", data, "--template", _deaf(tmp_path))
     assert not (after / "gain.json").exists()

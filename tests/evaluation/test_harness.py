@@ -176,7 +176,7 @@ def test_what_must_be_mended(says_no: Callable[..., str], tiny_chat_model: Path,
     lost = refused("--tasks", "rivers", "lost", "--include-path", tasks)
     assert lost.startswith("--tasks lost: its data can't be had: FileNotFoundError")
     assert "no such folder" in refused("--tasks", "rivers", "--include-path", tmp_path / "nowhere")
-    assert "argument --limit: '0' is no number from 1 up" in refused("--tasks", "rivers", "--limit", "0")
+    assert "argument --limit: '0' must be an integer >= 1" in refused("--tasks", "rivers", "--limit", "0")
     assert "--output-dir FOLDER" in says_no("harness", "--model", "some/model", "--tasks", "rivers")
     deaf = tmp_path / "deaf.jinja"
     deaf.write_text(

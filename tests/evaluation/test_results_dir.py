@@ -57,8 +57,8 @@ def arguments(tiny_chat_model: Path, tmp_path: Path) -> dict[str, list[object]]:
 
 WHERE = {
     "gain": ("train.system_gain.metric", "system_gain"),
-    "rules": ("train.evaluation.models.responses", "respond"),
-    "ifeval": ("train.evaluation.models.responses", "respond"),
+    "rules": ("train.evaluation.models.responses", "generate_answers"),
+    "ifeval": ("train.evaluation.models.responses", "generate_answers"),
     "harness": ("train.evaluation.harness", "task_names"),
     "bench": ("train.multifaceted.bench.rows", "read_bench"),
 }

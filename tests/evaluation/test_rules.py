@@ -117,8 +117,8 @@ def test_missing_files_are_errors(refused: Callable[..., str], tmp_path: Path) -
 
 def test_numbers_of_no_use_are_errors(refused: Callable[..., str], tmp_path: Path) -> None:
     command = ["--rules", "no.py", "--data", "no.jsonl", "--before", "a", "--after", "b"]
-    assert "'0' is no number from 1 up" in refused(tmp_path, *command, "--max-new-tokens", "0")
-    assert "'0' is no number from 1 up" in refused(tmp_path, *command, "--batch-size", "0")
+    assert "'0' must be an integer >= 1" in refused(tmp_path, *command, "--max-new-tokens", "0")
+    assert "'0' must be an integer >= 1" in refused(tmp_path, *command, "--batch-size", "0")
 
 
 def test_a_file_that_can_not_be_written_is_an_error(
@@ -219,4 +219,4 @@ def test_a_seed_that_can_not_be_drawn_from_is_refused_before_anything_is_read(
     asked: tuple[str, ...], seed: str, says_no: Callable[..., str]
 ) -> None:
     """numpy takes none below 0, and would say so after everything was computed."""
-    assert says_no(*asked, "--seed", seed) == f"argument --seed: {seed!r} is no whole number from 0 up"
+    assert says_no(*asked, "--seed", seed) == f"argument --seed: {seed!r} must be an integer >= 0"

@@ -21,7 +21,7 @@ def train(recipe_file: str) -> int:
     from train.model.float8 import convert
     from train.model.load import load_model
     from train.model.tokenizer import load_tokenizer
-    from train.preflight.start_screen import screen
+    from train.preflight.start_screen import start_screen
     from train.recipe import load_recipe
 
     recipe = load_recipe(recipe_file)
@@ -35,7 +35,7 @@ def train(recipe_file: str) -> int:
     convert(model, recipe.model.float8, emulate=True)
     step_log = StepLog(recipe.output_dir)
     trainer = JanusTrainer(recipe, arguments, model, tokenizer, data, [step_log])
-    print(screen(recipe, "chatml", data, trainer.model, arguments, width=10_000), flush=True)
+    print(start_screen(recipe, "chatml", data, trainer.model, arguments, width=10_000), flush=True)
     with step_log:
         trainer.train()
     trainer.save_model(recipe.output_dir)

@@ -13,7 +13,7 @@ import yaml
 from real_servers import ROOT, RealServer, free_port, running
 from transformers import AutoTokenizer
 
-from train.data.sources.source import conversations
+from train.data.sources.source import read_conversations
 from train.multifaceted.judge import parse_score
 from train.recipe import Source
 
@@ -64,7 +64,7 @@ def report(folder: Path) -> dict[str, Any]:
 
 def written(folder: Path) -> list[list[dict[str, Any]]]:
     """Return the messages of each written row."""
-    return [row.messages for _, row in conversations(Source(path=str(folder / "out" / "data")))]
+    return [row.messages for _, row in read_conversations(Source(path=str(folder / "out" / "data")))]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -107,7 +107,7 @@ def test_two_processes_give_the_figures_of_one(
     made = variants(path, tokenizer)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     expected = system_gain(model, made)
-    held_out = prepare(load_recipe(recipe), tokenizer).validation.rows
+    held_out = prepare(load_recipe(recipe), tokenizer).validation.dataset
     assert len(held_out) % 16  # two batches of 8: some places hold a row that is no one's to count
     losses, tokens = 0.0, 0
     for row in held_out:

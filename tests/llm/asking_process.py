@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from train.llm.client import Client, RequestFailed
-from train.llm.concurrency import Pauses
+from train.llm.client import Client
+from train.llm.concurrency import Backoff
+from train.llm.failures import RequestFailed
 from train.llm.journal import Decoding, Journal, Request
 from train.llm.ordered_map import map_ordered
 from train.llm.progress import progress
@@ -25,7 +26,7 @@ async def ask_rows(url: str, folder: Path, rows: int, concurrency: int, stages: 
     """
     output = folder / "out.jsonl"
     with Journal(folder / "answers.sqlite") as journal, output.open("w", encoding="utf-8") as lines:
-        async with Client([Server(url, concurrency)], "m", journal, pauses=Pauses(0.001, 0.01)) as client:
+        async with Client([Server(url, concurrency)], "m", journal, backoff=Backoff(0.001, 0.01)) as client:
 
             async def work(row: int) -> list[str]:
                 texts = [f"row {row}"]

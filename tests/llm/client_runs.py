@@ -9,11 +9,11 @@ from typing import Any
 from scripted_server import Asked, Reply, Script, ScriptedServer, said
 
 from train.llm.client import Client
-from train.llm.concurrency import Pauses
+from train.llm.concurrency import Backoff
 from train.llm.journal import Decoding, Journal, Request
 from train.llm.server import Server
 
-SHORT = Pauses(first=0.001, longest=0.01)
+SHORT = Backoff(first=0.001, longest=0.01)
 LIMIT = Decoding(max_tokens=50, temperature=0.5)
 
 
@@ -39,7 +39,7 @@ def run(
         try:
             places = [Server(server.url, concurrency, key_variable) for server in servers]
             with Journal(folder / "answers.sqlite") as journal:
-                async with Client(places, "m", journal, **{"pauses": SHORT, **settings}) as client:
+                async with Client(places, "m", journal, **{"backoff": SHORT, **settings}) as client:
                     return await work(client, servers)
         finally:
             for server in servers:

@@ -11,13 +11,14 @@ from client_runs import SHORT, about, echo, run
 from scripted_server import Asked, Reply, ScriptedServer, error
 
 from train.errors import UserError
-from train.llm import outages as endings
-from train.llm.client import Client, RequestFailed
+from train.llm import failure_policy as endings
+from train.llm import startup_check as first_contact
+from train.llm.client import Client
 from train.llm.connection import diagnosis as advice
-from train.llm.connection import startup_check as first_contact
-from train.llm.connection.startup_check import check_servers
+from train.llm.failures import RequestFailed
 from train.llm.journal import Journal
 from train.llm.server import Server
+from train.llm.startup_check import check_servers
 
 
 class Tunnel:
@@ -87,7 +88,7 @@ async def silent_port() -> AsyncIterator[str]:
 async def client_of(urls: list[str], folder: Path, **settings: object) -> AsyncIterator[Client]:
     with Journal(folder / "answers.sqlite") as journal:
         servers = [Server(url, concurrency=4) for url in urls]
-        async with Client(servers, "m", journal, **{"pauses": SHORT, **settings}) as client:
+        async with Client(servers, "m", journal, **{"backoff": SHORT, **settings}) as client:
             yield client
 
 
@@ -111,7 +112,7 @@ def test_a_port_that_closes_every_connection_ends_the_start_when_its_time_is_ove
             assert "The port is open, and no model server answers behind it." in str(failure.value)
             assert "--wait-for-server" in str(failure.value)
             with pytest.raises(UserError, match=r"closes the connection without an answer .* no model server answers"):
-                await check_servers([Server(tunnel.url)], "m", pauses=SHORT)
+                await check_servers([Server(tunnel.url)], "m", backoff=SHORT)
 
     asyncio.run(asyncio.wait_for(work(), 60))
 
@@ -129,7 +130,7 @@ def test_a_server_that_starts_behind_an_open_port_is_waited_for_and_no_row_is_lo
             asking = asyncio.create_task(ask_all(client, 8))
             while tunnel.connections < 80:
                 await asyncio.sleep(0.001)
-            assert re.search(r"closes the connection .*, for \ds of 1m00s at most", client.troubles()[0])
+            assert re.search(r"closes the connection .*, for \ds of 1m00s at most", client.server_messages()[0])
             tunnel.backend = server
             assert await asking == expected(8)
             assert client.counts.failed == 0
@@ -152,8 +153,8 @@ def test_a_server_that_goes_away_behind_an_open_port_in_mid_run_costs_no_row(tmp
             asking = asyncio.create_task(ask_all(client, 20))
             while tunnel.connections < 150:
                 await asyncio.sleep(0.001)
-            assert "closes the connection without an answer" in client.troubles()[0]
-            assert "at most" not in client.troubles()[0]
+            assert "closes the connection without an answer" in client.server_messages()[0]
+            assert "at most" not in client.server_messages()[0]
             tunnel.backend = server
             assert await asking == expected(20)
             assert client.counts.failed == 0
@@ -191,13 +192,13 @@ def test_answers_under_way_do_not_hide_a_pause(tmp_path: Path) -> None:
         while not servers[0].asked:
             await asyncio.sleep(0.001)
         limited = asyncio.create_task(client.ask(about("limited")))
-        while not client.counts.tries_failed:
+        while not client.counts.retries:
             await asyncio.sleep(0.001)
         refused.set()
         assert (await slow).text == "re: slow"
-        [line] = client.troubles()
+        [line] = client.server_messages()
         assert re.fullmatch(rf"{servers[0].url}: 429 Said: tokens per day, next try in 21m0\ds", line)
-        assert client.waits_for() == {servers[0].url}
+        assert client.blocking_servers() == {servers[0].url}
         limited.cancel()
 
     refused = asyncio.Event()
@@ -230,10 +231,10 @@ def test_a_port_that_says_nothing_is_warned_of_and_fails_the_check(
             words = f"{url} accepts connections and sends nothing. A model server lists its models at once: is the port"
             assert told.startswith(f"warning: {words}")
             with pytest.raises(UserError) as failure:
-                await check_servers([Server(url)], "m", pauses=SHORT)
+                await check_servers([Server(url)], "m", backoff=SHORT)
             assert str(failure.value).startswith(words)
             async with ScriptedServer(echo) as good:  # one of several is a warning
-                await check_servers([Server(url), Server(good.url)], "m", pauses=SHORT)
+                await check_servers([Server(url), Server(good.url)], "m", backoff=SHORT)
             assert capsys.readouterr().err.startswith(f"warning: {words}")
 
     asyncio.run(asyncio.wait_for(work(), 60))
@@ -328,7 +329,7 @@ def test_a_key_that_one_of_several_refuses_closes_that_server_alone(
         told = capsys.readouterr().err
         assert told.count(f"warning: {url} answers {reply.status} Said: ") == 1
         assert "the run goes on with the other servers" in told
-        assert f"{url}: {reply.status} Said" in client.troubles()[0]
+        assert f"{url}: {reply.status} Said" in client.server_messages()[0]
 
     run([echo, refusing], lambda *of: asyncio.wait_for(work(*of), 60), tmp_path, concurrency=4)
     [named] = clients[0].counts.bad_servers

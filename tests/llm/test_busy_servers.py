@@ -103,7 +103,7 @@ def test_a_server_that_asks_for_years_is_asked_again_and_that_is_told(tmp_path: 
     async def script(asked: Asked) -> Reply:
         if not asked.times:
             return error(429, "out of breath", headers=headers)
-        told.extend(clients[0].troubles())
+        told.extend(clients[0].server_messages())
         return await echo(asked)
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
@@ -158,17 +158,17 @@ def test_a_server_that_takes_requests_again_is_no_longer_told_of_as_out_of_reach
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         await servers[0].__aexit__()
         answer = asyncio.create_task(client.ask(about("hello")))
-        while not client.troubles():
+        while not client.server_messages():
             await asyncio.sleep(0.001)
-        assert "can't be reached (" in client.troubles()[0]
+        assert "can't be reached (" in client.server_messages()[0]
         await servers[0].__aenter__()
         await arrived.wait()
-        while "can't be reached" in client.troubles()[0]:  # the request has arrived: it turns within a moment
+        while "can't be reached" in client.server_messages()[0]:  # the request has arrived: it turns within a moment
             await asyncio.sleep(0.001)
-        assert client.troubles()[0].startswith(f"{servers[0].url}: reached again, no answer yet, for 0s")
+        assert client.server_messages()[0].startswith(f"{servers[0].url}: reached again, no answer yet, for 0s")
         go_on.set()
         await answer
-        assert client.troubles() == []
+        assert client.server_messages() == []
 
     async def script(asked: Asked) -> Reply:
         arrived.set()
@@ -181,24 +181,24 @@ def test_a_server_that_takes_requests_again_is_no_longer_told_of_as_out_of_reach
 
 def test_what_troubles_a_server_is_told_until_it_answers(tmp_path: Path) -> None:
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
-        assert client.troubles() == []
+        assert client.server_messages() == []
         async with servers[0]:
             pass  # and it is away
         asking = asyncio.create_task(client.ask(about("hi")))
-        while client.counts.tries_failed < 3:
+        while client.counts.retries < 3:
             await asyncio.sleep(0.001)
-        [trouble] = client.troubles()
+        [trouble] = client.server_messages()
         assert trouble.startswith(f"{servers[0].url}: can't be reached (")
         async with servers[0]:
             assert (await asking).text == "re: hi"
-            assert client.troubles() == []
+            assert client.server_messages() == []
 
     async def inside() -> None:
         with Journal(tmp_path / "answers.sqlite") as journal:
             server = ScriptedServer(echo)
             async with server:
                 pass
-            async with Client([Server(server.url)], "m", journal, pauses=SHORT) as client:
+            async with Client([Server(server.url)], "m", journal, backoff=SHORT) as client:
                 await work(client, [server])
 
     asyncio.run(inside())

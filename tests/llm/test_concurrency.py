@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.llm.concurrency import ConcurrencyLimiter, Pauses, ServerSlots
+from train.llm.concurrency import Backoff, ConcurrencyLimiter, ServerSlots
 
-NO_PAUSE = Pauses(first=0.0, longest=0.0)
+NO_PAUSE = Backoff(first=0.0, longest=0.0)
 
 
-def lane(most: int, pauses: Pauses = NO_PAUSE) -> ServerSlots:
-    return ServerSlots("here", most, pauses)
+def lane(most: int, backoff: Backoff = NO_PAUSE) -> ServerSlots:
+    return ServerSlots("here", most, backoff)
 
 
 def rounds(server: ServerSlots, count: int) -> list[int]:
@@ -57,18 +57,18 @@ def test_a_share_of_faults_settles_somewhat_above_its_inverse(share: float, low:
 
 
 def test_objections_to_requests_that_were_on_their_way_together_count_once() -> None:
-    server = lane(64, Pauses(first=1_000.0, longest=8_000.0))
+    server = lane(64, Backoff(first=1_000.0, longest=8_000.0))
     for _ in range(64):
         server.failed("gone", 1.0)
     assert (server.limit, server.paused_until) == (1, 0.0)
-    pauses = []
+    backoff = []
     for _ in range(6):
         before = server.heard_at
         server.failed("gone", float("inf"))
-        pauses.append(server.paused_until - max(before, server.heard_at))
-    for pause, whole in zip(pauses, (1_000, 2_000, 4_000, 8_000, 8_000, 8_000), strict=True):
+        backoff.append(server.paused_until - max(before, server.heard_at))
+    for pause, whole in zip(backoff, (1_000, 2_000, 4_000, 8_000, 8_000, 8_000), strict=True):
         assert pause <= whole
-    assert pauses[3] >= 4_000
+    assert backoff[3] >= 4_000
     server.answered()
     assert server.trouble is None
 

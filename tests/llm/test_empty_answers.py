@@ -7,7 +7,8 @@ import pytest
 from client_runs import about, echo, run
 from scripted_server import Asked, Reply, Script, ScriptedServer, said
 
-from train.llm.client import Client, EmptyAnswerError
+from train.llm.client import Client
+from train.llm.failures import EmptyAnswerError
 
 NOTHING = {
     "an end token": "<|im_end|>",
@@ -102,7 +103,7 @@ def test_an_empty_answer_that_nothing_followed_is_asked_again(tmp_path: Path) ->
 @pytest.mark.parametrize("next_prompt", ["other", None])
 def test_the_caller_names_what_follows(tmp_path: Path, next_prompt: str | None) -> None:
     """Another prompt as the next try, or nothing at all: a row that does without this answer."""
-    settings: dict[str, Any] = {"next_try": about("other")} if next_prompt else {"goes_on_empty": True}
+    settings: dict[str, Any] = {"next_try": about("other")} if next_prompt else {"continues_if_empty": True}
 
     async def script(asked: Asked) -> Reply:
         return said("") if asked.prompt == "hi" else await echo(asked)

@@ -13,18 +13,19 @@ from client_runs import about, echo, first, run
 from scripted_server import Asked, Reply, Script, ScriptedServer, error
 
 from train.errors import UserError
-from train.llm.client import FAILURES_OF_A_STAGE, Client, RequestFailed
+from train.llm.client import FAILURES_OF_A_STAGE, Client
+from train.llm.failure_policy import DENIALS
+from train.llm.failures import RequestFailed
 from train.llm.journal import Answer
 from train.llm.ordered_map import map_ordered
-from train.llm.outages import DENIALS
-from train.llm.server_errors import ServerError, error_in, error_of, is_about_length, trouble_of
+from train.llm.server_errors import ServerError, classify_error, is_about_length, parse_error, parse_error_body
 
 
 def meaning(status: int, body: Any, headers: dict[str, str] | None = None) -> ServerError:
     text = json.dumps(body)
-    found = error_in(body, text) if status == 200 else error_of(body, text)
+    found = parse_error(body, text) if status == 200 else parse_error_body(body, text)
     assert found is not None
-    return trouble_of(
+    return classify_error(
         found.implied_status() if status == 200 else status, found.words, found, headers or {}, longest_wait=86_400
     )
 
@@ -61,7 +62,7 @@ def test_an_error_in_a_200_is_read_as_the_status_that_it_names_or_means(body: An
 
 @pytest.mark.parametrize("body", [{}, {"choices": []}, [], "hello", None, {"error": {}}, {"error": None, "id": "x"}])
 def test_a_body_without_an_error_is_none(body: Any) -> None:
-    assert error_in(body, json.dumps(body)) is None
+    assert parse_error(body, json.dumps(body)) is None
 
 
 EXHAUSTED = {
@@ -156,8 +157,8 @@ def test_a_request_that_is_too_long_is_its_rows_failure(status: int, words: str)
 )
 def test_a_limit_in_bytes_is_not_the_context(words: Any, is_bytes: bool) -> None:
     body = words if isinstance(words, dict) else None
-    error = error_of(body, json.dumps(body) if body else words)
-    found = trouble_of(413, "413 Request Entity Too Large", error, {}, longest_wait=1)
+    error = parse_error_body(body, json.dumps(body) if body else words)
+    found = classify_error(413, "413 Request Entity Too Large", error, {}, longest_wait=1)
     assert (found.kind, found.about_content) == ("row", True)
     assert bool(found.advice and "limit in bytes" in found.advice) == is_bytes
     assert not is_about_length(found.what)  # or the last line of a run would speak of the model's context
@@ -376,9 +377,9 @@ def test_any_number_of_requests_that_are_too_long_come_before_the_first_answer(t
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         found = await ask_each(client, [f"long {number}" for number in range(5 * FAILURES_OF_A_STAGE)])
         assert {type(one) for one in found} == {RequestFailed}
-        assert client.troubles() == ["stage stage: no answer so far, 100 refused as too long or by a filter"]
+        assert client.server_messages() == ["stage stage: no answer so far, 100 refused as too long or by a filter"]
         assert (await client.ask(about("short"))).text == "re: short"
-        assert client.troubles() == []
+        assert client.server_messages() == []
 
     run(script, work, tmp_path)
 
@@ -411,7 +412,7 @@ VALIDATION = {
 
 @pytest.mark.parametrize(("body", "told"), VALIDATION.values(), ids=VALIDATION)
 def test_errors_of_validation_are_told_by_field_and_without_the_prompt(body: Any, told: str) -> None:
-    words = error_of(body, json.dumps(body)).words
+    words = parse_error_body(body, json.dumps(body)).words
     assert words.startswith(told)
     assert "long prompt" not in words
     assert "'type'" not in words

@@ -1,6 +1,6 @@
 """Why requests got no answer, counted by kind."""
 
-from train.llm.failures import KINDS, FailureReasons, for_report
+from train.llm.failures import KINDS, FailureReasons, to_table_cells
 
 
 def test_words_that_differ_in_their_numbers_are_one_kind_shown_as_it_came_first() -> None:
@@ -43,6 +43,6 @@ def test_neither_kinds_nor_lines_grow_without_end() -> None:
 
 def test_cells_of_a_report_are_text_and_no_markup() -> None:
     counts = {f"<h1>`{number}`</h1>": 30 - number for number in range(30)}
-    cells = for_report(counts)
+    cells = to_table_cells(counts)
     assert next(iter(cells.items())) == ("`<h1>'0'</h1>`", 30)
     assert len(cells) == 10

@@ -17,7 +17,7 @@ import pytest
 from asking_process import STAGES
 from scripted_server import Asked, Reply, said, served
 
-from train.llm.concurrency import ConcurrencyLimiter, Pauses, ServerSlots
+from train.llm.concurrency import Backoff, ConcurrencyLimiter, ServerSlots
 
 ROWS = 125
 REQUESTS = ROWS * STAGES
@@ -70,7 +70,7 @@ def journal_size(folder: Path) -> int:
 def max_uncommitted(concurrency: int) -> int:
     """What the client promises: a quarter more than the places."""
     promised = concurrency + concurrency // 4
-    assert ConcurrencyLimiter([ServerSlots("here", concurrency, Pauses())]).max_uncommitted == promised
+    assert ConcurrencyLimiter([ServerSlots("here", concurrency, Backoff())]).max_uncommitted == promised
     return promised
 
 

@@ -10,14 +10,15 @@ from client_runs import LIMIT, about, echo, first, run
 from scripted_server import Asked, Reply, ScriptedServer, error, said
 
 from train.errors import UserError
-from train.llm.client import FAILURES_OF_A_STAGE, Client, RequestFailed
+from train.llm.client import FAILURES_OF_A_STAGE, Client
+from train.llm.failures import RequestFailed
 from train.llm.journal import Answer, Decoding, Journal, Request
 from train.llm.server import Server
 
 
 async def one(client: Client, servers: list[ScriptedServer]) -> tuple[Answer, int, int]:
     answer = await client.ask(about("hi"))
-    return answer, len(servers[0].asked), client.counts.tries_failed
+    return answer, len(servers[0].asked), client.counts.retries
 
 
 def test_an_answer_and_what_is_known_of_it(tmp_path: Path) -> None:

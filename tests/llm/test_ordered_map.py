@@ -136,7 +136,10 @@ def test_leaving_early_cancels_what_is_at_work() -> None:
 
 def a_client() -> SimpleNamespace:
     return SimpleNamespace(
-        counts=Counts(), in_flight=64, troubles=lambda: ["http://a/v1: 429 Busy, for 3s"], waits_for=lambda: set()
+        counts=Counts(),
+        in_flight=64,
+        server_messages=lambda: ["http://a/v1: 429 Busy, for 3s"],
+        blocking_servers=lambda: set(),
     )
 
 
@@ -153,7 +156,7 @@ def test_the_line_tells_rows_speed_failures_and_time_left(monkeypatch: pytest.Mo
         pace.advance()
         client.counts.completion_tokens += 250
         pace.look()
-    client.counts.failed, client.counts.tries_failed = 2, 17
+    client.counts.failed, client.counts.retries = 2, 17
     assert pace.line() == (
         "500 of 1,000 rows (50%), 250 tokens/s, 2 failed, 17 tries repeated, 64 in flight, 8m20s left; "
         "http://a/v1: 429 Busy, for 3s"
@@ -187,7 +190,7 @@ def test_a_narrow_terminal_shows_what_the_servers_have_against_it_to_its_end(
     monkeypatch.setenv("COLUMNS", "80")
     client = a_client()
     trouble = "http://a/v1: 429 Too Many Requests: wait for your turn, for 3s, next try in 59m57s"
-    client.troubles = lambda: [trouble]
+    client.server_messages = lambda: [trouble]
 
     async def run() -> None:
         shown = ""

@@ -15,9 +15,16 @@ from client_runs import LIMIT, about, echo, run
 from scripted_server import Asked, Reply, ScriptedServer, error, said
 
 from train.errors import UserError
-from train.llm.client import Client, RequestFailed
+from train.llm.client import Client
+from train.llm.failures import RequestFailed
 from train.llm.journal import NO_LIMIT, Decoding, Request
-from train.llm.refusals import advice_on, config_setting, option_setting, refuses_system_role, said_in
+from train.llm.refusals import (
+    extract_error_text,
+    format_config_key,
+    option_formatter,
+    refuses_system_role,
+    suggest_setting,
+)
 from train.llm.request_body import request_body
 from train.llm.system_role import merge_into_user
 
@@ -56,7 +63,7 @@ def test_the_token_limit_goes_by_the_name_that_an_error_asks_for(tmp_path: Path,
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         assert [(await client.ask(about(name))).text for name in ("a", "b")] == ["re: a", "re: b"]
         assert [one.body.get("max_completion_tokens") for one in servers[0].asked] == [None, 50, 50]
-        assert client.counts.tries_failed == 0
+        assert client.counts.retries == 0
 
     run(script, work, tmp_path)
 
@@ -95,7 +102,7 @@ def test_a_limit_that_is_too_large_keeps_its_name(tmp_path: Path, message: str) 
 def test_extra_renames_the_limit_and_the_journal_finds_the_same_answers(
     extra: dict[str, Any], sent: dict[str, Any], limit: int
 ) -> None:
-    plain, changed = (Decoding.of_settings(50, 0.5, seed=3, extra=one) for one in ({}, extra))
+    plain, changed = (Decoding.from_settings(50, 0.5, seed=3, extra=one) for one in ({}, extra))
     requests = [Request("stage", SYSTEM, decoding) for decoding in (plain, changed)]
     body = request_body("m", requests[1])
     assert body == {"model": "m", "messages": SYSTEM, "temperature": 0.5, "seed": 3} | sent
@@ -111,7 +118,7 @@ def test_without_a_limit_what_one_cut_is_asked_again_and_the_rest_is_not(tmp_pat
         return said(f"{asked.prompt} {limited}", "length" if limited and asked.prompt == "long" else "stop")
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
-        none = Decoding.of_settings(50, 0.5, extra={"max_tokens": None})
+        none = Decoding.from_settings(50, 0.5, extra={"max_tokens": None})
         for prompt in ("long", "short"):
             await client.ask(about(prompt))
         texts = [(await client.ask(about(prompt, decoding=none))).text for prompt in ("long", "short")]
@@ -124,10 +131,10 @@ def test_without_a_limit_what_one_cut_is_asked_again_and_the_rest_is_not(tmp_pat
 def test_null_in_extra_takes_any_field_out_and_a_value_fills_one_that_is_null() -> None:
     nulls = {"temperature": None, "top_p": None, "seed": None, "top_k": None}
     given = {"temperature": 1, "reasoning_effort": "low"}
-    assert Decoding.of_settings(9, 0.5, 0.9, 3, nulls) == Decoding(9)
-    assert Decoding.of_settings(9, extra=given).parameters(2) == given
+    assert Decoding.from_settings(9, 0.5, 0.9, 3, nulls) == Decoding(9)
+    assert Decoding.from_settings(9, extra=given).parameters(2) == given
     # What was answered before there were nulls is found by the same key.
-    assert Decoding.of_settings(9, 0.5, 0.9, 3, {"top_k": 5}) == Decoding(9, 0.5, 0.9, 3, extra={"top_k": 5})
+    assert Decoding.from_settings(9, 0.5, 0.9, 3, {"top_k": 5}) == Decoding(9, 0.5, 0.9, 3, extra={"top_k": 5})
 
 
 @pytest.mark.parametrize(
@@ -185,16 +192,16 @@ def test_a_refused_parameter_is_named_by_its_setting(refusal: Reply, advice: str
     body = request_body("m", Request("answer", SYSTEM, decoding))
     whole = refusal.body if isinstance(refusal.body, dict) else None
     inner = whole.get("error", whole) if whole else None  # as the openai package hands it on
-    words = said_in(inner, str(refusal.body))
-    assert advice_on(inner, words, body, "answer", config_setting) == advice
+    words = extract_error_text(inner, str(refusal.body))
+    assert suggest_setting(inner, words, body, "answer", format_config_key) == advice
 
 
 def test_options_are_named_as_they_are_typed() -> None:
-    name = option_setting(("temperature", "top_p"), "judge-")
+    name = option_formatter(("temperature", "top_p"), "judge-")
     assert name("judge, run 1", "top_p", "null") == "--judge-top-p null"
     assert name("judge, run 1", "max_completion_tokens", "90") == """--judge-extra '{"max_completion_tokens": 90}'"""
-    assert option_setting(())("x", "enable_thinking", "false") == """--extra '{"enable_thinking": false}'"""
-    assert option_setting(())("x", "system_role", "merge_into_user") == "--system-role merge_into_user"
+    assert option_formatter(())("x", "enable_thinking", "false") == """--extra '{"enable_thinking": false}'"""
+    assert option_formatter(())("x", "system_role", "merge_into_user") == "--system-role merge_into_user"
 
 
 NO_SYSTEM_ROLE = [

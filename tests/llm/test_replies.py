@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from train.llm.finish_reasons import REASONS, Ending, ending_of
+from train.llm.finish_reasons import REASONS, Ending, classify_finish_reason
 from train.llm.journal import Answer
-from train.llm.replies import UnusableReplyError, answer_in, why_empty
+from train.llm.replies import UnusableReplyError, describe_empty, parse_completion
 
 ENDINGS: list[tuple[Ending, str]] = [
     ("complete", "stop STOP eos eos_token EOS end_turn stop_sequence COMPLETE Stop FinishReason.STOP endTurn"),
@@ -25,7 +25,7 @@ ENDINGS: list[tuple[Ending, str]] = [
 
 @pytest.mark.parametrize(("ending", "names"), ENDINGS)
 def test_the_class_of_a_finish_reason(ending: Ending, names: str) -> None:
-    assert {name: ending_of(name) for name in names.split()} == dict.fromkeys(names.split(), ending)
+    assert {name: classify_finish_reason(name) for name in names.split()} == dict.fromkeys(names.split(), ending)
 
 
 def test_case_and_punctuation_make_no_difference_and_no_reason_is_in_two_classes() -> None:
@@ -34,20 +34,20 @@ def test_case_and_punctuation_make_no_difference_and_no_reason_is_in_two_classes
             words = name.split("_")
             camel = words[0] + "".join(map(str.capitalize, words[1:]))
             for form in (name, name.upper(), "-".join(words), camel, f" {name}. "):
-                assert ending_of(form) == ending, form
+                assert classify_finish_reason(form) == ending, form
     every = [name for names in REASONS.values() for name in names.split()]
     assert len(set(every)) == len(every)
 
 
 def test_no_reason_is_unstated() -> None:
-    assert {ending_of(name) for name in ("", " ", "null", "None", "-")} == {"unstated"}
+    assert {classify_finish_reason(name) for name in ("", " ", "null", "None", "-")} == {"unstated"}
 
 
 def reply(message: Any = None, finish_reason: Any = "stop", **choice: Any) -> Answer:
     choice = {"index": 0, "finish_reason": finish_reason, **choice}
     if message is not None:
         choice["message"] = message
-    return answer_in({"choices": [choice], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}, 0.5)
+    return parse_completion({"choices": [choice], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}, 0.5)
 
 
 def text_part(text: str, kind: str = "text") -> dict[str, Any]:
@@ -97,13 +97,13 @@ def test_a_part_that_is_no_text_is_ignored_beside_text(kind: str) -> None:
 def test_the_completions_form_and_several_choices() -> None:
     assert reply(text="Hello.").text == "Hello."
     body = {"choices": [{"message": {"content": text}, "finish_reason": "stop"} for text in ("first", "second")]}
-    assert answer_in(body, 0.1).text == "first"
+    assert parse_completion(body, 0.1).text == "first"
 
 
 @pytest.mark.parametrize("body", [{}, [], {"choices": []}, {"choices": None}, {"choices": ["x"]}, {"choices": [7]}])
 def test_what_is_no_completion(body: Any) -> None:
     with pytest.raises(ValueError, match="not a chat completion"):
-        answer_in(body, 0.1)
+        parse_completion(body, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -166,11 +166,11 @@ def test_a_native_fault_is_one() -> None:
     ],
 )
 def test_a_blocked_prompt_is_refused(choices: dict[str, Any], feedback: dict[str, Any]) -> None:
-    answer = answer_in({**choices, **feedback}, 0.1)
+    answer = parse_completion({**choices, **feedback}, 0.1)
     assert (answer.refused, answer.empty, answer.unfinished) == (True, False, "refused")
     assert "content_filter: " in answer.detail
     body = {"choices": [{"message": {"content": "Bern."}, "finish_reason": "stop"}], "promptFeedback": {}}
-    assert answer_in(body, 0.1).unfinished == ""
+    assert parse_completion(body, 0.1).unfinished == ""
 
 
 @pytest.mark.parametrize("text", ["\u200b", "\ufeff", " \u2060\n", "\u00ad\u200d"])
@@ -202,8 +202,8 @@ def test_an_answer_that_is_all_in_a_field_of_reasoning(field: str) -> None:
     value = [{"type": "reasoning.text", "text": "Hm."}] if field == "reasoning_details" else "Hello."
     answer = reply({"role": "assistant", "content": None, field: value, "tool_calls": []})
     assert (answer.text, answer.empty, answer.unfinished) == ("", True, f"empty, all of it in {field}")
-    assert f"all of it in {field}" in why_empty(answer)
-    assert "enable_thinking" in why_empty(answer)
+    assert f"all of it in {field}" in describe_empty(answer)
+    assert "enable_thinking" in describe_empty(answer)
     beside = reply({"content": "Hello.", field: value})
     assert (beside.text, beside.empty, beside.unfinished, beside.reasoning_in) == ("Hello.", False, "", field)
     cut = reply({"content": "", field: value}, "length")

@@ -7,7 +7,8 @@ import pytest
 from client_runs import about, echo, run
 from scripted_server import Asked, Reply, ScriptedServer, error
 
-from train.llm.client import Client, RequestFailed
+from train.llm.client import Client
+from train.llm.failures import RequestFailed
 
 OUTGROWN = error(500, "Context size has been exceeded.", type="server_error", code=500)
 IN_STREAM = b'data: {"error": {"code": 500, "message": "Context size has been exceeded.", "type": "server_error"}}\n\n'
@@ -29,7 +30,7 @@ def test_requests_that_outgrow_a_context_together_are_asked_again_with_fewer_in_
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         answers = await asyncio.gather(*(client.ask(about(str(number))) for number in range(4)))
         assert [answer.text for answer in answers] == [f"re: {number}" for number in range(4)]
-        assert (client.counts.failed, client.counts.tries_failed) == (0, 4)
+        assert (client.counts.failed, client.counts.retries) == (0, 4)
         [server] = servers
         assert server.most_in_flight == 4
 

@@ -8,7 +8,8 @@ import pytest
 from client_runs import about, echo, run
 from scripted_server import Asked, Reply, ScriptedServer, error
 
-from train.llm.client import Client, RequestFailed
+from train.llm.client import Client
+from train.llm.failures import RequestFailed
 from train.llm.journal import Answer
 from train.llm.server import Server
 

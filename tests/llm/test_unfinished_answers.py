@@ -9,7 +9,8 @@ import pytest
 from client_runs import about, echo, first, run
 from scripted_server import Asked, Reply, ScriptedServer, said
 
-from train.llm.client import Client, EmptyAnswerError, RequestFailed
+from train.llm.client import Client
+from train.llm.failures import EmptyAnswerError, RequestFailed
 from train.llm.journal import Answer, Journal
 
 FRAGMENT = "Water boils because its"

@@ -51,7 +51,7 @@ def test_figures_of_a_logging_step_are_those_of_its_tokens(
     for number, line in enumerate(lines):
         tokens, trained, correct, entropy, loss = 0, 0, 0, 0.0, []
         for index in order[number * per_line : (number + 1) * per_line]:
-            item = data.train.rows[index]
+            item = data.train.dataset[index]
             for ids, labels in zip(*(np.split(item[key], ends(item)) for key in ("input_ids", "labels")), strict=True):
                 with torch.no_grad():
                     logits = model(torch.tensor(ids)[None], use_cache=False).logits[0, :-1].double()

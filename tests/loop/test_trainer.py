@@ -17,7 +17,7 @@ from train.loop.trainer import JanusTrainer, _without_zero3
 from train.model.load import load_model
 from train.model.tokenizer import load_tokenizer
 from train.recipe import Recipe, load_recipe
-from train.recipe.schedule import schedule
+from train.recipe.schedule import compute_schedule
 
 
 def prepared(recipe: Recipe):
@@ -37,7 +37,7 @@ def make_trainer(recipe: Recipe) -> JanusTrainer:
 def one_by_one(model: torch.nn.Module, data: Prepared) -> tuple[torch.Tensor, int]:
     """Summed loss over the documents of all rows, each in a forward of its own, with gradients; and its tokens."""
     loss, tokens = torch.zeros((), dtype=torch.float64), 0
-    for row in data.train.rows:
+    for row in data.train.dataset:
         start = 0
         for length in row.get("seq_lengths") or [len(row["input_ids"])]:
             ids = torch.tensor(row["input_ids"][None, start : start + length])
@@ -168,7 +168,7 @@ def test_steps_are_counted_as_transformers_counts_them(
     )
     trainer = make_trainer(recipe)
     expected = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-    steps = schedule(recipe.training, len(trainer.train_dataset), 1.0, trainer.args.world_size)
+    steps = compute_schedule(recipe.training, len(trainer.train_dataset), 1.0, trainer.args.world_size)
     assert (steps.steps, steps.steps_per_epoch) == (expected[-1], expected[1])
 
 

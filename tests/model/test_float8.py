@@ -21,7 +21,7 @@ from train.loop.trainer import JanusTrainer
 from train.model.float8 import Difference, check_start, convert, gpu_fault, layers_of, loss_difference, without_float8
 from train.model.load import load_model
 from train.model.tokenizer import load_tokenizer
-from train.preflight.start_screen import screen
+from train.preflight.start_screen import start_screen
 from train.recipe import Recipe, load_recipe
 from train.sft import main
 
@@ -294,7 +294,7 @@ def test_a_run_is_shown_saved_as_a_plain_model_and_resumed(
     steps = {"max_steps": 6, "num_train_epochs": ..., "save_strategy": "steps", "save_steps": 3}
     recipe = load_recipe(float8_recipe(recipe_file, name, training=steps))
     trainer, data = emulated(recipe)
-    shown = screen(recipe, "chatml", data, trainer.model, trainer.args, width=10_000).splitlines()
+    shown = start_screen(recipe, "chatml", data, trainer.model, trainer.args, width=10_000).splitlines()
     place = next(number for number, line in enumerate(shown) if line.startswith("float8 "))
     first = "model.layers.0.self_attn.q_proj"
     assert shown[place] == f"float8      {name}: 13 of 15 linear layers; as they are: {first}, lm_head"

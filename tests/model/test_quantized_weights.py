@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from train.errors import UserError
-from train.model.load import check_fits, load_model
+from train.model.load import check_model, load_model
 from train.model.quantized_weights import check_quantized, with_saved_quantization
-from train.model.tokenizer import load_tokenizer
 from train.recipe import Recipe, load_recipe
 from train.sft import main
 
@@ -126,7 +125,7 @@ def test_fp8_is_unpacked_to_the_weights_that_its_scales_stand_for(
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     read = recipe(model={"name_or_path": str(folder)})
-    (note,) = check_fits(read, load_tokenizer(read.model))
+    (note,) = check_model(read).notes
     assert note == "The weights are quantized (fp8) and are unpacked to float32 to be trained"
     model = load_model(read)
     for name, weight in model.named_parameters():

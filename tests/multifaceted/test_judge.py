@@ -11,9 +11,9 @@ from external_data import ABSENT, FOLDER
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.llm.client import RequestFailed
+from train.llm.failures import RequestFailed
 from train.llm.journal import Answer, Request
-from train.multifaceted.bench.judging import PROMPT_VERSION, NotYetError, judge_prompt, judge_rubric
+from train.multifaceted.bench.judging import PROMPT_VERSION, PendingError, judge_prompt, judge_rubric
 from train.multifaceted.bench.protocol import JudgeSettings
 from train.multifaceted.bench.rows import BenchRow, Rubric
 from train.multifaceted.judge import parse_score
@@ -187,7 +187,7 @@ def test_what_judges_needs_no_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
-class Said:
+class ScriptedReply:
     """An asker that says one thing after another, and remembers the requests."""
 
     def __init__(self, *answers: Answer | Exception) -> None:
@@ -205,14 +205,14 @@ def answer(text: str, finish_reason: str = "stop", refusal: str | None = None) -
     return Answer(text, finish_reason, refusal, 10, 2, 0.1)
 
 
-def judge(asker: Said, **settings: int):
+def judge(asker: ScriptedReply, **settings: int):
     return asyncio.run(judge_rubric(asker, JudgeSettings("j", **settings), ROW, ROW.rubrics[0], "r", 1))
 
 
 def test_reasoning_is_no_verdict() -> None:
-    judgement = judge(Said(answer("<think>[RESULT] 5 or so</think>It is weak. [RESULT] 2")))
+    judgement = judge(ScriptedReply(answer("<think>[RESULT] 5 or so</think>It is weak. [RESULT] 2")))
     assert judgement.score == 2
-    asker = Said(answer("<think>I lean to [RESULT] 5"), answer("[RESULT] 1"))
+    asker = ScriptedReply(answer("<think>I lean to [RESULT] 5"), answer("[RESULT] 1"))
     found = judge(asker)
     assert (found.score, found.faults) == (1, ("without an end to its reasoning",))
     assert len(asker.asked) == 2
@@ -220,11 +220,11 @@ def test_reasoning_is_no_verdict() -> None:
         "Hm, [RESULT] 5?</think>Weak. [RESULT] 2<|im_end|>",
         "analysisWe see [RESULT] 5.assistantfinal[RESULT] 2",
     ):
-        assert judge(Said(answer(text))).score == 2
+        assert judge(ScriptedReply(answer(text))).score == 2
 
 
 def test_an_answer_that_was_cut_or_refused_is_asked_for_again_as_another_sample() -> None:
-    asker = Said(
+    asker = ScriptedReply(
         answer('It says "[RESULT] 5', "length"), answer("[RESULT] 4", refusal="no"), answer("hm"), answer("[RESULT] 3")
     )
     judgement = judge(asker, retries=3)
@@ -236,7 +236,7 @@ def test_an_answer_that_was_cut_or_refused_is_asked_for_again_as_another_sample(
 
 
 def test_what_is_missing_says_why() -> None:
-    assert judge(Said(answer("a"), answer("b")), retries=1).missing == "unparsable"
-    found = judge(Said(answer("a"), RequestFailed("too long")), retries=1)
+    assert judge(ScriptedReply(answer("a"), answer("b")), retries=1).missing == "unparsable"
+    found = judge(ScriptedReply(answer("a"), RequestFailed("too long")), retries=1)
     assert (found.score, found.missing, found.detail, found.texts) == (None, "no answer", "too long", ("a",))
-    assert judge(Said(NotYetError())).missing == "pending"
+    assert judge(ScriptedReply(PendingError())).missing == "pending"

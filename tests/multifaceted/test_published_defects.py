@@ -18,8 +18,8 @@ from train.data.chat.template import use_template
 from train.data.loss_mask import encode
 from train.data.sources.formats import convert, detect
 from train.errors import UserError
-from train.evaluation.models.local import OpenCheckpoint
-from train.evaluation.models.options import Checkpoint
+from train.evaluation.models.local import LocalGenerator
+from train.evaluation.models.options import LocalModel
 from train.recipe import load_recipe
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def test_an_empty_system_message_drops_nothing_else(mistral_tokenizer_v1, system
 
 def test_a_model_is_asked_in_the_template_that_it_was_trained_in(tiny_chat_model: Path) -> None:
     """The published DPO and ORPO models were trained on ChatML and prompted with [INST]."""
-    opened = OpenCheckpoint(Checkpoint(str(tiny_chat_model)))
+    opened = LocalGenerator(LocalModel(str(tiny_chat_model)))
     question = [{"role": "system", "content": "river"}, {"role": "user", "content": "stone"}]
     prompt = opened.tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     (trained,) = encode(opened.tokenizer, [*question, {"role": "assistant", "content": "cloud"}])

@@ -154,7 +154,7 @@ def test_a_judge_shows_what_it_refuses_before_the_model_answers(
         (("--judge-extra", '{"stream": true}'), "--judge-extra: `stream`: answers are taken whole"),
         (("--judge-extra", '{"max_tokens": 9}'), "`max_tokens`: not set here: write --judge-max-tokens."),
         (("--judge-extra", '{"max_completion_tokens": 0}'), "`max_completion_tokens`: must be an integer >= 1"),
-        (("--top-p", "nul"), "argument --top-p: 'nul' is neither a number nor null"),
+        (("--top-p", "nul"), "argument --top-p: 'nul' must be a number or null"),
         (("--temperature", "nan"), "--temperature nan: at least 0."),
     ],
 )

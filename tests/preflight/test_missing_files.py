@@ -13,7 +13,7 @@ import yaml
 from train.errors import UserError
 from train.preflight.missing_files import refuse_missing
 from train.recipe import load_recipe
-from train.storage.local_paths import unreachable
+from train.storage.local_paths import hub_unreachable_reason
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,17 +105,17 @@ def test_what_the_cache_of_the_hub_holds_may_be_had(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "prepared"))
     for kind, folder in ("model", "models--a--b"), ("dataset", "datasets--a--b"), ("dataset", "prepared/c___d"):
         hub_id = "c/d" if "___" in folder else "a/b"
-        assert unreachable(hub_id, kind)
+        assert hub_unreachable_reason(hub_id, kind)
         (tmp_path / folder).mkdir(parents=True)
-        assert unreachable(hub_id, kind) is None
+        assert hub_unreachable_reason(hub_id, kind) is None
     # not asked at all where the hub's name is not known to the network
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
     for proxy in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(proxy, raising=False)
-    assert "hub.invalid can't be found from this machine" in (unreachable("e/f", "model") or "")
+    assert "hub.invalid can't be found from this machine" in (hub_unreachable_reason("e/f", "model") or "")
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.invalid:3128")
-    assert unreachable("e/f", "model") is None
+    assert hub_unreachable_reason("e/f", "model") is None
 
 
 def test_nothing_heavy_is_imported_to_find_what_is_missing(tmp_path: Path, tiny_model: Path) -> None:

@@ -16,7 +16,7 @@ from train.loop.optimizer_test import try_optimizer
 from train.recipe import load_recipe
 from train.recipe.lr_schedules import ARGUMENTS, FOLLOWS_EVALUATION, too_long
 from train.recipe.optimizer_arguments import arguments_of, missing_package
-from train.recipe.schedule import schedule, schedule_warnings
+from train.recipe.schedule import compute_schedule, schedule_warnings
 from train.recipe.sft_config import with_defaults
 
 RECIPE = """\
@@ -298,5 +298,5 @@ WARNED: list[tuple[dict[str, Any], str | None]] = [
 @pytest.mark.parametrize(("training", "warning"), WARNED)
 def test_what_a_run_does_otherwise_than_meant_is_a_warning(training: dict[str, Any], warning: str | None) -> None:
     whole = {"per_device_train_batch_size": 4, "num_train_epochs": 1, **training}
-    found = list(schedule_warnings(whole, schedule(whole, 40, 1.0, 1), 40))
+    found = list(schedule_warnings(whole, compute_schedule(whole, 40, 1.0, 1), 40))
     assert [text[: len(warning or "")] for text in found] == ([warning] if warning else [])

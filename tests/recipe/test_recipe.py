@@ -503,7 +503,7 @@ def test_what_we_accept_trl_accepts(tmp_path: Path) -> None:
 
 
 def test_a_time_is_written_as_slurm_writes_it(recipe_file: Path) -> None:
-    from train.loop.preemption import seconds_of
+    from train.loop.time_limit import seconds_of
 
     for written, seconds in (("90:00", 5_400), ("11:30:00", 41_400), ("2-00:00:05", 172_805)):
         assert seconds_of(str(load_recipe(recipe_file, [f"save.time_limit={written}"]).save.time_limit)) == seconds

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from trl import SFTConfig
 
-from train.recipe.schedule import schedule
+from train.recipe.schedule import compute_schedule
 from train.sft import main
 
 LENGTHS: list[dict[str, Any]] = [{"num_train_epochs": epochs} for epochs in (1, 2, 0.3, 2.5)]
@@ -46,7 +46,7 @@ def test_the_steps_are_those_of_the_trainer(processes: int, drop_last: bool, tmp
                 num_examples=lambda loader: len(loader.dataset),
             )
             _, an_epoch, examples, _, total, _, steps = Trainer.set_initial_training_values(trainer, arguments, loader)
-            found = schedule(training, sequences, 10.0, processes)
+            found = compute_schedule(training, sequences, 10.0, processes)
             assert (found.steps, found.steps_per_epoch) == (steps, an_epoch), training
             assert found.sequences_per_step == min(total, examples)
             assert found.tokens_per_step == 10.0 * min(total, examples)

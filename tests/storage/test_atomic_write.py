@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from scripted_server import Asked, Reply, said, served
 
-from train.storage.atomic_write import replacing, write_text
+from train.storage.atomic_write import atomic_write, write_text
 
 OURS = Path(__file__).parents[2] / "recipes" / "smollm2-135m" / "data"
 
@@ -35,7 +35,7 @@ def test_where_one_is_too_large_all_stay_as_they_were(tmp_path: Path) -> None:
     small.write_text("of before", encoding="utf-8")
 
     def write() -> None:
-        with replacing(small, large) as [first, second]:
+        with atomic_write(small, large) as [first, second]:
             assert (first.suffix, second.suffix) == (".json", ".json")  # by which matplotlib knows what to write
             write_text(first, "new")
             write_text(second, "x" * 20_000)
@@ -49,7 +49,7 @@ def test_where_one_is_too_large_all_stay_as_they_were(tmp_path: Path) -> None:
 
 def test_a_folder_in_the_place_of_a_file_is_told_before_anything_is_written(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    with pytest.raises(IsADirectoryError), replacing(tmp_path / "file", tmp_path / "folder"):
+    with pytest.raises(IsADirectoryError), atomic_write(tmp_path / "file", tmp_path / "folder"):
         pytest.fail("nothing is to be written")
 
 

@@ -16,7 +16,7 @@ from train.multifaceted.collection.config import load_config as load_collection
 from train.recipe import Recipe, load_recipe
 from train.recipe.sft_config import training_model
 from train.sft import main, parse
-from train.storage.local_paths import LocalPath, expanded, may_be_hub_id
+from train.storage.local_paths import LocalPath, expanded, looks_like_hub_id
 from train.sysgen.config import SysgenConfig
 from train.sysgen.config import load_config as load_sysgen
 
@@ -182,7 +182,7 @@ def test_hub_ids_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
     for hub_id in ("gpt2", "mistralai/Mistral-7B-v0.1", "Qwen/Qwen2.5-14B", "org/data_set", "01-ai/Yi.1"):
-        assert may_be_hub_id(hub_id), hub_id
+        assert looks_like_hub_id(hub_id), hub_id
     for path in (
         *(
             "./gpt2",
@@ -198,7 +198,7 @@ def test_hub_ids_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ),
         *("org/rows.jsonl", "rows.jsonl.gz", "a b", "a\\b", "C:\\models\\x", "data/*.csv", "org/..", "$X/a", "ä/b", ""),
     ):
-        assert not may_be_hub_id(path), path
+        assert not looks_like_hub_id(path), path
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from sysgen_runs import good_everything, lines, question, run_with
 from test_sysgen_losses import run as run  # a fixture
 
 from train.llm.client import Client
-from train.llm.concurrency import Pauses
+from train.llm.concurrency import Backoff
 
 GENERATE, VERIFY, JUDGE = "The next conversation", "Below is a system message", "An assistant was given"
 
@@ -18,7 +18,7 @@ GENERATE, VERIFY, JUDGE = "The next conversation", "Below is a system message", 
 @pytest.fixture(autouse=True)
 def _two_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the pauses of a run, six attempts take eleven seconds."""
-    impatient = functools.partial(Client, attempts=2, pauses=Pauses(first=0.001, longest=0.002))
+    impatient = functools.partial(Client, attempts=2, backoff=Backoff(first=0.001, longest=0.002))
     monkeypatch.setattr("train.sysgen.run.Client", impatient)
 
 

@@ -20,7 +20,7 @@ from scripted_model import EIGHT, answer, expected, faulty, row_of, write_rows
 from scripted_server import Asked, Reply, Script, error, served
 from sysgen_runs import configuration, lines, question, run_file, run_with, saying
 
-from train.data.sources.source import conversations
+from train.data.sources.source import read_conversations
 from train.errors import UserError
 from train.recipe import Source
 from train.sysgen.config import load_config
@@ -126,7 +126,7 @@ def test_the_trainer_reads_what_is_written_in_either_format(tmp_path: Path) -> N
         folder = tmp_path / format
         folder.mkdir()
         run_with(answer, folder, rows, output={"format": format, "rows_per_file": 7})
-        read.append([row.messages for _, row in conversations(Source(path=str(folder / "out" / "data")))])
+        read.append([row.messages for _, row in read_conversations(Source(path=str(folder / "out" / "data")))])
     assert read[0] == read[1] == [row["messages"] for row in expected(60).rows]
     files = sorted((tmp_path / "parquet" / "out" / "data").iterdir())
     assert [pyarrow.parquet.read_metadata(file).num_rows for file in files] == [7] * (len(files) - 1) + [

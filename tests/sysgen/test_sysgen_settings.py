@@ -9,7 +9,7 @@ from scripted_model import SEED
 from scripted_server import Asked, Reply, said, served
 from sysgen_runs import configuration, good_everything, lines, only_reason, only_row, question, run_with, saying
 
-from train.data.sources.source import conversations
+from train.data.sources.source import read_conversations
 from train.recipe import Source
 
 
@@ -187,7 +187,7 @@ def test_answers_that_need_tools_stay_as_they_are(tmp_path: Path) -> None:
         _, asked = run_with(saying(), folder, [row], output={"format": format})
         assert '"look_up"' in asked[0].prompt
         assert [one.prompt[:5] for one in asked] == ["The n", "Below", "Below"]  # verified for each of the two answers
-        ((_, written),) = conversations(Source(path=str(folder / "out" / "data")))
+        ((_, written),) = read_conversations(Source(path=str(folder / "out" / "data")))
         assert written.messages == [{"role": "system", "content": "You are a tester."}, *row["messages"]]
         assert written.tools == row["tools"]
 

@@ -143,7 +143,9 @@ def test_a_share_of_the_sources_is_measured_on_the_rows_that_were_held_out(
     tokenizer = load_tokenizer(recipe.model)
     use_template(tokenizer, "chatml")
     data = prepare(recipe, tokenizer)
-    held = {place for sequence in range(len(data.validation.rows)) for place in data.validation.rows.places(sequence)}
+    held = {
+        place for sequence in range(len(data.validation.dataset)) for place in data.validation.dataset.places(sequence)
+    }
     for _ in range(2):  # the second time from the cache
         made = gain_rows(recipe, data, tokenizer)
         assert {row.place for row in made.rows} <= held

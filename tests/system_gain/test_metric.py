@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from train.data.chat.system_role import SystemRole, apply_system_role
 from train.data.chat.template import use_template
-from train.data.loss_mask import Encoded, encode
+from train.data.loss_mask import EncodedRow, encode
 from train.data.sources.formats import Conversation
 from train.data.tokens.workers import RowTokenizer
 from train.errors import UserError
 from train.recipe import Source
-from train.resampling import estimates
+from train.resampling import estimate_means
 from train.system_gain.log_likelihood import batches, log_likelihoods
 from train.system_gain.metric import SystemGain, markdown, of_row, system_gain
 from train.system_gain.variants import Labelled, VariantRows, labels_of, make_variants, read_labelled, split_system
@@ -67,7 +67,7 @@ def variants(
     return make_variants(read_labelled([Source(path=str(path))]), RowTokenizer(tokenizer, "assistant"), **options)
 
 
-def plain_sum(model: torch.nn.Module, pieces: list[Encoded]) -> float:
+def plain_sum(model: torch.nn.Module, pieces: list[EncodedRow]) -> float:
     """ln p of the trained tokens: one row at a time, added up in plain Python."""
     terms = []
     for piece in pieces:
@@ -365,8 +365,8 @@ def test_a_leading_run_of_system_messages_is_one_and_a_later_one_stays() -> None
 def test_an_answer_that_a_border_changes_is_compared_by_sums(tiny: torch.nn.Module) -> None:
     from train.system_gain.variants import Variants
 
-    def encoded(ids: list[int], start: int) -> list[Encoded]:
-        return [Encoded(np.array(ids, np.int32), np.array([[start, len(ids)]], np.int32))]
+    def encoded(ids: list[int], start: int) -> list[EncodedRow]:
+        return [EncodedRow(np.array(ids, np.int32), np.array([[start, len(ids)]], np.int32))]
 
     row = Variants(":1", 0, (), encoded([5, 6, 7, 8], 2), [encoded([9, 6, 7, 8, 9], 2)], encoded([6, 7, 8], 1), False)
     assert not row.same_answer
@@ -397,13 +397,13 @@ def test_intervals_are_those_of_normal_theory_over_instructions() -> None:
     chance = np.random.default_rng(3)
     values = (chance.normal(0.3, 1, 500)[:, None] + chance.normal(0, 0.2, (500, 4))).reshape(-1, 1)
     instructions = np.repeat(np.arange(500), 4)
-    (found,) = estimates(values, instructions, np.zeros(1), resamples=8_000)
+    (found,) = estimate_means(values, instructions, np.zeros(1), resamples=8_000)
     means = values.reshape(500, 4).mean(1)
     error = statistics.stdev(means.tolist()) / math.sqrt(500)
     assert found.mean == pytest.approx(means.mean())
     assert found.low == pytest.approx(means.mean() - 1.96 * error, abs=0.1 * error)
     assert found.high == pytest.approx(means.mean() + 1.96 * error, abs=0.1 * error)
-    (of_rows,) = estimates(values, np.arange(2_000), np.zeros(1))
+    (of_rows,) = estimate_means(values, np.arange(2_000), np.zeros(1))
     assert of_rows.high - of_rows.low < 0.6 * (found.high - found.low)
 
 
@@ -411,7 +411,7 @@ def test_rows_weigh_alike_however_many_an_instruction_has() -> None:
     by_instruction = [[1.0, 2.0, 3.0], [10.0], [4.0], [5.0, 5.0], [7.0], [0.0]]
     values = np.array([[value] for of_one in by_instruction for value in of_one])
     numbers = [number for number, of_one in enumerate(by_instruction) for _ in of_one]
-    (found,) = estimates(values, np.array(numbers), np.zeros(1), resamples=20_000)
+    (found,) = estimate_means(values, np.array(numbers), np.zeros(1), resamples=20_000)
     assert found.mean == pytest.approx(37 / 9)
     means = sorted(  # of every way to draw six of the six again
         statistics.fmean(value for of_one in drawn for value in of_one)
@@ -427,7 +427,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     for trial in range(probe_conversations):
         sizes = chance.integers(1, 4, 60)
         effect = np.repeat(chance.normal(0.5, 1, 60), sizes) + chance.normal(0, 0.5, sizes.sum())
-        (found,) = estimates(
+        (found,) = estimate_means(
             effect[:, None], np.repeat(np.arange(60), sizes), np.zeros(1), seed=trial, resamples=500, permutations=1
         )
         held += found.low <= 0.5 <= found.high
@@ -441,28 +441,28 @@ def test_p_is_uniform_without_an_effect_and_small_with_one() -> None:
     for trial in range(400):
         values = np.repeat(chance.normal(0, 1, 30), 2)[:, None]
         options = {"seed": trial, "resamples": 1, "permutations": 499}
-        found.append(estimates(values, np.repeat(np.arange(30), 2), np.zeros(1), **options)[0].p)
+        found.append(estimate_means(values, np.repeat(np.arange(30), 2), np.zeros(1), **options)[0].p)
     ordered = np.sort(found)
     # Kolmogorov's distance of 400 uniform numbers is below 1.63 / 20 in 99 of 100; steps of 1 / 500 beside it
     assert np.abs(ordered - (np.arange(400) + 0.5) / 400).max() < 1.63 / 20 + 1 / 500
     effect = chance.normal(1, 1, (40, 1))
-    assert estimates(effect, np.arange(40), np.zeros(1))[0].p < 0.001
-    assert estimates(effect, np.arange(40), np.ones(1))[0].p > 0.05
+    assert estimate_means(effect, np.arange(40), np.zeros(1))[0].p < 0.001
+    assert estimate_means(effect, np.arange(40), np.ones(1))[0].p > 0.05
 
 
 def test_p_is_that_of_all_flips_counted() -> None:
     values = np.array([0.9, 0.4, -0.3, 1.2, 0.1, 0.7])
     signs = [[1 if bits >> place & 1 else -1 for place in range(6)] for bits in range(64)]
     extreme = sum(abs(np.dot(sign, values)) >= abs(values.sum()) - 1e-12 for sign in signs)
-    (found,) = estimates(values[:, None], np.arange(6), np.zeros(1), permutations=20_000)
+    (found,) = estimate_means(values[:, None], np.arange(6), np.zeros(1), permutations=20_000)
     assert found.p == pytest.approx(extreme / 64, abs=4 * math.sqrt(extreme / 64 / 20_000))
 
 
 def test_rows_of_an_instruction_flip_together() -> None:
     """Ten rows of one instruction are one piece of evidence, not ten."""
     values = np.full((10, 1), 0.5)
-    assert estimates(values, np.zeros(10, int), np.zeros(1))[0].p == 1
-    assert estimates(values, np.arange(10), np.zeros(1))[0].p < 0.01
+    assert estimate_means(values, np.zeros(10, int), np.zeros(1))[0].p == 1
+    assert estimate_means(values, np.arange(10), np.zeros(1))[0].p < 0.01
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
 
 from train.errors import UserError
-from train.progress import Job
+from train.progress import ProgressBar
 from train.ranks import is_first_rank
-from train.storage.atomic_write import sync
+from train.storage.atomic_write import fsync
 from train.storage.checksum import digest_of_files
 
 _MANIFEST = "manifest.json"
@@ -61,7 +61,7 @@ def find(folder: Path, key: str) -> Entry | None:
     return None if facts is None else Entry(folder / key, key, facts, hit=True)
 
 
-def find_or_make(folder: Path, key: str, build: Build, waiting: Job | None = None) -> Entry:
+def get_or_build(folder: Path, key: str, build: Build, waiting: ProgressBar | None = None) -> Entry:
     """The entry of that key; made by `build` where it isn't there, or is broken.
 
     `waiting` shows how far another process is that makes it. Raises UserError where the folder can't be written;
@@ -117,10 +117,10 @@ def _make(folder: Path, key: str, build: Build) -> Entry:
         described = {"files": files, "facts": facts, "digest": cache_key(facts)}
         manifest.write_text(json.dumps(described, indent=1, ensure_ascii=False), "utf-8")
         for path in (*partial.iterdir(), partial):
-            sync(path)
+            fsync(path)
         with suppress(OSError):  # where locks don't hold, another may have been first: then its entry is as good
             partial.rename(folder / key)
-            sync(folder)
+            fsync(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     made = _read(folder / key)

@@ -6,14 +6,14 @@ from itertools import groupby
 
 from train.data.prepare import Prepared, UnreadText
 from train.data.sources.source import BadRow
-from train.formatting import counted
+from train.formatting import format_count
 from train.recipe import DataSection
 
 _NAMES_SHOWN = 12
 
 
 @dataclass(frozen=True)
-class Outcome:
+class DroppedRows:
     """Rows that are not trained as they stand, for one reason, with the first three of them.
 
     `outcome`: refused (the run won't start), skipped, dropped or truncated.
@@ -25,22 +25,22 @@ class Outcome:
     examples: list[BadRow]
 
 
-def outcomes(data: Prepared, section: DataSection) -> list[Outcome]:
+def find_dropped_rows(data: Prepared, section: DataSection) -> list[DroppedRows]:
     """Every kind of row that is not trained as it stands, the most frequent first."""
     bad = "refused" if section.on_bad_row == "error" else "skipped"
-    found = [Outcome(bad, kind, rows.count, rows.examples) for kind, rows in data.faults.items()]
-    for name, account in data.accounts.items():
-        for became, rows in account.overlong.items():
+    found = [DroppedRows(bad, kind, rows.count, rows.examples) for kind, rows in data.errors.items()]
+    for name, stats in data.stats.items():
+        for became, rows in stats.overlong.items():
             reason = f"{name}, over {section.max_length:,} tokens"
-            found.append(Outcome(became, reason, rows.count, rows.examples))
+            found.append(DroppedRows(became, reason, rows.count, rows.examples))
     return sorted(found, key=lambda one: -one.rows)
 
 
-def describe_outcome(one: Outcome) -> str:
+def describe_dropped(one: DroppedRows) -> str:
     """How many rows are not trained as they stand, why, and where the first is."""
     # "1 row refused by the template", not "1 row refused, refused by the template"
     why = one.reason if one.reason.startswith(f"{one.outcome} ") else f"{one.outcome}, {one.reason}"
-    return f"{counted(one.rows, 'row')} {why}: first {one.examples[0]}"
+    return f"{format_count(one.rows, 'row')} {why}: first {one.examples[0]}"
 
 
 def describe_unread(unread: Sequence[UnreadText]) -> list[str]:
@@ -58,46 +58,46 @@ def _describe_unread(one: UnreadText) -> str:
     column, dot, key = one.name.rpartition(".")
     name = one.name if key.strip() else f'{column}{dot}"{key}"'  # pandas' index has no name
     if one.ignored:
-        return f"{name} (ignored, {counted(one.rows, 'row')})"
-    return f"{name} ({counted(one.rows, 'row')}" + (f", content in {one.losing:,})" if one.losing else ")")
+        return f"{name} (ignored, {format_count(one.rows, 'row')})"
+    return f"{name} ({format_count(one.rows, 'row')}" + (f", content in {one.losing:,})" if one.losing else ")")
 
 
-def warnings_of(data: Prepared) -> list[str]:
+def find_data_warnings(data: Prepared) -> list[str]:
     """What a person should know of the data, though nothing keeps it from being trained."""
-    found = [*data.absent]
-    if data.passed_over:
-        named = ", ".join(map(str, data.passed_over[:3])) + (", ..." if len(data.passed_over) > 3 else "")
+    found = [*data.unused_ignores]
+    if data.skipped_files:
+        named = ", ".join(map(str, data.skipped_files[:3])) + (", ..." if len(data.skipped_files) > 3 else "")
         found.append(
-            f"{counted(len(data.passed_over), 'file', 'was', 'were')} skipped: a name that begins with _ or has no "
+            f"{format_count(len(data.skipped_files), 'file', 'was', 'were')} skipped: a name that begins with _ or has no "
             f"known ending is not data: {named}"
         )
-    if data.companions:
-        named = ", ".join(data.companions[:3]) + (", ..." if len(data.companions) > 3 else "")
+    if data.metadata_files:
+        named = ", ".join(data.metadata_files[:3]) + (", ..." if len(data.metadata_files) > 3 else "")
         found.append(
-            f"{counted(len(data.companions), 'file', 'is', 'are')} skipped, as what describes data holds no rows: "
+            f"{format_count(len(data.metadata_files), 'file', 'is', 'are')} skipped, as what describes data holds no rows: "
             f"{named}"
         )
     if data.escaped:
         found.append(
-            f"{counted(data.escaped, 'row', 'has', 'have')} control tokens typed in the text, which a zero-width space "
+            f"{format_count(data.escaped, 'row', 'has', 'have')} control tokens typed in the text, which a zero-width space "
             "breaks up (chat.control_tokens_in_text: escape)"
         )
-    for name, account in data.accounts.items():
-        if account.duplicates.example:
-            first, second = account.duplicates.example
+    for name, stats in data.stats.items():
+        if stats.duplicates.example:
+            first, second = stats.duplicates.example
             found.append(
-                f"{counted(account.duplicates.rows, f'{name} row', 'duplicates', 'duplicate')} another word for word: "
+                f"{format_count(stats.duplicates.rows, f'{name} row', 'duplicates', 'duplicate')} another word for word: "
                 f"{second} is the same as {first}"
             )
     whole, question = data.overlap.conversations, data.overlap.questions
     if whole.example:
         found.append(
-            f"{counted(whole.rows, 'validation row', 'is', 'are')} in training word for word, so the "
+            f"{format_count(whole.rows, 'validation row', 'is', 'are')} in training word for word, so the "
             f"validation loss is too low: {whole.example[1]} is the same as {whole.example[0]}"
         )
     if question.example and question.rows > whole.rows:
         found.append(
-            f"{counted(question.rows, 'validation row', 'begins', 'begin')} with a user message that is also in "
+            f"{format_count(question.rows, 'validation row', 'begins', 'begin')} with a user message that is also in "
             f"training: {question.example[1]} and {question.example[0]}"
         )
     return found

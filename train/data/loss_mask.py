@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from train.data.chat.assistant_spans import Spans, TrainOn
+from train.data.chat.assistant_spans import SpanFinder, TrainOn
 from train.data.chat.rendering import Rendering, Span, Tools, gaps
 from train.data.chat.system_role import SystemRole, apply_system_role
 from train.data.fast_tokenizer import FastTokenizer, UnsuitableError
-from train.data.sources.formats import Message, RowFault
-from train.data.sources.unused_text import Unread
+from train.data.sources.formats import Message, RowError
+from train.data.sources.unread_text import Unread
 
 NOT_TRAINED = -100
 """The label that PyTorch's cross entropy ignores."""
@@ -36,7 +36,7 @@ _CHECKED = 100
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Encoded:
+class EncodedRow:
     """One training row.
 
     `ids`: its tokens, int32. `trained`: the spans of tokens that are learnt, int32, shape (spans, 2), each the first
@@ -48,7 +48,7 @@ class Encoded:
 
     def __eq__(self, other: object) -> bool:
         return (
-            isinstance(other, Encoded)
+            isinstance(other, EncodedRow)
             and np.array_equal(self.ids, other.ids)
             and np.array_equal(self.trained, other.trained)
         )
@@ -87,7 +87,7 @@ class Encoder:
         `fast`: tokenize with fastokens where it gives the same; `why_not_fast` says why it can't be used.
         """
         self._made_for = _state(tokenizer)
-        self._spans = Spans(tokenizer)
+        self._spans = SpanFinder(tokenizer)
         self.left_out: list[Unread] = []
         self._bos = tokenizer.bos_token_id
         self._added = np.asarray(sorted(tokenizer.added_tokens_decoder), dtype=np.int64)
@@ -110,14 +110,14 @@ class Encoder:
         conversations: Sequence[tuple[list[Message], Tools]],
         train_on: TrainOn,
         template_kwargs: Sequence[Mapping[str, Any] | None] = (),
-    ) -> list[list[Encoded] | RowFault]:
+    ) -> list[list[EncodedRow] | RowError]:
         """For each conversation its rows, or the fault that keeps it from being trained. Long lists use all cores.
 
         `template_kwargs`: the variables that each sets for the template. `left_out` then holds for each what its
         renders leave out, contents aside.
         Raises DiffersError where fastokens turns out to give other tokens than the tokenizer.
         """
-        renderings: list[list[Rendering] | RowFault] = []
+        renderings: list[list[Rendering] | RowError] = []
         self.left_out = []
         for (messages, tools), kwargs in zip_longest(conversations, template_kwargs):
             missing: Unread = {}
@@ -125,20 +125,20 @@ class Encoder:
                 rendered = self._spans.with_variables(kwargs).rows(messages, tools, train_on)
                 missing = self._spans.left_out(messages, tools, kwargs, rendered)
                 renderings.append(rendered)
-            except RowFault as fault:
+            except RowError as fault:
                 renderings.append(fault)
             self.left_out.append(missing)
-        encoded = iter(self._encode([row for rows in renderings if not isinstance(rows, RowFault) for row in rows]))
-        results: list[list[Encoded] | RowFault] = []
+        encoded = iter(self._encode([row for rows in renderings if not isinstance(rows, RowError) for row in rows]))
+        results: list[list[EncodedRow] | RowError] = []
         for rows in renderings:
-            parts = [rows] if isinstance(rows, RowFault) else list(islice(encoded, len(rows)))
-            faults = [part for part in parts if isinstance(part, RowFault)]
-            results.append(faults[0] if faults else [part for part in parts if isinstance(part, Encoded)])
+            parts = [rows] if isinstance(rows, RowError) else list(islice(encoded, len(rows)))
+            faults = [part for part in parts if isinstance(part, RowError)]
+            results.append(faults[0] if faults else [part for part in parts if isinstance(part, EncodedRow)])
         return results
 
-    def _encode(self, rows: Sequence[Rendering]) -> list[Encoded | RowFault]:
+    def _encode(self, rows: Sequence[Rendering]) -> list[EncodedRow | RowError]:
         """Each rendering as tokens, or the fault of it."""
-        results: list[Encoded | RowFault | None] = [None] * len(rows)
+        results: list[EncodedRow | RowError | None] = [None] * len(rows)
         if self._fast is not None:
             texts = [row.text for row in rows]
             self._fast.check(texts[::_CHECKED])
@@ -146,27 +146,31 @@ class Encoder:
                 row = rows[number]
                 trained = None if ids is None else self._fast.tokens_within(row.text, ids, row.spans)
                 if ids is not None and trained is not None:
-                    results[number] = Encoded(ids, _joined(trained))
+                    results[number] = EncodedRow(ids, _joined(trained))
         rest = [row for row, result in zip(rows, results, strict=True) if result is None]
         texts = [row.text for row in rest]
         encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False) if self._backend else [])
         for number, row in enumerate(rows):
             try:
                 result = results[number] or self._label(row, next(encodings, None))
-                if isinstance(result, Encoded) and self._bos is not None and result.ids[:2].tolist() == [self._bos] * 2:
-                    raise RowFault("two BOS tokens", f"the row begins with {row.text[:40]!r}")
-            except RowFault as fault:
+                if (
+                    isinstance(result, EncodedRow)
+                    and self._bos is not None
+                    and result.ids[:2].tolist() == [self._bos] * 2
+                ):
+                    raise RowError("two BOS tokens", f"the row begins with {row.text[:40]!r}")
+            except RowError as fault:
                 result = fault
             results[number] = result
         return [result for result in results if result is not None]
 
-    def _label(self, rendering: Rendering, encoding: Encoding | None) -> Encoded:
+    def _label(self, rendering: Rendering, encoding: Encoding | None) -> EncodedRow:
         """Labels for one row; `encoding` is None for a slow tokenizer. Raises RowFault."""
         if encoding is None:
             return self._label_slowly(rendering)
         ids = np.asarray(encoding.ids, dtype=np.int32)
         trained = self._trained(ids, encoding, rendering.spans)
-        return self._label_in_parts(rendering) if trained is None else Encoded(ids, spans_of(trained))
+        return self._label_in_parts(rendering) if trained is None else EncodedRow(ids, spans_of(trained))
 
     def _trained(self, ids: NDArray[np.int32], encoding: Encoding, spans: list[Span]) -> NDArray[np.bool_] | None:
         """Which of the tokens lie in a span; None where one lies across a border, so that tokens can't tell.
@@ -185,11 +189,11 @@ class Encoder:
                 return None
             inside = (starts >= start) & (ends <= end) | over_the_end & (starts >= start)
             if not inside.any():
-                raise RowFault("nothing to train", "no token of an answer")
+                raise RowError("nothing to train", "no token of an answer")
             trained |= inside
         return trained
 
-    def _label_in_parts(self, rendering: Rendering) -> Encoded:
+    def _label_in_parts(self, rendering: Rendering) -> EncodedRow:
         """Prompts and answers encoded apart, as they will be at inference. Raises RowFault where that isn't exact."""
         ids: list[int] = []
         trained: list[int] = []
@@ -199,14 +203,14 @@ class Encoder:
             if number < len(rendering.spans):
                 answer = self._ids(rendering.text[slice(*rendering.spans[number])])
                 if not answer:
-                    raise RowFault("nothing to train", "no token of an answer")
+                    raise RowError("nothing to train", "no token of an answer")
                 trained += [len(ids), len(ids) + len(answer)]
                 ids += answer
         if self._decode(ids) != rendering.text:
-            raise RowFault("a token joins prompt and answer", "and this tokenizer can't encode the two apart exactly")
-        return Encoded(np.asarray(ids, np.int32), _joined(np.asarray(trained, np.int32).reshape(-1, 2)))
+            raise RowError("a token joins prompt and answer", "and this tokenizer can't encode the two apart exactly")
+        return EncodedRow(np.asarray(ids, np.int32), _joined(np.asarray(trained, np.int32).reshape(-1, 2)))
 
-    def _label_slowly(self, rendering: Rendering) -> Encoded:
+    def _label_slowly(self, rendering: Rendering) -> EncodedRow:
         """Labels without offsets: the text up to a border, encoded alone, must be what the whole begins with.
 
         Where it isn't, a token lies across the border or may do so, and the parts are encoded apart.
@@ -218,7 +222,7 @@ class Encoder:
             if len(before) >= len(up_to) or ids[: len(up_to)] != up_to or up_to[: len(before)] != before:
                 return self._label_in_parts(rendering)
             trained += [len(before), len(up_to)]
-        return Encoded(np.asarray(ids, np.int32), _joined(np.asarray(trained, np.int32).reshape(-1, 2)))
+        return EncodedRow(np.asarray(ids, np.int32), _joined(np.asarray(trained, np.int32).reshape(-1, 2)))
 
     def _ids(self, text: str) -> list[int]:
         if self._backend is not None:
@@ -269,7 +273,7 @@ def encode(
     train_on: TrainOn = "assistant",
     system_role: SystemRole = "native",
     tools: Tools = None,
-) -> list[Encoded]:
+) -> list[EncodedRow]:
     """Token ids and labels of one conversation under the tokenizer's own chat template.
 
     One row, or several where the template rewrites earlier turns (see `spans`). `train_on`: every assistant turn, or
@@ -284,6 +288,6 @@ def encode(
     if encoder is None or not encoder.is_for(tokenizer):
         encoder = _encoders[tokenizer] = Encoder(tokenizer)
     (result,) = encoder.encode([(messages, tools)], train_on)
-    if isinstance(result, RowFault):
+    if isinstance(result, RowError):
         raise result
     return result

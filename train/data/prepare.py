@@ -1,6 +1,6 @@
 """Sources -> tokens on disk -> the sequences that are trained, and the account of what became of every row.
 
-Tokens are made once (`source_tokens`). Which rows are trained, how often, cut to which length and in which sequences is
+Tokens are made once (`tokenize_source`). Which rows are trained, how often, cut to which length and in which sequences is
 worked out anew at each start, from numbers alone.
 """
 
@@ -21,7 +21,7 @@ import yaml
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from train.data.cache import Entry, cache_key, find_or_make
+from train.data.cache import Entry, cache_key, get_or_build
 from train.data.chat.assistant_spans import NO_TOOLS
 from train.data.chat.rendering import REASONING_LOST
 from train.data.dataset import PackedDataset
@@ -29,11 +29,11 @@ from train.data.packing import PackingPlan, plan
 from train.data.sources.mixture import held_out, weighted
 from train.data.sources.source import BadRow, BadRows, OpenSource
 from train.data.stats import Overlap, Repeats, choose_examples, duplicates, shared
-from train.data.tokens.source import ROWS, cache_folder, source_tokens
+from train.data.tokens.source import ROWS, cache_folder, tokenize_source
 from train.data.tokens.table import TokenRows
 from train.errors import UserError
-from train.formatting import counted
-from train.progress import job
+from train.formatting import format_count
+from train.progress import progress_bar
 from train.recipe import DataSection, Recipe, Source
 from train.recipe.sft_config import with_defaults
 
@@ -42,7 +42,7 @@ _OF_ANOTHER_FORMAT = {"missing column", "wrong type", "unknown role", "empty con
 """Kinds of faults that all rows have where they are read in a format that is not theirs."""
 
 
-class Row(NamedTuple):
+class ExampleRow(NamedTuple):
     """One row as it is trained: token ids, as many labels, where it stands and whether it has a system message."""
 
     input_ids: NDArray[np.int32]
@@ -74,7 +74,7 @@ class SplitStats:
     overlong_tokens: int = 0
     documents_per_sequence: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     duplicates: Repeats = field(default_factory=Repeats)
-    examples: list[Row] = field(default_factory=list)
+    examples: list[ExampleRow] = field(default_factory=list)
 
     @property
     def sequences(self) -> int:
@@ -96,8 +96,8 @@ class SplitStats:
 class Split:
     """The rows of training or validation."""
 
-    rows: PackedDataset
-    account: SplitStats
+    dataset: PackedDataset
+    stats: SplitStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,30 +135,30 @@ class UnreadText:
 class Prepared:
     """All that training needs of the data.
 
-    `faults`: rows that can't be trained, by kind, whichever part's they are. `escaped`: rows of the sources that are
-    trained with the control tokens typed in their text broken up. `passed_over`, `companions`: files beside the data
+    `errors`: rows that can't be trained, by kind, whichever part's they are. `escaped`: rows of the sources that are
+    trained with the control tokens typed in their text broken up. `skipped_files`, `metadata_files`: files beside the data
     that no row was read from, as their names are none of data, or as they describe it. `unread`: what no format reads
-    of the rows. `misspelt`: names in a source's `ignore` that no row has, where a row has one like it; `absent`: those
+    of the rows. `misspelled_ignores`: names in a source's `ignore` that no row has, where a row has one like it; `unused_ignores`: those
     without a like, as of a column that is empty here.
     """
 
     train: Split
     validation: Split | None
-    faults: Mapping[str, BadRows] = field(default_factory=dict)
+    errors: Mapping[str, BadRows] = field(default_factory=dict)
     overlap: Overlap = field(default_factory=Overlap)
     caches: Sequence[CachedSource] = ()
     escaped: int = 0
-    passed_over: Sequence[Path] = ()
-    companions: Sequence[str] = ()
+    skipped_files: Sequence[Path] = ()
+    metadata_files: Sequence[str] = ()
     unread: Sequence[UnreadText] = ()
-    misspelt: Sequence[str] = ()
-    absent: Sequence[str] = ()
+    misspelled_ignores: Sequence[str] = ()
+    unused_ignores: Sequence[str] = ()
 
     @property
-    def accounts(self) -> dict[str, SplitStats]:
+    def stats(self) -> dict[str, SplitStats]:
         """The accounts of the parts that there are, by name."""
         parts = {"training": self.train, "validation": self.validation}
-        return {name: part.account for name, part in parts.items() if part}
+        return {name: part.stats for name, part in parts.items() if part}
 
 
 def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
@@ -168,7 +168,7 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     Raises UserError for rows that can't be trained, unless the recipe says to leave them out: one error, with all.
     """
     data = examine(recipe, tokenizer)
-    fault = refusal(data, recipe.data)
+    fault = find_data_error(data, recipe.data)
     if fault:
         raise UserError(fault)
     return data
@@ -183,15 +183,15 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     validation = () if section.validation is None or isinstance(section.validation, float) else section.validation
     named = [(f"data.sources.{number}", source) for number, source in enumerate(section.sources)]
     named += [(f"data.validation.{number}", source) for number, source in enumerate(validation)]
-    tokenized = [source_tokens(key, source, recipe, tokenizer) for key, source in named]
+    tokenized = [tokenize_source(key, source, recipe, tokenizer) for key, source in named]
     rows = TokenRows([entry.folder / ROWS for entry, _ in tokenized], [opened.files for _, opened in tokenized])
-    faults = _faults(tokenized)
+    errors = _faults(tokenized)
     for (key, source), size in zip(named, np.diff(rows.source_ends), strict=True):
         if not size:
-            readable = faults.keys() <= _OF_ANOTHER_FORMAT
-            remedy = _remedy(faults, f"Is `{key}.format` the right one?" if readable else "Mend them")
+            readable = errors.keys() <= _OF_ANOTHER_FORMAT
+            remedy = _remedy(errors, f"Is `{key}.format` the right one?" if readable else "Mend them")
             raise UserError(
-                f"{key}: no row of {source.path} can be trained. Faults of all: {_named(faults)}. {remedy}"
+                f"{key}: no row of {source.path} can be trained. Faults of all: {_named(errors)}. {remedy}"
                 f"{'' if remedy.endswith('?') else '.'}"
             )
 
@@ -222,8 +222,8 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         for (_, source), (entry, _) in zip(named, tokenized, strict=True)
     ]
     escaped = sum(entry.facts["escaped"] for entry, _ in tokenized)
-    passed_over = list(dict.fromkeys(path for _, opened in tokenized for path in opened.passed_over))
-    companions = list(dict.fromkeys(named for _, opened in tokenized for named in opened.companions))
+    skipped_files = list(dict.fromkeys(path for _, opened in tokenized for path in opened.skipped_files))
+    metadata_files = list(dict.fromkeys(named for _, opened in tokenized for named in opened.metadata_files))
     train, trained = parts["training"]
     tested, overlap = None, Overlap()
     if "validation" in parts:
@@ -235,15 +235,15 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     return Prepared(
         train,
         tested,
-        faults,
+        errors,
         overlap,
         caches,
         escaped,
-        passed_over,
-        companions,
+        skipped_files,
+        metadata_files,
         unread=[one for of_source, *_ in unread for one in of_source],
-        misspelt=[sentence for _, of_source, _ in unread for sentence in of_source],
-        absent=[sentence for _, _, of_source in unread for sentence in of_source],
+        misspelled_ignores=[sentence for _, of_source, _ in unread for sentence in of_source],
+        unused_ignores=[sentence for _, _, of_source in unread for sentence in of_source],
     )
 
 
@@ -260,17 +260,17 @@ def _unread(
         )
         unread.append(UnreadText(key, name, rows, losing, name in source.ignore, bad))
     names = [one.name for one in unread]
-    misspelt, absent = [], []
+    misspelled_ignores, unused_ignores = [], []
     for name in source.ignore:
         near = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
         if name in names:
             continue
         nothing = f"{key}.ignore: no row of {source.path} has a value under `{name}`"
         if near:
-            misspelt.append(f"{nothing}. Did you mean {' or '.join(near)}?")
+            misspelled_ignores.append(f"{nothing}. Did you mean {' or '.join(near)}?")
         else:
-            absent.append(nothing)
-    return unread, misspelt, absent
+            unused_ignores.append(nothing)
+    return unread, misspelled_ignores, unused_ignores
 
 
 def _sequences_at_once(recipe: Recipe, *fields: str) -> int:
@@ -297,37 +297,37 @@ def _overlap(rows: TokenRows, training: NDArray[np.int64], validation: NDArray[n
     return Overlap(repeats(rows.questions), repeats(rows.digests))
 
 
-def refusal(data: Prepared, section: DataSection) -> str | None:
+def find_data_error(data: Prepared, section: DataSection) -> str | None:
     """Why these rows can't be trained under this recipe, and what to change: all of it in one paragraph, or None."""
     losing = (one for one in data.unread if one.losing and not one.ignored)
     lost = [_lost(key, list(of_source)) for key, of_source in groupby(losing, lambda one: one.key)]
     reasons = []
-    if data.faults and section.on_bad_row == "error":
-        remedy = _remedy(data.faults, "Mend them")
+    if data.errors and section.on_bad_row == "error":
+        remedy = _remedy(data.errors, "Mend them")
         reasons.append(
-            f"rows that can't be trained: {_named(data.faults)}. {remedy}, or leave them out (they are counted on the "
+            f"rows that can't be trained: {_named(data.errors)}. {remedy}, or leave them out (they are counted on the "
             "screen) with `data.on_bad_row: skip`."
         )
-    for name, account in data.accounts.items():
-        if refused := account.overlong.get("refused"):
+    for name, stats in data.stats.items():
+        if refused := stats.overlong.get("refused"):
             reasons.append(
                 f"{refused.count:,} {name} rows have more tokens than data.max_length ({section.max_length:,}); the "
-                f"longest has {account.longest:,} ({account.longest_place}). Write a larger max_length, or say what "
+                f"longest has {stats.longest:,} ({stats.longest_place}). Write a larger max_length, or say what "
                 "happens to them: `data.overlong: drop` or `data.overlong: truncate`."
             )
-        if not account.rows:
-            overlong = sum(rows.count for rows in account.overlong.values())
+        if not stats.rows:
+            overlong = sum(rows.count for rows in stats.overlong.values())
             reasons.append(
-                f"no {name} row is left of {account.conversations:,}, as {overlong:,} are longer than data.max_length "
-                f"({section.max_length:,}); the longest has {account.longest:,} tokens."
+                f"no {name} row is left of {stats.conversations:,}, as {overlong:,} are longer than data.max_length "
+                f"({section.max_length:,}); the longest has {stats.longest:,} tokens."
             )
     rows = [f"data: {' '.join(reasons)}"] if reasons else []
-    return " ".join([*lost, *data.misspelt, *rows]) or None
+    return " ".join([*lost, *data.misspelled_ignores, *rows]) or None
 
 
 def _lost(key: str, lost: Sequence[UnreadText]) -> str:
     """Return why a source may not be trained of which content would be left out."""
-    named = "; ".join(f"`{one.name}` in {counted(one.losing, 'row')}, first {one.example}" for one in lost)
+    named = "; ".join(f"`{one.name}` in {format_count(one.losing, 'row')}, first {one.example}" for one in lost)
     names = yaml.safe_dump([one.name for one in lost], default_flow_style=True, allow_unicode=True, width=math.inf)
     return (
         f"{key}: text that is not read, so the model would be trained without it: {named}. Rename it to what is read "
@@ -335,29 +335,29 @@ def _lost(key: str, lost: Sequence[UnreadText]) -> str:
     )
 
 
-def _named(faults: Mapping[str, BadRows]) -> str:
-    kinds = sorted(faults.items(), key=lambda item: -item[1].count)
+def _named(errors: Mapping[str, BadRows]) -> str:
+    kinds = sorted(errors.items(), key=lambda item: -item[1].count)
     return "; ".join(f"{rows.count:,} {kind}: {' | '.join(map(str, rows.examples))}" for kind, rows in kinds)
 
 
-def _remedy(faults: Mapping[str, BadRows], otherwise: str) -> str:
+def _remedy(errors: Mapping[str, BadRows], otherwise: str) -> str:
     """Advice for rows with these faults: `otherwise`, unless all that they need is a template with tools."""
-    if REASONING_LOST in faults:
+    if REASONING_LOST in errors:
         return (
             "Choose a `chat.template` that writes reasoning, or leave it out with "
             f"`ignore: ['messages[].thinking']` under the source, by the name that it has there. {otherwise}"
         )
-    if NO_TOOLS not in faults:
+    if NO_TOOLS not in errors:
         return otherwise
     template = "Write `chat.template: chatml-tools`, where the tokenizer has <|im_start|> and <|im_end|>, or the path "
     template += "of a template that writes tools and their calls"
-    return template if len(faults) == 1 else f"{template}. For the rest: {otherwise[0].lower()}{otherwise[1:]}"
+    return template if len(errors) == 1 else f"{template}. For the rest: {otherwise[0].lower()}{otherwise[1:]}"
 
 
 def _faults(tokenized: Sequence[tuple[Entry, OpenSource]]) -> dict[str, BadRows]:
     merged: dict[str, BadRows] = {}
     for entry, opened in tokenized:
-        for kind, (count, examples) in entry.facts["faults"].items():
+        for kind, (count, examples) in entry.facts["errors"].items():
             bad = merged.setdefault(kind, BadRows())
             bad.count += count
             bad.examples += [BadRow(opened.files[file] + place, detail) for file, place, detail in examples]
@@ -370,15 +370,15 @@ def _part(
 ) -> tuple[Split, NDArray[np.int64]]:
     """The rows of these conversations as they are trained, and which of the conversations have any, each once."""
     section = recipe.data
-    account = SplitStats(conversations=len(conversations))
+    stats = SplitStats(conversations=len(conversations))
     everything = _rows_of(conversations, rows.conversations)
-    account.lengths = rows.lengths[everything]
+    stats.lengths = rows.lengths[everything]
     if len(everything):
-        account.longest_place = rows.place(everything[int(account.lengths.argmax())])
-    chosen = _fitting(everything, rows, section, account)
-    account.rows = len(chosen)
-    account.rows_with_system = int(rows.has_system[chosen].sum())
-    account.distinct_systems = rows.distinct_systems(chosen)
+        stats.longest_place = rows.place(everything[int(stats.lengths.argmax())])
+    chosen = _fitting(everything, rows, section, stats)
+    stats.rows = len(chosen)
+    stats.rows_with_system = int(rows.has_system[chosen].sum())
+    stats.distinct_systems = rows.distinct_systems(chosen)
 
     lengths = np.minimum(rows.lengths[chosen], section.max_length)
     sequences = PackedDataset(
@@ -388,13 +388,13 @@ def _part(
         lambda epoch: _plan(lengths, recipe, multiple_of, epoch if section.repack else 0),
         packed=section.packing,
     )
-    account.tokens = int(lengths.sum())
-    account.trained_tokens = int(rows.trained_tokens[chosen].sum()) - _cut_off(chosen, rows, section.max_length)
-    account.documents_per_sequence = np.diff(sequences.plan_of(0).ends).astype(np.int32)
+    stats.tokens = int(lengths.sum())
+    stats.trained_tokens = int(rows.trained_tokens[chosen].sum()) - _cut_off(chosen, rows, section.max_length)
+    stats.documents_per_sequence = np.diff(sequences.plan_of(0).ends).astype(np.int32)
 
     _, first = np.unique(rows.conversations[chosen], return_index=True)  # of rows that weights repeat, templates split
     once = np.sort(first)
-    account.duplicates = duplicates(rows.digests[chosen[once]], lambda place: rows.place(chosen[once[place]]))
+    stats.duplicates = duplicates(rows.digests[chosen[once]], lambda place: rows.place(chosen[once[place]]))
     _, different = np.unique(rows.digests[chosen[once]], return_index=True)
     to_show = once[np.sort(different)]
     chance = random.Random(f"part {recipe.seed}")
@@ -402,8 +402,8 @@ def _part(
         parts = np.flatnonzero(rows.conversations[chosen] == rows.conversations[chosen[to_show[number]]])
         place = chance.choice(parts.tolist())  # where a template splits the conversation: any of its rows
         row = int(chosen[place])
-        account.examples.append(Row(*sequences.row(place), rows.place(row), bool(rows.has_system[row])))
-    return Split(sequences, account), rows.conversations[chosen[once]]
+        stats.examples.append(ExampleRow(*sequences.row(place), rows.place(row), bool(rows.has_system[row])))
+    return Split(sequences, stats), rows.conversations[chosen[once]]
 
 
 def _rows_of(conversations: NDArray[np.int64], of_rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -415,18 +415,18 @@ def _rows_of(conversations: NDArray[np.int64], of_rows: NDArray[np.int64]) -> ND
 
 
 def _fitting(
-    everything: NDArray[np.int64], rows: TokenRows, section: DataSection, account: SplitStats
+    everything: NDArray[np.int64], rows: TokenRows, section: DataSection, stats: SplitStats
 ) -> NDArray[np.int64]:
     """The rows that `data.overlong` leaves. Counts what becomes of the others."""
     length, longest = rows.lengths[everything], section.max_length
     overlong = length > longest
     truncated = overlong & (rows.first_trained[everything] < longest) & (section.overlong == "truncate")
-    account.overlong_tokens = int(length[overlong].sum()) - int(truncated.sum()) * longest
+    stats.overlong_tokens = int(length[overlong].sum()) - int(truncated.sum()) * longest
     name = "refused" if section.overlong == "error" else "dropped"
     for outcome, found in (("truncated", truncated), (name, overlong & ~truncated)):
         numbers = np.flatnonzero(found)
         if len(numbers):
-            bad = account.overlong[outcome] = BadRows(len(numbers))
+            bad = stats.overlong[outcome] = BadRows(len(numbers))
             for number in numbers[:3]:
                 bad.examples.append(BadRow(rows.place(everything[number]), f"{length[number]:,} tokens"))
     return everything[~overlong | truncated]
@@ -455,8 +455,8 @@ def _plan(lengths: NDArray[np.int32], recipe: Recipe, multiple_of: int, epoch: i
         made.save(folder / _PLAN)
         return {"sequences": len(made)}
 
-    with job("packing", unit="rows"):
+    with progress_bar("packing", unit="rows"):
         try:
-            return PackingPlan.load(find_or_make(cache_folder(recipe), cache_key(made_of), build).folder / _PLAN)
+            return PackingPlan.load(get_or_build(cache_folder(recipe), cache_key(made_of), build).folder / _PLAN)
         except UserError:  # the folder can't be written: no reason to stop in the middle of a run
             return plan(lengths, capacity, multiple_of=multiple_of, seed=recipe.seed, epoch=epoch)

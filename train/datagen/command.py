@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.cli import CommandLine, ending
+from train.cli import CommandLine, run_command
 from train.datagen.drop_reasons import about_losses, unaccepted
 from train.errors import UserError
 from train.formatting import duration
-from train.llm.connection.startup_check import check_servers
 from train.llm.failures import NO_ANSWER
 from train.llm.options import WAIT_FOR_SERVER, add_wait_for_server
-from train.llm.reasoning.answer import advice_on
+from train.llm.reasoning.answer import format_advice
 from train.llm.server_errors import is_about_length
+from train.llm.startup_check import check_servers
 
 
 def main(
@@ -71,12 +71,12 @@ def main(
             print(counts.advice)
         print(
             f"{counts.answered:,} answers ({counts.from_journal:,} from the journal), "
-            f"{counts.tries_failed:,} tries repeated"
+            f"{counts.retries:,} tries repeated"
             + (f", {counts.reasoned:,} with reasoning in a field of its own" if counts.reasoned else "")
             + (f", {counts.with_ignored_parts:,} with parts that are no text" if counts.with_ignored_parts else "")
         )
         print(f"read {done.report}")
-        for warning in (*advice_on(done.tally.events), *done.tally.warnings(), *counts.bad_servers):
+        for warning in (*format_advice(done.tally.events), *done.tally.warnings(), *counts.bad_servers):
             print(f"warning: {warning}")
         left_out, reasons = done.report.with_name("left_out.jsonl"), lost(done.tally)
         if not done.tally.written:
@@ -90,7 +90,7 @@ def main(
         if losses := unaccepted(reasons, config.accept_losses):
             raise UserError(about_losses(losses, config.accept_losses, left_out))
 
-    return ending(act, "stopped; what was answered is in the journal, and the same command goes on from here")
+    return run_command(act, "stopped; what was answered is in the journal, and the same command goes on from here")
 
 
 _ADVICE = {

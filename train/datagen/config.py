@@ -53,7 +53,7 @@ class StageSection(Section):
 
     def decoding(self) -> Decoding:
         """As the client takes it."""
-        return Decoding.of_settings(self.max_tokens, self.temperature, self.top_p, self.seed, self.extra)
+        return Decoding.from_settings(self.max_tokens, self.temperature, self.top_p, self.seed, self.extra)
 
 
 SystemRole = Literal["native", "merge_into_user"]

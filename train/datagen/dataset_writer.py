@@ -16,7 +16,7 @@ import pyarrow.parquet
 
 from train.datagen.config import OutputSection
 from train.errors import UserError
-from train.storage.atomic_write import sync
+from train.storage.atomic_write import fsync
 
 
 class JsonLines:
@@ -81,7 +81,7 @@ class ParquetFiles:
         path = self._folder / f"rows-{self._files:05d}.parquet"
         aside = path.with_suffix(".partial")
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(self._rows, self._schema), aside, compression="zstd")
-        sync(aside)
+        fsync(aside)
         if self._is_same and not (path.is_file() and path.read_bytes() == aside.read_bytes()):
             self._is_same = False  # a run with other settings: its rows and ours would be read as one data set
             for later in reversed(self._standing(self._files)):

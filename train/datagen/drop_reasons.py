@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Literal
 
-from train.formatting import counted
+from train.formatting import format_count
 from train.llm.failures import NO_ANSWER
 
 Loss = Literal["no_answer", "unreadable", "unsupported"]
@@ -62,5 +62,5 @@ def unread_warning(what: str, unread: int, asked: int, consequence: str) -> list
     if 2 * unread <= asked:
         return []
     return [
-        f"{what}: {unread:,} of {counted(asked, 'verdict')} could not be read ({unread / asked:.0%}). {consequence}"
+        f"{what}: {unread:,} of {format_count(asked, 'verdict')} could not be read ({unread / asked:.0%}). {consequence}"
     ]

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from pydantic import Field
 
-from train.data.sources.formats import Conversation, RowFault
-from train.data.sources.source import conversations, count_rows, open_source
+from train.data.sources.formats import Conversation, RowError
+from train.data.sources.source import count_rows, open_source, read_conversations
 from train.errors import UserError
 from train.recipe import Section, Sources
 
-PlacedRow = tuple[int, str, Conversation | RowFault]
+PlacedRow = tuple[int, str, Conversation | RowError]
 """A row's number, its place, and the row or why it can't be read."""
 
 
@@ -28,7 +28,7 @@ class SourcesSection(Section):
 
 def iter_rows(data: SourcesSection) -> Iterator[PlacedRow]:
     """Every row of the sources with its number and place, up to the limit. Raises UserError."""
-    rows = (row for source in data.sources for row in conversations(source, data.allow_pickle))
+    rows = (row for source in data.sources for row in read_conversations(source, data.allow_pickle))
     for index, (place, row) in enumerate(islice(rows, data.limit)):
         yield index, place, row
 

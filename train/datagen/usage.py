@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from train.datagen.further_turns import MADE_UP, FurtherTurn, own_turn
-from train.llm.client import Client, EmptyAnswerError
-from train.llm.finish_reasons import BELOW_LIMIT, unfinished
+from train.llm.client import Client
+from train.llm.failures import EmptyAnswerError
+from train.llm.finish_reasons import BELOW_LIMIT, describe_unfinished
 from train.llm.journal import Answer, Request
-from train.llm.reasoning.answer import events_of, read_answer
+from train.llm.reasoning.answer import list_events, read_answer
 
 
 @dataclass(slots=True)
@@ -51,7 +52,7 @@ async def ask(
     further_turns: Mapping[str, FurtherTurn],
     *,
     next_try: Request | None = None,
-    goes_on_empty: bool = False,
+    continues_if_empty: bool = False,
 ) -> Answer:
     """Return the answer without reasoning and control tokens; raises as `Client.ask`, but returns empty answers.
 
@@ -62,17 +63,17 @@ async def ask(
     """
     stage, events = request.stage, row.events
     try:
-        answer = await client.ask(request, next_try=next_try, goes_on_empty=goes_on_empty)
+        answer = await client.ask(request, next_try=next_try, continues_if_empty=continues_if_empty)
     except EmptyAnswerError as failure:
         answer = failure.answer
     row.spent.setdefault(stage, Usage()).add(answer)
     if answer.finish_reason == BELOW_LIMIT:
         events[f"{stage}: answer without a finish_reason, below the token limit"] += 1
     elif answer.ending in ("unknown", "unstated"):
-        events[f"{stage}: answer {unfinished(answer.finish_reason)}"] += 1
+        events[f"{stage}: answer {describe_unfinished(answer.finish_reason)}"] += 1
     # Elsewhere the conversation is quoted in a prompt of ours, and asks for nothing.
     answer, said = read_answer(answer, request.messages if stage == "answer" else ())
-    for event in events_of(said):
+    for event in list_events(said):
         events[f"{stage}: {event}"] += 1
     further_turn = further_turns.get(stage)
     if further_turn is not None and (text := own_turn(answer.text, further_turn)) != answer.text:

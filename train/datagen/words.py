@@ -6,7 +6,7 @@ import json
 import re
 import unicodedata
 
-from train.data.sources.unused_text import WIDE
+from train.data.sources.unread_text import WIDE
 
 _LETTER = rf"[^\W_{WIDE}]"
 _WORD = re.compile(rf"[{WIDE}]|{_LETTER}+(?:(?:['-]|[.,](?=\d)){_LETTER}+)*")

@@ -19,15 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.cli import from_one_to, json_object, not_negative, number_or_null, positive
-from train.errors import UserError, naming
+from train.cli import float_or_null, int_up_to, json_object, non_negative_int, positive_int
+from train.errors import UserError, replace_in_errors
 from train.evaluation.folders import require_file, require_model, require_results_folder
 from train.evaluation.results_dir import exclusive
-from train.formatting import counted
+from train.formatting import format_count
 from train.recipe import Source
-from train.reporting.markdown import put_section
-from train.storage.atomic_write import replacing, write_text
-from train.storage.local_paths import path_or_id
+from train.reporting.markdown import replace_section
+from train.storage.atomic_write import atomic_write, write_text
+from train.storage.local_paths import parse_path_or_id
 
 if TYPE_CHECKING:
     from train.llm.server import Server
@@ -61,22 +61,22 @@ def add_to(commands: Any) -> None:
     add_respondent(parser)
     what = parser.add_argument_group("what is answered")
     what.add_argument(
-        "--data", type=path_or_id, nargs="+", default=[HUB_ID], help=f"rows of the bench (default {HUB_ID})"
+        "--data", type=parse_path_or_id, nargs="+", default=[HUB_ID], help=f"rows of the bench (default {HUB_ID})"
     )
     what.add_argument("--split", default="train", help="the split of data that has several (default train)")
     what.add_argument(
-        "--limit", type=positive, help="number of rows, from the first: not the whole bench (default all)"
+        "--limit", type=positive_int, help="number of rows, from the first: not the whole bench (default all)"
     )
     what.add_argument("--no-system", action="store_true", help="leave the system messages out: the paper's ablation")
     what.add_argument(
         "--responses",
-        type=path_or_id,
+        type=parse_path_or_id,
         metavar="FILE",
         help="answers that are there already; --model is then a name only",
     )
     what.add_argument(
         "--best-of",
-        type=from_one_to(MOST_ANSWERS),
+        type=int_up_to(MOST_ANSWERS),
         default=1,
         metavar="N",
         help=f"N answers a row, one of them picked (at most {MOST_ANSWERS:,}, as the judge grades them all)",
@@ -90,18 +90,18 @@ def add_to(commands: Any) -> None:
     )
     drawn = parser.add_argument_group("how answers are drawn (defaults: the paper's)")
     drawn.add_argument(
-        "--max-tokens", type=positive, default=PAPERS_RESPONSES.max_tokens, help="most tokens of an answer"
+        "--max-tokens", type=positive_int, default=PAPERS_RESPONSES.max_tokens, help="most tokens of an answer"
     )
     drawn.add_argument(
         "--temperature",
-        type=number_or_null,
+        type=float_or_null,
         default=PAPERS_RESPONSES.temperature,
         help="sampling temperature; 0 = greedy; null, here and below = not sent, so the server's own",
     )
-    drawn.add_argument("--top-p", type=number_or_null, default=PAPERS_RESPONSES.top_p, help="nucleus sampling")
+    drawn.add_argument("--top-p", type=float_or_null, default=PAPERS_RESPONSES.top_p, help="nucleus sampling")
     drawn.add_argument(
         "--repetition-penalty",
-        type=number_or_null,
+        type=float_or_null,
         default=PAPERS_RESPONSES.extra["repetition_penalty"],
         help="1 = none, and not sent, as null, for servers that don't know it",
     )
@@ -110,19 +110,21 @@ def add_to(commands: Any) -> None:
     judge.add_argument(
         "--judge-server", action="append", default=[], metavar="URL", help="address of its server; may be repeated"
     )
-    judge.add_argument("--judge-concurrency", type=positive, default=64, help="requests at once to each (default 64)")
+    judge.add_argument(
+        "--judge-concurrency", type=positive_int, default=64, help="requests at once to each (default 64)"
+    )
     judge.add_argument("--judge-key-variable", metavar="NAME", help="the environment variable that holds its key")
     judge.add_argument(
-        "--judge-max-tokens", type=positive, default=PAPERS_DECODING.max_tokens, help="most tokens of a judgement"
+        "--judge-max-tokens", type=positive_int, default=PAPERS_DECODING.max_tokens, help="most tokens of a judgement"
     )
     judge.add_argument(
         "--judge-temperature",
-        type=number_or_null,
+        type=float_or_null,
         default=PAPERS_DECODING.temperature,
         help="sampling temperature; null = not sent",
     )
     judge.add_argument(
-        "--judge-top-p", type=number_or_null, default=PAPERS_DECODING.top_p, help="nucleus sampling; null = not sent"
+        "--judge-top-p", type=float_or_null, default=PAPERS_DECODING.top_p, help="nucleus sampling; null = not sent"
     )
     judge.add_argument(
         "--judge-extra",
@@ -134,14 +136,14 @@ def add_to(commands: Any) -> None:
     )
     judge.add_argument(
         "--runs",
-        type=from_one_to(MOST_RUNS),
+        type=int_up_to(MOST_RUNS),
         default=PAPERS_RUNS,
         help=f"runs averaged (default {PAPERS_RUNS}; at most {MOST_RUNS}, which leave a tenth of the luck of one, and "
         "each asks about every rubric again)",
     )
     judge.add_argument(
         "--retries",
-        type=not_negative,
+        type=non_negative_int,
         default=3,
         help="how often an answer without a score is asked for again (default 3)",
     )
@@ -169,7 +171,7 @@ def add_to(commands: Any) -> None:
     results.add_argument(
         "--good", type=float, default=GOOD, help=f"score from which a tie counts as both good (default {GOOD:g})"
     )
-    results.add_argument("--seed", type=not_negative, default=0, help="seed of the intervals (default 0)")
+    results.add_argument("--seed", type=non_negative_int, default=0, help="seed of the intervals (default 0)")
     parser.set_defaults(run=run)
 
 
@@ -222,7 +224,7 @@ def _folder(options: argparse.Namespace) -> Path:
 
 
 def _refuse_contradictions(options: argparse.Namespace) -> None:
-    from train.evaluation.models.options import refuse_in_extra
+    from train.evaluation.models.options import refuse_extra_fields
 
     batch = bool(options.batch_out or options.batch_in)
     if batch == bool(options.judge_server):
@@ -253,7 +255,7 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
             name: (f"--{prefix}{name}".replace("_", "-"), getattr(options, f"{prefix}{name}"))
             for name in ("max_tokens", *names)
         }
-        refuse_in_extra(f"--{prefix}extra".replace("_", "-"), getattr(options, f"{prefix}extra"), own)
+        refuse_extra_fields(f"--{prefix}extra".replace("_", "-"), getattr(options, f"{prefix}extra"), own)
     if options.extra and options.responses:
         raise UserError("--extra: the answers of --responses are there already; leave one of the two out.")
     for name, most in (("temperature", None), ("judge_temperature", None), ("top_p", 1), ("judge_top_p", 1)):
@@ -268,7 +270,7 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
 def _refuse_what_can_not_judge(options: argparse.Namespace) -> None:
     """All that would end the run after the model has answered, which may take hours."""
     from train.evaluation.models.options import server_options
-    from train.llm.concurrency import Pauses
+    from train.llm.concurrency import Backoff
     from train.llm.server import ServerConnection
     from train.multifaceted.bench.batch_api import read_batch
     from train.multifaceted.bench.judging import PROMPT_VERSION
@@ -276,9 +278,9 @@ def _refuse_what_can_not_judge(options: argparse.Namespace) -> None:
     from train.multifaceted.bench.protocol import protocol_of, refuse_other_protocol, settings_of
 
     async def look(server: "Server") -> None:
-        await ServerConnection(server, Pauses(), patience=0).api.close()
+        await ServerConnection(server, Backoff(), patience=0).api.close()
 
-    with naming(server_options("judge-")):
+    with replace_in_errors(server_options("judge-")):
         for server in _judge_servers(options):
             asyncio.run(look(server))
     read_batch(options.batch_in)
@@ -297,29 +299,32 @@ def _judge_servers(options: argparse.Namespace) -> "list[Server]":
 async def _contact_judge(options: argparse.Namespace) -> None:
     """Ask the judge's servers for a sign of life: the model's answers take hours, and would be for nothing."""
     from train.evaluation.models.options import server_options
-    from train.llm.connection.startup_check import check_servers
-    from train.llm.refusals import option_setting
+    from train.llm.refusals import option_formatter
+    from train.llm.startup_check import check_servers
 
     if options.judge_server:
-        with naming(server_options("judge-")):
+        with replace_in_errors(server_options("judge-")):
             await check_servers(
                 _judge_servers(options),
                 options.judge,
                 wait=options.wait_for_server,
                 stages={"judge": _protocol(options).judge.decoding},
-                name_setting=option_setting(_JUDGES_OWN, "judge-"),
+                format_setting=option_formatter(_JUDGES_OWN, "judge-"),
             )
 
 
 def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]":
     """The responses of a file."""
-    from train.llm.reasoning.answer import advice_on, events_of, without_reasoning
+    from train.llm.reasoning.answer import format_advice, list_events, without_reasoning
     from train.multifaceted.bench.rows import read_responses
     from train.multifaceted.bench.scoring import Response
 
     given, strangers = read_responses(options.responses, bench.rows)
     if strangers:
-        print(f"--responses: {counted(strangers, 'line', 'belongs', 'belong')} to no row that is asked for", flush=True)
+        print(
+            f"--responses: {format_count(strangers, 'line', 'belongs', 'belong')} to no row that is asked for",
+            flush=True,
+        )
     found = []
     events: Counter[str] = Counter()
     for row in bench.rows:
@@ -336,14 +341,14 @@ def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]
             raise UserError(f"--pick-by file: row {row.id!r} of {options.responses} has no `scores`.")
         scores: Sequence[float | None] = answers.scores or [None] * len(answers.texts)
         said = [without_reasoning(text) for text in answers.texts[: options.best_of]]
-        events.update(f"--responses: {event}" for one in said for event in events_of(one))
+        events.update(f"--responses: {event}" for one in said for event in list_events(one))
         found.append(
             [
                 Response(one.text, scorer=score, only_reasoning=one.unfinished)
                 for one, score in zip(said, scores[: options.best_of], strict=True)
             ]
         )
-    for line in advice_on(events):
+    for line in format_advice(events):
         print(f"warning: {line}", flush=True)
     return found
 
@@ -351,12 +356,12 @@ def _given(options: argparse.Namespace, bench: "Bench") -> "list[list[Response]]
 def _asked(options: argparse.Namespace, bench: "Bench", folder: Path) -> "tuple[list[list[Response]], str]":
     """The responses of a model, and the option to change where its server refused some."""
     from train.evaluation.models.options import respondent_of
-    from train.evaluation.models.responses import respond
+    from train.evaluation.models.responses import generate_answers
     from train.llm.client import RequestFailed
-    from train.llm.refusals import option_setting
+    from train.llm.refusals import option_formatter
     from train.multifaceted.bench.scoring import Response, conversation
 
-    answers = respond(
+    answers = generate_answers(
         respondent_of(options),
         [conversation(row, with_system=not options.no_system) for row in bench.rows],
         _decoding(options),
@@ -366,7 +371,7 @@ def _asked(options: argparse.Namespace, bench: "Bench", folder: Path) -> "tuple[
         description="responses",
         wait_for_server=options.wait_for_server,
         before_asking=partial(_contact_judge, options),
-        name_setting=option_setting(_OWN),
+        format_setting=option_formatter(_OWN),
     )
     failures = [answer for of_row in answers for answer in of_row if isinstance(answer, RequestFailed)]
     responses = [
@@ -390,14 +395,14 @@ def _decoding(options: argparse.Namespace) -> Any:
     from train.llm.journal import Decoding
 
     extra = {"repetition_penalty": None if options.repetition_penalty == 1 else options.repetition_penalty}
-    return Decoding.of_settings(options.max_tokens, options.temperature, options.top_p, extra=extra | options.extra)
+    return Decoding.from_settings(options.max_tokens, options.temperature, options.top_p, extra=extra | options.extra)
 
 
 def _protocol(options: argparse.Namespace) -> "Protocol":
     from train.llm.journal import Decoding
     from train.multifaceted.bench.protocol import JudgeSettings, Protocol
 
-    decoding = Decoding.of_settings(
+    decoding = Decoding.from_settings(
         options.judge_max_tokens, options.judge_temperature, options.judge_top_p, extra=options.judge_extra
     )
     settings = JudgeSettings(options.judge, decoding, options.runs, options.retries, options.show_system)
@@ -411,12 +416,12 @@ def _judge(
     from train.evaluation.models.options import server_options
     from train.llm.client import Client
     from train.llm.journal import Journal
-    from train.llm.refusals import option_setting
-    from train.multifaceted.bench.batch_api import JournalAsker, read_batch, write_batch
+    from train.llm.refusals import option_formatter
+    from train.multifaceted.bench.batch_api import BatchJudgeClient, read_batch, write_batch
     from train.multifaceted.bench.scoring import judge_rows
 
     protocol = _protocol(options)
-    name_setting = option_setting(_JUDGES_OWN, "judge-")
+    format_setting = option_formatter(_JUDGES_OWN, "judge-")
 
     async def live(journal: Journal) -> "tuple[list[JudgedRow], str]":
         async with Client(
@@ -424,7 +429,7 @@ def _judge(
             options.judge,
             journal,
             wait_for_server=options.wait_for_server,
-            name_setting=name_setting,
+            format_setting=format_setting,
         ) as client:
             judged = await judge_rows(client, protocol, bench.rows, responses)
         for line in client.counts.bad_servers:
@@ -434,23 +439,23 @@ def _judge(
     batch = read_batch(options.batch_in)
     with Journal(folder / JOURNAL) as journal:
         if options.judge_server:
-            with naming(server_options("judge-")):
+            with replace_in_errors(server_options("judge-")):
                 return asyncio.run(live(journal))
-        asker = JournalAsker(journal, options.judge, batch, name_setting)
+        asker = BatchJudgeClient(journal, options.judge, batch, format_setting)
         judged = asyncio.run(judge_rows(asker, protocol, bench.rows, responses))
     if batch.lines:
-        print(f"--batch-in: {counted(batch.lines, 'line')}, {len(batch.answers):,} with an answer", flush=True)
+        print(f"--batch-in: {format_count(batch.lines, 'line')}, {len(batch.answers):,} with an answer", flush=True)
         for what, count in batch.failed.most_common(5):
             print(f"--batch-in: {count:,} failed, and are asked for again: {what}", flush=True)
         if strangers := len(batch.answers.keys() - asker.found):
-            to_none = f"{counted(strangers, 'answer', 'is', 'are')} to none of these questions"
+            to_none = f"{format_count(strangers, 'answer', 'is', 'are')} to none of these questions"
             print(f"--batch-in: {to_none} (other rows, responses or judge?)")
     wanted = len(asker.wanted)
     if wanted and options.batch_out:
         files = write_batch(asker.wanted, options.judge, options.batch_out)
-        print(f"{counted(wanted, 'question')} for the judge: {', '.join(map(str, files))}")
+        print(f"{format_count(wanted, 'question')} for the judge: {', '.join(map(str, files))}")
     elif wanted:
-        have = counted(wanted, "question", "has", "have")
+        have = format_count(wanted, "question", "has", "have")
         print(f"{have} no answer yet: --batch-out FILE writes what is missing, for the next batch")
     elif options.batch_out:
         print("the judge has answered everything: --batch-out wrote nothing")
@@ -461,7 +466,7 @@ def _judge(
 
 def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]", folder: Path) -> None:
     """bench_rows.jsonl, bench.json, bench.png and the section of report.md, and the same on the screen."""
-    from train.multifaceted.bench.pairwise import compare
+    from train.multifaceted.bench.pairwise import compare_pairwise
     from train.multifaceted.bench.protocol import noted_of, protocol_of
     from train.multifaceted.bench.report import HEADING, draw, make_record, markdown, no_judgement_finished, warnings
     from train.multifaceted.bench.scoring import row_record
@@ -482,7 +487,7 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
     try:
         if options.against and options.against.exists() and rows.exists() and options.against.samefile(rows):
             raise UserError(f"--against {options.against}: that is the file which this very command writes.")
-        with replacing(rows) as [lines]:
+        with atomic_write(rows) as [lines]:
             kept = protocol_of(record) | noted_of(record)
             records = (row_record(one, kept) for one in judged)
             write_text(lines, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records))
@@ -490,12 +495,12 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
             print(f"--against {options.against}: compared once the judge has answered", flush=True)
         elif options.against:
             try:
-                versus = compare(rows, options.against, good=options.good, seed=options.seed)
+                versus = compare_pairwise(rows, options.against, good=options.good, seed=options.seed)
                 record["against"] = versus.record()
             except UserError as fault:  # said last: the run's own figures are none the worse
                 no_comparison = fault
         scored = record["score"]["mean"] is not None
-        with replacing(folder / "bench.json", *[folder / "bench.png"] * scored) as [figures, *plots]:
+        with atomic_write(folder / "bench.json", *[folder / "bench.png"] * scored) as [figures, *plots]:
             write_text(figures, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
             for plot in plots:
                 draw(record, plot)
@@ -504,7 +509,7 @@ def _write(options: argparse.Namespace, bench: "Bench", judged: "list[JudgedRow]
         text = markdown(record, judged, batch=not options.judge_server)
         if versus:
             text += f"\nAgainst {options.against}:\n\n{versus.markdown()}"
-        put_section(folder / "report.md", HEADING, text)
+        replace_section(folder / "report.md", HEADING, text)
     except OSError as fault:
         raise UserError(f"{folder}: can't be written: {fault.strerror}") from fault
     print(text)

@@ -9,16 +9,16 @@ import numpy as np
 from train.errors import UserError
 from train.evaluation.results import Measure, Results
 from train.multifaceted.bench.pairwise import scores_of_shared_rubrics
-from train.progress import job
+from train.progress import progress_bar
 from train.reporting.conditions import changes, differences, unknown
-from train.resampling import DIFFERENCE_OF_SHARES, Bounds, Estimate, estimates
+from train.resampling import DIFFERENCE_BOUNDS, Bounds, Estimate, estimate_means
 
-_BOUNDS: dict[str, Bounds] = {"share": DIFFERENCE_OF_SHARES, "points": (-2.0, 2.0)}
+_BOUNDS: dict[str, Bounds] = {"share": DIFFERENCE_BOUNDS, "points": (-2.0, 2.0)}
 """Of the difference of two measures, by their unit; none of the others."""
 
 
 @dataclass(frozen=True)
-class Pair:
+class MeasurePair:
     """One measure of both. `difference` = the second less the first, with interval and p where rows are paired.
 
     `rows`: over how many rows; None where a side kept none, and then the plain difference is all there is.
@@ -51,11 +51,11 @@ class Pair:
 class Comparison:
     """`notes`: in what the two were measured otherwise that need not keep them apart, and what one side alone has."""
 
-    pairs: Sequence[Pair]
+    pairs: Sequence[MeasurePair]
     notes: Sequence[str]
 
 
-def compare(
+def compare_results(
     first: Mapping[str, Results],
     second: Mapping[str, Results],
     *,
@@ -98,16 +98,16 @@ def compare(
             if name not in lacks.measures and not measure.detail
         ]
         both = [name for name in one.measures if name in other.measures]
-        with job(f"comparing {kind}", total=len(both), unit="measures") as comparing:
+        with progress_bar(f"comparing {kind}", total=len(both), unit="measures") as comparing:
             for name in both:
                 pairs.append(_pair(kind, name, one.measures[name], other.measures[name], seed))
                 comparing.advance()
     return Comparison(pairs, notes)
 
 
-def _pair(kind: str, name: str, first: Measure, second: Measure, seed: int) -> Pair:
+def _pair(kind: str, name: str, first: Measure, second: Measure, seed: int) -> MeasurePair:
     if first.rows is None or second.rows is None:
-        return Pair(kind, name, first, second, None, None)
+        return MeasurePair(kind, name, first, second, None, None)
     shared = [row for row in first.rows if row in second.rows]
     differences: list[float] = []
     groups: list[str] = []
@@ -122,8 +122,10 @@ def _pair(kind: str, name: str, first: Measure, second: Measure, seed: int) -> P
         differences += [b - a for a, b in zip(ours, theirs, strict=True)]
         groups += [first.groups.get(row, row)] * len(ours)
     if not differences:
-        return Pair(kind, name, first, second, None, None)
+        return MeasurePair(kind, name, first, second, None, None)
     _, numbers = np.unique(groups, return_inverse=True)
     bounds = _BOUNDS.get(first.unit)
-    (found,) = estimates(np.array(differences)[:, None], numbers.astype(np.int64), np.zeros(1), [bounds], seed=seed)
-    return Pair(kind, name, first, second, found, rows)
+    (found,) = estimate_means(
+        np.array(differences)[:, None], numbers.astype(np.int64), np.zeros(1), [bounds], seed=seed
+    )
+    return MeasurePair(kind, name, first, second, found, rows)

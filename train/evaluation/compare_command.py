@@ -12,17 +12,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.cli import not_negative
+from train.cli import non_negative_int
 from train.errors import UserError
-from train.reporting.markdown import error_bars, load_pyplot, shortened
-from train.resampling import explain_missing
-from train.storage.atomic_write import replacing, write_text
-from train.storage.local_paths import missing_part
+from train.reporting.markdown import truncate_middle
+from train.reporting.plots import error_bars, load_pyplot
+from train.resampling import explain_missing_intervals
+from train.storage.atomic_write import atomic_write, write_text
+from train.storage.local_paths import describe_missing_path
 
 if TYPE_CHECKING:
-    from train.evaluation.compare import Comparison, Pair
+    from train.evaluation.compare import Comparison, MeasurePair
     from train.evaluation.results import Measure, Results
-    from train.multifaceted.bench.pairwise import Pairwise
+    from train.multifaceted.bench.pairwise import PairwiseComparison
 
 _KINDS = ("gain", "rules", "ifeval", "bench", "harness")
 _AXES = {
@@ -46,19 +47,19 @@ def add_to(commands: Any) -> None:
         help=f"compare only these of {', '.join(_KINDS)} (default: all that both have)",
     )
     parser.add_argument("--details", action="store_true", help="show rules, sources and tasks within groups, too")
-    parser.add_argument("--seed", type=not_negative, default=0, help="of the intervals (default 0)")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="of the intervals (default 0)")
     parser.add_argument("--output-dir", type=Path, help="for compare.json and compare.png (default the folder of B)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """Compare, print the table, write compare.json and compare.png. Raises UserError."""
-    from train.evaluation.compare import compare
+    from train.evaluation.compare import compare_results
     from train.evaluation.results import read_before, read_results
 
     for place in (options.first, options.second):
         if not place.exists():
-            raise UserError(f"{place}: there is no such folder or file: {missing_part(place)}")
+            raise UserError(f"{place}: there is no such folder or file: {describe_missing_path(place)}")
     folders = [place if place.is_dir() else place.parent for place in (options.first, options.second)]
     one_is_a_folder = options.first.is_dir() or options.second.is_dir()
     if options.first.samefile(options.second) or (one_is_a_folder and folders[0].samefile(folders[1])):
@@ -79,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
         kind: f"it was measured with --before {before}, and A is {options.first.resolve()}"
         for kind, before in measured_against.items()
     }
-    comparison = compare(*sides, seed=options.seed, only_second=only_second)
+    comparison = compare_results(*sides, seed=options.seed, only_second=only_second)
     shown = [pair for pair in comparison.pairs if options.details or not pair.first.detail]
     versus = _pairwise(sides, options.seed)
     folder: Path = options.output_dir or (options.second if options.second.is_dir() else options.second.parent)
@@ -92,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / "compare.json", folder / "compare.png") as [figures, plot]:
+        with atomic_write(folder / "compare.json", folder / "compare.png") as [figures, plot]:
             write_text(figures, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
             draw(shown, (str(options.first), str(options.second)), plot)
     except OSError as fault:
@@ -103,17 +104,21 @@ def run(options: argparse.Namespace) -> None:
     print(f"the figures are in {folder / 'compare.json'}, the plot in {folder / 'compare.png'}")
 
 
-def _pairwise(sides: "Sequence[Mapping[str, Results]]", seed: int) -> "Pairwise | None":
+def _pairwise(sides: "Sequence[Mapping[str, Results]]", seed: int) -> "PairwiseComparison | None":
     """Wins of each on the bench, where both have its rows; B is the first, as all differences are B less A."""
-    from train.multifaceted.bench.pairwise import compare
+    from train.multifaceted.bench.pairwise import compare_pairwise
 
     if not all("bench" in side for side in sides):
         return None
     rows = [side["bench"].path.with_name("bench_rows.jsonl") for side in sides]
-    return compare(rows[1], rows[0], names=("B", "A"), seed=seed) if all(path.is_file() for path in rows) else None
+    return (
+        compare_pairwise(rows[1], rows[0], names=("B", "A"), seed=seed)
+        if all(path.is_file() for path in rows)
+        else None
+    )
 
 
-def table(comparison: "Comparison", shown: "Sequence[Pair]", names: tuple[str, str]) -> str:
+def table(comparison: "Comparison", shown: "Sequence[MeasurePair]", names: tuple[str, str]) -> str:
     """The measures as Markdown, and below them what is to be known."""
     lines = [f"A = {names[0]}", f"B = {names[1]}", "", "| | A | B | B less A | p | rows |", "|---|---|---|---|---|---|"]
     for pair in shown:
@@ -124,7 +129,7 @@ def table(comparison: "Comparison", shown: "Sequence[Pair]", names: tuple[str, s
     lines += ["", "B less A: the mean over the rows of both, with a 95 % interval; p by flipping signs, of each alone."]
     if any(pair.rows is None for pair in shown):
         lines += ["No interval: a side kept no rows of this figure."]
-    lines += explain_missing("\n".join(lines), "independent rows")
+    lines += explain_missing_intervals("\n".join(lines), "independent rows")
     return "\n".join([*lines, *(f"note: {note}" for note in comparison.notes), ""])
 
 
@@ -136,7 +141,7 @@ def _measure(measure: "Measure") -> str:
     return f"{shown} [{scale * measure.low:.{digits}f}, {scale * measure.high:.{digits}f}]"
 
 
-def _change(pair: "Pair") -> str:
+def _change(pair: "MeasurePair") -> str:
     scale, digits = (100, 1) if pair.first.unit in ("share", "points") else (1, 3)
     found = pair.difference
     if found is None:
@@ -147,17 +152,17 @@ def _change(pair: "Pair") -> str:
     return f"{shown} [{scale * found.low:+.{digits}f}, {scale * found.high:+.{digits}f}]"
 
 
-def draw(shown: "Sequence[Pair]", names: tuple[str, str], path: Path) -> None:
+def draw(shown: "Sequence[MeasurePair]", names: tuple[str, str], path: Path) -> None:
     """Save `plot` as a PNG."""
     figure = plot(shown, names)
     figure.savefig(path)
     load_pyplot().close(figure)
 
 
-def plot(shown: "Sequence[Pair]", names: tuple[str, str]) -> Any:
+def plot(shown: "Sequence[MeasurePair]", names: tuple[str, str]) -> Any:
     """A figure with a panel for each kind and unit, and a pair of bars with intervals for each measure."""
     pyplot = load_pyplot()
-    panels: dict[tuple[str, str], list[Pair]] = {}
+    panels: dict[tuple[str, str], list[MeasurePair]] = {}
     for pair in shown:
         panels.setdefault((pair.kind, pair.first.unit), []).append(pair)
     heights = [len(pairs) + 1.5 for pairs in panels.values()]
@@ -172,15 +177,15 @@ def plot(shown: "Sequence[Pair]", names: tuple[str, str]) -> Any:
     )
     for ((kind, unit), pairs), one in zip(panels.items(), axes[:, 0], strict=True):
         for offset, side, colour, name in (
-            (-0.2, "first", "lightgray", f"A = {shortened(names[0], 100)}"),
-            (0.2, "second", "tab:blue", f"B = {shortened(names[1], 100)}"),
+            (-0.2, "first", "lightgray", f"A = {truncate_middle(names[0], 100)}"),
+            (0.2, "second", "tab:blue", f"B = {truncate_middle(names[1], 100)}"),
         ):
             measures: list[Measure] = [getattr(pair, side) for pair in pairs]
             values = [measure.value for measure in measures]
             ends = error_bars((measure.value, measure.low, measure.high) for measure in measures)
             places = [place + offset for place in range(len(pairs))]
             one.barh(places, values, 0.4, xerr=ends, color=colour, capsize=2, label=name)
-        one.set_yticks(range(len(pairs)), [shortened(pair.name, 60) for pair in pairs])
+        one.set_yticks(range(len(pairs)), [truncate_middle(pair.name, 60) for pair in pairs])
         one.invert_yaxis()
         one.axvline(0, color="black", linewidth=0.8)
         one.set_title(kind, loc="left", fontsize=10)

@@ -7,7 +7,7 @@ what there has nearly that name.
 from pathlib import Path
 
 from train.errors import UserError
-from train.storage.local_paths import may_be_hub_id, missing_part
+from train.storage.local_paths import describe_missing_path, looks_like_hub_id
 
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
@@ -19,7 +19,7 @@ def require_file(option: str, path: Path) -> None:
         inside = f" Name a file in it, such as {', '.join(names)}." if names else " Name a file."
         raise UserError(f"{option} {path}: that is a folder.{inside}")
     if not path.exists():
-        raise UserError(f"{option} {path}: can't be read: {missing_part(path)}")
+        raise UserError(f"{option} {path}: can't be read: {describe_missing_path(path)}")
 
 
 def require_model(option: str, name: str, *, hub: bool = True) -> None:
@@ -30,11 +30,11 @@ def require_model(option: str, name: str, *, hub: bool = True) -> None:
             raise UserError(f"{option} {name}: can't be loaded: there is no {' or '.join(_MODEL_FILES)} in it.")
     elif path.exists():
         raise UserError(f"{option} {name}: that is a file. Name the model's folder.")
-    elif not hub or not may_be_hub_id(name):
-        raise UserError(f"{option} {name}: there is no such folder: {missing_part(path)}")
+    elif not hub or not looks_like_hub_id(name):
+        raise UserError(f"{option} {name}: there is no such folder: {describe_missing_path(path)}")
 
 
 def require_results_folder(option: str, name: str, otherwise: str) -> None:
     """Raise UserError where `name`, into whose folder results would go, is none. `otherwise`: what to write then."""
     if not Path(name).is_dir():
-        raise UserError(f"{option} {name}: there is no such folder: {missing_part(Path(name))} {otherwise}")
+        raise UserError(f"{option} {name}: there is no such folder: {describe_missing_path(Path(name))} {otherwise}")

@@ -16,20 +16,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.cli import not_negative, positive
-from train.errors import UserError, naming
+from train.cli import non_negative_int, positive_int
+from train.errors import UserError, replace_in_errors
 from train.evaluation.folders import require_model, require_results_folder
 from train.evaluation.results import folder_of
 from train.evaluation.results_dir import exclusive
-from train.formatting import counted
-from train.progress import job
+from train.formatting import format_count
+from train.progress import progress_bar
 from train.recipe import ModelSection, Source
-from train.reporting.markdown import error_bars, load_pyplot, put_section, shortened
-from train.storage.atomic_write import replacing, write_text
-from train.storage.local_paths import path_or_id
+from train.reporting.markdown import replace_section, truncate_middle
+from train.reporting.plots import error_bars, load_pyplot
+from train.storage.atomic_write import atomic_write, write_text
+from train.storage.local_paths import parse_path_or_id
 
 if TYPE_CHECKING:
-    from train.data.sources.formats import RowFault
+    from train.data.sources.formats import RowError
     from train.system_gain.metric import Figures, SystemGain
     from train.system_gain.variants import Label, Labelled, VariantRows
 
@@ -42,17 +43,23 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "gain", help="how much likelier answers are under their own system message", description=__doc__
     )
-    parser.add_argument("--model", type=path_or_id, required=True, help="folder or hub id of a model or an adapter")
     parser.add_argument(
-        "--before", type=path_or_id, help="the model that it was trained from, measured on the same rows"
+        "--model", type=parse_path_or_id, required=True, help="folder or hub id of a model or an adapter"
     )
     parser.add_argument(
-        "--data", type=path_or_id, required=True, nargs="+", help="rows with answers: any source that a recipe takes"
+        "--before", type=parse_path_or_id, help="the model that it was trained from, measured on the same rows"
+    )
+    parser.add_argument(
+        "--data",
+        type=parse_path_or_id,
+        required=True,
+        nargs="+",
+        help="rows with answers: any source that a recipe takes",
     )
     parser.add_argument("--split", default="train", help="the split of data that has several (default train)")
     parser.add_argument(
         "--template",
-        type=path_or_id,
+        type=parse_path_or_id,
         help="as chat.template of a recipe (default: the one that --model was saved with)",
     )
     parser.add_argument(
@@ -61,8 +68,10 @@ def add_to(commands: Any) -> None:
         choices=("native", "merge_into_user", "turn"),
         help="as chat.system_role of a recipe (default native: a model that we trained has its policy in its template)",
     )
-    parser.add_argument("--others", type=positive, default=2, help="other messages for each row, at most (default 2)")
-    parser.add_argument("--limit", type=positive, help="most rows to measure, drawn by the seed (default all)")
+    parser.add_argument(
+        "--others", type=positive_int, default=2, help="other messages for each row, at most (default 2)"
+    )
+    parser.add_argument("--limit", type=positive_int, help="most rows to measure, drawn by the seed (default all)")
     parser.add_argument(
         "--group", nargs="+", default=[], metavar="COLUMN", help="more columns of the data by which figures are grouped"
     )
@@ -71,9 +80,9 @@ def add_to(commands: Any) -> None:
         choices=("float32", "bfloat16"),
         help="what to compute in (default float32 on a CPU, bfloat16 on a GPU)",
     )
-    parser.add_argument("--batch-tokens", type=positive, default=8192, help="tokens at a time (default 8192)")
+    parser.add_argument("--batch-tokens", type=positive_int, default=8192, help="tokens at a time (default 8192)")
     parser.add_argument(
-        "--seed", type=not_negative, default=0, help="of the other messages and the intervals (default 0)"
+        "--seed", type=non_negative_int, default=0, help="of the other messages and the intervals (default 0)"
     )
     parser.add_argument(
         "--json",
@@ -103,7 +112,7 @@ def _measure_all(options: argparse.Namespace, folder: Path, file: Path) -> None:
     names = {"before": options.before, "after": options.model} if options.before else {folder.name: options.model}
     made, texts = rows_for(options, [*names.values()])
     for kind, count in made.left_out.items():
-        print(f"left out: {counted(count, 'row')}: {kind} (the first: {made.examples[kind]})", flush=True)
+        print(f"left out: {format_count(count, 'row')}: {kind} (the first: {made.examples[kind]})", flush=True)
 
     from train.system_gain.metric import markdown
 
@@ -131,13 +140,13 @@ def _measure_all(options: argparse.Namespace, folder: Path, file: Path) -> None:
         ]
     rows = file.with_name(f"{file.stem}_rows.jsonl")
     try:
-        with replacing(rows, file, file.with_name("gain.png")) as [lines, figures_file, plot]:
+        with atomic_write(rows, file, file.with_name("gain.png")) as [lines, figures_file, plot]:
             write_text(lines, "".join(_row_lines(made, measured)))
             write_text(figures_file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
             draw(measured, plot)
         text = f"{HEADING}\n\n{_about(made, measured)}\n\n{markdown(measured, change)}"
         if not options.json:
-            put_section(folder / "report.md", HEADING, f"{text}\n![gain](gain.png)\n")
+            replace_section(folder / "report.md", HEADING, f"{text}\n![gain](gain.png)\n")
     except OSError as fault:
         raise UserError(f"{file.parent}: can't be written: {fault.strerror}") from fault
     print(text)
@@ -166,7 +175,7 @@ def rows_for(options: argparse.Namespace, models: list[str]) -> "tuple[VariantRo
     from train.evaluation.models.local import tokenizer_of
     from train.system_gain.variants import Labelled, make_variants, read_labelled
 
-    with naming({"--model": "--model or --before"}):
+    with replace_in_errors({"--model": "--model or --before"}):
         tokenizers = {model: tokenizer_of(model) for model in models}
     tokenizer = tokenizers[models[-1]]
     for model, other in tokenizers.items():
@@ -202,7 +211,7 @@ def rows_for(options: argparse.Namespace, models: list[str]) -> "tuple[VariantRo
     return made, fingerprint_of(rows, made)
 
 
-def fingerprint_of(rows: "Sequence[Labelled | tuple[str, RowFault]]", made: "VariantRows") -> str:
+def fingerprint_of(rows: "Sequence[Labelled | tuple[str, RowError]]", made: "VariantRows") -> str:
     """A checksum of the texts of all rows, and of which are measured: by it `compare` knows that two are of the same.
 
     Where the rows stand is no part of it. Messages are drawn from all of them.
@@ -225,7 +234,7 @@ def _positions(model: str) -> int | None:
     from train.evaluation.models.local import base_of
     from train.model.load import load_config
 
-    with naming({"model.name_or_path": f"--model or --before {model}"}):
+    with replace_in_errors({"model.name_or_path": f"--model or --before {model}"}):
         config = load_config(ModelSection(name_or_path=base_of(model) or model)).get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
@@ -242,7 +251,7 @@ def _measure(name: str, made: "VariantRows", file: Path, options: argparse.Names
     told_apart = json.dumps([fingerprint(name), str(model.dtype)])
     with (
         ScoreFile(file.with_name("gain_scores.jsonl"), told_apart) as scores,
-        job(f"scoring answers with {name}", total=total, unit="answers") as scoring,
+        progress_bar(f"scoring answers with {name}", total=total, unit="answers") as scoring,
     ):
         found = system_gain(
             model,
@@ -259,12 +268,10 @@ def _about(made: "VariantRows", measured: "dict[str, SystemGain]") -> str:
     one = next(iter(measured.values()))
     tokens = sum(row.tokens for row in made.rows)
     lines = f"Reference answers of {tokens / len(made.rows):.0f} tokens on average; "
-    lines += (
-        f"{one.with_siblings:,} of {counted(one.overall.rows, 'row')} against other messages of the same instruction"
-    )
+    lines += f"{one.with_siblings:,} of {format_count(one.overall.rows, 'row')} against other messages of the same instruction"
     lines += ", the rest against those of other rows." if one.with_siblings < one.overall.rows else "."
     if one.other_tokens:
-        lines += f" The template joins the answer to what is before it in {counted(one.other_tokens, 'row')}."
+        lines += f" The template joins the answer to what is before it in {format_count(one.other_tokens, 'row')}."
     return lines
 
 
@@ -283,7 +290,7 @@ def draw(measured: "dict[str, SystemGain]", path: Path) -> None:
         means = [figures.gain.mean for figures in found]
         ends = error_bars((figures.gain.mean, figures.gain.low, figures.gain.high) for figures in found)
         axes.barh(places, means, height, xerr=ends, label=name, color=colours[number], capsize=2)
-    names = ["all rows" if label is None else shortened(f"{label[0]}: {label[1]}", 48) for label in labels]
+    names = ["all rows" if label is None else truncate_middle(f"{label[0]}: {label[1]}", 48) for label in labels]
     axes.set_yticks(range(len(labels)), names)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)

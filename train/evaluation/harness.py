@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from train.errors import UserError
 from train.evaluation.ifeval.punkt import missing_package, provide_punkt
-from train.resampling import FEWEST, Method, why_no_interval, wilson
+from train.resampling import MIN_GROUPS, IntervalMethod, missing_interval_reason, wilson_interval
 
 SYSGEN = {
     "MMLU": "mmlu",
@@ -54,7 +54,7 @@ class Score:
     stderr: float | None
     low: float | None
     high: float | None
-    interval: Method | Literal["standard error", "none: not known"]
+    interval: IntervalMethod | Literal["standard error", "none: not known"]
     of: int
     few_shot: int | None
     version: str | None
@@ -63,8 +63,8 @@ class Score:
 
     @property
     def missing(self) -> str:
-        """Return the reason for a missing interval, as `why_no_interval` gives it."""
-        return why_no_interval(self.interval, self.of)
+        """Return the reason for a missing interval, as `missing_interval_reason` gives it."""
+        return missing_interval_reason(self.interval, self.of)
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
@@ -72,7 +72,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Scored:
+class HarnessResult:
     """`scores` of tasks and groups; `rows`: what each document scored; `requests`: the file that holds the requests."""
 
     scores: list[Score]
@@ -151,7 +151,7 @@ def evaluate(
     batch_size: int = 16,
     few_shot: int | None = None,
     limit: int | None = None,
-) -> Scored:
+) -> HarnessResult:
     """Run the tasks on a checkpoint, under its chat template. Raises UserError."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -180,7 +180,7 @@ def evaluate(
     if found is None:  # a rank that isn't the first
         raise UserError("run it as one process: it was started by a launcher of several")
     rows = _rows(found["samples"])
-    return Scored(_scores(found, rows), rows, Path(f"{requests}_rank0.db"))
+    return HarnessResult(_scores(found, rows), rows, Path(f"{requests}_rank0.db"))
 
 
 def _is_helpful(record: logging.LogRecord) -> bool:
@@ -232,13 +232,13 @@ def _scores(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list
 
 def _interval(
     value: float, stderr: float | None, documents: Sequence[Any], count: int
-) -> tuple[float | None, float | None, Method | Literal["standard error", "none: not known"]]:
+) -> tuple[float | None, float | None, IntervalMethod | Literal["standard error", "none: not known"]]:
     """The ends of a metric's interval, and what they are. `documents`: its scores of each of `count`, where kept."""
-    if count < FEWEST:
+    if count < MIN_GROUPS:
         return None, None, "none: too few"
     right_or_wrong = all(isinstance(score, bool | int | float) and score in (0, 1) for score in documents)
     if documents and right_or_wrong and abs(fmean(documents) - value) < 1e-9:
-        return *wilson(fmean(documents), len(documents)), "wilson"
+        return *wilson_interval(fmean(documents), len(documents)), "wilson"
     if stderr is None:
         return None, None, "none: not known"
     if stderr == 0:

@@ -12,18 +12,18 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.cli import not_negative, positive
+from train.cli import non_negative_int, positive_int
 from train.errors import UserError
 from train.evaluation.folders import require_model, require_results_folder
 from train.evaluation.results_dir import exclusive
-from train.formatting import counted
-from train.reporting.markdown import put_section
-from train.resampling import explain_missing
-from train.storage.atomic_write import replacing, write_text
-from train.storage.local_paths import missing_part, path_or_id
+from train.formatting import format_count
+from train.reporting.markdown import replace_section
+from train.resampling import explain_missing_intervals
+from train.storage.atomic_write import atomic_write, write_text
+from train.storage.local_paths import describe_missing_path, parse_path_or_id
 
 if TYPE_CHECKING:
-    from train.evaluation.harness import Score, Scored
+    from train.evaluation.harness import HarnessResult, Score
 
 HEADING = "## Benchmarks"
 
@@ -31,7 +31,9 @@ HEADING = "## Benchmarks"
 def add_to(commands: Any) -> None:
     """Add the command to those of evaluate.py."""
     parser = commands.add_parser("harness", help="benchmarks through lm-evaluation-harness", description=__doc__)
-    parser.add_argument("--model", type=path_or_id, required=True, help="folder or hub id of a model or an adapter")
+    parser.add_argument(
+        "--model", type=parse_path_or_id, required=True, help="folder or hub id of a model or an adapter"
+    )
     parser.add_argument(
         "--tasks",
         required=True,
@@ -46,14 +48,16 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument(
         "--few-shot",
-        type=not_negative,
+        type=non_negative_int,
         metavar="N",
         help="examples before each question (default what each task defines)",
     )
     parser.add_argument(
-        "--limit", type=positive, metavar="N", help="number of documents of each task, from the first (default all)"
+        "--limit", type=positive_int, metavar="N", help="number of documents of each task, from the first (default all)"
     )
-    parser.add_argument("--template", type=path_or_id, help="as chat.template of a recipe (default: the model's own)")
+    parser.add_argument(
+        "--template", type=parse_path_or_id, help="as chat.template of a recipe (default: the model's own)"
+    )
     parser.add_argument(
         "--system-role",
         default="native",
@@ -61,7 +65,7 @@ def add_to(commands: Any) -> None:
         help="as chat.system_role of a recipe (default native: a model that we trained has its policy in its template)",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--batch-size", type=positive, default=16, help="requests at a time (default 16)")
+    parser.add_argument("--batch-size", type=positive_int, default=16, help="requests at a time (default 16)")
     parser.add_argument("--output-dir", type=Path, help="where everything goes (default the folder of --model)")
     parser.set_defaults(run=run)
 
@@ -72,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
         require_results_folder("--model", options.model, "For a hub id, say --output-dir FOLDER as well.")
     require_model("--model", options.model)
     if options.include_path and not options.include_path.is_dir():
-        where = missing_part(options.include_path) if not options.include_path.exists() else "that is a file."
+        where = describe_missing_path(options.include_path) if not options.include_path.exists() else "that is a file."
         raise UserError(f"--include-path {options.include_path}: there is no such folder of tasks: {where}")
     folder: Path = options.output_dir or Path(options.model)
 
@@ -103,14 +107,14 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
     text = section(scored, options)
     try:
         write(scored, options, folder)
-        put_section(folder / "report.md", HEADING, text)
+        replace_section(folder / "report.md", HEADING, text)
     except OSError as fault:
         raise UserError(f"{folder}: can't be written: {fault.strerror}") from fault
     print(text)
     print(f"the figures are in {folder / 'harness.json'}, each document's in {folder / 'harness_rows.jsonl'}")
 
 
-def write(scored: "Scored", options: argparse.Namespace, folder: Path) -> None:
+def write(scored: "HarnessResult", options: argparse.Namespace, folder: Path) -> None:
     """harness.json and harness_rows.jsonl."""
     record = {
         "kind": "harness",
@@ -126,17 +130,17 @@ def write(scored: "Scored", options: argparse.Namespace, folder: Path) -> None:
         },
         "scores": [score.record() for score in scored.scores],
     }
-    with replacing(folder / "harness_rows.jsonl", folder / "harness.json") as [lines, figures]:
+    with atomic_write(folder / "harness_rows.jsonl", folder / "harness.json") as [lines, figures]:
         write_text(lines, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored.rows))
         write_text(figures, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
-def section(scored: "Scored", options: argparse.Namespace) -> str:
+def section(scored: "HarnessResult", options: argparse.Namespace) -> str:
     """The section of report.md: how it was measured and a line for each metric."""
     about = f"lm-eval {importlib.metadata.version('lm-eval')}, with the chat template and few-shot examples as turns"
     about += f", system message `{options.system_instruction}`" if options.system_instruction else ", no system message"
     about += (
-        f"; the first {counted(options.limit, 'document')} of each task, so no figure to publish"
+        f"; the first {format_count(options.limit, 'document')} of each task, so no figure to publish"
         if options.limit
         else ""
     )
@@ -148,7 +152,7 @@ def section(scored: "Scored", options: argparse.Namespace) -> str:
     ]
     lines += ["| task | metric | few-shot | documents | value |", "|---|---|---|---|---|"]
     lines += [_line(score) for score in scored.scores]
-    lines += ["", *explained] if (explained := explain_missing("\n".join(lines), "documents")) else []
+    lines += ["", *explained] if (explained := explain_missing_intervals("\n".join(lines), "documents")) else []
     return "\n".join(lines) + "\n"
 
 

@@ -16,8 +16,8 @@ from train.errors import UserError
 from train.multifaceted.bench.pairwise import unfinished_in
 from train.multifaceted.bench.protocol import noted_of, protocol_of
 from train.reporting.conditions import UNKNOWN
-from train.resampling import share_of, why_no_interval
-from train.storage.local_paths import missing_part
+from train.resampling import estimate_share, missing_interval_reason
+from train.storage.local_paths import describe_missing_path
 
 Record = dict[str, Any]
 
@@ -38,7 +38,7 @@ class Measure:
     groups: Mapping[str, str] = field(default_factory=dict)
     detail: bool = False
     missing: str = ""
-    """Return the reason for a missing interval, where it is known (`train.resampling.why_no_interval`)."""
+    """Return the reason for a missing interval, where it is known (`train.resampling.missing_interval_reason`)."""
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """row -> the line of the bench whose rubrics its score is the mean of."""
 
@@ -68,7 +68,7 @@ def read_results(place: Path) -> dict[str, Results]:
     elif place.is_file():
         paths = [place]
     else:
-        raise UserError(f"{place}: there is no such folder or file: {missing_part(place)}")
+        raise UserError(f"{place}: there is no such folder or file: {describe_missing_path(place)}")
     found = [_read(path) for path in paths]
     return {results.kind: results for results in found}
 
@@ -139,7 +139,11 @@ def _interval(given: Mapping[str, Any], groups: str) -> dict[str, Any]:
     Before intervals of equal values were Wilson's, they had no width, and stand for none.
     """
     if given["low"] is None or given["low"] == given["high"]:
-        return {"low": None, "high": None, "missing": why_no_interval(given.get("interval", ""), given.get(groups, 0))}
+        return {
+            "low": None,
+            "high": None,
+            "missing": missing_interval_reason(given.get("interval", ""), given.get(groups, 0)),
+        }
     return {"low": given["low"], "high": given["high"]}
 
 
@@ -305,7 +309,7 @@ def _share(value: float, rows: Mapping[str, tuple[float, ...]], groups: Mapping[
     """A share with the interval that its rows give it; without rows there is none."""
     if not rows:
         return Measure(value, None, None)
-    found = share_of([number for (number,) in rows.values()], [groups[key] for key in rows])
+    found = estimate_share([number for (number,) in rows.values()], [groups[key] for key in rows])
     return Measure(value, found.low, found.high, rows=rows, groups=groups, missing=found.missing)
 
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from train.errors import UserError
-from train.storage.file_lock import HeldError, hold
+from train.storage.file_lock import LockHeldError, acquire_lock
 
 
 @contextmanager
@@ -16,8 +16,8 @@ def exclusive(folder: Path, command: str) -> Iterator[None]:
     UserError where another run is in it, or where it can't be written.
     """
     try:
-        lock = hold(folder / f".{command}.lock")
-    except HeldError as holder:
+        lock = acquire_lock(folder / f".{command}.lock")
+    except LockHeldError as holder:
         raise UserError(
             f"{folder}: another run of `{command}` is writing there ({holder}). Wait for its end, stop it, or have the "
             "results of this one in another folder."

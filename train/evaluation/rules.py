@@ -21,15 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.cli import positive
-from train.errors import UserError, naming
+from train.cli import positive_int
+from train.errors import UserError, replace_in_errors
 from train.evaluation.folders import require_file, require_model
 from train.evaluation.results import folder_of
 from train.evaluation.results_dir import exclusive
-from train.formatting import counted
-from train.reporting.markdown import error_bars, load_pyplot, put_section, shortened
-from train.resampling import Estimate, explain_missing, share_of
-from train.storage.atomic_write import replacing, write_text
+from train.formatting import format_count
+from train.reporting.markdown import replace_section, truncate_middle
+from train.reporting.plots import error_bars, load_pyplot
+from train.resampling import Estimate, estimate_share, explain_missing_intervals
+from train.storage.atomic_write import atomic_write, write_text
 
 HEADING = "## Does it follow system messages?"
 ALL = "all rules"
@@ -37,7 +38,7 @@ KINDS = {"wording": "held-out questions and wordings", "rule": "rules never trai
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RuleVerdict:
     """One held-out row: what both models answered, and whether each answer obeys."""
 
     row: dict[str, Any]
@@ -54,8 +55,8 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--data", type=Path, required=True, help="held-out rows, a JSONL file")
     parser.add_argument("--before", type=Path, required=True, help="folder of the model before training")
     parser.add_argument("--after", type=Path, required=True, help="folder of the trained model")
-    parser.add_argument("--max-new-tokens", type=positive, default=96, help="most tokens of an answer (default 96)")
-    parser.add_argument("--batch-size", type=positive, default=16, help="answers at a time (default 16)")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=96, help="most tokens of an answer (default 96)")
+    parser.add_argument("--batch-size", type=positive_int, default=16, help="answers at a time (default 16)")
     parser.set_defaults(run=run)
 
 
@@ -123,13 +124,13 @@ def read_rules(path: Path) -> Mapping[str, Any]:
 
 def answer(folder: Path, rows: list[dict[str, Any]], options: argparse.Namespace) -> list[str]:
     """What the model in `folder`, whole or an adapter, answers to each row's system and user message."""
-    from train.evaluation.models.responses import Checkpoint, respond
+    from train.evaluation.models.responses import LocalModel, generate_answers
     from train.llm.client import RequestFailed
     from train.llm.journal import Decoding
 
-    with naming({"--model": "--before or --after"}):
-        found = respond(
-            Checkpoint(str(folder), dtype="bfloat16", batch_size=options.batch_size),
+    with replace_in_errors({"--model": "--before or --after"}):
+        found = generate_answers(
+            LocalModel(str(folder), dtype="bfloat16", batch_size=options.batch_size),
             [row["messages"][:-1] for row in rows],
             Decoding(options.max_new_tokens, temperature=0.0),
             options.after / "rules.sqlite",
@@ -143,7 +144,7 @@ def answer(folder: Path, rows: list[dict[str, Any]], options: argparse.Namespace
     return texts
 
 
-def adherence(verdicts: list[Verdict]) -> dict[str, dict[str, tuple[int, int, int]]]:
+def adherence(verdicts: list[RuleVerdict]) -> dict[str, dict[str, tuple[int, int, int]]]:
     """Kind of held-out row -> rule -> (rows, obeyed before, obeyed after)."""
     counts: dict[str, dict[str, tuple[int, int, int]]] = defaultdict(dict)
     for verdict in verdicts:
@@ -159,7 +160,7 @@ def total(of_rule: dict[str, tuple[int, int, int]]) -> tuple[int, int, int]:
     return rows, before, after
 
 
-def intervals(verdicts: list[Verdict]) -> dict[str, dict[str, tuple[Estimate, Estimate]]]:
+def intervals(verdicts: list[RuleVerdict]) -> dict[str, dict[str, tuple[Estimate, Estimate]]]:
     """Kind of held-out row -> rule, or ALL -> adherence before and after; answers to one question are one group."""
     found: dict[str, dict[str, tuple[Estimate, Estimate]]] = {}
     for kind, of_rule in adherence(verdicts).items():
@@ -167,12 +168,12 @@ def intervals(verdicts: list[Verdict]) -> dict[str, dict[str, tuple[Estimate, Es
         for rule in (ALL, *sorted(of_rule)):
             some = [one for one in verdicts if one.row["held_out"] == kind and rule in (ALL, one.row["rule"])]
             questions = [one.row["messages"][1]["content"] for one in some]
-            before, after = (share_of([one.obeys[when] for one in some], questions) for when in (0, 1))
+            before, after = (estimate_share([one.obeys[when] for one in some], questions) for when in (0, 1))
             found[kind][rule] = before, after
     return found
 
 
-def section(verdicts: list[Verdict], max_new_tokens: int) -> str:
+def section(verdicts: list[RuleVerdict], max_new_tokens: int) -> str:
     """The part of report.md, in Markdown: a table for each kind of held-out row, and five samples."""
     lines = [HEADING, ""]
     found = intervals(verdicts)
@@ -180,7 +181,7 @@ def section(verdicts: list[Verdict], max_new_tokens: int) -> str:
         rows, before, after = total(of_rule)
         lines += [
             f"**{KINDS[kind].capitalize()}: {before / rows:.1%} before, {after / rows:.1%} after** "
-            f"({before} and {after} of {counted(rows, 'answer')}, greedy, at most {max_new_tokens} tokens)",
+            f"({before} and {after} of {format_count(rows, 'answer')}, greedy, at most {max_new_tokens} tokens)",
             "",
             "| rule | rows | before | after |",
             "|---|---|---|---|",
@@ -191,7 +192,7 @@ def section(verdicts: list[Verdict], max_new_tokens: int) -> str:
             "",
         ]
     lines += ["95 % intervals; answers to the same question are not taken for independent."]
-    lines += [*explain_missing("\n".join(lines), "questions"), ""]
+    lines += [*explain_missing_intervals("\n".join(lines), "questions"), ""]
     lines += ["![adherence](adherence.png)", "", "Five answers side by side:", ""]
     for verdict in verdicts[:: max(len(verdicts) // 5, 1)][:5]:
         system, user = (message["content"] for message in verdict.row["messages"][:2])
@@ -215,7 +216,7 @@ def _quoted(text: str) -> str:
     return "`" + shown.replace("`", "'").replace("\n", " ⏎ ") + "`"
 
 
-def draw(verdicts: list[Verdict], path: Path) -> None:
+def draw(verdicts: list[RuleVerdict], path: Path) -> None:
     """Adherence before and after, a pair of bars a rule, as a PNG."""
     pyplot = load_pyplot()
     bars = [
@@ -230,7 +231,7 @@ def draw(verdicts: list[Verdict], path: Path) -> None:
         ends = error_bars((share.mean, share.low, share.high) for share in shares)
         at = [place + 0.4 * when - 0.2 for place in places]
         axes.barh(at, [share.mean for share in shares], 0.4, xerr=ends, label=name, color=colour, capsize=2)
-    axes.set_yticks(list(places), [shortened(name, 48) for name, _ in bars])
+    axes.set_yticks(list(places), [truncate_middle(name, 48) for name, _ in bars])
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("share of held-out answers that obey the system message (95 %)")
@@ -257,7 +258,7 @@ def _measure(options: argparse.Namespace, known: Mapping[str, Any], rows: list[d
     for row, *texts in zip(rows, *answers, strict=True):
         question = row["messages"][1]["content"]
         obeys = [known[row["rule"]].check(question, text) for text in texts]
-        verdicts.append(Verdict(row, (texts[0], texts[1]), (obeys[0], obeys[1])))
+        verdicts.append(RuleVerdict(row, (texts[0], texts[1]), (obeys[0], obeys[1])))
 
     try:
         write(verdicts, options)
@@ -265,7 +266,7 @@ def _measure(options: argparse.Namespace, known: Mapping[str, Any], rows: list[d
         raise UserError(f"{options.after}: can't be written: {fault.strerror}") from fault
 
 
-def write(verdicts: list[Verdict], options: argparse.Namespace) -> None:
+def write(verdicts: list[RuleVerdict], options: argparse.Namespace) -> None:
     """answers.jsonl, adherence.json and its plot, and the section of report.md, which is printed, too."""
     folder: Path = options.after
     checks = hashlib.blake2b(options.rules.read_bytes(), digest_size=16).hexdigest()
@@ -285,12 +286,12 @@ def write(verdicts: list[Verdict], options: argparse.Namespace) -> None:
     }
     records = ({**verdict.row, "answers": verdict.answers, "obeys": verdict.obeys} for verdict in verdicts)
     names = ("answers.jsonl", "adherence.json", "adherence.png")
-    with replacing(*(folder / name for name in names)) as [lines, figures_file, plot]:
+    with atomic_write(*(folder / name for name in names)) as [lines, figures_file, plot]:
         write_text(lines, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
         write_text(figures_file, json.dumps(figures, indent=2) + "\n")
         draw(verdicts, plot)
     report = folder / "report.md"
     text = section(verdicts, options.max_new_tokens)
-    put_section(report, HEADING, text)
+    replace_section(report, HEADING, text)
     print(text)
     print(f"all of it is in {report}")

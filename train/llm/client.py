@@ -26,16 +26,17 @@ from typing import Self
 
 from train.errors import UserError
 from train.formatting import duration
-from train.llm.concurrency import ConcurrencyLimiter, Pauses
-from train.llm.connection.startup_check import share_secrets
-from train.llm.empty_answers import is_answered, says_nothing
+from train.llm.concurrency import Backoff, ConcurrencyLimiter
+from train.llm.empty_answers import has_nonempty_answer, is_empty_answer
+from train.llm.failure_policy import LONGEST_ABSENCE, FailurePolicy
+from train.llm.failures import EmptyAnswerError, RequestFailed
 from train.llm.journal import Answer, Journal, Request
 from train.llm.options import WAIT_FOR_SERVER
-from train.llm.outages import LONGEST_ABSENCE, Endings, RequestFailed
-from train.llm.refusals import NameSetting, config_setting
-from train.llm.replies import why_empty
+from train.llm.refusals import SettingFormatter, format_config_key
+from train.llm.replies import describe_empty
 from train.llm.server import PAUSE_OF_A_START, Server, ServerConnection
 from train.llm.server_errors import LONGEST_WAIT, ServerError
+from train.llm.startup_check import share_secrets
 from train.progress import SECONDS_BETWEEN_LINES
 
 FAILURES_OF_A_STAGE = 20
@@ -60,17 +61,6 @@ class _Start:
             self.awaited.discard(key)
 
 
-class EmptyAnswerError(RequestFailed):
-    """The model says nothing to this request, try after try. `answer`: the last of the empty ones.
-
-    One that holds nothing but reasoning that has ended, or control tokens, is empty too.
-    """
-
-    def __init__(self, words: str, answer: Answer) -> None:
-        super().__init__(words)
-        self.answer = answer
-
-
 @dataclass
 class Counts:
     """Counts of the requests of this run."""
@@ -78,7 +68,7 @@ class Counts:
     answered: int = 0
     from_journal: int = 0
     failed: int = 0
-    tries_failed: int = 0
+    retries: int = 0
     """How often a request had to be sent again."""
     cut: int = 0
     refused: int = 0
@@ -113,7 +103,7 @@ class Client:
     as a model may say nothing. Otherwise it is asked for `attempts` times and raises EmptyAnswerError; the last one is
     kept, see `ask`. One whose text went into a field of reasoning is never taken: the server was started wrongly.
 
-    `longest_absence`: see `LONGEST_ABSENCE`. `name_setting`: the command's words for a setting, for errors about one.
+    `longest_absence`: see `LONGEST_ABSENCE`. `format_setting`: the command's words for a setting, for errors about one.
 
     Raises UserError for a `base_url` that is none and an environment variable that is not set.
     """
@@ -125,26 +115,26 @@ class Client:
         journal: Journal,
         *,
         attempts: int = 6,
-        pauses: Pauses | None = None,
+        backoff: Backoff | None = None,
         patience: float = 3600.0,
         longest_wait: float = LONGEST_WAIT,
         accept_empty: bool = False,
         longest_absence: float = LONGEST_ABSENCE,
         wait_for_server: float = WAIT_FOR_SERVER,
-        name_setting: NameSetting = config_setting,
+        format_setting: SettingFormatter = format_config_key,
     ) -> None:
         self.model, self.journal, self.attempts = model, journal, attempts
-        self.pauses = pauses or Pauses()
+        self.backoff = backoff or Backoff()
         self.counts = Counts()
         self._wait_for_server, self._accept_empty = wait_for_server, accept_empty
         self._lanes = [
-            ServerConnection(server, self.pauses, patience, longest_wait, name_setting) for server in servers
+            ServerConnection(server, self.backoff, patience, longest_wait, format_setting) for server in servers
         ]
         share_secrets(self._lanes)
-        gives_reasons = journal.gives_reasons(model, len(self._lanes))
+        has_finish_reasons = journal.has_finish_reasons(model, len(self._lanes))
         for lane in self._lanes:
-            lane.gives_finish_reasons = gives_reasons
-        self._endings = Endings(
+            lane.gives_finish_reasons = has_finish_reasons
+        self._policy = FailurePolicy(
             self._lanes,
             model,
             journal,
@@ -164,7 +154,7 @@ class Client:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
-        self.counts.bad_servers = self._endings.bad_servers()
+        self.counts.bad_servers = self._policy.bad_servers()
         self._watch.cancel()
         await asyncio.gather(self._watch, return_exceptions=True)
         for lane in self._lanes:
@@ -180,7 +170,7 @@ class Client:
         """How many requests are with the servers now."""
         return sum(lane.in_flight for lane in self._lanes)
 
-    def troubles(self) -> list[str]:
+    def server_messages(self) -> list[str]:
         """What keeps each server that has objected since its last answer, for the progress line."""
         now = time.monotonic()
         found = []
@@ -205,7 +195,7 @@ class Client:
                 )
         return found
 
-    def waits_for(self) -> set[str]:
+    def blocking_servers(self) -> set[str]:
         """The servers that keep a person waiting: those that object and have never answered, or pause for long."""
         soon = time.monotonic() + SECONDS_BETWEEN_LINES
         return {
@@ -214,7 +204,9 @@ class Client:
             if lane.closed or (lane.trouble and not lane.has_answered) or lane.paused_until > soon
         }
 
-    async def ask(self, request: Request, *, next_try: Request | None = None, goes_on_empty: bool = False) -> Answer:
+    async def ask(
+        self, request: Request, *, next_try: Request | None = None, continues_if_empty: bool = False
+    ) -> Answer:
         """Return the answer: from the journal, or from a server and then in the journal.
 
         An empty answer in the journal is asked for again, unless an earlier start went on without one: another answer
@@ -230,7 +222,7 @@ class Client:
             EmptyAnswerError, RequestFailed, UserError: see the module.
         """
         key = request.key(self.model)
-        while (answer := self._recorded(request, key, next_try, goes_on_empty)) is None and key in self._asking:
+        while (answer := self._recorded(request, key, next_try, continues_if_empty)) is None and key in self._asking:
             await asyncio.wait([self._asking[key]])  # the same is being asked: its answer will be in the journal
         if answer is None:
             ended = self._asking[key] = asyncio.get_running_loop().create_future()
@@ -262,17 +254,19 @@ class Client:
         self.counts.refused += answer.refused
         return answer
 
-    def _recorded(self, request: Request, key: bytes, next_try: Request | None, goes_on_empty: bool) -> Answer | None:
+    def _recorded(
+        self, request: Request, key: bytes, next_try: Request | None, continues_if_empty: bool
+    ) -> Answer | None:
         """Return the answer in the journal. Raises EmptyAnswerError for an empty one that is not to be asked again."""
         answer = self.journal.find(key, request.decoding.max_tokens, accept_empty=True)
-        if answer is None or self._accept_empty or not says_nothing(answer):
+        if answer is None or self._accept_empty or not is_empty_answer(answer):
             return answer
         next_try = next_try or replace(request, sample=request.sample + 1)
-        if not (goes_on_empty or is_answered(self.journal, self.model, next_try)):
+        if not (continues_if_empty or has_nonempty_answer(self.journal, self.model, next_try)):
             return None
         self.counts.answered += 1
         self.counts.from_journal += 1
-        raise EmptyAnswerError(why_empty(answer), answer)
+        raise EmptyAnswerError(describe_empty(answer), answer)
 
     async def _ask_a_server(self, key: bytes, request: Request) -> Answer:
         faults = empty = tries = 0
@@ -286,40 +280,40 @@ class Client:
             if isinstance(outcome, Answer):
                 return outcome
             if isinstance(outcome, EmptyAnswerError):
-                self.counts.tries_failed += 1
+                self.counts.retries += 1
                 empty += 1
                 if empty >= self.attempts:
                     if not self._accept_empty:  # else it would be taken for what the model says
                         await self.journal.add(key, self.model, request, outcome.answer)
                     raise EmptyAnswerError(f"{outcome} ({self.attempts} times)", outcome.answer)
                 avoid = lane
-                await asyncio.sleep(self.pauses.after(empty))
+                await asyncio.sleep(self.backoff.after(empty))
                 continue
             if outcome.kind == "hopeless":
-                await self._endings.end_or_close(lane, outcome)
+                await self._policy.close_or_raise(lane, outcome)
             if outcome.kind == "row":
                 raise RequestFailed(outcome.what, outcome.advice, about_content=outcome.about_content)
             if outcome.kind == "denied":
                 lane.denied.add(key)
-                await self._endings.end_if_denied(request.stage, lane, outcome, denied_at)
+                await self._policy.end_if_denied(request.stage, lane, outcome, denied_at)
                 denied_at = denied_at or time.monotonic()
             if outcome.kind == "again":
                 continue
-            self.counts.tries_failed += 1
+            self.counts.retries += 1
             tries += 1
             faults += outcome.kind in ("fault", "broken") or (outcome.kind == "dropped" and lane.reached)
-            await self._endings.end_a_wrong_start(request.stage, lane, outcome)
+            await self._policy.end_a_wrong_start(request.stage, lane, outcome)
             if outcome.kind == "dropped" and faults >= self.attempts - 1:
                 if lane in seen and faults >= self.attempts:
                     raise RequestFailed(f"{outcome.what} ({self.attempts} times)")
                 # Before it counts for the last time, the server has to be there: the request may not be the reason.
                 faults = self.attempts - 1
-                seen = await self._endings.wait_until_one_is_there()
+                seen = await self._policy.wait_until_one_is_there()
             if faults >= self.attempts:
                 raise RequestFailed(f"{outcome.what} ({self.attempts} times)", outcome.advice)
             avoid = lane
             if outcome.retry_after is None and outcome.kind != "too much":  # of which the whole server rests
-                pause = self.pauses.after(tries)
+                pause = self.backoff.after(tries)
                 await asyncio.sleep(pause if lane.reached else min(pause, PAUSE_OF_A_START))
 
     async def _send(
@@ -335,7 +329,7 @@ class Client:
         try:
             outcome = await lane.send(self.model, request)
             if isinstance(outcome, Answer):
-                is_kept = not says_nothing(outcome) or (accept_empty and not outcome.reasoning_in)
+                is_kept = not is_empty_answer(outcome) or (accept_empty and not outcome.reasoning_in)
         finally:
             self._places.uncommitted += is_kept
             self._places.release(lane)
@@ -343,7 +337,7 @@ class Client:
             self._places.dispatch()
         if isinstance(outcome, Answer):
             if not is_kept:
-                return EmptyAnswerError(why_empty(outcome), outcome)
+                return EmptyAnswerError(describe_empty(outcome), outcome)
             try:
                 await self.journal.add(key, self.model, request, outcome)
             finally:
@@ -374,8 +368,8 @@ class Client:
     async def _watch_silence(self) -> None:
         while True:
             patience = min(lane.patience for lane in self._lanes)
-            await asyncio.sleep(min(patience, self._endings.silence) / 8)
-            await self._endings.watch_silent_starts()
+            await asyncio.sleep(min(patience, self._policy.silence) / 8)
+            await self._policy.watch_silent_starts()
             self._places.dispatch()
             for lane in self._lanes:
                 lane.interrupt_if_silent()

@@ -27,7 +27,7 @@ SHARE_OF_ABSENCE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class Pauses:
+class Backoff:
     """How long to wait before asking again, in seconds: `first`, doubled with each failure up to `longest`."""
 
     first: float = 0.5
@@ -41,8 +41,8 @@ class Pauses:
 class ServerSlots:
     """One server's places. `limit` is how many it has now, between 1 and `most`."""
 
-    def __init__(self, name: str, most: int, pauses: Pauses) -> None:
-        self.name, self.most, self.pauses = name, most, pauses
+    def __init__(self, name: str, most: int, backoff: Backoff) -> None:
+        self.name, self.most, self.backoff = name, most, backoff
         self.limit = most
         self.in_flight = 0
         self.heard_at = time.monotonic()
@@ -86,7 +86,7 @@ class ServerSlots:
         self._clean_answers = 0
         self.objected(what, sent_at)
         if retry_after is not None:
-            after = time.monotonic() + retry_after + self.pauses.first * random.random()
+            after = time.monotonic() + retry_after + self.backoff.first * random.random()
             self.paused_until, self.pause_reason = max(self.paused_until, after), what
 
     def failed(self, what: str, sent_at: float) -> None:
@@ -113,8 +113,8 @@ class ServerSlots:
         self.failures_in_a_row += 1
         self._failed_at = now
         if self.failures_in_a_row > 1:
-            longest = max(self.pauses.first, SHARE_OF_ABSENCE * (now - self._answered_at))
-            pause = min(longest, self.pauses.after(self.failures_in_a_row - 1))
+            longest = max(self.backoff.first, SHARE_OF_ABSENCE * (now - self._answered_at))
+            pause = min(longest, self.backoff.after(self.failures_in_a_row - 1))
             self.paused_until, self.pause_reason = max(self.paused_until, now + pause), what
 
     def is_open(self, now: float) -> bool:

@@ -15,7 +15,7 @@ _SHORT = 64
 _LAST_OF_MARKS = (">", "]", "|", "▷", "`")
 
 
-def says_nothing(answer: Answer) -> bool:
+def is_empty_answer(answer: Answer) -> bool:
     """Return True where an answer is empty, or is empty once it is read: reasoning that has ended, control tokens.
 
     Only a text that is short or ends in a mark can be empty once it is read, so no other is read here.
@@ -27,10 +27,10 @@ def says_nothing(answer: Answer) -> bool:
     return read.empty and not said.unfinished
 
 
-def is_answered(journal: Journal, model: str, request: Request) -> bool:
+def has_nonempty_answer(journal: Journal, model: str, request: Request) -> bool:
     """Return whether the journal holds an answer with text: to this request, or after empty ones to a next sample."""
     while answer := journal.find(request.key(model), request.decoding.max_tokens, accept_empty=True):
-        if not says_nothing(answer):
+        if not is_empty_answer(answer):
             return True
         request = replace(request, sample=request.sample + 1)
     return False

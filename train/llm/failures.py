@@ -8,6 +8,8 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 
+from train.llm.journal import Answer
+
 NO_ANSWER = "no answer from the model"
 """The reason that reports give of what is left out by a `RequestFailed`."""
 KINDS = 200
@@ -16,6 +18,29 @@ LONGEST_SHOWN = 200
 SHOWN_IN_REPORT = 10
 _OTHERS = "other words"
 _WITH_DIGITS = re.compile(r"\S*\d\S*")
+
+
+class RequestFailed(Exception):  # noqa: N818
+    """This request gets no answer, whatever is done; others do. The message says what the server said.
+
+    `advice`: the setting that the server's error is about, as a sentence.
+    """
+
+    def __init__(self, what: str, advice: str | None = None, *, about_content: bool = False) -> None:
+        super().__init__(what)
+        self.advice = advice or ""
+        self.about_content = about_content
+
+
+class EmptyAnswerError(RequestFailed):
+    """The model says nothing to this request, try after try. `answer`: the last of the empty ones.
+
+    One that holds nothing but reasoning that has ended, or control tokens, is empty too.
+    """
+
+    def __init__(self, words: str, answer: Answer) -> None:
+        super().__init__(words)
+        self.answer = answer
 
 
 class FailureReasons:
@@ -50,7 +75,7 @@ class FailureReasons:
         return lines
 
 
-def for_report(counts: Mapping[str, int]) -> dict[str, int]:
+def to_table_cells(counts: Mapping[str, int]) -> dict[str, int]:
     """The most frequent of `FailureReasons.counts`, as cells of a table that take them for nothing but text."""
     return {f"`{words.replace('`', chr(39))}`": count for words, count in list(counts.items())[:SHOWN_IN_REPORT]}
 

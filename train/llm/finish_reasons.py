@@ -66,7 +66,7 @@ _ENDINGS[_plain(BELOW_LIMIT)] = "complete"
 
 
 @functools.lru_cache(maxsize=1024)
-def ending_of(finish_reason: str) -> Ending:
+def classify_finish_reason(finish_reason: str) -> Ending:
     """Return the class of a finish reason; unstated for an empty one."""
     if not (plain := _plain(finish_reason)):
         return "unstated"
@@ -81,9 +81,9 @@ def ending_of(finish_reason: str) -> Ending:
     return _ENDINGS.get(_plain(last)) or _ENDINGS.get(plain.removeprefix("finishreason")) or "unknown"
 
 
-def unfinished(finish_reason: str) -> str:
+def describe_unfinished(finish_reason: str) -> str:
     """Return the words of the reports for an answer that is not complete; nothing for one that is."""
-    match ending_of(finish_reason):
+    match classify_finish_reason(finish_reason):
         case "complete":
             return ""
         case "cut":

@@ -22,7 +22,7 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from train.errors import UserError
-from train.llm.finish_reasons import BELOW_LIMIT, INFERRED, Ending, ending_of, unfinished
+from train.llm.finish_reasons import BELOW_LIMIT, INFERRED, Ending, classify_finish_reason, describe_unfinished
 from train.llm.journal_errors import READING, WRONG_TYPE, are_of_the_columns, explained, warn_of_empty
 
 LAYOUT = 1
@@ -59,7 +59,7 @@ class Decoding:
     limit_name: str | None = "max_tokens"
 
     @classmethod
-    def of_settings(
+    def from_settings(
         cls,
         max_tokens: int,
         temperature: float | None = None,
@@ -133,7 +133,7 @@ class Answer:
     @property
     def ending(self) -> Ending:
         """The class of its finish reason."""
-        return ending_of(self.finish_reason)
+        return classify_finish_reason(self.finish_reason)
 
     @property
     def detail(self) -> str:
@@ -167,7 +167,7 @@ class Answer:
         if self.refused:
             return "refused"
         if self.ending != "complete":
-            return unfinished(self.finish_reason)
+            return describe_unfinished(self.finish_reason)
         if self.only_reasoning:
             return "without an end to its reasoning"
         if not self.blank:
@@ -265,7 +265,7 @@ class Journal:
         )
         return self._first(query, (stage, model, BELOW_LIMIT)) is not None
 
-    def gives_reasons(self, model: str, servers: int) -> bool:
+    def has_finish_reasons(self, model: str, servers: int) -> bool:
         """Return whether answers of `model` came with a finish_reason of the server's own.
 
         Where several servers answered and some of the answers had none, one of the servers may never give any.

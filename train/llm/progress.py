@@ -46,11 +46,11 @@ class RequestProgress:
         seconds = now - then
         of = f" of {self.total:,} rows ({rows / self.total:.0%})" if self.total else " rows"
         parts = [f"{rows:,}{of}", f"{(tokens - tokens_then) / seconds if seconds else 0:,.0f} tokens/s"]
-        parts.append(f"{counts.failed:,} failed, {counts.tries_failed:,} tries repeated")
+        parts.append(f"{counts.failed:,} failed, {counts.retries:,} tries repeated")
         parts.append(f"{self.client.in_flight:,} in flight")
         if self.total and rows > rows_then:
             parts.append(f"{duration(seconds / (rows - rows_then) * (self.total - rows))} left")
-        return "; ".join([", ".join(parts), *self.client.troubles()])
+        return "; ".join([", ".join(parts), *self.client.server_messages()])
 
 
 @asynccontextmanager
@@ -75,7 +75,7 @@ async def progress(description: str, total: int | None, client: Client) -> Async
         while True:
             await asyncio.sleep(0.5)
             pace.look()
-            is_news, waited_for = not client.waits_for() <= waited_for, client.waits_for()
+            is_news, waited_for = not client.blocking_servers() <= waited_for, client.blocking_servers()
             if bar and task is not None:
                 bar.update(task, completed=pace.done, line=pace.line(), refresh=True)
             elif is_news or time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:

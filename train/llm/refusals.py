@@ -13,7 +13,7 @@ from train.llm.server_errors import is_about_length
 
 _NO_SAMPLING_PARAMETERS = ("model", "messages", "max_tokens", "max_completion_tokens", "stream", "stream_options")
 
-NameSetting = Callable[[str, str, str], str]
+SettingFormatter = Callable[[str, str, str], str]
 """The words by which a command's user gives a setting a value: of stage, request field (or system_role) and value."""
 
 _LONGEST = 4_000
@@ -52,7 +52,7 @@ _REFUSES = re.compile(
 )
 
 
-def said_in(error: Any, text: str) -> str:
+def extract_error_text(error: Any, text: str) -> str:
     """Return all that an error response says, without what it repeats of the request; `text`: its body as it came."""
     return " ".join(_strings(error) if isinstance(error, Mapping | list) and error else [text])[:_LONGEST]
 
@@ -106,36 +106,38 @@ def refused_fields(error: Any, said: str, body: Mapping[str, Any]) -> list[str]:
     return [name for name in fields if names_field(said, name)]
 
 
-def advice_on(error: Any, said: str, body: Mapping[str, Any], stage: str, name_setting: NameSetting) -> str:
+def suggest_setting(
+    error: Any, said: str, body: Mapping[str, Any], stage: str, format_setting: SettingFormatter
+) -> str:
     """Return the setting to change after a refusal, as a sentence; nothing where it is about no setting.
 
     Args:
         error: the error object of the response.
-        said: `said_in` of it.
+        said: `extract_error_text` of it.
         body: the request's body.
         stage: the request's stage.
         name_setting: the command's words for a setting.
     """
     if refuses_system_role(said, body["messages"]):
-        return f"If the model has no system role, say {name_setting(stage, 'system_role', 'merge_into_user')}."
+        return f"If the model has no system role, say {format_setting(stage, 'system_role', 'merge_into_user')}."
     if "enable_thinking" in said and wants_stream(said):
-        return f"Turn its thinking off: {name_setting(stage, 'enable_thinking', 'false')}."
+        return f"Turn its thinking off: {format_setting(stage, 'enable_thinking', 'false')}."
     if "max_tokens" in body and wants_completion_tokens(said):
-        setting = name_setting(stage, "max_completion_tokens", str(body["max_tokens"]))
+        setting = format_setting(stage, "max_completion_tokens", str(body["max_tokens"]))
         return f"Send the token limit by the other name: {setting}."
     if "max_completion_tokens" in body and _MAX_COMPLETION_TOKENS.search(said):
-        return f"Send the token limit as max_tokens, or none: {name_setting(stage, 'max_tokens', 'null')}."
+        return f"Send the token limit as max_tokens, or none: {format_setting(stage, 'max_tokens', 'null')}."
     if "stream" in body and wants_stream(said):
         return "It was asked for a stream, and refuses that too: this model can't be asked here."
     fields = refused_fields(error, said, body)
-    settings = [name_setting(stage, name, "null") for name in fields]
+    settings = [format_setting(stage, name, "null") for name in fields]
     if len(settings) > 1:
         either = re.search(r"\bboth\b|only one|either|together", said)
         return f"Leave one of them out: {' or '.join(settings)}." if either else f"Leave out {', '.join(settings)}."
     return f"Leave it out: {settings[0]}." if settings else ""
 
 
-def config_setting(stage: str, field: str, value: str) -> str:
+def format_config_key(stage: str, field: str, value: str) -> str:
     """Name a setting as a key of a configuration file."""
     if field == "system_role":
         return f"`system_role: {value}`"
@@ -143,12 +145,12 @@ def config_setting(stage: str, field: str, value: str) -> str:
     return f"`{stage}.{field}: {value}`" if own else f"`{stage}.extra: {{{field}: {value}}}`"
 
 
-def option_setting(own: Collection[str], prefix: str = "") -> NameSetting:
+def option_formatter(own: Collection[str], prefix: str = "") -> SettingFormatter:
     """Name settings as options that begin with `prefix`; `own`: the request fields that have an option of their own."""
 
-    def name_setting(stage: str, field: str, value: str) -> str:
+    def format_setting(stage: str, field: str, value: str) -> str:
         if field in own or field == "system_role":
             return f"--{prefix}{field.replace('_', '-')} {value}"
         return f"--{prefix}extra '{json.dumps({field: json.loads(value)})}'"
 
-    return name_setting
+    return format_setting

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from train.llm.finish_reasons import Ending, ending_of
+from train.llm.finish_reasons import Ending, classify_finish_reason
 from train.llm.journal import Answer
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "reasoning_details", "thinking", "thinking_blocks")
@@ -19,7 +19,7 @@ class UnusableReplyError(ValueError):
     """A chat completion that holds no answer; the message says why, in words for the user."""
 
 
-def answer_in(body: Any, seconds: float) -> Answer:
+def parse_completion(body: Any, seconds: float) -> Answer:
     """Return the answer in a chat completion: that of its first choice.
 
     Content in parts (Magistral, Anthropic, Bedrock) is the text parts joined; parts of reasoning are no text, and other
@@ -58,11 +58,11 @@ def answer_in(body: Any, seconds: float) -> Answer:
         reason = reason.get("type")
     finish_reason = str(reason or "")
     native = _native_reason(choice)
-    if ending_of(native) in _NATIVE_COUNTS.get(ending_of(finish_reason), ()):
-        finish_reason, failure = native, failure if ending_of(native) == "fault" else None
-    if failure or ending_of(finish_reason) == "fault":
+    if classify_finish_reason(native) in _NATIVE_COUNTS.get(classify_finish_reason(finish_reason), ()):
+        finish_reason, failure = native, failure if classify_finish_reason(native) == "fault" else None
+    if failure or classify_finish_reason(finish_reason) == "fault":
         raise UnusableReplyError(_words_of_fault(finish_reason, failure))
-    elif has_tool_calls and ending_of(finish_reason) in ("complete", "unstated"):
+    elif has_tool_calls and classify_finish_reason(finish_reason) in ("complete", "unstated"):
         finish_reason = "tool_calls"  # some say "stop" all the same
     return Answer(
         text=_without_surrogates(text),
@@ -132,7 +132,7 @@ def _member(part: Any, name: str) -> Any:
     return part.get(name) if isinstance(part, Mapping) else part
 
 
-def why_empty(answer: Answer) -> str:
+def describe_empty(answer: Answer) -> str:
     """Return the reason why an answer holds no text, in words for the user."""
     if answer.reasoning_in:
         return (

@@ -20,7 +20,7 @@ class RequestForm:
     stream_usage: bool = True
 
     def adapt(self, said: str, body: dict[str, Any]) -> bool:
-        """Change to the form that an error asks for (see `refusals.said_in`); False: the form is not its reason.
+        """Change to the form that an error asks for (see `refusals.extract_error_text`); False: the form is not its reason.
 
         Requests of the old form may still be in flight when the form changes: they are sent again, too.
         """

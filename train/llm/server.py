@@ -11,9 +11,9 @@ import openai
 
 from train.errors import UserError
 from train.formatting import duration
-from train.llm.concurrency import Pauses, ServerSlots
+from train.llm.concurrency import Backoff, ServerSlots
 from train.llm.connection.address import parse_address, shown_location
-from train.llm.connection.api_keys import find_key
+from train.llm.connection.api_keys import load_api_key
 from train.llm.connection.diagnosis import explain, is_unreachable, only_model
 from train.llm.connection.errors import (
     connection_trouble,
@@ -24,22 +24,22 @@ from train.llm.connection.errors import (
     tls_wanted,
 )
 from train.llm.connection.redaction import Redactor
-from train.llm.connection.stream import BrokenStreamError, completion_in, is_stream
+from train.llm.connection.stream import BrokenStreamError, is_stream, read_stream
 from train.llm.connection.transport import Connections
 from train.llm.finish_reasons import BELOW_LIMIT
 from train.llm.journal import Answer, Request
-from train.llm.refusals import NameSetting, advice_on, config_setting, said_in
-from train.llm.replies import UnusableReplyError, answer_in
+from train.llm.refusals import SettingFormatter, extract_error_text, format_config_key, suggest_setting
+from train.llm.replies import UnusableReplyError, parse_completion
 from train.llm.request_body import RequestForm, request_body
 from train.llm.server_errors import (
     DENIED,
     LONGEST_WAIT,
     ErrorBody,
     ServerError,
-    error_in,
-    error_of,
+    classify_error,
     is_about_shared_context,
-    trouble_of,
+    parse_error,
+    parse_error_body,
 )
 
 OPENAI_HOST = "api.openai.com"
@@ -75,21 +75,21 @@ class Server:
 
 
 class ServerConnection(ServerSlots):
-    """A server with its connections. `name_setting`: the command's words for a setting that an error is about."""
+    """A server with its connections. `format_setting`: the command's words for a setting that an error is about."""
 
     def __init__(
         self,
         server: Server,
-        pauses: Pauses,
+        backoff: Backoff,
         patience: float,
         longest_wait: float = LONGEST_WAIT,
-        name_setting: NameSetting = config_setting,
+        format_setting: SettingFormatter = format_config_key,
     ) -> None:
         self.address = parse_address(server.base_url)
         name, host = self.address.shown, self.address.host
         if server.concurrency < 1:
             raise UserError(f"concurrency {server.concurrency} of {name} must be at least 1.")
-        super().__init__(name, server.concurrency, pauses)
+        super().__init__(name, server.concurrency, backoff)
         self.patience, self.longest_wait = patience, longest_wait
         self.has_answered = False
         self.gives_finish_reasons = False
@@ -108,10 +108,10 @@ class ServerConnection(ServerSlots):
         self.is_away = self.was_asked = False
         """True where the last request did not reach it; true once any was sent."""
         variable = server.key_variable or ("OPENAI_API_KEY" if host == OPENAI_HOST else None)
-        self.key = find_key(name, variable) if variable else None
+        self.key = load_api_key(name, variable) if variable else None
         self.redactor = Redactor(self.secrets)
         self._form = RequestForm(stream=server.stream)
-        self._name_setting = name_setting
+        self._name_setting = format_setting
         self._in_flight: set[asyncio.Timeout] = set()
         self._shared_at = 0.0
         """When a request was last sent while others were in flight."""
@@ -190,32 +190,32 @@ class ServerConnection(ServerSlots):
         if response.status_code == 200 and (not isinstance(whole, dict) or whole.get("choices")):
             return trouble  # no error, but an answer that can't be read
         error = whole.get("error") or whole if isinstance(whole, dict) else whole
-        said = said_in(error, response.text)
+        said = extract_error_text(error, response.text)
         if self._form.adapt(said, body):
             return ServerError("again", "")
-        return replace(trouble, advice=advice_on(error, said, body, stage, self._name_setting))
+        return replace(trouble, advice=suggest_setting(error, said, body, stage, self._name_setting))
 
     async def _read(self, response: httpx2.Response, seconds: float, max_tokens: int) -> Answer | ServerError:
         """Return the answer in a response of status 200, or the error in it, which some gateways send so."""
         body: Any
         try:
             # Some servers stream although they weren't asked to, and some don't although they were.
-            body = await completion_in(response, self.api) if is_stream(response) else _json(response)
+            body = await read_stream(response, self.api) if is_stream(response) else _json(response)
         except BrokenStreamError:
             return ServerError("broken", "the stream ended before the answer did", status=200)
         except ValueError:
             body = None
         # An error may stand beside choices, which are empty then.
-        error = error_in(body, response.text) if isinstance(body, dict) and body.get("error") else None
+        error = parse_error(body, response.text) if isinstance(body, dict) and body.get("error") else None
         if error is None:
             try:
-                answer = answer_in(body, seconds)
+                answer = parse_completion(body, seconds)
             except UnusableReplyError as broken:
-                error = error_in(body["choices"][0], response.text)  # of the server that a gateway asked
+                error = parse_error(body["choices"][0], response.text)  # of the server that a gateway asked
                 if error is None or error.status not in (*DENIED, 402, 429, 503, 529):
                     return ServerError("broken", self.clean(str(broken)), status=200)
             except ValueError:
-                error = error_in(body, response.text)
+                error = parse_error(body, response.text)
             else:
                 if self.redactor.holds_secret(answer.text, answer.refusal, answer.finish_reason):
                     return ServerError("row", "the answer repeats the server's key, and is kept nowhere")
@@ -251,7 +251,7 @@ class ServerConnection(ServerSlots):
             return self._redirect(response)
         if status == 400 and not isinstance(error.body, dict) and await self._wants_tls():
             return tls_wanted(self.address)
-        return self._trouble(status, response, error_of(_json(response), response.text))
+        return self._trouble(status, response, parse_error_body(_json(response), response.text))
 
     def _trouble(self, status: int, response: httpx2.Response, error: ErrorBody) -> ServerError:
         """Return the meaning of an error, in a response with the status of one or of a 200."""
@@ -262,7 +262,7 @@ class ServerConnection(ServerSlots):
         proxy = self.address.proxy
         if proxy and response.status_code in (403, 502, 503, 504):  # it may be the proxy that says so
             what = f"{what.rstrip('.')} (through {proxy})"
-        trouble = trouble_of(status, what, error, response.headers, longest_wait=self.longest_wait)
+        trouble = classify_error(status, what, error, response.headers, longest_wait=self.longest_wait)
         # What https answers comes from the server itself. Model servers write JSON, and proxies web pages.
         if proxy and status == 403 and self.address.is_plain and not isinstance(_json(response), dict):
             return replace(trouble, advice=f"The proxy may be what refuses: {proxy.advice}.")

@@ -42,7 +42,7 @@ class ServerError:
     about_content: bool = False
     """Of a row: the server's words are about what the request holds: its length, or what a filter found in it."""
     advice: str | None = None
-    """The remedy, where the connection or the server's own words tell it: see `refusals.advice_on`."""
+    """The remedy, where the connection or the server's own words tell it: see `refusals.format_advice`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class ErrorBody:
         return self.status or next((status for words, status in _STATUS_OF_WORDS if words.search(self.says)), 200)
 
 
-def error_in(body: Any, text: str) -> ErrorBody | None:
+def parse_error(body: Any, text: str) -> ErrorBody | None:
     """Return the error in the body of a response, parsed and as it was sent; None where there is none.
 
     Knows OpenAI's form, vLLM's, OpenRouter's, Anthropic's, Gemini's (in a list), FastAPI's, MiniMax's, and `error` as
@@ -91,12 +91,12 @@ def error_in(body: Any, text: str) -> ErrorBody | None:
     return ErrorBody(status, code, words or code) if status or words or (code and body.get("error")) else None
 
 
-def error_of(body: Any, text: str) -> ErrorBody:
+def parse_error_body(body: Any, text: str) -> ErrorBody:
     """Return the error in the body of a response with an error status; the whole body where it has no known form."""
-    return error_in(body, text) or ErrorBody(None, "", _dumped(body) if body else _text_of(text))
+    return parse_error(body, text) or ErrorBody(None, "", _dumped(body) if body else _text_of(text))
 
 
-def trouble_of(
+def classify_error(
     status: int, what: str, error: ErrorBody, headers: Mapping[str, str], *, longest_wait: float
 ) -> ServerError:
     """Return the meaning of an error.

@@ -9,8 +9,8 @@ import torch
 from trl import SFTConfig
 
 from train.errors import UserError
-from train.loop.metrics_log import integrations
-from train.ranks import deepspeed_fault
+from train.loop.tracking import integrations
+from train.ranks import deepspeed_launch_error
 from train.recipe import Recipe
 
 
@@ -50,7 +50,7 @@ def training_arguments(recipe: Recipe, stop_tokens: Sequence[str] = ()) -> SFTCo
         raise UserError(
             "training.activation_offloading: it moves activations to the CPU, where they are already. Write false."
         )
-    if fault := deepspeed_fault(settings.get("deepspeed"), os.environ):
+    if fault := deepspeed_launch_error(settings.get("deepspeed"), os.environ):
         raise UserError(fault)
     with as_user_error("training"):
         arguments = SFTConfig(**settings)

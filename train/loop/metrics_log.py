@@ -1,70 +1,19 @@
-"""Where the figures of a run go: a line and a JSON object a logging step; wandb and TensorBoard if the recipe asks."""
+"""Step log of a run: a printed line and a JSON object in metrics.jsonl for each logging step."""
 
-import importlib.util
 import json
 import math
-import os
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from train.errors import UserError
 from train.formatting import duration
-from train.progress import Job, job
+from train.progress import ProgressBar, progress_bar
 from train.ranks import is_first_rank
-from train.recipe import Recipe, TrackingSection
-from train.storage.atomic_write import replacing, write_text
+from train.storage.atomic_write import atomic_write, write_text
 from train.storage.jsonl import read_metrics
-
-
-def integrations(tracking: TrackingSection) -> list[str]:
-    """Names under which transformers knows the trackers. Raises UserError for one whose package is missing."""
-    wanted = [name for name in ("wandb", "tensorboard") if getattr(tracking, name)]
-    for name in wanted:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(
-                f"tracking.{name}: the package {name} is not installed. Install it with `pip install {name}`, or take "
-                "the key out."
-            )
-    return wanted
-
-
-@contextmanager
-def tracked(recipe: Recipe, wandb_run: str | None = None) -> Iterator[None]:
-    """Open the wandb run of the recipe on the first rank and close it on every path; name TensorBoard's folder.
-
-    `wandb_run`: the id of the run that this one goes on from.
-
-    Raises UserError where wandb can't be reached with the key that the environment holds.
-    """
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(recipe.output_dir) / "tensorboard")
-    settings = recipe.tracking.wandb
-    if settings is None or not is_first_rank():
-        yield
-        return
-    import wandb
-
-    folder = Path(recipe.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        run = wandb.init(
-            **settings.model_dump(exclude_none=True),
-            dir=str(folder),
-            config=recipe.model_dump(mode="json"),
-            id=wandb_run,
-            resume="allow" if wandb_run else None,
-        )
-    except wandb.errors.Error as fault:
-        raise UserError(
-            f"tracking.wandb: {' '.join(str(fault).split())} Set WANDB_API_KEY in the environment, or write "
-            "`tracking.wandb.mode: offline`."
-        ) from fault
-    with run:
-        yield
 
 
 class StepLog(TrainerCallback):
@@ -73,8 +22,8 @@ class StepLog(TrainerCallback):
     def __init__(self, output_dir: str) -> None:
         self.path = Path(output_dir) / "metrics.jsonl"
         self._open = ExitStack()
-        self._job: Job | None = None
-        self._evaluation: Job | None = None
+        self._job: ProgressBar | None = None
+        self._evaluation: ProgressBar | None = None
         self._started = 0.0
         self._first_step = 0
         self._unwritten = ""
@@ -95,10 +44,10 @@ class StepLog(TrainerCallback):
                 if metrics["step"] <= state.global_step and "loaded_step" not in metrics
             ]
             kept = _with_lost_lines(kept, state.log_history)
-        with replacing(self.path) as [unfinished]:  # a full disk must not cost the lines that were there
+        with atomic_write(self.path) as [unfinished]:  # a full disk must not cost the lines that were there
             write_text(unfinished, "".join(json.dumps(metrics) + "\n" for metrics in kept))
         self._job = self._open.enter_context(
-            job("training", total=state.max_steps, unit="steps", done=state.global_step)
+            progress_bar("training", total=state.max_steps, unit="steps", done=state.global_step)
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -168,7 +117,7 @@ class StepLog(TrainerCallback):
             self._evaluation = self._job.part("evaluating", len(kwargs["eval_dataloader"]), "batches")
         self._evaluation.advance()
 
-    def part(self, description: str, total: int, unit: str) -> Job | None:
+    def part(self, description: str, total: int, unit: str) -> ProgressBar | None:
         """The progress of a part of the evaluation, below that of training; None where this process shows none."""
         return self._job.part(description, total, unit) if self._job else None
 

@@ -1,14 +1,33 @@
 """TODO: train.loop.output_dir."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TextIO
 
 from train.errors import UserError
 from train.ranks import is_first_rank
 from train.recipe import Recipe
-from train.storage.file_lock import HeldError, hold
+from train.storage.file_lock import LockHeldError, acquire_lock
+from train.system_gain.evaluator import FILE as GAIN_FILE
 
+LOCK = ".lock"
+OUTCOME = "outcome.json"
+"""How the last run there ended. Exit codes don't survive `accelerate launch`."""
+ATTEMPTS = "attempts.jsonl"
+"""A line as an attempt of the run begins, and one as it ends. One that was killed has no second line."""
+ASIDE = "unfinished"
+"""Folder of a checkpoint until it is complete."""
+SUSPECTS = "suspects.jsonl"
+"""A JSON object for each step that a guard reported."""
+CARD = "README.md"
+CARD_MARK = "fine-tuned with janus-sft by this recipe:"
+"""Text of every model card that a run writes, and of no other README.md."""
+_OF_THE_RUN = (
+    *(LOCK, ATTEMPTS, OUTCOME, SUSPECTS, GAIN_FILE),
+    *("metrics.jsonl", "report.md", "loss.png", "system_gain.png"),
+)
+"""Files that a run writes into output_dir beside the model; recipe.yaml, the first, is tried by others."""
 _MODELS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -33,6 +52,29 @@ def output_dir_conflicts(recipe: Recipe) -> Iterator[str]:
         yield "save.mirror_dir: that is output_dir: copies go to a second disk. Name another folder, or null."
 
 
+def is_card_of_others(path: Path) -> bool:
+    """Return whether there is a README.md that is not a model card of a run."""
+    return path.is_file() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace")
+
+
+def unwritable_files(recipe: Recipe, names: Collection[str]) -> Iterator[str]:
+    """Yield an error for each file of a run in output_dir that can't be written.
+
+    `names`: the files of the finished model; those that every run writes are added.
+    """
+    for name in sorted({*names, *_OF_THE_RUN}):
+        path = Path(recipe.output_dir, name)
+        if path.is_dir():
+            yield f"output_dir: {path} is a folder, and the run writes a file there. Move it, or name another folder."
+        elif name == CARD and os.access(path, os.R_OK) and is_card_of_others(path):
+            continue  # it stays
+        elif path.exists() and not os.access(path, os.W_OK):
+            yield f"output_dir: {path} can't be written. Change its permissions, or name another folder."
+    aside = Path(recipe.output_dir, ASIDE)
+    if aside.exists() and not aside.is_dir():
+        yield f"output_dir: {aside} is a file, and the run makes a folder there. Move it, or name another folder."
+
+
 def claim_output_dir(recipe: Recipe) -> Path:
     """The folder of the run, made if need be, with the resolved recipe in it.
 
@@ -50,9 +92,6 @@ def claim_output_dir(recipe: Recipe) -> Path:
     return folder
 
 
-LOCK = ".lock"
-
-
 def lock_output_dir(output_dir: str) -> TextIO | None:
     """Lock the folder of a run, which is made if need be, for as long as what this returns stays open.
 
@@ -62,8 +101,8 @@ def lock_output_dir(output_dir: str) -> TextIO | None:
         return None
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        return hold(Path(output_dir, LOCK))
-    except HeldError as holder:
+        return acquire_lock(Path(output_dir, LOCK))
+    except LockHeldError as holder:
         raise UserError(
             f"output_dir: another run is writing to {output_dir} ({holder}). Wait for its end, stop it, or name "
             "another folder."

@@ -6,7 +6,6 @@ step and inside evaluation (a flag that evaluation never looks at is lost for as
 """
 
 import os
-import re
 import signal
 import time
 from collections.abc import Iterator
@@ -20,8 +19,9 @@ from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from train.errors import UserError
+from train.loop.time_limit import seconds_of, time_conflicts
 from train.ranks import is_first_rank
-from train.recipe import TIME, SaveSection
+from train.recipe import SaveSection
 
 STOP = "stop"
 """A file of this name in output_dir, or `stop-<SLURM_JOB_ID>`, asks the run to save and stop."""
@@ -156,20 +156,3 @@ class Preemption:
             print(f"stopping: {self.reason}", flush=True)
             for path in self._files:
                 path.unlink(missing_ok=True)
-
-
-def seconds_of(time_limit: str) -> int:
-    """Seconds of `90:00`, `11:30:00` or `2-00:00:00`, as Slurm writes times."""
-    found = re.match(TIME, time_limit)
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0, 0)
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
-def time_conflicts(settings: SaveSection) -> Iterator[str]:
-    """What is wrong with the times of a recipe, in words."""
-    limit = settings.time_limit
-    if limit is not None and seconds_of(limit) <= settings.seconds_before_end:
-        yield (
-            f"save.time_limit: {limit} is no more than save.seconds_before_end ({settings.seconds_before_end}), so the "
-            "run would stop after its first step. Write a longer limit, or fewer seconds."
-        )

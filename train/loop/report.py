@@ -9,11 +9,12 @@ import yaml
 
 from train.formatting import duration, shorten
 from train.loop.checkpoint.manifest import COMPLETE, folders
+from train.loop.output_dir import CARD_MARK, is_card_of_others
 from train.loop.run_outcome import restarts
 from train.ranks import is_first_rank
 from train.recipe import Recipe
-from train.reporting.markdown import load_pyplot
-from train.resampling import FEWEST
+from train.reporting.plots import load_pyplot
+from train.resampling import MIN_GROUPS
 from train.storage.atomic_write import write_text
 from train.storage.jsonl import read_metrics
 from train.system_gain.evaluator import FILE as GAIN_FILE
@@ -22,21 +23,12 @@ _FEW_POINTS = 30
 """A line through fewer of them has a mark at each."""
 
 
-_MADE_BY = "fine-tuned with janus-sft by this recipe:"
-"""Text of every model card that a run writes, and of no other README.md."""
-
-
 def write_model_card(recipe: Recipe, path: Path) -> None:
     """Write the model card, unless a README.md is there that no run wrote: a line then says so."""
     if is_card_of_others(path):
         print(f"{path} was not written by janus-sft and stays as it is: the model card is left out", flush=True)
         return
     path.write_text(model_card(recipe), encoding="utf-8")
-
-
-def is_card_of_others(path: Path) -> bool:
-    """Return whether there is a README.md that is not a model card of a run."""
-    return path.is_file() and _MADE_BY not in path.read_text(encoding="utf-8", errors="replace")
 
 
 def model_card(recipe: Recipe) -> str:
@@ -49,7 +41,7 @@ def model_card(recipe: Recipe) -> str:
     }
     return (
         f"---\n{yaml.safe_dump(metadata)}---\n\n# {Path(recipe.output_dir).name}\n\n"
-        f"`{base}`, {_MADE_BY}\n\n```yaml\n{recipe.to_yaml()}```\n"
+        f"`{base}`, {CARD_MARK}\n\n```yaml\n{recipe.to_yaml()}```\n"
     )
 
 
@@ -142,7 +134,7 @@ def _write_report(output_dir: Path, screen: str, seconds: float) -> None:
         first, last = min(gains), loaded[-1] if loaded and loaded[-1] in gains else max(gains)
         name = "system gain in nats per token" + (f", after step {first} and {last}" if first != last else "")
         if "eval_system_gain_low" not in gains[last] and isinstance(gains[last]["eval_system_gain"], float):
-            name += f" (of fewer than {FEWEST} instructions: no interval)"
+            name += f" (of fewer than {MIN_GROUPS} instructions: no interval)"
         shown = [_with_interval(gains[step], "eval_system_gain") for step in dict.fromkeys((first, last))]
         rows.append((name, " -> ".join(shown)))
         picture = _picture(draw_gain, list(gains.values()), output_dir / "system_gain.png")

@@ -13,10 +13,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train.errors import UserError
-from train.formatting import counted, wrap
+from train.formatting import format_count, wrap
 from train.loop.checkpoint.manifest import COMPLETE, folders
 from train.loop.checkpoint.resume import RESUMABLE_CHANGES, changed_keys, run_fingerprint, value_of
 from train.loop.checkpoint.run_inputs import (
@@ -27,16 +27,17 @@ from train.loop.checkpoint.run_inputs import (
     files_beside_weights,
     sampled,
 )
-from train.loop.preemption import Preemption
+from train.loop.output_dir import ATTEMPTS, OUTCOME
 from train.ranks import is_first_rank
 from train.recipe import Recipe
 from train.recipe.conflicts import chosen_by_gain
 from train.recipe.lr_schedules import FOLLOWS_EVALUATION
 from train.recipe.schedule import sequences_per_step as sequences
-from train.storage.atomic_write import replacing, write_text
+from train.storage.atomic_write import atomic_write, write_text
 
-OUTCOME = "outcome.json"
-"""In output_dir: how the last run there ended. Exit codes don't survive `accelerate launch`."""
+if TYPE_CHECKING:  # imports torch and the Trainer, which `--check` does without
+    from train.loop.preemption import Preemption
+
 _WEIGHTS = "*.safetensors"
 _OUTSIDE = ("training.push_to_hub", "training.hub_")
 """Settings that change no weight, but what is done with them at the end."""
@@ -64,7 +65,7 @@ class FinishedRun:
     def summary(self) -> str:
         """Return when it was finished, after how many steps, and what its model lacks."""
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.time))
-        done = f"already finished ({counted(self.step, 'step')}, {when})"
+        done = f"already finished ({format_count(self.step, 'step')}, {when})"
         if not self.missing:
             return done
         are, them = ("are", "them") if len(self.missing) > 1 else ("is", "it")
@@ -171,14 +172,10 @@ def _missing_files(folder: Path, written: Iterable[str], *, adapter: bool) -> li
     return sorted(name for name in names if not (folder / name).is_file() or not (folder / name).stat().st_size)
 
 
-ATTEMPTS = "attempts.jsonl"
-"""In output_dir: a line as an attempt of the run begins, and one as it ends. One that was killed has no second line."""
-
-
 @contextmanager
 def record_run_outcome(
     output_dir: str,
-    preemption: Preemption,
+    preemption: "Preemption",
     for_a_person: Collection[int] = (),
     fingerprint: Mapping[str, Any] | None = None,
 ) -> Iterator[None]:
@@ -242,7 +239,7 @@ def _write(output_dir: str, outcome: str, step: int, reason: str | None, more: M
     said: dict[str, Any] = {
         "outcome": outcome, "step": step, "reason": reason, "job": os.environ.get("SLURM_JOB_ID"), "time": time.time(),
     }  # fmt: skip
-    with suppress(OSError), replacing(Path(output_dir) / OUTCOME) as [unfinished]:
+    with suppress(OSError), atomic_write(Path(output_dir) / OUTCOME) as [unfinished]:
         write_text(unfinished, json.dumps({**said, **(more or {})}) + "\n")  # on a full disk the fault itself matters
     _note(output_dir, said)
 

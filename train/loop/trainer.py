@@ -93,7 +93,7 @@ class JanusTrainer(SFTTrainer):
         what its checkpoints say of the run.
         Raises UserError for settings that TRL or peft refuses, or that leave nothing to train.
         """
-        rows, batch = len(data.train.rows), arguments.train_batch_size * arguments.world_size
+        rows, batch = len(data.train.dataset), arguments.train_batch_size * arguments.world_size
         if arguments.dataloader_drop_last and rows < batch:
             raise UserError(
                 f"training.dataloader_drop_last: the {rows:,} sequences are fewer than the {batch:,} of one batch on "
@@ -108,16 +108,16 @@ class JanusTrainer(SFTTrainer):
             super().__init__(
                 model=model,
                 args=arguments,
-                train_dataset=_sample(data.train.rows),
-                eval_dataset=_sample(data.validation.rows) if data.validation else None,
+                train_dataset=_sample(data.train.dataset),
+                eval_dataset=_sample(data.validation.dataset) if data.validation else None,
                 processing_class=tokenizer,
                 peft_config=lora_config(recipe.adapter, model, idle),
                 callbacks=callbacks,
             )
-        self.train_dataset = data.train.rows
+        self.train_dataset = data.train.dataset
         # Losses that TRL works out are transformers' means of batches: one without labels would be none of a number.
         at_once = 1 if self._needs_more_than_the_head() else arguments.eval_batch_size * arguments.world_size
-        self.eval_dataset = PaddedDataset(data.validation.rows, at_once) if data.validation else None
+        self.eval_dataset = PaddedDataset(data.validation.dataset, at_once) if data.validation else None
         self.data_collator = CountingCollator(self.data_collator)
         self.remove_callback(PrinterCallback)
         if recipe.data.packing:
@@ -132,7 +132,7 @@ class JanusTrainer(SFTTrainer):
         self._step_log = next((callback for callback in callbacks if isinstance(callback, StepLog)), None)
         for callback in (self._throughput, self._run_state, self._stop_when_asked):
             self.add_callback(callback)
-        self._guards = Guards(recipe.guards, self.accelerator, data.train.rows.places, recipe.output_dir)
+        self._guards = Guards(recipe.guards, self.accelerator, data.train.dataset.places, recipe.output_dir)
 
     def _get_train_sampler(self, train_dataset: PackedDataset | None = None) -> Sampler[int] | None:
         """Our order in the place of a random one."""

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from train.errors import UserError
 from train.recipe import ModelSection
-from train.storage.local_paths import may_be_hub_id, similar, unreachable
+from train.storage.local_paths import hub_unreachable_reason, looks_like_hub_id, suggest_similar
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -280,13 +280,13 @@ def refuse_missing_model(model: ModelSection, recipe_file: str | None = None) ->
     where = "" if path.is_absolute() else f" in {Path.cwd()}"
     if path.exists():
         raise UserError(f"model.name_or_path: {path} is a file. Write the folder that the model is in: {path.parent}.")
-    if not may_be_hub_id(name):
-        hint = _from_recipe(path, recipe_file) or similar(path)
+    if not looks_like_hub_id(name):
+        hint = _from_recipe(path, recipe_file) or suggest_similar(path)
         raise UserError(
             f"model.name_or_path: there is no folder {path}{where}.{hint} Write a model folder or a hub id."
         )
-    if why := unreachable(name, "model"):
-        hint = _from_recipe(path, recipe_file) or similar(path)
+    if why := hub_unreachable_reason(name, "model"):
+        hint = _from_recipe(path, recipe_file) or suggest_similar(path)
         raise UserError(
             f"model.name_or_path: {name} can't be loaded: there is no folder of that name{where}; {why}.{hint}"
         )

@@ -3,21 +3,16 @@
 import re
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from train.errors import UserError
@@ -25,6 +20,7 @@ from train.model.adapters import check_adapter, quantization_config
 from train.model.attention.selection import attention_for, choose_attention, machine, needs_of
 from train.model.float8 import check_float8, check_start, convert
 from train.model.folder import adapter_base, is_adapter_alone
+from train.model.pretrained import optional_file, origin, reading, unloadable
 from train.model.quantized_weights import check_quantized, describe_quantized, quantization_to_load, saved_quantization
 from train.model.text_part import auto_class, bare_model, describe_idle, idle_parameters
 from train.model.unloaded_weights import left_out, listed, weight_names
@@ -38,49 +34,10 @@ def hide_bars_in_logs() -> None:
         transformers_logging.disable_progress_bar()
 
 
-def _origin(model: ModelSection) -> dict[str, Any]:
-    return {
-        "pretrained_model_name_or_path": model.name_or_path,
-        "revision": model.revision or "main",
-        "trust_remote_code": model.trust_remote_code,  # never None: None asks at the terminal and waits
-    }
-
-
-def _refuse(model: ModelSection, fault: Exception) -> UserError:
-    """What to tell the user of a model that can't be opened."""
-    name, text = model.name_or_path, str(fault).strip()
-    if "trust_remote_code" in text:
-        return UserError(
-            f"model.name_or_path: {name} runs code of its own to load. Read that code; if you trust it, write "
-            "`model.trust_remote_code: true`."
-        )
-    if isinstance(fault, StrictDataclassError):  # the first of its lines names the key, the next ones the value
-        return UserError(f"model.name_or_path: {name}: config.json: {' '.join(text.split())} Correct that value.")
-    first_line = text.splitlines()[0] if text else type(fault).__name__
-    return UserError(f"model.name_or_path: {name} can't be loaded: {first_line}")
-
-
-@contextmanager
-def _reading(model: ModelSection, files: str) -> Iterator[None]:
-    """Raise UserError for all that transformers and tokenizers raise as they read `files`, of any class."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError, ImportError, StrictDataclassError) as fault:
-        raise _refuse(model, fault) from fault
-    except Exception as fault:  # tokenizers raises nothing better; transformers trips over values of another type
-        text = " ".join(str(fault).split())[:300]
-        raise UserError(
-            f"model.name_or_path: {model.name_or_path}: a value in {files} can't be used ({type(fault).__name__}: "
-            f"{text}). Correct it, or get the file anew."
-        ) from fault
-
-
 def load_config(model: ModelSection) -> PreTrainedConfig:
     """The model's config. Raises UserError where there is none that can be opened."""
-    with _reading(model, "config.json"):
-        return AutoConfig.from_pretrained(**_origin(model))
+    with reading(model, "config.json"):
+        return AutoConfig.from_pretrained(**origin(model))
 
 
 def copy_processor(model: ModelSection, folder: Path) -> list[str]:
@@ -90,60 +47,50 @@ def copy_processor(model: ModelSection, folder: Path) -> list[str]:
     """
     copied = []
     for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
-        file = _optional_file(model, name)
+        file = optional_file(model, name)
         if file and Path(file).parent.resolve() != folder.resolve():
             shutil.copyfile(file, folder / name)
             copied.append(name)
     return copied
 
 
-def _optional_file(model: ModelSection, name: str) -> str | None:
-    """The path of a file of the model; None where it has none, or where it can't be had."""
-    file: str | None = cached_file(
-        model.name_or_path,
-        name,
-        revision=model.revision or "main",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return file
+class CheckedModel(NamedTuple):
+    """Facts of a model that a recipe can train on this machine."""
+
+    notes: list[str]
+    """Sentences for the start screen: parameters that are not trained, and weights that are unpacked."""
+    embeddings: int
+    """Entries of the input embedding: token ids must be smaller."""
 
 
-def check_fits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Raise UserError where the run can't work on this machine or model: found before the data is prepared.
+def check_model(recipe: Recipe) -> CheckedModel:
+    """Check that this machine can train the model as the recipe says, without its weights.
 
-    Return sentences on the model for the start screen: what is left out of training, and weights that are unpacked.
-
-    A kernel or package that is missing, a model of another kind, quantized weights that can't be trained, weights that
-    its config.json leaves out, names in `adapter` that the model lacks, token ids beyond the model's vocabulary,
-    sequences longer than its positions.
+    Raises UserError for a missing kernel or package, a model of another kind, quantized weights that can't be trained,
+    weights that its config.json leaves out, names in `adapter` that the model lacks, and sequences longer than its
+    positions.
     """
     quantization_config(recipe.quantization)
     check_float8(recipe)
-    whole = load_config(recipe.model)
-    with _reading(recipe.model, "config.json"):
-        _check_kind(recipe.model.name_or_path, whole)
-        check_quantized(recipe, whole)
-        bare = bare_model(whole, recipe.model)
-    if dropped := left_out(bare, whole, weight_names(Path(recipe.model.name_or_path))):
-        raise _refuse(recipe.model, ValueError(dropped))
+    config = load_config(recipe.model)
+    with reading(recipe.model, "config.json"):
+        _check_kind(recipe.model.name_or_path, config)
+        check_quantized(recipe, config)
+        bare = bare_model(config, recipe.model)
+    if dropped := left_out(bare, config, weight_names(Path(recipe.model.name_or_path))):
+        raise unloadable(recipe.model, ValueError(dropped))
     idle = idle_parameters(bare)
     check_adapter(recipe.adapter, bare, idle)
-    choose_attention(recipe.model.attention, needs_of(recipe, whole), machine())
-    config = whole.get_text_config()
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"model.name_or_path: the tokenizer of {recipe.model.name_or_path} has {len(tokenizer):,} tokens, its "
-            f"model only {config.vocab_size:,} embeddings. Use the tokenizer that belongs to this model."
-        )
-    positions = getattr(config, "max_position_embeddings", None)
+    choose_attention(recipe.model.attention, needs_of(recipe, config), machine())
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
     if positions and recipe.data.max_length > positions:
         raise UserError(
-            f"data.max_length: {recipe.data.max_length:,} is more than the {positions:,} positions that "
-            f"{recipe.model.name_or_path} was made for. Write {positions} or less."
+            f"data.max_length: {recipe.data.max_length:,} is more than the {positions:,} positions of "
+            f"{recipe.model.name_or_path}. Write {positions} or less."
         )
-    notes = (describe_quantized(whole, recipe.model.dtype), describe_idle(bare, idle))
-    return [sentence for sentence in notes if sentence]
+    notes = (describe_quantized(config, recipe.model.dtype), describe_idle(bare, idle))
+    return CheckedModel([sentence for sentence in notes if sentence], text.vocab_size)
 
 
 def _check_kind(name: str, config: PreTrainedConfig) -> None:
@@ -184,14 +131,14 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     if quantization is not None:
         settings["quantization_config"] = quantization
     try:
-        loaded, others = _load_whole(config, {**_origin(model), **settings})
+        loaded, others = _load_whole(config, {**origin(model), **settings})
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as fault:
         if not model.allow_pickle and _has_pickled_weights(model.name_or_path):
             raise UserError(
                 f"model.name_or_path: {model.name_or_path} holds its weights in pickle files, which can run code when "
                 "they are opened. Use a safetensors version; if you trust them, write `model.allow_pickle: true`."
             ) from fault
-        raise _refuse(model, fault) from fault
+        raise unloadable(model, fault) from fault
     if others and is_first_rank():
         print(
             f"weights that {type(loaded).__name__} has no place for are not loaded, and not saved: {listed(others)}",

@@ -7,11 +7,14 @@ multi-token prediction, value heads, towers) are named.
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import safe_open
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from train.model.folder import INDEX, WEIGHTS, read_json
+
+if TYPE_CHECKING:  # importing them takes seconds, which `--check` on a warm cache does without
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def weight_names(folder: Path) -> list[str]:
@@ -22,7 +25,7 @@ def weight_names(folder: Path) -> list[str]:
     return list(read_json(folder / INDEX).get("weight_map", ()))
 
 
-def left_out(model: PreTrainedModel, config: PreTrainedConfig, names: Iterable[str]) -> str | None:
+def left_out(model: "PreTrainedModel", config: "PreTrainedConfig", names: Iterable[str]) -> str | None:
     """Return a sentence on layers and biases of the model's own that `model` has no place for; None if there are none.
 
     `names`: those of the weights in its files; `config`: as its config.json has it.
@@ -41,7 +44,7 @@ def listed(names: list[str]) -> str:
     return names[0] + (f" and {len(names) - 1:,} more" if len(names) > 1 else "")
 
 
-def _left_out(model: PreTrainedModel, config: PreTrainedConfig, names: Iterable[str]) -> Iterator[str]:
+def _left_out(model: "PreTrainedModel", config: "PreTrainedConfig", names: Iterable[str]) -> Iterator[str]:
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
     of_any_layer = {_of_any_layer(name) for name in known}

@@ -1,70 +1,101 @@
-"""TODO: train.preflight.check.check."""
+"""`train/sft.py --check`: examine model, template and data of a recipe, print the report and write it as JSON.
+
+Rows are read, encoded and packed as training does it. No weights are loaded and no process group is started.
+"""
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from train.data.chat.system_role import Probe
+from train.cli import OutputLostError
 from train.data.prepare import examine
 from train.errors import UserError
-from train.preflight.json_report import write
-from train.preflight.page import show
-from train.preflight.plan.plan import Cluster
-from train.preflight.report import build_report
+from train.loop.checkpoint.manifest import Checkpoint
+from train.loop.checkpoint.resume import date_of_run
+from train.loop.output_dir import unwritable_files
+from train.model.tokenizer import check_vocabulary, load_chat_tokenizer
+from train.preflight.json_report import write_json
+from train.preflight.model_checks import examine_model, passed_checks, remember_passed
+from train.preflight.page import print_page
+from train.preflight.report import Report, build_report
 from train.recipe import Recipe
 
-if TYPE_CHECKING:  # --check does without both, and importing them takes seconds
-    pass
+if TYPE_CHECKING:  # the plan imports modelling code
+    from train.preflight.plan.plan import Cluster
 
 
 def check(
     recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    before: Probe,
+    checkpoint: Checkpoint | None = None,
     *,
-    checkpoint: Path | None = None,
     finished: str | None = None,
-    cluster: Cluster | None = None,
+    cluster: "Cluster | None" = None,
     json_file: Path | None = None,
-    model_notes: Sequence[str] = (),
 ) -> None:
-    """Examine the data, print the report on standard output and write it to `json_file`.
+    """Examine a run, print its report on standard output and write it to `json_file`.
 
-    `template`: which one, in words; `before`: what it did as it came. Raises UserError where something keeps a run
-    from starting: after the report, or before it if there is nothing to report on.
+    - `checkpoint`: the one that the run would resume from;
+    - `finished`: a sentence on the finished run of this recipe, if there is one;
+    - `cluster`: GPUs to plan memory and time for.
+
+    Raises UserError if something keeps the run from starting: after the report, or before it if there is nothing to
+    report on.
     """
-    data = examine(recipe, tokenizer)
+    earlier = passed_checks(recipe)
+    model = earlier or examine_model(recipe)
+    if checkpoint:
+        from train.loop.checkpoint.resumed_settings import ResumedSettings  # imports much of transformers
+
+        with_deepspeed = checkpoint.manifest["distribution"].startswith("DeepSpeed")
+        ResumedSettings(checkpoint, recipe).refuse(checkpoint, deepspeed=with_deepspeed)
+    chat = load_chat_tokenizer(recipe, date_of_run(checkpoint))
+    check_vocabulary(chat.tokenizer, recipe.model, model.embeddings)
+    data = examine(recipe, chat.tokenizer)
+
+    side_file_errors: list[str] = []
+    if earlier is None:
+        from train.loop.checkpoint.side_files import try_side_files
+
+        side_file_errors, names = try_side_files(recipe, chat.tokenizer)
+        model = dataclasses.replace(model, side_files=names)
+        if names and not side_file_errors:
+            remember_passed(recipe, model)
     report = build_report(
-        recipe,
-        tokenizer,
+        model.described(recipe),
+        chat,
         data,
-        template,
-        before,
-        checkpoint=checkpoint,
+        errors=[*side_file_errors, *unwritable_files(recipe, model.side_files)],
+        notes=model.notes,
+        checkpoint=checkpoint.folder if checkpoint else None,
         finished=finished,
         cluster=cluster,
-        model_notes=model_notes,
     )
-    faults = [report.error] if report.error else []
-    reader_left = None
+    _publish(report, chat.tokenizer, json_file)
+
+
+def _publish(report: Report, tokenizer: PreTrainedTokenizerBase, json_file: Path | None) -> None:
+    """Print the report and write it to `json_file`; then raise what went wrong, with what the report itself says."""
+    errors = [report.error] if report.error else []
+    output_lost = None
     try:
-        show(report, [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()], Console(file=sys.stdout))
-    except UserError as fault:
-        faults.append(str(fault))
-    except BrokenPipeError as fault:
-        reader_left = fault
+        print_page(report, [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()], Console(file=sys.stdout))
+    except UserError as error:
+        errors.append(str(error))
+    except OutputLostError as error:
+        if error.reader_left:
+            output_lost = error
+        else:
+            errors.append(str(error))
     if json_file:
         try:
-            write(dataclasses.asdict(report), json_file)
-        except UserError as fault:
-            faults.append(str(fault))
-    if faults:
-        raise UserError(" ".join(faults))
-    if reader_left:
-        raise reader_left
+            write_json(dataclasses.asdict(report), json_file)
+        except UserError as error:
+            errors.append(str(error))
+    if errors:
+        raise UserError(" ".join(errors))
+    if output_lost:
+        raise output_lost

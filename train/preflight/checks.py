@@ -8,10 +8,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from train.errors import UserError
-from train.loop.metrics_log import integrations
 from train.loop.output_dir import output_dir_conflicts
-from train.loop.preemption import time_conflicts
-from train.ranks import deepspeed_fault
+from train.loop.time_limit import time_conflicts
+from train.loop.tracking import integrations
+from train.ranks import deepspeed_launch_error
 from train.recipe import Recipe
 from train.recipe.sft_config import with_defaults
 
@@ -90,7 +90,7 @@ def _training(recipe: Recipe, sequences: int, processes: int) -> Iterator[str]:
             f"and a batch of all processes takes {batch:,}. Write false, or a smaller "
             "training.per_device_train_batch_size."
         )
-    if processes == 1 and (fault := deepspeed_fault(settings["deepspeed"], os.environ)):
+    if processes == 1 and (fault := deepspeed_launch_error(settings["deepspeed"], os.environ)):
         yield fault
     if settings["fsdp"] and processes == 1:
         yield "training.fsdp: it takes several processes, and this is one. Start them with `accelerate launch`."

@@ -1,20 +1,20 @@
-"""The file of `--check --json FILE`: only ever an earlier report is replaced, and never by half of a new one."""
+"""The file of `--check --json FILE`: written atomically, and only an earlier report is replaced."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
-from train.storage.atomic_write import replacing, write_text
+from train.storage.atomic_write import atomic_write, write_text
 
-KEYS = frozenset({"ready", "error", "model", "training", "schedule", "examples"})
-"""Every report has these; a file without them is something else."""
+_KEYS = frozenset({"ready", "error", "model", "training", "schedule", "examples"})
+"""Keys of every report; a JSON file without them is something else."""
 
 
-def discard_earlier(name: str) -> Path:
-    """The path of FILE, after an earlier report there is deleted: it must not pass for the one to come.
+def discard_earlier_report(name: str) -> Path:
+    """Delete an earlier report at `name`, which must not pass for the one to come; return its path.
 
-    Raises UserError where something else is there, which stays as it is.
+    Raises UserError if something else is there, which stays as it is.
     """
     path = Path(name).resolve()
     if not name or path.is_dir():
@@ -22,26 +22,26 @@ def discard_earlier(name: str) -> Path:
     if not path.exists():
         return path
     try:
-        found = json.loads(path.read_bytes()) if path.is_file() else None
+        content = json.loads(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
-        found = None
-    if not (isinstance(found, dict) and found.keys() >= KEYS):
+        content = None
+    if not (isinstance(content, dict) and content.keys() >= _KEYS):
         raise UserError(f"--json {name}: that is no report of --check, so it is not replaced. Name another file.")
     try:
         path.unlink()
-    except OSError as fault:
-        raise _refuse(path, fault) from fault
+    except OSError as error:
+        raise _unwritable(path, error) from error
     return path
 
 
-def write(report: dict[str, Any], path: Path) -> None:
-    """Write the report, under a name for the meantime until it is whole. Raises UserError where that can't be done."""
+def write_json(report: dict[str, Any], path: Path) -> None:
+    """Write a report atomically. Raises UserError if the file can't be written."""
     try:
-        with replacing(path) as [unfinished]:
+        with atomic_write(path) as [unfinished]:
             write_text(unfinished, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    except OSError as fault:
-        raise _refuse(path, fault) from fault
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
-def _refuse(path: Path, fault: OSError) -> UserError:
-    return UserError(f"--json {path}: {fault.strerror}. Name a file in a folder that can be written.")
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"--json {path}: {error.strerror}. Name a file in a folder that can be written.")

@@ -11,7 +11,7 @@ from train.errors import UserError
 from train.model.folder import _from_recipe, refuse_missing_model
 from train.recipe import Recipe, Source
 from train.recipe.optimizer_arguments import missing_package
-from train.storage.local_paths import may_be_hub_id, similar, unreachable
+from train.storage.local_paths import hub_unreachable_reason, looks_like_hub_id, suggest_similar
 
 
 def refuse_missing(recipe: Recipe, *, packages: bool = True) -> None:
@@ -46,16 +46,16 @@ def _find_source(key: str, source: Source, recipe: Recipe) -> None:
     path = Path(source.path)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return  # to open what save_to_disk wrote takes the package datasets, which is heavy
-    local = path.exists() or glob.has_magic(source.path) or not may_be_hub_id(source.path)
+    local = path.exists() or glob.has_magic(source.path) or not looks_like_hub_id(source.path)
     try:
         if local:
             open_source(source, recipe.data.allow_pickle)
             return
     except UserError as error:
         raise UserError(f"{key}: {error}{_from_recipe(path, recipe._origin.file)}") from error
-    if why := unreachable(source.path, "dataset"):
+    if why := hub_unreachable_reason(source.path, "dataset"):
         where = f"there is no file or folder of that name in {Path.cwd()}"
-        hint = _from_recipe(path, recipe._origin.file) or similar(path)
+        hint = _from_recipe(path, recipe._origin.file) or suggest_similar(path)
         raise UserError(f"{key}: {source.path} can't be loaded: {where}; {why}.{hint}")
 
 

@@ -5,26 +5,20 @@
 reads, encodes and packs the rows as training would, loads no weights and starts no process group.
 """
 
-import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import chain, count
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
-from train.data.diagnostics import describe_outcome, describe_unread
+from train.data.diagnostics import describe_dropped, describe_unread
 from train.data.stats import Bin
 from train.errors import UserError
-from train.formatting import counted, shorten, visible, wrap
-from train.preflight.plan.plan import describe
+from train.formatting import format_count, shorten, visible, wrap
 from train.preflight.report import Example, PartReport, Piece, Report
 from train.recipe.schedule import Rhythm
-
-if TYPE_CHECKING:  # --check does without both, and importing them takes seconds
-    pass
 
 _NAME = 12
 _BAR = 40
@@ -44,10 +38,10 @@ _POLICIES = {
 }
 
 
-def show(report: Report, control_tokens: Sequence[str], console: Console) -> None:
-    """Print the page: what is trained is coloured where `console` can, or else stands between marks.
+def print_page(report: Report, control_tokens: Sequence[str], console: Console) -> None:
+    """Print the page; trained text is coloured where `console` can, and stands between marks otherwise.
 
-    Raises UserError where it can't be printed, BrokenPipeError where nobody reads on.
+    Raises UserError where standard output is closed, OutputLostError (see `run_command`) where it can't be written.
     """
     if sys.stdout is None:
         raise UserError("standard output is closed, so the report can't be shown. Leave it open.")
@@ -59,14 +53,7 @@ def show(report: Report, control_tokens: Sequence[str], console: Console) -> Non
             console.print(shown, soft_wrap=True)
         text = captured.get()
     encoding = console.encoding
-    try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), end="", file=console.file, flush=True)
-    except OSError as fault:
-        # Python flushes once more as it ends, and would print a traceback for it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), console.file.fileno())
-        if isinstance(fault, BrokenPipeError):
-            raise
-        raise UserError(f"standard output can't be written: {fault.strerror}.") from fault
+    print(text.encode(encoding, "backslashreplace").decode(encoding), end="", file=console.file, flush=True)
 
 
 def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width: int) -> Text:
@@ -102,7 +89,7 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
             for number, value in enumerate(shown):
                 line("" if number else name, value)
     for number, one in enumerate(report.outcomes):
-        line("" if number else "dropped", describe_outcome(one), "yellow")
+        line("" if number else "dropped", describe_dropped(one), "yellow")
     if not report.outcomes:
         line("dropped", "no row was refused, skipped, dropped or truncated")
     for number, value in enumerate(describe_unread(report.unread) or ["nothing: every column and key is read"]):
@@ -117,7 +104,7 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
         line("system gain", report.system_gain)
     for number, value in enumerate(_describe_schedule(report)):
         line("" if number else "steps", value)
-    for number, value in enumerate(describe(report.plan) if report.plan else ()):
+    for number, value in enumerate(_describe_plan(report)):
         line("" if number else "plan", value)
     if report.finished:
         line("output", f"{report.output_dir}, {report.finished}: the same command trains nothing")
@@ -125,6 +112,14 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
         line("output", report.output_dir + (f", resumes from {report.resumes_from}" if report.resumes_from else ""))
     text.append("\nready" if report.ready else "\nnot ready", "bold green" if report.ready else "bold red")
     return text
+
+
+def _describe_plan(report: Report) -> list[str]:
+    if report.plan is None:
+        return []
+    from train.preflight.plan.plan import describe
+
+    return describe(report.plan)
 
 
 def _show_examples(
@@ -135,7 +130,7 @@ def _show_examples(
     marks = None if coloured else marks_for(piece for example in examples for piece in example.pieces)
     if examples:
         how = "is green" if marks is None else f"stands between {marks[0]} and {marks[1]}"
-        about = f"{counted(len(examples), 'example row')}; what is trained {how}"
+        about = f"{format_count(len(examples), 'example row')}; what is trained {how}"
         if any(fit(piece, example, control) != piece.text for example in examples for piece in example.pieces):
             about += f". Long turns are shortened; a system message is shown whole up to {_SYSTEM_WHOLE:,} characters"
         text.append(f"{wrap(about, width)}\n", "bold")
@@ -186,18 +181,18 @@ def _describe_part(part: PartReport) -> list[str]:
     system = part.rows_with_system_message / max(part.rows, 1)
     default = part.rows_with_default_system
     lines = [
-        f"{counted(part.rows, 'row')}, {counted(part.tokens, 'token')}, {share:.1%} of them trained",
+        f"{format_count(part.rows, 'row')}, {format_count(part.tokens, 'token')}, {share:.1%} of them trained",
         f"{system:.1%} of the rows have a system message of their own, {part.distinct_system_messages:,} distinct"
-        + (f"; {counted(default, 'row')} with the default" if default else ""),
+        + (f"; {format_count(default, 'row')} with the default" if default else ""),
     ]
     if part.rows_of_conversations > part.conversations:
         lines.append(
-            f"{counted(part.conversations, 'conversation')} became {counted(part.rows_of_conversations, 'row')}, as "
+            f"{format_count(part.conversations, 'conversation')} became {format_count(part.rows_of_conversations, 'row')}, as "
             "the template rewrites earlier turns"
         )
     if part.filling is not None:
         lines.append(
-            f"packed into {counted(part.sequences, 'sequence')}, {part.filling:.1%} full, "
+            f"packed into {format_count(part.sequences, 'sequence')}, {part.filling:.1%} full, "
             f"{part.documents_per_sequence_mean:.1f} rows each on average (at most {part.documents_per_sequence_max:,})"
         )
     if len(set(part.lengths.values())) > 1:
@@ -231,12 +226,12 @@ def _describe_schedule(report: Report) -> list[str]:
     steps = report.schedule
     epochs = f"{steps.epochs:.3g} {'epoch' if steps.epochs == 1 else 'epochs'}"
     lines = [
-        f"{counted(steps.steps, 'step')}: {epochs} of {counted(steps.steps_per_epoch, 'step')} "
-        f"({report.training.tokens:,} tokens); {counted(steps.processes, 'process')}",
-        f"{counted(steps.sequences_per_step, 'sequence')} per step, about {steps.tokens_per_step:,.0f} tokens",
+        f"{format_count(steps.steps, 'step')}: {epochs} of {format_count(steps.steps_per_epoch, 'step')} "
+        f"({report.training.tokens:,} tokens); {format_count(steps.processes, 'process')}",
+        f"{format_count(steps.sequences_per_step, 'sequence')} per step, about {steps.tokens_per_step:,.0f} tokens",
     ]
     if steps.warmup_steps:
-        lines.append(f"warm-up: the first {counted(steps.warmup_steps, 'step')}")
+        lines.append(f"warm-up: the first {format_count(steps.warmup_steps, 'step')}")
     if report.validation:
         lines.append(f"evaluation: {_describe_rhythm(steps.evaluation, 'at the end')}")
     lines.append(f"checkpoints: {_describe_rhythm(steps.saving, 'none, the model is saved at the end')}")
@@ -245,5 +240,5 @@ def _describe_schedule(report: Report) -> list[str]:
 
 def _describe_rhythm(rhythm: Rhythm, never: str) -> str:
     if rhythm.strategy == "steps":
-        return f"every {counted(rhythm.steps or 0, 'step')}"
+        return f"every {format_count(rhythm.steps or 0, 'step')}"
     return {"no": never, "epoch": "after each epoch", "best": "after each best evaluation so far"}[rhythm.strategy]

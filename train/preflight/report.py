@@ -4,25 +4,24 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from train.data.chat.system_role import Probe, outcome
-from train.data.diagnostics import Outcome, outcomes, warnings_of
+from train.data.chat.system_role import describe_effect
+from train.data.diagnostics import DroppedRows, find_data_warnings, find_dropped_rows
 from train.data.loss_mask import NOT_TRAINED
-from train.data.prepare import CachedSource, Prepared, Row, SplitStats, UnreadText, refusal
+from train.data.prepare import CachedSource, ExampleRow, Prepared, SplitStats, UnreadText, find_data_error
 from train.data.stats import Bin, Overlap, Repeats, histogram, quantiles
-from train.loop.checkpoint.side_files import side_file_faults
-from train.model.architecture import shape_of
-from train.model.float8 import float8_warnings
-from train.model.load import load_config
+from train.model.tokenizer import ChatTokenizer
 from train.preflight.checks import run_faults
-from train.preflight.plan.plan import Cluster, Plan, plan
 from train.recipe import Recipe
-from train.recipe.schedule import Schedule, schedule, schedule_fault, schedule_warnings, sequences_per_step
+from train.recipe.schedule import Schedule, compute_schedule, schedule_error, schedule_warnings, sequences_per_step
 from train.system_gain.validation_rows import describe_gain, gain_refusal, gain_rows
+
+if TYPE_CHECKING:  # the plan imports modelling code
+    from train.preflight.plan.plan import Cluster, Plan
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class Report:
     training: PartReport
     validation: PartReport | None
     caches: list[CachedSource]
-    outcomes: list[Outcome]
+    outcomes: list[DroppedRows]
     unread: list[UnreadText]
     overlap: Overlap
     system_gain: str | None
@@ -116,65 +115,64 @@ class Report:
     output_dir: str
     resumes_from: str | None
     finished: str | None
-    plan: Plan | None
+    plan: "Plan | None"
     examples: list[Example]
 
 
 def build_report(
     recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
+    chat: ChatTokenizer,
     data: Prepared,
-    template: str,
-    before: Probe,
     *,
+    errors: Sequence[str] = (),
+    notes: Sequence[str] = (),
     checkpoint: Path | None = None,
     finished: str | None = None,
-    cluster: Cluster | None = None,
-    model_notes: Sequence[str] = (),
+    cluster: "Cluster | None" = None,
 ) -> Report:
     """The facts of the report. `before`: the template as it came; the tokenizer has it as it is used.
 
     The steps are those on `cluster`, or else of the processes that the launcher starts.
     """
-    account = data.train.account
+    tokenizer, account = chat.tokenizer, data.train.stats
     processes = cluster.processes if cluster else int(os.environ.get("WORLD_SIZE", "1"))
     gain = gain_rows(recipe, data, tokenizer)
     sequences = account.sequences
     if cluster and recipe.data.packing:  # on so many GPUs rows are packed into whole steps
         whole = sequences_per_step(recipe, processes)
         sequences = max(sequences, min(-(-sequences // whole) * whole, account.rows))
-    steps = schedule(recipe.training, sequences, account.tokens / max(sequences, 1), processes)
+    steps = compute_schedule(recipe.training, sequences, account.tokens / max(sequences, 1), processes)
     faults = [
-        refusal(data, recipe.data),
+        find_data_error(data, recipe.data),
         gain_refusal(recipe, gain),
         *run_faults(recipe, account.sequences, processes),
-        schedule_fault(recipe.training, steps),
-        *side_file_faults(recipe, tokenizer),
+        schedule_error(recipe.training, steps),
+        *errors,
     ]
-    systems = outcome(tokenizer, before, recipe.chat.default_system)
+    systems = describe_effect(tokenizer, chat.probe, recipe.chat.default_system)
     given = systems.default is not None
     return Report(
         ready=not any(faults),
         error=" ".join(fault for fault in faults if fault) or None,
         warnings=[
-            *model_notes,
-            *warnings_of(data),
-            *float8_warnings(recipe),
+            *notes,
+            *find_data_warnings(data),
+            *_float8_warnings(recipe),
             *schedule_warnings(recipe.training, steps, sequences),
         ],
         model=recipe.model.name_or_path,
         dtype=recipe.model.dtype,
         float8=recipe.model.float8,
-        template=template,
-        probe=before.describe() if systems.changed else [],
+        template=chat.template,
+        probe=chat.probe.describe() if systems.changed else [],
         chat=recipe.chat.model_dump(mode="json", exclude={"template"}),
         system_messages=systems.sentences,
         max_length=recipe.data.max_length,
         packing=recipe.data.packing,
         training=_part(account, recipe, given),
-        validation=_part(data.validation.account, recipe, given) if data.validation else None,
+        validation=_part(data.validation.stats, recipe, given) if data.validation else None,
         caches=list(data.caches),
-        outcomes=outcomes(data, recipe.data),
+        outcomes=find_dropped_rows(data, recipe.data),
         unread=list(data.unread),
         overlap=data.overlap,
         system_gain=describe_gain(gain),
@@ -210,7 +208,19 @@ def pieces(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], labels:
     return found
 
 
-def _plan(recipe: Recipe, account: SplitStats, steps: Schedule, cluster: Cluster) -> Plan:
+def _float8_warnings(recipe: Recipe) -> list[str]:
+    if recipe.model.float8 is None:
+        return []
+    from train.model.float8 import float8_warnings  # imports modelling code
+
+    return float8_warnings(recipe)
+
+
+def _plan(recipe: Recipe, account: SplitStats, steps: Schedule, cluster: "Cluster") -> "Plan":
+    from train.model.architecture import shape_of
+    from train.model.load import load_config
+    from train.preflight.plan.plan import plan
+
     lengths = np.minimum(account.lengths, recipe.data.max_length)
     if recipe.data.overlong != "truncate":
         lengths = account.lengths[account.lengths <= recipe.data.max_length]
@@ -248,7 +258,7 @@ def _part(account: SplitStats, recipe: Recipe, default_is_given: bool) -> PartRe
     )
 
 
-def _example(tokenizer: PreTrainedTokenizerBase, row: Row, default_is_given: bool) -> Example:
+def _example(tokenizer: PreTrainedTokenizerBase, row: ExampleRow, default_is_given: bool) -> Example:
     return Example(
         place=row.place,
         tokens=len(row.input_ids),

@@ -5,19 +5,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.data.diagnostics import describe_outcome, describe_unread, outcomes, warnings_of
+from train.data.diagnostics import describe_dropped, describe_unread, find_data_warnings, find_dropped_rows
 from train.data.prepare import Prepared, SplitStats
-from train.formatting import counted, visible, wrap
+from train.formatting import format_count, visible, wrap
 from train.preflight.page import _NAME
 from train.recipe import Recipe
-from train.recipe.schedule import schedule, schedule_warnings
+from train.recipe.schedule import compute_schedule, schedule_warnings
 
 if TYPE_CHECKING:  # --check does without both, and importing them takes seconds
     from transformers import PreTrainedModel
     from trl import SFTConfig
 
 
-def screen(
+def start_screen(
     recipe: Recipe,
     template: str,
     data: Prepared,
@@ -39,13 +39,13 @@ def screen(
     kind = "full fine-tuning" if recipe.adapter is None else f"LoRA r={recipe.adapter.r}"
     if recipe.quantization is not None:
         kind += f" on 4-bit {recipe.quantization.bnb_4bit_quant_type}"
-    account = data.train.account
+    account = data.train.stats
     processes = arguments.world_size * max(arguments.n_gpu, 1)  # of one process without DDP all GPUs take a batch each
-    steps = schedule(recipe.training, len(data.train.rows), account.tokens_per_sequence, processes)
+    steps = compute_schedule(recipe.training, len(data.train.dataset), account.tokens_per_sequence, processes)
     warned = [
-        *warnings_of(data),
+        *find_data_warnings(data),
         *float8_warnings(recipe),
-        *schedule_warnings(recipe.training, steps, len(data.train.rows)),
+        *schedule_warnings(recipe.training, steps, len(data.train.dataset)),
     ]
     lines = [
         ("model", f"{recipe.model.name_or_path}, {recipe.model.dtype}"),
@@ -54,16 +54,16 @@ def screen(
         ("training", f"{kind}: {trained:,} of {total:,} parameters ({trained / total:.2%})"),
         *(_describe_float8(recipe, data, model, arguments) if recipe.model.float8 else []),
         ("template", template),
-        *_describe("data", data.train.account, recipe),
-        *(_describe("validation", data.validation.account, recipe) if data.validation else []),
-        *(("dropped", describe_outcome(one)) for one in outcomes(data, recipe.data)),
+        *_describe("data", data.train.stats, recipe),
+        *(_describe("validation", data.validation.stats, recipe) if data.validation else []),
+        *(("dropped", describe_dropped(one)) for one in find_dropped_rows(data, recipe.data)),
         *(("" if number else "not read", value) for number, value in enumerate(describe_unread(data.unread))),
         *(("warning", warning) for warning in warned),
         *([("system gain", system_gain)] if system_gain else []),
         (
             "steps",
-            f"{counted(steps.steps, 'step')} of {counted(steps.sequences_per_step, 'sequence')}, about "
-            f"{steps.tokens_per_step:,.0f} tokens; {counted(arguments.world_size, 'process')}",
+            f"{format_count(steps.steps, 'step')} of {format_count(steps.sequences_per_step, 'sequence')}, about "
+            f"{steps.tokens_per_step:,.0f} tokens; {format_count(arguments.world_size, 'process')}",
         ),
         *([("", _describe_waiting(data, model, arguments))] if arguments.world_size > 1 else []),
         ("output", recipe.output_dir),
@@ -77,7 +77,7 @@ def _describe_float8(
     """Which layers compute so, and the loss with and without. Raises UserError where rounding doesn't explain it."""
     from train.model.float8 import TOKENS, layers_of, loss_difference
 
-    rows = data.train.rows
+    rows = data.train.dataset
     longest = int(np.minimum(rows.lengths[:1_000], TOKENS).argmax())
     difference = loss_difference(model, rows.row(longest)[0].tolist(), arguments.device, bf16=bool(arguments.bf16))
     return [("float8", f"{recipe.model.float8}: {layers_of(model)}"), ("", str(difference))]
@@ -86,7 +86,7 @@ def _describe_float8(
 def _describe_waiting(data: Prepared, model: "PreTrainedModel", arguments: "SFTConfig") -> str:
     from train.loop.sampler import BalancedSampler
 
-    plain, dealt = BalancedSampler(data.train.rows, arguments, model.config).waiting()
+    plain, dealt = BalancedSampler(data.train.dataset, arguments, model.config).waiting()
     return (
         f"ranks wait for each other {dealt - 1:.1%} of the time, as long documents are balanced between them "
         f"({plain - 1:.1%} in random order)"
@@ -95,13 +95,18 @@ def _describe_waiting(data: Prepared, model: "PreTrainedModel", arguments: "SFTC
 
 def _describe(name: str, account: SplitStats, recipe: Recipe) -> list[tuple[str, str]]:
     share = account.trained_tokens / max(account.tokens, 1)
-    lines = [(name, f"{counted(account.rows, 'row')}, {counted(account.tokens, 'token')}, {share:.1%} of them trained")]
+    lines = [
+        (
+            name,
+            f"{format_count(account.rows, 'row')}, {format_count(account.tokens, 'token')}, {share:.1%} of them trained",
+        )
+    ]
     if recipe.data.packing:
         filling = account.tokens / max(account.sequences * recipe.data.max_length, 1)
-        sequences = counted(account.sequences, "sequence")
+        sequences = format_count(account.sequences, "sequence")
         lines.append(("", f"packed into {sequences} of {recipe.data.max_length:,}, {filling:.1%} full"))
     if account.overlong_tokens:
-        lost = f"{counted(account.overlong_tokens, 'token')} lost from rows over {recipe.data.max_length:,} tokens"
+        lost = f"{format_count(account.overlong_tokens, 'token')} lost from rows over {recipe.data.max_length:,} tokens"
         lines.append(("", lost))
     return lines
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from train.formatting import counted
+from train.formatting import format_count
 from train.recipe.lr_schedules import WITHOUT_WARMUP, too_long
 from train.recipe.schema import Recipe
 from train.recipe.sft_config import training_fields, with_defaults
@@ -41,7 +41,9 @@ class Schedule:
     saving: Rhythm
 
 
-def schedule(training: Mapping[str, Any], sequences: int, tokens_per_sequence: float, processes: int) -> Schedule:
+def compute_schedule(
+    training: Mapping[str, Any], sequences: int, tokens_per_sequence: float, processes: int
+) -> Schedule:
     """Return the steps of a run as transformers counts them, from the recipe's `training` and TRL's defaults.
 
     `sequences`: those of an epoch. SFTConfig would tell too, but making one imports TRL and starts the process group.
@@ -74,7 +76,7 @@ def schedule(training: Mapping[str, Any], sequences: int, tokens_per_sequence: f
     )
 
 
-def schedule_fault(training: Mapping[str, Any], steps: Schedule) -> str | None:
+def schedule_error(training: Mapping[str, Any], steps: Schedule) -> str | None:
     """Return what the learning rate's schedule asks for and this many steps can't give."""
     return too_long(with_defaults(training), steps.steps, steps.warmup_steps)
 
@@ -82,14 +84,14 @@ def schedule_fault(training: Mapping[str, Any], steps: Schedule) -> str | None:
 def schedule_warnings(training: Mapping[str, Any], steps: Schedule, sequences: int) -> Iterator[str]:
     """Yield what a run of so many steps, on so many sequences an epoch, does otherwise than the recipe may mean."""
     settings = with_defaults(training)
-    run = f"and the run has {counted(steps.steps, 'step')}"
+    run = f"and the run has {format_count(steps.steps, 'step')}"
     kind = settings["lr_scheduler_type"]
     if steps.warmup_steps and kind in WITHOUT_WARMUP:
         instead = "Write `training.lr_scheduler_type: constant_with_warmup`, or take training.warmup_steps out"
         yield f"There is no warm-up: training.lr_scheduler_type: {kind} has none. {instead}"
     elif steps.warmup_steps >= steps.steps:
         yield (
-            f"All of {counted(steps.steps, 'step', 'is', 'are')} warm-up (training.warmup_steps: "
+            f"All of {format_count(steps.steps, 'step', 'is', 'are')} warm-up (training.warmup_steps: "
             f"{steps.warmup_steps:,}): the learning rate never gets to its full height"
         )
     if settings["learning_rate"] == 0:
@@ -111,7 +113,7 @@ def schedule_warnings(training: Mapping[str, Any], steps: Schedule, sequences: i
     asked = batch * settings["gradient_accumulation_steps"]
     if 0 < sequences < asked:
         yield (
-            f"A step takes {counted(asked, 'sequence')}, and an epoch has {sequences:,}: each step is a whole epoch. "
+            f"A step takes {format_count(asked, 'sequence')}, and an epoch has {sequences:,}: each step is a whole epoch. "
             "Lower training.per_device_train_batch_size or training.gradient_accumulation_steps"
         )
         if steps.processes > 1 and sequences < batch:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(*paths: Path) -> Iterator[list[Path]]:
+def atomic_write(*paths: Path) -> Iterator[list[Path]]:
     """For each path another one beside it, with the same ending, to be written in its place.
 
     As the block ends they take the places of `paths`, one after the other. Where it raises, all of `paths` stay as they
@@ -32,7 +32,7 @@ def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Bring a file, or the names in a folder, onto the disk. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:

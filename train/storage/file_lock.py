@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TextIO
 
 
-class HeldError(Exception):
+class LockHeldError(Exception):
     """Another process holds the file; the text says which."""
 
 
-def hold(path: Path) -> TextIO:
+def acquire_lock(path: Path) -> TextIO:
     """Lock a file, made if need be, for as long as what this returns stays open.
 
     The lock goes with the process, however that ends, and its children don't have it (POSIX's do both); where the file
@@ -27,5 +27,5 @@ def hold(path: Path) -> TextIO:
     except OSError as fault:
         if fault.errno in (errno.EACCES, errno.EAGAIN):
             lock.seek(0)
-            raise HeldError(lock.read() or "unknown") from fault
+            raise LockHeldError(lock.read() or "unknown") from fault
     return lock

@@ -47,12 +47,12 @@ def expanded(text: str) -> str:
     return path
 
 
-def path_option(text: str) -> Path:
+def parse_path(text: str) -> Path:
     """Return an option's value as a path, expanded."""
-    return Path(path_or_id(text))
+    return Path(parse_path_or_id(text))
 
 
-def path_or_id(text: str) -> str:
+def parse_path_or_id(text: str) -> str:
     """Return an option's value expanded, as text: a path, or a word that is none."""
     try:
         return expanded(text)
@@ -60,7 +60,7 @@ def path_or_id(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def may_be_hub_id(text: str) -> bool:
+def looks_like_hub_id(text: str) -> bool:
     """Return whether `text` may be an id on the Hugging Face hub: `owner/name`, or `name`.
 
     All else is a path, and no hub is ever asked for it: what begins with `.`, `/`, `~` or `$`, has more than one `/`, a
@@ -72,13 +72,13 @@ def may_be_hub_id(text: str) -> bool:
     return not (slash and Path(owner).is_dir())
 
 
-def missing_part(path: Path) -> str:
+def describe_missing_path(path: Path) -> str:
     """Return a sentence that names the first part of `path` that does not exist, and what has nearly its name."""
     missing = next(part for part in [*reversed(path.parents), path] if not part.exists())
-    return f"there is no {missing.name} in {missing.parent.absolute()}.{similar(path)}"
+    return f"there is no {missing.name} in {missing.parent.absolute()}.{suggest_similar(path)}"
 
 
-def similar(path: Path) -> str:
+def suggest_similar(path: Path) -> str:
     """Return a question that names up to two existing paths of nearly the name of `path`; empty where none is."""
     missing = next((part for part in [*reversed(path.parents), path] if not part.exists()), path)
     folder, rest = missing.parent, path.relative_to(missing)
@@ -88,7 +88,7 @@ def similar(path: Path) -> str:
     return f" Did you mean {' or '.join(map(str, whole or near))}?" if near else ""
 
 
-def unreachable(hub_id: str, kind: Literal["model", "dataset"]) -> str | None:
+def hub_unreachable_reason(hub_id: str, kind: Literal["model", "dataset"]) -> str | None:
     """Return why `hub_id` can't be had now: it is in no cache, and the hub can't be asked. None where it may be had.
 
     Told in milliseconds: no request is made, the hub's name is looked up at most.

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from train.data.sources.unused_text import WIDE
+from train.data.sources.unread_text import WIDE
 from train.datagen.words import runs_of, words_of
 
 if TYPE_CHECKING:

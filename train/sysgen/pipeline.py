@@ -22,12 +22,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from train.data.sources.formats import Message, RowFault
+from train.data.sources.formats import Message, RowError
 from train.datagen.drop_reasons import UNREADABLE, UNSUPPORTED
 from train.datagen.source_rows import PlacedRow
 from train.datagen.usage import ask
-from train.llm.client import Client, RequestFailed
-from train.llm.failures import NO_ANSWER
+from train.llm.client import Client
+from train.llm.failures import NO_ANSWER, RequestFailed
 from train.llm.journal import Decoding, Request
 from train.llm.system_role import merge_into_user
 from train.llm.yes_or_no import says_no
@@ -54,7 +54,7 @@ class Pipeline:
         """What becomes of one row. Raises UserError, as the client does, for what ends the run."""
         index, place, conversation = row
         outcome = Outcome(index, place)
-        if isinstance(conversation, RowFault):
+        if isinstance(conversation, RowError):
             return outcome.leave_out(f"{UNREADABLE}: {conversation.kind}", conversation.detail)
         outcome.tools = conversation.tools
         try:
@@ -111,8 +111,8 @@ class Pipeline:
         forbid_leak = config.gates.leak is not None
         prompt = prompts.generate(turns, existing=existing, remind_of=outcome.reminded_of, forbid_leak=forbid_leak)
         request = self._request("generate", prompt, config.generate.decoding(), sample)
-        goes_on_empty = is_last and config.on_empty == "keep_without_system"
-        answer = await ask(self.client, request, outcome, prompts.FURTHER_TURNS, goes_on_empty=goes_on_empty)
+        continues_if_empty = is_last and config.on_empty == "keep_without_system"
+        answer = await ask(self.client, request, outcome, prompts.FURTHER_TURNS, continues_if_empty=continues_if_empty)
         outcome.written_by_model, outcome.verdicts = answer.text, []
         outcome.message = Annotated(())
         if answer.refused:
@@ -127,7 +127,7 @@ class Pipeline:
             return "no valid phrase", _beginning(answer.text) or answer.unfinished or "an empty answer"
         outcome.phase = "filtered"
         next_try = replace(request, sample=sample + 1)
-        if unfinished := await self._verify(outcome, turns, sample, next_try, goes_on_empty=goes_on_empty):
+        if unfinished := await self._verify(outcome, turns, sample, next_try, continues_if_empty=continues_if_empty):
             return unfinished, f"of the message {_beginning(answer.text)}"
         if not outcome.message.phrases:
             judged = (f"{tag}: {verdict}" for said in outcome.verdicts for tag, verdict in said.items())
@@ -139,21 +139,26 @@ class Pipeline:
             return self._stopped_by_gates(outcome.system, turns)
 
     async def _verify(
-        self, outcome: Outcome, turns: Sequence[Message], sample: int, next_try: Request, *, goes_on_empty: bool
+        self, outcome: Outcome, turns: Sequence[Message], sample: int, next_try: Request, *, continues_if_empty: bool
     ) -> str:
         """Remove the phrases that fail; return why the verification is not finished, nothing if it is.
 
-        `next_try`, `goes_on_empty`: what follows on an empty verification, as of `Client.ask`.
+        `next_try`, `continues_if_empty`: what follows on an empty verification, as of `Client.ask`.
         """
         exchanges: Sequence[Sequence[Message] | None] = _exchanges(turns)
         if len(exchanges) == 1:
             exchanges = [None]  # the paper's way: the message alone
         decoding = self.config.verify.decoding()
-        goes_on_empty = goes_on_empty or self.config.on_unfinished_verification == "keep"
+        continues_if_empty = continues_if_empty or self.config.on_unfinished_verification == "keep"
         for exchange in exchanges:
             request = self._request("verify", prompts.verify(outcome.message, exchange), decoding, sample)
             answer = await ask(
-                self.client, request, outcome, prompts.FURTHER_TURNS, next_try=next_try, goes_on_empty=goes_on_empty
+                self.client,
+                request,
+                outcome,
+                prompts.FURTHER_TURNS,
+                next_try=next_try,
+                continues_if_empty=continues_if_empty,
             )
             read = verdicts_of_reply(answer.text)
             missing = sum(tag not in read.of for tag in outcome.message.tags)
@@ -242,7 +247,7 @@ class Pipeline:
         """The turns with every answer given anew; None where one doesn't comply, or is unfinished and the row goes."""
         config = self.config
         attempts = config.constraints.attempts if constraints else 1
-        goes_on_empty = config.on_unfinished_answer == "original" or not all(one.is_met("") for one in constraints)
+        continues_if_empty = config.on_unfinished_answer == "original" or not all(one.is_met("") for one in constraints)
         history: list[Message] = []
         for turn in turns:
             if turn["role"] != "assistant":
@@ -251,7 +256,9 @@ class Pipeline:
             for sample in range(attempts):
                 asked = [_system(outcome.system), *history]
                 request = self._request("answer", asked, config.answer.decoding(), sample)
-                answer = await ask(self.client, request, outcome, prompts.FURTHER_TURNS, goes_on_empty=goes_on_empty)
+                answer = await ask(
+                    self.client, request, outcome, prompts.FURTHER_TURNS, continues_if_empty=continues_if_empty
+                )
                 broken = [one for one in constraints if not one.is_met(answer.text)]
                 if not broken:
                     break
@@ -284,7 +291,7 @@ class Pipeline:
                 continue
             asked = prompts.follows(outcome.system, question, turn["content"])
             request = self._request("judge", asked, self.config.judge.decoding(), 0)
-            answer = await ask(self.client, request, outcome, prompts.FURTHER_TURNS, goes_on_empty=True)
+            answer = await ask(self.client, request, outcome, prompts.FURTHER_TURNS, continues_if_empty=True)
             verdict = None if answer.refused else says_no(answer.text)
             if verdict is None:
                 why = answer.unfinished or "that can't be read"

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.llm.failures import for_report
-from train.reporting.markdown import cost, counted, load_pyplot, quoted, share, table
+from train.llm.failures import to_table_cells
+from train.reporting.markdown import code_block, count_section, format_share, format_table, format_usage
+from train.reporting.plots import load_pyplot
 from train.sysgen.tags import TAGS
 
 _PHASES = {
@@ -35,20 +36,23 @@ def _sections(name: str, facts: Mapping[str, Any], seconds: float | None) -> Ite
     rows = facts["rows"]
     yield f"# {name}"
     yield (
-        f"{facts['rows_written']:,} of {rows:,} rows written ({share(facts['rows_written'], rows)}), "
+        f"{facts['rows_written']:,} of {rows:,} rows written ({format_share(facts['rows_written'], rows)}), "
         f"{facts['rows_with_system_message']:,} of them with a system message, by {facts['model']}. Prompt version: "
         f"{facts['prompt_version']}."
     )
     yield from (f"**Warning: {warning}**" for warning in facts["warnings"])
     yield "## Rows"
-    yield table(
+    yield format_table(
         ("phase", "rows", "of all"),
-        [(_PHASES[phase], f"{count:,}", share(count, rows)) for phase, count in facts["rows_through_phase"].items()]
-        + [("written", f"{facts['rows_written']:,}", share(facts["rows_written"], rows))],
+        [
+            (_PHASES[phase], f"{count:,}", format_share(count, rows))
+            for phase, count in facts["rows_through_phase"].items()
+        ]
+        + [("written", f"{facts['rows_written']:,}", format_share(facts["rows_written"], rows))],
     )
-    yield from counted("Left out", "reason", facts["left_out"], rows, "of all")
-    yield from counted("Why no answer came", "what was said", for_report(facts["unanswered"]))
-    yield from counted(
+    yield from count_section("Left out", "reason", facts["left_out"], rows, "of all")
+    yield from count_section("Why no answer came", "what was said", to_table_cells(facts["unanswered"]))
+    yield from count_section(
         "On the way",
         "what happened",
         facts["events"],
@@ -62,7 +66,7 @@ def _sections(name: str, facts: Mapping[str, Any], seconds: float | None) -> Ite
         "tried for a row, and once for each turn of a conversation of several. So are repairs and what was dropped. "
         "Under `reminded, there` stand the written rows that were reminded of the tag, and how many of them hold it."
     )
-    yield table(
+    yield format_table(
         (
             "tag",
             "rows with it",
@@ -77,16 +81,16 @@ def _sections(name: str, facts: Mapping[str, Any], seconds: float | None) -> Ite
         [_tag_row(tag, facts["tags"][tag]) for tag in TAGS],
     )
     yield "![share of messages with each tag, and of verdicts](tags.png)"
-    yield from counted("Repaired in what the model wrote", "fault", facts["repairs"])
-    yield from counted("Dropped from what the model wrote", "reason", facts["dropped"])
-    yield from counted("Tags that are none of the eight", "tag", dict(list(facts["unknown_tags"].items())[:20]))
-    yield from counted("Constraints", "kind", facts["constraints"], facts["rows_written"], "of written")
+    yield from count_section("Repaired in what the model wrote", "fault", facts["repairs"])
+    yield from count_section("Dropped from what the model wrote", "reason", facts["dropped"])
+    yield from count_section("Tags that are none of the eight", "tag", dict(list(facts["unknown_tags"].items())[:20]))
+    yield from count_section("Constraints", "kind", facts["constraints"], facts["rows_written"], "of written")
     yield "## Answers"
     yield _answers(facts["characters"])
     if facts["characters"]["rows_answered_anew"]:
         yield "![length of new answers over the original ones](lengths.png)"
     yield "## Cost"
-    yield cost(facts["spent"], seconds)
+    yield format_usage(facts["spent"], seconds)
     yield "## Samples"
     yield "Chosen by the seed, in the order of the sources."
     for sample in facts["samples"]:
@@ -116,9 +120,9 @@ def _answers(characters: Mapping[str, Any]) -> str:
 def _sample(sample: Mapping[str, Any]) -> str:
     parts = [f"### {sample['source']}"]
     if sample["annotated"]:
-        parts.append(quoted(sample["annotated"]))
+        parts.append(code_block(sample["annotated"]))
     turns = [turn for turn in sample["conversation"] if turn["role"] != "system"]  # that one stands above, in its tags
-    parts += [f"**{turn['role']}**\n\n{quoted(turn['content'])}" for turn in turns]
+    parts += [f"**{turn['role']}**\n\n{code_block(turn['content'])}" for turn in turns]
     return "\n\n".join(parts)
 
 

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from train.llm.reasoning.control_tokens import without_end_tokens
+from train.llm.reasoning.control_tokens import strip_end_tokens
 from train.sysgen.tag_names import NAMES, TAGS, Dropped
 from train.sysgen.verdicts import Verdict, Verdicts, parse_verdicts
 
@@ -295,7 +295,7 @@ class _Reading:
         if colon := _COLON.match(text):
             text = text[colon.end() :].strip()
             repairs.append("colon behind the tag")
-        text, tokens = without_end_tokens(text)
+        text, tokens = strip_end_tokens(text)
         repairs += ["control tokens at the end"] * bool(tokens)
         if not _is_phrase(pair.opener.name, text):
             return False

@@ -17,7 +17,7 @@ import pyarrow
 from train.datagen.config import OutputSection
 from train.datagen.dataset_writer import JsonLines, open_rows
 from train.errors import UserError
-from train.storage.atomic_write import sync
+from train.storage.atomic_write import fsync
 from train.sysgen.result import Outcome
 
 _TURN = pyarrow.struct(
@@ -105,7 +105,7 @@ class Output:
         try:
             self._rows.finish()
             self._left_out.finish()
-            sync(self._folder)
+            fsync(self._folder)
         except OSError as error:
             raise self._no_more(error) from error
 

@@ -4,17 +4,18 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from accelerate import Accelerator
+from typing import TYPE_CHECKING, Any
 
 from train.errors import UserError
 from train.ranks import is_first_rank
 from train.recipe import Recipe
-from train.storage.atomic_write import replacing, write_text
+from train.storage.atomic_write import atomic_write, write_text
 from train.storage.jsonl import read_metrics
-from train.system_gain.metric import MEASURES, system_gain
-from train.system_gain.variants import Variants
+
+if TYPE_CHECKING:  # importing them takes seconds, and `--check` needs no more of this module than FILE
+    from accelerate import Accelerator
+
+    from train.system_gain.variants import Variants
 
 FILE = "system_gain.jsonl"
 """In output_dir: a line an evaluation, with the figures of each group."""
@@ -23,7 +24,7 @@ FILE = "system_gain.jsonl"
 class ValidationGain:
     """Measures the model of a run on `rows`, as many tokens at a time as an evaluation takes; without any, nothing."""
 
-    def __init__(self, recipe: Recipe, rows: Sequence[Variants], sequences_per_batch: int) -> None:
+    def __init__(self, recipe: Recipe, rows: "Sequence[Variants]", sequences_per_batch: int) -> None:
         self._rows, self._seed = rows, recipe.seed
         self._path = Path(recipe.output_dir) / FILE
         self._tokens_per_batch = sequences_per_batch * recipe.data.max_length
@@ -33,7 +34,7 @@ class ValidationGain:
     def measure(
         self,
         model: Any,
-        accelerator: Accelerator,
+        accelerator: "Accelerator",
         step: int,
         prefix: str,
         on_progress: Callable[[int], None] | None = None,
@@ -41,6 +42,8 @@ class ValidationGain:
         """The figures by name. All processes must call it, and get the same; NaN where a likelihood isn't finite."""
         if not self._rows:
             return {}
+        from train.system_gain.metric import MEASURES, system_gain  # imports the modelling code of transformers
+
         try:
             found = system_gain(
                 model,
@@ -66,7 +69,7 @@ class ValidationGain:
         """
         try:
             kept = [line for line in self._earlier() if line["step"] < record["step"]]
-            with replacing(self._path) as [unfinished]:  # a full disk must not cost the lines that were there
+            with atomic_write(self._path) as [unfinished]:  # a full disk must not cost the lines that were there
                 write_text(unfinished, "".join(json.dumps(line) + "\n" for line in [*kept, record]))
         except OSError as fault:
             print(f"warning: {self._path} can't be written: {fault.strerror}", flush=True)

@@ -15,15 +15,17 @@ doesn't pay: 128 rows of that length under four messages are 435,000 tokens forw
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from train.data.loss_mask import Encoded
+from train.data.loss_mask import EncodedRow
 from train.model.inference import as_in_evaluation
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _LOGITS = 1 << 28
 """Most logits at once, in number: a batch has no more trained tokens than that, but for a single longer answer."""
@@ -52,8 +54,8 @@ def batches(
 
 def log_likelihoods(
     model: Any,
-    rows: Sequence[Encoded],
-    accelerator: Accelerator | None = None,
+    rows: Sequence[EncodedRow],
+    accelerator: "Accelerator | None" = None,
     *,
     tokens_per_batch: int = 8_192,
     known: Mapping[int, float] | None = None,
@@ -101,7 +103,7 @@ def log_likelihoods(
 
 
 def _score(
-    model: Any, head: Any, rows: Sequence[Encoded], targets: Sequence[NDArray[np.int64]], device: torch.device
+    model: Any, head: Any, rows: Sequence[EncodedRow], targets: Sequence[NDArray[np.int64]], device: torch.device
 ) -> torch.Tensor:
     """The sums of one batch: float64 on the CPU, [rows]."""
     longest = max(len(piece.ids) for piece in rows)

@@ -34,42 +34,44 @@ quickstart, against float32), which mostly cancels in the mean (0.003 there).
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from train.data.loss_mask import Encoded
+from train.data.loss_mask import EncodedRow
 from train.errors import UserError
-from train.formatting import counted
+from train.formatting import format_count
 from train.resampling import (
-    DIFFERENCE_OF_SHARES,
+    DIFFERENCE_BOUNDS,
     PERMUTATIONS,
     RESAMPLES,
-    SHARE,
+    SHARE_BOUNDS,
     Bounds,
     Estimate,
-    estimates,
-    explain_missing,
+    estimate_means,
+    explain_missing_intervals,
 )
 from train.system_gain.log_likelihood import log_likelihoods
 from train.system_gain.variants import Label, Variants
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 MEASURES = ("gain", "accuracy", "gain_over_none", "accuracy_over_none")
 _NO_EFFECT = np.array([0.0, 0.5, 0.0, 0.5])
 _OF_CHANGE = np.zeros(4)
-_BOUNDS: tuple[Bounds, ...] = (None, SHARE, None, SHARE)
-_BOUNDS_OF_CHANGE: tuple[Bounds, ...] = (None, DIFFERENCE_OF_SHARES, None, DIFFERENCE_OF_SHARES)
+_BOUNDS: tuple[Bounds, ...] = (None, SHARE_BOUNDS, None, SHARE_BOUNDS)
+_BOUNDS_OF_CHANGE: tuple[Bounds, ...] = (None, DIFFERENCE_BOUNDS, None, DIFFERENCE_BOUNDS)
 
 
 class Scores(Protocol):
     """Sums of log-probabilities that were computed before, and where further ones are kept."""
 
-    def find(self, row: Encoded) -> float | None:
+    def find(self, row: EncodedRow) -> float | None:
         """The sum of a row, if it was computed."""
 
-    def add(self, rows: Sequence[Encoded], scores: Sequence[float]) -> None:
+    def add(self, rows: Sequence[EncodedRow], scores: Sequence[float]) -> None:
         """Keep those of further rows."""
 
 
@@ -138,7 +140,7 @@ class SystemGain:
 def system_gain(
     model: Any,
     rows: Sequence[Variants],
-    accelerator: Accelerator | None = None,
+    accelerator: "Accelerator | None" = None,
     *,
     tokens_per_batch: int = 8_192,
     seed: int = 0,
@@ -222,7 +224,7 @@ def _figures(
     found: dict[Label | None, Figures] = {}
     for label in [None, *sorted(label for label, count in counts.items() if count < len(labels))]:
         chosen = np.array([label is None or label in of_row for of_row in labels])
-        measured = estimates(values[chosen], instructions[chosen], no_effect, bounds, seed=seed, **options)
+        measured = estimate_means(values[chosen], instructions[chosen], no_effect, bounds, seed=seed, **options)
         found[label] = Figures(int(chosen.sum()), len(np.unique(instructions[chosen])), *measured)
     return found
 
@@ -243,7 +245,7 @@ def markdown(measured: Mapping[str, SystemGain], change: Mapping[Label | None, F
         cells += [_cell(getattr(change[None], measure), measure, signed=True)] if change else []
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     overall = first.overall
-    of = f"{counted(overall.rows, 'row')} of {counted(overall.instructions, 'instruction')}"
+    of = f"{format_count(overall.rows, 'row')} of {format_count(overall.instructions, 'instruction')}"
     lines += ["", f"{of}; 95 % intervals over instructions, and p against no effect (sign flips)."]
     if first.groups:
         lines += ["", "Gain over other messages, by what the data says:", ""]
@@ -254,7 +256,7 @@ def markdown(measured: Mapping[str, SystemGain], change: Mapping[Label | None, F
             cells += [_cell(change[label].gain, "gain", signed=True)] if change else []
             of, value = (text.replace("|", "\\|").replace("\n", " ") for text in label)
             lines.append(f"| {of} | {value} | {figures.rows:,} | " + " | ".join(cells) + " |")
-    lines += ["", *explained] if (explained := explain_missing("\n".join(lines), "instructions")) else []
+    lines += ["", *explained] if (explained := explain_missing_intervals("\n".join(lines), "instructions")) else []
     return "\n".join(lines) + "\n"
 
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from train.data.loss_mask import Encoded
+from train.data.loss_mask import EncodedRow
 from train.errors import UserError
 
 
@@ -33,11 +33,11 @@ class ScoreFile:
                 self._known[key] = float(score)
         self._lines.write("\n")  # after half a line
 
-    def find(self, row: Encoded) -> float | None:
+    def find(self, row: EncodedRow) -> float | None:
         """The score of a row, if it was computed."""
         return self._known.get(self._key(row))
 
-    def add(self, rows: Sequence[Encoded], scores: Sequence[float]) -> None:
+    def add(self, rows: Sequence[EncodedRow], scores: Sequence[float]) -> None:
         """Write scores down; they are there when this returns, also for a process that is killed."""
         try:
             self._lines.writelines(
@@ -50,7 +50,7 @@ class ScoreFile:
     def _refused(self, fault: OSError) -> UserError:
         return UserError(f"{self._path} can't be written: {fault.strerror}.")
 
-    def _key(self, row: Encoded) -> str:
+    def _key(self, row: EncodedRow) -> str:
         digest = hashlib.blake2b(self._model, digest_size=12)
         digest.update(row.ids.astype("<i8").tobytes())
         digest.update(row.trained.astype("<i8").tobytes())

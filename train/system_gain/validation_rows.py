@@ -8,13 +8,13 @@ from typing import Any
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from train.data.cache import cache_key, find_or_make
+from train.data.cache import cache_key, get_or_build
 from train.data.prepare import Prepared
 from train.data.sources.formats import Conversation
 from train.data.tokens.source import cache_folder
 from train.data.tokens.workers import RowTokenizer
-from train.formatting import counted
-from train.progress import job
+from train.formatting import format_count
+from train.progress import progress_bar
 from train.recipe import Recipe
 from train.recipe.conflicts import chosen_by_gain
 from train.system_gain.variants import Chosen, Labelled, VariantRows, choose, encode, read_labelled
@@ -30,7 +30,7 @@ def gain_rows(recipe: Recipe, data: Prepared, tokenizer: PreTrainedTokenizerBase
     """
     if data.validation is None or not recipe.system_gain.rows:
         return None
-    sequences = data.validation.rows
+    sequences = data.validation.dataset
     places = sorted({place for sequence in range(len(sequences)) for place in sequences.places(sequence)})
     settings = recipe.system_gain
     key = cache_key(
@@ -52,8 +52,8 @@ def gain_rows(recipe: Recipe, data: Prepared, tokenizer: PreTrainedTokenizerBase
         (folder / _FILE).write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
         return {"rows": len(chosen), "left_out": made.left_out, "examples": made.examples}
 
-    with job("choosing rows for system gain", unit="rows") as choosing:
-        entry = find_or_make(cache_folder(recipe), key, build, choosing)
+    with progress_bar("choosing rows for system gain", unit="rows") as choosing:
+        entry = get_or_build(cache_folder(recipe), key, build, choosing)
     made = VariantRows([], Counter(entry.facts["left_out"]), dict(entry.facts["examples"]))
     kept = json.loads((entry.folder / _FILE).read_text(encoding="utf-8"))
     rows = RowTokenizer(tokenizer, recipe.chat.train_on, recipe.chat.control_tokens_in_text)
@@ -71,7 +71,7 @@ def describe_gain(made: VariantRows | None) -> str | None:
     whose = "other messages of the same instruction" if siblings else "other rows' messages"
     if 0 < siblings < len(made.rows):
         whose += f" (where there is none, {len(made.rows) - siblings:,}, other rows')"
-    return f"measured at each evaluation on {counted(len(made.rows), 'validation row')}, against {whose}"
+    return f"measured at each evaluation on {format_count(len(made.rows), 'validation row')}, against {whose}"
 
 
 def gain_refusal(recipe: Recipe, made: VariantRows | None) -> str | None:
@@ -84,7 +84,7 @@ def gain_refusal(recipe: Recipe, made: VariantRows | None) -> str | None:
 
 
 def _why_not(made: VariantRows) -> str:
-    return "; ".join(f"{kind} ({counted(count, 'row')})" for kind, count in made.left_out.items()) or "no row"
+    return "; ".join(f"{kind} ({format_count(count, 'row')})" for kind, count in made.left_out.items()) or "no row"
 
 
 def _as_json(chosen: Chosen) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from train.data.loss_mask import Encoded
-from train.data.sources.formats import Conversation, Message, Row, RowFault, read_row
+from train.data.loss_mask import EncodedRow
+from train.data.sources.formats import Conversation, Message, RawRow, RowError, read_row
 from train.data.sources.source import chunks_and_format, open_source
 from train.data.tokens.workers import RowTokenizer
 from train.recipe import Source
@@ -50,13 +50,13 @@ class Variants:
     place: str
     instruction: int
     labels: tuple[Label, ...]
-    own: list[Encoded]
-    others: list[list[Encoded]]
-    none: list[Encoded]
+    own: list[EncodedRow]
+    others: list[list[EncodedRow]]
+    none: list[EncodedRow]
     siblings: bool
 
     @property
-    def all(self) -> list[list[Encoded]]:
+    def all(self) -> list[list[EncodedRow]]:
         """Under its own message, under the others, under none."""
         return [self.own, *self.others, self.none]
 
@@ -86,12 +86,12 @@ class VariantRows:
         self.examples.setdefault(kind, f"{place}: {detail}" if detail else place)
 
 
-def trained_tokens(piece: Encoded) -> int:
+def trained_tokens(piece: EncodedRow) -> int:
     """How many of its tokens are learnt."""
     return int((piece.trained[:, 1] - piece.trained[:, 0]).sum())
 
 
-def answer_ids(piece: Encoded) -> np.ndarray:
+def answer_ids(piece: EncodedRow) -> np.ndarray:
     """The tokens that are learnt."""
     return np.concatenate([piece.ids[start:end] for start, end in piece.trained.tolist()] or [piece.ids[:0]])
 
@@ -102,13 +102,13 @@ def read_labelled(
     *,
     places: Container[str] | None = None,
     allow_pickle: bool = False,
-) -> list[Labelled | tuple[str, RowFault]]:
+) -> list[Labelled | tuple[str, RowError]]:
     """Every row of `sources` with its labels, or the place and fault of one that is no conversation.
 
     `columns`: further columns whose text is a label. Of several sources each is a label too. `places`: take the rows
     that stand there alone. Raises UserError.
     """
-    rows: list[Labelled | tuple[str, RowFault]] = []
+    rows: list[Labelled | tuple[str, RowError]] = []
     columns = (*LABEL_COLUMNS, *columns)
     for source in sources:
         opened = open_source(source, allow_pickle)
@@ -120,16 +120,16 @@ def read_labelled(
                 if places is not None and whole_place not in places:
                     continue
                 try:
-                    if isinstance(row, RowFault):
+                    if isinstance(row, RowError):
                         raise row
                     conversation = read_row(row, format, whole_place, ignore=source.ignore)
                     rows.append(Labelled(conversation, of_source + labels_of(row, columns)))
-                except RowFault as fault:
+                except RowError as fault:
                     rows.append((whole_place, fault))
     return rows
 
 
-def labels_of(row: Row, columns: Iterable[str] = LABEL_COLUMNS) -> tuple[Label, ...]:
+def labels_of(row: RawRow, columns: Iterable[str] = LABEL_COLUMNS) -> tuple[Label, ...]:
     """What the columns of a row say that it belongs to; of a Janus row also the dimensions of its preference set.
 
     A label of a dimension is ("style", "conciseness"): its sub-dimension. What isn't as expected gives no label.
@@ -163,7 +163,7 @@ class Chosen:
 
 
 def make_variants(
-    rows: Sequence[Labelled | tuple[str, RowFault]],
+    rows: Sequence[Labelled | tuple[str, RowError]],
     tokenizer: RowTokenizer,
     *,
     others: int = 2,
@@ -183,7 +183,7 @@ def make_variants(
 
 
 def choose(
-    rows: Sequence[Labelled | tuple[str, RowFault]],
+    rows: Sequence[Labelled | tuple[str, RowError]],
     made: VariantRows,
     *,
     others: int = 2,
@@ -262,7 +262,7 @@ def _encode(rows: Sequence[Chosen], tokenizer: RowTokenizer, max_length: int | N
     for chosen in rows:
         place = chosen.row.conversation.place
         results: list[Any] = [next(encoded) for _ in range(len(chosen.others) + 2)]
-        fault = next((result for result in results if isinstance(result, RowFault)), None)
+        fault = next((result for result in results if isinstance(result, RowError)), None)
         if fault is not None:
             made.leave_out(place, fault.kind, fault.detail)
             continue

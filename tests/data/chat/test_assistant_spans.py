@@ -14,9 +14,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from train.data.chat.assistant_spans import Spans
+from train.data.chat.assistant_spans import SpanFinder
 from train.data.loss_mask import NOT_TRAINED, Encoder
-from train.data.sources.formats import RowFault
+from train.data.sources.formats import RowError
 from train.errors import UserError
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -215,13 +215,13 @@ def compare(name, plain, training, spans, messages, tools) -> set[str] | None:
     try:
         text, marks = rendered(name, training, messages, tools)
     except (TemplateError, TypeError):
-        with pytest.raises(RowFault, match="refused by the template"):
+        with pytest.raises(RowError, match="refused by the template"):
             spans.rows(messages, tools, "assistant")
         return None
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     try:
         rows = spans.rows(messages, tools, "assistant")
-    except RowFault as fault:
+    except RowError as fault:
         # Nothing is refused that could be compared: the render itself lacks what the message says.
         turn = rendered(name, plain, messages, tools)[0]
         calls = any(message.get("tool_calls") for message in messages)
@@ -265,7 +265,7 @@ def test_spans_are_those_of_trl_or_better(name: str, counts) -> None:
     counts["pairs"] += 1
     if EXCEPTIONS.get(name) == {NO_PROMPT}:
         with pytest.raises(UserError, match="generation prompt goes on with '<think>"):
-            Spans(plain)
+            SpanFinder(plain)
         messages = [user("Ask?"), answer("Hello")]
         text, marks = rendered(name, training, messages, None)
         assert all(not text.startswith(prompt) for prompt in prompts(name, training, messages[:1], None))
@@ -273,7 +273,7 @@ def test_spans_are_those_of_trl_or_better(name: str, counts) -> None:
         found = {NO_PROMPT}
         counts["conversations refused"] += len(list(conversations()))
     else:
-        spans, found = Spans(plain), set()
+        spans, found = SpanFinder(plain), set()
         for messages, tools in conversations():
             reasons = compare(name, plain, training, spans, messages, tools)
             counts["conversations refused" if reasons is None else "conversations compared"] += 1
@@ -289,12 +289,12 @@ OTHERS = sorted({path.stem for path in TEMPLATES.glob("*.jinja") if not path.ste
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_templates_give_what_inference_asks_for(name: str, counts) -> None:
     tokenizer = tokenizer_for(name, (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"))
-    spans = Spans(tokenizer)
+    spans = SpanFinder(tokenizer)
     refused = 0
     for messages, tools in conversations():
         try:
             rows = spans.rows(messages, tools, "assistant")
-        except RowFault as fault:
+        except RowError as fault:
             assert "reasoning lost" in fault.kind and messages[1].get("reasoning_content"), fault  # noqa: PT017, PT018
             refused += 1
             continue
@@ -312,8 +312,8 @@ MARKED = [name for name in PAIRS if NO_PROMPT not in EXCEPTIONS.get(name, set())
 @pytest.mark.parametrize("name", MARKED)
 def test_marks_are_trimmed_to_what_the_plain_template_gives(name: str) -> None:
     """With TRL's marks, ours are no longer than without them, and end with the same token."""
-    plain = Spans(tokenizer_for(name, (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")))
-    marked = Spans(tokenizer_for(name, (TEMPLATES / f"{name}_training.jinja").read_text(encoding="utf-8")))
+    plain = SpanFinder(tokenizer_for(name, (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")))
+    marked = SpanFinder(tokenizer_for(name, (TEMPLATES / f"{name}_training.jinja").read_text(encoding="utf-8")))
     messages = [user("Ask?"), answer("Hello"), user("So?"), answer("one\n\ntwo"), user("And?"), answer("")]
     ours = [row.text[slice(*span)] for row in plain.rows(messages, None, "assistant") for span in row.spans]
     texts = [row.text[slice(*span)] for row in marked.rows(messages, None, "assistant") for span in row.spans]
@@ -330,9 +330,9 @@ def test_the_tokens_to_stop_at_are_those_of_the_models_own_settings(name: str) -
         tokenizer_for(name, (TEMPLATES / f"{name}{kind}.jinja").read_text(encoding="utf-8"))
         for kind in ("", "_training")
     )
-    assert Spans(training).stop_tokens == wanted
+    assert SpanFinder(training).stop_tokens == wanted
     if NO_PROMPT not in EXCEPTIONS.get(name, ()):
-        assert Spans(plain).stop_tokens == wanted
+        assert SpanFinder(plain).stop_tokens == wanted
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<\ue000\ue001"), min_size=1, max_size=40)
@@ -379,7 +379,7 @@ def test_trained_tokens_are_the_answers_and_all_tokens_are_the_render(encoders, 
     for question, spoken, trained in turns:
         messages += [user(question), answer(spoken, train=trained)]
     (rows,) = encoder.encode([(messages, None)], "last" if last else "assistant")
-    assert not isinstance(rows, RowFault), rows
+    assert not isinstance(rows, RowError), rows
     form, change = WRITTEN[name]
     wanted = [form.format(change(spoken)) for _, spoken, trained in turns if trained]
     found = []
@@ -403,21 +403,21 @@ def test_a_template_that_repeats_the_answer_is_refused_as_a_user_would_be_traine
         "echo", CHATML + "{% if messages[-1].role == 'assistant' %}" + ECHO + "{% endif %}" + PROMPT
     )
     with pytest.raises(UserError, match=r"writes '<\|im_end\|>.*Sum up: \{say\}<.*with text of the"):
-        Spans(tokenizer)
+        SpanFinder(tokenizer)
 
 
 @pytest.mark.parametrize("condition", ["messages | length > 2", "messages[-1].content | length > 8"])
 def test_a_row_in_which_the_template_repeats_the_answer_is_refused(condition: str) -> None:
     echo = "{% if messages[-1].role == 'assistant' and " + condition + " %}" + ECHO + "{% endif %}"
-    spans = Spans(tokenizer_for("echo", CHATML + echo + PROMPT))
-    with pytest.raises(RowFault, match="text after the end of an answer"):
+    spans = SpanFinder(tokenizer_for("echo", CHATML + echo + PROMPT))
+    with pytest.raises(RowError, match="text after the end of an answer"):
         spans.rows([user("Ask?"), answer("Hello"), user("So?"), answer("A longer one.")], None, "last")
     (row,) = spans.rows([user("Ask?"), answer("Hello")], None, "assistant")
     assert [row.text[slice(*span)] for span in row.spans] == ["Hello<|im_end|>"]
 
 
 def test_end_tokens_that_an_answer_holds_itself_are_its_own() -> None:
-    (row,) = Spans(tokenizer_for("chatml", CHATML + PROMPT)).rows(
+    (row,) = SpanFinder(tokenizer_for("chatml", CHATML + PROMPT)).rows(
         [user("Ask?"), answer("one<|im_end|>two")], None, "assistant"
     )
     assert [row.text[slice(*span)] for span in row.spans] == ["one<|im_end|>two<|im_end|>"]
@@ -427,16 +427,16 @@ def test_end_tokens_that_an_answer_holds_itself_are_its_own() -> None:
 def test_whatever_a_template_raises_is_the_fault_of_the_row(fault: str) -> None:
     """ZeroDivisionError, RecursionError: a template is a program."""
     template = CHATML + PROMPT + "{% if messages[0].content == 'Fail' %}" + fault + "{% endif %}"
-    spans = Spans(tokenizer_for("chatml", template))
+    spans = SpanFinder(tokenizer_for("chatml", template))
     assert len(spans.rows([user("Ask?"), answer("Hello")], None, "assistant")) == 1
-    with pytest.raises(RowFault, match=r"refused by the template: (ZeroDivision|Recursion)Error"):
+    with pytest.raises(RowError, match=r"refused by the template: (ZeroDivision|Recursion)Error"):
         spans.rows([user("Fail"), answer("Hello")], None, "assistant")
 
 
 def test_a_fault_shows_the_words_of_the_trial_without_its_marks() -> None:
     template = CHATML.replace("m.role", "m.role ~ loop.revindex")
     with pytest.raises(UserError, match=r"goes on with '5.n\{ask\}") as fault:
-        Spans(tokenizer_for("counting down", template + PROMPT))
+        SpanFinder(tokenizer_for("counting down", template + PROMPT))
     assert "\ue000" not in str(fault.value)
     assert "\\ue000" not in str(fault.value)
     assert ".." not in str(fault.value)

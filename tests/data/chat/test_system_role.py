@@ -8,7 +8,7 @@ import pytest
 from chat_templates import TRL_TEMPLATES, say, text_of, tokenizer_with
 from transformers import AutoTokenizer
 
-from train.data.chat.system_role import apply_system_role, outcome, probe
+from train.data.chat.system_role import apply_system_role, describe_effect, probe
 from train.data.chat.template import has_generation_marks, render, use_template
 from train.errors import UserError
 
@@ -447,7 +447,7 @@ def test_what_results_is_said(
     template: str, role: Any, default: str | None, sentences: list[str], given: str | None
 ) -> None:
     tokenizer = tokenizer_with(template)
-    found = outcome(tokenizer, apply_system_role(tokenizer, role, default), default)
+    found = describe_effect(tokenizer, apply_system_role(tokenizer, role, default), default)
     assert (found.sentences, found.default, found.changed) == (sentences, given, role != "native")
 
 
@@ -456,6 +456,6 @@ def test_a_clock_is_no_change_of_the_template(tokenizer) -> None:
         "{{ strftime_now('%f') }}\n{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     )
     before = apply_system_role(tokenizer, "native")
-    found = outcome(tokenizer, before, None)
+    found = describe_effect(tokenizer, before, None)
     assert not found.changed
     assert f"To every conversation the template adds: {before.header!r}." in found.sentences

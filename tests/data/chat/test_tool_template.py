@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from train.data.chat.assistant_spans import Spans
+from train.data.chat.assistant_spans import SpanFinder
 from train.data.chat.template import TEMPLATES, render, use_template, without_generation_marks
 from train.data.loss_mask import NOT_TRAINED, encode
 from train.data.sources.formats import convert
@@ -229,7 +229,7 @@ def test_what_has_its_tags_already_is_not_written_twice(name: str, tools_tokeniz
 
 
 def test_generation_stops_at_the_end_token_and_serving_needs_no_marks(tools_tokenizer: Any) -> None:
-    assert Spans(tools_tokenizer).stop_tokens == ["<|im_end|>"]
+    assert SpanFinder(tools_tokenizer).stop_tokens == ["<|im_end|>"]
     plain = without_generation_marks(tools_tokenizer.chat_template)
     for messages, tools in ROWS.values():
         served = tools_tokenizer.apply_chat_template(messages, tools=tools, chat_template=plain, tokenize=False)

@@ -11,8 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from train.data.sources.arrow import ArrowRows, ArrowValue
-from train.data.sources.formats import RowFault, convert, detect
-from train.data.sources.source import conversations, read_rows
+from train.data.sources.formats import RowError, convert, detect
+from train.data.sources.source import read_conversations, read_rows
 from train.errors import UserError
 from train.recipe import Source
 
@@ -124,7 +124,7 @@ def test_bytes_of_images_are_not_copied(tmp_path: Path) -> None:
 def test_a_conversation_beside_a_date_is_read(zone: str | None, tmp_path: Path) -> None:
     table = pyarrow.table({"messages": [MESSAGES, MESSAGES], "valid_to": timestamps(zone)})
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
-    read = list(conversations(Source(path=str(tmp_path / "rows.parquet"))))
+    read = list(read_conversations(Source(path=str(tmp_path / "rows.parquet"))))
     assert [conversation.messages for _, conversation in read] == [MESSAGES, MESSAGES]
 
 
@@ -132,7 +132,7 @@ def test_a_column_that_a_format_needs_and_that_holds_no_text_is_a_fault_with_its
     (row,) = (row for _, row in ArrowRows(1, pyarrow.RecordBatch.from_pydict({
         "prompt": timestamps("Europe/Berlin")[:1], "output": ["a"],
     })).rows())  # fmt: skip
-    with pytest.raises(RowFault, match=r"`prompt` .*timestamp\[us, tz=Europe/Berlin\].*text is wanted"):
+    with pytest.raises(RowError, match=r"`prompt` .*timestamp\[us, tz=Europe/Berlin\].*text is wanted"):
         convert(row, detect(row))
 
 
@@ -150,7 +150,7 @@ def test_a_value_that_holds_no_text_is_named_by_its_arrow_type_with_a_cast(
     row: dict[str, Any], type: str, cast: bool
 ) -> None:
     ((_, read),) = ArrowRows(1, pyarrow.RecordBatch.from_pydict(row)).rows()
-    with pytest.raises(RowFault) as caught:
+    with pytest.raises(RowError) as caught:
         convert(read, detect(read))
     assert f"of Arrow's type {type}" in str(caught.value)
     assert "ArrowValue" not in str(caught.value)
@@ -163,7 +163,7 @@ def test_text_that_is_no_utf8_is_a_fault_of_the_rows_that_need_it() -> None:
     broken = utf8(b"caf\xe9")
     batch = pyarrow.RecordBatch.from_arrays([broken, pyarrow.array(["a"]), broken], ["prompt", "output", "beside"])
     ((_, row),) = ArrowRows(1, batch).rows()
-    with pytest.raises(RowFault, match=r"not UTF-8: `prompt`.*0xe9"):
+    with pytest.raises(RowError, match=r"not UTF-8: `prompt`.*0xe9"):
         convert(row, "janus")
     assert convert({**row, "prompt": "q"}, "janus")[0] == MESSAGES
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from external_data import FOLDER
 
-from train.data.sources.formats import FAULT_KINDS, ROLES, RowFault, convert, detect
+from train.data.sources.formats import ROLES, ROW_ERROR_KINDS, RowError, convert, detect
 from train.errors import UserError
 
 SYSTEM = {"role": "system", "content": "Be brief. 𝕊𝕪𝕤 🜲"}
@@ -401,10 +401,10 @@ BAD_ROWS: dict[str, tuple[str, dict[str, Any], str, str]] = {
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_a_bad_row_says_what_is_wrong(name: str) -> None:
     format, row, kind, words = BAD_ROWS[name]
-    with pytest.raises(RowFault) as caught:
+    with pytest.raises(RowError) as caught:
         convert(row, format)
     assert caught.value.kind == kind
-    assert kind in FAULT_KINDS
+    assert kind in ROW_ERROR_KINDS
     assert words in caught.value.detail
     caught.value.detail.encode()  # it can be printed, whatever the row held
 

@@ -23,7 +23,7 @@ def test_multifaceted_rows_become_conversations(tmp_path: Path, load: Load) -> N
         ["system", "user", "assistant"],
     ]
     assert [row.place for row in loaded.train] == [f"{path}:{line}" for line in (1, 2, 3)]
-    assert (loaded.validation, loaded.faults) == ([], {})
+    assert (loaded.validation, loaded.errors) == ([], {})
 
 
 def test_sources_of_several_formats(tmp_path: Path, load: Load) -> None:

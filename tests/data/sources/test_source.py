@@ -15,7 +15,7 @@ import pytest
 import torch
 from external_data import FOLDER
 
-from train.data.sources.formats import FAULT_KINDS, RowFault, convert, detect
+from train.data.sources.formats import ROW_ERROR_KINDS, RowError, convert, detect
 from train.data.sources.source import BadRows, open_source, read_rows
 from train.errors import UserError
 from train.recipe import Source
@@ -218,15 +218,15 @@ def test_a_part_of_a_split_is_no_split_of_a_folder(tmp_path: Path) -> None:
 def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     write(folder / "a.jsonl", lines(ROWS))
-    for passed_over in ("more.jsonl.bz2", "notes.txt", "old/b.jsonl.bak", "_half/c.jsonl"):
-        write(folder / passed_over, b"x")
+    for skipped_files in ("more.jsonl.bz2", "notes.txt", "old/b.jsonl.bak", "_half/c.jsonl"):
+        write(folder / skipped_files, b"x")
     for companion in ("README.md", "LICENSE", ".hidden", ".cache/d.jsonl"):
         write(folder / companion, b"x")
     opened = open_source(Source(path=str(folder)))
     assert opened.files == [str(folder / "a.jsonl")]
-    named = [str(path.relative_to(folder)) for path in opened.passed_over]
+    named = [str(path.relative_to(folder)) for path in opened.skipped_files]
     assert sorted(named) == ["_half/c.jsonl", "more.jsonl.bz2", "notes.txt", "old/b.jsonl.bak"]
-    assert open_source(Source(path=str(folder / "a.jsonl"))).passed_over == []
+    assert open_source(Source(path=str(folder / "a.jsonl"))).skipped_files == []
 
 
 def test_a_glob_gives_what_it_names_in_order(tmp_path: Path) -> None:
@@ -359,12 +359,12 @@ def test_skipping_bad_rows_keeps_the_count(tmp_path: Path, load: Callable[..., A
     path = broken_rows(tmp_path)
     loaded = load(path, on_bad_row="skip")
     assert [row.messages[1]["content"] for row in loaded.train if len(row.messages) == 3] == ["one", "two"]
-    counts = {kind: rows.count for kind, rows in loaded.faults.items()}
+    counts = {kind: rows.count for kind, rows in loaded.errors.items()}
     assert counts == {"invalid JSON": 5, "not UTF-8": 1, "wrong type": 1, "missing column": 1, "empty content": 1}
-    examples = loaded.faults["invalid JSON"].examples
+    examples = loaded.errors["invalid JSON"].examples
     assert [example.place for example in examples] == [f"{path}:{line}" for line in (2, 7, 8)]
     assert str(examples[0]).startswith(f"{path}:2: ")
-    assert set(counts) <= set(FAULT_KINDS)
+    assert set(counts) <= set(ROW_ERROR_KINDS)
 
 
 def test_only_the_first_three_of_a_kind_are_kept() -> None:
@@ -512,7 +512,7 @@ def test_a_pickle_that_is_none_is_an_error(tmp_path: Path) -> None:
 
 def test_faults_are_values_until_someone_raises_them(tmp_path: Path) -> None:
     rows = rows_of(broken_rows(tmp_path))
-    assert [isinstance(row, RowFault) for row in rows[:5]] == [False, True, True, True, False]
+    assert [isinstance(row, RowError) for row in rows[:5]] == [False, True, True, True, False]
 
 
 def test_every_byte_counts_for_the_digest_and_no_name(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from train.data.chat.template import use_template
 from train.data.fast_tokenizer import DiffersError
 from train.data.loss_mask import encode
 from train.data.prepare import examine
-from train.data.sources.formats import RowFault
+from train.data.sources.formats import RowError
 from train.data.sources.source import open_source
 from train.data.tokens.table import TokenRows, write
 from train.data.tokens.workers import RowTokenizer, tokenize
@@ -54,7 +54,7 @@ def test_rows_on_disk_are_the_rows_one_by_one(chatml_tokenizer, many, tmp_path: 
     for number, messages in enumerate(many, 1):
         try:
             good += [(number, messages, row) for row in encode(chatml_tokenizer, messages)]
-        except RowFault:
+        except RowError:
             assert messages[-1]["role"] == "user"
     assert len(stored) == len(good) == len(many) - refused
     assert refused == 1
@@ -114,7 +114,7 @@ def test_where_fastokens_differs_the_tokenizer_itself_is_asked_and_the_report_sa
     monkeypatch.setattr(FastTokenizer, "check", differs_later)
     second = prepared(recipe_file(), f"data.cache_dir={tmp_path / 'other'}")
     assert second.caches[0].how == "the tokenizer itself, as fastokens gives other tokens for 'a row'"
-    same = zip(first.train.rows, second.train.rows, strict=True)
+    same = zip(first.train.dataset, second.train.dataset, strict=True)
     assert all(np.array_equal(one["input_ids"], other["input_ids"]) for one, other in same)
 
 
@@ -158,7 +158,7 @@ def test_what_misses_the_cache_and_what_only_packs_anew(
     assert now() == (True, True)
     moved = rows_file.rename(tmp_path / "moved.jsonl")
     assert now(f"data.sources.0.path={moved}") == (True, True)
-    assert prepared(recipe, cache, f"data.sources.0.path={moved}").train.account.longest_place.startswith(str(moved))
+    assert prepared(recipe, cache, f"data.sources.0.path={moved}").train.stats.longest_place.startswith(str(moved))
 
 
 def test_a_source_that_changes_while_it_is_read_is_not_kept(
@@ -181,11 +181,11 @@ def test_a_cache_that_cannot_be_written_any_more_ends_no_run(
     recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = prepared(recipe_file())
-    number, expected = len(data.train.rows), [data.train.rows[place] for place in range(len(data.train.rows))]
+    number, expected = len(data.train.dataset), [data.train.dataset[place] for place in range(len(data.train.dataset))]
 
     def full(*_: object) -> None:
         raise UserError("data.cache_dir: no space left")
 
-    monkeypatch.setattr("train.data.prepare.find_or_make", full)
-    again = [data.train.rows[number + place] for place in range(number)]  # the second epoch
+    monkeypatch.setattr("train.data.prepare.get_or_build", full)
+    again = [data.train.dataset[number + place] for place in range(number)]  # the second epoch
     assert sum(len(row["input_ids"]) for row in again) == sum(len(row["input_ids"]) for row in expected)

@@ -145,7 +145,7 @@ def test_what_must_be_mended_is_said_before_anything_is_asked(says_no: Callable[
     row |= {"instruction_id_list": ["combination:repeat_prompt"], "kwargs": [{"prompt_to_repeat": "p"}]}
     other.write_text(json.dumps(row) + "\n", encoding="utf-8")
     assert "--all-rules" in says_no("ifeval", "--model", "m", "--data", other, *out)
-    assert "no number from 1 up" in says_no("ifeval", "--model", "m", "--data", data, "--limit", "0")
+    assert "must be an integer >= 1" in says_no("ifeval", "--model", "m", "--data", data, "--limit", "0")
     for temperature in ("-1", "nan", "hot"):
         assert f"'{temperature}' is no number from 0 up" in says_no(
             "ifeval", "--model", "m", "--data", data, *out, f"--temperature={temperature}"

@@ -13,9 +13,9 @@ import pytest
 from external_data import FOLDER
 
 from train.errors import UserError
-from train.evaluation.ifeval.checkers import Checkers, Verdict
+from train.evaluation.ifeval.checkers import Checkers, ConstraintVerdict
 from train.evaluation.ifeval.metrics import gaps, gaps_by_rule, shares, shares_by_rule
-from train.evaluation.ifeval.rows import SKIPPED, Row, read_rows, refuse_other_turns, same_rows
+from train.evaluation.ifeval.rows import SKIPPED, IFEvalRow, read_rows, refuse_other_turns, same_rows
 
 ROOT = Path(__file__).parents[3]
 OURS = ROOT / "recipes" / "smollm2-135m" / "data"
@@ -81,9 +81,9 @@ def checkers() -> Checkers:
     return Checkers()
 
 
-def row(*constraints: str, key: int = 1, **arguments: dict) -> Row:
+def row(*constraints: str, key: int = 1, **arguments: dict) -> IFEvalRow:
     given = tuple(arguments.get(rule.replace(":", "_"), BY_HAND[rule][0]) for rule in constraints)
-    return Row(key, "Say river.", constraints, given, ({"role": "user", "content": "Say river."},), "here:1")
+    return IFEvalRow(key, "Say river.", constraints, given, ({"role": "user", "content": "Say river."},), "here:1")
 
 
 def test_every_rule_is_checked_here(checkers: Checkers) -> None:
@@ -96,18 +96,20 @@ def test_every_rule_is_checked_here(checkers: Checkers) -> None:
 def test_a_good_and_a_bad_answer(checkers: Checkers, rule: str) -> None:
     _, good, bad = BY_HAND[rule]
     assert not checkers.drawn_at_random(row(rule))
-    assert checkers.verdict(row(rule), good) == Verdict((True,), (True,))
+    assert checkers.verdict(row(rule), good) == ConstraintVerdict((True,), (True,))
     assert checkers.verdict(row(rule), bad).strict == (False,)
 
 
 def test_what_loose_lets_pass_and_what_an_empty_answer_gets(checkers: Checkers) -> None:
     """Loose takes off a first line, a last one, and asterisks; an answer of blanks follows nothing, even `no comma`."""
     both = row("startend:end_checker", "punctuation:no_comma")
-    assert checkers.verdict(both, "Sure, here it is:\nA river. *That is all.*") == Verdict((False, False), (True, True))
-    assert checkers.verdict(both, " \n ") == Verdict((False, False), (False, False))
+    assert checkers.verdict(both, "Sure, here it is:\nA river. *That is all.*") == ConstraintVerdict(
+        (False, False), (True, True)
+    )
+    assert checkers.verdict(both, " \n ") == ConstraintVerdict((False, False), (False, False))
 
 
-def read_published(name: str) -> list[Row]:
+def read_published(name: str) -> list[IFEvalRow]:
     if not PUBLISHED.is_dir():
         pytest.skip("the published files are not here")
     return read_rows(PUBLISHED / f"{name}.jsonl")
@@ -273,7 +275,7 @@ def test_rows_as_the_hub_has_them(tmp_path: Path, checkers: Checkers) -> None:
 def test_arguments_that_a_checker_would_replace_or_choke_on(
     checkers: Checkers, rule: str, given: dict, says: str
 ) -> None:
-    bad = Row(1, "p", (rule,), (given,), ({"role": "user", "content": "p"},), "rows.jsonl:7")
+    bad = IFEvalRow(1, "p", (rule,), (given,), ({"role": "user", "content": "p"},), "rows.jsonl:7")
     before = random.getstate()
     with pytest.raises(UserError, match=r"^rows\.jsonl:7: ") as fault:
         checkers.drawn_at_random(bad)
@@ -290,14 +292,14 @@ def test_a_control_is_of_the_same_rows(tmp_path: Path) -> None:
         same_rows(rows, [rows[0], row("startend:quotation", key=2)], tmp_path)
 
 
-def some_verdicts(seed: int, rows: list[Row], share: float) -> list[Verdict]:
+def some_verdicts(seed: int, rows: list[IFEvalRow], share: float) -> list[ConstraintVerdict]:
     """Those of a prompt are alike, but for one in ten: to draw constraints again and not prompts would show."""
     chance = random.Random(seed)
     strict = []
     for one in rows:
         follows = chance.random() < share
         strict.append(tuple(follows != (chance.random() < 0.1) for _ in one.instructions))
-    return [Verdict(one, tuple(follows or chance.random() < 0.2 for follows in one)) for one in strict]
+    return [ConstraintVerdict(one, tuple(follows or chance.random() < 0.2 for follows in one)) for one in strict]
 
 
 def plain_interval(values: list[list[float]], seed: int) -> tuple[float, float]:

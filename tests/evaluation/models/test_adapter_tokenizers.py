@@ -12,8 +12,8 @@ from harness_tasks import multiple_choice
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from train.errors import UserError
-from train.evaluation.models.options import Checkpoint
-from train.evaluation.models.responses import respond
+from train.evaluation.models.options import LocalModel
+from train.evaluation.models.responses import generate_answers
 from train.llm.journal import Decoding
 
 RULES = "class Rule:\n    check = staticmethod(lambda question, text: True)\n\nRULES = {'any': Rule}\n"
@@ -138,8 +138,8 @@ def test_vllm_is_told_where_it_is(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     for folder, where in (adapter, tiny_chat_model), (whole, whole):
         with pytest.raises(UserError, match=f"serve {tiny_chat_model} .* --tokenizer {where} "):
-            respond(
-                Checkpoint(str(folder), engine="vllm"),
+            generate_answers(
+                LocalModel(str(folder), engine="vllm"),
                 [[{"role": "user", "content": "a river"}]],
                 Decoding(2, temperature=0.0),
                 tmp_path / "a.sqlite",

@@ -15,8 +15,8 @@ from scripted_server import Asked, Reply, error, said, served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from train.errors import UserError
-from train.evaluation.models.options import Checkpoint, Served
-from train.evaluation.models.responses import respond
+from train.evaluation.models.options import LocalModel, ServedModel
+from train.evaluation.models.responses import generate_answers
 from train.llm.client import RequestFailed
 from train.llm.journal import Decoding
 from train.llm.server import Server
@@ -56,12 +56,12 @@ def rows(journal: Path) -> list[tuple]:
 
 def test_a_checkpoint_answers_as_token_after_token_and_once(tiny_chat_model: Path, tmp_path: Path) -> None:
     journal = tmp_path / "a.sqlite"
-    found = respond(Checkpoint(str(tiny_chat_model), batch_size=3), CONVERSATIONS, GREEDY, journal)
+    found = generate_answers(LocalModel(str(tiny_chat_model), batch_size=3), CONVERSATIONS, GREEDY, journal)
     expected = one_by_one(tiny_chat_model, CONVERSATIONS, 6)
     assert [(answer.text, answer.completion_tokens) for [answer] in found] == expected
     assert [answer.cut for [answer] in found] == [tokens == 6 for _, tokens in expected]
     before = rows(journal)
-    again = respond(Checkpoint(str(tiny_chat_model), batch_size=1), CONVERSATIONS, GREEDY, journal)
+    again = generate_answers(LocalModel(str(tiny_chat_model), batch_size=1), CONVERSATIONS, GREEDY, journal)
     assert [answer.text for [answer] in again] == [answer.text for [answer] in found]
     assert all(answer.from_journal for [answer] in again)
     assert rows(journal) == before
@@ -69,12 +69,12 @@ def test_a_checkpoint_answers_as_token_after_token_and_once(tiny_chat_model: Pat
 
 def test_samples_differ_and_come_again_the_same(tiny_chat_model: Path, tmp_path: Path) -> None:
     drawn = Decoding(8, temperature=1.0, top_p=0.9, extra={"repetition_penalty": 1.03})
-    checkpoint = Checkpoint(str(tiny_chat_model))
-    runs = [respond(checkpoint, CONVERSATIONS, drawn, tmp_path / f"{run}.sqlite", samples=3) for run in "ab"]
+    checkpoint = LocalModel(str(tiny_chat_model))
+    runs = [generate_answers(checkpoint, CONVERSATIONS, drawn, tmp_path / f"{run}.sqlite", samples=3) for run in "ab"]
     texts = [[[answer.text for answer in of_row] for of_row in run] for run in runs]
     assert texts[0] == texts[1]
     assert all(len(set(of_row)) == 3 for of_row in texts[0])
-    other = respond(checkpoint, CONVERSATIONS, replace(drawn, seed=7), tmp_path / "c.sqlite", samples=3)
+    other = generate_answers(checkpoint, CONVERSATIONS, replace(drawn, seed=7), tmp_path / "c.sqlite", samples=3)
     assert texts[0] != [[answer.text for answer in of_row] for of_row in other]
 
 
@@ -83,17 +83,19 @@ def test_a_model_trained_anew_in_the_same_folder_is_asked_anew(tiny_chat_model: 
     model = AutoModelForCausalLM.from_pretrained(tiny_chat_model)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_chat_model).save_pretrained(folder)
-    first = respond(Checkpoint(str(folder)), CONVERSATIONS, GREEDY, journal)
+    first = generate_answers(LocalModel(str(folder)), CONVERSATIONS, GREEDY, journal)
     with torch.no_grad():
         for weights in model.parameters():
             weights.add_(torch.randn_like(weights), alpha=0.1)
     model.save_pretrained(folder)
     (folder / "ifeval.json").write_text("{}", encoding="utf-8")
-    second = respond(Checkpoint(str(folder)), CONVERSATIONS, GREEDY, journal)
+    second = generate_answers(LocalModel(str(folder)), CONVERSATIONS, GREEDY, journal)
     assert [answer.text for [answer] in second] == [text for text, _ in one_by_one(folder, CONVERSATIONS, 6)]
     assert [answer.text for [answer] in second] != [answer.text for [answer] in first]
     (folder / "ifeval.json").unlink()  # results beside the model make it no other model
-    assert all(answer.from_journal for [answer] in respond(Checkpoint(str(folder)), CONVERSATIONS, GREEDY, journal))
+    assert all(
+        answer.from_journal for [answer] in generate_answers(LocalModel(str(folder)), CONVERSATIONS, GREEDY, journal)
+    )
 
 
 def test_prompts_at_the_end_of_the_models_positions(tiny_chat_model: Path, tmp_path: Path) -> None:
@@ -106,8 +108,8 @@ def test_prompts_at_the_end_of_the_models_positions(tiny_chat_model: Path, tmp_p
 
     fits = max(words for words in range(1, positions) if length(words) < positions)
     conversations = [[{"role": "user", "content": "river " * words}] for words in (fits + 1, fits, 1)]
-    [too_long], [last], [short] = respond(
-        Checkpoint(str(tiny_chat_model)), conversations, GREEDY, tmp_path / "a.sqlite"
+    [too_long], [last], [short] = generate_answers(
+        LocalModel(str(tiny_chat_model)), conversations, GREEDY, tmp_path / "a.sqlite"
     )
     assert isinstance(too_long, RequestFailed)
     assert f"{length(fits + 1):,} tokens" in str(too_long)
@@ -116,12 +118,12 @@ def test_prompts_at_the_end_of_the_models_positions(tiny_chat_model: Path, tmp_p
 
 
 def test_what_stops_an_answer_is_not_in_it(tiny_chat_model: Path, tmp_path: Path) -> None:
-    [[whole]] = respond(
-        Checkpoint(str(tiny_chat_model)), CONVERSATIONS[:1], Decoding(30, temperature=0.0), tmp_path / "a.sqlite"
+    [[whole]] = generate_answers(
+        LocalModel(str(tiny_chat_model)), CONVERSATIONS[:1], Decoding(30, temperature=0.0), tmp_path / "a.sqlite"
     )
     stop = whole.text.strip()[3:5]
     stopping = Decoding(30, temperature=0.0, stop=(stop,))
-    [[answer]] = respond(Checkpoint(str(tiny_chat_model)), CONVERSATIONS[:1], stopping, tmp_path / "a.sqlite")
+    [[answer]] = generate_answers(LocalModel(str(tiny_chat_model)), CONVERSATIONS[:1], stopping, tmp_path / "a.sqlite")
     assert answer.text == whole.text[: whole.text.find(stop)]
     assert not answer.cut
 
@@ -135,13 +137,15 @@ def test_templates_are_handled_as_in_training(tiny_chat_model: Path, tmp_path: P
         encoding="utf-8",
     )
     with pytest.raises(UserError, match="loses system messages"):
-        respond(Checkpoint(str(tiny_chat_model), template=str(deaf)), CONVERSATIONS, GREEDY, tmp_path / "a.sqlite")
-    [[answer]] = respond(
-        Checkpoint(str(tiny_chat_model), template=str(deaf), system_role="merge_into_user"),
+        generate_answers(
+            LocalModel(str(tiny_chat_model), template=str(deaf)), CONVERSATIONS, GREEDY, tmp_path / "a.sqlite"
+        )
+    [[answer]] = generate_answers(
+        LocalModel(str(tiny_chat_model), template=str(deaf), system_role="merge_into_user"),
         CONVERSATIONS[:1], GREEDY, tmp_path / "a.sqlite",
     )  # fmt: skip
-    [[same]] = respond(
-        Checkpoint(str(tiny_chat_model), template=str(deaf), system_role="merge_into_user"),
+    [[same]] = generate_answers(
+        LocalModel(str(tiny_chat_model), template=str(deaf), system_role="merge_into_user"),
         [merge_into_user(CONVERSATIONS[0])], GREEDY, tmp_path / "b.sqlite",
     )  # fmt: skip
     assert answer.text == same.text
@@ -149,14 +153,14 @@ def test_templates_are_handled_as_in_training(tiny_chat_model: Path, tmp_path: P
 
 def test_settings_that_no_model_here_knows_are_an_error(tiny_chat_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="presence_penalty is no setting"):
-        respond(
-            Checkpoint(str(tiny_chat_model)),
+        generate_answers(
+            LocalModel(str(tiny_chat_model)),
             CONVERSATIONS,
             Decoding(4, extra={"presence_penalty": 1}),
             tmp_path / "a.sqlite",
         )
     with pytest.raises(UserError, match=r"--model .*nowhere"):
-        respond(Checkpoint(str(tmp_path / "nowhere")), CONVERSATIONS, GREEDY, tmp_path / "a.sqlite")
+        generate_answers(LocalModel(str(tmp_path / "nowhere")), CONVERSATIONS, GREEDY, tmp_path / "a.sqlite")
 
 
 def test_merged_says_both_in_the_first_user_turn() -> None:
@@ -215,25 +219,25 @@ async def parrot(asked: Asked) -> Reply:
 
 def test_a_server_answers_with_its_own_template_or_merged(tmp_path: Path) -> None:
     with served(parrot) as server:
-        there = Served("m", (Server(server.url, concurrency=2),))
+        there = ServedModel("m", (Server(server.url, concurrency=2),))
         conversations = [ask("stone"), ask("window"), [ask("x")[1]]]
-        first = respond(there, conversations, GREEDY, tmp_path / "a.sqlite", samples=2)
+        first = generate_answers(there, conversations, GREEDY, tmp_path / "a.sqlite", samples=2)
         assert [[answer.text for answer in of_row] for of_row in (first[0], first[2])] == [
             ["system:Speak like a river. user:stone"] * 2, ["user:x"] * 2,
         ]  # fmt: skip
         assert all(isinstance(answer, RequestFailed) for answer in first[1])
         into_user = replace(there, system_role="merge_into_user")
-        [[answer]] = respond(into_user, conversations[:1], GREEDY, tmp_path / "a.sqlite")
+        [[answer]] = generate_answers(into_user, conversations[:1], GREEDY, tmp_path / "a.sqlite")
         assert answer.text == "user:Speak like a river.\n\nstone"
         requests = len(server.asked)
-        respond(there, conversations[:1], GREEDY, tmp_path / "a.sqlite", samples=2)
+        generate_answers(there, conversations[:1], GREEDY, tmp_path / "a.sqlite", samples=2)
         assert len(server.asked) == requests
 
 
 def test_an_answer_comes_without_its_reasoning_and_the_journal_keeps_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """bench, ifeval and rules ask by `respond`."""
+    """bench, ifeval and rules ask by `generate_answers`."""
     replies = {
         "stone": "Hm.</think>River.<|im_end|>",
         "window": "<|channel|>analysis<|message|>Hm",
@@ -245,7 +249,7 @@ def test_an_answer_comes_without_its_reasoning_and_the_journal_keeps_it(
 
     with served(script) as server:
         conversations = [ask(prompt) for prompt in replies]
-        found = respond(Served("m", (Server(server.url),)), conversations, GREEDY, tmp_path / "a.sqlite")
+        found = generate_answers(ServedModel("m", (Server(server.url),)), conversations, GREEDY, tmp_path / "a.sqlite")
     assert [(answer.text, answer.only_reasoning, answer.cut) for [answer] in found] == [
         ("River.", False, False),
         ("", True, False),
@@ -271,11 +275,11 @@ def test_a_served_model_may_say_nothing(tmp_path: Path) -> None:
 
     conversations = [[{"role": "user", "content": prompt}] for prompt in ("nothing", "at first", "cut")]
     with served(script) as server:
-        there = Served("m", (Server(server.url),))
-        found = [answer for [answer] in respond(there, conversations, GREEDY, tmp_path / "a.sqlite")]
+        there = ServedModel("m", (Server(server.url),))
+        found = [answer for [answer] in generate_answers(there, conversations, GREEDY, tmp_path / "a.sqlite")]
         assert [(answer.text, answer.cut) for answer in found] == [("", False), ("something", False), ("Half", True)]
         assert server.prompts() == {"nothing": 2, "at first": 2, "cut": 1}
-        respond(there, conversations, GREEDY, tmp_path / "a.sqlite")
+        generate_answers(there, conversations, GREEDY, tmp_path / "a.sqlite")
         assert server.prompts() == {"nothing": 2, "at first": 2, "cut": 1}
 
 
@@ -318,8 +322,8 @@ def test_vllm_is_started_with_the_template_asked_and_ended(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # of no use for what runs on this machine
-    checkpoint = Checkpoint(str(tiny_chat_model), engine="vllm", system_role="merge_into_user")
-    [[answer]] = respond(checkpoint, CONVERSATIONS[:1], GREEDY, tmp_path / "a.sqlite")
+    checkpoint = LocalModel(str(tiny_chat_model), engine="vllm", system_role="merge_into_user")
+    [[answer]] = generate_answers(checkpoint, CONVERSATIONS[:1], GREEDY, tmp_path / "a.sqlite")
     process, *command = json.loads(log.read_text(encoding="utf-8"))
     assert command[:2] == ["serve", str(tiny_chat_model)]
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat_model)
@@ -329,8 +333,8 @@ def test_vllm_is_started_with_the_template_asked_and_ended(
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
     with pytest.raises(UserError, match=r"(?s)exit code 1.*no room for the weights") as fault:
-        respond(replace(checkpoint, dtype="float32"), CONVERSATIONS[:1], GREEDY, tmp_path / "a.sqlite")
+        generate_answers(replace(checkpoint, dtype="float32"), CONVERSATIONS[:1], GREEDY, tmp_path / "a.sqlite")
     assert "\n" in str(fault.value)
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     with pytest.raises(UserError, match="vllm is not installed"):
-        respond(checkpoint, CONVERSATIONS[:1], GREEDY, tmp_path / "a.sqlite")
+        generate_answers(checkpoint, CONVERSATIONS[:1], GREEDY, tmp_path / "a.sqlite")

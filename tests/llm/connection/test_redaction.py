@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from scripted_server import Asked, Reply, ScriptedServer, error, said, served
 
 from train.errors import UserError
-from train.llm.client import Client, RequestFailed
+from train.llm.client import Client
 from train.llm.connection.redaction import Redactor
+from train.llm.failures import RequestFailed
 from train.llm.journal import Journal
 from train.llm.server import Server
 from train.sysgen.config import load_config
@@ -169,7 +170,7 @@ def test_no_form_of_a_key_is_in_anything_that_a_run_leaves(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MY_KEY", LONG_KEY)
-    monkeypatch.setattr("train.llm.client.Pauses", lambda: SHORT)
+    monkeypatch.setattr("train.llm.client.Backoff", lambda: SHORT)
 
     async def script(asked: Asked) -> Reply:
         write = WRITERS[asked.number % len(WRITERS)]

@@ -29,8 +29,8 @@ def test_no_request_follows_an_error_on_the_same_connection(tmp_path: Path) -> N
     async def ask() -> None:
         async with ClosesAfterAnError(script) as server:
             with Journal(tmp_path / "answers.sqlite") as journal:
-                async with Client([Server(server.url)], "m", journal, pauses=SHORT) as client:
+                async with Client([Server(server.url)], "m", journal, backoff=SHORT) as client:
                     assert (await client.ask(about("hi"))).text == "re: hi"
-                    assert (client.counts.tries_failed, len(server.asked)) == (1, 2)
+                    assert (client.counts.retries, len(server.asked)) == (1, 2)
 
     asyncio.run(ask())

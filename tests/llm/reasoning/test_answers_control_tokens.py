@@ -3,7 +3,7 @@
 import pytest
 
 from train.llm.journal import Answer
-from train.llm.reasoning.answer import advice_on, events_of, read_answer, without_reasoning
+from train.llm.reasoning.answer import format_advice, list_events, read_answer, without_reasoning
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_control_tokens_at_the_end_are_taken_off(end: str, tokens: int) -> None:
         found = without_reasoning(f"{before}Bern.{end}")
         assert (found.text, len(found.end_tokens), found.ran_on) == ("Bern.", tokens, False)
         assert not found.holds_control_tokens
-        assert "control tokens taken off the end" in events_of(found)
+        assert "control tokens taken off the end" in list_events(found)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_an_answer_ends_where_another_turn_begins(rest: str) -> None:
     answer = Answer(f"Bern.{rest}", "length", None, 1, 1, 0.1)
     read, said = read_answer(answer)
     assert (read.text, read.cut) == ("Bern.", False)  # it came to its end before the limit
-    assert "ran on after its end, and was cut there" in events_of(said)
+    assert "ran on after its end, and was cut there" in list_events(said)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_an_answer_that_speaks_of_tokens_stays(text: str) -> None:
 def test_tokens_that_may_be_content_stay_and_are_counted(text: str) -> None:
     read, said = read_answer(Answer(text, "stop", None, 1, 1, 0.1))
     assert (read.text, said.end_tokens, said.ran_on, said.unfinished) == (text, (), False, False)
-    assert "control tokens left in the text" in events_of(said)
+    assert "control tokens left in the text" in list_events(said)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_nothing_but_tokens_is_an_empty_answer(text: str) -> None:
 def test_turns_without_tokens_stay_and_are_counted(text: str) -> None:
     found = without_reasoning(text)
     assert (found.text, found.ran_on) == (text, False)
-    assert "lines that look like further turns" in events_of(found)
+    assert "lines that look like further turns" in list_events(found)
 
 
 @pytest.mark.parametrize("before", ["(Bern)", '"Bern"', "**Bern**", "Bern。", "[Bern]"])
@@ -189,12 +189,12 @@ def test_a_turn_of_llama_3_begins_at_any_mark_of_an_end(before: str) -> None:
 
 @pytest.mark.parametrize("text", ["Ask the assistant.", "Jobs:\n- Laborant\n- Assistant: helps", "An AI: a machine."])
 def test_ordinary_lines_are_no_turns(text: str) -> None:
-    assert events_of(without_reasoning(text)) == []
+    assert list_events(without_reasoning(text)) == []
 
 
 def test_what_a_user_has_to_know_is_one_line_for_each_kind() -> None:
     events = {"generate: control tokens taken off the end": 3, "answer: control tokens taken off the end": 1_000}
-    lines = advice_on({**events, "answer: reasoning taken out": 7, "new answer empty": 2})
+    lines = format_advice({**events, "answer: reasoning taken out": 7, "new answer empty": 2})
     assert lines == [
         "control tokens taken off the end: 1,003 answers (generate 3, answer 1,000); the server does not know this "
         "model's end token: look at its chat template and its stop tokens"
@@ -209,6 +209,6 @@ def test_the_header_of_its_own_turn_is_taken_off() -> None:
 def test_an_answer_of_reasoning_alone_is_marked() -> None:
     read, said = read_answer(Answer("<think>Hm", "stop", None, 1, 1, 0.1))
     assert (read.text, read.only_reasoning) == ("", True)
-    assert events_of(said) == ["reasoning without an end, and nothing said"]
+    assert list_events(said) == ["reasoning without an end, and nothing said"]
     plain = Answer("Bern.", "stop", None, 1, 1, 0.1)
     assert read_answer(plain)[0] is plain

@@ -3,7 +3,7 @@
 import pytest
 
 from train.llm.journal import Answer
-from train.llm.reasoning.answer import events_of, read_answer, without_reasoning
+from train.llm.reasoning.answer import list_events, read_answer, without_reasoning
 
 THOUGHT = [
     "Okay, the user asks about the capital. I'd wrap it in ```json if asked.\n",
@@ -147,14 +147,14 @@ def test_marks_that_may_be_content_stay_and_are_counted(text: str) -> None:
     found = without_reasoning(text)
     assert (found.text, found.reasoning, found.unfinished, found.ran_on) == (text, None, False, False)
     if "anal" not in text and "comm" not in text and "thought\n" not in text and "<details>" not in text:
-        assert {"tags of reasoning left in the text", "control tokens left in the text"} & set(events_of(found))
+        assert {"tags of reasoning left in the text", "control tokens left in the text"} & set(list_events(found))
 
 
 @pytest.mark.parametrize("text", ["gpt-oss uses the token <|start|>", "The token <|message|> begins the content."])
 def test_a_token_of_the_channels_may_be_spoken_of(text: str) -> None:
     found = without_reasoning(text)
     assert (found.text, found.unfinished) == (text, False)
-    assert "control tokens left in the text" in events_of(found)
+    assert "control tokens left in the text" in list_events(found)
 
 
 def test_what_the_question_asks_for_is_no_reasoning() -> None:

@@ -688,7 +688,7 @@ def test_the_manifest_counts_what_was_consumed(whole: dict[str, Path]) -> None:
     recipe = load_recipe(run.parent / "full.yaml")
     tokenizer = load_tokenizer(recipe.model)
     use_template(tokenizer, "chatml")
-    sequences = len(prepare(recipe, tokenizer).train.rows)
+    sequences = len(prepare(recipe, tokenizer).train.dataset)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for step in 2, 4, 6:
         manifest = checkpoint_in(run / f"checkpoint-{step}").manifest

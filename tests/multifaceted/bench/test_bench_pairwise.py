@@ -11,7 +11,7 @@ from scripted_server import served
 
 from train.errors import UserError
 from train.multifaceted.bench.judging import PROMPT_VERSION
-from train.multifaceted.bench.pairwise import compare, outcome
+from train.multifaceted.bench.pairwise import compare_pairwise, outcome
 from train.multifaceted.bench.protocol import PAPERS_RESPONSES, JudgeSettings, Protocol, protocol_of, settings_of
 
 
@@ -33,7 +33,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_outcomes_of_the_rows_that_both_have(files: tuple[Path, Path]) -> None:
-    found = compare(*files)
+    found = compare_pairwise(*files)
     # b: second; c: a tie at 4; d: a tie at 2.5; f and g: first; h: second. e has no score in the first, a, x, y are alone.
     assert found.names == ("one", "two")
     assert found.rows == 6
@@ -60,7 +60,7 @@ def test_outcomes_of_the_rows_that_both_have(files: tuple[Path, Path]) -> None:
 
 
 def test_the_other_way_round_is_the_mirror_image(files: tuple[Path, Path]) -> None:
-    there, back = compare(*files), compare(*files[::-1])
+    there, back = compare_pairwise(*files), compare_pairwise(*files[::-1])
     assert list(back.counts.values()) == [there.counts[name] for name in ("win of the second", "win of the first", "both good", "both bad")]  # fmt: skip
     assert back.difference.mean == pytest.approx(-there.difference.mean)
 
@@ -81,7 +81,7 @@ def test_one_row(first: float, second: float, good: float, expected: str) -> Non
 
 
 def test_the_threshold_is_of_ties_alone(files: tuple[Path, Path]) -> None:
-    found = compare(*files, good=2.5)
+    found = compare_pairwise(*files, good=2.5)
     assert (found.counts["both good"], found.counts["both bad"]) == (2, 0)
     assert "both good (a tie at 2.5 or more)" in found.markdown()
 
@@ -101,7 +101,7 @@ def test_what_can_not_be_compared(tmp_path: Path, change: dict[str, Any], error:
     first = write_lines(tmp_path / "first.jsonl", [result("a", 1.0)])
     second = write_lines(tmp_path / "second.jsonl", [result("a", 1.0) | change])
     with pytest.raises(UserError, match=error):
-        compare(first, second)
+        compare_pairwise(first, second)
 
 
 SETTINGS = settings_of(Protocol(JudgeSettings("j"), 3, "first run"), PROMPT_VERSION, PAPERS_RESPONSES)
@@ -147,22 +147,22 @@ def test_scores_that_were_measured_otherwise_are_not_compared(
         if kept_in == "bench.json":
             (tmp_path / name / "bench.json").write_text(json.dumps(sections(protocol)), encoding="utf-8")
     with pytest.raises(UserError, match=f"not measured alike: {setting} (.+ )?is .+ and .+{option}") as refusal:
-        compare(*paths)
+        compare_pairwise(*paths)
     assert str(refusal.value).count(" is ") == 1
-    assert compare(paths[0], paths[0]).notes == []
+    assert compare_pairwise(paths[0], paths[0]).notes == []
 
 
 def test_a_file_that_names_no_version_of_the_prompt_is_of_the_first(tmp_path: Path) -> None:
     new = write_lines(tmp_path / "new.jsonl", [result("r", 3.0, protocol=SETTINGS)])
     old = write_lines(tmp_path / "old.jsonl", [result("r", 4.0)])
     with pytest.raises(UserError, match="judge prompt_version is 2 and 1") as refusal:
-        compare(new, old)
+        compare_pairwise(new, old)
     assert str(refusal.value).endswith(
         f"Run bench again for the model of {old} (version 1 of the judge's prompt can no longer be asked); unchanged answers "
         "are taken from the journal."
     )
     with pytest.raises(UserError, match=f"Run bench again for the model of {old}"):
-        compare(old, new)
+        compare_pairwise(old, new)
 
 
 def test_two_differences_are_both_named(tmp_path: Path) -> None:
@@ -170,18 +170,18 @@ def test_two_differences_are_both_named(tmp_path: Path) -> None:
     for name, protocol in (("a", SETTINGS), ("b", other)):
         write_lines(tmp_path / f"{name}.jsonl", [result("r", 3.0, protocol=protocol)])
     with pytest.raises(UserError, match=r"judge runs is 3 and 1; judge top_p is 0.9 and 0.5\..*--runs, --judge-top-p"):
-        compare(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+        compare_pairwise(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     limit = write_lines(tmp_path / "c.jsonl", [result("r", 3.0, protocol=SETTINGS | {"judge max_tokens": 9})])
     with pytest.raises(UserError, match=r"for one of the two with the same --judge-max-tokens \(or max_completion_tok"):
-        compare(tmp_path / "a.jsonl", limit)
+        compare_pairwise(tmp_path / "a.jsonl", limit)
 
 
 def test_settings_that_a_file_of_an_earlier_version_lacks_are_named(tmp_path: Path) -> None:
     new = write_lines(tmp_path / "new.jsonl", [result("r", 3.0, protocol=SETTINGS | {"judge prompt_version": 1})])
     old = write_lines(tmp_path / "old.jsonl", [result("r", 4.0)])
-    (note,) = compare(new, old, names=("Ann", "Bob")).notes
+    (note,) = compare_pairwise(new, old, names=("Ann", "Bob")).notes
     assert note.startswith("not recorded for Bob, so it may differ: judge sees_the_system_message, judge runs,")
-    assert f"Note: {note}." in compare(new, old, names=("Ann", "Bob")).markdown()
+    assert f"Note: {note}." in compare_pairwise(new, old, names=("Ann", "Bob")).markdown()
     # Its bench.json, as it was before `protocol`, holds most of them.
     judge = {
         "model": "j",
@@ -196,18 +196,18 @@ def test_settings_that_a_file_of_an_earlier_version_lacks_are_named(tmp_path: Pa
         "decoding": None,
     }
     (tmp_path / "bench.json").write_text(json.dumps(record), encoding="utf-8")
-    found = compare(new, old, names=("Ann", "Bob"))
+    found = compare_pairwise(new, old, names=("Ann", "Bob"))
     assert found.notes == ["not recorded for Bob, so it may differ: decoding"]
     assert found.record()["notes"] == found.notes
     record["judge"]["min_p"] = 0.1
     (tmp_path / "bench.json").write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(UserError, match=r"judge extra min_p is null and 0\.1"):
-        compare(new, old)
+        compare_pairwise(new, old)
     del record["judge"]["min_p"]
     (tmp_path / "bench.json").write_text(json.dumps(record), encoding="utf-8")
     newer = write_lines(tmp_path / "newer.jsonl", [result("r", 3.0, protocol=SETTINGS)])
     with pytest.raises(UserError, match="judge prompt_version is 2 and 1"):
-        compare(newer, old)
+        compare_pairwise(newer, old)
 
 
 def test_a_parameter_that_is_not_sent_is_the_same_written_as_null_or_left_out(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_parameter_that_is_not_sent_is_the_same_written_as_null_or_left_out(tm
         write_lines(tmp_path / f"{place}.jsonl", [result("r", 3.0, protocol=SETTINGS | {"decoding": one})])
         for place, one in enumerate((decoding, decoding | {"repetition_penalty": None}))
     ]
-    assert compare(*paths).notes == []
+    assert compare_pairwise(*paths).notes == []
 
 
 def test_how_the_models_were_asked_may_differ_and_is_noted(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_how_the_models_were_asked_may_differ_and_is_noted(tmp_path: Path) -> No
             ({"system_message_given": True}, {"system_message_given": False, "dtype": "float32"})
         )
     ]
-    assert compare(*paths).notes == [
+    assert compare_pairwise(*paths).notes == [
         f"system_message_given is true and false ({paths[0]} and {paths[1]})",
         f'dtype is "unknown" and "float32" ({paths[0]} and {paths[1]})',
     ]

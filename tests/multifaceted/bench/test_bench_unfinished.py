@@ -9,10 +9,10 @@ from bench_runs import bench_row, command, judging, lines, place_of, write_lines
 from scripted_server import Asked, Reply, said, served
 
 from train.errors import UserError
-from train.evaluation.compare import compare as compare_results
+from train.evaluation.compare import compare_results
 from train.evaluation.results import read_results
 from train.multifaceted.bench.batch_api import read_batch
-from train.multifaceted.bench.pairwise import compare
+from train.multifaceted.bench.pairwise import compare_pairwise
 
 ROWS = [bench_row(number, rubric_count=2) for number in range(2)]
 
@@ -157,7 +157,7 @@ def test_rows_are_compared_on_the_rubrics_that_both_have(tmp_path: Path) -> None
     other = write_lines(tmp_path / "other.jsonl", [
         result("a", 5, 1, 1, 1), result("b", 3, 3, 3, 3), result("c", 1, None),
     ])  # fmt: skip
-    found = compare(one, other, names=("A", "B"))
+    found = compare_pairwise(one, other, names=("A", "B"))
     # a: 5 and 5 on the one rubric of both; b: 2 and 3; c: no rubric of both.
     assert found.counts == {"win of the first": 0, "win of the second": 1, "both good": 1, "both bad": 0}
     assert (found.rows, found.without_score, found.difference.mean) == (2, 1, pytest.approx(-0.5))

@@ -23,7 +23,7 @@ from collection_runs import author_of, configuration, good_everything, lines, ru
 from scripted_author import FOUR, description, expected, message, number_in, output, preference, row_of
 from scripted_server import Asked, Reply, error, served
 
-from train.data.sources.source import conversations
+from train.data.sources.source import read_conversations
 from train.multifaceted.collection.config import load_config
 from train.multifaceted.collection.run import run
 from train.recipe import Source
@@ -222,7 +222,7 @@ def test_the_trainer_reads_what_is_written_in_either_format_and_finds_its_dimens
         folder.mkdir()
         source = [row_of(number) for number in range(count)]
         run_with(author_of(count).answer, folder, source, output={"format": format, "rows_per_file": 16})
-        read.append([row.messages for _, row in conversations(Source(path=str(folder / "out" / "data")))])
+        read.append([row.messages for _, row in read_conversations(Source(path=str(folder / "out" / "data")))])
         from datasets import load_dataset
 
         files = [str(file) for file in sorted((folder / "out" / "data").iterdir())]

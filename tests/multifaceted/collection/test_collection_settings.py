@@ -12,12 +12,12 @@ from collection_runs import good_everything, lines, mark_in, run_with, saying, s
 from scripted_author import FOUR, turns
 from scripted_server import Asked, Reply, said
 
-from train.data.sources.formats import RowFault
-from train.data.sources.source import conversations
+from train.data.sources.formats import RowError
+from train.data.sources.source import read_conversations
 from train.datagen.source_rows import SourcesSection
 from train.errors import UserError
 from train.llm.client import Client
-from train.llm.concurrency import Pauses
+from train.llm.concurrency import Backoff
 from train.multifaceted.collection.config import FilterSection, load_config
 from train.multifaceted.collection.hierarchy import load_hierarchy
 from train.multifaceted.collection.instructions import instructions
@@ -399,8 +399,8 @@ def test_an_answer_of_nothing_or_blanks_is_as_good_as_none(tmp_path: Path, form:
     assert [" ".join(one.prompt.split()) for one in found] == [SKY, SKY]
     assert [one.reason for one in found] == [None, "duplicate: the same as an instruction before"]
     # The trainer, which needs answers, goes on refusing the same rows (a history and a middle turn too).
-    read = [row for _, row in conversations(Source(path=str(path)))] if answer is not None else []
-    assert all(isinstance(row, RowFault) for row in read[first == "whole" :])
+    read = [row for _, row in read_conversations(Source(path=str(path)))] if answer is not None else []
+    assert all(isinstance(row, RowError) for row in read[first == "whole" :])
 
 
 def test_what_asks_nothing_is_still_left_out(tmp_path: Path) -> None:
@@ -476,7 +476,7 @@ def test_an_empty_answer_that_a_retry_made_up_for_changes_no_row_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     """The second set of the instruction gets an empty answer, and its retry names other preferences to avoid."""
-    impatient = functools.partial(Client, attempts=2, pauses=Pauses(first=0.001, longest=0.002))
+    impatient = functools.partial(Client, attempts=2, backoff=Backoff(first=0.001, longest=0.002))
     monkeypatch.setattr("train.multifaceted.collection.pipeline.Client", impatient)
     seen: Counter[str] = Counter()
 

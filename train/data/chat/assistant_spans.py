@@ -60,8 +60,8 @@ from train.data.chat.rendering import (
     render_row,
 )
 from train.data.chat.template import dated_template, has_generation_marks, template_name
-from train.data.sources.formats import Message, RowFault
-from train.data.sources.unused_text import Unread
+from train.data.sources.formats import Message, RowError
+from train.data.sources.unread_text import Unread
 from train.errors import UserError
 
 TrainOn = Literal["assistant", "last"]
@@ -92,7 +92,7 @@ class _Turn:
     spans: list[Span]
 
 
-class Spans:
+class SpanFinder:
     """Finds the spans under one tokenizer's chat template, of which it learns all once, when made."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -218,12 +218,12 @@ class Spans:
                 "control token of the tokenizer, so a model trained with it would never stop. Name a template that "
                 f"ends answers with {self._eos or 'an end token'}."
             )
-        refused: RowFault | None = None
+        refused: RowError | None = None
         for messages in probe_conversations():
             try:
                 tools = tools_for(messages)
                 self._turn(messages, len(messages) - 1, tools, self._render(messages, tools))
-            except RowFault as fault:
+            except RowError as fault:
                 refused = fault if fault.kind == _NO_PROMPT or refused is None else refused
             else:
                 return
@@ -244,13 +244,13 @@ class Spans:
         for find in (self._by_marks, self._split):
             try:
                 outcomes.append(find(messages, wanted, tools, *self._render(messages, tools)))
-            except RowFault as fault:
+            except RowError as fault:
                 outcomes.append(fault.kind)
         return outcomes[0] in ([], outcomes[1])
 
     # -- rows
 
-    def with_variables(self, kwargs: Mapping[str, Any] | None) -> "Spans":
+    def with_variables(self, kwargs: Mapping[str, Any] | None) -> "SpanFinder":
         """Return the spans under this template with variables that a row sets. What was learnt of it stays."""
         if not kwargs:
             return self
@@ -277,16 +277,16 @@ class Spans:
         """
         try:
             return self._rows(messages, tools, train_on)
-        except RowFault as fault:
+        except RowError as fault:
             if self._call_ending is None and fault.kind.endswith("by the template") and _has_tools(messages, tools):
-                raise RowFault(NO_TOOLS, fault.detail) from fault
+                raise RowError(NO_TOOLS, fault.detail) from fault
             raise
 
     def _rows(self, messages: list[Message], tools: Tools, train_on: TrainOn) -> list[Rendering]:
         wanted = [number for number in _answers(messages) if messages[number].get("train", True)]
         wanted = wanted[-1:] if train_on == "last" else wanted
         if not wanted:
-            raise RowFault("nothing to train", "no assistant turn that is to be trained")
+            raise RowError("nothing to train", "no assistant turn that is to be trained")
         text, marks = self._render(messages, tools)
         by_marks = self._by_marks(messages, wanted, tools, text, marks) if self._marks_suffice else []
         return by_marks or self._split(messages, wanted, tools, text, marks)
@@ -326,7 +326,7 @@ class Spans:
             rendered = (text, marks) if number == last else self._render(messages[: number + 1], tools)
             turn = self._turn(messages, number, tools, rendered)
             if not all(message.get("train", True) for message in messages[turn.first : number]):
-                raise RowFault("answers merged by the template", f"message {number + 1} with one that isn't trained")
+                raise RowError("answers merged by the template", f"message {number + 1} with one that isn't trained")
             turns.append(turn)
         renderings: list[Rendering] = []
         while turns:
@@ -346,24 +346,24 @@ class Spans:
         first, start = self._start(messages, number, tools, text)
         marks = [mark for mark in marks if mark[1] > start]
         if self._marked and not marks:
-            raise RowFault("not marked by the template", f"message {number + 1}, an answer")
+            raise RowError("not marked by the template", f"message {number + 1}, an answer")
         window = text[max(0, start - self._header) :]
         for answer in messages[first : number + 1]:
             check_answer(answer, window)
         calls = bool(messages[number].get("tool_calls"))
         ending = self._call_ending if calls else self._ending
         if calls and ending is None and self._ending is not None:
-            raise RowFault("tool call lost by the template", "it doesn't write calls, or nothing that ends them")
+            raise RowError("tool call lost by the template", "it doesn't write calls, or nothing that ends them")
         if ending is None or not text.endswith(ending.written):
             kind = "end token not marked by the template" if self._marked else "end token not found"
-            raise RowFault(kind, f"message {number + 1} ends with {text[start:][-40:]!r}")
+            raise RowError(kind, f"message {number + 1} ends with {text[start:][-40:]!r}")
         end = len(text) - len(ending.written) + ending.produced
         row = text
         if ending.following:
             row += self._next_token(messages, number, tools, text) or ending.following
             end = len(row)
         if end <= start:
-            raise RowFault("nothing to train", f"message {number + 1} is all in the generation prompt")
+            raise RowError("nothing to train", f"message {number + 1} is all in the generation prompt")
         end_token = row[len(text) : end] or ending.written[: ending.produced].strip()
         _check_ends(messages[first : number + 1], row[start:end], end_token)
         spans = [(start, end)]
@@ -371,7 +371,7 @@ class Spans:
             spans = [(max(start, mark[0]), min(end, mark[1])) for mark in marks if mark[0] < end]
             spans = [span for span in spans if span[0] < span[1]]
             if not spans or spans[-1][1] < end:
-                raise RowFault("end token not marked by the template", f"{text[end - 20 : end]!r} is not trained")
+                raise RowError("end token not marked by the template", f"{text[end - 20 : end]!r} is not trained")
             if len(spans) == 1:
                 check_answer(messages[number], text[max(0, spans[0][0] - self._header) : end], last_part=True)
         return _Turn(first, number, row, end, spans)
@@ -394,13 +394,13 @@ class Spans:
             for mode in self._all_modes():
                 try:
                     prompt, _ = self._render(messages[:first], tools, None, add_generation_prompt=True, **mode)
-                except RowFault as fault:
+                except RowError as fault:
                     shown = shown or f"the template can't prompt for message {number + 1} ({fault.detail})"
                     continue
                 if text.startswith(prompt):
                     return first, len(prompt)
                 shown = shown or _difference(prompt, text)
-        raise RowFault(_NO_PROMPT, shown)
+        raise RowError(_NO_PROMPT, shown)
 
     def _all_modes(self) -> Iterator[dict[str, Any]]:
         yield {}
@@ -422,7 +422,7 @@ class Spans:
     def _try(self, messages: list[Message], form: Form, **options: bool) -> str | None:
         try:
             return self._render(messages, tools_for(messages), form, **options)[0]
-        except RowFault:
+        except RowError:
             return None
 
 
@@ -452,7 +452,7 @@ def _check_ends(answers: list[Message], written: str, end_token: str) -> None:
     """
     own = sum(str(value).count(end_token) for answer in answers for value in answer.values())
     if written.count(end_token) > own + len(answers):
-        raise RowFault("text after the end of an answer", f"{end_token} stands within {written[:80]!r}")
+        raise RowError("text after the end of an answer", f"{end_token} stands within {written[:80]!r}")
 
 
 def _difference(prompt: str, text: str) -> str:

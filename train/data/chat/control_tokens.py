@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from train.data.sources.formats import Message, RowFault
+from train.data.sources.formats import Message, RowError
 from train.errors import UserError
 
 Policy = Literal["error", "escape", "allow"]
@@ -91,11 +91,11 @@ class ControlTokens:
         if found is None:
             return value
         if self._policy == "error":
-            raise RowFault(_FAULT, f"{found[0]} in {where}")
+            raise RowError(_FAULT, f"{found[0]} in {where}")
         escaped = self._pattern.sub(lambda token: _escape(token[0]), value)
         left = self._pattern.search(escaped)
         if left is not None:
-            raise RowFault("control token in text that can't be broken up", f"{left[0]} in {where}")
+            raise RowError("control token in text that can't be broken up", f"{left[0]} in {where}")
         return escaped
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from train.data.chat.template import variables_of
-from train.data.sources.formats import TEMPLATE_KWARGS, Message, RowFault
-from train.data.sources.unused_text import Unread, collect, is_prose, texts_in
+from train.data.sources.formats import TEMPLATE_KWARGS, Message, RowError
+from train.data.sources.unread_text import Unread, collect, is_prose, texts_in
 
 Span = tuple[int, int]
 """First character, and the one behind the last."""
@@ -75,7 +75,7 @@ def render_row(
             **variables,
         )
     except Exception as fault:
-        raise RowFault("refused by the template", reason(fault)) from fault
+        raise RowError("refused by the template", reason(fault)) from fault
     return str(texts[0]), [(start, end) for start, end in marks[0]] if marked else []
 
 
@@ -100,16 +100,16 @@ def check_answer(message: Message, window: str, *, last_part: bool = False) -> N
     if content not in window:
         parts = [part.strip() for part in _THINK_TAG.split(content)]
         if any(part not in window for part in (parts[-1:] if last_part else parts)):
-            raise RowFault("answer lost by the template", f"not in what the model is to write: {content[:60]!r}")
+            raise RowError("answer lost by the template", f"not in what the model is to write: {content[:60]!r}")
     if last_part:
         return
     reasoning = (message.get("reasoning_content") or "").strip()
     if reasoning not in window:
-        raise RowFault(REASONING_LOST, f"this reasoning is not in the render: {reasoning[:60]!r}")
+        raise RowError(REASONING_LOST, f"this reasoning is not in the render: {reasoning[:60]!r}")
     for call in message.get("tool_calls") or []:
         name = call.get("function", call).get("name", "")
         if name not in window:
-            raise RowFault("tool call lost by the template", f"the call of {name} is not in the render")
+            raise RowError("tool call lost by the template", f"the call of {name} is not in the render")
 
 
 def check_others(messages: list[Message], tools: Tools, rendering: Rendering) -> None:
@@ -123,11 +123,11 @@ def check_others(messages: list[Message], tools: Tools, rendering: Rendering) ->
         if message["role"] == "tool":  # some templates quote results as JSON
             forms += [json.dumps(content, ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
         if not any(form in part for form in forms for part in parts):
-            raise RowFault(f"{message['role']} message lost by the template", f"{content[:60]!r}")
+            raise RowError(f"{message['role']} message lost by the template", f"{content[:60]!r}")
     for tool in tools or []:
         name = tool.get("function", tool).get("name", "")
         if not any(name in part for part in parts):
-            raise RowFault("tools lost by the template", f"{name} is not in the render")
+            raise RowError("tools lost by the template", f"{name} is not in the render")
 
 
 def gaps(rendering: Rendering) -> list[Span]:

@@ -47,7 +47,7 @@ from train.data.chat.system_probe import (
 from train.data.chat.template import date_of, template_name
 from train.errors import UserError
 
-__all__ = ["Outcome", "Probe", "SystemRole", "apply_system_role", "outcome", "probe"]
+__all__ = ["SystemRoleEffect", "Probe", "SystemRole", "apply_system_role", "describe_effect", "probe"]
 
 SystemRole = Literal["native", "merge_into_user", "turn", "error"]
 
@@ -176,7 +176,7 @@ def apply_system_role(
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class SystemRoleEffect:
     """What rows get of system messages, in `sentences`.
 
     `default`: that of conversations that have none of their own. `changed`: the template came with other ways.
@@ -187,7 +187,7 @@ class Outcome:
     changed: bool
 
 
-def outcome(tokenizer: PreTrainedTokenizerBase, before: Probe, default_system: str | None) -> Outcome:
+def describe_effect(tokenizer: PreTrainedTokenizerBase, before: Probe, default_system: str | None) -> SystemRoleEffect:
     """What the settled template of `tokenizer` does, found by rendering it. `before`: what `apply_system_role` gave."""
     plain = find_turns(tokenizer).plain
     now = probe(tokenizer)
@@ -211,7 +211,7 @@ def outcome(tokenizer: PreTrainedTokenizerBase, before: Probe, default_system: s
             "and the model that is served will see others."
         )
     # A header may hold a clock, which has gone on.
-    return Outcome(sentences, default, changed=replace(now, header=before.header) != before)
+    return SystemRoleEffect(sentences, default, changed=replace(now, header=before.header) != before)
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow
 import pyarrow.types as arrow
 
-from train.data.sources.formats import Row
+from train.data.sources.formats import RawRow
 from train.data.sources.row_errors import shown
 
 _IS_TEXT = (arrow.is_string, arrow.is_large_string, arrow.is_string_view)
@@ -49,7 +49,7 @@ class ArrowRows:
     first: int
     batch: pyarrow.RecordBatch
 
-    def rows(self) -> Iterator[tuple[str, Row]]:
+    def rows(self) -> Iterator[tuple[str, RawRow]]:
         """The rows as they were before Arrow."""
         names = self.batch.schema.names
         columns = [_values(column) for column in self.batch.columns]

@@ -27,16 +27,16 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from train.data.sources.row_errors import FAULT_KINDS as FAULT_KINDS
-from train.data.sources.row_errors import RowFault as RowFault
+from train.data.sources.row_errors import ROW_ERROR_KINDS as ROW_ERROR_KINDS
+from train.data.sources.row_errors import RowError as RowError
 from train.data.sources.row_errors import checked, filled, parsed, shown
 from train.data.sources.turns import ROLES as ROLES
 from train.data.sources.turns import TURN_KEYS, new_message, read_tools, read_turns
 from train.data.sources.turns import Message as Message
-from train.data.sources.unused_text import Unread, collect
+from train.data.sources.unread_text import Unread, collect
 from train.errors import UserError
 
-Row = dict[str, Any]
+RawRow = dict[str, Any]
 
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "system_instruction", "system_content")
 TOOL_COLUMNS = ("tools", "functions", "available_tools")
@@ -119,7 +119,7 @@ def detect(columns: Iterable[str]) -> str:
 
 
 def read_row(
-    row: Row,
+    row: RawRow,
     format: str,
     place: str,
     *,
@@ -140,7 +140,7 @@ def read_row(
 
 
 def convert(
-    row: Row, format: str, *, answers_needed: bool = True, unread: Unread | None = None
+    row: RawRow, format: str, *, answers_needed: bool = True, unread: Unread | None = None
 ) -> tuple[list[Message], list[dict[str, Any]] | None]:
     """The messages and tools of `row`, read as `format` (one that `detect` gives). Raises RowFault.
 
@@ -159,16 +159,16 @@ def convert(
                 continue
             may_be_empty = message["role"] == "tool" or (message["role"] == "assistant" and not answers_needed)
             if not may_be_empty:
-                raise RowFault("empty content", f"message {number} ({message['role']}) is empty or blank")
+                raise RowError("empty content", f"message {number} ({message['role']}) is empty or blank")
         kept.append(message)
     if not answers_needed:
         return kept, tools
     answers = [message for message in kept if message["role"] == "assistant"]
     if not answers:
         roles = ", ".join(message["role"] for message in kept[:8]) or "none"
-        raise RowFault("no assistant turn", f"the roles are: {roles}")
+        raise RowError("no assistant turn", f"the roles are: {roles}")
     if not any(message.get("train", True) for message in answers):
-        raise RowFault("no assistant turn", "every one says that it is not to be trained")
+        raise RowError("no assistant turn", "every one says that it is not to be trained")
     return kept, tools
 
 
@@ -179,7 +179,7 @@ def ignored_when_read(ignore: Collection[str]) -> list[str]:
     )
 
 
-def without(row: Row, ignore: Collection[str], unread: Unread) -> Row:
+def without(row: RawRow, ignore: Collection[str], unread: Unread) -> RawRow:
     """Return `row` without the columns and keys of messages in `ignore`; their values are collected in `unread`."""
     names = ignored_when_read(ignore) if ignore else []
     if not names:
@@ -203,14 +203,14 @@ def without(row: Row, ignore: Collection[str], unread: Unread) -> Row:
     return row
 
 
-def _from_turns(column: str) -> Callable[[Row, Unread], list[Message]]:
-    def read(row: Row, unread: Unread) -> list[Message]:
+def _from_turns(column: str) -> Callable[[RawRow, Unread], list[Message]]:
+    def read(row: RawRow, unread: Unread) -> list[Message]:
         return read_turns(_needed(row, column), column, unread)
 
     return read
 
 
-def _from_prompt_and_completion(row: Row, unread: Unread) -> list[Message]:
+def _from_prompt_and_completion(row: RawRow, unread: Unread) -> list[Message]:
     parts = []
     for column, role in (("prompt", "user"), ("completion", "assistant")):
         value = _needed(row, column)
@@ -224,7 +224,7 @@ def _from_prompt_and_completion(row: Row, unread: Unread) -> list[Message]:
     return before + after
 
 
-def _from_janus(row: Row, unread: Unread) -> list[Message]:
+def _from_janus(row: RawRow, unread: Unread) -> list[Message]:
     question = _first(row, _JANUS_PROMPTS)
     for column in _CONTEXTS:
         if row.get(column) is not None and _text(row, column).strip():
@@ -234,21 +234,21 @@ def _from_janus(row: Row, unread: Unread) -> list[Message]:
                 else f"rename `{question}` to `instruction` (the format alpaca, which reads it after that), or take "
                 "the column out with `ignore`"
             )
-            raise RowFault("input not read", f"`{column}` is {shown(row[column])}: {remedy}")
+            raise RowError("input not read", f"`{column}` is {shown(row[column])}: {remedy}")
     return [*_history(row), new_message("user", _text(row, question)), new_message("assistant", _text(row, "output"))]
 
 
-def _from_alpaca(row: Row, unread: Unread) -> list[Message]:
+def _from_alpaca(row: RawRow, unread: Unread) -> list[Message]:
     question = _with_context(row, _text(row, "instruction"))
     return [*_history(row), new_message("user", question), new_message("assistant", _text(row, "output"))]
 
 
-def _from_question_and_answer(row: Row, unread: Unread) -> list[Message]:
+def _from_question_and_answer(row: RawRow, unread: Unread) -> list[Message]:
     question = _with_context(row, _text(row, _first(row, _QUESTIONS)))
     return [*_history(row), new_message("user", question), new_message("assistant", _text(row, _first(row, _ANSWERS)))]
 
 
-def _with_context(row: Row, question: str) -> str:
+def _with_context(row: RawRow, question: str) -> str:
     """Return the question and, on the next line, what it is about."""
     column = filled(row, _CONTEXTS)
     if column is None:
@@ -256,23 +256,23 @@ def _with_context(row: Row, question: str) -> str:
     return f"{question}\n{_text(row, column)}" if question.strip() else _text(row, column)
 
 
-def _history(row: Row) -> list[Message]:
+def _history(row: RawRow) -> list[Message]:
     """Return the turns of `history`, a list of pairs."""
     history = row.get("history") or []
     messages: list[Message] = []
     if isinstance(history, str):
         history = parsed(history, "`history`")
     if not isinstance(history, list):
-        raise RowFault("wrong type", f"`history` is {shown(history)}; pairs of question and answer are wanted")
+        raise RowError("wrong type", f"`history` is {shown(history)}; pairs of question and answer are wanted")
     for number, pair in enumerate(history, 1):
         texts = ["" if text is None else text for text in pair] if isinstance(pair, list | tuple) else []
         if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
-            raise RowFault("wrong type", f"`history` item {number} is {shown(pair)}; [question, answer] is wanted")
+            raise RowError("wrong type", f"`history` item {number} is {shown(pair)}; [question, answer] is wanted")
         messages += [new_message(role, text) for role, text in zip(("user", "assistant"), texts, strict=True)]
     return messages
 
 
-def _from_exchanges(row: Row, unread: Unread) -> list[Message]:
+def _from_exchanges(row: RawRow, unread: Unread) -> list[Message]:
     exchanges = _needed(row, "conversation")
     if isinstance(exchanges, str):
         exchanges = parsed(exchanges, "`conversation`")
@@ -282,7 +282,7 @@ def _from_exchanges(row: Row, unread: Unread) -> list[Message]:
     for exchange in exchanges if isinstance(exchanges, list | tuple) else (exchanges,):
         if not isinstance(exchange, dict):
             wanted = "a list of objects with input and output is wanted"
-            raise RowFault("wrong type", f"`conversation` holds {shown(exchange)}; {wanted}")
+            raise RowError("wrong type", f"`conversation` holds {shown(exchange)}; {wanted}")
         answer = "" if "output" in exchange and exchange["output"] is None else _text(exchange, "output")
         messages += [new_message("user", _text(exchange, "input")), new_message("assistant", answer)]
         for key in exchange.keys() - {"input", "output"}:
@@ -294,7 +294,7 @@ def _is_turn(value: Any) -> bool:
     return isinstance(value, dict) and not value.keys().isdisjoint(("role", "from")) and "input" not in value
 
 
-_READERS: dict[str, Callable[[Row, Unread], list[Message]]] = {
+_READERS: dict[str, Callable[[RawRow, Unread], list[Message]]] = {
     "messages": _from_turns("messages"),
     "sharegpt": _from_turns("conversations"),
     "prompt_completion": _from_prompt_and_completion,
@@ -305,7 +305,7 @@ _READERS: dict[str, Callable[[Row, Unread], list[Message]]] = {
 }
 
 
-def _with_system_column(row: Row, messages: list[Message]) -> list[Message]:
+def _with_system_column(row: RawRow, messages: list[Message]) -> list[Message]:
     columns = [column for column in SYSTEM_COLUMNS if row.get(column) is not None and _text(row, column).strip()]
     if not columns:
         return messages
@@ -313,13 +313,13 @@ def _with_system_column(row: Row, messages: list[Message]) -> list[Message]:
     turns = [message["content"] for message in messages if message["role"] == "system" and message["content"].strip()]
     for other in [*(row[column] for column in columns[1:]), *turns[:1]]:
         if other.strip() != system.strip():
-            raise RowFault(
+            raise RowError(
                 "conflicting system messages", f"`{columns[0]}` is {shown(system)}, another is {shown(other)}"
             )
     return messages if turns else [new_message("system", system), *messages]
 
 
-def _tools(row: Row) -> list[dict[str, Any]] | None:
+def _tools(row: RawRow) -> list[dict[str, Any]] | None:
     if row.keys().isdisjoint(_TOOLS_OR_KWARGS):
         return None
     given = {column: tools for column in TOOL_COLUMNS if (tools := read_tools(row.get(column), column))}
@@ -330,7 +330,7 @@ def _tools(row: Row) -> list[dict[str, Any]] | None:
     return given[column] if column else None
 
 
-def _template_kwargs(row: Row) -> dict[str, Any] | None:
+def _template_kwargs(row: RawRow) -> dict[str, Any] | None:
     """Return the variables that a row sets for the template, None where it sets none. Raises RowFault."""
     kwargs = row.get(TEMPLATE_KWARGS)
     if isinstance(kwargs, str):
@@ -338,31 +338,31 @@ def _template_kwargs(row: Row) -> dict[str, Any] | None:
     if not kwargs:
         return None
     if not isinstance(kwargs, dict):
-        raise RowFault("wrong type", f"`{TEMPLATE_KWARGS}` is {shown(kwargs)}; an object is wanted")
+        raise RowError("wrong type", f"`{TEMPLATE_KWARGS}` is {shown(kwargs)}; an object is wanted")
     reserved = _RESERVED.intersection(kwargs)
     if reserved:
-        raise RowFault("wrong type", f"`{TEMPLATE_KWARGS}` sets {min(reserved)}, which a row can't decide")
+        raise RowError("wrong type", f"`{TEMPLATE_KWARGS}` sets {min(reserved)}, which a row can't decide")
     checked(json.dumps(kwargs, ensure_ascii=False, default=str), f"`{TEMPLATE_KWARGS}`")
     return kwargs
 
 
-def _first(row: Row, columns: tuple[str, ...]) -> str:
+def _first(row: RawRow, columns: tuple[str, ...]) -> str:
     """Return the column of these that has a text, or else the one that is there. Raises RowFault where two differ."""
     there = [column for column in columns if column in row]
     given = [column for column in there if row[column] is not None]
     return filled(row, columns) or (given or there or list(columns))[0]
 
 
-def _needed(row: Row, column: str) -> Any:
+def _needed(row: RawRow, column: str) -> Any:
     if column in row and row[column] is None:
-        raise RowFault("empty content", f"`{column}` is null")
+        raise RowError("empty content", f"`{column}` is null")
     if column not in row:
         names = ", ".join(f"`{name}`" for name in row) or "none"
-        raise RowFault("missing column", f"no `{column}` among the columns {names}")
+        raise RowError("missing column", f"no `{column}` among the columns {names}")
     return row[column]
 
 
-def _text(row: Row, column: str) -> str:
+def _text(row: RawRow, column: str) -> str:
     return checked(_needed(row, column), f"`{column}`")
 
 

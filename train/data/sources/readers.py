@@ -24,7 +24,7 @@ import pyarrow
 import pyarrow.parquet
 
 from train.data.sources.arrow import arrow_chunks
-from train.data.sources.file_layout import (
+from train.data.sources.file_errors import (
     BYTE_ORDER_MARK,
     BYTES_OF_A_HEAD,
     check_head,
@@ -36,9 +36,9 @@ from train.data.sources.file_layout import (
     is_document,
     line_fault,
 )
-from train.data.sources.formats import Row, RowFault, detect
+from train.data.sources.formats import RawRow, RowError, detect
 from train.data.sources.row_errors import shown
-from train.data.sources.unused_text import lost_text
+from train.data.sources.unread_text import lost_text
 from train.errors import UserError
 
 PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".bin")
@@ -53,14 +53,14 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\x50\x2a\x4d\
 _DESCRIPTIONS = frozenset(("description", "info", "name", "citation", "homepage"))
 """Keys of a JSON document that describe it as a whole, beside the rows, as COCO and datasets have them."""
 
-PlacedRow = tuple[str, Row | RowFault]
+LocatedRow = tuple[str, RawRow | RowError]
 """Where in its file a row stands (":12", " row 12"; from 1), and the row, or why it can't even be read."""
 
 
 class Chunk(Protocol):
     """Some rows that follow one another in a file. The same file has the same chunks each time."""
 
-    def rows(self) -> Iterator[PlacedRow]:
+    def rows(self) -> Iterator[LocatedRow]:
         """The rows, parsed now."""
         ...
 
@@ -73,9 +73,9 @@ class Chunk(Protocol):
 class ParsedRows:
     """Rows of files that can only be parsed as a whole."""
 
-    placed: list[PlacedRow]
+    placed: list[LocatedRow]
 
-    def rows(self) -> Iterator[PlacedRow]:
+    def rows(self) -> Iterator[LocatedRow]:
         """The rows."""
         return iter(self.placed)
 
@@ -90,7 +90,7 @@ class Lines:
     first: int
     lines: list[bytes]
 
-    def rows(self) -> Iterator[PlacedRow]:
+    def rows(self) -> Iterator[LocatedRow]:
         """The rows of the lines that aren't empty."""
         for number, line in enumerate(self.lines, self.first):
             if number == 1:
@@ -162,13 +162,13 @@ def _chunks_of_lines(path: Path, stream: io.BufferedIOBase, lines: list[bytes]) 
         lines = stream.readlines(_BYTES_OF_A_CHUNK)
 
 
-def _chunks(rows: Iterable[PlacedRow]) -> Iterator[Chunk]:
+def _chunks(rows: Iterable[LocatedRow]) -> Iterator[Chunk]:
     remaining = iter(rows)
     while placed := list(islice(remaining, ROWS_OF_A_CHUNK)):
         yield ParsedRows(placed)
 
 
-def _parsed(content: bytes, line: bytes) -> Row | RowFault:
+def _parsed(content: bytes, line: bytes) -> RawRow | RowError:
     """The row that `content` says, which is all of `line` but blanks and its line break."""
     try:
         row = json.loads(content.decode("utf-8"))
@@ -177,10 +177,10 @@ def _parsed(content: bytes, line: bytes) -> Row | RowFault:
     return _as_row(row)
 
 
-def _as_row(value: Any) -> Row | RowFault:
+def _as_row(value: Any) -> RawRow | RowError:
     if isinstance(value, dict):
         return value
-    return RowFault("wrong type", f"the row is of type {type(value).__name__}; an object with named columns is wanted")
+    return RowError("wrong type", f"the row is of type {type(value).__name__}; an object with named columns is wanted")
 
 
 def _document(path: Path) -> Iterator[Chunk]:
@@ -206,7 +206,7 @@ def _document(path: Path) -> Iterator[Chunk]:
     yield from _chunks(_rows_within(document, path))
 
 
-def _rows_within(document: Any, path: Path) -> Iterator[PlacedRow]:
+def _rows_within(document: Any, path: Path) -> Iterator[LocatedRow]:
     """Rows of a list; of the one list that an object holds; of an object that is a row, or that holds rows by id."""
     rows: Iterable[Any] | None = document if isinstance(document, list) else None
     if isinstance(document, dict):
@@ -251,7 +251,7 @@ def _table(path: Path, delimiter: str) -> Iterator[Chunk]:
     return _chunks(_cells(path, delimiter))
 
 
-def _cells(path: Path, delimiter: str) -> Iterator[PlacedRow]:
+def _cells(path: Path, delimiter: str) -> Iterator[LocatedRow]:
     """Rows of a table with a header; every cell is text, as it is written. Places are lines, where a row begins."""
     csv.field_size_limit(sys.maxsize)  # the module's own limit is 131,072 characters: some prompts are longer
     undecodable: dict[int, str] = {}
@@ -276,13 +276,13 @@ def _cells(path: Path, delimiter: str) -> Iterator[PlacedRow]:
         header: list[str] | None = None
         while True:
             first = table.line_num + 1 + skipped
-            row: Row | RowFault
+            row: RawRow | RowError
             try:
                 cells = next(table)
             except StopIteration:
                 return
             except csv.Error as fault:
-                row = RowFault("invalid CSV", str(fault))
+                row = RowError("invalid CSV", str(fault))
             else:
                 if header is None:
                     header = _header(cells, path)
@@ -291,9 +291,9 @@ def _cells(path: Path, delimiter: str) -> Iterator[PlacedRow]:
                     continue
                 row = dict(zip(header, cells, strict=False))
                 if len(cells) != len(header):
-                    row = RowFault("invalid CSV", f"{len(cells)} cells where the header names {len(header)}")
+                    row = RowError("invalid CSV", f"{len(cells)} cells where the header names {len(header)}")
             wrong = [line for line in range(first, table.line_num + 1 + skipped) if line in undecodable]
-            yield f":{first}", RowFault("not UTF-8", undecodable[wrong[0]]) if wrong else row
+            yield f":{first}", RowError("not UTF-8", undecodable[wrong[0]]) if wrong else row
 
 
 def _header(cells: list[str], path: Path) -> list[str]:

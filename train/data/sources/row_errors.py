@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import singledispatch
 from typing import Any
 
-FAULT_KINDS = {
+ROW_ERROR_KINDS = {
     "not UTF-8": "bytes that are no UTF-8, or half of a surrogate pair, which no UTF-8 can hold",
     "invalid JSON": "a line, or a text where JSON is wanted, that doesn't parse",
     "invalid CSV": "quotes that don't close, or not as many cells as the header names",
@@ -30,10 +30,10 @@ _PYTHON_START = re.compile(r"\s*(\[\s*)?\{\s*'")
 _SHOWN = 60
 
 
-class RowFault(Exception):  # noqa: N818 - of a row, not of the program
+class RowError(Exception):  # noqa: N818 - of a row, not of the program
     """Reason why one row can't be trained: `kind` is shared by many rows, `detail` says what is wrong with this one.
 
-    Faults of this package's reading have a kind of `FAULT_KINDS`; templates and masks add their own.
+    Faults of this package's reading have a kind of `ROW_ERROR_KINDS`; templates and masks add their own.
     """
 
     def __init__(self, kind: str, detail: str) -> None:
@@ -41,8 +41,8 @@ class RowFault(Exception):  # noqa: N818 - of a row, not of the program
         self.kind = kind
         self.detail = detail
 
-    def __reduce__(self) -> tuple[type["RowFault"], tuple[str, str]]:
-        return RowFault, (self.kind, self.detail)
+    def __reduce__(self) -> tuple[type["RowError"], tuple[str, str]]:
+        return RowError, (self.kind, self.detail)
 
 
 def is_blank(value: Any) -> bool:
@@ -65,7 +65,7 @@ def filled(values: Mapping[str, Any], keys: Sequence[str], where: str = "") -> s
         if first is None:
             first = key
         elif _stripped(value) != _stripped(values[first]):
-            raise RowFault(
+            raise RowError(
                 "conflicting values", f"{where}`{first}` is {shown(values[first])}, and `{key}` is {shown(value)}"
             )
     return first
@@ -78,7 +78,7 @@ def _stripped(value: Any) -> Any:
 def checked(text: Any, where: str) -> str:
     """Return `text` if it is one that can be tokenized. Raises RowFault."""
     if not isinstance(text, str):
-        raise RowFault("wrong type", f"{where} is {shown(text)}; text is wanted")
+        raise RowError("wrong type", f"{where} is {shown(text)}; text is wanted")
     if not text.isascii():
         try:
             text.encode()
@@ -86,7 +86,7 @@ def checked(text: Any, where: str) -> str:
             half = f"half of a surrogate pair, \\u{ord(text[fault.start]):04x}, at character {fault.start + 1}"
             if 0xDC80 <= ord(text[fault.start]) <= 0xDCFF:  # Arrow's texts have bytes in this form
                 half += f", or a byte 0x{ord(text[fault.start]) - 0xDC00:02x} that is not UTF-8"
-            raise RowFault("not UTF-8", f"{where} has {half}") from fault
+            raise RowError("not UTF-8", f"{where} has {half}") from fault
     return text
 
 
@@ -96,11 +96,11 @@ def parsed(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as fault:
         if is_python(text) or _PYTHON_START.match(text):  # NumPy's lists have no commas, long ones "..."
-            raise RowFault("invalid JSON", f"{where} is {PYTHON}: {shown(text)}. Write it with json.dumps") from fault
+            raise RowError("invalid JSON", f"{where} is {PYTHON}: {shown(text)}. Write it with json.dumps") from fault
         detail = f"{where}: {fault.msg} at line {fault.lineno} column {fault.colno} of {shown(text)}"
-        raise RowFault("invalid JSON", detail) from fault
+        raise RowError("invalid JSON", detail) from fault
     except (ValueError, RecursionError) as fault:  # a number of 5,000 digits, 100,000 brackets
-        raise RowFault("invalid JSON", f"{where}: {fault}") from fault
+        raise RowError("invalid JSON", f"{where}: {fault}") from fault
 
 
 def is_python(text: str) -> bool:

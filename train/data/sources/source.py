@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from train.data.sources.arrow import arrow_chunks
-from train.data.sources.companion_files import STATE, companion, was_saved
-from train.data.sources.formats import TEMPLATE_KWARGS, Conversation, Row, RowFault, detect, read_row, without
-from train.data.sources.readers import READERS, ROWS_OF_A_CHUNK, Chunk, PlacedRow, ending_of, first_line, read_file
+from train.data.sources.formats import TEMPLATE_KWARGS, Conversation, RawRow, RowError, detect, read_row, without
+from train.data.sources.metadata_files import STATE, companion, was_saved
+from train.data.sources.readers import READERS, ROWS_OF_A_CHUNK, Chunk, LocatedRow, ending_of, first_line, read_file
 from train.data.sources.row_errors import shown
-from train.data.sources.unused_text import Unread, collect, lost_text
+from train.data.sources.unread_text import Unread, collect, lost_text
 from train.errors import UserError
 from train.recipe import Source
 from train.storage.checksum import digest_of_files
-from train.storage.local_paths import may_be_hub_id, missing_part
+from train.storage.local_paths import describe_missing_path, looks_like_hub_id
 
 _SPLITS = {
     "train": ("train", "training"),
@@ -65,16 +65,16 @@ class BadRows:
 class OpenSource:
     """A source that is there. `files`: what its rows' places begin with; `chunks`: each with its file's number.
 
-    `passed_over`: files of its folder that no row comes from, as their names are none of data; READMEs and files that
-    begin with a dot aside. `companions`: files that describe the data, with what each is.
+    `skipped_files`: files of its folder that no row comes from, as their names are none of data; READMEs and files that
+    begin with a dot aside. `metadata_files`: files that describe the data, with what each is.
     """
 
     files: list[str]
     chunks: Callable[[], Iterator[tuple[int, Chunk]]]
     digest: Callable[[], str]
     """Of every byte that the rows are read from: another byte, another digest. No names are in it."""
-    passed_over: Sequence[Path] = ()
-    companions: Sequence[str] = ()
+    skipped_files: Sequence[Path] = ()
+    metadata_files: Sequence[str] = ()
 
 
 def open_source(source: Source, allow_pickle: bool = False) -> OpenSource:
@@ -86,10 +86,10 @@ def open_source(source: Source, allow_pickle: bool = False) -> OpenSource:
     path = Path(source.path).expanduser()
     if path.is_dir() and was_saved(path):
         return _saved(path, source)
-    passed_over: list[Path] = []
-    companions: dict[Path, str] = {}
+    skipped_files: list[Path] = []
+    metadata_files: dict[Path, str] = {}
     if path.is_dir():
-        files, passed_over, companions = _files_of_split(path, source.split)
+        files, skipped_files, metadata_files = _files_of_split(path, source.split)
     elif path.exists():
         files = [path]
         if what := companion(path):
@@ -100,20 +100,20 @@ def open_source(source: Source, allow_pickle: bool = False) -> OpenSource:
         files = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]
         if not files:
             raise UserError(f"{source.path}: no file matches this pattern in {Path.cwd()}.")
-        files, companions = _without_companions(files)
+        files, metadata_files = _without_companions(files)
         if not files:
-            raise UserError(f"{source.path}: no file of rows matches this pattern{_only(companions)}.")
-    elif may_be_hub_id(source.path):
+            raise UserError(f"{source.path}: no file of rows matches this pattern{_only(metadata_files)}.")
+    elif looks_like_hub_id(source.path):
         return _hub(source)
     else:
-        raise UserError(f"{source.path}: {missing_part(path)}")
+        raise UserError(f"{source.path}: {describe_missing_path(path)}")
     _refuse_hub_keys(source, files_have_splits=path.is_dir())
     return OpenSource(
         [_printable(file) for file in files],
         lambda: ((number, chunk) for number, file in enumerate(files) for chunk in read_file(file, allow_pickle)),
         lambda: digest_of_files(files, [ending_of(file) for file in files]),
-        passed_over,
-        [f"{_printable(file)} ({what})" for file, what in companions.items()],
+        skipped_files,
+        [f"{_printable(file)} ({what})" for file, what in metadata_files.items()],
     )
 
 
@@ -122,7 +122,7 @@ def _printable(path: Path) -> str:
     return str(path).encode("utf-8", "backslashreplace").decode()
 
 
-def read_rows(source: Source, allow_pickle: bool = False) -> Iterator[PlacedRow]:
+def read_rows(source: Source, allow_pickle: bool = False) -> Iterator[LocatedRow]:
     """Every row of `source` with its whole place, or the fault of a row that can't even be read. Raises UserError."""
     opened = open_source(source, allow_pickle)
     for number, chunk in opened.chunks():
@@ -130,7 +130,7 @@ def read_rows(source: Source, allow_pickle: bool = False) -> Iterator[PlacedRow]
             yield opened.files[number] + place, row
 
 
-def conversations(source: Source, allow_pickle: bool = False) -> Iterator[tuple[str, Conversation | RowFault]]:
+def read_conversations(source: Source, allow_pickle: bool = False) -> Iterator[tuple[str, Conversation | RowError]]:
     """Every row of `source` as a conversation, with its whole place, or the fault of one that is none.
 
     `weight` isn't read. Raises UserError.
@@ -140,16 +140,16 @@ def conversations(source: Source, allow_pickle: bool = False) -> Iterator[tuple[
     for number, chunk in chunks:
         for place, row in chunk.rows():
             whole_place = opened.files[number] + place
-            if isinstance(row, RowFault):
+            if isinstance(row, RowError):
                 yield whole_place, row
                 continue
             try:
                 yield whole_place, _read_whole(row, format, place, source)
-            except RowFault as fault:
+            except RowError as fault:
                 yield whole_place, fault
 
 
-def _read_whole(row: Row, format: str, place: str, source: Source) -> Conversation:
+def _read_whole(row: RawRow, format: str, place: str, source: Source) -> Conversation:
     """Read a row for those who ask a model about it. Raises RowFault also where a text of it would not be seen."""
     unread: Unread = {}
     conversation = read_row(row, format, place, ignore=source.ignore, unread=unread)
@@ -159,7 +159,7 @@ def _read_whole(row: Row, format: str, place: str, source: Source) -> Conversati
     for name, values in unread.items():
         if name not in source.ignore and (text := lost_text(name, values, said)) is not None:
             remedy = f"rename it to what the format {format} reads, or write `ignore: [{name}]` under the source"
-            raise RowFault("text not read", f"`{name}` holds {shown(text)}: {remedy}")
+            raise RowError("text not read", f"`{name}` holds {shown(text)}: {remedy}")
     return conversation
 
 
@@ -169,7 +169,7 @@ def count_rows(source: Source, allow_pickle: bool = False) -> int:
 
 
 def chunks_and_format(
-    source: Source, opened: OpenSource, as_read: Callable[[Row], Row] = lambda row: row
+    source: Source, opened: OpenSource, as_read: Callable[[RawRow], RawRow] = lambda row: row
 ) -> tuple[Iterator[tuple[int, Chunk]], str]:
     """The chunks of a source, and its format: the one named, or that of its first row (as `as_read` makes it).
 
@@ -182,7 +182,7 @@ def chunks_and_format(
     for file, chunk in chunks:
         seen.append((file, chunk))
         for place, row in chunk.rows():
-            if isinstance(row, RowFault):
+            if isinstance(row, RowError):
                 continue
             try:
                 return chain(seen, chunks), detect(as_read(without(row, source.ignore, {})))
@@ -205,13 +205,13 @@ def _refuse_hub_keys(source: Source, files_have_splits: bool) -> None:
 
 def _without_companions(files: Iterable[Path]) -> tuple[list[Path], dict[Path, str]]:
     """The files that hold rows, and those that describe the data, with what each is."""
-    companions = {path: what for path in files if (what := companion(path))}
-    return [path for path in files if path not in companions], companions
+    metadata_files = {path: what for path in files if (what := companion(path))}
+    return [path for path in files if path not in metadata_files], metadata_files
 
 
-def _only(companions: Mapping[Path, str]) -> str:
-    named = ", ".join(f"{path.name} ({what})" for path, what in islice(companions.items(), _EXAMPLES))
-    return f", only what describes data: {named}" if companions else ""
+def _only(metadata_files: Mapping[Path, str]) -> str:
+    named = ", ".join(f"{path.name} ({what})" for path, what in islice(metadata_files.items(), _EXAMPLES))
+    return f", only what describes data: {named}" if metadata_files else ""
 
 
 def _files_of_split(folder: Path, split: str) -> tuple[list[Path], list[Path], dict[Path, str]]:
@@ -229,17 +229,17 @@ def _files_of_split(folder: Path, split: str) -> tuple[list[Path], list[Path], d
         for path in found
         if ending_of(path) in READERS and not any(part[0] == "_" for part in _below(folder, path))
     ]
-    passed_over = [path for path in found if path not in set(files) and path.stem.upper() not in _COMPANIONS]
-    files, companions = _without_companions(files)
+    skipped_files = [path for path in found if path not in set(files) and path.stem.upper() not in _COMPANIONS]
+    files, metadata_files = _without_companions(files)
     if not files:
-        saved = [str(path.parent) for path, what in companions.items() if what == STATE]
+        saved = [str(path.parent) for path, what in metadata_files.items() if what == STATE]
         hint = f" To read what save_to_disk wrote, name {saved[0]}." if saved else ""
         raise UserError(
-            f"{folder}: no data file in this folder{_only(companions)}. Known endings are {', '.join(READERS)}.{hint}"
+            f"{folder}: no data file in this folder{_only(metadata_files)}. Known endings are {', '.join(READERS)}.{hint}"
         )
     splits = {path: _split_of(path.relative_to(folder)) for path in files}
     if not any(splits.values()) and split == "train":
-        return files, passed_over, companions
+        return files, skipped_files, metadata_files
     unclear = [path for path in files if splits[path] is None]
     if unclear:
         raise UserError(
@@ -258,7 +258,7 @@ def _files_of_split(folder: Path, split: str) -> tuple[list[Path], list[Path], d
             f"files tell. Write the one you mean under the source, such as `split: {kind}`, or name in `path` a file "
             "or a glob."
         )
-    return chosen, passed_over, companions
+    return chosen, skipped_files, metadata_files
 
 
 def _below(folder: Path, path: Path) -> tuple[str, ...]:
@@ -322,7 +322,7 @@ def _hub(source: Source) -> OpenSource:
     except Exception as fault:  # of many libraries, and all of them about the id, the split, the login or the network
         tried = f"split `{source.split}`" + (f", configuration `{source.name}`" if source.name else "")
         tried += f", revision `{source.revision}`" if source.revision else ""
-        here = missing_part(Path(source.path)).rstrip(".")
+        here = describe_missing_path(Path(source.path)).rstrip(".")
         raise UserError(
             f"{source.path}: no file or folder here ({here}), and the Hugging Face hub didn't give a data set of that "
             f"name ({tried}): {type(fault).__name__}: {first_line(fault)}. Check the id, the split and the network; a "

@@ -18,8 +18,8 @@ Other keys are collected in `unread`.
 import json
 from typing import Any
 
-from train.data.sources.row_errors import RowFault, checked, filled, is_blank, parsed, shown
-from train.data.sources.unused_text import Unread, collect
+from train.data.sources.row_errors import RowError, checked, filled, is_blank, parsed, shown
+from train.data.sources.unread_text import Unread, collect
 
 Message = dict[str, Any]
 
@@ -61,7 +61,7 @@ def read_turns(value: Any, column: str, unread: Unread) -> list[Message]:
     if isinstance(value, str):
         value = parsed(value, f"`{column}`")
     if not isinstance(value, list | tuple):
-        raise RowFault("wrong type", f"`{column}` is {shown(value)}; a list of messages is wanted")
+        raise RowError("wrong type", f"`{column}` is {shown(value)}; a list of messages is wanted")
     return [_turn(turn, number, column, unread) for number, turn in enumerate(value, 1)]
 
 
@@ -74,7 +74,7 @@ def _turn(turn: Any, number: int, column: str, unread: Unread) -> Message:
     if isinstance(turn, str) and turn.lstrip().startswith("{"):
         turn = parsed(turn, f"message {number}")
     if not isinstance(turn, dict):
-        raise RowFault("wrong type", f"message {number} is {shown(turn)}; an object with role and content is wanted")
+        raise RowError("wrong type", f"message {number} is {shown(turn)}; an object with role and content is wanted")
     name, role = _role(turn, number, column, unread)
     other = filled(turn, _CONTENT_KEYS, f"message {number}: ") if "value" in turn else None
     content = turn[other] if other else turn.get("content")
@@ -90,7 +90,7 @@ def _turn(turn: Any, number: int, column: str, unread: Unread) -> Message:
     read = new_message(role, _content(content, number, column, unread))
     if calls:
         if role != "assistant":
-            raise RowFault("wrong type", f"message {number} ({role}) has tool calls, which only an assistant makes")
+            raise RowError("wrong type", f"message {number} ({role}) has tool calls, which only an assistant makes")
         read["tool_calls"] = _tool_calls(calls, number)
     for key in _KEPT_KEYS:
         if turn.get(key) is not None:
@@ -98,7 +98,7 @@ def _turn(turn: Any, number: int, column: str, unread: Unread) -> Message:
     key = filled(turn, _REASONING_KEYS, f"message {number}: ")
     if key:
         if role != "assistant":
-            raise RowFault("wrong type", f"message {number} ({role}) has `{key}`, which only an assistant writes")
+            raise RowError("wrong type", f"message {number} ({role}) has `{key}`, which only an assistant writes")
         read["reasoning_content"] = checked(turn[key], f"`{key}` of message {number}")
     train = _train(turn, number, role)
     if train is not None:
@@ -115,10 +115,10 @@ def _role(turn: Message, number: int, column: str, unread: Unread) -> tuple[Any,
         name, other = other, None
     role = ROLES.get(name) or ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
-        raise RowFault("unknown role", f"message {number} has the role {shown(name)}; known are {', '.join(ROLES)}")
+        raise RowError("unknown role", f"message {number} has the role {shown(name)}; known are {', '.join(ROLES)}")
     if other is not None:
         if isinstance(other, str) and ROLES.get(other, role) != role:
-            raise RowFault(
+            raise RowError(
                 "conflicting values", f"message {number}: `role` is {shown(name)}, and `from` is {shown(other)}"
             )
         if not isinstance(other, str) or other not in ROLES:
@@ -130,7 +130,7 @@ def _train(turn: Message, number: int, role: str) -> bool | None:
     """Return what the switches of a turn say, None where it has none. Raises RowFault."""
     for key in _PART_SWITCHES:
         if not is_blank(turn.get(key)):
-            raise RowFault(
+            raise RowError(
                 "unsupported loss switch",
                 f"`{key}` of message {number} is for parts of it; a message is trained as a whole or not at all",
             )
@@ -141,13 +141,13 @@ def _train(turn: Message, number: int, role: str) -> bool | None:
         if value is None:
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise RowFault("wrong type", f"`{key}` of message {number} is {shown(value)}; true or false is wanted")
+            raise RowError("wrong type", f"`{key}` of message {number} is {shown(value)}; true or false is wanted")
         said = bool(value) != (key == "masked")
         if train is not None and said != train:
-            raise RowFault("conflicting values", f"message {number}: `{first}` and `{key}` contradict each other")
+            raise RowError("conflicting values", f"message {number}: `{first}` and `{key}` contradict each other")
         train, first = said, key
     if train and role != "assistant":
-        raise RowFault(
+        raise RowError(
             "unsupported loss switch",
             f"`{first}` of message {number} ({role}) would train it; only messages of the assistant are trained",
         )
@@ -170,7 +170,7 @@ def _content(content: Any, number: int, column: str, unread: Unread) -> str:
                 collect(unread, f"{column}[].content[].{key}", part[key])
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, dict) else part
-            raise RowFault("unsupported content", f"message {number} has a part {shown(kind)}; only text is trained")
+            raise RowError("unsupported content", f"message {number} has a part {shown(kind)}; only text is trained")
         texts.append(checked(text, f"the content of message {number}"))
     return "".join(texts)
 
@@ -190,7 +190,7 @@ def _tool_calls(calls: Any, number: int) -> list[dict[str, Any]]:
         calls = parsed(calls, where)
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list | tuple) or not calls:
-        raise RowFault("wrong type", f"{where} are {shown(calls)}; a list of calls is wanted")
+        raise RowError("wrong type", f"{where} are {shown(calls)}; a list of calls is wanted")
     wrapped = []
     for call in calls:
         call = _wrapped(call, where)
@@ -218,7 +218,7 @@ def read_tools(tools: Any, column: str) -> list[dict[str, Any]] | None:
     if tools is None:
         return None
     if not isinstance(tools, list | tuple):
-        raise RowFault("wrong type", f"`{column}` is {shown(tools)}; a list of functions is wanted")
+        raise RowError("wrong type", f"`{column}` is {shown(tools)}; a list of functions is wanted")
     wrapped = [_wrapped(tool, f"`{column}`") for tool in tools]
     _check_json(wrapped, f"`{column}`")
     return wrapped or None
@@ -229,7 +229,7 @@ def _check_json(value: Any, where: str) -> None:
     try:
         checked(json.dumps(value, ensure_ascii=False, default=str, allow_nan=False), where)
     except ValueError as fault:
-        raise RowFault("wrong type", f"{where}: NaN and infinity are no numbers of JSON") from fault
+        raise RowError("wrong type", f"{where}: NaN and infinity are no numbers of JSON") from fault
 
 
 def _wrapped(function: Any, where: str) -> dict[str, Any]:
@@ -242,5 +242,5 @@ def _wrapped(function: Any, where: str) -> dict[str, Any]:
         function = {**outer, "type": "function", "function": flat}
     named = function.get("function") if isinstance(function, dict) else None
     if not isinstance(named, dict) or not isinstance(named.get("name"), str):
-        raise RowFault("wrong type", f"{where}: {shown(function)} is no object with the name of a function")
+        raise RowError("wrong type", f"{where}: {shown(function)} is no object with the name of a function")
     return {"type": "function", **function}

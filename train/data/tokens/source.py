@@ -14,15 +14,15 @@ import pyarrow
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from train.data.cache import Entry, cache_key, default_folder, find_or_make, report_progress
+from train.data.cache import Entry, cache_key, default_folder, get_or_build, report_progress
 from train.data.chat.template import date_of
 from train.data.fast_tokenizer import DiffersError
 from train.data.sources.formats import ignored_when_read
 from train.data.sources.source import OpenSource, chunks_and_format, open_source
-from train.data.tokens.table import Faults, TokensDigest, write
+from train.data.tokens.table import RowIssues, TokensDigest, write
 from train.data.tokens.workers import RowTokenizer, tokenize
 from train.errors import UserError
-from train.progress import Job, job
+from train.progress import ProgressBar, progress_bar
 from train.recipe import Recipe, Source
 
 ROWS = "rows.arrow"
@@ -34,7 +34,7 @@ _DECISIVE = (
         "loss_mask",
         "rendering",
         "row_faults",
-        "source_tokens",
+        "tokenize_source",
         "sources",
         "spans",
         "token_rows",
@@ -52,15 +52,15 @@ def cache_folder(recipe: Recipe) -> Path:
     return Path(recipe.data.cache_dir).expanduser() if recipe.data.cache_dir else default_folder()
 
 
-def source_tokens(
+def tokenize_source(
     key: str, source: Source, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Entry, OpenSource]:
     """The tokens of one source on disk, made now if they aren't there. Raises UserError, naming `key`."""
     try:
         opened = open_source(source, recipe.data.allow_pickle)
-        with job(f"tokenizing {source.path}", unit="rows") as tokenizing:
+        with progress_bar(f"tokenizing {source.path}", unit="rows") as tokenizing:
             made_of = _made_of(source, opened, recipe, tokenizer)
-            return find_or_make(
+            return get_or_build(
                 cache_folder(recipe),
                 cache_key(made_of),
                 lambda partial: _write(partial, source, opened, made_of["rows"], recipe, tokenizer, tokenizing),
@@ -95,7 +95,7 @@ def _write(
     digest: str,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
-    tokenizing: Job,
+    tokenizing: ProgressBar,
 ) -> dict[str, Any]:
     """Tokenize a source, which has this digest, into `folder`; what its manifest is to say. Raises UserError."""
     chat = recipe.chat
@@ -119,7 +119,7 @@ def _write(
         "source": source.path,
         "rows": counted.rows,
         "tokens": counted.digest.facts(),
-        "faults": counted.faults.kinds,
+        "errors": counted.faults.kinds,
         "escaped": counted.faults.escaped,
         "unread": counted.faults.unread,
         "tokenizer": f"the tokenizer itself, as {why_not_fast}" if why_not_fast else "fastokens, checked on a sample",
@@ -129,9 +129,11 @@ def _write(
 class _Counted:
     """The batches as they pass, and what they hold in all."""
 
-    def __init__(self, batches: Iterator[tuple[pyarrow.RecordBatch, Faults]], folder: Path, tokenizing: Job) -> None:
+    def __init__(
+        self, batches: Iterator[tuple[pyarrow.RecordBatch, RowIssues]], folder: Path, tokenizing: ProgressBar
+    ) -> None:
         self._batches, self._folder, self._job = batches, folder, tokenizing
-        self.rows, self.faults, self.digest = 0, Faults(), TokensDigest()
+        self.rows, self.faults, self.digest = 0, RowIssues(), TokensDigest()
 
     def __iter__(self) -> Iterator[pyarrow.RecordBatch]:
         reported = time.monotonic()

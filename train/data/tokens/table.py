@@ -16,9 +16,9 @@ import pyarrow
 import xxhash
 from numpy.typing import NDArray
 
-from train.data.loss_mask import Encoded
-from train.data.sources.formats import Conversation, Message, RowFault
-from train.data.sources.unused_text import Unread, lost_text
+from train.data.loss_mask import EncodedRow
+from train.data.sources.formats import Conversation, Message, RowError
+from train.data.sources.unread_text import Unread, lost_text
 
 _DIGEST = pyarrow.binary(16)
 SCHEMA = pyarrow.schema(
@@ -40,7 +40,7 @@ _SHOWN = 60
 
 
 @dataclass(slots=True)
-class Faults:
+class RowIssues:
     """Rows that can't be trained as they are.
 
     `kinds`: for each kind of fault how many, and (file, place, detail) of the first. `escaped`: rows that are trained
@@ -52,9 +52,9 @@ class Faults:
     escaped: int = 0
     unread: dict[str, tuple[int, int, tuple[int, str, str] | None]] = field(default_factory=dict)
 
-    def add(self, fault: RowFault, file: int, place: str) -> None:
+    def add(self, fault: RowError, file: int, place: str) -> None:
         """Count one more."""
-        self.merge(Faults({fault.kind: (1, [(file, place, fault.detail)])}))
+        self.merge(RowIssues({fault.kind: (1, [(file, place, fault.detail)])}))
 
     def add_unread(self, unread: Unread, messages: Sequence[Message], file: int, place: str) -> None:
         """Count what was not read of one more row, which became these messages."""
@@ -67,7 +67,7 @@ class Faults:
                 example = (file, place, _printable(text[:_SHOWN] + ("..." if len(text) > _SHOWN else "")))
             self.unread[name] = (rows + 1, losing + (text is not None), example)
 
-    def merge(self, others: "Faults") -> None:
+    def merge(self, others: "RowIssues") -> None:
         """Count those that come after these."""
         self.escaped += others.escaped
         for name, (rows, losing, example) in others.unread.items():
@@ -83,7 +83,7 @@ def _printable(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
-def batch_of(file: int, rows: Sequence[tuple[Conversation, Sequence[Encoded]]]) -> pyarrow.RecordBatch:
+def batch_of(file: int, rows: Sequence[tuple[Conversation, Sequence[EncodedRow]]]) -> pyarrow.RecordBatch:
     """Conversations of one file, each with its encoded rows, as they are stored."""
     each = [
         (conversation, encoded, number == 0) for conversation, parts in rows for number, encoded in enumerate(parts)

@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerBase
 
 from train.data.chat.assistant_spans import TrainOn
 from train.data.chat.control_tokens import ControlTokens, Policy
-from train.data.loss_mask import Encoded, Encoder
-from train.data.sources.formats import Conversation, RowFault, read_row
+from train.data.loss_mask import EncodedRow, Encoder
+from train.data.sources.formats import Conversation, RowError, read_row
 from train.data.sources.readers import Chunk
-from train.data.sources.unused_text import Unread
-from train.data.tokens.table import Faults, batch_of
+from train.data.sources.unread_text import Unread
+from train.data.tokens.table import RowIssues, batch_of
 from train.errors import UserError
 
 _CHUNKS_AHEAD = 2
@@ -52,14 +52,14 @@ class RowTokenizer:
         self._escaped = 0  # conversations, since the chunk began
         self._left_out: list[Unread] = []  # by the template, of each conversation encoded last
 
-    def encode(self, conversations: Sequence[Conversation]) -> list[list[Encoded] | RowFault]:
+    def encode(self, conversations: Sequence[Conversation]) -> list[list[EncodedRow] | RowError]:
         """Each conversation's rows in its order, or the fault that keeps it from being trained.
 
         Mostly one row; several where the template rewrites earlier turns, so that each needs a render of its own.
         Raises DiffersError where fastokens turns out to give other tokens.
         """
         cleaned = [self._cleaned(conversation) for conversation in conversations]
-        clean = [conversation for conversation in cleaned if not isinstance(conversation, RowFault)]
+        clean = [conversation for conversation in cleaned if not isinstance(conversation, RowError)]
         encoded = iter(
             self.encoder.encode(
                 [(conversation.messages, conversation.tools) for conversation in clean],
@@ -68,41 +68,41 @@ class RowTokenizer:
             )
         )
         left_out = iter(self.encoder.left_out)
-        self._left_out = [{} if isinstance(conversation, RowFault) else next(left_out) for conversation in cleaned]
-        return [conversation if isinstance(conversation, RowFault) else next(encoded) for conversation in cleaned]
+        self._left_out = [{} if isinstance(conversation, RowError) else next(left_out) for conversation in cleaned]
+        return [conversation if isinstance(conversation, RowError) else next(encoded) for conversation in cleaned]
 
-    def _cleaned(self, conversation: Conversation) -> Conversation | RowFault:
+    def _cleaned(self, conversation: Conversation) -> Conversation | RowError:
         try:
             messages = self._control_tokens.clean(conversation.messages)
             tools = self._control_tokens.clean_tools(conversation.tools)
             kwargs = self._control_tokens.clean_kwargs(conversation.template_kwargs)
-        except RowFault as fault:
+        except RowError as fault:
             return fault
         if messages is conversation.messages and (tools, kwargs) == (conversation.tools, conversation.template_kwargs):
             return conversation
         self._escaped += 1
         return replace(conversation, messages=messages, tools=tools, template_kwargs=kwargs)
 
-    def encode_chunk(self, file: int, chunk: Chunk, format: str) -> tuple[pyarrow.RecordBatch, Faults]:
+    def encode_chunk(self, file: int, chunk: Chunk, format: str) -> tuple[pyarrow.RecordBatch, RowIssues]:
         """The rows of a chunk as they are stored, and what was wrong with the others. `file`: its number."""
         conversations: list[Conversation] = []
         unread: list[Unread] = []
-        faults = Faults()
+        faults = RowIssues()
         for place, row in chunk.rows():
             try:
-                if isinstance(row, RowFault):
+                if isinstance(row, RowError):
                     raise row
                 of_row: Unread = {}
                 conversations.append(read_row(row, format, place, ignore=self._ignore, unread=of_row))
                 unread.append(of_row)
-            except RowFault as fault:
+            except RowError as fault:
                 faults.add(fault, file, place)
-        good: list[tuple[Conversation, list[Encoded]]] = []
+        good: list[tuple[Conversation, list[EncodedRow]]] = []
         self._escaped = 0
         results = self.encode(conversations)
         faults.escaped = self._escaped
         for conversation, result, of_row, left_out in zip(conversations, results, unread, self._left_out, strict=True):
-            if isinstance(result, RowFault):
+            if isinstance(result, RowError):
                 faults.add(result, file, conversation.place)
             else:
                 good.append((conversation, result))
@@ -113,7 +113,7 @@ class RowTokenizer:
 
 def tokenize(
     rows: RowTokenizer, chunks: Iterable[tuple[int, Chunk]], format: str, processes: int | None = None
-) -> Iterator[tuple[pyarrow.RecordBatch, Faults]]:
+) -> Iterator[tuple[pyarrow.RecordBatch, RowIssues]]:
     """Each chunk encoded, in order. `processes`: None = as many as this process may use cores.
 
     Raises UserError where a worker dies, DiffersError as `RowTokenizer.encode`.
@@ -125,7 +125,7 @@ def tokenize(
     if processes <= 1 or "fork" not in multiprocessing.get_all_start_methods():
         yield from (rows.encode_chunk(file, chunk, format) for file, chunk in chain(first, remaining))
         return
-    waiting: deque[Future[tuple[pyarrow.RecordBatch, Faults]]] = deque()
+    waiting: deque[Future[tuple[pyarrow.RecordBatch, RowIssues]]] = deque()
     # Forked, workers have the tokenizer and the probed template at once, and share the memory of both as long as no
     # garbage collection writes into it.
     gc.freeze()
@@ -174,5 +174,5 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(file: int, chunk: Chunk, format: str) -> tuple[pyarrow.RecordBatch, Faults]:
+def _work(file: int, chunk: Chunk, format: str) -> tuple[pyarrow.RecordBatch, RowIssues]:
     return _rows_of_worker.encode_chunk(file, chunk, format)

@@ -10,13 +10,13 @@ from typing import Any
 
 from train.errors import UserError
 from train.evaluation.ifeval.punkt import missing_package, provide_punkt
-from train.evaluation.ifeval.rows import Row
+from train.evaluation.ifeval.rows import IFEvalRow
 
 _LISTS = ("keywords", "forbidden_words")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ConstraintVerdict:
     """Whether an answer follows each constraint of its row. Loose: also without its first or last line or its `*`."""
 
     strict: tuple[bool, ...]
@@ -41,7 +41,7 @@ class Checkers:
         self._registry: dict[str, Any] = instructions_registry.INSTRUCTION_DICT
         self.version = importlib.metadata.version("lm-eval")
 
-    def drawn_at_random(self, row: Row) -> bool:
+    def drawn_at_random(self, row: IFEvalRow) -> bool:
         """Whether a checker puts something random in the place of what the row asks for, having taken the row.
 
         Raises UserError where a rule is unknown, or its arguments are missing, too many or of no use.
@@ -72,7 +72,7 @@ class Checkers:
         return drawn
 
     @staticmethod
-    def _refuse(row: Row, name: str, given: Mapping[str, Any], wanted: set[str]) -> None:
+    def _refuse(row: IFEvalRow, name: str, given: Mapping[str, Any], wanted: set[str]) -> None:
         if set(given) != wanted:
             raise UserError(
                 f"{row.place}: kwargs of {name}: found {', '.join(sorted(given)) or 'none'}, "
@@ -88,7 +88,7 @@ class Checkers:
             if argument in _LISTS and not is_list:
                 raise UserError(f"{row.place}: kwargs of {name}: {argument} must be a list of texts")
 
-    def verdict(self, row: Row, answer: str) -> Verdict:
+    def verdict(self, row: IFEvalRow, answer: str) -> ConstraintVerdict:
         """What the checkers say of an answer; an empty one follows nothing."""
         before = random.getstate()
         asked = self._utils.InputExample(
@@ -104,7 +104,7 @@ class Checkers:
             loose = self._utils.test_instruction_following_loose(asked, answer).follow_instruction_list
         finally:
             random.setstate(before)
-        return Verdict(tuple(map(bool, strict)), tuple(map(bool, loose)))
+        return ConstraintVerdict(tuple(map(bool, strict)), tuple(map(bool, loose)))
 
     def record(self) -> dict[str, Any]:
         """For JSON: what the verdicts depend on beside rows and answers."""

@@ -16,28 +16,28 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.cli import not_negative, number_or_null, positive
+from train.cli import float_or_null, non_negative_int, positive_int
 from train.errors import UserError
 from train.evaluation.folders import require_file, require_model, require_results_folder
 from train.evaluation.ifeval.checkers import Checkers
 from train.evaluation.ifeval.metrics import gaps, gaps_by_rule, shares, shares_by_rule
-from train.evaluation.ifeval.report import HEADING, Answered, about_unanswered, draw, section
+from train.evaluation.ifeval.report import HEADING, CheckedAnswer, about_unanswered, draw, section
 from train.evaluation.ifeval.rows import (
     PLACES,
     SKIPPED,
-    Row,
+    IFEvalRow,
     place_of_constraints,
     read_rows,
     refuse_other_turns,
     same_rows,
 )
-from train.evaluation.models.options import add_respondent, refuse_in_extra, respondent_of
+from train.evaluation.models.options import add_respondent, refuse_extra_fields, respondent_of
 from train.evaluation.results_dir import exclusive
 from train.llm.journal import Answer, Decoding
-from train.llm.refusals import option_setting
+from train.llm.refusals import option_formatter
 from train.llm.system_role import merge_into_user
-from train.reporting.markdown import put_section
-from train.storage.atomic_write import replacing, write_text
+from train.reporting.markdown import replace_section
+from train.storage.atomic_write import atomic_write, write_text
 
 if TYPE_CHECKING:
     pass
@@ -51,14 +51,14 @@ def add_to(commands: Any) -> None:
     add_respondent(parser)
     parser.add_argument("--data", type=Path, required=True, help="S-IFEval's rows, or IFEval's, as jsonl")
     parser.add_argument("--control", type=Path, help="the same rows with the constraints in the user turn")
-    parser.add_argument("--limit", type=positive, help="number of rows, from the first (default all)")
+    parser.add_argument("--limit", type=positive_int, help="number of rows, from the first (default all)")
     parser.add_argument(
         "--all-rules",
         action="store_true",
         help=f"score also prompts with {' or '.join(SKIPPED)}, which the official scoring leaves out",
     )
     parser.add_argument(
-        "--max-new-tokens", type=positive, default=1280, help="longest answer (default 1280, the official one)"
+        "--max-new-tokens", type=positive_int, default=1280, help="longest answer (default 1280, the official one)"
     )
     parser.add_argument(
         "--temperature",
@@ -67,7 +67,7 @@ def add_to(commands: Any) -> None:
         help="of the answers (default 0, the official one); null = not sent, so the server's own",
     )
     parser.add_argument(
-        "--seed", type=not_negative, default=0, help="of the intervals, and of answers drawn (default 0)"
+        "--seed", type=non_negative_int, default=0, help="of the intervals, and of answers drawn (default 0)"
     )
     parser.add_argument("--output-dir", type=Path, help="where everything goes (default the folder of --model)")
     parser.set_defaults(run=run)
@@ -75,7 +75,7 @@ def add_to(commands: Any) -> None:
 
 def _from_zero(text: str) -> float | None:
     try:
-        number = number_or_null(text)
+        number = float_or_null(text)
     except argparse.ArgumentTypeError:
         number = math.nan
     if number is not None and not 0 <= number < math.inf:
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
         "temperature": ("--temperature", options.temperature),
         "seed": ("--seed", options.seed if options.temperature else None),
     }
-    refuse_in_extra("--extra", options.extra, own)
+    refuse_extra_fields("--extra", options.extra, own)
     folder = output_folder(options)
     with exclusive(folder, "ifeval"):
         _measure(options, folder)
@@ -166,11 +166,11 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
     text = section(record, places, overall, of_rule, gap, unanswered)
     try:
         names = ("ifeval_answers.jsonl", "ifeval.json", "ifeval.png")
-        with replacing(*(folder / name for name in names)) as [lines, figures, plot]:
+        with atomic_write(*(folder / name for name in names)) as [lines, figures, plot]:
             write_answers(lines, asked, found)
             write_text(figures, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
             draw(places, overall, of_rule, plot)
-        put_section(folder / "report.md", HEADING, text)
+        replace_section(folder / "report.md", HEADING, text)
     except OSError as fault:
         raise UserError(f"{folder}: can't be written: {fault.strerror}") from fault
     print(text)
@@ -200,15 +200,15 @@ def output_folder(options: argparse.Namespace) -> Path:
 
 
 def ask(
-    options: argparse.Namespace, asked: dict[str, list[Row]], checkers: Checkers, journal: Path
-) -> dict[str, list[Answered]]:
+    options: argparse.Namespace, asked: dict[str, list[IFEvalRow]], checkers: Checkers, journal: Path
+) -> dict[str, list[CheckedAnswer]]:
     """Answers and verdicts for each turn. What the journal holds is not asked again."""
-    from train.evaluation.models.responses import respond
+    from train.evaluation.models.responses import generate_answers
 
     conversations = [list(row.messages) for rows in asked.values() for row in rows]
     respondent = respondent_of(options)
     answers = iter(
-        respond(
+        generate_answers(
             respondent,
             conversations,
             decoding_of(options),
@@ -216,7 +216,7 @@ def ask(
             stage="ifeval",
             description="answers",
             wait_for_server=options.wait_for_server,
-            name_setting=option_setting(("temperature",)),
+            format_setting=option_formatter(("temperature",)),
         )
     )
     return {turn: [_answered(next(answers)[0], row, checkers) for row in rows] for turn, rows in asked.items()}
@@ -224,7 +224,7 @@ def ask(
 
 def decoding_of(options: argparse.Namespace) -> Decoding:
     """Return how answers are drawn."""
-    return Decoding.of_settings(
+    return Decoding.from_settings(
         max_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed if options.temperature else None,
@@ -232,19 +232,19 @@ def decoding_of(options: argparse.Namespace) -> Decoding:
     )
 
 
-def _answered(answer: Any, row: Row, checkers: Checkers) -> Answered:
+def _answered(answer: Any, row: IFEvalRow, checkers: Checkers) -> CheckedAnswer:
     if not isinstance(answer, Answer):
         words = str(answer) or type(answer).__name__
-        return Answered(None, "no answer", checkers.verdict(row, ""), words, answer.advice)
+        return CheckedAnswer(None, "no answer", checkers.verdict(row, ""), words, answer.advice)
     how = answer.unfinished or "ended"
     if answer.cut:
         how = "without an end to its reasoning" if answer.only_reasoning else "cut"
     elif answer.ending == "unstated" and not answer.refused and not answer.text.strip():
         how = "empty"
-    return Answered(answer.text, how, checkers.verdict(row, answer.text))
+    return CheckedAnswer(answer.text, how, checkers.verdict(row, answer.text))
 
 
-def same_when_merged(options: argparse.Namespace, asked: dict[str, list[Row]]) -> int:
+def same_when_merged(options: argparse.Namespace, asked: dict[str, list[IFEvalRow]]) -> int:
     """Of how many prompts --system-role merge_into_user makes the very one of the control."""
     if options.system_role != "merge_into_user" or len(asked) < 2:
         return 0
@@ -252,7 +252,7 @@ def same_when_merged(options: argparse.Namespace, asked: dict[str, list[Row]]) -
     return sum(merge_into_user(row.messages) == merge_into_user(other.messages) for row, other in pairs)
 
 
-def fingerprint(asked: dict[str, list[Row]]) -> str:
+def fingerprint(asked: dict[str, list[IFEvalRow]]) -> str:
     """A checksum of what was asked and of its constraints, by which `compare` knows that two runs asked the same."""
     told = [
         [turn, [[row.key, row.prompt, row.instructions, row.arguments, row.messages] for row in rows]]
@@ -261,7 +261,7 @@ def fingerprint(asked: dict[str, list[Row]]) -> str:
     return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def write_answers(path: Path, asked: dict[str, list[Row]], found: dict[str, list[Answered]]) -> None:
+def write_answers(path: Path, asked: dict[str, list[IFEvalRow]], found: dict[str, list[CheckedAnswer]]) -> None:
     """One line for each answer: turn, key, rules, the answer that was checked, the verdicts for each rule."""
     with path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as lines:
         for turn, rows in asked.items():

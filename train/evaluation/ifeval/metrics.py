@@ -10,9 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from train.evaluation.ifeval.checkers import Verdict
-from train.evaluation.ifeval.rows import Row
-from train.resampling import DIFFERENCE_OF_SHARES, SHARE, Bounds, Estimate, Method, estimates, why_no_interval
+from train.evaluation.ifeval.checkers import ConstraintVerdict
+from train.evaluation.ifeval.rows import IFEvalRow
+from train.resampling import (
+    DIFFERENCE_BOUNDS,
+    SHARE_BOUNDS,
+    Bounds,
+    Estimate,
+    IntervalMethod,
+    estimate_means,
+    missing_interval_reason,
+)
 
 MEASURES = {
     "prompt_strict": "prompts whose constraints are all followed, strict",
@@ -31,24 +39,26 @@ class Share:
     high: float | None
     of: int
     prompts: int
-    interval: Method
+    interval: IntervalMethod
 
     @property
     def missing(self) -> str:
-        """Return the reason for a missing interval, as `why_no_interval` gives it."""
-        return why_no_interval(self.interval, self.prompts)
+        """Return the reason for a missing interval, as `missing_interval_reason` gives it."""
+        return missing_interval_reason(self.interval, self.prompts)
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
-def shares(rows: Sequence[Row], verdicts: Sequence[Verdict], seed: int = 0) -> dict[str, Share]:
+def shares(rows: Sequence[IFEvalRow], verdicts: Sequence[ConstraintVerdict], seed: int = 0) -> dict[str, Share]:
     """The four measures."""
     return {name: _share(values, groups, seed) for name, (values, groups) in _scores(rows, verdicts).items()}
 
 
-def shares_by_rule(rows: Sequence[Row], verdicts: Sequence[Verdict], seed: int = 0) -> dict[str, dict[str, Share]]:
+def shares_by_rule(
+    rows: Sequence[IFEvalRow], verdicts: Sequence[ConstraintVerdict], seed: int = 0
+) -> dict[str, dict[str, Share]]:
     """rule -> strict and loose share of its constraints."""
     return {
         rule: {
@@ -59,14 +69,16 @@ def shares_by_rule(rows: Sequence[Row], verdicts: Sequence[Verdict], seed: int =
     }
 
 
-def gaps(rows: Sequence[Row], system: Sequence[Verdict], user: Sequence[Verdict], seed: int = 0) -> dict[str, Estimate]:
+def gaps(
+    rows: Sequence[IFEvalRow], system: Sequence[ConstraintVerdict], user: Sequence[ConstraintVerdict], seed: int = 0
+) -> dict[str, Estimate]:
     """System turn less user turn in each measure, on the same prompts, with a 95 % interval and a sign-flip p."""
     ours, theirs = _scores(rows, system), _scores(rows, user)
     return {name: _difference(ours[name], theirs[name], seed) for name in MEASURES}
 
 
 def gaps_by_rule(
-    rows: Sequence[Row], system: Sequence[Verdict], user: Sequence[Verdict], seed: int = 0
+    rows: Sequence[IFEvalRow], system: Sequence[ConstraintVerdict], user: Sequence[ConstraintVerdict], seed: int = 0
 ) -> dict[str, Estimate]:
     """rule -> system turn less user turn in the strict share of its constraints."""
     return {
@@ -79,7 +91,7 @@ def gaps_by_rule(
     }
 
 
-def rules_of(rows: Sequence[Row]) -> list[str]:
+def rules_of(rows: Sequence[IFEvalRow]) -> list[str]:
     """The rules that occur, by name."""
     return sorted({rule for row in rows for rule in row.instructions})
 
@@ -88,7 +100,7 @@ _Scores = tuple[list[float], list[int]]
 """A number for each thing that is counted, and the number of its prompt."""
 
 
-def _scores(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> dict[str, _Scores]:
+def _scores(rows: Sequence[IFEvalRow], verdicts: Sequence[ConstraintVerdict]) -> dict[str, _Scores]:
     prompts = list(range(len(rows)))
     constraints = [prompt for prompt in prompts for _ in rows[prompt].instructions]
     return {
@@ -99,7 +111,7 @@ def _scores(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> dict[str, _Scor
     }
 
 
-def _of_rule(rows: Sequence[Row], rule: str, follows: Callable[[int], Sequence[bool]]) -> _Scores:
+def _of_rule(rows: Sequence[IFEvalRow], rule: str, follows: Callable[[int], Sequence[bool]]) -> _Scores:
     found = [
         (float(followed), number)
         for number, row in enumerate(rows)
@@ -110,14 +122,16 @@ def _of_rule(rows: Sequence[Row], rule: str, follows: Callable[[int], Sequence[b
 
 
 def _share(values: list[float], prompts: list[int], seed: int) -> Share:
-    found = _estimate(values, prompts, SHARE, seed, permutations=1)  # whether a share is zero is no question to test
+    found = _estimate(
+        values, prompts, SHARE_BOUNDS, seed, permutations=1
+    )  # whether a share is zero is no question to test
     return Share(found.mean, found.low, found.high, len(values), found.groups, found.interval)
 
 
 def _difference(one: _Scores, other: _Scores, seed: int) -> Estimate:
-    return _estimate([a - b for a, b in zip(one[0], other[0], strict=True)], one[1], DIFFERENCE_OF_SHARES, seed)
+    return _estimate([a - b for a, b in zip(one[0], other[0], strict=True)], one[1], DIFFERENCE_BOUNDS, seed)
 
 
 def _estimate(values: list[float], prompts: list[int], bounds: Bounds, seed: int, **options: int) -> Estimate:
     column = np.array(values, np.float64)[:, None]
-    return estimates(column, np.array(prompts, np.int64), np.zeros(1), [bounds], seed=seed, **options)[0]
+    return estimate_means(column, np.array(prompts, np.int64), np.zeros(1), [bounds], seed=seed, **options)[0]

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.evaluation.ifeval.checkers import Verdict
+from train.evaluation.ifeval.checkers import ConstraintVerdict
 from train.evaluation.ifeval.metrics import MEASURES, Share
 from train.evaluation.ifeval.rows import (
-    Row,
+    IFEvalRow,
 )
-from train.formatting import counted
-from train.reporting.markdown import error_bars, load_pyplot
-from train.resampling import explain_missing
+from train.formatting import format_count
+from train.reporting.plots import error_bars, load_pyplot
+from train.resampling import explain_missing_intervals
 
 if TYPE_CHECKING:
     from train.resampling import Estimate
@@ -21,7 +21,7 @@ HEADING = "## Constraints that a program can check"
 
 
 @dataclass(frozen=True)
-class Answered:
+class CheckedAnswer:
     """What came back for one row; `text` without reasoning, None where there was no answer, and `how` it ended.
 
     `why`: the reason where there was no answer; `advice`: the option to change, where the server's error is about one.
@@ -29,13 +29,13 @@ class Answered:
 
     text: str | None
     how: str
-    verdict: Verdict
+    verdict: ConstraintVerdict
     why: str | None = None
     advice: str = ""
 
 
 def about_unanswered(
-    asked: dict[str, list[Row]], found: dict[str, list[Answered]], places: dict[str, str]
+    asked: dict[str, list[IFEvalRow]], found: dict[str, list[CheckedAnswer]], places: dict[str, str]
 ) -> str | None:
     """How many prompts got no answer, and why the first of them; None where all got one."""
     without = [
@@ -79,7 +79,7 @@ def section(
     limit, temperature = decoding["max_new_tokens"], decoding["temperature"]
     length = "without a token limit" if limit is None else f"of at most {limit:,} tokens"
     drawn = "the model's own temperature" if temperature is None else f"temperature {temperature:g}"
-    asked = f"{counted(data['prompts'], 'prompt')} with {counted(data['constraints'], 'constraint')}"
+    asked = f"{format_count(data['prompts'], 'prompt')} with {format_count(data['constraints'], 'constraint')}"
     lines = [HEADING, "", f"{asked} of {data['file']}"]
     if data["left_out"]:
         lines[-1] += f"; left out, as officially: prompts with {' or '.join(data['left_out'])}"
@@ -102,14 +102,14 @@ def section(
         cells += [points(gap[name]), f"{gap[name].p:.4f}"] if gap else []
         lines.append(f"| {what} | " + " | ".join(cells) + " |")
     if data["same_in_both_turns"]:
-        same = f"{data['same_in_both_turns']:,} of {counted(data['prompts'], 'prompt')}"
+        same = f"{data['same_in_both_turns']:,} of {format_count(data['prompts'], 'prompt')}"
         lines += ["", f"{same} are those of the control word for word, as merge_into_user makes them: no gap is there."]
     first = next(iter(of_rule.values()))
     lines += ["", "By rule, strict:", "", f"| rule | constraints |{head}", "|---|---|" + "---|" * len(overall)]
     for rule, one in first.items():
         cells = [percent(found[rule]["strict"]) for found in of_rule.values()]
         lines.append(f"| {rule} | {one['strict'].of} | " + " | ".join(cells) + " |")
-    lines += ["", *explained] if (explained := explain_missing("\n".join(lines), "prompts")) else []
+    lines += ["", *explained] if (explained := explain_missing_intervals("\n".join(lines), "prompts")) else []
     return "\n".join(lines) + "\n\n![constraints followed](ifeval.png)\n"
 
 

@@ -26,7 +26,7 @@ _ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
-class Row:
+class IFEvalRow:
     """One prompt with its constraints. `messages` end with a user turn; `place` is file and line, for errors."""
 
     key: int | str
@@ -52,7 +52,7 @@ class Row:
         return [message for message in self.messages if message["role"] != "system"]
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[IFEvalRow]:
     """The rows of a jsonl file: key, prompt, instruction_id_list, kwargs and messages, as published.
 
     A row without `messages` (IFEval's own) asks its prompt in the user turn. Raises UserError that names the line.
@@ -61,7 +61,7 @@ def read_rows(path: Path) -> list[Row]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut a text at U+2028
     except (OSError, UnicodeDecodeError) as fault:
         raise UserError(f"{path}: can't be read: {getattr(fault, 'strerror', None) or fault}") from fault
-    rows: dict[int | str, Row] = {}
+    rows: dict[int | str, IFEvalRow] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -81,7 +81,7 @@ def read_rows(path: Path) -> list[Row]:
     return list(rows.values())
 
 
-def _row(found: Any, place: str) -> Row:
+def _row(found: Any, place: str) -> IFEvalRow:
     """One row. Raises ValueError with what is wrong with it."""
     if not isinstance(found, dict):
         raise ValueError("it is no mapping")
@@ -112,10 +112,10 @@ def _row(found: Any, place: str) -> Row:
     plain = tuple({"role": message["role"], "content": message["content"]} for message in messages)
     # Files from the hub name every argument of every rule, with null where it has none.
     given = tuple({name: value for name, value in one.items() if value is not None} for one in arguments)
-    return Row(key, prompt, tuple(instructions), given, plain, place)
+    return IFEvalRow(key, prompt, tuple(instructions), given, plain, place)
 
 
-def same_rows(rows: Sequence[Row], control: Sequence[Row], path: Path) -> list[Row]:
+def same_rows(rows: Sequence[IFEvalRow], control: Sequence[IFEvalRow], path: Path) -> list[IFEvalRow]:
     """The rows of `control`, in the order of `rows`. Raises UserError where one is missing or has other constraints."""
     known = {row.key: row for row in control}
     found = []
@@ -131,7 +131,7 @@ def same_rows(rows: Sequence[Row], control: Sequence[Row], path: Path) -> list[R
     return found
 
 
-def refuse_other_turns(rows: Sequence[Row], control: Sequence[Row]) -> None:
+def refuse_other_turns(rows: Sequence[IFEvalRow], control: Sequence[IFEvalRow]) -> None:
     """Raise UserError where `rows` don't have their constraints in the system message, or `control`, the same rows in
     the same order, not in the user turn: a gap between the two would be of something else.
 
@@ -157,7 +157,7 @@ def refuse_other_turns(rows: Sequence[Row], control: Sequence[Row]) -> None:
             )
 
 
-def place_of_constraints(rows: Sequence[Row], path: Path) -> tuple[str, str]:
+def place_of_constraints(rows: Sequence[IFEvalRow], path: Path) -> tuple[str, str]:
     """Where rows without a control have their constraints, `system` or `user`, and that in words.
 
     Raises UserError where some have a system message and others have none: that is two figures.

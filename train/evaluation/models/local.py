@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from train.data.chat.system_role import SystemRole, apply_system_role
 from train.data.chat.template import use_template
-from train.errors import UserError, naming
-from train.evaluation.models.options import Checkpoint
+from train.errors import UserError, replace_in_errors
+from train.evaluation.models.options import LocalModel
 from train.llm.client import RequestFailed
 from train.llm.journal import Answer, Decoding
 from train.model.inference import Generated, generate_batch
@@ -53,7 +53,7 @@ def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
     base = base_of(model)
     own = base is None or any(path for kind in _TOKENIZER_FILES for path in Path(model).glob(kind))
     named = f"--model {model}" if own else f"--model {model} has no tokenizer of its own, nor can its base's be had"
-    with naming({"model.name_or_path": named}):
+    with replace_in_errors({"model.name_or_path": named}):
         return load_tokenizer(ModelSection(name_or_path=model if own or base is None else base))
 
 
@@ -71,13 +71,13 @@ def base_of(model: str) -> str | None:
     return base
 
 
-class OpenCheckpoint:
+class LocalGenerator:
     """A checkpoint whose tokenizer is there; its weights are loaded with the first batch.
 
     Raises UserError where it can't be opened, and where its template would lose system messages.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: LocalModel) -> None:
         self.checkpoint = checkpoint
         self.tokenizer = open_tokenizer(checkpoint.model, checkpoint.template, checkpoint.system_role)
         if self.tokenizer.pad_token_id is None:

@@ -5,17 +5,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from train.cli import json_object, positive
+from train.cli import json_object, positive_int
 from train.errors import UserError
 from train.llm.options import add_wait_for_server
-from train.storage.local_paths import path_or_id
+from train.storage.local_paths import parse_path_or_id
 
 if TYPE_CHECKING:
     from train.llm.server import Server
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class LocalModel:
     """A model on the disk or on the hub, whole or an adapter, and what it runs in.
 
     `template`, `system_role`: as a recipe's `chat` has them. `dtype`: None = bfloat16 on a GPU, float32 on a CPU.
@@ -31,7 +31,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """A model behind OpenAI-compatible servers, by the name that they know it by.
 
     `system_role`: native = as the server's template has it; merge_into_user = in the first user turn, before its text
@@ -48,12 +48,14 @@ def add_respondent(parser: argparse.ArgumentParser) -> None:
     who = parser.add_argument_group("who answers")
     who.add_argument(
         "--model",
-        type=path_or_id,
+        type=parse_path_or_id,
         required=True,
         help="folder or hub id of a model or an adapter; with --server its name",
     )
     who.add_argument("--server", action="append", default=[], metavar="URL", help="ask it there: http://host:8000/v1")
-    who.add_argument("--concurrency", type=positive, default=64, help="requests at once to each server (default 64)")
+    who.add_argument(
+        "--concurrency", type=positive_int, default=64, help="requests at once to each server (default 64)"
+    )
     who.add_argument("--key-variable", metavar="NAME", help="the environment variable that holds the server's key")
     add_wait_for_server(who)
     who.add_argument(
@@ -63,7 +65,9 @@ def add_respondent(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="more fields of each request; null = that one is not sent",
     )
-    who.add_argument("--template", type=path_or_id, help="as chat.template of a recipe (default: the model's own)")
+    who.add_argument(
+        "--template", type=parse_path_or_id, help="as chat.template of a recipe (default: the model's own)"
+    )
     who.add_argument(
         "--system-role",
         default="native",
@@ -77,10 +81,12 @@ def add_respondent(parser: argparse.ArgumentParser) -> None:
         help="what runs a model that is no server's (default transformers); vllm is started for it, and ended",
     )
     who.add_argument("--dtype", choices=("float32", "bfloat16"), help="default float32 on a CPU, bfloat16 on a GPU")
-    who.add_argument("--batch-size", type=positive, default=16, help="answers at a time, without a server (default 16)")
+    who.add_argument(
+        "--batch-size", type=positive_int, default=16, help="answers at a time, without a server (default 16)"
+    )
 
 
-def refuse_in_extra(option: str, extra: Mapping[str, Any], own: Mapping[str, tuple[str, Any]]) -> None:
+def refuse_extra_fields(option: str, extra: Mapping[str, Any], own: Mapping[str, tuple[str, Any]]) -> None:
     """Raise UserError for a request field that `option` can't set.
 
     `own`: the option and value of each field that has an option of its own.
@@ -112,10 +118,10 @@ def server_options(prefix: str = "") -> dict[str, str]:
     }
 
 
-def respondent_of(options: argparse.Namespace) -> Checkpoint | Served:
+def respondent_of(options: argparse.Namespace) -> LocalModel | ServedModel:
     """Who answers, by the options of `add_respondent`. Raises UserError for options that contradict."""
     if not options.server:
-        return Checkpoint(
+        return LocalModel(
             options.model,
             options.template,
             options.system_role,
@@ -134,4 +140,4 @@ def respondent_of(options: argparse.Namespace) -> Checkpoint | Served:
     from train.llm.server import Server  # which takes a second to import
 
     servers = tuple(Server(url, options.concurrency, options.key_variable) for url in options.server)
-    return Served(options.model, servers, options.system_role)
+    return ServedModel(options.model, servers, options.system_role)

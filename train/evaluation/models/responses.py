@@ -14,23 +14,24 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from train.errors import UserError, naming
-from train.evaluation.models.local import KNOWN_EXTRA, Messages, OpenCheckpoint
-from train.evaluation.models.options import Checkpoint, Served, server_options
+from train.errors import UserError, replace_in_errors
+from train.evaluation.models.local import KNOWN_EXTRA, LocalGenerator, Messages
+from train.evaluation.models.options import LocalModel, ServedModel, server_options
 from train.evaluation.models.vllm_server import vllm_server
-from train.llm.client import Client, RequestFailed
+from train.llm.client import Client
+from train.llm.failures import RequestFailed
 from train.llm.journal import Answer, Decoding, Journal, Request
 from train.llm.options import WAIT_FOR_SERVER
 from train.llm.ordered_map import map_ordered
 from train.llm.progress import progress
-from train.llm.reasoning.answer import advice_on, events_of, read_answer
-from train.llm.refusals import NameSetting, config_setting
+from train.llm.reasoning.answer import format_advice, list_events, read_answer
+from train.llm.refusals import SettingFormatter, format_config_key
 from train.llm.system_role import merge_into_user
-from train.progress import job
+from train.progress import progress_bar
 
 
-def respond(
-    respondent: Checkpoint | Served,
+def generate_answers(
+    respondent: LocalModel | ServedModel,
     conversations: Sequence[Messages],
     decoding: Decoding,
     journal: Path,
@@ -40,7 +41,7 @@ def respond(
     description: str = "answers",
     wait_for_server: float = WAIT_FOR_SERVER,
     before_asking: Callable[[], Coroutine[Any, Any, None]] | None = None,
-    name_setting: NameSetting = config_setting,
+    format_setting: SettingFormatter = format_config_key,
 ) -> list[list[Answer | RequestFailed]]:
     """`samples` answers to each conversation, which ends with a user's turn: [conversations][samples].
 
@@ -50,29 +51,29 @@ def respond(
 
     Of `decoding`, temperature 0 is greedy; None is the model's or the server's own. `wait_for_server`: as of `Client`.
     `before_asking` is awaited before the first answer is asked for, and not where all are in the journal.
-    `name_setting`: the command's words for a setting that a server refuses. Raises UserError for what the user can fix;
+    `format_setting`: the command's words for a setting that a server refuses. Raises UserError for what the user can fix;
     what was answered until then is in the journal.
     """
     with Journal(journal) as written:
-        if isinstance(respondent, Served):
+        if isinstance(respondent, ServedModel):
             if respondent.system_role == "merge_into_user":
                 conversations = [merge_into_user(messages) for messages in conversations]
             asked = _requests(conversations, decoding, samples, stage)
-            with naming(server_options()):
+            with replace_in_errors(server_options()):
                 return asyncio.run(
                     _from_servers(
-                        respondent, asked, samples, written, description, wait_for_server, name_setting, before_asking
+                        respondent, asked, samples, written, description, wait_for_server, format_setting, before_asking
                     )
                 )
-        opened = OpenCheckpoint(respondent)
+        opened = LocalGenerator(respondent)
         asked = _requests(conversations, decoding, samples, stage)
         if respondent.engine == "vllm":
             if before_asking and not _all_answered(asked, opened.name, written):
                 asyncio.run(before_asking())
             with vllm_server(opened) as server:
-                served = Served(opened.name, (server,))
+                served = ServedModel(opened.name, (server,))
                 return asyncio.run(
-                    _from_servers(served, asked, samples, written, description, wait_for_server, name_setting)
+                    _from_servers(served, asked, samples, written, description, wait_for_server, format_setting)
                 )
         for name in decoding.extra:
             if name not in KNOWN_EXTRA:
@@ -97,9 +98,9 @@ def _read(
     for answer, request in zip(answers, asked, strict=True):
         if isinstance(answer, Answer):
             answer, said = read_answer(answer, request.messages)
-            events.update(f"{description}: {event}" for event in events_of(said))
+            events.update(f"{description}: {event}" for event in list_events(said))
         found.append(answer)
-    for line in advice_on(events):
+    for line in format_advice(events):
         print(f"warning: {line}", flush=True)
     return found
 
@@ -109,13 +110,13 @@ def _by_conversation(answers: Sequence[Answer | RequestFailed], samples: int) ->
 
 
 async def _from_servers(
-    served: Served,
+    served: ServedModel,
     asked: Sequence[Request],
     samples: int,
     journal: Journal,
     description: str,
     wait_for_server: float,
-    name_setting: NameSetting,
+    format_setting: SettingFormatter,
     before_asking: Callable[[], Coroutine[Any, Any, None]] | None = None,
 ) -> list[list[Answer | RequestFailed]]:
     async with Client(
@@ -124,7 +125,7 @@ async def _from_servers(
         journal,
         accept_empty=True,
         wait_for_server=wait_for_server,
-        name_setting=name_setting,
+        format_setting=format_setting,
     ) as client:
         if before_asking and not _all_answered(asked, served.model, journal):
             await before_asking()
@@ -149,7 +150,7 @@ async def _from_servers(
 
 
 async def _from_checkpoint(
-    opened: OpenCheckpoint,
+    opened: LocalGenerator,
     asked: Sequence[Request],
     samples: int,
     journal: Journal,
@@ -167,7 +168,7 @@ async def _from_checkpoint(
             missing.setdefault(key, request)
     if before_asking and missing:
         await before_asking()
-    with job(description, total=len(found) + len(missing), unit="answers", done=len(found)) as answering:
+    with progress_bar(description, total=len(found) + len(missing), unit="answers", done=len(found)) as answering:
         waiting = {key: request.messages for key, request in missing.items()}
         for batch in opened.answers(waiting, asked[0].decoding) if waiting else ():
             await asyncio.gather(

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from train.errors import UserError
-from train.evaluation.models.local import OpenCheckpoint, base_of
+from train.evaluation.models.local import LocalGenerator, base_of
 from train.llm.server import Server
 
 _CONCURRENCY = 256
@@ -25,7 +25,7 @@ _SECONDS_TO_END = 30
 
 
 @contextlib.contextmanager
-def vllm_server(opened: OpenCheckpoint) -> Iterator[Server]:
+def vllm_server(opened: LocalGenerator) -> Iterator[Server]:
     """A server of the checkpoint with its template, on a free port of this machine alone; gone when the block ends.
 
     Raises UserError where vllm isn't installed, and, with the end of what it said, where it doesn't come up.
@@ -60,7 +60,7 @@ def vllm_server(opened: OpenCheckpoint) -> Iterator[Server]:
             _end(process)
 
 
-def _arguments(opened: OpenCheckpoint, folder: Path, port: int) -> list[str]:
+def _arguments(opened: LocalGenerator, folder: Path, port: int) -> list[str]:
     checkpoint = opened.checkpoint
     template = folder / "template.jinja"
     template.write_text(str(opened.tokenizer.chat_template), encoding="utf-8")

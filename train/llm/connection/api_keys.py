@@ -9,7 +9,7 @@ _QUOTES = "\"'`"
 _HEADER = re.compile(r"authorization\s*:|(?:x-)?api-key\s*:|bearer\s|basic\s", re.IGNORECASE)
 
 
-def find_key(server: str, variable: str) -> str:
+def load_api_key(server: str, variable: str) -> str:
     """Return the key in an environment variable. Raises UserError where it is missing or can't be a key."""
     if not (key := os.environ.get(variable, "").strip()):
         raise UserError(f"{server} needs a key: set the environment variable {variable}.")

@@ -18,7 +18,7 @@ def is_stream(response: httpx2.Response) -> bool:
     return _EVENTS.match(response.content) is not None
 
 
-async def completion_in(response: httpx2.Response, api: openai.AsyncOpenAI) -> dict[str, Any]:
+async def read_stream(response: httpx2.Response, api: openai.AsyncOpenAI) -> dict[str, Any]:
     """Return the chat completion that the events of a response add up to.
 
     An error among the events is returned as `{"error": ...}`, as a whole response has it. The end is a finish_reason or

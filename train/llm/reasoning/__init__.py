@@ -1,5 +1,5 @@
 """Reasoning in replies: separate what a model thought from its answer."""
 
-from train.llm.reasoning.answer import advice_on, events_of, read_answer, without_reasoning
+from train.llm.reasoning.answer import format_advice, list_events, read_answer, without_reasoning
 
-__all__ = ["advice_on", "events_of", "read_answer", "without_reasoning"]
+__all__ = ["format_advice", "list_events", "read_answer", "without_reasoning"]

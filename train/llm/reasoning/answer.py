@@ -17,16 +17,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from train.formatting import counted
+from train.formatting import format_count
 from train.llm.journal import Answer
-from train.llm.reasoning.block_ends import closer_alone, closer_of, without_blocks
-from train.llm.reasoning.code_spans import without_code
+from train.llm.reasoning.block_ends import closer_alone, closer_of, strip_blocks
+from train.llm.reasoning.code_spans import blank_code
 from train.llm.reasoning.control_tokens import (
     cut_at_next_turn,
     holds_control_tokens,
     holds_turns,
-    without_end_tokens,
-    without_header,
+    strip_end_tokens,
+    strip_header,
 )
 from train.llm.reasoning.forms import CLOSER, OPENER, TAG, document_name, form_of, may_hold_marks, tokens_in
 from train.llm.reasoning.harmony import holds_harmony, split_channels
@@ -44,7 +44,7 @@ _NEXT_TAG = re.compile(r"\s*<(?!(?:answer|response|output|solution)\b)[a-z]\w*\b
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class ParsedReply:
     """A model's reply, in its parts.
 
     `unfinished`: the reasoning never ended, or can't be told from the answer; `text` is then empty. `end_tokens`:
@@ -84,7 +84,7 @@ RAN_ON = "ran on after its end, and was cut there"
 TAGS_LEFT = "tags of reasoning left in the text"
 TOKENS_LEFT = "control tokens left in the text"
 TURNS_LEFT = "lines that look like further turns"
-LEFT = (TAGS_LEFT, TOKENS_LEFT, TURNS_LEFT)
+LEFTOVER_EVENTS = (TAGS_LEFT, TOKENS_LEFT, TURNS_LEFT)
 
 ADVICE = {
     NO_END: "raise the token limit, or start the server with a parser for this model's reasoning",
@@ -97,7 +97,7 @@ ADVICE = {
 """Advice beyond the report, by event."""
 
 
-def events_of(said: Said) -> list[str]:
+def list_events(said: ParsedReply) -> list[str]:
     """Return what was taken out of a text and what is left in it, in the words of the reports."""
     if said.is_plain:  # most answers
         return [TURNS_LEFT] if holds_turns(said.text) else []
@@ -113,18 +113,18 @@ def events_of(said: Said) -> list[str]:
     return [words for words, is_so in happened.items() if is_so]
 
 
-def advice_on(events: Mapping[str, int]) -> list[str]:
+def format_advice(events: Mapping[str, int]) -> list[str]:
     """Return a line for each kind of event that a user has to know of. Names of events: `stage: words`."""
     lines = []
     for words, advice in ADVICE.items():
         stages = {event.removesuffix(f": {words}"): count for event, count in events.items() if event.endswith(words)}
         if total := sum(stages.values()):
             of = ", ".join(f"{stage} {count:,}" for stage, count in stages.items() if count)
-            lines.append(f"{words}: {counted(total, 'answer')} ({of}); {advice}")
+            lines.append(f"{words}: {format_count(total, 'answer')} ({of}); {advice}")
     return lines
 
 
-def read_answer(answer: Answer, asked: Sequence[Mapping[str, Any]] = ()) -> tuple[Answer, Said]:
+def read_answer(answer: Answer, asked: Sequence[Mapping[str, Any]] = ()) -> tuple[Answer, ParsedReply]:
     """Return the answer as it is to be read, and what was taken out of it.
 
     One that ran on after its end token came to its own end, even if the token limit ended the rest. One whose text is
@@ -141,26 +141,26 @@ def read_answer(answer: Answer, asked: Sequence[Mapping[str, Any]] = ()) -> tupl
     return replace(answer, text=said.text, only_reasoning=said.unfinished, finish_reason=finish_reason), said
 
 
-def without_reasoning(text: str, asked: Sequence[Mapping[str, Any]] = ()) -> Said:
+def without_reasoning(text: str, asked: Sequence[Mapping[str, Any]] = ()) -> ParsedReply:
     """Return `text` without the reasoning and the control tokens around the answer. Never raises.
 
     `asked`: the messages that it answers. A tag of an ordinary name (<reasoning>) that they hold was asked for.
     """
     if OPENER.match(text) is None and not may_hold_marks(text):
-        return Said(text, is_plain=True)
-    whole, headers = without_header(text)
+        return ParsedReply(text, is_plain=True)
+    whole, headers = strip_header(text)
     said = _split(whole, asked)
     if said.unfinished:
         return said
-    answer, tokens = without_end_tokens(said.text)
+    answer, tokens = strip_end_tokens(said.text)
     if said.reasoning is not None:
-        answer, marks = without_header(answer)
+        answer, marks = strip_header(answer)
         headers += marks
         if wrapped := _WRAPPED.match(answer):
             answer = wrapped["answer"].strip()
-    plain = without_code(answer)
+    plain = blank_code(answer)
     if holds_harmony(plain) or any(_is_real(answer, token) for token in tokens_in(plain)):
-        return Said("", text, unfinished=True)  # reasoning may stand anywhere in it
+        return ParsedReply("", text, unfinished=True)  # reasoning may stand anywhere in it
     return replace(said, text=answer, end_tokens=(*tokens, *headers), calls_tool=calls_tool(answer, plain))
 
 
@@ -170,14 +170,14 @@ def _is_real(text: str, token: re.Match[str]) -> bool:
     return not (is_word(text, start, end) or is_named(text, start, end) or is_announced(text, start))
 
 
-def _split(text: str, asked: Sequence[Mapping[str, Any]]) -> Said:
+def _split(text: str, asked: Sequence[Mapping[str, Any]]) -> ParsedReply:
     """Return the parts of a text, with whatever control tokens are left at the end of the answer."""
-    plain = without_code(text)
+    plain = blank_code(text)
     if holds_harmony(plain):
         if (channels := split_channels(text, plain)) is None:
-            return Said("", text, unfinished=True)
+            return ParsedReply("", text, unfinished=True)
         reasoning, answer, rest = channels
-        return Said(answer.strip(), reasoning or None, ran_on=bool(without_end_tokens(rest)[0].strip()))
+        return ParsedReply(answer.strip(), reasoning or None, ran_on=bool(strip_end_tokens(rest)[0].strip()))
     opener = OPENER.match(text)
     rest, ran_on = (text, False) if opener and form_of(opener).holds_turn else cut_at_next_turn(text)
     thoughts: list[str] = []
@@ -187,7 +187,7 @@ def _split(text: str, asked: Sequence[Mapping[str, Any]]) -> Said:
             is_named_here = not form.needs_closer and is_named(rest, start, start)
             end = closer_of(rest, opener, form, must_be_clear=is_named_here)
             if end is None and not (form.needs_closer or is_named_here):
-                return Said("", "\n".join([*thoughts, rest[start:].strip()]), unfinished=True)
+                return ParsedReply("", "\n".join([*thoughts, rest[start:].strip()]), unfinished=True)
             if end and opener["fence"]:
                 fence = _CLOSING_FENCE.match(rest, end[1])
                 end = (end[0], fence.end()) if fence and rest[fence.end() :].strip() else None  # else shown as code
@@ -204,17 +204,17 @@ def _split(text: str, asked: Sequence[Mapping[str, Any]]) -> Said:
         rest = rest[end[1] :].lstrip()
         if is_channel and (following := _NEXT_CHANNEL.search(rest)):
             rest, ran_on = rest[: following.start()].rstrip(), True
-    answer, blocks, is_open = without_blocks(rest)
+    answer, blocks, is_open = strip_blocks(rest)
     thoughts += blocks
     if is_open:
-        return Said("", "\n".join([*thoughts, answer]), unfinished=True)
-    return Said(answer, "\n".join(thoughts) if thoughts else None, ran_on=ran_on)
+        return ParsedReply("", "\n".join([*thoughts, answer]), unfinished=True)
+    return ParsedReply(answer, "\n".join(thoughts) if thoughts else None, ran_on=ran_on)
 
 
 def _is_document(name: str, rest: str, asked: Sequence[Mapping[str, Any]]) -> bool:
     """Return True where tags of a name that any document may have are part of the answer: nothing follows them, or
     other tags do, or the question names them.
     """
-    if not without_end_tokens(rest)[0].strip() or (_NEXT_TAG.match(rest) and not OPENER.match(rest)):
+    if not strip_end_tokens(rest)[0].strip() or (_NEXT_TAG.match(rest) and not OPENER.match(rest)):
         return True
     return any(f"<{name}".casefold() in str(message.get("content")).casefold() for message in asked)

@@ -6,7 +6,7 @@ text before it, follows the end of a sentence, or stands on a line of its own wh
 
 import re
 
-from train.llm.reasoning.code_spans import without_code
+from train.llm.reasoning.code_spans import blank_code
 from train.llm.reasoning.forms import BLOCK, Form, closers_alone
 from train.llm.reasoning.mentions import (
     SENTENCE_END,
@@ -26,7 +26,7 @@ def closer_of(text: str, opener: re.Match[str], form: Form, *, must_be_clear: bo
 
     `must_be_clear`: the text may speak of the opener, so a closer that it may speak of doesn't count.
     """
-    plain = without_code(text)
+    plain = blank_code(text)
     closers = form.closers(plain, opener)
     if not closers and not form.needs_closer:  # a lone backtick in the reasoning, or the whole in a code block
         closers = form.closers(text, opener)
@@ -42,7 +42,7 @@ def closer_of(text: str, opener: re.Match[str], form: Form, *, must_be_clear: bo
 
 def closer_alone(text: str) -> tuple[int, int] | None:
     """Return where a closer without an opener begins and ends; None where nothing ends reasoning for certain."""
-    plain = without_code(text)
+    plain = blank_code(text)
     last: dict[str, int] = {}
     for form, closer in closers_alone(plain):
         start, end = closer.span()
@@ -63,12 +63,12 @@ def closer_alone(text: str) -> tuple[int, int] | None:
     return None
 
 
-def without_blocks(text: str) -> tuple[str, list[str], bool]:
+def strip_blocks(text: str) -> tuple[str, list[str], bool]:
     """Return the text without the reasoning on lines of its own, this reasoning, and whether some of it has no end."""
     kept: list[str] = []
     thoughts: list[str] = []
     at = 0
-    plain = without_code(text) if BLOCK.search(text) else ""
+    plain = blank_code(text) if BLOCK.search(text) else ""
     for opener in BLOCK.finditer(plain):
         start, begin = opener.span()
         before = text[at:start].rstrip() or "".join(kept).rstrip()

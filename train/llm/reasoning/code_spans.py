@@ -27,7 +27,7 @@ _HTML = re.compile(r"<(code|pre)\b[^<>]*>.*?</\1>", re.DOTALL)
 _NO_END_OF_LINE = re.compile(r"[^\n]")
 
 
-def without_code(text: str) -> str:
+def blank_code(text: str) -> str:
     """Return `text` with its code blanked out and every other character, and every end of a line, at its place."""
     if "\n    " in text or "\n\t" in text:
         text = _INDENTED.sub(_blank, text)

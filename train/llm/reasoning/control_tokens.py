@@ -11,7 +11,7 @@ A server with a wrong end-of-sequence token sends `Bern.<|im_end|>`, or lets the
 
 import re
 
-from train.llm.reasoning.code_spans import without_code
+from train.llm.reasoning.code_spans import blank_code
 from train.llm.reasoning.mentions import is_announced, is_named, is_named_after, is_word
 
 _TOKEN = re.compile(
@@ -84,7 +84,7 @@ def cut_at_next_turn(text: str) -> tuple[str, bool]:
 
     One that a text announces or begins with is an example, and so are those after it.
     """
-    plain = without_code(text)
+    plain = blank_code(text)
     for turn in _TURN.finditer(plain):
         if not text[: turn.start()].strip() or is_announced(text, turn.start()):
             return text, False
@@ -98,7 +98,7 @@ def cut_at_next_turn(text: str) -> tuple[str, bool]:
     return text, False
 
 
-def without_header(text: str) -> tuple[str, tuple[str, ...]]:
+def strip_header(text: str) -> tuple[str, tuple[str, ...]]:
     """Return the text without the tokens at its beginning, and these."""
     tokens: list[str] = []
     end = 0
@@ -111,7 +111,7 @@ def without_header(text: str) -> tuple[str, tuple[str, ...]]:
     return (text[end:], tuple(tokens)) if tokens else (text, ())
 
 
-def without_end_tokens(text: str) -> tuple[str, tuple[str, ...]]:
+def strip_end_tokens(text: str) -> tuple[str, tuple[str, ...]]:
     """Return the text without the control tokens at its end, and these from the end.
 
     Those that may be words of the text stay: `</s>` that closes an `<s>` (struck out in HTML), `it ends with <eos>`,

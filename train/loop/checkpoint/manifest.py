@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
-from train.progress import job
+from train.progress import progress_bar
 from train.storage.checksum import digest_of_files
 
 COMPLETE = "COMPLETE.json"
@@ -61,7 +61,7 @@ def _opened(folder: Path) -> Checkpoint | str:
         return f"{folder / COMPLETE} is damaged ({fault or type(fault).__name__})."
     if step_of(folder) not in (-1, step):
         return f"{folder} holds step {step}: rename it to checkpoint-{step}."
-    with job(f"checking {folder.name}", total=len(files), unit="files") as checking:
+    with progress_bar(f"checking {folder.name}", total=len(files), unit="files") as checking:
         for name, written in files.items():
             if described(folder / name, known=written) != written:
                 what = "is damaged" if (folder / name).is_file() else "is missing"

@@ -20,7 +20,7 @@ from train.loop.checkpoint.manifest import described
 from train.model.folder import INDEX, WEIGHTS
 from train.recipe import Recipe, Source
 from train.recipe.sft_config import CONFIG_FILES
-from train.storage.local_paths import may_be_hub_id
+from train.storage.local_paths import looks_like_hub_id
 
 BASE_MODEL = "files of model.name_or_path"
 """The key of their contents: one that no recipe has."""
@@ -103,7 +103,7 @@ def sampled(path: Path) -> dict[str, Any] | None:
 def _rows(source: Source, allow_pickle: bool) -> dict[str, Any] | None:
     """Return a source's settings with a checksum of its rows in the place of its path. A hub's keeps its id."""
     settings = source.model_dump(mode="json")
-    if not (Path(source.path).exists() or glob.has_magic(source.path)) and may_be_hub_id(source.path):
+    if not (Path(source.path).exists() or glob.has_magic(source.path)) and looks_like_hub_id(source.path):
         return settings
     try:
         return {**settings, "path": None, "rows": open_source(source, allow_pickle).digest()}

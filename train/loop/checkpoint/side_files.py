@@ -9,7 +9,6 @@ writes them again, from the recipe in that folder, beside the weights of a finis
 """
 
 import copy
-import os
 import re
 import sys
 import tempfile
@@ -29,28 +28,18 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
-from train.cli import CommandLine, ending
+from train.cli import CommandLine, run_command
 from train.errors import USER_FIXABLE_ERRNOS, UserError
-from train.loop.checkpoint.writer import ASIDE
-from train.loop.guards.anomalies import SUSPECTS
-from train.loop.output_dir import LOCK
-from train.loop.report import is_card_of_others, write_model_card
-from train.loop.run_outcome import ATTEMPTS, OUTCOME
+from train.loop.output_dir import CARD, unwritable_files
+from train.loop.report import write_model_card
 from train.model.adapters import lora_config
 from train.model.load import copy_processor, load_config
 from train.model.text_part import bare_model, idle_parameters
 from train.recipe import Recipe
-from train.system_gain.evaluator import FILE as GAIN_FILE
 
 if TYPE_CHECKING:  # importing it takes a second
     from peft import PeftModel
 
-CARD = "README.md"
-_OF_THE_RUN = (
-    *(LOCK, ATTEMPTS, OUTCOME, SUSPECTS, GAIN_FILE),
-    *("metrics.jsonl", "report.md", "loss.png", "system_gain.png"),
-)
-"""Files that a run writes into output_dir beside the model; recipe.yaml, the first, is tried by others."""
 Writers = dict[str, Callable[[Path], object]]
 """For each file, or group of files, how it is written into a folder."""
 
@@ -106,41 +95,41 @@ def reason_of(error: Exception) -> str:
 
 
 def side_file_faults(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Yield what would keep a finished model of this recipe from being saved whole, as errors for the user.
+    """Yield what would keep a finished model of this recipe from being saved complete, as errors for the user."""
+    errors, names = try_side_files(recipe, tokenizer)
+    yield from errors
+    if names:
+        yield from unwritable_files(recipe, names)
 
-    The files are written into a temporary folder, those of the model without its weights. Nothing stays there.
+
+def try_side_files(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
+    """Write the side files of this recipe's model into a temporary folder; return errors, and the names of all files.
+
+    The names include those of the weights, which are not written. They are empty where the model can't be built:
+    loading its weights reports what is wrong with it, or with its adapter.
     """
     try:
         model = _without_weights(recipe)
-    except Exception:  # loading the weights says what is wrong with the model, or with its adapter
-        return
+    except Exception:
+        return [], []
+    errors: list[str] = []
     generation = _generation_config(recipe)
     if isinstance(generation, str):
-        yield generation
+        errors.append(generation)
     elif generation is not None:
         model.generation_config = generation
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for name, error in write_side_files(side_files(model, tokenizer) | finished_files(recipe), folder).items():
             if not is_disk_error(error):  # of the temporary folder's disk
-                yield (
+                errors.append(
                     f"model.name_or_path: {recipe.model.name_or_path}: its {name} can be read but not written again, "
-                    f"so the trained model would lack it: {reason_of(error)}. Mend it until transformers' own "
+                    f"so the trained model would lack it: {reason_of(error)}. Correct it until transformers' own "
                     "save_pretrained writes it."
                 )
-        names = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+        names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     weights = [ADAPTER_SAFE_WEIGHTS_NAME] if recipe.adapter else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
-    for name in sorted({*map(str, names), *weights, *_OF_THE_RUN}):
-        path = Path(recipe.output_dir, name)
-        if path.is_dir():
-            yield f"output_dir: {path} is a folder, and the run writes a file there. Move it, or name another folder."
-        elif name == CARD and os.access(path, os.R_OK) and is_card_of_others(path):
-            continue  # it stays
-        elif path.exists() and not os.access(path, os.W_OK):
-            yield f"output_dir: {path} can't be written. Change its permissions, or name another folder."
-    aside = Path(recipe.output_dir, ASIDE)
-    if aside.exists() and not aside.is_dir():
-        yield f"output_dir: {aside} is a file, and the run makes a folder there. Move it, or name another folder."
+    return errors, [*names, *weights]
 
 
 def _save_config(model: PreTrainedModel, folder: Path) -> None:
@@ -191,20 +180,17 @@ def write_again(folder: Path) -> None:
     """Write the files beside the weights of the finished model in `folder`. Raises UserError where one fails."""
     from transformers.trainer_utils import align_special_tokens
 
-    from train.data.chat.assistant_spans import Spans
-    from train.data.chat.system_role import apply_system_role
-    from train.data.chat.template import use_template, without_generation_marks
+    from train.data.chat.assistant_spans import SpanFinder
+    from train.data.chat.template import without_generation_marks
     from train.model.inference import stop_at
-    from train.model.tokenizer import load_tokenizer
+    from train.model.tokenizer import load_chat_tokenizer
     from train.recipe import load_recipe
 
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder}: holds no weights. Name the output_dir of a run that saved its model.")
     recipe = load_recipe(folder / "recipe.yaml")
-    tokenizer = load_tokenizer(recipe.model)
-    use_template(tokenizer, recipe.chat.template)
-    apply_system_role(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
-    stop_tokens = Spans(tokenizer).stop_tokens
+    tokenizer = load_chat_tokenizer(recipe).tokenizer
+    stop_tokens = SpanFinder(tokenizer).stop_tokens
     tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
     model = _without_weights(recipe)
     generation = _generation_config(recipe)
@@ -227,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = CommandLine(description=__doc__)
     parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="where train/sft.py saved the model")
     options = parser.parse_args(arguments)
-    return ending(lambda: write_again(options.output_dir), "stopped; start the same command again")
+    return run_command(lambda: write_again(options.output_dir), "stopped; start the same command again")
 
 
 if __name__ == "__main__":

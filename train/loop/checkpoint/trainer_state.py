@@ -215,9 +215,9 @@ class RunState(TrainerCallback):
 
 def facts_of_data(data: Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what a run trains on: the tokens of each source, which rows, how they are packed, template and date."""
-    plan = data.train.rows.plan_of(0)
+    plan = data.train.dataset.plan_of(0)
     packed = xxhash.xxh3_128(plan.rows.tobytes() + plan.ends.tobytes()).hexdigest()
-    chosen = [part.rows.digest() for part in (data.train, data.validation) if part]
+    chosen = [part.dataset.digest() for part in (data.train, data.validation) if part]
     day = date_of(tokenizer)
     return {
         "made.tokens": [{"source": cache.source, **cache.tokens} for cache in data.caches],

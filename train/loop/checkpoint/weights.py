@@ -20,7 +20,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAM
 
 from train.errors import UserError
 from train.loop.checkpoint.verification import expected_weights, whole_state
-from train.storage.atomic_write import sync
+from train.storage.atomic_write import fsync
 
 _NAME = SAFE_WEIGHTS_NAME.replace(".", "{suffix}.")
 _SHARD = "50GB"
@@ -54,14 +54,14 @@ def save_weights(model: PreTrainedModel | PeftModel, folder: Path, state: Mappin
         index = folder / SAFE_WEIGHTS_INDEX_NAME
         content = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        sync(index)
+        fsync(index)
 
 
 def _write(weights: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a file that is whole and on the disk, or none."""
     try:
         save_file(weights, path, metadata=metadata)
-        sync(path)
+        fsync(path)
     except BaseException:
         with suppress(OSError):
             path.unlink(missing_ok=True)

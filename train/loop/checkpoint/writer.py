@@ -29,11 +29,11 @@ from train.loop.checkpoint.manifest import (
     step_of,
     written,
 )
+from train.loop.output_dir import ASIDE
 from train.ranks import is_first_rank
 from train.recipe import SaveSection
-from train.storage.atomic_write import sync
+from train.storage.atomic_write import fsync
 
-ASIDE = "unfinished"
 _SUFFIX = ".unfinished"
 _SET_ASIDE = "set-aside"
 _RESOLVED = "recipe.yaml"
@@ -221,7 +221,7 @@ class Saver:
         """Bring this process's share of the files onto the disk; their sizes and checksums."""
         found = {}
         for name in names[self._ranks.process_index :: self._ranks.num_processes]:
-            sync(unfinished / name)
+            fsync(unfinished / name)
             found[name] = described(unfinished / name)
             if found[name] is None:
                 raise OSError(errno.EIO, f"{name} was written and can't be read back")
@@ -234,13 +234,13 @@ class Saver:
         complete = unfinished / COMPLETE
         complete.write_text(written(manifest), encoding="utf-8")
         for path in (complete, *(path for path in unfinished.rglob("*") if path.is_dir()), unfinished):
-            sync(path)
+            fsync(path)
         self._check_folder()
         named = self._folder / unfinished.name
         if named.exists():  # written again as an evaluation was made good, say: half of it must never bear its name
             named.rename(self.aside / f"{named.name}.before")
         unfinished.rename(named)
-        sync(self._folder)
+        fsync(self._folder)
         shutil.rmtree(self.aside, ignore_errors=True)
 
     def _forget_older(self, newest: str, best: str | None) -> None:
@@ -268,10 +268,10 @@ class Saver:
             for name in [*files_below(folder), COMPLETE]:
                 (aside / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / name, aside / name)
-                sync(aside / name)
+                fsync(aside / name)
             shutil.rmtree(mirror / folder.name, ignore_errors=True)
             aside.rename(mirror / folder.name)
-            sync(mirror)
+            fsync(mirror)
             for path in _surplus(_whole(mirror), self._keep, spared):
                 path.rename(aside)
                 shutil.rmtree(aside, ignore_errors=True)

@@ -19,12 +19,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from train.errors import UserError
+from train.loop.output_dir import SUSPECTS
 from train.loop.throughput import BatchInfo
 from train.ranks import is_first_rank
 from train.recipe import GuardsSection
 
-SUSPECTS = "suspects.jsonl"
-"""In output_dir: a JSON object for each step that a guard named."""
 _RECENT, _ENOUGH = 64, 16
 """Steps that a loss is compared with, at most and at least."""
 _NAMED, _SHOWN = 16, 3

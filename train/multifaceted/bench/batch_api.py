@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
-from train.llm.client import RequestFailed
+from train.llm.failures import RequestFailed
 from train.llm.journal import Answer, Journal, Request
-from train.llm.refusals import NameSetting, advice_on, config_setting, said_in
-from train.llm.replies import UnusableReplyError, answer_in, why_empty
+from train.llm.refusals import SettingFormatter, extract_error_text, format_config_key, suggest_setting
+from train.llm.replies import UnusableReplyError, describe_empty, parse_completion
 from train.llm.request_body import request_body
-from train.llm.server_errors import ErrorBody, error_in, trouble_of
-from train.multifaceted.bench.judging import NotYetError
-from train.storage.atomic_write import replacing
+from train.llm.server_errors import ErrorBody, classify_error, parse_error
+from train.multifaceted.bench.judging import PendingError
+from train.storage.atomic_write import atomic_write
 
 URL = "/v1/chat/completions"
 MOST_REQUESTS = 50_000
@@ -77,9 +77,9 @@ def _take(found: BatchAnswers, key: bytes, response: Any, error: Any) -> None:
     body = response.get("body") if isinstance(response, Mapping) else None
     if status == 200:
         try:
-            answer = answer_in(body, seconds=0.0)
+            answer = parse_completion(body, seconds=0.0)
             if answer.empty:
-                raise UnusableReplyError(why_empty(answer))
+                raise UnusableReplyError(describe_empty(answer))
         except UnusableReplyError as unusable:
             found.failed[str(unusable)] += 1
             return
@@ -88,10 +88,10 @@ def _take(found: BatchAnswers, key: bytes, response: Any, error: Any) -> None:
         else:
             found.answers.setdefault(key, answer)
             return
-    said = error_in(body, json.dumps(body)) or error_in(error, json.dumps(error)) or ErrorBody(None, "", "")
+    said = parse_error(body, json.dumps(body)) or parse_error(error, json.dumps(error)) or ErrorBody(None, "", "")
     what = " ".join(said.words.split())[:300]
     with_status = f"{status}: {what}".removesuffix(": ")
-    trouble = isinstance(status, int) and status >= 400 and trouble_of(status, what, said, {}, longest_wait=0.0)
+    trouble = isinstance(status, int) and status >= 400 and classify_error(status, what, said, {}, longest_wait=0.0)
     if trouble and trouble.kind == "row":
         found.errors[key] = with_status
         found.refusals[key] = (body.get("error") if isinstance(body, Mapping) else None) or error or body
@@ -101,18 +101,18 @@ def _take(found: BatchAnswers, key: bytes, response: Any, error: Any) -> None:
         found.failed[what or f"status {status}"] += 1
 
 
-class JournalAsker:
+class BatchJudgeClient:
     """Asks the journal, into which it puts what a batch's files hold. `wanted`: what neither had, by key.
 
     `found`: the keys of the files' answers that were asked for. `advice`: the setting that the first refused request
-    was about, as a sentence in the words of `name_setting`.
+    was about, as a sentence in the words of `format_setting`.
     """
 
     def __init__(
-        self, journal: Journal, model: str, batch: BatchAnswers, name_setting: NameSetting = config_setting
+        self, journal: Journal, model: str, batch: BatchAnswers, format_setting: SettingFormatter = format_config_key
     ) -> None:
         self.journal, self.model, self.batch = journal, model, batch
-        self.name_setting, self.advice = name_setting, ""
+        self.format_setting, self.advice = format_setting, ""
         self.wanted: dict[bytes, Request] = {}
         self.found: set[bytes] = set()
 
@@ -131,11 +131,11 @@ class JournalAsker:
             if found := self.journal.find(key, request.decoding.max_tokens):
                 return found
         self.wanted.setdefault(key, request)
-        raise NotYetError
+        raise PendingError
 
     def _advice_on(self, error: Any, request: Request) -> str:
         body = request_body(self.model, request)
-        advice = advice_on(error, said_in(error, ""), body, request.stage, self.name_setting)
+        advice = suggest_setting(error, extract_error_text(error, ""), body, request.stage, self.format_setting)
         return f"{advice} Then write the batch again, without the file of these errors." if advice else ""
 
 
@@ -157,7 +157,7 @@ def write_batch(
         if name.exists():
             raise UserError(f"--batch-out {name}: is there already. Name a new file, so that none is sent twice.")
     try:
-        with replacing(*names) as asides:
+        with atomic_write(*names) as asides:
             for aside, lines in zip(asides, parts, strict=True):
                 aside.write_bytes(b"".join(lines))
     except OSError as fault:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from train.llm.client import RequestFailed
+from train.llm.failures import RequestFailed
 from train.llm.journal import Answer, Request
-from train.llm.reasoning.answer import LEFT, events_of, read_answer
+from train.llm.reasoning.answer import LEFTOVER_EVENTS, list_events, read_answer
 from train.multifaceted.bench.protocol import JudgeSettings
 from train.multifaceted.bench.rows import BenchRow, Rubric
 from train.multifaceted.judge import Missing, parse_score
@@ -47,11 +47,11 @@ def judge_prompt(row: BenchRow, rubric: Rubric, response: str, *, show_system: b
     return "\n\n".join(parts)
 
 
-class NotYetError(Exception):
+class PendingError(Exception):
     """The answer may still come: it has been, or is to be, asked for in a batch file."""
 
 
-class Asker(Protocol):
+class JudgeClient(Protocol):
     """Whoever gets the judge's answers: the client of servers, or a journal that batch files have filled."""
 
     async def ask(self, request: Request) -> Answer:
@@ -81,7 +81,7 @@ class Judgement:
 
 
 async def judge_rubric(
-    asker: Asker, settings: JudgeSettings, row: BenchRow, rubric: Rubric, response: str, run: int
+    asker: JudgeClient, settings: JudgeSettings, row: BenchRow, rubric: Rubric, response: str, run: int
 ) -> Judgement:
     """Ask about one rubric in run `run` (from 0), again where the answer holds no score. Raises UserError."""
     messages = [{"role": "user", "content": judge_prompt(row, rubric, response, show_system=settings.show_system)}]
@@ -99,13 +99,13 @@ async def judge_rubric(
             answer = await asker.ask(request)
         except RequestFailed as failure:
             return judged(None, "no answer", str(failure))
-        except NotYetError:
+        except PendingError:
             return judged(None, "pending")
         texts.append(answer.text)
         tokens["prompt"] += answer.prompt_tokens or 0
         tokens["completion"] += answer.completion_tokens or 0
         read, said = read_answer(answer)
-        cleaned.extend(event for event in events_of(said) if event not in LEFT)
+        cleaned.extend(event for event in list_events(said) if event not in LEFTOVER_EVENTS)
         score = parse_score(read.text)
         if fault := _fault(read, score):
             faults.append(fault)

@@ -16,21 +16,21 @@ from typing import Any
 
 import numpy as np
 
-from train.data.sources.formats import RowFault
+from train.data.sources.formats import RowError
 from train.data.sources.source import read_rows
 from train.errors import UserError
-from train.formatting import counted
+from train.formatting import format_count
 from train.multifaceted.bench.protocol import GOOD, noted_of, protocol_of, refuse_other_protocol
 from train.recipe import Source
 from train.reporting.conditions import changes, unknown
-from train.resampling import SHARE, Bounds, Estimate, estimates, explain_missing
+from train.resampling import SHARE_BOUNDS, Bounds, Estimate, estimate_means, explain_missing_intervals
 
 OUTCOMES = ("win of the first", "win of the second", "both good", "both bad")
 _DIFFERENCE = (-4.0, 4.0)  # scores are 1 to 5
 
 
 @dataclass(frozen=True, slots=True)
-class Pairwise:
+class PairwiseComparison:
     """`shares`: of each of OUTCOMES; `counts` likewise. `difference`: of the scores, first less second.
 
     `only_first`, `only_second`: rows of one file alone. `without_score`: rows of both of which one has no score.
@@ -93,7 +93,7 @@ class Pairwise:
             f"p = {found.p:.2g} (sign flips).",
         ]
         left = [
-            f"{counted(count, 'row')} {what}"
+            f"{format_count(count, 'row')} {what}"
             for count, what in (
                 (self.only_first, f"of {first} alone"),
                 (self.only_second, f"of {second} alone"),
@@ -104,13 +104,13 @@ class Pairwise:
         if left:
             lines.append(f"Left out: {', '.join(left)}.")
         lines += [f"Note: {note}." for note in self.notes]
-        lines += explain_missing("\n".join(lines))
+        lines += explain_missing_intervals("\n".join(lines))
         return "\n".join(lines) + "\n"
 
 
-def compare(
+def compare_pairwise(
     first: Path, second: Path, *, names: tuple[str, str] | None = None, good: float = GOOD, seed: int = 0
-) -> Pairwise:
+) -> PairwiseComparison:
     """Compare two files bench_rows.jsonl. `names`: of the models, in the tables (default: the files' folders).
 
     Raises UserError for files that aren't such, that share no row with a score, or whose judges, settings or rows
@@ -154,9 +154,9 @@ def compare(
         raise UserError(f"{first} and {second}: there is no row that has a score in both.{why}")
     table = np.array([[name == found for name in OUTCOMES] for found in outcomes], np.float64)
     values = np.column_stack([table, differences])
-    bounds: list[Bounds] = [*[SHARE] * len(OUTCOMES), _DIFFERENCE]
-    found = estimates(values, np.arange(len(values)), np.zeros(values.shape[1]), bounds, seed=seed)
-    return Pairwise(
+    bounds: list[Bounds] = [*[SHARE_BOUNDS] * len(OUTCOMES), _DIFFERENCE]
+    found = estimate_means(values, np.arange(len(values)), np.zeros(values.shape[1]), bounds, seed=seed)
+    return PairwiseComparison(
         sides,
         len(outcomes),
         good,
@@ -204,11 +204,11 @@ def unfinished_in(rows: Iterable[Mapping[str, Any]]) -> str:
             judgements = (one for runs in answer.get("judgements") or () for one in runs if one)
             pending += sum(one.get("missing") == "pending" for one in judgements)
     found = [
-        f"{counted(count, 'row')} scored by {some:,} of {'its' if count == 1 else 'their'} {every:,} rubrics"
+        f"{format_count(count, 'row')} scored by {some:,} of {'its' if count == 1 else 'their'} {every:,} rubrics"
         for (some, every), count in sorted(partly.items())
     ]
     if pending:
-        return "; ".join([f"is not finished: {counted(pending, 'judgement')} pending", *found])
+        return "; ".join([f"is not finished: {format_count(pending, 'judgement')} pending", *found])
     return f"has {'; '.join(found)} (compared by the rubrics that both have)" if found else ""
 
 
@@ -232,7 +232,7 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
     """The lines of a bench_rows.jsonl by the ids of their rows. Raises UserError."""
     rows: dict[str, dict[str, Any]] = {}
     for place, row in read_rows(Source(path=str(path))):
-        if isinstance(row, RowFault):
+        if isinstance(row, RowError):
             raise UserError(f"{place}: {row}.")
         wanted: Sequence[str] = ("id", "prompt", "judge", "score")
         if any(name not in row for name in wanted) or not isinstance(row["score"], int | float | None):

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from train.datagen.drop_reasons import unread_warning
-from train.formatting import counted
+from train.formatting import format_count
 from train.llm.failures import SHOWN_IN_REPORT
 from train.llm.journal import Decoding
-from train.llm.reasoning.answer import advice_on
+from train.llm.reasoning.answer import format_advice
 from train.multifaceted.bench.judging import NO_SCORE, PROMPT_VERSION
 from train.multifaceted.bench.protocol import (
     PAPERS_DECODING,
@@ -24,8 +24,9 @@ from train.multifaceted.bench.protocol import (
 )
 from train.multifaceted.bench.rows import Bench, BenchRow
 from train.multifaceted.bench.scoring import WRITE_AGAIN, JudgedRow, figures
-from train.reporting.markdown import error_bars, load_pyplot, shortened
-from train.resampling import explain_missing, why_no_interval
+from train.reporting.markdown import truncate_middle
+from train.reporting.plots import error_bars, load_pyplot
+from train.resampling import explain_missing_intervals, missing_interval_reason
 
 HEADING = "## Multifaceted Bench"
 _ASKED_AGAIN = "The same command asks a server again for these alone."
@@ -89,7 +90,7 @@ def deviations(bench: Bench, protocol: Protocol, decoding: Decoding | None, with
     if judges != papers:
         found.append(f"the judge answers with {_words(judges)}; in the paper {_words(papers)}")
     if settings.runs != PAPERS_RUNS:
-        found.append(f"{counted(settings.runs, 'run')} of the judge, in the paper {PAPERS_RUNS}")
+        found.append(f"{format_count(settings.runs, 'run')} of the judge, in the paper {PAPERS_RUNS}")
     if decoding is None:
         found.append("the responses come from a file: how they were drawn isn't known here")
     else:
@@ -103,7 +104,7 @@ def deviations(bench: Bench, protocol: Protocol, decoding: Decoding | None, with
     if len(bench.rows) < bench.of:
         found.append(f"{len(bench.rows):,} of the data's {bench.of:,} rows (--limit)")
     if bench.of != ROWS_OF_THE_BENCH:
-        found.append(f"the data has {counted(bench.of, 'row')}, Multifaceted Bench {ROWS_OF_THE_BENCH:,}")
+        found.append(f"the data has {format_count(bench.of, 'row')}, Multifaceted Bench {ROWS_OF_THE_BENCH:,}")
     return found
 
 
@@ -121,7 +122,7 @@ def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow], *, batch: b
     lines += [part for warning in warnings(record, batch=batch) for part in (f"**Warning: {warning}**", "")]
     if not record["complete"]:
         pending = missing["judgements_missing"]["pending"]
-        to_come = counted(pending, "judgement", "is", "are")
+        to_come = format_count(pending, "judgement", "is", "are")
         lines += [f"**Not finished: {to_come} still to come; what follows is of the rest.**", ""]
     if record["deviations"]:
         lines += ["Not the paper's protocol in this:", "", *(f"- {one}" for one in record["deviations"]), ""]
@@ -135,7 +136,11 @@ def markdown(record: Mapping[str, Any], judged: Sequence[JudgedRow], *, batch: b
     largest = sorted(record["by_subdimension"], key=lambda name: -record["by_subdimension"][name]["of"])
     shown = sorted(largest[:_MOST_SUBDIMENSIONS])
     lines += [f"| rubric: {_cell(name)} | {_line(record['by_subdimension'][name])} |" for name in shown]
-    lines += ["", "Counts are of rows, and from the dimensions on of rubrics.", *explain_missing("\n".join(lines))]
+    lines += [
+        "",
+        "Counts are of rows, and from the dimensions on of rubrics.",
+        *explain_missing_intervals("\n".join(lines)),
+    ]
     if len(largest) > len(shown):
         lines += [f"Of further kinds of rubrics {len(largest) - len(shown):,} are in bench.json."]
     lines += ["", _about_missing(missing), "", *_why_missing(missing), _about_runs(record["runs"], judge["runs"])]
@@ -193,13 +198,13 @@ def warnings(record: Mapping[str, Any], *, batch: bool = False) -> list[str]:
     unread = sum(kinds.get(kind, 0) for kind in ("unparsable", "refused", "unfinished"))
     unanswered = sum(missing["why_no_response"].values()) + missing["judgements_missing"]["no answer"]
     lost = [
-        f"{counted(unanswered, 'answer', 'is', 'are')} missing, of the model or of the judge, and in no mean "
+        f"{format_count(unanswered, 'answer', 'is', 'are')} missing, of the model or of the judge, and in no mean "
         f"(the reasons are in report.md). {WRITE_AGAIN if batch else _ASKED_AGAIN}"
     ]
     cleaned = {f"judge: {event}": count for event, count in missing["judge_answers_cleaned"].items()}
     return (
         lost * bool(unanswered)
-        + advice_on(cleaned)
+        + format_advice(cleaned)
         + unread_warning(
             f"--judge {record['judge']['model']}",
             unread,
@@ -214,7 +219,7 @@ def _headline(record: Mapping[str, Any]) -> str:
     score, judge = record["score"], record["judge"]
     mean = "no score" if score["mean"] is None else f"{_shown(score)} of 5"
     text = f"**{record['model']}: {mean}**, judged by {judge['model']}, the mean of "
-    text += f"{counted(len(record['runs']['numbers']), 'run')} over {counted(score['scored'], 'row')}"
+    text += f"{format_count(len(record['runs']['numbers']), 'run')} over {format_count(score['scored'], 'row')}"
     if record["rows"] < record["rows_of_the_data"]:
         text += f" (the first {record['rows']:,} of {record['rows_of_the_data']:,}: not the whole bench)"
     return text + "."
@@ -223,10 +228,12 @@ def _headline(record: Mapping[str, Any]) -> str:
 def _about_missing(missing: Mapping[str, Any]) -> str:
     why = missing["judgements_missing"]
     faults = missing["judge_answers_without_score"]
-    text = f"Missing: {sum(why.values()):,} of {counted(missing['judgements'], 'judgement')}"
+    text = f"Missing: {sum(why.values()):,} of {format_count(missing['judgements'], 'judgement')}"
     if any(why.values()):
         text += f" ({', '.join(f'{count:,} {name}' for name, count in why.items() if count)})"
-    text += f"; {sum(faults.values()):,} of {counted(missing['judge_answers'], 'answer')} of the judge held no score"
+    text += (
+        f"; {sum(faults.values()):,} of {format_count(missing['judge_answers'], 'answer')} of the judge held no score"
+    )
     if faults:
         text += f" ({', '.join(f'{count:,} {name}' for name, count in faults.items())})"
     text += (
@@ -246,7 +253,7 @@ def _about_missing(missing: Mapping[str, Any]) -> str:
 def _why_missing(missing: Mapping[str, Any]) -> list[str]:
     """A line for each reason why something got no answer, and a blank one behind them."""
     lines = [
-        f"- {what}, {counted(count, 'time')}: {reason}"
+        f"- {what}, {format_count(count, 'time')}: {reason}"
         for what, name in (("no response", "why_no_response"), ("no answer of the judge", "why_no_judgement"))
         for reason, count in list(missing[name].items())[:SHOWN_IN_REPORT]
     ]
@@ -261,7 +268,7 @@ def _about_runs(runs: Mapping[str, Any], asked: int) -> str:
     if runs["std_within_a_rubric"] is not None:
         text += (
             f"; within a rubric {runs['std_within_a_rubric']:.2f} on average, and "
-            f"{runs['rubrics_in_agreement']:.0%} of {counted(runs['rubrics_with_two_runs'], 'rubric')} "
+            f"{runs['rubrics_in_agreement']:.0%} of {format_count(runs['rubrics_with_two_runs'], 'rubric')} "
             "got one grade in all runs"
         )
     if len(runs["numbers"]) < asked:
@@ -285,7 +292,7 @@ def _about_best(best: Mapping[str, Any]) -> str:
     if every := best.get("all_answers"):
         text += f" All answers have {_shown(every)} on average (run {', '.join(map(str, every['runs']))})."
     if best["fewer_answers"]:
-        text += f" {counted(best['fewer_answers'], 'row', 'has', 'have')} fewer answers."
+        text += f" {format_count(best['fewer_answers'], 'row', 'has', 'have')} fewer answers."
     return text
 
 
@@ -321,7 +328,7 @@ def _shown(one: Mapping[str, Any]) -> str:
     if one["mean"] is None:
         return "none"
     if one["low"] is None:
-        return f"{one['mean']:.2f} ({why_no_interval(one['interval'], one['rows'])})"
+        return f"{one['mean']:.2f} ({missing_interval_reason(one['interval'], one['rows'])})"
     return f"{one['mean']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
 
 
@@ -336,10 +343,10 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     means = [one["mean"] for _, one in bars]
     ends = error_bars((one["mean"], one["low"], one["high"]) for _, one in bars)
     axes.barh(range(len(bars)), means, 0.7, xerr=ends, color="tab:blue", capsize=2)
-    axes.set_yticks(range(len(bars)), [shortened(name, 48) for name, _ in bars])
+    axes.set_yticks(range(len(bars)), [truncate_middle(name, 48) for name, _ in bars])
     axes.invert_yaxis()
     axes.set_xlim(1, 5)
-    axes.set_xlabel(shortened(f"score by {record['judge']['model']}", 80) + ", 1 to 5 (95 %)")
-    figure.suptitle(shortened(f"Multifaceted Bench: {record['model']}", 90), fontsize=11)
+    axes.set_xlabel(truncate_middle(f"score by {record['judge']['model']}", 80) + ", 1 to 5 (95 %)")
+    figure.suptitle(truncate_middle(f"Multifaceted Bench: {record['model']}", 90), fontsize=11)
     figure.savefig(path)
     pyplot.close(figure)

@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from train.data.sources.formats import RowFault
+from train.data.sources.formats import RowError
 from train.data.sources.readers import ending_of
 from train.data.sources.source import read_rows
 from train.errors import UserError
@@ -68,7 +68,7 @@ class Bench:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class GivenResponses:
     """Answers to one row that were not asked for here. `scores`: what someone's own scorer thinks of each."""
 
     texts: tuple[str, ...]
@@ -86,10 +86,10 @@ def read_bench(sources: Sequence[Source], limit: int | None = None) -> Bench:
     for place, raw in (found for source in sources for found in _raw_rows(source)):
         total += 1
         try:
-            if isinstance(raw, RowFault):
+            if isinstance(raw, RowError):
                 raise raw
             rows.append(_row(raw, place))
-        except RowFault as fault:
+        except RowError as fault:
             faults.append(f"{place}: {fault}")
     if faults:
         more = f" {len(faults):,} of {total:,} rows are such." if len(faults) > 1 else ""
@@ -132,9 +132,9 @@ def _row(raw: Mapping[str, Any], place: str) -> BenchRow:
     rubrics = _list(raw, "rubrics")
     preferences = _list(raw, "preferences", optional=True)
     if not rubrics:
-        raise RowFault("no rubric", "`rubrics` is an empty list")
+        raise RowError("no rubric", "`rubrics` is an empty list")
     if preferences and len(preferences) != len(rubrics):
-        raise RowFault(
+        raise RowError(
             "rubrics and preferences differ", f"{len(rubrics)} rubrics stand beside {len(preferences)} preferences"
         )
     return BenchRow(
@@ -156,20 +156,20 @@ def _id(raw: Mapping[str, Any]) -> str:
     if found is None:
         return ""
     if isinstance(found, bool) or not isinstance(found, str | int):
-        raise RowFault("wrong type", f"`id` is of type {type(found).__name__}; a text or a whole number is wanted")
+        raise RowError("wrong type", f"`id` is of type {type(found).__name__}; a text or a whole number is wanted")
     return str(found).strip()
 
 
 def _rubric(rubric: Any, preference: Any, number: int) -> Rubric:
     if not isinstance(rubric, Mapping):
-        raise RowFault("wrong type", f"rubric {number} is of type {type(rubric).__name__}; an object is wanted")
+        raise RowError("wrong type", f"rubric {number} is of type {type(rubric).__name__}; an object is wanted")
     criteria, descriptions = rubric.get("criteria"), rubric.get("score_descriptions")
     if not isinstance(criteria, str) or not criteria.strip():
-        raise RowFault("no criteria", f"rubric {number} has no `criteria`")
+        raise RowError("no criteria", f"rubric {number} has no `criteria`")
     by_grade = {str(grade): text for grade, text in descriptions.items()} if isinstance(descriptions, Mapping) else {}
     texts = [by_grade.get(str(grade)) for grade in range(1, 6)]
     if set(by_grade) != set("12345") or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise RowFault("no score descriptions", f"rubric {number} doesn't have a text for each of 1 to 5")
+        raise RowError("no score descriptions", f"rubric {number} doesn't have a text for each of 1 to 5")
     of = preference if isinstance(preference, Mapping) else {}
     for text in (criteria, *map(str, texts)):
         _writable(text, f"rubric {number}")
@@ -191,18 +191,18 @@ def _text(raw: Mapping[str, Any], wanted: str, *, optional: bool = False, may_be
         named = any(name in raw for name in _NAMES[wanted])
         if optional or (may_be_empty and named):
             return ""
-        raise RowFault("a column is missing", f"there is no {' or '.join(f'`{name}`' for name in _NAMES[wanted])}")
+        raise RowError("a column is missing", f"there is no {' or '.join(f'`{name}`' for name in _NAMES[wanted])}")
     if not isinstance(value, str):
-        raise RowFault("wrong type", f"`{wanted}` is of type {type(value).__name__}; a text is wanted")
+        raise RowError("wrong type", f"`{wanted}` is of type {type(value).__name__}; a text is wanted")
     if not (value.strip() or optional or may_be_empty):
-        raise RowFault("empty", f"`{wanted}` is empty")
+        raise RowError("empty", f"`{wanted}` is empty")
     return _writable(value, f"`{wanted}`")
 
 
 def _writable(text: str, what: str) -> str:
     """`text`, if a file or a request can hold it."""
     if re.search("[\ud800-\udfff]", text):
-        raise RowFault("no text", f"{what} holds half of a surrogate pair, which is no text")
+        raise RowError("no text", f"{what} holds half of a surrogate pair, which is no text")
     return text
 
 
@@ -212,13 +212,13 @@ def _list(raw: Mapping[str, Any], wanted: str, *, optional: bool = False) -> lis
         try:
             value = json.loads(value)
         except ValueError as fault:
-            raise RowFault("invalid JSON", f"`{wanted}`: {fault}") from fault
+            raise RowError("invalid JSON", f"`{wanted}`: {fault}") from fault
     if value is None:
         if optional:
             return []
-        raise RowFault("a column is missing", f"there is no {' or '.join(f'`{name}`' for name in _NAMES[wanted])}")
+        raise RowError("a column is missing", f"there is no {' or '.join(f'`{name}`' for name in _NAMES[wanted])}")
     if not isinstance(value, list | tuple):
-        raise RowFault("wrong type", f"`{wanted}` is of type {type(value).__name__}; a list is wanted")
+        raise RowError("wrong type", f"`{wanted}` is of type {type(value).__name__}; a list is wanted")
     return list(value)
 
 
@@ -247,7 +247,7 @@ def _digest(row: BenchRow) -> str:
     return hashlib.blake2b(json.dumps(words).encode(), digest_size=8).hexdigest()
 
 
-def read_responses(path: str, rows: Sequence[BenchRow]) -> tuple[dict[str, Given], int]:
+def read_responses(path: str, rows: Sequence[BenchRow]) -> tuple[dict[str, GivenResponses], int]:
     """Answers to `rows` from a file: id -> answers, and how many lines of the file belong to none of the rows.
 
     A line has `response` (a text) or `responses` (a list of texts), perhaps `scores` (a number for each), and `id`, or
@@ -258,11 +258,11 @@ def read_responses(path: str, rows: Sequence[BenchRow]) -> tuple[dict[str, Given
     by_words: dict[tuple[str, str], list[BenchRow]] = {}
     for row in rows:
         by_words.setdefault((row.system, row.prompt), []).append(row)
-    given: dict[str, Given] = {}
+    given: dict[str, GivenResponses] = {}
     strangers = 0
     for place, raw in read_rows(Source(path=path)):
         try:
-            if isinstance(raw, RowFault):
+            if isinstance(raw, RowError):
                 raise raw
             answers = _answers(raw)
             id = _id(raw)
@@ -270,7 +270,7 @@ def read_responses(path: str, rows: Sequence[BenchRow]) -> tuple[dict[str, Given
             if not id:
                 words = (_text(raw, "system", may_be_empty=True), _text(raw, "prompt"))
                 matching = by_words.get(words, [])
-        except RowFault as fault:
+        except RowError as fault:
             raise UserError(
                 f"{place}: {fault}. A line of --responses has `response` or `responses`, and the `id` of its row, or "
                 "its `system` and `prompt`."
@@ -287,7 +287,7 @@ def read_responses(path: str, rows: Sequence[BenchRow]) -> tuple[dict[str, Given
     return given, strangers
 
 
-def _answers(raw: Mapping[str, Any]) -> Given:
+def _answers(raw: Mapping[str, Any]) -> GivenResponses:
     texts = raw.get("responses")
     if texts is None and isinstance(raw.get("answers"), list):  # bench_rows.jsonl
         texts = [answer.get("response") for answer in raw["answers"] if isinstance(answer, Mapping)]
@@ -295,11 +295,11 @@ def _answers(raw: Mapping[str, Any]) -> Given:
     if texts is None:
         texts = [raw.get("response")]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise RowFault("no response", "there is no text in `response`, nor a list of texts in `responses`")
+        raise RowError("no response", "there is no text in `response`, nor a list of texts in `responses`")
     texts = [_writable(text, "the response") for text in texts]
     scores = raw.get("scores")
     if scores is None:
-        return Given(tuple(texts))
+        return GivenResponses(tuple(texts))
     if (
         not isinstance(scores, list)
         or len(scores) != len(texts)
@@ -307,5 +307,5 @@ def _answers(raw: Mapping[str, Any]) -> Given:
             isinstance(score, int | float) and not isinstance(score, bool) and score == score for score in scores
         )
     ):
-        raise RowFault("wrong scores", "`scores` must be a list with a number for each of `responses`")
-    return Given(tuple(texts), tuple(map(float, scores)))
+        raise RowError("wrong scores", "`scores` must be a list with a number for each of `responses`")
+    return GivenResponses(tuple(texts), tuple(map(float, scores)))

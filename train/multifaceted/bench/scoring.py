@@ -29,13 +29,13 @@ from train.data.sources.formats import Message
 from train.errors import UserError
 from train.llm.client import Client
 from train.llm.failures import FailureReasons
-from train.llm.finish_reasons import unfinished
+from train.llm.finish_reasons import describe_unfinished
 from train.llm.ordered_map import map_ordered
 from train.llm.progress import progress
-from train.multifaceted.bench.judging import Asker, Judgement, judge_rubric
+from train.multifaceted.bench.judging import JudgeClient, Judgement, judge_rubric
 from train.multifaceted.bench.protocol import Protocol
 from train.multifaceted.bench.rows import NOT_STATED, BenchRow
-from train.resampling import estimates
+from train.resampling import estimate_means
 
 ROWS_AT_ONCE = 64
 _SCORES = (1.0, 5.0)
@@ -61,7 +61,7 @@ class Response:
         """Return why it is not a complete answer, in the words of the reports; nothing where it is, or unknown."""
         if self.refused:
             return "refused"
-        return unfinished(self.finish_reason) if self.finish_reason else ""
+        return describe_unfinished(self.finish_reason) if self.finish_reason else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ def conversation(row: BenchRow, *, with_system: bool = True) -> list[Message]:
     return [*system, {"role": "user", "content": row.prompt}]
 
 
-async def judge_row(asker: Asker, protocol: Protocol, row: BenchRow, responses: Sequence[Response]) -> JudgedRow:
+async def judge_row(asker: JudgeClient, protocol: Protocol, row: BenchRow, responses: Sequence[Response]) -> JudgedRow:
     """Take one row's answers to the judge, as far as the protocol wants them judged. Raises UserError."""
     runs = range(protocol.judge.runs)
     judged: list[list[list[Judgement | None]]] = [[[None for _ in runs] for _ in row.rubrics] for _ in responses]
@@ -178,7 +178,7 @@ def _highest(scores: Sequence[float | None], responses: Sequence[Response]) -> i
 
 
 async def judge_rows(
-    asker: Asker, protocol: Protocol, rows: Sequence[BenchRow], responses: Sequence[Sequence[Response]]
+    asker: JudgeClient, protocol: Protocol, rows: Sequence[BenchRow], responses: Sequence[Sequence[Response]]
 ) -> list[JudgedRow]:
     """Every row through the judge, in order. Raises UserError."""
 
@@ -289,7 +289,7 @@ def _estimate(values: Sequence[tuple[int, float | None]], seed: int) -> dict[str
     if there:
         column = np.array([[score] for _, score in there])
         rows = np.array([row for row, _ in there])
-        (found,) = estimates(column, rows, np.zeros(1), [_SCORES], seed=seed, permutations=0)
+        (found,) = estimate_means(column, rows, np.zeros(1), [_SCORES], seed=seed, permutations=0)
         record = {"mean": found.mean, "low": found.low, "high": found.high}
         record |= {"rows": found.groups, "interval": found.interval}
     return record | {"scored": len(there), "of": len(values)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from train.data.sources.formats import Conversation, Row, RowFault, read_row
+from train.data.sources.formats import Conversation, RawRow, RowError, read_row
 from train.data.sources.source import chunks_and_format, open_source
 from train.datagen.deduplication import NearDuplicates
 from train.datagen.drop_reasons import UNREADABLE, UNSUPPORTED
@@ -90,18 +90,18 @@ def _rows(data: SourcesSection) -> Iterator[tuple[Instruction, list[str], tuple[
             for place, row in chunk.rows():
                 whole_place = opened.files[file] + place
                 try:
-                    if isinstance(row, RowFault):
+                    if isinstance(row, RowError):
                         raise row
                     read = answered(row)
                     conversation = read_row(read, format, whole_place, ignore=source.ignore, answers_needed=False)
-                except RowFault as fault:
+                except RowError as fault:
                     nothing = Instruction(whole_place, source.path, whole_place)
                     yield nothing, [], (f"{UNREADABLE}: {fault.kind}", fault.detail)
                     continue
                 yield _first_turn(conversation, row, source.path)
 
 
-def answered(row: Row) -> Row:
+def answered(row: RawRow) -> RawRow:
     """`row` with a column for an answer, empty, where it has none or a null: its columns tell how it is to be read."""
     given = {column: value for column, value in row.items() if value is not None}
     if not _TURNS.isdisjoint(given):
@@ -117,7 +117,7 @@ def answered(row: Row) -> Row:
 
 
 def _first_turn(
-    conversation: Conversation, row: Row, source: str
+    conversation: Conversation, row: RawRow, source: str
 ) -> tuple[Instruction, list[str], tuple[str, str] | None]:
     users = [message["content"] for message in conversation.messages if message["role"] == "user"]
     main, original = _text(row, "main_source"), _text(row, "original_source") or _text(row, "source")
@@ -135,6 +135,6 @@ def _first_turn(
     return found, events, None
 
 
-def _text(row: Row, column: str) -> str:
+def _text(row: RawRow, column: str) -> str:
     value: Any = row.get(column)
     return value if isinstance(value, str) else ""

@@ -18,8 +18,8 @@ from dataclasses import replace
 from typing import Any
 
 from train.datagen.usage import ask
-from train.llm.client import Client, RequestFailed
-from train.llm.failures import NO_ANSWER
+from train.llm.client import Client
+from train.llm.failures import NO_ANSWER, RequestFailed
 from train.llm.journal import Request
 from train.llm.system_role import merge_into_user
 from train.llm.yes_or_no import says_no
@@ -63,7 +63,7 @@ class Pipeline:
             return False
         try:
             request = self._request("screen", prompts.screen(outcome.instruction.prompt), 0)
-            answer = await ask(self.client, request, outcome, prompts.FURTHER_TURNS, goes_on_empty=True)
+            answer = await ask(self.client, request, outcome, prompts.FURTHER_TURNS, continues_if_empty=True)
         except RequestFailed as failure:
             outcome.reason, outcome.detail = NO_ANSWER, str(failure)
             return True

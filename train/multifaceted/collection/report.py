@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.llm.failures import for_report
+from train.llm.failures import to_table_cells
 from train.multifaceted.collection.hierarchy import DIMENSIONS
-from train.reporting.markdown import cost, counted, load_pyplot, quoted, share, table
+from train.reporting.markdown import code_block, count_section, format_share, format_table, format_usage
+from train.reporting.plots import load_pyplot
 
 
 def write_report(folder: Path, facts: Mapping[str, Any], seconds: float | None) -> Path:
@@ -36,36 +37,38 @@ def _sections(name: str, facts: Mapping[str, Any], seconds: float | None) -> Ite
         "are not quoted, and nothing here is measured against them."
     )
     yield "## Instructions"
-    yield table(
+    yield format_table(
         ("", "count", "share"),
         [
             ("rows of the sources", f"{rows:,}", ""),
-            ("instructions taken", f"{facts['instructions']:,}", share(facts["instructions"], rows)),
+            ("instructions taken", f"{facts['instructions']:,}", format_share(facts["instructions"], rows)),
             ("preference sets begun", f"{sets:,}", ""),
-            ("sets written", f"{facts['sets_written']:,}", share(facts["sets_written"], sets)),
+            ("sets written", f"{facts['sets_written']:,}", format_share(facts["sets_written"], sets)),
             (
                 "instructions with a set written",
                 f"{facts['instructions_written']:,}",
-                share(facts["instructions_written"], facts["instructions"]),
+                format_share(facts["instructions_written"], facts["instructions"]),
             ),
         ],
     )
-    yield from counted("Instructions left out", "reason", facts["left_out"], rows, "of rows")
-    yield from counted("Sets left out", "reason", facts["sets_left_out"], sets, "of sets")
-    yield from counted("Why no answer came", "what was said", for_report(facts["unanswered"]))
-    yield from counted("On the way", "what happened", facts["events"], remark="Over all tries, of what was lost too.")
+    yield from count_section("Instructions left out", "reason", facts["left_out"], rows, "of rows")
+    yield from count_section("Sets left out", "reason", facts["sets_left_out"], sets, "of sets")
+    yield from count_section("Why no answer came", "what was said", to_table_cells(facts["unanswered"]))
+    yield from count_section(
+        "On the way", "what happened", facts["events"], remark="Over all tries, of what was lost too."
+    )
     yield "## Coverage"
     yield (
         "`drawn`: how often a sub-dimension was to be taken, which differs by one at most unless the model left "
         "instructions out (`filter.model`); `written`: what is left of it. Evenness is the entropy over the largest "
         "possible one: 1 where all come equally often. Preferences that differ in case and marks alone are one."
     )
-    yield table(
+    yield format_table(
         ("dimension", "sub-dimensions", "entropy (bits)", "evenness", "distinct preferences", "their evenness"),
         [_dimension_row(dimension, facts["coverage"][dimension]) for dimension in DIMENSIONS],
     )
     yield "![how often each sub-dimension was written](coverage.png)"
-    yield table(
+    yield format_table(
         ("sub-dimension", "drawn", "written", "share of its dimension", "distinct preferences"),
         [
             (f"{dimension} / {name}", f"{of['drawn']:,}", f"{of['written']:,}", _percent(of["share"]),
@@ -78,7 +81,7 @@ def _sections(name: str, facts: Mapping[str, Any], seconds: float | None) -> Ite
     yield "## How alike the messages are"
     yield _similarity(facts["similarity"])
     yield "## Lengths"
-    yield table(
+    yield format_table(
         ("characters", "rows", "5 %", "median", "95 %", "mean"),
         [
             (name, f"{of['count']:,}", *(_number(of[key]) for key in ("p5", "median", "p95", "mean")))
@@ -86,7 +89,7 @@ def _sections(name: str, facts: Mapping[str, Any], seconds: float | None) -> Ite
         ],
     )
     yield "## Cost"
-    yield cost(facts["spent"], seconds)
+    yield format_usage(facts["spent"], seconds)
     yield "## Samples"
     yield "Instructions chosen by the seed, in the order of the sources, with all their sets."
     for sample in facts["samples"]:
@@ -112,7 +115,7 @@ def _most_frequent(coverage: Mapping[str, Any]) -> Iterable[str]:
     ]
     if rows:
         yield "### The most frequent preferences"
-        yield table(("preference", "dimension", "times"), rows)
+        yield format_table(("preference", "dimension", "times"), rows)
 
 
 def _similarity(of: Mapping[str, Any]) -> str:
@@ -129,16 +132,16 @@ def _similarity(of: Mapping[str, Any]) -> str:
     return (
         f"ROUGE-L (F1) between system messages of {of['instructions']:,} instructions, drawn by the seed: the siblings "
         "are to be as unlike each other as messages of different instructions are.\n\n"
-        + table(("messages", "pairs", "mean", "5 %", "median", "95 %"), rows)
+        + format_table(("messages", "pairs", "mean", "5 %", "median", "95 %"), rows)
     )
 
 
 def _sample(sample: Mapping[str, Any]) -> str:
-    parts = [f"### {sample['source']}", quoted(sample["prompt"])]
+    parts = [f"### {sample['source']}", code_block(sample["prompt"])]
     for number, one in enumerate(sample["sets"], 1):
         parts.append(f"**{number}**: {'; '.join(one['preferences'])}".replace("\n", " "))
-        parts.append(f"System message\n\n{quoted(one['system'])}")
-        parts.append(f"Answer\n\n{quoted(one['output'])}")
+        parts.append(f"System message\n\n{code_block(one['system'])}")
+        parts.append(f"Answer\n\n{code_block(one['output'])}")
     return "\n\n".join(parts)
 
 

@@ -15,7 +15,7 @@ from train.datagen.dataset_writer import JsonLines, RowFiles, open_rows
 from train.errors import UserError
 from train.multifaceted.collection.config import CollectionConfig
 from train.multifaceted.collection.result import Outcome, left_out_of, pairs_of, rows_of
-from train.storage.atomic_write import sync
+from train.storage.atomic_write import fsync
 
 DATA, PAIRS, LEFT_OUT = "data", "pairs", "left_out.jsonl"
 
@@ -76,9 +76,9 @@ class Output:
         try:
             for files in self._files():
                 files.finish()
-            sync(self._folder / DATA)
+            fsync(self._folder / DATA)
             if self._pairs is not None:
-                sync(self._folder / PAIRS)
+                fsync(self._folder / PAIRS)
         except OSError as error:
             raise self._no_more(error) from error
 

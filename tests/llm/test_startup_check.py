@@ -13,12 +13,13 @@ from certificates import encryption_with, write_certificate
 from client_runs import SHORT, about, echo
 from scripted_server import Asked, Reply, Script, ScriptedServer, error, said
 
-from train.cli import time_span
+from train.cli import duration_seconds
 from train.errors import UserError
-from train.llm.client import Client, RequestFailed
-from train.llm.connection.startup_check import check_servers
+from train.llm.client import Client
+from train.llm.failures import RequestFailed
 from train.llm.journal import Decoding, Journal
 from train.llm.server import Server
+from train.llm.startup_check import check_servers
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ async def ask(servers: list[Server] | Server, folder: Path, *prompts: str, wait:
     """The answers, asked for one after another."""
     servers = servers if isinstance(servers, list) else [servers]
     with Journal(folder / "answers.sqlite") as journal:
-        async with Client(servers, "m", journal, pauses=SHORT, wait_for_server=wait) as client:
+        async with Client(servers, "m", journal, backoff=SHORT, wait_for_server=wait) as client:
             return [(await asyncio.wait_for(client.ask(about(prompt)), 30)).text for prompt in prompts or ("hi",)]
 
 
@@ -139,7 +140,7 @@ def test_plain_http_to_a_port_of_tls_says_https(tmp_path: Path) -> None:
             told = await refusal(Server(server.url.replace("https://", "http://")), tmp_path)
             assert f"Write {server.url} as base_url." in told
             with pytest.raises(UserError, match=f"Write {server.url} as base_url."):
-                await check_servers([Server(server.url.replace("https://", "http://"))], "m", pauses=SHORT)
+                await check_servers([Server(server.url.replace("https://", "http://"))], "m", backoff=SHORT)
 
     asyncio.run(work())
 
@@ -213,7 +214,7 @@ def test_a_server_that_wants_a_slash_behind_its_path_gets_it(status: int, writte
         async with ScriptedServer(script) as server:
             url = server.url.replace("/v1", f"{written}?a=b")
             with Journal(tmp_path / "answers.sqlite") as journal:
-                async with Client([Server(url, key_variable="MY_KEY")], "m", journal, pauses=SHORT) as client:
+                async with Client([Server(url, key_variable="MY_KEY")], "m", journal, backoff=SHORT) as client:
                     await asyncio.gather(*(client.ask(about(f"{number}")) for number in range(20)))
                     assert client.counts.failed == 0
             paths = [asked.path for asked in server.asked]
@@ -375,11 +376,11 @@ def test_a_server_that_was_reached_is_waited_for_without_a_limit(tmp_path: Path)
     async def work() -> None:
         server = ScriptedServer(echo)
         with Journal(tmp_path / "answers.sqlite") as journal:
-            async with server, Client([Server(server.url)], "m", journal, pauses=SHORT, wait_for_server=0) as client:
+            async with server, Client([Server(server.url)], "m", journal, backoff=SHORT, wait_for_server=0) as client:
                 await client.ask(about("before"))
                 await server.__aexit__()
                 asking = asyncio.create_task(client.ask(about("after")))
-                while client.counts.tries_failed < 5:
+                while client.counts.retries < 5:
                     await asyncio.sleep(0.001)
                 async with server:
                     assert (await asking).text == "re: after"
@@ -524,7 +525,7 @@ def test_a_server_that_would_do(
 
     async def work() -> None:
         async with ScriptedServer(script) as server:
-            await check_servers([Server(server.url, key_variable=key)], "m", pauses=SHORT)
+            await check_servers([Server(server.url, key_variable=key)], "m", backoff=SHORT)
             assert f"{server.url} {told}" in " ".join(capsys.readouterr().out.split()).replace(
                 "is reached, and busy", "busy"
             )
@@ -554,7 +555,7 @@ def test_a_server_that_would_not_do_is_one_error(listed: Reply, answered: Reply,
     async def work() -> None:
         async with ScriptedServer(script) as server:
             with pytest.raises(UserError) as failure:
-                await check_servers([Server(server.url, key_variable=key)], "m", pauses=SHORT)
+                await check_servers([Server(server.url, key_variable=key)], "m", backoff=SHORT)
             assert told in str(failure.value)
 
     asyncio.run(work())
@@ -565,13 +566,13 @@ def test_a_server_that_would_not_do_is_one_error(listed: Reply, answered: Reply,
     [("90", 90), ("0", 0), ("1.5", 1.5), ("90s", 90), ("10m", 600), ("2h", 7200), ("1h30m", 5400), ("1d", 86_400)],
 )
 def test_a_duration_is_seconds_or_units(text: str, seconds: float) -> None:
-    assert time_span(text) == seconds
+    assert duration_seconds(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "m", "-5", "10 m", "1m1h", "inf", "nan", "٣"])
 def test_what_is_no_duration_is_refused(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="is no duration"):
-        time_span(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a duration"):
+        duration_seconds(text)
 
 
 # Sampling parameters of the stages
@@ -584,7 +585,7 @@ async def look(script: Script, stages: dict[str, Decoding]) -> list[Asked]:
         return await script(asked) if asked.body else Reply(200, {"data": [{"id": "m"}]})
 
     async with ScriptedServer(listing) as server:
-        await check_servers([Server(server.url)], "m", pauses=SHORT, stages=stages)
+        await check_servers([Server(server.url)], "m", backoff=SHORT, stages=stages)
         return [asked for asked in server.asked if asked.body]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from train.data.sources.row_errors import PYTHON, RowFault, is_python
+from train.data.sources.row_errors import PYTHON, RowError, is_python
 from train.errors import UserError
 
 BYTES_OF_A_HEAD = 4096
@@ -205,22 +205,22 @@ def document_fault(path: Path, text: str, fault: json.JSONDecodeError) -> UserEr
     return UserError(f"{invalid}.")
 
 
-def line_fault(line: bytes, fault: ValueError | RecursionError, *, ended: bool) -> RowFault:
+def line_fault(line: bytes, fault: ValueError | RecursionError, *, ended: bool) -> RowError:
     """The fault of one line of JSON lines. `ended`: whether a line break stands after it."""
     if b"\0" in line:
-        return RowFault("not UTF-8", "zero bytes in the line, as where text in UTF-16 was added to the file")
+        return RowError("not UTF-8", "zero bytes in the line, as where text in UTF-16 was added to the file")
     if isinstance(fault, UnicodeDecodeError):
-        return RowFault(
+        return RowError(
             "not UTF-8",
             f"byte 0x{line[fault.start]:02x} at byte {fault.start + 1} of the line{guess(line, fault.start)}",
         )
     if not isinstance(fault, json.JSONDecodeError):  # a number of 5,000 digits, 100,000 brackets
-        return RowFault("invalid JSON", str(fault))
+        return RowError("invalid JSON", str(fault))
     layout = _layout_of(fault.doc, fault)
     if layout is not None:
-        return RowFault("invalid JSON", f"{layout.what}: {layout.program} FILE > NEW")
+        return RowError("invalid JSON", f"{layout.what}: {layout.program} FILE > NEW")
     cut = f"; the {'line' if ended else 'file'} ends in the middle of the row" if _is_cut(fault) else ""
-    return RowFault("invalid JSON", f"{fault.msg} at column {fault.colno}{cut}")
+    return RowError("invalid JSON", f"{fault.msg} at column {fault.colno}{cut}")
 
 
 def guess(text: bytes, at: int) -> str:

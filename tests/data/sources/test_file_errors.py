@@ -18,8 +18,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from train.data.sources.formats import RowFault
-from train.data.sources.source import conversations, read_rows
+from train.data.sources.formats import RowError
+from train.data.sources.source import read_conversations, read_rows
 from train.errors import UserError
 from train.recipe import Source
 
@@ -179,13 +179,13 @@ def test_a_header_that_could_be_parted_in_two_ways_or_none_is_left(tmp_path: Pat
 
 
 def faults_of(path: Path) -> list[str]:
-    return [str(row) for row in rows_of(path) if isinstance(row, RowFault)]
+    return [str(row) for row in rows_of(path) if isinstance(row, RowError)]
 
 
 def test_a_byte_order_mark_where_files_were_joined(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", (MARK + LINES) * 2)
     placed = {place.removeprefix(str(path)): row for place, row in read_rows(Source(path=str(path)))}
-    assert [row for row in placed.values() if not isinstance(row, RowFault)] == ROWS + ROWS[1:]
+    assert [row for row in placed.values() if not isinstance(row, RowError)] == ROWS + ROWS[1:]
     assert "a byte order mark (EF BB BF) inside the file" in str(placed[":4"])
     program = str(placed[":4"]).rpartition(": ")[2].replace("FILE > NEW", f"{path} > {tmp_path}/new.jsonl")
     subprocess.run(program, shell=True, check=True)
@@ -281,8 +281,8 @@ def test_a_byte_that_windows_1252_does_not_have_gets_no_letter(tmp_path: Path) -
 def test_python_in_a_cell_is_named_as_in_a_line(cell: str, tmp_path: Path) -> None:
     frame = pandas.DataFrame({"messages": [cell]})
     frame.to_csv(tmp_path / "rows.csv", index=False)
-    ((_, fault),) = conversations(Source(path=str(tmp_path / "rows.csv")))
-    assert isinstance(fault, RowFault)
+    ((_, fault),) = read_conversations(Source(path=str(tmp_path / "rows.csv")))
+    assert isinstance(fault, RowError)
     assert "`messages` is a Python list or dict (single quotes, None, True), not JSON" in fault.detail
     assert "Write it with json.dumps" in fault.detail
 

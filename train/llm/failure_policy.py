@@ -17,10 +17,11 @@ from train.errors import UserError
 from train.formatting import duration
 from train.llm.connection.diagnosis import explain, look
 from train.llm.connection.errors import speaks_tls, tls_wanted
-from train.llm.connection.startup_check import unreachable
+from train.llm.failures import RequestFailed
 from train.llm.journal import Journal
 from train.llm.server import SILENT, ServerConnection
 from train.llm.server_errors import ServerError
+from train.llm.startup_check import unreachable
 
 FAULTS_OF_A_START = 8
 """Responses in a row without an answer, before any answer, that end the run: the settings are wrong. They take about
@@ -45,19 +46,7 @@ LONGEST_PAUSE_OF_LOOKS = 10.0
 """Seconds between looks at servers that have closed connections without an answer: they may be back any time."""
 
 
-class RequestFailed(Exception):  # noqa: N818
-    """This request gets no answer, whatever is done; others do. The message says what the server said.
-
-    `advice`: the setting that the server's error is about, as a sentence.
-    """
-
-    def __init__(self, what: str, advice: str | None = None, *, about_content: bool = False) -> None:
-        super().__init__(what)
-        self.advice = advice or ""
-        self.about_content = about_content
-
-
-class Endings:
+class FailurePolicy:
     """See the module. The settings are those of `Client`."""
 
     def __init__(
@@ -76,7 +65,7 @@ class Endings:
         self.silence = SILENCE_OF_A_START
         self._warned_of: set[str] = set()
 
-    async def end_or_close(self, lane: ServerConnection, trouble: ServerError) -> None:
+    async def close_or_raise(self, lane: ServerConnection, trouble: ServerError) -> None:
         """Close a server that will answer no request for now, or raise UserError where no other can go on.
 
         One of several is closed for its key or its credit alone: an address, a model's name or a certificate is wrong
@@ -106,7 +95,7 @@ class Endings:
         """
         # An earlier run may have left only the requests that are denied for what they say.
         if not lane.has_answered and not (trouble.status == 403 and self._journal.has_stage(stage, self._model)):
-            return await self.end_or_close(lane, trouble)
+            return await self.close_or_raise(lane, trouble)
         if trouble.status in (401, 403, 407):
             is_over = lane.denials >= DENIALS
         else:
@@ -116,7 +105,7 @@ class Endings:
             if others_answered or (is_over and len(lane.denied) <= FEW_DENIED):
                 raise RequestFailed(trouble.what)
         if is_over:
-            await self.end_or_close(lane, trouble)
+            await self.close_or_raise(lane, trouble)
 
     async def end_a_wrong_start(self, stage: str, lane: ServerConnection, trouble: ServerError) -> None:
         """Raise UserError where no server has answered, and this one won't."""
@@ -179,7 +168,7 @@ class Endings:
             if any(found):
                 return [lane for lane, is_there in zip(usable, found, strict=True) if is_there]
             looks += 1
-            await asyncio.sleep(min(usable[0].pauses.after(looks), LONGEST_PAUSE_OF_LOOKS))
+            await asyncio.sleep(min(usable[0].backoff.after(looks), LONGEST_PAUSE_OF_LOOKS))
 
     async def watch_silent_starts(self) -> None:
         """Look at servers that have been asked and never sent a byte: warn, and free the requests if others answer."""

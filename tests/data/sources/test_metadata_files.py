@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
-from train.data.sources.companion_files import companion
+from train.data.sources.metadata_files import companion
 from train.data.sources.source import open_source, read_rows
 from train.errors import UserError
 from train.recipe import Source
@@ -88,7 +88,7 @@ def test_a_companion_is_skipped_in_a_folder_and_refused_by_name(
     write(tmp_path / "train" / name, content)
     if name != "state.json":
         opened = open_source(Source(path=str(tmp_path / "train")))
-        assert opened.companions == [f"{tmp_path / 'train' / name} ({companion(path)})"]
+        assert opened.metadata_files == [f"{tmp_path / 'train' / name} ({companion(path)})"]
         assert rows_of(tmp_path / "train") == ROWS
     assert rows_of(tmp_path / "data" / "*") == ROWS + ROWS
     only = write(tmp_path / "only" / "below" / name, content)
@@ -131,7 +131,7 @@ def test_the_state_of_another_program_makes_no_saved_data_set_of_a_folder(tmp_pa
     write(tmp_path / "state.json", {"step": 7})
     jsonl(tmp_path / "rows.jsonl")
     assert rows_of(tmp_path) == ROWS
-    assert open_source(Source(path=str(tmp_path))).companions == [f"{tmp_path}/state.json (the state of a program)"]
+    assert open_source(Source(path=str(tmp_path))).metadata_files == [f"{tmp_path}/state.json (the state of a program)"]
 
 
 def test_skipped_companions_are_named_by_a_check(

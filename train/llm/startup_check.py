@@ -18,12 +18,12 @@ from dataclasses import replace
 
 from train.errors import UserError
 from train.formatting import duration
-from train.llm.concurrency import Pauses
+from train.llm.concurrency import Backoff
 from train.llm.connection.diagnosis import about, explain, list_models, look, name_models
 from train.llm.connection.errors import speaks_tls, tls_wanted
 from train.llm.connection.redaction import Redactor
 from train.llm.journal import Answer, Decoding, Request
-from train.llm.refusals import NameSetting, config_setting, names_field
+from train.llm.refusals import SettingFormatter, format_config_key, names_field
 from train.llm.server import PAUSE_OF_A_START, SILENT, Server, ServerConnection
 from train.llm.server_errors import ServerError
 from train.progress import SECONDS_BETWEEN_LINES
@@ -52,9 +52,9 @@ async def check_servers(
     model: str,
     *,
     wait: float = 0.0,
-    pauses: Pauses | None = None,
+    backoff: Backoff | None = None,
     stages: Mapping[str, Decoding] = _PLAIN,
-    name_setting: NameSetting = config_setting,
+    format_setting: SettingFormatter = format_config_key,
 ) -> None:
     """Ask each server, and print what it is. `stages`: the stages of the run and how their answers are drawn.
 
@@ -62,7 +62,7 @@ async def check_servers(
     fault of TLS; and where none can be reached for `wait` seconds. One of several that can't be reached is a warning.
     """
     lanes = [
-        ServerConnection(server, pauses or Pauses(), patience=float("inf"), name_setting=name_setting)
+        ServerConnection(server, backoff or Backoff(), patience=float("inf"), format_setting=format_setting)
         for server in servers
     ]
     requests = _distinct(stages)
@@ -137,7 +137,7 @@ async def _contact(lane: ServerConnection, model: str, requests: Sequence[Reques
             told = time.monotonic()
             print(f"{lane.name}: {outcome.what}; waiting up to {duration(left)} for it", flush=True)
         failures += 1
-        await asyncio.sleep(min(lane.pauses.after(failures), PAUSE_OF_A_START, left))
+        await asyncio.sleep(min(lane.backoff.after(failures), PAUSE_OF_A_START, left))
 
 
 async def _one_token(
@@ -158,7 +158,7 @@ async def _one_token(
                 if not (isinstance(outcome, ServerError) and outcome.kind in ("again", "fault", "dropped")):
                     break
                 if outcome.kind != "again":
-                    await asyncio.sleep(lane.pauses.after(tries))
+                    await asyncio.sleep(lane.backoff.after(tries))
             return outcome
     except TimeoutError:
         return None

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.data.chat.template import use_template
-from train.data.diagnostics import describe_unread, warnings_of
-from train.data.prepare import Prepared, examine, refusal
-from train.data.sources.formats import ROLES, RowFault, convert, detect, read_row
+from train.data.diagnostics import describe_unread, find_data_warnings
+from train.data.prepare import Prepared, examine, find_data_error
+from train.data.sources.formats import ROLES, RowError, convert, detect, read_row
 from train.data.sources.readers import ParsedRows
-from train.data.sources.source import conversations
-from train.data.sources.unused_text import is_metadata, is_prose, lost_text
-from train.data.tokens.table import Faults
+from train.data.sources.source import read_conversations
+from train.data.sources.unread_text import is_metadata, is_prose, lost_text
+from train.data.tokens.table import RowIssues
 from train.data.tokens.workers import RowTokenizer
 from train.model.tokenizer import load_tokenizer
 from train.recipe import ModelSection, Source, load_recipe
@@ -44,7 +44,7 @@ def rows(tiny_model: Path) -> RowTokenizer:
     return RowTokenizer(tokenizer, "assistant")
 
 
-def encoded(rows: RowTokenizer, row: dict[str, Any], format: str = "auto") -> tuple[str, Faults]:
+def encoded(rows: RowTokenizer, row: dict[str, Any], format: str = "auto") -> tuple[str, RowIssues]:
     """The text of a row as it is trained (all of its rows), and what is told of it."""
     batch, faults = rows.encode_chunk(0, ParsedRows([(":1", row)]), detect(row) if format == "auto" else format)
     backend = rows.encoder._backend
@@ -177,7 +177,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_what_can_be_read_in_two_ways_is_a_fault(name: str) -> None:
     row, kind, words = FAULTS[name]
-    with pytest.raises(RowFault) as caught:
+    with pytest.raises(RowError) as caught:
         read_row(row, detect(row), ":1")
     assert caught.value.kind == kind
     assert words in caught.value.detail
@@ -318,7 +318,7 @@ def test_a_check_refuses_content_that_is_not_read_and_says_what_to_write(
         tokenizer = load_tokenizer(loaded.model)
         use_template(tokenizer, loaded.chat.template)
         data = examine(loaded, tokenizer)
-        return data, refusal(data, loaded.data)
+        return data, find_data_error(data, loaded.data)
 
     data, error = examined("why", "messages[].note")
     assert error is None
@@ -329,7 +329,7 @@ def test_a_check_refuses_content_that_is_not_read_and_says_what_to_write(
     assert "Did you mean messages[].note?" in error
     data, error = examined("why", "messages[].note", "images")  # of another shard, say, or empty in this one
     assert error is None
-    assert warnings_of(data)[:1] == [f"data.sources.0.ignore: no row of {file} has a value under `images`"]
+    assert find_data_warnings(data)[:1] == [f"data.sources.0.ignore: no row of {file} has a value under `images`"]
 
 
 def test_what_is_ignored_is_read_as_if_it_were_not_there(rows: RowTokenizer) -> None:
@@ -349,12 +349,12 @@ def test_rows_for_a_model_to_answer_lose_no_text_either(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     row = {"messages": [USER, ASSISTANT], "id": "x", "chat_template_kwargs": {"custom_instructions": "Rhyme."}}
     file.write_text(json.dumps(row) + "\n")
-    ((_, fault),) = conversations(Source(path=str(file)))
-    assert isinstance(fault, RowFault)
+    ((_, fault),) = read_conversations(Source(path=str(file)))
+    assert isinstance(fault, RowError)
     assert "`chat_template_kwargs.custom_instructions` holds" in fault.detail
     ignore = ("chat_template_kwargs.custom_instructions",)
-    ((_, read),) = conversations(Source(path=str(file), ignore=ignore))
-    assert not isinstance(read, RowFault)
+    ((_, read),) = read_conversations(Source(path=str(file), ignore=ignore))
+    assert not isinstance(read, RowError)
 
 
 # -- any row of any format

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from train.data.sources.formats import RowFault, detect, read_row
+from train.data.sources.formats import RowError, detect, read_row
 from train.errors import UserError
 
 _LARGEST = 16 << 20
@@ -113,6 +113,6 @@ def _is_readable(value: dict[str, Any]) -> bool:
     """Return whether a row can be read; the features of a data set have the names of a row's columns, but no texts."""
     try:
         read_row(value, detect(value), "")
-    except (UserError, RowFault):
+    except (UserError, RowError):
         return False
     return True

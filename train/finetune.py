@@ -1,0 +1,132 @@
+"""One training run, from the recipe to the saved model and its report."""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from rich.console import Console
+
+from train.data.chat.assistant_spans import SpanFinder
+from train.data.chat.template import without_generation_marks
+from train.data.prepare import prepare
+from train.errors import USER_FIXABLE_ERRNOS, UserError
+from train.loop.arguments import training_arguments
+from train.loop.checkpoint.manifest import Checkpoint
+from train.loop.checkpoint.resume import check_distribution, date_of_run, refuse_changes, with_same_steps
+from train.loop.checkpoint.resumed_settings import ResumedSettings
+from train.loop.checkpoint.side_files import side_file_faults
+from train.loop.checkpoint.trainer_state import facts_of_data, sharding
+from train.loop.metrics_log import StepLog
+from train.loop.optimizer_test import try_optimizer
+from train.loop.output_dir import claim_output_dir, lock_output_dir
+from train.loop.preemption import Preemption
+from train.loop.report import say_where_it_goes_on, write_report
+from train.loop.run_outcome import fingerprint, record_run_outcome
+from train.loop.tracking import tracked
+from train.loop.trainer import JanusTrainer
+from train.model.float8 import check_start
+from train.model.inference import stop_at
+from train.model.load import check_model, load_config, load_model
+from train.model.quantized_weights import with_saved_quantization
+from train.model.tokenizer import check_vocabulary, load_chat_tokenizer
+from train.preflight.start_screen import start_screen
+from train.ranks import is_first_rank, world_size
+from train.recipe import Recipe
+from train.recipe.schedule import compute_schedule, schedule_error
+from train.system_gain.validation_rows import describe_gain, gain_refusal, gain_rows
+
+
+def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway: Sequence[str] = ()) -> None:
+    """Train the model of a recipe, from its beginning or from `checkpoint`, and save it with a report.
+
+    `resume_anyway`: keys of the recipe that may have changed since the checkpoint.
+    Raises UserError for whatever the user can fix: almost all of it before the weights are loaded.
+    """
+    # Whatever this machine can't train is found before the data is prepared.
+    checked = check_model(recipe)
+    try_optimizer(recipe)
+    if checkpoint:
+        with_deepspeed = checkpoint.manifest["distribution"].startswith("DeepSpeed")
+        ResumedSettings(checkpoint, recipe).refuse(checkpoint, deepspeed=with_deepspeed)
+    tokenizer, template, _ = load_chat_tokenizer(recipe, date_of_run(checkpoint))
+    check_vocabulary(tokenizer, recipe.model, checked.embeddings)
+    check_start(recipe)
+
+    output_dir = Path(recipe.output_dir)
+    with _claimed_output_dir(recipe, checkpoint) as preemption:
+        # Load the data.
+        if checkpoint:
+            recipe = with_same_steps(recipe, checkpoint, resume_anyway, world_size())
+        _refuse(side_file_faults(recipe, tokenizer))
+        data = prepare(recipe, tokenizer)
+        facts = facts_of_data(data, tokenizer)
+        if checkpoint:
+            facts_before = {key: value for key, value in checkpoint.manifest["run"].items() if key.startswith("made.")}
+            refuse_changes(checkpoint, facts_before, facts, resume_anyway)
+        gain = gain_rows(recipe, data, tokenizer)
+        tokens_per_sequence = data.train.stats.tokens_per_sequence
+        steps = compute_schedule(recipe.training, len(data.train.dataset), tokens_per_sequence, world_size())
+        _refuse([gain_refusal(recipe, gain) or schedule_error(recipe.training, steps)])
+
+        # Set up the trainer; under ZeRO-3 its arguments must exist before the model is loaded.
+        stop_tokens = SpanFinder(tokenizer).stop_tokens
+        described = with_saved_quantization(recipe, load_config(recipe.model))
+        arguments = training_arguments(described, stop_tokens)
+        if checkpoint:
+            check_distribution(checkpoint, sharding(arguments))
+        tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
+        step_log = StepLog(recipe.output_dir)
+        with tracked(recipe, checkpoint.manifest["wandb_run"] if checkpoint else None):
+            _print(f"loading {recipe.model.name_or_path}")
+            model = load_model(recipe)
+            stop_at(model, tokenizer, stop_tokens)
+            trainer = JanusTrainer(
+                recipe, arguments, model, tokenizer, data, [step_log], preemption=preemption, gain=gain, about=facts
+            )
+            screen = start_screen(
+                described, template, data, trainer.model, arguments, describe_gain(gain),
+                model_notes=checked.notes, width=Console().width,
+            )  # fmt: skip
+            _print(screen)
+
+            # Train.
+            if checkpoint:
+                _print(f"going on from {checkpoint.folder}")
+            started = time.monotonic()
+            with step_log:
+                trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
+                if preemption.reason:
+                    say_where_it_goes_on(output_dir)
+                    return
+
+                # Save the model before anything else that could fail, evaluate and report.
+                trainer.save_model(recipe.output_dir)
+                if data.validation and arguments.eval_strategy == "no":
+                    _print(f"the model is in {recipe.output_dir}; evaluating it")
+                    trainer.evaluate()
+            if is_first_rank():
+                reported = write_report(output_dir, screen, time.monotonic() - started)
+                _print(f"the model {'and report.md are' if reported else 'is'} in {recipe.output_dir}")
+
+
+@contextmanager
+def _claimed_output_dir(recipe: Recipe, checkpoint: Checkpoint | None) -> Iterator[Preemption]:
+    """Hold output_dir for this run alone, watch for requests to stop, and record how the run ends."""
+    lock = lock_output_dir(recipe.output_dir)
+    claim_output_dir(recipe)
+    preemption = Preemption(recipe.output_dir, recipe.save, checkpoint.step if checkpoint else 0)
+    run = fingerprint(recipe) if is_first_rank() else {}
+    outcome = record_run_outcome(recipe.output_dir, preemption, USER_FIXABLE_ERRNOS, run)
+    with preemption.watching(), outcome, lock or nullcontext():
+        yield preemption
+
+
+def _refuse(errors: Iterable[str | None]) -> None:
+    if texts := [error for error in errors if error]:
+        raise UserError(" ".join(texts))
+
+
+def _print(line: str) -> None:
+    if is_first_rank():
+        print(line, flush=True)

@@ -1,1 +1,0 @@
-"""The warning of a run in which most replies held no verdict that could be read."""

@@ -1,6 +1,7 @@
 """The READMEs: their links, the paths and the options that they name, and their length."""
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -14,7 +15,11 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import yaml
 from accelerate.commands.launch import launch_command_parser
+
+from train.data.sources.formats import detect
+from train.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 NAMES = subprocess.run(
@@ -158,6 +163,27 @@ def test_every_option_that_is_named_is_that_of_some_command(name: str) -> None:
     prose, _ = prose_and_code(name)
     named = {option for span in re.findall(r"`([^`]+)`", prose) for option in OPTION.findall(span)}
     assert named - ours - options_of_accelerate_launch() - set().union(*OTHER_PROGRAMS.values()) == set()
+
+
+def block(name: str, language: str) -> str:
+    """Return the only code block of a page in a language."""
+    (text,) = re.findall(rf"^```{language}\n(.*?)^```", (ROOT / name).read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    return text
+
+
+def test_the_sample_row_of_the_first_page_is_a_conversation_with_a_system_message() -> None:
+    row = json.loads(block("README.md", "json"))
+    assert detect(row) == "messages"
+    assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
+
+
+def test_the_recipe_of_the_first_page_loads_and_has_every_section(tmp_path: Path) -> None:
+    text = block("README.md", "yaml")
+    (tmp_path / "my_recipe.yaml").write_text(text, encoding="utf-8")
+    recipe = load_recipe(tmp_path / "my_recipe.yaml")
+    assert set(yaml.safe_load(text)) == set(type(recipe).model_fields)
+    assert len(text.splitlines()) <= 20
+    assert (ROOT / recipe.data.sources[0].path).is_file()
 
 
 @pytest.mark.parametrize(("name", "lines"), [("README.md", 220), ("AGENTS.md", 80)])

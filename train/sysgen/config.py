@@ -1,7 +1,7 @@
 """The configuration of a SYSGEN run: a YAML file in recipes/sysgen, strict and documented key by key.
 
 Defaults are the paper's (section 3 and appendix of arXiv:2502.11330) where it states one; where it is silent, the
-docstring says so. README.md lists every departure from the paper with its key.
+docstring says so. train/sysgen/README.md lists every departure from the paper with its key.
 """
 
 from collections.abc import Sequence

@@ -117,7 +117,7 @@ def test_there_are_readmes() -> None:
 def test_every_link_leads_somewhere(name: str) -> None:
     prose, _ = prose_and_code(name)
     broken = []
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+    for target in re.findall(r"(?:\]\(|src=\")([^)\"\s]+)", prose):
         if re.match(r"https?:", target):
             continue
         path, _, anchor = target.partition("#")

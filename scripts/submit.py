@@ -202,7 +202,7 @@ def check_recipe(recipe: Recipe, processes: int, anyway: list[str]) -> None:
     refuse_missing(recipe)
     import torch
 
-    from train.loop.optimizer_test import try_optimizer
+    from train.loop.optimizer_test import check_optimizer
     from train.model.folder import check_model_folder
     from train.model.load import check_model
     from train.model.tokenizer import check_vocabulary, load_chat_tokenizer
@@ -215,16 +215,17 @@ def check_recipe(recipe: Recipe, processes: int, anyway: list[str]) -> None:
     # A login node has no GPU to try kernels on: the nodes do that, before they load the model.
     anything = recipe.model.model_copy(update={"attention": "auto"})
     checked = check_model(recipe if torch.cuda.is_available() else recipe.model_copy(update={"model": anything}))
-    try_optimizer(recipe)
+    check_optimizer(recipe)
     check_vocabulary(load_chat_tokenizer(recipe).tokenizer, recipe.model, checked.embeddings)
 
 
 def _check_checkpoint(recipe: Recipe, anyway: list[str]) -> None:
     """Raise UserError where the newest checkpoint belongs to another run. Its files are left for the job to verify."""
-    from train.loop.checkpoint.manifest import COMPLETE, Checkpoint, folders
-    from train.loop.checkpoint.resume import refuse_changes, run_fingerprint
+    from train.loop.checkpoint.fingerprint import run_fingerprint
+    from train.loop.checkpoint.manifest import COMPLETE, Checkpoint, list_checkpoints
+    from train.loop.checkpoint.resume import refuse_changes
 
-    for folder in folders(recipe.output_dir, recipe.save.mirror_dir):
+    for folder in list_checkpoints(recipe.output_dir, recipe.save.mirror_dir):
         try:
             manifest = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
             before = {key: value for key, value in manifest["run"].items() if not key.startswith("made.")}

@@ -1,6 +1,7 @@
 """What the tests share: a real small model and tokenizer, a tiny one with random weights, Mistral's tokenizer."""
 
 import atexit
+import gc
 import importlib.util
 import json
 import os
@@ -29,6 +30,18 @@ WORDS = "river stone cloud amber seven quiet window paper north candle orbit map
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whole runs first: one that is left for the end keeps a single worker busy while the others have nothing to do."""
     items.sort(key=lambda item: ("integration" not in item.path.parts, item.path.parent != Path(__file__).parent))
+
+
+_frozen_modules = 0
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Exclude imported modules from garbage collection: a run collects before training, 2 s with all of torch and TRL."""
+    global _frozen_modules
+    if len(sys.modules) > _frozen_modules + 100:
+        gc.collect()
+        gc.freeze()
+        _frozen_modules = len(sys.modules)
 
 
 @pytest.fixture(scope="session")

@@ -89,9 +89,9 @@ def submit(
         code = submit_module.main(["--recipe", str(recipe), *where, *arguments])
         shown = capsys.readouterr()
         assert code == 0, shown.err
-        found = re.match(r"job (\d+): ", shown.out)
-        assert found, shown.out
-        return found[1]
+        match = re.match(r"job (\d+): ", shown.out)
+        assert match, shown.out
+        return match[1]
 
     return run
 
@@ -112,8 +112,8 @@ def resumes_from(recipe: Path, *overrides: str) -> int:
     from train.loop.checkpoint.resume import find_checkpoint
     from train.recipe import load_recipe
 
-    found = find_checkpoint("auto", load_recipe(recipe, overrides))
-    return found.step if found else 0
+    checkpoint = find_checkpoint("auto", load_recipe(recipe, overrides))
+    return checkpoint.step if checkpoint else 0
 
 
 @needs_deepspeed
@@ -146,12 +146,12 @@ def test_two_nodes_are_warned_save_requeue_themselves_go_on_and_finish(
     slurm.wait_for(job, "COMPLETED")
     assert json.loads((run / "outcome.json").read_text())["outcome"] == "finished"
     assert steps_logged(run) == [*range(1, steps + 1)]  # none is missing, none was made twice
-    told = log.read_text()
-    assert f"requeued: goes on from step {stopped}" in told
-    assert f"job {job}, restart 1 of at most 20" in told
-    assert told.count("preflight of 127.0.0.[1-2]: commit ") == 2
-    assert f"going on from {run}/checkpoint-{stopped}" in told
-    assert SECRET not in told
+    output = log.read_text()
+    assert f"requeued: goes on from step {stopped}" in output
+    assert f"job {job}, restart 1 of at most 20" in output
+    assert output.count("preflight of 127.0.0.[1-2]: commit ") == 2
+    assert f"going on from {run}/checkpoint-{stopped}" in output
+    assert SECRET not in output
     assert (run / "model.safetensors").is_file()
 
 
@@ -184,10 +184,10 @@ def test_a_failing_node_and_scancel_leave_whole_checkpoints(
     assert slurm.state(job).startswith("CANCELLED")
     # SIGTERM came first, SIGKILL would have come after KillWait (30 s here): time enough to save this model.
     assert resumes_from(recipe) == steps_logged(run)[-1] > saved
-    told = log.read_text()
-    assert f"going on from {run}/checkpoint-{saved}" in told
-    assert told.count("stopped: Slurm ends this job") == 2
-    assert "requeued: goes on" not in told
+    output = log.read_text()
+    assert f"going on from {run}/checkpoint-{saved}" in output
+    assert output.count("stopped: Slurm ends this job") == 2
+    assert "requeued: goes on" not in output
 
 
 def test_a_crash_loop_stops_after_its_bound(

@@ -12,7 +12,7 @@ from transformers import optimization, trainer_optimizer
 from transformers.training_args import OptimizerNames
 
 from train.errors import UserError
-from train.loop.optimizer_test import try_optimizer
+from train.loop.optimizer_test import check_optimizer
 from train.recipe import load_recipe
 from train.recipe.lr_schedules import ARGUMENTS, FOLLOWS_EVALUATION, too_long
 from train.recipe.optimizer_arguments import arguments_of, missing_package
@@ -214,7 +214,7 @@ ALLOWED: list[dict[str, Any]] = [
 def test_what_works_is_allowed_and_can_be_built(load: Callable[..., Any], training: dict[str, Any]) -> None:
     if missing_package(training.get("optim", "")):
         pytest.skip("a package that is optional is not installed")
-    try_optimizer(load(**training))
+    check_optimizer(load(**training))
 
 
 @pytest.mark.parametrize(
@@ -224,12 +224,12 @@ def test_what_works_is_allowed_and_can_be_built(load: Callable[..., Any], traini
         ({"optim": "adagrad", "optim_args": "eps=-1"}, ["training.optim: adagrad can't be built with", "optim_args"]),
         (
             {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 1.7e308}},
-            ["training.lr_scheduler_kwargs: transformers can't make a cosine schedule", "Write other arguments"],
+            ["training.lr_scheduler_kwargs: transformers can't build a cosine schedule", "Write other arguments"],
         ),
         (
             {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch",
              "lr_scheduler_kwargs": {"min_lr": [0.0, 0.0, 0.0]}},
-            ["training.lr_scheduler_kwargs: transformers can't make a reduce_lr_on_plateau schedule"],
+            ["training.lr_scheduler_kwargs: transformers can't build a reduce_lr_on_plateau schedule"],
         ),
     ],
 )  # fmt: skip
@@ -237,7 +237,7 @@ def test_what_only_building_shows_is_told_with_its_key(
     load: Callable[..., Any], training: dict[str, Any], words: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
-        try_optimizer(load(**training))
+        check_optimizer(load(**training))
     assert [word for word in words if word not in str(caught.value)] == []
 
 

@@ -503,10 +503,12 @@ def test_what_we_accept_trl_accepts(tmp_path: Path) -> None:
 
 
 def test_a_time_is_written_as_slurm_writes_it(recipe_file: Path) -> None:
-    from train.loop.time_limit import seconds_of
+    from train.loop.time_limit import parse_time_limit
 
     for written, seconds in (("90:00", 5_400), ("11:30:00", 41_400), ("2-00:00:05", 172_805)):
-        assert seconds_of(str(load_recipe(recipe_file, [f"save.time_limit={written}"]).save.time_limit)) == seconds
+        assert (
+            parse_time_limit(str(load_recipe(recipe_file, [f"save.time_limit={written}"]).save.time_limit)) == seconds
+        )
     for wrong in ("tomorrow", "1:2:3:4", "11:30:0"):
         said = fault(recipe_file, f"save.time_limit={wrong}")
         assert "Allowed: text such as '11:30:00' or '2-00:00:00'; or null" in said

@@ -154,8 +154,8 @@ def test_a_port_that_another_program_has(preflight: Callable[..., list[tuple[int
 def test_the_stop_file_is_named_though_another_process_saw_it_first(tmp_path: Path) -> None:
     """The batch script requeues unless a person touched output_dir/stop: the first process must say which file it was."""
     first = Preemption(str(tmp_path), SaveSection())
-    assert not first.asked()
+    assert not first.is_requested()
     (tmp_path / "stop").touch()
-    assert not first.asked()  # it has just looked
+    assert not first.is_requested()  # it has just looked
     first.agree()  # as another process was asked to stop
     assert first.reason == "the file stop"

@@ -322,4 +322,4 @@ def test_deepspeeds_configuration_must_be_there_from_where_it_is_submitted(
     [("90", 5_400), ("90:30", 5_430), ("1:30:00", 5_400), ("2-12", 216_000), ("2-12:30", 217_800), ("0-0:0:9", 9)],
 )
 def test_time_limits_are_read_as_slurm_reads_them(submit: ModuleType, limit: str, seconds: int) -> None:
-    assert submit.seconds_of(limit) == seconds
+    assert submit.parse_time_limit(limit) == seconds

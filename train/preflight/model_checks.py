@@ -56,12 +56,12 @@ class ModelFacts:
 
 def examine_model(recipe: Recipe) -> ModelFacts:
     """Check model, optimizer and schedule; the side files need a tokenizer. Raises UserError if one doesn't fit."""
-    from train.loop.optimizer_test import try_optimizer
+    from train.loop.optimizer_test import check_optimizer
     from train.model.load import check_model, load_config
     from train.model.quantized_weights import with_saved_quantization
 
     model = check_model(recipe)
-    try_optimizer(recipe)
+    check_optimizer(recipe)
     described = with_saved_quantization(recipe, load_config(recipe.model))
     saved = described.quantization if described is not recipe else None
     return ModelFacts(model.notes, model.embeddings, saved.model_dump() if saved else None, [])

@@ -120,13 +120,14 @@ def schedule_warnings(training: Mapping[str, Any], steps: Schedule, sequences: i
             yield f"Of {steps.processes:,} processes some train what others do, as there are too few sequences for all"
 
 
-_BATCH = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
+BATCH_KEYS = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 """What one step consists of; another split of as many sequences is the same step."""
 
 
 def sequences_per_step(recipe: Recipe, processes: int) -> int:
     """Rows of all processes and accumulation steps in one optimizer step."""
     each, accumulated = (
-        recipe.training.get(key.partition(".")[2], training_fields()[key.partition(".")[2]].default) for key in _BATCH
+        recipe.training.get(key.partition(".")[2], training_fields()[key.partition(".")[2]].default)
+        for key in BATCH_KEYS
     )
     return int(each * accumulated * processes)

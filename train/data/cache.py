@@ -25,7 +25,7 @@ from train.errors import UserError
 from train.progress import ProgressBar
 from train.ranks import is_first_rank
 from train.storage.atomic_write import fsync
-from train.storage.checksum import digest_of_files
+from train.storage.checksum import hash_files
 
 _MANIFEST = "manifest.json"
 _PROGRESS = "progress"
@@ -130,7 +130,7 @@ def _make(folder: Path, key: str, build: Build) -> Entry:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "xxh3_128": digest_of_files([path])}
+    return {"bytes": path.stat().st_size, "xxh3_128": hash_files([path])}
 
 
 def _read(folder: Path) -> Mapping[str, Any] | None:

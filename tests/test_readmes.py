@@ -19,6 +19,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 
 from train.data.sources.formats import detect
+from train.errors import UserError
 from train.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -184,6 +185,25 @@ def test_the_recipe_of_the_first_page_loads_and_has_every_section(tmp_path: Path
     assert set(yaml.safe_load(text)) == set(type(recipe).model_fields)
     assert len(text.splitlines()) <= 20
     assert (ROOT / recipe.data.sources[0].path).is_file()
+
+
+def test_the_error_of_the_first_page_is_what_its_recipe_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = """\
+model:
+  name_or_path: outputs/smollm2-135m-instruct
+chat:
+  template: mistral-sytem
+data:
+  sources: [{path: recipes/smollm2-135m/data/train.jsonl}]
+  max_length: 512
+learning_rate: 1.0e-4
+output_dir: outputs/mine
+"""
+    (tmp_path / "my.yaml").write_text(recipe, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        load_recipe("my.yaml")
+    assert f"```\nerror: {error.value}\n```" in (ROOT / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize(("name", "lines"), [("README.md", 220), ("AGENTS.md", 80)])

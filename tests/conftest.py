@@ -152,12 +152,10 @@ def command(evaluate_script: ModuleType) -> Callable[..., int]:
     """Return a function that runs a command of scripts/evaluate.py in this process and returns its exit code."""
 
     def run(*arguments: object) -> int:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-            try:
-                return evaluate_script.main()
-            except SystemExit as end:  # argparse's own
-                return int(end.code)
+        try:
+            return evaluate_script.main([*map(str, arguments)])
+        except SystemExit as end:  # argparse's own
+            return int(end.code)
 
     return run
 

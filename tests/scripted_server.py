@@ -1,4 +1,4 @@
-"""OpenAI-compatible server on loopback that answers by a script and counts its requests and answers."""
+"""OpenAI-compatible server on loopback that answers by a script and records its requests."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ from typing import Any, Self
 
 @dataclass
 class Asked:
-    """A request. `times`: number of earlier requests with the same prompt."""
+    """A request as the server received it. `times`: earlier requests with the same prompt."""
 
     body: dict[str, Any]
     headers: dict[str, str]
@@ -28,7 +28,7 @@ class Asked:
 
 @dataclass
 class Reply:
-    """A response: `body` as JSON, or bytes. `drop`: close the connection after this number of bytes."""
+    """A response: `body` as JSON, or the bytes. `drop` ends the connection after this many bytes."""
 
     status: int = 200
     body: Any = None
@@ -36,23 +36,23 @@ class Reply:
     drop: int | None = None
 
 
-def said(text: str | None, finish_reason: str = "stop", **message: Any) -> Reply:
-    """Return a chat completion; each word counts as a token."""
-    words = len((text or "").split())
+def chat_reply(text: str | None, finish_reason: str = "stop", **message: Any) -> Reply:
+    """Return a chat completion; a word is a token."""
+    tokens = len((text or "").split())
     choice = {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text, **message}}
-    usage = {"prompt_tokens": 7, "completion_tokens": words, "total_tokens": 7 + words}
+    usage = {"prompt_tokens": 7, "completion_tokens": tokens, "total_tokens": 7 + tokens}
     return Reply(body={"id": "c", "object": "chat.completion", "created": 1, "choices": [choice], "usage": usage})
 
 
 def error(status: int, message: str, *, headers: dict[str, str] | None = None, **more: Any) -> Reply:
-    """Return an error in OpenAI's format."""
+    """Return an error in OpenAI's form."""
     return Reply(
         status, {"error": {"message": message, "type": "x", "param": None, "code": None, **more}}, headers or {}
     )
 
 
 def _bytes_of(reply: Reply) -> bytes:
-    """Return the bytes of a response."""
+    """Return the raw bytes of a response."""
     content = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
     lines = [f"HTTP/1.1 {reply.status} Said", f"Content-Length: {len(content)}"]
     lines += [f"{name}: {value}" for name, value in reply.headers.items()]
@@ -63,11 +63,11 @@ Script = Callable[[Asked], Awaitable[Reply]]
 
 
 class ScriptedServer:
-    """Server on a free port.
+    """A server with a script.
 
-    - `answered`: number of complete answers with status 200, by prompt.
-    - `models`: names that it lists; such requests are not in `asked`. None: the script answers them.
-    - `encryption`: TLS context.
+    answered: number of complete answers (status 200) by prompt.
+    models: the models that it lists; such requests are not in `asked`. None = the script answers them.
+    encryption: SSL context of a server with TLS.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class ScriptedServer:
         return f"http{'s' if self.encryption else ''}://127.0.0.1:{self._port}/v1"
 
     async def __aenter__(self) -> Self:
-        # The same port after a stop, so that a server can be restarted.
+        # The same port after a stop, so that a server can come back.
         self._server = await asyncio.start_server(self._connected, "127.0.0.1", self._port, ssl=self.encryption)
         self._port = self._server.sockets[0].getsockname()[1]
         return self
@@ -100,7 +100,7 @@ class ScriptedServer:
         await asyncio.gather(*self._connections, return_exceptions=True)
 
     def prompts(self) -> Counter[str]:
-        """Return the number of requests by prompt, without requests for the list of models."""
+        """Return the number of requests by prompt, without requests for the models."""
         return Counter(asked.prompt for asked in self.asked if asked.body)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -111,7 +111,7 @@ class ScriptedServer:
             while await self._exchange(reader, writer):
                 pass
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass  # the client disconnected, or the server stops
+            pass  # the client left, or the server stops
         finally:
             self._connections.discard(task)
             writer.close()
@@ -139,11 +139,15 @@ class ScriptedServer:
             writer.write(response[: reply.drop])
             return False
         if reader.at_eof() or writer.is_closing():
-            return False  # the client disconnected
+            return False  # the client left: it is not answered
         self.answered[asked.prompt] += reply.status == 200
         writer.write(response)
         await writer.drain()
         return True
+
+
+said = chat_reply
+"""The former name of `chat_reply`."""
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def test_gain_and_compare_on_a_full_disk_keep_the_old_files(
     assert room < min(len(text) for name, text in before.items() if name.endswith(".png"))
     for asked in ((*gain, "--seed", "1"), ("compare", tmp_path / "copy", tmp_path / "out", "--seed", "1")):
         with file_size_limit(room):
-            assert says_no(*asked) == f"{tmp_path / 'out'}: can't be written: File too large"
+            assert says_no(*asked) == f"{tmp_path / 'out'}: cannot be written: File too large"
         after = contents(tmp_path / "out")
         after["gain_scores.jsonl"] = before["gain_scores.jsonl"]  # the journal, which only grows
         assert after == before
@@ -109,5 +109,5 @@ def test_a_plot_that_cannot_be_written_leaves_the_old_results(
             before = (folder / f"{name}.json").read_bytes()
             (folder / f"{name}.png").unlink()
             (folder / f"{name}.png").mkdir()
-            assert says_no(*arguments, "65") == f"{folder}: can't be written: Is a directory"
+            assert says_no(*arguments, "65") == f"{folder}: cannot be written: Is a directory"
             assert (folder / f"{name}.json").read_bytes() == before

@@ -205,7 +205,7 @@ def test_a_base_with_an_adapter_in_its_folder_is_refused(
     for name in names:
         shutil.copy(adapter / name, base / name)
     error = refused(base if case == "one folder" else adapter, "--base", base, *output)
-    assert error.startswith(f"{base}: as a base it must hold no adapter, and it holds adapter_config.json")
+    assert error.startswith(f"{base}: a base must hold no adapter, and it has adapter_config.json")
     assert not list(tmp_path.glob("merged*"))
 
 

@@ -10,10 +10,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from train.data.chat.system_role import describe_effect
-from train.data.diagnostics import DroppedRows, find_data_warnings, find_dropped_rows
+from train.data.diagnostics import DroppedRows, find_data_error, find_data_warnings, find_dropped_rows
 from train.data.loss_mask import NOT_TRAINED
-from train.data.prepare import CachedSource, ExampleRow, Prepared, SplitStats, UnreadText, find_data_error
-from train.data.stats import Bin, Overlap, Repeats, histogram, quantiles
+from train.data.prepared_data import CachedSource, ExampleRow, PreparedData, SplitStats, UnreadText
+from train.data.stats import Bin, Overlap, Repeats, histogram
 from train.model.tokenizer import ChatTokenizer
 from train.preflight.checks import find_run_errors
 from train.recipe import Recipe
@@ -128,7 +128,7 @@ class Report:
 def build_report(
     recipe: Recipe,
     chat: ChatTokenizer,
-    data: Prepared,
+    data: PreparedData,
     *,
     errors: Sequence[str] = (),
     notes: Sequence[str] = (),

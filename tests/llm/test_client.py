@@ -258,7 +258,7 @@ def test_a_server_that_never_answers_anything_ends_the_run(tmp_path: Path, reply
     async def a_good_one_first(client: Client, servers: list[ScriptedServer]) -> None:
         await client.ask(about("good"))
         failures = await asyncio.gather(
-            *(client.ask(about(f"{number}")) for number in range(20)), return_exceptions=True
+            *(client.ask(about(f"{number}")) for number in range(10)), return_exceptions=True
         )
         assert {type(failure) for failure in failures} == {RequestFailed}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from train.loop.guards.anomalies import SUSPECTS
+from train.loop.output_dir import SUSPECTS
 
 _POISON = "Z"
 
@@ -26,10 +26,10 @@ def poison(tiny_model: Path, folder: Path) -> Path:
 
 def rows(path: Path, bad: set[int]) -> Path:
     """Write 12 rows, of which those of these numbers (from 0) have the letter Z."""
-    chance = random.Random(5)
+    rng = random.Random(5)
     with path.open("w", encoding="utf-8") as lines:
         for number in range(12):
-            text = "".join(chance.choice("abcdefgh ") for _ in range(40))
+            text = "".join(rng.choice("abcdefgh ") for _ in range(40))
             question = {"role": "user", "content": text + _POISON * (number in bad)}
             lines.write(json.dumps({"messages": [question, {"role": "assistant", "content": text}]}) + "\n")
     return path

@@ -1,6 +1,7 @@
 """What the tests share: a real small model and tokenizer, a tiny one with random weights, Mistral's tokenizer."""
 
 import atexit
+import gc
 import importlib.util
 import json
 import os
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -29,6 +30,18 @@ WORDS = "river stone cloud amber seven quiet window paper north candle orbit map
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whole runs first: one that is left for the end keeps a single worker busy while the others have nothing to do."""
     items.sort(key=lambda item: ("integration" not in item.path.parts, item.path.parent != Path(__file__).parent))
+
+
+_frozen_modules = 0
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Exclude imported modules from garbage collection: a run collects before training, 2 s with all of torch and TRL."""
+    global _frozen_modules
+    if len(sys.modules) > _frozen_modules + 100:
+        gc.collect()
+        gc.freeze()
+        _frozen_modules = len(sys.modules)
 
 
 @pytest.fixture(scope="session")
@@ -113,14 +126,25 @@ def tiny_chat_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-@pytest.fixture(scope="session")
-def evaluate_script() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    spec = importlib.util.spec_from_file_location("evaluate_command_of_evaluation", ROOT / "scripts" / "evaluate.py")
+def _load_script(name: str) -> ModuleType:
+    """Import scripts/NAME.py under another module name, with scripts/ on the import path meanwhile."""
+    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(ROOT / "scripts"))
+    sys.modules[spec.name] = module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "scripts")
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def evaluate_script() -> ModuleType:
+    return _load_script("evaluate")
+
+
+@pytest.fixture(scope="session")
+def submit_script() -> ModuleType:
+    return _load_script("submit")
 
 
 @pytest.fixture(scope="session")

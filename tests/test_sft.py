@@ -133,9 +133,9 @@ def test_a_run_goes_on_from_its_newest_complete_checkpoint(
     (run / "checkpoint-2" / "COMPLETE.json").unlink()
     (run / "checkpoint-4" / "COMPLETE.json").unlink()
     assert main(["--recipe", recipe]) == 2
-    assert "was not written to the end" in capsys.readouterr().err
+    assert "is incomplete" in capsys.readouterr().err
     assert main(["--recipe", recipe, "--resume", str(run / "checkpoint-2")]) == 2
-    assert "was not written to the end" in capsys.readouterr().err
+    assert "is incomplete" in capsys.readouterr().err
     assert main(["--recipe", recipe, "--resume", "never"]) == 0
     capsys.readouterr()
     assert main(["--recipe", recipe, "training.learning_rate=0.5", "seed=1"]) == 2

@@ -12,18 +12,25 @@ from train.data.chat.template import without_generation_marks
 from train.data.prepare import prepare
 from train.errors import USER_FIXABLE_ERRNOS, UserError
 from train.loop.arguments import training_arguments
+from train.loop.checkpoint.fingerprint import data_fingerprint
 from train.loop.checkpoint.manifest import Checkpoint
-from train.loop.checkpoint.resume import check_distribution, date_of_run, refuse_changes, with_same_steps
+from train.loop.checkpoint.resume import (
+    check_distribution,
+    get_run_date,
+    keep_sequences_per_step,
+    refuse_changes,
+)
 from train.loop.checkpoint.resumed_settings import ResumedSettings
-from train.loop.checkpoint.side_files import side_file_faults
-from train.loop.checkpoint.trainer_state import facts_of_data, sharding
+from train.loop.checkpoint.trainer_state import optimizer_distribution
+from train.loop.finished_run import inputs_fingerprint
 from train.loop.metrics_log import StepLog
-from train.loop.optimizer_test import try_optimizer
+from train.loop.optimizer_test import check_optimizer
 from train.loop.output_dir import claim_output_dir, lock_output_dir
 from train.loop.preemption import Preemption
-from train.loop.report import say_where_it_goes_on, write_report
-from train.loop.run_outcome import fingerprint, record_run_outcome
-from train.loop.tracking import tracked
+from train.loop.report import write_report
+from train.loop.run_outcome import print_resume_hint, record_run_outcome
+from train.loop.side_files import side_file_errors
+from train.loop.tracking import open_trackers
 from train.loop.trainer import JanusTrainer
 from train.model.float8 import check_start
 from train.model.inference import stop_at
@@ -45,11 +52,11 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
     """
     # Whatever this machine can't train is found before the data is prepared.
     checked = check_model(recipe)
-    try_optimizer(recipe)
+    check_optimizer(recipe)
     if checkpoint:
         with_deepspeed = checkpoint.manifest["distribution"].startswith("DeepSpeed")
         ResumedSettings(checkpoint, recipe).refuse(checkpoint, deepspeed=with_deepspeed)
-    tokenizer, template, _ = load_chat_tokenizer(recipe, date_of_run(checkpoint))
+    tokenizer, template, _ = load_chat_tokenizer(recipe, get_run_date(checkpoint))
     check_vocabulary(tokenizer, recipe.model, checked.embeddings)
     check_start(recipe)
 
@@ -57,10 +64,10 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
     with _claimed_output_dir(recipe, checkpoint) as preemption:
         # Load the data.
         if checkpoint:
-            recipe = with_same_steps(recipe, checkpoint, resume_anyway, world_size())
-        _refuse(side_file_faults(recipe, tokenizer))
+            recipe = keep_sequences_per_step(recipe, checkpoint, resume_anyway, world_size())
+        _refuse(side_file_errors(recipe, tokenizer))
         data = prepare(recipe, tokenizer)
-        facts = facts_of_data(data, tokenizer)
+        facts = data_fingerprint(data, tokenizer)
         if checkpoint:
             facts_before = {key: value for key, value in checkpoint.manifest["run"].items() if key.startswith("made.")}
             refuse_changes(checkpoint, facts_before, facts, resume_anyway)
@@ -74,10 +81,10 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
         described = with_saved_quantization(recipe, load_config(recipe.model))
         arguments = training_arguments(described, stop_tokens)
         if checkpoint:
-            check_distribution(checkpoint, sharding(arguments))
+            check_distribution(checkpoint, optimizer_distribution(arguments))
         tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
         step_log = StepLog(recipe.output_dir)
-        with tracked(recipe, checkpoint.manifest["wandb_run"] if checkpoint else None):
+        with open_trackers(recipe, checkpoint.manifest["wandb_run"] if checkpoint else None):
             _print(f"loading {recipe.model.name_or_path}")
             model = load_model(recipe)
             stop_at(model, tokenizer, stop_tokens)
@@ -97,7 +104,7 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
             with step_log:
                 trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
                 if preemption.reason:
-                    say_where_it_goes_on(output_dir)
+                    print_resume_hint(output_dir)
                     return
 
                 # Save the model before anything else that could fail, evaluate and report.
@@ -116,7 +123,7 @@ def _claimed_output_dir(recipe: Recipe, checkpoint: Checkpoint | None) -> Iterat
     lock = lock_output_dir(recipe.output_dir)
     claim_output_dir(recipe)
     preemption = Preemption(recipe.output_dir, recipe.save, checkpoint.step if checkpoint else 0)
-    run = fingerprint(recipe) if is_first_rank() else {}
+    run = inputs_fingerprint(recipe) if is_first_rank() else {}
     outcome = record_run_outcome(recipe.output_dir, preemption, USER_FIXABLE_ERRNOS, run)
     with preemption.watching(), outcome, lock or nullcontext():
         yield preemption

@@ -25,7 +25,7 @@ from train.cli import CommandLine, print_error, run_command
 from train.errors import USER_FIXABLE_ERRNOS, UserError
 from train.formatting import wrap
 from train.loop.checkpoint.resume import find_checkpoint
-from train.loop.run_outcome import finished_run
+from train.loop.finished_run import find_finished_run
 from train.model.folder import check_model_folder
 from train.preflight.json_report import discard_earlier_report
 from train.preflight.missing_files import refuse_missing
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     refuse_missing(recipe)
     width = Console(file=sys.stdout).width
-    finished, difference = finished_run(recipe) if options.resume == "auto" else (None, None)
+    finished, difference = find_finished_run(recipe) if options.resume == "auto" else (None, None)
     if difference and is_first_rank():
         print(wrap(difference, width), flush=True)
     if finished and not options.check:

@@ -84,7 +84,7 @@ def test_adherence_is_what_the_answers_say(
     assert of_all["low"] < of_all["high"]
     assert f"| all rules | 6 | {100 * share:.1f} % [{100 * of_all['low']:.1f}, {100 * of_all['high']:.1f}] | " in report
     assert "| never | 2 | 0.0 % (n = 2) | 0.0 % (n = 2) |" in report
-    assert "(n = ...): too few questions for an interval; it takes at least 6." in report
+    assert "(n = ...): too few questions for an interval, which needs at least 6." in report
 
 
 @pytest.fixture

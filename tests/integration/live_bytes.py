@@ -10,7 +10,11 @@ from torch.utils._pytree import tree_leaves
 
 def bytes_of(tensors: Iterable[torch.Tensor | None]) -> int:
     """Bytes of the storages behind the tensors, each storage once."""
-    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors if one is not None}
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in tensors
+        if tensor is not None
+    }
     return sum(storages.values())
 
 
@@ -28,12 +32,14 @@ class LiveBytes(TorchDispatchMode):
             if tensor is not None:
                 self._watch(tensor, new=False)
 
-    def __torch_dispatch__(self, operation, types, arguments=(), named=None):
-        outputs = operation(*arguments, **(named or {}))
-        given = {one.untyped_storage()._cdata for one in tree_leaves((arguments, named)) if torch.is_tensor(one)}
-        for one in tree_leaves(outputs):
-            if torch.is_tensor(one) and one.untyped_storage()._cdata not in given:
-                self._watch(one, new=True)
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        outputs = operation(*arguments, **(keywords or {}))
+        given = {
+            tensor.untyped_storage()._cdata for tensor in tree_leaves((arguments, keywords)) if torch.is_tensor(tensor)
+        }
+        for tensor in tree_leaves(outputs):
+            if torch.is_tensor(tensor) and tensor.untyped_storage()._cdata not in given:
+                self._watch(tensor, new=True)
         return outputs
 
     def _watch(self, tensor: torch.Tensor, *, new: bool) -> None:

@@ -25,6 +25,7 @@ IMPORTED_ONCE = [
     "transformers.models.llama.modeling_llama",
     "peft",
     "torch.distributed.checkpoint",
+    "frozen_modules",  # the last one
 ]
 FOR_THE_SERVER = {
     "DS_ACCELERATOR": "cpu",

@@ -131,7 +131,7 @@ class Cluster:
 
     def processes(self, job: str | None = None, program: str = "") -> list[psutil.Process]:
         """Processes of this cluster's jobs, or of one (an id or `ARRAY_TASK`), that run such a Python program."""
-        found = []
+        processes = []
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
                 environment = process.environ()
@@ -139,8 +139,8 @@ class Cluster:
                 task = f"{environment.get('SLURM_ARRAY_JOB_ID')}_{environment.get('SLURM_ARRAY_TASK_ID')}"
                 of_job = job in (None, environment.get("SLURM_JOB_ID"), task)
                 if ours and of_job and any(word.endswith(program) for word in process.cmdline()[:3]):
-                    found.append(process)
-        return found
+                    processes.append(process)
+        return processes
 
 
 @contextmanager
@@ -148,9 +148,9 @@ def cluster() -> Iterator[Cluster]:
     """Start all of it; stop all of it, however the block ends."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        ports = [one.getsockname()[1] for one in sockets]
+        for listener in sockets:
+            listener.bind(("127.0.0.1", 0))
+        ports = [listener.getsockname()[1] for listener in sockets]
     folder = Path(tempfile.mkdtemp(prefix="janus-sft-slurm-"))
     host = socket.gethostname().partition(".")[0]
     (folder / "state").mkdir()

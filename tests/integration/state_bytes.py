@@ -20,18 +20,20 @@ def partitions_of_gradients(optimizer) -> Iterator[torch.Tensor | None]:
     for kept in "averaged_gradients", "all_grad_tensors":  # stages 1 and 2
         for group in getattr(optimizer, kept, {}).values():
             yield from group or ()
-    yield from (one.grad for one in masters_of(optimizer))  # offloaded
+    yield from (tensor.grad for tensor in masters_of(optimizer))  # offloaded
 
 
 def gradients_of(engine) -> list[torch.Tensor]:
     """All gradients but those that are being reduced: in buckets, and from stage 2 on with the parameters."""
     buckets = getattr(engine.optimizer, "ipg_buckets", {}).values()
-    buffers = [one for bucket in buckets for one in (bucket.buffer if isinstance(bucket.buffer, list) else ())]
-    of_buckets = {one.untyped_storage().data_ptr() for one in buffers}
-    found = list(partitions_of_gradients(engine.optimizer))
+    buffers = [tensor for bucket in buckets for tensor in (bucket.buffer if isinstance(bucket.buffer, list) else ())]
+    of_buckets = {tensor.untyped_storage().data_ptr() for tensor in buffers}
+    gradients = list(partitions_of_gradients(engine.optimizer))
     if engine.zero_optimization_stage() == 1:
-        found += [one.grad for one in engine.module.parameters()]
-    return [one for one in found if one is not None and one.untyped_storage().data_ptr() not in of_buckets]
+        gradients += [tensor.grad for tensor in engine.module.parameters()]
+    return [
+        tensor for tensor in gradients if tensor is not None and tensor.untyped_storage().data_ptr() not in of_buckets
+    ]
 
 
 def masters_of(optimizer) -> list[torch.Tensor]:
@@ -59,7 +61,7 @@ class Measurement:
     @staticmethod
     def _around(owner, name: str, measured: Callable[[Callable[[], None]], None]) -> None:
         then = getattr(owner, name)
-        setattr(owner, name, lambda *arguments, **named: measured(lambda: then(*arguments, **named)))
+        setattr(owner, name, lambda *arguments, **keywords: measured(lambda: then(*arguments, **keywords)))
 
     def _see_gradients_before(self, then: Callable[[], None]) -> None:
         self.see_gradients()
@@ -76,7 +78,10 @@ class Measurement:
     def _see_growth(self, then: Callable[[], None]) -> None:
         self.see_gradients()
         held = gradients_of(self.engine)
-        at_start, live = bytes_of(held), LiveBytes([*held, *(one.data for one in self.engine.module.parameters())])
+        at_start, live = (
+            bytes_of(held),
+            LiveBytes([*held, *(tensor.data for tensor in self.engine.module.parameters())]),
+        )
         del held
         with live:
             then()
@@ -86,27 +91,29 @@ class Measurement:
     def see_gradients(self) -> None:
         self.gradients = max(self.gradients, bytes_of(gradients_of(self.engine)))
 
-    def found(self) -> dict[str, int | str]:
+    def parts(self) -> dict[str, int | str]:
         """Bytes by part. `grew`: gradients and what reducing them and a step make, at their fullest sum."""
         engine = self.engine
         optimizer, parameters = engine.optimizer, list(engine.module.parameters())
         states = optimizer.optimizer.state.values()
         masters = masters_of(optimizer)
-        found = {
+        parts = {
             "kind": type(optimizer).__name__,
             "states": bytes_of(value for state in states for value in state.values() if torch.is_tensor(value)),
             "gradients": self.gradients,
             "grew": self._grew,
         }
         if engine.zero_optimization_stage() == 3:
-            found["partitions"] = bytes_of(one.ds_tensor for one in parameters)
-            found["persistent"] = bytes_of(one.data for one in parameters if one.ds_persist)
-            shared = {one.ds_tensor.untyped_storage().data_ptr() for one in parameters}
-            found["masters"] = bytes_of(one for one in masters if one.untyped_storage().data_ptr() not in shared)
+            parts["partitions"] = bytes_of(tensor.ds_tensor for tensor in parameters)
+            parts["persistent"] = bytes_of(tensor.data for tensor in parameters if tensor.ds_persist)
+            shared = {tensor.ds_tensor.untyped_storage().data_ptr() for tensor in parameters}
+            parts["masters"] = bytes_of(
+                tensor for tensor in masters if tensor.untyped_storage().data_ptr() not in shared
+            )
         else:
-            found["weights"] = bytes_of(one.data for one in parameters)
-            found["masters"] = bytes_of(masters)
-        return found
+            parts["weights"] = bytes_of(tensor.data for tensor in parameters)
+            parts["masters"] = bytes_of(masters)
+        return parts
 
 
 def train_and_measure(folder: str, *arguments: str) -> int:
@@ -117,17 +124,17 @@ def train_and_measure(folder: str, *arguments: str) -> int:
     measurements = []
 
     class MeasuredTrainer(loop.JanusTrainer):
-        def training_step(self, *inputs, **named):
+        def training_step(self, *inputs, **keywords):
             engine = self.model_wrapped
             if not measurements:
                 measurements.append(Measurement(engine))
                 for group in engine.optimizer.optimizer.param_groups:
                     group["foreach"] = not group.get("fused")
-            loss = super().training_step(*inputs, **named)
+            loss = super().training_step(*inputs, **keywords)
             measurements[0].see_gradients()
             return loss
 
     loop.JanusTrainer = MeasuredTrainer
     code = main(list(arguments))
-    Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(measurements[0].found()))
+    Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(measurements[0].parts()))
     return code

@@ -27,13 +27,13 @@ def test_both_processes_leave_the_step_out(
         training={"bf16": bf16, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
     )
     outcome = launch(2, config, "--recipe", recipe, logs=tmp_path / "logs").succeeded()
-    (found,) = [one for one in suspects(tmp_path / "run") if one["loss"] == "nan"]
-    assert [row["place"] for row in found["rows"]] == [f"{bad}:5"]
-    assert f"step {found['step']}: the gradients are not finite, so no weight was changed" in outcome.output[0]
+    (suspect,) = [line for line in suspects(tmp_path / "run") if line["loss"] == "nan"]
+    assert [row["place"] for row in suspect["rows"]] == [f"{bad}:5"]
+    assert f"step {suspect['step']}: the gradients are not finite, so no weight was changed" in outcome.output[0]
     assert f"{bad}:5 (nan)" in outcome.output[0]
     assert "not finite" not in outcome.output[1]
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in metrics if line["grad_norm"] == "nan"] == [found["step"]]
+    assert [line["step"] for line in metrics if line["grad_norm"] == "nan"] == [suspect["step"]]
     rates = [line["learning_rate"] for line in metrics]  # linear to 0, whether a step was left out or not
     assert rates == pytest.approx([1e-3 * (1 - step / len(rates)) for step in range(len(rates))])
     saved = load_file(tmp_path / "run" / "model.safetensors")

@@ -48,12 +48,12 @@ ZERO3_LORA = Kind("zero3-lora", 2, "zero3.yaml", adapter=True)
 @pytest.fixture(scope="module")
 def recipe_of(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Callable[..., Path]:
     folder = tmp_path_factory.mktemp("rows")
-    chance = random.Random(29)
-    text = lambda count: " ".join(chance.choice(WORDS.split()) for _ in range(count))  # noqa: E731
+    rng = random.Random(29)
+    text = lambda count: " ".join(rng.choice(WORDS.split()) for _ in range(count))  # noqa: E731
     rows = folder / "rows.jsonl"
     with rows.open("w", encoding="utf-8") as lines:
         for _ in range(32):
-            turns = [("system", chance.randint(1, 9)), ("user", 6), ("assistant", chance.choice([1, 5, 30, 60]))]
+            turns = [("system", rng.randint(1, 9)), ("user", 6), ("assistant", rng.choice([1, 5, 30, 60]))]
             lines.write(json.dumps({"messages": [{"role": role, "content": text(n)} for role, n in turns]}) + "\n")
 
     def write(kind: Kind, run: Path, recipe: Path, **sections: Any) -> Path:
@@ -91,14 +91,14 @@ def recipe_of(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Cal
 @pytest.fixture(scope="module")
 def untouched(recipe_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind], Path]:
     """The folder of a run that nothing disturbed, once for each kind, with all of its checkpoints."""
-    known: dict[Kind, Path] = {}
+    runs: dict[Kind, Path] = {}
 
     def run(kind: Kind) -> Path:
-        if kind not in known:
+        if kind not in runs:
             folder = tmp_path_factory.mktemp(kind.name)
             start(kind, recipe_of(kind, folder / "run", folder / "recipe.yaml"), folder / "logs").succeeded()
-            known[kind] = folder / "run"
-        return known[kind]
+            runs[kind] = folder / "run"
+        return runs[kind]
 
     return run
 
@@ -145,16 +145,16 @@ def run_command(*words: str | Path) -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    found = Disk(tmp_path / "disk", tmp_path / "content")
-    found.folder.mkdir()
-    found.content.mkdir()
+    disk = Disk(tmp_path / "disk", tmp_path / "content")
+    disk.folder.mkdir()
+    disk.content.mkdir()
     try:
-        run_command("mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", found.content)
-        run_command("mount", "--bind", found.content, found.folder)
+        run_command("mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk.content)
+        run_command("mount", "--bind", disk.content, disk.folder)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("only root can mount a disk")
-    yield found
-    for folder in (found.folder, found.folder, found.content):
+    yield disk
+    for folder in (disk.folder, disk.folder, disk.content):
         subprocess.run(["umount", "-l", str(folder)], capture_output=True)
 
 
@@ -168,9 +168,9 @@ def whole(run: Path) -> list[int]:
 
 def assert_same_model(run: Path, other: Path) -> None:
     name = "adapter_model.safetensors" if (other / "adapter_config.json").exists() else "model.safetensors"
-    one, two = load_file(run / name), load_file(other / name)
-    assert one.keys() == two.keys()
-    assert [key for key in one if not torch.equal(one[key], two[key])] == []
+    weights, others = load_file(run / name), load_file(other / name)
+    assert weights.keys() == others.keys()
+    assert [key for key in weights if not torch.equal(weights[key], others[key])] == []
 
 
 def with_trouble_at(*arguments: str) -> int:
@@ -181,28 +181,28 @@ def with_trouble_at(*arguments: str) -> int:
     *rest, trouble = arguments
     how, step, mended, folder, content = trouble.split(",")
     disk = Disk(Path(folder), Path(content))
-    from train.loop.checkpoint.writer import Saver
+    from train.loop.checkpoint.writer import CheckpointWriter
 
-    look, begin = Saver._room, Saver.save
+    look, begin = CheckpointWriter._check_room, CheckpointWriter.save
     number = 0
 
     def meet_trouble(early: bool) -> None:
         if number == int(step) and how.startswith("early-") == early and os.environ.get("RANK", "0") == "0":
             disk.make_trouble(how.removeprefix("early-"))
 
-    def room(self: Saver) -> None:
+    def room(self: CheckpointWriter) -> None:
         meet_trouble(early=True)
         look(self)
         meet_trouble(early=False)
 
-    def save(self: Saver, now: int, *args: Any, **more: Any) -> bool:
+    def save(self: CheckpointWriter, now: int, *args: Any, **more: Any) -> bool:
         nonlocal number
         number = now
         if now == int(mended) and os.environ.get("RANK", "0") == "0":
             disk.mend(how)
         return begin(self, now, *args, **more)
 
-    Saver._room, Saver.save = room, save
+    CheckpointWriter._check_room, CheckpointWriter.save = room, save
     return sft(*rest)
 
 
@@ -232,11 +232,12 @@ def test_a_disk_that_is_full_for_the_tokenizer_ends_a_run_likewise(
     job = with_a_full_disk_for_the_tokenizer
     outcome = start(ALONE, recipe, tmp_path / "logs", f"{disk.folder},{disk.content}", job=job)
     assert outcome.exit_codes == [2]
-    told = outcome.output[0]
+    output = outcome.output[0]
     assert (
-        f"error: output_dir: {run / 'checkpoint-2'} couldn't be written: No space left on device. checkpoint-1" in told
+        f"error: output_dir: {run / 'checkpoint-2'} couldn't be written: No space left on device. checkpoint-1"
+        in output
     )
-    assert "Traceback" not in told
+    assert "Traceback" not in output
     assert whole(run) == [1]
 
 
@@ -390,9 +391,9 @@ def sft_with_rank_1_behind(*arguments: str) -> int:
     """Rank 1 is still busy with its group as rank 0 finds the fault."""
     from torch.distributed.distributed_c10d import _get_default_store
 
-    from train.loop.checkpoint import manifest as checkpoint
+    from train.loop.checkpoint import resume
 
-    check = checkpoint.check_distribution
+    check = resume.check_distribution
 
     def check_late(*given: Any) -> None:
         if os.environ["RANK"] == "1":
@@ -400,7 +401,7 @@ def sft_with_rank_1_behind(*arguments: str) -> int:
             _get_default_store().add("still here", 1)
         check(*given)
 
-    checkpoint.check_distribution = check_late
+    resume.check_distribution = check_late
     return sft(*arguments)
 
 

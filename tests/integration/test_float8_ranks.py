@@ -76,10 +76,10 @@ def trained(recipe_file: Callable[..., Path], tmp_path: Path) -> Callable[..., t
 def test_ranks_compute_what_one_process_does(
     trained: Callable[..., tuple[list[str], list[dict]]], config: str | None, sections: dict
 ) -> None:
-    shown, one = trained(1, None, **sections)
-    shown_by_two, two = trained(2, config, **sections)
+    shown, single = trained(1, None, **sections)
+    shown_by_two, several = trained(2, config, **sections)
     assert "13 of 15 linear layers" in shown[0]
     assert shown_by_two == shown
     # Other batches give other sums in bfloat16, which may round to another number in float8; rows make 8 together.
-    assert [step["loss"] for step in two] == pytest.approx([step["loss"] for step in one], rel=1e-2)
-    assert [step["grad_norm"] for step in two] == pytest.approx([step["grad_norm"] for step in one], rel=2**-4)
+    assert [step["loss"] for step in several] == pytest.approx([step["loss"] for step in single], rel=1e-2)
+    assert [step["grad_norm"] for step in several] == pytest.approx([step["grad_norm"] for step in single], rel=2**-4)

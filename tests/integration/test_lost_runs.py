@@ -18,7 +18,7 @@ from ranks import Outcome, launch, sft
 from safetensors.torch import load_file
 
 from train.loop.checkpoint.manifest import COMPLETE
-from train.loop.throughput import CLOCKED
+from train.loop.throughput import TIMING_METRICS
 
 pytest.importorskip("deepspeed")
 
@@ -47,12 +47,12 @@ KINDS = [
 
 @pytest.fixture(scope="module")
 def rows_48(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    chance = random.Random(23)
-    text = lambda count: " ".join(chance.choice(WORDS.split()) for _ in range(count))  # noqa: E731
+    rng = random.Random(23)
+    text = lambda count: " ".join(rng.choice(WORDS.split()) for _ in range(count))  # noqa: E731
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     with path.open("w", encoding="utf-8") as lines:
         for _ in range(48):
-            turns = [("system", chance.randint(1, 9)), ("user", 6), ("assistant", chance.choice([1, 5, 30, 60]))]
+            turns = [("system", rng.randint(1, 9)), ("user", 6), ("assistant", rng.choice([1, 5, 30, 60]))]
             lines.write(json.dumps({"messages": [{"role": role, "content": text(n)} for role, n in turns]}) + "\n")
     return path
 
@@ -94,14 +94,14 @@ def recipe_of(rows_48: Path, tiny_model: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="module")
 def untouched(recipe_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind], Path]:
     """The folder of a run that nobody disturbed, once for each kind."""
-    known: dict[Kind, Path] = {}
+    runs: dict[Kind, Path] = {}
 
     def run(kind: Kind) -> Path:
-        if kind not in known:
+        if kind not in runs:
             folder = tmp_path_factory.mktemp(kind.name)
             start(kind, recipe_of(folder, kind), folder).succeeded()
-            known[kind] = folder / "run"
-        return known[kind]
+            runs[kind] = folder / "run"
+        return runs[kind]
 
     return run
 
@@ -113,7 +113,7 @@ def start(kind: Kind, recipe: Path, folder: Path, *options: str, job: Callable[.
 
 def figures(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what the clock decides."""
-    clock = {*CLOCKED, "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+    clock = {*TIMING_METRICS, "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
@@ -129,9 +129,9 @@ def tensors(value: Any) -> list[torch.Tensor]:
 def assert_same(run: Path, other: Path) -> None:
     """Weights, optimizer states and figures are equal, to the bit."""
     weights = "adapter_model" if (other / "adapter_config.json").exists() else "model"
-    one, two = (load_file(folder / f"{weights}.safetensors") for folder in (run, other))
-    assert one.keys() == two.keys()
-    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    tensors, others = (load_file(folder / f"{weights}.safetensors") for folder in (run, other))
+    assert tensors.keys() == others.keys()
+    assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
     names = sorted(str(path.relative_to(other)) for path in (other / f"checkpoint-{STEPS}").rglob("*.pt*"))
     names = [name for name in names if "optim" in name]
     assert names
@@ -149,7 +149,10 @@ def killed_at(*arguments: str) -> int:
     """
     *rest, moment = arguments
     lines, victim = map(int, moment.split(","))
-    watched = ("transformers/trainer.py", "loop/saving.py", "loop/trainer.py", "loop/run_state.py", "serialization.py")
+    watched = (
+        *("transformers/trainer.py", "loop/trainer.py", "loop/checkpointing.py", "loop/saving.py", "serialization.py"),
+        *("checkpoint/writer.py", "checkpoint/trainer_state.py"),
+    )
     counted = 0
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
@@ -178,10 +181,10 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_one_left_alone(
     kind: Kind, recipe_of: Callable[..., Path], untouched: Callable[[Kind], Path], tmp_path: Path
 ) -> None:
     expected = untouched(kind)
-    recipe, chance, run = recipe_of(tmp_path, kind), random.Random(kind.name), tmp_path / "run"
+    recipe, rng, run = recipe_of(tmp_path, kind), random.Random(kind.name), tmp_path / "run"
     kills = 20 if kind.name == "alone" else 3
     while kills:
-        moment = f"{chance.randint(1, 24_000)},{chance.choice([-1, 0, kind.processes - 1])}"
+        moment = f"{rng.randint(1, 24_000)},{rng.choice([-1, 0, kind.processes - 1])}"
         outcome = start(kind, recipe, tmp_path, moment, job=killed_at)
         for folder in run.glob("checkpoint-*"):
             assert (folder / COMPLETE).exists()
@@ -206,7 +209,7 @@ def asked_at(*arguments: str) -> int:
     from train.loop import preemption
     from train.loop import trainer as loop
 
-    preemption._SECONDS_BETWEEN_LOOKS = 0.0  # these runs are over within a second
+    preemption._POLL_SECONDS = 0.0  # these runs are over within a second
     if how == "deadline":
         os.environ["SLURM_JOB_END_TIME"] = "1"
 
@@ -271,5 +274,5 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends_as_one_left_alone(
     assert json.loads((run / "outcome.json").read_text(encoding="utf-8"))["outcome"] == "finished"
     assert figures(run) == figures(expected)
     weights = "adapter_model" if kind.adapter else "model"
-    one, two = (load_file(folder / f"{weights}.safetensors") for folder in (run, expected))
-    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    tensors, others = (load_file(folder / f"{weights}.safetensors") for folder in (run, expected))
+    assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []

@@ -38,20 +38,20 @@ class Kind:
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Callable[..., "Trained"]:
     """Trains on so many processes; `after`: the run, and the step, whose checkpoint it goes on from."""
     root = tmp_path_factory.mktemp("runs")
-    chance = random.Random(31)
-    text = lambda count: " ".join(chance.choice(WORDS.split()) for _ in range(count))  # noqa: E731
+    rng = random.Random(31)
+    text = lambda count: " ".join(rng.choice(WORDS.split()) for _ in range(count))  # noqa: E731
     rows = root / "rows.jsonl"
     with rows.open("w", encoding="utf-8") as lines:
         for _ in range(48):
-            turns = [("system", chance.randint(1, 9)), ("user", 6), ("assistant", chance.choice([1, 5, 30, 60]))]
+            turns = [("system", rng.randint(1, 9)), ("user", 6), ("assistant", rng.choice([1, 5, 30, 60]))]
             lines.write(json.dumps({"messages": [{"role": role, "content": text(n)} for role, n in turns]}) + "\n")
-    known: dict[Any, Trained] = {}
+    runs: dict[Any, Trained] = {}
 
     def train(kind: Kind, processes: int, after: tuple["Trained", int] | None = None, **training: Any) -> Trained:
         key = (kind, processes, after and (after[0].folder, after[1]), json.dumps(training))
-        if key in known:
-            return known[key]
-        folder = root / f"{kind.name}-{len(known)}"
+        if key in runs:
+            return runs[key]
+        folder = root / f"{kind.name}-{len(runs)}"
         options: list[str | Path] = []
         if after:
             options = ["--resume", folder / "run" / f"checkpoint-{after[1]}"]
@@ -96,8 +96,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Calla
             logs=folder / "logs",
             job=noting_steps,
         )
-        known[key] = Trained(folder / "run", outcome, kind.adapter)
-        return known[key]
+        runs[key] = Trained(folder / "run", outcome, kind.adapter)
+        return runs[key]
 
     return train
 
@@ -112,9 +112,9 @@ def noting_steps(*arguments: str) -> int:
     seen: dict[int, list[int]] = {}
     count = JanusTrainer._count
 
-    def counting(self: JanusTrainer, held: Any, sums: Any) -> None:
-        seen.setdefault(self.state.global_step + 1, []).extend(held.sequences)
-        count(self, held, sums)
+    def counting(self: JanusTrainer, batch: Any, sums: Any) -> None:
+        seen.setdefault(self.state.global_step + 1, []).extend(batch.sequences)
+        count(self, batch, sums)
 
     JanusTrainer._count = counting
     code = sft(*rest)

@@ -149,7 +149,9 @@ def test_the_bench_keeps_each_answer_and_makes_no_score_of_what_holds_none(
     assert row["answers"][0]["finish_reason"] in ("length", "stop")
     judgements = [judgement for (judgement,) in row["answers"][0]["judgements"]]
     assert [len(judgement["texts"]) for judgement in judgements] == [1] * 4
-    assert [parse_score(judgement["texts"][0]) for judgement in judgements] == [one["score"] for one in judgements]
+    assert [parse_score(judgement["texts"][0]) for judgement in judgements] == [
+        judgement["score"] for judgement in judgements
+    ]
     unread = sum(judgement["score"] is None for judgement in judgements)
     missing = record["missing"]["judgements_missing"]
     assert missing["unparsable"] + missing.get("unfinished", 0) == unread

@@ -36,18 +36,18 @@ def measure_in_training(recipe: str, rows: str, report: str) -> None:
     data = prepare(loaded, tokenizer)
     arguments = training_arguments(loaded)
     model = load_model(loaded)
-    made = variants(rows, tokenizer)
-    trainer = JanusTrainer(loaded, arguments, model, tokenizer, data, [], gain=VariantRows(made))
+    variant_rows = variants(rows, tokenizer)
+    trainer = JanusTrainer(loaded, arguments, model, tokenizer, data, [], gain=VariantRows(variant_rows))
     forwards: list[int] = []
 
     class Measure(TrainerCallback):
         def on_train_begin(self, *_: object, **__: object) -> None:
             wrapped, accelerator = trainer.model_wrapped, trainer.accelerator
             hook = trainer.model.register_forward_hook(lambda *_: forwards.append(1))
-            gain = system_gain(wrapped, made, accelerator, tokens_per_batch=700)
+            gain = system_gain(wrapped, variant_rows, accelerator, tokens_per_batch=700)
             hook.remove()
             # Fewer batches than processes: one has nothing of its own to score.
-            alone = log_likelihoods(wrapped, made[0].own, accelerator)
+            alone = log_likelihoods(wrapped, variant_rows[0].own, accelerator)
             Path(f"{report}-{arguments.process_index}.json").write_text(
                 json.dumps(
                     {
@@ -83,15 +83,15 @@ def test_two_processes_give_the_figures_of_one(
     from train.system_gain.log_likelihood import batches
     from train.system_gain.metric import system_gain
 
-    chance = random.Random(2)
-    text = lambda count: " ".join(chance.choice(WORDS.split()) for _ in range(count))  # noqa: E731
+    rng = random.Random(2)
+    text = lambda count: " ".join(rng.choice(WORDS.split()) for _ in range(count))  # noqa: E731
     path = tmp_path / "answers.jsonl"
     with path.open("w") as lines:
         for row in range(11):
             turns = [
                 ("system", f"{row} {text(6)}"),
                 ("user", f"{row % 4}?"),
-                ("assistant", text(chance.choice([1, 9, 40]))),
+                ("assistant", text(rng.choice([1, 9, 40]))),
             ]
             lines.write(json.dumps({"messages": [{"role": role, "content": of} for role, of in turns]}) + "\n")
     recipe = recipe_file(
@@ -100,13 +100,13 @@ def test_two_processes_give_the_figures_of_one(
     )
     report = tmp_path / "gain"
     launch(2, config, recipe, path, report, job=measure_in_training, logs=tmp_path / "logs").succeeded()
-    found = [json.loads(Path(f"{report}-{rank}.json").read_text()) for rank in (0, 1)]
+    reports = [json.loads(Path(f"{report}-{rank}.json").read_text()) for rank in (0, 1)]
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     use_template(tokenizer, "chatml")
-    made = variants(path, tokenizer)
+    variant_rows = variants(path, tokenizer)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    expected = system_gain(model, made)
+    expected = system_gain(model, variant_rows)
     held_out = prepare(load_recipe(recipe), tokenizer).validation.dataset
     assert len(held_out) % 16  # two batches of 8: some places hold a row that is no one's to count
     losses, tokens = 0.0, 0
@@ -117,17 +117,17 @@ def test_two_processes_give_the_figures_of_one(
         trained = labels[1:] != -100
         losses -= float(scores[trained].gather(1, labels[1:][trained, None]).sum())
         tokens += int(trained.sum())
-    pieces = [piece for row in made for variant in row.all for piece in variant]
+    pieces = [piece for row in variant_rows for variant in row.all for piece in variant]
     plan = batches([len(piece.ids) for piece in pieces], [1] * len(pieces), 700, 10_000)
     assert len(plan) % 2 == 1  # so one rank has to score a batch more than it has
-    assert [rank["forwards"] for rank in found] == [len(plan) // 2 + 1] * 2
-    for rank in found:
+    assert [rank["forwards"] for rank in reports] == [len(plan) // 2 + 1] * 2
+    for rank in reports:
         # ZeRO-3 keeps weights of a few numbers whole once they are used: the norms
         whole = {name: value.numel() for name, value in model.named_parameters() if config is None or "norm" in name}
         assert rank["held"] == sum(whole.values())
         np.testing.assert_allclose(rank["values"], expected.values, atol=1e-5)
-        assert rank["record"] == found[0]["record"]
+        assert rank["record"] == reports[0]["record"]
         assert rank["evaluation"]["eval_loss"] == pytest.approx(losses / tokens, rel=1e-5)
         assert rank["evaluation"]["eval_system_gain"] == pytest.approx(expected.overall.gain.mean, abs=1e-5)
-        assert rank["alone"] == found[0]["alone"]
+        assert rank["alone"] == reports[0]["alone"]
         assert rank["record"]["overall"]["gain"]["low"] == pytest.approx(expected.overall.gain.low, abs=1e-5)

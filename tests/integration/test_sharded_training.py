@@ -76,12 +76,12 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def rows_64(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    chance = random.Random(11)
-    text = lambda count: " ".join(chance.choice(WORDS.split()) for _ in range(count))  # noqa: E731
+    rng = random.Random(11)
+    text = lambda count: " ".join(rng.choice(WORDS.split()) for _ in range(count))  # noqa: E731
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     with path.open("w") as lines:
         for _ in range(64):
-            turns = [("system", chance.randint(1, 20)), ("user", 10), ("assistant", chance.choice([1, 5, 40, 120]))]
+            turns = [("system", rng.randint(1, 20)), ("user", 10), ("assistant", rng.choice([1, 5, 40, 120]))]
             messages = [{"role": role, "content": text(count)} for role, count in turns]
             lines.write(json.dumps({"messages": messages}) + "\n")
     return path
@@ -91,7 +91,7 @@ def rows_64(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(rows_64: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
     """Trains a setting, once a module; with `resumed` from a checkpoint half-way, in another folder."""
     root = tmp_path_factory.mktemp("runs")
-    known: dict[tuple[Setting, bool], Trained] = {}
+    runs: dict[tuple[Setting, bool], Trained] = {}
 
     def recipe(setting: Setting, folder: Path) -> Path:
         content: dict[str, Any] = {
@@ -120,7 +120,7 @@ def trained(rows_64: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
         return path
 
     def train(setting: Setting, *, resumed: bool = False) -> Trained:
-        if (setting, resumed) not in known:
+        if (setting, resumed) not in runs:
             folder = root / (setting.name + ("-resumed" if resumed else ""))
             if resumed:
                 train(setting)
@@ -137,10 +137,10 @@ def trained(rows_64: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
             metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             steps = [line for line in metrics if "loss" in line]
             weights = load_file(folder / ("adapter_model.safetensors" if setting.lora else "model.safetensors"))
-            known[setting, resumed] = Trained(
+            runs[setting, resumed] = Trained(
                 folder, [line["loss"] for line in steps], [line["grad_norm"] for line in steps], weights
             )
-        return known[setting, resumed]
+        return runs[setting, resumed]
 
     return train
 
@@ -213,13 +213,13 @@ def test_changed_settings_are_in_force_from_the_first_step(trained: Callable[...
     whole = trained(RESUMED[0]).folder
     shutil.copytree(whole / f"checkpoint-{SAVED_AT}", tmp_path / "run" / f"checkpoint-{SAVED_AT}")
     changes = {"learning_rate": 1e-4, "weight_decay": 0.5, "adam_beta1": 0.8, "max_grad_norm": 0.5, "max_steps": 6}
-    named = [
+    names = [
         word
         for key, value in changes.items()
         for word in ("--resume-anyway", f"training.{key}", f"training.{key}={value}")
     ]
     recipe = whole.with_suffix(".yaml")
-    launch(2, "zero1.yaml", "--recipe", recipe, f"output_dir={tmp_path / 'run'}", *named, logs=tmp_path).succeeded()
+    launch(2, "zero1.yaml", "--recipe", recipe, f"output_dir={tmp_path / 'run'}", *names, logs=tmp_path).succeeded()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     rates = {line["step"]: line["learning_rate"] for line in lines if "loss" in line}
     assert [rates[step] for step in (4, 5, 6)] == pytest.approx([1e-4 * left / 6 for left in (3, 2, 1)])
@@ -274,9 +274,9 @@ def test_no_rank_holds_the_whole_model_once_it_is_loaded(
     launch(2, "zero3.yaml", recipe_file(), report, job=measure_loading, logs=tmp_path / "logs").succeeded()
     whole = {name: value.numel() for name, value in load_file(tiny_model / "model.safetensors").items()}
     for rank in (0, 1):
-        found = json.loads(Path(f"{report}-{rank}.json").read_text())
-        assert found["beside"] == 0  # nothing gathered is left
-        assert found["held"] == {name: -(-count // 2) for name, count in whole.items()}
+        sizes = json.loads(Path(f"{report}-{rank}.json").read_text())
+        assert sizes["beside"] == 0  # nothing gathered is left
+        assert sizes["held"] == {name: -(-count // 2) for name, count in whole.items()}
 
 
 def test_qlora_under_zero3(recipe_file: Callable[..., Path], tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def measured(recipe_file: Callable[..., Path], tmp_path: Path, odd_model: Path) 
     """Trains with a shipped configuration; what is planned, and what each of two ranks held."""
 
     def measure(strategy: str, bf16: bool, adapter: dict[str, Any] | None, optimizer: str) -> tuple:
-        chosen = next(one for one in STRATEGIES if one.name == strategy)
+        chosen = next(candidate for candidate in STRATEGIES if candidate.name == strategy)
         launched = yaml.safe_load((ROOT / chosen.config_file).read_text())
         deepspeed = json.loads((ROOT / launched["deepspeed_config"]["deepspeed_config_file"]).read_text())
         if chosen.stage < 3:
@@ -98,30 +98,30 @@ CASES = [
 @pytest.mark.parametrize(
     ("strategy", "bf16", "adapter", "optimizer", "kind"),
     CASES,
-    ids=["-".join([one[0], "bf16" if one[1] else "fp32", "lora" if one[2] else "full"]) for one in CASES],
+    ids=["-".join([case[0], "bf16" if case[1] else "fp32", "lora" if case[2] else "full"]) for case in CASES],
 )
 def test_weights_gradients_optimizer_and_step_are_those_of_deepspeed(
     strategy: str, bf16: bool, adapter: dict[str, Any] | None, optimizer: str, kind: str, measured: Callable[..., tuple]
 ) -> None:
     planned, ranks = measured(strategy, bf16, adapter, optimizer)
-    assert [found["kind"] for found in ranks] == [kind, kind]
-    for found in ranks:
-        states, weights = found["masters"] + found["states"], found.get("weights")
+    assert [parts["kind"] for parts in ranks] == [kind, kind]
+    for parts in ranks:
+        states, weights = parts["masters"] + parts["states"], parts.get("weights")
         if "offload" in strategy:
-            persistent_parts = planned.parameters - found["persistent"]  # they lie with all partitions, on the host
-            assert planned.host == found["partitions"] - persistent_parts + found["gradients"] + states
+            persistent_parts = planned.parameters - parts["persistent"]  # they lie with all partitions, on the host
+            assert planned.host == parts["partitions"] - persistent_parts + parts["gradients"] + states
             continue
         assert planned.optimizer == states
-        assert planned.parameters == (found["partitions"] + found["persistent"] if weights is None else weights)
+        assert planned.parameters == (parts["partitions"] + parts["persistent"] if weights is None else weights)
     if "offload" in strategy:
         assert (planned.gradients, planned.optimizer, planned.step) == (0, 0, 0)
         return
-    fullest = max(found["gradients"] for found in ranks)
+    fullest = max(parts["gradients"] for parts in ranks)
     if strategy == "ZeRO-1" and not bf16:  # the first bucket is full when the copies of the rank's own are made
         assert planned.gradients - 2 * 4 * BUCKET <= fullest <= planned.gradients
         fullest = planned.gradients
     assert planned.gradients == fullest
-    assert planned.step == pytest.approx(max(0, *(found["grew"] - fullest for found in ranks)), abs=SCALARS)
+    assert planned.step == pytest.approx(max(0, *(parts["grew"] - fullest for parts in ranks)), abs=SCALARS)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused"])
@@ -133,12 +133,16 @@ def test_a_step_without_deepspeed(
         load_recipe(recipe_file(model={"name_or_path": str(odd_model)})), LlamaConfig.from_pretrained(odd_model)
     )
     groups = [
-        [torch.randn(one.shape, requires_grad=True) for one in shape.parameters if one.decayed is decayed]
+        [
+            torch.randn(parameter.shape, requires_grad=True)
+            for parameter in shape.parameters
+            if parameter.decayed is decayed
+        ]
         for decayed in (True, False)
     ]
     for group in groups:
-        for one in group:
-            one.grad = torch.ones_like(one)
+        for parameter in group:
+            parameter.grad = torch.ones_like(parameter)
     fused = optimizer == "adamw_torch_fused"
     adam = torch.optim.AdamW([{"params": group} for group in groups], fused=fused, foreach=not fused)
     adam.step()

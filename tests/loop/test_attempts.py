@@ -14,21 +14,22 @@ import pytest
 from transformers import TrainerState
 
 from train.errors import UserError
-from train.loop import preemption
-from train.loop.checkpoint.writer import Saver
-from train.loop.preemption import Preemption, StopWhenAsked
-from train.loop.run_outcome import finished_run
+from train.loop import run_outcome
+from train.loop.checkpoint.writer import CheckpointWriter
+from train.loop.finished_run import find_finished_run
+from train.loop.preemption import Preemption
+from train.loop.preemption_callback import PreemptionCallback
 from train.recipe import SaveSection, load_recipe
 from train.sft import main
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": ..., "max_steps": 4}
 KILLED_AT_STEP_4 = """
 import os, sys
-from train.loop.saving import Saver
+from train.loop.checkpoint.writer import CheckpointWriter
 from train.sft import main
 
-save = Saver.save
-Saver.save = lambda self, step, *a, **b: os.kill(os.getpid(), 9) if step == 4 else save(self, step, *a, **b)
+save = CheckpointWriter.save
+CheckpointWriter.save = lambda self, step, *a, **b: os.kill(os.getpid(), 9) if step == 4 else save(self, step, *a, **b)
 main(sys.argv[1:])
 """
 
@@ -38,13 +39,13 @@ def outcome(run: Path) -> tuple[str, int, str | None]:
     return said["outcome"], said["step"], said["reason"]
 
 
-def failing_at(step: int, fault: BaseException) -> Callable[..., bool]:
+def failing_at(step: int, error: BaseException) -> Callable[..., bool]:
     """Saving that goes wrong at a step."""
-    save = Saver.save
+    save = CheckpointWriter.save
 
-    def fail(self: Saver, at: int, *arguments: object, **more: object) -> bool:
+    def fail(self: CheckpointWriter, at: int, *arguments: object, **more: object) -> bool:
         if at == step:
-            raise fault
+            raise error
         return save(self, at, *arguments, **more)
 
     return fail
@@ -55,12 +56,12 @@ def test_a_crash_and_what_a_person_must_mend_are_told_apart_and_report_md_tells_
 ) -> None:
     recipe, run = str(recipe_file(training=SAVING)), tmp_path / "run"
     with monkeypatch.context() as broken:
-        broken.setattr(Saver, "save", failing_at(4, RuntimeError("NCCL: a peer is gone\nand more")))
+        broken.setattr(CheckpointWriter, "save", failing_at(4, RuntimeError("NCCL: a peer is gone\nand more")))
         with pytest.raises(RuntimeError):
             main(["--recipe", recipe])
     assert outcome(run) == ("crashed", 4, "NCCL: a peer is gone")
     with monkeypatch.context() as broken:
-        broken.setattr(Saver, "save", failing_at(4, UserError("the disk is full")))
+        broken.setattr(CheckpointWriter, "save", failing_at(4, UserError("the disk is full")))
         assert main(["--recipe", recipe]) == 2
     assert outcome(run) == ("failed", 4, "the disk is full")
     killed = subprocess.run([sys.executable, "-c", KILLED_AT_STEP_4, "--recipe", recipe], check=False)
@@ -117,7 +118,7 @@ def test_a_finished_run_is_not_trained_again_unless_it_is_another_one(
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["finished"] in " ".join(shown.split())
 
     def difference(*overrides: str) -> str | None:
-        finished, why = finished_run(load_recipe(recipe, overrides))
+        finished, why = find_finished_run(load_recipe(recipe, overrides))
         assert (finished is None) == (why is not None)
         return why
 
@@ -142,9 +143,9 @@ def test_a_finished_run_is_not_trained_again_unless_it_is_another_one(
         assert difference() is None
     assert f"model.name_or_path was '{base}' and is '{run}'" in str(difference(f"model.name_or_path={run}"))
     (run / "outcome.json").write_text((run / "outcome.json").read_text(encoding="utf-8").replace("finished", "failed"))
-    assert finished_run(load_recipe(recipe)) == (None, None)
+    assert find_finished_run(load_recipe(recipe)) == (None, None)
     (run / "outcome.json").write_text('{"outcome": "finished", "step": 2}')  # as an earlier version wrote it
-    assert finished_run(load_recipe(recipe)) == (None, None)
+    assert find_finished_run(load_recipe(recipe)) == (None, None)
 
 
 def test_a_finished_run_with_checkpoints_says_how_to_train_longer(
@@ -159,11 +160,11 @@ def test_a_finished_run_with_checkpoints_says_how_to_train_longer(
     assert f"{longer} {run / 'checkpoint-4'}." in shown
     finished = load_recipe(recipe)
     (run / "checkpoint-4").rename(tmp_path / "moved")
-    assert "its checkpoint-4 is missing or damaged" in str(finished_run(finished))
+    assert "its checkpoint-4 is missing or damaged" in str(find_finished_run(finished))
     shutil.move(run / "checkpoint-2", tmp_path)
-    assert finished_run(finished)[0] is not None  # all are gone: somebody made room
+    assert find_finished_run(finished)[0] is not None  # all are gone: somebody made room
     (tmp_path / "moved").rename(run / "checkpoint-4")
-    assert finished_run(finished)[0] is not None
+    assert find_finished_run(finished)[0] is not None
     assert main(["--recipe", recipe, "training.max_steps=5"]) == 2
     assert "training.max_steps was 4 and is 5" in capsys.readouterr().err
     assert main(["--recipe", recipe, "training.max_steps=5", "--resume-anyway", "training.max_steps"]) == 0
@@ -175,14 +176,14 @@ LONGER = {**SAVING, "max_steps": 6}
 
 def interrupting(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C as step 2 ends, again at a moment of the save in step 3, and while outcome.json is written."""
-    step_end, save, write = StopWhenAsked.on_step_end, Saver.save, preemption.write_text
+    step_end, save, write = PreemptionCallback.on_step_end, CheckpointWriter.save, run_outcome.write_text
 
-    def first(self: StopWhenAsked, args: object, state: TrainerState, *others: object, **more: object) -> None:
+    def first(self: PreemptionCallback, args: object, state: TrainerState, *others: object, **more: object) -> None:
         if state.global_step == 2:
             os.kill(os.getpid(), signal.SIGINT)
         step_end(self, args, state, *others, **more)
 
-    def second(self: Saver, step: int, put: Callable[[], None], *others: object, **more: object) -> bool:
+    def second(self: CheckpointWriter, step: int, put: Callable[[], None], *others: object, **more: object) -> bool:
         def half() -> None:
             put()
             if moment == "half-way":
@@ -197,9 +198,9 @@ def interrupting(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         write(path, text)
 
-    monkeypatch.setattr(StopWhenAsked, "on_step_end", first)
-    monkeypatch.setattr(Saver, "save", second)
-    monkeypatch.setattr(preemption, "write_text", third)  # that of outcome.json
+    monkeypatch.setattr(PreemptionCallback, "on_step_end", first)
+    monkeypatch.setattr(CheckpointWriter, "save", second)
+    monkeypatch.setattr(run_outcome, "write_text", third)  # that of outcome.json
 
 
 @pytest.mark.parametrize(("moment", "newest"), [("half-way", "checkpoint-2"), ("after", "checkpoint-3")])
@@ -256,20 +257,20 @@ def test_a_run_that_stops_says_where_it_goes_on(
 ) -> None:
     """Also where its last checkpoint could not be written: then from the one before."""
     recipe, run = str(recipe_file(training={**SAVING, "max_steps": 8})), tmp_path / "run"
-    asked = Preemption.asked
-    monkeypatch.setattr(Preemption, "asked", lambda self: self.step >= 1 or asked(self))
+    is_requested = Preemption.is_requested
+    monkeypatch.setattr(Preemption, "is_requested", lambda self: self.step >= 1 or is_requested(self))
     assert main(["--recipe", recipe]) == 0
-    assert capsys.readouterr().out.endswith(f"stopped; the same command goes on from {run / 'checkpoint-2'}\n")
+    assert capsys.readouterr().out.endswith(f"stopped; the same command continues from {run / 'checkpoint-2'}\n")
 
-    def no_room(self: Saver) -> None:
+    def no_room(self: CheckpointWriter) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Preemption, "asked", lambda self: self.step >= 4 or asked(self))
-    monkeypatch.setattr(Saver, "_room", no_room)
+    monkeypatch.setattr(Preemption, "is_requested", lambda self: self.step >= 4 or is_requested(self))
+    monkeypatch.setattr(CheckpointWriter, "_check_room", no_room)
     assert main(["--recipe", recipe, "save.on_error=warn"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"checkpoint-5 couldn't be written: .* The run stops without it \(save.on_error: warn\)\.", shown)
-    assert shown.endswith(f"stopped; the same command goes on from {run / 'checkpoint-2'}\n")
+    assert shown.endswith(f"stopped; the same command continues from {run / 'checkpoint-2'}\n")
 
 
 def test_a_time_limit_that_is_over_before_the_first_step_is_refused(
@@ -277,7 +278,7 @@ def test_a_time_limit_that_is_over_before_the_first_step_is_refused(
 ) -> None:
     """Each attempt would save and stop after one step."""
     recipe = recipe_file(save={"time_limit": "2:00"})
-    said = "save.time_limit: 2:00 is no more than save.seconds_before_end (120)"
+    said = "save.time_limit: 2:00 must be longer than save.seconds_before_end (120)"
     assert said in refused("--recipe", recipe)
     assert said in refused("--recipe", recipe, "--check")
     Preemption("run", SaveSection(time_limit="2:01"))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from train.loop.report import draw_gain, draw_loss, step_plot
+from train.loop.report import plot_loss, plot_system_gain
+from train.reporting.plots import step_plot
 
 CURVES = {
     "one step": {"training": ([1], [3.2])},
@@ -20,7 +21,7 @@ def test_a_plot_over_steps_has_a_title_whole_steps_and_a_legend_beside_the_curve
 ) -> None:
     run = tmp_path / "costs_$5_$6"
     run.mkdir()
-    with step_plot(run / "loss.png", "Loss", "loss") as axes:
+    with step_plot(run / "loss.png", "Loss of costs_$5_$6", "loss") as axes:
         for name, (steps, values) in curves.items():
             axes.plot(steps, values, label=name)
     assert axes.get_title().replace("\\", "") == "Loss of costs_$5_$6"
@@ -35,7 +36,7 @@ def test_a_plot_over_steps_has_a_title_whole_steps_and_a_legend_beside_the_curve
 
 def test_runs_without_a_figure_have_a_picture_too(tmp_path: Path) -> None:
     for metrics in ([], [{"step": 1, "loss": "nan"}], [{"step": 1, "eval_system_gain": 0.5, "eval_loss": 1.0}]):
-        for draw in (draw_loss, draw_gain):
+        for draw in (plot_loss, plot_system_gain):
             draw(metrics, tmp_path / "picture.png")
             assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
             (tmp_path / "picture.png").unlink()

@@ -29,7 +29,7 @@ def dealt(order: list[int], ranks: int, batch: int) -> list[list[list[int]]]:
 
 
 def cost_of_waiting(costs: list[float], micro_steps: list[list[list[int]]]) -> float:
-    return sum(max(sum(costs[one] for one in batch) for batch in ranks) for ranks in micro_steps)
+    return sum(max(sum(costs[sequence] for sequence in batch) for batch in ranks) for ranks in micro_steps)
 
 
 @given(costs=st.lists(st.floats(0, 1e6)), seed=st.integers(0, 5), epoch=st.integers(0, 3), **COUNTS)
@@ -59,7 +59,7 @@ def test_imbalance_is_that_of_the_batches_that_accelerate_gives(
 ) -> None:
     order = epoch_order(costs, ranks=ranks, batch=batch, accumulation=accumulation, seed=0, epoch=0)
     micro_steps = dealt(order.tolist(), ranks, batch)
-    working = sum(costs[one] for ranks_ in micro_steps for batch_ in ranks_ for one in batch_) / ranks
+    working = sum(costs[sequence] for ranks_ in micro_steps for batch_ in ranks_ for sequence in batch_) / ranks
     expected = cost_of_waiting(costs, micro_steps) / working
     assert imbalance(costs, order, ranks=ranks, batch=batch) == pytest.approx(expected)
 
@@ -67,8 +67,8 @@ def test_imbalance_is_that_of_the_batches_that_accelerate_gives(
 @pytest.mark.parametrize(("ranks", "accumulation"), [(2, 1), (2, 2), (2, 3), (3, 2), (4, 1)])
 @pytest.mark.parametrize("seed", range(5))
 def test_no_dealing_of_single_sequences_waits_less(ranks: int, accumulation: int, seed: int) -> None:
-    chance = random.Random(seed)
-    costs = [chance.lognormvariate(0, 1) for _ in range(ranks * accumulation)]
+    rng = random.Random(seed)
+    costs = [rng.lognormvariate(0, 1) for _ in range(ranks * accumulation)]
     order = epoch_order(costs, ranks=ranks, batch=1, accumulation=accumulation, seed=seed, epoch=0).tolist()
     least = min(
         cost_of_waiting(costs, dealt(list(any_), ranks, 1)) for any_ in itertools.permutations(range(len(costs)))
@@ -78,19 +78,19 @@ def test_no_dealing_of_single_sequences_waits_less(ranks: int, accumulation: int
 
 @pytest.mark.parametrize("seed", range(10))
 def test_batches_of_several_sequences_wait_nearer_to_the_least_than_to_the_mean(seed: int) -> None:
-    chance = random.Random(seed)
-    costs = [chance.lognormvariate(0, 0.5) for _ in range(8)]
+    rng = random.Random(seed)
+    costs = [rng.lognormvariate(0, 0.5) for _ in range(8)]
     order = epoch_order(costs, ranks=2, batch=2, accumulation=2, seed=seed, epoch=0).tolist()
     every = [cost_of_waiting(costs, dealt(list(any_), 2, 2)) for any_ in itertools.permutations(range(8))]
     assert cost_of_waiting(costs, dealt(order, 2, 2)) <= min(every) + 0.5 * (np.mean(every) - min(every))
 
 
 def test_the_ranks_totals_over_a_step_come_out_even() -> None:
-    chance = random.Random(0)
-    costs = [chance.lognormvariate(0, 1) for _ in range(8 * 16)]
+    rng = random.Random(0)
+    costs = [rng.lognormvariate(0, 1) for _ in range(8 * 16)]
 
     def spread(order: list[int]) -> float:
-        totals = [sum(costs[one] for step in dealt(order, 8, 1) for one in step[rank]) for rank in range(8)]
+        totals = [sum(costs[sequence] for step in dealt(order, 8, 1) for sequence in step[rank]) for rank in range(8)]
         return max(totals) / min(totals)
 
     assert spread(epoch_order(costs, ranks=8, batch=1, accumulation=16, seed=0, epoch=0).tolist()) < 1.25
@@ -98,8 +98,8 @@ def test_the_ranks_totals_over_a_step_come_out_even() -> None:
 
 
 def test_a_long_context_waits_less_than_in_random_order() -> None:
-    chance = np.random.default_rng(0)
-    lengths = np.clip(chance.lognormal(8, 1.2, 4_000), 16, 65_536).astype(int)
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(8, 1.2, 4_000), 16, 65_536).astype(int)
     packed = plan(lengths, 65_536, multiple_of=8)
     costs = attention_cost(lengths, packed, linear_tokens=54_000)
     before = imbalance(costs, plain(len(packed), 0, 0), ranks=8, batch=1)

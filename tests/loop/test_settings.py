@@ -89,9 +89,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_setting_that_can_not_work(fault: str, recipe_file: Callable[..., Path], refused: Callable[..., str]) -> None:
-    sections, words = FAULTS[fault]
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_setting_that_can_not_work(case: str, recipe_file: Callable[..., Path], refused: Callable[..., str]) -> None:
+    sections, words = FAULTS[case]
     error = refused("--recipe", recipe_file(**sections))
     assert [word for word in words if word not in error] == []
     assert "\n" not in error

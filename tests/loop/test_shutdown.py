@@ -39,18 +39,18 @@ def _left(behind: dict[int, float], seconds: float) -> dict[int, tuple[float, fl
 
 @pytest.mark.parametrize("late", [0, 2])
 def test_nobody_leaves_before_the_last_has_come(late: int) -> None:
-    found = _left({rank: 1.0 * (rank == late) for rank in range(3)}, seconds=60)
-    last = max(came for came, _ in found.values())
-    assert all(left >= last for _, left in found.values())
-    assert max(left for _, left in found.values()) < last + 30  # as they were all there, none waits out its time
+    times = _left({rank: 1.0 * (rank == late) for rank in range(3)}, seconds=60)
+    last = max(came for came, _ in times.values())
+    assert all(left >= last for _, left in times.values())
+    assert max(left for _, left in times.values()) < last + 30  # as they were all there, none waits out its time
 
 
 @pytest.mark.parametrize("late", [0, 1])
 def test_one_that_does_not_come_is_waited_for_so_long(late: int) -> None:
-    found = _left({rank: 10.0 * (rank == late) for rank in range(2)}, seconds=2)
-    came, left = found[1 - late]
+    times = _left({rank: 10.0 * (rank == late) for rank in range(2)}, seconds=2)
+    came, left = times[1 - late]
     assert left - came >= 2
-    assert left < found[late][0]
+    assert left < times[late][0]
 
 
 def test_without_a_group_there_is_nobody_to_wait_for() -> None:

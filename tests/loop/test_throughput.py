@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from train.data.chat.template import use_template
 from train.data.prepare import prepare
 from train.loop.arguments import training_arguments
+from train.loop.batch_info import BATCH_INFO, BatchInfo, CountingCollator
 from train.loop.metrics_log import StepLog
-from train.loop.throughput import CLOCKED, BatchInfo, CountingCollator, Throughput
+from train.loop.throughput import TIMING_METRICS, Throughput
 from train.loop.trainer import JanusTrainer
 from train.model.architecture import shape_of
 from train.model.flops import PEAK_FLOPS, peak_flops
@@ -44,7 +45,7 @@ def test_figures_of_a_logging_step_are_those_of_its_tokens(
     assert len(gathered) == 2 + packing  # one a logging step, none a micro-batch; the self-test of packs has one, too
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    order = [index for epoch in (0, 1, 2) for index in sampled(trainer, epoch)]
+    order = [index for epoch in (0, 1, 2) for index in epoch_indices(trainer, epoch)]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
     per_line, seen = 2 * 2 * 2, 0
@@ -70,11 +71,11 @@ def test_figures_of_a_logging_step_are_those_of_its_tokens(
         parts = [line[f"seconds_{part}"] for part in ("waiting_for_data", "forward", "backward", "optimizer")]
         assert min(parts) > 0
         assert sum(parts) <= line["seconds_per_step"]
-        assert set(CLOCKED) - {"mfu"} <= line.keys()
+        assert set(TIMING_METRICS) - {"mfu"} <= line.keys()
         assert "mfu" not in line  # a CPU's peak is not known
 
 
-def sampled(trainer: JanusTrainer, epoch: int) -> list[int]:
+def epoch_indices(trainer: JanusTrainer, epoch: int) -> list[int]:
     sampler = trainer._get_train_sampler()
     sampler.set_epoch(epoch)
     return list(sampler)
@@ -91,9 +92,9 @@ def test_a_batch_says_what_it_holds() -> None:
         {"input_ids": [6], "labels": [6], "seq_lengths": [1], "sequence": 3},
     ]
     batch = CountingCollator(lambda examples: {"rows": len(examples)})(examples)
-    held = batch.pop("held")
+    info = batch.pop(BATCH_INFO)
     assert batch == {"rows": 2}
-    assert (held.sequences, held.documents.tolist(), held.trained_tokens) == ((7, 3), [2, 3, 1], 2)
+    assert (info.sequences, info.documents.tolist(), info.trained_tokens) == ((7, 3), [2, 3, 1], 2)
 
 
 def test_mfu_counts_the_documents_that_were_trained(recipe_file: Callable[..., Path]) -> None:
@@ -106,18 +107,18 @@ def test_mfu_counts_the_documents_that_were_trained(recipe_file: Callable[..., P
     throughput.add(BatchInfo((0,), np.array([5, 300]), 100), None)
     throughput.add(BatchInfo((1,), np.array([17]), 4), None)
     throughput.on_step_end()
-    figures, _ = throughput.figures()
+    metrics, _ = throughput.gather_metrics()
     flops = 0
     for length in (5, 300, 17):
         flops += 6 * shape.total * length
         for token in range(length):
             flops += 2 * 12 // 2 * 64 * (token + 1) * 2  # 2 layers, queries of 4 x 16
-    assert figures["mfu"] == pytest.approx(flops / figures["seconds_per_step"] / 1e6, rel=1e-9)
-    assert "entropy" not in figures
+    assert metrics["mfu"] == pytest.approx(flops / metrics["seconds_per_step"] / 1e6, rel=1e-9)
+    assert "entropy" not in metrics
 
 
 @pytest.mark.parametrize(
-    ("name", "known"),
+    ("name", "gpu"),
     [
         ("NVIDIA A100-SXM4-80GB", "A100"),
         ("NVIDIA H100 80GB HBM3", "H100"),
@@ -133,5 +134,5 @@ def test_mfu_counts_the_documents_that_were_trained(recipe_file: Callable[..., P
         ("NVIDIA GeForce RTX 4090", None),
     ],
 )
-def test_the_peak_of_a_gpu_is_known_by_its_drivers_name(name: str, known: str | None) -> None:
-    assert peak_flops(name) == (PEAK_FLOPS[known] if known else None)
+def test_the_peak_of_a_gpu_is_known_by_its_drivers_name(name: str, gpu: str | None) -> None:
+    assert peak_flops(name) == (PEAK_FLOPS[gpu] if gpu else None)

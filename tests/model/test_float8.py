@@ -15,7 +15,7 @@ from train.data.prepare import Prepared, prepare
 from train.errors import UserError
 from train.loop.arguments import training_arguments
 from train.loop.checkpoint.resume import find_checkpoint
-from train.loop.guards.packing_isolation import measure
+from train.loop.guards.packing_isolation import measure_isolation
 from train.loop.metrics_log import StepLog
 from train.loop.trainer import JanusTrainer
 from train.model.float8 import Difference, check_start, convert, gpu_fault, layers_of, loss_difference, without_float8
@@ -351,9 +351,9 @@ def test_the_test_for_leaks_looks_past_shared_scales(recipe_file: Callable[..., 
     """One scale for a tensor ties packed documents together; whether masks do is seen without float8."""
     trainer, _ = emulated(load_recipe(float8_recipe(recipe_file, "tensorwise")))
     trainer.model_wrapped = trainer.model
-    found = measure(trainer)
+    found = measure_isolation(trainer)
     assert (found.change, found.noise) == (0.0, 0.0)
-    assert found.fault() is None
+    assert found.find_error() is None
 
 
 @pytest.mark.gpu

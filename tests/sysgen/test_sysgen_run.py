@@ -208,7 +208,7 @@ def test_the_check_reads_all_rows_and_asks_each_server_for_a_sign_of_life(tmp_pa
         ("generate.max_tokns=5", "generate.max_tokns: unknown key. Did you mean `generate.max_tokens`?"),
         ("tags.target_share.Toll=0.1", "tags.target_share.Toll: unknown key. Did you mean `tags.target_share.Tool`?"),
         ("on_empty=skip", "on_empty: found 'skip'. Allowed: retry, drop, keep_without_system."),
-        ("gates.leak=2", "gates.leak: found 2. Allowed: a number above 0 and not above 1; or null."),
+        ("gates.leak=2", "gates.leak: found 2. Allowed: a number > 0 and <= 1; or null."),
         ("api_key=x", "Set them in the environment"),
         ("data.sources.0.path=nowhere.jsonl", "nowhere.jsonl: there is no nowhere.jsonl in"),
         ("servers.0.base_url=localhost", "base_url 'localhost' is not a URL: write it like http://localhost:8000/v1."),

@@ -486,7 +486,7 @@ def test_what_is_told_is_what_was_measured(measured: SystemGain) -> None:
     assert f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]" in table
     odd = measured.groups["rule", "odd"].gain
     assert f"| rule | odd | 8 | {odd.mean:+.3f} (n = 4) p={odd.p:.3f} |" in table  # eight rows of four instructions
-    assert "(n = ...): too few instructions for an interval; it takes at least 6." in table
+    assert "(n = ...): too few instructions for an interval, which needs at least 6." in table
     widths = [line.count("|") for line in table.splitlines() if line.startswith("|")]
     assert set(widths) == {3, 5}
     assert "16 rows of 8 instructions; " in table

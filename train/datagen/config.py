@@ -117,13 +117,13 @@ def refuse_in_extra(document: Document, stage: str) -> None:
         return
     own = {name: section.get(name, field.default) for name, field in StageSection.model_fields.items()}
     for name, why in faults_in_extra(extra, own):
-        document.fault(
+        document.add_error(
             (stage, "extra", name), why.format(setting=f"`{stage}.{name}`", key_variable="`servers.N.key_variable`")
         )
     try:
         json.dumps(extra, allow_nan=False)
     except ValueError:
-        document.fault((stage, "extra"), "holds a number that JSON can't (.inf or .nan).")
+        document.add_error((stage, "extra"), "holds a number that JSON can't (.inf or .nan).")
 
 
 def open_settings(path: str | Path, overrides: Sequence[str], stages: Iterable[str]) -> Document:

@@ -10,7 +10,7 @@ from train.errors import UserError
 from train.evaluation.results import Measure, Results
 from train.multifaceted.bench.pairwise import scores_of_shared_rubrics
 from train.progress import progress_bar
-from train.reporting.conditions import changes, differences, unknown
+from train.reporting.conditions import all_differences, missing_conditions, recorded_differences
 from train.resampling import DIFFERENCE_BOUNDS, Bounds, Estimate, estimate_means
 
 _BOUNDS: dict[str, Bounds] = {"share": DIFFERENCE_BOUNDS, "points": (-2.0, 2.0)}
@@ -74,7 +74,9 @@ def compare_results(
             + "".join(f". {kind}{reason}" for kind, reason in list(why.items())[:1])
         )
     faults = [
-        f"{kind}: {fault}" for kind in shared for fault in differences(first[kind].conditions, second[kind].conditions)
+        f"{kind}: {fault}"
+        for kind in shared
+        for fault in recorded_differences(first[kind].conditions, second[kind].conditions)
     ]
     if faults:
         raise UserError(
@@ -86,8 +88,8 @@ def compare_results(
     pairs = []
     for kind in shared:
         one, other = first[kind], second[kind]
-        notes += [f"{kind}: {sentence}" for sentence in unknown(one.conditions, other.conditions)]
-        notes += [f"{kind}: {change}" for change in changes(one.notes, other.notes)]
+        notes += [f"{kind}: {sentence}" for sentence in missing_conditions(one.conditions, other.conditions)]
+        notes += [f"{kind}: {change}" for change in all_differences(one.notes, other.notes)]
         notes += [
             f"{kind}: {side} {results.incomplete}" for side, results in (("A", one), ("B", other)) if results.incomplete
         ]

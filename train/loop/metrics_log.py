@@ -1,4 +1,4 @@
-"""Step log of a run: a printed line and a JSON object in metrics.jsonl for each logging step."""
+"""Metrics log: a line on the screen and a JSON object in metrics.jsonl for each logging step, and the progress bar."""
 
 import json
 import math
@@ -13,11 +13,11 @@ from train.formatting import duration
 from train.progress import ProgressBar, progress_bar
 from train.ranks import is_first_rank
 from train.storage.atomic_write import atomic_write, write_text
-from train.storage.jsonl import read_metrics
+from train.storage.jsonl import read_json_lines
 
 
 class StepLog(TrainerCallback):
-    """Writes metrics.jsonl and a line a logging step, and moves the progress bar."""
+    """Writes metrics.jsonl, prints a line per logging step, and advances the progress bar."""
 
     def __init__(self, output_dir: str) -> None:
         self.path = Path(output_dir) / "metrics.jsonl"
@@ -26,12 +26,12 @@ class StepLog(TrainerCallback):
         self._evaluation: ProgressBar | None = None
         self._started = 0.0
         self._first_step = 0
-        self._unwritten = ""
+        self._pending = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock; after a resume, keep the lines of the steps that the checkpoint holds, and those alone."""
+        """Start the clock; after a resume, keep only the lines of the steps before the checkpoint."""
         self._started = time.monotonic()
         self._first_step = state.global_step
         if not is_first_rank():
@@ -40,18 +40,18 @@ class StepLog(TrainerCallback):
         if state.global_step:
             kept = [
                 metrics
-                for metrics in (read_metrics(self.path) if self.path.exists() else [])
+                for metrics in (read_json_lines(self.path) if self.path.exists() else [])
                 if metrics["step"] <= state.global_step and "loaded_step" not in metrics
             ]
-            kept = _with_lost_lines(kept, state.log_history)
-        with atomic_write(self.path) as [unfinished]:  # a full disk must not cost the lines that were there
+            kept = _restore_lost_lines(kept, state.log_history)
+        with atomic_write(self.path) as [unfinished]:  # a full disk must not lose the existing lines
             write_text(unfinished, "".join(json.dumps(metrics) + "\n" for metrics in kept))
         self._job = self._open.enter_context(
             progress_bar("training", total=state.max_steps, unit="steps", done=state.global_step)
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move the bar."""
+        """Advance the progress bar."""
         if self._job:
             self._job.advance(state.global_step - self._job.done)
 
@@ -63,12 +63,12 @@ class StepLog(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write what was logged, and show the little of it that a person follows."""
+        """Write the metrics, and print the most important of them."""
         if not logs or not is_first_rank() or "train_runtime" in logs:
             return
         metrics: dict[str, Any] = {"step": state.global_step, **logs}
         self._write(metrics)
-        line = self._line(state, metrics)
+        line = self._format_line(state, metrics)
         if self._job:
             self._job.show(line)
         else:
@@ -77,29 +77,31 @@ class StepLog(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note the step of the model that is saved, where it is the best one and not the last."""
+        """Note the step of the saved model if it is the best one and not the last."""
         if args.load_best_model_at_end and state.best_global_step and is_first_rank():
             self._write({"step": state.global_step, "loaded_step": state.best_global_step})
 
     def _write(self, metrics: dict[str, Any]) -> None:
-        """Append a line; where the disk is full or gone, with the next one: saving says what becomes of it."""
-        self._unwritten += json.dumps({key: _plain(value) for key, value in metrics.items()}) + "\n"
+        """Append a line. If that fails, keep it and write it with the next one: saving reports errors of the disk."""
+        self._pending += json.dumps({key: _as_json(value) for key, value in metrics.items()}) + "\n"
         try:
             with self.path.open("a", encoding="utf-8") as lines:
-                lines.write(self._unwritten)
-        except OSError as fault:
-            if not self._unwritten.startswith("\n"):  # after half a line, which is passed over
-                self._unwritten = "\n" + self._unwritten
-                print(f"warning: {self.path} can't be written: {fault.strerror}; its lines are kept", flush=True)
+                lines.write(self._pending)
+        except OSError as error:
+            if not self._pending.startswith("\n"):  # after half a line, which readers skip
+                self._pending = "\n" + self._pending
+                print(
+                    f"warning: {self.path} can't be written: {error.strerror}; its lines are kept in memory", flush=True
+                )
         else:
-            self._unwritten = ""
+            self._pending = ""
 
-    def _line(self, state: TrainerState, metrics: dict[str, Any]) -> str:
+    def _format_line(self, state: TrainerState, metrics: dict[str, Any]) -> str:
         if "loss" not in metrics:
             shown = " ".join(f"{key} {metrics[key]:.4f}" for key in ("eval_loss", "eval_system_gain") if key in metrics)
             return f"step {state.global_step}/{state.max_steps} {shown}"
-        seconds_a_step = (time.monotonic() - self._started) / max(state.global_step - self._first_step, 1)
-        left = duration(seconds_a_step * (state.max_steps - state.global_step))
+        seconds_per_step = (time.monotonic() - self._started) / max(state.global_step - self._first_step, 1)
+        left = duration(seconds_per_step * (state.max_steps - state.global_step))
         mfu = f"mfu {metrics['mfu']:.1%} " if "mfu" in metrics else ""
         return (
             f"step {state.global_step}/{state.max_steps} loss {metrics['loss']:.4f} "
@@ -110,7 +112,7 @@ class StepLog(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Show how far the evaluation is."""
+        """Advance the progress bar of the evaluation."""
         if self._job is None:
             return
         if self._evaluation is None:
@@ -118,11 +120,11 @@ class StepLog(TrainerCallback):
         self._evaluation.advance()
 
     def part(self, description: str, total: int, unit: str) -> ProgressBar | None:
-        """The progress of a part of the evaluation, below that of training; None where this process shows none."""
+        """Return a progress bar for a part of the evaluation; None on other ranks than the first."""
         return self._job.part(description, total, unit) if self._job else None
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Take the evaluation's bar away."""
+        """Remove the progress bar of the evaluation."""
         if self._evaluation:
             self._evaluation.finish()
             self._evaluation = None
@@ -131,28 +133,28 @@ class StepLog(TrainerCallback):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Leave the terminal as it was, also after an error."""
+        """Restore the terminal, also after an error."""
         self._open.close()
         self._job = None
 
 
-def _with_lost_lines(kept: list[dict[str, Any]], history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`kept`, and what the checkpoint knows besides: lines that a crash took, or that are in another folder."""
+def _restore_lost_lines(kept: list[dict[str, Any]], history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return `kept` with the lines of the checkpoint's history that it lacks: lost in a crash, or in another folder."""
 
-    def what(metrics: dict[str, Any]) -> tuple[int, bool]:
+    def key(metrics: dict[str, Any]) -> tuple[int, bool]:
         return metrics["step"], "loss" in metrics
 
-    there = {what(metrics) for metrics in kept}
-    lost = [
-        {"step": logged["step"], **{key: _plain(value) for key, value in logged.items() if key != "step"}}
+    present = {key(metrics) for metrics in kept}
+    restored = [
+        {"step": logged["step"], **{name: _as_json(value) for name, value in logged.items() if name != "step"}}
         for logged in history
-        if what(logged) not in there and "train_runtime" not in logged
+        if key(logged) not in present and "train_runtime" not in logged
     ]
-    return sorted(kept + lost, key=lambda metrics: (metrics["step"], "loss" not in metrics)) if lost else kept
+    return sorted(kept + restored, key=lambda line: (line["step"], "loss" not in line)) if restored else kept
 
 
-def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it: NaN and infinities become strings, as JSON has no word for them."""
+def _as_json(value: Any) -> Any:
+    """Return `value` for JSON: NaN and infinities as strings, as JSON has no such numbers."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

@@ -1,4 +1,4 @@
-"""Optimizer and learning rate schedule of a recipe, built on a tiny model: a trial before the data is prepared."""
+"""Optimizer test: build a recipe's optimizer and learning rate schedule on a tiny model, before data is prepared."""
 
 import math
 from types import SimpleNamespace
@@ -11,39 +11,41 @@ from transformers.training_args import OptimizerNames
 
 from train.errors import UserError
 from train.recipe import Recipe
-from train.recipe.lr_schedules import FOLLOWS_EVALUATION, given_arguments
+from train.recipe.lr_schedules import FOLLOWS_EVALUATION, scheduler_kwargs
+from train.recipe.schedule import absolute_steps
 from train.recipe.sft_config import with_defaults
 
 _DEFAULT = "adamw_torch_fused"  # transformers' own with torch 2.8 or newer
 _STEPS = 1_000
-"""Steps of the trial where the number of the run's depends on the data, and most learning rates that are computed."""
+"""Steps of the test if the run's depend on the data; also the maximum of learning rates that are computed."""
 _ON_THE_MODEL = ("galore_", "apollo_", "lomo", "adalomo")
-"""Optimizers that look for modules of the model itself: they are built when it is loaded."""
+"""Optimizers that need modules of the real model: they are built when it is loaded."""
+_KEYS = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
+"""Keys of an optimizer's arguments, for messages."""
 _REFUSALS = (ValueError, TypeError, LookupError, ImportError, AttributeError, ArithmeticError, RuntimeError)
 
 
-def try_optimizer(recipe: Recipe) -> None:
+def check_optimizer(recipe: Recipe) -> None:
     """Build both as the Trainer will, and compute learning rates from the first step to the last.
 
-    `train.recipe.lr_schedules` and `train.recipe.optimizer_arguments` know the arguments and say what to write; this is for what they
-    don't know. Raises UserError.
+    `train.recipe.lr_schedules` and `train.recipe.optimizer_arguments` check the arguments that they know, with advice.
+    This finds all other errors. Raises UserError.
     """
     settings = with_defaults(recipe.training)
-    optimizer = _optimizer(settings)
-    kind, arguments = settings["lr_scheduler_type"], given_arguments(settings)
+    optimizer = _build_optimizer(settings)
+    kind, arguments = settings["lr_scheduler_type"], scheduler_kwargs(settings)
     steps = settings["max_steps"] if settings["max_steps"] > 0 else _STEPS
-    warmup = settings["warmup_steps"]
-    warmup_steps = int(warmup) if warmup >= 1 else math.ceil(steps * warmup)
+    warmup_steps = absolute_steps(settings["warmup_steps"], steps)
     try:
         schedule = get_scheduler(kind, optimizer, warmup_steps, steps, scheduler_specific_kwargs=arguments)
-        tried = [] if kind in FOLLOWS_EVALUATION else [*range(0, steps, -(-steps // _STEPS)), steps]
-        rates = [schedule.lr_lambdas[0](step) * settings["learning_rate"] for step in tried]
-    except _REFUSALS as fault:
+        tested = [] if kind in FOLLOWS_EVALUATION else [*range(0, steps, -(-steps // _STEPS)), steps]
+        rates = [schedule.lr_lambdas[0](step) * settings["learning_rate"] for step in tested]
+    except _REFUSALS as error:
         raise UserError(
-            f"training.lr_scheduler_kwargs: transformers can't make a {kind} schedule of {arguments or 'nothing'}: "
-            f"{' '.join(str(fault).split())}. Write other arguments."
-        ) from fault
-    for step, rate in zip(tried, rates, strict=True):
+            f"training.lr_scheduler_kwargs: transformers can't build a {kind} schedule with "
+            f"{arguments or 'no arguments'}: {' '.join(str(error).split())}. Write other arguments."
+        ) from error
+    for step, rate in zip(tested, rates, strict=True):
         if not (math.isfinite(rate) and rate >= 0):
             raise UserError(
                 f"training.lr_scheduler_kwargs: the learning rate of step {step:,} would be {rate:g} with {arguments}. "
@@ -51,7 +53,7 @@ def try_optimizer(recipe: Recipe) -> None:
             )
 
 
-def _optimizer(settings: dict[str, Any]) -> Optimizer:
+def _build_optimizer(settings: dict[str, Any]) -> Optimizer:
     name, model = settings["optim"] or _DEFAULT, nn.Linear(2, 2)
     groups: list[dict[str, Any]] = [
         {"params": [model.weight], "weight_decay": settings["weight_decay"]},
@@ -62,13 +64,9 @@ def _optimizer(settings: dict[str, Any]) -> Optimizer:
     try:
         arguments: Any = SimpleNamespace(**{**settings, "optim": OptimizerNames(name)})
         kind, keywords = Trainer.get_optimizer_cls_and_kwargs(arguments)
-        built: Optimizer = kind(groups, **keywords)
-    except _REFUSALS as fault:
+        return kind(groups, **keywords)
+    except _REFUSALS as error:
         given = ", ".join(f"{key}: {settings[key]}" for key in _KEYS if settings[key] is not None)
         raise UserError(
-            f"training.optim: {name} can't be built with {given}: {' '.join(str(fault).split())}. Write other values."
-        ) from fault
-    return built
-
-
-_KEYS = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
+            f"training.optim: {name} can't be built with {given}: {' '.join(str(error).split())}. Write other values."
+        ) from error

@@ -1,4 +1,4 @@
-"""In which order sequences are trained: a function of seed and epoch, evened out over the ranks of each step."""
+"""Order of training: a function of seed and epoch that balances the ranks of each step."""
 
 from collections.abc import Iterator
 
@@ -13,22 +13,22 @@ from train.data.packing import PackingPlan
 
 
 def linear_tokens(config: PreTrainedConfig) -> float:
-    """The length of a document at which attention costs as much as all other layers; see `attention_cost`."""
+    """Return the document length at which attention costs as much as all other layers; see `attention_cost`."""
     return 12.0 * config.get_text_config().hidden_size
 
 
 class BalancedSampler(Sampler[int]):
-    """Indices of `PackedDataset` for one epoch after the other, for all ranks: accelerate deals them out."""
+    """Indices of `PackedDataset` for all ranks, epoch by epoch; accelerate distributes them."""
 
     def __init__(self, sequences: PackedDataset, arguments: SFTConfig, config: PreTrainedConfig) -> None:
-        """`config`: the model's, whose size tells how attention weighs beside the rest."""
+        """Begin at epoch 0. `config`: the model's, whose size decides the cost of attention."""
         self._sequences, self._linear_tokens, self._seed = sequences, linear_tokens(config), arguments.seed
         self._ranks, self._batch = arguments.world_size, arguments.train_batch_size
         self._accumulation = arguments.gradient_accumulation_steps
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """What is next iterated over."""
+        """Set the epoch of the next iteration."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -42,15 +42,15 @@ class BalancedSampler(Sampler[int]):
         first = self._epoch * len(self._sequences)
         return iter((first + order).tolist())
 
-    def waiting(self) -> tuple[float, float]:
-        """How much longer than without any waiting of ranks an epoch takes: in plain random order, and in this one."""
+    def epoch_imbalance(self) -> tuple[float, float]:
+        """Return the imbalance of an epoch (see `imbalance`): in plain random order, and in this order."""
         costs = self._costs()
         orders = [
             epoch_order(costs, ranks=ranks, batch=batch, accumulation=accumulation, seed=self._seed, epoch=self._epoch)
             for ranks, batch, accumulation in ((1, 1, 1), (self._ranks, self._batch, self._accumulation))
         ]
-        plain, dealt = (imbalance(costs, order, ranks=self._ranks, batch=self._batch) for order in orders)
-        return plain, dealt
+        plain, balanced = (imbalance(costs, order, ranks=self._ranks, batch=self._batch) for order in orders)
+        return plain, balanced
 
     def _costs(self) -> list[float]:
         plan = self._sequences.plan_of(self._epoch)
@@ -58,19 +58,19 @@ class BalancedSampler(Sampler[int]):
 
 
 def attention_cost(lengths: ArrayLike, plan: PackingPlan, linear_tokens: float) -> NDArray[np.float64]:
-    """What each sequence costs, float64 [sequences], in tokens' worth of work outside attention.
+    """Return the cost of each sequence, float64 [sequences], in units of a token's work outside attention.
 
-    A document of n tokens costs n + n**2 / linear_tokens: the linear layers' part, and attention's, which grows with
-    the square of the document and doesn't reach over its ends. `lengths`: tokens of each row. `linear_tokens`: the
+    A document of n tokens costs n + n**2 / linear_tokens: the linear layers, and attention, which grows with the square
+    of the document and ends at its borders. `lengths`: tokens of each row. `linear_tokens`: the
     document length at which attention costs as much as all the rest. By PaLM's count (Chowdhery et al. 2022,
     arXiv:2204.02311, appendix B; nanoGPT's estimate_mfu) a token takes 6 N + 12 L H Q T operations, for N parameters,
     L layers and H heads of size Q; a causal kernel skips half of the second part, so a document takes
     6 N n + 6 L H Q n**2, and linear_tokens = N / (L H Q): about 12 times the hidden size, 54,000 for Mistral 7B.
 
-    Raises ValueError for a `linear_tokens` that isn't above 0.
+    Raises ValueError unless `linear_tokens` > 0.
     """
     if not linear_tokens > 0:
-        raise ValueError(f"linear_tokens is {linear_tokens}; it is a number of tokens above 0")
+        raise ValueError(f"linear_tokens must be > 0, not {linear_tokens}")
     tokens = np.asarray(lengths, np.float64)[plan.rows]
     return np.add.reduceat(tokens + tokens**2 / linear_tokens, plan.ends[:-1]) if len(plan) else np.empty(0)
 
@@ -78,78 +78,80 @@ def attention_cost(lengths: ArrayLike, plan: PackingPlan, linear_tokens: float) 
 def epoch_order(
     costs: ArrayLike, *, ranks: int, batch: int, accumulation: int, seed: int, epoch: int
 ) -> NDArray[np.int64]:
-    """The sequences of an epoch in the order in which the trainer walks through them: int64 [sequences], a permutation.
+    """Return the order of an epoch's sequences: int64 [sequences], a permutation.
 
-    accelerate (BatchSamplerShard) deals an order out as [micro step][rank][batch]; `accumulation` micro steps make an
-    optimizer step. Which sequences form a step is uniformly random in (seed, epoch): each step is the same set as in
-    the plain random order that `accumulation=1, ranks=1, batch=1` gives, so the gradients are those of plain shuffling.
-    Within a step, sequences of like cost share a micro step, are dealt there to the ranks so that their batches cost
-    about the same (ranks wait for each other at each micro step under ZeRO-3), and the batches go to the ranks so that
-    the totals of the step do (DDP waits once a step). For a batch of one, no other dealing waits less at the micro
-    steps. The dearest micro step comes first, so a step that doesn't fit in memory fails early. What is left over at
-    the end, less than a micro step of all ranks, stays in random order.
+    accelerate (BatchSamplerShard) reads it as [micro step][rank][batch]; `accumulation` micro steps are an optimizer
+    step.
+
+    - Across steps: uniformly random in (seed, epoch). Each step has the same set of sequences as in the plain random
+      order of `accumulation=1, ranks=1, batch=1`, so gradients are those of plain shuffling.
+    - Within a step: sequences of similar cost share a micro step, are distributed there so that the batches cost about
+      the same (ranks wait for each other at each micro step under ZeRO-3), and the batches go to the ranks so that the
+      totals of the step do (DDP waits once a step). For batches of one, no other order waits less at the micro steps.
+    - The most expensive micro step comes first, so that a step that exceeds the memory fails early.
+    - The remainder, less than a micro step of all ranks, stays in random order.
 
     `costs`: [sequences]. Raises ValueError for counts below 1.
     """
     cost = np.asarray(costs, np.float64)
     together = _sequences_at_once(ranks, batch)
     if accumulation < 1:
-        raise ValueError(f"accumulation is {accumulation}; it is 1 or more")
-    # PCG64([seed, epoch]) already draws the epoch's packing; the 1 gives a stream of its own
+        raise ValueError(f"accumulation must be >= 1, not {accumulation}")
+    # PCG64([seed, epoch]) generates the epoch's packing; the 1 selects another stream
     shuffled = np.argsort(np.random.Generator(np.random.PCG64([seed, epoch, 1])).random(len(cost)), kind="stable")
-    of_whole_steps = len(cost) // (together * accumulation) * together * accumulation
-    of_whole_micro_steps = len(cost) // together * together
+    in_full_steps = len(cost) // (together * accumulation) * together * accumulation
+    in_full_micro_steps = len(cost) // together * together
     parts = []
     for start, stop, micro_steps in (
-        (0, of_whole_steps, accumulation),
-        (of_whole_steps, of_whole_micro_steps, (of_whole_micro_steps - of_whole_steps) // together),
+        (0, in_full_steps, accumulation),
+        (in_full_steps, in_full_micro_steps, (in_full_micro_steps - in_full_steps) // together),
     ):
         if start < stop:
             steps = shuffled[start:stop].reshape(-1, micro_steps * together)
-            parts.append(_deal(steps, cost, ranks, batch).reshape(-1))
-    return np.concatenate([*parts, shuffled[of_whole_micro_steps:]]).astype(np.int64)
+            parts.append(_balance(steps, cost, ranks, batch).reshape(-1))
+    return np.concatenate([*parts, shuffled[in_full_micro_steps:]]).astype(np.int64)
 
 
 def imbalance(costs: ArrayLike, order: ArrayLike, *, ranks: int, batch: int) -> float:
-    """How much longer an epoch takes than if no rank ever waited for another at a micro step; 1.0 = nobody waits.
+    """Return the duration of an epoch relative to one without waiting at micro steps; 1.0 = no rank waits.
 
-    The cost of each micro step's slowest rank, summed, by the mean over the ranks, summed. Where the sequences don't
-    fill the last micro step, accelerate (even_batches) starts over from the front of the order, and so does this.
+    The sum over micro steps of the slowest rank's cost, divided by that of the mean cost. The last micro step is filled
+    from the front of the order, as accelerate does (even_batches).
     `costs`: [sequences]; `order`: [sequences], as from `epoch_order`. Raises ValueError for counts below 1.
     """
-    cost, walked = np.asarray(costs, np.float64), np.asarray(order, np.int64)
+    cost, sequences = np.asarray(costs, np.float64), np.asarray(order, np.int64)
     together = _sequences_at_once(ranks, batch)
-    if not len(walked):
+    if not len(sequences):
         return 1.0
-    filled = np.resize(walked, -(-len(walked) // together) * together)
+    filled = np.resize(sequences, -(-len(sequences) // together) * together)
     of_rank = cost[filled].reshape(-1, ranks, batch).sum(axis=2)
     return float(of_rank.max(axis=1).sum() / of_rank.mean(axis=1).sum())
 
 
 def _sequences_at_once(ranks: int, batch: int) -> int:
     if ranks < 1 or batch < 1:
-        raise ValueError(f"{ranks} ranks with batches of {batch}: both are 1 or more")
+        raise ValueError(f"{ranks} ranks with batches of {batch}: both must be >= 1")
     return ranks * batch
 
 
-def _deal(steps: NDArray[np.int64], cost: NDArray[np.float64], ranks: int, batch: int) -> NDArray[np.int64]:
-    """The sequences of each step [steps, sequences], dealt to [steps, micro step, rank, batch]."""
-    dearest_first = np.take_along_axis(steps, np.argsort(-cost[steps], axis=1, kind="stable"), axis=1)
-    rounds = dearest_first.reshape(len(steps), -1, batch, ranks)  # one sequence for each rank in each of batch rounds
-    # within a micro step: the dearest sequence of a round to the batch that has cost least so far
+def _balance(steps: NDArray[np.int64], cost: NDArray[np.float64], ranks: int, batch: int) -> NDArray[np.int64]:
+    """Return the sequences of each step [steps, sequences], balanced as [steps, micro step, rank, batch]."""
+    expensive_first = np.take_along_axis(steps, np.argsort(-cost[steps], axis=1, kind="stable"), axis=1)
+    rounds = expensive_first.reshape(len(steps), -1, batch, ranks)  # `batch` rounds of one sequence for each rank
+    # within a micro step: the most expensive sequence of a round goes to the cheapest batch so far
     batches = np.empty((*rounds.shape[:2], ranks, batch), np.int64)
     of_batch = np.zeros((*rounds.shape[:2], ranks))
-    for place in range(batch):
+    for position in range(batch):
         cheapest = np.argsort(of_batch, axis=2, kind="stable")
-        np.put_along_axis(batches[..., place], cheapest, rounds[:, :, place], axis=2)
-        of_batch += cost[batches[..., place]]
-    # over the micro steps: the dearest batch to the rank that has cost least so far
-    dealt = np.empty_like(batches)
+        np.put_along_axis(batches[..., position], cheapest, rounds[:, :, position], axis=2)
+        of_batch += cost[batches[..., position]]
+    # over the micro steps: the most expensive batch goes to the cheapest rank so far
+    balanced = np.empty_like(batches)
     of_rank = np.zeros((len(steps), ranks))
     for micro_step in range(rounds.shape[1]):
-        dearest = np.argsort(-of_batch[:, micro_step], axis=1, kind="stable")
+        expensive = np.argsort(-of_batch[:, micro_step], axis=1, kind="stable")
         cheapest = np.argsort(of_rank, axis=1, kind="stable")
-        chosen = np.take_along_axis(batches[:, micro_step], dearest[..., None], axis=1)
-        np.put_along_axis(dealt[:, micro_step], np.broadcast_to(cheapest[..., None], chosen.shape), chosen, axis=1)
-        of_rank += cost[dealt[:, micro_step]].sum(axis=2)
-    return dealt
+        chosen = np.take_along_axis(batches[:, micro_step], expensive[..., None], axis=1)
+        np.put_along_axis(balanced[:, micro_step], np.broadcast_to(cheapest[..., None], chosen.shape), chosen, axis=1)
+        of_rank += cost[balanced[:, micro_step]].sum(axis=2)
+    return balanced

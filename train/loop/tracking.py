@@ -1,4 +1,4 @@
-"""Trackers of a run: Weights & Biases and TensorBoard, where the recipe names them."""
+"""Trackers of a run: Weights & Biases and TensorBoard, if the recipe names them."""
 
 import importlib.util
 import os
@@ -11,25 +11,24 @@ from train.ranks import is_first_rank
 from train.recipe import Recipe, TrackingSection
 
 
-def integrations(tracking: TrackingSection) -> list[str]:
-    """Names under which transformers knows the trackers. Raises UserError for one whose package is missing."""
-    wanted = [name for name in ("wandb", "tensorboard") if getattr(tracking, name)]
-    for name in wanted:
+def tracker_names(tracking: TrackingSection) -> list[str]:
+    """Return the names of the recipe's trackers in transformers. Raises UserError if the package of one is missing."""
+    names = [name for name in ("wandb", "tensorboard") if getattr(tracking, name)]
+    for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(
-                f"tracking.{name}: the package {name} is not installed. Install it with `pip install {name}`, or take "
-                "the key out."
+                f"tracking.{name}: the package {name} is not installed. Install it with `pip install {name}`, or "
+                "remove the key."
             )
-    return wanted
+    return names
 
 
 @contextmanager
-def tracked(recipe: Recipe, wandb_run: str | None = None) -> Iterator[None]:
-    """Open the wandb run of the recipe on the first rank and close it on every path; name TensorBoard's folder.
+def open_trackers(recipe: Recipe, wandb_run: str | None = None) -> Iterator[None]:
+    """Keep the wandb run of the recipe open inside the block, on the first rank; set TensorBoard's folder.
 
-    `wandb_run`: the id of the run that this one goes on from.
-
-    Raises UserError where wandb can't be reached with the key that the environment holds.
+    `wandb_run`: the id of the run that this one resumes. Raises UserError if wandb can't be reached with the key in the
+    environment.
     """
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(recipe.output_dir) / "tensorboard")
     settings = recipe.tracking.wandb
@@ -48,10 +47,10 @@ def tracked(recipe: Recipe, wandb_run: str | None = None) -> Iterator[None]:
             id=wandb_run,
             resume="allow" if wandb_run else None,
         )
-    except wandb.errors.Error as fault:
+    except wandb.errors.Error as error:
         raise UserError(
-            f"tracking.wandb: {' '.join(str(fault).split())} Set WANDB_API_KEY in the environment, or write "
+            f"tracking.wandb: {' '.join(str(error).split())} Set WANDB_API_KEY in the environment, or write "
             "`tracking.wandb.mode: offline`."
-        ) from fault
+        ) from error
     with run:
         yield

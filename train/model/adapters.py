@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from train.errors import UserError
 from train.model.text_part import idle_modules
 from train.recipe import AdapterSection, QuantizationSection
-from train.recipe.yaml_document import closest, did_you_mean
+from train.recipe.yaml_document import closest_match, did_you_mean
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -105,7 +105,7 @@ def _check_name(
     offered = [name for name in offered if not name.isdecimal()]
     if not found:
         why = " (`all-linear` stands alone, in no list)" if wanted == "all-linear" else ""
-        remedy = did_you_mean(closest(wanted.rpartition(".")[2], offered, 0.5))
+        remedy = did_you_mean(closest_match(wanted.rpartition(".")[2], offered, 0.5))
         raise UserError(
             f"{key}: the model has no module {wanted!r}{why}.{remedy} Those with weights are called "
             f"{', '.join(offered)}."

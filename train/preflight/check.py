@@ -15,7 +15,7 @@ from train.cli import OutputLostError
 from train.data.prepare import examine
 from train.errors import UserError
 from train.loop.checkpoint.manifest import Checkpoint
-from train.loop.checkpoint.resume import date_of_run
+from train.loop.checkpoint.resume import get_run_date
 from train.loop.output_dir import unwritable_files
 from train.model.tokenizer import check_vocabulary, load_chat_tokenizer
 from train.preflight.json_report import write_json
@@ -52,13 +52,13 @@ def check(
 
         with_deepspeed = checkpoint.manifest["distribution"].startswith("DeepSpeed")
         ResumedSettings(checkpoint, recipe).refuse(checkpoint, deepspeed=with_deepspeed)
-    chat = load_chat_tokenizer(recipe, date_of_run(checkpoint))
+    chat = load_chat_tokenizer(recipe, get_run_date(checkpoint))
     check_vocabulary(chat.tokenizer, recipe.model, model.embeddings)
     data = examine(recipe, chat.tokenizer)
 
     side_file_errors: list[str] = []
     if earlier is None:
-        from train.loop.checkpoint.side_files import try_side_files
+        from train.loop.side_files import try_side_files
 
         side_file_errors, names = try_side_files(recipe, chat.tokenizer)
         model = dataclasses.replace(model, side_files=names)

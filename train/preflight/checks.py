@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from train.errors import UserError
 from train.loop.output_dir import output_dir_conflicts
 from train.loop.time_limit import time_conflicts
-from train.loop.tracking import integrations
+from train.loop.tracking import tracker_names
 from train.ranks import deepspeed_launch_error
 from train.recipe import Recipe
 from train.recipe.sft_config import with_defaults
@@ -55,7 +55,7 @@ def _mirror_dir(recipe: Recipe) -> Iterator[str]:
 
 def _tracking(recipe: Recipe) -> Iterator[str]:
     try:
-        integrations(recipe.tracking)
+        tracker_names(recipe.tracking)
     except UserError as fault:
         yield str(fault)
     wandb = recipe.tracking.wandb

@@ -10,7 +10,7 @@ from train.data.sources.source import open_source
 from train.errors import UserError
 from train.model.folder import _from_recipe, refuse_missing_model
 from train.recipe import Recipe, Source
-from train.recipe.optimizer_arguments import missing_package
+from train.recipe.optimizer_arguments import missing_package_error
 from train.storage.local_paths import hub_unreachable_reason, looks_like_hub_id, suggest_similar
 
 
@@ -21,7 +21,7 @@ def refuse_missing(recipe: Recipe, *, packages: bool = True) -> None:
     going to be on this machine.
     """
     faults = [error for look in _looks(recipe) if (error := _error_of(look))]
-    if packages and (package := missing_package(recipe.training.get("optim") or "")):
+    if packages and (package := missing_package_error(recipe.training.get("optim") or "")):
         faults.append(package)
     if packages and recipe.training.get("use_liger_kernel") and find_spec("liger_kernel") is None:
         faults.append(

@@ -19,7 +19,7 @@ from train.data.tokens.source import cache_folder
 from train.errors import UserError
 from train.model.unloaded_weights import weight_names
 from train.recipe import QuantizationSection, Recipe
-from train.storage.checksum import digest_of_files
+from train.storage.checksum import hash_files
 
 _VERSION = 1
 """Raise it when a check of the model, the optimizer, the schedule or the side files changes."""
@@ -56,12 +56,12 @@ class ModelFacts:
 
 def examine_model(recipe: Recipe) -> ModelFacts:
     """Check model, optimizer and schedule; the side files need a tokenizer. Raises UserError if one doesn't fit."""
-    from train.loop.optimizer_test import try_optimizer
+    from train.loop.optimizer_test import check_optimizer
     from train.model.load import check_model, load_config
     from train.model.quantized_weights import with_saved_quantization
 
     model = check_model(recipe)
-    try_optimizer(recipe)
+    check_optimizer(recipe)
     described = with_saved_quantization(recipe, load_config(recipe.model))
     saved = described.quantization if described is not recipe else None
     return ModelFacts(model.notes, model.embeddings, saved.model_dump() if saved else None, [])
@@ -89,7 +89,7 @@ def _key(recipe: Recipe) -> str | None:
     if not folder.is_dir() or recipe.model.trust_remote_code:
         return None
     try:
-        files = {path.name: digest_of_files([path]) for path in _small_files(folder)}
+        files = {path.name: hash_files([path]) for path in _small_files(folder)}
         names = weight_names(folder)
     except (OSError, UserError, SafetensorError):  # the checks report it
         return None
@@ -118,7 +118,7 @@ def _small_files(folder: Path) -> Iterator[Path]:
 
 def _template_digest(recipe: Recipe) -> str | None:
     template = Path(recipe.chat.template or "")
-    return digest_of_files([template]) if template.is_file() else None
+    return hash_files([template]) if template.is_file() else None
 
 
 def _version(package: str) -> str | None:

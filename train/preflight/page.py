@@ -18,7 +18,7 @@ from train.data.stats import Bin
 from train.errors import UserError
 from train.formatting import format_count, shorten, visible, wrap
 from train.preflight.report import Example, PartReport, Piece, Report
-from train.recipe.schedule import Rhythm
+from train.recipe.schedule import Cadence
 
 _NAME = 12
 _BAR = 40
@@ -238,7 +238,7 @@ def _describe_schedule(report: Report) -> list[str]:
     return lines
 
 
-def _describe_rhythm(rhythm: Rhythm, never: str) -> str:
+def _describe_rhythm(rhythm: Cadence, never: str) -> str:
     if rhythm.strategy == "steps":
         return f"every {format_count(rhythm.steps or 0, 'step')}"
     return {"no": never, "epoch": "after each epoch", "best": "after each best evaluation so far"}[rhythm.strategy]

@@ -86,7 +86,7 @@ def _describe_float8(
 def _describe_waiting(data: Prepared, model: "PreTrainedModel", arguments: "SFTConfig") -> str:
     from train.loop.sampler import BalancedSampler
 
-    plain, dealt = BalancedSampler(data.train.dataset, arguments, model.config).waiting()
+    plain, dealt = BalancedSampler(data.train.dataset, arguments, model.config).epoch_imbalance()
     return (
         f"ranks wait for each other {dealt - 1:.1%} of the time, as long documents are balanced between them "
         f"({plain - 1:.1%} in random order)"

@@ -1,16 +1,16 @@
-"""TODO: train.storage.jsonl."""
+"""JSON Lines files."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl, in the order of the steps; half a line, left by a crash, is passed over."""
-    metrics = []
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSON Lines file, in order; lines that a crash cut short are skipped."""
+    objects = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            metrics.append(json.loads(line))
+            objects.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return metrics
+    return objects

@@ -10,7 +10,7 @@ from train.errors import UserError
 from train.ranks import is_first_rank
 from train.recipe import Recipe
 from train.storage.atomic_write import atomic_write, write_text
-from train.storage.jsonl import read_metrics
+from train.storage.jsonl import read_json_lines
 
 if TYPE_CHECKING:  # importing them takes seconds, and `--check` needs no more of this module than FILE
     from accelerate import Accelerator
@@ -76,9 +76,9 @@ class ValidationGain:
 
     def _earlier(self) -> list[dict[str, Any]]:
         """The lines that are there, of the steps whose gain metrics.jsonl has, too; all where there is none."""
-        lines = read_metrics(self._path) if self._path.is_file() else []
+        lines = read_json_lines(self._path) if self._path.is_file() else []
         metrics = self._path.with_name("metrics.jsonl")
         if not metrics.is_file():
             return lines
-        steps = {line["step"] for line in read_metrics(metrics) if "eval_system_gain" in line}
+        steps = {line["step"] for line in read_json_lines(metrics) if "eval_system_gain" in line}
         return [line for line in lines if line["step"] in steps]

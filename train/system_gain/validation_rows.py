@@ -16,7 +16,7 @@ from train.data.tokens.workers import RowTokenizer
 from train.formatting import format_count
 from train.progress import progress_bar
 from train.recipe import Recipe
-from train.recipe.conflicts import chosen_by_gain
+from train.recipe.conflicts import is_gain_metric
 from train.system_gain.variants import Chosen, Labelled, VariantRows, choose, encode, read_labelled
 
 _FILE = "rows.json"
@@ -77,7 +77,7 @@ def describe_gain(made: VariantRows | None) -> str | None:
 def gain_refusal(recipe: Recipe, made: VariantRows | None) -> str | None:
     """Why the best checkpoint can't be found as the recipe asks, or None."""
     metric = recipe.training.get("metric_for_best_model")
-    if not chosen_by_gain(metric) or (made is not None and made.rows):
+    if not is_gain_metric(metric) or (made is not None and made.rows):
         return None
     why = "system_gain.rows is 0" if made is None else _why_not(made)
     return f"training.metric_for_best_model: {metric} can't be measured: {why}. Write eval_loss, or mend that."

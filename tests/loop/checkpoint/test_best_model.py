@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from train.loop.checkpoint.manifest import checkpoint_in
-from train.loop.checkpoint.writer import Saver
+from train.loop.checkpoint.manifest import read_checkpoint
+from train.loop.checkpoint.writer import CheckpointWriter
 from train.sft import main
 
 TRAINING = {
@@ -63,8 +63,8 @@ def loaded(run: Path) -> int:
 
 
 def assert_is_model_of(step: int, run: Path) -> None:
-    one, two = (load_file(folder / "model.safetensors") for folder in (run, run / f"checkpoint-{step}"))
-    assert all(torch.equal(one[name], two[name]) for name in one.keys() | two.keys())
+    saved, expected = (load_file(folder / "model.safetensors") for folder in (run, run / f"checkpoint-{step}"))
+    assert all(torch.equal(saved[name], expected[name]) for name in saved.keys() | expected.keys())
 
 
 def test_another_metric_is_asked_of_the_checkpoints_that_are_there(
@@ -81,7 +81,7 @@ def test_another_metric_is_asked_of_the_checkpoints_that_are_there(
     losses = measured(run, "eval_loss")
     before = min((1, 2, 3), key=losses.__getitem__)
     assert (
-        f"the best model so far by eval_loss, of those that are there: checkpoint-{before}" in capsys.readouterr().out
+        f"best model so far by eval_loss, of the existing checkpoints: checkpoint-{before}" in capsys.readouterr().out
     )
     assert loaded(run) == min(losses, key=losses.__getitem__)
     assert_is_model_of(loaded(run), run)
@@ -99,9 +99,9 @@ def test_other_rows_for_the_gain_are_refused_where_it_chooses_the_best(
     assert "system_gain.rows was 9 and is 4" in refused(*later)
     capsys.readouterr()
     assert main([*later, "--resume-anyway", "system_gain.rows"]) == 0
-    told = capsys.readouterr().out
-    assert "the best model is sought from step 3 on" in told
-    assert "(system_gain.rows)" in told
+    output = capsys.readouterr().out
+    assert "the search for the best model begins again at step 3" in output
+    assert "(system_gain.rows)" in output
     gains = measured(run, "eval_system_gain")
     assert loaded(run) == max((4, 5), key=gains.__getitem__)
     assert "| system gain in nats per token, after step 4" in (run / "report.md").read_text(encoding="utf-8")
@@ -124,19 +124,19 @@ def no_room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Checkpoints of these steps find no room on the disk."""
 
     def take(*steps: int) -> None:
-        save, room, now = Saver.save, Saver._room, [0]
+        save, room, now = CheckpointWriter.save, CheckpointWriter._check_room, [0]
 
-        def of_step(self: Saver, step: int, *args: object, **more: object) -> bool:
+        def of_step(self: CheckpointWriter, step: int, *args: object, **more: object) -> bool:
             now[0] = step
             return save(self, step, *args, **more)  # type: ignore[arg-type]
 
-        def look(self: Saver) -> None:
+        def look(self: CheckpointWriter) -> None:
             if now[0] in steps:
                 raise OSError(errno.ENOSPC, "no room")
             room(self)
 
-        monkeypatch.setattr(Saver, "save", of_step)
-        monkeypatch.setattr(Saver, "_room", look)
+        monkeypatch.setattr(CheckpointWriter, "save", of_step)
+        monkeypatch.setattr(CheckpointWriter, "_check_room", look)
 
     return take
 
@@ -154,8 +154,8 @@ def test_the_best_model_is_what_a_run_ends_with_though_its_checkpoint_found_no_r
     assert main([*arguments, "--resume", "never"]) == 0
     assert not (run / "checkpoint-5").exists()
     assert loaded(run) == 5
-    found = load_file(run / "model.safetensors")
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    weights = load_file(run / "model.safetensors")
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert "validation loss of the saved model (step 5)" in (run / "report.md").read_text(encoding="utf-8")
     assert "this run ends with" not in capsys.readouterr().out
 
@@ -185,4 +185,4 @@ def test_a_best_model_that_is_lost_is_told(
         state = json.loads((run / "checkpoint-5" / "trainer_state.json").read_text(encoding="utf-8"))
         assert state["best_global_step"] == second
         assert math.isclose(state["best_metric"], losses[second])
-        assert checkpoint_in(run / "checkpoint-5").step == 5
+        assert read_checkpoint(run / "checkpoint-5").step == 5

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from train.data.chat.template import use_template
 from train.data.prepare import prepare
 from train.errors import UserError
-from train.loop.checkpoint.manifest import COMPLETE, checkpoint_in, digest_of, written
+from train.loop.checkpoint.manifest import COMPLETE, compute_digest, format_manifest, read_checkpoint
 from train.loop.checkpoint.resume import check_distribution, find_checkpoint
-from train.loop.throughput import CLOCKED
+from train.loop.throughput import TIMING_METRICS
 from train.model.tokenizer import load_tokenizer
 from train.recipe import load_recipe
 from train.sft import main
@@ -95,7 +95,7 @@ def figures(run: Path) -> list[dict[str, Any]]:
         {
             key: value
             for key, value in line.items()
-            if key not in CLOCKED and not key.endswith(("runtime", "_per_second"))
+            if key not in TIMING_METRICS and not key.endswith(("runtime", "_per_second"))
         }
         for line in lines
     ]
@@ -108,9 +108,9 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 def assert_same_model(run: Path, other: Path) -> None:
     name = "adapter_model.safetensors" if (other / "adapter_config.json").exists() else "model.safetensors"
-    one, two = load_file(run / name), load_file(other / name)
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[key], two[key]) for key in one)
+    weights, others = load_file(run / name), load_file(other / name)
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[key], others[key]) for key in weights)
 
 
 def test_a_checkpoint_without_its_optimizer_is_not_gone_on_from(
@@ -183,15 +183,15 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_taken(
     assert find_checkpoint("auto", recipe).step == 6  # type: ignore[union-attr]
     damage(run / "checkpoint-6" / name)
     capsys.readouterr()
-    found = find_checkpoint("auto", recipe)
-    assert found is not None
-    assert found.folder == run / "checkpoint-4"
-    told = capsys.readouterr().out
-    assert "passed over: " in told
-    assert str(run / "checkpoint-6") in told
-    assert said in told
+    checkpoint = find_checkpoint("auto", recipe)
+    assert checkpoint is not None
+    assert checkpoint.folder == run / "checkpoint-4"
+    output = capsys.readouterr().out
+    assert "skipped: " in output
+    assert str(run / "checkpoint-6") in output
+    assert said in output
     if name != COMPLETE:
-        assert str(run / "checkpoint-6" / name) in told
+        assert str(run / "checkpoint-6" / name) in output
     with pytest.raises(UserError, match="--resume never"):
         find_checkpoint(str(run / "checkpoint-6"), recipe)
 
@@ -222,10 +222,10 @@ def test_nothing_is_begun_where_no_checkpoint_is_whole(
     (run / "checkpoint-6").mkdir()
     error = refused("--recipe", path)
     for said in (
-        f"none of the checkpoints in {run} is whole",
-        f"{run / 'checkpoint-6'} was not written to the end",
+        f"none of the checkpoints in {run} is complete",
+        f"{run / 'checkpoint-6'} is incomplete",
         f"{run / 'checkpoint-4' / 'model.safetensors'} is damaged",
-        f"{run / 'checkpoint-2'} was not written to the end",
+        f"{run / 'checkpoint-2'} is incomplete",
         "--resume never",
     ):
         assert said in error
@@ -233,7 +233,7 @@ def test_nothing_is_begun_where_no_checkpoint_is_whole(
     error = refused("--recipe", path, "--resume", run / "checkpoint-4")
     assert f"{run / 'checkpoint-4' / 'model.safetensors'} is damaged" in error
     error = refused("--recipe", path, "--resume", run / "elsewhere")
-    assert f"{run / 'elsewhere'} is not there, or is no checkpoint" in error
+    assert f"{run / 'elsewhere'} does not exist or is not a checkpoint" in error
 
 
 REFUSED = [
@@ -260,13 +260,13 @@ def test_what_changes_the_mathematics_is_refused_by_name_unless_it_is_named(
     assert said in str(refusal.value)
     assert f"{run / 'checkpoint-6'} belongs to another run" in str(refusal.value)
     assert f"--resume-anyway {key}" in str(refusal.value)
-    named = [word for word in str(refusal.value).split() if word.startswith(key)]
+    keys = [word for word in str(refusal.value).split() if word.startswith(key)]
     capsys.readouterr()
-    found = find_checkpoint("auto", recipe, [key, *(word.rstrip(".,;:") for word in named)])
-    assert found is not None
-    told = capsys.readouterr().out
-    assert f"changed since checkpoint-6: {key}" in told or f", {key}" in told
-    assert "(in force from step 7)" in told
+    checkpoint = find_checkpoint("auto", recipe, [key, *(word.rstrip(".,;:") for word in keys)])
+    assert checkpoint is not None
+    output = capsys.readouterr().out
+    assert f"changed since checkpoint-6: {key}" in output or f", {key}" in output
+    assert "(in force from step 7)" in output
     with pytest.raises(UserError):
         find_checkpoint("auto", recipe, ["training.adam_beta1"])  # another key doesn't help
 
@@ -282,12 +282,12 @@ def test_what_changes_nothing_is_allowed_and_told(
         "data.processes": 1,
         "data.cache_dir": str(tmp_path / "cache"),
     }
-    found = find_checkpoint("auto", load_recipe(path, [f"{key}={value}" for key, value in changes.items()]))
-    assert found is not None
-    told = capsys.readouterr().out
-    assert "changed since checkpoint-6: " in told
+    checkpoint = find_checkpoint("auto", load_recipe(path, [f"{key}={value}" for key, value in changes.items()]))
+    assert checkpoint is not None
+    output = capsys.readouterr().out
+    assert "changed since checkpoint-6: " in output
     for key, value in changes.items():
-        assert re.search(f"{re.escape(key)} \\S+ -> {re.escape(json.dumps(value))}[, ]", told)
+        assert re.search(f"{re.escape(key)} \\S+ -> {re.escape(json.dumps(value))}[, ]", output)
 
 
 def test_a_default_that_is_written_down_is_no_change(again: Callable[..., tuple[Path, Path]]) -> None:
@@ -347,7 +347,7 @@ def test_another_text_of_the_template_is_told_where_no_token_changes(
 
 def test_another_distribution_is_refused(again: Callable[..., tuple[Path, Path]]) -> None:
     _, run = again()
-    checkpoint = checkpoint_in(run / "checkpoint-6")
+    checkpoint = read_checkpoint(run / "checkpoint-6")
     check_distribution(checkpoint, "one process or DDP")
     with pytest.raises(
         UserError, match="written under one process or DDP, and this run is launched as DeepSpeed ZeRO-3"
@@ -380,7 +380,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(
     assert steps(run) == [2, 99]
     capsys.readouterr()
     assert main(["--recipe", str(path)]) == 0
-    assert f"passed over: {said}" in capsys.readouterr().out
+    assert f"skipped: {said}" in capsys.readouterr().out
     assert steps(run / "set-aside-1") == [99]
     assert_same_model(run, whole["full"])
 
@@ -404,10 +404,10 @@ OTHER_WEIGHTS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("change", OTHER_WEIGHTS)
-@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("allowed", [True, False])
 def test_a_checkpoint_of_other_weights_is_refused_at_once_and_no_flag_is_advised(
     change: str,
-    named: bool,
+    allowed: bool,
     again: Callable[..., tuple[Path, Path]],
     refused: Callable[..., str],
     capsys: pytest.CaptureFixture[str],
@@ -416,7 +416,7 @@ def test_a_checkpoint_of_other_weights_is_refused_at_once_and_no_flag_is_advised
     kind, sections, said = OTHER_WEIGHTS[change]
     path, run = again(kind, checkpoints=(6,), **sections)
     keys = ("adapter.r", "adapter.target_modules", "adapter.use_dora", "adapter.modules_to_save")
-    anyway = [f"--resume-anyway={key}" for key in keys] if named else []
+    anyway = [f"--resume-anyway={key}" for key in keys] if allowed else []
     for check in ["--check"], []:
         error = refused("--recipe", path, *check, *anyway)
         assert error.startswith(f"--resume: {run / 'checkpoint-6'} can't be loaded into this run: adapter")
@@ -433,7 +433,7 @@ def test_an_adapters_modules_in_another_order_are_no_change(
     path, run = again("lora", checkpoints=(6,))
     manifest = json.loads((run / "checkpoint-6" / COMPLETE).read_text(encoding="utf-8"))
     manifest["run"]["adapter.target_modules"] = ["q_proj", "v_proj"]
-    manifest["digest"] = digest_of(manifest)
+    manifest["digest"] = compute_digest(manifest)
     (run / "checkpoint-6" / COMPLETE).write_text(json.dumps(manifest), encoding="utf-8")
     assert find_checkpoint("auto", load_recipe(path, ["adapter.target_modules=[v_proj, q_proj]"])) is not None
     assert "changed since" not in capsys.readouterr().out
@@ -447,7 +447,7 @@ def test_a_check_refuses_another_optimizer_for_a_checkpoint_of_deepspeed(
     path, run = again(checkpoints=(6,), training={"optim": "adafactor"})
     manifest = json.loads((run / "checkpoint-6" / COMPLETE).read_text(encoding="utf-8"))
     manifest["distribution"] = "DeepSpeed ZeRO-2"
-    manifest["digest"] = digest_of(manifest)
+    manifest["digest"] = compute_digest(manifest)
     (run / "checkpoint-6" / COMPLETE).write_text(json.dumps(manifest), encoding="utf-8")
     error = refused("--recipe", path, "--resume-anyway", "training.optim", "--check")
     assert "holds the optimizer adamw_torch" in error
@@ -540,7 +540,7 @@ def test_what_lies_in_the_future_of_a_run_is_moved_aside(
     main(["--recipe", str(path), "--resume", str(run / "checkpoint-2"), "--resume-anyway=seed", "seed=43"])
     assert steps(run) == [4, 6]  # retention took the old 2, and not one of its own
     assert steps(run / "set-aside-1") == [4, 6]
-    assert all(checkpoint_in(run / f"checkpoint-{step}").manifest["run"]["seed"] == 43 for step in (4, 6))
+    assert all(read_checkpoint(run / f"checkpoint-{step}").manifest["run"]["seed"] == 43 for step in (4, 6))
     assert "checkpoint-4, checkpoint-6. Delete them when you like." in capsys.readouterr().out
     main(["--recipe", str(path), "--resume", "never"])
     assert steps(run / "set-aside-2") == [4, 6]
@@ -598,9 +598,9 @@ def test_a_copy_of_each_checkpoint_serves_when_the_originals_are_gone(
     flipped(mirror / "checkpoint-6" / "optimizer.pt")
     capsys.readouterr()
     assert main(["--recipe", str(path)]) == 0
-    told = capsys.readouterr().out
-    assert f"{mirror / 'checkpoint-6' / 'optimizer.pt'} is damaged" in told
-    assert f"going on from {mirror / 'checkpoint-4'}" in told
+    output = capsys.readouterr().out
+    assert f"{mirror / 'checkpoint-6' / 'optimizer.pt'} is damaged" in output
+    assert f"going on from {mirror / 'checkpoint-4'}" in output
     assert_same_model(run, whole["full"])
     assert steps(mirror) == [4, 6]
     assert find_checkpoint(str(mirror / "checkpoint-6"), load_recipe(path)) is not None
@@ -691,11 +691,11 @@ def test_the_manifest_counts_what_was_consumed(whole: dict[str, Path]) -> None:
     sequences = len(prepare(recipe, tokenizer).train.dataset)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for step in 2, 4, 6:
-        manifest = checkpoint_in(run / f"checkpoint-{step}").manifest
+        manifest = read_checkpoint(run / f"checkpoint-{step}").manifest
         assert manifest["step"] == step
         assert manifest["tokens"] == next(line["num_tokens"] for line in lines if line["step"] == step)
         assert manifest["sequences"] == round(manifest["epoch"] * sequences)
-        assert json.loads(written(manifest))["digest"] == digest_of(manifest)
+        assert json.loads(format_manifest(manifest))["digest"] == compute_digest(manifest)
         listed = set(manifest["files"])
         assert listed == {path.name for path in (run / f"checkpoint-{step}").iterdir()} - {COMPLETE}
 
@@ -708,11 +708,11 @@ def test_wandb_goes_on_with_the_same_run(
         checkpoints=(), tracking={"wandb": {"project": "tests", "mode": "offline"}}, training={"max_steps": 4}
     )
     assert main(["--recipe", str(path)]) == 0
-    first = checkpoint_in(run / "checkpoint-2").manifest["wandb_run"]
+    first = read_checkpoint(run / "checkpoint-2").manifest["wandb_run"]
     assert first
     shutil.rmtree(run / "checkpoint-4")
     assert main(["--recipe", str(path)]) == 0
-    assert checkpoint_in(run / "checkpoint-4").manifest["wandb_run"] == first
+    assert read_checkpoint(run / "checkpoint-4").manifest["wandb_run"] == first
     assert len(list((run / "wandb").glob(f"offline-run-*-{first}"))) == 2
 
 

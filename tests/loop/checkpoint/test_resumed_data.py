@@ -20,9 +20,9 @@ from train.data.prepare import prepare
 from train.data.tokens import source as source_tokens
 from train.data.tokens.table import TokenRows, TokensDigest
 from train.errors import UserError
-from train.loop.checkpoint.manifest import COMPLETE, checkpoint_in, written
-from train.loop.checkpoint.resume import date_of_run, find_checkpoint, refuse_changes
-from train.loop.checkpoint.trainer_state import facts_of_data
+from train.loop.checkpoint.fingerprint import data_fingerprint
+from train.loop.checkpoint.manifest import COMPLETE, format_manifest, read_checkpoint
+from train.loop.checkpoint.resume import find_checkpoint, get_run_date, refuse_changes
 from train.model.tokenizer import load_tokenizer
 from train.recipe import load_recipe
 from train.sft import main
@@ -76,9 +76,9 @@ def resumed(whole: Path) -> Callable[..., None]:
         assert checkpoint is not None
         tokenizer = load_tokenizer(recipe.model)
         use_template(tokenizer, recipe.chat.template)
-        pin_date(tokenizer, date_of_run(checkpoint))
-        made = {key: value for key, value in checkpoint.manifest["run"].items() if key.startswith("made.")}
-        refuse_changes(checkpoint, made, facts_of_data(prepare(recipe, tokenizer), tokenizer), anyway)
+        pin_date(tokenizer, get_run_date(checkpoint))
+        before = {key: value for key, value in checkpoint.manifest["run"].items() if key.startswith("made.")}
+        refuse_changes(checkpoint, before, data_fingerprint(prepare(recipe, tokenizer), tokenizer), anyway)
 
     return compare
 
@@ -163,7 +163,7 @@ def test_other_rows_are_refused_with_their_source_and_their_numbers(
     write(path, other)
     capsys.readouterr()
     resumed(f"data.sources.0.path={path}", anyway=("data.sources",))
-    assert f"made.tokens {before} -> as many others (in force from step 3)" in capsys.readouterr().out
+    assert f"made.tokens {before} -> the same number of others (in force from step 3)" in capsys.readouterr().out
 
 
 def test_a_policy_or_a_template_that_changes_tokens_is_refused(resumed: Callable[..., None], tmp_path: Path) -> None:
@@ -184,11 +184,11 @@ def test_a_checkpoint_of_an_earlier_version_is_compared_by_what_it_says(
 ) -> None:
     """It had names of caches in the place of tokens, and no rows."""
     shutil.copytree(whole / "run" / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
-    manifest = dict(checkpoint_in(whole / "run" / "checkpoint-2").manifest)
+    manifest = dict(read_checkpoint(whole / "run" / "checkpoint-2").manifest)
     run = {key: value for key, value in manifest["run"].items() if key not in ("made.rows", "made.date")}
     manifest["run"] = {**run, "made.tokens": ["0123456789abcdef"]}
     del manifest["sequences_per_epoch"]
-    (tmp_path / "run" / "checkpoint-2" / COMPLETE).write_text(written(manifest), encoding="utf-8")
+    (tmp_path / "run" / "checkpoint-2" / COMPLETE).write_text(format_manifest(manifest), encoding="utf-8")
     resumed(run=tmp_path / "run")
     write(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(UserError, match=r"data\.sources was "):
@@ -211,14 +211,14 @@ def test_a_run_goes_on_with_the_date_of_its_start(
             return begun
 
     with monkeypatch.context() as patch:
-        patch.setattr("train.loop.checkpoint.manifest.date", Begun)
+        patch.setattr("train.loop.checkpoint.resume.date", Begun)
         assert main(arguments) == 0
-    assert checkpoint_in(tmp_path / "run" / "checkpoint-2").manifest["run"]["made.date"] == begun.isoformat()
+    assert read_checkpoint(tmp_path / "run" / "checkpoint-2").manifest["run"]["made.date"] == begun.isoformat()
     capsys.readouterr()
     arguments.append("training.max_steps=4")
     assert main([*arguments, "--resume-anyway", "training.max_steps"]) == 0
     assert "made." not in capsys.readouterr().out
-    manifest = checkpoint_in(tmp_path / "run" / "checkpoint-4").manifest["run"]
+    manifest = read_checkpoint(tmp_path / "run" / "checkpoint-4").manifest["run"]
     assert manifest["made.date"] == begun.isoformat()
     assert main([*arguments, "--check"]) == 0
     page = capsys.readouterr().out

@@ -13,7 +13,7 @@ from transformers import Trainer, get_scheduler
 from trl import SFTConfig
 
 from train.errors import UserError
-from train.loop.checkpoint.manifest import checkpoint_in
+from train.loop.checkpoint.manifest import read_checkpoint
 from train.loop.checkpoint.resumed_settings import ResumedSettings
 from train.recipe import load_recipe
 from train.sft import main
@@ -65,14 +65,14 @@ def begun(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Callabl
 def resume(tmp_path: Path) -> Callable[..., Path]:
     """Resumes a run from checkpoint 2 in a folder of its own, with changes that are all named."""
 
-    def start(run: Path, *named: str, code: int = 0, step: int = DONE, **changes: Any) -> Path:
+    def start(run: Path, *keys: str, code: int = 0, step: int = DONE, **changes: Any) -> Path:
         into = tmp_path / "run"
         shutil.copytree(run / f"checkpoint-{step}", into / f"checkpoint-{step}")
         arguments = ["--recipe", str(run.with_suffix(".yaml")), f"output_dir={into}"]
         for key, value in changes.items():
             key = key.replace("__", ".")
             arguments += ["--resume-anyway", key, f"{key}={json.dumps(value)}"]
-        for key in named:
+        for key in keys:
             arguments += ["--resume-anyway", key]
         assert main(arguments) == code
         return into
@@ -100,24 +100,24 @@ def by_hand(settings: Mapping[str, Any], folder: Path, steps: int) -> tuple[list
     make, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     weights = [torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
     decays = (arguments.weight_decay, 0.0)
-    made = make(
-        [{"params": [one], "weight_decay": decay} for one, decay in zip(weights, decays, strict=True)], **options
+    optimizer_by_hand = make(
+        [{"params": [weight], "weight_decay": decay} for weight, decay in zip(weights, decays, strict=True)], **options
     )
     schedule = get_scheduler(
         arguments.lr_scheduler_type,
-        made,
+        optimizer_by_hand,
         arguments.get_warmup_steps(steps),
         steps,
         scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
     )
     learning_rates = []
     for _ in range(steps):
-        learning_rates.append(made.param_groups[0]["lr"])
+        learning_rates.append(optimizer_by_hand.param_groups[0]["lr"])
         for weight in weights:
             weight.grad = torch.ones_like(weight)
-        made.step()
+        optimizer_by_hand.step()
         schedule.step()
-    return learning_rates, settings_of(made.param_groups)
+    return learning_rates, settings_of(optimizer_by_hand.param_groups)
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -148,10 +148,12 @@ def test_what_changes_is_in_force_from_the_first_step(
     assert settings_of(saved["param_groups"]) == groups
     assert {float(state["step"]) for state in saved["state"].values()} == {steps}  # the states went on
     key, value = next(iter(changes.items()))
-    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("changed since checkpoint-2:"))
-    assert f"training.{key} " in told
-    assert f" -> {json.dumps(value)}" in told
-    assert told.endswith("(in force from step 3)")
+    output = next(
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("changed since checkpoint-2:")
+    )
+    assert f"training.{key} " in output
+    assert f" -> {json.dumps(value)}" in output
+    assert output.endswith("(in force from step 3)")
     written = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["training"]
     assert {key: written[key] for key in changes} == changes
 
@@ -184,16 +186,16 @@ def test_another_optimizer_starts_with_fresh_states_and_says_so(
 ) -> None:
     changes = OTHERS[name]
     run = resume(begun(), **{f"training__{key}": value for key, value in changes.items()})
-    told = capsys.readouterr().out
-    said = f"the optimizer starts with fresh states after step 2: {changes['optim']} can't take those of adamw_torch"
-    assert told.count(said) == 1
+    output = capsys.readouterr().out
+    said = f"the optimizer starts with fresh states after step 2: {changes['optim']} can't load those of adamw_torch"
+    assert output.count(said) == 1
     assert rates(run) == pytest.approx({1: 1e-3, 2: 7.5e-4, 3: 5e-4, 4: 2.5e-4})
     assert not any("exp_avg" in state and "exp_avg_sq" in state for state in optimizer(run, 4)["state"].values())
 
 
 def test_deepspeed_refuses_another_optimizer(begun: Callable[..., Path]) -> None:
     run = begun()
-    checkpoint = checkpoint_in(run / "checkpoint-2")
+    checkpoint = read_checkpoint(run / "checkpoint-2")
     recipe = load_recipe(run.with_suffix(".yaml"), ["training.optim=adafactor"])
     settings = ResumedSettings(checkpoint, recipe)
     settings.refuse(checkpoint, deepspeed=False)
@@ -255,7 +257,7 @@ def test_a_batch_that_grows_inside_an_epoch_says_what_is_trained_again(
 ) -> None:
     whole = begun(**EPOCHS)
     run = resume(whole, step=1, training__gradient_accumulation_steps=4)
-    assert "checkpoint-1 lies inside a step of 8 sequences: the first 4 of them are trained a second time" in (
+    assert "checkpoint-1 lies inside a step of 8 sequences: its first 4 sequences are trained a second time" in (
         capsys.readouterr().out
     )
     assert max(rates(run)) == 3  # one that was, one for each epoch
@@ -274,10 +276,12 @@ def test_more_epochs_train_what_a_longer_run_would_have(
 ) -> None:
     longer = begun(**EPOCHS)
     run = resume(begun(**{**EPOCHS, "num_train_epochs": 1}), training__num_train_epochs=2)
-    one, two = (torch.load(path / "checkpoint-4" / "optimizer.pt", weights_only=True) for path in (longer, run))
+    states_of_longer, states_of_resumed = (
+        torch.load(path / "checkpoint-4" / "optimizer.pt", weights_only=True) for path in (longer, run)
+    )
     assert all(
-        torch.equal(value, two["state"][number][key])
-        for number, state in one["state"].items()
+        torch.equal(value, states_of_resumed["state"][number][key])
+        for number, state in states_of_longer["state"].items()
         for key, value in state.items()
     )
 
@@ -286,8 +290,8 @@ def test_a_run_that_is_beyond_its_new_end_says_so(
     begun: Callable[..., Path], resume: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = resume(begun(), training__max_steps=1)
-    told = capsys.readouterr().out
-    assert "nothing is trained: this recipe ends at step 1, and checkpoint-2 has done 2 already" in told
+    output = capsys.readouterr().out
+    assert "nothing is trained: this recipe ends at step 1, and checkpoint-2 has done 2 already" in output
     assert (run / "model.safetensors").read_bytes() == (run / "checkpoint-2" / "model.safetensors").read_bytes()
 
 

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from train.loop.run_outcome import OUTCOME, fingerprint, finished_run, results
+from train.loop.finished_run import find_finished_run, inputs_fingerprint
+from train.loop.output_dir import OUTCOME
+from train.loop.run_outcome import describe_results
 from train.recipe import load_recipe
 from train.sft import main
 
@@ -39,13 +41,19 @@ def finish(recipe_file: Callable[..., Path], base: Path, tmp_path: Path, monkeyp
 
     def make(*overrides: str, **sections: object) -> Why:
         recipe = recipe_file(**{"model": {"name_or_path": "base"}, **sections})
-        named, run = load_recipe(recipe, overrides), tmp_path / "run"
+        recipe_now, run = load_recipe(recipe, overrides), tmp_path / "run"
         shutil.copytree(base, run, dirs_exist_ok=True)
-        done = {"outcome": "finished", "step": 2, "time": 0.0, **fingerprint(named), **results(run)}
+        done = {
+            "outcome": "finished",
+            "step": 2,
+            "time": 0.0,
+            **inputs_fingerprint(recipe_now),
+            **describe_results(run),
+        }
         (run / OUTCOME).write_text(json.dumps(done), encoding="utf-8")
 
         def why(*more: str) -> str | None:
-            finished, differences = finished_run(load_recipe(recipe, [*overrides, *more]))
+            finished, differences = find_finished_run(load_recipe(recipe, [*overrides, *more]))
             assert (finished is None) == (differences is not None)
             return differences
 
@@ -266,16 +274,13 @@ def test_a_finished_model_that_lacks_files_beside_its_weights_says_how_to_write_
         (run / name).write_text("") if when == "emptied" else (run / name).unlink()
     if when == "before the end":
         done = json.loads((run / OUTCOME).read_text(encoding="utf-8"))
-        (run / OUTCOME).write_text(json.dumps({**done, **results(run)}), encoding="utf-8")
+        (run / OUTCOME).write_text(json.dumps({**done, **describe_results(run)}), encoding="utf-8")
     assert why() is None
     assert main(["--recipe", str(recipe)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     them = "them" if len(lost) > 1 else "it"
     assert shown.startswith("already finished (2 steps, 19")
-    assert (
-        f"{said} (`python -m train.loop.checkpoint.side_files {run}` writes {them} again): the model of this recipe"
-        in shown
-    )
+    assert f"{said} (`python -m train.loop.side_files {run}` writes {them} again): the model of this recipe" in shown
 
 
 def test_a_finished_adapter_lacks_its_own_configuration_and_no_model(
@@ -283,14 +288,14 @@ def test_a_finished_adapter_lacks_its_own_configuration_and_no_model(
 ) -> None:
     run = tmp_path / "run"
     finish(adapter={"r": 4})
-    finished, _ = finished_run(load_recipe(tmp_path / "recipe-0.yaml"))
+    finished, _ = find_finished_run(load_recipe(tmp_path / "recipe-0.yaml"))
     assert finished is not None
     assert finished.missing == ("adapter_config.json",)
     (run / "adapter_config.json").write_text("{}")
     (run / "config.json").unlink()
     done = json.loads((run / OUTCOME).read_text(encoding="utf-8"))
-    (run / OUTCOME).write_text(json.dumps({**done, **results(run)}), encoding="utf-8")
-    finished, _ = finished_run(load_recipe(tmp_path / "recipe-0.yaml"))
+    (run / OUTCOME).write_text(json.dumps({**done, **describe_results(run)}), encoding="utf-8")
+    finished, _ = find_finished_run(load_recipe(tmp_path / "recipe-0.yaml"))
     assert finished is not None
     assert finished.missing == ()
 

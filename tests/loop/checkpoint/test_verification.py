@@ -67,7 +67,7 @@ def test_a_damaged_model_is_an_error_that_names_the_weight(
 ) -> None:
     model.save_pretrained(tmp_path)
     damage(tmp_path / "model.safetensors", how)
-    with pytest.raises(UserError, match="not saved whole") as error:
+    with pytest.raises(UserError, match="are incomplete") as error:
         check_saved(model, tmp_path)
     assert said in str(error.value)
 
@@ -153,8 +153,8 @@ def test_a_damaged_checkpoint_stops_the_run_and_is_never_complete(
     monkeypatch.setattr(JanusTrainer, "_save", lossy)
     said = refused("--recipe", recipe_file(training={"save_strategy": "steps", "save_steps": 1}))
     assert f"{tmp_path}/run/checkpoint-1 couldn't be written: " in said
-    assert f"checkpoint-1 were not saved whole: {GATE} is empty" in said
+    assert f"checkpoint-1 are incomplete: {GATE} is empty" in said
     assert not list(tmp_path.glob("run/**/checkpoint-*"))
     said = refused("--recipe", recipe_file(training={"save_strategy": "no"}), "--resume", "never")
-    assert f"{tmp_path}/run were not saved whole" in said
+    assert f"{tmp_path}/run are incomplete" in said
     assert json.loads((tmp_path / "run" / "config.json").read_text())

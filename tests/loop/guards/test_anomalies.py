@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from broken_steps import poison, rows, suspects
 from safetensors.torch import load_file
 
-from train.loop.guards.anomalies import SUSPECTS, Guards
-from train.loop.throughput import BatchInfo
+from train.loop.batch_info import BatchInfo
+from train.loop.guards.anomalies import Guards
+from train.loop.output_dir import SUSPECTS
 from train.recipe import GuardsSection
 from train.sft import main
 
@@ -41,19 +42,19 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_its_row_is_named(
         "training": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "weight_decay": 0.1},
     }
     assert main(["--recipe", str(recipe_file(**sections))]) == 0
-    (found,) = suspects(tmp_path / "run")
-    assert found["kind"] == "not finite"
-    assert found["loss"] == "nan"
-    named = [row["place"] for row in found["rows"] if row["loss"] == "nan"]
-    assert len(named) == len(found["rows"])
+    (suspect,) = suspects(tmp_path / "run")
+    assert suspect["kind"] == "not finite"
+    assert suspect["loss"] == "nan"
+    places = [row["place"] for row in suspect["rows"] if row["loss"] == "nan"]
+    assert len(places) == len(suspect["rows"])
     # sdpa multiplies what is masked by 0, so all documents of the pack are not numbers
-    assert f"{bad}:5" in named if packing else named == [f"{bad}:5"]
+    assert f"{bad}:5" in places if packing else places == [f"{bad}:5"]
     shown = capsys.readouterr().out
-    assert f"step {found['step']}: the gradients are not finite, so no weight was changed" in shown
+    assert f"step {suspect['step']}: the gradients are not finite, so no weight was changed" in shown
     assert f"{bad}:5 (nan)" in shown
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in metrics if line["loss"] == "nan"] == [found["step"]]
-    assert [line["step"] for line in metrics if line["grad_norm"] == "nan"] == [found["step"]]
+    assert [line["step"] for line in metrics if line["loss"] == "nan"] == [suspect["step"]]
+    assert [line["step"] for line in metrics if line["grad_norm"] == "nan"] == [suspect["step"]]
     name = "adapter_model" if adapter else "model"
     saved = load_file(tmp_path / "run" / f"{name}.safetensors")
     saved.pop("model.embed_tokens.weight", None)
@@ -84,16 +85,16 @@ def test_weights_are_those_of_before_the_step(recipe_file: Callable[..., Path], 
                 seed=seed,
             )
             assert main(["--recipe", str(recipe)]) == 0
-            found = suspects(tmp_path / f"{name}-{seed}") if (tmp_path / f"{name}-{seed}" / SUSPECTS).exists() else []
-            if [one["step"] for one in found] == [2] * (steps - 1):
+            lines = suspects(tmp_path / f"{name}-{seed}") if (tmp_path / f"{name}-{seed}" / SUSPECTS).exists() else []
+            if [line["step"] for line in lines] == [2] * (steps - 1):
                 saved[name] = load_file(tmp_path / f"{name}-{seed}" / "model.safetensors"), seed
                 break
     assert saved["one"][1] == saved["two"][1]
     before = load_file(poisoned / "model.safetensors")
-    one, two = saved["one"][0], saved["two"][0]
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, rtol=0, atol=0, equal_nan=True)
-    assert not torch.equal(one["lm_head.weight"], before["lm_head.weight"])
+    one_step, two_steps = saved["one"][0], saved["two"][0]
+    for name, weight in one_step.items():
+        torch.testing.assert_close(two_steps[name], weight, rtol=0, atol=0, equal_nan=True)
+    assert not torch.equal(one_step["lm_head.weight"], before["lm_head.weight"])
 
 
 def test_too_many_such_steps_in_a_row_end_the_run(
@@ -104,10 +105,10 @@ def test_too_many_such_steps_in_a_row_end_the_run(
     error = refused(
         "--recipe", recipe_file(**sections, training={"per_device_train_batch_size": 1}), "guards.non_finite_steps=2"
     )
-    assert "2 steps in a row whose gradients were not finite, the last of them step 2" in error
+    assert "the gradients of 2 consecutive steps were not finite; the last was step 2" in error
     assert str(tmp_path / "run" / SUSPECTS) in error
     assert "guards.non_finite_steps" in error
-    assert [one["step"] for one in suspects(tmp_path / "run")] == [1, 2]
+    assert [line["step"] for line in suspects(tmp_path / "run")] == [1, 2]
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
@@ -120,35 +121,35 @@ def test_a_loss_that_jumps_is_named_with_the_rows_that_made_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     watched = guards(tmp_path, loss_spike=8.0)
-    chance = np.random.default_rng(3)
+    rng = np.random.default_rng(3)
     means = []
     for step in range(1, 41):
-        losses = torch.tensor(chance.normal(2.0, 0.1, (1, 9)))
+        losses = torch.tensor(rng.normal(2.0, 0.1, (1, 9)))
         losses[0, 3] = 0.0  # between the two documents of 4 and 6 tokens
         if step == 30:
             losses[0, 4:] += 20
         counted = losses != 0
         watched.add(BatchInfo((step,), np.array([4, 6]), 8), losses, counted)
-        assert watched.finite(step, 1.0, float(watched.loss_sum()))
+        assert watched.check_step(step, 1.0, float(watched.loss_sum()))
         means.append(float(losses.sum() / 8))
-    assert watched.spikes == 1
-    watched.tell_spikes()
-    (found,) = suspects(tmp_path)
+    assert watched.unreported_spikes == 1
+    watched.report_spikes()
+    (suspect,) = suspects(tmp_path)
     usual = statistics.median(means[:29])
     spread = statistics.median(abs(mean - usual) for mean in means[:29])
-    assert found["step"] == 30
-    assert found["kind"] == "spike"
-    assert found["loss"] == pytest.approx(means[29])
-    assert found["loss"] > usual + 8 * 1.4826 * spread
-    assert found["usual"] == pytest.approx(usual)
-    assert [row["place"] for row in found["rows"]] == ["rows.jsonl:62", "rows.jsonl:61"]
+    assert suspect["step"] == 30
+    assert suspect["kind"] == "spike"
+    assert suspect["loss"] == pytest.approx(means[29])
+    assert suspect["loss"] > usual + 8 * 1.4826 * spread
+    assert suspect["usual"] == pytest.approx(usual)
+    assert [row["place"] for row in suspect["rows"]] == ["rows.jsonl:62", "rows.jsonl:61"]
     assert "step 30: the loss jumped to" in capsys.readouterr().out
-    assert watched.spikes == 0
+    assert watched.unreported_spikes == 0
 
 
 def test_nothing_is_named_where_nobody_asks(tmp_path: Path) -> None:
     watched = guards(tmp_path, loss_spike=None)
     for step, loss in enumerate([2.0, 2.1] * 20 + [99.0]):
         watched.add(BatchInfo((0,), np.array([2]), 1), torch.tensor([[loss]]), torch.tensor([[True]]))
-        watched.finite(step, 1.0, float(watched.loss_sum()))
-    assert watched.spikes == 0
+        watched.check_step(step, 1.0, float(watched.loss_sum()))
+    assert watched.unreported_spikes == 0

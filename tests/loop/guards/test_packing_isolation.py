@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
 from train.errors import UserError
-from train.loop.guards.packing_isolation import Isolation, measure
+from train.loop.guards.packing_isolation import Isolation, measure_isolation
 from train.loop.trainer import JanusTrainer
 from train.recipe import load_recipe
 
@@ -47,7 +47,7 @@ def borderless() -> Iterator[str]:
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
 def test_documents_that_are_apart_pass(make: Make, attention: str, bf16: bool, capsys) -> None:
     trainer = make(attention, training={"bf16": bf16})
-    measured = measure(trainer)
+    measured = measure_isolation(trainer)
     assert measured.change == measured.noise == 0.0
     assert measured.leak > 0.1
     assert measured.packed_loss == pytest.approx(measured.alone_loss, rel=0.03 if bf16 else 1e-5)
@@ -69,7 +69,7 @@ def test_a_leak_in_one_layer_alone_is_refused(make: Make, borderless: str) -> No
     leaking = trainer.model.model.layers[1].self_attn
     leaking.config = type(leaking.config)(**{**leaking.config.to_dict(), "attn_implementation": borderless})
     assert leaking.config._attn_implementation == "borderless"
-    assert "see each other" in measure(trainer).fault()
+    assert "see each other" in measure_isolation(trainer).find_error()
 
 
 def test_masks_that_are_handed_in_are_refused(make: Make) -> None:
@@ -95,21 +95,21 @@ def test_positions_that_do_not_begin_again_are_refused(make: Make) -> None:
 
 def test_another_loss_than_alone_is_refused() -> None:
     """With nothing said of other documents: positions that go wrong only in a pack, say."""
-    fault = Isolation(0.0, 0.0, 1.0, packed_loss=5.1, alone_loss=5.0, dtype=torch.float32).fault()
-    assert "5.1000 in a pack and 5.0000 alone" in fault
-    assert Isolation(0.0, 0.0, 1.0, packed_loss=5.1, alone_loss=5.0, dtype=torch.bfloat16).fault() is None
+    error = Isolation(0.0, 0.0, 1.0, packed_loss=5.1, alone_loss=5.0, dtype=torch.float32).find_error()
+    assert "5.1000 in a pack and 5.0000 alone" in error
+    assert Isolation(0.0, 0.0, 1.0, packed_loss=5.1, alone_loss=5.0, dtype=torch.bfloat16).find_error() is None
 
 
 def test_noise_that_is_no_leak_passes() -> None:
     """Experts' batches and 8-bit scales tie documents together, and show by the document after as much as before."""
-    assert Isolation(0.04, 0.03, 1.0, 5.0, 5.0, torch.bfloat16).fault() is None
-    assert Isolation(0.04, 0.0, 1.0, 5.0, 5.0, torch.bfloat16).fault() is not None
+    assert Isolation(0.04, 0.03, 1.0, 5.0, 5.0, torch.bfloat16).find_error() is None
+    assert Isolation(0.04, 0.0, 1.0, 5.0, 5.0, torch.bfloat16).find_error() is not None
 
 
 def test_losses_that_are_not_finite_are_left_to_training() -> None:
     nan = float("nan")
-    assert Isolation(nan, nan, nan, nan, nan, torch.bfloat16).fault() is None
-    assert Isolation(nan, 0.0, 1.0, 5.0, 5.0, torch.bfloat16).fault() is not None
+    assert Isolation(nan, nan, nan, nan, nan, torch.bfloat16).find_error() is None
+    assert Isolation(nan, 0.0, 1.0, 5.0, 5.0, torch.bfloat16).find_error() is not None
 
 
 def test_nothing_is_left_behind(make: Make) -> None:
@@ -119,7 +119,7 @@ def test_nothing_is_left_behind(make: Make) -> None:
     modes = [module.training for module in trainer.model.modules()]
     metrics = {mode: dict(values) for mode, values in trainer._metrics.items()}
     random = torch.get_rng_state()
-    measure(trainer)
+    measure_isolation(trainer)
     assert [module.training for module in trainer.model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
@@ -135,13 +135,13 @@ def test_without_packing_there_is_nothing_to_test(make: Make, capsys) -> None:
 def test_few_short_rows_are_enough(make: Make, tmp_path: Path) -> None:
     rows = tmp_path / "one.jsonl"
     rows.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 2)
-    measured = measure(make(data={"sources": [{"path": str(rows)}]}))
+    measured = measure_isolation(make(data={"sources": [{"path": str(rows)}]}))
     assert measured.leak > 0.01
-    assert measured.fault() is None
+    assert measured.find_error() is None
 
 
 def test_adapters_are_tested_too(make: Make, borderless: str) -> None:
     trainer = make(adapter={"r": 2})
-    assert measure(trainer).fault() is None
+    assert measure_isolation(trainer).find_error() is None
     trainer.model.get_base_model().set_attn_implementation(borderless)
-    assert "see each other" in measure(trainer).fault()
+    assert "see each other" in measure_isolation(trainer).find_error()

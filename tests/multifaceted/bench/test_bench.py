@@ -213,7 +213,7 @@ def test_the_report_says_what_is_missing_and_what_is_not_the_papers(done: tuple[
     report = (folder / "report.md").read_text("utf-8")
     overall = mean(list(OF_ROW.values()))
     assert f"**the-model: {overall:.2f} (n = 3) of 5**" in report
-    assert "(n = ...): too few rows for an interval; it takes at least 6." in report
+    assert "(n = ...): too few rows for an interval, which needs at least 6." in report
     assert "Missing: 15 of 48 judgements (3 unparsable, 12 no answer)" in report
     assert "2 without a score (left out of the means), of them 1 without a response" in report
     deviations = record(folder)["deviations"]

@@ -299,7 +299,7 @@ def test_the_command_compares_with_another_models_rows(tmp_path: Path, capsys: p
     assert "| n wins | 1 | 25.0%" in shown
     assert "Rows that both have a score for: 4. n less m is +0.25 (n = 4); p = " in shown
     assert "| n wins | 1 | 25.0% (n = 4) |" in shown
-    assert "(n = ...): too few rows for an interval; it takes at least 6." in shown
+    assert "(n = ...): too few rows for an interval, which needs at least 6." in shown
 
 
 def test_what_can_not_be_compared_leaves_the_runs_own_figures_whole(

@@ -337,7 +337,7 @@ def test_the_command_says_what_became_of_it_and_ctrl_c_keeps_what_was_answered(t
         ("sets_per_instruction=0", "sets_per_instruction: found 0. Allowed:"),
         ("filter.rules=[tone]", "filter.rules.0: found 'tone'. Allowed: length, format, style, audience, role."),
         ("pairs=two", "pairs: found 'two'. Allowed: one, all, none."),
-        ("leak=2", "leak: found 2. Allowed: a number above 0 and not above 1; or null."),
+        ("leak=2", "leak: found 2. Allowed: a number > 0 and <= 1; or null."),
         ("hierarchy.ours=false", "hierarchy.ours: found false without a `hierarchy.file` to take its place. Name one."),
         ("hierarchy.file=nowhere.yaml", "nowhere.yaml: there is no such"),
         ("sets_per_instruction=20 preferences=hierarchy", ""),

@@ -1,1 +1,1 @@
-"""TODO loop/checkpoint."""
+"""Checkpoints: write, verify, find and resume."""

@@ -1,62 +1,64 @@
-"""Which of the models that it evaluated a run ends with: the best that can be had, and no other one in silence."""
+"""Best model: the evaluated model that a run ends with, across lost checkpoints and resumed runs.
+
+transformers records it in the trainer's state (`best_metric`, `best_global_step`, `best_model_checkpoint`). Every
+method takes that state, as transformers replaces it when training begins.
+"""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from train.loop.checkpoint.manifest import Checkpoint, manifest_of
-from train.loop.checkpoint.resume import RESUMABLE_CHANGES, changed_keys, run_fingerprint
+from transformers import TrainerState, TrainingArguments
+
+from train.loop.checkpoint.fingerprint import RESUMABLE_CHANGES, changed_keys
+from train.loop.checkpoint.manifest import Checkpoint, read_manifest
 from train.ranks import is_first_rank
-from train.recipe.conflicts import chosen_by_gain
+from train.recipe import Recipe
+from train.recipe.conflicts import is_gain_metric
 
-if TYPE_CHECKING:
-    from train.loop.trainer import JanusTrainer
-
-_CHOSEN_BY = {
+_SELECTION_KEYS = {
     "training.metric_for_best_model",
     "training.greater_is_better",
     "training.load_best_model_at_end",
 }
-_MEASURED_ON = ("data.", "made.", "chat.")
-"""Sections of keys that a figure of one evaluation and another must share to be compared."""
+_EVALUATION_SECTIONS = ("data.", "made.", "chat.")
+"""Sections of keys that two evaluations must share for their metrics to be comparable."""
 
 
 class BestModel:
-    """The best model of a trainer's run, as transformers' state names it, where checkpoints come and go."""
+    """The best model of a run."""
 
-    def __init__(self, trainer: "JanusTrainer") -> None:
-        self._trainer = trainer
+    def __init__(self, arguments: TrainingArguments, recipe: Recipe, run: Mapping[str, Any]) -> None:
+        """Begin without a best model. `run`: fingerprint of recipe and data."""
+        self._arguments, self._recipe, self._run = arguments, recipe, run
         self._saved: tuple[float | None, int | None, str | None] = (None, None, None)
-        """Metric, step and folder of the best as of the last checkpoint that was written."""
+        """Metric, step and folder of the best model when the last checkpoint was written."""
         self._lost: tuple[float, int] | None = None
-        """Metric and step of the best whose checkpoint couldn't be written."""
+        """Metric and step of the best model whose checkpoint couldn't be written."""
 
-    def was_saved(self) -> None:
-        """A checkpoint was written, which holds what the state says is the best, or comes after it."""
-        state = self._trainer.state
+    def on_saved(self, state: TrainerState) -> None:
+        """Note the best model of a checkpoint that was written."""
         self._saved = (state.best_metric, state.best_global_step, state.best_model_checkpoint)
 
-    def was_not_saved(self) -> None:
-        """The checkpoint of this step couldn't be written: if it was the best, the one before it is again."""
-        state = self._trainer.state
+    def on_save_failed(self, state: TrainerState) -> None:
+        """Go back to the previous best model if the checkpoint that couldn't be written was the best."""
         if state.best_metric is None or state.best_global_step != state.global_step:
             return
         if self._lost is None or self._is_better(state.best_metric, self._lost[0]):
             self._lost = state.best_metric, state.global_step
         state.best_metric, state.best_global_step, state.best_model_checkpoint = self._saved
 
-    def is_in_memory(self) -> bool:
-        """Whether the best was lost, and is the last: then none is loaded, and the state says so from here on."""
-        state = self._trainer.state
-        if not self._is_lost() or self._lost is None or self._lost[1] != state.global_step:
+    def is_in_memory(self, state: TrainerState) -> bool:
+        """Return whether the best model has no checkpoint but is the last one. If so, note it in the state."""
+        if not self._is_lost(state) or self._lost is None or self._lost[1] != state.global_step:
             return False
         state.best_metric, state.best_global_step = self._lost
         return True
 
-    def tell(self) -> None:
-        """Say, at the end of a run that was to end with the best model, that it doesn't."""
-        arguments, state = self._trainer.args, self._trainer.state
-        if not (arguments.load_best_model_at_end and self._is_lost() and self._lost and is_first_rank()):
+    def warn_if_lost(self, state: TrainerState) -> None:
+        """Warn, at the end of a run, that it doesn't end with its best model."""
+        if not (self._arguments.load_best_model_at_end and self._is_lost(state) and self._lost and is_first_rank()):
             return
         metric, step = self._lost
         if step == state.global_step:
@@ -67,77 +69,76 @@ class BestModel:
             else "the last one, as none was saved before"
         )
         print(
-            f"warning: the model of step {step} was the best by {arguments.metric_for_best_model} ({metric:.4f}), but "
-            f"its checkpoint couldn't be written: this run ends with {instead}.",
+            f"warning: the model of step {step} was the best by {self._arguments.metric_for_best_model} "
+            f"({metric:.4f}), but its checkpoint couldn't be written: this run ends with {instead}.",
             flush=True,
         )
 
-    def go_on_from(self, checkpoint: Checkpoint) -> None:
-        """Take up what the state of a checkpoint says, if this run chooses and measures as that one did."""
-        trainer, state = self._trainer, self._trainer.state
-        now = {**run_fingerprint(trainer._recipe), **trainer._about}
-        changed = changed_keys(checkpoint.manifest["run"], now)
-        by_gain = chosen_by_gain(trainer.args.metric_for_best_model)
-        sections = (*_MEASURED_ON, "system_gain.") if by_gain else _MEASURED_ON
-        measured_on = [key for key in changed if key.startswith(sections) and key not in RESUMABLE_CHANGES]
-        if measured_on and state.best_global_step:
-            self._forget()
-            if trainer.args.load_best_model_at_end and is_first_rank():
+    def resume(self, checkpoint: Checkpoint, state: TrainerState) -> None:
+        """Keep the best model of a checkpoint's run if this run selects and evaluates as that one did.
+
+        If the metric has changed, the best of the existing checkpoints is selected by the new one; if its value can't
+        be compared with later ones, the search begins again.
+        """
+        changed = changed_keys(checkpoint.manifest["run"], self._run)
+        by_gain = is_gain_metric(self._arguments.metric_for_best_model)
+        sections = (*_EVALUATION_SECTIONS, "system_gain.") if by_gain else _EVALUATION_SECTIONS
+        incomparable = [key for key in changed if key.startswith(sections) and key not in RESUMABLE_CHANGES]
+        if incomparable and state.best_global_step:
+            _clear(state)
+            if self._arguments.load_best_model_at_end and is_first_rank():
                 print(
-                    f"the best model is sought from step {state.global_step} on: figures of the steps before can't be "
-                    f"compared with those that follow ({', '.join(measured_on)})",
+                    f"the search for the best model begins again at step {state.global_step}: earlier metrics can't be "
+                    f"compared with later ones ({', '.join(incomparable)})",
                     flush=True,
                 )
-        elif _CHOSEN_BY & set(changed):
-            self._choose_again(checkpoint)
+        elif _SELECTION_KEYS & set(changed):
+            self._select_again(checkpoint, state)
         if state.best_global_step:
-            self._find(checkpoint)
-        self.was_saved()
+            self._locate(checkpoint, state)
+        self.on_saved(state)
 
-    def _choose_again(self, checkpoint: Checkpoint) -> None:
-        """By another metric, of the checkpoints that are there."""
-        trainer, state = self._trainer, self._trainer.state
-        self._forget()
-        if trainer.args.metric_for_best_model is None:
+    def _select_again(self, checkpoint: Checkpoint, state: TrainerState) -> None:
+        """Select the best of the existing checkpoints by this run's metric."""
+        _clear(state)
+        if self._arguments.metric_for_best_model is None:
             return
-        metric = f"eval_{trainer.args.metric_for_best_model.removeprefix('eval_')}"
+        metric = f"eval_{self._arguments.metric_for_best_model.removeprefix('eval_')}"
         for line in state.log_history:
             value, step = line.get(metric), line["step"]
             if not isinstance(value, int | float) or not math.isfinite(value):
                 continue
             better = state.best_metric is None or self._is_better(value, state.best_metric)
-            if better and self._folder(f"checkpoint-{step}", checkpoint):
+            if better and self._find_folder(f"checkpoint-{step}", checkpoint):
                 state.best_metric, state.best_global_step = value, step
         if is_first_rank():
-            chosen = state.best_global_step and f"checkpoint-{state.best_global_step} ({state.best_metric:.4f})"
-            print(f"the best model so far by {metric}, of those that are there: {chosen or 'none'}", flush=True)
+            best = state.best_global_step and f"checkpoint-{state.best_global_step} ({state.best_metric:.4f})"
+            print(f"best model so far by {metric}, of the existing checkpoints: {best or 'none'}", flush=True)
 
-    def _forget(self) -> None:
-        state = self._trainer.state
-        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-
-    def _find(self, checkpoint: Checkpoint) -> None:
-        """Where the best checkpoint lies now: its folder may have been moved, or the one gone on from copied."""
-        state = self._trainer.state
+    def _locate(self, checkpoint: Checkpoint, state: TrainerState) -> None:
+        """Find the folder of the best checkpoint: it may have been moved or copied since."""
         name = f"checkpoint-{state.best_global_step}"
-        found = self._folder(name, checkpoint)
-        state.best_model_checkpoint = str(found) if found else None
-        if not found and self._trainer.args.load_best_model_at_end and is_first_rank():
+        folder = self._find_folder(name, checkpoint)
+        state.best_model_checkpoint = str(folder) if folder else None
+        if not folder and self._arguments.load_best_model_at_end and is_first_rank():
             print(
-                f"warning: the best model so far, {name} (eval metric {state.best_metric:.4f}), is not in output_dir "
-                "any more: unless a later one is better, the last model is what this run ends with.",
+                f"warning: the best model so far, {name} (eval metric {state.best_metric:.4f}), is no longer in "
+                "output_dir: unless a later one is better, the run ends with the last model.",
                 flush=True,
             )
 
-    def _folder(self, name: str, checkpoint: Checkpoint) -> Path | None:
-        recipe = self._trainer._recipe
-        parents = (recipe.output_dir, checkpoint.folder.parent, recipe.save.mirror_dir)
-        return next((path for parent in parents if parent and manifest_of(path := Path(parent, name))), None)
+    def _find_folder(self, name: str, checkpoint: Checkpoint) -> Path | None:
+        parents = (self._recipe.output_dir, checkpoint.folder.parent, self._recipe.save.mirror_dir)
+        return next((path for parent in parents if parent and read_manifest(path := Path(parent, name))), None)
 
-    def _is_lost(self) -> bool:
-        """Whether the best of all evaluated models is one whose checkpoint couldn't be written."""
-        best = self._trainer.state.best_metric
+    def _is_lost(self, state: TrainerState) -> bool:
+        """Return whether the best of all evaluated models is one whose checkpoint couldn't be written."""
+        best = state.best_metric
         return self._lost is not None and (best is None or self._is_better(self._lost[0], best))
 
-    def _is_better(self, one: float, other: float) -> bool:
-        return one > other if self._trainer.args.greater_is_better else one < other
+    def _is_better(self, metric: float, other: float) -> bool:
+        return metric > other if self._arguments.greater_is_better else metric < other
+
+
+def _clear(state: TrainerState) -> None:
+    state.best_metric = state.best_global_step = state.best_model_checkpoint = None

@@ -1,8 +1,7 @@
-"""Which checkpoint a run goes on from: one that is whole, and whose run was this one.
+"""Checkpoint folders and their manifest, COMPLETE.json.
 
-A checkpoint is a folder with COMPLETE.json, its manifest, which is written last: what the run was, how far it had come,
-and size and checksum of each file. What a run is told of a checkpoint that it passes over, or of a difference between
-then and now, is said by name: nothing starts from zero in silence (transformers#35782; ms-swift#10050).
+A checkpoint is complete when it has a manifest, which is written last. It records the run's settings, its progress,
+and the size and checksum of each file.
 """
 
 import hashlib
@@ -15,102 +14,106 @@ from typing import Any
 
 from train.errors import UserError
 from train.progress import progress_bar
-from train.storage.checksum import digest_of_files
+from train.storage.checksum import hash_files
 
 COMPLETE = "COMPLETE.json"
 UNSHARDED = "one process or DDP"
-"""What a manifest calls the distribution where each process holds the whole optimizer."""
+"""Value of `distribution` in a manifest where each process holds the complete optimizer."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint. `manifest`: what its COMPLETE.json says."""
+    """A complete checkpoint. `manifest`: the content of its COMPLETE.json."""
 
     folder: Path
     manifest: Mapping[str, Any]
 
     @property
     def step(self) -> int:
-        """Optimizer steps that lie behind it."""
+        """Return the number of optimizer steps before the checkpoint."""
         return int(self.manifest["step"])
 
 
-def folders(*parents: str | Path | None) -> list[Path]:
-    """The checkpoints in these folders, whole or not, the newest first."""
-    found = [path for parent in parents if parent for path in Path(parent).glob("checkpoint-*") if step_of(path) >= 0]
-    return sorted(found, key=step_of, reverse=True)
+def list_checkpoints(*parents: str | Path | None) -> list[Path]:
+    """Return the folders in `parents` that are named like checkpoints, complete or not, the newest first."""
+    folders = [path for parent in parents if parent for path in Path(parent).glob("checkpoint-*")]
+    return sorted((path for path in folders if parse_step(path) >= 0), key=parse_step, reverse=True)
 
 
-def step_of(folder: Path) -> int:
-    """The step in a checkpoint's name; -1 where the folder isn't named like one."""
-    number = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    return int(number[1]) if number else -1
+def list_complete_checkpoints(*parents: str | Path | None) -> list[Path]:
+    """Return the checkpoints in `parents` that have a manifest, the newest first."""
+    return [path for path in list_checkpoints(*parents) if (path / COMPLETE).is_file()]
 
 
-def _opened(folder: Path) -> Checkpoint | str:
-    """The checkpoint, if every file is there as it was written; else what is wrong with it, as a sentence."""
+def parse_step(folder: Path) -> int:
+    """Return the step in a checkpoint's name; -1 for a folder of another name."""
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(match[1]) if match else -1
+
+
+def verify_checkpoint(folder: Path) -> Checkpoint | str:
+    """Return the checkpoint if every file matches the manifest; else a sentence that says what is wrong."""
     try:
         manifest = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
-        if manifest["digest"] != digest_of(manifest):
+        if manifest["digest"] != compute_digest(manifest):
             return f"{folder / COMPLETE} is damaged."
         files, step = manifest["files"], manifest["step"]
     except FileNotFoundError:
-        there = "was not written to the end: it has no" if folder.is_dir() else "is not there, or is no checkpoint: no"
-        return f"{folder} {there} {COMPLETE}."
-    except (OSError, ValueError, KeyError, TypeError) as fault:
-        return f"{folder / COMPLETE} is damaged ({fault or type(fault).__name__})."
-    if step_of(folder) not in (-1, step):
+        problem = "is incomplete" if folder.is_dir() else "does not exist or is not a checkpoint"
+        return f"{folder} {problem}: it has no {COMPLETE}."
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{folder / COMPLETE} is damaged ({error or type(error).__name__})."
+    if parse_step(folder) not in (-1, step):
         return f"{folder} holds step {step}: rename it to checkpoint-{step}."
-    with progress_bar(f"checking {folder.name}", total=len(files), unit="files") as checking:
-        for name, written in files.items():
-            if described(folder / name, known=written) != written:
-                what = "is damaged" if (folder / name).is_file() else "is missing"
-                return f"{folder / name} {what}."
-            checking.advance()
+    with progress_bar(f"checking {folder.name}", total=len(files), unit="files") as progress:
+        for name, expected in files.items():
+            if describe_file(folder / name, expected=expected) != expected:
+                return f"{folder / name} is {'damaged' if (folder / name).is_file() else 'missing'}."
+            progress.advance()
     return Checkpoint(folder, manifest)
 
 
-def checkpoint_in(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder, whose files are not looked at. Raises UserError where it has no whole manifest."""
-    manifest = manifest_of(folder)
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Return the checkpoint in a folder without reading its files. Raises UserError if it has no valid manifest."""
+    manifest = read_manifest(folder)
     if manifest is None:
-        raise UserError(f"--resume: {folder} is no whole checkpoint: its {COMPLETE} is missing or damaged.")
+        raise UserError(f"--resume: {folder} is not a complete checkpoint: its {COMPLETE} is missing or damaged.")
     return Checkpoint(folder, manifest)
 
 
-def manifest_of(folder: Path) -> dict[str, Any] | None:
-    """What COMPLETE.json says; None where it isn't there or isn't whole. The files are not looked at."""
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the content of COMPLETE.json; None if it is missing or damaged. The other files are not read."""
     try:
         manifest: dict[str, Any] = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
-        return manifest if manifest["digest"] == digest_of(manifest) else None
+        return manifest if manifest["digest"] == compute_digest(manifest) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def written(manifest: Mapping[str, Any]) -> str:
-    """A manifest as COMPLETE.json has it, with its digest."""
-    return json.dumps({**manifest, "digest": digest_of(manifest)}, indent=1, sort_keys=True)
+def format_manifest(manifest: Mapping[str, Any]) -> str:
+    """Return a manifest as the text of COMPLETE.json, with its digest."""
+    return json.dumps({**manifest, "digest": compute_digest(manifest)}, indent=1, sort_keys=True)
 
 
-def described(path: Path, *, known: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-    """Size and checksum of a file, as the manifest has them; None where it can't be read or isn't of `known`'s size."""
+def describe_file(path: Path, *, expected: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """Return size and checksum of a file; None if it can't be read or has another size than `expected`."""
     try:
         size = path.stat().st_size
-        if known is not None and known.get("bytes") != size:
+        if expected is not None and expected.get("bytes") != size:
             return None
-        return {"bytes": size, "xxh3_128": digest_of_files([path])}
+        return {"bytes": size, "xxh3_128": hash_files([path])}
     except (OSError, UserError):
         return None
 
 
-def digest_of(manifest: Mapping[str, Any]) -> str:
-    """Of all that a manifest says but for its own digest."""
-    said = {key: value for key, value in manifest.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+def compute_digest(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a manifest without its own digest."""
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def files_below(folder: Path) -> Iterator[str]:
-    """Names of all files below `folder`, relative to it, in one order everywhere; COMPLETE.json aside."""
+def list_files(folder: Path) -> Iterator[str]:
+    """Yield the names of all files below `folder` but COMPLETE.json, relative to it, in the same order on all nodes."""
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != COMPLETE:
             yield path.relative_to(folder).as_posix()

@@ -1,7 +1,7 @@
-"""Whether a save holds all that it should: its safetensors headers, compared with the model in memory.
+"""Verification of saved weights: the safetensors headers on disk, compared with the model in memory.
 
-A save can succeed and be worthless: ZeRO-3 leaves empty tensors behind where nothing gathered the weights (DeepSpeed
-#3841, peft#2450, trl#4416), and some loaders fill what is missing with random numbers.
+A save can succeed and be useless: ZeRO-3 writes empty tensors if nothing gathered the weights (DeepSpeed#3841,
+peft#2450, trl#4416), and some loaders fill missing weights with random numbers.
 """
 
 import json
@@ -20,50 +20,53 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def check_saved(model: PreTrainedModel | PeftModel, folder: Path) -> None:
-    """Raise UserError where the weights in `folder` are not those of `model`: lost, empty or of another shape.
+    """Raise UserError if weights of `model` are missing in `folder`, or are empty or of another shape there.
 
-    `model` may be partitioned (ZeRO-3, FSDP2): nothing is gathered, only headers are read. Of weights that the model
-    ties one is enough. For a PeftModel every trained parameter must be in the adapter's file.
+    `model` may be partitioned (ZeRO-3, FSDP2): nothing is gathered, only headers are read. One of several tied weights
+    suffices. For a PeftModel every trained parameter must be in the adapter's file.
     """
     adapter = isinstance(model, PeftModel)
     saved = _read_headers(folder, ADAPTER_SAFE_WEIGHTS_NAME if adapter else SAFE_WEIGHTS_NAME)
-    faults = []
+    errors = []
     for names, shape in expected_weights(model):
-        found = next((name for name in names if name in saved), None)
-        if found is None:
-            faults.append(f"{names[0]} is missing")
-        elif saved[found] != shape:
-            faults.append(f"{found} is {_written(saved[found])} in the file and {_written(shape)} in the model")
-    if faults:
-        more = f" and {len(faults) - 3:,} more" if len(faults) > 3 else ""
+        saved_name = next((name for name in names if name in saved), None)
+        if saved_name is None:
+            errors.append(f"{names[0]} is missing")
+        elif saved[saved_name] != shape:
+            in_file, in_model = _format_shape(saved[saved_name]), _format_shape(shape)
+            errors.append(f"{saved_name} is {in_file} in the file and {in_model} in the model")
+    if errors:
+        more = f" and {len(errors) - 3:,} more" if len(errors) > 3 else ""
         raise UserError(
-            f"output_dir: the weights in {folder} were not saved whole: {'; '.join(faults[:3])}{more}. Don't use them. "
-            "Under DeepSpeed or FSDP launch with one of accelerate_configs as it is; the training state in complete "
-            "checkpoints is saved apart from these weights, so a run can go on from there."
+            f"output_dir: the weights saved in {folder} are incomplete: {'; '.join(errors[:3])}{more}. Don't use them. "
+            "Under DeepSpeed or FSDP launch with an unchanged file of accelerate_configs. The training state in "
+            "complete checkpoints is stored separately, so the run can resume from there."
         )
 
 
 def expected_weights(model: PreTrainedModel | PeftModel) -> list[tuple[list[str], tuple[int, ...]]]:
-    """For each weight that a save must hold, of a PeftModel its adapter's, the names that it may have and its shape.
+    """Return for each weight that a save must hold the names that it may have and its shape.
 
-    Raises UserError for a parameter that is trained and that peft doesn't write.
+    For a PeftModel: the weights of its adapter. Raises UserError for a trained parameter that peft doesn't write.
     """
     return _of_adapter(model) if isinstance(model, PeftModel) else _of_model(model)
 
 
-def _written(shape: tuple[int, ...]) -> str:
+def _format_shape(shape: tuple[int, ...]) -> str:
     return "empty" if 0 in shape else " x ".join(map(str, shape)) or "a single number"
 
 
 def _read_headers(folder: Path, name: str) -> Shapes:
-    """Names and shapes in the file `name` or in the shards of its index. Raises UserError where they can't be read."""
+    """Return names and shapes in the file `name`, or in the shards of its index.
+
+    Raises UserError if they can't be read.
+    """
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     single = folder / name
     if name == SAFE_WEIGHTS_NAME and index.is_file():
         if single.is_file():
             raise UserError(
-                f"output_dir: {single} lies beside {index.name}, from another save, and would be loaded in its place. "
-                "Take it away."
+                f"output_dir: {single}, from another save, would be loaded in place of {index.name}. Remove it."
             )
         files = [folder / shard for shard in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
     else:
@@ -73,43 +76,43 @@ def _read_headers(folder: Path, name: str) -> Shapes:
         try:
             with safe_open(path, "pt") as tensors:
                 shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as fault:
-            raise UserError(f"output_dir: {path} should hold the weights and can't be read: {fault}") from fault
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"output_dir: {path} should hold the weights and can't be read: {error}") from error
     return shapes
 
 
-def whole_state(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
-    """Return the model's state dict as tensors without data and of their whole shapes; tied weights share a tensor."""
-    of_parameter: dict[int, torch.Tensor] = {}
-    whole = {}
+def full_state_dict(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
+    """Return the model's state dict as tensors without data, in their full shapes; tied weights share a tensor."""
+    by_parameter: dict[int, torch.Tensor] = {}
+    full = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shape = getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 the parameter itself looks empty
-        whole[name] = of_parameter.setdefault(id(parameter), torch.empty(shape, dtype=parameter.dtype, device="meta"))
-    kept = model.state_dict(keep_vars=True)
-    buffers = {name: torch.empty_like(value, device="meta") for name, value in kept.items() if name not in whole}
-    return {name: value for name, value in whole.items() if name in kept} | buffers
+        full[name] = by_parameter.setdefault(id(parameter), torch.empty(shape, dtype=parameter.dtype, device="meta"))
+    saved = model.state_dict(keep_vars=True)
+    buffers = {name: torch.empty_like(value, device="meta") for name, value in saved.items() if name not in full}
+    return {name: value for name, value in full.items() if name in saved} | buffers
 
 
 def _of_model(model: PreTrainedModel) -> list[tuple[list[str], tuple[int, ...]]]:
-    """For each weight the names it may have in the files, and its shape."""
+    """Return the names and the shape of each weight."""
     ignored = set(model._keys_to_ignore_on_save or ())
-    whole = {name: value for name, value in whole_state(model).items() if name not in ignored}
+    full = {name: value for name, value in full_state_dict(model).items() if name not in ignored}
     names_of: dict[int, list[str]] = {}
-    for name, value in whole.items():
+    for name, value in full.items():
         names_of.setdefault(id(value), []).append(name)
-    first = {names[0]: whole[names[0]] for names in names_of.values()}
+    first = {names[0]: full[names[0]] for names in names_of.values()}
     tied = {names[0]: names[1:] for names in names_of.values()}
-    # transformers may write other names and shapes than those in memory: experts one by one, say
+    # transformers may write other names and shapes than those in memory: each expert separately, say
     written = revert_weight_conversion(model, dict(first))
     return [([name, *tied.get(name, ())], tuple(value.shape)) for name, value in written.items()]
 
 
 def _of_adapter(model: PeftModel) -> list[tuple[list[str], tuple[int, ...]]]:
-    """As `_of_model`. Raises UserError for a parameter that is trained and that peft doesn't write."""
-    whole = whole_state(model)
-    written = get_peft_model_state_dict(model, state_dict=dict(whole), save_embedding_layers=False)
+    """Return name and shape of each weight. Raises UserError for a trained parameter that peft doesn't write."""
+    full = full_state_dict(model)
+    written = get_peft_model_state_dict(model, state_dict=dict(full), save_embedding_layers=False)
     kept = {id(value) for value in written.values()}
-    lost = [name for name, value in model.named_parameters() if value.requires_grad and id(whole[name]) not in kept]
-    if lost:
-        raise UserError(f"adapter: {lost[0]} and {len(lost) - 1} more are trained, but peft doesn't save them.")
+    missing = [name for name, value in model.named_parameters() if value.requires_grad and id(full[name]) not in kept]
+    if missing:
+        raise UserError(f"adapter: {missing[0]} and {len(missing) - 1} more are trained, but peft doesn't save them.")
     return [([name], tuple(value.shape)) for name, value in written.items()]

@@ -1,7 +1,7 @@
-"""Weights of a model, written as transformers and peft write them, and nothing else.
+"""Weights of a model, written as transformers and peft write them, without other files.
 
-Their own `save_pretrained` writes configuration, generation settings and a model card first, so that one of these which
-can't be written costs the weights.
+Their own `save_pretrained` writes configuration, generation settings and a model card first: if one of these can't be
+written, the weights are lost.
 """
 
 import json
@@ -19,34 +19,34 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from train.errors import UserError
-from train.loop.checkpoint.verification import expected_weights, whole_state
+from train.loop.checkpoint.verification import expected_weights, full_state_dict
 from train.storage.atomic_write import fsync
 
 _NAME = SAFE_WEIGHTS_NAME.replace(".", "{suffix}.")
 _SHARD = "50GB"
-"""Largest file, as transformers has it."""
+"""Largest file; transformers' default."""
 
 
 def save_weights(model: PreTrainedModel | PeftModel, folder: Path, state: Mapping[str, torch.Tensor] | None) -> None:
-    """Write the weights of `model` to `folder`, of a PeftModel those of its adapter, and bring them onto the disk.
+    """Write the weights of `model` to `folder`, of a PeftModel those of its adapter, and sync them to the disk.
 
-    `state`: its state dict where that had to be gathered; None = take it from the model. Files of an earlier save with
-    other shards go. Raises OSError, or what safetensors and PyTorch raise on a full disk.
+    `state`: its gathered state dict; None = take it from the model. Files of an earlier save with other shards are
+    deleted. Raises OSError, or the errors of safetensors and PyTorch on a full disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"}
     if isinstance(model, PeftModel):
         weights = get_peft_model_state_dict(model, state_dict=state)
-        _write(_apart(weights), folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata)
+        _write(_unshare(weights), folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata)
         return
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         state, more = quantizer.get_state_dict_and_metadata(model)
         metadata |= more
-    weights = _apart(_converted(model, model.state_dict() if state is None else state))
+    weights = _unshare(_convert(model, model.state_dict() if state is None else state))
     shards = split_torch_state_dict_into_shards(weights, filename_pattern=_NAME, max_shard_size=_SHARD)
     for pattern in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, _NAME.format(suffix="-?????-of-?????")):
-        for path in folder.glob(pattern):  # loaders take the wrong one where both forms are there
+        for path in folder.glob(pattern):  # loaders take the wrong one if both forms exist
             path.unlink()
     for name, tensors in shards.filename_to_tensors.items():
         _write({tensor: weights[tensor] for tensor in tensors}, folder / name, metadata)
@@ -58,7 +58,7 @@ def save_weights(model: PreTrainedModel | PeftModel, folder: Path, state: Mappin
 
 
 def _write(weights: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a file that is whole and on the disk, or none."""
+    """Write a complete file and sync it to the disk, or leave none."""
     try:
         save_file(weights, path, metadata=metadata)
         fsync(path)
@@ -69,32 +69,32 @@ def _write(weights: dict[str, torch.Tensor], path: Path, metadata: dict[str, str
 
 
 def check_savable(model: PreTrainedModel | PeftModel) -> None:
-    """Raise UserError, before training, for a model whose weights couldn't be written: names and ties, no data."""
+    """Raise UserError, before training, for a model whose weights can't be written: checks names and ties, no data."""
     try:
         if not isinstance(model, PeftModel):
-            _converted(model, whole_state(model))
+            _convert(model, full_state_dict(model))
         expected_weights(model)
-    except (RuntimeError, ValueError, KeyError) as fault:
-        reason = " ".join(str(fault).split())[:500]
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:500]
         raise UserError(
-            f"model.name_or_path: the weights of {model.name_or_path} can be loaded but not saved, so nothing would be "
-            f"left of a training run: {reason}. Use another version of the model or of transformers."
-        ) from fault
+            f"model.name_or_path: the weights of {model.name_or_path} can be loaded but not saved, so a run would have "
+            f"no result: {reason}. Use another version of the model or of transformers."
+        ) from error
 
 
-def _converted(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict under the names that files have, without those that are left out or tied to others."""
+def _convert(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the state dict under the names of saved files, without ignored and tied weights."""
     ignored = set(model._keys_to_ignore_on_save or ())
     kept = {name: value for name, value in state.items() if name not in ignored}
     return dict(revert_weight_conversion(model, remove_tied_weights_from_state_dict(kept, model)))
 
 
-def _apart(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous tensors of which no two are the same memory: safetensors refuses these, or would drop a name."""
+def _unshare(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return contiguous tensors that share no memory: safetensors refuses those that do, or would drop a name."""
     seen: set[tuple[torch.device, int, int]] = set()
-    apart = {}
+    unshared = {}
     for name, value in weights.items():
         memory = value.device, value.data_ptr(), value.numel()
-        apart[name] = value.clone(memory_format=torch.contiguous_format) if memory in seen else value.contiguous()
+        unshared[name] = value.clone(memory_format=torch.contiguous_format) if memory in seen else value.contiguous()
         seen.add(memory)
-    return apart
+    return unshared

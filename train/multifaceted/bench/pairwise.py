@@ -22,7 +22,7 @@ from train.errors import UserError
 from train.formatting import format_count
 from train.multifaceted.bench.protocol import GOOD, noted_of, protocol_of, refuse_other_protocol
 from train.recipe import Source
-from train.reporting.conditions import changes, unknown
+from train.reporting.conditions import all_differences, missing_conditions
 from train.resampling import SHARE_BOUNDS, Bounds, Estimate, estimate_means, explain_missing_intervals
 
 OUTCOMES = ("win of the first", "win of the second", "both good", "both bad")
@@ -166,7 +166,11 @@ def compare_pairwise(
         len(rows_of_first) - len(shared),
         len(rows_of_second) - len(shared),
         without_score,
-        [*unknown(settings[0], settings[1], sides), *changes(noted[0], noted[1], sides), *incomplete],
+        [
+            *missing_conditions(settings[0], settings[1], sides),
+            *all_differences(noted[0], noted[1], sides),
+            *incomplete,
+        ],
     )
 
 

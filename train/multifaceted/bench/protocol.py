@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from train.errors import UserError
 from train.llm.request import Decoding
-from train.reporting.conditions import UNKNOWN, differences
+from train.reporting.conditions import UNKNOWN, recorded_differences
 
 HUB_ID = "kaist-ai/Multifaceted-Bench"
 ROWS_OF_THE_BENCH = 921
@@ -140,7 +140,7 @@ def noted_of(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def refuse_other_protocol(first: str, one: Mapping[str, Any], second: str, other: Mapping[str, Any]) -> None:
     """Raise UserError with each of OPTIONS that differs between two measurements, and with what to run again."""
-    found = differences(one, other)
+    found = recorded_differences(one, other)
     if not found:
         return
     named = [name for name in OPTIONS if any(text.startswith(f"{name} ") for text in found)]

@@ -150,5 +150,5 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CollectionCo
     """
     document = open_settings(path, overrides, STAGES)
     if document.section("hierarchy").get("ours") is False and document.section("hierarchy").get("file") is None:
-        document.fault(("hierarchy", "ours"), "found false without a `hierarchy.file` to take its place. Name one.")
+        document.add_error(("hierarchy", "ours"), "found false without a `hierarchy.file` to take its place. Name one.")
     return validate_settings(document, CollectionConfig)

@@ -23,7 +23,7 @@ from typing import Any
 
 from train.datagen.words import words_of
 from train.errors import UserError
-from train.recipe.yaml_document import Document, KeyPath, closest, described, did_you_mean, near_files
+from train.recipe.yaml_document import Document, KeyPath, closest_match, describe_value, did_you_mean, suggest_files
 
 DIMENSIONS = ("style", "background_knowledge", "informativeness", "harmlessness")
 """Those of the hub's set, in its order; the Bench has a rubric for each."""
@@ -80,7 +80,7 @@ def load_hierarchy(file: str | Path | None = None, *, ours: bool = True) -> Hier
     Raises UserError with everything that is wrong with the file, each fault with its line.
     """
     if file is not None and not Path(file).is_file():
-        raise UserError(f"hierarchy.file: {file}: there is no such file.{near_files(str(file))}")
+        raise UserError(f"hierarchy.file: {file}: there is no such file.{suggest_files(str(file))}")
     found: dict[str, dict[str, SubDimension]] = {dimension: {} for dimension in DIMENSIONS}
     for path in ((OURS,) if ours else ()) + ((Path(file),) if file is not None else ()):
         for sub in _read(path, found):
@@ -100,19 +100,17 @@ def _read(path: Path, known: Hierarchy) -> Iterator[SubDimension]:
     found: list[SubDimension] = []
     for dimension, subs in document.tree.items():
         if dimension not in DIMENSIONS:
-            meant = did_you_mean(closest(dimension, DIMENSIONS, 0.6))
-            document.fault((dimension,), f"no dimension. Allowed: {', '.join(DIMENSIONS)}.{meant}")
+            meant = did_you_mean(closest_match(dimension, DIMENSIONS, 0.6))
+            document.add_error((dimension,), f"no dimension. Allowed: {', '.join(DIMENSIONS)}.{meant}")
         elif not isinstance(subs, dict) or not subs:
-            document.fault((dimension,), f"found {described(subs)}. Allowed: sub-dimensions by their names.")
+            document.add_error((dimension,), f"found {describe_value(subs)}. Allowed: sub-dimensions by their names.")
         else:
             found += [
                 _sub_dimension(document, dimension, name, content, known[dimension].get(name))
                 for name, content in subs.items()
             ]
     _refuse_twins(document, found, known)
-    if document.faults:
-        lines = [f"{place.words}: {message}" for place, message in sorted(document.faults)]
-        raise UserError("\n  ".join([f"{document.name} has {len(lines)} faults:", *lines] if lines[1:] else lines))
+    document.raise_errors()
     yield from found
 
 
@@ -121,29 +119,31 @@ def _sub_dimension(
 ) -> SubDimension:
     here: KeyPath = (dimension, name)
     if not isinstance(content, dict):
-        document.fault(here, f"found {described(content)}. Allowed: a section with `meaning` and `preferences`.")
+        document.add_error(
+            here, f"found {describe_value(content)}. Allowed: a section with `meaning` and `preferences`."
+        )
         content = {"meaning": "-", "preferences": {"-": None}}
     for key in content.keys() - {"meaning", "preferences"}:
-        meant = did_you_mean(closest(key, ("meaning", "preferences"), 0.6))
-        document.fault((*here, key), f"unknown key. Allowed: meaning, preferences.{meant}")
+        meant = did_you_mean(closest_match(key, ("meaning", "preferences"), 0.6))
+        document.add_error((*here, key), f"unknown key. Allowed: meaning, preferences.{meant}")
     meaning = content.get("meaning", known.meaning if known else None)
     if not isinstance(meaning, str) or not meaning.strip():
-        found = f"found {described(meaning)}" if "meaning" in content else "missing"
-        document.fault((*here, "meaning"), f"{found}. Say in a few words what it is about: the model sees it.")
+        found = f"found {describe_value(meaning)}" if "meaning" in content else "missing"
+        document.add_error((*here, "meaning"), f"{found}. Say in a few words what it is about: the model sees it.")
         meaning = ""
     preferences = content.get("preferences", {} if known else None)
     if isinstance(preferences, list):
         if bad := [one for one in preferences if not isinstance(one, str)]:
-            document.fault((*here, "preferences"), f"found {described(bad[0])}. Allowed: texts.")
+            document.add_error((*here, "preferences"), f"found {describe_value(bad[0])}. Allowed: texts.")
         preferences = {str(one): None for one in preferences}
     if not isinstance(preferences, dict) or not (preferences or known):
-        found = f"found {described(preferences)}" if "preferences" in content else "missing"
-        document.fault((*here, "preferences"), f"{found}. Name at least one, each with its description or nothing.")
+        found = f"found {describe_value(preferences)}" if "preferences" in content else "missing"
+        document.add_error((*here, "preferences"), f"{found}. Name at least one, each with its description or nothing.")
         preferences = {}
     for text, description in preferences.items():
         if not text.strip() or not isinstance(description, str | None):
-            what = described(description) if text.strip() else "an empty preference"
-            document.fault((*here, "preferences", text), f"found {what}. Allowed: a description, or nothing.")
+            what = describe_value(description) if text.strip() else "an empty preference"
+            document.add_error((*here, "preferences", text), f"found {what}. Allowed: a description, or nothing.")
     merged = {**(known.preferences if known else {})}
     for text, description in preferences.items():
         twin = next((one for one in merged if same_words(one) == same_words(text)), None) if known else None
@@ -163,7 +163,7 @@ def _refuse_twins(document: Document, found: Sequence[SubDimension], known: Hier
             if before != sub.name or again:
                 where = f"in {before}" if before != sub.name else "here"
                 path = (sub.dimension, sub.name, "preferences", text)
-                document.fault(path, f"stands {where} too, blanks and marks aside. Keep one of them.")
+                document.add_error(path, f"stands {where} too, blanks and marks aside. Keep one of them.")
 
 
 class Plan:

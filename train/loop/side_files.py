@@ -1,9 +1,9 @@
 """Files beside the weights of a saved model: configuration, generation settings, tokenizer, model card.
 
-They are tried before training, by writing them into a temporary folder, and written after the weights: one that fails
-then is a warning. Once that is mended,
+Before training they are written into a temporary folder, as a test. After the weights are saved, one that can't be
+written is a warning. Once the cause is fixed,
 
-    python -m train.loop.checkpoint.side_files OUTPUT_DIR
+    python -m train.loop.side_files OUTPUT_DIR
 
 writes them again, from the recipe in that folder, beside the weights of a finished model.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import yaml
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import (
@@ -30,8 +31,7 @@ from transformers.utils import (
 
 from train.cli import CommandLine, run_command
 from train.errors import USER_FIXABLE_ERRNOS, UserError
-from train.loop.output_dir import CARD, unwritable_files
-from train.loop.report import write_model_card
+from train.loop.output_dir import CARD, CARD_MARK, is_foreign_card, unwritable_files
 from train.model.adapters import lora_config
 from train.model.load import copy_processor, load_config
 from train.model.text_part import bare_model, idle_parameters
@@ -41,20 +41,20 @@ if TYPE_CHECKING:  # importing it takes a second
     from peft import PeftModel
 
 Writers = dict[str, Callable[[Path], object]]
-"""For each file, or group of files, how it is written into a folder."""
+"""For each file, or group of files, the function that writes it into a folder."""
 
 
-def side_files(model: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokenizerBase) -> Writers:
-    """Return the writers of what transformers needs beside the weights of `model`, or peft beside its adapter."""
+def list_side_files(model: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokenizerBase) -> Writers:
+    """Return the writers of the files that transformers needs beside the weights, or peft beside the adapter."""
     writers: Writers = {}
     if getattr(model, "peft_config", None):
         writers[ADAPTER_CONFIG_NAME] = lambda folder: _save_adapter_config(model, folder)
     else:
         writers[CONFIG_NAME] = lambda folder: _save_config(model, folder)
     if model.can_generate():
-        # Not save_pretrained: it refuses published settings (a temperature without do_sample) where one of them, such
-        # as the stop tokens, was changed, and takes them as they are where none was (transformers#29988). They are
-        # kept, as vLLM reads the temperature and transformers do_sample.
+        # Not save_pretrained: it refuses published settings (a temperature without do_sample) once one of them, such as
+        # the stop tokens, has changed, and accepts them unchanged (transformers#29988). They are kept, as vLLM reads
+        # the temperature and transformers do_sample.
         settings = model.generation_config
         writers[GENERATION_CONFIG_NAME] = lambda folder: settings.to_json_file(
             folder / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"]
@@ -63,8 +63,8 @@ def side_files(model: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokeni
     return writers
 
 
-def finished_files(recipe: Recipe) -> Writers:
-    """Return the writers of what stands beside a finished model alone: its card, and the processor of a whole model."""
+def list_final_files(recipe: Recipe) -> Writers:
+    """Return the writers of the files of a finished model only: its card, and the processor of a full model."""
     writers: Writers = {CARD: lambda folder: write_model_card(recipe, folder / CARD)}
     if recipe.adapter is None:
         writers["processor"] = lambda folder: copy_processor(recipe.model, folder)
@@ -72,12 +72,12 @@ def finished_files(recipe: Recipe) -> Writers:
 
 
 def write_side_files(writers: Writers, folder: Path) -> dict[str, Exception]:
-    """Write each file into `folder`, whatever becomes of the others; the errors of those that failed."""
+    """Write each file into `folder`, also after one failed. Return the errors by file."""
     errors = {}
     for name, write in writers.items():
         try:
             write(folder)
-        except Exception as error:  # tokenizers raises nothing better
+        except Exception as error:  # tokenizers raises a bare Exception
             errors[name] = error
     return errors
 
@@ -88,14 +88,14 @@ def is_disk_error(error: Exception) -> bool:
     return (int(number[1]) if number else getattr(error, "errno", None)) in USER_FIXABLE_ERRNOS
 
 
-def reason_of(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Return the text of an error in one line."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())[:500].rstrip(".")
 
 
-def side_file_faults(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Yield what would keep a finished model of this recipe from being saved complete, as errors for the user."""
+def side_file_errors(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Yield errors for the user that would leave a finished model of this recipe incomplete."""
     errors, names = try_side_files(recipe, tokenizer)
     yield from errors
     if names:
@@ -105,11 +105,11 @@ def side_file_faults(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iter
 def try_side_files(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
     """Write the side files of this recipe's model into a temporary folder; return errors, and the names of all files.
 
-    The names include those of the weights, which are not written. They are empty where the model can't be built:
-    loading its weights reports what is wrong with it, or with its adapter.
+    The names include those of the weights, which are not written. They are empty if the model can't be built: loading
+    its weights reports errors of the model or its adapter.
     """
     try:
-        model = _without_weights(recipe)
+        model = _build_without_weights(recipe)
     except Exception:
         return [], []
     errors: list[str] = []
@@ -120,11 +120,12 @@ def try_side_files(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[
         model.generation_config = generation
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for name, error in write_side_files(side_files(model, tokenizer) | finished_files(recipe), folder).items():
+        writers = list_side_files(model, tokenizer) | list_final_files(recipe)
+        for name, error in write_side_files(writers, folder).items():
             if not is_disk_error(error):  # of the temporary folder's disk
                 errors.append(
                     f"model.name_or_path: {recipe.model.name_or_path}: its {name} can be read but not written again, "
-                    f"so the trained model would lack it: {reason_of(error)}. Correct it until transformers' own "
+                    f"so the trained model would lack it: {describe_error(error)}. Fix it until transformers' own "
                     "save_pretrained writes it."
                 )
         names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
@@ -132,8 +133,26 @@ def try_side_files(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[
     return errors, [*names, *weights]
 
 
+def write_model_card(recipe: Recipe, path: Path) -> None:
+    """Write README.md of the finished model: its base and its recipe. A README.md that no run wrote is kept."""
+    if is_foreign_card(path):
+        print(f"{path} was not written by janus-sft and is kept: there is no model card", flush=True)
+        return
+    base = recipe.model.name_or_path
+    metadata = {
+        "library_name": "transformers" if recipe.adapter is None else "peft",
+        "tags": ["janus-sft", "sft"],
+        **({} if Path(base).is_dir() else {"base_model": base}),
+    }
+    path.write_text(
+        f"---\n{yaml.safe_dump(metadata)}---\n\n# {Path(recipe.output_dir).name}\n\n"
+        f"`{base}`, {CARD_MARK}\n\n```yaml\n{recipe.to_yaml()}```\n",
+        encoding="utf-8",
+    )
+
+
 def _save_config(model: PreTrainedModel, folder: Path) -> None:
-    """As PreTrainedModel.save_pretrained does it, with code of the model's own."""
+    """Save the configuration as PreTrainedModel.save_pretrained does, with the model's own code."""
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
     if model.is_remote_code():
@@ -142,15 +161,15 @@ def _save_config(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _save_adapter_config(model: "PeftModel", folder: Path) -> None:
-    """As PeftModel.save_pretrained does it."""
+    """Save the adapter's configuration as PeftModel.save_pretrained does."""
     settings = copy.copy(model.peft_config[model.active_adapter])
     settings.inference_mode = True
     settings.base_model_name_or_path = settings.base_model_name_or_path or model.get_base_model().name_or_path
     settings.save_pretrained(str(folder))
 
 
-def _without_weights(recipe: Recipe) -> "PreTrainedModel | PeftModel":
-    """The model of a recipe, with its adapter, on PyTorch's meta device."""
+def _build_without_weights(recipe: Recipe) -> "PreTrainedModel | PeftModel":
+    """Return the model of a recipe, with its adapter, on PyTorch's meta device."""
     model = bare_model(load_config(recipe.model), recipe.model)
     model.name_or_path = recipe.model.name_or_path
     if recipe.adapter is None:
@@ -162,7 +181,7 @@ def _without_weights(recipe: Recipe) -> "PreTrainedModel | PeftModel":
 
 
 def _generation_config(recipe: Recipe) -> GenerationConfig | str | None:
-    """The model's published generation settings; None where it has none; an error for the user."""
+    """Return the model's published generation settings; None if it has none; a string if they can't be read."""
     name = recipe.model.name_or_path
     path = Path(name, GENERATION_CONFIG_NAME)
     try:
@@ -170,14 +189,14 @@ def _generation_config(recipe: Recipe) -> GenerationConfig | str | None:
     except OSError as error:
         if not path.exists():
             return None
-        # transformers takes its defaults in place of a file that it can't read, and says nothing
-        return f"model.name_or_path: {path} can't be read: {reason_of(error)}. Mend it, or take it away."
+        # transformers silently uses its defaults instead of a file that it can't read
+        return f"model.name_or_path: {path} can't be read: {describe_error(error)}. Fix it, or remove it."
     except (ValueError, TypeError, AttributeError) as error:
-        return f"model.name_or_path: {path}: {reason_of(error)}. Correct that value, or take the file away."
+        return f"model.name_or_path: {path}: {describe_error(error)}. Correct that value, or remove the file."
 
 
 def write_again(folder: Path) -> None:
-    """Write the files beside the weights of the finished model in `folder`. Raises UserError where one fails."""
+    """Write the files beside the weights of the finished model in `folder`. Raises UserError if one fails."""
     from transformers.trainer_utils import align_special_tokens
 
     from train.data.chat.assistant_spans import SpanFinder
@@ -192,7 +211,7 @@ def write_again(folder: Path) -> None:
     tokenizer = load_chat_tokenizer(recipe).tokenizer
     stop_tokens = SpanFinder(tokenizer).stop_tokens
     tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
-    model = _without_weights(recipe)
+    model = _build_without_weights(recipe)
     generation = _generation_config(recipe)
     if isinstance(generation, str):
         raise UserError(generation)
@@ -201,15 +220,15 @@ def write_again(folder: Path) -> None:
     tokenizer.eos_token = stop_tokens[0]
     tokenizer.pad_token = recipe.training.get("pad_token") or tokenizer.pad_token or tokenizer.eos_token
     align_special_tokens(model, tokenizer)
-    writers = side_files(model, tokenizer) | finished_files(recipe)
+    writers = list_side_files(model, tokenizer) | list_final_files(recipe)
     errors = write_side_files(writers, folder)
     if errors:
-        raise UserError("; ".join(f"{folder}: {name}: {reason_of(error)}" for name, error in errors.items()) + ".")
+        raise UserError("; ".join(f"{folder}: {name}: {describe_error(error)}" for name, error in errors.items()) + ".")
     print(f"{', '.join(writers)} written to {folder}")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; the exit code."""
+    """Run the command and return its exit code."""
     parser = CommandLine(description=__doc__)
     parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="where train/sft.py saved the model")
     options = parser.parse_args(arguments)

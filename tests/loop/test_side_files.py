@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from train.errors import UserError
-from train.loop.checkpoint import side_files, weights
+from train.loop import side_files
+from train.loop.checkpoint import weights
 from train.loop.checkpoint.manifest import COMPLETE
 from train.loop.checkpoint.weights import check_savable, save_weights
 from train.loop.metrics_log import StepLog
@@ -105,7 +106,7 @@ def test_an_adapters_weights_and_settings_are_written_as_peft_writes_them(
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, **settings))
     assert_written_alike(model, tmp_path / "adapter")
     errors = side_files.write_side_files(
-        side_files.side_files(model, AutoTokenizer.from_pretrained(tiny_model)), tmp_path / "adapter" / "ours"
+        side_files.list_side_files(model, AutoTokenizer.from_pretrained(tiny_model)), tmp_path / "adapter" / "ours"
     )
     assert errors == {}
     theirs, ours = (
@@ -150,10 +151,10 @@ def test_published_generation_settings_stay_as_they_are(
     base = with_base(tiny_model, tmp_path / "base", generation_config={"eos_token_id": 2, **PUBLISHED[kind]})
     GenerationConfig.from_pretrained(base).save_pretrained(tmp_path / "theirs")
     recipe = load_recipe(recipe_file(model={"name_or_path": str(base)}))
-    assert list(side_files.side_file_faults(recipe, load_tokenizer(recipe.model))) == []
+    assert list(side_files.side_file_errors(recipe, load_tokenizer(recipe.model))) == []
     model = AutoModelForCausalLM.from_pretrained(base)
     model.generation_config.eos_token_id = [2, 7]
-    writers = side_files.side_files(model, load_tokenizer(recipe.model))
+    writers = side_files.list_side_files(model, load_tokenizer(recipe.model))
     (tmp_path / "ours").mkdir()
     assert side_files.write_side_files(writers, tmp_path / "ours") == {}
     theirs, ours = (json.loads((tmp_path / who / "generation_config.json").read_text()) for who in ("theirs", "ours"))
@@ -187,9 +188,9 @@ def test_settings_that_transformers_refuses_are_an_error_before_training(
 ) -> None:
     base = with_base(tiny_model, tmp_path / "base", generation_config=content)
     recipe = load_recipe(recipe_file(model={"name_or_path": str(base)}))
-    [fault] = side_files.side_file_faults(recipe, load_tokenizer(recipe.model))
-    assert fault.startswith(f"model.name_or_path: {base}/generation_config.json")
-    assert said in fault
+    [error] = side_files.side_file_errors(recipe, load_tokenizer(recipe.model))
+    assert error.startswith(f"model.name_or_path: {base}/generation_config.json")
+    assert said in error
 
 
 # Known before training.
@@ -226,8 +227,8 @@ def test_every_file_that_a_run_leaves_is_one_whose_place_is_looked_at(
         (tmp_path / "run" / name).unlink()
         (tmp_path / "run" / name).mkdir()
     recipe = load_recipe(path)
-    faults = list(side_files.side_file_faults(recipe, load_tokenizer(recipe.model)))
-    assert {name for name in left if any(f"/run/{name} is a folder" in fault for fault in faults)} == left
+    faults = list(side_files.side_file_errors(recipe, load_tokenizer(recipe.model)))
+    assert {name for name in left if any(f"/run/{name} is a folder" in error for error in faults)} == left
 
 
 @pytest.mark.parametrize("check", [["--check"], []], ids=["check", "training"])
@@ -244,11 +245,11 @@ def test_a_file_in_the_way_of_checkpoints_is_an_error_before_training(
 def test_a_tokenizer_that_cannot_be_written_is_an_error_before_training(recipe_file: Callable[..., Path]) -> None:
     recipe = load_recipe(recipe_file(adapter={"r": 4, "target_modules": ["q_proj"]}))
     tokenizer = load_tokenizer(recipe.model)
-    assert list(side_files.side_file_faults(recipe, tokenizer)) == []
+    assert list(side_files.side_file_errors(recipe, tokenizer)) == []
     spoil(tokenizer)
-    [fault] = side_files.side_file_faults(recipe, tokenizer)
-    assert fault.startswith(f"model.name_or_path: {recipe.model.name_or_path}: its tokenizer can be read but not")
-    assert "cannot be serialized" in fault
+    [error] = side_files.side_file_errors(recipe, tokenizer)
+    assert error.startswith(f"model.name_or_path: {recipe.model.name_or_path}: its tokenizer can be read but not")
+    assert "cannot be serialized" in error
 
 
 # A README.md that is the user's own stays.
@@ -269,7 +270,7 @@ def test_a_readme_that_no_run_wrote_is_left_alone_and_said_so(
     trainer.save_model(str(readme.parent))
     assert readme.read_bytes() == content
     shown = capsys.readouterr().out
-    assert f"{readme} was not written by janus-sft and stays as it is" in shown
+    assert f"{readme} was not written by janus-sft and is kept" in shown
     assert "warning" not in shown
 
 
@@ -281,7 +282,7 @@ def test_the_card_of_an_earlier_run_is_replaced(
         recipe = load_recipe(recipe_file(seed=seed))
         make_trainer(recipe).save_model(str(run))
         assert f"seed: {seed}\n" in (run / "README.md").read_text()
-    assert "stays as it is" not in capsys.readouterr().out
+    assert "is kept" not in capsys.readouterr().out
 
 
 # What fails afterwards costs no weights.
@@ -301,7 +302,7 @@ def test_files_that_cannot_be_written_are_named_and_written_later(
     shown = capsys.readouterr().out
     for name in ("config.json", "generation_config.json", "tokenizer", "README.md"):
         assert f"warning: {run}: {name} couldn't be written: " in shown
-    assert f"python -m train.loop.checkpoint.side_files {run}" in shown
+    assert f"python -m train.loop.side_files {run}" in shown
     expected = trainer.model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in load_file(run / "model.safetensors").items())
 

@@ -10,7 +10,8 @@ from client_runs import LIMIT, about, echo, first, run
 from scripted_server import Asked, Reply, ScriptedServer, chat_reply, error
 
 from train.errors import UserError
-from train.llm.client import FAILURES_OF_STAGE, Client
+from train.llm.client import Client
+from train.llm.failure_policy import FAILURES_OF_STAGE
 from train.llm.failures import RequestFailed
 from train.llm.journal import Journal
 from train.llm.request import Answer, Decoding, Request

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment ends, after it was started again, as one that was left alone: to the bit."""
+"""Interrupted runs: killed at any moment or asked to stop, a run ends bit-identical to an uninterrupted one."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import WORDS
-from ranks import Outcome, launch, sft
+from ranks import LaunchResult, launch, sft
 from safetensors.torch import load_file
 
 from train.loop.checkpoint.manifest import COMPLETE
@@ -93,7 +93,7 @@ def recipe_of(rows_48: Path, tiny_model: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="module")
 def untouched(recipe_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind], Path]:
-    """The folder of a run that nobody disturbed, once for each kind."""
+    """Return a function that trains an uninterrupted run of a kind once: its folder."""
     runs: dict[Kind, Path] = {}
 
     def run(kind: Kind) -> Path:
@@ -106,20 +106,20 @@ def untouched(recipe_of: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     return run
 
 
-def start(kind: Kind, recipe: Path, folder: Path, *options: str, job: Callable[..., int | None] = sft) -> Outcome:
+def start(kind: Kind, recipe: Path, folder: Path, *options: str, job: Callable[..., int | None] = sft) -> LaunchResult:
     logs = folder / f"logs-{len(list(folder.glob('logs-*')))}"
     return launch(kind.processes, kind.config, "--recipe", recipe, *options, logs=logs, job=job)
 
 
 def figures(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what the clock decides."""
+    """Return metrics.jsonl without timings."""
     clock = {*TIMING_METRICS, "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
-    """All tensors in what torch.save wrote, in the order in which they stand there."""
+    """Return all tensors of an object that torch.save wrote, in order."""
     if isinstance(value, torch.Tensor):
         return [value]
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
@@ -127,7 +127,7 @@ def tensors(value: Any) -> list[torch.Tensor]:
 
 
 def assert_same(run: Path, other: Path) -> None:
-    """Weights, optimizer states and figures are equal, to the bit."""
+    """Assert that weights, optimizer states and metrics are bit-identical."""
     weights = "adapter_model" if (other / "adapter_config.json").exists() else "model"
     tensors, others = (load_file(folder / f"{weights}.safetensors") for folder in (run, other))
     assert tensors.keys() == others.keys()
@@ -143,9 +143,9 @@ def assert_same(run: Path, other: Path) -> None:
 
 
 def killed_at(*arguments: str) -> int:
-    """Trains, and is gone as after kill -9 once so many lines of Python have run: `LINES,RANK`, -1 = all ranks.
+    """Train, and kill the process with SIGKILL after some lines of Python: `LINES,RANK`; rank -1 = all.
 
-    The lines are those of saving and of the trainer's loop, ours and transformers'.
+    Lines of saving and of the training loop count, ours and transformers'.
     """
     *rest, moment = arguments
     lines, victim = map(int, moment.split(","))
@@ -177,7 +177,7 @@ def killed_at(*arguments: str) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_a_run_that_is_killed_at_random_moments_ends_as_one_left_alone(
+def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(
     kind: Kind, recipe_of: Callable[..., Path], untouched: Callable[[Kind], Path], tmp_path: Path
 ) -> None:
     expected = untouched(kind)
@@ -201,7 +201,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_one_left_alone(
 
 
 def asked_at(*arguments: str) -> int:
-    """Trains, and the last rank is asked to stop: `HOW,STEP`, in that step or in the evaluation after it (`.5`)."""
+    """Train, and ask the last rank to stop: `HOW,STEP`, in that step or in the evaluation after it (`.5`)."""
     *rest, moment = arguments
     how, _, step = moment.partition(",")
     from transformers import TrainerCallback
@@ -243,10 +243,10 @@ def asked_at(*arguments: str) -> int:
 
 
 @pytest.mark.parametrize("kind", [KINDS[1], KINDS[2], KINDS[5]], ids=lambda kind: kind.name)
-def test_a_run_that_is_asked_to_stop_saves_and_ends_as_one_left_alone(
+def test_a_run_asked_to_stop_saves_and_ends_like_an_uninterrupted_one(
     kind: Kind, recipe_of: Callable[..., Path], untouched: Callable[[Kind], Path], tmp_path: Path
 ) -> None:
-    """Once each by signals, Ctrl-C, a file and the end of the time; where an epoch ends, and inside an evaluation."""
+    """By signals, Ctrl-C, a file and the time limit; at the end of an epoch and inside an evaluation."""
     expected = untouched(kind)
     recipe, run = recipe_of(tmp_path, kind, save_steps=100), tmp_path / "run"
     step = 0

@@ -1,4 +1,4 @@
-"""A run that goes on with another number of processes: the same sequences a step, the same losses but for rounding."""
+"""Resuming on another number of processes: the same sequences per step, the same losses up to rounding."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import WORDS
-from ranks import Outcome, launch
+from ranks import LaunchResult, launch
 from safetensors.torch import load_file
 
 pytest.importorskip("deepspeed")
@@ -27,7 +27,7 @@ NOISE_OF_WEIGHTS = 5e-3
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to spread a run."""
+    """Processes and configuration of a run."""
 
     name: str
     config: str | None = None
@@ -36,7 +36,7 @@ class Kind:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Callable[..., "Trained"]:
-    """Trains on so many processes; `after`: the run, and the step, whose checkpoint it goes on from."""
+    """Return a function that trains a kind; `after`: the run and the step to resume from."""
     root = tmp_path_factory.mktemp("runs")
     rng = random.Random(31)
     text = lambda count: " ".join(rng.choice(WORDS.split()) for _ in range(count))  # noqa: E731
@@ -103,7 +103,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Calla
 
 
 def noting_steps(*arguments: str) -> int:
-    """Trains, and writes which sequences this rank saw in each step."""
+    """Train, and write this rank's sequences of each step."""
     from ranks import sft
 
     from train.loop.trainer import JanusTrainer
@@ -123,9 +123,9 @@ def noting_steps(*arguments: str) -> int:
 
 
 class Trained:
-    """What a run left behind."""
+    """Results of a run."""
 
-    def __init__(self, folder: Path, outcome: Outcome, adapter: bool) -> None:
+    def __init__(self, folder: Path, outcome: LaunchResult, adapter: bool) -> None:
         self.folder, self.outcome, self._adapter = folder, outcome, adapter
 
     @property
@@ -139,7 +139,7 @@ class Trained:
 
     @property
     def sequences(self) -> dict[int, Counter[int]]:
-        """Which sequences each step had, on all ranks together, and how often."""
+        """Return the sequences of each step on all ranks, with their counts."""
         steps: dict[int, Counter[int]] = {}
         for file in self.folder.parent.glob("steps-*.json"):
             for step, seen in json.loads(file.read_text(encoding="utf-8")).items():
@@ -172,10 +172,10 @@ CHAINS = [
 @pytest.mark.parametrize(
     ("kind", "sizes"), CHAINS, ids=[f"{kind.name}-{'-'.join(map(str, sizes))}" for kind, sizes in CHAINS]
 )
-def test_a_run_goes_on_with_the_same_steps(
+def test_a_run_resumes_with_the_same_sequences_in_each_step(
     kind: Kind, sizes: list[int], trained: Callable[..., Trained], tiny_model: Path
 ) -> None:
-    """Each run of a chain goes on from the one before it; all are like the first, which was left alone."""
+    """Each run of a chain resumes from the one before it; all equal the first, which was not interrupted."""
     alone = trained(kind, sizes[0])
     alone.outcome.succeeded()
     assert {len(seen) for seen in alone.sequences.values()} == {4}
@@ -191,8 +191,8 @@ def test_a_run_goes_on_with_the_same_steps(
 
 
 @pytest.mark.parametrize("kind", [Kind("zero2", "zero2.yaml"), Kind("zero3", "zero3.yaml")], ids=lambda kind: kind.name)
-def test_the_best_model_is_loaded_whoever_wrote_it(kind: Kind, trained: Callable[..., Trained]) -> None:
-    """At a learning rate that ruins the model: the first checkpoint is the best of two processes."""
+def test_the_best_model_is_loaded_on_any_number_of_processes(kind: Kind, trained: Callable[..., Trained]) -> None:
+    """At a learning rate that ruins the model the first checkpoint, of two processes, is the best."""
     ruinous = {"learning_rate": 3.0, "lr_scheduler_type": "constant", "load_best_model_at_end": True}
     settings = {**ruinous, "eval_strategy": "steps", "eval_steps": 2}
     run: Trained | None = None
@@ -210,8 +210,8 @@ def test_the_best_model_is_loaded_whoever_wrote_it(kind: Kind, trained: Callable
         assert not (run.folder / "universal").exists()
 
 
-def test_states_that_cannot_be_dealt_out_are_refused(trained: Callable[..., Trained]) -> None:
-    """Adafactor's are not those that DeepSpeed's converter knows."""
+def test_states_that_cannot_be_converted_are_refused(trained: Callable[..., Trained]) -> None:
+    """DeepSpeed's converter doesn't support Adafactor's states."""
     kind = Kind("zero2", "zero2.yaml")
     run = trained(kind, 2, optim="adafactor", max_steps=2)
     run.outcome.succeeded()

@@ -1,6 +1,6 @@
-"""The same 64 rows, however they are spread: over processes, accumulation steps and ZeRO's stages.
+"""Distributed training: the same 64 rows over processes, accumulation steps and ZeRO's stages give the same model.
 
-All in float32 on CPU processes, with the configurations that the project ships.
+In float32 on CPU processes, with the shipped configurations.
 """
 
 import json
@@ -40,7 +40,7 @@ ROUNDING = 2**-24
 
 
 def noise_of_weights(weight: torch.Tensor) -> torch.Tensor:
-    """How far a weight may be off, for each of its elements.
+    """Return the largest expected difference of each element of a weight.
 
     Through the gradient: an error counts in Adam's numerator and in its denominator, and the rates of all steps add up
     (linear to 0). And in each step each run rounds the weight. Together at most 2.5e-4 of a tensor's largest change;
@@ -52,7 +52,7 @@ def noise_of_weights(weight: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Setting:
-    """A way to train 8 sequences a step."""
+    """Distribution of 8 sequences per step."""
 
     processes: int = 1
     config: str | None = None
@@ -89,7 +89,7 @@ def rows_64(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(rows_64: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
-    """Trains a setting, once a module; with `resumed` from a checkpoint half-way, in another folder."""
+    """Return a function that trains a setting once; with `resumed` from a checkpoint half-way, in another folder."""
     root = tmp_path_factory.mktemp("runs")
     runs: dict[tuple[Setting, bool], Trained] = {}
 
@@ -146,7 +146,7 @@ def trained(rows_64: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def compare(got: Trained, expected: Trained) -> tuple[float, float, float]:
-    """Largest differences: of the losses and gradient norms, relative; of a weight, in its noise."""
+    """Return the largest differences: relative of losses and gradient norms, and of weights in units of their noise."""
     relative = lambda ours, theirs: max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))  # noqa: E731
     assert got.weights.keys() == expected.weights.keys()
     weights = [
@@ -180,8 +180,8 @@ def test_losses_and_weights_are_those_of_one_process(setting: Setting, trained: 
     assert weights < 1
 
 
-def test_the_comparison_sees_one_sequence_of_eight(trained: Callable[..., Trained]) -> None:
-    """It can fail: with seven sequences a step in place of eight, all three differences are far above the noise."""
+def test_the_comparison_detects_one_missing_sequence_of_eight(trained: Callable[..., Trained]) -> None:
+    """With seven sequences per step instead of eight, all three differences are far above the noise."""
     loss, norm, weights = compare(trained(Setting(accumulation=7)), trained(Setting()))
     assert loss > 100 * NOISE_OF_LOSS
     assert norm > 100 * NOISE_OF_LOSS
@@ -200,7 +200,7 @@ RESUMED = [
 
 
 @pytest.mark.parametrize("setting", RESUMED, ids=lambda setting: setting.name)
-def test_a_resumed_run_ends_as_one_that_was_never_stopped(setting: Setting, trained: Callable[..., Trained]) -> None:
+def test_a_resumed_run_ends_like_an_uninterrupted_one(setting: Setting, trained: Callable[..., Trained]) -> None:
     whole, resumed = trained(setting), trained(setting, resumed=True)
     assert len(resumed.losses) == STEPS  # those before it are told by the checkpoint
     assert resumed.losses == pytest.approx(whole.losses, rel=NOISE_OF_LOSS)
@@ -209,7 +209,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(setting: Setting, trai
 
 
 def test_changed_settings_are_in_force_from_the_first_step(trained: Callable[..., Trained], tmp_path: Path) -> None:
-    """DeepSpeed, too, loads all of them with the states."""
+    """DeepSpeed loads them with the states, too."""
     whole = trained(RESUMED[0]).folder
     shutil.copytree(whole / f"checkpoint-{SAVED_AT}", tmp_path / "run" / f"checkpoint-{SAVED_AT}")
     changes = {"learning_rate": 1e-4, "weight_decay": 0.5, "adam_beta1": 0.8, "max_grad_norm": 0.5, "max_steps": 6}
@@ -231,10 +231,10 @@ def test_changed_settings_are_in_force_from_the_first_step(trained: Callable[...
 
 
 @pytest.mark.parametrize("setting", RESUMED, ids=lambda setting: setting.name)
-def test_the_export_loads_in_plain_transformers_and_gives_the_trained_models_logits(
+def test_the_saved_model_loads_in_plain_transformers_with_the_same_logits(
     setting: Setting, trained: Callable[..., Trained], tiny_model: Path
 ) -> None:
-    """The trained model's: those of one process that trained the same and never left memory's full precision."""
+    """The reference is one process that trained the same in full precision."""
     run, alone = trained(setting), trained(replace(setting, processes=1, config=None))
     ids = torch.randint(0, 290, (2, 50), generator=torch.Generator().manual_seed(3))
     logits = []
@@ -253,7 +253,7 @@ def test_the_export_loads_in_plain_transformers_and_gives_the_trained_models_log
 
 
 def measure_loading(recipe: str, report: str) -> None:
-    """As train/sft.py loads a model; writes what this rank then holds of it."""
+    """Load a model as train/sft.py does, and write what this rank holds of it."""
     from train.loop.arguments import training_arguments
     from train.model.load import load_model
     from train.recipe import load_recipe
@@ -267,7 +267,7 @@ def measure_loading(recipe: str, report: str) -> None:
     )
 
 
-def test_no_rank_holds_the_whole_model_once_it_is_loaded(
+def test_no_rank_holds_the_complete_model_after_loading(
     recipe_file: Callable[..., Path], tmp_path: Path, tiny_model: Path
 ) -> None:
     report = tmp_path / "held"
@@ -280,7 +280,7 @@ def test_no_rank_holds_the_whole_model_once_it_is_loaded(
 
 
 def test_qlora_under_zero3(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
-    """4-bit weights are split too, the adapter is trained and saved whole, and a storage that can't be split refused."""
+    """4-bit weights are partitioned, the adapter is trained and saved completely, and an unsuitable storage is refused."""
     pytest.importorskip("bitsandbytes")
     quantization = {"bnb_4bit_compute_dtype": "float32", "bnb_4bit_quant_storage": "float32"}
     recipe = recipe_file(
@@ -305,7 +305,7 @@ def test_qlora_under_zero3(recipe_file: Callable[..., Path], tmp_path: Path) -> 
 def test_bf16_trains_saves_and_resumes_under_every_stage(
     config: str, lora: bool, recipe_file: Callable[..., Path], tmp_path: Path, tiny_model: Path
 ) -> None:
-    """Gradients are added up in float32 under every stage, the save is bf16, and a resumed run ends with its bits."""
+    """Gradients are summed in float32 under every stage, the save is bf16, and a resumed run is bit-identical."""
     training = {"bf16": True, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
     training |= {"num_train_epochs": ..., "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     sections = {"adapter": {"r": 4}} if lora else {}

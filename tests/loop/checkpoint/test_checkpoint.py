@@ -1,4 +1,4 @@
-"""Which checkpoints a run goes on from, and what is said of one that it can't go on from."""
+"""Checkpoints: which one a run resumes from, which ones it skips or refuses, which ones it keeps."""
 
 import json
 import re
@@ -30,7 +30,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, Path]:
-    """Runs that nobody disturbed, full and with an adapter: checkpoints 2, 4 and 6, and the model."""
+    """Return the folders of uninterrupted runs, full and with an adapter: checkpoints 2, 4 and 6, and the model."""
     folder = tmp_path_factory.mktemp("whole")
     rows = folder / "rows.jsonl"
     with rows.open("w", encoding="utf-8") as lines:
@@ -67,7 +67,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[st
 
 @pytest.fixture
 def again(whole: dict[str, Path], tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
-    """A recipe for the folder `run`, and that folder with the checkpoints of a whole run in it."""
+    """Return a function that copies checkpoints of an uninterrupted run into the folder `run`: its recipe and the folder."""
 
     def copy(kind: str = "full", *, checkpoints: tuple[int, ...] = (2, 4, 6), **sections: Any) -> tuple[Path, Path]:
         run = tmp_path / "run"
@@ -89,7 +89,7 @@ def steps(run: Path) -> list[int]:
 
 
 def figures(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what the clock decides."""
+    """Return metrics.jsonl without timings."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [
         {
@@ -113,10 +113,10 @@ def assert_same_model(run: Path, other: Path) -> None:
     assert all(torch.equal(weights[key], others[key]) for key in weights)
 
 
-def test_a_checkpoint_without_its_optimizer_is_not_gone_on_from(
+def test_no_run_resumes_from_a_checkpoint_without_optimizer(
     recipe_file: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
 ) -> None:
-    """Its weights would be trained on from a fresh optimizer: another run under the same name."""
+    """A fresh optimizer would make it another run under the same name."""
     recipe = recipe_file(training={**SAVING, "save_only_model": True})
     assert main(["--recipe", str(recipe)]) == 0
     checkpoint = tmp_path / "run" / "checkpoint-2"
@@ -139,7 +139,7 @@ def emptied(file: Path) -> None:
 
 
 def flipped(file: Path) -> None:
-    """One bit in the middle, the size unchanged."""
+    """Flip one bit in the middle; the size stays the same."""
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -170,7 +170,7 @@ DAMAGES = [
 @pytest.mark.parametrize(
     ("kind", "name", "damage", "said"), DAMAGES, ids=[f"{name}-{damage.__name__}" for _, name, damage, _ in DAMAGES]
 )
-def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_taken(
+def test_a_damaged_checkpoint_is_skipped_by_name_for_the_one_before_it(
     kind: str,
     name: str,
     damage: Callable[[Path], None],
@@ -197,10 +197,10 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_taken(
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_run_that_passes_damaged_checkpoints_over_ends_as_one_left_alone(
+def test_a_run_that_skips_damaged_checkpoints_ends_like_an_uninterrupted_one(
     kind: str, again: Callable[..., tuple[Path, Path]], whole: dict[str, Path]
 ) -> None:
-    """The damaged ones never come back: no resume meets them again, and none counts among those that are kept."""
+    """The damaged ones are set aside: no resume sees them again, and none counts for save_total_limit."""
     path, run = again(kind, training={"save_total_limit": 2})
     truncated(run / "checkpoint-6" / COMPLETE)
     flipped(run / "checkpoint-4" / "optimizer.pt")
@@ -212,7 +212,7 @@ def test_a_run_that_passes_damaged_checkpoints_over_ends_as_one_left_alone(
     assert find_checkpoint("auto", load_recipe(path)).folder == run / "checkpoint-6"  # type: ignore[union-attr]
 
 
-def test_nothing_is_begun_where_no_checkpoint_is_whole(
+def test_no_run_starts_if_none_of_the_checkpoints_is_complete(
     again: Callable[..., tuple[Path, Path]], refused: Callable[..., str]
 ) -> None:
     path, run = again()
@@ -250,7 +250,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("override", "said", "key"), REFUSED, ids=[override for override, _, _ in REFUSED])
-def test_what_changes_the_mathematics_is_refused_by_name_unless_it_is_named(
+def test_a_change_of_the_mathematics_is_refused_unless_resume_anyway_names_it(
     override: str, said: str, key: str, again: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, run = again()
@@ -271,7 +271,7 @@ def test_what_changes_the_mathematics_is_refused_by_name_unless_it_is_named(
         find_checkpoint("auto", recipe, ["training.adam_beta1"])  # another key doesn't help
 
 
-def test_what_changes_nothing_is_allowed_and_told(
+def test_a_change_without_effect_is_allowed_and_reported(
     again: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     path, _ = again()
@@ -290,7 +290,7 @@ def test_what_changes_nothing_is_allowed_and_told(
         assert re.search(f"{re.escape(key)} \\S+ -> {re.escape(json.dumps(value))}[, ]", output)
 
 
-def test_a_default_that_is_written_down_is_no_change(again: Callable[..., tuple[Path, Path]]) -> None:
+def test_writing_a_default_is_no_change(again: Callable[..., tuple[Path, Path]]) -> None:
     path, _ = again()
     recipe = load_recipe(path, ["training.weight_decay=0.0", "training.adam_beta1=0.9"])
     assert find_checkpoint("auto", recipe) is not None
@@ -299,7 +299,7 @@ def test_a_default_that_is_written_down_is_no_change(again: Callable[..., tuple[
 def test_other_data_behind_the_same_recipe_is_refused(
     again: Callable[..., tuple[Path, Path]], refused: Callable[..., str], tmp_path: Path
 ) -> None:
-    """The bytes of a source, a template's file, and how many sequences a step has."""
+    """Other bytes of a source, another template file, another number of sequences per step."""
     path, run = again()
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     source = Path(recipe["data"]["sources"][0]["path"])
@@ -322,7 +322,7 @@ def test_other_data_behind_the_same_recipe_is_refused(
 SAME_STEP = "training.gradient_accumulation_steps=2"
 
 
-def test_another_text_of_the_template_is_told_where_no_token_changes(
+def test_another_template_text_is_reported_if_no_token_changes(
     again: Callable[..., tuple[Path, Path]],
     refused: Callable[..., str],
     tmp_path: Path,
@@ -355,7 +355,7 @@ def test_another_distribution_is_refused(again: Callable[..., tuple[Path, Path]]
         check_distribution(checkpoint, "DeepSpeed ZeRO-3")
 
 
-def test_a_finished_run_that_is_started_again_trains_no_further(
+def test_a_finished_run_trains_no_further_when_started_again(
     again: Callable[..., tuple[Path, Path]], whole: dict[str, Path]
 ) -> None:
     path, run = again()
@@ -366,13 +366,13 @@ def test_a_finished_run_that_is_started_again_trains_no_further(
         assert json.loads((run / "outcome.json").read_text(encoding="utf-8"))["step"] == STEPS
 
 
-def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(
+def test_a_checkpoint_under_the_name_of_another_step_is_skipped(
     again: Callable[..., tuple[Path, Path]],
     refused: Callable[..., str],
     whole: dict[str, Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """It would be moved aside, as one of the future, in the moment in which the run goes on from it."""
+    """It would be set aside as a later checkpoint while the run resumes from it."""
     path, run = again(checkpoints=(2, 4))
     (run / "checkpoint-4").rename(run / "checkpoint-99")
     said = f"{run / 'checkpoint-99'} holds step 4: rename it to checkpoint-4."
@@ -405,14 +405,14 @@ OTHER_WEIGHTS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("change", OTHER_WEIGHTS)
 @pytest.mark.parametrize("allowed", [True, False])
-def test_a_checkpoint_of_other_weights_is_refused_at_once_and_no_flag_is_advised(
+def test_a_checkpoint_of_other_weights_is_refused_without_advice_to_resume_anyway(
     change: str,
     allowed: bool,
     again: Callable[..., tuple[Path, Path]],
     refused: Callable[..., str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """No run can resume with another size of adapter, or one where there was none, whatever --resume-anyway says."""
+    """No run can resume with another adapter size, or with an adapter where there was none, whatever --resume-anyway says."""
     kind, sections, said = OTHER_WEIGHTS[change]
     path, run = again(kind, checkpoints=(6,), **sections)
     keys = ("adapter.r", "adapter.target_modules", "adapter.use_dora", "adapter.modules_to_save")
@@ -454,10 +454,10 @@ def test_a_check_refuses_another_optimizer_for_a_checkpoint_of_deepspeed(
     assert "DeepSpeed loads weights and optimizer together" in error
 
 
-def test_lines_of_metrics_that_were_lost_are_written_again_from_the_checkpoint(
+def test_lost_lines_of_metrics_are_restored_from_the_checkpoint(
     again: Callable[..., tuple[Path, Path]], whole: dict[str, Path]
 ) -> None:
-    """A node that loses its power keeps the checkpoint, which was synced; a run in another folder never had them."""
+    """After a power failure the synced checkpoint remains without them; a run in another folder never had them."""
     path, run = again(checkpoints=(2, 4))
     lines = (whole["full"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     for kept in ([], lines[:1], lines[1:3]):
@@ -470,10 +470,10 @@ def test_lines_of_metrics_that_were_lost_are_written_again_from_the_checkpoint(
 
 
 @pytest.mark.parametrize("max_steps", [STEPS, 5])
-def test_an_epoch_that_ended_as_the_run_was_killed_is_ended_by_the_next(
+def test_work_at_the_end_of_an_epoch_is_done_after_a_kill(
     max_steps: int, again: Callable[..., tuple[Path, Path]]
 ) -> None:
-    """Checkpoint 5 was written at the last step of an epoch, before what is due at its end; that is not forgotten."""
+    """Checkpoint 5 was written at the last step of an epoch, before the work at its end."""
     epochs = {"eval_strategy": "epoch", "logging_strategy": "epoch", "save_steps": 5, "max_steps": max_steps}
     path, run = again(checkpoints=(), training=epochs)
     assert main(["--recipe", str(path)]) == 0
@@ -495,10 +495,10 @@ STOPPED = {
 
 
 @pytest.mark.parametrize("strategy", STOPPED)
-def test_a_run_that_is_stopped_at_its_first_step_ends_as_one_left_alone(
+def test_a_run_stopped_at_its_first_step_ends_like_an_uninterrupted_one(
     strategy: str, again: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """However it saves otherwise: a stop saves."""
+    """A stop saves a checkpoint under every save strategy."""
     path, run = again(checkpoints=(), training=STOPPED[strategy])
     assert main(["--recipe", str(path)]) == 0
     expected = run.rename(tmp_path / "expected")
@@ -515,7 +515,7 @@ def test_a_run_that_is_stopped_at_its_first_step_ends_as_one_left_alone(
     assert figures(run) == figures(expected)
 
 
-def test_a_run_that_is_to_stop_at_its_last_step_is_finished(
+def test_a_stop_request_at_the_last_step_finishes_the_run(
     again: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, run = again(checkpoints=(), training={"max_steps": 1, "save_strategy": "no"})
@@ -526,16 +526,16 @@ def test_a_run_that_is_to_stop_at_its_last_step_is_finished(
     assert steps(run) == []
 
 
-def test_a_key_that_there_is_not_is_no_permission(again: Callable[..., tuple[Path, Path]]) -> None:
+def test_resume_anyway_refuses_an_unknown_key(again: Callable[..., tuple[Path, Path]]) -> None:
     path, _ = again()
     with pytest.raises(UserError, match=r"--resume-anyway data\.max_lenght: .* Did you mean data\.max_length"):
         find_checkpoint("auto", load_recipe(path, ["data.max_length=256"]), ["data.max_lenght"])
 
 
-def test_what_lies_in_the_future_of_a_run_is_moved_aside(
+def test_checkpoints_of_a_runs_own_future_are_set_aside(
     again: Callable[..., tuple[Path, Path]], whole: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run that begins anew, or from an older checkpoint, is never mixed with what was there; nothing is deleted."""
+    """A run that starts from the beginning or from an older checkpoint is not mixed with later ones; nothing is deleted."""
     path, run = again(training={"save_total_limit": 2})
     main(["--recipe", str(path), "--resume", str(run / "checkpoint-2"), "--resume-anyway=seed", "seed=43"])
     assert steps(run) == [4, 6]  # retention took the old 2, and not one of its own
@@ -550,7 +550,9 @@ def test_what_lies_in_the_future_of_a_run_is_moved_aside(
 
 
 @pytest.mark.parametrize("best", [False, True])
-def test_so_many_checkpoints_stay_and_the_best_among_them(best: bool, again: Callable[..., tuple[Path, Path]]) -> None:
+def test_save_total_limit_keeps_the_newest_and_the_best_checkpoints(
+    best: bool, again: Callable[..., tuple[Path, Path]]
+) -> None:
     """At a learning rate that ruins the model the first evaluation stays the best."""
     settings = {"load_best_model_at_end": True, "metric_for_best_model": "loss"} if best else {}
     training = {"save_total_limit": 1, "learning_rate": 3.0, "lr_scheduler_type": "constant", **settings}
@@ -560,7 +562,7 @@ def test_so_many_checkpoints_stay_and_the_best_among_them(best: bool, again: Cal
     assert_same_model(run, run / ("checkpoint-2" if best else "checkpoint-6"))
 
 
-def test_the_best_checkpoint_is_found_where_the_run_was_moved_to(
+def test_the_best_checkpoint_is_found_after_the_run_was_moved(
     again: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     training = {"learning_rate": 3.0, "lr_scheduler_type": "constant", "load_best_model_at_end": True}
@@ -582,7 +584,7 @@ def test_the_best_checkpoint_is_found_where_the_run_was_moved_to(
     assert "warning: the best model so far, checkpoint-2" in capsys.readouterr().out
 
 
-def test_a_copy_of_each_checkpoint_serves_when_the_originals_are_gone(
+def test_a_run_resumes_from_mirrored_checkpoints_when_the_originals_are_gone(
     again: Callable[..., tuple[Path, Path]],
     whole: dict[str, Path],
     tmp_path: Path,
@@ -606,16 +608,16 @@ def test_a_copy_of_each_checkpoint_serves_when_the_originals_are_gone(
     assert find_checkpoint(str(mirror / "checkpoint-6"), load_recipe(path)) is not None
 
 
-def test_a_mirror_in_the_folder_of_the_run_itself_is_refused(
+def test_a_mirror_in_the_runs_own_folder_is_refused(
     again: Callable[..., tuple[Path, Path]], refused: Callable[..., str]
 ) -> None:
-    """Each copy would take the place of the checkpoint that it is made from, which is deleted first."""
+    """Each copy would replace the checkpoint that it is copied from, which is deleted first."""
     path, run = again()
     assert "save.mirror_dir" in refused("--recipe", path, f"save.mirror_dir={run.parent}/./run")
     assert steps(run) == [2, 4, 6]
 
 
-def test_a_mirror_that_vanishes_only_warns(
+def test_a_failing_mirror_is_only_a_warning(
     again: Callable[..., tuple[Path, Path]], whole: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mirror = tmp_path / "mirror"
@@ -654,7 +656,7 @@ def test_two_runs_never_write_to_one_folder(
     assert_same_model(run, whole["full"])
 
 
-def test_a_folder_that_is_a_link_and_a_checkpoint_from_elsewhere(
+def test_a_linked_folder_resumes_from_a_checkpoint_elsewhere(
     again: Callable[..., tuple[Path, Path]], whole: dict[str, Path], tmp_path: Path
 ) -> None:
     path, run = again()
@@ -670,10 +672,8 @@ def test_a_folder_that_is_a_link_and_a_checkpoint_from_elsewhere(
     assert copied.is_dir()
 
 
-def test_weights_of_an_earlier_run_do_not_lie_beside_the_new_ones(
-    again: Callable[..., tuple[Path, Path]], whole: dict[str, Path]
-) -> None:
-    """A larger model was there, in several files with an index; that would be known only after hours of training."""
+def test_weights_of_an_earlier_run_are_deleted(again: Callable[..., tuple[Path, Path]], whole: dict[str, Path]) -> None:
+    """Shards of a larger model would be loaded in place of the new weights."""
     path, run = again()
     for number in 1, 2:
         (run / f"model-0000{number}-of-00002.safetensors").write_bytes(b"earlier")
@@ -683,7 +683,7 @@ def test_weights_of_an_earlier_run_do_not_lie_beside_the_new_ones(
     assert_same_model(run, whole["full"])
 
 
-def test_the_manifest_counts_what_was_consumed(whole: dict[str, Path]) -> None:
+def test_the_manifest_counts_consumed_sequences_and_tokens(whole: dict[str, Path]) -> None:
     run = whole["full"]
     recipe = load_recipe(run.parent / "full.yaml")
     tokenizer = load_tokenizer(recipe.model)
@@ -700,9 +700,7 @@ def test_the_manifest_counts_what_was_consumed(whole: dict[str, Path]) -> None:
         assert listed == {path.name for path in (run / f"checkpoint-{step}").iterdir()} - {COMPLETE}
 
 
-def test_wandb_goes_on_with_the_same_run(
-    again: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_continues_the_same_run(again: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     path, run = again(
         checkpoints=(), tracking={"wandb": {"project": "tests", "mode": "offline"}}, training={"max_steps": 4}
@@ -716,7 +714,7 @@ def test_wandb_goes_on_with_the_same_run(
     assert len(list((run / "wandb").glob(f"offline-run-*-{first}"))) == 2
 
 
-def test_half_a_line_of_metrics_after_a_crash_is_passed_over(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_half_a_line_of_metrics_after_a_crash_is_skipped(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     recipe = str(recipe_file(training={**SAVING, "max_steps": 4}))
     assert main(["--recipe", recipe]) == 0
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""A run resumes where its rows have the same tokens, however they are kept, and tells what differs where they don't."""
+"""Resumed data: the same tokens in other files are no change, other tokens are refused with their differences."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ ROWS = rows_of(8)
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """The folder of a finished run of two steps."""
+    """Return the folder of a finished run of two steps."""
     folder = tmp_path_factory.mktemp("whole")
     write(folder / "rows.jsonl", ROWS)
     recipe = {
@@ -68,7 +68,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 @pytest.fixture
 def resumed(whole: Path) -> Callable[..., None]:
-    """Finds the run's checkpoint and compares the data, as a start does. Raises UserError."""
+    """Find the run's checkpoint and compare the data, as a start does. Raises UserError."""
 
     def compare(*overrides: str, anyway: tuple[str, ...] = (), run: Path | None = None) -> None:
         recipe = load_recipe(whole / "recipe.yaml", [*overrides, f"output_dir={run or whole / 'run'}"])
@@ -103,31 +103,31 @@ def parquet(folder: Path) -> str:
 
 
 def another_format(folder: Path) -> str:
-    """The same conversations as questions and answers."""
+    """Return the same conversations as questions and answers."""
     turns = [[message["content"] for message in row["messages"]] for row in ROWS]
     write(folder / "pairs.jsonl", [{"question": question, "answer": answer} for question, answer in turns])
     return str(folder / "pairs.jsonl")
 
 
 @pytest.mark.parametrize("kept", [elsewhere, two_files, parquet, another_format])
-def test_the_same_rows_kept_in_another_way_are_no_change(
+def test_the_same_rows_in_other_files_are_no_change(
     kept: Callable[[Path], str], resumed: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     resumed(f"data.sources.0.path={kept(tmp_path)}")
     assert "changed since" not in capsys.readouterr().out
 
 
-def test_other_code_that_makes_the_same_tokens_is_no_change(
+def test_other_code_with_the_same_tokens_is_no_change(
     resumed: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The rows are tokenized anew, as they would be after an edit of these modules or another version of a package."""
+    """The rows are tokenized again, as after an edit of these modules or an update of a package."""
     monkeypatch.setattr(source_tokens, "_DECISIVE", ("spans",))
     resumed(f"data.cache_dir={tmp_path}")
     assert len([*tmp_path.glob("*/rows.arrow")]) == 1
     assert "made." not in capsys.readouterr().out
 
 
-def test_a_template_under_another_name_is_told_and_no_change_of_the_data(
+def test_a_template_under_another_name_is_reported_and_no_change_of_the_data(
     resumed: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = tmp_path / "own.jinja"
@@ -136,7 +136,7 @@ def test_a_template_under_another_name_is_told_and_no_change_of_the_data(
     assert f'chat.template "chatml" -> "{own}"' in capsys.readouterr().out
 
 
-def test_other_rows_are_refused_with_their_source_and_their_numbers(
+def test_other_rows_are_refused_with_source_and_counts(
     resumed: Callable[..., None], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "rows.jsonl"
@@ -179,10 +179,10 @@ def test_a_policy_or_a_template_that_changes_tokens_is_refused(resumed: Callable
     resumed("data.validation=0.25", anyway=("data.validation",))  # which rows and how they are packed follows
 
 
-def test_a_checkpoint_of_an_earlier_version_is_compared_by_what_it_says(
+def test_a_checkpoint_of_an_earlier_version_is_compared_by_the_keys_that_it_has(
     resumed: Callable[..., None], whole: Path, tmp_path: Path
 ) -> None:
-    """It had names of caches in the place of tokens, and no rows."""
+    """It had names of caches in place of tokens, and no rows."""
     shutil.copytree(whole / "run" / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
     manifest = dict(read_checkpoint(whole / "run" / "checkpoint-2").manifest)
     run = {key: value for key, value in manifest["run"].items() if key not in ("made.rows", "made.date")}
@@ -197,7 +197,7 @@ def test_a_checkpoint_of_an_earlier_version_is_compared_by_what_it_says(
     assert main([*arguments, "--resume-anyway", "training.max_steps"]) == 0
 
 
-def test_a_run_goes_on_with_the_date_of_its_start(
+def test_a_resumed_run_keeps_the_date_of_its_start(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     template = tmp_path / "dated.jinja"
@@ -229,7 +229,7 @@ def test_a_run_goes_on_with_the_date_of_its_start(
     assert saved == DATED  # served with the date of its day
 
 
-def test_the_digest_is_of_rows_and_not_of_batches(whole: Path) -> None:
+def test_the_digest_depends_on_rows_and_not_on_batches(whole: Path) -> None:
     recipe = load_recipe(whole / "recipe.yaml")
     tokenizer = load_tokenizer(recipe.model)
     use_template(tokenizer, "chatml")

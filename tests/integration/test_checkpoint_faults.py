@@ -5,7 +5,6 @@ Full disks are small tmpfs mounts, so these tests run as root on Linux.
 
 import json
 import os
-import random
 import shutil
 import subprocess
 import time
@@ -16,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS
 from ranks import LaunchResult, launch, sft
 from safetensors.torch import load_file
+from small_runs import Kind, once, write_recipe, write_rows
 
 from train.loop.checkpoint.manifest import COMPLETE
 
@@ -27,16 +26,6 @@ pytest.importorskip("deepspeed")
 STEPS = 4
 PATIENCE = 100
 """Seconds after which a launch counts as one that hangs; it takes a few."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A way to run."""
-
-    name: str
-    processes: int = 1
-    config: str | None = None
-    adapter: bool = False
 
 
 ALONE = Kind("alone")
@@ -48,42 +37,16 @@ ZERO3_LORA = Kind("zero3-lora", 2, "zero3.yaml", adapter=True)
 @pytest.fixture(scope="module")
 def recipe_of(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Callable[..., Path]:
     folder = tmp_path_factory.mktemp("rows")
-    rng = random.Random(29)
-    text = lambda count: " ".join(rng.choice(WORDS.split()) for _ in range(count))  # noqa: E731
-    rows = folder / "rows.jsonl"
-    with rows.open("w", encoding="utf-8") as lines:
-        for _ in range(32):
-            turns = [("system", rng.randint(1, 9)), ("user", 6), ("assistant", rng.choice([1, 5, 30, 60]))]
-            lines.write(json.dumps({"messages": [{"role": role, "content": text(n)} for role, n in turns]}) + "\n")
+    rows = write_rows(folder / "rows.jsonl", 32, seed=29)
 
     def write(kind: Kind, run: Path, recipe: Path, **sections: Any) -> Path:
-        content = {
-            "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
-            "chat": {"template": "chatml"},
-            "data": {
-                "sources": [{"path": str(rows)}],
-                "max_length": 256,
-                "cache_dir": str(folder / "cache"),
-                **sections.pop("data", {}),
-            },
-            "training": {
-                "bf16": False,
-                "gradient_checkpointing": False,
-                "learning_rate": 1e-3,
-                "per_device_train_batch_size": 1,
-                "gradient_accumulation_steps": 4 // kind.processes,
-                "max_steps": STEPS,
-                "logging_steps": 1,
-                "save_strategy": "steps",
-                "save_steps": 1,
-                **sections.pop("training", {}),
-            },
-            "adapter": {"r": 4} if kind.adapter else None,
-            "output_dir": str(run),
-            **sections,
+        data = {"cache_dir": str(folder / "cache"), **sections.pop("data", {})}
+        training = {
+            **{"gradient_accumulation_steps": 4 // kind.processes, "max_steps": STEPS, "save_steps": 1},
+            **sections.pop("training", {}),
         }
-        recipe.write_text(json.dumps(content), encoding="utf-8")  # JSON is YAML
-        return recipe
+        adapter = {"r": 4} if kind.adapter else None
+        return write_recipe(recipe, tiny_model, rows, run, data=data, training=training, adapter=adapter, **sections)
 
     return write
 
@@ -91,16 +54,13 @@ def recipe_of(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Cal
 @pytest.fixture(scope="module")
 def untouched(recipe_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind], Path]:
     """Return a function that trains an uninterrupted run of a kind once: its folder with all checkpoints."""
-    runs: dict[Kind, Path] = {}
 
-    def run(kind: Kind) -> Path:
-        if kind not in runs:
-            folder = tmp_path_factory.mktemp(kind.name)
-            start(kind, recipe_of(kind, folder / "run", folder / "recipe.yaml"), folder / "logs").succeeded()
-            runs[kind] = folder / "run"
-        return runs[kind]
+    def train(kind: Kind) -> Path:
+        folder = tmp_path_factory.mktemp(kind.name)
+        start(kind, recipe_of(kind, folder / "run", folder / "recipe.yaml"), folder / "logs").succeeded()
+        return folder / "run"
 
-    return run
+    return once(train)
 
 
 @dataclass

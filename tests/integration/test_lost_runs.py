@@ -7,15 +7,14 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS
 from ranks import LaunchResult, launch, sft
 from safetensors.torch import load_file
+from small_runs import Kind, once, write_recipe, write_rows
 
 from train.loop.checkpoint.manifest import COMPLETE
 from train.loop.throughput import TIMING_METRICS
@@ -23,16 +22,6 @@ from train.loop.throughput import TIMING_METRICS
 pytest.importorskip("deepspeed")
 
 STEPS = 12
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A way to run."""
-
-    name: str
-    processes: int = 1
-    config: str | None = None
-    adapter: bool = False
 
 
 KINDS = [
@@ -46,47 +35,25 @@ KINDS = [
 
 
 @pytest.fixture(scope="module")
-def rows_48(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rng = random.Random(23)
-    text = lambda count: " ".join(rng.choice(WORDS.split()) for _ in range(count))  # noqa: E731
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    with path.open("w", encoding="utf-8") as lines:
-        for _ in range(48):
-            turns = [("system", rng.randint(1, 9)), ("user", 6), ("assistant", rng.choice([1, 5, 30, 60]))]
-            lines.write(json.dumps({"messages": [{"role": role, "content": text(n)} for role, n in turns]}) + "\n")
-    return path
+def recipe_of(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Callable[..., Path]:
+    rows = write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", 48, seed=23)
 
-
-@pytest.fixture(scope="module")
-def recipe_of(rows_48: Path, tiny_model: Path) -> Callable[..., Path]:
     def write(folder: Path, kind: Kind, **training: Any) -> Path:
-        recipe = {
-            "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
-            "chat": {"template": "chatml"},
-            "data": {"sources": [{"path": str(rows_48)}], "max_length": 256, "validation": 0.2, "repack": True},
-            "training": {
-                "bf16": False,
-                "gradient_checkpointing": False,
-                "learning_rate": 1e-3,
-                "per_device_train_batch_size": 1,
-                "gradient_accumulation_steps": 4 // kind.processes,
-                "max_steps": STEPS,
-                "logging_steps": 3,  # lines between checkpoints and checkpoints between lines
-                "eval_strategy": "steps",
-                "eval_steps": 4,
-                "save_strategy": "steps",
-                "save_steps": 2,
-                "save_total_limit": 2,
-                **training,
-            },
-            "output_dir": str(folder / "run"),
+        settings = {
+            "gradient_accumulation_steps": 4 // kind.processes,
+            "max_steps": STEPS,
+            "logging_steps": 3,  # lines between checkpoints and checkpoints between lines
+            "eval_strategy": "steps",
+            "eval_steps": 4,
+            "save_steps": 2,
+            "save_total_limit": 2,
+            **training,
         }
-        if kind.adapter:
-            recipe["adapter"] = {"r": 4, "lora_dropout": 0.1}  # random numbers in the middle of a run
-        path = folder / "recipe.yaml"
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
-        return path
+        data = {"validation": 0.2, "repack": True}
+        # with an adapter: random numbers in the middle of a run
+        adapter = {"r": 4, "lora_dropout": 0.1} if kind.adapter else None
+        recipe = folder / "recipe.yaml"
+        return write_recipe(recipe, tiny_model, rows, folder / "run", data=data, training=settings, adapter=adapter)
 
     return write
 
@@ -94,16 +61,13 @@ def recipe_of(rows_48: Path, tiny_model: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="module")
 def untouched(recipe_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind], Path]:
     """Return a function that trains an uninterrupted run of a kind once: its folder."""
-    runs: dict[Kind, Path] = {}
 
-    def run(kind: Kind) -> Path:
-        if kind not in runs:
-            folder = tmp_path_factory.mktemp(kind.name)
-            start(kind, recipe_of(folder, kind), folder).succeeded()
-            runs[kind] = folder / "run"
-        return runs[kind]
+    def train(kind: Kind) -> Path:
+        folder = tmp_path_factory.mktemp(kind.name)
+        start(kind, recipe_of(folder, kind), folder).succeeded()
+        return folder / "run"
 
-    return run
+    return once(train)
 
 
 def start(kind: Kind, recipe: Path, folder: Path, *options: str, job: Callable[..., int | None] = sft) -> LaunchResult:

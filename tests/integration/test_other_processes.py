@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -12,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS
 from ranks import LaunchResult, launch
 from safetensors.torch import load_file
+from small_runs import write_recipe, write_rows
 
 pytest.importorskip("deepspeed")
 
@@ -38,13 +37,7 @@ class Kind:
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Callable[..., "Trained"]:
     """Return a function that trains a kind; `after`: the run and the step to resume from."""
     root = tmp_path_factory.mktemp("runs")
-    rng = random.Random(31)
-    text = lambda count: " ".join(rng.choice(WORDS.split()) for _ in range(count))  # noqa: E731
-    rows = root / "rows.jsonl"
-    with rows.open("w", encoding="utf-8") as lines:
-        for _ in range(48):
-            turns = [("system", rng.randint(1, 9)), ("user", 6), ("assistant", rng.choice([1, 5, 30, 60]))]
-            lines.write(json.dumps({"messages": [{"role": role, "content": text(n)} for role, n in turns]}) + "\n")
+    rows = write_rows(root / "rows.jsonl", 48, seed=31)
     runs: dict[Any, Trained] = {}
 
     def train(kind: Kind, processes: int, after: tuple["Trained", int] | None = None, **training: Any) -> Trained:
@@ -56,36 +49,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Calla
         if after:
             options = ["--resume", folder / "run" / f"checkpoint-{after[1]}"]
             shutil.copytree(after[0].folder / f"checkpoint-{after[1]}", folder / "run" / f"checkpoint-{after[1]}")
-        content = {
-            "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
-            "chat": {"template": "chatml"},
-            "data": {
-                "sources": [{"path": str(rows)}],
-                "max_length": 256,
-                "cache_dir": str(root / "cache"),
-                "validation": 0.2,
-            },
-            "adapter": {"r": 4, "modules_to_save": ["lm_head"]} if kind.adapter else None,
-            "training": {
-                "bf16": False,
-                "gradient_checkpointing": False,
-                "learning_rate": 2e-3,
-                "adam_epsilon": 1e-6,
-                "weight_decay": 0.1,  # of some weights, and not of others: two groups in the optimizer
-                "lr_scheduler_type": "linear",
-                "per_device_train_batch_size": 1,
-                "gradient_accumulation_steps": 1 if after else 4 // processes,  # four a step, whatever it says now
-                "max_steps": STEPS,
-                "logging_steps": 1,
-                "save_strategy": "steps",
-                "save_steps": 2,
-                **training,
-            },
-            "output_dir": str(folder / "run"),
+        settings = {
+            "learning_rate": 2e-3,
+            "adam_epsilon": 1e-6,
+            "weight_decay": 0.1,  # of some weights, and not of others: two groups in the optimizer
+            "lr_scheduler_type": "linear",
+            "gradient_accumulation_steps": 1 if after else 4 // processes,  # a resumed run keeps four per step
+            "max_steps": STEPS,
+            "save_steps": 2,
+            **training,
         }
-        folder.mkdir(exist_ok=True)
-        recipe = folder / "recipe.yaml"
-        recipe.write_text(json.dumps(content), encoding="utf-8")
+        data = {"cache_dir": str(root / "cache"), "validation": 0.2}
+        adapter = {"r": 4, "modules_to_save": ["lm_head"]} if kind.adapter else None
+        recipe = write_recipe(
+            folder / "recipe.yaml", tiny_model, rows, folder / "run", data=data, training=settings, adapter=adapter
+        )
         outcome = launch(
             processes,
             kind.config,

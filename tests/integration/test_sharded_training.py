@@ -4,20 +4,17 @@ In float32 on CPU processes, with the shipped configurations.
 """
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
-from conftest import WORDS
 from peft import PeftModel
 from ranks import launch
 from safetensors.torch import load_file
+from small_runs import write_recipe, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("deepspeed")
@@ -76,15 +73,8 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def rows_64(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rng = random.Random(11)
-    text = lambda count: " ".join(rng.choice(WORDS.split()) for _ in range(count))  # noqa: E731
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    with path.open("w") as lines:
-        for _ in range(64):
-            turns = [("system", rng.randint(1, 20)), ("user", 10), ("assistant", rng.choice([1, 5, 40, 120]))]
-            messages = [{"role": role, "content": text(count)} for role, count in turns]
-            lines.write(json.dumps({"messages": messages}) + "\n")
-    return path
+    return write_rows(path, 64, seed=11, system=20, user=10, answers=(1, 5, 40, 120))
 
 
 @pytest.fixture(scope="module")
@@ -94,30 +84,18 @@ def trained(rows_64: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
     runs: dict[tuple[Setting, bool], Trained] = {}
 
     def recipe(setting: Setting, folder: Path) -> Path:
-        content: dict[str, Any] = {
-            "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
-            "chat": {"template": "chatml"},
-            "data": {"sources": [{"path": str(rows_64)}], "max_length": 256, "packing": setting.packed},
-            "training": {
-                "bf16": False,
-                "gradient_checkpointing": True,
-                "learning_rate": LEARNING_RATE,
-                "adam_epsilon": EPSILON,
-                "lr_scheduler_type": "linear",
-                "per_device_train_batch_size": 1,
-                "gradient_accumulation_steps": setting.accumulation or 8 // setting.processes,
-                "max_steps": STEPS,
-                "logging_steps": 1,
-                "save_strategy": "steps",
-                "save_steps": SAVED_AT,
-            },
-            "output_dir": str(folder),
+        training = {
+            "gradient_checkpointing": True,
+            "learning_rate": LEARNING_RATE,
+            "adam_epsilon": EPSILON,
+            "lr_scheduler_type": "linear",
+            "gradient_accumulation_steps": setting.accumulation or 8 // setting.processes,
+            "max_steps": STEPS,
+            "save_steps": SAVED_AT,
         }
-        if setting.lora:
-            content["adapter"] = {"r": 4, "modules_to_save": ["lm_head"]}
-        path = root / f"{folder.name}.yaml"
-        path.write_text(yaml.safe_dump(content))
-        return path
+        adapter = {"r": 4, "modules_to_save": ["lm_head"]} if setting.lora else None
+        path, data = root / f"{folder.name}.yaml", {"packing": setting.packed}
+        return write_recipe(path, tiny_model, rows_64, folder, data=data, training=training, adapter=adapter)
 
     def train(setting: Setting, *, resumed: bool = False) -> Trained:
         if (setting, resumed) not in runs:

@@ -38,8 +38,8 @@ def killed_at_step_4(*arguments: str) -> int:
 
 
 def outcome(run: Path) -> tuple[str, int, str | None]:
-    said = json.loads((run / "outcome.json").read_text(encoding="utf-8"))
-    return said["outcome"], said["step"], said["reason"]
+    record = json.loads((run / "outcome.json").read_text(encoding="utf-8"))
+    return record["outcome"], record["step"], record["reason"]
 
 
 def failing_at(step: int, error: BaseException) -> Callable[..., bool]:
@@ -276,7 +276,7 @@ def test_a_time_limit_that_is_over_before_the_first_step_is_refused(
 ) -> None:
     """Each attempt would save and stop after one step."""
     recipe = recipe_file(save={"time_limit": "2:00"})
-    said = "save.time_limit: 2:00 must be longer than save.seconds_before_end (120)"
-    assert said in refused("--recipe", recipe)
-    assert said in refused("--recipe", recipe, "--check")
+    message = "save.time_limit: 2:00 must be longer than save.seconds_before_end (120)"
+    assert message in refused("--recipe", recipe)
+    assert message in refused("--recipe", recipe, "--check")
     Preemption("run", SaveSection(time_limit="2:01"))

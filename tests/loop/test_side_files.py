@@ -175,7 +175,7 @@ def test_settings_that_transformers_would_refuse_to_save_are_saved(
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ('{"eos_token_id": 2,', "can't be read"),  # transformers takes its defaults instead, without a word
         ({"early_stopping": "sometimes"}, "`early_stopping` must be"),
@@ -184,13 +184,13 @@ def test_settings_that_transformers_would_refuse_to_save_are_saved(
     ],
 )
 def test_settings_that_transformers_refuses_are_an_error_before_training(
-    content: Any, said: str, recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path
+    content: Any, message: str, recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path
 ) -> None:
     base = with_base(tiny_model, tmp_path / "base", generation_config=content)
     recipe = load_recipe(recipe_file(model={"name_or_path": str(base)}))
     [error] = side_files.side_file_errors(recipe, load_tokenizer(recipe.model))
     assert error.startswith(f"model.name_or_path: {base}/generation_config.json")
-    assert said in error
+    assert message in error
 
 
 # Known before training.
@@ -208,11 +208,11 @@ def test_a_folder_in_the_way_of_a_file_is_an_error_before_training(
     name: str, check: list[str], recipe_file: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / "run" / name).mkdir(parents=True)
-    said = refused("--recipe", recipe_file(), *check)
+    message = refused("--recipe", recipe_file(), *check)
     if name == ".lock" and not check:
-        assert said == f"output_dir: {tmp_path}/run/.lock can't be written: Is a directory. Name another folder."
+        assert message == f"output_dir: {tmp_path}/run/.lock can't be written: Is a directory. Name another folder."
         return
-    assert said.startswith(f"output_dir: {tmp_path}/run/{name} is a folder, and the run writes a file there.")
+    assert message.startswith(f"output_dir: {tmp_path}/run/{name} is a folder, and the run writes a file there.")
     assert not (tmp_path / "run" / "metrics.jsonl").is_file()
 
 
@@ -235,8 +235,8 @@ def test_a_file_in_the_way_of_checkpoints_is_an_error_before_training(
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "unfinished").write_text("notes")
-    said = refused("--recipe", recipe_file(), *check)
-    assert said.startswith(f"output_dir: {tmp_path}/run/unfinished is a file, and the run makes a folder there.")
+    message = refused("--recipe", recipe_file(), *check)
+    assert message.startswith(f"output_dir: {tmp_path}/run/unfinished is a file, and the run makes a folder there.")
     assert (tmp_path / "run" / "unfinished").read_text() == "notes"
 
 
@@ -384,10 +384,10 @@ def test_a_config_with_a_value_of_another_type_is_an_error_that_names_it(
 ) -> None:
     config = json.loads((tiny_model / "config.json").read_text())
     base = with_base(tiny_model, tmp_path / "base", config={**config, "max_position_embeddings": 2048.0})
-    said = refused("--recipe", recipe_file(model={"name_or_path": str(base)}), "--check")
-    assert said.startswith(f"model.name_or_path: {base}: config.json: ")
-    assert "max_position_embeddings" in said
-    assert "2048.0" in said
+    message = refused("--recipe", recipe_file(model={"name_or_path": str(base)}), "--check")
+    assert message.startswith(f"model.name_or_path: {base}: config.json: ")
+    assert "max_position_embeddings" in message
+    assert "2048.0" in message
 
 
 def test_a_failed_upload_is_a_warning(

@@ -30,7 +30,7 @@ TRAINING = {
 
 
 @pytest.fixture
-def asked(recipe_file: Callable[..., Path], tmp_path: Path) -> Callable[..., list[str]]:
+def arguments_of(recipe_file: Callable[..., Path], tmp_path: Path) -> Callable[..., list[str]]:
     """Return a function that writes a recipe with validation rows under several system messages: the run's arguments."""
     path = tmp_path / "held_out.jsonl"
     systems = ["Speak like a river.", "Speak like a stone.", "Be a paper window."]
@@ -68,10 +68,10 @@ def assert_is_model_of(step: int, run: Path) -> None:
 
 
 def test_a_new_metric_selects_among_existing_checkpoints(
-    asked: Callable[..., list[str]], run: Path, capsys: pytest.CaptureFixture[str]
+    arguments_of: Callable[..., list[str]], run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A gain is smaller than any loss: as a loss it would stay the best for good."""
-    arguments = asked()
+    arguments = arguments_of()
     assert main(arguments) == 0
     gains = measured(run, "eval_system_gain")
     assert 0 < max(gains.values()) < min(measured(run, "eval_loss").values())
@@ -88,12 +88,12 @@ def test_a_new_metric_selects_among_existing_checkpoints(
 
 
 def test_other_rows_for_the_gain_are_refused_if_the_gain_selects_the_best_model(
-    asked: Callable[..., list[str]],
+    arguments_of: Callable[..., list[str]],
     run: Path,
     refused: Callable[..., str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = asked()
+    arguments = arguments_of()
     assert main(arguments) == 0
     later = [*arguments, "--resume", str(run / "checkpoint-3"), "system_gain.rows=4"]
     assert "system_gain.rows was 9 and is 4" in refused(*later)
@@ -108,9 +108,9 @@ def test_other_rows_for_the_gain_are_refused_if_the_gain_selects_the_best_model(
 
 
 def test_other_rows_for_the_gain_are_reported_if_the_gain_selects_nothing(
-    asked: Callable[..., list[str]], run: Path, capsys: pytest.CaptureFixture[str]
+    arguments_of: Callable[..., list[str]], run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = asked(training={"metric_for_best_model": "eval_loss"})
+    arguments = arguments_of(training={"metric_for_best_model": "eval_loss"})
     assert main(arguments) == 0
     best = loaded(run)
     capsys.readouterr()
@@ -142,10 +142,10 @@ def no_room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_a_run_ends_with_its_best_model_even_if_its_checkpoint_had_no_room(
-    asked: Callable[..., list[str]], run: Path, no_room: Callable[..., None], capsys: pytest.CaptureFixture[str]
+    arguments_of: Callable[..., list[str]], run: Path, no_room: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The last step was the best, and is in memory."""
-    arguments = asked(save={"on_error": "warn"})
+    arguments = arguments_of(save={"on_error": "warn"})
     assert main([*arguments, "--resume", "never"]) == 0
     gains = measured(run, "eval_system_gain")
     assert max(gains, key=gains.__getitem__) == 5
@@ -163,7 +163,7 @@ def test_a_run_ends_with_its_best_model_even_if_its_checkpoint_had_no_room(
 @pytest.mark.parametrize("others", [True, False], ids=["another", "none"])
 def test_a_lost_best_model_is_reported(
     others: bool,
-    asked: Callable[..., list[str]],
+    arguments_of: Callable[..., list[str]],
     run: Path,
     no_room: Callable[..., None],
     capsys: pytest.CaptureFixture[str],
@@ -171,7 +171,7 @@ def test_a_lost_best_model_is_reported(
     """At a learning rate that ruins the model the first step is the best."""
     training = {"metric_for_best_model": "eval_loss", "learning_rate": 3.0}
     no_room(*([1] if others else range(1, 6)))
-    assert main(asked(training=training, save={"on_error": "warn"})) == 0
+    assert main(arguments_of(training=training, save={"on_error": "warn"})) == 0
     losses = measured(run, "eval_loss")
     assert min(losses, key=losses.__getitem__) == 1
     second = min((2, 3, 4, 5), key=losses.__getitem__)

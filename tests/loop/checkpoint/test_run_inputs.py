@@ -247,7 +247,7 @@ def test_settings_of_the_evaluation_are_compared_if_they_select_the_model(finish
 
 
 @pytest.mark.parametrize(
-    ("lost", "said"),
+    ("lost", "message"),
     [
         (["config.json"], "but its config.json is missing"),
         (["tokenizer.json"], "but its tokenizer.json is missing"),
@@ -259,7 +259,7 @@ def test_settings_of_the_evaluation_are_compared_if_they_select_the_model(finish
 @pytest.mark.parametrize("when", ["before the end", "after it", "emptied"])
 def test_a_finished_model_without_side_files_names_the_command_that_writes_them(
     lost: list[str],
-    said: str,
+    message: str,
     when: str,
     finish: Callable[..., Why],
     tmp_path: Path,
@@ -278,7 +278,7 @@ def test_a_finished_model_without_side_files_names_the_command_that_writes_them(
     shown = " ".join(capsys.readouterr().out.split())
     them = "them" if len(lost) > 1 else "it"
     assert shown.startswith("already finished (2 steps, 19")
-    assert f"{said} (`python -m train.loop.side_files {run}` writes {them} again): the model of this recipe" in shown
+    assert f"{message} (`python -m train.loop.side_files {run}` writes {them} again): the model of this recipe" in shown
 
 
 def test_a_finished_adapter_lacks_its_own_configuration_and_no_model(

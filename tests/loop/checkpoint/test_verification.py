@@ -54,7 +54,7 @@ def test_a_complete_model_passes_tied_or_not_sharded_or_not(model: PreTrainedMod
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "message"),
     [
         (empty(GATE), f"{GATE} is empty in the file and 128 x 64 in the model"),
         (lose(GATE), f"{GATE} is missing"),
@@ -63,13 +63,13 @@ def test_a_complete_model_passes_tied_or_not_sharded_or_not(model: PreTrainedMod
     ],
 )
 def test_a_damaged_model_is_an_error_that_names_the_weight(
-    model: PreTrainedModel, tmp_path: Path, how: Damage, said: str
+    model: PreTrainedModel, tmp_path: Path, how: Damage, message: str
 ) -> None:
     model.save_pretrained(tmp_path)
     damage(tmp_path / "model.safetensors", how)
     with pytest.raises(UserError, match="are incomplete") as error:
         check_saved(model, tmp_path)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_an_untied_output_layer_must_be_there(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -131,10 +131,10 @@ def test_adapters_are_verified(model: PreTrainedModel, tmp_path: Path, settings:
     names = list(load_file(tmp_path / "adapter_model.safetensors"))
     assert LORA in names
     for name in (LORA, names[-1], *(["base_model.model.lm_head.weight"] if "modules_to_save" in settings else [])):
-        for how, said in ((empty(name), "is empty"), (lose(name), "is missing")):
+        for how, message in ((empty(name), "is empty"), (lose(name), "is missing")):
             peft_model.save_pretrained(tmp_path)
             damage(tmp_path / "adapter_model.safetensors", how)
-            with pytest.raises(UserError, match=f"{name} {said}"):
+            with pytest.raises(UserError, match=f"{name} {message}"):
                 check_saved(peft_model, tmp_path)
 
 
@@ -151,10 +151,10 @@ def test_a_damaged_checkpoint_stops_the_run_and_is_never_complete(
         damage(Path(output_dir or self.args.output_dir) / "model.safetensors", empty(GATE))
 
     monkeypatch.setattr(JanusTrainer, "_save", lossy)
-    said = refused("--recipe", recipe_file(training={"save_strategy": "steps", "save_steps": 1}))
-    assert f"{tmp_path}/run/checkpoint-1 couldn't be written: " in said
-    assert f"checkpoint-1 are incomplete: {GATE} is empty" in said
+    message = refused("--recipe", recipe_file(training={"save_strategy": "steps", "save_steps": 1}))
+    assert f"{tmp_path}/run/checkpoint-1 couldn't be written: " in message
+    assert f"checkpoint-1 are incomplete: {GATE} is empty" in message
     assert not list(tmp_path.glob("run/**/checkpoint-*"))
-    said = refused("--recipe", recipe_file(training={"save_strategy": "no"}), "--resume", "never")
-    assert f"{tmp_path}/run are incomplete" in said
+    message = refused("--recipe", recipe_file(training={"save_strategy": "no"}), "--resume", "never")
+    assert f"{tmp_path}/run are incomplete" in message
     assert json.loads((tmp_path / "run" / "config.json").read_text())

@@ -1,11 +1,11 @@
-r"""Tokenize a recipe's data before the job that trains on it is submitted: on a machine without GPUs, on all cores.
+r"""Tokenize the data of a recipe before training, on a machine without GPUs and on all cores.
 
     python scripts/prepare.py \
         --recipe recipes/smollm2-135m/sft/quickstart.yaml data.processes=2
 
-The tokens are kept in `data.cache_dir`; training then only opens them. A second call, also at the same time, tokenizes
-nothing twice, and continues what a killed call left. Rows that the recipe refuses are reported as training would report
-them. The exit codes are those of train/sft.py.
+Tokens are cached in `data.cache_dir`, where training opens them. A second call, even at the same time, tokenizes
+nothing twice and continues a killed one. Invalid rows are reported as in training. The exit codes are those of
+train/sft.py.
 """
 
 import os
@@ -15,26 +15,26 @@ from pathlib import Path
 
 from train.cli import CommandLine, run_command
 from train.formatting import duration
-from train.preflight.missing_files import refuse_missing
+from train.preflight.missing_files import check_files_exist
 from train.recipe import load_recipe
 from train.warning_filters import filter_known_warnings
 
 
 def run(recipe_file: Path, overrides: list[str]) -> None:
-    """Prepare what the recipe names and say where it is. Raises UserError."""
+    """Prepare the data of the recipe and print a summary. Raises UserError."""
     recipe = load_recipe(recipe_file, overrides)
-    refuse_missing(recipe, packages=False)  # another machine trains
-    # Heavy imports wait until the recipe is known to be right.
+    check_files_exist(recipe, packages=False)  # training runs on another machine
+    # Heavy imports wait until the recipe has been checked.
     from train.data.diagnostics import describe_dropped, describe_unread, find_data_warnings, find_dropped_rows
     from train.data.prepare import prepare
     from train.model.tokenizer import load_chat_tokenizer
 
-    tokenizer = load_chat_tokenizer(recipe).tokenizer
+    tokenizer = load_chat_tokenizer(recipe.model, recipe.chat).tokenizer
     started = time.monotonic()
     data = prepare(recipe, tokenizer)
     seconds = time.monotonic() - started
     for cache in data.caches:
-        print(f"{cache.source}: {'found' if cache.hit else 'made'}, tokens by {cache.how}")
+        print(f"{cache.source}: {'read from cache' if cache.hit else 'tokenized'} ({cache.how})")
         print(f"    {cache.folder}")
     for name, stats in data.stats.items():
         print(f"{name}: {stats.rows:,} rows, {stats.tokens:,} tokens, {stats.sequences:,} sequences")
@@ -48,14 +48,14 @@ def run(recipe_file: Path, overrides: list[str]) -> None:
 
 
 def main() -> int:
-    """Run the command; the exit code."""
+    """Run the command and return its exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     filter_known_warnings()
     parser = CommandLine(description=__doc__)
-    parser.add_argument("--recipe", required=True, type=Path, metavar="FILE", help="the recipe that will be trained")
+    parser.add_argument("--recipe", required=True, type=Path, metavar="FILE", help="recipe to train")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
     options = parser.parse_intermixed_args()
-    return run_command(lambda: run(options.recipe, options.overrides), "stopped; nothing half-made was kept")
+    return run_command(lambda: run(options.recipe, options.overrides), "stopped; the same command continues")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -137,27 +137,36 @@ def tiny_chat_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-@pytest.fixture(scope="session")
-def evaluate_script() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    spec = importlib.util.spec_from_file_location("evaluate_command_of_evaluation", ROOT / "scripts" / "evaluate.py")
+def _load_script(name: str) -> ModuleType:
+    """Import scripts/NAME.py under another module name, with scripts/ on the import path meanwhile."""
+    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(ROOT / "scripts"))
+    sys.modules[spec.name] = module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "scripts")
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def evaluate_script() -> ModuleType:
+    return _load_script("evaluate")
+
+
+@pytest.fixture(scope="session")
+def submit_script() -> ModuleType:
+    return _load_script("submit")
 
 
 @pytest.fixture(scope="session")
 def command(evaluate_script: ModuleType) -> Callable[..., int]:
-    """Runs a command of scripts/evaluate.py in this process: its exit code."""
+    """Run a command of scripts/evaluate.py in this process; the exit code."""
 
     def run(*arguments: object) -> int:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-            try:
-                return evaluate_script.main()
-            except SystemExit as end:  # argparse's own
-                return int(end.code)
+        try:
+            return evaluate_script.main([*map(str, arguments)])
+        except SystemExit as end:  # argparse's own
+            return int(end.code)
 
     return run
 

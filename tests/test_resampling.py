@@ -45,7 +45,7 @@ def test_of_few_rows_there_is_no_interval(rows: int, bounds: tuple[float, float]
     assert (found.mean, found.low, found.high, found.groups) == (1, None, None, rows)
     assert found.missing == f"n = {rows}"
     assert explain_missing_intervals(f"100 % ({found.missing})") == [
-        "(n = ...): too few rows for an interval; it takes at least 6."
+        "(n = ...): too few rows for an interval, which needs at least 6."
     ]
     assert explain_missing_intervals("100 % [72.2, 100.0]") == []
 

@@ -86,7 +86,7 @@ def _is_utf8(argument: str) -> bool:
 
 
 def escape_unencodable() -> None:
-    """Make standard output and standard error escape characters that their encoding (ASCII in many containers) lacks."""
+    """Make standard output and error escape characters that their encoding lacks (ASCII in many containers)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
             stream.reconfigure(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""How far a long job is: a bar in a terminal, a line now and then in a log file; the first rank alone speaks."""
+"""Progress of long operations: a bar in a terminal, a line now and then in a log file, from the first rank only."""
 
 import sys
 import time
@@ -12,11 +12,11 @@ from train.formatting import duration
 from train.ranks import is_first_rank
 
 SECONDS_BETWEEN_LINES = 15.0
-"""How often a job writes a line where the output is not a terminal."""
+"""Interval of progress lines where the output is not a terminal."""
 
 
 class ProgressBar:
-    """One long job. `advance` and `show` may be called as often as one likes."""
+    """Progress of one operation. `advance` and `show` are cheap and may be called often."""
 
     def __init__(self, description: str, total: int | None, unit: str, bar: Progress | None, *, done: int = 0) -> None:
         self.description, self.total, self.unit, self.done = description, total, unit, done
@@ -25,16 +25,16 @@ class ProgressBar:
         self._started = self._last_line = time.monotonic()
 
     def advance(self, amount: int = 1) -> None:
-        """`amount` more of `unit` are done."""
+        """Count `amount` more units as done."""
         self.done += amount
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=self.done)
         elif is_first_rank() and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            print(f"{self.description}: {self._how_far()}", flush=True)
+            print(f"{self.description}: {self._status()}", flush=True)
 
     def show(self, line: str) -> None:
-        """Print a line, above the bar if there is one. In a log file it stands for the one that would be due."""
+        """Print a line, above the bar if there is one. In a log file it replaces the next progress line."""
         self._last_line = time.monotonic()
         if self._bar:
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -42,35 +42,41 @@ class ProgressBar:
             print(line, flush=True)
 
     def part(self, description: str, total: int | None, unit: str) -> "ProgressBar":
-        """A job within this one, with a bar of its own below this one's until it is finished."""
+        """Return the progress of a nested operation, with its own bar below this one until it is finished."""
         return ProgressBar(description, total, unit, self._bar)
 
     def finish(self) -> None:
-        """Take this job's bar away."""
+        """Remove the bar."""
         if self._bar and self._task is not None:
             self._bar.remove_task(self._task)
 
-    def _how_far(self) -> str:
+    def _status(self) -> str:
         if not self.total:
             return f"{self.done:,} {self.unit}"
         elapsed = time.monotonic() - self._started
-        left = elapsed / max(self.done - self._done_before, 1) * (self.total - self.done)
+        remaining = elapsed / max(self.done - self._done_before, 1) * (self.total - self.done)
         share = self.done / self.total
-        return f"{self.done:,} of {self.total:,} {self.unit} ({share:.0%}), {duration(left)} left"
+        return f"{self.done:,} of {self.total:,} {self.unit} ({share:.0%}), {duration(remaining)} left"
 
 
 @contextmanager
 def progress_bar(description: str, *, total: int | None = None, unit: str = "", done: int = 0) -> Iterator[ProgressBar]:
-    """Show the progress of what runs inside. `total` in `unit`s, None where it isn't known; `done` before it began."""
+    """Show the progress of the block.
+
+    Args:
+        description: name of the operation.
+        total: number of units; None if unknown.
+        unit: plural noun, such as `rows`.
+        done: units done before, by an interrupted run.
+    """
     console = Console(file=sys.stdout)
     if not (console.is_terminal and is_first_rank()):
         yield ProgressBar(description, total, unit, None, done=done)
         return
-    counted = MofNCompleteColumn() if total else TimeElapsedColumn()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        counted,
+        MofNCompleteColumn() if total else TimeElapsedColumn(),
         TextColumn("{task.fields[unit]}"),
         TimeRemainingColumn(),
     )

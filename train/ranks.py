@@ -1,49 +1,49 @@
-"""What the launcher's environment tells about how a run was started."""
+"""Ranks: world size, first rank and checks of how the run was launched, from the launcher's environment variables."""
 
 import os
 from collections.abc import Mapping
 
-_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""What torchrun and the MPIs set; accelerate reads the same."""
+_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""World size variables of torchrun and the MPIs, as accelerate reads them."""
 _RANKS = ("RANK", "OMPI_COMM_WORLD_RANK")
-"""Variables that DeepSpeed starts its process group from, also for one process."""
+"""Rank variables that DeepSpeed needs to start its process group, for a single process too."""
 
 
 def deepspeed_launch_error(deepspeed: object, environment: Mapping[str, str]) -> str | None:
-    """Return why `training.deepspeed` can't be used in a process started with this environment; None if it can."""
+    """Return an error if `training.deepspeed` is set and no launcher started this process; else None."""
     if not deepspeed or any(name in environment for name in _RANKS):
         return None
     return (
-        "training.deepspeed: DeepSpeed needs a launcher, for one process too, and there is none. Start the run with "
-        "`torchrun --nproc_per_node N train/sft.py`, or take the key out and start it with `accelerate launch "
+        "training.deepspeed: DeepSpeed needs a launcher, for a single process too. Start the run with "
+        "`torchrun --nproc_per_node N train/sft.py`, or remove the key and start it with `accelerate launch "
         "--config_file accelerate_configs/zero2.yaml`."
     )
 
 
 def single_process_warning(environment: Mapping[str, str]) -> str | None:
-    """What to tell whoever asked `accelerate launch` for several processes and got this one alone; else None.
+    """Return a warning if `accelerate launch` was asked for several processes and started only this one; else None.
 
-    For `distributed_type` NO and MULTI_CPU accelerate (1.15, `simple_launcher`) starts one process, whatever
-    --num_processes says: several are left to mpirun, by --mpirun_hostfile. All that is to be seen of the number is the
-    address where they would have met (`prepare_simple_launcher_cmd_env`), which it sets for more than one alone. A
-    shell may have exported the same, so nothing is refused for it.
+    For `distributed_type` NO and MULTI_CPU accelerate (1.15, `simple_launcher`) starts one process whatever
+    --num_processes says; several need mpirun (--mpirun_hostfile). The only trace of the number is the rendezvous
+    address (`prepare_simple_launcher_cmd_env`), which it sets for more than one process. A shell may have exported the
+    same address, so this is a warning and not an error.
     """
-    if "ACCELERATE_MIXED_PRECISION" not in environment or any(name in environment for name in _SIZES):
+    if "ACCELERATE_MIXED_PRECISION" not in environment or any(name in environment for name in _WORLD_SIZES):
         return None
     if environment.get("MASTER_ADDR") != "127.0.0.1" or "MASTER_PORT" not in environment:
         return None
     return (
-        "accelerate launch was asked for several processes and has started this one alone: distributed_type NO and "
-        "MULTI_CPU are for one. For several, with or without GPUs: --config_file accelerate_configs/ddp.yaml "
-        "--num_processes N."
+        "accelerate launch was asked for several processes and started only this one: distributed_type NO and "
+        "MULTI_CPU start a single process. For several, with or without GPUs: --config_file "
+        "accelerate_configs/ddp.yaml --num_processes N."
     )
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that speaks; true also where there is one process alone."""
+    """Return whether this process prints and writes for all ranks; true without a launcher too."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def world_size() -> int:
-    """Processes that the launcher started."""
+    """Return the number of processes of the launcher; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,16 +1,16 @@
-"""Means over rows that come in groups, their 95 % intervals, and whether they may be noise.
+"""Means of clustered rows with 95 % intervals (cluster bootstrap, Wilson) and p values (sign-flip tests).
 
-Rows of one instruction are correlated (siblings share all but the system message), so it is instructions that are drawn
-again and whose signs are flipped, not rows. The interval of a column is, in this order:
+Rows of one instruction are correlated (siblings differ only in the system message), so instructions, not rows, are
+resampled and have their signs flipped. The interval of a column is the first of these that applies:
 
-- none below FEWEST groups, of which none would hold the truth 95 times in 100;
-- of a share of independent rows (each 0 or 1, each a group of its own): Wilson's;
-- of a share that fewer than FEWEST groups keep from being 0 or 1: Wilson's with the number of GROUPS as its count, as
-  if the rows of a group were always alike. A bootstrap learns from groups that differ: without any it draws [1, 1];
-- of other values with bounds that are all the same: that value, moved as far as Wilson's bound lets other groups move
-  it. Of paired differences of shares it is Tango's interval (Statistics in Medicine 17, 1998) where no pair differs;
-- of values without bounds that are all the same: none;
-- else the percentile bootstrap over groups, which with few of them (below some 20) is too narrow.
+- fewer than MIN_GROUPS groups: none, as no interval would have 95 % coverage;
+- a share of independent rows (each 0 or 1 and a group of its own): Wilson's interval;
+- a share that differs from 0 or 1 in fewer than MIN_GROUPS groups: Wilson's interval with the number of groups as its
+  count, as if the rows of a group were always equal. A bootstrap without differing groups would yield [1, 1];
+- equal values with bounds: the value, moved towards each bound as far as Wilson's interval allows for unseen groups.
+  For paired differences of shares this is Tango's interval (Statistics in Medicine 17, 1998) where no pair differs;
+- equal values without bounds: none;
+- otherwise: the percentile bootstrap over groups, which is too narrow with fewer than about 20 of them.
 """
 
 import math
@@ -26,24 +26,25 @@ RESAMPLES = 2_000
 PERMUTATIONS = 9_999
 LEVEL = 0.95
 MIN_GROUPS = 6
-"""Groups that an interval takes. Even the whole range of 5 values holds the median 15 times in 16 (1 - 2 / 2^5, below
-95 %), and no flipping of 5 signs has p < 0.05."""
+"""Minimum number of groups for an interval. Even the full range of 5 values contains the median only 15 times in 16
+(1 - 2 / 2^5, below 95 %), and no flipping of 5 signs has p < 0.05."""
 SHARE_BOUNDS, DIFFERENCE_BOUNDS = (0.0, 1.0), (-1.0, 1.0)
-"""The least and the greatest that a value of a column can be."""
+"""Bounds of the values of a column."""
 Bounds = tuple[float, float] | None
 IntervalMethod = Literal["bootstrap", "wilson", "bounded", "none: too few", "none: all alike"]
 _Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-_DRAWS_AT_ONCE = 1 << 22
-"""Numbers drawn at a time: with many instructions the whole table of resamples would take gigabytes."""
+_MAX_DRAWS = 1 << 22
+"""Random numbers drawn at a time: with many instructions the full table of resamples would take gigabytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean, its interval, and how probable one so far from no effect would be if there were none.
+    """A mean with its 95 % interval and p value.
 
-    `low`, `high`: 95 %, None where there is none. `p`: two-sided, by flipping the sign of each instruction's sum; never
-    below 1 / (permutations + 1). `groups`: how many instructions, or what else is independent. `interval`: how the
-    interval was made, or why there is none.
+    - `low`, `high`: bounds of the interval; None without one.
+    - `p`: two-sided, by flipping the sign of each instruction's sum; at least 1 / (permutations + 1).
+    - `groups`: number of instructions, or of other independent groups.
+    - `interval`: method of the interval, or why there is none.
     """
 
     mean: float
@@ -55,31 +56,31 @@ class Estimate:
 
     @property
     def missing(self) -> str:
-        """Return the reason for a missing interval, as `missing_interval_reason` gives it."""
+        """Reason for a missing interval (see `missing_interval_reason`)."""
         return missing_interval_reason(self.interval, self.groups)
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the estimate for JSON."""
         return asdict(self)
 
 
 def missing_interval_reason(method: str, groups: int) -> str:
-    """`n = 2` or `all alike`, to stand where an interval would; nothing where there is one."""
+    """Return `n = 2` or `all alike`, to print instead of an interval; empty where there is one."""
     return {"none: too few": f"n = {groups}", "none: all alike": "all alike"}.get(method, "")
 
 
-def explain_missing_intervals(text: str, of: str = "rows") -> list[str]:
-    """A line for each reason that `text` gives for a missing interval; `of`: what n counts."""
+def explain_missing_intervals(text: str, unit: str = "rows") -> list[str]:
+    """Return a line for each reason for a missing interval in `text`; `unit`: what n counts."""
     lines = []
     if "(n = " in text:
-        lines.append(f"(n = ...): too few {of} for an interval; it takes at least {MIN_GROUPS}.")
+        lines.append(f"(n = ...): too few {unit} for an interval, which needs at least {MIN_GROUPS}.")
     if "(all alike)" in text:
-        lines.append("(all alike): every value is the same, which says nothing of how far others would be from it.")
+        lines.append("(all alike): all values are equal, so their spread can't be estimated.")
     return lines
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """Wilson's interval (1927) of a share of `count` independent rows: the shares that a score test doesn't refuse."""
+    """Return Wilson's interval (1927) of a share of `count` independent rows: all shares that a score test accepts."""
     weight = _Z**2 / count
     centre = (share + weight / 2) / (1 + weight)
     half = _Z * math.sqrt(share * (1 - share) / count + weight / (4 * count)) / (1 + weight)
@@ -87,11 +88,11 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
 
 
 def estimate_share(values: Sequence[float], groups: Sequence[str]) -> Estimate:
-    """The share of rows whose value is 1, those of one group not independent of each other."""
+    """Estimate the share of rows whose value is 1; rows of one group are correlated."""
     _, numbers = np.unique(groups, return_inverse=True)
     column = np.array(values, np.float64)[:, None]
-    (found,) = estimate_means(column, numbers.astype(np.int64), np.zeros(1), [SHARE_BOUNDS], permutations=0)
-    return found
+    (estimate,) = estimate_means(column, numbers.astype(np.int64), np.zeros(1), [SHARE_BOUNDS], permutations=0)
+    return estimate
 
 
 def estimate_means(
@@ -104,67 +105,73 @@ def estimate_means(
     resamples: int = RESAMPLES,
     permutations: int = PERMUTATIONS,
 ) -> list[Estimate]:
-    """One estimate for each column of `values` [rows, measures], rows weighing alike.
+    """Estimate the mean of each column of `values` over all rows, which have equal weights.
 
-    `instructions`: the number of each row's instruction [rows]. `no_effect`: what a column is where nothing has an
-    effect [measures]; the test is of that. `bounds`: what a value of each column can be; None = anything.
+    Args:
+        values: shape [rows, measures].
+        instructions: number of each row's instruction, shape [rows].
+        no_effect: value of each column under the null hypothesis, shape [measures].
+        bounds: smallest and largest possible value of each column; None = unbounded.
+        seed: seed of resamples and permutations.
+        resamples: number of bootstrap resamples.
+        permutations: number of sign flips.
     """
     _, group = np.unique(instructions, return_inverse=True)
     count = int(group.max()) + 1
     sizes = np.bincount(group, minlength=count).astype(np.float64)
     sums = np.stack([np.bincount(group, column, minlength=count) for column in values.T], axis=1)
     means = (sums.sum(0) / sizes.sum()).tolist()
-    chance = np.random.default_rng(seed)
-    drawn_again: list[tuple[float, float]] = [(math.nan, math.nan)] * len(means)
+    rng = np.random.default_rng(seed)
+    bootstrap: list[tuple[float, float]] = [(math.nan, math.nan)] * len(means)
     if count >= MIN_GROUPS:
-        found = np.concatenate(
+        resampled = np.concatenate(
             [
-                (drawn @ sums) / (drawn @ sizes)[:, None]
-                for size in _pieces(resamples, count)
-                for drawn in [chance.multinomial(count, np.full(count, 1 / count), size=size).astype(np.float64)]
+                (weights @ sums) / (weights @ sizes)[:, None]
+                for size in _chunks(resamples, count)
+                for weights in [rng.multinomial(count, np.full(count, 1 / count), size=size).astype(np.float64)]
             ]
         )
-        low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0).tolist()
-        drawn_again = list(zip(low, high, strict=True))
+        low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0).tolist()
+        bootstrap = list(zip(low, high, strict=True))
     effects = sums - sizes[:, None] * no_effect
-    # Sums of the same numbers in another order differ by rounding, and are no less extreme for it.
+    # The tolerance counts sums that differ only by rounding as equally extreme.
     observed = np.abs(effects.sum(0)) - 1e-9 * np.abs(effects).sum(0)
     as_extreme = np.zeros(len(means), np.int64)
-    for size in _pieces(permutations, count):
-        signs = chance.integers(0, 2, size=(size, count), dtype=np.int8).astype(np.float64) * 2 - 1
+    for size in _chunks(permutations, count):
+        signs = rng.integers(0, 2, size=(size, count), dtype=np.int8).astype(np.float64) * 2 - 1
         as_extreme += (np.abs(signs @ effects) >= observed).sum(0)
     p = ((1 + as_extreme) / (1 + permutations)).tolist()
     return [
-        Estimate(means[column], *ends, p[column], count, method)
+        Estimate(means[column], *interval, p[column], count, method)
         for column, limits in enumerate(bounds or [None] * len(means))
-        for ends, method in [_interval(values[:, column], group, means[column], limits, drawn_again[column])]
+        for interval, method in [_interval(values[:, column], group, means[column], limits, bootstrap[column])]
     ]
 
 
 def _interval(
     values: NDArray[np.float64], group: NDArray[np.int64], mean: float, bounds: Bounds, bootstrap: tuple[float, float]
 ) -> tuple[tuple[float | None, float | None], IntervalMethod]:
-    """The ends of one column's interval, and how they were found. `bootstrap`: what drawing groups again gives."""
+    """Return the interval of one column and its method; `bootstrap`: the bootstrap interval."""
     groups = int(group.max()) + 1
     if groups < MIN_GROUPS:
         return (None, None), "none: too few"
     if bounds == SHARE_BOUNDS:
-        mean = min(max(mean, 0.0), 1.0)  # a mean of ones may be off by rounding
+        mean = min(max(mean, 0.0), 1.0)  # rounding may push a mean of ones above 1
         differing = len(np.unique(group[values != round(mean)]))
         if groups == len(values) and np.isin(values, (0, 1)).all():
             return wilson_interval(mean, groups), "wilson"
         if differing < MIN_GROUPS:
             return wilson_interval(mean, groups), "wilson"
-    # Rounding may leave the bootstrap of equal values a width of its own.
+    # Rounding may give the bootstrap of equal values a small width.
     if np.ptp(values) <= 1e-9 * max(abs(mean), 1e-300) or bootstrap[1] - bootstrap[0] <= 1e-9 * np.ptp(values):
         if bounds is None:
             return (None, None), "none: all alike"
-        others = wilson_interval(0.0, groups)[1]
-        return (mean + others * (bounds[0] - mean), mean + others * (bounds[1] - mean)), "bounded"
+        unseen = wilson_interval(0.0, groups)[1]
+        return (mean + unseen * (bounds[0] - mean), mean + unseen * (bounds[1] - mean)), "bounded"
     return bootstrap, "bootstrap"
 
 
-def _pieces(draws: int, count: int) -> list[int]:
-    """`draws` in portions that fit in memory."""
-    portion = max(_DRAWS_AT_ONCE // count, 1)
-    return [min(portion, draws - start) for start in range(0, draws, portion)]
+def _chunks(draws: int, count: int) -> list[int]:
+    """Split `draws` into chunks that fit in memory."""
+    chunk = max(_MAX_DRAWS // count, 1)
+    return [min(chunk, draws - start) for start in range(0, draws, chunk)]

@@ -1,28 +1,32 @@
-"""Warnings of the libraries below that no user can act on, left out by name so that the others are read."""
+"""Filters for known warnings of dependencies that no user can act on."""
 
 import logging
 import warnings
 
-UNHELPFUL = {
+LOG_MESSAGES = {
     "trl.trainer.sft_trainer": ("per_device_train_batch_size of 1 with padding-free",),  # a packed row is a full batch
     "transformers.trainer": ("missing keys in the checkpoint model loaded: ['lm_head.weight']",),  # tied weights
-    "DeepSpeed": ("Setting accelerator to CPU", "OVERFLOW! Skipping step"),  # of the second our guards tell, with rows
-    "accelerate.accelerator": ("Gradient accumulation steps mismatch",),  # the Trainer's own way under DeepSpeed
-    "torchao": ("Failed to load",),  # its kernels for other GPUs; transformers imports it wherever it is installed
-    "torchao.kernel.intmm": ("Detected no triton",),  # said of its 8-bit integers
-    "torch.utils._pytree": ("register_constant",),  # torchao registers what torch 2.13 knows by itself
+    "DeepSpeed": (
+        "Setting accelerator to CPU",
+        "OVERFLOW! Skipping step",
+    ),  # our guards report skipped steps, with rows
+    "accelerate.accelerator": ("Gradient accumulation steps mismatch",),  # caused by the Trainer under DeepSpeed
+    "torchao": ("Failed to load",),  # kernels for other GPUs; transformers imports torchao wherever it is installed
+    "torchao.kernel.intmm": ("Detected no triton",),  # about 8-bit integers, which are not used
+    "torch.utils._pytree": ("register_constant",),  # torchao registers a class that torch 2.13 registers itself
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),  # an optional, faster CPU kernel
 }
-UNHELPFUL_FUTURE_WARNINGS = (
-    ".*`?gradient_checkpointing.*",  # TRL 1.16 sets it under its old name itself
-    ".*torch.distributed.*",  # torch 2.13 has one for each collective that DeepSpeed calls
+"""Phrases of log messages to filter, by logger."""
+FUTURE_WARNINGS = (
+    ".*`?gradient_checkpointing.*",  # TRL 1.16 sets it under its old name
+    ".*torch.distributed.*",  # torch 2.13 warns for each collective that DeepSpeed calls
 )
-UNHELPFUL_USER_WARNINGS = (
-    ".*a tied layer is part of the adapter.*",  # peft's; such weights are saved and merged apart here
+USER_WARNINGS = (
+    ".*a tied layer is part of the adapter.*",  # of peft; tied weights are saved and merged separately here
 )
 
 
-class _LeaveOut(logging.Filter):
+class _PhraseFilter(logging.Filter):
     def __init__(self, phrases: tuple[str, ...]) -> None:
         super().__init__()
         self.phrases = phrases
@@ -33,10 +37,10 @@ class _LeaveOut(logging.Filter):
 
 
 def filter_known_warnings() -> None:
-    """Call it before the libraries are imported."""
-    for name, phrases in UNHELPFUL.items():
-        logging.getLogger(name).addFilter(_LeaveOut(phrases))
-    for message in UNHELPFUL_FUTURE_WARNINGS:
+    """Install the filters; call it before the dependencies are imported."""
+    for name, phrases in LOG_MESSAGES.items():
+        logging.getLogger(name).addFilter(_PhraseFilter(phrases))
+    for message in FUTURE_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
-    for message in UNHELPFUL_USER_WARNINGS:
+    for message in USER_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=UserWarning)

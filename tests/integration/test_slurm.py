@@ -7,7 +7,6 @@ that was warned may get more time for its next attempt.
 import importlib.util
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -48,22 +47,10 @@ def slurm() -> Iterator[Cluster]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def submit_module() -> ModuleType:
-    """Return scripts/submit.py as a module; its imports take seconds."""
-    spec = importlib.util.spec_from_file_location("submit", ROOT / "scripts" / "submit.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["submit"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def submit(
     slurm: Cluster,
-    submit_module: ModuleType,
+    submit_script: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -86,7 +73,7 @@ def submit(
         config = ROOT / "accelerate_configs" / ("cpu.yaml" if nodes == 1 else "zero3_multinode.yaml")
         (tmp_path / "launch.yaml").write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"use_cpu": True}))
         where = ["--nodes", str(nodes), "--gpus-per-node", "0", "--config", str(tmp_path / "launch.yaml")]
-        code = submit_module.main(["--recipe", str(recipe), *where, *arguments])
+        code = submit_script.main(["--recipe", str(recipe), *where, *arguments])
         shown = capsys.readouterr()
         assert code == 0, shown.err
         match = re.match(r"job (\d+): ", shown.out)
@@ -132,7 +119,7 @@ def test_two_nodes_are_warned_save_requeue_resume_and_finish(
     for trainer in trainers:
         trainer.suspend()
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
-    wait_until(lambda: "warned by SIGUSR1" in log.read_text(), "a warning")
+    wait_until(lambda: "SIGUSR1 before the time limit" in log.read_text(), "a warning")
     for trainer in trainers:
         trainer.resume()
     slurm.wait_for(job, "PENDING BeginTime")
@@ -147,7 +134,7 @@ def test_two_nodes_are_warned_save_requeue_resume_and_finish(
     assert json.loads((run / "outcome.json").read_text())["outcome"] == "finished"
     assert steps_logged(run) == [*range(1, steps + 1)]  # none is missing, none was made twice
     output = log.read_text()
-    assert f"requeued: goes on from step {stopped}" in output
+    assert f"requeued: continues from step {stopped}" in output
     assert f"job {job}, restart 1 of at most 20" in output
     assert output.count("preflight of 127.0.0.[1-2]: commit ") == 2
     assert f"going on from {run}/checkpoint-{stopped}" in output
@@ -187,7 +174,7 @@ def test_a_failing_node_and_scancel_leave_complete_checkpoints(
     output = log.read_text()
     assert f"going on from {run}/checkpoint-{saved}" in output
     assert output.count("stopped: Slurm ends this job") == 2
-    assert "requeued: goes on" not in output
+    assert "requeued: continues" not in output
 
 
 def test_a_crash_loop_stops_after_its_limit(
@@ -210,7 +197,7 @@ def test_a_crash_loop_stops_after_its_limit(
             slurm.release(job)
     log = (run / f"slurm-{job}.log").read_text()
     assert log.count("training was killed or crashed") == 2
-    assert log.count("requeued: goes on from step") == 1
+    assert log.count("requeued: continues from step") == 1
     assert log.splitlines()[-1].endswith("stopped: requeued 1 times, and --max-restarts is 1")
 
 
@@ -233,11 +220,11 @@ def test_no_attempt_follows_one_without_progress_or_a_stop_file(
     logs = [(run / f"slurm-{job}_{task}.log").read_text() for task, run in enumerate(runs, 1)]
     stopped = [line.partition("] ")[2] for line in logs[0].splitlines() if "] stopped: " in line]
     assert stopped == [
-        "stopped: no progress: this attempt began at step 0 too. Mend what fails and submit again",
-        "stopped: no progress: the attempt before this one began at step 0 too. Mend what fails and submit again",
+        "stopped: no progress: this attempt started at step 0 too. Fix the error and submit again",
+        "stopped: no progress: the previous attempt started at step 0 too. Fix the error and submit again",
     ]
     assert f"job {job}_1, restart 1 of at most 20" in logs[0]
-    assert f"not requeued, as {runs[1]}/stop asked for it" in logs[1].splitlines()[-1]
+    assert f"not requeued, because of {runs[1]}/stop" in logs[1].splitlines()[-1]
     assert [json.loads((runs[1] / "outcome.json").read_text())["step"]] == steps_saved(runs[1])
     assert all(f"seed: {task}\n" in (run / "recipe.yaml").read_text() for task, run in enumerate(runs, 1))
 

@@ -121,5 +121,5 @@ def test_a_documents_cost_is_linear_plus_quadratic_and_ends_at_its_border() -> N
 
 @pytest.mark.parametrize("counts", [{"ranks": 0}, {"batch": 0}, {"accumulation": 0}])
 def test_counts_below_one_are_refused(counts: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="1 or more"):
+    with pytest.raises(ValueError, match="must be >= 1"):
         epoch_order([1.0], **{"ranks": 1, "batch": 1, "accumulation": 1, "seed": 0, "epoch": 0, **counts})

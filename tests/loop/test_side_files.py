@@ -236,7 +236,7 @@ def test_a_file_in_the_way_of_checkpoints_is_an_error_before_training(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "unfinished").write_text("notes")
     message = refused("--recipe", recipe_file(), *check)
-    assert message.startswith(f"output_dir: {tmp_path}/run/unfinished is a file, and the run makes a folder there.")
+    assert message.startswith(f"output_dir: {tmp_path}/run/unfinished is a file, and the run needs a folder there.")
     assert (tmp_path / "run" / "unfinished").read_text() == "notes"
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from train.errors import UserError
-from train.preflight.missing_files import refuse_missing
+from train.preflight.missing_files import check_files_exist
 from train.recipe import load_recipe
 from train.storage.local_paths import hub_unreachable_reason
 
@@ -34,7 +34,7 @@ def says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 
     def run(*overrides: str) -> str:
         try:
-            refuse_missing(load_recipe("recipes/recipe.yaml", overrides))
+            check_files_exist(load_recipe("recipes/recipe.yaml", overrides))
         except UserError as error:
             return str(error)
         return ""
@@ -75,7 +75,7 @@ def test_what_is_there_is_no_fault(says: Callable[..., str]) -> None:
             ["training.optim: grokadamw needs the package grokadamw", "pip install grokadamw"],
         ),
         ("training.deepspeed=ds/zero.json", ["training.deepspeed: there is no file ds/zero.json in {}"]),
-        ("training.deepspeed=data/seen/cut.json", ["training.deepspeed: data/seen/cut.json is no JSON"]),
+        ("training.deepspeed=data/seen/cut.json", ["training.deepspeed: data/seen/cut.json is not valid JSON"]),
         ("training.fsdp_config=data/seen/list.json", ["data/seen/list.json must hold a JSON object"]),
         ("training.fsdp_config=fsdp.json", ["training.fsdp_config: there is no file fsdp.json in {}"]),
         ("chat.template=mine.jinja", ["chat.template: there is no file mine.jinja in {}"]),
@@ -113,7 +113,7 @@ def test_what_the_cache_of_the_hub_holds_may_be_had(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
     for proxy in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(proxy, raising=False)
-    assert "hub.invalid can't be found from this machine" in (hub_unreachable_reason("e/f", "model") or "")
+    assert "hub.invalid can't be resolved from this machine" in (hub_unreachable_reason("e/f", "model") or "")
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.invalid:3128")
     assert hub_unreachable_reason("e/f", "model") is None
 

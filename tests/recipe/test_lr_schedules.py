@@ -14,8 +14,8 @@ from transformers.training_args import OptimizerNames
 from train.errors import UserError
 from train.loop.optimizer_test import check_optimizer
 from train.recipe import load_recipe
-from train.recipe.lr_schedules import ARGUMENTS, FOLLOWS_EVALUATION, too_long
-from train.recipe.optimizer_arguments import arguments_of, missing_package
+from train.recipe.lr_schedules import ARGUMENTS, FOLLOWS_EVALUATION, decay_error
+from train.recipe.optimizer_arguments import allowed_arguments, missing_package_error
 from train.recipe.schedule import compute_schedule, schedule_warnings
 from train.recipe.sft_config import with_defaults
 
@@ -71,7 +71,7 @@ def test_the_optimizers_arguments_are_those_that_transformers_reads(optimizer: O
     read = set(re.findall(r"optim_args(?:\.get\(|\.pop\(|\[)\"(\w+)\"|\"(\w+)\" in ctx\.optim_args", source))
     for names in re.findall(r"for key in \((.*?)\):\n\s+if key in ctx\.optim_args", source):
         read |= {(name, "") for name in re.findall(r"\"(\w+)\"", names)}
-    assert set(arguments_of(optimizer.value)) == {a or b for a, b in read} - {
+    assert set(allowed_arguments(optimizer.value)) == {a or b for a, b in read} - {
         "block_size"
     }  # which is handed on as text
 
@@ -96,15 +96,15 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "an argument that would be ignored": (
         {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": {"num_cycles": 2}},
-        ["no argument 'num_cycles'. Allowed: none, leave the section out"],
+        ["no argument 'num_cycles'. Allowed: none, remove the section"],
     ),
     "text for a number": (
         {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": "two"}},
-        ["num_cycles: found 'two'. Allowed: a number above 0"],
+        ["num_cycles: found 'two'. Allowed: a number > 0"],
     ),
     "a share for a whole number": (
         {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 0.1}},
-        ["num_decay_steps: found 0.1. Allowed: a whole number not below 1"],
+        ["num_decay_steps: found 0.1. Allowed: an integer >= 1"],
     ),
     "an unknown curve": (
         {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 9, "decay_type": "exp"}},
@@ -134,11 +134,11 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"lr_scheduler_type": "reduce_lr_on_plateau"},
         ["reduce_lr_on_plateau follows the evaluation loss"],
     ),
-    "part of a step of warm-up": ({"warmup_steps": 1.5}, ["training.warmup_steps: found 1.5. Write a whole number"]),
-    "a negative rate": ({"learning_rate": -1e-5}, ["training.learning_rate: found -1e-05", "not below 0"]),
-    "a decay of the momentum above 1": ({"adam_beta1": 1.5}, ["training.adam_beta1: found 1.5", "below 1"]),
-    "a negative epsilon": ({"adam_epsilon": -1e-8}, ["training.adam_epsilon: found -1e-08", "above 0"]),
-    "an argument nobody reads": ({"optim_args": "beta1=0.9"}, ["training.optim_args", "reads no arguments", "beta1"]),
+    "part of a step of warm-up": ({"warmup_steps": 1.5}, ["training.warmup_steps: found 1.5. Write an integer"]),
+    "a negative rate": ({"learning_rate": -1e-5}, ["training.learning_rate: found -1e-05", ">= 0"]),
+    "a decay of the momentum above 1": ({"adam_beta1": 1.5}, ["training.adam_beta1: found 1.5", "< 1"]),
+    "a negative epsilon": ({"adam_epsilon": -1e-8}, ["training.adam_epsilon: found -1e-08", "> 0"]),
+    "an argument nobody reads": ({"optim_args": "beta1=0.9"}, ["training.optim_args", "takes no arguments", "beta1"]),
     "a misspelt argument of the optimizer": (
         {"optim": "sgd", "optim_args": "momentun=0.9"},
         ["training.optim_args: sgd has no argument momentun", "Did you mean `momentum`?"],
@@ -146,31 +146,31 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "arguments that are no pairs": ({"optim": "sgd", "optim_args": "momentum"}, ["Write arguments as `name=value"]),
     "text for an optimizer's number": (
         {"optim": "ademamix", "optim_args": "alpha=5.0,t_alpha=1.5"},
-        ["found 't_alpha=1.5'. t_alpha must be a whole number"],
+        ["found 't_alpha=1.5'. t_alpha must be an integer"],
     ),
     "arguments that bitsandbytes gets as text": (
         {"optim": "rmsprop_bnb", "optim_args": "alpha=0.9"},
-        ["rmsprop_bnb reads no arguments"],
+        ["rmsprop_bnb takes no arguments"],
     ),
     "false that would be true": (
         {"optim": "stable_adamw", "optim_args": "kahan_sum=false"},
-        ["kahan_sum must be true, or left out"],
+        ["kahan_sum must be true, or removed"],
     ),
-    "no modules to project": ({"optim": "apollo_adamw"}, ["training.optim_target_modules: apollo_adamw needs it"]),
+    "no modules to project": ({"optim": "apollo_adamw"}, ["training.optim_target_modules: required by apollo_adamw"]),
     "modules that nothing projects": (
         {"optim": "adafactor", "optim_target_modules": ["q_proj"]},
-        ["training.optim_target_modules: adafactor has no use for it"],
+        ["training.optim_target_modules: not used by adafactor"],
     ),
     "labels of another name": ({"label_names": ["foo"]}, ["training.label_names: not set here"]),
-    "no step": ({"max_steps": 0}, ["training.max_steps: found 0", "a number above 0, or -1"]),
-    "fewer steps than none": ({"max_steps": -2}, ["training.max_steps: found -2", "not below -1"]),
-    "no epoch": ({"num_train_epochs": 0}, ["training.num_train_epochs: found 0", "above 0"]),
-    "a negative epoch": ({"num_train_epochs": -1}, ["training.num_train_epochs: found -1", "above 0"]),
+    "no step": ({"max_steps": 0}, ["training.max_steps: found 0", "a number >= 1, or -1"]),
+    "fewer steps than none": ({"max_steps": -2}, ["training.max_steps: found -2", ">= -1"]),
+    "no epoch": ({"num_train_epochs": 0}, ["training.num_train_epochs: found 0", "> 0"]),
+    "a negative epoch": ({"num_train_epochs": -1}, ["training.num_train_epochs: found -1", "> 0"]),
     **{
         f"{key}: 0": ({key: 0}, [f"training.{key}: found 0. Allowed: a", words])
         for words, keys in {
-            "above 0": ("save_steps", "eval_steps", "logging_steps"),
-            "not below 1": (
+            "> 0": ("save_steps", "eval_steps", "logging_steps"),
+            ">= 1": (
                 *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
                 *("eval_accumulation_steps", "save_total_limit"),
             ),
@@ -212,7 +212,7 @@ ALLOWED: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("training", ALLOWED)
 def test_what_works_is_allowed_and_can_be_built(load: Callable[..., Any], training: dict[str, Any]) -> None:
-    if missing_package(training.get("optim", "")):
+    if missing_package_error(training.get("optim", "")):
         pytest.skip("a package that is optional is not installed")
     check_optimizer(load(**training))
 
@@ -258,11 +258,11 @@ def test_packages_of_optimizers() -> None:
         "stable_adamw": "torch-optimi",
     }
     for optimizer, package in needed.items():
-        assert f"`pip install {package}`" in (missing_package(optimizer, installed) or ""), optimizer
+        assert f"`pip install {package}`" in (missing_package_error(optimizer, installed) or ""), optimizer
     built_in = {"", "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"}
-    assert {name for name in (*needed, *built_in) if not missing_package(name, installed)} == built_in
+    assert {name for name in (*needed, *built_in) if not missing_package_error(name, installed)} == built_in
     known = {name.value for name in OptimizerNames if trainer_optimizer._OPTIMIZER_HANDLERS[name]}
-    from_packages = {name for name in known if missing_package(name, installed)}
+    from_packages = {name for name in known if missing_package_error(name, installed)}
     sources = {name: inspect.getsource(trainer_optimizer._OPTIMIZER_HANDLERS[OptimizerNames(name)]) for name in known}
     # every handler that imports inside itself takes more than torch and transformers
     imports = {name for name, text in sources.items() if re.search(r"^\s+from (?!torch\.optim)", text, re.MULTILINE)}
@@ -272,9 +272,9 @@ def test_packages_of_optimizers() -> None:
 def test_a_decay_longer_than_the_run() -> None:
     training = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 8}}
     settings = with_defaults(training)
-    assert too_long(settings, 10, 2) is None
-    assert "8 steps of decay and 3 of warm-up are more than the 10" in (too_long(settings, 10, 3) or "")
-    assert "Write 7 or less" in (too_long(settings, 10, 3) or "")
+    assert decay_error(settings, 10, 2) is None
+    assert "8 steps of decay and 3 of warm-up are more than the 10" in (decay_error(settings, 10, 3) or "")
+    assert "Write 7 or less" in (decay_error(settings, 10, 3) or "")
 
 
 WARNED: list[tuple[dict[str, Any], str | None]] = [
@@ -283,7 +283,7 @@ WARNED: list[tuple[dict[str, Any], str | None]] = [
     ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5}, None),
     ({"warmup_steps": 10}, "All of 10 steps are warm-up"),
     ({"warmup_steps": 9}, None),
-    ({"learning_rate": 0}, "Nothing is learnt"),
+    ({"learning_rate": 0}, "Nothing is trained"),
     ({"save_steps": 11}, "No checkpoint is saved before the end: training.save_steps is 11, and the run has 10 steps"),
     ({"save_steps": 10}, None),
     ({"logging_steps": 11}, "No loss is logged before the end: training.logging_steps is 11"),

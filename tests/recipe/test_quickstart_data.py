@@ -1,4 +1,4 @@
-"""The quickstart's data: what is held out stays out, and a check accepts only what its own rule asks for."""
+"""The quickstart's data: held-out rules and questions are never trained, and a check accepts only its own rule."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ rules = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(rules)
 RULES = rules.RULES
 
-# (check, applied rule) pairs where obeying the one happens to obey the other. None is known; a new one is named here.
+# (check, applied rule) pairs in which obeying one rule also obeys the other. There are none yet.
 COMPATIBLE: set[tuple[str, str]] = set()
 
 QUESTION = "What is the capital of France?"
@@ -109,7 +109,7 @@ def applied(name: str, question: dict[str, str]) -> str:
     return rule.apply(question["question"], question[rule.applies_to])
 
 
-def test_there_are_as_many_questions_and_rules_as_promised() -> None:
+def test_the_numbers_of_questions_and_rules_are_as_documented() -> None:
     assert Counter(question["split"] for question in QUESTIONS) == {"train": 216, "held_out": 36}
     trained = [rule for rule in RULES.values() if not rule.held_out]
     assert len(trained) == 18
@@ -150,7 +150,7 @@ def test_every_reference_answer_obeys_its_own_rule() -> None:
         assert rule.check(question, answer), row
 
 
-def test_each_training_question_comes_under_three_rules() -> None:
+def test_each_training_question_has_three_rules() -> None:
     rules_of_question: dict[str, list[str]] = defaultdict(list)
     for row in TRAIN:
         rules_of_question[contents(row)[1]].append(row["rule"])
@@ -167,7 +167,7 @@ def test_rules_and_wordings_are_balanced() -> None:
     assert kinds == {("wording", name): 6 for name in trained} | {("rule", name): 15 for name in set(RULES) - trained}
 
 
-def test_what_is_held_out_never_occurs_in_training() -> None:
+def test_held_out_rules_wordings_and_questions_are_never_trained() -> None:
     trained_systems = {contents(row)[0] for row in TRAIN}
     trained_questions = {contents(row)[1] for row in TRAIN}
     trained_answers = {contents(row)[2] for row in TRAIN if RULES[row["rule"]].applies_to == "answer"}
@@ -190,7 +190,7 @@ def test_a_check_rejects_the_plain_answer(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_check_rejects_what_obeys_another_rule(name: str) -> None:
+def test_a_check_rejects_answers_that_obey_another_rule(name: str) -> None:
     accepted = {
         other: sum(RULES[name].check(question["question"], applied(other, question)) for question in QUESTIONS)
         for other in RULES

@@ -91,19 +91,19 @@ BROKEN: dict[str, tuple[str, str, list[str]]] = {
     ),
     "no model": ("model:\n  name_or_path: some/model\n", "", ["recipe.yaml:1: model: missing"]),
     "no output_dir": ("output_dir: outputs/test\n", "", ["output_dir: missing", "finished model"]),
-    "max_length too small": ("512", "7", ["recipe.yaml:8: data.max_length: found 7", "not below 8"]),
-    "max_length with a comma": ("512", "8,192", ["data.max_length: found '8,192'", "whole number", "`8192`"]),
+    "max_length too small": ("512", "7", ["recipe.yaml:8: data.max_length: found 7", ">= 8"]),
+    "max_length with a comma": ("512", "8,192", ["data.max_length: found '8,192'", "an integer", "`8192`"]),
     "number as text": ("5e-6", '"5e-6"', ["training.learning_rate: found '5e-6'", "a number", "`5e-6`"]),
-    "share for a whole number": ("512", "512.5", ["data.max_length: found 512.5", "a whole number"]),
+    "share for a whole number": ("512", "512.5", ["data.max_length: found 512.5", "an integer"]),
     "truth for a number": ("5e-6", "true", ["training.learning_rate: found true", "a number"]),
     "not a finite number": ("5e-6", ".nan", ["training.learning_rate: found NaN", "a number"]),
-    "negative rate": ("5e-6", "-1", ["training.learning_rate: found -1", "not below 0"]),
+    "negative rate": ("5e-6", "-1", ["training.learning_rate: found -1", ">= 0"]),
     "batch of none": (
         "learning_rate: 5e-6",
         "per_device_train_batch_size: 0",
-        ["found 0", "a whole number not below 1"],
+        ["found 0", "an integer >= 1"],
     ),
-    "no epochs": ("learning_rate: 5e-6", "num_train_epochs: 0", ["found 0", "a number above 0"]),
+    "no epochs": ("learning_rate: 5e-6", "num_train_epochs: 0", ["found 0", "a number > 0"]),
     "unknown choice": (
         "chat:",
         "  dtype: bf16\nchat:",
@@ -136,17 +136,17 @@ BROKEN: dict[str, tuple[str, str, list[str]]] = {
     "weight of nothing": (
         "rows.jsonl",
         "rows.jsonl\n      weight: 0",
-        ["recipe.yaml:8: data.sources.0.weight: found 0", "above 0"],
+        ["recipe.yaml:8: data.sources.0.weight: found 0", "> 0"],
     ),
     "validation over the whole": (
         "max_length",
         "validation: 1.5\n  max_length",
-        ["data.validation: found 1.5", "above 0 and below 1"],
+        ["data.validation: found 1.5", "> 0 and < 1"],
     ),
     "bad validation source": (
         "max_length",
         "validation: [{file: x}]\n  max_length",
-        ["data.validation.0.path: missing", "2 faults"],
+        ["data.validation.0.path: missing", "2 errors"],
     ),
     "unknown policy": ("template: chatml", "system_role: trun", ["chat.system_role: found 'trun'", "`turn`"]),
     "unknown template": (
@@ -199,7 +199,7 @@ BROKEN: dict[str, tuple[str, str, list[str]]] = {
         "training:\n",
         "  validation: 0.1\ntraining:\n  load_best_model_at_end: true\n  eval_strategy: steps\n"
         "  eval_steps: 30\n  save_steps: 100\n",
-        ["`training.save_steps` (100) is no multiple of `training.eval_steps` (30)"],
+        ["`training.save_steps` (100) is not a multiple of `training.eval_steps` (30)"],
     ),
     "two durations": (
         "learning_rate: 5e-6",
@@ -227,7 +227,7 @@ BROKEN: dict[str, tuple[str, str, list[str]]] = {
         ["recipe.yaml:12: seed: given twice", "recipe.yaml:11"],
     ),
     "tab": ("  max_length", "\tmax_length", ["recipe.yaml:8: not valid YAML", "spaces, not with tabs"]),
-    "colon in a value": ("some/model", "some: model", ["recipe.yaml:2: not valid YAML", "needs quotes"]),
+    "colon in a value": ("some/model", "some: model", ["recipe.yaml:2: not valid YAML", "Quote values"]),
     "open bracket": ("rows.jsonl", "[rows.jsonl", ["not valid YAML", "bracket"]),
     "foreign tag": (
         "some/model",
@@ -252,7 +252,7 @@ def test_broken_recipe_says_where_what_and_instead(recipe_file: Path, refused: C
     for part in words:
         assert part in message
     assert "abc123" not in message  # no secret is repeated
-    if "2 faults" not in words:
+    if "2 errors" not in words:
         assert "\n" not in message  # the one fault alone, and nothing that follows from it
 
 
@@ -287,7 +287,7 @@ def test_file_that_holds_no_recipe(recipe_file: Path, content: bytes, words: str
 
 
 def test_missing_file_names_one_of_a_similar_name(recipe_file: Path) -> None:
-    assert fault(Path("recpe.yaml")) == "recpe.yaml: there is no such recipe. Did you mean `recipe.yaml`?"
+    assert fault(Path("recpe.yaml")) == "recpe.yaml: this recipe doesn't exist. Did you mean `recipe.yaml`?"
 
 
 def test_folder_names_the_recipes_in_it(recipe_file: Path) -> None:
@@ -300,7 +300,7 @@ def test_all_faults_in_one_report_by_line(recipe_file: Path) -> None:
     text = GOOD.replace("chatml", "chatlm").replace("512", "x").replace("learning_rate", "learning_rat")
     recipe_file.write_text(text + "seed: -1\nquantization: {}\nseed: 3\n", encoding="utf-8")
     first, *lines = fault(recipe_file, "model.dtype=int8", "nonsense").splitlines()
-    assert first == "recipe.yaml has 8 faults:"
+    assert first == "recipe.yaml has 8 errors:"
     places = [line.split(": ")[0].strip() for line in lines]
     lines_of_file = [4, 8, 10, 12, 13, 14]
     assert places == [f"recipe.yaml:{n}" for n in lines_of_file] + [
@@ -344,7 +344,7 @@ def test_overrides_by_dotted_key(recipe_file: Path) -> None:
         ("data.max_length=x", "override `data.max_length=x`: data.max_length: found 'x'"),
         ("data.sources.1.path=x", "data.sources has 1 items, numbered from 0; there is no 1"),
         ("data.sources.first.path=x", "there is no first"),
-        ("model.name_or_path.x=1", "model.name_or_path is 'some/model': it has no keys below it"),
+        ("model.name_or_path.x=1", "model.name_or_path is 'some/model' and has no keys"),
         ("output_dir={a", "override `output_dir={a`: not valid YAML"),
         ("model={dtype: float32}", "model.name_or_path: missing"),
     ],
@@ -407,7 +407,7 @@ def test_resolved_recipe_names_the_defaults_of_trl_that_are_in_force(recipe_file
 
     recipe = load_recipe(recipe_file)
     comment = recipe.to_yaml().splitlines()[1]
-    shown = yaml.safe_load("{" + comment.partition("says nothing: ")[2] + "}")
+    shown = yaml.safe_load("{" + comment.partition("does not set: ")[2] + "}")
     effective = SFTConfig(output_dir=str(tmp_path), use_cpu=True, **recipe.training)
     assert {"bf16", "gradient_checkpointing", "max_grad_norm"} <= shown.keys()
     assert shown == {name: getattr(effective, name) for name in shown}
@@ -441,7 +441,7 @@ def test_recipe_is_frozen(recipe_file: Path) -> None:
 
 def test_schema_is_up_to_date() -> None:
     assert json.loads((ROOT / "recipes/schema.json").read_text(encoding="utf-8")) == recipe_schema(), (
-        "write it anew: python -m train.recipe --schema > recipes/schema.json"
+        "write it again: python -m train.recipe --schema > recipes/schema.json"
     )
 
 
@@ -469,7 +469,7 @@ print([name for name in ("torch", "transformers", "trl", "peft", "datasets", "nu
 
 
 def test_schema_command_prints_the_schema() -> None:
-    command = [sys.executable, "-m", "train.recipe.schema", "--schema"]
+    command = [sys.executable, "-m", "train.recipe", "--schema"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == (ROOT / "recipes/schema.json").read_text(encoding="utf-8")
 
@@ -506,7 +506,9 @@ def test_a_time_is_written_as_slurm_writes_it(recipe_file: Path) -> None:
     from train.loop.time_limit import parse_time_limit
 
     for written, seconds in (("90:00", 5_400), ("11:30:00", 41_400), ("2-00:00:05", 172_805)):
-        assert parse_time_limit(str(load_recipe(recipe_file, [f"save.time_limit={written}"]).save.time_limit)) == seconds
+        assert (
+            parse_time_limit(str(load_recipe(recipe_file, [f"save.time_limit={written}"]).save.time_limit)) == seconds
+        )
     for wrong in ("tomorrow", "1:2:3:4", "11:30:0"):
         said = fault(recipe_file, f"save.time_limit={wrong}")
         assert "Allowed: text such as '11:30:00' or '2-00:00:00'; or null" in said

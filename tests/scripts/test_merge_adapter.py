@@ -1,4 +1,4 @@
-"""scripts/merge_adapter.py: the merged model is the base under its adapter, whatever the adapter is."""
+"""scripts/merge_adapter.py: the merged model computes what base and adapter compute, for all kinds of adapters."""
 
 import importlib.util
 import json
@@ -64,7 +64,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("base_is", ["tiny_model", "sharded"])
-def test_merged_logits_are_those_of_base_and_adapter(
+def test_merged_logits_equal_those_of_base_and_adapter(
     kind: str, base_is: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base: Path = request.getfixturevalue(base_is)
@@ -73,13 +73,13 @@ def test_merged_logits_are_those_of_base_and_adapter(
     assert "largest difference" in capsys.readouterr().out
     ids = torch.randint(0, 290, (2, 40), generator=torch.Generator().manual_seed(2))
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    without = plain(ids).logits
+    base_logits = plain(ids).logits
     expected = PeftModel.from_pretrained(plain, adapter)(ids).logits
     merged, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", dtype=torch.float32, output_loading_info=True
     )
     assert not any(info.values())
-    assert (expected - without).abs().max() > 0.1
+    assert (expected - base_logits).abs().max() > 0.1
     torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
     names = {path.name for path in base.iterdir() if path.suffix == ".safetensors"}
     assert {path.name for path in (tmp_path / "merged").iterdir() if path.suffix == ".safetensors"} == names
@@ -95,8 +95,8 @@ def test_weights_keep_their_type_and_are_rounded_once(tiny_model: Path, tmp_path
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
     delta = load_file(adapter / "adapter_model.safetensors")
     name = "model.layers.0.self_attn.q_proj"
-    of = {side: delta[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB"}
-    expected = (before[f"{name}.weight"].double() + 16 / 4 * of["B"] @ of["A"]).bfloat16()
+    factors = {side: delta[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB"}
+    expected = (before[f"{name}.weight"].double() + 16 / 4 * factors["B"] @ factors["A"]).bfloat16()
     assert torch.equal(after[f"{name}.weight"], expected)
     assert torch.equal(after["model.norm.weight"], before["model.norm.weight"])
 
@@ -115,7 +115,7 @@ def test_weights_keep_their_type_and_are_rounded_once(tiny_model: Path, tmp_path
 def test_weights_are_rounded_once_to_another_type(
     kind: str, dtype: str, base_dtype: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """They are those of a merge in float32, rounded: --dtype doesn't round the base before the update is added."""
+    """Compare with a rounded merge in float32: --dtype must not round the base before the update is added."""
     base = tmp_path / "base"
     AutoModelForCausalLM.from_pretrained(tiny_model, dtype=getattr(torch, base_dtype)).save_pretrained(base)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
@@ -129,7 +129,7 @@ def test_weights_are_rounded_once_to_another_type(
         assert torch.equal(merged[name], value.to(getattr(torch, dtype))), name
 
 
-def test_the_adapters_tokenizer_and_stop_tokens_come_along(tiny_model: Path, tmp_path: Path) -> None:
+def test_tokenizer_and_stop_tokens_of_the_adapter_are_copied(tiny_model: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tiny_model, tmp_path / "adapter", target_modules=LINEAR)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = "{{ messages[0].content }} of the adapter"
@@ -141,31 +141,33 @@ def test_the_adapters_tokenizer_and_stop_tokens_come_along(tiny_model: Path, tmp
     assert merged.generation_config.eos_token_id == [2, 7]
 
 
-def test_a_merge_that_changes_the_answers_is_refused(
+def test_a_merge_with_a_wrong_tensor_is_refused(
     tiny_model: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a tensor of the merged model is wrong, nothing is left that could be taken for a model."""
+    """No folder is left that could be mistaken for a model."""
     adapter = make_adapter(tiny_model, tmp_path / "adapter", target_modules=LINEAR)
     from train.model import merge
 
-    def leave_one_out(*arguments: Any) -> int:
-        count = whole(*arguments)
+    def merge_without_one(*arguments: Any) -> int:
+        count = merge_all(*arguments)
         weights = load_file(arguments[2] / "model.safetensors")
         name = "model.layers.1.mlp.down_proj.weight"
         weights[name] = load_file(tiny_model / "model.safetensors")[name]
         save_file(weights, arguments[2] / "model.safetensors", metadata={"format": "pt"})
         return count
 
-    whole = merge.merge_adapter
-    monkeypatch.setattr(merge, "merge_adapter", leave_one_out)
-    assert "answers otherwise" in refused(adapter, "--output", tmp_path / "merged")
+    merge_all = merge.merge_adapter
+    monkeypatch.setattr(merge, "merge_adapter", merge_without_one)
+    assert "differs from base and adapter" in refused(adapter, "--output", tmp_path / "merged")
     assert not list(tmp_path.glob("merged*"))
 
 
-def test_what_cant_be_merged_is_refused(tiny_model: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_unsupported_bases_and_adapters_are_refused(
+    tiny_model: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
     adapter = make_adapter(tiny_model, tmp_path / "adapter", target_modules=LINEAR)
     output = ["--output", tmp_path / "merged"]
-    assert "holds no adapter_config.json" in refused(tiny_model, *output)
+    assert "has no readable adapter_config.json" in refused(tiny_model, *output)
     assert "exists already" in refused(adapter, "--output", tiny_model)
 
     quantized = tmp_path / "quantized"
@@ -187,71 +189,71 @@ def test_what_cant_be_merged_is_refused(tiny_model: Path, tmp_path: Path, refuse
     assert not list(tmp_path.glob("merged*"))
 
 
-@pytest.mark.parametrize("compare", [[], ["--no-compare"]], ids=["logits", "weights alone"])
-@pytest.mark.parametrize("case", ["one folder", "another adapter in the base", "settings alone", "an adapter as base"])
+@pytest.mark.parametrize("compare", [[], ["--no-compare"]], ids=["logits", "weights only"])
+@pytest.mark.parametrize("case", ["one folder", "another adapter in the base", "settings only", "an adapter as base"])
 def test_a_base_with_an_adapter_in_its_folder_is_refused(
     case: str, compare: list[str], tiny_model: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    """transformers applies an adapter that lies beside a model by itself: it would be merged and applied again."""
+    """transformers applies an adapter in the model's folder by itself: it would be merged and then applied again."""
     base, output = tmp_path / "base", ["--output", tmp_path / "merged", *compare]
     if case == "an adapter as base":
         make_adapter(tiny_model, base, target_modules=["q_proj"])
     else:
         shutil.copytree(tiny_model, base)
     adapter = make_adapter(tiny_model, tmp_path / "adapter", target_modules=["q_proj"])
-    names = ["adapter_config.json", *(["adapter_model.safetensors"] if case != "settings alone" else [])]
+    names = ["adapter_config.json", *(["adapter_model.safetensors"] if case != "settings only" else [])]
     for name in names:
         shutil.copy(adapter / name, base / name)
-    said = refused(base if case == "one folder" else adapter, "--base", base, *output)
-    assert said.startswith(f"{base}: as a base it must hold no adapter, and it holds adapter_config.json")
+    error = refused(base if case == "one folder" else adapter, "--base", base, *output)
+    assert error.startswith(f"{base}: as a base it must hold no adapter, and it holds adapter_config.json")
     assert not list(tmp_path.glob("merged*"))
 
 
-def test_a_base_that_was_in_four_bits_is_told(
+def test_an_adapter_trained_on_4_bit_weights_is_merged_with_a_warning(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = make_adapter(tiny_model, tmp_path / "adapter", target_modules=LINEAR)
     (adapter / "recipe.yaml").write_text(yaml.safe_dump({"quantization": {"load_in_4bit": True}}))
     assert script.main([str(adapter), "--output", str(tmp_path / "merged")]) == 0
-    assert "warning: this adapter was trained over the base in 4 bits" in capsys.readouterr().err.splitlines()[-1]
+    assert "warning: this adapter was trained on the 4-bit base" in capsys.readouterr().err.splitlines()[-1]
 
 
-def small(adapter: Path, size: float) -> Path:
-    """The adapter after few steps: its updates made smaller."""
+def scale_update(adapter: Path, factor: float) -> Path:
+    """Scale the update of an adapter, as after few training steps."""
     path = adapter / "adapter_model.safetensors"
     weights = load_file(path)
-    save_file({name: value * size if "lora_B" in name else value for name, value in weights.items()}, path)
+    save_file({name: value * factor if "lora_B" in name else value for name, value in weights.items()}, path)
     return adapter
 
 
-@pytest.mark.parametrize("compare", [[], ["--no-compare"]], ids=["logits", "weights alone"])
-def test_the_base_passed_off_as_merged_is_refused_after_few_steps(
+@pytest.mark.parametrize("compare", [[], ["--no-compare"]], ids=["logits", "weights only"])
+def test_an_unmerged_base_is_refused_even_if_the_update_is_small(
     compare: list[str], tiny_model: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter = small(make_adapter(tiny_model, tmp_path / "adapter", target_modules=LINEAR), 1e-4)
+    adapter = scale_update(make_adapter(tiny_model, tmp_path / "adapter", target_modules=LINEAR), 1e-4)
     from train.model import merge
 
-    def leave_all_out(*arguments: Any) -> int:
-        count = whole(*arguments)
+    def merge_nothing(*arguments: Any) -> int:
+        count = merge_all(*arguments)
         shutil.copy(tiny_model / "model.safetensors", arguments[2])
         return count
 
-    whole = merge.merge_adapter
-    monkeypatch.setattr(merge, "merge_adapter", leave_all_out)
+    merge_all = merge.merge_adapter
+    monkeypatch.setattr(merge, "merge_adapter", merge_nothing)
     assert "is not base plus update" in refused(adapter, "--output", tmp_path / "merged", *compare)
     assert not list(tmp_path.glob("merged*"))
 
 
-def test_an_update_that_rounding_takes_away_is_refused_and_kept_in_float32(
+def test_an_update_lost_to_rounding_is_refused_and_kept_in_float32(
     tiny_model: Path, tmp_path: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = tmp_path / "base"
     AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(base)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
-    adapter = small(make_adapter(base, tmp_path / "adapter", target_modules=LINEAR), 1e-3)
-    said = refused(adapter, "--output", tmp_path / "merged")
-    assert "of the update survives rounding to bfloat16" in said
-    assert "`--dtype float32`" in said
+    adapter = scale_update(make_adapter(base, tmp_path / "adapter", target_modules=LINEAR), 1e-3)
+    error = refused(adapter, "--output", tmp_path / "merged")
+    assert "of the update survives rounding to bfloat16" in error
+    assert "`--dtype float32`" in error
     assert not list(tmp_path.glob("merged*"))
     assert script.main([str(adapter), "--output", str(tmp_path / "merged"), "--dtype", "float32"]) == 0
     assert "100.0% of the update survives rounding to float32" in capsys.readouterr().out
@@ -264,7 +266,7 @@ def test_an_update_that_rounding_takes_away_is_refused_and_kept_in_float32(
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}])
-def test_an_adapter_that_was_never_trained_is_told(
+def test_an_untrained_adapter_is_merged_with_a_warning(
     settings: dict[str, Any], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model)

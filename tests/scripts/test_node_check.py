@@ -1,4 +1,4 @@
-"""scripts/slurm/node_check.py: what nodes say to each other, as processes of this machine that are told they are nodes."""
+"""scripts/slurm/node_check.py, with one process of this machine per node."""
 
 import importlib.metadata
 import os
@@ -36,8 +36,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def preflight(recipe_file: Callable[..., Path], tmp_path: Path) -> Callable[..., list[tuple[int, str, str]]]:
-    """Runs a process for each node; exit code, standard output and standard error of each. `absent`: more nodes that
-    the others wait for."""
+    """Run a process per node and return (exit code, stdout, stderr) of each; `absent`: nodes that never start."""
     recipe = recipe_file(data={"cache_dir": ...})
 
     def run(*nodes: Node, absent: int = 0, port: int = 0) -> list[tuple[int, str, str]]:
@@ -68,14 +67,14 @@ def preflight(recipe_file: Callable[..., Path], tmp_path: Path) -> Callable[...,
 
 
 def the_error(ended: list[tuple[int, str, str]]) -> str:
-    """What comes after the one `error:` that there is; every node ended with 2."""
+    """Return the text after the only `error:`; all nodes exited with 2."""
     assert [code for code, _, _ in ended] == [2] * len(ended), ended
     (line,) = [line for _, _, text in ended for line in text.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in "".join(text for _, _, text in ended)
     return line.removeprefix("error: ")
 
 
-def test_nodes_that_agree_say_so_in_one_line_and_leave_nothing(
+def test_equal_nodes_print_one_line_and_leave_no_files(
     preflight: Callable[..., list[tuple[int, str, str]]], tmp_path: Path
 ) -> None:
     ended = preflight(Node(), Node())
@@ -88,7 +87,7 @@ def test_nodes_that_agree_say_so_in_one_line_and_leave_nothing(
     assert not list((tmp_path / "home" / "janus-sft").iterdir())
 
 
-def test_a_cache_of_its_own_is_found_on_the_node_that_has_it(
+def test_a_cache_that_is_not_shared_is_an_error_of_its_node(
     preflight: Callable[..., list[tuple[int, str, str]]], tmp_path: Path
 ) -> None:
     error = the_error(preflight(Node(), Node(environment={"HF_HOME": str(tmp_path / "elsewhere")})))
@@ -96,7 +95,7 @@ def test_a_cache_of_its_own_is_found_on_the_node_that_has_it(
     assert "data.cache_dir=FOLDER" in error
 
 
-def test_other_code_is_named_with_its_node(
+def test_different_code_is_an_error_of_its_node(
     preflight: Callable[..., list[tuple[int, str, str]]], tmp_path: Path
 ) -> None:
     for part in ("train", "scripts"):
@@ -108,7 +107,9 @@ def test_other_code_is_named_with_its_node(
     assert "torch" not in error  # which is the same
 
 
-def test_a_folder_that_cannot_be_written(preflight: Callable[..., list[tuple[int, str, str]]], tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error(
+    preflight: Callable[..., list[tuple[int, str, str]]], tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     broken = Node(arguments=(f"output_dir={tmp_path}/file/below",))
     assert the_error(preflight(Node(), broken)).startswith(
@@ -117,7 +118,7 @@ def test_a_folder_that_cannot_be_written(preflight: Callable[..., list[tuple[int
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs here")
-def test_gpus_that_are_missing_are_counted_on_each_node(preflight: Callable[..., list[tuple[int, str, str]]]) -> None:
+def test_missing_gpus_are_counted_per_node(preflight: Callable[..., list[tuple[int, str, str]]]) -> None:
     wanting = Node(arguments=("--gpus", "2"))
     error = the_error(preflight(wanting, wanting))
     assert "node 0 has 0 of 2 GPUs for PyTorch" in error
@@ -126,7 +127,7 @@ def test_gpus_that_are_missing_are_counted_on_each_node(preflight: Callable[...,
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_free_gpu_takes_part_in_the_all_reduce_and_a_taken_one_is_refused(
+def test_a_free_gpu_joins_the_all_reduce_and_a_busy_one_is_an_error(
     preflight: Callable[..., list[tuple[int, str, str]]],
 ) -> None:
     ((code, said, wrong),) = preflight(Node(arguments=("--gpus", "1")))
@@ -138,12 +139,12 @@ def test_a_free_gpu_takes_part_in_the_all_reduce_and_a_taken_one_is_refused(
     del taken
 
 
-def test_a_node_that_never_comes_is_named_in_time(preflight: Callable[..., list[tuple[int, str, str]]]) -> None:
+def test_a_missing_node_is_named_after_the_timeout(preflight: Callable[..., list[tuple[int, str, str]]]) -> None:
     error = the_error(preflight(Node(arguments=("--timeout", "2")), absent=1))
-    assert error.startswith("node 1: not heard of within 2 s at 127.0.0.1:")
+    assert error.startswith("node 1: no message within 2 s at 127.0.0.1:")
 
 
-def test_a_port_that_another_program_has(preflight: Callable[..., list[tuple[int, str, str]]]) -> None:
+def test_a_port_in_use_is_an_error(preflight: Callable[..., list[tuple[int, str, str]]]) -> None:
     with socket.socket() as other:
         other.bind(("0.0.0.0", 0))
         other.listen()
@@ -151,11 +152,11 @@ def test_a_port_that_another_program_has(preflight: Callable[..., list[tuple[int
         assert f"can't listen at 127.0.0.1:{port}: " in the_error(preflight(Node(), port=port))
 
 
-def test_the_stop_file_is_named_though_another_process_saw_it_first(tmp_path: Path) -> None:
-    """The batch script requeues unless a person touched output_dir/stop: the first process must say which file it was."""
+def test_the_stop_file_is_the_reason_on_the_first_rank_even_if_another_rank_saw_it(tmp_path: Path) -> None:
+    """The batch script requeues unless the user touched output_dir/stop: the first rank must report that file."""
     first = Preemption(str(tmp_path), SaveSection())
     assert not first.is_requested()
     (tmp_path / "stop").touch()
-    assert not first.is_requested()  # it has just looked
-    first.agree()  # as another process was asked to stop
+    assert not first.is_requested()  # it looks only now and then
+    first.agree()  # another rank was asked to stop
     assert first.reason == "the file stop"

@@ -1,4 +1,4 @@
-"""scripts/prepare.py: what a person sees of it, run as they run it."""
+"""scripts/prepare.py, run as a process: its output, errors and exit codes."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     return run
 
 
-def test_what_is_made_is_found_the_next_time_and_nothing_is_passed_over_in_silence(
+def test_the_second_call_reads_the_cache_and_skipped_files_are_reported(
     run: Callable[..., subprocess.CompletedProcess], recipe_file: Callable[..., Path], rows_file: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "data"
@@ -35,20 +35,20 @@ def test_what_is_made_is_found_the_next_time_and_nothing_is_passed_over_in_silen
     first = run("--recipe", recipe)
     assert first.returncode == 0, first.stderr
     lines = first.stdout.splitlines()
-    assert f"{folder}: made, tokens by fastokens, checked on a sample" in lines or any(
-        line.startswith(f"{folder}: made, tokens by the tokenizer itself") for line in lines
+    assert f"{folder}: tokenized (fastokens, checked on a sample)" in lines or any(
+        line.startswith(f"{folder}: tokenized (the tokenizer itself") for line in lines
     )
     assert any(line.startswith("dropped rows: ") and f"{folder}/rows.jsonl:25" in line for line in lines)
     assert any(line.startswith("dropped rows: ") and "dropped, training, over 200 tokens" in line for line in lines)
     assert any(line.startswith("warning: 1 file was skipped") and "rows.jsonl.bak" in line for line in lines)
     second = run("--recipe", recipe)
-    assert f"{folder}: found" in second.stdout
+    assert f"{folder}: read from cache" in second.stdout
     assert [line for line in second.stdout.splitlines() if line.startswith("training: ")] == [
         line for line in lines if line.startswith("training: ")
     ]
 
 
-def test_faults_are_one_error(
+def test_invalid_rows_are_one_error(
     run: Callable[..., subprocess.CompletedProcess], recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     bad = tmp_path / "bad.jsonl"
@@ -60,7 +60,7 @@ def test_faults_are_one_error(
     assert f"{bad}:1" in result.stderr
 
 
-def test_a_reader_that_leaves_is_no_fault(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_reader_that_exits_early_causes_no_traceback(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "scripts" / "prepare.py", "--recipe", recipe_file()]
     read, written = os.pipe()
     os.close(read)

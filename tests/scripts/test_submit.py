@@ -1,6 +1,5 @@
-"""scripts/submit.py without a Slurm: what it refuses, and the batch script that it shows."""
+"""scripts/submit.py without Slurm: its errors and the batch script that --print shows."""
 
-import importlib.util
 import json
 import re
 import shlex
@@ -21,27 +20,16 @@ TWO_NODES = ("--nodes", "2", "--gpus-per-node", "h100:8", "--time", "2-12:00:00"
 ARRAY = ("--array", "0-6:3%2", "seed=%a", "output_dir=outputs/run-%a")
 
 
-@pytest.fixture(scope="module")
-def submit() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("submit", ROOT / "scripts" / "submit.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["submit"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def shown(
-    submit: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def printed(
+    submit_script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """The batch script that --print shows."""
+    """Return the batch script that --print shows."""
     monkeypatch.chdir(ROOT)
 
     def run(recipe: Path, *arguments: str) -> str:
         capsys.readouterr()
-        code = submit.main(["--recipe", str(recipe), *arguments, "--print"])
+        code = submit_script.main(["--recipe", str(recipe), *arguments, "--print"])
         written = capsys.readouterr()
         assert code == 0, written.err
         return written.out
@@ -51,15 +39,15 @@ def shown(
 
 @pytest.fixture
 def refused(
-    submit: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    submit_script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """What is said after `error:`."""
+    """Return the text after `error:`."""
     monkeypatch.chdir(ROOT)
 
     def run(recipe: Path, *arguments: str) -> str:
         capsys.readouterr()
         try:
-            code = submit.main(["--recipe", str(recipe), *arguments])
+            code = submit_script.main(["--recipe", str(recipe), *arguments])
         except SystemExit as ended:
             code = ended.code
         written = capsys.readouterr()
@@ -81,22 +69,22 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("arguments", VARIANTS.values(), ids=VARIANTS)
-def test_every_variant_is_a_shell_script_that_shellcheck_finds_nothing_in(
-    arguments: tuple[str, ...], shown: Callable[..., str], recipe_file: Callable[..., Path]
+def test_every_variant_is_a_valid_shell_script_without_findings_of_shellcheck(
+    arguments: tuple[str, ...], printed: Callable[..., str], recipe_file: Callable[..., Path]
 ) -> None:
-    script = shown(recipe_file(), *arguments)
+    script = printed(recipe_file(), *arguments)
     checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr
     assert not [line for line in script.splitlines() if len(line) > 160 and not line.startswith(("recipe=", "launch="))]
     if shutil.which("shellcheck"):
-        # Those two take a quote inside a folder's name for an attempt to quote.
+        # Both mistake a quote in the name of a folder for quoting.
         command = ["shellcheck", "--severity=warning", "--exclude=SC2089,SC2090", "-"]
         found = subprocess.run(command, input=script, capture_output=True, text=True, check=False)
         assert found.returncode == 0, found.stdout
 
 
 def variable(script: str, name: str, **environment: str) -> list[str]:
-    """The words of a variable, as bash has them before the part that is the same for every job."""
+    """Return the value of an array variable in bash, set by the part of the script before job.sh."""
     head = script.partition("# Below is")[0]
     ended = subprocess.run(
         ["bash", "-c", f'{head}\nprintf "%s\\0" "${{{name}[@]}}"'],
@@ -113,11 +101,11 @@ def directives(script: str) -> dict[str, str]:
     return {name: shlex.split(value)[0] if value else "" for name, _, value in (line.partition("=") for line in lines)}
 
 
-def test_two_nodes_start_a_launcher_each_with_deepspeeds_plain_one(
-    shown: Callable[..., str], recipe_file: Callable[..., Path]
+def test_two_nodes_use_deepspeeds_standard_launcher(
+    printed: Callable[..., str], recipe_file: Callable[..., Path]
 ) -> None:
     recipe = recipe_file()
-    script = shown(recipe, *TWO_NODES, "--partition", "big", "--sbatch=--exclude=n7", "training.max_steps=5")
+    script = printed(recipe, *TWO_NODES, "--partition", "big", "--sbatch=--exclude=n7", "training.max_steps=5")
     asked = directives(script)
     assert {
         "nodes": "2",
@@ -135,30 +123,30 @@ def test_two_nodes_start_a_launcher_each_with_deepspeeds_plain_one(
     assert """'trap "" TERM; exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"'""" in script
 
 
-def test_an_array_gives_each_task_its_number_and_folder(
-    shown: Callable[..., str], recipe_file: Callable[..., Path]
+def test_each_task_of_an_array_gets_its_number_and_folder(
+    printed: Callable[..., str], recipe_file: Callable[..., Path]
 ) -> None:
-    script = shown(recipe_file(), *ONE_NODE, *ARRAY)
+    script = printed(recipe_file(), *ONE_NODE, *ARRAY)
     assert directives(script)["output"] == "outputs/run-%a/slurm-%A_%a.log"
     assert directives(script)["array"] == "0-6:3%2"
     assert variable(script, "recipe", SLURM_ARRAY_TASK_ID="3")[2:] == ["seed=3", "output_dir=outputs/run-3"]
     assert variable(script, "output_dir", SLURM_ARRAY_TASK_ID="6") == ["outputs/run-6"]
 
 
-def test_words_with_quotes_spaces_and_percent_signs_arrive_as_they_are(
-    shown: Callable[..., str], recipe_file: Callable[..., Path]
+def test_quotes_spaces_and_percent_signs_are_passed_unchanged(
+    printed: Callable[..., str], recipe_file: Callable[..., Path]
 ) -> None:
     folder = 'outputs/it\'s $(date) "100%"'
-    script = shown(recipe_file(), *ONE_NODE, f"output_dir={folder}")
+    script = printed(recipe_file(), *ONE_NODE, f"output_dir={folder}")
     assert variable(script, "output_dir") == [folder]
     assert variable(script, "recipe")[-1] == f"output_dir={folder}"
-    assert directives(script)["output"] == f"{folder}/slurm-%j.log".replace("100%", "100%%")  # a pattern of Slurm's
+    assert directives(script)["output"] == f"{folder}/slurm-%j.log".replace("100%", "100%%")  # Slurm expands %
 
 
-def test_print_submits_nothing_leaves_nothing_and_shows_no_secret(
+def test_print_submits_nothing_writes_nothing_and_shows_no_secret(
     recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """With a sbatch on the path that would leave a trace."""
+    """The sbatch on the path would create a file."""
     (tmp_path / "bin").mkdir()
     trace = tmp_path / "submitted"
     (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/sh\ntouch {trace}\n")
@@ -190,7 +178,7 @@ def test_print_submits_nothing_leaves_nothing_and_shows_no_secret(
         ({"tracking": {"wandb": {"mode": "online"}}}, "there is no key for it"),
     ],
 )
-def test_what_is_wrong_with_a_recipe_never_waits_in_a_queue(
+def test_errors_in_the_recipe_are_found_before_submitting(
     change: dict, said: str, refused: Callable[..., str], recipe_file: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -199,15 +187,15 @@ def test_what_is_wrong_with_a_recipe_never_waits_in_a_queue(
     assert said in refused(recipe_file(**change), *ONE_NODE)
 
 
-def test_one_task_at_fault_is_enough(refused: Callable[..., str], recipe_file: Callable[..., Path]) -> None:
+def test_one_invalid_task_is_an_error(refused: Callable[..., str], recipe_file: Callable[..., Path]) -> None:
     said = refused(recipe_file(), *ONE_NODE, "--array", "1,3", "output_dir=x-%a", "training.learning_rate=%ae-")
     assert "training.learning_rate" in said
 
 
-def test_the_whole_check_comes_before_submitting(
+def test_check_examines_the_data_before_submitting(
     refused: Callable[..., str], recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """A row that can't be trained is found by --check alone; its report and error are those of train/sft.py."""
+    """Only --check finds invalid rows; report and error are those of train/sft.py."""
     (tmp_path / "bad.jsonl").write_text('{"messages": [{"role": "user", "content": "and?"}]}\n')
     recipe = recipe_file(data={"sources": [{"path": str(tmp_path / "bad.jsonl")}]})
     ended = subprocess.run(
@@ -219,14 +207,14 @@ def test_the_whole_check_comes_before_submitting(
     assert re.search(r"^error: .*bad\.jsonl", ended.stderr, re.MULTILINE)
 
 
-def job_for(recipe: Path, gpus: str, *more: str) -> list[str]:
-    """Options that print a job of one node with these GPUs."""
+def job_options(recipe: Path, gpus: str, *more: str) -> list[str]:
+    """Return options that print a job of one node with these GPUs."""
     return [*("--recipe", str(recipe), "--nodes", "1", "--gpus-per-node", gpus, "--time", "24:00:00"), *more, "--print"]
 
 
 @pytest.fixture
 def large(recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path) -> Path:
-    """A recipe for a model of 16 billion parameters, whose weights nobody loads: they are those of none."""
+    """Write a recipe for a model of 16 billion parameters; its weights are never loaded and are not those of a model."""
     folder = tmp_path / "large"
     shutil.copytree(tiny_model, folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -245,13 +233,13 @@ def large(recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path) ->
         ("4", ("--sbatch=--constraint=a100&40gb",), r"on each of 4 GPUs, and 36\.8 of their 40 GiB can be used"),
     ],
 )
-def test_a_job_that_does_not_fit_is_warned_of_last(
-    gpus: str, sbatch: tuple[str, ...], needs: str, submit: ModuleType, large: Path,
+def test_a_job_that_does_not_fit_in_memory_is_submitted_with_a_warning_at_the_end(
+    gpus: str, sbatch: tuple[str, ...], needs: str, submit_script: ModuleType, large: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """It is the plan's word alone, so the script is there all the same."""
+    """The plan is an estimate, so the script is still printed."""
     monkeypatch.chdir(ROOT)
-    assert submit.main(job_for(large, gpus, *sbatch)) == 0
+    assert submit_script.main(job_options(large, gpus, *sbatch)) == 0
     written = capsys.readouterr()
     assert written.out.startswith("#!/bin/bash")
     last = written.err.splitlines()[-1]
@@ -264,14 +252,14 @@ def test_a_job_that_does_not_fit_is_warned_of_last(
 @pytest.mark.parametrize(
     ("gpus", "sbatch"), [("h100:8", ()), ("4", ()), ("a100:4", ()), ("0", ()), ("h100:4", ("fsdp2",))]
 )
-def test_a_job_that_fits_or_is_not_known_is_submitted_without_a_word(
-    gpus: str, sbatch: tuple[str, ...], submit: ModuleType, large: Path, monkeypatch: pytest.MonkeyPatch,
+def test_a_job_that_fits_or_has_no_plan_is_submitted_without_a_warning(
+    gpus: str, sbatch: tuple[str, ...], submit_script: ModuleType, large: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """GPUs without a type, of a type in two sizes, a CPU, and a way to run that the plan doesn't know."""
+    """No plan: GPUs without a type, a type with two sizes, a CPU, and a strategy that the plan doesn't support."""
     monkeypatch.chdir(ROOT)
     config = ["--config", f"accelerate_configs/{sbatch[0]}.yaml"] if sbatch else []
-    assert submit.main(job_for(large, gpus, *config)) == 0
+    assert submit_script.main(job_options(large, gpus, *config)) == 0
     assert "warning: " not in capsys.readouterr().err
 
 
@@ -287,19 +275,19 @@ def test_a_job_that_fits_or_is_not_known_is_submitted_without_a_word(
         ((*ONE_NODE, "--sbatch=--time=5"), "--sbatch: --time is set by submit.py itself"),
         ((*ONE_NODE, "--sbatch=--export=TOKEN=abc"), "--sbatch: --export is set by submit.py itself"),
         ((*ONE_NODE[:-1], "2"), "--time: 2 is 120 s, and save.seconds_before_end is 120"),
-        ((*ONE_NODE, "--array", "0-3"), "--array: its tasks would write into one output_dir"),
+        ((*ONE_NODE, "--array", "0-3"), "--array: all tasks would write to the same output_dir"),
         ((*ONE_NODE, "--config", "accelerate_configs/zero4.yaml"), "--config: accelerate_configs/zero4.yaml can't be read"),
         ((*ONE_NODE, "--config", "accelerate_configs/cpu.yaml"), "is for one process (distributed_type: NO)"),
         ((*ONE_NODE, "--max-restarts", "-1"), "--max-restarts: found -1"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_the_command_is_said_with_what_is_allowed(
+def test_errors_in_the_command_line_name_the_option_and_the_allowed_values(
     arguments: tuple[str, ...], said: str, refused: Callable[..., str], recipe_file: Callable[..., Path]
 ) -> None:
     assert said in refused(recipe_file(), *arguments)
 
 
-def test_without_sbatch_it_says_so_and_where_configurations_are_missing(
+def test_a_missing_sbatch_is_an_error(
     refused: Callable[..., str], recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -307,19 +295,19 @@ def test_without_sbatch_it_says_so_and_where_configurations_are_missing(
     assert not (tmp_path / "run").exists()
 
 
-def test_deepspeeds_configuration_must_be_there_from_where_it_is_submitted(
-    submit: ModuleType, recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+def test_the_deepspeed_configuration_must_exist_in_the_current_folder(
+    submit_script: ModuleType, recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     config = str(ROOT / "accelerate_configs" / "zero3.yaml")
-    assert submit.main(["--recipe", str(recipe_file()), *ONE_NODE, "--config", config]) == 2
-    assert "names ds_configs/zero3.json, which is not there" in capsys.readouterr().err
+    assert submit_script.main(["--recipe", str(recipe_file()), *ONE_NODE, "--config", config]) == 2
+    assert "names ds_configs/zero3.json, which does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("limit", "seconds"),
     [("90", 5_400), ("90:30", 5_430), ("1:30:00", 5_400), ("2-12", 216_000), ("2-12:30", 217_800), ("0-0:0:9", 9)],
 )
-def test_time_limits_are_read_as_slurm_reads_them(submit: ModuleType, limit: str, seconds: int) -> None:
-    assert submit.parse_time_limit(limit) == seconds
+def test_time_limits_are_read_as_slurm_reads_them(submit_script: ModuleType, limit: str, seconds: int) -> None:
+    assert submit_script.parse_time_limit(limit) == seconds

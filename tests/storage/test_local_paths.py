@@ -15,8 +15,8 @@ from train.multifaceted.collection.config import CollectionConfig
 from train.multifaceted.collection.config import load_config as load_collection
 from train.recipe import Recipe, load_recipe
 from train.recipe.sft_config import training_model
-from train.sft import main, parse
-from train.storage.local_paths import LocalPath, expanded, looks_like_hub_id
+from train.sft import main, parse_options
+from train.storage.local_paths import LocalPath, expand_path, looks_like_hub_id
 from train.sysgen.config import SysgenConfig
 from train.sysgen.config import load_config as load_sysgen
 
@@ -32,12 +32,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_home_and_variables_are_replaced_and_nothing_else(home: Path) -> None:
-    assert expanded("~/a") == f"{home}/a"
-    assert expanded("~") == str(home)
-    assert expanded("$SCRATCH/a/${SCRATCH}b") == "/scratch/me/a//scratch/meb"
-    assert expanded("$IN_HOME/a") == f"{home}/deep/a"
+    assert expand_path("~/a") == f"{home}/a"
+    assert expand_path("~") == str(home)
+    assert expand_path("$SCRATCH/a/${SCRATCH}b") == "/scratch/me/a//scratch/meb"
+    assert expand_path("$IN_HOME/a") == f"{home}/deep/a"
     for plain in ("a/~/b", "./~a", "cost$5", "100%", "%SCRATCH%", "{SCRATCH}", "a$", "run-%a", "x{}y", "a\\b"):
-        assert expanded(plain) == plain
+        assert expand_path(plain) == plain
 
 
 @pytest.mark.parametrize(
@@ -46,17 +46,17 @@ def test_home_and_variables_are_replaced_and_nothing_else(home: Path) -> None:
         ("$UNSET/a", "the environment variable UNSET in `$UNSET/a` is not set"),
         ("a/${UNSET}", "the environment variable UNSET in `a/${UNSET}` is not set"),
         ("$EMPTY/a", "is empty"),  # an empty one would make a path below the root
-        ("${UNSET:-/tmp}/a", "Only $NAME and ${NAME} are replaced"),
-        ("${}", "Only $NAME and ${NAME} are replaced"),
+        ("${UNSET:-/tmp}/a", "Only $NAME and ${NAME} are expanded"),
+        ("${}", "Only $NAME and ${NAME} are expanded"),
         (
             "~no_such_user/a",
-            "there is no user no_such_user here. A name that begins with ~ is written ./~no_such_user/a",
+            "there is no user no_such_user. For a file whose name starts with ~ write ./~no_such_user/a",
         ),
     ],
 )
 def test_what_can_not_be_replaced_is_refused(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
-        expanded(text)
+        expand_path(text)
 
 
 RECIPE = """\
@@ -160,7 +160,9 @@ def test_no_key_that_speaks_of_a_file_or_folder_is_forgotten(model: type[BaseMod
 
 
 def test_options_that_take_paths_follow(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = parse(["--recipe", "~/r.yaml", "--check", "--json=~/report.json", "--resume=$SCRATCH/checkpoint-1"])
+    options = parse_options(
+        ["--recipe", "~/r.yaml", "--check", "--json=~/report.json", "--resume=$SCRATCH/checkpoint-1"]
+    )
     assert options.recipe == home / "r.yaml"
     assert (options.json, options.resume) == (f"{home}/report.json", "/scratch/me/checkpoint-1")
     parser = CommandLine()

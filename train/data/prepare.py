@@ -7,7 +7,6 @@ worked out anew at each start, from numbers alone.
 import difflib
 import json
 import math
-import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,8 +33,9 @@ from train.data.tokens.table import TokenRows
 from train.errors import UserError
 from train.formatting import format_count
 from train.progress import progress_bar
+from train.ranks import world_size
 from train.recipe import DataSection, Recipe, Source
-from train.recipe.sft_config import with_defaults
+from train.recipe.schedule import sequences_per_step
 
 _PLAN = "plan"
 _OF_ANOTHER_FORMAT = {"missing column", "wrong type", "unknown role", "empty content", "no assistant turn"}
@@ -208,11 +208,13 @@ def examine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     training = [weighted(*named[number], part, recipe.seed) for number, part in enumerate(training)]
 
     parts = {
-        name: _part(np.concatenate(conversations), rows, recipe, _sequences_at_once(recipe, *batch))
-        for name, conversations, batch in (
-            ("training", training, ("per_device_train_batch_size", "gradient_accumulation_steps")),
-            ("validation", held, ("per_device_eval_batch_size",)),
+        name: _part(
+            np.concatenate(conversations),
+            rows,
+            recipe,
+            sequences_per_step(recipe, world_size(), evaluation=name == "validation"),
         )
+        for name, conversations in (("training", training), ("validation", held))
         if conversations
     }
     caches = [
@@ -273,16 +275,6 @@ def _unread(
     return unread, misspelled_ignores, unused_ignores
 
 
-def _sequences_at_once(recipe: Recipe, *fields: str) -> int:
-    """All ranks' sequences of one optimizer step, or of one step of evaluation.
-
-    Their number divides that of all sequences, so ranks get equally many; and the sequences are the same however a
-    step is split into ranks, batches and accumulation.
-    """
-    settings = with_defaults(recipe.training)
-    return math.prod(settings[name] for name in fields) * int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _overlap(rows: TokenRows, training: NDArray[np.int64], validation: NDArray[np.int64]) -> Overlap:
     """`training`, `validation`: the first rows of the conversations that have a row in that part."""
 
@@ -331,7 +323,7 @@ def _lost(key: str, lost: Sequence[UnreadText]) -> str:
     names = yaml.safe_dump([one.name for one in lost], default_flow_style=True, allow_unicode=True, width=math.inf)
     return (
         f"{key}: text that is not read, so the model would be trained without it: {named}. Rename it to what is read "
-        f"(the README lists it under Data), or leave it out with `{key}.ignore: {names.strip()}`."
+        f"(recipes/README.md lists them), or leave it out with `{key}.ignore: {names.strip()}`."
     )
 
 
@@ -368,7 +360,11 @@ def _faults(tokenized: Sequence[tuple[Entry, OpenSource]]) -> dict[str, BadRows]
 def _part(
     conversations: NDArray[np.int64], rows: TokenRows, recipe: Recipe, multiple_of: int
 ) -> tuple[Split, NDArray[np.int64]]:
-    """The rows of these conversations as they are trained, and which of the conversations have any, each once."""
+    """The rows of these conversations as they are trained, and which of the conversations have any, each once.
+
+    `multiple_of`: sequences of all ranks in one step. The number of sequences is a multiple of it, so that all ranks
+    get equally many, and the same sequences however a step is split into ranks, batches and accumulation.
+    """
     section = recipe.data
     stats = SplitStats(conversations=len(conversations))
     everything = _rows_of(conversations, rows.conversations)

@@ -11,7 +11,8 @@ from transformers.training_args import OptimizerNames
 
 from train.errors import UserError
 from train.recipe import Recipe
-from train.recipe.lr_schedules import FOLLOWS_EVALUATION, given_arguments
+from train.recipe.lr_schedules import FOLLOWS_EVALUATION, scheduler_kwargs
+from train.recipe.schedule import absolute_steps
 from train.recipe.sft_config import with_defaults
 
 _DEFAULT = "adamw_torch_fused"  # transformers' own with torch 2.8 or newer
@@ -32,10 +33,9 @@ def check_optimizer(recipe: Recipe) -> None:
     """
     settings = with_defaults(recipe.training)
     optimizer = _build_optimizer(settings)
-    kind, arguments = settings["lr_scheduler_type"], given_arguments(settings)
+    kind, arguments = settings["lr_scheduler_type"], scheduler_kwargs(settings)
     steps = settings["max_steps"] if settings["max_steps"] > 0 else _STEPS
-    warmup = settings["warmup_steps"]
-    warmup_steps = int(warmup) if warmup >= 1 else math.ceil(steps * warmup)
+    warmup_steps = absolute_steps(settings["warmup_steps"], steps)
     try:
         schedule = get_scheduler(kind, optimizer, warmup_steps, steps, scheduler_specific_kwargs=arguments)
         tested = [] if kind in FOLLOWS_EVALUATION else [*range(0, steps, -(-steps // _STEPS)), steps]

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from train.data.cache import cache_key, find, get_or_build
 from train.data.tokens.source import cache_folder
 from train.errors import UserError
-from train.model.unloaded_weights import weight_names
+from train.model.unloaded_weights import read_weight_names
 from train.recipe import QuantizationSection, Recipe
-from train.storage.checksum import digest_of_files
+from train.storage.checksum import hash_files
 
 _VERSION = 1
 """Raise it when a check of the model, the optimizer, the schedule or the side files changes."""
@@ -89,8 +89,8 @@ def _key(recipe: Recipe) -> str | None:
     if not folder.is_dir() or recipe.model.trust_remote_code:
         return None
     try:
-        files = {path.name: digest_of_files([path]) for path in _small_files(folder)}
-        names = weight_names(folder)
+        files = {path.name: hash_files([path]) for path in _small_files(folder)}
+        names = read_weight_names(folder)
     except (OSError, UserError, SafetensorError):  # the checks report it
         return None
     return cache_key(
@@ -118,7 +118,7 @@ def _small_files(folder: Path) -> Iterator[Path]:
 
 def _template_digest(recipe: Recipe) -> str | None:
     template = Path(recipe.chat.template or "")
-    return digest_of_files([template]) if template.is_file() else None
+    return hash_files([template]) if template.is_file() else None
 
 
 def _version(package: str) -> str | None:

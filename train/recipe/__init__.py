@@ -1,4 +1,4 @@
-"""A recipe: the YAML file that says what to train."""
+"""Recipe: the YAML file that describes a training run, its schema and its validation."""
 
 from train.recipe.schema import (
     TIME,

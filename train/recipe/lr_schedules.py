@@ -1,8 +1,7 @@
-"""Learning rate schedules: the arguments that each of transformers' takes, checked without importing it.
+"""Arguments of transformers' learning rate schedulers, checked without importing transformers.
 
-`training.lr_scheduler_kwargs` reaches a function of transformers/optimization.py as it is. That function is called when
-the model is loaded, and what it computes from wrong values shows steps later; so its arguments are written down here,
-and the tests hold them against its signature.
+`training.lr_scheduler_kwargs` is passed unchecked to a function of transformers/optimization.py when the model is
+loaded, and wrong values show only steps later. The table here is tested against the signatures of those functions.
 """
 
 import json
@@ -49,7 +48,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         **{"window_size": Annotated[int, Field(ge=1)], "reset_start": _COUNT},
     },
 }
-"""Arguments of each schedule but for `last_epoch`, which a resume decides."""
+"""Arguments of each scheduler except `last_epoch`, which a resume sets."""
 _REQUIRED = {
     **dict.fromkeys(
         ("cosine_with_min_lr", "cosine_warmup_with_min_lr"),
@@ -57,66 +56,66 @@ _REQUIRED = {
     ),
     "warmup_stable_decay": (("num_decay_steps",), "{num_decay_steps: N}, the length of the decay at the end"),
 }
-"""Arguments of which a schedule needs one, and what to write."""
-_LOWEST = {
+"""Arguments of which a scheduler requires one, and what to write."""
+_MINIMUM = {
     "polynomial": ("lr_end", 1e-7),
     "greedy": ("min_lr", 1e-3),
     **dict.fromkeys(("reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr"), ("min_lr", 0.0)),
 }
-"""The argument that is the lowest learning rate of a schedule, with transformers' default."""
+"""The argument that sets the lowest learning rate of a scheduler, with transformers' default."""
 
 
 @cache
-def arguments_model(schedule: str) -> type[BaseModel]:
-    """Return the strict model of `training.lr_scheduler_kwargs` under this `training.lr_scheduler_type`."""
-    columns: dict[str, Any] = {name: (kind, Field(default=None)) for name, kind in ARGUMENTS[schedule].items()}
-    return create_model("ScheduleArguments", __config__=ConfigDict(extra="forbid", strict=True), **columns)
+def arguments_model(scheduler: str) -> type[BaseModel]:
+    """Return the strict model of `training.lr_scheduler_kwargs` for a `training.lr_scheduler_type`."""
+    columns: dict[str, Any] = {name: (kind, Field(default=None)) for name, kind in ARGUMENTS[scheduler].items()}
+    return create_model("SchedulerArguments", __config__=ConfigDict(extra="forbid", strict=True), **columns)
 
 
-def given_arguments(training: Mapping[str, Any]) -> Any:
-    """Return `training.lr_scheduler_kwargs` as a mapping where it is one, or is JSON of one."""
-    given = training.get(KWARGS)
-    if isinstance(given, str) and given.startswith("{"):
+def scheduler_kwargs(training: Mapping[str, Any]) -> Any:
+    """Return `training.lr_scheduler_kwargs`, parsed where it is JSON text of a mapping; `{}` where it is missing."""
+    kwargs = training.get(KWARGS)
+    if isinstance(kwargs, str) and kwargs.startswith("{"):
         try:
-            return json.loads(given)
+            return json.loads(kwargs)
         except ValueError:
-            return given
-    return {} if given is None else given
+            return kwargs
+    return {} if kwargs is None else kwargs
 
 
-def contradictions(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with `training.lr_scheduler_kwargs` where each argument is right by itself.
+def kwargs_conflicts(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the conflicts between arguments in `training.lr_scheduler_kwargs` that are valid each by itself.
 
     `settings`: `training` with TRL's defaults.
     """
-    schedule, rate, given = settings["lr_scheduler_type"], settings["learning_rate"], given_arguments(settings)
-    key = f"`training.lr_scheduler_type: {schedule}`"
-    if schedule in _REQUIRED:
-        names, instead = _REQUIRED[schedule]
-        present = [name for name in names if given.get(name) is not None]
+    scheduler, rate, kwargs = settings["lr_scheduler_type"], settings["learning_rate"], scheduler_kwargs(settings)
+    key = f"`training.lr_scheduler_type: {scheduler}`"
+    if scheduler in _REQUIRED:
+        names, example = _REQUIRED[scheduler]
+        present = [name for name in names if kwargs.get(name) is not None]
         if not present:
-            yield f"{key} needs {' or '.join(names)}. Write `training.{KWARGS}: {instead.replace('}', '}`', 1)}."
+            yield f"{key} needs {' or '.join(names)}. Write `training.{KWARGS}: {example.replace('}', '}`', 1)}."
         elif len(present) > 1:
             yield f"{' and '.join(present)} are both given. Keep one of them."
-    name, default = _LOWEST.get(schedule, ("", None))
-    lowest = given.get(name, default)
-    if isinstance(lowest, float | int) and (lowest > rate or (lowest == rate and schedule == "polynomial")):
-        source = "given" if name in given else f"{schedule}'s default"
+    name, default = _MINIMUM.get(scheduler, ("", None))
+    minimum = kwargs.get(name, default)
+    if isinstance(minimum, float | int) and (minimum > rate or (minimum == rate and scheduler == "polynomial")):
+        source = "given" if name in kwargs else f"{scheduler}'s default"
         yield (
-            f"{name} is {lowest:g} ({source}), which is not below `training.learning_rate` ({rate:g}). Write "
+            f"{name} is {minimum:g} ({source}), which is not below `training.learning_rate` ({rate:g}). Write "
             f"`training.{KWARGS}: {{{name}: R}}` with a lower rate R."
         )
 
 
-def too_long(settings: Mapping[str, Any], steps: int, warmup_steps: int) -> str | None:
-    """Return what is wrong where warm-up and decay of warmup_stable_decay take more steps than the run has."""
-    given = given_arguments(settings)
-    decay = given.get("num_decay_steps")
-    if settings["lr_scheduler_type"] != "warmup_stable_decay" or given.get("num_stable_steps") is not None:
+def decay_error(settings: Mapping[str, Any], steps: int, warmup_steps: int) -> str | None:
+    """Return an error where warm-up and decay of warmup_stable_decay take more steps than the run has."""
+    kwargs = scheduler_kwargs(settings)
+    decay = kwargs.get("num_decay_steps")
+    if settings["lr_scheduler_type"] != "warmup_stable_decay" or kwargs.get("num_stable_steps") is not None:
         return None
     if decay is None or warmup_steps + decay <= steps:
         return None
     return (
         f"training.{KWARGS}.num_decay_steps: {decay:,} steps of decay and {warmup_steps:,} of warm-up are more than "
-        f"the {steps:,} of the run. Write {max(steps - warmup_steps, 0):,} or less."
+        f"the {steps:,} steps of the run. Write {max(steps - warmup_steps, 0):,} or less."
     )

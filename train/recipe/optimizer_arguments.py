@@ -1,7 +1,7 @@
-"""Optimizers: the `training.optim_args` that each of transformers' reads, and the package that it needs.
+"""Arguments and packages of transformers' optimizers (`training.optim` and `training.optim_args`).
 
-transformers looks up the arguments that it knows and lets go of the others in silence, a misspelt one among them. The
-tests hold the table against its source (transformers/trainer_optimizer.py).
+transformers silently ignores arguments that it doesn't know, misspelt ones included. The table here is tested against
+its source (transformers/trainer_optimizer.py).
 """
 
 import importlib.util
@@ -9,12 +9,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from train.recipe.yaml_document import closest, did_you_mean
+from train.recipe.yaml_document import closest_match, did_you_mean
 
 _NUMBER = (r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", "a number")
-_COUNT = (r"\d+", "a whole number")
+_COUNT = (r"\d+", "an integer >= 0")
 _SWITCH = (r"(?i:true|false|1|0|yes|no)", "true or false")
-_ON = (r"(?i:true|1|yes)", "true, or left out")  # read as bool(text), so that `false` would be true
+_ON = (r"(?i:true|1|yes)", "true, or removed")  # transformers computes bool(text): `false` would be true
 _DTYPE = (r"float32|bfloat16|float16", "float32, bfloat16 or float16")
 _PROJECTION = (r"std|reverse_std|right|left|full", "std, reverse_std, right, left or full")
 
@@ -29,7 +29,7 @@ _ANYPRECISION = dict.fromkeys(("momentum_dtype", "variance_dtype", "compensation
 _GROK = ("alpha_init", "lamb", "gamma", "grokking_signal_decay_rate", "gradient_clipping")
 
 Arguments = Mapping[str, tuple[str, str]]
-"""Name of each argument, with a pattern of its text and what that is in words."""
+"""Arguments by name: a pattern of the value and its description."""
 
 _ARGUMENTS: list[tuple[str, Arguments]] = [
     (r"sgd", {**dict.fromkeys(("momentum", "dampening", "weight_decay"), _NUMBER), "nesterov": _SWITCH}),
@@ -44,8 +44,8 @@ _ARGUMENTS: list[tuple[str, Arguments]] = [
     (r"schedule_free_.*", dict.fromkeys(("weight_lr_power", "r"), _NUMBER)),
     (r"stable_adamw", {"max_lr": _NUMBER, "kahan_sum": _ON, "decouple_lr": _ON}),
 ]
-"""By a pattern of the optimizer's name; others read none. Left out is what transformers hands on as text to code that
-computes with it: all arguments of bitsandbytes' RMSprop, `block_size` of torchao's AdamW."""
+"""Arguments by a pattern of the optimizer's name; others take none. Arguments that transformers passes on as text to
+code that computes with them are left out: all of bitsandbytes' RMSprop, `block_size` of torchao's AdamW."""
 
 _PACKAGES = [
     (r"(paged_)?(ademamix|lion).*|paged_adamw.*|adamw_bnb_8bit|adamw_8bit|rmsprop_.*", "bitsandbytes", "bitsandbytes"),
@@ -60,56 +60,56 @@ _PACKAGES = [
     (r"adamw_torch_xla", "torch_xla", "torch_xla"),
     (r"adamw_torch_npu_fused", "torch_npu", "torch_npu"),
 ]
-"""By a pattern of the optimizer's name: the module it is imported from, and the package that has it."""
+"""Module and package of an optimizer, by a pattern of its name."""
 _PROJECTING = ("galore_", "apollo_")
 
 
-def arguments_of(optimizer: str) -> Arguments:
-    """Return the arguments that `training.optim_args` may give this optimizer."""
+def allowed_arguments(optimizer: str) -> Arguments:
+    """Return the arguments that this optimizer takes in `training.optim_args`."""
     return next((arguments for name, arguments in _ARGUMENTS if re.fullmatch(name, optimizer)), {})
 
 
-def contradictions(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield a key of `training` about the optimizer and what is wrong with it.
+def optimizer_conflicts(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield each invalid key about the optimizer, with its error.
 
     `settings`: `training` with TRL's defaults.
     """
-    optimizer, given = settings.get("optim"), settings.get("optim_args")
+    optimizer, arguments = settings.get("optim"), settings.get("optim_args")
     if not isinstance(optimizer, str):
         optimizer = "the default optimizer"
-    if isinstance(given, str) and given:
-        for pair in given.replace(" ", "").split(","):
+    if isinstance(arguments, str) and arguments:
+        for pair in arguments.replace(" ", "").split(","):
             if error := _argument_error(optimizer, pair):
                 yield "optim_args", error
     targets, projects = settings.get("optim_target_modules"), optimizer.startswith(_PROJECTING)
     if projects and not targets:
-        yield "optim_target_modules", f"{optimizer} needs it. Write all-linear, or a list of module names."
+        yield "optim_target_modules", f"required by {optimizer}. Write all-linear, or a list of module names."
     if targets and not projects:
-        yield "optim_target_modules", f"{optimizer} has no use for it: galore_* and apollo_* have. Take it out."
+        yield "optim_target_modules", f"not used by {optimizer}, only by galore_* and apollo_*. Remove it."
     if projects and optimizer.endswith("layerwise") and settings["gradient_accumulation_steps"] != 1:
-        yield "gradient_accumulation_steps", f"{optimizer} steps at each backward pass. Write 1."
+        yield "gradient_accumulation_steps", f"{optimizer} updates weights at each backward pass. Write 1."
 
 
 def _argument_error(optimizer: str, pair: str) -> str | None:
-    known = arguments_of(optimizer)
+    allowed = allowed_arguments(optimizer)
     name, equals, value = pair.partition("=")
     if not equals or "=" in value:
         return f"found '{pair}'. Write arguments as `name=value, name=value`."
-    if not known:
-        return f"{optimizer} reads no arguments from here, so {name} would be ignored. Take it out."
-    if name not in known:
-        meant = did_you_mean(closest(name, list(known), 0.6))
-        return f"{optimizer} has no argument {name}. Allowed: {', '.join(known)}.{meant}"
-    pattern, words = known[name]
-    return None if re.fullmatch(pattern, value) else f"found '{pair}'. {name} must be {words}."
+    if not allowed:
+        return f"{optimizer} takes no arguments here, so {name} would be ignored. Remove it."
+    if name not in allowed:
+        suggestion = did_you_mean(closest_match(name, list(allowed), 0.6))
+        return f"{optimizer} has no argument {name}. Allowed: {', '.join(allowed)}.{suggestion}"
+    pattern, description = allowed[name]
+    return None if re.fullmatch(pattern, value) else f"found '{pair}'. {name} must be {description}."
 
 
-def missing_package(optimizer: str, installed: Callable[[str], Any] = importlib.util.find_spec) -> str | None:
-    """Return what to install for `training.optim`, or None where it is there."""
+def missing_package_error(optimizer: str, installed: Callable[[str], Any] = importlib.util.find_spec) -> str | None:
+    """Return an error where the package of `training.optim` is not installed; None where it is."""
     for name, module, package in _PACKAGES:
         if re.fullmatch(name, optimizer) and installed(module) is None:
             return (
                 f"training.optim: {optimizer} needs the package {package}, which is not installed. Install it with "
-                f"`pip install {package}`, or take the key out for AdamW."
+                f"`pip install {package}`, or remove the key to use AdamW."
             )
     return None

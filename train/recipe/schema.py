@@ -1,8 +1,8 @@
-"""What a run is: a YAML file, strict and documented key by key.
+"""Schema of a recipe, the YAML file that describes a training run: strict, each key documented by its docstring.
 
-    python -m train.recipe --schema > recipes/schema.json     the JSON Schema that editors complete from
+    python -m train.recipe --schema > recipes/schema.json     JSON Schema for completion in editors
 
-Nothing heavy is imported here, so whatever is wrong with a recipe is known within a second, all of it in one report.
+Nothing heavy is imported here: all errors in a recipe are reported at once, within a second.
 """
 
 import json
@@ -15,39 +15,39 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag
 
 from train.recipe.sft_config import training_fields
-from train.recipe.validation import validate
+from train.recipe.validation import validate_recipe
 from train.recipe.yaml_document import Document, RecipeDumper
 from train.storage.local_paths import LocalPath
 
 
 class Section(BaseModel):
-    """A part of a recipe: strict, and its attributes' docstrings are its manual."""
+    """Base of all sections: strict and frozen; the docstring of each attribute becomes its description."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 
-def _shape(value: object) -> str:
-    """Which branch of `one value | a list` is meant, so that an error speaks of that branch alone."""
+def _branch(value: object) -> str:
+    """Select the branch of a union `value | list`, so that errors are only about that branch."""
     return "<list>" if isinstance(value, list | tuple) else "<single>"
 
 
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, LocalPath()]
-Texts = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]  # YAML has lists; a tuple stays as it is
+Texts = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]  # immutable
 
 
 class ModelSection(Section):
     """The model that training starts from."""
 
     name_or_path: PathText
-    """A folder with a model, or its id on the Hugging Face hub."""
+    """Folder of a model, or its id on the Hugging Face hub."""
     revision: Text | None = None
     """Branch, tag or commit on the hub; null = its main branch."""
     dtype: Literal["bfloat16", "float16", "float32", "auto"] = "bfloat16"
-    """Type of the weights as loaded; auto = as saved. With full fine-tuning on one process AdamW in pure bfloat16 loses
-    small updates; float32 with `training.bf16` keeps master weights."""
+    """Type of the weights in memory; auto = as saved. In full fine-tuning on one process, AdamW on bfloat16 weights
+    loses small updates; float32 with `training.bf16` keeps master weights."""
     attention: Literal[
         "auto",
         "flash_attention_4",
@@ -58,211 +58,213 @@ class ModelSection(Section):
         "sdpa",
         "eager",
     ] = "auto"
-    """Attention kernel; auto = the fastest one found here that can do what this model needs and keeps packed documents
-    apart: the start screen says which, and why no faster one. torch_varlen = FlashAttention with the kernels that torch
-    ships; flash_attention_N need the packages flash-attn-4, flash-attn-3 (built from source) or flash-attn; sdpa and
-    eager mask what other documents hold, and compute it all the same."""
+    """Attention kernel; auto = the fastest available one that supports this model and keeps packed documents isolated
+    (the start screen names it, and why faster ones were not selected). torch_varlen = FlashAttention with the kernels
+    that torch ships; flash_attention_N require the packages flash-attn-4, flash-attn-3 (built from source) or
+    flash-attn; sdpa and eager compute attention across documents and mask it."""
     float8: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
-    """Multiply in float8, by one of torchao's recipes; null = in the weights' type. All but the first and the last
-    linear layer do, where their sizes are multiples of 16; weights, gradients and what is saved stay as they are. Needs
-    the package torchao, computing in bfloat16, a GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell), and
-    `training.torch_compile: true` to be faster at all. tensorwise = one scale for a tensor, the fastest, so that
-    packed documents share scales; rowwise = one for each token: more exact; rowwise_with_gw_hp = gradients of the
-    weights in bfloat16 too: the most exact. Not with `quantization` or DoRA. The start screen shows what it does to the
-    loss."""
+    """Matrix multiplication in float8 by one of torchao's recipes; null = in the type of the weights. Applies to all
+    linear layers but the first and the last whose sizes are multiples of 16; weights, gradients and checkpoints keep
+    their types. Requires the package torchao, bfloat16, a GPU of compute capability 8.9 or later (Ada, Hopper,
+    Blackwell), and for any speed-up `training.torch_compile: true`. tensorwise = one scale per tensor: the fastest;
+    packed documents share scales; rowwise = one scale per token: more exact; rowwise_with_gw_hp = weight gradients in
+    bfloat16 too: the most exact. Not with `quantization` or DoRA. The start screen shows the effect on the loss."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Read that code first."""
+    """Run Python code from the model's repository. Read that code first."""
     allow_pickle: bool = False
-    """Open weights in pickle files, which can run code as they are opened, where there are no safetensors."""
+    """Load weights from pickle files, which can run code when opened, where there are no safetensors."""
 
 
 class ChatSection(Section):
-    """How a conversation becomes text, and which part of it is trained."""
+    """Rendering of conversations, and which part of them is trained."""
 
     template: PathText | None = None
-    """A name in train/data/templates, the path of a .jinja file, the name of one of several templates that the
-    tokenizer has (tool_use), or null = the tokenizer's own, of several the one called default."""
+    """Chat template: a name in train/data/templates, the path of a .jinja file, or the name of one of the tokenizer's
+    templates (tool_use); null = the tokenizer's own (`default` where it has several)."""
     system_role: Literal["native", "merge_into_user", "turn", "error"] = "native"
-    """What becomes of system messages; native = the template has a place for them, and is refused if it loses them;
-    merge_into_user = into the user turn that follows; turn = where the template has none, a turn made like the user's
-    (as SYSGEN did for Gemma-2); error = a row with one is refused. The saved tokenizer's template does the same."""
+    """Handling of system messages; native = as the template renders them (an error if it drops them);
+    merge_into_user = prepended to the next user turn; turn = a turn of their own, formatted like a user turn, for
+    templates without a system role (as SYSGEN did for Gemma-2); error = rows with one are refused. The saved
+    tokenizer's template does the same."""
     default_system: str | None = None
-    """System message of conversations that don't begin with one, written into the saved template too; null = none of
-    ours, so a default that the template itself adds stays; "" = that one is taken out."""
+    """System message of conversations without one, also written into the saved template; null = the template's own
+    default, if it has one; "" = remove the template's default."""
     control_tokens_in_text: Literal["error", "escape", "allow"] = "error"
-    """What becomes of control tokens (<|im_end|>) typed in a message, which would end turns and open others; error =
-    the row is refused; escape = an invisible character breaks them up; allow = they stay control tokens."""
+    """Handling of control tokens (<|im_end|>) typed in a message, which would end a turn or start another; error = the
+    row is refused; escape = an invisible character splits them; allow = they act as control tokens."""
     train_on: Literal["assistant", "last"] = "assistant"
-    """Train every assistant turn, or the last one of each conversation. Its end token is always trained with it."""
+    """Trained turns: all assistant turns, or the last one of each conversation; always with their end token."""
 
 
 class Source(Section):
-    """One place that rows come from."""
+    """A source of rows."""
 
     path: PathText
-    """A data set's id on the hub, a file, a folder or a glob."""
+    """Id of a data set on the hub, a file, a folder or a glob."""
     name: Text | None = None
-    """Configuration of a data set on the hub that has several."""
+    """Configuration of a data set on the hub, where it has several."""
     split: Text = "train"
-    """Split of a data set that has several."""
+    """Split of a data set, where it has several."""
     revision: Text | None = None
     """Branch, tag or commit on the hub; null = its main branch."""
     weight: float = Field(default=1.0, gt=0)
-    """How often a row is seen in an epoch: 1.0 = once, 0.5 = a seeded half of the rows, 2.0 = every row twice."""
+    """Repetitions of the rows per epoch: 1.0 = once, 0.5 = a random half of the rows (by `seed`), 2.0 = twice."""
     format: Literal[
         "auto", "messages", "sharegpt", "alpaca", "janus", "prompt_completion", "question_answer", "exchanges"
     ] = "auto"
-    """How a row is to be read; auto = recognised from the columns."""
+    """Format of the rows; auto = detected from the columns."""
     ignore: Annotated[tuple[Text, ...], Field(strict=False)] = ()
-    """Columns (`rationale`) and keys of messages (`messages[].note`) that hold content and are to be left out: rows are
-    read as if they had none of them. Without it, content that nothing reads is an error."""
+    """Columns (`rationale`) and keys of messages (`messages[].note`) to ignore. Without it, content that nothing reads
+    is an error."""
 
 
 Sources = Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
 
 
 class DataSection(Section):
-    """The rows that are trained, and how they are cut and packed."""
+    """Training and validation rows, their truncation and packing."""
 
     sources: Sources
-    """Where the rows come from: at least one source."""
+    """Sources of the rows; at least one."""
     validation: (
         Annotated[
             Annotated[float, Field(gt=0, lt=1), Tag("<single>")] | Annotated[Sources, Tag("<list>")],
-            Discriminator(_shape),
+            Discriminator(_branch),
         ]
         | None
     ) = None
-    """Rows held out for evaluation: a share of the sources, or sources of their own; null = none."""
+    """Validation rows: a share of the sources, or sources of their own; null = none."""
     max_length: int = Field(ge=8)
-    """Most tokens in one row, or in one packed sequence. There is no default: longer rows are dropped or cut, and a
-    default (TRL's is 1,024) does that unnoticed. See how long your rows are, then choose."""
+    """Maximum tokens of a row, and of a packed sequence. There is no default: longer rows are dropped or truncated,
+    which a default (TRL's is 1,024) would do unnoticed. Look at the row lengths (`--check`), then choose."""
     overlong: Literal["error", "drop", "truncate"] = "error"
-    """What becomes of a row of more than `max_length` tokens; what is dropped or cut is counted and printed."""
+    """Handling of rows longer than `max_length`. Dropped and truncated rows are counted and reported."""
     packing: bool = True
-    """Put several rows into one sequence of `max_length`; attention keeps them apart."""
+    """Pack several rows into one sequence of `max_length` tokens; attention does not cross rows."""
     repack: bool = True
-    """Put other rows together in each epoch, as shuffling rows would; the number of sequences stays the same."""
+    """Pack other rows together in each epoch, as shuffling would; the number of sequences stays the same."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What becomes of a row that can't be trained (no assistant turn, unknown role, ...); each kind is counted."""
+    """Handling of rows that can't be trained (no assistant turn, unknown role, ...); each kind is counted."""
     allow_pickle: bool = False
-    """Open data in pickle files, which can run code as they are opened."""
+    """Read data from pickle files, which can run code when opened."""
     cache_dir: PathText | None = None
-    """Folder where tokens are kept for the next start; null = janus-sft in HF_HOME (~/.cache/huggingface)."""
+    """Folder of the token cache; null = janus-sft in HF_HOME (~/.cache/huggingface)."""
     processes: int | None = Field(default=None, ge=1)
-    """Processes that tokenize; null = one for each core that the job may use."""
+    """Processes that tokenize; null = one per core available to the job."""
 
 
 class AdapterSection(Section):
-    """LoRA, by the names of peft's LoraConfig."""
+    """LoRA, with the names of peft's LoraConfig."""
 
     r: int = Field(default=16, gt=0)
     """Rank of the update matrices."""
     lora_alpha: float = Field(default=32, gt=0)
-    """The update is scaled by lora_alpha / r (with rsLoRA by lora_alpha / sqrt(r))."""
+    """Scale of the update: lora_alpha / r (with rsLoRA lora_alpha / sqrt(r))."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the adapter's input."""
+    """Dropout on the input of the adapter."""
     target_modules: Annotated[
-        Annotated[Literal["all-linear"], Tag("<single>")] | Annotated[Texts, Tag("<list>")], Discriminator(_shape)
+        Annotated[Literal["all-linear"], Tag("<single>")] | Annotated[Texts, Tag("<list>")], Discriminator(_branch)
     ] = "all-linear"
-    """Modules that get an adapter: all-linear = every linear layer but the output, or a list of module names."""
+    """Modules with an adapter: all-linear = all linear layers but the output layer, or a list of module names."""
     use_dora: bool = False
-    """Weight-decomposed LoRA (DoRA): slower, better at small ranks."""
+    """Use weight-decomposed LoRA (DoRA): slower, better at small ranks."""
     use_rslora: bool = False
-    """Rank-stabilised LoRA: scale by lora_alpha / sqrt(r)."""
+    """Use rank-stabilised LoRA: scale lora_alpha / sqrt(r)."""
     modules_to_save: Texts | None = None
-    """Modules that are trained in full and saved with the adapter."""
+    """Modules that are fully trained and saved with the adapter."""
 
 
 class QuantizationSection(Section):
-    """The frozen weights in 4 bits (QLoRA), by the names of transformers' BitsAndBytesConfig. Needs `adapter`."""
+    """4-bit quantization of the frozen weights (QLoRA), with the names of transformers' BitsAndBytesConfig. Requires
+    `adapter`."""
 
     load_in_4bit: Literal[True] = True
-    """The one form there is; for weights that are not quantized take the section out."""
+    """Always true; for weights without quantization remove the section."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    """nf4 suits weights that are spread normally, as those of trained models are."""
+    """Data type of the weights; nf4 is made for normally distributed weights, as trained models have."""
     bnb_4bit_use_double_quant: bool = True
-    """Quantize the scales too: 0.4 bits less a weight."""
+    """Quantize the scales too: saves 0.4 bits per weight."""
     bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Type that weights are unpacked to for computing."""
+    """Data type of computation."""
     bnb_4bit_quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "bfloat16"
-    """Type the packed weights are stored as: that of the other weights, so that FSDP and ZeRO-3 can split them."""
+    """Data type that stores the packed weights; that of the other weights lets FSDP and ZeRO-3 shard them."""
 
 
 class WandbSection(Section):
-    """A run on Weights & Biases. The key comes from the environment (WANDB_API_KEY), never from a recipe."""
+    """Weights & Biases. The key comes from the environment (WANDB_API_KEY), never from a recipe."""
 
     project: Text = "janus-sft"
     """Project of the run."""
     entity: Text | None = None
-    """Team or user; null = the account's own."""
+    """Team or user; null = the default of the account."""
     name: Text | None = None
-    """Name of the run; null = one that wandb makes up."""
+    """Name of the run; null = generated by wandb."""
     group: Text | None = None
-    """Group of runs that this one belongs to."""
+    """Group of the run."""
     tags: Annotated[tuple[Text, ...], Field(strict=False)] = ()
     """Tags of the run."""
     mode: Literal["online", "offline"] = "online"
-    """offline = write to output_dir alone; it needs no account, `wandb sync` sends it later."""
+    """offline = write to output_dir only, without an account; `wandb sync` uploads it later."""
 
 
 class TrackingSection(Section):
-    """Where figures go besides metrics.jsonl and the step log, which are always written."""
+    """Trackers, in addition to metrics.jsonl and the step log."""
 
     wandb: WandbSection | None = None
     """Weights & Biases; null = not used."""
     tensorboard: bool = False
-    """TensorBoard files in output_dir/tensorboard."""
+    """Write TensorBoard files to output_dir/tensorboard."""
 
 
 TIME = r"^(?:(?:(?P<days>\d+)-)?(?P<hours>\d{1,3}):)?(?P<minutes>\d{1,3}):(?P<seconds>\d\d)$"
-"""How Slurm writes times: minutes:seconds, hours:minutes:seconds, days-hours:minutes:seconds."""
+"""Time as Slurm writes it: minutes:seconds, hours:minutes:seconds, days-hours:minutes:seconds."""
 
 
 class SaveSection(Section):
-    """How checkpoints are kept, and when a run stops by itself. How often it saves, and how many checkpoints stay, is
-    TRL's: training.save_strategy, save_steps and save_total_limit."""
+    """Checkpoints and time limits. How often a run saves, and how many checkpoints it keeps, is set by
+    training.save_strategy, save_steps and save_total_limit."""
 
     on_error: Literal["error", "warn"] = "error"
-    """What follows where a checkpoint can't be written (a full disk, a vanished mount): error = the run ends, warn =
-    it goes on without. The checkpoints before stay whole either way."""
+    """Handling of a checkpoint that can't be written (full disk, lost mount): error = the run ends, warn = it continues
+    without. Earlier checkpoints stay complete either way."""
     mirror_dir: PathText | None = None
-    """A folder on another disk, to which each whole checkpoint is copied in the background. A resume looks there."""
+    """Folder on another disk to which complete checkpoints are copied in the background; a resume searches it too."""
     time_limit: Annotated[str, Field(pattern=TIME, examples=["11:30:00", "2-00:00:00"])] | None = None
-    """So long after its start the run saves and stops, as Slurm writes times ('11:30:00'); null = no limit but Slurm's
-    own (SLURM_JOB_END_TIME)."""
+    """Time after which the run saves and stops, written as Slurm writes it ('11:30:00'); null = only Slurm's limit
+    (SLURM_JOB_END_TIME)."""
     seconds_before_end: int = Field(default=120, ge=0)
-    """How long before the end of the time it stops: room for the step that is under way and for saving."""
+    """Seconds before the time limit at which the run stops: time to finish a step and to save."""
 
 
 class GuardsSection(Section):
-    """What a run does about steps that go wrong. Their rows are named, and stand in output_dir/suspects.jsonl."""
+    """Handling of non-finite steps and loss spikes. Their rows are reported and listed in output_dir/suspects.jsonl."""
 
     non_finite_steps: int = Field(default=3, ge=1)
-    """The run stops after so many steps in a row whose gradients are not finite. None of them changes a weight."""
+    """Consecutive steps with non-finite gradients after which the run stops. Such steps change no weights."""
     loss_spike: float | None = Field(default=8.0, gt=0)
-    """A step is named whose loss exceeds the median of a process's last 64 by so many of their standard deviations
-    (estimated by the median deviation, which spikes don't move); null = none is."""
+    """Threshold of a loss spike, in standard deviations above the median of a process's last 64 losses (estimated from
+    the median absolute deviation, which is robust to spikes); null = off."""
 
 
 class SystemGainSection(Section):
-    """How much the model listens to system messages, measured at each evaluation (train/system_gain/metric.py)."""
+    """System gain, how much the model follows system messages, measured at each evaluation
+    (train/system_gain/metric.py)."""
 
     rows: int = Field(default=128, ge=0)
-    """So many rows of the validation data, at most, drawn by the seed; 0 = it is not measured."""
+    """Maximum number of validation rows, sampled by `seed`; 0 = off."""
     others: int = Field(default=2, ge=1)
-    """Other system messages that each of their answers is scored under, at most; and once under none."""
+    """Maximum number of other system messages under which each answer is scored; once more without one."""
 
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where a recipe was read; recipes that say the same are equal, wherever they stand."""
+    """File and overrides of a recipe; not part of its equality."""
 
     file: str = field(default="no file", compare=False)
     overrides: tuple[str, ...] = field(default=(), compare=False)
 
 
-_DEFAULTS_THAT_MATTER = (
+_REPORTED_DEFAULTS = (
     "num_train_epochs",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -277,69 +279,74 @@ _DEFAULTS_THAT_MATTER = (
 
 
 class Recipe(Section):
-    """A run of janus-sft: what is trained, on what, and how."""
+    """A training run of janus-sft: model, data and settings."""
 
     model: ModelSection
     """The model that training starts from."""
     chat: ChatSection = ChatSection()
-    """How a conversation becomes text, and which part of it is trained."""
+    """Rendering of conversations, and which part of them is trained."""
     data: DataSection
-    """The rows that are trained, and how they are cut and packed."""
+    """Training and validation rows, their truncation and packing."""
     adapter: AdapterSection | None = None
     """LoRA; null = full fine-tuning."""
     quantization: QuantizationSection | None = None
-    """4-bit frozen weights under an adapter (QLoRA); null = weights as they are."""
+    """4-bit quantization of the frozen weights under an adapter (QLoRA); null = none."""
     training: dict[str, Any] = Field(default_factory=dict)
-    """Any field of TRL's SFTConfig under its own name, but for those that other sections own."""
+    """Any field of TRL's SFTConfig under its own name, except those that other sections own."""
     tracking: TrackingSection = TrackingSection()
-    """Where figures go besides metrics.jsonl and the step log, which are always written."""
+    """Trackers, in addition to metrics.jsonl and the step log."""
     save: SaveSection = SaveSection()
-    """How checkpoints are kept, and when a run stops by itself."""
+    """Checkpoints and time limits."""
     guards: GuardsSection = GuardsSection()
-    """What a run does about steps that go wrong."""
+    """Handling of non-finite steps and loss spikes."""
     system_gain: SystemGainSection = SystemGainSection()
-    """How much the model listens to system messages, measured at each evaluation: eval_system_gain in metrics.jsonl;
-    as training.metric_for_best_model it makes the best checkpoint the one that listens most."""
+    """System gain, how much the model follows system messages, measured at each evaluation: eval_system_gain in
+    metrics.jsonl. As training.metric_for_best_model it selects the best checkpoint."""
     output_dir: PathText
-    """Folder for the finished model, its checkpoints, metrics.jsonl and report.md."""
-    seed: int = Field(default=42, ge=0, lt=2**32)  # numpy takes no greater one
-    """Decides the order of rows, sampled shares and new weights."""
+    """Folder of the finished model, its checkpoints, metrics.jsonl and report.md."""
+    seed: int = Field(default=42, ge=0, lt=2**32)  # numpy's limit
+    """Seed of the row order, of sampling and of new weights."""
 
     _origin: _Origin = PrivateAttr(default_factory=_Origin)
 
     def to_yaml(self) -> str:
-        """The resolved recipe: our sections with their defaults filled in, `training` as given. Loads back as equal.
+        """Return the resolved recipe as YAML, which loads as an equal recipe.
 
-        A comment names the values of TRL's that matter and that `training` leaves to it.
+        Our sections have their defaults filled in; `training` is as given, and a comment lists important defaults of
+        TRL's that it leaves unset.
         """
         changes = f" with {' '.join(self._origin.overrides)}" if self._origin.overrides else ""
         comment = " ".join(f"Resolved by janus-sft from {self._origin.file}{changes}".split())
-        left_to_trl = ", ".join(f"{name}: {json.dumps(value)}" for name, value in self._left_to_trl())
-        if left_to_trl:
-            comment += f"\n# TRL's defaults, in force where `training` says nothing: {left_to_trl}"
+        defaults = ", ".join(f"{name}: {json.dumps(value)}" for name, value in self._trl_defaults())
+        if defaults:
+            comment += f"\n# TRL's defaults for keys that `training` does not set: {defaults}"
         return f"# {comment}\n" + yaml.dump(
             self.model_dump(mode="json"), Dumper=RecipeDumper, sort_keys=False, width=120
         )
 
-    def _left_to_trl(self) -> Iterator[tuple[str, Any]]:
+    def _trl_defaults(self) -> Iterator[tuple[str, Any]]:
         other_names = {"gradient_checkpointing": "activation_checkpointing", "num_train_epochs": "max_steps"}
-        for name in _DEFAULTS_THAT_MATTER:
+        for name in _REPORTED_DEFAULTS:
             if self.training.get(name) is None and self.training.get(other_names.get(name, name)) is None:
                 default = training_fields()[name].default
-                # SFTConfig works this one out of the other
+                # SFTConfig derives bf16 from fp16.
                 yield name, not self.training.get("fp16") if name == "bf16" else default
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in `path`, with `key=value` overrides by dotted key (`data.sources.0.path=x`; a value is YAML).
+    """Return the recipe in `path`, with overrides applied.
 
-    An override of `training.max_steps` takes the place of the file's `num_train_epochs`, and the reverse.
-    Raises UserError with everything that is wrong with the file and the overrides, each with its line and dotted key.
+    Raises UserError with all errors of the file and the overrides, each with its line and dotted key.
+
+    Args:
+        path: YAML file.
+        overrides: `key=value` by dotted key, such as `data.sources.0.path=x`; values are YAML. An override of
+            `training.max_steps` replaces the file's `num_train_epochs`, and the reverse.
     """
     document = Document(Path(path))
     for order, override in enumerate(overrides):
         document.override(override, order)
     document.refuse_secrets()
-    recipe = validate(document, Recipe)
+    recipe = validate_recipe(document, Recipe)
     recipe._origin = _Origin(document.name, tuple(overrides))
     return recipe

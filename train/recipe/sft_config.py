@@ -1,7 +1,7 @@
-"""What a recipe's `training` takes: the fields of the installed TRL's SFTConfig, checked without importing TRL.
+"""Fields of the installed TRL's SFTConfig, the keys of section `training`, read from source without importing TRL.
 
-Apart from recipe.py because it reads other packages' source. Importing SFTConfig takes torch and many seconds, and a
-misspelt key should be known at once; so the source is parsed instead, and the tests hold it against the real class.
+Importing SFTConfig imports torch and takes many seconds, and a misspelt key should be reported at once. The tests
+compare the parsed fields with the real class.
 """
 
 import ast
@@ -22,31 +22,31 @@ _CLASSES = (
     ("trl", "trainer/base_config.py", "_BaseConfig"),
     ("trl", "trainer/sft_config.py", "SFTConfig"),
 )
-"""SFTConfig and its bases, base first: the order in which dataclasses collects fields."""
+"""SFTConfig and its bases, base first: the order in which dataclasses collects the fields."""
 
 _BUILT_IN: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool, "dict": dict, "list": list}
 
 OWNED: dict[str, str] = {
     "max_length": "write `data.max_length`",
-    "truncation_mode": "`data.overlong` says what becomes of rows that are too long",
+    "truncation_mode": "write `data.overlong`",
     "packing": "write `data.packing`",
-    "packing_strategy": "`data.packing` turns packing on or off; it is best-fit over all rows and cuts none",
+    "packing_strategy": "`data.packing` turns packing on or off; it is best-fit over all rows and truncates none",
     "padding_free": "it follows from `data.packing`",
-    "eval_packing": "`data.packing` holds for validation too",
+    "eval_packing": "`data.packing` applies to validation too",
     "assistant_only_loss": "`chat.train_on` says which tokens are trained",
     "completion_only_loss": "`chat.train_on` says which tokens are trained",
     "chat_template_path": "write `chat.template`",
     "eos_token": "the end token follows from the template, `chat.template`",
-    "pad_token": "it is the tokenizer's own",
-    "dataset_text_field": "`data.sources.0.format` says how rows are read",
-    "dataset_kwargs": "rows are prepared here and not by TRL: see the section `data`",
-    "dataset_num_proc": "rows are prepared here and not by TRL: leave it out",
-    "shuffle_dataset": "rows are drawn in an order set by `seed` (or `training.train_sampling_strategy`): leave it out",
-    "model_init_kwargs": "the section `model` says how weights are loaded, `quantization` in which form",
+    "pad_token": "the tokenizer's own is used: remove it",
+    "dataset_text_field": "write `data.sources.0.format`",
+    "dataset_kwargs": "rows are not prepared by TRL: see section `data`",
+    "dataset_num_proc": "rows are not prepared by TRL (`data.processes` sets processes): remove it",
+    "shuffle_dataset": "`seed` and `training.train_sampling_strategy` set the order of rows: remove it",
+    "model_init_kwargs": "write the sections `model` and `quantization`",
     "trust_remote_code": "write `model.trust_remote_code`",
     "output_dir": "write `output_dir` at the top level",
     "seed": "write `seed` at the top level",
-    "data_seed": "`seed` at the top level orders the data too",
+    "data_seed": "`seed` at the top level sets the order of the data too",
     "report_to": "write `tracking.wandb` or `tracking.tensorboard`",
     "run_name": "write `tracking.wandb.name`",
     "project": "write `tracking.wandb.project`",
@@ -55,16 +55,16 @@ OWNED: dict[str, str] = {
     "trackio_static_space_id": "the trackers are `tracking.wandb` and `tracking.tensorboard`",
     "hub_token": "a recipe holds no secrets: set HF_TOKEN in the environment",
     "resume_from_checkpoint": "give `--resume DIR` on the command line",
-    "do_train": "train/sft.py always trains: leave it out",
+    "do_train": "train/sft.py always trains: remove it",
     "do_eval": "write `training.eval_strategy`",
-    "do_predict": "it is not used by this trainer: leave it out",
-    "disable_tqdm": "the progress bars are not TRL's, and keep quiet where output is no terminal: leave it out",
-    "include_num_input_tokens_seen": "`num_tokens` in metrics.jsonl counts them: leave it out",
-    "local_rank": "the launcher sets it: leave it out",
-    "label_names": "the rows' labels are made here and have one name: leave it out",
-    "parallelism_config": "it belongs into the accelerate configuration that the run is launched with",
+    "do_predict": "it is not used by this trainer: remove it",
+    "disable_tqdm": "the progress bars are not TRL's, and are shown only in a terminal: remove it",
+    "include_num_input_tokens_seen": "`num_tokens` in metrics.jsonl counts them: remove it",
+    "local_rank": "the launcher sets it: remove it",
+    "label_names": "labels are always called `labels`: remove it",
+    "parallelism_config": "it belongs in the accelerate configuration of the launch",
 }
-"""Fields of SFTConfig that another key of the recipe, or the command line, decides; and which."""
+"""Fields of SFTConfig that are set by another key of the recipe or the command line, with what to do instead."""
 
 _POSITIVE: dict[str, Any] = {"gt": 0}
 _NOT_NEGATIVE: dict[str, Any] = {"ge": 0}
@@ -101,16 +101,16 @@ _RANGES: dict[str, dict[str, Any]] = {
     "adam_beta2": {"ge": 0, "lt": 1},
     "label_smoothing_factor": {"ge": 0, "le": 1},
 }
-"""What SFTConfig's annotations leave unsaid about the fields that are set most."""
+"""Bounds of common fields, which SFTConfig's annotations don't express."""
 
 
 CONFIG_FILES = ("deepspeed", "fsdp_config", "accelerator_config")
-"""Fields that take the path of a JSON file in place of a section."""
+"""Fields that take a section or the path of a JSON file."""
 
 
 @dataclass(frozen=True)
 class TrainingField:
-    """One field of SFTConfig: its type (Any where its annotation isn't understood), literal default and help text."""
+    """A field of SFTConfig: type (Any where the annotation can't be resolved), literal default and help text."""
 
     type: Any
     default: Any
@@ -119,16 +119,18 @@ class TrainingField:
 
 @cache
 def training_fields() -> dict[str, TrainingField]:
-    """All fields of the installed SFTConfig by name, those that we own among them, in the order of its dataclass.
+    """Return all fields of the installed SFTConfig by name, OWNED ones included, in the order of the dataclass.
 
-    Raises UserError where TRL or transformers is not installed or its source is not where it was.
+    Raises UserError where TRL or transformers is not installed or its source has another layout.
     """
     fields: dict[str, TrainingField] = {}
     for package, file, class_name in _CLASSES:
         source = _source(package, file)
         definition = _class_in(source, class_name)
         if definition is None:
-            raise UserError(f"{source} holds no {class_name}. Install the {package} that constraints.txt names.")
+            raise UserError(
+                f"{source} has no {class_name}. Install the version of {package} that constraints.txt names."
+            )
         for statement in definition.body:
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
                 fields[statement.target.id] = _as_field(statement, source)
@@ -136,13 +138,13 @@ def training_fields() -> dict[str, TrainingField]:
 
 
 def with_defaults(training: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all fields of SFTConfig: as `training` has them, else TRL's defaults (None where it works one out)."""
-    return {name: known.default for name, known in training_fields().items()} | dict(training)
+    """Return the value of each field of SFTConfig: of `training`, else TRL's default (None where TRL computes it)."""
+    return {name: field.default for name, field in training_fields().items()} | dict(training)
 
 
 @cache
 def training_model() -> type[BaseModel]:
-    """Strict model of the section `training`: what `training_fields` has and the recipe does not own."""
+    """Return the strict model of section `training`: all `training_fields` except OWNED ones."""
     columns: dict[str, Any] = {}
     for name, field in training_fields().items():
         if name not in OWNED:
@@ -154,7 +156,7 @@ def training_model() -> type[BaseModel]:
 
 
 def _source(package: str, file: str) -> Path:
-    spec = importlib.util.find_spec(package)  # finds a top-level package without running it
+    spec = importlib.util.find_spec(package)  # finds a top-level package without importing it
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"the package {package} is not installed. Install it with `pip install {package}`.")
     path = Path(spec.submodule_search_locations[0]) / file
@@ -169,14 +171,14 @@ def _parsed(path: Path) -> ast.Module:
 
 
 def _class_in(path: Path, name: str) -> ast.ClassDef | None:
-    """The class `name` as defined in `path`, or in the module beside it that `path` imports it from."""
+    """Return the definition of class `name` in `path`, or in the sibling module that `path` imports it from."""
     for statement in _parsed(path).body:
         if isinstance(statement, ast.ClassDef) and statement.name == name:
             return statement
         if isinstance(statement, ast.ImportFrom) and statement.level == 1 and statement.module:
-            beside = path.with_name(statement.module + ".py")
-            if any(alias.name == name for alias in statement.names) and beside.is_file():
-                return _class_in(beside, name)
+            sibling = path.with_name(statement.module + ".py")
+            if any(alias.name == name for alias in statement.names) and sibling.is_file():
+                return _class_in(sibling, name)
     return None
 
 
@@ -190,7 +192,7 @@ def _as_field(statement: ast.AnnAssign, source: Path) -> TrainingField:
             if isinstance(key, ast.Constant) and (literal := _literal(value)) is not None:
                 metadata[str(key.value)] = literal
     kind = _as_type(statement.annotation, source, metadata.get("choices"))
-    if "const" in metadata and bool not in get_args(kind):  # what the bare flag stands for on TRL's command line
+    if "const" in metadata and bool not in get_args(kind):  # the value of the bare flag on TRL's command line
         kind = Union[kind, Literal[metadata["const"]]]  # noqa: UP007 (built at run time)
     default = _literal(settings["default"]) if "default" in settings else None
     return TrainingField(kind, default, metadata.get("help", "").replace("%%", "%"))
@@ -204,7 +206,7 @@ def _literal(expression: ast.expr) -> Any:
 
 
 def _as_type(annotation: ast.expr, source: Path, choices: list[str] | None = None) -> Any:
-    """The type that `annotation` writes. `choices` narrow `str`, an enum narrows it to its values; Any if unknown."""
+    """Return the type of `annotation`; Any if unknown. `choices` narrow `str`; an enum becomes its values."""
     match annotation:
         case ast.Constant(value=None):
             return None

@@ -1,4 +1,4 @@
-"""A recipe's text as plain values, each with the line it came from: YAML 1.2 scalars, no duplicate key, no secret."""
+"""YAML documents of recipes: plain values with the line of each, YAML 1.2 scalars, no duplicate keys, no secrets."""
 
 import difflib
 import json
@@ -13,20 +13,20 @@ from train.errors import UserError
 from train.recipe.sft_config import training_fields
 
 KeyPath = tuple[str | int, ...]
-"""A dotted key in its parts; an item of a list by its index."""
+"""Parts of a dotted key; list items by index."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: PyYAML's 1.1 reads 5e-6 as text, and `no` as false."""
+    """Loader with YAML 1.2 scalars: PyYAML's YAML 1.1 reads 5e-6 as text, and `no` as false."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own way)
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's convention)
 
 
 class RecipeDumper(yaml.SafeDumper):
-    """Quotes whatever YAML 1.1 or 1.2 would not read as text."""
+    """Dumper that quotes all texts that YAML 1.1 or 1.2 would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Write a value out each time it comes."""
+        """Return True: repeat a value instead of writing an alias."""
         return True
 
 
@@ -49,15 +49,15 @@ _SCALARS: dict[str, Callable[[str], Any]] = {
 }
 
 _SYNTAX_HINTS = {
-    "mapping values are not allowed": "A value that holds `: ` needs quotes; keys of a section stand in one column.",
+    "mapping values are not allowed": "Quote values that contain `: `; keys of a section need the same indentation.",
     "found character '\\t'": "Indent with spaces, not with tabs.",
     "could not find expected ':'": "A line is `key: value`, with a space after the colon.",
-    "expected <block end>": "Keys of a section stand in one column, each as `key: value`.",
+    "expected <block end>": "Keys of a section need the same indentation, each as `key: value`.",
     "expected ',' or": "A bracket is not closed, or a comma is missing.",
     "unexpected end of stream": "A quote is not closed.",
-    "undefined alias": "A value that begins with * needs quotes.",
-    "another document": "A recipe is one document: remove what follows the second `---`.",
-    "cannot start any token": "A value that begins with @, % or ` needs quotes.",
+    "undefined alias": "Quote values that start with *.",
+    "another document": "A recipe is one document: remove everything after the second `---`.",
+    "cannot start any token": "Quote values that start with @, % or `.",
 }
 
 SECRET = re.compile(
@@ -65,18 +65,19 @@ SECRET = re.compile(
     re.IGNORECASE,
 )
 """Names of keys that hold a secret."""
-_MOST_VALUES = 10_000  # far beyond any recipe: what has more grows from YAML aliases
+_MAX_VALUES = 10_000  # far beyond any recipe: more can only come from nested YAML aliases
 
 
-class Place(NamedTuple):
-    """Where a value was written: its rank in the report (the line; overrides come last) and in words."""
+class Location(NamedTuple):
+    """Source of a value: a line of the file or an override. `order` sorts errors by line, those of overrides last."""
 
     order: int
-    words: str
+    text: str
+    is_override: bool = False
 
 
 class YamlError(Exception):
-    """Text that is no YAML."""
+    """Invalid YAML at `line`."""
 
     def __init__(self, line: int, message: str) -> None:
         super().__init__(message)
@@ -84,123 +85,131 @@ class YamlError(Exception):
 
 
 class Document:
-    """A recipe as plain values, with the place that each came from and all that was found wrong so far."""
+    """A recipe as plain values, with the location of each and the errors found so far."""
 
     def __init__(self, path: Path, keys: Sequence[str] = ("model", "data", "output_dir")) -> None:
-        """Read `path`, of which `keys` must be given. Raises UserError where there is no mapping to be had from it."""
+        """Read `path`; messages name `keys` as the required ones. Raises UserError if the file holds no mapping."""
         self.name = str(path)
-        self.places: dict[KeyPath, Place] = {(): self._line(1)}
-        self.faults: list[tuple[Place, str]] = []
+        self.locations: dict[KeyPath, Location] = {(): self._line(1)}
+        self.errors: list[tuple[Location, str]] = []
         self._values = 0
         try:
             root = compose(_read_text(path))
             tree = None if root is None else self._build(root, (), lambda node: self._line(node.start_mark.line + 1))
-        except YamlError as fault:
-            raise UserError(f"{self.name}:{fault.line}: {fault}") from fault
+        except YamlError as error:
+            raise UserError(f"{self.name}:{error.line}: {error}") from error
         if tree is None:
-            raise UserError(f"{self.name}: empty. It must have at least the keys {', '.join(keys)}.")
+            raise UserError(f"{self.name}: empty. Required keys: {', '.join(keys)}.")
         if not isinstance(tree, dict):
             expected = f"Expected a mapping with the keys {', '.join(keys)}, ..., each as `key: value`"
-            raise UserError(f"{self.name}:1: found {described(tree)} at the top. {expected}.")
+            raise UserError(f"{self.name}:1: found {describe_value(tree)} at the top level. {expected}.")
         self.tree: dict[str, Any] = tree
 
     def override(self, text: str, order: int) -> None:
-        """Put the value of `key=value` into the tree."""
+        """Apply an override `key=value` to the tree; `order`: its position on the command line."""
         key, equals, value = text.partition("=")
         parts = key.strip().split(".")
         shown = f"{key}=..." if any(map(SECRET.search, re.findall(r"[\w-]+", text))) else text
         shown = shown if len(shown) <= 100 else f"{shown[:97]}..."
-        place = Place(1_000_000_000 + order, f"override `{shown}`")
+        location = Location(1_000_000_000 + order, f"override `{shown}`", is_override=True)
         if not equals or not all(parts):
-            self.faults.append((place, "expected key=value, such as training.learning_rate=1e-5."))
+            self.errors.append((location, "expected key=value, such as training.learning_rate=1e-5."))
             return
         container: Any = self.tree
         path: KeyPath = ()
         for depth, part in enumerate(parts):
             if isinstance(container, list):
                 if not (part.isascii() and part.isdigit() and int(part) < len(container)):
-                    here = f"{dotted(path)} has {len(container)} items, numbered from 0"
-                    self.faults.append((place, f"{here}; there is no {part}."))
+                    items = f"{dotted_key(path)} has {len(container)} items, numbered from 0"
+                    self.errors.append((location, f"{items}; there is no {part}."))
                     return
                 step: str | int = int(part)
             elif isinstance(container, dict):
                 step = part
             else:
-                self.faults.append((place, f"{dotted(path)} is {described(container)}: it has no keys below it."))
+                self.errors.append((location, f"{dotted_key(path)} is {describe_value(container)} and has no keys."))
                 return
             path = (*path, step)
             if depth == len(parts) - 1:
                 break
             if isinstance(container, dict) and container.get(part) is None:
                 container[part] = {}
-                self.places[path] = place
+                self.locations[path] = location
             container = container[step]
-        self.places = {known: where for known, where in self.places.items() if known[: len(path)] != path}
-        self.places[path] = place
+        self.locations = {other: source for other, source in self.locations.items() if other[: len(path)] != path}
+        self.locations[path] = location
         try:
             node = compose(value)
-            container[step] = None if node is None else self._build(node, path, lambda _: place)
-        except YamlError as fault:
-            self.faults.append((place, str(fault)))
+            container[step] = None if node is None else self._build(node, path, lambda _: location)
+        except YamlError as error:
+            self.errors.append((location, str(error)))
 
     def refuse_secrets(self, variables: str = "HF_TOKEN, WANDB_API_KEY") -> None:
-        """Take every key out whose name speaks of a secret, and report it without its value.
+        """Remove each key whose name suggests a secret, and add an error that doesn't show its value.
 
-        `variables`: the environment variables to set instead, for the message.
+        `variables`: environment variables to set instead, for the message.
         """
         for path in list(_paths(self.tree)):
             key = path[-1]
             if not isinstance(key, str) or not SECRET.search(key):
                 continue
             if path[:-1] == ("training",) and key in training_fields():
-                continue  # eos_token and its like; hub_token is refused by name
+                continue  # eos_token and others; hub_token is refused by name
             del value_at(self.tree, path[:-1])[key]
-            why = "a recipe holds no secrets, for it is copied into output_dir and into logs"
-            self.fault(path, f"{why}. Set them in the environment ({variables}).")
+            reason = "a recipe holds no secrets, because it is copied into output_dir and logs"
+            self.add_error(path, f"{reason}. Set them in the environment ({variables}).")
 
-    def fault(self, path: KeyPath, message: str) -> None:
-        """Note what is wrong with the key at `path`, which may be missing: then its section tells the place."""
-        known = next(path[:length] for length in range(len(path), -1, -1) if path[:length] in self.places)
-        self.faults.append((self.places[known], f"{dotted(path)}: {message}"))
+    def add_error(self, path: KeyPath, message: str) -> None:
+        """Add an error about the key at `path`; a missing key is located by its section."""
+        nearest = next(path[:length] for length in range(len(path), -1, -1) if path[:length] in self.locations)
+        self.errors.append((self.locations[nearest], f"{dotted_key(path)}: {message}"))
 
-    def _line(self, line: int) -> Place:
-        return Place(line, f"{self.name}:{line}")
+    def raise_errors(self) -> None:
+        """Raise UserError with all errors found so far, by line; do nothing if there are none."""
+        lines = [f"{location.text}: {message}" for location, message in sorted(self.errors)]
+        if len(lines) == 1:
+            raise UserError(lines[0])
+        if lines:
+            raise UserError("\n  ".join([f"{self.name} has {len(lines)} errors:", *lines]))
+
+    def _line(self, line: int) -> Location:
+        return Location(line, f"{self.name}:{line}")
 
     def section(self, name: str) -> dict[str, Any]:
-        """The section called `name`, empty where it is missing or no section."""
+        """Return the section `name`; empty where it is missing or not a mapping."""
         section = self.tree.get(name)
         return section if isinstance(section, dict) else {}
 
-    def _build(self, node: yaml.Node, path: KeyPath, place: Callable[[yaml.Node], Place]) -> Any:
-        """The value that `node` stands for. Notes the place of each key; duplicate keys and foreign tags are faults."""
+    def _build(self, node: yaml.Node, path: KeyPath, locate: Callable[[yaml.Node], Location]) -> Any:
+        """Return the value of `node` and record the location of each key; duplicate keys and custom tags are errors."""
         self._values += 1
-        if self._values > _MOST_VALUES or len(path) > 50:
+        if self._values > _MAX_VALUES or len(path) > 50:
             raise YamlError(node.start_mark.line + 1, "more values than a recipe can have. Write it without aliases.")
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
         if isinstance(node, yaml.MappingNode) and kind == "map":
             mapping: dict[str, Any] = {}
             for key_node, value_node in node.value:
                 if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
-                    self.faults.append((place(key_node), f"{dotted(path)}: a key must be text."))
+                    self.errors.append((locate(key_node), f"{dotted_key(path)}: a key must be text."))
                     continue
-                here = (*path, key_node.value)
+                key_path = (*path, key_node.value)
                 if key_node.value in mapping:
-                    message = f"{dotted(here)}: given twice, first in {self.places[here].words}. Keep one of them."
-                    self.faults.append((place(key_node), message))
+                    first = self.locations[key_path].text
+                    message = f"{dotted_key(key_path)}: given twice, first in {first}. Keep one of them."
+                    self.errors.append((locate(key_node), message))
                     continue
-                self.places[here] = place(key_node)
-                mapping[key_node.value] = self._build(value_node, here, place)
+                self.locations[key_path] = locate(key_node)
+                mapping[key_node.value] = self._build(value_node, key_path, locate)
             return mapping
         if isinstance(node, yaml.SequenceNode) and kind == "seq":
             for index, item in enumerate(node.value):
-                self.places[*path, index] = place(item)
-            return [self._build(item, (*path, index), place) for index, item in enumerate(node.value)]
+                self.locations[*path, index] = locate(item)
+            return [self._build(item, (*path, index), locate) for index, item in enumerate(node.value)]
         try:
             return _SCALARS[kind](node.value)
         except (KeyError, ValueError, TypeError):
-            self.faults.append(
-                (place(node), f"{dotted(path)}: the tag {node.tag} is not allowed. Write a plain value.")
-            )
+            message = f"{dotted_key(path)}: the tag {node.tag} is not allowed. Write a plain value."
+            self.errors.append((locate(node), message))
             return node.value
 
 
@@ -208,84 +217,84 @@ def _read_text(path: Path) -> str:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such recipe.{near_files(str(path))}") from None
+        raise UserError(f"{path}: this recipe doesn't exist.{suggest_files(str(path))}") from None
     except IsADirectoryError:
-        inside = ", ".join(sorted(found.name for found in path.glob("*.yaml"))) or "it has none of its own"
-        raise UserError(f"{path}: a folder. Give one of the recipes in it: {inside}.") from None
-    except OSError as fault:
-        raise UserError(f"{path}: can't be read: {fault.strerror}.") from fault
+        recipes = ", ".join(sorted(recipe.name for recipe in path.glob("*.yaml"))) or "it has none"
+        raise UserError(f"{path}: a folder. Give one of the recipes in it: {recipes}.") from None
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror}.") from error
     try:
         return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as fault:
-        line = raw.count(b"\n", 0, fault.start) + 1
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{path}:{line}: byte 0x{raw[fault.start]:02x} is not UTF-8. Save the file as UTF-8."
-        ) from fault
+            f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8. Save the file as UTF-8."
+        ) from error
 
 
 def compose(text: str) -> yaml.Node | None:
-    """The YAML nodes of `text`. Raises YamlError with its line and what was expected."""
+    """Return the YAML nodes of `text`. Raises YamlError with the line and what was expected."""
     try:
         return yaml.compose(text, Loader=_Loader)
-    except yaml.reader.ReaderError as fault:
-        line = text.count("\n", 0, fault.position) + 1
-        raise YamlError(line, f"character U+{ord(text[fault.position]):04X} is not allowed in YAML.") from fault
-    except yaml.MarkedYAMLError as fault:
-        mark = fault.problem_mark or fault.context_mark
-        since = (
-            f" ({fault.context}, line {fault.context_mark.line + 1})" if fault.context and fault.context_mark else ""
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise YamlError(line, f"character U+{ord(text[error.position]):04X} is not allowed in YAML.") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        context = (
+            f" ({error.context}, line {error.context_mark.line + 1})" if error.context and error.context_mark else ""
         )
-        problem = f"{fault.problem}"
-        hints = [hint for words, hint in _SYNTAX_HINTS.items() if words in problem]
+        problem = f"{error.problem}"
+        hints = [hint for phrase, hint in _SYNTAX_HINTS.items() if phrase in problem]
         expected = hints[0] if hints else "Expected lines of `key: value`, indented with spaces."
-        raise YamlError(mark.line + 1 if mark else 1, f"not valid YAML: {problem}{since}. {expected}") from fault
-    except RecursionError as fault:
-        raise YamlError(1, "not valid YAML: nested too deeply.") from fault
+        raise YamlError(mark.line + 1 if mark else 1, f"not valid YAML: {problem}{context}. {expected}") from error
+    except RecursionError as error:
+        raise YamlError(1, "not valid YAML: nested too deeply.") from error
 
 
-def near_files(missing: str) -> str:
-    """A hint at a file of a similar name: beside where it was looked for, or among the recipes below this folder."""
+def suggest_files(missing: str) -> str:
+    """Return a hint at a file of a similar name in the same folder or, for YAML files, below recipes/."""
     path = Path(missing)
-    found = [file for file in path.parent.glob("*") if file.is_file()]
-    if path.suffix in (".jinja", ".json"):  # keys that take no other kind
-        found = [file for file in found if file.suffix == path.suffix]
-    beside = [str(path.with_name(file.name)) for file in found]
-    known = [str(file) for file in Path("recipes").glob("**/*.yaml")] if path.suffix in (".yaml", ".yml") else []
-    return did_you_mean(closest(missing, [*beside, *known], 0.6))
+    files = [file for file in path.parent.glob("*") if file.is_file()]
+    if path.suffix in (".jinja", ".json"):  # their keys take no other kind of file
+        files = [file for file in files if file.suffix == path.suffix]
+    siblings = [str(path.with_name(file.name)) for file in files]
+    recipes = [str(file) for file in Path("recipes").glob("**/*.yaml")] if path.suffix in (".yaml", ".yml") else []
+    return did_you_mean(closest_match(missing, [*siblings, *recipes], 0.6))
 
 
-def closest(text: str, among: Sequence[str], cutoff: float) -> str | None:
-    """The text in `among` most like `text`, if any is at least `cutoff` like it (0 to 1)."""
-    return next(iter(difflib.get_close_matches(text, among, 1, cutoff)), None)
+def closest_match(text: str, candidates: Sequence[str], cutoff: float) -> str | None:
+    """Return the candidate most similar to `text`; None where none has a similarity (0 to 1) of at least `cutoff`."""
+    return next(iter(difflib.get_close_matches(text, candidates, 1, cutoff)), None)
 
 
-def did_you_mean(meant: str | None) -> str:
-    """A question to put behind an error; nothing where nothing is likely."""
-    return f" Did you mean `{meant}`?" if meant else ""
+def did_you_mean(suggestion: str | None) -> str:
+    """Return a question to append to an error; empty without a suggestion."""
+    return f" Did you mean `{suggestion}`?" if suggestion else ""
 
 
-def dotted(path: KeyPath) -> str:
-    """The key as a user writes it."""
+def dotted_key(path: KeyPath) -> str:
+    """Return the key as users write it."""
     return ".".join(map(str, path)) or "the top level"
 
 
 def value_at(tree: Any, path: KeyPath) -> Any:
-    """The value that stands at `path` below `tree`."""
+    """Return the value at `path` below `tree`."""
     for step in path:
         tree = tree[step]
     return tree
 
 
 def _paths(tree: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
-    """Paths of all values below `tree`, the deepest first."""
+    """Yield the paths of all values below `tree`, the deepest first."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in items:
         yield from _paths(value, (*path, key))
         yield (*path, key)
 
 
-def described(value: Any) -> str:
-    """What was found, in YAML's words."""
+def describe_value(value: Any) -> str:
+    """Return a description of a value in YAML's terms."""
     match value:
         case None:
             return "nothing (null)"

@@ -1,1 +1,1 @@
-"""TODO reporting."""
+"""Reporting: Markdown, plots and the conditions of measurements."""

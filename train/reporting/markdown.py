@@ -1,7 +1,8 @@
-"""What reports in Markdown are made of: tables, quotations, and pictures beside them."""
+"""Markdown of reports: tables, code blocks and sections of report.md."""
 
 import re
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -9,79 +10,84 @@ from train.formatting import duration
 from train.storage.atomic_write import atomic_write, write_text
 
 
-def format_table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    """A table, its first column to the left and the others to the right."""
-    lines = [head, ("---",) + ("---:",) * (len(head) - 1), *rows]
+def format_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """Return a table with the first column aligned left and the others right."""
+    lines = [header, ("---",) + ("---:",) * (len(header) - 1), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
-def format_share(part: int, whole: int) -> str:
-    """12.3%, or nothing of nothing."""
-    return f"{part / whole:.1%}" if whole else ""
+def format_share(part: int, total: int) -> str:
+    """Return a percentage such as 12.3%; empty if `total` is 0."""
+    return f"{part / total:.1%}" if total else ""
 
 
 def count_section(
-    title: str, what: str, counts: Mapping[str, int], of: int | None = None, of_what: str = "", remark: str = ""
+    title: str, label: str, counts: Mapping[str, int], total: int | None = None, total_label: str = "", remark: str = ""
 ) -> Iterable[str]:
-    """A section with a table of counts; nothing where nothing was counted."""
+    """Yield a section with a table of counts; nothing if `counts` is empty.
+
+    Args:
+        title: heading of the section.
+        label: header of the first column.
+        counts: occurrences by name.
+        total: adds a column with the shares of this number.
+        total_label: header of that column.
+        remark: text above the table.
+    """
     if not counts:
         return
     yield f"### {title}"
     if remark:
         yield remark
-    if of is None:
-        yield format_table((what, "times"), [(name, f"{count:,}") for name, count in counts.items()])
-    else:
-        yield format_table(
-            (what, "times", of_what), [(name, f"{count:,}", format_share(count, of)) for name, count in counts.items()]
-        )
+    header = (label, "times") if total is None else (label, "times", total_label)
+    rows = [(name, f"{count:,}", format_share(count, total or 0))[: len(header)] for name, count in counts.items()]
+    yield format_table(header, rows)
 
 
-def format_usage(spent: Mapping[str, Any], seconds: float | None) -> str:
-    """What the answers of each stage took. `seconds`: from the first request to the last answer."""
+def format_usage(usage: Mapping[str, Any], seconds: float | None) -> str:
+    """Return a table of the requests, tokens and seconds of each stage.
+
+    `seconds`: from the first request to the last answer; None if unknown.
+    """
     rows = [
         (
             stage,
-            f"{of['requests']:,}",
-            f"{of['prompt_tokens']:,}",
-            f"{of['completion_tokens']:,}",
-            f"{of['seconds'] / of['requests']:.2f}",
+            f"{counts['requests']:,}",
+            f"{counts['prompt_tokens']:,}",
+            f"{counts['completion_tokens']:,}",
+            f"{counts['seconds'] / counts['requests']:.2f}",
         )
-        for stage, of in spent.items()
+        for stage, counts in usage.items()
     ]
-    text = format_table(("stage", "answers", "prompt tokens", "completion tokens", "seconds an answer"), rows)
-    text += "\n\nEqual requests are asked once, and counted for each row that they serve."
+    text = format_table(("stage", "answers", "prompt tokens", "completion tokens", "seconds per answer"), rows)
+    text += "\n\nEqual requests are sent once and counted for each row that uses the answer."
     if seconds is None:
         return text
-    return f"{text}\n\nFrom the first request to the last answer: {duration(seconds)}, breaks included."
+    return f"{text}\n\nFrom the first request to the last answer, interruptions included: {duration(seconds)}."
 
 
 def code_block(text: str) -> str:
-    """As a code block: models write Markdown, HTML and tags of their own."""
-    fence = "`" * max(3, 1 + _longest_run(text, "`"))
+    """Return `text` as a code block, because models write Markdown, HTML and tags."""
+    backticks = max((len(list(run)) for character, run in groupby(text) if character == "`"), default=0)
+    fence = "`" * max(3, 1 + backticks)
     return f"{fence}text\n{text}\n{fence}"
 
 
-def _longest_run(text: str, character: str) -> int:
-    longest = run = 0
-    for one in text:
-        run = run + 1 if one == character else 0
-        longest = max(longest, run)
-    return longest
-
-
-def truncate_middle(text: str, most: int) -> str:
-    """`text` in at most so many characters, on one line: its middle is left out."""
+def truncate_middle(text: str, limit: int) -> str:
+    """Return `text` on one line of at most `limit` characters, with the middle replaced by `...`."""
     text = " ".join(text.split())
-    half = (most - 3) // 2
-    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+    half = (limit - 3) // 2
+    return text if len(text) <= limit else f"{text[:half]}...{text[-half:]}"
 
 
 def replace_section(report: Path, heading: str, text: str) -> None:
-    """Put `text`, which begins with the line `heading` ("## ..."), in the place of the section that did, or last."""
+    """Replace the section of `report` under the line `heading` ("## ...") with `text`, or append it if there is none.
+
+    `text` starts with `heading`.
+    """
     old = report.read_text(encoding="utf-8") if report.is_file() else ""
-    before, found, rest = f"\n{old}".partition(f"\n{heading}\n")
-    behind = re.search(r"^## ", rest, re.MULTILINE) if found else None
-    parts = [before.strip("\n"), text.strip("\n"), rest[behind.start() :].strip("\n") if behind else ""]
-    with atomic_write(report) as [aside]:
-        write_text(aside, "\n\n".join(part for part in parts if part) + "\n")
+    before, separator, rest = f"\n{old}".partition(f"\n{heading}\n")
+    following = re.search(r"^## ", rest, re.MULTILINE) if separator else None
+    parts = [before.strip("\n"), text.strip("\n"), rest[following.start() :].strip("\n") if following else ""]
+    with atomic_write(report) as [temporary]:
+        write_text(temporary, "\n\n".join(part for part in parts if part) + "\n")

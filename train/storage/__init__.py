@@ -1,1 +1,1 @@
-"""TODO storage."""
+"""Storage: atomic writes, file locks, checksums, JSON lines and local paths."""

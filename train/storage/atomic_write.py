@@ -1,4 +1,4 @@
-"""Files of results are there whole or as they were before: a full disk or a kill leaves none of them cut or empty."""
+"""Atomic writes: after a full disk or a kill, a result file is complete or as it was before, never cut or empty."""
 
 import errno
 import os
@@ -9,33 +9,33 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(*paths: Path) -> Iterator[list[Path]]:
-    """For each path another one beside it, with the same ending, to be written in its place.
+    """Yield a temporary file beside each of `paths`, with the same suffix, and move them into place at the end.
 
-    As the block ends they take the places of `paths`, one after the other. Where it raises, all of `paths` stay as they
-    were and what was written is gone. Raises OSError, for a folder among `paths` before anything is written.
+    The files are moved one after the other. If the block raises, all of `paths` stay as they were and the temporary
+    files are removed. Raises OSError; for a folder among `paths` before anything is written.
     """
     for path in paths:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    asides = [path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}") for path in paths]
+    temporary_files = [path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}") for path in paths]
     try:
-        yield asides
-        for aside, path in zip(asides, paths, strict=True):
-            aside.replace(path)
+        yield temporary_files
+        for temporary, path in zip(temporary_files, paths, strict=True):
+            temporary.replace(path)
     finally:
-        for aside in asides:
-            aside.unlink(missing_ok=True)
+        for temporary in temporary_files:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8, line ends as they are; half of a surrogate pair, which is no text, as JSON's own escape for it."""
+    r"""Write UTF-8 with line ends unchanged; lone surrogates, which UTF-8 lacks, become JSON escapes (\ud800)."""
     path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def fsync(path: Path) -> None:
-    """Bring a file, or the names in a folder, onto the disk. Raises OSError."""
-    handle = os.open(path, os.O_RDONLY)
+    """Flush a file, or the entries of a folder, to disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)

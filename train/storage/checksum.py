@@ -1,4 +1,4 @@
-"""TODO: train.storage.checksum."""
+"""Checksums of files."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,20 +7,22 @@ import xxhash
 
 from train.errors import UserError
 
+_CHUNK = 1 << 22
 
-def digest_of_files(files: Iterable[Path], facts: Iterable[object] = ()) -> str:
-    """One digest (xxh3, 128 bits, hexadecimal) of the bytes of all files, where each ends, and some facts beside them.
+
+def hash_files(files: Iterable[Path], facts: Iterable[object] = ()) -> str:
+    """Return one hash (xxh3, 128 bits, hexadecimal) of the contents of all files in their order, and of `facts`.
 
     Raises UserError for a file that can't be read.
     """
-    whole = xxhash.xxh3_128(repr(list(facts)).encode())
+    combined = xxhash.xxh3_128(repr(list(facts)).encode())
     for path in files:
-        one = xxhash.xxh3_128()
+        content = xxhash.xxh3_128()
         try:
             with path.open("rb") as stream:
-                while piece := stream.read(1 << 22):
-                    one.update(piece)
-        except OSError as fault:
-            raise UserError(f"{path}: can't be read: {fault.strerror}.") from fault
-        whole.update(one.digest())
-    return whole.hexdigest()
+                while chunk := stream.read(_CHUNK):
+                    content.update(chunk)
+        except OSError as error:
+            raise UserError(f"{path}: can't be read: {error.strerror}.") from error
+        combined.update(content.digest())
+    return combined.hexdigest()

@@ -1,4 +1,4 @@
-"""A file that one process at a time holds: what keeps two runs from writing to one folder."""
+"""File locks between processes, which keep two runs from writing to one folder."""
 
 import errno
 import fcntl
@@ -9,14 +9,14 @@ from typing import TextIO
 
 
 class LockHeldError(Exception):
-    """Another process holds the file; the text says which."""
+    """Another process holds the lock; the message names it."""
 
 
 def acquire_lock(path: Path) -> TextIO:
-    """Lock a file, made if need be, for as long as what this returns stays open.
+    """Lock a file, created if necessary, until the returned stream is closed or the process ends.
 
-    The lock goes with the process, however that ends, and its children don't have it (POSIX's do both); where the file
-    system has none, nobody is kept out. Raises HeldError, and OSError where the file can't be written.
+    A POSIX lock: children don't inherit it, and file systems without locks keep nobody out. Raises LockHeldError, and
+    OSError where the file can't be written.
     """
     lock = path.open("a+", encoding="utf-8")
     try:
@@ -24,8 +24,8 @@ def acquire_lock(path: Path) -> TextIO:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
-    except OSError as fault:
-        if fault.errno in (errno.EACCES, errno.EAGAIN):
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
             lock.seek(0)
-            raise LockHeldError(lock.read() or "unknown") from fault
+            raise LockHeldError(lock.read() or "unknown") from error
     return lock

@@ -1,4 +1,4 @@
-"""Local paths: `~` and environment variables expanded, missing files named, paths told from hub ids."""
+"""Local paths: expansion of `~` and variables, hints at missing files, and the distinction from ids on the hub."""
 
 import argparse
 import difflib
@@ -21,41 +21,44 @@ _FILE_ENDINGS = (
 
 @dataclass(frozen=True)
 class LocalPath:
-    """Mark of a key that takes a path, in the `Annotated` of its type: `~`, `$VAR` and `${VAR}` in it are expanded."""
+    """Marker in the `Annotated` type of a key that takes a path: `~`, `$VAR` and `${VAR}` are expanded."""
 
 
-def expanded(text: str) -> str:
-    """Return `text` with `$VAR` and `${VAR}` replaced, and then a `~` or `~user` at its start.
+def expand_path(text: str) -> str:
+    """Expand `$VAR` and `${VAR}`, then `~` or `~user` at the start.
 
-    `$` before anything but a letter, `_` or `{` stays as it is. Raises ValueError, which names no key.
+    `$` before anything but a letter, `_` or `{` is kept. Raises ValueError, with a message for the user without the
+    key.
     """
 
     def value(match: re.Match[str]) -> str:
         name = match[2] if match[1] is None else match[1]
         if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-            raise ValueError(f"found {match[0]} in `{text}`. Only $NAME and ${{NAME}} are replaced")
+            raise ValueError(f"found {match[0]} in `{text}`. Only $NAME and ${{NAME}} are expanded")
         if not os.environ.get(name):
             state = "empty" if name in os.environ else "not set"
             raise ValueError(f"the environment variable {name} in `{text}` is {state}. Set it, or write the path out")
         return os.environ[name]
 
-    whole = _VARIABLE.sub(value, text)
-    path = os.path.expanduser(whole)
-    if whole.startswith("~") and path == whole:
-        user = whole[1:].partition("/")[0]
-        raise ValueError(f"`{text}`: there is no user {user} here. A name that begins with ~ is written ./{whole}")
+    substituted = _VARIABLE.sub(value, text)
+    path = os.path.expanduser(substituted)
+    if substituted.startswith("~") and path == substituted:
+        user = substituted[1:].partition("/")[0]
+        raise ValueError(
+            f"`{text}`: there is no user {user}. For a file whose name starts with ~ write ./{substituted}"
+        )
     return path
 
 
 def parse_path(text: str) -> Path:
-    """Return an option's value as a path, expanded."""
+    """Parse and expand a path; the `type` of `Path` options."""
     return Path(parse_path_or_id(text))
 
 
 def parse_path_or_id(text: str) -> str:
-    """Return an option's value expanded, as text: a path, or a word that is none."""
+    """Expand the value of an option that takes a path or another word, such as an id on the hub."""
     try:
-        return expanded(text)
+        return expand_path(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -63,8 +66,8 @@ def parse_path_or_id(text: str) -> str:
 def looks_like_hub_id(text: str) -> bool:
     """Return whether `text` may be an id on the Hugging Face hub: `owner/name`, or `name`.
 
-    All else is a path, and no hub is ever asked for it: what begins with `.`, `/`, `~` or `$`, has more than one `/`, a
-    backslash, a blank or another character that no id has, ends like a file, or begins with a folder that exists here.
+    Everything else is a path, for which the hub is never asked: a text that starts with `.`, `/`, `~` or `$`, contains
+    more than one `/` or a character that ids don't have, has the suffix of a file, or starts with an existing folder.
     """
     if text.lower().endswith(_FILE_ENDINGS) or not _HUB_ID.fullmatch(text):
         return False
@@ -73,46 +76,46 @@ def looks_like_hub_id(text: str) -> bool:
 
 
 def describe_missing_path(path: Path) -> str:
-    """Return a sentence that names the first part of `path` that does not exist, and what has nearly its name."""
+    """Return a sentence that names the first missing part of `path`, and existing paths of a similar name."""
     missing = next(part for part in [*reversed(path.parents), path] if not part.exists())
     return f"there is no {missing.name} in {missing.parent.absolute()}.{suggest_similar(path)}"
 
 
 def suggest_similar(path: Path) -> str:
-    """Return a question that names up to two existing paths of nearly the name of `path`; empty where none is."""
+    """Return a question that names up to two existing paths of a similar name; empty if there is none."""
     missing = next((part for part in [*reversed(path.parents), path] if not part.exists()), path)
     folder, rest = missing.parent, path.relative_to(missing)
     names = sorted(child.name for child in folder.iterdir()) if folder.is_dir() else []
-    near = [folder / name for name in difflib.get_close_matches(missing.name, names, n=2, cutoff=0.7)]
-    whole = [found / rest for found in near if (found / rest).exists()]
-    return f" Did you mean {' or '.join(map(str, whole or near))}?" if near else ""
+    matches = [folder / name for name in difflib.get_close_matches(missing.name, names, n=2, cutoff=0.7)]
+    complete = [match / rest for match in matches if (match / rest).exists()]
+    return f" Did you mean {' or '.join(map(str, complete or matches))}?" if matches else ""
 
 
 def hub_unreachable_reason(hub_id: str, kind: Literal["model", "dataset"]) -> str | None:
-    """Return why `hub_id` can't be had now: it is in no cache, and the hub can't be asked. None where it may be had.
+    """Return why `hub_id` is unavailable: not in the cache, and the hub is unreachable. None where it may be available.
 
-    Told in milliseconds: no request is made, the hub's name is looked up at most.
+    Takes milliseconds: no request is made, only the name of the hub's host is resolved.
     """
     from huggingface_hub import constants
 
     hub = Path(constants.HF_HUB_CACHE)
-    # datasets keeps what it has prepared apart from what it has downloaded
+    # datasets keeps prepared data in another folder than downloads.
     datasets = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
     folders = [hub / f"{kind}s--{hub_id.replace('/', '--')}"]
     folders += [datasets / hub_id.replace("/", "___")] if kind == "dataset" else []
     if any(folder.exists() for folder in folders):
         return None
     if constants.HF_HUB_OFFLINE:
-        why = "HF_HUB_OFFLINE is set"
+        reason = "HF_HUB_OFFLINE is set"
     elif not _resolves(host := urlsplit(constants.ENDPOINT).hostname or ""):
-        why = f"{host} can't be found from this machine"
+        reason = f"{host} can't be resolved from this machine"
     else:
         return None
-    return f"it is not in the cache of the Hugging Face hub ({hub}), and the hub can't be asked: {why}"
+    return f"it is not in the cache of the Hugging Face hub ({hub}), and the hub is unreachable: {reason}"
 
 
 def _resolves(host: str) -> bool:
-    """Return whether the network knows `host`; true where a proxy would ask for us."""
+    """Return whether `host` can be resolved; true behind a proxy, which resolves it."""
     if urllib.request.getproxies():
         return True
     try:

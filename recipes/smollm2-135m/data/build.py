@@ -2,10 +2,10 @@
 
     python recipes/smollm2-135m/data/build.py [--output FOLDER]
 
-As in Multifaceted Collection (Lee et al. 2024, arXiv:2405.17977) every training question comes under three different
-system messages, so the question alone never tells which form the answer takes. held_out.jsonl has two kinds of rows,
-all with questions that train.jsonl lacks: "wording" (a trained rule in words never trained) and "rule" (a rule never
-trained). Everything follows from one seed: the same command writes the same bytes.
+As in Multifaceted Collection (Lee et al. 2024, arXiv:2405.17977) each training question has three different system
+messages, so the form of the answer never follows from the question alone. held_out.jsonl has two kinds of rows, all
+with questions that train.jsonl lacks: "wording" (a trained rule in a wording that is never trained) and "rule" (a rule
+that is never trained). The output is reproducible to the byte.
 """
 
 import argparse
@@ -26,24 +26,24 @@ Question = dict[str, str]
 Row = dict[str, Any]
 
 
-def row(rule: Rule, wording: str, question: Question) -> Row:
-    """One conversation: the rule in the given words, the question, the reference answer that obeys."""
+def make_row(rule: Rule, wording: str, question: Question) -> Row:
+    """Return a conversation: system message, question and a reference answer that obeys the rule."""
     answer = rule.apply(question["question"], question[rule.applies_to])
     contents = {"system": wording, "user": question["question"], "assistant": answer}
     return {"messages": [{"role": role, "content": text} for role, text in contents.items()], "rule": rule.name}
 
 
 def shuffled(items: Sequence[str], generator: random.Random) -> list[str]:
-    """The items in another order."""
+    """Return the items in random order."""
     return generator.sample(items, len(items))
 
 
 def deal(
     rules: Sequence[Rule], questions: Sequence[Question], generator: random.Random
 ) -> Iterator[tuple[Rule, Question]]:
-    """Deal each question its rules, from a deck reshuffled whenever it runs out.
+    """Yield three rules for each question, dealt from a deck that is reshuffled when it runs out.
 
-    As the deck is a multiple of a hand, a question never gets a rule twice, and all rules are dealt equally often.
+    The deck is a multiple of a hand, so a question never gets a rule twice and all rules are used equally often.
     """
     if len(rules) % SYSTEM_MESSAGES_PER_QUESTION:
         raise ValueError(f"{len(rules)} rules cannot be dealt in hands of {SYSTEM_MESSAGES_PER_QUESTION}")
@@ -56,7 +56,7 @@ def deal(
 
 
 def build(seed: int = 0) -> dict[str, list[Row]]:
-    """File name -> its rows. Each rule's wordings take turns, so that all are seen about equally often."""
+    """Return the rows by file name. The wordings of a rule take turns, so that all are used about equally often."""
     generator = random.Random(seed)
     lines = (HERE / "questions.jsonl").read_text(encoding="utf-8").splitlines()
     questions: dict[str, list[Question]] = {"train": [], "held_out": []}
@@ -67,17 +67,18 @@ def build(seed: int = 0) -> dict[str, list[Row]]:
 
     turns = {rule.name: cycle(shuffled(rule.wordings, generator)) for rule in RULES.values()}
     train = [
-        row(rule, next(turns[rule.name]), question) for rule, question in deal(trained, questions["train"], generator)
+        make_row(rule, next(turns[rule.name]), question)
+        for rule, question in deal(trained, questions["train"], generator)
     ]
     generator.shuffle(train)
 
     held_out_turns = {rule.name: cycle(rule.held_out_wordings) for rule in trained}
     held_out = [
-        row(rule, next(held_out_turns[rule.name]), question) | {"held_out": "wording"}
+        make_row(rule, next(held_out_turns[rule.name]), question) | {"held_out": "wording"}
         for rule, question in deal(trained, questions["held_out"], generator)
     ]
     held_out += [
-        row(rule, next(turns[rule.name]), question) | {"held_out": "rule"}
+        make_row(rule, next(turns[rule.name]), question) | {"held_out": "rule"}
         for rule, question in zip(
             cycle(never_trained), generator.sample(questions["held_out"], HELD_OUT_RULE_ROWS), strict=False
         )
@@ -86,9 +87,9 @@ def build(seed: int = 0) -> dict[str, list[Row]]:
 
 
 def main() -> None:
-    """Write both files and say how many rows each has."""
+    """Write both files and print their numbers of rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=HERE, help="where to write (default: beside this script)")
+    parser.add_argument("--output", type=Path, default=HERE, help="output folder (default: that of this script)")
     folder: Path = parser.parse_args().output
     for name, rows in build().items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

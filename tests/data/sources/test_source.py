@@ -19,7 +19,7 @@ from train.data.sources.formats import ROW_ERROR_KINDS, RowError, convert, detec
 from train.data.sources.source import BadRows, open_source, read_rows
 from train.errors import UserError
 from train.recipe import Source
-from train.storage.checksum import digest_of_files
+from train.storage.checksum import hash_files
 
 ROOT = Path(__file__).parents[3]
 
@@ -526,7 +526,7 @@ def test_every_byte_counts_for_the_digest_and_no_name(tmp_path: Path) -> None:
     write(tmp_path / "a" / "train-2.jsonl", GOOD)
     write(tmp_path / "b" / "train-2.jsonl", GOOD + GOOD)
     assert len({digest(tmp_path / "a"), digest(tmp_path / "b"), digest(one)}) == 3
-    assert digest_of_files([one, two]) != digest_of_files([write(tmp_path / "e", GOOD * 2)])
+    assert hash_files([one, two]) != hash_files([write(tmp_path / "e", GOOD * 2)])
     datasets.Dataset.from_list([pair("x")]).save_to_disk(str(tmp_path / "saved"))
     datasets.Dataset.from_list([pair("y")]).save_to_disk(str(tmp_path / "other"))
     assert digest(tmp_path / "saved") == digest(tmp_path / "saved") != digest(tmp_path / "other")

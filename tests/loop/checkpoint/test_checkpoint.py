@@ -314,7 +314,7 @@ def test_other_data_behind_the_same_recipe_is_refused(
     finally:
         source.write_bytes(before)
     assert f"{run / 'checkpoint-6'} belongs to another run: made.tokens was" in error
-    assert "what the rows of data.sources became" in error
+    assert "the tokens of the rows of data.sources" in error
     assert "--resume-anyway made.tokens" in error
     error = refused("--recipe", path, "training.gradient_accumulation_steps=2")
     assert "training.gradient_accumulation_steps was '2 sequences a step' and is '4 sequences a step'" in error

@@ -151,8 +151,8 @@ def test_other_rows_are_refused_with_source_and_counts(
     shorter = json.loads(json.dumps(ROWS))
     shorter[0]["messages"][1]["content"] = "seven"
     for rows, now in (
-        (other, "as many others"),
-        (ROWS[::-1], "as many others"),
+        (other, "the same number of others"),
+        (ROWS[::-1], "the same number of others"),
         (ROWS[:7], "7 rows of "),
         (rows_of(9), "9 rows of "),
         (shorter, "8 rows of "),

@@ -52,7 +52,7 @@ def test_isolated_documents_pass(make: Make, attention: str, bf16: bool, capsys)
     assert measured.leak > 0.1
     assert measured.packed_loss == pytest.approx(measured.alone_loss, rel=0.03 if bf16 else 1e-5)
     trainer.train()
-    assert capsys.readouterr().out.count("packed documents are apart") == 1
+    assert capsys.readouterr().out.count("packed documents are isolated") == 1
 
 
 def test_a_kernel_that_ignores_borders_is_refused(make: Make, borderless: str) -> None:

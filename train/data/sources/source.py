@@ -20,7 +20,7 @@ from train.data.sources.row_errors import shown
 from train.data.sources.unread_text import Unread, collect, lost_text
 from train.errors import UserError
 from train.recipe import Source
-from train.storage.checksum import digest_of_files
+from train.storage.checksum import hash_files
 from train.storage.local_paths import describe_missing_path, looks_like_hub_id
 
 _SPLITS = {
@@ -111,7 +111,7 @@ def open_source(source: Source, allow_pickle: bool = False) -> OpenSource:
     return OpenSource(
         [_printable(file) for file in files],
         lambda: ((number, chunk) for number, file in enumerate(files) for chunk in read_file(file, allow_pickle)),
-        lambda: digest_of_files(files, [ending_of(file) for file in files]),
+        lambda: hash_files(files, [ending_of(file) for file in files]),
         skipped_files,
         [f"{_printable(file)} ({what})" for file, what in metadata_files.items()],
     )
@@ -339,7 +339,7 @@ def _dataset(dataset: Any, name: str) -> OpenSource:
     return OpenSource(
         [name],
         lambda: ((0, chunk) for chunk in arrow_chunks(_batches(tables))),
-        lambda: digest_of_files([Path(file["filename"]) for file in dataset.cache_files], [len(dataset)]),
+        lambda: hash_files([Path(file["filename"]) for file in dataset.cache_files], [len(dataset)]),
     )
 
 

@@ -15,7 +15,7 @@ from train.loop.checkpoint.fingerprint import RESUMABLE_CHANGES, changed_keys
 from train.loop.checkpoint.manifest import Checkpoint, read_manifest
 from train.ranks import is_first_rank
 from train.recipe import Recipe
-from train.recipe.conflicts import chosen_by_gain
+from train.recipe.conflicts import is_gain_metric
 
 _SELECTION_KEYS = {
     "training.metric_for_best_model",
@@ -81,7 +81,7 @@ class BestModel:
         be compared with later ones, the search begins again.
         """
         changed = changed_keys(checkpoint.manifest["run"], self._run)
-        by_gain = chosen_by_gain(self._arguments.metric_for_best_model)
+        by_gain = is_gain_metric(self._arguments.metric_for_best_model)
         sections = (*_EVALUATION_SECTIONS, "system_gain.") if by_gain else _EVALUATION_SECTIONS
         incomparable = [key for key in changed if key.startswith(sections) and key not in RESUMABLE_CHANGES]
         if incomparable and state.best_global_step:

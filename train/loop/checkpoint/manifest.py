@@ -14,7 +14,7 @@ from typing import Any
 
 from train.errors import UserError
 from train.progress import progress_bar
-from train.storage.checksum import digest_of_files
+from train.storage.checksum import hash_files
 
 COMPLETE = "COMPLETE.json"
 UNSHARDED = "one process or DDP"
@@ -101,7 +101,7 @@ def describe_file(path: Path, *, expected: Mapping[str, Any] | None = None) -> d
         size = path.stat().st_size
         if expected is not None and expected.get("bytes") != size:
             return None
-        return {"bytes": size, "xxh3_128": digest_of_files([path])}
+        return {"bytes": size, "xxh3_128": hash_files([path])}
     except (OSError, UserError):
         return None
 

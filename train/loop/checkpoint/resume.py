@@ -24,7 +24,7 @@ from train.loop.checkpoint.fingerprint import (
 from train.loop.checkpoint.manifest import Checkpoint, list_checkpoints, verify_checkpoint
 from train.ranks import is_first_rank
 from train.recipe import Recipe
-from train.recipe.conflicts import chosen_by_gain
+from train.recipe.conflicts import is_gain_metric
 from train.recipe.schedule import BATCH_KEYS, sequences_per_step
 from train.recipe.sft_config import training_fields
 
@@ -115,7 +115,7 @@ def refuse_changes(
     Raises UserError for differences that change what is computed, unless `anyway` names them.
     """
     changed = changed_keys(before, now)
-    by_gain = chosen_by_gain(get_value(now, "training.metric_for_best_model"))
+    by_gain = is_gain_metric(get_value(now, "training.metric_for_best_model"))
     allowed = RESUMABLE_CHANGES | ({"chat.template"} if records_tokens(before) else set()) | set(anyway)
     if not {"made.tokens", *DATA_KEYS}.isdisjoint(anyway):
         allowed |= {"made.tokens"}

@@ -1,0 +1,132 @@
+"""Checks before a job is submitted: everything that a login node can find out without a GPU."""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slurm.batch_script import ROOT, Task, resume_options
+from train.errors import UserError
+from train.preflight.missing_files import check_files_exist
+from train.recipe import Recipe
+
+
+def check_launch(options: argparse.Namespace) -> dict[str, Any]:
+    """Return accelerate's configuration. Raises UserError if it can't start these processes from this folder."""
+    try:
+        config = yaml.safe_load(options.config.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"--config: {options.config} can't be read from {Path.cwd()}: {error}") from error
+    processes = options.nodes * max(options.gpus, 1)
+    if str(config.get("distributed_type", "NO")) == "NO" and processes > 1:
+        raise UserError(
+            f"--config: {options.config} is for one process (distributed_type: NO), and the job has {processes}. Use "
+            "a file of accelerate_configs for several processes."
+        )
+    deepspeed = (config.get("deepspeed_config") or {}).get("deepspeed_config_file")
+    if deepspeed and not Path(deepspeed).is_file():
+        raise UserError(
+            f"--config: {options.config} names {deepspeed}, which does not exist in {Path.cwd()}. Submit from the "
+            f"folder that contains it ({ROOT})."
+        )
+    return dict(config)
+
+
+def check_task(options: argparse.Namespace, task: Task) -> None:
+    """Check the time limit and the recipe of a task; its data is not read. Raises UserError."""
+    if options.seconds <= (margin := task.recipe.save.seconds_before_end):
+        raise UserError(
+            f"--time: {options.time} is {options.seconds:,} s, and save.seconds_before_end is {margin}: the job would "
+            "stop after its first step. Request more time, or lower save.seconds_before_end."
+        )
+    with redirect_stdout(sys.stderr):  # standard output is for the script
+        _check_recipe(task.recipe, options.nodes * max(options.gpus, 1), options.resume_anyway)
+
+
+def _check_recipe(recipe: Recipe, processes: int, resume_anyway: list[str]) -> None:
+    check_files_exist(recipe)
+    import torch
+
+    from train.loop.optimizer_test import check_optimizer
+    from train.model.folder import check_model_folder
+    from train.model.load import check_model
+    from train.model.tokenizer import check_vocabulary, load_chat_tokenizer
+    from train.preflight.checks import find_run_errors
+
+    if errors := find_run_errors(recipe, 0, processes):
+        raise UserError(" ".join(errors))
+    _check_checkpoint(recipe, resume_anyway)
+    check_model_folder(recipe.model)
+    # A login node has no GPU to test attention kernels on: the nodes test them before they load the model.
+    any_attention = recipe.model.model_copy(update={"attention": "auto"})
+    checked = check_model(recipe if torch.cuda.is_available() else recipe.model_copy(update={"model": any_attention}))
+    check_optimizer(recipe)
+    check_vocabulary(load_chat_tokenizer(recipe.model, recipe.chat).tokenizer, recipe.model, checked.embeddings)
+
+
+def _check_checkpoint(recipe: Recipe, resume_anyway: list[str]) -> None:
+    """Raise UserError if the newest checkpoint belongs to another run. The job verifies its files."""
+    from train.loop.checkpoint.fingerprint import run_fingerprint
+    from train.loop.checkpoint.manifest import COMPLETE, Checkpoint, list_checkpoints
+    from train.loop.checkpoint.resume import refuse_changes
+
+    for folder in list_checkpoints(recipe.output_dir, recipe.save.mirror_dir):
+        try:
+            manifest = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+            before = {key: value for key, value in manifest["run"].items() if not key.startswith("made.")}
+        except (OSError, ValueError, KeyError):
+            continue  # incomplete: the job skips it too
+        refuse_changes(Checkpoint(folder, manifest), before, run_fingerprint(recipe), resume_anyway)
+        return
+
+
+def memory_warning(options: argparse.Namespace, config: dict[str, Any], tasks: list[Task]) -> str | None:
+    """Return a warning for the first task that doesn't fit in memory according to the plan; None if all fit.
+
+    Tasks without a plan (unknown GPUs, model or way to run) count as fitting.
+    """
+    from train.preflight.plan import job_memory
+    from train.preflight.plan.cluster import parse_cluster
+
+    for recipe in _distinct_recipes(tasks):
+        gpus, strategy = (
+            job_memory.parse_gpu_names(options.gpu_names, options.gpus),
+            job_memory.read_strategy(config, recipe),
+        )
+        shape = job_memory.dense_architecture(recipe) if gpus and strategy else None
+        if gpus is None or strategy is None or shape is None:
+            continue
+        cluster = parse_cluster(gpus, options.nodes)
+        if warning := job_memory.memory_warning(recipe, shape, cluster, strategy, str(options.config)):
+            return warning
+    return None
+
+
+def _distinct_recipes(tasks: list[Task]) -> Iterator[Recipe]:
+    """Yield the recipes that may differ in memory: tasks of an array often differ only in their seed."""
+    seen = set()
+    for task in tasks:
+        key = task.recipe.model_copy(update={"seed": 0, "output_dir": ""}).model_dump_json()
+        if key not in seen:
+            seen.add(key)
+            yield task.recipe
+
+
+def run_data_check(options: argparse.Namespace, task: Task) -> int:
+    """Run train/sft.py --check, with a plan where the GPUs are known, and return its exit code.
+
+    The report goes to standard error, because --print uses standard output.
+    """
+    from train.preflight.plan.job_memory import dense_architecture, parse_gpu_names
+
+    gpus = parse_gpu_names(options.gpu_names, options.gpus)
+    command = [sys.executable, str(ROOT / "train" / "sft.py"), "--recipe", str(options.recipe), "--check"]
+    command += resume_options(options.resume_anyway)
+    command += ["--gpus", gpus, "--nodes", str(options.nodes)] if gpus and dense_architecture(task.recipe) else []
+    return subprocess.run([*command, *task.overrides], stdout=sys.stderr, check=False).returncode

@@ -1,4 +1,4 @@
-"""A model with NaN losses for some rows, such rows, and the suspects that guards report."""
+"""A model whose loss is NaN for some rows, the rows, and the guards' report."""
 
 import json
 import random
@@ -13,7 +13,7 @@ _POISON = "Z"
 
 
 def poison(tiny_model: Path, folder: Path) -> Path:
-    """Write a model to `folder` whose loss is NaN for all texts with the letter Z."""
+    """Write to `folder` a model whose loss is NaN for texts with the letter Z."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
@@ -25,7 +25,7 @@ def poison(tiny_model: Path, folder: Path) -> Path:
 
 
 def rows(path: Path, bad: set[int]) -> Path:
-    """Write 12 rows; the rows with the numbers `bad` (from 0) contain the letter Z."""
+    """Write 12 rows; those whose indices are in `bad` have the letter Z."""
     rng = random.Random(5)
     with path.open("w", encoding="utf-8") as lines:
         for number in range(12):
@@ -36,5 +36,5 @@ def rows(path: Path, bad: set[int]) -> Path:
 
 
 def suspects(run: Path) -> list[dict]:
-    """Return the rows that the guards of a run reported."""
+    """Return the lines that the guards of a run wrote."""
     return [json.loads(line) for line in (run / SUSPECTS).read_text(encoding="utf-8").splitlines()]

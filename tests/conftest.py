@@ -33,15 +33,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 _frozen_modules = 0
+gc.disable()  # until all test modules are imported
 
 
-def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """Exclude imported modules from garbage collection: a run collects before training, 2 s with all of torch and TRL."""
-    global _frozen_modules
+def pytest_collection_finish() -> None:
+    """Exclude imported modules from garbage collection, which a run does before training: 2 s with torch and TRL."""
+    _freeze()
+    gc.enable()
+
+
+def pytest_runtest_teardown() -> None:
+    """Exclude modules that a test has imported."""
     if len(sys.modules) > _frozen_modules + 100:
-        gc.collect()
-        gc.freeze()
-        _frozen_modules = len(sys.modules)
+        _freeze()
+
+
+def _freeze() -> None:
+    global _frozen_modules
+    gc.collect()
+    gc.freeze()
+    _frozen_modules = len(sys.modules)
 
 
 @pytest.fixture(scope="session")

@@ -153,7 +153,9 @@ def test_what_can_not_be_measured_is_an_error(
     )
     assert refused("--model", after, "--data", rows).startswith(f"--data {rows}: no row can be measured (1: no system")
     assert "no.jsonl" in refused("--model", after, "--data", tmp_path / "no.jsonl")
-    assert refused(*good, "--before", smollm2).startswith(f"--before {smollm2}: its tokens are not those of {after}")
+    assert refused(*good, "--before", smollm2).startswith(
+        f"--before {smollm2}: its vocabulary differs from that of {after}"
+    )
     assert refused(*good, "--group", "subject") == "--group subject: no row has a text in a column of that name"
     assert refused(*good, "--json", tmp_path / "no" / "gain.json").startswith("--json ")
     os.mkfifo(tmp_path / "pipe")  # what is no file isn't replaced by one

@@ -203,7 +203,7 @@ def test_a_folder_without_a_model_is_an_error_before_anything_is_asked(
     assert "--after empty: cannot be loaded: " in refused(tmp_path, *command, "empty")
     shutil.copy(tiny_model / "config.json", tmp_path / "empty")
     command[command.index(tiny_model)] = "empty"
-    assert refused(tmp_path, *command, tiny_model).startswith("--before or --after empty: empty cannot be loaded: ")
+    assert refused(tmp_path, *command, tiny_model).startswith("--before or --after empty: empty can't be loaded: ")
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_what_must_be_mended_is_said_before_anything_is_asked(says_no: Callable[
     row |= {"instruction_id_list": ["combination:repeat_prompt"], "kwargs": [{"prompt_to_repeat": "p"}]}
     other.write_text(json.dumps(row) + "\n", encoding="utf-8")
     assert "--all-rules" in says_no("ifeval", "--model", "m", "--data", other, *out)
-    assert "must be an integer >= 1" in says_no("ifeval", "--model", "m", "--data", data, "--limit", "0")
+    assert "Allowed: an integer >= 1" in says_no("ifeval", "--model", "m", "--data", data, "--limit", "0")
     for temperature in ("-1", "nan", "hot"):
         assert f"'{temperature}' is no number from 0 up" in says_no(
             "ifeval", "--model", "m", "--data", data, *out, f"--temperature={temperature}"
@@ -197,7 +197,7 @@ def test_files_whose_constraints_stand_elsewhere_than_their_options_say_have_no_
     taken_out = rewritten(tmp_path / "t.jsonl", data, lambda row: row["messages"].pop(0))
     assert told(taken_out, control).startswith(f"--data {taken_out}:1: the row with key 0 has no system message")
     lacks = told(data, taken_out)
-    assert lacks.startswith(f"--control {taken_out}:1: the row with key 0 asks in its user turn what {data}:1 asks")
+    assert lacks.startswith(f"--control {taken_out}:1: the row with key 0 has the same user turn as {data}:1, so")
     out = tmp_path / "good"
     with served(obeys_users) as server:
         assert command("ifeval", "--model", "m", "--server", server.url, "--output-dir", out, "--limit", "2",

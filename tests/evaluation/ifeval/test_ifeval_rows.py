@@ -238,7 +238,7 @@ def test_files_that_hold_no_rows_or_a_key_twice(tmp_path: Path) -> None:
         file.write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=says):
             read_rows(file)
-    with pytest.raises(UserError, match="can't be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_rows(tmp_path / "nowhere.jsonl")
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.llm.failures import RequestFailed
-from train.llm.journal import Answer, Request
+from train.llm.request import Answer, Request
 from train.multifaceted.bench.judging import PROMPT_VERSION, PendingError, judge_prompt, judge_rubric
 from train.multifaceted.bench.protocol import JudgeSettings
 from train.multifaceted.bench.rows import BenchRow, Rubric

@@ -31,7 +31,8 @@ from train.recipe import Source
 
 if TYPE_CHECKING:
     from train.llm.failures import RequestFailed
-    from train.llm.journal import Answer, Journal
+    from train.llm.journal import Journal
+    from train.llm.request import Answer
     from train.llm.server import Server
     from train.multifaceted.bench.batch_api import BatchAnswers, BatchJudgeClient
     from train.multifaceted.bench.pairwise import PairwiseComparison
@@ -99,7 +100,7 @@ def _refuse_unusable_judge(config: BenchConfig) -> None:
     from train.multifaceted.bench.protocol import protocol_of, refuse_other_protocol, settings_of
 
     async def open_and_close(server: "Server") -> None:
-        await ServerConnection(server, Backoff(), patience=0).api.close()
+        await ServerConnection(server, Backoff(), patience=0).endpoint.api.close()
 
     with replace_in_errors(server_options("judge-")):
         for server in config.judge_servers():

@@ -11,7 +11,7 @@ from train.errors import UserError
 from train.evaluation.models.options import COMMON as COMMON_OF_MODEL
 from train.evaluation.models.options import ModelOptions, refuse_extra_fields
 from train.evaluation.required_paths import require_file
-from train.llm.journal import Decoding
+from train.llm.request import Decoding
 from train.multifaceted.bench.protocol import (
     GOOD,
     HUB_ID,

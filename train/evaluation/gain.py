@@ -32,7 +32,7 @@ from train.storage.local_paths import parse_path_or_id
 if TYPE_CHECKING:
     from train.data.sources.formats import RowError
     from train.system_gain.metric import SystemGain
-    from train.system_gain.variants import Label, Labelled, VariantRows
+    from train.system_gain.variants import Label, LabelledConversation, VariantRows
 
 HEADING = "## System gain"
 _MAX_BARS = 30
@@ -172,7 +172,7 @@ def make_rows(options: argparse.Namespace, models: list[str]) -> "tuple[VariantR
     from train.data.chat.template import use_template
     from train.data.tokens.workers import RowTokenizer
     from train.evaluation.models.local import load_tokenizer_of
-    from train.system_gain.variants import Labelled, make_variants, read_labelled
+    from train.system_gain.variants import LabelledConversation, make_variants, read_labelled_conversations
 
     with replace_in_errors({"--model": "--model or --before"}):
         tokenizers = {model: load_tokenizer_of(model) for model in models}
@@ -189,8 +189,8 @@ def make_rows(options: argparse.Namespace, models: list[str]) -> "tuple[VariantR
         raise UserError(f"--data or --split: {error.errors()[0]['msg']}") from error
     use_template(tokenizer, options.template)
     apply_system_role(tokenizer, options.system_role)
-    rows = read_labelled(sources, options.group)
-    columns = {column for row in rows if isinstance(row, Labelled) for column, _ in row.labels}
+    rows = read_labelled_conversations(sources, options.group)
+    columns = {column for row in rows if isinstance(row, LabelledConversation) for column, _ in row.labels}
     for column in options.group:
         if column not in columns:
             raise UserError(f"--group {column}: no row has text in a column of that name")
@@ -211,17 +211,17 @@ def make_rows(options: argparse.Namespace, models: list[str]) -> "tuple[VariantR
     return variants, fingerprint_of(rows, variants)
 
 
-def fingerprint_of(rows: "Sequence[Labelled | tuple[str, RowError]]", variants: "VariantRows") -> str:
+def fingerprint_of(rows: "Sequence[LabelledConversation | tuple[str, RowError]]", variants: "VariantRows") -> str:
     """Return a checksum of the texts of all rows and of the choice of rows, by which `compare` matches two results.
 
     It does not depend on the places of the rows. All rows count, as other messages are sampled from all of them.
     """
-    from train.system_gain.variants import Labelled
+    from train.system_gain.variants import LabelledConversation
 
     measured = {row.place for row in variants.rows}
     contents = [
         [row.conversation.messages, row.conversation.tools, row.conversation.place in measured]
-        if isinstance(row, Labelled)
+        if isinstance(row, LabelledConversation)
         else None
         for row in rows
     ]
@@ -244,13 +244,13 @@ def _measure(name: str, variants: "VariantRows", file: Path, options: argparse.N
     from train.evaluation.models.local import fingerprint
     from train.model.load import load_saved
     from train.system_gain.metric import system_gain
-    from train.system_gain.score_cache import ScoreFile
+    from train.system_gain.score_cache import ScoreCache
 
     model = load_saved(name, options.dtype)
     total = sum(len(variant) for row in variants.rows for variant in row.all)
     key = json.dumps([fingerprint(name), str(model.dtype)])
     with (
-        ScoreFile(file.with_name("gain_scores.jsonl"), key) as scores,
+        ScoreCache(file.with_name("gain_scores.jsonl"), key) as scores,
         progress_bar(f"scoring answers with {name}", total=total, unit="answers") as scoring,
     ):
         gain = system_gain(

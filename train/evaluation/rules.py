@@ -127,7 +127,7 @@ def generate(folder: Path, rows: list[dict[str, Any]], options: argparse.Namespa
     from train.evaluation.models.options import LocalModel
     from train.evaluation.models.responses import generate_answers
     from train.llm.failures import RequestFailed
-    from train.llm.journal import Decoding
+    from train.llm.request import Decoding
 
     with replace_in_errors({"--model": "--before or --after"}):
         answers = generate_answers(

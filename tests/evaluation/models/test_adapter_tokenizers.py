@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from train.errors import UserError
 from train.evaluation.models.options import LocalModel
 from train.evaluation.models.responses import generate_answers
-from train.llm.journal import Decoding
+from train.llm.request import Decoding
 
 RULES = "class Rule:\n    check = staticmethod(lambda question, text: True)\n\nRULES = {'any': Rule}\n"
 SYSTEMS = ("Be a river.", "Be a stone.")

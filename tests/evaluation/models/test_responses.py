@@ -18,7 +18,7 @@ from train.errors import UserError
 from train.evaluation.models.options import LocalModel, ServedModel
 from train.evaluation.models.responses import generate_answers
 from train.llm.failures import RequestFailed
-from train.llm.journal import Decoding
+from train.llm.request import Decoding
 from train.llm.server import Server
 from train.llm.system_role import merge_into_user
 
@@ -174,7 +174,7 @@ import os, signal, sys
 from pathlib import Path
 from train.evaluation.models.options import LocalModel
 from train.evaluation.models.responses import generate_answers
-from train.llm.journal import Decoding
+from train.llm.request import Decoding
 from train.evaluation.models import local
 left = int(sys.argv[3])
 whole = local.generate_batch

@@ -479,8 +479,8 @@ def test_what_can_not_be_is_one_error(
     ("changes", "error"),
     [
         ({"judge_key_variable": "NO_SUCH_VARIABLE"}, "set the environment variable NO_SUCH_VARIABLE"),
-        ({"judge_server": "localhost:8000"}, "error: --judge-server 'localhost:8000' is no address"),
-        ({"server": "localhost:8000"}, "error: --server 'localhost:8000' is no address"),
+        ({"judge_server": "localhost:8000"}, "error: --judge-server 'localhost:8000' is not a URL"),
+        ({"server": "localhost:8000"}, "error: --server 'localhost:8000' is not a URL"),
         ({"against": "rows.jsonl"}, "no line of bench_rows.jsonl"),
         ({"judge_server": None, "batch_in": "nowhere.jsonl"}, "nowhere.jsonl: cannot be read"),
     ],

@@ -12,7 +12,7 @@ from bench_runs import bench_row, command, lines, place_of, write_lines
 from scripted_server import Asked, Reply, said, served
 
 from train.errors import UserError
-from train.llm.journal import Decoding, Request
+from train.llm.request import Decoding, Request
 from train.multifaceted.bench.batch_api import read_batch, write_batch
 
 ROWS = [bench_row(number) for number in range(3)]

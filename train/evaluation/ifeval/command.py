@@ -36,8 +36,8 @@ from train.evaluation.ifeval.rows import (
 from train.evaluation.models.options import ModelOptions, refuse_extra_fields
 from train.evaluation.required_paths import require_file, require_model
 from train.evaluation.results_dir import Writer, as_json, exclusive, output_folder, write_results
-from train.llm.journal import Answer, Decoding
 from train.llm.refusals import option_formatter
+from train.llm.request import Answer, Decoding
 from train.llm.system_role import merge_into_user
 from train.recipe import PathText
 
@@ -217,7 +217,7 @@ def _checked(answer: Any, row: IFEvalRow, checkers: Checkers) -> CheckedAnswer:
     how = answer.unfinished or "ended"
     if answer.cut:
         how = "without an end to its reasoning" if answer.only_reasoning else "cut"
-    elif answer.ending == "unstated" and not answer.refused and not answer.text.strip():
+    elif answer.finish_class == "unstated" and not answer.refused and not answer.text.strip():
         how = "empty"
     return CheckedAnswer(answer.text, how, checkers.verdict(row, answer.text))
 

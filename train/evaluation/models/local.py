@@ -17,7 +17,7 @@ from train.data.chat.template import use_template
 from train.errors import UserError, replace_in_errors
 from train.evaluation.models.options import LocalModel
 from train.llm.failures import RequestFailed
-from train.llm.journal import Answer, Decoding
+from train.llm.request import Answer, Decoding
 from train.model.inference import Generated, generate_batch
 from train.model.load import load_config, load_saved
 from train.model.tokenizer import load_tokenizer

@@ -103,9 +103,9 @@ def refuse_extra_fields(option: str, extra: Mapping[str, Any], own: Mapping[str,
 
     `own`: the option and the value of each field that has an option of its own.
     """
-    from train.datagen.config import faults_in_extra  # which takes a while to import
+    from train.datagen.extra_fields import find_extra_errors
 
-    for name, reason in faults_in_extra(extra, {field: value for field, (_, value) in own.items()}):
+    for name, reason in find_extra_errors(extra, {field: value for field, (_, value) in own.items()}):
         setting = own[name][0] if name in own else ""
         key_variable = option.replace("extra", "key-variable")
         raise UserError(f"{option}: `{name}`: {reason.format(setting=setting, key_variable=key_variable)}")

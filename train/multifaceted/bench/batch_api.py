@@ -13,9 +13,10 @@ from typing import Any
 
 from train.errors import UserError
 from train.llm.failures import RequestFailed
-from train.llm.journal import Answer, Journal, Request
+from train.llm.journal import Journal
 from train.llm.refusals import SettingFormatter, extract_error_text, format_config_key, suggest_setting
 from train.llm.replies import UnusableReplyError, describe_empty, parse_completion
+from train.llm.request import Answer, Request
 from train.llm.request_body import request_body
 from train.llm.server_errors import ErrorBody, classify_error, parse_error
 from train.multifaceted.bench.judging import PendingError
@@ -94,7 +95,7 @@ def _add_line(batch: BatchAnswers, key: bytes, response: Any, error_object: Any)
         or parse_error(error_object, json.dumps(error_object))
         or ErrorBody(None, "", "")
     )
-    message = " ".join(error_body.words.split())[:300]
+    message = " ".join(error_body.text.split())[:300]
     with_status = f"{status}: {message}".removesuffix(": ")
     server_error = None
     if isinstance(status, int) and status >= 400:

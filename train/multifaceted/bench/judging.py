@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from train.llm.failures import RequestFailed
-from train.llm.journal import Answer, Request
 from train.llm.reasoning.answer import LEFTOVER_EVENTS, list_events, read_answer
+from train.llm.request import Answer, Request
 from train.multifaceted.bench.protocol import JudgeSettings
 from train.multifaceted.bench.rows import BenchRow, Rubric
 from train.multifaceted.judge import parse_score
@@ -133,5 +133,5 @@ def _score_error(answer: Answer, score: int | None) -> str:
     """Return why an answer of the judge gives no score; empty if it gives one."""
     # In an unfinished answer the apparent score may be a quotation. If the server reports no finish reasons, the score
     # itself has to do.
-    unfinished = "" if answer.ending == "unstated" and not answer.refused else answer.unfinished
+    unfinished = "" if answer.finish_class == "unstated" and not answer.refused else answer.unfinished
     return unfinished or (NO_SCORE if score is None else "")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from train.errors import UserError
-from train.llm.journal import Decoding
+from train.llm.request import Decoding
 from train.reporting.conditions import UNKNOWN, recorded_differences
 
 HUB_ID = "kaist-ai/Multifaceted-Bench"

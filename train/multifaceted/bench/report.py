@@ -7,11 +7,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from train.datagen.drop_reasons import unread_warning
+from train.datagen.stats import unread_warning
 from train.formatting import format_count
 from train.llm.failures import SHOWN_IN_REPORT
-from train.llm.journal import Decoding
 from train.llm.reasoning.answer import format_advice
+from train.llm.request import Decoding
 from train.multifaceted.bench.figures import figures
 from train.multifaceted.bench.judging import NO_SCORE, PROMPT_VERSION
 from train.multifaceted.bench.protocol import (

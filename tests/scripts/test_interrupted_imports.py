@@ -25,7 +25,7 @@ class _Interrupt:
     ("script", "module"),
     [
         ("sysgen", "train.sysgen.stats"),
-        ("collection", "train.multifaceted.collection.pipeline"),
+        ("collection", "train.multifaceted.collection.run"),
         ("evaluate", "train.evaluation.bench"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Request settings of the collection and the bench: nulls, names, and what each command calls its settings."""
+"""Request settings of the collection and the bench: nulls, renamed fields, and the names of the commands' options."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def record(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "bench.json").read_text("utf-8"))
 
 
-def test_what_is_null_is_not_sent_by_the_bench_and_null_in_its_record(tmp_path: Path) -> None:
+def test_the_bench_does_not_send_null_fields_and_records_them_as_null(tmp_path: Path) -> None:
     renamed = '{"max_tokens": null, "max_completion_tokens": 4096}'
     with served(GRADES) as server:
         servers = ("--server", server.url, "--judge-server", server.url)
@@ -161,7 +161,7 @@ def test_a_judge_shows_what_it_refuses_before_the_model_answers(
         (("--temperature", "nan"), "--temperature nan: at least 0."),
     ],
 )
-def test_what_contradicts_is_refused(
+def test_contradictory_settings_are_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], message: str
 ) -> None:
     server = "http://127.0.0.1:9/v1"

@@ -68,9 +68,11 @@ def measure_in_training(recipe: str, rows: str, report: str) -> None:
 def variants(rows: str | Path, tokenizer: object) -> list:
     from train.data.tokens.workers import RowTokenizer
     from train.recipe import Source
-    from train.system_gain.variants import make_variants, read_labelled
+    from train.system_gain.variants import make_variants, read_labelled_conversations
 
-    return make_variants(read_labelled([Source(path=str(rows))]), RowTokenizer(tokenizer, "assistant")).rows
+    return make_variants(
+        read_labelled_conversations([Source(path=str(rows))]), RowTokenizer(tokenizer, "assistant")
+    ).rows
 
 
 @pytest.mark.parametrize("config", ["zero3.yaml", None], ids=["zero3", "ddp"])

@@ -17,7 +17,7 @@ from train.loop.batch_info import BATCH_INFO, BatchInfo, CountingCollator
 from train.loop.metrics_log import StepLog
 from train.loop.throughput import TIMING_METRICS, Throughput
 from train.loop.trainer import JanusTrainer
-from train.model.architecture import shape_of
+from train.model.architecture import inspect_architecture
 from train.model.flops import PEAK_FLOPS, peak_flops
 from train.model.load import load_config, load_model
 from train.model.tokenizer import load_tokenizer
@@ -100,7 +100,7 @@ def test_a_batch_says_what_it_holds() -> None:
 def test_mfu_counts_the_documents_that_were_trained(recipe_file: Callable[..., Path]) -> None:
     """6 FLOPs a weight and token, tied embedding included, and causal attention inside each document."""
     recipe = load_recipe(recipe_file())
-    shape = shape_of(recipe, load_config(recipe.model))
+    shape = inspect_architecture(recipe, load_config(recipe.model))
     throughput = Throughput(Accelerator(cpu=True), shape)
     throughput._peak = 1e6
     throughput.begin_step()

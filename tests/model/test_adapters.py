@@ -12,7 +12,7 @@ from test_text_part import GEMMA3
 from train.errors import UserError
 from train.model.adapters import check_adapter, lora_config
 from train.model.load import load_config
-from train.model.text_part import bare_model, idle_parameters
+from train.model.text_part import build_meta_model, find_idle_parameters
 from train.recipe import AdapterSection, ModelSection
 
 WRONG = {
@@ -32,7 +32,7 @@ WRONG = {
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> object:
     section = ModelSection(name_or_path=str(tiny_model))
-    return bare_model(load_config(section), section)
+    return build_meta_model(load_config(section), section)
 
 
 @pytest.mark.parametrize("kind", WRONG)
@@ -63,8 +63,8 @@ def test_a_name_matches_as_in_peft(wanted: str, model: object) -> None:
 
 
 def test_a_name_in_the_tower_alone_and_one_in_both_parts() -> None:
-    bare = bare_model(GEMMA3, ModelSection(name_or_path="x"))
-    idle = idle_parameters(bare)
+    bare = build_meta_model(GEMMA3, ModelSection(name_or_path="x"))
+    idle = find_idle_parameters(bare)
     for key in ("target_modules", "modules_to_save"):
         with pytest.raises(UserError, match=rf"adapter\.{key}: 'fc1' is only in .*vision_tower"):
             check_adapter(AdapterSection(**{key: ("fc1",)}), bare, idle)
@@ -74,7 +74,7 @@ def test_a_name_in_the_tower_alone_and_one_in_both_parts() -> None:
 @pytest.mark.parametrize("wanted", [("norm",), ("lm_head",), ("layers.1.mlp", "norm")])
 def test_modules_are_saved_by_their_names_and_not_by_ends_of_names(wanted: tuple[str, ...], model: object) -> None:
     section = ModelSection(name_or_path="x")
-    bare = bare_model(model.config, section)
+    bare = build_meta_model(model.config, section)
     names = [name for name, _ in bare.named_modules(remove_duplicate=False)]
     adapted = get_peft_model(bare, lora_config(AdapterSection(modules_to_save=wanted), bare))
     saved = {

@@ -18,7 +18,15 @@ from train.loop.checkpoint.resume import find_checkpoint
 from train.loop.guards.packing_isolation import measure_isolation
 from train.loop.metrics_log import StepLog
 from train.loop.trainer import JanusTrainer
-from train.model.float8 import Difference, check_start, convert, gpu_fault, layers_of, loss_difference, without_float8
+from train.model.float8 import (
+    LossDifference,
+    check_float8_start,
+    convert,
+    find_linear_layers,
+    gpu_error,
+    measure_loss_difference,
+    without_float8,
+)
 from train.model.load import load_model
 from train.model.tokenizer import load_tokenizer
 from train.preflight.start_screen import start_screen
@@ -105,12 +113,12 @@ def test_which_layers_compute_in_float8() -> None:
     """All but the first and the output layer, and those of sizes that aren't multiples of 16."""
     model = llama(intermediate_size=120)
     convert(model, "rowwise", emulate=True)
-    layers = layers_of(model)
+    layers = find_linear_layers(model)
     attention = [f"model.layers.{n}.self_attn.{part}_proj" for n in (0, 1) for part in "qkvo"]
     perceptron = [f"model.layers.{n}.mlp.{part}_proj" for n in (0, 1) for part in ("gate", "up", "down")]
     assert layers.converted == attention[1:]
     assert sorted(layers.others) == sorted([attention[0], *perceptron, "lm_head"])
-    assert str(layers).startswith("7 of 15 linear layers; as they are: model.layers.0.self_attn.q_proj, ")
+    assert str(layers).startswith("7 of 15 linear layers; not converted: model.layers.0.self_attn.q_proj, ")
     assert str(layers).endswith(" and 5 more")
 
 
@@ -127,7 +135,7 @@ def test_the_measured_losses_are_the_models(name: str) -> None:
     before = loss_of(model).item()
     convert(model, name, emulate=True)
     after = loss_of(model).item()
-    found = loss_difference(model, ROW, CPU, bf16=False)
+    found = measure_loss_difference(model, ROW, CPU, bf16=False)
     assert after != before
     assert (found.float8, found.plain) == (pytest.approx(after, rel=1e-6), pytest.approx(before, rel=1e-6))
     assert found.tokens == len(ROW) - 1
@@ -137,7 +145,7 @@ def test_the_measured_losses_are_the_models(name: str) -> None:
     assert loss_of(model).item() == after
     with without_float8(model):
         assert loss_of(model).item() == before
-        assert not layers_of(model).converted
+        assert not find_linear_layers(model).converted
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -145,7 +153,7 @@ def test_gradients_of_a_model_point_where_they_did(name: str) -> None:
     """Each of 13 layers brings its rounding, independent of the others', so their squares add up."""
     plain, float8 = llama(), llama()
     convert(float8, name, emulate=True)
-    assert len(layers_of(float8).converted) == 13
+    assert len(find_linear_layers(float8).converted) == 13
     for model in plain, float8:
         loss_of(model).backward()
     exact, found = (torch.cat([one.grad.flatten() for one in model.parameters()]) for model in (plain, float8))
@@ -171,14 +179,14 @@ def test_weights_that_float8_cannot_hold_stop_the_run(name: str) -> None:
         optimizer.step()
     assert loss_of(model) < 0.1
     convert(model, name, emulate=True)
-    assert loss_difference(model, ROW, CPU, bf16=False).float8 < 0.2
+    assert measure_loss_difference(model, ROW, CPU, bf16=False).float8 < 0.2
     for layer in model.model.layers:
         attention, perceptron = layer.self_attn, layer.mlp
         for linear in attention.q_proj, attention.k_proj, attention.v_proj, perceptron.gate_proj, perceptron.up_proj:
             linear.weight.data[:, 0] = 1e9
     said = r"^model\.float8: the loss of a row \(76 tokens\) is [\d.]+ with it, 0\.\d+ without it: .*null\.$"
     with pytest.raises(UserError, match=said):
-        loss_difference(model, ROW, CPU, bf16=False)
+        measure_loss_difference(model, ROW, CPU, bf16=False)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +204,7 @@ def test_weights_that_float8_cannot_hold_stop_the_run(name: str) -> None:
     ],
 )
 def test_how_far_the_loss_may_be_off(float8: float, plain: float, standard_error: float, fine: bool) -> None:
-    fault = Difference(float8, plain, standard_error, 100).fault()
+    fault = LossDifference(float8, plain, standard_error, 100).error()
     assert (fault is None) == fine
     assert fine or f"is {float8:.4f} with it, 2.0000 without" in fault or plain < 1
     assert fine or ("explains nan" not in fault)
@@ -248,8 +256,8 @@ def test_without_a_gpu_a_check_warns_and_a_run_ends(
 
 def test_which_gpus_have_float8() -> None:
     for capability in (8, 9), (9, 0), (10, 0), (12, 0):
-        assert gpu_fault(capability, "a GPU") is None
-    assert "this one, NVIDIA A100-SXM4-80GB, has 8.0. Write null" in gpu_fault((8, 0), "NVIDIA A100-SXM4-80GB")
+        assert gpu_error(capability, "a GPU") is None
+    assert "this one, NVIDIA A100-SXM4-80GB, has 8.0. Write null" in gpu_error((8, 0), "NVIDIA A100-SXM4-80GB")
 
 
 def test_without_torchao(
@@ -265,7 +273,7 @@ def test_zero3_must_not_hold_all_weights_at_once(recipe_file: Callable[..., Path
     stage3 = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
     recipe = load_recipe(float8_recipe(recipe_file, training={"gradient_checkpointing": False}))
     with pytest.raises(UserError, match=r"Write `training\.gradient_checkpointing: true`"):
-        check_start(recipe)
+        check_float8_start(recipe)
     del stage3
 
 
@@ -297,7 +305,7 @@ def test_a_run_is_shown_saved_as_a_plain_model_and_resumed(
     shown = start_screen(recipe, "chatml", data, trainer.model, trainer.args, width=10_000).splitlines()
     place = next(number for number, line in enumerate(shown) if line.startswith("float8 "))
     first = "model.layers.0.self_attn.q_proj"
-    assert shown[place] == f"float8      {name}: 13 of 15 linear layers; as they are: {first}, lm_head"
+    assert shown[place] == f"float8      {name}: 13 of 15 linear layers; not converted: {first}, lm_head"
     assert " tokens) is " in shown[place + 1]
     assert shown[place + 1].endswith(" without it")
     trainer.train()
@@ -329,10 +337,10 @@ def test_an_adapter_on_float8_layers(recipe_file: Callable[..., Path], tiny_mode
 
     recipe = load_recipe(float8_recipe(recipe_file, adapter={"r": 4}))
     trainer, _ = emulated(recipe)
-    layers = layers_of(trainer.model)
+    layers = find_linear_layers(trainer.model)
     assert (len(layers.converted), layers.others) == (13, ["model.layers.0.self_attn.q_proj", "lm_head"])
     before = {name: one.clone() for name, one in trainer.model.named_parameters() if not one.requires_grad}
-    found = loss_difference(trainer.model, ROW, CPU, bf16=False)
+    found = measure_loss_difference(trainer.model, ROW, CPU, bf16=False)
     assert found.float8 != found.plain
     trainer.train()
     assert all(torch.equal(one, before[name]) for name, one in trainer.model.named_parameters() if name in before)
@@ -358,7 +366,7 @@ def test_the_test_for_leaks_looks_past_shared_scales(recipe_file: Callable[..., 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(
-    not torch.cuda.is_available() or gpu_fault(torch.cuda.get_device_capability()) is not None,
+    not torch.cuda.is_available() or gpu_error(torch.cuda.get_device_capability()) is not None,
     reason="needs a CUDA device with float8",
 )
 @pytest.mark.parametrize("name", RECIPES)
@@ -367,12 +375,12 @@ def test_on_a_gpu(recipe_file: Callable[..., Path], tmp_path: Path, name: str) -
     device = torch.device("cuda", 0)
     emulation = llama().to(device, torch.bfloat16)
     convert(emulation, name, emulate=True)
-    expected = loss_difference(emulation, ROW, device, bf16=False)
+    expected = measure_loss_difference(emulation, ROW, device, bf16=False)
     model = llama().to(torch.bfloat16)
     convert(model, name)
-    from_host = loss_difference(model, ROW, device, bf16=False)
+    from_host = measure_loss_difference(model, ROW, device, bf16=False)
     assert all(parameter.device == CPU for parameter in model.parameters())
-    on_device = loss_difference(model.to(device), ROW, device, bf16=False)
+    on_device = measure_loss_difference(model.to(device), ROW, device, bf16=False)
     assert dataclasses.astuple(from_host) == dataclasses.astuple(on_device)
     assert from_host.plain == pytest.approx(expected.plain, rel=1e-3)
     assert from_host.float8 == pytest.approx(expected.float8, rel=2**-6)  # sums in another order, in bfloat16

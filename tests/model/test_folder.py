@@ -57,11 +57,11 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "an adapter alone": (adapter, ["adapter (trained on org/base)", "scripts/merge_adapter.py", "--output"]),
     "an adapter with a config.json": (
         lambda folder: (adapter(folder), put(folder, "config.json", "tokenizer.json")),
-        ["not a whole model", "scripts/merge_adapter.py"],
+        ["not a complete model", "scripts/merge_adapter.py"],
     ),
     "base and adapter": (
         lambda folder: (adapter(folder), whole(folder)),
-        ["a whole model and an adapter", "scripts/merge_adapter.py", "--base"],
+        ["a complete model and an adapter", "scripts/merge_adapter.py", "--base"],
     ),
     "an adapter without its weights": (
         lambda folder: put(folder, adapter_config__json={"base_model_name_or_path": "org/base"}),

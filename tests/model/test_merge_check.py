@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from train.errors import UserError
-from train.model.merge import merge_adapter, tied_embeddings
+from train.model.merge import find_tied_embeddings, merge_adapter
 from train.model.merge_check import MergeCheck, check_merge
 
 Weights = dict[str, torch.Tensor]
@@ -42,7 +42,7 @@ def bases(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 def check(base: Path, adapter: Path, merged: Path) -> MergeCheck:
-    return check_merge(base, adapter, merged, tied_embeddings(base))
+    return check_merge(base, adapter, merged, find_tied_embeddings(base))
 
 
 def base_instead(before: Weights, after: Weights) -> Weights:

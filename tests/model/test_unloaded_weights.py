@@ -23,7 +23,7 @@ from transformers import (
 
 from train.errors import UserError
 from train.model.load import check_model, load_model, load_saved
-from train.model.unloaded_weights import left_out, weight_names
+from train.model.unloaded_weights import left_out, read_weight_names
 from train.recipe import load_recipe
 
 SIZES = {"vocab_size": 32, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
@@ -52,7 +52,7 @@ def says(folder: Path) -> tuple[str | None, str | None]:
     with torch.device("meta"):
         bare = AutoModelForCausalLM.from_config(config)
     loaded, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    return left_out(bare, config, weight_names(folder)), left_out(loaded, config, report["unexpected_keys"])
+    return left_out(bare, config, read_weight_names(folder)), left_out(loaded, config, report["unexpected_keys"])
 
 
 SHORTENED: dict[str, tuple[PreTrainedConfig, dict[str, Any], str]] = {
@@ -82,7 +82,7 @@ def test_layers_and_biases_that_config_json_leaves_out_are_told(kind: str, tmp_p
 def test_a_layer_in_another_shard_and_names_without_their_prefix_are_found(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(Qwen3Config(**LAYERS))
     model.save_pretrained(tmp_path / "sharded", max_shard_size="5KB")
-    assert sorted(weight_names(tmp_path / "sharded")) == sorted(model.state_dict())
+    assert sorted(read_weight_names(tmp_path / "sharded")) == sorted(model.state_dict())
     change(tmp_path / "sharded", num_hidden_layers=1, layer_types=None)
     assert None not in says(tmp_path / "sharded")
     with torch.device("meta"):
@@ -151,9 +151,7 @@ def test_other_weights_that_are_not_loaded_are_named(
     recipe = load_recipe(recipe_file(model={"name_or_path": str(base)}))
     check_model(recipe)
     load_model(recipe)
-    told = (
-        "weights that LlamaForCausalLM has no place for are not loaded, and not saved: v_head.summary.bias and 1 more"
-    )
+    told = "weights that are not part of LlamaForCausalLM are neither loaded nor saved: v_head.summary.bias and 1 more"
     assert told in capsys.readouterr().out
     load_model(load_recipe(recipe_file()))
     assert "not loaded" not in capsys.readouterr().out

@@ -82,7 +82,12 @@ def test_a_value_of_another_yaml_type_is_an_error_with_its_line(recipe_file, val
 
 def test_every_file_that_the_readme_and_the_recipes_name_exists() -> None:
     """Published commands name files that are called otherwise."""
-    texts = [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "recipes").rglob("*.yaml")]
+    texts = [
+        ROOT / "README.md",
+        ROOT / "Makefile",
+        *(ROOT / "recipes").rglob("*.md"),
+        *(ROOT / "recipes").rglob("*.yaml"),
+    ]
     missing = []
     count = 0
     for text in texts:

@@ -108,7 +108,7 @@ def test_a_batch_file_for_a_reasoning_model(tmp_path: Path, capsys: pytest.Captu
         (
             "judge",
             error(400, "`temperature` and `top_p` cannot both be specified for this model. Please use only one."),
-            "Leave one of them out: --judge-temperature null or --judge-top-p null.",
+            "Leave out one of them: --judge-temperature null or --judge-top-p null.",
         ),
         ("judge", error(400, "Unknown parameter: top_k"), """Leave it out: --judge-extra '{"top_k": null}'."""),
     ],
@@ -157,8 +157,8 @@ def test_a_judge_shows_what_it_refuses_before_the_model_answers(
         ),
         (("--judge-extra", '{"max_tokens": 9}'), "`max_tokens`: not set here: write --judge-max-tokens."),
         (("--judge-extra", '{"max_completion_tokens": 0}'), "`max_completion_tokens`: must be an integer >= 1"),
-        (("--top-p", "nul"), "argument --top-p: 'nul' must be a number or null"),
-        (("--temperature", "nan"), "--temperature nan: at least 0."),
+        (("--top-p", "nul"), "--top-p nul: found 'nul'. Allowed: a number "),
+        (("--temperature", "nan"), "--temperature nan: found 'nan'. Allowed: a number "),
     ],
 )
 def test_contradictory_settings_are_an_error(

@@ -10,9 +10,10 @@ import pytest
 import yaml
 from test_plan import shape_for
 
-from train.model.architecture import Shape
-from train.preflight.plan.job_memory import gpus_of, memory_warning, strategy_of
-from train.preflight.plan.plan import candidate, optimizer_of, parse_cluster
+from train.model.architecture import Architecture
+from train.preflight.plan.candidates import evaluate_candidate, optimizer_name
+from train.preflight.plan.cluster import parse_cluster
+from train.preflight.plan.job_memory import memory_warning, parse_gpu_names, read_strategy
 from train.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -21,12 +22,12 @@ LLAMA_70B = "meta-llama/Llama-3.1-70B"
 
 
 @cache
-def shape(model: str | None) -> Shape:
+def shape(model: str | None) -> Architecture:
     return shape_for(load_recipe(FULL), model)
 
 
 def warning(recipe: Recipe, gpus: str, nodes: int, config: str, model: str | None = None) -> str | None:
-    strategy = strategy_of(yaml.safe_load((ROOT / config).read_text(encoding="utf-8")), recipe)
+    strategy = read_strategy(yaml.safe_load((ROOT / config).read_text(encoding="utf-8")), recipe)
     assert strategy is not None
     return memory_warning(recipe, shape(model), parse_cluster(gpus, nodes), strategy, config)
 
@@ -51,8 +52,8 @@ def test_what_is_said_to_fit_does_fit(
     said = warning(recipe, gpus, nodes, config, model)
     assert said is not None
     cluster = parse_cluster(gpus, nodes)
-    strategy = strategy_of(yaml.safe_load((ROOT / config).read_text(encoding="utf-8")), recipe)
-    found = candidate(recipe, shape(model), cluster, strategy, optimizer_of(recipe), recipe.data.max_length)
+    strategy = read_strategy(yaml.safe_load((ROOT / config).read_text(encoding="utf-8")), recipe)
+    found = evaluate_candidate(recipe, shape(model), cluster, strategy, optimizer_name(recipe), recipe.data.max_length)
     assert f"({config}) needs {found.memory.total / 2**30:,.1f} GiB on each of {cluster.processes} GPUs" in said
     assert f"and {cluster.memory * 0.92 / 2**30:,.1f} of their {cluster.memory / 2**30:,.0f} GiB can be used" in said
     ways = re.search(r"What fits: (.*)\. Or write a smaller", said)
@@ -93,8 +94,8 @@ def test_what_fits_and_what_no_cluster_helps(monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_gpus_are_known_by_what_a_cluster_calls_them(names: list[str], gpus: str | None) -> None:
-    assert gpus_of(names, 8) == (gpus and gpus.upper().replace("X", "x"))
-    assert gpus_of(names, 0) is None
+    assert parse_gpu_names(names, 8) == (gpus and gpus.upper().replace("X", "x"))
+    assert parse_gpu_names(names, 0) is None
 
 
 def test_how_a_run_is_spread_is_read_from_the_configuration(
@@ -103,7 +104,7 @@ def test_how_a_run_is_spread_is_read_from_the_configuration(
     monkeypatch.chdir(ROOT)
     recipe = load_recipe(FULL)
     names = {
-        path.stem: (found := strategy_of(yaml.safe_load(path.read_text(encoding="utf-8")), recipe)) and found.name
+        path.stem: (found := read_strategy(yaml.safe_load(path.read_text(encoding="utf-8")), recipe)) and found.name
         for path in (ROOT / "accelerate_configs").glob("*.yaml")
     }
     assert names == {
@@ -111,6 +112,6 @@ def test_how_a_run_is_spread_is_read_from_the_configuration(
         "zero3": "ZeRO-3", "zero3_multinode": "ZeRO-3", "zero3_offload": "ZeRO-3 offload",
     }  # fmt: skip
     inline = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3, "offload_param_device": "cpu"}}
-    assert strategy_of(inline, recipe).name == "ZeRO-3 offload"
+    assert read_strategy(inline, recipe).name == "ZeRO-3 offload"
     own = load_recipe(FULL, ["training.deepspeed=ds_configs/zero2.json"])
-    assert strategy_of(inline, own) is None
+    assert read_strategy(inline, own) is None

@@ -12,17 +12,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen2Config
 
-from train.model.architecture import Shape, shape_of
-from train.model.flops import training_flops
+from train.model.architecture import Architecture, inspect_architecture
+from train.model.flops import count_training_flops
 from train.preflight.plan.activations import (
     TOKEN_CHUNK,
     VOCABULARY_CHUNK,
     Precision,
-    activations,
+    estimate_activations,
     head_bytes,
     layer_bytes,
 )
-from train.preflight.plan.memory import DDP, STRATEGIES, Numbers, states_of
+from train.preflight.plan.memory import DDP, STRATEGIES, StateSettings, count_state_bytes
 from train.preflight.plan.optimizer_states import Tensor, state_bytes
 from train.recipe import AdapterSection, QuantizationSection, load_recipe
 
@@ -37,9 +37,11 @@ SIZES: dict[str, Any] = {
 }
 
 
-def shape(config: PreTrainedConfig, dtype: str = "bfloat16", **sections: Any) -> Shape:
+def shape(config: PreTrainedConfig, dtype: str = "bfloat16", **sections: Any) -> Architecture:
     model = SimpleNamespace(name_or_path="x", dtype=dtype, trust_remote_code=False)
-    return shape_of(SimpleNamespace(model=model, **{"adapter": None, "quantization": None} | sections), config)  # type: ignore[arg-type]
+    return inspect_architecture(
+        SimpleNamespace(model=model, **{"adapter": None, "quantization": None} | sections), config
+    )  # type: ignore[arg-type]
 
 
 def kept_bytes(config: PreTrainedConfig, dtype: torch.dtype, *, autocast: bool, tokens: int) -> int:
@@ -100,7 +102,7 @@ def test_a_layer_with_fused_matrices_keeps_somewhat_more() -> None:
 
 def test_checkpointing_keeps_the_input_of_each_layer() -> None:
     known = shape(LlamaConfig(**SIZES, num_key_value_heads=4))
-    on, off = (activations(known, 100, Precision(2, 2), checkpointing=on) for on in (True, False))
+    on, off = (estimate_activations(known, 100, Precision(2, 2), checkpointing=on) for on in (True, False))
     assert on.kept == 100 * 64 * 2 * (2 + 2)
     assert off.kept - 100 * 64 * 2 * 2 == 2 * 100 * layer_bytes(known, Precision(2, 2))
     assert on.working > off.working
@@ -165,7 +167,7 @@ def test_matrices_take_the_flops_that_torch_counts() -> None:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     counted = counter.get_flop_counts()["Global"]
     matrices, attention = counted[torch.ops.aten.mm], counted[torch.ops.aten.bmm]
-    found = training_flops(shape(config), np.array([tokens]))
+    found = count_training_flops(shape(config), np.array([tokens]))
     norms = 5 * 64  # no matrices, but parameters of the convention
     assert found.parameters == pytest.approx(matrices + 6 * norms * tokens, rel=0.001)
     # eager attention computes every pair: n^2 in place of n(n+1)/2; and rotary angles are a product of 1 x 8 x 40
@@ -176,12 +178,12 @@ def test_attention_stays_inside_documents_and_windows() -> None:
     config = LlamaConfig(**SIZES, num_key_value_heads=2)
     lengths = np.array([1, 5, 17])
     pairs = sum(1 for length in lengths for query in range(length) for key in range(length) if key <= query)
-    assert training_flops(shape(config), lengths).attention == 2 * 12 * 64 * pairs
+    assert count_training_flops(shape(config), lengths).attention == 2 * 12 * 64 * pairs
     from transformers import Gemma2Config
 
     gemma = Gemma2Config(**SIZES, num_key_value_heads=2, sliding_window=4)
     near = sum(1 for length in lengths for query in range(length) for key in range(length) if 0 <= query - key < 4)
-    assert training_flops(shape(gemma), lengths).attention == 12 * 64 * (pairs + near)
+    assert count_training_flops(shape(gemma), lengths).attention == 12 * 64 * (pairs + near)
 
 
 def test_frozen_weights_take_two_thirds() -> None:
@@ -190,7 +192,7 @@ def test_frozen_weights_take_two_thirds() -> None:
     adapters = 2 * 4 * (64 + 64)
     assert lora.trained == adapters
     matrices = full.total - 128 * 64
-    assert training_flops(lora, np.array([10])).parameters == 10 * (4 * matrices + 6 * adapters)
+    assert count_training_flops(lora, np.array([10])).parameters == 10 * (4 * matrices + 6 * adapters)
 
 
 def test_ddp_keeps_what_the_recipe_loads() -> None:
@@ -198,10 +200,10 @@ def test_ddp_keeps_what_the_recipe_loads() -> None:
     config = LlamaConfig(**SIZES, num_key_value_heads=4)
     for dtype, size in ("bfloat16", 2), ("float32", 4):
         known = shape(config, dtype)
-        found = states_of(known, DDP, Numbers(2, "adamw_torch", True))
+        found = count_state_bytes(known, DDP, StateSettings(2, "adamw_torch", True))
         assert (found.parameters, found.gradients, found.communication) == (known.total * size,) * 3
         assert found.optimizer == 2 * known.total * size + 4 * len(known.parameters)
-        assert states_of(known, DDP, Numbers(1, "adamw_torch", True)).communication == 0
+        assert count_state_bytes(known, DDP, StateSettings(1, "adamw_torch", True)).communication == 0
 
 
 def test_eighteen_bytes_a_parameter_shrink_as_in_the_zero_paper() -> None:
@@ -212,7 +214,7 @@ def test_eighteen_bytes_a_parameter_shrink_as_in_the_zero_paper() -> None:
     more = 7.5 * 2
     paper = (31.4 + more, 16.6 + more / 64, 1.9 + more / 64)
     for strategy, gigabytes in zip(STRATEGIES[1:4], paper, strict=True):
-        found = states_of(known, strategy, Numbers(64, "adamw_torch", True))
+        found = count_state_bytes(known, strategy, StateSettings(64, "adamw_torch", True))
         total = (found.parameters + found.gradients + found.optimizer) * scale / 1e9
         assert total == pytest.approx(gigabytes, rel=0.02)
 
@@ -233,7 +235,7 @@ def test_four_bit_weights_are_those_of_bitsandbytes() -> None:
         else:
             made += one.nbytes
     adapters = 2 * sum(one.elements for one in known.parameters if one.trained)
-    assert states_of(known, DDP, Numbers(1, "adamw_torch", True)).parameters == made + adapters
+    assert count_state_bytes(known, DDP, StateSettings(1, "adamw_torch", True)).parameters == made + adapters
 
 
 def test_stage_3_pads_each_parameter_and_keeps_small_ones_whole() -> None:
@@ -243,7 +245,7 @@ def test_stage_3_pads_each_parameter_and_keeps_small_ones_whole() -> None:
             num_key_value_heads=2,
         )
     )
-    found = states_of(known, STRATEGIES[3], Numbers(8, "adamw_torch", True))
+    found = count_state_bytes(known, STRATEGIES[3], StateSettings(8, "adamw_torch", True))
     shares = [-(-one.elements // 8) for one in known.parameters]
     small = [share * 8 for share, one in zip(shares, known.parameters, strict=True) if one.elements <= 600]
     assert found.parameters == 2 * (sum(shares) + sum(small))
@@ -254,5 +256,5 @@ def test_stage_3_pads_each_parameter_and_keeps_small_ones_whole() -> None:
 def test_counting_a_model_leaves_its_config_alone(tiny_model: Path, recipe_file: Callable[..., Path]) -> None:
     """transformers writes the attention of a model that it makes into the config that it makes it from."""
     config = AutoConfig.from_pretrained(tiny_model, attn_implementation="sdpa")
-    shape_of(load_recipe(recipe_file()), config)
+    inspect_architecture(load_recipe(recipe_file()), config)
     assert config._attn_implementation == "sdpa"

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from train.errors import UserError
-from train.preflight.missing_files import refuse_missing
+from train.preflight.missing_files import check_files_exist
 from train.recipe import load_recipe
 from train.storage.local_paths import hub_unreachable_reason
 
@@ -34,7 +34,7 @@ def says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 
     def run(*overrides: str) -> str:
         try:
-            refuse_missing(load_recipe("recipes/recipe.yaml", overrides))
+            check_files_exist(load_recipe("recipes/recipe.yaml", overrides))
         except UserError as error:
             return str(error)
         return ""

@@ -19,7 +19,7 @@ from train.formatting import shorten, visible
 from train.loop.output_dir import claim_output_dir
 from train.model.tokenizer import load_chat_tokenizer
 from train.preflight.page import marked, marks_for, page
-from train.preflight.report import Piece, Report, build_report, pieces
+from train.preflight.report import Piece, Report, build_report, split_pieces
 from train.recipe import load_recipe
 from train.recipe.schedule import compute_schedule
 from train.sft import main
@@ -37,7 +37,7 @@ def wide_output(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def report_of(path: Path) -> Report:
     recipe = load_recipe(path)
-    chat = load_chat_tokenizer(recipe)
+    chat = load_chat_tokenizer(recipe.model, recipe.chat)
     return build_report(recipe, chat, examine(recipe, chat.tokenizer))
 
 
@@ -245,7 +245,7 @@ def test_pieces_of_a_sentencepiece_row_are_its_text(mistral_tokenizer_v1: Callab
     """Decoded alone, each piece would lose the blank that it begins with."""
     tokenizer = mistral_tokenizer_v1()
     ids = tokenizer("one two three four", add_special_tokens=False).input_ids
-    found = pieces(tokenizer, ids, [-100, ids[1], -100, *ids[3:]])
+    found = split_pieces(tokenizer, ids, [-100, ids[1], -100, *ids[3:]])
     assert [piece.trained for piece in found] == [False, True, False, True]
     assert "".join(piece.text for piece in found) == "one two three four"
 

@@ -15,7 +15,7 @@ from train.multifaceted.collection.config import CollectionConfig
 from train.multifaceted.collection.config import load_config as load_collection
 from train.recipe import Recipe, load_recipe
 from train.recipe.sft_config import training_model
-from train.sft import main, parse
+from train.sft import main, parse_options
 from train.storage.local_paths import LocalPath, expand_path, looks_like_hub_id
 from train.sysgen.config import SysgenConfig
 from train.sysgen.config import load_config as load_sysgen
@@ -160,7 +160,9 @@ def test_no_key_that_speaks_of_a_file_or_folder_is_forgotten(model: type[BaseMod
 
 
 def test_options_that_take_paths_follow(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = parse(["--recipe", "~/r.yaml", "--check", "--json=~/report.json", "--resume=$SCRATCH/checkpoint-1"])
+    options = parse_options(
+        ["--recipe", "~/r.yaml", "--check", "--json=~/report.json", "--resume=$SCRATCH/checkpoint-1"]
+    )
     assert options.recipe == home / "r.yaml"
     assert (options.json, options.resume) == (f"{home}/report.json", "/scratch/me/checkpoint-1")
     parser = CommandLine()

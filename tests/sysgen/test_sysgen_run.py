@@ -215,7 +215,7 @@ def test_the_check_reads_all_rows_and_asks_each_server_for_one_token(tmp_path: P
         ("gates.leak=2", "gates.leak: found 2. Allowed: a number > 0 and <= 1; or null."),
         ("api_key=x", "Set them in the environment"),
         ("data.sources.0.path=nowhere.jsonl", "nowhere.jsonl: there is no nowhere.jsonl in"),
-        ("servers.0.base_url=localhost", "base_url 'localhost' is no address: write it like http://localhost:8000/v1."),
+        ("servers.0.base_url=localhost", "base_url 'localhost' is not a URL: write it like http://localhost:8000/v1."),
     ],
 )
 def test_invalid_configurations_are_one_error(tmp_path: Path, change: str, message: str) -> None:

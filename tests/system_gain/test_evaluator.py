@@ -14,7 +14,7 @@ from train.data.tokens.workers import RowTokenizer
 from train.recipe import Source
 from train.sft import main
 from train.system_gain.metric import system_gain
-from train.system_gain.variants import make_variants, read_labelled
+from train.system_gain.variants import make_variants, read_labelled_conversations
 
 TRAINING = {
     "learning_rate": 0.02,
@@ -82,7 +82,7 @@ def test_each_evaluation_measures_it_and_the_best_checkpoint_listens_most(
     def measured(folder: Path) -> object:
         tokenizer = AutoTokenizer.from_pretrained(tiny_model)
         use_template(tokenizer, "chatml")
-        rows = read_labelled([Source(path=str(held_out))])
+        rows = read_labelled_conversations([Source(path=str(held_out))])
         made = make_variants(rows, RowTokenizer(tokenizer, "assistant"), limit=12, seed=5)
         return system_gain(AutoModelForCausalLM.from_pretrained(folder), made.rows, seed=5)
 
@@ -137,7 +137,7 @@ def test_a_share_of_the_sources_is_measured_on_the_rows_that_were_held_out(
     from train.data.prepare import prepare
     from train.model.tokenizer import load_tokenizer
     from train.recipe import load_recipe
-    from train.system_gain.validation_rows import gain_rows
+    from train.system_gain.validation_rows import load_gain_rows
 
     recipe = load_recipe(recipe_file(data={"sources": [{"path": str(held_out)}], "validation": 0.5}))
     tokenizer = load_tokenizer(recipe.model)
@@ -147,14 +147,14 @@ def test_a_share_of_the_sources_is_measured_on_the_rows_that_were_held_out(
         place for sequence in range(len(data.validation.dataset)) for place in data.validation.dataset.places(sequence)
     }
     for _ in range(2):  # the second time from the cache
-        made = gain_rows(recipe, data, tokenizer)
+        made = load_gain_rows(recipe, data, tokenizer)
         assert {row.place for row in made.rows} <= held
         assert len(made.rows) + made.left_out.total() == len(held)
         assert sum(row.siblings for row in made.rows) >= 3
         for row in made.rows:
             assert row.siblings == (row.place.rpartition(":")[2] in "123456789")
     held_out.write_text("", encoding="utf-8")  # the sources aren't read again
-    assert [row.place for row in gain_rows(recipe, data, tokenizer).rows] == [row.place for row in made.rows]
+    assert [row.place for row in load_gain_rows(recipe, data, tokenizer).rows] == [row.place for row in made.rows]
 
 
 def test_what_can_not_be_measured_is_told(

@@ -26,7 +26,14 @@ from train.recipe import Source
 from train.resampling import estimate_means
 from train.system_gain.log_likelihood import batches, log_likelihoods
 from train.system_gain.metric import SystemGain, markdown, of_row, system_gain
-from train.system_gain.variants import Labelled, VariantRows, labels_of, make_variants, read_labelled, split_system
+from train.system_gain.variants import (
+    LabelledConversation,
+    VariantRows,
+    labels_of,
+    make_variants,
+    read_labelled_conversations,
+    split_system,
+)
 
 ROOT = Path(__file__).parents[2]
 HELD_OUT = ROOT / "recipes" / "smollm2-135m" / "data" / "held_out.jsonl"
@@ -64,7 +71,9 @@ def variants(
 ) -> VariantRows:
     use_template(tokenizer, template)
     apply_system_role(tokenizer, role)
-    return make_variants(read_labelled([Source(path=str(path))]), RowTokenizer(tokenizer, "assistant"), **options)
+    return make_variants(
+        read_labelled_conversations([Source(path=str(path))]), RowTokenizer(tokenizer, "assistant"), **options
+    )
 
 
 def plain_sum(model: torch.nn.Module, pieces: list[EncodedRow]) -> float:
@@ -237,10 +246,10 @@ def test_the_measures_of_a_row_by_hand() -> None:
     )
 
 
-def labelled(*rows: tuple[str | None, str, str]) -> list[Labelled]:
+def labelled(*rows: tuple[str | None, str, str]) -> list[LabelledConversation]:
     """Conversations of system message, question and answer."""
     return [
-        Labelled(
+        LabelledConversation(
             Conversation(
                 [
                     *([{"role": "system", "content": system}] if system is not None else []),
@@ -284,9 +293,13 @@ def test_others_are_siblings_where_there_are_any(tiny_tokenizer: PreTrainedToken
 
 
 def test_siblings_are_those_with_the_same_turns_and_tools(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    def conversation(system: str, second: str, answer: str, tools: list[dict[str, Any]] | None = None) -> Labelled:
+    def conversation(
+        system: str, second: str, answer: str, tools: list[dict[str, Any]] | None = None
+    ) -> LabelledConversation:
         texts = [("system", system), ("user", "river?"), ("assistant", answer), ("user", second), ("assistant", answer)]
-        return Labelled(Conversation([{"role": role, "content": text} for role, text in texts], tools, ":1"))
+        return LabelledConversation(
+            Conversation([{"role": role, "content": text} for role, text in texts], tools, ":1")
+        )
 
     tools = [{"type": "function", "function": {"name": "tides"}}]
     rows = [

@@ -10,7 +10,7 @@ from pydantic import Field
 from train.datagen.drop_reasons import Loss
 from train.datagen.extra_fields import find_extra_errors
 from train.datagen.source_rows import SourcesSection
-from train.llm.journal import Decoding
+from train.llm.request import Decoding
 from train.llm.server import Server
 from train.recipe import PathText, Section, Text
 from train.recipe.yaml_document import Document

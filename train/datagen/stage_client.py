@@ -11,8 +11,8 @@ from train.datagen.usage import Usage
 from train.llm.client import Client
 from train.llm.failures import EmptyAnswerError
 from train.llm.finish_reasons import BELOW_LIMIT, describe_unfinished
-from train.llm.journal import Answer, Request
 from train.llm.reasoning.answer import list_events, read_answer
+from train.llm.request import Answer, Request
 from train.llm.system_role import merge_into_user
 
 
@@ -63,7 +63,7 @@ class StageClient:
         row.usage.setdefault(stage, Usage()).add(answer)
         if answer.finish_reason == BELOW_LIMIT:
             events[f"{stage}: answer without a finish_reason, below the token limit"] += 1
-        elif answer.ending in ("unknown", "unstated"):
+        elif answer.finish_class in ("unknown", "unstated"):
             events[f"{stage}: answer {describe_unfinished(answer.finish_reason)}"] += 1
         # In other stages the conversation is quoted in our prompt, so it can't ask for control tokens or tags.
         answer, reply = read_answer(answer, request.messages if stage == "answer" else ())

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from train.llm.journal import Answer
+from train.llm.request import Answer
 
 
 @dataclass(slots=True)

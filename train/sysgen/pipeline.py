@@ -25,7 +25,7 @@ from train.datagen.stage_client import StageClient
 from train.datagen.stats import truncate_line
 from train.llm.client import Client
 from train.llm.failures import NO_ANSWER, RequestFailed
-from train.llm.journal import Request
+from train.llm.request import Request
 from train.llm.yes_or_no import says_no
 from train.sysgen import prompts
 from train.sysgen.config import SysgenConfig

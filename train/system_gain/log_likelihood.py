@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from train.data.loss_mask import EncodedRow
-from train.model.inference import as_in_evaluation
+from train.model.inference import evaluation_mode
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -85,7 +85,7 @@ def log_likelihoods(
     sums = torch.zeros(len(rows), dtype=torch.float64)
     if process == 0:
         sums[list(known)] = torch.tensor(list(known.values()), dtype=torch.float64)
-    with as_in_evaluation(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         for start in range(0, len(plan), processes):
             # Where the last round has no batch for this process, it scores one again and forgets it.
             mine = start + process < len(plan)

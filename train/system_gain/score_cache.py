@@ -11,7 +11,7 @@ from train.data.loss_mask import EncodedRow
 from train.errors import UserError
 
 
-class ScoreFile:
+class ScoreCache:
     """One line a score: a digest of the model and the tokens, and the sum of ln p. Use it in a `with` block.
 
     `model`: what tells it from others (`fingerprint`), and its dtype. What is no such line is passed over: a

@@ -17,12 +17,19 @@ from train.formatting import format_count
 from train.progress import progress_bar
 from train.recipe import Recipe
 from train.recipe.conflicts import is_gain_metric
-from train.system_gain.variants import Chosen, Labelled, VariantRows, choose, encode, read_labelled
+from train.system_gain.variants import (
+    Chosen,
+    LabelledConversation,
+    VariantRows,
+    choose,
+    encode,
+    read_labelled_conversations,
+)
 
 _FILE = "rows.json"
 
 
-def gain_rows(recipe: Recipe, data: Prepared, tokenizer: PreTrainedTokenizerBase) -> VariantRows | None:
+def load_gain_rows(recipe: Recipe, data: Prepared, tokenizer: PreTrainedTokenizerBase) -> VariantRows | None:
     """Rows of the validation data under their own system message, under others and under none; None without any.
 
     The sources are read for them once; other processes and later starts find the texts in the cache. The tokenizer
@@ -46,7 +53,7 @@ def gain_rows(recipe: Recipe, data: Prepared, tokenizer: PreTrainedTokenizerBase
         section = recipe.data
         share = isinstance(section.validation, float)
         sources = section.sources if share else section.validation
-        rows = read_labelled(sources, places=frozenset(places), allow_pickle=section.allow_pickle)  # type: ignore[arg-type]
+        rows = read_labelled_conversations(sources, places=frozenset(places), allow_pickle=section.allow_pickle)  # type: ignore[arg-type]
         chosen = choose(rows, made, others=settings.others, limit=settings.rows, seed=recipe.seed)
         texts = [_as_json(one) for one in chosen]
         (folder / _FILE).write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
@@ -74,7 +81,7 @@ def describe_gain(made: VariantRows | None) -> str | None:
     return f"measured at each evaluation on {format_count(len(made.rows), 'validation row')}, against {whose}"
 
 
-def gain_refusal(recipe: Recipe, made: VariantRows | None) -> str | None:
+def gain_metric_error(recipe: Recipe, made: VariantRows | None) -> str | None:
     """Why the best checkpoint can't be found as the recipe asks, or None."""
     metric = recipe.training.get("metric_for_best_model")
     if not is_gain_metric(metric) or (made is not None and made.rows):
@@ -104,4 +111,4 @@ def _as_json(chosen: Chosen) -> dict[str, Any]:
 def _from_json(kept: dict[str, Any]) -> Chosen:
     conversation = Conversation(kept["messages"], kept["tools"], kept["place"], kept["template_kwargs"])
     labels = tuple((of, value) for of, value in kept["labels"])
-    return Chosen(Labelled(conversation, labels), kept["instruction"], kept["others"], kept["siblings"])
+    return Chosen(LabelledConversation(conversation, labels), kept["instruction"], kept["others"], kept["siblings"])

@@ -32,7 +32,7 @@ _AT_A_TIME = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled:
+class LabelledConversation:
     """A conversation, and what the data says that it belongs to."""
 
     conversation: Conversation
@@ -96,19 +96,19 @@ def answer_ids(piece: EncodedRow) -> np.ndarray:
     return np.concatenate([piece.ids[start:end] for start, end in piece.trained.tolist()] or [piece.ids[:0]])
 
 
-def read_labelled(
+def read_labelled_conversations(
     sources: Sequence[Source],
     columns: Iterable[str] = (),
     *,
     places: Container[str] | None = None,
     allow_pickle: bool = False,
-) -> list[Labelled | tuple[str, RowError]]:
+) -> list[LabelledConversation | tuple[str, RowError]]:
     """Every row of `sources` with its labels, or the place and fault of one that is no conversation.
 
     `columns`: further columns whose text is a label. Of several sources each is a label too. `places`: take the rows
     that stand there alone. Raises UserError.
     """
-    rows: list[Labelled | tuple[str, RowError]] = []
+    rows: list[LabelledConversation | tuple[str, RowError]] = []
     columns = (*LABEL_COLUMNS, *columns)
     for source in sources:
         opened = open_source(source, allow_pickle)
@@ -123,7 +123,7 @@ def read_labelled(
                     if isinstance(row, RowError):
                         raise row
                     conversation = read_row(row, format, whole_place, ignore=source.ignore)
-                    rows.append(Labelled(conversation, of_source + labels_of(row, columns)))
+                    rows.append(LabelledConversation(conversation, of_source + labels_of(row, columns)))
                 except RowError as fault:
                     rows.append((whole_place, fault))
     return rows
@@ -156,14 +156,14 @@ class Chosen:
     `instruction`, `siblings`: as of `Variants`.
     """
 
-    row: Labelled
+    row: LabelledConversation
     instruction: int
     others: list[str]
     siblings: bool
 
 
 def make_variants(
-    rows: Sequence[Labelled | tuple[str, RowError]],
+    rows: Sequence[LabelledConversation | tuple[str, RowError]],
     tokenizer: RowTokenizer,
     *,
     others: int = 2,
@@ -183,7 +183,7 @@ def make_variants(
 
 
 def choose(
-    rows: Sequence[Labelled | tuple[str, RowError]],
+    rows: Sequence[LabelledConversation | tuple[str, RowError]],
     made: VariantRows,
     *,
     others: int = 2,
@@ -191,11 +191,11 @@ def choose(
     seed: int = 0,
 ) -> list[Chosen]:
     """The rows to measure, with others' messages; `made` counts those that are left out."""
-    asked: list[tuple[Labelled, int]] = []
+    asked: list[tuple[LabelledConversation, int]] = []
     siblings: dict[int, list[str]] = defaultdict(list)
     numbers: dict[str, int] = {}
     for row in rows:
-        if not isinstance(row, Labelled):
+        if not isinstance(row, LabelledConversation):
             made.leave_out(row[0], row[1].kind, row[1].detail)
             continue
         system, _ = split_system(row.conversation.messages)

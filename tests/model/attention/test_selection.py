@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from train.errors import UserError
-from train.model.attention.selection import Machine, Needs, choose_attention, needs_of
+from train.model.attention.selection import Machine, Needs, attention_needs, choose_attention
 from train.recipe import load_recipe
 
 A100, HOPPER, BLACKWELL, CPU = (8, 0), (9, 0), (10, 0), None
@@ -55,8 +55,8 @@ def test_without_a_gpu() -> None:
         ({"flash": False, "sdpa": False, "flex": False}, {}, "eager", "flex_attention is not supported by this model"),
         ({"registered": False}, {}, "sdpa", "torch_varlen is not supported by this model's code"),
         ({"head_size": 100}, {}, "sdpa", "multiples of 8, not 100"),
-        ({"softcap": 50.0}, {}, "flex_attention", "torch_varlen does no soft-capping"),
-        ({"dropout": 0.1}, {}, "sdpa", "torch_varlen does no dropout"),
+        ({"softcap": 50.0}, {}, "flex_attention", "torch_varlen does not support soft-capping"),
+        ({"dropout": 0.1}, {}, "sdpa", "torch_varlen does not support dropout"),
         ({"sliding_window": 4096}, {}, "torch_varlen", "flash-attn"),
         ({"sliding_window": 4096}, {"varlen_takes": frozenset({"is_causal"})}, "sdpa", "no sliding window with torch"),
         ({"head_size": 208}, {"capability": (8, 9)}, "sdpa", "no backward for head size 208"),
@@ -76,20 +76,20 @@ def test_dropout_needs_flash_attention_2() -> None:
 def test_a_kernel_that_fails_its_trial_is_passed_over_or_refused() -> None:
     tried = []
 
-    def trial(kernel: str, needs: Needs) -> str | None:
+    def failing(kernel: str, needs: Needs) -> str | None:
         tried.append(kernel)
         return "no backward" if kernel == "flash_attention_3" else None
 
     here = Machine(HOPPER, ALL)
-    assert str(choose_attention("auto", LLAMA, here, trial=trial)) == (
+    assert str(choose_attention("auto", LLAMA, here, check=failing)) == (
         "flash_attention_4: flash_attention_3 fails here: no backward"
     )
     assert tried == ["flash_attention_3", "flash_attention_4"]
     with pytest.raises(UserError, match=r"flash_attention_3 fails here: no backward\. Write `auto`"):
-        choose_attention("flash_attention_3", LLAMA, here, trial=trial)
+        choose_attention("flash_attention_3", LLAMA, here, check=failing)
     tried.clear()
-    choose_attention("auto", LLAMA, Machine(CPU, ALL), trial=trial)
-    choose_attention("sdpa", LLAMA, here, trial=trial)
+    choose_attention("auto", LLAMA, Machine(CPU, ALL), check=failing)
+    choose_attention("sdpa", LLAMA, here, check=failing)
     assert tried == []
 
 
@@ -116,7 +116,7 @@ def test_a_missing_kernel_by_name(kernel: str, remedy: str) -> None:
         ("torch_varlen", LLAMA, CPU, "needs a CUDA device"),
         ("flex_attention", LLAMA, CPU, "needs a CUDA device"),
         ("flex_attention", replace(LLAMA, dropout=0.1), HOPPER, "attention_dropout is 0.1"),
-        ("sdpa", replace(LLAMA, softcap=50.0), HOPPER, "no soft-capping"),
+        ("sdpa", replace(LLAMA, softcap=50.0), HOPPER, "not support soft-capping"),
         ("torch_varlen", replace(LLAMA, dtype="float32"), HOPPER, "in 16 bits"),
     ],
 )
@@ -157,7 +157,7 @@ def test_a_kernel_by_name_is_taken(kernel: str) -> None:
     ids=lambda value: getattr(value, "model_type", ""),
 )
 def test_what_a_model_needs(config, expected: Needs, recipe_file: Callable[..., Path]) -> None:
-    assert needs_of(load_recipe(recipe_file()), config) == expected
+    assert attention_needs(load_recipe(recipe_file()), config) == expected
 
 
 @pytest.mark.parametrize(
@@ -175,12 +175,12 @@ def test_what_attention_computes_in(
     dtype: str, training: dict, expected: str, recipe_file: Callable[..., Path]
 ) -> None:
     recipe = load_recipe(recipe_file(model={"dtype": dtype}, training=training))
-    assert needs_of(recipe, transformers.LlamaConfig(dtype="float16")).dtype == expected
+    assert attention_needs(recipe, transformers.LlamaConfig(dtype="float16")).dtype == expected
 
 
 def test_sinks_are_no_matter_for_flash_attention(recipe_file: Callable[..., Path]) -> None:
     """gpt-oss names the only FlashAttention that knows its sinks."""
-    needs = needs_of(load_recipe(recipe_file(training={"bf16": True})), transformers.GptOssConfig())
+    needs = attention_needs(load_recipe(recipe_file(training={"bf16": True})), transformers.GptOssConfig())
     assert not needs.flash
     assert auto(needs).startswith("flex_attention: ")
 
@@ -189,10 +189,10 @@ def test_code_that_comes_with_a_model(recipe_file: Callable[..., Path]) -> None:
     """Nothing is known of it: `auto` takes no risk, and a kernel by name is the user's word."""
     config = type("ForeignConfig", (transformers.PretrainedConfig,), {"hidden_size": 64, "num_attention_heads": 4})()
     sixteen = {"bf16": True}
-    assert auto(needs_of(load_recipe(recipe_file(training=sixteen)), config)).startswith("sdpa: ")
+    assert auto(attention_needs(load_recipe(recipe_file(training=sixteen)), config)).startswith("sdpa: ")
     named = load_recipe(recipe_file(model={"attention": "flash_attention_2"}, training=sixteen))
     assert (
-        choose_attention("flash_attention_2", needs_of(named, config), Machine(HOPPER, ALL)).kernel
+        choose_attention("flash_attention_2", attention_needs(named, config), Machine(HOPPER, ALL)).kernel
         == "flash_attention_2"
     )
 

@@ -15,7 +15,7 @@ from trl.models import enable_selective_activation_checkpointing
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from train.model.attention import torch_varlen as varlen
-from train.model.attention.kernel_test import trial
+from train.model.attention.kernel_test import check_kernel
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 16
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -127,7 +127,7 @@ def stand_in(version: str) -> tuple:
 @pytest.fixture(params=VERSIONS)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     operators, _ = stand_in(request.param)
-    monkeypatch.setattr(varlen, "torch_kernel", lambda: operators)
+    monkeypatch.setattr(varlen, "find_torch_kernel", lambda: operators)
     RUNS.clear()
     return request.param
 
@@ -355,7 +355,7 @@ def run_trial(kernel: str, **asked) -> str | None:
         "softcap": None,
         "device": torch.device("cpu"),
     }
-    return trial(kernel, **(settings | asked))
+    return check_kernel(kernel, **(settings | asked))
 
 
 @pytest.mark.parametrize("window", [None, 4096])

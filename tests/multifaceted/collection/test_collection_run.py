@@ -355,7 +355,7 @@ def test_the_command_prints_a_summary_and_ctrl_c_keeps_the_answers(tmp_path: Pat
         ("answer.extra={messages: []}", "answer.extra.messages: set by the run itself."),
         ("api_key=x", "Set them in the environment"),
         ("data.sources.0.path=nowhere.jsonl", "nowhere.jsonl: there is no nowhere.jsonl in"),
-        ("servers.0.base_url=localhost", "base_url 'localhost' is no address: write it like http://localhost:8000/v1."),
+        ("servers.0.base_url=localhost", "base_url 'localhost' is not a URL: write it like http://localhost:8000/v1."),
     ],
 )
 def test_invalid_configurations_are_one_error(

@@ -47,7 +47,7 @@ from train.data.chat.system_probe import (
 from train.data.chat.template import date_of, template_name
 from train.errors import UserError
 
-__all__ = ["SystemRoleEffect", "Probe", "SystemRole", "apply_system_role", "describe_effect", "probe"]
+__all__ = ["Probe", "SystemRole", "SystemRoleEffect", "apply_system_role", "describe_effect", "probe"]
 
 SystemRole = Literal["native", "merge_into_user", "turn", "error"]
 

@@ -30,7 +30,7 @@ _PYTHON_START = re.compile(r"\s*(\[\s*)?\{\s*'")
 _SHOWN = 60
 
 
-class RowError(Exception):  # noqa: N818 - of a row, not of the program
+class RowError(Exception):
     """Reason why one row can't be trained: `kind` is shared by many rows, `detail` says what is wrong with this one.
 
     Faults of this package's reading have a kind of `ROW_ERROR_KINDS`; templates and masks add their own.

@@ -19,7 +19,7 @@ from train.data.dataset import PackedDataset
 from train.errors import UserError
 from train.loop.batch_info import BATCH_INFO
 from train.model.float8 import without_float8
-from train.model.inference import as_in_evaluation
+from train.model.inference import evaluation_mode
 from train.ranks import is_first_rank
 
 _LENGTHS = (43, 48, 40)
@@ -99,7 +99,7 @@ def measure_isolation(trainer: SFTTrainer) -> Isolation:
     """
     first, second, third, other_first, other_third = _pieces(trainer.train_dataset)
     # float8 with one scale per tensor couples documents by itself, which would hide a leak of the masks
-    with as_in_evaluation(trainer.model_wrapped), torch.no_grad(), without_float8(trainer.model_wrapped):
+    with evaluation_mode(trainer.model_wrapped), torch.no_grad(), without_float8(trainer.model_wrapped):
         packed = _token_losses(trainer, [first, second, third])[1]
         replaced_before = _token_losses(trainer, [other_first, second, third])[1]
         replaced_after = _token_losses(trainer, [first, second, other_third])[1]

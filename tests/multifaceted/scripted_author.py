@@ -5,13 +5,13 @@ carry on, from the dimensions it is asked for, and from the try. Nothing here us
 columns: it is the second way to the numbers of the tests.
 """
 
-import asyncio
 import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from scripted_server import Asked, Reply, error, said
+from scripted_server import Asked, Reply, said
+from unreliable_server import unreliable
 
 FOUR = ("style", "background_knowledge", "informativeness", "harmlessness")
 SEED = 100
@@ -114,22 +114,7 @@ class Author:
 
     async def faulty(self, asked: Asked) -> Reply:
         """Reply after delays and server errors of every kind."""
-        kind = sum(map(ord, asked.prompt)) % 11
-        if asked.times == 0:
-            match kind:
-                case 1:
-                    return error(429, "slow down", headers={"retry-after-ms": "5"})
-                case 2:
-                    return error(500, "oops")
-                case 3:
-                    return Reply(drop=40, body={"choices": []})
-                case 4:
-                    return Reply(body=b"<html>not what you asked for</html>")
-                case 5:
-                    await asyncio.sleep(0.02)
-                case 6:
-                    return error(503, "loading")
-        return await self.answer(asked)
+        return await unreliable(self.answer)(asked)
 
 
 def good_text(stage: str, number: int, which: int, wanted: list[str]) -> str:

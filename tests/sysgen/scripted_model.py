@@ -4,14 +4,14 @@ What it says follows from the number in brackets that is in every question and e
 package: it is the second way to the numbers of the tests.
 """
 
-import asyncio
 import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from scripted_server import Asked, Reply, error, said
+from scripted_server import Asked, Reply, said
+from unreliable_server import unreliable
 
 EIGHT = ("Role", "Content", "Task", "Action", "Style", "Background", "Tool", "Format")
 SEED = 100
@@ -154,24 +154,7 @@ async def answer(asked: Asked) -> Reply:
     return said(text, finish_reason, refusal=refusal)
 
 
-async def faulty(asked: Asked) -> Reply:
-    """Reply after delays and server errors of every kind."""
-    kind = sum(map(ord, asked.prompt)) % 11
-    if asked.times == 0:
-        match kind:
-            case 1:
-                return error(429, "slow down", headers={"retry-after-ms": "5"})
-            case 2:
-                return error(500, "oops")
-            case 3:
-                return Reply(drop=40, body={"choices": []})
-            case 4:
-                return Reply(body=b"<html>not what you asked for</html>")
-            case 5:
-                await asyncio.sleep(0.05)
-            case 6:
-                return error(503, "loading")
-    return await answer(asked)
+faulty = unreliable(answer)
 
 
 @dataclass

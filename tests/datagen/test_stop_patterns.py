@@ -65,6 +65,6 @@ def test_cuts_are_counted_and_an_answer_may_have_such_lines(tmp_path: Path) -> N
     done, _ = run_with(script, tmp_path, [question()])
     assert [turn["content"] for turn in only_row(tmp_path)["messages"][::2]] == ["You are a tester.", answer]
     event = "generate: made up a further turn of the prompt, and was cut there"
-    assert done.tally.events[event] == 1
-    assert "system message cut at the token limit" not in done.tally.events
+    assert done.stats.events[event] == 1
+    assert "system message cut at the token limit" not in done.stats.events
     assert f"| {event} | 1 |" in done.report.read_text("utf-8")

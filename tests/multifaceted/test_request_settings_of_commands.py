@@ -39,7 +39,7 @@ def test_every_stage_of_the_collection_can_send_nothing_but_messages(tmp_path: P
 def test_the_collection_merges_the_system_message_for_a_model_without_the_role(tmp_path: Path) -> None:
     done, _ = run_with(has_no_system_role, tmp_path, RIVERS, sets_per_instruction=1)
     assert not done.stats.written
-    assert done.counts.advice == "If the model has no system role, say `system_role: merge_into_user`."
+    assert done.counts.advice == "If the model has no system role, set `system_role: merge_into_user`."
     _, asked = run_with(has_no_system_role, tmp_path, RIVERS, sets_per_instruction=1, system_role="merge_into_user")
     (row,) = written(tmp_path)
     assert asked[-1].body["messages"] == [{"role": "user", "content": f"{row['system']}\n\nTell me of rivers."}]

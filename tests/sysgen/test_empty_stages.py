@@ -18,7 +18,7 @@ GENERATE, VERIFY, JUDGE = "The next conversation", "Below is a system message", 
 @pytest.fixture(autouse=True)
 def _two_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the backoff; with that of a run, six attempts take eleven seconds."""
-    impatient = functools.partial(Client, attempts=2, backoff=Backoff(first=0.001, longest=0.002))
+    impatient = functools.partial(Client, attempts=2, backoff=Backoff(initial=0.001, longest=0.002))
     monkeypatch.setattr("train.datagen.run.Client", impatient)
 
 

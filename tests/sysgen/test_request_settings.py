@@ -81,7 +81,7 @@ def test_the_error_ends_with_the_setting_of_a_refused_request(
             shown = capsys.readouterr().err
             assert shown.startswith("error: no row was written")
             assert "400 Said: System role not supported" in shown
-            assert "If the model has no system role, say `system_role: merge_into_user`." in shown
+            assert "If the model has no system role, set `system_role: merge_into_user`." in shown
             sys.argv.append("system_role=merge_into_user")
             assert main() == 0
         finally:

@@ -32,7 +32,7 @@ def test_a_training_recipe_is_an_error_that_says_so() -> None:
     with pytest.raises(UserError) as failure:
         load_config(ROOT / "recipes" / "phi-4" / "sft" / "sysgen.yaml")
     assert "model: found a section. Allowed: text." in str(failure.value)
-    assert "servers: missing. Where it is served" in str(failure.value)
+    assert "servers: missing. Servers of the model" in str(failure.value)
     assert "training: unknown key." in str(failure.value)
 
 
@@ -46,5 +46,5 @@ def test_a_secret_in_a_stage_names_the_setting_of_a_servers_key(override: str) -
 def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "empty.yaml"
     path.write_text("")
-    with pytest.raises(UserError, match=r"empty. It must have at least the keys model, servers, data, output_dir\."):
+    with pytest.raises(UserError, match=r"empty. Required keys: model, servers, data, output_dir\."):
         load_config(path)

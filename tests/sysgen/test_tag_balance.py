@@ -41,7 +41,7 @@ def shares(
         result.message = TaggedMessage((Phrase("Role", "r"), *([Phrase("Tool", "t")] if has[-1] else [])))
         waiting.append(result)
         if len(waiting) > at_work:
-            balance.settle(waiting.pop(0))
+            balance.add(waiting.pop(0))
     half = rows // 2
     return sum(has[half:]) / half, sum(asked[half:]) / half
 

@@ -483,7 +483,7 @@ def test_an_empty_answer_followed_by_a_retry_changes_no_later_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     """The second set of the instruction gets an empty answer, and its retry names other preferences to avoid."""
-    impatient = functools.partial(Client, attempts=2, backoff=Backoff(first=0.001, longest=0.002))
+    impatient = functools.partial(Client, attempts=2, backoff=Backoff(initial=0.001, longest=0.002))
     monkeypatch.setattr("train.datagen.run.Client", impatient)
     seen: Counter[str] = Counter()
 

@@ -133,7 +133,7 @@ def _alone(folder: Path) -> Path:
     ("text", "message"),
     [
         ("styel:\n  a: {meaning: m, preferences: [x]}", "1: styel: unknown dimension. Allowed: style, background_knowledge, informativeness, harmlessness. Did you mean `style`?"),
-        ("style: [a, b]", "1: style: found a list of 2. Allowed: sub-dimensions by their names."),
+        ("style: [a, b]", "1: style: found a list of 2. Allowed: sub-dimensions by name."),
         ("style:\n  new: {preferences: [x]}", "2: style.new.meaning: missing. Say in a few words what it is about: the model sees it."),
         ("style:\n  new: {meaning: m}", "2: style.new.preferences: missing. Name at least one"),
         ("style:\n  new: {meaning: m, preferences: {}}", "2: style.new.preferences: found a section. Name at least one"),
@@ -144,7 +144,7 @@ def _alone(folder: Path) -> Path:
         ("style:\n  new: {meaning: m, preferences: ['dry WIT']}", "style.new.preferences.dry WIT: is also in tone, apart from blanks and punctuation."),
         ("style:\n  new:\n    meaning: m\n    preferences:\n      Ab c:\n      ab c!:", "style.new.preferences.ab c!: is also here"),
         ("style:\n  tone:\n  tone:", "given twice, first in"),
-        ("", "empty. It must have at least the keys style"),
+        ("", "empty. Required keys: style"),
         ("a: b: c", "not valid YAML"),
     ],
 )  # fmt: skip

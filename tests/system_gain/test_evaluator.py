@@ -149,7 +149,7 @@ def test_a_share_of_the_sources_is_measured_on_the_rows_that_were_held_out(
     for _ in range(2):  # the second time from the cache
         made = load_gain_rows(recipe, data, tokenizer)
         assert {row.place for row in made.rows} <= held
-        assert len(made.rows) + made.left_out.total() == len(held)
+        assert len(made.rows) + made.dropped.total() == len(held)
         assert sum(row.siblings for row in made.rows) >= 3
         for row in made.rows:
             assert row.siblings == (row.place.rpartition(":")[2] in "123456789")

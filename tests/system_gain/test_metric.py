@@ -24,15 +24,15 @@ from train.data.tokens.workers import RowTokenizer
 from train.errors import UserError
 from train.recipe import Source
 from train.resampling import estimate_means
-from train.system_gain.log_likelihood import batches, log_likelihoods
-from train.system_gain.metric import SystemGain, markdown, of_row, system_gain
+from train.system_gain.log_likelihood import compute_log_likelihoods, make_batches
+from train.system_gain.metric import SystemGain, measure_row, render_table, system_gain
 from train.system_gain.variants import (
     LabelledConversation,
     VariantRows,
-    labels_of,
     make_variants,
     read_labelled_conversations,
-    split_system,
+    read_labels,
+    split_system_message,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -142,7 +142,7 @@ def test_smollm2_is_scored_as_in_float64(smollm2: Path, tokenizer: PreTrainedTok
     made = variants(HELD_OUT, tokenizer, limit=2, others=1)
     pieces = [piece for row in made.rows for variant in row.all for piece in variant]
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    found = log_likelihoods(model, pieces)
+    found = compute_log_likelihoods(model, pieces)
     exact = model.double()
     for piece, value in zip(pieces, found, strict=True):
         trained = sum(label != -100 for label in piece.labels)
@@ -155,20 +155,22 @@ def test_batches_and_padding_do_not_matter(
     made = variants(write(tmp_path / "rows.jsonl", rows_of_words(12, instructions=5)), tiny_tokenizer)
     pieces = [piece for row in made.rows for variant in row.all for piece in variant]
     seen: list[int] = []
-    alone = log_likelihoods(tiny, pieces, tokens_per_batch=1, on_progress=seen.append)
+    alone = compute_log_likelihoods(tiny, pieces, tokens_per_batch=1, on_progress=seen.append)
     assert seen == [1] * len(pieces)
     for tokens in (300, 2_000, 100_000):
-        together = log_likelihoods(tiny, pieces, tokens_per_batch=tokens)
+        together = compute_log_likelihoods(tiny, pieces, tokens_per_batch=tokens)
         assert together == pytest.approx(alone, rel=1e-6, abs=1e-4)
     order = random.Random(0).sample(range(len(pieces)), len(pieces))
-    assert log_likelihoods(tiny, [pieces[row] for row in order]) == pytest.approx(alone[order], rel=1e-6, abs=1e-4)
+    assert compute_log_likelihoods(tiny, [pieces[row] for row in order]) == pytest.approx(
+        alone[order], rel=1e-6, abs=1e-4
+    )
 
 
 def test_batches_hold_each_row_once_within_their_bounds() -> None:
     chance = random.Random(1)
     lengths = [chance.randint(5, 400) for _ in range(200)]
     trained = [chance.randint(1, length) for length in lengths]
-    made = batches(lengths, trained, 1_000, 300)
+    made = make_batches(lengths, trained, 1_000, 300)
     assert sorted(row for batch in made for row in batch) == list(range(200))
     for batch in made:
         assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= 1_000
@@ -186,7 +188,7 @@ def test_logits_are_made_for_trained_tokens_alone_and_no_hook_or_mode_is_left(
     tiny.train()
     tiny.model.layers[0].eval()
     modes = [module.training for module in tiny.modules()]
-    log_likelihoods(tiny, pieces)
+    compute_log_likelihoods(tiny, pieces)
     hook.remove()
     assert sizes == [sum(label != -100 for piece in pieces for label in piece.labels) * tiny.config.vocab_size]
     assert [module.training for module in tiny.modules()] == modes
@@ -199,9 +201,9 @@ def test_an_output_layer_that_is_no_module_is_scored_alike(
 ) -> None:
     made = variants(write(tmp_path / "rows.jsonl", rows_of_words(6, instructions=3)), tiny_tokenizer)
     pieces = [row.own[0] for row in made.rows]
-    expected = log_likelihoods(tiny, pieces)
+    expected = compute_log_likelihoods(tiny, pieces)
     monkeypatch.setattr(tiny, "get_output_embeddings", lambda: None)
-    assert log_likelihoods(tiny, pieces) == pytest.approx(expected, rel=1e-6)
+    assert compute_log_likelihoods(tiny, pieces) == pytest.approx(expected, rel=1e-6)
 
 
 def test_what_a_model_does_after_its_output_layer_counts(
@@ -217,7 +219,7 @@ def test_what_a_model_does_after_its_output_layer_counts(
     )  # fmt: skip
     model = Gemma2ForCausalLM(config).eval()
     made = variants(write(tmp_path / "rows.jsonl", rows_of_words(3, instructions=3)), tiny_tokenizer)
-    found = log_likelihoods(model, [row.own[0] for row in made.rows])
+    found = compute_log_likelihoods(model, [row.own[0] for row in made.rows])
     exact = model.double()
     assert found == pytest.approx([plain_sum(exact, row.own) for row in made.rows], rel=1e-5)
 
@@ -241,7 +243,7 @@ def test_an_adapter_is_scored_as_what_it_merges_to(
 
 
 def test_the_measures_of_a_row_by_hand() -> None:
-    assert of_row(-6.0, [-8.0, -5.0, -6.0, -6.0 - 1e-9], -7.0, 4) == pytest.approx(
+    assert measure_row(-6.0, [-8.0, -5.0, -6.0, -6.0 - 1e-9], -7.0, 4) == pytest.approx(
         ((2 - 1 + 0 + 1e-9) / 4 / 4, (1 + 0 + 0.5 + 1) / 4, 1 / 4, 1), rel=1e-12
     )
 
@@ -343,13 +345,13 @@ def test_rows_that_can_not_be_measured_are_counted(tiny_tokenizer: PreTrainedTok
     )
     made = make_variants(rows, RowTokenizer(tiny_tokenizer, "assistant"), max_length=300)
     assert [row.place for row in made.rows] == [":1"]
-    assert made.left_out["no system message"] == 1
-    assert made.left_out["more than 300 tokens"] == 1
-    assert sum(made.left_out.values()) == 3
+    assert made.dropped["no system message"] == 1
+    assert made.dropped["more than 300 tokens"] == 1
+    assert sum(made.dropped.values()) == 3
     assert made.examples["more than 300 tokens"].startswith(":4: ")
     alone = make_variants(rows[:1] * 3, RowTokenizer(tiny_tokenizer, "assistant"))
     assert not alone.rows
-    assert alone.left_out == {"no other system message in the data": 3}
+    assert alone.dropped == {"no other system message in the data": 3}
 
 
 @pytest.mark.parametrize(("template", "role"), [("chatml", "merge_into_user"), (None, "native"), ("chatml", "native")])
@@ -372,7 +374,7 @@ def test_just_the_message_differs_under_any_policy(
 def test_a_leading_run_of_system_messages_is_one_and_a_later_one_stays() -> None:
     turns = [("system", "a"), ("system", "b "), ("user", "x"), ("system", "c"), ("assistant", "y")]
     messages = [{"role": role, "content": text} for role, text in turns]
-    assert split_system(messages) == ("a\n\nb", messages[2:])
+    assert split_system_message(messages) == ("a\n\nb", messages[2:])
 
 
 def test_an_answer_that_a_border_changes_is_compared_by_sums(tiny: torch.nn.Module) -> None:
@@ -399,10 +401,10 @@ def test_labels_are_what_the_columns_say() -> None:
         {"dimension": 3},
     ]
     row = {"rule": "lower_case", "main_source": "", "source": 7, "preference_set": preferences, "other": "yes"}
-    assert labels_of(row) == (("rule", "lower_case"), ("style", "tone"))
-    assert labels_of({"preference_set": json.dumps(preferences)}) == (("style", "tone"),)
-    assert labels_of({"preference_set": "{"}, ("other",)) == ()
-    assert labels_of(row, ("other",)) == (("other", "yes"), ("style", "tone"))
+    assert read_labels(row) == (("rule", "lower_case"), ("style", "tone"))
+    assert read_labels({"preference_set": json.dumps(preferences)}) == (("style", "tone"),)
+    assert read_labels({"preference_set": "{"}, ("other",)) == ()
+    assert read_labels(row, ("other",)) == (("other", "yes"), ("style", "tone"))
 
 
 def test_intervals_are_those_of_normal_theory_over_instructions() -> None:
@@ -494,7 +496,7 @@ def test_what_is_told_is_what_was_measured(measured: SystemGain) -> None:
     ]
     assert measured.metrics()["eval_system_gain"] == mean
     assert measured.metrics()["eval_system_accuracy_over_none"] == measured.values[:, 3].mean()
-    table = markdown({"tiny": measured})
+    table = render_table({"tiny": measured})
     gain = measured.overall.gain
     assert f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]" in table
     odd = measured.groups["rule", "odd"].gain
@@ -504,7 +506,7 @@ def test_what_is_told_is_what_was_measured(measured: SystemGain) -> None:
     assert set(widths) == {3, 5}
     assert "16 rows of 8 instructions; " in table
     alone = replace(measured, overall=replace(measured.overall, rows=1, instructions=1))
-    assert "1 row of 1 instruction; " in markdown({"tiny": alone})
+    assert "1 row of 1 instruction; " in render_table({"tiny": alone})
 
 
 def test_a_model_has_no_change_from_itself(measured: SystemGain) -> None:
@@ -516,7 +518,7 @@ def test_a_model_has_no_change_from_itself(measured: SystemGain) -> None:
     assert (
         low == -high == pytest.approx(-(1.96**2) / (8 + 1.96**2), abs=1e-4)
     )  # eight instructions, none of which changed
-    table = markdown({"before": measured, "after": measured}, change)
+    table = render_table({"before": measured, "after": measured}, change)
     assert "| +0.000 (all alike) p=1.000 |" in table
     assert "(all alike): every value is the same" in table
 

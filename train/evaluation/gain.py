@@ -111,10 +111,10 @@ def run(options: argparse.Namespace) -> None:
 def _measure_all(options: argparse.Namespace, folder: Path, file: Path) -> None:
     names = {"before": options.before, "after": options.model} if options.before else {folder.name: options.model}
     made, texts = rows_for(options, [*names.values()])
-    for kind, count in made.left_out.items():
+    for kind, count in made.dropped.items():
         print(f"left out: {format_count(count, 'row')}: {kind} (the first: {made.examples[kind]})", flush=True)
 
-    from train.system_gain.metric import markdown
+    from train.system_gain.metric import render_table
 
     measured: dict[str, SystemGain] = {}
     for name, model in names.items():
@@ -123,7 +123,7 @@ def _measure_all(options: argparse.Namespace, folder: Path, file: Path) -> None:
     record = {
         "data": options.data,
         "fingerprint": texts,
-        "left_out": dict(made.left_out),
+        "left_out": dict(made.dropped),
         "options": {
             **{key: getattr(options, key) for key in ("split", "template", "system_role", "others", "limit", "seed")},
             "dtype": dtype,
@@ -144,7 +144,7 @@ def _measure_all(options: argparse.Namespace, folder: Path, file: Path) -> None:
             write_text(lines, "".join(_row_lines(made, measured)))
             write_text(figures_file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
             draw(measured, plot)
-        text = f"{HEADING}\n\n{_about(made, measured)}\n\n{markdown(measured, change)}"
+        text = f"{HEADING}\n\n{_about(made, measured)}\n\n{render_table(measured, change)}"
         if not options.json:
             replace_section(folder / "report.md", HEADING, f"{text}\n![gain](gain.png)\n")
     except OSError as fault:
@@ -205,7 +205,7 @@ def rows_for(options: argparse.Namespace, models: list[str]) -> "tuple[VariantRo
         seed=options.seed,
     )
     if not made.rows:
-        why = "; ".join(f"{count:,}: {kind}" for kind, count in made.left_out.items()) or "there are none"
+        why = "; ".join(f"{count:,}: {kind}" for kind, count in made.dropped.items()) or "there are none"
         raise UserError(f"--data {' '.join(options.data)}: no row can be measured ({why}). Give rows with answers and "
                         "at least two different system messages.")  # fmt: skip
     return made, fingerprint_of(rows, made)

@@ -27,7 +27,7 @@ from train.data.sources.source import read_conversations
 from train.multifaceted.collection.config import load_config
 from train.multifaceted.collection.run import run
 from train.recipe import Source
-from train.system_gain.variants import labels_of
+from train.system_gain.variants import read_labels
 
 processes = multiprocessing.get_context("forkserver")  # its children begin with the slow imports done
 processes.set_forkserver_preload(["train.multifaceted.collection.pipeline"])
@@ -230,7 +230,7 @@ def test_the_trainer_reads_what_is_written_in_either_format_and_finds_its_dimens
             "json" if format == "jsonl" else "parquet", data_files=files, split="train", cache_dir=str(tmp_path)
         )
         assert data.column_names == COLUMNS
-        labels.append([[one for one in labels_of(row) if one[0] in FOUR] for row in data])
+        labels.append([[one for one in read_labels(row) if one[0] in FOUR] for row in data])
         files = [str(file) for file in sorted((folder / "out" / "pairs").iterdir())]
         pairs.append(
             load_dataset(

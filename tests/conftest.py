@@ -149,15 +149,13 @@ def submit_script() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def command(evaluate_script: ModuleType) -> Callable[..., int]:
-    """Runs a command of scripts/evaluate.py in this process: its exit code."""
+    """Run a command of scripts/evaluate.py in this process; the exit code."""
 
     def run(*arguments: object) -> int:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-            try:
-                return evaluate_script.main()
-            except SystemExit as end:  # argparse's own
-                return int(end.code)
+        try:
+            return evaluate_script.main([*map(str, arguments)])
+        except SystemExit as end:  # argparse's own
+            return int(end.code)
 
     return run
 

@@ -7,13 +7,13 @@ import pyarrow.parquet
 import pytest
 
 from train.datagen.config import OutputSection
-from train.datagen.dataset_writer import RowFiles, open_rows
+from train.datagen.dataset_writer import RowFiles, open_row_files
 
 SCHEMA = pyarrow.schema([("text", pyarrow.string())])
 
 
 def open_files(folder: Path, format: str) -> RowFiles:
-    return open_rows(folder, OutputSection(format=format, rows_per_file=2), SCHEMA)
+    return open_row_files(folder, OutputSection(format=format, rows_per_file=2), SCHEMA)
 
 
 def rows(folder: Path) -> list[str]:

@@ -6,14 +6,13 @@ import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import matplotlib.pyplot as plt
 import pytest
 from safetensors.torch import load_file, save_file
 from scripted_server import Asked, Reply, said, served
 
-from train.evaluation.compare import MeasurePair, compare_results
+from train.evaluation.compare import MeasurePair, compare_results, plot_pairs
 from train.evaluation.results import KINDS, Measure, Results
 
 ROOT = Path(__file__).parents[2]
@@ -181,9 +180,9 @@ def test_folders_that_can_not_be_compared_are_one_error_that_names_them(
     assert same in says_no("compare", "trained-model", tmp_path / "trained-model")
     assert same in says_no("compare", "trained-model/ifeval.json", "trained-model")
     (tmp_path / "nothing").mkdir()
-    assert says_no("compare", "nothing", "trained-model").startswith("nothing: there are no results in it (any of gain")
+    assert says_no("compare", "nothing", "trained-model").startswith("nothing: has no results (any of gain")
     write_rules(tmp_path / "nothing", [True] * 8)
-    other = "there is nothing that both were measured by: A has rules, B has ifeval"
+    other = "A and B have no kind of results in common: A has rules, B has ifeval"
     assert other in says_no("compare", "nothing", "trained-model")
 
 
@@ -210,7 +209,7 @@ def test_what_was_measured_otherwise_is_refused(
     assert "ifeval: data is " in says_no("compare", first, changed(data={"fingerprint": "another"}))
     stale = changed()
     shutil.copy(first / "ifeval_answers.jsonl", stale)
-    assert "of another run" in says_no("compare", first, stale)
+    assert "belong to another run" in says_no("compare", first, stale)
     # Another version of the checkers keeps no one from comparing, and is said; so are answers that never came.
     unanswered = {**record["system"]["endings"], "no answer": 3}
     other = changed(
@@ -223,23 +222,29 @@ def test_what_was_measured_otherwise_is_refused(
     assert "note: ifeval: without an answer, system turn is 0 and 3" in shown
     assert "no such folder" in says_no("compare", first, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "there are no results in it" in says_no("compare", first, tmp_path / "empty")
+    assert "has no results" in says_no("compare", first, tmp_path / "empty")
     (tmp_path / "x.json").write_text("[1]", encoding="utf-8")
-    assert "that is no result" in says_no("compare", first, tmp_path / "x.json")
+    assert "not a result" in says_no("compare", first, tmp_path / "x.json")
     (tmp_path / "x.json").write_text('{"kind": "ifeval"}', encoding="utf-8")
-    assert "can't be read as results" in says_no("compare", first, tmp_path / "x.json")
+    assert "cannot be read as results" in says_no("compare", first, tmp_path / "x.json")
     assert "nothing of --only gain" in says_no("compare", first, second, "--only", "gain")
 
 
 @pytest.mark.parametrize(("measures", "name"), [(1, "b"), (2, LONG), (6, "b"), (40, LONG)], ids=[1, 2, 6, 40])
-def test_the_legend_of_the_plot_covers_nothing(evaluate_script: ModuleType, measures: int, name: str) -> None:
+def test_the_legend_of_the_plot_covers_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, measures: int, name: str
+) -> None:
     measure = Measure(0.4, 0.3, 0.5)
     kinds = ("ifeval", "gain", "harness")
     pairs = [
         MeasurePair(kinds[number % 3], f"{name}: {number}", measure, Measure(1.0, None, None), None, None)
         for number in range(measures)
     ]
-    figure = evaluate_script.compare_command.plot(pairs, (name, name))
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    plot_pairs(pairs, (name, name), tmp_path / "compare.png")
+    [figure] = figures
+    monkeypatch.undo()
     figure.canvas.draw()
     [legend] = figure.legends
     covered = legend.get_window_extent()
@@ -382,7 +387,7 @@ def test_all_kinds_in_one_table(
     assert 'note: harness: system_role is "native" and "turn"' in shown
     (folders[0] / "adherence.json").unlink()
     (folders[1] / "bench.json").unlink()
-    assert "there is nothing that both were measured by" in says_no(
+    assert "A and B have no kind of results in common" in says_no(
         "compare", folders[0] / "bench.json", folders[1] / "adherence.json"
     )
     capsys.readouterr()
@@ -498,10 +503,10 @@ def test_what_gain_and_bench_write_is_read(
     assert wins["win of the first"]["rows"] == sum(b > a for a, b in zip(*scores, strict=True)) > 0
     assert wins["both bad"]["rows"] == sum(a == b < 4 for a, b in zip(*scores, strict=True))
     assert f"| B wins | {wins['win of the first']['rows']} |" in shown
-    # The table above says B less A, and so does the sentence under the wins.
+    # The table above states B minus A, and so does the sentence below the wins.
     change = found["bench", "score"]["change"]
     assert change != 0
-    assert f"B less A is {change:+.2f}" in shown
+    assert f"B minus A: {change:+.2f}" in shown
     assert f"| bench: score | {'{:.3f}'.format(found['bench', 'score']['a']['value'])}" in shown
     # A judge asked in other words grades otherwise; a file that names no version is of the first.
     record = json.loads((folders[1] / "bench.json").read_text(encoding="utf-8"))
@@ -598,7 +603,7 @@ def test_what_was_measured_with_before_stands_for_the_model_before(
     assert found["rules", "held-out wordings"]["a"]["value"] == sum(before for before, _ in obeys) / 8
     assert found["rules", "held-out wordings"]["change"] == pytest.approx(sum(b - a for a, b in obeys) / 8)
     shutil.copytree(tiny_chat_model, tmp_path / "another")
-    assert "there are no results in it" in says_no("compare", tmp_path / "another", folders[1])
+    assert "has no results" in says_no("compare", tmp_path / "another", folders[1])
 
 
 def test_a_model_before_of_another_place_is_named(

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from train.data.chat.template import use_template
+from train.reporting.markdown import replace_section
 
 ROOT = Path(__file__).parents[2]
 SYSTEMS = ("Be a river.", "Be a stone.", "Be a paper window.")
@@ -95,7 +95,7 @@ def test_figures_are_those_of_the_models(
     (after / "report.md").write_text("# a run\n\n## System gain\n\nold\n\n## Later\n\nstays\n", encoding="utf-8")
     assert command("gain", "--model", after, "--before", tiny_model, "--data", data) == 0
     shown = capsys.readouterr().out
-    assert f"left out: 1 row: no system message (the first: {data}:13)" in shown
+    assert f"skipped 1 row: no system message (first: {data}:13)" in shown
     record = json.loads((after / "gain.json").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()][:12]
     means = {}
@@ -148,7 +148,9 @@ def test_what_can_not_be_measured_is_an_error(
     rows.write_text(json.dumps({"prompt": "river?", "output": "stone"}) + "\n", encoding="utf-8")
     good = ["--model", after, "--data", data]
     assert refused("--model", "nowhere", "--data", data).startswith("--model nowhere: there is no such folder")
-    assert refused("--model", tmp_path, "--data", data).startswith(f"--model {tmp_path}: can't be loaded: there is no ")
+    assert refused("--model", tmp_path, "--data", data).startswith(
+        f"--model {tmp_path}: cannot be loaded: there is no "
+    )
     assert refused("--model", after, "--data", rows).startswith(f"--data {rows}: no row can be measured (1: no system")
     assert "no.jsonl" in refused("--model", after, "--data", tmp_path / "no.jsonl")
     assert refused(*good, "--before", smollm2).startswith(f"--before {smollm2}: its tokens are not those of {after}")
@@ -174,21 +176,20 @@ def _deaf(folder: Path) -> Path:
     return path
 
 
-def test_a_section_is_written_in_its_place(evaluate_script: ModuleType, tmp_path: Path) -> None:
+def test_a_section_is_written_in_its_place(tmp_path: Path) -> None:
     report = tmp_path / "report.md"
-    evaluate_script.gain.put_section(report, "## B", "## B\n\nfirst\n")
+    replace_section(report, "## B", "## B\n\nfirst\n")
     assert report.read_text() == "## B\n\nfirst\n"
     report.write_text("# run\n\ntext\n\n## A\n\na\n### sub\n\n## B\n\nold\n\n### of B\n\n## C\n\nc\n")
-    evaluate_script.gain.put_section(report, "## B", "## B\n\nnew\n")
+    replace_section(report, "## B", "## B\n\nnew\n")
     assert report.read_text() == "# run\n\ntext\n\n## A\n\na\n### sub\n\n## B\n\nnew\n\n## C\n\nc\n"
-    evaluate_script.gain.put_section(report, "## D", "## D\n\nd\n")
+    replace_section(report, "## D", "## D\n\nd\n")
     assert report.read_text().endswith("## C\n\nc\n\n## D\n\nd\n")
 
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, "scripts")
-from train.evaluation.score_file import ScoreFile
+from train.system_gain.score_cache import ScoreFile
 whole, left = ScoreFile.add, int(sys.argv.pop(1))
 def until_killed(*arguments):
     global left
@@ -197,8 +198,8 @@ def until_killed(*arguments):
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
 ScoreFile.add = until_killed
-import evaluate
-sys.exit(evaluate.main())
+import runpy
+runpy.run_path("scripts/evaluate.py", run_name="__main__")
 """
 
 

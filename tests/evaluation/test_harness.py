@@ -109,7 +109,6 @@ def test_the_trained_template_and_the_figures(
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, "scripts")
 from lm_eval.models.huggingface import HFLM
 left, whole = int(sys.argv.pop(1)), HFLM._model_call
 def until_killed(self, *arguments, **options):
@@ -120,8 +119,8 @@ def until_killed(self, *arguments, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return whole(self, *arguments, **options)
 HFLM._model_call = until_killed
-import evaluate
-sys.exit(evaluate.main())
+import runpy
+runpy.run_path("scripts/evaluate.py", run_name="__main__")
 """
 
 
@@ -166,7 +165,7 @@ def test_what_was_generated_is_kept(
     assert written[0] == written[1]  # one that is written anew gets another rowid
     [score] = json.loads((tmp_path / "harness.json").read_text(encoding="utf-8"))["scores"]
     assert (score["task"], score["metric"], score["of"]) == ("says", "exact_match", 10)
-    assert "no figure to publish" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "not comparable with published figures" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_what_must_be_mended(says_no: Callable[..., str], tiny_chat_model: Path, tasks: Path, tmp_path: Path) -> None:
@@ -174,7 +173,7 @@ def test_what_must_be_mended(says_no: Callable[..., str], tiny_chat_model: Path,
         return says_no("harness", "--model", tiny_chat_model, "--output-dir", tmp_path, *arguments)
 
     lost = refused("--tasks", "rivers", "lost", "--include-path", tasks)
-    assert lost.startswith("--tasks lost: its data can't be had: FileNotFoundError")
+    assert lost.startswith("--tasks lost: its data cannot be loaded: FileNotFoundError")
     assert "no such folder" in refused("--tasks", "rivers", "--include-path", tmp_path / "nowhere")
     assert "argument --limit: '0' must be an integer >= 1" in refused("--tasks", "rivers", "--limit", "0")
     assert "--output-dir FOLDER" in says_no("harness", "--model", "some/model", "--tasks", "rivers")
@@ -196,5 +195,5 @@ def test_sysgens_tasks_exist_and_one_without_data_is_named(
     assert task_names(["sysgen", "arc_easy", "mmlu"]) == [*SYSGEN.values(), "arc_easy"]
     arguments = ("harness", "--model", tiny_chat_model, "--output-dir", tmp_path, "--tasks")
     said = says_no(*arguments, "sysgen")
-    assert said.startswith("--tasks mmlu: its data can't be had: ")
+    assert said.startswith("--tasks mmlu: its data cannot be loaded: ")
     assert "arc_challenge" in says_no(*arguments, "arc_chalenge")

@@ -16,15 +16,14 @@ RULES = "class Rule:\n    check = staticmethod(lambda question, text: True)\n\nR
 
 STOPPED = """
 import os, signal, sys
-sys.path.insert(0, "scripts")
 from {module} import {name} as whole
 import {module}
 def stop(*arguments, **more):
     os.kill(os.getpid(), signal.SIGSTOP)
     return whole(*arguments, **more)
 {module}.{name} = stop
-import evaluate
-sys.exit(evaluate.main())
+import runpy
+runpy.run_path("scripts/evaluate.py", run_name="__main__")
 """
 """A run of evaluate.py that the kernel stops where it comes to this function."""
 

@@ -97,7 +97,7 @@ def test_sysgen_counts_what_a_small_model_gets_wrong(
     settings = settings_for(server, 1, generate={"max_tokens": 8, "temperature": 0.0})
     assert run_script("sysgen", settings, tmp_path) == 2
     error = capsys.readouterr().err.partition("error: ")[2]
-    assert error.startswith("no row was written: all 1 were left out (1: ")
+    assert error.startswith("no row was written: all 1 were dropped (1: ")
     facts = report(tmp_path)
     assert (facts["rows"], facts["rows_written"], sum(facts["left_out"].values())) == (1, 0, 1)
     assert {stage: spent["requests"] for stage, spent in facts["spent"].items()} == {"generate": 1}

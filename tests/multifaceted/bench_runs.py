@@ -5,6 +5,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,23 +77,22 @@ def too_long() -> Reply:
 
 
 def command(*arguments: str | Path) -> int:
-    """scripts/evaluate.py bench; the exit code."""
-    scripts = str(ROOT / "scripts")
-    if scripts not in sys.path:
-        sys.path.append(scripts)
-    spec = importlib.util.spec_from_file_location("evaluate_bench_command", f"{scripts}/evaluate.py")
-    assert spec
-    assert spec.loader
-    evaluate = importlib.util.module_from_spec(spec)  # `import evaluate` may find a library of that name
-    spec.loader.exec_module(evaluate)
-    before = sys.argv
-    sys.argv = ["evaluate.py", "bench", *map(str, arguments)]
+    """Run scripts/evaluate.py bench in this process; the exit code."""
     try:
-        return evaluate.main()
+        return evaluate_script().main(["bench", *map(str, arguments)])
     except SystemExit as end:  # argparse's own
         return int(end.code or 0)
-    finally:
-        sys.argv = before
+
+
+@cache
+def evaluate_script() -> Any:
+    """scripts/evaluate.py as a module: `import evaluate` may find a library of that name."""
+    spec = importlib.util.spec_from_file_location("evaluate_bench_command", ROOT / "scripts" / "evaluate.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_process(folder: Path, *arguments: str) -> None:

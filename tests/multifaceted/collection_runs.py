@@ -10,8 +10,8 @@ from scripted_author import SEED, Author, expected, number_in, row_of
 from scripted_server import Asked, Reply, Script, said, served
 
 from train.multifaceted.collection.config import load_config
-from train.multifaceted.collection.hierarchy import Plan, load_hierarchy
-from train.multifaceted.collection.run import Done, run
+from train.multifaceted.collection.hierarchy import PreferencePlan, load_hierarchy
+from train.multifaceted.collection.run import RunResult, run
 
 
 def configuration(folder: Path, url: str, source: Path, **changes: Any) -> Path:
@@ -40,17 +40,17 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def author_of(count: int, sets: int = 3) -> Author:
     """Knows which set each sub-dimension of an instruction belongs to."""
-    plan = Plan(load_hierarchy(), sets, 42)
+    plan = PreferencePlan(load_hierarchy(), sets, 42)
     set_of = {}
     for place, row in enumerate(expected(count).kept):
         number = number_in(next(turn["content"] for turn in row_of(row)["messages"] if turn["role"] == "user"))
-        for which, draws in enumerate(plan.of(place)):
-            for draw in draws:
+        for which, planned in enumerate(plan.sets_of(place)):
+            for draw in planned:
                 set_of[number, (draw.sub.dimension, draw.sub.name)] = which
     return Author(set_of)
 
 
-def run_with(script: Script, folder: Path, rows: list[dict[str, Any]], **changes: Any) -> tuple[Done, list[Asked]]:
+def run_with(script: Script, folder: Path, rows: list[dict[str, Any]], **changes: Any) -> tuple[RunResult, list[Asked]]:
     """A run over these rows, and what the server was asked."""
     source = write_rows(folder / "source.jsonl", rows)
     with served(script) as server:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.llm.failures import RequestFailed
-from train.llm.journal import Answer, Request
+from train.llm.request import Answer, Request
 from train.multifaceted.bench.judging import PROMPT_VERSION, PendingError, judge_prompt, judge_rubric
 from train.multifaceted.bench.protocol import JudgeSettings
 from train.multifaceted.bench.rows import BenchRow, Rubric
@@ -214,7 +214,7 @@ def test_reasoning_is_no_verdict() -> None:
     assert judgement.score == 2
     asker = ScriptedReply(answer("<think>I lean to [RESULT] 5"), answer("[RESULT] 1"))
     found = judge(asker)
-    assert (found.score, found.faults) == (1, ("without an end to its reasoning",))
+    assert (found.score, found.errors) == (1, ("without an end to its reasoning",))
     assert len(asker.asked) == 2
     for text in (
         "Hm, [RESULT] 5?</think>Weak. [RESULT] 2<|im_end|>",
@@ -229,7 +229,7 @@ def test_an_answer_that_was_cut_or_refused_is_asked_for_again_as_another_sample(
     )
     judgement = judge(asker, retries=3)
     assert (judgement.score, judgement.missing) == (3, None)
-    assert judgement.faults == ("cut at the token limit", "refused", "no score at its end")
+    assert judgement.errors == ("cut at the token limit", "refused", "no score at its end")
     assert [request.sample for request in asker.asked] == [0, 1, 2, 3]
     assert {request.stage for request in asker.asked} == {"judge, run 2"}
     assert judgement.tokens == {"prompt": 40, "completion": 8}

@@ -82,7 +82,12 @@ def test_a_value_that_yaml_takes_for_something_else_is_an_error_at_its_line(reci
 
 def test_every_file_that_the_readme_and_the_recipes_name_is_there() -> None:
     """Published commands name files that are called otherwise."""
-    texts = [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "recipes").rglob("*.yaml")]
+    texts = [
+        ROOT / "README.md",
+        ROOT / "Makefile",
+        *(ROOT / "recipes").rglob("*.md"),
+        *(ROOT / "recipes").rglob("*.yaml"),
+    ]
     missing = []
     count = 0
     for text in texts:
@@ -116,7 +121,7 @@ def test_no_switch_scores_a_part_of_the_rows(tmp_path: Path, capsys: pytest.Capt
     data = write_lines(tmp_path / "rows.jsonl", [bench_row(number) for number in range(23)])
     with served(judging(grade), models=["judge"]) as server:
         assert command(*options(server, data, tmp_path / "out")) == 0
-        questions = [one.prompt for one in server.asked if one.body["model"] == "judge"]
+        questions = [request.prompt for request in server.asked if request.body["model"] == "judge"]
     questions.remove(FIRST_CONTACT)
     judged = Counter(map(place_of, questions))
     assert judged == {(row, rubric): 1 for row in range(23) for rubric in range(4)}
@@ -128,13 +133,13 @@ def test_no_switch_scores_a_part_of_the_rows(tmp_path: Path, capsys: pytest.Capt
 def test_documented_options_exist_and_do_what_they_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`--N` was documented, and `--n` defined."""
     assert command("--help") == 0
-    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    accepted = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
     documents = (ROOT / "README.md", ROOT / "scripts" / "evaluate.py", ROOT / "train" / "evaluation" / "bench.py")
     for document in documents:
         for block in re.findall(r"evaluate\.py bench .*?(?=\n\n|\n```|\"\"\")", document.read_text("utf-8"), re.DOTALL):
             used = set(re.findall(r"(?<!\w)--[\w-]+", block))
             assert used
-            assert used <= known
+            assert used <= accepted
     assert command("--N", "4") == 2
 
 
@@ -177,8 +182,8 @@ def test_whole_numbers_as_ids_meet_the_keys_of_json(tmp_path: Path) -> None:
     with served(judging(grade)) as server:
         arguments = ["--model", "m", "--responses", given, "--data", data, "--output-dir", tmp_path / "out"]
         assert command(*arguments, "--judge", "judge", "--judge-server", server.url, "--runs", "1") == 0
-    found = {row["id"]: row["response"] for row in lines(tmp_path / "out" / "bench_rows.jsonl")}
-    assert found == {"468": "many", "7": "seven"}
+    responses = {row["id"]: row["response"] for row in lines(tmp_path / "out" / "bench_rows.jsonl")}
+    assert responses == {"468": "many", "7": "seven"}
 
 
 def test_responses_of_one_model_never_stand_in_anothers_file(tmp_path: Path) -> None:

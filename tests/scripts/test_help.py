@@ -24,7 +24,7 @@ COMMANDS = {
 
 def documentation(script: str, command: tuple[str, ...]) -> str:
     """The docstring that a command's help shows; read from the source, not from the parser."""
-    own = {"ifeval": "ifeval/command", "harness": "harness_command", "compare": "compare_command"}
+    own = {"ifeval": "ifeval/command"}
     source = ROOT / script
     if script == "scripts/evaluate.py" and command:
         source = ROOT / "train" / "evaluation" / f"{own.get(command[0], command[0])}.py"

@@ -30,7 +30,9 @@ class _Interrupt:
     ],
 )
 def test_it_ends_the_command_without_a_traceback(script: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, _, name = module.rpartition(".")
     monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.delattr(sys.modules.get(package), name, raising=False)
     monkeypatch.setattr(sys, "meta_path", [_Interrupt(module), *sys.meta_path])
     monkeypatch.syspath_prepend(SCRIPTS)
     with pytest.raises(SystemExit) as ended:

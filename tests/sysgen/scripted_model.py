@@ -218,10 +218,10 @@ def expected(count: int, retries: int = 2) -> Expected:
             message = []
             removed: Counter[tuple[str, str]] = Counter()
             for tag, text in phrases:
-                said_of_it = [one[tag] for one in verdicts]
-                for bad in ("Bad", "None"):
-                    if bad in said_of_it and (bad == "Bad" or "Good" not in said_of_it):
-                        removed[tag, f"judged {bad}"] += 1
+                verdicts_on_tag = [verdicts_of_turn[tag] for verdicts_of_turn in verdicts]
+                for verdict in ("Bad", "None"):
+                    if verdict in verdicts_on_tag and (verdict == "Bad" or "Good" not in verdicts_on_tag):
+                        removed[tag, f"judged {verdict}"] += 1
                         break
                 else:
                     message.append((tag, text))
@@ -229,8 +229,8 @@ def expected(count: int, retries: int = 2) -> Expected:
                 reason = ""
                 break
         # Of a row's tries, the last one is told of.
-        for one in verdicts:
-            result.verdicts.update((tag, verdict or "missing") for tag, verdict in one.items())
+        for verdicts_of_turn in verdicts:
+            result.verdicts.update((tag, verdict or "missing") for tag, verdict in verdicts_of_turn.items())
         result.removed += removed
         result.repairs.update(case.repairs)
         result.dropped.update(case.dropped)

@@ -9,7 +9,7 @@ from scripted_model import EIGHT, SEED
 from scripted_server import Asked, Reply, Script, said, served
 
 from train.sysgen.config import load_config
-from train.sysgen.run import Done, run
+from train.sysgen.run import RunResult, run
 
 
 def configuration(folder: Path, url: str, source: Path, **changes: Any) -> Path:
@@ -30,7 +30,7 @@ def run_file(path: Path) -> None:
     run(load_config(path))
 
 
-def run_with(script: Script, folder: Path, rows: list[dict[str, Any]], **changes: Any) -> tuple[Done, list[Asked]]:
+def run_with(script: Script, folder: Path, rows: list[dict[str, Any]], **changes: Any) -> tuple[RunResult, list[Asked]]:
     """A run over these rows, and what the server was asked."""
     source = folder / "source.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

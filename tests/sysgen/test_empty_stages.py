@@ -19,7 +19,7 @@ GENERATE, VERIFY, JUDGE = "The next conversation", "Below is a system message", 
 def _two_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the pauses of a run, six attempts take eleven seconds."""
     impatient = functools.partial(Client, attempts=2, backoff=Backoff(first=0.001, longest=0.002))
-    monkeypatch.setattr("train.sysgen.run.Client", impatient)
+    monkeypatch.setattr("train.datagen.run.Client", impatient)
 
 
 def empty_in(beginning: str, times: int = 2, text: str = "") -> Script:
@@ -79,7 +79,7 @@ def test_a_row_lost_to_an_empty_answer_is_a_loss_that_is_asked_again(
     rows = [question("question [1]?"), kept]
     settings = settings | {"existing_system": "keep"}
     code, shown, errors = run(script, rows, **settings)
-    assert f"left out: 1 (50.0%): {reason}" in shown
+    assert f"dropped: 1 (50.0%): {reason}" in shown
     assert (code, errors.startswith("error: rows are missing for reasons that no setting accepts")) == (2, True)
     assert f"(1: {reason})" in errors
     assert "write `accept_losses: [no_answer]`" in errors
@@ -100,4 +100,4 @@ def test_a_withheld_answer_is_left_out_by_the_rule_for_unfinished_ones(run: Any)
 
     code, shown, errors = run(withheld, [question("question [1]?"), question("question [2]?")])
     assert (code, errors) == (0, "")
-    assert "left out: 1 (50.0%): new answer refused" in shown
+    assert "dropped: 1 (50.0%): new answer refused" in shown

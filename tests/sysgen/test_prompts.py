@@ -11,9 +11,9 @@ from scripted_model import EIGHT
 from sysgen_runs import only_row, question, run_with, saying
 
 from train.sysgen import constraints, prompts
-from train.sysgen.filters import language_of, leaked_share
+from train.sysgen.filters import detect_language, measure_answer_leak
 from train.sysgen.tags import parse, parse_verdicts
-from train.sysgen.verdicts import verdicts_of_reply
+from train.sysgen.verdicts import parse_reply_verdicts
 
 SHORT = question("Why is the sky blue?", "Rayleigh scattering.")["messages"]
 LONG = question("Hi.", "Hello!")["messages"] + SHORT
@@ -58,7 +58,7 @@ def test_the_eight_tags_are_defined_in_canonical_order(prompt: str) -> None:
         (prompts.verify(TAGGED), "### The system message\nYou are a tester. Write a list.\n"),
         (prompts.verify(TAGGED), f"### The system message with tags\n{TAGGED.render()}"),
         # The gate of ours.
-        (prompts.follows("S", "Q", "A"), "Reply with one word, Yes or No."),
+        (prompts.judge("S", "Q", "A"), "Reply with one word, Yes or No."),
     ],
 )
 def test_what_the_paper_asks_for_is_asked(prompt: list[dict[str, str]], sentence: str) -> None:
@@ -75,9 +75,9 @@ def test_an_existing_message_and_rare_tags_are_asked_for_after_the_conversation(
 
 
 def test_all_rows_share_everything_before_their_own_text() -> None:
-    one, other = prompts.generate(SHORT), prompts.generate(LONG)
-    assert one[:-1] == other[:-1]
-    assert [turn["role"] for turn in one] == ["user", "assistant"] * 3 + ["user"]
+    short, long = prompts.generate(SHORT), prompts.generate(LONG)
+    assert short[:-1] == long[:-1]
+    assert [turn["role"] for turn in short] == ["user", "assistant"] * 3 + ["user"]
     judged, of_another = (text_of(prompts.verify(message)) for message in (TAGGED, parse("<<Task>>Count.<</Task>>")))
     shared = next(at for at, (a, b) in enumerate(zip(judged, of_another, strict=False)) if a != b)
     assert judged[:shared].rstrip().endswith("### The system message")
@@ -94,10 +94,10 @@ def test_the_examples_keep_the_rules() -> None:
         assert (message.dropped, message.repairs) == ((), {})
         assert message.render() == written["content"]  # nothing outside, in canonical order
         conversation = asked["content"].rpartition("conversation:\n\n")[2]
-        languages.add(language_of(message.text))
-        assert language_of(message.text) in (language_of(conversation), None)
+        languages.add(detect_language(message.text))
+        assert detect_language(message.text) in (detect_language(conversation), None)
         questions, answers = ("\n".join(turns_of(conversation, role)) for role in ("User", "Assistant"))
-        assert leaked_share(message.text, questions, answers) == 0
+        assert measure_answer_leak(message.text, questions, answers) == 0
         tags |= set(message.tags)
     assert tags == set(EIGHT)
     assert len(languages - {None}) == 2
@@ -112,7 +112,7 @@ def turns_of(conversation: str, role: str) -> list[str]:
 def test_the_form_of_the_verdicts_is_one_that_is_read() -> None:
     prompt = prompts.verify(TAGGED)[0]["content"]
     form = "\n".join(line for line in prompt.partition("###")[0].splitlines() if line.startswith("<<"))
-    assert verdicts_of_reply(form).of == {}  # a reply that repeats it judges nothing
+    assert parse_reply_verdicts(form).of == {}  # a reply that repeats it judges nothing
     read = parse_verdicts(form.replace("Bad", "Good", 1))
     assert set(read.of) == set(EIGHT)
     assert set(read.of.values()) == {"Good", "Bad", "None"}
@@ -133,13 +133,13 @@ def test_without_the_gate_the_prompt_asks_what_the_paper_does(tmp_path: Path, le
 def test_turns_after_the_last_answer_are_left_out_and_counted(tmp_path: Path, after: list[str]) -> None:
     longer = {"messages": question()["messages"] + [{"role": "user", "content": text} for text in after]}
     done, asked = run_with(saying(), tmp_path, [longer])
-    assert done.tally.events["turns after the last answer left out"] == 1
+    assert done.stats.events["turns after the last answer left out"] == 1
     assert "| turns after the last answer left out | 1 |" in done.report.read_text("utf-8")
     assert [turn["role"] for turn in only_row(tmp_path)["messages"]] == ["system", "user", "assistant"]
-    assert not any(text in turn["content"] for text in after for one in asked for turn in one.body["messages"])
+    assert not any(text in turn["content"] for text in after for request in asked for turn in request.body["messages"])
     (tmp_path / "plain").mkdir()
     done, _ = run_with(saying(), tmp_path / "plain", [question(system="Be brief.")])
-    assert "turns after the last answer left out" not in done.tally.events
+    assert "turns after the last answer left out" not in done.stats.events
 
 
 def test_the_report_names_the_version_of_the_prompts(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_another_wording_has_another_version() -> None:
             prompts.generate(LONG, existing="X", remind_of=EIGHT, forbid_leak=forbid_leak)
             for forbid_leak in (True, False)
         ],
-        [prompts.verify(TAGGED), prompts.verify(TAGGED, SHORT), prompts.follows("S", "Q", "A")],
+        [prompts.verify(TAGGED), prompts.verify(TAGGED, SHORT), prompts.judge("S", "Q", "A")],
         [(kind.name, kind.tag, kind.phrases) for kind in constraints._KINDS],
         [constraints._AVOIDABLE, constraints._BEGINNINGS, constraints._ENDINGS],
     ]

@@ -13,7 +13,7 @@ from scripted_server import Asked, Reply, Script, said, served
 
 from train.errors import UserError
 from train.sysgen.config import load_config
-from train.sysgen.run import Done, run
+from train.sysgen.run import RunResult, run
 
 GENERATED = "<<Role>>You are a tester.<</Role>>"
 QUESTION = {"role": "user", "content": "question [1] of the same kind?"}
@@ -39,7 +39,7 @@ def answers(**by_stage: Reply) -> Script:
     return script
 
 
-def run_with(script: Script, folder: Path, count: int = 1, **changes: Any) -> Done:
+def run_with(script: Script, folder: Path, count: int = 1, **changes: Any) -> RunResult:
     source = folder / "source.jsonl"
     source.write_text(json.dumps({"messages": [QUESTION, OLD]}) + "\n", encoding="utf-8")
     source.write_text(source.read_text("utf-8") * count, encoding="utf-8")
@@ -76,7 +76,7 @@ def test_reasoning_is_no_part_of_message_verdict_and_answer(tmp_path: Path, open
     assert [turn["content"] for turn in row["messages"]] == ["You are a tester.", QUESTION["content"], "A new one."]
     assert row["sysgen"]["written_by_model"] == GENERATED
     for stage in ("generate", "verify", "answer"):
-        assert done.tally.events[f"{stage}: reasoning taken out"] == 1
+        assert done.stats.events[f"{stage}: reasoning taken out"] == 1
         assert f"| {stage}: reasoning taken out | 1 |" in done.report.read_text("utf-8")
 
 
@@ -99,12 +99,12 @@ def test_what_servers_leave_in_a_reply_is_no_part_of_any_row(
     assert [turn["content"] for turn in row["messages"]] == ["You are a tester.", QUESTION["content"], "A new one."]
     assert row["sysgen"]["written_by_model"] == GENERATED
     for stage in replies:
-        assert done.tally.events[f"{stage}: {event or 'reasoning taken out'}"] == 1
+        assert done.stats.events[f"{stage}: {event or 'reasoning taken out'}"] == 1
 
 
 def test_an_answer_that_can_not_be_told_from_its_reasoning_is_not_written(tmp_path: Path) -> None:
     done = run_with(answers(answer=said("Tea.<|START_THINKING|>Or coffee.<|END_THINKING|>Coffee.")), tmp_path)
-    assert done.tally.events["answer: reasoning without an end, and nothing said"] == 1
+    assert done.stats.events["answer: reasoning without an end, and nothing said"] == 1
     (row,) = lines(tmp_path / "out" / "left_out.jsonl")
     assert row["reason"] == "new answer without an end to its reasoning"
     assert row["detail"] == "its reasoning has no end, finish_reason stop"
@@ -116,7 +116,7 @@ def test_a_message_or_verdict_that_is_reasoning_alone_is_asked_for_again(tmp_pat
     (row,) = lines(tmp_path / "out" / "left_out.jsonl")
     what = {"generate": "system message", "verify": "verification"}[stage]
     assert row["reason"] == f"{what} without an end to its reasoning"
-    assert done.tally.events[f"{stage}: reasoning without an end, and nothing said"] == 2
+    assert done.stats.events[f"{stage}: reasoning without an end, and nothing said"] == 2
 
 
 @pytest.mark.parametrize("choice", ["drop", "keep"])
@@ -125,7 +125,7 @@ def test_an_answer_that_is_reasoning_alone_is_not_written(tmp_path: Path, choice
     done = run_with(script, tmp_path, on_unfinished_answer=choice)
     (row,) = lines(tmp_path / "out" / "left_out.jsonl")
     assert row["reason"] == "new answer cut at the token limit"
-    assert done.tally.events["answer: reasoning without an end, and nothing said"] == 1
+    assert done.stats.events["answer: reasoning without an end, and nothing said"] == 1
 
 
 def test_a_call_of_a_tool_as_text_is_not_written(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_tags_of_reasoning_in_the_middle_of_an_answer_are_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = run_with(answers(answer=said("First <think>hm</think> then")), tmp_path)
-    assert done.tally.events["answer: tags of reasoning left in the text"] == 1
+    assert done.stats.events["answer: tags of reasoning left in the text"] == 1
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
     from sysgen import main
 
@@ -159,7 +159,7 @@ def test_answers_of_the_data_get_no_constraints_that_nobody_checked(tmp_path: Pa
     for row in rows:
         assert row["messages"] == [{"role": "system", "content": "You are a tester."}, QUESTION, OLD]
         assert row["sysgen"]["constraints"] == []
-    assert done.tally.constraints == {}
+    assert done.stats.constraints == {}
 
 
 def test_a_message_that_has_a_format_gets_no_other(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_run_does_not_write_over_its_own_source(tmp_path: Path) -> None:
     before = (tmp_path / "out" / "data" / "rows.jsonl").read_bytes()
     for source in ("out/data", "out/data/rows.jsonl", "out/../out/data/*.jsonl"):
         config = configuration(tmp_path, "http://127.0.0.1:9/v1", tmp_path / source)
-        with pytest.raises(UserError, match=r"is in the output_dir of this very run, .* name another output_dir"):
+        with pytest.raises(UserError, match=r"is in the output_dir of this run, .* name another output_dir"):
             run(load_config(config))
     assert (tmp_path / "out" / "data" / "rows.jsonl").read_bytes() == before
 
@@ -207,19 +207,19 @@ def test_one_setting_of_a_stage_leaves_the_others_as_they_are(tmp_path: Path, st
 
 
 @pytest.mark.parametrize(
-    ("extra", "told"),
+    ("extra", "message"),
     [
-        ("{model: other}", "generate.extra.model: the run itself sets it"),
-        ("{stream: true}", "generate.extra.stream: answers are taken whole and one at a time"),
+        ("{model: other}", "generate.extra.model: set by the run itself"),
+        ("{stream: true}", "generate.extra.stream: not supported: each answer is read in one piece"),
         ("{temperature: 1.0}", "generate.extra.temperature: not set here: write `generate.temperature`."),
         ("{bias: .inf}", "generate.extra: holds a number that JSON can't"),
     ],
 )
-def test_what_extra_may_not_hold(tmp_path: Path, extra: str, told: str) -> None:
+def test_what_extra_may_not_hold(tmp_path: Path, extra: str, message: str) -> None:
     config = configuration(tmp_path, "http://127.0.0.1:9/v1", tmp_path / "source.jsonl")
     with pytest.raises(UserError) as failure:
         load_config(config, [f"generate.extra={extra}"])
-    assert told in str(failure.value)
+    assert message in str(failure.value)
 
 
 def test_a_disk_that_is_full_is_one_error(tmp_path: Path) -> None:

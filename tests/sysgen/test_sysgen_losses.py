@@ -69,7 +69,7 @@ def test_losses_that_no_setting_accepts_are_an_error_that_names_each_reason_and_
     if code:
         assert errors.startswith("error: ")
         assert errors.count("\n") == 1
-        assert f"each of these is in {tmp_path / 'out' / 'left_out.jsonl'}." in errors
+        assert f"the dropped ones are in {tmp_path / 'out' / 'left_out.jsonl'}." in errors
         assert "write `accept_losses: [no_answer, unreadable, unsupported]`." in errors
         assert ("asks again for those without an answer" in errors) == ("no_answer" not in accepted)
 
@@ -80,7 +80,7 @@ def test_what_a_rule_of_the_configuration_leaves_out_is_no_loss(run: Callable[..
 
     code, shown, errors = run(script, [question("question [1]?"), question("question [2]?")])
     assert (code, errors) == (0, "")
-    assert "left out: 1 (50.0%): no valid phrase" in shown
+    assert "dropped: 1 (50.0%): no valid phrase" in shown
 
 
 def test_the_same_command_asks_again_only_for_what_was_lost(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_rows_that_are_all_too_long_end_with_what_to_do(run: Callable[..., Any],
     rows = [question(f"question [{number}]?") for number in range(60)]
     code, _, errors = run(short, rows)
     assert code == 2
-    assert errors.startswith("error: no row was written: all 60 were left out (60: no answer from the model).")
+    assert errors.startswith("error: no row was written: all 60 were dropped (60: no answer from the model).")
     assert "60 times: 400 Said: This model's maximum context length is 16 tokens" in errors
     assert "Serve the model with a longer context, lower `max_tokens` of the stages" in errors
     places = [row["source"].rpartition(":")[2] for row in lines(tmp_path / "out" / "left_out.jsonl")]

@@ -56,7 +56,7 @@ def test_a_row_without_a_valid_phrase(tmp_path: Path, on_empty: str, requests: i
     assert len(asked) == requests
     if on_empty == "keep_without_system":
         assert only_row(tmp_path)["messages"] == question()["messages"]
-        assert done.tally.with_message == 0
+        assert done.stats.with_message == 0
     else:
         assert only_reason(tmp_path) == "no valid phrase"
 
@@ -109,7 +109,7 @@ def test_half_of_the_verdicts_unread_is_no_warning(tmp_path: Path) -> None:
     for read, warned in (("Role: Good\nStyle: Good", False), ("Role: Good", True)):
         (tmp_path / str(warned)).mkdir()
         done, _ = run_with(saying(generate=message, verify=read), tmp_path / str(warned), [question()])
-        assert bool(done.tally.warnings()) is warned
+        assert bool(done.stats.warnings()) is warned
 
 
 @pytest.mark.parametrize("choice", ["drop", "keep", "original"])
@@ -186,7 +186,11 @@ def test_answers_that_need_tools_stay_as_they_are(tmp_path: Path) -> None:
         folder.mkdir()
         _, asked = run_with(saying(), folder, [row], output={"format": format})
         assert '"look_up"' in asked[0].prompt
-        assert [one.prompt[:5] for one in asked] == ["The n", "Below", "Below"]  # verified for each of the two answers
+        assert [request.prompt[:5] for request in asked] == [
+            "The n",
+            "Below",
+            "Below",
+        ]  # verified for each of the two answers
         ((_, written),) = read_conversations(Source(path=str(folder / "out" / "data")))
         assert written.messages == [{"role": "system", "content": "You are a tester."}, *row["messages"]]
         assert written.tools == row["tools"]
@@ -202,9 +206,9 @@ def test_rows_that_cannot_be_read_or_are_refused_by_the_server_are_left_out_with
     middle.insert(1, {"role": "system", "content": "now in French"})
     rows = [question(), {"messages": [{"role": "user", "content": "hm"}]}, question("too long"), {"messages": middle}]
     done, _ = run_with(script, tmp_path, rows)
-    assert done.tally.written == 1
-    told = [(row["source"].rpartition(":")[2], row["reason"]) for row in lines(tmp_path / "out" / "left_out.jsonl")]
-    assert told == [
+    assert done.stats.written == 1
+    reasons = [(row["source"].rpartition(":")[2], row["reason"]) for row in lines(tmp_path / "out" / "left_out.jsonl")]
+    assert reasons == [
         ("2", "can't be read: no assistant turn"),
         ("3", "no answer from the model"),
         ("4", "not supported: a system message in the middle of the conversation"),
@@ -231,7 +235,7 @@ def test_a_message_in_another_language_is_written_again(tmp_path: Path) -> None:
     row = question("When does the next train to Geneva leave, and do I have to change on the way there?")
     done, _ = run_with(script, tmp_path, [row])
     assert only_row(tmp_path)["messages"][0]["content"].startswith("Answer the questions")
-    assert done.tally.events["gate: in another language than the conversation"] == 1
+    assert done.stats.events["gate: in another language than the conversation"] == 1
     (tmp_path / "none").mkdir()
     run_with(script, tmp_path / "none", [row], on_empty="drop")
     assert only_reason(tmp_path / "none") == "gate: in another language than the conversation"
@@ -267,14 +271,14 @@ def test_of_messages_that_are_nearly_the_same_the_first_is_kept(tmp_path: Path) 
 def test_constraints_stand_in_the_message_and_hold_for_the_answer(tmp_path: Path, obeys: bool) -> None:
     """A model that can do one thing alone: it writes whatever the drawn constraint asks for, or never does."""
     rows = [question(f"question [{number}]?", "Tea is made of leaves and water. " * 3) for number in range(30)]
-    made: list[str] = []
+    systems: list[str] = []
 
     async def script(asked: Asked) -> Reply:
         text = good_everything(asked)
         if text != "a fine new answer":
             return said(text)
         system = asked.body["messages"][0]["content"]
-        made.append(system)
+        systems.append(system)
         return said("Tea." if obeys and system != "You are a tester." else "TEA, tea!! `tea` " * 40)
 
     settings = {"constraints": {"share": 1.0, "at_most": 1, "attempts": 2}}
@@ -284,16 +288,16 @@ def test_constraints_stand_in_the_message_and_hold_for_the_answer(tmp_path: Path
     for row in written:
         constraints = row["sysgen"]["constraints"]
         system = row["messages"][0]["content"]
-        assert system == " ".join(["You are a tester.", *(one["text"] for one in constraints)])
+        assert system == " ".join(["You are a tester.", *(constraint["text"] for constraint in constraints)])
         if constraints:
             assert (constraints[0]["tag"], constraints[0]["kind"]) != ("", "")
     with_constraints = [row for row in written if row["sysgen"]["constraints"]]
     given_up = len(rows) - len(with_constraints)
-    assert done.tally.events["constraints given up"] == given_up
-    assert sum(done.tally.constraints.values()) == len(with_constraints)
+    assert done.stats.events["constraints given up"] == given_up
+    assert sum(done.stats.constraints.values()) == len(with_constraints)
     if obeys:
         assert with_constraints
         assert all(row["messages"][2]["content"] == "Tea." for row in with_constraints)
     assert given_up  # some kinds (a list, a title) are met by neither answer
-    broken = done.tally.events["answer that breaks a constraint"]
-    assert broken == len(made) - len(rows) if not obeys else broken >= 2 * given_up
+    broken = done.stats.events["answer that breaks a constraint"]
+    assert broken == len(systems) - len(rows) if not obeys else broken >= 2 * given_up

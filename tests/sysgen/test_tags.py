@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from train.sysgen.tags import TAGS, Annotated, Phrase, parse, parse_verdicts
+from train.sysgen.tags import TAGS, Phrase, TaggedMessage, parse, parse_verdicts
 
 
 def phrases(text: str) -> list[tuple[str, str]]:
@@ -14,7 +14,7 @@ def phrases(text: str) -> list[tuple[str, str]]:
 
 
 def reasons(text: str) -> list[tuple[str, str, str]]:
-    return [(one.tag, one.text, one.reason) for one in parse(text).dropped]
+    return [(dropped.tag, dropped.text, dropped.reason) for dropped in parse(text).dropped]
 
 
 ALONE = "a tag inside without a partner, or none of the eight"
@@ -124,7 +124,7 @@ SOMETHING = [
 def test_a_phrase_that_says_nothing_is_dropped(text: str) -> None:
     read = parse(f"<<Role>>r<</Role>><<Tool>>{text}<</Tool>>")
     assert read.tags == ("Role",)
-    assert [(one.tag, one.text, one.reason) for one in read.dropped] == [("Tool", text, "says nothing")]
+    assert [(dropped.tag, dropped.text, dropped.reason) for dropped in read.dropped] == [("Tool", text, "says nothing")]
 
 
 @pytest.mark.parametrize("text", SOMETHING)
@@ -141,7 +141,7 @@ def test_control_tokens_at_the_end_of_a_phrase_are_taken_off(token: str) -> None
 
 LEFT_OUT = {
     "outside": ("hello <<Role>>r<</Role>> bye", [("Role", "r")], [("", "hello", "outside any tag"), ("", "bye", "outside any tag")]),
-    "invented": ("<<Example>>e<</Example>><<Role>>r<</Role>>", [("Role", "r")], [("Example", "e", "none of the eight tags")]),
+    "invented": ("<<Example>>e<</Example>><<Role>>r<</Role>>", [("Role", "r")], [("FewShotMessage", "e", "none of the eight tags")]),
     "of two words": ("<<Conversational History>>h<</Conversational History>>", [], [("Conversational History", "h", "none of the eight tags")]),
     "never closed": ("<<Role>>r <<Task>>t<</Task>>", [("Task", "t")], [("Role", "r", "never closed")]),
     "never closed, then right": ("<<Role>>x <<Role>>r<</Role>>", [("Role", "r")], [("Role", "x", "never closed")]),
@@ -150,7 +150,7 @@ LEFT_OUT = {
     "crossed": ("<<Role>>a<<Task>>b<</Role>>c<</Task>>", [], [("Role", "a<<Task>>b", ALONE), ("", "c", "outside any tag"), ("Task", "", "closed and never opened")]),
     "only closed": ("r<</Role>>", [], [("", "r", "outside any tag"), ("Role", "", "closed and never opened")]),
     "empty": ("<<Role>> \n <</Role>>", [], [("Role", "", "empty")]),
-    "invented inside": ("<<Role>>a <<Example>>e<</Example>><</Role>>", [], [("Role", "a", ALONE), ("Example", "e", "none of the eight tags")]),
+    "invented inside": ("<<Role>>a <<Example>>e<</Example>><</Role>>", [], [("Role", "a", ALONE), ("FewShotMessage", "e", "none of the eight tags")]),
     "a placeholder inside": ("<<Role>>help <<name>> now<</Role>>", [], [("Role", "help <<name>> now", ALONE)]),
     "a right one inside a wrong one": ("<<Role>>a <<oops>><<Style>>s<</Style>><</Role>>", [("Style", "s")], [("Role", "a <<oops>>", ALONE)]),
     "part of another": ("<<Role>>a <<Style>>kind<</Style>> nurse<</Role>>", [("Role", "a kind nurse")], [("Style", "kind", "part of the phrase around it")]),
@@ -198,13 +198,13 @@ def test_the_message_and_its_parts() -> None:
     )
     shorter = message.without({"Style"}, "judged Bad")
     assert shorter.text == "You are a nurse."
-    assert [(one.tag, one.text, one.reason) for one in shorter.dropped] == [
+    assert [(dropped.tag, dropped.text, dropped.reason) for dropped in shorter.dropped] == [
         ("Style", "Be brief.", "judged Bad"),
         ("Style", "Be kind.", "judged Bad"),
     ]
 
 
-NAMES = st.sampled_from([*TAGS, "Example", "System"])
+NAMES = st.sampled_from([*TAGS, "FewShotMessage", "System"])
 WORD = st.text("abc`~\n <>/\\xé漢\u2028", max_size=8) | st.sampled_from(
     ["```\n", "\n```", "`", "~~~", "<<", ">>", "<</", "**", ": ", "：", "none"]
 )
@@ -244,10 +244,10 @@ def test_nothing_invalid_is_kept(text: str) -> None:
         bare = re.sub(r"(?sm)^[^\S\n]*(`{3,}|~{3,})[^\n]*\n(.*?\n)?[^\S\n]*\1[`~]*[^\S\n]*$", "", phrase.text)
         bare = re.sub(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "", bare)
         assert not re.search(
-            rf"<<[ \t/\\]*({'|'.join([*TAGS, 'Example', 'System'])})s?[ \t/\\]*>>", bare, re.IGNORECASE
+            rf"<<[ \t/\\]*({'|'.join([*TAGS, 'FewShotMessage', 'System'])})s?[ \t/\\]*>>", bare, re.IGNORECASE
         )
         # Its tag is written at least twice, before its text and behind it.
-        marks = [found.start() for found in re.finditer(rf"<<[\s/\\]*{phrase.tag}s?[\s/\\]*>>", text, re.IGNORECASE)]
+        marks = [match.start() for match in re.finditer(rf"<<[\s/\\]*{phrase.tag}s?[\s/\\]*>>", text, re.IGNORECASE)]
         letters = [text.find(letter) for letter in phrase.text if not letter.isspace()]
         assert len(marks) >= 2
         assert min(letters) >= 0
@@ -309,7 +309,7 @@ def test_valid_phrases_among_noise_are_kept_and_only_they(pieces: list[tuple[str
 
 
 def test_a_message_can_be_built_by_hand() -> None:
-    assert Annotated((Phrase("Role", "r"),)) == parse("<<Role>>r<</Role>>")
+    assert TaggedMessage((Phrase("Role", "r"),)) == parse("<<Role>>r<</Role>>")
 
 
 SAID = {
@@ -340,8 +340,8 @@ def test_verdicts(text: str, expected: dict[str, str]) -> None:
 
 def test_verdicts_that_say_nothing_are_told() -> None:
     said = parse_verdicts("<<Role>>: Good\n<<Role>>: Bad\n<<Task>>: Good/Bad\n<<Example>>: Good\n<<style>>: Good")
-    assert sorted((one.tag, one.reason) for one in said.dropped) == [
-        ("Example", "none of the eight tags"),
+    assert sorted((dropped.tag, dropped.reason) for dropped in said.dropped) == [
+        ("FewShotMessage", "none of the eight tags"),
         ("Role", "verdicts that contradict each other"),
         ("Task", "several verdicts at once"),
     ]

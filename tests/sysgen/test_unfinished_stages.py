@@ -56,7 +56,7 @@ def test_what_is_broken_off_or_empty_is_asked_again_in_each_stage(tmp_path: Path
 
     _, asked = run_with(script, tmp_path, [question()], gates={"judge": True})
     assert only_row(tmp_path)["messages"][2]["content"] == "a fine new answer"
-    assert [one.times for one in asked] == [0, 1] * 4
+    assert [request.times for request in asked] == [0, 1] * 4
 
 
 def verification(reply: Reply) -> Any:
@@ -77,15 +77,15 @@ VERIFICATIONS = {
 def test_a_verification_that_is_not_finished_is_no_missing_verdict(tmp_path: Path, reason: str, reply: Reply) -> None:
     done, asked = run_with(verification(reply), tmp_path, [question()])
     assert only_reason(tmp_path) == reason
-    assert sum("Judge for each of the eight" in one.prompt for one in asked) == 3  # with two more tries
-    assert done.tally.events[reason] == 3
+    assert sum("Judge for each of the eight" in request.prompt for request in asked) == 3  # with two more tries
+    assert done.stats.events[reason] == 3
     assert f"| {reason} | 3 |" in done.report.read_text("utf-8")
-    assert "verdict that can't be read" not in done.tally.events + done.tally.left_out
+    assert "verdict that can't be read" not in done.stats.events + done.stats.drop_counts
 
     (tmp_path / "kept").mkdir()
     done, asked = run_with(verification(reply), tmp_path / "kept", [question()], on_unfinished_verification="keep")
     assert only_row(tmp_path / "kept")["messages"][0]["content"] == "You are a tester."
-    assert done.tally.events[f"{reason}, and its phrases kept"] == 1
+    assert done.stats.events[f"{reason}, and its phrases kept"] == 1
 
 
 def test_a_cut_verification_that_holds_all_verdicts_counts(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_refused_judgement_is_no_verdict(tmp_path: Path) -> None:
 
     done, _ = run_with(script, tmp_path, [question()], gates={"judge": True})
     assert only_row(tmp_path)["messages"][2]["content"] == "a fine new answer"
-    assert done.tally.events["judgement refused"] == 1
+    assert done.stats.events["judgement refused"] == 1
 
 
 def test_a_server_that_gives_no_finish_reason_is_of_use(tmp_path: Path) -> None:
@@ -112,4 +112,4 @@ def test_a_server_that_gives_no_finish_reason_is_of_use(tmp_path: Path) -> None:
     done, _ = run_with(script, tmp_path, [question()])
     assert only_row(tmp_path)["messages"][2]["content"] == "a fine new answer"
     for stage in ("generate", "verify", "answer"):
-        assert done.tally.events[f"{stage}: answer without a finish_reason, below the token limit"] == 1
+        assert done.stats.events[f"{stage}: answer without a finish_reason, below the token limit"] == 1

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.sysgen.tags import TAGS, parse_verdicts
-from train.sysgen.verdicts import PLACEHOLDERS, verdicts_of_reply
+from train.sysgen.verdicts import PLACEHOLDER_VERDICTS, parse_reply_verdicts
 
 THREE = {"Role": "Good", "Task": "Bad", "Tool": "None"}
 
@@ -136,9 +136,9 @@ def test_tags_without_a_verdict_take_none_from_their_neighbours() -> None:
 
 @pytest.mark.parametrize("form", ["<<{}>>: {}", "- {}: {}"])
 def test_a_reply_that_repeats_the_prompts_own_form_judges_nothing(form: str) -> None:
-    text = "\n".join(form.format(tag, verdict) for tag, verdict in PLACEHOLDERS.items())
-    assert verdicts_of_reply(text).of == {}
-    assert parse_verdicts(text).of == PLACEHOLDERS
+    text = "\n".join(form.format(tag, verdict) for tag, verdict in PLACEHOLDER_VERDICTS.items())
+    assert parse_reply_verdicts(text).of == {}
+    assert parse_verdicts(text).of == PLACEHOLDER_VERDICTS
 
 
 def test_each_tag_read_from_another_form_counts_once() -> None:
@@ -148,7 +148,7 @@ def test_each_tag_read_from_another_form_counts_once() -> None:
 
 
 LINES = st.lists(
-    st.tuples(st.sampled_from(TAGS), st.sampled_from(["Good", "Bad", "None"])), unique_by=lambda one: one[0]
+    st.tuples(st.sampled_from(TAGS), st.sampled_from(["Good", "Bad", "None"])), unique_by=lambda pair: pair[0]
 )
 FORMS = ["{}: {}", "- **{}** - {}", "{} = {}", "| {} | {} | why |", "1. {}: {} because so", "{} ({})", "<{}>{}</{}>"]
 

@@ -1,9 +1,10 @@
-"""Folders that are made once and kept: written aside, renamed when whole, verified when opened, made by one process.
+"""Cache of tokens, packing plans and system-gain rows: built once, verified when opened, shared by all processes.
 
-An entry is a folder named by its key, with a manifest that holds size and checksum (xxh3, 128 bits) of each of its
-files. A process that is killed leaves a folder of another name, which the next one removes. Processes that want the
-same entry at once wait for the one that makes it at a file lock, never in a collective, so no watchdog of a process
-group can kill them (LLaMA-Factory#2424, axolotl#2684). Where a file system has no locks two may make it; one is kept.
+An entry is a folder named by its key. It is written under another name and renamed when complete; its manifest holds
+the size and the checksum (xxh3, 128 bits) of each file. A process that is killed leaves a partial folder, which the
+next builder removes. Processes that need the same entry at once wait at a file lock for the one that builds it, never
+in a collective, so no watchdog of a process group can kill them (LLaMA-Factory#2424, axolotl#2684). On a file system
+without locks two processes may build it; one result is kept.
 """
 
 import hashlib
@@ -29,15 +30,22 @@ from train.storage.checksum import hash_files
 
 _MANIFEST = "manifest.json"
 _PROGRESS = "progress"
-_SECONDS_BETWEEN_LOOKS = 0.2
+_POLL_SECONDS = 0.2
+
+VERSION = 1
+"""The version of everything that is cached, part of every key.
+
+Raise it by one whenever the same input would give other tokens, labels, packing plans or system-gain rows.
+tests/data/test_cache_version.py fails when those of a fixed sample change and VERSION does not.
+"""
 
 Build = Callable[[Path], Mapping[str, Any]]
-"""Writes an entry's files into the folder and gives what its manifest is to say of them, as JSON has it."""
+"""Writes an entry's files into a folder and returns its facts: values that JSON can hold, kept in the manifest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A whole entry. `facts`: what was said of it when it was made. `hit`: it was there already."""
+    """A complete entry. `facts`: what its builder returned. `hit`: the entry was in the cache already."""
 
     folder: Path
     key: str
@@ -46,98 +54,102 @@ class Entry:
 
 
 def default_folder() -> Path:
-    """janus-sft within the folder where Hugging Face's libraries keep what they downloaded (HF_HOME)."""
+    """Return the cache folder of a recipe without `data.cache_dir`: janus-sft in Hugging Face's HF_HOME."""
     return Path(HF_HOME) / "janus-sft"
 
 
-def cache_key(parts: Mapping[str, Any]) -> str:
-    """32 hexadecimal digits that follow from all that JSON shows of `parts`."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+def cache_key(fingerprint: Mapping[str, Any]) -> str:
+    """Return the key of an entry: 32 hexadecimal digits from VERSION and all that decides its content."""
+    return _digest({"version": VERSION, **fingerprint})
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def find(folder: Path, key: str) -> Entry | None:
-    """The entry, if it is there and whole."""
-    facts = _read(folder / key)
+    """Return the entry of `key`, or None if it is missing or damaged."""
+    facts = _read_facts(folder / key)
     return None if facts is None else Entry(folder / key, key, facts, hit=True)
 
 
-def get_or_build(folder: Path, key: str, build: Build, waiting: ProgressBar | None = None) -> Entry:
-    """The entry of that key; made by `build` where it isn't there, or is broken.
+def get_or_build(folder: Path, key: str, build: Build, progress: ProgressBar | None = None) -> Entry:
+    """Return the entry of `key`; if it is missing or damaged, let `build` write it.
 
-    `waiting` shows how far another process is that makes it. Raises UserError where the folder can't be written;
-    whatever `build` raises leaves nothing behind.
+    While another process builds it, `progress` shows how far that process is. An exception of `build` leaves nothing
+    behind. Raises UserError if the folder can't be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f"{key}.lock")
         if not is_first_rank():
-            time.sleep(_SECONDS_BETWEEN_LOOKS)  # the first rank shows its progress to the user: let it be the one
+            time.sleep(_POLL_SECONDS)  # the first rank shows its progress to the user: let it build
         while True:
             entry = find(folder, key)
             if entry is not None:
                 return entry
             try:
-                with lock.acquire(timeout=_SECONDS_BETWEEN_LOOKS):
-                    return find(folder, key) or _make(folder, key, build)
+                with lock.acquire(timeout=_POLL_SECONDS):
+                    return find(folder, key) or _build(folder, key, build)
             except Timeout:
-                if waiting is not None:
-                    waiting.advance(max(0, _progress(folder, key) - waiting.done))
-    except OSError as fault:
+                if progress is not None:
+                    progress.advance(max(0, _read_progress(folder, key) - progress.done))
+    except OSError as error:
         raise UserError(
-            f"data.cache_dir: {folder} can't be written: {fault.strerror or fault}. Name another folder, with room for "
+            f"data.cache_dir: {folder} can't be written: {error.strerror or error}. Name another folder, with room for "
             "about 4.5 bytes a token."
-        ) from fault
+        ) from error
 
 
 def report_progress(folder: Path, done: int) -> None:
-    """Tell those who wait for the entry that is being written into `folder` how far it is."""
+    """Publish the progress of the entry that is being built in `folder` to the processes that wait for it."""
     (folder / _PROGRESS).write_text(str(done), "utf-8")
 
 
-def _progress(folder: Path, key: str) -> int:
+def _read_progress(folder: Path, key: str) -> int:
     for path in folder.glob(f"{key}.*.partial/{_PROGRESS}"):
         with suppress(OSError, ValueError):
             return int(path.read_text("utf-8"))
     return 0
 
 
-def _make(folder: Path, key: str, build: Build) -> Entry:
-    for left_over in [folder / key, *folder.glob(f"{key}.*.partial")]:  # nobody else makes this key: we hold its lock
-        if left_over.is_dir():
-            shutil.rmtree(left_over, ignore_errors=True)
+def _build(folder: Path, key: str, build: Build) -> Entry:
+    """Build an entry in a partial folder and rename it. The caller holds the lock of `key`."""
+    for leftover in [folder / key, *folder.glob(f"{key}.*.partial")]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
         else:
-            left_over.unlink(missing_ok=True)
+            leftover.unlink(missing_ok=True)
     partial = folder / f"{key}.{socket.gethostname()}-{os.getpid()}.partial"
     partial.mkdir()
     try:
         facts = build(partial)
         (partial / _PROGRESS).unlink(missing_ok=True)
-        files = {path.name: _described(path) for path in sorted(partial.iterdir())}
-        manifest = partial / _MANIFEST
-        described = {"files": files, "facts": facts, "digest": cache_key(facts)}
-        manifest.write_text(json.dumps(described, indent=1, ensure_ascii=False), "utf-8")
+        files = {path.name: _describe_file(path) for path in sorted(partial.iterdir())}
+        manifest = {"files": files, "facts": facts, "digest": _digest(facts)}
+        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), "utf-8")
         for path in (*partial.iterdir(), partial):
             fsync(path)
-        with suppress(OSError):  # where locks don't hold, another may have been first: then its entry is as good
+        with suppress(OSError):  # without working locks another process may have been first: its entry is as good
             partial.rename(folder / key)
             fsync(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    made = _read(folder / key)
-    if made is None:
+    written_facts = _read_facts(folder / key)
+    if written_facts is None:
         raise OSError(f"{folder / key} was written and can't be read back")
-    return Entry(folder / key, key, made, hit=False)
+    return Entry(folder / key, key, written_facts, hit=False)
 
 
-def _described(path: Path) -> dict[str, Any]:
+def _describe_file(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "xxh3_128": hash_files([path])}
 
 
-def _read(folder: Path) -> Mapping[str, Any] | None:
-    """What the manifest says, if every file is as it was when it was written."""
+def _read_facts(folder: Path) -> Mapping[str, Any] | None:
+    """Return the facts in the manifest, or None unless every file has the size and checksum it was written with."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text("utf-8"))
-        whole = all(_described(folder / name) == described for name, described in manifest["files"].items())
-        return manifest["facts"] if whole and manifest["digest"] == cache_key(manifest["facts"]) else None
+        intact = all(_describe_file(folder / name) == written for name, written in manifest["files"].items())
+        return manifest["facts"] if intact and manifest["digest"] == _digest(manifest["facts"]) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
         return None

@@ -323,7 +323,7 @@ def _lost(key: str, lost: Sequence[UnreadText]) -> str:
     names = yaml.safe_dump([one.name for one in lost], default_flow_style=True, allow_unicode=True, width=math.inf)
     return (
         f"{key}: text that is not read, so the model would be trained without it: {named}. Rename it to what is read "
-        f"(the README lists it under Data), or leave it out with `{key}.ignore: {names.strip()}`."
+        f"(recipes/README.md lists them), or leave it out with `{key}.ignore: {names.strip()}`."
     )
 
 

@@ -134,7 +134,7 @@ def test_what_must_be_mended_is_said_before_anything_is_asked(says_no: Callable[
     data = write_rows(tmp_path / "s.jsonl", True)
     assert "--output-dir FOLDER" in says_no("ifeval", "--model", "some/model", "--data", data)
     out = ("--output-dir", tmp_path / "out")
-    assert "can't be read" in says_no("ifeval", "--model", "m", "--data", tmp_path / "none.jsonl", *out)
+    assert "cannot be read" in says_no("ifeval", "--model", "m", "--data", tmp_path / "none.jsonl", *out)
     other = write_rows(tmp_path / "u.jsonl", False, count=3)
     assert "key 3" in says_no("ifeval", "--model", "m", "--data", data, "--control", other, *out)
     row = {"key": 1, "prompt": "p", "instruction_id_list": ["length_constraints:number_words"], "kwargs": [{}]}
@@ -182,7 +182,7 @@ def test_files_whose_constraints_stand_elsewhere_than_their_options_say_have_no_
 
     exchanged = told(control, data)
     assert exchanged.startswith(f"--data {control}:1: the row with key 0 has no system message")
-    assert "exchanged" in exchanged
+    assert "swapped" in exchanged
     itself = f"--control {data}:1: the row with key 0 has its constraints in the system message"
     assert told(data, data).startswith(itself)
     # A persona may stand in the system message of both; the one that has the constraints beside it is no control.
@@ -271,7 +271,7 @@ def test_a_turn_that_gets_no_answer_at_all_has_no_figures(
         record["system"]["prompt_strict"]["value"] == record["user"]["prompt_strict"]["value"] == pytest.approx(8 / 12)
     )
     # These prompts are those of the control, word for word: a gap of 0 is no finding.
-    note = "12 of 12 prompts are those of the control word for word, as merge_into_user makes them"
+    note = "12 of 12 prompts equal those of the control, as merge_into_user makes them so"
     assert note in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
 
@@ -335,18 +335,17 @@ def test_any_parameter_can_be_left_out_or_renamed(
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, "scripts")
-from train.evaluation import checkpoint
-left, whole = int(sys.argv.pop(1)), checkpoint.generate_batch
+from train.evaluation.models import local
+left, whole = int(sys.argv.pop(1)), local.generate_batch
 def until_killed(*arguments, **options):
     global left
     left -= 1
     if left < 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return whole(*arguments, **options)
-checkpoint.generate_batch = until_killed
-import evaluate
-sys.exit(evaluate.main())
+local.generate_batch = until_killed
+import runpy
+runpy.run_path("scripts/evaluate.py", run_name="__main__")
 """
 
 

@@ -15,7 +15,7 @@ from external_data import FOLDER
 from train.errors import UserError
 from train.evaluation.ifeval.checkers import Checkers, ConstraintVerdict
 from train.evaluation.ifeval.metrics import gaps, gaps_by_rule, shares, shares_by_rule
-from train.evaluation.ifeval.rows import SKIPPED, IFEvalRow, read_rows, refuse_other_turns, same_rows
+from train.evaluation.ifeval.rows import SKIPPED, IFEvalRow, match_rows, read_rows, refuse_swapped_control
 
 ROOT = Path(__file__).parents[3]
 OURS = ROOT / "recipes" / "smollm2-135m" / "data"
@@ -95,7 +95,7 @@ def test_every_rule_is_checked_here(checkers: Checkers) -> None:
 @pytest.mark.parametrize("rule", BY_HAND)
 def test_a_good_and_a_bad_answer(checkers: Checkers, rule: str) -> None:
     _, good, bad = BY_HAND[rule]
-    assert not checkers.drawn_at_random(row(rule))
+    assert not checkers.is_randomized(row(rule))
     assert checkers.verdict(row(rule), good) == ConstraintVerdict((True,), (True,))
     assert checkers.verdict(row(rule), bad).strict == (False,)
 
@@ -117,15 +117,15 @@ def read_published(name: str) -> list[IFEvalRow]:
 
 def test_the_published_files_and_what_the_official_scoring_leaves_out(checkers: Checkers) -> None:
     system = read_published("system")
-    control = same_rows(system, read_published("user"), PUBLISHED / "user.jsonl")
-    refuse_other_turns(system, control)  # and is content
+    control = match_rows(system, read_published("user"), PUBLISHED / "user.jsonl")
+    refuse_swapped_control(system, control)  # and is content
     assert len(system) == 541
     kept = [one for one in system if not one.skipped]
     assert (len(kept), sum(len(one.instructions) for one in kept)) == (470, 717)
     assert {rule for one in system if one.skipped for rule in one.instructions} >= set(SKIPPED)
     assert all(len(one.messages) == 2 and len(other.messages) == 1 for one, other in zip(system, control, strict=True))
     # `#` and `!` are no letters: the checker puts a random one in their place.
-    assert [one.key for one in system if checkers.drawn_at_random(one)] == [1122, 1129]
+    assert [one.key for one in system if checkers.is_randomized(one)] == [1122, 1129]
 
 
 OWN = """
@@ -173,7 +173,7 @@ def test_verdicts_are_the_checkers_own_on_every_row(checkers: Checkers, tmp_path
 def test_the_sentence_model_is_nltks_and_needs_no_download() -> None:
     """A fresh process without nltk's data, and where nothing could be downloaded: the sizes are those of punkt_tab."""
     code = (
-        "from train.evaluation.ifeval.rows import Checkers\nimport nltk, nltk.downloader\n"
+        "from train.evaluation.ifeval.checkers import Checkers\nimport nltk, nltk.downloader\n"
         "nltk.download = nltk.downloader.download = None\nchecked = Checkers()\nprint(checked.sentences)\n"
         "model = nltk.data.load('nltk:tokenizers/punkt/english.pickle')._params\n"
         "print(len(model.abbrev_types), len(model.collocations), len(model.sent_starters), len(model.ortho_context))\n"
@@ -190,7 +190,7 @@ def test_the_sentence_model_is_nltks_and_needs_no_download() -> None:
 def test_verdicts_come_again_the_same_and_leave_chance_as_it_was(checkers: Checkers) -> None:
     asked = {"letter": "#", "let_frequency": 3, "let_relation": "at least"}
     drawn = row("keywords:letter_frequency", keywords_letter_frequency=asked)
-    assert checkers.drawn_at_random(drawn)
+    assert checkers.is_randomized(drawn)
     verdicts = set()
     for seed in range(30):
         random.seed(seed)
@@ -209,14 +209,14 @@ GOOD_ROW = {"key": 1, "prompt": "p", "instruction_id_list": ["punctuation:no_com
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"key": None}, "key must be"),
-        ({"prompt": ...}, "it has no `prompt`"),
-        ({"kwargs": ..., "key": ...}, "it has no `key`, no `kwargs`"),
+        ({"key": None}, "`key` must be an integer or text (found"),
+        ({"prompt": ...}, "there is no `prompt`"),
+        ({"kwargs": ..., "key": ...}, "there is no `key`, no `kwargs`"),
         ({"kwargs": [{}, {}]}, "kwargs has 2 entries for 1 rules"),
-        ({"kwargs": {}}, "kwargs must be a list"),
-        ({"instruction_id_list": []}, "at least one rule"),
-        ({"messages": [{"role": "system", "content": "s"}]}, "ends with a user turn"),
-        ({"messages": "no"}, "ends with a user turn"),
+        ({"kwargs": {}}, "`kwargs` must be a valid list"),
+        ({"instruction_id_list": []}, "`instruction_id_list` List should have at least 1 item"),
+        ({"messages": [{"role": "system", "content": "s"}]}, "messages must end with a user turn"),
+        ({"messages": "no"}, "`messages` must be a valid list"),
     ],
 )  # fmt: skip
 def test_a_row_that_lacks_something_is_named(tmp_path: Path, change: dict, says: str) -> None:
@@ -233,7 +233,7 @@ def test_files_that_hold_no_rows_or_a_key_twice(tmp_path: Path) -> None:
     for text, says in (
         ("", "no rows"),
         ("{\n", "rows.jsonl:1: "),
-        ((json.dumps(GOOD_ROW) + "\n") * 2, "rows.jsonl:1 already"),
+        ((json.dumps(GOOD_ROW) + "\n") * 2, "duplicate key 1, first in .*rows.jsonl:1"),
     ):
         file.write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=says):
@@ -254,7 +254,7 @@ def test_rows_as_the_hub_has_them(tmp_path: Path, checkers: Checkers) -> None:
     file.write_text(json.dumps(one, ensure_ascii=False) + "\n", encoding="utf-8")
     [read] = read_rows(file)
     assert read.messages == ({"role": "user", "content": "a\u2028b"},)
-    assert not checkers.drawn_at_random(read)
+    assert not checkers.is_randomized(read)
     assert checkers.verdict(read, "a wide river").strict == (True,)
 
 
@@ -262,14 +262,14 @@ def test_rows_as_the_hub_has_them(tmp_path: Path, checkers: Checkers) -> None:
     ("rule", "given", "says"),
     [
         ("punctuation:commas", {}, "unknown rule 'punctuation:commas'"),
-        ("punctuation:no_comma", {"num_words": 3}, "found num_words, the checker wants none"),
-        ("length_constraints:number_words", {"num_words": 3}, "the checker wants num_words, relation"),
+        ("punctuation:no_comma", {"num_words": 3}, "found num_words, the checker takes none"),
+        ("length_constraints:number_words", {"num_words": 3}, "the checker takes num_words, relation"),
         ("length_constraints:number_words", {"num_words": 0, "relation": "at least"}, "num_words is 0"),
         ("length_constraints:number_words", {"num_words": "3", "relation": "at least"}, "TypeError"),
-        ("length_constraints:number_words", {"num_words": 3, "relation": "about"}, "can't use"),
-        ("keywords:existence", {"keywords": "river"}, "must be a list of texts"),
-        ("keywords:frequency", {"keyword": "(", "frequency": 1, "relation": "at least"}, "can't use"),
-        ("language:response_language", {"language": "klingon"}, "can't use"),
+        ("length_constraints:number_words", {"num_words": 3, "relation": "about"}, "cannot use"),
+        ("keywords:existence", {"keywords": "river"}, "must be a list of non-empty texts"),
+        ("keywords:frequency", {"keyword": "(", "frequency": 1, "relation": "at least"}, "cannot use"),
+        ("language:response_language", {"language": "klingon"}, "cannot use"),
     ],
 )
 def test_arguments_that_a_checker_would_replace_or_choke_on(
@@ -278,18 +278,18 @@ def test_arguments_that_a_checker_would_replace_or_choke_on(
     bad = IFEvalRow(1, "p", (rule,), (given,), ({"role": "user", "content": "p"},), "rows.jsonl:7")
     before = random.getstate()
     with pytest.raises(UserError, match=r"^rows\.jsonl:7: ") as fault:
-        checkers.drawn_at_random(bad)
+        checkers.is_randomized(bad)
     assert says in str(fault.value)
     assert random.getstate() == before
 
 
-def test_a_control_is_of_the_same_rows(tmp_path: Path) -> None:
+def test_a_control_is_of_the_match_rows(tmp_path: Path) -> None:
     rows = [row("punctuation:no_comma", key=key) for key in (1, 2)]
-    assert [one.key for one in same_rows(rows, rows[::-1], tmp_path)] == [1, 2]
+    assert [one.key for one in match_rows(rows, rows[::-1], tmp_path)] == [1, 2]
     with pytest.raises(UserError, match=r"key 2 .* is missing there"):
-        same_rows(rows, rows[:1], tmp_path)
+        match_rows(rows, rows[:1], tmp_path)
     with pytest.raises(UserError, match="key 2 has other constraints"):
-        same_rows(rows, [rows[0], row("startend:quotation", key=2)], tmp_path)
+        match_rows(rows, [rows[0], row("startend:quotation", key=2)], tmp_path)
 
 
 def some_verdicts(seed: int, rows: list[IFEvalRow], share: float) -> list[ConstraintVerdict]:
@@ -358,11 +358,11 @@ def test_our_own_rows(maker: ModuleType, checkers: Checkers, tmp_path: Path, mon
     for name in names:
         assert (tmp_path / name).read_bytes() == (OURS / name).read_bytes()
     system, user = (read_rows(OURS / name) for name in names)
-    refuse_other_turns(system, same_rows(system, user, OURS / names[1]))
+    refuse_swapped_control(system, match_rows(system, user, OURS / names[1]))
     assert len(system) >= 120
     assert len({rule for one in system for rule in one.instructions}) >= 15
-    assert not any(checkers.drawn_at_random(one) or one.skipped for one in system)
-    for one, other in zip(system, same_rows(system, user, OURS), strict=True):
+    assert not any(checkers.is_randomized(one) or one.skipped for one in system)
+    for one, other in zip(system, match_rows(system, user, OURS), strict=True):
         constraints, task = (message["content"] for message in one.messages)
         assert [message["role"] for message in one.messages] == ["system", "user"]
         assert [message["content"] for message in other.messages] == [f"{constraints}\n\n{task}"]

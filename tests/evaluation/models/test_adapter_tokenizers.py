@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from train.errors import UserError
 from train.evaluation.models.options import LocalModel
 from train.evaluation.models.responses import generate_answers
-from train.llm.journal import Decoding
+from train.llm.request import Decoding
 
 RULES = "class Rule:\n    check = staticmethod(lambda question, text: True)\n\nRULES = {'any': Rule}\n"
 SYSTEMS = ("Be a river.", "Be a stone.")
@@ -122,7 +122,7 @@ def test_without_any_there_is_one_error(
     given = [word for pair in models.items() for word in pair]
     told = says_no("gain", *given, "--data", data, "--json", tmp_path / "gain.json")
     assert told.startswith("--model or --before")
-    assert f"{adapter} has no tokenizer of its own" in told
+    assert f"{adapter} has no tokenizer, and its base has none" in told
     assert f"{bare} can't be loaded" in told
     config.write_text(json.dumps({"peft_type": "LORA"}))
     told = says_no("gain", *given, "--data", data, "--json", tmp_path / "gain.json")

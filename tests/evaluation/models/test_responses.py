@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from train.errors import UserError
 from train.evaluation.models.options import LocalModel, ServedModel
 from train.evaluation.models.responses import generate_answers
-from train.llm.client import RequestFailed
-from train.llm.journal import Decoding
+from train.llm.failures import RequestFailed
+from train.llm.request import Decoding
 from train.llm.server import Server
 from train.llm.system_role import merge_into_user
 
@@ -152,7 +152,7 @@ def test_templates_are_handled_as_in_training(tiny_chat_model: Path, tmp_path: P
 
 
 def test_settings_that_no_model_here_knows_are_an_error(tiny_chat_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="presence_penalty is no setting"):
+    with pytest.raises(UserError, match="presence_penalty is not supported"):
         generate_answers(
             LocalModel(str(tiny_chat_model)),
             CONVERSATIONS,
@@ -172,22 +172,23 @@ def test_merged_says_both_in_the_first_user_turn() -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from train.evaluation.respondent import Checkpoint
-from train.evaluation.responses import respond
-from train.llm.journal import Decoding
-from train.evaluation import checkpoint
+from train.evaluation.models.options import LocalModel
+from train.evaluation.models.responses import generate_answers
+from train.llm.request import Decoding
+from train.evaluation.models import local
 left = int(sys.argv[3])
-whole = checkpoint.generate_batch
+whole = local.generate_batch
 def until_killed(*arguments, **options):
     global left
     left -= 1
     if left < 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return whole(*arguments, **options)
-checkpoint.generate_batch = until_killed
+local.generate_batch = until_killed
 conversations = [[{"role": "user", "content": f"stone {number}"}] for number in range(10)]
-found = respond(Checkpoint(sys.argv[1], batch_size=2), conversations, Decoding(4, temperature=0.0), Path(sys.argv[2]))
-print([answer.text for [answer] in found])
+model = LocalModel(sys.argv[1], batch_size=2)
+answers = generate_answers(model, conversations, Decoding(4, temperature=0.0), Path(sys.argv[2]))
+print([answer.text for [answer] in answers])
 """
 
 

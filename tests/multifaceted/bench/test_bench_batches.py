@@ -12,7 +12,7 @@ from bench_runs import bench_row, command, lines, place_of, write_lines
 from scripted_server import Asked, Reply, said, served
 
 from train.errors import UserError
-from train.llm.journal import Decoding, Request
+from train.llm.request import Decoding, Request
 from train.multifaceted.bench.batch_api import read_batch, write_batch
 
 ROWS = [bench_row(number) for number in range(3)]
@@ -79,7 +79,7 @@ def test_a_batch_gives_the_bytes_of_a_live_run(
     with served(judge, models=["judge"]) as server:
         assert bench("live", "--judge-server", server.url) == 0
         live = [one.body for one in server.asked]
-    # Each round asks what the one before left open: the rubric that can't be read is asked three times in all.
+    # Each round asks what the one before left open: the rubric that cannot be read is asked three times in all.
     sent = []
     for number, expected in enumerate((3 * 4 * 2, 2, 2)):
         file = tmp_path / f"round-{number}.jsonl"
@@ -128,14 +128,14 @@ def test_what_a_batch_lacks_is_named_and_written_again(
     again = tmp_path / "again.jsonl"
     assert bench("out", "--batch-in", output, error_file, "--batch-out", again) == 0
     shown = capsys.readouterr().out
-    assert "1 answer is to none of these questions" in shown
-    assert "1 failed, and are asked for again: it expired" in shown
+    assert "1 answer belongs to none of these questions" in shown
+    assert "1 failed, and are asked again: it expired" in shown
     assert "1 failed, and are asked for again: server error" in shown
     wanted = {line["custom_id"] for line in lines(again)}
     assert {*gone, expired, overloaded} < wanted
     assert wanted.isdisjoint(too_long)
     second_tries = wanted - {*gone, expired, overloaded}
-    assert len(second_tries) == 2  # of the rubric that can't be read
+    assert len(second_tries) == 2  # of the rubric that cannot be read
     assert second_tries.isdisjoint(asked)
     record = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert record["complete"] is False
@@ -188,7 +188,7 @@ def test_a_batch_file_of_earlier_is_never_written_over(
     assert bench("out", "--batch-out", file) == 0
     before = file.read_bytes()
     assert bench("out", "--batch-out", file) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert file.read_bytes() == before
 
 
@@ -202,16 +202,16 @@ def requests(count: int) -> dict[bytes, Request]:
 def test_files_hold_no_more_than_the_api_takes(tmp_path: Path) -> None:
     asked = requests(10)
     (whole,) = write_batch(asked, "m", tmp_path / "whole.jsonl")
-    by_number = write_batch(asked, "m", tmp_path / "number.jsonl", most_requests=4)
+    by_number = write_batch(asked, "m", tmp_path / "number.jsonl", max_requests=4)
     assert [path.name for path in by_number] == ["number-1.jsonl", "number-2.jsonl", "number-3.jsonl"]
     assert [len(lines(path)) for path in by_number] == [4, 4, 2]
     size = len(whole.read_bytes()) // 10
-    by_size = write_batch(asked, "m", tmp_path / "size.jsonl", most_bytes=3 * size)
+    by_size = write_batch(asked, "m", tmp_path / "size.jsonl", max_bytes=3 * size)
     assert [path.stat().st_size for path in by_size] == [3 * size, 3 * size, 3 * size, size]
     for parts in (by_number, by_size):
         assert b"".join(path.read_bytes() for path in parts) == whole.read_bytes()
-    with pytest.raises(UserError, match="is there already"):
-        write_batch(asked, "m", tmp_path / "number.jsonl", most_requests=4)
+    with pytest.raises(UserError, match="exists already"):
+        write_batch(asked, "m", tmp_path / "number.jsonl", max_requests=4)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_a_file_that_is_no_batch_is_one_error(tmp_path: Path, line: str) -> None
     path.write_text(f"\n{line}\n")
     with pytest.raises(UserError, match=r"output\.jsonl:2: that is no line of a batch's output"):
         read_batch([path])
-    with pytest.raises(UserError, match="can't be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_batch([tmp_path / "nowhere.jsonl"])
 
 

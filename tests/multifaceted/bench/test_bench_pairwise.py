@@ -11,7 +11,7 @@ from scripted_server import served
 
 from train.errors import UserError
 from train.multifaceted.bench.judging import PROMPT_VERSION
-from train.multifaceted.bench.pairwise import compare_pairwise, outcome
+from train.multifaceted.bench.pairwise import compare_pairwise, pairwise_outcome
 from train.multifaceted.bench.protocol import PAPERS_RESPONSES, JudgeSettings, Protocol, protocol_of, settings_of
 
 
@@ -77,7 +77,7 @@ def test_the_other_way_round_is_the_mirror_image(files: tuple[Path, Path]) -> No
     ],
 )
 def test_one_row(first: float, second: float, good: float, expected: str) -> None:
-    assert outcome(first, second, good) == expected
+    assert pairwise_outcome(first, second, good) == expected
 
 
 def test_the_threshold_is_of_ties_alone(files: tuple[Path, Path]) -> None:
@@ -93,7 +93,7 @@ def test_the_threshold_is_of_ties_alone(files: tuple[Path, Path]) -> None:
         ({"prompt": "another"}, "these are two data sets"),
         ({"system": "another"}, "another system message .*: these are two data sets"),
         ({"rubrics": [{"criteria": "another", "score": 1.0}]}, "other rubrics .*: these are two data sets"),
-        ({"score": None}, "no row that has a score in both"),
+        ({"score": None}, "no row has a score in both"),
         ({"score": "4"}, "no line of bench_rows.jsonl"),
     ],
 )
@@ -146,7 +146,7 @@ def test_scores_that_were_measured_otherwise_are_not_compared(
         paths.append(write_lines(tmp_path / name / "bench_rows.jsonl", [row]))
         if kept_in == "bench.json":
             (tmp_path / name / "bench.json").write_text(json.dumps(sections(protocol)), encoding="utf-8")
-    with pytest.raises(UserError, match=f"not measured alike: {setting} (.+ )?is .+ and .+{option}") as refusal:
+    with pytest.raises(UserError, match=f"as the settings differ: {setting} (.+ )?is .+ and .+{option}") as refusal:
         compare_pairwise(*paths)
     assert str(refusal.value).count(" is ") == 1
     assert compare_pairwise(paths[0], paths[0]).notes == []
@@ -158,7 +158,7 @@ def test_a_file_that_names_no_version_of_the_prompt_is_of_the_first(tmp_path: Pa
     with pytest.raises(UserError, match="judge prompt_version is 2 and 1") as refusal:
         compare_pairwise(new, old)
     assert str(refusal.value).endswith(
-        f"Run bench again for the model of {old} (version 1 of the judge's prompt can no longer be asked); unchanged answers "
+        f"Run bench again for the model of {old} (version 1 of the judge's prompt has been replaced); unchanged answers "
         "are taken from the journal."
     )
     with pytest.raises(UserError, match=f"Run bench again for the model of {old}"):
@@ -268,7 +268,7 @@ def test_another_protocol_ends_the_command_before_anything_is_asked(
         assert written == protocol_of(json.loads((tmp_path / name / "bench.json").read_text("utf-8")))
         assert written["judge temperature"] == 1.0
         assert (row["protocol"]["system_message_given"], row["protocol"]["system_role"]) == (True, "native")
-    assert "Rows that both have a score for: 1." in capsys.readouterr().out
+    assert "Rows with a score in both: 1." in capsys.readouterr().out
 
 
 def test_the_command_compares_with_another_models_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,7 +297,7 @@ def test_the_command_compares_with_another_models_rows(tmp_path: Path, capsys: p
     assert "| n wins | 1 | 25.0%" in (tmp_path / "n" / "report.md").read_text()
     shown = capsys.readouterr().out
     assert "| n wins | 1 | 25.0%" in shown
-    assert "Rows that both have a score for: 4. n less m is +0.25 (n = 4); p = " in shown
+    assert "Rows with a score in both: 4. n minus m: +0.25 (n = 4), p = " in shown
     assert "| n wins | 1 | 25.0% (n = 4) |" in shown
     assert "(n = ...): too few rows for an interval, which needs at least 6." in shown
 
@@ -313,7 +313,7 @@ def test_what_can_not_be_compared_leaves_the_runs_own_figures_whole(
         asking += ["--judge", "judge", "--judge-server", server.url]
         assert command(*asking) == 0
         assert command(*asking, "--limit", "2", "--against", stranger) == 2
-    assert "no row that has a score in both" in capsys.readouterr().err
+    assert "no row has a score in both" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "bench.json").read_text())["rows"] == 2
-    assert "(the first 2 of 3: not the whole bench)" in (tmp_path / "out" / "report.md").read_text("utf-8")
+    assert "(the first 2 of 3: not the complete bench)" in (tmp_path / "out" / "report.md").read_text("utf-8")
     assert len((tmp_path / "out" / "bench_rows.jsonl").read_text("utf-8").splitlines()) == 2

@@ -132,9 +132,9 @@ def test_one_of_a_thing_is_said_to_be_one(tmp_path: Path, capsys: pytest.Capture
     asked = ("--model", "m", "--data", data, "--responses", answers, "--judge", "judge", "--output-dir", tmp_path)
     assert command(*asked, "--runs", "1", "--retries", "0", "--batch-out", tmp_path / "batch.jsonl") == 0
     shown = capsys.readouterr().out
-    assert "--responses: 1 line belongs to no row that is asked for" in shown
+    assert "--responses: 1 line belongs to no row of this run" in shown
     assert "1 question for the judge: " in shown
-    assert "**Not finished: 1 judgement is still to come; " in shown
+    assert "**Not finished: 1 judgement is pending; " in shown
     assert "the data has 1 row, Multifaceted Bench 921" in shown
     with served(GRADES, models=["judge"]) as server:
         assert command(*asked, "--runs", "1", "--judge-server", server.url) == 0

@@ -100,7 +100,7 @@ def test_an_id_of_a_row_without_one_depends_on_nothing_but_the_row(tmp_path: Pat
     ids = {row.prompt: row.id for row in read(write_lines(tmp_path / "a.jsonl", rows)).rows}
     assert len(set(ids.values())) == 4
     turned = read(write_lines(tmp_path / "b.jsonl", rows[::-1]), limit=2)
-    assert (len(turned.rows), turned.of) == (2, 4)
+    assert (len(turned.rows), turned.rows_in_data) == (2, 4)
     assert all(ids[row.prompt] == row.id for row in turned.rows)
     twice = read(write_lines(tmp_path / "c.jsonl", [rows[0], rows[0]])).rows
     assert [row.id for row in twice] == [ids[rows[0]["prompt"]], f"{ids[rows[0]['prompt']]}-2"]
@@ -114,9 +114,9 @@ def test_an_id_of_a_row_without_one_depends_on_nothing_but_the_row(tmp_path: Pat
         ({"reference_answer": 3}, "`reference_answer` is of type int"),
         ({"rubrics": []}, "`rubrics` is an empty list"),
         ({"rubrics": "no JSON"}, "`rubrics`: Expecting value"),
-        ({"rubrics": [{"criteria": "c", "score_descriptions": {"1": "a"}}] * 4}, "rubric 1 doesn't have a text for each of 1 to 5"),
+        ({"rubrics": [{"criteria": "c", "score_descriptions": {"1": "a"}}] * 4}, "rubric 1 has no text for each score from 1 to 5"),
         ({"rubrics": [{"score_descriptions": {}}] * 4}, "rubric 1 has no `criteria`"),
-        ({"rubrics": bench_row(0)["rubrics"][:3]}, "3 rubrics stand beside 4 preferences"),
+        ({"rubrics": bench_row(0)["rubrics"][:3]}, "there are 3 rubrics and 4 preferences"),
         ({"prompt": "\ud83d"}, "`prompt` holds half of a surrogate pair"),
         ({"rubrics": [rubric(1, 0) | {"criteria": "\ude00"}] * 4}, "rubric 1 holds half of a surrogate pair"),
         ({"id": 1.5}, "`id` is of type float"),
@@ -166,8 +166,8 @@ def test_responses_find_their_rows_by_id_or_by_their_words(tmp_path: Path) -> No
         ([{"id": 1}], "there is no text in `response`"),
         ([{"id": 1, "responses": ["a", None]}], "nor a list of texts"),
         ([{"response": "a"}], "there is no `system`"),
-        ([{"id": 1, "response": "a"}, {"id": "1", "response": "b"}], "has its answers in an earlier line"),
-        ([{"id": 2, "response": "a"}], "no line belongs to a row of the data. Its ids begin with '1'"),
+        ([{"id": 1, "response": "a"}, {"id": "1", "response": "b"}], "an earlier line has responses to row"),
+        ([{"id": 2, "response": "a"}], "no line belongs to a row of the data, whose first id is '1'"),
         ([{"id": 1, "responses": ["a"], "scores": [1, 2]}], "a number for each"),
     ],
 )

@@ -164,9 +164,9 @@ def test_rows_are_compared_on_the_rubrics_that_both_have(tmp_path: Path) -> None
     assert found.notes[-2:] == [
         "A is not finished: 4 judgements pending; 1 row scored by 1 of its 2 rubrics; "
         "1 row scored by 1 of its 4 rubrics",
-        "B has 1 row scored by 1 of its 2 rubrics (compared by the rubrics that both have)",
+        "B has 1 row scored by 1 of its 2 rubrics (compared by the rubrics scored in both)",
     ]
-    assert "Left out: 1 row without a score in one of them." in found.markdown()
+    assert "Skipped: 1 row without a score in one of them." in found.markdown()
 
 
 def test_an_unfinished_run_is_named_by_the_command_and_one_without_scores_is_an_error(

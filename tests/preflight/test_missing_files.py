@@ -69,7 +69,7 @@ def test_what_is_there_is_no_fault(says: Callable[..., str]) -> None:
         ("data.sources.0.path=outputs/first-model", ["no data file in this folder"]),
         ("data.sources.0.path=nobody/nothing", ["cache of the Hugging Face hub", "HF_HUB_OFFLINE is set"]),
         ("data.validation=[{path: data/seen/held.jsonl}]", ["data.validation.0.path", "no held.jsonl in {}/data/seen"]),
-        ("training.optim=galore_adamw", ["training.optim_target_modules", "galore_adamw needs it"]),
+        ("training.optim=galore_adamw", ["training.optim_target_modules", "required by galore_adamw"]),
         (
             "training.optim=grokadamw",
             ["training.optim: grokadamw needs the package grokadamw", "pip install grokadamw"],

@@ -197,7 +197,7 @@ def test_a_system_message_is_shown_whole_wherever_the_template_writes_it(
     assert QUESTION not in shown
     assert [shown.count(token) for token in tokens] == [whole.count(token) for token in tokens]
     if QUESTION in whole:
-        assert "a system message is shown whole up to 3,500 characters" in " ".join(shown.split())
+        assert "a system message is shown completely up to 3,500 characters" in " ".join(shown.split())
 
 
 def test_a_long_turn_loses_its_middle_and_no_control_token(recipe_file: Callable[..., Path], tmp_path: Path) -> None:

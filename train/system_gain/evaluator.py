@@ -71,9 +71,9 @@ class ValidationGain:
         starts from the beginning in the folder of another keeps none of its lines.
         """
         try:
-            kept = [line for line in self._earlier() if line["step"] < record["step"]]
+            earlier = [line for line in self._earlier() if line["step"] < record["step"]]
             with atomic_write(self._path) as [unfinished]:  # a full disk must not cost the lines that were there
-                write_text(unfinished, "".join(json.dumps(line) + "\n" for line in [*kept, record]))
+                write_text(unfinished, "".join(json.dumps(line) + "\n" for line in [*earlier, record]))
         except OSError as error:
             print(f"warning: {self._path} can't be written: {error.strerror}", flush=True)
 

@@ -135,6 +135,6 @@ def _score(
     scores = []
     for start in range(0, len(labels), _TOKENS_PER_SOFTMAX):
         chunk = slice(start, start + _TOKENS_PER_SOFTMAX)
-        some = logits[chunk] if logits.dtype == torch.float64 else logits[chunk].float()
-        scores.append(some.log_softmax(-1).gather(1, labels[chunk, None])[:, 0])
+        logits_of_chunk = logits[chunk] if logits.dtype == torch.float64 else logits[chunk].float()
+        scores.append(logits_of_chunk.log_softmax(-1).gather(1, labels[chunk, None])[:, 0])
     return torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row_of, torch.cat(scores).cpu().double())

@@ -46,51 +46,53 @@ ESCAPED = r"\xe8\U0001f332\udce9"
 
 
 def started(code: str, environment: dict[str, str], *arguments: str | Path | bytes) -> tuple[int, str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHON"))}
+    environment_kept = {
+        key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHON"))
+    }
     result = subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=kept | {"PYTHONPATH": str(ROOT)} | environment,
+        [sys.executable, "-c", code, *arguments], env=environment_kept | {"PYTHONPATH": str(ROOT)} | environment,
         capture_output=True, check=False, timeout=120,
     )  # fmt: skip
     return result.returncode, result.stdout.decode("ascii"), result.stderr.decode("ascii")
 
 
 @pytest.mark.parametrize("name", ASCII)
-def test_whatever_a_command_says_is_escaped(name: str, tmp_path: Path) -> None:
+def test_all_output_of_a_command_is_escaped(name: str, tmp_path: Path) -> None:
     for raised, code in (("UserError", 2), ("RuntimeError", 1)):
-        said = started(SAYS.format(description="x", raised=raised), ASCII[name], tmp_path / "file")
-        assert said[0] == code
+        output = started(SAYS.format(description="x", raised=raised), ASCII[name], tmp_path / "file")
+        assert output[0] == code
         for words in ("printed ", "shown "):
-            assert words + ESCAPED in said[1]
+            assert words + ESCAPED in output[1]
         for words in ("warned ", "of ", "logged ", "error: raised " if code == 2 else "RuntimeError: raised "):
-            assert words + ESCAPED in said[2]
+            assert words + ESCAPED in output[2]
         assert (tmp_path / "file").read_bytes() == "è🌲".encode() + rb"\udce9"
 
 
 def test_a_page_of_help_is_escaped(tmp_path: Path) -> None:
     code = SAYS.format(description=r"\xe8", raised="RuntimeError")
-    returned, said, _ = started(code, ASCII["a stream of ASCII"], tmp_path, "--help")
-    assert (returned, r"\xe8" in said) == (0, True)
+    returned, output, _ = started(code, ASCII["a stream of ASCII"], tmp_path, "--help")
+    assert (returned, r"\xe8" in output) == (0, True)
 
 
-def test_an_argument_that_is_no_text_is_an_error(tmp_path: Path) -> None:
+def test_an_argument_that_is_not_utf_8_is_an_error(tmp_path: Path) -> None:
     code = SAYS.format(description="x", raised="UserError")
-    returned, _, said = started(code, {"PYTHONUTF8": "1"}, tmp_path / "file", b"key=caf\xe9")
+    returned, _, output = started(code, {"PYTHONUTF8": "1"}, tmp_path / "file", b"key=caf\xe9")
     assert returned == 2
-    assert r"error: argument b'key=caf\xe9': not UTF-8. Rename the file" in said
-    returned, _, said = started(code, ASCII["the C locale"], tmp_path / "file", "key=café".encode())
+    assert r"error: argument b'key=caf\xe9': not UTF-8. Rename the file" in output
+    returned, _, output = started(code, ASCII["the C locale"], tmp_path / "file", "key=café".encode())
     assert returned == 2
-    assert "this locale can't represent these characters. Set LC_ALL=C.UTF-8" in said
+    assert "this locale can't represent these characters. Set LC_ALL=C.UTF-8" in output
 
 
 def test_a_name_that_this_locale_can_not_write_is_an_error() -> None:
     code = "import sys; from train.cli import run_command; sys.exit(run_command(lambda: open(chr(0xe9)), ''))"
-    returned, _, said = started(code, ASCII["the C locale"])
+    returned, _, output = started(code, ASCII["the C locale"])
     assert returned == 2
-    assert said.strip() == r"error: this locale (ascii) can't represent '\xe9'. Set LC_ALL=C.UTF-8, or PYTHONUTF8=1."
+    assert output.strip() == r"error: this locale (ascii) can't represent '\xe9'. Set LC_ALL=C.UTF-8, or PYTHONUTF8=1."
 
 
 @pytest.mark.parametrize("parse", ["parse_args", "parse_intermixed_args", "parse_known_args"])
-def test_every_way_to_parse_looks_at_its_arguments(parse: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_parse_method_checks_its_arguments(parse: str, capsys: pytest.CaptureFixture[str]) -> None:
     parser = CommandLine()
     parser.add_argument("words", nargs="*")
     with pytest.raises(SystemExit, match="2"):
@@ -112,7 +114,7 @@ def run_in_ascii(*arguments: str | Path) -> tuple[int, bytes]:
         return main([str(argument) for argument in arguments]), written.getvalue()
 
 
-def test_a_training_says_names_that_the_log_can_not_encode(
+def test_training_escapes_names_that_the_log_can_not_encode(
     recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny_model, tmp_path / "modèle")
@@ -121,14 +123,14 @@ def test_a_training_says_names_that_the_log_can_not_encode(
         output_dir=str(tmp_path / "sortie-é"),
         training={"max_steps": 1, "num_train_epochs": ...},
     )
-    code, said = run_in_ascii("--recipe", recipe)
+    code, output = run_in_ascii("--recipe", recipe)
     assert code == 0
-    assert rb"mod\xe8le" in said
-    assert rb"sortie-\xe9" in said
+    assert rb"mod\xe8le" in output
+    assert rb"sortie-\xe9" in output
     assert "modèle" in (tmp_path / "sortie-é" / "report.md").read_text("utf-8")
 
 
-def test_files_of_a_folder_whose_names_are_no_text(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_file_names_that_are_not_utf_8(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     folder = tmp_path / "rows"
     folder.mkdir()
     row: dict[str, Any] = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -138,8 +140,8 @@ def test_files_of_a_folder_whose_names_are_no_text(recipe_file: Callable[..., Pa
     assert places == [rf"{folder}/caf\udce9.jsonl:1", rf"{folder}/\udcff.json row 1"]
     report = tmp_path / "report.json"
     recipe = recipe_file(data={"sources": [{"path": str(folder)}]})
-    code, said = run_in_ascii("--recipe", recipe, "--check", "--json", report)
+    code, output = run_in_ascii("--recipe", recipe, "--check", "--json", report)
     assert code == 0
-    assert rb"notes-\udce9.txt" in said
-    assert rb"caf\udce9.jsonl" in said
+    assert rb"notes-\udce9.txt" in output
+    assert rb"caf\udce9.jsonl" in output
     assert rb"caf\\udce9.jsonl" in report.read_bytes()

@@ -112,7 +112,7 @@ def test_4_bit_weights_train_an_adapter_on_the_cpu(
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "run")
 
 
-def test_a_run_goes_on_from_its_newest_complete_checkpoint(
+def test_a_run_resumes_from_its_newest_complete_checkpoint(
     recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     training = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": ..., "max_steps": 4}
@@ -120,7 +120,7 @@ def test_a_run_goes_on_from_its_newest_complete_checkpoint(
     assert main(["--recipe", recipe]) == 0
     run = tmp_path / "run"
     assert json.loads((run / "checkpoint-4" / "COMPLETE.json").read_text())["step"] == 4
-    whole, metrics = load_file(run / "model.safetensors"), lines_of(run / "metrics.jsonl")
+    uninterrupted, metrics = load_file(run / "model.safetensors"), lines_of(run / "metrics.jsonl")
     (run / "checkpoint-4" / "COMPLETE.json").unlink()
     capsys.readouterr()
     assert main(["--recipe", recipe]) == 0
@@ -128,7 +128,7 @@ def test_a_run_goes_on_from_its_newest_complete_checkpoint(
     assert f"going on from {run / 'checkpoint-2'}" in shown
     assert "step 2/4" not in shown
     again, metrics_again = load_file(run / "model.safetensors"), lines_of(run / "metrics.jsonl")
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert all(torch.equal(uninterrupted[name], again[name]) for name in uninterrupted)
     assert [line["loss"] for line in metrics_again] == [line["loss"] for line in metrics]
     (run / "checkpoint-2" / "COMPLETE.json").unlink()
     (run / "checkpoint-4" / "COMPLETE.json").unlink()
@@ -143,7 +143,7 @@ def test_a_run_goes_on_from_its_newest_complete_checkpoint(
     assert "belongs to another run: seed was 42 and is 1; training.learning_rate was 0.001 and is 0.5" in error
 
 
-def test_a_folder_with_another_model_in_it_is_not_written_into(
+def test_a_run_does_not_write_into_a_folder_with_another_model(
     recipe_file: Callable[..., Path], refused: Callable[..., str], tiny_model: Path, tmp_path: Path
 ) -> None:
     assert "would be overwritten" in refused("--recipe", recipe_file(output_dir=str(tiny_model)))
@@ -251,9 +251,7 @@ def test_a_broken_recipe_ends_with_2_and_no_traceback(tmp_path: Path) -> None:
         (["--recipe", "x.yaml", "--json", "x.json"], "--check"),
     ],
 )
-def test_a_command_line_that_is_not_understood(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_invalid_command_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
@@ -269,7 +267,7 @@ MODEL_FAULTS = {
 
 
 @pytest.mark.parametrize("words", MODEL_FAULTS)
-def test_a_model_that_is_not_there(words: str, recipe_file: Callable[..., Path], refused: Callable[..., str]) -> None:
+def test_a_missing_model(words: str, recipe_file: Callable[..., Path], refused: Callable[..., str]) -> None:
     error = refused("--recipe", recipe_file(model=MODEL_FAULTS[words]))
     assert "model.name_or_path" in error
     assert words in error
@@ -328,16 +326,14 @@ RUN_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", RUN_FAULTS)
-def test_a_fault_found_before_training(
-    fault: str, recipe_file: Callable[..., Path], refused: Callable[..., str]
-) -> None:
-    sections, words = RUN_FAULTS[fault]
+@pytest.mark.parametrize("case", RUN_FAULTS)
+def test_errors_found_before_training(case: str, recipe_file: Callable[..., Path], refused: Callable[..., str]) -> None:
+    sections, words = RUN_FAULTS[case]
     error = refused("--recipe", recipe_file(**sections))
     assert [word for word in words if word not in error] == []
 
 
-def test_an_output_dir_that_can_not_be_written_is_told_before_the_data_is_read(
+def test_an_unwritable_output_dir_is_an_error_before_the_data_is_read(
     recipe_file: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / "taken").write_text("a file")
@@ -349,7 +345,7 @@ def test_an_output_dir_that_can_not_be_written_is_told_before_the_data_is_read(
     assert (tmp_path / "taken").read_text() == "a file"
 
 
-def test_rows_that_the_template_refuses_are_named_or_left_out(
+def test_rows_that_the_template_refuses_are_errors_or_skipped(
     recipe_file: Callable[..., Path],
     tmp_path: Path,
     rows_file: Path,
@@ -378,12 +374,12 @@ def test_rows_that_the_template_refuses_are_named_or_left_out(
 
 def test_wandb_without_a_key_is_an_error_not_a_question(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     recipe = recipe_file(tracking={"wandb": {"project": "x"}})
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
     result = subprocess.run(
         [sys.executable, "train/sft.py", "--recipe", recipe],
         cwd=ROOT,
-        env=kept | nowhere,
+        env=environment | nowhere,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -48,32 +48,32 @@ everywhere = pytest.mark.parametrize("where", [pytest.param("full", marks=needs_
         "sys.stdout.writelines(['a', 'line'])",
     ],
 )
-def test_unwritable_output_of_any_print(where: str, act: str) -> None:
-    """A little waits in a buffer until the end, and much does not."""
+def test_output_that_cannot_be_written_ends_the_command(where: str, act: str) -> None:
+    """Short output stays in a buffer until the end; long output doesn't."""
     code = f"import sys; from train.cli import run_command; sys.exit(run_command(lambda: {act}, 'stopped'))"
     assert started(where, "-c", code) == ENDS[where]
 
 
 @everywhere
 @pytest.mark.parametrize(
-    ("exception", "code", "words"),
-    [("UserError('mend it')", 2, "error: mend it\n"), ("KeyboardInterrupt", 130, "stopped\n")],
+    ("error", "code", "message"),
+    [("UserError('fix it')", 2, "error: fix it\n"), ("KeyboardInterrupt", 130, "stopped\n")],
 )
-def test_another_error_is_reported_without_the_lost_output(where: str, exception: str, code: int, words: str) -> None:
+def test_other_errors_are_reported_instead_of_lost_output(where: str, error: str, code: int, message: str) -> None:
     program = f"""
 import sys
 from train.cli import run_command
 from train.errors import UserError
 def act():
     print("a line")
-    raise {exception}
+    raise {error}
 sys.exit(run_command(act, "stopped"))
 """
     assert started(where, "-c", program) == (code, message)
 
 
 @needs_full
-def test_an_error_of_another_file_is_not_reported_as_lost_output() -> None:
+def test_a_full_disk_elsewhere_is_not_reported_as_lost_output() -> None:
     act = "open('/dev/full', 'w').write('x' * 100_000)"
     code, stderr = started(
         "full", "-c", f"import sys; from train.cli import run_command; sys.exit(run_command(lambda: {act}, ''))"
@@ -95,7 +95,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 @everywhere
-def test_evaluations_write_their_results_before_the_output_is_lost(
+def test_evaluations_write_results_before_they_print(
     where: str, rows: Path, tiny_chat_model: Path, tmp_path: Path
 ) -> None:
     evaluate = "scripts/evaluate.py"
@@ -114,12 +114,12 @@ def test_evaluations_write_their_results_before_the_output_is_lost(
     assert json.loads((after / "compare.json").read_text("utf-8"))["measures"]
 
 
-async def good_everything(request: Asked) -> Reply:
-    """Answers the collection well enough for a row; of SYSGEN, nothing is asked here."""
-    names_asked = request.prompt.rpartition("\n### ")[2].splitlines()[1:]
-    names = [line[2:].partition(",")[0] for line in names_asked if line.startswith("- ")]
-    lines = "\n".join(f"{name}: Kind {request.number} for {place}." for place, name in enumerate(names))
-    return said(lines or f"You are helper {request.number}.")
+async def good_everything(asked: Asked) -> Reply:
+    """Answer the collection's requests well enough for a row; SYSGEN sends none here."""
+    requested = asked.prompt.rpartition("\n### ")[2].splitlines()[1:]
+    names = [line[2:].partition(",")[0] for line in requested if line.startswith("- ")]
+    lines = "\n".join(f"{name}: Kind {asked.number} for {place}." for place, name in enumerate(names))
+    return said(lines or f"You are helper {asked.number}.")
 
 
 @pytest.fixture
@@ -141,9 +141,7 @@ def asking(tmp_path: Path) -> Iterator[Path]:
 
 @everywhere
 @pytest.mark.parametrize("script", ["sysgen", "collection"])
-def test_answers_of_servers_are_written_before_the_output_is_lost(
-    where: str, script: str, asking: Path, tmp_path: Path
-) -> None:
+def test_data_pipelines_write_rows_before_they_print(where: str, script: str, asking: Path, tmp_path: Path) -> None:
     more = ["message=common", "answers=original"] if script == "sysgen" else []
     command = [f"scripts/{script}.py", "--config", asking]
     assert started(where, *command, "--check", *more) == ENDS[where]

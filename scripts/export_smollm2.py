@@ -40,9 +40,9 @@ def export(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
-    from train.model.load import hide_bars_in_logs
+    from train.model.load import disable_bars_in_logs
 
-    hide_bars_in_logs()
+    disable_bars_in_logs()
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}

@@ -129,11 +129,11 @@ def verify_weights(base: Path, adapter: Path, merged: Path, dtype: str) -> None:
 
     Raises UserError if a weight is wrong, or if too little of the update survives rounding to `dtype`.
     """
-    from train.model.merge import tied_embeddings
+    from train.model.merge import find_tied_embeddings
     from train.model.merge_check import check_merge
 
     try:
-        result = check_merge(base, adapter, merged, tied_embeddings(base))
+        result = check_merge(base, adapter, merged, find_tied_embeddings(base))
     except UserError as error:
         raise UserError(f"{adapter}: the merged model differs from base and adapter: {error}") from error
     if result.changes_nothing:
@@ -197,10 +197,10 @@ def merge(options: argparse.Namespace) -> None:
     warn_about_quantization(options.adapter)
     from transformers import AutoConfig
 
-    from train.model.load import hide_bars_in_logs
+    from train.model.load import disable_bars_in_logs
     from train.model.merge import merge_adapter
 
-    hide_bars_in_logs()
+    disable_bars_in_logs()
     unfinished = options.output.with_name(f"{options.output.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from train.cli import CommandLine, run_command
 from train.formatting import duration
-from train.preflight.missing_files import refuse_missing
+from train.preflight.missing_files import check_files_exist
 from train.recipe import load_recipe
 from train.warning_filters import filter_known_warnings
 
@@ -23,13 +23,13 @@ from train.warning_filters import filter_known_warnings
 def run(recipe_file: Path, overrides: list[str]) -> None:
     """Prepare the data of the recipe and print a summary. Raises UserError."""
     recipe = load_recipe(recipe_file, overrides)
-    refuse_missing(recipe, packages=False)  # training runs on another machine
+    check_files_exist(recipe, packages=False)  # training runs on another machine
     # Heavy imports wait until the recipe has been checked.
     from train.data.diagnostics import describe_dropped, describe_unread, find_data_warnings, find_dropped_rows
     from train.data.prepare import prepare
     from train.model.tokenizer import load_chat_tokenizer
 
-    tokenizer = load_chat_tokenizer(recipe).tokenizer
+    tokenizer = load_chat_tokenizer(recipe.model, recipe.chat).tokenizer
     started = time.monotonic()
     data = prepare(recipe, tokenizer)
     seconds = time.monotonic() - started

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server on loopback that answers by a script, and counts what it was asked and has answered."""
+"""OpenAI-compatible server on loopback that answers by a script and records its requests."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ from typing import Any, Self
 
 @dataclass
 class Asked:
-    """One request as the server got it. `times`: how often this very prompt came before."""
+    """A request as the server received it. `times`: earlier requests with the same prompt."""
 
     body: dict[str, Any]
     headers: dict[str, str]
@@ -28,7 +28,7 @@ class Asked:
 
 @dataclass
 class Reply:
-    """What is sent back: `body` as JSON, or the bytes. `drop` ends the connection after so many bytes of it."""
+    """A response: `body` as JSON, or the bytes. `drop` ends the connection after this many bytes."""
 
     status: int = 200
     body: Any = None
@@ -36,23 +36,23 @@ class Reply:
     drop: int | None = None
 
 
-def said(text: str | None, finish_reason: str = "stop", **message: Any) -> Reply:
-    """A chat completion; a word is a token."""
-    words = len((text or "").split())
+def chat_reply(text: str | None, finish_reason: str = "stop", **message: Any) -> Reply:
+    """Return a chat completion; a word is a token."""
+    tokens = len((text or "").split())
     choice = {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text, **message}}
-    usage = {"prompt_tokens": 7, "completion_tokens": words, "total_tokens": 7 + words}
+    usage = {"prompt_tokens": 7, "completion_tokens": tokens, "total_tokens": 7 + tokens}
     return Reply(body={"id": "c", "object": "chat.completion", "created": 1, "choices": [choice], "usage": usage})
 
 
 def error(status: int, message: str, *, headers: dict[str, str] | None = None, **more: Any) -> Reply:
-    """An error in OpenAI's form."""
+    """Return an error in OpenAI's form."""
     return Reply(
         status, {"error": {"message": message, "type": "x", "param": None, "code": None, **more}}, headers or {}
     )
 
 
 def _bytes_of(reply: Reply) -> bytes:
-    """The response as it is sent."""
+    """Return the raw bytes of a response."""
     content = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
     lines = [f"HTTP/1.1 {reply.status} Said", f"Content-Length: {len(content)}"]
     lines += [f"{name}: {value}" for name, value in reply.headers.items()]
@@ -63,10 +63,11 @@ Script = Callable[[Asked], Awaitable[Reply]]
 
 
 class ScriptedServer:
-    """`answered`: how often each prompt was answered with 200, to the last byte.
+    """A server with a script.
 
-    `models`: the names that it lists; a look at them is not in `asked`. None: the script is asked for the list.
-    `encryption`: it speaks TLS.
+    answered: number of complete answers (status 200) by prompt.
+    models: the models that it lists; such requests are not in `asked`. None = the script answers them.
+    encryption: SSL context of a server with TLS.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class ScriptedServer:
         await asyncio.gather(*self._connections, return_exceptions=True)
 
     def prompts(self) -> Counter[str]:
-        """Return the number of times that each prompt was asked, without looks at the models."""
+        """Return the number of requests by prompt, without requests for the models."""
         return Counter(asked.prompt for asked in self.asked if asked.body)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -133,21 +134,25 @@ class ScriptedServer:
             reply = await self.script(asked)
         finally:
             self.in_flight -= 1
-        whole = _bytes_of(reply)
+        response = _bytes_of(reply)
         if reply.drop is not None:
-            writer.write(whole[: reply.drop])
+            writer.write(response[: reply.drop])
             return False
         if reader.at_eof() or writer.is_closing():
             return False  # the client left: it is not answered
         self.answered[asked.prompt] += reply.status == 200
-        writer.write(whole)
+        writer.write(response)
         await writer.drain()
         return True
 
 
+said = chat_reply
+"""The former name of `chat_reply`."""
+
+
 @contextmanager
 def served(script: Script, models: Sequence[str] | None = None) -> Iterator[ScriptedServer]:
-    """A server in a thread of its own, for clients in other processes."""
+    """Run a server in its own thread, for clients in other processes."""
     server = ScriptedServer(script, models)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)

@@ -32,8 +32,8 @@ from train.loop.run_outcome import print_resume_hint, record_run_outcome
 from train.loop.side_files import side_file_errors
 from train.loop.tracking import open_trackers
 from train.loop.trainer import JanusTrainer
-from train.model.float8 import check_start
-from train.model.inference import stop_at
+from train.model.float8 import check_float8_start
+from train.model.inference import set_stop_tokens
 from train.model.load import check_model, load_config, load_model
 from train.model.quantized_weights import with_saved_quantization
 from train.model.tokenizer import check_vocabulary, load_chat_tokenizer
@@ -41,7 +41,7 @@ from train.preflight.start_screen import start_screen
 from train.ranks import is_first_rank, world_size
 from train.recipe import Recipe
 from train.recipe.schedule import compute_schedule, schedule_error
-from train.system_gain.validation_rows import describe_gain, gain_refusal, gain_rows
+from train.system_gain.validation_rows import describe_gain, gain_metric_error, load_gain_rows
 
 
 def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway: Sequence[str] = ()) -> None:
@@ -56,9 +56,9 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
     if checkpoint:
         with_deepspeed = checkpoint.manifest["distribution"].startswith("DeepSpeed")
         ResumedSettings(checkpoint, recipe).refuse(checkpoint, deepspeed=with_deepspeed)
-    tokenizer, template, _ = load_chat_tokenizer(recipe, get_run_date(checkpoint))
+    tokenizer, template, _ = load_chat_tokenizer(recipe.model, recipe.chat, get_run_date(checkpoint))
     check_vocabulary(tokenizer, recipe.model, checked.embeddings)
-    check_start(recipe)
+    check_float8_start(recipe)
 
     output_dir = Path(recipe.output_dir)
     with _claimed_output_dir(recipe, checkpoint) as preemption:
@@ -71,10 +71,10 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
         if checkpoint:
             facts_before = {key: value for key, value in checkpoint.manifest["run"].items() if key.startswith("made.")}
             refuse_changes(checkpoint, facts_before, facts, resume_anyway)
-        gain = gain_rows(recipe, data, tokenizer)
+        gain = load_gain_rows(recipe, data, tokenizer)
         tokens_per_sequence = data.train.stats.tokens_per_sequence
         steps = compute_schedule(recipe.training, len(data.train.dataset), tokens_per_sequence, world_size())
-        _refuse([gain_refusal(recipe, gain) or schedule_error(recipe.training, steps)])
+        _refuse([gain_metric_error(recipe, gain) or schedule_error(recipe.training, steps)])
 
         # Set up the trainer; under ZeRO-3 its arguments must exist before the model is loaded.
         stop_tokens = SpanFinder(tokenizer).stop_tokens
@@ -87,7 +87,7 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
         with open_trackers(recipe, checkpoint.manifest["wandb_run"] if checkpoint else None):
             _print(f"loading {recipe.model.name_or_path}")
             model = load_model(recipe)
-            stop_at(model, tokenizer, stop_tokens)
+            set_stop_tokens(model, tokenizer, stop_tokens)
             trainer = JanusTrainer(
                 recipe, arguments, model, tokenizer, data, [step_log], preemption=preemption, gain=gain, about=facts
             )

@@ -7,11 +7,14 @@ r"""Supervised fine-tuning from a recipe.
     python train/sft.py --recipe recipes/smollm2-135m/sft/quickstart.yaml \
         --check
 
-`key=value` overrides a key of the recipe, by its dotted name. `--check` reports what would be trained and trains
-nothing. The same command continues an interrupted run from its newest complete checkpoint.
+    python train/sft.py --init my.yaml --model MODEL --data rows.jsonl
 
-Exit codes: 0 done, or ready with --check; 2 something in the recipe, the data or the machine has to be changed (one
-`error:` says what); 130 stopped by Ctrl-C; 1 anything else.
+`key=value` overrides a key of the recipe, by its dotted name. `--check` reports what would be trained and trains
+nothing. `--init` writes a recipe to start from. The same command continues an interrupted run from its newest complete
+checkpoint.
+
+Exit codes: 0 done, or ready with --check; 2 an error that the user can fix in the recipe, the data or the machine (one
+paragraph on standard error); 130 stopped by Ctrl-C; 1 anything else.
 """
 
 import argparse
@@ -28,19 +31,22 @@ from train.loop.checkpoint.resume import find_checkpoint
 from train.loop.finished_run import find_finished_run
 from train.model.folder import check_model_folder
 from train.preflight.json_report import discard_earlier_report
-from train.preflight.missing_files import refuse_missing
+from train.preflight.missing_files import check_files_exist
 from train.ranks import is_first_rank, single_process_warning
 from train.recipe import load_recipe
 from train.storage.local_paths import parse_path_or_id
 from train.warning_filters import filter_known_warnings
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line. Exits with 2 if it can't be understood."""
     parser = CommandLine(description=__doc__)
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="the recipe: a YAML file that says what to train")
     parser.add_argument(
-        "--recipe", required=True, type=Path, metavar="FILE", help="the recipe: a YAML file that says what to train"
+        "--init", type=Path, metavar="FILE", help="write a commented minimal recipe to FILE, and train nothing"
     )
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="with --init: the model that will be trained")
+    parser.add_argument("--data", metavar="PATH_OR_ID", help="with --init: the rows that it will be trained on")
     parser.add_argument(
         "--resume",
         type=parse_path_or_id,
@@ -72,6 +78,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
     options = parser.parse_intermixed_args(arguments)
+    if options.init is None and options.recipe is None:
+        parser.error("the following arguments are required: --recipe")
+    if options.init is not None and (options.recipe is not None or options.check or options.overrides):
+        parser.error("--init writes a recipe: give it without --recipe, --check and overrides")
+    if options.init is None and (options.model or options.data):
+        parser.error("--model and --data belong to --init; a recipe names them as model.name_or_path and data.sources")
     if options.json is not None and not options.check:
         parser.error("--json writes the report of --check: give both")
     if options.gpus and not options.check:
@@ -82,10 +94,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train the recipe, or report on it with --check. Raises UserError for whatever the user can fix."""
+    """Train the recipe, report on it (--check) or write one (--init). Raises UserError for errors of the user."""
+    if options.init is not None:
+        from train.preflight.starter_recipe import write_starter_recipe
+
+        write_starter_recipe(options.init, options.model, options.data)
+        print(f"{options.init} is written; look at what it trains with --recipe {options.init} --check")
+        return
     json_file = discard_earlier_report(options.json) if options.json is not None else None
     recipe = load_recipe(options.recipe, options.overrides)
-    refuse_missing(recipe)
+    check_files_exist(recipe)
     width = Console(file=sys.stdout).width
     finished, difference = find_finished_run(recipe) if options.resume == "auto" else (None, None)
     if difference and is_first_rank():
@@ -103,7 +121,7 @@ def run(options: argparse.Namespace) -> None:
 
         cluster = None
         if options.gpus:
-            from train.preflight.plan.plan import parse_cluster
+            from train.preflight.plan.cluster import parse_cluster
 
             cluster = parse_cluster(options.gpus, options.nodes, options.mfu)
         summary = finished.summary if finished else None
@@ -115,10 +133,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; the exit code."""
+    """Run the command; return its exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     filter_known_warnings()
-    options = parse(arguments)
+    options = parse_options(arguments)
     if options.check and not is_first_rank():
         return 0  # a report needs one process, however many the launcher starts
     if mistake := single_process_warning(os.environ):

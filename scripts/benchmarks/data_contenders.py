@@ -226,7 +226,7 @@ def ours(task: Task, clock: Clock) -> Tokens:
         encoding="utf-8",
     )
     recipe = load_recipe(file)
-    tokenizer = load_chat_tokenizer(recipe).tokenizer
+    tokenizer = load_chat_tokenizer(recipe.model, recipe.chat).tokenizer
     with clock.running():
         prepared = prepare(recipe, tokenizer)
     tokens, account = count(prepared.train.dataset), prepared.train.stats

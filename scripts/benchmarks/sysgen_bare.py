@@ -30,7 +30,7 @@ def requests_of(question: str, answer: str) -> Iterator[tuple[Turns, int]]:
     message = parse(MESSAGE.format(row=row)).without({"Tool"}, "judged None")
     yield prompts.verify(message), 256
     yield [{"role": "system", "content": message.text}, {"role": "user", "content": question}], 1_024
-    yield prompts.follows(message.text, question, ANSWER), 16
+    yield prompts.judge(message.text, question, ANSWER), 16
 
 
 def as_bytes(base_url: str, messages: Turns, max_tokens: int) -> bytes:

@@ -117,7 +117,7 @@ class Judge(Task):
 
     def format_input(self, input: Row) -> list[dict[str, str]]:
         """The prompt."""
-        return prompts.follows(input["system"], input["messages"][0]["content"], input["new_answer"])
+        return prompts.judge(input["system"], input["messages"][0]["content"], input["new_answer"])
 
     def format_output(self, output: str | None, input: Row) -> Row:
         """What a row gets."""

@@ -25,10 +25,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from benchmarks.rows import lengths
 from benchmarks.training_settings import KERNELS, RECIPES, Contender, Lengths, Task, by_name
 from train.errors import UserError
-from train.model.architecture import Shape, shape_of
-from train.model.attention.selection import Choice, attention_for
-from train.model.flops import peak_flops, training_flops
-from train.preflight.plan.plan import Cluster, plan
+from train.model.architecture import Architecture, inspect_architecture
+from train.model.attention.selection import AttentionChoice, select_attention
+from train.model.flops import count_training_flops, peak_flops
+from train.preflight.plan.cluster import Cluster
+from train.preflight.plan.plan import plan_run
 from train.recipe import Recipe, load_recipe
 from train.warning_filters import filter_known_warnings
 
@@ -129,7 +130,7 @@ class Watch(TrainerCallback):
             torch.cuda.synchronize()
         return time.monotonic()
 
-    def steps(self, shape: Shape, warmup: int) -> list[dict[str, Any]]:
+    def steps(self, shape: Architecture, warmup: int) -> list[dict[str, Any]]:
         """Each step: seconds, the documents that were trained and what they took."""
         found = []
         measured = zip(self.ends, self.ends[1:], self.inputs, self.losses, strict=False)
@@ -143,7 +144,7 @@ class Watch(TrainerCallback):
                     "documents": documents.tolist(),
                     "tokens": int(documents.sum()),
                     "trained_tokens": int((labels >= 0).sum()),
-                    "flops": training_flops(shape, documents).total,
+                    "flops": count_training_flops(shape, documents).total,
                     "loss": float(loss),
                 }
             )
@@ -262,12 +263,12 @@ def recipe_of(contender: Contender, wanted: Lengths, folder: Path) -> Recipe:
     )
 
 
-def foretold(recipe: Recipe, shape: Shape, wanted: Lengths) -> dict[str, int]:
+def foretold(recipe: Recipe, shape: Architecture, wanted: Lengths) -> dict[str, int]:
     """What `train/sft.py --check --gpus` would say of one GPU, part by part, in bytes."""
     total = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
     cluster = Cluster(1, 1, "here", total, 1.0, assumed=False, mfu=1.0)
     sizes = np.array([sum(row) for row in row_lengths(wanted)])
-    found = plan(recipe, shape, cluster, sizes, steps=wanted.steps, epochs=1, sequences_per_step=wanted.batch)
+    found = plan_run(recipe, shape, cluster, sizes, steps=wanted.steps, epochs=1, sequences_per_step=wanted.batch)
     memory = vars(found.candidates[0].memory)
     return {name: value for name, value in memory.items() if isinstance(value, int) and name != "host"}
 
@@ -277,7 +278,7 @@ def measure(task: Task) -> None:
     assert task.contender is not None
     contender, wanted, result = by_name(task.contender), task.lengths, task.folder / "result.json"
     recipe = recipe_of(contender, wanted, task.folder)
-    shape = shape_of(recipe, config_of(wanted))
+    shape = inspect_architecture(recipe, config_of(wanted))
     known: dict[str, Any] = {"parameters": shape.total, "trained_parameters": shape.trained}
     watch = Watch()
     if contender.dtype:
@@ -285,7 +286,7 @@ def measure(task: Task) -> None:
     else:
         known["foretold"] = foretold(recipe, shape, wanted)
         result.write_text(json.dumps(known), encoding="utf-8")
-        trainer, sequences = ours(task, attention_for(recipe, config_of(wanted)).kernel, recipe, watch)
+        trainer, sequences = ours(task, select_attention(recipe, config_of(wanted)).kernel, recipe, watch)
     trainer.watch = watch
     known |= {"sequences": sequences, "used": used(trainer)}
     result.write_text(json.dumps(known), encoding="utf-8")
@@ -317,9 +318,9 @@ def probe(task: Task) -> None:
     """Write what this machine is, and why not each attention kernel, in the words of train/model/attention/selection.py."""
     recipe = recipe_of(by_name("full"), task.lengths, task.folder)
 
-    def choice(kernel: str) -> Choice:
+    def choice(kernel: str) -> AttentionChoice:
         model = recipe.model.model_copy(update={"attention": kernel})
-        return attention_for(recipe.model_copy(update={"model": model}), config_of(task.lengths))
+        return select_attention(recipe.model_copy(update={"model": model}), config_of(task.lengths))
 
     def fault(kernel: str) -> str | None:
         try:

@@ -13,7 +13,7 @@ import yaml
 
 from slurm.batch_script import ROOT, Task, resume_options
 from train.errors import UserError
-from train.preflight.missing_files import refuse_missing
+from train.preflight.missing_files import check_files_exist
 from train.recipe import Recipe
 
 
@@ -50,16 +50,16 @@ def check_task(options: argparse.Namespace, task: Task) -> None:
 
 
 def _check_recipe(recipe: Recipe, processes: int, resume_anyway: list[str]) -> None:
-    refuse_missing(recipe)
+    check_files_exist(recipe)
     import torch
 
     from train.loop.optimizer_test import check_optimizer
     from train.model.folder import check_model_folder
     from train.model.load import check_model
     from train.model.tokenizer import check_vocabulary, load_chat_tokenizer
-    from train.preflight.checks import run_faults
+    from train.preflight.checks import find_run_errors
 
-    if errors := run_faults(recipe, 0, processes):
+    if errors := find_run_errors(recipe, 0, processes):
         raise UserError(" ".join(errors))
     _check_checkpoint(recipe, resume_anyway)
     check_model_folder(recipe.model)
@@ -67,7 +67,7 @@ def _check_recipe(recipe: Recipe, processes: int, resume_anyway: list[str]) -> N
     any_attention = recipe.model.model_copy(update={"attention": "auto"})
     checked = check_model(recipe if torch.cuda.is_available() else recipe.model_copy(update={"model": any_attention}))
     check_optimizer(recipe)
-    check_vocabulary(load_chat_tokenizer(recipe).tokenizer, recipe.model, checked.embeddings)
+    check_vocabulary(load_chat_tokenizer(recipe.model, recipe.chat).tokenizer, recipe.model, checked.embeddings)
 
 
 def _check_checkpoint(recipe: Recipe, resume_anyway: list[str]) -> None:
@@ -92,11 +92,14 @@ def memory_warning(options: argparse.Namespace, config: dict[str, Any], tasks: l
     Tasks without a plan (unknown GPUs, model or way to run) count as fitting.
     """
     from train.preflight.plan import job_memory
-    from train.preflight.plan.plan import parse_cluster
+    from train.preflight.plan.cluster import parse_cluster
 
     for recipe in _distinct_recipes(tasks):
-        gpus, strategy = job_memory.gpus_of(options.gpu_names, options.gpus), job_memory.strategy_of(config, recipe)
-        shape = job_memory.shape_in_plan(recipe) if gpus and strategy else None
+        gpus, strategy = (
+            job_memory.parse_gpu_names(options.gpu_names, options.gpus),
+            job_memory.read_strategy(config, recipe),
+        )
+        shape = job_memory.dense_architecture(recipe) if gpus and strategy else None
         if gpus is None or strategy is None or shape is None:
             continue
         cluster = parse_cluster(gpus, options.nodes)
@@ -120,10 +123,10 @@ def run_data_check(options: argparse.Namespace, task: Task) -> int:
 
     The report goes to standard error, because --print uses standard output.
     """
-    from train.preflight.plan.job_memory import gpus_of, shape_in_plan
+    from train.preflight.plan.job_memory import dense_architecture, parse_gpu_names
 
-    gpus = gpus_of(options.gpu_names, options.gpus)
+    gpus = parse_gpu_names(options.gpu_names, options.gpus)
     command = [sys.executable, str(ROOT / "train" / "sft.py"), "--recipe", str(options.recipe), "--check"]
     command += resume_options(options.resume_anyway)
-    command += ["--gpus", gpus, "--nodes", str(options.nodes)] if gpus and shape_in_plan(task.recipe) else []
+    command += ["--gpus", gpus, "--nodes", str(options.nodes)] if gpus and dense_architecture(task.recipe) else []
     return subprocess.run([*command, *task.overrides], stdout=sys.stderr, check=False).returncode

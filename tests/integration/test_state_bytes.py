@@ -1,4 +1,4 @@
-"""The plan's bytes of weights, gradients and optimizer against those that DeepSpeed holds, to the byte."""
+"""The plan's bytes of weights, gradients and optimizer equal those that DeepSpeed holds."""
 
 import importlib.util
 import json
@@ -15,8 +15,8 @@ from ranks import ROOT, launch
 from state_bytes import train_and_measure
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from train.model.architecture import shape_of
-from train.preflight.plan.memory import DDP, STRATEGIES, Numbers, states_of
+from train.model.architecture import inspect_architecture
+from train.preflight.plan.memory import DDP, STRATEGIES, StateSettings, count_state_bytes
 from train.recipe import load_recipe
 
 LORA = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}  # 3 x 64 elements: no padding by luck
@@ -28,7 +28,7 @@ BUCKET = 14_000
 
 @pytest.fixture
 def odd_model(tiny_model: Path, tmp_path: Path) -> Path:
-    """The tiny model with sizes that two GPUs can't share evenly, some of its parameters too large to persist."""
+    """Return the tiny model with sizes that two GPUs can't share evenly, and some parameters too large to persist."""
     folder = tmp_path / "odd"
     shutil.copytree(tiny_model, folder)
     config = AutoConfig.from_pretrained(tiny_model).to_dict()
@@ -41,7 +41,7 @@ def odd_model(tiny_model: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def measured(recipe_file: Callable[..., Path], tmp_path: Path, odd_model: Path) -> Callable[..., tuple]:
-    """Trains with a shipped configuration; what is planned, and what each of two ranks held."""
+    """Return a function that trains with a shipped configuration: the plan, and the bytes that each of two ranks held."""
 
     def measure(strategy: str, bf16: bool, adapter: dict[str, Any] | None, optimizer: str) -> tuple:
         chosen = next(candidate for candidate in STRATEGIES if candidate.name == strategy)
@@ -72,8 +72,8 @@ def measured(recipe_file: Callable[..., Path], tmp_path: Path, odd_model: Path) 
             job=train_and_measure,
             logs=tmp_path / "logs",
         ).succeeded()
-        shape = shape_of(load_recipe(recipe), AutoConfig.from_pretrained(odd_model))
-        planned = states_of(shape, chosen, Numbers(2, optimizer, bf16))
+        shape = inspect_architecture(load_recipe(recipe), AutoConfig.from_pretrained(odd_model))
+        planned = count_state_bytes(shape, chosen, StateSettings(2, optimizer, bf16))
         return planned, [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
 
     return measure
@@ -129,7 +129,7 @@ def test_a_step_without_deepspeed(
     optimizer: str, recipe_file: Callable[..., Path], odd_model: Path, tmp_path: Path
 ) -> None:
     """torch's AdamW on all parameters of a group at once, as on a GPU."""
-    shape = shape_of(
+    shape = inspect_architecture(
         load_recipe(recipe_file(model={"name_or_path": str(odd_model)})), LlamaConfig.from_pretrained(odd_model)
     )
     groups = [
@@ -148,4 +148,6 @@ def test_a_step_without_deepspeed(
     adam.step()
     with LiveBytes() as live:
         adam.step()
-    assert states_of(shape, DDP, Numbers(2, optimizer, True)).step == pytest.approx(live.peak, abs=SCALARS)
+    assert count_state_bytes(shape, DDP, StateSettings(2, optimizer, True)).step == pytest.approx(
+        live.peak, abs=SCALARS
+    )

@@ -1,4 +1,4 @@
-"""Certificates of servers on loopback, for tests alone: a good one, one of another host, and one that has expired.
+"""Certificates of loopback servers, only for tests: a valid one, one of another host, and an expired one.
 
 One key for all, made with `openssl ecparam -name prime256v1 -genkey`; the certificates with `openssl req -x509`, valid
 for a hundred years, and `openssl ca` (2020 to 2021).
@@ -58,14 +58,14 @@ RBfaMhNwM8bUVq2p+9ngSBK/oz5H
 
 
 def write_certificate(name: str, folder: Path) -> Path:
-    """Write one of them; the PEM file."""
+    """Write a certificate; return the PEM file."""
     path = folder / "certificate.pem"
     path.write_text(_CERTIFICATES[name], encoding="ascii")
     return path
 
 
 def encryption_with(certificate: Path) -> ssl.SSLContext:
-    """A server's side of TLS with it."""
+    """Return a server's SSL context with a certificate."""
     key = certificate.with_name("key.pem")
     key.write_text(_KEY, encoding="ascii")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -1,4 +1,4 @@
-"""What the tests of the client share: a client with scripted servers, and the simplest scripts."""
+"""Shared parts of the client's tests: a client with scripted servers, and the simplest scripts."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -6,14 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from scripted_server import Asked, Reply, Script, ScriptedServer, said
+from scripted_server import Asked, Reply, Script, ScriptedServer, chat_reply
 
 from train.llm.client import Client
 from train.llm.concurrency import Backoff
-from train.llm.journal import Decoding, Journal, Request
+from train.llm.journal import Journal
+from train.llm.request import Decoding, Request
 from train.llm.server import Server
 
-SHORT = Backoff(first=0.001, longest=0.01)
+SHORT = Backoff(initial=0.001, longest=0.01)
 LIMIT = Decoding(max_tokens=50, temperature=0.5)
 
 
@@ -30,16 +31,16 @@ def run(
     key_variable: str | None = None,
     **settings: Any,
 ) -> Any:
-    """`work` with a client of one server to each script."""
+    """Run `work` with a client that has one server for each script."""
 
     async def inside() -> Any:
-        servers = [ScriptedServer(one) for one in (script if isinstance(script, list) else [script])]
+        servers = [ScriptedServer(entry) for entry in (script if isinstance(script, list) else [script])]
         for server in servers:
             await server.__aenter__()
         try:
-            places = [Server(server.url, concurrency, key_variable) for server in servers]
+            addresses = [Server(server.url, concurrency, key_variable) for server in servers]
             with Journal(folder / "answers.sqlite") as journal:
-                async with Client(places, "m", journal, **{"backoff": SHORT, **settings}) as client:
+                async with Client(addresses, "m", journal, **{"backoff": SHORT, **settings}) as client:
                     return await work(client, servers)
         finally:
             for server in servers:
@@ -49,11 +50,11 @@ def run(
 
 
 async def echo(asked: Asked) -> Reply:
-    return said(f"re: {asked.prompt}")
+    return chat_reply(f"re: {asked.prompt}")
 
 
 def first(*replies: Reply) -> Script:
-    """These replies to a prompt, one after another, and then its answer."""
+    """Return a script that sends these replies to a prompt, one after another, and then its answer."""
 
     async def script(asked: Asked) -> Reply:
         return replies[asked.times] if asked.times < len(replies) else await echo(asked)

@@ -1,4 +1,4 @@
-"""Servers that are not what they seem: ports without a server behind them, silent ones, one bad one of several."""
+"""Bad servers: ports without a server behind them, silent ones, and one bad server of several."""
 
 import asyncio
 import contextlib
@@ -11,10 +11,9 @@ from client_runs import SHORT, about, echo, run
 from scripted_server import Asked, Reply, ScriptedServer, error
 
 from train.errors import UserError
-from train.llm import failure_policy as endings
-from train.llm import startup_check as first_contact
+from train.llm import failure_policy, startup_check
 from train.llm.client import Client
-from train.llm.connection import diagnosis as advice
+from train.llm.connection import endpoint
 from train.llm.failures import RequestFailed
 from train.llm.journal import Journal
 from train.llm.server import Server
@@ -22,7 +21,7 @@ from train.llm.startup_check import check_servers
 
 
 class Tunnel:
-    """A port that takes every connection, and passes it on only while there is a server behind it."""
+    """A port that takes every connection, and forwards it only while there is a server behind it."""
 
     def __init__(self, backend: ScriptedServer | None = None) -> None:
         self.backend = backend
@@ -41,7 +40,7 @@ class Tunnel:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def cut(self) -> None:
-        """The server behind it is gone, and so are the connections to it."""
+        """Remove the server behind the port, and the connections to it."""
         self.backend = None
         for task in self._tasks:
             task.cancel()
@@ -69,7 +68,7 @@ class Tunnel:
 
 @contextlib.asynccontextmanager
 async def silent_port() -> AsyncIterator[str]:
-    """A port that takes connections and never says anything, as a database does that waits for its own protocol."""
+    """Open a port that takes connections and sends nothing, like a database that waits for its own protocol."""
     held = []
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -103,7 +102,7 @@ def expected(count: int) -> list[str]:
 # Ports without a server behind them
 
 
-def test_a_port_that_closes_every_connection_ends_the_start_when_its_time_is_over(tmp_path: Path) -> None:
+def test_a_port_that_closes_every_connection_ends_the_start_after_the_wait(tmp_path: Path) -> None:
     async def work() -> None:
         async with Tunnel() as tunnel, client_of([tunnel.url], tmp_path, wait_for_server=0.1) as client:
             with pytest.raises(UserError) as failure:
@@ -118,9 +117,7 @@ def test_a_port_that_closes_every_connection_ends_the_start_when_its_time_is_ove
 
 
 @pytest.mark.parametrize("attempts", [2, 6])
-def test_a_server_that_starts_behind_an_open_port_is_waited_for_and_no_row_is_lost(
-    tmp_path: Path, attempts: int
-) -> None:
+def test_a_server_that_starts_behind_an_open_port_loses_no_row(tmp_path: Path, attempts: int) -> None:
     async def work() -> None:
         async with (
             ScriptedServer(echo, ["m"]) as server,
@@ -138,7 +135,7 @@ def test_a_server_that_starts_behind_an_open_port_is_waited_for_and_no_row_is_lo
     asyncio.run(asyncio.wait_for(work(), 60))
 
 
-def test_a_server_that_goes_away_behind_an_open_port_in_mid_run_costs_no_row(tmp_path: Path) -> None:
+def test_a_server_that_disappears_behind_an_open_port_loses_no_row(tmp_path: Path) -> None:
     async def work() -> None:
         async def script(asked: Asked) -> Reply:
             if asked.number == 9:
@@ -162,16 +159,16 @@ def test_a_server_that_goes_away_behind_an_open_port_in_mid_run_costs_no_row(tmp
     asyncio.run(asyncio.wait_for(work(), 60))
 
 
-def test_requests_that_end_their_connection_on_a_server_that_is_there_are_lost_alone(tmp_path: Path) -> None:
-    """Also where they are all that is left to ask, so that no other request shows that the server is there."""
+def test_requests_that_crash_their_connection_fail_alone(tmp_path: Path) -> None:
+    """Also if only they are left, so that no other request shows that the server is up."""
 
     async def script(asked: Asked) -> Reply:
         return Reply(drop=0) if "poison" in asked.prompt else await echo(asked)
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         await client.ask(about("good"))
-        found = await asyncio.gather(*(client.ask(about(f"poison {n}")) for n in range(3)), return_exceptions=True)
-        assert [type(one) for one in found] == [RequestFailed] * 3
+        results = await asyncio.gather(*(client.ask(about(f"poison {n}")) for n in range(3)), return_exceptions=True)
+        assert [type(result) for result in results] == [RequestFailed] * 3
         assert servers[0].prompts() == {"good": 1, **{f"poison {number}": 4 for number in range(3)}}
 
     run(script, lambda *of: asyncio.wait_for(work(*of), 60), tmp_path, attempts=4)
@@ -180,7 +177,7 @@ def test_requests_that_end_their_connection_on_a_server_that_is_there_are_lost_a
 # Pauses
 
 
-def test_answers_under_way_do_not_hide_a_pause(tmp_path: Path) -> None:
+def test_answers_in_flight_do_not_hide_a_pause(tmp_path: Path) -> None:
     async def script(asked: Asked) -> Reply:
         if asked.prompt == "limited":
             return error(429, "tokens per day", headers={"Retry-After": "1267"})
@@ -210,32 +207,30 @@ def test_answers_under_way_do_not_hide_a_pause(tmp_path: Path) -> None:
 
 @pytest.fixture
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endings, "SILENCE_OF_A_START", 0.1)
-    monkeypatch.setattr(advice, "SECONDS_OF_A_LOOK", 0.1)
-    monkeypatch.setattr(first_contact, "SECONDS_OF_A_SILENT_ONE", 0.1)
+    monkeypatch.setattr(failure_policy, "SILENCE_AT_START", 0.1)
+    monkeypatch.setattr(endpoint, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(startup_check, "SILENT_ANSWER_SECONDS", 0.1)
 
 
 @pytest.mark.usefixtures("_impatient")
-def test_a_port_that_says_nothing_is_warned_of_and_fails_the_check(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_silent_port_gives_a_warning_and_fails_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     async def work() -> None:
         async with silent_port() as url:
             async with client_of([url], tmp_path) as client:
                 asking = asyncio.create_task(client.ask(about("hi")))
-                told = ""
-                while not told:
+                warnings = ""
+                while not warnings:
                     await asyncio.sleep(0.01)
-                    told = capsys.readouterr().err
+                    warnings = capsys.readouterr().err
                 asking.cancel()
-            words = f"{url} accepts connections and sends nothing. A model server lists its models at once: is the port"
-            assert told.startswith(f"warning: {words}")
+            text = f"{url} accepts connections and sends nothing. A model server lists its models at once: is the port"
+            assert warnings.startswith(f"warning: {text}")
             with pytest.raises(UserError) as failure:
                 await check_servers([Server(url)], "m", backoff=SHORT)
-            assert str(failure.value).startswith(words)
+            assert str(failure.value).startswith(text)
             async with ScriptedServer(echo) as good:  # one of several is a warning
                 await check_servers([Server(url), Server(good.url)], "m", backoff=SHORT)
-            assert capsys.readouterr().err.startswith(f"warning: {words}")
+            assert capsys.readouterr().err.startswith(f"warning: {text}")
 
     asyncio.run(asyncio.wait_for(work(), 60))
 
@@ -249,7 +244,7 @@ def test_a_server_that_loads_its_model_for_the_first_answer_is_not_silent(
         if not asked.body:
             looks.append(asked)
             return listed
-        while len(looks) < 3:  # each silence is looked at, and this is the third
+        while len(looks) < 3:  # each silence is probed, and this is the third
             await asyncio.sleep(0.01)
         return await echo(asked)
 
@@ -267,33 +262,37 @@ def test_a_server_that_loads_its_model_for_the_first_answer_is_not_silent(
 
 
 @pytest.mark.usefixtures("_impatient")
-def test_what_a_silent_one_of_several_holds_the_others_get(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_other_servers_get_the_requests_of_a_silent_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failure_policy, "SILENCE_AT_START", 0.5)  # the other one answers before
+
     async def work() -> None:
         async with silent_port() as url, ScriptedServer(echo) as good, client_of([url, good.url], tmp_path) as client:
             assert await ask_all(client, 20) == expected(20)
             assert client.counts.failed == 0
-            lane = client._lanes[0]
-            assert (lane.rests, lane.in_flight) == (True, 0)
-            assert await ask_all(client, 40) == expected(40)  # no more of them wait for it
-            assert lane.in_flight == 0
-        [named] = client.counts.bad_servers
-        assert named.startswith(f"{url} never gave an answer (accepts connections and sends nothing).")
+            server = client._servers[0]
+            assert (server.suspended, server.in_flight) == (True, 0)
+            assert await ask_all(client, 40) == expected(40)  # none of them waits for it
+            assert server.in_flight == 0
+        [note] = client.counts.bad_servers
+        assert note.startswith(f"{url} never gave an answer (accepts connections and sends nothing).")
         assert "Its requests are sent to the other servers." in capsys.readouterr().err
 
     asyncio.run(asyncio.wait_for(work(), 60))
 
 
 @pytest.mark.usefixtures("_impatient")
-def test_a_silent_server_that_comes_to_its_senses_gets_requests_again(tmp_path: Path) -> None:
+def test_a_silent_server_that_recovers_gets_requests_again(tmp_path: Path) -> None:
     async def work() -> None:
         async with ScriptedServer(echo, ["m"]) as server, Tunnel() as tunnel, ScriptedServer(echo) as good:
             tunnel.is_silent = True
             async with client_of([tunnel.url, good.url], tmp_path) as client:
                 assert await ask_all(client, 20) == expected(20)
-                lane = client._lanes[0]
-                assert lane.rests
+                silent = client._servers[0]
+                assert silent.suspended
                 tunnel.is_silent, tunnel.backend = False, server
-                while lane.rests:
+                while silent.suspended:
                     await asyncio.sleep(0.01)
                 assert await ask_all(client, 80) == expected(80)
                 assert server.answered
@@ -307,7 +306,7 @@ def test_a_silent_server_that_comes_to_its_senses_gets_requests_again(tmp_path: 
 
 @pytest.mark.parametrize("answered_before", [0, 5])
 @pytest.mark.parametrize("reply", [error(401, "bad key"), error(403, "not yours"), error(402, "pay")])
-def test_a_key_that_one_of_several_refuses_closes_that_server_alone(
+def test_a_key_refused_by_one_of_several_closes_only_that_server(
     answered_before: int, reply: Reply, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def refusing(asked: Asked) -> Reply:
@@ -319,21 +318,21 @@ def test_a_key_that_one_of_several_refuses_closes_that_server_alone(
         clients.append(client)
         url = servers[1].url
         number = 0
-        while not client._lanes[1].closed:
+        while not client._servers[1].closed:
             number += 8
             assert (await ask_all(client, number))[-8:] == expected(number)[-8:]
         asked = len(servers[1].asked)
         assert await ask_all(client, number + 30) == expected(number + 30)
-        assert len(servers[1].asked) <= asked + 4  # those that were on their way
+        assert len(servers[1].asked) <= asked + 4  # those in flight
         assert client.counts.failed == 0
-        told = capsys.readouterr().err
-        assert told.count(f"warning: {url} answers {reply.status} Said: ") == 1
-        assert "the run goes on with the other servers" in told
+        warnings = capsys.readouterr().err
+        assert warnings.count(f"warning: {url} answers {reply.status} Said: ") == 1
+        assert "the run continues with the other servers" in warnings
         assert f"{url}: {reply.status} Said" in client.server_messages()[0]
 
     run([echo, refusing], lambda *of: asyncio.wait_for(work(*of), 60), tmp_path, concurrency=4)
-    [named] = clients[0].counts.bad_servers
-    assert f"was asked nothing more, as it answered: {reply.status} Said" in named
+    [note] = clients[0].counts.bad_servers
+    assert f"got no more requests after its answer: {reply.status} Said" in note
 
 
 def test_the_last_of_several_that_refuses_its_key_ends_the_run(tmp_path: Path) -> None:
@@ -344,12 +343,12 @@ def test_the_last_of_several_that_refuses_its_key_ends_the_run(tmp_path: Path) -
         with pytest.raises(UserError) as failure:
             await ask_all(client, 20)
         assert all(server.url in str(failure.value) for server in servers)
-        assert "bad key. It wants a key" in str(failure.value)
+        assert "bad key. It requires a key" in str(failure.value)
 
     run([refusing] * 3, lambda *of: asyncio.wait_for(work(*of), 60), tmp_path)
 
 
-def test_a_server_that_only_fails_beside_a_good_one_is_named_at_the_end(tmp_path: Path) -> None:
+def test_a_server_that_only_fails_is_named_at_the_end(tmp_path: Path) -> None:
     async def broken(asked: Asked) -> Reply:
         return error(500, "CUDA error")
 
@@ -359,5 +358,5 @@ def test_a_server_that_only_fails_beside_a_good_one_is_named_at_the_end(tmp_path
 
     client = run([echo, broken], work, tmp_path)
     assert re.search(r"never gave an answer \(500 Said: CUDA error\)", client.counts.bad_servers[0])
-    again = run([echo, broken], work, tmp_path)  # nothing was asked of anyone
+    again = run([echo, broken], work, tmp_path)  # nothing was asked
     assert again.counts.bad_servers == []

@@ -1,4 +1,4 @@
-"""Servers that are busy, slow, dead, silent or back again, and what they are asked meanwhile."""
+"""Servers that are busy, slow, unreachable, silent or back again, and the requests they get meanwhile."""
 
 import asyncio
 import email.utils
@@ -23,7 +23,7 @@ from train.llm.server import Server
 @pytest.mark.parametrize("status", [429, 503])
 def test_retry_after_is_obeyed(tmp_path: Path, form: str, status: int) -> None:
     asked_at: list[float] = []
-    due: list[float] = []  # what the server said, by its own clock
+    due: list[float] = []  # by the server's clock
 
     async def script(asked: Asked) -> Reply:
         asked_at.append(time.time())
@@ -38,7 +38,7 @@ def test_retry_after_is_obeyed(tmp_path: Path, form: str, status: int) -> None:
         )
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
-        # The second request waits too: the server spoke for itself, not for one of them.
+        # The second request waits too: the limit is of the server, not of one request.
         await asyncio.gather(client.ask(about("a")), client.ask(about("b")))
 
     run(script, work, tmp_path, concurrency=1)
@@ -47,7 +47,7 @@ def test_retry_after_is_obeyed(tmp_path: Path, form: str, status: int) -> None:
 
 
 async def first_line_of_the_log(client: Client, capsys: pytest.CaptureFixture[str]) -> str:
-    """What is told first while a row is asked about."""
+    """Return the first line of progress while a row is asked."""
     shown = ""
     async with progress("rows", 10, client):
         asking = asyncio.create_task(client.ask(about("hi")))
@@ -63,10 +63,10 @@ def in_an_hour() -> str:
 
 
 @pytest.mark.parametrize("header", ["3600", None])
-def test_a_server_that_asks_for_an_hour_gets_it_and_the_log_says_so_at_once(
+def test_a_retry_after_of_an_hour_is_obeyed_and_logged_at_once(
     tmp_path: Path, header: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(rows_module, "SECONDS_BETWEEN_LINES", 1e9)  # no line but one that has a reason of its own
+    monkeypatch.setattr(rows_module, "SECONDS_BETWEEN_LINES", 1e9)  # only lines about a new event
 
     async def script(asked: Asked) -> Reply:
         if asked.prompt == "good":
@@ -74,7 +74,7 @@ def test_a_server_that_asks_for_an_hour_gets_it_and_the_log_says_so_at_once(
         return error(429, "out of breath", headers={"Retry-After": header or in_an_hour()})
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
-        await client.ask(about("good"))  # a server that has answered, and objects at 2 a.m.
+        await client.ask(about("good"))  # a server that has answered, and refuses at 2 a.m.
         shown = await first_line_of_the_log(client, capsys)
         assert re.fullmatch(
             rf"rows: 0 of 10 rows .*; {servers[0].url}: 429 Said: out of breath, for [01]s, "
@@ -96,14 +96,14 @@ YEARS = {
 
 
 @pytest.mark.parametrize("headers", YEARS.values(), ids=YEARS)
-def test_a_server_that_asks_for_years_is_asked_again_and_that_is_told(tmp_path: Path, headers: dict[str, str]) -> None:
+def test_a_retry_after_of_years_is_ignored_with_a_note(tmp_path: Path, headers: dict[str, str]) -> None:
     clients: list[Client] = []
-    told: list[str] = []
+    messages: list[str] = []
 
     async def script(asked: Asked) -> Reply:
         if not asked.times:
             return error(429, "out of breath", headers=headers)
-        told.extend(clients[0].server_messages())
+        messages.extend(clients[0].server_messages())
         return await echo(asked)
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
@@ -111,14 +111,12 @@ def test_a_server_that_asks_for_years_is_asked_again_and_that_is_told(tmp_path: 
         assert (await asyncio.wait_for(client.ask(about("hi")), 30)).text == "re: hi"
 
     run(script, work, tmp_path)
-    [line] = told
+    [line] = messages
     assert "429 Said: out of breath (its Retry-After is not obeyed: it asks for more than 1d00h), for 0s" in line
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_server_that_never_let_anything_through_is_given_up_after_the_longest_wait(
-    tmp_path: Path, status: int
-) -> None:
+def test_a_server_that_only_rate_limits_is_given_up_after_the_longest_wait(tmp_path: Path, status: int) -> None:
     async def script(asked: Asked) -> Reply:
         return await echo(asked) if asked.prompt == "good" or asked.times > 50 else error(status, "out of breath.")
 
@@ -126,7 +124,7 @@ def test_a_server_that_never_let_anything_through_is_given_up_after_the_longest_
         with pytest.raises(UserError) as failure:
             await client.ask(about("hi"))
         assert re.fullmatch(
-            rf"{servers[0].url} has answered nothing so far; for \d+s it said: {status} Said: out of breath\. "
+            rf"{servers[0].url} has not answered; for \d+s it said: {status} Said: out of breath\. "
             r"Start the same command when it takes requests again, or name another server\.",
             str(failure.value),
         )
@@ -139,7 +137,7 @@ def test_a_server_that_never_let_anything_through_is_given_up_after_the_longest_
     run(script, a_good_one_first, tmp_path, longest_wait=0.02)
 
 
-def test_the_first_objection_before_any_answer_is_in_the_log_at_once(
+def test_the_first_error_before_any_answer_is_logged_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(rows_module, "SECONDS_BETWEEN_LINES", 1e9)
@@ -154,7 +152,7 @@ def test_the_first_objection_before_any_answer_is_in_the_log_at_once(
     run(script, lambda client, servers: asyncio.wait_for(work(client, servers), 60), tmp_path)
 
 
-def test_a_server_that_takes_requests_again_is_no_longer_told_of_as_out_of_reach(tmp_path: Path) -> None:
+def test_a_server_that_takes_requests_again_is_no_longer_reported_as_unreachable(tmp_path: Path) -> None:
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         await servers[0].__aexit__()
         answer = asyncio.create_task(client.ask(about("hello")))
@@ -163,7 +161,7 @@ def test_a_server_that_takes_requests_again_is_no_longer_told_of_as_out_of_reach
         assert "can't be reached (" in client.server_messages()[0]
         await servers[0].__aenter__()
         await arrived.wait()
-        while "can't be reached" in client.server_messages()[0]:  # the request has arrived: it turns within a moment
+        while "can't be reached" in client.server_messages()[0]:  # the request has arrived: it changes within a moment
             await asyncio.sleep(0.001)
         assert client.server_messages()[0].startswith(f"{servers[0].url}: reached again, no answer yet, for 0s")
         go_on.set()
@@ -179,7 +177,7 @@ def test_a_server_that_takes_requests_again_is_no_longer_told_of_as_out_of_reach
     run(script, work, tmp_path)
 
 
-def test_what_troubles_a_server_is_told_until_it_answers(tmp_path: Path) -> None:
+def test_the_error_of_a_server_is_shown_until_it_answers(tmp_path: Path) -> None:
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         assert client.server_messages() == []
         async with servers[0]:
@@ -205,14 +203,17 @@ def test_what_troubles_a_server_is_told_until_it_answers(tmp_path: Path) -> None
 
 
 class Bounded:
-    """A script that bears so many requests at once and refuses the others; `until` holds each until so many came."""
+    """A script that takes a number of requests at once and refuses the others.
 
-    def __init__(self, bears: int, until: int = 0) -> None:
-        self.bears, self.now, self.refused = bears, 0, 0
+    `until`: hold each request until this many have arrived.
+    """
+
+    def __init__(self, limit: int, until: int = 0) -> None:
+        self.limit, self.now, self.refused = limit, 0, 0
         self.until, self.all_there = until, asyncio.Event()
 
     async def __call__(self, asked: Asked) -> Reply:
-        if self.now >= self.bears:
+        if self.now >= self.limit:
             self.refused += 1
             return error(429, "too many at once")
         self.now += 1
@@ -229,7 +230,7 @@ async def ask_all(client: Client, count: int, prefix: str = "") -> None:
     assert [answer.text for answer in answers] == [f"re: {prefix}{number}" for number in range(count)]
 
 
-def test_never_more_in_flight_than_the_bound_and_no_fewer_than_it_bears(tmp_path: Path) -> None:
+def test_requests_in_flight_stay_at_the_bound_or_at_what_the_server_takes(tmp_path: Path) -> None:
     script = Bounded(1_000, until=16)  # it never ends if 16 are not sent at once
 
     async def work(client: Client, servers: list[ScriptedServer]) -> int:
@@ -239,17 +240,17 @@ def test_never_more_in_flight_than_the_bound_and_no_fewer_than_it_bears(tmp_path
     assert run(script, work, tmp_path, concurrency=16) == 16
 
 
-def test_it_backs_off_from_a_server_that_refuses_and_grows_when_it_bears_more(tmp_path: Path) -> None:
+def test_concurrency_falls_on_rate_limits_and_grows_when_the_server_takes_more(tmp_path: Path) -> None:
     script = Bounded(4)
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
-        [lane] = client._lanes
+        [server] = client._servers
         await ask_all(client, 300, "few ")
         # Without backing off, 32 at once against 4 would have been refused thousands of times.
         assert script.refused < 300
-        assert lane.limit < 32
-        script.bears, script.refused = 1_000, 0
-        await ask_all(client, 300, "many ")
+        assert server.limit < 32
+        script.limit, script.refused = 1_000, 0
+        await ask_all(client, 150, "many ")
         script.until = 32
         script.all_there.clear()
         await ask_all(client, 32, "all at once ")
@@ -269,7 +270,7 @@ def test_a_dead_and_a_silent_server_do_not_keep_the_others_waiting(tmp_path: Pat
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         await servers[1].__aexit__()
         asking = [asyncio.create_task(client.ask(about(f"{number}"))) for number in range(300)]
-        while len(servers[0].answered) < 296:  # all but the four that the silent one holds
+        while len(servers[0].answered) < 296:  # all but the four at the silent one
             await asyncio.sleep(0.001)
         assert len(servers[2].asked) == 4
         silence.set()
@@ -279,7 +280,7 @@ def test_a_dead_and_a_silent_server_do_not_keep_the_others_waiting(tmp_path: Pat
     run([echo, echo, silent], work, tmp_path, concurrency=4)
 
 
-def test_what_one_server_failed_over_another_one_is_asked(tmp_path: Path) -> None:
+def test_a_failed_request_goes_to_another_server(tmp_path: Path) -> None:
     async def broken(asked: Asked) -> Reply:
         return error(500, "oops")
 
@@ -292,17 +293,17 @@ def test_what_one_server_failed_over_another_one_is_asked(tmp_path: Path) -> Non
     run([broken, echo], work, tmp_path)
 
 
-def test_answers_that_cannot_be_written_yet_hold_up_new_requests(tmp_path: Path) -> None:
+def test_uncommitted_answers_hold_up_new_requests(tmp_path: Path) -> None:
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         await client.ask(about("first"))
         other = sqlite3.connect(tmp_path / "answers.sqlite", isolation_level=None)
-        other.execute("BEGIN IMMEDIATE")  # the disk stands still, as far as the journal can tell
+        other.execute("BEGIN IMMEDIATE")  # to the journal, a disk that hangs
         asking = asyncio.create_task(ask_all(client, 100))
         while servers[0].answered.total() - 1 < 10:
             await asyncio.sleep(0.001)
         await asyncio.sleep(0.1)
-        # Eight places and a quarter more: this many a kill could lose now, and no more.
-        assert len(servers[0].asked) - 1 == client._places.max_uncommitted == 10
+        # Eight slots and 25% more: the most that a kill could lose.
+        assert len(servers[0].asked) - 1 == client._limiter.max_uncommitted == 10
         other.execute("ROLLBACK")
         other.close()
         await asking
@@ -310,7 +311,7 @@ def test_answers_that_cannot_be_written_yet_hold_up_new_requests(tmp_path: Path)
     run(echo, work, tmp_path)
 
 
-def test_a_server_that_says_nothing_at_all_is_asked_again_more_patiently(tmp_path: Path) -> None:
+def test_a_silent_server_is_asked_again_with_doubled_patience(tmp_path: Path) -> None:
     async def script(asked: Asked) -> Reply:
         if asked.times < 2:
             await asyncio.Event().wait()
@@ -320,12 +321,12 @@ def test_a_server_that_says_nothing_at_all_is_asked_again_more_patiently(tmp_pat
         assert (await client.ask(about("hi"))).text == "re: hi"
         tries = len(servers[0].asked)
         assert tries >= 3
-        assert client._lanes[0].patience == 0.1 * 2 ** (tries - 1)
+        assert client._servers[0].patience == 0.1 * 2 ** (tries - 1)
 
     run(script, work, tmp_path, patience=0.1)
 
 
-def test_a_slow_answer_is_waited_for_while_the_server_says_anything(tmp_path: Path) -> None:
+def test_a_slow_answer_is_awaited_while_the_server_sends_anything(tmp_path: Path) -> None:
     others: list[str] = []
 
     async def script(asked: Asked) -> Reply:
@@ -337,7 +338,7 @@ def test_a_slow_answer_is_waited_for_while_the_server_says_anything(tmp_path: Pa
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         slow = asyncio.create_task(client.ask(about("slow")))
-        for number in range(30):  # together much longer than its patience
+        for number in range(30):  # in total much longer than its patience
             await client.ask(about(f"{number}"))
         assert (await slow).text == "re: slow"
         assert servers[0].prompts()["slow"] == 1
@@ -358,7 +359,7 @@ def test_a_cancelled_request_leaves_nothing_behind(tmp_path: Path) -> None:
             await asyncio.sleep(0.001)
         first_one.cancel()
         hold.set()
-        assert (await second).text == "re: hi"  # it waited for the first one's answer, and now asks itself
-        assert (client.in_flight, client._asking, client._places.uncommitted) == (0, {}, 0)
+        assert (await second).text == "re: hi"  # it waited for the answer of the first, and now asks itself
+        assert (client.in_flight, client._asking, client._limiter.uncommitted) == (0, {}, 0)
 
     run(script, work, tmp_path)

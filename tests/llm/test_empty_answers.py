@@ -1,11 +1,11 @@
-"""Empty answers: what counts as one, and what the next start asks again."""
+"""Empty answers: the test for one, and the requests that the next start asks again."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 from client_runs import about, echo, run
-from scripted_server import Asked, Reply, Script, ScriptedServer, said
+from scripted_server import Asked, Reply, Script, ScriptedServer, chat_reply
 
 from train.llm.client import Client
 from train.llm.failures import EmptyAnswerError
@@ -31,15 +31,15 @@ SOMETHING = {
 
 def replying(text: str) -> Script:
     async def script(asked: Asked) -> Reply:
-        return said(text)
+        return chat_reply(text)
 
     return script
 
 
 async def outcome_of_two_tries(client: Client, servers: list[ScriptedServer]) -> tuple[list[str], int]:
-    """Return the answer of a caller that goes on to the next sample after an empty one, and how often the server was asked.
+    """Return the answer of a caller that asks for the next sample after an empty one, and the number of requests.
 
-    The samples have the same prompt, so the server's script tells them apart by how often it was asked.
+    The samples have the same prompt, so the server's script counts its requests.
     """
     texts = []
     for sample in range(3):
@@ -53,15 +53,15 @@ async def outcome_of_two_tries(client: Client, servers: list[ScriptedServer]) ->
 
 def empty_for(tries: int) -> Script:
     async def script(asked: Asked) -> Reply:
-        return said("") if asked.times < tries else await echo(asked)
+        return chat_reply("") if asked.times < tries else await echo(asked)
 
     return script
 
 
 @pytest.mark.parametrize("text", NOTHING.values(), ids=NOTHING)
-def test_what_says_nothing_is_asked_again(tmp_path: Path, text: str) -> None:
+def test_an_empty_answer_is_asked_again(tmp_path: Path, text: str) -> None:
     async def script(asked: Asked) -> Reply:
-        return said(text) if asked.times < 2 else await echo(asked)
+        return chat_reply(text) if asked.times < 2 else await echo(asked)
 
     async def work(client: Client, servers: list[ScriptedServer]) -> tuple[str, int]:
         return (await client.ask(about("hi"))).text, len(servers[0].asked)
@@ -70,7 +70,7 @@ def test_what_says_nothing_is_asked_again(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", SOMETHING.values(), ids=SOMETHING)
-def test_what_says_something_is_an_answer(tmp_path: Path, text: str) -> None:
+def test_an_answer_with_text_is_accepted(tmp_path: Path, text: str) -> None:
     async def work(client: Client, servers: list[ScriptedServer]) -> tuple[str, int]:
         return (await client.ask(about("hi"))).text, len(servers[0].asked)
 
@@ -80,7 +80,7 @@ def test_what_says_something_is_an_answer(tmp_path: Path, text: str) -> None:
 
 def test_reasoning_that_the_token_limit_cut_stays_cut(tmp_path: Path) -> None:
     async def cut(asked: Asked) -> Reply:
-        return said("<think>hm</think>", "length")
+        return chat_reply("<think>hm</think>", "length")
 
     async def work(client: Client, servers: list[ScriptedServer]) -> tuple[bool, int]:
         return (await client.ask(about("hi"))).cut, len(servers[0].asked)
@@ -95,18 +95,18 @@ def test_an_empty_answer_is_final_once_a_later_sample_has_an_answer(tmp_path: Pa
     assert run(replying("another"), outcome_of_two_tries, tmp_path, attempts=3) == (texts, 0)
 
 
-def test_an_empty_answer_that_nothing_followed_is_asked_again(tmp_path: Path) -> None:
+def test_an_empty_answer_without_a_later_sample_is_asked_again(tmp_path: Path) -> None:
     assert run(replying(""), outcome_of_two_tries, tmp_path, attempts=2) == (["", "", ""], 6)
     assert run(echo, outcome_of_two_tries, tmp_path) == (["re: hi"], 1)
 
 
 @pytest.mark.parametrize("next_prompt", ["other", None])
-def test_the_caller_names_what_follows(tmp_path: Path, next_prompt: str | None) -> None:
-    """Another prompt as the next try, or nothing at all: a row that does without this answer."""
+def test_the_caller_names_the_next_try(tmp_path: Path, next_prompt: str | None) -> None:
+    """The next try is another prompt, or none: a row that continues without this answer."""
     settings: dict[str, Any] = {"next_try": about("other")} if next_prompt else {"continues_if_empty": True}
 
     async def script(asked: Asked) -> Reply:
-        return said("") if asked.prompt == "hi" else await echo(asked)
+        return chat_reply("") if asked.prompt == "hi" else await echo(asked)
 
     async def work(client: Client, servers: list[ScriptedServer]) -> int:
         with pytest.raises(EmptyAnswerError):
@@ -118,7 +118,7 @@ def test_the_caller_names_what_follows(tmp_path: Path, next_prompt: str | None) 
     assert run(echo, work, tmp_path) == 0
 
 
-def test_a_stage_of_empty_answers_is_no_stage_that_was_answered(tmp_path: Path) -> None:
+def test_a_stage_of_empty_answers_counts_as_unanswered(tmp_path: Path) -> None:
     async def work(client: Client, servers: list[ScriptedServer]) -> bool:
         with pytest.raises(EmptyAnswerError):
             await client.ask(about("hi"))
@@ -135,16 +135,16 @@ def test_a_later_start_knows_that_answers_have_a_finish_reason(tmp_path: Path) -
         await client.ask(about("before"))
 
     async def broken_once(asked: Asked) -> Reply:
-        return said("half an", None) if asked.times == 0 else await echo(asked)  # type: ignore[arg-type]
+        return chat_reply("half an", None) if asked.times == 0 else await echo(asked)  # type: ignore[arg-type]
 
     run(echo, before, tmp_path)
     assert run(broken_once, work, tmp_path) == ("re: hi", 2)
 
 
 @pytest.mark.parametrize("text", ["short", "as long as the limit " * 20])
-def test_a_later_start_does_not_expect_reasons_of_a_server_that_never_gives_any(tmp_path: Path, text: str) -> None:
+def test_a_later_start_expects_no_finish_reason_of_a_server_without_any(tmp_path: Path, text: str) -> None:
     async def never(asked: Asked) -> Reply:
-        reply = said(text, None)  # type: ignore[arg-type]
+        reply = chat_reply(text, None)  # type: ignore[arg-type]
         if asked.prompt == "a call":
             reply.body["choices"][0]["message"]["tool_calls"] = [{"id": "1"}]
         return reply

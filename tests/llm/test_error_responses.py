@@ -1,4 +1,4 @@
-"""Error responses: their meaning by status and words, errors in 200s, denials in mid-run, requests that are too long."""
+"""Error responses: their meaning by status and message, errors in 200s, denials in mid-run, too long requests."""
 
 import asyncio
 import json
@@ -13,55 +13,63 @@ from client_runs import about, echo, first, run
 from scripted_server import Asked, Reply, Script, ScriptedServer, error
 
 from train.errors import UserError
-from train.llm.client import FAILURES_OF_A_STAGE, Client
-from train.llm.failure_policy import DENIALS
+from train.llm.client import Client
+from train.llm.failure_policy import DENIALS, FAILURES_OF_STAGE
 from train.llm.failures import RequestFailed
-from train.llm.journal import Answer
 from train.llm.ordered_map import map_ordered
+from train.llm.request import Answer
 from train.llm.server_errors import ServerError, classify_error, is_about_length, parse_error, parse_error_body
 
 
 def meaning(status: int, body: Any, headers: dict[str, str] | None = None) -> ServerError:
     text = json.dumps(body)
-    found = parse_error(body, text) if status == 200 else parse_error_body(body, text)
-    assert found is not None
+    result = parse_error(body, text) if status == 200 else parse_error_body(body, text)
+    assert result is not None
     return classify_error(
-        found.implied_status() if status == 200 else status, found.words, found, headers or {}, longest_wait=86_400
+        result.implied_status() if status == 200 else status, result.message, result, headers or {}, longest_wait=86_400
     )
 
 
 IN_200 = {
-    "OpenRouter": ({"error": {"code": 429, "message": "Rate limit exceeded: free-models-per-day"}}, "too much", 429),
-    "a code as a string": ({"error": {"code": "503", "message": "No instances"}}, "too much", 503),
-    "vLLM": ({"object": "error", "message": "oops", "type": "InternalServerError", "code": 500}, "fault", 500),
-    "OpenAI": ({"error": {"message": "Slow down", "type": "x", "code": "rate_limit_exceeded"}}, "too much", 429),
-    "Anthropic": ({"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}, "too much", 503),
-    "Gemini": ([{"error": {"code": 503, "message": "busy", "status": "UNAVAILABLE"}}], "too much", 503),
+    "OpenRouter": (
+        {"error": {"code": 429, "message": "Rate limit exceeded: free-models-per-day"}},
+        "rate_limited",
+        429,
+    ),
+    "a code as a string": ({"error": {"code": "503", "message": "No instances"}}, "rate_limited", 503),
+    "vLLM": ({"object": "error", "message": "oops", "type": "InternalServerError", "code": 500}, "retryable", 500),
+    "OpenAI": ({"error": {"message": "Slow down", "type": "x", "code": "rate_limit_exceeded"}}, "rate_limited", 429),
+    "Anthropic": (
+        {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}},
+        "rate_limited",
+        503,
+    ),
+    "Gemini": ([{"error": {"code": 503, "message": "busy", "status": "UNAVAILABLE"}}], "rate_limited", 503),
     "a string": ({"error": "model 'm' not found"}, "denied", 404),
     "LM Studio at a wrong path": ({"error": "Unexpected endpoint or method. (POST /chat)"}, "denied", 404),
-    "FastAPI": ({"detail": "Too many requests"}, "too much", 429),
-    "a status alone": ({"status": 503}, "too much", 503),
-    "AWS's gateway": ({"statusCode": 502, "message": "bad gateway"}, "gone", 502),
-    "empty choices": ({"choices": [], "error": {"code": 502, "message": "Provider error"}}, "gone", 502),
-    "null choices": ({"choices": None, "error": {"type": "server_error", "message": "oh"}}, "fault", 500),
-    "MiniMax": ({"base_resp": {"status_code": 1002, "status_msg": "rate limit"}, "choices": None}, "too much", 429),
-    "MiniMax's credit": ({"base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}}, "hopeless", 402),
+    "FastAPI": ({"detail": "Too many requests"}, "rate_limited", 429),
+    "a status alone": ({"status": 503}, "rate_limited", 503),
+    "AWS's gateway": ({"statusCode": 502, "message": "bad gateway"}, "unreachable", 502),
+    "empty choices": ({"choices": [], "error": {"code": 502, "message": "Provider error"}}, "unreachable", 502),
+    "null choices": ({"choices": None, "error": {"type": "server_error", "message": "oh"}}, "retryable", 500),
+    "MiniMax": ({"base_resp": {"status_code": 1002, "status_msg": "rate limit"}, "choices": None}, "rate_limited", 429),
+    "MiniMax's credit": ({"base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}}, "fatal", 402),
     "a wrong key": ({"error": {"message": "no", "code": "invalid_api_key"}}, "denied", 401),
-    "no credit": ({"error": {"message": "Insufficient credits", "code": 402}}, "hopeless", 402),
-    "too long": ({"error": {"message": "too long", "code": "context_length_exceeded"}}, "row", 400),
-    "flagged": ({"error": {"message": "Your input was flagged", "code": 403}}, "row", 403),
-    "no words of any kind": ({"error": {"message": "upstream"}}, "fault", 200),
+    "no credit": ({"error": {"message": "Insufficient credits", "code": 402}}, "fatal", 402),
+    "too long": ({"error": {"message": "too long", "code": "context_length_exceeded"}}, "request", 400),
+    "flagged": ({"error": {"message": "Your input was flagged", "code": 403}}, "request", 403),
+    "no words of any kind": ({"error": {"message": "upstream"}}, "retryable", 200),
 }
 
 
 @pytest.mark.parametrize(("body", "kind", "status"), IN_200.values(), ids=IN_200)
-def test_an_error_in_a_200_is_read_as_the_status_that_it_names_or_means(body: Any, kind: str, status: int) -> None:
-    found = meaning(200, body)
-    assert (found.kind, found.status) == (kind, status)
+def test_an_error_in_a_200_has_the_status_that_it_names_or_implies(body: Any, kind: str, status: int) -> None:
+    result = meaning(200, body)
+    assert (result.kind, result.status) == (kind, status)
 
 
 @pytest.mark.parametrize("body", [{}, {"choices": []}, [], "hello", None, {"error": {}}, {"error": None, "id": "x"}])
-def test_a_body_without_an_error_is_none(body: Any) -> None:
+def test_a_body_without_an_error_gives_none(body: Any) -> None:
     assert parse_error(body, json.dumps(body)) is None
 
 
@@ -94,9 +102,9 @@ EXHAUSTED = {
 
 
 @pytest.mark.parametrize(("status", "body"), EXHAUSTED.values(), ids=EXHAUSTED)
-def test_credit_or_quota_that_is_used_up_ends_the_run(status: int, body: Any) -> None:
-    found = meaning(status, body)
-    assert (found.kind, found.status) == ("hopeless", 402)
+def test_used_up_credit_or_quota_is_fatal(status: int, body: Any) -> None:
+    result = meaning(status, body)
+    assert (result.kind, result.status) == ("fatal", 402)
 
 
 PASSING = {
@@ -108,12 +116,12 @@ PASSING = {
 }
 
 
-@pytest.mark.parametrize("words", PASSING.values(), ids=PASSING)
-def test_a_limit_that_passes_by_itself_is_waited_for(words: str) -> None:
-    assert meaning(429, {"error": {"message": words, "code": 429}}).kind == "too much"
+@pytest.mark.parametrize("message", PASSING.values(), ids=PASSING)
+def test_a_limit_that_resets_is_a_rate_limit(message: str) -> None:
+    assert meaning(429, {"error": {"message": message, "code": 429}}).kind == "rate_limited"
 
 
-def test_a_quota_that_says_when_to_come_back_is_waited_for() -> None:
+def test_a_quota_with_a_retry_after_is_a_rate_limit() -> None:
     assert meaning(429, {"error": {"message": "Quota exceeded."}}, {"retry-after": "3600"}).retry_after == 3600
 
 
@@ -137,14 +145,14 @@ TOO_LONG = {
 }
 
 
-@pytest.mark.parametrize(("status", "words"), TOO_LONG.values(), ids=TOO_LONG)
-def test_a_request_that_is_too_long_is_its_rows_failure(status: int, words: str) -> None:
-    found = meaning(status, {"error": {"message": words}})
-    assert (found.kind, found.about_content) == ("row", True)
+@pytest.mark.parametrize(("status", "message"), TOO_LONG.values(), ids=TOO_LONG)
+def test_a_request_that_is_too_long_fails_alone(status: int, message: str) -> None:
+    result = meaning(status, {"error": {"message": message}})
+    assert (result.kind, result.about_content) == ("request", True)
 
 
 @pytest.mark.parametrize(
-    ("words", "is_bytes"),
+    ("message", "is_bytes"),
     [
         ("<html><title>413 Request Entity Too Large</title><center>nginx</center></html>", True),
         ({"error": {"type": "request_too_large", "message": "Request exceeds the maximum size"}}, True),
@@ -155,17 +163,17 @@ def test_a_request_that_is_too_long_is_its_rows_failure(status: int, words: str)
         ({"error": {"message": "Input validation error: `inputs` must have less than 512 tokens. Given: 700"}}, False),
     ],
 )
-def test_a_limit_in_bytes_is_not_the_context(words: Any, is_bytes: bool) -> None:
-    body = words if isinstance(words, dict) else None
-    error = parse_error_body(body, json.dumps(body) if body else words)
-    found = classify_error(413, "413 Request Entity Too Large", error, {}, longest_wait=1)
-    assert (found.kind, found.about_content) == ("row", True)
-    assert bool(found.advice and "limit in bytes" in found.advice) == is_bytes
-    assert not is_about_length(found.what)  # or the last line of a run would speak of the model's context
+def test_a_limit_in_bytes_is_not_the_context(message: Any, is_bytes: bool) -> None:
+    body = message if isinstance(message, dict) else None
+    error = parse_error_body(body, json.dumps(body) if body else message)
+    result = classify_error(413, "413 Request Entity Too Large", error, {}, longest_wait=1)
+    assert (result.kind, result.about_content) == ("request", True)
+    assert bool(result.advice and "limit in bytes" in result.advice) == is_bytes
+    assert not is_about_length(result.message)  # or the last line of a run would blame the model's context
 
 
 @pytest.mark.parametrize(
-    "words",
+    "message",
     [
         "top_k is no parameter",
         "max_tokens: 8192 > 4096, which is the maximum allowed number of output tokens",
@@ -174,9 +182,9 @@ def test_a_limit_in_bytes_is_not_the_context(words: Any, is_bytes: bool) -> None
         "System role not supported",
     ],
 )
-def test_other_faults_of_a_request_are_not_about_its_length(words: str) -> None:
-    found = meaning(400, {"error": {"message": words}})
-    assert (found.kind, found.about_content) == ("row", False)
+def test_other_errors_of_a_request_are_not_about_its_length(message: str) -> None:
+    result = meaning(400, {"error": {"message": message}})
+    assert (result.kind, result.about_content) == ("request", False)
 
 
 @pytest.mark.parametrize(
@@ -187,9 +195,9 @@ def test_other_faults_of_a_request_are_not_about_its_length(words: str) -> None:
         (400, {"message": "Input data may contain inappropriate content.", "code": "data_inspection_failed"}),
     ],
 )
-def test_a_request_that_a_filter_refuses_is_its_rows_failure(status: int, error: dict[str, str]) -> None:
-    found = meaning(status, {"error": error})
-    assert (found.kind, found.about_content) == ("row", True)
+def test_a_filtered_request_fails_alone(status: int, error: dict[str, str]) -> None:
+    result = meaning(status, {"error": error})
+    assert (result.kind, result.about_content) == ("request", True)
 
 
 @pytest.mark.parametrize(
@@ -197,23 +205,23 @@ def test_a_request_that_a_filter_refuses_is_its_rows_failure(status: int, error:
     [
         (400, [{"error": {"code": 400, "message": "API key not valid. Please pass a valid API key."}}], "denied", 401),
         (400, [{"error": {"code": 400, "message": "API key expired. Please renew the API key."}}], "denied", 401),
-        (500, {"error": {"code": "429", "message": "litellm.RateLimitError"}}, "too much", 429),
-        (403, {"error": {"message": 'requires moderation. Your input was flagged for "violence"'}}, "row", 403),
+        (500, {"error": {"code": "429", "message": "litellm.RateLimitError"}}, "rate_limited", 429),
+        (403, {"error": {"message": 'requires moderation. Your input was flagged for "violence"'}}, "request", 403),
         (403, {"error": {"message": "forbidden"}}, "denied", 403),
-        (502, "<html><head><title>502 Bad Gateway</title></head></html>", "gone", 502),
+        (502, "<html><head><title>502 Bad Gateway</title></head></html>", "unreachable", 502),
     ],
 )
-def test_a_status_is_corrected_by_what_the_body_says(status: int, body: Any, kind: str, meant: int) -> None:
-    found = meaning(status, body)
-    assert (found.kind, found.status) == (kind, meant)
+def test_the_body_can_override_the_status(status: int, body: Any, kind: str, meant: int) -> None:
+    result = meaning(status, body)
+    assert (result.kind, result.status) == (kind, meant)
 
 
 async def ask_each(client: Client, prompts: Sequence[str]) -> list[Answer | BaseException]:
     return await asyncio.gather(*(client.ask(about(prompt)) for prompt in prompts), return_exceptions=True)
 
 
-def answers(found: Sequence[Answer | BaseException]) -> list[str | None]:
-    return [one.text if isinstance(one, Answer) else None for one in found]
+def answers(results: Sequence[Answer | BaseException]) -> list[str | None]:
+    return [entry.text if isinstance(entry, Answer) else None for entry in results]
 
 
 @pytest.mark.parametrize(
@@ -226,14 +234,14 @@ def answers(found: Sequence[Answer | BaseException]) -> list[str | None]:
         Reply(200, {"status": 503}),
     ],
 )
-def test_a_rate_limit_in_a_200_is_waited_for_without_end(tmp_path: Path, reply: Reply) -> None:
+def test_a_rate_limit_in_a_200_is_retried_without_a_limit(tmp_path: Path, reply: Reply) -> None:
     async def work(client: Client, servers: list[ScriptedServer]) -> tuple[str, int]:
         return (await client.ask(about("hi"))).text, len(servers[0].asked)
 
     assert run(first(*[reply] * 30), work, tmp_path) == ("re: hi", 31)
 
 
-def test_credit_that_is_used_up_in_a_200_ends_the_run_with_its_words(tmp_path: Path) -> None:
+def test_used_up_credit_in_a_200_ends_the_run_with_its_message(tmp_path: Path) -> None:
     async def script(asked: Asked) -> Reply:
         return Reply(200, {"error": {"message": "Insufficient credits", "code": 402}})
 
@@ -243,13 +251,13 @@ def test_credit_that_is_used_up_in_a_200_ends_the_run_with_its_words(tmp_path: P
         assert len(servers[0].asked) == 1
         return str(failure.value)
 
-    told = run(script, work, tmp_path)
-    assert "402 in the body of a 200: Insufficient credits. Add credit" in told
-    assert "start the same command again" in told
+    message = run(script, work, tmp_path)
+    assert "402 in the body of a 200: Insufficient credits. Add credit" in message
+    assert "start the same command again" in message
 
 
 def after(count: int, reply: Reply, until: int | None = None) -> Script:
-    """Answers so many requests, and then sends this reply, up to a number of requests if that is given."""
+    """A script that answers a number of requests, and then sends a reply, up to another number if given."""
 
     async def script(asked: Asked) -> Reply:
         return await echo(asked) if asked.number < count or asked.number >= (until or 1e9) else reply
@@ -267,7 +275,7 @@ DENIED = {
 
 
 @pytest.mark.parametrize("reply", DENIED.values(), ids=DENIED)
-def test_denials_that_pass_lose_nothing(tmp_path: Path, reply: Reply) -> None:
+def test_temporary_denials_lose_nothing(tmp_path: Path, reply: Reply) -> None:
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         prompts = [f"{number}" for number in range(40)]
         assert answers(await ask_each(client, prompts)) == [f"re: {prompt}" for prompt in prompts]
@@ -277,42 +285,44 @@ def test_denials_that_pass_lose_nothing(tmp_path: Path, reply: Reply) -> None:
 
 
 @pytest.mark.parametrize("name", ["an expired key", "forbidden", "Gemini's key", "an ingress"])
-def test_denials_without_an_answer_in_between_end_the_run_and_lose_no_row(tmp_path: Path, name: str) -> None:
+def test_denials_in_a_row_end_the_run_and_lose_no_row(tmp_path: Path, name: str) -> None:
     prompts = [f"{number}" for number in range(40)]
 
     async def denied(client: Client, servers: list[ScriptedServer]) -> None:
-        found = await ask_each(client, prompts[:20])
-        assert None not in answers(found)
-        found = await ask_each(client, prompts)
-        assert answers(found)[:20] == [f"re: {prompt}" for prompt in prompts[:20]]
-        assert {type(one) for one in found[20:]} == {UserError}
+        result = await ask_each(client, prompts[:20])
+        assert None not in answers(result)
+        result = await ask_each(client, prompts)
+        assert answers(result)[:20] == [f"re: {prompt}" for prompt in prompts[:20]]
+        assert {type(entry) for entry in result[20:]} == {UserError}
         assert len(servers[0].asked) >= 20 + DENIALS
-        for one in found[20:]:
-            assert re.search(r"It answered other.*start the same command again, and it goes on from there", str(one))
+        for entry in result[20:]:
+            assert re.search(
+                r"It answered other.*start the same command again, and it continues from there", str(entry)
+            )
 
     async def healthy(client: Client, servers: list[ScriptedServer]) -> list[str | None]:
-        found = answers(await ask_each(client, prompts))
+        result = answers(await ask_each(client, prompts))
         assert len(servers[0].asked) == 20
-        return found
+        return result
 
     run(after(20, DENIED[name]), denied, tmp_path, longest_absence=0.1)
     assert run(echo, healthy, tmp_path) == [f"re: {prompt}" for prompt in prompts]
 
 
-def test_rows_that_are_forbidden_for_what_they_say_are_lost_alone(tmp_path: Path) -> None:
+def test_rows_forbidden_for_their_content_fail_alone(tmp_path: Path) -> None:
     async def script(asked: Asked) -> Reply:
         return error(403, "not for you") if asked.prompt.startswith("rude") else await echo(asked)
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         prompts = [f"rude {number}" if number % 10 == 5 else f"{number}" for number in range(100)]
-        found = await ask_each(client, prompts)
-        for prompt, one in zip(prompts, found, strict=True):
-            assert isinstance(one, RequestFailed if "rude" in prompt else Answer), (prompt, one)
+        result = await ask_each(client, prompts)
+        for prompt, entry in zip(prompts, result, strict=True):
+            assert isinstance(entry, RequestFailed if "rude" in prompt else Answer), (prompt, entry)
 
     run(script, work, tmp_path, concurrency=4)
 
 
-def test_forbidden_rows_that_are_all_that_an_earlier_run_left_are_lost_as_rows(tmp_path: Path) -> None:
+def test_forbidden_rows_left_by_an_earlier_run_fail_alone(tmp_path: Path) -> None:
     async def script(asked: Asked) -> Reply:
         return error(403, "not for you") if asked.prompt == "rude" else await echo(asked)
 
@@ -322,32 +332,32 @@ def test_forbidden_rows_that_are_all_that_an_earlier_run_left_are_lost_as_rows(t
         assert isinstance(rude, RequestFailed)
 
     run(script, work, tmp_path)
-    run(script, work, tmp_path)  # the good one is in the journal, and the rude one is all that is asked
+    run(script, work, tmp_path)  # the good one is in the journal, so only the rude one is asked
 
 
-def test_rows_that_fail_at_once_do_not_end_a_stage_whose_answers_take_longer(tmp_path: Path) -> None:
+def test_early_failures_do_not_end_a_stage_with_slower_answers(tmp_path: Path) -> None:
     failed: list[str] = []
 
     async def script(asked: Asked) -> Reply:
         if asked.prompt.startswith("bad"):
             failed.append(asked.prompt)
             return error(400, "I don't like it")
-        while len(failed) < 3 * FAILURES_OF_A_STAGE:  # the answers come after all of these
+        while len(failed) < 3 * FAILURES_OF_STAGE:  # the answers come after all of these
             await asyncio.sleep(0.001)
         return await echo(asked)
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         prompts = [f"good {number}" for number in range(4)]
-        prompts += [f"bad {number}" for number in range(3 * FAILURES_OF_A_STAGE)]
+        prompts += [f"bad {number}" for number in range(3 * FAILURES_OF_STAGE)]
         assert answers(await ask_each(client, prompts)) == [
             f"re: {prompt}" if "good" in prompt else None for prompt in prompts
         ]
-        assert client.counts.failed == 3 * FAILURES_OF_A_STAGE
+        assert client.counts.failed == 3 * FAILURES_OF_STAGE
 
     run(script, work, tmp_path, concurrency=8)
 
 
-def test_a_stage_all_of_whose_requests_fail_ends_the_run_soon(tmp_path: Path) -> None:
+def test_a_stage_whose_requests_all_fail_ends_the_run_early(tmp_path: Path) -> None:
     async def script(asked: Asked) -> Reply:
         return error(400, "top_k is no parameter")
 
@@ -375,8 +385,8 @@ def test_any_number_of_requests_that_are_too_long_come_before_the_first_answer(t
         return await echo(asked)
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
-        found = await ask_each(client, [f"long {number}" for number in range(5 * FAILURES_OF_A_STAGE)])
-        assert {type(one) for one in found} == {RequestFailed}
+        result = await ask_each(client, [f"long {number}" for number in range(5 * FAILURES_OF_STAGE)])
+        assert {type(entry) for entry in result} == {RequestFailed}
         assert client.server_messages() == ["stage stage: no answer so far, 100 refused as too long or by a filter"]
         assert (await client.ask(about("short"))).text == "re: short"
         assert client.server_messages() == []
@@ -410,9 +420,9 @@ VALIDATION = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("body", "told"), VALIDATION.values(), ids=VALIDATION)
-def test_errors_of_validation_are_told_by_field_and_without_the_prompt(body: Any, told: str) -> None:
-    words = parse_error_body(body, json.dumps(body)).words
-    assert words.startswith(told)
-    assert "long prompt" not in words
-    assert "'type'" not in words
+@pytest.mark.parametrize(("body", "expected"), VALIDATION.values(), ids=VALIDATION)
+def test_validation_errors_show_the_field_and_not_the_prompt(body: Any, expected: str) -> None:
+    message = parse_error_body(body, json.dumps(body)).message
+    assert message.startswith(expected)
+    assert "long prompt" not in message
+    assert "'type'" not in message

@@ -1,11 +1,11 @@
-"""Why requests got no answer, counted by kind."""
+"""Counts of failed requests by kind."""
 
 from train.llm.failures import KINDS, FailureReasons, to_table_cells
 
 
-def test_words_that_differ_in_their_numbers_are_one_kind_shown_as_it_came_first() -> None:
-    found = FailureReasons()
-    for words in (
+def test_messages_that_differ_in_numbers_are_one_kind_shown_by_the_first() -> None:
+    reasons = FailureReasons()
+    for message in (
         "500 Oops: no (6 times)",
         "400 Bad Request: you requested 4203 tokens (request req_7f3a)",
         "400 Bad Request: you requested 99 tokens (request req_b2)",
@@ -13,14 +13,14 @@ def test_words_that_differ_in_their_numbers_are_one_kind_shown_as_it_came_first(
         "400 Bad Request: you requested 5 tokens\n (request req_c1)",
         "can't be sent",
     ):
-        found.add(words)
-    assert found.counts() == {
+        reasons.add(message)
+    assert reasons.counts() == {
         "400 Bad Request: you requested 4203 tokens (request req_7f3a)": 3,
         "500 Oops: no (6 times)": 1,
         "400 Oops: no (6 times)": 1,
         "can't be sent": 1,
     }
-    assert found.lines(2) == [
+    assert reasons.lines(2) == [
         "3 times: 400 Bad Request: you requested 4203 tokens (request req_7f3a)",
         "1 times: 500 Oops: no (6 times)",
         "2 times: something else (2 kinds)",
@@ -29,16 +29,16 @@ def test_words_that_differ_in_their_numbers_are_one_kind_shown_as_it_came_first(
 
 
 def test_neither_kinds_nor_lines_grow_without_end() -> None:
-    found = FailureReasons()
+    reasons = FailureReasons()
     for number in range(3_000):
         letters = "".join(chr(ord("a") + int(digit)) for digit in str(number))
-        found.add(f"400 Bad Request: {letters} " + "x y " * 1_000)
-    counts = found.counts()
+        reasons.add(f"400 Bad Request: {letters} " + "x y " * 100)
+    counts = reasons.counts()
     assert len(counts) == KINDS + 1
     assert sum(counts.values()) == 3_000
-    assert counts["other words"] == 3_000 - KINDS
-    assert max(map(len, found.lines())) < 250
-    assert len(found.lines()) == 4
+    assert counts["other messages"] == 3_000 - KINDS
+    assert max(map(len, reasons.lines())) < 250
+    assert len(reasons.lines()) == 4
 
 
 def test_cells_of_a_report_are_text_and_no_markup() -> None:

@@ -1,4 +1,4 @@
-"""Rows at work many at a time, handed on in order, and the line that tells how far they are."""
+"""Concurrent work on rows with ordered results, and the progress line."""
 
 import asyncio
 import gc
@@ -20,8 +20,8 @@ from train.llm.progress import RequestProgress, progress
 
 
 def test_results_come_in_order_however_long_each_row_takes() -> None:
-    chance = random.Random(3)
-    turns = [chance.randrange(20) for _ in range(500)]
+    rng = random.Random(3)
+    turns = [rng.randrange(20) for _ in range(500)]
 
     async def work(row: int) -> int:
         for _ in range(turns[row]):
@@ -34,32 +34,32 @@ def test_results_come_in_order_however_long_each_row_takes() -> None:
     assert asyncio.run(run()) == [row * row for row in range(500)]
 
 
-def test_no_row_waits_for_another_ones_stage_and_no_more_are_begun_than_said() -> None:
-    begun, at_work, most = 0, 0, 0
+def test_rows_do_not_wait_for_each_others_stages_and_ahead_bounds_them() -> None:
+    started, running, most_running = 0, 0, 0
     held = asyncio.Event()
 
     def source() -> Iterator[int]:
-        nonlocal begun
+        nonlocal started
         for row in range(1_000):
-            begun += 1
+            started += 1
             yield row
 
     async def work(row: int) -> int:
-        nonlocal at_work, most
-        at_work += 1
-        most = max(most, at_work)
+        nonlocal running, most_running
+        running += 1
+        most_running = max(most_running, running)
         if row == 0:
             await held.wait()
         await asyncio.sleep(0)
-        at_work -= 1
+        running -= 1
         return row
 
     async def let_go() -> None:
-        while (begun, at_work) != (50, 1):  # every row that may be begun is done, but for the first
+        while (started, running) != (50, 1):  # every row that may be started is done, except for the first
             await asyncio.sleep(0)
         for _ in range(10):
             await asyncio.sleep(0)
-        assert begun == 50
+        assert started == 50
         held.set()
 
     async def run() -> list[int]:
@@ -69,10 +69,10 @@ def test_no_row_waits_for_another_ones_stage_and_no_more_are_begun_than_said() -
         return results
 
     assert asyncio.run(run()) == list(range(1_000))
-    assert most == 8
+    assert most_running == 8
 
 
-def test_a_taker_that_is_slow_does_not_stop_the_work() -> None:
+def test_a_slow_consumer_does_not_stop_the_work() -> None:
     done = 0
 
     async def work(row: int) -> int:
@@ -84,14 +84,14 @@ def test_a_taker_that_is_slow_does_not_stop_the_work() -> None:
     async def run() -> None:
         async with aclosing(map_ordered(range(1_000), work, at_once=4, ahead=100)) as coming:
             await anext(coming)
-            while done < 100:  # never ends if rows are begun only while a result is waited for
+            while done < 100:  # never ends if rows are started only while a result is awaited
                 await asyncio.sleep(0)
 
     asyncio.run(run())
 
 
 @pytest.mark.parametrize("where", ["work", "rows"])
-def test_the_first_error_ends_it_as_it_is_and_cancels_the_rest(where: str) -> None:
+def test_the_first_error_is_raised_unchanged_and_cancels_the_rest(where: str) -> None:
     def source() -> Iterator[int]:
         yield from range(10)
         if where == "rows":
@@ -114,7 +114,7 @@ def test_the_first_error_ends_it_as_it_is_and_cancels_the_rest(where: str) -> No
     asyncio.run(asyncio.wait_for(run(), 30))
 
 
-def test_leaving_early_cancels_what_is_at_work() -> None:
+def test_leaving_early_cancels_running_rows() -> None:
     async def run() -> int:
         ended = 0
 
@@ -128,7 +128,7 @@ def test_leaving_early_cancels_what_is_at_work() -> None:
 
         async with aclosing(map_ordered(range(100), work, at_once=10)) as coming:
             assert await anext(coming) == 0
-            await asyncio.sleep(0)  # the row begun in its place has started too
+            await asyncio.sleep(0)  # the row after it has started too
         return ended
 
     assert asyncio.run(run()) == 11
@@ -143,22 +143,22 @@ def a_client() -> SimpleNamespace:
     )
 
 
-def test_the_line_tells_rows_speed_failures_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_line_shows_rows_speed_failures_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1_000.0
     monkeypatch.setattr(rows_module.time, "monotonic", lambda: now)
     client = a_client()
-    pace = RequestProgress("sysgen", 1_000, client)
-    pace.advance(400)  # from the journal, in no time
+    bar = RequestProgress("sysgen", 1_000, client)
+    bar.advance(400)  # from the journal, at once
     now += 1
-    pace.look()
+    bar.sample()
     for _ in range(100):  # then one row a second, of 250 tokens
         now += 1
-        pace.advance()
+        bar.advance()
         client.counts.completion_tokens += 250
-        pace.look()
+        bar.sample()
     client.counts.failed, client.counts.retries = 2, 17
-    assert pace.line() == (
-        "500 of 1,000 rows (50%), 250 tokens/s, 2 failed, 17 tries repeated, 64 in flight, 8m20s left; "
+    assert bar.line() == (
+        "500 of 1,000 rows (50%), 250 tokens/s, 2 failed, 17 retries, 64 in flight, 8m20s left; "
         "http://a/v1: 429 Busy, for 3s"
     )
 
@@ -173,8 +173,8 @@ def test_the_line_is_shown_while_it_runs(
     monkeypatch.setattr(rows_module, "SECONDS_BETWEEN_LINES", 0.0)
 
     async def run() -> None:
-        async with progress("sysgen", 10, a_client()) as pace:
-            pace.advance(4)
+        async with progress("sysgen", 10, a_client()) as bar:
+            bar.advance(4)
             while True:
                 await asyncio.sleep(0.01)
                 if "4 of 10 rows (40%)" in capsys.readouterr().out:
@@ -183,7 +183,7 @@ def test_the_line_is_shown_while_it_runs(
     asyncio.run(asyncio.wait_for(run(), 30))
 
 
-def test_a_narrow_terminal_shows_what_the_servers_have_against_it_to_its_end(
+def test_a_narrow_terminal_shows_complete_server_messages(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -203,7 +203,7 @@ def test_a_narrow_terminal_shows_what_the_servers_have_against_it_to_its_end(
     asyncio.run(asyncio.wait_for(run(), 30))
 
 
-def test_of_rows_that_fail_together_one_is_told_and_asyncio_tells_of_none() -> None:
+def test_of_rows_that_fail_together_one_error_is_raised_and_asyncio_warns_of_none() -> None:
     complaints: list[dict[str, Any]] = []
 
     async def everything() -> None:

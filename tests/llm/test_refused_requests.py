@@ -1,6 +1,6 @@
-"""Refused requests: the form that a server asks for is sent, and what else it refuses is named by its setting.
+"""Refused requests: the client sends the form that a server asks for, and names the setting of other refusals.
 
-The errors are those that servers and gateways were reported to send, in their own words.
+The errors are quoted from reports about servers and gateways.
 """
 
 import hashlib
@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 from client_runs import LIMIT, about, echo, run
-from scripted_server import Asked, Reply, ScriptedServer, error, said
+from scripted_server import Asked, Reply, ScriptedServer, chat_reply, error
 
 from train.errors import UserError
 from train.llm.client import Client
 from train.llm.failures import RequestFailed
-from train.llm.journal import NO_LIMIT, Decoding, Request
 from train.llm.refusals import (
     extract_error_text,
     format_config_key,
@@ -25,6 +24,7 @@ from train.llm.refusals import (
     refuses_system_role,
     suggest_setting,
 )
+from train.llm.request import NO_LIMIT, Decoding, Request
 from train.llm.request_body import request_body
 from train.llm.system_role import merge_into_user
 
@@ -34,13 +34,13 @@ SYSTEM = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
 
 
 def wrapped(message: str) -> Reply:
-    """An error as LiteLLM's proxy passes it on."""
+    """Return an error as LiteLLM's proxy forwards it."""
     received = "Received Model Group=m\nAvailable Model Group Fallbacks=None"
     return error(400, f"litellm.BadRequestError: OpenAIException - {message}. {received}", code="400")
 
 
 def forbidden(field: str) -> Reply:
-    """An error of pydantic, as Mistral's server sends it."""
+    """Return an error of pydantic, as Mistral's server sends it."""
     detail = {"type": "extra_forbidden", "loc": ["body", field], "msg": "Extra inputs are not permitted", "input": 1}
     return Reply(422, {"detail": [detail]})
 
@@ -62,7 +62,7 @@ def test_the_token_limit_goes_by_the_name_that_an_error_asks_for(tmp_path: Path,
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         assert [(await client.ask(about(name))).text for name in ("a", "b")] == ["re: a", "re: b"]
-        assert [one.body.get("max_completion_tokens") for one in servers[0].asked] == [None, 50, 50]
+        assert [request.body.get("max_completion_tokens") for request in servers[0].asked] == [None, 50, 50]
         assert client.counts.retries == 0
 
     run(script, work, tmp_path)
@@ -84,7 +84,7 @@ def test_a_limit_that_is_too_large_keeps_its_name(tmp_path: Path, message: str) 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         with pytest.raises(RequestFailed, match="400"):
             await client.ask(about("a"))
-        assert [one.body["max_tokens"] for one in servers[0].asked] == [50]
+        assert [request.body["max_tokens"] for request in servers[0].asked] == [50]
 
     run(script, work, tmp_path)
 
@@ -102,20 +102,20 @@ def test_a_limit_that_is_too_large_keeps_its_name(tmp_path: Path, message: str) 
 def test_extra_renames_the_limit_and_the_journal_finds_the_same_answers(
     extra: dict[str, Any], sent: dict[str, Any], limit: int
 ) -> None:
-    plain, changed = (Decoding.from_settings(50, 0.5, seed=3, extra=one) for one in ({}, extra))
+    plain, changed = (Decoding.from_settings(50, 0.5, seed=3, extra=fields) for fields in ({}, extra))
     requests = [Request("stage", SYSTEM, decoding) for decoding in (plain, changed)]
     body = request_body("m", requests[1])
     assert body == {"model": "m", "messages": SYSTEM, "temperature": 0.5, "seed": 3} | sent
-    told = [1, "stage", "m", 0, {"temperature": 0.5, "seed": 3}, SYSTEM]  # as the first journals were written
-    key = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=20).digest()
+    key_fields = [1, "stage", "m", 0, {"temperature": 0.5, "seed": 3}, SYSTEM]  # as the first journals were written
+    key = hashlib.blake2b(json.dumps(key_fields, sort_keys=True).encode(), digest_size=20).digest()
     assert requests[0].key("m") == requests[1].key("m") == key
     assert changed.max_tokens == limit
 
 
-def test_without_a_limit_what_one_cut_is_asked_again_and_the_rest_is_not(tmp_path: Path) -> None:
+def test_without_a_limit_only_cut_answers_are_asked_again(tmp_path: Path) -> None:
     async def script(asked: Asked) -> Reply:
         limited = "max_tokens" in asked.body
-        return said(f"{asked.prompt} {limited}", "length" if limited and asked.prompt == "long" else "stop")
+        return chat_reply(f"{asked.prompt} {limited}", "length" if limited and asked.prompt == "long" else "stop")
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         none = Decoding.from_settings(50, 0.5, extra={"max_tokens": None})
@@ -123,24 +123,24 @@ def test_without_a_limit_what_one_cut_is_asked_again_and_the_rest_is_not(tmp_pat
             await client.ask(about(prompt))
         texts = [(await client.ask(about(prompt, decoding=none))).text for prompt in ("long", "short")]
         assert texts == ["long False", "short True"]
-        assert (await client.ask(about("long"))).text == "long False"  # it came to its end within the limit
+        assert (await client.ask(about("long"))).text == "long False"  # it was complete within the limit
 
     run(script, work, tmp_path)
 
 
-def test_null_in_extra_takes_any_field_out_and_a_value_fills_one_that_is_null() -> None:
+def test_null_in_extra_removes_a_field_and_a_value_fills_a_null() -> None:
     nulls = {"temperature": None, "top_p": None, "seed": None, "top_k": None}
     given = {"temperature": 1, "reasoning_effort": "low"}
     assert Decoding.from_settings(9, 0.5, 0.9, 3, nulls) == Decoding(9)
     assert Decoding.from_settings(9, extra=given).parameters(2) == given
-    # What was answered before there were nulls is found by the same key.
+    # Answers from before nulls existed are found by the same key.
     assert Decoding.from_settings(9, 0.5, 0.9, 3, {"top_k": 5}) == Decoding(9, 0.5, 0.9, 3, extra={"top_k": 5})
 
 
 @pytest.mark.parametrize(
     ("refusal", "advice"),
     [
-        # OpenAI's o and gpt-5 models; param alone decides, whatever else the words name.
+        # OpenAI's o and gpt-5 models; param alone decides, whatever else the message names.
         (
             error(
                 400,
@@ -158,7 +158,7 @@ def test_null_in_extra_takes_any_field_out_and_a_value_fills_one_that_is_null() 
         (forbidden("seed"), "Leave it out: `answer.seed: null`."),
         (
             wrapped('{"type":"error","error":{"message":"temperature and top_p cannot both be specified"}}'),
-            "Leave one of them out: `answer.temperature: null` or `answer.top_p: null`.",
+            "Leave out one of them: `answer.temperature: null` or `answer.top_p: null`.",
         ),
         (error(400, "`temperature` is deprecated for this model"), "Leave it out: `answer.temperature: null`."),
         (
@@ -190,13 +190,13 @@ def test_a_refused_parameter_is_named_by_its_setting(refusal: Reply, advice: str
     limit_name = "max_completion_tokens" if "max_completion_tokens" in str(refusal.body) else "max_tokens"
     decoding = Decoding(50, 0.7, 0.9, 3, extra={"repetition_penalty": 1.03}, limit_name=limit_name)
     body = request_body("m", Request("answer", SYSTEM, decoding))
-    whole = refusal.body if isinstance(refusal.body, dict) else None
-    inner = whole.get("error", whole) if whole else None  # as the openai package hands it on
-    words = extract_error_text(inner, str(refusal.body))
-    assert suggest_setting(inner, words, body, "answer", format_config_key) == advice
+    content = refusal.body if isinstance(refusal.body, dict) else None
+    inner = content.get("error", content) if content else None  # as the openai package forwards it
+    text = extract_error_text(inner, str(refusal.body))
+    assert suggest_setting(inner, text, body, "answer", format_config_key) == advice
 
 
-def test_options_are_named_as_they_are_typed() -> None:
+def test_options_are_formatted_as_typed() -> None:
     name = option_formatter(("temperature", "top_p"), "judge-")
     assert name("judge, run 1", "top_p", "null") == "--judge-top-p null"
     assert name("judge, run 1", "max_completion_tokens", "90") == """--judge-extra '{"max_completion_tokens": 90}'"""
@@ -219,14 +219,14 @@ NO_SYSTEM_ROLE = [
 ]
 
 
-@pytest.mark.parametrize("words", NO_SYSTEM_ROLE)
-def test_a_refused_system_role_is_told_from_other_refusals(words: str) -> None:
-    assert refuses_system_role(words, SYSTEM)
-    assert not refuses_system_role(words, SYSTEM[1:])
+@pytest.mark.parametrize("text", NO_SYSTEM_ROLE)
+def test_a_refused_system_role_is_recognised(text: str) -> None:
+    assert refuses_system_role(text, SYSTEM)
+    assert not refuses_system_role(text, SYSTEM[1:])
 
 
 @pytest.mark.parametrize(
-    ("words", "messages"),
+    ("text", "messages"),
     [
         ("Conversation roles must alternate user/assistant/user/assistant/...", [*SYSTEM, SYSTEM[1]]),
         ("After the optional system message, conversation roles must alternate user/assistant", SYSTEM),
@@ -235,8 +235,8 @@ def test_a_refused_system_role_is_told_from_other_refusals(words: str) -> None:
         ("messages[1].role must be one of: system, user, assistant", SYSTEM),
     ],
 )
-def test_words_about_a_system_that_accept_its_role(words: str, messages: list[dict[str, str]]) -> None:
-    assert not refuses_system_role(words, messages)
+def test_other_messages_about_systems_are_no_refusal_of_the_role(text: str, messages: list[dict[str, str]]) -> None:
+    assert not refuses_system_role(text, messages)
 
 
 def test_a_system_message_goes_into_the_first_user_turn() -> None:
@@ -257,7 +257,7 @@ def test_a_system_message_goes_into_the_first_user_turn() -> None:
             {"decoding": replace(LIMIT, top_p=0.9)},
             "Leave it out: `stage.top_p: null`.",
         ),
-        (500, NO_SYSTEM_ROLE[0], {"messages": SYSTEM}, "say `system_role: merge_into_user`."),
+        (500, NO_SYSTEM_ROLE[0], {"messages": SYSTEM}, "set `system_role: merge_into_user`."),
     ],
 )
 def test_a_stage_whose_requests_are_all_refused_ends_with_the_setting(
@@ -280,23 +280,23 @@ def test_a_stage_whose_requests_are_all_refused_ends_with_the_setting(
     run(script, work, tmp_path)
 
 
-def test_a_thinking_model_is_streamed_and_its_setting_named_where_that_does_not_help(tmp_path: Path) -> None:
-    words = "parameter.enable_thinking must be set to false for non-streaming calls"
+def test_a_thinking_model_is_streamed_or_its_setting_is_named(tmp_path: Path) -> None:
+    text = "parameter.enable_thinking must be set to false for non-streaming calls"
 
     def script(streams: bool) -> Callable[[Asked], Any]:
         async def answer(asked: Asked) -> Reply:
-            return said("fine") if streams and asked.body.get("stream") else error(400, words)
+            return chat_reply("fine") if streams and asked.body.get("stream") else error(400, text)
 
         return answer
 
     async def works(client: Client, servers: list[ScriptedServer]) -> None:
         assert (await client.ask(about("a"))).text == "fine"
-        assert [one.body.get("stream") for one in servers[0].asked] == [None, True]
+        assert [request.body.get("stream") for request in servers[0].asked] == [None, True]
 
     async def fails(client: Client, servers: list[ScriptedServer]) -> None:
         with pytest.raises(RequestFailed) as failure:
             await client.ask(about("b"))
-        assert failure.value.advice == "Turn its thinking off: `stage.extra: {enable_thinking: false}`."
+        assert failure.value.advice == "Turn off its thinking: `stage.extra: {enable_thinking: false}`."
         assert len(servers[0].asked) == 2
 
     run(script(True), works, tmp_path)

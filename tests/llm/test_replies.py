@@ -4,37 +4,37 @@ from typing import Any
 
 import pytest
 
-from train.llm.finish_reasons import REASONS, Ending, classify_finish_reason
-from train.llm.journal import Answer
+from train.llm.finish_reasons import REASONS, FinishClass, classify_finish_reason
 from train.llm.replies import UnusableReplyError, describe_empty, parse_completion
+from train.llm.request import Answer
 
-ENDINGS: list[tuple[Ending, str]] = [
+ENDINGS: list[tuple[FinishClass, str]] = [
     ("complete", "stop STOP eos eos_token EOS end_turn stop_sequence COMPLETE Stop FinishReason.STOP endTurn"),
     ("cut", "length LENGTH max_tokens MAX_TOKENS maxTokens model_length model_context_window_exceeded token_limit"),
     ("cut", "max_output_tokens FINISH_REASON_MAX_TOKENS FinishReason.MAX_TOKENS ERROR_LIMIT"),
     ("refused", "content_filter content-filter content_filtered SAFETY RECITATION PROHIBITED_CONTENT BLOCKLIST SPII"),
     ("refused", "refusal guardrail_intervened content_filter:PROHIBITED_CONTENT sensitive ERROR_TOXIC Content_Filter"),
     ("tool", "tool_calls function_call tool_use MALFORMED_FUNCTION_CALL toolUse"),
-    ("fault", "abort error ERROR cancelled canceled load timeout insufficient_system_resource network_error"),
+    ("error", "abort error ERROR cancelled canceled load timeout insufficient_system_resource network_error"),
     ("cut", "stop:max_tokens Stop:length"),
     ("unknown", "stop:foo foo.bar"),
-    ("fault", "abort:engine-died not_finished unload MALFORMED_RESPONSE"),
+    ("error", "abort:engine-died not_finished unload MALFORMED_RESPONSE"),
     ("unknown", "foo OTHER FINISH_REASON_UNSPECIFIED pause_turn stopped_by_foo 7 unlength"),
 ]
 
 
-@pytest.mark.parametrize(("ending", "names"), ENDINGS)
-def test_the_class_of_a_finish_reason(ending: Ending, names: str) -> None:
-    assert {name: classify_finish_reason(name) for name in names.split()} == dict.fromkeys(names.split(), ending)
+@pytest.mark.parametrize(("finish_class", "names"), ENDINGS)
+def test_the_class_of_a_finish_reason(finish_class: FinishClass, names: str) -> None:
+    assert {name: classify_finish_reason(name) for name in names.split()} == dict.fromkeys(names.split(), finish_class)
 
 
 def test_case_and_punctuation_make_no_difference_and_no_reason_is_in_two_classes() -> None:
-    for ending, names in REASONS.items():
+    for finish_class, names in REASONS.items():
         for name in names.split():
-            words = name.split("_")
-            camel = words[0] + "".join(map(str.capitalize, words[1:]))
-            for form in (name, name.upper(), "-".join(words), camel, f" {name}. "):
-                assert classify_finish_reason(form) == ending, form
+            parts = name.split("_")
+            camel = parts[0] + "".join(map(str.capitalize, parts[1:]))
+            for form in (name, name.upper(), "-".join(parts), camel, f" {name}. "):
+                assert classify_finish_reason(form) == finish_class, form
     every = [name for names in REASONS.values() for name in names.split()]
     assert len(set(every)) == len(every)
 
@@ -82,13 +82,13 @@ def test_a_refusal_in_a_part_is_a_refusal() -> None:
 
 
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
-def test_a_part_that_is_no_text_is_named(kind: str) -> None:
-    with pytest.raises(UnusableReplyError, match=f"a part of type '{kind}' that can't be read as text"):
+def test_an_unreadable_part_is_named(kind: str) -> None:
+    with pytest.raises(UnusableReplyError, match=f"an unreadable part of type '{kind}'"):
         reply({"content": [THINKING, {"type": kind, kind: {}}]})
 
 
 @pytest.mark.parametrize("kind", ["reference", "image_url", "web_search_call", "citations"])
-def test_a_part_that_is_no_text_is_ignored_beside_text(kind: str) -> None:
+def test_an_unreadable_part_beside_text_is_ignored(kind: str) -> None:
     answer = reply({"content": [text_part("Bern"), {"type": kind, "reference_ids": [1]}, text_part(".")]})
     assert (answer.text, answer.ignored_part, answer.unfinished) == ("Bern.", kind, "")
     assert reply({"content": [text_part("Bern.")]}).ignored_part == ""
@@ -101,13 +101,13 @@ def test_the_completions_form_and_several_choices() -> None:
 
 
 @pytest.mark.parametrize("body", [{}, [], {"choices": []}, {"choices": None}, {"choices": ["x"]}, {"choices": [7]}])
-def test_what_is_no_completion(body: Any) -> None:
+def test_other_bodies_are_no_completion(body: Any) -> None:
     with pytest.raises(ValueError, match="not a chat completion"):
         parse_completion(body, 0.1)
 
 
 @pytest.mark.parametrize(
-    ("choice", "words"),
+    ("choice", "parts"),
     [
         ({"finish_reason": "abort"}, r"broke the answer off \(finish_reason abort\)$"),
         ({"finish_reason": {"type": "abort", "message": "x"}}, r"\(finish_reason abort\)$"),
@@ -116,12 +116,12 @@ def test_what_is_no_completion(body: Any) -> None:
         ({"finish_reason": None, "error": {"status": 1}}, r"\(finish_reason missing\): \{'status': 1\}$"),
     ],
 )
-def test_an_answer_that_the_server_broke_off(choice: dict[str, Any], words: str) -> None:
-    with pytest.raises(UnusableReplyError, match=words):
+def test_an_answer_that_the_server_broke_off(choice: dict[str, Any], parts: str) -> None:
+    with pytest.raises(UnusableReplyError, match=parts):
         reply({"content": "Water boils because its"}, **choice)
 
 
-def test_what_the_models_filter_did_is_no_fault_of_the_gateway() -> None:
+def test_a_native_refusal_overrides_a_gateways_error() -> None:
     answer = reply({"content": ""}, "error", native_finish_reason="PROHIBITED_CONTENT", error={"code": 403})
     assert (answer.refused, answer.finish_reason) == (True, "PROHIBITED_CONTENT")
 
@@ -151,7 +151,7 @@ def test_the_worse_of_a_gateways_reason_and_the_models_counts(
     assert reply({"content": "Half"}, finish_reason, provider_specific_fields=fields).unfinished == unfinished
 
 
-def test_a_native_fault_is_one() -> None:
+def test_a_native_error_is_an_error() -> None:
     with pytest.raises(UnusableReplyError, match=r"\(finish_reason abort\)$"):
         reply({"content": "Half"}, "stop", native_finish_reason="abort")
 
@@ -198,7 +198,7 @@ FIELDS = ["reasoning_content", "reasoning", "reasoning_details", "thinking"]
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_an_answer_that_is_all_in_a_field_of_reasoning(field: str) -> None:
+def test_an_answer_only_in_a_reasoning_field_is_empty(field: str) -> None:
     value = [{"type": "reasoning.text", "text": "Hm."}] if field == "reasoning_details" else "Hello."
     answer = reply({"role": "assistant", "content": None, field: value, "tool_calls": []})
     assert (answer.text, answer.empty, answer.unfinished) == ("", True, f"empty, all of it in {field}")

@@ -16,7 +16,7 @@ STREAMED = Reply(body=IN_STREAM, headers={"Content-Type": "text/event-stream"})
 
 
 @pytest.mark.parametrize("refusal", [OUTGROWN, STREAMED], ids=["as a status", "in a stream"])
-def test_requests_that_outgrow_a_context_together_are_asked_again_with_fewer_in_flight(
+def test_requests_that_outgrow_a_shared_context_are_retried_with_fewer_in_flight(
     tmp_path: Path, refusal: Reply
 ) -> None:
     all_there = asyncio.Barrier(4)
@@ -37,7 +37,7 @@ def test_requests_that_outgrow_a_context_together_are_asked_again_with_fewer_in_
     run(script, work, tmp_path, concurrency=4)
 
 
-def test_a_request_that_outgrows_the_context_alone_is_too_long(tmp_path: Path) -> None:
+def test_a_request_that_outgrows_the_context_by_itself_is_too_long(tmp_path: Path) -> None:
     async def script(asked: Asked) -> Reply:
         return OUTGROWN
 

@@ -1,4 +1,4 @@
-"""First contact: wrong addresses, TLS, redirects, proxies, servers that can't be reached, and the look before work."""
+"""First contact: wrong addresses, TLS, redirects, proxies, unreachable servers, and the startup check."""
 
 import argparse
 import asyncio
@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 from certificates import encryption_with, write_certificate
 from client_runs import SHORT, about, echo
-from scripted_server import Asked, Reply, Script, ScriptedServer, error, said
+from scripted_server import Asked, Reply, Script, ScriptedServer, chat_reply, error
 
 from train.cli import duration_seconds
 from train.errors import UserError
 from train.llm.client import Client
 from train.llm.failures import RequestFailed
-from train.llm.journal import Decoding, Journal
+from train.llm.journal import Journal
+from train.llm.request import Decoding
 from train.llm.server import Server
 from train.llm.startup_check import check_servers
 
@@ -33,7 +34,7 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def ask(servers: list[Server] | Server, folder: Path, *prompts: str, wait: float = 30.0) -> list[str]:
-    """The answers, asked for one after another."""
+    """Return the answers to prompts, asked one after another."""
     servers = servers if isinstance(servers, list) else [servers]
     with Journal(folder / "answers.sqlite") as journal:
         async with Client(servers, "m", journal, backoff=SHORT, wait_for_server=wait) as client:
@@ -44,10 +45,10 @@ async def refusal(servers: list[Server] | Server, folder: Path, wait: float = 30
     """Return the error that ends the run."""
     with pytest.raises(UserError) as failure:
         await ask(servers, folder, wait=wait)
-    told = str(failure.value)
-    assert "\n" not in told
-    assert "sk-the-key" not in told
-    return told
+    message = str(failure.value)
+    assert "\n" not in message
+    assert "sk-the-key" not in message
+    return message
 
 
 def free_port() -> int:
@@ -60,16 +61,16 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "trusted", "told"),
+    ("name", "trusted", "message"),
     [
-        ("good", False, "self-signed certificate. Set SSL_CERT_FILE to a PEM file that holds it"),
+        ("good", False, "self-signed certificate. Set SSL_CERT_FILE to a PEM file with this certificate"),
         ("expired", True, "certificate has expired. Renew the certificate on the server"),
-        ("another host", True, "IP address mismatch.*Write the host name that stands in the certificate as base_url"),
+        ("another host", True, "IP address mismatch.*Use the host name in the certificate as base_url"),
         ("good", True, ""),
     ],
 )
 def test_a_certificate_that_can_not_be_trusted_ends_the_run(
-    name: str, trusted: bool, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, trusted: bool, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     certificate = write_certificate(name, tmp_path)
     if trusted:
@@ -77,28 +78,28 @@ def test_a_certificate_that_can_not_be_trusted_ends_the_run(
 
     async def work() -> None:
         async with ScriptedServer(echo, encryption=encryption_with(certificate)) as server:
-            if told:
-                assert re.search(told, await refusal(Server(server.url), tmp_path))
+            if message:
+                assert re.search(message, await refusal(Server(server.url), tmp_path))
             else:
                 assert await ask(Server(server.url), tmp_path) == ["re: hi"]
 
     asyncio.run(work())
 
 
-@pytest.mark.parametrize(("content", "told"), [(None, "No such file"), (b"no PEM", "no PEM certificate is in it")])
+@pytest.mark.parametrize(("content", "reason"), [(None, "No such file"), (b"no PEM", "it holds no PEM certificate")])
 def test_a_file_of_certificates_that_can_not_be_read_is_one_error(
-    content: bytes | None, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    content: bytes | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if content is not None:
         (tmp_path / "c.pem").write_bytes(content)
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "c.pem"))
     message = asyncio.run(refusal(Server("https://localhost:1/v1"), tmp_path))
-    assert message.startswith(f"SSL_CERT_FILE: {tmp_path / 'c.pem'} can't be used: {told}")
+    assert message.startswith(f"SSL_CERT_FILE: {tmp_path / 'c.pem'} can't be used: {reason}")
 
 
 @contextlib.asynccontextmanager
 async def listening(handle: Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]) -> AsyncIterator[int]:
-    """A server that gets what comes first on a connection, and then closes it; its port."""
+    """Open a server that reads the first bytes of a connection and closes it; yield its port."""
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError):
@@ -121,32 +122,32 @@ async def hang_up_on_what_is_no_http(head: bytes, writer: asyncio.StreamWriter) 
 
 
 @pytest.mark.parametrize("handle", [answer_anything, hang_up_on_what_is_no_http])
-def test_https_to_a_plain_port_says_http(
+def test_https_to_a_plain_port_advises_http(
     handle: Callable[[bytes, asyncio.StreamWriter], Awaitable[None]], tmp_path: Path
 ) -> None:
     async def work() -> None:
         async with listening(handle) as port:
-            told = await refusal(Server(f"https://127.0.0.1:{port}/v1?api-version=1"), tmp_path)
-            assert f"Write http://127.0.0.1:{port}/v1?api-version=1 as base_url." in told
+            message = await refusal(Server(f"https://127.0.0.1:{port}/v1?api-version=1"), tmp_path)
+            assert f"Write http://127.0.0.1:{port}/v1?api-version=1 as base_url." in message
 
     asyncio.run(work())
 
 
-def test_plain_http_to_a_port_of_tls_says_https(tmp_path: Path) -> None:
+def test_plain_http_to_a_tls_port_advises_https(tmp_path: Path) -> None:
     certificate = write_certificate("good", tmp_path)
 
     async def work() -> None:
         async with ScriptedServer(echo, encryption=encryption_with(certificate)) as server:
-            told = await refusal(Server(server.url.replace("https://", "http://")), tmp_path)
-            assert f"Write {server.url} as base_url." in told
+            message = await refusal(Server(server.url.replace("https://", "http://")), tmp_path)
+            assert f"Write {server.url} as base_url." in message
             with pytest.raises(UserError, match=f"Write {server.url} as base_url."):
                 await check_servers([Server(server.url.replace("https://", "http://"))], "m", backoff=SHORT)
 
     asyncio.run(work())
 
 
-def test_a_400_without_json_from_a_plain_server_is_the_rows(tmp_path: Path) -> None:
-    """The look for TLS behind it finds none."""
+def test_a_400_without_json_from_a_plain_server_fails_the_request(tmp_path: Path) -> None:
+    """The test for TLS on its port fails."""
 
     async def work() -> None:
         async with listening(answer_anything) as port:
@@ -168,15 +169,15 @@ def test_a_redirect_is_named_and_never_followed(status: int, tmp_path: Path) -> 
                 return Reply(status, b"", {"Location": target.url.replace("/v1", asked.path)})
 
             async with ScriptedServer(script) as server:
-                told = await refusal(Server(server.url, key_variable="MY_KEY"), tmp_path)
-                assert f"it redirects to {target.url}. Write {target.url} as base_url." in told
-                assert target.asked == []  # nor was it sent the key
+                message = await refusal(Server(server.url, key_variable="MY_KEY"), tmp_path)
+                assert f"it redirects to {target.url}. Write {target.url} as base_url." in message
+                assert target.asked == []  # and it did not get the key
 
     asyncio.run(work())
 
 
 @pytest.mark.parametrize(
-    ("location", "told"),
+    ("location", "message"),
     [
         ("/api/v1/chat/completions", "/api/v1. Write http://127.0.0.1:PORT/api/v1 as base_url."),
         ("https://h.example/v1/chat/completions?api-version=1", "Write https://h.example/v1?api-version=1 as base_url"),
@@ -189,21 +190,21 @@ def test_a_redirect_is_named_and_never_followed(status: int, tmp_path: Path) -> 
         (None, "a redirect to nowhere"),
     ],
 )
-def test_where_a_redirect_leads_decides_what_to_write(location: str | None, told: str, tmp_path: Path) -> None:
+def test_the_target_of_a_redirect_decides_the_advice(location: str | None, message: str, tmp_path: Path) -> None:
     async def script(asked: Asked) -> Reply:
         return Reply(307, b"", {"Location": location} if location else {})
 
     async def work() -> None:
         async with ScriptedServer(script) as server:
             port = server.url.split(":")[2].removesuffix("/v1")
-            assert told.replace("PORT", port) in await refusal(Server(server.url), tmp_path)
+            assert message.replace("PORT", port) in await refusal(Server(server.url), tmp_path)
 
     asyncio.run(work())
 
 
 @pytest.mark.parametrize("status", [301, 307, 308])
 @pytest.mark.parametrize("written", ["/v1", "/v1/chat/completions/"])
-def test_a_server_that_wants_a_slash_behind_its_path_gets_it(status: int, written: str, tmp_path: Path) -> None:
+def test_a_server_that_redirects_to_a_trailing_slash_gets_it(status: int, written: str, tmp_path: Path) -> None:
     async def script(asked: Asked) -> Reply:
         path, _, query = asked.path.partition("?")
         if path.endswith("/"):
@@ -225,7 +226,7 @@ def test_a_server_that_wants_a_slash_behind_its_path_gets_it(status: int, writte
 
 
 @pytest.mark.parametrize("step", [1, -1])
-def test_redirects_to_ever_more_slashes_or_to_and_fro_end_the_run(step: int, tmp_path: Path) -> None:
+def test_redirect_loops_end_the_run(step: int, tmp_path: Path) -> None:
     async def script(asked: Asked) -> Reply:
         path = asked.path.rstrip("/")
         slashes = len(asked.path) - len(path)
@@ -256,7 +257,7 @@ def test_a_slash_elsewhere_is_a_redirect(location: str, tmp_path: Path) -> None:
 
 
 def at(path: str, *, lists: bool = True) -> Script:
-    """A server whose API is below `path`."""
+    """Return the script of a server with its API under `path`."""
 
     async def script(asked: Asked) -> Reply:
         if asked.path == f"{path}/models" and lists:
@@ -273,7 +274,7 @@ def at(path: str, *, lists: bool = True) -> Script:
     ("right", "written"),
     [("/v1", ""), ("/v1", "/"), ("/api/v1", "/v1"), ("/v1", "/api"), ("", "/v1"), ("/x/v1", "/x"), ("/v1", "/v1/v1")],
 )
-def test_a_wrong_path_says_which_is_right(right: str, written: str, lists: bool, tmp_path: Path) -> None:
+def test_the_error_of_a_wrong_path_names_the_right_one(right: str, written: str, lists: bool, tmp_path: Path) -> None:
     async def work() -> None:
         async with ScriptedServer(at(right, lists=lists)) as server:
             host = server.url.removesuffix("/v1")
@@ -285,7 +286,7 @@ def test_a_wrong_path_says_which_is_right(right: str, written: str, lists: bool,
 
 
 def answering_as(name: str, *listed: dict) -> Script:
-    """A server that answers whatever it is asked for."""
+    """Return the script of a server that answers any model name."""
 
     async def script(asked: Asked) -> Reply:
         if not asked.body:
@@ -307,17 +308,15 @@ def answering_as(name: str, *listed: dict) -> Script:
         (answering_as("m-2024-08-06", {"id": "m"}), None),
     ],
 )
-def test_a_server_with_one_model_that_ignores_the_name_is_told_of(
-    script: Script, only: str | None, tmp_path: Path
-) -> None:
+def test_a_server_that_ignores_the_model_name_is_an_error(script: Script, only: str | None, tmp_path: Path) -> None:
     async def work() -> None:
         async with ScriptedServer(script) as server:
             if only is None:
                 assert await ask(Server(server.url), tmp_path) == ["re: hi"]
                 await check_servers([Server(server.url)], "m")
                 return
-            told = await refusal(Server(server.url), tmp_path)
-            assert "the only model that it serves, and not as 'm'. Write tiny.gguf as the model's name." in told
+            message = await refusal(Server(server.url), tmp_path)
+            assert "the only model that it serves, and not as 'm'. Write tiny.gguf as the model's name." in message
             with pytest.raises(UserError, match=r"Write tiny\.gguf as the model's name"):
                 await check_servers([Server(server.url)], "m")
 
@@ -337,10 +336,10 @@ def test_a_server_with_one_model_that_ignores_the_name_is_told_of(
 )
 def test_a_server_that_can_not_be_reached_at_the_start_ends_the_run(url: str, why: str, tmp_path: Path) -> None:
     url = url.format(port=free_port())
-    told = asyncio.run(refusal(Server(url), tmp_path, wait=0.02))
-    assert told.startswith(f"{url} can't be reached ({why}")
-    assert "Check host and port" in told
-    assert "--wait-for-server" in told
+    message = asyncio.run(refusal(Server(url), tmp_path, wait=0.02))
+    assert message.startswith(f"{url} can't be reached ({why}")
+    assert "Check host and port" in message
+    assert "--wait-for-server" in message
 
 
 def test_a_gateway_without_its_server_ends_the_run_too(tmp_path: Path) -> None:
@@ -349,17 +348,17 @@ def test_a_gateway_without_its_server_ends_the_run_too(tmp_path: Path) -> None:
 
     async def work() -> None:
         async with ScriptedServer(script) as server:
-            told = await refusal(Server(server.url), tmp_path, wait=0.02)
-            assert told.startswith(f"{server.url} answers 502 Said: no upstream. Check")
+            message = await refusal(Server(server.url), tmp_path, wait=0.02)
+            assert message.startswith(f"{server.url} answers 502 Said: no upstream. Check")
 
     asyncio.run(work())
 
 
-def test_a_server_that_starts_later_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_run_waits_for_a_server_that_starts_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     async def work() -> None:
         server = ScriptedServer(echo)
         async with server:
-            pass  # it has a port now, and is away
+            pass  # it has a port now, and is down
         asking = asyncio.create_task(ask(Server(server.url), tmp_path))
         looking = asyncio.create_task(check_servers([Server(server.url)], "m", wait=30))
         while "waiting up to" not in capsys.readouterr().out:
@@ -372,7 +371,7 @@ def test_a_server_that_starts_later_is_waited_for(tmp_path: Path, capsys: pytest
     assert "answers as m" in capsys.readouterr().out
 
 
-def test_a_server_that_was_reached_is_waited_for_without_a_limit(tmp_path: Path) -> None:
+def test_the_run_waits_without_a_limit_for_a_server_that_was_reached(tmp_path: Path) -> None:
     async def work() -> None:
         server = ScriptedServer(echo)
         with Journal(tmp_path / "answers.sqlite") as journal:
@@ -406,10 +405,10 @@ def test_one_of_several_that_can_not_be_reached_is_a_warning(
         line for line in shown.err.splitlines() if line.startswith(f"warning: {away.base_url} can't be reached")
     ]
     assert len(warnings) == 2  # one of each
-    assert "The run goes on with the other servers." in warnings[0]
+    assert "The run continues with the other servers." in warnings[0]
 
 
-def test_one_of_several_with_a_fault_that_waiting_does_not_cure_ends_the_run(tmp_path: Path) -> None:
+def test_one_of_several_with_a_permanent_error_ends_the_run(tmp_path: Path) -> None:
     certificate = write_certificate("good", tmp_path)
 
     async def work() -> None:
@@ -422,7 +421,7 @@ def test_one_of_several_with_a_fault_that_waiting_does_not_cure_ends_the_run(tmp
     asyncio.run(work())
 
 
-def test_what_the_journal_holds_needs_no_server(tmp_path: Path) -> None:
+def test_answers_in_the_journal_need_no_server(tmp_path: Path) -> None:
     async def work() -> None:
         async with ScriptedServer(echo) as server:
             await ask(Server(server.url), tmp_path)
@@ -448,32 +447,32 @@ async def proxy_that_says(status: str, monkeypatch: pytest.MonkeyPatch) -> Async
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize(
-    ("status", "told"),
+    ("status", "reason"),
     [
-        ("407 Proxy Authentication Required", "wants a user name and a password"),
+        ("407 Proxy Authentication Required", "requires a user name and a password"),
         ("403 Forbidden", "403 Forbidden"),
         ("502 Bad Gateway", "502 Bad Gateway"),
     ],
 )
 def test_a_proxy_that_refuses_is_named(
-    scheme: str, status: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scheme: str, status: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def work() -> None:
         async with proxy_that_says(status, monkeypatch) as proxy:
             message = await refusal(Server(f"{scheme}://h.example/v1"), tmp_path, wait=0)
             assert f"the proxy {proxy} of {scheme}_proxy" in message
-            assert told in message
+            assert reason in message
             assert "hush" not in message
 
     asyncio.run(work())
 
 
-def test_the_page_of_a_proxy_that_refuses_is_no_reason_to_look_for_a_key(
+def test_the_web_page_of_a_refusing_proxy_is_not_taken_for_a_wrong_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replies = {
         b"<html><title>ERROR: The requested URL could not be retrieved</title></html>": "The proxy may be what refuses",
-        b'{"error": {"message": "no"}}': "It wants a key",
+        b'{"error": {"message": "no"}}': "It requires a key",
     }
 
     async def work() -> None:
@@ -485,9 +484,11 @@ def test_the_page_of_a_proxy_that_refuses_is_no_reason_to_look_for_a_key(
 
             async with listening(handle) as port:
                 monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
-                told = await refusal(Server("http://h.example/v1"), tmp_path, wait=0)
-                assert advice in told
-                assert ("unset http_proxy, or name the server's host in no_proxy." in told) == ("proxy may" in advice)
+                message = await refusal(Server("http://h.example/v1"), tmp_path, wait=0)
+                assert advice in message
+                assert ("unset http_proxy, or name the server's host in no_proxy." in message) == (
+                    "proxy may" in advice
+                )
 
     asyncio.run(work())
 
@@ -496,29 +497,29 @@ def test_the_page_of_a_proxy_that_refuses_is_no_reason_to_look_for_a_key(
 def test_a_proxy_that_can_not_be_reached_is_named(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     proxy = f"127.0.0.1:{free_port()}"
     monkeypatch.setenv("ALL_PROXY", f"http://me:hush-hush@{proxy}")
-    told = asyncio.run(refusal(Server(f"{scheme}://h.example/v1"), tmp_path, wait=0))
-    assert "can't be reached (connection refused by the proxy http://" + proxy + " of ALL_PROXY" in told
-    assert "hush" not in told
+    message = asyncio.run(refusal(Server(f"{scheme}://h.example/v1"), tmp_path, wait=0))
+    assert "can't be reached (connection refused by the proxy http://" + proxy + " of ALL_PROXY" in message
+    assert "hush" not in message
 
 
-# The look before work
+# The startup check
 
 CHECKS = {
-    "a name in the list": (Reply(200, {"data": [{"id": "m"}]}), said("x"), None, "answers as m", 2),
-    "Gemini's list": (Reply(200, {"data": [{"id": "models/m"}]}), said("x"), None, "answers as m", 2),
-    "a bare list": (Reply(200, [{"id": "m"}]), said("x"), None, "answers as m", 2),
-    "a name that is not in the list": (Reply(200, {"data": [{"id": "n"}]}), said("x"), None, "answers as m", 2),
-    "no list": (Reply(500, b"Internal Server Error"), said("x"), None, "answers as m", 2),
-    "an empty answer": (Reply(404, b""), said(""), None, "answers as m", 2),
-    "a key": (Reply(200, {"data": [{"id": "m"}]}), said("x"), "MY_KEY", "answers as m", 2),
+    "a name in the list": (Reply(200, {"data": [{"id": "m"}]}), chat_reply("x"), None, "answers as m", 2),
+    "Gemini's list": (Reply(200, {"data": [{"id": "models/m"}]}), chat_reply("x"), None, "answers as m", 2),
+    "a bare list": (Reply(200, [{"id": "m"}]), chat_reply("x"), None, "answers as m", 2),
+    "a name that is not in the list": (Reply(200, {"data": [{"id": "n"}]}), chat_reply("x"), None, "answers as m", 2),
+    "no list": (Reply(500, b"Internal Server Error"), chat_reply("x"), None, "answers as m", 2),
+    "an empty answer": (Reply(404, b""), chat_reply(""), None, "answers as m", 2),
+    "a key": (Reply(200, {"data": [{"id": "m"}]}), chat_reply("x"), "MY_KEY", "answers as m", 2),
     "a busy server": (error(503, "Loading model"), error(503, "Loading model"), None, "busy: 503 Said: Loading", 2),
     "one token is too few": (error(404, "x"), error(400, "raise max_tokens"), None, "is reached, and refuses", 2),
 }
 
 
-@pytest.mark.parametrize(("listed", "answered", "key", "told", "requests"), CHECKS.values(), ids=CHECKS)
-def test_a_server_that_would_do(
-    listed: Reply, answered: Reply, key: str | None, told: str, requests: int, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("listed", "answered", "key", "message", "requests"), CHECKS.values(), ids=CHECKS)
+def test_the_check_prints_the_state_of_a_usable_server(
+    listed: Reply, answered: Reply, key: str | None, message: str, requests: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def script(asked: Asked) -> Reply:
         return answered if asked.body else listed
@@ -526,7 +527,7 @@ def test_a_server_that_would_do(
     async def work() -> None:
         async with ScriptedServer(script) as server:
             await check_servers([Server(server.url, key_variable=key)], "m", backoff=SHORT)
-            assert f"{server.url} {told}" in " ".join(capsys.readouterr().out.split()).replace(
+            assert f"{server.url} {message}" in " ".join(capsys.readouterr().out.split()).replace(
                 "is reached, and busy", "busy"
             )
             assert len(server.asked) == requests
@@ -538,8 +539,8 @@ REFUSED = {
     "the key": (Reply(200, {"data": [{"id": "m"}]}), error(401, "bad key"), "MY_KEY", "is not accepted for m"),
     "no key": (error(401, "no key"), error(401, "no key"), None, "key_variable"),
     "a model that it lists": (Reply(200, {"data": [{"id": "m"}]}), error(404, "no m"), "MY_KEY", "It lists 'm' among"),
-    "the model": (Reply(200, {"data": [{"id": "n"}]}), error(404, "no m"), None, "those it names are: n"),
-    "the model by 400": (Reply(200, {"data": [{"id": "n"}]}), error(400, "odd"), None, "those it names are: n"),
+    "the model": (Reply(200, {"data": [{"id": "n"}]}), error(404, "no m"), None, "it lists: n"),
+    "the model by 400": (Reply(200, {"data": [{"id": "n"}]}), error(400, "odd"), None, "it lists: n"),
     "the model by 500": (error(500, "oh"), error(500, "oh"), None, "is 'm' a model that it serves?"),
     "the model by its words": (error(404, "x"), error(404, "The model `m` is not there"), None, "Is 'm' the name"),
     "a web page": (Reply(200, b"<html>"), Reply(200, b"<html>"), None, "Is base_url right"),
@@ -547,8 +548,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("listed", "answered", "key", "told"), REFUSED.values(), ids=REFUSED)
-def test_a_server_that_would_not_do_is_one_error(listed: Reply, answered: Reply, key: str | None, told: str) -> None:
+@pytest.mark.parametrize(("listed", "answered", "key", "message"), REFUSED.values(), ids=REFUSED)
+def test_the_check_of_an_unusable_server_is_one_error(
+    listed: Reply, answered: Reply, key: str | None, message: str
+) -> None:
     async def script(asked: Asked) -> Reply:
         return answered if asked.body else listed
 
@@ -556,7 +559,7 @@ def test_a_server_that_would_not_do_is_one_error(listed: Reply, answered: Reply,
         async with ScriptedServer(script) as server:
             with pytest.raises(UserError) as failure:
                 await check_servers([Server(server.url, key_variable=key)], "m", backoff=SHORT)
-            assert told in str(failure.value)
+            assert message in str(failure.value)
 
     asyncio.run(work())
 
@@ -570,7 +573,7 @@ def test_a_duration_is_seconds_or_units(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "m", "-5", "10 m", "1m1h", "inf", "nan", "٣"])
-def test_what_is_no_duration_is_refused(text: str) -> None:
+def test_an_invalid_duration_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="must be a duration"):
         duration_seconds(text)
 
@@ -579,7 +582,7 @@ def test_what_is_no_duration_is_refused(text: str) -> None:
 
 
 async def look(script: Script, stages: dict[str, Decoding]) -> list[Asked]:
-    """The requests of a look at a server that wants no key and lists its model."""
+    """Return the requests of a check of a server without a key that lists its model."""
 
     async def listing(asked: Asked) -> Reply:
         return await script(asked) if asked.body else Reply(200, {"data": [{"id": "m"}]})
@@ -601,13 +604,13 @@ REFUSED_PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize(("decoding", "words", "told"), REFUSED_PARAMETERS.values(), ids=REFUSED_PARAMETERS)
-def test_a_listed_model_is_asked_with_the_parameters_of_each_stage(decoding: Decoding, words: str, told: str) -> None:
+@pytest.mark.parametrize(("decoding", "text", "message"), REFUSED_PARAMETERS.values(), ids=REFUSED_PARAMETERS)
+def test_a_listed_model_is_asked_with_the_parameters_of_each_stage(decoding: Decoding, text: str, message: str) -> None:
     async def script(asked: Asked) -> Reply:
         refused = decoding.parameters(0).keys() <= asked.body.keys()
-        return error(400, words) if refused else said("x")
+        return error(400, text) if refused else chat_reply("x")
 
-    with pytest.raises(UserError, match=re.escape(told)):
+    with pytest.raises(UserError, match=re.escape(message)):
         asyncio.run(look(script, {"generate": Decoding(5), "answer": decoding}))
 
 
@@ -619,20 +622,24 @@ def test_stages_with_the_same_parameters_share_a_request() -> None:
         "judge": Decoding(16, 0.0),
     }
     asked = asyncio.run(look(echo, stages))
-    assert [(one.body["temperature"], one.body.get("top_k")) for one in asked] == [(0.7, None), (0.7, 5), (0.0, None)]
-    assert {one.body["max_tokens"] for one in asked} == {1}
+    assert [(request.body["temperature"], request.body.get("top_k")) for request in asked] == [
+        (0.7, None),
+        (0.7, 5),
+        (0.0, None),
+    ]
+    assert {request.body["max_tokens"] for request in asked} == {1}
 
 
 @pytest.mark.parametrize(
-    ("extra", "words"),
+    ("extra", "text"),
     [
         ({"min_tokens": 8}, "min_tokens must be less than or equal to max_tokens=1, got 8."),
         ({"thinking": {"budget_tokens": 40}}, "`max_tokens` must be greater than `thinking.budget_tokens`."),
     ],
 )
-def test_a_parameter_that_contradicts_one_token_alone_is_no_fault_of_the_settings(extra: dict, words: str) -> None:
+def test_a_parameter_that_conflicts_only_with_one_token_is_no_error(extra: dict, text: str) -> None:
     async def script(asked: Asked) -> Reply:
-        return error(400, words) if asked.body["max_tokens"] == 1 else said("x")
+        return error(400, text) if asked.body["max_tokens"] == 1 else chat_reply("x")
 
     asked = asyncio.run(look(script, {"answer": Decoding(64, extra=extra)}))
-    assert [one.body["max_tokens"] for one in asked] == [1, 64]
+    assert [request.body["max_tokens"] for request in asked] == [1, 64]

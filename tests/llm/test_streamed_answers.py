@@ -10,7 +10,7 @@ from scripted_server import Asked, Reply, ScriptedServer, error
 
 from train.llm.client import Client
 from train.llm.failures import RequestFailed
-from train.llm.journal import Answer
+from train.llm.request import Answer
 from train.llm.server import Server
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
@@ -22,8 +22,8 @@ def chunk(finish_reason: str | None = None, **delta: Any) -> dict[str, Any]:
 
 
 def events(*chunks: dict[str, Any], done: bool = True, line: str = "\n") -> Reply:
-    """A response of events, as servers send it; keep-alive comments are among them."""
-    parts = [": keep-alive", *(f"data: {json.dumps(one, ensure_ascii=False)}" for one in chunks)]
+    """Return a response of events as servers send it, with keep-alive comments."""
+    parts = [": keep-alive", *(f"data: {json.dumps(entry, ensure_ascii=False)}" for entry in chunks)]
     parts += ["data: [DONE]"] * done
     body = "".join(f"{part}{line}{line}" for part in parts)
     return Reply(body=body.encode(), headers={"Content-Type": "text/event-stream; charset=utf-8"})
@@ -49,7 +49,7 @@ def answer_to(reply: Reply, folder: Path, *, tries: int = 1) -> Answer:
 
 
 @pytest.mark.parametrize("line", ["\n", "\r\n"])
-def test_a_stream_that_nobody_asked_for_is_read(tmp_path: Path, line: str) -> None:
+def test_an_unrequested_stream_is_read(tmp_path: Path, line: str) -> None:
     answer = answer_to(events(*WHOLE, line=line), tmp_path)
     assert (answer.text, answer.finish_reason) == ("Grüße, Welt", "length")
     assert (answer.prompt_tokens, answer.completion_tokens) == (7, 3)
@@ -73,14 +73,14 @@ def test_forms_of_streams(tmp_path: Path, reply: Reply, text: str) -> None:
 @pytest.mark.parametrize(
     "reply",
     [
-        events(chunk(content="half of it"), done=False),  # the connection was closed, and it looks whole
+        events(chunk(content="half of it"), done=False),  # the connection was closed, and it looks complete
         events(done=False),
         events(chunk(content="half"), {"error": {"message": "CUDA out of memory", "type": "x", "code": 500}}),
         events(chunk(content="half"), {"object": "error", "message": "engine died", "code": 500}),
         Reply(body=b"data: {broken\n\n"),
     ],
 )
-def test_a_stream_that_breaks_is_asked_again(tmp_path: Path, reply: Reply) -> None:
+def test_a_broken_stream_is_asked_again(tmp_path: Path, reply: Reply) -> None:
     assert answer_to(reply, tmp_path, tries=2).text == "re: a"
 
 
@@ -111,8 +111,8 @@ def test_a_server_that_only_streams_is_asked_for_streams(tmp_path: Path, refusal
     run(script, work, tmp_path)
 
 
-def test_a_server_that_is_known_to_stream_is_asked_so_at_once(tmp_path: Path) -> None:
-    """stream_options are left out where they are refused, and an answer that isn't streamed is read as well."""
+def test_a_server_configured_to_stream_is_asked_for_streams_at_once(tmp_path: Path) -> None:
+    """stream_options are omitted if refused, and an answer without a stream is read as well."""
 
     async def script(asked: Asked) -> Reply:
         assert asked.body["stream"] is True
@@ -121,23 +121,23 @@ def test_a_server_that_is_known_to_stream_is_asked_so_at_once(tmp_path: Path) ->
         return await echo(asked)
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
-        places = [Server(servers[0].url, stream=True)]
-        async with Client(places, "m", client.journal) as streaming:
+        addresses = [Server(servers[0].url, stream=True)]
+        async with Client(addresses, "m", client.journal) as streaming:
             assert (await streaming.ask(about("a"))).text == "re: a"
         assert len(servers[0].asked) == 2
-        assert (await client.ask(about("a"))).from_journal  # a stream is no other answer
+        assert (await client.ask(about("a"))).from_journal  # a stream makes no other request
 
     run(script, work, tmp_path)
 
 
-def test_a_server_that_refuses_a_stream_too_is_said_to(tmp_path: Path) -> None:
+def test_a_server_that_refuses_with_and_without_a_stream_is_an_error(tmp_path: Path) -> None:
     async def script(asked: Asked) -> Reply:
         return error(400, "This model only support stream mode")
 
     async def work(client: Client, servers: list[ScriptedServer]) -> None:
         with pytest.raises(RequestFailed) as failure:
             await client.ask(about("a"))
-        assert "this model can't be asked here" in failure.value.advice
-        assert [one.body.get("stream") for one in servers[0].asked] == [None, True]
+        assert "this server can't serve the model" in failure.value.advice
+        assert [entry.body.get("stream") for entry in servers[0].asked] == [None, True]
 
     run(script, work, tmp_path)

@@ -1,4 +1,4 @@
-"""Answers that are not complete: what the client asks again, and what the journal keeps of them."""
+"""Incomplete answers: those that the client asks again, and those that the journal stores."""
 
 import asyncio
 import re
@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 from client_runs import about, echo, first, run
-from scripted_server import Asked, Reply, ScriptedServer, said
+from scripted_server import Asked, Reply, ScriptedServer, chat_reply
 
 from train.llm.client import Client
 from train.llm.failures import EmptyAnswerError, RequestFailed
-from train.llm.journal import Answer, Journal
+from train.llm.journal import Journal
+from train.llm.request import Answer
 
 FRAGMENT = "Water boils because its"
 
 
 def broken_off(finish_reason: str | None, **choice: Any) -> Reply:
-    reply = said(FRAGMENT, finish_reason)  # type: ignore[arg-type]
+    reply = chat_reply(FRAGMENT, finish_reason)  # type: ignore[arg-type]
     reply.body["choices"][0] |= choice
     return reply
 
@@ -32,18 +33,18 @@ AGAIN = {
     "an error in a choice that ended": broken_off("stop", error={"message": "upstream"}),
     "cancelled": broken_off("cancelled"),
     "DeepSeek is overloaded": broken_off("insufficient_system_resource"),
-    "loading": said("", "load"),
-    "empty": said(""),
-    "blank": said(" \n\t"),
-    "null": said(None),
-    "all in reasoning": said(None, reasoning_content="hello"),
-    "no parts": said("", content=[]),
-    "a picture": said("", content=[{"type": "image_url", "image_url": {"url": "x"}}]),
+    "loading": chat_reply("", "load"),
+    "empty": chat_reply(""),
+    "blank": chat_reply(" \n\t"),
+    "null": chat_reply(None),
+    "all in reasoning": chat_reply(None, reasoning_content="hello"),
+    "no parts": chat_reply("", content=[]),
+    "a picture": chat_reply("", content=[{"type": "image_url", "image_url": {"url": "x"}}]),
 }
 
 
 @pytest.mark.parametrize("reply", AGAIN.values(), ids=AGAIN)
-def test_what_is_no_answer_is_asked_again(tmp_path: Path, reply: Reply) -> None:
+def test_an_unusable_reply_is_asked_again(tmp_path: Path, reply: Reply) -> None:
     answer, asked = run(first(reply, reply), hi, tmp_path)
     assert (answer.text, asked) == ("re: hi", 3)
     again, asked = run(echo, hi, tmp_path)
@@ -59,14 +60,14 @@ async def no_answer(client: Client, servers: list[ScriptedServer]) -> tuple[Requ
 NEVER = {
     "abort": (broken_off("abort"), r"broke the answer off \(finish_reason abort\) \(3 times\)$"),
     "a choice's error": (broken_off("stop", error={"message": "upstream"}), r"upstream \(3 times\)$"),
-    "empty": (said(""), r"^an empty answer \(finish_reason stop\) \(3 times\)$"),
-    "all in reasoning": (said("", reasoning="hello"), r"all of it in reasoning: .* parser .*enable_thinking"),
+    "empty": (chat_reply(""), r"^an empty answer \(finish_reason stop\) \(3 times\)$"),
+    "all in reasoning": (chat_reply("", reasoning="hello"), r"all of it in reasoning: .* parser .*enable_thinking"),
 }
 
 
-@pytest.mark.parametrize(("reply", "words"), NEVER.values(), ids=NEVER)
+@pytest.mark.parametrize(("reply", "message"), NEVER.values(), ids=NEVER)
 def test_after_all_attempts_there_is_no_answer_and_the_next_start_asks_again(
-    tmp_path: Path, reply: Reply, words: str
+    tmp_path: Path, reply: Reply, message: str
 ) -> None:
     async def never(asked: Asked) -> Reply:
         return reply
@@ -74,13 +75,15 @@ def test_after_all_attempts_there_is_no_answer_and_the_next_start_asks_again(
     failure, asked = run(never, no_answer, tmp_path, attempts=3)
     assert asked == 3
     assert isinstance(failure, EmptyAnswerError) == ("empty answer" in str(failure))
-    assert re.search(words, str(failure))
+    assert re.search(message, str(failure))
     answer, asked = run(echo, hi, tmp_path)
     assert (answer.text, answer.from_journal, asked) == ("re: hi", False, 1)
 
 
 @pytest.mark.parametrize(("text", "finish_reason"), [(FRAGMENT, "abort"), (FRAGMENT, "error"), ("", "stop"), ("", "")])
-def test_what_an_earlier_version_kept_of_it_is_asked_again(tmp_path: Path, text: str, finish_reason: str) -> None:
+def test_a_broken_answer_stored_by_an_earlier_version_is_asked_again(
+    tmp_path: Path, text: str, finish_reason: str
+) -> None:
     with Journal(tmp_path / "answers.sqlite") as journal:
         answer = Answer(text, finish_reason, None, 7, 4, 0.1)
         asyncio.run(journal.add(about("hi").key("m"), "m", about("hi"), answer))
@@ -93,9 +96,9 @@ def test_what_an_earlier_version_kept_of_it_is_asked_again(tmp_path: Path, text:
 
 
 @pytest.mark.parametrize("finish_reason", ["MAX_TOKENS", "model_length", "length"])
-def test_an_answer_that_is_cut_by_any_name_is_kept_for_its_limit_alone(tmp_path: Path, finish_reason: str) -> None:
+def test_an_answer_cut_under_any_reason_is_kept_only_for_its_limit(tmp_path: Path, finish_reason: str) -> None:
     async def cut(asked: Asked) -> Reply:
-        return said(FRAGMENT, finish_reason)
+        return chat_reply(FRAGMENT, finish_reason)
 
     assert run(cut, hi, tmp_path)[0].cut
     with Journal(tmp_path / "answers.sqlite") as journal:
@@ -103,29 +106,29 @@ def test_an_answer_that_is_cut_by_any_name_is_kept_for_its_limit_alone(tmp_path:
         assert journal.find(about("hi").key("m"), 51) is None
 
 
-def test_a_model_that_may_say_nothing_is_asked_once_more(tmp_path: Path) -> None:
+def test_an_acceptable_empty_answer_is_asked_once_more(tmp_path: Path) -> None:
     async def nothing(asked: Asked) -> Reply:
-        return said("")
+        return chat_reply("")
 
     answer, asked = run(nothing, hi, tmp_path, accept_empty=True)
     assert (answer.text, answer.finish_reason, asked) == ("", "stop", 2)
     answer, asked = run(nothing, hi, tmp_path, accept_empty=True)
     assert (answer.text, answer.from_journal, asked) == ("", True, 0)
-    assert run(first(said("")), hi, tmp_path / "other", accept_empty=True)[0].text == "re: hi"
+    assert run(first(chat_reply("")), hi, tmp_path / "other", accept_empty=True)[0].text == "re: hi"
 
 
-def test_an_answer_in_a_field_of_reasoning_is_never_taken_for_nothing(tmp_path: Path) -> None:
+def test_an_answer_in_a_reasoning_field_is_never_accepted_as_empty(tmp_path: Path) -> None:
     async def misled(asked: Asked) -> Reply:
-        return said(None, reasoning_content="hello")
+        return chat_reply(None, reasoning_content="hello")
 
     failure, asked = run(misled, no_answer, tmp_path, accept_empty=True, attempts=4)
     assert asked == 4
     assert "reasoning_content" in str(failure)
 
 
-def test_reasoning_beside_an_answer_is_counted_and_is_no_text(tmp_path: Path) -> None:
+def test_reasoning_beside_an_answer_is_counted_and_not_text(tmp_path: Path) -> None:
     async def reasons(asked: Asked) -> Reply:
-        return said("hello", reasoning_content="hm")
+        return chat_reply("hello", reasoning_content="hm")
 
     async def work(client: Client, servers: list[ScriptedServer]) -> tuple[str, int]:
         return (await client.ask(about("hi"))).text, client.counts.reasoned
@@ -133,7 +136,7 @@ def test_reasoning_beside_an_answer_is_counted_and_is_no_text(tmp_path: Path) ->
     assert run(reasons, work, tmp_path) == ("hello", 1)
 
 
-def test_a_server_that_gives_reasons_has_broken_off_what_has_none(tmp_path: Path) -> None:
+def test_a_missing_finish_reason_is_an_incomplete_answer_if_others_have_one(tmp_path: Path) -> None:
     async def script(asked: Asked) -> Reply:
         return broken_off(None) if asked.prompt == "hi" and asked.times < 2 else await echo(asked)
 
@@ -157,7 +160,7 @@ NO_REASON = {
 @pytest.mark.parametrize(("text", "tokens", "unfinished"), NO_REASON.values(), ids=NO_REASON)
 def test_a_server_that_never_gives_a_reason(tmp_path: Path, text: str, tokens: int | None, unfinished: str) -> None:
     async def script(asked: Asked) -> Reply:
-        reply = said(text, None)  # type: ignore[arg-type]
+        reply = chat_reply(text, None)  # type: ignore[arg-type]
         reply.body["usage"]["completion_tokens"] = tokens
         return reply
 

@@ -1,4 +1,4 @@
-"""The verdict in a reply to a yes-or-no question."""
+"""Verdicts of replies to yes-or-no questions."""
 
 import pytest
 from hypothesis import given
@@ -35,7 +35,7 @@ YES = [
     "(yes)",
     "✅ Yes",
     "Yes or No: Yes",
-    # `no` belongs to the word behind it
+    # `no` belongs to the next word
     "The answer uses no jargon, as the message asks, so yes.",
     "There is no violation. Yes",
     "No issues: yes.",
@@ -122,7 +122,7 @@ def test_no(reply: str) -> None:
 
 
 @pytest.mark.parametrize("reply", UNREAD)
-def test_neither(reply: str) -> None:
+def test_replies_without_a_verdict(reply: str) -> None:
     assert says_no(reply) is None
 
 
@@ -132,7 +132,7 @@ def test_a_reply_without_the_two_words_has_no_verdict(reply: str) -> None:
 
 
 @given(st.sampled_from(["Yes", "No", "yes", "NO"]), st.sampled_from(["", ".", "!", ",", "**", '"', "\n", " "]))
-def test_one_word_in_any_marks_is_read(word: str, mark: str) -> None:
+def test_one_word_in_any_marks_is_a_verdict(word: str, mark: str) -> None:
     assert says_no(f"{mark}{word}{mark}") is (word.casefold() == "no")
 
 

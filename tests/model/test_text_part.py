@@ -17,8 +17,15 @@ from transformers import (
 )
 
 from train.model.adapters import check_adapter, lora_config
-from train.model.architecture import shape_of
-from train.model.text_part import auto_class, bare_model, describe_idle, freeze, idle_modules, idle_parameters
+from train.model.architecture import inspect_architecture
+from train.model.text_part import (
+    auto_model_class,
+    build_meta_model,
+    describe_idle,
+    find_idle_modules,
+    find_idle_parameters,
+    freeze,
+)
 from train.recipe import AdapterSection, ModelSection, load_recipe
 
 TEXT = {
@@ -86,7 +93,7 @@ def of(name: str) -> PreTrainedConfig:
 
 def model_of(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    return auto_class(of(name)).from_config(of(name), attn_implementation="eager").train()
+    return auto_model_class(of(name)).from_config(of(name), attn_implementation="eager").train()
 
 
 def without_gradient(model: torch.nn.Module) -> set[str]:
@@ -97,23 +104,23 @@ def without_gradient(model: torch.nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_text_never_reaches_is_what_gets_no_gradient(name: str) -> None:
+def test_idle_parameters_are_those_without_a_gradient(name: str) -> None:
     model = model_of(name)
-    bare = bare_model(of(name), ModelSection(name_or_path="x", dtype="float32"))
+    bare = build_meta_model(of(name), ModelSection(name_or_path="x", dtype="float32"))
     assert type(bare).__name__ == type(model).__name__ == MODELS[name][1]
-    idle = idle_parameters(bare)
+    idle = find_idle_parameters(bare)
     assert idle == without_gradient(model)
-    assert sorted(idle_modules(model, idle)) == sorted(MODELS[name][2])
+    assert sorted(find_idle_modules(model, idle)) == sorted(MODELS[name][2])
 
 
 @pytest.mark.parametrize(
     ("name", "targets"), [("Gemma 3", "all-linear"), ("Qwen2-Audio, a tower that listens", ("q_proj", "k_proj"))]
 )
-def test_lora_leaves_out_what_text_never_reaches(name: str, targets: str | tuple[str, ...]) -> None:
+def test_lora_does_not_adapt_idle_modules(name: str, targets: str | tuple[str, ...]) -> None:
     from peft import get_peft_model
 
     model = model_of(name)
-    idle = idle_parameters(bare_model(of(name), ModelSection(name_or_path="x")))
+    idle = find_idle_parameters(build_meta_model(of(name), ModelSection(name_or_path="x")))
     adapter = AdapterSection(r=2, target_modules=targets)
     check_adapter(adapter, model, idle)
     adapted = get_peft_model(model, lora_config(adapter, model, idle))
@@ -123,10 +130,10 @@ def test_lora_leaves_out_what_text_never_reaches(name: str, targets: str | tuple
     assert trained & without_gradient(adapted) == set()
 
 
-def test_a_frozen_tower_leaves_nothing_to_wait_for_and_is_saved(tmp_path: Path) -> None:
+def test_a_frozen_tower_does_not_block_ddp_and_is_saved(tmp_path: Path) -> None:
     model = model_of("Gemma 3")
-    bare = bare_model(GEMMA3, ModelSection(name_or_path="x"))
-    idle = idle_parameters(bare)
+    bare = build_meta_model(GEMMA3, ModelSection(name_or_path="x"))
+    idle = find_idle_parameters(bare)
     freeze(model, idle)
     assert {name for name, weight in model.named_parameters() if weight.requires_grad} & without_gradient(
         model
@@ -136,31 +143,31 @@ def test_a_frozen_tower_leaves_nothing_to_wait_for_and_is_saved(tmp_path: Path) 
         f"{count:,} parameters are not trained, since no text reaches them: vision_tower, multi_modal_projector"
     )
     model.save_pretrained(tmp_path)
-    again = auto_class(model.config).from_pretrained(tmp_path)
+    again = auto_model_class(model.config).from_pretrained(tmp_path)
     assert type(again) is type(model)
     assert all(torch.equal(weight, again.get_parameter(name)) for name, weight in model.named_parameters())
 
 
-def test_the_whole_of_a_model_is_loaded_or_its_text_part_as_it_was_saved() -> None:
+def test_a_model_is_loaded_completely_or_as_the_text_part_that_was_saved() -> None:
     config = Qwen3_5Config()
     for saved_as in ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"):
         config.architectures = [saved_as]
-        assert auto_class(config)._model_mapping[type(config)].__name__ == saved_as
-    assert idle_parameters(bare_model(GEMMA3.text_config, ModelSection(name_or_path="x"))) == frozenset()
+        assert auto_model_class(config)._model_mapping[type(config)].__name__ == saved_as
+    assert find_idle_parameters(build_meta_model(GEMMA3.text_config, ModelSection(name_or_path="x"))) == frozenset()
 
 
-def test_where_the_try_fails_idle_is_what_lies_outside_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    bare = bare_model(of("LLaVA"), ModelSection(name_or_path="x"))
-    found = idle_parameters(bare)
+def test_without_fake_tensors_everything_outside_the_decoder_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = build_meta_model(of("LLaVA"), ModelSection(name_or_path="x"))
+    idle = find_idle_parameters(bare)
     monkeypatch.setattr(type(bare), "forward", None)
-    assert idle_parameters(bare) == found != frozenset()
+    assert find_idle_parameters(bare) == idle != frozenset()
 
 
-def test_plans_count_a_tower_as_held_and_not_as_trained(recipe_file: Callable[..., Path]) -> None:
+def test_plans_count_a_tower_in_memory_but_not_as_trained(recipe_file: Callable[..., Path]) -> None:
     model = model_of("Gemma 3")
-    shape = shape_of(load_recipe(recipe_file()), of("Gemma 3"))
+    shape = inspect_architecture(load_recipe(recipe_file()), of("Gemma 3"))
     assert shape.total == sum(weight.numel() for weight in model.parameters())
     unreached = without_gradient(model)
     assert shape.trained == sum(weight.numel() for name, weight in model.named_parameters() if name not in unreached)
-    assert {one.name for one in shape.parameters if one.unused} == unreached
+    assert {parameter.name for parameter in shape.parameters if parameter.unused} == unreached
     assert shape.layers == 2

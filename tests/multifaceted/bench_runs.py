@@ -1,10 +1,11 @@
-"""What the tests of the bench share: rows, a judge that follows a plan, and the command run in this process."""
+"""Helpers of the bench's tests: rows, a judge that follows a plan, and the command in this process."""
 
 import importlib.util
 import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ DIMENSIONS = ("style", "background_knowledge", "informativeness", "harmlessness"
 FIRST_CONTACT = "Hi"
 """The prompt of the first contact with the judge's server, which is no judgement."""
 Say = Callable[[int, int, int], Reply | str]
-"""What the judge says of row i and rubric j, when asked the very same for the n-th time (from 0)."""
+"""The judge's reply on (row, rubric) to the n-th identical request, from 0."""
 
 
 def rubric(row: int, number: int) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def rubric(row: int, number: int) -> dict[str, Any]:
 
 
 def bench_row(number: int, *, rubric_count: int = 4, **changes: Any) -> dict[str, Any]:
-    """A row in the hub's columns; its system message is of words that are nowhere else."""
+    """A row in the hub's columns; the words of its system message occur nowhere else."""
     preferences = [
         {"dimension": DIMENSIONS[which], "subdimension": f"sub {which}", "preference": "p", "description": "d"}
         for which in range(rubric_count)
@@ -76,27 +77,26 @@ def too_long() -> Reply:
 
 
 def command(*arguments: str | Path) -> int:
-    """scripts/evaluate.py bench; the exit code."""
-    scripts = str(ROOT / "scripts")
-    if scripts not in sys.path:
-        sys.path.append(scripts)
-    spec = importlib.util.spec_from_file_location("evaluate_bench_command", f"{scripts}/evaluate.py")
-    assert spec
-    assert spec.loader
-    evaluate = importlib.util.module_from_spec(spec)  # `import evaluate` may find a library of that name
-    spec.loader.exec_module(evaluate)
-    before = sys.argv
-    sys.argv = ["evaluate.py", "bench", *map(str, arguments)]
+    """Run scripts/evaluate.py bench in this process; the exit code."""
     try:
-        return evaluate.main()
+        return evaluate_script().main(["bench", *map(str, arguments)])
     except SystemExit as end:  # argparse's own
         return int(end.code or 0)
-    finally:
-        sys.argv = before
+
+
+@cache
+def evaluate_script() -> Any:
+    """scripts/evaluate.py as a module: `import evaluate` may find a library of that name."""
+    spec = importlib.util.spec_from_file_location("evaluate_bench_command", ROOT / "scripts" / "evaluate.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_process(folder: Path, *arguments: str) -> None:
-    """What a process of its own does, and is killed at; what it prints is no one's business."""
+    """Entry point of a process that a test kills; its output goes to a file."""
     with (folder / "printed").open("a") as printed:
         sys.stdout = sys.stderr = printed
         sys.exit(command(*arguments))

@@ -1,4 +1,4 @@
-"""Request settings of the collection and the bench: nulls, names, and what each command calls its settings."""
+"""Request settings of the collection and the bench: nulls, renamed fields, and the names of the commands' options."""
 
 import json
 from pathlib import Path
@@ -32,14 +32,14 @@ def test_every_stage_of_the_collection_can_send_nothing_but_messages(tmp_path: P
     nulls = {"temperature": None, "top_p": None, "seed": None, "extra": {"max_tokens": None}}
     stages = dict.fromkeys(("screen", "propose", "describe", "message", "answer"), nulls)
     _, asked = run_with(author, tmp_path, RIVERS, sets_per_instruction=1, filter={"model": True}, **stages)
-    assert [set(one.body) for one in asked] == [{"model", "messages"}] * 5
+    assert [set(request.body) for request in asked] == [{"model", "messages"}] * 5
     assert written(tmp_path)
 
 
 def test_the_collection_merges_the_system_message_for_a_model_without_the_role(tmp_path: Path) -> None:
     done, _ = run_with(has_no_system_role, tmp_path, RIVERS, sets_per_instruction=1)
-    assert not done.tally.written
-    assert done.counts.advice == "If the model has no system role, say `system_role: merge_into_user`."
+    assert not done.stats.written
+    assert done.counts.advice == "If the model has no system role, set `system_role: merge_into_user`."
     _, asked = run_with(has_no_system_role, tmp_path, RIVERS, sets_per_instruction=1, system_role="merge_into_user")
     (row,) = written(tmp_path)
     assert asked[-1].body["messages"] == [{"role": "user", "content": f"{row['system']}\n\nTell me of rivers."}]
@@ -54,12 +54,12 @@ def record(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "bench.json").read_text("utf-8"))
 
 
-def test_what_is_null_is_not_sent_by_the_bench_and_null_in_its_record(tmp_path: Path) -> None:
+def test_the_bench_does_not_send_null_fields_and_records_them_as_null(tmp_path: Path) -> None:
     renamed = '{"max_tokens": null, "max_completion_tokens": 4096}'
     with served(GRADES) as server:
         servers = ("--server", server.url, "--judge-server", server.url)
         assert bench(tmp_path, *servers, *NULLS, *JUDGES_NULLS, "--judge-extra", renamed) == 0
-        asked = [one.body for one in server.asked if "messages" in one.body]
+        asked = [request.body for request in server.asked if "messages" in request.body]
     (answer,) = (body for body in asked if body["model"] == "m")
     judgement = asked[-1]  # after the first contact
     assert set(answer) == {"model", "messages", "max_tokens"}
@@ -67,12 +67,12 @@ def test_what_is_null_is_not_sent_by_the_bench_and_null_in_its_record(tmp_path: 
         "model": "judge",
         "max_completion_tokens": 4096,
     }
-    found = record(tmp_path)
+    bench_record = record(tmp_path)
     nulls = {"temperature": None, "top_p": None}
-    assert found["decoding"] == {"max_tokens": 1024, "repetition_penalty": None, **nulls}
-    assert {name: found["judge"][name] for name in ("max_tokens", *nulls)} == {"max_tokens": 4096, **nulls}
+    assert bench_record["decoding"] == {"max_tokens": 1024, "repetition_penalty": None, **nulls}
+    assert {name: bench_record["judge"][name] for name in ("max_tokens", *nulls)} == {"max_tokens": 4096, **nulls}
     assert "the judge answers with max_tokens 4096, temperature not sent, top_p not sent; in the" in str(
-        found["deviations"]
+        bench_record["deviations"]
     )
 
 
@@ -87,8 +87,8 @@ def test_a_batch_file_for_a_reasoning_model(tmp_path: Path, capsys: pytest.Captu
     response = {"custom_id": refused["custom_id"], "response": {"status_code": 400, "body": body}, "error": None}
     capsys.readouterr()
     assert bench(tmp_path, *given, "--batch-in", write_lines(tmp_path / "errors.jsonl", [response])) == 2
-    told = capsys.readouterr().err
-    assert """--judge-extra '{"max_completion_tokens": 1024}'. Then write the batch again, without the file""" in told
+    shown = capsys.readouterr().err
+    assert """--judge-extra '{"max_completion_tokens": 1024}'. Then write the batch again, without the file""" in shown
     extra = ("--judge-extra", '{"max_completion_tokens": 1024}')
     assert bench(tmp_path, *given, *JUDGES_NULLS, *extra, "--batch-out", tmp_path / "second.jsonl") == 0
     (line,) = lines(tmp_path / "second.jsonl")
@@ -108,7 +108,7 @@ def test_a_batch_file_for_a_reasoning_model(tmp_path: Path, capsys: pytest.Captu
         (
             "judge",
             error(400, "`temperature` and `top_p` cannot both be specified for this model. Please use only one."),
-            "Leave one of them out: --judge-temperature null or --judge-top-p null.",
+            "Leave out one of them: --judge-temperature null or --judge-top-p null.",
         ),
         ("judge", error(400, "Unknown parameter: top_k"), """Leave it out: --judge-extra '{"top_k": null}'."""),
     ],
@@ -122,9 +122,9 @@ def test_a_refused_parameter_is_named_as_the_option_that_leaves_it_out(
     with served(script) as server:
         servers = ("--server", server.url, "--judge-server", server.url)
         assert bench(tmp_path, *servers, "--judge-extra", '{"top_k": 5}') == 2
-    told = capsys.readouterr().err
-    assert advice in told
-    assert "system-role" not in told
+    shown = capsys.readouterr().err
+    assert advice in shown
+    assert "system-role" not in shown
 
 
 @pytest.mark.parametrize("key", [(), ("--judge-key-variable", "KEY_OF_THE_JUDGE")])
@@ -142,25 +142,28 @@ def test_a_judge_shows_what_it_refuses_before_the_model_answers(
         servers = ("--server", server.url, "--judge-server", server.url, *key)
         assert bench(tmp_path, *servers) == 2
         assert "Leave it out: --judge-top-p null." in capsys.readouterr().err
-        assert {one.body["model"] for one in server.asked if "messages" in one.body} == {"judge"}
+        assert {request.body["model"] for request in server.asked if "messages" in request.body} == {"judge"}
         assert bench(tmp_path, *servers, "--judge-top-p", "null", "--top-p", "null") == 0
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "message"),
     [
         (("--extra", '{"temperature": 0.2}'), "--extra: `temperature`: not set here: write --temperature."),
         (("--extra", '{"repetition_penalty": 2}'), "`repetition_penalty`: not set here: write --repetition-penalty."),
-        (("--judge-extra", '{"stream": true}'), "--judge-extra: `stream`: answers are taken whole"),
+        (
+            ("--judge-extra", '{"stream": true}'),
+            "--judge-extra: `stream`: not supported: each answer is read in one piece",
+        ),
         (("--judge-extra", '{"max_tokens": 9}'), "`max_tokens`: not set here: write --judge-max-tokens."),
         (("--judge-extra", '{"max_completion_tokens": 0}'), "`max_completion_tokens`: must be an integer >= 1"),
-        (("--top-p", "nul"), "argument --top-p: 'nul' must be a number or null"),
-        (("--temperature", "nan"), "--temperature nan: at least 0."),
+        (("--top-p", "nul"), "--top-p nul: found 'nul'. Allowed: a number "),
+        (("--temperature", "nan"), "--temperature nan: found 'nan'. Allowed: a number "),
     ],
 )
-def test_what_contradicts_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], told: str
+def test_contradictory_settings_are_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], message: str
 ) -> None:
     server = "http://127.0.0.1:9/v1"
     assert bench(tmp_path, "--server", server, "--judge-server", server, *more) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Constraints: every check against answers made by hand and an independent recount; every draw can be complied with."""
+"""Constraints: every check against hand-made answers and an independent recount; every draw can be met."""
 
 import itertools
 import json
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.sysgen.constraints import Constraint, draw
+from train.sysgen.constraints import Constraint, draw_constraints
 from train.sysgen.tags import Phrase, parse
 
 ONE_LINE = "Lima is the capital of Peru. It lies on the coast, and about ten million people live there."
@@ -47,7 +47,7 @@ SPELLED = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 
 def number_in(constraint: Constraint) -> int:
-    """The number that the words ask for, read as a person would."""
+    """Return the number in a constraint's text."""
     digits = re.search(r"\d\d+|[2-9]", constraint.text)
     if digits:
         return int(digits[0])
@@ -64,14 +64,14 @@ def times_in(constraint: Constraint) -> int:
 
 
 def some(kind: str, at_least: int = 1) -> list[Constraint]:
-    """Constraints of one kind, in all their wordings."""
-    found: dict[str, Constraint] = {}
+    """Return constraints of one kind in all their wordings."""
+    constraints: dict[str, Constraint] = {}
     for seed in range(4000):
-        for constraint in draw(ORIGINALS[seed % len(ORIGINALS)], random.Random(seed), 4):
+        for constraint in draw_constraints(ORIGINALS[seed % len(ORIGINALS)], random.Random(seed), 4):
             if constraint.kind == kind:
-                found[constraint.text] = constraint
-    assert len(found) >= at_least
-    return list(found.values())
+                constraints[constraint.text] = constraint
+    assert len(constraints) >= at_least
+    return list(constraints.values())
 
 
 # By hand
@@ -100,7 +100,7 @@ BY_HAND: dict[str, Callable[[Constraint], tuple[list[str], list[str]]]] = {
          "# Title\n\n" + "\n\n".join(["Text."] * (number_in(it) - 1))],
     ),
     "bullet_points": lambda it: (
-        ["Here:\n" + "- a point\n" * number_in(it) + "Done.", "* **bold** point\n" * number_in(it)],
+        ["Here:\n" + "- a point\n" * number_in(it) + "RunResult.", "* **bold** point\n" * number_in(it)],
         ["- a point\n" * (number_in(it) + 1), "- a point\n" * (number_in(it) - 1), "", "-no point\n" * number_in(it)],
     ),
     "numbered_points": lambda it: (
@@ -159,7 +159,7 @@ def test_complying_answers_comply_and_breaking_ones_break(kind: str) -> None:
 
 
 def counted_words(text: str) -> int:
-    """Walks over the characters: an apostrophe or hyphen between letters, and a point before a digit, go on with a word."""
+    """Count words character by character; an apostrophe or hyphen between letters, and a point before a digit, continue a word."""
     text = "".join(
         char for char in unicodedata.normalize("NFC", text) if not unicodedata.category(char).startswith("M")
     )
@@ -188,7 +188,7 @@ def numbers_of_points(text: str) -> list[str]:
 
 
 def counted_sentences(text: str) -> int:
-    """Line by line, word by word: a word that ends in a mark ends a sentence."""
+    """Count sentences word by word; a word that ends in a sentence mark ends a sentence."""
     count = 0
     for line in text.split("\n"):
         tokens = line.split()
@@ -205,7 +205,7 @@ def counted_sentences(text: str) -> int:
 
 
 def counted_bold(text: str) -> int:
-    """From one pair of asterisks to the next: what is between them begins and ends with no blank."""
+    """Count texts between pairs of asterisks that neither begin nor end with a blank."""
     count = at = 0
     while (at := text.find("**", at)) >= 0:
         end = text.find("*", at + 2)
@@ -219,7 +219,7 @@ def counted_bold(text: str) -> int:
 
 
 def recounted(it: Constraint, text: str) -> bool:
-    """What the constraint asks for, read from its words and counted another way."""
+    """Return whether an answer meets a constraint, read from its text and counted in another way."""
     stripped = text.strip()
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     tokens = re.split(r"[\s.,!?*#\"():{}\[\]]+", text.lower())
@@ -232,10 +232,10 @@ def recounted(it: Constraint, text: str) -> bool:
             met = counted_sentences(text) <= number_in(it)
         case "paragraphs":
             blocks = "\n".join(line.strip() for line in text.split("\n")).strip("\n").split("\n\n")
-            found = [block.split() for block in blocks if block.strip()]
-            no_prose = [re.fullmatch(r"[#*+•-]|\d+[.)]|[*_-]{3,}|\|.*|#{1,6}", block[0]) for block in found]
-            has_words = [any(map(str.isalnum, "".join(block))) for block in found]
-            met = len(found) == number_in(it) and not any(no_prose) and all(has_words)
+            paragraphs = [block.split() for block in blocks if block.strip()]
+            no_prose = [re.fullmatch(r"[#*+•-]|\d+[.)]|[*_-]{3,}|\|.*|#{1,6}", block[0]) for block in paragraphs]
+            has_words = [any(map(str.isalnum, "".join(block))) for block in paragraphs]
+            met = len(paragraphs) == number_in(it) and not any(no_prose) and all(has_words)
         case "bullet_points":
             met = counted_bullets(text) == number_in(it)
         case "numbered_points":
@@ -321,8 +321,8 @@ def test_a_check_takes_long_and_deep_text(text: str) -> None:
 
 
 def complying(constraints: list[Constraint]) -> str:
-    """An answer that meets them all, put together from what they ask for."""
-    asked = {one.kind: one for one in constraints}
+    """Build an answer that meets all constraints."""
+    asked = {constraint.kind: constraint for constraint in constraints}
     extra = ["glimpse"] * 2
     if "word_to_include" in asked:
         extra += [quoted_in(asked["word_to_include"])] * times_in(asked["word_to_include"])
@@ -355,46 +355,51 @@ def complying(constraints: list[Constraint]) -> str:
 @pytest.mark.parametrize("answers", ORIGINALS)
 def test_all_constraints_of_a_draw_can_be_met_by_one_answer(answers: tuple[str, ...]) -> None:
     for seed in range(1000):
-        constraints = draw(answers, random.Random(seed), 4)
+        constraints = draw_constraints(answers, random.Random(seed), 4)
         answer = complying(constraints)
-        assert [one.text for one in constraints if not one.is_met(answer)] == [], answer
+        assert [constraint.text for constraint in constraints if not constraint.is_met(answer)] == [], answer
 
 
-def test_every_kind_occurs_and_in_several_wordings() -> None:
+def test_every_kind_occurs_in_several_wordings() -> None:
     wordings: dict[str, set[str]] = {}
     for seed in range(2000):
-        for one in draw(ORIGINALS[seed % len(ORIGINALS)], random.Random(seed), 2):
-            plain = re.sub(rf'"[^"]+"|\d+|\b({"|".join(SPELLED)})\b', "*", one.text)
-            wordings.setdefault(one.kind, set()).add(plain)
+        for constraint in draw_constraints(ORIGINALS[seed % len(ORIGINALS)], random.Random(seed), 2):
+            plain = re.sub(rf'"[^"]+"|\d+|\b({"|".join(SPELLED)})\b', "*", constraint.text)
+            wordings.setdefault(constraint.kind, set()).add(plain)
     assert wordings.keys() == KINDS
     assert min(map(len, wordings.values())) >= 3
 
 
 @pytest.mark.parametrize("answers", ORIGINALS)
-def test_the_same_chance_gives_the_same_constraints(answers: tuple[str, ...]) -> None:
+def test_the_same_seed_gives_the_same_constraints(answers: tuple[str, ...]) -> None:
     def drawn(seed: int) -> list[tuple[str, str, str]]:
-        return [(one.kind, one.tag, one.text) for one in draw(answers, random.Random(seed), 3)]
+        return [
+            (constraint.kind, constraint.tag, constraint.text)
+            for constraint in draw_constraints(answers, random.Random(seed), 3)
+        ]
 
     assert [drawn(seed) for seed in range(50)] == [drawn(seed) for seed in range(50)]
     assert len({str(drawn(seed)) for seed in range(50)}) > 10
 
 
-def test_what_is_drawn_can_stand_in_its_tag() -> None:
+def test_a_drawn_constraint_is_a_valid_phrase_of_its_tag() -> None:
     for kind in KINDS:
-        for one in ALL[kind]:
-            assert one.tag in ("Format", "Style", "Content")
-            assert parse(f"<<{one.tag}>>{one.text}<</{one.tag}>>").phrases == (Phrase(one.tag, one.text),)
+        for constraint in ALL[kind]:
+            assert constraint.tag in ("Format", "Style", "Content")
+            assert parse(f"<<{constraint.tag}>>{constraint.text}<</{constraint.tag}>>").phrases == (
+                Phrase(constraint.tag, constraint.text),
+            )
 
 
-def test_at_most_so_many_and_no_kind_twice() -> None:
+def test_at_most_the_given_number_is_drawn_and_no_kind_twice() -> None:
     for seed in range(500):
         for at_most in (1, 2, 4):
-            kinds = [one.kind for one in draw((PROSE,), random.Random(seed), at_most)]
+            kinds = [constraint.kind for constraint in draw_constraints((PROSE,), random.Random(seed), at_most)]
             assert 1 <= len(kinds) <= at_most
             assert len(set(kinds)) == len(kinds)
 
 
-def test_kinds_that_get_into_each_others_way_are_not_drawn_together() -> None:
+def test_incompatible_kinds_are_not_drawn_together() -> None:
     apart = {
         ("beginning", "sentences_at_most"), ("ending", "sentences_at_most"), ("bullet_points", "numbered_points"),
         ("bullet_points", "paragraphs"), ("paragraphs", "title"), ("json", "no_commas"), ("json", "lower_case"),
@@ -402,16 +407,18 @@ def test_kinds_that_get_into_each_others_way_are_not_drawn_together() -> None:
         ("ending", "postscript"), ("beginning", "title"), ("words_at_least", "words_at_most"),
     }  # fmt: skip
     together = {
-        tuple(sorted((one.kind, other.kind)))
+        tuple(sorted((first.kind, second.kind)))
         for seed in range(3000)
-        for one, other in itertools.combinations(draw(ORIGINALS[seed % len(ORIGINALS)], random.Random(seed), 4), 2)
+        for first, second in itertools.combinations(
+            draw_constraints(ORIGINALS[seed % len(ORIGINALS)], random.Random(seed), 4), 2
+        )
     }
     assert together.isdisjoint(apart)
     assert {("bullet_points", "lower_case"), ("highlighted", "title"), ("beginning", "ending")} <= together
 
 
 def kinds_for(*answers: str) -> set[str]:
-    return {one.kind for seed in range(600) for one in draw(answers, random.Random(seed), 4)}
+    return {constraint.kind for seed in range(600) for constraint in draw_constraints(answers, random.Random(seed), 4)}
 
 
 def test_answers_with_code_get_nothing_that_would_break_code() -> None:
@@ -421,7 +428,7 @@ def test_answers_with_code_get_nothing_that_would_break_code() -> None:
 @pytest.mark.parametrize("answer", [
     "def double(x):\n    return x * 2", "Then $x^2 = 4$ holds.", "Run `make`.", "\\frac{1}{2}", "SELECT name FROM orders", "int a = 5;",
 ])  # fmt: skip
-def test_code_is_known_without_a_fence(answer: str) -> None:
+def test_code_without_a_fence_is_recognized(answer: str) -> None:
     assert kinds_for(answer).isdisjoint(
         {"lower_case", "capitals", "no_commas", "words_at_most", "json", "no_exclamation_marks"}
     )
@@ -432,7 +439,7 @@ def test_answers_with_commas_in_numbers_keep_their_commas() -> None:
     assert {"no_commas", "lower_case"} <= kinds_for(MONEY.replace("1,250", "1250"))
 
 
-def test_json_is_for_short_plain_answers() -> None:
+def test_only_short_plain_answers_get_json() -> None:
     assert "json" in kinds_for(ONE_LINE)
     assert all("json" not in kinds_for(answer) for answer in (PROSE, LIST, CODE))
 
@@ -441,15 +448,15 @@ def test_every_answer_of_a_conversation_counts() -> None:
     few = {"lower_case", "no_commas", "no_exclamation_marks", "words_at_most", "sentences_at_most", "quoted"}
     assert kinds_for(PROSE, "Lima.") == few  # one is too short for the rest
     for seed in range(600):
-        for one in draw(CONVERSATION, random.Random(seed), 4):
-            if one.kind == "word_to_include":
-                assert all(answer.lower().split().count(quoted_in(one)) >= 1 for answer in CONVERSATION)
-            if one.kind in ("words_at_most", "words_at_least", "sentences_at_most"):
-                assert all(map(one.is_met, CONVERSATION))  # the limits are near what the data has
+        for constraint in draw_constraints(CONVERSATION, random.Random(seed), 4):
+            if constraint.kind == "word_to_include":
+                assert all(answer.lower().split().count(quoted_in(constraint)) >= 1 for answer in CONVERSATION)
+            if constraint.kind in ("words_at_most", "words_at_least", "sentences_at_most"):
+                assert all(map(constraint.is_met, CONVERSATION))  # the limits are near what the data has
 
 
 @pytest.mark.parametrize("answers", [
     (), ("",), ("利马是秘鲁的首都。",), (ONE_LINE, "Лима — столица Перу."), ('{"capital": "Lima"}',), ("<b>Lima</b>",), ("[1, 2]",),
 ])  # fmt: skip
-def test_nothing_for_other_scripts_and_data(answers: tuple[str, ...]) -> None:
-    assert all(draw(answers, random.Random(seed), 4) == [] for seed in range(50))
+def test_other_scripts_and_data_get_no_constraints(answers: tuple[str, ...]) -> None:
+    assert all(draw_constraints(answers, random.Random(seed), 4) == [] for seed in range(50))

@@ -1,4 +1,4 @@
-"""The gates: languages told on texts of our own in 26 languages, leaks and near-duplicates against plain recounts."""
+"""Gates: language detection on our own texts in 26 languages; leaks and near-duplicates against plain recounts."""
 
 import itertools
 import json
@@ -11,14 +11,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from train.datagen.deduplication import NearDuplicates
-from train.sysgen.filters import language_of, leaked_share
+from train.datagen.deduplication import NearDuplicateFilter
+from train.sysgen.filters import detect_language, measure_answer_leak
 
 SAMPLES = [
     json.loads(line) for line in (Path(__file__).parent / "language_samples.jsonl").read_text("utf-8").splitlines()
 ]
-TOLD = [(sample, language_of(sample["text"])) for sample in SAMPLES]
-"""kind: a system message, a question, a text with pieces in another language or code, or one without any."""
+DETECTED = [(sample, detect_language(sample["text"])) for sample in SAMPLES]
+"""kind: a system message, a question, a text with pieces in another language or code, or a text without a language."""
 
 LONG_GERMAN = (
     "Die Wärmepumpe entzieht der Außenluft Wärme und gibt sie an das Wasser der Heizung ab. Dafür braucht sie Strom. "
@@ -28,16 +28,20 @@ LONG_GERMAN = (
 # Language
 
 
-def test_no_language_is_told_wrong() -> None:
-    wrong = [(told, sample) for sample, told in TOLD if told and sample["language"] not in told.split("/")]
+def test_no_language_is_detected_wrong() -> None:
+    wrong = [
+        (detected, sample)
+        for sample, detected in DETECTED
+        if detected and sample["language"] not in detected.split("/")
+    ]
     assert wrong == []
 
 
 def test_a_correct_message_is_never_stopped() -> None:
-    """Each system message with each question in its language: no two languages are told, for 1,000 pairs."""
+    """Each system message with each question in its language: 1,000 pairs without two different languages."""
     by_language: dict[tuple[str, bool], list[str | None]] = {}
-    for sample, told in TOLD:
-        by_language.setdefault((sample["language"], sample["kind"] == "system"), []).append(told)
+    for sample, detected in DETECTED:
+        by_language.setdefault((sample["language"], sample["kind"] == "system"), []).append(detected)
     pairs = [
         pair
         for (language, is_system), messages in by_language.items()
@@ -48,14 +52,16 @@ def test_a_correct_message_is_never_stopped() -> None:
     assert [pair for pair in pairs if all(pair) and pair[0] != pair[1]] == []
 
 
-def test_a_message_of_two_sentences_is_mostly_told() -> None:
-    long = [told for sample, told in TOLD if sample["kind"] == "system" and len(sample["text"].encode()) > 60]
+def test_the_language_of_two_sentences_is_mostly_detected() -> None:
+    long = [
+        detected for sample, detected in DETECTED if sample["kind"] == "system" and len(sample["text"].encode()) > 60
+    ]
     assert len(long) > 50
-    assert sum(told is not None for told in long) / len(long) > 0.9
+    assert sum(detected is not None for detected in long) / len(long) > 0.9
 
 
-def test_nothing_is_told_of_code_numbers_and_single_words() -> None:
-    assert [sample["text"] for sample, told in TOLD if sample["kind"] == "none" and told] == []
+def test_code_numbers_and_single_words_have_no_language() -> None:
+    assert [sample["text"] for sample, detected in DETECTED if sample["kind"] == "none" and detected] == []
 
 
 @pytest.mark.parametrize(("text", "language"), [
@@ -72,8 +78,8 @@ def test_nothing_is_told_of_code_numbers_and_single_words() -> None:
     ("请用简单的语言解释每一步，最后写出结果。", "zh"),
     ("各ステップを簡単な言葉で説明し、最後に結果を書いてください。", "ja"),
 ])  # fmt: skip
-def test_a_language_by_its_code(text: str, language: str) -> None:
-    assert language_of(text) == language
+def test_a_language_has_its_iso_code(text: str, language: str) -> None:
+    assert detect_language(text) == language
 
 
 @pytest.mark.parametrize("text", [
@@ -86,12 +92,12 @@ def test_a_language_by_its_code(text: str, language: str) -> None:
     "令和六年度東京都予算案概要",  # Japanese in Chinese characters alone
     "日本国憲法第九条",
 ])  # fmt: skip
-def test_two_languages_or_one_of_two_are_none(text: str) -> None:
-    assert language_of(text) is None
+def test_texts_in_two_languages_have_none(text: str) -> None:
+    assert detect_language(text) is None
 
 
-def test_a_long_text_is_told_too() -> None:
-    assert language_of(LONG_GERMAN) == "de"
+def test_the_language_of_a_long_text_is_detected() -> None:
+    assert detect_language(LONG_GERMAN) == "de"
 
 
 @settings(max_examples=200, deadline=None)
@@ -100,8 +106,8 @@ def test_a_long_text_is_told_too() -> None:
 @example('"' * 5001)
 @example("\\[" * 5000)
 def test_any_text_has_a_language_or_none(text: str) -> None:
-    told = language_of(text)
-    assert told is None or all(2 <= len(code) <= 3 and code.isalpha() for code in told.split("/"))
+    detected = detect_language(text)
+    assert detected is None or all(2 <= len(code) <= 3 and code.isalpha() for code in detected.split("/"))
 
 
 # Giving the answer away
@@ -135,8 +141,10 @@ def test_any_text_has_a_language_or_none(text: str) -> None:
     ("You are helpful.", "Hm?", "", 0.0),
     ("You are helpful.", "Hm?", "🙂", 0.0),
 ])  # fmt: skip
-def test_how_much_a_message_gives_away(system: str, questions: str, answer: str, share: float) -> None:
-    assert leaked_share(system, questions, answer) == pytest.approx(share)
+def test_the_share_of_an_answer_that_a_message_gives_away(
+    system: str, questions: str, answer: str, share: float
+) -> None:
+    assert measure_answer_leak(system, questions, answer) == pytest.approx(share)
 
 
 SENTENCES = st.lists(st.sampled_from("abc"), max_size=25).map(" ".join)
@@ -144,69 +152,71 @@ SENTENCES = st.lists(st.sampled_from("abc"), max_size=25).map(" ".join)
 
 @settings(max_examples=500, deadline=None)
 @given(SENTENCES, SENTENCES, st.lists(st.sampled_from("abc"), min_size=8, max_size=20))
-def test_the_share_is_that_of_a_plain_count(system: str, questions: str, answer: list[str]) -> None:
-    told = 0
+def test_the_leaked_share_equals_a_plain_count(system: str, questions: str, answer: list[str]) -> None:
+    leaked_words = 0
     for place in range(len(answer)):
         around = [answer[start : start + 5] for start in range(place - 4, place + 1) if 0 <= start <= len(answer) - 5]
-        told += any(" ".join(run) in system and " ".join(run) not in questions for run in around)
-    assert leaked_share(system, questions, " ".join(answer)) == told / len(answer)
+        leaked_words += any(" ".join(run) in system and " ".join(run) not in questions for run in around)
+    assert measure_answer_leak(system, questions, " ".join(answer)) == leaked_words / len(answer)
 
 
 @settings(max_examples=200, deadline=None)
 @given(*[st.text(st.characters(), max_size=100)] * 3)
-def test_any_texts_have_a_share(system: str, questions: str, answer: str) -> None:
-    assert 0 <= leaked_share(system, questions, answer) <= 1
+def test_the_leaked_share_of_any_texts_is_between_0_and_1(system: str, questions: str, answer: str) -> None:
+    assert 0 <= measure_answer_leak(system, questions, answer) <= 1
 
 
 # Near-duplicates
 
 
 def pairs_of_texts(count: int) -> list[tuple[str, str]]:
-    """A text and one with some of its words changed, more or fewer."""
-    chance = random.Random(7)
+    """Return pairs of a text and a copy with some of its words changed."""
+    rng = random.Random(7)
     vocabulary = [f"word{number}" for number in range(2000)]
     pairs = []
     for _ in range(count):
-        text = chance.choices(vocabulary, k=chance.randint(5, 90))
-        changed = chance.choice([0, 0.01, 0.03, 0.06, 0.1, 0.2])
-        other = [chance.choice(vocabulary) if chance.random() < changed else word for word in text]
-        pairs.append((" ".join(text), " ".join(other)))
+        text = rng.choices(vocabulary, k=rng.randint(5, 90))
+        changed = rng.choice([0, 0.01, 0.03, 0.06, 0.1, 0.2])
+        second = [rng.choice(vocabulary) if rng.random() < changed else word for word in text]
+        pairs.append((" ".join(text), " ".join(second)))
     return pairs
 
 
-def jaccard(one: str, other: str) -> float:
-    sets = [{tuple(text.split()[at : at + 3]) for at in range(len(text.split()) - 2)} for text in (one, other)]
+def jaccard(first: str, second: str) -> float:
+    sets = [{tuple(text.split()[at : at + 3]) for at in range(len(text.split()) - 2)} for text in (first, second)]
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 0.8, 0.95])
 def test_the_verdict_is_that_of_the_exact_similarity(threshold: float) -> None:
-    """But for pairs within four standard errors of 128 hashes, of which one in 16,000 is worse by chance."""
+    """Skip pairs within four standard errors of 128 hashes; of the others, one in 16,000 fails by chance."""
     clear = 0
-    for one, other in pairs_of_texts(600):
-        exact = jaccard(one, other)
+    for first, second in pairs_of_texts(600):
+        exact = jaccard(first, second)
         if abs(exact - threshold) <= 4 * (exact * (1 - exact) / 128) ** 0.5:
             continue
         clear += 1
-        with NearDuplicates(threshold) as seen:
-            assert not seen.is_near_duplicate(one)
-            assert seen.is_near_duplicate(other) == (exact >= threshold), (exact, one, other)
+        with NearDuplicateFilter(threshold) as seen:
+            assert not seen.is_near_duplicate(first)
+            assert seen.is_near_duplicate(second) == (exact >= threshold), (exact, first, second)
     assert clear > 300
 
 
-def test_texts_of_a_corpus_are_compared_with_all_before() -> None:
+def test_texts_are_compared_with_all_earlier_ones() -> None:
     pairs = pairs_of_texts(400)
-    with NearDuplicates(0.7) as seen:
-        assert [one for one, _ in pairs if seen.is_near_duplicate(one)] == []
-        found = [seen.is_near_duplicate(other) for _, other in pairs]
+    with NearDuplicateFilter(0.7) as seen:
+        assert [first for first, _ in pairs if seen.is_near_duplicate(first)] == []
+        verdicts = [seen.is_near_duplicate(second) for _, second in pairs]
     sure = [
-        (found, jaccard(*pair)) for found, pair in zip(found, pairs, strict=True) if abs(jaccard(*pair) - 0.7) > 0.17
+        (verdict, jaccard(*pair))
+        for verdict, pair in zip(verdicts, pairs, strict=True)
+        if abs(jaccard(*pair) - 0.7) > 0.17
     ]
     assert len(sure) > 200
-    assert all(found == (exact > 0.7) for found, exact in sure)
+    assert all(verdict == (exact > 0.7) for verdict, exact in sure)
 
 
-@pytest.mark.parametrize(("one", "other", "are_alike"), [
+@pytest.mark.parametrize(("first", "second", "are_alike"), [
     ("You are a guide.", "you are -- A GUIDE", True),
     ("Be brief.", "Be brief!", True),
     ("Be brief.", "Be kind.", False),
@@ -217,55 +227,55 @@ def test_texts_of_a_corpus_are_compared_with_all_before() -> None:
     ("你是一名导游。请简短回答。", "请用编号列表给出步骤。", False),
     ("\ud800", "\udfff", False),
 ])  # fmt: skip
-def test_short_and_strange_texts(one: str, other: str, are_alike: bool) -> None:
-    with NearDuplicates(0.8) as seen:
-        assert not seen.is_near_duplicate(one)
-        assert seen.is_near_duplicate(other) == are_alike
+def test_short_and_unusual_texts_are_compared(first: str, second: str, are_alike: bool) -> None:
+    with NearDuplicateFilter(0.8) as seen:
+        assert not seen.is_near_duplicate(first)
+        assert seen.is_near_duplicate(second) == are_alike
 
 
-def test_only_texts_that_were_kept_are_compared_with() -> None:
-    """A ~ B ~ C with A unlike C: B first leaves out both others, A first leaves out B alone."""
+def test_texts_are_compared_only_with_kept_ones() -> None:
+    """A ~ B ~ C with A unlike C: after B both others are duplicates, after A only B is."""
     words = [f"word{number}" for number in range(100)]
     a, b, c = (" ".join(words[start : start + 80]) for start in (0, 10, 20))
     assert jaccard(a, b) > 0.75 > 0.65 > jaccard(a, c)
-    with NearDuplicates(0.7) as seen:
+    with NearDuplicateFilter(0.7) as seen:
         assert [seen.is_near_duplicate(text) for text in (a, b, c)] == [False, True, False]
-    with NearDuplicates(0.7) as seen:
+    with NearDuplicateFilter(0.7) as seen:
         assert [seen.is_near_duplicate(text) for text in (b, a, c)] == [False, True, True]
 
 
 @pytest.mark.parametrize("threshold", [0, -0.1, 1.1])
-def test_a_threshold_is_a_share(threshold: float) -> None:
+def test_a_threshold_outside_0_to_1_is_an_error(threshold: float) -> None:
     with pytest.raises(ValueError, match="above 0 and at most 1"):
-        NearDuplicates(threshold)
+        NearDuplicateFilter(threshold)
 
 
 ELSEWHERE = """
 import random, sys
-from train.data.near_duplicates import NearDuplicates
-from train.sysgen.gates import language_of, leaked_share
+from train.datagen.deduplication import NearDuplicateFilter
+from train.sysgen.filters import detect_language, measure_answer_leak
 
 def memory():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
 
-def texts(count, chance=random.Random(3)):
+def texts(count, rng=random.Random(3)):
     for number in range(count):
-        yield " ".join(str(chance.randrange(300)) for _ in range(30)) if number % 3 else f"You are guide {number % 50}"
+        yield " ".join(str(rng.randrange(300)) for _ in range(30)) if number % 3 else f"You are guide {number % 50}"
 
-with NearDuplicates(0.8) as seen:
+with NearDuplicateFilter(0.8) as seen:
     verdicts = "".join(str(int(seen.is_near_duplicate(text))) for text in texts(10_000))
     before = memory()
     for text in texts(int(sys.argv[1])):
         seen.is_near_duplicate(text)
     print(verdicts, memory() - before)
-language_of("Where is the nearest station, please?")
-leaked_share("a", "b", "c")
+detect_language("Where is the nearest station, please?")
+measure_answer_leak("a", "b", "c")
 print(sorted({"torch", "transformers", "sklearn", "scipy", "datasets", "trl"} & set(sys.modules)))
 """
 
 
 def elsewhere(hash_seed: str, further: int) -> list[str]:
-    """In a process of its own: verdicts, growth of the memory in MiB, and which big libraries were imported."""
+    """Run in a process of its own; return verdicts, growth of the memory in MiB, and large imported libraries."""
     root = Path(__file__).parents[2]
     return subprocess.run(
         [sys.executable, "-c", ELSEWHERE, str(further)],
@@ -279,9 +289,9 @@ def elsewhere(hash_seed: str, further: int) -> list[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_same_in_every_process_in_flat_memory_and_without_the_trainer() -> None:
-    one, other = elsewhere("1", 20_000), elsewhere("2", 0)
-    assert one[0] == other[0]
-    assert set(one[0]) == {"0", "1"}
-    assert float(one[1]) < 8  # 15 when SQLite keeps the 13,000 new texts in memory
-    assert one[2].strip() == "[]"
+def test_verdicts_are_the_same_in_every_process_with_flat_memory_and_without_large_imports() -> None:
+    first, second = elsewhere("1", 20_000), elsewhere("2", 0)
+    assert first[0] == second[0]
+    assert set(first[0]) == {"0", "1"}
+    assert float(first[1]) < 8  # 15 when SQLite keeps the 13,000 new texts in memory
+    assert first[2].strip() == "[]"

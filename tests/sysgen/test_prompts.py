@@ -1,4 +1,4 @@
-"""The prompts of SYSGEN: the paper's requirements, a prefix that servers can reuse, examples that keep the rules."""
+"""Prompts of SYSGEN: the paper's requirements, a prefix that servers can cache, examples that follow the rules."""
 
 import hashlib
 import itertools
@@ -11,9 +11,9 @@ from scripted_model import EIGHT
 from sysgen_runs import only_row, question, run_with, saying
 
 from train.sysgen import constraints, prompts
-from train.sysgen.filters import language_of, leaked_share
+from train.sysgen.filters import detect_language, measure_answer_leak
 from train.sysgen.tags import parse, parse_verdicts
-from train.sysgen.verdicts import verdicts_of_reply
+from train.sysgen.verdicts import parse_reply_verdicts
 
 SHORT = question("Why is the sky blue?", "Rayleigh scattering.")["messages"]
 LONG = question("Hi.", "Hello!")["messages"] + SHORT
@@ -58,14 +58,14 @@ def test_the_eight_tags_are_defined_in_canonical_order(prompt: str) -> None:
         (prompts.verify(TAGGED), "### The system message\nYou are a tester. Write a list.\n"),
         (prompts.verify(TAGGED), f"### The system message with tags\n{TAGGED.render()}"),
         # The gate of ours.
-        (prompts.follows("S", "Q", "A"), "Reply with one word, Yes or No."),
+        (prompts.judge("S", "Q", "A"), "Reply with one word, Yes or No."),
     ],
 )
-def test_what_the_paper_asks_for_is_asked(prompt: list[dict[str, str]], sentence: str) -> None:
+def test_the_prompts_state_the_papers_requirements(prompt: list[dict[str, str]], sentence: str) -> None:
     assert sentence in text_of(prompt)
 
 
-def test_an_existing_message_and_rare_tags_are_asked_for_after_the_conversation() -> None:
+def test_an_existing_message_and_reminders_come_after_the_conversation() -> None:
     plain, more = prompts.generate(SHORT), prompts.generate(SHORT, existing="Be brief.", remind_of=["Tool", "Style"])
     assert more[:-1] == plain[:-1]
     added = more[-1]["content"].removeprefix(plain[-1]["content"])
@@ -74,16 +74,16 @@ def test_an_existing_message_and_rare_tags_are_asked_for_after_the_conversation(
     assert places == sorted(places)
 
 
-def test_all_rows_share_everything_before_their_own_text() -> None:
-    one, other = prompts.generate(SHORT), prompts.generate(LONG)
-    assert one[:-1] == other[:-1]
-    assert [turn["role"] for turn in one] == ["user", "assistant"] * 3 + ["user"]
+def test_all_rows_share_the_prefix_before_their_own_text() -> None:
+    short, long = prompts.generate(SHORT), prompts.generate(LONG)
+    assert short[:-1] == long[:-1]
+    assert [turn["role"] for turn in short] == ["user", "assistant"] * 3 + ["user"]
     judged, of_another = (text_of(prompts.verify(message)) for message in (TAGGED, parse("<<Task>>Count.<</Task>>")))
     shared = next(at for at, (a, b) in enumerate(zip(judged, of_another, strict=False)) if a != b)
     assert judged[:shared].rstrip().endswith("### The system message")
 
 
-def test_the_examples_keep_the_rules() -> None:
+def test_the_examples_follow_the_rules_of_the_prompt() -> None:
     turns = prompts.generate(SHORT)
     tags: set[str] = set()
     languages = set()
@@ -94,10 +94,10 @@ def test_the_examples_keep_the_rules() -> None:
         assert (message.dropped, message.repairs) == ((), {})
         assert message.render() == written["content"]  # nothing outside, in canonical order
         conversation = asked["content"].rpartition("conversation:\n\n")[2]
-        languages.add(language_of(message.text))
-        assert language_of(message.text) in (language_of(conversation), None)
+        languages.add(detect_language(message.text))
+        assert detect_language(message.text) in (detect_language(conversation), None)
         questions, answers = ("\n".join(turns_of(conversation, role)) for role in ("User", "Assistant"))
-        assert leaked_share(message.text, questions, answers) == 0
+        assert measure_answer_leak(message.text, questions, answers) == 0
         tags |= set(message.tags)
     assert tags == set(EIGHT)
     assert len(languages - {None}) == 2
@@ -109,18 +109,20 @@ def turns_of(conversation: str, role: str) -> list[str]:
     return [text for name, _, text in turns if name == role]
 
 
-def test_the_form_of_the_verdicts_is_one_that_is_read() -> None:
+def test_the_prompts_form_of_verdicts_is_parsed() -> None:
     prompt = prompts.verify(TAGGED)[0]["content"]
     form = "\n".join(line for line in prompt.partition("###")[0].splitlines() if line.startswith("<<"))
-    assert verdicts_of_reply(form).of == {}  # a reply that repeats it judges nothing
+    assert parse_reply_verdicts(form).of == {}  # a reply that repeats it judges nothing
     read = parse_verdicts(form.replace("Bad", "Good", 1))
     assert set(read.of) == set(EIGHT)
     assert set(read.of.values()) == {"Good", "Bad", "None"}
 
 
 @pytest.mark.parametrize(("leak", "there"), [(0.5, True), (None, False)])
-def test_without_the_gate_the_prompt_asks_what_the_paper_does(tmp_path: Path, leak: float | None, there: bool) -> None:
-    """Neither a message that suits other questions nor one that keeps the answer to itself."""
+def test_without_the_gate_the_prompt_asks_only_what_the_paper_asks(
+    tmp_path: Path, leak: float | None, there: bool
+) -> None:
+    """Neither that the message suits other questions nor that it keeps the answer secret."""
     _, asked = run_with(saying(), tmp_path, [question()], gates={"leak": leak})
     first = asked[0].body["messages"][0]["content"]
     for sentence in ("must not give the answer away", "work just as well for other questions of the same kind"):
@@ -130,16 +132,16 @@ def test_without_the_gate_the_prompt_asks_what_the_paper_does(tmp_path: Path, le
 
 
 @pytest.mark.parametrize("after", [["and then?"], ["and then?", "please"]])
-def test_turns_after_the_last_answer_are_left_out_and_counted(tmp_path: Path, after: list[str]) -> None:
+def test_turns_after_the_last_answer_are_removed_and_counted(tmp_path: Path, after: list[str]) -> None:
     longer = {"messages": question()["messages"] + [{"role": "user", "content": text} for text in after]}
     done, asked = run_with(saying(), tmp_path, [longer])
-    assert done.tally.events["turns after the last answer left out"] == 1
+    assert done.stats.events["turns after the last answer left out"] == 1
     assert "| turns after the last answer left out | 1 |" in done.report.read_text("utf-8")
     assert [turn["role"] for turn in only_row(tmp_path)["messages"]] == ["system", "user", "assistant"]
-    assert not any(text in turn["content"] for text in after for one in asked for turn in one.body["messages"])
+    assert not any(text in turn["content"] for text in after for request in asked for turn in request.body["messages"])
     (tmp_path / "plain").mkdir()
     done, _ = run_with(saying(), tmp_path / "plain", [question(system="Be brief.")])
-    assert "turns after the last answer left out" not in done.tally.events
+    assert "turns after the last answer left out" not in done.stats.events
 
 
 def test_the_report_names_the_version_of_the_prompts(tmp_path: Path) -> None:
@@ -149,13 +151,13 @@ def test_the_report_names_the_version_of_the_prompts(tmp_path: Path) -> None:
 
 
 def test_another_wording_has_another_version() -> None:
-    """When this fails, raise PROMPT_VERSION and write the new digest here: results of two wordings stay apart."""
+    """If this fails, raise PROMPT_VERSION and write the new digest here, to keep results of two wordings apart."""
     everything: list[Any] = [
         [
             prompts.generate(LONG, existing="X", remind_of=EIGHT, forbid_leak=forbid_leak)
             for forbid_leak in (True, False)
         ],
-        [prompts.verify(TAGGED), prompts.verify(TAGGED, SHORT), prompts.follows("S", "Q", "A")],
+        [prompts.verify(TAGGED), prompts.verify(TAGGED, SHORT), prompts.judge("S", "Q", "A")],
         [(kind.name, kind.tag, kind.phrases) for kind in constraints._KINDS],
         [constraints._AVOIDABLE, constraints._BEGINNINGS, constraints._ENDINGS],
     ]

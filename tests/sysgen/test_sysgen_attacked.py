@@ -1,4 +1,4 @@
-"""What models and users do that no paper speaks of: reasoning in the text, rows that are their own source, full disks."""
+"""Unusual models and settings: reasoning in the text, a run that reads its own output, a full disk."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from scripted_server import Asked, Reply, Script, said, served
 
 from train.errors import UserError
 from train.sysgen.config import load_config
-from train.sysgen.run import Done, run
+from train.sysgen.run import RunResult, run
 
 GENERATED = "<<Role>>You are a tester.<</Role>>"
 QUESTION = {"role": "user", "content": "question [1] of the same kind?"}
@@ -39,7 +39,7 @@ def answers(**by_stage: Reply) -> Script:
     return script
 
 
-def run_with(script: Script, folder: Path, count: int = 1, **changes: Any) -> Done:
+def run_with(script: Script, folder: Path, count: int = 1, **changes: Any) -> RunResult:
     source = folder / "source.jsonl"
     source.write_text(json.dumps({"messages": [QUESTION, OLD]}) + "\n", encoding="utf-8")
     source.write_text(source.read_text("utf-8") * count, encoding="utf-8")
@@ -76,7 +76,7 @@ def test_reasoning_is_no_part_of_message_verdict_and_answer(tmp_path: Path, open
     assert [turn["content"] for turn in row["messages"]] == ["You are a tester.", QUESTION["content"], "A new one."]
     assert row["sysgen"]["written_by_model"] == GENERATED
     for stage in ("generate", "verify", "answer"):
-        assert done.tally.events[f"{stage}: reasoning taken out"] == 1
+        assert done.stats.events[f"{stage}: reasoning taken out"] == 1
         assert f"| {stage}: reasoning taken out | 1 |" in done.report.read_text("utf-8")
 
 
@@ -90,7 +90,7 @@ def test_reasoning_is_no_part_of_message_verdict_and_answer(tmp_path: Path, open
         ("", "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nMore!", "ran on after its end, and was cut there"),
     ],
 )
-def test_what_servers_leave_in_a_reply_is_no_part_of_any_row(
+def test_control_tokens_and_reasoning_of_servers_are_in_no_row(
     tmp_path: Path, before: str, after: str, event: str
 ) -> None:
     replies = {"generate": GENERATED, "verify": "<<Role>>: Good", "answer": "A new one."}
@@ -99,46 +99,46 @@ def test_what_servers_leave_in_a_reply_is_no_part_of_any_row(
     assert [turn["content"] for turn in row["messages"]] == ["You are a tester.", QUESTION["content"], "A new one."]
     assert row["sysgen"]["written_by_model"] == GENERATED
     for stage in replies:
-        assert done.tally.events[f"{stage}: {event or 'reasoning taken out'}"] == 1
+        assert done.stats.events[f"{stage}: {event or 'reasoning taken out'}"] == 1
 
 
-def test_an_answer_that_can_not_be_told_from_its_reasoning_is_not_written(tmp_path: Path) -> None:
+def test_an_answer_without_an_end_to_its_reasoning_is_not_written(tmp_path: Path) -> None:
     done = run_with(answers(answer=said("Tea.<|START_THINKING|>Or coffee.<|END_THINKING|>Coffee.")), tmp_path)
-    assert done.tally.events["answer: reasoning without an end, and nothing said"] == 1
+    assert done.stats.events["answer: reasoning without an end, and nothing said"] == 1
     (row,) = lines(tmp_path / "out" / "left_out.jsonl")
     assert row["reason"] == "new answer without an end to its reasoning"
     assert row["detail"] == "its reasoning has no end, finish_reason stop"
 
 
 @pytest.mark.parametrize("stage", ["generate", "verify"])
-def test_a_message_or_verdict_that_is_reasoning_alone_is_asked_for_again(tmp_path: Path, stage: str) -> None:
+def test_a_message_or_verdict_of_nothing_but_reasoning_is_requested_again(tmp_path: Path, stage: str) -> None:
     done = run_with(answers(**{stage: said("<think>Perhaps <<Role>>: Good")}), tmp_path, retries=1)
     (row,) = lines(tmp_path / "out" / "left_out.jsonl")
     what = {"generate": "system message", "verify": "verification"}[stage]
     assert row["reason"] == f"{what} without an end to its reasoning"
-    assert done.tally.events[f"{stage}: reasoning without an end, and nothing said"] == 2
+    assert done.stats.events[f"{stage}: reasoning without an end, and nothing said"] == 2
 
 
 @pytest.mark.parametrize("choice", ["drop", "keep"])
-def test_an_answer_that_is_reasoning_alone_is_not_written(tmp_path: Path, choice: str) -> None:
+def test_an_answer_of_nothing_but_reasoning_is_not_written(tmp_path: Path, choice: str) -> None:
     script = answers(answer=said("<think>Perhaps, or perhaps", "length"))
     done = run_with(script, tmp_path, on_unfinished_answer=choice)
     (row,) = lines(tmp_path / "out" / "left_out.jsonl")
     assert row["reason"] == "new answer cut at the token limit"
-    assert done.tally.events["answer: reasoning without an end, and nothing said"] == 1
+    assert done.stats.events["answer: reasoning without an end, and nothing said"] == 1
 
 
-def test_a_call_of_a_tool_as_text_is_not_written(tmp_path: Path) -> None:
+def test_a_tool_call_as_text_is_not_written(tmp_path: Path) -> None:
     run_with(answers(answer=said('I look it up.\n<tool_call>\n{"name": "search"}\n</tool_call>')), tmp_path)
     (row,) = lines(tmp_path / "out" / "left_out.jsonl")
     assert row["reason"] == "new answer calls a tool"
 
 
-def test_tags_of_reasoning_in_the_middle_of_an_answer_are_told_of(
+def test_reasoning_tags_in_the_middle_of_an_answer_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = run_with(answers(answer=said("First <think>hm</think> then")), tmp_path)
-    assert done.tally.events["answer: tags of reasoning left in the text"] == 1
+    assert done.stats.events["answer: tags of reasoning left in the text"] == 1
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
     from sysgen import main
 
@@ -150,7 +150,7 @@ def test_tags_of_reasoning_in_the_middle_of_an_answer_are_told_of(
     )
 
 
-def test_answers_of_the_data_get_no_constraints_that_nobody_checked(tmp_path: Path) -> None:
+def test_original_answers_get_no_unchecked_constraints(tmp_path: Path) -> None:
     script = answers(answer=said("CUT.", "length"))
     constraints = {"share": 1.0, "at_most": 1, "attempts": 1}
     done = run_with(script, tmp_path, 40, constraints=constraints, on_unfinished_answer="original")
@@ -159,10 +159,10 @@ def test_answers_of_the_data_get_no_constraints_that_nobody_checked(tmp_path: Pa
     for row in rows:
         assert row["messages"] == [{"role": "system", "content": "You are a tester."}, QUESTION, OLD]
         assert row["sysgen"]["constraints"] == []
-    assert done.tally.constraints == {}
+    assert done.stats.constraints == {}
 
 
-def test_a_message_that_has_a_format_gets_no_other(tmp_path: Path) -> None:
+def test_a_message_with_a_format_gets_no_second_one(tmp_path: Path) -> None:
     systems = []
 
     async def script(asked: Asked) -> Reply:
@@ -177,52 +177,52 @@ def test_a_message_that_has_a_format_gets_no_other(tmp_path: Path) -> None:
     assert not [text for text in asked_for if any(word in text for word in words)]
 
 
-def test_a_run_does_not_write_over_its_own_source(tmp_path: Path) -> None:
+def test_a_run_that_would_overwrite_its_source_is_an_error(tmp_path: Path) -> None:
     run_with(answers(), tmp_path)
     before = (tmp_path / "out" / "data" / "rows.jsonl").read_bytes()
     for source in ("out/data", "out/data/rows.jsonl", "out/../out/data/*.jsonl"):
         config = configuration(tmp_path, "http://127.0.0.1:9/v1", tmp_path / source)
-        with pytest.raises(UserError, match=r"is in the output_dir of this very run, .* name another output_dir"):
+        with pytest.raises(UserError, match=r"is in the output_dir of this run, .* name another output_dir"):
             run(load_config(config))
     assert (tmp_path / "out" / "data" / "rows.jsonl").read_bytes() == before
 
 
-def test_the_report_on_a_common_message_tells_of_no_phase_that_was_not(tmp_path: Path) -> None:
+def test_the_report_on_a_common_message_has_no_skipped_phases(tmp_path: Path) -> None:
     done = run_with(answers(), tmp_path, 3, message="common")
     facts = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
     assert facts["rows_through_phase"] == {"read": 3, "answered": 3}
     assert "a system message was written" not in done.report.read_text("utf-8")
 
 
-def test_a_row_kept_without_a_system_message_is_shown_whole(tmp_path: Path) -> None:
+def test_a_sample_without_a_system_message_is_shown_completely(tmp_path: Path) -> None:
     done = run_with(answers(generate=said("no tags")), tmp_path, on_empty="keep_without_system")
     assert f"**user**\n\n```text\n{QUESTION['content']}" in done.report.read_text("utf-8")
 
 
 @pytest.mark.parametrize("stage", ["generate", "verify", "answer", "judge"])
-def test_one_setting_of_a_stage_leaves_the_others_as_they_are(tmp_path: Path, stage: str) -> None:
+def test_setting_one_key_of_a_stage_keeps_the_defaults_of_the_others(tmp_path: Path, stage: str) -> None:
     config = configuration(tmp_path, "http://127.0.0.1:9/v1", tmp_path / "source.jsonl")
     plain, changed = getattr(load_config(config), stage), getattr(load_config(config, [f"{stage}.top_p=0.5"]), stage)
     assert changed.model_dump() == plain.model_dump() | {"top_p": 0.5}
 
 
 @pytest.mark.parametrize(
-    ("extra", "told"),
+    ("extra", "message"),
     [
-        ("{model: other}", "generate.extra.model: the run itself sets it"),
-        ("{stream: true}", "generate.extra.stream: answers are taken whole and one at a time"),
+        ("{model: other}", "generate.extra.model: set by the run itself"),
+        ("{stream: true}", "generate.extra.stream: not supported: each answer is read in one piece"),
         ("{temperature: 1.0}", "generate.extra.temperature: not set here: write `generate.temperature`."),
         ("{bias: .inf}", "generate.extra: holds a number that JSON can't"),
     ],
 )
-def test_what_extra_may_not_hold(tmp_path: Path, extra: str, told: str) -> None:
+def test_invalid_fields_in_extra_are_an_error(tmp_path: Path, extra: str, message: str) -> None:
     config = configuration(tmp_path, "http://127.0.0.1:9/v1", tmp_path / "source.jsonl")
     with pytest.raises(UserError) as failure:
         load_config(config, [f"generate.extra={extra}"])
-    assert told in str(failure.value)
+    assert message in str(failure.value)
 
 
-def test_a_disk_that_is_full_is_one_error(tmp_path: Path) -> None:
+def test_a_full_disk_is_a_user_error(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "scripts" / "sysgen.py"
     source = tmp_path / "source.jsonl"
     rows = ({"messages": [QUESTION | {"content": f"question [{number}]?"}, OLD]} for number in range(40))

@@ -29,7 +29,7 @@ async def refuses_some(asked: Asked) -> Reply:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Run scripts/sysgen.py in this process; its exit code and what it printed on either stream."""
+    """Run scripts/sysgen.py in this process; return its exit code, standard output and standard error."""
     spec = importlib.util.spec_from_file_location("sysgen_script", SCRIPTS / "sysgen.py")
     assert spec
     assert spec.loader
@@ -69,21 +69,21 @@ def test_losses_that_no_setting_accepts_are_an_error_that_names_each_reason_and_
     if code:
         assert errors.startswith("error: ")
         assert errors.count("\n") == 1
-        assert f"each of these is in {tmp_path / 'out' / 'left_out.jsonl'}." in errors
+        assert f"the dropped ones are in {tmp_path / 'out' / 'left_out.jsonl'}." in errors
         assert "write `accept_losses: [no_answer, unreadable, unsupported]`." in errors
         assert ("asks again for those without an answer" in errors) == ("no_answer" not in accepted)
 
 
-def test_what_a_rule_of_the_configuration_leaves_out_is_no_loss(run: Callable[..., Any]) -> None:
+def test_a_row_dropped_by_a_rule_of_the_configuration_is_no_loss(run: Callable[..., Any]) -> None:
     async def script(asked: Asked) -> Reply:
         return said("no tags" if "[2]" in asked.prompt else good_everything(asked))
 
     code, shown, errors = run(script, [question("question [1]?"), question("question [2]?")])
     assert (code, errors) == (0, "")
-    assert "left out: 1 (50.0%): no valid phrase" in shown
+    assert "dropped: 1 (50.0%): no valid phrase" in shown
 
 
-def test_the_same_command_asks_again_only_for_what_was_lost(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_same_command_requests_only_the_lost_rows_again(run: Callable[..., Any], tmp_path: Path) -> None:
     prompts: list[str] = []
 
     async def healthy(asked: Asked) -> Reply:
@@ -100,7 +100,7 @@ def test_the_same_command_asks_again_only_for_what_was_lost(run: Callable[..., A
     assert all("[2]" in prompt for prompt in prompts)
 
 
-def test_a_key_that_expires_in_the_middle_leaves_no_row_out_for_good(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_no_row_is_dropped_when_credit_runs_out(run: Callable[..., Any], tmp_path: Path) -> None:
     async def expires(asked: Asked) -> Reply:
         if asked.number >= 30:
             return error(402, "Insufficient Balance")
@@ -119,14 +119,14 @@ def test_a_key_that_expires_in_the_middle_leaves_no_row_out_for_good(run: Callab
     assert "40 of 40 rows written" in shown
 
 
-def test_rows_that_are_all_too_long_end_with_what_to_do(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_error_for_rows_that_are_all_too_long_gives_advice(run: Callable[..., Any], tmp_path: Path) -> None:
     async def short(asked: Asked) -> Reply:
         return error(400, "This model's maximum context length is 16 tokens.")
 
     rows = [question(f"question [{number}]?") for number in range(60)]
     code, _, errors = run(short, rows)
     assert code == 2
-    assert errors.startswith("error: no row was written: all 60 were left out (60: no answer from the model).")
+    assert errors.startswith("error: no row was written: all 60 were dropped (60: no answer from the model).")
     assert "60 times: 400 Said: This model's maximum context length is 16 tokens" in errors
     assert "Serve the model with a longer context, lower `max_tokens` of the stages" in errors
     places = [row["source"].rpartition(":")[2] for row in lines(tmp_path / "out" / "left_out.jsonl")]

@@ -1,4 +1,4 @@
-"""Whole runs of SYSGEN against a scripted model: rows, what is left out, the report, kills, and the command itself."""
+"""Complete runs of SYSGEN against a scripted model: rows, dropped rows, report, kills, and the command."""
 
 import asyncio
 import json
@@ -33,51 +33,53 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "sysgen.py"
 
 
 @pytest.mark.parametrize(("script", "count"), [(answer, 300), (faulty, 90)])
-def test_rows_and_report_are_what_a_plain_loop_makes_of_them(tmp_path: Path, script: Script, count: int) -> None:
+def test_rows_and_report_equal_those_of_a_plain_loop(tmp_path: Path, script: Script, count: int) -> None:
     source = tmp_path / "source.jsonl"
     write_rows(source, count)
     with served(script) as server:
         run(load_config(configuration(tmp_path, server.url, source)))
-    wanted = expected(count)
+    reference = expected(count)
     rows = lines(tmp_path / "out" / "data" / "rows.jsonl")
-    assert [row["messages"] for row in rows] == [row["messages"] for row in wanted.rows]
-    assert [row["sysgen"]["tags"] for row in rows] == [row["tags"] for row in wanted.rows]
-    assert [row["sysgen"]["source"] for row in rows] == [f"{source}:{row['number'] + 1}" for row in wanted.rows]
+    assert [row["messages"] for row in rows] == [row["messages"] for row in reference.rows]
+    assert [row["sysgen"]["tags"] for row in rows] == [row["tags"] for row in reference.rows]
+    assert [row["sysgen"]["source"] for row in rows] == [f"{source}:{row['number'] + 1}" for row in reference.rows]
     left_out = [(row["source"], row["reason"]) for row in lines(tmp_path / "out" / "left_out.jsonl")]
-    assert left_out == [(f"{source}:{number + 1}", reason) for number, reason in wanted.left_out]
+    assert left_out == [(f"{source}:{number + 1}", reason) for number, reason in reference.left_out]
 
     facts = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
-    assert (facts["rows"], facts["rows_written"]) == (count, len(wanted.rows))
-    reasons = [reason for _, reason in wanted.left_out]
+    assert (facts["rows"], facts["rows_written"]) == (count, len(reference.rows))
+    reasons = [reason for _, reason in reference.left_out]
     assert facts["left_out"] == {reason: reasons.count(reason) for reason in reasons}
     for tag in EIGHT:
         of = facts["tags"][tag]
-        assert of["rows"] == wanted.tags[tag]
-        assert of["share"] == pytest.approx(wanted.tags[tag] / len(wanted.rows))
-        assert of["verdicts"] == {name: wanted.verdicts[tag, name] for name in ("Good", "Bad", "None", "missing")}
-        assert of["phrases_removed"] == {name: n for (one, name), n in wanted.removed.items() if one == tag}
-    assert facts["repairs"] == wanted.repairs
-    assert facts["dropped"] == wanted.dropped
-    assert facts["unknown_tags"] == wanted.unknown
-    assert facts["characters"]["ratio"] == pytest.approx(wanted.new_characters / wanted.old_characters)
-    assert {stage: of["requests"] for stage, of in facts["spent"].items()} == wanted.requests
-    assert {stage: of["completion_tokens"] for stage, of in facts["spent"].items()} == wanted.completion_tokens
+        assert of["rows"] == reference.tags[tag]
+        assert of["share"] == pytest.approx(reference.tags[tag] / len(reference.rows))
+        assert of["verdicts"] == {name: reference.verdicts[tag, name] for name in ("Good", "Bad", "None", "missing")}
+        assert of["phrases_removed"] == {
+            name: n for (removed_from, name), n in reference.removed.items() if removed_from == tag
+        }
+    assert facts["repairs"] == reference.repairs
+    assert facts["dropped"] == reference.dropped
+    assert facts["unknown_tags"] == reference.unknown
+    assert facts["characters"]["ratio"] == pytest.approx(reference.new_characters / reference.old_characters)
+    assert {stage: of["requests"] for stage, of in facts["spent"].items()} == reference.requests
+    assert {stage: of["completion_tokens"] for stage, of in facts["spent"].items()} == reference.completion_tokens
     assert len(facts["samples"]) == 20
     report = (tmp_path / "out" / "report.md").read_text("utf-8")
-    assert f"{len(wanted.rows)} of {count} rows written" in report
+    assert f"{len(reference.rows)} of {count} rows written" in report
     for reason in set(reasons):
         assert f"| {reason} | {reasons.count(reason)} | {reasons.count(reason) / count:.1%} |" in report
     assert (tmp_path / "out" / "tags.png").read_bytes()[:4] == (tmp_path / "out" / "lengths.png").read_bytes()[:4]
 
 
-def test_twenty_kills_over_500_rows_give_the_same_bytes_and_repeat_nothing_that_was_written_down(
+def test_twenty_kills_over_500_rows_give_the_same_bytes_and_repeat_no_journaled_request(
     tmp_path: Path,
 ) -> None:
-    count, chance = 500, random.Random(11)
+    count, rng = 500, random.Random(11)
     source = tmp_path / "source.jsonl"
     write_rows(source, count)
     requests = expected(count).requests.total()
-    moments = sorted(chance.sample(range(1, requests), 20))
+    moments = sorted(rng.sample(range(1, requests), 20))
     whole = tmp_path / "whole"
     whole.mkdir()
     with served(answer) as server:
@@ -109,7 +111,9 @@ def test_twenty_kills_over_500_rows_give_the_same_bytes_and_repeat_nothing_that_
         repeated = server.answered.total() - requests
     for name in ("data/rows.jsonl", "left_out.jsonl"):
         assert (tmp_path / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()
-    facts, whole_facts = (json.loads((one / "out" / "report.json").read_text("utf-8")) for one in (tmp_path, whole))
+    facts, whole_facts = (
+        json.loads((folder / "out" / "report.json").read_text("utf-8")) for folder in (tmp_path, whole)
+    )
     for of in (*facts["spent"].values(), *whole_facts["spent"].values()):
         del of["seconds"]
     assert facts == whole_facts
@@ -119,7 +123,7 @@ def test_twenty_kills_over_500_rows_give_the_same_bytes_and_repeat_nothing_that_
     print(f"answered twice over 20 kills: {repeated} of {requests}")
 
 
-def test_the_trainer_reads_what_is_written_in_either_format(tmp_path: Path) -> None:
+def test_the_trainer_reads_the_rows_of_both_formats(tmp_path: Path) -> None:
     rows = [row_of(number) for number in range(60)]
     read = []
     for format in ("jsonl", "parquet"):
@@ -134,7 +138,7 @@ def test_the_trainer_reads_what_is_written_in_either_format(tmp_path: Path) -> N
     ]
 
 
-def test_another_setting_rewrites_the_rows_and_asks_only_what_depends_on_it(tmp_path: Path) -> None:
+def test_a_changed_setting_rewrites_the_rows_and_repeats_only_dependent_requests(tmp_path: Path) -> None:
     rows = [row_of(number) for number in range(40)]
     source = tmp_path / "source.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -160,7 +164,7 @@ def test_another_setting_rewrites_the_rows_and_asks_only_what_depends_on_it(tmp_
         )  # fmt: skip
 
 
-def test_ctrl_c_keeps_what_was_answered(tmp_path: Path) -> None:
+def test_ctrl_c_keeps_the_answers(tmp_path: Path) -> None:
     async def script(asked: Asked) -> Reply:
         if asked.number >= 30:
             await asyncio.Event().wait()
@@ -176,14 +180,14 @@ def test_ctrl_c_keeps_what_was_answered(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.strip() == "stopped; what was answered is in the journal, and the same command goes on from here"
+    assert errors.strip() == "stopped; the answers so far are in the journal, and the same command continues from here"
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=120)
 
 
-def test_the_check_reads_all_rows_and_asks_each_server_for_a_sign_of_life(tmp_path: Path) -> None:
+def test_the_check_reads_all_rows_and_asks_each_server_for_one_token(tmp_path: Path) -> None:
     source = tmp_path / "source.jsonl"
     write_rows(source, 20)
     with source.open("a") as file:
@@ -194,16 +198,16 @@ def test_the_check_reads_all_rows_and_asks_each_server_for_a_sign_of_life(tmp_pa
     assert checked.returncode == 0, checked.stderr
     turns = sum(len(row_of(number)["messages"]) // 2 for number in range(20))
     assert checked.stdout.splitlines() == [
-        "21 rows, 0 of them with a system message (existing_system: replace)",
+        "21 rows, 0 with a system message (existing_system: replace)",
         "warning: 1 rows can't be read: no assistant turn",
-        f"about {20 + 2 * turns} requests to m, 16 at once, if every row passes at the first try",
+        f"about {20 + 2 * turns} requests to m, 16 at once, if every first try passes",
         f"{server.url} answers as m",
     ]
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ("generate.max_tokns=5", "generate.max_tokns: unknown key. Did you mean `generate.max_tokens`?"),
         ("tags.target_share.Toll=0.1", "tags.target_share.Toll: unknown key. Did you mean `tags.target_share.Tool`?"),
@@ -211,17 +215,17 @@ def test_the_check_reads_all_rows_and_asks_each_server_for_a_sign_of_life(tmp_pa
         ("gates.leak=2", "gates.leak: found 2. Allowed: a number > 0 and <= 1; or null."),
         ("api_key=x", "Set them in the environment"),
         ("data.sources.0.path=nowhere.jsonl", "nowhere.jsonl: there is no nowhere.jsonl in"),
-        ("servers.0.base_url=localhost", "base_url 'localhost' is no address: write it like http://localhost:8000/v1."),
+        ("servers.0.base_url=localhost", "base_url 'localhost' is not a URL: write it like http://localhost:8000/v1."),
     ],
 )
-def test_what_the_user_can_mend_is_one_error(tmp_path: Path, change: str, told: str) -> None:
+def test_invalid_configurations_are_one_error(tmp_path: Path, change: str, message: str) -> None:
     source = tmp_path / "source.jsonl"
     write_rows(source, 1)
     path = configuration(tmp_path, "http://127.0.0.1:9/v1", source)
     failed = command("--config", str(path), change)
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.startswith("error: ")
-    assert told in failed.stderr
+    assert message in failed.stderr
     assert "Traceback" not in failed.stderr
 
 
@@ -235,8 +239,8 @@ UNREADABLE = [{"messages": []}, {"text": "x"}, {"messages": [{"role": "user", "c
 
 
 @pytest.mark.parametrize("rows", [UNREADABLE, [question(), question("another [2] question?")]])
-def test_a_run_that_writes_no_row_says_where_they_went(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
-    """Rows that can't be read, and rows whose message a gate stops every time; however often it is started."""
+def test_a_run_without_a_written_row_is_an_error_with_the_reasons(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    """With unreadable rows, and with rows without a valid message; at every start."""
     source = tmp_path / "source.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     folder = tmp_path / "out"
@@ -251,7 +255,7 @@ def test_a_run_that_writes_no_row_says_where_they_went(tmp_path: Path, rows: lis
     assert reasons.total() == len(rows)
     for ended in (first, second, third):
         assert ended.returncode == 2, ended.stderr
-        assert ended.stderr.startswith(f"error: no row was written: all {len(rows)} were left out (")
+        assert ended.stderr.startswith(f"error: no row was written: all {len(rows)} were dropped (")
         assert ended.stderr.count("\n") == 1
         for reason, count in reasons.items():
             assert f"{count}: {reason}" in ended.stderr
@@ -263,8 +267,8 @@ def test_a_run_that_writes_no_row_says_where_they_went(tmp_path: Path, rows: lis
     assert ("error: no row can be read: all 3" in checked.stderr) == (rows is UNREADABLE)
 
 
-def test_the_servers_own_words_are_told_where_it_refused_rows(tmp_path: Path) -> None:
-    """Some rows: among the last lines and in the report. All of them: in the error that ends it too."""
+def test_the_servers_errors_are_shown_if_it_refused_rows(tmp_path: Path) -> None:
+    """For some rows: in the last lines and in the report. For all rows: in the final error too."""
 
     good = saying()
 
@@ -283,11 +287,14 @@ def test_the_servers_own_words_are_told_where_it_refused_rows(tmp_path: Path) ->
         assert ended.returncode == 2, ended.stderr
         details = [row["detail"] for row in lines(tmp_path / "out" / "left_out.jsonl")]
         assert re.fullmatch(r"400 Said: request \d: top_k is no parameter", details[0])
-        told = [line for line in ended.stdout.splitlines() if line.startswith("no answer from the model, ")]
-        assert told == [
+        failures = [line for line in ended.stdout.splitlines() if line.startswith("no answer from the model, ")]
+        assert failures == [
             f"no answer from the model, 2 times: {details[0]}",
             "no answer from the model, 1 times: 400 Said: too long",
         ]
         report = (tmp_path / "out" / "report.md").read_text("utf-8")
         assert f"| `{details[0]}` | 2 |\n| `400 Said: too long` | 1 |" in report
-    assert f"Why no answer came, 2 times: {details[0]}; 1 times: 400 Said: too long. Each is in" in ended.stderr
+    assert (
+        f"Errors of the server: 2 times: {details[0]}; 1 times: 400 Said: too long. The dropped rows are in"
+        in ended.stderr
+    )

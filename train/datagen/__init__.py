@@ -1,1 +1,1 @@
-"""TODO datagen."""
+"""Generation of training rows by a model on a server: parts shared by SYSGEN and the Multifaceted Collection."""

@@ -1,137 +1,129 @@
-"""Which server is asked, how its answers are drawn and in which files the rows go: sections of every configuration
-that asks a model."""
+"""Configuration of a generation run: its model and servers, the stages' decoding settings, and the output files."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from train.llm.journal import Decoding
+from train.datagen.drop_reasons import Loss
+from train.datagen.extra_fields import find_extra_errors
+from train.datagen.source_rows import SourcesSection
+from train.llm.request import Decoding
 from train.llm.server import Server
-from train.recipe import Section, Text
-from train.recipe.yaml_document import SECRET, Document
+from train.recipe import PathText, Section, Text
+from train.recipe.yaml_document import Document
 
 
 class ServerSection(Section):
     """One OpenAI-compatible server."""
 
     base_url: Text
-    """Its address, which mostly ends in /v1: http://localhost:8000/v1."""
+    """Address, which usually ends in /v1: http://localhost:8000/v1."""
     concurrency: int = Field(default=64, ge=1)
-    """How many requests it gets at once, at most; fewer while it objects."""
+    """Maximum number of concurrent requests; lowered while the server rejects requests."""
     key_variable: Text | None = None
-    """The environment variable that holds its key; null = none, but for OpenAI's own server OPENAI_API_KEY."""
+    """Environment variable with the API key; null = no key, or OPENAI_API_KEY for OpenAI's own server."""
     stream: bool = False
-    """Ask for answers as a stream of events, for a server that gives no others. One that says so in an error gets such
-    requests from then on without it."""
+    """Request answers as a stream of events, for a server that supports nothing else. A server whose error says that it
+    does not stream gets requests without it from then on."""
 
     def server(self) -> Server:
-        """As the client takes it."""
+        """Return the server for the client."""
         return Server(self.base_url, self.concurrency, self.key_variable, self.stream)
 
 
 class StageSection(Section):
-    """How the answers of one stage are drawn, in the names of the OpenAI API."""
+    """Decoding settings of one stage, under the names of the OpenAI API."""
 
     max_tokens: int = Field(gt=0)
-    """Most tokens of an answer. To raise it asks again what was cut, and that alone."""
+    """Maximum tokens of an answer. Raising it repeats only the requests whose answers were cut."""
     temperature: float | None = Field(default=0.7, ge=0)
-    """null = the server's own."""
+    """null = the server's default."""
     top_p: float | None = Field(default=None, gt=0, le=1)
-    """null = the server's own; the paper states none."""
+    """null = the server's default; the paper states none."""
     seed: int | None = None
-    """Sent with each request (a further try gets the next number); null = none is sent."""
+    """Sent with each request; a further try gets the next number. null = not sent."""
     extra: dict[str, Any] = Field(default_factory=dict)
-    """Other fields of a request, sent as they are: top_k, chat_template_kwargs, ...; null = that field is not sent.
-    max_completion_tokens takes the place of `max_tokens`; {max_tokens: null} alone sends no limit. What has a key of
-    its own is set there. A model that reasons first does without where it can be told so, as Qwen3 by
-    {chat_template_kwargs: {enable_thinking: false}} (DashScope: {enable_thinking: false}); else give it tokens enough.
-    What it writes in <think> is taken out and counted."""
+    """Further fields of a request, sent unchanged: top_k, chat_template_kwargs, ...; null = the field is not sent.
+    max_completion_tokens replaces `max_tokens`; {max_tokens: null} alone sends no limit. Fields with a key of their own
+    are set there. Turn reasoning off where the model allows it, as for Qwen3 with {chat_template_kwargs:
+    {enable_thinking: false}} (DashScope: {enable_thinking: false}); otherwise leave room for it in the token limit.
+    Text in <think> is removed and counted."""
 
     def decoding(self) -> Decoding:
-        """As the client takes it."""
+        """Return the settings for the client."""
         return Decoding.from_settings(self.max_tokens, self.temperature, self.top_p, self.seed, self.extra)
 
 
-SystemRole = Literal["native", "merge_into_user"]
-
-
 class OutputSection(Section):
-    """What is written."""
+    """Format of the written rows."""
 
     format: Literal["jsonl", "parquet"] = "jsonl"
-    """jsonl = one file, each row there as soon as it is final; parquet = files of `rows_per_file` rows."""
+    """jsonl = one file, each row written as soon as it is final; parquet = files of `rows_per_file` rows."""
     rows_per_file: int = Field(default=10_000, ge=1)
-    """Rows of a parquet file."""
+    """Rows per Parquet file."""
 
 
-_NOT_IN_EXTRA = {
-    "model": "the run itself sets it",
-    "messages": "the run itself sets them",
-    "stream": "answers are taken whole and one at a time; a server that only streams is asked for a stream by itself",
-    "stream_options": "answers are taken whole and one at a time",
-    "n": "answers are taken whole and one at a time",
-}
+class GenerationConfig(Section):
+    """Keys that the configurations of SYSGEN and of the collection share."""
+
+    model: Text
+    """The model, by its name on the servers. It does all stages."""
+    servers: Annotated[tuple[ServerSection, ...], Field(strict=False, min_length=1)]
+    """Servers of the model. Faster ones get more requests."""
+    system_role: Literal["native", "merge_into_user"] = "native"
+    """Place of the system message in requests; native = a system turn; merge_into_user = the first user turn, before
+    its text and a blank line, for models without a system role (Gemma, Mistral 7B, o1-mini). The written rows are the
+    same."""
+    data: SourcesSection
+    """The source rows."""
+    accept_losses: Annotated[tuple[Loss, ...], Field(strict=False)] = ()
+    """Losses that are no error; no_answer = all tries failed or were empty; unreadable = source rows that can't be
+    read; unsupported = source rows that the pipeline can't use (SYSGEN: a system message in the middle of the
+    conversation; collection: tools, or no user turn at the start). All other rows are written in any case; a run with
+    other losses ends with exit code 2. [] = every loss is an error."""
+    output: OutputSection = OutputSection()
+    """Format of the written rows."""
+    output_dir: PathText
+    """Folder for the written rows, the dropped rows, the report and the journal of answers."""
+    seed: int = Field(default=42, ge=0, lt=2**32)
+    """Seed of all random choices."""
+
+    def stage(self, name: str) -> StageSection:
+        """Return the settings of a stage."""
+        section = getattr(self, name)
+        assert isinstance(section, StageSection)
+        return section
+
+    def used_stages(self) -> list[str]:
+        """Return the names of the stages that a run asks."""
+        raise NotImplementedError
 
 
-def faults_in_extra(extra: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield each name in `extra` that can't be there, and why: what would keep answers from being read, or contradicts.
-
-    `own`: the value of each request field that has a setting of its own; `{setting}` in a reason stands for that,
-    and `{key_variable}` for the setting that names the variable of a server's key.
-    """
-    for name, value in extra.items():
-        if _holds_secret(name, value):
-            yield name, _NO_SECRETS
-        elif name in _NOT_IN_EXTRA:
-            yield name, f"{_NOT_IN_EXTRA[name]}."
-        elif value is not None and own.get(name) is not None:
-            yield name, "not set here: write {setting}."
-        elif name == "max_completion_tokens" and (type(value) not in (int, NoneType) or value == 0):
-            yield name, "must be an integer >= 1, or null."
-
-
-_NO_SECRETS = (
-    "requests hold no secrets here, for they are copied into the output folder and into logs. Set a server's key in "
-    "the environment, and name the variable by {key_variable}."
-)
-
-
-def _holds_secret(name: str, value: Any) -> bool:
-    """Return whether the name of a request field, or one within its value, is that of a secret."""
-    if SECRET.search(name):
-        return True
-    if isinstance(value, list):
-        return any(_holds_secret("", part) for part in value)
-    return isinstance(value, Mapping) and any(_holds_secret(str(inner), part) for inner, part in value.items())
-
-
-def refuse_in_extra(document: Document, stage: str) -> None:
-    """Note what `extra` of a stage can't hold."""
-    section = document.section(stage)
-    extra = section.get("extra")
-    if not isinstance(extra, dict):
-        return
-    own = {name: section.get(name, field.default) for name, field in StageSection.model_fields.items()}
-    for name, why in faults_in_extra(extra, own):
-        document.add_error(
-            (stage, "extra", name), why.format(setting=f"`{stage}.{name}`", key_variable="`servers.N.key_variable`")
-        )
-    try:
-        json.dumps(extra, allow_nan=False)
-    except ValueError:
-        document.add_error((stage, "extra"), "holds a number that JSON can't (.inf or .nan).")
-
-
-def open_settings(path: str | Path, overrides: Sequence[str], stages: Iterable[str]) -> Document:
-    """The file of a configuration that asks a model, with `key=value` overrides and the faults of its stages noted."""
+def open_config(path: str | Path, overrides: Sequence[str], stages: Iterable[str]) -> Document:
+    """Read a configuration file with `key=value` overrides, and note the errors in the `extra` of its stages."""
     document = Document(Path(path), keys=("model", "servers", "data", "output_dir"))
     for order, override in enumerate(overrides):
         document.override(override, order)
     document.refuse_secrets("a server's key in the variable that its `servers.N.key_variable` names; HF_TOKEN")
     for stage in stages:
-        refuse_in_extra(document, stage)
+        _check_extra(document, stage)
     return document
+
+
+def _check_extra(document: Document, stage: str) -> None:
+    """Note the invalid fields in `extra` of a stage."""
+    section = document.section(stage)
+    extra = section.get("extra")
+    if not isinstance(extra, dict):
+        return
+    own = {name: section.get(name, field.default) for name, field in StageSection.model_fields.items()}
+    for name, reason in find_extra_errors(extra, own):
+        message = reason.format(setting=f"`{stage}.{name}`", key_variable="`servers.N.key_variable`")
+        document.add_error((stage, "extra", name), message)
+    try:
+        json.dumps(extra, allow_nan=False)
+    except ValueError:
+        document.add_error((stage, "extra"), "holds a number that JSON can't represent (.inf or .nan).")

@@ -1,14 +1,13 @@
-"""Rows that a run loses for reasons that no setting decides, and the names by which a configuration accepts them.
+"""Reasons for dropped rows, and the losses that a configuration accepts.
 
-What a rule of the configuration leaves out (a gate, `on_empty`, a filter) is accepted by that configuration, and is no
-loss. `accept_losses` names the others; a run that has some which it doesn't name ends with exit code 2.
+A row that a rule of the configuration drops (a gate, `on_empty`, a filter) is no loss. Losses have reasons that no
+setting decides; `accept_losses` names the kinds that are acceptable. A run with other losses ends with exit code 2.
 """
 
 import re
 from collections.abc import Collection, Mapping
 from typing import Literal
 
-from train.formatting import format_count
 from train.llm.failures import NO_ANSWER
 
 Loss = Literal["no_answer", "unreadable", "unsupported"]
@@ -17,50 +16,44 @@ UNREADABLE = "can't be read"
 UNSUPPORTED = "not supported"
 
 _EMPTY = "(?:new answer|verification|system message|(?:system message|preferences|descriptions|answer):) empty"
-"""An answer without any text, try after try."""
-_REASONS: dict[Loss, re.Pattern[str]] = {
+"""Reasons of rows whose last try had no text."""
+_PREFIXES: dict[Loss, re.Pattern[str]] = {
     "no_answer": re.compile(rf"{NO_ANSWER}|{_EMPTY}\b"),
     "unreadable": re.compile(UNREADABLE),
     "unsupported": re.compile(UNSUPPORTED),
 }
-"""The beginning of each loss's reasons in reports."""
+"""Beginnings of the reasons that belong to each loss."""
+
+ReasonCounts = Mapping[str, int]
+"""Number of dropped rows by reason."""
 
 
-def unaccepted(reasons: Mapping[str, int], accepted: Collection[Loss]) -> dict[Loss, dict[str, int]]:
-    """Return the counts of the reasons that are losses which `accepted` doesn't name, by loss."""
-    found: dict[Loss, dict[str, int]] = {}
-    for loss, beginning in _REASONS.items():
-        counts = {reason: count for reason, count in reasons.items() if beginning.match(reason)}
+def find_unaccepted_losses(reasons: ReasonCounts, accepted: Collection[Loss]) -> dict[Loss, ReasonCounts]:
+    """Return the reasons that are losses outside `accepted`, by loss."""
+    losses: dict[Loss, ReasonCounts] = {}
+    for loss, prefix in _PREFIXES.items():
+        counts = {reason: count for reason, count in reasons.items() if prefix.match(reason)}
         if counts and loss not in accepted:
-            found[loss] = counts
-    return found
+            losses[loss] = counts
+    return losses
 
 
-def about_losses(found: Mapping[Loss, Mapping[str, int]], accepted: Collection[Loss], left_out: object) -> str:
-    """Return the error of a run with losses that are not accepted. `left_out`: the file that holds them."""
-    reasons = "; ".join(f"{count:,}: {reason}" for counts in found.values() for reason, count in counts.items())
-    names = [loss for loss in _REASONS if loss in found or loss in accepted]
+def format_loss_error(losses: Mapping[Loss, ReasonCounts], accepted: Collection[Loss], file: object) -> str:
+    """Return the error message of a run with unaccepted losses. `file`: holds the dropped rows."""
+    reasons = "; ".join(f"{count:,}: {reason}" for counts in losses.values() for reason, count in counts.items())
+    names = [loss for loss in _PREFIXES if loss in losses or loss in accepted]
     remedies = []
-    if "no_answer" in found:
+    if "no_answer" in losses:
         remedies.append("The same command asks again for those without an answer, and for nothing else")
-    if found.keys() - {"no_answer"}:
+    if losses.keys() - {"no_answer"}:
         remedies.append("Correct the data of those that can't be read or are not supported")
     return (
-        f"rows are missing for reasons that no setting accepts ({reasons}). All others are written; each of these is "
-        f"in {left_out}. {'. '.join(remedies)}. To accept such losses, write `accept_losses: [{', '.join(names)}]`."
+        f"rows are missing for reasons that no setting accepts ({reasons}). All other rows are written; the dropped "
+        f"ones are in {file}. {'. '.join(remedies)}. To accept such losses, write "
+        f"`accept_losses: [{', '.join(names)}]`."
     )
 
 
-def unread_warning(what: str, unread: int, asked: int, consequence: str) -> list[str]:
-    """Return one line where more than half of the verdicts were unread, else none.
-
-    Args:
-        what: the stage or setting that asked, which the line starts with.
-        unread, asked: numbers of verdicts.
-        consequence: what was done with the rows, and what to do now.
-    """
-    if 2 * unread <= asked:
-        return []
-    return [
-        f"{what}: {unread:,} of {format_count(asked, 'verdict')} could not be read ({unread / asked:.0%}). {consequence}"
-    ]
+def format_drop_reasons(rows: int, reasons: ReasonCounts) -> str:
+    """Return why all rows of a run were dropped. `rows` is not 0: a source without rows is an error of its own."""
+    return f"all {rows:,} were dropped ({'; '.join(f'{count:,}: {reason}' for reason, count in reasons.items())})"

@@ -1,6 +1,6 @@
-"""Rows of any source one by one, for those who ask a model about each."""
+"""Source rows: the rows of any data source, one at a time, for a pipeline that asks a model about each."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -11,30 +11,30 @@ from train.data.sources.source import count_rows, open_source, read_conversation
 from train.errors import UserError
 from train.recipe import Section, Sources
 
-PlacedRow = tuple[int, str, Conversation | RowError]
-"""A row's number, its place, and the row or why it can't be read."""
+NumberedRow = tuple[int, str, Conversation | RowError]
+"""Number of a row in all sources (from 0), its place (`data.jsonl:12`), and its conversation or reading error."""
 
 
 class SourcesSection(Section):
-    """The rows that get system messages."""
+    """The source rows."""
 
     sources: Sources
-    """Where they come from, as in a training recipe. `weight` isn't read: every row is taken once."""
+    """Data sources, as in a training recipe. `weight` is ignored: every row is used once."""
     limit: int | None = Field(default=None, ge=1)
-    """Only so many rows from the start of the sources, to look at before the whole; null = all."""
+    """Use only this many rows from the start of the sources, for a trial run; null = all."""
     allow_pickle: bool = False
     """Open data in pickle files, which can run code as they are opened."""
 
 
-def iter_rows(data: SourcesSection) -> Iterator[PlacedRow]:
-    """Every row of the sources with its number and place, up to the limit. Raises UserError."""
+def iter_rows(data: SourcesSection) -> Iterator[NumberedRow]:
+    """Yield every row of the sources, up to the limit. Raises UserError."""
     rows = (row for source in data.sources for row in read_conversations(source, data.allow_pickle))
     for index, (place, row) in enumerate(islice(rows, data.limit)):
         yield index, place, row
 
 
-def number_of_rows(data: SourcesSection) -> int:
-    """How many rows there are, up to the limit. Raises UserError."""
+def count_source_rows(data: SourcesSection) -> int:
+    """Count the rows of the sources, up to the limit. Raises UserError."""
     total = 0
     for source in data.sources:
         total += count_rows(source, data.allow_pickle)
@@ -43,14 +43,13 @@ def number_of_rows(data: SourcesSection) -> int:
     return total
 
 
-def refuse_own_files(data: SourcesSection, own: Sequence[Path]) -> None:
-    """Raise UserError where a source reads what stands below one of `own`: a run that reads what it writes would write
-    over rows that are nowhere else."""
+def refuse_own_files(data: SourcesSection, outputs: Iterable[Path]) -> None:
+    """Raise UserError if a source reads a file that the run would overwrite: one of `outputs` or a file below it."""
+    outputs = [path.resolve() for path in outputs]
     for source in data.sources:
         for name in open_source(source, data.allow_pickle).files:
-            path = Path(name).resolve()
-            if any(path.is_relative_to(one.resolve()) for one in own):
+            if any(Path(name).resolve().is_relative_to(output) for output in outputs):
                 raise UserError(
-                    f"{source.path}: {name} is in the output_dir of this very run, which would write over it: name "
-                    "another output_dir."
+                    f"{source.path}: {name} is in the output_dir of this run, which would overwrite it: name another "
+                    "output_dir."
                 )

@@ -1,27 +1,50 @@
-"""Two sets of results side by side: the difference of each measure, paired by rows where both kept theirs."""
+r"""Results of two models side by side: gain, rules, ifeval, bench and harness, paired by rows.
 
+    python scripts/evaluate.py compare outputs/smollm2-135m-instruct \
+        outputs/smollm2-135m-quickstart
+
+Writes compare.json and compare.png.
+"""
+
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from train.cli import non_negative_int
 from train.errors import UserError
-from train.evaluation.results import Measure, Results
-from train.multifaceted.bench.pairwise import scores_of_shared_rubrics
+from train.evaluation.formatting import format_estimate
+from train.evaluation.results import Measure, Results, read_before, read_results
+from train.evaluation.results_dir import as_json, write_results
+from train.multifaceted.bench.pairwise import PairwiseComparison, compare_pairwise, scores_of_shared_rubrics
 from train.progress import progress_bar
 from train.reporting.conditions import all_differences, missing_conditions, recorded_differences
-from train.resampling import DIFFERENCE_BOUNDS, Bounds, Estimate, estimate_means
+from train.reporting.markdown import truncate_middle
+from train.reporting.plots import BASELINE_COLOR, COLOR, BarSeries, draw_bars, new_figure
+from train.resampling import DIFFERENCE_BOUNDS, Bounds, Estimate, estimate_means, explain_missing_intervals
+from train.storage.local_paths import describe_missing_path
 
+_KINDS = ("gain", "rules", "ifeval", "bench", "harness")
 _BOUNDS: dict[str, Bounds] = {"share": DIFFERENCE_BOUNDS, "points": (-2.0, 2.0)}
-"""Of the difference of two measures, by their unit; none of the others."""
+"""Bounds of the difference of two measures, by their unit; other units have none."""
+_AXES = {
+    "share": "share (95 %)",
+    "points": "difference of shares (95 %)",
+    "nats": "nats per token (95 %)",
+    "score": "score (95 %)",
+}
 
 
 @dataclass(frozen=True)
 class MeasurePair:
-    """One measure of both. `difference` = the second less the first, with interval and p where rows are paired.
+    """One measure of both models.
 
-    `rows`: over how many rows; None where a side kept none, and then the plain difference is all there is.
+    - `difference`: second minus first, with interval and p if rows are paired.
+    - `rows`: number of paired rows; None if a side kept none, which leaves the plain difference.
     """
 
     kind: str
@@ -33,11 +56,11 @@ class MeasurePair:
 
     @property
     def change(self) -> float:
-        """The second less the first."""
+        """Return second minus first."""
         return self.second.value - self.first.value
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the pair for JSON."""
         sides = {
             side: {"value": measure.value, "low": measure.low, "high": measure.high}
             for side, measure in (("a", self.first), ("b", self.second))
@@ -49,10 +72,81 @@ class MeasurePair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`notes`: in what the two were measured otherwise that need not keep them apart, and what one side alone has."""
+    """Pairs of measures. `notes`: settings that may differ and do, and measures that only one side has."""
 
     pairs: Sequence[MeasurePair]
     notes: Sequence[str]
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to those of evaluate.py."""
+    parser = commands.add_parser("compare", help="results of two models side by side", description=__doc__)
+    parser.add_argument("first", type=Path, metavar="A", help="a folder with results, or one of their JSON files")
+    parser.add_argument("second", type=Path, metavar="B", help="the same of the other model; differences are B minus A")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=_KINDS,
+        metavar="KIND",
+        help=f"compare only these of {', '.join(_KINDS)} (default: all that both have)",
+    )
+    parser.add_argument("--details", action="store_true", help="also show rules, sources, and tasks within groups")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of the intervals (default 0)")
+    parser.add_argument("--output-dir", type=Path, help="for compare.json and compare.png (default the folder of B)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Compare, print the table, and write compare.json and compare.png. Raises UserError."""
+    _refuse_same_results(options.first, options.second)
+    sides = []
+    of_second = read_results(options.second)
+    # Results of A that were measured with --before A are in the folder of B.
+    of_first, other_models = read_before(of_second, options.first)
+    for place, results in (options.first, of_first), (options.second, of_second):
+        selected = {kind: of_kind for kind, of_kind in results.items() if kind in (options.only or _KINDS)}
+        if not selected:
+            raise UserError(f"{place}: has {', '.join(results)}, and nothing of --only {' '.join(options.only)}")
+        sides.append(selected)
+    only_second = {
+        kind: f"it was measured with --before {before}, and A is {options.first.resolve()}"
+        for kind, before in other_models.items()
+    }
+    names = str(options.first), str(options.second)
+    comparison = compare_results(*sides, seed=options.seed, only_second=only_second)
+    shown = [pair for pair in comparison.pairs if options.details or not pair.first.detail]
+    wins = _compare_bench_rows(sides, options.seed)
+    folder: Path = options.output_dir or (options.second if options.second.is_dir() else options.second.parent)
+    record = {
+        "a": {"place": names[0], "models": {kind: results.model for kind, results in sides[0].items()}},
+        "b": {"place": names[1], "models": {kind: results.model for kind, results in sides[1].items()}},
+        "notes": comparison.notes,
+        "measures": [pair.record() for pair in comparison.pairs],
+        "bench_by_rows": wins.record() if wins else None,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be created: {error.strerror}") from error
+    write_results(folder, {"compare.json": as_json(record), "compare.png": partial(plot_pairs, shown, names)})
+    print(table(comparison, shown, names))
+    if wins:
+        print(f"bench, row by row:\n\n{wins.markdown()}")
+    print(f"figures: {folder / 'compare.json'}; plot: {folder / 'compare.png'}")
+
+
+def _refuse_same_results(first: Path, second: Path) -> None:
+    """Raise UserError if one of the two does not exist, or if both are the same results."""
+    for place in (first, second):
+        if not place.exists():
+            raise UserError(f"{place}: there is no such folder or file: {describe_missing_path(place)}")
+    folders = [place if place.is_dir() else place.parent for place in (first, second)]
+    is_folder = first.is_dir() or second.is_dir()
+    if first.samefile(second) or (is_folder and folders[0].samefile(folders[1])):
+        raise UserError(
+            f"{first} and {second}: A and B are the same results. Name the folders or files of two models "
+            "(--output-dir, or --json of gain, writes results to another folder than the model's)."
+        )
 
 
 def compare_results(
@@ -62,49 +156,54 @@ def compare_results(
     seed: int = 0,
     only_second: Mapping[str, str] | None = None,
 ) -> Comparison:
-    """Every measure that both have. Raises UserError where they were measured on other data or otherwise.
+    """Compare every measure that both have. Raises UserError if data or settings differ.
 
-    `only_second`: why the first lacks a kind that the second has, where that is known.
+    `only_second`: kind -> why only the second has it, if the reason is known.
     """
-    why = {kind: f": {reason}" for kind, reason in (only_second or {}).items() if kind in second and kind not in first}
+    reasons = {
+        kind: f": {reason}" for kind, reason in (only_second or {}).items() if kind in second and kind not in first
+    }
     shared = [kind for kind in first if kind in second]
     if not shared:
         raise UserError(
-            f"there is nothing that both were measured by: A has {', '.join(first)}, B has {', '.join(second)}"
-            + "".join(f". {kind}{reason}" for kind, reason in list(why.items())[:1])
+            f"A and B have no kind of results in common: A has {', '.join(first)}, B has {', '.join(second)}"
+            + "".join(f". {kind}{reason}" for kind, reason in list(reasons.items())[:1])
         )
-    faults = [
-        f"{kind}: {fault}"
+    errors = [
+        f"{kind}: {difference}"
         for kind in shared
-        for fault in recorded_differences(first[kind].conditions, second[kind].conditions)
+        for difference in recorded_differences(first[kind].conditions, second[kind].conditions)
     ]
-    if faults:
+    if errors:
         raise UserError(
-            f"they were not measured alike: {'; '.join(faults)}. Measure both with the same data and options, or name "
-            "with --only what to compare."
+            f"A and B were measured differently: {'; '.join(errors)}. Measure both with the same data and options, or "
+            "select the kinds to compare with --only."
         )
     notes = [f"{kind}: only A has it" for kind in first if kind not in second]
-    notes += [f"{kind}: only B has it{why.get(kind, '')}" for kind in second if kind not in first]
+    notes += [f"{kind}: only B has it{reasons.get(kind, '')}" for kind in second if kind not in first]
     pairs = []
     for kind in shared:
-        one, other = first[kind], second[kind]
-        notes += [f"{kind}: {sentence}" for sentence in missing_conditions(one.conditions, other.conditions)]
-        notes += [f"{kind}: {change}" for change in all_differences(one.notes, other.notes)]
-        notes += [
-            f"{kind}: {side} {results.incomplete}" for side, results in (("A", one), ("B", other)) if results.incomplete
-        ]
-        notes += [
-            f"{kind}: {name}: only {side} has it"
-            for side, has, lacks in (("A", one, other), ("B", other, one))
-            for name, measure in has.measures.items()
-            if name not in lacks.measures and not measure.detail
-        ]
-        both = [name for name in one.measures if name in other.measures]
-        with progress_bar(f"comparing {kind}", total=len(both), unit="measures") as comparing:
-            for name in both:
-                pairs.append(_pair(kind, name, one.measures[name], other.measures[name], seed))
+        notes += _notes(kind, first[kind], second[kind])
+        ours, theirs = first[kind].measures, second[kind].measures
+        names = [name for name in ours if name in theirs]
+        with progress_bar(f"comparing {kind}", total=len(names), unit="measures") as comparing:
+            for name in names:
+                pairs.append(_pair(kind, name, ours[name], theirs[name], seed))
                 comparing.advance()
     return Comparison(pairs, notes)
+
+
+def _notes(kind: str, first: Results, second: Results) -> list[str]:
+    """List settings that differ or are not recorded, unfinished results, and measures that only one side has."""
+    lines = [*missing_conditions(first.conditions, second.conditions), *all_differences(first.notes, second.notes)]
+    lines += [f"{side} {results.incomplete}" for side, results in (("A", first), ("B", second)) if results.incomplete]
+    lines += [
+        f"{name}: only {side} has it"
+        for side, results, others in (("A", first, second), ("B", second, first))
+        for name, measure in results.measures.items()
+        if name not in others.measures and not measure.detail
+    ]
+    return [f"{kind}: {line}" for line in lines]
 
 
 def _pair(kind: str, name: str, first: Measure, second: Measure, seed: int) -> MeasurePair:
@@ -126,8 +225,84 @@ def _pair(kind: str, name: str, first: Measure, second: Measure, seed: int) -> M
     if not differences:
         return MeasurePair(kind, name, first, second, None, None)
     _, numbers = np.unique(groups, return_inverse=True)
-    bounds = _BOUNDS.get(first.unit)
-    (found,) = estimate_means(
-        np.array(differences)[:, None], numbers.astype(np.int64), np.zeros(1), [bounds], seed=seed
+    column = np.array(differences)[:, None]
+    bounds = [_BOUNDS.get(first.unit)]
+    (difference,) = estimate_means(column, numbers.astype(np.int64), np.zeros(1), bounds, seed=seed)
+    return MeasurePair(kind, name, first, second, difference, rows)
+
+
+def _compare_bench_rows(sides: Sequence[Mapping[str, Results]], seed: int) -> PairwiseComparison | None:
+    """Return the wins on the bench if both have its rows. B comes first, as all differences are B minus A."""
+    if not all("bench" in side for side in sides):
+        return None
+    rows = [side["bench"].path.with_name("bench_rows.jsonl") for side in sides]
+    if not all(path.is_file() for path in rows):
+        return None
+    return compare_pairwise(rows[1], rows[0], names=("B", "A"), seed=seed)
+
+
+def table(comparison: Comparison, shown: Sequence[MeasurePair], names: tuple[str, str]) -> str:
+    """Return the measures and the notes as Markdown."""
+    lines = [
+        f"A = {names[0]}",
+        f"B = {names[1]}",
+        "",
+        "| | A | B | B minus A | p | rows |",
+        "|---|---|---|---|---|---|",
+    ]
+    for pair in shown:
+        cells = [f"{pair.kind}: {pair.name}", _format_measure(pair.first), _format_measure(pair.second)]
+        cells += [_format_change(pair), "" if pair.difference is None else f"{pair.difference.p:.4f}"]
+        cells += ["" if pair.rows is None else f"{pair.rows:,}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "B minus A: mean over the shared rows with a 95 % interval; p of a sign-flip test per measure."]
+    if any(pair.rows is None for pair in shown):
+        lines += ["No interval: a side kept no rows of this figure."]
+    lines += explain_missing_intervals("\n".join(lines), "independent rows")
+    return "\n".join([*lines, *(f"note: {note}" for note in comparison.notes), ""])
+
+
+def _format_measure(measure: Measure) -> str:
+    scale, digits = _scale(measure)
+    unit = " %" if measure.unit == "share" else ""
+    return format_estimate(
+        measure.value, measure.low, measure.high, measure.missing, scale=scale, digits=digits, unit=unit
     )
-    return MeasurePair(kind, name, first, second, found, rows)
+
+
+def _format_change(pair: MeasurePair) -> str:
+    scale, digits = _scale(pair.first)
+    change = pair.difference
+    numbers = (change.mean, change.low, change.high, change.missing) if change else (pair.change, None, None)
+    return format_estimate(*numbers, scale=scale, digits=digits, sign="+")
+
+
+def _scale(measure: Measure) -> tuple[int, int]:
+    """Return factor and digits: percent for shares and their differences."""
+    return (100, 1) if measure.unit in ("share", "points") else (1, 3)
+
+
+def plot_pairs(shown: Sequence[MeasurePair], names: tuple[str, str], path: Path) -> None:
+    """Save a PNG with a panel for each kind and unit, and a pair of bars with intervals for each measure."""
+    panels: dict[tuple[str, str], list[MeasurePair]] = {}
+    for pair in shown:
+        panels.setdefault((pair.kind, pair.first.unit), []).append(pair)
+    heights = [len(pairs) + 1.5 for pairs in panels.values()]
+    labels = [f"{side} = {truncate_middle(name, 100)}" for side, name in zip("AB", names, strict=True)]
+    height = 0.42 * sum(heights) + 1.4
+    with new_figure(path, 9, height, nrows=len(panels), squeeze=False, height_ratios=heights) as (figure, axes):
+        for ((kind, unit), pairs), panel in zip(panels.items(), axes[:, 0], strict=True):
+            sides = [pair.first for pair in pairs], [pair.second for pair in pairs]
+            series = [
+                BarSeries([(measure.value, measure.low, measure.high) for measure in side], label, color)
+                for side, label, color in zip(sides, labels, (BASELINE_COLOR, COLOR), strict=True)
+            ]
+            draw_bars(panel, [truncate_middle(pair.name, 60) for pair in pairs], series)
+            panel.axvline(0, color="black", linewidth=0.8)
+            panel.set_title(kind, loc="left", fontsize=10)
+            panel.set_xlabel(_AXES[unit])
+        figure.suptitle("Results of two models on the same rows", fontsize=11)
+        handles, texts = axes[0, 0].get_legend_handles_labels()
+        columns = 2 if max(map(len, labels)) <= 50 else 1
+        # Outside of all panels: inside, it would cover bars.
+        figure.legend(handles, texts, loc="outside lower center", fontsize=8, ncols=columns, frameon=False)

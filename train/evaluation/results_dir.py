@@ -1,28 +1,80 @@
-"""One run of a command at a time in a folder of results: two would write over each other's files."""
+"""Folder of results: its location, a lock for each command, and files that are replaced together."""
 
-from collections.abc import Iterator
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from train.errors import UserError
+from train.evaluation.required_paths import require_results_folder
+from train.reporting.markdown import replace_section
+from train.storage.atomic_write import atomic_write, write_text
 from train.storage.file_lock import LockHeldError, acquire_lock
+
+Writer = Callable[[Path], None]
+"""Writes one file to the given path."""
+
+
+def output_folder(model: str, output_dir: str | Path | None, *, remedy: str) -> Path:
+    """Return `output_dir`, created if it is missing, or else the folder of the model.
+
+    `remedy`: the sentence of the error for a model that is no folder. Raises UserError, also if the folder is not
+    writable.
+    """
+    folder = Path(output_dir or model)
+    if not output_dir:
+        require_results_folder("--model", model, remedy)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: cannot be created: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output-dir {folder}: is not writable.")
+    return folder
 
 
 @contextmanager
 def exclusive(folder: Path, command: str) -> Iterator[None]:
-    """Keep a second run of `command` out of `folder`, which is there, while what runs inside writes to it.
+    """Lock `folder`, which must exist, against a second run of `command`: both would write the same files.
 
-    Another command writes to other files and is not kept out: a model may be measured in several ways at once. Raises
-    UserError where another run is in it, or where it can't be written.
+    Other commands write other files and are not locked out. Raises UserError if another run holds the lock, or if the
+    folder is not writable.
     """
     try:
         lock = acquire_lock(folder / f".{command}.lock")
     except LockHeldError as holder:
         raise UserError(
-            f"{folder}: another run of `{command}` is writing there ({holder}). Wait for its end, stop it, or have the "
-            "results of this one in another folder."
+            f"{folder}: another run of `{command}` is writing there ({holder}). Wait until it ends, stop it, or write "
+            "the results of this one to another folder."
         ) from holder
-    except OSError as fault:
-        raise UserError(f"{folder}: can't be written: {fault.strerror}") from fault
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
     with lock:
         yield
+
+
+def write_results(folder: Path, files: Mapping[str, Writer], *, heading: str = "", section: str = "") -> None:
+    """Write `files` (name -> writer), all replaced together, and put `section` into report.md.
+
+    `heading`: the line that `section` begins with; empty = no report. Raises UserError if the folder is not writable.
+    """
+    try:
+        with atomic_write(*(folder / name for name in files)) as staged:
+            for path, write in zip(staged, files.values(), strict=True):
+                write(path)
+        if heading:
+            replace_section(folder / "report.md", heading, section)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
+
+
+def as_json(record: Mapping[str, Any]) -> Writer:
+    """Return a writer of one indented JSON object."""
+    return lambda path: write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def as_jsonl(records: Iterable[Mapping[str, Any]]) -> Writer:
+    """Return a writer of one JSON object per line."""
+    return lambda path: write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

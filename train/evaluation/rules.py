@@ -1,4 +1,4 @@
-r"""Rules obeyed: how often answers obey system messages whose rules a program can check, before and after training.
+r"""Rule adherence: how often answers obey system messages whose rules a program can check, before and after training.
 
     python scripts/evaluate.py rules \
         --rules recipes/smollm2-135m/data/rules.py \
@@ -6,44 +6,64 @@ r"""Rules obeyed: how often answers obey system messages whose rules a program c
         --before outputs/smollm2-135m-instruct \
         --after outputs/smollm2-135m-quickstart
 
-Writes the answers to answers.jsonl, the figures to adherence.json and adherence.png, and a section into report.md, all
+Writes the answers to answers.jsonl, the figures to adherence.json and adherence.png, and a section of report.md, all
 in the folder of the second model.
 """
 
 import argparse
 import hashlib
 import importlib.util
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from train.cli import positive_int
 from train.errors import UserError, replace_in_errors
-from train.evaluation.folders import require_file, require_model
+from train.evaluation.formatting import format_estimate
+from train.evaluation.jsonl_rows import ChatMessage, read_jsonl_rows
+from train.evaluation.required_paths import require_file, require_model
 from train.evaluation.results import folder_of
-from train.evaluation.results_dir import exclusive
+from train.evaluation.results_dir import Writer, as_json, as_jsonl, exclusive, write_results
 from train.formatting import format_count
-from train.reporting.markdown import replace_section, truncate_middle
-from train.reporting.plots import error_bars, load_pyplot
+from train.reporting.markdown import truncate_middle
+from train.reporting.plots import BASELINE_COLOR, COLOR, BarSeries, bar_plot
 from train.resampling import Estimate, estimate_share, explain_missing_intervals
-from train.storage.atomic_write import atomic_write, write_text
 
 HEADING = "## Does it follow system messages?"
 ALL = "all rules"
 KINDS = {"wording": "held-out questions and wordings", "rule": "rules never trained"}
+_CONTENTS = "A row holds messages, rule and held_out."
 
 
 @dataclass(frozen=True)
 class RuleVerdict:
-    """One held-out row: what both models answered, and whether each answer obeys."""
+    """A held-out row with the answers of both models, before and after, and whether each obeys the rule."""
 
     row: dict[str, Any]
     answers: tuple[str, str]
     obeys: tuple[bool, bool]
+
+
+class _HeldOutRow(BaseModel):
+    """A line of the file of --data."""
+
+    model_config = ConfigDict(strict=True)
+
+    messages: list[ChatMessage]
+    rule: str
+    held_out: Literal["wording", "rule"]
+
+    @model_validator(mode="after")
+    def _check_roles(self) -> Self:
+        if [message.role for message in self.messages] != ["system", "user", "assistant"]:
+            raise ValueError("`messages` must be a system message, a user message and an answer")
+        return self
 
 
 def add_to(commands: Any) -> None:
@@ -55,64 +75,36 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--data", type=Path, required=True, help="held-out rows, a JSONL file")
     parser.add_argument("--before", type=Path, required=True, help="folder of the model before training")
     parser.add_argument("--after", type=Path, required=True, help="folder of the trained model")
-    parser.add_argument("--max-new-tokens", type=positive_int, default=96, help="most tokens of an answer (default 96)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive_int, default=96, help="maximum tokens of an answer (default 96)"
+    )
     parser.add_argument("--batch-size", type=positive_int, default=16, help="answers at a time (default 16)")
     parser.set_defaults(run=run)
 
 
 def read_rows(path: Path, rules: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of {messages, rule, held_out}. Raises UserError where there is none, or with the line of one at fault."""
+    """Return the rows of {messages, rule, held_out}. Raises UserError that names the line and the key."""
     require_file("--data", path)
     rows = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut a text at U+2028
-    except UnicodeDecodeError as fault:
-        raise UserError(f"--data {path}: not UTF-8: {fault}. Give a jsonl file.") from fault
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                rows.append(_row(line, rules))
-            except ValueError as fault:
-                raise UserError(f"--data {path}:{number}: {fault}") from fault
-    if not rows:
-        raise UserError(f"--data {path}: holds no rows. Give a jsonl file with messages, rule and held_out.")
+    for place, raw, row in read_jsonl_rows(path, _HeldOutRow, _CONTENTS, "--data "):
+        if row.rule not in rules:
+            raise UserError(f"{place}: `rule` is {row.rule!r}. Allowed: {', '.join(rules)}.")
+        rows.append(raw)
     return rows
 
 
-def _row(line: str, rules: Mapping[str, Any]) -> dict[str, Any]:
-    """One row. Raises ValueError with what is wrong with it."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as fault:
-        raise ValueError(f"not valid JSON: {fault.msg} at column {fault.colno}.") from fault
-    if not isinstance(row, dict):
-        raise ValueError(f"found a {type(row).__name__}. Allowed: an object with messages, rule and held_out.")
-    for key, allowed in ("rule", rules), ("held_out", KINDS):
-        if key not in row:
-            raise ValueError(f"`{key}` is missing. Allowed: {', '.join(allowed)}.")
-        if not isinstance(row[key], str) or row[key] not in allowed:
-            raise ValueError(f"`{key}` is {row[key]!r}. Allowed: {', '.join(allowed)}.")
-    messages = row.get("messages")
-    turns = messages if isinstance(messages, list) else []
-    if [turn.get("role") for turn in turns if isinstance(turn, dict)] != ["system", "user", "assistant"] or not all(
-        isinstance(turn.get("content"), str) for turn in turns
-    ):
-        raise ValueError("`messages` must be a system message, a user message and an answer, each with its text.")
-    return row
-
-
 def read_rules(path: Path) -> Mapping[str, Any]:
-    """RULES of the Python file `path`, by name. Raises UserError where the file is not there, fails or has none."""
+    """Return RULES of the Python file `path`, by name. Raises UserError if the file is missing, fails or has none."""
     require_file("--rules", path)
     spec = importlib.util.spec_from_file_location("rules", path)
     if spec is None or spec.loader is None:
-        raise UserError(f"--rules {path}: that is no Python file; its name must end in .py")
+        raise UserError(f"--rules {path}: not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up by name
     try:
         spec.loader.exec_module(module)
-    except Exception as fault:  # whatever that file does
-        raise UserError(f"--rules {path}: {type(fault).__name__}: {fault}") from fault
+    except Exception as error:  # the file is the user's own code
+        raise UserError(f"--rules {path}: {type(error).__name__}: {error}") from error
     rules = getattr(module, "RULES", None)
     if not isinstance(rules, Mapping) or not rules:
         raise UserError(f"--rules {path}: holds no RULES, a dictionary of names and rules with a `check`")
@@ -122,14 +114,15 @@ def read_rules(path: Path) -> Mapping[str, Any]:
     return rules
 
 
-def answer(folder: Path, rows: list[dict[str, Any]], options: argparse.Namespace) -> list[str]:
-    """What the model in `folder`, whole or an adapter, answers to each row's system and user message."""
-    from train.evaluation.models.responses import LocalModel, generate_answers
-    from train.llm.client import RequestFailed
-    from train.llm.journal import Decoding
+def generate(folder: Path, rows: list[dict[str, Any]], options: argparse.Namespace) -> list[str]:
+    """Return the greedy answers of the model in `folder` to the system and user message of each row."""
+    from train.evaluation.models.options import LocalModel
+    from train.evaluation.models.responses import generate_answers
+    from train.llm.failures import RequestFailed
+    from train.llm.request import Decoding
 
     with replace_in_errors({"--model": "--before or --after"}):
-        found = generate_answers(
+        answers = generate_answers(
             LocalModel(str(folder), dtype="bfloat16", batch_size=options.batch_size),
             [row["messages"][:-1] for row in rows],
             Decoding(options.max_new_tokens, temperature=0.0),
@@ -137,15 +130,15 @@ def answer(folder: Path, rows: list[dict[str, Any]], options: argparse.Namespace
             description=f"answers of {folder.name}",
         )
     texts = []
-    for row, [given] in zip(rows, found, strict=True):
-        if isinstance(given, RequestFailed):
-            raise UserError(f"{folder}: no answer to {row['messages'][1]['content']!r}: {given}")
-        texts.append(given.text)
+    for row, [answer] in zip(rows, answers, strict=True):
+        if isinstance(answer, RequestFailed):
+            raise UserError(f"{folder}: no answer to {row['messages'][1]['content']!r}: {answer}")
+        texts.append(answer.text)
     return texts
 
 
-def adherence(verdicts: list[RuleVerdict]) -> dict[str, dict[str, tuple[int, int, int]]]:
-    """Kind of held-out row -> rule -> (rows, obeyed before, obeyed after)."""
+def count_adherence(verdicts: list[RuleVerdict]) -> dict[str, dict[str, tuple[int, int, int]]]:
+    """Return kind of held-out row -> rule -> (rows, obeyed before, obeyed after)."""
     counts: dict[str, dict[str, tuple[int, int, int]]] = defaultdict(dict)
     for verdict in verdicts:
         of_rule = counts[verdict.row["held_out"]]
@@ -155,29 +148,38 @@ def adherence(verdicts: list[RuleVerdict]) -> dict[str, dict[str, tuple[int, int
 
 
 def total(of_rule: dict[str, tuple[int, int, int]]) -> tuple[int, int, int]:
-    """Rows, obeyed before, obeyed after, over all rules."""
+    """Sum rows, obeyed before and obeyed after over all rules."""
     rows, before, after = (sum(column) for column in zip(*of_rule.values(), strict=True))
     return rows, before, after
 
 
 def intervals(verdicts: list[RuleVerdict]) -> dict[str, dict[str, tuple[Estimate, Estimate]]]:
-    """Kind of held-out row -> rule, or ALL -> adherence before and after; answers to one question are one group."""
-    found: dict[str, dict[str, tuple[Estimate, Estimate]]] = {}
-    for kind, of_rule in adherence(verdicts).items():
-        found[kind] = {}
+    """Return kind of held-out row -> rule or ALL -> adherence before and after.
+
+    Answers to the same question are one group of the bootstrap.
+    """
+    by_kind: dict[str, dict[str, tuple[Estimate, Estimate]]] = {}
+    for kind, of_rule in count_adherence(verdicts).items():
+        by_kind[kind] = {}
         for rule in (ALL, *sorted(of_rule)):
-            some = [one for one in verdicts if one.row["held_out"] == kind and rule in (ALL, one.row["rule"])]
-            questions = [one.row["messages"][1]["content"] for one in some]
-            before, after = (estimate_share([one.obeys[when] for one in some], questions) for when in (0, 1))
-            found[kind][rule] = before, after
-    return found
+            selected = [
+                verdict
+                for verdict in verdicts
+                if verdict.row["held_out"] == kind and rule in (ALL, verdict.row["rule"])
+            ]
+            questions = [verdict.row["messages"][1]["content"] for verdict in selected]
+            before, after = (
+                estimate_share([verdict.obeys[side] for verdict in selected], questions) for side in (0, 1)
+            )
+            by_kind[kind][rule] = before, after
+    return by_kind
 
 
 def section(verdicts: list[RuleVerdict], max_new_tokens: int) -> str:
-    """The part of report.md, in Markdown: a table for each kind of held-out row, and five samples."""
+    """Return the section of report.md: a table for each kind of held-out row, and five samples."""
     lines = [HEADING, ""]
-    found = intervals(verdicts)
-    for kind, of_rule in adherence(verdicts).items():
+    estimates = intervals(verdicts)
+    for kind, of_rule in count_adherence(verdicts).items():
         rows, before, after = total(of_rule)
         lines += [
             f"**{KINDS[kind].capitalize()}: {before / rows:.1%} before, {after / rows:.1%} after** "
@@ -187,111 +189,87 @@ def section(verdicts: list[RuleVerdict], max_new_tokens: int) -> str:
             "|---|---|---|---|",
             *(
                 f"| {rule} | {rows if rule == ALL else of_rule[rule][0]} | {_percent(old)} | {_percent(new)} |"
-                for rule, (old, new) in found[kind].items()
+                for rule, (old, new) in estimates[kind].items()
             ),
             "",
         ]
-    lines += ["95 % intervals; answers to the same question are not taken for independent."]
+    lines += ["95 % intervals; answers to the same question are not treated as independent."]
     lines += [*explain_missing_intervals("\n".join(lines), "questions"), ""]
     lines += ["![adherence](adherence.png)", "", "Five answers side by side:", ""]
     for verdict in verdicts[:: max(len(verdicts) // 5, 1)][:5]:
         system, user = (message["content"] for message in verdict.row["messages"][:2])
         lines += [f"- system: {_quoted(system)}", f"  - user: {_quoted(user)}"]
-        for when, text, obeys in zip(("before", "after"), verdict.answers, verdict.obeys, strict=True):
-            lines.append(f"  - {when} ({'obeys' if obeys else 'does not obey'}): {_quoted(text)}")
+        for side, text, obeys in zip(("before", "after"), verdict.answers, verdict.obeys, strict=True):
+            lines.append(f"  - {side} ({'obeys' if obeys else 'does not obey'}): {_quoted(text)}")
     return "\n".join(lines) + "\n"
 
 
 def _percent(share: Estimate) -> str:
-    """`12.3 % [10.0, 14.5]`, or `50.0 % (n = 2)`."""
-    shown = f"{100 * share.mean:.1f} %"
-    if share.low is None or share.high is None:
-        return f"{shown} ({share.missing})"
-    return f"{shown} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+    return format_estimate(share.mean, share.low, share.high, share.missing, scale=100, unit=" %")
 
 
 def _quoted(text: str) -> str:
-    """`text` on one line of Markdown, as it is."""
+    """Return `text`, or its first 300 characters, on one line of Markdown."""
     shown = text if len(text) <= 300 else text[:300] + " ..."
     return "`" + shown.replace("`", "'").replace("\n", " ⏎ ") + "`"
 
 
-def draw(verdicts: list[RuleVerdict], path: Path) -> None:
-    """Adherence before and after, a pair of bars a rule, as a PNG."""
-    pyplot = load_pyplot()
+def plot_adherence(verdicts: list[RuleVerdict], path: Path) -> None:
+    """Save a PNG of the adherence before and after, a pair of bars for each rule."""
     bars = [
-        (f"{rule}{' (never trained)' if kind == 'rule' else ''}", found)
+        (truncate_middle(f"{rule}{' (never trained)' if kind == 'rule' else ''}", 48), pair)
         for kind, of_rule in intervals(verdicts).items()
-        for rule, found in of_rule.items()
+        for rule, pair in of_rule.items()
     ]
-    figure, axes = pyplot.subplots(figsize=(9, 0.4 * len(bars) + 1.4), dpi=100, layout="constrained")
-    places = range(len(bars))
-    for when, name, colour in ((0, "before", "lightgray"), (1, "after", "tab:blue")):
-        shares = [found[when] for _, found in bars]
-        ends = error_bars((share.mean, share.low, share.high) for share in shares)
-        at = [place + 0.4 * when - 0.2 for place in places]
-        axes.barh(at, [share.mean for share in shares], 0.4, xerr=ends, label=name, color=colour, capsize=2)
-    axes.set_yticks(list(places), [truncate_middle(name, 48) for name, _ in bars])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("share of held-out answers that obey the system message (95 %)")
-    axes.margins(y=0.01)
-    figure.suptitle("Adherence to system messages", fontsize=11)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path)
-    pyplot.close(figure)
+    series = [
+        BarSeries([(pair[side].mean, pair[side].low, pair[side].high) for _, pair in bars], label, color)
+        for side, label, color in ((0, "before", BASELINE_COLOR), (1, "after", COLOR))
+    ]
+    xlabel = "share of held-out answers that obey the system message (95 %)"
+    with bar_plot(path, "Adherence to system messages", xlabel, [name for name, _ in bars], series) as axes:
+        axes.set_xlim(0, 1)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Let both models answer, write the answers, the figures, the plot and the section of report.md."""
-    known = read_rules(options.rules)
-    rows = read_rows(options.data, known)
+    """Let both models answer; write the answers, the figures, the plot and the section of report.md."""
+    rules = read_rules(options.rules)
+    rows = read_rows(options.data, rules)
     for option, folder in (("--before", options.before), ("--after", options.after)):
         require_model(option, str(folder), hub=False)
     with exclusive(options.after, "rules"):
-        _measure(options, known, rows)
-
-
-def _measure(options: argparse.Namespace, known: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
-    answers = [answer(folder, rows, options) for folder in (options.before, options.after)]
-    verdicts = []
-    for row, *texts in zip(rows, *answers, strict=True):
-        question = row["messages"][1]["content"]
-        obeys = [known[row["rule"]].check(question, text) for text in texts]
-        verdicts.append(RuleVerdict(row, (texts[0], texts[1]), (obeys[0], obeys[1])))
-
-    try:
+        answers = [generate(folder, rows, options) for folder in (options.before, options.after)]
+        verdicts = []
+        for row, before, after in zip(rows, *answers, strict=True):
+            check, question = rules[row["rule"]].check, row["messages"][1]["content"]
+            obeys = check(question, before), check(question, after)
+            verdicts.append(RuleVerdict(row, (before, after), obeys))
         write(verdicts, options)
-    except OSError as fault:
-        raise UserError(f"{options.after}: can't be written: {fault.strerror}") from fault
 
 
 def write(verdicts: list[RuleVerdict], options: argparse.Namespace) -> None:
-    """answers.jsonl, adherence.json and its plot, and the section of report.md, which is printed, too."""
+    """Write answers.jsonl, adherence.json, its plot and the section of report.md, and print the section."""
     folder: Path = options.after
-    checks = hashlib.blake2b(options.rules.read_bytes(), digest_size=16).hexdigest()
-    asked = {
+    settings = {
         "before": str(options.before),
         "before_folder": folder_of(options.before),
         "max_new_tokens": options.max_new_tokens,
-        "rules": checks,
+        "rules": hashlib.blake2b(options.rules.read_bytes(), digest_size=16).hexdigest(),
     }
-    figures = {"asked": asked} | {
+    record: dict[str, Any] = {"asked": settings} | {
         kind: {rule: dict(zip(("rows", "before", "after"), counts, strict=True)) for rule, counts in of_rule.items()}
-        for kind, of_rule in adherence(verdicts).items()
+        for kind, of_rule in count_adherence(verdicts).items()
     }
-    figures["intervals"] = {
+    record["intervals"] = {
         kind: {rule: {"before": old.record(), "after": new.record()} for rule, (old, new) in of_rule.items()}
         for kind, of_rule in intervals(verdicts).items()
     }
-    records = ({**verdict.row, "answers": verdict.answers, "obeys": verdict.obeys} for verdict in verdicts)
-    names = ("answers.jsonl", "adherence.json", "adherence.png")
-    with atomic_write(*(folder / name for name in names)) as [lines, figures_file, plot]:
-        write_text(lines, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-        write_text(figures_file, json.dumps(figures, indent=2) + "\n")
-        draw(verdicts, plot)
-    report = folder / "report.md"
+    answers = ({**verdict.row, "answers": verdict.answers, "obeys": verdict.obeys} for verdict in verdicts)
     text = section(verdicts, options.max_new_tokens)
-    replace_section(report, HEADING, text)
+    files: dict[str, Writer] = {
+        "answers.jsonl": as_jsonl(answers),
+        "adherence.json": as_json(record),
+        "adherence.png": partial(plot_adherence, verdicts),
+    }
+    write_results(folder, files, heading=HEADING, section=text)
     print(text)
-    print(f"all of it is in {report}")
+    print(f"report: {folder / 'report.md'}")

@@ -1,18 +1,16 @@
-"""How many requests each server gets at once, learned from what it answers, and who is next.
+"""Adaptive concurrency: the number of requests each server gets at once, and the queue of those that wait.
 
-A server starts with all the places it may have, as an idle one can take them, and loses some when it objects:
+A server starts with its full concurrency limit, since an idle server can take it. What it answers changes the limit:
 
-- Too much (429, 503): it keeps as many places as it has accepted requests at that moment, which is what it bears.
-- A fault (500, a dropped connection, garbage, an answer that it breaks off): one place less. Where a share e of the
-  answers are faults, that settles somewhat above 1/e places: one in a hundred leaves 64 alone, one in ten leaves about
-  fifteen.
-- Places come back after each round of answers (as many as there are places) without an objection: one, then two,
-  then four. So a server at its limit is asked for too much about once a round, and one that was away is full again
-  within a few rounds.
-- Objections with no answer between them pause the server, for longer each time; Retry-After pauses it as long as it
-  says. Objections to requests that were on their way together count once. Without a Retry-After no pause is longer than
-  a quarter of the time since the last answer: a gateway that refuses nine of ten requests still answers the tenth. An
-  answer that it breaks off does not pause it.
+- On 429/503: reduce the limit to the number of requests in flight.
+- On an error (500, a dropped connection, garbage, an incomplete answer): reduce the limit by one. With a share e of
+  errors among the answers this settles a little above 1/e slots: 1% of errors leave 64 unchanged, 10% leave about 15.
+- After each round of answers (as many as the limit) without an error: add one slot, then two, then four. A server at
+  its limit is overloaded about once a round, and a server that was away is at full concurrency within a few rounds.
+- Errors with no answer in between pause the server, for longer each time; Retry-After sets the pause. Errors of
+  requests that were in flight together count once. Without a Retry-After, a pause is at most a quarter of the time
+  since the last answer: a gateway that refuses nine of ten requests still answers the tenth. An incomplete answer does
+  not pause the server.
 """
 
 import asyncio
@@ -22,173 +20,173 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-SHARE_OF_ABSENCE = 0.25
+PAUSE_SHARE = 0.25
 """Longest pause of a server that has answered, as a share of the time since its last answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """How long to wait before asking again, in seconds: `first`, doubled with each failure up to `longest`."""
+    """Exponential backoff with jitter: `initial` seconds, doubled with each failure up to `longest`."""
 
-    first: float = 0.5
+    initial: float = 0.5
     longest: float = 60.0
 
-    def after(self, failures: int) -> float:
-        """The pause after so many failures in a row: half of it certain, half by chance, so that no crowd returns."""
-        return min(self.longest, self.first * 2.0 ** min(failures - 1, 30)) * random.uniform(0.5, 1.0)
+    def delay(self, failures: int) -> float:
+        """Return the delay after this many failures in a row; half of it is random, so that retries spread out."""
+        return min(self.longest, self.initial * 2.0 ** min(failures - 1, 30)) * random.uniform(0.5, 1.0)
 
 
 class ServerSlots:
-    """One server's places. `limit` is how many it has now, between 1 and `most`."""
+    """The request slots of one server: `limit` of them now, between 1 and `max_limit`."""
 
-    def __init__(self, name: str, most: int, backoff: Backoff) -> None:
-        self.name, self.most, self.backoff = name, most, backoff
-        self.limit = most
+    def __init__(self, name: str, max_limit: int, backoff: Backoff) -> None:
+        self.name, self.max_limit, self.backoff = name, max_limit, backoff
+        self.limit = max_limit
         self.in_flight = 0
         self.heard_at = time.monotonic()
-        """When it last said anything, or was asked after a rest."""
+        """Time of its last response, or of the first request after an idle period."""
         self.paused_until = 0.0
         self.pause_reason = ""
-        """Its words when it was last paused. Answers that were under way come during a pause, and don't end it."""
+        """The error that paused it. Answers to requests already in flight arrive during a pause and don't end it."""
         self.closed = ""
-        """The reason that it is asked nothing more; empty while it is asked."""
-        self.rests = False
-        """True while it gets no request until a look at it hears something."""
-        self.trouble: str | None = None
-        """Its last objection, until it answers again."""
-        self.trouble_since = 0.0
+        """The reason why it gets no more requests; empty while it does."""
+        self.suspended = False
+        """True while it gets no request until a probe gets a response."""
+        self.last_error: str | None = None
+        """Its last error message; None after an answer."""
+        self.failing_since = 0.0
         self.failures_in_a_row = 0
         self._failed_at = 0.0
         self._answered_at = float("-inf")
         self._clean_answers = 0
         self._growth = 1
 
-    def take(self) -> None:
-        """One more request is on its way."""
+    def acquire(self) -> None:
+        """Count one more request in flight."""
         if self.in_flight == 0:
             self.heard_at = time.monotonic()
         self.in_flight += 1
 
-    def answered(self) -> None:
-        """A request was answered (and its place given back)."""
+    def record_answer(self) -> None:
+        """Count an answer, and grow the limit after a clean round. The slot was released before."""
         self.heard_at = self._answered_at = time.monotonic()
-        self.trouble = None
+        self.last_error = None
         self.failures_in_a_row = 0
         self._clean_answers += 1
         if self._clean_answers >= self.limit:
             self._clean_answers = 0
-            self.limit = min(self.most, self.limit + self._growth)
-            self._growth = min(self._growth * 2, self.most)
+            self.limit = min(self.max_limit, self.limit + self._growth)
+            self._growth = min(self._growth * 2, self.max_limit)
 
-    def refused(self, what: str, sent_at: float, retry_after: float | None) -> None:
-        """It has too much to do; `retry_after` seconds if it said how long."""
+    def record_rate_limit(self, message: str, sent_at: float, retry_after: float | None) -> None:
+        """Reduce the limit to the requests in flight, and pause for `retry_after` seconds if given."""
         self.limit = max(1, min(self.limit, self.in_flight))
         self._clean_answers = 0
-        self.objected(what, sent_at)
+        self.record_error(message, sent_at)
         if retry_after is not None:
-            after = time.monotonic() + retry_after + self.backoff.first * random.random()
-            self.paused_until, self.pause_reason = max(self.paused_until, after), what
+            after = time.monotonic() + retry_after + self.backoff.initial * random.random()
+            self.paused_until, self.pause_reason = max(self.paused_until, after), message
 
-    def failed(self, what: str, sent_at: float) -> None:
-        """It failed over a request, or can't be reached."""
+    def record_failure(self, message: str, sent_at: float) -> None:
+        """Reduce the limit by one after a failed request or connection."""
         self.limit = max(1, self.limit - 1)
-        self.objected(what, sent_at)
+        self.record_error(message, sent_at)
 
-    def broke_off(self) -> None:
-        """It began an answer and did not end it: one place less, and no pause, as it does answer."""
+    def record_incomplete(self) -> None:
+        """Reduce the limit by one after an incomplete answer. No pause: the server does answer."""
         self.heard_at = time.monotonic()
         self.limit = max(1, self.limit - 1)
         self._growth = 1
 
-    def objected(self, what: str, sent_at: float) -> None:
-        """It has answered with an objection; the second in a row pauses it."""
+    def record_error(self, message: str, sent_at: float) -> None:
+        """Note an error; the second in a row pauses the server."""
         now = time.monotonic()
         self.heard_at = now
         self._growth = 1
-        if self.trouble is None:
-            self.trouble_since = now
-        self.trouble = what
+        if self.last_error is None:
+            self.failing_since = now
+        self.last_error = message
         if sent_at < self._failed_at:
-            return  # it was on its way when another one failed: the same event
+            return  # in flight when another request failed: the same event
         self.failures_in_a_row += 1
         self._failed_at = now
         if self.failures_in_a_row > 1:
-            longest = max(self.backoff.first, SHARE_OF_ABSENCE * (now - self._answered_at))
-            pause = min(longest, self.backoff.after(self.failures_in_a_row - 1))
-            self.paused_until, self.pause_reason = max(self.paused_until, now + pause), what
+            longest = max(self.backoff.initial, PAUSE_SHARE * (now - self._answered_at))
+            pause = min(longest, self.backoff.delay(self.failures_in_a_row - 1))
+            self.paused_until, self.pause_reason = max(self.paused_until, now + pause), message
 
-    def is_open(self, now: float) -> bool:
-        """Whether it may get one more request."""
-        return self.in_flight < self.limit and self.paused_until <= now and not (self.closed or self.rests)
-
-
-AnyLane = TypeVar("AnyLane", bound=ServerSlots)
+    def has_free_slot(self, now: float) -> bool:
+        """Return True if it may get one more request."""
+        return self.in_flight < self.limit and self.paused_until <= now and not (self.closed or self.suspended)
 
 
-class ConcurrencyLimiter(Generic[AnyLane]):
-    """Hands out the lanes' places, first come, first served; always the lane with the largest share free.
+AnyServer = TypeVar("AnyServer", bound=ServerSlots)
 
-    So a slow server gets what it can bear and no more, a dead one a request now and then, and neither keeps the
+
+class ConcurrencyLimiter(Generic[AnyServer]):
+    """A first-come, first-served queue for slots; each request gets the server with the largest share of free slots.
+
+    A slow server gets no more than it can take, an unreachable one gets a request now and then, and neither keeps the
     others waiting.
 
-    A place is free again as soon as its answer has come, as the server is to be kept busy while that is written
-    down. Answers that are not yet written are counted all the same: with the requests in flight there are never
-    more of them than `max_uncommitted`, a quarter more than there are places. This many a killed process can lose.
+    A slot is free as soon as its answer has arrived, so the server stays busy while the journal commits. Requests in
+    flight plus uncommitted answers never exceed `max_uncommitted` (25% above the sum of limits): a killed process
+    loses at most that many.
     """
 
-    def __init__(self, lanes: list[AnyLane]) -> None:
-        self.lanes = lanes
+    def __init__(self, servers: list[AnyServer]) -> None:
+        self.servers = servers
         self.uncommitted = 0
-        places = sum(lane.most for lane in lanes)
-        self.max_uncommitted = places + max(1, places // 4)
-        self._waiting: deque[tuple[asyncio.Future[AnyLane], AnyLane | None]] = deque()
+        slots = sum(server.max_limit for server in servers)
+        self.max_uncommitted = slots + max(1, slots // 4)
+        self._waiting: deque[tuple[asyncio.Future[AnyServer], AnyServer | None]] = deque()
         self._alarm: asyncio.TimerHandle | None = None
 
-    async def take(self, avoid: AnyLane | None = None) -> AnyLane:
-        """Wait for a place; on another lane than `avoid` if there is one free."""
-        if not self._waiting and (lane := self._best(avoid, time.monotonic())):
-            lane.take()
-            return lane
-        mine: asyncio.Future[AnyLane] = asyncio.get_running_loop().create_future()
-        self._waiting.append((mine, avoid))
+    async def acquire(self, avoid: AnyServer | None = None) -> AnyServer:
+        """Wait for a slot and take it; on another server than `avoid` if one is free."""
+        if not self._waiting and (server := self._select(avoid, time.monotonic())):
+            server.acquire()
+            return server
+        future: asyncio.Future[AnyServer] = asyncio.get_running_loop().create_future()
+        self._waiting.append((future, avoid))
         self.dispatch()
         try:
-            return await mine
+            return await future
         except asyncio.CancelledError:
-            if mine.done() and not mine.cancelled():  # the place came in the same moment
-                self.release(mine.result())
+            if future.done() and not future.cancelled():  # the slot was assigned at the same moment
+                self.release(future.result())
                 self.dispatch()
             raise
 
-    def release(self, lane: AnyLane) -> None:
-        """The request has ended. What the lane learns from it is told to it next, and then comes `dispatch`."""
-        lane.in_flight -= 1
+    def release(self, server: AnyServer) -> None:
+        """Free the slot of a request that has ended. Record its result on the server next, then call `dispatch`."""
+        server.in_flight -= 1
 
     def dispatch(self) -> None:
-        """Give the places that are free to those that wait."""
-        now = time.monotonic()  # one look: a pause that ends after `_best` has seen it would set no alarm
+        """Assign free slots to those that wait."""
+        now = time.monotonic()  # read once: a pause that ends after `_select` has seen it would set no alarm
         while self._waiting:
-            mine, avoid = self._waiting[0]
-            if not mine.done():
-                lane = self._best(avoid, now)
-                if lane is None:
+            future, avoid = self._waiting[0]
+            if not future.done():
+                server = self._select(avoid, now)
+                if server is None:
                     break
-                lane.take()
-                mine.set_result(lane)
+                server.acquire()
+                future.set_result(server)
             self._waiting.popleft()
         self._set_alarm(now)
 
-    def _best(self, avoid: AnyLane | None, now: float) -> AnyLane | None:
-        if self.uncommitted + sum(lane.in_flight for lane in self.lanes) >= self.max_uncommitted:
+    def _select(self, avoid: AnyServer | None, now: float) -> AnyServer | None:
+        if self.uncommitted + sum(server.in_flight for server in self.servers) >= self.max_uncommitted:
             return None
-        free = [lane for lane in self.lanes if lane.is_open(now)]
-        return min(free, key=lambda lane: (lane is avoid, lane.in_flight / lane.limit), default=None)
+        free = [server for server in self.servers if server.has_free_slot(now)]
+        return min(free, key=lambda server: (server is avoid, server.in_flight / server.limit), default=None)
 
     def _set_alarm(self, now: float) -> None:
-        """Hand out again when the next pause ends, if anyone waits for that."""
+        """Dispatch again when the next pause ends, if anyone waits."""
         if self._alarm:
             self._alarm.cancel()
             self._alarm = None
-        paused = [lane.paused_until - now for lane in self.lanes if lane.paused_until > now]
-        if self._waiting and paused:
-            self._alarm = asyncio.get_running_loop().call_later(min(paused) + 0.001, self.dispatch)
+        pauses = [server.paused_until - now for server in self.servers if server.paused_until > now]
+        if self._waiting and pauses:
+            self._alarm = asyncio.get_running_loop().call_later(min(pauses) + 0.001, self.dispatch)

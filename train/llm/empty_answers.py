@@ -1,14 +1,14 @@
-"""Empty answers: which answers are empty, and whether a run has gone on without one.
+"""Empty answers: the test for one, and the search for the answer with which a run continued after one.
 
-The client asks again for an empty answer, and writes the last one into the journal. A later start asks for it once
-more, unless the run went on without it (another try, a row that was written): then another answer would change what
-stands in the files.
+The client asks again for an empty answer, and stores the last one in the journal. A later start asks for it once more,
+unless the run continued without it (another try, a written row): then another answer would change what is in the files.
 """
 
 from dataclasses import replace
 
-from train.llm.journal import Answer, Journal, Request
-from train.llm.reasoning.answer import read_answer
+from train.llm.journal import Journal
+from train.llm.reasoning import read_answer
+from train.llm.request import Answer, Request
 
 _SHORT = 64
 """Characters."""
@@ -16,19 +16,19 @@ _LAST_OF_MARKS = (">", "]", "|", "▷", "`")
 
 
 def is_empty_answer(answer: Answer) -> bool:
-    """Return True where an answer is empty, or is empty once it is read: reasoning that has ended, control tokens.
+    """Return True for an answer without text, also after reasoning that has ended and control tokens are removed.
 
-    Only a text that is short or ends in a mark can be empty once it is read, so no other is read here.
+    Only a text that is short or ends in a mark can become empty, so no other is searched for reasoning.
     """
     text = answer.text
     if answer.empty or not (len(text) <= _SHORT or text[-_SHORT:].rstrip().endswith(_LAST_OF_MARKS)):
         return answer.empty
-    read, said = read_answer(answer)
-    return read.empty and not said.unfinished
+    answer, reply = read_answer(answer)
+    return answer.empty and not reply.unfinished
 
 
 def has_nonempty_answer(journal: Journal, model: str, request: Request) -> bool:
-    """Return whether the journal holds an answer with text: to this request, or after empty ones to a next sample."""
+    """Return True if the journal has an answer with text: to this request, or after empty ones to a next sample."""
     while answer := journal.find(request.key(model), request.decoding.max_tokens, accept_empty=True):
         if not is_empty_answer(answer):
             return True

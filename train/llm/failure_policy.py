@@ -1,10 +1,10 @@
-"""Rules by which trouble with servers ends a request or the run, or closes one of several servers.
+"""Failure policy: when server errors end a request or the run, or close one of several servers.
 
-The run ends where the user has to change something, and no server is left that could go on:
+The run ends if the user has to change something and no other server can continue:
 
 - A start at which a server can't be reached, closes every connection or sends nothing ends after --wait-for-server; one
   of several is named in a warning.
-- A start at which a server answers nothing but errors ends after `FAULTS_OF_A_START` of them.
+- A start at which a server answers only errors ends after `ERRORS_AT_START` of them.
 - A refused key or used up credit closes one of several servers with a warning, and ends the run at the last of them.
 """
 
@@ -12,46 +12,60 @@ import asyncio
 import sys
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
 from train.errors import UserError
 from train.formatting import duration
-from train.llm.connection.diagnosis import explain, look
-from train.llm.connection.errors import speaks_tls, tls_wanted
+from train.llm.connection.errors import speaks_tls, tls_expected
+from train.llm.diagnosis import describe_unreachable, explain
 from train.llm.failures import RequestFailed
 from train.llm.journal import Journal
 from train.llm.server import SILENT, ServerConnection
 from train.llm.server_errors import ServerError
-from train.llm.startup_check import unreachable
 
-FAULTS_OF_A_START = 8
-"""Responses in a row without an answer, before any answer, that end the run: the settings are wrong. They take about
-a minute. Some servers answer an unknown model with 500, and a web page at a wrong base_url is a 200."""
+ERRORS_AT_START = 8
+"""Errors in a row, before any answer, that end the run: the settings are wrong. They take about a minute. Some servers
+answer an unknown model with 500, and a web page at a wrong base_url is a 200."""
 
 DENIALS = 8
-"""A server that has answered before and then refuses the key this many times in a row, which takes about half a minute,
-refuses it for good."""
+"""Denials in a row, about half a minute, after which a server that has answered before refuses the key for good."""
 
 FEW_DENIED = 2
 """Up to this many requests that are denied (403) in the same way are denied for their content."""
 
 LONGEST_ABSENCE = 600.0
-"""Seconds for which 404s of a server that has answered before are waited for: a gateway sends them while the pod behind
-it is replaced, which includes loading the model. So long, too, one of several servers may load it for its first answer
-until its requests are sent to the others."""
+"""Seconds for which 404s of a server that has answered before are retried: a gateway sends them while the pod behind it
+is replaced, which includes loading the model. Also the time that one of several servers has to load it for its first
+answer, before its requests are sent to the others."""
 
-SILENCE_OF_A_START = 30.0
-"""Seconds without a byte from a server that has never sent one, after which it is asked for its list of models."""
+SILENCE_AT_START = 30.0
+"""Seconds without a byte from a server that has never sent one, after which it is probed."""
 
-LONGEST_PAUSE_OF_LOOKS = 10.0
-"""Seconds between looks at servers that have closed connections without an answer: they may be back any time."""
+LONGEST_PROBE_PAUSE = 10.0
+"""Seconds between probes of servers that closed connections without an answer: they may be back at any time."""
+
+FAILURES_OF_STAGE = 20
+"""Failed requests of a stage, before any answer, after which the stage is judged: when the requests in flight have
+failed too, the settings are wrong, and the run ends. Requests that are too long or filtered don't count: a server
+refuses them at once, and answers others later."""
+
+
+@dataclass
+class _StageStart:
+    """State of a stage without an answer. `pending`: requests to await before it is judged; None = not yet."""
+
+    failed: int = 0
+    about_content: int = 0
+    in_flight: set[bytes] = field(default_factory=set)
+    pending: set[bytes] | None = None
 
 
 class FailurePolicy:
-    """See the module. The settings are those of `Client`."""
+    """The policy for the servers of one client; its settings are those of `Client`."""
 
     def __init__(
         self,
-        lanes: Sequence[ServerConnection],
+        servers: Sequence[ServerConnection],
         model: str,
         journal: Journal,
         *,
@@ -59,152 +73,198 @@ class FailurePolicy:
         longest_absence: float,
         wait_for_server: float,
     ) -> None:
-        self._lanes, self._model, self._journal = lanes, model, journal
+        self._servers, self._model, self._journal = servers, model, journal
         self._longest_wait, self._longest_absence = longest_wait, longest_absence
         self._wait_for_server = wait_for_server
-        self.silence = SILENCE_OF_A_START
-        self._warned_of: set[str] = set()
+        self.silence = SILENCE_AT_START
+        self._warned: set[str] = set()
+        self._starts: dict[str, _StageStart] = {}
+        self._answered_stages: set[str] = set()
 
-    async def close_or_raise(self, lane: ServerConnection, trouble: ServerError) -> None:
-        """Close a server that will answer no request for now, or raise UserError where no other can go on.
+    async def close_or_raise(self, server: ServerConnection, error: ServerError) -> None:
+        """Close a server that will answer no request for now, or raise UserError if no other server can continue.
 
-        One of several is closed for its key or its credit alone: an address, a model's name or a certificate is wrong
+        One of several is closed only for its key or its credit: an address, a model's name or a certificate is wrong
         from the start, and corrected at once.
         """
-        if lane.closed:
+        if server.closed:
             return
-        others = [one for one in self._lanes if one is not lane and not (one.closed or one.rests)]
-        if trouble.status not in (401, 402, 403) or len(self._lanes) == 1:
-            raise UserError(await explain(lane, self._model, trouble))
-        if not others:
-            words = await explain(lane, self._model, trouble)
-            raise UserError(f"{words} The other servers were closed before: {self._named_closed()}.")
-        lane.closed = trouble.what.rstrip(".")
-        words = await explain(lane, self._model, trouble, others_go_on=True)
-        self._warn(f"{words} It is asked nothing more, and the run goes on with the other servers.")
+        usable = [other for other in self._servers if other is not server and not (other.closed or other.suspended)]
+        if error.status not in (401, 402, 403) or len(self._servers) == 1:
+            raise UserError(await explain(server, self._model, error))
+        if not usable:
+            closed = "; ".join(f"{other.name} ({other.closed})" for other in self._servers if other.closed)
+            cause = await explain(server, self._model, error)
+            raise UserError(f"{cause} The other servers were closed before: {closed}.")
+        server.closed = error.message.rstrip(".")
+        cause = await explain(server, self._model, error, run_continues=True)
+        _warn(f"{cause} It gets no more requests, and the run continues with the other servers.")
 
-    def _named_closed(self) -> str:
-        return "; ".join(f"{lane.name} ({lane.closed})" for lane in self._lanes if lane.closed)
-
-    async def end_if_denied(
-        self, stage: str, lane: ServerConnection, trouble: ServerError, denied_at: float | None
+    async def raise_if_denied(
+        self, stage: str, server: ServerConnection, error: ServerError, denied_at: float | None
     ) -> None:
-        """Raise where it is known who has to act on a refusal: UserError for the run, RequestFailed for this request.
+        """Raise UserError if a denial is final for the server, RequestFailed if it is for this request.
 
-        `denied_at`: when this request was denied before.
+        `denied_at`: time of this request's first denial.
         """
-        # An earlier run may have left only the requests that are denied for what they say.
-        if not lane.has_answered and not (trouble.status == 403 and self._journal.has_stage(stage, self._model)):
-            return await self.close_or_raise(lane, trouble)
-        if trouble.status in (401, 403, 407):
-            is_over = lane.denials >= DENIALS
+        # An earlier run may have left only the requests that are denied for their content.
+        if not server.has_answered and not (error.status == 403 and self._journal.has_stage(stage, self._model)):
+            return await self.close_or_raise(server, error)
+        if error.status in (401, 403, 407):
+            is_final = server.denials >= DENIALS
         else:
-            is_over = time.monotonic() - lane.denied_since > self._longest_absence
-        if trouble.status == 403:
-            others_answered = denied_at is not None and lane.answered_sent_at > denied_at
-            if others_answered or (is_over and len(lane.denied) <= FEW_DENIED):
-                raise RequestFailed(trouble.what)
-        if is_over:
-            await self.close_or_raise(lane, trouble)
+            is_final = time.monotonic() - server.denied_since > self._longest_absence
+        if error.status == 403:
+            others_answered = denied_at is not None and server.answered_sent_at > denied_at
+            if others_answered or (is_final and len(server.denied) <= FEW_DENIED):
+                raise RequestFailed(error.message)
+        if is_final:
+            await self.close_or_raise(server, error)
 
-    async def end_a_wrong_start(self, stage: str, lane: ServerConnection, trouble: ServerError) -> None:
-        """Raise UserError where no server has answered, and this one won't."""
-        self._end_a_false_start(stage, lane, trouble)
-        await self._end_an_unreachable_start(lane, trouble)
+    async def raise_at_start(self, stage: str, server: ServerConnection, error: ServerError) -> None:
+        """Raise UserError if no server has answered yet, and this one won't."""
+        self._raise_if_only_errors(stage, server, error)
+        await self._raise_if_unreachable(server, error)
 
-    def _end_a_false_start(self, stage: str, lane: ServerConnection, trouble: ServerError) -> None:
-        if any(one.has_answered for one in self._lanes):
+    def _raise_if_only_errors(self, stage: str, server: ServerConnection, error: ServerError) -> None:
+        if any(other.has_answered for other in self._servers):
             return
-        waited = time.monotonic() - lane.trouble_since
-        if trouble.kind == "fault" and lane.failures_in_a_row >= FAULTS_OF_A_START:
-            since = f"{lane.failures_in_a_row} times in a row"
-            is_error = trouble.status not in (200, None)  # a 200 may be any web page
-            advice = f"Is {'' if is_error else 'base_url right, and is '}{self._model!r} a model that it serves?"
-            advice = trouble.advice or advice
-        elif trouble.kind == "too much" and waited > self._longest_wait:
+        waited = time.monotonic() - server.failing_since
+        if error.kind == "retryable" and server.failures_in_a_row >= ERRORS_AT_START:
+            since = f"{server.failures_in_a_row} times in a row"
+            is_error = error.status not in (200, None)  # a 200 may be any web page
+            question = f"Is {'' if is_error else 'base_url right, and is '}{self._model!r} a model that it serves?"
+            advice = error.advice or question
+        elif error.kind == "rate_limited" and waited > self._longest_wait:
             since = f"for {duration(waited)}"
             advice = "Start the same command when it takes requests again, or name another server."
         else:
             return
         if not self._journal.has_stage(stage, self._model):
-            raise UserError(
-                f"{lane.name} has answered nothing so far; {since} it said: {trouble.what.rstrip('.')}. {advice}"
-            )
+            raise UserError(f"{server.name} has not answered; {since} it said: {error.message.rstrip('.')}. {advice}")
 
-    async def _end_an_unreachable_start(self, lane: ServerConnection, trouble: ServerError) -> None:
-        if trouble.kind not in ("gone", "dropped") or lane.reached or lane.away_since is None:
+    async def _raise_if_unreachable(self, server: ServerConnection, error: ServerError) -> None:
+        if error.kind not in ("unreachable", "dropped") or server.endpoint.reached or server.away_since is None:
             return
-        waited = time.monotonic() - lane.away_since
+        waited = time.monotonic() - server.away_since
         if waited < self._wait_for_server:
             return
-        if trouble.kind == "dropped":
-            if lane.failures_in_a_row < 2:  # a single one may be the request's
+        if error.kind == "dropped":
+            if server.failures_in_a_row < 2:  # a single one may be due to the request
                 return
-            if await speaks_tls(lane.address):
-                raise UserError(await explain(lane, self._model, tls_wanted(lane.address)))
-            if await self._is_there(lane):
+            if await speaks_tls(server.endpoint.address):
+                raise UserError(await explain(server, self._model, tls_expected(server.endpoint.address)))
+            if await _is_up(server):
                 return
-        words = unreachable(lane, trouble, waited)
-        usable = [one for one in self._lanes if not one.closed]
-        if not any(one.reached or one.trouble is None for one in usable):
-            raise UserError(words)
-        if lane.name not in self._warned_of:
-            self._warned_of.add(lane.name)
-            self._warn(f"{words} The run goes on with the other servers.")
+        message = describe_unreachable(server, error, waited)
+        usable = [other for other in self._servers if not other.closed]
+        if not any(other.endpoint.reached or other.last_error is None for other in usable):
+            raise UserError(message)
+        self._warn_once(server, f"{message} The run continues with the other servers.")
 
-    def _warn(self, words: str) -> None:
-        print(f"warning: {words}", file=sys.stderr, flush=True)
-
-    async def _is_there(self, lane: ServerConnection) -> bool:
-        """Return whether a server answers a look at its models; a gateway may say that it has no server."""
-        return await look(lane) not in (None, 502, 503, 504)
-
-    async def wait_until_one_is_there(self) -> Collection[ServerConnection]:
-        """Return the servers that answer a look at their models, as soon as there are any."""
-        looks = 0
+    async def wait_until_up(self) -> Collection[ServerConnection]:
+        """Wait until any server answers a probe; return those that do."""
+        probes = 0
         while True:
-            usable = [lane for lane in self._lanes if not lane.closed]
-            found = await asyncio.gather(*(self._is_there(lane) for lane in usable))
-            if any(found):
-                return [lane for lane, is_there in zip(usable, found, strict=True) if is_there]
-            looks += 1
-            await asyncio.sleep(min(usable[0].backoff.after(looks), LONGEST_PAUSE_OF_LOOKS))
+            usable = [server for server in self._servers if not server.closed]
+            results = await asyncio.gather(*map(_is_up, usable))
+            if any(results):
+                return [server for server, is_up in zip(usable, results, strict=True) if is_up]
+            probes += 1
+            await asyncio.sleep(min(usable[0].backoff.delay(probes), LONGEST_PROBE_PAUSE))
 
-    async def watch_silent_starts(self) -> None:
-        """Look at servers that have been asked and never sent a byte: warn, and free the requests if others answer."""
+    async def check_silent_servers(self) -> None:
+        """Probe servers that were asked and never sent a byte: warn, and move their requests if others answer."""
         now = time.monotonic()
         silent = [
-            lane
-            for lane in self._lanes
-            if lane.rests or (lane.in_flight and not lane.has_answered and now - lane.heard_at > self.silence)
+            server
+            for server in self._servers
+            if server.suspended
+            or (server.in_flight and not server.has_answered and now - server.heard_at > self.silence)
         ]
-        await asyncio.gather(*(self._look_at_silent(lane, now) for lane in silent))
+        await asyncio.gather(*(self._check_silent(server, now) for server in silent))
 
-    async def _look_at_silent(self, lane: ServerConnection, now: float) -> None:
-        others_answer = any(one.has_answered and not one.closed for one in self._lanes)
-        if lane.reached:  # it may be loading the model
-            if others_answer and now - lane.heard_at > self._longest_absence:
-                lane.interrupt()
+    async def _check_silent(self, server: ServerConnection, now: float) -> None:
+        others_answer = any(other.has_answered and not other.closed for other in self._servers)
+        if server.endpoint.reached:  # it may be loading the model
+            if others_answer and now - server.heard_at > self._longest_absence:
+                server.interrupt()
             return
-        is_heard = await look(lane) is not None
-        lane.rests = others_answer and not is_heard
-        if is_heard:
+        has_response = await server.endpoint.probe() is not None
+        server.suspended = others_answer and not has_response
+        if has_response:
             return
-        if lane.rests:
-            lane.interrupt()
-        if lane.name not in self._warned_of:
-            self._warned_of.add(lane.name)
-            goes_on = "Its requests are sent to the other servers." if others_answer else "The run goes on waiting."
-            self._warn(f"{unreachable(lane, SILENT)} {goes_on}")
+        if server.suspended:
+            server.interrupt()
+        effect = "Its requests are sent to the other servers." if others_answer else "The run continues to wait."
+        self._warn_once(server, f"{describe_unreachable(server, SILENT)} {effect}")
+
+    def begin_request(self, stage: str, key: bytes) -> None:
+        """Note a request in flight, if its stage has no answer yet."""
+        if stage not in self._answered_stages:
+            self._starts.setdefault(stage, _StageStart()).in_flight.add(key)
+
+    def end_request(self, stage: str, key: bytes) -> None:
+        """Note the end of a request."""
+        if start := self._starts.get(stage):
+            start.in_flight.discard(key)
+            if start.pending is not None:
+                start.pending.discard(key)
+
+    def mark_answered(self, stage: str) -> None:
+        """Note that a stage has an answer: the failures of its requests no longer end the run."""
+        self._answered_stages.add(stage)
+        self._starts.pop(stage, None)
+
+    def count_failure(self, stage: str, failure: RequestFailed) -> None:
+        """Raise UserError if all requests of a stage have failed (see `FAILURES_OF_STAGE`)."""
+        if (start := self._starts.get(stage)) is None:
+            return
+        start.about_content += failure.about_content
+        start.failed += not failure.about_content
+        if start.failed < FAILURES_OF_STAGE:
+            return
+        if start.pending is None:
+            if self._journal.has_stage(stage, self._model):  # answered in an earlier run: only failing requests remain
+                return self.mark_answered(stage)
+            start.pending = set(start.in_flight)
+        if not start.pending:
+            raise UserError(
+                f"stage {stage}: none of the first {start.failed + start.about_content:,} requests got an answer from "
+                f"{self._model}. The last error: {str(failure).rstrip('.')}. "
+                f"{failure.advice or 'Change the settings of the stage or of the server.'}"
+            ) from failure
+
+    def stage_messages(self) -> list[str]:
+        """Return a line for each stage without an answer whose requests are too long or filtered."""
+        return [
+            f"stage {stage}: no answer so far, {start.about_content:,} refused as too long or by a filter"
+            for stage, start in self._starts.items()
+            if start.about_content >= FAILURES_OF_STAGE
+        ]
 
     def bad_servers(self) -> list[str]:
-        """Return what is wrong with each server that was closed, or never answered while others did."""
-        found = []
-        any_answered = any(lane.has_answered for lane in self._lanes)
-        for lane in self._lanes:
-            if lane.closed:
-                found.append(f"{lane.name} was asked nothing more, as it answered: {lane.closed}.")
-            elif lane.was_asked and any_answered and not lane.has_answered:
-                why = (lane.trouble or "nothing came from it").rstrip(".")
-                found.append(f"{lane.name} never gave an answer ({why}). The other servers did all the work.")
-        return found
+        """Return the error of each server that was closed, or never answered while others did."""
+        lines = []
+        any_answered = any(server.has_answered for server in self._servers)
+        for server in self._servers:
+            if server.closed:
+                lines.append(f"{server.name} got no more requests after its answer: {server.closed}.")
+            elif server.was_asked and any_answered and not server.has_answered:
+                error = (server.last_error or "nothing came from it").rstrip(".")
+                lines.append(f"{server.name} never gave an answer ({error}). The other servers did all the work.")
+        return lines
+
+    def _warn_once(self, server: ServerConnection, message: str) -> None:
+        if server.name not in self._warned:
+            self._warned.add(server.name)
+            _warn(message)
+
+
+async def _is_up(server: ServerConnection) -> bool:
+    """Return True if a server answers a probe; a gateway may answer that it has no server."""
+    return await server.endpoint.probe() not in (None, 502, 503, 504)
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)

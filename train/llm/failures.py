@@ -1,84 +1,83 @@
-"""Why requests got no answer, in the server's words, counted by kind.
+"""Failures of requests: the exceptions, and counts of their messages by kind.
 
-Words that differ in their numbers and identifiers alone (`requested 4203 tokens`, `request 7f3a`) are one kind, shown
-as it came first. So the same outcomes in the same order give the same counts.
+Messages that differ only in numbers and identifiers (`requested 4203 tokens`, `request 7f3a`) are one kind, shown with
+its first message. The same results in the same order give the same counts.
 """
 
 import re
 from collections import Counter
 from collections.abc import Mapping
 
-from train.llm.journal import Answer
+from train.llm.request import Answer
 
 NO_ANSWER = "no answer from the model"
-"""The reason that reports give of what is left out by a `RequestFailed`."""
+"""The reports' reason for rows dropped because of a `RequestFailed`."""
 KINDS = 200
-"""So many kinds are told apart, so that memory stays flat; what is new beyond them counts as `other words`."""
+"""Kinds that are kept apart, to bound memory; further ones count as `other messages`."""
 LONGEST_SHOWN = 200
 SHOWN_IN_REPORT = 10
-_OTHERS = "other words"
+_OTHERS = "other messages"
 _WITH_DIGITS = re.compile(r"\S*\d\S*")
 
 
 class RequestFailed(Exception):  # noqa: N818
-    """This request gets no answer, whatever is done; others do. The message says what the server said.
+    """A request that will get no answer, while others do. The message is the server's.
 
-    `advice`: the setting that the server's error is about, as a sentence.
+    advice: the setting that the error is about, as a sentence.
+    about_content: the error is about the length or the content of the request.
     """
 
-    def __init__(self, what: str, advice: str | None = None, *, about_content: bool = False) -> None:
-        super().__init__(what)
+    def __init__(self, message: str, advice: str | None = None, *, about_content: bool = False) -> None:
+        super().__init__(message)
         self.advice = advice or ""
         self.about_content = about_content
 
 
 class EmptyAnswerError(RequestFailed):
-    """The model says nothing to this request, try after try. `answer`: the last of the empty ones.
+    """A request that got only empty answers; `answer` is the last of them.
 
-    One that holds nothing but reasoning that has ended, or control tokens, is empty too.
+    An answer of nothing but reasoning that has ended, or control tokens, is empty too.
     """
 
-    def __init__(self, words: str, answer: Answer) -> None:
-        super().__init__(words)
+    def __init__(self, message: str, answer: Answer) -> None:
+        super().__init__(message)
         self.answer = answer
 
 
 class FailureReasons:
-    """Counts what `RequestFailed` says."""
+    """Counts of `RequestFailed` messages by kind."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
-        self._shown: dict[str, str] = {}
+        self._redact: dict[str, str] = {}
 
-    def add(self, words: str) -> None:
-        """One more was left without an answer, for this reason."""
-        status, _, rest = " ".join(words.split()).partition(" ")  # 400 and 500 are never one kind
+    def add(self, message: str) -> None:
+        """Count a message."""
+        status, _, rest = " ".join(message.split()).partition(" ")  # 400 and 500 are different kinds
         kind = f"{status} {_WITH_DIGITS.sub('#', rest)}"
-        if kind not in self._shown and len(self._shown) >= KINDS:
+        if kind not in self._redact and len(self._redact) >= KINDS:
             kind = _OTHERS
         self._counts[kind] += 1
-        self._shown.setdefault(kind, _OTHERS if kind == _OTHERS else _beginning(f"{status} {rest}".strip()))
+        text = f"{status} {rest}".strip()
+        text = text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+        self._redact.setdefault(kind, _OTHERS if kind == _OTHERS else text)
 
     def counts(self) -> dict[str, int]:
-        """How often each kind came, the most frequent first, those that are equal in the order they came in."""
-        found: Counter[str] = Counter()
+        """Return the count of each kind, the most frequent first, equal ones in their order of arrival."""
+        counts: Counter[str] = Counter()
         for kind, count in self._counts.items():
-            found[self._shown[kind]] += count
-        return dict(found.most_common())
+            counts[self._redact[kind]] += count
+        return dict(counts.most_common())
 
-    def lines(self, most: int = 3) -> list[str]:
-        """The most frequent kinds, one line each (`12 times: 400 Bad Request: ...`), and one for all the others."""
+    def lines(self, limit: int = 3) -> list[str]:
+        """Return a line for each of the most frequent kinds (`12 times: 400 Bad Request: ...`), one for the rest."""
         counts = list(self.counts().items())
-        lines = [f"{count:,} times: {words}" for words, count in counts[:most]]
-        if rest := counts[most:]:
+        lines = [f"{count:,} times: {message}" for message, count in counts[:limit]]
+        if rest := counts[limit:]:
             lines.append(f"{sum(count for _, count in rest):,} times: something else ({len(rest):,} kinds)")
         return lines
 
 
 def to_table_cells(counts: Mapping[str, int]) -> dict[str, int]:
-    """The most frequent of `FailureReasons.counts`, as cells of a table that take them for nothing but text."""
-    return {f"`{words.replace('`', chr(39))}`": count for words, count in list(counts.items())[:SHOWN_IN_REPORT]}
-
-
-def _beginning(words: str) -> str:
-    return words if len(words) <= LONGEST_SHOWN else f"{words[:LONGEST_SHOWN]}..."
+    """Return the most frequent of `FailureReasons.counts`, quoted for a Markdown table."""
+    return {f"`{message.replace('`', chr(39))}`": count for message, count in list(counts.items())[:SHOWN_IN_REPORT]}

@@ -1,30 +1,30 @@
-"""Finish reasons: the one table that says whether an answer is complete, cut, refused or a fault of the server.
+"""Finish reasons of all servers, and the class of each.
 
-    complete   the model ended its answer itself, or at a stop string
+    complete   the model ended its answer, or a stop string did
     cut        the token limit or the context window ended it
     refused    a filter or the model withheld it, or a part of it
-    tool       the model called a tool; nobody offers it one here, so this is no answer in text
-    fault      the server broke it off; it is asked again, like a 500
-    unknown    a reason that is not in the table, or one that says nothing ("other")
+    tool       the model called a tool; requests offer none, so this is no answer in text
+    error      the server broke it off; it is asked again, like a 500
+    unknown    a reason that is not in the table, or one without meaning ("other")
     unstated   the server gave no reason
 
 The OpenAI API has five reasons; servers and gateways have more, and pass on those of the model's own API. Case and
-punctuation make no difference: MAX_TOKENS, maxTokens and max_tokens are one, and so are content_filter and
-content-filter. Of `content_filter: PROHIBITED_CONTENT` or `FinishReason.STOP` the part that is known decides.
+punctuation are ignored: MAX_TOKENS, maxTokens and max_tokens are the same, and so are content_filter and
+content-filter. In `content_filter: PROHIBITED_CONTENT` or `FinishReason.STOP` the part in the table decides.
 """
 
 import functools
 from typing import Literal
 
-Ending = Literal["complete", "cut", "refused", "tool", "fault", "unknown", "unstated"]
+FinishClass = Literal["complete", "cut", "refused", "tool", "error", "unknown", "unstated"]
 
 BELOW_LIMIT = "missing, below the token limit"
-"""Our own name for the end of an answer without a reason that is shorter than the token limit: nothing has cut it."""
+"""Our own reason for an answer without one that is shorter than the token limit, and so was not cut."""
 
 INFERRED = ("", "null", "none", BELOW_LIMIT, "length", "tool_calls")
-"""Finish reasons that may be our own reading of an answer without one."""
+"""Finish reasons that we may have inferred for an answer without one."""
 
-REASONS: dict[Ending, str] = {
+REASONS: dict[FinishClass, str] = {
     # OpenAI, vLLM, SGLang: stop. TGI, Together: eos, eos_token. llama.cpp before 2024: eos, word. Anthropic, Bedrock:
     # end_turn, stop_sequence. Cohere: COMPLETE. Titan: FINISH. ERNIE: normal.
     "complete": "stop eos eos_token end_turn end_of_turn end_of_text endoftext stop_sequence stop_string "
@@ -46,55 +46,52 @@ REASONS: dict[Ending, str] = {
     # vLLM, SGLang: abort, error. OpenRouter, Mistral, Cohere: error. Ollama: load, unload. DeepSeek:
     # insufficient_system_resource. GLM: network_error. TensorRT-LLM, watsonx: cancelled, timeout, time_limit,
     # not_finished. Gemini: MALFORMED_RESPONSE. Bedrock: malformed_model_output.
-    "fault": "abort aborted error errored exception failed failure cancel canceled cancelled user_cancel load loading "
+    "error": "abort aborted error errored exception failed failure cancel canceled cancelled user_cancel load loading "
     "unload timeout timed_out time_limit deadline_exceeded insufficient_system_resource insufficient_resources "
     "overloaded rate_limit rate_limited network_error server_error internal_error internal_server_error "
     "service_unavailable unavailable engine_error connection_error upstream_error provider_error error_other "
     "not_finished unfinished in_progress interrupted preempted shutdown disconnect disconnected malformed_response "
     "malformed_model_output missing_thought_signature",
-    # Written out by servers that have no reason to give.
+    # Sent by servers without a reason.
     "unstated": "null none",
 }  # fmt: skip
+
+
+_DESCRIPTIONS: dict[FinishClass, str] = {
+    "complete": "",
+    "cut": "cut at the token limit",
+    "refused": "refused",
+    "tool": "calls a tool",
+    "error": "broken off by the server ({})",
+    "unknown": "ended for an unknown reason ({})",
+    "unstated": "without a finish_reason",
+}
 
 
 def _plain(reason: str) -> str:
     return "".join(filter(str.isalnum, reason.casefold()))
 
 
-_ENDINGS: dict[str, Ending] = {_plain(name): ending for ending, names in REASONS.items() for name in names.split()}
-_ENDINGS[_plain(BELOW_LIMIT)] = "complete"
+_CLASSES = {_plain(name): finish_class for finish_class, names in REASONS.items() for name in names.split()}
+_CLASSES[_plain(BELOW_LIMIT)] = "complete"
 
 
 @functools.lru_cache(maxsize=1024)
-def classify_finish_reason(finish_reason: str) -> Ending:
+def classify_finish_reason(finish_reason: str) -> FinishClass:
     """Return the class of a finish reason; unstated for an empty one."""
     if not (plain := _plain(finish_reason)):
         return "unstated"
-    if ending := _ENDINGS.get(plain):
-        return ending
-    # `content_filter: PROHIBITED_CONTENT`, `stop: max_tokens`: of a reason and its detail the bad news counts.
+    if finish_class := _CLASSES.get(plain):
+        return finish_class
+    # `content_filter: PROHIBITED_CONTENT`, `stop: max_tokens`: the part that is not `complete` counts.
     for part in finish_reason.split(":"):
-        if (ending := _ENDINGS.get(_plain(part))) not in (None, "complete"):
-            return ending
+        if (finish_class := _CLASSES.get(_plain(part))) not in (None, "complete"):
+            return finish_class
     # `FinishReason.STOP`, `FINISH_REASON_MAX_TOKENS`
     last = finish_reason.rpartition(".")[2]
-    return _ENDINGS.get(_plain(last)) or _ENDINGS.get(plain.removeprefix("finishreason")) or "unknown"
+    return _CLASSES.get(_plain(last)) or _CLASSES.get(plain.removeprefix("finishreason")) or "unknown"
 
 
 def describe_unfinished(finish_reason: str) -> str:
-    """Return the words of the reports for an answer that is not complete; nothing for one that is."""
-    match classify_finish_reason(finish_reason):
-        case "complete":
-            return ""
-        case "cut":
-            return "cut at the token limit"
-        case "refused":
-            return "refused"
-        case "tool":
-            return "calls a tool"
-        case "fault":
-            return f"broken off by the server ({finish_reason[:60]})"
-        case "unknown":
-            return f"ended for an unknown reason ({finish_reason[:60]})"
-        case "unstated":
-            return "without a finish_reason"
+    """Return the reports' text for an answer that is not complete; empty for one that is."""
+    return _DESCRIPTIONS[classify_finish_reason(finish_reason)].format(finish_reason[:60])

@@ -1,184 +1,70 @@
-"""The journal of answers: one SQLite file, a row for each request that was answered; nothing is asked twice.
+"""The journal of answers: one SQLite file with a row for each answered request, so that nothing is asked twice.
 
-An answer is handed out only once its row is committed. What a run builds on an answer (the next stage's prompt, a
-written row) can therefore never name an answer that the next start doesn't find, and asks for anew and gets
-otherwise. A killed process loses only what the server had sent and the journal had not yet committed: some
-milliseconds' worth, and never more than the client allows (`ConcurrencyLimiter.max_uncommitted`).
+`Journal.add` returns once the row is committed. Whatever a run derives from an answer (the next stage's prompt, a
+written row) therefore never refers to an answer that the next start would have to ask for again, with another result. A
+killed process loses only answers that arrived but were not committed: a few milliseconds' worth, and never more than
+`ConcurrencyLimiter.max_uncommitted`.
 """
 
 import asyncio
-import hashlib
-import json
 import queue
 import sqlite3
+import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import NoneType, TracebackType
 from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
 from train.errors import UserError
-from train.llm.finish_reasons import BELOW_LIMIT, INFERRED, Ending, classify_finish_reason, describe_unfinished
-from train.llm.journal_errors import READING, WRONG_TYPE, are_of_the_columns, explained, warn_of_empty
+from train.llm.finish_reasons import BELOW_LIMIT, INFERRED
+from train.llm.request import Answer, Request
 
-LAYOUT = 1
-"""The layout of the table, in the file's user_version."""
+SCHEMA_VERSION = 1
+"""Version of the table, in the file's user_version."""
 
-APPLICATION = 0x4A534654
-"""`JSFT`, in the file's application_id, so that no one else's database is written to."""
+APPLICATION_ID = 0x4A534654
+"""`JSFT`, in the file's application_id: no other application's database is written to."""
 
-ANSWERS_A_COMMIT = 1_000
+ANSWERS_PER_COMMIT = 1_000
 
-NO_LIMIT = 2**63 - 1
-"""The token limit of a request without one: what a limit cut before is asked again."""
-
-COLUMNS = (
+_SCHEMA = (
+    f"BEGIN; PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION};"
+    "CREATE TABLE answers (key BLOB PRIMARY KEY, stage TEXT NOT NULL, model TEXT NOT NULL,"
+    " text TEXT NOT NULL, finish_reason TEXT NOT NULL, refusal TEXT, prompt_tokens INTEGER,"
+    " completion_tokens INTEGER, max_tokens INTEGER NOT NULL, seconds REAL NOT NULL,"
+    " asked_at REAL NOT NULL);"
+    "COMMIT;"
+)
+_COLUMNS = (
     "key, stage, model, text, finish_reason, refusal, prompt_tokens, completion_tokens, max_tokens, seconds, asked_at"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Decoding:
-    """How an answer is drawn, in the names of the OpenAI API.
-
-    What is None or empty is not sent, so the server's own default holds. `extra` goes into the request as it stands
-    (top_k, min_p, chat_template_kwargs and what else a server knows). `limit_name`: the field of the token limit; None
-    = no limit is sent. Under the name max_tokens a server that refuses it gets the name that it asks for.
-    """
-
-    max_tokens: int
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    limit_name: str | None = "max_tokens"
-
-    @classmethod
-    def from_settings(
-        cls,
-        max_tokens: int,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        extra: Mapping[str, Any] = MappingProxyType({}),
-    ) -> Self:
-        """Return the decoding of a stage's settings. A null in `extra` takes its field out of the request, and a
-        `max_completion_tokens` there takes the place of `max_tokens`.
-        """
-        own = {"temperature": temperature, "top_p": top_p, "seed": seed}
-        own |= dict.fromkeys(name for name in own if name in extra)
-        rest = {name: value for name, value in extra.items() if value is not None}
-        limit = rest.pop("max_completion_tokens", None)
-        limit_name: str | None = "max_completion_tokens"
-        if limit is None:
-            limit, limit_name = (NO_LIMIT, None) if "max_tokens" in extra else (max_tokens, "max_tokens")
-        return cls(limit, **own, extra=rest, limit_name=limit_name)  # type: ignore[arg-type]
-
-    def parameters(self, sample: int) -> dict[str, Any]:
-        """What stands in a request beside model, messages and the token limit. Each sample has a seed of its own."""
-        given = {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "seed": None if self.seed is None else self.seed + sample,
-            "stop": list(self.stop) or None,
-        }
-        return {name: value for name, value in given.items() if value is not None} | dict(self.extra)
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One thing to ask. `sample` tells apart several answers to the same messages: 1 is a second try, and so on."""
-
-    stage: str
-    messages: Sequence[Mapping[str, Any]]
-    decoding: Decoding
-    sample: int = 0
-
-    def key(self, model: str) -> bytes:
-        """What the journal knows the request by: stage, model, messages and decoding, without the token limit.
-
-        The messages hold the prompt itself, so a reworded prompt is another request and needs no version here.
-        The limit stands beside the answer instead (see `Journal.find`): to raise it asks again what was cut, and
-        that alone.
-        """
-        parameters = self.decoding.parameters(self.sample)
-        told_apart = [LAYOUT, self.stage, model, self.sample, parameters, [dict(message) for message in self.messages]]
-        return hashlib.blake2b(json.dumps(told_apart, sort_keys=True).encode(), digest_size=20).digest()
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a model said, as the server told it. Tokens are None where the server doesn't count them."""
-
-    text: str
-    finish_reason: str
-    refusal: str | None
-    prompt_tokens: int | None
-    completion_tokens: int | None
-    seconds: float
-    """From the request that was answered to its answer: without the tries and pauses before."""
-    from_journal: bool = False
-    reasoning_in: str = ""
-    """The field that held reasoning beside the text (reasoning_content, ...). The journal does not keep it."""
-    ignored_part: str = ""
-    """The type of a part beside the text that can't be read as text. The journal does not keep it."""
-    only_reasoning: bool = False
-    """Its text was reasoning that never ended, so it holds no answer (set by `train.llm.reasoning.answer.read_answer`)."""
-
-    @property
-    def ending(self) -> Ending:
-        """The class of its finish reason."""
-        return classify_finish_reason(self.finish_reason)
-
-    @property
-    def detail(self) -> str:
-        """Its text, or the reason that it has none, for the reports."""
-        nothing = "its reasoning has no end, " if self.only_reasoning else ""
-        return self.refusal or self.text or f"{nothing}finish_reason {self.finish_reason or 'missing'}"
-
-    @property
-    def cut(self) -> bool:
-        """Whether the token limit ended it."""
-        return self.ending == "cut"
-
-    @property
-    def refused(self) -> bool:
-        """Whether the server withheld it (a content filter) or the model's refusal came marked as one."""
-        return bool(self.refusal) or self.ending == "refused"
-
-    @property
-    def empty(self) -> bool:
-        """True for an answer without text that nothing cut or withheld, and that calls no tool."""
-        return self.blank and not self.refusal and self.ending in ("complete", "unknown", "unstated")
-
-    @property
-    def blank(self) -> bool:
-        """True for a text of blanks and invisible characters (U+200B, U+FEFF) alone."""
-        return not any(letter.isprintable() and not letter.isspace() for letter in self.text)
-
-    @property
-    def unfinished(self) -> str:
-        """The reason that it is not a complete answer, in the words of the reports; empty for a complete one."""
-        if self.refused:
-            return "refused"
-        if self.ending != "complete":
-            return describe_unfinished(self.finish_reason)
-        if self.only_reasoning:
-            return "without an end to its reasoning"
-        if not self.blank:
-            return ""
-        return f"empty, all of it in {self.reasoning_in}" if self.reasoning_in else "empty"
+_FIND = (
+    "SELECT text, finish_reason, refusal, prompt_tokens, completion_tokens, seconds, max_tokens FROM answers"
+    " WHERE key = ?"
+)
+_TYPES: tuple[tuple[type, ...], ...] = (
+    (str,), (str,), (str, NoneType), (int, NoneType), (int, NoneType), (float,), (int,),
+)  # fmt: skip
+"""Types of the columns of `_FIND`."""
+_HAS_STAGE = (
+    "SELECT 1 FROM answers WHERE stage = ? AND model = ? AND (trim(text, char(9, 10, 13, 32)) != ''"
+    " OR refusal IS NOT NULL OR finish_reason NOT IN ('stop', '', ?)) LIMIT 1"
+)
+_READ_FAILED = "answers can't be read from it"
+_WRONG_TYPE = sqlite3.DatabaseError("a column holds a value of another type")
+"""The error of a damaged record: a flipped bit in its header changes a column's type."""
+_WRONG_TYPE.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
 
 
 class Journal:
     """The answers in one file. Use it in a `with` block; one process at a time.
 
-    Raises UserError where the file is no journal, is in use by another run, or can't be written.
+    Raises UserError if the file is no journal, is in use by another run, or can't be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -195,7 +81,7 @@ class Journal:
             raise UserError(f"{path} can't be used as a journal of answers: {error.strerror}.") from error
         try:
             self._writer = self._open()
-            # A second connection, as a WAL lets it read while the first commits: the event loop never waits.
+            # A second connection reads the WAL while the first commits: the event loop never waits.
             self._reader = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._inode = path.stat().st_ino
         except BaseException:
@@ -209,47 +95,36 @@ class Journal:
         try:
             connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
             application = connection.execute("PRAGMA application_id").fetchone()[0]
-            layout = connection.execute("PRAGMA user_version").fetchone()[0]
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
             is_new = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0
-            if not is_new and (application, layout) != (APPLICATION, LAYOUT):
+            if not is_new and (application, version) != (APPLICATION_ID, SCHEMA_VERSION):
                 raise UserError(f"{self.path} is a database, but no journal of this version: name another file.")
             connection.execute("PRAGMA journal_mode = WAL")
-            # A commit of a WAL is safe from a killed process without waiting for the disk, and a power cut can lose
-            # the last of them but break nothing (sqlite.org/pragma.html#pragma_synchronous).
+            # A WAL commit survives a killed process without waiting for the disk; a power cut can lose the last
+            # commits but damages nothing (sqlite.org/pragma.html#pragma_synchronous).
             connection.execute("PRAGMA synchronous = NORMAL")
             if is_new:
-                warn_of_empty(self.path)
-                connection.executescript(
-                    f"BEGIN; PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {LAYOUT};"
-                    "CREATE TABLE answers (key BLOB PRIMARY KEY, stage TEXT NOT NULL, model TEXT NOT NULL,"
-                    " text TEXT NOT NULL, finish_reason TEXT NOT NULL, refusal TEXT, prompt_tokens INTEGER,"
-                    " completion_tokens INTEGER, max_tokens INTEGER NOT NULL, seconds REAL NOT NULL,"
-                    " asked_at REAL NOT NULL);"
-                    "COMMIT;"
-                )
+                self._warn_if_rows_exist()
+                connection.executescript(_SCHEMA)
         except sqlite3.Error as error:
-            raise explained(self.path, error, "it can't be used as a journal of answers") from error
+            raise self._user_error(error, "it can't be used as a journal of answers") from error
         return connection
 
     def find(self, key: bytes, max_tokens: int, *, accept_empty: bool = False) -> Answer | None:
-        """Return the answer to a request, if it was given and is what `max_tokens` would have let through.
+        """Return the answer to a request, if there is one that fits `max_tokens`.
 
-        An answer that came to its own end within the limit is. One that was cut counts for the very limit that cut
-        it: under a higher one there is more to hear, under a lower one it is too long. One that the server broke off
-        (abort, error) is not returned: earlier versions kept those. Nor is an empty one unless `accept_empty`.
+        A complete answer fits if it is not longer. A cut one fits only the same limit: a higher limit gives a longer
+        answer, a lower one a shorter. Answers that the server broke off (abort, error) are not returned: earlier
+        versions stored them. Empty ones are returned only with `accept_empty`.
         """
-        found = self._first(
-            "SELECT text, finish_reason, refusal, prompt_tokens, completion_tokens, seconds, max_tokens"
-            " FROM answers WHERE key = ?",
-            (key,),
-        )
-        if found is None:
+        row = self._fetch(_FIND, (key,))
+        if row is None:
             return None
-        text, finish_reason, refusal, prompt_tokens, completion_tokens, seconds, limit = found
-        if not are_of_the_columns(*found):
-            raise explained(self.path, WRONG_TYPE, READING)
+        if not all(map(isinstance, row, _TYPES)):
+            raise self._user_error(_WRONG_TYPE, _READ_FAILED)
+        text, finish_reason, refusal, prompt_tokens, completion_tokens, seconds, limit = row
         answer = Answer(text, finish_reason, refusal, prompt_tokens, completion_tokens, seconds, from_journal=True)
-        if answer.ending == "fault" or (answer.empty and not accept_empty):
+        if answer.finish_class == "error" or (answer.empty and not accept_empty):
             return None
         if limit == max_tokens:
             return answer
@@ -257,47 +132,41 @@ class Journal:
         return answer if not answer.cut and length <= max_tokens else None
 
     def has_stage(self, stage: str, model: str) -> bool:
-        """Return whether `model` ever answered anything in `stage`. Empty answers, which are kept too, don't count."""
-        query = (
-            "SELECT 1 FROM answers WHERE stage = ? AND model = ?"
-            " AND (trim(text, char(9, 10, 13, 32)) != '' OR refusal IS NOT NULL"
-            " OR finish_reason NOT IN ('stop', '', ?)) LIMIT 1"
-        )
-        return self._first(query, (stage, model, BELOW_LIMIT)) is not None
+        """Return True if `model` ever gave an answer in `stage` that is not empty."""
+        return self._fetch(_HAS_STAGE, (stage, model, BELOW_LIMIT)) is not None
 
     def has_finish_reasons(self, model: str, servers: int) -> bool:
-        """Return whether answers of `model` came with a finish_reason of the server's own.
+        """Return True if answers of `model` came with the server's own finish_reason.
 
-        Where several servers answered and some of the answers had none, one of the servers may never give any.
+        Where several servers answered and some answers had none, one of the servers may never give any: False.
         """
-        places = ", ".join("?" * len(INFERRED))
-        given = f"SELECT 1 FROM answers WHERE model = ? AND lower(finish_reason) NOT IN ({places}) LIMIT 1"
+        slots = ", ".join("?" * len(INFERRED))
+        present = f"SELECT 1 FROM answers WHERE model = ? AND lower(finish_reason) NOT IN ({slots}) LIMIT 1"
         missing = "SELECT 1 FROM answers WHERE model = ? AND finish_reason = ? LIMIT 1"
-        return self._first(given, (model, *INFERRED)) is not None and (
-            servers == 1 or self._first(missing, (model, BELOW_LIMIT)) is None
+        return self._fetch(present, (model, *INFERRED)) is not None and (
+            servers == 1 or self._fetch(missing, (model, BELOW_LIMIT)) is None
         )
 
     def seconds(self) -> float | None:
-        """From the first request to the last answer of all that stands here, breaks included; None if nothing does."""
-        found = self._first("SELECT min(asked_at), max(asked_at + seconds) FROM answers")
-        if found is None or found[0] is None:
+        """Return the time from the first request to the last answer, breaks included; None for an empty journal."""
+        row = self._fetch("SELECT min(asked_at), max(asked_at + seconds) FROM answers")
+        if row is None or row[0] is None:
             return None
-        first, last = found
+        first, last = row
         if not type(first) is type(last) is float:
-            raise explained(self.path, WRONG_TYPE, READING)
+            raise self._user_error(_WRONG_TYPE, _READ_FAILED)
         return float(last - first)
 
-    def _first(self, query: str, values: Sequence[Any] = ()) -> tuple[Any, ...] | None:
-        """Return the first row of a query's result. Raises UserError where the file can't be read."""
+    def _fetch(self, query: str, values: Sequence[Any] = ()) -> tuple[Any, ...] | None:
+        """Return the first row of a query's result. Raises UserError if the file can't be read."""
         try:
             row: tuple[Any, ...] | None = self._reader.execute(query, values).fetchone()
         except sqlite3.Error as error:
-            raise explained(self.path, error, READING) from error
+            raise self._user_error(error, _READ_FAILED) from error
         return row
 
     async def add(self, key: bytes, model: str, request: Request, answer: Answer) -> None:
-        """Write an answer down; returns when a killed process would no longer lose it."""
-        loop = asyncio.get_running_loop()
+        """Store an answer; return once it is committed."""
         row = (
             key,
             request.stage,
@@ -311,16 +180,16 @@ class Journal:
             answer.seconds,
             time.time() - answer.seconds,
         )
-        entry = _Entry(row, loop.create_future())
+        entry = _Entry(row, asyncio.get_running_loop().create_future())
         self._queue.put(entry)
         await entry.committed
 
     def close(self) -> None:
-        """Commit what is left and close the file."""
+        """Commit what is queued and close the file."""
         self._queue.put(None)
         self._thread.join()
         self._reader.close()
-        self._writer.close()  # the last to leave folds the WAL into the file
+        self._writer.close()  # closing the last connection merges the WAL into the file
         self._lock.release()
 
     def __enter__(self) -> Self:
@@ -330,48 +199,79 @@ class Journal:
         self.close()
 
     def _write(self) -> None:
-        """Commit whatever has gathered, again and again: while one commit runs, the next one's rows come in."""
-        open_for_more = True
-        while open_for_more:
+        """Commit queued entries in batches: while one commit runs, the next batch gathers."""
+        is_open = True
+        while is_open:
             entries = [self._queue.get()]
-            while len(entries) < ANSWERS_A_COMMIT and not self._queue.empty():
+            while len(entries) < ANSWERS_PER_COMMIT and not self._queue.empty():
                 entries.append(self._queue.get())
-            open_for_more = None not in entries
+            is_open = None not in entries
             self._commit([entry for entry in entries if entry is not None])
 
     def _commit(self, entries: list["_Entry"]) -> None:
         if not entries:
             return
         failure: Exception | None = None
-        # One statement, and so one transaction, for all: executemany would hand Python's global lock to and fro with
-        # the event loop for every row, and wait for it up to 5 ms each time while that one is busy.
+        # One statement, and so one transaction, for all: executemany would hand the GIL back and forth with a busy
+        # event loop for every row, up to 5 ms each time.
         values = ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"] * len(entries))
         try:
             self._writer.execute(
-                f"INSERT OR REPLACE INTO answers ({COLUMNS}) VALUES {values}",
+                f"INSERT OR REPLACE INTO answers ({_COLUMNS}) VALUES {values}",
                 [value for entry in entries for value in entry.row],
             )
-            if not self._is_there():
+            if not self._is_in_place():
                 failure = UserError(
-                    f"{self.path} was deleted or replaced during the run, so answers can no longer be written down. "
-                    "Put it back if you have moved it, and start the same command again."
+                    f"{self.path} was deleted or replaced during the run, so answers can no longer be stored. Put it "
+                    "back if you have moved it, and start the same command again."
                 )
         except sqlite3.Error as error:
-            failure = explained(self.path, error, "answers can no longer be written down")
-        except Exception as error:  # a number that SQLite can't hold: who waits for the answer must hear of it
+            failure = self._user_error(error, "answers can no longer be stored")
+        except Exception as error:  # such as a number that SQLite can't hold: report it to the waiting request
             failure = error
         for loop in {entry.committed.get_loop() for entry in entries}:
-            settled = [entry.committed for entry in entries if entry.committed.get_loop() is loop]
-            # A loop that was closed over waiting requests (Ctrl-C) needs no news.
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(_settle, settled, failure)
+            futures = [entry.committed for entry in entries if entry.committed.get_loop() is loop]
+            if not loop.is_closed():  # as after Ctrl-C
+                loop.call_soon_threadsafe(_set_results, futures, failure)
 
-    def _is_there(self) -> bool:
-        """Return whether the path still names the open file: SQLite goes on writing to one that is deleted."""
+    def _is_in_place(self) -> bool:
+        """Return True if the path still names the open file: SQLite keeps writing to a deleted one."""
         try:
             return self.path.stat().st_ino == self._inode
         except OSError:
             return False
+
+    def _warn_if_rows_exist(self) -> None:
+        """Print a warning if a new journal begins next to rows that are already written."""
+        if any(self.path.parent.glob("data/*")):
+            print(
+                f"warning: {self.path} is empty, though rows are written beside it: everything is asked again, and the "
+                "new rows replace them. If that is not intended, stop the run and put the journal back.",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _user_error(self, error: sqlite3.Error, failure: str) -> UserError:
+        """Return an error of SQLite with its remedy."""
+        code = getattr(error, "sqlite_errorcode", None)  # None for a text that is not UTF-8, which would be quoted
+        match sqlite3.SQLITE_CORRUPT if code is None else code & 0xFF:
+            case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_MISMATCH | sqlite3.SQLITE_ERROR:
+                remedy = (
+                    "The file is damaged, or is no journal. The rows written beside it stay unchanged. Move the file "
+                    f"away, with {self.path.name}-wal if there is one, and start the same command again: it asks "
+                    "everything again and replaces those rows, so copy them if you want to keep them."
+                )
+            case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+                remedy = (
+                    "Another program has locked the file. Close it, and start the same command again: answers stored "
+                    "before are safe."
+                )
+            case _:
+                remedy = (
+                    "Answers stored before are safe: check free space, the disk, and the permissions of the file and "
+                    "its folder, and start the same command again."
+                )
+        return UserError(f"{self.path}: {failure} ({'a text in it is not UTF-8' if code is None else error}). {remedy}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,9 +280,9 @@ class _Entry:
     committed: asyncio.Future[None]
 
 
-def _settle(futures: list[asyncio.Future[None]], failure: Exception | None) -> None:
+def _set_results(futures: list[asyncio.Future[None]], failure: Exception | None) -> None:
     for future in futures:
-        if future.done():  # whoever asked was cancelled meanwhile
+        if future.done():  # its request was cancelled
             continue
         if failure:
             future.set_exception(failure)

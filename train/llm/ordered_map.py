@@ -1,4 +1,4 @@
-"""TODO: train.llm.ordered_map."""
+"""Concurrent map over rows, with results in the order of the rows."""
 
 import asyncio
 from collections import deque
@@ -6,74 +6,74 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from typing import TypeVar
 
 Row = TypeVar("Row")
-
-
 Result = TypeVar("Result")
 
 
 async def map_ordered(
     rows: Iterable[Row], work: Callable[[Row], Awaitable[Result]], *, at_once: int, ahead: int | None = None
 ) -> AsyncGenerator[Result]:
-    """`work(row)` for each row, `at_once` at a time; the results in the order of the rows, each as soon as it may.
+    """Yield `work(row)` for each row, in order, each as soon as all before it are done.
 
-    Each row goes through its own stages without waiting for any other, so a server stays full as long as `at_once`
-    is some more than the places that the client has (twice as many is plenty). At most `ahead` rows (32 times
-    `at_once`) are begun and not yet handed on: that much a slow row may hold back, and that much is held in memory.
+    Each row runs through its stages without waiting for others, so a server stays busy if `at_once` is above the
+    client's concurrency (twice as many is plenty). The first exception, of `work` or of `rows`, cancels the other rows
+    and is raised as it is, in no group. Use `async with contextlib.aclosing(...)` if the loop may be left early.
 
-    The first exception, of `work` or of `rows`, ends it all: the other rows are cancelled, and it is raised as it
-    is, in no group. Take it in `async with contextlib.aclosing(...)` where the loop may be left early.
+    Args:
+        at_once: rows at work.
+        ahead: rows begun and not yet yielded, 32 times `at_once` by default: the number that one slow row can hold
+            back, all in memory.
     """
     ahead = ahead or 32 * at_once
-    numbered = iter(rows)
-    in_line: deque[asyncio.Task[Result]] = deque()
-    at_work: set[asyncio.Task[Result]] = set()
-    news = asyncio.Event()
+    remaining = iter(rows)
+    pending: deque[asyncio.Task[Result]] = deque()
+    running: set[asyncio.Task[Result]] = set()
+    progress = asyncio.Event()
     failure: BaseException | None = None
     exhausted = False
 
-    async def one(row: Row) -> Result:
+    async def run(row: Row) -> Result:
         return await work(row)
 
-    def begin_more() -> None:
+    def start_more() -> None:
         nonlocal failure, exhausted
-        while not (exhausted or failure) and len(at_work) < at_once and len(in_line) < ahead:
+        while not (exhausted or failure) and len(running) < at_once and len(pending) < ahead:
             try:
-                row = next(numbered)
+                row = next(remaining)
             except StopIteration:
                 exhausted = True
             except Exception as error:
                 failure = error
             else:
-                task = asyncio.create_task(one(row))
-                in_line.append(task)
-                at_work.add(task)
+                task = asyncio.create_task(run(row))
+                pending.append(task)
+                running.add(task)
                 task.add_done_callback(end)
 
     def end(task: asyncio.Task[Result]) -> None:
         nonlocal failure
-        at_work.discard(task)
+        running.discard(task)
         if not task.cancelled():
-            error = task.exception()  # of each one: asyncio itself tells of those that nobody looks at
+            error = task.exception()  # of every task: asyncio warns of exceptions that nobody reads
             failure = failure or error
-        begin_more()  # here, not where results are taken: a slow taker must not let the server run dry
-        news.set()
+        start_more()  # here, not where results are taken: a slow consumer must not let the server idle
+        progress.set()
 
     try:
-        begin_more()
-        while in_line or failure:
-            while in_line and in_line[0].done() and not failure:
-                task = in_line.popleft()
-                begin_more()
+        start_more()
+        while pending or failure:
+            while pending and pending[0].done() and not failure:
+                task = pending.popleft()
+                start_more()
                 yield task.result()
             if failure:
                 raise failure
-            if in_line:
-                news.clear()
-                if not in_line[0].done():
-                    await news.wait()
+            if pending:
+                progress.clear()
+                if not pending[0].done():
+                    await progress.wait()
     finally:
         exhausted = True
-        rest = list(at_work)
-        for task in rest:
+        cancelled = list(running)
+        for task in cancelled:
             task.cancel()
-        await asyncio.gather(*rest, return_exceptions=True)
+        await asyncio.gather(*cancelled, return_exceptions=True)

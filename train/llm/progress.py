@@ -1,4 +1,4 @@
-"""Rows at work many at a time and handed on in order, and the line that says how far they are."""
+"""Progress of rows whose requests run: a bar in a terminal, a line now and then in a log file."""
 
 import asyncio
 import sys
@@ -15,38 +15,38 @@ from train.formatting import duration
 from train.llm.client import Client
 from train.progress import SECONDS_BETWEEN_LINES
 
-SECONDS_OF_SPEED = 60.0
-"""What tokens/s and the time left are measured over, so that they tell of now, not of a journal read at the start."""
+WINDOW_SECONDS = 60.0
+"""Window over which tokens/s and the remaining time are measured, so that a journal read at the start doesn't count."""
 
 
 class RequestProgress:
-    """How many rows are done, and how fast they and their tokens come."""
+    """Number of finished rows, and the speed of rows and tokens."""
 
     def __init__(self, description: str, total: int | None, client: Client) -> None:
         self.description, self.total, self.client = description, total, client
         self.done = 0
-        self._seen: deque[tuple[float, int, int]] = deque()
-        self.look()
+        self._samples: deque[tuple[float, int, int]] = deque()
+        self.sample()
 
     def advance(self, rows: int = 1) -> None:
-        """So many more rows are done."""
+        """Count finished rows."""
         self.done += rows
 
-    def look(self) -> None:
-        """Note how far it is now; the speeds lie between the notes of the last minute."""
+    def sample(self) -> None:
+        """Note time, rows and tokens; speeds are measured over the samples of the last minute."""
         now = time.monotonic()
-        self._seen.append((now, self.done, self.client.counts.completion_tokens))
-        while self._seen[0][0] < now - SECONDS_OF_SPEED:
-            self._seen.popleft()
+        self._samples.append((now, self.done, self.client.counts.completion_tokens))
+        while self._samples[0][0] < now - WINDOW_SECONDS:
+            self._samples.popleft()
 
     def line(self) -> str:
-        """Rows, tokens/s, failures, requests in flight, time left, and what the servers have against it."""
+        """Return rows, tokens/s, failures, requests in flight, remaining time, and messages about servers."""
         counts = self.client.counts
-        (then, rows_then, tokens_then), (now, rows, tokens) = self._seen[0], self._seen[-1]
+        (then, rows_then, tokens_then), (now, rows, tokens) = self._samples[0], self._samples[-1]
         seconds = now - then
         of = f" of {self.total:,} rows ({rows / self.total:.0%})" if self.total else " rows"
         parts = [f"{rows:,}{of}", f"{(tokens - tokens_then) / seconds if seconds else 0:,.0f} tokens/s"]
-        parts.append(f"{counts.failed:,} failed, {counts.retries:,} tries repeated")
+        parts.append(f"{counts.failed:,} failed, {counts.retries:,} retries")
         parts.append(f"{self.client.in_flight:,} in flight")
         if self.total and rows > rows_then:
             parts.append(f"{duration(seconds / (rows - rows_then) * (self.total - rows))} left")
@@ -55,40 +55,37 @@ class RequestProgress:
 
 @asynccontextmanager
 async def progress(description: str, total: int | None, client: Client) -> AsyncIterator[RequestProgress]:
-    """Show the pace of what runs inside: a bar in a terminal, a line now and then in a log file.
-
-    That a server keeps everyone waiting is told in the log at once.
-    """
-    pace = RequestProgress(description, total, client)
+    """Show the progress of a block. A server that begins to hold up the run is logged at once."""
+    state = RequestProgress(description, total, client)
     console = Console(file=sys.stdout)
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(20),
-        # Over as many lines as it takes: what the servers have against it stands at its end.
+        # Wraps over several lines, since messages about servers come last.
         TextColumn("{task.fields[line]}", markup=False, table_column=Column(overflow="fold")),
         console=console, transient=True, auto_refresh=False,
     ) if console.is_terminal else None  # fmt: skip
     task = bar.add_task(description, total=total, line="") if bar else None
 
-    async def tell() -> None:
-        last_line = time.monotonic()
-        waited_for: set[str] = set()
+    async def refresh() -> None:
+        printed_at = time.monotonic()
+        blocking: set[str] = set()
         while True:
             await asyncio.sleep(0.5)
-            pace.look()
-            is_news, waited_for = not client.blocking_servers() <= waited_for, client.blocking_servers()
+            state.sample()
+            has_new, blocking = not client.blocking_servers() <= blocking, client.blocking_servers()
             if bar and task is not None:
-                bar.update(task, completed=pace.done, line=pace.line(), refresh=True)
-            elif is_news or time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
-                last_line = time.monotonic()
-                print(f"{description}: {pace.line()}", flush=True)
+                bar.update(task, completed=state.done, line=state.line(), refresh=True)
+            elif has_new or time.monotonic() - printed_at >= SECONDS_BETWEEN_LINES:
+                printed_at = time.monotonic()
+                print(f"{description}: {state.line()}", flush=True)
 
     if bar:
         bar.start()
-    teller = asyncio.create_task(tell())
+    refresher = asyncio.create_task(refresh())
     try:
-        yield pace
+        yield state
     finally:
-        teller.cancel()
-        await asyncio.gather(teller, return_exceptions=True)
+        refresher.cancel()
+        await asyncio.gather(refresher, return_exceptions=True)
         if bar:
             bar.stop()

@@ -3,32 +3,33 @@
 from dataclasses import dataclass
 from typing import Any
 
-from train.llm.journal import Request
-from train.llm.refusals import names_field, wants_completion_tokens, wants_stream
+from train.llm.refusals import names_field, requires_completion_tokens, requires_stream
+from train.llm.request import Request
 
 
 @dataclass(slots=True)
 class RequestForm:
-    """The form of request that a server accepts; it changes as the server's refusals ask.
+    """The form of request that a server accepts; its refusals change it.
 
-    `limit_name`: its name for the token limit. `stream`: it answers in a stream of events alone. `stream_usage`: a
-    stream may be asked to end with its token counts.
+    limit_name: field of the token limit.
+    stream: it answers only in a stream of events.
+    stream_usage: a stream may be asked to end with its token counts.
     """
 
     limit_name: str = "max_tokens"
     stream: bool = False
     stream_usage: bool = True
 
-    def adapt(self, said: str, body: dict[str, Any]) -> bool:
-        """Change to the form that an error asks for (see `refusals.extract_error_text`); False: the form is not its reason.
+    def adapt(self, text: str, body: dict[str, Any]) -> bool:
+        """Change to the form that an error asks for (see `refusals.extract_error_text`); False if it asks for none.
 
         Requests of the old form may still be in flight when the form changes: they are sent again, too.
         """
-        if "max_tokens" in body and wants_completion_tokens(said):
-            self.limit_name = "max_completion_tokens"  # what OpenAI's reasoning models call it
-        elif "stream" not in body and wants_stream(said):
+        if "max_tokens" in body and requires_completion_tokens(text):
+            self.limit_name = "max_completion_tokens"  # the name for OpenAI's reasoning models
+        elif "stream" not in body and requires_stream(text):
             self.stream = True
-        elif "stream_options" in body and names_field(said, "stream_options"):
+        elif "stream_options" in body and names_field(text, "stream_options"):
             self.stream_usage = False
         else:
             return False
@@ -39,7 +40,7 @@ _USUAL = RequestForm()
 
 
 def request_body(model: str, request: Request, form: RequestForm = _USUAL) -> dict[str, Any]:
-    """Return the JSON body of a request. The decoding's own name for the token limit goes before the form's."""
+    """Return the JSON body of a request. The decoding's own name for the token limit overrides the form's."""
     decoding = request.decoding
     body: dict[str, Any] = {"model": model, "messages": request.messages}
     if decoding.limit_name:

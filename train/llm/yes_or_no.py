@@ -1,16 +1,16 @@
-"""The verdict in a reply to a yes-or-no question.
+"""Verdicts of replies to yes-or-no questions.
 
-A `yes` or `no` is a verdict where it opens its clause or follows only words that announce it ("so yes", "the answer is
-no"), and a `no` only where no noun or adjective follows ("no jargon"). Verdicts that contradict each other are unread.
+A `yes` or `no` is a verdict if it opens its clause or follows only words that announce it ("so yes", "the answer is
+no"), and a `no` only if no noun or adjective follows ("no jargon"). Contradicting verdicts count as none.
 """
 
 import re
 
 _CHOICE = re.compile(r"\b(?:yes|no)\b[\s()]*(?:[/|]|\bor\b|\band\b)[\s()]*(?:yes|no)\b(?!\s+\w)")
-"""The question repeated, or no decision: yes/no, yes or no, yes and no."""
+"""A repeated question, or no decision: yes/no, yes or no, yes and no."""
 
 _MARKS = re.compile(r"[*_`\"“”„«»]|(?<!\w)['‘’]|['‘’](?!\w)")
-"""Emphasis and quotation marks. They are removed: quoting a word in a sentence gives it no clause of its own."""
+"""Emphasis and quotation marks. They are removed: a quoted word of a sentence is no clause of its own."""
 
 _CLAUSE_END = re.compile(r"[^\w\s'-]+|\n|-+(?!\w)|(?<!\w)-+")
 
@@ -27,7 +27,7 @@ _VERDICT = re.compile(rf"\s*(?:{_ANNOUNCE}\s+)*(yes(?![\w'-])(?!\s+would\s+(?!be
 
 
 def says_no(reply: str) -> bool | None:
-    """Return whether the verdict of a reply is no; None where there is no verdict or a contradiction."""
+    """Return True if the verdict of a reply is no, False if yes; None without a verdict or with a contradiction."""
     text = _MARKS.sub("", reply.casefold()).replace("’", "'")
     clauses = _CLAUSE_END.split(_CHOICE.sub("\n", text))
     verdicts = {match[1] for clause in clauses if (match := _VERDICT.match(clause))}

@@ -34,7 +34,7 @@ from train.errors import USER_FIXABLE_ERRNOS, UserError
 from train.loop.output_dir import CARD, CARD_MARK, is_foreign_card, unwritable_files
 from train.model.adapters import lora_config
 from train.model.load import copy_processor, load_config
-from train.model.text_part import bare_model, idle_parameters
+from train.model.text_part import build_meta_model, find_idle_parameters
 from train.recipe import Recipe
 
 if TYPE_CHECKING:  # importing it takes a second
@@ -170,14 +170,14 @@ def _save_adapter_config(model: "PeftModel", folder: Path) -> None:
 
 def _build_without_weights(recipe: Recipe) -> "PreTrainedModel | PeftModel":
     """Return the model of a recipe, with its adapter, on PyTorch's meta device."""
-    model = bare_model(load_config(recipe.model), recipe.model)
+    model = build_meta_model(load_config(recipe.model), recipe.model)
     model.name_or_path = recipe.model.name_or_path
     if recipe.adapter is None:
         return model
     from peft import get_peft_model
 
     with torch.device("meta"):
-        return get_peft_model(model, lora_config(recipe.adapter, model, idle_parameters(model)))
+        return get_peft_model(model, lora_config(recipe.adapter, model, find_idle_parameters(model)))
 
 
 def _generation_config(recipe: Recipe) -> GenerationConfig | str | None:
@@ -201,14 +201,14 @@ def write_again(folder: Path) -> None:
 
     from train.data.chat.assistant_spans import SpanFinder
     from train.data.chat.template import without_generation_marks
-    from train.model.inference import stop_at
+    from train.model.inference import set_stop_tokens
     from train.model.tokenizer import load_chat_tokenizer
     from train.recipe import load_recipe
 
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder}: holds no weights. Name the output_dir of a run that saved its model.")
     recipe = load_recipe(folder / "recipe.yaml")
-    tokenizer = load_chat_tokenizer(recipe).tokenizer
+    tokenizer = load_chat_tokenizer(recipe.model, recipe.chat).tokenizer
     stop_tokens = SpanFinder(tokenizer).stop_tokens
     tokenizer.chat_template = without_generation_marks(tokenizer.chat_template)
     model = _build_without_weights(recipe)
@@ -216,7 +216,7 @@ def write_again(folder: Path) -> None:
     if isinstance(generation, str):
         raise UserError(generation)
     model.generation_config = generation or model.generation_config
-    stop_at(model, tokenizer, stop_tokens)
+    set_stop_tokens(model, tokenizer, stop_tokens)
     tokenizer.eos_token = stop_tokens[0]
     tokenizer.pad_token = recipe.training.get("pad_token") or tokenizer.pad_token or tokenizer.eos_token
     align_special_tokens(model, tokenizer)

@@ -18,8 +18,8 @@ from transformers import TrainerCallback
 
 from train.loop.batch_info import BatchInfo
 from train.loop.loss import LossSums
-from train.model.architecture import Shape
-from train.model.flops import peak_flops, training_flops
+from train.model.architecture import Architecture
+from train.model.flops import count_training_flops, peak_flops
 
 TIMING_METRICS = (
     "tokens_per_second",
@@ -64,7 +64,7 @@ class Throughput(TrainerCallback):
     no recomputation. It is left out for devices of unknown peak and for mixtures of experts.
     """
 
-    def __init__(self, accelerator: Accelerator, shape: Shape | None) -> None:
+    def __init__(self, accelerator: Accelerator, shape: Architecture | None) -> None:
         """Begin to count. `shape`: the model's dimensions; None if its FLOPs can't be counted."""
         self._accelerator, self._shape = accelerator, shape
         self._clock = _Clock(accelerator.device)
@@ -97,7 +97,7 @@ class Throughput(TrainerCallback):
     def _counts(self) -> NDArray[np.float64]:
         """Return tokens, trained tokens, FLOPs, steps, and seconds: total, waiting, forward, backward, optimizer."""
         documents = np.concatenate([np.empty(0, np.int64), *self._documents])
-        flops = training_flops(self._shape, documents).total if self._shape else 0.0
+        flops = count_training_flops(self._shape, documents).total if self._shape else 0.0
         parts = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
         for part, start, end in self._spans:
             parts[part] += self._clock.between(start, end)

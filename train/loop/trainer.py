@@ -37,8 +37,8 @@ from train.loop.preemption_callback import EvaluationStoppedError, PreemptionCal
 from train.loop.sampler import BalancedSampler
 from train.loop.throughput import Throughput
 from train.model.adapters import check_adapter, lora_config
-from train.model.architecture import Shape, shape_of
-from train.model.text_part import bare_model, freeze, idle_parameters
+from train.model.architecture import Architecture, inspect_architecture
+from train.model.text_part import build_meta_model, find_idle_parameters, freeze
 from train.recipe import Recipe
 from train.system_gain.evaluator import ValidationGain
 from train.system_gain.variants import VariantRows
@@ -95,7 +95,7 @@ class JanusTrainer(CheckpointingTrainer):
             )
         with _without_zero3(arguments):
             shape = _find_shape(recipe, model)
-            idle = idle_parameters(bare_model(model.config, recipe.model))
+            idle = find_idle_parameters(build_meta_model(model.config, recipe.model))
         check_adapter(recipe.adapter, model, idle)
         freeze(model, idle)
         with as_user_error("adapter" if recipe.adapter else "training"):
@@ -362,10 +362,10 @@ def _first_sequence(sequences: PackedDataset) -> Dataset:
     return Dataset.from_list([sequences[0]])
 
 
-def _find_shape(recipe: Recipe, model: PreTrainedModel) -> Shape | None:
+def _find_shape(recipe: Recipe, model: PreTrainedModel) -> Architecture | None:
     """Return the model's dimensions; None for architectures whose FLOPs can't be counted."""
     try:
-        return shape_of(recipe, model.config)
+        return inspect_architecture(recipe, model.config)
     except UserError:
         return None
 

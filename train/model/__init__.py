@@ -1,1 +1,1 @@
-"""What is trained: weights, adapters, attention kernels."""
+"""Models and tokenizers: checking, loading, adapters, merging, inference, and counts of their parameters and FLOPs."""

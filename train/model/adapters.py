@@ -1,4 +1,4 @@
-"""LoRA and 4-bit weights: from the recipe's sections to what peft and transformers call the same things."""
+"""LoRA and 4-bit weights: from a recipe's sections to the configurations of peft and bitsandbytes."""
 
 import re
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from train.errors import UserError
-from train.model.text_part import idle_modules
+from train.model.text_part import find_idle_modules
 from train.recipe import AdapterSection, QuantizationSection
 from train.recipe.yaml_document import closest_match, did_you_mean
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 def lora_config(
     adapter: AdapterSection | None, model: PreTrainedModel | None = None, idle: frozenset[str] = frozenset()
 ) -> "LoraConfig | None":
-    """The adapter as peft wants it; None for full fine-tuning.
+    """Return the adapter as a configuration of peft; None for full fine-tuning.
 
-    `idle`: parameters of `model` that text never trains (`idle_parameters`); modules of them alone get no adapter.
+    `idle`: parameters of `model` that text never trains (`find_idle_parameters`); modules of these get no adapter.
     """
     if adapter is None:
         return None
@@ -29,7 +29,7 @@ def lora_config(
 
     settings = adapter.model_dump(mode="json")
     if model is not None:
-        if outside := idle_modules(model, idle):
+        if outside := find_idle_modules(model, idle):
             settings["exclude_modules"] = rf"(?:{'|'.join(map(re.escape, outside))})(?:\..*)?"
         if adapter.modules_to_save:
             settings["modules_to_save"] = _exact(adapter.modules_to_save, model, outside)
@@ -37,13 +37,13 @@ def lora_config(
 
 
 def check_adapter(adapter: AdapterSection | None, model: PreTrainedModel, idle: frozenset[str] = frozenset()) -> None:
-    """Raise UserError for a name in target_modules or modules_to_save that stands for nothing in `model`.
+    """Raise UserError for a name in target_modules or modules_to_save that matches no trainable module of `model`.
 
-    peft adapts what other names in the list match, and says nothing of the rest. `idle`: as in `lora_config`.
+    peft ignores such a name if another one matches. `idle`: as in `lora_config`.
     """
     if adapter is None:
         return
-    outside = _inside(idle_modules(model, idle))
+    outside = _inside(find_idle_modules(model, idle))
     modules: dict[str, torch.nn.Module] = dict(model.named_modules())
     adaptable = {name: module for name, module in modules.items() if isinstance(module, _adaptable_types())}
     if adapter.target_modules == "all-linear":
@@ -59,61 +59,61 @@ def check_adapter(adapter: AdapterSection | None, model: PreTrainedModel, idle: 
                 "`adapter` out to train in full."
             )
     else:
-        for wanted in adapter.target_modules:
-            _check_name("adapter.target_modules", wanted, modules, adaptable, outside)
+        for pattern in adapter.target_modules:
+            _check_name("adapter.target_modules", pattern, modules, adaptable, outside)
             saved = re.compile(rf"(?:.*\.)?(?:{'|'.join(adapter.modules_to_save or ('$.',))})(?:\..*)?")
-            if all(saved.fullmatch(name) for name in modules if _matches(wanted, name)):
+            if all(saved.fullmatch(name) for name in modules if _matches(pattern, name)):
                 raise UserError(
-                    f"adapter.target_modules: {wanted!r} lies in adapter.modules_to_save, which trains it in full, so "
+                    f"adapter.target_modules: {pattern!r} lies in adapter.modules_to_save, which trains it in full, so "
                     "it gets no adapter. Take it out of one of the two."
                 )
     weighted = {name: module for name, module in modules.items() if list(module.parameters(recurse=False))}
-    for wanted in adapter.modules_to_save or ():
-        _check_name("adapter.modules_to_save", wanted, modules, weighted, outside, any_type=True)
+    for pattern in adapter.modules_to_save or ():
+        _check_name("adapter.modules_to_save", pattern, modules, weighted, outside, any_type=True)
 
 
 def _adaptable_types() -> tuple[type, ...]:
-    """The layers that peft's LoRA adapts, as they are in a model without weights."""
+    """Return the types of layers that peft's LoRA adapts, as they are in a model without weights."""
     from transformers.pytorch_utils import Conv1D
 
     nn = torch.nn
     return (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, Conv1D)
 
 
-def _matches(wanted: str, name: str) -> bool:
-    """Return whether peft takes the module `name` for `wanted`: the whole name, or its end from a dot on."""
-    return name == wanted or name.endswith(f".{wanted}")
+def _matches(pattern: str, name: str) -> bool:
+    """Return whether peft matches the module `name` with `pattern`: the complete name, or its end after a dot."""
+    return name == pattern or name.endswith(f".{pattern}")
 
 
 def _inside(modules: list[str]) -> Callable[[str], bool]:
-    """A test of whether a module is one of `modules` or lies in one."""
-    return lambda name: any(name == one or name.startswith(f"{one}.") for one in modules)
+    """Return a test whether a module is one of `modules` or inside one."""
+    return lambda name: any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def _check_name(
     key: str,
-    wanted: str,
+    pattern: str,
     modules: dict[str, torch.nn.Module],
     suitable: dict[str, torch.nn.Module],
     outside: Callable[[str], bool],
     *,
     any_type: bool = False,
 ) -> None:
-    found = [name for name in modules if _matches(wanted, name)]
-    trained = [name for name in found if not outside(name)]
+    matches = [name for name in modules if _matches(pattern, name)]
+    trained = [name for name in matches if not outside(name)]
     offered = sorted({name.rpartition(".")[2] for name in suitable if not outside(name)})
     offered = [name for name in offered if not name.isdecimal()]
-    if not found:
-        why = " (`all-linear` stands alone, in no list)" if wanted == "all-linear" else ""
-        remedy = did_you_mean(closest_match(wanted.rpartition(".")[2], offered, 0.5))
+    if not matches:
+        hint = " (`all-linear` is a value by itself, not an item of a list)" if pattern == "all-linear" else ""
+        remedy = did_you_mean(closest_match(pattern.rpartition(".")[2], offered, 0.5))
         raise UserError(
-            f"{key}: the model has no module {wanted!r}{why}.{remedy} Those with weights are called "
+            f"{key}: the model has no module {pattern!r}{hint}.{remedy} Its modules with weights are "
             f"{', '.join(offered)}."
         )
     if not trained:
         raise UserError(
-            f"{key}: {wanted!r} is only in {found[0].rpartition('.')[0]}, which text never reaches, so it would not be "
-            f"trained. Take it out. In the text part there are {', '.join(offered)}."
+            f"{key}: {pattern!r} is only in {matches[0].rpartition('.')[0]}, which text never reaches, so it would not "
+            f"be trained. Remove it. The text part has {', '.join(offered)}."
         )
     unfit = next((name for name in trained if name not in suitable), None)
     if unfit is not None and not any_type:
@@ -125,31 +125,31 @@ def _check_name(
         )
 
 
-def _exact(wanted: tuple[str, ...], model: PreTrainedModel, outside: list[str]) -> list[str]:
-    """The names as they are, or whole ones where peft, which looks at a name's end alone, would take others too.
+def _exact(ends: tuple[str, ...], model: PreTrainedModel, outside: list[str]) -> list[str]:
+    """Return the names, or complete ones if peft, which compares the ends of names, would match other modules too.
 
-    `norm` is the end of `input_layernorm`.
+    `norm` is the end of `input_layernorm`, for example.
     """
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    meant = [name for name in names if any(_matches(one, name) for one in wanted) and not _inside(outside)(name)]
-    taken = [name for name in names if name.endswith(tuple(wanted))]
-    return list(wanted) if meant == taken else meant
+    intended = [name for name in names if any(_matches(end, name) for end in ends) and not _inside(outside)(name)]
+    matched_by_peft = [name for name in names if name.endswith(tuple(ends))]
+    return list(ends) if intended == matched_by_peft else intended
 
 
 def quantization_config(quantization: QuantizationSection | None) -> BitsAndBytesConfig | None:
-    """The 4-bit weights as transformers wants them; None for weights as they are.
+    """Return the 4-bit quantization as a configuration of transformers; None without quantization.
 
-    Raises UserError where bitsandbytes is not installed.
+    Raises UserError if bitsandbytes is not installed.
     """
     if quantization is None:
         return None
     try:
         import bitsandbytes  # noqa: F401
-    except ImportError as fault:
+    except ImportError as error:
         raise UserError(
             "quantization: 4-bit weights need the package bitsandbytes, which is not installed. Install it with "
             "`pip install bitsandbytes`, or take the section out."
-        ) from fault
+        ) from error
     settings = quantization.model_dump()
     for key in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"):
         settings[key] = getattr(torch, settings[key])

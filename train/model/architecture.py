@@ -1,7 +1,7 @@
-"""What a model is made of, from its config alone: every parameter by name and size, and no weights.
+"""Architecture of a model from its config alone: every parameter with its name and shape, without weights.
 
-The model is built on PyTorch's meta device, where tensors have a shape and no memory, and peft puts its adapters on it
-there, so the counts are those of the run and not of a formula.
+The model is built on PyTorch's meta device, where tensors have a shape and no memory. peft adds its adapters there, so
+the counts are those of the run and not of a formula.
 """
 
 import math
@@ -14,20 +14,22 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from train.errors import UserError
 from train.model.adapters import lora_config
-from train.model.text_part import bare_model, freeze, idle_parameters
+from train.model.text_part import build_meta_model, find_idle_parameters, freeze
 from train.recipe import Recipe
 
 _NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-"""transformers' Trainer.get_decay_parameter_names: the two groups of parameters that its optimizers get."""
+"""Names without weight decay in Trainer.get_decay_parameter_names of transformers, which forms the optimizer groups."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter. `itemsize`: bytes of an element as loaded, where nothing casts it; `decayed`: its optimizer group.
+    """One parameter.
 
-    `role`: body, embedding (the input's table; where it is tied it is the output layer too) or adapter (peft's, copies
-    of modules_to_save among them). `unused`: the original of such a copy, and
-    a tower for images or sound: both stand idle.
+    - `itemsize`: bytes of an element as loaded, before any cast;
+    - `decayed`: whether its optimizer group has weight decay;
+    - `role`: body, embedding (of the input; it may be tied to the output layer) or adapter (of peft, including its
+      copies of modules_to_save);
+    - `unused`: no text reaches it: the original of such a copy, or part of a tower for images or sound.
     """
 
     name: str
@@ -41,18 +43,20 @@ class Parameter:
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds; of quantized ones, how many it stands for."""
+        """Number of elements; of a quantized parameter before packing."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A dense decoder. Widths are in elements a token.
+class Architecture:
+    """A dense decoder. Widths are in elements per token.
 
-    `query_width`, `key_width`: heads and key-value heads times their size. `norms`: normalizations of hidden width in a
-    layer; `wide_norms`: they scale in float32 (Gemma's). `softcapped`: attention's scores are. `windows`: for each
-    layer how far back a token sees, None = to the beginning. `adapted_inputs`: width of what all adapters of the model
-    read, together. `tied`: the embedding is the output layer.
+    - `query_width`, `key_width`: heads and key-value heads times their size;
+    - `norms`: normalizations of hidden width in a layer; `wide_norms`: they scale in float32 (Gemma);
+    - `softcapped`: attention scores are soft-capped;
+    - `windows`: of each layer, the tokens that a token attends to; None = all before it;
+    - `adapted_inputs`: sum of the widths of all adapters' inputs;
+    - `tied`: the embedding is the output layer.
     """
 
     parameters: tuple[Parameter, ...]
@@ -72,20 +76,20 @@ class Shape:
 
     @property
     def total(self) -> int:
-        """Parameters of the model itself, adapters aside."""
-        return sum(one.elements for one in self.parameters if one.role != "adapter")
+        """Number of parameters of the model itself, without adapters."""
+        return sum(parameter.elements for parameter in self.parameters if parameter.role != "adapter")
 
     @property
     def trained(self) -> int:
-        """Parameters that are trained, wherever they are."""
-        return sum(one.elements for one in self.parameters if one.trained)
+        """Number of trained parameters."""
+        return sum(parameter.elements for parameter in self.parameters if parameter.trained)
 
 
-def shape_of(recipe: Recipe, config: PreTrainedConfig) -> Shape:
-    """The model of `config` with the adapter and quantization of the recipe. Loads no weights.
+def inspect_architecture(recipe: Recipe, config: PreTrainedConfig) -> Architecture:
+    """Return the architecture of `config` with the adapter and quantization of the recipe. Loads no weights.
 
-    Raises UserError for a mixture of experts, whose memory and arithmetic are not worked out here, and for an adapter
-    that peft refuses.
+    Raises UserError for a mixture of experts, whose memory and FLOPs can't be planned, and for an adapter that peft
+    refuses.
     """
     text = config.get_text_config()
     if any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
@@ -93,19 +97,19 @@ def shape_of(recipe: Recipe, config: PreTrainedConfig) -> Shape:
             f"--gpus: the plan knows dense models; {recipe.model.name_or_path} is a mixture of experts. Leave out "
             "--gpus: the rest of the check works."
         )
-    model = bare_model(config, recipe.model)
-    idle = idle_parameters(model)
+    model = build_meta_model(config, recipe.model)
+    idle = find_idle_parameters(model)
     freeze(model, idle)
-    never_used = {id(one) for name, one in model.named_parameters() if name in idle}
+    never_used = {id(parameter) for name, parameter in model.named_parameters() if name in idle}
     embedding = model.get_input_embeddings().weight
     output = model.get_output_embeddings()
-    linears = [one for one in model.modules() if isinstance(one, torch.nn.Linear) and one is not output]
-    quantized = {id(one.weight) for one in linears} if recipe.quantization else set()
-    own = {id(one) for one in model.parameters()}
-    first_layer = next(one for one in model.get_decoder().modules() if isinstance(one, torch.nn.ModuleList))[0]
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not output]
+    quantized = {id(module.weight) for module in linears} if recipe.quantization else set()
+    own = {id(parameter) for parameter in model.parameters()}
+    layers = next(module for module in model.get_decoder().modules() if isinstance(module, torch.nn.ModuleList))
     norms = sum(
-        "norm" in type(one).__name__.lower() and sum(each.numel() for each in one.parameters()) >= text.hidden_size
-        for one in first_layer.modules()
+        "norm" in type(module).__name__.lower() and sum(map(torch.numel, module.parameters())) >= text.hidden_size
+        for module in layers[0].modules()
     )
     adapted_inputs = 0
     if recipe.adapter:
@@ -114,33 +118,33 @@ def shape_of(recipe: Recipe, config: PreTrainedConfig) -> Shape:
         try:
             with torch.device("meta"):
                 model = get_peft_model(model, lora_config(recipe.adapter, model, idle))
-        except ValueError as fault:
-            raise UserError(f"adapter: {' '.join(str(fault).split())}") from fault
-        adapted_inputs = sum(one.shape[1] for name, one in model.named_parameters() if ".lora_A." in name)
+        except ValueError as error:
+            raise UserError(f"adapter: {' '.join(str(error).split())}") from error
+        adapted_inputs = sum(matrix.shape[1] for name, matrix in model.named_parameters() if ".lora_A." in name)
     decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], _NOT_DECAYED))
 
-    def itemsize(name: str, one: torch.nn.Parameter) -> int:
-        # TRL casts QLoRA's adapters to bfloat16, but for DoRA's magnitudes
-        narrow = recipe.quantization and one.requires_grad and "lora_magnitude_vector" not in name
-        return 2 if narrow else one.element_size()
+    def itemsize(name: str, parameter: torch.nn.Parameter) -> int:
+        # TRL casts QLoRA's adapters to bfloat16, except DoRA's magnitudes
+        narrow = recipe.quantization and parameter.requires_grad and "lora_magnitude_vector" not in name
+        return 2 if narrow else parameter.element_size()
 
     parameters = tuple(
         Parameter(
             name=name,
-            shape=tuple(one.shape),
-            itemsize=itemsize(name, one),
-            trained=one.requires_grad,
+            shape=tuple(parameter.shape),
+            itemsize=itemsize(name, parameter),
+            trained=parameter.requires_grad,
             decayed=name in decayed,
-            quantized=id(one) in quantized,
-            role="embedding" if one is embedding else "body" if id(one) in own else "adapter",
-            unused=id(one) in never_used or bool(re.search(r"\.original_module\.", name)),
+            quantized=id(parameter) in quantized,
+            role="embedding" if parameter is embedding else "body" if id(parameter) in own else "adapter",
+            unused=id(parameter) in never_used or bool(re.search(r"\.original_module\.", name)),
         )
-        for name, one in model.named_parameters()
+        for name, parameter in model.named_parameters()
     )
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
     window = getattr(text, "sliding_window", None)
-    return Shape(
+    return Architecture(
         parameters=parameters,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,

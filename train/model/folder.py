@@ -1,6 +1,6 @@
-"""The files of a model folder: why it can't be trained, told before anything heavy is imported.
+"""Checks of the files in a model folder, before anything heavy is imported.
 
-Only names, JSON and the headers of safetensors files are read.
+They read only names, JSON and the headers of safetensors files.
 """
 
 import json
@@ -18,33 +18,33 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 _TOKENIZER = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json", "merges.txt", "spiece*", "bpe*")
-"""Patterns of which the files of every kind of tokenizer match at least one."""
+"""Patterns of tokenizer files; every kind of tokenizer has a file that matches one."""
 _LFS = b"version https://git-lfs"
 
 
 def check_model_folder(model: ModelSection, *, weights: bool = True) -> None:
-    """Raise UserError where `model` names a folder that can't be trained: what it holds, and what to do.
+    """Raise UserError if `model` names a folder that can't be trained, with its content and what to do.
 
-    A hub id passes: nothing of it is here yet. `weights`: False where a plan is made for other machines, which takes no
-    more than a config.json and a tokenizer.
+    A hub id passes, as it may not be downloaded yet. `weights`: False for a plan, which needs only config.json and a
+    tokenizer.
     """
     folder = Path(model.name_or_path)
-    fault = None
+    error = None
     if folder.is_file():
-        fault = _file_fault(folder)
+        error = _file_error(folder)
     elif folder.is_dir() and (weights or not _is_config_alone(folder)):
-        fault = _folder_fault(folder, model)
-    if fault:
-        raise UserError(f"model.name_or_path: {folder} {fault}")
+        error = _folder_error(folder, model)
+    if error:
+        raise UserError(f"model.name_or_path: {folder} {error}")
 
 
 def is_adapter_alone(folder: Path) -> bool:
-    """Return whether `folder` holds an adapter and no model under it; a config.json may lie beside it."""
-    return (folder / "adapter_config.json").is_file() and not _whole_weights(folder)
+    """Return whether `folder` holds an adapter without its base; there may be a config.json."""
+    return (folder / "adapter_config.json").is_file() and not _has_weights(folder)
 
 
 def adapter_base(folder: Path) -> str | None:
-    """Return the model that the adapter in `folder` was trained on, by its own word; None where it says nothing."""
+    """Return the base model that the adapter in `folder` names; None if it names none."""
     base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     return base if isinstance(base, str) and base else None
 
@@ -55,27 +55,27 @@ def _is_config_alone(folder: Path) -> bool:
     return "config.json" in names and not any(name.endswith(suffixes) for name in names)
 
 
-def _file_fault(file: Path) -> str:
+def _file_error(file: Path) -> str:
     if file.suffix == ".gguf":
         return _gguf([file.name])
     return f"is a file. Name the folder that it is in: {file.parent}."
 
 
-def _folder_fault(folder: Path, model: ModelSection) -> str | None:
+def _folder_error(folder: Path, model: ModelSection) -> str | None:
     if (folder / "adapter_config.json").is_file() or any((folder / name).is_file() for name in _ADAPTER):
-        return _adapter_fault(folder)
+        return _adapter_error(folder)
     if not (folder / "config.json").is_file():
         return _no_model(folder)
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError) as error:
-        return f"has a config.json that can't be read: {error}. Get that file anew."
+        return f"has a config.json that can't be read: {error}. Download that file again."
     if not isinstance(config, dict):
-        return "has a config.json that is not an object. Get that file anew."
-    if fault := _undeclared_quantization(folder, config):
-        return fault
-    if "transformers_weights" not in config and (fault := _weights_fault(folder, model)):
-        return fault
+        return "has a config.json that is not a JSON object. Download that file again."
+    if problem := _undeclared_quantization(folder, config):
+        return problem
+    if "transformers_weights" not in config and (problem := _weights_error(folder, model)):
+        return problem
     if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER):
         return (
             "holds no tokenizer. Copy the tokenizer's files (tokenizer.json, tokenizer_config.json, ...) of the model "
@@ -84,13 +84,13 @@ def _folder_fault(folder: Path, model: ModelSection) -> str | None:
     return None
 
 
-def _adapter_fault(folder: Path) -> str:
+def _adapter_error(folder: Path) -> str:
     base = adapter_base(folder)
     on = f" (trained on {base})" if base else ""
     merge = f"python scripts/merge_adapter.py {folder} --output {folder.name}-merged"
-    if _whole_weights(folder):
+    if _has_weights(folder):
         return (
-            f"holds a whole model and an adapter{on} in one folder, and training would start from the model without "
+            f"holds a complete model and an adapter{on} in one folder, and training would start from the model without "
             "the adapter. Move adapter_config.json and the adapter's weights to a folder of their own; to train on "
             f"from the adapter, merge that folder with `python scripts/merge_adapter.py ADAPTER --base {folder} "
             "--output MERGED` and name MERGED here."
@@ -100,13 +100,13 @@ def _adapter_fault(folder: Path) -> str:
     if not any((folder / name).is_file() for name in _ADAPTER):
         return f"holds an adapter's adapter_config.json{on} without its weights ({_ADAPTER[0]}). Get them too."
     return (
-        f"holds an adapter{on}, not a whole model. Merge it first with `{merge}` and name {folder.name}-merged here. "
-        "To go on with an unfinished LoRA run, keep its own model.name_or_path and give --resume."
+        f"holds an adapter{on}, not a complete model. Merge it first with `{merge}` and name {folder.name}-merged "
+        "here. To continue an unfinished LoRA run, keep its own model.name_or_path and give --resume."
     )
 
 
 def _no_model(folder: Path) -> str:
-    """Say what a folder without config.json is."""
+    """Return what a folder without config.json holds instead."""
     names = {path.name for path in folder.iterdir()}
     if not names:
         return "is empty. Name a folder with config.json, weights and tokenizer."
@@ -123,7 +123,7 @@ def _no_model(folder: Path) -> str:
     if inside:
         more = f" and {len(inside) - 3} more" if len(inside) > 3 else ""
         return f"holds no model itself, but folders with models: {', '.join(inside[:3])}{more}. Name one of them."
-    if _whole_weights(folder):
+    if _has_weights(folder):
         return "holds weights without config.json. Get the model's config.json too."
     if any(any(folder.glob(pattern)) for pattern in _TOKENIZER):
         return "holds a tokenizer alone: no config.json and no weights. Name the folder of the model."
@@ -132,31 +132,31 @@ def _no_model(folder: Path) -> str:
 
 def _models_inside(folder: Path) -> list[str]:
     inside = [path.parent for pattern in ("*/config.json", "*/adapter_config.json") for path in folder.glob(pattern)]
-    known = {path: path.stat().st_mtime_ns for path in inside}
-    return [str(path) for path in sorted(known, key=lambda path: (-known[path], path.name))]
+    times = {path: path.stat().st_mtime_ns for path in inside}
+    return [str(path) for path in sorted(times, key=lambda path: (-times[path], path.name))]
 
 
 def _undeclared_quantization(folder: Path, config: dict[str, Any]) -> str | None:
-    """Quantized weights that transformers wouldn't recognize, and would fill up with random numbers."""
+    """Return the error for quantized weights that transformers wouldn't recognize, and would initialize at random."""
     text = config.get("text_config")
     declared = config.get("quantization_config") or (
         text.get("quantization_config") if isinstance(text, dict) else None
     )
     original = "Name the model that it was quantized from"
     if isinstance(config.get("quantization"), dict) and "quant_method" not in (declared or {}):
-        return f"holds weights quantized by MLX, which are for Apple's chips. {original}."
+        return f"holds weights quantized by MLX, which run only on Apple hardware. {original}."
     if declared:
         return None
     for name, method in ("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ"):
         if (folder / name).is_file():
             return (
-                f"holds weights quantized by {method} in an old form: {name} says so, and config.json has no "
+                f"holds weights quantized by {method} in an old format: there is a {name}, and config.json has no "
                 f"`quantization_config`. {original}, or get a newer version of this one."
             )
     return None
 
 
-def _weights_fault(folder: Path, model: ModelSection) -> str | None:
+def _weights_error(folder: Path, model: ModelSection) -> str | None:
     if (folder / WEIGHTS).is_file():
         return _damage([folder / WEIGHTS])
     pickles = [name for name in _PICKLES if (folder / name).is_file()]
@@ -164,7 +164,7 @@ def _weights_fault(folder: Path, model: ModelSection) -> str | None:
     if index and (folder / index).is_file():
         shards = read_json(folder / index).get("weight_map")
         if not isinstance(shards, dict) or not shards:
-            return f"has a {index} that names no weights. Get that file anew."
+            return f"has a {index} that names no weights. Download that file again."
         files = sorted({str(name) for name in shards.values()})
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
@@ -194,7 +194,7 @@ def _pickled() -> str:
 
 
 def _foreign_weights(folder: Path, names: set[str]) -> str | None:
-    """Weights in a layout that transformers doesn't load, said in words."""
+    """Return the error for weights in a layout that transformers doesn't load; None for others."""
     if ggufs := sorted(name for name in names if name.endswith(".gguf")):
         return _gguf(ggufs)
     if names & {"params.json"} or any(name.startswith("consolidated.") for name in names):
@@ -204,13 +204,13 @@ def _foreign_weights(folder: Path, names: set[str]) -> str | None:
         )
     if names & {"zero_to_fp32.py", "latest"} or any(folder.glob("global_step*")):
         return (
-            "holds DeepSpeed's training state without the model's weights in one piece. Go on from it with --resume "
+            "holds DeepSpeed's training state without the model's weights in one piece. Continue from it with --resume "
             f"{folder}, or make weights of it with `python {folder}/zero_to_fp32.py {folder} OUT --safe_serialization` "
             "and name OUT with the model's config.json and tokenizer."
         )
     if any(folder.glob("*fsdp*/")) or any(folder.glob("*.distcp")):
         return (
-            "holds FSDP's training state without the model's weights in one piece. Go on from it with --resume "
+            "holds FSDP's training state without the model's weights in one piece. Continue from it with --resume "
             f"{folder}, or make weights of it with `accelerate merge-weights {folder}/pytorch_model_fsdp_0 OUT` and "
             "name OUT with the model's config.json and tokenizer."
         )
@@ -218,7 +218,9 @@ def _foreign_weights(folder: Path, names: set[str]) -> str | None:
         if name in names:
             return f"holds weights for {framework} alone ({name}). Name a version in safetensors."
     if {"trainer_state.json"} <= names:
-        return f"holds the state of a training run without the model's weights. Go on from it with --resume {folder}."
+        return (
+            f"holds the state of a training run without the model's weights. Continue from it with --resume {folder}."
+        )
     return None
 
 
@@ -230,7 +232,7 @@ def _gguf(names: list[str]) -> str:
 
 
 def _damage(files: list[Path]) -> str | None:
-    """Say which of the safetensors files is not whole."""
+    """Return the error for the first safetensors file that is damaged or incomplete; None if all are complete."""
     for file in files:
         with file.open("rb") as start:
             if start.read(len(_LFS)) == _LFS:
@@ -239,11 +241,13 @@ def _damage(files: list[Path]) -> str | None:
             with safe_open(file, "numpy") as tensors:
                 empty = next((name for name, shape in _shapes(tensors) if 0 in shape and name.endswith("weight")), None)
         except (OSError, SafetensorError) as error:
-            return f"holds {file.name}, which can't be loaded: no whole safetensors file ({error}). Get it anew."
+            return (
+                f"holds {file.name}, which can't be loaded: no complete safetensors file ({error}). Download it again."
+            )
         if empty:
             return (
                 f"holds {file.name}, whose {empty} is empty: it was saved under ZeRO-3 or FSDP without gathering the "
-                "weights. Save the model anew."
+                "weights. Save the model again."
             )
     return None
 
@@ -253,12 +257,12 @@ def _shapes(tensors: Any) -> Iterator[tuple[str, list[int]]]:
         yield name, tensors.get_slice(name).get_shape()
 
 
-def _whole_weights(folder: Path) -> bool:
+def _has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (WEIGHTS, INDEX, *_PICKLES))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; an empty one where it can't be read."""
+    """Return the object in a JSON file; an empty one if it can't be read."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -271,8 +275,8 @@ def _listed(names: set[str]) -> str:
     return ", ".join(sorted(names)[:3]) + more
 
 
-def refuse_missing_model(model: ModelSection, recipe_file: str | None = None) -> None:
-    """Raise UserError where `model.name_or_path` is neither a folder nor an id that the hub may have."""
+def check_model_exists(model: ModelSection, recipe_file: str | None = None) -> None:
+    """Raise UserError if `model.name_or_path` is neither a folder nor a possible hub id."""
     name = model.name_or_path
     path = Path(name)
     if path.is_dir():
@@ -285,15 +289,15 @@ def refuse_missing_model(model: ModelSection, recipe_file: str | None = None) ->
         raise UserError(
             f"model.name_or_path: there is no folder {path}{where}.{hint} Write a model folder or a hub id."
         )
-    if why := hub_unreachable_reason(name, "model"):
+    if reason := hub_unreachable_reason(name, "model"):
         hint = _from_recipe(path, recipe_file) or suggest_similar(path)
         raise UserError(
-            f"model.name_or_path: {name} can't be loaded: there is no folder of that name{where}; {why}.{hint}"
+            f"model.name_or_path: {name} can't be loaded: there is no folder of that name{where}; {reason}.{hint}"
         )
 
 
 def _from_recipe(path: Path, recipe_file: str | None) -> str:
-    """Return a hint where `path` is there when looked up from the recipe's folder: paths are not."""
+    """Return a hint if `path` exists relative to the recipe's folder, from which paths don't start."""
     beside = Path(recipe_file).parent / path if recipe_file else path
     if path.exists() or not beside.exists():
         return ""

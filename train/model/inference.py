@@ -1,4 +1,4 @@
-"""Answers from a model in memory, in batches, and where the answers of a saved one stop."""
+"""Inference with a model in memory: batched generation, stop tokens and evaluation mode."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """What a model wrote. `tokens`: how many, with the one that ended it. `cut`: the limit ended it."""
+    """Generated text. `tokens`: their number, with the stop token; `cut`: the limit of tokens ended it."""
 
     text: str
     tokens: int
@@ -27,10 +27,10 @@ def generate_batch(
     max_new_tokens: int,
     sampling: Mapping[str, Any] | None = None,
 ) -> list[Generated]:
-    """What the model writes after each prompt, all at once. `sampling`: as transformers' generate; None = greedy.
+    """Generate a continuation of each prompt, in one batch. `sampling`: arguments of `generate`; None = greedy.
 
-    What `sampling` doesn't name is as the model's own generation settings have it, and else not done (top_k 50, a
-    default of transformers, isn't). Special tokens aren't in the text.
+    Settings that `sampling` doesn't name are the model's own, else off (transformers' default of top_k 50 is not used).
+    Special tokens are left out of the text.
     """
     model.eval()
     inputs = tokenizer(
@@ -50,36 +50,36 @@ def generate_batch(
     outputs = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
     written = outputs[:, inputs["input_ids"].shape[1] :].tolist()
     texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-    known = model.generation_config.eos_token_id
-    stops = set(known) if isinstance(known, list) else {known}
+    eos = model.generation_config.eos_token_id
+    stops = set(eos) if isinstance(eos, list) else {eos}
     generated = []
     for ids, text in zip(written, texts, strict=True):
-        tokens = next((place + 1 for place, token in enumerate(ids) if token in stops), len(ids))
+        tokens = next((index + 1 for index, token in enumerate(ids) if token in stops), len(ids))
         cut = tokens == max_new_tokens and ids[-1] not in stops
         generated.append(Generated(text, tokens, cut))
     return generated
 
 
-def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str]) -> None:
-    """Have the saved generation settings stop at each of `stop_tokens`, at eos and at what the model stops at already.
+def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str]) -> None:
+    """Add `stop_tokens` and the tokenizer's eos to the stop tokens of the model's generation settings.
 
     Call it before the trainer makes the first of them the tokenizer's eos.
     """
-    known = model.generation_config.eos_token_id
-    before = known if isinstance(known, list) else [] if known is None else [known]
+    own = model.generation_config.eos_token_id
+    before = own if isinstance(own, list) else [] if own is None else [own]
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stops = [*map(tokenizer.convert_tokens_to_ids, stop_tokens), *eos, *before]
     model.generation_config.eos_token_id = list(dict.fromkeys(stops)) or None
 
 
 @contextmanager
-def as_in_evaluation(model: Any) -> Iterator[None]:
-    """The model without dropout and the like, each of its modules afterwards as it was."""
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Set the model to evaluation mode inside the block; every module has its mode back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     for module, _ in modes:
         if type(module).__name__ == "Linear4bit":
-            module.training = True  # in evaluation, bitsandbytes packs the weights anew on a CPU, for good
+            module.training = True  # in evaluation mode bitsandbytes repacks the weights on a CPU, permanently
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Weights and tokenizer from a folder or the hub: safetensors only and no foreign code, unless the recipe allows it."""
+"""Load a model from a folder or the hub: safetensors and no code of its own, unless the recipe allows it."""
 
 import re
 import shutil
@@ -17,33 +17,38 @@ from transformers.utils import logging as transformers_logging
 
 from train.errors import UserError
 from train.model.adapters import check_adapter, quantization_config
-from train.model.attention.selection import attention_for, choose_attention, machine, needs_of
-from train.model.float8 import check_float8, check_start, convert
+from train.model.attention.selection import attention_needs, choose_attention, machine, select_attention
+from train.model.float8 import check_float8, check_float8_start, convert
 from train.model.folder import adapter_base, is_adapter_alone
 from train.model.pretrained import optional_file, origin, reading, unloadable
-from train.model.quantized_weights import check_quantized, describe_quantized, quantization_to_load, saved_quantization
-from train.model.text_part import auto_class, bare_model, describe_idle, idle_parameters
-from train.model.unloaded_weights import left_out, listed, weight_names
+from train.model.quantized_weights import (
+    check_quantized,
+    describe_quantized,
+    quantization_to_load,
+    read_saved_quantization,
+)
+from train.model.text_part import auto_model_class, build_meta_model, describe_idle, find_idle_parameters
+from train.model.unloaded_weights import left_out, listed, read_weight_names
 from train.ranks import is_first_rank
 from train.recipe import ModelSection, Recipe
 
 
-def hide_bars_in_logs() -> None:
-    """Keep transformers' own progress bars out of a log file, where each step of theirs is a piece of one long line."""
+def disable_bars_in_logs() -> None:
+    """Disable transformers' progress bars if the output is a log file, where they write one long line."""
     if not sys.stdout.isatty():
         transformers_logging.disable_progress_bar()
 
 
 def load_config(model: ModelSection) -> PreTrainedConfig:
-    """The model's config. Raises UserError where there is none that can be opened."""
+    """Return the model's config. Raises UserError if there is none that can be opened."""
     with reading(model, "config.json"):
         return AutoConfig.from_pretrained(**origin(model))
 
 
 def copy_processor(model: ModelSection, folder: Path) -> list[str]:
-    """Copy to `folder` what prepares images and sound for a multimodal model; return the names of the files.
+    """Copy the processor files of a multimodal model to `folder`; return their names.
 
-    Without them a server takes no model that has a tower, trained or not.
+    Without them no server loads a model that has a tower for images or sound.
     """
     copied = []
     for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
@@ -76,12 +81,12 @@ def check_model(recipe: Recipe) -> CheckedModel:
     with reading(recipe.model, "config.json"):
         _check_kind(recipe.model.name_or_path, config)
         check_quantized(recipe, config)
-        bare = bare_model(config, recipe.model)
-    if dropped := left_out(bare, config, weight_names(Path(recipe.model.name_or_path))):
+        bare = build_meta_model(config, recipe.model)
+    if dropped := left_out(bare, config, read_weight_names(Path(recipe.model.name_or_path))):
         raise unloadable(recipe.model, ValueError(dropped))
-    idle = idle_parameters(bare)
+    idle = find_idle_parameters(bare)
     check_adapter(recipe.adapter, bare, idle)
-    choose_attention(recipe.model.attention, needs_of(recipe, config), machine())
+    choose_attention(recipe.model.attention, attention_needs(recipe, config), machine())
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions and recipe.data.max_length > positions:
@@ -94,7 +99,7 @@ def check_model(recipe: Recipe) -> CheckedModel:
 
 
 def _check_kind(name: str, config: PreTrainedConfig) -> None:
-    """Raise UserError for a model that doesn't write text from its start to its end: its weights lack parts then."""
+    """Raise UserError for a model that isn't a decoder with an output layer."""
     if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
         raise UserError(
             f"model.name_or_path: {name} is an encoder-decoder model ({config.model_type}). Name a decoder-only one."
@@ -106,42 +111,42 @@ def _check_kind(name: str, config: PreTrainedConfig) -> None:
     if head or (saved_as.endswith("Model") and not config.get_text_config().tie_word_embeddings):
         has = f"the output layer of {saved_as}" if head else "no output layer"
         raise UserError(
-            f"model.name_or_path: {name} was saved as {saved_as}: it has {has}, so nothing writes text, and the layer "
-            "that does would be random. Name the model as it was before, with its language model's output layer."
+            f"model.name_or_path: {name} was saved as {saved_as}: it has {has}, so the layer that predicts tokens "
+            "would be random. Name the original model, with its language model's output layer."
         )
 
 
 def load_model(recipe: Recipe) -> PreTrainedModel:
-    """The weights, in the dtype and with the attention kernel of the recipe, quantized or in float8 where it says so.
+    """Load the weights in the dtype, attention kernel, quantization and float8 mode of the recipe.
 
-    Under DeepSpeed ZeRO-3 the training arguments must exist before this is called: then no rank holds the whole model.
-    Raises UserError where the weights can't be opened, aren't those of the model, or are pickled and the recipe doesn't
-    allow that, and where this machine can't multiply in float8 and the recipe asks for it.
+    Under DeepSpeed ZeRO-3 the training arguments must exist before: then no rank holds the complete model.
+    Raises UserError if the weights can't be opened, belong to another model, or are pickled without the recipe's
+    permission, and if the recipe asks for float8 on a machine without it.
     """
-    hide_bars_in_logs()
+    disable_bars_in_logs()
     model = recipe.model
-    check_start(recipe)
+    check_float8_start(recipe)
     config = load_config(model)
-    attention = attention_for(recipe, config)
+    attention = select_attention(recipe, config)
     settings: dict[str, Any] = {"attn_implementation": attention.kernel, "dtype": getattr(torch, model.dtype, "auto")}
     settings["use_safetensors"] = None if model.allow_pickle else True
     quantization = quantization_to_load(config)
-    if saved_quantization(config) is None:
+    if read_saved_quantization(config) is None:
         quantization = quantization_config(recipe.quantization)
     if quantization is not None:
         settings["quantization_config"] = quantization
     try:
-        loaded, others = _load_whole(config, {**origin(model), **settings})
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as fault:
+        loaded, others = _load_complete(config, {**origin(model), **settings})
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         if not model.allow_pickle and _has_pickled_weights(model.name_or_path):
             raise UserError(
                 f"model.name_or_path: {model.name_or_path} holds its weights in pickle files, which can run code when "
                 "they are opened. Use a safetensors version; if you trust them, write `model.allow_pickle: true`."
-            ) from fault
-        raise unloadable(model, fault) from fault
+            ) from error
+        raise unloadable(model, error) from error
     if others and is_first_rank():
         print(
-            f"weights that {type(loaded).__name__} has no place for are not loaded, and not saved: {listed(others)}",
+            f"weights that are not part of {type(loaded).__name__} are neither loaded nor saved: {listed(others)}",
             flush=True,
         )
     if model.float8 is not None:
@@ -149,20 +154,20 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     return loaded
 
 
-def _load_whole(config: PreTrainedConfig, settings: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
-    """Return the model of `config` with all of its weights, and the names of others in its files.
+def _load_complete(config: PreTrainedConfig, settings: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
+    """Load the model of `config` with all of its weights; return the names of other weights in its files too.
 
-    Raises ValueError where files lack some, have other shapes, or hold layers that `config` leaves out: transformers
-    fills up what is missing with random numbers, leaves out the rest, and goes on.
+    Raises ValueError if the files lack weights, have other shapes, or hold layers that `config` leaves out.
+    transformers would initialize what is missing at random, ignore the rest and continue.
     """
-    loaded, report = auto_class(config).from_pretrained(
+    loaded, report = auto_model_class(config).from_pretrained(
         **settings, output_loading_info=True, ignore_mismatched_sizes=True
     )
     if missing := sorted(report["missing_keys"]):
         more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
         raise ValueError(
             f"its files lack weights that {type(loaded).__name__} has: {missing[0]}{more}. They are those of another "
-            "kind of model, or were not saved whole."
+            "kind of model, or are incomplete."
         )
     if mismatched := sorted(report["mismatched_keys"]):
         name, in_file, in_model = mismatched[0]
@@ -177,11 +182,14 @@ def _load_whole(config: PreTrainedConfig, settings: dict[str, Any]) -> tuple[Pre
 
 
 def load_saved(name: str, dtype: str | None = None) -> PreTrainedModel:
-    """A model as it is used: `name` is a folder or hub id of a whole model or an adapter; on a GPU, if there is one.
+    """Load a model for inference, on a GPU if there is one.
 
-    `dtype`: float32 or bfloat16; None = bfloat16 on a GPU and float32 on a CPU. Raises UserError.
+    - `name`: folder or hub id of a model, or folder of an adapter, whose base is loaded with it;
+    - `dtype`: float32 or bfloat16; None = bfloat16 on a GPU and float32 on a CPU.
+
+    Raises UserError if it can't be loaded.
     """
-    hide_bars_in_logs()
+    disable_bars_in_logs()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32"))
     # With a config.json beside it transformers would look for the base's weights in the adapter's folder.
@@ -191,12 +199,12 @@ def load_saved(name: str, dtype: str | None = None) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(base or name)
         if quantization := quantization_to_load(config):
             settings["quantization_config"] = quantization
-        loaded, _ = _load_whole(config, settings)
+        loaded, _ = _load_complete(config, settings)
         if base:
             loaded.load_adapter(name)
-        return loaded if saved_quantization(loaded.config) else loaded.to(device)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as fault:
-        raise UserError(f"{name}: can't be loaded: {' '.join(str(fault).split())}") from fault
+        return loaded if read_saved_quantization(loaded.config) else loaded.to(device)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise UserError(f"{name}: can't be loaded: {' '.join(str(error).split())}") from error
 
 
 def _has_pickled_weights(name: str) -> bool:

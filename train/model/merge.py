@@ -1,4 +1,4 @@
-"""A LoRA adapter merged into its base, one file of weights after the other: memory holds a shard, never the model."""
+"""Merge a LoRA adapter into its base, one weights file at a time: memory holds a shard, not the model."""
 
 import json
 import shutil
@@ -16,10 +16,10 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from train.errors import UserError
-from train.model.text_part import auto_class
+from train.model.text_part import auto_model_class
 
 Change = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
-"""From a weight of the base to the merged one, rounded once, to the type given."""
+"""Function from a weight of the base to the merged one, rounded once to the given dtype."""
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -29,60 +29,63 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 
 
 def merge_adapter(base: Path, adapter: Path, output: Path, dtype: str | None = None) -> int:
-    """Write `base` with `adapter` merged into it to the folder `output`; how many weights changed.
+    """Write `base` with `adapter` merged into it to the folder `output`; return the number of changed weights.
 
-    The deltas are peft's own (rank-stabilised, weight-decomposed, patterns of ranks and alphas), added in float32 and
-    rounded once to the base's type, or to `dtype`. Files, names and index stay the base's; an input and output
-    embedding that the base ties come apart where the adapter changed one of them, as in peft. Tokenizer and generation
-    settings are the adapter's where it has them. Raises UserError for what can't be merged shard by shard.
+    - The updates are peft's own (rank-stabilised, weight-decomposed, patterns of ranks and alphas), added in float32
+      and rounded once to the base's dtype, or to `dtype`.
+    - Files, names and index are the base's. Tied input and output embeddings are untied if the adapter changed one of
+      them, as in peft.
+    - Tokenizer and generation settings are the adapter's, if it has them.
+
+    Raises UserError for an adapter that can't be merged shard by shard.
     """
     config = _read_config(base)
     model = _with_adapter(config, adapter)
     changes, tied = _changes(model), _tied(model.get_base_model())
-    files = weight_files(base)
+    files = find_weight_files(base)
     names = {name for path in files for name in _names(path)}
-    apart = bool(tied & changes.keys())
-    copies = {kept: absent for kept in tied & names for absent in tied - names} if apart else {}
+    untied = bool(tied & changes.keys())
+    copies = {stored: absent for stored in tied & names for absent in tied - names} if untied else {}
     missing = sorted(changes.keys() - names - set(copies.values()))
     if missing:
         raise UserError(
-            f"{base}: its files hold no weight {missing[0]}: they name or arrange it otherwise than the model does, so "
+            f"{base}: its files hold no weight {missing[0]}: its name or layout there differs from the model's, so "
             "this adapter can't be merged file by file. Merge it in memory with peft's merge_and_unload."
         )
     output.mkdir(parents=True)
     total = 0
-    place: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for path in files:
         weights, metadata = _merged_file(path, changes, copies, getattr(torch, dtype) if dtype else None)
         save_file(weights, output / path.name, metadata=metadata)
-        place |= dict.fromkeys(weights, path.name)
+        weight_map |= dict.fromkeys(weights, path.name)
         total += sum(value.numel() * value.element_size() for value in weights.values())
     if (base / SAFE_WEIGHTS_INDEX_NAME).is_file():
         index = json.loads((base / SAFE_WEIGHTS_INDEX_NAME).read_bytes())
         index = {
             "metadata": {**index.get("metadata", {}), "total_size": total},
-            "weight_map": dict(sorted(place.items())),
+            "weight_map": dict(sorted(weight_map.items())),
         }
         (output / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    _copy_the_rest(base, adapter, output)
-    if apart:
+    _copy_other_files(base, adapter, output)
+    if untied:
         _set_in_config(output / "config.json", tie_word_embeddings=False)
     if dtype is not None:
         _set_in_config(output / "config.json", dtype=dtype)
     return len(changes)
 
 
-def tied_embeddings(base: Path) -> frozenset[str]:
-    """Names of the input and output embeddings' weights where the model in `base` ties them; else none."""
+def find_tied_embeddings(base: Path) -> frozenset[str]:
+    """Return the names of the input and output embeddings' weights if the model in `base` ties them; else none."""
     config = _read_config(base)
     with torch.device("meta"):
-        return frozenset(_tied(auto_class(config).from_config(config)))
+        return frozenset(_tied(auto_model_class(config).from_config(config)))
 
 
 def _read_config(base: Path) -> Any:
     if (base / "adapter_config.json").is_file():
         raise UserError(
-            f"{base}: as a base it must hold no adapter, and it holds adapter_config.json: transformers would apply "
+            f"{base}: a base must hold no adapter, and it has adapter_config.json: transformers would apply "
             "that adapter as it loads the model. Move adapter_config.json and adapter_model.safetensors to a folder of "
             f"their own, and merge that with --base {base}."
         )
@@ -96,7 +99,7 @@ def _read_config(base: Path) -> Any:
 
 
 def _with_adapter(config: Any, adapter: Path) -> PeftModel:
-    """The base without weights, under the adapter with its own. Raises UserError for adapters of other kinds."""
+    """Load the adapter on a base without weights. Raises UserError for adapters of other kinds."""
     settings = PeftConfig.from_pretrained(adapter)
     if settings.peft_type != PeftType.LORA:
         raise UserError(f"{adapter}: a {settings.peft_type.value} adapter. Only LoRA can be merged.")
@@ -118,25 +121,26 @@ def _with_adapter(config: Any, adapter: Path) -> PeftModel:
             "merged file by file. Merge it in memory with peft's merge_and_unload."
         )
     with torch.device("meta"):
-        bare = auto_class(config).from_config(config, dtype=torch.float32)
-    _leave_weights_out(bare)
+        bare = auto_model_class(config).from_config(config, dtype=torch.float32)
+    _replace_weights(bare)
     try:
         return PeftModel.from_pretrained(bare, adapter, torch_device="cpu")
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as fault:
-        first_line = str(fault).strip().splitlines()[0]
-        raise UserError(f"{adapter}: the adapter doesn't fit its base, or can't be read: {first_line}") from fault
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(f"{adapter}: the adapter doesn't fit its base, or can't be read: {first_line}") from error
 
 
-def _leave_weights_out(model: PreTrainedModel) -> None:
-    """Weights of one zero each that only look like whole ones. (peft moves an adapter to where its base is, and adds
-    nothing without a word where that is the meta device.)
+def _replace_weights(model: PreTrainedModel) -> None:
+    """Replace the weights by views of a single zero, with their shapes.
+
+    peft moves an adapter to the device of its base, and silently adds nothing if that is the meta device.
     """
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # peft may load something into these
-    known: dict[int, torch.nn.Parameter] = {}
+    placeholders: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             zeros = torch.zeros(weight.shape) if module in embeddings else torch.zeros(()).expand(weight.shape)
-            setattr(module, name, known.setdefault(id(weight), torch.nn.Parameter(zeros, requires_grad=False)))
+            setattr(module, name, placeholders.setdefault(id(weight), torch.nn.Parameter(zeros, requires_grad=False)))
 
 
 def _changes(model: PeftModel) -> dict[str, Change]:
@@ -160,10 +164,10 @@ def _merge_into(name: str, layer: Linear | Embedding) -> Change:
         empty = base.weight
         base.weight = torch.nn.Parameter(original.float(), requires_grad=False)
         try:
-            layer.merge(safe_merge=True)  # into a copy, and it refuses what isn't finite
+            layer.merge(safe_merge=True)  # into a copy; raises ValueError for values that aren't finite
             return base.weight.data.to(dtype)
-        except ValueError as fault:
-            raise UserError(f"{name}: {fault}") from fault
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from error
         finally:
             base.weight = empty
 
@@ -181,8 +185,8 @@ def _tied(base: PreTrainedModel) -> set[str]:
     return {f"{name}.weight" for name, module in base.named_modules() if any(module is end for end in ends)}
 
 
-def weight_files(base: Path) -> list[Path]:
-    """The safetensors files that a model in `base` is loaded from. Raises UserError where there are none."""
+def find_weight_files(base: Path) -> list[Path]:
+    """Return the safetensors files that a model in `base` is loaded from. Raises UserError if there are none."""
     index = base / SAFE_WEIGHTS_INDEX_NAME
     if (base / SAFE_WEIGHTS_NAME).is_file():
         return [base / SAFE_WEIGHTS_NAME]
@@ -197,14 +201,14 @@ def _names(path: Path) -> list[str]:
     try:
         with safe_open(path, "pt") as tensors:
             return list(tensors.keys())
-    except (OSError, SafetensorError) as fault:
-        raise UserError(f"{path}: can't be read: {fault}") from fault
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: can't be read: {error}") from error
 
 
 def _merged_file(
     path: Path, changes: dict[str, Change], copies: dict[str, str], dtype: torch.dtype | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The weights of a file, merged, and its metadata. `copies`: a tied weight and the one that leaves it."""
+    """Return the merged weights of a file, and its metadata. `copies`: a tied weight, and the one that is untied."""
     merged = {}
     with safe_open(path, "pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118
@@ -217,8 +221,8 @@ def _merged_file(
         return merged, tensors.metadata() or {"format": "pt"}
 
 
-def _copy_the_rest(base: Path, adapter: Path, output: Path) -> None:
-    """Configuration and code of the base; tokenizer and generation settings of the adapter, else of the base."""
+def _copy_other_files(base: Path, adapter: Path, output: Path) -> None:
+    """Copy configuration and code of the base, and tokenizer and generation settings of the adapter, else the base."""
     with_tokenizer = adapter if (adapter / "tokenizer_config.json").is_file() else base
     for path in sorted(base.iterdir()):
         if path.is_file() and not path.name.endswith(WEIGHTS) and path.name not in (*TOKENIZER_FILES, "README.md"):

@@ -1,12 +1,12 @@
-"""Proof that merged weights are base plus adapter: each weight, from the three folders' files alone.
+"""Check that merged weights are base plus adapter: each weight, from the files of the three folders.
 
-An update is worked out here from the adapter's matrices in float64, without peft:
+Updates are computed here from the adapter's matrices in float64, without peft:
 
     LoRA    W + s B A                  s = alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA
     DoRA    m (W + s B A) / |W + s B A|    a norm for each output (arXiv:2402.09353)
 
-and the merged weight must be that up to half a unit in the last place of its type. A logit would not tell: after few
-steps an adapter changes logits by less than rounding does.
+and the merged weight must equal that up to half a unit in the last place of its dtype. Logits would not show an error:
+after few steps an adapter changes them by less than rounding does.
 """
 
 import math
@@ -21,41 +21,41 @@ from safetensors import safe_open
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from train.errors import UserError
-from train.model.merge import weight_files
+from train.model.merge import find_weight_files
 
-_AT_ONCE = 2**22
+_CHUNK = 2**22
 """Elements of a weight that are compared at once."""
 _FLOAT32 = 2.0**-24
-"""Relative error of one operation in float32, in which a merge is worked out."""
+"""Relative error of one operation in float32, in which a merge is computed."""
 _PREFIX = "base_model.model."
 
 
 @dataclass
 class MergeCheck:
-    """Result of the comparison. `changed`: weights that the adapter has an update for."""
+    """Result of the comparison. `changed`: number of weights that the adapter updates; `names`: of all weights."""
 
     changed: int = 0
     names: list[str] = field(default_factory=list)
-    _wanted: float = 0.0
-    _made: float = 0.0
+    _expected: float = 0.0
+    _actual: float = 0.0
 
     @property
     def changes_nothing(self) -> bool:
-        """Return whether all updates of the adapter are zero: it was never trained."""
-        return self._wanted == 0
+        """Return whether all updates of the adapter are zero, as before training."""
+        return self._expected == 0
 
     @property
     def surviving(self) -> float:
-        """Share of the update that is in the merged weights, 0 to 1: the rest was less than rounding.
+        """Share of the update that is in the merged weights, 0 to 1; the rest was lost to rounding.
 
-        That is the length of the change that was made along the update, as a share of the update's length.
+        It is the length of the actual change along the update, divided by the update's length.
         """
-        return self._made / self._wanted if self._wanted else 1.0
+        return self._actual / self._expected if self._expected else 1.0
 
-    def add(self, wanted: torch.Tensor, made: torch.Tensor) -> None:
-        """Count an update, and what became of it."""
-        self._wanted += float((wanted * wanted).sum())
-        self._made += float((wanted * made).sum())
+    def add(self, expected: torch.Tensor, actual: torch.Tensor) -> None:
+        """Add the expected and the actual change of a weight."""
+        self._expected += float((expected * expected).sum())
+        self._actual += float((expected * actual).sum())
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class _Update:
     scale: float
     magnitude: torch.Tensor | None
     by_column: bool
-    """Return whether an output is a column of the weight, not a row; `magnitude` has one number for each."""
+    """Whether an output is a column of the weight instead of a row; `magnitude` has a number for each output."""
 
     def rows(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """The update of some rows, without magnitudes, and a bound of what float32 gets wrong in it."""
+        """Return the update of some rows, without magnitudes, and a bound of its error in float32."""
         left = self.left[rows]
         exact = self.scale * (left @ self.right)
         bound = abs(self.scale) * (left.abs() @ self.right.abs())
@@ -78,33 +78,33 @@ class _Update:
 
 
 def check_merge(base: Path, adapter: Path, merged: Path, tied: frozenset[str] = frozenset()) -> MergeCheck:
-    """Compare all weights in the safetensors files of `merged` with what `base` and `adapter` make.
+    """Compare all weights in the safetensors files of `merged` with the sum of `base` and `adapter`.
 
-    `tied`: names of the base's input and output embeddings where it ties them. Raises UserError for a weight that is
-    missing, or other than it should be.
+    `tied`: names of the base's input and output embeddings if it ties them. Raises UserError for a weight that is
+    missing or differs.
     """
     settings = PeftConfig.from_pretrained(adapter)
     assert isinstance(settings, LoraConfig)
     with safe_open(adapter / ADAPTER_SAFE_WEIGHTS_NAME, "pt") as file:
         adapted = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    places = {name: path for path in weight_files(base) for name in _names(path)}
-    found = MergeCheck()
+    paths = {name: path for path in find_weight_files(base) for name in _names(path)}
+    result = MergeCheck()
     used: set[str] = set()
-    for path in weight_files(merged):
+    for path in find_weight_files(merged):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
-                source = name if name in places else next(iter(tied & places.keys()), None) if name in tied else None
+                source = name if name in paths else next(iter(tied & paths.keys()), None) if name in tied else None
                 if source is None:
                     raise UserError(f"{path}: {name} is no weight of {base}.")
-                with safe_open(places[source], "pt") as original:
+                with safe_open(paths[source], "pt") as original:
                     _check_weight(
-                        name, original.get_tensor(source), file.get_tensor(name), adapted, settings, found, used
+                        name, original.get_tensor(source), file.get_tensor(name), adapted, settings, result, used
                     )
-                found.names.append(name)
-    lost = sorted(places.keys() - set(found.names)) or sorted(adapted.keys() - used)
-    if lost:
-        raise UserError(f"{merged}: {lost[0]} and {len(lost) - 1:,} more are missing.")
-    return found
+                result.names.append(name)
+    missing = sorted(paths.keys() - set(result.names)) or sorted(adapted.keys() - used)
+    if missing:
+        raise UserError(f"{merged}: {missing[0]} and {len(missing) - 1:,} more are missing.")
+    return result
 
 
 def _names(path: Path) -> list[str]:
@@ -118,7 +118,7 @@ def _check_weight(
     after: torch.Tensor,
     adapted: dict[str, torch.Tensor],
     settings: LoraConfig,
-    found: MergeCheck,
+    result: MergeCheck,
     used: set[str],
 ) -> None:
     module = name.removesuffix(".weight")
@@ -129,16 +129,16 @@ def _check_weight(
     if before.shape != after.shape:
         raise UserError(f"{name}: the merged weight is {list(after.shape)}, the base's {list(before.shape)}.")
     if not parts:
-        whole = adapted.get(name, before)
-        if not torch.equal(whole.to(after.dtype), after):
+        replacement = adapted.get(name, before)
+        if not torch.equal(replacement.to(after.dtype), after):
             owner = "the adapter's" if name in adapted else "the base's, which the adapter doesn't change"
             raise UserError(f"{name}: the merged weight is not {owner}.")
         if name in adapted:
-            found.changed += 1
+            result.changed += 1
             for rows in _slices(before):
-                found.add(*(value[rows].double() - before[rows].double() for value in (whole, after)))
+                result.add(*(value[rows].double() - before[rows].double() for value in (replacement, after)))
         return
-    found.changed += 1
+    result.changed += 1
     update = _update(module, parts, settings, before)
     norms = _norms(before, update) if update.magnitude is not None else None
     worst = 0.0
@@ -154,17 +154,17 @@ def _check_weight(
         error = error + expected.abs() * 2 * _FLOAT32
         off = (after[rows].double() - expected).abs()
         worst = max(worst, float((off / (error + _half_unit(expected, after.dtype))).max().nan_to_num(math.inf)))
-        wanted = expected - plain
-        found.add(torch.where(wanted.abs() > error, wanted, 0), after[rows].double() - plain)
+        change = expected - plain
+        result.add(torch.where(change.abs() > error, change, 0), after[rows].double() - plain)
     if worst > 1:
         raise UserError(
-            f"{name}: the merged weight is not base plus update: it is off by {worst:,.1f} times what rounding to "
-            f"{str(after.dtype).removeprefix('torch.')} explains."
+            f"{name}: the merged weight is not base plus update: its error is {worst:,.1f} times that of rounding to "
+            f"{str(after.dtype).removeprefix('torch.')}."
         )
 
 
 def _slices(weight: torch.Tensor) -> Iterator[slice]:
-    step = max(1, _AT_ONCE // max(weight[0].numel(), 1))
+    step = max(1, _CHUNK // max(weight[0].numel(), 1))
     return (slice(start, start + step) for start in range(0, len(weight), step))
 
 
@@ -192,7 +192,7 @@ def _norms(weight: torch.Tensor, update: _Update) -> torch.Tensor:
 
 
 def _half_unit(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Half a unit in the last place of numbers of this size."""
+    """Return half a unit in the last place of numbers of this magnitude."""
     limits = torch.finfo(dtype)
     exponent = torch.frexp(value.abs().clamp(min=limits.smallest_normal)).exponent
     return torch.ldexp(torch.full_like(value, limits.eps / 4), exponent)

@@ -1,9 +1,10 @@
-"""Models whose weights are saved quantized: which of them can be trained here, and how they are loaded for it.
+"""Models whose weights are saved quantized: checks whether they can be trained, and how to load them.
 
-Three outcomes, by the quantization_config of the model:
-- 4 or 8 bits of bitsandbytes, and whatever else transformers trains under an adapter: LoRA on the weights as they are;
-- a method that transformers can undo while it loads (FP8, MXFP4): weights in the recipe's dtype, trained in any way;
-- all else, and a method whose package is missing: one UserError.
+By the quantization_config of the model:
+
+- 4 or 8 bits of bitsandbytes, and other methods that transformers trains under an adapter: LoRA on these weights;
+- methods that transformers can undo while loading (FP8, MXFP4): weights in the recipe's dtype, trained in any way;
+- other methods, and those whose package is missing: a UserError.
 """
 
 from typing import Any
@@ -17,8 +18,8 @@ from train.errors import UserError
 from train.recipe import QuantizationSection, Recipe
 
 
-def saved_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
-    """Return the quantization that the weights of `config` were saved with; None for weights that are not quantized."""
+def read_saved_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """Return the quantization that the weights of `config` were saved with; None if they are not quantized."""
     for part in (config, config.get_text_config()):
         declared = getattr(part, "quantization_config", None)
         if declared:
@@ -27,31 +28,31 @@ def saved_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
 
 
 def check_quantized(recipe: Recipe, config: PreTrainedConfig) -> None:
-    """Raise UserError where the weights are saved in a form that can't be trained as the recipe says, or not here."""
-    declared = saved_quantization(config)
+    """Raise UserError if the weights are saved in a form that can't be trained on this machine as the recipe says."""
+    declared = read_saved_quantization(config)
     if declared is None:
         return
     name = recipe.model.name_or_path
     method = _method(declared)
-    known = f"model.name_or_path: the weights of {name} are quantized ({method})"
+    problem = f"model.name_or_path: the weights of {name} are quantized ({method})"
     original = "name the model that it was quantized from"
     if method not in AUTO_QUANTIZER_MAPPING:
-        raise UserError(f"{known}, which the installed transformers doesn't load. Instead {original}.")
+        raise UserError(f"{problem}, which the installed transformers doesn't load. Instead {original}.")
     if recipe.quantization is not None:
         _check_section(recipe.quantization, declared, name)
     try:
         quantizer = AutoHfQuantizer.from_config(_as_loaded(declared), pre_quantized=True)
         quantizer.validate_environment(device_map=None, weights_only=True)
         trainable = quantizer.is_trainable
-    except (ImportError, RuntimeError, ValueError, TypeError, LookupError, AssertionError) as fault:
-        raise UserError(f"{known}: {' '.join(str(fault).split()).rstrip('.')}. Or {original}.") from fault
+    except (ImportError, RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
+        raise UserError(f"{problem}: {' '.join(str(error).split()).rstrip('.')}. Or {original}.") from error
     if getattr(quantizer.quantization_config, "dequantize", False):
         return
     if not trainable:
-        raise UserError(f"{known}, and no adapter can be trained on such weights. Instead {original}.")
+        raise UserError(f"{problem}, and no adapter can be trained on such weights. Instead {original}.")
     if recipe.adapter is None:
         raise UserError(
-            f"{known}, and such weights can't be trained in full. Add `adapter: {{r: 16}}` (LoRA on top of them), or "
+            f"{problem}, and such weights can't be trained in full. Add `adapter: {{r: 16}}` (LoRA on top of them), or "
             f"{original}."
         )
     if recipe.model.float8:
@@ -59,38 +60,37 @@ def check_quantized(recipe: Recipe, config: PreTrainedConfig) -> None:
 
 
 def quantization_to_load(config: PreTrainedConfig) -> QuantizationConfigMixin | None:
-    """Return what from_pretrained needs to be told of weights that are saved quantized; None = nothing.
+    """Return the `quantization_config` to load quantized weights with; None = don't pass any.
 
-    Nothing is not the same as `quantization_config=None`, which makes transformers forget the model's own.
+    Passing `quantization_config=None` would make transformers forget the model's own.
     """
-    declared = saved_quantization(config)
+    declared = read_saved_quantization(config)
     as_loaded = _as_loaded(declared) if declared else None
     return as_loaded if getattr(as_loaded, "dequantize", False) else None
 
 
 def with_saved_quantization(recipe: Recipe, config: PreTrainedConfig) -> Recipe:
-    """Return the recipe as it reads for a base saved in 4 bits by bitsandbytes: with its `quantization` written out.
+    """Return the recipe with the `quantization` of a base that was saved in 4 bits by bitsandbytes.
 
-    For reports, plans and checks of settings; what a run is compared by stays the recipe as written.
+    It is for reports, plans and checks of settings; runs are compared by the recipe as written.
     """
-    declared = saved_quantization(config)
+    declared = read_saved_quantization(config)
     if declared is None or recipe.quantization is not None or _method(declared) != "bitsandbytes_4bit":
         return recipe
     return recipe.model_copy(update={"quantization": QuantizationSection.model_construct(**_bitsandbytes(declared))})
 
 
 def describe_quantized(config: PreTrainedConfig, dtype: str) -> str | None:
-    """Return a sentence on weights that are unpacked as they are loaded; None where nothing is unpacked."""
+    """Return a sentence on weights that are unpacked while loading; None if none are."""
     if quantization_to_load(config) is None:
         return None
     into = "" if dtype == "auto" else f" to {dtype}"
-    return (
-        f"The weights are quantized ({_method(saved_quantization(config) or {})}) and are unpacked{into} to be trained"
-    )
+    method = _method(read_saved_quantization(config) or {})
+    return f"The weights are quantized ({method}) and are unpacked{into} to be trained"
 
 
 def _method(declared: dict[str, Any]) -> str:
-    """Return the name that transformers' table of methods has; bitsandbytes stands there twice."""
+    """Return the name of the method in transformers' table, where bitsandbytes has two entries."""
     if declared.get("load_in_4bit") or declared.get("load_in_8bit"):
         return "bitsandbytes_4bit" if declared.get("load_in_4bit") else "bitsandbytes_8bit"
     method = declared.get("quant_method") or "no method named"
@@ -98,7 +98,7 @@ def _method(declared: dict[str, Any]) -> str:
 
 
 def _as_loaded(declared: dict[str, Any]) -> QuantizationConfigMixin:
-    """The quantization with its weights unpacked, where transformers can do that; else as it was saved."""
+    """Return the quantization with `dequantize`, if transformers supports that; else as saved."""
     plain = AutoQuantizationConfig.from_dict(dict(declared))
     if not hasattr(plain, "dequantize"):
         return plain
@@ -106,7 +106,7 @@ def _as_loaded(declared: dict[str, Any]) -> QuantizationConfigMixin:
 
 
 def _bitsandbytes(declared: dict[str, Any]) -> dict[str, Any]:
-    """The keys of `quantization` as the saved weights have them."""
+    """Return the values of the keys of `quantization` in the saved weights."""
     saved = BitsAndBytesConfig.from_dict(dict(declared))
     values = {name: getattr(saved, name) for name in QuantizationSection.model_fields}
     return {

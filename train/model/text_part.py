@@ -1,7 +1,7 @@
-"""The part of a model that text trains, of a multimodal one not all: towers for images or sound stand idle.
+"""The parameters of a model that text trains; of a multimodal model, towers for images or sound are idle.
 
-A parameter is idle where no path of gradients leads from the text's logits to it. That is found, not listed: a forward
-pass with fake tensors, which have shapes and no memory, records the graph of any architecture in about a second.
+A parameter is idle if no gradient path leads from the logits of a text to it. A forward pass with fake tensors, which
+have shapes and no memory, records the graph of any architecture in about a second.
 """
 
 import copy
@@ -18,14 +18,13 @@ from train.recipe import ModelSection
 _TOKENS = 64
 
 
-def auto_class(config: PreTrainedConfig) -> Any:
-    """Return the class to load a model of `config` with: one that holds all of it, towers too.
+def auto_model_class(config: PreTrainedConfig) -> Any:
+    """Return the auto class that loads the complete model of `config`, towers included.
 
-    AutoModelForCausalLM doesn't know some multimodal models, and of others it loads the text part alone, which would be
-    all that is saved.
+    AutoModelForCausalLM doesn't know some multimodal models, and loads, and would save, the text part of others.
     """
     saved_as = config.architectures or ()
-    known = [
+    classes = [
         (auto, mapping[type(config)].__name__)
         for auto, mapping in (
             (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
@@ -33,41 +32,41 @@ def auto_class(config: PreTrainedConfig) -> Any:
         )
         if type(config) in mapping
     ]
-    exact = next((auto for auto, name in known if name in saved_as), None)
-    return exact or (known[0][0] if known else AutoModelForCausalLM)
+    exact = next((auto for auto, name in classes if name in saved_as), None)
+    return exact or (classes[0][0] if classes else AutoModelForCausalLM)
 
 
-def bare_model(config: PreTrainedConfig, model: ModelSection) -> PreTrainedModel:
+def build_meta_model(config: PreTrainedConfig, model: ModelSection) -> PreTrainedModel:
     """Return the model of `config` without weights, on PyTorch's meta device."""
-    config = copy.deepcopy(config)  # transformers writes into the config of a model that it makes
+    config = copy.deepcopy(config)  # transformers modifies the config of a model that it builds
     dtype = getattr(torch, model.dtype, None) or config.get_text_config().dtype or torch.float32
     if getattr(config, "quantization_config", None):
         del config.quantization_config
     with torch.device("meta"):
-        return auto_class(config).from_config(
+        return auto_model_class(config).from_config(
             config, dtype=dtype, attn_implementation="eager", trust_remote_code=model.trust_remote_code
         )
 
 
-def idle_parameters(model: PreTrainedModel) -> frozenset[str]:
-    """Return the names of the parameters of `model`, a bare one, that text alone never trains.
+def find_idle_parameters(model: PreTrainedModel) -> frozenset[str]:
+    """Return the names of the parameters of `model`, which has no weights, that text never trains.
 
-    Nothing is idle in a model of text alone, which isn't tried. Where the try fails, idle is what lies outside the
-    decoder and the embeddings, where the model has other parts at all.
+    A text-only model has none. If fake tensors can't run the model, the parameters outside the decoder and the
+    embeddings are idle.
     """
     config = model.config
     if config.get_text_config() is config and not config.sub_configs:
         return frozenset()
     try:
         reached = _reached(model)
-    except Exception:  # whatever an architecture does that fake tensors can't follow
+    except Exception:  # whatever an architecture does that fake tensors don't support
         ends = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
         reached = {id(weight) for part in ends if part is not None for weight in part.parameters()}
     return frozenset(name for name, weight in model.named_parameters() if id(weight) not in reached)
 
 
-def idle_modules(model: torch.nn.Module, idle: frozenset[str]) -> list[str]:
-    """Return the names of the largest modules of which all parameters are in `idle`."""
+def find_idle_modules(model: torch.nn.Module, idle: frozenset[str]) -> list[str]:
+    """Return the names of the largest modules whose parameters are all in `idle`."""
     if not idle:
         return []
 
@@ -83,24 +82,24 @@ def idle_modules(model: torch.nn.Module, idle: frozenset[str]) -> list[str]:
 
 
 def freeze(model: torch.nn.Module, idle: frozenset[str]) -> None:
-    """Take the parameters in `idle` out of training: DistributedDataParallel waits for a gradient of all others."""
+    """Freeze the parameters in `idle`: DistributedDataParallel would wait for their gradients."""
     for name, weight in model.named_parameters():
         if name in idle:
             weight.requires_grad_(False)
 
 
 def describe_idle(model: PreTrainedModel, idle: frozenset[str]) -> str | None:
-    """Return a sentence on what is not trained; None where all is."""
+    """Return a sentence on the parameters that are not trained; None if there are none."""
     if not idle:
         return None
     count = sum(weight.numel() for name, weight in model.named_parameters() if name in idle)
-    names = [name.removeprefix("model.") for name in idle_modules(model, idle)]
+    names = [name.removeprefix("model.") for name in find_idle_modules(model, idle)]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{count:,} parameters are not trained, since no text reaches them: {', '.join(names[:3])}{more}"
 
 
 def _reached(model: PreTrainedModel) -> set[int]:
-    """Return the ids of the parameters that the logits of some text depend on."""
+    """Return the ids of the parameters that the logits of a text depend on."""
     copied = copy.deepcopy(model).eval()
     with FakeTensorMode(allow_non_fake_inputs=True):
         copied.to_empty(device="cpu")

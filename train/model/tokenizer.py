@@ -10,9 +10,9 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from train.data.chat.system_role import Probe, apply_system_role
 from train.data.chat.template import pin_date, use_template
 from train.errors import UserError
-from train.model.folder import read_json, refuse_missing_model
+from train.model.folder import check_model_exists, read_json
 from train.model.pretrained import optional_file, origin, reading
-from train.recipe import ModelSection, Recipe
+from train.recipe import ChatSection, ModelSection
 
 
 class ChatTokenizer(NamedTuple):
@@ -25,15 +25,15 @@ class ChatTokenizer(NamedTuple):
     """Treatment of system messages by the template before `chat.system_role` was applied to it."""
 
 
-def load_chat_tokenizer(recipe: Recipe, day: date | None = None) -> ChatTokenizer:
-    """Return the tokenizer of a recipe with its template, system role and default system message.
+def load_chat_tokenizer(model: ModelSection, chat: ChatSection, day: date | None = None) -> ChatTokenizer:
+    """Return the tokenizer of a model with the template, system role and default system message of `chat`.
 
     `day`: the date that templates with a date write, if not today's.
     Raises UserError if there is no such tokenizer or template, or if the template would lose system messages.
     """
-    tokenizer = load_tokenizer(recipe.model)
-    template = use_template(tokenizer, recipe.chat.template)
-    probe = apply_system_role(tokenizer, recipe.chat.system_role, recipe.chat.default_system)
+    tokenizer = load_tokenizer(model)
+    template = use_template(tokenizer, chat.template)
+    probe = apply_system_role(tokenizer, chat.system_role, chat.default_system)
     if day is not None:
         pin_date(tokenizer, day)
     return ChatTokenizer(tokenizer, template, probe)
@@ -41,7 +41,7 @@ def load_chat_tokenizer(recipe: Recipe, day: date | None = None) -> ChatTokenize
 
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer. Raises UserError if there is none that can be opened."""
-    refuse_missing_model(model)
+    check_model_exists(model)
     with reading(model, "tokenizer.json, tokenizer_config.json, special_tokens_map.json or added_tokens.json"):
         tokenizer = AutoTokenizer.from_pretrained(**origin(model), config=_minimal_config(Path(model.name_or_path)))
     if tokenizer.chat_template is None:

@@ -1,7 +1,7 @@
-"""Weights in a model's files that its config.json has no place for: transformers leaves them out and goes on.
+"""Weights in a model's files that are not part of the model of its config.json, which transformers ignores.
 
-A layer or a bias of the model's own that is left out makes another model of it, and is an error. Other parts (heads for
-multi-token prediction, value heads, towers) are named.
+Ignored layers or biases of the model's own change the model and are an error. Other parts (heads for multi-token
+prediction, value heads, towers) are reported.
 """
 
 import re
@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # importing them takes seconds, which `--check` on a warm cac
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def weight_names(folder: Path) -> list[str]:
-    """Return the names of the weights in a local model's safetensors files; none where there are no such files."""
+def read_weight_names(folder: Path) -> list[str]:
+    """Return the names of the weights in a local model's safetensors files; empty without such files."""
     if (folder / WEIGHTS).is_file():
         with safe_open(folder / WEIGHTS, "numpy") as tensors:
             return list(tensors.keys())
@@ -26,9 +26,9 @@ def weight_names(folder: Path) -> list[str]:
 
 
 def left_out(model: "PreTrainedModel", config: "PreTrainedConfig", names: Iterable[str]) -> str | None:
-    """Return a sentence on layers and biases of the model's own that `model` has no place for; None if there are none.
+    """Return a sentence on layers and biases in the files that `model` lacks; None if there are none.
 
-    `names`: those of the weights in its files; `config`: as its config.json has it.
+    `names`: of the weights in its files; `config`: as in its config.json.
     """
     dropped = sorted(_left_out(model, config, names))
     if not dropped:
@@ -40,14 +40,14 @@ def left_out(model: "PreTrainedModel", config: "PreTrainedConfig", names: Iterab
 
 
 def listed(names: list[str]) -> str:
-    """Return the first of the names, and how many more there are."""
+    """Return the first of the names, and the number of others."""
     return names[0] + (f" and {len(names) - 1:,} more" if len(names) > 1 else "")
 
 
 def _left_out(model: "PreTrainedModel", config: "PreTrainedConfig", names: Iterable[str]) -> Iterator[str]:
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    of_any_layer = {_of_any_layer(name) for name in known}
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    own |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    of_any_layer = {_of_any_layer(name) for name in own}
     on_purpose = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     text = config.get_text_config()
     layers, predictors = (
@@ -57,13 +57,13 @@ def _left_out(model: "PreTrainedModel", config: "PreTrainedConfig", names: Itera
     prefix = f"{model.base_model_prefix}."
     for name in names:
         spellings = {name, f"{prefix}{name}", name.removeprefix(prefix)}
-        if spellings & known or any(pattern.search(name) for pattern in on_purpose):
+        if spellings & own or any(pattern.search(name) for pattern in on_purpose):
             continue
         number = re.search(r"\blayers\.(\d+)\.", name)
         if number and layers <= int(number[1]) < layers + predictors:
             continue
         linear = {f"{spelling.removesuffix('.bias')}.weight" for spelling in spellings if spelling.endswith(".bias")}
-        if {_of_any_layer(spelling) for spelling in spellings} & of_any_layer or (linear & known and not quantized):
+        if {_of_any_layer(spelling) for spelling in spellings} & of_any_layer or (linear & own and not quantized):
             yield name
 
 

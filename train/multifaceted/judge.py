@@ -1,18 +1,9 @@
-"""The judge of Multifaceted Bench: one rubric of one answer at a time, as the JANUS paper asks it (arXiv:2405.17977).
-
-The judge gets the instruction, the answer, the reference answer as an example of a 5, and one rubric with its five
-descriptions, in one user message of our own words, and ends with `[RESULT] n`. It never gets the system message: what
-that asks for stands in the rubrics. `show_system` gives it all the same, and is no longer the paper's protocol.
-
-An answer of the judge that holds no score is asked for again, up to `retries` times in each run, each time as another
-sample. One that the token limit cut holds none, whatever its last words look like: it hadn't come to its end. What then
-still has no score is missing, never a zero and never a None in a mean.
-"""
+"""Parser of the judge's score: the number 1 to 5 at the end of a free-text answer."""
 
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 _TAG = re.compile(r"[\[【［]\s{0,3}result\s{0,3}\\?[\]】］]+", re.IGNORECASE | re.ASCII)
 _OPENING = r"(?:[\s:：=*_`~\"'“‘(\[{<$]|\\boxed|\\text)*+"
@@ -20,17 +11,17 @@ _CLOSING = r"[*_`~\"'”’)\]}>$]*+"
 _NUMBER_WORD = r"(?:one|two|three|four|five|six|seven|eight|nine|ten)\b"
 _DIGIT = r"(?P<score>[1-5])(?:[.,]0{1,2})?(?![^\W_])"
 _OUT_OF_FIVE = rf"(?:[^\S\n]*(?:[/⁄]|out[^\S\n]+of)[^\S\n]*{_OPENING}(?:5(?:\.0)?|five)(?![^\W_]){_CLOSING})?+"
-_GOES_ON = rf"[^\S\n]*(?:[+%]|(?:[^\w\s]{{1,3}}|to\b|or\b|and\b|out[^\S\n]+of\b)?[^\S\n]*[(\[]?(?:\d|{_NUMBER_WORD}))"
+_CONTINUES = rf"[^\S\n]*(?:[+%]|(?:[^\w\s]{{1,3}}|to\b|or\b|and\b|out[^\S\n]+of\b)?[^\S\n]*[(\[]?(?:\d|{_NUMBER_WORD}))"
 _NAME = r"(?:(?:the|my|final|overall)\s+)*(?:score|result|rating|grade)\s*(?:of\b|is\b|[:=])?"
 _AFTER_TAG = re.compile(
-    rf"{_OPENING}(?:[-–—]\s+|(?:[-=]>|→)\s*)?(?:{_NAME}{_OPENING})?(?:n\b{_OPENING})?{_DIGIT}{_CLOSING}{_OUT_OF_FIVE}(?!{_GOES_ON})",
+    rf"{_OPENING}(?:[-–—]\s+|(?:[-=]>|→)\s*)?(?:{_NAME}{_OPENING})?(?:n\b{_OPENING})?{_DIGIT}{_CLOSING}{_OUT_OF_FIVE}(?!{_CONTINUES})",
     re.IGNORECASE,
 )
 _IN_BRACKETS = re.compile(
     rf"(?<![\w\]])\[\s*(?:score\s*(?:of\b|[:=])?\s*)?{_DIGIT}\s*{_OUT_OF_FIVE}\]{{0,2}}[\s.!*_]*\Z", re.I
 )
 _IN_WORDS = r"(?:[^\S\n]*\([a-z][a-z ,'’-]{0,80}\))?"
-"""The score in words behind it, as in `4 (good)`."""
+"""The score as a word after the number, as in `4 (good)`."""
 _LAST_WORDS = re.compile(
     rf"\bscore\s*(?:of\b|is\b|[:=])?{_OPENING}{_DIGIT}{_CLOSING}{_OUT_OF_FIVE}(?P<more>{_IN_WORDS}[\s.!*_]*)\Z",
     re.IGNORECASE,
@@ -58,7 +49,7 @@ _I_WOULD_GIVE = re.compile(
     r"I(?: would|['’]d)(?=(?: therefore| thus)? (?:give|assign|rate|award|grade|score)\b)",
     re.IGNORECASE,
 )
-"""The beginning of a sentence whose `would` is a courtesy and no condition."""
+"""The beginning of a sentence whose `would` is polite, not conditional."""
 _OTHER_NUMBER = r"(?:0|[6-9]|[1-9]\d+|six|seven|eight|nine|ten|twenty|(?:a )?hundred)\b"
 _IN_DOUBT = re.compile(
     r"\W{0,3}(?:(?:and|plus|with|&)\W{1,2})?(?:an?\W|one\W)?(?:half|quarter)\b|\W{0,3}(?:plus|minus|per ?cent)\b"
@@ -70,72 +61,72 @@ _IN_DOUBT = re.compile(
     r"(?:(?:maybe|perhaps|possibly|even|an?|to)\W{1,2}){0,2}(?:\d|two\b|three\b|four\b|five\b))",
     re.IGNORECASE,
 )
-"""Words after a number that take it back: another scale, a fraction, a second number."""
+"""Phrases after a number that revoke it: another scale, a fraction, a second number."""
 _ENDING_TAG = re.compile(r"[\s*_(]*(?P<score>[1-5])(?:\s*/\s*5)?[\s*_).]*")
 _JSON_NAMES = frozenset(("score", "result", "rating", "grade", "finalscore", "overallscore", "finalresult"))
-_JSON_TRIES = 5
-_LONGEST_JSON = 8_000
-_LOOKED_AT = 300
-"""Characters after the tag, or before the end, in which a score stands: more are another text."""
+_MAX_JSON_ATTEMPTS = 5
+_MAX_JSON_CHARACTERS = 8_000
+_WINDOW = 300
+"""Number of characters after the tag, or before the end, that are searched for the score."""
 
 
 def parse_score(text: str) -> int | None:
-    """The score that a judge's answer ends in, 1 to 5; None where it can't be told. Never raises.
+    """Return the score at the end of a judge's answer, 1 to 5, or None if there is no clear one. Never raises.
 
-    The last `[RESULT]`, in any case, decides alone: what follows it must be the number, perhaps in marks (`**4**`,
-    `(5)`), after a colon or a name (`Score:`, `score of`, `n =`), and before `/5` or `out of 5`. A number that goes on
-    is no score: 10, 4.5, 4-5, "4 or 5", 4/10, "5 (out of 10)", "4 and a half", 4+. An earlier `[RESULT]`, which may be
-    quoted from the answer that is graded, doesn't count, unless the last one only closes it (`[RESULT] 4 [RESULT]`).
-    Digits are those of ASCII. What else stands after the score is skipped. Brackets may be escaped (`\\[`) or Chinese
-    ones (`【RESULT】`).
+    The last `[RESULT]`, in upper or lower case, decides alone. The number must follow it, perhaps in marks (`**4**`,
+    `(5)`), after a colon or a name (`Score:`, `score of`, `n =`), and before `/5` or `out of 5`. Longer numbers and
+    ranges are no scores: 10, 4.5, 4-5, "4 or 5", 4/10, "5 (out of 10)", "4 and a half", 4+. An earlier `[RESULT]` may
+    be a quotation from the graded answer and does not count, unless the last one only closes it
+    (`[RESULT] 4 [RESULT]`). Digits are ASCII. Text after the score is skipped. Brackets may be escaped (`\\[`) or
+    Chinese (`【RESULT】`).
 
     Without any `[RESULT]` the text must end in
 
     - a JSON object with one score, wherever its key stands (`{"score": 4, "reason": "..."}`),
-    - `[3]`, `[[3]]`, `[Score 4]`, `(Score 5)`, `score: 3` or `score of 1`, the last two not in a sentence that says
-      what is not the case ("keeps it from a score of 5") or speaks of the reference answer,
-    - a last line that is the score alone under a name (`**Result: 4**`, `[RESULT: 4]`, `Grade: 4/5`,
+    - `[3]`, `[[3]]`, `[Score 4]`, `(Score 5)`, `score: 3` or `score of 1`, the last two not in a negative
+      sentence ("keeps it from a score of 5") or one about the reference answer,
+    - a last line that holds only the score under a name (`**Result: 4**`, `[RESULT: 4]`, `Grade: 4/5`,
       `<score>4</score>`) or in a box (`\\boxed{4}`), or the number below a heading (`### Result`). Within a sentence
-      these may be quoted from the answer.
+      these may be quotations from the answer.
     """
     tags = list(_TAG.finditer(text))
     if tags:
-        after = text[tags[-1].end() :][:_LOOKED_AT]
+        after = text[tags[-1].end() :][:_WINDOW]
         if len(tags) > 1 and not after.strip(" \n\t*_."):
-            found = _ENDING_TAG.fullmatch(text, tags[-2].end(), tags[-1].start())
-            return int(found["score"]) if found else None
-        found = _AFTER_TAG.match(after)
-        return int(found["score"]) if found and not _IN_DOUBT.match(after, found.end()) else None
-    end = text.rstrip()[-_LOOKED_AT:]
-    if end.rstrip("`").rstrip().endswith("}") and (record := _json_at_the_end(text)) is not None:
+            match = _ENDING_TAG.fullmatch(text, tags[-2].end(), tags[-1].start())
+            return int(match["score"]) if match else None
+        match = _AFTER_TAG.match(after)
+        return int(match["score"]) if match and not _IN_DOUBT.match(after, match.end()) else None
+    end = text.rstrip()[-_WINDOW:]
+    if end.rstrip("`").rstrip().endswith("}") and (record := _json_at_end(text)) is not None:
         return _score_in(record)
-    if found := _IN_BRACKETS.search(end):
-        return int(found["score"]) if "]" in found[0] and "reference" not in _sentence_before(end, found) else None
-    if found := _LAST_WORDS.search(end):
-        sentence = _I_WOULD_GIVE.sub("I", _sentence_before(end, found), count=1)
-        is_no_verdict = _NOT_A_VERDICT.search(sentence) or _IN_DOUBT.match(found["more"])
-        return None if is_no_verdict else int(found["score"])
-    if found := _HEADING.search(end):
-        return int(found["score"])
+    if match := _IN_BRACKETS.search(end):
+        return int(match["score"]) if "]" in match[0] and "reference" not in _sentence_before(end, match) else None
+    if match := _LAST_WORDS.search(end):
+        sentence = _I_WOULD_GIVE.sub("I", _sentence_before(end, match), count=1)
+        is_no_verdict = _NOT_A_VERDICT.search(sentence) or _IN_DOUBT.match(match["more"])
+        return None if is_no_verdict else int(match["score"])
+    if match := _HEADING.search(end):
+        return int(match["score"])
     last_line = end.rstrip(" \n$`*\\]}").rpartition("\n")[2]
-    found = _ON_ITS_OWN_LINE.fullmatch(last_line)
-    return int(found["score"]) if found and not _IN_DOUBT.match(found["more"]) else None
+    match = _ON_ITS_OWN_LINE.fullmatch(last_line)
+    return int(match["score"]) if match and not _IN_DOUBT.match(match["more"]) else None
 
 
-def _sentence_before(text: str, found: re.Match[str]) -> str:
+def _sentence_before(text: str, match: re.Match[str]) -> str:
     """Return the sentence before a match, or the heading above a line that has nothing else."""
-    sentence = re.split(r"[.!?\n]", text[: found.start()])[-1]
+    sentence = re.split(r"[.!?\n]", text[: match.start()])[-1]
     if sentence.strip(" *_#-"):
         return sentence.lower()
-    above = text[: found.start()].rstrip(" \n*_#-").rpartition("\n")[2]
+    above = text[: match.start()].rstrip(" \n*_#-").rpartition("\n")[2]
     return above.lower() if above.startswith(("#", "*")) or above.endswith(":") else ""
 
 
-def _json_at_the_end(text: str) -> dict[str, Any] | None:
-    """Return the JSON object that a text ends with, perhaps in a code block."""
-    text = text[-_LONGEST_JSON:].rstrip(" \n\t`")
+def _json_at_end(text: str) -> dict[str, Any] | None:
+    """Return the JSON object at the end of a text, perhaps in a code block; None if there is none."""
+    text = text[-_MAX_JSON_CHARACTERS:].rstrip(" \n\t`")
     starts = [match.end() - 1 for match in re.finditer(r"(?:\A|\n)[^\S\n]*\{", text)]
-    for start in starts[-_JSON_TRIES:]:
+    for start in starts[-_MAX_JSON_ATTEMPTS:]:
         try:
             record = json.loads(text[start:], strict=False)
         except (ValueError, RecursionError):
@@ -145,7 +136,7 @@ def _json_at_the_end(text: str) -> dict[str, Any] | None:
 
 
 def _score_in(record: Mapping[str, Any]) -> int | None:
-    """Return the one score of a JSON object; None where there is none, or its scale is another."""
+    """Return the only score of a JSON object; None if there is none, or if its scale is not 1 to 5."""
     names = {name: re.sub(r"[\W_]", "", name).lower() for name in record}
     scores = [record[name] for name, plain in names.items() if plain in _JSON_NAMES]
     scales = [record[name] for name, plain in names.items() if re.search(r"max|scale|outof|possible", plain)]
@@ -153,10 +144,5 @@ def _score_in(record: Mapping[str, Any]) -> int | None:
         return None
     if any(not re.fullmatch(r"(?:1\W*(?:to)?\W*)?5(?:\.0)?", str(scale)) for scale in scales):
         return None
-    found = re.fullmatch(rf"\s*{_DIGIT}{_OUT_OF_FIVE}\s*", str(scores[0]))
-    return int(found["score"]) if found else None
-
-
-Missing = Literal["unparsable", "refused", "unfinished", "no answer", "pending"]
-"""unparsable: an answer was complete, and none had a score. refused: the judge or a filter refused each time.
-unfinished: no answer was complete (cut, broken off, ended for an unknown reason)."""
+    match = re.fullmatch(rf"\s*{_DIGIT}{_OUT_OF_FIVE}\s*", str(scores[0]))
+    return int(match["score"]) if match else None

@@ -25,7 +25,7 @@ from train.preflight.report import Report, build_report
 from train.recipe import Recipe
 
 if TYPE_CHECKING:  # the plan imports modelling code
-    from train.preflight.plan.plan import Cluster
+    from train.preflight.plan.cluster import Cluster
 
 
 def check(
@@ -52,7 +52,7 @@ def check(
 
         with_deepspeed = checkpoint.manifest["distribution"].startswith("DeepSpeed")
         ResumedSettings(checkpoint, recipe).refuse(checkpoint, deepspeed=with_deepspeed)
-    chat = load_chat_tokenizer(recipe, get_run_date(checkpoint))
+    chat = load_chat_tokenizer(recipe.model, recipe.chat, get_run_date(checkpoint))
     check_vocabulary(chat.tokenizer, recipe.model, model.embeddings)
     data = examine(recipe, chat.tokenizer)
 

@@ -1,4 +1,4 @@
-"""What keeps a run from starting beside its rows: all that training would trip over after minutes of work."""
+"""Checks of a run besides its rows: folders, tracking and settings that would fail after minutes of work."""
 
 import netrc
 import os
@@ -16,48 +16,51 @@ from train.recipe import Recipe
 from train.recipe.sft_config import with_defaults
 
 
-def run_faults(recipe: Recipe, sequences: int, processes: int) -> list[str]:
-    """Each fault as a sentence or two, as it stands after `error:`. `sequences`: what an epoch trains.
+def find_run_errors(recipe: Recipe, sequences: int, processes: int) -> list[str]:
+    """Return each error of a run as a sentence or two, as it stands after `error:`.
 
-    Nothing is left behind where a folder is tried.
+    `sequences`: sequences of an epoch. Folders are tested by writing, and left as they were.
     """
     saving = [*_output_dir(Path(recipe.output_dir), recipe), *_mirror_dir(recipe), *time_conflicts(recipe.save)]
     return [*saving, *_tracking(recipe), *_training(recipe, sequences, processes)]
 
 
 def _output_dir(folder: Path, recipe: Recipe) -> Iterator[str]:
-    """What `claim_output_dir` would refuse, without writing."""
+    """Yield what `claim_output_dir` would refuse, without writing."""
     yield from output_dir_conflicts(recipe)
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    written = folder / "recipe.yaml"
+    recipe_file = folder / "recipe.yaml"
     try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-        if written.exists():
-            with written.open("a"):
+        _try_writing(folder)
+        if recipe_file.exists():
+            with recipe_file.open("a"):
                 pass
-    except OSError as fault:
-        yield f"output_dir: {folder} can't be written: {fault.strerror}. Name another folder."
+    except OSError as error:
+        yield f"output_dir: {folder} can't be written: {error.strerror}. Name another folder."
 
 
 def _mirror_dir(recipe: Recipe) -> Iterator[str]:
-    """What would be a warning hours later, as the first checkpoint is copied."""
+    """Yield what would be a warning hours later, when the first checkpoint is copied."""
     if recipe.save.mirror_dir is None:
         return
     folder = Path(recipe.save.mirror_dir)
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as fault:
-        yield f"save.mirror_dir: {folder} can't be written: {fault.strerror}. Name another folder."
+        _try_writing(folder)
+    except OSError as error:
+        yield f"save.mirror_dir: {folder} can't be written: {error.strerror}. Name another folder."
+
+
+def _try_writing(folder: Path) -> None:
+    """Raise OSError if `folder`, or the nearest parent of it that exists, can't be written."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    with tempfile.TemporaryFile(dir=nearest):
+        pass
 
 
 def _tracking(recipe: Recipe) -> Iterator[str]:
     try:
         tracker_names(recipe.tracking)
-    except UserError as fault:
-        yield str(fault)
+    except UserError as error:
+        yield str(error)
     wandb = recipe.tracking.wandb
     if wandb is not None and wandb.mode == "online" and not _has_key():
         yield (
@@ -67,12 +70,12 @@ def _tracking(recipe: Recipe) -> Iterator[str]:
 
 
 def _has_key() -> bool:
-    """Whether wandb finds a key here; no more than that is looked at."""
+    """Return whether wandb finds a key here; the key itself isn't read."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    named = os.environ.get("NETRC")
-    for file in [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+    netrc_file = os.environ.get("NETRC")
+    for file in [Path(netrc_file)] if netrc_file else [Path.home() / ".netrc", Path.home() / "_netrc"]:
         try:
             if host in netrc.netrc(file.expanduser()).hosts:
                 return True
@@ -90,7 +93,7 @@ def _training(recipe: Recipe, sequences: int, processes: int) -> Iterator[str]:
             f"and a batch of all processes takes {batch:,}. Write false, or a smaller "
             "training.per_device_train_batch_size."
         )
-    if processes == 1 and (fault := deepspeed_launch_error(settings["deepspeed"], os.environ)):
-        yield fault
+    if processes == 1 and (error := deepspeed_launch_error(settings["deepspeed"], os.environ)):
+        yield error
     if settings["fsdp"] and processes == 1:
         yield "training.fsdp: it takes several processes, and this is one. Start them with `accelerate launch`."

@@ -1,4 +1,4 @@
-"""Files and packages that a recipe names and that are not there, told before anything heavy is imported."""
+"""Search for the files and packages that a recipe names, before anything heavy is imported."""
 
 import glob
 from collections.abc import Callable, Iterator
@@ -8,34 +8,34 @@ from pathlib import Path
 
 from train.data.sources.source import open_source
 from train.errors import UserError
-from train.model.folder import _from_recipe, refuse_missing_model
+from train.model.folder import _from_recipe, check_model_exists
 from train.recipe import Recipe, Source
 from train.recipe.optimizer_arguments import missing_package_error
 from train.storage.local_paths import hub_unreachable_reason, looks_like_hub_id, suggest_similar
 
 
-def refuse_missing(recipe: Recipe, *, packages: bool = True) -> None:
-    """Raise UserError, naming each, for a missing model folder, source of the data or package that a setting needs.
+def check_files_exist(recipe: Recipe, *, packages: bool = True) -> None:
+    """Raise UserError if the model's folder, a source of the data or a package that a setting needs is missing.
 
-    Hub ids are looked for in the cache; none is asked for. Sources are found, not read. `packages`: the run is
-    going to be on this machine.
+    One error names all of them. Hub ids are looked up in the local cache only; sources are not read.
+    `packages`: whether the run will be on this machine.
     """
-    faults = [error for look in _looks(recipe) if (error := _error_of(look))]
+    errors = [error for search in _searches(recipe) if (error := _error_of(search))]
     if packages and (package := missing_package_error(recipe.training.get("optim") or "")):
-        faults.append(package)
+        errors.append(package)
     if packages and recipe.training.get("use_liger_kernel") and find_spec("liger_kernel") is None:
-        faults.append(
+        errors.append(
             "training.use_liger_kernel: it needs the package liger-kernel, which is not installed. Install it with "
             "`pip install liger-kernel`, or write false."
         )
-    if len(faults) > 1:
-        raise UserError("\n  ".join([f"{recipe._origin.file} names {len(faults)} that are not there:", *faults]))
-    for fault in faults:
-        raise UserError(fault)
+    if len(errors) > 1:
+        raise UserError("\n  ".join([f"{recipe._origin.file} names {len(errors)} that are not there:", *errors]))
+    for error in errors:
+        raise UserError(error)
 
 
-def _looks(recipe: Recipe) -> Iterator[Callable[[], object]]:
-    yield partial(refuse_missing_model, recipe.model, recipe._origin.file)
+def _searches(recipe: Recipe) -> Iterator[Callable[[], object]]:
+    yield partial(check_model_exists, recipe.model, recipe._origin.file)
     parts = {"sources": recipe.data.sources, "validation": recipe.data.validation}
     for name, sources in parts.items():
         for number, source in enumerate(sources if isinstance(sources, tuple) else ()):
@@ -53,15 +53,15 @@ def _find_source(key: str, source: Source, recipe: Recipe) -> None:
             return
     except UserError as error:
         raise UserError(f"{key}: {error}{_from_recipe(path, recipe._origin.file)}") from error
-    if why := hub_unreachable_reason(source.path, "dataset"):
+    if reason := hub_unreachable_reason(source.path, "dataset"):
         where = f"there is no file or folder of that name in {Path.cwd()}"
         hint = _from_recipe(path, recipe._origin.file) or suggest_similar(path)
-        raise UserError(f"{key}: {source.path} can't be loaded: {where}; {why}.{hint}")
+        raise UserError(f"{key}: {source.path} can't be loaded: {where}; {reason}.{hint}")
 
 
-def _error_of(look: Callable[[], object]) -> str | None:
+def _error_of(search: Callable[[], object]) -> str | None:
     try:
-        look()
+        search()
     except UserError as error:
         return str(error)
     return None

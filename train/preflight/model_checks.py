@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from train.data.cache import cache_key, find, get_or_build
 from train.data.tokens.source import cache_folder
 from train.errors import UserError
-from train.model.unloaded_weights import weight_names
+from train.model.unloaded_weights import read_weight_names
 from train.recipe import QuantizationSection, Recipe
 from train.storage.checksum import hash_files
 
@@ -90,7 +90,7 @@ def _key(recipe: Recipe) -> str | None:
         return None
     try:
         files = {path.name: hash_files([path]) for path in _small_files(folder)}
-        names = weight_names(folder)
+        names = read_weight_names(folder)
     except (OSError, UserError, SafetensorError):  # the checks report it
         return None
     return cache_key(

@@ -1,9 +1,4 @@
-"""What a run is about to do: on one screen before its first step, and on the long page of --check.
-
-    accelerate launch train/sft.py --recipe FILE --check [--json FILE]
-
-reads, encodes and packs the rows as training would, loads no weights and starts no process group.
-"""
+"""The page of `--check`: model, template, example rows, statistics and schedule of a run as text."""
 
 import re
 import sys
@@ -17,18 +12,18 @@ from train.data.diagnostics import describe_dropped, describe_unread
 from train.data.stats import Bin
 from train.errors import UserError
 from train.formatting import format_count, shorten, visible, wrap
-from train.preflight.report import Example, PartReport, Piece, Report
+from train.preflight.report import Example, Piece, Report, SplitReport
 from train.recipe.schedule import Cadence
 
 _NAME = 12
 _BAR = 40
 _MARKS = (("⟦", "⟧"), ("⟪", "⟫"), ("⦅", "⦆"))
-_TRAINED, _CONTROL, _ASIDE = "bold green", "magenta", "dim"
+_TRAINED, _CONTROL, _SECONDARY = "bold green", "magenta", "dim"
 _SYSTEM_WHOLE, _HEAD, _TAIL = 3_500, 3_800, 400
-"""Characters of a system message that are shown in any case. It is a turn, or begins one after a role's name or a date:
-of a long turn in a row with a system message so many characters are shown at its start and at its end."""
+"""A system message is shown completely up to _SYSTEM_WHOLE characters. As it is a turn, or begins one after a role's
+name or a date, a long turn in a row with a system message shows _HEAD characters of its start and _TAIL of its end."""
 _ROOM, _LEAST_ROOM = 1_200, 80
-"""Characters of all other turns of a row together, and those of one at least."""
+"""Characters that the other turns of a row share, and the least that one of them gets."""
 _POLICIES = {
     "assistant": "every answer is trained, with its end token",
     "last": "the last answer of each conversation is trained, with its end token",
@@ -57,9 +52,9 @@ def print_page(report: Report, control_tokens: Sequence[str], console: Console) 
 
 
 def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width: int) -> Text:
-    """Return the whole report in lines of `width` columns; the text of example rows keeps its own lines.
+    """Return the complete report in lines of `width` columns; the text of example rows keeps its own lines.
 
-    Without colours the trained text stands between marks that no row shown holds.
+    Without colours the trained text stands between marks that no example row contains.
     """
     text = Text()
 
@@ -78,8 +73,8 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
     for name, key in (("trained", "train_on"), ("control", "control_tokens_in_text")):
         line(name, f"chat.{key}: {report.chat[key]}, {_POLICIES[report.chat[key]]}")
     for number, cache in enumerate(report.caches):
-        found = "found" if cache.hit else "made now"
-        line("" if number else "cache", f"{cache.source}: {cache.key[:8]}..., {found}; tokens by {cache.how}")
+        state = "found" if cache.hit else "made now"
+        line("" if number else "cache", f"{cache.source}: {cache.key[:8]}..., {state}; tokens by {cache.how}")
     text.append("\n")
     _show_examples(text, report.examples, control_tokens, coloured=coloured, width=width)
     for name, part in (("training", report.training), ("validation", report.validation)):
@@ -88,8 +83,8 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
             shown = [*_describe_part(part), *bars]
             for number, value in enumerate(shown):
                 line("" if number else name, value)
-    for number, one in enumerate(report.outcomes):
-        line("" if number else "dropped", describe_dropped(one), "yellow")
+    for number, dropped in enumerate(report.outcomes):
+        line("" if number else "dropped", describe_dropped(dropped), "yellow")
     if not report.outcomes:
         line("dropped", "no row was refused, skipped, dropped or truncated")
     for number, value in enumerate(describe_unread(report.unread) or ["nothing: every column and key is read"]):
@@ -117,9 +112,9 @@ def page(report: Report, control_tokens: Sequence[str], *, coloured: bool, width
 def _describe_plan(report: Report) -> list[str]:
     if report.plan is None:
         return []
-    from train.preflight.plan.plan import describe
+    from train.preflight.plan.description import describe_plan
 
-    return describe(report.plan)
+    return describe_plan(report.plan)
 
 
 def _show_examples(
@@ -132,13 +127,15 @@ def _show_examples(
         how = "is green" if marks is None else f"stands between {marks[0]} and {marks[1]}"
         about = f"{format_count(len(examples), 'example row')}; what is trained {how}"
         if any(fit(piece, example, control) != piece.text for example in examples for piece in example.pieces):
-            about += f". Long turns are shortened; a system message is shown whole up to {_SYSTEM_WHOLE:,} characters"
+            about += (
+                f". Long turns are shortened; a system message is shown completely up to {_SYSTEM_WHOLE:,} characters"
+            )
         text.append(f"{wrap(about, width)}\n", "bold")
     for example in examples:
         about = f"{example.tokens:,} tokens, {example.trained_tokens:,} trained"
         system = f"{'with' if example.system_message else 'without'} a system message"
         system += " of its own, with the default" if example.default_system else ""
-        text.append(f"{wrap(f'--- {visible(example.place)}: {about}, {system}', width)}\n", _ASIDE)
+        text.append(f"{wrap(f'--- {visible(example.place)}: {about}, {system}', width)}\n", _SECONDARY)
         short = [Piece(visible(fit(piece, example, control)), piece.trained) for piece in example.pieces]
         if marks:
             text.append(marked(short, marks))
@@ -146,13 +143,13 @@ def _show_examples(
             for piece in short:
                 start = len(text)
                 text.append(piece.text, _TRAINED if piece.trained else "")
-                for found in [] if piece.trained else control.finditer(piece.text):
-                    text.stylize(_CONTROL, start + found.start(), start + found.end())
+                for token in [] if piece.trained else control.finditer(piece.text):
+                    text.stylize(_CONTROL, start + token.start(), start + token.end())
         text.append("\n" if text.plain.endswith("\n") else "\n\n")
 
 
 def fit(piece: Piece, example: Example, control: re.Pattern[str]) -> str:
-    """Return the text of a piece with the middle of each long turn left out, and every control token whole."""
+    """Return the text of a piece with the middle of each long turn left out, and every control token complete."""
     tokens = [*control.finditer(piece.text)]
     room, tail = max(_LEAST_ROOM, _ROOM // max(len(example.pieces), len(tokens) // 2)), None
     if not piece.trained and (example.system_message or example.default_system):
@@ -165,18 +162,18 @@ def fit(piece: Piece, example: Example, control: re.Pattern[str]) -> str:
 
 
 def marks_for(pieces: Iterable[Piece]) -> tuple[str, str]:
-    """The first pair of marks that none of the texts holds; there is always one."""
-    whole = "".join(piece.text for piece in pieces)
+    """Return the first pair of marks that none of the texts contains."""
+    text = "".join(piece.text for piece in pieces)
     numbered = ((f"⟦{number}⟦", f"⟧{number}⟧") for number in count(1))
-    return next(pair for pair in chain(_MARKS, numbered) if not any(mark in whole for mark in pair))
+    return next(pair for pair in chain(_MARKS, numbered) if not any(mark in text for mark in pair))
 
 
 def marked(pieces: Sequence[Piece], marks: tuple[str, str]) -> str:
-    """The text of a row with marks around what is trained; without the marks it is the row's text again."""
+    """Return the text of a row with marks around what is trained. Without the marks it is the row's text."""
     return "".join(f"{marks[0]}{piece.text}{marks[1]}" if piece.trained else piece.text for piece in pieces)
 
 
-def _describe_part(part: PartReport) -> list[str]:
+def _describe_part(part: SplitReport) -> list[str]:
     share = part.trained_tokens / max(part.tokens, 1)
     system = part.rows_with_system_message / max(part.rows, 1)
     default = part.rows_with_default_system
@@ -187,8 +184,8 @@ def _describe_part(part: PartReport) -> list[str]:
     ]
     if part.rows_of_conversations > part.conversations:
         lines.append(
-            f"{format_count(part.conversations, 'conversation')} became {format_count(part.rows_of_conversations, 'row')}, as "
-            "the template rewrites earlier turns"
+            f"{format_count(part.conversations, 'conversation')} became "
+            f"{format_count(part.rows_of_conversations, 'row')}, as the template rewrites earlier turns"
         )
     if part.filling is not None:
         lines.append(
@@ -205,18 +202,18 @@ def _describe_part(part: PartReport) -> list[str]:
 
 
 def _bars(bins: list[Bin], width: int) -> list[str]:
-    """Return a histogram, one line for each bin that has any row; nothing where one bin has all."""
+    """Return a histogram, one line for each bin with rows; nothing if one bin has all of them."""
     bins = [bin for bin in bins if bin.rows]
     if len(bins) < 2:
         return []
-    most = max(bin.rows for bin in bins)
+    largest = max(bin.rows for bin in bins)
     labels = [f"{bin.start:,}" + (f" to {bin.end - 1:,}" if bin.end - bin.start > 1 else "") for bin in bins]
     longest = max(map(len, labels))
-    bar = max(min(_BAR, width - longest - len(f"   {most:,}")), 10)
+    bar = max(min(_BAR, width - longest - len(f"   {largest:,}")), 10)
     return [
         "histogram of row lengths (tokens):",
         *(
-            f"{label:>{longest}}  {'█' * -(-bin.rows * bar // most)} {bin.rows:,}"
+            f"{label:>{longest}}  {'█' * -(-bin.rows * bar // largest)} {bin.rows:,}"
             for label, bin in zip(labels, bins, strict=True)
         ),
     ]

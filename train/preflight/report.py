@@ -1,4 +1,4 @@
-"""The facts that --check reports: the rows as they would be trained, what became of the others, the steps ahead."""
+"""Data of the report of `--check`: the rows as they would be trained, dropped rows, the schedule and the plan."""
 
 import os
 from collections.abc import Sequence
@@ -15,18 +15,19 @@ from train.data.loss_mask import NOT_TRAINED
 from train.data.prepared_data import CachedSource, ExampleRow, PreparedData, SplitStats, UnreadText
 from train.data.stats import Bin, Overlap, Repeats, histogram, percentiles
 from train.model.tokenizer import ChatTokenizer
-from train.preflight.checks import run_faults
+from train.preflight.checks import find_run_errors
 from train.recipe import Recipe
 from train.recipe.schedule import Schedule, compute_schedule, schedule_error, schedule_warnings, sequences_per_step
-from train.system_gain.validation_rows import describe_gain, gain_refusal, gain_rows
+from train.system_gain.validation_rows import describe_gain, gain_metric_error, load_gain_rows
 
 if TYPE_CHECKING:  # the plan imports modelling code
-    from train.preflight.plan.plan import Cluster, Plan
+    from train.preflight.plan.cluster import Cluster
+    from train.preflight.plan.plan import RunPlan
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a row's text of which every token is trained, or none."""
+    """A part of a row's text, all of whose tokens are trained, or none."""
 
     text: str
     trained: bool
@@ -34,9 +35,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class Example:
-    """One row as the model will see it. The texts of `pieces` in their order are its whole text.
+    """One row as the model will see it; the texts of `pieces` in order are its text.
 
-    `default_system`: the conversation has no system message of its own, so a default was put in.
+    `default_system`: the default system message was inserted, as the conversation has none of its own.
     """
 
     place: str
@@ -48,14 +49,15 @@ class Example:
 
 
 @dataclass(frozen=True)
-class PartReport:
-    """Training or validation.
+class SplitReport:
+    """Statistics of the training or the validation rows.
 
-    `conversations` became `rows_of_conversations` rows: more, where the template rewrites earlier turns. `rows` are
-    those that are trained; `lengths` (tokens, by percent of the rows), `histogram` and `longest_tokens` are of all rows
-    before any was cut or dropped. `filling`: tokens of the room in all sequences, 0 to 1, null without
-    packing. `duplicates`: rows that repeat another word for word, those that a source's weight repeats aside.
-    `rows_with_default_system`: rows without a system message of their own, where a default is put in.
+    - `conversations` give `rows_of_conversations` rows: more than one each if the template rewrites earlier turns;
+    - `rows`: those that are trained;
+    - `lengths` (percentiles, in tokens), `histogram`, `longest_tokens`: of all rows before truncation and dropping;
+    - `filling`: share of the sequences' capacity that holds tokens, 0 to 1; null without packing;
+    - `duplicates`: rows equal to another, except those that a source's weight repeats;
+    - `rows_with_default_system`: rows without a system message of their own into which a default is inserted.
     """
 
     conversations: int
@@ -79,17 +81,21 @@ class PartReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All that --check finds. `--json FILE` writes these fields under their names, and those of the classes above.
+    """Results of `--check`. `--json FILE` writes these fields under their names, and those of the classes above.
 
-    `template`: which one. `probe`: what it does with system messages without our help, in words; nothing where it is
-    used as it came. `chat`: the policies of the recipe. `system_messages`: what results, found by rendering.
-    `caches`: where the tokens of each source are kept. `unread`: columns and keys of messages that nothing reads.
-
-    `error` is what has to change and null where `ready`. `resumes_from`: the checkpoint that the run would go on from.
-    `finished`: the run of this recipe is in output_dir, trained to its end; null where it isn't.
-    `system_gain`: on what each evaluation measures it, in words.
-    `float8`: how linear layers multiply, null where as their weights' type has it. `validation` is null where the
-    recipe names none, `plan` where no GPUs are named.
+    - `error`: what has to change; null if `ready`;
+    - `float8`: torchao's recipe for linear layers; null = they multiply in their weights' type;
+    - `template`: its name;
+    - `probe`: sentences on its treatment of system messages before `chat.system_role` is applied; empty if that
+      changes nothing;
+    - `chat`: the settings of the recipe; `system_messages`: sentences on their effect, found by rendering;
+    - `validation`: null if the recipe has none;
+    - `caches`: where the tokens of each source are kept;
+    - `outcomes`: dropped rows; `unread`: columns and keys of messages that no format reads;
+    - `system_gain`: a sentence on the rows that each evaluation measures it on;
+    - `resumes_from`: the checkpoint that the run would resume from;
+    - `finished`: a sentence on the finished run of this recipe in output_dir; null if there is none;
+    - `plan`: null if no GPUs are has_default.
     """
 
     ready: bool
@@ -104,8 +110,8 @@ class Report:
     system_messages: list[str]
     max_length: int
     packing: bool
-    training: PartReport
-    validation: PartReport | None
+    training: SplitReport
+    validation: SplitReport | None
     caches: list[CachedSource]
     outcomes: list[DroppedRows]
     unread: list[UnreadText]
@@ -115,7 +121,7 @@ class Report:
     output_dir: str
     resumes_from: str | None
     finished: str | None
-    plan: "Plan | None"
+    plan: "RunPlan | None"
     examples: list[Example]
 
 
@@ -130,30 +136,32 @@ def build_report(
     finished: str | None = None,
     cluster: "Cluster | None" = None,
 ) -> Report:
-    """The facts of the report. `before`: the template as it came; the tokenizer has it as it is used.
+    """Build the report on `data`.
 
-    The steps are those on `cluster`, or else of the processes that the launcher starts.
+    - `errors`, `notes`: sentences on the model, of which errors keep the run from starting;
+    - `checkpoint`, `finished`: as in Report;
+    - `cluster`: GPUs whose number decides the steps; without it, the processes that the launcher started do.
     """
-    tokenizer, account = chat.tokenizer, data.train.stats
+    tokenizer, stats = chat.tokenizer, data.train.stats
     processes = cluster.processes if cluster else int(os.environ.get("WORLD_SIZE", "1"))
-    gain = gain_rows(recipe, data, tokenizer)
-    sequences = account.sequences
-    if cluster and recipe.data.packing:  # on so many GPUs rows are packed into whole steps
-        whole = sequences_per_step(recipe, processes)
-        sequences = max(sequences, min(-(-sequences // whole) * whole, account.rows))
-    steps = compute_schedule(recipe.training, sequences, account.tokens / max(sequences, 1), processes)
-    faults = [
+    gain = load_gain_rows(recipe, data, tokenizer)
+    sequences = stats.sequences
+    if cluster and recipe.data.packing:  # on these GPUs rows are packed into full steps
+        multiple = sequences_per_step(recipe, processes)
+        sequences = max(sequences, min(-(-sequences // multiple) * multiple, stats.rows))
+    steps = compute_schedule(recipe.training, sequences, stats.tokens / max(sequences, 1), processes)
+    all_errors = [
         find_data_error(data, recipe.data),
-        gain_refusal(recipe, gain),
-        *run_faults(recipe, account.sequences, processes),
+        gain_metric_error(recipe, gain),
+        *find_run_errors(recipe, stats.sequences, processes),
         schedule_error(recipe.training, steps),
         *errors,
     ]
-    systems = describe_effect(tokenizer, chat.probe, recipe.chat.default_system)
-    given = systems.default is not None
+    effect = describe_effect(tokenizer, chat.probe, recipe.chat.default_system)
+    has_default = effect.default is not None
     return Report(
-        ready=not any(faults),
-        error=" ".join(fault for fault in faults if fault) or None,
+        ready=not any(all_errors),
+        error=" ".join(error for error in all_errors if error) or None,
         warnings=[
             *notes,
             *find_data_warnings(data),
@@ -164,13 +172,13 @@ def build_report(
         dtype=recipe.model.dtype,
         float8=recipe.model.float8,
         template=chat.template,
-        probe=chat.probe.describe() if systems.changed else [],
+        probe=chat.probe.describe() if effect.changed else [],
         chat=recipe.chat.model_dump(mode="json", exclude={"template"}),
-        system_messages=systems.sentences,
+        system_messages=effect.sentences,
         max_length=recipe.data.max_length,
         packing=recipe.data.packing,
-        training=_part(account, recipe, given),
-        validation=_part(data.validation.stats, recipe, given) if data.validation else None,
+        training=_part(stats, recipe, has_default),
+        validation=_part(data.validation.stats, recipe, has_default) if data.validation else None,
         caches=list(data.caches),
         outcomes=find_dropped_rows(data, recipe.data),
         unread=list(data.unread),
@@ -180,32 +188,34 @@ def build_report(
         output_dir=recipe.output_dir,
         resumes_from=str(checkpoint) if checkpoint else None,
         finished=finished,
-        plan=_plan(recipe, account, steps, cluster) if cluster else None,
-        examples=[_example(tokenizer, row, given) for row in account.examples],
+        plan=_plan(recipe, stats, steps, cluster) if cluster else None,
+        examples=[_example(tokenizer, row, has_default) for row in stats.examples],
     )
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], labels: Sequence[int]) -> list[Piece]:
-    """The row's text, cut where training begins and ends; special tokens are part of the text.
+def split_pieces(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], labels: Sequence[int]) -> list[Piece]:
+    """Split a row's text where training begins and ends; special tokens are part of the text.
 
-    Decoders of SentencePiece treat the first token of what they get in its own way, so each piece is what the text
-    from the start of the row to its end has more than the text to its beginning.
+    SentencePiece decodes the first token of a sequence differently, so a piece is the text from the start of the row to
+    the piece's end, without the text to its beginning.
     """
     trained = [label != NOT_TRAINED for label in labels]
-    borders = [place for place in range(1, len(trained)) if trained[place] != trained[place - 1]]
+    borders = [index for index in range(1, len(trained)) if trained[index] != trained[index - 1]]
 
     def text(start: int, end: int) -> str:
         return tokenizer.decode(
             list(input_ids[start:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
-    found: list[Piece] = []
-    start, before = 0, ""
+    pieces: list[Piece] = []
+    start, earlier = 0, ""
     for end in [*borders, len(trained)]:
-        upto = text(0, end)
-        found.append(Piece(upto[len(before) :] if upto.startswith(before) else text(start, end), trained[end - 1]))
-        start, before = end, upto
-    return found
+        prefix = text(0, end)
+        pieces.append(
+            Piece(prefix[len(earlier) :] if prefix.startswith(earlier) else text(start, end), trained[end - 1])
+        )
+        start, earlier = end, prefix
+    return pieces
 
 
 def _float8_warnings(recipe: Recipe) -> list[str]:
@@ -216,17 +226,17 @@ def _float8_warnings(recipe: Recipe) -> list[str]:
     return float8_warnings(recipe)
 
 
-def _plan(recipe: Recipe, account: SplitStats, steps: Schedule, cluster: "Cluster") -> "Plan":
-    from train.model.architecture import shape_of
+def _plan(recipe: Recipe, stats: SplitStats, steps: Schedule, cluster: "Cluster") -> "RunPlan":
+    from train.model.architecture import inspect_architecture
     from train.model.load import load_config
-    from train.preflight.plan.plan import plan
+    from train.preflight.plan.plan import plan_run
 
-    lengths = np.minimum(account.lengths, recipe.data.max_length)
+    lengths = np.minimum(stats.lengths, recipe.data.max_length)
     if recipe.data.overlong != "truncate":
-        lengths = account.lengths[account.lengths <= recipe.data.max_length]
-    return plan(
+        lengths = stats.lengths[stats.lengths <= recipe.data.max_length]
+    return plan_run(
         recipe,
-        shape_of(recipe, load_config(recipe.model)),
+        inspect_architecture(recipe, load_config(recipe.model)),
         cluster,
         lengths,
         steps=steps.steps,
@@ -235,35 +245,35 @@ def _plan(recipe: Recipe, account: SplitStats, steps: Schedule, cluster: "Cluste
     )
 
 
-def _part(account: SplitStats, recipe: Recipe, default_is_given: bool) -> PartReport:
-    documents = account.documents_per_sequence
-    return PartReport(
-        conversations=account.conversations,
-        rows_of_conversations=len(account.lengths),
-        rows=account.rows,
-        tokens=account.tokens,
-        trained_tokens=account.trained_tokens,
-        rows_with_system_message=account.rows_with_system,
-        rows_with_default_system=account.rows - account.rows_with_system if default_is_given else 0,
-        distinct_system_messages=account.distinct_systems,
-        lengths=percentiles(account.lengths),
-        histogram=histogram(account.lengths),
-        longest_tokens=account.longest,
-        longest_place=account.longest_place,
-        sequences=account.sequences,
-        filling=account.tokens_per_sequence / recipe.data.max_length if recipe.data.packing else None,
+def _part(stats: SplitStats, recipe: Recipe, has_default: bool) -> SplitReport:
+    documents = stats.documents_per_sequence
+    return SplitReport(
+        conversations=stats.conversations,
+        rows_of_conversations=len(stats.lengths),
+        rows=stats.rows,
+        tokens=stats.tokens,
+        trained_tokens=stats.trained_tokens,
+        rows_with_system_message=stats.rows_with_system,
+        rows_with_default_system=stats.rows - stats.rows_with_system if has_default else 0,
+        distinct_system_messages=stats.distinct_systems,
+        lengths=percentiles(stats.lengths),
+        histogram=histogram(stats.lengths),
+        longest_tokens=stats.longest,
+        longest_place=stats.longest_place,
+        sequences=stats.sequences,
+        filling=stats.tokens_per_sequence / recipe.data.max_length if recipe.data.packing else None,
         documents_per_sequence_mean=float(documents.mean()) if len(documents) else 0.0,
         documents_per_sequence_max=int(documents.max(initial=0)),
-        duplicates=account.duplicates,
+        duplicates=stats.duplicates,
     )
 
 
-def _example(tokenizer: PreTrainedTokenizerBase, row: ExampleRow, default_is_given: bool) -> Example:
+def _example(tokenizer: PreTrainedTokenizerBase, row: ExampleRow, has_default: bool) -> Example:
     return Example(
         place=row.place,
         tokens=len(row.input_ids),
         trained_tokens=int((row.labels != NOT_TRAINED).sum()),
         system_message=row.has_system,
-        default_system=default_is_given and not row.has_system,
-        pieces=pieces(tokenizer, row.input_ids.tolist(), row.labels.tolist()),
+        default_system=has_default and not row.has_system,
+        pieces=split_pieces(tokenizer, row.input_ids.tolist(), row.labels.tolist()),
     )

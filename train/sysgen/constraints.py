@@ -1,11 +1,12 @@
-"""Requirements on an answer that a program can check: at most 60 words, a list of four points, no commas.
+"""Constraints: requirements on an answer that a program can check (at most 60 words, a list of four points, no commas).
 
-Some kinds are also IFEval's, but the wording is ours throughout and no sentence is taken from it: training on a
-benchmark's own wording would make its score worthless. Each kind has several wordings, so that a model learns the
-requirement and not one sentence. The wordings are English, and so are the answers that get them.
+- Some kinds are also IFEval's, but all wordings are ours: training on a benchmark's own wording would make its score
+  worthless. Each kind has several wordings, so that a model learns the requirement and not a sentence.
+- The wordings are English, for English answers.
+- Checks are strict and simple, and fail an answer when in doubt: an answer that passes is trained on as an example of
+  following the message.
 
-A check is strict and simple, and fails an answer when in doubt: what passes is trained on as an example of following
-the message. A change of wording raises `prompts.PROMPT_VERSION`.
+Raise `prompts.PROMPT_VERSION` with every change of wording.
 """
 
 import math
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from train.datagen.words import (
+from train.datagen.text_units import (
     BOLD,
     BULLET,
     HEADING,
@@ -24,7 +25,7 @@ from train.datagen.words import (
     count_sentences,
     has_paragraphs,
     is_json_object,
-    words_of,
+    split_words,
 )
 
 Check = Callable[[str], bool]
@@ -32,7 +33,7 @@ Check = Callable[[str], bool]
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """One requirement, in words and as a check of one answer. The check takes any text and never raises."""
+    """One requirement, as text and as a check of an answer. The check takes any text and never raises."""
 
     kind: str
     tag: str
@@ -40,31 +41,39 @@ class Constraint:
     is_met: Check
 
 
-def draw(answers: Sequence[str], chance: random.Random, at_most: int, *, shaped: bool = False) -> list[Constraint]:
-    """One to `at_most` constraints that suit a conversation with these answers, of kinds that go together.
+def draw_constraints(
+    answers: Sequence[str], rng: random.Random, at_most: int, *, shaped: bool = False
+) -> list[Constraint]:
+    """Draw one to `at_most` compatible constraints for a conversation with these answers.
 
-    Every new answer is to meet each of them, so each suits all of the answers. None for answers that aren't in Latin
-    letters, or are data (JSON, XML) themselves. `shaped`: the system message says already what form the answer takes
-    ("a short paragraph"), so no constraint asks for another one (a JSON object).
+    Each constraint suits all of the answers, since every new answer must meet it. Answers that are not in Latin letters
+    or are data (JSON, XML) get none.
+
+    Args:
+        answers: answers of the data.
+        rng: random number generator.
+        at_most: maximum number of constraints.
+        shaped: the system message states the form of the answer ("a short paragraph"), so that no constraint may ask
+            for another one (a JSON object).
     """
-    originals = _Originals(tuple(answers))
+    originals = _OriginalAnswers(tuple(answers))
     if not originals.is_prose:
         return []
-    wanted = chance.randint(1, at_most)
+    count = rng.randint(1, at_most)
     kinds = list(_KINDS)
-    chance.shuffle(kinds)
+    rng.shuffle(kinds)
     drawn: list[Constraint] = []
     for kind in kinds:
-        if len(drawn) == wanted:
+        if len(drawn) == count:
             break
         if shaped and kind.name in _SHAPES:
             continue
         if kind.suits(originals) and not any(_exclude_each_other(kind.name, other.kind) for other in drawn):
-            drawn.append(kind.drawn(originals, chance))
+            drawn.append(kind.draw(originals, rng))
     return drawn
 
 
-# The answers of the data
+# The original answers
 
 _CODE = re.compile(
     r"""`|~~~|\\[a-zA-Z(\[]|\$[^$\n]*\$|[;{}]\s*$
@@ -74,23 +83,23 @@ _CODE = re.compile(
 
 
 @dataclass(frozen=True)
-class _Originals:
-    """The answers of the data, and what there is to know of them."""
+class _OriginalAnswers:
+    """Answers of the data with the properties that decide which constraints suit them."""
 
     answers: tuple[str, ...]
 
     @cached_property
     def words(self) -> list[list[str]]:
-        return [words_of(answer) for answer in self.answers]
+        return [split_words(answer) for answer in self.answers]
 
     @cached_property
     def shortest(self) -> int:
-        """Number of words."""
+        """Words of the shortest answer."""
         return min(map(len, self.words))
 
     @cached_property
     def longest(self) -> int:
-        """Number of words."""
+        """Words of the longest answer."""
         return max(map(len, self.words))
 
     @cached_property
@@ -103,26 +112,26 @@ class _Originals:
             and latin >= 0.9 * len(letters)
         )
 
-    def hold(self, pattern: str) -> bool:
-        """Whether one of the answers has a place that a regular expression fits."""
+    def match(self, pattern: str) -> bool:
+        """Return whether a regular expression matches in one of the answers."""
         return any(re.search(pattern, answer, re.MULTILINE) for answer in self.answers)
 
     @cached_property
     def has_code(self) -> bool:
-        """Code or mathematics, where commas, capitals and marks mean something."""
+        """Code or mathematics, where commas, capitals and punctuation have a meaning."""
         return any(map(_CODE.search, self.answers))
 
     @cached_property
     def has_list(self) -> bool:
-        return self.hold(BULLET.pattern) or self.hold(NUMBERED.pattern) or self.hold(r"^\s*\|.*\|")
+        return self.match(BULLET.pattern) or self.match(NUMBERED.pattern) or self.match(r"^\s*\|.*\|")
 
     @cached_property
     def is_plain(self) -> bool:
-        return not self.has_code and not self.has_list and not self.hold(r"^#{1,6}\s")
+        return not self.has_code and not self.has_list and not self.match(r"^#{1,6}\s")
 
     @cached_property
     def common_words(self) -> dict[str, int]:
-        """Words with a content that occur in every answer, as they stand in a dictionary, and how often at least."""
+        """Lower-case content words that occur in every answer, with their lowest count."""
         counts = [Counter(re.findall(r"(?<![\w'’-])[a-z]{5,14}(?![\w'’-])", answer)) for answer in self.answers]
         shared = set(counts[0]).intersection(*counts[1:]) - set(_NO_CONTENT.split())
         return {word: min(count[word] for count in counts) for word in sorted(shared)}
@@ -151,106 +160,106 @@ _ENDINGS = (
 
 # The kinds
 
-_Made = tuple[dict[str, str], Check]
+_Instance = tuple[dict[str, str], Check]
 
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """A kind of constraint: which answers it suits, how its values are drawn, and how it is put."""
+    """A kind of constraint: the answers it suits, how its values are drawn, and its wordings."""
 
     name: str
     tag: str
-    suits: Callable[[_Originals], bool]
-    make: Callable[[_Originals, random.Random], _Made]
+    suits: Callable[[_OriginalAnswers], bool]
+    instantiate: Callable[[_OriginalAnswers, random.Random], _Instance]
     phrases: tuple[str, ...]
 
-    def drawn(self, originals: _Originals, chance: random.Random) -> Constraint:
-        values, check = self.make(originals, chance)
-        text = chance.choice(self.phrases).format(**values)
+    def draw(self, originals: _OriginalAnswers, rng: random.Random) -> Constraint:
+        values, check = self.instantiate(originals, rng)
+        text = rng.choice(self.phrases).format(**values)
         return Constraint(self.name, self.tag, text, lambda answer: bool(answer.strip()) and check(answer))
 
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
-def _number(number: int, chance: random.Random) -> dict[str, str]:
-    """In letters or digits."""
-    spelled = number < len(_NUMBERS) and chance.random() < 0.5
+def _number(number: int, rng: random.Random) -> dict[str, str]:
+    """Return the value of a number, spelled out or in digits."""
+    spelled = number < len(_NUMBERS) and rng.random() < 0.5
     return {"n": _NUMBERS[number] if spelled else str(number)}
 
 
 def _step(number: float) -> int:
-    """People ask for round numbers."""
+    """Return the step for rounding: people ask for round numbers."""
     return 5 if number < 60 else 10 if number < 200 else 50
 
 
-def _words_at_most(originals: _Originals, chance: random.Random) -> _Made:
-    about = originals.longest * chance.uniform(1.0, 1.4)
+def _words_at_most(originals: _OriginalAnswers, rng: random.Random) -> _Instance:
+    about = originals.longest * rng.uniform(1.0, 1.4)
     limit = math.ceil(about / _step(about)) * _step(about)
-    return {"n": str(limit)}, lambda answer: len(words_of(answer)) <= limit
+    return {"n": str(limit)}, lambda answer: len(split_words(answer)) <= limit
 
 
-def _words_at_least(originals: _Originals, chance: random.Random) -> _Made:
-    about = originals.shortest * chance.uniform(0.6, 1.0)
+def _words_at_least(originals: _OriginalAnswers, rng: random.Random) -> _Instance:
+    about = originals.shortest * rng.uniform(0.6, 1.0)
     limit = math.floor(about / _step(about)) * _step(about)
-    return {"n": str(limit)}, lambda answer: len(words_of(answer)) >= limit
+    return {"n": str(limit)}, lambda answer: len(split_words(answer)) >= limit
 
 
-def _sentences_at_most(originals: _Originals, chance: random.Random) -> _Made:
-    limit = max(2, max(map(count_sentences, originals.answers)) + chance.randint(0, 1))
-    return _number(limit, chance), lambda answer: count_sentences(answer) <= limit
+def _sentences_at_most(originals: _OriginalAnswers, rng: random.Random) -> _Instance:
+    limit = max(2, max(map(count_sentences, originals.answers)) + rng.randint(0, 1))
+    return _number(limit, rng), lambda answer: count_sentences(answer) <= limit
 
 
-def _paragraphs(originals: _Originals, chance: random.Random) -> _Made:
-    wanted = min(2 + originals.shortest // 100, 5) if chance.random() < 0.5 else chance.randint(2, 3)
-    return _number(wanted, chance), lambda answer: has_paragraphs(answer, wanted)
+def _paragraphs(originals: _OriginalAnswers, rng: random.Random) -> _Instance:
+    count = min(2 + originals.shortest // 100, 5) if rng.random() < 0.5 else rng.randint(2, 3)
+    return _number(count, rng), lambda answer: has_paragraphs(answer, count)
 
 
-def _bullet_points(originals: _Originals, chance: random.Random) -> _Made:
-    wanted = chance.randint(2, min(6, 2 + originals.shortest // 30))
-    return _number(wanted, chance), lambda answer: len(BULLET.findall(answer)) == wanted
+def _bullet_points(originals: _OriginalAnswers, rng: random.Random) -> _Instance:
+    count = rng.randint(2, min(6, 2 + originals.shortest // 30))
+    return _number(count, rng), lambda answer: len(BULLET.findall(answer)) == count
 
 
-def _numbered_points(originals: _Originals, chance: random.Random) -> _Made:
-    wanted = chance.randint(2, min(6, 2 + originals.shortest // 30))
-    numbers = list(range(1, wanted + 1))
-    return _number(wanted, chance), lambda answer: [int(found) for found in NUMBERED.findall(answer)] == numbers
+def _numbered_points(originals: _OriginalAnswers, rng: random.Random) -> _Instance:
+    count = rng.randint(2, min(6, 2 + originals.shortest // 30))
+    numbers = list(range(1, count + 1))
+    return _number(count, rng), lambda answer: [int(number) for number in NUMBERED.findall(answer)] == numbers
 
 
-def _highlighted(originals: _Originals, chance: random.Random) -> _Made:
-    wanted = chance.randint(2, min(5, 2 + originals.shortest // 40))
-    return _number(wanted, chance), lambda answer: len(BOLD.findall(answer)) >= wanted
+def _highlighted(originals: _OriginalAnswers, rng: random.Random) -> _Instance:
+    count = rng.randint(2, min(5, 2 + originals.shortest // 40))
+    return _number(count, rng), lambda answer: len(BOLD.findall(answer)) >= count
 
 
-def _beginning(originals: _Originals, chance: random.Random) -> _Made:
-    phrase = chance.choice(_BEGINNINGS)
+def _beginning(originals: _OriginalAnswers, rng: random.Random) -> _Instance:
+    phrase = rng.choice(_BEGINNINGS)
     return {"phrase": phrase}, lambda answer: answer.lstrip().startswith(phrase)
 
 
-def _ending(originals: _Originals, chance: random.Random) -> _Made:
-    phrase = chance.choice(_ENDINGS)
+def _ending(originals: _OriginalAnswers, rng: random.Random) -> _Instance:
+    phrase = rng.choice(_ENDINGS)
     return {"phrase": phrase}, lambda answer: answer.rstrip().endswith(phrase)
 
 
-def _word_to_include(originals: _Originals, chance: random.Random) -> _Made:
-    word, times = chance.choice(list(originals.common_words.items()))
-    wanted = chance.randint(1, min(times, 3))
-    often = {1: "at least once", 2: "at least twice", 3: "three or more times"}[wanted]
-    return {"word": word, "often": often}, lambda answer: words_of(answer).count(word) >= wanted
+def _word_to_include(originals: _OriginalAnswers, rng: random.Random) -> _Instance:
+    word, times = rng.choice(list(originals.common_words.items()))
+    count = rng.randint(1, min(times, 3))
+    often = {1: "at least once", 2: "at least twice", 3: "three or more times"}[count]
+    return {"word": word, "often": often}, lambda answer: split_words(answer).count(word) >= count
 
 
-def _word_to_avoid(originals: _Originals, chance: random.Random) -> _Made:
+def _word_to_avoid(originals: _OriginalAnswers, rng: random.Random) -> _Instance:
     used = [word for word in _AVOIDABLE if any(word in words for words in originals.words)]
-    word = chance.choice(used if used and chance.random() < 0.5 else _AVOIDABLE)
+    word = rng.choice(used if used and rng.random() < 0.5 else _AVOIDABLE)
     return {"word": word}, lambda answer: word not in re.split(r"[\W_]+", answer.casefold())
 
 
-def _without(marks: str) -> Callable[[_Originals, random.Random], _Made]:
-    return lambda originals, chance: ({}, lambda answer: not any(mark in answer for mark in marks))
+def _without(marks: str) -> Callable[[_OriginalAnswers, random.Random], _Instance]:
+    return lambda originals, rng: ({}, lambda answer: not any(mark in answer for mark in marks))
 
 
-def _that(check: Check) -> Callable[[_Originals, random.Random], _Made]:
-    return lambda originals, chance: ({}, check)
+def _that(check: Check) -> Callable[[_OriginalAnswers, random.Random], _Instance]:
+    return lambda originals, rng: ({}, check)
 
 
 def _is_quoted(answer: str) -> bool:
@@ -297,7 +306,7 @@ _KINDS = (
         "Reply in JSON only: one object, without a code fence or any text around it.",
         "A program will parse your reply: write one JSON object and nothing else.",
         "Put everything into a single JSON object, with nothing before the first brace or after the last.")),
-    _Kind("quoted", "Format", lambda it: it.is_plain and it.longest <= 100 and not it.hold('["“”]'),
+    _Kind("quoted", "Format", lambda it: it.is_plain and it.longest <= 100 and not it.match('["“”]'),
           _that(_is_quoted), (
         "Put the whole reply in straight double quotes (\").",
         "Begin and end with a \" so that everything you say is in quotes.",
@@ -319,7 +328,7 @@ _KINDS = (
     _Kind("word_to_avoid", "Style", lambda it: it.shortest >= 20, _word_to_avoid, (
         "Do without the word \"{word}\".", "Never say \"{word}\".",
         "The word \"{word}\" is off limits; find another way to say it.", "Steer clear of the word \"{word}\".")),
-    _Kind("lower_case", "Style", lambda it: not it.has_code and not it.hold(r"\d,\d"),
+    _Kind("lower_case", "Style", lambda it: not it.has_code and not it.match(r"\d,\d"),
           _that(lambda answer: not any(letter.isupper() or letter.istitle() for letter in answer)), (
         "Type everything in lowercase, including names and the first word of a sentence.",
         "Write without a single capital letter, as in a casual chat.", "lowercase only, please, from start to finish.",
@@ -328,10 +337,10 @@ _KINDS = (
           _that(lambda answer: not any(letter.islower() for letter in answer)), (
         "WRITE IN UPPERCASE ONLY, LIKE THIS.", "Reply in capitals throughout, like a telegram.",
         "Make every letter a capital.", "Use block capitals and no lowercase letters.")),
-    _Kind("no_commas", "Style", lambda it: not it.has_code and not it.hold(r"\d,\d"), _without(",，、،"), (
+    _Kind("no_commas", "Style", lambda it: not it.has_code and not it.match(r"\d,\d"), _without(",，、،"), (
         "Build every sentence so that it needs no comma, and use none.", "Keep commas out of your reply.",
         "Start a new sentence where you would put a comma; use no commas at all.", "Write comma-free prose.")),
-    _Kind("no_exclamation_marks", "Style", lambda it: not it.has_code and not it.hold(r"\d!|!="), _without("!！¡"), (
+    _Kind("no_exclamation_marks", "Style", lambda it: not it.has_code and not it.match(r"\d!|!="), _without("!！¡"), (
         "Stay calm in tone and use no exclamation marks.", "Exclamation marks have no place in your replies.",
         "Keep your enthusiasm out of the punctuation: not a single exclamation mark.",
         "Finish sentences with a period or a question mark, never with an exclamation mark.")),
@@ -354,13 +363,13 @@ _EXCLUDING = (
         "ending postscript lower_case capitals no_commas",
     ),
 )
-"""Any of the first with any of the second can't both be met, or not without a contortion."""
+"""Kinds of which one of the first and one of the second can't both be met, or only awkwardly."""
 
 _SHAPES = frozenset(("paragraphs", "bullet_points", "numbered_points", "title", "json", "quoted"))
-"""Kinds that give the whole answer a form of its own."""
+"""Kinds that prescribe the form of the complete answer."""
 
-_PAIRS = {frozenset((one, other)) for ones, others in _EXCLUDING for one in ones.split() for other in others.split()}
+_PAIRS = {frozenset((a, b)) for first, second in _EXCLUDING for a in first.split() for b in second.split()}
 
 
-def _exclude_each_other(one: str, other: str) -> bool:
-    return one == other or frozenset((one, other)) in _PAIRS
+def _exclude_each_other(kind: str, other: str) -> bool:
+    return kind == other or frozenset((kind, other)) in _PAIRS

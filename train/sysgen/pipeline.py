@@ -1,309 +1,299 @@
-"""The four phases of SYSGEN for one row after another (section 3 of arXiv:2502.11330), and what we add to them.
+"""Pipeline of SYSGEN: the four phases for one row (section 3 of arXiv:2502.11330), and our additions.
 
     generate   M(S | prompt, Q, A): a system message in tagged phrases
-    filter     rules: what stands in properly matched tags of the eight, in canonical order (`tags.parse`)
-    verify     M judges each tag; Bad and None go
-    answer     M(A' | S, Q): every answer anew
+    filter     rules: keep properly matched tags of the eight, in canonical order (`tags.parse`)
+    verify     M judges each tag; Bad and None are removed
+    answer     M(A' | S, Q): new answers for all turns
 
-Each row goes through all of them without waiting for any other. All that is random is drawn from the seed and the
-row's number, so the same answers of the model give the same rows, whatever order they came in.
-
-A conversation of several turns gets one system message, which is verified against each turn (a tag stays if no turn
-finds it Bad and one finds it Good), and its answers are given anew in sequence, each seeing those before. Answers that
-call tools, and those after the results of tools, can't be given anew without the tools: such a row keeps its own.
-
-What a model writes while it reasons (`<think>`) is no part of what it says: it is taken out of all it writes, and
-counted.
+- Each row passes all phases without waiting for other rows. All random choices follow from the seed and the row's
+  number, so the same answers of the model give the same rows, in whatever order they arrive.
+- A conversation of several turns gets one system message, which is verified against each turn (a tag stays if no turn
+  judges it Bad and at least one judges it Good). Its answers are generated in sequence, each seeing those before.
+- A row whose answers call tools, or follow the results of tools, keeps them: new answers would need the tools.
+- Reasoning of the model (`<think>`) is removed from all replies and counted.
 """
 
 import asyncio
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from train.data.sources.formats import Message, RowError
 from train.datagen.drop_reasons import UNREADABLE, UNSUPPORTED
-from train.datagen.source_rows import PlacedRow
-from train.datagen.usage import ask
+from train.datagen.source_rows import NumberedRow
+from train.datagen.stage_client import StageClient
+from train.datagen.stats import truncate_line
 from train.llm.client import Client
 from train.llm.failures import NO_ANSWER, RequestFailed
-from train.llm.journal import Decoding, Request
-from train.llm.system_role import merge_into_user
+from train.llm.request import Request
 from train.llm.yes_or_no import says_no
 from train.sysgen import prompts
 from train.sysgen.config import SysgenConfig
-from train.sysgen.constraints import Constraint, draw
-from train.sysgen.filters import language_of, leaked_share
-from train.sysgen.result import Outcome
-from train.sysgen.tag_balance import Balance
-from train.sysgen.tags import Annotated, Phrase, Verdict, parse
-from train.sysgen.verdicts import verdicts_of_reply
+from train.sysgen.constraints import Constraint, draw_constraints
+from train.sysgen.filters import detect_language, measure_answer_leak
+from train.sysgen.result import RowResult
+from train.sysgen.tag_balance import TagBalance
+from train.sysgen.tags import Phrase, TaggedMessage, Verdict, parse
+from train.sysgen.verdicts import parse_reply_verdicts
 
 
 class Pipeline:
-    """Takes rows through the phases. `balance` decides who is reminded of rare tags."""
+    """The phases of SYSGEN. `balance` draws the reminders of rare tags."""
 
-    def __init__(self, config: SysgenConfig, client: Client, balance: Balance) -> None:
-        self.config, self.client, self.balance = config, client, balance
-        # The gates take a millisecond or two a row, and rows come to them in crowds: one at a time, with a look at the
-        # servers' answers in between, or 64 places would wait for a crowd of 64.
-        self._at_the_gates = asyncio.Lock()
+    def __init__(self, config: SysgenConfig, client: Client, balance: TagBalance) -> None:
+        self.config, self.balance = config, balance
+        self.client = StageClient(client, config, prompts.STOP_PATTERNS)
+        # The gates take one or two milliseconds per row. One row at a time, and the event loop handles the servers'
+        # answers in between: otherwise 64 rows that arrive together would leave the servers idle.
+        self._gates_lock = asyncio.Lock()
 
-    async def run(self, row: PlacedRow) -> Outcome:
-        """What becomes of one row. Raises UserError, as the client does, for what ends the run."""
+    async def run(self, row: NumberedRow) -> RowResult:
+        """Return the result of one row. Raises UserError as the client does, which ends the run."""
         index, place, conversation = row
-        outcome = Outcome(index, place)
+        result = RowResult(index, place)
         if isinstance(conversation, RowError):
-            return outcome.leave_out(f"{UNREADABLE}: {conversation.kind}", conversation.detail)
-        outcome.tools = conversation.tools
+            return result.drop(f"{UNREADABLE}: {conversation.kind}", conversation.detail)
+        result.tools = conversation.tools
         try:
-            return await self._taken_through(outcome, conversation.messages)
+            return await self._run_phases(result, conversation.messages)
         except RequestFailed as failure:
-            return outcome.leave_out(NO_ANSWER, str(failure))
+            return result.drop(NO_ANSWER, str(failure))
 
-    async def _taken_through(self, outcome: Outcome, messages: Sequence[Message]) -> Outcome:
+    async def _run_phases(self, result: RowResult, messages: Sequence[Message]) -> RowResult:
         config = self.config
         existing = messages[0]["content"] if messages[0]["role"] == "system" else None
         if existing is not None and config.existing_system == "keep":
-            outcome.messages, outcome.system = list(messages), existing
-            outcome.events["kept with the system message that it had"] += 1
-            return outcome
+            result.messages, result.system = list(messages), existing
+            result.events["kept with the system message that it had"] += 1
+            return result
         turns = _up_to_last_answer(messages[existing is not None :])
         if len(turns) < len(messages) - (existing is not None):
-            outcome.events["turns after the last answer left out"] += 1
+            result.events["turns after the last answer left out"] += 1
         if any(turn["role"] == "system" for turn in turns):
-            return outcome.leave_out(f"{UNSUPPORTED}: a system message in the middle of the conversation")
+            return result.drop(f"{UNSUPPORTED}: a system message in the middle of the conversation")
 
         if config.message == "common":
-            outcome.system = config.common_message
-        elif not await self._write_message(outcome, turns, existing if config.existing_system == "refine" else None):
+            result.system = config.common_message
+        elif not await self._write_message(result, turns, existing if config.existing_system == "refine" else None):
             if config.on_empty != "keep_without_system":
-                return outcome
-            outcome.reason, outcome.detail = None, ""
-            outcome.events["kept without a system message"] += 1
-            outcome.messages, outcome.message, outcome.system = list(turns), Annotated(()), ""
-            return outcome
-        return await self._answer(outcome, turns)
+                return result
+            result.reason, result.detail = None, ""
+            result.events["kept without a system message"] += 1
+            result.messages, result.message, result.system = list(turns), TaggedMessage(()), ""
+            return result
+        return await self._answer(result, turns)
 
     # The system message
 
-    async def _write_message(self, outcome: Outcome, turns: Sequence[Message], existing: str | None) -> bool:
-        """Generate, filter and verify until there is a message that passes; else leave the row out."""
-        outcome.reminded_of = self.balance.reminders(outcome.index)
+    async def _write_message(self, result: RowResult, turns: Sequence[Message], existing: str | None) -> bool:
+        """Generate, filter and verify messages until one passes and return True; else drop the row."""
+        result.reminded_of = self.balance.draw_reminders(result.index)
         tries = 1 + (self.config.retries if self.config.on_empty == "retry" else 0)
+        reason = detail = ""
         for sample in range(tries):
             if sample:
-                outcome.events["another try at the system message"] += 1
-            is_last = sample + 1 == tries
-            why_not, detail = await self._try_message(outcome, turns, existing, sample, is_last=is_last)
-            if not why_not:
+                result.events["another try at the system message"] += 1
+            reason, detail = await self._try_message(result, turns, existing, sample, is_last=sample + 1 == tries)
+            if not reason:
                 return True
-            outcome.events[why_not] += 1
-        outcome.leave_out(why_not, detail)
+            result.events[reason] += 1
+        result.drop(reason, detail)
         return False
 
     async def _try_message(
-        self, outcome: Outcome, turns: Sequence[Message], existing: str | None, sample: int, *, is_last: bool
+        self, result: RowResult, turns: Sequence[Message], existing: str | None, sample: int, *, is_last: bool
     ) -> tuple[str, str]:
-        """One try. What is wrong with it, in the words of the report, and in detail; nothing if it passes."""
+        """Try once; return the reason why the message does not pass, and a detail. Both are empty if it passes."""
         config = self.config
         forbid_leak = config.gates.leak is not None
-        prompt = prompts.generate(turns, existing=existing, remind_of=outcome.reminded_of, forbid_leak=forbid_leak)
-        request = self._request("generate", prompt, config.generate.decoding(), sample)
+        prompt = prompts.generate(turns, existing=existing, remind_of=result.reminded_of, forbid_leak=forbid_leak)
+        request = self.client.request("generate", prompt, sample)
         continues_if_empty = is_last and config.on_empty == "keep_without_system"
-        answer = await ask(self.client, request, outcome, prompts.FURTHER_TURNS, continues_if_empty=continues_if_empty)
-        outcome.written_by_model, outcome.verdicts = answer.text, []
-        outcome.message = Annotated(())
+        answer = await self.client.ask(request, result, continues_if_empty=continues_if_empty)
+        result.written_by_model, result.verdicts = answer.text, []
+        result.message = TaggedMessage(())
         if answer.refused:
-            return "the model refused to write a system message", _beginning(answer.detail)
+            return "the model refused to write a system message", truncate_line(answer.detail)
         if answer.cut:
-            outcome.events["system message cut at the token limit"] += 1
+            result.events["system message cut at the token limit"] += 1
         elif answer.only_reasoning or answer.empty:
             return f"system message {answer.unfinished}", answer.detail
-        outcome.phase = "generated"
-        outcome.message = parse(answer.text)
-        if not outcome.message.phrases:
-            return "no valid phrase", _beginning(answer.text) or answer.unfinished or "an empty answer"
-        outcome.phase = "filtered"
+        result.phase = "generated"
+        result.message = parse(answer.text)
+        if not result.message.phrases:
+            return "no valid phrase", truncate_line(answer.text) or answer.unfinished or "an empty answer"
+        result.phase = "filtered"
         next_try = replace(request, sample=sample + 1)
-        if unfinished := await self._verify(outcome, turns, sample, next_try, continues_if_empty=continues_if_empty):
-            return unfinished, f"of the message {_beginning(answer.text)}"
-        if not outcome.message.phrases:
-            judged = (f"{tag}: {verdict}" for said in outcome.verdicts for tag, verdict in said.items())
-            return "no phrase was verified", ", ".join(judged)
-        outcome.phase = "verified"
-        outcome.system = outcome.message.text
-        async with self._at_the_gates:
+        if unfinished := await self._verify(result, turns, sample, next_try, continues_if_empty=continues_if_empty):
+            return unfinished, f"of the message {truncate_line(answer.text)}"
+        if not result.message.phrases:
+            verdicts = (f"{tag}: {verdict}" for by_tag in result.verdicts for tag, verdict in by_tag.items())
+            return "no phrase was verified", ", ".join(verdicts)
+        result.phase = "verified"
+        result.system = result.message.text
+        async with self._gates_lock:
             await asyncio.sleep(0)
-            return self._stopped_by_gates(outcome.system, turns)
+            return self._check_gates(result.system, turns)
 
     async def _verify(
-        self, outcome: Outcome, turns: Sequence[Message], sample: int, next_try: Request, *, continues_if_empty: bool
+        self, result: RowResult, turns: Sequence[Message], sample: int, next_try: Request, *, continues_if_empty: bool
     ) -> str:
-        """Remove the phrases that fail; return why the verification is not finished, nothing if it is.
+        """Remove the phrases that fail; return why the verification is unfinished, an empty text if it is finished.
 
-        `next_try`, `continues_if_empty`: what follows on an empty verification, as of `Client.ask`.
+        `next_try`, `continues_if_empty`: what follows an empty verification, see `Client.ask`.
         """
-        exchanges: Sequence[Sequence[Message] | None] = _exchanges(turns)
+        exchanges: Sequence[Sequence[Message] | None] = _split_exchanges(turns)
         if len(exchanges) == 1:
-            exchanges = [None]  # the paper's way: the message alone
-        decoding = self.config.verify.decoding()
-        continues_if_empty = continues_if_empty or self.config.on_unfinished_verification == "keep"
+            exchanges = [None]  # as in the paper: the message alone
+        keeps_unfinished = self.config.on_unfinished_verification == "keep"
         for exchange in exchanges:
-            request = self._request("verify", prompts.verify(outcome.message, exchange), decoding, sample)
-            answer = await ask(
-                self.client,
-                request,
-                outcome,
-                prompts.FURTHER_TURNS,
-                next_try=next_try,
-                continues_if_empty=continues_if_empty,
+            request = self.client.request("verify", prompts.verify(result.message, exchange), sample)
+            answer = await self.client.ask(
+                request, result, next_try=next_try, continues_if_empty=continues_if_empty or keeps_unfinished
             )
-            read = verdicts_of_reply(answer.text)
-            missing = sum(tag not in read.of for tag in outcome.message.tags)
+            verdicts = parse_reply_verdicts(answer.text)
+            missing = sum(tag not in verdicts.of for tag in result.message.tags)
             if missing and answer.unfinished:
                 unfinished = f"verification {answer.unfinished}"
-                if self.config.on_unfinished_verification == "retry":
+                if not keeps_unfinished:
                     return unfinished
-                outcome.events[f"{unfinished}, and its phrases kept"] += 1
-                if not read.of:
+                result.events[f"{unfinished}, and its phrases kept"] += 1
+                if not verdicts.of:
                     continue
             else:
-                outcome.events["verdict that can't be read"] += missing
-            outcome.verdicts.append(dict(read.of))
-            outcome.tags_judged += len(outcome.message.tags)
-            outcome.events["verdict written otherwise, and read"] += read.repairs.get("written otherwise", 0)
-        for tag in outcome.message.tags:
-            verdict = _combined([verdicts.get(tag) for verdicts in outcome.verdicts])
+                result.events["verdict that can't be read"] += missing
+            result.verdicts.append(dict(verdicts.of))
+            result.tags_judged += len(result.message.tags)
+            result.events["verdict written otherwise, and read"] += verdicts.repairs.get("written otherwise", 0)
+        for tag in result.message.tags:
+            verdict = _combine_verdicts([verdicts.get(tag) for verdicts in result.verdicts])
             if verdict is None and self.config.on_missing_verdict == "keep":
                 continue
             if verdict != "Good":
                 reason = f"judged {verdict}" if verdict else "no verdict"
-                outcome.message = outcome.message.without({tag}, reason)
+                result.message = result.message.without({tag}, reason)
         return ""
 
-    def _stopped_by_gates(self, system: str, turns: Sequence[Message]) -> tuple[str, str]:
+    def _check_gates(self, system: str, turns: Sequence[Message]) -> tuple[str, str]:
+        """Return the reason why a gate stops the message, and a detail. Both are empty if none does."""
         gates = self.config.gates
         questions = "\n".join(turn["content"] for turn in turns if turn["role"] == "user")
         if gates.language:
-            ours, theirs = language_of(system), language_of(questions)
+            ours, theirs = detect_language(system), detect_language(questions)
             if ours and theirs and ours != theirs:
                 return "gate: in another language than the conversation", f"{ours}, the questions are in {theirs}"
         if gates.leak is not None:
-            share = max(leaked_share(system, questions, answer["content"]) for answer in _answers(turns))
+            share = max(measure_answer_leak(system, questions, answer["content"]) for answer in _answers(turns))
             if share >= gates.leak:
                 return "gate: gives the answer away", f"{share:.0%} of an answer"
         return "", ""
 
     # The answers
 
-    async def _answer(self, outcome: Outcome, turns: Sequence[Message]) -> Outcome:
+    async def _answer(self, result: RowResult, turns: Sequence[Message]) -> RowResult:
         config = self.config
-        has_tools = outcome.tools or any(turn["role"] == "tool" or turn.get("tool_calls") for turn in turns)
+        has_tools = result.tools or any(turn["role"] == "tool" or turn.get("tool_calls") for turn in turns)
         if config.answers == "original" or has_tools:
             if has_tools and config.answers == "anew":
-                outcome.events["kept its own answers, as they need tools"] += 1
-            outcome.messages = [_system(outcome.system), *turns]
-            return await self._judged(outcome)
-        plain = outcome.message
-        constraints = self._drawn(outcome, turns)
-        answered = await self._answered_anew(outcome, turns, constraints)
-        if answered is None and constraints and outcome.reason is None:
-            outcome.events["constraints given up"] += 1
-            outcome.message, outcome.constraints, outcome.system = plain, [], plain.text
-            answered = await self._answered_anew(outcome, turns, [])
+                result.events["kept its own answers, as they need tools"] += 1
+            result.messages = [_system(result.system), *turns]
+            return await self._judge(result)
+        unconstrained = result.message
+        constraints = self._add_constraints(result, turns)
+        answered = await self._generate_answers(result, turns, constraints)
+        if answered is None and constraints and result.reason is None:
+            _remove_constraints(result, unconstrained)
+            answered = await self._generate_answers(result, turns, [])
         if answered is None:
-            return outcome
-        if constraints and outcome.answers == "original":  # which were not written to meet them, and aren't checked
-            outcome.events["constraints given up"] += 1
-            outcome.message, outcome.constraints, outcome.system = plain, [], plain.text
-        outcome.messages = [_system(outcome.system), *answered]
-        if outcome.answers == "anew":
-            outcome.phase = "answered"
-            outcome.original_characters = sum(len(answer["content"]) for answer in _answers(turns))
-            outcome.new_characters = sum(len(answer["content"]) for answer in _answers(answered))
-        return await self._judged(outcome)
+            return result
+        if constraints and result.answers == "original":  # written without the constraints, and not checked
+            _remove_constraints(result, unconstrained)
+        result.messages = [_system(result.system), *answered]
+        if result.answers == "anew":
+            result.phase = "answered"
+            result.original_characters = sum(len(answer["content"]) for answer in _answers(turns))
+            result.new_characters = sum(len(answer["content"]) for answer in _answers(answered))
+        return await self._judge(result)
 
-    def _drawn(self, outcome: Outcome, turns: Sequence[Message]) -> list[Constraint]:
-        """Constraints for this row, put into its message."""
-        wanted = self.config.constraints
-        chance = random.Random(f"{self.config.seed} constraints {outcome.index}")
-        if self.config.message == "common" or chance.random() >= wanted.share:
+    def _add_constraints(self, result: RowResult, turns: Sequence[Message]) -> list[Constraint]:
+        """Draw the row's constraints and add them to its message."""
+        settings = self.config.constraints
+        rng = random.Random(f"{self.config.seed} constraints {result.index}")
+        if self.config.message == "common" or rng.random() >= settings.share:
             return []
-        language = language_of(" ".join(turn["content"] for turn in turns if turn["role"] == "user"))
+        language = detect_language(" ".join(turn["content"] for turn in turns if turn["role"] == "user"))
         if language not in (None, "en"):
-            return []  # their words are English
-        shaped = "Format" in outcome.message.tags
-        drawn = draw([answer["content"] for answer in _answers(turns)], chance, wanted.at_most, shaped=shaped)
-        outcome.message = outcome.message.with_phrases(Phrase(one.tag, one.text) for one in drawn)
-        outcome.system = outcome.message.text
-        outcome.constraints = [{"kind": one.kind, "tag": one.tag, "text": one.text} for one in drawn]
+            return []  # the templates are English
+        shaped = "Format" in result.message.tags
+        originals = [answer["content"] for answer in _answers(turns)]
+        drawn = draw_constraints(originals, rng, settings.at_most, shaped=shaped)
+        result.message = result.message.with_phrases(Phrase(constraint.tag, constraint.text) for constraint in drawn)
+        result.system = result.message.text
+        result.constraints = [
+            {"kind": constraint.kind, "tag": constraint.tag, "text": constraint.text} for constraint in drawn
+        ]
         return drawn
 
-    async def _answered_anew(
-        self, outcome: Outcome, turns: Sequence[Message], constraints: Sequence[Constraint]
+    async def _generate_answers(
+        self, result: RowResult, turns: Sequence[Message], constraints: Sequence[Constraint]
     ) -> list[Message] | None:
-        """The turns with every answer given anew; None where one doesn't comply, or is unfinished and the row goes."""
+        """Return the turns with new answers; None if one does not comply, or is unfinished and the row is dropped."""
         config = self.config
         attempts = config.constraints.attempts if constraints else 1
-        continues_if_empty = config.on_unfinished_answer == "original" or not all(one.is_met("") for one in constraints)
+        continues_if_empty = config.on_unfinished_answer == "original" or not all(
+            constraint.is_met("") for constraint in constraints
+        )
         history: list[Message] = []
         for turn in turns:
             if turn["role"] != "assistant":
                 history.append({"role": turn["role"], "content": turn["content"]})
                 continue
             for sample in range(attempts):
-                asked = [_system(outcome.system), *history]
-                request = self._request("answer", asked, config.answer.decoding(), sample)
-                answer = await ask(
-                    self.client, request, outcome, prompts.FURTHER_TURNS, continues_if_empty=continues_if_empty
-                )
-                broken = [one for one in constraints if not one.is_met(answer.text)]
-                if not broken:
+                request = self.client.request("answer", [_system(result.system), *history], sample)
+                answer = await self.client.ask(request, result, continues_if_empty=continues_if_empty)
+                if all(constraint.is_met(answer.text) for constraint in constraints):
                     break
-                outcome.events["answer that breaks a constraint"] += 1
+                result.events["answer that breaks a constraint"] += 1
             else:
                 return None
             if answer.unfinished:
                 unfinished = f"new answer {answer.unfinished}"
-                outcome.events[unfinished] += 1
+                result.events[unfinished] += 1
                 if config.on_unfinished_answer == "original":
-                    outcome.events["kept its own answers, as a new one was unfinished"] += 1
-                    outcome.answers = "original"
+                    result.events["kept its own answers, as a new one was unfinished"] += 1
+                    result.answers = "original"
                     return list(turns)
                 if config.on_unfinished_answer == "drop" or answer.blank:
-                    outcome.leave_out(unfinished, _beginning(answer.detail))
+                    result.drop(unfinished, truncate_line(answer.detail))
                     return None
             history.append({"role": "assistant", "content": answer.text})
-        outcome.answers = "anew"
+        result.answers = "anew"
         return history
 
-    async def _judged(self, outcome: Outcome) -> Outcome:
-        """Leave a row out whose answers ignore the system message, if that is asked for."""
+    async def _judge(self, result: RowResult) -> RowResult:
+        """Drop the row if an answer ignores the system message, with `gates.judge`."""
         if not self.config.gates.judge:
-            return outcome
+            return result
         question = ""
-        for turn in outcome.messages[1:]:
+        for turn in result.messages[1:]:
             if turn["role"] == "user":
                 question = turn["content"]
             if turn["role"] != "assistant" or not turn["content"].strip():
                 continue
-            asked = prompts.follows(outcome.system, question, turn["content"])
-            request = self._request("judge", asked, self.config.judge.decoding(), 0)
-            answer = await ask(self.client, request, outcome, prompts.FURTHER_TURNS, continues_if_empty=True)
-            verdict = None if answer.refused else says_no(answer.text)
-            if verdict is None:
-                why = answer.unfinished or "that can't be read"
-                outcome.events[f"judgement {why}"] += 1
-            if verdict:
-                return outcome.leave_out("gate: the answer ignores the system message", _beginning(turn["content"]))
-        return outcome
+            request = self.client.request("judge", prompts.judge(result.system, question, turn["content"]))
+            answer = await self.client.ask(request, result, continues_if_empty=True)
+            ignores_message = None if answer.refused else says_no(answer.text)
+            if ignores_message is None:
+                unfinished = answer.unfinished or "that can't be read"
+                result.events[f"judgement {unfinished}"] += 1
+            if ignores_message:
+                return result.drop("gate: the answer ignores the system message", truncate_line(turn["content"]))
+        return result
 
-    def _request(self, stage: str, messages: Sequence[Mapping[str, Any]], decoding: Decoding, sample: int) -> Request:
-        if self.config.system_role == "merge_into_user":
-            messages = merge_into_user(messages)
-        return Request(stage, messages, decoding, sample)
+
+def _remove_constraints(result: RowResult, unconstrained: TaggedMessage) -> None:
+    result.events["constraints given up"] += 1
+    result.message, result.constraints, result.system = unconstrained, [], unconstrained.text
 
 
 def _up_to_last_answer(turns: Sequence[Message]) -> list[Message]:
@@ -312,8 +302,8 @@ def _up_to_last_answer(turns: Sequence[Message]) -> list[Message]:
     return list(turns[: last + 1])
 
 
-def _exchanges(turns: Sequence[Message]) -> list[list[Message]]:
-    """Each answer with what was said since the one before."""
+def _split_exchanges(turns: Sequence[Message]) -> list[list[Message]]:
+    """Return each answer with the turns since the previous one."""
     exchanges: list[list[Message]] = [[]]
     for turn in turns:
         exchanges[-1].append(turn)
@@ -326,15 +316,10 @@ def _answers(turns: Sequence[Message]) -> list[Message]:
     return [turn for turn in turns if turn["role"] == "assistant"]
 
 
-def _combined(verdicts: Sequence[Verdict | None]) -> Verdict | None:
-    """What several turns say of one tag: Bad if one says so, else Good if one does, else None; nothing if none does."""
+def _combine_verdicts(verdicts: Sequence[Verdict | None]) -> Verdict | None:
+    """Return the verdict on a tag over several turns: Bad before Good before None; Python's None without any."""
     order: tuple[Verdict, ...] = ("Bad", "Good", "None")
     return next((verdict for verdict in order if verdict in verdicts), None)
-
-
-def _beginning(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _system(text: str) -> Message:

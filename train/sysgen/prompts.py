@@ -1,20 +1,20 @@
-"""The prompts of SYSGEN: write a system message, judge its tags, say whether an answer follows it.
+"""Prompts of SYSGEN: write a system message, judge its tags, judge whether an answer follows it.
 
 The wording is ours; the requirements are those of sections 3.1 to 3.3 of arXiv:2502.11330. Every prompt consists of
-user and assistant turns only, as some generators have no system role, and starts with the same turns for every row, so
-that servers with a prefix cache compute them once.
+user and assistant turns only, since some generators have no system role, and starts with the same turns for every row,
+so that servers with a prefix cache compute them once.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.datagen.further_turns import FurtherTurn
-from train.sysgen.tags import TAGS, Annotated
-from train.sysgen.verdicts import PLACEHOLDERS
+from train.datagen.stop_patterns import StopPattern
+from train.sysgen.tags import TAGS, TaggedMessage
+from train.sysgen.verdicts import PLACEHOLDER_VERDICTS
 
 PROMPT_VERSION = 2
-"""The wording of these prompts and of constraints.py, for report.json. Raise it with every change of wording."""
+"""Version of the wording of these prompts and of constraints.py, for report.json. Raise it with every change."""
 
 Message = Mapping[str, Any]
 
@@ -85,7 +85,7 @@ _EXAMPLES: tuple[tuple[str, str], ...] = (
         "<<Format>>Follow each explanation with a code block of one or two lines that illustrates it.<</Format>>",
     ),
 )
-"""Conversations and the messages to write for them. Together they show all eight tags, a language other than
+"""Few-shot examples: conversations with their messages. Together they show all eight tags, a language other than
 English and a conversation of several turns."""
 
 
@@ -96,9 +96,10 @@ def generate(
     remind_of: Sequence[str] = (),
     forbid_leak: bool = True,
 ) -> list[dict[str, str]]:
-    """Ask for a system message for a conversation without one.
+    """Build the prompt for a system message of a conversation.
 
     Args:
+        conversation: the turns, without a system message.
         existing: the conversation's own system message, to be elaborated.
         remind_of: tags to look for in particular.
         forbid_leak: ask for a message that suits similar questions and does not give the answer away. The paper asks
@@ -112,7 +113,7 @@ def generate(
         for question, (_, answer) in zip(questions, _EXAMPLES, strict=True)
         for turn in (_turn("user", question), _turn("assistant", answer))
     ]
-    last = f"The next conversation:\n\n{shown(conversation)}"
+    last = f"The next conversation:\n\n{format_conversation(conversation)}"
     if existing is not None:
         last += (
             f"\n\n### Its existing system message\n{existing}\n\nRewrite this message in tagged phrases: keep "
@@ -140,24 +141,24 @@ which case neither Good nor Bad applies.
 Reply with eight lines in this form and nothing else; the verdicts shown are placeholders:
 {{}}"""
 
-_FORM = "\n".join(f"<<{tag}>>: {verdict}" for tag, verdict in PLACEHOLDERS.items())
+_FORM = "\n".join(f"<<{tag}>>: {verdict}" for tag, verdict in PLACEHOLDER_VERDICTS.items())
 
 
-def verify(message: Annotated, exchange: Sequence[Message] | None = None) -> list[dict[str, str]]:
-    """Ask for a verdict on each tag, as in section 3.3: Good, Bad or None.
+def verify(message: TaggedMessage, exchange: Sequence[Message] | None = None) -> list[dict[str, str]]:
+    """Build the prompt for a verdict on each tag, as in section 3.3: Good, Bad or None.
 
     `exchange`: one exchange of a longer conversation, which the message must fit as well.
     """
     fits = (" and fit the conversation", " or does not fit the conversation") if exchange else ("", "")
     ask = _JUDGE_TAGS.format(*fits, _FORM)
     if exchange:
-        ask += f"\n\n### Part of the conversation it was written for\n\n{shown(exchange)}"
+        ask += f"\n\n### Part of the conversation it was written for\n\n{format_conversation(exchange)}"
     ask += f"\n\n### The system message\n{message.text}\n\n### The system message with tags\n{message.render()}"
     return [_turn("user", ask)]
 
 
-def follows(system: str, question: str, answer: str) -> list[dict[str, str]]:
-    """Ask whether an answer follows its system message. The reply starts with yes or no."""
+def judge(system: str, question: str, answer: str) -> list[dict[str, str]]:
+    """Build the prompt that asks whether an answer follows its system message; the reply starts with yes or no."""
     return [
         _turn(
             "user",
@@ -169,18 +170,18 @@ def follows(system: str, question: str, answer: str) -> list[dict[str, str]]:
     ]
 
 
-FURTHER_TURNS = {
-    "generate": FurtherTurn.of_prompt("tool", after=r"<<[/\\](?!.*<<)"),  # not inside a phrase
-    "verify": FurtherTurn.of_prompt(
+STOP_PATTERNS = {
+    "generate": StopPattern.of_prompt("tool", after=r"<<[/\\](?!.*<<)"),  # not inside a phrase
+    "verify": StopPattern.of_prompt(
         "tool", "part of the conversation.*", "the system message with tags", after=r"\b(?:good|bad|none)\b"
     ),
-    "judge": FurtherTurn.of_prompt("question", "answer", after=r"\b(?:yes|no)\b"),
+    "judge": StopPattern.of_prompt("question", "answer", after=r"\b(?:yes|no)\b"),
 }
-"""Ends of the replies to these prompts, by stage. A new answer is none of them: it may hold any line."""
+"""Stop patterns of the replies, by stage. A new answer has none: it may hold any line."""
 
 
-def shown(conversation: Sequence[Message]) -> str:
-    """Return a conversation as the prompts show it, with tool calls as JSON."""
+def format_conversation(conversation: Sequence[Message]) -> str:
+    """Return a conversation as text for the prompts, with tool calls as JSON."""
     parts = []
     for message in conversation:
         content = message.get("content") or ""

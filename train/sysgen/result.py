@@ -1,52 +1,54 @@
-"""What became of one row: the conversation that is written, or why it is left out, and how it came to that."""
+"""Result of one row: the conversation that is written, or the reason why it is dropped, and its history."""
 
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from train.datagen.usage import Usage
-from train.sysgen.tags import Annotated, Verdict
+from train.sysgen.tags import TaggedMessage, Verdict
+
+PHASES = ("read", "generated", "filtered", "verified", "answered")
 
 
 @dataclass(slots=True)
-class Outcome:
-    """What became of one row. A row that is left out has a reason; how far it came stands in the rest."""
+class RowResult:
+    """Result of one row. A dropped row has a reason; its other fields show how far it came."""
 
     index: int
-    """The row's number in all sources, from 0."""
+    """Number of the row in all sources, from 0."""
     place: str
-    """Where the row stands: data.jsonl:12."""
+    """Place of the row: data.jsonl:12."""
     reason: str | None = None
-    """Why it is left out, in the words of the report; None: it is written."""
+    """Reason for dropping the row, as the report shows it; None = it is written."""
     detail: str = ""
-    """What the server, the reader or the gate said."""
+    """Words of the server, the reader or the gate."""
     messages: list[dict[str, Any]] = field(default_factory=list)
-    """The conversation as it is written, with its system message."""
+    """The written conversation, with its system message."""
     tools: list[dict[str, Any]] | None = None
     system: str = ""
     written_by_model: str = ""
-    """The message in tags as the model wrote it, before anything was taken out."""
-    message: Annotated = field(default_factory=lambda: Annotated(()))
-    """What is left of it, with what was repaired and dropped."""
+    """The tagged message as the model wrote it, before the filter."""
+    message: TaggedMessage = field(default_factory=lambda: TaggedMessage(()))
+    """The phrases that were kept, with repairs and dropped texts."""
     verdicts: list[dict[str, Verdict]] = field(default_factory=list)
-    """By tag; one item for the message, or for each turn of a conversation of several."""
+    """Verdicts by tag: one item for the message, or one for each turn of a longer conversation."""
     tags_judged: int = 0
-    """Number of verdicts that were asked for: the message's tags, over all tries and turns."""
+    """Number of requested verdicts: the message's tags, over all tries and turns."""
     constraints: list[dict[str, str]] = field(default_factory=list)
     answers: str = "original"
-    """Whose answers are written: `anew` or `original`."""
+    """Origin of the written answers: `anew` or `original`."""
     events: Counter[str] = field(default_factory=Counter)
-    """What happened on the way, over all tries, in the words of the report."""
+    """Events over all tries, under the report's labels."""
     phase: str = "read"
-    """The last phase that it came through: read, generated, filtered, verified, answered."""
+    """Last of `PHASES` that the row passed."""
     reminded_of: tuple[str, ...] = ()
-    spent: dict[str, Usage] = field(default_factory=dict)
+    usage: dict[str, Usage] = field(default_factory=dict)
     """By stage."""
     original_characters: int = 0
     new_characters: int = 0
-    """Length of the answers before and after, where they were given anew."""
+    """Characters of the answers, original and new, if new ones were generated."""
 
-    def leave_out(self, reason: str, detail: str = "") -> "Outcome":
-        """This row is not written."""
+    def drop(self, reason: str, detail: str = "") -> "RowResult":
+        """Mark the row as dropped; return it."""
         self.reason, self.detail = reason, detail
         return self

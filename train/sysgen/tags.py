@@ -1,22 +1,20 @@
-"""System messages whose phrases stand in tags, as models write them.
+"""Parser for system messages whose phrases are in tags, as models write them.
 
     <<Role>>You are a seasoned nurse.<</Role>> <<Style>>Be warm and brief.<</Style>>
 
-`parse` keeps the phrases that stand in properly matched tags of the eight and drops the rest (step 2 of SYSGEN,
-section 3.2 of arXiv:2502.11330). What models write wrongly and unambiguously is repaired and counted; what could be
-meant in two ways is dropped and told, with the reason. The rules, where tags meet:
+`parse` keeps the phrases in properly matched tags of the eight and drops all other text (step 2 of SYSGEN, section 3.2
+of arXiv:2502.11330). Unambiguous errors are repaired and counted; ambiguous text is dropped with the reason. Rules:
 
-- `<<Role>>a<<Role>>`: the second one closes, unless it is itself closed by `<</Role>>`.
-- A phrase with another tag's phrase inside: both stand, if what is left of the outer one is in one piece. Otherwise
-  the outer one keeps the whole text, and the inner one is no phrase of its own.
-- A phrase with a tag inside that has no partner or is none of the eight is dropped. What is properly matched within
-  a dropped one stands.
-- `<<Role>>: a<</Role>>`: the colon goes. So do marks that were set around the tags, as in `**<<Role>>**`.
-- A phrase that says nothing (`None`, `Not specified.`, `No tools are needed.`, `...`), as where a model fills in all
-  eight, is dropped. So is the prompt's placeholder.
-- Control tokens at the end of a phrase are taken off: `<<Role>>a<|im_end|><</Role>>`.
-- Tags in code (between backticks or code fences) are part of the phrase around it. Code around whole phrases, as
-  where a model fences all it writes, is nothing.
+- `<<Role>>a<<Role>>`: the second tag closes the first, unless it is closed itself by `<</Role>>`.
+- A phrase with another tag's phrase inside: both are kept if the rest of the outer one is in one piece. Otherwise the
+  outer one keeps the complete text, and the inner one is no phrase of its own.
+- A phrase with an unmatched or unknown tag inside is dropped. Properly matched phrases inside it are kept.
+- `<<Role>>: a<</Role>>`: the colon is removed, and so is emphasis around the tags, as in `**<<Role>>**`.
+- A phrase without content (`None`, `Not specified.`, `No tools are needed.`, `...`), which models write to fill in all
+  eight tags, is dropped, and so is the prompt's placeholder.
+- Control tokens at the end of a phrase are removed: `<<Role>>a<|im_end|><</Role>>`.
+- Tags in code (between backticks or code fences) are part of the phrase around them. Code fences around complete
+  phrases, as when a model fences its complete reply, are ignored.
 """
 
 import re
@@ -25,26 +23,26 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from train.llm.reasoning.control_tokens import strip_end_tokens
-from train.sysgen.tag_names import NAMES, TAGS, Dropped
+from train.sysgen.tag_names import NAMES, TAGS, DroppedText
 from train.sysgen.verdicts import Verdict, Verdicts, parse_verdicts
 
-__all__ = ["TAGS", "Annotated", "Dropped", "Phrase", "Verdict", "Verdicts", "parse", "parse_verdicts"]
+__all__ = ["TAGS", "DroppedText", "Phrase", "TaggedMessage", "Verdict", "Verdicts", "parse", "parse_verdicts"]
 
 _MARK = re.compile(
     r"<<[^\S\n]*(?P<before>[/\\]*)[^\S\n]*(?P<name>[^\W\d_][\w \t-]{0,39}?)[^\S\n]*(?P<after>[/\\]*)[^\S\n]*>>"
 )
-"""Whatever looks like a tag. `x << 2 >> y` and `<<"here">>` don't."""
+"""Anything that looks like a tag, unlike `x << 2 >> y` and `<<"here">>`."""
 
 _CODE = re.compile(
     r"(?:^|\n)[^\S\n]*(?P<fence>`{3,}|~{3,})[^\n]*\n(?:.*?\n)?[^\S\n]*(?P=fence)[`~]*[^\S\n]*(?=\n|$)"
     r"|(?<!`)(?P<ticks>`+)(?!`)[^\n]*?(?<!`)(?P=ticks)(?!`)",
     re.DOTALL,
 )
-"""Fenced code, and code between runs of backticks of one length on a line, as in CommonMark."""
+"""Fenced code, and code between equally long runs of backticks on one line, as in CommonMark."""
 
 _COLON = re.compile(r"(?:[:：](?:\s+|$)|：)+")
 _AROUND = (("**", "**"), ("__", "__"), ("*", "*"), ("`", "`"), ("<", ">"))
-"""What models set around a tag: `**<<Role>>**`, `<<<Role>>>`."""
+"""Marks that models put around a tag: `**<<Role>>**`, `<<<Role>>>`."""
 
 _NEEDED = (
     r"(?:needed|required|specified|necessary|applicable|provided|given|mentioned|used|stated|available|relevant"
@@ -54,7 +52,7 @@ _ABOUT = (
     r"(?:tools?|roles?|tasks?|actions?|styles?|formats?|formatting|content|background|context|information|details?"
     r"|instructions?|requirements?|constraints?|preferences?|phrases?)"
 )
-_SAYS_NOTHING = re.compile(
+_EMPTY_PHRASE = re.compile(
     rf"""\W*(?:(?:n[/.]?a|null|nil|blank|empty|unspecified|tbd|phrase|(?:your|the|insert|some)\ phrase(?:\ here)?)
     | (?:none|nothing|not)? (?:\s*(?:is|are|was|were|at\ all|here|(?:in\ )?particular|specific(?:ally)?|explicitly))*
       (?:\s*{_NEEDED})?
@@ -65,56 +63,56 @@ _SAYS_NOTHING = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 """`None`, `Not specified.`, `No specific tools are needed.`, `(empty)`, `...`, and the placeholder `phrase`."""
-_LONGEST_NOTHING = 120
-"""Characters."""
+_MAX_EMPTY_PHRASE = 120
+"""Characters of a phrase that `_EMPTY_PHRASE` is tried on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Phrase:
-    """A piece of a system message and the tag it stands in."""
+    """A piece of a system message and its tag."""
 
     tag: str
     text: str
 
 
 @dataclass(frozen=True)
-class Annotated:
-    """A system message in phrases, in canonical order. How it was read counts for nothing when two are compared."""
+class TaggedMessage:
+    """A system message as phrases in canonical order. Comparisons ignore repairs and dropped text."""
 
     phrases: tuple[Phrase, ...]
     repairs: Mapping[str, int] = field(default_factory=dict, compare=False)
-    """How often each kind of fault was repaired, in phrases that were kept or not."""
-    dropped: tuple[Dropped, ...] = field(default=(), compare=False)
+    """Number of repairs by kind, including those in dropped phrases."""
+    dropped: tuple[DroppedText, ...] = field(default=(), compare=False)
 
     @property
     def text(self) -> str:
-        """The system message itself: the phrases joined by a blank."""
+        """The plain system message: the phrases joined by blanks."""
         return " ".join(phrase.text for phrase in self.phrases)
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """The tags that occur, each once, in canonical order."""
+        """The tags of the phrases, each once, in canonical order."""
         return tuple(tag for tag in TAGS if any(phrase.tag == tag for phrase in self.phrases))
 
     def render(self) -> str:
-        """The phrases in their tags, a line to each."""
+        """Return the phrases in their tags, one per line."""
         return "\n".join(f"<<{phrase.tag}>>{phrase.text}<</{phrase.tag}>>" for phrase in self.phrases)
 
-    def with_phrases(self, phrases: Iterable[Phrase]) -> "Annotated":
-        """This message with further phrases, each behind those of its tag."""
+    def with_phrases(self, phrases: Iterable[Phrase]) -> "TaggedMessage":
+        """Return the message with further phrases, each behind those of its tag."""
         together = sorted((*self.phrases, *phrases), key=lambda phrase: TAGS.index(phrase.tag))
-        return Annotated(tuple(together), self.repairs, self.dropped)
+        return TaggedMessage(tuple(together), self.repairs, self.dropped)
 
-    def without(self, tags: Collection[str], reason: str) -> "Annotated":
-        """This message without the phrases of some tags, which join what was dropped."""
-        gone = tuple(Dropped(phrase.tag, phrase.text, reason) for phrase in self.phrases if phrase.tag in tags)
+    def without(self, tags: Collection[str], reason: str) -> "TaggedMessage":
+        """Return the message without the phrases of some tags, which join the dropped texts."""
+        dropped = tuple(DroppedText(phrase.tag, phrase.text, reason) for phrase in self.phrases if phrase.tag in tags)
         kept = tuple(phrase for phrase in self.phrases if phrase.tag not in tags)
-        return Annotated(kept, self.repairs, self.dropped + gone)
+        return TaggedMessage(kept, self.repairs, self.dropped + dropped)
 
 
 @dataclass(slots=True)
 class _Mark:
-    """A tag as it was written. `name`: the canonical one, or what the model invented."""
+    """A tag in the text. `name`: the canonical name, or the invented one."""
 
     start: int
     end: int
@@ -123,38 +121,38 @@ class _Mark:
     repairs: tuple[str, ...]
 
     @property
-    def is_known(self) -> bool:
+    def is_valid(self) -> bool:
         return self.name in TAGS
 
 
 @dataclass(slots=True)
 class _Pair:
-    """A tag and its closer, with the pairs directly inside."""
+    """An opening tag and its closing tag, with the pairs directly inside."""
 
     opener: _Mark
     closer: _Mark
     inside: list["_Pair"] = field(default_factory=list)
 
 
-def parse(text: str) -> Annotated:
-    """The phrases of a message as a model wrote it. Never raises; `parse(parse(x).render()) == parse(x)`."""
-    marks = _without_code(text, list(_marks(text)))
-    pairs, lonely = _matched(marks)
+def parse(text: str) -> TaggedMessage:
+    """Return the phrases of a message that a model wrote. Never raises; `parse(parse(x).render()) == parse(x)`."""
+    marks = _remove_code(text, list(_find_marks(text)))
+    pairs, unmatched = _match_marks(marks)
     reading = _Reading(text)
-    unread = _nested(pairs)[::-1]
-    while unread:  # no recursion: a model that repeats itself nests hundreds
+    unread = _nest_pairs(pairs)[::-1]
+    while unread:  # no recursion: a model that repeats itself nests hundreds of tags
         unread += reading.read(unread.pop())[::-1]
-    reading.drop_rest(pairs, lonely)
+    reading.drop_rest(pairs, unmatched)
     repairs = Counter(repair for mark in marks for repair in mark.repairs)
     repairs.update("opening tag as closer" for pair in pairs if not pair.closer.closes)
     repairs.update(reading.repairs)
     phrases = sorted(reading.phrases, key=lambda phrase: TAGS.index(phrase.tag))
-    return Annotated(tuple(phrases), dict(repairs), tuple(reading.dropped))
+    return TaggedMessage(tuple(phrases), dict(repairs), tuple(reading.dropped))
 
 
-def _marks(text: str) -> Iterator[_Mark]:
-    for found in _MARK.finditer(text):
-        written = re.sub(r"\s+", " ", found["name"])
+def _find_marks(text: str) -> Iterator[_Mark]:
+    for match in _MARK.finditer(text):
+        written = re.sub(r"\s+", " ", match["name"])
         name = NAMES.get(written.casefold(), written)
         repairs = []
         if name in TAGS:
@@ -162,18 +160,18 @@ def _marks(text: str) -> Iterator[_Mark]:
                 repairs.append("plural")
             if written[: len(name)] != name or written[len(name) :] not in ("", "s"):
                 repairs.append("upper or lower case")
-            if re.search(r"\s", found[0]):
+            if re.search(r"\s", match[0]):
                 repairs.append("blanks inside")
-            if (found["before"], found["after"]) not in (("", ""), ("/", "")):
+            if (match["before"], match["after"]) not in (("", ""), ("/", "")):
                 repairs.append("slashes")
-        yield _Mark(found.start(), found.end(), name, bool(found["before"] or found["after"]), tuple(repairs))
+        yield _Mark(match.start(), match.end(), name, bool(match["before"] or match["after"]), tuple(repairs))
 
 
-def _without_code(text: str, marks: list[_Mark]) -> list[_Mark]:
-    """The marks that aren't part of code within a phrase.
+def _remove_code(text: str, marks: list[_Mark]) -> list[_Mark]:
+    """Return the marks that are not part of code in a phrase.
 
-    A phrase is looked at alone, from its opener to the next closer of its name: if every mark in between stands in
-    code that begins and ends in between, they are all text.
+    A phrase extends from its opening tag to the next closing tag of its name. If every mark in between is in code that
+    begins and ends in between, all of them are text.
     """
     if "`" not in text and "~~~" not in text:
         return marks
@@ -183,7 +181,7 @@ def _without_code(text: str, marks: list[_Mark]) -> list[_Mark]:
         opener = marks[number]
         kept.append(opener)
         number += 1
-        if opener.closes or not opener.is_known:
+        if opener.closes or not opener.is_valid:
             continue
         following = range(number, len(marks))
         end = next((at for at in following if marks[at].closes and marks[at].name == opener.name), number)
@@ -193,28 +191,28 @@ def _without_code(text: str, marks: list[_Mark]) -> list[_Mark]:
 
 
 def _all_in_code(phrase: str, marks: list[_Mark], offset: int) -> bool:
-    code = [found.span() for found in _CODE.finditer(phrase)]
+    code = [match.span() for match in _CODE.finditer(phrase)]
     return all(any(start <= mark.start - offset and mark.end - offset <= end for start, end in code) for mark in marks)
 
 
-def _matched(marks: list[_Mark]) -> tuple[list[_Pair], list[_Mark]]:
-    """The marks that belong together, and those without a partner.
+def _match_marks(marks: list[_Mark]) -> tuple[list[_Pair], list[_Mark]]:
+    """Return the matched pairs and the unmatched marks.
 
-    A closer belongs to the last opener of its name that is still open. Openers in between that it passes over, and
-    those left at the end, belong together where two of a name follow each other.
+    A closing tag matches the last open tag of its name. The open tags that it skips, and those at the end of the text,
+    match each other if two of one name are adjacent.
     """
     pairs: list[_Pair] = []
-    lonely: list[_Mark] = []
+    unmatched: list[_Mark] = []
     still_open: list[_Mark] = []
 
     def pair_up(openers: list[_Mark]) -> None:
         waiting: list[_Mark] = []
         for mark in openers:
-            if waiting and waiting[-1].name == mark.name and mark.is_known:
+            if waiting and waiting[-1].name == mark.name and mark.is_valid:
                 pairs.append(_Pair(waiting.pop(), mark))
             else:
                 waiting.append(mark)
-        lonely.extend(waiting)
+        unmatched.extend(waiting)
 
     for mark in marks:
         if not mark.closes:
@@ -222,17 +220,17 @@ def _matched(marks: list[_Mark]) -> tuple[list[_Pair], list[_Mark]]:
             continue
         at = next((at for at in reversed(range(len(still_open))) if still_open[at].name == mark.name), None)
         if at is None:
-            lonely.append(mark)
+            unmatched.append(mark)
         else:
             pairs.append(_Pair(still_open[at], mark))
             pair_up(still_open[at + 1 :])
             del still_open[at:]
     pair_up(still_open)
-    return pairs, lonely
+    return pairs, unmatched
 
 
-def _nested(pairs: list[_Pair]) -> list[_Pair]:
-    """The outermost pairs, each with those directly inside it."""
+def _nest_pairs(pairs: list[_Pair]) -> list[_Pair]:
+    """Return the outermost pairs, each with those directly inside it."""
     outermost: list[_Pair] = []
     around: list[_Pair] = []
     for pair in sorted(pairs, key=lambda pair: pair.opener.start):
@@ -244,51 +242,51 @@ def _nested(pairs: list[_Pair]) -> list[_Pair]:
 
 
 class _Reading:
-    """Collects what is kept and what is not, in the order of the text."""
+    """The kept phrases and dropped texts so far, in the order of the text."""
 
     def __init__(self, text: str) -> None:
         self.text = text
         self.phrases: list[Phrase] = []
-        self.dropped: list[Dropped] = []
+        self.dropped: list[DroppedText] = []
         self.repairs: Counter[str] = Counter()
 
     def read(self, pair: _Pair) -> list[_Pair]:
-        """Keep a pair's phrase, or tell why not. Returns those inside it, unless the phrase holds their text."""
+        """Keep a pair's phrase or drop it; return the pairs inside, unless the phrase includes their text."""
         name = pair.opener.name
         pieces = list(self._pieces(pair))
-        whole = "".join(pieces).strip()
+        own_text = "".join(pieces).strip()
         full = [piece for piece in pieces if piece.strip()]
-        if not pair.opener.is_known:
-            self.dropped.append(Dropped(name, whole, "none of the eight tags"))
-        elif not all(inner.opener.is_known for inner in pair.inside):
-            self.dropped.append(Dropped(name, whole, "a tag inside without a partner, or none of the eight"))
-        elif len(full) > 1 and self._keep(pair, self._flat(pair)):
+        if not pair.opener.is_valid:
+            self.dropped.append(DroppedText(name, own_text, "none of the eight tags"))
+        elif not all(inner.opener.is_valid for inner in pair.inside):
+            self.dropped.append(DroppedText(name, own_text, "a tag inside without a partner, or none of the eight"))
+        elif len(full) > 1 and self._keep(pair, self._flatten(pair)):
             self.dropped += [
-                Dropped(inner.opener.name, self._between(inner).strip(), "part of the phrase around it")
+                DroppedText(inner.opener.name, self._between(inner).strip(), "part of the phrase around it")
                 for inner in pair.inside
             ]
             return []
         elif len(full) > 1:
-            self.dropped.append(Dropped(name, whole, "in pieces around other tags"))
-        elif not whole:
+            self.dropped.append(DroppedText(name, own_text, "in pieces around other tags"))
+        elif not own_text:
             if not pair.inside:
-                self.dropped.append(Dropped(name, "", "empty"))
-        elif len(whole) <= _LONGEST_NOTHING and whole.strip(":：") and _SAYS_NOTHING.fullmatch(whole):
-            self.dropped.append(Dropped(name, whole, "says nothing"))
-        elif not self._keep(pair, whole):
-            lonely = any(_marks(whole))  # else nothing was left of it but a colon or marks
-            why = "a tag inside without a partner, or none of the eight" if lonely else "empty"
-            self.dropped.append(Dropped(name, whole, why))
+                self.dropped.append(DroppedText(name, "", "empty"))
+        elif len(own_text) <= _MAX_EMPTY_PHRASE and own_text.strip(":：") and _EMPTY_PHRASE.fullmatch(own_text):
+            self.dropped.append(DroppedText(name, own_text, "says nothing"))
+        elif not self._keep(pair, own_text):
+            has_marks = any(_find_marks(own_text))  # without, it was nothing but a colon or emphasis
+            reason = "a tag inside without a partner, or none of the eight" if has_marks else "empty"
+            self.dropped.append(DroppedText(name, own_text, reason))
         return pair.inside
 
     def _keep(self, pair: _Pair, text: str) -> bool:
-        """Keep a phrase, if it is one, without what belongs to the tags around it."""
+        """Keep a text as a phrase, without marks of the tags around it; return whether it is one."""
         repairs = []
         for before, behind in _AROUND:
             opens = self.text.endswith(before, 0, pair.opener.start) and text.startswith(behind)
             closes = self.text.startswith(behind, pair.closer.end) and text.endswith(before)
             if before == behind and opens != closes and text.count(before) % 2 == 0:
-                continue  # it has a partner within the phrase
+                continue  # its counterpart is in the phrase
             if (opens and closes) or (before == behind and (opens or closes)):
                 text = text[len(behind) * opens : len(text) - len(before) * closes].strip()
                 repairs.append("marks around the tag")
@@ -303,15 +301,15 @@ class _Reading:
         self.repairs.update(repairs)
         return True
 
-    def drop_rest(self, pairs: list[_Pair], lonely: list[_Mark]) -> None:
-        """Tell of the text outside all pairs, and of the tags without a partner."""
+    def drop_rest(self, pairs: list[_Pair], unmatched: list[_Mark]) -> None:
+        """Drop the text outside all pairs, and the unmatched tags."""
         covered = sorted((pair.opener.start, pair.closer.end) for pair in pairs)
-        stops = sorted(lonely, key=lambda mark: mark.start)
+        stops = sorted(unmatched, key=lambda mark: mark.start)
         at, tag, reason = 0, "", "outside any tag"
         for start, end in [*covered, (len(self.text), len(self.text))]:
             while stops and stops[0].start < max(start, at):
                 mark = stops.pop(0)
-                if mark.start < at:  # inside a pair, which was dropped for it
+                if mark.start < at:  # inside a pair, which was dropped because of it
                     continue
                 self._drop_text(tag, self.text[at : mark.start], reason)
                 at, tag = mark.end, mark.name
@@ -323,10 +321,10 @@ class _Reading:
 
     def _drop_text(self, tag: str, text: str, reason: str) -> None:
         if tag or text.strip():
-            self.dropped.append(Dropped(tag, text.strip(), reason))
+            self.dropped.append(DroppedText(tag, text.strip(), reason))
 
     def _pieces(self, pair: _Pair) -> Iterator[str]:
-        """A pair's own text, without what stands in the pairs inside it."""
+        """Yield the parts of a pair's text outside the pairs inside it."""
         at = pair.opener.end
         for inner in pair.inside:
             yield self.text[at : inner.opener.start]
@@ -336,13 +334,13 @@ class _Reading:
     def _between(self, pair: _Pair) -> str:
         return self.text[pair.opener.end : pair.closer.start]
 
-    def _flat(self, pair: _Pair) -> str:
-        """A pair's whole text without the marks inside; nothing if one of those inside is no proper one."""
+    def _flatten(self, pair: _Pair) -> str:
+        """Return a pair's complete text without the marks inside; an empty text if one of them is invalid."""
         marks: list[_Mark] = []
         unseen = list(pair.inside)
         while unseen:
             inner = unseen.pop()
-            if not inner.opener.is_known:
+            if not inner.opener.is_valid:
                 return ""
             marks += [inner.opener, inner.closer]
             unseen += inner.inside
@@ -352,6 +350,6 @@ class _Reading:
 
 
 def _is_phrase(tag: str, text: str) -> bool:
-    """Whether there is any text, no mark in it but in code, and none that would close it."""
-    marks = list(_marks(text))
+    """Return whether a text can be a phrase: not empty, no marks except in code, and none that would close it."""
+    marks = list(_find_marks(text))
     return bool(text) and _all_in_code(text, marks, 0) and not any(mark.closes and mark.name == tag for mark in marks)

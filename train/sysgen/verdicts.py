@@ -1,12 +1,17 @@
-"""Verdicts on tags (Good, Bad, None), in the forms that models write them in.
+"""Verdicts on tags (Good, Bad, None), in the forms in which models write them.
 
     <<Role>>: Good        1. Role: Good        **Role** - Good because it names a profession.
     | Role | Good |       Role = Good          {"Role": "Good"}        {"tag": "Role", "verdict": "Good"}
 
 A verdict is read where a line, a table row or a JSON object pairs a tag with one of the three words, in any case and
-marks. The tag's phrase (in quotes, brackets or a table cell) and the words "verdict" or "is" may stand between the two,
-and a reason behind the verdict. A line, a JSON list or a heading that names a verdict and then only tags is read as
-well, and so is a verdict below its tag (`verdict_lines.py`). The rest is unread: several verdicts at once, a condition.
+emphasis. The tag's phrase (in quotes, brackets or a table cell) and the words "verdict" or "is" may stand between the
+two, and a reason behind the verdict. A line, a JSON list or a heading that names a verdict and then only tags is read
+as well. So is a verdict on another line than its tag, or behind a phrase without quotes:
+
+    ### Role     - **Role**:            <<Role>>You are a nurse.<</Role>>    Good:     Role: You are a nurse. - Good
+    Good           - Verdict: Good      Good                                 - Role
+
+Everything else is unread, such as several verdicts at once, or a condition.
 """
 
 import html
@@ -17,8 +22,7 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any, Literal, get_args
 
-from train.sysgen.tag_names import NAMES, TAGS, Dropped
-from train.sysgen.verdict_lines import verdict_lines
+from train.sysgen.tag_names import NAMES, TAGS, DroppedText
 
 Verdict = Literal["Good", "Bad", "None"]
 
@@ -29,13 +33,15 @@ class Verdicts:
 
     of: Mapping[str, Verdict]
     repairs: Mapping[str, int] = field(default_factory=dict, compare=False)
-    dropped: tuple[Dropped, ...] = field(default=(), compare=False)
+    dropped: tuple[DroppedText, ...] = field(default=(), compare=False)
 
 
-PLACEHOLDERS: dict[str, Verdict] = dict(zip(TAGS, cycle(get_args(Verdict)), strict=False))
+PLACEHOLDER_VERDICTS: dict[str, Verdict] = dict(zip(TAGS, cycle(get_args(Verdict)), strict=False))
 """The verdicts in the form that the prompt shows; a reply that repeats them judges nothing."""
 
 _VERDICTS: dict[str, Verdict] = {verdict.casefold(): verdict for verdict in get_args(Verdict)}
+
+# Verdicts beside their tag
 
 _NAME = rf"(?:{'|'.join(TAGS)})s?\b"
 _WORD = rf"(?:{'|'.join(_VERDICTS)})\b"
@@ -79,47 +85,51 @@ _JSON = re.compile(r"[{\[]\s*[\"{\[]")
 def parse_verdicts(text: str) -> Verdicts:
     """Return the verdicts in a reply. Never raises."""
     text = re.sub(r"[^\S\n]+", " ", html.unescape(text))
-    lines = [text, *_json_lines(text), *verdict_lines(text)]
-    found: dict[str, set[Verdict]] = {}
+    lines = [text, *_json_lines(text), *_separate_lines(text)]
+    verdicts: dict[str, set[Verdict]] = {}
     otherwise: set[str] = set()
-    dropped: list[Dropped] = []
-    for match in (match for part in lines for match in _ENTRY.finditer(part)):
+    """Tags whose verdict is not in the prompt's form."""
+    dropped: list[DroppedText] = []
+    for match in (match for line in lines for match in _ENTRY.finditer(line)):
         written = match["tag"] or match["bare"]
         name = NAMES.get(written.casefold())
         if name is None:
-            dropped.append(Dropped(written, match[0].strip(), "none of the eight tags"))
+            dropped.append(DroppedText(written, match[0].strip(), "none of the eight tags"))
         elif match["choice"]:
-            dropped.append(Dropped(name, match[0].strip(), "several verdicts at once"))
+            dropped.append(DroppedText(name, match[0].strip(), "several verdicts at once"))
         elif match["between"] != " " or _LINE_END.match(match.string, match.end()):  # "Tool None" is a line of its own
             verdict = _VERDICTS[match["verdict"].casefold()]
-            found.setdefault(name, set()).add(verdict)
+            verdicts.setdefault(name, set()).add(verdict)
             if match[0] != f"<<{name}>>: {verdict}":
                 otherwise.add(name)
-    for match in (match for part in lines for match in _BY_VERDICT.finditer(part)):
+    for match in (match for line in lines for match in _BY_VERDICT.finditer(line)):
         for written in re.findall(_NAME, match["tags"], re.IGNORECASE):
             name = NAMES[written.casefold()]
-            found.setdefault(name, set()).add(_VERDICTS[match["verdict"].casefold()])
+            verdicts.setdefault(name, set()).add(_VERDICTS[match["verdict"].casefold()])
             otherwise.add(name)
     of: dict[str, Verdict] = {}
     for name in TAGS:
-        given = found.get(name, set())
+        given = verdicts.get(name, set())
         if len(given) == 1:
             of[name] = next(iter(given))
         elif given:
-            dropped.append(Dropped(name, " and ".join(sorted(given)), "verdicts that contradict each other"))
+            dropped.append(DroppedText(name, " and ".join(sorted(given)), "verdicts that contradict each other"))
     return Verdicts(of, {"written otherwise": len(otherwise)} if otherwise else {}, tuple(dropped))
 
 
-def verdicts_of_reply(text: str) -> Verdicts:
-    """Return the verdicts in a reply to the prompt: none where it only repeats the prompt's own form."""
-    read = parse_verdicts(text)
-    if read.of == PLACEHOLDERS:
-        return Verdicts({}, {}, (Dropped("", text.strip(), "the placeholders of the prompt"),))
-    return read
+def parse_reply_verdicts(text: str) -> Verdicts:
+    """Return the verdicts in a reply to the prompt; none if it only repeats the prompt's own form."""
+    verdicts = parse_verdicts(text)
+    if verdicts.of == PLACEHOLDER_VERDICTS:
+        return Verdicts({}, {}, (DroppedText("", text.strip(), "the placeholders of the prompt"),))
+    return verdicts
+
+
+# Verdicts in JSON
 
 
 def _json_lines(text: str) -> Iterator[str]:
-    """Yield the first JSON value of a text as lines of `tag: verdict`; nothing where there is none."""
+    """Yield the first JSON value of a text as lines of `tag: verdict`."""
     start = _JSON.search(text)
     if start is None:
         return
@@ -133,16 +143,67 @@ def _json_lines(text: str) -> Iterator[str]:
         if isinstance(value, list):
             unread += value
         elif isinstance(value, dict):
-            for key, item in [*value.items(), (_only(value, NAMES), value)]:
-                if verdict := _only(item, _VERDICTS):
+            for key, item in [*value.items(), (_find_only(value, NAMES), value)]:
+                if verdict := _find_only(item, _VERDICTS):
                     yield f"{key}: {verdict}"
-                if isinstance(item, list) and all(isinstance(one, str) for one in item):
+                if isinstance(item, list) and all(isinstance(text, str) for text in item):
                     yield f"{key}: {', '.join(item)}"
             unread += value.values()
 
 
-def _only(value: Any, words: Mapping[str, Any]) -> str:
-    """Return the one text among an object's values, or the text itself, that is one of `words`; else nothing."""
+def _find_only(value: Any, words: Mapping[str, Any]) -> str:
+    """Return the only one of `words` among an object's values, or the text itself if it is one; else an empty text."""
     texts = value.values() if isinstance(value, dict) else [value]
-    found = [text for text in texts if isinstance(text, str) and text.strip("<> .").casefold() in words]
-    return found[0] if len(found) == 1 else ""
+    matches = [text for text in texts if isinstance(text, str) and text.strip("<> .").casefold() in words]
+    return matches[0] if len(matches) == 1 else ""
+
+
+# Verdicts on another line than their tag
+
+_NAMED_TAG = rf"(?P<tag>{'|'.join(TAGS)})s?\b"
+_NAMED_WORD = rf"(?P<verdict>{_WORD})"
+_BEFORE = r"[^\w\n]{0,20}(?:(?:\d{1,2}|[a-h])[.)][^\w\n]{1,20})?"
+_REASON = r"(?:\W*$|[^\w\n]*[,;.:(–—-][^\n]*$|\W+(?:because|as(?! long)|since|due to|in that|but|though|although)\b)"
+
+_ABOUT_A_TAG = re.compile(rf"{_BEFORE}(?:(?:the|tag)\b[^\w\n]{{0,9}})*{_NAMED_TAG}(?P<rest>[^\n]*)$", re.IGNORECASE)
+_LABELLED = re.compile(
+    rf"{_BEFORE}(?:the )?(?:final )?(?:verdict|judge?ment|assessment|rating|evaluation)\b\W{{0,12}}(?:is\W{{1,4}})?"
+    rf"{_NAMED_WORD}{_REASON}",
+    re.IGNORECASE,
+)
+_ALONE = re.compile(rf"(?![ ]*#)[^\w\n]{{0,20}}{_NAMED_WORD}(?![*_ ]*:){_REASON}", re.IGNORECASE)
+_HEADING = re.compile(rf"(?P<marks>[^\w\n]{{0,20}}){_NAMED_WORD}(?P<colon>[*_ ]*:)?[^\w\n]*$", re.IGNORECASE)
+_BEHIND = re.compile(
+    rf"[*_ ]*:[*_ ]*(?P<phrase>\S[^\n]{{0,400}}?) *(?:[–—→>-]+|[(\[])[*_ ]*{_NAMED_WORD}[)\].*_ ]*$", re.IGNORECASE
+)
+_ANY_WORD = re.compile(r"\b(?:good|bad|none|not)\b|n['’]t\b", re.IGNORECASE)
+
+
+def _separate_lines(text: str) -> Iterator[str]:
+    """Yield such verdicts as lines of `tag: verdict`. A tag gets a verdict only from lines before the next tag."""
+    tag = listed = ""
+    is_open = False
+    for line in filter(str.strip, text.splitlines()):
+        heading = _HEADING.match(line)
+        if heading and (heading["colon"] or "#" in heading["marks"]):
+            tag, listed = "", heading["verdict"]
+        elif about := _ABOUT_A_TAG.match(line):
+            rest = about["rest"]
+            is_bare = not re.search(r"\w", rest)
+            if listed and is_bare:
+                yield f"{about['tag']}: {listed}"
+                tag = ""
+                continue
+            listed = ""
+            if behind := _BEHIND.match(rest):
+                if not _ANY_WORD.search(behind["phrase"]):
+                    yield f"{about['tag']}: {behind['verdict']}"
+                tag = ""
+                continue
+            tag = "" if re.match(r"\W*(?:good|bad|none)\b", rest, re.IGNORECASE) else about["tag"]
+            is_open = is_bare or bool(re.search(rf"<< ?[/\\]+ ?{about['tag']}s? ?>>\W*$", rest, re.IGNORECASE))
+        else:
+            listed = ""
+            if tag and (match := _LABELLED.match(line) or (_ALONE.match(line) if is_open else None)):
+                yield f"{tag}: {match['verdict']}"
+                is_open = False

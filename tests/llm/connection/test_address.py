@@ -1,4 +1,4 @@
-"""Addresses: the URL that is asked, the part that is shown, and the proxy on the way."""
+"""Addresses: the request URL, the form for messages, and the proxy on the way."""
 
 from urllib.parse import urlsplit
 
@@ -54,49 +54,49 @@ REFUSED = {
     "localhost:8000/v1": "Write http://localhost:8000/v1.",
     "10.0.0.7:8000": "Write http://10.0.0.7:8000.",
     "api.example.com/v1": "Write http://api.example.com/v1.",
-    "[::1]:8000/v1": "is no address",
+    "[::1]:8000/v1": "is not a URL",
     "localhost": "write it like http://localhost:8000/v1.",
     "ftp://h/v1": "write it like http://localhost:8000/v1.",
-    "http:/h/v1": "after http comes :// in an address. Write http://h/v1.",
+    "http:/h/v1": "http must be followed by ://. Write http://h/v1.",
     "http//h:8000/v1": "Write http://h:8000/v1.",
     "https:h/v1": "Write https://h/v1.",
     "HTTP:/[::1]:8000/v1": "Write http://[::1]:8000/v1.",
     "http:8000/v1": "Write http://http:8000/v1.",
-    "http://::1:8000/v1": "stands in brackets. Write http://[::1]:8000/v1.",
-    "https://2001:db8::7/v1": "stands in brackets. Write https://[2001:db8::7]/v1.",
-    "http://me:hush@fe80::1:80/v1?key=hush": "stands in brackets. Write http://[fe80::1]:80/v1",
+    "http://::1:8000/v1": "must be in brackets. Write http://[::1]:8000/v1.",
+    "https://2001:db8::7/v1": "must be in brackets. Write https://[2001:db8::7]/v1.",
+    "http://me:hush@fe80::1:80/v1?key=hush": "must be in brackets. Write http://[fe80::1]:80/v1",
     "ws://h:8000/v1": "is a web socket, and chat APIs speak http. Write http://h:8000/v1.",
     "wss://h/v1": "Write https://h/v1.",
-    "htp://h/v1": "begins with htp:// and not with http:// or https://; write it like http://localhost:8000/v1.",
+    "htp://h/v1": "begins with htp:// instead of http:// or https://; write it like http://localhost:8000/v1.",
     "unix:///tmp/x.sock": "begins with unix://",
-    "${LLM_URL}/v1": "it holds ${LLM_URL}, and no variable is put in here. Write the address itself.",
-    "$LLM_URL/v1": "it holds $LLM_URL,",
-    "http://${HOST}:${PORT}/v1": "it holds ${HOST},",
-    "http://h:8000/${VERSION}": "it holds ${VERSION},",
-    "http://{{host}}/v1": "it holds {{host}},",
-    "%LLM_URL%/v1": "it holds %LLM_URL%,",
-    "http://h/v1?api-key=${KEY}": "it holds ${KEY},",
-    '"http://h/v1"': "stands in quotes or brackets",
-    "http://h/v1\u201d": "stands in quotes or brackets",
-    "<http://h/v1>": "stands in quotes or brackets",
-    "http://": "is no address",
-    "http://:8000/v1": "is no address",
+    "${LLM_URL}/v1": "it contains ${LLM_URL}, and variables are not expanded here. Write the address itself.",
+    "$LLM_URL/v1": "it contains $LLM_URL,",
+    "http://${HOST}:${PORT}/v1": "it contains ${HOST},",
+    "http://h:8000/${VERSION}": "it contains ${VERSION},",
+    "http://{{host}}/v1": "it contains {{host}},",
+    "%LLM_URL%/v1": "it contains %LLM_URL%,",
+    "http://h/v1?api-key=${KEY}": "it contains ${KEY},",
+    '"http://h/v1"': "is in quotes or brackets",
+    "http://h/v1\u201d": "is in quotes or brackets",
+    "<http://h/v1>": "is in quotes or brackets",
+    "http://": "is not a URL",
+    "http://:8000/v1": "is not a URL",
     "http://h:port/v1": "Invalid port",
     "http://h:99999/v1": "from 1 to 65535",
     "http://h:0/v1": "from 1 to 65535",
     "http://h /v1": "white space",
     "http://h/v1 http://i/v1": "white space",
     "http://h\n/v1": "white space",
-    "http://h\x00/v1": "is no address",
-    "": "is no address",
+    "http://h\x00/v1": "is not a URL",
+    "": "is not a URL",
 }
 
 
-@pytest.mark.parametrize(("base_url", "told"), REFUSED.items())
-def test_what_is_no_address_says_what_to_write(base_url: str, told: str) -> None:
+@pytest.mark.parametrize(("base_url", "message"), REFUSED.items())
+def test_an_invalid_base_url_is_an_error_with_advice(base_url: str, message: str) -> None:
     with pytest.raises(UserError, match=r"^base_url '") as failure:
         parse_address(base_url)
-    assert told in str(failure.value)
+    assert message in str(failure.value)
     assert "\n" not in str(failure.value)
 
 
@@ -121,13 +121,13 @@ def test_an_address_is_shown_with_its_query_and_without_its_secrets(base_url: st
     ["http://me:hush@h:port/v1", "me:hush@h/v1", "http://me:hush@h /v1?key=hush", "http://me:hush/h@ush@h/v1"],
 )
 def test_no_password_is_in_an_error_about_an_address(base_url: str) -> None:
-    with pytest.raises(UserError, match="is no address") as failure:
+    with pytest.raises(UserError, match="is not a URL") as failure:
         parse_address(base_url)
     assert "hush" not in str(failure.value)
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.0.1.1", "[::1]", "0.0.0.0", "[::]", "api.localhost"])
-def test_this_machine_is_asked_without_a_proxy(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_this_machine_needs_no_proxy(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://proxy.invalid:3128")
     monkeypatch.setenv("ALL_PROXY", "http://proxy.invalid:3128")
     assert parse_address(f"http://{host}:8000/v1").proxy is None
@@ -170,7 +170,7 @@ def test_a_proxy_is_named_with_its_variable_and_without_its_password(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "told"),
+    ("variable", "value", "message"),
     [
         ("all_proxy", "socks://me:hush@127.0.0.1:7891/", "all_proxy: the proxy socks://***@127.0.0.1:7891/ of"),
         ("ALL_PROXY", "socks4://127.0.0.1:1080", "ALL_PROXY: the proxy socks4://127.0.0.1:1080 of"),
@@ -180,12 +180,12 @@ def test_a_proxy_is_named_with_its_variable_and_without_its_password(monkeypatch
     ],
 )
 def test_a_proxy_that_can_not_be_used_is_one_error(
-    variable: str, value: str, told: str, monkeypatch: pytest.MonkeyPatch
+    variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
     with pytest.raises(UserError) as failure:
         parse_address("http://h/v1")
-    assert str(failure.value).startswith(told)
+    assert str(failure.value).startswith(message)
     assert "hush" not in str(failure.value)
 
 

@@ -1,4 +1,4 @@
-"""Secrets: refused where they are none, and found in nothing that a run leaves."""
+"""Secrets: malformed ones are refused, and none is in anything that a run leaves."""
 
 import asyncio
 import base64
@@ -14,7 +14,7 @@ import pytest
 from client_runs import SHORT, about, echo, run
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted_server import Asked, Reply, ScriptedServer, error, said, served
+from scripted_server import Asked, Reply, ScriptedServer, chat_reply, error, served
 
 from train.errors import UserError
 from train.llm.client import Client
@@ -26,11 +26,11 @@ from train.sysgen.config import load_config
 from train.sysgen.run import run as run_sysgen
 
 KEY = "sk-9f/Qw+8'x&Z~b{7}\\k=T%u\"M<0>j"
-"""A key with everything that some way of writing escapes."""
+"""A key with all characters that some encoding escapes."""
 
 
 def forms(key: str) -> Iterator[str]:
-    """Return the forms in which programs write a key, and its halves."""
+    """Return the forms in which programs encode a key, and its halves."""
     yield from (key, repr(key)[1:-1], json.dumps(key)[1:-1], html.escape(key), quote(key), quote(key, safe=""))
     yield from (quote_plus(key), quote(key, safe="").lower(), quote(quote(key)), json.dumps(json.dumps(key))[2:-2])
     yield key.encode().hex()
@@ -42,7 +42,7 @@ def forms(key: str) -> Iterator[str]:
 
 
 def longest_left(key: str, text: str) -> int:
-    """The length of the longest part of any form of a key that is still in `text`."""
+    """Return the length of the longest part of any form of a key that is still in `text`."""
     longest = 0
     for form in forms(key):
         for start in range(len(form)):
@@ -52,7 +52,7 @@ def longest_left(key: str, text: str) -> int:
 
 
 @pytest.mark.parametrize("form", forms(KEY))
-def test_every_form_of_a_key_is_taken_out(form: str) -> None:
+def test_every_form_of_a_key_is_redacted(form: str) -> None:
     cleaned = Redactor([KEY]).clean(f"Error: <{form}> is no key")
     assert cleaned.startswith("Error: <")
     assert cleaned.endswith("> is no key")
@@ -60,14 +60,14 @@ def test_every_form_of_a_key_is_taken_out(form: str) -> None:
 
 
 @given(st.text(string.ascii_letters + string.digits + "-_./+=", min_size=12, max_size=60), st.data())
-def test_no_eight_characters_of_any_key_are_left(key: str, data: st.DataObject) -> None:
+def test_no_eight_characters_of_any_key_remain(key: str, data: st.DataObject) -> None:
     form = data.draw(st.sampled_from([key, quote(key), json.dumps(key), base64.b64encode(key.encode()).decode()]))
     cut = form[: data.draw(st.integers(8, len(form)))] if len(form) > 8 else form
     cleaned = Redactor([key]).clean(f"what {cut}")
     assert not any(key[start : start + 8] in cleaned for start in range(len(key) - 7))
 
 
-def test_a_beginning_of_a_key_gives_it_away_in_an_answer() -> None:
+def test_the_beginning_of_a_key_is_detected_in_an_answer() -> None:
     redactor = Redactor(["sk-live-0123456789abcdefghij"])
     assert redactor.holds_secret("your key is sk-live-01234567 and so on")
     assert not redactor.holds_secret("your key is sk-live-0123456 and so on")
@@ -75,29 +75,29 @@ def test_a_beginning_of_a_key_gives_it_away_in_an_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "told"),
+    ("key", "message"),
     [
-        ('"sk-in-quotes-0123456789"', "stands in quotes"),
-        ("'sk-in-quotes-0123456789'", "stands in quotes"),
-        ("sk-in-quotes-0123456789`", "stands in quotes"),
+        ('"sk-in-quotes-0123456789"', "is in quotes"),
+        ("'sk-in-quotes-0123456789'", "is in quotes"),
+        ("sk-in-quotes-0123456789`", "is in quotes"),
         ("Bearer sk-prefixed-0123456789", "begins with 'Bearer'"),
         ("bearer  sk-prefixed-0123456789", "begins with 'bearer'"),
         ("Authorization: Bearer sk-prefixed-0123456789", "begins with 'Authorization:'"),
         ("MY_KEY=sk-prefixed-0123456789", "begins with 'MY_KEY='"),
     ],
 )
-def test_a_key_that_was_copied_with_more_than_itself_is_refused_before_anything_is_asked(
-    key: str, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_key_copied_with_other_text_is_refused_before_any_request(
+    key: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MY_KEY", key)
     with Journal(tmp_path / "answers.sqlite") as journal, pytest.raises(UserError) as failure:
         Client([Server("http://h/v1", key_variable="MY_KEY")], "m", journal)
-    assert str(failure.value).startswith(f"MY_KEY: the key in this environment variable {told}. Set the variable")
+    assert str(failure.value).startswith(f"MY_KEY: the key in this environment variable {message}. Set the variable")
     assert "0123456789" not in str(failure.value)
 
 
 @pytest.mark.parametrize("key", ["EMPTY", "none", "x", "sk-abc"])
-def test_a_short_key_is_taken_out_and_words_stay_words(key: str) -> None:
+def test_a_short_key_is_redacted_and_ordinary_words_stay(key: str) -> None:
     redactor = Redactor([key])
     assert redactor.clean(f"Bearer {key}, not accepted") == "Bearer ***, not accepted"
     assert redactor.clean("an exact text") == "an exact text"
@@ -129,7 +129,7 @@ def test_a_key_that_no_header_can_hold_is_refused_before_the_first_request(
     assert "other" not in str(failure.value)
 
 
-def test_white_space_around_a_key_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_white_space_around_a_key_is_stripped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", " \tsk-my-key\r\n")
 
     async def work(client: Client, servers: list[ScriptedServer]) -> str:
@@ -140,7 +140,7 @@ def test_white_space_around_a_key_is_left_out(tmp_path: Path, monkeypatch: pytes
 
 
 def echoes(write: Callable[[str], str]) -> dict[str, Callable[[str], Reply]]:
-    """Replies that repeat the key in every place that a run may tell of."""
+    """Replies that repeat the key in every place that a run may report."""
     return {
         "401": lambda key: error(401, f"Incorrect API key provided: Bearer {write(key)}"),
         "500": lambda key: error(500, f"KeyError: {write(key)}"),
@@ -149,9 +149,9 @@ def echoes(write: Callable[[str], str]) -> dict[str, Callable[[str], Reply]]:
         "another form of error": lambda key: Reply(422, {"detail": [{"msg": f"no {write(key)}"}]}),
         "garbage": lambda key: Reply(200, f"<html>{'.' * 250}Authorization: {write(key)}</html>".encode()),
         "a redirect": lambda key: Reply(302, {}, {"Location": f"/login?next={quote(write(key))}"}),
-        "an answer": lambda key: said(f"<<Role>>You are {write(key)}.<</Role>>"),
-        "a refusal": lambda key: said(None, refusal=f"I don't like {write(key)}."),
-        "a reason to end": lambda key: said("A text.", f"stopped by {write(key)}"),
+        "an answer": lambda key: chat_reply(f"<<Role>>You are {write(key)}.<</Role>>"),
+        "a refusal": lambda key: chat_reply(None, refusal=f"I don't like {write(key)}."),
+        "a reason to end": lambda key: chat_reply("A text.", f"stopped by {write(key)}"),
     }
 
 
@@ -188,17 +188,19 @@ def test_no_form_of_a_key_is_in_anything_that_a_run_leaves(
             encoding="utf-8",
         )
         try:
-            told = str(run_sysgen(load_config(config)).tally.unanswered.lines())
+            message = str(run_sysgen(load_config(config)).tally.unanswered.lines())
         except UserError as failure:
-            told = str(failure)
+            message = str(failure)
     shown = capfd.readouterr()
     left = [path.read_bytes().decode("utf-8", "replace") for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert left
-    for text in (told, shown.out, shown.err, *left):
+    for text in (message, shown.out, shown.err, *left):
         assert longest_left(LONG_KEY, text) < 8
 
 
-def test_the_key_of_one_server_is_not_told_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_of_one_server_is_redacted_in_messages_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("KEY_A", "key-of-the-first-server")
     monkeypatch.setenv("KEY_B", "key-of-the-second-server")
 
@@ -206,9 +208,9 @@ def test_the_key_of_one_server_is_not_told_by_another(tmp_path: Path, monkeypatc
         return error(400, "known are key-of-the-first-server, key-of-the-second-server and hush-hush")
 
     async def work() -> None:
-        async with ScriptedServer(script) as one, ScriptedServer(script) as other:
+        async with ScriptedServer(script) as first, ScriptedServer(script) as other:
             servers = [
-                Server(one.url, key_variable="KEY_A"),
+                Server(first.url, key_variable="KEY_A"),
                 Server(other.url.replace("http://", "http://me:hush-hush@"), key_variable="KEY_B"),
             ]
             with Journal(tmp_path / "answers.sqlite") as journal:

@@ -1,4 +1,4 @@
-"""Connections that a server closes without a word."""
+"""Connections that a server closes without notice."""
 
 import asyncio
 from pathlib import Path
@@ -12,12 +12,12 @@ from train.llm.server import Server
 
 
 class ClosesAfterAnError(ScriptedServer):
-    """Closes a connection on which it has sent a 500, when the next request is on its way (as uvicorn may)."""
+    """A server that closes a connection after a 500 when the next request is on its way (as uvicorn may)."""
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        goes_on = await super()._exchange(reader, writer)
+        keeps_open = await super()._exchange(reader, writer)
         if len(self.asked) > 1:
-            return goes_on
+            return keeps_open
         await reader.read(1)
         return False
 

@@ -1,9 +1,9 @@
-"""Control tokens that a server leaves in an answer are taken off, and so are the turns that a model made up."""
+"""Removal of control tokens around an answer, and of invented turns after it."""
 
 import pytest
 
-from train.llm.journal import Answer
 from train.llm.reasoning.answer import format_advice, list_events, read_answer, without_reasoning
+from train.llm.request import Answer
 
 
 @pytest.mark.parametrize(
@@ -29,12 +29,12 @@ from train.llm.reasoning.answer import format_advice, list_events, read_answer, 
         ("<unused106><unused106>", 2),
     ],
 )
-def test_control_tokens_at_the_end_are_taken_off(end: str, tokens: int) -> None:
+def test_control_tokens_at_the_end_are_removed(end: str, tokens: int) -> None:
     for before in ("", "<think>Hm.</think>\n\n"):
-        found = without_reasoning(f"{before}Bern.{end}")
-        assert (found.text, len(found.end_tokens), found.ran_on) == ("Bern.", tokens, False)
-        assert not found.holds_control_tokens
-        assert "control tokens taken off the end" in list_events(found)
+        reply = without_reasoning(f"{before}Bern.{end}")
+        assert (reply.text, len(reply.end_tokens), reply.ran_on) == ("Bern.", tokens, False)
+        assert not reply.holds_control_tokens
+        assert "control tokens taken off the end" in list_events(reply)
 
 
 @pytest.mark.parametrize(
@@ -56,12 +56,12 @@ def test_control_tokens_at_the_end_are_taken_off(end: str, tokens: int) -> None:
     ],
 )
 def test_an_answer_ends_where_another_turn_begins(rest: str) -> None:
-    found = without_reasoning(f"Bern.{rest}")
-    assert (found.text, found.ran_on, found.unfinished) == ("Bern.", True, False)
+    reply = without_reasoning(f"Bern.{rest}")
+    assert (reply.text, reply.ran_on, reply.unfinished) == ("Bern.", True, False)
     answer = Answer(f"Bern.{rest}", "length", None, 1, 1, 0.1)
-    read, said = read_answer(answer)
-    assert (read.text, read.cut) == ("Bern.", False)  # it came to its end before the limit
-    assert "ran on after its end, and was cut there" in list_events(said)
+    read, reply = read_answer(answer)
+    assert (read.text, read.cut) == ("Bern.", False)  # it was complete before the limit
+    assert "ran on after its end, and was cut there" in list_events(reply)
 
 
 @pytest.mark.parametrize(
@@ -84,8 +84,8 @@ def test_an_answer_ends_where_another_turn_begins(rest: str) -> None:
     ],
 )
 def test_an_answer_that_speaks_of_tokens_stays(text: str) -> None:
-    found = without_reasoning(text)
-    assert (found.text, found.end_tokens, found.ran_on, found.unfinished) == (text, (), False, False)
+    reply = without_reasoning(text)
+    assert (reply.text, reply.end_tokens, reply.ran_on, reply.unfinished) == (text, (), False, False)
 
 
 @pytest.mark.parametrize(
@@ -119,9 +119,9 @@ def test_an_answer_that_speaks_of_tokens_stays(text: str) -> None:
     ],
 )
 def test_tokens_that_may_be_content_stay_and_are_counted(text: str) -> None:
-    read, said = read_answer(Answer(text, "stop", None, 1, 1, 0.1))
-    assert (read.text, said.end_tokens, said.ran_on, said.unfinished) == (text, (), False, False)
-    assert "control tokens left in the text" in list_events(said)
+    read, reply = read_answer(Answer(text, "stop", None, 1, 1, 0.1))
+    assert (read.text, reply.end_tokens, reply.ran_on, reply.unfinished) == (text, (), False, False)
+    assert "control tokens left in the text" in list_events(reply)
 
 
 @pytest.mark.parametrize(
@@ -143,26 +143,26 @@ def test_tokens_that_may_be_content_stay_and_are_counted(text: str) -> None:
         "Bern.<|endoftext|><|endoftext|>\n",
     ],
 )
-def test_tokens_around_an_answer_are_taken_off(text: str) -> None:
-    found = without_reasoning(text)
-    assert (found.text, found.unfinished, found.holds_control_tokens) == ("Bern.", False, False)
+def test_tokens_around_an_answer_are_removed(text: str) -> None:
+    reply = without_reasoning(text)
+    assert (reply.text, reply.unfinished, reply.holds_control_tokens) == ("Bern.", False, False)
 
 
-def test_a_blank_may_stand_before_the_end_of_a_turn() -> None:
-    found = without_reasoning("It is Bern <|im_end|>\n<|im_start|>user\nMore?")
-    assert (found.text, found.ran_on) == ("It is Bern", True)
+def test_a_space_may_precede_the_end_of_a_turn() -> None:
+    reply = without_reasoning("It is Bern <|im_end|>\n<|im_start|>user\nMore?")
+    assert (reply.text, reply.ran_on) == ("It is Bern", True)
 
 
 def test_a_turn_after_code_is_cut_off() -> None:
     for end in ("<|im_end|>\n", "\n<|im_end|>\n", "\n"):
-        found = without_reasoning(f"Here:\n```python\nx\n```{end}<|im_start|>user\nMore?")
-        assert (found.text, found.ran_on) == ("Here:\n```python\nx\n```", True)
+        reply = without_reasoning(f"Here:\n```python\nx\n```{end}<|im_start|>user\nMore?")
+        assert (reply.text, reply.ran_on) == ("Here:\n```python\nx\n```", True)
 
 
 @pytest.mark.parametrize("text", ["<|im_end|>", "<s></s>", "<|eot_id|>\n", "<|im_start|>assistant\n<|im_end|>"])
 def test_nothing_but_tokens_is_an_empty_answer(text: str) -> None:
-    read, said = read_answer(Answer(text, "stop", None, 1, 1, 0.1))
-    assert (read.text, read.empty, said.unfinished) == ("", True, False)
+    read, reply = read_answer(Answer(text, "stop", None, 1, 1, 0.1))
+    assert (read.text, read.empty, reply.unfinished) == ("", True, False)
 
 
 @pytest.mark.parametrize(
@@ -176,15 +176,15 @@ def test_nothing_but_tokens_is_an_empty_answer(text: str) -> None:
     ],
 )
 def test_turns_without_tokens_stay_and_are_counted(text: str) -> None:
-    found = without_reasoning(text)
-    assert (found.text, found.ran_on) == (text, False)
-    assert "lines that look like further turns" in list_events(found)
+    reply = without_reasoning(text)
+    assert (reply.text, reply.ran_on) == (text, False)
+    assert "lines that look like further turns" in list_events(reply)
 
 
 @pytest.mark.parametrize("before", ["(Bern)", '"Bern"', "**Bern**", "Bern。", "[Bern]"])
-def test_a_turn_of_llama_3_begins_at_any_mark_of_an_end(before: str) -> None:
-    found = without_reasoning(f"{before}assistant\n\nBern it is.")
-    assert (found.text, found.ran_on) == (before, True)
+def test_a_turn_of_llama_3_begins_after_any_end_of_a_sentence(before: str) -> None:
+    reply = without_reasoning(f"{before}assistant\n\nBern it is.")
+    assert (reply.text, reply.ran_on) == (before, True)
 
 
 @pytest.mark.parametrize("text", ["Ask the assistant.", "Jobs:\n- Laborant\n- Assistant: helps", "An AI: a machine."])
@@ -192,7 +192,7 @@ def test_ordinary_lines_are_no_turns(text: str) -> None:
     assert list_events(without_reasoning(text)) == []
 
 
-def test_what_a_user_has_to_know_is_one_line_for_each_kind() -> None:
+def test_advice_is_one_line_for_each_kind_of_event() -> None:
     events = {"generate: control tokens taken off the end": 3, "answer: control tokens taken off the end": 1_000}
     lines = format_advice({**events, "answer: reasoning taken out": 7, "new answer empty": 2})
     assert lines == [
@@ -201,14 +201,14 @@ def test_what_a_user_has_to_know_is_one_line_for_each_kind() -> None:
     ]
 
 
-def test_the_header_of_its_own_turn_is_taken_off() -> None:
+def test_the_header_of_the_answers_own_turn_is_removed() -> None:
     for header in ("<|im_start|>assistant\n", "<start_of_turn>model\n", "<|assistant|>\n", "<|START_RESPONSE|>"):
         assert without_reasoning(f"{header}Bern.").text == "Bern."
 
 
-def test_an_answer_of_reasoning_alone_is_marked() -> None:
-    read, said = read_answer(Answer("<think>Hm", "stop", None, 1, 1, 0.1))
+def test_an_answer_of_only_reasoning_is_marked() -> None:
+    read, reply = read_answer(Answer("<think>Hm", "stop", None, 1, 1, 0.1))
     assert (read.text, read.only_reasoning) == ("", True)
-    assert list_events(said) == ["reasoning without an end, and nothing said"]
+    assert list_events(reply) == ["reasoning without an end, and nothing said"]
     plain = Answer("Bern.", "stop", None, 1, 1, 0.1)
     assert read_answer(plain)[0] is plain

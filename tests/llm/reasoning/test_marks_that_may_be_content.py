@@ -1,9 +1,9 @@
-"""Marks of reasoning and control tokens that an answer speaks of stay, and real ones beside code are still found."""
+"""Marks of reasoning and control tokens that an answer mentions stay, and real ones next to code are found."""
 
 import pytest
 
-from train.llm.journal import Answer
 from train.llm.reasoning.answer import list_events, read_answer, without_reasoning
+from train.llm.request import Answer
 
 THOUGHT = [
     "Okay, the user asks about the capital. I'd wrap it in ```json if asked.\n",
@@ -29,17 +29,17 @@ SAID = [
 
 
 @pytest.mark.parametrize("thought", THOUGHT)
-@pytest.mark.parametrize("said", SAID)
-def test_code_that_was_not_closed_hides_no_closer(thought: str, said: str) -> None:
+@pytest.mark.parametrize("answer", SAID)
+def test_an_open_code_block_hides_no_closer(thought: str, answer: str) -> None:
     for opener in ("", "<think>\n"):
-        found = without_reasoning(f"{opener}{thought}</think>\n\n{said}")
-        assert (found.text, found.reasoning, found.unfinished) == (said, thought.strip(), False)
+        reply = without_reasoning(f"{opener}{thought}</think>\n\n{answer}")
+        assert (reply.text, reply.reasoning, reply.unfinished) == (answer, thought.strip(), False)
 
 
 @pytest.mark.parametrize("thought", THOUGHT)
-def test_nor_one_on_the_line_of_the_answer(thought: str) -> None:
-    for said in SAID:
-        assert without_reasoning(f"{thought}</think>{said}").text == said
+def test_a_backtick_on_the_line_of_the_answer_hides_no_closer(thought: str) -> None:
+    for answer in SAID:
+        assert without_reasoning(f"{thought}</think>{answer}").text == answer
 
 
 def test_tags_in_reasoning_are_no_phrases() -> None:
@@ -49,7 +49,7 @@ def test_tags_in_reasoning_are_no_phrases() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "answer"),
     [
         ("Sure!\n<think>\nOkay, the user wants Bern.\n</think>\nBern.", "Sure!\nBern."),
         ("Bern.\n\n<think>\nShould I add more? No.\n</think>\n\nIt is on the Aare.", "Bern.\n\nIt is on the Aare."),
@@ -71,10 +71,10 @@ def test_tags_in_reasoning_are_no_phrases() -> None:
         ("<|START_THINKING|>Hm.</think>\n\nBern.", "Bern."),
     ],
 )
-def test_certain_reasoning_is_taken_out(text: str, said: str) -> None:
-    found = without_reasoning(text)
-    assert (found.text, found.unfinished) == (said, False)
-    assert found.reasoning is not None
+def test_certain_reasoning_is_removed(text: str, answer: str) -> None:
+    reply = without_reasoning(text)
+    assert (reply.text, reply.unfinished) == (answer, False)
+    assert reply.reasoning is not None
 
 
 @pytest.mark.parametrize(
@@ -88,9 +88,9 @@ def test_certain_reasoning_is_taken_out(text: str, said: str) -> None:
         "analysisQuestion: the capital. Answer: Bern",
     ],
 )
-def test_reasoning_that_can_not_be_told_is_unfinished(text: str) -> None:
-    found = without_reasoning(text)
-    assert (found.text, found.unfinished) == ("", True)
+def test_reasoning_without_a_certain_end_is_unfinished(text: str) -> None:
+    reply = without_reasoning(text)
+    assert (reply.text, reply.unfinished) == ("", True)
 
 
 @pytest.mark.parametrize(
@@ -103,10 +103,10 @@ def test_reasoning_that_can_not_be_told_is_unfinished(text: str) -> None:
         '<details type="reasoning" done="true">Bern.</details>',
     ],
 )
-def test_reasoning_with_nothing_behind_it_is_an_empty_answer(text: str) -> None:
-    found = without_reasoning(text)
-    assert (found.text, found.unfinished) == ("", False)
-    assert found.reasoning in ("", "Bern.", "Bern is the capital.")
+def test_reasoning_with_nothing_after_it_is_an_empty_answer(text: str) -> None:
+    reply = without_reasoning(text)
+    assert (reply.text, reply.unfinished) == ("", False)
+    assert reply.reasoning in ("", "Bern.", "Bern is the capital.")
 
 
 @pytest.mark.parametrize(
@@ -144,20 +144,20 @@ def test_reasoning_with_nothing_behind_it_is_an_empty_answer(text: str) -> None:
     ],
 )
 def test_marks_that_may_be_content_stay_and_are_counted(text: str) -> None:
-    found = without_reasoning(text)
-    assert (found.text, found.reasoning, found.unfinished, found.ran_on) == (text, None, False, False)
+    reply = without_reasoning(text)
+    assert (reply.text, reply.reasoning, reply.unfinished, reply.ran_on) == (text, None, False, False)
     if "anal" not in text and "comm" not in text and "thought\n" not in text and "<details>" not in text:
-        assert {"tags of reasoning left in the text", "control tokens left in the text"} & set(list_events(found))
+        assert {"tags of reasoning left in the text", "control tokens left in the text"} & set(list_events(reply))
 
 
 @pytest.mark.parametrize("text", ["gpt-oss uses the token <|start|>", "The token <|message|> begins the content."])
-def test_a_token_of_the_channels_may_be_spoken_of(text: str) -> None:
-    found = without_reasoning(text)
-    assert (found.text, found.unfinished) == (text, False)
-    assert "control tokens left in the text" in list_events(found)
+def test_an_answer_may_mention_a_token_of_the_channels(text: str) -> None:
+    reply = without_reasoning(text)
+    assert (reply.text, reply.unfinished) == (text, False)
+    assert "control tokens left in the text" in list_events(reply)
 
 
-def test_what_the_question_asks_for_is_no_reasoning() -> None:
+def test_tags_that_the_question_asks_for_are_no_reasoning() -> None:
     text = "<reasoning>2 + 2 is 4.</reasoning><answer>4</answer>"
     asked = [{"role": "user", "content": "Write <reasoning>...</reasoning> and then <answer>...</answer>: 2 + 2"}]
     assert without_reasoning(text).text == "4"
@@ -170,7 +170,7 @@ def test_what_the_question_asks_for_is_no_reasoning() -> None:
 
 
 @pytest.mark.parametrize("text", ["\u200b", " \ufeff\n", "\u2060\u200d\u00ad", "<think>Hm.</think>\u200b"])
-def test_characters_that_no_one_sees_are_no_answer(text: str) -> None:
+def test_invisible_characters_alone_are_no_answer(text: str) -> None:
     read, _ = read_answer(Answer(text, "stop", None, 1, 1, 0.1))
     assert read.unfinished
     assert read.empty or read.only_reasoning

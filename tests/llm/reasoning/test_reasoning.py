@@ -1,4 +1,4 @@
-"""Reasoning that a model writes before what it says is told from it, and nothing else is."""
+"""Reasoning before an answer is separated from it, and nothing else is."""
 
 import pytest
 from hypothesis import given
@@ -9,11 +9,11 @@ from train.llm.reasoning.forms import FORMS
 
 
 @pytest.mark.parametrize(
-    ("text", "said", "reasoning"),
+    ("text", "answer", "reasoning"),
     [
         ("<think>\nHm, Bern.\n</think>\n\nBern.", "Bern.", "Hm, Bern."),
         ("\n<think></think>\n\nBern.", "Bern.", ""),
-        ("Hm, Bern.\n</think>\n\nBern.", "Bern.", "Hm, Bern."),  # the template has opened it
+        ("Hm, Bern.\n</think>\n\nBern.", "Bern.", "Hm, Bern."),  # opened by the template
         ("Hm, Bern.</think>\nBern.", "Bern.", "Hm, Bern."),
         ("`zip`? Like\n```\nzip(a)\n```\n</think>\n\nBern.", "Bern.", "`zip`? Like\n```\nzip(a)\n```"),
         ("```\nhm\n</think>\n```", "```\nhm\n</think>\n```", None),
@@ -44,9 +44,9 @@ from train.llm.reasoning.forms import FORMS
         ("<Thought>Hm.</Thought>\n<Output>\nBern.", "Bern.", "Hm."),  # Marco-o1, cut
     ],
 )
-def test_what_was_said_and_what_was_thought(text: str, said: str, reasoning: str | None) -> None:
-    found = without_reasoning(text)
-    assert (found.text, found.reasoning, found.unfinished) == (said, reasoning, False)
+def test_answer_and_reasoning_are_separated(text: str, answer: str, reasoning: str | None) -> None:
+    reply = without_reasoning(text)
+    assert (reply.text, reply.reasoning, reply.unfinished) == (answer, reasoning, False)
 
 
 OF_FORMS: list[tuple[str, str | None, str | None]] = [
@@ -125,24 +125,24 @@ OF_FORMS: list[tuple[str, str | None, str | None]] = [
     ),
     ("Magistral, Ministral", "[REASONING]Hm.[/REASONING]Bern.", "[THINK]\nHm"),
 ]
-"""A text of each form, and one whose reasoning has no end where the opener alone is enough to know it by."""
+"""A text of each form, and one without an end of its reasoning if the opener alone identifies the form."""
 
 
-def test_every_form_has_its_row() -> None:
+def test_every_form_has_a_case() -> None:
     assert {models for models, _, _ in OF_FORMS} == {form.models for form in FORMS}
 
 
-@pytest.mark.parametrize(("models", "whole", "cut"), OF_FORMS)
-def test_a_form_is_taken_out(models: str, whole: str | None, cut: str | None) -> None:
-    if whole is not None:
-        found = without_reasoning(whole)
-        assert (found.text, found.unfinished) == ("Bern.", False)
-        assert found.reasoning is not None
-        assert not found.holds_reasoning
-        assert not found.holds_control_tokens
+@pytest.mark.parametrize(("models", "complete", "cut"), OF_FORMS)
+def test_every_form_of_reasoning_is_removed(models: str, complete: str | None, cut: str | None) -> None:
+    if complete is not None:
+        reply = without_reasoning(complete)
+        assert (reply.text, reply.unfinished) == ("Bern.", False)
+        assert reply.reasoning is not None
+        assert not reply.holds_reasoning
+        assert not reply.holds_control_tokens
     if cut is not None:
-        found = without_reasoning(cut)
-        assert (found.text, found.unfinished) == ("", True)
+        reply = without_reasoning(cut)
+        assert (reply.text, reply.unfinished) == ("", True)
 
 
 @pytest.mark.parametrize(
@@ -157,10 +157,10 @@ def test_a_form_is_taken_out(models: str, whole: str | None, cut: str | None) ->
         "Hm.[/THINK]Bern.</s>",
     ],
 )
-def test_the_chat_template_may_have_opened_the_reasoning(text: str) -> None:
-    found = without_reasoning(text)
-    assert (found.text, found.unfinished) == ("Bern.", False)
-    assert found.reasoning in ("Hm.", "Hm", "We need it short.")
+def test_reasoning_may_be_opened_by_the_chat_template(text: str) -> None:
+    reply = without_reasoning(text)
+    assert (reply.text, reply.unfinished) == ("Bern.", False)
+    assert reply.reasoning in ("Hm.", "Hm", "We need it short.")
 
 
 NEXT = "<|end|><|start|>assistant"
@@ -186,9 +186,9 @@ FINAL = "<|channel|>final<|message|>Bern."
     ],
 )
 def test_the_final_channel_of_gpt_oss_is_the_answer(text: str, reasoning: str | None) -> None:
-    found = without_reasoning(text)
-    assert (found.text, found.reasoning, found.unfinished) == ("Bern.", reasoning, False)
-    assert found.ran_on == ("Geneva" in text)
+    reply = without_reasoning(text)
+    assert (reply.text, reply.reasoning, reply.unfinished) == ("Bern.", reasoning, False)
+    assert reply.ran_on == ("Geneva" in text)
 
 
 @pytest.mark.parametrize(
@@ -208,9 +208,9 @@ def test_the_final_channel_of_gpt_oss_is_the_answer(text: str, reasoning: str | 
         "<think>The tag `</think>` ends",
     ],
 )
-def test_what_can_not_be_told_from_reasoning_is_no_answer(text: str) -> None:
-    found = without_reasoning(text)
-    assert (found.text, found.unfinished) == ("", True)
+def test_a_text_that_may_be_reasoning_is_no_answer(text: str) -> None:
+    reply = without_reasoning(text)
+    assert (reply.text, reply.unfinished) == ("", True)
 
 
 @pytest.mark.parametrize(
@@ -231,35 +231,35 @@ def test_what_can_not_be_told_from_reasoning_is_no_answer(text: str) -> None:
         "```\n<|channel|>analysis<|message|>hm<|end|>\n```\nis how gpt-oss writes.",
         "gpt-oss opens its reasoning with `<|channel|>analysis<|message|>`.",
         "Command A wraps it in `<|START_THINKING|>` and `<|END_THINKING|>`.",
-        "<answer>Bern.</answer>",  # the form that was asked for: there was no reasoning before it
+        "<answer>Bern.</answer>",  # the requested form, without reasoning before it
     ],
 )
 def test_an_answer_that_speaks_of_the_marks_stays(text: str) -> None:
-    found = without_reasoning(text)
-    assert (found.text, found.reasoning, found.unfinished) == (text, None, False)
+    reply = without_reasoning(text)
+    assert (reply.text, reply.reasoning, reply.unfinished) == (text, None, False)
 
 
-def test_no_text_takes_long() -> None:
-    """A pattern that tries every length at every place would take minutes."""
+def test_every_text_is_parsed_in_linear_time() -> None:
+    """A pattern that tries every length at every position would take minutes."""
     for head in ("", "<think>", "analysis", "*Thinking...*\n> ", "```\n<think>"):
         for piece in ("\n", " ", "`", "</think> x ", "<think>", "x<|im_end|>", "</s>", "\n>"):
             without_reasoning(head + piece * (20_000 // len(piece)))
 
 
-def test_reasoning_without_an_end_says_nothing() -> None:
-    found = without_reasoning("<think>Hm, Bern or Geneva, or")
-    assert (found.text, found.reasoning, found.unfinished) == ("", "Hm, Bern or Geneva, or", True)
+def test_reasoning_without_an_end_gives_no_answer() -> None:
+    reply = without_reasoning("<think>Hm, Bern or Geneva, or")
+    assert (reply.text, reply.reasoning, reply.unfinished) == ("", "Hm, Bern or Geneva, or", True)
 
 
-def test_tags_that_are_left_are_seen() -> None:
+def test_remaining_tags_are_reported() -> None:
     assert without_reasoning("It is <think>hm</think> Bern.").holds_reasoning
     assert not without_reasoning("<think>hm</think>Bern, I think.").holds_reasoning
 
 
 @given(st.lists(st.sampled_from(["<think>", "</think>", "[THINK]", "[/THINK]", "`", "\n", " ", "a"])).map("".join))
-def test_what_is_said_was_written(text: str) -> None:
-    found = without_reasoning(text)
+def test_the_answer_is_part_of_the_text(text: str) -> None:
+    reply = without_reasoning(text)
     left = iter(text)
-    assert all(sign in left for sign in found.text)  # all of it, in its order: reasoning may stand further on
-    if not found.unfinished:
-        assert (found.reasoning is None) == (found.text == text)
+    assert all(sign in left for sign in reply.text)  # all of it, in order: reasoning may follow further on
+    if not reply.unfinished:
+        assert (reply.reasoning is None) == (reply.text == text)

@@ -1,9 +1,9 @@
-"""A call of a tool that the server left in the text is no answer; one that an answer shows is."""
+"""Tool calls in the text are no answers; quoted ones are part of an answer."""
 
 import pytest
 
-from train.llm.journal import Answer
 from train.llm.reasoning.answer import read_answer
+from train.llm.request import Answer
 
 CALLS = [
     '<tool_call>\n{"name": "search", "arguments": {"query": "Bern"}}\n</tool_call>',
@@ -29,10 +29,10 @@ CALLS = [
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("before", ["", "\n", "I look it up.\n\n", "Let me see:\n", "<think>Hm.</think>\n\n"])
-def test_a_call_of_a_tool_is_no_answer(call: str, before: str) -> None:
+def test_a_tool_call_is_no_answer(call: str, before: str) -> None:
     for end in ("", "<|im_end|>", "\n" + call):
-        read, said = read_answer(Answer(f"{before}{call}{end}", "stop", None, 1, 1, 0.1))
-        assert said.calls_tool
+        read, reply = read_answer(Answer(f"{before}{call}{end}", "stop", None, 1, 1, 0.1))
+        assert reply.calls_tool
         assert read.unfinished == "calls a tool"
 
 
@@ -42,15 +42,15 @@ def test_a_call_without_its_end_was_cut() -> None:
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_a_call_that_is_shown_is_an_answer(call: str) -> None:
+def test_a_quoted_call_is_an_answer(call: str) -> None:
     for text in (
         f"```\n{call}\n```",
         f"Qwen writes calls like this:\n\n```text\n{call}\n```\n\nThe server parses them.",
         f"To look something up, Qwen writes:\n{call}",
         f"The format of the model is:\n\n{call}\n\nThe server parses it.",
     ):
-        read, said = read_answer(Answer(text, "stop", None, 1, 1, 0.1))
-        assert not said.calls_tool
+        read, reply = read_answer(Answer(text, "stop", None, 1, 1, 0.1))
+        assert not reply.calls_tool
         assert (read.text, read.unfinished) == (text, "")
 
 
@@ -64,6 +64,6 @@ def test_a_call_that_is_shown_is_an_answer(call: str) -> None:
         "The template has <tool_call> and </tool_call>.",
     ],
 )
-def test_the_mark_of_a_call_may_be_spoken_of(text: str) -> None:
+def test_an_answer_may_mention_the_mark_of_a_call(text: str) -> None:
     read, _ = read_answer(Answer(text, "stop", None, 1, 1, 0.1))
     assert (read.text, read.unfinished) == (text, "")

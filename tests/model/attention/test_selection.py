@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from train.errors import UserError
-from train.model.attention.selection import Machine, Needs, choose_attention, needs_of
+from train.model.attention.selection import Machine, Needs, attention_needs, choose_attention
 from train.recipe import load_recipe
 
 A100, HOPPER, BLACKWELL, CPU = (8, 0), (9, 0), (10, 0), None
@@ -55,15 +55,15 @@ def test_without_a_gpu() -> None:
         ({"flash": False, "sdpa": False, "flex": False}, {}, "eager", "flex_attention is not supported by this model"),
         ({"registered": False}, {}, "sdpa", "torch_varlen is not supported by this model's code"),
         ({"head_size": 100}, {}, "sdpa", "multiples of 8, not 100"),
-        ({"softcap": 50.0}, {}, "flex_attention", "torch_varlen does no soft-capping"),
-        ({"dropout": 0.1}, {}, "sdpa", "torch_varlen does no dropout"),
+        ({"softcap": 50.0}, {}, "flex_attention", "torch_varlen does not support soft-capping"),
+        ({"dropout": 0.1}, {}, "sdpa", "torch_varlen does not support dropout"),
         ({"sliding_window": 4096}, {}, "torch_varlen", "flash-attn"),
         ({"sliding_window": 4096}, {"varlen_takes": frozenset({"is_causal"})}, "sdpa", "no sliding window with torch"),
         ({"head_size": 208}, {"capability": (8, 9)}, "sdpa", "no backward for head size 208"),
         ({"head_size": 208}, {"capability": (8, 0)}, "torch_varlen", "flash-attn"),
     ],
 )
-def test_what_torchs_own_kernels_can_not_do(needs: dict, machine: dict, chosen: str, reason: str) -> None:
+def test_limits_of_torchs_own_kernels(needs: dict, machine: dict, chosen: str, reason: str) -> None:
     line = auto(replace(LLAMA, **needs), installed=(), **machine)
     assert line.startswith(f"{chosen}: ")
     assert reason in line
@@ -73,23 +73,23 @@ def test_dropout_needs_flash_attention_2() -> None:
     assert auto(replace(LLAMA, dropout=0.1)).startswith("flash_attention_2: ")
 
 
-def test_a_kernel_that_fails_its_trial_is_passed_over_or_refused() -> None:
+def test_a_kernel_that_fails_its_test_is_skipped_or_refused() -> None:
     tried = []
 
-    def trial(kernel: str, needs: Needs) -> str | None:
+    def failing(kernel: str, needs: Needs) -> str | None:
         tried.append(kernel)
         return "no backward" if kernel == "flash_attention_3" else None
 
     here = Machine(HOPPER, ALL)
-    assert str(choose_attention("auto", LLAMA, here, trial=trial)) == (
+    assert str(choose_attention("auto", LLAMA, here, check=failing)) == (
         "flash_attention_4: flash_attention_3 fails here: no backward"
     )
     assert tried == ["flash_attention_3", "flash_attention_4"]
     with pytest.raises(UserError, match=r"flash_attention_3 fails here: no backward\. Write `auto`"):
-        choose_attention("flash_attention_3", LLAMA, here, trial=trial)
+        choose_attention("flash_attention_3", LLAMA, here, check=failing)
     tried.clear()
-    choose_attention("auto", LLAMA, Machine(CPU, ALL), trial=trial)
-    choose_attention("sdpa", LLAMA, here, trial=trial)
+    choose_attention("auto", LLAMA, Machine(CPU, ALL), check=failing)
+    choose_attention("sdpa", LLAMA, here, check=failing)
     assert tried == []
 
 
@@ -116,11 +116,11 @@ def test_a_missing_kernel_by_name(kernel: str, remedy: str) -> None:
         ("torch_varlen", LLAMA, CPU, "needs a CUDA device"),
         ("flex_attention", LLAMA, CPU, "needs a CUDA device"),
         ("flex_attention", replace(LLAMA, dropout=0.1), HOPPER, "attention_dropout is 0.1"),
-        ("sdpa", replace(LLAMA, softcap=50.0), HOPPER, "no soft-capping"),
+        ("sdpa", replace(LLAMA, softcap=50.0), HOPPER, "not support soft-capping"),
         ("torch_varlen", replace(LLAMA, dtype="float32"), HOPPER, "in 16 bits"),
     ],
 )
-def test_a_kernel_by_name_that_can_not_serve(kernel: str, needs: Needs, capability, words: str) -> None:
+def test_a_kernel_by_name_that_does_not_support_the_model(kernel: str, needs: Needs, capability, words: str) -> None:
     with pytest.raises(UserError, match=rf"^model\.attention: {kernel} .*{words}.* Write `auto`\.$"):
         choose_attention(kernel, needs, Machine(capability, ALL))
 
@@ -156,8 +156,8 @@ def test_a_kernel_by_name_is_taken(kernel: str) -> None:
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
-def test_what_a_model_needs(config, expected: Needs, recipe_file: Callable[..., Path]) -> None:
-    assert needs_of(load_recipe(recipe_file()), config) == expected
+def test_requirements_of_a_model(config, expected: Needs, recipe_file: Callable[..., Path]) -> None:
+    assert attention_needs(load_recipe(recipe_file()), config) == expected
 
 
 @pytest.mark.parametrize(
@@ -171,33 +171,31 @@ def test_what_a_model_needs(config, expected: Needs, recipe_file: Callable[..., 
         ("auto", {"bf16": False}, "float16"),
     ],
 )
-def test_what_attention_computes_in(
-    dtype: str, training: dict, expected: str, recipe_file: Callable[..., Path]
-) -> None:
+def test_the_dtype_of_attention(dtype: str, training: dict, expected: str, recipe_file: Callable[..., Path]) -> None:
     recipe = load_recipe(recipe_file(model={"dtype": dtype}, training=training))
-    assert needs_of(recipe, transformers.LlamaConfig(dtype="float16")).dtype == expected
+    assert attention_needs(recipe, transformers.LlamaConfig(dtype="float16")).dtype == expected
 
 
-def test_sinks_are_no_matter_for_flash_attention(recipe_file: Callable[..., Path]) -> None:
+def test_attention_sinks_do_not_exclude_flash_attention(recipe_file: Callable[..., Path]) -> None:
     """gpt-oss names the only FlashAttention that knows its sinks."""
-    needs = needs_of(load_recipe(recipe_file(training={"bf16": True})), transformers.GptOssConfig())
+    needs = attention_needs(load_recipe(recipe_file(training={"bf16": True})), transformers.GptOssConfig())
     assert not needs.flash
     assert auto(needs).startswith("flex_attention: ")
 
 
-def test_code_that_comes_with_a_model(recipe_file: Callable[..., Path]) -> None:
+def test_requirements_of_a_model_with_its_own_code(recipe_file: Callable[..., Path]) -> None:
     """Nothing is known of it: `auto` takes no risk, and a kernel by name is the user's word."""
     config = type("ForeignConfig", (transformers.PretrainedConfig,), {"hidden_size": 64, "num_attention_heads": 4})()
     sixteen = {"bf16": True}
-    assert auto(needs_of(load_recipe(recipe_file(training=sixteen)), config)).startswith("sdpa: ")
-    named = load_recipe(recipe_file(model={"attention": "flash_attention_2"}, training=sixteen))
+    assert auto(attention_needs(load_recipe(recipe_file(training=sixteen)), config)).startswith("sdpa: ")
+    by_name = load_recipe(recipe_file(model={"attention": "flash_attention_2"}, training=sixteen))
     assert (
-        choose_attention("flash_attention_2", needs_of(named, config), Machine(HOPPER, ALL)).kernel
+        choose_attention("flash_attention_2", attention_needs(by_name, config), Machine(HOPPER, ALL)).kernel
         == "flash_attention_2"
     )
 
 
-def test_the_start_screen_says_which_and_why(recipe_file: Callable[..., Path], capsys) -> None:
+def test_the_start_screen_shows_the_kernel_and_the_reasons(recipe_file: Callable[..., Path], capsys) -> None:
     from train.sft import main
 
     assert main(["--recipe", str(recipe_file(training={"num_train_epochs": ..., "max_steps": 1}))]) == 0

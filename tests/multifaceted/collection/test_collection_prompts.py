@@ -1,4 +1,4 @@
-"""The prompts of the collection, how the replies of models are read, and what a message tells of its instruction."""
+"""Prompts of the collection, parsing of replies, and the share of an instruction that a message leaks."""
 
 import hashlib
 import json
@@ -10,18 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted_author import FOUR
 
-from train.datagen.further_turns import own_turn
+from train.datagen.stop_patterns import cut_at_stop_pattern
 from train.multifaceted.collection import prompts
 from train.multifaceted.collection.few_shot_messages import EXAMPLES
-from train.multifaceted.collection.hierarchy import OURS, Draw, Preference, load_hierarchy
-from train.multifaceted.collection.leakage import told_share
+from train.multifaceted.collection.hierarchy import OURS, PlannedPreference, Preference, load_hierarchy
+from train.multifaceted.collection.leakage import measure_instruction_leak
 
 HIERARCHY = load_hierarchy()
 ASKED = [Preference(name, sub, "p") for name, sub in zip(FOUR, ("tone", "novice", "depth", "safety"), strict=True)]
 
 
 @pytest.mark.parametrize(
-    ("reply", "found"),
+    ("reply", "lines"),
     [
         ("style: Dry wit\nharmlessness: Careful", {"style": "Dry wit", "harmlessness": "Careful"}),
         ("- **Style**: Dry wit", {"style": "Dry wit"}),
@@ -42,31 +42,31 @@ ASKED = [Preference(name, sub, "p") for name, sub in zip(FOUR, ("tone", "novice"
         ("", {}),
     ],
 )
-def test_lines_are_read_in_the_forms_that_models_write(reply: str, found: dict[str, str]) -> None:
-    assert prompts.read_lines(reply, ASKED) == found
+def test_lines_are_parsed_in_the_forms_that_models_write(reply: str, lines: dict[str, str]) -> None:
+    assert prompts.parse_dimension_lines(reply, ASKED) == lines
 
 
-def test_the_last_line_of_a_cut_reply_is_not_read() -> None:
+def test_the_last_line_of_a_cut_reply_is_ignored() -> None:
     reply = "style: Dry wit\nharmlessness: Care"
-    assert prompts.read_lines(reply, ASKED, cut=True) == {"style": "Dry wit"}
-    assert prompts.read_lines("style: Dry", ASKED, cut=True) == {}
+    assert prompts.parse_dimension_lines(reply, ASKED, cut=True) == {"style": "Dry wit"}
+    assert prompts.parse_dimension_lines("style: Dry", ASKED, cut=True) == {}
 
 
-def test_only_what_is_asked_for_is_read() -> None:
-    assert prompts.read_lines("style: Dry wit\nharmlessness: Care", ASKED[3:]) == {"harmlessness": "Care"}
+def test_only_requested_dimensions_are_parsed() -> None:
+    assert prompts.parse_dimension_lines("style: Dry wit\nharmlessness: Care", ASKED[3:]) == {"harmlessness": "Care"}
 
 
 @given(st.dictionaries(st.sampled_from(FOUR), st.from_regex(r"[A-Za-z][A-Za-z ,;.]{0,60}[a-z]", fullmatch=True)))
-def test_what_is_written_as_asked_is_read_as_it_is(texts: dict[str, str]) -> None:
+def test_a_reply_in_the_prompts_form_is_parsed_unchanged(texts: dict[str, str]) -> None:
     names = {"tone", "novice", "depth", "safety", "preference", "description", "none"}
     texts = {name: " ".join(text.split()) for name, text in texts.items() if text.strip(" .,;").casefold() not in names}
-    assert prompts.read_lines("\n".join(f"{name}: {text}" for name, text in texts.items()), ASKED) == texts
+    assert prompts.parse_dimension_lines("\n".join(f"{name}: {text}" for name, text in texts.items()), ASKED) == texts
 
 
 @given(st.text())
-def test_nothing_that_a_model_writes_raises(reply: str) -> None:
-    assert set(prompts.read_lines(reply, ASKED)) <= set(FOUR)
-    assert prompts.read_message(reply) in reply
+def test_no_reply_makes_the_parser_raise(reply: str) -> None:
+    assert set(prompts.parse_dimension_lines(reply, ASKED)) <= set(FOUR)
+    assert prompts.parse_message(reply) in reply
     assert isinstance(prompts.is_refusal(reply), bool)
 
 
@@ -85,8 +85,8 @@ def test_nothing_that_a_model_writes_raises(reply: str) -> None:
         '```\n"You are one."\n```',
     ],
 )
-def test_a_message_is_taken_out_of_what_stands_around_it(reply: str) -> None:
-    assert prompts.read_message(reply) == "You are one."
+def test_a_message_is_extracted_from_the_text_around_it(reply: str) -> None:
+    assert prompts.parse_message(reply) == "You are one."
 
 
 MESSAGE_TEXT = "You are a patient guide who explains things briefly: first the point, then why it matters."
@@ -114,8 +114,8 @@ MESSAGE_TEXT = "You are a patient guide who explains things briefly: first the p
         "<prompt>\n{}",
     ],
 )
-def test_a_lead_in_a_note_and_a_tag_are_no_part_of_a_message(around: str) -> None:
-    assert prompts.read_message(around.format(MESSAGE_TEXT)) == MESSAGE_TEXT
+def test_a_lead_in_a_note_and_a_tag_are_removed_from_a_message(around: str) -> None:
+    assert prompts.parse_message(around.format(MESSAGE_TEXT)) == MESSAGE_TEXT
 
 
 @pytest.mark.parametrize(
@@ -130,9 +130,9 @@ def test_a_lead_in_a_note_and_a_tag_are_no_part_of_a_message(around: str) -> Non
         *(example.message for example in EXAMPLES),
     ],
 )
-def test_a_message_is_kept_as_it_is(message: str) -> None:
-    assert prompts.read_message(message) == message
-    assert prompts.is_message(message)
+def test_a_plain_message_is_unchanged(message: str) -> None:
+    assert prompts.parse_message(message) == message
+    assert prompts.is_system_message(message)
     assert not prompts.is_refusal(message)
 
 
@@ -150,30 +150,31 @@ def test_a_message_is_kept_as_it_is(message: str) -> None:
         "<<Role>>You are one.<</Role>>",
     ],
 )
-def test_what_is_no_paragraph_is_no_message(reply: str) -> None:
-    assert not prompts.is_message(prompts.read_message(reply))
+def test_a_text_without_a_paragraph_is_no_message(reply: str) -> None:
+    assert not prompts.is_system_message(prompts.parse_message(reply))
 
 
-def test_a_message_ends_where_a_further_turn_of_the_prompt_begins() -> None:
-    turn = prompts.FURTHER_TURNS["message"]
+def test_a_message_ends_where_an_invented_turn_begins() -> None:
+    turn = prompts.STOP_PATTERNS["message"]
     for made_up in ("### Descriptions\n- The answer is short.", "### System message\nYou are a pilot.", "## User\nHi"):
-        assert own_turn(f"{MESSAGE_TEXT}\n\n{made_up}", turn) == MESSAGE_TEXT
+        assert cut_at_stop_pattern(f"{MESSAGE_TEXT}\n\n{made_up}", turn) == MESSAGE_TEXT
     for whole in (f"### System message\n{MESSAGE_TEXT}", f"Sure, here it is:\n\n### System message\n{MESSAGE_TEXT}"):
-        assert own_turn(whole, turn) == whole
+        assert cut_at_stop_pattern(whole, turn) == whole
     lines = "style: Dry wit\nharmlessness: Careful"
     assert (
-        own_turn(f"{lines}\n\n### Instruction\nBake bread.\n\n### Aspects", prompts.FURTHER_TURNS["propose"]) == lines
+        cut_at_stop_pattern(f"{lines}\n\n### Instruction\nBake bread.\n\n### Aspects", prompts.STOP_PATTERNS["propose"])
+        == lines
     )
 
 
 @pytest.mark.parametrize(
     "reply", ['"Ahoy" is how you begin, and you end with "Bye".', '"Yes" or "no" is all you say, my "friend"']
 )
-def test_quotation_marks_that_belong_to_a_message_stay(reply: str) -> None:
-    assert prompts.read_message(reply) == reply
+def test_quotation_marks_inside_a_message_are_kept(reply: str) -> None:
+    assert prompts.parse_message(reply) == reply
 
 
-def test_refusals_are_told_from_messages() -> None:
+def test_refusals_are_distinguished_from_messages() -> None:
     for text in (
         "I'm sorry, but I can't do that.",
         "Sorry, I won’t.",
@@ -199,7 +200,7 @@ def test_refusals_are_told_from_messages() -> None:
     assert not prompts.is_refusal("Say that you are sorry whenever you can't help.")
 
 
-def test_our_examples_keep_the_rules_that_the_prompt_states() -> None:
+def test_our_examples_follow_the_rules_of_the_prompt() -> None:
     for example in EXAMPLES:
         assert 80 <= len(example.message.split()) <= 180
         assert example.message.startswith("You ")
@@ -210,19 +211,19 @@ def test_our_examples_keep_the_rules_that_the_prompt_states() -> None:
 
 def test_the_examples_of_a_prompt_follow_from_the_seed() -> None:
     descriptions = [f"The answer is {name}." for name in FOUR]
-    one, same, other = (prompts.message(descriptions, random.Random(seed)) for seed in (1, 1, 2))
-    assert one == same != other
-    assert [turn["role"] for turn in one] == ["user", "assistant"] * 3 + ["user"]
-    assert sorted(one[-1]["content"].splitlines()[1:]) == sorted(f"- {text}" for text in descriptions)
+    first, same, second = (prompts.write_message(descriptions, random.Random(seed)) for seed in (1, 1, 2))
+    assert first == same != second
+    assert [turn["role"] for turn in first] == ["user", "assistant"] * 3 + ["user"]
+    assert sorted(first[-1]["content"].splitlines()[1:]) == sorted(f"- {text}" for text in descriptions)
     described = prompts.describe(ASKED, load_hierarchy(), random.Random(1))
     lines = described[1]["content"].splitlines()
     assert [line.partition(":")[0] for line in lines] == list(FOUR)
     # The example's reply is read by the same rules.
-    assert len(prompts.read_lines(described[1]["content"], ASKED)) == 4
+    assert len(prompts.parse_dimension_lines(described[1]["content"], ASKED)) == 4
 
 
-def drawn(*names: tuple[str, str]) -> list[Draw]:
-    return [Draw(HIERARCHY[dimension][sub], "p", ("One way", "Another way")) for dimension, sub in names]
+def drawn(*names: tuple[str, str]) -> list[PlannedPreference]:
+    return [PlannedPreference(HIERARCHY[dimension][sub], "p", ("One way", "Another way")) for dimension, sub in names]
 
 
 def text_of(turns: list[prompts.Turn]) -> str:
@@ -231,7 +232,7 @@ def text_of(turns: list[prompts.Turn]) -> str:
 
 DRAWS = drawn(("style", "tone"), ("harmlessness", "safety"))
 PROPOSE, DESCRIBE = prompts.propose("Q", DRAWS, ["Dry wit"]), prompts.describe(ASKED, HIERARCHY, random.Random(1))
-MESSAGE = prompts.message(["a", "b", "c", "d"], random.Random(1))
+MESSAGE = prompts.write_message(["a", "b", "c", "d"], random.Random(1))
 
 
 @pytest.mark.parametrize(
@@ -253,11 +254,11 @@ MESSAGE = prompts.message(["a", "b", "c", "d"], random.Random(1))
         (prompts.screen("Q"), "Reply with one word, Yes or No."),
     ],
 )
-def test_what_the_paper_asks_for_is_asked(prompt: list[prompts.Turn], sentence: str) -> None:
+def test_the_prompts_state_the_papers_requirements(prompt: list[prompts.Turn], sentence: str) -> None:
     assert sentence in text_of(prompt)
 
 
-def test_all_rows_share_everything_before_their_own_text() -> None:
+def test_all_rows_share_the_prefix_before_their_own_text() -> None:
     assert PROPOSE[:-1] == prompts.propose("Another", drawn(("style", "format")))[:-1]
     for turns, start in (
         (PROPOSE, "Users differ"),
@@ -268,24 +269,24 @@ def test_all_rows_share_everything_before_their_own_text() -> None:
         assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2) + ["user"]
 
 
-def test_the_examples_of_preferences_keep_the_rules() -> None:
-    """Each is of the asked dimensions, of two to ten words, and shows the aspects as the hierarchy has them."""
+def test_the_examples_of_preferences_follow_the_rules() -> None:
+    """Each has the requested dimensions and two to ten words, and shows the aspects of the hierarchy."""
     for asked, reply in zip(PROPOSE[0:-1:2], PROPOSE[1:-1:2], strict=True):
         shown = re.findall(r"^- (\w+), (\w+) \((.+)\)\. Examples: (.+)$", asked["content"], re.MULTILINE)
-        assert [line.partition(":")[0] for line in reply["content"].splitlines()] == [one[0] for one in shown]
+        assert [line.partition(":")[0] for line in reply["content"].splitlines()] == [aspect[0] for aspect in shown]
         for dimension, sub, meaning, preferences in shown:
             assert meaning == HIERARCHY[dimension][sub].meaning
             assert set(preferences.split("; ")) <= set(HIERARCHY[dimension][sub].preferences)
-        found = prompts.read_lines(reply["content"], drawn(*((one[0], one[1]) for one in shown)))
-        assert len(found) == len(shown)
-        for dimension, text in found.items():
+        lines = prompts.parse_dimension_lines(reply["content"], drawn(*((aspect[0], aspect[1]) for aspect in shown)))
+        assert len(lines) == len(shown)
+        for dimension, text in lines.items():
             assert 2 <= len(text.split()) <= 10
             assert all(text not in sub.preferences for sub in HIERARCHY[dimension].values())
     names = [name for subs in HIERARCHY.values() for sub in subs.values() for name in sub.preferences]
     assert all(2 <= len(name.split()) <= 10 for name in names)
 
 
-def test_every_description_of_ours_has_the_two_sentences_that_are_asked_for() -> None:
+def test_our_descriptions_have_the_two_sentences_that_the_prompt_asks_for() -> None:
     descriptions = [
         text for subs in HIERARCHY.values() for sub in subs.values() for text in sub.preferences.values() if text
     ]
@@ -296,7 +297,7 @@ def test_every_description_of_ours_has_the_two_sentences_that_are_asked_for() ->
 
 
 def test_another_wording_has_another_version() -> None:
-    """When this fails, raise PROMPT_VERSION and write the new digest here: results of two wordings stay apart."""
+    """If this fails, raise PROMPT_VERSION and write the new digest here, to keep results of two wordings apart."""
     everything = (
         [PROPOSE, prompts.describe(ASKED, {name: {} for name in FOUR}, random.Random(1)), MESSAGE, prompts.screen("Q")],
         [(example.descriptions, example.message) for example in EXAMPLES],
@@ -317,5 +318,5 @@ def test_another_wording_has_another_version() -> None:
         ("Über Fahrräder und rostige Ketten", "Was tun gegen rostige Ketten an Fahrräder?", 3 / 4),
     ],
 )  # fmt: skip
-def test_the_share_of_an_instruction_that_a_message_tells(message: str, instruction: str, share: float) -> None:
-    assert told_share(message, instruction) == pytest.approx(share)
+def test_the_share_of_an_instruction_that_a_message_leaks(message: str, instruction: str, share: float) -> None:
+    assert measure_instruction_leak(message, instruction) == pytest.approx(share)

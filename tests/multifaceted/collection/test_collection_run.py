@@ -1,4 +1,4 @@
-"""Whole runs of the collection against a scripted model: rows, pairs, what is left out, the report, kills, the command."""
+"""Complete runs of the collection against a scripted model: rows, pairs, dropped sets, report, kills, the command."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ from train.data.sources.source import read_conversations
 from train.multifaceted.collection.config import load_config
 from train.multifaceted.collection.run import run
 from train.recipe import Source
-from train.system_gain.variants import labels_of
+from train.system_gain.variants import read_labels
 
 processes = multiprocessing.get_context("forkserver")  # its children begin with the slow imports done
 processes.set_forkserver_preload(["train.multifaceted.collection.pipeline"])
@@ -41,7 +41,7 @@ def instruction_of(row: int) -> str:
 
 
 @pytest.mark.parametrize(("faulty", "count"), [(False, 70), (True, 20)])
-def test_rows_pairs_and_report_are_what_a_plain_loop_makes_of_them(tmp_path: Path, faulty: bool, count: int) -> None:
+def test_rows_pairs_and_report_equal_those_of_a_plain_loop(tmp_path: Path, faulty: bool, count: int) -> None:
     author, wanted = author_of(count), expected(count)
     run_with(author.faulty if faulty else author.answer, tmp_path, [row_of(number) for number in range(count)])
     out, source = tmp_path / "out", tmp_path / "source.jsonl"
@@ -50,11 +50,11 @@ def test_rows_pairs_and_report_are_what_a_plain_loop_makes_of_them(tmp_path: Pat
     for row, (place, which) in zip(rows, wanted.rows, strict=True):
         number = number_in(instruction_of(place))
         assert (row["main_source"], row["original_source"]) == (str(source), f"{source}:{place + 1}")
-        assert [one["dimension"] for one in row["preference_set"]] == list(FOUR)
-        assert [one["preference"] for one in row["preference_set"]] == [
+        assert [preference["dimension"] for preference in row["preference_set"]] == list(FOUR)
+        assert [preference["preference"] for preference in row["preference_set"]] == [
             preference(number, which, name) for name in FOUR
         ]
-        assert [one["description"] for one in row["preference_set"]] == [
+        assert [preference["description"] for preference in row["preference_set"]] == [
             description(number, which, name) for name in FOUR
         ]
         assert (row["system"], row["prompt"]) == (message(number, which), instruction_of(place))
@@ -85,23 +85,23 @@ def test_rows_pairs_and_report_are_what_a_plain_loop_makes_of_them(tmp_path: Pat
     assert (
         f"{len(rows)} rows (system message, instruction, answer) and {facts['pairs']} preference pairs, by m." in report
     )
-    assert "we could not confirm" in report
+    assert "could not be confirmed" in report
     assert (out / "coverage.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def families(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
+    families: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        found.setdefault(row["prompt"], []).append(row)
-    return list(found.values())
+        families.setdefault(row["prompt"], []).append(row)
+    return list(families.values())
 
 
 def compare_coverage(facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     for place, dimension in enumerate(FOUR):
         of = facts["coverage"][dimension]
         names = Counter(row["preference_set"][place]["subdimension"] for row in rows)
-        assert {name: one["written"] for name, one in of["subdimensions"].items() if one["written"]} == names
-        drawn = [one["drawn"] for one in of["subdimensions"].values()]
+        assert {name: counts["written"] for name, counts in of["subdimensions"].items() if counts["written"]} == names
+        drawn = [counts["drawn"] for counts in of["subdimensions"].values()]
         assert sum(drawn) == facts["sets"]
         assert max(drawn) - min(drawn) <= 1
         shares = [times / len(rows) for times in names.values()]
@@ -123,7 +123,7 @@ def compare_lengths(facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> No
 
 
 def rouge(first: str, second: str) -> float:
-    """F1 of the longest common subsequence of words, by the recursion that defines it."""
+    """Return the F1 of the longest common subsequence of words, by its recursive definition."""
     left, right = (re.findall(r"\w+", text.lower()) for text in (first, second))
     row = [0] * (len(right) + 1)
     for word in left:
@@ -136,14 +136,21 @@ def rouge(first: str, second: str) -> float:
 def compare_similarity(facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     texts = [[row["system"] for row in family] for family in families(rows) if len(family) > 1]
     assert facts["instructions"] == len(texts)
-    siblings = [rouge(one[a], one[b]) for one in texts for a in range(len(one)) for b in range(a + 1, len(one))]
+    siblings = [
+        rouge(messages[a], messages[b])
+        for messages in texts
+        for a in range(len(messages))
+        for b in range(a + 1, len(messages))
+    ]
     assert facts["siblings"]["count"] == len(siblings)
     assert facts["siblings"]["mean"] == pytest.approx(statistics.mean(siblings))
     assert facts["siblings"]["median"] == pytest.approx(statistics.median(siblings))
     strangers = []
-    for place, one in enumerate(texts):
-        after = [other for other in texts[place + 1 :] + texts[:place] if len(other) == len(one)]
-        strangers += [rouge(one[a], after[0][b]) for a in range(len(one)) for b in range(a + 1, len(one)) if after]
+    for place, messages in enumerate(texts):
+        after = [other for other in texts[place + 1 :] + texts[:place] if len(other) == len(messages)]
+        strangers += [
+            rouge(messages[a], after[0][b]) for a in range(len(messages)) for b in range(a + 1, len(messages)) if after
+        ]
     assert facts["strangers"]["count"] == len(strangers)
     assert facts["strangers"]["mean"] == pytest.approx(statistics.mean(strangers))
 
@@ -166,12 +173,12 @@ def compare_pairs(facts: dict[str, Any], rows: Sequence[dict[str, Any]], pairs: 
     assert len(set(places)) == 3  # no place among the siblings is preferred
 
 
-def test_kills_give_the_same_bytes_and_repeat_nothing_that_was_written_down(tmp_path: Path) -> None:
-    count, kills, chance = 45, 6, random.Random(11)
+def test_kills_give_the_same_bytes_and_repeat_no_journaled_request(tmp_path: Path) -> None:
+    count, kills, rng = 45, 6, random.Random(11)
     author, wanted = author_of(count), expected(count)
     source = write_rows(tmp_path / "source.jsonl", [row_of(number) for number in range(count)])
     requests = wanted.requests.total()
-    moments = sorted(chance.sample(range(1, requests), kills))
+    moments = sorted(rng.sample(range(1, requests), kills))
     whole = tmp_path / "whole"
     whole.mkdir()
     with served(author.answer) as server:
@@ -204,7 +211,9 @@ def test_kills_give_the_same_bytes_and_repeat_nothing_that_was_written_down(tmp_
         repeated = server.answered.total() - requests
     for name in ("data/rows.jsonl", "pairs/rows.jsonl", "left_out.jsonl"):
         assert (tmp_path / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()
-    facts, whole_facts = (json.loads((one / "out" / "report.json").read_text("utf-8")) for one in (tmp_path, whole))
+    facts, whole_facts = (
+        json.loads((folder / "out" / "report.json").read_text("utf-8")) for folder in (tmp_path, whole)
+    )
     for of in (*facts["spent"].values(), *whole_facts["spent"].values()):
         del of["seconds"]
     assert facts == whole_facts
@@ -214,7 +223,7 @@ def test_kills_give_the_same_bytes_and_repeat_nothing_that_was_written_down(tmp_
     print(f"answered twice over {kills} kills: {repeated} of {requests}")
 
 
-def test_the_trainer_reads_what_is_written_in_either_format_and_finds_its_dimensions(tmp_path: Path) -> None:
+def test_the_trainer_reads_the_rows_of_both_formats_and_finds_their_dimensions(tmp_path: Path) -> None:
     count = 40
     read, labels, pairs = [], [], []
     for format in ("jsonl", "parquet"):
@@ -230,7 +239,7 @@ def test_the_trainer_reads_what_is_written_in_either_format_and_finds_its_dimens
             "json" if format == "jsonl" else "parquet", data_files=files, split="train", cache_dir=str(tmp_path)
         )
         assert data.column_names == COLUMNS
-        labels.append([[one for one in labels_of(row) if one[0] in FOUR] for row in data])
+        labels.append([[label for label in read_labels(row) if label[0] in FOUR] for row in data])
         files = [str(file) for file in sorted((folder / "out" / "pairs").iterdir())]
         pairs.append(
             load_dataset(
@@ -252,9 +261,9 @@ def test_the_trainer_reads_what_is_written_in_either_format_and_finds_its_dimens
     strip = [
         [
             {key: value for key, value in pair.items() if key != "original_source" and key != "main_source"}
-            for pair in one
+            for pair in pairs_of_format
         ]
-        for one in pairs
+        for pairs_of_format in pairs
     ]
     assert strip[0] == strip[1]
 
@@ -263,7 +272,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=120)
 
 
-def test_the_check_reads_all_rows_and_asks_each_server_for_a_sign_of_life(tmp_path: Path) -> None:
+def test_the_check_reads_all_rows_and_asks_each_server_for_one_token(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "source.jsonl", [row_of(number) for number in range(20)])
     with source.open("a") as file:
         file.write('{"messages": []}\n')
@@ -276,22 +285,22 @@ def test_the_check_reads_all_rows_and_asks_each_server_for_a_sign_of_life(tmp_pa
         "21 rows, 18 instructions",
         "2 times: row with a system message, which was ignored",
         "2 times: row of several turns, of which the first was taken",
-        f"left out: 1 (4.8%): duplicate: the same as an instruction before; the first: {source}:11",
-        f"left out: 1 (4.8%): states a length already; the first: {source}:13: length: in 3 bullet points",
-        f"left out: 1 (4.8%): not supported: no user turn at the start; the first: {source}:21",
-        "about 216 requests to m, 16 at once, for 54 sets that pass at once",
+        f"dropped: 1 (4.8%): duplicate: the same as an instruction before; the first: {source}:11",
+        f"dropped: 1 (4.8%): states a length already; the first: {source}:13: length: in 3 bullet points",
+        f"dropped: 1 (4.8%): not supported: no user turn at the start; the first: {source}:21",
+        "about 216 requests to m, 16 at once, for 54 sets, if every first try passes",
         f"{server.url} answers as m",
     ]
     assert not (tmp_path / "out").exists()
 
 
 def answers_in(folder: Path) -> int:
-    """How many the journal holds."""
+    """Count the answers in the journal."""
     with sqlite3.connect(folder / "answers.sqlite") as connection:
         return connection.execute("SELECT count(*) FROM answers").fetchone()[0]
 
 
-def test_the_command_says_what_became_of_it_and_ctrl_c_keeps_what_was_answered(tmp_path: Path) -> None:
+def test_the_command_prints_a_summary_and_ctrl_c_keeps_the_answers(tmp_path: Path) -> None:
     count = 25
     author = author_of(count)
     source = write_rows(tmp_path / "source.jsonl", [row_of(number) for number in range(count)])
@@ -315,7 +324,9 @@ def test_the_command_says_what_became_of_it_and_ctrl_c_keeps_what_was_answered(t
         os.kill(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130
-        assert errors.strip() == "stopped; what was answered is in the journal, and the same command goes on from here"
+        assert (
+            errors.strip() == "stopped; the answers so far are in the journal, and the same command continues from here"
+        )
         stuck = False
         done = command("--config", str(path))
     assert done.returncode == 0, done.stderr
@@ -324,31 +335,31 @@ def test_the_command_says_what_became_of_it_and_ctrl_c_keeps_what_was_answered(t
     assert f"{len(wanted.rows)} rows and " in done.stdout
     assert f"of {len(wanted.kept)} instructions ({count} rows read) after" in done.stdout
     for reason, times in Counter(reason for _, which, reason in wanted.left_out if which is not None).items():
-        assert f"sets left out: {times} ({times / (3 * len(wanted.kept)):.1%}): {reason}" in last
-    assert f"{wanted.requests.total()} answers (60 from the journal), 0 tries repeated" in last
+        assert f"dropped sets: {times} ({times / (3 * len(wanted.kept)):.1%}): {reason}" in last
+    assert f"{wanted.requests.total()} answers (60 from the journal), 0 retries" in last
     assert last[-2] == f"read {tmp_path / 'out' / 'report.md'}"
     assert last[-1].startswith("warning: reasoning without an end, and nothing said: ")
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ("propose.max_tokns=5", "propose.max_tokns: unknown key. Did you mean `propose.max_tokens`?"),
         ("sets_per_instruction=0", "sets_per_instruction: found 0. Allowed:"),
         ("filter.rules=[tone]", "filter.rules.0: found 'tone'. Allowed: length, format, style, audience, role."),
         ("pairs=two", "pairs: found 'two'. Allowed: one, all, none."),
         ("leak=2", "leak: found 2. Allowed: a number > 0 and <= 1; or null."),
-        ("hierarchy.ours=false", "hierarchy.ours: found false without a `hierarchy.file` to take its place. Name one."),
+        ("hierarchy.ours=false", "hierarchy.ours: found false without a `hierarchy.file` to replace it. Name one."),
         ("hierarchy.file=nowhere.yaml", "nowhere.yaml: there is no such"),
         ("sets_per_instruction=20 preferences=hierarchy", ""),
-        ("answer.extra={messages: []}", "answer.extra.messages: the run itself sets them."),
+        ("answer.extra={messages: []}", "answer.extra.messages: set by the run itself."),
         ("api_key=x", "Set them in the environment"),
         ("data.sources.0.path=nowhere.jsonl", "nowhere.jsonl: there is no nowhere.jsonl in"),
-        ("servers.0.base_url=localhost", "base_url 'localhost' is no address: write it like http://localhost:8000/v1."),
+        ("servers.0.base_url=localhost", "base_url 'localhost' is not a URL: write it like http://localhost:8000/v1."),
     ],
 )
-def test_what_the_user_can_mend_is_one_error(
-    tmp_path: Path, change: str, told: str, capsys: pytest.CaptureFixture[str]
+def test_invalid_configurations_are_one_error(
+    tmp_path: Path, change: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sys.path.insert(0, str(SCRIPT.parent))
     from collection import main
@@ -359,7 +370,7 @@ def test_what_the_user_can_mend_is_one_error(
         with served(saying(), models=["m"]) as server:
             path = configuration(tmp_path, server.url, source)
             sys.argv = ["collection.py", "--config", str(path), *(change.split() if "=20" in change else [change])]
-            if not told:
+            if not message:
                 sys.argv.append("--check")
                 assert main() == 0  # twenty sets of five sub-dimensions are four preferences of each, which there are
                 return
@@ -369,12 +380,12 @@ def test_what_the_user_can_mend_is_one_error(
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.startswith("error: ")
-    assert told in said.err
+    assert message in said.err
 
 
 @pytest.mark.parametrize("screened", [False, True])
-def test_the_servers_own_words_are_told_where_it_refused_everything(tmp_path: Path, screened: bool) -> None:
-    """Whether each set fails, or (`filter.model`) the instruction before it has any."""
+def test_the_servers_errors_are_shown_if_it_refused_everything(tmp_path: Path, screened: bool) -> None:
+    """Each set fails, or with `filter.model` the instruction before its sets."""
 
     async def script(asked: Asked) -> Reply:
         return error(400, f"request {asked.number}: no number | that this model takes " + "and so on " * 60)
@@ -387,20 +398,21 @@ def test_the_servers_own_words_are_told_where_it_refused_everything(tmp_path: Pa
     details = [row["detail"] for row in lines(tmp_path / "out" / "left_out.jsonl")]
     assert len(details) == (2 if screened else 4)
     shown = f"{details[0][:200]}..."
-    told = [line for line in ended.stdout.splitlines() if line.startswith("no answer from the model, ")]
-    assert told == [f"no answer from the model, {len(details)} times: {shown}"]
+    failures = [line for line in ended.stdout.splitlines() if line.startswith("no answer from the model, ")]
+    assert failures == [f"no answer from the model, {len(details)} times: {shown}"]
     assert ended.stderr.count("\n") == 1
-    assert f"Why no answer came, {len(details)} times: {shown.rstrip('.')}. Each is in " in ended.stderr
+    assert f"Errors of the server: {len(details)} times: {shown.rstrip('.')}. The dropped rows are in " in ended.stderr
     report = (tmp_path / "out" / "report.md").read_text("utf-8")
     cell = shown.replace("|", "\\|")
     assert (
-        f"### Why no answer came\n\n| what was said | times |\n| --- | ---: |\n| `{cell}` | {len(details)} |" in report
+        f"### Failed requests\n\n| error of the server | times |\n| --- | ---: |\n| `{cell}` | {len(details)} |"
+        in report
     )
 
 
 @pytest.mark.parametrize("said_of_message", [None, "<think>hm"])
-def test_a_run_that_writes_no_row_says_where_they_went(tmp_path: Path, said_of_message: str | None) -> None:
-    """Rows that can't be read, and instructions whose sets are all lost; however often it is started."""
+def test_a_run_without_a_written_row_is_an_error_with_the_reasons(tmp_path: Path, said_of_message: str | None) -> None:
+    """With unreadable rows, and with instructions all of whose sets are dropped; at every start."""
     unreadable = said_of_message is None
     rows = [{"messages": []}, {"text": "x"}] if unreadable else [row_of(0), row_of(1)]
     source = write_rows(tmp_path / "source.jsonl", rows)
@@ -429,7 +441,7 @@ def test_a_run_that_writes_no_row_says_where_they_went(tmp_path: Path, said_of_m
 
 
 @pytest.mark.parametrize("accepted", [[], ["no_answer"], ["no_answer", "unsupported"]])
-def test_sets_and_rows_that_are_lost_end_the_run_with_2_unless_that_is_accepted(
+def test_unaccepted_losses_of_sets_and_rows_end_the_run_with_2(
     tmp_path: Path, accepted: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(SCRIPT.parent)
@@ -440,7 +452,7 @@ def test_sets_and_rows_that_are_lost_end_the_run_with_2_unless_that_is_accepted(
 
     turns = [[{"role": "user", "content": f"What is [{number}]?"}] for number in (1, 2)]
     turns.append([{"role": "assistant", "content": "No question."}])
-    source = write_rows(tmp_path / "source.jsonl", [{"messages": one} for one in turns])
+    source = write_rows(tmp_path / "source.jsonl", [{"messages": turn} for turn in turns])
     with served(saying(answer=answer)) as server:
         path = configuration(tmp_path, server.url, source, sets_per_instruction=1, accept_losses=accepted)
         monkeypatch.setattr(sys, "argv", ["collection.py", "--config", str(path)])

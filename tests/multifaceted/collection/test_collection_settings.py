@@ -1,4 +1,4 @@
-"""What each key of a collection's configuration does, and what becomes of replies that aren't as asked."""
+"""Effects of each key of a collection's configuration, and of invalid replies."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ from train.llm.client import Client
 from train.llm.concurrency import Backoff
 from train.multifaceted.collection.config import FilterSection, load_config
 from train.multifaceted.collection.hierarchy import load_hierarchy
-from train.multifaceted.collection.instructions import instructions
+from train.multifaceted.collection.instructions import iter_instructions
 from train.recipe import Source
 
 ROOT = Path(__file__).parents[3]
@@ -33,7 +33,7 @@ def reasons(folder: Path) -> list[tuple[int | None, str]]:
 
 
 def first_tries_fail(stage: str, reply: Reply | str, tries: int = 1) -> Any:
-    """The first tries of a stage get another reply."""
+    """Return a reply that differs for the first tries of a stage."""
     begun: Counter[str] = Counter()
 
     def change(asked: Asked) -> Reply | str:
@@ -44,7 +44,7 @@ def first_tries_fail(stage: str, reply: Reply | str, tries: int = 1) -> Any:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_each_configuration_loads_and_names_itself_in_its_command(path: Path) -> None:
+def test_each_configuration_loads_and_its_command_names_it(path: Path) -> None:
     config = load_config(path)
     assert config.output_dir == f"outputs/collection/{path.stem}"
     assert f"scripts/collection.py --config recipes/collection/{path.name}" in path.read_text("utf-8")
@@ -52,44 +52,44 @@ def test_each_configuration_loads_and_names_itself_in_its_command(path: Path) ->
 
 
 @pytest.mark.parametrize("sets", [1, 2])
-def test_sets_per_instruction(tmp_path: Path, sets: int) -> None:
+def test_sets_per_instruction_sets_the_number_of_rows(tmp_path: Path, sets: int) -> None:
     done, asked = run_with(saying(), tmp_path, [turns(BICYCLE)], sets_per_instruction=sets)
     assert Counter(map(stage_of, asked)) == dict.fromkeys(("propose", "describe", "message", "answer"), sets)
     assert len(written(tmp_path)) == sets
-    assert done.tally.pairs == (sets > 1)
+    assert done.stats.pairs == (sets > 1)
 
 
-def test_preferences_from_the_hierarchy_ask_nothing_and_differ(tmp_path: Path) -> None:
+def test_preferences_from_the_hierarchy_need_no_request_and_differ(tmp_path: Path) -> None:
     rows = [turns(f"{BICYCLE} {number}") for number in range(5)]
     _, asked = run_with(saying(), tmp_path, rows, preferences="hierarchy")
     assert Counter(map(stage_of, asked)) == dict.fromkeys(("describe", "message", "answer"), 15)
     ours = load_hierarchy()
-    found = Counter()
+    counts = Counter()
     for row in written(tmp_path):
-        for one in row["preference_set"]:
-            assert one["preference"] in ours[one["dimension"]][one["subdimension"]].preferences
-            found[one["dimension"], one["subdimension"]] += 1
-    assert set(found.values()) == {3}  # fifteen sets, five sub-dimensions
+        for preference in row["preference_set"]:
+            assert preference["preference"] in ours[preference["dimension"]][preference["subdimension"]].preferences
+            counts[preference["dimension"], preference["subdimension"]] += 1
+    assert set(counts.values()) == {3}  # fifteen sets, five sub-dimensions
 
 
 def test_the_message_is_written_from_the_descriptions_alone_and_the_answer_under_it(tmp_path: Path) -> None:
     _, asked = run_with(saying(), tmp_path, [turns(BICYCLE)], sets_per_instruction=1)
     (row,) = written(tmp_path)
-    of = {stage_of(one): one.body["messages"] for one in asked}
+    of = {stage_of(request): request.body["messages"] for request in asked}
     for stage in ("describe", "message"):
         assert not any(BICYCLE in turn["content"] for turn in of[stage])
     for turn in of["message"]:
         assert "dimension" not in turn["content"]
-    for one in row["preference_set"]:
-        assert one["preference"] in of["describe"][-1]["content"]
-        assert one["description"] in of["message"][-1]["content"]
-        assert one["preference"] not in of["message"][-1]["content"]
+    for preference in row["preference_set"]:
+        assert preference["preference"] in of["describe"][-1]["content"]
+        assert preference["description"] in of["message"][-1]["content"]
+        assert preference["preference"] not in of["message"][-1]["content"]
     assert of["answer"] == [{"role": "system", "content": row["system"]}, {"role": "user", "content": BICYCLE}]
     for stage in ("propose", "describe", "message"):  # some models have no system role
         assert {turn["role"] for turn in of[stage]} == {"user", "assistant"}
 
 
-def test_a_preference_that_a_sibling_has_is_asked_again_with_those_to_avoid(tmp_path: Path) -> None:
+def test_a_siblings_preference_is_requested_again_with_preferences_to_avoid(tmp_path: Path) -> None:
     asked_again: list[str] = []
 
     def propose(asked: Asked) -> str:
@@ -108,10 +108,10 @@ def test_a_preference_that_a_sibling_has_is_asked_again_with_those_to_avoid(tmp_
         wanted, _, avoid = prompt.rpartition("\n\n")
         assert [line[2:].partition(",")[0] for line in wanted.rpartition("### Aspects\n")[2].splitlines()] == ["style"]
         assert avoid.startswith("Do not propose any of these again: Dry WIT!")
-    assert done.tally.events["preferences: the same as a sibling's, of some or all dimensions"] == 2
+    assert done.stats.events["preferences: the same as a sibling's, of some or all dimensions"] == 2
 
 
-def test_a_sibling_that_never_differs_is_left_out(tmp_path: Path) -> None:
+def test_a_sibling_that_never_differs_is_dropped(tmp_path: Path) -> None:
     reply = "style: A\nbackground_knowledge: B\ninformativeness: C\nharmlessness: D"
     run_with(saying(propose=reply), tmp_path, [turns(BICYCLE)])
     assert len(written(tmp_path)) == 1
@@ -147,12 +147,12 @@ FAULTS: list[tuple[str, Reply | str, str]] = [
     ("describe", said(None, "SPII"), "descriptions: refused"),
     ("answer", Reply(400, {"error": {"message": "too long a prompt"}}), "no answer from the model"),
 ]
-"""What a stage gets, and what the report says of it. The instruction's mark tells which."""
+"""Reply of a stage, and its event in the report. The instruction's mark tells which."""
 
 
 @pytest.mark.parametrize(("tries", "retries"), [(1, 0), (2, 2), (3, 2)])
-def test_what_is_lost_and_what_a_retry_saves(tmp_path: Path, tries: int, retries: int) -> None:
-    """Each fault in so many tries of the stage that it belongs to, one instruction for each."""
+def test_sets_that_are_dropped_and_sets_that_a_retry_saves(tmp_path: Path, tries: int, retries: int) -> None:
+    """Each error in this many tries of its stage, one instruction per error."""
     seen: Counter[tuple[int, str]] = Counter()
 
     async def script(asked: Asked) -> Reply:
@@ -173,7 +173,7 @@ def test_what_is_lost_and_what_a_retry_saves(tmp_path: Path, tries: int, retries
         assert seen[number, stage] == (1 if hopeless else tries + (not lost))
 
 
-def test_what_servers_leave_in_a_reply_is_no_part_of_any_row(tmp_path: Path) -> None:
+def test_control_tokens_and_reasoning_of_servers_are_in_no_row(tmp_path: Path) -> None:
     def leaky(asked: Asked) -> str:
         analysis = "<|channel|>analysis<|message|>style: Hm.<|end|><|start|>assistant<|channel|>final<|message|>"
         return f"{analysis}{good_everything(asked)}<|return|>"
@@ -184,7 +184,7 @@ def test_what_servers_leave_in_a_reply_is_no_part_of_any_row(tmp_path: Path) -> 
     run_with(saying(), tmp_path / "plain", [turns(BICYCLE)], sets_per_instruction=1)
     for column in ("preference_set", "system", "output"):
         assert [row[column] for row in written(tmp_path)] == [row[column] for row in written(tmp_path / "plain")]
-    assert all(done.tally.events[f"{stage}: reasoning taken out"] == 1 for stage in stages)
+    assert all(done.stats.events[f"{stage}: reasoning taken out"] == 1 for stage in stages)
 
 
 def test_a_cut_answer_may_be_kept(tmp_path: Path) -> None:
@@ -192,13 +192,13 @@ def test_a_cut_answer_may_be_kept(tmp_path: Path) -> None:
     done, asked = run_with(saying(answer=lambda _: cut), tmp_path, [turns(BICYCLE)], on_cut_answer="keep")
     assert [row["output"] for row in written(tmp_path)] == ["On and"] * 3
     assert Counter(map(stage_of, asked))["answer"] == 3
-    assert done.tally.events["answer: cut at the token limit, and kept"] == 3
-    assert done.tally.pairs == 0  # they say the same
+    assert done.stats.events["answer: cut at the token limit, and kept"] == 3
+    assert done.stats.pairs == 0  # they say the same
 
 
 @pytest.mark.parametrize(("leak", "kept"), [(0.75, 0), (0.8, 3), (None, 3)])
-def test_a_message_that_tells_what_the_instruction_is_about(tmp_path: Path, leak: float | None, kept: int) -> None:
-    """Of matter, rusty, bicycle and chain it holds three."""
+def test_a_message_that_leaks_the_instruction_is_generated_again(tmp_path: Path, leak: float | None, kept: int) -> None:
+    """It has three of matter, rusty, bicycle and chain."""
 
     def message(asked: Asked) -> str:
         return f"You are {asked.number}, and mend a Rusty bicycle chain: bicycle after bicycle."
@@ -208,7 +208,7 @@ def test_a_message_that_tells_what_the_instruction_is_about(tmp_path: Path, leak
 
 
 @pytest.mark.parametrize(("choice", "kept"), [("keep", 2), ("drop_instruction", 0)])
-def test_an_instruction_that_lost_a_set(tmp_path: Path, choice: str, kept: int) -> None:
+def test_an_instruction_with_a_dropped_set_follows_on_lost_set(tmp_path: Path, choice: str, kept: int) -> None:
     lost = first_tries_fail("answer", said("", refusal="No."), tries=2)
     rows = [turns(BICYCLE)]
     _, asked = run_with(saying(**lost), tmp_path, rows, on_lost_set=choice, retries=1)
@@ -221,21 +221,21 @@ def test_an_instruction_that_lost_a_set(tmp_path: Path, choice: str, kept: int) 
 
 
 @pytest.mark.parametrize(("pairs", "count"), [("one", 1), ("all", 6), ("none", 0)])
-def test_pairs(tmp_path: Path, pairs: str, count: int) -> None:
+def test_number_of_pairs(tmp_path: Path, pairs: str, count: int) -> None:
     run_with(saying(), tmp_path, [turns(BICYCLE)], pairs=pairs)
     answers = {row["system"]: row["output"] for row in written(tmp_path)}
     if pairs == "none":
         assert not (tmp_path / "out" / "pairs").exists()
         return
-    found = written(tmp_path, "pairs/rows.jsonl")
-    assert len({(pair["system"], pair["rejected"][1]["content"]) for pair in found}) == count
-    for pair in found:
+    pairs_written = written(tmp_path, "pairs/rows.jsonl")
+    assert len({(pair["system"], pair["rejected"][1]["content"]) for pair in pairs_written}) == count
+    for pair in pairs_written:
         assert pair["chosen"][1]["content"] == answers[pair["system"]] != pair["rejected"][1]["content"]
     run_with(saying(), tmp_path, [turns(BICYCLE)], pairs="none")
     assert written(tmp_path, "pairs/rows.jsonl") == []  # those of the run before are gone
 
 
-def test_the_model_as_second_filter(tmp_path: Path) -> None:
+def test_the_model_as_a_second_filter(tmp_path: Path) -> None:
     def screen(asked: Asked) -> str:
         return "**Yes**, it does." if "yes please" in asked.prompt else "Hm." if "hm please" in asked.prompt else "No"
 
@@ -243,17 +243,17 @@ def test_the_model_as_second_filter(tmp_path: Path) -> None:
     done, asked = run_with(saying(screen=screen), tmp_path, rows, filter={"model": True}, sets_per_instruction=1)
     assert reasons(tmp_path) == [(None, "states a style or format, says the model")]
     assert [row["prompt"] for row in written(tmp_path)] == ["hm please", "no please"]
-    assert done.tally.events["screen: neither yes nor no, and kept"] == 1
-    assert done.tally.instructions == 2
-    assert {one.body["temperature"] for one in asked if stage_of(one) == "screen"} == {0.0}
-    assert done.tally.warnings() == []
+    assert done.stats.events["screen: neither yes nor no, and kept"] == 1
+    assert done.stats.instructions == 2
+    assert {request.body["temperature"] for request in asked if stage_of(request) == "screen"} == {0.0}
+    assert done.stats.warnings() == []
 
 
 def test_a_filter_whose_verdicts_are_mostly_unread_ends_with_a_warning(tmp_path: Path) -> None:
     rows = [turns(f"prompt {word} please") for word in ("alpha", "beta", "gamma")]
     said = saying(screen=lambda asked: "No style is stated" if "alpha" not in asked.prompt else "I see no style: no.")
     done, _ = run_with(said, tmp_path, rows, filter={"model": True}, sets_per_instruction=1)
-    (warning,) = done.tally.warnings()
+    (warning,) = done.stats.warnings()
     assert warning.startswith("filter.model: 2 of 3 verdicts could not be read (67%). These instructions were kept.")
     assert f"**Warning: {warning}**" in (tmp_path / "out" / "report.md").read_text("utf-8")
 
@@ -267,7 +267,7 @@ def test_rules_of_the_filter_can_be_chosen(tmp_path: Path) -> None:
     assert len(written(tmp_path)) == 2
 
 
-def test_duplicates(tmp_path: Path) -> None:
+def test_duplicates_are_dropped(tmp_path: Path) -> None:
     rows = [
         turns("What is  Rum?"), turns("what is rum"), turns("What is 2^2?"), turns("What is 2²?"),
         turns(f"{BICYCLE} It squeaks whenever I ride to the market in the rain."),
@@ -281,7 +281,7 @@ def test_duplicates(tmp_path: Path) -> None:
     assert len(written(tmp_path)) == 4
 
 
-def test_instructions_come_from_any_row_and_carry_their_sources(tmp_path: Path) -> None:
+def test_instructions_come_from_rows_of_any_format_with_their_sources(tmp_path: Path) -> None:
     call = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
     rows = [
         {"system": "Be brief.", "prompt": "one", "output": "x", "main_source": "Nectar", "original_source": "sharegpt"},
@@ -297,7 +297,7 @@ def test_instructions_come_from_any_row_and_carry_their_sources(tmp_path: Path) 
         (None, "duplicate: the same as an instruction before"),
         (None, "not supported: needs tools"),
     ]
-    assert done.tally.events["row with a system message, which was ignored"] == 2
+    assert done.stats.events["row with a system message, which was ignored"] == 2
 
 
 @pytest.mark.parametrize(
@@ -321,8 +321,12 @@ def test_an_instruction_needs_no_answer(tmp_path: Path, row: dict[str, Any]) -> 
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
     data = SourcesSection(sources=[{"path": str(path)}])
-    [found] = instructions(data, FilterSection(), None)
-    assert (" ".join(found.prompt.split()), found.number, found.reason) == ("Why is the sky blue?", 0, None)
+    [instruction] = iter_instructions(data, FilterSection(), None)
+    assert (" ".join(instruction.prompt.split()), instruction.number, instruction.reason) == (
+        "Why is the sky blue?",
+        0,
+        None,
+    )
 
 
 SKY = "Why is the sky blue?"
@@ -387,28 +391,31 @@ EMPTY_ANSWERS: dict[str, tuple[dict[str, Any], Callable[[Any], dict[str, Any]]]]
 @pytest.mark.parametrize("answer", ["", " \n\t", None], ids=repr)
 @pytest.mark.parametrize("first", ["whole", "empty"])
 @pytest.mark.parametrize("form", EMPTY_ANSWERS)
-def test_an_answer_of_nothing_or_blanks_is_as_good_as_none(tmp_path: Path, form: str, first: str, answer: Any) -> None:
-    """In every format, whether the first row, which tells the format, has an answer or not."""
-    whole, made = EMPTY_ANSWERS[form]
-    empty = made(answer)
+def test_an_empty_or_blank_answer_is_treated_as_missing(tmp_path: Path, form: str, first: str, answer: Any) -> None:
+    """In every format, whether or not the first row, which determines the format, has an answer."""
+    whole, make_empty = EMPTY_ANSWERS[form]
+    empty = make_empty(answer)
     rows = [whole, empty] if first == "whole" else [empty, empty]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     data = SourcesSection(sources=[{"path": str(path)}])
-    found = list(instructions(data, FilterSection(), None))
-    assert [" ".join(one.prompt.split()) for one in found] == [SKY, SKY]
-    assert [one.reason for one in found] == [None, "duplicate: the same as an instruction before"]
+    instructions = list(iter_instructions(data, FilterSection(), None))
+    assert [" ".join(instruction.prompt.split()) for instruction in instructions] == [SKY, SKY]
+    assert [instruction.reason for instruction in instructions] == [
+        None,
+        "duplicate: the same as an instruction before",
+    ]
     # The trainer, which needs answers, goes on refusing the same rows (a history and a middle turn too).
     read = [row for _, row in read_conversations(Source(path=str(path)))] if answer is not None else []
     assert all(isinstance(row, RowError) for row in read[first == "whole" :])
 
 
-def test_what_asks_nothing_is_still_left_out(tmp_path: Path) -> None:
+def test_rows_without_an_instruction_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     turns_of = [[{"role": "user", "content": " "}], [{"role": "assistant", "content": ""}], []]
     path.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in turns_of), encoding="utf-8")
-    found = instructions(SourcesSection(sources=[{"path": str(path)}]), FilterSection(), None)
-    assert [one.reason for one in found] == [
+    instructions = iter_instructions(SourcesSection(sources=[{"path": str(path)}]), FilterSection(), None)
+    assert [instruction.reason for instruction in instructions] == [
         "can't be read: empty content",
         "not supported: no user turn at the start",
         "not supported: no user turn at the start",
@@ -416,47 +423,47 @@ def test_what_asks_nothing_is_still_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["prompt", "instruction", "question"])
-def test_a_first_row_without_its_instruction_is_left_out_and_hides_no_others(tmp_path: Path, column: str) -> None:
+def test_a_first_row_without_an_instruction_is_dropped_and_the_others_are_read(tmp_path: Path, column: str) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [{column: None}, {column: "Why is the sky blue?"}, {column: None}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    found = list(instructions(SourcesSection(sources=[{"path": str(path)}]), FilterSection(), None))
-    assert [one.number for one in found] == [None, 0, None]
-    assert all((one.reason or "").startswith("can't be read: ") for one in found[::2])
+    instructions = list(iter_instructions(SourcesSection(sources=[{"path": str(path)}]), FilterSection(), None))
+    assert [instruction.number for instruction in instructions] == [None, 0, None]
+    assert all((instruction.reason or "").startswith("can't be read: ") for instruction in instructions[::2])
 
 
-def test_a_hierarchy_that_is_not_there_is_called_one(tmp_path: Path) -> None:
+def test_a_missing_hierarchy_file_is_called_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"hierarchy.file: .*mine.yaml: there is no such file"):
         load_hierarchy(tmp_path / "mine.yaml")
 
 
-def test_a_hierarchy_of_ones_own(tmp_path: Path) -> None:
+def test_a_user_hierarchy_replaces_ours(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text(
         "".join(f"{name}:\n  only:\n    meaning: all\n    preferences: [A {name}, B {name}]\n" for name in FOUR)
     )
     settings = {"hierarchy": {"file": str(mine), "ours": False}, "preferences": "hierarchy"}
     _, asked = run_with(saying(), tmp_path, [turns(BICYCLE)], sets_per_instruction=2, **settings)
-    found = [[one["preference"] for one in row["preference_set"]] for row in written(tmp_path)]
-    assert [sorted(pair) for pair in zip(*found, strict=True)] == [[f"A {name}", f"B {name}"] for name in FOUR]
-    described = next(one.body["messages"] for one in asked if stage_of(one) == "describe")
+    preferences = [[preference["preference"] for preference in row["preference_set"]] for row in written(tmp_path)]
+    assert [sorted(pair) for pair in zip(*preferences, strict=True)] == [[f"A {name}", f"B {name}"] for name in FOUR]
+    described = next(request.body["messages"] for request in asked if stage_of(request) == "describe")
     assert len(described) == 1  # without descriptions there is no example
     with pytest.raises(UserError, match=r"3 sets of an instruction take 3 different preferences of style.only"):
         run_with(saying(), tmp_path, [turns(BICYCLE)], **settings)
 
 
-def test_a_run_that_would_read_what_it_writes_is_refused(tmp_path: Path) -> None:
+def test_a_run_that_would_overwrite_its_source_is_an_error(tmp_path: Path) -> None:
     run_with(saying(), tmp_path, [turns(BICYCLE)])
     before = (tmp_path / "out" / "data" / "rows.jsonl").read_bytes()
     source = {"sources": [{"path": str(tmp_path / "out" / "data")}]}
-    with pytest.raises(UserError, match="is in the output_dir of this very run"):
+    with pytest.raises(UserError, match="is in the output_dir of this run"):
         run_with(saying(), tmp_path, [turns(BICYCLE)], data=source)
     assert (tmp_path / "out" / "data" / "rows.jsonl").read_bytes() == before
     with pytest.raises(UserError, match=r"rows.jsonl is of an earlier run with another output.format"):
         run_with(saying(), tmp_path, [turns(BICYCLE)], output={"format": "parquet"})
 
 
-def test_another_setting_asks_only_what_depends_on_it(tmp_path: Path) -> None:
+def test_a_changed_setting_repeats_only_dependent_requests(tmp_path: Path) -> None:
     rows = [turns(f"{BICYCLE} {number}") for number in range(4)]
 
     def plain(asked: Asked) -> str:
@@ -472,12 +479,12 @@ def test_another_setting_asks_only_what_depends_on_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["propose", "describe", "message"])
-def test_an_empty_answer_that_a_retry_made_up_for_changes_no_row_later(
+def test_an_empty_answer_followed_by_a_retry_changes_no_later_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     """The second set of the instruction gets an empty answer, and its retry names other preferences to avoid."""
-    impatient = functools.partial(Client, attempts=2, backoff=Backoff(first=0.001, longest=0.002))
-    monkeypatch.setattr("train.multifaceted.collection.pipeline.Client", impatient)
+    impatient = functools.partial(Client, attempts=2, backoff=Backoff(initial=0.001, longest=0.002))
+    monkeypatch.setattr("train.datagen.run.Client", impatient)
     seen: Counter[str] = Counter()
 
     async def empty_once(asked: Asked) -> Reply:

@@ -1,4 +1,4 @@
-"""The hierarchy, its faults, and the balanced plan."""
+"""Hierarchy of preferences: files, their errors, and the balanced plan."""
 
 from collections import Counter
 from pathlib import Path
@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.errors import UserError
-from train.multifaceted.collection.hierarchy import DIMENSIONS, OURS, Plan, SubDimension, load_hierarchy
+from train.multifaceted.collection.hierarchy import DIMENSIONS, OURS, PreferencePlan, SubDimension, load_hierarchy
 
 
 def hierarchy_of(sizes: list[int], preferences: int = 4) -> dict[str, dict[str, SubDimension]]:
-    """Dimensions with so many sub-dimensions."""
+    """Return a hierarchy with these numbers of sub-dimensions."""
     return {
         dimension: {
             f"s{number}": SubDimension(
-                dimension, f"s{number}", "m", {f"{number} p{one}": None for one in range(preferences)}
+                dimension, f"s{number}", "m", {f"{number} p{index}": None for index in range(preferences)}
             )
             for number in range(size)
         }
@@ -37,43 +37,49 @@ def hierarchy_of(sizes: list[int], preferences: int = 4) -> dict[str, dict[str, 
 def test_counts_differ_by_one_at_most_and_siblings_differ(
     sizes: list[int], sets: int, seed: int, count: int, order: Any
 ) -> None:
-    plan = Plan(hierarchy_of(sizes, 6), sets, seed)
+    plan = PreferencePlan(hierarchy_of(sizes, 6), sets, seed)
     numbers = list(range(count))
-    order.shuffle(numbers)  # whatever order they are asked for in
-    found = {number: plan.of(number) for number in numbers}
-    anew = Plan(hierarchy_of(sizes, 6), sets, seed)
-    assert found == {number: anew.of(number) for number in range(count)}
+    order.shuffle(numbers)  # in any order of calls
+    planned_sets = {number: plan.sets_of(number) for number in numbers}
+    second_plan = PreferencePlan(hierarchy_of(sizes, 6), sets, seed)
+    assert planned_sets == {number: second_plan.sets_of(number) for number in range(count)}
     for place, size in enumerate(sizes):
         counts = Counter({f"s{number}": 0 for number in range(size)})
         preferences: dict[str, Counter[str]] = {name: Counter() for name in counts}
         for number in range(count):
-            draws = [one[place] for one in found[number]]
-            names = Counter(draw.sub.name for draw in draws)
-            assert len({draw.preference for draw in draws}) == sets  # all siblings differ
-            assert max(names.values()) - min(names[name] for name in counts) <= 1  # as rarely shared as can be
-            for draw in draws:
-                counts[draw.sub.name] += 1
-                preferences[draw.sub.name][draw.preference] += 1
-                assert draw.preference in draw.sub.preferences
-                assert set(draw.examples) <= set(draw.sub.preferences)
+            planned = [preference_set[place] for preference_set in planned_sets[number]]
+            names = Counter(part.sub.name for part in planned)
+            assert len({part.preference for part in planned}) == sets  # all siblings differ
+            assert max(names.values()) - min(names[name] for name in counts) <= 1  # shared as rarely as possible
+            for part in planned:
+                counts[part.sub.name] += 1
+                preferences[part.sub.name][part.preference] += 1
+                assert part.preference in part.sub.preferences
+                assert set(part.examples) <= set(part.sub.preferences)
                 # After each set, not only at the end.
                 assert max(counts.values()) - min(counts.values()) <= 1
         for name, times in preferences.items():
-            assert max(times.values(), default=0) - min(times[f"{name[1:]} p{one}"] for one in range(6)) <= 1
+            assert max(times.values(), default=0) - min(times[f"{name[1:]} p{index}"] for index in range(6)) <= 1
 
 
-def test_pairs_of_sub_dimensions_are_not_tied_to_each_other() -> None:
-    """Every combination of two dimensions' sub-dimensions comes up, about equally often."""
-    plan = Plan(load_hierarchy(), 3, 42)
-    together = Counter((one[0].sub.name, one[3].sub.name) for number in range(500) for one in plan.of(number))
+def test_sub_dimensions_of_two_dimensions_are_independent() -> None:
+    """Every combination of the sub-dimensions of two dimensions occurs, about equally often."""
+    plan = PreferencePlan(load_hierarchy(), 3, 42)
+    together = Counter(
+        (preference_set[0].sub.name, preference_set[3].sub.name)
+        for number in range(500)
+        for preference_set in plan.sets_of(number)
+    )
     assert len(together) == 25
     assert min(together.values()) > 0.6 * 60
     assert max(together.values()) < 1.6 * 60
-    other = Plan(load_hierarchy(), 3, 43)
-    assert [one[0].sub.name for one in plan.of(0)] != [one[0].sub.name for one in other.of(0)]
+    other_plan = PreferencePlan(load_hierarchy(), 3, 43)
+    assert [preference_set[0].sub.name for preference_set in plan.sets_of(0)] != [
+        preference_set[0].sub.name for preference_set in other_plan.sets_of(0)
+    ]
 
 
-def test_our_hierarchy_has_the_sub_dimensions_of_the_hub_set() -> None:
+def test_our_hierarchy_has_the_sub_dimensions_of_the_published_data_set() -> None:
     ours = load_hierarchy()
     assert {dimension: set(subs) for dimension, subs in ours.items()} == {
         "style": {"conciseness", "vividness", "clarity", "format", "tone"},
@@ -89,7 +95,7 @@ def test_our_hierarchy_has_the_sub_dimensions_of_the_hub_set() -> None:
             assert sum(text is not None for text in sub.preferences.values()) >= 2
 
 
-def test_a_file_adds_to_ours_or_takes_its_place(tmp_path: Path) -> None:
+def test_a_file_extends_or_replaces_ours(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
         "style:\n"
@@ -124,10 +130,10 @@ def _alone(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
-        ("styel:\n  a: {meaning: m, preferences: [x]}", "1: styel: no dimension. Allowed: style, background_knowledge, informativeness, harmlessness. Did you mean `style`?"),
-        ("style: [a, b]", "1: style: found a list of 2. Allowed: sub-dimensions by their names."),
+        ("styel:\n  a: {meaning: m, preferences: [x]}", "1: styel: unknown dimension. Allowed: style, background_knowledge, informativeness, harmlessness. Did you mean `style`?"),
+        ("style: [a, b]", "1: style: found a list of 2. Allowed: sub-dimensions by name."),
         ("style:\n  new: {preferences: [x]}", "2: style.new.meaning: missing. Say in a few words what it is about: the model sees it."),
         ("style:\n  new: {meaning: m}", "2: style.new.preferences: missing. Name at least one"),
         ("style:\n  new: {meaning: m, preferences: {}}", "2: style.new.preferences: found a section. Name at least one"),
@@ -135,24 +141,24 @@ def _alone(folder: Path) -> Path:
         ("style:\n  new: {meaning: m, preferences: [3]}", "style.new.preferences: found 3. Allowed: texts."),
         ("style:\n  new: text", "2: style.new: found 'text'. Allowed: a section with `meaning` and `preferences`."),
         ("style:\n  new: {meanin: m, preferences: [x]}", "2: style.new.meanin: unknown key. Allowed: meaning, preferences. Did you mean `meaning`?"),
-        ("style:\n  new: {meaning: m, preferences: ['dry WIT']}", "style.new.preferences.dry WIT: stands in tone too, blanks and marks aside."),
-        ("style:\n  new:\n    meaning: m\n    preferences:\n      Ab c:\n      ab c!:", "style.new.preferences.ab c!: stands here too"),
+        ("style:\n  new: {meaning: m, preferences: ['dry WIT']}", "style.new.preferences.dry WIT: is also in tone, apart from blanks and punctuation."),
+        ("style:\n  new:\n    meaning: m\n    preferences:\n      Ab c:\n      ab c!:", "style.new.preferences.ab c!: is also here"),
         ("style:\n  tone:\n  tone:", "given twice, first in"),
-        ("", "empty. It must have at least the keys style"),
+        ("", "empty. Required keys: style"),
         ("a: b: c", "not valid YAML"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_file_is_told_with_its_line(tmp_path: Path, text: str, told: str) -> None:
+def test_errors_in_a_file_are_reported_with_their_lines(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as failure:
         load_hierarchy(path)
-    assert told in str(failure.value)
+    assert message in str(failure.value)
     assert "mine.yaml" in str(failure.value)
 
 
-def test_too_few_preferences_for_sets_that_differ() -> None:
+def test_too_few_preferences_for_different_sets_are_an_error() -> None:
     with pytest.raises(
         UserError, match=r"7 sets of an instruction take 4 different preferences of harmlessness.s0, which has 3"
     ):
-        Plan(hierarchy_of([7, 7, 7, 2], 3), 7, 0)
+        PreferencePlan(hierarchy_of([7, 7, 7, 2], 3), 7, 0)

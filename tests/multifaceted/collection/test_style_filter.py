@@ -1,8 +1,8 @@
-"""Which instructions are told to state a style or format, and which aren't."""
+"""Style filter: instructions that state a style or format, and instructions that do not."""
 
 import pytest
 
-from train.multifaceted.collection.style_filter import states_style
+from train.multifaceted.collection.style_filter import find_style_statements
 
 STATED = [
     ("length", "Explain gravity in 3 bullet points.", "in 3 bullet points"),
@@ -42,11 +42,13 @@ STATED = [
 
 
 @pytest.mark.parametrize(("kind", "instruction", "words"), STATED, ids=[text for _, text, _ in STATED])
-def test_stated(kind: str, instruction: str, words: str) -> None:
-    found = states_style(instruction)
-    assert (kind, words.casefold()) in [(one.kind, one.words.casefold()) for one in found]
-    without = tuple(one for one in ("length", "format", "style", "audience", "role") if one != kind)
-    assert kind not in {one.kind for one in states_style(instruction, without)}
+def test_statements_that_are_found(kind: str, instruction: str, words: str) -> None:
+    statements = find_style_statements(instruction)
+    assert (kind, words.casefold()) in [(statement.kind, statement.words.casefold()) for statement in statements]
+    without = tuple(
+        other_kind for other_kind in ("length", "format", "style", "audience", "role") if other_kind != kind
+    )
+    assert kind not in {statement.kind for statement in find_style_statements(instruction, without)}
 
 
 NOT_STATED = [
@@ -85,26 +87,28 @@ NOT_STATED = [
 
 
 @pytest.mark.parametrize("instruction", NOT_STATED)
-def test_not_stated(instruction: str) -> None:
-    assert states_style(instruction) == []
+def test_instructions_without_a_statement(instruction: str) -> None:
+    assert find_style_statements(instruction) == []
 
 
-def test_several_kinds_are_told_each_once_and_long_ones_cut() -> None:
-    found = states_style(
+def test_several_kinds_are_found_once_each_and_long_statements_are_cut() -> None:
+    statements = find_style_statements(
         f"Act as a pirate. Explain {'very ' * 20}thoroughly, in 50 words, in a formal tone, in the style of Homer."
     )
-    assert [one.kind for one in found] == ["length", "style", "style", "role"]
-    assert all(len(one.words) <= 123 for one in found)
+    assert [statement.kind for statement in statements] == ["length", "style", "style", "role"]
+    assert all(len(statement.words) <= 123 for statement in statements)
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("text", ["write a very ", "please ", "in a ", "a", "as if "])
-def test_no_text_makes_the_rules_run_for_ever(text: str) -> None:
-    assert states_style(text * (60_000 // len(text))) == []
+def test_no_text_makes_the_patterns_run_forever(text: str) -> None:
+    assert find_style_statements(text * (60_000 // len(text))) == []
 
 
-def test_of_a_long_instruction_the_beginning_and_the_end_are_read() -> None:
+def test_the_beginning_and_the_end_of_a_long_instruction_are_searched() -> None:
     material = "The sea was calm that day. " * 1_000
-    assert states_style(material) == []
-    assert [one.words for one in states_style(f"{material}\nAnswer in one word.")] == ["in one word"]
-    assert [one.words for one in states_style(f"Act as a critic.\n{material}")] == ["Act as a"]
+    assert find_style_statements(material) == []
+    assert [statement.words for statement in find_style_statements(f"{material}\nAnswer in one word.")] == [
+        "in one word"
+    ]
+    assert [statement.words for statement in find_style_statements(f"Act as a critic.\n{material}")] == ["Act as a"]

@@ -1,1 +1,1 @@
-"""TODO evaluation/ifeval."""
+"""IFEval and S-IFEval: constraints that lm-evaluation-harness's own checkers verify."""

@@ -1,4 +1,13 @@
-"""TODO: train.evaluation.ifeval.rows.checkers."""
+"""The checkers of lm-evaluation-harness (lm_eval.tasks.ifeval), called so that an answer always gets the same verdict.
+
+Nothing is re-implemented. Three sources of randomness in the checkers are removed:
+
+- langdetect, behind `change_case:english_*` and `language:response_language`, samples unless it is seeded (see its
+  documentation); its seed is 0.
+- Checkers sample a threshold or letter that a row lacks, or gives as 0. Such a row is refused.
+- They also replace a letter that is none (`#`, `!`: two rows of the published file). These rows are kept, as all
+  published figures include them; Python's generator is seeded for each verdict, and the report lists the rows.
+"""
 
 import importlib.metadata
 import json
@@ -17,16 +26,16 @@ _LISTS = ("keywords", "forbidden_words")
 
 @dataclass(frozen=True)
 class ConstraintVerdict:
-    """Whether an answer follows each constraint of its row. Loose: also without its first or last line or its `*`."""
+    """Verdict on each constraint of a row. Loose: the answer may also lose its first or last line, or its `*`."""
 
     strict: tuple[bool, ...]
     loose: tuple[bool, ...]
 
 
 class Checkers:
-    """lm-evaluation-harness's checkers. `sentences`: where their sentence model is from.
+    """The harness's checkers. `sentences`: the origin of their sentence model.
 
-    Raises UserError where what they need is not installed.
+    Raises UserError if a package that they need is not installed.
     """
 
     def __init__(self) -> None:
@@ -34,64 +43,64 @@ class Checkers:
         try:
             from langdetect import DetectorFactory
             from lm_eval.tasks.ifeval import instructions_registry, utils
-        except ImportError as fault:
-            raise missing_package(fault) from fault
+        except ImportError as error:
+            raise missing_package(error) from error
         DetectorFactory.seed = 0
         self._utils: ModuleType = utils
         self._registry: dict[str, Any] = instructions_registry.INSTRUCTION_DICT
         self.version = importlib.metadata.version("lm-eval")
 
-    def drawn_at_random(self, row: IFEvalRow) -> bool:
-        """Whether a checker puts something random in the place of what the row asks for, having taken the row.
+    def is_randomized(self, row: IFEvalRow) -> bool:
+        """Return whether a checker accepts the row and replaces one of its arguments by a random one.
 
-        Raises UserError where a rule is unknown, or its arguments are missing, too many or of no use.
+        Raises UserError if a rule is unknown, or if its arguments are missing, too many or unusable.
         """
-        drawn = False
+        randomized = False
         for name, given in zip(row.instructions, row.arguments, strict=True):
             if name not in self._registry:
                 raise UserError(f"{row.place}: unknown rule {name!r}. Known: {', '.join(sorted(self._registry))}.")
             checker = self._registry[name](name)
             before = random.getstate()
             try:
-                # Without arguments most draw them, and so know their names; this one wants its own at once.
+                # Without arguments most checkers sample them, which reveals their names; this one requires its own.
                 checker.build_description(**({"prompt_to_repeat": "x"} if name == "combination:repeat_prompt" else {}))
-                wanted = set(checker.get_instruction_args_keys())
-                self._refuse(row, name, given, wanted)
+                self._refuse_arguments(row, name, given, set(checker.get_instruction_args_keys()))
                 random.setstate(before)
                 checker.build_description(**given)
-                drawn |= random.getstate() != before
+                randomized |= random.getstate() != before
                 checker.check_following("Probably.")
             except UserError:
                 raise
-            except Exception as fault:  # whatever a checker does with arguments that it wasn't made for
+            except Exception as error:  # checkers raise anything on arguments that they were not made for
+                shown = json.dumps(dict(given), ensure_ascii=False)
                 raise UserError(
-                    f"{row.place}: the checker of {name} can't use {_shown(given)}: {type(fault).__name__}: {fault}"
-                ) from fault
+                    f"{row.place}: the checker of {name} cannot use {shown}: {type(error).__name__}: {error}"
+                ) from error
             finally:
                 random.setstate(before)
-        return drawn
+        return randomized
 
     @staticmethod
-    def _refuse(row: IFEvalRow, name: str, given: Mapping[str, Any], wanted: set[str]) -> None:
-        if set(given) != wanted:
+    def _refuse_arguments(row: IFEvalRow, name: str, given: Mapping[str, Any], required: set[str]) -> None:
+        if set(given) != required:
             raise UserError(
                 f"{row.place}: kwargs of {name}: found {', '.join(sorted(given)) or 'none'}, "
-                f"the checker wants {', '.join(sorted(wanted)) or 'none'}"
+                f"the checker takes {', '.join(sorted(required)) or 'none'}"
             )
         for argument, value in given.items():
             if not value:
                 raise UserError(
-                    f"{row.place}: kwargs of {name}: {argument} is {json.dumps(value)}, and the checker would put "
-                    "something random in its place"
+                    f"{row.place}: kwargs of {name}: {argument} is {json.dumps(value)}, which the checker would "
+                    "replace by a random value"
                 )
             is_list = isinstance(value, list) and all(isinstance(item, str) and item for item in value)
             if argument in _LISTS and not is_list:
-                raise UserError(f"{row.place}: kwargs of {name}: {argument} must be a list of texts")
+                raise UserError(f"{row.place}: kwargs of {name}: {argument} must be a list of non-empty texts")
 
     def verdict(self, row: IFEvalRow, answer: str) -> ConstraintVerdict:
-        """What the checkers say of an answer; an empty one follows nothing."""
+        """Return the verdict on an answer; an empty answer follows nothing."""
         before = random.getstate()
-        asked = self._utils.InputExample(
+        example = self._utils.InputExample(
             key=row.key,
             instruction_id_list=list(row.instructions),
             prompt=row.prompt,
@@ -99,17 +108,13 @@ class Checkers:
         )
         try:
             random.seed(0)
-            strict = self._utils.test_instruction_following_strict(asked, answer).follow_instruction_list
+            strict = self._utils.test_instruction_following_strict(example, answer).follow_instruction_list
             random.seed(0)
-            loose = self._utils.test_instruction_following_loose(asked, answer).follow_instruction_list
+            loose = self._utils.test_instruction_following_loose(example, answer).follow_instruction_list
         finally:
             random.setstate(before)
         return ConstraintVerdict(tuple(map(bool, strict)), tuple(map(bool, loose)))
 
     def record(self) -> dict[str, Any]:
-        """For JSON: what the verdicts depend on beside rows and answers."""
+        """Return what the verdicts depend on besides rows and answers, for JSON."""
         return {"lm_eval": self.version, "sentences": self.sentences, "langdetect_seed": 0}
-
-
-def _shown(given: Mapping[str, Any]) -> str:
-    return json.dumps(dict(given), ensure_ascii=False)

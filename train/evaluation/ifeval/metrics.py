@@ -1,7 +1,7 @@
-"""Verdicts -> shares with intervals: of prompts and of constraints, by rule, and what the user turn adds.
+"""Metrics of IFEval: shares of prompts and constraints with intervals, by rule, and the gap to the user turn.
 
-Constraints of one prompt are answered by one answer, so it is prompts that are independent (train/resampling.py says
-how intervals follow from that). The gap is over the same prompts: each prompt's difference is one number.
+One answer answers all constraints of its prompt, so prompts are the independent units (train/resampling.py). The gap is
+computed over the same prompts, from the difference of each prompt.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Share:
-    """Number that follow, out of `of`, with a 95 % interval over `prompts`; the rest as of an Estimate."""
+    """The share that is followed, out of `of`, with a 95 % interval over `prompts`; otherwise as an Estimate."""
 
     value: float
     low: float | None
@@ -47,19 +47,19 @@ class Share:
         return missing_interval_reason(self.interval, self.prompts)
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the share for JSON."""
         return asdict(self)
 
 
 def shares(rows: Sequence[IFEvalRow], verdicts: Sequence[ConstraintVerdict], seed: int = 0) -> dict[str, Share]:
-    """The four measures."""
+    """Return the four measures by name."""
     return {name: _share(values, groups, seed) for name, (values, groups) in _scores(rows, verdicts).items()}
 
 
 def shares_by_rule(
     rows: Sequence[IFEvalRow], verdicts: Sequence[ConstraintVerdict], seed: int = 0
 ) -> dict[str, dict[str, Share]]:
-    """rule -> strict and loose share of its constraints."""
+    """Return rule -> strict and loose share of its constraints."""
     return {
         rule: {
             manner: _share(*_of_rule(rows, rule, lambda row: getattr(verdicts[row], manner)), seed)  # noqa: B023
@@ -70,17 +70,23 @@ def shares_by_rule(
 
 
 def gaps(
-    rows: Sequence[IFEvalRow], system: Sequence[ConstraintVerdict], user: Sequence[ConstraintVerdict], seed: int = 0
+    rows: Sequence[IFEvalRow],
+    system: Sequence[ConstraintVerdict],
+    user: Sequence[ConstraintVerdict],
+    seed: int = 0,
 ) -> dict[str, Estimate]:
-    """System turn less user turn in each measure, on the same prompts, with a 95 % interval and a sign-flip p."""
+    """Return system turn minus user turn in each measure, over the same prompts, with interval and sign-flip p."""
     ours, theirs = _scores(rows, system), _scores(rows, user)
     return {name: _difference(ours[name], theirs[name], seed) for name in MEASURES}
 
 
 def gaps_by_rule(
-    rows: Sequence[IFEvalRow], system: Sequence[ConstraintVerdict], user: Sequence[ConstraintVerdict], seed: int = 0
+    rows: Sequence[IFEvalRow],
+    system: Sequence[ConstraintVerdict],
+    user: Sequence[ConstraintVerdict],
+    seed: int = 0,
 ) -> dict[str, Estimate]:
-    """rule -> system turn less user turn in the strict share of its constraints."""
+    """Return rule -> system turn minus user turn in the strict share of its constraints."""
     return {
         rule: _difference(
             _of_rule(rows, rule, lambda row: system[row].strict),
@@ -92,12 +98,12 @@ def gaps_by_rule(
 
 
 def rules_of(rows: Sequence[IFEvalRow]) -> list[str]:
-    """The rules that occur, by name."""
+    """Return the names of the rules that occur, sorted."""
     return sorted({rule for row in rows for rule in row.instructions})
 
 
 _Scores = tuple[list[float], list[int]]
-"""A number for each thing that is counted, and the number of its prompt."""
+"""Values, each with the number of its prompt."""
 
 
 def _scores(rows: Sequence[IFEvalRow], verdicts: Sequence[ConstraintVerdict]) -> dict[str, _Scores]:
@@ -106,30 +112,29 @@ def _scores(rows: Sequence[IFEvalRow], verdicts: Sequence[ConstraintVerdict]) ->
     return {
         "prompt_strict": ([float(all(verdict.strict)) for verdict in verdicts], prompts),
         "prompt_loose": ([float(all(verdict.loose)) for verdict in verdicts], prompts),
-        "constraint_strict": ([float(one) for verdict in verdicts for one in verdict.strict], constraints),
-        "constraint_loose": ([float(one) for verdict in verdicts for one in verdict.loose], constraints),
+        "constraint_strict": ([float(follows) for verdict in verdicts for follows in verdict.strict], constraints),
+        "constraint_loose": ([float(follows) for verdict in verdicts for follows in verdict.loose], constraints),
     }
 
 
 def _of_rule(rows: Sequence[IFEvalRow], rule: str, follows: Callable[[int], Sequence[bool]]) -> _Scores:
-    found = [
+    scores = [
         (float(followed), number)
         for number, row in enumerate(rows)
         for name, followed in zip(row.instructions, follows(number), strict=True)
         if name == rule
     ]
-    return [value for value, _ in found], [number for _, number in found]
+    return [value for value, _ in scores], [number for _, number in scores]
 
 
 def _share(values: list[float], prompts: list[int], seed: int) -> Share:
-    found = _estimate(
-        values, prompts, SHARE_BOUNDS, seed, permutations=1
-    )  # whether a share is zero is no question to test
-    return Share(found.mean, found.low, found.high, len(values), found.groups, found.interval)
+    estimate = _estimate(values, prompts, SHARE_BOUNDS, seed, permutations=1)  # a share is not tested against zero
+    return Share(estimate.mean, estimate.low, estimate.high, len(values), estimate.groups, estimate.interval)
 
 
-def _difference(one: _Scores, other: _Scores, seed: int) -> Estimate:
-    return _estimate([a - b for a, b in zip(one[0], other[0], strict=True)], one[1], DIFFERENCE_BOUNDS, seed)
+def _difference(first: _Scores, second: _Scores, seed: int) -> Estimate:
+    differences = [a - b for a, b in zip(first[0], second[0], strict=True)]
+    return _estimate(differences, first[1], DIFFERENCE_BOUNDS, seed)
 
 
 def _estimate(values: list[float], prompts: list[int], bounds: Bounds, seed: int, **options: int) -> Estimate:

@@ -1,30 +1,29 @@
-"""TODO: train.evaluation.ifeval.rows.report."""
+"""Report of IFEval: the section of report.md and the plot."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from train.evaluation.formatting import format_estimate
 from train.evaluation.ifeval.checkers import ConstraintVerdict
 from train.evaluation.ifeval.metrics import MEASURES, Share
-from train.evaluation.ifeval.rows import (
-    IFEvalRow,
-)
+from train.evaluation.ifeval.rows import IFEvalRow
 from train.formatting import format_count
-from train.reporting.plots import error_bars, load_pyplot
-from train.resampling import explain_missing_intervals
-
-if TYPE_CHECKING:
-    from train.resampling import Estimate
-
+from train.reporting.plots import BASELINE_COLOR, COLOR, BarSeries, bar_plot
+from train.resampling import Estimate, explain_missing_intervals
 
 HEADING = "## Constraints that a program can check"
+SharesByRule = Mapping[str, Mapping[str, Mapping[str, Share]]]
+"""Turn -> rule -> manner ("strict", "loose") -> share."""
 
 
 @dataclass(frozen=True)
 class CheckedAnswer:
-    """What came back for one row; `text` without reasoning, None where there was no answer, and `how` it ended.
+    """The answer to one row with its verdict.
 
-    `why`: the reason where there was no answer; `advice`: the option to change, where the server's error is about one.
+    - `text`: without reasoning; None if there is no answer. `how`: how it ended.
+    - `why`: the reason for a missing answer. `advice`: the option to change, if the server's error is about one.
     """
 
     text: str | None
@@ -34,120 +33,103 @@ class CheckedAnswer:
     advice: str = ""
 
 
-def about_unanswered(
-    asked: dict[str, list[IFEvalRow]], found: dict[str, list[CheckedAnswer]], places: dict[str, str]
+def summarize_unanswered(
+    asked: Mapping[str, list[IFEvalRow]], answers: Mapping[str, list[CheckedAnswer]], places: Mapping[str, str]
 ) -> str | None:
-    """How many prompts got no answer, and why the first of them; None where all got one."""
-    without = [
-        f"(key {row.key}, {places[turn]}): {' '.join(one.why.split())[:500]}"
+    """Return the number of prompts without an answer and the first reason; None if all prompts got an answer."""
+    unanswered = [
+        f"(key {row.key}, {places[turn]}): {' '.join(answer.why.split())[:500]}"
         for turn, rows in asked.items()
-        for row, one in zip(rows, found[turn], strict=True)
-        if one.why
+        for row, answer in zip(rows, answers[turn], strict=True)
+        if answer.why
     ]
-    if not without:
+    if not unanswered:
         return None
-    prompts = f"{len(without):,} prompt{'s' if len(without) > 1 else ''} got no answer and count as following nothing"
-    return f"{prompts}; the first {without[0]}"
+    prompts = f"{format_count(len(unanswered), 'prompt')} got no answer and count as following nothing"
+    return f"{prompts}; the first {unanswered[0]}"
 
 
-def percent(share: Share) -> str:
-    """`12.3 % [10.0, 14.5]`, or `50.0 % (n = 2)`."""
-    shown = f"{100 * share.value:.1f} %"
-    if share.low is None or share.high is None:
-        return f"{shown} ({share.missing})"
-    return f"{shown} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+def _percent(share: Share) -> str:
+    return format_estimate(share.value, share.low, share.high, share.missing, scale=100, unit=" %")
 
 
-def points(gap: "Estimate") -> str:
-    """`-12.3 [-14.5, -10.0]`, in percentage points, or `-50.0 (n = 2)`."""
-    shown = f"{100 * gap.mean:+.1f}"
-    if gap.low is None or gap.high is None:
-        return f"{shown} ({gap.missing})"
-    return f"{shown} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
+def _points(gap: Estimate) -> str:
+    return format_estimate(gap.mean, gap.low, gap.high, gap.missing, scale=100, sign="+")
 
 
 def section(
-    record: dict[str, Any],
-    places: dict[str, str],
-    overall: dict[str, dict[str, Share]],
-    of_rule: dict[str, dict[str, dict[str, Share]]],
-    gap: "dict[str, Estimate] | None",
+    record: Mapping[str, Any],
+    places: Mapping[str, str],
+    overall: Mapping[str, Mapping[str, Share]],
+    by_rule: SharesByRule,
+    gap: Mapping[str, Estimate] | None,
     unanswered: str | None = None,
 ) -> str:
-    """The section of report.md: how it was measured, what got no answer, the four measures, the rules."""
-    data, decoding, checkers = record["data"], record["decoding"], record["checkers"]
-    limit, temperature = decoding["max_new_tokens"], decoding["temperature"]
-    length = "without a token limit" if limit is None else f"of at most {limit:,} tokens"
-    drawn = "the model's own temperature" if temperature is None else f"temperature {temperature:g}"
-    asked = f"{format_count(data['prompts'], 'prompt')} with {format_count(data['constraints'], 'constraint')}"
-    lines = [HEADING, "", f"{asked} of {data['file']}"]
-    if data["left_out"]:
-        lines[-1] += f"; left out, as officially: prompts with {' or '.join(data['left_out'])}"
-    lines[-1] += (
-        f". Answers {length} at {drawn}"
-        f", checked by lm-eval {checkers['lm_eval']} ({checkers['sentences']}; langdetect's seed is 0)."
-    )
-    if data["drawn_at_random"]:
-        keys = ", ".join(map(str, data["drawn_at_random"]))
-        lines[-1] += f" The checkers put a random letter in the place of the one that these rows ask for: {keys}."
-    for turn in overall:
-        endings = record[turn]["endings"]
-        lines[-1] += f" Constraints {places[turn]}: " + ", ".join(f"{n:,} {how}" for how, n in endings.items()) + "."
+    """Return the section of report.md: settings, unanswered prompts, the four measures, the rules."""
+    lines = [HEADING, "", _settings(record, places, overall)]
     lines += ["", unanswered] if unanswered else []
     head = "".join(f" {places[turn]} |" for turn in overall)
-    lines += ["", f"| |{head}" + (" system less user, points | p |" if gap else "")]
+    lines += ["", f"| |{head}" + (" system minus user, points | p |" if gap else "")]
     lines += ["|---|" + "---|" * (len(overall) + 2 * bool(gap))]
-    for name, what in MEASURES.items():
-        cells = [percent(one[name]) for one in overall.values()]
-        cells += [points(gap[name]), f"{gap[name].p:.4f}"] if gap else []
-        lines.append(f"| {what} | " + " | ".join(cells) + " |")
+    for name, description in MEASURES.items():
+        cells = [_percent(of_turn[name]) for of_turn in overall.values()]
+        cells += [_points(gap[name]), f"{gap[name].p:.4f}"] if gap else []
+        lines.append(f"| {description} | " + " | ".join(cells) + " |")
+    data = record["data"]
     if data["same_in_both_turns"]:
-        same = f"{data['same_in_both_turns']:,} of {format_count(data['prompts'], 'prompt')}"
-        lines += ["", f"{same} are those of the control word for word, as merge_into_user makes them: no gap is there."]
-    first = next(iter(of_rule.values()))
+        count = f"{data['same_in_both_turns']:,} of {format_count(data['prompts'], 'prompt')}"
+        lines += ["", f"{count} equal those of the control, as merge_into_user makes them so: no gap is measured."]
+    first = next(iter(by_rule.values()))
     lines += ["", "By rule, strict:", "", f"| rule | constraints |{head}", "|---|---|" + "---|" * len(overall)]
-    for rule, one in first.items():
-        cells = [percent(found[rule]["strict"]) for found in of_rule.values()]
-        lines.append(f"| {rule} | {one['strict'].of} | " + " | ".join(cells) + " |")
+    for rule, of_rule in first.items():
+        cells = [_percent(of_turn[rule]["strict"]) for of_turn in by_rule.values()]
+        lines.append(f"| {rule} | {of_rule['strict'].of} | " + " | ".join(cells) + " |")
     lines += ["", *explained] if (explained := explain_missing_intervals("\n".join(lines), "prompts")) else []
     return "\n".join(lines) + "\n\n![constraints followed](ifeval.png)\n"
 
 
-def draw(
-    places: dict[str, str],
-    overall: dict[str, dict[str, Share]],
-    of_rule: dict[str, dict[str, dict[str, Share]]],
+def _settings(record: Mapping[str, Any], places: Mapping[str, str], overall: Mapping[str, Any]) -> str:
+    """Return a paragraph on the data, the sampling settings, the checkers, and how the answers ended."""
+    data, decoding, checkers = record["data"], record["decoding"], record["checkers"]
+    limit, temperature = decoding["max_new_tokens"], decoding["temperature"]
+    length = "without a token limit" if limit is None else f"of at most {limit:,} tokens"
+    sampling = "the model's own temperature" if temperature is None else f"temperature {temperature:g}"
+    prompts = f"{format_count(data['prompts'], 'prompt')} with {format_count(data['constraints'], 'constraint')}"
+    text = f"{prompts} of {data['file']}"
+    if data["left_out"]:
+        text += f"; skipped, as in the official scoring: prompts with {' or '.join(data['left_out'])}"
+    text += f". Answers {length} at {sampling}"
+    text += f", checked by lm-eval {checkers['lm_eval']} ({checkers['sentences']}; langdetect's seed is 0)."
+    if data["drawn_at_random"]:
+        keys = ", ".join(map(str, data["drawn_at_random"]))
+        text += f" For these rows the checkers replace the requested letter by a random one: {keys}."
+    for turn in overall:
+        endings = record[turn]["endings"]
+        text += f" Constraints {places[turn]}: " + ", ".join(f"{n:,} {how}" for how, n in endings.items()) + "."
+    return text
+
+
+def plot_shares(
+    places: Mapping[str, str],
+    overall: Mapping[str, Mapping[str, Share]],
+    by_rule: SharesByRule,
     path: Path,
 ) -> None:
-    """The four measures and the strict share of each rule, with intervals, a bar for each turn, as a PNG."""
-    pyplot = load_pyplot()
-    bars: dict[str, dict[str, Share]] = {
+    """Save a PNG of the four measures and the strict share of each rule, with intervals, a bar for each turn."""
+    bars = {
         turn: {name.replace("_", ", "): share for name, share in overall[turn].items()}
-        | {rule: found["strict"] for rule, found in of_rule[turn].items()}
+        | {rule: of_rule["strict"] for rule, of_rule in by_rule[turn].items()}
         for turn in overall
     }
     names = list(next(iter(bars.values())))
-    figure, axes = pyplot.subplots(figsize=(9, 0.35 * len(names) + 1.6), dpi=100, layout="constrained")
-    height = 0.8 / len(bars)
-    for number, (turn, found) in enumerate(bars.items()):
-        rows = [row + (number - (len(bars) - 1) / 2) * height for row in range(len(names))]
-        values = [found[name].value for name in names]
-        axes.barh(
-            rows,
-            values,
-            height,
-            xerr=error_bars((found[name].value, found[name].low, found[name].high) for name in names),
-            label=places[turn],
-            color="tab:blue" if turn == "system" else "lightgray",
-            capsize=2,
+    series = [
+        BarSeries(
+            [(of_turn[name].value, of_turn[name].low, of_turn[name].high) for name in names],
+            places[turn],
+            COLOR if turn == "system" else BASELINE_COLOR,
         )
-    axes.set_yticks(range(len(names)), names)
-    axes.axhline(len(MEASURES) - 0.5, color="black", linewidth=0.8)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("share that is followed (95 %)")
-    axes.margins(y=0.01)
-    figure.suptitle("Constraints that are followed", fontsize=11)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path)
-    pyplot.close(figure)
+        for turn, of_turn in bars.items()
+    ]
+    with bar_plot(path, "Constraints that are followed", "share that is followed (95 %)", names, series) as axes:
+        axes.axhline(len(MEASURES) - 0.5, color="black", linewidth=0.8)
+        axes.set_xlim(0, 1)

@@ -1,1 +1,1 @@
-"""TODO evaluation/models."""
+"""Models under evaluation: local ones with transformers or vLLM, and models behind OpenAI-compatible servers."""

@@ -1,10 +1,12 @@
-"""What a model answers, from its own files or from servers; every answer is written down as soon as it is there.
+"""Answers of the model under evaluation, local or served, each stored in a journal as soon as it exists.
 
-    answers = respond(Checkpoint("outputs/janus-7b"), conversations, Decoding(1024, temperature=0.0), Path("a.sqlite"))
+    answers = generate_answers(
+        LocalModel("outputs/janus-7b"), conversations, Decoding(1024, temperature=0.0), Path("a.sqlite")
+    )
 
-Each answer comes without the reasoning before it and the control tokens around it (train/llm/reasoning/answer.py). The journal
-keeps it as it was sent, so a second call finds the answers of the first, also where the first was killed. It knows a
-checkpoint by its files and its template, so that one trained anew in the same folder is asked anew.
+Answers come without reasoning and control tokens (train/llm/reasoning/answer.py). The journal keeps them unchanged, so
+a second call reuses the answers of the first, also of one that was killed. The key of a local model covers its files
+and its template: a model trained again in the same folder is asked again.
 """
 
 import asyncio
@@ -20,21 +22,22 @@ from train.evaluation.models.options import LocalModel, ServedModel, server_opti
 from train.evaluation.models.vllm_server import vllm_server
 from train.llm.client import Client
 from train.llm.failures import RequestFailed
-from train.llm.journal import Answer, Decoding, Journal, Request
+from train.llm.journal import Journal
 from train.llm.options import WAIT_FOR_SERVER
 from train.llm.ordered_map import map_ordered
 from train.llm.progress import progress
 from train.llm.reasoning.answer import format_advice, list_events, read_answer
 from train.llm.refusals import SettingFormatter, format_config_key
+from train.llm.request import Answer, Decoding, Request
 from train.llm.system_role import merge_into_user
 from train.progress import progress_bar
 
 
 def generate_answers(
-    respondent: LocalModel | ServedModel,
+    model: LocalModel | ServedModel,
     conversations: Sequence[Messages],
     decoding: Decoding,
-    journal: Path,
+    journal_file: Path,
     *,
     samples: int = 1,
     stage: str = "respond",
@@ -43,94 +46,101 @@ def generate_answers(
     before_asking: Callable[[], Coroutine[Any, Any, None]] | None = None,
     format_setting: SettingFormatter = format_config_key,
 ) -> list[list[Answer | RequestFailed]]:
-    """`samples` answers to each conversation, which ends with a user's turn: [conversations][samples].
+    """Return `samples` answers to each conversation: [conversations][samples], with the reason for missing ones.
 
-    Where there is none, the reason stands in its place. A model may say nothing: a checkpoint's empty answer is its
-    answer, and so is a server's that is empty twice, unless its text went into a field of reasoning. One that was cut
-    counts as it is; one that the server broke off is asked again, and is no answer in the end.
+    An empty answer of a local model counts. An empty answer of a server counts the second time, unless its text went
+    into a field of reasoning. A cut answer counts; one that the server broke off is asked for again, and finally fails.
 
-    Of `decoding`, temperature 0 is greedy; None is the model's or the server's own. `wait_for_server`: as of `Client`.
-    `before_asking` is awaited before the first answer is asked for, and not where all are in the journal.
-    `format_setting`: the command's words for a setting that a server refuses. Raises UserError for what the user can fix;
-    what was answered until then is in the journal.
+    Args:
+        model: the model under evaluation.
+        conversations: each ends with a user turn.
+        decoding: sampling settings. Temperature 0 is greedy; None is the model's or the server's own.
+        journal_file: SQLite file with the answers.
+        samples: answers to each conversation.
+        stage: name of the requests in the journal; part of their key.
+        description: name of the answers in the progress bar and in warnings.
+        wait_for_server: as of `Client`.
+        before_asking: awaited before the first request; not called if the journal has all answers.
+        format_setting: the command's name for a setting that a server refuses.
+
+    Raises:
+        UserError: for errors that the user can fix. The answers so far are in the journal.
     """
-    with Journal(journal) as written:
-        if isinstance(respondent, ServedModel):
-            if respondent.system_role == "merge_into_user":
+    with Journal(journal_file) as journal:
+        if isinstance(model, ServedModel):
+            if model.system_role == "merge_into_user":
                 conversations = [merge_into_user(messages) for messages in conversations]
-            asked = _requests(conversations, decoding, samples, stage)
             with replace_in_errors(server_options()):
-                return asyncio.run(
-                    _from_servers(
-                        respondent, asked, samples, written, description, wait_for_server, format_setting, before_asking
+                requests = _requests(conversations, decoding, samples, stage)
+                answers = asyncio.run(
+                    _ask_servers(model, requests, journal, description, wait_for_server, format_setting, before_asking)
+                )
+        else:
+            generator = LocalGenerator(model)
+            requests = _requests(conversations, decoding, samples, stage)
+            if model.engine == "vllm":
+                if before_asking and not _all_answered(requests, generator.name, journal):
+                    asyncio.run(before_asking())
+                with vllm_server(generator) as server:
+                    served = ServedModel(generator.name, (server,))
+                    answers = asyncio.run(
+                        _ask_servers(served, requests, journal, description, wait_for_server, format_setting)
                     )
-                )
-        opened = LocalGenerator(respondent)
-        asked = _requests(conversations, decoding, samples, stage)
-        if respondent.engine == "vllm":
-            if before_asking and not _all_answered(asked, opened.name, written):
-                asyncio.run(before_asking())
-            with vllm_server(opened) as server:
-                served = ServedModel(opened.name, (server,))
-                return asyncio.run(
-                    _from_servers(served, asked, samples, written, description, wait_for_server, format_setting)
-                )
-        for name in decoding.extra:
-            if name not in KNOWN_EXTRA:
-                raise UserError(f"{name} is no setting of a model's own generation. Known: {', '.join(KNOWN_EXTRA)}.")
-        return asyncio.run(_from_checkpoint(opened, asked, samples, written, description, before_asking))
+            else:
+                for name in decoding.extra:
+                    if name not in KNOWN_EXTRA:
+                        allowed = ", ".join(KNOWN_EXTRA)
+                        raise UserError(f"{name} is not supported by generation in this process. Allowed: {allowed}.")
+                answers = asyncio.run(_generate_locally(generator, requests, journal, description, before_asking))
+    answers = _clean(answers, requests, description)
+    return [answers[start : start + samples] for start in range(0, len(answers), samples)]
 
 
 def _requests(conversations: Sequence[Messages], decoding: Decoding, samples: int, stage: str) -> list[Request]:
     return [Request(stage, messages, decoding, sample) for messages in conversations for sample in range(samples)]
 
 
-def _all_answered(asked: Sequence[Request], model: str, journal: Journal) -> bool:
-    return all(journal.find(request.key(model), request.decoding.max_tokens) for request in asked)
+def _all_answered(requests: Sequence[Request], model: str, journal: Journal) -> bool:
+    return all(journal.find(request.key(model), request.decoding.max_tokens) for request in requests)
 
 
-def _read(
-    answers: Sequence[Answer | RequestFailed], asked: Sequence[Request], description: str
+def _clean(
+    answers: Sequence[Answer | RequestFailed], requests: Sequence[Request], description: str
 ) -> list[Answer | RequestFailed]:
-    """Return the answers without reasoning and control tokens, and print what a user has to know of these."""
-    found: list[Answer | RequestFailed] = []
+    """Return the answers without reasoning and control tokens, and print warnings about these."""
+    cleaned: list[Answer | RequestFailed] = []
     events: Counter[str] = Counter()
-    for answer, request in zip(answers, asked, strict=True):
+    for answer, request in zip(answers, requests, strict=True):
         if isinstance(answer, Answer):
-            answer, said = read_answer(answer, request.messages)
-            events.update(f"{description}: {event}" for event in list_events(said))
-        found.append(answer)
+            answer, cleaning = read_answer(answer, request.messages)
+            events.update(f"{description}: {event}" for event in list_events(cleaning))
+        cleaned.append(answer)
     for line in format_advice(events):
         print(f"warning: {line}", flush=True)
-    return found
+    return cleaned
 
 
-def _by_conversation(answers: Sequence[Answer | RequestFailed], samples: int) -> list[list[Answer | RequestFailed]]:
-    return [list(answers[start : start + samples]) for start in range(0, len(answers), samples)]
-
-
-async def _from_servers(
-    served: ServedModel,
-    asked: Sequence[Request],
-    samples: int,
+async def _ask_servers(
+    model: ServedModel,
+    requests: Sequence[Request],
     journal: Journal,
     description: str,
     wait_for_server: float,
     format_setting: SettingFormatter,
     before_asking: Callable[[], Coroutine[Any, Any, None]] | None = None,
-) -> list[list[Answer | RequestFailed]]:
+) -> list[Answer | RequestFailed]:
     async with Client(
-        served.servers,
-        served.model,
+        model.servers,
+        model.model,
         journal,
         accept_empty=True,
         wait_for_server=wait_for_server,
         format_setting=format_setting,
     ) as client:
-        if before_asking and not _all_answered(asked, served.model, journal):
+        if before_asking and not _all_answered(requests, model.model, journal):
             await before_asking()
 
-        async def one(request: Request) -> Answer | RequestFailed:
+        async def ask(request: Request) -> Answer | RequestFailed:
             try:
                 return await client.ask(request)
             except RequestFailed as failure:
@@ -138,46 +148,45 @@ async def _from_servers(
 
         answers = []
         async with (
-            progress(description, len(asked), client) as pace,
-            aclosing(map_ordered(asked, one, at_once=2 * client.concurrency)) as found,
+            progress(description, len(requests), client) as answering,
+            aclosing(map_ordered(requests, ask, at_once=2 * client.concurrency)) as stream,
         ):
-            async for answer in found:
+            async for answer in stream:
                 answers.append(answer)
-                pace.advance()
+                answering.advance()
     for line in client.counts.bad_servers:
         print(f"warning: {line}", flush=True)
-    return _by_conversation(_read(answers, asked, description), samples)
+    return answers
 
 
-async def _from_checkpoint(
-    opened: LocalGenerator,
-    asked: Sequence[Request],
-    samples: int,
+async def _generate_locally(
+    generator: LocalGenerator,
+    requests: Sequence[Request],
     journal: Journal,
     description: str,
     before_asking: Callable[[], Coroutine[Any, Any, None]] | None,
-) -> list[list[Answer | RequestFailed]]:
-    keys = [request.key(opened.name) for request in asked]
-    found: dict[bytes, Answer | RequestFailed] = {}
+) -> list[Answer | RequestFailed]:
+    keys = [request.key(generator.name) for request in requests]
+    answers: dict[bytes, Answer | RequestFailed] = {}
     missing: dict[bytes, Request] = {}
-    for key, request in zip(keys, asked, strict=True):
+    for key, request in zip(keys, requests, strict=True):
         answer = journal.find(key, request.decoding.max_tokens, accept_empty=True)
         if answer is not None:
-            found[key] = answer
+            answers[key] = answer
         else:
             missing.setdefault(key, request)
     if before_asking and missing:
         await before_asking()
-    with progress_bar(description, total=len(found) + len(missing), unit="answers", done=len(found)) as answering:
-        waiting = {key: request.messages for key, request in missing.items()}
-        for batch in opened.answers(waiting, asked[0].decoding) if waiting else ():
+    with progress_bar(description, total=len(answers) + len(missing), unit="answers", done=len(answers)) as answering:
+        conversations = {key: request.messages for key, request in missing.items()}
+        for batch in generator.answers(conversations, requests[0].decoding) if conversations else ():
             await asyncio.gather(
                 *(
-                    journal.add(key, opened.name, missing[key], answer)
+                    journal.add(key, generator.name, missing[key], answer)
                     for key, answer in batch.items()
                     if isinstance(answer, Answer)
                 )
             )
-            found |= batch
+            answers |= batch
             answering.advance(len(batch))
-    return _by_conversation(_read([found[key] for key in keys], asked, description), samples)
+    return [answers[key] for key in keys]

@@ -1,4 +1,4 @@
-"""vLLM for as long as a checkpoint's answers are asked for: started as a server of its own, and ended."""
+"""A vLLM server for a local model: started for a block of code, and stopped after it."""
 
 import contextlib
 import json
@@ -20,18 +20,18 @@ from train.evaluation.models.local import LocalGenerator, base_of
 from train.llm.server import Server
 
 _CONCURRENCY = 256
-_SECONDS_BETWEEN_LOOKS = 0.5
-_SECONDS_TO_END = 30
+_POLL_SECONDS = 0.5
+_SHUTDOWN_SECONDS = 30
 
 
 @contextlib.contextmanager
-def vllm_server(opened: LocalGenerator) -> Iterator[Server]:
-    """A server of the checkpoint with its template, on a free port of this machine alone; gone when the block ends.
+def vllm_server(generator: LocalGenerator) -> Iterator[Server]:
+    """Serve the model with its template on a free local port until the block ends.
 
-    Raises UserError where vllm isn't installed, and, with the end of what it said, where it doesn't come up.
+    Raises UserError if vllm is not installed or, with the end of its log, if it does not start.
     """
-    beside = Path(sys.executable).with_name("vllm")
-    executable = str(beside) if beside.is_file() else shutil.which("vllm")
+    in_this_environment = Path(sys.executable).with_name("vllm")
+    executable = str(in_this_environment) if in_this_environment.is_file() else shutil.which("vllm")
     if executable is None:
         raise UserError("--engine vllm: vllm is not installed. Install it (`pip install vllm`), or leave --engine out.")
     with tempfile.TemporaryDirectory(prefix="vllm-") as folder:
@@ -39,40 +39,39 @@ def vllm_server(opened: LocalGenerator) -> Iterator[Server]:
         log = Path(folder) / "log.txt"
         with log.open("wb") as lines:
             process = subprocess.Popen(
-                [executable, *_arguments(opened, Path(folder), port)],
+                [executable, *_arguments(generator, Path(folder), port)],
                 stdout=lines,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,  # it starts processes of its own, which are to end with it
+                start_new_session=True,  # so that the processes that it starts end with it
             )
         try:
-            print(f"vllm loads {opened.checkpoint.model} ...", flush=True)
+            print(f"vllm loads {generator.model.model} ...", flush=True)
             while not _is_up(port):
                 if process.poll() is not None:
-                    told = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-15:]
+                    last_lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-15:]
                     raise UserError(
-                        f"--engine vllm: vllm ended with exit code {process.returncode}. The last it said:\n"
-                        + "\n".join(told)
+                        f"--engine vllm: vllm ended with exit code {process.returncode}. The end of its log:\n"
+                        + "\n".join(last_lines)
                     )
-                time.sleep(_SECONDS_BETWEEN_LOOKS)
+                time.sleep(_POLL_SECONDS)
             yield Server(f"http://127.0.0.1:{port}/v1", _CONCURRENCY)
         finally:
-            _end(process)
+            _terminate(process)
 
 
-def _arguments(opened: LocalGenerator, folder: Path, port: int) -> list[str]:
-    checkpoint = opened.checkpoint
+def _arguments(generator: LocalGenerator, folder: Path, port: int) -> list[str]:
     template = folder / "template.jinja"
-    template.write_text(str(opened.tokenizer.chat_template), encoding="utf-8")
-    base = base_of(checkpoint.model)
+    template.write_text(str(generator.tokenizer.chat_template), encoding="utf-8")
+    base = base_of(generator.model.model)
     if base is not None:
-        about = json.loads((Path(checkpoint.model) / "adapter_config.json").read_bytes())
-        model = [base, "--enable-lora", "--max-lora-rank", str(about.get("r", 16)),
-                 "--lora-modules", json.dumps({"name": opened.name, "path": checkpoint.model}),
-                 "--tokenizer", opened.tokenizer.name_or_path]  # fmt: skip
+        config = json.loads((Path(generator.model.model) / "adapter_config.json").read_bytes())
+        model = [base, "--enable-lora", "--max-lora-rank", str(config.get("r", 16)),
+                 "--lora-modules", json.dumps({"name": generator.name, "path": generator.model.model}),
+                 "--tokenizer", generator.tokenizer.name_or_path]  # fmt: skip
     else:
-        model = [checkpoint.model, "--served-model-name", opened.name]
-    dtype = ["--dtype", checkpoint.dtype] if checkpoint.dtype else []
+        model = [generator.model.model, "--served-model-name", generator.name]
+    dtype = ["--dtype", generator.model.dtype] if generator.model.dtype else []
     return ["serve", *model, "--chat-template", str(template), "--host", "127.0.0.1", "--port", str(port), *dtype]
 
 
@@ -83,7 +82,7 @@ def _free_port() -> int:
 
 
 def _is_up(port: int) -> bool:
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy the environment names
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # proxies of the environment do not apply
     try:
         with direct.open(f"http://127.0.0.1:{port}/health", timeout=5) as response:
             return bool(response.status == 200)
@@ -91,10 +90,10 @@ def _is_up(port: int) -> bool:
         return False
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    for sign in (signal.SIGTERM, signal.SIGKILL):
+def _terminate(process: subprocess.Popen[bytes]) -> None:
+    for signal_number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, sign)
+            os.killpg(process.pid, signal_number)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_SECONDS_TO_END)
+            process.wait(_SHUTDOWN_SECONDS)
             return

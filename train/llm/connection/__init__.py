@@ -1,1 +1,1 @@
-"""TODO llm/connection."""
+"""HTTP connections to servers: address, key, TLS, redaction of secrets, streams, model lists."""

@@ -1,8 +1,7 @@
-"""Redaction of secrets in what servers say and exceptions quote: keys, passwords, and their encoded forms.
+"""Redaction of secrets (keys, passwords) and their encoded forms in messages of servers and exceptions.
 
-A text is searched for runs of eight characters of any form of a secret, so that a part of it is found too, as in a
-message that was cut off. Forms: as it is, as `repr`, JSON, HTML and URLs write it (also one inside the other), as hex
-and as base64 at every alignment.
+A text is searched for runs of eight characters of any form of a secret, which also finds parts of it in a truncated
+message. Forms: plain; as `repr`, JSON, HTML and URLs encode it, also nested; hex; base64 at every alignment.
 """
 
 import base64
@@ -13,14 +12,14 @@ from collections.abc import Callable, Iterable
 from urllib.parse import quote, quote_plus
 
 WINDOW = 8
-"""Length of the runs that are searched for. Shorter ones stand in ordinary words."""
+"""Length of the runs that are searched for. Shorter ones occur in ordinary words."""
 SHORTEST_CERTAIN = 12
-"""Length from which a secret in an answer is no coincidence. Keys of services are longer; people also set `EMPTY`,
-`dummy` and the like for servers that ignore the key, and models write such words."""
+"""Length from which a secret in an answer is no coincidence. Keys of services are longer; for servers that ignore the
+key, users set `EMPTY` or `dummy`, which models also write."""
 PREFIX = 16
-"""Length of a secret's beginning that gives it away in an answer."""
+"""Length of a secret's beginning that is searched for in answers."""
 LONGEST_SEARCHED = 100_000
-"""Characters of a text that are searched; the rest is left out. Of an error at most some hundred are shown."""
+"""Characters of a text that are searched; the rest is dropped. Messages show a few hundred of them."""
 
 _LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
 
@@ -44,20 +43,20 @@ _ENCODERS: tuple[Callable[[str], str], ...] = (
 
 
 class Redactor:
-    """Replace secrets by `***`."""
+    """Replacement of secrets by `***`."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
-        wanted = {secret for secret in secrets if secret}
-        once = {encode(secret) for secret in wanted for encode in _ENCODERS} | wanted
-        forms = {encode(form) for form in once for encode in _ENCODERS} | once
-        for secret in wanted:
+        secrets = {secret for secret in secrets if secret}
+        encoded = {encode(secret) for secret in secrets for encode in _ENCODERS} | secrets
+        forms = {encode(form) for form in encoded for encode in _ENCODERS} | encoded
+        for secret in secrets:
             forms.update(_as_bytes(secret))
         self._forms = sorted((form.translate(_LOWER) for form in forms), key=len, reverse=True)
         self._windows = {
             form[start : start + WINDOW] for form in self._forms for start in range(len(form) - WINDOW + 1)
         }
         self._certain = sorted(
-            {form[:PREFIX] for secret in wanted if len(secret) >= SHORTEST_CERTAIN for form in _plain_forms(secret)}
+            {form[:PREFIX] for secret in secrets if len(secret) >= SHORTEST_CERTAIN for form in _plain_forms(secret)}
         )
 
     def clean(self, text: str) -> str:
@@ -80,20 +79,20 @@ class Redactor:
         return text
 
     def holds_secret(self, *texts: str | None) -> bool:
-        """Return whether an answer repeats a secret. A search for a few forms, as it is done for every answer."""
+        """Return True if an answer repeats a secret. It searches few forms: it runs for every answer."""
         return any(form in text for form in self._certain for text in texts if text)
 
 
 def _as_bytes(secret: str) -> Iterable[str]:
-    """Yield hex and base64 of a secret: of base64 what is the same whatever stands before and behind it."""
+    """Yield hex and base64 of a secret: of base64 the part that does not depend on the bytes around it."""
     raw = secret.encode("utf-8", "surrogateescape")
     yield raw.hex()
     for before in range(3):
         for encode in (base64.b64encode, base64.urlsafe_b64encode):
-            coded = encode(bytes(before) + raw).rstrip(b"=").decode()
-            # A digit holds six bits: those that lie partly in a neighbour's byte vary.
+            digits = encode(bytes(before) + raw).rstrip(b"=").decode()
+            # A digit holds six bits: those that overlap a neighbouring byte vary.
             first, last = -(-8 * before // 6), 8 * (before + len(raw)) // 6
-            yield coded[first:last]
+            yield digits[first:last]
 
 
 def _plain_forms(secret: str) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""Streamed answers, put together into the form of a whole response."""
+"""Streamed answers, assembled into a complete chat completion."""
 
 import re
 from typing import Any
@@ -10,22 +10,22 @@ _EVENTS = re.compile(rb"\s*(?:data|event|id|retry)?:")
 
 
 class BrokenStreamError(Exception):
-    """A stream that ended before its answer did."""
+    """The end of a stream before the end of its answer."""
 
 
 def is_stream(response: httpx2.Response) -> bool:
-    """Return whether a response is a stream of events, by its first line: some servers give another content type."""
+    """Return True for a stream of events, by its first line: some servers send another content type."""
     return _EVENTS.match(response.content) is not None
 
 
 async def read_stream(response: httpx2.Response, api: openai.AsyncOpenAI) -> dict[str, Any]:
-    """Return the chat completion that the events of a response add up to.
+    """Return the chat completion in the events of a response.
 
-    An error among the events is returned as `{"error": ...}`, as a whole response has it. The end is a finish_reason or
-    `[DONE]`; some servers send one of the two only.
+    An error among the events is returned as `{"error": ...}`, as in a response without a stream. The answer ends with a
+    finish_reason or `[DONE]`; some servers send only one of the two.
 
     Raises:
-        BrokenStreamError: neither came.
+        BrokenStreamError: there is neither.
         ValueError: an event is not JSON.
     """
     choice: dict[str, Any] = {}
@@ -35,10 +35,10 @@ async def read_stream(response: httpx2.Response, api: openai.AsyncOpenAI) -> dic
         async for chunk in openai.AsyncStream(cast_to=object, response=response, client=api):
             if not isinstance(chunk, dict):
                 continue
-            if chunk.get("object") == "error":  # vLLM before 0.10: the error itself, not below `error`
+            if chunk.get("object") == "error":  # vLLM before 0.10: the error itself, not under `error`
                 return {"error": chunk}
             usage = chunk.get("usage") or usage
-            feedback = chunk.get("promptFeedback") or feedback  # of Gemini, which has blocked the prompt
+            feedback = chunk.get("promptFeedback") or feedback  # Gemini blocked the prompt
             for part in chunk.get("choices") or ():
                 if part.get("index", 0) == 0:
                     _add(message, part.get("delta") or {})
@@ -53,7 +53,7 @@ async def read_stream(response: httpx2.Response, api: openai.AsyncOpenAI) -> dic
 
 
 def _add(message: dict[str, Any], delta: dict[str, Any]) -> None:
-    """Add a delta to the message: text to text, parts to parts. The role comes once, or with every delta."""
+    """Append a delta to the message: text to text, parts to parts. The role comes once, or with every delta."""
     for name, value in delta.items():
         before = message.get(name)
         if name == "role" or not before:

@@ -1,8 +1,8 @@
-"""Connections to a server, one for each request in flight: the transport below the openai package.
+"""HTTP transport under the openai package: one connection for each request in flight.
 
-Its usual one looks at every connection it has for each request, with a system call for each idle one: with 64 in
-flight that was a quarter of a request's work, and it grows with their square (httpcore's _assign_requests_to_
-connections). Here the connection that was used last is simply taken again.
+httpx's pool checks every connection for each request, with a system call for each idle one (httpcore's
+_assign_requests_to_connections): 25% of a request's work with 64 in flight, growing with their square. Here the most
+recently used connection is taken again.
 """
 
 import socket
@@ -12,45 +12,45 @@ from typing import Any
 import httpx2
 
 from train.llm.connection.address import Address
-from train.llm.connection.errors import encryption_to
+from train.llm.connection.errors import create_ssl_context
 
 KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
     (socket.IPPROTO_TCP, getattr(socket, name), value)
     for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 8))
     if hasattr(socket, name)
 ]
-"""A probe on connections that wait for an answer: it finds a host that is gone within three minutes, however long
-answers take, and keeps the routers in between from forgetting them."""
+"""Probes on connections that wait for an answer: they find a dead host within three minutes, however long answers take,
+and keep routers from forgetting the connection."""
 
 
-class Connections(httpx2.AsyncBaseTransport):
-    """Hands whole responses up: the connection is free again once the last byte has come."""
+class ConnectionPool(httpx2.AsyncBaseTransport):
+    """A pool of connections. It returns complete responses: a connection is free once the last byte has arrived."""
 
     def __init__(self, address: Address) -> None:
         self._proxy = address.proxy.url if address.proxy else None
-        self._encryption = encryption_to(address)
+        self._ssl_context = create_ssl_context(address)
         self._idle: list[httpx2.AsyncHTTPTransport] = []
         self._all: list[httpx2.AsyncHTTPTransport] = []
-        self.when_sent: Callable[[], None] | None = None
-        """Called when a request has been sent whole, to a server that takes it. Set only where that is news."""
+        self.on_request_sent: Callable[[], None] | None = None
+        """Called when a server has taken a complete request. Set only while the server was unreachable."""
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Send it and read the response to its end."""
-        connection = self._idle.pop() if self._idle else self._new()
-        if self.when_sent:
+        """Send a request and read the complete response."""
+        connection = self._idle.pop() if self._idle else self._connect()
+        if self.on_request_sent:
             request.extensions = {**request.extensions, "trace": self._trace}
         try:
             response = await connection.handle_async_request(request)
             assert isinstance(response.stream, httpx2.AsyncByteStream)
             try:
                 body = b"".join([part async for part in response.stream])
-            except httpx2.ReadError as error:  # told apart from a connection that ended before any response
+            except httpx2.ReadError as error:  # as opposed to a connection that ended before any response
                 raise httpx2.RemoteProtocolError(f"the response broke off: {error}") from error
             finally:
                 await response.stream.aclose()
             if response.status_code == 500:
-                # After an exception in the application uvicorn closes the connection, and sends no word of it before:
-                # of requests that come next on the same one, half were lost.
+                # After an exception in the application uvicorn closes the connection without announcing it: half of
+                # the next requests on it were lost.
                 await connection.aclose()
         finally:
             self._idle.append(connection)  # after a failure too: it opens a new socket by itself
@@ -62,17 +62,17 @@ class Connections(httpx2.AsyncBaseTransport):
         )
 
     async def _trace(self, event: str, info: Mapping[str, Any]) -> None:
-        if event == "http11.receive_response_headers.started" and self.when_sent:
-            self.when_sent()
+        if event == "http11.receive_response_headers.started" and self.on_request_sent:
+            self.on_request_sent()
 
     async def aclose(self) -> None:
-        """Close them all."""
+        """Close all connections."""
         for connection in self._all:
             await connection.aclose()
 
-    def _new(self) -> httpx2.AsyncHTTPTransport:
+    def _connect(self) -> httpx2.AsyncHTTPTransport:
         connection = httpx2.AsyncHTTPTransport(
-            verify=self._encryption,
+            verify=self._ssl_context,
             limits=httpx2.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=None),
             proxy=self._proxy,
             socket_options=KEEPALIVE,

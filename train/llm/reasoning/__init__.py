@@ -1,4 +1,4 @@
-"""Reasoning in replies: separate what a model thought from its answer."""
+"""Reasoning in replies, separated from the answer."""
 
 from train.llm.reasoning.answer import format_advice, list_events, read_answer, without_reasoning
 

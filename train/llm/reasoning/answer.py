@@ -1,15 +1,15 @@
-"""The answer in what a model wrote: without the reasoning before it and the control tokens around it.
+"""The answer in a model's reply, without the reasoning before it and the control tokens around it.
 
-A server with a parser for reasoning (vLLM's --reasoning-parser) sends it beside the content, and nothing is to be done.
-One without leaves it in, in one of many forms (reasoning_forms.py, harmony.py). None of it belongs to the message, the
-verdict or the new answer. Every command that asks a model reads its answers by `read_answer`.
+A server with a parser for reasoning (vLLM's --reasoning-parser) sends it beside the content. Without one, the text
+holds it in one of many forms (forms.py, harmony.py). Every command that asks a model reads its answers with
+`read_answer`, since reasoning belongs neither to a message nor to a verdict.
 
-    <think>Hm, Bern.</think>Bern.<|im_end|>   Bern.        a control token was left at the end
-    Hm, Bern.</think>Bern.                    Bern.        the chat template has put the opener into the prompt
-    <think>Hm, Bern or                        unfinished   no answer: never trained on, never scored in silence
+    <think>Hm, Bern.</think>Bern.<|im_end|>   Bern.        control token left at the end
+    Hm, Bern.</think>Bern.                    Bern.        the chat template put the opener into the prompt
+    <think>Hm, Bern or                        unfinished   no answer: never trained on, never scored silently
     Models end it with </think> and then ...  unchanged    the answer speaks of the tag (`holds_reasoning`)
 
-Reasoning that is certain is taken out. Where a mark may be content the text stays whole, and is counted.
+Certain reasoning is removed. If a mark may be content, the text stays unchanged, and is counted.
 """
 
 import re
@@ -18,8 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from train.formatting import format_count
-from train.llm.journal import Answer
-from train.llm.reasoning.block_ends import closer_alone, closer_of, strip_blocks
+from train.llm.reasoning.block_ends import find_closer, find_lone_closer, strip_blocks
 from train.llm.reasoning.code_spans import blank_code
 from train.llm.reasoning.control_tokens import (
     cut_at_next_turn,
@@ -32,6 +31,7 @@ from train.llm.reasoning.forms import CLOSER, OPENER, TAG, document_name, form_o
 from train.llm.reasoning.harmony import holds_harmony, split_channels
 from train.llm.reasoning.mentions import is_announced, is_named, is_word
 from train.llm.reasoning.tool_calls import calls_tool
+from train.llm.request import Answer
 
 _CLOSING_FENCE = re.compile(r"\s*```[^\S\n]*(?:\n|\Z)")
 _WRAPPED = re.compile(
@@ -45,11 +45,14 @@ _NEXT_TAG = re.compile(r"\s*<(?!(?:answer|response|output|solution)\b)[a-z]\w*\b
 
 @dataclass(frozen=True, slots=True)
 class ParsedReply:
-    """A model's reply, in its parts.
+    """The parts of a model's reply.
 
-    `unfinished`: the reasoning never ended, or can't be told from the answer; `text` is then empty. `end_tokens`:
-    control tokens that were taken off the answer. `ran_on`: the model went on with further turns, which were cut off.
-    `calls_tool`: the text is a call of a tool. `is_plain`: nothing in it looks like a mark or a token.
+    text: the answer; empty if `unfinished`.
+    unfinished: the reasoning never ended, or can't be separated from the answer.
+    end_tokens: control tokens removed from the answer.
+    ran_on: the model continued with further turns, which were cut off.
+    calls_tool: the text is a tool call.
+    is_plain: nothing in it looks like a mark or a token.
     """
 
     text: str
@@ -62,7 +65,7 @@ class ParsedReply:
 
     @property
     def holds_reasoning(self) -> bool:
-        """Return True where marks of reasoning are left in the text: an answer may speak of them, so they stay."""
+        """Return True if marks of reasoning remain in the text: an answer may speak of them, so they stay."""
         text = self.text
         return not self.is_plain and bool(
             ("<" in text and TAG.search(text))
@@ -73,7 +76,7 @@ class ParsedReply:
 
     @property
     def holds_control_tokens(self) -> bool:
-        """Return True where control tokens of some model are left in the text."""
+        """Return True if control tokens of some model remain in the text."""
         return not self.is_plain and holds_control_tokens(self.text)
 
 
@@ -97,63 +100,63 @@ ADVICE = {
 """Advice beyond the report, by event."""
 
 
-def list_events(said: ParsedReply) -> list[str]:
-    """Return what was taken out of a text and what is left in it, in the words of the reports."""
-    if said.is_plain:  # most answers
-        return [TURNS_LEFT] if holds_turns(said.text) else []
-    happened = {
-        NO_END: said.unfinished,
-        TAKEN_OUT: said.reasoning is not None and not said.unfinished,
-        END_TOKENS: bool(said.end_tokens),
-        RAN_ON: said.ran_on,
-        TAGS_LEFT: said.holds_reasoning,
-        TOKENS_LEFT: said.holds_control_tokens,
-        TURNS_LEFT: holds_turns(said.text),
+def list_events(reply: ParsedReply) -> list[str]:
+    """Return what was removed from a reply and what remains in it, as the reports name it."""
+    if reply.is_plain:  # most answers
+        return [TURNS_LEFT] if holds_turns(reply.text) else []
+    events = {
+        NO_END: reply.unfinished,
+        TAKEN_OUT: reply.reasoning is not None and not reply.unfinished,
+        END_TOKENS: bool(reply.end_tokens),
+        RAN_ON: reply.ran_on,
+        TAGS_LEFT: reply.holds_reasoning,
+        TOKENS_LEFT: reply.holds_control_tokens,
+        TURNS_LEFT: holds_turns(reply.text),
     }
-    return [words for words, is_so in happened.items() if is_so]
+    return [event for event, occurred in events.items() if occurred]
 
 
 def format_advice(events: Mapping[str, int]) -> list[str]:
-    """Return a line for each kind of event that a user has to know of. Names of events: `stage: words`."""
+    """Return a line of advice for each kind of event that has some. Names of events: `stage: event`."""
     lines = []
-    for words, advice in ADVICE.items():
-        stages = {event.removesuffix(f": {words}"): count for event, count in events.items() if event.endswith(words)}
+    for kind, advice in ADVICE.items():
+        stages = {event.removesuffix(f": {kind}"): count for event, count in events.items() if event.endswith(kind)}
         if total := sum(stages.values()):
-            of = ", ".join(f"{stage} {count:,}" for stage, count in stages.items() if count)
-            lines.append(f"{words}: {format_count(total, 'answer')} ({of}); {advice}")
+            counts = ", ".join(f"{stage} {count:,}" for stage, count in stages.items() if count)
+            lines.append(f"{kind}: {format_count(total, 'answer')} ({counts}); {advice}")
     return lines
 
 
-def read_answer(answer: Answer, asked: Sequence[Mapping[str, Any]] = ()) -> tuple[Answer, ParsedReply]:
-    """Return the answer as it is to be read, and what was taken out of it.
+def read_answer(answer: Answer, prompt: Sequence[Mapping[str, Any]] = ()) -> tuple[Answer, ParsedReply]:
+    """Return the answer without reasoning and control tokens, and the parts of its reply.
 
-    One that ran on after its end token came to its own end, even if the token limit ended the rest. One whose text is
-    a call of a tool ended as that, whatever the server says. `asked`: the messages that it answers.
+    An answer that ran on after its end token is complete, even if the token limit cut the rest. A text that is a tool
+    call gets the finish reason of one. `prompt`: the messages that it answers.
     """
-    said = without_reasoning(answer.text, asked)
-    if said.text is answer.text and not (said.unfinished or said.calls_tool):
-        return answer, said
+    reply = without_reasoning(answer.text, prompt)
+    if reply.text is answer.text and not (reply.unfinished or reply.calls_tool):
+        return answer, reply
     finish_reason = answer.finish_reason
-    if said.ran_on and answer.cut:
+    if reply.ran_on and answer.cut:
         finish_reason = "stop"
-    elif said.calls_tool and answer.ending in ("complete", "unstated"):
+    elif reply.calls_tool and answer.finish_class in ("complete", "unstated"):
         finish_reason = "tool_calls"
-    return replace(answer, text=said.text, only_reasoning=said.unfinished, finish_reason=finish_reason), said
+    return replace(answer, text=reply.text, only_reasoning=reply.unfinished, finish_reason=finish_reason), reply
 
 
-def without_reasoning(text: str, asked: Sequence[Mapping[str, Any]] = ()) -> ParsedReply:
-    """Return `text` without the reasoning and the control tokens around the answer. Never raises.
+def without_reasoning(text: str, prompt: Sequence[Mapping[str, Any]] = ()) -> ParsedReply:
+    """Return the parts of a reply: the answer, the reasoning, the control tokens. Never raises.
 
-    `asked`: the messages that it answers. A tag of an ordinary name (<reasoning>) that they hold was asked for.
+    `prompt`: the messages that it answers. A tag with an ordinary name (<reasoning>) in them was asked for, and stays.
     """
     if OPENER.match(text) is None and not may_hold_marks(text):
         return ParsedReply(text, is_plain=True)
-    whole, headers = strip_header(text)
-    said = _split(whole, asked)
-    if said.unfinished:
-        return said
-    answer, tokens = strip_end_tokens(said.text)
-    if said.reasoning is not None:
+    content, headers = strip_header(text)
+    reply = _split(content, prompt)
+    if reply.unfinished:
+        return reply
+    answer, tokens = strip_end_tokens(reply.text)
+    if reply.reasoning is not None:
         answer, marks = strip_header(answer)
         headers += marks
         if wrapped := _WRAPPED.match(answer):
@@ -161,17 +164,17 @@ def without_reasoning(text: str, asked: Sequence[Mapping[str, Any]] = ()) -> Par
     plain = blank_code(answer)
     if holds_harmony(plain) or any(_is_real(answer, token) for token in tokens_in(plain)):
         return ParsedReply("", text, unfinished=True)  # reasoning may stand anywhere in it
-    return replace(said, text=answer, end_tokens=(*tokens, *headers), calls_tool=calls_tool(answer, plain))
+    return replace(reply, text=answer, end_tokens=(*tokens, *headers), calls_tool=calls_tool(answer, plain))
 
 
 def _is_real(text: str, token: re.Match[str]) -> bool:
-    """Return True where a token of reasoning was set by the model, and is no word of the text."""
+    """Return True if a token of reasoning is a mark of the model, not a word of the text."""
     start, end = token.span()
     return not (is_word(text, start, end) or is_named(text, start, end) or is_announced(text, start))
 
 
-def _split(text: str, asked: Sequence[Mapping[str, Any]]) -> ParsedReply:
-    """Return the parts of a text, with whatever control tokens are left at the end of the answer."""
+def _split(text: str, prompt: Sequence[Mapping[str, Any]]) -> ParsedReply:
+    """Return the parts of a text; control tokens may remain at the end of the answer."""
     plain = blank_code(text)
     if holds_harmony(plain):
         if (channels := split_channels(text, plain)) is None:
@@ -184,19 +187,19 @@ def _split(text: str, asked: Sequence[Mapping[str, Any]]) -> ParsedReply:
     while True:
         if opener := OPENER.match(rest):
             form, start = form_of(opener), opener.end()
-            is_named_here = not form.needs_closer and is_named(rest, start, start)
-            end = closer_of(rest, opener, form, must_be_clear=is_named_here)
-            if end is None and not (form.needs_closer or is_named_here):
+            is_ambiguous = not form.needs_closer and is_named(rest, start, start)
+            end = find_closer(rest, opener, form, must_be_clear=is_ambiguous)
+            if end is None and not (form.needs_closer or is_ambiguous):
                 return ParsedReply("", "\n".join([*thoughts, rest[start:].strip()]), unfinished=True)
             if end and opener["fence"]:
-                fence = _CLOSING_FENCE.match(rest, end[1])
-                end = (end[0], fence.end()) if fence and rest[fence.end() :].strip() else None  # else shown as code
+                fence = _CLOSING_FENCE.match(rest, end[1])  # without one, or with no text after it, it is shown as code
+                end = (end[0], fence.end()) if fence and rest[fence.end() :].strip() else None
             name = document_name(opener, form)
-            if end and name and _is_document(name, rest[end[1] :], asked):
+            if end and name and _is_part_of_answer(name, rest[end[1] :], prompt):
                 end = None
         else:
             again = CLOSER.match(rest) if thoughts else None
-            start, end = 0, again.span() if again else None if thoughts else closer_alone(rest)
+            start, end = 0, again.span() if again else None if thoughts else find_lone_closer(rest)
         if end is None:
             break
         thoughts.append(rest[start : end[0]].strip())
@@ -211,10 +214,11 @@ def _split(text: str, asked: Sequence[Mapping[str, Any]]) -> ParsedReply:
     return ParsedReply(answer, "\n".join(thoughts) if thoughts else None, ran_on=ran_on)
 
 
-def _is_document(name: str, rest: str, asked: Sequence[Mapping[str, Any]]) -> bool:
-    """Return True where tags of a name that any document may have are part of the answer: nothing follows them, or
-    other tags do, or the question names them.
+def _is_part_of_answer(name: str, rest: str, prompt: Sequence[Mapping[str, Any]]) -> bool:
+    """Return True if tags with an ordinary name belong to the answer.
+
+    They do if nothing follows them, if other tags follow, or if the question names them.
     """
     if not strip_end_tokens(rest)[0].strip() or (_NEXT_TAG.match(rest) and not OPENER.match(rest)):
         return True
-    return any(f"<{name}".casefold() in str(message.get("content")).casefold() for message in asked)
+    return any(f"<{name}".casefold() in str(message.get("content")).casefold() for message in prompt)

@@ -1,13 +1,13 @@
-"""The places where reasoning ends: the closer of an opener, a closer without one, and blocks further on in a text.
+"""Ends of reasoning: the closer of an opener, a closer without one, and blocks further on in a text.
 
-A closer may also be a word of the reasoning or of the answer. It ends reasoning for certain where it is glued to the
-text before it, follows the end of a sentence, or stands on a line of its own which no text announces.
+A closer may also be a word of the reasoning or of the answer. It certainly ends reasoning if it is glued to the text
+before it, follows the end of a sentence, or is on a line of its own which no text announces.
 """
 
 import re
 
 from train.llm.reasoning.code_spans import blank_code
-from train.llm.reasoning.forms import BLOCK, Form, closers_alone
+from train.llm.reasoning.forms import BLOCK, Form, lone_closers
 from train.llm.reasoning.mentions import (
     SENTENCE_END,
     is_announced,
@@ -21,30 +21,30 @@ _QUOTES = "\"'“”‘’«»("
 _SENTENCE_END = '.!?…。！？:)]}>*"”’'
 
 
-def closer_of(text: str, opener: re.Match[str], form: Form, *, must_be_clear: bool) -> tuple[int, int] | None:
-    """Return where the closer of an opener begins and ends; None where it has none.
+def find_closer(text: str, opener: re.Match[str], form: Form, *, must_be_clear: bool) -> tuple[int, int] | None:
+    """Return the span of the closer of an opener; None if it has none.
 
     `must_be_clear`: the text may speak of the opener, so a closer that it may speak of doesn't count.
     """
     plain = blank_code(text)
     closers = form.closers(plain, opener)
-    if not closers and not form.needs_closer:  # a lone backtick in the reasoning, or the whole in a code block
+    if not closers and not form.needs_closer:  # a lone backtick in the reasoning, or all of it in a code block
         closers = form.closers(text, opener)
     clear = (closer for closer in closers if form.alone != "word" or _ends_reasoning(text, *closer.span()))
-    found = next(clear, None if must_be_clear or not closers else closers[0])
-    if found is None:
-        return None if form.needs_closer else _moved(closer_alone(text[opener.end() :]), opener.end())
-    end = found.end()
-    if form.alone and _is_paired(plain, form, found, opener.end()):  # reasoning that holds a block itself
-        return _moved(closer_alone(text[end:]), end) or found.span()
-    return found.span()
+    closer = next(clear, None if must_be_clear or not closers else closers[0])
+    if closer is None:
+        return None if form.needs_closer else _shift(find_lone_closer(text[opener.end() :]), opener.end())
+    end = closer.end()
+    if form.alone and _is_paired(plain, form, closer, opener.end()):  # reasoning that holds a block itself
+        return _shift(find_lone_closer(text[end:]), end) or closer.span()
+    return closer.span()
 
 
-def closer_alone(text: str) -> tuple[int, int] | None:
-    """Return where a closer without an opener begins and ends; None where nothing ends reasoning for certain."""
+def find_lone_closer(text: str) -> tuple[int, int] | None:
+    """Return the span of a closer without an opener; None if nothing certainly ends reasoning."""
     plain = blank_code(text)
     last: dict[str, int] = {}
-    for form, closer in closers_alone(plain):
+    for form, closer in lone_closers(plain):
         start, end = closer.span()
         is_paired = _is_paired(plain, form, closer, last.get(closer[0], 0))
         last[closer[0]] = end
@@ -64,7 +64,7 @@ def closer_alone(text: str) -> tuple[int, int] | None:
 
 
 def strip_blocks(text: str) -> tuple[str, list[str], bool]:
-    """Return the text without the reasoning on lines of its own, this reasoning, and whether some of it has no end."""
+    """Return the text without reasoning on lines of its own, this reasoning, and True if some of it has no end."""
     kept: list[str] = []
     thoughts: list[str] = []
     at = 0
@@ -91,12 +91,12 @@ def strip_blocks(text: str) -> tuple[str, list[str], bool]:
 
 
 def _is_paired(text: str, form: Form, closer: re.Match[str], start: int) -> bool:
-    """Return True where a closer belongs to an opener after `start`. One that reasoning speaks of opens nothing."""
+    """Return True if a closer belongs to an opener after `start`. One that reasoning speaks of opens nothing."""
     for opener in form.openers(text, closer, start):
         line = text.rfind("\n", 0, opener.start()) + 1
         following = text[opener.end() : opener.end() + 1]
-        is_spoken_of = text[line : opener.start()].strip() and following in tuple(" \t.,;:!?)\"'”’»")
-        if not is_spoken_of:
+        is_mentioned = text[line : opener.start()].strip() and following in tuple(" \t.,;:!?)\"'”’»")
+        if not is_mentioned:
             return True
         is_on_its_line = text.find("\n", opener.end(), closer.start()) < 0
         is_glued = text[closer.start() - 1] in _SENTENCE_END and not text[closer.end() : closer.end() + 1].isspace()
@@ -106,7 +106,7 @@ def _is_paired(text: str, form: Form, closer: re.Match[str], start: int) -> bool
 
 
 def _ends_reasoning(text: str, start: int, end: int) -> bool:
-    """Return True where a tag ends reasoning. In prose about the tag, it is a word of its own."""
+    """Return True if a tag ends reasoning. In prose about the tag, it is a separate word."""
     before, after = text[:start].rstrip(), text[end:].lstrip()
     is_glued = len(before) == start
     if is_glued and before[-1:] in tuple(SENTENCE_END):
@@ -135,5 +135,5 @@ def _ends_reasoning(text: str, start: int, end: int) -> bool:
     return not after[0].islower() and (is_after_sentence or begins_line or not gap)
 
 
-def _moved(span: tuple[int, int] | None, by: int) -> tuple[int, int] | None:
+def _shift(span: tuple[int, int] | None, by: int) -> tuple[int, int] | None:
     return (span[0] + by, span[1] + by) if span else None

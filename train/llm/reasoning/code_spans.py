@@ -1,12 +1,12 @@
-"""The code in a text, in which marks of reasoning and control tokens are shown and mean nothing.
+"""Code in a text, in which marks of reasoning and control tokens are quoted and have no effect.
 
     ```, ~~~ (three or more)   to a fence of the same sign that is at least as long
     `x`, ``x``                 on one line
     four spaces or a tab       after an empty line or a colon
     <code>x</code>, <pre>      in HTML
 
-Reasoning is often untidy: it leaves a fence open, and the closer of the reasoning then stands in what looks like code.
-A block therefore ends at such a closer where the fences after it are pairs of their own.
+Reasoning is often untidy: it leaves a fence open, and the closer of the reasoning then looks like code. A block
+therefore ends at such a closer if the fences after it pair up.
 """
 
 import re
@@ -16,11 +16,11 @@ from train.llm.reasoning.forms import CLOSER
 _FENCE = re.compile(
     r"^[^\S\n]*(`{3,}|~{3,})[^\S\n]*([^`<\n]*)(?=<|$)|(?<![`\n])(`{3,})[^\S\n]*(\w*)[^\S\n]*$", re.MULTILINE
 )
-"""A fence on a line of its own, or at the end of another line. A tag or a token behind it is no label."""
+"""A fence on a line of its own, or at the end of another line. A tag or a token after it is no label."""
 _INLINE = re.compile(
     r"(?<!`)`(?![`\s])(?:(?!\w[.!?]</)[^`\n])*+(?<!\s)`(?!`)|(?<!`)(`{2,5})(?!`)[^\n]{1,300}?(?<!`)\1(?!`)"
 )
-"""A sentence that ends before a closing tag is no code: the backtick before it is a typing error."""
+"""A sentence that ends before a closing tag is no code: the backtick before it is a typo."""
 _INDENTED = re.compile(r"(?:(?<=\n\n)|(?<=:\n))(?:(?: {4}|\t)[^\n]*(?:\n+|\Z))+")
 _HTML = re.compile(r"<(code|pre)\b[^<>]*>.*?</\1>", re.DOTALL)
 
@@ -28,7 +28,7 @@ _NO_END_OF_LINE = re.compile(r"[^\n]")
 
 
 def blank_code(text: str) -> str:
-    """Return `text` with its code blanked out and every other character, and every end of a line, at its place."""
+    """Return `text` with its code replaced by spaces; line breaks and all other characters keep their positions."""
     if "\n    " in text or "\n\t" in text:
         text = _INDENTED.sub(_blank, text)
     if "`" in text or "~~~" in text:
@@ -47,7 +47,7 @@ def _blank(code: re.Match[str]) -> str:
 
 
 def _fenced(text: str) -> list[tuple[int, int]]:
-    """Return where the fenced blocks begin and end."""
+    """Return the spans of the fenced blocks."""
     fences = list(_FENCE.finditer(text))
     ends = [_end_of_block(fences, at) for at in range(len(fences))]
     pairs_up = [True] * (len(fences) + 1)  # from each fence on
@@ -75,7 +75,7 @@ def _fenced(text: str) -> list[tuple[int, int]]:
 
 
 def _end_of_block(fences: list[re.Match[str]], at: int) -> tuple[int, bool]:
-    """Return the number of the fence that ends a block, and whether it closes it: a labelled one opens another."""
+    """Return the index of the fence that ends a block, and True if it closes it: a labelled one opens another."""
     sign = fences[at][1] or fences[at][3]
     for number in range(at + 1, len(fences)):
         other = fences[number][1] or fences[number][3]

@@ -1,11 +1,11 @@
-"""Control tokens that a server left around an answer, and the turns that a model wrote after its own.
+"""Control tokens around an answer, and further turns after it.
 
-A server with a wrong end-of-sequence token sends `Bern.<|im_end|>`, or lets the model go on: `Bern.<|im_end|>` and then
-`<|im_start|>user ...`. Whoever trains on the rest trains on turns that the model made up, and the tokens are refused by
-`train/sft.py --check` (train/data/chat/control_tokens.py).
+A server with a wrong end-of-sequence token sends `Bern.<|im_end|>`, or lets the model continue: `Bern.<|im_end|>` and
+then `<|im_start|>user ...`. Training on the rest would train on invented turns, and `train/sft.py --check` refuses the
+tokens (train/data/chat/control_tokens.py).
 
-- Tokens at the beginning and at the end are taken off: those of the tables here, and no others.
-- The text is cut where the header of another turn follows, with the name of its role.
+- Tokens at the beginning and at the end are removed: those of the tables here, and no others.
+- The text is cut at the header of another turn, with the name of its role.
 - Every other token stays, and is counted: an answer may speak of it, show it or list it (mentions.py, code_spans.py).
 """
 
@@ -20,7 +20,7 @@ _TOKEN = re.compile(
     r"|<seed:eos>|<(?:SPECIAL_|extra_id_|reserved_|unused|ctrl)\d+>|\[unused\d+\]|\[\|endofturn\|\]"
     r"|\[(?:EOS|EOT|/?INST|END FINAL RESPONSE)\]|\[e~\[|\]~!?b[\]\[]|<\|(?:im_end|eot_id|endoftext|end_of_text)\|?\Z"
 )
-"""Whatever looks like a control token: it is counted where it is left."""
+"""Anything that looks like a control token: counted if it remains."""
 
 _ENDS = (
     r"<\|(?:im_end|im_start|eot_id|eom_id|eod_id|eot|eom|eos|eoa|eod|EOT|EOS|end|return|call|endoftext|endofturn"
@@ -32,11 +32,11 @@ _ENDS = (
     r"|<(?:SPECIAL_|extra_id_|reserved_|unused|ctrl)\d+>|\[unused\d+\]|\[\|endofturn\|\]"
     r"|\[(?:EOS|EOT|/?INST|END FINAL RESPONSE)\]|\[e~\["
 )
-"""Tokens at which a model's turn ends, and those with which it fills the rest."""
+"""Tokens that end a model's turn, and padding."""
 _END = re.compile(rf"(?:{_ENDS}|<\|(?:im_end|eot_id|endoftext|end_of_text|end|return)\|?)\Z")
 _END_OF_TURN = re.compile(_ENDS)
 _LONGEST = 64
-"""Characters at the end of a text in which one token stands."""
+"""Characters at the end of a text that are searched for a token."""
 
 _BEGINS = re.compile(
     r"\s*(?:<s>|<bos>|<BOS_TOKEN>|<\|(?:begin_of_text|begin_of_sentence|startoftext|bos|BOS|bom|begin_of_box)\|>"
@@ -47,7 +47,7 @@ _BEGINS = re.compile(
     r"|<\|begin_of_solution\|>|<\|START_(?:RESPONSE|TEXT)\|>|<\|open\|>response<\|sep\|>"
     r"|<\|message_model\|>(?:<\|content_text\|>)?|<\|content_text\|>)\s*"
 )
-"""Tokens at which a text or a turn begins, and marks that open an answer."""
+"""Tokens that open a text, a turn or an answer."""
 
 _ROLE = r"\s*(?:user|assistant|system|model|tool|human|gpt|developer|ipython|observation)\b"
 _TURN = re.compile(
@@ -60,7 +60,7 @@ _TURN = re.compile(
 )
 """The header of another turn, after tokens that end one."""
 _LLAMA_3 = re.compile(r"(?<=[.!?…。！？)\]}”’»])assistant\n\n|(?<=\S[\"'*`])assistant\n\n")
-"""Its next turn where the special tokens were stripped (llama.cpp#6772)."""
+"""Its next turn with the special tokens stripped (llama.cpp#6772)."""
 _TURNS_OF_WORDS = re.compile(
     r"\n[#* ]*(?:Human|User|USER|user|human)\**[ ]*(?::|\n).*\n[#* ]*(?:Assistant|ASSISTANT|assistant|model)\**[ ]*"
     r"(?::|\n)|[^\W_]assistant\n\n",
@@ -69,20 +69,20 @@ _TURNS_OF_WORDS = re.compile(
 
 
 def holds_control_tokens(text: str) -> bool:
-    """Return whether a text holds what is a control token of some model, in code or out of it."""
+    """Return True if a text holds a control token of some model, in code or outside of it."""
     return ("<" in text or "[" in text) and bool(_TOKEN.search(text))
 
 
 def holds_turns(text: str) -> bool:
-    """Return whether lines of a text look like further turns: it went on past its end, or is a dialogue."""
+    """Return True if lines of a text look like further turns: it ran on past its end, or is a dialogue."""
     may_hold = "ssistant" in text or "SSISTANT" in text or "\nmodel\n" in text
     return may_hold and bool(_TURNS_OF_WORDS.search(text))
 
 
 def cut_at_next_turn(text: str) -> tuple[str, bool]:
-    """Return the text before the first turn that follows its own, and whether one does.
+    """Return the text before the first further turn, and True if there is one.
 
-    One that a text announces or begins with is an example, and so are those after it.
+    A turn that the text announces or begins with is an example, and so are those after it.
     """
     plain = blank_code(text)
     for turn in _TURN.finditer(plain):
@@ -99,7 +99,7 @@ def cut_at_next_turn(text: str) -> tuple[str, bool]:
 
 
 def strip_header(text: str) -> tuple[str, tuple[str, ...]]:
-    """Return the text without the tokens at its beginning, and these."""
+    """Return the text without the tokens at its beginning, and the tokens."""
     tokens: list[str] = []
     end = 0
     while header := _BEGINS.match(text, end):
@@ -112,14 +112,14 @@ def strip_header(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def strip_end_tokens(text: str) -> tuple[str, tuple[str, ...]]:
-    """Return the text without the control tokens at its end, and these from the end.
+    """Return the text without the control tokens at its end, and the tokens, the last one first.
 
     Those that may be words of the text stay: `</s>` that closes an `<s>` (struck out in HTML), `it ends with <eos>`,
-    and the tokens that a colon or a list's marker announces.
+    and tokens after a colon or a list marker.
     """
     tokens: list[str] = []
     unopened = text.count("</s>") - text.count("<s>")
-    end = _end_of_words(text, len(text))
+    end = _end_of_text(text, len(text))
     while token := _END.search(text, max(0, end - _LONGEST), end):
         if is_announced(text, token.start()):
             return text, ()
@@ -127,19 +127,20 @@ def strip_end_tokens(text: str) -> tuple[str, tuple[str, ...]]:
             break
         tokens.append(token[0])
         unopened += {"<s>": 1, "</s>": -1}.get(token[0], 0)
-        end = _end_of_words(text, token.start())
+        end = _end_of_text(text, token.start())
     return (text[:end], tuple(tokens)) if tokens else (text, ())
 
 
-def _end_of_words(text: str, end: int) -> int:
+def _end_of_text(text: str, end: int) -> int:
     while end and text[end - 1].isspace():
         end -= 1
     return end
 
 
 def _is_word(text: str, start: int, end: int) -> bool:
-    """Return True where the last token of a text is a word of it; one with bars seldom is, and the only one of a text
-    may stand after a space.
+    """Return True if the last token of a text is a word of it.
+
+    One with bars rarely is: as the only token of a text it may follow a space.
     """
-    is_alone = "|" in text[start:end] and _TOKEN.search(text, 0, start) is None
-    return is_named(text, start, end) or (is_word(text, start, end) and not is_alone)
+    is_only_token = "|" in text[start:end] and _TOKEN.search(text, 0, start) is None
+    return is_named(text, start, end) or (is_word(text, start, end) and not is_only_token)

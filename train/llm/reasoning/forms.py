@@ -1,8 +1,8 @@
-r"""The forms in which models mark their reasoning, one a row, where the server leaves it in the text.
+r"""Forms in which models mark reasoning in their text, one per entry.
 
-Sources: the reasoning parsers of vLLM and SGLang, llama.cpp's, and the models' chat templates. No library for this is
-light to depend on: openai-harmony reads token ids with a vocabulary that it downloads, and vLLM's and SGLang's need the
-whole engine. gpt-oss with its special tokens is in `harmony.py`.
+Sources: the reasoning parsers of vLLM, SGLang and llama.cpp, and the models' chat templates. No library fits:
+openai-harmony reads token ids with a vocabulary that it downloads, and the parsers of vLLM and SGLang require the
+complete engine. gpt-oss with its special tokens is in `harmony.py`.
 """
 
 import functools
@@ -16,7 +16,7 @@ _WORDS = (
     r"|chain_of_thought"
 )
 _OWN_WORDS = "(?:[a-z]+[:_])?think"
-"""Names that models have for reasoning, and no one else. The other words may be names in a document."""
+"""Tag names that only models use. The other names may occur in a document."""
 _UPPER = "(?:THINK(?:ING)?|THOUGHTS?|REASONING)"
 _IN_TOKEN = "(?:think(?:ing)?|thoughts?|reasoning)"
 _FIRST_WORDS = (
@@ -35,14 +35,14 @@ def _tag(left: str, right: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """Regular expressions of what opens reasoning at the beginning of a text, and of what closes it.
+    """Regular expressions of the opener of reasoning, at the beginning of a text, and of its closer.
 
-    - `alone`: the closer ends reasoning also without an opener, which the chat template has put into the prompt.
-      `token`: anywhere but in code; `glued`: between two words without a space; `word`: answers may speak of it, so
-      `reasoning.py` looks at what stands around it.
-    - `needs_closer`: an ordinary answer may begin with the opener, so that nothing is reasoning without the closer.
-      Elsewhere a text without the closer is reasoning that was cut.
-    - `holds_turn`: the closer itself ends a turn and begins another.
+    alone: the closer ends reasoning also without an opener, which the chat template put into the prompt. `token`:
+        anywhere but in code; `glued`: between two words without a space; `word`: answers may speak of it, so
+        block_ends.py examines the text around it.
+    needs_closer: an ordinary answer may begin with the opener, so there is no reasoning without the closer. In other
+        forms a text without the closer is reasoning that was cut.
+    holds_turn: the closer itself ends a turn and begins another.
     """
 
     models: str
@@ -53,7 +53,7 @@ class Form:
     holds_turn: bool = False
 
     def openers(self, text: str, closer: re.Match[str], start: int) -> Iterator[re.Match[str]]:
-        """Return what opens reasoning between `start` and a closer of this form; a tag has the closer's name."""
+        """Return the openers between `start` and a closer of this form; a tag has the closer's name."""
         if "{word}" not in self.closer:
             return _compiled(self.opener, "").finditer(text, start, closer.start())
         name = re.sub(r"[\s</>]", "", closer[0]).casefold()
@@ -63,8 +63,8 @@ class Form:
     def closers(self, text: str, opener: re.Match[str]) -> list[re.Match[str]]:
         """Return the closers after an opener that aren't in backticks; those of a tag have the opener's name."""
         word = opener["word"] or opener["escaped"] or ""
-        found = _compiled(self.closer, word).finditer(text, opener.end())
-        return [one for one in found if not text[one.start() - 1] == "`" == text[one.end() : one.end() + 1]]
+        matches = _compiled(self.closer, word).finditer(text, opener.end())
+        return [match for match in matches if not text[match.start() - 1] == "`" == text[match.end() : match.end() + 1]]
 
 
 @functools.lru_cache(maxsize=64)
@@ -145,11 +145,11 @@ _ALONE = tuple(
 CLOSER = re.compile(
     "|".join(f"(?:{pattern.pattern})" for form, pattern in _ALONE if form.alone != "glued"), re.IGNORECASE
 )
-"""Any closer that may stand without an opener."""
+"""Any closer that is valid without an opener."""
 TAG = re.compile(rf"<(?P<closes>/\s*)?(?P<name>{_WORDS})(?:\s[^<>]*?)?>", re.IGNORECASE)
-"""A mark that answers may speak of, as they may of [THINK]."""
+"""A tag that answers may speak of, as of [THINK]."""
 BLOCK = re.compile(rf"^[^\S\n]*(?:<(?P<name>{_OWN_WORDS})>|\[(?P<mark>{_UPPER})\])", re.MULTILINE | re.IGNORECASE)
-"""An opener at the beginning of a line. Names that any document may have are not among them."""
+"""An opener at the beginning of a line, without names that may occur in a document."""
 _OWN_WORD = re.compile(_OWN_WORDS, re.IGNORECASE)
 _TOKEN = re.compile(
     "|".join(f"{form.opener}|{form.closer}" for form in FORMS if form.alone == "token" and not form.needs_closer)
@@ -163,7 +163,7 @@ _BRACKET = re.compile(rf"\[(?:/{_UPPER}\]|unused\d|BEGIN FINAL|END FINAL|/?INST\
 
 
 def may_hold_marks(text: str) -> bool:
-    """Return whether a text that begins with no opener may hold a closer or a control token. Most answers hold none."""
+    """Return True if a text without an opener may hold a closer or a control token. Most answers hold none."""
     return bool(
         ("<" in text and _MARK.search(text))
         or ("[" in text and _BRACKET.search(text))
@@ -175,19 +175,19 @@ def may_hold_marks(text: str) -> bool:
 
 
 def tokens_in(text: str) -> Iterator[re.Match[str]]:
-    """Return the marks in a text that are tokens of a model, which answers hold only to speak of them."""
+    """Return the marks in a text that are tokens of a model: an answer holds them only to speak of them."""
     signs = ("<|", "|>", "◁", "[unused", "<unused")
     return _TOKEN.finditer(text) if any(sign in text for sign in signs) else iter(())
 
 
-def closers_alone(text: str) -> list[tuple[Form, re.Match[str]]]:
-    """Return all closers that may stand without an opener, in their order. One regular expression for all is slow."""
-    found = ((form, closer) for form, pattern in _ALONE for closer in pattern.finditer(text))
-    return sorted(found, key=lambda one: one[1].start())
+def lone_closers(text: str) -> list[tuple[Form, re.Match[str]]]:
+    """Return all closers that are valid without an opener, in their order. One regular expression for all is slow."""
+    closers = ((form, closer) for form, pattern in _ALONE for closer in pattern.finditer(text))
+    return sorted(closers, key=lambda item: item[1].start())
 
 
 def document_name(opener: re.Match[str], form: Form) -> str:
-    """Return the name of an opener that may be a tag of an ordinary document; nothing for a model's own mark."""
+    """Return the name of an opener that may be a tag of an ordinary document; empty for a model's own mark."""
     if form.models == "Dify":
         return "details"
     word: str = opener["word"] or ""
@@ -195,5 +195,5 @@ def document_name(opener: re.Match[str], form: Form) -> str:
 
 
 def form_of(opener: re.Match[str]) -> Form:
-    """Return the form of an opener that was found."""
+    """Return the form of a match of `OPENER`."""
     return next(FORMS[int(name[4:])] for name, value in opener.groupdict().items() if value and name.startswith("form"))

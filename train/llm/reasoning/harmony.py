@@ -1,8 +1,8 @@
-"""The channels of gpt-oss (harmony), as text: analysis and commentary are reasoning, final is the answer.
+"""Channels of gpt-oss (harmony) as text: analysis and commentary are reasoning, final is the answer.
 
     <|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...<|return|>
 
-The format: github.com/openai/harmony. Its library reads token ids, which a server doesn't send.
+Format: github.com/openai/harmony. Its library reads token ids, which a server doesn't send.
 """
 
 import re
@@ -21,11 +21,11 @@ _RUN = re.compile(
 
 
 def holds_harmony(text: str) -> bool:
-    """Return whether tokens that only this format has are in the text, and not as words of a sentence."""
-    return any(sign in text for sign in _SIGNS) and not all(_is_spoken_of(text, run) for run in _RUN.finditer(text))
+    """Return True if a text holds tokens of this format, and not as words of a sentence."""
+    return any(sign in text for sign in _SIGNS) and not all(_is_mentioned(text, run) for run in _RUN.finditer(text))
 
 
-def _is_spoken_of(text: str, run: re.Match[str]) -> bool:
+def _is_mentioned(text: str, run: re.Match[str]) -> bool:
     after = text[run.end() :]
     if run["name"] and not after[:1].isspace() and after[:1] not in tuple(".,;)"):
         return False
@@ -33,34 +33,34 @@ def _is_spoken_of(text: str, run: re.Match[str]) -> bool:
 
 
 def split_channels(text: str, plain: str) -> tuple[str, str, str] | None:
-    """Return reasoning, answer and what follows it; None where no message is complete enough to be told.
+    """Return reasoning, answer and the rest; None if no message is complete enough.
 
-    `plain`: `text` with its code blanked out. What stands before the first header is reasoning: its own header was in
-    the prompt. Where the first header opens a user's turn, it is the answer: the final channel was in the prompt.
+    `plain`: `text` without code. Text before the first header is reasoning: its own header was in the prompt. If the
+    first header opens a user's turn, it is the answer: the final channel was in the prompt.
     """
     reasoning: list[str] = []
     header = _HEADER.search(plain)
     if header is None:
         return None
     before = text[: header.start()]
-    if not _is_models(header) and before.strip():
+    if not _is_of_model(header) and before.strip():
         return "", before, text[header.start() :]
     reasoning.append(_TOKENS.sub("", before.replace("<|end|>", "")))
-    while header is not None and _is_models(header):
+    while header is not None and _is_of_model(header):
         end = _END.search(plain, header.end())
         body = text[header.end() : end.start() if end else len(text)]
         channel = (header["channel"] or "").split()
         if channel[:1] == ["final"] or not (channel or reasoning[0].strip() or len(reasoning) > 1):
-            return _joined(reasoning), body, text[end.start() :] if end else ""
+            return _join(reasoning), body, text[end.start() :] if end else ""
         reasoning.append(body)
         header = _HEADER.search(plain, end.start()) if end else None
     return None
 
 
-def _is_models(header: re.Match[str]) -> bool:
+def _is_of_model(header: re.Match[str]) -> bool:
     role = (header["role"] or "assistant").split()
     return role[:1] not in (["user"], ["system"], ["developer"])
 
 
-def _joined(parts: list[str]) -> str:
+def _join(parts: list[str]) -> str:
     return "\n".join(part.strip() for part in parts if part.strip())

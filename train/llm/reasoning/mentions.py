@@ -1,7 +1,7 @@
-"""Marks (tags of reasoning, control tokens) that a text speaks of, told from marks that a model set.
+"""Mentions of marks (tags of reasoning, control tokens) in prose, as opposed to marks that a model set.
 
 An answer about language models names them: "it ends with </think>", "the token <|im_end|> closes a turn". A mark that
-a model set is glued to the text, or stands after the end of a sentence or on a line of its own.
+a model set is glued to the text, follows the end of a sentence, or is on a line of its own.
 """
 
 import re
@@ -24,39 +24,39 @@ _NAMED_AFTER = re.compile(
 _NOUN_AT_END = re.compile(rf"\b{_NOUNS}\b[^.!?…。！？\n]*\Z", re.IGNORECASE)
 _LIST_MARKER = re.compile(r"(?:^|\n)[ \t]*(?:[-*+•]|\d+[.)])[ \t]+\Z")
 _WORD = 24
-"""Characters before a mark in which the word before it stands, with a quotation mark."""
+"""Characters before a mark that hold the word before it, with a quotation mark."""
 _SHORT = 120
-"""Characters before a mark in which its sentence is looked for."""
+"""Characters before a mark that are searched for its sentence."""
 
 
 def is_named(text: str, start: int, end: int) -> bool:
-    """Return True where the words around a mark speak of it: "the tag </think>", "<think> is"."""
+    """Return True if the words around a mark name it: "the tag </think>", "<think> is"."""
     return bool(_NAMED_AFTER.match(text, end) or _NAMED_BEFORE.search(text[max(0, start - _WORD) : start]))
 
 
 def is_named_before(text: str, start: int) -> bool:
-    """Return True where the word before a mark speaks of it, on its line or on the one before."""
+    """Return True if the word before a mark names it, on its line or on the one before."""
     return _NAMED_BEFORE.search(f"{text[max(0, start - _WORD) : start].rstrip()} ") is not None
 
 
 def is_named_after(text: str, end: int) -> bool:
-    """Return True where the words after a mark speak of it."""
+    """Return True if the words after a mark name it."""
     return _NAMED_AFTER.match(text, end) is not None
 
 
 def is_announced(text: str, start: int) -> bool:
-    """Return True where a colon or a list's marker stands before a mark: it is what the text shows."""
+    """Return True if a colon or a list marker precedes a mark: the text shows it."""
     before = text[max(0, start - _SHORT) : start]
     return before.rstrip().endswith((":", "：")) or _LIST_MARKER.search(before) is not None
 
 
 def speaks_of_marks(text: str) -> bool:
-    """Return True where the last sentence of a text, which has no end yet, names a tag, a token or a format."""
+    """Return True if the last, unfinished sentence of a text names a tag, a token or a format."""
     return _NOUN_AT_END.search(text[-_SHORT:].rstrip().rstrip(":")) is not None
 
 
 def is_word(text: str, start: int, end: int) -> bool:
-    """Return True where a mark is a word of its sentence: it stands after a space and a word, a quote or a bracket."""
+    """Return True if a mark is a word of its sentence: after a space and a word, a quote or a bracket."""
     if text[end : end + 1] in tuple(",;:)\"'”’»"):
         return True
     before = text[max(0, start - 3) : start]

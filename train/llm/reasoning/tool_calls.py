@@ -1,7 +1,7 @@
-"""Calls of tools that a server left in the text, in the forms of vLLM's and SGLang's parsers.
+"""Tool calls in the text of an answer, in the forms of vLLM's and SGLang's parsers.
 
-A server without the parser of its model sends the call as the answer. It is a call where the answer begins with it, or
-consists of it after a short lead-in. One in code, or in the middle of an explanation, is what the answer shows.
+A server without the parser of its model sends the call as the answer. A text is a call if it begins with one, or
+consists of one after a short lead-in. A call in code, or in the middle of an explanation, is an example.
 """
 
 import re
@@ -21,11 +21,11 @@ _SHOWS = re.compile(
     r"\b(?:writes|looks|written|shown|like this|as follows|models?|assistant|Qwen|Hermes|Mistral|Llama)\b"
 )
 _LEAD_IN = 400
-"""Characters of text before a call; an explanation of the form is longer, or names it."""
+"""Longest text before a call, in characters; an explanation of the form is longer, or names it."""
 
 
 def calls_tool(text: str, plain: str) -> bool:
-    """Return True where an answer is a call of a tool. `plain`: `text` with its code blanked out."""
+    """Return True if an answer is a tool call. `plain`: `text` without code."""
     call = _CALL.search(plain, 0, _LEAD_IN + 40)
     if call is None:
         return False

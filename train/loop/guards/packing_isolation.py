@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
@@ -19,7 +18,7 @@ from train.data.dataset import PackedDataset
 from train.errors import UserError
 from train.loop.batch_info import BATCH_INFO
 from train.model.float8 import without_float8
-from train.model.inference import as_in_evaluation
+from train.model.inference import evaluation_mode
 from train.ranks import is_first_rank
 
 _LENGTHS = (43, 48, 40)
@@ -99,7 +98,7 @@ def measure_isolation(trainer: SFTTrainer) -> Isolation:
     """
     first, second, third, other_first, other_third = _pieces(trainer.train_dataset)
     # float8 with one scale per tensor couples documents by itself, which would hide a leak of the masks
-    with as_in_evaluation(trainer.model_wrapped), torch.no_grad(), without_float8(trainer.model_wrapped):
+    with evaluation_mode(trainer.model_wrapped), torch.no_grad(), without_float8(trainer.model_wrapped):
         packed = _token_losses(trainer, [first, second, third])[1]
         replaced_before = _token_losses(trainer, [other_first, second, third])[1]
         replaced_after = _token_losses(trainer, [first, second, other_third])[1]
@@ -132,8 +131,8 @@ def _token_losses(trainer: SFTTrainer, documents: list[list[int]]) -> list[torch
     tokens = [token for document in documents for token in document]
     lengths = [len(document) for document in documents]
     batch = trainer.data_collator([{"input_ids": tokens, "labels": tokens, "seq_lengths": lengths, "sequence": 0}])
-    batch.pop(BATCH_INFO, None)
-    inputs = send_to_device(batch, trainer.args.device)
+    inputs = trainer._prepare_inputs(batch)  # as in training, where it could add a mask
+    inputs.pop(BATCH_INFO, None)
     with trainer.compute_loss_context_manager():
         outputs = trainer.model_wrapped(**inputs, use_cache=False, fused_lm_head=True)  # as TRL's compute_loss does
     losses = -outputs.log_probs[0].double().cpu()

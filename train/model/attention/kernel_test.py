@@ -1,4 +1,4 @@
-"""One step of an attention kernel on this device, beside the same in plain arithmetic: before a model relies on it."""
+"""Test of an attention kernel on this device: a forward and backward step, compared with plain attention."""
 
 from types import SimpleNamespace
 
@@ -8,12 +8,12 @@ from transformers import AttentionInterface
 _LENGTHS = (37, 128, 91)
 _KEY_HEADS = 2
 _TOLERANCE = 0.02
-"""Of the largest value. A bfloat16 holds 8 bits, so each of a few roundings is off by up to 0.4 %; a document that sees
-another, or a wrong gradient, is off by as much as the values themselves."""
+"""Allowed error as a share of the largest value. A bfloat16 has 8 significant bits, so each of a few roundings is off
+by up to 0.4 %. If a document attends to another, or a gradient is wrong, the error is as large as the values."""
 
 
 class _Layer(torch.nn.Module):
-    """What a kernel of transformers' reads of the layer that calls it."""
+    """The attributes that a kernel of transformers reads from the layer that calls it."""
 
     def __init__(self, kernel: str, groups: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class _Layer(torch.nn.Module):
         self.is_causal, self.layer_idx, self.num_key_value_groups = True, 0, groups
 
 
-def trial(
+def check_kernel(
     kernel: str,
     *,
     head_size: int,
@@ -31,14 +31,14 @@ def trial(
     softcap: float | None,
     device: torch.device,
 ) -> str | None:
-    """What is wrong with `kernel` on packed documents of random numbers, forward and backward; None if it is right.
+    """Run `kernel` on packed documents of random numbers, forward and backward; return an error, or None.
 
-    A kernel may be installed and yet lack a backward (FlashAttention 3 often does), a head size or this device. The
-    global state of random numbers is left alone. With a `window`, one of 64 stands for it.
+    An installed kernel may lack a backward (FlashAttention 3 often does), a head size or this device. Any `window` is
+    tested as one of 64 tokens. The global random state doesn't change.
     """
     generator = torch.Generator(device).manual_seed(0)
     tokens, heads = sum(_LENGTHS), groups * _KEY_HEADS
-    query, key, value, wanted = (
+    query, key, value, gradient = (
         torch.randn(1, count, tokens, head_size, generator=generator, device=device).to(dtype)
         for count in (heads, _KEY_HEADS, _KEY_HEADS, heads)
     )
@@ -52,16 +52,16 @@ def trial(
             scaling=head_size**-0.5, sliding_window=window, softcap=softcap, position_ids=positions,
             cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=max(_LENGTHS), max_length_k=max(_LENGTHS),
         )  # fmt: skip
-        found = [output.transpose(1, 2), *torch.autograd.grad(output.transpose(1, 2), inputs, wanted)]
-    except Exception as fault:  # of compilers, drivers and kernels, which share no class
-        return (str(fault).strip() or type(fault).__name__).splitlines()[0]
+        actual = [output.transpose(1, 2), *torch.autograd.grad(output.transpose(1, 2), inputs, gradient)]
+    except Exception as error:  # of compilers, drivers and kernels, which share no class
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
     exact_inputs = [tensor.detach().float().requires_grad_() for tensor in inputs]
     exact = _plain_attention(exact_inputs[0], exact_inputs[1], exact_inputs[2], borders, window, softcap)
-    right = [exact, *torch.autograd.grad(exact, exact_inputs, wanted.float())]
-    for name, one, other in zip(("output", "dq", "dk", "dv"), found, right, strict=True):
-        error = (one.float() - other).abs().max() / other.abs().max()
-        if not error <= _TOLERANCE:  # NaN too
-            return f"its {name} on packed documents is off by {error.item():.0%}"
+    expected = [exact, *torch.autograd.grad(exact, exact_inputs, gradient.float())]
+    for name, ours, reference in zip(("output", "dq", "dk", "dv"), actual, expected, strict=True):
+        deviation = (ours.float() - reference).abs().max() / reference.abs().max()
+        if not deviation <= _TOLERANCE:  # NaN too
+            return f"its {name} on packed documents is off by {deviation.item():.0%}"
     return None
 
 
@@ -73,12 +73,12 @@ def _plain_attention(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Causal attention inside each document, [1, heads, tokens, size], with all scores written out."""
+    """Return causal attention inside each document, [1, heads, tokens, size], with all scores in memory."""
     groups, tokens = query.shape[1] // key.shape[1], query.shape[2]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    places = torch.arange(tokens, device=query.device)
-    documents = torch.bucketize(places, borders, right=True)
-    behind = places[:, None] - places[None, :]
+    positions = torch.arange(tokens, device=query.device)
+    documents = torch.bucketize(positions, borders, right=True)
+    behind = positions[:, None] - positions[None, :]
     seen = (documents[:, None] == documents[None, :]) & (behind >= 0) & (behind < (window or tokens))
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     if softcap:

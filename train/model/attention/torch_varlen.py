@@ -1,10 +1,10 @@
 """torch_varlen: FlashAttention for packed documents with the kernels that torch ships, registered with transformers.
 
 torch.nn.attention.varlen (torch 2.10 and later) is FlashAttention-2 (Dao 2023, arXiv:2307.08691) over one row of tokens
-with the borders of its documents; nothing has to be compiled or installed beside torch. It is called through an
+with the borders of its documents; nothing has to be compiled or installed besides torch. It is called through an
 operator of our own: TRL's selective checkpointing (training.gradient_checkpointing_kwargs: {selective: true}) keeps
-what attention put out where the operator's name has `flash_attn` in it (selective_activation_checkpointing.py in
-trl/models, 1.16), and that of torch's has not, so that it would be computed again.
+the output of operators with `flash_attn` in their name (selective_activation_checkpointing.py in trl/models, 1.16).
+The name of torch's has not, so its output would be computed again.
 """
 
 import importlib.util
@@ -21,13 +21,13 @@ NAME = "torch_varlen"
 
 
 def register() -> None:
-    """Make `torch_varlen` known to transformers: the kernel, and masks as FlashAttention takes them (2-D or none)."""
+    """Register `torch_varlen` with transformers: the kernel, and FlashAttention's masks (2-D or none)."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, flash_attention_mask)
 
 
 @cache
-def torch_kernel() -> tuple[Any, Any] | None:
+def find_torch_kernel() -> tuple[Any, Any] | None:
     """torch's operators, forward and backward; None where it has none."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return None
@@ -39,28 +39,28 @@ def torch_kernel() -> tuple[Any, Any] | None:
 
 
 def kernel_parameters() -> frozenset[str]:
-    """What torch's kernel takes here: it differs between 2.10, 2.11 and 2.13. Empty where torch has none."""
-    kernel = torch_kernel()
+    """Return the parameters of torch's kernel, which differ between 2.10, 2.11 and 2.13; empty without a kernel."""
+    kernel = find_torch_kernel()
     return frozenset(_parameters(kernel[0])) if kernel else frozenset()
 
 
 def _parameters(operator: Any) -> list[str]:
-    return [one.name for one in operator._schema.arguments]
+    return [argument.name for argument in operator._schema.arguments]
 
 
 def _call(operator: Any, **offered: Any) -> Any:
-    """The operator with those of the arguments that it takes."""
-    takes = _parameters(operator)
-    return operator(**{name: value for name, value in offered.items() if name in takes})
+    """Call the operator with those of the arguments that it accepts."""
+    accepted = _parameters(operator)
+    return operator(**{name: value for name, value in offered.items() if name in accepted})
 
 
 class Documents(NamedTuple):
-    """Where documents begin and end in one row of tokens."""
+    """Borders of the documents in one row of tokens."""
 
     borders: torch.Tensor
     """int32 [documents + 1], from 0 to the number of tokens."""
     longest: int
-    """Tokens of the longest document, or more."""
+    """Tokens of the longest document, or an upper bound."""
 
 
 def attention(
@@ -77,37 +77,39 @@ def attention(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as transformers calls it: `query` [batch, heads, tokens, size] -> [batch, tokens, heads, value size].
+    """Compute attention in transformers' interface: [batch, heads, tokens, size] -> [batch, tokens, heads, value size].
 
-    Documents are told apart by `cu_seq_lens_q` and `max_length_q` (TRL's collator makes them), else by a padding mask
-    [batch, tokens], else by `position_ids` that start again. `key` and `value` may have fewer heads (GQA), more tokens
-    (a cache: the queries are then the last ones) and `value` a smaller size (MLA).
-    Raises ValueError for what torch's kernel can't do: dropout, soft-capping, attention sinks, 4-D masks.
+    - Documents are separated by `cu_seq_lens_q` and `max_length_q` (from TRL's collator), else by a padding mask
+      [batch, tokens], else by `position_ids` that restart.
+    - `key` and `value` may have fewer heads (GQA) and more tokens (a cache: the queries are the last ones), and `value`
+      a smaller size (MLA).
+
+    Raises ValueError for what torch's kernel doesn't support: dropout, soft-capping, attention sinks, 4-D masks.
     """
-    for what, asked in ("dropout", dropout), ("soft-capping", softcap), ("attention sinks", s_aux is not None):
-        if asked:
-            raise ValueError(f"{NAME} does no {what}. Write another `model.attention`.")
+    for feature, used in ("dropout", dropout), ("soft-capping", softcap), ("attention sinks", s_aux is not None):
+        if used:
+            raise ValueError(f"{NAME} does not support {feature}. Write another `model.attention`.")
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(f"{NAME} takes a padding mask [batch, tokens], found {list(attention_mask.shape)}.")
     batch, _, query_tokens, size = query.shape
-    target = get_target_dtype(query, module)  # RoPE and norms in float32 leave float32 behind under autocast
+    target = get_target_dtype(query, module)  # under autocast RoPE and norms in float32 return float32
     if target is not None:
         query, key, value = query.to(target), key.to(target), value.to(target)
     value_size = value.shape[-1]
     if value_size < size:
         value = functional.pad(value, (0, size - value_size))
     key_tokens = key.shape[2]
-    query, key, value = (one.transpose(1, 2).reshape(-1, one.shape[1], size) for one in (query, key, value))
+    query, key, value = (states.transpose(1, 2).reshape(-1, states.shape[1], size) for states in [query, key, value])
 
-    kept: torch.Tensor | None = None
+    unpadded: torch.Tensor | None = None
     if kwargs.get("cu_seq_lens_q") is not None and attention_mask is None:
         of_queries = Documents(kwargs["cu_seq_lens_q"], int(kwargs["max_length_q"]))
         of_keys = Documents(kwargs["cu_seq_lens_k"], int(kwargs["max_length_k"]))
     elif attention_mask is not None:
         query_mask = attention_mask[:, -query_tokens:].bool()
         key_mask = functional.pad(attention_mask.bool(), (0, key_tokens - attention_mask.shape[1]))
-        kept, seen = query_mask.flatten().nonzero().squeeze(1), key_mask.flatten().nonzero().squeeze(1)
-        query, key, value = query[kept], key[seen], value[seen]
+        unpadded, attended = query_mask.flatten().nonzero().squeeze(1), key_mask.flatten().nonzero().squeeze(1)
+        query, key, value = query[unpadded], key[attended], value[attended]
         of_queries, of_keys = _of_lengths(query_mask.sum(1)), _of_lengths(key_mask.sum(1))
     elif query_tokens == key_tokens:
         of_queries = of_keys = _of_positions(kwargs.get("position_ids"), batch, query_tokens, query.device)
@@ -119,8 +121,8 @@ def attention(
     window = sliding_window if sliding_window is not None and of_keys.longest > sliding_window else None
     scale = size**-0.5 if scaling is None else scaling
     output = flash_varlen(query, key, value, of_queries, of_keys, scale=scale, causal=causal, window=window)
-    if kept is not None:
-        output = output.new_zeros(batch * query_tokens, *output.shape[1:]).index_copy(0, kept, output)
+    if unpadded is not None:
+        output = output.new_zeros(batch * query_tokens, *output.shape[1:]).index_copy(0, unpadded, output)
     return output.view(batch, query_tokens, -1, size)[..., :value_size], None
 
 
@@ -135,20 +137,21 @@ def flash_varlen(
     causal: bool,
     window: int | None,
 ) -> torch.Tensor:
-    """torch's kernel, whichever version of it: `query` [tokens, heads, size] -> the same shape.
+    """Call any version of torch's kernel: `query` [tokens, heads, size] -> the same shape.
 
-    A query sees the last `window` keys of its document, itself among them; None = all. Causal: none after it, the last
-    query standing at the last key. Raises ValueError for a window where torch's kernel has none (2.10).
+    A query attends to the last `window` keys of its document, its own included; None = all. If `causal`, to none after
+    it; the last query is at the last key. Raises ValueError for a window that torch's kernel doesn't support (2.10).
     """
-    takes = kernel_parameters()
-    if "window_size" not in takes and window is not None:
-        raise ValueError(f"{NAME} does no sliding window with torch {torch.__version__}: 2.11 or later does.")
-    if (
-        query.shape[1] != key.shape[1] and "enable_gqa" not in takes
-    ):  # until 2.12 it says nothing of fewer heads for keys
+    parameters = kernel_parameters()
+    if "window_size" not in parameters and window is not None:
+        raise ValueError(
+            f"{NAME} does not support a sliding window with torch {torch.__version__}: 2.11 or later does."
+        )
+    # before 2.12 fewer key heads go unnoticed
+    if query.shape[1] != key.shape[1] and "enable_gqa" not in parameters:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    if "scale" not in takes:
+    if "scale" not in parameters:
         query = query * (scale * query.shape[-1] ** 0.5)
     behind = -1 if window is None else window - 1
     sides = [behind, 0 if causal else behind]
@@ -169,9 +172,8 @@ def _forward(
     scale: float,
     window_size: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What torch.nn.attention.varlen.varlen_attn calls, under a name that TRL keeps: output, log of sums, and a state
-    of random numbers that nothing uses."""
-    kernel = torch_kernel()
+    """Call the operator of torch.nn.attention.varlen.varlen_attn: output, log-sum-exp, and an unused random state."""
+    kernel = find_torch_kernel()
     assert kernel is not None, f"torch {torch.__version__} has no kernel for variable lengths"
     return _call(
         kernel[0], query=query, key=key, value=value, cu_seq_q=cu_seq_q, cu_seq_k=cu_seq_k, max_q=max_q, max_k=max_k,
@@ -180,7 +182,9 @@ def _forward(
     )  # fmt: skip
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:  # torch gives them by name
+def _save_for_backward(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]
+) -> None:  # torch passes them by name
     tensors, ctx.numbers = inputs[:5], inputs[5:]
     ctx.save_for_backward(*tensors, *output)
 
@@ -188,7 +192,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
 def _backward(ctx: Any, gradient: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     query, key, value, cu_seq_q, cu_seq_k, out, lse, rng_state = ctx.saved_tensors
     max_q, max_k, scale, window_size = ctx.numbers
-    kernel = torch_kernel()
+    kernel = find_torch_kernel()
     assert kernel is not None
     gradients = _call(
         kernel[1], grad_out=gradient, query=query, key=key, value=value, out=out, lse=lse, cu_seq_q=cu_seq_q,
@@ -200,7 +204,7 @@ def _backward(ctx: Any, gradient: torch.Tensor, *_: torch.Tensor) -> tuple[torch
 
 _varlen = torch.library.custom_op("janus_flash_attn::varlen", _forward, mutates_args=())
 _varlen.register_fake(_forward)
-_varlen.register_autograd(_backward, setup_context=_keep)
+_varlen.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _of_lengths(lengths: torch.Tensor) -> Documents:
@@ -213,7 +217,7 @@ def _of_equal(batch: int, tokens: int, device: torch.device) -> Documents:
 
 
 def _of_positions(positions: torch.Tensor | None, batch: int, tokens: int, device: torch.device) -> Documents:
-    """A document begins with each row and wherever a position doesn't follow the one before it."""
+    """Return documents that begin with each row and wherever a position isn't the previous one plus 1."""
     if positions is None or positions.ndim != 2 or positions.shape[1] != tokens:
         return _of_equal(batch, tokens, device)
     begins = functional.pad(positions.diff(dim=1) != 1, (1, 0), value=True).expand(batch, tokens)

@@ -1,17 +1,29 @@
-"""TODO: train.multifaceted.bench.scoring.judging."""
+"""The judge of Multifaceted Bench: one rubric of one response per request, as in the JANUS paper (arXiv:2405.17977).
+
+- The judge gets the instruction, the response, the reference answer as an example of a 5, and one rubric with its five
+  descriptions, in one user message of our own wording, and ends with `[RESULT] n`.
+- It never gets the system message: the rubrics cover its demands. `show_system` adds it, which departs from the paper.
+- An answer without a score is asked for again, up to `retries` times in each run, each time as another sample. An
+  answer that was cut at the token limit has no score, whatever its last words look like.
+- A score that is still missing stays missing: it is never a zero and never part of a mean.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from train.llm.failures import RequestFailed
-from train.llm.journal import Answer, Request
 from train.llm.reasoning.answer import LEFTOVER_EVENTS, list_events, read_answer
+from train.llm.request import Answer, Request
 from train.multifaceted.bench.protocol import JudgeSettings
 from train.multifaceted.bench.rows import BenchRow, Rubric
-from train.multifaceted.judge import Missing, parse_score
+from train.multifaceted.judge import parse_score
 
 STAGE = "judge, run {run}"
+
+MissingReason = Literal["unparsable", "refused", "unfinished", "no answer", "pending"]
+"""unparsable = an answer was complete, and none had a score; refused = the judge or a filter refused each time;
+unfinished = no answer was complete (cut, broken off, ended for an unknown reason)."""
 
 
 _TASK = """\
@@ -27,8 +39,8 @@ Then give the score on a final line in this form, [RESULT] followed by the numbe
 
 
 PROMPT_VERSION = 2
-"""The wording of the judge's prompt, for bench.json. Raise it with every change of wording: scores under two wordings
-are not comparable."""
+"""Version of the judge's prompt, for bench.json. Raise it with every change of wording: scores under two wordings are
+not comparable."""
 
 
 def judge_prompt(row: BenchRow, rubric: Rubric, response: str, *, show_system: bool = False) -> str:
@@ -48,55 +60,57 @@ def judge_prompt(row: BenchRow, rubric: Rubric, response: str, *, show_system: b
 
 
 class PendingError(Exception):
-    """The answer may still come: it has been, or is to be, asked for in a batch file."""
+    """The judge's answer is pending: its request is in a batch file, or goes into the next one."""
 
 
 class JudgeClient(Protocol):
-    """Whoever gets the judge's answers: the client of servers, or a journal that batch files have filled."""
+    """A source of the judge's answers: a client of servers, or a journal filled from batch files."""
 
     async def ask(self, request: Request) -> Answer:
-        """The answer. Raises RequestFailed where none will come, and NotYetError where none has come yet."""
+        """Return the answer. Raises RequestFailed if there will be none, and PendingError if it is still to come."""
         ...
 
 
 NO_SCORE = "no score at its end"
-"""The fault of an answer that is complete."""
+"""The error of an answer that is complete."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """One run of the judge on one rubric. `texts`: all that it said, the answers without a score first.
+    """One run of the judge on one rubric.
 
-    `missing` says why `score` is None. `faults`: what was wrong with each answer that had none.
+    - `texts`: all its answers, those without a score first.
+    - `missing`: the kind of reason why `score` is None, with its `detail`.
+    - `errors`: the error of each answer without a score.
+    - `cleaned`: events of reading its answers, as in `train.llm.reasoning.answer`.
     """
 
     score: int | None
     texts: tuple[str, ...]
-    missing: Missing | None = None
+    missing: MissingReason | None = None
     detail: str = ""
-    faults: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
     tokens: Mapping[str, int] = field(default_factory=dict)
     cleaned: tuple[str, ...] = ()
-    """Events of reading its answers, in the words of `train.llm.reasoning.answer`."""
 
 
 async def judge_rubric(
-    asker: JudgeClient, settings: JudgeSettings, row: BenchRow, rubric: Rubric, response: str, run: int
+    client: JudgeClient, settings: JudgeSettings, row: BenchRow, rubric: Rubric, response: str, run: int
 ) -> Judgement:
-    """Ask about one rubric in run `run` (from 0), again where the answer holds no score. Raises UserError."""
+    """Ask about one rubric in run `run` (from 0), again if an answer has no score. Raises UserError."""
     messages = [{"role": "user", "content": judge_prompt(row, rubric, response, show_system=settings.show_system)}]
     texts: list[str] = []
-    faults: list[str] = []
+    errors: list[str] = []
     cleaned: list[str] = []
     tokens = {"prompt": 0, "completion": 0}
 
-    def judged(score: int | None, missing: Missing | None = None, detail: str = "") -> Judgement:
-        return Judgement(score, tuple(texts), missing, detail, tuple(faults), tokens, tuple(cleaned))
+    def judged(score: int | None, missing: MissingReason | None = None, detail: str = "") -> Judgement:
+        return Judgement(score, tuple(texts), missing, detail, tuple(errors), tokens, tuple(cleaned))
 
     for sample in range(settings.retries + 1):
         request = Request(STAGE.format(run=run + 1), messages, settings.decoding, sample)
         try:
-            answer = await asker.ask(request)
+            answer = await client.ask(request)
         except RequestFailed as failure:
             return judged(None, "no answer", str(failure))
         except PendingError:
@@ -104,20 +118,20 @@ async def judge_rubric(
         texts.append(answer.text)
         tokens["prompt"] += answer.prompt_tokens or 0
         tokens["completion"] += answer.completion_tokens or 0
-        read, said = read_answer(answer)
-        cleaned.extend(event for event in list_events(said) if event not in LEFTOVER_EVENTS)
-        score = parse_score(read.text)
-        if fault := _fault(read, score):
-            faults.append(fault)
+        plain_answer, cleaning = read_answer(answer)
+        cleaned.extend(event for event in list_events(cleaning) if event not in LEFTOVER_EVENTS)
+        score = parse_score(plain_answer.text)
+        if error := _score_error(plain_answer, score):
+            errors.append(error)
         else:
             return judged(score)
-    kind: Missing = "refused" if set(faults) == {"refused"} else "unfinished"
-    return judged(None, "unparsable" if NO_SCORE in faults else kind, faults[-1])
+    kind: MissingReason = "refused" if set(errors) == {"refused"} else "unfinished"
+    return judged(None, "unparsable" if NO_SCORE in errors else kind, errors[-1])
 
 
-def _fault(answer: Answer, score: int | None) -> str:
-    """Why an answer of the judge gives no score; nothing where it does."""
-    # One that hadn't come to its end holds none: what looks like its result may be a quotation. Where the server tells
-    # nothing of ends, the score must do.
-    unfinished = "" if answer.ending == "unstated" and not answer.refused else answer.unfinished
+def _score_error(answer: Answer, score: int | None) -> str:
+    """Return why an answer of the judge gives no score; empty if it gives one."""
+    # In an unfinished answer the apparent score may be a quotation. If the server reports no finish reasons, the score
+    # itself has to do.
+    unfinished = "" if answer.finish_class == "unstated" and not answer.refused else answer.unfinished
     return unfinished or (NO_SCORE if score is None else "")

@@ -1,38 +1,38 @@
-"""How the bench is scored: the paper's settings (arXiv:2405.17977) and those of a run. It imports nothing heavy."""
+"""Scoring protocol of the bench: the settings of the paper (arXiv:2405.17977) and those of a run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from train.errors import UserError
-from train.llm.journal import Decoding
+from train.llm.request import Decoding
 from train.reporting.conditions import UNKNOWN, recorded_differences
 
 HUB_ID = "kaist-ai/Multifaceted-Bench"
 ROWS_OF_THE_BENCH = 921
 
 PAPERS_RESPONSES = Decoding(max_tokens=1024, temperature=1.0, top_p=0.9, extra={"repetition_penalty": 1.03})
-"""How the paper draws the answers."""
+"""The paper's sampling settings of the responses."""
 PAPERS_JUDGE = "gpt-4-0125-preview"
 PAPERS_DECODING = Decoding(max_tokens=1024, temperature=1.0, top_p=0.9)
-"""How its judge answers."""
+"""Sampling settings of its judge."""
 PAPERS_RUNS = 3
 
-MOST_RUNS = 100
-"""The judge's own luck is in a rubric's score by one over the root of the runs: 100 leave a tenth of it. Each of them
+MAX_RUNS = 100
+"""The judge's noise in a rubric's score falls with the square root of the runs: 100 runs leave a tenth of it. Each run
 asks about every rubric of every row again."""
-MOST_ANSWERS = 1_024
-"""To best of N: the judge grades all answers to a row before one is picked."""
+MAX_ANSWERS = 1_024
+"""Limit of best of N: the judge grades all answers to a row before one is picked."""
 
 GOOD = 4.0
-"""From which score on a tie of two models is both good. The facts at hand give no number, so this one is ours."""
+"""Score from which a tie of two models counts as both good. The paper states no number; this one is ours."""
 
 Picking = Literal["first run", "all runs", "file"]
 
 
 @dataclass(frozen=True, slots=True)
 class JudgeSettings:
-    """Who judges and how; the defaults are the paper's, `retries` aside, of which it says nothing."""
+    """The judge and its settings; the defaults are the paper's, except `retries`, which it does not mention."""
 
     model: str
     decoding: Decoding = PAPERS_DECODING
@@ -43,7 +43,7 @@ class JudgeSettings:
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """How rows are scored: the judge's settings, and which of several answers counts; `best_of` 1 picks nothing."""
+    """Scoring of rows: the judge's settings, and the pick of one of several answers; `best_of` 1 picks nothing."""
 
     judge: JudgeSettings
     best_of: int = 1
@@ -51,12 +51,12 @@ class Protocol:
 
     @property
     def picks_by_first_run(self) -> bool:
-        """Whether a run of the judge is there to pick, and not to score."""
+        """Return whether the judge's first run picks an answer and does not score it."""
         return self.best_of > 1 and self.pick_by == "first run"
 
     @property
     def scoring_runs(self) -> range:
-        """The runs that a score is the mean of."""
+        """Return the runs that a score is the mean of."""
         return range(1 if self.picks_by_first_run else 0, self.judge.runs)
 
 
@@ -74,13 +74,13 @@ OPTIONS = {
     "picked by": "--pick-by",
     "decoding": "--max-tokens, --temperature, --top-p, --repetition-penalty",
 }
-"""Settings that must agree before scores are compared, each with the option of the bench that sets it.
+"""Settings that must agree before scores are compared, each with the option that sets it.
 
 `decoding` is that of the responses."""
 
 NOTED = ("system_message_given", "system_role", "template", "engine", "dtype")
-"""Settings of the model that responds. They may differ, as in the paper's ablation without system messages, and the
-difference is named."""
+"""Settings of the model under evaluation. They may differ, as in the paper's ablation without system messages; the
+difference becomes a note."""
 
 
 def judge_record(settings: JudgeSettings, prompt_version: int) -> dict[str, Any]:
@@ -96,13 +96,13 @@ def judge_record(settings: JudgeSettings, prompt_version: int) -> dict[str, Any]
 
 
 def decoding_record(decoding: Decoding, papers: Decoding) -> dict[str, Any]:
-    """Return what a request holds of how answers are drawn, for JSON; None for what the paper's has and it has not."""
+    """Return the sampling fields of a request for JSON; None for a field that the paper sends and this one does not."""
     limit = decoding.max_tokens if decoding.limit_name else None
     return {"max_tokens": limit} | dict.fromkeys(papers.parameters(0)) | decoding.parameters(0)
 
 
 def settings_of(protocol: Protocol, prompt_version: int, responses: Decoding | None) -> dict[str, Any]:
-    """Return the value of each of OPTIONS for a run. `responses`: how they are drawn; None where they are given."""
+    """Return the value of each of OPTIONS for a run. `responses`: their sampling settings; None = read from a file."""
     picks = protocol.best_of > 1
     return protocol_of(
         {
@@ -115,49 +115,55 @@ def settings_of(protocol: Protocol, prompt_version: int, responses: Decoding | N
 
 def protocol_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the value of each of OPTIONS from a record of bench.json, or from a line of bench_rows.jsonl."""
-    known = record.get("protocol")
-    if known is None:
-        judge = {"prompt_version": 1, **record["judge"]}  # which was not recorded before version 2
+    settings = record.get("protocol")
+    if settings is None:
+        judge = {"prompt_version": 1, **record["judge"]}  # not recorded before version 2
         if "max_tokens" in judge:
             judge = {"temperature": None, "top_p": None, **judge}
         keys = [name.removeprefix("judge ") for name in OPTIONS if name.startswith("judge ")]
-        known = {f"judge {key}": judge.pop(key) for key in keys if key in judge}
-        if "judge max_tokens" in known:
-            known["judge extra"] = judge
+        settings = {f"judge {key}": judge.pop(key) for key in keys if key in judge}
+        if "judge max_tokens" in settings:
+            settings["judge extra"] = judge
         best = record.get("best_of", {"answers": 1, "picked_by": None})
-        known |= {"best of": best["answers"], "picked by": best["picked_by"]}
-        drawn = record.get("decoding") or {}
-        known["decoding"] = {name: value for name, value in drawn.items() if value is not None} or UNKNOWN
-    known = {"judge prompt_version": 1} | known
-    return {name: known.get(name, UNKNOWN) for name in OPTIONS}
+        settings |= {"best of": best["answers"], "picked by": best["picked_by"]}
+        decoding = record.get("decoding") or {}
+        settings["decoding"] = {name: value for name, value in decoding.items() if value is not None} or UNKNOWN
+    settings = {"judge prompt_version": 1} | settings
+    return {name: settings.get(name, UNKNOWN) for name in OPTIONS}
 
 
 def noted_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the value of each of NOTED from a record of bench.json, or from a line of bench_rows.jsonl."""
-    known = {**record, **(record.get("respondent") or {}), **record.get("protocol", {})}
-    return {name: UNKNOWN if known.get("system_message_given") is None else known.get(name, UNKNOWN) for name in NOTED}
+    settings = {**record, **(record.get("respondent") or {}), **record.get("protocol", {})}
+    if settings.get("system_message_given") is None:
+        return dict.fromkeys(NOTED, UNKNOWN)
+    return {name: settings.get(name, UNKNOWN) for name in NOTED}
 
 
-def refuse_other_protocol(first: str, one: Mapping[str, Any], second: str, other: Mapping[str, Any]) -> None:
-    """Raise UserError with each of OPTIONS that differs between two measurements, and with what to run again."""
-    found = recorded_differences(one, other)
-    if not found:
+def refuse_other_protocol(
+    first: str, settings_of_first: Mapping[str, Any], second: str, settings_of_second: Mapping[str, Any]
+) -> None:
+    """Raise UserError with each of OPTIONS that differs between two measurements, and with the command to run again."""
+    unequal = recorded_differences(settings_of_first, settings_of_second)
+    if not unequal:
         return
-    named = [name for name in OPTIONS if any(text.startswith(f"{name} ") for text in found)]
-    options = ", ".join(OPTIONS[name] for name in named if OPTIONS[name])
+    names = [name for name in OPTIONS if any(text.startswith(f"{name} ") for text in unequal)]
+    options = ", ".join(OPTIONS[name] for name in names if OPTIONS[name])
     same = f" with the same {options}" if options else ""
+    older = _older_side(first, settings_of_first, second, settings_of_second)
     raise UserError(
-        f"{first} and {second}: their scores can't be compared, as they were not measured alike: {'; '.join(found)}. "
-        f"Run bench again for {_to_measure_again(first, one, second, other)}{same}; unchanged answers are taken from "
-        "the journal."
+        f"{first} and {second}: the scores cannot be compared, as the settings differ: {'; '.join(unequal)}. "
+        f"Run bench again for {older}{same}; unchanged answers are taken from the journal."
     )
 
 
-def _to_measure_again(first: str, one: Mapping[str, Any], second: str, other: Mapping[str, Any]) -> str:
+def _older_side(
+    first: str, settings_of_first: Mapping[str, Any], second: str, settings_of_second: Mapping[str, Any]
+) -> str:
     """Return the side to measure again: the one with the older version of the judge's prompt, if they differ."""
-    versions = one["judge prompt_version"], other["judge prompt_version"]
+    versions = settings_of_first["judge prompt_version"], settings_of_second["judge prompt_version"]
     if versions[0] == versions[1]:
         return "one of the two"
     older, version = (first, versions[0]) if versions[0] < versions[1] else (second, versions[1])
     model = f"the model of {older.removeprefix('--against ')}"
-    return f"{model} (version {version} of the judge's prompt can no longer be asked)"
+    return f"{model} (version {version} of the judge's prompt has been replaced)"

@@ -1,10 +1,10 @@
-"""Rows of Multifaceted Bench in the columns of the hub's set and in the older ones, and files of answers to them.
+"""Rows of Multifaceted Bench, in the columns of the hub's set or in the older ones, and files of responses to them.
 
     hub     source, system, prompt, reference_answer, rubrics[]{criteria, score_descriptions}, preference_set[]
     older   system_prompt, instruction or user_prompt, rubric, preference, main_source, id; also an object of rows by id
 
-An id is a text, whatever the data makes of it: JSON's keys are texts, and a column of numbers would never meet them.
-Without one, a row's id is a digest of its own words, so it stays the same in any order and in any part of the set.
+Ids are text, also in a column of numbers, as JSON's keys are text. A row without an id gets a digest of its text, which
+does not depend on the order of the rows or on the part of the set.
 """
 
 import gzip
@@ -13,7 +13,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Rubric:
-    """What is graded, and what each grade from 1 to 5 means. The dimensions are None where the data states none."""
+    """A criterion with the description of each score from 1 to 5. Dimensions that the data does not state are None."""
 
     criteria: str
     descriptions: tuple[str, ...]
@@ -48,7 +48,7 @@ class Rubric:
 
 @dataclass(frozen=True, slots=True)
 class BenchRow:
-    """One row. `system` may be empty: the model then gets no system message."""
+    """One row of the bench. With an empty `system` the model gets no system message."""
 
     id: str
     place: str
@@ -61,48 +61,48 @@ class BenchRow:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """The rows to be answered and how many the data holds: more only where a limit was asked for."""
+    """The rows to answer, and the number of rows in the data, which is larger only under a limit."""
 
     rows: tuple[BenchRow, ...]
-    of: int
+    rows_in_data: int
 
 
 @dataclass(frozen=True, slots=True)
 class GivenResponses:
-    """Answers to one row that were not asked for here. `scores`: what someone's own scorer thinks of each."""
+    """Existing responses to one row. `scores`: the score that the file gives each, for picking one."""
 
     texts: tuple[str, ...]
     scores: tuple[float, ...] | None = None
 
 
 def read_bench(sources: Sequence[Source], limit: int | None = None) -> Bench:
-    """Every row of `sources`, or the first `limit` of them.
+    """Return the rows of `sources`, or the first `limit` of them.
 
-    Raises UserError, which names the first row that is none of the bench, and for ids that come twice.
+    Raises UserError for rows that are no rows of the bench, naming the first, and for duplicate ids.
     """
     rows: list[BenchRow] = []
-    faults: list[str] = []
+    errors: list[str] = []
     total = 0
-    for place, raw in (found for source in sources for found in _raw_rows(source)):
+    for place, raw in (placed for source in sources for placed in _raw_rows(source)):
         total += 1
         try:
             if isinstance(raw, RowError):
                 raise raw
             rows.append(_row(raw, place))
-        except RowError as fault:
-            faults.append(f"{place}: {fault}")
-    if faults:
-        more = f" {len(faults):,} of {total:,} rows are such." if len(faults) > 1 else ""
+        except RowError as error:
+            errors.append(f"{place}: {error}")
+    if errors:
+        more = f" {len(errors):,} of {total:,} rows have such an error." if len(errors) > 1 else ""
         raise UserError(
-            f"{faults[0]}.{more} A row of the bench has source, system, prompt, reference_answer and rubrics, a list "
+            f"{errors[0]}.{more} A row of the bench has source, system, prompt, reference_answer and rubrics, a list "
             "of {criteria, score_descriptions}, whose descriptions have the keys 1 to 5."
         )
     return Bench(tuple(islice(_with_ids(rows), limit)), total)
 
 
 def _raw_rows(source: Source) -> Iterator[tuple[str, Any]]:
-    """Rows as they are. An object of JSON that is one row, or that holds rows by id, is read here: the trainer's reader
-    would take the row's only list for the rows, and let go of the ids.
+    """Yield (place, row). A JSON object that is one row, or that holds rows by id, is read here: the trainer's reader
+    would take the row's only list for the rows, and drop the ids.
     """
     path = Path(source.path).expanduser()
     if path.is_file() and extension_of(path) == ".json" and path.suffix.lower() in (".json", ".gz"):
@@ -110,7 +110,7 @@ def _raw_rows(source: Source) -> Iterator[tuple[str, Any]]:
             content = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
             document = json.loads(content.removeprefix(b"\xef\xbb\xbf"))
         except (OSError, ValueError, RecursionError):
-            document = None  # the reader knows what to say
+            document = None  # the reader below raises the error
         if isinstance(document, dict) and _is_bench_row(document):
             yield f"{path} row 1", document
             return
@@ -123,19 +123,19 @@ def _raw_rows(source: Source) -> Iterator[tuple[str, Any]]:
 
 def _is_bench_row(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        any(name in value for name in _NAMES[wanted]) for wanted in ("prompt", "rubrics")
+        any(name in value for name in _NAMES[column]) for column in ("prompt", "rubrics")
     )
 
 
 def _row(raw: Mapping[str, Any], place: str) -> BenchRow:
-    """The row, its id still empty where the data has none. Raises RowError."""
+    """Return a row, with an empty id if the data has none. Raises RowError."""
     rubrics = _list(raw, "rubrics")
     preferences = _list(raw, "preferences", optional=True)
     if not rubrics:
         raise RowError("no rubric", "`rubrics` is an empty list")
     if preferences and len(preferences) != len(rubrics):
         raise RowError(
-            "rubrics and preferences differ", f"{len(rubrics)} rubrics stand beside {len(preferences)} preferences"
+            "rubrics and preferences differ", f"there are {len(rubrics)} rubrics and {len(preferences)} preferences"
         )
     return BenchRow(
         id=_id(raw),
@@ -152,81 +152,84 @@ def _row(raw: Mapping[str, Any], place: str) -> BenchRow:
 
 
 def _id(raw: Mapping[str, Any]) -> str:
-    found = raw.get("id")
-    if found is None:
+    id = raw.get("id")
+    if id is None:
         return ""
-    if isinstance(found, bool) or not isinstance(found, str | int):
-        raise RowError("wrong type", f"`id` is of type {type(found).__name__}; a text or a whole number is wanted")
-    return str(found).strip()
+    if isinstance(id, bool) or not isinstance(id, str | int):
+        raise RowError("wrong type", f"`id` is of type {type(id).__name__}; it must be text or an integer")
+    return str(id).strip()
 
 
 def _rubric(rubric: Any, preference: Any, number: int) -> Rubric:
     if not isinstance(rubric, Mapping):
-        raise RowError("wrong type", f"rubric {number} is of type {type(rubric).__name__}; an object is wanted")
+        raise RowError("wrong type", f"rubric {number} is of type {type(rubric).__name__}; it must be an object")
     criteria, descriptions = rubric.get("criteria"), rubric.get("score_descriptions")
     if not isinstance(criteria, str) or not criteria.strip():
         raise RowError("no criteria", f"rubric {number} has no `criteria`")
     by_grade = {str(grade): text for grade, text in descriptions.items()} if isinstance(descriptions, Mapping) else {}
     texts = [by_grade.get(str(grade)) for grade in range(1, 6)]
     if set(by_grade) != set("12345") or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise RowError("no score descriptions", f"rubric {number} doesn't have a text for each of 1 to 5")
-    of = preference if isinstance(preference, Mapping) else {}
+        raise RowError("no score descriptions", f"rubric {number} has no text for each score from 1 to 5")
+    labels = preference if isinstance(preference, Mapping) else {}
     for text in (criteria, *map(str, texts)):
         _writable(text, f"rubric {number}")
-    return Rubric(criteria, tuple(map(str, texts)), _name(of.get("dimension")), _name(of.get("subdimension")))
+    return Rubric(criteria, tuple(map(str, texts)), _name(labels.get("dimension")), _name(labels.get("subdimension")))
 
 
 def _name(value: Any) -> str | None:
-    """`Background knowledge` and `background_knowledge` are one dimension."""
+    """Return the normal form of a dimension: `Background knowledge` and `background_knowledge` are the same."""
     return "_".join(value.lower().split()) or None if isinstance(value, str) else None
 
 
-def _value(raw: Mapping[str, Any], wanted: str) -> Any:
-    return next((raw[name] for name in _NAMES[wanted] if raw.get(name) is not None), None)
+def _value(raw: Mapping[str, Any], column: str) -> Any:
+    return next((raw[name] for name in _NAMES[column] if raw.get(name) is not None), None)
 
 
-def _text(raw: Mapping[str, Any], wanted: str, *, optional: bool = False, may_be_empty: bool = False) -> str:
-    value = _value(raw, wanted)
+def _missing_column(column: str) -> RowError:
+    return RowError("a column is missing", f"there is no {' or '.join(f'`{name}`' for name in _NAMES[column])}")
+
+
+def _text(raw: Mapping[str, Any], column: str, *, optional: bool = False, may_be_empty: bool = False) -> str:
+    value = _value(raw, column)
     if value is None:
-        named = any(name in raw for name in _NAMES[wanted])
-        if optional or (may_be_empty and named):
+        is_null = any(name in raw for name in _NAMES[column])
+        if optional or (may_be_empty and is_null):
             return ""
-        raise RowError("a column is missing", f"there is no {' or '.join(f'`{name}`' for name in _NAMES[wanted])}")
+        raise _missing_column(column)
     if not isinstance(value, str):
-        raise RowError("wrong type", f"`{wanted}` is of type {type(value).__name__}; a text is wanted")
+        raise RowError("wrong type", f"`{column}` is of type {type(value).__name__}; it must be text")
     if not (value.strip() or optional or may_be_empty):
-        raise RowError("empty", f"`{wanted}` is empty")
-    return _writable(value, f"`{wanted}`")
+        raise RowError("empty", f"`{column}` is empty")
+    return _writable(value, f"`{column}`")
 
 
-def _writable(text: str, what: str) -> str:
-    """`text`, if a file or a request can hold it."""
+def _writable(text: str, where: str) -> str:
+    """Return `text`. Raises RowError if no file and no request can hold it."""
     if re.search("[\ud800-\udfff]", text):
-        raise RowError("no text", f"{what} holds half of a surrogate pair, which is no text")
+        raise RowError("no text", f"{where} holds half of a surrogate pair, which is no text")
     return text
 
 
-def _list(raw: Mapping[str, Any], wanted: str, *, optional: bool = False) -> list[Any]:
-    value = _value(raw, wanted)
+def _list(raw: Mapping[str, Any], column: str, *, optional: bool = False) -> list[Any]:
+    value = _value(raw, column)
     if isinstance(value, str):  # a cell of a table
         try:
             value = json.loads(value)
-        except ValueError as fault:
-            raise RowError("invalid JSON", f"`{wanted}`: {fault}") from fault
+        except ValueError as error:
+            raise RowError("invalid JSON", f"`{column}`: {error}") from error
     if value is None:
         if optional:
             return []
-        raise RowError("a column is missing", f"there is no {' or '.join(f'`{name}`' for name in _NAMES[wanted])}")
+        raise _missing_column(column)
     if not isinstance(value, list | tuple):
-        raise RowError("wrong type", f"`{wanted}` is of type {type(value).__name__}; a list is wanted")
+        raise RowError("wrong type", f"`{column}` is of type {type(value).__name__}; it must be a list")
     return list(value)
 
 
 def _with_ids(rows: Sequence[BenchRow]) -> Iterator[BenchRow]:
-    """The rows with an id each, known before any limit is applied. Raises UserError for one that the data has twice."""
+    """Yield the rows, each with an id that no limit changes. Raises UserError for a duplicate id."""
     first: dict[str, BenchRow] = {}
     times: Counter[str] = Counter()
-    done = []
     for row in rows:
         id = row.id
         if not id:
@@ -235,59 +238,58 @@ def _with_ids(rows: Sequence[BenchRow]) -> Iterator[BenchRow]:
             id += f"-{times[id]}" if times[id] > 1 else ""
         if id in first:
             raise UserError(
-                f"{row.place}: the id {id!r} is also that of {first[id].place}. Give each row one of its own."
+                f"{row.place}: the id {id!r} is also that of {first[id].place}. Give each row an id of its own."
             )
-        first[id] = row
-        done.append(BenchRow(id, row.place, row.source, row.system, row.prompt, row.reference, row.rubrics))
-    yield from done
+        first[id] = replace(row, id=id)
+    yield from first.values()
 
 
 def _digest(row: BenchRow) -> str:
-    words = [row.system, row.prompt, row.reference, *(rubric.criteria for rubric in row.rubrics)]
-    return hashlib.blake2b(json.dumps(words).encode(), digest_size=8).hexdigest()
+    texts = [row.system, row.prompt, row.reference, *(rubric.criteria for rubric in row.rubrics)]
+    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=8).hexdigest()
 
 
 def read_responses(path: str, rows: Sequence[BenchRow]) -> tuple[dict[str, GivenResponses], int]:
-    """Answers to `rows` from a file: id -> answers, and how many lines of the file belong to none of the rows.
+    """Read responses from a file: id -> responses, and the number of lines that belong to none of `rows`.
 
-    A line has `response` (a text) or `responses` (a list of texts), perhaps `scores` (a number for each), and `id`, or
-    else `prompt` and `system` in any of the bench's names. bench_rows.jsonl of an earlier run is such a file.
+    A line has `response` (text) or `responses` (a list of texts), optionally `scores` (a number for each), and `id`, or
+    else `prompt` and `system` under any of the bench's names. bench_rows.jsonl of an earlier run is such a file.
     Raises UserError.
     """
     by_id = {row.id: row for row in rows}
-    by_words: dict[tuple[str, str], list[BenchRow]] = {}
+    by_text: dict[tuple[str, str], list[BenchRow]] = {}
     for row in rows:
-        by_words.setdefault((row.system, row.prompt), []).append(row)
+        by_text.setdefault((row.system, row.prompt), []).append(row)
     given: dict[str, GivenResponses] = {}
-    strangers = 0
+    unmatched = 0
     for place, raw in read_rows(Source(path=path)):
         try:
             if isinstance(raw, RowError):
                 raise raw
-            answers = _answers(raw)
+            responses = _responses(raw)
             id = _id(raw)
             matching = [by_id[id]] if id in by_id else []
             if not id:
-                words = (_text(raw, "system", may_be_empty=True), _text(raw, "prompt"))
-                matching = by_words.get(words, [])
-        except RowError as fault:
+                texts = (_text(raw, "system", may_be_empty=True), _text(raw, "prompt"))
+                matching = by_text.get(texts, [])
+        except RowError as error:
             raise UserError(
-                f"{place}: {fault}. A line of --responses has `response` or `responses`, and the `id` of its row, or "
+                f"{place}: {error}. A line of --responses has `response` or `responses`, and the `id` of its row, or "
                 "its `system` and `prompt`."
-            ) from fault
+            ) from error
         for row in matching:
             if row.id in given:
-                raise UserError(f"{place}: row {row.id!r} has its answers in an earlier line. Leave one of them in.")
-            given[row.id] = answers
-        strangers += not matching
+                raise UserError(f"{place}: an earlier line has responses to row {row.id!r}. Leave one of the lines in.")
+            given[row.id] = responses
+        unmatched += not matching
     if not given:
         raise UserError(
-            f"--responses {path}: no line belongs to a row of the data. Its ids begin with {next(iter(by_id))!r}."
+            f"--responses {path}: no line belongs to a row of the data, whose first id is {next(iter(by_id))!r}."
         )
-    return given, strangers
+    return given, unmatched
 
 
-def _answers(raw: Mapping[str, Any]) -> GivenResponses:
+def _responses(raw: Mapping[str, Any]) -> GivenResponses:
     texts = raw.get("responses")
     if texts is None and isinstance(raw.get("answers"), list):  # bench_rows.jsonl
         texts = [answer.get("response") for answer in raw["answers"] if isinstance(answer, Mapping)]

@@ -1,1 +1,1 @@
-"""TODO multifaceted/collection."""
+"""Multifaceted Collection (Lee et al. 2024, arXiv:2405.17977): system messages from preferences, and their answers."""

@@ -1,18 +1,18 @@
-"""Hand-written system messages with the descriptions they were written from: examples for the message prompt."""
+"""Few-shot examples of the message prompt: hand-written system messages with their descriptions."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """Four descriptions, one for each dimension, and the system message written from them."""
+class FewShotMessage:
+    """Four descriptions, one per dimension, and the system message written from them."""
 
     descriptions: tuple[str, str, str, str]
     message: str
 
 
 EXAMPLES = (
-    Example(
+    FewShotMessage(
         (
             "The answer is a numbered list rather than prose. Each step is one action.",
             "The user works with this kind of thing every day and knows what it does, but not why. Explanations can "
@@ -30,7 +30,7 @@ EXAMPLES = (
         "ruin something, say what the danger is and how to stay clear of it; a warning that comes afterward is of no "
         "use.",
     ),
-    Example(
+    FewShotMessage(
         (
             "The tone is relaxed and familiar, as between people who have worked together for years. A little dry "
             "humor is welcome.",
@@ -47,7 +47,7 @@ EXAMPLES = (
         "Never cite a number without saying whose it is and what year it comes from; if you can't, leave the number "
         "out and say so.",
     ),
-    Example(
+    FewShotMessage(
         (
             "The answer says what matters in a sentence or two. Then it stops.",
             "The user has never come across the subject. Nothing can be taken for granted, and comparisons with "
@@ -62,7 +62,7 @@ EXAMPLES = (
         "detours alone. Everyone comes to this desk, so choose words that fit all of them, whoever they are, wherever "
         "they come from and whatever they earn.",
     ),
-    Example(
+    FewShotMessage(
         (
             "The answer takes the reader seriously and acknowledges what is hard about the subject. It is encouraging.",
             "The user learned by doing and has plenty of practical experience. Formal definitions and the links "
@@ -80,7 +80,7 @@ EXAMPLES = (
         "ground is: tell them whether something is settled, probable or only your guess, and admit it when nobody "
         "knows.",
     ),
-    Example(
+    FewShotMessage(
         (
             "The answer is prose in a few well-developed paragraphs. Bullet points would break up the flow of thought.",
             "The user solves this kind of problem for a living. Trade-offs, exceptions and figures are what they want.",
@@ -95,7 +95,7 @@ EXAMPLES = (
         "hold dear, present each position in a way its own supporters would accept, and leave the last word to the "
         "reader.",
     ),
-    Example(
+    FewShotMessage(
         (
             "Every abstract point is tied to something that can be seen or touched. That way it sticks.",
             "The user remembers the broad outlines from school, but none of the details or formulas. A short reminder "

@@ -1,138 +1,146 @@
-"""Instructions out of the rows of any source: the first user turn of each, once, unless it states a style already."""
+"""Instructions of a collection: the first user turn of each source row, unless it is a duplicate or states a style."""
 
 import hashlib
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 from train.data.sources.formats import Conversation, RawRow, RowError, read_row
 from train.data.sources.source import chunks_and_format, open_source
-from train.datagen.deduplication import NearDuplicates
+from train.datagen.deduplication import NearDuplicateFilter
 from train.datagen.drop_reasons import UNREADABLE, UNSUPPORTED
 from train.datagen.source_rows import SourcesSection
 from train.multifaceted.collection.config import FilterSection
-from train.multifaceted.collection.style_filter import states_style
+from train.multifaceted.collection.style_filter import find_style_statements
 
 HAD_A_SYSTEM_MESSAGE = "row with a system message, which was ignored"
-_AN = {"audience": "an"}
 OF_SEVERAL_TURNS = "row of several turns, of which the first was taken"
-
 
 _ANSWERS = frozenset(("output", "completion", "answer", "response"))
 _TURNS = frozenset(("messages", "conversations", "conversation"))
 _QUESTIONS = {"prompt": "output", "user_prompt": "output", "instruction": "output", "question": "answer",
               "query": "answer"}  # fmt: skip
-"""Columns of an instruction that stands alone, and where its answer would be."""
+"""Columns of a single instruction, and the column of its answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """What is asked, and where it comes from. `number`: among those that are kept, from 0; None where it is left out.
-
-    `reason`, `detail`: why it is left out, in the words of the report, and which of its own words say so.
-    """
+    """An instruction and its origin."""
 
     place: str
+    """Place of the row: data.jsonl:12."""
     main_source: str
     original_source: str
     prompt: str = ""
     number: int | None = None
+    """Number among the kept instructions, from 0; None if it is dropped."""
     reason: str | None = None
+    """Reason for dropping it, as the report shows it; None = it is kept."""
     detail: str = ""
+    """The words of the instruction or of the reader that the reason is about."""
     events: tuple[str, ...] = ()
 
 
-def instructions(data: SourcesSection, filter: FilterSection, near: NearDuplicates | None) -> Iterator[Instruction]:
-    """An instruction for each row of the sources, up to the limit, kept or left out. Raises UserError.
+def iter_instructions(
+    data: SourcesSection, filter: FilterSection, near_duplicates: NearDuplicateFilter | None
+) -> Iterator[Instruction]:
+    """Yield an instruction for each source row, up to the limit, kept or dropped. Raises UserError.
 
-    Nothing here asks a model: the same rows give the same numbers. Of those that are the same the first is kept; one
-    that is left out for another reason counts as well, so that its twin is told to be one.
+    No model is asked: the same rows give the same numbers. Of equal instructions the first is kept. One that is dropped
+    for another reason counts too, so that its duplicates are dropped as duplicates.
     """
     seen: set[bytes] = set()
     kept = 0
-    for one, events, fault in islice(_rows(data), data.limit):
-        reason, detail = fault or _why_not(one.prompt, filter, near, seen)
-        number = kept if reason is None else None
+    for instruction in islice(_read_instructions(data), data.limit):
+        reason, detail = instruction.reason, instruction.detail
+        if reason is None:
+            reason, detail = _find_drop_reason(instruction.prompt, filter, near_duplicates, seen)
+        yield replace(instruction, number=kept if reason is None else None, reason=reason, detail=detail)
         kept += reason is None
-        yield Instruction(
-            one.place, one.main_source, one.original_source, one.prompt, number, reason, detail, tuple(events)
-        )
 
 
-def _why_not(
-    prompt: str, filter: FilterSection, near: NearDuplicates | None, seen: set[bytes]
+def _find_drop_reason(
+    prompt: str, filter: FilterSection, near_duplicates: NearDuplicateFilter | None, seen: set[bytes]
 ) -> tuple[str | None, str]:
-    digest = hashlib.blake2b(normalised(prompt).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    """Return why an instruction is dropped (None = it is kept), and its words that say so."""
+    digest = hashlib.blake2b(normalize(prompt).encode("utf-8", "surrogatepass"), digest_size=16).digest()
     if digest in seen:
         return "duplicate: the same as an instruction before", ""
     seen.add(digest)
-    if found := states_style(prompt, filter.rules):
-        words = "; ".join(f"{one.kind}: {one.words}" for one in found)
-        return f"states {_AN.get(found[0].kind, 'a')} {found[0].kind} already", words
-    if near is not None and near.is_near_duplicate(prompt):
+    if statements := find_style_statements(prompt, filter.rules):
+        words = "; ".join(f"{statement.kind}: {statement.words}" for statement in statements)
+        kind = statements[0].kind
+        return f"states {'an' if kind == 'audience' else 'a'} {kind} already", words
+    if near_duplicates is not None and near_duplicates.is_near_duplicate(prompt):
         return "duplicate: nearly an instruction before", ""
     return None, ""
 
 
-def normalised(text: str) -> str:
-    """What two instructions share that are the same but for case, blanks and the last punctuation mark."""
+def normalize(text: str) -> str:
+    """Return a text without case, repeated blanks and the last punctuation mark, to compare instructions."""
     return " ".join(unicodedata.normalize("NFC", text).casefold().split()).rstrip(" .?!")
 
 
-def _rows(data: SourcesSection) -> Iterator[tuple[Instruction, list[str], tuple[str, str] | None]]:
-    """Each row's first user turn, what happened to it, and why there is none."""
+def _read_instructions(data: SourcesSection) -> Iterator[Instruction]:
+    """Yield the first user turn of each source row, or the reason why there is none."""
     for source in data.sources:
         opened = open_source(source, data.allow_pickle)
-        chunks, format = chunks_and_format(source, opened, answered)
+        chunks, format = chunks_and_format(source, opened, with_answer_column)
         for file, chunk in chunks:
-            for place, row in chunk.rows():
-                whole_place = opened.files[file] + place
+            for place_in_file, row in chunk.rows():
+                place = opened.files[file] + place_in_file
                 try:
                     if isinstance(row, RowError):
                         raise row
-                    read = answered(row)
-                    conversation = read_row(read, format, whole_place, ignore=source.ignore, answers_needed=False)
-                except RowError as fault:
-                    nothing = Instruction(whole_place, source.path, whole_place)
-                    yield nothing, [], (f"{UNREADABLE}: {fault.kind}", fault.detail)
+                    complete_row = with_answer_column(row)
+                    conversation = read_row(complete_row, format, place, ignore=source.ignore, answers_needed=False)
+                except RowError as error:
+                    reason = f"{UNREADABLE}: {error.kind}"
+                    yield Instruction(place, source.path, place, reason=reason, detail=error.detail)
                     continue
                 yield _first_turn(conversation, row, source.path)
 
 
-def answered(row: RawRow) -> RawRow:
-    """`row` with a column for an answer, empty, where it has none or a null: its columns tell how it is to be read."""
-    given = {column: value for column, value in row.items() if value is not None}
-    if not _TURNS.isdisjoint(given):
-        return given
-    if _QUESTIONS.keys().isdisjoint(given):  # a fault of this row alone: its columns may tell the format of all
-        given |= next(({column: None} for column in _QUESTIONS if column in row), {})
-    question = next((column for column in _QUESTIONS if column in given), None)
-    if question is None or not _ANSWERS.isdisjoint(given):
-        return given
-    if isinstance(given[question], list | tuple):  # turns, as in TRL's sets of prompts
-        return given | {"completion": ""}
-    return given | dict.fromkeys(_ANSWERS & row.keys() or {_QUESTIONS[question]}, "")
+def with_answer_column(row: RawRow) -> RawRow:
+    """Return a row with an empty answer column if it has none or a null: its columns determine its format."""
+    columns = {column: value for column, value in row.items() if value is not None}
+    if not _TURNS.isdisjoint(columns):
+        return columns
+    if _QUESTIONS.keys().isdisjoint(columns):  # an error of this row alone: its columns may determine the file's format
+        columns |= next(({column: None} for column in _QUESTIONS if column in row), {})
+    question = next((column for column in _QUESTIONS if column in columns), None)
+    if question is None or not _ANSWERS.isdisjoint(columns):
+        return columns
+    if isinstance(columns[question], list | tuple):  # turns, as in TRL's prompt-only data sets
+        return columns | {"completion": ""}
+    return columns | dict.fromkeys(_ANSWERS & row.keys() or {_QUESTIONS[question]}, "")
 
 
-def _first_turn(
-    conversation: Conversation, row: RawRow, source: str
-) -> tuple[Instruction, list[str], tuple[str, str] | None]:
+def _first_turn(conversation: Conversation, row: RawRow, source: str) -> Instruction:
+    """Return the first user turn of a conversation as an instruction."""
     users = [message["content"] for message in conversation.messages if message["role"] == "user"]
     main, original = _text(row, "main_source"), _text(row, "original_source") or _text(row, "source")
-    found = Instruction(conversation.place, main or source, original or conversation.place, users[0] if users else "")
     events = []
     if any(message["role"] == "system" for message in conversation.messages):
         events.append(HAD_A_SYSTEM_MESSAGE)
     if len(users) > 1:
         events.append(OF_SEVERAL_TURNS)
     first = next((message["role"] for message in conversation.messages if message["role"] != "system"), "")
+    reason = None
     if first != "user":
-        return found, events, (f"{UNSUPPORTED}: no user turn at the start", "")
-    if conversation.tools:
-        return found, events, (f"{UNSUPPORTED}: needs tools", "")
-    return found, events, None
+        reason = f"{UNSUPPORTED}: no user turn at the start"
+    elif conversation.tools:
+        reason = f"{UNSUPPORTED}: needs tools"
+    return Instruction(
+        conversation.place,
+        main or source,
+        original or conversation.place,
+        users[0] if users else "",
+        reason=reason,
+        events=tuple(events),
+    )
 
 
 def _text(row: RawRow, column: str) -> str:

@@ -1,11 +1,11 @@
-"""How much of an instruction a system message tells: it is written to fit any instruction."""
+"""Leakage of an instruction into its system message, which must fit any instruction."""
 
 import functools
 
-from train.datagen.words import words_of
+from train.datagen.text_units import split_words
 
 FEWEST = 3
-"""So many words of the instruction at least must stand in a message before it counts as telling anything."""
+"""Shared content words below which a message leaks nothing."""
 
 _STOP_WORDS = """
 about above across after again against almost along already also although always among another answer anything
@@ -20,7 +20,7 @@ this those though three through time together towards under until upon used user
 what whatever when where whether which while whom whose will with within without words work would write your yours
 yourself
 """
-"""English words that say nothing of what an instruction is about."""
+"""English words that say nothing about the subject of an instruction."""
 
 
 @functools.cache
@@ -28,15 +28,17 @@ def _stop_words() -> frozenset[str]:
     return frozenset(_STOP_WORDS.split())
 
 
-def content_words(text: str) -> set[str]:
-    """Words of four letters or more that aren't among the most common of English. In scripts without blanks between
-    words there are none."""
+def extract_content_words(text: str) -> set[str]:
+    """Return the words of four letters or more, without English stop words.
+
+    Scripts without blanks between words have none.
+    """
     stop_words = _stop_words()
-    return {word for word in words_of(text) if len(word) > 3 and word not in stop_words}
+    return {word for word in split_words(text) if len(word) > 3 and word not in stop_words}
 
 
-def told_share(message: str, instruction: str) -> float:
-    """Which share of the instruction's content words the message holds, 0 to 1; 0 where it holds fewer than three."""
-    of_instruction = content_words(instruction)
-    told = of_instruction & content_words(message)
-    return len(told) / len(of_instruction) if len(told) >= FEWEST else 0.0
+def measure_instruction_leak(message: str, instruction: str) -> float:
+    """Return the share of the instruction's content words that the message holds, 0 to 1; 0 below three words."""
+    content_words = extract_content_words(instruction)
+    shared = content_words & extract_content_words(message)
+    return len(shared) / len(content_words) if len(shared) >= FEWEST else 0.0

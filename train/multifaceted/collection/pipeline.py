@@ -1,217 +1,227 @@
-"""The construction of Multifaceted Collection for one instruction after another (section 3 of arXiv:2405.17977).
+"""Pipeline of Multifaceted Collection: the stages for one instruction (section 3 of arXiv:2405.17977).
 
-    propose    M(preferences | instruction, sub-dimensions): one of each dimension, below what was drawn
+    propose    M(preferences | instruction, sub-dimensions): one per dimension, below the planned sub-dimension
     describe   M(descriptions | preferences)
     message    M(S | descriptions): from the descriptions alone, so that it fits any instruction
     answer     M(A | S, instruction)
 
-An instruction goes through these steps set by set, without waiting for other instructions; of its sets each one knows
-those before, so that it differs from them. All that is random is drawn from the seed and the numbers of instruction and
-set: the same answers of the model give the same rows, whatever order they came in, and over any number of kills.
-
-What a model writes while it reasons (`<think>`) is no part of what it says: it is taken out, and counted.
+- The sets of an instruction pass the stages one after another, without waiting for other instructions; each set sees
+  those before it, so that it differs from them.
+- All random choices follow from the seed and the numbers of instruction and set, so the same answers of the model give
+  the same rows, in whatever order they arrive and over any number of restarts.
+- Reasoning of the model (`<think>`) is removed from all replies and counted.
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
-from train.datagen.usage import ask
+from train.datagen.stage_client import StageClient
+from train.datagen.stats import truncate_line
 from train.llm.client import Client
 from train.llm.failures import NO_ANSWER, RequestFailed
-from train.llm.journal import Request
-from train.llm.system_role import merge_into_user
 from train.llm.yes_or_no import says_no
 from train.multifaceted.collection import prompts
 from train.multifaceted.collection.config import CollectionConfig
-from train.multifaceted.collection.hierarchy import Draw, Hierarchy, Plan, Preference, same_words
+from train.multifaceted.collection.hierarchy import (
+    Hierarchy,
+    PlannedPreference,
+    Preference,
+    PreferencePlan,
+    normalize_words,
+)
 from train.multifaceted.collection.instructions import Instruction
-from train.multifaceted.collection.leakage import told_share
-from train.multifaceted.collection.result import Outcome, SetOutcome
+from train.multifaceted.collection.leakage import measure_instruction_leak
+from train.multifaceted.collection.result import InstructionResult, SetResult
 
 _NOUNS = {"propose": "preferences", "describe": "descriptions", "message": "system message", "answer": "answer"}
 
+Planned = Sequence[PlannedPreference]
+
 
 class Pipeline:
-    """Takes instructions through the steps."""
+    """The stages of the collection."""
 
-    def __init__(self, config: CollectionConfig, client: Client, hierarchy: Hierarchy, plan: Plan) -> None:
-        self.config, self.client, self.hierarchy, self.plan = config, client, hierarchy, plan
+    def __init__(self, config: CollectionConfig, client: Client, hierarchy: Hierarchy, plan: PreferencePlan) -> None:
+        self.config, self.hierarchy, self.plan = config, hierarchy, plan
+        self.client = StageClient(client, config, prompts.STOP_PATTERNS)
 
-    async def run(self, instruction: Instruction) -> Outcome:
-        """What becomes of one instruction. Raises UserError, as the client does, for what ends the run."""
-        outcome = Outcome(instruction, reason=instruction.reason, detail=instruction.detail)
-        outcome.events.update(instruction.events)
-        if instruction.number is None or await self._screened_out(outcome):
-            return outcome
-        outcome.sets = [SetOutcome(number, draws) for number, draws in enumerate(self.plan.of(instruction.number))]
-        for one in outcome.sets:
+    async def run(self, instruction: Instruction) -> InstructionResult:
+        """Return the result of one instruction. Raises UserError as the client does, which ends the run."""
+        result = InstructionResult(instruction, reason=instruction.reason, detail=instruction.detail)
+        result.events.update(instruction.events)
+        if instruction.number is None or await self._is_screened_out(result):
+            return result
+        result.sets = [
+            SetResult(number, planned) for number, planned in enumerate(self.plan.sets_of(instruction.number))
+        ]
+        for current in result.sets:
             try:
-                made = await self._make(outcome, one)
+                is_written = await self._run_stages(result, current)
             except RequestFailed as failure:
-                made = one.leave_out(NO_ANSWER, str(failure))
-            if not made and self.config.on_lost_set == "drop_instruction":
-                for other in outcome.written:
-                    other.leave_out("another set of the instruction was lost")
+                is_written = current.drop(NO_ANSWER, str(failure))
+            if not is_written and self.config.on_lost_set == "drop_instruction":
+                for other in result.written:
+                    other.drop("another set of the instruction was lost")
                 break
-        return outcome
+        return result
 
-    async def _screened_out(self, outcome: Outcome) -> bool:
-        """Ask the model too whether the instruction states a style, if that is asked for."""
+    async def _is_screened_out(self, result: InstructionResult) -> bool:
+        """Ask the model whether the instruction states a style, with `filter.model`; drop it if so."""
         if not self.config.filter.model:
             return False
         try:
-            request = self._request("screen", prompts.screen(outcome.instruction.prompt), 0)
-            answer = await ask(self.client, request, outcome, prompts.FURTHER_TURNS, continues_if_empty=True)
+            request = self.client.request("screen", prompts.screen(result.instruction.prompt))
+            answer = await self.client.ask(request, result, continues_if_empty=True)
         except RequestFailed as failure:
-            outcome.reason, outcome.detail = NO_ANSWER, str(failure)
+            result.reason, result.detail = NO_ANSWER, str(failure)
             return True
         no = None if answer.refused else says_no(answer.text)
         if no is None:
-            outcome.events[f"screen: {answer.unfinished or 'neither yes nor no'}, and kept"] += 1
+            result.events[f"screen: {answer.unfinished or 'neither yes nor no'}, and kept"] += 1
         if no is False:
-            outcome.reason, outcome.detail = "states a style or format, says the model", _beginning(answer.text)
+            result.reason, result.detail = "states a style or format, says the model", truncate_line(answer.text)
         return no is False
 
-    async def _make(self, outcome: Outcome, one: SetOutcome) -> bool:
-        """Take one set through the steps, up to where it is lost."""
-        chance = random.Random(f"{self.config.seed} prompts {outcome.instruction.number} {one.number}")
+    async def _run_stages(self, result: InstructionResult, current: SetResult) -> bool:
+        """Run the stages of one set; return False if one drops it."""
+        rng = random.Random(f"{self.config.seed} prompts {result.instruction.number} {current.number}")
         return (
-            await self._propose(outcome, one)
-            and await self._describe(outcome, one, chance)
-            and await self._write_message(outcome, one, chance)
-            and await self._answer(outcome, one)
+            await self._propose(result, current)
+            and await self._describe(result, current, rng)
+            and await self._write_message(result, current, rng)
+            and await self._answer(result, current)
         )
 
-    async def _propose(self, outcome: Outcome, one: SetOutcome) -> bool:
+    async def _propose(self, result: InstructionResult, current: SetResult) -> bool:
         if self.config.preferences == "hierarchy":
-            one.preferences = [Preference(draw.sub.dimension, draw.sub.name, draw.preference) for draw in one.draws]
-            return True
-        siblings = [preference for other in outcome.written if other is not one for preference in other.preferences]
-
-        def ask_for(missing: Sequence[Draw], sample: int) -> list[prompts.Turn]:
-            wanted = {draw.sub.dimension: draw.sub.name for draw in missing}
-            avoid = [
-                taken.preference
-                for taken in siblings
-                if taken.dimension in wanted and (sample or taken.subdimension == wanted[taken.dimension])
+            current.preferences = [
+                Preference(planned.sub.dimension, planned.sub.name, planned.preference) for planned in current.planned
             ]
-            return prompts.propose(outcome.instruction.prompt, missing, avoid)
+            return True
+        siblings = [preference for other in result.written if other is not current for preference in other.preferences]
 
-        def fault_of(draw: Draw, text: str) -> str:
+        def build_prompt(missing: Planned, sample: int) -> list[prompts.Turn]:
+            names = {planned.sub.dimension: planned.sub.name for planned in missing}
+            avoid = [
+                sibling.preference
+                for sibling in siblings
+                if sibling.dimension in names and (sample or sibling.subdimension == names[sibling.dimension])
+            ]
+            return prompts.propose(result.instruction.prompt, missing, avoid)
+
+        def find_error(planned: PlannedPreference, text: str) -> str:
             if len(text) > prompts.LONGEST_PREFERENCE:
                 return "too long"
-            taken = {same_words(taken.preference) for taken in siblings if taken.dimension == draw.sub.dimension}
-            return "the same as a sibling's" if same_words(text) in taken else ""
+            taken = {
+                normalize_words(sibling.preference)
+                for sibling in siblings
+                if sibling.dimension == planned.sub.dimension
+            }
+            return "the same as a sibling's" if normalize_words(text) in taken else ""
 
-        found = await self._lines(outcome, one, "propose", one.draws, ask_for, fault_of)
-        if found is None:
+        lines = await self._ask_lines(result, current, "propose", build_prompt, find_error)
+        if lines is None:
             return False
-        one.preferences = [
-            Preference(draw.sub.dimension, draw.sub.name, found[draw.sub.dimension]) for draw in one.draws
+        current.preferences = [
+            Preference(planned.sub.dimension, planned.sub.name, lines[planned.sub.dimension])
+            for planned in current.planned
         ]
         return True
 
-    async def _describe(self, outcome: Outcome, one: SetOutcome, chance: random.Random) -> bool:
-        of = {preference.dimension: preference for preference in one.preferences}
-        state = chance.getstate()
+    async def _describe(self, result: InstructionResult, current: SetResult, rng: random.Random) -> bool:
+        preferences = {preference.dimension: preference for preference in current.preferences}
+        state = rng.getstate()
 
-        def ask_for(missing: Sequence[Draw], sample: int) -> list[prompts.Turn]:
-            chance.setstate(state)  # the same examples for each try
-            return prompts.describe([of[draw.sub.dimension] for draw in missing], self.hierarchy, chance)
+        def build_prompt(missing: Planned, sample: int) -> list[prompts.Turn]:
+            rng.setstate(state)  # the same examples in each try
+            return prompts.describe([preferences[planned.sub.dimension] for planned in missing], self.hierarchy, rng)
 
-        found = await self._lines(outcome, one, "describe", one.draws, ask_for, lambda draw, text: "")
-        if found is None:
+        lines = await self._ask_lines(result, current, "describe", build_prompt, lambda planned, text: "")
+        if lines is None:
             return False
-        one.preferences = [replace(preference, description=found[dimension]) for dimension, preference in of.items()]
+        current.preferences = [
+            replace(preference, description=lines[dimension]) for dimension, preference in preferences.items()
+        ]
         return True
 
-    async def _lines(
+    async def _ask_lines(
         self,
-        outcome: Outcome,
-        one: SetOutcome,
+        result: InstructionResult,
+        current: SetResult,
         stage: str,
-        wanted: Sequence[Draw],
-        ask_for: Callable[[Sequence[Draw], int], list[prompts.Turn]],
-        fault_of: Callable[[Draw, str], str],
+        build_prompt: Callable[[Planned, int], list[prompts.Turn]],
+        find_error: Callable[[PlannedPreference, str], str],
     ) -> dict[str, str] | None:
-        """A line for each dimension; what a try leaves missing is asked for again. None: the set is lost."""
-        found: dict[str, str] = {}
-        why, detail = "", ""
+        """Return a line per dimension, or None if the set is dropped. Each try asks for the lines that are missing.
+
+        Args:
+            result, current: the instruction and its set.
+            stage: propose or describe.
+            build_prompt: takes the missing preferences and the number of the try.
+            find_error: returns why a line is unusable; an empty text if it is usable.
+        """
+        lines: dict[str, str] = {}
+        reason = detail = ""
         for sample in range(1 + self.config.retries):
-            missing = [draw for draw in wanted if draw.sub.dimension not in found]
-            request = self._request(stage, ask_for(missing, sample), sample)
-            next_try = self._request(stage, ask_for(missing, sample + 1), sample + 1)
-            answer = await ask(self.client, request, outcome, prompts.FURTHER_TURNS, next_try=next_try)
-            why, detail = answer.unfinished, _beginning(answer.detail)
+            missing = [planned for planned in current.planned if planned.sub.dimension not in lines]
+            request = self.client.request(stage, build_prompt(missing, sample), sample)
+            next_try = self.client.request(stage, build_prompt(missing, sample + 1), sample + 1)
+            answer = await self.client.ask(request, result, next_try=next_try)
+            reason, detail = answer.unfinished, truncate_line(answer.detail)
             if not answer.refused:
-                lines = prompts.read_lines(answer.text, missing, cut=bool(why))
-                for draw in missing:
-                    if (text := lines.get(draw.sub.dimension)) is None:
+                replies = prompts.parse_dimension_lines(answer.text, missing, cut=bool(reason))
+                for planned in missing:
+                    if (text := replies.get(planned.sub.dimension)) is None:
                         continue
-                    fault = fault_of(draw, text)
-                    if same_words(text) in map(same_words, found.values()):
-                        fault = "the same for two dimensions"
-                    if not fault:
-                        found[draw.sub.dimension] = text
-                    why = fault or why
-            if len(found) == len(wanted):
-                return found
-            why = why or "can't be read"
-            outcome.events[f"{_NOUNS[stage]}: {why}, of some or all dimensions"] += 1
-        lost = [draw.sub.dimension for draw in wanted if draw.sub.dimension not in found]
-        one.leave_out(f"{_NOUNS[stage]}: {why}", f"{', '.join(lost)}: {detail}")
+                    error = find_error(planned, text)
+                    if normalize_words(text) in map(normalize_words, lines.values()):
+                        error = "the same for two dimensions"
+                    if not error:
+                        lines[planned.sub.dimension] = text
+                    reason = error or reason
+            if len(lines) == len(current.planned):
+                return lines
+            reason = reason or "can't be read"
+            result.events[f"{_NOUNS[stage]}: {reason}, of some or all dimensions"] += 1
+        lost = [planned.sub.dimension for planned in current.planned if planned.sub.dimension not in lines]
+        current.drop(f"{_NOUNS[stage]}: {reason}", f"{', '.join(lost)}: {detail}")
         return None
 
-    async def _write_message(self, outcome: Outcome, one: SetOutcome, chance: random.Random) -> bool:
-        turns = prompts.message([preference.description for preference in one.preferences], chance)
-        siblings = {same_words(other.system) for other in outcome.written if other is not one}
-        why = ""
+    async def _write_message(self, result: InstructionResult, current: SetResult, rng: random.Random) -> bool:
+        turns = prompts.write_message([preference.description for preference in current.preferences], rng)
+        siblings = {normalize_words(other.system) for other in result.written if other is not current}
+        reason = ""
         for sample in range(1 + self.config.retries):
-            answer = await ask(self.client, self._request("message", turns, sample), outcome, prompts.FURTHER_TURNS)
-            text = prompts.read_message(answer.text)
-            share = told_share(text, outcome.instruction.prompt)
-            why = replace(answer, text=text).unfinished
-            if not why and prompts.is_refusal(text):
-                why = "refused"
-            elif not why and not prompts.is_message(text):
-                why = "can't be read"
-            elif not why and same_words(text) in siblings:
-                why = "the same as a sibling's"
-            elif not why and self.config.leak is not None and share >= self.config.leak:
-                why = "tells what the instruction is about"
-            if not why:
-                one.system = text
+            answer = await self.client.ask(self.client.request("message", turns, sample), result)
+            text = prompts.parse_message(answer.text)
+            share = measure_instruction_leak(text, result.instruction.prompt)
+            reason = replace(answer, text=text).unfinished
+            if not reason and prompts.is_refusal(text):
+                reason = "refused"
+            elif not reason and not prompts.is_system_message(text):
+                reason = "can't be read"
+            elif not reason and normalize_words(text) in siblings:
+                reason = "the same as a sibling's"
+            elif not reason and self.config.leak is not None and share >= self.config.leak:
+                reason = "tells what the instruction is about"
+            if not reason:
+                current.system = text
                 return True
-            outcome.events[f"system message: {why}"] += 1
-        return one.leave_out(f"system message: {why}", _beginning(answer.detail))
+            result.events[f"system message: {reason}"] += 1
+        return current.drop(f"system message: {reason}", truncate_line(answer.detail))
 
-    async def _answer(self, outcome: Outcome, one: SetOutcome) -> bool:
-        turns = prompts.answer(one.system, outcome.instruction.prompt)
-        why = ""
+    async def _answer(self, result: InstructionResult, current: SetResult) -> bool:
+        turns = prompts.answer(current.system, result.instruction.prompt)
+        reason = ""
         for sample in range(1 + self.config.retries):
-            answer = await ask(self.client, self._request("answer", turns, sample), outcome, prompts.FURTHER_TURNS)
-            why = answer.unfinished
-            if why and self.config.on_cut_answer == "keep" and not answer.refused and not answer.blank:
-                outcome.events[f"answer: {why}, and kept"] += 1
-                why = ""
-            if not why:
-                one.output = answer.text
+            answer = await self.client.ask(self.client.request("answer", turns, sample), result)
+            reason = answer.unfinished
+            if reason and self.config.on_cut_answer == "keep" and not answer.refused and not answer.blank:
+                result.events[f"answer: {reason}, and kept"] += 1
+                reason = ""
+            if not reason:
+                current.output = answer.text
                 return True
-            outcome.events[f"answer: {why}"] += 1
-        return one.leave_out(f"answer: {why}", _beginning(answer.detail))
-
-    def _request(self, stage: str, turns: Sequence[Mapping[str, Any]], sample: int) -> Request:
-        decoding = getattr(self.config, stage).decoding()
-        if self.config.system_role == "merge_into_user":
-            turns = merge_into_user(turns)
-        return Request(stage, turns, decoding, sample)
-
-
-def _beginning(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-# The run
+            result.events[f"answer: {reason}"] += 1
+        return current.drop(f"answer: {reason}", truncate_line(answer.detail))

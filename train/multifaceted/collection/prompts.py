@@ -1,22 +1,28 @@
-"""The prompts of the collection, and the reading of their replies.
+"""Prompts of the collection, and the parsing of their replies.
 
-The wording and the examples are ours. Every prompt consists of user and assistant turns only, as some models have no
+The wording and the examples are ours. Every prompt consists of user and assistant turns only, since some models have no
 system role, and states the task before anything that differs between rows, so that servers with a prefix cache compute
-it once. The system message is written from the four descriptions alone: its prompt holds neither the instruction nor
-the names of the preferences.
+it once. The system message is written from the four descriptions alone: its prompt has neither the instruction nor the
+names of the preferences.
 """
 
 import random
 import re
 from collections.abc import Mapping, Sequence
 
-from train.datagen.further_turns import FurtherTurn
+from train.datagen.stop_patterns import StopPattern
 from train.multifaceted.collection.few_shot_messages import EXAMPLES
-from train.multifaceted.collection.hierarchy import DIMENSIONS, Draw, Hierarchy, Preference, same_words
+from train.multifaceted.collection.hierarchy import (
+    DIMENSIONS,
+    Hierarchy,
+    PlannedPreference,
+    Preference,
+    normalize_words,
+)
 
 PROMPT_VERSION = 2
-"""The wording of these prompts, of message_examples.py and of hierarchy.yaml, for report.json. Raise it with every
-change of wording."""
+"""Version of the wording of these prompts, of few_shot_messages.py and of hierarchy.yaml, for report.json. Raise it
+with every change."""
 
 Turn = dict[str, str]
 
@@ -26,9 +32,9 @@ MEANINGS = {
     "informativeness": "what the user learns from the answer",
     "harmlessness": "how the answer handles anything that could mislead, hurt or offend",
 }
-EXAMPLES_OF_MESSAGES = 3
+FEW_SHOT_MESSAGES = 3
 LONGEST_PREFERENCE = 200
-"""Characters. Anything longer is a description or chatter, not a preference."""
+"""Characters; a longer line is a description or chatter, not a preference."""
 
 _DIMENSIONS = "\n".join(f"- {dimension}: {MEANINGS[dimension]}" for dimension in DIMENSIONS)
 
@@ -67,8 +73,8 @@ _PROPOSED: tuple[tuple[str, str, str], ...] = (
 )
 
 
-def propose(instruction: str, draws: Sequence[Draw], avoid: Sequence[str] = ()) -> list[Turn]:
-    """Ask for a preference in each drawn sub-dimension. `avoid`: those of the instruction's other sets."""
+def propose(instruction: str, planned: Sequence[PlannedPreference], avoid: Sequence[str] = ()) -> list[Turn]:
+    """Build the prompt for a preference in each planned sub-dimension. `avoid`: preferences of the other sets."""
     (first, shown, reply), *more = _PROPOSED
     turns = [
         _turn("user", f"{_PROPOSE}\n\n### Instruction\n{first}\n\n### Aspects\n{shown}"),
@@ -80,8 +86,8 @@ def propose(instruction: str, draws: Sequence[Draw], avoid: Sequence[str] = ()) 
             _turn("assistant", reply),
         ]
     shown = "\n".join(
-        f"- {one.sub.dimension}, {one.sub.name} ({one.sub.meaning}). Examples: {'; '.join(one.examples)}"
-        for one in draws
+        f"- {part.sub.dimension}, {part.sub.name} ({part.sub.meaning}). Examples: {'; '.join(part.examples)}"
+        for part in planned
     )
     ask = f"### Instruction\n{instruction}\n\n### Aspects\n{shown}"
     if avoid:
@@ -99,8 +105,8 @@ understands what kind of answer is wanted or whom it is for. Do not bring in any
 Reply with one line per dimension, `dimension: description`, and nothing else."""
 
 
-def describe(preferences: Sequence[Preference], hierarchy: Hierarchy, chance: random.Random) -> list[Turn]:
-    """Ask for a description of each preference, with examples drawn from the described ones of the hierarchy."""
+def describe(preferences: Sequence[Preference], hierarchy: Hierarchy, rng: random.Random) -> list[Turn]:
+    """Build the prompt for a description of each preference, with examples drawn from the hierarchy."""
     ask, reply = [], []
     for dimension in DIMENSIONS:
         described = [
@@ -110,10 +116,12 @@ def describe(preferences: Sequence[Preference], hierarchy: Hierarchy, chance: ra
             if description
         ]
         if described:
-            name, text, description = chance.choice(described)
+            name, text, description = rng.choice(described)
             ask.append(f"- {dimension}, {name}: {text}")
             reply.append(f"{dimension}: {description}")
-    shown = "\n".join(f"- {one.dimension}, {one.subdimension}: {one.preference}" for one in preferences)
+    shown = "\n".join(
+        f"- {preference.dimension}, {preference.subdimension}: {preference.preference}" for preference in preferences
+    )
     if not ask:
         return [_turn("user", f"{_DESCRIBE}\n\n### Preferences\n{shown}")]
     return [
@@ -133,19 +141,19 @@ answer. Write one system message that makes an assistant answer that way.
 - Write a single paragraph of prose, 80 to 180 words long, and nothing else."""
 
 
-def message(descriptions: Sequence[str], chance: random.Random) -> list[Turn]:
-    """Ask for a system message from descriptions, which are shown in a drawn order."""
-    drawn = chance.sample(EXAMPLES, min(EXAMPLES_OF_MESSAGES, len(EXAMPLES)))
+def write_message(descriptions: Sequence[str], rng: random.Random) -> list[Turn]:
+    """Build the prompt for a system message from descriptions, which are shown in random order."""
+    drawn = rng.sample(EXAMPLES, min(FEW_SHOT_MESSAGES, len(EXAMPLES)))
     turns: list[Turn] = []
     for number, example in enumerate(drawn):
-        shown = "### Descriptions\n" + "\n".join(f"- {one}" for one in example.descriptions)
+        shown = "### Descriptions\n" + "\n".join(f"- {description}" for description in example.descriptions)
         turns += [_turn("user", shown if number else f"{_MESSAGE}\n\n{shown}"), _turn("assistant", example.message)]
-    shown = "\n".join(f"- {one}" for one in chance.sample(descriptions, len(descriptions)))
+    shown = "\n".join(f"- {description}" for description in rng.sample(descriptions, len(descriptions)))
     return [*turns, _turn("user", f"### Descriptions\n{shown}")]
 
 
 def screen(instruction: str) -> list[Turn]:
-    """Ask whether an instruction says how to answer it. The reply starts with yes or no."""
+    """Build the prompt that asks whether an instruction says how to answer it; the reply starts with yes or no."""
     return [
         _turn(
             "user",
@@ -158,51 +166,60 @@ def screen(instruction: str) -> list[Turn]:
 
 
 def answer(system: str, instruction: str) -> list[Turn]:
-    """Ask for an answer to the instruction under its system message."""
+    """Build the turns that ask for an answer to the instruction under its system message."""
     return [_turn("system", system), _turn("user", instruction)]
 
 
-FURTHER_TURNS = {
-    "propose": FurtherTurn.of_prompt("instruction", "aspects", after=r":[ \t]*\w"),
-    "describe": FurtherTurn.of_prompt("preferences", after=r":[ \t]*\w"),
-    "message": FurtherTurn.of_prompt(
+STOP_PATTERNS = {
+    "propose": StopPattern.of_prompt("instruction", "aspects", after=r":[ \t]*\w"),
+    "describe": StopPattern.of_prompt("preferences", after=r":[ \t]*\w"),
+    "message": StopPattern.of_prompt(
         "descriptions",
         after=r"\A\s*(?!(?:sure|certainly|of|okay|ok|here|below|great|absolutely)\b)[^\n]{30,}[^\s:*]\s*\Z",
     ),
-    "screen": FurtherTurn.of_prompt("instruction", after=r"\b(?:yes|no)\b"),
+    "screen": StopPattern.of_prompt("instruction", after=r"\b(?:yes|no)\b"),
 }
-"""Ends of the replies to these prompts, by stage. An answer is none of them: it may hold any line."""
+"""Stop patterns of the replies, by stage. An answer has none: it may hold any line."""
 
 _MARKS = " \t*_`\"'“”‘’"
 _LABEL = re.compile(r"^[\W\d_]*(?P<name>[A-Za-z][A-Za-z _]*?)[*_`]*\s*(?:[,/(>–-][^:]*)?[*_`]*:(?P<text>.*)$")
 
 
-def read_lines(reply: str, draws: Sequence[Preference] | Sequence[Draw], *, cut: bool = False) -> dict[str, str]:
-    """The text behind each dimension's name, for those that were asked for; of a name that comes twice the first.
+def parse_dimension_lines(
+    reply: str, planned: Sequence[Preference] | Sequence[PlannedPreference], *, cut: bool = False
+) -> dict[str, str]:
+    """Return the text behind each requested dimension's name; the first if a name occurs twice.
 
-    Case, marks, numbers before the name and the sub-dimension behind it don't matter. `cut`: the last line has no end.
+    Case, emphasis, numbers before the name and the sub-dimension behind it are ignored. `cut`: the reply was cut, so
+    its last line is ignored.
     """
     asked: Mapping[str, str] = {
-        one.dimension if isinstance(one, Preference) else one.sub.dimension: (
-            one.subdimension if isinstance(one, Preference) else one.sub.name
+        part.dimension if isinstance(part, Preference) else part.sub.dimension: (
+            part.subdimension if isinstance(part, Preference) else part.sub.name
         )
-        for one in draws
+        for part in planned
     }
     lines = [line for line in reply.splitlines() if line.strip()]
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for line in lines[:-1] if cut else lines:
         label = _LABEL.match(line.strip())
         name = label["name"].strip().casefold().replace(" ", "_") if label else ""
-        if label is None or name not in asked or name in found:
+        if label is None or name not in asked or name in texts:
             continue
         text = " ".join(label["text"].split()).strip(_MARKS)
         of_sub, colon, rest = text.partition(":")  # `style: tone: Dry wit`
-        if colon and same_words(of_sub) == same_words(asked[name].replace("_", " ")):
+        if colon and normalize_words(of_sub) == normalize_words(asked[name].replace("_", " ")):
             text = rest.strip(_MARKS)
-        says_something = same_words(text) not in ("", same_words(asked[name]), "preference", "description", "none")
+        says_something = normalize_words(text) not in (
+            "",
+            normalize_words(asked[name]),
+            "preference",
+            "description",
+            "none",
+        )
         if says_something and any(map(str.isalnum, text)):
-            found[name] = text
-    return found
+            texts[name] = text
+    return texts
 
 
 _FENCE = re.compile(r"^```\w*\n(?P<text>.*?)\n?```$", re.DOTALL)
@@ -232,10 +249,10 @@ _TRAILER = re.compile(
 _QUOTES = {'"': '"', "“": "”", "«": "»"}
 
 
-def read_message(reply: str) -> str:
-    """Return a system message without what models put around one.
+def parse_message(reply: str) -> str:
+    """Return the system message in a reply.
 
-    That is a lead-in, a heading, quotation marks, a block of code, a tag, and a note behind it.
+    Removed are a lead-in, a heading, quotation marks, a code fence, a tag, and a note behind the message.
     """
     text, before = reply.strip(), None
     while text != before:
@@ -277,12 +294,12 @@ _REFUSALS = re.compile(
 
 
 def is_refusal(text: str) -> bool:
-    """Return whether a model declines, in words that no system message begins with."""
+    """Return whether a reply begins with a refusal, in words with which no system message begins."""
     return bool(_REFUSALS.match(text))
 
 
 _NO_PARAGRAPH = re.compile(r"^[^\S\n]*(?:#{1,6}[^\S\n]|\{\s*\"|\[\s*[{\"]|[}\]],?$|<<|</?\w+>[^\S\n]*$)", re.MULTILINE)
-"""A heading, JSON, tags of a line of their own."""
+"""A heading, JSON, a line with nothing but a tag."""
 _ASKS_BACK = re.compile(
     r"(?:^|[.!?]\s+|\n)(?:(?:could|can|would|will|do|did|may) (?:you|i)\b[^?]*\?"
     r"|(?:what|which|who) (?:are|is|would|do|did)\b[^?]*\?"
@@ -291,8 +308,8 @@ _ASKS_BACK = re.compile(
 )
 
 
-def is_message(text: str) -> bool:
-    """Return whether a text can be a system message: running text, and no question to whoever asked for it."""
+def is_system_message(text: str) -> bool:
+    """Return whether a text can be a system message: prose, and no question back to the author of the prompt."""
     return not (_NO_PARAGRAPH.search(text) or (not text.startswith("You ") and _ASKS_BACK.search(text)))
 
 

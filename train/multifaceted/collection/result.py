@@ -1,130 +1,124 @@
-"""What became of one instruction and its preference sets, and the rows and pairs that are written of them."""
+"""Result of one instruction with its preference sets, and the rows and pairs that are written from it."""
 
 import random
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from train.datagen.usage import Usage
-from train.multifaceted.collection.hierarchy import Draw, Preference
+from train.multifaceted.collection.hierarchy import PlannedPreference, Preference
 from train.multifaceted.collection.instructions import Instruction
 
 
 @dataclass(slots=True)
-class SetOutcome:
-    """One set of an instruction. One that is left out has a reason; how far it came stands in the rest."""
+class SetResult:
+    """Result of one preference set. A dropped set has a reason; its other fields show how far it came."""
 
     number: int
-    draws: list[Draw]
+    """Number of the set in its instruction, from 0."""
+    planned: list[PlannedPreference]
+    """One per dimension."""
     preferences: list[Preference] = field(default_factory=list)
     system: str = ""
     output: str = ""
     reason: str | None = None
-    """Why it is left out, in the words of the report; None: it is written."""
+    """Reason for dropping the set, as the report shows it; None = it is written."""
     detail: str = ""
 
-    def leave_out(self, reason: str, detail: str = "") -> bool:
-        """This set is not written; False, for whoever asks whether to go on."""
+    def drop(self, reason: str, detail: str = "") -> bool:
+        """Mark the set as dropped; return False, for callers that return whether to continue."""
         self.reason, self.detail = reason, detail
         return False
 
 
 @dataclass(slots=True)
-class Outcome:
-    """What became of one instruction. One that is left out as a whole has a reason and no sets."""
+class InstructionResult:
+    """Result of one instruction. A dropped instruction has a reason and no sets."""
 
     instruction: Instruction
-    sets: list[SetOutcome] = field(default_factory=list)
+    sets: list[SetResult] = field(default_factory=list)
     reason: str | None = None
     detail: str = ""
     events: Counter[str] = field(default_factory=Counter)
-    """What happened on the way, over all tries, in the words of the report."""
-    spent: dict[str, Usage] = field(default_factory=dict)
+    """Events over all tries, under the report's labels."""
+    usage: dict[str, Usage] = field(default_factory=dict)
     """By stage."""
 
     @property
-    def written(self) -> list[SetOutcome]:
-        """The sets that are written; while they are made, those that are not lost so far."""
-        return [one for one in self.sets if one.reason is None]
+    def written(self) -> list[SetResult]:
+        """The sets that are written; during the pipeline, those not dropped so far."""
+        return [preference_set for preference_set in self.sets if preference_set.reason is None]
 
     @property
-    def place(self) -> dict[str, str]:
-        """The columns that say where it comes from."""
+    def source_columns(self) -> dict[str, str]:
+        """The columns with the instruction's origin."""
         return {
             "main_source": self.instruction.main_source,
             "original_source": self.instruction.original_source,
         }
 
 
-def rows_of(outcome: Outcome) -> list[dict[str, Any]]:
-    """Rows of the hub's set: its columns, and nothing else."""
+def build_rows(result: InstructionResult) -> list[dict[str, Any]]:
+    """Return the training rows, in the columns of the published data set."""
     return [
         {
-            **outcome.place,
-            "preference_set": _preference_set(one),
-            "system": one.system,
-            "prompt": outcome.instruction.prompt,
-            "output": one.output,
+            **result.source_columns,
+            "preference_set": _preference_columns(written),
+            "system": written.system,
+            "prompt": result.instruction.prompt,
+            "output": written.output,
         }
-        for one in outcome.written
+        for written in result.written
     ]
 
 
-def left_out_of(outcome: Outcome) -> list[dict[str, Any]]:
-    """Rows of left_out.jsonl: the instruction, or each of its sets that is not written (numbered from 0)."""
-    of = {**outcome.place, "place": outcome.instruction.place, "prompt": outcome.instruction.prompt}
-    if outcome.reason is not None:
-        return [{**of, "set": None, "reason": outcome.reason, "detail": outcome.detail}]
+def build_dropped_rows(result: InstructionResult) -> list[dict[str, Any]]:
+    """Return the rows of left_out.jsonl: the instruction, or each of its dropped sets (numbered from 0)."""
+    columns = {**result.source_columns, "place": result.instruction.place, "prompt": result.instruction.prompt}
+    if result.reason is not None:
+        return [{**columns, "set": None, "reason": result.reason, "detail": result.detail}]
     return [
         {
-            **of,
-            "set": one.number,
-            "reason": one.reason,
-            "detail": one.detail,
-            "subdimensions": [draw.sub.name for draw in one.draws],
-            "preference_set": _preference_set(one),
-            "system": one.system,
-            "output": one.output,
+            **columns,
+            "set": dropped.number,
+            "reason": dropped.reason,
+            "detail": dropped.detail,
+            "subdimensions": [planned.sub.name for planned in dropped.planned],
+            "preference_set": _preference_columns(dropped),
+            "system": dropped.system,
+            "output": dropped.output,
         }
-        for one in outcome.sets
-        if one.reason is not None
+        for dropped in result.sets
+        if dropped.reason is not None
     ]
 
 
-def pairs_of(outcome: Outcome, which: Literal["one", "all", "none"], seed: int) -> list[dict[str, Any]]:
-    """Preference pairs in the columns of the hub's -DPO set: the answer to a message is chosen over a sibling's.
+def build_pairs(result: InstructionResult, which: Literal["one", "all", "none"], seed: int) -> list[dict[str, Any]]:
+    """Return preference pairs in the columns of the published -DPO set.
 
-    Sets whose answers are the same make no pair. `chosen` and `rejected` hold the user's turn too, as the schema of
-    these columns has it in the trainers that know it (argilla's, axolotl's).
+    The answer to a system message is chosen over the answer to a sibling's. Sets with equal answers make no pair.
+    `chosen` and `rejected` include the user turn, as trainers that know these columns expect (argilla's, axolotl's).
     """
-    written = outcome.written
-    possible = [(own, other) for own in written for other in written if own.output != other.output]
-    if which == "none" or not possible:
+    written = result.written
+    candidates = [(own, other) for own in written for other in written if own.output != other.output]
+    if which == "none" or not candidates:
         return []
     if which == "one":
-        chance = random.Random(f"{seed} pair {outcome.instruction.number}")
-        first = chance.choice(list(dict.fromkeys(own.number for own, _ in possible)))
-        possible = [chance.choice([pair for pair in possible if pair[0].number == first])]
-    prompt = outcome.instruction.prompt
+        rng = random.Random(f"{seed} pair {result.instruction.number}")
+        first = rng.choice(list(dict.fromkeys(own.number for own, _ in candidates)))
+        candidates = [rng.choice([pair for pair in candidates if pair[0].number == first])]
+    prompt = result.instruction.prompt
     return [
         {
-            **outcome.place,
+            **result.source_columns,
             "system": own.system,
             "prompt": prompt,
             "chosen": [{"content": prompt, "role": "user"}, {"content": own.output, "role": "assistant"}],
             "rejected": [{"content": prompt, "role": "user"}, {"content": other.output, "role": "assistant"}],
         }
-        for own, other in possible
+        for own, other in candidates
     ]
 
 
-def _preference_set(one: SetOutcome) -> list[dict[str, str]]:
-    return [
-        {
-            "dimension": preference.dimension,
-            "subdimension": preference.subdimension,
-            "preference": preference.preference,
-            "description": preference.description,
-        }
-        for preference in one.preferences
-    ]
+def _preference_columns(result: SetResult) -> list[dict[str, str]]:
+    return [asdict(preference) for preference in result.preferences]

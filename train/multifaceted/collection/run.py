@@ -1,88 +1,44 @@
-"""TODO: train.multifaceted.collection.run.run."""
+"""Run of the collection: instructions through the pipeline into rows, pairs, statistics and a report."""
 
-import asyncio
-from contextlib import aclosing, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import AsyncGenerator
 
-from train.datagen.deduplication import NearDuplicates
-from train.datagen.source_rows import number_of_rows, refuse_own_files
-from train.errors import UserError
-from train.llm.client import Client, Counts
-from train.llm.journal import Journal
+from train.datagen.run import RunResult, open_near_duplicate_filter, run_generation
+from train.llm.client import Client
 from train.llm.options import WAIT_FOR_SERVER
 from train.llm.ordered_map import map_ordered
-from train.llm.progress import progress
 from train.multifaceted.collection.config import CollectionConfig
-from train.multifaceted.collection.hierarchy import Hierarchy, Plan, load_hierarchy
-from train.multifaceted.collection.instructions import instructions
+from train.multifaceted.collection.hierarchy import PreferencePlan, load_hierarchy
+from train.multifaceted.collection.instructions import iter_instructions
 from train.multifaceted.collection.pipeline import Pipeline
 from train.multifaceted.collection.report import write_report
-from train.multifaceted.collection.stats import Tally
-from train.multifaceted.collection.writer import DATA, LEFT_OUT, PAIRS, Output
-
-JOURNAL = "answers.sqlite"
-
-
-@dataclass(frozen=True)
-class Done:
-    """A run that came to its end: what the instructions became, what this start asked, and where to read of it."""
-
-    tally: Tally
-    counts: Counts
-    report: Path
+from train.multifaceted.collection.result import InstructionResult
+from train.multifaceted.collection.stats import CollectionStats
+from train.multifaceted.collection.writer import OUTPUTS, CollectionWriter
 
 
-def run(config: CollectionConfig, wait_for_server: float = WAIT_FOR_SERVER) -> Done:
-    """Take all instructions through the pipeline, write rows, pairs and the report. Raises UserError.
-
-    What is interrupted at any moment is made good by the next call, which asks nothing again that was answered.
-    `wait_for_server`: as of `Client`.
-    """
+def run(config: CollectionConfig, wait_for_server: float = WAIT_FOR_SERVER) -> RunResult[CollectionStats]:
+    """Build the collection from all source rows; see `run_generation`. Raises UserError."""
     hierarchy = load_hierarchy(config.hierarchy.file, ours=config.hierarchy.ours)
-    plan = Plan(hierarchy, config.sets_per_instruction, config.seed)
-    folder = Path(config.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir: {folder} can't be made: {error.strerror}.") from error
-    refuse_own_files(config.data, (folder / DATA, folder / PAIRS, folder / LEFT_OUT))
-    total = number_of_rows(config.data)
-    with Journal(folder / JOURNAL) as journal, Output(config) as output:
-        tally = Tally(config, hierarchy)
-        counts = asyncio.run(_run(config, hierarchy, plan, journal, output, tally, total, wait_for_server))
-        try:
-            return Done(tally, counts, write_report(folder, tally.facts(), journal.seconds()))
-        except OSError as error:
-            raise UserError(
-                f"output_dir: the report can't be written to {folder}: {error.strerror}. The rows are there: make "
-                "room, and start the same command again."
-            ) from error
+    plan = PreferencePlan(hierarchy, config.sets_per_instruction, config.seed)
+    stats = CollectionStats(config, hierarchy)
 
+    def generate(client: Client) -> AsyncGenerator[InstructionResult]:
+        pipeline = Pipeline(config, client, hierarchy, plan)
+        instructions = iter_instructions(config.data, config.filter, near_duplicates)
+        # Twice the servers' concurrency, as in SYSGEN: requests stay in flight while other rows are between two stages.
+        return map_ordered(instructions, pipeline.run, at_once=2 * client.concurrency)
 
-async def _run(
-    config: CollectionConfig,
-    hierarchy: Hierarchy,
-    plan: Plan,
-    journal: Journal,
-    output: Output,
-    tally: Tally,
-    total: int,
-    wait_for_server: float,
-) -> Counts:
-    threshold = config.filter.near_duplicates
-    servers = [server.server() for server in config.servers]
-    with nullcontext() if threshold is None else NearDuplicates(threshold) as near:
-        async with (
-            Client(servers, config.model, journal, wait_for_server=wait_for_server) as client,
-            progress("rows", total, client) as pace,
-        ):
-            pipeline = Pipeline(config, client, hierarchy, plan)
-            rows = instructions(config.data, config.filter, near)
-            # Twice as many as the servers take at once, as in SYSGEN: while one is between two steps, another asks.
-            async with aclosing(map_ordered(rows, pipeline.run, at_once=2 * client.concurrency)) as outcomes:
-                async for outcome in outcomes:
-                    tally.add(outcome, pairs=output.write(outcome))
-                    pace.advance()
-    output.finish()
-    return client.counts
+    def record(result: InstructionResult, writer: CollectionWriter) -> None:
+        stats.add(result, pairs=writer.write_result(result))
+
+    with open_near_duplicate_filter(config.filter.near_duplicates) as near_duplicates:
+        return run_generation(
+            config,
+            stats,
+            open_writer=lambda: CollectionWriter(config),
+            outputs=OUTPUTS,
+            generate=generate,
+            record=record,
+            write_report=write_report,
+            wait_for_server=wait_for_server,
+        )

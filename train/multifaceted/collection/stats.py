@@ -1,114 +1,112 @@
-"""What a collection amounts to, in numbers: added up instruction by instruction, and in no way by the clock.
+"""Statistics of a collection: counts, coverage of the hierarchy, similarity of messages, lengths.
 
-The same outcomes give the same facts, whether they came in one start or in many. Memory grows with the number of
-different preferences alone, which are counted by their words, and by eight bytes a length.
+Memory grows only with the number of different preferences and by eight bytes per length.
 """
 
-import hashlib
-import heapq
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from train.datagen.drop_reasons import unread_warning
-from train.datagen.usage import Usage
-from train.datagen.words import words_of
-from train.llm.failures import NO_ANSWER, FailureReasons
+from train.datagen.stats import RunStats, SeededSample, sort_counts, truncate, unread_warning
+from train.datagen.text_units import split_words
 from train.multifaceted.collection.config import STAGES, CollectionConfig
-from train.multifaceted.collection.hierarchy import DIMENSIONS, Hierarchy, same_words
+from train.multifaceted.collection.hierarchy import DIMENSIONS, Hierarchy, normalize_words
 from train.multifaceted.collection.prompts import PROMPT_VERSION
-from train.multifaceted.collection.result import Outcome
+from train.multifaceted.collection.result import InstructionResult, SetResult
 
 SAMPLES = 5
 COMPARED = 200
-"""Instructions whose sibling messages are compared: ROUGE-L takes some 20 ms a pair."""
-LONGEST_SHOWN = 1_500
+"""Instructions whose messages are compared: ROUGE-L takes about 20 ms per pair."""
 MOST_FREQUENT = 10
 LENGTHS = ("system", "prompt", "output")
 
-_Ranked = list[tuple[int, int, Any]]
 
-
-class Tally:
-    """Adds up outcomes."""
+class CollectionStats(RunStats):
+    """Counts over the results of a collection. `written`: rows, one per written set."""
 
     def __init__(self, config: CollectionConfig, hierarchy: Hierarchy) -> None:
+        super().__init__()
         self._config, self._hierarchy = config, hierarchy
-        self.rows = self.instructions = self.instructions_written = self.sets = self.written = self.pairs = 0
-        self.left_out: Counter[str] = Counter()
-        self.sets_left_out: Counter[str] = Counter()
-        self.unanswered = FailureReasons()
-        self.events: Counter[str] = Counter()
-        self.spent: dict[str, Usage] = {}
-        self._drawn: Counter[tuple[str, str]] = Counter()
+        self.instructions = self.instructions_written = self.sets = self.pairs = 0
+        self.set_drop_counts: Counter[str] = Counter()
+        self._planned: Counter[tuple[str, str]] = Counter()
+        """Sets by dimension and sub-dimension; likewise below."""
         self._written: Counter[tuple[str, str]] = Counter()
         self._preferences: dict[tuple[str, str], Counter[str]] = {}
         self._wording: dict[str, str] = {}
+        """First wording of each normalized preference."""
         self._lengths = {name: array("l") for name in LENGTHS}
-        self._samples: _Ranked = []
-        self._compared: _Ranked = []
+        self._samples = SeededSample(SAMPLES, f"{config.seed} sample", digest_size=7)
+        self._compared = SeededSample(COMPARED, f"{config.seed} compared", digest_size=7)
 
-    def add(self, outcome: Outcome, pairs: int = 0) -> None:
-        """Count one instruction, of which so many pairs were made."""
-        self.rows += 1
+    def add(self, result: InstructionResult, pairs: int = 0) -> None:
+        """Count one instruction and its number of pairs."""
+        self.add_row(result)
         self.pairs += pairs
-        self.events.update(outcome.events)
-        for stage, spent in outcome.spent.items():
-            self.spent.setdefault(stage, Usage()).add_all(spent)
-        for reason, detail in ((outcome.reason, outcome.detail), *((one.reason, one.detail) for one in outcome.sets)):
-            if reason == NO_ANSWER:
-                self.unanswered.add(detail)
-        if outcome.reason is not None:
-            self.left_out[outcome.reason] += 1
+        if result.reason is not None:
+            self.add_drop(self.drop_counts, result.reason, result.detail)
             return
         self.instructions += 1
-        self.sets += len(outcome.sets)
-        written = outcome.written
+        self.sets += len(result.sets)
+        for preference_set in result.sets:
+            self._planned.update((planned.sub.dimension, planned.sub.name) for planned in preference_set.planned)
+            if preference_set.reason is not None:
+                self.add_drop(self.set_drop_counts, preference_set.reason, preference_set.detail)
+            else:
+                self._add_written(result, preference_set)
+        written = result.written
         self.written += len(written)
         self.instructions_written += bool(written)
-        for one in outcome.sets:
-            self._drawn.update((draw.sub.dimension, draw.sub.name) for draw in one.draws)
-            if one.reason is not None:
-                self.sets_left_out[one.reason] += 1
-                continue
-            for preference in one.preferences:
-                where = (preference.dimension, preference.subdimension)
-                self._written[where] += 1
-                words = same_words(preference.preference)
-                self._preferences.setdefault(where, Counter())[words] += 1
-                self._wording.setdefault(words, preference.preference)
-            for name, text in zip(LENGTHS, (one.system, outcome.instruction.prompt, one.output), strict=True):
-                self._lengths[name].append(len(text))
         if written:
-            self._keep(self._samples, SAMPLES, "sample", outcome, _shown(outcome))
-            self._keep(self._compared, COMPARED, "compared", outcome, [one.system for one in written])
+            number = result.instruction.number or 0
+            self._samples.add(number, lambda: _build_sample(result))
+            self._compared.add(number, lambda: [preference_set.system for preference_set in written])
 
-    def _keep(self, heap: _Ranked, most: int, purpose: str, outcome: Outcome, what: Any) -> None:
-        """Keep `what` if its instruction is among those that the seed gives the lowest numbers."""
-        number = outcome.instruction.number or 0
-        digest = hashlib.blake2b(f"{self._config.seed} {purpose} {number}".encode(), digest_size=7).digest()
-        entry = (-int.from_bytes(digest), number, what)
-        if len(heap) < most:
-            heapq.heappush(heap, entry)
-        else:
-            heapq.heappushpop(heap, entry)
+    def _add_written(self, result: InstructionResult, written: SetResult) -> None:
+        for preference in written.preferences:
+            key = (preference.dimension, preference.subdimension)
+            self._written[key] += 1
+            words = normalize_words(preference.preference)
+            self._preferences.setdefault(key, Counter())[words] += 1
+            self._wording.setdefault(words, preference.preference)
+        for name, text in zip(LENGTHS, (written.system, result.instruction.prompt, written.output), strict=True):
+            self._lengths[name].append(len(text))
+
+    def drop_reasons(self) -> Counter[str]:
+        """Return how often each reason dropped an instruction or a set."""
+        return self.drop_counts + Counter({f"{reason} (sets)": count for reason, count in self.set_drop_counts.items()})
+
+    def summary(self, time: str) -> list[str]:
+        """Return the lines that the command prints at its end."""
+        return [
+            f"{self.written:,} rows and {self.pairs:,} pairs of {self.instructions:,} instructions "
+            f"({self.rows:,} rows read) after {time}",
+            *(
+                f"dropped {what}: {count:,} ({count / total:.1%}): {reason}"
+                for what, total, counts in (
+                    ("instructions", self.rows, self.drop_counts),
+                    ("sets", self.sets, self.set_drop_counts),
+                )
+                for reason, count in counts.most_common()
+            ),
+        ]
 
     def warnings(self) -> list[str]:
-        """Return a line where the verdicts of the model's filter were mostly unread."""
+        """Return a line if most verdicts of the model's filter were unread."""
         return unread_warning(
             "filter.model",
             self.events["screen: neither yes nor no, and kept"],
-            self.spent["screen"].requests if "screen" in self.spent else 0,
+            self.requests_of("screen"),
             "These instructions were kept. The replies are in answers.sqlite under the stage `screen`: check that the "
             "model replies with yes or no, and that screen.max_tokens leaves room for it.",
         )
 
     def facts(self) -> dict[str, Any]:
-        """Everything as plain values, for report.json."""
+        """Return all figures as plain values, for report.json."""
         return {
             "model": self._config.model,
             "prompt_version": PROMPT_VERSION,
@@ -119,38 +117,29 @@ class Tally:
             "sets_written": self.written,
             "pairs": self.pairs,
             "warnings": self.warnings(),
-            "left_out": _sorted(self.left_out),
-            "sets_left_out": _sorted(self.sets_left_out),
+            "left_out": sort_counts(self.drop_counts),
+            "sets_left_out": sort_counts(self.set_drop_counts),
             "unanswered": self.unanswered.counts(),
-            "events": _sorted(self.events),
+            "events": sort_counts(self.events),
             "coverage": {dimension: self._coverage(dimension) for dimension in DIMENSIONS},
-            "similarity": similarity([texts for _, _, texts in sorted(self._compared, key=lambda one: one[1])]),
-            "characters": {name: _spread(self._lengths[name]) for name in LENGTHS},
-            "spent": {
-                stage: {
-                    "requests": self.spent[stage].requests,
-                    "prompt_tokens": self.spent[stage].prompt_tokens,
-                    "completion_tokens": self.spent[stage].completion_tokens,
-                    "seconds": self.spent[stage].seconds,
-                }
-                for stage in STAGES
-                if stage in self.spent
-            },
-            "samples": [shown for _, _, shown in sorted(self._samples, key=lambda one: one[1])],
+            "similarity": measure_similarity(self._compared.items()),
+            "characters": {name: _describe(self._lengths[name]) for name in LENGTHS},
+            "spent": self.usage_facts(STAGES),
+            "samples": self._samples.items(),
         }
 
     def _coverage(self, dimension: str) -> dict[str, Any]:
         names = list(self._hierarchy[dimension])
         written = {name: self._written[dimension, name] for name in names}
-        of_all: Counter[str] = Counter()
+        preferences: Counter[str] = Counter()
         for name in names:
-            of_all.update(self._preferences.get((dimension, name), Counter()))
+            preferences.update(self._preferences.get((dimension, name), Counter()))
         total = sum(written.values())
         return {
             "sets": total,
             "subdimensions": {
                 name: {
-                    "drawn": self._drawn[dimension, name],
+                    "drawn": self._planned[dimension, name],
                     "written": written[name],
                     "share": written[name] / total if total else None,
                     "distinct_preferences": len(self._preferences.get((dimension, name), ())),
@@ -160,48 +149,48 @@ class Tally:
             "distinct_subdimensions": sum(count > 0 for count in written.values()),
             "entropy_bits": _entropy(written.values()),
             "evenness": _evenness(written.values(), len(names)),
-            "distinct_preferences": len(of_all),
-            "preference_entropy_bits": _entropy(of_all.values()),
-            "preference_evenness": _evenness(of_all.values(), len(of_all)),
+            "distinct_preferences": len(preferences),
+            "preference_entropy_bits": _entropy(preferences.values()),
+            "preference_evenness": _evenness(preferences.values(), len(preferences)),
             "most_frequent": [
-                {"preference": self._wording[words], "times": times}
-                for words, times in list(_sorted(of_all).items())[:MOST_FREQUENT]
+                {"preference": self._wording[words], "times": count}
+                for words, count in list(sort_counts(preferences).items())[:MOST_FREQUENT]
             ],
         }
 
 
-class _Words:
-    """rouge-score's own tokens are ASCII's letters and digits; these are words in any script."""
+class _WordTokenizer:
+    """Tokenizer for rouge-score with words of any script; its own knows only ASCII letters and digits."""
 
     def tokenize(self, text: str) -> list[str]:
-        return words_of(text)
+        return split_words(text)
 
 
-def similarity(messages: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """How alike the messages of one instruction are (ROUGE-L's F1, 0 to 1), and how alike those of different ones.
+def measure_similarity(messages: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Compare the messages of one instruction (siblings), and those of different instructions (strangers), by ROUGE-L.
 
-    `messages`: of each instruction its written ones. Each pair of siblings has a pair of strangers beside it: the same
-    first message, and the second's place in the next instruction that has so many. The strangers are the yardstick:
-    how alike two messages by this model are that have nothing in common but the way they were made.
+    `messages`: the written messages of each instruction. Each pair of siblings has a pair of strangers: the same first
+    message, and the message at the second's position in the next instruction with as many messages. Strangers are the
+    yardstick: two messages by this model that share nothing but the way they were made.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
+    scorer = RougeScorer(["rougeL"], tokenizer=_WordTokenizer())
     families = [texts for texts in messages if len(texts) > 1]
     siblings: list[float] = []
     strangers: list[float] = []
-    for place, texts in enumerate(families):
-        others = [other for other in (*families[place + 1 :], *families[:place]) if len(other) == len(texts)]
+    for index, texts in enumerate(families):
+        others = [other for other in (*families[index + 1 :], *families[:index]) if len(other) == len(texts)]
         for first in range(len(texts)):
             for second in range(first + 1, len(texts)):
                 siblings.append(scorer.score(texts[first], texts[second])["rougeL"].fmeasure)
                 if others:
                     strangers.append(scorer.score(texts[first], others[0][second])["rougeL"].fmeasure)
-    return {"instructions": len(families), "siblings": _spread(siblings), "strangers": _spread(strangers)}
+    return {"instructions": len(families), "siblings": _describe(siblings), "strangers": _describe(strangers)}
 
 
-def _spread(values: Sequence[float]) -> dict[str, float | int | None]:
-    """How many, mean, median and the middle nine tenths, with the usual interpolation between two values."""
+def _describe(values: Sequence[float]) -> dict[str, float | int | None]:
+    """Return count, mean, median, 5th and 95th percentile (linear interpolation)."""
     if not len(values):
         return {"count": 0, "mean": None, "p5": None, "median": None, "p95": None}
     low, median, high = (float(value) for value in np.percentile(np.asarray(values, dtype=float), [5, 50, 95]))
@@ -210,39 +199,30 @@ def _spread(values: Sequence[float]) -> dict[str, float | int | None]:
 
 
 def _entropy(counts: Iterable[int]) -> float:
-    """Shannon's, in bits."""
-    found = [count for count in counts if count]
-    total = sum(found)
-    return math.fsum(-count / total * math.log2(count / total) for count in found) if len(found) > 1 else 0.0
+    """Return the Shannon entropy in bits."""
+    counts = [count for count in counts if count]
+    total = sum(counts)
+    return math.fsum(-count / total * math.log2(count / total) for count in counts) if len(counts) > 1 else 0.0
 
 
 def _evenness(counts: Iterable[int], kinds: int) -> float | None:
-    """Entropy over the largest that so many kinds can have (Pielou's); None where there is but one kind."""
+    """Return Pielou's evenness, the entropy over its maximum for `kinds` kinds; None for a single kind."""
     return _entropy(counts) / math.log2(kinds) if kinds > 1 else None
 
 
-def _shown(outcome: Outcome) -> dict[str, Any]:
+def _build_sample(result: InstructionResult) -> dict[str, Any]:
     return {
-        "source": outcome.instruction.place,
-        "prompt": _beginning(outcome.instruction.prompt),
+        "source": result.instruction.place,
+        "prompt": truncate(result.instruction.prompt),
         "sets": [
             {
                 "preferences": [
                     f"{preference.dimension} / {preference.subdimension}: {preference.preference}"
-                    for preference in one.preferences
+                    for preference in written.preferences
                 ],
-                "system": _beginning(one.system),
-                "output": _beginning(one.output),
+                "system": truncate(written.system),
+                "output": truncate(written.output),
             }
-            for one in outcome.written
+            for written in result.written
         ],
     }
-
-
-def _sorted(counts: Mapping[str, int]) -> dict[str, int]:
-    """The most frequent first, by name where they are equal; nothing that never happened."""
-    return {name: count for name, count in sorted(counts.items(), key=lambda one: (-one[1], one[0])) if count}
-
-
-def _beginning(text: str) -> str:
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."

@@ -1,18 +1,18 @@
-"""Bytes that a forward and backward pass keep: activations, and TRL's fused output layer."""
+"""Bytes that a forward and backward pass hold: activations, and TRL's fused output layer."""
 
 from typing import NamedTuple
 
-from train.model.architecture import Shape
+from train.model.architecture import Architecture
 
 TOKEN_CHUNK, VOCABULARY_CHUNK = 4_096, 32_768
-"""TRL's tiles of logits: TOKEN_CHUNK_SIZE in trl/kernels/chunked_logprob.py and _CHUNKED_LOGPROB_CHUNK_SIZE in
+"""Size of TRL's tiles of logits: TOKEN_CHUNK_SIZE in trl/kernels/chunked_logprob.py and _CHUNKED_LOGPROB_CHUNK_SIZE in
 trl/trainer/utils.py (1.16)."""
 
 
 class Precision(NamedTuple):
-    """Bytes of an element. `weights`: as the forward pass finds them; `compute`: what matrices are multiplied in.
+    """Bytes of an element: of the weights in the forward pass, and of the operands of matrix products.
 
-    They differ under autocast, where float32 weights are cast as they are used.
+    They differ under autocast, which casts float32 weights when they are used.
     """
 
     weights: int
@@ -20,8 +20,12 @@ class Precision(NamedTuple):
 
 
 class Activations(NamedTuple):
-    """Bytes on one GPU. `kept`: from the forward pass until the backward has used them; `working`: what the backward of
-    one layer needs beside that; `head`: the output layer and its loss."""
+    """Bytes on one GPU.
+
+    - `kept`: from the forward pass until the backward pass has used them;
+    - `working`: what the backward of one layer needs besides;
+    - `head`: output layer and loss.
+    """
 
     kept: int
     working: int
@@ -29,22 +33,24 @@ class Activations(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """The head is done with before the first layer's backward begins, so its room is used twice."""
+        """Maximum over time: the head's memory is free again when the backward of the first layer begins."""
         return self.kept + max(self.working, self.head)
 
 
-def layer_bytes(shape: Shape, precision: Precision, squared_length: int = 0) -> int:
-    """Bytes a token that one decoder layer keeps for its backward without gradient checkpointing.
+def layer_bytes(shape: Architecture, precision: Precision, squared_length: int = 0) -> int:
+    """Return the bytes per token that one decoder layer keeps for its backward without gradient checkpointing.
 
-    `squared_length`: tokens of a row, where the attention kernel keeps all scores (eager), else 0.
+    `squared_length`: tokens of a row if the attention kernel keeps all scores (eager), else 0.
 
     Korthikanti et al. (arXiv:2205.05198, section 4.1) count 34 bytes times hidden size and a term in the square of the
-    length for GPT's layer. FlashAttention keeps no square (Dao et al., arXiv:2205.14135): queries, keys, values, its
-    output and one float32 a head. The rest, counted in transformers' modeling_llama.py, where `b` = compute bytes:
-    each RMSNorm its input and its divisor in float32, its normalized value (Gemma's in float32) and its output (4 + b +
-    b of each hidden element; the output once for each linear that reads it under autocast, which casts anew for each),
-    the gated feed-forward network four of its intermediate elements (gate, its activation, up, their product). Eager
-    attention keeps its softmax in float32 and cast, soft-capping the capped scores too.
+    length for GPT's layer. Here, counted in transformers' modeling_llama.py, with `b` = compute bytes:
+
+    - FlashAttention keeps queries, keys, values, its output and a float32 per head, and no square (Dao et al.,
+      arXiv:2205.14135). Eager attention keeps its softmax in float32 and cast; with soft-capping the capped scores too.
+    - Each RMSNorm keeps its input and its divisor in float32, its normalized value (Gemma's in float32) and its output:
+      4 + b + b per hidden element. Under autocast the output is kept once per linear layer that reads it, as each casts
+      it again.
+    - The gated feed-forward network keeps four of its intermediate values: gate, activation, up, and their product.
     """
     b = precision.compute
     normalized = 4 if shape.wide_norms else precision.weights
@@ -57,8 +63,8 @@ def layer_bytes(shape: Shape, precision: Precision, squared_length: int = 0) -> 
     return norms + attention + 4 * shape.intermediate * b + scores
 
 
-def activations(
-    shape: Shape,
+def estimate_activations(
+    shape: Architecture,
     tokens: int,
     precision: Precision,
     *,
@@ -66,12 +72,13 @@ def activations(
     adapter_dropout: bool = False,
     squared_length: int = 0,
 ) -> Activations:
-    """Bytes of one micro-batch of `tokens` tokens on one GPU, all GPUs alike.
+    """Return the bytes of one micro-batch of `tokens` tokens on one GPU.
 
-    With gradient checkpointing (TRL's default) only the input of each layer is kept, and one layer is computed again at
-    a time (Chen et al., arXiv:1604.06174; Korthikanti et al., section 5: 2 bytes times hidden size a layer). `working`
-    adds the gradients of the two widest activations of the layer. An adapter keeps its input in float32, and under
-    dropout a copy and a byte of mask. Autocast keeps its casts of trained weights until the forward ends.
+    - With gradient checkpointing (TRL's default) only the input of each layer is kept, and layers are computed again
+      one at a time (Chen et al., arXiv:1604.06174; Korthikanti et al., section 5: 2 bytes times hidden size a layer).
+    - `working` adds the gradients of the two widest activations of a layer.
+    - An adapter keeps its input in float32, and with dropout a copy and a byte of mask.
+    - Autocast keeps its casts of trained weights until the forward pass ends.
     """
     layer = (
         layer_bytes(shape, precision, squared_length)
@@ -82,9 +89,11 @@ def activations(
     casts = 0
     if precision.weights != precision.compute:
         casts = precision.compute * sum(
-            one.elements for one in shape.parameters if one.trained and len(one.shape) > 1 and one.role != "embedding"
+            parameter.elements
+            for parameter in shape.parameters
+            if parameter.trained and len(parameter.shape) > 1 and parameter.role != "embedding"
         )
-    ends = 2 * stream  # the embeddings' output, and the last norm's for the head
+    ends = 2 * stream  # the outputs of the embedding and of the last norm
     if checkpointing:
         kept, working = tokens * (shape.layers * stream + ends) + casts, tokens * (layer + gradients)
     else:
@@ -92,18 +101,23 @@ def activations(
     return Activations(kept, working, head_bytes(shape, tokens, precision))
 
 
-def head_bytes(shape: Shape, tokens: int, precision: Precision) -> int:
-    """Most bytes that TRL's fused output layer holds at once, in its backward.
+def head_bytes(shape: Architecture, tokens: int, precision: Precision) -> int:
+    """Return the peak of TRL's fused output layer, which is in its backward.
 
-    No logits but a tile of 4,096 tokens x 32,768 entries; the hidden states of the trained positions (all, at worst)
-    and their gradient in float32; seven float32 statistics a token; and where the output layer is trained, its whole
-    gradient in float32 and once more in the weight's dtype (ChunkedLogProbFunction in trl/kernels/chunked_logprob.py).
+    It holds (ChunkedLogProbFunction in trl/kernels/chunked_logprob.py):
+
+    - a tile of logits, 4,096 tokens x 32,768 entries of the vocabulary;
+    - the hidden states of the trained positions, at most all, and their gradient in float32;
+    - seven float32 statistics per token;
+    - if the output layer is trained, its gradient in float32 and once more in the weight's dtype.
     """
     tile = min(tokens, TOKEN_CHUNK) * VOCABULARY_CHUNK * precision.compute
     hidden = tokens * shape.hidden * (precision.weights + 4)
     trained = any(
-        one.trained and one.shape == (shape.vocabulary, shape.hidden) and (shape.tied or one.role != "embedding")
-        for one in shape.parameters
+        parameter.trained
+        and parameter.shape == (shape.vocabulary, shape.hidden)
+        and (shape.tied or parameter.role != "embedding")
+        for parameter in shape.parameters
     )
     weight = shape.vocabulary * shape.hidden * (4 + precision.weights) if trained else 0
     return tile + hidden + 7 * 4 * tokens + weight

@@ -1,4 +1,4 @@
-"""Memory of a job on the GPUs that it asks a cluster for: a warning, and what would fit, before it waits in a queue."""
+"""Memory of a Slurm job on the GPUs that it requests: a warning, and what would fit, before it waits in a queue."""
 
 import json
 import re
@@ -7,30 +7,26 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
-from train.model.architecture import Shape, shape_of
+from train.model.architecture import Architecture, inspect_architecture
 from train.model.flops import PEAK_FLOPS
 from train.model.load import load_config
+from train.preflight.plan.candidates import (
+    evaluate_candidate,
+    find_fewest_nodes,
+    list_optimizers,
+    list_strategies,
+    optimizer_name,
+)
+from train.preflight.plan.cluster import GIB, RESERVE, Cluster, parse_cluster
 from train.preflight.plan.memory import DDP, STRATEGIES, Strategy
 from train.preflight.plan.optimizer_states import runs_on_host
-from train.preflight.plan.plan import (
-    RESERVE,
-    Cluster,
-    candidate,
-    fewest_nodes,
-    optimizer_of,
-    optimizers_to_try,
-    parse_cluster,
-    usable,
-    ways_on,
-)
 from train.recipe import Recipe
 
-_GIB = 2**30
 _SEVERAL_NODES = "accelerate_configs/zero3_multinode.yaml"
 
 
-def gpus_of(names: Sequence[str], count: int) -> str | None:
-    """`8xH100-80GB`, as `--gpus` has it, from what a cluster calls its GPUs; None where that doesn't tell their memory.
+def parse_gpu_names(names: Sequence[str], count: int) -> str | None:
+    """Parse a cluster's names of its GPUs into the form of `--gpus`: `8xH100-80GB`; None if the memory isn't certain.
 
     `names`: a type (`h100`, `nvidia_a100-sxm4-80gb`, a slice `1g.10gb`) or a constraint (`a100&80gb`).
     """
@@ -47,16 +43,16 @@ def gpus_of(names: Sequence[str], count: int) -> str | None:
     return gpus
 
 
-def shape_in_plan(recipe: Recipe) -> Shape | None:
-    """Return the model's shape; None for a mixture of experts, which the plan doesn't know."""
+def dense_architecture(recipe: Recipe) -> Architecture | None:
+    """Return the model's architecture; None for a mixture of experts, which can't be planned."""
     try:
-        return shape_of(recipe, load_config(recipe.model))
+        return inspect_architecture(recipe, load_config(recipe.model))
     except UserError:
         return None
 
 
-def strategy_of(config: Mapping[str, Any], recipe: Recipe) -> Strategy | None:
-    """Return how one of accelerate's configurations spreads the run; None where that isn't known here (FSDP)."""
+def read_strategy(config: Mapping[str, Any], recipe: Recipe) -> Strategy | None:
+    """Return the strategy of an accelerate configuration; None for one that can't be planned (FSDP)."""
     if recipe.training.get("deepspeed") or recipe.training.get("fsdp"):  # they decide, whatever it is launched with
         return None
     kind = str(config.get("distributed_type", "NO"))
@@ -70,47 +66,52 @@ def strategy_of(config: Mapping[str, Any], recipe: Recipe) -> Strategy | None:
         stage, offload = zero.get("stage", 0), "offload_optimizer" in zero or "offload_param" in zero
     else:
         stage = int(deepspeed.get("zero_stage", 0))
-        offload = any(deepspeed.get(f"offload_{what}_device", "none") != "none" for what in ("optimizer", "param"))
-    return next((one for one in STRATEGIES if (one.stage, one.offload) == (stage, offload)), None)
+        offload = any(deepspeed.get(f"offload_{part}_device", "none") != "none" for part in ("optimizer", "param"))
+    return next((strategy for strategy in STRATEGIES if (strategy.stage, strategy.offload) == (stage, offload)), None)
 
 
-def memory_warning(recipe: Recipe, shape: Shape, cluster: Cluster, strategy: Strategy, config_file: str) -> str | None:
-    """Return what doesn't fit and what would, as one paragraph; None where the job fits.
+def memory_warning(
+    recipe: Recipe, shape: Architecture, cluster: Cluster, strategy: Strategy, config_file: str
+) -> str | None:
+    """Return a paragraph on what doesn't fit and what would; None if the job fits.
 
-    Rows are taken to be as long as data.max_length: the data isn't read.
+    The data isn't read: rows are assumed to be data.max_length long.
     """
-    optimizer, length = optimizer_of(recipe), recipe.data.max_length
-    found = candidate(recipe, shape, cluster, strategy, optimizer, length)
-    if found.fits:
+    optimizer, length = optimizer_name(recipe), recipe.data.max_length
+    memory = evaluate_candidate(recipe, shape, cluster, strategy, optimizer, length).memory
+    if memory.total <= cluster.usable_memory:
         return None
-    ways: list[str] = []
+    options: list[str] = []
 
-    def add(nodes: int | None, other: Strategy, other_optimizer: str) -> None:
+    def add_option(nodes: int | None, other: Strategy, other_optimizer: str) -> None:
         words = [f"--nodes {nodes}"] if nodes != cluster.nodes else []
         if other is not strategy:
             several = nodes != 1 and other.stage == 3 and not other.offload
             words.append(f"--config {_SEVERAL_NODES if several else other.config_file}")
         if other_optimizer != optimizer:
             words.append(f"training.optim={other_optimizer}")
-        ways.append(" ".join(words))
+        options.append(" ".join(words))
 
-    for one in ways_on(cluster):
-        fitting = candidate(recipe, shape, cluster, one, optimizer, length)
-        if fitting.fits and not fitting.caution:
-            add(cluster.nodes, one, "adamw_torch" if one.offload and not runs_on_host(optimizer) else optimizer)
+    for other in list_strategies(cluster):
+        candidate = evaluate_candidate(recipe, shape, cluster, other, optimizer, length)
+        if candidate.fits and not candidate.caution:
+            on_cpu = other.offload and not runs_on_host(optimizer)
+            add_option(cluster.nodes, other, "adamw_torch" if on_cpu else optimizer)
             break
-    by_name = {one.name: one for one in STRATEGIES}
-    for tried in optimizers_to_try(optimizer):
-        fewest = fewest_nodes(recipe, shape, cluster, tried, length)
-        if fewest.here and tried != optimizer:
-            add(cluster.nodes, by_name[fewest.here], tried)
+    by_name = {other.name: other for other in STRATEGIES}
+    for other_optimizer in list_optimizers(optimizer):
+        fewest = find_fewest_nodes(recipe, shape, cluster, other_optimizer, length)
+        if fewest.here and other_optimizer != optimizer:
+            add_option(cluster.nodes, by_name[fewest.here], other_optimizer)
         elif not fewest.here and fewest.strategy:
-            add(fewest.nodes, by_name[fewest.strategy], tried)
+            add_option(fewest.nodes, by_name[fewest.strategy], other_optimizer)
     smaller = "a smaller training.per_device_train_batch_size or data.max_length"
-    needed, free, whole = (size / _GIB for size in (found.memory.total, usable(cluster), cluster.memory))
-    what = f"What fits: {'; or '.join(ways)}. Or write {smaller}." if ways else f"Write {smaller}, or train an adapter."
+    remedy = f"What fits: {'; or '.join(options)}. Or write {smaller}."
+    if not options:
+        remedy = f"Write {smaller}, or train an adapter."
+    needed, usable, total = (size / GIB for size in (memory.total, cluster.usable_memory, cluster.memory))
     return (
         f"the plan says that this job does not fit: {strategy.name} ({config_file}) needs {needed:,.1f} GiB on each of "
-        f"{cluster.processes:,} GPUs, and {free:,.1f} of their {whole:,.0f} GiB can be used ({RESERVE:.0%} is left "
-        f"free). {what}"
+        f"{cluster.processes:,} GPUs, and {usable:,.1f} of their {total:,.0f} GiB can be used ({RESERVE:.0%} is left "
+        f"free). {remedy}"
     )

@@ -1,8 +1,9 @@
-"""Bytes of a run on each GPU, part by part, under each way to spread it.
+"""Bytes of a run on each GPU, by part, under each way to distribute it.
 
-The weights' part follows Rajbhandari et al., "ZeRO" (arXiv:1910.02054, section 3.1: 2 + 2 + 12 bytes a parameter with
-bfloat16 and float32 Adam, and section 5: what each stage divides by the number of GPUs), to the byte as DeepSpeed 0.19
-lays it out, padding included. Gradients are 4 bytes there, not 2: ds_configs/ add them up in float32.
+Parameters, gradients and optimizer states follow Rajbhandari et al., "ZeRO" (arXiv:1910.02054, section 3.1: 2 + 2 + 12
+bytes a parameter with bfloat16 and float32 Adam, and section 5: what each stage divides by the number of GPUs), to the
+byte as DeepSpeed 0.19 lays them out, padding included. Gradients take 4 bytes, not 2: ds_configs/ accumulate them in
+float32.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from train.model.architecture import Parameter, Shape
+from train.model.architecture import Architecture, Parameter
 from train.preflight.plan.activations import Activations
 from train.preflight.plan.optimizer_states import Tensor, state_bytes
 
@@ -20,15 +21,15 @@ MAX_LIVE, SUB_GROUP = 1_000_000_000, 1_000_000_000
 REDUCE_BUCKET = 200_000_000
 """reduce_bucket_size in ds_configs/zero1.json and zero2.json, in elements."""
 _ALL_REDUCE = 500_000_000
-"""Elements after which DeepSpeed closes a bucket to be summed (MEMORY_OPT_ALLREDUCE_SIZE in its engine.py)."""
+"""Elements after which DeepSpeed closes a bucket to be reduced (MEMORY_OPT_ALLREDUCE_SIZE in its engine.py)."""
 _NORM_ITEMSIZE = 8
-"""DeepSpeed takes a gradient's norm in float64, of a copy (get_norm_dtype in its zero/utils.py)."""
+"""Bytes of an element of the float64 copy that a gradient's norm is taken of (get_norm_dtype in zero/utils.py)."""
 _QUANTIZED_BLOCK, _SCALES_BLOCK = 64, 256
 """bitsandbytes: weights that share a scale, and scales that share one under double quantization."""
 
 
 class Strategy(NamedTuple):
-    """A way to spread a run over GPUs. `stage`: ZeRO's, 0 = a whole copy on each. `offload`: to the host's memory."""
+    """A way to distribute a run over GPUs. `stage`: of ZeRO, 0 = a copy on each; `offload`: to the host's memory."""
 
     name: str
     stage: int
@@ -44,14 +45,16 @@ STRATEGIES = (
     Strategy("ZeRO-3", 3, False, "accelerate_configs/zero3.yaml"),
     Strategy("ZeRO-3 offload", 3, True, "accelerate_configs/zero3_offload.yaml"),
 )
-"""The least communication first (ZeRO, section 7: stages 1 and 2 send what DDP does, stage 3 half as much again)."""
+"""Ordered by communication (ZeRO, section 7: stages 1 and 2 send as much as DDP, stage 3 1.5 times as much)."""
 
 
-class Numbers(NamedTuple):
-    """What decides the bytes of weights besides the model. `low_precision`: DeepSpeed computes in 16 bits.
+class StateSettings(NamedTuple):
+    """Settings besides the model that decide the bytes of parameters, gradients and optimizer states.
 
-    `storage_itemsize`: bytes of an element that packed 4-bit weights are stored in; `double_quant`: their scales are
-    quantized too.
+    - `optimizer`: as in `training.optim`;
+    - `low_precision`: DeepSpeed computes in 16 bits;
+    - `storage_itemsize`: bytes of an element that packed 4-bit weights are stored in;
+    - `double_quant`: the scales of 4-bit weights are quantized too.
     """
 
     gpus: int
@@ -62,10 +65,13 @@ class Numbers(NamedTuple):
 
 
 @dataclass(frozen=True)
-class States:
-    """Bytes on one GPU, the fullest. `gradients`: at their fullest, with several accumulation steps; `step`: what
-    reducing them and the optimizer's step hold beyond that; `host`: bytes of one GPU's share that lie in the host's
-    memory."""
+class StateBytes:
+    """Bytes on the GPU that holds most.
+
+    - `gradients`: their maximum, with several accumulation steps;
+    - `step`: what reducing them and the optimizer's step need beyond that;
+    - `host`: one GPU's share of the host's memory.
+    """
 
     parameters: int
     gradients: int
@@ -77,10 +83,11 @@ class States:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU by part, and their greatest sum at any time.
+    """Bytes on one GPU by part, and `total`, the maximum of their sum over time.
 
-    `activations`: kept through the forward pass; `layer`: one layer's backward; `head`: output layer and loss; `step`:
-    the optimizer's step. The last three never meet, nor does the step meet activations.
+    - `activations`: kept from the forward pass for the backward pass;
+    - `layer`, `head`, `step`: peaks at different times (one layer's backward; output layer and loss; the optimizer's
+      step): `total` takes their maximum. In the step there are no activations.
     """
 
     strategy: str
@@ -96,144 +103,155 @@ class Memory:
     host: int
 
 
-def memory(shape: Shape, strategy: Strategy, numbers: Numbers, kept: Activations) -> Memory:
-    """All parts of a run under `strategy`."""
-    states = states_of(shape, strategy, numbers)
-    held = states.parameters + states.gradients + states.optimizer + states.communication
+def estimate_memory(
+    shape: Architecture, strategy: Strategy, settings: StateSettings, activations: Activations
+) -> Memory:
+    """Return all parts of a run under `strategy`."""
+    states = count_state_bytes(shape, strategy, settings)
+    permanent = states.parameters + states.gradients + states.optimizer + states.communication
     return Memory(
         strategy=strategy.name,
         parameters=states.parameters,
         gradients=states.gradients,
         optimizer=states.optimizer,
         communication=states.communication,
-        activations=kept.kept,
-        layer=kept.working,
-        head=kept.head,
+        activations=activations.kept,
+        layer=activations.working,
+        head=activations.head,
         step=states.step,
-        total=held + max(kept.peak, states.step),
+        total=permanent + max(activations.peak, states.step),
         host=states.host,
     )
 
 
-def states_of(shape: Shape, strategy: Strategy, numbers: Numbers) -> States:
-    """Parameters, gradients, optimizer and communication buffers of one rank."""
+def count_state_bytes(shape: Architecture, strategy: Strategy, settings: StateSettings) -> StateBytes:
+    """Return the bytes of parameters, gradients, optimizer states and communication buffers of one rank."""
     if strategy.stage == 0:
-        return _replicated(shape, numbers)
+        return _replicated(shape, settings)
     if strategy.stage == 3:
-        return _partitioned(shape, strategy, numbers)
-    if strategy.stage == 1 and numbers.low_precision:
-        return _stage_1_in_16_bits(shape, numbers)
-    return _stage_1_or_2(shape, strategy, numbers)
+        return _partitioned(shape, strategy, settings)
+    if strategy.stage == 1 and settings.low_precision:
+        return _stage_1_in_16_bits(shape, settings)
+    return _stage_1_or_2(shape, strategy, settings)
 
 
-def _replicated(shape: Shape, numbers: Numbers) -> States:
-    """Each GPU has all of it, in the dtype that the recipe loads: no master weights are made.
+def _replicated(shape: Architecture, settings: StateSettings) -> StateBytes:
+    """Return the bytes under DDP: every GPU holds all states, in the dtype of the recipe, without master weights.
 
     DDP's buckets are a second copy of the gradients (gradient_as_bucket_view is False in torch and in accelerate).
     """
-    trained = [one for one in shape.parameters if one.trained]
-    gradients = sum(one.elements * one.itemsize for one in trained)
-    tensors = [Tensor(one.shape, one.itemsize, _is_embedding(one, shape)) for one in trained]
-    groups = [sum(one.elements * one.itemsize for one in group) for group in _groups(shape.parameters)]
-    return States(
-        parameters=sum(_stored(one, one.itemsize, numbers) + _scales(one, numbers) for one in shape.parameters),
+    trained = [parameter for parameter in shape.parameters if parameter.trained]
+    gradients = sum(parameter.elements * parameter.itemsize for parameter in trained)
+    tensors = [Tensor(parameter.shape, parameter.itemsize, _is_embedding(parameter, shape)) for parameter in trained]
+    groups = [
+        sum(parameter.elements * parameter.itemsize for parameter in group) for group in _groups(shape.parameters)
+    ]
+    return StateBytes(
+        parameters=sum(
+            _stored(parameter, parameter.itemsize, settings) + _scales(parameter, settings)
+            for parameter in shape.parameters
+        ),
         gradients=gradients,
-        optimizer=state_bytes(numbers.optimizer, tensors),
-        communication=gradients if numbers.gpus > 1 else 0,
-        step=max((_temporaries(numbers, size) for size in groups), default=0),
+        optimizer=state_bytes(settings.optimizer, tensors),
+        communication=gradients if settings.gpus > 1 else 0,
+        step=max((_temporaries(settings, size) for size in groups), default=0),
     )
 
 
-def _stage_1_in_16_bits(shape: Shape, numbers: Numbers) -> States:
-    """DeepSpeed's bf16_optimizer.py, which stands in for stage_1_and_2.py where gradients are added up in float32.
+def _stage_1_in_16_bits(shape: Architecture, settings: StateSettings) -> StateBytes:
+    """Return the bytes in DeepSpeed's bf16_optimizer.py, which replaces stage_1_and_2.py for float32 accumulation.
 
-    Every GPU has all weights and the sum of all gradients in float32, both padded to 2 elements for each GPU; float32
-    masters and states of its share. A layer's gradient is freed as soon as it is added (immediate_grad_update: else
-    all of them stay beside their sums, 2 bytes a parameter more). After the last micro-batch the sums are reduced as
-    copies in 16 bits; groups that share a bucket are put together before.
+    - Every GPU holds all weights and the sum of all gradients in float32, both padded to 2 elements per GPU, and the
+      float32 master weights and states of its share.
+    - A layer's gradient is freed once it is added (immediate_grad_update; without it, all of them stay beside their
+      sums: 2 bytes more per parameter).
+    - After the last micro-batch the sums are reduced as copies in 16 bits; groups that share a bucket are concatenated
+      before.
     """
-    aligned = _aligned(shape, numbers)
-    shares = [elements // numbers.gpus for elements in aligned]
+    aligned = _aligned(shape, settings)
+    shares = [elements // settings.gpus for elements in aligned]
     buckets: list[list[int]] = [[]]
     for elements in aligned:
         if sum(buckets[-1]) > _ALL_REDUCE:
             buckets.append([])
         buckets[-1].append(elements)
     reducing = max(sum(bucket) * (2 if len(bucket) == 1 else 4 + 2) for bucket in buckets)
-    return States(
-        parameters=sum(aligned) * 2 + _frozen(shape, 2, numbers),
+    return StateBytes(
+        parameters=sum(aligned) * 2 + _frozen(shape, 2, settings),
         gradients=sum(aligned) * 4,
-        optimizer=sum(shares) * 4 + state_bytes(numbers.optimizer, [Tensor((share,), 4) for share in shares]),
+        optimizer=sum(shares) * 4 + state_bytes(settings.optimizer, [Tensor((share,), 4) for share in shares]),
         communication=2 * _largest(shape),
-        step=max(reducing, *(_temporaries(numbers, 4 * share) for share in shares), 0),
+        step=max(reducing, *(_temporaries(settings, 4 * share) for share in shares), 0),
     )
 
 
-def _stage_1_or_2(shape: Shape, strategy: Strategy, numbers: Numbers) -> States:
-    """DeepSpeed's stage_1_and_2.py: each optimizer group is one flat tensor, padded to 2 elements for each GPU.
+def _stage_1_or_2(shape: Architecture, strategy: Strategy, settings: StateSettings) -> StateBytes:
+    """Return the bytes in DeepSpeed's stage_1_and_2.py: a flat tensor per group, padded to 2 elements per GPU.
 
-    Every GPU has all weights; float32 masters and states of its share. Three buckets of the weights' dtype: one is
-    filled, one is reduced, and what is sent is a copy. In 16 bits stage 2 adds its share up in one float32 tensor,
-    which the step uses as it is. In float32 it keeps each parameter of which a part is its own, WHOLE; twice, from the
-    second accumulation step on; and stage 1 all gradients until the last accumulation step, and such a copy beside
-    them in that. The step then makes a flat copy of its share of a group.
+    - Every GPU holds all weights, and the float32 master weights and states of its share.
+    - There are three buckets in the weights' dtype: one is filled, one is reduced, and a copy is sent.
+    - In 16 bits stage 2 accumulates its share in one float32 tensor, which the step uses directly.
+    - In float32 stage 2 keeps the gradient of each parameter that its share overlaps, complete, and twice from the
+      second accumulation step on. Stage 1 keeps all gradients until the last accumulation step, and such a copy beside
+      them in it. The step then makes a flat copy of its share of a group.
     """
-    size = 2 if numbers.low_precision else 4
+    size = 2 if settings.low_precision else 4
     groups = _groups(shape.parameters)
-    aligned = _aligned(shape, numbers)
-    shares = [elements // numbers.gpus for elements in aligned]
-    parts = _parts(groups, shares, numbers.gpus)
-    temporaries = [_temporaries(numbers, 4 * share) for share in shares]
+    aligned = _aligned(shape, settings)
+    shares = [elements // settings.gpus for elements in aligned]
+    parts = _parts(groups, shares, settings.gpus)
+    temporaries = [_temporaries(settings, 4 * share) for share in shares]
     gradients, step = 4 * sum(shares), max(temporaries, default=0)
     beyond = [max(_NORM_ITEMSIZE * part.largest, step) for part in parts]
-    if not numbers.low_precision:
-        copies = [4 * part.whole for part in parts]
+    if not settings.low_precision:
+        copies = [4 * part.complete for part in parts]
         gradients = 2 * max(copies)
         if strategy.stage == 1:
-            gradients = 4 * sum(one.elements for group in groups for one in group) + max(copies)
+            gradients = 4 * sum(parameter.elements for group in groups for parameter in group) + max(copies)
         flat = max((4 * share + more for share, more in zip(shares, temporaries, strict=True)), default=0)
         beyond = [
             copy + max(_NORM_ITEMSIZE * part.largest, flat) - gradients
             for copy, part in zip(copies, parts, strict=True)
         ]
-    return States(
-        parameters=sum(aligned) * size + _frozen(shape, size, numbers),
+    return StateBytes(
+        parameters=sum(aligned) * size + _frozen(shape, size, settings),
         gradients=gradients,
-        optimizer=sum(shares) * 4 + state_bytes(numbers.optimizer, [Tensor((share,), 4) for share in shares]),
+        optimizer=sum(shares) * 4 + state_bytes(settings.optimizer, [Tensor((share,), 4) for share in shares]),
         communication=3 * REDUCE_BUCKET * size + size * _largest(shape),
         step=max(*beyond, 0),
     )
 
 
-def _partitioned(shape: Shape, strategy: Strategy, numbers: Numbers) -> States:
-    """DeepSpeed's stage3.py and partition_parameters.py: each PARAMETER is padded to a multiple of the GPUs.
+def _partitioned(shape: Architecture, strategy: Strategy, settings: StateSettings) -> StateBytes:
+    """Return the bytes in DeepSpeed's stage3.py and partition_parameters.py: each parameter is padded to equal shares.
 
-    Whole, on every GPU: parameters of up to 10 x hidden size elements (stage3_param_persistence_threshold: auto), 4-bit
-    scales, which are no parameters, and for their time those that the next layers need: up to 10^9 elements
-    (stage3_max_live_parameters), or the largest if that is more. Gradients are float32, and the step makes a flat copy
-    of them of one sub group (10^9 elements) at a time, while no parameter is whole. Float32 weights get master copies
-    too: DeepSpeed means to spare them, and compares a torch.device with a string. Offloaded: partitions, masters,
-    states and gradients, twice, are in the host's memory.
+    - Complete on every GPU: parameters of up to 10 x hidden size elements (stage3_param_persistence_threshold: auto),
+      4-bit scales, which are no parameters, and temporarily those that the next layers need: up to 10^9 elements
+      (stage3_max_live_parameters), or the largest parameter if that is more.
+    - Gradients are float32. The step makes a flat copy of them for one sub group (10^9 elements) at a time, while no
+      parameter is gathered.
+    - Float32 weights have master copies too: DeepSpeed means to save them, but compares a torch.device with a string.
+    - With offload the partitions, master weights, states and twice the gradients are in the host's memory.
     """
-    size = 2 if numbers.low_precision else 4
-    partitions = sum(_partition(one, size, numbers) for one in shape.parameters)
+    size = 2 if settings.low_precision else 4
+    partitions = sum(_partition(parameter, size, settings) for parameter in shape.parameters)
     persistent_share = sum(
-        _partition(one, size, numbers)
-        for one in shape.parameters
-        if _elements_stored(one, numbers) <= 10 * shape.hidden
+        _partition(parameter, size, settings)
+        for parameter in shape.parameters
+        if _elements_stored(parameter, settings) <= 10 * shape.hidden
     )
-    persistent = persistent_share * numbers.gpus  # gathered with their padding
-    scales = sum(_scales(one, numbers) for one in shape.parameters)
-    split = [part for group in _groups(shape.parameters) for part in _split(group, numbers.gpus)]
-    sub_groups = [sum(-(-one.elements // numbers.gpus) for one in part) for part in split]
+    persistent = persistent_share * settings.gpus  # gathered with their padding
+    scales = sum(_scales(parameter, settings) for parameter in shape.parameters)
+    split = [part for group in _groups(shape.parameters) for part in _split(group, settings.gpus)]
+    sub_groups = [sum(-(-parameter.elements // settings.gpus) for parameter in part) for part in split]
     share = sum(sub_groups)
-    optimizer = 4 * share + state_bytes(numbers.optimizer, [Tensor((elements,), 4) for elements in sub_groups])
-    stored = [_elements_stored(one, numbers) for one in shape.parameters]
+    optimizer = 4 * share + state_bytes(settings.optimizer, [Tensor((elements,), 4) for elements in sub_groups])
+    stored = [_elements_stored(parameter, settings) for parameter in shape.parameters]
     live = size * min(sum(stored), max(MAX_LIVE, max(stored)))
     gradient = size * _largest(shape)
     bucket = size * shape.hidden**2
     if strategy.offload:
-        return States(
+        return StateBytes(
             parameters=persistent_share + persistent + scales,
             gradients=0,
             optimizer=0,
@@ -242,113 +260,117 @@ def _partitioned(shape: Shape, strategy: Strategy, numbers: Numbers) -> States:
             host=partitions - persistent_share + share * (4 + 4) + optimizer,
         )
     steps = [
-        (4 * elements if len(part) > 1 else 0) + _temporaries(numbers, 4 * elements)
+        (4 * elements if len(part) > 1 else 0) + _temporaries(settings, 4 * elements)
         for part, elements in zip(split, sub_groups, strict=True)
     ]
-    return States(
+    return StateBytes(
         parameters=partitions + persistent + scales,
         gradients=share * 4,
         optimizer=optimizer,
         communication=live + bucket + gradient,
-        step=max(max([*steps, _NORM_ITEMSIZE * -(-_largest(shape) // numbers.gpus)]) - persistent, 0),
+        step=max(max([*steps, _NORM_ITEMSIZE * -(-_largest(shape) // settings.gpus)]) - persistent, 0),
     )
 
 
 class _Part(NamedTuple):
-    """A rank's part of all flat groups, in elements. `whole`: of the parameters that reach into it, all they have;
-    `largest`: of one of them, what lies in it."""
+    """A rank's share of all flat groups, in elements.
 
-    whole: int
+    `complete`: of all parameters that overlap it, in full; `largest`: the largest overlap with one of them.
+    """
+
+    complete: int
     largest: int
 
 
 def _parts(groups: Sequence[Sequence[Parameter]], shares: Sequence[int], gpus: int) -> list[_Part]:
-    """Of each rank; vectorized, as a search over many nodes has thousands of ranks."""
-    whole, largest = np.zeros(gpus, np.int64), np.zeros(gpus, np.int64)
+    """Return the share of each rank; vectorized, as a search over many nodes has thousands of ranks."""
+    complete, largest = np.zeros(gpus, np.int64), np.zeros(gpus, np.int64)
     for group, share in zip(groups, shares, strict=True):
         at = 0
-        for one in group:
-            end = at + one.elements
+        for parameter in group:
+            end = at + parameter.elements
             ranks = np.arange(at // share, -(-end // share))
-            whole[ranks] += one.elements
+            complete[ranks] += parameter.elements
             inside = np.minimum(end, (ranks + 1) * share) - np.maximum(at, ranks * share)
             largest[ranks] = np.maximum(largest[ranks], inside)
             at = end
-    return [_Part(*part) for part in zip(whole.tolist(), largest.tolist(), strict=True)]
+    return [_Part(*part) for part in zip(complete.tolist(), largest.tolist(), strict=True)]
 
 
-def _aligned(shape: Shape, numbers: Numbers) -> list[int]:
-    """Elements of each optimizer group as one flat tensor, padded to 2 elements for each GPU."""
-    groups = [sum(one.elements for one in group) for group in _groups(shape.parameters)]
-    return [-(-elements // (2 * numbers.gpus)) * 2 * numbers.gpus for elements in groups]
+def _aligned(shape: Architecture, settings: StateSettings) -> list[int]:
+    """Return the elements of each optimizer group as one flat tensor, padded to 2 elements per GPU."""
+    groups = [sum(parameter.elements for parameter in group) for group in _groups(shape.parameters)]
+    return [-(-elements // (2 * settings.gpus)) * 2 * settings.gpus for elements in groups]
 
 
-def _frozen(shape: Shape, itemsize: int, numbers: Numbers) -> int:
-    """Bytes of the whole weights that aren't trained."""
-    frozen = (one for one in shape.parameters if not one.trained)
-    return sum(_stored(one, itemsize, numbers) + _scales(one, numbers) for one in frozen)
+def _frozen(shape: Architecture, itemsize: int, settings: StateSettings) -> int:
+    """Return the bytes of the weights that aren't trained."""
+    frozen = (parameter for parameter in shape.parameters if not parameter.trained)
+    return sum(_stored(parameter, itemsize, settings) + _scales(parameter, settings) for parameter in frozen)
 
 
-def _largest(shape: Shape) -> int:
-    """Elements of the largest trained parameter: its gradient stands alone until it is added or sent."""
-    return max((one.elements for one in shape.parameters if one.trained), default=0)
+def _largest(shape: Architecture) -> int:
+    """Return the elements of the largest trained parameter: its gradient is separate until it is added or sent."""
+    return max((parameter.elements for parameter in shape.parameters if parameter.trained), default=0)
 
 
-def _temporaries(numbers: Numbers, size: int) -> int:
-    """Bytes that the optimizer needs for the step of a group of `size` bytes.
+def _temporaries(settings: StateSettings, size: int) -> int:
+    """Return the bytes that the optimizer's step needs for a group of `size` bytes.
 
-    torch's AdamW makes a second copy of its second moments on a GPU (_multi_tensor_adam in torch/optim/adam.py); where
-    it is fused, and in bitsandbytes, one kernel reads and writes in place.
+    torch's AdamW makes a copy of its second moments on a GPU (_multi_tensor_adam in torch/optim/adam.py). Fused AdamW
+    and bitsandbytes update in place.
     """
-    return size if numbers.optimizer == "adamw_torch" else 0
+    return size if settings.optimizer == "adamw_torch" else 0
 
 
 def _groups(parameters: Iterable[Parameter]) -> list[list[Parameter]]:
-    """The trained parameters as transformers hands them to the optimizer: decayed, and not; no empty group."""
-    trained = [one for one in parameters if one.trained]
-    both = ([one for one in trained if one.decayed is decayed] for decayed in (True, False))
+    """Return the trained parameters by optimizer group of transformers: with decay and without; none is empty."""
+    trained = [parameter for parameter in parameters if parameter.trained]
+    both = ([parameter for parameter in trained if parameter.decayed is decayed] for decayed in (True, False))
     return [group for group in both if group]
 
 
 def _split(group: Sequence[Parameter], gpus: int) -> list[list[Parameter]]:
-    """A group's parameters in sub groups that reach 10^9 elements on a GPU (`_create_fp16_sub_groups`)."""
+    """Split a group into sub groups that reach 10^9 elements on a GPU (`_create_fp16_sub_groups`)."""
     parts: list[list[Parameter]] = [[]]
     elements = 0
-    for one in group:
-        parts[-1].append(one)
-        elements += -(-one.elements // gpus)
-        if elements >= SUB_GROUP and one is not group[-1]:
+    for parameter in group:
+        parts[-1].append(parameter)
+        elements += -(-parameter.elements // gpus)
+        if elements >= SUB_GROUP and parameter is not group[-1]:
             parts.append([])
             elements = 0
     return parts
 
 
-def _elements_stored(one: Parameter, numbers: Numbers) -> int:
-    """Elements of the tensor that holds it: of two 4-bit numbers in a byte, where it is quantized."""
-    return -(-one.elements // (2 * numbers.storage_itemsize)) if one.quantized else one.elements
+def _elements_stored(parameter: Parameter, settings: StateSettings) -> int:
+    """Return the elements of the stored tensor: a byte holds two 4-bit settings of a quantized parameter."""
+    return -(-parameter.elements // (2 * settings.storage_itemsize)) if parameter.quantized else parameter.elements
 
 
-def _stored(one: Parameter, itemsize: int, numbers: Numbers) -> int:
-    """Bytes of the whole parameter."""
-    return _elements_stored(one, numbers) * (numbers.storage_itemsize if one.quantized else itemsize)
+def _stored(parameter: Parameter, itemsize: int, settings: StateSettings) -> int:
+    """Return the bytes of the complete parameter."""
+    return _elements_stored(parameter, settings) * (settings.storage_itemsize if parameter.quantized else itemsize)
 
 
-def _partition(one: Parameter, itemsize: int, numbers: Numbers) -> int:
-    """Bytes of one GPU's part, padding included (`_padding_size` in partition_parameters.py)."""
-    each = -(-_elements_stored(one, numbers) // numbers.gpus)
-    return each * (numbers.storage_itemsize if one.quantized else itemsize)
+def _partition(parameter: Parameter, itemsize: int, settings: StateSettings) -> int:
+    """Return the bytes of one GPU's partition, padding included (`_padding_size` in partition_parameters.py)."""
+    each = -(-_elements_stored(parameter, settings) // settings.gpus)
+    return each * (settings.storage_itemsize if parameter.quantized else itemsize)
 
 
-def _scales(one: Parameter, numbers: Numbers) -> int:
-    """Bytes of what a 4-bit weight is unpacked with (Dettmers et al., "QLoRA", arXiv:2305.14314, section 3).
+def _scales(parameter: Parameter, settings: StateSettings) -> int:
+    """Return the bytes of a 4-bit weight's scales (Dettmers et al., "QLoRA", arXiv:2305.14314, section 3).
 
-    A float32 scale for 64 weights, or with double quantization a byte and a float32 scale for 256 of those.
+    There is a float32 scale per 64 weights; with double quantization a byte, and a float32 scale per 256 of those.
     """
-    if not one.quantized:
+    if not parameter.quantized:
         return 0
-    scales = -(-one.elements // _QUANTIZED_BLOCK)
-    return scales + 4 * -(-scales // _SCALES_BLOCK) if numbers.double_quant else 4 * scales
+    scales = -(-parameter.elements // _QUANTIZED_BLOCK)
+    return scales + 4 * -(-scales // _SCALES_BLOCK) if settings.double_quant else 4 * scales
 
 
-def _is_embedding(one: Parameter, shape: Shape) -> bool:
-    return one.role == "embedding" or (one.role == "adapter" and one.shape == (shape.vocabulary, shape.hidden))
+def _is_embedding(parameter: Parameter, shape: Architecture) -> bool:
+    return parameter.role == "embedding" or (
+        parameter.role == "adapter" and parameter.shape == (shape.vocabulary, shape.hidden)
+    )

@@ -1,4 +1,4 @@
-"""The journal of answers: what tells requests apart, what an answer still answers, what a file can hold."""
+"""The journal of answers: keys of requests, token limits, and the content of the file."""
 
 import asyncio
 import sqlite3
@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from train.errors import UserError
-from train.llm.journal import Answer, Decoding, Journal, Request
+from train.llm.journal import Journal
+from train.llm.request import Answer, Decoding, Request
 
 REQUEST = Request(
     "generate",
@@ -38,15 +39,15 @@ def decoding(**changes: Any) -> Request:
         decoding(extra={"top_k": 6}),
     ],
 )
-def test_a_request_that_differs_in_anything_is_another_one(other: Request) -> None:
+def test_any_difference_makes_another_request(other: Request) -> None:
     assert other.key("m") != REQUEST.key("m")
 
 
-def test_another_model_is_asked_anew() -> None:
+def test_another_model_is_another_request() -> None:
     assert REQUEST.key("m") != REQUEST.key("n")
 
 
-def test_the_order_of_keys_and_the_token_limit_are_no_difference() -> None:
+def test_key_order_and_token_limit_make_no_difference() -> None:
     swapped = replace(REQUEST, messages=[dict(reversed(list(message.items()))) for message in REQUEST.messages])
     assert swapped.key("m") == REQUEST.key("m")
     assert decoding(max_tokens=5).key("m") == REQUEST.key("m")
@@ -62,7 +63,7 @@ async def put(journal: Journal, answer: Answer, request: Request = REQUEST) -> N
 
 
 @pytest.mark.parametrize(
-    ("answer", "limit", "is_found"),
+    ("answer", "limit", "is_stored"),
     [
         (ANSWER, 100, True),
         (ANSWER, 2, True),
@@ -75,31 +76,31 @@ async def put(journal: Journal, answer: Answer, request: Request = REQUEST) -> N
         (replace(ANSWER, finish_reason="length", completion_tokens=100), 99, False),
     ],
 )
-def test_a_higher_limit_asks_again_what_was_cut_and_that_alone(
-    tmp_path: Path, answer: Answer, limit: int, is_found: bool
+def test_a_higher_limit_asks_again_only_for_cut_answers(
+    tmp_path: Path, answer: Answer, limit: int, is_stored: bool
 ) -> None:
     with Journal(tmp_path / "answers.sqlite") as journal:
         asyncio.run(put(journal, answer))
-        found = journal.find(REQUEST.key("m"), limit)
-    assert found == (replace(answer, from_journal=True) if is_found else None)
+        result = journal.find(REQUEST.key("m"), limit)
+    assert result == (replace(answer, from_journal=True) if is_stored else None)
 
 
 @pytest.mark.parametrize("text", ["", "\0a\0", "𝔘 é 漢 \u2028", "x" * 3_000_000, "'); DROP TABLE answers; --"])
-def test_any_text_comes_back_as_it_was(tmp_path: Path, text: str) -> None:
+def test_any_text_is_read_back_unchanged(tmp_path: Path, text: str) -> None:
     with Journal(tmp_path / "answers.sqlite") as journal:
         asyncio.run(put(journal, replace(ANSWER, text=text, refusal=text)))
     with Journal(tmp_path / "answers.sqlite") as journal:
-        found = journal.find(REQUEST.key("m"), 100, accept_empty=True)
-    assert found == replace(ANSWER, text=text, refusal=text, from_journal=True)
+        result = journal.find(REQUEST.key("m"), 100, accept_empty=True)
+    assert result == replace(ANSWER, text=text, refusal=text, from_journal=True)
 
 
-def test_what_is_still_in_the_queue_is_written_when_the_journal_closes(tmp_path: Path) -> None:
+def test_queued_answers_are_written_when_the_journal_closes(tmp_path: Path) -> None:
     requests = [replace(REQUEST, sample=sample) for sample in range(3_000)]
 
     async def leave_at_once(journal: Journal) -> None:
         for request in requests:
             asyncio.get_running_loop().create_task(put(journal, ANSWER, request))
-        await asyncio.sleep(0)  # each has handed its row over, none has heard back
+        await asyncio.sleep(0)  # each has queued its row, and none is committed
 
     with Journal(tmp_path / "answers.sqlite") as journal:
         asyncio.run(leave_at_once(journal))
@@ -108,7 +109,7 @@ def test_what_is_still_in_the_queue_is_written_when_the_journal_closes(tmp_path:
     assert not (tmp_path / "answers.sqlite-wal").exists()
 
 
-def test_a_stage_is_known_by_its_answers(tmp_path: Path) -> None:
+def test_a_stage_exists_once_it_has_an_answer(tmp_path: Path) -> None:
     with Journal(tmp_path / "answers.sqlite") as journal:
         asyncio.run(put(journal, ANSWER))
         assert [journal.has_stage(*pair) for pair in (("generate", "m"), ("verify", "m"), ("generate", "n"))] == [
@@ -139,21 +140,21 @@ def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path) -> None:
     assert database.read_bytes() == before
 
 
-def test_a_full_disk_ends_the_run_and_keeps_what_was_written(tmp_path: Path) -> None:
-    told: list[str] = []
+def test_a_full_disk_ends_the_run_and_keeps_stored_answers(tmp_path: Path) -> None:
+    errors: list[str] = []
 
     async def fill(journal: Journal) -> int:
         for number in range(1_000):
             try:
                 await put(journal, replace(ANSWER, text="x" * 5_000), replace(REQUEST, sample=number))
             except UserError as error:
-                told.append(str(error))
+                errors.append(str(error))
                 return number
         raise AssertionError("the disk never filled up")
 
     with Journal(tmp_path / "answers.sqlite") as journal:
-        journal._writer.execute("PRAGMA max_page_count = 40")  # SQLite's own full disk
+        journal._writer.execute("PRAGMA max_page_count = 40")  # SQLite's simulation of a full disk
         written = asyncio.run(fill(journal))
-        assert "can no longer be written down" in told[0]
+        assert "can no longer be stored" in errors[0]
         assert written > 0
         assert all(journal.find(replace(REQUEST, sample=number).key("m"), 100) for number in range(written))

@@ -1,4 +1,4 @@
-"""Further turns of the prompt that a model makes up after its reply."""
+"""Stop patterns: replies are cut where the model invents a further turn of the prompt."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ import pytest
 from scripted_server import Asked, Reply, said
 from sysgen_runs import good_everything, only_row, question, run_with
 
-from train.datagen.further_turns import own_turn
+from train.datagen.stop_patterns import cut_at_stop_pattern
 from train.llm.yes_or_no import says_no
-from train.sysgen.prompts import FURTHER_TURNS
+from train.sysgen.prompts import STOP_PATTERNS
 from train.sysgen.tags import parse, parse_verdicts
 
 REPLY = "<<Role>>You are a teacher.<</Role>>\n<<Style>>Be brief.<</Style>>"
-MADE_UP = {
+INVENTED_TURN = {
     "the prompt's own words": "The next conversation:\n\n### User\nBread?\n\n### Assistant\nMix.\n<<Task>>Bake.<</Task>>",
     "the user's heading": "### User\nHow do I bake bread?\n\n### Assistant\nMix.\n\n<<Task>>Bake.<</Task>>",
     "the assistant's": "### Assistant\n<<Task>>Bake.<</Task>>",
@@ -31,28 +31,30 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("made_up", MADE_UP.values(), ids=MADE_UP)
-def test_a_message_ends_where_a_further_turn_begins(made_up: str) -> None:
-    assert own_turn(f"{REPLY}\n\n{made_up}", FURTHER_TURNS["generate"]) == REPLY
+@pytest.mark.parametrize("made_up", INVENTED_TURN.values(), ids=INVENTED_TURN)
+def test_a_message_ends_where_an_invented_turn_begins(made_up: str) -> None:
+    assert cut_at_stop_pattern(f"{REPLY}\n\n{made_up}", STOP_PATTERNS["generate"]) == REPLY
 
 
 @pytest.mark.parametrize("reply", WHOLE.values(), ids=WHOLE)
-def test_headings_that_begin_no_further_turn(reply: str) -> None:
-    assert own_turn(reply, FURTHER_TURNS["generate"]) == reply
-    assert parse(own_turn(reply, FURTHER_TURNS["generate"])).phrases
+def test_headings_that_begin_no_invented_turn(reply: str) -> None:
+    assert cut_at_stop_pattern(reply, STOP_PATTERNS["generate"]) == reply
+    assert parse(cut_at_stop_pattern(reply, STOP_PATTERNS["generate"])).phrases
 
 
 def test_verdicts_and_judgements_end_there_too() -> None:
     reply = "<<Role>>: Good\n<<Task>>: Bad"
     for heading in ("### The system message", "### Part of the conversation it was written for", "### User"):
-        own = own_turn(f"{reply}\n\n{heading}\nx\n<<Role>>: Bad\n<<Tool>>: Good", FURTHER_TURNS["verify"])
+        own = cut_at_stop_pattern(f"{reply}\n\n{heading}\nx\n<<Role>>: Bad\n<<Tool>>: Good", STOP_PATTERNS["verify"])
         assert parse_verdicts(own).of == {"Role": "Good", "Task": "Bad"}
-    assert own_turn(f"### System message\n{reply}", FURTHER_TURNS["verify"]) == f"### System message\n{reply}"
+    assert (
+        cut_at_stop_pattern(f"### System message\n{reply}", STOP_PATTERNS["verify"]) == f"### System message\n{reply}"
+    )
     for heading in ("### System message\nBe brief.", "### Question\nBread?", "### Answer\nMix."):
-        assert says_no(own_turn(f"No.\n\n{heading}\n\nYes", FURTHER_TURNS["judge"])) is True
+        assert says_no(cut_at_stop_pattern(f"No.\n\n{heading}\n\nYes", STOP_PATTERNS["judge"])) is True
 
 
-def test_it_is_counted_and_an_answer_may_hold_such_lines(tmp_path: Path) -> None:
+def test_cuts_are_counted_and_an_answer_may_have_such_lines(tmp_path: Path) -> None:
     answer = "Write it so:\n\n### User\nhi\n\n### Assistant\nho"
 
     async def script(asked: Asked) -> Reply:
@@ -63,6 +65,6 @@ def test_it_is_counted_and_an_answer_may_hold_such_lines(tmp_path: Path) -> None
     done, _ = run_with(script, tmp_path, [question()])
     assert [turn["content"] for turn in only_row(tmp_path)["messages"][::2]] == ["You are a tester.", answer]
     event = "generate: made up a further turn of the prompt, and was cut there"
-    assert done.tally.events[event] == 1
-    assert "system message cut at the token limit" not in done.tally.events
+    assert done.stats.events[event] == 1
+    assert "system message cut at the token limit" not in done.stats.events
     assert f"| {event} | 1 |" in done.report.read_text("utf-8")

@@ -1,4 +1,4 @@
-"""Runs that are killed, interrupted, or very long: what the server sees of it, and what is in the files."""
+"""Runs that are killed, interrupted, or very long: the requests at the server, and the files."""
 
 import asyncio
 import json
@@ -12,10 +12,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import asking_process
+import client_process
 import pytest
-from asking_process import STAGES
-from scripted_server import Asked, Reply, said, served
+from client_process import STAGES
+from scripted_server import Asked, Reply, chat_reply, served
 
 from train.llm.concurrency import Backoff, ConcurrencyLimiter, ServerSlots
 
@@ -24,13 +24,13 @@ REQUESTS = ROWS * STAGES
 CONCURRENCY = 16
 KILLS = 20
 
-processes = multiprocessing.get_context("forkserver")  # its children begin with the slow imports done
+processes = multiprocessing.get_context("forkserver")  # its children start with the slow imports done
 processes.set_forkserver_preload(["train.llm.progress"])
 
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., multiprocessing.process.BaseProcess]]:
-    """Starts a process of asking_process; none outlives its test."""
+    """Return a function that starts a process of client_process; all are killed after the test."""
     started = []
 
     def begin(target: Callable[..., None], *arguments: object) -> multiprocessing.process.BaseProcess:
@@ -46,7 +46,7 @@ def start() -> Iterator[Callable[..., multiprocessing.process.BaseProcess]]:
 
 
 class Memory:
-    """What a server said to each prompt; with `varied`, something else each time it is asked."""
+    """A script that records its answers to each prompt; with `varied`, another answer each time."""
 
     def __init__(self, varied: bool) -> None:
         self.varied = varied
@@ -59,7 +59,7 @@ class Memory:
         text = f"({asked.prompt[:60]})" + (f" {asked.times}" if self.varied else "")
         self.said[asked.prompt].append(text)
         self.was_enough |= asked.number >= self.enough
-        return said(text)
+        return chat_reply(text)
 
 
 def journal_size(folder: Path) -> int:
@@ -68,7 +68,7 @@ def journal_size(folder: Path) -> int:
 
 
 def max_uncommitted(concurrency: int) -> int:
-    """What the client promises: a quarter more than the places."""
+    """Return the bound of the client: 25% more than the slots."""
     promised = concurrency + concurrency // 4
     assert ConcurrencyLimiter([ServerSlots("here", concurrency, Backoff())]).max_uncommitted == promised
     return promised
@@ -78,14 +78,14 @@ def max_uncommitted(concurrency: int) -> int:
 def test_twenty_kills_lose_nothing_and_repeat_next_to_nothing(
     tmp_path: Path, varied: bool, start: Callable[..., multiprocessing.process.BaseProcess]
 ) -> None:
-    script, chance = Memory(varied), random.Random(5)
-    moments = sorted(chance.sample(range(1, REQUESTS), KILLS))
+    script, rng = Memory(varied), random.Random(5)
+    moments = sorted(rng.sample(range(1, REQUESTS), KILLS))
     lost = []
     with served(script) as server:
         for moment in moments:
-            # The moment is one of the server's: when so many requests have come, repeated ones among them.
+            # The moment is measured at the server, in requests that have arrived, with repeated ones.
             script.enough, script.was_enough = moment + sum(lost), False
-            process = start(asking_process.run, server.url, tmp_path, ROWS, CONCURRENCY)
+            process = start(client_process.run, server.url, tmp_path, ROWS, CONCURRENCY)
             while not script.was_enough and process.is_alive():
                 time.sleep(0.0005)
             process.kill()
@@ -93,25 +93,25 @@ def test_twenty_kills_lose_nothing_and_repeat_next_to_nothing(
             if (tmp_path / "answers.sqlite").exists():
                 written = journal_size(tmp_path)
                 lost.append(server.answered.total() - written - sum(lost))
-        process = start(asking_process.run, server.url, tmp_path, ROWS, CONCURRENCY)
+        process = start(client_process.run, server.url, tmp_path, ROWS, CONCURRENCY)
         process.join(60)
         assert process.exitcode == 0
         asked, output = len(server.asked), (tmp_path / "out.jsonl").read_bytes()
-        process = start(asking_process.run, server.url, tmp_path, ROWS, CONCURRENCY)
+        process = start(client_process.run, server.url, tmp_path, ROWS, CONCURRENCY)
         process.join(60)
         assert process.exitcode == 0
-        assert len(server.asked) == asked  # nothing is asked any more
+        assert len(server.asked) == asked  # nothing is asked again
         assert (tmp_path / "out.jsonl").read_bytes() == output
     assert process.exitcode == 0
 
-    # Each kill loses at most what was under way, and what was answered twice is just what was lost.
+    # Each kill loses at most the uncommitted answers, and only lost ones are answered twice.
     assert len(lost) >= KILLS - 1
     assert max(lost) <= max_uncommitted(CONCURRENCY)
     rows = [json.loads(line) for line in output.splitlines()]
     assert len(rows) == ROWS
     chain = {f"{stage}: {texts[stage]}": texts[stage + 1] for texts in rows for stage in range(STAGES)}
     if varied:
-        # No answer was built upon and then lost: the server was never asked anything that doesn't stand in the end.
+        # No answer was used and then lost: every request at the server belongs to the final rows.
         assert set(script.said) == set(chain)
         assert all(text in script.said[prompt] for prompt, text in chain.items())
     else:
@@ -127,21 +127,21 @@ def test_twenty_kills_lose_nothing_and_repeat_next_to_nothing(
     print(f"answers that the server gave twice, over {KILLS} kills: {repeated}")
 
 
-def test_what_the_journal_holds_is_not_asked_again(
+def test_answers_in_the_journal_are_not_asked_again(
     tmp_path: Path, start: Callable[..., multiprocessing.process.BaseProcess]
 ) -> None:
-    """The bound, seen from the other side: what a killed process had written is gone from what the server is asked."""
+    """Answers that a killed process had stored are not asked of the server again."""
     script = Memory(varied=False)
     with served(script) as server:
         script.enough = 200
-        process = start(asking_process.run, server.url, tmp_path, ROWS, CONCURRENCY)
+        process = start(client_process.run, server.url, tmp_path, ROWS, CONCURRENCY)
         while not script.was_enough:
             time.sleep(0.0005)
         process.kill()
         process.join()
         written = journal_size(tmp_path)
         before = len(server.asked)
-        process = start(asking_process.run, server.url, tmp_path, ROWS, CONCURRENCY)
+        process = start(client_process.run, server.url, tmp_path, ROWS, CONCURRENCY)
         process.join(60)
         assert len(server.asked) - before == REQUESTS - written
 
@@ -151,11 +151,11 @@ def test_ctrl_c_ends_at_once_and_cleanly(
 ) -> None:
     async def script(asked: Asked) -> Reply:
         if asked.number >= 100:
-            await asyncio.Event().wait()  # a server that takes for ever
-        return said(asked.prompt)
+            await asyncio.Event().wait()  # a server that never answers
+        return chat_reply(asked.prompt)
 
     with served(script) as server:
-        process = start(asking_process.run, server.url, tmp_path, ROWS, CONCURRENCY)
+        process = start(client_process.run, server.url, tmp_path, ROWS, CONCURRENCY)
         while server.in_flight < CONCURRENCY:
             time.sleep(0.001)
         assert process.pid
@@ -167,16 +167,18 @@ def test_ctrl_c_ends_at_once_and_cleanly(
 
 
 def test_memory_is_flat(tmp_path: Path, start: Callable[..., multiprocessing.process.BaseProcess]) -> None:
+    reply = chat_reply("ok " * 1_000)
+
     async def script(asked: Asked) -> Reply:
-        return said("ok " * 1_000)
+        return reply
 
     results = processes.Queue()
     peaks = []
     with served(script) as server:
-        for rows in (1_000, 4_000):
+        for rows in (500, 3_500):
             folder = tmp_path / str(rows)
             folder.mkdir()
-            start(asking_process.peak_memory, server.url, folder, rows, results)
+            start(client_process.peak_memory, server.url, folder, rows, results)
             peaks.append(results.get(timeout=120))
             server.asked.clear()
     assert peaks[1] - peaks[0] < 4 * 2**20

@@ -1,4 +1,4 @@
-"""What the tests kill: a process that asks for rows of four stages each, and writes what came of them."""
+"""Process for tests to kill: it asks for rows of four stages each, and writes the results."""
 
 import asyncio
 import json
@@ -11,18 +11,19 @@ from typing import Any
 from train.llm.client import Client
 from train.llm.concurrency import Backoff
 from train.llm.failures import RequestFailed
-from train.llm.journal import Decoding, Journal, Request
+from train.llm.journal import Journal
 from train.llm.ordered_map import map_ordered
 from train.llm.progress import progress
+from train.llm.request import Decoding, Request
 from train.llm.server import Server
 
 STAGES = 4
 
 
 async def ask_rows(url: str, folder: Path, rows: int, concurrency: int, stages: int = STAGES) -> int:
-    """Write out.jsonl: for each row what each stage said, each stage having been asked with what the last one said.
+    """Write out.jsonl: the answers of each row, where each stage asks with the answer of the stage before.
 
-    Returns the tokens asked for in this run.
+    Return the completion tokens of this run.
     """
     output = folder / "out.jsonl"
     with Journal(folder / "answers.sqlite") as journal, output.open("w", encoding="utf-8") as lines:
@@ -39,15 +40,15 @@ async def ask_rows(url: str, folder: Path, rows: int, concurrency: int, stages: 
                     texts.append(answer.text)
                 return texts
 
-            async with progress("rows", rows, client) as pace:
+            async with progress("rows", rows, client) as bar:
                 async for texts in map_ordered(range(rows), work, at_once=2 * concurrency):
                     lines.write(json.dumps(texts) + "\n")
-                    pace.advance()
+                    bar.advance()
             return client.counts.completion_tokens
 
 
 def run(url: str, folder: Path, rows: int, concurrency: int, stages: int = STAGES) -> None:
-    """The process: ends like a script of ours, with 130 after Ctrl-C and nothing on standard error."""
+    """Run as a process that ends like a command: with 130 after Ctrl-C and nothing on standard error."""
     errors = os.open(folder / "stderr", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(errors, 2)
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
@@ -58,6 +59,6 @@ def run(url: str, folder: Path, rows: int, concurrency: int, stages: int = STAGE
 
 
 def peak_memory(url: str, folder: Path, rows: int, results: Any) -> None:
-    """Ask for so many rows of one stage, and tell the peak of the resident memory in bytes."""
+    """Ask for rows of one stage, and put the peak of the resident memory, in bytes, into `results`."""
     asyncio.run(ask_rows(url, folder, rows, 32, stages=1))
     results.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

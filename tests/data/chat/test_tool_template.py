@@ -257,7 +257,7 @@ def test_tool_data_under_a_template_without_tools_names_this_one(
     error = refused("--recipe", recipe, "--check")
     assert "`chat.template: chatml-tools`" in error
     assert "2 refused by the template, with tools" in error
-    assert "Mend them" not in error
+    assert "Correct them" not in error
     assert "the right one" not in error
 
 

@@ -74,13 +74,13 @@ NAMED: dict[str, tuple[bytes | str, list[str], bool]] = {
     "bare_32.jsonl": (LINES.encode("utf-32-le"), ["UTF-32", "iconv -f UTF-32LE"], True),
     "excel.csv": ("prompt,output\r\np,ö\r\n".encode("utf-16"), ["UTF-16", "FF FE"], False),
     "packed.jsonl.gz": (gzip.compress(LINES.encode("utf-16")), ["UTF-16", "gunzip -c"], True),
-    "pretty.json": (PRETTY, ["objects stand over several lines", "jq -c ."], True),
-    "pretty.jsonl": (PRETTY, ["objects stand over several lines", "jq -c ."], True),
+    "pretty.json": (PRETTY, ["object spans several lines", "jq -c ."], True),
+    "pretty.jsonl": (PRETTY, ["object spans several lines", "jq -c ."], True),
     "compact.jsonl": ("\n".join(COMPACT).replace("[", "[\n").replace(", {", ",\n{"), ["over several lines"], False),
     "separated.json": (PRETTY.replace("}\n{", "},\n{"), ["commas between them", "Put [ before"], False),
-    "one_line.jsonl": (LINES.replace("\n", " "), ["several objects stand on one line", "jq -c ."], True),
-    "commas.jsonl": (LINES.replace("}\n", "},\n"), ["comma stands after the object", "sed "], True),
-    "commas.json": (LINES.replace("}\n", "}, \n"), ["comma stands after the object", "sed "], True),
+    "one_line.jsonl": (LINES.replace("\n", " "), ["several objects are on one line", "jq -c ."], True),
+    "commas.jsonl": (LINES.replace("}\n", "},\n"), ["comma follows the object", "sed "], True),
+    "commas.json": (LINES.replace("}\n", "}, \n"), ["comma follows the object", "sed "], True),
     "python.jsonl": ("".join(f"{row}\n" for row in ROWS), ["Python dict", "python3 -c"], True),
     "python.json": (str(ROWS), ["Python list or dict", "python3 -c"], True),
     "joined.json": (PRETTY.replace("}\n{", "}\n" + MARK + "{", 1), ["joined.json:6: a byte order mark"], False),
@@ -195,8 +195,8 @@ def test_a_byte_order_mark_where_files_were_joined(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"a": 1},', "a comma stands after the object"),
-        ('{"a": 1}{"a": 2}', "several objects stand on one line"),
+        ('{"a": 1},', "a comma follows the object"),
+        ('{"a": 1}{"a": 2}', "several objects are on one line"),
         ("{'a': None}", "Python dict"),
         ('{"a": "' + "x" * 9, "the line ends in the middle of the row"),
         ('{"a": [1, 2', "the line ends in the middle of the row"),
@@ -319,7 +319,7 @@ def test_an_invisible_first_character_is_shown(character: str, tmp_path: Path) -
 def test_an_object_over_several_lines_among_others_is_one_error(content: str, line: int, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", content)
     error = error_of(path)
-    assert error.startswith(f"{path}:{line}: an object stands over several lines")
+    assert error.startswith(f"{path}:{line}: an object spans several lines")
     subprocess.run(error.partition("Convert it: ")[2], shell=True, check=True)
     content = [json.loads(line) for line in (tmp_path / "rows.lines.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(content) >= len(ROWS) + 1

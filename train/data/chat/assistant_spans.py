@@ -106,7 +106,7 @@ class SpanFinder:
     def find_left_out(
         self, messages: list[Message], tools: Tools, kwargs: Mapping[str, Any] | None, renderings: list[Rendering]
     ) -> Unread:
-        """Return what the template leaves out of a conversation, contents aside."""
+        """Return the texts of a conversation, except contents, that the template leaves out."""
         if tools is None and not kwargs and all(message.keys() <= _ALWAYS_CHECKED for message in messages):
             return {}
         texts = [rendering.text for rendering in renderings]
@@ -311,7 +311,7 @@ def _check_single_end(answers: list[Message], written: str, end_token: str) -> N
     """
     own = sum(str(value).count(end_token) for answer in answers for value in answer.values())
     if written.count(end_token) > own + len(answers):
-        raise RowError("text after the end of an answer", f"{end_token} stands within {written[:80]!r}")
+        raise RowError("text after the end of an answer", f"{end_token} is within {written[:80]!r}")
 
 
 def _describe_difference(prompt: str, text: str) -> str:

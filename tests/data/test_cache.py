@@ -115,7 +115,7 @@ def test_other_processes_wait_for_the_builder_and_show_its_progress(tmp_path: Pa
 
 
 def test_of_two_simultaneous_builds_one_is_kept(tmp_path: Path) -> None:
-    """As on a file system without locks: the second finds the first one's when it is done."""
+    """As on a file system without locks: the second builder finds the first one's entry."""
 
     def overtaken(partial: Path) -> dict:
         (tmp_path / "elsewhere").mkdir()
@@ -180,7 +180,7 @@ assert [ended(child) for child in children] == [0, 0, 0]
 
 
 def run(script: str, *arguments: object) -> None:
-    """Ends when the workers of killed processes have ended, too: they hold its standard output."""
+    """Run a script; it ends after the workers of killed processes, which hold its standard output."""
     command = [sys.executable, "-c", PREPARE + script, *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2_000:]

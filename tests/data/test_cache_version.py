@@ -45,7 +45,7 @@ The sample gives other {what} ({name}) than stored here for VERSION {stored}, an
 
 @pytest.fixture(scope="module")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer whose vocabulary stands here: bytes, a few merges (some across line breaks), control tokens."""
+    """A tokenizer with a fixed vocabulary: bytes, a few merges (some across line breaks), control tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("Ċ", "Ċ"), ("Ġ", "a"), ("Ġ", "t"), ("a", "n"), ("i", "n"), ("e", "r"), (".", "Ċ"), ("Ġt", "h")]
     tokens = [*alphabet, *("".join(pair) for pair in merges)]

@@ -34,7 +34,7 @@ def messages_of(system: str, question: str, answer: str) -> list[dict]:
 
 
 def compare(exact: Encoder, fast: Encoder, rows: list[list[dict]]) -> None:
-    """The same rows and the same faults, whichever way they are encoded."""
+    """Check that both encoders give the same rows and the same errors."""
     pairs = [(row, None) for row in rows]
     assert not fast.why_not_fast
     for fast_rows, exact_rows in zip(fast.encode(pairs, "assistant"), exact.encode(pairs, "assistant"), strict=True):
@@ -50,7 +50,7 @@ def compare(exact: Encoder, fast: Encoder, rows: list[list[dict]]) -> None:
 
 @pytest.fixture(scope="module")
 def encoders(smollm2, mistral_tokenizer_v1) -> dict[str, tuple[object, Encoder, Encoder]]:
-    """By kind of tokenizer: the tokenizer, the exact way, the fast one."""
+    """Kind of tokenizer -> the tokenizer, its exact encoder, its fast encoder."""
     byte_level, sentencepiece = AutoTokenizer.from_pretrained(smollm2), mistral_tokenizer_v1()
     use_template(byte_level, "chatml")
     use_template(sentencepiece, "mistral-system")
@@ -98,7 +98,7 @@ def test_token_spans_are_those_of_the_tokenizers_offsets(chatml_tokenizer) -> No
 
 
 def test_a_text_that_the_tokenizer_changes_is_left_to_it(chatml_tokenizer) -> None:
-    """With NFC, letters and their accents become one character: the places move, so such rows go the exact way."""
+    """NFC joins letters and their accents, so positions shift: such rows are encoded by the tokenizer itself."""
     chatml_tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     exact, fast_one = Encoder(chatml_tokenizer), Encoder(chatml_tokenizer, fast=True)
     compare(

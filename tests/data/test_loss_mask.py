@@ -56,7 +56,7 @@ def test_mistral_ids_are_those_of_prompt_and_answer_tokenized_apart(mistral_toke
 
 @pytest.fixture(scope="module")
 def joining_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE that has learnt a token for two line breaks, as those of Llama 3 and Qwen have."""
+    """A byte-level BPE tokenizer with a token for two line breaks, as in Llama 3 and Qwen."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -71,7 +71,7 @@ def joining_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("answer", ["\nfoo", "\n\nfoo", " foo", "\n", "\n \n x", "foo\n", "😀\n\n"])
 def test_an_answer_that_begins_with_white_space_is_what_the_model_will_write(joining_tokenizer, answer: str) -> None:
-    """A token for two line breaks would reach over the border; at inference the prompt's own stands there already."""
+    """A token for two line breaks would cross the border; at inference the prompt ends with its own line break."""
     use_template(joining_tokenizer, "chatml")
     assert len(joining_tokenizer("\n\n").input_ids) == 1
     messages = [TURNS[1], {"role": "assistant", "content": answer}, *TURNS[3:]]
@@ -114,7 +114,7 @@ def test_a_prompt_that_no_answer_follows_is_refused(tokenizer) -> None:
 
 
 def test_rewritten_history_gives_as_few_rows_as_hold_each_turn_as_it_was_written(tokenizer) -> None:
-    """The last answer ends otherwise than earlier ones, as under gpt-oss."""
+    """The last answer ends differently from earlier ones, as under gpt-oss."""
     end = "' + ('<|endoftext|>' if loop.last and m.role == 'assistant' else '<|im_end|>') + '"
     tokenizer.chat_template = LOOP.format(content="m.content", end=end) + PROMPT
     rows = encode(tokenizer, TURNS)
@@ -165,7 +165,7 @@ def test_an_end_token_that_is_also_the_pad_token_is_trained(chatml_tokenizer) ->
 
 
 def test_an_end_token_that_takes_the_line_break_after_it_is_trained(tokenizer) -> None:
-    """Phi-3's tokens do, by `rstrip`; encoding prompt and answer apart would give other ids than a server's."""
+    """As Phi-3's tokens do, by `rstrip`; encoding prompt and answer apart would give other ids than a server's."""
     end = AddedToken("<|end|>", rstrip=True, special=True)
     tokenizer.add_special_tokens({"additional_special_tokens": [end]})
     tokenizer.chat_template = LOOP.format(content="m.content", end="<|end|>") + PROMPT
@@ -192,7 +192,7 @@ def test_system_role_is_written_into_a_copy_of_the_template(tokenizer) -> None:
 
 
 class SlowTokenizer(PreTrainedTokenizer):
-    """One in Python, which tells no offsets, with the vocabulary of a fast one."""
+    """A tokenizer in Python, without offsets, with the vocabulary of a fast one."""
 
     def __init__(self, fast: PreTrainedTokenizerFast) -> None:
         self.fast = fast

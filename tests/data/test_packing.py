@@ -10,7 +10,7 @@ from train.data.packing import DOCUMENTS_PER_SEQUENCE, PackingPlan, pack, plan_p
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int, most: int = 10**9) -> list[list[int]]:
-    """The textbook loop: for each row, longest first, look at every sequence."""
+    """Pack with the textbook loop: for each row, longest first, try every sequence."""
     sequences: list[tuple[int, list[int]]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         fitting = [
@@ -129,7 +129,7 @@ def test_a_plan_is_as_full_as_best_fit_decreasing_in_every_epoch(kind: str) -> N
 
 @pytest.mark.parametrize("kind", ["chats", "long tail", "uniform", "narrow"])
 def test_sequences_are_full_where_lengths_allow_it(kind: str) -> None:
-    """Of rows that leave gaps under best-fit decreasing (99.7 % and less for chats), too."""
+    """Also for rows that leave gaps under best-fit decreasing (99.7 % and less for chats)."""
     rng = np.random.default_rng(1)
     drawn = {
         "chats": np.exp(rng.normal(np.log(1_000), 0.5, 20_000)),
@@ -146,7 +146,7 @@ def test_sequences_are_full_where_lengths_allow_it(kind: str) -> None:
 
 
 def likeness(lengths: list[int], sequences: list[list[int]]) -> float:
-    """Mean correlation of a row's log length with that of another row of its sequence: 1 all alike, 0 random."""
+    """Return the correlation of a row's log length with that of another row of its sequence: 1 equal, 0 random."""
     values = np.log(lengths) - np.log(lengths).mean()
     together = 0.0
     for rows in sequences:

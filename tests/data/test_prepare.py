@@ -30,7 +30,7 @@ def rows_of(path: Path) -> list[list[dict]]:
 
 
 def chatml(messages: list[dict]) -> list[tuple[str, bool]]:
-    """The row's text in ChatML, in parts that are trained or not; written without a template."""
+    """Return a row's text in ChatML, in parts that are trained or not, without a template."""
     parts = []
     for message in messages:
         parts.append((f"<|im_start|>{message['role']}\n", False))
@@ -41,7 +41,7 @@ def chatml(messages: list[dict]) -> list[tuple[str, bool]]:
 
 @pytest.fixture
 def count(tiny_model: Path) -> Callable[[list[dict]], tuple[int, int]]:
-    """Tokens and trained tokens of a row, each part tokenized alone."""
+    """Counts tokens and trained tokens of a row, each part tokenized alone."""
     tokenizer = load_tokenizer(ModelSection(name_or_path=str(tiny_model)))
 
     def tokens(messages: list[dict]) -> tuple[int, int]:

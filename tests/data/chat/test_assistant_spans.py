@@ -86,7 +86,7 @@ EXCEPTIONS: dict[str, set[str]] = {
     "qwen3_vl": {BLANK},
     "smolvlm": {BLANK},
 }
-"""The differences of TRL's training templates: the reason why ours is another."""
+"""The reasons why our spans differ from the marks of TRL's training templates."""
 
 SYSTEMS = (None, "Be brief.", "You are the user's\n\nassistant 😀")
 CONTENTS = ("Hello", "", "one\n\n  two\nthree", "𝔘𝔫𝔦 😀 𐍈 é", "user\nassistant: system", "  padded \n", "model")
@@ -132,7 +132,7 @@ def conversations():
 
 
 def tokenizer_for(name: str, template: str) -> PreTrainedTokenizerFast:
-    """Byte-level, a token for each byte, with the control tokens that stand in the template."""
+    """Return a tokenizer with one token per byte and the control tokens in the template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -150,7 +150,7 @@ def tokenizer_for(name: str, template: str) -> PreTrainedTokenizerFast:
 
 
 def rendered(name, tokenizer, messages, tools, **options):
-    """As a server renders it; for a training template with its marks, those side by side joined."""
+    """Render as a server does; return the marks of a training template too, adjacent ones joined."""
     if name in ("idefics3", "llava_next", "smolvlm"):
         messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
     marked = "generation %}" in tokenizer.chat_template
@@ -172,7 +172,7 @@ def rendered(name, tokenizer, messages, tools, **options):
 
 
 def prompts(name, tokenizer, messages, tools):
-    """Every prompt that a server can give the model before its next turn."""
+    """Yield every prompt that a server can give the model before its next turn."""
     for options in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
         yield rendered(name, tokenizer, messages, tools, add_generation_prompt=True, **options)[0]
 
@@ -311,7 +311,7 @@ MARKED = [name for name in PAIRS if NO_PROMPT not in EXCEPTIONS.get(name, set())
 
 @pytest.mark.parametrize("name", MARKED)
 def test_marks_are_trimmed_to_what_the_plain_template_gives(name: str) -> None:
-    """With TRL's marks, ours are no longer than without them, and end with the same token."""
+    """With TRL's marks, spans are not longer than without them, and end with the same token."""
     plain = SpanFinder(tokenizer_for(name, (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")))
     marked = SpanFinder(tokenizer_for(name, (TEMPLATES / f"{name}_training.jinja").read_text(encoding="utf-8")))
     messages = [user("Ask?"), answer("Hello"), user("So?"), answer("one\n\ntwo"), user("And?"), answer("")]

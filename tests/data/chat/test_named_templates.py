@@ -19,7 +19,7 @@ OTHER = CHATML + "{# the other #}"
 
 @pytest.fixture
 def with_templates(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Writes a copy of the tiny model's folder with templates by name, in one of the two layouts."""
+    """Write a copy of the tiny model's folder with named templates, in one of the two layouts."""
 
     def write(layout: str, templates: dict[str, str]) -> Path:
         folder = tmp_path / "model"

@@ -58,7 +58,7 @@ ROWS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None]] = {
 
 
 def written(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> tuple[str, list[str]]:
-    """The text of a conversation, and what the model writes of it: as one would write it down by hand."""
+    """Return the text of a conversation and the texts that the model writes, built without a template."""
     text, trained = "", []
     if tools:
         system = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
@@ -101,7 +101,7 @@ def tools_tokenizer(smollm2: Path) -> Any:
 
 
 def check_row(tokenizer: Any, messages: Any, tools: Any, text: str, trained: list[str]) -> None:
-    """The render and the tokens are `text`, and what is trained of them is `trained`."""
+    """Check that render and tokens are `text` and the trained texts are `trained`."""
     rendered, spans = render(tokenizer, messages, tools)
     assert rendered == text
     assert [rendered[slice(*span)] for span in spans] == trained
@@ -122,7 +122,7 @@ def test_text_and_mask_are_those_built_by_hand(name: str, system: bool, tools_to
 
 @pytest.mark.parametrize("name", ROWS)
 def test_it_renders_tools_as_qwen_does(name: str, tools_tokenizer: Any) -> None:
-    """But for Qwen's own system message, which stands in for one that isn't there."""
+    """Except for Qwen's own system message, which replaces a missing one."""
     messages, tools = ROWS[name]
     text = (files("trl") / "chat_templates" / "qwen2_5.jinja").read_text("utf-8")
     theirs = tools_tokenizer.apply_chat_template(messages, tools=tools, chat_template=text, tokenize=False)
@@ -175,7 +175,7 @@ def test_arguments_as_json_and_calls_without_a_wrapper_are_written_alike(tools_t
 
 
 def test_rows_of_other_formats_are_rendered_completely(tools_tokenizer: Any) -> None:
-    """OpenAI's interface, with JSON in texts, and ShareGPT's roles."""
+    """OpenAI's API, with JSON in strings, and ShareGPT's roles."""
     openai = {
         "messages": [
             SYSTEM, ASK, {"role": "assistant", "content": None, "tool_calls": [call("time", "{}", 2)]},

@@ -25,7 +25,7 @@ def timestamps(zone: str | None, value: int = NEVER) -> pyarrow.Array:
 
 
 def utf8(content: bytes) -> pyarrow.Array:
-    """A text column of one value that holds these bytes, checked by nobody."""
+    """Return a text column with one value of these bytes, unchecked."""
     ends = pyarrow.array([0, len(content)], pyarrow.int32()).buffers()[1]
     return pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, ends, pyarrow.py_buffer(content)])
 

@@ -178,7 +178,7 @@ def test_an_ambiguous_header_keeps_the_default_delimiter(tmp_path: Path) -> None
     assert rows_of(write(tmp_path / "both.csv", "a;b,c\n1;2,3\n")) == [{"a;b": "1;2", "c": "3"}]
 
 
-def faults_of(path: Path) -> list[str]:
+def errors_of(path: Path) -> list[str]:
     return [str(row) for row in rows_of(path) if isinstance(row, RowError)]
 
 
@@ -205,18 +205,18 @@ def test_a_byte_order_mark_where_files_were_joined(tmp_path: Path) -> None:
 )
 def test_a_bad_line_among_good_ones_is_a_row_error_that_names_its_layout(line: str, words: str, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", f"{LINES}{line}\n{LINES}")
-    (error,) = faults_of(path)
+    (error,) = errors_of(path)
     assert error.startswith("invalid JSON: ")
     assert words in error
-    (first,) = faults_of(write(tmp_path / "first.jsonl", f"{line}\n{LINES}"))
+    (first,) = errors_of(write(tmp_path / "first.jsonl", f"{line}\n{LINES}"))
     assert first == error
 
 
 def test_the_last_line_of_a_file_that_was_cut_off(tmp_path: Path) -> None:
-    assert "the file ends in the middle of the row" in faults_of(write(tmp_path / "a.jsonl", LINES[:-9]))[0]
-    assert "zero bytes in the line" in faults_of(write(tmp_path / "b.jsonl", LINES.encode() + b"\0" * 99))[0]
+    assert "the file ends in the middle of the row" in errors_of(write(tmp_path / "a.jsonl", LINES[:-9]))[0]
+    assert "zero bytes in the line" in errors_of(write(tmp_path / "b.jsonl", LINES.encode() + b"\0" * 99))[0]
     added = LINES.encode() + "{'a': 1}\n".encode("utf-16-le")  # as PowerShell's >> does
-    assert "UTF-16 text that was appended" in faults_of(write(tmp_path / "c.jsonl", added))[0]
+    assert "UTF-16 text that was appended" in errors_of(write(tmp_path / "c.jsonl", added))[0]
 
 
 @pytest.mark.parametrize(
@@ -233,12 +233,12 @@ def test_text_in_another_encoding(encoding: str, text: str, words: str, tmp_path
     row = {"prompt": text, "output": "o"}
     content = json.dumps(row, ensure_ascii=False).encode(encoding)
     byte = next(byte for byte in content if byte > 127)
-    (error,) = faults_of(write(tmp_path / "rows.jsonl", LINES.encode() + content))
+    (error,) = errors_of(write(tmp_path / "rows.jsonl", LINES.encode() + content))
     assert error.startswith(f"not UTF-8: byte 0x{byte:02x} at byte {content.index(byte) + 1} of the line")
     assert words in error
     assert words in error_of(write(tmp_path / "rows.json", b"[" + content + b"]"))
     table = f"prompt,output\np,o\n{text},o\n".encode(encoding)
-    assert words in faults_of(write(tmp_path / "rows.csv", table))[0]
+    assert words in errors_of(write(tmp_path / "rows.csv", table))[0]
     name = re.search(r"iconv -f (\S+)", words)
     if name and encoding == "cp1252":
         mended = subprocess.run(["iconv", "-f", name[1], "-t", "UTF-8"], input=content, capture_output=True, check=True)
@@ -253,17 +253,17 @@ def test_the_letter_in_the_message_is_that_of_its_byte(text: str, letter: str, t
     content = json.dumps({"prompt": text, "output": "o"}, ensure_ascii=False).encode("cp1252")
     words = f" (in Windows-1252 it is {letter}: iconv"
     byte = f"byte 0x{letter.encode('cp1252').hex()}"
-    (error,) = faults_of(write(tmp_path / "rows.jsonl", LINES.encode() + content))
+    (error,) = errors_of(write(tmp_path / "rows.jsonl", LINES.encode() + content))
     assert byte in error
     assert words in error
     far = b" " * 300  # the letter is looked for near the byte alone
     assert f"{byte}{words}" in error_of(write(tmp_path / "rows.json", b"[" + far + content + far + b"]"))
     table = f"prompt,output\n{text.replace(',', ' ')},o\n".encode("cp1252")
-    assert f"{byte}{words}" in faults_of(write(tmp_path / "rows.csv", table))[0]
+    assert f"{byte}{words}" in errors_of(write(tmp_path / "rows.csv", table))[0]
 
 
 def test_a_byte_that_windows_1252_does_not_have_gets_no_letter(tmp_path: Path) -> None:
-    (error,) = faults_of(write(tmp_path / "rows.jsonl", LINES.encode() + b'{"prompt": "\x81 \xe9 \xe8"}'))
+    (error,) = errors_of(write(tmp_path / "rows.jsonl", LINES.encode() + b'{"prompt": "\x81 \xe9 \xe8"}'))
     assert "byte 0x81" in error
     assert "another encoding" in error
 
@@ -328,11 +328,11 @@ def test_an_object_over_several_lines_among_others_is_one_error(content: str, li
 
 @pytest.mark.parametrize("line", ['{"a": [', "{", '{"a": {', '{"a": 1, "b": ['])
 def test_a_truncated_line_is_an_error_of_its_row(line: str, tmp_path: Path) -> None:
-    assert len(faults_of(write(tmp_path / "rows.jsonl", f"{LINES}{line}\n{LINES}"))) == 1
+    assert len(errors_of(write(tmp_path / "rows.jsonl", f"{LINES}{line}\n{LINES}"))) == 1
 
 
 def test_rows_that_are_lists_are_row_errors_line_by_line(tmp_path: Path) -> None:
-    errors = faults_of(write(tmp_path / "rows.jsonl", '[{"role": "user"}]\n[7]\n'))
+    errors = errors_of(write(tmp_path / "rows.jsonl", '[{"role": "user"}]\n[7]\n'))
     assert [error.partition(":")[0] for error in errors] == ["wrong type"] * 2
 
 

@@ -52,7 +52,7 @@ def lines(rows: list[Any]) -> bytes:
 
 
 def write(path: Path, content: bytes) -> Path:
-    """`content` at `path`, compressed as its ending says."""
+    """Write `content` to `path`, compressed as its extension says."""
     compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
     with pyarrow.output_stream(str(path), compression=compression) as stream:

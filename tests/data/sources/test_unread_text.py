@@ -46,7 +46,7 @@ def rows(tiny_model: Path) -> RowTokenizer:
 
 
 def encoded(rows: RowTokenizer, row: dict[str, Any], format: str = "auto") -> tuple[str, RowIssues]:
-    """The text of a row as it is trained (all of its rows), and what is told of it."""
+    """Return the trained text of a row (of all its rows), and its issues."""
     batch, errors = rows.encode_chunk(0, ParsedRows([(":1", row)]), detect(row) if format == "auto" else format)
     backend = rows.encoder._backend
     return "\n".join(backend.decode(ids, skip_special_tokens=False) for ids in batch["input_ids"].to_pylist()), errors
@@ -423,7 +423,7 @@ ROWS = st.one_of(
 
 
 def texts(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    """Each text of a row with the name under which it would be told: its column, or messages[].KEY."""
+    """Yield each text of a row with the name under which it would be reported: its column, or messages[].KEY."""
     if isinstance(value, str):
         yield name, value
     elif isinstance(value, dict):
@@ -435,7 +435,7 @@ def texts(value: Any, name: str) -> Iterator[tuple[str, str]]:
 
 
 def numbered(value: Any, numbers: Iterator[int]) -> Any:
-    """The value with texts that are all different, so that one is not found where another stands."""
+    """Return the value with distinct texts, so that none is found in place of another."""
     if isinstance(value, str):
         number = next(numbers)
         return value if value in ROLES else " ".join(f"{word}{number}" for word in value.split())

@@ -75,7 +75,7 @@ def error_of(path: Path | str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "content", "what"), METADATA_FILES)
+@pytest.mark.parametrize(("name", "content", "kind"), METADATA_FILES)
 def test_a_metadata_file_is_skipped_in_a_folder_and_refused_by_name(
     name: str, content: Any, kind: str, tmp_path: Path
 ) -> None:

@@ -88,13 +88,9 @@ class ControlTokens:
                     cleaned[number] = {**cleaned[number], key: new}
         return cleaned
 
-    def clean_tools(self, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-        """Apply the policy to tool definitions. Raises RowError."""
-        return tools if tools is None or self._policy == "allow" else self._clean(tools, "the tools")
-
-    def clean_kwargs(self, kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Apply the policy to the variables that a row sets for the template. Raises RowError."""
-        return kwargs if kwargs is None or self._policy == "allow" else self._clean(kwargs, "chat_template_kwargs")
+    def clean_value(self, value: Any, where: str) -> Any:
+        """Apply the policy to all texts in a value, which errors name as `where`. Raises RowError."""
+        return value if value is None or self._policy == "allow" else self._clean(value, where)
 
     def _clean(self, value: Any, where: str) -> Any:
         if isinstance(value, dict):
@@ -115,8 +111,3 @@ class ControlTokens:
 
 def _escape(token: str) -> str:
     return token[0] + ZERO_WIDTH_SPACE + token[1:]
-
-
-def clean(tokenizer: PreTrainedTokenizerBase, messages: list[Message], policy: Policy) -> list[Message]:
-    """Apply `ControlTokens.clean` to one conversation. Raises RowError and UserError."""
-    return ControlTokens(tokenizer, policy).clean(messages)

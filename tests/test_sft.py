@@ -120,15 +120,15 @@ def test_a_run_resumes_from_its_newest_complete_checkpoint(
     assert main(["--recipe", recipe]) == 0
     run = tmp_path / "run"
     assert json.loads((run / "checkpoint-4" / "COMPLETE.json").read_text())["step"] == 4
-    weights, metrics = load_file(run / "model.safetensors"), lines_of(run / "metrics.jsonl")
+    uninterrupted, metrics = load_file(run / "model.safetensors"), lines_of(run / "metrics.jsonl")
     (run / "checkpoint-4" / "COMPLETE.json").unlink()
     capsys.readouterr()
     assert main(["--recipe", recipe]) == 0
     shown = capsys.readouterr().out
     assert f"going on from {run / 'checkpoint-2'}" in shown
     assert "step 2/4" not in shown
-    resumed, metrics_again = load_file(run / "model.safetensors"), lines_of(run / "metrics.jsonl")
-    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    again, metrics_again = load_file(run / "model.safetensors"), lines_of(run / "metrics.jsonl")
+    assert all(torch.equal(uninterrupted[name], again[name]) for name in uninterrupted)
     assert [line["loss"] for line in metrics_again] == [line["loss"] for line in metrics]
     (run / "checkpoint-2" / "COMPLETE.json").unlink()
     (run / "checkpoint-4" / "COMPLETE.json").unlink()
@@ -143,7 +143,7 @@ def test_a_run_resumes_from_its_newest_complete_checkpoint(
     assert "belongs to another run: seed was 42 and is 1; training.learning_rate was 0.001 and is 0.5" in error
 
 
-def test_a_folder_with_another_model_is_an_error(
+def test_a_run_does_not_write_into_a_folder_with_another_model(
     recipe_file: Callable[..., Path], refused: Callable[..., str], tiny_model: Path, tmp_path: Path
 ) -> None:
     assert "would be overwritten" in refused("--recipe", recipe_file(output_dir=str(tiny_model)))
@@ -251,9 +251,7 @@ def test_an_invalid_recipe_ends_with_2_and_no_traceback(tmp_path: Path) -> None:
         (["--recipe", "x.yaml", "--json", "x.json"], "--check"),
     ],
 )
-def test_an_invalid_command_line_ends_with_2_and_the_usage(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_invalid_command_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
@@ -269,7 +267,7 @@ MODEL_ERRORS = {
 
 
 @pytest.mark.parametrize("words", MODEL_ERRORS)
-def test_a_missing_model_is_an_error(words: str, recipe_file: Callable[..., Path], refused: Callable[..., str]) -> None:
+def test_a_missing_model(words: str, recipe_file: Callable[..., Path], refused: Callable[..., str]) -> None:
     error = refused("--recipe", recipe_file(model=MODEL_ERRORS[words]))
     assert "model.name_or_path" in error
     assert words in error
@@ -335,7 +333,7 @@ def test_errors_found_before_training(case: str, recipe_file: Callable[..., Path
     assert [word for word in words if word not in error] == []
 
 
-def test_an_output_dir_that_cannot_be_written_is_an_error_before_the_data_is_read(
+def test_an_unwritable_output_dir_is_an_error_before_the_data_is_read(
     recipe_file: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / "taken").write_text("a file")
@@ -347,7 +345,7 @@ def test_an_output_dir_that_cannot_be_written_is_an_error_before_the_data_is_rea
     assert (tmp_path / "taken").read_text() == "a file"
 
 
-def test_rows_that_the_template_refuses_are_an_error_or_skipped(
+def test_rows_that_the_template_refuses_are_errors_or_skipped(
     recipe_file: Callable[..., Path],
     tmp_path: Path,
     rows_file: Path,
@@ -376,12 +374,12 @@ def test_rows_that_the_template_refuses_are_an_error_or_skipped(
 
 def test_wandb_without_a_key_is_an_error_and_not_a_prompt(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     recipe = recipe_file(tracking={"wandb": {"project": "x"}})
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
     result = subprocess.run(
         [sys.executable, "train/sft.py", "--recipe", recipe],
         cwd=ROOT,
-        env=kept | nowhere,
+        env=environment | nowhere,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -110,7 +110,7 @@ def test_a_long_context_waits_less_than_in_random_order() -> None:
 
 
 def test_a_documents_cost_is_linear_plus_quadratic_and_ends_at_its_border() -> None:
-    packed = plan([6, 4, 10, 3], 10, seed=0)
+    packed = plan_packing([6, 4, 10, 3], 10, seed=0)
     costs = attention_cost([6, 4, 10, 3], packed, linear_tokens=5)
     of_row = [6 + 36 / 5, 4 + 16 / 5, 10 + 100 / 5, 3 + 9 / 5]
     assert costs.tolist() == pytest.approx([sum(of_row[row] for row in packed[place]) for place in range(len(packed))])

@@ -146,7 +146,7 @@ def build_report(
     processes = cluster.processes if cluster else int(os.environ.get("WORLD_SIZE", "1"))
     gain = load_gain_rows(recipe, data, tokenizer)
     sequences = stats.sequences
-    if cluster and recipe.data.packing:  # on so many GPUs rows are packed into multiple steps
+    if cluster and recipe.data.packing:  # on these GPUs rows are packed into full steps
         multiple = sequences_per_step(recipe, processes)
         sequences = max(sequences, min(-(-sequences // multiple) * multiple, stats.rows))
     steps = compute_schedule(recipe.training, sequences, stats.tokens / max(sequences, 1), processes)

@@ -27,7 +27,7 @@ from train.data.sources.source import read_conversations
 from train.multifaceted.collection.config import load_config
 from train.multifaceted.collection.run import run
 from train.recipe import Source
-from train.system_gain.variants import labels_of
+from train.system_gain.variants import read_labels
 
 processes = multiprocessing.get_context("forkserver")  # its children begin with the slow imports done
 processes.set_forkserver_preload(["train.multifaceted.collection.pipeline"])
@@ -239,7 +239,7 @@ def test_the_trainer_reads_the_rows_of_both_formats_and_finds_their_dimensions(t
             "json" if format == "jsonl" else "parquet", data_files=files, split="train", cache_dir=str(tmp_path)
         )
         assert data.column_names == COLUMNS
-        labels.append([[label for label in labels_of(row) if label[0] in FOUR] for row in data])
+        labels.append([[label for label in read_labels(row) if label[0] in FOUR] for row in data])
         files = [str(file) for file in sorted((folder / "out" / "pairs").iterdir())]
         pairs.append(
             load_dataset(

@@ -95,7 +95,7 @@ def _add_line(batch: BatchAnswers, key: bytes, response: Any, error_object: Any)
         or parse_error(error_object, json.dumps(error_object))
         or ErrorBody(None, "", "")
     )
-    message = " ".join(error_body.text.split())[:300]
+    message = " ".join(error_body.message.split())[:300]
     with_status = f"{status}: {message}".removesuffix(": ")
     server_error = None
     if isinstance(status, int) and status >= 400:

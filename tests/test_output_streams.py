@@ -1,4 +1,4 @@
-"""Output that the terminal can't encode is escaped, files are UTF-8 whatever the locale, and no name crashes a command."""
+"""Output that the terminal can't encode is escaped, files are UTF-8 in any locale, and no file name crashes a command."""
 
 import io
 import json
@@ -22,7 +22,7 @@ ASCII = {
     "the C locale": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
     "the POSIX locale of a container": {"LC_ALL": "POSIX", "LANG": "", "PYTHONIOENCODING": "ascii:strict"},
 }
-SAYS = """
+PROGRAM = """
 import logging, sys, warnings
 from pathlib import Path
 from train.cli import CommandLine, run_command
@@ -55,42 +55,44 @@ def started(code: str, environment: dict[str, str], *arguments: str | Path | byt
 
 
 @pytest.mark.parametrize("name", ASCII)
-def test_whatever_a_command_says_is_escaped(name: str, tmp_path: Path) -> None:
+def test_all_output_of_a_command_is_escaped(name: str, tmp_path: Path) -> None:
     for raised, code in (("UserError", 2), ("RuntimeError", 1)):
-        said = started(SAYS.format(description="x", raised=raised), ASCII[name], tmp_path / "file")
-        assert said[0] == code
+        returned, output, errors = started(
+            PROGRAM.format(description="x", raised=raised), ASCII[name], tmp_path / "file"
+        )
+        assert returned == code
         for words in ("printed ", "shown "):
-            assert words + ESCAPED in said[1]
+            assert words + ESCAPED in output
         for words in ("warned ", "of ", "logged ", "error: raised " if code == 2 else "RuntimeError: raised "):
-            assert words + ESCAPED in said[2]
+            assert words + ESCAPED in errors
         assert (tmp_path / "file").read_bytes() == "è🌲".encode() + rb"\udce9"
 
 
-def test_a_page_of_help_is_escaped(tmp_path: Path) -> None:
-    code = SAYS.format(description=r"\xe8", raised="RuntimeError")
-    returned, said, _ = started(code, ASCII["a stream of ASCII"], tmp_path, "--help")
-    assert (returned, r"\xe8" in said) == (0, True)
+def test_help_is_escaped(tmp_path: Path) -> None:
+    code = PROGRAM.format(description=r"\xe8", raised="RuntimeError")
+    returned, output, _ = started(code, ASCII["a stream of ASCII"], tmp_path, "--help")
+    assert (returned, r"\xe8" in output) == (0, True)
 
 
-def test_an_argument_that_is_no_text_is_an_error(tmp_path: Path) -> None:
-    code = SAYS.format(description="x", raised="UserError")
-    returned, _, said = started(code, {"PYTHONUTF8": "1"}, tmp_path / "file", b"key=caf\xe9")
+def test_an_argument_that_is_not_text_is_an_error(tmp_path: Path) -> None:
+    code = PROGRAM.format(description="x", raised="UserError")
+    returned, _, output = started(code, {"PYTHONUTF8": "1"}, tmp_path / "file", b"key=caf\xe9")
     assert returned == 2
-    assert r"error: argument b'key=caf\xe9': not UTF-8. Rename the file" in said
-    returned, _, said = started(code, ASCII["the C locale"], tmp_path / "file", "key=café".encode())
+    assert r"error: argument b'key=caf\xe9': not UTF-8. Rename the file" in output
+    returned, _, output = started(code, ASCII["the C locale"], tmp_path / "file", "key=café".encode())
     assert returned == 2
-    assert "this locale can't represent these characters. Set LC_ALL=C.UTF-8" in said
+    assert "this locale can't represent these characters. Set LC_ALL=C.UTF-8" in output
 
 
-def test_a_name_that_this_locale_can_not_write_is_an_error() -> None:
+def test_a_file_name_that_the_locale_cannot_encode_is_an_error() -> None:
     code = "import sys; from train.cli import run_command; sys.exit(run_command(lambda: open(chr(0xe9)), ''))"
-    returned, _, said = started(code, ASCII["the C locale"])
+    returned, _, output = started(code, ASCII["the C locale"])
     assert returned == 2
-    assert said.strip() == r"error: this locale (ascii) can't represent '\xe9'. Set LC_ALL=C.UTF-8, or PYTHONUTF8=1."
+    assert output.strip() == r"error: this locale (ascii) can't represent '\xe9'. Set LC_ALL=C.UTF-8, or PYTHONUTF8=1."
 
 
 @pytest.mark.parametrize("parse", ["parse_args", "parse_intermixed_args", "parse_known_args"])
-def test_every_way_to_parse_looks_at_its_arguments(parse: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_parse_methods_check_their_arguments(parse: str, capsys: pytest.CaptureFixture[str]) -> None:
     parser = CommandLine()
     parser.add_argument("words", nargs="*")
     with pytest.raises(SystemExit, match="2"):
@@ -100,7 +102,7 @@ def test_every_way_to_parse_looks_at_its_arguments(parse: str, capsys: pytest.Ca
 
 
 def run_in_ascii(*arguments: str | Path) -> tuple[int, bytes]:
-    """Exit code and output of train/sft.py where standard output is a log that takes ASCII alone."""
+    """Run train/sft.py with an ASCII log as standard output; return exit code and output."""
     from train.sft import main
 
     written = io.BytesIO()
@@ -112,7 +114,7 @@ def run_in_ascii(*arguments: str | Path) -> tuple[int, bytes]:
         return main([str(argument) for argument in arguments]), written.getvalue()
 
 
-def test_a_training_says_names_that_the_log_can_not_encode(
+def test_training_escapes_names_that_the_log_cannot_encode(
     recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny_model, tmp_path / "modèle")
@@ -121,14 +123,14 @@ def test_a_training_says_names_that_the_log_can_not_encode(
         output_dir=str(tmp_path / "sortie-é"),
         training={"max_steps": 1, "num_train_epochs": ...},
     )
-    code, said = run_in_ascii("--recipe", recipe)
+    code, output = run_in_ascii("--recipe", recipe)
     assert code == 0
-    assert rb"mod\xe8le" in said
-    assert rb"sortie-\xe9" in said
+    assert rb"mod\xe8le" in output
+    assert rb"sortie-\xe9" in output
     assert "modèle" in (tmp_path / "sortie-é" / "report.md").read_text("utf-8")
 
 
-def test_files_of_a_folder_whose_names_are_no_text(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_files_whose_names_are_not_text_are_read(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     folder = tmp_path / "rows"
     folder.mkdir()
     row: dict[str, Any] = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -138,8 +140,8 @@ def test_files_of_a_folder_whose_names_are_no_text(recipe_file: Callable[..., Pa
     assert places == [rf"{folder}/caf\udce9.jsonl:1", rf"{folder}/\udcff.json row 1"]
     report = tmp_path / "report.json"
     recipe = recipe_file(data={"sources": [{"path": str(folder)}]})
-    code, said = run_in_ascii("--recipe", recipe, "--check", "--json", report)
+    code, output = run_in_ascii("--recipe", recipe, "--check", "--json", report)
     assert code == 0
-    assert rb"notes-\udce9.txt" in said
-    assert rb"caf\udce9.jsonl" in said
+    assert rb"notes-\udce9.txt" in output
+    assert rb"caf\udce9.jsonl" in output
     assert rb"caf\\udce9.jsonl" in report.read_bytes()

@@ -26,7 +26,7 @@ def measure_in_training(recipe: str, rows: str, report: str) -> None:
     from train.model.load import load_model
     from train.model.tokenizer import load_tokenizer
     from train.recipe import load_recipe
-    from train.system_gain.log_likelihood import log_likelihoods
+    from train.system_gain.log_likelihood import compute_log_likelihoods
     from train.system_gain.metric import system_gain
     from train.system_gain.variants import VariantRows
 
@@ -47,7 +47,7 @@ def measure_in_training(recipe: str, rows: str, report: str) -> None:
             gain = system_gain(wrapped, variant_rows, accelerator, tokens_per_batch=700)
             hook.remove()
             # Fewer batches than processes: one has nothing of its own to score.
-            alone = log_likelihoods(wrapped, variant_rows[0].own, accelerator)
+            alone = compute_log_likelihoods(wrapped, variant_rows[0].own, accelerator)
             Path(f"{report}-{arguments.process_index}.json").write_text(
                 json.dumps(
                     {
@@ -82,7 +82,7 @@ def test_two_processes_give_the_metrics_of_one(
     from train.data.chat.template import use_template
     from train.data.prepare import prepare
     from train.recipe import load_recipe
-    from train.system_gain.log_likelihood import batches
+    from train.system_gain.log_likelihood import make_batches
     from train.system_gain.metric import system_gain
 
     rng = random.Random(2)
@@ -120,7 +120,7 @@ def test_two_processes_give_the_metrics_of_one(
         losses -= float(scores[trained].gather(1, labels[1:][trained, None]).sum())
         tokens += int(trained.sum())
     pieces = [piece for row in variant_rows for variant in row.all for piece in variant]
-    plan = batches([len(piece.ids) for piece in pieces], [1] * len(pieces), 700, 10_000)
+    plan = make_batches([len(piece.ids) for piece in pieces], [1] * len(pieces), 700, 10_000)
     assert len(plan) % 2 == 1  # so one rank has to score a batch more than it has
     assert [rank["forwards"] for rank in reports] == [len(plan) // 2 + 1] * 2
     for rank in reports:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
-from train.data.packing import plan
+from train.data.packing import plan_packing
 from train.loop.sampler import attention_cost, epoch_order, imbalance
 
 COUNTS = {"ranks": st.integers(1, 4), "batch": st.integers(1, 3), "accumulation": st.integers(1, 3)}
@@ -102,7 +102,7 @@ def test_the_ranks_totals_over_a_step_are_balanced() -> None:
 def test_a_long_context_waits_less_than_in_random_order() -> None:
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(8, 1.2, 4_000), 16, 65_536).astype(int)
-    packed = plan(lengths, 65_536, multiple_of=8)
+    packed = plan_packing(lengths, 65_536, multiple_of=8)
     costs = attention_cost(lengths, packed, linear_tokens=54_000)
     before = imbalance(costs, plain(len(packed), 0, 0), ranks=8, batch=1)
     balanced = epoch_order(costs, ranks=8, batch=1, accumulation=4, seed=0, epoch=0)
@@ -110,11 +110,11 @@ def test_a_long_context_waits_less_than_in_random_order() -> None:
 
 
 def test_a_documents_cost_is_linear_plus_quadratic_and_ends_at_its_border() -> None:
-    packed = plan([6, 4, 10, 3], 10, seed=0)
+    packed = plan_packing([6, 4, 10, 3], 10, seed=0)
     costs = attention_cost([6, 4, 10, 3], packed, linear_tokens=5)
     of_row = [6 + 36 / 5, 4 + 16 / 5, 10 + 100 / 5, 3 + 9 / 5]
     assert costs.tolist() == pytest.approx([sum(of_row[row] for row in packed[place]) for place in range(len(packed))])
-    assert attention_cost([], plan([], 10), linear_tokens=5).tolist() == []
+    assert attention_cost([], plan_packing([], 10), linear_tokens=5).tolist() == []
     with pytest.raises(ValueError, match="linear_tokens"):
         attention_cost([6, 4, 10, 3], packed, linear_tokens=0)
 

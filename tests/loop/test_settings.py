@@ -52,7 +52,7 @@ FAULTS = {
                 "load_best_model_at_end": True,
             },
         },
-        ["training.greater_is_better", "found false", "eval_system_gain", "the greater is better"],
+        ["training.greater_is_better", "found false", "eval_system_gain", "but a greater "],
     ),
     "a best checkpoint of the highest loss": (
         {
@@ -64,7 +64,7 @@ FAULTS = {
                 "load_best_model_at_end": True,
             },
         },
-        ["training.greater_is_better", "found true", "loss", "the smaller is better"],
+        ["training.greater_is_better", "found true", "loss", "but a smaller "],
     ),
     "too few rows for one whole batch": (
         {"training": {"dataloader_drop_last": True, "per_device_train_batch_size": 100}},

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from train.data.chat.template import use_template
-from train.data.prepare import Prepared, prepare
+from train.data.prepare import prepare
+from train.data.prepared_data import PreparedData
 from train.loop.arguments import training_arguments
 from train.loop.metrics_log import StepLog
 from train.loop.trainer import JanusTrainer, _without_zero3
@@ -34,7 +35,7 @@ def make_trainer(recipe: Recipe) -> JanusTrainer:
     )
 
 
-def one_by_one(model: torch.nn.Module, data: Prepared) -> tuple[torch.Tensor, int]:
+def one_by_one(model: torch.nn.Module, data: PreparedData) -> tuple[torch.Tensor, int]:
     """Return the loss summed over all documents, each in its own forward pass with gradients, and the trained tokens."""
     loss, tokens = torch.zeros((), dtype=torch.float64), 0
     for row in data.train.dataset:

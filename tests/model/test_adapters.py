@@ -36,28 +36,30 @@ def model(tiny_model: Path) -> object:
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_name_that_stands_for_nothing(kind: str, model: object) -> None:
+def test_a_name_without_a_module(kind: str, model: object) -> None:
     settings, words = WRONG[kind]
     with pytest.raises(UserError, match=r"^adapter\.(target_modules|modules_to_save): ") as refused:
         check_adapter(AdapterSection(**settings), model)
     assert [word for word in words if word not in str(refused.value)] == [], str(refused.value)
 
 
-def test_the_check_says_so_too(recipe_file: Callable[..., Path], refused: Callable[..., str]) -> None:
+def test_the_check_reports_a_name_without_a_module(
+    recipe_file: Callable[..., Path], refused: Callable[..., str]
+) -> None:
     recipe = recipe_file(adapter={"r": 4, "target_modules": ["q_prj", "v_proj"]})
     assert "Did you mean `q_proj`?" in refused("--recipe", recipe, "--check")
 
 
 @pytest.mark.parametrize(
-    "wanted", ["q_proj", "self_attn.q_proj", "model.layers.0.mlp.up_proj", "0.mlp.up_proj", "embed_tokens", "_proj", "layers.0"]
+    "pattern", ["q_proj", "self_attn.q_proj", "model.layers.0.mlp.up_proj", "0.mlp.up_proj", "embed_tokens", "_proj", "layers.0"]
 )  # fmt: skip
-def test_a_name_matches_as_in_peft(wanted: str, model: object) -> None:
-    config = lora_config(AdapterSection(target_modules=(wanted,)))
+def test_a_name_matches_as_in_peft(pattern: str, model: object) -> None:
+    config = lora_config(AdapterSection(target_modules=(pattern,)))
     matched = [name for name, _ in model.named_modules() if check_target_module_exists(config, name)]
     try:
-        check_adapter(AdapterSection(target_modules=(wanted,)), model)
-    except UserError as fault:
-        assert ("has no module" in str(fault)) == (not matched)  # noqa: PT017
+        check_adapter(AdapterSection(target_modules=(pattern,)), model)
+    except UserError as error:
+        assert ("has no module" in str(error)) == (not matched)  # noqa: PT017
     else:
         assert matched
 
@@ -71,16 +73,18 @@ def test_a_name_in_the_tower_alone_and_one_in_both_parts() -> None:
     check_adapter(AdapterSection(target_modules=("q_proj",)), bare, idle)
 
 
-@pytest.mark.parametrize("wanted", [("norm",), ("lm_head",), ("layers.1.mlp", "norm")])
-def test_modules_are_saved_by_their_names_and_not_by_ends_of_names(wanted: tuple[str, ...], model: object) -> None:
+@pytest.mark.parametrize("names_to_save", [("norm",), ("lm_head",), ("layers.1.mlp", "norm")])
+def test_modules_are_saved_by_their_names_and_not_by_ends_of_names(
+    names_to_save: tuple[str, ...], model: object
+) -> None:
     section = ModelSection(name_or_path="x")
     bare = build_meta_model(model.config, section)
     names = [name for name, _ in bare.named_modules(remove_duplicate=False)]
-    adapted = get_peft_model(bare, lora_config(AdapterSection(modules_to_save=wanted), bare))
+    adapted = get_peft_model(bare, lora_config(AdapterSection(modules_to_save=names_to_save), bare))
     saved = {
         name.removeprefix("base_model.model.").partition(".modules_to_save")[0]
         for name, weight in adapted.named_parameters()
         if weight.requires_grad and ".modules_to_save." in name
     }
-    pattern = re.compile(rf"(.*\.)?({'|'.join(map(re.escape, wanted))})")
+    pattern = re.compile(rf"(.*\.)?({'|'.join(map(re.escape, names_to_save))})")
     assert saved == {name for name in names if pattern.fullmatch(name)}

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from train.data.chat.template import use_template
-from train.data.prepare import Prepared, prepare
+from train.data.prepare import prepare
+from train.data.prepared_data import PreparedData
 from train.errors import UserError
 from train.loop.arguments import training_arguments
 from train.loop.checkpoint.resume import find_checkpoint
@@ -87,7 +88,7 @@ def test_a_product_is_off_by_no_more_than_its_factors_are_rounded(name: str) -> 
     upstream = torch.randn(37, 48) * 10.0 ** torch.randint(-3, 1, (37, 1))  # tokens whose gradients differ in size
     output.backward(upstream)
 
-    factors = [one.detach().double() for one in (inputs, float8.weight, upstream)]
+    factors = [weight.detach().double() for weight in (inputs, float8.weight, upstream)]
     ours, weight, above = factors
     of_above = e5m2(above) if name == "tensorwise" else e4m3(above)
 
@@ -99,8 +100,8 @@ def test_a_product_is_off_by_no_more_than_its_factors_are_rounded(name: str) -> 
         (inputs.grad, above @ weight, furthest(above, of_above, weight, e4m3(weight))),
         (float8.weight.grad, above.T @ ours, furthest(above.T, of_above.T, ours, e4m3(ours))),
     ]
-    for place, (found, exact, bound) in enumerate(checked):
-        error = (found.detach().double() - exact).abs()
+    for place, (result, exact, bound) in enumerate(checked):
+        error = (result.detach().double() - exact).abs()
         assert (error <= bound).all(), place
         share = (error.norm() / exact.norm()).item()
         if place == 2 and name == "rowwise_with_gw_hp":
@@ -109,7 +110,7 @@ def test_a_product_is_off_by_no_more_than_its_factors_are_rounded(name: str) -> 
             assert share > 0.01, "nothing was rounded"
 
 
-def test_which_layers_compute_in_float8() -> None:
+def test_converted_layers() -> None:
     """All but the first and the output layer, and those of sizes that aren't multiples of 16."""
     model = llama(intermediate_size=120)
     convert(model, "rowwise", emulate=True)
@@ -135,11 +136,11 @@ def test_the_measured_losses_are_the_models(name: str) -> None:
     before = loss_of(model).item()
     convert(model, name, emulate=True)
     after = loss_of(model).item()
-    found = measure_loss_difference(model, ROW, CPU, bf16=False)
+    difference = measure_loss_difference(model, ROW, CPU, bf16=False)
     assert after != before
-    assert (found.float8, found.plain) == (pytest.approx(after, rel=1e-6), pytest.approx(before, rel=1e-6))
-    assert found.tokens == len(ROW) - 1
-    assert str(found) == f"the loss of a row (76 tokens) is {after:.4f}, {before:.4f} without it"
+    assert (difference.float8, difference.plain) == (pytest.approx(after, rel=1e-6), pytest.approx(before, rel=1e-6))
+    assert difference.tokens == len(ROW) - 1
+    assert str(difference) == f"the loss of a row (76 tokens) is {after:.4f}, {before:.4f} without it"
     assert model.training
     assert all(module.training for module in model.modules())
     assert loss_of(model).item() == after
@@ -149,18 +150,18 @@ def test_the_measured_losses_are_the_models(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_gradients_of_a_model_point_where_they_did(name: str) -> None:
+def test_gradients_of_a_model_keep_their_direction(name: str) -> None:
     """Each of 13 layers brings its rounding, independent of the others', so their squares add up."""
     plain, float8 = llama(), llama()
     convert(float8, name, emulate=True)
     assert len(find_linear_layers(float8).converted) == 13
     for model in plain, float8:
         loss_of(model).backward()
-    exact, found = (torch.cat([one.grad.flatten() for one in model.parameters()]) for model in (plain, float8))
+    exact, rounded = (torch.cat([weight.grad.flatten() for weight in model.parameters()]) for model in (plain, float8))
     of_a_product = (2 * 0.026**2) ** 0.5  # both factors; root mean square of e4m3's rounding
     backward = (0.026**2 + (0.053 if name == "tensorwise" else 0.026) ** 2) ** 0.5  # e5m2 has a bit less
     expected = (13 * of_a_product**2 + 13 * backward**2) ** 0.5
-    error = ((found - exact).norm() / exact.norm()).item()
+    error = ((rounded - exact).norm() / exact.norm()).item()
     assert 0.01 < error < expected
 
 
@@ -172,7 +173,7 @@ def test_weights_that_float8_cannot_hold_stop_the_run(name: str) -> None:
         layer.input_layernorm.weight.data[0] = layer.post_attention_layernorm.weight.data[0] = 0.0
         layer.input_layernorm.weight.requires_grad_(False)
         layer.post_attention_layernorm.weight.requires_grad_(False)
-    optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=3e-3)
+    optimizer = torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=3e-3)
     for _ in range(60):  # until it knows the row: a model of random weights has the same loss with any others
         optimizer.zero_grad()
         loss_of(model).backward()
@@ -184,8 +185,8 @@ def test_weights_that_float8_cannot_hold_stop_the_run(name: str) -> None:
         attention, perceptron = layer.self_attn, layer.mlp
         for linear in attention.q_proj, attention.k_proj, attention.v_proj, perceptron.gate_proj, perceptron.up_proj:
             linear.weight.data[:, 0] = 1e9
-    said = r"^model\.float8: the loss of a row \(76 tokens\) is [\d.]+ with it, 0\.\d+ without it: .*null\.$"
-    with pytest.raises(UserError, match=said):
+    message = r"^model\.float8: the loss of a row \(76 tokens\) is [\d.]+ with it, 0\.\d+ without it: .*null\.$"
+    with pytest.raises(UserError, match=message):
         measure_loss_difference(model, ROW, CPU, bf16=False)
 
 
@@ -203,15 +204,15 @@ def test_weights_that_float8_cannot_hold_stop_the_run(name: str) -> None:
         (float("nan"), float("nan"), float("nan"), True),  # not float8's doing
     ],
 )
-def test_how_far_the_loss_may_be_off(float8: float, plain: float, standard_error: float, fine: bool) -> None:
-    fault = LossDifference(float8, plain, standard_error, 100).error()
-    assert (fault is None) == fine
-    assert fine or f"is {float8:.4f} with it, 2.0000 without" in fault or plain < 1
-    assert fine or ("explains nan" not in fault)
+def test_the_allowed_error_of_the_loss(float8: float, plain: float, standard_error: float, fine: bool) -> None:
+    error = LossDifference(float8, plain, standard_error, 100).error()
+    assert (error is None) == fine
+    assert fine or f"is {float8:.4f} with it, 2.0000 without" in error or plain < 1
+    assert fine or ("explains nan" not in error)
 
 
 @pytest.mark.parametrize(
-    ("sections", "said"),
+    ("sections", "message"),
     [
         ({"adapter": {}, "quantization": {}}, "weights in 4 bits have kernels of their own"),
         ({"adapter": {"use_dora": True}}, "DoRA multiplies by the weights beside the layer"),
@@ -219,13 +220,13 @@ def test_how_far_the_loss_may_be_off(float8: float, plain: float, standard_error
         ({"training": {"bf16": False}}, "it takes the place of bfloat16"),
     ],
 )
-def test_what_float8_is_not_combined_with(recipe_file: Callable[..., Path], sections: dict, said: str) -> None:
+def test_settings_that_exclude_float8(recipe_file: Callable[..., Path], sections: dict, message: str) -> None:
     sections = {"training": {"bf16": True}, **sections}
-    with pytest.raises(UserError, match=f"model.float8: {said}.*null"):
+    with pytest.raises(UserError, match=f"model.float8: {message}.*null"):
         load_recipe(recipe_file(model={"float8": "rowwise"}, **sections))
 
 
-def test_what_float8_is_combined_with(recipe_file: Callable[..., Path]) -> None:
+def test_settings_that_work_with_float8(recipe_file: Callable[..., Path]) -> None:
     for sections in {"model": {"dtype": "bfloat16"}, "training": {"bf16": False}}, {"training": {"bf16": True}}:
         sections["model"] = {"float8": "tensorwise", **sections.get("model", {})}
         assert load_recipe(recipe_file(**sections, adapter={"r": 2})).model.float8 == "tensorwise"
@@ -254,7 +255,7 @@ def test_without_a_gpu_a_check_warns_and_a_run_ends(
     assert "torch_compile" not in capsys.readouterr().out
 
 
-def test_which_gpus_have_float8() -> None:
+def test_gpus_with_float8() -> None:
     for capability in (8, 9), (9, 0), (10, 0), (12, 0):
         assert gpu_error(capability, "a GPU") is None
     assert "this one, NVIDIA A100-SXM4-80GB, has 8.0. Write null" in gpu_error((8, 0), "NVIDIA A100-SXM4-80GB")
@@ -264,8 +265,8 @@ def test_without_torchao(
     recipe_file: Callable[..., Path], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torchao.float8", None)
-    said = refused("--recipe", float8_recipe(recipe_file), "--check")
-    assert said.startswith("model.float8: it needs the package torchao, which is not installed")
+    message = refused("--recipe", float8_recipe(recipe_file), "--check")
+    assert message.startswith("model.float8: it needs the package torchao, which is not installed")
 
 
 def test_zero3_must_not_hold_all_weights_at_once(recipe_file: Callable[..., Path]) -> None:
@@ -277,7 +278,7 @@ def test_zero3_must_not_hold_all_weights_at_once(recipe_file: Callable[..., Path
     del stage3
 
 
-def emulated(recipe: Recipe) -> tuple[JanusTrainer, Prepared]:
+def emulated(recipe: Recipe) -> tuple[JanusTrainer, PreparedData]:
     """The trainer of a recipe in float8, on a machine that has none."""
     tokenizer = load_tokenizer(recipe.model)
     use_template(tokenizer, recipe.chat.template)
@@ -318,18 +319,20 @@ def test_a_run_is_shown_saved_as_a_plain_model_and_resumed(
         n: (p.shape, p.dtype) for n, p in start.state_dict().items()
     }
     assert "float8" not in (folder / "config.json").read_text().lower()
-    assert {type(module).__name__ for module in plain.modules()} == {type(one).__name__ for one in start.modules()}
-    assert all(torch.equal(one, plain.state_dict()[name]) for name, one in trainer.model.state_dict().items())
+    assert {type(module).__name__ for module in plain.modules()} == {
+        type(module).__name__ for module in start.modules()
+    }
+    assert all(torch.equal(weight, plain.state_dict()[name]) for name, weight in trainer.model.state_dict().items())
     moved = (plain.model.layers[1].mlp.up_proj.weight - start.model.layers[1].mlp.up_proj.weight).abs().max()
     assert moved > 1e-4
 
-    whole = losses_in(folder)
-    assert len(whole) == 6
+    uninterrupted = losses_in(folder)
+    assert len(uninterrupted) == 6
     (folder / "metrics.jsonl").unlink()
     trainer, _ = emulated(recipe)
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
     assert find_checkpoint("auto", recipe).folder == folder / "checkpoint-6"
-    assert losses_in(folder)[-3:] == whole[3:]
+    assert losses_in(folder)[-3:] == uninterrupted[3:]
 
 
 def test_an_adapter_on_float8_layers(recipe_file: Callable[..., Path], tiny_model: Path) -> None:
@@ -339,14 +342,14 @@ def test_an_adapter_on_float8_layers(recipe_file: Callable[..., Path], tiny_mode
     trainer, _ = emulated(recipe)
     layers = find_linear_layers(trainer.model)
     assert (len(layers.converted), layers.others) == (13, ["model.layers.0.self_attn.q_proj", "lm_head"])
-    before = {name: one.clone() for name, one in trainer.model.named_parameters() if not one.requires_grad}
-    found = measure_loss_difference(trainer.model, ROW, CPU, bf16=False)
-    assert found.float8 != found.plain
+    before = {name: weight.clone() for name, weight in trainer.model.named_parameters() if not weight.requires_grad}
+    difference = measure_loss_difference(trainer.model, ROW, CPU, bf16=False)
+    assert difference.float8 != difference.plain
     trainer.train()
-    assert all(torch.equal(one, before[name]) for name, one in trainer.model.named_parameters() if name in before)
-    trained = [one for name, one in trainer.model.named_parameters() if "lora_B" in name]  # they begin as 0
+    assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.named_parameters() if name in before)
+    trained = [weight for name, weight in trainer.model.named_parameters() if "lora_B" in name]  # they begin as 0
     assert len(trained) == 14
-    assert all(one.count_nonzero() for one in trained)
+    assert all(weight.count_nonzero() for weight in trained)
     trainer.save_model(recipe.output_dir)
     start = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     loaded = PeftModel.from_pretrained(start, recipe.output_dir)
@@ -355,13 +358,13 @@ def test_an_adapter_on_float8_layers(recipe_file: Callable[..., Path], tiny_mode
     assert all(torch.equal(loaded.state_dict()[name], trainer.model.state_dict()[name]) for name in names)
 
 
-def test_the_test_for_leaks_looks_past_shared_scales(recipe_file: Callable[..., Path]) -> None:
+def test_the_isolation_test_ignores_shared_scales(recipe_file: Callable[..., Path]) -> None:
     """One scale for a tensor ties packed documents together; whether masks do is seen without float8."""
     trainer, _ = emulated(load_recipe(float8_recipe(recipe_file, "tensorwise")))
     trainer.model_wrapped = trainer.model
-    found = measure_isolation(trainer)
-    assert (found.change, found.noise) == (0.0, 0.0)
-    assert found.find_error() is None
+    isolation = measure_isolation(trainer)
+    assert (isolation.change, isolation.noise) == (0.0, 0.0)
+    assert isolation.find_error() is None
 
 
 @pytest.mark.gpu

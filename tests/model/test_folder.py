@@ -34,17 +34,17 @@ def weights(folder: Path, name: str = "model.safetensors", *shape: int) -> None:
     save_file({"model.norm.weight": torch.zeros(shape or (2,))}, folder / name)
 
 
-def whole(folder: Path) -> None:
+def complete(folder: Path) -> None:
     put(folder, "config.json", "tokenizer.json")
     weights(folder)
 
 
-def said(folder: Path, **settings: object) -> str | None:
+def error_of(folder: Path, **settings: object) -> str | None:
     """Return the error for the folder; None where it passes."""
     try:
         check_model_folder(ModelSection(name_or_path=str(folder), **settings))
-    except UserError as fault:
-        return str(fault)
+    except UserError as refusal:
+        return str(refusal)
     return None
 
 
@@ -60,7 +60,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         ["not a complete model", "scripts/merge_adapter.py"],
     ),
     "base and adapter": (
-        lambda folder: (adapter(folder), whole(folder)),
+        lambda folder: (adapter(folder), complete(folder)),
         ["a complete model and an adapter", "scripts/merge_adapter.py", "--base"],
     ),
     "an adapter without its weights": (
@@ -109,12 +109,12 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     ),
     "half of a file": (
         lambda folder: (
-            whole(folder),
+            complete(folder),
             (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-4]),
         ),
         ["can't be loaded", "model.safetensors"],
     ),
-    "weights that ZeRO-3 left empty": (lambda folder: (whole(folder), weights(folder, "model.safetensors", 0)), ["ZeRO-3"]),
+    "weights that ZeRO-3 left empty": (lambda folder: (complete(folder), weights(folder, "model.safetensors", 0)), ["ZeRO-3"]),
     "pickles": (
         lambda folder: put(folder, "config.json", "tokenizer.json", "pytorch_model.bin"),
         ["pickle", "model.allow_pickle: true"],
@@ -148,46 +148,46 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "TensorFlow's weights": (lambda folder: put(folder, "config.json", "tokenizer.json", "tf_model.h5"), ["TensorFlow"]),
     "MLX": (
         lambda folder: (
-            whole(folder),
+            complete(folder),
             put(folder, config__json={"quantization": {"bits": 4}, "quantization_config": {"bits": 4}}),
         ),
         ["MLX", "quantized from"],
     ),
-    "GPTQ of old": (lambda folder: (whole(folder), put(folder, "quantize_config.json")), ["GPTQ", "quantize_config.json"]),
-    "AWQ of old": (lambda folder: (whole(folder), put(folder, "quant_config.json")), ["AWQ", "quant_config.json"]),
-    "a broken config": (lambda folder: (whole(folder), put(folder, config__json="{")), ["config.json", "can't be read"]),
+    "GPTQ of old": (lambda folder: (complete(folder), put(folder, "quantize_config.json")), ["GPTQ", "quantize_config.json"]),
+    "AWQ of old": (lambda folder: (complete(folder), put(folder, "quant_config.json")), ["AWQ", "quant_config.json"]),
+    "a broken config": (lambda folder: (complete(folder), put(folder, config__json="{")), ["config.json", "can't be read"]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_a_folder_that_cannot_be_trained_is_told_for_what_it_is(kind: str, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_trained_is_described(kind: str, tmp_path: Path) -> None:
     make, words = FOLDERS[kind]
     make(tmp_path)
-    told = said(tmp_path)
-    assert told is not None
-    assert told.startswith(f"model.name_or_path: {tmp_path} ")
-    assert [word for word in words if word not in told] == [], told
+    error = error_of(tmp_path)
+    assert error is not None
+    assert error.startswith(f"model.name_or_path: {tmp_path} ")
+    assert [word for word in words if word not in error] == [], error
 
 
-def test_whole_models_pass_in_each_form(tmp_path: Path) -> None:
-    whole(tmp_path)
-    assert said(tmp_path) is None
+def test_complete_models_pass_in_every_form(tmp_path: Path) -> None:
+    complete(tmp_path)
+    assert error_of(tmp_path) is None
     put(tmp_path, "trainer_state.json", "optimizer.pt", "params.json", "preprocessor_config.json")
-    assert said(tmp_path) is None  # a checkpoint of ours, Mistral's both layouts in one folder
+    assert error_of(tmp_path) is None  # a checkpoint of ours, Mistral's both layouts in one folder
     (tmp_path / "model.safetensors").rename(tmp_path / "model-1.safetensors")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "model-1.safetensors"}}))
-    assert said(tmp_path) is None
-    assert said(tmp_path / "elsewhere") is None  # not there, or a hub id: for others to say
+    assert error_of(tmp_path) is None
+    assert error_of(tmp_path / "elsewhere") is None  # not there, or a hub id: for others to say
     (tmp_path / INDEX).unlink()
     put(tmp_path, "pytorch_model.bin")
-    assert said(tmp_path, allow_pickle=True) is None
+    assert error_of(tmp_path, allow_pickle=True) is None
 
 
 def test_a_file_in_place_of_its_folder(tmp_path: Path) -> None:
-    whole(tmp_path)
-    assert f"Name the folder that it is in: {tmp_path}" in str(said(tmp_path / "model.safetensors"))
+    complete(tmp_path)
+    assert f"Name the folder that it is in: {tmp_path}" in str(error_of(tmp_path / "model.safetensors"))
     put(tmp_path, "m.gguf")
-    assert "GGUF" in str(said(tmp_path / "m.gguf"))
+    assert "GGUF" in str(error_of(tmp_path / "m.gguf"))
 
 
 def test_a_plan_for_other_machines_needs_no_weights(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_an_adapter_and_its_base(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["an adapter alone", "base and adapter", "no tokenizer", "GGUF"])
-def test_training_and_its_check_refuse_alike(
+def test_training_and_check_raise_the_same_error(
     kind: str, recipe_file: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / "model").mkdir()
@@ -226,11 +226,11 @@ def test_a_saved_adapter_with_a_config_beside_it_is_used_on_its_base(tiny_model:
     bare = base(ids).logits
     adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "adapter")
-    wanted = adapted(ids).logits
+    expected = adapted(ids).logits
     for _ in range(2):
-        found = load_saved(str(tmp_path / "adapter"))(ids).logits
-        torch.testing.assert_close(found, wanted)
-        assert not torch.allclose(found, bare)
+        logits = load_saved(str(tmp_path / "adapter"))(ids).logits
+        torch.testing.assert_close(logits, expected)
+        assert not torch.allclose(logits, bare)
         shutil.copy(tiny_model / "config.json", tmp_path / "adapter")
 
 

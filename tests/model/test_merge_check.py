@@ -92,9 +92,9 @@ def test_a_right_merge_passes_and_a_wrong_one_is_refused(
     base = bases[dtype]
     adapter = make_adapter(base, tmp_path / "adapter", size, **KINDS[kind])
     merge_adapter(base, adapter, tmp_path / "merged")
-    found = check(base, adapter, tmp_path / "merged")
-    assert found.changed == 4
-    assert found.surviving > 0.5
+    result = check(base, adapter, tmp_path / "merged")
+    assert result.changed == 4
+    assert result.surviving > 0.5
     path = tmp_path / "merged" / "model.safetensors"
     before, after = load_file(base / "model.safetensors"), load_file(path)
     for wrong in WRONG:
@@ -115,7 +115,7 @@ def test_the_share_that_survives_rounding_is_that_of_a_plain_loop(
     merge_adapter(base, adapter, tmp_path / "merged")
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
     delta = load_file(adapter / "adapter_model.safetensors")
-    wanted = made = 0.0
+    expected = actual = 0.0
     for layer in (0, 1):
         name = f"model.layers.{layer}.self_attn.q_proj"
         a, b = (delta[f"base_model.model.{name}.lora_{side}.weight"].tolist() for side in "AB")
@@ -123,14 +123,14 @@ def test_the_share_that_survives_rounding_is_that_of_a_plain_loop(
         for row in range(len(old)):
             for column in range(len(old[0])):
                 update = 4 * sum(b[row][rank] * a[rank][column] for rank in range(4))
-                wanted += update * update
-                made += update * (new[row][column] - old[row][column])
+                expected += update * update
+                actual += update * (new[row][column] - old[row][column])
     share = check(base, adapter, tmp_path / "merged").surviving
     assert 0.01 < share < 0.9
-    assert share == pytest.approx(made / wanted, rel=1e-4)
+    assert share == pytest.approx(actual / expected, rel=1e-4)
 
 
-def test_convolutions_of_gpt_2_whose_weights_lie_the_other_way_round(tmp_path: Path) -> None:
+def test_transposed_weights_of_gpt_2(tmp_path: Path) -> None:
     base = tmp_path / "gpt2"
     config = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2)
     GPT2LMHeadModel(config).save_pretrained(base)
@@ -149,7 +149,7 @@ def test_convolutions_of_gpt_2_whose_weights_lie_the_other_way_round(tmp_path: P
             check(base, adapter, merged)
 
 
-def test_weights_in_another_form_beside_the_models_are_none_of_it(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_other_weight_files_in_the_folder_are_ignored(bases: dict[str, Path], tmp_path: Path) -> None:
     """As Mistral publishes them: consolidated.safetensors, which transformers doesn't load."""
     base = tmp_path / "base"
     shutil.copytree(bases["float32"], base)
@@ -160,7 +160,7 @@ def test_weights_in_another_form_beside_the_models_are_none_of_it(bases: dict[st
 
 
 @pytest.mark.parametrize("start", ["pissa_niter_2", "olora"])
-def test_an_adapter_that_began_by_changing_the_base_is_refused(
+def test_an_adapter_whose_initialization_changed_the_base_is_refused(
     start: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     adapter = make_adapter(bases["float32"], tmp_path / "adapter", FEW_STEPS, init_lora_weights=start)
@@ -168,7 +168,7 @@ def test_an_adapter_that_began_by_changing_the_base_is_refused(
         merge_adapter(bases["float32"], adapter, tmp_path / "merged")
 
 
-def test_what_an_adapter_holds_and_nothing_merges_is_named(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_unmergeable_parts_of_an_adapter_are_named(bases: dict[str, Path], tmp_path: Path) -> None:
     """Biases that were trained along, say."""
     base = bases["float32"]
     adapter = make_adapter(base, tmp_path / "adapter", FEW_STEPS)

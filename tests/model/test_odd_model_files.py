@@ -31,14 +31,14 @@ ODD: dict[str, tuple[str, Any, str]] = {
 def test_a_value_that_cannot_be_used_is_one_error(
     kind: str, tiny_model: Path, tmp_path: Path, recipe_file: Callable[..., Path], refused: Callable[..., str]
 ) -> None:
-    name, content, said = ODD[kind]
+    name, content, words = ODD[kind]
     base = tmp_path / "base"
     shutil.copytree(tiny_model, base)
-    whole = content
+    merged = content
     if isinstance(content, dict):
-        whole = {**json.loads((base / name).read_text()), **content}
-    (base / name).write_text(json.dumps(whole))
+        merged = {**json.loads((base / name).read_text()), **content}
+    (base / name).write_text(json.dumps(merged))
     error = refused("--recipe", recipe_file(model={"name_or_path": str(base)}), "--check")
     assert error.startswith(f"model.name_or_path: {base}")
     assert name in error
-    assert said in error
+    assert words in error

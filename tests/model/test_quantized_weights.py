@@ -105,19 +105,19 @@ def test_fp8_is_unpacked_to_the_weights_that_its_scales_stand_for(
 ) -> None:
     folder, block = tmp_path / "fp8", 32
     shutil.copytree(tiny_model, folder)
-    wanted, stored = {}, {}
+    expected, stored = {}, {}
     for name, weight in load_file(folder / "model.safetensors").items():
         if "_proj" not in name:
-            wanted[name] = stored[name] = weight
+            expected[name] = stored[name] = weight
             continue
         rows, columns = weight.shape
         scales = torch.rand(rows // block, columns // block) + 0.5
         packed = weight.to(torch.float8_e4m3fn)
         stored |= {name: packed, name.replace("weight", "weight_scale_inv"): scales}
-        wanted[name] = packed.float().clone()
+        expected[name] = packed.float().clone()
         for row in range(rows):
             for column in range(columns):
-                wanted[name][row, column] *= scales[row // block, column // block]
+                expected[name][row, column] *= scales[row // block, column // block]
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {
@@ -129,28 +129,28 @@ def test_fp8_is_unpacked_to_the_weights_that_its_scales_stand_for(
     assert note == "The weights are quantized (fp8) and are unpacked to float32 to be trained"
     model = load_model(read)
     for name, weight in model.named_parameters():
-        torch.testing.assert_close(weight, wanted[name], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-6)
         assert weight.requires_grad
     model.save_pretrained(tmp_path / "saved")
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
 
 
-def test_weights_of_another_model_are_never_filled_up(
+def test_weights_of_another_model_are_never_initialized_at_random(
     tiny_model: Path, tmp_path: Path, recipe: Callable[..., Recipe]
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
-    kept = load_file(folder / "model.safetensors")
-    norm = kept.pop("model.norm.weight")
+    weights = load_file(folder / "model.safetensors")
+    norm = weights.pop("model.norm.weight")
     read = recipe(model={"name_or_path": str(folder)})
-    for weights, words in (
-        (kept, "its files lack weights that LlamaForCausalLM has: model.norm.weight"),
+    for changed, words in (
+        (weights, "its files lack weights that LlamaForCausalLM has: model.norm.weight"),
         (
-            {**kept, "model.norm.weight": norm[:8]},
+            {**weights, "model.norm.weight": norm[:8]},
             "model.norm.weight is 8 in its files, and its config.json asks for 64",
         ),
     ):
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(UserError, match="can't be loaded: ") as refused:
             load_model(read)
         assert words in str(refused.value)

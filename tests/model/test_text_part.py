@@ -104,7 +104,7 @@ def without_gradient(model: torch.nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_text_never_reaches_is_what_gets_no_gradient(name: str) -> None:
+def test_idle_parameters_are_those_without_a_gradient(name: str) -> None:
     model = model_of(name)
     bare = build_meta_model(of(name), ModelSection(name_or_path="x", dtype="float32"))
     assert type(bare).__name__ == type(model).__name__ == MODELS[name][1]
@@ -116,7 +116,7 @@ def test_what_text_never_reaches_is_what_gets_no_gradient(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "targets"), [("Gemma 3", "all-linear"), ("Qwen2-Audio, a tower that listens", ("q_proj", "k_proj"))]
 )
-def test_lora_leaves_out_what_text_never_reaches(name: str, targets: str | tuple[str, ...]) -> None:
+def test_lora_does_not_adapt_idle_modules(name: str, targets: str | tuple[str, ...]) -> None:
     from peft import get_peft_model
 
     model = model_of(name)
@@ -130,7 +130,7 @@ def test_lora_leaves_out_what_text_never_reaches(name: str, targets: str | tuple
     assert trained & without_gradient(adapted) == set()
 
 
-def test_a_frozen_tower_leaves_nothing_to_wait_for_and_is_saved(tmp_path: Path) -> None:
+def test_a_frozen_tower_does_not_block_ddp_and_is_saved(tmp_path: Path) -> None:
     model = model_of("Gemma 3")
     bare = build_meta_model(GEMMA3, ModelSection(name_or_path="x"))
     idle = find_idle_parameters(bare)
@@ -148,7 +148,7 @@ def test_a_frozen_tower_leaves_nothing_to_wait_for_and_is_saved(tmp_path: Path) 
     assert all(torch.equal(weight, again.get_parameter(name)) for name, weight in model.named_parameters())
 
 
-def test_the_whole_of_a_model_is_loaded_or_its_text_part_as_it_was_saved() -> None:
+def test_a_model_is_loaded_completely_or_as_the_text_part_that_was_saved() -> None:
     config = Qwen3_5Config()
     for saved_as in ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"):
         config.architectures = [saved_as]
@@ -156,18 +156,18 @@ def test_the_whole_of_a_model_is_loaded_or_its_text_part_as_it_was_saved() -> No
     assert find_idle_parameters(build_meta_model(GEMMA3.text_config, ModelSection(name_or_path="x"))) == frozenset()
 
 
-def test_where_the_try_fails_idle_is_what_lies_outside_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_fake_tensors_everything_outside_the_decoder_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     bare = build_meta_model(of("LLaVA"), ModelSection(name_or_path="x"))
-    found = find_idle_parameters(bare)
+    idle = find_idle_parameters(bare)
     monkeypatch.setattr(type(bare), "forward", None)
-    assert find_idle_parameters(bare) == found != frozenset()
+    assert find_idle_parameters(bare) == idle != frozenset()
 
 
-def test_plans_count_a_tower_as_held_and_not_as_trained(recipe_file: Callable[..., Path]) -> None:
+def test_plans_count_a_tower_in_memory_but_not_as_trained(recipe_file: Callable[..., Path]) -> None:
     model = model_of("Gemma 3")
     shape = inspect_architecture(load_recipe(recipe_file()), of("Gemma 3"))
     assert shape.total == sum(weight.numel() for weight in model.parameters())
     unreached = without_gradient(model)
     assert shape.trained == sum(weight.numel() for name, weight in model.named_parameters() if name not in unreached)
-    assert {one.name for one in shape.parameters if one.unused} == unreached
+    assert {parameter.name for parameter in shape.parameters if parameter.unused} == unreached
     assert shape.layers == 2

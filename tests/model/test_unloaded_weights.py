@@ -42,8 +42,8 @@ def change(folder: Path, **settings: Any) -> None:
 
 
 def add(folder: Path, **weights: torch.Tensor) -> None:
-    whole = load_file(folder / "model.safetensors")
-    save_file({**whole, **weights}, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, **weights}, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def says(folder: Path) -> tuple[str | None, str | None]:
@@ -68,7 +68,7 @@ SHORTENED: dict[str, tuple[PreTrainedConfig, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", SHORTENED)
-def test_layers_and_biases_that_config_json_leaves_out_are_told(kind: str, tmp_path: Path) -> None:
+def test_layers_and_biases_that_config_json_leaves_out_are_errors(kind: str, tmp_path: Path) -> None:
     config, settings, name = SHORTENED[kind]
     folder = save(config, tmp_path / "model")
     assert says(folder) == (None, None)
@@ -91,7 +91,7 @@ def test_a_layer_in_another_shard_and_names_without_their_prefix_are_found(tmp_p
     assert "layers.1.mlp" in str(left_out(short, short.config, ["layers.1.mlp.up_proj.weight"]))
 
 
-def test_what_is_left_out_on_purpose_is_no_error(tmp_path: Path) -> None:
+def test_intentionally_ignored_weights_are_no_error(tmp_path: Path) -> None:
     """Masks of old files, buffers, heads for multi-token prediction, value heads, scales, zero biases of GPTQ."""
     cases: list[tuple[PreTrainedConfig, list[str]]] = [
         (GPT2Config(**GPT), ["transformer.h.0.attn.bias", "transformer.h.1.attn.masked_bias"]),
@@ -134,15 +134,15 @@ def test_a_model_that_would_lose_a_layer_is_an_error_before_its_weights_are_load
     shutil.copytree(tiny_model, base)
     change(base, num_hidden_layers=1)
     path = recipe_file(model={"name_or_path": str(base)})
-    said = refused("--recipe", path, "--check")
-    assert said.startswith(f"model.name_or_path: {base} can't be loaded: its files hold weights of the model that its")
-    assert "model.layers.1.input_layernorm.weight and 8 more" in said
+    error = refused("--recipe", path, "--check")
+    assert error.startswith(f"model.name_or_path: {base} can't be loaded: its files hold weights of the model that its")
+    assert "model.layers.1.input_layernorm.weight and 8 more" in error
     for load in lambda: load_model(load_recipe(path)), lambda: load_saved(str(base)):
         with pytest.raises(UserError, match=r"leaves out: model\.layers\.1\.input_layernorm\.weight and 8 more"):
             load()
 
 
-def test_other_weights_that_are_not_loaded_are_named(
+def test_other_unloaded_weights_are_named(
     tiny_model: Path, tmp_path: Path, recipe_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = tmp_path / "base"
@@ -151,7 +151,7 @@ def test_other_weights_that_are_not_loaded_are_named(
     recipe = load_recipe(recipe_file(model={"name_or_path": str(base)}))
     check_model(recipe)
     load_model(recipe)
-    told = "weights that are not part of LlamaForCausalLM are neither loaded nor saved: v_head.summary.bias and 1 more"
-    assert told in capsys.readouterr().out
+    line = "weights that are not part of LlamaForCausalLM are neither loaded nor saved: v_head.summary.bias and 1 more"
+    assert line in capsys.readouterr().out
     load_model(load_recipe(recipe_file()))
     assert "not loaded" not in capsys.readouterr().out

@@ -42,21 +42,23 @@ def warning(recipe: Recipe, gpus: str, nodes: int, config: str, model: str | Non
         ("1x40GB", 1, "accelerate_configs/single_gpu.yaml", None, "adamw_torch_fused"),
     ],
 )
-def test_what_is_said_to_fit_does_fit(
+def test_suggested_settings_fit(
     gpus: str, nodes: int, config: str, model: str | None, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each way is taken, and asked of the plan again: then there is no warning."""
     monkeypatch.chdir(ROOT)
     overrides = ["training.per_device_train_batch_size=1", f"training.optim={optimizer}"]
     recipe = load_recipe(FULL, overrides)
-    said = warning(recipe, gpus, nodes, config, model)
-    assert said is not None
+    message = warning(recipe, gpus, nodes, config, model)
+    assert message is not None
     cluster = parse_cluster(gpus, nodes)
     strategy = read_strategy(yaml.safe_load((ROOT / config).read_text(encoding="utf-8")), recipe)
-    found = evaluate_candidate(recipe, shape(model), cluster, strategy, optimizer_name(recipe), recipe.data.max_length)
-    assert f"({config}) needs {found.memory.total / 2**30:,.1f} GiB on each of {cluster.processes} GPUs" in said
-    assert f"and {cluster.memory * 0.92 / 2**30:,.1f} of their {cluster.memory / 2**30:,.0f} GiB can be used" in said
-    ways = re.search(r"What fits: (.*)\. Or write a smaller", said)
+    candidate = evaluate_candidate(
+        recipe, shape(model), cluster, strategy, optimizer_name(recipe), recipe.data.max_length
+    )
+    assert f"({config}) needs {candidate.memory.total / 2**30:,.1f} GiB on each of {cluster.processes} GPUs" in message
+    assert f"and {cluster.memory * 0.92 / 2**30:,.1f} of their {cluster.memory / 2**30:,.0f} GiB can be used" in message
+    ways = re.search(r"What fits: (.*)\. Or write a smaller", message)
     assert ways
     for way in ways[1].split("; or "):
         words = shlex.split(way)
@@ -67,14 +69,14 @@ def test_what_is_said_to_fit_does_fit(
         assert warning(other, gpus, *taken, model) is None, way
 
 
-def test_what_fits_and_what_no_cluster_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_fits_and_one_that_fits_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert warning(load_recipe(FULL), "8xH100", 1, "accelerate_configs/zero3.yaml") is None
     hopeless = load_recipe(FULL, ["training.per_device_train_batch_size=64"])
-    said = warning(hopeless, "8x24GB", 1, "accelerate_configs/zero3.yaml")
-    assert said is not None
-    assert "What fits" not in said
-    assert said.endswith(
+    message = warning(hopeless, "8x24GB", 1, "accelerate_configs/zero3.yaml")
+    assert message is not None
+    assert "What fits" not in message
+    assert message.endswith(
         "Write a smaller training.per_device_train_batch_size or data.max_length, or train an adapter."
     )
 
@@ -93,18 +95,19 @@ def test_what_fits_and_what_no_cluster_helps(monkeypatch: pytest.MonkeyPatch) ->
         ([""], None),
     ],
 )
-def test_gpus_are_known_by_what_a_cluster_calls_them(names: list[str], gpus: str | None) -> None:
+def test_gpu_names_of_clusters_are_parsed(names: list[str], gpus: str | None) -> None:
     assert parse_gpu_names(names, 8) == (gpus and gpus.upper().replace("X", "x"))
     assert parse_gpu_names(names, 0) is None
 
 
-def test_how_a_run_is_spread_is_read_from_the_configuration(
+def test_the_strategy_is_read_from_the_launch_configuration(
     monkeypatch: pytest.MonkeyPatch, recipe_file: Callable[..., Path]
 ) -> None:
     monkeypatch.chdir(ROOT)
     recipe = load_recipe(FULL)
     names = {
-        path.stem: (found := read_strategy(yaml.safe_load(path.read_text(encoding="utf-8")), recipe)) and found.name
+        path.stem: (strategy := read_strategy(yaml.safe_load(path.read_text(encoding="utf-8")), recipe))
+        and strategy.name
         for path in (ROOT / "accelerate_configs").glob("*.yaml")
     }
     assert names == {

@@ -47,19 +47,19 @@ def shape(config: PreTrainedConfig, dtype: str = "bfloat16", **sections: Any) ->
 def kept_bytes(config: PreTrainedConfig, dtype: torch.dtype, *, autocast: bool, tokens: int) -> int:
     """Bytes of the storages that autograd keeps of a forward pass, each once, but for the weights."""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").model
-    weights = {one.untyped_storage().data_ptr() for one in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+    weights = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+            saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         ids = torch.zeros(1, tokens, dtype=torch.long)
         model(input_ids=ids, use_cache=False, position_ids=torch.arange(tokens)[None])
-    return sum(one.untyped_storage().nbytes() for one in kept.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
 PRECISIONS = [(torch.bfloat16, False), (torch.float32, True), (torch.float32, False)]
@@ -76,7 +76,7 @@ def test_a_layer_keeps_what_autograd_keeps(
         kept_bytes(kind(**sizes | {"num_hidden_layers": layers}), dtype, autocast=autocast, tokens=tokens)
         for layers in (2, 4)
     )
-    known = shape(kind(**sizes), str(dtype).removeprefix("torch."))
+    architecture = shape(kind(**sizes), str(dtype).removeprefix("torch."))
     weights = dtype.itemsize
     compute = 2 if autocast else weights
     casts = 0
@@ -86,9 +86,9 @@ def test_a_layer_keeps_what_autograd_keeps(
         biases = (64 + 2 * key_value_heads * head) if kind is Qwen2Config else 0
         casts = 2 * (matrices + biases)
     measured = (four - two) / 2 - casts
-    assert measured == pytest.approx(layer_bytes(known, Precision(weights, compute)) * tokens, rel=0.03)
+    assert measured == pytest.approx(layer_bytes(architecture, Precision(weights, compute)) * tokens, rel=0.03)
     if kind is LlamaConfig:
-        assert measured == layer_bytes(known, Precision(weights, compute)) * tokens
+        assert measured == layer_bytes(architecture, Precision(weights, compute)) * tokens
 
 
 def test_a_layer_with_fused_matrices_keeps_somewhat_more() -> None:
@@ -101,10 +101,10 @@ def test_a_layer_with_fused_matrices_keeps_somewhat_more() -> None:
 
 
 def test_checkpointing_keeps_the_input_of_each_layer() -> None:
-    known = shape(LlamaConfig(**SIZES, num_key_value_heads=4))
-    on, off = (estimate_activations(known, 100, Precision(2, 2), checkpointing=on) for on in (True, False))
+    architecture = shape(LlamaConfig(**SIZES, num_key_value_heads=4))
+    on, off = (estimate_activations(architecture, 100, Precision(2, 2), checkpointing=on) for on in (True, False))
     assert on.kept == 100 * 64 * 2 * (2 + 2)
-    assert off.kept - 100 * 64 * 2 * 2 == 2 * 100 * layer_bytes(known, Precision(2, 2))
+    assert off.kept - 100 * 64 * 2 * 2 == 2 * 100 * layer_bytes(architecture, Precision(2, 2))
     assert on.working > off.working
 
 
@@ -117,10 +117,10 @@ def test_the_tiles_of_the_head_are_those_of_trl() -> None:
 
 def test_the_head_holds_no_logits_but_a_tile() -> None:
     """Llama-3's head on 16,384 tokens in bfloat16: logits would be 4.2 GB, and the loss's float32 copies twice that."""
-    known = shape(LlamaConfig(vocab_size=128_256, hidden_size=4_096, num_hidden_layers=1))
+    architecture = shape(LlamaConfig(vocab_size=128_256, hidden_size=4_096, num_hidden_layers=1))
     tile = 4_096 * 32_768 * 2
     by_hand = tile + 16_384 * 4_096 * 6 + 16_384 * 28 + 128_256 * 4_096 * 6
-    assert head_bytes(known, 16_384, Precision(2, 2)) == by_hand
+    assert head_bytes(architecture, 16_384, Precision(2, 2)) == by_hand
 
 
 OPTIMIZERS = [
@@ -136,7 +136,7 @@ OPTIMIZERS = [
 
 
 @pytest.mark.parametrize(("name", "dtype"), product(OPTIMIZERS, [torch.float32, torch.bfloat16]))
-def test_states_are_those_that_the_optimizer_makes(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_state_bytes_are_those_of_the_optimizer(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
     shapes = [(96, 70), (7, 5), (70,), (5_000,), (3, 4, 5)]
@@ -146,20 +146,20 @@ def test_states_are_those_that_the_optimizer_makes(name: str, dtype: torch.dtype
     arguments = TrainingArguments(output_dir=str(tmp_path), optim=name, use_cpu=True, report_to=[])
     kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, module)
     optimizer = kind(module.parameters(), **settings)
-    for one in module.parameters():
-        one.grad = torch.ones_like(one)
+    for tensor in module.parameters():
+        tensor.grad = torch.ones_like(tensor)
     optimizer.step()
     tables = {"qmap1", "qmap2"}  # one table for all tensors
-    made = sum(
+    expected = sum(
         value.nbytes
         for state in optimizer.state.values()
         for key, value in state.items()
         if torch.is_tensor(value) and key not in tables
     )
-    assert state_bytes(name, [Tensor(size, dtype.itemsize) for size in shapes]) == made
+    assert state_bytes(name, [Tensor(size, dtype.itemsize) for size in shapes]) == expected
 
 
-def test_matrices_take_the_flops_that_torch_counts() -> None:
+def test_flops_of_matrices_are_those_that_torch_counts() -> None:
     config = LlamaConfig(**SIZES, num_key_value_heads=2)
     model, tokens = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager"), 40
     with FlopCounterMode(display=False) as counter:
@@ -167,11 +167,11 @@ def test_matrices_take_the_flops_that_torch_counts() -> None:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     counted = counter.get_flop_counts()["Global"]
     matrices, attention = counted[torch.ops.aten.mm], counted[torch.ops.aten.bmm]
-    found = count_training_flops(shape(config), np.array([tokens]))
+    flops = count_training_flops(shape(config), np.array([tokens]))
     norms = 5 * 64  # no matrices, but parameters of the convention
-    assert found.parameters == pytest.approx(matrices + 6 * norms * tokens, rel=0.001)
+    assert flops.parameters == pytest.approx(matrices + 6 * norms * tokens, rel=0.001)
     # eager attention computes every pair: n^2 in place of n(n+1)/2; and rotary angles are a product of 1 x 8 x 40
-    assert found.attention * 2 * tokens / (tokens + 1) == pytest.approx(attention, rel=0.01)
+    assert flops.attention * 2 * tokens / (tokens + 1) == pytest.approx(attention, rel=0.01)
 
 
 def test_attention_stays_inside_documents_and_windows() -> None:
@@ -195,27 +195,27 @@ def test_frozen_weights_take_two_thirds() -> None:
     assert count_training_flops(lora, np.array([10])).parameters == 10 * (4 * matrices + 6 * adapters)
 
 
-def test_ddp_keeps_what_the_recipe_loads() -> None:
+def test_ddp_keeps_weights_gradients_and_states_in_the_dtype_of_the_recipe() -> None:
     """In pure bfloat16: 2 + 2 + 2 + 2 bytes a parameter, in float32 4 + 4 + 4 + 4; DDP's buckets come beside that."""
     config = LlamaConfig(**SIZES, num_key_value_heads=4)
     for dtype, size in ("bfloat16", 2), ("float32", 4):
-        known = shape(config, dtype)
-        found = count_state_bytes(known, DDP, StateSettings(2, "adamw_torch", True))
-        assert (found.parameters, found.gradients, found.communication) == (known.total * size,) * 3
-        assert found.optimizer == 2 * known.total * size + 4 * len(known.parameters)
-        assert count_state_bytes(known, DDP, StateSettings(1, "adamw_torch", True)).communication == 0
+        architecture = shape(config, dtype)
+        states = count_state_bytes(architecture, DDP, StateSettings(2, "adamw_torch", True))
+        assert (states.parameters, states.gradients, states.communication) == (architecture.total * size,) * 3
+        assert states.optimizer == 2 * architecture.total * size + 4 * len(architecture.parameters)
+        assert count_state_bytes(architecture, DDP, StateSettings(1, "adamw_torch", True)).communication == 0
 
 
 def test_eighteen_bytes_a_parameter_shrink_as_in_the_zero_paper() -> None:
     """ZeRO, figure 1: 7.5B parameters on 64 GPUs take 31.4, 16.6 and 1.9 GB, with gradients in 2 bytes; here they take 4."""
     config = LlamaConfig(hidden_size=4_096, intermediate_size=14_336, num_hidden_layers=33, num_key_value_heads=8)
-    known = shape(config)
-    scale = 7.5e9 / known.total
+    architecture = shape(config)
+    scale = 7.5e9 / architecture.total
     more = 7.5 * 2
     paper = (31.4 + more, 16.6 + more / 64, 1.9 + more / 64)
     for strategy, gigabytes in zip(STRATEGIES[1:4], paper, strict=True):
-        found = count_state_bytes(known, strategy, StateSettings(64, "adamw_torch", True))
-        total = (found.parameters + found.gradients + found.optimizer) * scale / 1e9
+        states = count_state_bytes(architecture, strategy, StateSettings(64, "adamw_torch", True))
+        total = (states.parameters + states.gradients + states.optimizer) * scale / 1e9
         assert total == pytest.approx(gigabytes, rel=0.02)
 
 
@@ -223,37 +223,37 @@ def test_four_bit_weights_are_those_of_bitsandbytes() -> None:
     from bitsandbytes.functional import quantize_4bit
 
     config = LlamaConfig(**SIZES, num_key_value_heads=4)
-    known = shape(config, adapter=AdapterSection(r=4), quantization=QuantizationSection())
+    architecture = shape(config, adapter=AdapterSection(r=4), quantization=QuantizationSection())
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    made = 0
-    for name, one in model.named_parameters():
+    expected = 0
+    for name, tensor in model.named_parameters():
         if name.endswith("proj.weight"):
             packed, state = quantize_4bit(
-                one.data, quant_type="nf4", compress_statistics=True, quant_storage=torch.bfloat16
+                tensor.data, quant_type="nf4", compress_statistics=True, quant_storage=torch.bfloat16
             )
-            made += packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+            expected += packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
         else:
-            made += one.nbytes
-    adapters = 2 * sum(one.elements for one in known.parameters if one.trained)
-    assert count_state_bytes(known, DDP, StateSettings(1, "adamw_torch", True)).parameters == made + adapters
+            expected += tensor.nbytes
+    adapters = 2 * sum(tensor.elements for tensor in architecture.parameters if tensor.trained)
+    assert count_state_bytes(architecture, DDP, StateSettings(1, "adamw_torch", True)).parameters == expected + adapters
 
 
-def test_stage_3_pads_each_parameter_and_keeps_small_ones_whole() -> None:
-    known = shape(
+def test_stage_3_pads_each_parameter_and_keeps_small_ones_complete() -> None:
+    architecture = shape(
         LlamaConfig(
             **SIZES | {"hidden_size": 60, "head_dim": 14, "vocab_size": 127, "intermediate_size": 175},
             num_key_value_heads=2,
         )
     )
-    found = count_state_bytes(known, STRATEGIES[3], StateSettings(8, "adamw_torch", True))
-    shares = [-(-one.elements // 8) for one in known.parameters]
-    small = [share * 8 for share, one in zip(shares, known.parameters, strict=True) if one.elements <= 600]
-    assert found.parameters == 2 * (sum(shares) + sum(small))
-    assert found.gradients == 4 * sum(shares)
-    assert found.optimizer == 12 * sum(shares) + 2 * 4  # a step count for each of the two groups
+    states = count_state_bytes(architecture, STRATEGIES[3], StateSettings(8, "adamw_torch", True))
+    shares = [-(-tensor.elements // 8) for tensor in architecture.parameters]
+    small = [share * 8 for share, tensor in zip(shares, architecture.parameters, strict=True) if tensor.elements <= 600]
+    assert states.parameters == 2 * (sum(shares) + sum(small))
+    assert states.gradients == 4 * sum(shares)
+    assert states.optimizer == 12 * sum(shares) + 2 * 4  # a step count for each of the two groups
 
 
-def test_counting_a_model_leaves_its_config_alone(tiny_model: Path, recipe_file: Callable[..., Path]) -> None:
+def test_inspecting_a_model_does_not_change_its_config(tiny_model: Path, recipe_file: Callable[..., Path]) -> None:
     """transformers writes the attention of a model that it makes into the config that it makes it from."""
     config = AutoConfig.from_pretrained(tiny_model, attn_implementation="sdpa")
     inspect_architecture(load_recipe(recipe_file()), config)

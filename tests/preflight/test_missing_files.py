@@ -28,9 +28,9 @@ def says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     shutil.copytree("data", "recipes/beside")
     Path("data/seen/cut.json").write_text('{"zero_optimization": ')
     Path("data/seen/list.json").write_text("[1]")
-    whole = {"model": {"name_or_path": "outputs/first-model"}, "output_dir": "outputs/run"}
-    whole["data"] = {"sources": [{"path": "data/seen/rows.jsonl"}], "max_length": 64}
-    Path("recipes/recipe.yaml").write_text(yaml.safe_dump(whole))
+    recipe = {"model": {"name_or_path": "outputs/first-model"}, "output_dir": "outputs/run"}
+    recipe["data"] = {"sources": [{"path": "data/seen/rows.jsonl"}], "max_length": 64}
+    Path("recipes/recipe.yaml").write_text(yaml.safe_dump(recipe))
 
     def run(*overrides: str) -> str:
         try:
@@ -42,7 +42,7 @@ def says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     return run
 
 
-def test_what_is_there_is_no_fault(says: Callable[..., str]) -> None:
+def test_files_that_exist_are_accepted(says: Callable[..., str]) -> None:
     assert says() == ""
     assert says("data.sources.0.path=data/seen/rows.jsonl", "data.validation=[{path: data/*/*.jsonl}]") == ""
 
@@ -69,7 +69,7 @@ def test_what_is_there_is_no_fault(says: Callable[..., str]) -> None:
         ("data.sources.0.path=outputs/first-model", ["no data file in this folder"]),
         ("data.sources.0.path=nobody/nothing", ["cache of the Hugging Face hub", "HF_HUB_OFFLINE is set"]),
         ("data.validation=[{path: data/seen/held.jsonl}]", ["data.validation.0.path", "no held.jsonl in {}/data/seen"]),
-        ("training.optim=galore_adamw", ["training.optim_target_modules", "galore_adamw needs it"]),
+        ("training.optim=galore_adamw", ["training.optim_target_modules", "required by galore_adamw"]),
         (
             "training.optim=grokadamw",
             ["training.optim: grokadamw needs the package grokadamw", "pip install grokadamw"],
@@ -81,16 +81,16 @@ def test_what_is_there_is_no_fault(says: Callable[..., str]) -> None:
         ("chat.template=mine.jinja", ["chat.template: there is no file mine.jinja in {}"]),
     ],
 )
-def test_what_is_missing_is_named_with_where_it_was_looked_for(
+def test_a_missing_file_is_named_with_the_folder_that_was_searched(
     says: Callable[..., str], override: str, words: list[str]
 ) -> None:
-    said = says(override)
+    error = says(override)
     for word in words:
-        assert word.format(Path.cwd()) in said
-    assert override.partition("=")[0].partition(".")[0] in said
+        assert word.format(Path.cwd()) in error
+    assert override.partition("=")[0].partition(".")[0] in error
 
 
-def test_all_that_is_missing_is_told_together(says: Callable[..., str]) -> None:
+def test_one_error_names_all_missing_files(says: Callable[..., str]) -> None:
     lines = says("model.name_or_path=./x", "data.sources.0.path=x.csv", "training.optim=stable_adamw").splitlines()
     assert lines[0] == "recipes/recipe.yaml names 3 that are not there:"
     assert [line.split(":")[0].strip() for line in lines[1:]] == [
@@ -98,7 +98,7 @@ def test_all_that_is_missing_is_told_together(says: Callable[..., str]) -> None:
     ]
 
 
-def test_what_the_cache_of_the_hub_holds_may_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_in_the_cache_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -118,7 +118,7 @@ def test_what_the_cache_of_the_hub_holds_may_be_had(tmp_path: Path, monkeypatch:
     assert hub_unreachable_reason("e/f", "model") is None
 
 
-def test_nothing_heavy_is_imported_to_find_what_is_missing(tmp_path: Path, tiny_model: Path) -> None:
+def test_the_search_for_missing_files_imports_nothing_heavy(tmp_path: Path, tiny_model: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "model: {name_or_path: outputs/nothing-here}\ndata: {sources: [{path: no/rows.jsonl}], max_length: 64}\n"

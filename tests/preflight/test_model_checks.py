@@ -66,7 +66,7 @@ def test_only_the_same_files_and_settings_are_not_checked_again(
     assert "weights of the model that its config.json leaves out" in refused("--recipe", recipe, "--check")
 
 
-def test_what_is_refused_is_not_remembered(
+def test_a_refused_model_is_not_remembered(
     recipe_file: Callable[..., Path], refused: Callable[..., str], model: Path
 ) -> None:
     (model / "generation_config.json").write_text("{")

@@ -57,8 +57,8 @@ def test_every_recipe_of_the_papers_has_its_model_and_a_plan(path: Path) -> None
     shape = shape_for(recipe)
     assert shape.total == pytest.approx(PUBLISHED[recipe.model.name_or_path] * 1e9, rel=0.01)
     assert (shape.trained == shape.total) is (recipe.adapter is None)
-    found = plan_of(recipe, "8xH100-80GB", 4)
-    assert found.chosen
+    plan = plan_of(recipe, "8xH100-80GB", 4)
+    assert plan.chosen
     text = path.read_text(encoding="utf-8")
     assert 40 <= len(text.splitlines()) <= 70
     assert "arXiv:" in text
@@ -76,10 +76,10 @@ def test_the_launch_that_a_recipe_names_fits_the_gpus_that_the_paper_had(path: P
     assert config
     one_gpu = "single_gpu" in config[1]
     gpus, nodes = ("1xA100-80GB", 1) if one_gpu else ("4xA100-80GB", 1) if "janus" in text else ("8xH100", 4)
-    found = plan_of(recipe, gpus, nodes)
+    plan = plan_of(recipe, gpus, nodes)
     names = {strategy.config_file: strategy.name for strategy in STRATEGIES}
     name = "DDP" if one_gpu else names[config[1]]
-    assert next(one for one in found.candidates if one.memory.strategy == name).fits
+    assert next(candidate for candidate in plan.candidates if candidate.memory.strategy == name).fits
 
 
 def test_the_command_can_be_pasted_and_clusters_have_an_end() -> None:
@@ -96,20 +96,20 @@ def test_a_70b_on_two_nodes() -> None:
         ROOT / "recipes/janus-llama-3-8b/sft/full.yaml",
         ["training.optim=adamw_torch_fused", "training.per_device_train_batch_size=1"],
     )
-    found = plan_of(recipe, "8x80GB", 2, "meta-llama/Llama-3.1-70B")
-    assert found.parameters == 70_553_706_496  # the hub's count
+    plan = plan_of(recipe, "8x80GB", 2, "meta-llama/Llama-3.1-70B")
+    assert plan.parameters == 70_553_706_496  # the hub's count
     # by hand: 2 + 4 + 12 bytes a parameter, over 16 GPUs: 79.4 GB, and little that is kept whole
-    zero3 = next(one for one in found.candidates if one.memory.strategy == "ZeRO-3").memory
+    zero3 = next(candidate for candidate in plan.candidates if candidate.memory.strategy == "ZeRO-3").memory
     states = zero3.parameters + zero3.gradients + zero3.optimizer
     assert states == pytest.approx(70_553_706_496 * 18 / 16, rel=0.001)
-    assert found.chosen == "ZeRO-3 offload"
-    assert found.config_file == "accelerate_configs/zero3_offload.yaml"
-    assert any("adamw_bnb_8bit" in note for note in found.notes)
-    assert any("far longer than the hours shown" in note for note in found.notes)
+    assert plan.chosen == "ZeRO-3 offload"
+    assert plan.config_file == "accelerate_configs/zero3_offload.yaml"
+    assert any("adamw_bnb_8bit" in note for note in plan.notes)
+    assert any("far longer than the hours shown" in note for note in plan.notes)
     # 6 N D within the convention's rest: the table of embeddings out, attention in
     tokens = 4 * 196_998_000
-    assert found.parameter_flops == pytest.approx(6 * (70_553_706_496 - 128_256 * 8_192) * tokens)
-    assert found.hours == pytest.approx(found.flops / (16 * 989e12 * 0.4 * 3_600))
+    assert plan.parameter_flops == pytest.approx(6 * (70_553_706_496 - 128_256 * 8_192) * tokens)
+    assert plan.hours == pytest.approx(plan.flops / (16 * 989e12 * 0.4 * 3_600))
 
 
 @pytest.mark.parametrize(
@@ -140,21 +140,21 @@ def test_the_fewest_nodes_are_those_of_a_plain_loop(
         cluster = parse_cluster(gpus, count)
         ways = [evaluate_candidate(other, shape, cluster, way, optimizer, recipe.data.max_length) for way in STRATEGIES]
         ways = ways if count * cluster.gpus > 1 else ways[:1]  # one GPU has nothing to share
-        names = [one.memory.strategy for one in ways if one.fits and not one.caution]
+        names = [candidate.memory.strategy for candidate in ways if candidate.fits and not candidate.caution]
         return next((name for name in names if "offload" not in name), None)
 
-    found = plan_run(recipe, shape, parse_cluster(gpus, nodes), JANUS_ROWS, steps=1, epochs=1, sequences_per_step=1)
+    plan = plan_run(recipe, shape, parse_cluster(gpus, nodes), JANUS_ROWS, steps=1, epochs=1, sequences_per_step=1)
     eight_bit = "adamw_bnb_8bit"
-    assert [one.optimizer for one in found.fewest_nodes] == list(dict.fromkeys([found.optimizer, eight_bit]))
-    for one in found.fewest_nodes:
-        counts = range(1, (one.nodes or 4) + 1)  # beyond the first that fits nothing is to be known
-        fewest = next(((count, name) for count in counts if (name := fits(count, one.optimizer))), (None, None))
-        assert (one.nodes, one.strategy) == fewest
-        assert one.here == fits(nodes, one.optimizer)
-    own = found.fewest_nodes[0]
-    text = " ".join(describe_plan(found))
+    assert [candidate.optimizer for candidate in plan.fewest_nodes] == list(dict.fromkeys([plan.optimizer, eight_bit]))
+    for candidate in plan.fewest_nodes:
+        counts = range(1, (candidate.nodes or 4) + 1)  # beyond the first that fits nothing is to be known
+        fewest = next(((count, name) for count in counts if (name := fits(count, candidate.optimizer))), (None, None))
+        assert (candidate.nodes, candidate.strategy) == fewest
+        assert candidate.here == fits(nodes, candidate.optimizer)
+    own = plan.fewest_nodes[0]
+    text = " ".join(describe_plan(plan))
     assert (f"without offload: --nodes {own.nodes} ({own.strategy})" if own.nodes else "none up to 64") in text
-    eight = found.fewest_nodes[-1]
+    eight = plan.fewest_nodes[-1]
     if own.nodes != 1 and eight is not own:
         here = "these nodes" if nodes > 1 else "this node"
         fits_too = f"fits {here} ({eight.here})" if eight.here else f"does not fit {here} either"
@@ -170,26 +170,28 @@ def test_the_least_communication_that_fits_is_chosen() -> None:
     assert places == sorted(places)
     assert len(set(places)) >= 3
     for gpus in ("8x80GB", "4x40GB"):
-        found = plan_of(recipe, gpus)
-        for one in found.candidates:
-            assert one.fits is (one.memory.total <= found.cluster.memory * (1 - RESERVE))
-        fitting = [one.memory.strategy for one in found.candidates if one.fits and not one.caution]
-        assert found.chosen == (fitting[0] if fitting else None)
+        plan = plan_of(recipe, gpus)
+        for candidate in plan.candidates:
+            assert candidate.fits is (candidate.memory.total <= plan.cluster.memory * (1 - RESERVE))
+        fitting = [
+            candidate.memory.strategy for candidate in plan.candidates if candidate.fits and not candidate.caution
+        ]
+        assert plan.chosen == (fitting[0] if fitting else None)
 
 
-def test_weights_in_16_bits_alone_are_not_what_a_plan_takes() -> None:
+def test_a_plan_does_not_choose_16_bit_weights_without_master_weights() -> None:
     path = ROOT / "recipes/janus-7b/sft/full.yaml"
-    found = plan_of(load_recipe(path), "8xH200")
-    assert found.candidates[0].fits
-    assert found.candidates[0].caution
-    assert found.chosen == "ZeRO-1"
+    plan = plan_of(load_recipe(path), "8xH200")
+    assert plan.candidates[0].fits
+    assert plan.candidates[0].caution
+    assert plan.chosen == "ZeRO-1"
     float32 = plan_of(load_recipe(path, ["model.dtype=float32"]), "8xH200")
     assert (float32.chosen, float32.candidates[0].caution) == ("DDP", None)
     lora = plan_of(load_recipe(ROOT / "recipes/janus-7b/sft/lora.yaml"), "8xH200")
     assert (lora.chosen, lora.candidates[0].caution) == ("DDP", None)
 
 
-def test_every_configuration_that_can_be_named_is_there() -> None:
+def test_every_configuration_of_a_strategy_exists() -> None:
     import yaml
 
     for strategy in STRATEGIES:
@@ -212,14 +214,14 @@ def test_every_configuration_that_can_be_named_is_there() -> None:
         ("8Xh100-80gb", 8, 80, "H100"),
     ],
 )
-def test_gpus_are_read(written: str, gpus: int, gibibytes: int, gpu: str) -> None:
-    found = parse_cluster(written, 2)
-    assert (found.gpus, found.processes, found.memory, found.gpu) == (gpus, 2 * gpus, gibibytes * 1024**3, gpu)
-    assert found.assumed is (written == "4x80GB")
+def test_gpus_are_parsed(written: str, gpus: int, gibibytes: int, gpu: str) -> None:
+    plan = parse_cluster(written, 2)
+    assert (plan.gpus, plan.processes, plan.memory, plan.gpu) == (gpus, 2 * gpus, gibibytes * 1024**3, gpu)
+    assert plan.assumed is (written == "4x80GB")
 
 
 @pytest.mark.parametrize("written", ["80GB", "4xA100", "4xH1000-80GB", "0x80GB", "x", "4x", "4x0GB"])
-def test_gpus_that_cannot_be_read_are_the_users_to_mend(
+def test_invalid_gpus_are_user_errors(
     written: str, recipe_file: Callable[..., Path], refused: Callable[..., str]
 ) -> None:
     assert refused("--recipe", recipe_file(), "--check", "--gpus", written).startswith("--gpus: ")
@@ -240,15 +242,15 @@ def test_the_check_shows_the_plan_and_writes_it(
     options = ["--check", "--gpus", "2x80GB", "--nodes", "3", "--mfu", "0.5", "--json", str(report)]
     assert main(["--recipe", str(recipe), *options]) == 0
     shown = capsys.readouterr().out
-    found = json.loads(report.read_text(encoding="utf-8"))
-    assert found["schedule"]["processes"] == found["plan"]["cluster"]["gpus"] * 3 == 6
-    assert found["plan"]["steps"] == found["schedule"]["steps"]
-    assert found["plan"]["tokens"] == found["training"]["tokens"]
-    assert found["plan"]["chosen"] == "DDP"
-    assert found["plan"]["launch"] in " ".join(shown.replace(" \\\n", " ").split())
-    assert f"--num_processes 6 --num_machines 3 --machine_rank RANK" in found["plan"]["launch"]  # noqa: F541
-    assert len(found["plan"]["candidates"]) == 5
-    assert all(one["memory"]["strategy"] in shown for one in found["plan"]["candidates"])
+    plan = json.loads(report.read_text(encoding="utf-8"))
+    assert plan["schedule"]["processes"] == plan["plan"]["cluster"]["gpus"] * 3 == 6
+    assert plan["plan"]["steps"] == plan["schedule"]["steps"]
+    assert plan["plan"]["tokens"] == plan["training"]["tokens"]
+    assert plan["plan"]["chosen"] == "DDP"
+    assert plan["plan"]["launch"] in " ".join(shown.replace(" \\\n", " ").split())
+    assert f"--num_processes 6 --num_machines 3 --machine_rank RANK" in plan["plan"]["launch"]  # noqa: F541
+    assert len(plan["plan"]["candidates"]) == 5
+    assert all(candidate["memory"]["strategy"] in shown for candidate in plan["plan"]["candidates"])
 
 
 def test_options_of_the_plan_alone_are_refused(recipe_file: Callable[..., Path]) -> None:
@@ -267,7 +269,7 @@ def test_a_mixture_of_experts_is_refused(recipe_file: Callable[..., Path], tmp_p
         inspect_architecture(load_recipe(recipe_file()), MixtralConfig())
 
 
-def test_what_a_plan_cannot_count_it_says(tmp_path: Path) -> None:
+def test_a_plan_notes_what_it_cannot_count(tmp_path: Path) -> None:
     path = ROOT / "recipes/janus-7b/sft/full.yaml"
     text = " ".join(
         describe_plan(

@@ -48,7 +48,7 @@ def page_of(path: Path) -> str:
 def rows_of(path: Path, *conversations: list[str]) -> Path:
     """A file of conversations, each a list of texts of "system: ..." and so on."""
     turns = [[text.partition(": ") for text in texts] for texts in conversations]
-    rows = [{"messages": [{"role": role, "content": said} for role, _, said in row]} for row in turns]
+    rows = [{"messages": [{"role": role, "content": text} for role, _, text in row]} for row in turns]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -82,8 +82,8 @@ def test_a_check_needs_no_weights_and_writes_its_json(
     assert not (tmp_path / "run").exists()
     main(["--recipe", str(recipe), "--check"])
     assert "..., found; tokens by" in capsys.readouterr().out
-    found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert found.keys() == {
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report.keys() == {
         *("ready", "error", "warnings", "model", "dtype", "template", "probe", "max_length", "packing", "training"),
         *("chat", "system_messages", "caches", "float8", "system_gain", "unread"),
         *("validation", "outcomes", "overlap", "schedule", "output_dir", "resumes_from", "plan", "examples"),
@@ -95,32 +95,30 @@ def test_a_check_needs_no_weights_and_writes_its_json(
         *("documents_per_sequence_max", "duplicates", "conversations", "rows_of_conversations"),
         "rows_with_default_system",
     }
-    assert found["training"].keys() == found["validation"].keys() == part
-    assert (found["ready"], found["error"]) == (True, None)
-    assert found["probe"] == []  # chatml is used as it is
-    assert found["system_messages"]
-    assert all(sentence in shown for sentence in found["system_messages"])
-    (cache,) = found["caches"]
+    assert report["training"].keys() == report["validation"].keys() == part
+    assert (report["ready"], report["error"]) == (True, None)
+    assert report["probe"] == []  # chatml is used as it is
+    assert report["system_messages"]
+    assert all(sentence in shown for sentence in report["system_messages"])
+    (cache,) = report["caches"]
     assert f"cache       {rows_file}: {cache['key'][:8]}..., made now; tokens by {cache['how']}\n" in shown
-    assert found["training"]["rows"] + found["validation"]["rows"] == len(rows_file.read_text().splitlines())
-    training = found["training"]
+    assert report["training"]["rows"] + report["validation"]["rows"] == len(rows_file.read_text().splitlines())
+    training = report["training"]
     assert training["filling"] == pytest.approx(training["tokens"] / (training["sequences"] * 512))
     assert training["documents_per_sequence_mean"] == pytest.approx(training["rows"] / training["sequences"])
     assert sum(bar["rows"] for bar in training["histogram"]) == training["rows"]
-    assert found["schedule"]["steps"] == -(-training["sequences"] // 2)
+    assert report["schedule"]["steps"] == -(-training["sequences"] // 2)
     texts = texts_of(rows_file)
-    assert len(found["examples"]) == 5
-    assert {example["system_message"] for example in found["examples"]} == {True, False}
-    for example in found["examples"]:
+    assert len(report["examples"]) == 5
+    assert {example["system_message"] for example in report["examples"]} == {True, False}
+    for example in report["examples"]:
         text, trained = texts[example["place"]]
         assert "".join(piece["text"] for piece in example["pieces"]) == text
         assert "".join(piece["text"] for piece in example["pieces"] if piece["trained"]) == trained
         assert ("<|im_start|>system" in text) is example["system_message"]
 
 
-def test_the_page_marks_what_is_trained_in_plain_text_and_in_colour(
-    recipe_file: Callable[..., Path], rows_file: Path
-) -> None:
+def test_the_page_marks_trained_text_with_and_without_colour(recipe_file: Callable[..., Path], rows_file: Path) -> None:
     report = report_of(recipe_file())
     plain = page(report, [], coloured=False, width=WIDE).plain
     coloured = page(report, ["<|im_start|>", "<|im_end|>"], coloured=True, width=WIDE)
@@ -138,7 +136,7 @@ def test_the_page_marks_what_is_trained_in_plain_text_and_in_colour(
     assert "⟦" not in coloured.plain
 
 
-def test_marks_are_some_that_the_rows_do_not_hold() -> None:
+def test_marks_do_not_occur_in_the_rows() -> None:
     assert marks_for([Piece("plain", True)]) == ("⟦", "⟧")
     assert marks_for([Piece("a ⟧ here", False)]) == ("⟪", "⟫")
     held = "⟦ ⟧ ⟪ ⟫ ⦅ ⦆ <<< >>> ⟦1⟦ ⟧2⟧"
@@ -179,7 +177,7 @@ SYSTEM_PLACES = {
 
 @pytest.mark.parametrize("coloured", [True, False])
 @pytest.mark.parametrize("place", SYSTEM_PLACES)
-def test_a_system_message_is_shown_whole_wherever_the_template_writes_it(
+def test_a_system_message_is_shown_completely_wherever_the_template_writes_it(
     place: str, coloured: bool, recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     chat, conversation = SYSTEM_PLACES[place]
@@ -190,14 +188,14 @@ def test_a_system_message_is_shown_whole_wherever_the_template_writes_it(
     tokens = ["<|im_start|>", "<|im_end|>"]
     shown = page(report, tokens, coloured=coloured, width=80).plain
     (example,) = report.examples
-    whole = "".join(piece.text for piece in example.pieces)
+    full_text = "".join(piece.text for piece in example.pieces)
     for system in {text.removeprefix("system: ") for text in conversation if text.startswith("system: ")} or {LONG}:
-        assert system in whole
+        assert system in full_text
         assert system in shown
     assert QUESTION not in shown
-    assert [shown.count(token) for token in tokens] == [whole.count(token) for token in tokens]
-    if QUESTION in whole:
-        assert "a system message is shown whole up to 3,500 characters" in " ".join(shown.split())
+    assert [shown.count(token) for token in tokens] == [full_text.count(token) for token in tokens]
+    if QUESTION in full_text:
+        assert "a system message is shown completely up to 3,500 characters" in " ".join(shown.split())
 
 
 def test_a_long_turn_loses_its_middle_and_no_control_token(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
@@ -214,7 +212,7 @@ def test_a_long_turn_loses_its_middle_and_no_control_token(recipe_file: Callable
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
-def test_no_line_of_ours_is_wider_than_the_terminal(
+def test_no_line_of_the_page_is_wider_than_the_terminal(
     width: int, recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     turns = ["system: 簡潔に。", "user: Hi", "assistant: Yo"]
@@ -235,7 +233,7 @@ def test_no_line_of_ours_is_wider_than_the_terminal(
     assert {line.split()[0] for line in labels} >= {"model", "system", "training", "validation", "dropped", "warning"}
 
 
-def test_a_row_does_not_drive_the_terminal() -> None:
+def test_control_characters_of_a_row_do_not_reach_the_terminal() -> None:
     assert visible("a\x1b[31mb\r\n\tc\x9b") == "a␛[31mb␍\n\tc␦"
     assert visible("\u202eabc\u202c\u2066d\u2069\u200e\u200f") == r"\u202eabc\u202c\u2066d\u2069\u200e\u200f"
     assert visible("שלום é 😀\u200b") == "שלום é 😀\u200b"
@@ -245,9 +243,9 @@ def test_pieces_of_a_sentencepiece_row_are_its_text(mistral_tokenizer_v1: Callab
     """Decoded alone, each piece would lose the blank that it begins with."""
     tokenizer = mistral_tokenizer_v1()
     ids = tokenizer("one two three four", add_special_tokens=False).input_ids
-    found = split_pieces(tokenizer, ids, [-100, ids[1], -100, *ids[3:]])
-    assert [piece.trained for piece in found] == [False, True, False, True]
-    assert "".join(piece.text for piece in found) == "one two three four"
+    row_pieces = split_pieces(tokenizer, ids, [-100, ids[1], -100, *ids[3:]])
+    assert [piece.trained for piece in row_pieces] == [False, True, False, True]
+    assert "".join(piece.text for piece in row_pieces) == "one two three four"
 
 
 SCHEDULES = [
@@ -262,20 +260,20 @@ SCHEDULES = [
 @pytest.mark.parametrize("sequences", [1, 24, 101])
 def test_the_schedule_is_that_of_sft_config(training: dict, sequences: int, tmp_path: Path) -> None:
     arguments = SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to=[], **training)
-    found = compute_schedule(training, sequences, 10.0, arguments.world_size)
-    assert found.warmup_steps == arguments.get_warmup_steps(found.steps)
-    assert found.saving.steps == arguments.save_steps
+    ours = compute_schedule(training, sequences, 10.0, arguments.world_size)
+    assert ours.warmup_steps == arguments.get_warmup_steps(ours.steps)
+    assert ours.saving.steps == arguments.save_steps
 
 
 def test_more_processes_take_fewer_steps() -> None:
     training = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_train_epochs": 3}
-    found = compute_schedule({**training, "eval_strategy": "steps", "eval_steps": 0.1}, 1_000, 500.0, 8)
-    assert (found.sequences_per_step, found.steps_per_epoch, found.steps) == (64, 16, 48)  # 62.5 batches of 16 rows
-    assert found.tokens_per_step == 32_000
-    assert found.evaluation.steps == 5
+    result = compute_schedule({**training, "eval_strategy": "steps", "eval_steps": 0.1}, 1_000, 500.0, 8)
+    assert (result.sequences_per_step, result.steps_per_epoch, result.steps) == (64, 16, 48)  # 62.5 batches of 16 rows
+    assert result.tokens_per_step == 32_000
+    assert result.evaluation.steps == 5
 
 
-def test_bad_rows_give_the_page_and_then_one_error_with_2(
+def test_bad_rows_give_the_page_and_one_error_with_exit_code_2(
     recipe_file: Callable[..., Path], rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = rows_file.read_text().splitlines()
@@ -289,9 +287,9 @@ def test_bad_rows_give_the_page_and_then_one_error_with_2(
     assert shown.err.count("\n") == 1
     assert "invalid JSON" in shown.err
     assert "more tokens than data.max_length (100)" in shown.err
-    found = json.loads(report.read_text(encoding="utf-8"))
-    assert (found["ready"], f"error: {found['error']}\n") == (False, shown.err)
-    assert {outcome["outcome"] for outcome in found["outcomes"]} == {"refused"}
+    content = json.loads(report.read_text(encoding="utf-8"))
+    assert (content["ready"], f"error: {content['error']}\n") == (False, shown.err)
+    assert {outcome["outcome"] for outcome in content["outcomes"]} == {"refused"}
 
     mended = recipe_file(data={"max_length": 100, "overlong": "drop", "on_bad_row": "skip"})
     assert main(["--recipe", str(mended), "--check"]) == 0
@@ -307,7 +305,7 @@ def test_no_row_left_still_gives_a_page(recipe_file: Callable[..., Path], capsys
     assert "0 rows" in shown.out
 
 
-def test_an_older_report_does_not_pass_for_this_one(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_older_report_is_deleted_first(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     assert main(["--recipe", str(recipe_file()), "--check", "--json", str(report)]) == 0
     first = json.loads(report.read_text())
@@ -335,7 +333,7 @@ def test_json_replaces_nothing_but_a_report(
     assert "that is no report" in refused("--recipe", recipe, "--check", "--json", "/dev/null")
 
 
-def test_json_that_cannot_be_written_is_the_users_to_mend(
+def test_json_that_cannot_be_written_is_a_user_error(
     recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--recipe", str(recipe_file()), "--check", "--json", str(tmp_path / "no" / "report.json")]) == 2
@@ -348,7 +346,7 @@ def test_json_that_cannot_be_written_is_the_users_to_mend(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is needed")
-def test_standard_output_that_takes_nothing_is_one_error(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_unwritable_standard_output_is_one_error(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     check = f"{sys.executable} train/sft.py --recipe {recipe_file()} --check --json {report}"
     for redirected, code, error in (
@@ -407,14 +405,14 @@ def test_marks_stand_wherever_no_colour_is_shown(
     assert ("between ⟦ and ⟧" in shown, "\x1b[" in shown) == (marks, not marks)
 
 
-def test_the_policies_and_what_they_result_in_are_on_the_page(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_chat_settings_and_their_effect_are_on_the_page(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     data = rows_of(tmp_path / "two.jsonl", ["user: Hi", "assistant: Yo"], ["system: S", "user: Hi", "assistant: Hm"])
     chat = {"system_role": "merge_into_user", "default_system": "Be kind.", "train_on": "last"}
     path = recipe_file(chat=chat, data={"sources": [{"path": str(data)}]})
     report, shown = report_of(path), page_of(path)
     assert report.chat == {**chat, "control_tokens_in_text": "error"}
     for line in (
-        "template    chatml\n            Without our help the template writes a system message as a turn of its own.",
+        "template    chatml\n            The unmodified template writes a system message as a turn of its own.",
         "system      chat.system_role: merge_into_user\n            A system message goes into the first user turn.\n",
         "            One in the middle of a conversation goes into a user turn.\n",
         "gets chat.default_system: 'Be kind.'.",
@@ -430,7 +428,7 @@ def test_the_policies_and_what_they_result_in_are_on_the_page(recipe_file: Calla
     assert report.training.rows_with_default_system == 1
 
 
-def test_conversations_that_a_template_splits_are_told(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_page_counts_conversations_that_a_template_splits(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     template = tmp_path / "forgets.jinja"  # thoughts are taken out of earlier answers, as under Qwen3
     template.write_text(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and not loop.last %}"
@@ -461,9 +459,7 @@ def test_few_rows_have_a_short_page(recipe_file: Callable[..., Path], tmp_path: 
     assert [line.split()[-1] for line in shown.splitlines() if "█" in line] == ["1", "1"]
 
 
-def test_a_row_that_the_template_refuses_is_said_to_be_refused_once(
-    recipe_file: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_the_page_says_once_that_the_template_refused_a_row(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     data = rows_of(tmp_path / "rows.jsonl", ["user: a", "assistant: b"], ["system: S", "user: a", "assistant: b"])
     path = recipe_file(chat={"system_role": "error"}, data={"sources": [{"path": str(data)}]})
     assert f"dropped     1 row refused by the template: first {data}:2" in page_of(path)
@@ -474,7 +470,7 @@ def test_a_row_that_the_template_refuses_is_said_to_be_refused_once(
 # What training would refuse beside its rows, and a check has to refuse too.
 
 
-def test_the_folders_that_training_refuses_are_refused_and_nothing_is_left_in_others(
+def test_folders_that_training_refuses_are_errors_and_others_stay_unchanged(
     recipe_file: Callable[..., Path], refused: Callable[..., str], tiny_model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "taken").write_text("a file")

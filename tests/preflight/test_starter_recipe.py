@@ -77,8 +77,8 @@ def test_the_lengths_are_those_of_the_model_and_choose_max_length(tiny_model: Pa
         )
         for row in rows
     ]
-    median, most = (int(np.quantile(lengths, share, method="inverted_cdf")) for share in (0.5, 0.95))
-    assert f"# tokens per row: p50 {median}, p95 {most}, max {max(lengths)}" in recipe.read_text(encoding="utf-8")
+    median, p95 = (int(np.quantile(lengths, share, method="inverted_cdf")) for share in (0.5, 0.95))
+    assert f"# tokens per row: p50 {median}, p95 {p95}, max {max(lengths)}" in recipe.read_text(encoding="utf-8")
     length = load_recipe(recipe).data.max_length
     assert length / 2 < max(lengths) <= length
 

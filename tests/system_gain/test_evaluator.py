@@ -52,7 +52,7 @@ def metrics_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_each_evaluation_measures_it_and_the_best_checkpoint_listens_most(
+def test_each_evaluation_measures_the_gain_and_the_best_checkpoint_has_the_highest(
     recipe_file: Callable[..., Path], held_out: Path, tmp_path: Path, tiny_model: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -64,9 +64,9 @@ def test_each_evaluation_measures_it_and_the_best_checkpoint_listens_most(
         seed=5,
     )
     assert main(["--recipe", str(recipe)]) == 0
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("system gain: ")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("system gain: ")]
     # Twelve rows, each under its own message, one or two others, and none; at its end all of them are scored.
-    ends = [line for line in told if " (100%), " in line]
+    ends = [line for line in lines if " (100%), " in line]
     assert len(ends) == 4
     [of] = {re.fullmatch(r"system gain: (\d+) of (\d+) answers \(100%\), 0s left", line).groups() for line in ends}
     assert of[0] == of[1]
@@ -83,8 +83,8 @@ def test_each_evaluation_measures_it_and_the_best_checkpoint_listens_most(
         tokenizer = AutoTokenizer.from_pretrained(tiny_model)
         use_template(tokenizer, "chatml")
         rows = read_labelled_conversations([Source(path=str(held_out))])
-        made = make_variants(rows, RowTokenizer(tokenizer, "assistant"), limit=12, seed=5)
-        return system_gain(AutoModelForCausalLM.from_pretrained(folder), made.rows, seed=5)
+        variant_rows = make_variants(rows, RowTokenizer(tokenizer, "assistant"), limit=12, seed=5)
+        return system_gain(AutoModelForCausalLM.from_pretrained(folder), variant_rows.rows, seed=5)
 
     for step, folder in ((0, tiny_model), (1, run / "checkpoint-1"), (best, run)):
         expected = measured(folder)
@@ -106,26 +106,26 @@ def test_each_evaluation_measures_it_and_the_best_checkpoint_listens_most(
     assert "measured at each evaluation on 12 validation rows, against other messages" in " ".join(report.split())
 
 
-def test_its_lines_are_those_of_the_run_as_it_went_on(
+def test_the_file_has_the_lines_of_the_resumed_run(
     recipe_file: Callable[..., Path], held_out: Path, tmp_path: Path
 ) -> None:
     """What was measured after the checkpoint that a run goes on from is there once; another run's is not there."""
     run = tmp_path / "run"
     training = TRAINING | {"max_steps": 5, "save_steps": 2, "load_best_model_at_end": ..., "metric_for_best_model": ...}
-    asked = ["--recipe", str(recipe_file(data={"validation": [{"path": str(held_out)}]}, training=training))]
+    arguments = ["--recipe", str(recipe_file(data={"validation": [{"path": str(held_out)}]}, training=training))]
 
     def measured() -> tuple[list[int], list[float]]:
         lines = [json.loads(line) for line in (run / "system_gain.jsonl").read_text(encoding="utf-8").splitlines()]
         return [line["step"] for line in lines], [line["overall"]["gain"]["mean"] for line in lines]
 
-    assert main(asked) == 0
+    assert main(arguments) == 0
     steps, gains = measured()
     assert steps == [0, 1, 2, 3, 4, 5]
-    assert main([*asked, "--resume", str(run / "checkpoint-2")]) == 0
+    assert main([*arguments, "--resume", str(run / "checkpoint-2")]) == 0
     assert measured() == (steps, pytest.approx(gains))
     assert [line["step"] for line in metrics_of(run) if "eval_loss" in line] == steps  # that of the start just once
     later = ["--resume", "never", "training.eval_on_start=false", "training.eval_steps=2", "seed=3"]
-    assert main([*asked, *later]) == 0
+    assert main([*arguments, *later]) == 0
     assert measured()[0] == [line["step"] for line in metrics_of(run) if "eval_loss" in line]
     assert 0 not in measured()[0]
 
@@ -147,32 +147,34 @@ def test_a_share_of_the_sources_is_measured_on_the_rows_that_were_held_out(
         place for sequence in range(len(data.validation.dataset)) for place in data.validation.dataset.places(sequence)
     }
     for _ in range(2):  # the second time from the cache
-        made = load_gain_rows(recipe, data, tokenizer)
-        assert {row.place for row in made.rows} <= held
-        assert len(made.rows) + made.left_out.total() == len(held)
-        assert sum(row.siblings for row in made.rows) >= 3
-        for row in made.rows:
+        variant_rows = load_gain_rows(recipe, data, tokenizer)
+        assert {row.place for row in variant_rows.rows} <= held
+        assert len(variant_rows.rows) + variant_rows.dropped.total() == len(held)
+        assert sum(row.siblings for row in variant_rows.rows) >= 3
+        for row in variant_rows.rows:
             assert row.siblings == (row.place.rpartition(":")[2] in "123456789")
     held_out.write_text("", encoding="utf-8")  # the sources aren't read again
-    assert [row.place for row in load_gain_rows(recipe, data, tokenizer).rows] == [row.place for row in made.rows]
+    assert [row.place for row in load_gain_rows(recipe, data, tokenizer).rows] == [
+        row.place for row in variant_rows.rows
+    ]
 
 
-def test_what_can_not_be_measured_is_told(
+def test_a_run_says_why_the_gain_can_not_be_measured(
     recipe_file: Callable[..., Path], refused: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     deaf = tmp_path / "deaf.jsonl"
     turns = [{"role": "user", "content": "river"}, {"role": "assistant", "content": "stone"}]
     deaf.write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
     data = {"validation": [{"path": str(deaf)}]}
-    asked = str(recipe_file(data=data, training=TRAINING))
+    arguments = str(recipe_file(data=data, training=TRAINING))
     for check in ([], ["--check"]):
         assert (
             "training.metric_for_best_model: eval_system_gain can't be measured: no system message (1 row)"
-            in refused("--recipe", asked, *check)
+            in refused("--recipe", arguments, *check)
         )
-    assert "system_gain.rows is 0" in refused("--recipe", asked, "system_gain.rows=0")
+    assert "system_gain.rows is 0" in refused("--recipe", arguments, "system_gain.rows=0")
     capsys.readouterr()
-    by_loss = [*("--recipe", asked), "training.metric_for_best_model=eval_loss", "training.max_steps=1"]
+    by_loss = [*("--recipe", arguments), "training.metric_for_best_model=eval_loss", "training.max_steps=1"]
     assert main(by_loss) == 0
     assert "not measured: no system message (1 row)" in capsys.readouterr().out
     assert not any("system" in key for line in metrics_of(tmp_path / "run") for key in line)

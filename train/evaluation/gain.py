@@ -110,10 +110,10 @@ def _measure_all(options: argparse.Namespace, file: Path) -> None:
     if not options.before:
         names = {Path(options.model).name: options.model}
     variants, texts = make_rows(options, [*names.values()])
-    for kind, count in variants.left_out.items():
+    for kind, count in variants.dropped.items():
         print(f"skipped {format_count(count, 'row')}: {kind} (first: {variants.examples[kind]})", flush=True)
 
-    from train.system_gain.metric import markdown
+    from train.system_gain.metric import render_table
 
     measured: dict[str, SystemGain] = {}
     for name, model in names.items():
@@ -122,7 +122,7 @@ def _measure_all(options: argparse.Namespace, file: Path) -> None:
     record: dict[str, Any] = {
         "data": options.data,
         "fingerprint": texts,
-        "left_out": dict(variants.left_out),
+        "left_out": dict(variants.dropped),
         "options": {
             **{key: getattr(options, key) for key in ("split", "template", "system_role", "others", "limit", "seed")},
             "dtype": dtype,
@@ -138,7 +138,7 @@ def _measure_all(options: argparse.Namespace, file: Path) -> None:
             for label, figures in change.items()
         ]
     rows = f"{file.stem}_rows.jsonl"
-    text = f"{HEADING}\n\n{_describe_rows(variants, measured)}\n\n{markdown(measured, change)}"
+    text = f"{HEADING}\n\n{_describe_rows(variants, measured)}\n\n{render_table(measured, change)}"
     files: dict[str, Writer] = {
         rows: as_jsonl(_row_records(variants, measured)),
         file.name: as_json(record),
@@ -203,7 +203,7 @@ def make_rows(options: argparse.Namespace, models: list[str]) -> "tuple[VariantR
         seed=options.seed,
     )
     if not variants.rows:
-        reasons = "; ".join(f"{count:,}: {kind}" for kind, count in variants.left_out.items()) or "there are none"
+        reasons = "; ".join(f"{count:,}: {kind}" for kind, count in variants.dropped.items()) or "there are none"
         raise UserError(
             f"--data {' '.join(options.data)}: no row can be measured ({reasons}). Give rows with answers and at least "
             "two different system messages."

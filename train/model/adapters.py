@@ -59,17 +59,17 @@ def check_adapter(adapter: AdapterSection | None, model: PreTrainedModel, idle: 
                 "`adapter` out to train in full."
             )
     else:
-        for wanted in adapter.target_modules:
-            _check_name("adapter.target_modules", wanted, modules, adaptable, outside)
+        for pattern in adapter.target_modules:
+            _check_name("adapter.target_modules", pattern, modules, adaptable, outside)
             saved = re.compile(rf"(?:.*\.)?(?:{'|'.join(adapter.modules_to_save or ('$.',))})(?:\..*)?")
-            if all(saved.fullmatch(name) for name in modules if _matches(wanted, name)):
+            if all(saved.fullmatch(name) for name in modules if _matches(pattern, name)):
                 raise UserError(
-                    f"adapter.target_modules: {wanted!r} lies in adapter.modules_to_save, which trains it in full, so "
+                    f"adapter.target_modules: {pattern!r} lies in adapter.modules_to_save, which trains it in full, so "
                     "it gets no adapter. Take it out of one of the two."
                 )
     weighted = {name: module for name, module in modules.items() if list(module.parameters(recurse=False))}
-    for wanted in adapter.modules_to_save or ():
-        _check_name("adapter.modules_to_save", wanted, modules, weighted, outside, any_type=True)
+    for pattern in adapter.modules_to_save or ():
+        _check_name("adapter.modules_to_save", pattern, modules, weighted, outside, any_type=True)
 
 
 def _adaptable_types() -> tuple[type, ...]:
@@ -80,9 +80,9 @@ def _adaptable_types() -> tuple[type, ...]:
     return (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, Conv1D)
 
 
-def _matches(wanted: str, name: str) -> bool:
-    """Return whether peft matches the module `name` with `wanted`: the complete name, or its end after a dot."""
-    return name == wanted or name.endswith(f".{wanted}")
+def _matches(pattern: str, name: str) -> bool:
+    """Return whether peft matches the module `name` with `pattern`: the complete name, or its end after a dot."""
+    return name == pattern or name.endswith(f".{pattern}")
 
 
 def _inside(modules: list[str]) -> Callable[[str], bool]:
@@ -92,27 +92,27 @@ def _inside(modules: list[str]) -> Callable[[str], bool]:
 
 def _check_name(
     key: str,
-    wanted: str,
+    pattern: str,
     modules: dict[str, torch.nn.Module],
     suitable: dict[str, torch.nn.Module],
     outside: Callable[[str], bool],
     *,
     any_type: bool = False,
 ) -> None:
-    matches = [name for name in modules if _matches(wanted, name)]
+    matches = [name for name in modules if _matches(pattern, name)]
     trained = [name for name in matches if not outside(name)]
     offered = sorted({name.rpartition(".")[2] for name in suitable if not outside(name)})
     offered = [name for name in offered if not name.isdecimal()]
     if not matches:
-        hint = " (`all-linear` is a value by itself, not an item of a list)" if wanted == "all-linear" else ""
-        remedy = did_you_mean(closest_match(wanted.rpartition(".")[2], offered, 0.5))
+        hint = " (`all-linear` is a value by itself, not an item of a list)" if pattern == "all-linear" else ""
+        remedy = did_you_mean(closest_match(pattern.rpartition(".")[2], offered, 0.5))
         raise UserError(
-            f"{key}: the model has no module {wanted!r}{hint}.{remedy} Its modules with weights are "
+            f"{key}: the model has no module {pattern!r}{hint}.{remedy} Its modules with weights are "
             f"{', '.join(offered)}."
         )
     if not trained:
         raise UserError(
-            f"{key}: {wanted!r} is only in {matches[0].rpartition('.')[0]}, which text never reaches, so it would not "
+            f"{key}: {pattern!r} is only in {matches[0].rpartition('.')[0]}, which text never reaches, so it would not "
             f"be trained. Remove it. The text part has {', '.join(offered)}."
         )
     unfit = next((name for name in trained if name not in suitable), None)
@@ -125,15 +125,15 @@ def _check_name(
         )
 
 
-def _exact(wanted: tuple[str, ...], model: PreTrainedModel, outside: list[str]) -> list[str]:
+def _exact(ends: tuple[str, ...], model: PreTrainedModel, outside: list[str]) -> list[str]:
     """Return the names, or complete ones if peft, which compares the ends of names, would match other modules too.
 
     `norm` is the end of `input_layernorm`, for example.
     """
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    meant = [name for name in names if any(_matches(end, name) for end in wanted) and not _inside(outside)(name)]
-    taken = [name for name in names if name.endswith(tuple(wanted))]
-    return list(wanted) if meant == taken else meant
+    intended = [name for name in names if any(_matches(end, name) for end in ends) and not _inside(outside)(name)]
+    matched_by_peft = [name for name in names if name.endswith(tuple(ends))]
+    return list(ends) if intended == matched_by_peft else intended
 
 
 def quantization_config(quantization: QuantizationSection | None) -> BitsAndBytesConfig | None:

@@ -110,12 +110,12 @@ def convert(model: PreTrainedModel, recipe_name: str, *, emulate: bool = False) 
     config = replace(Float8LinearConfig.from_recipe_name(recipe_name), pad_inner_dim=True, emulate=emulate)
     ends = {*find_first_last_linear_layers(model)}
     output = model.get_output_embeddings()
-    kept = [*ends, *(name for name, module in model.named_modules() if module is output)]
+    excluded = [*ends, *(name for name, module in model.named_modules() if module is output)]
 
-    def chosen(module: torch.nn.Module, name: str) -> bool:
-        return filter_linear_layers(module, name, layers_to_filter=kept)
+    def is_converted(module: torch.nn.Module, name: str) -> bool:
+        return filter_linear_layers(module, name, layers_to_filter=excluded)
 
-    convert_model_to_fp8_ao(model, config=config, module_filter_func=chosen)
+    convert_model_to_fp8_ao(model, config=config, module_filter_func=is_converted)
     if not find_linear_layers(model).converted:
         raise UserError(
             f"model.float8: none of the model's {len(find_linear_layers(model).others)} linear layers can compute in "

@@ -289,10 +289,10 @@ def check_model_exists(model: ModelSection, recipe_file: str | None = None) -> N
         raise UserError(
             f"model.name_or_path: there is no folder {path}{where}.{hint} Write a model folder or a hub id."
         )
-    if why := hub_unreachable_reason(name, "model"):
+    if reason := hub_unreachable_reason(name, "model"):
         hint = _from_recipe(path, recipe_file) or suggest_similar(path)
         raise UserError(
-            f"model.name_or_path: {name} can't be loaded: there is no folder of that name{where}; {why}.{hint}"
+            f"model.name_or_path: {name} can't be loaded: there is no folder of that name{where}; {reason}.{hint}"
         )
 
 

@@ -44,8 +44,8 @@ def merge_adapter(base: Path, adapter: Path, output: Path, dtype: str | None = N
     changes, tied = _changes(model), _tied(model.get_base_model())
     files = find_weight_files(base)
     names = {name for path in files for name in _names(path)}
-    apart = bool(tied & changes.keys())
-    copies = {kept: absent for kept in tied & names for absent in tied - names} if apart else {}
+    untied = bool(tied & changes.keys())
+    copies = {stored: absent for stored in tied & names for absent in tied - names} if untied else {}
     missing = sorted(changes.keys() - names - set(copies.values()))
     if missing:
         raise UserError(
@@ -68,7 +68,7 @@ def merge_adapter(base: Path, adapter: Path, output: Path, dtype: str | None = N
         }
         (output / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _copy_other_files(base, adapter, output)
-    if apart:
+    if untied:
         _set_in_config(output / "config.json", tie_word_embeddings=False)
     if dtype is not None:
         _set_in_config(output / "config.json", dtype=dtype)

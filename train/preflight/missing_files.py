@@ -53,10 +53,10 @@ def _find_source(key: str, source: Source, recipe: Recipe) -> None:
             return
     except UserError as error:
         raise UserError(f"{key}: {error}{_from_recipe(path, recipe._origin.file)}") from error
-    if why := hub_unreachable_reason(source.path, "dataset"):
+    if reason := hub_unreachable_reason(source.path, "dataset"):
         where = f"there is no file or folder of that name in {Path.cwd()}"
         hint = _from_recipe(path, recipe._origin.file) or suggest_similar(path)
-        raise UserError(f"{key}: {source.path} can't be loaded: {where}; {why}.{hint}")
+        raise UserError(f"{key}: {source.path} can't be loaded: {where}; {reason}.{hint}")
 
 
 def _error_of(search: Callable[[], object]) -> str | None:

@@ -127,7 +127,9 @@ def _show_examples(
         how = "is green" if marks is None else f"stands between {marks[0]} and {marks[1]}"
         about = f"{format_count(len(examples), 'example row')}; what is trained {how}"
         if any(fit(piece, example, control) != piece.text for example in examples for piece in example.pieces):
-            about += f". Long turns are shortened; a system message is shown whole up to {_SYSTEM_WHOLE:,} characters"
+            about += (
+                f". Long turns are shortened; a system message is shown completely up to {_SYSTEM_WHOLE:,} characters"
+            )
         text.append(f"{wrap(about, width)}\n", "bold")
     for example in examples:
         about = f"{example.tokens:,} tokens, {example.trained_tokens:,} trained"
@@ -204,14 +206,14 @@ def _bars(bins: list[Bin], width: int) -> list[str]:
     bins = [bin for bin in bins if bin.rows]
     if len(bins) < 2:
         return []
-    most = max(bin.rows for bin in bins)
+    largest = max(bin.rows for bin in bins)
     labels = [f"{bin.start:,}" + (f" to {bin.end - 1:,}" if bin.end - bin.start > 1 else "") for bin in bins]
     longest = max(map(len, labels))
-    bar = max(min(_BAR, width - longest - len(f"   {most:,}")), 10)
+    bar = max(min(_BAR, width - longest - len(f"   {largest:,}")), 10)
     return [
         "histogram of row lengths (tokens):",
         *(
-            f"{label:>{longest}}  {'█' * -(-bin.rows * bar // most)} {bin.rows:,}"
+            f"{label:>{longest}}  {'█' * -(-bin.rows * bar // largest)} {bin.rows:,}"
             for label, bin in zip(labels, bins, strict=True)
         ),
     ]

@@ -1,4 +1,4 @@
-"""System gain in every evaluation: measured on some validation rows, logged with the loss, and kept by groups."""
+"""System gain in every evaluation: measured on some validation rows, logged with the loss, recorded by groups."""
 
 import json
 import math
@@ -18,18 +18,18 @@ if TYPE_CHECKING:  # importing them takes seconds, and `--check` needs no more o
     from train.system_gain.variants import Variants
 
 FILE = "system_gain.jsonl"
-"""In output_dir: a line an evaluation, with the figures of each group."""
+"""In output_dir: a line per evaluation, with the figures of each group."""
 
 
 class ValidationGain:
-    """Measures the model of a run on `rows`, as many tokens at a time as an evaluation takes; without any, nothing."""
+    """Measurement of a run's model on `rows`, in batches as large as those of the evaluation; none without rows."""
 
     def __init__(self, recipe: Recipe, rows: "Sequence[Variants]", sequences_per_batch: int) -> None:
         self._rows, self._seed = rows, recipe.seed
         self._path = Path(recipe.output_dir) / FILE
         self._tokens_per_batch = sequences_per_batch * recipe.data.max_length
         self.answers = sum(len(variant) for row in rows for variant in row.all)
-        """Return the number of answers that a measurement scores, each under one message."""
+        """Number of answers that a measurement scores, each under one message."""
 
     def measure(
         self,
@@ -39,13 +39,16 @@ class ValidationGain:
         prefix: str,
         on_progress: Callable[[int], None] | None = None,
     ) -> Mapping[str, float]:
-        """The figures by name. All processes must call it, and get the same; NaN where a likelihood isn't finite."""
+        """Return the figures by name: the same on all processes, which must all call it.
+
+        They are NaN, with a warning, if a likelihood isn't finite.
+        """
         if not self._rows:
             return {}
         from train.system_gain.metric import MEASURES, system_gain  # imports the modelling code of transformers
 
         try:
-            found = system_gain(
+            gain = system_gain(
                 model,
                 self._rows,
                 accelerator,
@@ -53,29 +56,29 @@ class ValidationGain:
                 seed=self._seed,
                 on_progress=on_progress,
             )
-        except UserError as fault:  # a run doesn't end for a figure that it can do without
+        except UserError as error:  # a figure that can't be measured is no reason to end a run
             if is_first_rank():
-                print(f"warning: {fault}", flush=True)
+                print(f"warning: {error}", flush=True)
             return dict.fromkeys([f"{prefix}_system_{name}" for name in MEASURES], math.nan)
         if is_first_rank():
-            self._keep({"step": step, **found.record()})
-        return found.metrics(f"{prefix}_")
+            self._record({"step": step, **gain.record()})
+        return gain.metrics(f"{prefix}_")
 
-    def _keep(self, record: dict[str, Any]) -> None:
-        """Write a line after those of earlier steps, and of this run alone, as metrics.jsonl has it.
+    def _record(self, record: dict[str, Any]) -> None:
+        """Append a line to those of earlier steps of this run.
 
-        What a run wrote after the checkpoint that it goes on from is measured again, and a run that starts anew in the
-        folder of another has nothing of that one.
+        Lines after the checkpoint that a run resumes from are replaced, as those steps are measured again. A run that
+        starts from the beginning in the folder of another keeps none of its lines.
         """
         try:
-            kept = [line for line in self._earlier() if line["step"] < record["step"]]
+            earlier = [line for line in self._earlier() if line["step"] < record["step"]]
             with atomic_write(self._path) as [unfinished]:  # a full disk must not cost the lines that were there
-                write_text(unfinished, "".join(json.dumps(line) + "\n" for line in [*kept, record]))
-        except OSError as fault:
-            print(f"warning: {self._path} can't be written: {fault.strerror}", flush=True)
+                write_text(unfinished, "".join(json.dumps(line) + "\n" for line in [*earlier, record]))
+        except OSError as error:
+            print(f"warning: {self._path} can't be written: {error.strerror}", flush=True)
 
     def _earlier(self) -> list[dict[str, Any]]:
-        """The lines that are there, of the steps whose gain metrics.jsonl has, too; all where there is none."""
+        """Return the lines in the file whose steps metrics.jsonl has a gain of; all without a metrics.jsonl."""
         lines = read_json_lines(self._path) if self._path.is_file() else []
         metrics = self._path.with_name("metrics.jsonl")
         if not metrics.is_file():

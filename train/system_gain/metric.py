@@ -1,4 +1,4 @@
-"""System gain: how much a model listens to the system message, without a judge and without generating anything.
+"""System gain: how far a model follows the system message, measured without a judge and without generation.
 
 For a row of instruction x, system message s and reference answer y, and other messages s'_1 .. s'_K (see
 `train.system_gain.variants`), with L(y | s, x) = the sum of ln p over the trained tokens of y, under the template and
@@ -7,25 +7,27 @@ policy that the model is trained with:
     gain                = mean over k of  (L(y | s, x) - L(y | s'_k, x)) / tokens of y       nats per token
     preference accuracy = mean over k of  [L(y | s, x) > L(y | s'_k, x)], a tie counting half
 
-and the same over no system message at all: what the model is given where a row has none, which under some templates is
-a default of their own. Figures are means over rows; each has a 95 % interval and the p of a test against no effect
-(gain 0, accuracy one half), both over instructions (`train.resampling`). The many groups are tested one by one: of
-twenty without an effect one has p < 0.05.
+and the same over no system message: the prompt of a row without one, which some templates render with a default.
+Figures are means over rows. Each has a 95 % interval and the p of a test against no effect (gain 0, accuracy one half),
+both over instructions (`train.resampling`). The groups are tested separately: of twenty without an effect one has
+p < 0.05.
 
-y's tokens are the same under each message but where a template joins them to what stands before; then sums are still
-compared and the tokens under its own message divide, and `other_tokens` says how many rows there were.
+The tokens of y are the same under each message, unless a template joins them with the text before. Then sums are still
+compared, divided by the number of tokens under the row's own message, and `other_tokens` counts such rows.
 
-What it can't see:
+Limits:
+
 - It scores the reference answer, not what the model would write. A model can find the right answer likelier and still
-  write another; the gain is a necessary sign, not an obeyed message (`scripts/evaluate.py rules` counts those).
-- Words that s and y share give a gain (a message that says "Ahoy" makes "Ahoy" likely), style as much as substance.
-- It is a mean over tokens, and mostly the first ones of an answer tell which message it follows: a long answer has a
-  small gain, one of a word or two a large one, and each counts as one row. Compare gains over the same rows only; the
+  write another: a gain is necessary for following a message, but not sufficient (`scripts/evaluate.py rules` counts
+  followed messages).
+- Words that s and y share give a gain (a message that says "Ahoy" makes "Ahoy" likely), in style as in substance.
+- It is a mean over tokens, and mostly the first ones of an answer depend on the message: a long answer has a small
+  gain, one of a word or two a large one, and each counts as one row. Compare gains over the same rows only. The
   accuracy doesn't depend on length in this way.
 - Two messages that ask for the same thing have no gain over one another, whatever the model does.
-- Over no message, any text that fits the domain helps, and many models have seldom seen none: the gain over others is
-  the stricter one. With siblings it is fair to both: each answer is scored under each message. Other rows' messages may
-  differ from s in subject too, which makes the gain larger: the two kinds shouldn't be compared.
+- Over no message, any text of the right domain helps, and many models have rarely seen prompts without one: the gain
+  over other messages is the stricter figure. With siblings each answer is scored under each message. Messages of other
+  rows may differ from s in subject too, which makes the gain larger: don't compare the two kinds.
 
 In bfloat16 a row's gain is off by some hundredths of a nat per token (root mean square 0.026 on 30 held-out rows of the
 quickstart, against float32), which mostly cancels in the mean (0.003 there).
@@ -52,7 +54,7 @@ from train.resampling import (
     estimate_means,
     explain_missing_intervals,
 )
-from train.system_gain.log_likelihood import log_likelihoods
+from train.system_gain.log_likelihood import compute_log_likelihoods
 from train.system_gain.variants import Label, Variants
 
 if TYPE_CHECKING:
@@ -66,13 +68,13 @@ _BOUNDS_OF_CHANGE: tuple[Bounds, ...] = (None, DIFFERENCE_BOUNDS, None, DIFFEREN
 
 
 class Scores(Protocol):
-    """Sums of log-probabilities that were computed before, and where further ones are kept."""
+    """A store of sums of log-probabilities."""
 
     def find(self, row: EncodedRow) -> float | None:
-        """The sum of a row, if it was computed."""
+        """Return the sum of a row, or None if it isn't stored."""
 
     def add(self, rows: Sequence[EncodedRow], scores: Sequence[float]) -> None:
-        """Keep those of further rows."""
+        """Store the sums of further rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +89,19 @@ class Figures:
     accuracy_over_none: Estimate
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the figures as JSON."""
         measures = {name: getattr(self, name).record() for name in MEASURES}
         return {"rows": self.rows, "instructions": self.instructions, **measures}
 
 
 @dataclass(frozen=True, eq=False)
 class SystemGain:
-    """What was measured.
+    """Result of a measurement.
 
-    `values`: the four `MEASURES` of each row [rows, 4]. `groups`: of each label that some, not all, rows have.
+    - `overall`: figures of all rows; `groups`: of the rows of each label that some, but not all, rows have;
+    - `values`: the four `MEASURES` of each row, [rows, 4]; `instructions`: number of each row's instruction, [rows];
+    - `with_siblings`: rows scored under the messages of siblings; `other_tokens`: rows whose answer has other tokens
+      under another message.
     """
 
     overall: Figures
@@ -108,17 +113,20 @@ class SystemGain:
     other_tokens: int
 
     def metrics(self, prefix: str = "eval_") -> dict[str, float]:
-        """The overall figures flat, as a trainer logs them."""
-        found: dict[str, float] = {}
+        """Return the overall figures by name, as a trainer logs them."""
+        metrics: dict[str, float] = {}
         for measure in MEASURES:
             estimate: Estimate = getattr(self.overall, measure)
             name = f"{prefix}system_{measure}"
             bounds = {"_low": estimate.low, "_high": estimate.high, "_p": estimate.p}
-            found |= {name: estimate.mean, **{name + end: value for end, value in bounds.items() if value is not None}}
-        return found
+            metrics |= {
+                name: estimate.mean,
+                **{name + end: value for end, value in bounds.items() if value is not None},
+            }
+        return metrics
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the result as JSON."""
         return {
             "overall": self.overall.record(),
             "groups": [{"of": of, "is": value, **figures.record()} for (of, value), figures in self.groups.items()],
@@ -127,9 +135,10 @@ class SystemGain:
         }
 
     def change_from(self, before: "SystemGain", *, seed: int = 0) -> dict[Label | None, Figures]:
-        """Of each row this minus `before`, which measured the same rows: overall (None) and of each group.
+        """Return this minus `before`, paired by row: overall (None) and of each group.
 
-        Pairs of rows leave much less to chance than two intervals that may overlap.
+        Paired differences are much more precise than a comparison of two intervals. Raises ValueError if `before`
+        measured other rows.
         """
         if self.values.shape != before.values.shape or not np.array_equal(self.instructions, before.instructions):
             raise ValueError("the two were measured on other rows")
@@ -149,43 +158,46 @@ def system_gain(
     scores: Scores | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> SystemGain:
-    """Measure `model` on `rows`; `accelerator`, `tokens_per_batch` and `on_progress` as of `log_likelihoods`.
+    """Measure `model` on `rows`.
 
-    `scores` keeps what is computed, and what it holds isn't computed again.
+    - `accelerator`, `tokens_per_batch`, `on_progress`: as of `compute_log_likelihoods`. All processes of the
+      accelerator must call it with the same rows, and get the same result;
+    - `scores`: a store of sums, which are not computed again.
 
-    All processes of the accelerator must call it with the same rows, and get the same.
-    Raises UserError where there is no row, or where a likelihood isn't finite.
+    Raises UserError if there is no row, or if a likelihood isn't finite.
     """
     if not rows:
-        raise UserError("system gain: no row is left that has a system message, an answer and another message.")
+        raise UserError("system gain: no row has a system message, an answer and another message.")
     pieces = [piece for row in rows for variant in row.all for piece in variant]
-    known = {place: score for place, piece in enumerate(pieces) if scores and (score := scores.find(piece)) is not None}
+    cached = {
+        index: score for index, piece in enumerate(pieces) if scores and (score := scores.find(piece)) is not None
+    }
 
-    def keep(places: Sequence[int], sums: Sequence[float]) -> None:
+    def store(batch: Sequence[int], sums: Sequence[float]) -> None:
         if scores:
-            scores.add([pieces[place] for place in places], sums)
+            scores.add([pieces[index] for index in batch], sums)
 
-    if on_progress and known:
-        on_progress(len(known))
-    found = log_likelihoods(
+    if on_progress and cached:
+        on_progress(len(cached))
+    log_likelihoods = compute_log_likelihoods(
         model,
         pieces,
         accelerator,
         tokens_per_batch=tokens_per_batch,
-        known=known,
+        cached=cached,
         on_progress=on_progress,
-        on_scored=keep,
+        on_scored=store,
     )
-    sums = iter(found.tolist())
+    sums = iter(log_likelihoods.tolist())
     values = np.empty((len(rows), len(MEASURES)))
     for number, row in enumerate(rows):
         own, *others, none = (sum(next(sums) for _ in variant) for variant in row.all)
-        values[number] = of_row(own, others, none, row.tokens)
+        values[number] = measure_row(own, others, none, row.tokens)
     broken = np.flatnonzero(~np.isfinite(values).all(1))
     if len(broken):
         raise UserError(
             f"system gain: {rows[int(broken[0])].place}: the model gives its answer no finite likelihood "
-            f"({len(broken)} of {len(rows)} rows). Its weights or its dtype are at fault: try float32."
+            f"({len(broken)} of {len(rows)} rows). Check its weights, or try float32."
         )
     instructions = np.array([row.instruction for row in rows])
     labels = [row.labels for row in rows]
@@ -203,8 +215,8 @@ def system_gain(
     )
 
 
-def of_row(own: float, others: Sequence[float], none: float, tokens: int) -> tuple[float, float, float, float]:
-    """The four measures of one row, from its sums of log-probabilities."""
+def measure_row(own: float, others: Sequence[float], none: float, tokens: int) -> tuple[float, float, float, float]:
+    """Return the four measures of one row from its sums of log-probabilities."""
     gains = [(own - other) / tokens for other in [*others, none]]
     likelier = [0.5 if gain == 0 else float(gain > 0) for gain in gains]
     return float(np.mean(gains[:-1])), float(np.mean(likelier[:-1])), gains[-1], likelier[-1]
@@ -219,18 +231,18 @@ def _figures(
     seed: int,
     **options: int,
 ) -> dict[Label | None, Figures]:
-    """The figures of all rows (None) and of those of each label, the labels that all rows have left out."""
+    """Return the figures of all rows (None) and of the rows of each label, except labels that all rows have."""
     counts = Counter(label for of_row in labels for label in of_row)
-    found: dict[Label | None, Figures] = {}
+    figures: dict[Label | None, Figures] = {}
     for label in [None, *sorted(label for label, count in counts.items() if count < len(labels))]:
         chosen = np.array([label is None or label in of_row for of_row in labels])
         measured = estimate_means(values[chosen], instructions[chosen], no_effect, bounds, seed=seed, **options)
-        found[label] = Figures(int(chosen.sum()), len(np.unique(instructions[chosen])), *measured)
-    return found
+        figures[label] = Figures(int(chosen.sum()), len(np.unique(instructions[chosen])), *measured)
+    return figures
 
 
-def markdown(measured: Mapping[str, SystemGain], change: Mapping[Label | None, Figures] | None = None) -> str:
-    """A table of one model or several (name -> figures) on the same rows, and of the change where it is given."""
+def render_table(measured: Mapping[str, SystemGain], change: Mapping[Label | None, Figures] | None = None) -> str:
+    """Return a Markdown table of models (name -> figures) on the same rows, with a column for the change, if given."""
     first = next(iter(measured.values()))
     lines = ["|  | " + " | ".join(measured) + (" | change |" if change else " |"), "|---" * (len(measured) + 1) + "|"]
     lines[1] += "---|" if change else ""
@@ -241,18 +253,18 @@ def markdown(measured: Mapping[str, SystemGain], change: Mapping[Label | None, F
         "accuracy_over_none": "preference accuracy over no message",
     }
     for measure, title in titles.items():
-        cells = [_cell(getattr(one.overall, measure), measure) for one in measured.values()]
+        cells = [_cell(getattr(gain.overall, measure), measure) for gain in measured.values()]
         cells += [_cell(getattr(change[None], measure), measure, signed=True)] if change else []
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     overall = first.overall
     of = f"{format_count(overall.rows, 'row')} of {format_count(overall.instructions, 'instruction')}"
     lines += ["", f"{of}; 95 % intervals over instructions, and p against no effect (sign flips)."]
     if first.groups:
-        lines += ["", "Gain over other messages, by what the data says:", ""]
+        lines += ["", "Gain over other messages, by label:", ""]
         lines += ["| of | is | rows | " + " | ".join(measured) + (" | change |" if change else " |")]
         lines += ["|---" * (len(measured) + 3 + bool(change)) + "|"]
         for label, figures in first.groups.items():
-            cells = [_cell(one.groups[label].gain, "gain") for one in measured.values()]
+            cells = [_cell(gain.groups[label].gain, "gain") for gain in measured.values()]
             cells += [_cell(change[label].gain, "gain", signed=True)] if change else []
             of, value = (text.replace("|", "\\|").replace("\n", " ") for text in label)
             lines.append(f"| {of} | {value} | {figures.rows:,} | " + " | ".join(cells) + " |")

@@ -1,4 +1,4 @@
-"""The validation rows that system gain is measured on in training: found once, and kept on disk with their messages."""
+"""The validation rows that system gain is measured on in training, selected once and cached with their messages."""
 
 import json
 from collections import Counter
@@ -9,7 +9,7 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from train.data.cache import cache_key, get_or_build
-from train.data.prepare import Prepared
+from train.data.prepared_data import PreparedData
 from train.data.sources.formats import Conversation
 from train.data.tokens.source import cache_folder
 from train.data.tokens.workers import RowTokenizer
@@ -18,22 +18,23 @@ from train.progress import progress_bar
 from train.recipe import Recipe
 from train.recipe.conflicts import is_gain_metric
 from train.system_gain.variants import (
-    Chosen,
     LabelledConversation,
+    SelectedRow,
     VariantRows,
-    choose,
-    encode,
+    encode_variants,
     read_labelled_conversations,
+    select_rows,
 )
 
 _FILE = "rows.json"
 
 
-def load_gain_rows(recipe: Recipe, data: Prepared, tokenizer: PreTrainedTokenizerBase) -> VariantRows | None:
-    """Rows of the validation data under their own system message, under others and under none; None without any.
+def load_gain_rows(recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> VariantRows | None:
+    """Return rows of the validation data under their own system message, under others and under none.
 
-    The sources are read for them once; other processes and later starts find the texts in the cache. The tokenizer
-    holds the template with its generation marks. Raises UserError where the cache can't be written.
+    None without validation data, or if the recipe measures no rows. The sources are read once; other processes and
+    later starts find the texts in the cache. The tokenizer must have the template with its generation marks.
+    Raises UserError if the cache can't be written.
     """
     if data.validation is None or not recipe.system_gain.rows:
         return None
@@ -49,66 +50,65 @@ def load_gain_rows(recipe: Recipe, data: Prepared, tokenizer: PreTrainedTokenize
     )
 
     def build(folder: Path) -> dict[str, Any]:
-        made = VariantRows([])
+        variants = VariantRows([])
         section = recipe.data
-        share = isinstance(section.validation, float)
-        sources = section.sources if share else section.validation
-        rows = read_labelled_conversations(sources, places=frozenset(places), allow_pickle=section.allow_pickle)  # type: ignore[arg-type]
-        chosen = choose(rows, made, others=settings.others, limit=settings.rows, seed=recipe.seed)
-        texts = [_as_json(one) for one in chosen]
-        (folder / _FILE).write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
-        return {"rows": len(chosen), "left_out": made.left_out, "examples": made.examples}
+        sources = section.validation if isinstance(section.validation, tuple) else section.sources
+        rows = read_labelled_conversations(sources, places=frozenset(places), allow_pickle=section.allow_pickle)
+        selected = select_rows(rows, variants, others=settings.others, limit=settings.rows, seed=recipe.seed)
+        texts = json.dumps([_to_json(row) for row in selected], ensure_ascii=False)
+        (folder / _FILE).write_text(texts, encoding="utf-8")
+        return {"rows": len(selected), "left_out": variants.dropped, "examples": variants.examples}
 
-    with progress_bar("choosing rows for system gain", unit="rows") as choosing:
-        entry = get_or_build(cache_folder(recipe), key, build, choosing)
-    made = VariantRows([], Counter(entry.facts["left_out"]), dict(entry.facts["examples"]))
-    kept = json.loads((entry.folder / _FILE).read_text(encoding="utf-8"))
-    rows = RowTokenizer(tokenizer, recipe.chat.train_on, recipe.chat.control_tokens_in_text)
-    encode([_from_json(one) for one in kept], rows, made, max_length=recipe.data.max_length)
-    return made
+    with progress_bar("choosing rows for system gain", unit="rows") as bar:
+        entry = get_or_build(cache_folder(recipe), key, build, bar)
+    variants = VariantRows([], Counter(entry.facts["left_out"]), dict(entry.facts["examples"]))
+    selected = [_from_json(row) for row in json.loads((entry.folder / _FILE).read_text(encoding="utf-8"))]
+    row_tokenizer = RowTokenizer(tokenizer, recipe.chat.train_on, recipe.chat.control_tokens_in_text)
+    encode_variants(selected, row_tokenizer, variants, max_length=recipe.data.max_length)
+    return variants
 
 
-def describe_gain(made: VariantRows | None) -> str | None:
-    """What is measured, in words; None where there is nothing to measure on or it wasn't asked for."""
-    if made is None:
+def describe_gain(variants: VariantRows | None) -> str | None:
+    """Return a sentence on the rows that are measured; None if the recipe measures none."""
+    if variants is None:
         return None
-    if not made.rows:
-        return f"not measured: {_why_not(made)}"
-    siblings = sum(row.siblings for row in made.rows)
-    whose = "other messages of the same instruction" if siblings else "other rows' messages"
-    if 0 < siblings < len(made.rows):
-        whose += f" (where there is none, {len(made.rows) - siblings:,}, other rows')"
-    return f"measured at each evaluation on {format_count(len(made.rows), 'validation row')}, against {whose}"
+    if not variants.rows:
+        return f"not measured: {_drop_reasons(variants)}"
+    siblings = sum(row.siblings for row in variants.rows)
+    others = "other messages of the same instruction" if siblings else "other rows' messages"
+    if 0 < siblings < len(variants.rows):
+        others += f" (where there is none, {len(variants.rows) - siblings:,}, other rows')"
+    return f"measured at each evaluation on {format_count(len(variants.rows), 'validation row')}, against {others}"
 
 
-def gain_metric_error(recipe: Recipe, made: VariantRows | None) -> str | None:
-    """Why the best checkpoint can't be found as the recipe asks, or None."""
+def gain_metric_error(recipe: Recipe, variants: VariantRows | None) -> str | None:
+    """Return an error if `metric_for_best_model` is a gain that can't be measured; else None."""
     metric = recipe.training.get("metric_for_best_model")
-    if not is_gain_metric(metric) or (made is not None and made.rows):
+    if not is_gain_metric(metric) or (variants is not None and variants.rows):
         return None
-    why = "system_gain.rows is 0" if made is None else _why_not(made)
-    return f"training.metric_for_best_model: {metric} can't be measured: {why}. Write eval_loss, or mend that."
+    reason = "system_gain.rows is 0" if variants is None else _drop_reasons(variants)
+    return f"training.metric_for_best_model: {metric} can't be measured: {reason}. Write eval_loss, or correct that."
 
 
-def _why_not(made: VariantRows) -> str:
-    return "; ".join(f"{kind} ({format_count(count, 'row')})" for kind, count in made.left_out.items()) or "no row"
+def _drop_reasons(variants: VariantRows) -> str:
+    return "; ".join(f"{kind} ({format_count(count, 'row')})" for kind, count in variants.dropped.items()) or "no row"
 
 
-def _as_json(chosen: Chosen) -> dict[str, Any]:
-    conversation = chosen.row.conversation
+def _to_json(selected: SelectedRow) -> dict[str, Any]:
+    conversation = selected.row.conversation
     return {
         "messages": conversation.messages,
         "tools": conversation.tools,
         "template_kwargs": conversation.template_kwargs,
         "place": conversation.place,
-        "labels": chosen.row.labels,
-        "instruction": chosen.instruction,
-        "others": chosen.others,
-        "siblings": chosen.siblings,
+        "labels": selected.row.labels,
+        "instruction": selected.instruction,
+        "others": selected.others,
+        "siblings": selected.siblings,
     }
 
 
-def _from_json(kept: dict[str, Any]) -> Chosen:
-    conversation = Conversation(kept["messages"], kept["tools"], kept["place"], kept["template_kwargs"])
-    labels = tuple((of, value) for of, value in kept["labels"])
-    return Chosen(LabelledConversation(conversation, labels), kept["instruction"], kept["others"], kept["siblings"])
+def _from_json(row: dict[str, Any]) -> SelectedRow:
+    conversation = Conversation(row["messages"], row["tools"], row["place"], row["template_kwargs"])
+    labels = tuple((name, value) for name, value in row["labels"])
+    return SelectedRow(LabelledConversation(conversation, labels), row["instruction"], row["others"], row["siblings"])

@@ -1,9 +1,9 @@
-"""Conversations as system gain needs them: each under its own system message, under others, and under none.
+"""Variants of conversations for system gain: under their own system message, under others, and under none.
 
-The answers stay as they are; only the system message that a conversation begins with is another one, or is left out.
-What is said in the user's and the tools' turns is the instruction; conversations that share it (and the tools) are
-siblings. The other messages are those of the siblings, as Multifaceted Collection has them, where there are any; else
-they are drawn by the seed from other rows. No message is another's equal, blanks at the ends aside.
+Only the leading system message changes; the answers stay. The turns of user and tools are the instruction, and
+conversations with the same instruction (and tools) are siblings. The other messages are those of the siblings, as in
+Multifaceted Collection, if there are any, else messages of other rows drawn by the seed. All messages of a row differ,
+apart from white space at their ends.
 """
 
 import json
@@ -22,18 +22,18 @@ from train.data.tokens.workers import RowTokenizer
 from train.recipe import Source
 
 Label = tuple[str, str]
-"""What a figure can be told apart by, and the value of it: ("rule", "bullet_points")."""
+"""A property that figures are grouped by, and its value: ("rule", "bullet_points")."""
 
 LABEL_COLUMNS = ("main_source", "original_source", "source", "rule", "held_out")
-"""Columns whose text is a label; those that the row has none of, or no text in, give none."""
+"""Columns whose text is a label, if the row has one."""
 
-_AT_A_TIME = 512
-"""Conversations tokenized in one go: the tokenizer uses all cores, and the texts don't pile up."""
+_CHUNK = 512
+"""Conversations tokenized at once: enough for all cores, and few enough to hold their texts."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledConversation:
-    """A conversation, and what the data says that it belongs to."""
+    """A conversation, and its labels in the data."""
 
     conversation: Conversation
     labels: tuple[Label, ...] = ()
@@ -43,8 +43,9 @@ class LabelledConversation:
 class Variants:
     """One row's answers under several system messages, tokenized.
 
-    `own`, each of `others` and `none`: mostly one piece each; several where the template rewrites earlier turns.
-    `instruction`: the number that siblings share. `siblings`: whether `others` are theirs.
+    - `own`, each of `others`, `none`: usually one piece; several if the template rewrites earlier turns;
+    - `instruction`: a number that siblings share;
+    - `siblings`: whether `others` are the messages of siblings.
     """
 
     place: str
@@ -57,42 +58,42 @@ class Variants:
 
     @property
     def all(self) -> list[list[EncodedRow]]:
-        """Under its own message, under the others, under none."""
+        """Pieces under the row's own message, under the others, and under none."""
         return [self.own, *self.others, self.none]
 
     @property
     def tokens(self) -> int:
-        """How many tokens of the answers are trained, under the row's own message."""
-        return sum(trained_tokens(piece) for piece in self.own)
+        """Number of trained tokens under the row's own message."""
+        return sum(count_trained_tokens(piece) for piece in self.own)
 
     @property
     def same_answer(self) -> bool:
-        """Whether the answers are the same tokens under every message; a token at a template's border may differ."""
+        """Whether the answers have the same tokens under every message; a token at a template's border may differ."""
         answers = [np.concatenate([answer_ids(piece) for piece in pieces]) for pieces in self.all]
         return all(np.array_equal(answers[0], answer) for answer in answers[1:])
 
 
 @dataclass(frozen=True, slots=True)
 class VariantRows:
-    """The rows that can be measured, and why the others can't: kind of fault -> how many, and the first of each."""
+    """Rows that can be measured. `dropped`: the others by reason; `examples`: the first of each reason."""
 
     rows: list[Variants]
-    left_out: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
 
-    def leave_out(self, place: str, kind: str, detail: str = "") -> None:
-        """Count one more."""
-        self.left_out[kind] += 1
-        self.examples.setdefault(kind, f"{place}: {detail}" if detail else place)
+    def drop(self, place: str, reason: str, detail: str = "") -> None:
+        """Count a row that can't be measured."""
+        self.dropped[reason] += 1
+        self.examples.setdefault(reason, f"{place}: {detail}" if detail else place)
 
 
-def trained_tokens(piece: EncodedRow) -> int:
-    """How many of its tokens are learnt."""
+def count_trained_tokens(piece: EncodedRow) -> int:
+    """Return the number of trained tokens."""
     return int((piece.trained[:, 1] - piece.trained[:, 0]).sum())
 
 
 def answer_ids(piece: EncodedRow) -> np.ndarray:
-    """The tokens that are learnt."""
+    """Return the ids of the trained tokens."""
     return np.concatenate([piece.ids[start:end] for start, end in piece.trained.tolist()] or [piece.ids[:0]])
 
 
@@ -103,36 +104,38 @@ def read_labelled_conversations(
     places: Container[str] | None = None,
     allow_pickle: bool = False,
 ) -> list[LabelledConversation | tuple[str, RowError]]:
-    """Every row of `sources` with its labels, or the place and fault of one that is no conversation.
+    """Read every row of `sources` with its labels; a bad row gives its place and error.
 
-    `columns`: further columns whose text is a label. Of several sources each is a label too. `places`: take the rows
-    that stand there alone. Raises UserError.
+    - `columns`: further columns whose text is a label. With several sources each is a label too;
+    - `places`: read only the rows at these places.
+
+    Raises UserError if a source can't be read.
     """
     rows: list[LabelledConversation | tuple[str, RowError]] = []
     columns = (*LABEL_COLUMNS, *columns)
     for source in sources:
         opened = open_source(source, allow_pickle)
-        of_source: tuple[Label, ...] = (("data", source.path),) if len(sources) > 1 else ()
+        source_label: tuple[Label, ...] = (("data", source.path),) if len(sources) > 1 else ()
         chunks, format = chunks_and_format(source, opened)
         for number, chunk in chunks:
-            for place, row in chunk.rows():
-                whole_place = opened.files[number] + place
-                if places is not None and whole_place not in places:
+            for place_in_file, row in chunk.rows():
+                place = opened.files[number] + place_in_file
+                if places is not None and place not in places:
                     continue
                 try:
                     if isinstance(row, RowError):
                         raise row
-                    conversation = read_row(row, format, whole_place, ignore=source.ignore)
-                    rows.append(LabelledConversation(conversation, of_source + labels_of(row, columns)))
-                except RowError as fault:
-                    rows.append((whole_place, fault))
+                    conversation = read_row(row, format, place, ignore=source.ignore)
+                    rows.append(LabelledConversation(conversation, source_label + read_labels(row, columns)))
+                except RowError as error:
+                    rows.append((place, error))
     return rows
 
 
-def labels_of(row: RawRow, columns: Iterable[str] = LABEL_COLUMNS) -> tuple[Label, ...]:
-    """What the columns of a row say that it belongs to; of a Janus row also the dimensions of its preference set.
+def read_labels(row: RawRow, columns: Iterable[str] = LABEL_COLUMNS) -> tuple[Label, ...]:
+    """Return the labels in the columns of a row; of a Janus row also the dimensions of its preference set.
 
-    A label of a dimension is ("style", "conciseness"): its sub-dimension. What isn't as expected gives no label.
+    The label of a dimension is its sub-dimension: ("style", "conciseness"). Values of other types give no label.
     """
     labels = [(column, row[column]) for column in columns if isinstance(row.get(column), str) and row[column]]
     preferences = row.get("preference_set")
@@ -150,11 +153,8 @@ def labels_of(row: RawRow, columns: Iterable[str] = LABEL_COLUMNS) -> tuple[Labe
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
-    """A row that is to be measured, and the other messages that its answers are to be scored under.
-
-    `instruction`, `siblings`: as of `Variants`.
-    """
+class SelectedRow:
+    """A row to measure, and other messages to score its answers under. `instruction`, `siblings`: as of Variants."""
 
     row: LabelledConversation
     instruction: int
@@ -171,106 +171,111 @@ def make_variants(
     max_length: int | None = None,
     seed: int = 0,
 ) -> VariantRows:
-    """Each row under its own system message, up to `others` others, and none.
+    """Make the variants of each row: under its own system message, up to `others` others, and none.
 
-    `limit`: at most so many rows, drawn by the seed; messages are still taken from all. `max_length`: a row that has
-    more tokens under any of its messages is left out. Rows without a system message, those that can't be tokenized as
-    they would be for training, and those for which there is no other message are left out and counted.
+    - `limit`: maximum number of rows, drawn by the seed; their other messages come from all rows;
+    - `max_length`: rows with more tokens under any of their messages are dropped.
+
+    Rows are dropped, and counted, if they have no system message, can't be tokenized as for training, or if there is no
+    other message.
     """
-    made = VariantRows([])
-    encode(choose(rows, made, others=others, limit=limit, seed=seed), tokenizer, made, max_length=max_length)
-    return made
+    variants = VariantRows([])
+    selected = select_rows(rows, variants, others=others, limit=limit, seed=seed)
+    encode_variants(selected, tokenizer, variants, max_length=max_length)
+    return variants
 
 
-def choose(
+def select_rows(
     rows: Sequence[LabelledConversation | tuple[str, RowError]],
-    made: VariantRows,
+    variants: VariantRows,
     *,
     others: int = 2,
     limit: int | None = None,
     seed: int = 0,
-) -> list[Chosen]:
-    """The rows to measure, with others' messages; `made` counts those that are left out."""
-    asked: list[tuple[LabelledConversation, int]] = []
-    siblings: dict[int, list[str]] = defaultdict(list)
+) -> list[SelectedRow]:
+    """Select the rows to measure, with other messages; `variants` counts the dropped ones."""
+    candidates: list[tuple[LabelledConversation, int]] = []
+    sibling_messages: dict[int, list[str]] = defaultdict(list)
     numbers: dict[str, int] = {}
     for row in rows:
         if not isinstance(row, LabelledConversation):
-            made.leave_out(row[0], row[1].kind, row[1].detail)
+            variants.drop(row[0], row[1].kind, row[1].detail)
             continue
-        system, _ = split_system(row.conversation.messages)
+        system, _ = split_system_message(row.conversation.messages)
         if not system:
-            made.leave_out(row.conversation.place, "no system message")
+            variants.drop(row.conversation.place, "no system message")
             continue
         number = numbers.setdefault(_instruction(row.conversation), len(numbers))
-        siblings[number].append(system)
-        asked.append((row, number))
-    messages = {number: list(dict.fromkeys(texts)) for number, texts in siblings.items()}
-    everyone = list(dict.fromkeys(text for texts in messages.values() for text in texts))
-    places = range(len(asked))
-    if limit is not None and limit < len(asked):
-        places = sorted(random.Random(f"limit {seed}").sample(range(len(asked)), limit))  # type: ignore[assignment]
-    chosen: list[Chosen] = []
-    for place in places:
-        row, number = asked[place]
-        own, _ = split_system(row.conversation.messages)
-        chance = random.Random(f"{seed} {place}")  # of its own: the same whatever other rows are asked
+        sibling_messages[number].append(system)
+        candidates.append((row, number))
+    messages = {number: list(dict.fromkeys(texts)) for number, texts in sibling_messages.items()}
+    all_messages = list(dict.fromkeys(text for texts in messages.values() for text in texts))
+    indices = range(len(candidates))
+    if limit is not None and limit < len(candidates):
+        indices = sorted(random.Random(f"limit {seed}").sample(range(len(candidates)), limit))  # type: ignore[assignment]
+    selected: list[SelectedRow] = []
+    for index in indices:
+        row, number = candidates[index]
+        own, _ = split_system_message(row.conversation.messages)
+        rng = random.Random(f"{seed} {index}")  # one per row, so that a draw doesn't depend on the other rows drawn
         of_siblings = [text for text in messages[number] if text != own]
-        found = chance.sample(of_siblings, min(others, len(of_siblings))) or _drawn(everyone, own, others, chance)
-        if not found:
-            made.leave_out(row.conversation.place, "no other system message in the data")
+        drawn = rng.sample(of_siblings, min(others, len(of_siblings))) or _draw_others(all_messages, own, others, rng)
+        if not drawn:
+            variants.drop(row.conversation.place, "no other system message in the data")
             continue
-        chosen.append(Chosen(row, number, found, bool(of_siblings)))
-    return chosen
+        selected.append(SelectedRow(row, number, drawn, bool(of_siblings)))
+    return selected
 
 
-def encode(
-    chosen: Sequence[Chosen], tokenizer: RowTokenizer, made: VariantRows, *, max_length: int | None = None
+def encode_variants(
+    selected: Sequence[SelectedRow], tokenizer: RowTokenizer, variants: VariantRows, *, max_length: int | None = None
 ) -> None:
-    """Tokenize the rows and add them to `made`, which counts those that are left out."""
-    for start in range(0, len(chosen), _AT_A_TIME):
-        _encode(chosen[start : start + _AT_A_TIME], tokenizer, max_length, made)
+    """Tokenize the rows and add them to `variants`, which counts the dropped ones."""
+    for start in range(0, len(selected), _CHUNK):
+        _encode_chunk(selected[start : start + _CHUNK], tokenizer, max_length, variants)
 
 
-def split_system(messages: list[Message]) -> tuple[str, list[Message]]:
-    """The system message that a conversation begins with (several in a row joined by a blank line), and the rest."""
+def split_system_message(messages: list[Message]) -> tuple[str, list[Message]]:
+    """Return the leading system message (several in a row joined by a blank line), and the other messages."""
     first = next((number for number, message in enumerate(messages) if message["role"] != "system"), len(messages))
     return "\n\n".join(message["content"] for message in messages[:first]).strip(), messages[first:]
 
 
 def _instruction(conversation: Conversation) -> str:
-    """What siblings have in common: the tools, and all turns but the answers and the system message at the start."""
-    _, rest = split_system(conversation.messages)
-    said = [(message["role"], message["content"]) for message in rest if message["role"] != "assistant"]
-    return json.dumps([said, conversation.tools], sort_keys=True, default=str)
+    """Return a text that siblings share: the tools, and all turns but the answers and the leading system message."""
+    _, rest = split_system_message(conversation.messages)
+    prompts = [(message["role"], message["content"]) for message in rest if message["role"] != "assistant"]
+    return json.dumps([prompts, conversation.tools], sort_keys=True, default=str)
 
 
-def _drawn(everyone: list[str], own: str, count: int, chance: random.Random) -> list[str]:
-    """Up to `count` messages of `everyone` (no two are equal) that aren't `own`."""
-    drawn = chance.sample(range(len(everyone)), min(count + 1, len(everyone)))
-    return [everyone[place] for place in drawn if everyone[place] != own][:count]
+def _draw_others(messages: list[str], own: str, count: int, rng: random.Random) -> list[str]:
+    """Draw up to `count` of the messages, which all differ, without `own`."""
+    drawn = rng.sample(range(len(messages)), min(count + 1, len(messages)))
+    return [messages[index] for index in drawn if messages[index] != own][:count]
 
 
-def _encode(rows: Sequence[Chosen], tokenizer: RowTokenizer, max_length: int | None, made: VariantRows) -> None:
+def _encode_chunk(
+    rows: Sequence[SelectedRow], tokenizer: RowTokenizer, max_length: int | None, variants: VariantRows
+) -> None:
     conversations: list[Conversation] = []
-    for chosen in rows:
-        own = chosen.row.conversation
-        _, rest = split_system(own.messages)
-        heads: list[list[Message]] = [[{"role": "system", "content": text}] for text in chosen.others]
+    for selected in rows:
+        own = selected.row.conversation
+        _, rest = split_system_message(own.messages)
+        heads: list[list[Message]] = [[{"role": "system", "content": text}] for text in selected.others]
         conversations += [own, *(replace(own, messages=head + rest) for head in heads), replace(own, messages=rest)]
     encoded = iter(tokenizer.encode(conversations))
-    for chosen in rows:
-        place = chosen.row.conversation.place
-        results: list[Any] = [next(encoded) for _ in range(len(chosen.others) + 2)]
-        fault = next((result for result in results if isinstance(result, RowError)), None)
-        if fault is not None:
-            made.leave_out(place, fault.kind, fault.detail)
+    for selected in rows:
+        place = selected.row.conversation.place
+        results: list[Any] = [next(encoded) for _ in range(len(selected.others) + 2)]
+        error = next((result for result in results if isinstance(result, RowError)), None)
+        if error is not None:
+            variants.drop(place, error.kind, error.detail)
             continue
         longest = max(len(piece.ids) for pieces in results for piece in pieces)
         if max_length is not None and longest > max_length:
-            made.leave_out(place, f"more than {max_length:,} tokens", f"{longest:,}")
+            variants.drop(place, f"more than {max_length:,} tokens", f"{longest:,}")
             continue
         own_pieces, *others, none = results
-        made.rows.append(
-            Variants(place, chosen.instruction, chosen.row.labels, own_pieces, others, none, chosen.siblings)
+        variants.rows.append(
+            Variants(place, selected.instruction, selected.row.labels, own_pieces, others, none, selected.siblings)
         )

@@ -18,7 +18,7 @@ from train.data.chat import template as chat_template
 from train.data.chat.template import pin_date, use_template
 from train.data.prepare import prepare
 from train.data.tokens import source as source_tokens
-from train.data.tokens.table import TokenRows, TokensDigest
+from train.data.tokens.table import TokensDigest, TokenTable
 from train.errors import UserError
 from train.loop.checkpoint.fingerprint import data_fingerprint
 from train.loop.checkpoint.manifest import COMPLETE, format_manifest, read_checkpoint
@@ -241,7 +241,7 @@ def test_the_digest_depends_on_rows_and_not_on_batches(finished: Path) -> None:
     tokenizer = load_tokenizer(recipe.model)
     use_template(tokenizer, "chatml")
     cache = prepare(recipe, tokenizer).caches[0]
-    (batch,) = [batch for _, batch in TokenRows([Path(cache.folder) / "rows.arrow"], [[""]])._batches]
+    (batch,) = [batch for _, batch in TokenTable([Path(cache.folder) / "rows.arrow"], [[""]])._batches]
     for cuts in ([0, 8], [0, 1, 2, 8], [0, 5, 8]):
         digest = TokensDigest()
         for start, end in pairwise(cuts):

@@ -63,7 +63,7 @@ def test_without_a_gpu() -> None:
         ({"head_size": 208}, {"capability": (8, 0)}, "torch_varlen", "flash-attn"),
     ],
 )
-def test_what_torchs_own_kernels_can_not_do(needs: dict, machine: dict, chosen: str, reason: str) -> None:
+def test_limits_of_torchs_own_kernels(needs: dict, machine: dict, chosen: str, reason: str) -> None:
     line = auto(replace(LLAMA, **needs), installed=(), **machine)
     assert line.startswith(f"{chosen}: ")
     assert reason in line
@@ -73,7 +73,7 @@ def test_dropout_needs_flash_attention_2() -> None:
     assert auto(replace(LLAMA, dropout=0.1)).startswith("flash_attention_2: ")
 
 
-def test_a_kernel_that_fails_its_trial_is_passed_over_or_refused() -> None:
+def test_a_kernel_that_fails_its_test_is_skipped_or_refused() -> None:
     tried = []
 
     def failing(kernel: str, needs: Needs) -> str | None:
@@ -120,7 +120,7 @@ def test_a_missing_kernel_by_name(kernel: str, remedy: str) -> None:
         ("torch_varlen", replace(LLAMA, dtype="float32"), HOPPER, "in 16 bits"),
     ],
 )
-def test_a_kernel_by_name_that_can_not_serve(kernel: str, needs: Needs, capability, words: str) -> None:
+def test_a_kernel_by_name_that_does_not_support_the_model(kernel: str, needs: Needs, capability, words: str) -> None:
     with pytest.raises(UserError, match=rf"^model\.attention: {kernel} .*{words}.* Write `auto`\.$"):
         choose_attention(kernel, needs, Machine(capability, ALL))
 
@@ -156,7 +156,7 @@ def test_a_kernel_by_name_is_taken(kernel: str) -> None:
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
-def test_what_a_model_needs(config, expected: Needs, recipe_file: Callable[..., Path]) -> None:
+def test_requirements_of_a_model(config, expected: Needs, recipe_file: Callable[..., Path]) -> None:
     assert attention_needs(load_recipe(recipe_file()), config) == expected
 
 
@@ -171,33 +171,31 @@ def test_what_a_model_needs(config, expected: Needs, recipe_file: Callable[..., 
         ("auto", {"bf16": False}, "float16"),
     ],
 )
-def test_what_attention_computes_in(
-    dtype: str, training: dict, expected: str, recipe_file: Callable[..., Path]
-) -> None:
+def test_the_dtype_of_attention(dtype: str, training: dict, expected: str, recipe_file: Callable[..., Path]) -> None:
     recipe = load_recipe(recipe_file(model={"dtype": dtype}, training=training))
     assert attention_needs(recipe, transformers.LlamaConfig(dtype="float16")).dtype == expected
 
 
-def test_sinks_are_no_matter_for_flash_attention(recipe_file: Callable[..., Path]) -> None:
+def test_attention_sinks_do_not_exclude_flash_attention(recipe_file: Callable[..., Path]) -> None:
     """gpt-oss names the only FlashAttention that knows its sinks."""
     needs = attention_needs(load_recipe(recipe_file(training={"bf16": True})), transformers.GptOssConfig())
     assert not needs.flash
     assert auto(needs).startswith("flex_attention: ")
 
 
-def test_code_that_comes_with_a_model(recipe_file: Callable[..., Path]) -> None:
+def test_requirements_of_a_model_with_its_own_code(recipe_file: Callable[..., Path]) -> None:
     """Nothing is known of it: `auto` takes no risk, and a kernel by name is the user's word."""
     config = type("ForeignConfig", (transformers.PretrainedConfig,), {"hidden_size": 64, "num_attention_heads": 4})()
     sixteen = {"bf16": True}
     assert auto(attention_needs(load_recipe(recipe_file(training=sixteen)), config)).startswith("sdpa: ")
-    named = load_recipe(recipe_file(model={"attention": "flash_attention_2"}, training=sixteen))
+    by_name = load_recipe(recipe_file(model={"attention": "flash_attention_2"}, training=sixteen))
     assert (
-        choose_attention("flash_attention_2", attention_needs(named, config), Machine(HOPPER, ALL)).kernel
+        choose_attention("flash_attention_2", attention_needs(by_name, config), Machine(HOPPER, ALL)).kernel
         == "flash_attention_2"
     )
 
 
-def test_the_start_screen_says_which_and_why(recipe_file: Callable[..., Path], capsys) -> None:
+def test_the_start_screen_shows_the_kernel_and_the_reasons(recipe_file: Callable[..., Path], capsys) -> None:
     from train.sft import main
 
     assert main(["--recipe", str(recipe_file(training={"num_train_epochs": ..., "max_steps": 1}))]) == 0

@@ -43,7 +43,7 @@ def forward(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, sides) -
     assert max_q >= cu_seq_q.diff().max()
     assert max_k >= cu_seq_k.diff().max()
     groups = query.shape[1] // key.shape[1]
-    key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
+    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     outputs, logs = [], []
     for mine, theirs, seen in masks(cu_seq_q, cu_seq_k, sides):
         scores = torch.einsum("qhd,khd->hqk", query[mine], key[theirs]) * scale
@@ -56,7 +56,7 @@ def forward(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, sides) -
 def backward(grad_out, query, key, value, out, lse, cu_seq_q, cu_seq_k, scale, sides) -> tuple[torch.Tensor, ...]:
     """Dao et al., arXiv:2205.14135, appendix B.2, document by document: from the output and the sums of the forward."""
     groups = query.shape[1] // key.shape[1]
-    wide_key, wide_value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
+    wide_key, wide_value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     dq, dk, dv = torch.zeros_like(query), torch.zeros_like(wide_key), torch.zeros_like(wide_value)
     for mine, theirs, seen in masks(cu_seq_q, cu_seq_k, sides):
         scores = torch.einsum("qhd,khd->hqk", query[mine], wide_key[theirs]) * scale
@@ -66,7 +66,7 @@ def backward(grad_out, query, key, value, out, lse, cu_seq_q, cu_seq_k, scale, s
         ds = shares * (torch.einsum("qhd,khd->hqk", grad_out[mine], wide_value[theirs]) - weighted) * scale
         dq[mine] = torch.einsum("hqk,khd->qhd", ds, wide_key[theirs])
         dk[theirs] = torch.einsum("hqk,qhd->khd", ds, query[mine])
-    return dq, *(one.unflatten(1, (-1, groups)).sum(2) for one in (dk, dv))
+    return dq, *(tensor.unflatten(1, (-1, groups)).sum(2) for tensor in (dk, dv))
 
 
 VERSIONS = {
@@ -88,11 +88,13 @@ def stand_in(version: str) -> tuple:
     library = torch.library.Library(f"stand_in_{version.replace('.', '_')}", "DEF")
     queries = "Tensor query, Tensor key, Tensor value"
     lengths = "Tensor cu_seq_q, Tensor cu_seq_k, SymInt max_q, SymInt max_k"
-    one, other = VERSIONS[version]
-    library.define(f"_varlen_attn({queries}, {lengths}, bool is_causal=False{one}) -> (Tensor, Tensor, Tensor)")
+    forward_parameters, backward_parameters = VERSIONS[version]
+    library.define(
+        f"_varlen_attn({queries}, {lengths}, bool is_causal=False{forward_parameters}) -> (Tensor, Tensor, Tensor)"
+    )
     library.define(
         f"_varlen_attn_backward(Tensor grad_out, {queries}, Tensor out, Tensor lse, {lengths}, bool is_causal, "
-        f"Tensor rng_state{other}) -> (Tensor, Tensor, Tensor)"
+        f"Tensor rng_state{backward_parameters}) -> (Tensor, Tensor, Tensor)"
     )
 
     def how(size, is_causal=False, scale=None, window_size=None, **beside) -> tuple[float, list[int]]:
@@ -100,14 +102,14 @@ def stand_in(version: str) -> tuple:
         assert window_size is None or is_causal == (window_size == [-1, 0])
         return size**-0.5 if scale is None else scale, window_size or [-1, 0 if is_causal else -1]
 
-    def run(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **named) -> tuple[torch.Tensor, ...]:
+    def run(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options) -> tuple[torch.Tensor, ...]:
         RUNS["forward"] += 1
-        assert query.shape[1] == key.shape[1] or named["enable_gqa"]
-        return forward(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *how(query.shape[2], **named))
+        assert query.shape[1] == key.shape[1] or options["enable_gqa"]
+        return forward(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *how(query.shape[2], **options))
 
-    def run_backward(grad_out, query, key, value, out, lse, cu_seq_q, cu_seq_k, max_q, max_k, rng_state, **named) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    def run_backward(grad_out, query, key, value, out, lse, cu_seq_q, cu_seq_k, max_q, max_k, rng_state, **options) -> tuple[torch.Tensor, ...]:  # fmt: skip
         RUNS["backward"] += 1
-        return backward(grad_out, query, key, value, out, lse, cu_seq_q, cu_seq_k, *how(query.shape[2], **named))
+        return backward(grad_out, query, key, value, out, lse, cu_seq_q, cu_seq_k, *how(query.shape[2], **options))
 
     operators = []
     for name, function in ("_varlen_attn", run), ("_varlen_attn_backward", run_backward):
@@ -115,8 +117,8 @@ def stand_in(version: str) -> tuple:
         names = [argument.name for argument in operator._schema.arguments]
         library.impl(
             name,
-            lambda *given, _run=function, _names=names, **named: _run(
-                **dict(zip(_names, given, strict=False)), **named
+            lambda *given, _run=function, _names=names, **options: _run(
+                **dict(zip(_names, given, strict=False)), **options
             ),
             "CPU",
         )
@@ -165,10 +167,10 @@ def assert_same(output: torch.Tensor, right: torch.Tensor, inputs: list[torch.Te
     """The outputs and the gradients of query, key and value."""
     torch.testing.assert_close(output, right)
     weights = torch.randn_like(right)
-    for one, other in zip(
+    for tensor, other in zip(
         torch.autograd.grad(output, inputs, weights), torch.autograd.grad(right, inputs, weights), strict=True
     ):
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(tensor, other)
 
 
 def collated(lengths: list[int]) -> dict:
@@ -252,17 +254,17 @@ def test_smaller_values(kernel: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "word"),
+    ("settings_of_case", "word"),
     [({"dropout": 0.1}, "dropout"), ({"softcap": 30.0}, "soft-capping"), ({"s_aux": torch.ones(HEADS)}, "sinks")],
 )
-def test_what_the_kernel_can_not_do_is_refused(asked: dict, word: str) -> None:
+def test_unsupported_features_of_the_kernel_are_errors(settings_of_case: dict, word: str) -> None:
     with pytest.raises(ValueError, match=word):
-        varlen.attention(LAYER, *random_inputs(1, 4), None, **asked)
+        varlen.attention(LAYER, *random_inputs(1, 4), None, **settings_of_case)
     with pytest.raises(ValueError, match="padding mask"):
         varlen.attention(LAYER, *random_inputs(1, 4), torch.zeros(1, 1, 4, 4))
 
 
-def test_a_whole_model_as_under_sdpa(kernel: str, tiny_model: Path) -> None:
+def test_a_complete_model_gives_the_logits_of_sdpa(kernel: str, tiny_model: Path) -> None:
     """Packed by TRL's collator, padded, and generating with a cache from prompts padded on the left: transformers finds it by its name."""
     varlen.register()
     models = [LlamaForCausalLM.from_pretrained(tiny_model, attn_implementation=name) for name in (varlen.NAME, "sdpa")]
@@ -273,18 +275,18 @@ def test_a_whole_model_as_under_sdpa(kernel: str, tiny_model: Path) -> None:
     assert batch.pop("labels").shape == ids.shape
     packed = [model(**batch, use_cache=False).logits for model in models]
     torch.testing.assert_close(*packed, rtol=1e-4, atol=1e-4)
-    for one, other in zip(
+    for tensor, other in zip(
         *(
             torch.autograd.grad(logits.square().mean(), list(model.parameters()))
             for logits, model in zip(packed, models, strict=True)
         ),
         strict=True,
     ):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
+        torch.testing.assert_close(tensor, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
     rows = ids.view(2, 20)
     mask = (torch.arange(20) >= torch.tensor([0, 6])[:, None]).long()
-    found = [model(rows, attention_mask=mask, use_cache=False).logits[mask.bool()] for model in models]
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    logits = [model(rows, attention_mask=mask, use_cache=False).logits[mask.bool()] for model in models]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
     answers = [
         model.generate(rows, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0) for model in models
     ]
@@ -292,7 +294,7 @@ def test_a_whole_model_as_under_sdpa(kernel: str, tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize("selective", [True, False])
-def test_selective_checkpointing_keeps_what_attention_put_out(kernel: str, selective: bool, tiny_model: Path) -> None:
+def test_selective_checkpointing_keeps_the_output_of_attention(kernel: str, selective: bool, tiny_model: Path) -> None:
     """TRL's: with it the kernel runs once a layer, without it once more, and the gradients are the same bits."""
     varlen.register()
     model = LlamaForCausalLM.from_pretrained(tiny_model, attn_implementation=varlen.NAME).train()
@@ -306,9 +308,9 @@ def test_selective_checkpointing_keeps_what_attention_put_out(kernel: str, selec
         RUNS.clear()
         model.zero_grad()
         model(ids, use_cache=False, **collated([15, 25])).logits.square().mean().backward()
-        gradients.append([one.grad for one in model.parameters()])
+        gradients.append([tensor.grad for tensor in model.parameters()])
     assert (RUNS["forward"], RUNS["backward"]) == (2 if selective else 4, 2)
-    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    assert all(torch.equal(tensor, other) for tensor, other in zip(*gradients, strict=True))
 
 
 def test_float32_weights_under_autocast(kernel: str, tiny_model: Path) -> None:
@@ -342,11 +344,11 @@ def test_shapes_are_known_to_the_compiler() -> None:
         documents = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": 8, "max_length_k": 8}
         output, _ = varlen.attention(LAYER, *inputs, None, **documents)
         assert output.shape == (1, 12, HEADS, SIZE)
-        for one, other in zip(torch.autograd.grad(output.sum(), inputs), inputs, strict=True):
-            assert one.shape == other.shape
+        for tensor, other in zip(torch.autograd.grad(output.sum(), inputs), inputs, strict=True):
+            assert tensor.shape == other.shape
 
 
-def run_trial(kernel: str, **asked) -> str | None:
+def run_trial(kernel: str, **settings_of_case) -> str | None:
     settings = {
         "head_size": 32,
         "groups": 2,
@@ -355,11 +357,11 @@ def run_trial(kernel: str, **asked) -> str | None:
         "softcap": None,
         "device": torch.device("cpu"),
     }
-    return check_kernel(kernel, **(settings | asked))
+    return check_kernel(kernel, **(settings | settings_of_case))
 
 
 @pytest.mark.parametrize("window", [None, 4096])
-def test_the_trial_finds_nothing_wrong_with_the_loop(kernel: str, window: int | None) -> None:
+def test_the_kernel_test_accepts_a_plain_loop(kernel: str, window: int | None) -> None:
     """And leaves random numbers alone."""
     varlen.register()
     state = torch.get_rng_state()
@@ -368,7 +370,7 @@ def test_the_trial_finds_nothing_wrong_with_the_loop(kernel: str, window: int | 
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_trial_finds_a_leak_and_a_missing_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_test_detects_a_leak_and_a_missing_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "output on packed documents is off" in run_trial("sdpa")  # without a mask it knows of no documents
 
     def forward_only(module, query, key, value, attention_mask, **kwargs):

@@ -148,9 +148,9 @@ def _check_once(kernel: str, needs: Needs) -> str | None:
 
 
 def choose_attention(
-    wanted: str, needs: Needs, here: Machine, *, check: Callable[[str, Needs], str | None] | None = None
+    choice: str, needs: Needs, here: Machine, *, check: Callable[[str, Needs], str | None] | None = None
 ) -> AttentionChoice:
-    """Choose the kernel for `model.attention: wanted` and register it with transformers.
+    """Choose the kernel for `model.attention: choice` and register it with transformers.
 
     `auto` takes the first of these that supports the model on this machine; all keep packed documents apart:
 
@@ -171,12 +171,12 @@ def choose_attention(
         failure = check(kernel, needs)
         return f"fails here: {failure}" if failure else None
 
-    if wanted != "auto":
-        if reason := _objection(wanted, needs, here) or failure_of(wanted):
-            is_missing = wanted in _INSTALL and _missing(wanted, here)
-            remedy = f"{_INSTALL[wanted]}, or write" if is_missing else "Write"
-            raise UserError(f"model.attention: {wanted} {reason}. {remedy} `auto`.")
-        return AttentionChoice(wanted)
+    if choice != "auto":
+        if reason := _objection(choice, needs, here) or failure_of(choice):
+            is_missing = choice in _INSTALL and _missing(choice, here)
+            remedy = f"{_INSTALL[choice]}, or write" if is_missing else "Write"
+            raise UserError(f"model.attention: {choice} {reason}. {remedy} `auto`.")
+        return AttentionChoice(choice)
     first = ["flash_attention_3"] if here.capability and here.capability[0] == 9 else []
     order, reasons = [*dict.fromkeys([*first, *_INSTALL]), "sdpa", "flex_attention"], []
     if here.capability is None:

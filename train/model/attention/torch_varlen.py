@@ -101,15 +101,15 @@ def attention(
     key_tokens = key.shape[2]
     query, key, value = (states.transpose(1, 2).reshape(-1, states.shape[1], size) for states in [query, key, value])
 
-    kept: torch.Tensor | None = None
+    unpadded: torch.Tensor | None = None
     if kwargs.get("cu_seq_lens_q") is not None and attention_mask is None:
         of_queries = Documents(kwargs["cu_seq_lens_q"], int(kwargs["max_length_q"]))
         of_keys = Documents(kwargs["cu_seq_lens_k"], int(kwargs["max_length_k"]))
     elif attention_mask is not None:
         query_mask = attention_mask[:, -query_tokens:].bool()
         key_mask = functional.pad(attention_mask.bool(), (0, key_tokens - attention_mask.shape[1]))
-        kept, seen = query_mask.flatten().nonzero().squeeze(1), key_mask.flatten().nonzero().squeeze(1)
-        query, key, value = query[kept], key[seen], value[seen]
+        unpadded, attended = query_mask.flatten().nonzero().squeeze(1), key_mask.flatten().nonzero().squeeze(1)
+        query, key, value = query[unpadded], key[attended], value[attended]
         of_queries, of_keys = _of_lengths(query_mask.sum(1)), _of_lengths(key_mask.sum(1))
     elif query_tokens == key_tokens:
         of_queries = of_keys = _of_positions(kwargs.get("position_ids"), batch, query_tokens, query.device)
@@ -121,8 +121,8 @@ def attention(
     window = sliding_window if sliding_window is not None and of_keys.longest > sliding_window else None
     scale = size**-0.5 if scaling is None else scaling
     output = flash_varlen(query, key, value, of_queries, of_keys, scale=scale, causal=causal, window=window)
-    if kept is not None:
-        output = output.new_zeros(batch * query_tokens, *output.shape[1:]).index_copy(0, kept, output)
+    if unpadded is not None:
+        output = output.new_zeros(batch * query_tokens, *output.shape[1:]).index_copy(0, unpadded, output)
     return output.view(batch, query_tokens, -1, size)[..., :value_size], None
 
 

@@ -204,7 +204,7 @@ def _stage_1_or_2(shape: Architecture, strategy: Strategy, settings: StateSettin
     gradients, step = 4 * sum(shares), max(temporaries, default=0)
     beyond = [max(_NORM_ITEMSIZE * part.largest, step) for part in parts]
     if not settings.low_precision:
-        copies = [4 * part.whole for part in parts]
+        copies = [4 * part.complete for part in parts]
         gradients = 2 * max(copies)
         if strategy.stage == 1:
             gradients = 4 * sum(parameter.elements for group in groups for parameter in group) + max(copies)
@@ -223,7 +223,7 @@ def _stage_1_or_2(shape: Architecture, strategy: Strategy, settings: StateSettin
 
 
 def _partitioned(shape: Architecture, strategy: Strategy, settings: StateSettings) -> StateBytes:
-    """Return the bytes in DeepSpeed's stage3.py and partition_parameters.py: each parameter is padded to whole shares.
+    """Return the bytes in DeepSpeed's stage3.py and partition_parameters.py: each parameter is padded to equal shares.
 
     - Complete on every GPU: parameters of up to 10 x hidden size elements (stage3_param_persistence_threshold: auto),
       4-bit scales, which are no parameters, and temporarily those that the next layers need: up to 10^9 elements
@@ -275,26 +275,26 @@ def _partitioned(shape: Architecture, strategy: Strategy, settings: StateSetting
 class _Part(NamedTuple):
     """A rank's share of all flat groups, in elements.
 
-    `whole`: of all parameters that overlap it, in full; `largest`: the largest overlap with one of them.
+    `complete`: of all parameters that overlap it, in full; `largest`: the largest overlap with one of them.
     """
 
-    whole: int
+    complete: int
     largest: int
 
 
 def _parts(groups: Sequence[Sequence[Parameter]], shares: Sequence[int], gpus: int) -> list[_Part]:
     """Return the share of each rank; vectorized, as a search over many nodes has thousands of ranks."""
-    whole, largest = np.zeros(gpus, np.int64), np.zeros(gpus, np.int64)
+    complete, largest = np.zeros(gpus, np.int64), np.zeros(gpus, np.int64)
     for group, share in zip(groups, shares, strict=True):
         at = 0
         for parameter in group:
             end = at + parameter.elements
             ranks = np.arange(at // share, -(-end // share))
-            whole[ranks] += parameter.elements
+            complete[ranks] += parameter.elements
             inside = np.minimum(end, (ranks + 1) * share) - np.maximum(at, ranks * share)
             largest[ranks] = np.maximum(largest[ranks], inside)
             at = end
-    return [_Part(*part) for part in zip(whole.tolist(), largest.tolist(), strict=True)]
+    return [_Part(*part) for part in zip(complete.tolist(), largest.tolist(), strict=True)]
 
 
 def _aligned(shape: Architecture, settings: StateSettings) -> list[int]:

@@ -99,7 +99,7 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
 
             # Train.
             if checkpoint:
-                _print(f"going on from {checkpoint.folder}")
+                _print(f"resuming from {checkpoint.folder}")
             started = time.monotonic()
             with step_log:
                 trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)

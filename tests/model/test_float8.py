@@ -213,10 +213,10 @@ def test_the_allowed_error_of_the_loss(float8: float, plain: float, standard_err
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"adapter": {}, "quantization": {}}, "weights in 4 bits have kernels of their own"),
-        ({"adapter": {"use_dora": True}}, "DoRA multiplies by the weights beside the layer"),
-        ({"training": {"bf16": False, "fp16": True}}, "it takes the place of bfloat16"),
-        ({"training": {"bf16": False}}, "it takes the place of bfloat16"),
+        ({"adapter": {}, "quantization": {}}, "4-bit weights have their own kernels"),
+        ({"adapter": {"use_dora": True}}, "DoRA multiplies by the weights outside of the layer"),
+        ({"training": {"bf16": False, "fp16": True}}, "float8 needs bfloat16 around it"),
+        ({"training": {"bf16": False}}, "float8 needs bfloat16 around it"),
     ],
 )
 def test_settings_that_exclude_float8(recipe_file: Callable[..., Path], sections: dict, message: str) -> None:

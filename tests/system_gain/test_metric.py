@@ -518,14 +518,14 @@ def test_a_model_has_no_change_from_itself(measured: SystemGain) -> None:
     )  # eight instructions, none of which changed
     table = render_table({"before": measured, "after": measured}, change)
     assert "| +0.000 (all alike) p=1.000 |" in table
-    assert "(all alike): every value is the same" in table
+    assert "(all alike): all values are equal" in table
 
 
 def test_no_rows_and_weights_that_are_not_finite_are_errors(
     tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    with pytest.raises(UserError, match=r"^system gain: no row is left"):
+    with pytest.raises(UserError, match=r"^system gain: no row has a system message"):
         system_gain(model, [])
     variant_rows = variants(write(tmp_path / "rows.jsonl", rows_of_words(4, instructions=2)), tiny_tokenizer)
     model.model.norm.weight.data[0] = math.nan

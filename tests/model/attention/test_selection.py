@@ -58,7 +58,12 @@ def test_without_a_gpu() -> None:
         ({"softcap": 50.0}, {}, "flex_attention", "torch_varlen does not support soft-capping"),
         ({"dropout": 0.1}, {}, "sdpa", "torch_varlen does not support dropout"),
         ({"sliding_window": 4096}, {}, "torch_varlen", "flash-attn"),
-        ({"sliding_window": 4096}, {"varlen_takes": frozenset({"is_causal"})}, "sdpa", "no sliding window with torch"),
+        (
+            {"sliding_window": 4096},
+            {"varlen_takes": frozenset({"is_causal"})},
+            "sdpa",
+            "not support a sliding window with torch",
+        ),
         ({"head_size": 208}, {"capability": (8, 9)}, "sdpa", "no backward for head size 208"),
         ({"head_size": 208}, {"capability": (8, 0)}, "torch_varlen", "flash-attn"),
     ],

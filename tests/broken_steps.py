@@ -1,4 +1,4 @@
-"""A model that gives no number for some rows, the rows, and what the guards wrote of them."""
+"""A model whose loss is NaN for some rows, the rows, and the guards' report."""
 
 import json
 import random
@@ -13,7 +13,7 @@ _POISON = "Z"
 
 
 def poison(tiny_model: Path, folder: Path) -> Path:
-    """Write to `folder` a model that gives no number for any text with the letter Z in it."""
+    """Write to `folder` a model whose loss is NaN for texts with the letter Z."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
@@ -25,7 +25,7 @@ def poison(tiny_model: Path, folder: Path) -> Path:
 
 
 def rows(path: Path, bad: set[int]) -> Path:
-    """Write 12 rows, of which those of these numbers (from 0) have the letter Z."""
+    """Write 12 rows; those whose indices are in `bad` have the letter Z."""
     rng = random.Random(5)
     with path.open("w", encoding="utf-8") as lines:
         for number in range(12):
@@ -36,5 +36,5 @@ def rows(path: Path, bad: set[int]) -> Path:
 
 
 def suspects(run: Path) -> list[dict]:
-    """What a run's guards wrote."""
+    """Return the lines that the guards of a run wrote."""
     return [json.loads(line) for line in (run / SUSPECTS).read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""Chat templates of many kinds, on a tokenizer that holds little but their special tokens."""
+"""Chat templates of many kinds, and a tokenizer with little more than their special tokens."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 TRL_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 
-# Mistral 7B Instruct v0.1, as on the hub: it raises for a system message, as the roles don't alternate then.
+# Mistral 7B Instruct v0.1 of the hub: raises for a system message, because the roles don't alternate then.
 MISTRAL_V1 = (
     "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
@@ -17,7 +17,7 @@ MISTRAL_V1 = (
     "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token + ' ' }}"
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
-# As mistral-common encodes it from v3 on: into the LAST user turn.
+# mistral-common from v3 on: system message in the LAST user turn.
 MISTRAL_V3 = (
     "{%- set system = '' -%}{%- set chat = messages -%}{%- if messages[0].role == 'system' -%}"
     "{%- set system = messages[0].content + '\n\n' -%}{%- set chat = messages[1:] -%}{%- endif -%}"
@@ -27,14 +27,14 @@ MISTRAL_V3 = (
     "{%- elif message.role == 'assistant' -%}{{- ' ' + message.content + eos_token -}}"
     "{%- else -%}{{- raise_exception('Only user and assistant roles are supported') -}}{%- endif -%}{%- endfor -%}"
 )
-# Mistral Small (v7): a place of its own.
+# Mistral Small (v7): a turn for the system message.
 MISTRAL_V7 = (
     "{{- bos_token -}}{%- for message in messages -%}{%- if message.role == 'system' -%}"
     "{{- '[SYSTEM_PROMPT]' + message.content + '[/SYSTEM_PROMPT]' -}}{%- elif message.role == 'user' -%}"
     "{{- '[INST]' + message.content + '[/INST]' -}}{%- else -%}{{- message.content + eos_token -}}{%- endif -%}"
     "{%- endfor -%}"
 )
-# Llama 2: BOS before every exchange, the system message within the first of them.
+# Llama 2: BOS before every exchange, system message in the first user turn.
 LLAMA_2 = (
     "{% if messages[0]['role'] == 'system' %}{% set chat = messages[1:] %}{% set system = messages[0]['content'] %}"
     "{% else %}{% set chat = messages %}{% set system = false %}{% endif %}{% for message in chat %}"
@@ -44,13 +44,13 @@ LLAMA_2 = (
     "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-# Vicuna's way, and the system message is nowhere; it raises for none.
+# As Vicuna, but the system message is dropped without an error.
 IGNORES = (
     "{% for message in messages %}{% if message.role == 'user' %}{{ 'USER: ' + message.content + '\n' }}"
     "{% elif message.role == 'assistant' %}{{ 'ASSISTANT: ' + message.content + eos_token + '\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-# A default under a variable, and an empty system message writes no turn.
+# Default system message in a variable; an empty system message renders no turn.
 DEFAULT_IN_VARIABLE = (
     "{% set ns = namespace(system='You are ' + 'Al.') %}{% for m in messages if m.role == 'system' %}"
     "{% set ns.system = m.content %}{% endfor %}{% if ns.system %}{{ '<|system|>\n' + ns.system + '<|end|>\n' }}{% endif %}"
@@ -67,7 +67,7 @@ INLINE = {
 
 
 def tokenizer_with(template: str, bos: str = "<s>", eos: str = "</s>", special: tuple[str, ...] = ()) -> Any:
-    """A tokenizer of nothing but its special tokens, with a template of TRL's or of the above."""
+    """Return a tokenizer with only special tokens, and a template of TRL or of this module."""
     backend = Tokenizer(models.WordLevel({"unknown": 0}, unk_token="unknown"))
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos)
@@ -77,7 +77,7 @@ def tokenizer_with(template: str, bos: str = "<s>", eos: str = "</s>", special: 
 
 
 def say(*turns: str) -> list[dict[str, Any]]:
-    """Messages from "user: Hi"."""
+    """Return messages parsed from texts such as "user: Hi"."""
     return [{"role": role, "content": text} for role, _, text in (turn.partition(": ") for turn in turns)]
 
 

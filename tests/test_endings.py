@@ -1,4 +1,4 @@
-"""How commands end where standard output takes nothing: one `error:` and 2, or 1 in silence where nobody reads on."""
+"""Exit codes of commands whose standard output is full (2 and one `error:`) or a pipe without a reader (1, silently)."""
 
 import json
 import os
@@ -18,7 +18,7 @@ FULL = "error: standard output can't be written: No space left on device.\n"
 
 
 def started(where: str, *command: object) -> tuple[int, str]:
-    """Exit code and standard error of a command whose standard output is full, or a pipe that nobody reads."""
+    """Run a command whose standard output is full or a pipe without a reader; return exit code and standard error."""
     if where == "full":
         output = os.open("/dev/full", os.O_WRONLY)
     else:
@@ -34,7 +34,7 @@ def started(where: str, *command: object) -> tuple[int, str]:
 
 
 ENDS = {"full": (2, FULL), "unread": (1, "")}
-needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is needed")
+needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 everywhere = pytest.mark.parametrize("where", [pytest.param("full", marks=needs_full), "unread"])
 
 
@@ -48,39 +48,39 @@ everywhere = pytest.mark.parametrize("where", [pytest.param("full", marks=needs_
         "sys.stdout.writelines(['a', 'line'])",
     ],
 )
-def test_unwritable_output_of_any_print(where: str, act: str) -> None:
-    """A little waits in a buffer until the end, and much does not."""
+def test_output_that_cannot_be_written_ends_the_command(where: str, act: str) -> None:
+    """Short output stays in a buffer until the end; long output doesn't."""
     code = f"import sys; from train.cli import run_command; sys.exit(run_command(lambda: {act}, 'stopped'))"
     assert started(where, "-c", code) == ENDS[where]
 
 
 @everywhere
 @pytest.mark.parametrize(
-    ("exception", "code", "words"),
-    [("UserError('mend it')", 2, "error: mend it\n"), ("KeyboardInterrupt", 130, "stopped\n")],
+    ("error", "code", "message"),
+    [("UserError('fix it')", 2, "error: fix it\n"), ("KeyboardInterrupt", 130, "stopped\n")],
 )
-def test_another_error_is_reported_without_the_lost_output(where: str, exception: str, code: int, words: str) -> None:
+def test_other_errors_are_reported_instead_of_lost_output(where: str, error: str, code: int, message: str) -> None:
     program = f"""
 import sys
 from train.cli import run_command
 from train.errors import UserError
 def act():
     print("a line")
-    raise {exception}
+    raise {error}
 sys.exit(run_command(act, "stopped"))
 """
-    assert started(where, "-c", program) == (code, words)
+    assert started(where, "-c", program) == (code, message)
 
 
 @needs_full
-def test_an_error_of_another_file_is_not_reported_as_lost_output() -> None:
+def test_a_full_disk_elsewhere_is_not_reported_as_lost_output() -> None:
     act = "open('/dev/full', 'w').write('x' * 100_000)"
-    code, said_of_it = started(
+    code, stderr = started(
         "full", "-c", f"import sys; from train.cli import run_command; sys.exit(run_command(lambda: {act}, ''))"
     )
     assert code == 1
-    assert said_of_it.startswith("Traceback")
-    assert "standard output" not in said_of_it
+    assert stderr.startswith("Traceback")
+    assert "standard output" not in stderr
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 @everywhere
-def test_evaluations_write_their_results_before_the_output_is_lost(
+def test_evaluations_write_results_before_they_print(
     where: str, rows: Path, tiny_chat_model: Path, tmp_path: Path
 ) -> None:
     evaluate = "scripts/evaluate.py"
@@ -114,17 +114,17 @@ def test_evaluations_write_their_results_before_the_output_is_lost(
     assert json.loads((after / "compare.json").read_text("utf-8"))["measures"]
 
 
-async def good_everything(request: Asked) -> Reply:
-    """Answers the collection well enough for a row; of SYSGEN, nothing is asked here."""
-    names_asked = request.prompt.rpartition("\n### ")[2].splitlines()[1:]
-    names = [line[2:].partition(",")[0] for line in names_asked if line.startswith("- ")]
-    lines = "\n".join(f"{name}: Kind {request.number} for {place}." for place, name in enumerate(names))
-    return said(lines or f"You are helper {request.number}.")
+async def good_everything(asked: Asked) -> Reply:
+    """Answer the collection's requests well enough for a row; SYSGEN sends none here."""
+    requested = asked.prompt.rpartition("\n### ")[2].splitlines()[1:]
+    names = [line[2:].partition(",")[0] for line in requested if line.startswith("- ")]
+    lines = "\n".join(f"{name}: Kind {asked.number} for {place}." for place, name in enumerate(names))
+    return said(lines or f"You are helper {asked.number}.")
 
 
 @pytest.fixture
 def asking(tmp_path: Path) -> Iterator[Path]:
-    """What a configuration of sysgen and collection has in common, and a server."""
+    """Write a configuration that works for sysgen and collection, and run its server."""
     rows = tmp_path / "plain.jsonl"
     messages = [{"role": "user", "content": "Which rivers are long?"}, {"role": "assistant", "content": "The Nile."}]
     rows.write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
@@ -141,9 +141,7 @@ def asking(tmp_path: Path) -> Iterator[Path]:
 
 @everywhere
 @pytest.mark.parametrize("script", ["sysgen", "collection"])
-def test_answers_of_servers_are_written_before_the_output_is_lost(
-    where: str, script: str, asking: Path, tmp_path: Path
-) -> None:
+def test_data_pipelines_write_rows_before_they_print(where: str, script: str, asking: Path, tmp_path: Path) -> None:
     more = ["message=common", "answers=original"] if script == "sysgen" else []
     command = [f"scripts/{script}.py", "--config", asking]
     assert started(where, *command, "--check", *more) == ENDS[where]

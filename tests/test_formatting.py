@@ -27,14 +27,14 @@ def test_lines_are_wrapped_at_words_with_a_hanging_indent(text: str, width: int)
     assert words <= {*first.split(), *(word for line in others for word in line.split())}
 
 
-def test_a_line_is_as_full_as_rich_makes_it() -> None:
+def test_lines_without_indent_are_those_of_rich() -> None:
     """Rich wraps at words too, without an indent."""
     for width in (60, 80, 120):
         lines = Text(SENTENCE).wrap(Console(width=width), width)
         assert wrap(SENTENCE, width, 0, hanging=0) == "\n".join(line.plain.rstrip() for line in lines)
 
 
-def test_a_path_is_never_broken_and_wide_characters_are_not_parted_from_their_full_stop() -> None:
+def test_paths_are_never_broken_and_full_stops_stay_with_wide_characters() -> None:
     path = "/scratch/" + "deep-folder/" * 12 + "rows.jsonl:3"
     assert path in wrap(f"first {path} of 3 rows", 60, 12).split()
     for width in range(40, 60):
@@ -42,7 +42,7 @@ def test_a_path_is_never_broken_and_wide_characters_are_not_parted_from_their_fu
     assert wrap("a\nb", 80, 4) == "a\n      b"
 
 
-def test_a_cut_falls_between_words_and_never_within_a_character() -> None:
+def test_texts_are_cut_between_words_and_never_within_a_character() -> None:
     words = "".join(f"word{number} " for number in range(2_000))
     start, _, end = shorten(words, 500, 100).partition(" [... ")
     assert words.startswith(start)
@@ -57,6 +57,6 @@ def test_a_cut_falls_between_words_and_never_within_a_character() -> None:
             before, _, after = shown.partition(" [... ")
             after = after.partition("] ")[2]
             assert before.removeprefix("x").replace(mark, "") == after.replace(mark, "") == ""
-            left_out = int(shown.split(" [... ")[1].split()[0].replace(",", ""))
-            assert len(before) + left_out + len(after) == 1 + len(mark) * 500
+            omitted = int(shown.split(" [... ")[1].split()[0].replace(",", ""))
+            assert len(before) + omitted + len(after) == 1 + len(mark) * 500
             assert not unicodedata.combining(after[0])

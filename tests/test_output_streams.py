@@ -1,4 +1,4 @@
-"""Output that the terminal can't encode is escaped, files are UTF-8 whatever the locale, and no name crashes a command."""
+"""Output that the terminal can't encode is escaped, files are UTF-8 in any locale, and no file name crashes a command."""
 
 import io
 import json
@@ -22,7 +22,7 @@ ASCII = {
     "the C locale": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
     "the POSIX locale of a container": {"LC_ALL": "POSIX", "LANG": "", "PYTHONIOENCODING": "ascii:strict"},
 }
-SAYS = """
+PROGRAM = """
 import logging, sys, warnings
 from pathlib import Path
 from train.cli import CommandLine, run_command
@@ -46,11 +46,9 @@ ESCAPED = r"\xe8\U0001f332\udce9"
 
 
 def started(code: str, environment: dict[str, str], *arguments: str | Path | bytes) -> tuple[int, str, str]:
-    environment_kept = {
-        key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHON"))
-    }
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHON"))}
     result = subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=environment_kept | {"PYTHONPATH": str(ROOT)} | environment,
+        [sys.executable, "-c", code, *arguments], env=kept | {"PYTHONPATH": str(ROOT)} | environment,
         capture_output=True, check=False, timeout=120,
     )  # fmt: skip
     return result.returncode, result.stdout.decode("ascii"), result.stderr.decode("ascii")
@@ -59,23 +57,25 @@ def started(code: str, environment: dict[str, str], *arguments: str | Path | byt
 @pytest.mark.parametrize("name", ASCII)
 def test_all_output_of_a_command_is_escaped(name: str, tmp_path: Path) -> None:
     for raised, code in (("UserError", 2), ("RuntimeError", 1)):
-        output = started(SAYS.format(description="x", raised=raised), ASCII[name], tmp_path / "file")
-        assert output[0] == code
+        returned, output, errors = started(
+            PROGRAM.format(description="x", raised=raised), ASCII[name], tmp_path / "file"
+        )
+        assert returned == code
         for words in ("printed ", "shown "):
-            assert words + ESCAPED in output[1]
+            assert words + ESCAPED in output
         for words in ("warned ", "of ", "logged ", "error: raised " if code == 2 else "RuntimeError: raised "):
-            assert words + ESCAPED in output[2]
+            assert words + ESCAPED in errors
         assert (tmp_path / "file").read_bytes() == "è🌲".encode() + rb"\udce9"
 
 
-def test_a_page_of_help_is_escaped(tmp_path: Path) -> None:
-    code = SAYS.format(description=r"\xe8", raised="RuntimeError")
+def test_help_is_escaped(tmp_path: Path) -> None:
+    code = PROGRAM.format(description=r"\xe8", raised="RuntimeError")
     returned, output, _ = started(code, ASCII["a stream of ASCII"], tmp_path, "--help")
     assert (returned, r"\xe8" in output) == (0, True)
 
 
-def test_an_argument_that_is_not_utf_8_is_an_error(tmp_path: Path) -> None:
-    code = SAYS.format(description="x", raised="UserError")
+def test_an_argument_that_is_not_text_is_an_error(tmp_path: Path) -> None:
+    code = PROGRAM.format(description="x", raised="UserError")
     returned, _, output = started(code, {"PYTHONUTF8": "1"}, tmp_path / "file", b"key=caf\xe9")
     assert returned == 2
     assert r"error: argument b'key=caf\xe9': not UTF-8. Rename the file" in output
@@ -84,7 +84,7 @@ def test_an_argument_that_is_not_utf_8_is_an_error(tmp_path: Path) -> None:
     assert "this locale can't represent these characters. Set LC_ALL=C.UTF-8" in output
 
 
-def test_a_name_that_this_locale_can_not_write_is_an_error() -> None:
+def test_a_file_name_that_the_locale_cannot_encode_is_an_error() -> None:
     code = "import sys; from train.cli import run_command; sys.exit(run_command(lambda: open(chr(0xe9)), ''))"
     returned, _, output = started(code, ASCII["the C locale"])
     assert returned == 2
@@ -92,7 +92,7 @@ def test_a_name_that_this_locale_can_not_write_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("parse", ["parse_args", "parse_intermixed_args", "parse_known_args"])
-def test_every_parse_method_checks_its_arguments(parse: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_parse_methods_check_their_arguments(parse: str, capsys: pytest.CaptureFixture[str]) -> None:
     parser = CommandLine()
     parser.add_argument("words", nargs="*")
     with pytest.raises(SystemExit, match="2"):
@@ -102,7 +102,7 @@ def test_every_parse_method_checks_its_arguments(parse: str, capsys: pytest.Capt
 
 
 def run_in_ascii(*arguments: str | Path) -> tuple[int, bytes]:
-    """Exit code and output of train/sft.py where standard output is a log that takes ASCII alone."""
+    """Run train/sft.py with an ASCII log as standard output; return exit code and output."""
     from train.sft import main
 
     written = io.BytesIO()
@@ -114,7 +114,7 @@ def run_in_ascii(*arguments: str | Path) -> tuple[int, bytes]:
         return main([str(argument) for argument in arguments]), written.getvalue()
 
 
-def test_training_escapes_names_that_the_log_can_not_encode(
+def test_training_escapes_names_that_the_log_cannot_encode(
     recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny_model, tmp_path / "modèle")
@@ -130,7 +130,7 @@ def test_training_escapes_names_that_the_log_can_not_encode(
     assert "modèle" in (tmp_path / "sortie-é" / "report.md").read_text("utf-8")
 
 
-def test_file_names_that_are_not_utf_8(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_files_whose_names_are_not_text_are_read(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     folder = tmp_path / "rows"
     folder.mkdir()
     row: dict[str, Any] = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}

@@ -1,4 +1,4 @@
-"""What a long job shows, in a terminal and in a log file."""
+"""Progress of long operations in a terminal and in a log file."""
 
 import pytest
 
@@ -6,8 +6,10 @@ from train import progress
 from train.progress import SECONDS_BETWEEN_LINES, progress_bar
 
 
-def test_each_bar_counts_in_its_own_unit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the output for a terminal
+def test_nested_bars_count_in_their_own_units(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich treat the output as a terminal
     monkeypatch.setenv("COLUMNS", "120")
     with progress_bar("training", total=5, unit="steps") as training:
         training.part("evaluating", 7, "batches").advance(2)
@@ -23,7 +25,7 @@ def test_each_bar_counts_in_its_own_unit(monkeypatch: pytest.MonkeyPatch, capsys
     assert "steps" not in last["evaluating"]
 
 
-def test_a_log_file_is_never_silent_for_long(
+def test_a_log_file_gets_a_line_per_interval(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 1_000.0
@@ -33,7 +35,7 @@ def test_a_log_file_is_never_silent_for_long(
             now += SECONDS_BETWEEN_LINES / 2
             training.advance()
             if step == 43:
-                training.show("step 43/100")  # a line of its own counts as one
+                training.show("step 43/100")  # replaces a progress line
         shown = capsys.readouterr().out.splitlines()
         now += SECONDS_BETWEEN_LINES / 2
         training.advance()

@@ -1,4 +1,4 @@
-"""Intervals of constant and tiny samples: against the score test turned round, and never without a width."""
+"""Intervals of constant and small samples, compared with an inverted score test."""
 
 import itertools
 import math
@@ -20,38 +20,38 @@ from train.resampling import (
 Z = NormalDist().inv_cdf(0.975)
 
 
-def farthest_not_refused(share: float, of: int, edge: float) -> float:
-    """Bisection for the last true share towards `edge` from which `share` is at most 1.96 standard errors away."""
+def last_accepted(share: float, of: int, edge: float) -> float:
+    """Find the last true share towards `edge` that is at most 1.96 standard errors from `share`, by bisection."""
     inside, outside = share, edge
     for _ in range(80):
         middle = (inside + outside) / 2
-        refused = (share - middle) ** 2 * of > Z**2 * middle * (1 - middle)
-        inside, outside = (inside, middle) if refused else (middle, outside)
+        rejected = (share - middle) ** 2 * of > Z**2 * middle * (1 - middle)
+        inside, outside = (inside, middle) if rejected else (middle, outside)
     return inside
 
 
 @pytest.mark.parametrize(("share", "of"), [(0, 6), (1, 6), (1, 10), (0, 36), (0.5, 8), (1 / 30, 30), (137.5 / 138, 36)])
-def test_wilsons_interval_is_what_the_score_test_does_not_refuse(share: float, of: int) -> None:
+def test_wilsons_interval_contains_the_shares_that_the_score_test_accepts(share: float, of: int) -> None:
     low, high = wilson_interval(share, of)
-    expected = tuple(farthest_not_refused(share, of, edge) for edge in (0.0, 1.0))
+    expected = tuple(last_accepted(share, of, edge) for edge in (0.0, 1.0))
     assert (low, high) == pytest.approx(expected, abs=1e-9)
     assert high - low > 0.05
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])
 @pytest.mark.parametrize("bounds", [SHARE_BOUNDS, DIFFERENCE_BOUNDS, (1.0, 5.0), None])
-def test_of_few_rows_there_is_no_interval(rows: int, bounds: tuple[float, float] | None) -> None:
-    (found,) = estimate_means(np.ones((rows, 1)), np.arange(rows), np.zeros(1), [bounds])
-    assert (found.mean, found.low, found.high, found.groups) == (1, None, None, rows)
-    assert found.missing == f"n = {rows}"
-    assert explain_missing_intervals(f"100 % ({found.missing})") == [
+def test_few_rows_have_no_interval(rows: int, bounds: tuple[float, float] | None) -> None:
+    (estimate,) = estimate_means(np.ones((rows, 1)), np.arange(rows), np.zeros(1), [bounds])
+    assert (estimate.mean, estimate.low, estimate.high, estimate.groups) == (1, None, None, rows)
+    assert estimate.missing == f"n = {rows}"
+    assert explain_missing_intervals(f"100 % ({estimate.missing})") == [
         "(n = ...): too few rows for an interval, which needs at least 6."
     ]
     assert explain_missing_intervals("100 % [72.2, 100.0]") == []
 
 
-def test_the_fewest_are_those_from_which_a_test_can_find_anything() -> None:
-    """All flips of the signs of values that agree: with five, 2 of 32 are as extreme; with six, 2 of 64."""
+def test_the_minimum_of_groups_is_the_smallest_for_which_a_sign_test_can_be_significant() -> None:
+    """Flip the signs of equal values: with five, 2 of 32 results are as extreme; with six, 2 of 64."""
     for groups in (MIN_GROUPS - 1, MIN_GROUPS):
         extreme = sum(abs(sum(signs)) == groups for signs in itertools.product((1, -1), repeat=groups))
         assert (extreme / 2**groups < 0.05) is (groups == MIN_GROUPS)
@@ -60,16 +60,16 @@ def test_the_fewest_are_those_from_which_a_test_can_find_anything() -> None:
 @pytest.mark.parametrize("constant", [0.0, 1.0])
 @pytest.mark.parametrize(("groups", "of_each"), [(6, 1), (40, 1), (40, 3)])
 def test_a_constant_share_has_wilsons_interval_of_its_groups(constant: float, groups: int, of_each: int) -> None:
-    (found,) = estimate_means(
+    (estimate,) = estimate_means(
         np.full((groups * of_each, 1), constant), np.repeat(np.arange(groups), of_each), np.zeros(1), [SHARE_BOUNDS]
     )
-    # From (1 - high)^n as a score test has it: high = z^2 / (n + z^2).
-    most = Z**2 / (groups + Z**2)
-    assert (found.low, found.high) == pytest.approx((0, most) if constant == 0 else (1 - most, 1))
-    assert found.interval == "wilson"
+    # Inverted score test: high = z^2 / (n + z^2).
+    width = Z**2 / (groups + Z**2)
+    assert (estimate.low, estimate.high) == pytest.approx((0, width) if constant == 0 else (1 - width, 1))
+    assert estimate.interval == "wilson"
 
 
-def test_one_group_that_differs_makes_no_share_surer_than_none() -> None:
+def test_one_differing_group_widens_the_interval() -> None:
     values = np.ones(120)
     groups = np.repeat(np.arange(40), 3)
     alike = estimate_share(values.tolist(), groups.astype(str).tolist())
@@ -79,8 +79,8 @@ def test_one_group_that_differs_makes_no_share_surer_than_none() -> None:
     assert (one_off.low, one_off.high) == wilson_interval(119 / 120, 40)
 
 
-def test_shares_of_independent_rows_cover_the_truth_and_the_bootstrap_would_not() -> None:
-    """Of all outcomes of 20 rows at a true share of 0.95: how probable those are whose interval holds it."""
+def test_intervals_of_shares_cover_the_truth_where_a_bootstrap_would_not() -> None:
+    """Sum the probabilities of all outcomes of 20 rows whose interval contains the true share of 0.95."""
     truth, of = 0.95, 20
 
     def covered(ends: list[tuple[float, float]]) -> float:
@@ -94,13 +94,15 @@ def test_shares_of_independent_rows_cover_the_truth_and_the_bootstrap_would_not(
     rows = np.arange(of)
     ours = [estimate_means(column, rows, np.zeros(1), [SHARE_BOUNDS], permutations=1)[0] for column in columns]
     plain = [estimate_means(column, rows, np.zeros(1), permutations=1)[0] for column in columns]
-    assert covered([(one.low, one.high) for one in ours]) > 0.92
-    ends = [(one.mean, one.mean) if one.low is None else (one.low, one.high) for one in plain]
+    assert covered([(estimate.low, estimate.high) for estimate in ours]) > 0.92
+    ends = [
+        (estimate.mean, estimate.mean) if estimate.low is None else (estimate.low, estimate.high) for estimate in plain
+    ]
     assert covered(ends) < 0.70
 
 
-def test_no_interval_is_without_width() -> None:
-    """Values that are all alike, groups whose means are, and sums that rounding alone tells apart."""
+def test_intervals_always_have_a_width() -> None:
+    """Equal values, groups with equal means, and sums that differ only by rounding."""
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(8), 2)
     samples = {
@@ -112,16 +114,16 @@ def test_no_interval_is_without_width() -> None:
     for name, values in samples.items():
         for bounds in (SHARE_BOUNDS, DIFFERENCE_BOUNDS, (1.0, 5.0), None):
             column = values[:, None] + (3 if bounds == (1.0, 5.0) else 0)
-            (found,) = estimate_means(column, groups, np.zeros(1), [bounds])
+            (estimate,) = estimate_means(column, groups, np.zeros(1), [bounds])
             if bounds is None:
-                assert (found.low, found.high, found.missing) == (None, None, "all alike"), name
+                assert (estimate.low, estimate.high, estimate.missing) == (None, None, "all alike"), name
             else:
-                assert found.high - found.low > 0.3, name
-                assert bounds[0] <= found.low <= found.mean <= found.high <= bounds[1]
+                assert estimate.high - estimate.low > 0.3, name
+                assert bounds[0] <= estimate.low <= estimate.mean <= estimate.high <= bounds[1]
 
 
 def tangos_score(pairs: int, better: int, worse: int, difference: float) -> float:
-    """Of a paired difference (Tango 1998, equations 4 to 6): standard errors that the pairs are from `difference`."""
+    """Return the distance of the pairs from `difference` in standard errors (Tango 1998, equations 4 to 6)."""
     a, c = 2 * pairs, -worse * difference * (1 - difference)
     b = -better - worse + (2 * pairs - better + worse) * difference
     nuisance = (math.sqrt(b**2 - 4 * a * c) - b) / (2 * a)
@@ -130,11 +132,11 @@ def tangos_score(pairs: int, better: int, worse: int, difference: float) -> floa
 
 
 @pytest.mark.parametrize(("value", "low", "high"), [(1.0, True, False), (0.0, True, True), (-1.0, False, True)])
-def test_differences_that_are_all_alike_have_tangos_interval(value: float, low: bool, high: bool) -> None:
+def test_equal_differences_have_tangos_interval(value: float, low: bool, high: bool) -> None:
     pairs = 12
-    (found,) = estimate_means(np.full((pairs, 1), value), np.arange(pairs), np.zeros(1), [DIFFERENCE_BOUNDS])
+    (estimate,) = estimate_means(np.full((pairs, 1), value), np.arange(pairs), np.zeros(1), [DIFFERENCE_BOUNDS])
     better, worse = pairs * (value > 0), pairs * (value < 0)
-    for end, open_end, sign in ((found.low, low, 1), (found.high, high, -1)):
+    for end, open_end, sign in ((estimate.low, low, 1), (estimate.high, high, -1)):
         if open_end:
             assert sign * tangos_score(pairs, better, worse, end) == pytest.approx(Z, abs=1e-6)
         else:

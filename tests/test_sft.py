@@ -1,4 +1,4 @@
-"""The door: what a run leaves behind, and what bad input gets."""
+"""train/sft.py: the files of a run, and the errors of invalid input."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_full_run_leaves_a_model_that_plain_transformers_loads(
+def test_a_complete_run_saves_a_model_that_transformers_loads(
     recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path
 ) -> None:
     recipe = recipe_file(
@@ -155,7 +155,7 @@ def test_a_run_does_not_write_into_a_folder_with_another_model(
     assert "run holds a model" in refused("--recipe", recipe_file(adapter={"r": 4}))
 
 
-def test_weights_that_are_broken_and_modules_that_are_not_there(
+def test_broken_weights_and_unknown_modules_are_errors(
     recipe_file: Callable[..., Path], refused: Callable[..., str], tiny_model: Path, tmp_path: Path
 ) -> None:
     assert "nosuch" in refused("--recipe", recipe_file(adapter={"target_modules": ["nosuch"]}))
@@ -164,10 +164,10 @@ def test_weights_that_are_broken_and_modules_that_are_not_there(
     assert "can't be loaded" in refused("--recipe", recipe_file(model={"name_or_path": str(tmp_path / "broken")}))
 
 
-def test_a_base_model_is_saved_to_stop_at_the_end_token_of_the_template(
+def test_a_trained_base_model_stops_at_the_end_token_of_the_template(
     recipe_file: Callable[..., Path], tmp_path: Path, tiny_model: Path
 ) -> None:
-    """Base models end a text with another token; served with it, a tuned model would never stop."""
+    """Base models have another end token, at which a trained model would never stop."""
     base = tmp_path / "base"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.eos_token = "<|endoftext|>"
@@ -181,7 +181,7 @@ def test_a_base_model_is_saved_to_stop_at_the_end_token_of_the_template(
     assert set(generation.eos_token_id) == {saved.eos_token_id, tokenizer.eos_token_id}
 
 
-def test_a_model_whose_answers_end_with_the_next_turn_is_saved_to_stop_at_each_token_that_may_follow(
+def test_a_model_without_an_end_token_stops_at_each_token_that_can_follow_an_answer(
     recipe_file: Callable[..., Path], tmp_path: Path, tiny_model: Path
 ) -> None:
     base, ends = tmp_path / "glm", ["<|user|>", "<|observation|>"]
@@ -202,7 +202,7 @@ def test_a_model_whose_answers_end_with_the_next_turn_is_saved_to_stop_at_each_t
     assert saved.convert_ids_to_tokens(generation.eos_token_id) == [*ends, "<|endoftext|>"]
 
 
-def test_a_validation_share_is_evaluated_at_the_end_even_if_no_strategy_says_when(
+def test_validation_rows_are_evaluated_at_the_end_without_an_eval_strategy(
     recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     assert main(["--recipe", str(recipe_file(data={"validation": 0.25}))]) == 0
@@ -228,10 +228,10 @@ def test_no_secret_of_the_environment_is_written(
     assert [path for path in written if b"s3cr3t" in path.read_bytes()] == []
 
 
-# What bad input gets: exit code 2 and one `error:` that says where and what to write.
+# Invalid input: exit code 2 and one `error:` that says where and what to write.
 
 
-def test_a_broken_recipe_ends_with_2_and_no_traceback(tmp_path: Path) -> None:
+def test_an_invalid_recipe_ends_with_2_and_no_traceback(tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text("model: {name_or_path: x}\noutput_dirr: y\n")
     result = subprocess.run(
@@ -260,20 +260,20 @@ def test_an_invalid_command_line(arguments: list[str], words: str, capsys: pytes
     assert words in error
 
 
-MODEL_FAULTS = {
+MODEL_ERRORS = {
     "there is no folder recipes/nowhere": {"name_or_path": "recipes/nowhere"},
     "can't be loaded": {"name_or_path": "nobody/no-such-model"},
 }
 
 
-@pytest.mark.parametrize("words", MODEL_FAULTS)
+@pytest.mark.parametrize("words", MODEL_ERRORS)
 def test_a_missing_model(words: str, recipe_file: Callable[..., Path], refused: Callable[..., str]) -> None:
-    error = refused("--recipe", recipe_file(model=MODEL_FAULTS[words]))
+    error = refused("--recipe", recipe_file(model=MODEL_ERRORS[words]))
     assert "model.name_or_path" in error
     assert words in error
 
 
-def test_pickled_weights_are_refused_and_allowed_by_the_key(
+def test_pickled_weights_need_allow_pickle(
     recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     folder = tmp_path / "pickled"
@@ -290,7 +290,7 @@ def test_pickled_weights_are_refused_and_allowed_by_the_key(
     assert main(["--recipe", str(allowed)]) == 0
 
 
-def test_code_that_comes_with_a_model_is_not_run(
+def test_code_of_a_model_is_not_run(
     recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     folder = tmp_path / "foreign"
@@ -305,7 +305,7 @@ def test_code_that_comes_with_a_model_is_not_run(
     assert not (tmp_path / "ran").exists()
 
 
-RUN_FAULTS = {
+RUN_ERRORS = {
     "a missing kernel": (
         {"model": {"attention": "flash_attention_2"}},
         ["model.attention", "flash-attn", "pip install"],
@@ -326,9 +326,9 @@ RUN_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("case", RUN_FAULTS)
+@pytest.mark.parametrize("case", RUN_ERRORS)
 def test_errors_found_before_training(case: str, recipe_file: Callable[..., Path], refused: Callable[..., str]) -> None:
-    sections, words = RUN_FAULTS[case]
+    sections, words = RUN_ERRORS[case]
     error = refused("--recipe", recipe_file(**sections))
     assert [word for word in words if word not in error] == []
 
@@ -372,7 +372,7 @@ def test_rows_that_the_template_refuses_are_errors_or_skipped(
     assert "1 row skipped, refused by the template" in shown
 
 
-def test_wandb_without_a_key_is_an_error_not_a_question(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_wandb_without_a_key_is_an_error_and_not_a_prompt(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     recipe = recipe_file(tracking={"wandb": {"project": "x"}})
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}

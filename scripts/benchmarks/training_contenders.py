@@ -205,10 +205,10 @@ def ours(task: Task, attention: str, recipe: Recipe, watch: Watch) -> tuple[Any,
     """JanusTrainer as train/sft.py makes it, on sequences from rows on disk."""
     from train.data.dataset import PackedDataset
     from train.data.loss_mask import EncodedRow
-    from train.data.packing import plan as packing_plan
-    from train.data.prepare import Prepared, Split, SplitStats
+    from train.data.packing import plan_packing
+    from train.data.prepared_data import PreparedData, Split, SplitStats
     from train.data.sources.formats import Conversation
-    from train.data.tokens.table import TokenRows, batch_of, write
+    from train.data.tokens.table import TokenTable, make_batch, write_table
     from train.loop.arguments import training_arguments
     from train.loop.metrics_log import StepLog
     from train.loop.trainer import JanusTrainer
@@ -216,13 +216,15 @@ def ours(task: Task, attention: str, recipe: Recipe, watch: Watch) -> tuple[Any,
     wanted, file = task.lengths, task.folder / "rows.arrow"
     encoded = [EncodedRow(ids, np.array([[answer, len(ids)]], np.int32)) for ids, answer in token_ids(wanted)]
     said = [{"role": "user", "content": "a row of the benchmark"}]
-    write(file, [batch_of(0, [(Conversation(said, None, f" row {n}"), [row]) for n, row in enumerate(encoded, 1)])])
-    rows = TokenRows([file], [["benchmark"]])
+    write_table(
+        file, [make_batch(0, [(Conversation(said, None, f" row {n}"), [row]) for n, row in enumerate(encoded, 1)])]
+    )
+    rows = TokenTable([file], [["benchmark"]])
     sequences = PackedDataset(
         rows,
         np.arange(len(rows)),
         wanted.max_length,
-        lambda epoch: packing_plan(
+        lambda epoch: plan_packing(
             rows.lengths, wanted.max_length, multiple_of=wanted.batch, seed=wanted.seed, epoch=epoch
         ),
         packed=True,
@@ -235,7 +237,7 @@ def ours(task: Task, attention: str, recipe: Recipe, watch: Watch) -> tuple[Any,
         arguments,
         random_model(wanted, recipe.model.dtype, attention),
         tokenizer(),
-        Prepared(Split(sequences, SplitStats()), None),
+        PreparedData(Split(sequences, SplitStats()), None),
         [step_log, watch],
     )
     return trainer, len(sequences)

@@ -3,11 +3,11 @@
 import pytest
 
 from train.data.diagnostics import describe_unread
-from train.data.prepare import UnreadText
+from train.data.prepared_data import UnreadText
 
 
 @pytest.mark.parametrize(
-    ("name", "shown"),
+    ("name", "preview"),
     [
         ("", '""'),
         ("  ", '"  "'),
@@ -16,8 +16,8 @@ from train.data.prepare import UnreadText
         ("messages[].note", "messages[].note"),
     ],
 )
-def test_a_column_without_a_name_can_be_seen(name: str, shown: str) -> None:
+def test_a_column_without_a_name_can_be_seen(name: str, preview: str) -> None:
     """As pandas writes its index."""
     for ignored, told in ((False, "2 rows"), (True, "ignored, 2 rows")):
         unread = UnreadText("data.sources.0", name, rows=2, losing=0, ignored=ignored)
-        assert describe_unread([unread]) == [f"data.sources.0: {shown} ({told})"]
+        assert describe_unread([unread]) == [f"data.sources.0: {preview} ({told})"]

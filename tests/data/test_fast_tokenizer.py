@@ -8,7 +8,7 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from train.data.chat.template import use_template
-from train.data.fast_tokenizer import DiffersError, FastTokenizer, UnsuitableError
+from train.data.fast_tokenizer import FastTokenizer, TokensDifferError, UnsupportedTokenizerError
 from train.data.loss_mask import Encoder
 from train.data.sources.formats import RowError
 
@@ -116,7 +116,7 @@ def test_a_difference_is_seen(chatml_tokenizer) -> None:
     other = Encoder(chatml_tokenizer)._backend
     other.add_special_tokens(["some text"])
     fast._backend = other
-    with pytest.raises(DiffersError, match="some text"):
+    with pytest.raises(TokensDifferError, match="some text"):
         fast.check(["other text", "some text"])
 
 
@@ -125,15 +125,15 @@ def test_a_tokenizer_of_another_kind_is_not_replaced(chatml_tokenizer) -> None:
 
     backend = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(UnsuitableError, match="bytes aren't known"):
+    with pytest.raises(UnsupportedTokenizerError, match="bytes aren't known"):
         FastTokenizer(chatml_tokenizer, backend)
 
 
 def test_spans_that_touch_are_one() -> None:
-    from train.data.loss_mask import _joined, labels_of, spans_of
+    from train.data.loss_mask import _joined, find_runs, make_labels
 
     spans = np.asarray([[0, 2], [2, 3], [5, 6]], np.int32)
     assert _joined(spans).tolist() == [[0, 3], [5, 6]]
     assert _joined(np.empty((0, 2), np.int32)).tolist() == []
-    assert spans_of(np.asarray([True, True, True, False, False, True])).tolist() == [[0, 3], [5, 6]]
-    assert labels_of(np.arange(6, dtype=np.int32), _joined(spans)).tolist() == [0, 1, 2, -100, -100, 5]
+    assert find_runs(np.asarray([True, True, True, False, False, True])).tolist() == [[0, 3], [5, 6]]
+    assert make_labels(np.arange(6, dtype=np.int32), _joined(spans)).tolist() == [0, 1, 2, -100, -100, 5]

@@ -259,9 +259,9 @@ def test_batches_give_what_single_rows_give(chatml_tokenizer) -> None:
     conversations = [Conversation(messages, None, f":{row}") for row, messages in enumerate([*turns, bad])]
     results = RowTokenizer(chatml_tokenizer, "assistant").encode(conversations)
     assert results[:4] == [encode(chatml_tokenizer, messages) for messages in turns]
-    fault = results[4]
-    assert isinstance(fault, RowError)
-    assert "no turn for the role tool" in fault.detail
+    error = results[4]
+    assert isinstance(error, RowError)
+    assert "no turn for the role tool" in error.detail
 
 
 @pytest.mark.parametrize(("policy", "refused"), [("error", True), ("escape", False), ("allow", False)])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.data.packing import DOCUMENTS_PER_SEQUENCE, PackingPlan, pack, plan
+from train.data.packing import DOCUMENTS_PER_SEQUENCE, PackingPlan, pack, plan_packing
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int, most: int = 10**9) -> list[list[int]]:
@@ -71,10 +71,10 @@ def test_refuses_a_row_that_no_sequence_can_hold(length: int) -> None:
 
 @pytest.mark.parametrize("documents", [0, -1])
 def test_refuses_a_cap_under_which_no_sequence_holds_a_row(documents: int) -> None:
-    with pytest.raises(ValueError, match="documents_per_sequence is"):
+    with pytest.raises(ValueError, match="documents_per_sequence must be"):
         pack([5], 10, documents)
-    with pytest.raises(ValueError, match="documents_per_sequence is"):
-        plan([5], 10, documents_per_sequence=documents)
+    with pytest.raises(ValueError, match="documents_per_sequence must be"):
+        plan_packing([5], 10, documents_per_sequence=documents)
 
 
 def sequences_of(packed: PackingPlan) -> list[list[int]]:
@@ -91,7 +91,7 @@ def test_a_plan_has_every_row_once_in_sequences_that_fit_and_come_out_even(
     capacity_and_lengths: tuple[int, list[int]], multiple_of: int, documents: int | None, epoch: int
 ) -> None:
     capacity, lengths = capacity_and_lengths
-    packed = plan(lengths, capacity, multiple_of=multiple_of, documents_per_sequence=documents, epoch=epoch)
+    packed = plan_packing(lengths, capacity, multiple_of=multiple_of, documents_per_sequence=documents, epoch=epoch)
     sequences = sequences_of(packed)
     assert sorted(row for rows in sequences for row in rows) == list(range(len(lengths)))
     assert all(0 < sum(lengths[row] for row in rows) <= capacity for rows in sequences)
@@ -122,7 +122,7 @@ KINDS = ["chats", "uniform", "short", "bimodal", "quickstart"]
 def test_a_plan_is_as_full_as_best_fit_decreasing_in_every_epoch(kind: str) -> None:
     lengths, capacity = lengths_of(kind)
     fewest = len(pack(lengths, capacity))
-    numbers = {len(plan(lengths, capacity, seed=seed, epoch=epoch)) for seed in range(2) for epoch in range(3)}
+    numbers = {len(plan_packing(lengths, capacity, seed=seed, epoch=epoch)) for seed in range(2) for epoch in range(3)}
     assert len(numbers) == 1
     assert fewest / min(numbers) >= 0.999
 
@@ -139,7 +139,7 @@ def test_sequences_are_full_where_lengths_allow_it(kind: str) -> None:
     }[kind]
     lengths = np.clip(drawn, 1, 8_192).astype(int)
     for epoch in range(2):
-        packed = plan(lengths, 8_192, epoch=epoch)
+        packed = plan_packing(lengths, 8_192, epoch=epoch)
         assert lengths.sum() / (8_192 * len(packed)) >= 0.999
         assert sorted(packed.rows.tolist()) == list(range(20_000))
         assert max(lengths[rows].sum() for rows in (packed[sequence] for sequence in range(len(packed)))) <= 8_192
@@ -162,7 +162,7 @@ def likeness(lengths: list[int], sequences: list[list[int]]) -> float:
 def test_a_plan_mixes_the_lengths_that_best_fit_decreasing_sorts(kind: str, rows: int) -> None:
     lengths, capacity = lengths_of(kind, rows)
     assert likeness(lengths, pack(lengths, capacity)) > 0.4
-    assert likeness(lengths, sequences_of(plan(lengths, capacity))) < 0.2
+    assert likeness(lengths, sequences_of(plan_packing(lengths, capacity))) < 0.2
 
 
 @pytest.mark.parametrize(("kind", "rows"), [("chats", 2_000), ("short", 2_000), ("quickstart", 360)])
@@ -170,7 +170,7 @@ def test_each_epoch_and_each_seed_has_another_composition(kind: str, rows: int) 
     lengths, capacity = lengths_of(kind, rows)
 
     def pairs(**chosen: int) -> set[tuple[int, int]]:
-        packed = sequences_of(plan(lengths, capacity, **chosen))
+        packed = sequences_of(plan_packing(lengths, capacity, **chosen))
         return {(a, b) for sequence in packed for a in sequence for b in sequence if a < b}
 
     first = pairs(seed=1, epoch=0)
@@ -181,24 +181,24 @@ def test_each_epoch_and_each_seed_has_another_composition(kind: str, rows: int) 
 
 def test_ranks_get_equally_many_sequences_of_about_equal_length() -> None:
     lengths, capacity = lengths_of("quickstart", 360)
-    packed = plan(lengths, capacity, multiple_of=64)
+    packed = plan_packing(lengths, capacity, multiple_of=64)
     assert len(packed) == 64
     tokens = [sum(lengths[row] for row in rows) for rows in sequences_of(packed)]
     assert max(tokens) - min(tokens) <= max(lengths)
 
 
 def test_splits_the_fullest_where_only_the_plain_packing_fits() -> None:
-    packed = plan([6, 4, 5, 5, 7, 3, 9, 1], 10, multiple_of=3)  # 4 full sequences
+    packed = plan_packing([6, 4, 5, 5, 7, 3, 9, 1], 10, multiple_of=3)  # 4 full sequences
     assert sorted(sum([6, 4, 5, 5, 7, 3, 9, 1][row] for row in rows) for rows in sequences_of(packed))[-1] <= 9
     assert len(packed) == 6
 
 
 def test_without_packing_each_row_is_a_sequence_in_the_order_given() -> None:
-    assert sequences_of(plan([5, 9_000, 1], None, multiple_of=2)) == [[0], [1], [2]]
+    assert sequences_of(plan_packing([5, 9_000, 1], None, multiple_of=2)) == [[0], [1], [2]]
 
 
 def test_the_default_cap_holds() -> None:
-    packed = plan([1] * 10_000, 8_192)
+    packed = plan_packing([1] * 10_000, 8_192)
     assert max(len(rows) for rows in sequences_of(packed)) <= DOCUMENTS_PER_SEQUENCE
     assert len(packed) == 10
 
@@ -209,16 +209,16 @@ def test_a_plan_comes_back_from_disk_and_the_same_plan_gives_the_same_bytes(
 ) -> None:
     folder = tmp_path_factory.mktemp("plans")
     for name in ("one", "two"):
-        plan(lengths, 20).save(folder / name)
+        plan_packing(lengths, 20).save(folder / name)
     assert (folder / "one").read_bytes() == (folder / "two").read_bytes()
     loaded = PackingPlan.load(folder / "one")
-    assert sequences_of(loaded) == sequences_of(plan(lengths, 20))
+    assert sequences_of(loaded) == sequences_of(plan_packing(lengths, 20))
     assert (loaded.rows.dtype, loaded.ends.dtype) == (np.int32, np.int64)
 
 
 def test_refuses_a_file_that_is_broken_or_no_plan(tmp_path: Path) -> None:
-    path = tmp_path / "plan"
-    plan([3, 4, 5], 7).save(path)
+    path = tmp_path / "plan_packing"
+    plan_packing([3, 4, 5], 7).save(path)
     whole = path.read_bytes()
     for cut in range(len(whole)):
         path.write_bytes(whole[:cut])

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 
 from train.data.chat.template import use_template
-from train.data.prepare import Prepared, examine, prepare
-from train.data.stats import choose_examples, histogram, quantiles
+from train.data.prepare import examine, prepare
+from train.data.prepared_data import PreparedData
+from train.data.stats import choose_examples, histogram, percentiles
 from train.errors import UserError
 from train.model.tokenizer import load_tokenizer
 from train.recipe import ModelSection, load_recipe
 
 
-def examined(path: Path) -> Prepared:
+def examined(path: Path) -> PreparedData:
     recipe = load_recipe(path)
     tokenizer = load_tokenizer(recipe.model)
     use_template(tokenizer, recipe.chat.template)
@@ -147,7 +148,7 @@ def test_quantiles_are_lengths_that_occur() -> None:
     lengths = [int(value) for value in np.random.default_rng(0).lognormal(5, 1, 997)]
     ordered = sorted(lengths)
     expected = {str(q): ordered[max(math.ceil(q * 997 / 100), 1) - 1] for q in (0, 5, 25, 50, 75, 95, 99, 100)}
-    assert quantiles(np.asarray(lengths, np.int32)) == expected
+    assert percentiles(np.asarray(lengths, np.int32)) == expected
 
 
 @pytest.mark.parametrize(
@@ -190,10 +191,10 @@ def test_examples_repeat_no_row_and_show_any_part_of_a_split_conversation(
     assert (account.conversations, account.rows) == (4, 19)
     assert sorted(row.place for row in account.examples) == [f"{path}:1", f"{path}:4"]
     seeds = range(8)
-    shown = {
+    preview = {
         len(row.input_ids)
         for seed in seeds
         for row in examined(recipe_file(chat={"template": str(template)}, data=data, seed=seed)).train.stats.examples
         if row.place == f"{path}:1"
     }
-    assert len(shown) > 2
+    assert len(preview) > 2

@@ -1,4 +1,4 @@
-"""Files of rows: a run that goes on leaves what is the same, and never mixes its rows with those of another run."""
+"""Dataset files: a restarted run leaves equal rows alone, and never mixes its rows with those of another run."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def open_files(folder: Path, format: str) -> RowFiles:
 
 
 def rows(folder: Path) -> list[str]:
-    """As whoever reads the folder now finds them."""
+    """Return the rows that a reader of the folder finds."""
     if (folder / "rows.jsonl").exists():
         return [line[10:-2] for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     paths = sorted(folder.glob("rows-*.parquet"))
@@ -25,7 +25,7 @@ def rows(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("format", ["jsonl", "parquet"])
-def test_a_run_with_other_settings_is_never_mixed_with_the_one_before(tmp_path: Path, format: str) -> None:
+def test_rows_of_a_run_with_other_settings_are_never_mixed_with_earlier_ones(tmp_path: Path, format: str) -> None:
     files = open_files(tmp_path, format)
     for row in range(7):
         files.write({"text": f"old {row}"})
@@ -44,7 +44,7 @@ def test_a_run_with_other_settings_is_never_mixed_with_the_one_before(tmp_path: 
 
 
 @pytest.mark.parametrize("format", ["jsonl", "parquet"])
-def test_the_same_run_again_gives_the_same_bytes_and_ends_where_it_ends(tmp_path: Path, format: str) -> None:
+def test_the_same_run_gives_the_same_bytes_and_removes_rows_behind_its_last_one(tmp_path: Path, format: str) -> None:
     for count in (5, 5, 3):
         files = open_files(tmp_path, format)
         for row in range(count):

@@ -1,4 +1,4 @@
-"""Further turns of the prompt that a model makes up after its reply."""
+"""Stop patterns: replies are cut where the model invents a further turn of the prompt."""
 
 from pathlib import Path
 
@@ -32,12 +32,12 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("made_up", INVENTED_TURN.values(), ids=INVENTED_TURN)
-def test_a_message_ends_where_a_further_turn_begins(made_up: str) -> None:
+def test_a_message_ends_where_an_invented_turn_begins(made_up: str) -> None:
     assert cut_at_stop_pattern(f"{REPLY}\n\n{made_up}", STOP_PATTERNS["generate"]) == REPLY
 
 
 @pytest.mark.parametrize("reply", WHOLE.values(), ids=WHOLE)
-def test_headings_that_begin_no_further_turn(reply: str) -> None:
+def test_headings_that_begin_no_invented_turn(reply: str) -> None:
     assert cut_at_stop_pattern(reply, STOP_PATTERNS["generate"]) == reply
     assert parse(cut_at_stop_pattern(reply, STOP_PATTERNS["generate"])).phrases
 
@@ -54,7 +54,7 @@ def test_verdicts_and_judgements_end_there_too() -> None:
         assert says_no(cut_at_stop_pattern(f"No.\n\n{heading}\n\nYes", STOP_PATTERNS["judge"])) is True
 
 
-def test_it_is_counted_and_an_answer_may_hold_such_lines(tmp_path: Path) -> None:
+def test_cuts_are_counted_and_an_answer_may_have_such_lines(tmp_path: Path) -> None:
     answer = "Write it so:\n\n### User\nhi\n\n### Assistant\nho"
 
     async def script(asked: Asked) -> Reply:
@@ -65,6 +65,6 @@ def test_it_is_counted_and_an_answer_may_hold_such_lines(tmp_path: Path) -> None
     done, _ = run_with(script, tmp_path, [question()])
     assert [turn["content"] for turn in only_row(tmp_path)["messages"][::2]] == ["You are a tester.", answer]
     event = "generate: made up a further turn of the prompt, and was cut there"
-    assert done.tally.events[event] == 1
-    assert "system message cut at the token limit" not in done.tally.events
+    assert done.stats.events[event] == 1
+    assert "system message cut at the token limit" not in done.stats.events
     assert f"| {event} | 1 |" in done.report.read_text("utf-8")

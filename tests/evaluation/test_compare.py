@@ -1,4 +1,4 @@
-"""scripts/evaluate.py compare: differences recomputed from the rows, and what may not be compared."""
+"""scripts/evaluate.py compare: differences recomputed from the rows, and refused comparisons."""
 
 import json
 import random
@@ -22,11 +22,11 @@ TEMPERATURES = {"max_tokens": 64, "temperature": 0.0}
 
 
 async def rambles(asked: Asked) -> Reply:
-    return said("Well, here is an answer, and another one, good and very long because I make it so.")
+    return said("Well, here is an answer, and another entry, good and very long because I make it so.")
 
 
 async def is_careful(asked: Asked) -> Reply:
-    """Follows some rules more: no comma, a title, in capitals or not as the prompt's length has it."""
+    """Follow some more rules: no comma, a title, and capitals depending on the prompt's length."""
     text = "<<A title>> a river in the morning with water and patience"
     return said(text.upper() if len(asked.prompt) % 2 else text)
 
@@ -49,10 +49,10 @@ def lines(path: Path) -> list[dict]:
 
 
 def plain_interval(values: list[list[float]]) -> tuple[float, float]:
-    chance = random.Random(4)
+    rng = random.Random(4)
     means = []
     for _ in range(2_000):
-        drawn = [number for _ in values for number in chance.choice(values)]
+        drawn = [number for _ in values for number in rng.choice(values)]
         means.append(sum(drawn) / len(drawn))
     means.sort()
     return means[50], means[-50]
@@ -60,7 +60,7 @@ def plain_interval(values: list[list[float]]) -> tuple[float, float]:
 
 def compared(folder: Path) -> dict[tuple[str, str], dict]:
     record = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
-    return {(one["kind"], one["measure"]): one for one in record["measures"]}
+    return {(entry["kind"], entry["measure"]): entry for entry in record["measures"]}
 
 
 def test_the_difference_is_that_of_the_rows(
@@ -70,37 +70,38 @@ def test_the_difference_is_that_of_the_rows(
     capsys.readouterr()
     assert command("compare", first, second) == 0
     shown = capsys.readouterr().out
-    found = compared(second)
+    entries = compared(second)
     strict = [
-        {(one["turn"], one["key"]): one["strict"] for one in lines(folder / "ifeval_answers.jsonl")} for folder in sides
+        {(entry["turn"], entry["key"]): entry["strict"] for entry in lines(folder / "ifeval_answers.jsonl")}
+        for folder in sides
     ]
     for turn in ("system", "user"):
         keys = [key for key in strict[0] if key[0] == turn]
         by_prompt = [[all(strict[1][key]) - all(strict[0][key])] for key in keys]
         by_constraint = [[b - a for a, b in zip(strict[0][key], strict[1][key], strict=True)] for key in keys]
         for name, values in (("prompts, strict", by_prompt), ("constraints, strict", by_constraint)):
-            flat = [number for one in values for number in one]
-            one = found["ifeval", f"{turn}: {name}"]
-            assert one["paired"]["mean"] == pytest.approx(sum(flat) / len(flat))
-            assert one["change"] == pytest.approx(one["b"]["value"] - one["a"]["value"])
-            assert one["paired"]["mean"] == pytest.approx(one["change"])
-            assert (one["paired"]["low"], one["paired"]["high"]) == pytest.approx(plain_interval(values), abs=0.03)
-            assert one["rows"] == 40
-    better = found["ifeval", "system: constraints, strict"]
+            flat = [number for entry in values for number in entry]
+            entry = entries["ifeval", f"{turn}: {name}"]
+            assert entry["paired"]["mean"] == pytest.approx(sum(flat) / len(flat))
+            assert entry["change"] == pytest.approx(entry["b"]["value"] - entry["a"]["value"])
+            assert entry["paired"]["mean"] == pytest.approx(entry["change"])
+            assert (entry["paired"]["low"], entry["paired"]["high"]) == pytest.approx(plain_interval(values), abs=0.03)
+            assert entry["rows"] == 40
+    better = entries["ifeval", "system: constraints, strict"]
     assert better["paired"]["low"] > 0
     assert better["paired"]["p"] < 0.01
     rule = "punctuation:no_comma"
     follows = [
-        {key: one["strict"][one["instruction_id_list"].index(rule)] for one in lines(folder / "ifeval_answers.jsonl")
-         if rule in one["instruction_id_list"] for key in [(one["turn"], one["key"])] if key[0] == "system"}
+        {key: entry["strict"][entry["instruction_id_list"].index(rule)] for entry in lines(folder / "ifeval_answers.jsonl")
+         if rule in entry["instruction_id_list"] for key in [(entry["turn"], entry["key"])] if key[0] == "system"}
         for folder in sides
     ]  # fmt: skip
-    one = found["ifeval", f"system: {rule}"]
-    assert one["rows"] == len(follows[0]) > 3
-    assert one["paired"]["mean"] == pytest.approx(
-        sum(follows[1][key] - follows[0][key] for key in follows[0]) / one["rows"]
+    entry = entries["ifeval", f"system: {rule}"]
+    assert entry["rows"] == len(follows[0]) > 3
+    assert entry["paired"]["mean"] == pytest.approx(
+        sum(follows[1][key] - follows[0][key] for key in follows[0]) / entry["rows"]
     )
-    gap = found["ifeval", "system less user: prompts, strict"]
+    gap = entries["ifeval", "system less user: prompts, strict"]
     gaps = [
         (all(strict[1]["system", key]) - all(strict[1]["user", key]))
         - (all(strict[0]["system", key]) - all(strict[0]["user", key]))
@@ -116,13 +117,13 @@ def test_the_difference_is_that_of_the_rows(
         == 0
     )
     assert "| ifeval: system: punctuation:no_comma | " in capsys.readouterr().out
-    assert compared(first / "new") == found
+    assert compared(first / "new") == entries
 
 
-def test_rows_of_a_group_are_drawn_again_together() -> None:
-    """Ten groups of six rows that differ alike within their group, and rows with several numbers."""
-    chance = random.Random(6)
-    differences = [chance.choice([-1.0, 0.0, 1.0, 1.0]) for _ in range(10)]
+def test_the_bootstrap_resamples_groups_of_rows() -> None:
+    """Ten groups of six rows with equal differences within a group, and rows with several numbers."""
+    rng = random.Random(6)
+    differences = [rng.choice([-1.0, 0.0, 1.0, 1.0]) for _ in range(10)]
     rows = {f"{group}.{row}": (0.5, 0.5) for group in range(10) for row in range(6)}
     better = {row: (0.5 + differences[int(row[0])],) * 2 for row in rows}
     groups = {row: row[0] for row in rows}
@@ -138,31 +139,31 @@ def test_rows_of_a_group_are_drawn_again_together() -> None:
     assert high - low > 0.6
 
 
-def test_equal_results_do_not_differ_as_far_as_so_many_rows_can_say(
+def test_equal_results_have_the_score_interval_of_their_number_of_rows(
     command: Callable[..., int], sides: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of n pairs that are alike, Tango's score interval (1998) is z^2 / (n + z^2) to either side, and never [0, 0]."""
+    """For n equal pairs, Tango's score interval (1998) is z^2 / (n + z^2) on both sides, and never [0, 0]."""
     shutil.copytree(sides[0], tmp_path / "copy")
     assert command("compare", sides[0], tmp_path / "copy", "--details") == 0
     shown = capsys.readouterr().out
-    found = compared(tmp_path / "copy")
-    assert {one["rows"] for one in found.values()} >= {1, 40}
-    for one in found.values():
-        assert (one["change"], one["paired"]["mean"], one["paired"]["p"]) == (0, 0, 1)
-        if one["rows"] < 6:
-            assert (one["paired"]["low"], one["paired"]["high"]) == (None, None)
+    entries = compared(tmp_path / "copy")
+    assert {entry["rows"] for entry in entries.values()} >= {1, 40}
+    for entry in entries.values():
+        assert (entry["change"], entry["paired"]["mean"], entry["paired"]["p"]) == (0, 0, 1)
+        if entry["rows"] < 6:
+            assert (entry["paired"]["low"], entry["paired"]["high"]) == (None, None)
         else:
-            most = 2 if one["unit"] == "points" else 1
+            most = 2 if entry["unit"] == "points" else 1
             ends = pytest.approx(
-                (-most * 1.96**2 / (one["rows"] + 1.96**2), most * 1.96**2 / (one["rows"] + 1.96**2)), abs=1e-4
+                (-most * 1.96**2 / (entry["rows"] + 1.96**2), most * 1.96**2 / (entry["rows"] + 1.96**2)), abs=1e-4
             )
-            assert (one["paired"]["low"], one["paired"]["high"]) == ends
+            assert (entry["paired"]["low"], entry["paired"]["high"]) == ends
     assert "| +0.0 [-8.8, +8.8] | 1.0000 | 40 |" in shown
     assert "| +0.0 (n = 1) | 1.0000 | 1 |" in shown
     assert "[+0.0, +0.0]" not in shown
 
 
-def test_folders_that_can_not_be_compared_are_one_error_that_names_them(
+def test_the_same_results_or_missing_folders_are_an_error(
     says_no: Callable[..., str], sides: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, side in zip(("baseline", "trained-model"), sides, strict=True):
@@ -186,7 +187,7 @@ def test_folders_that_can_not_be_compared_are_one_error_that_names_them(
     assert other in says_no("compare", "nothing", "trained-model")
 
 
-def test_what_was_measured_otherwise_is_refused(
+def test_results_with_other_settings_or_rows_are_refused(
     command: Callable[..., int], says_no: Callable[..., str], sides: tuple[Path, Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -272,7 +273,7 @@ def gain_record(gain: float, **options: object) -> dict:
 
 
 def write_rules(folder: Path, obeys: list[bool], max_new_tokens: int = 96, rules: str = "a") -> None:
-    """Two rules of three rows each, and the model before that obeyed none. Rows may be there twice."""
+    """Two rules of three rows each, none obeyed before training. Rows may be duplicates."""
     counts: dict[str, dict[str, int]] = {}
     with (folder / "answers.jsonl").open("w", encoding="utf-8") as out:
         for number, follows in enumerate(obeys):
@@ -287,9 +288,9 @@ def write_rules(folder: Path, obeys: list[bool], max_new_tokens: int = 96, rules
                 "obeys": [False, follows],
             }
             out.write(json.dumps(row) + "\n")
-            one = counts.setdefault(rule, {"rows": 0, "before": 0, "after": 0})
-            one["rows"] += 1
-            one["after"] += follows
+            entry = counts.setdefault(rule, {"rows": 0, "before": 0, "after": 0})
+            entry["rows"] += 1
+            entry["after"] += follows
     record = {"asked": {"max_new_tokens": max_new_tokens, "rules": rules}, "wording": counts}
     (folder / "adherence.json").write_text(json.dumps(record), encoding="utf-8")
 
@@ -311,11 +312,11 @@ def write_bench(folder: Path, scores: list[float | None], runs: int = 3) -> None
 
 
 def write_harness(folder: Path, right: list[bool], few_shot: int = 0, system_role: str = "native") -> None:
-    """A group of two tasks, of half the documents each."""
+    """A group of two tasks with half of the documents each."""
     half = len(right) // 2
     rows = [
-        {"task": f"task_{number >= half}", "document": number, "hash": str(number), "prompt": "p", "filter": "none", "scores": {"acc": float(one)}}
-        for number, one in enumerate(right)
+        {"task": f"task_{number >= half}", "document": number, "hash": str(number), "prompt": "p", "filter": "none", "scores": {"acc": float(entry)}}
+        for number, entry in enumerate(right)
     ]  # fmt: skip
     scores = [
         {"task": task, "metric": "acc", "value": sum(part) / len(part), "stderr": 0.1, "low": 0.0, "high": 1.0,
@@ -335,11 +336,11 @@ def write_harness(folder: Path, right: list[bool], few_shot: int = 0, system_rol
 def test_all_kinds_in_one_table(
     command: Callable[..., int], says_no: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chance = random.Random(2)
+    rng = random.Random(2)
     folders = [tmp_path / "a", tmp_path / "b"]
     obeys = [[False, True, False, False, True, False], [True, True, False, True, True, True]]
     scores = [[3.0, 2.0, None, 4.0], [4.0, 4.0, 5.0, 4.5]]
-    right = [[chance.random() < share for _ in range(40)] for share in (0.3, 0.7)]
+    right = [[rng.random() < share for _ in range(40)] for share in (0.3, 0.7)]
     for number, folder in enumerate(folders):
         folder.mkdir()
         (folder / "gain.json").write_text(json.dumps(gain_record(0.5 + number)), encoding="utf-8")
@@ -348,22 +349,22 @@ def test_all_kinds_in_one_table(
         write_harness(folder, right[number])
     assert command("compare", *folders, "--details") == 0
     shown = capsys.readouterr().out
-    found = compared(folders[1])
-    assert {kind for kind, _ in found} == set(KINDS) - {"ifeval"}
-    gain = found["gain", "gain"]
+    entries = compared(folders[1])
+    assert {kind for kind, _ in entries} == set(KINDS) - {"ifeval"}
+    gain = entries["gain", "gain"]
     assert (gain["change"], gain["paired"], gain["rows"]) == (1.0, None, None)
     assert "No interval: a side kept no rows of this figure." in shown
-    rules = found["rules", "held-out wordings"]
+    rules = entries["rules", "held-out wordings"]
     assert (rules["change"], rules["paired"]["mean"], rules["rows"]) == (pytest.approx(3 / 6), pytest.approx(3 / 6), 6)
     # The row that one side has no score for is no pair: the difference is that of the other three.
-    bench = found["bench", "score"]
+    bench = entries["bench", "score"]
     assert bench["paired"]["mean"] == pytest.approx((1.0 + 2.0 + 0.5) / 3)
     assert bench["rows"] == 3
     assert bench["change"] == pytest.approx(17.5 / 4 - 3)
-    both = found["harness", "both: acc"]
+    both = entries["harness", "both: acc"]
     assert both["rows"] == 40
     assert both["paired"]["mean"] == pytest.approx((sum(right[1]) - sum(right[0])) / 40)
-    assert found["harness", "task_True: acc"]["rows"] == 20
+    assert entries["harness", "task_True: acc"]["rows"] == 20
     assert "| bench: source: koala | " in shown
 
     (folders[1] / "gain.json").write_text(json.dumps(gain_record(2.0, others=5)), encoding="utf-8")
@@ -371,13 +372,13 @@ def test_all_kinds_in_one_table(
     write_bench(folders[1], scores[1], runs=1)
     write_harness(folders[1], right[1], few_shot=5)
     said = says_no("compare", *folders)
-    for fault in (
+    for error in (
         "gain: others is 2 and 5",
         "rules: max_new_tokens is 96 and 8",
         "bench: judge runs is 3 and 1",
         "harness: few-shot examples both is 0 and 5 (and 2 more)",
     ):
-        assert fault in said
+        assert error in said
     write_rules(folders[1], obeys[1], rules="b")
     write_harness(folders[1], right[1], system_role="turn")
     capsys.readouterr()
@@ -398,7 +399,7 @@ def test_all_kinds_in_one_table(
     assert "note: bench: only A has it" in shown
 
 
-def test_what_a_file_of_an_earlier_version_does_not_record_is_said(
+def test_settings_that_an_older_file_lacks_become_notes(
     command: Callable[..., int], says_no: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folders = [tmp_path / "a", tmp_path / "b"]
@@ -446,27 +447,27 @@ def test_benches_of_another_protocol_or_other_rows_are_refused(
     with served(answers_or_grades) as server:
         first = measured("first", "data")
         assert command("compare", first, measured("same", "data")) == 0
-        for folder, fault in (
+        for folder, error in (
             (measured("picked", "data", "--pick-by", "all-runs"), 'bench: picked by is "first run" and "all runs"'),
             (measured("cooler", "data", "--judge-temperature", "0.5"), "bench: judge temperature is 1.0 and 0.5"),
             (measured("rows", "other"), "bench: content of the rows is "),
         ):
-            assert fault in says_no("compare", first, folder)
+            assert error in says_no("compare", first, folder)
 
 
 async def answers_or_grades(asked: Asked) -> Reply:
-    """The models answer with their name; the judge gives a grade that follows from it and the question."""
+    """The models answer with their name; the judge's grade depends on it and on the question."""
     if asked.body["model"] != "judge":
         return said(f"I am {asked.body['model']}.")
     grade = 1 + (len(asked.prompt.partition("### Criterion")[2]) + 2 * ("I am b." in asked.prompt)) % 5
     return said(f"[RESULT] {grade}")
 
 
-def test_what_gain_and_bench_write_is_read(
+def test_files_of_gain_and_bench_are_compared_by_rows(
     command: Callable[..., int], says_no: Callable[..., str], tiny_chat_model: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Real files of both commands: paired differences are the means over their rows, wins those of the scores."""
+    """Real files of both commands: paired differences are means over the rows, wins follow from the scores."""
     data = tmp_path / "rows.jsonl"
     systems = ("Be a river.", "Be a stone.", "Be a paper window.")
     rows = [{"system": systems[row % 3], "prompt": f"q {row // 3}", "output": f"{row} river"} for row in range(9)]
@@ -487,16 +488,16 @@ def test_what_gain_and_bench_write_is_read(
     capsys.readouterr()
     assert command("compare", *folders) == 0
     shown = capsys.readouterr().out
-    found = compared(folders[1])
+    entries = compared(folders[1])
     gains = [
         [line[name]["gain"] for line in lines(folder / "gain_rows.jsonl")]
         for folder, name in zip(folders, "ab", strict=True)
     ]
-    paired = found["gain", "gain"]["paired"]
+    paired = entries["gain", "gain"]["paired"]
     assert paired["mean"] == pytest.approx(statistics.fmean(b - a for a, b in zip(*gains, strict=True)))
     assert (paired["low"], paired["groups"]) == (None, 3)  # nine rows of three instructions
     scores = [[line["score"] for line in lines(folder / "bench_rows.jsonl")] for folder in folders]
-    assert found["bench", "score"]["paired"]["mean"] == pytest.approx(
+    assert entries["bench", "score"]["paired"]["mean"] == pytest.approx(
         statistics.fmean(b - a for a, b in zip(*scores, strict=True))
     )
     wins = json.loads((folders[1] / "compare.json").read_text(encoding="utf-8"))["bench_by_rows"]["outcomes"]
@@ -504,10 +505,10 @@ def test_what_gain_and_bench_write_is_read(
     assert wins["both bad"]["rows"] == sum(a == b < 4 for a, b in zip(*scores, strict=True))
     assert f"| B wins | {wins['win of the first']['rows']} |" in shown
     # The table above states B minus A, and so does the sentence below the wins.
-    change = found["bench", "score"]["change"]
+    change = entries["bench", "score"]["change"]
     assert change != 0
     assert f"B minus A: {change:+.2f}" in shown
-    assert f"| bench: score | {'{:.3f}'.format(found['bench', 'score']['a']['value'])}" in shown
+    assert f"| bench: score | {'{:.3f}'.format(entries['bench', 'score']['a']['value'])}" in shown
     # A judge asked in other words grades otherwise; a file that names no version is of the first.
     record = json.loads((folders[1] / "bench.json").read_text(encoding="utf-8"))
     of_another = record["judge"] | {"prompt_version": 3}
@@ -518,11 +519,11 @@ def test_what_gain_and_bench_write_is_read(
         assert f"bench: judge prompt_version is 2 and {version}" in shown
 
 
-def test_gain_on_other_rows_or_in_another_dtype_is_told_apart(
+def test_gain_on_other_rows_is_refused_and_another_dtype_is_noted(
     command: Callable[..., int], says_no: Callable[..., str], tiny_chat_model: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """A file of the same name and length may hold other rows: they must be the same texts, wherever they stand."""
+    """A file of the same name and length may hold other rows: the texts must be the same, not the places."""
     rows = [
         {"system": f"Be {what}.", "prompt": f"q {row}", "output": f"{row} river"}
         for row in range(3)
@@ -544,10 +545,12 @@ def test_gain_on_other_rows_or_in_another_dtype_is_told_apart(
     assert command("compare", first, same) == 0
     shown = capsys.readouterr().out
     assert 'note: gain: dtype is "float32" and "bfloat16"' in shown
-    found = compared(same)["gain", "gain"]
-    assert found["rows"] == 6  # though they stand in another folder
-    gains = [[line[tiny_chat_model.name]["gain"] for line in lines(one / "gain_rows.jsonl")] for one in (first, same)]
-    assert found["paired"]["mean"] == pytest.approx(statistics.fmean(b - a for a, b in zip(*gains, strict=True)))
+    entries = compared(same)["gain", "gain"]
+    assert entries["rows"] == 6  # though they stand in another folder
+    gains = [
+        [line[tiny_chat_model.name]["gain"] for line in lines(entry / "gain_rows.jsonl")] for entry in (first, same)
+    ]
+    assert entries["paired"]["mean"] == pytest.approx(statistics.fmean(b - a for a, b in zip(*gains, strict=True)))
     record = json.loads((same / "gain.json").read_text(encoding="utf-8"))
     del record["fingerprint"]  # as it was written before there was one
     (same / "gain.json").write_text(json.dumps(record), encoding="utf-8")
@@ -588,29 +591,29 @@ def measured_with_before(
     return tmp_path / "a", tmp_path / "b"
 
 
-def test_what_was_measured_with_before_stands_for_the_model_before(
+def test_results_measured_with_before_count_as_those_of_that_model(
     command: Callable[..., int], measured_with_before: tuple[Path, Path], tiny_chat_model: Path, tmp_path: Path,
     says_no: Callable[..., str],
 ) -> None:  # fmt: skip
-    """From whatever folder it is asked for."""
+    """The result does not depend on the working directory."""
     folders = measured_with_before
     assert command("compare", *folders) == 0
-    found = compared(folders[1])
+    entries = compared(folders[1])
     kept = lines(folders[1] / "gain_rows.jsonl")
     changes = [line["after"]["gain"] - line["before"]["gain"] for line in kept]
-    assert found["gain", "gain"]["paired"]["mean"] == pytest.approx(statistics.fmean(changes))
+    assert entries["gain", "gain"]["paired"]["mean"] == pytest.approx(statistics.fmean(changes))
     obeys = [line["obeys"] for line in lines(folders[1] / "answers.jsonl")]
-    assert found["rules", "held-out wordings"]["a"]["value"] == sum(before for before, _ in obeys) / 8
-    assert found["rules", "held-out wordings"]["change"] == pytest.approx(sum(b - a for a, b in obeys) / 8)
+    assert entries["rules", "held-out wordings"]["a"]["value"] == sum(before for before, _ in obeys) / 8
+    assert entries["rules", "held-out wordings"]["change"] == pytest.approx(sum(b - a for a, b in obeys) / 8)
     shutil.copytree(tiny_chat_model, tmp_path / "another")
     assert "has no results" in says_no("compare", tmp_path / "another", folders[1])
 
 
-def test_a_model_before_of_another_place_is_named(
+def test_another_model_before_training_is_named_in_the_error(
     command: Callable[..., int], measured_with_before: tuple[Path, Path], tmp_path: Path, says_no: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """The same words name another folder from elsewhere; of a tree that was moved, those that they name now."""
+    """A relative name means another folder elsewhere; in a moved tree it means the folder that it names now."""
     before, after = measured_with_before
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(before, elsewhere / "a")

@@ -1,4 +1,4 @@
-"""scripts/evaluate.py gain: its files say what the models do, and what can't be measured is one error."""
+"""scripts/evaluate.py gain: figures equal a float64 loop over the models, and unusable input is one error."""
 
 import json
 import math
@@ -55,7 +55,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def after(tiny_model: Path, tmp_path: Path) -> Path:
-    """Other weights than the tiny model's, and a template that is of use."""
+    """Other weights than the tiny model's, and a usable template."""
     folder = tmp_path / "after"
     shutil.copytree(tiny_model, folder)
     weights = load_file(folder / "model.safetensors")
@@ -68,7 +68,7 @@ def after(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def gain_by_hand(folder: Path, rows: list[dict]) -> tuple[list[float], list[float]]:
-    """Over both siblings' messages, and over none: a row at a time, in float64, the text written out here."""
+    """Gains over both siblings' messages and over none: row by row, in float64, with the text written out here."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).double()
 
     def likelihood(system: str | None, row: dict) -> tuple[float, int]:
@@ -101,12 +101,12 @@ def test_figures_are_those_of_the_models(
     means = {}
     for name, folder in ("before", tiny_model), ("after", after):
         over_others, over_none = gain_by_hand(folder, rows)
-        found = record["models"][name]
-        assert found["overall"]["gain"]["mean"] == pytest.approx(statistics.fmean(over_others), abs=1e-5)
-        assert found["overall"]["gain_over_none"]["mean"] == pytest.approx(statistics.fmean(over_none), abs=1e-5)
-        assert found["rows_with_siblings"] == found["overall"]["rows"] == 12
-        assert found["overall"]["instructions"] == 4
-        groups = {(group["of"], group["is"]): group for group in found["groups"]}
+        result = record["models"][name]
+        assert result["overall"]["gain"]["mean"] == pytest.approx(statistics.fmean(over_others), abs=1e-5)
+        assert result["overall"]["gain_over_none"]["mean"] == pytest.approx(statistics.fmean(over_none), abs=1e-5)
+        assert result["rows_with_siblings"] == result["overall"]["rows"] == 12
+        assert result["overall"]["instructions"] == 4
+        groups = {(group["of"], group["is"]): group for group in result["groups"]}
         assert {label: group["rows"] for label, group in groups.items()} == {
             ("main_source", "a"): 3,
             ("main_source", "b"): 9,
@@ -125,7 +125,7 @@ def test_figures_are_those_of_the_models(
     assert f"{means['after']:+.3f} (n = 4) p=" in report
 
 
-def test_other_folders_stay_as_they_are_with_json(
+def test_json_writes_nothing_into_the_models_folders(
     command: Callable[..., int], data: Path, after: Path, tmp_path: Path
 ) -> None:
     before = sorted(path.name for path in after.iterdir())
@@ -141,7 +141,7 @@ def test_other_folders_stay_as_they_are_with_json(
     assert {group["of"] for group in record["models"]["after"]["groups"]} >= {"prompt"}
 
 
-def test_what_can_not_be_measured_is_an_error(
+def test_unmeasurable_models_or_data_are_an_error(
     refused: Callable[..., str], data: Path, after: Path, tiny_model: Path, smollm2: Path, tmp_path: Path
 ) -> None:
     rows = tmp_path / "plain.jsonl"
@@ -153,7 +153,9 @@ def test_what_can_not_be_measured_is_an_error(
     )
     assert refused("--model", after, "--data", rows).startswith(f"--data {rows}: no row can be measured (1: no system")
     assert "no.jsonl" in refused("--model", after, "--data", tmp_path / "no.jsonl")
-    assert refused(*good, "--before", smollm2).startswith(f"--before {smollm2}: its tokens are not those of {after}")
+    assert refused(*good, "--before", smollm2).startswith(
+        f"--before {smollm2}: its vocabulary differs from that of {after}"
+    )
     assert refused(*good, "--group", "subject") == "--group subject: no row has a text in a column of that name"
     assert refused(*good, "--json", tmp_path / "no" / "gain.json").startswith("--json ")
     os.mkfifo(tmp_path / "pipe")  # what is no file isn't replaced by one
@@ -176,7 +178,7 @@ def _deaf(folder: Path) -> Path:
     return path
 
 
-def test_a_section_is_written_in_its_place(tmp_path: Path) -> None:
+def test_a_section_of_the_report_is_replaced_in_place(tmp_path: Path) -> None:
     report = tmp_path / "report.md"
     replace_section(report, "## B", "## B\n\nfirst\n")
     assert report.read_text() == "## B\n\nfirst\n"
@@ -203,10 +205,10 @@ runpy.run_path("scripts/evaluate.py", run_name="__main__")
 """
 
 
-def test_what_was_scored_is_not_scored_again(
+def test_a_killed_run_continues_from_its_scores(
     command: Callable[..., int], after: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Killed after two batches of five or more; the figures are those of a run left alone."""
+    """Killed after two batches of five or more; the figures equal those of an uninterrupted run."""
     arguments = ["gain", "--model", after, "--data", data, "--batch-tokens", "200"]
     killed = [sys.executable, "-c", KILLED, "2", *map(str, arguments)]
     assert subprocess.run(killed, cwd=ROOT, capture_output=True, check=False).returncode == -signal.SIGKILL
@@ -221,28 +223,28 @@ def test_what_was_scored_is_not_scored_again(
     assert [json.dumps(line) for line in every[: len(kept)]] == kept
     alone = tmp_path / "alone.json"
     assert command(*arguments, "--json", alone) == 0
-    found, expected = (json.loads(path.read_text(encoding="utf-8")) for path in (after / "gain.json", alone))
-    assert [one["overall"]["gain"]["mean"] for one in found["models"].values()] == pytest.approx(
-        [one["overall"]["gain"]["mean"] for one in expected["models"].values()], abs=1e-6
+    result, expected = (json.loads(path.read_text(encoding="utf-8")) for path in (after / "gain.json", alone))
+    assert [model["overall"]["gain"]["mean"] for model in result["models"].values()] == pytest.approx(
+        [model["overall"]["gain"]["mean"] for model in expected["models"].values()], abs=1e-6
     )
 
 
 @pytest.mark.parametrize("rubbish", [b"\xff\xfe\n", b"5\n", b'["a"]\n', b"{}\n", b"\x00\x00\n"])
-def test_a_broken_line_among_the_scores_is_passed_over(
+def test_a_broken_line_among_the_scores_is_skipped(
     command: Callable[..., int], after: Path, data: Path, rubbish: bytes
 ) -> None:
-    """As a disk that was full or lost its power may leave it."""
+    """A full disk or a power failure may leave such a line."""
     assert command("gain", "--model", after, "--data", data) == 0
     scores = after / "gain_scores.jsonl"
     kept = scores.read_bytes()
-    found = (after / "gain.json").read_bytes()
+    result = (after / "gain.json").read_bytes()
     scores.write_bytes(rubbish + kept)
     assert command("gain", "--model", after, "--data", data) == 0
-    assert (after / "gain.json").read_bytes() == found
+    assert (after / "gain.json").read_bytes() == result
     assert scores.read_bytes().strip() == (rubbish + kept).strip()  # nothing was scored again
 
 
-def test_an_adapter_is_measured_upon_its_base(
+def test_an_adapter_is_measured_on_its_base(
     command: Callable[..., int], data: Path, after: Path, tmp_path: Path
 ) -> None:
     """An adapter, and the same merged into the weights."""

@@ -25,14 +25,14 @@ DOCUMENTS = 60
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a task of 60 questions with three choices, and one whose data isn't there."""
+    """A folder with a task of 60 questions with three choices, and a task without data."""
     folder = tmp_path_factory.mktemp("tasks")
-    chance = random.Random(1)
+    rng = random.Random(1)
     with (folder / "rivers.jsonl").open("w", encoding="utf-8") as lines:
         for _ in range(DOCUMENTS):
-            question = "Which comes after " + " ".join(chance.sample(WORDS, 4)) + "?"
-            choices = [" ".join(chance.sample(WORDS, count)) for count in (1, 2, 3)]
-            lines.write(json.dumps({"question": question, "choices": choices, "answer": chance.randrange(3)}) + "\n")
+            question = "Which comes after " + " ".join(rng.sample(WORDS, 4)) + "?"
+            choices = [" ".join(rng.sample(WORDS, count)) for count in (1, 2, 3)]
+            lines.write(json.dumps({"question": question, "choices": choices, "answer": rng.randrange(3)}) + "\n")
     task = multiple_choice("rivers", folder / "rivers.jsonl") | {"metadata": {"version": 1.0}}
     lost = task | {"task": "lost", "dataset_kwargs": {"data_files": {"test": str(folder / "nowhere.jsonl")}}}
     says = task | {
@@ -43,13 +43,13 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "generation_kwargs": {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": 6},
     }
     del says["doc_to_choice"]
-    for one in (task, lost, says):
-        (folder / f"{one['task']}.yaml").write_text(yaml.safe_dump(one), encoding="utf-8")
+    for item in (task, lost, says):
+        (folder / f"{item['task']}.yaml").write_text(yaml.safe_dump(item), encoding="utf-8")
     return folder
 
 
 def plain_loop(model_folder: Path, tasks: Path, system: str | None) -> list[float]:
-    """For each question whether the right choice is the likeliest behind the rendered chat, one forward a choice."""
+    """Per question, 1 if the right choice is the likeliest after the rendered chat, with one forward per choice."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     right = []
@@ -74,7 +74,7 @@ def test_the_trained_template_and_the_figures(
     command: Callable[..., int], tiny_chat_model: Path, tasks: Path, tmp_path: Path, system: str | None
 ) -> None:
     expected = plain_loop(tiny_chat_model, tasks, system)
-    told = ("--system-instruction", system) if system else ()
+    system_options = ("--system-instruction", system) if system else ()
     arguments = (
         "harness",
         "--model",
@@ -86,14 +86,14 @@ def test_the_trained_template_and_the_figures(
         "--output-dir",
         tmp_path,
     )
-    assert command(*arguments, *told) == 0
+    assert command(*arguments, *system_options) == 0
     rows = [json.loads(line) for line in (tmp_path / "harness_rows.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["scores"]["acc"] for row in rows] == expected
     assert 0 < sum(expected) < DOCUMENTS
     record = json.loads((tmp_path / "harness.json").read_text(encoding="utf-8"))
     [score] = record["scores"]
     mean = sum(expected) / DOCUMENTS
-    stderr = (sum((one - mean) ** 2 for one in expected) / (DOCUMENTS - 1) / DOCUMENTS) ** 0.5
+    stderr = (sum((item - mean) ** 2 for item in expected) / (DOCUMENTS - 1) / DOCUMENTS) ** 0.5
     assert (score["task"], score["metric"], score["of"], score["few_shot"]) == ("rivers", "acc", DOCUMENTS, 0)
     assert (score["value"], score["stderr"]) == (pytest.approx(mean), pytest.approx(stderr))
     # Documents are right or wrong: at both ends, as true shares, the mean is 1.96 standard errors away.
@@ -127,7 +127,7 @@ runpy.run_path("scripts/evaluate.py", run_name="__main__")
 def test_a_killed_run_scores_nothing_twice(
     command: Callable[..., int], tiny_chat_model: Path, tasks: Path, tmp_path: Path
 ) -> None:
-    """180 requests in batches of 16, killed at the fourth: 48 are kept, and stay as they were written."""
+    """180 requests in batches of 16, killed at the fourth batch: 48 are kept and not written again."""
     out = tmp_path / "out"
     arguments = ("harness", "--model", tiny_chat_model, "--tasks", "rivers", "--include-path", tasks, "--output-dir")
     killed = [sys.executable, "-W", "ignore", "-c", KILLED, "3", *map(str, arguments), str(out)]
@@ -151,7 +151,7 @@ def test_a_killed_run_scores_nothing_twice(
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_what_was_generated_is_kept(
+def test_generated_answers_are_kept(
     command: Callable[..., int], tiny_chat_model: Path, tasks: Path, tmp_path: Path
 ) -> None:
     arguments = ("harness", "--model", tiny_chat_model, "--tasks", "says", "--include-path", tasks, "--limit", "10")
@@ -168,7 +168,7 @@ def test_what_was_generated_is_kept(
     assert "not comparable with published figures" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
-def test_what_must_be_mended(says_no: Callable[..., str], tiny_chat_model: Path, tasks: Path, tmp_path: Path) -> None:
+def test_user_errors(says_no: Callable[..., str], tiny_chat_model: Path, tasks: Path, tmp_path: Path) -> None:
     def refused(*arguments: object) -> str:
         return says_no("harness", "--model", tiny_chat_model, "--output-dir", tmp_path, *arguments)
 
@@ -187,10 +187,10 @@ def test_what_must_be_mended(says_no: Callable[..., str], tiny_chat_model: Path,
     )
 
 
-def test_sysgens_tasks_exist_and_one_without_data_is_named(
+def test_sysgen_stands_for_eight_tasks_and_missing_data_is_an_error(
     says_no: Callable[..., str], tiny_chat_model: Path, tmp_path: Path
 ) -> None:
-    """A name that there isn't is said first; nothing can be fetched here, so then the first of the eight is named."""
+    """An unknown name is reported first; nothing can be downloaded here, so the first of the eight is reported next."""
     assert len(SYSGEN) == 8
     assert task_names(["sysgen", "arc_easy", "mmlu"]) == [*SYSGEN.values(), "arc_easy"]
     arguments = ("harness", "--model", tiny_chat_model, "--output-dir", tmp_path, "--tasks")

@@ -1,4 +1,4 @@
-"""scripts/evaluate.py: a second run of a command in the folder of a first one is refused, and told who is there."""
+"""scripts/evaluate.py: a second run of a command in the same folder is refused, with the process of the first."""
 
 import json
 import os
@@ -25,12 +25,12 @@ def stop(*arguments, **more):
 import runpy
 runpy.run_path("scripts/evaluate.py", run_name="__main__")
 """
-"""A run of evaluate.py that the kernel stops where it comes to this function."""
+"""A run of evaluate.py that stops itself (SIGSTOP) at this function."""
 
 
 @pytest.fixture
 def arguments(tiny_chat_model: Path, tmp_path: Path) -> dict[str, list[object]]:
-    """What each command is to do, all of them with results in `out`."""
+    """Arguments of each command, all with results in `out`."""
     turns = [{"role": role, "content": f"a {role}"} for role in ("system", "user", "assistant")]
     others = [turns[0] | {"content": "another"}, *turns[1:]]
     rows = [{"messages": messages, "rule": "any", "held_out": "rule"} for messages in (turns, others)]
@@ -65,7 +65,7 @@ WHERE = {
 
 @contextmanager
 def stopped(name: str, arguments: list[object]) -> Iterator[int]:
-    """A run of the command, stopped where it is at work, and killed in the end; its process."""
+    """Start the command, yield its process id while it is stopped, and kill it at the end."""
     module, function = WHERE[name]
     run = subprocess.Popen(
         [sys.executable, "-c", STOPPED.format(module=module, name=function), name, *map(str, arguments)],
@@ -81,7 +81,7 @@ def stopped(name: str, arguments: list[object]) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("name", WHERE)
-def test_the_second_start_is_told_who_is_there_and_a_killed_one_keeps_nobody_out(
+def test_a_second_run_is_refused_and_a_killed_run_leaves_no_lock(
     name: str,
     arguments: dict[str, list[object]],
     says_no: Callable[..., str],

@@ -1,4 +1,4 @@
-"""scripts/evaluate.py: every figure of its report, counted again from the answers it wrote."""
+"""scripts/evaluate.py rules: every figure of the report, counted again from the answers file."""
 
 import json
 import re
@@ -42,7 +42,7 @@ def evaluated(tiny_chat_model: Path, tmp_path: Path) -> tuple[Path, list[dict]]:
     return after, rows
 
 
-def test_adherence_is_what_the_answers_say(
+def test_adherence_equals_a_count_of_the_answers(
     evaluated: tuple[Path, list[dict]], tiny_chat_model: Path, tmp_path: Path, command: Callable[..., int]
 ) -> None:
     after, rows = evaluated
@@ -92,7 +92,7 @@ def test_adherence_is_what_the_answers_say(
 def refused(
     command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """Return the command's words in a folder after `error:`; nothing but a usage line stands before them."""
+    """Run the command in a folder and return its message after `error:`; only a usage line may precede it."""
 
     def run(folder: Path, *arguments: str | Path) -> str:
         monkeypatch.chdir(folder)
@@ -116,7 +116,7 @@ def test_missing_files_are_errors(refused: Callable[..., str], tmp_path: Path) -
     assert refused(tmp_path, *command[:-2]) == "the following arguments are required: --after"
 
 
-def test_numbers_of_no_use_are_errors(refused: Callable[..., str], tmp_path: Path) -> None:
+def test_invalid_numbers_are_errors(refused: Callable[..., str], tmp_path: Path) -> None:
     command = ["--rules", "no.py", "--data", "no.jsonl", "--before", "a", "--after", "b"]
     assert "'0' must be an integer >= 1" in refused(tmp_path, *command, "--max-new-tokens", "0")
     assert "'0' must be an integer >= 1" in refused(tmp_path, *command, "--batch-size", "0")
@@ -125,7 +125,7 @@ def test_numbers_of_no_use_are_errors(refused: Callable[..., str], tmp_path: Pat
 def test_a_file_that_can_not_be_written_is_an_error(
     refused: Callable[..., str], evaluated: tuple[Path, list[dict]], tiny_chat_model: Path, tmp_path: Path
 ) -> None:
-    """Rows may hold a line separator of Unicode's, which is none of a jsonl file's."""
+    """Rows may hold a Unicode line separator, which ends no line of a jsonl file."""
     after, rows = evaluated
     rows[0]["messages"][1]["content"] = "two\u2028lines"
     (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0], ensure_ascii=False) + "\n", encoding="utf-8")
@@ -155,9 +155,7 @@ BAD_DATA = {
 
 
 @pytest.mark.parametrize("words", BAD_DATA)
-def test_data_that_can_not_be_asked_is_named_with_its_line(
-    refused: Callable[..., str], words: str, tmp_path: Path
-) -> None:
+def test_invalid_rows_are_an_error_that_names_the_line(refused: Callable[..., str], words: str, tmp_path: Path) -> None:
     text = BAD_DATA[words]
     (tmp_path / "rows.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
     (tmp_path / "rules.py").write_text(RULES, encoding="utf-8")
@@ -165,7 +163,7 @@ def test_data_that_can_not_be_asked_is_named_with_its_line(
     assert error.startswith(words)
 
 
-def test_the_mark_that_windows_puts_first_is_none_of_the_row(refused: Callable[..., str], tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_skipped(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
     (tmp_path / "rules.py").write_text(RULES, encoding="utf-8")
     error = refused(tmp_path, "--rules", "rules.py", "--data", "rows.jsonl", "--before", "nowhere", "--after", "b")
@@ -191,7 +189,7 @@ def test_a_file_without_rules_is_an_error(refused: Callable[..., str], text: str
     assert words in error
 
 
-def test_a_folder_without_a_model_is_an_error_before_anything_is_asked(
+def test_a_folder_without_a_model_is_an_error_before_the_first_answer(
     refused: Callable[..., str], tmp_path: Path, tiny_model: Path
 ) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD), encoding="utf-8")
@@ -203,7 +201,7 @@ def test_a_folder_without_a_model_is_an_error_before_anything_is_asked(
     assert "--after empty: cannot be loaded: " in refused(tmp_path, *command, "empty")
     shutil.copy(tiny_model / "config.json", tmp_path / "empty")
     command[command.index(tiny_model)] = "empty"
-    assert refused(tmp_path, *command, tiny_model).startswith("--before or --after empty: empty cannot be loaded: ")
+    assert refused(tmp_path, *command, tiny_model).startswith("--before or --after empty: empty can't be loaded: ")
 
 
 @pytest.mark.parametrize(
@@ -217,10 +215,10 @@ def test_a_folder_without_a_model_is_an_error_before_anything_is_asked(
     ids=lambda asked: asked[0],
 )
 @pytest.mark.parametrize("seed", ["-1", "0.5", "x"])
-def test_a_seed_that_can_not_be_drawn_from_is_refused_before_anything_is_read(
+def test_an_invalid_seed_is_refused_before_data_is_read(
     asked: tuple[str, ...], seed: str, says_no: Callable[..., str]
 ) -> None:
-    """numpy takes none below 0, and would say so after everything was computed."""
+    """numpy refuses seeds below 0, but only after everything is computed."""
     error = says_no(*asked, "--seed", seed)
     assert re.fullmatch(
         rf"(argument --seed: '{seed}' must be an integer >= 0)|(--seed {seed}: found '?{seed}'?\. Allowed: .*)", error

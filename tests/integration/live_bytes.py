@@ -1,4 +1,4 @@
-"""Bytes of tensors, counted on their storages; nothing here knows a formula."""
+"""Bytes of tensors, counted on their storages and not computed from a formula."""
 
 import weakref
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def bytes_of(tensors: Iterable[torch.Tensor | None]) -> int:
-    """Bytes of the storages behind the tensors, each storage once."""
+    """Return the bytes of the storages behind the tensors, each storage once."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in tensors
@@ -19,9 +19,9 @@ def bytes_of(tensors: Iterable[torch.Tensor | None]) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """While it is entered: `peak`, the most bytes that were held beyond those at its beginning.
+    """Context that measures `peak`: the most bytes allocated beyond those at its beginning.
 
-    Counts every storage that an operation makes until it is gone, and takes off those of `held` that go.
+    Counts every storage that an operation allocates until it is freed, and subtracts storages of `held` that are freed.
     """
 
     def __init__(self, held: Iterable[torch.Tensor | None] = ()) -> None:

@@ -1,7 +1,7 @@
-"""Many launches of train/sft.py on CPU processes, without each of them importing torch and its company anew.
+"""Launches of train/sft.py on CPU processes that share their imports.
 
-Python's own fork server imports them once; each rank of each launch is a fresh fork of it, with the environment that
-`accelerate launch` would give it. (Imports are some ten seconds of a launch, training the tiny model one or two.)
+Python's fork server imports torch, TRL and DeepSpeed once; each rank of each launch is a fresh fork of it, with the
+environment that `accelerate launch` would set. (Imports take about ten seconds, training the tiny model one or two.)
 """
 
 import argparse
@@ -15,19 +15,23 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-IMPORTED_ONCE = [
+PRELOADED_MODULES = [
     "train.warning_filters",
     "deepspeed",
-    "train.preflight.page",
-    "train.data.prepare",
-    "train.loop.trainer",
-    "train.loop.report",
+    "train.sft",
+    "train.finetune",
+    "train.preflight.missing_files",
     "transformers.models.llama.modeling_llama",
     "peft",
     "torch.distributed.checkpoint",
-    "frozen_modules",  # the last one
+    "torch.distributed.algorithms.ddp_comm_hooks.default_hooks",
+    "torch.nn.attention.varlen",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "warm_up",  # the last one
 ]
-FOR_THE_SERVER = {
+SERVER_ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",  # the ranks share few cores
@@ -37,14 +41,14 @@ FOR_THE_SERVER = {
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a launch ended: the exit code of each rank, and what each of them wrote."""
+class LaunchResult:
+    """Result of a launch: exit code and output of each rank."""
 
     exit_codes: list[int]
     output: list[str]
 
-    def succeeded(self) -> "Outcome":
-        """Itself, if all ranks ended with 0."""
+    def succeeded(self) -> "LaunchResult":
+        """Return this result if all ranks ended with 0."""
         assert self.exit_codes == [0] * len(self.exit_codes), "\n".join(
             f"rank {rank} ended with {code}:\n{text[-4000:]}"
             for rank, (code, text) in enumerate(zip(self.exit_codes, self.output, strict=True))
@@ -53,7 +57,7 @@ class Outcome:
 
 
 def sft(*arguments: str) -> int:
-    """train/sft.py, as a rank runs it."""
+    """Run train/sft.py as a rank does."""
     from train.sft import main
 
     return main(list(arguments))
@@ -66,20 +70,20 @@ def launch(
     logs: Path,
     job: Callable[..., int | None] = sft,
     timeout: float = 240,
-) -> Outcome:
+) -> LaunchResult:
     """Run `job` with `arguments` on `processes` ranks of one group and wait.
 
     `config`: a file of accelerate_configs; None for plain processes, as torchrun starts them (DDP). `logs`: a folder
-    for what the ranks write.
+    for the output of the ranks.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED_ONCE)
+    context.set_forkserver_preload(PRELOADED_MODULES)
     environment = {**_environment(processes, config), "MASTER_PORT": str(_free_port())}
     logs.mkdir(parents=True, exist_ok=True)
     files = [logs / f"rank-{rank}.txt" for rank in range(processes)]
     ranks = []
-    before = {name: os.environ.get(name) for name in FOR_THE_SERVER}
-    os.environ.update(FOR_THE_SERVER)
+    before = {name: os.environ.get(name) for name in SERVER_ENVIRONMENT}
+    os.environ.update(SERVER_ENVIRONMENT)
     try:
         for rank, file in enumerate(files):
             ours = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else environment
@@ -97,7 +101,7 @@ def launch(
         if process.exitcode is None:
             process.kill()
             process.join()
-    return Outcome([process.exitcode for process in ranks], [file.read_text(errors="replace") for file in files])
+    return LaunchResult([process.exitcode for process in ranks], [file.read_text(errors="replace") for file in files])
 
 
 def _run(job: Callable[..., int | None], arguments: list[str], environment: dict[str, str], file: Path) -> None:
@@ -115,18 +119,18 @@ def _run(job: Callable[..., int | None], arguments: list[str], environment: dict
 
 
 def _leave_collectives_to_gloo() -> None:
-    """DeepSpeed's own shared memory collectives are compiled at the first use, and ranks that wait there keep a core."""
+    """Disable DeepSpeed's shared memory collectives: they are compiled at the first use, and waiting ranks occupy a core."""
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _environment(processes: int, config: str | None) -> dict[str, str]:
-    """What accelerate (DeepSpeed) and torchrun put into the environment of every rank."""
+    """Return the environment that accelerate (DeepSpeed) and torchrun set for every rank."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
-    environment = dict(os.environ) | FOR_THE_SERVER
+    environment = dict(os.environ) | SERVER_ENVIRONMENT
     if config is not None:
         line = ["--config_file", str(ROOT / "accelerate_configs" / config), "--num_processes", str(processes)]
         args: argparse.Namespace = launch_command_parser().parse_args([*line, "--main_process_port", "0", "sft.py"])

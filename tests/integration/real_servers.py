@@ -73,7 +73,7 @@ def running(kind: str, folder: Path, log: Path, port: int | None = None) -> Iter
 
 
 def wait_until_healthy(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Return once `url` answers 200. Raises AssertionError where the process ends or two minutes are over."""
+    """Return once `url` answers 200. Raises AssertionError if the process ends, or after two minutes."""
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         with suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(url, timeout=5):

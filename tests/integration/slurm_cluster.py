@@ -1,5 +1,7 @@
-"""A real Slurm of two nodes on this machine: its own munged, slurmctld and two slurmd, in a folder and on ports of its
-own. What the machine may have of Slurm besides is left alone."""
+"""A real Slurm of two nodes on this machine: munged, slurmctld and two slurmd with their own folder and ports.
+
+Another Slurm of the machine is not touched.
+"""
 
 import os
 import shutil
@@ -48,7 +50,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def why_not() -> str | None:
-    """Why no cluster can be started here; None if it can."""
+    """Return why no cluster can be started here; None if it can."""
     missing = [name for name in ("slurmctld", "slurmd", "munged") if shutil.which(name, path=_SBIN) is None]
     if missing:
         return f"{', '.join(missing)}: not installed (Debian: apt-get install slurm-wlm munge)"
@@ -56,7 +58,7 @@ def why_not() -> str | None:
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 240) -> None:
-    """Return when `condition` is true; fail if it isn't in time."""
+    """Wait until `condition` is true; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
@@ -64,7 +66,7 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 240)
 
 
 class Cluster:
-    """The running cluster, and the commands that speak to it."""
+    """The running cluster and its commands."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -81,17 +83,17 @@ class Cluster:
             )  # fmt: skip
 
     def start_node(self, number: int) -> None:
-        """Bring a node up, and wait until Slurm counts on it."""
+        """Start a node, and wait until Slurm uses it."""
         self.start(NODES[number], "slurmd", "-D", "-N", NODES[number])
         wait_until(lambda: self.run("sinfo", "-hN", "-n", NODES[number], "-o", "%T") == "idle", f"{NODES[number]} idle")
 
     def kill_node(self, number: int) -> None:
-        """Kill its slurmd as a failing machine would: without a word to anybody."""
+        """Kill its slurmd without notice, like a failing machine."""
         self._daemons[NODES[number]].kill()
         self._daemons[NODES[number]].wait()
 
     def stop(self) -> None:
-        """End jobs and daemons, in the order in which they need each other; then whatever is left of jobs."""
+        """End jobs and daemons in the order of their dependencies, then remaining processes of jobs."""
         with suppress(AssertionError, OSError):
             self.run("scancel", "--user=root")
             self.run("scancel", "--user=root", "--signal=KILL", "--full")
@@ -108,29 +110,29 @@ class Cluster:
                 process.kill()
 
     def run(self, *command: str) -> str:
-        """What a command of Slurm's says; nothing where it fails."""
+        """Return the output of a Slurm command; empty if it fails."""
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False).stdout.strip()
 
     def state(self, job: str) -> str:
-        """RUNNING, PENDING, COMPLETED, ...: the job's state and why it waits, such as `PENDING BeginTime`."""
+        """Return the job's state (RUNNING, PENDING, COMPLETED, ...) and its reason, such as `PENDING BeginTime`."""
         shown = self.run("scontrol", "show", "job", "--oneliner", job)
         words = dict(word.split("=", 1) for word in shown.split() if "=" in word)
         return f"{words.get('JobState', 'GONE')} {words['Reason']}" if "Reason" in words else "GONE"
 
     def wait_for(self, job: str, state: str, seconds: float = 240) -> None:
-        """Return when the state of the job begins so."""
+        """Wait until the state of the job starts with `state`."""
         wait_until(lambda: self.state(job).startswith(state), f"{job} {state}", seconds)
 
     def release(self, job: str) -> None:
-        """Let a requeued job start soon: Slurm has it wait for two minutes.
+        """Let a requeued job start soon: Slurm delays it by two minutes.
 
-        Not at once: a job that starts in the second in which it was requeued is taken for the one that was to end.
+        Not immediately: a job that starts in the second of its requeue is mistaken for the one that was to end.
         """
         self.wait_for(job, "PENDING")
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now+3")
 
     def processes(self, job: str | None = None, program: str = "") -> list[psutil.Process]:
-        """Processes of this cluster's jobs, or of one (an id or `ARRAY_TASK`), that run such a Python program."""
+        """Return the processes of this cluster's jobs, or of one (an id or `ARRAY_TASK`), that run `program`."""
         processes = []
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
@@ -145,7 +147,7 @@ class Cluster:
 
 @contextmanager
 def cluster() -> Iterator[Cluster]:
-    """Start all of it; stop all of it, however the block ends."""
+    """Run a cluster inside the block."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
         for listener in sockets:

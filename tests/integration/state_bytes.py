@@ -1,6 +1,6 @@
-"""Trains a recipe as train/sft.py does, and writes the bytes that DeepSpeed holds on each rank.
+"""DeepSpeed's memory: train a recipe as train/sft.py does, and write the bytes that each rank holds.
 
-Counted on the tensors of DeepSpeed's engine, through two steps of two micro-batches; nothing here knows a formula.
+Counted on the tensors of DeepSpeed's engine in two steps of two micro-batches, and not computed from a formula.
 """
 
 import json
@@ -13,7 +13,7 @@ from live_bytes import LiveBytes, bytes_of
 
 
 def partitions_of_gradients(optimizer) -> Iterator[torch.Tensor | None]:
-    """What DeepSpeed keeps of gradients beside those of the parameters, whichever of its optimizers it is."""
+    """Yield the gradients that DeepSpeed keeps beside those of the parameters, for each of its optimizers."""
     yield getattr(optimizer, "grad_partitions_flat_buffer", None)  # stage 3
     yield getattr(optimizer, "grads_in_partition", None)  # stages 1 and 2, in the weights' dtype
     yield from getattr(optimizer, "fp32_groups_gradients_flat", ())  # BF16_Optimizer
@@ -24,7 +24,7 @@ def partitions_of_gradients(optimizer) -> Iterator[torch.Tensor | None]:
 
 
 def gradients_of(engine) -> list[torch.Tensor]:
-    """All gradients but those that are being reduced: in buckets, and from stage 2 on with the parameters."""
+    """Return all gradients except those being reduced: in buckets, and from stage 2 on with the parameters."""
     buckets = getattr(engine.optimizer, "ipg_buckets", {}).values()
     buffers = [tensor for bucket in buckets for tensor in (bucket.buffer if isinstance(bucket.buffer, list) else ())]
     of_buckets = {tensor.untyped_storage().data_ptr() for tensor in buffers}
@@ -44,7 +44,7 @@ def masters_of(optimizer) -> list[torch.Tensor]:
 
 
 class Measurement:
-    """Of one rank, hung into its engine; each number is the most that was seen."""
+    """Measurement of one rank, attached to its engine; each number is a maximum."""
 
     def __init__(self, engine) -> None:
         from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -92,7 +92,7 @@ class Measurement:
         self.gradients = max(self.gradients, bytes_of(gradients_of(self.engine)))
 
     def parts(self) -> dict[str, int | str]:
-        """Bytes by part. `grew`: gradients and what reducing them and a step make, at their fullest sum."""
+        """Return bytes by part. `grew`: maximum of gradients plus allocations of their reduction and of a step."""
         engine = self.engine
         optimizer, parameters = engine.optimizer, list(engine.module.parameters())
         states = optimizer.optimizer.state.values()
@@ -117,7 +117,7 @@ class Measurement:
 
 
 def train_and_measure(folder: str, *arguments: str) -> int:
-    """train/sft.py with `arguments`; leaves FOLDER/RANK.json. torch's AdamW works as on a GPU: with foreach."""
+    """Run train/sft.py with `arguments` and write FOLDER/RANK.json. torch's AdamW uses foreach as on a GPU."""
     from train.loop import trainer as loop
     from train.sft import main
 

@@ -1,4 +1,4 @@
-"""A row whose loss is no number, on one of two processes: both leave the step out, and the first one names the row."""
+"""A row with a NaN loss on one of two processes: both skip the step, and the first one reports the row."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ pytest.importorskip("deepspeed")
 
 @pytest.mark.parametrize("config", [None, "zero1.yaml", "zero2.yaml", "zero3.yaml"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
-def test_both_processes_leave_the_step_out(
+def test_both_processes_skip_the_step(
     recipe_file: Callable[..., Path], tmp_path: Path, tiny_model: Path, config: str | None, bf16: bool
 ) -> None:
     bad = rows(tmp_path / "bad.jsonl", {4})

@@ -1,11 +1,10 @@
-"""Disks that are full, read-only or gone as a checkpoint is written, and damaged ones, on several processes.
+"""Checkpoints on full, read-only and lost disks, and damaged checkpoints, on several processes.
 
 Full disks are small tmpfs mounts, so these tests run as root on Linux.
 """
 
 import json
 import os
-import random
 import shutil
 import subprocess
 import time
@@ -16,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS
-from ranks import Outcome, launch, sft
+from ranks import LaunchResult, launch, sft
 from safetensors.torch import load_file
+from small_runs import Kind, once, write_recipe, write_rows
 
 from train.loop.checkpoint.manifest import COMPLETE
 
@@ -27,16 +26,6 @@ pytest.importorskip("deepspeed")
 STEPS = 4
 PATIENCE = 100
 """Seconds after which a launch counts as one that hangs; it takes a few."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A way to run."""
-
-    name: str
-    processes: int = 1
-    config: str | None = None
-    adapter: bool = False
 
 
 ALONE = Kind("alone")
@@ -48,64 +37,35 @@ ZERO3_LORA = Kind("zero3-lora", 2, "zero3.yaml", adapter=True)
 @pytest.fixture(scope="module")
 def recipe_of(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Callable[..., Path]:
     folder = tmp_path_factory.mktemp("rows")
-    rng = random.Random(29)
-    text = lambda count: " ".join(rng.choice(WORDS.split()) for _ in range(count))  # noqa: E731
-    rows = folder / "rows.jsonl"
-    with rows.open("w", encoding="utf-8") as lines:
-        for _ in range(32):
-            turns = [("system", rng.randint(1, 9)), ("user", 6), ("assistant", rng.choice([1, 5, 30, 60]))]
-            lines.write(json.dumps({"messages": [{"role": role, "content": text(n)} for role, n in turns]}) + "\n")
+    rows = write_rows(folder / "rows.jsonl", 32, seed=29)
 
     def write(kind: Kind, run: Path, recipe: Path, **sections: Any) -> Path:
-        content = {
-            "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
-            "chat": {"template": "chatml"},
-            "data": {
-                "sources": [{"path": str(rows)}],
-                "max_length": 256,
-                "cache_dir": str(folder / "cache"),
-                **sections.pop("data", {}),
-            },
-            "training": {
-                "bf16": False,
-                "gradient_checkpointing": False,
-                "learning_rate": 1e-3,
-                "per_device_train_batch_size": 1,
-                "gradient_accumulation_steps": 4 // kind.processes,
-                "max_steps": STEPS,
-                "logging_steps": 1,
-                "save_strategy": "steps",
-                "save_steps": 1,
-                **sections.pop("training", {}),
-            },
-            "adapter": {"r": 4} if kind.adapter else None,
-            "output_dir": str(run),
-            **sections,
+        data = {"cache_dir": str(folder / "cache"), **sections.pop("data", {})}
+        training = {
+            **{"gradient_accumulation_steps": 4 // kind.processes, "max_steps": STEPS, "save_steps": 1},
+            **sections.pop("training", {}),
         }
-        recipe.write_text(json.dumps(content), encoding="utf-8")  # JSON is YAML
-        return recipe
+        adapter = {"r": 4} if kind.adapter else None
+        return write_recipe(recipe, tiny_model, rows, run, data=data, training=training, adapter=adapter, **sections)
 
     return write
 
 
 @pytest.fixture(scope="module")
 def untouched(recipe_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind], Path]:
-    """The folder of a run that nothing disturbed, once for each kind, with all of its checkpoints."""
-    runs: dict[Kind, Path] = {}
+    """Return a function that trains an uninterrupted run of a kind once: its folder with all checkpoints."""
 
-    def run(kind: Kind) -> Path:
-        if kind not in runs:
-            folder = tmp_path_factory.mktemp(kind.name)
-            start(kind, recipe_of(kind, folder / "run", folder / "recipe.yaml"), folder / "logs").succeeded()
-            runs[kind] = folder / "run"
-        return runs[kind]
+    def train(kind: Kind) -> Path:
+        folder = tmp_path_factory.mktemp(kind.name)
+        start(kind, recipe_of(kind, folder / "run", folder / "recipe.yaml"), folder / "logs").succeeded()
+        return folder / "run"
 
-    return run
+    return once(train)
 
 
 @dataclass
 class Disk:
-    """A small disk of its own, in a folder where it can be taken away, made read-only, and given back."""
+    """A small disk that can be filled, detached, made read-only, and repaired."""
 
     folder: Path
     content: Path
@@ -118,7 +78,7 @@ class Disk:
         run_command("umount", "-l", self.folder)
 
     def make_read_only(self) -> None:
-        """What is opened from now on is; a disk that finds itself broken treats files that are open likewise."""
+        """Make files read-only that are opened from now on, as a broken disk does."""
         run_command("mount", "--bind", self.content, self.folder)
         run_command("mount", "-o", "remount,bind,ro", self.folder)
 
@@ -130,7 +90,7 @@ class Disk:
             run_command("mount", "--bind", self.content, self.folder)
 
     def make_trouble(self, how: str) -> None:
-        """`full-BYTES` (so many are free), `read-only` or `gone`."""
+        """Break the disk: `full-BYTES` (free bytes), `read-only` or `gone`."""
         if how == "read-only":
             self.make_read_only()
         elif how == "gone":
@@ -158,7 +118,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
         subprocess.run(["umount", "-l", str(folder)], capture_output=True)
 
 
-def start(kind: Kind, recipe: Path, logs: Path, *options: str, job: Callable[..., int | None] = sft) -> Outcome:
+def start(kind: Kind, recipe: Path, logs: Path, *options: str, job: Callable[..., int | None] = sft) -> LaunchResult:
     return launch(kind.processes, kind.config, "--recipe", recipe, *options, logs=logs, job=job, timeout=PATIENCE)
 
 
@@ -174,9 +134,9 @@ def assert_same_model(run: Path, other: Path) -> None:
 
 
 def with_trouble_at(*arguments: str) -> int:
-    """Trains on a disk that has trouble as checkpoint STEP is written: `HOW,STEP,MENDED,FOLDER,CONTENT`.
+    """Train on a disk that breaks when checkpoint STEP is written: `HOW,STEP,REPAIRED,FOLDER,CONTENT`.
 
-    Before the look at the room for it where HOW begins with `early-`, else after. Mended before checkpoint MENDED.
+    Before the check of free space if HOW starts with `early-`, else after it. Repaired before checkpoint REPAIRED.
     """
     *rest, trouble = arguments
     how, step, mended, folder, content = trouble.split(",")
@@ -207,7 +167,7 @@ def with_trouble_at(*arguments: str) -> int:
 
 
 def with_a_full_disk_for_the_tokenizer(*arguments: str) -> int:
-    """Trains on a disk that is full from where the tokenizer of checkpoint 2 is written: `FOLDER,CONTENT`."""
+    """Train on a disk that is full when the tokenizer of checkpoint 2 is written: `FOLDER,CONTENT`."""
     *rest, folders = arguments
     disk = Disk(*map(Path, folders.split(",")))
     from transformers import PreTrainedTokenizerFast
@@ -223,10 +183,10 @@ def with_a_full_disk_for_the_tokenizer(*arguments: str) -> int:
     return sft(*rest)
 
 
-def test_a_disk_that_is_full_for_the_tokenizer_ends_a_run_likewise(
+def test_a_disk_that_is_full_at_the_tokenizer_ends_a_run_with_an_error(
     recipe_of: Callable[..., Path], disk: Disk, tmp_path: Path
 ) -> None:
-    """tokenizers raises a bare Exception of it."""
+    """tokenizers raises a bare Exception."""
     run = disk.folder / "run"
     recipe = recipe_of(ALONE, run, tmp_path / "recipe.yaml")
     job = with_a_full_disk_for_the_tokenizer
@@ -246,7 +206,7 @@ def trouble(disk: Disk, how: str, step: int, mended: int) -> str:
 
 
 ENDED = [
-    (ALONE, "early-full-300000", " MiB are free, and the last one took "),
+    (ALONE, "early-full-300000", " MiB are free, the last one needed "),
     (ALONE, "full-1100000", "No space left on device"),  # in the optimizer
     (DDP, "read-only", "Read-only file system"),
     (ZERO3, "full-1100000", "No space left on device"),  # in the pieces of the optimizer
@@ -255,7 +215,7 @@ ENDED = [
 
 
 @pytest.mark.parametrize(("kind", "how", "said"), ENDED, ids=[f"{kind.name}-{how}" for kind, how, _ in ENDED])
-def test_a_run_whose_checkpoint_cannot_be_written_ends_and_goes_on_once_it_can(
+def test_a_run_whose_checkpoint_cannot_be_written_ends_and_resumes_once_it_can(
     kind: Kind,
     how: str,
     said: str,
@@ -276,7 +236,7 @@ def test_a_run_whose_checkpoint_cannot_be_written_ends_and_goes_on_once_it_can(
     if how == "gone":
         assert list(disk.folder.iterdir()) == []  # nothing was written to the disk below
     else:
-        assert "checkpoint-1 is untouched. Make room" in text
+        assert "checkpoint-1 is untouched. Free some space" in text
     assert whole(disk.content / "run") == [1]
     disk.mend(how)
     assert not (run / "unfinished").exists() or how in ("gone", "read-only")
@@ -291,7 +251,7 @@ GONE_ON = [(ALONE, "gone"), (ALONE, "read-only"), (DDP, "full-1100000"), (ZERO3,
 
 
 @pytest.mark.parametrize(("kind", "how"), GONE_ON, ids=[f"{kind.name}-{how}" for kind, how in GONE_ON])
-def test_training_goes_on_where_it_is_to_and_saves_as_soon_as_it_can(
+def test_on_error_warn_continues_training_and_saves_once_it_can(
     kind: Kind,
     how: str,
     recipe_of: Callable[..., Path],
@@ -304,7 +264,7 @@ def test_training_goes_on_where_it_is_to_and_saves_as_soon_as_it_can(
     outcome = start(kind, recipe, tmp_path / "logs", trouble(disk, how, 2, 3), job=with_trouble_at).succeeded()
     assert outcome.output[0].count("warning: output_dir: ") == 1
     assert f"{run / 'checkpoint-2'} couldn't be written: " in outcome.output[0]
-    assert "Training goes on (save.on_error: warn)" in outcome.output[0]
+    assert "Training continues (save.on_error: warn)" in outcome.output[0]
     assert whole(run) == [1, 3, 4]
     assert_same_model(run, untouched(kind))
     assert not (run / "unfinished").exists()
@@ -312,8 +272,8 @@ def test_training_goes_on_where_it_is_to_and_saves_as_soon_as_it_can(
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
 
 
-def test_the_best_model_is_one_that_could_be_saved(recipe_of: Callable[..., Path], disk: Disk, tmp_path: Path) -> None:
-    """At a learning rate that ruins the model the first one is the best, and its checkpoint can't be written."""
+def test_the_best_model_is_the_best_saved_one(recipe_of: Callable[..., Path], disk: Disk, tmp_path: Path) -> None:
+    """At a learning rate that ruins the model the first evaluation is the best, and its checkpoint can't be written."""
     training = {"learning_rate": 3.0, "lr_scheduler_type": "constant", "eval_strategy": "steps", "eval_steps": 1}
     data = {"validation": 0.3}
     recipe = recipe_of(
@@ -337,7 +297,7 @@ def test_the_best_model_is_one_that_could_be_saved(recipe_of: Callable[..., Path
 
 
 def damaged_otherwise(run: Path, kind: Kind) -> dict[int, str]:
-    """Damages all checkpoints but the first, each in another way; what is to be said of each."""
+    """Damage all checkpoints but the first, each in another way; return the message for each."""
     weights = "adapter_model.safetensors" if kind.adapter else "model.safetensors"
     state = "optimizer.pt"
     if kind.config:
@@ -356,7 +316,7 @@ def damaged_otherwise(run: Path, kind: Kind) -> dict[int, str]:
 
 
 @pytest.mark.parametrize("kind", [DDP, ZERO3, ZERO3_LORA], ids=lambda kind: kind.name)
-def test_damaged_checkpoints_are_refused_by_name_and_the_one_before_them_is_taken(
+def test_damaged_checkpoints_are_skipped_by_name_for_the_one_before_them(
     kind: Kind, recipe_of: Callable[..., Path], untouched: Callable[[Kind], Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -388,7 +348,7 @@ def test_a_checkpoint_of_another_distribution_is_refused(
 
 
 def sft_with_rank_1_behind(*arguments: str) -> int:
-    """Rank 1 is still busy with its group as rank 0 finds the fault."""
+    """Run train/sft.py while rank 1 is still joining the group when rank 0 raises the error."""
     from torch.distributed.distributed_c10d import _get_default_store
 
     from train.loop.checkpoint import resume
@@ -405,7 +365,7 @@ def sft_with_rank_1_behind(*arguments: str) -> int:
     return sft(*arguments)
 
 
-def test_a_fault_that_all_ranks_find_ends_none_of_them_while_it_needs_the_others(
+def test_an_error_on_all_ranks_ends_none_while_another_is_still_joining(
     recipe_of: Callable[..., Path], untouched: Callable[[Kind], Path], tmp_path: Path
 ) -> None:
     recipe = recipe_of(ZERO3, tmp_path / "run", tmp_path / "recipe.yaml")

@@ -1,4 +1,4 @@
-"""Float8 layers on several processes, emulated: DDP and each of DeepSpeed's stages compute what one process does."""
+"""Emulated float8 layers on several processes: DDP and each of DeepSpeed's stages give the results of one process."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ pytest.importorskip("torchao.float8", reason="the package torchao is not install
 
 
 def train(recipe_file: str) -> int:
-    """A rank of a run as train/sft.py has it, with layers that emulate float8."""
+    """Train as a rank of train/sft.py does, with layers that emulate float8."""
     from train.data.chat.template import use_template
     from train.data.prepare import prepare
     from train.loop.arguments import training_arguments
@@ -44,7 +44,7 @@ def train(recipe_file: str) -> int:
 
 @pytest.fixture
 def trained(recipe_file: Callable[..., Path], tmp_path: Path) -> Callable[..., tuple[list[str], list[dict]]]:
-    """The lines of the start screen that tell of float8, and the steps, of 8 rows each."""
+    """Return a function that trains: the lines of the start screen about float8, and the metrics of steps of 8 rows."""
 
     def run(processes: int, config: str | None, **sections: dict) -> tuple[list[str], list[dict]]:
         folder = tmp_path / f"{Path(config or 'plain').stem}-{processes}"

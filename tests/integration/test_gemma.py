@@ -1,4 +1,4 @@
-"""Gemma-2 bans the system role; under both policies it trains a step on what each of them writes."""
+"""Gemma-2, whose template bans the system role: both policies for system messages train a step."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,7 @@ RENDERED = {
 
 @pytest.fixture
 def gemma(tmp_path: Path) -> Path:
-    """A Gemma-2 of two layers with Gemma's own template and a byte-level tokenizer with its control tokens."""
+    """Return a Gemma-2 of two layers with Gemma's template and a byte-level tokenizer with its control tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -72,7 +72,7 @@ def test_gemma_trains_a_step(system_role: str, gemma: Path, recipe_file: Callabl
     assert saved.eos_token == "<end_of_turn>"
 
 
-def test_gemma_as_it_is_refuses_to_lose_system_messages(
+def test_gemmas_own_template_is_refused_as_it_loses_system_messages(
     gemma: Path, recipe_file: Callable[..., Path], refused: Callable[..., str]
 ) -> None:
     error = refused("--recipe", recipe_file(model={"name_or_path": str(gemma)}, chat={"template": None}))

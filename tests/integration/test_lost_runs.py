@@ -1,4 +1,4 @@
-"""A run that is killed at any moment ends, after it was started again, as one that was left alone: to the bit."""
+"""Interrupted runs: killed at any moment or asked to stop, a run ends bit-identical to an uninterrupted one."""
 
 import json
 import os
@@ -7,15 +7,14 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS
-from ranks import Outcome, launch, sft
+from ranks import LaunchResult, launch, sft
 from safetensors.torch import load_file
+from small_runs import Kind, once, write_recipe, write_rows
 
 from train.loop.checkpoint.manifest import COMPLETE
 from train.loop.throughput import TIMING_METRICS
@@ -23,16 +22,6 @@ from train.loop.throughput import TIMING_METRICS
 pytest.importorskip("deepspeed")
 
 STEPS = 12
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A way to run."""
-
-    name: str
-    processes: int = 1
-    config: str | None = None
-    adapter: bool = False
 
 
 KINDS = [
@@ -46,80 +35,55 @@ KINDS = [
 
 
 @pytest.fixture(scope="module")
-def rows_48(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rng = random.Random(23)
-    text = lambda count: " ".join(rng.choice(WORDS.split()) for _ in range(count))  # noqa: E731
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    with path.open("w", encoding="utf-8") as lines:
-        for _ in range(48):
-            turns = [("system", rng.randint(1, 9)), ("user", 6), ("assistant", rng.choice([1, 5, 30, 60]))]
-            lines.write(json.dumps({"messages": [{"role": role, "content": text(n)} for role, n in turns]}) + "\n")
-    return path
+def recipe_of(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Callable[..., Path]:
+    rows = write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", 48, seed=23)
 
-
-@pytest.fixture(scope="module")
-def recipe_of(rows_48: Path, tiny_model: Path) -> Callable[..., Path]:
     def write(folder: Path, kind: Kind, **training: Any) -> Path:
-        recipe = {
-            "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
-            "chat": {"template": "chatml"},
-            "data": {"sources": [{"path": str(rows_48)}], "max_length": 256, "validation": 0.2, "repack": True},
-            "training": {
-                "bf16": False,
-                "gradient_checkpointing": False,
-                "learning_rate": 1e-3,
-                "per_device_train_batch_size": 1,
-                "gradient_accumulation_steps": 4 // kind.processes,
-                "max_steps": STEPS,
-                "logging_steps": 3,  # lines between checkpoints and checkpoints between lines
-                "eval_strategy": "steps",
-                "eval_steps": 4,
-                "save_strategy": "steps",
-                "save_steps": 2,
-                "save_total_limit": 2,
-                **training,
-            },
-            "output_dir": str(folder / "run"),
+        settings = {
+            "gradient_accumulation_steps": 4 // kind.processes,
+            "max_steps": STEPS,
+            "logging_steps": 3,  # lines between checkpoints and checkpoints between lines
+            "eval_strategy": "steps",
+            "eval_steps": 4,
+            "save_steps": 2,
+            "save_total_limit": 2,
+            **training,
         }
-        if kind.adapter:
-            recipe["adapter"] = {"r": 4, "lora_dropout": 0.1}  # random numbers in the middle of a run
-        path = folder / "recipe.yaml"
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
-        return path
+        data = {"validation": 0.2, "repack": True}
+        # with an adapter: random numbers in the middle of a run
+        adapter = {"r": 4, "lora_dropout": 0.1} if kind.adapter else None
+        recipe = folder / "recipe.yaml"
+        return write_recipe(recipe, tiny_model, rows, folder / "run", data=data, training=settings, adapter=adapter)
 
     return write
 
 
 @pytest.fixture(scope="module")
 def untouched(recipe_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind], Path]:
-    """The folder of a run that nobody disturbed, once for each kind."""
-    runs: dict[Kind, Path] = {}
+    """Return a function that trains an uninterrupted run of a kind once: its folder."""
 
-    def run(kind: Kind) -> Path:
-        if kind not in runs:
-            folder = tmp_path_factory.mktemp(kind.name)
-            start(kind, recipe_of(folder, kind), folder).succeeded()
-            runs[kind] = folder / "run"
-        return runs[kind]
+    def train(kind: Kind) -> Path:
+        folder = tmp_path_factory.mktemp(kind.name)
+        start(kind, recipe_of(folder, kind), folder).succeeded()
+        return folder / "run"
 
-    return run
+    return once(train)
 
 
-def start(kind: Kind, recipe: Path, folder: Path, *options: str, job: Callable[..., int | None] = sft) -> Outcome:
+def start(kind: Kind, recipe: Path, folder: Path, *options: str, job: Callable[..., int | None] = sft) -> LaunchResult:
     logs = folder / f"logs-{len(list(folder.glob('logs-*')))}"
     return launch(kind.processes, kind.config, "--recipe", recipe, *options, logs=logs, job=job)
 
 
 def figures(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what the clock decides."""
+    """Return metrics.jsonl without timings."""
     clock = {*TIMING_METRICS, "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
-    """All tensors in what torch.save wrote, in the order in which they stand there."""
+    """Return all tensors of an object that torch.save wrote, in order."""
     if isinstance(value, torch.Tensor):
         return [value]
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
@@ -127,7 +91,7 @@ def tensors(value: Any) -> list[torch.Tensor]:
 
 
 def assert_same(run: Path, other: Path) -> None:
-    """Weights, optimizer states and figures are equal, to the bit."""
+    """Assert that weights, optimizer states and metrics are bit-identical."""
     weights = "adapter_model" if (other / "adapter_config.json").exists() else "model"
     tensors, others = (load_file(folder / f"{weights}.safetensors") for folder in (run, other))
     assert tensors.keys() == others.keys()
@@ -143,9 +107,9 @@ def assert_same(run: Path, other: Path) -> None:
 
 
 def killed_at(*arguments: str) -> int:
-    """Trains, and is gone as after kill -9 once so many lines of Python have run: `LINES,RANK`, -1 = all ranks.
+    """Train, and kill the process with SIGKILL after some lines of Python: `LINES,RANK`; rank -1 = all.
 
-    The lines are those of saving and of the trainer's loop, ours and transformers'.
+    Lines of saving and of the training loop count, ours and transformers'.
     """
     *rest, moment = arguments
     lines, victim = map(int, moment.split(","))
@@ -177,7 +141,7 @@ def killed_at(*arguments: str) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_a_run_that_is_killed_at_random_moments_ends_as_one_left_alone(
+def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(
     kind: Kind, recipe_of: Callable[..., Path], untouched: Callable[[Kind], Path], tmp_path: Path
 ) -> None:
     expected = untouched(kind)
@@ -201,7 +165,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_one_left_alone(
 
 
 def asked_at(*arguments: str) -> int:
-    """Trains, and the last rank is asked to stop: `HOW,STEP`, in that step or in the evaluation after it (`.5`)."""
+    """Train, and ask the last rank to stop: `HOW,STEP`, in that step or in the evaluation after it (`.5`)."""
     *rest, moment = arguments
     how, _, step = moment.partition(",")
     from transformers import TrainerCallback
@@ -243,10 +207,10 @@ def asked_at(*arguments: str) -> int:
 
 
 @pytest.mark.parametrize("kind", [KINDS[1], KINDS[2], KINDS[5]], ids=lambda kind: kind.name)
-def test_a_run_that_is_asked_to_stop_saves_and_ends_as_one_left_alone(
+def test_a_run_asked_to_stop_saves_and_ends_like_an_uninterrupted_one(
     kind: Kind, recipe_of: Callable[..., Path], untouched: Callable[[Kind], Path], tmp_path: Path
 ) -> None:
-    """Once each by signals, Ctrl-C, a file and the end of the time; where an epoch ends, and inside an evaluation."""
+    """By signals, Ctrl-C, a file and the time limit; at the end of an epoch and inside an evaluation."""
     expected = untouched(kind)
     recipe, run = recipe_of(tmp_path, kind, save_steps=100), tmp_path / "run"
     step = 0

@@ -1,8 +1,7 @@
-"""A run that goes on with another number of processes: the same sequences a step, the same losses but for rounding."""
+"""Resuming on another number of processes: the same sequences per step, the same losses up to rounding."""
 
 import json
 import os
-import random
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -12,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS
-from ranks import Outcome, launch
+from ranks import LaunchResult, launch
 from safetensors.torch import load_file
+from small_runs import write_recipe, write_rows
 
 pytest.importorskip("deepspeed")
 
@@ -27,7 +26,7 @@ NOISE_OF_WEIGHTS = 5e-3
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to spread a run."""
+    """Processes and configuration of a run."""
 
     name: str
     config: str | None = None
@@ -36,15 +35,9 @@ class Kind:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Callable[..., "Trained"]:
-    """Trains on so many processes; `after`: the run, and the step, whose checkpoint it goes on from."""
+    """Return a function that trains a kind; `after`: the run and the step to resume from."""
     root = tmp_path_factory.mktemp("runs")
-    rng = random.Random(31)
-    text = lambda count: " ".join(rng.choice(WORDS.split()) for _ in range(count))  # noqa: E731
-    rows = root / "rows.jsonl"
-    with rows.open("w", encoding="utf-8") as lines:
-        for _ in range(48):
-            turns = [("system", rng.randint(1, 9)), ("user", 6), ("assistant", rng.choice([1, 5, 30, 60]))]
-            lines.write(json.dumps({"messages": [{"role": role, "content": text(n)} for role, n in turns]}) + "\n")
+    rows = write_rows(root / "rows.jsonl", 48, seed=31)
     runs: dict[Any, Trained] = {}
 
     def train(kind: Kind, processes: int, after: tuple["Trained", int] | None = None, **training: Any) -> Trained:
@@ -56,36 +49,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Calla
         if after:
             options = ["--resume", folder / "run" / f"checkpoint-{after[1]}"]
             shutil.copytree(after[0].folder / f"checkpoint-{after[1]}", folder / "run" / f"checkpoint-{after[1]}")
-        content = {
-            "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
-            "chat": {"template": "chatml"},
-            "data": {
-                "sources": [{"path": str(rows)}],
-                "max_length": 256,
-                "cache_dir": str(root / "cache"),
-                "validation": 0.2,
-            },
-            "adapter": {"r": 4, "modules_to_save": ["lm_head"]} if kind.adapter else None,
-            "training": {
-                "bf16": False,
-                "gradient_checkpointing": False,
-                "learning_rate": 2e-3,
-                "adam_epsilon": 1e-6,
-                "weight_decay": 0.1,  # of some weights, and not of others: two groups in the optimizer
-                "lr_scheduler_type": "linear",
-                "per_device_train_batch_size": 1,
-                "gradient_accumulation_steps": 1 if after else 4 // processes,  # four a step, whatever it says now
-                "max_steps": STEPS,
-                "logging_steps": 1,
-                "save_strategy": "steps",
-                "save_steps": 2,
-                **training,
-            },
-            "output_dir": str(folder / "run"),
+        settings = {
+            "learning_rate": 2e-3,
+            "adam_epsilon": 1e-6,
+            "weight_decay": 0.1,  # of some weights, and not of others: two groups in the optimizer
+            "lr_scheduler_type": "linear",
+            "gradient_accumulation_steps": 1 if after else 4 // processes,  # a resumed run keeps four per step
+            "max_steps": STEPS,
+            "save_steps": 2,
+            **training,
         }
-        folder.mkdir(exist_ok=True)
-        recipe = folder / "recipe.yaml"
-        recipe.write_text(json.dumps(content), encoding="utf-8")
+        data = {"cache_dir": str(root / "cache"), "validation": 0.2}
+        adapter = {"r": 4, "modules_to_save": ["lm_head"]} if kind.adapter else None
+        recipe = write_recipe(
+            folder / "recipe.yaml", tiny_model, rows, folder / "run", data=data, training=settings, adapter=adapter
+        )
         outcome = launch(
             processes,
             kind.config,
@@ -103,7 +81,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Calla
 
 
 def noting_steps(*arguments: str) -> int:
-    """Trains, and writes which sequences this rank saw in each step."""
+    """Train, and write this rank's sequences of each step."""
     from ranks import sft
 
     from train.loop.trainer import JanusTrainer
@@ -123,9 +101,9 @@ def noting_steps(*arguments: str) -> int:
 
 
 class Trained:
-    """What a run left behind."""
+    """Results of a run."""
 
-    def __init__(self, folder: Path, outcome: Outcome, adapter: bool) -> None:
+    def __init__(self, folder: Path, outcome: LaunchResult, adapter: bool) -> None:
         self.folder, self.outcome, self._adapter = folder, outcome, adapter
 
     @property
@@ -139,7 +117,7 @@ class Trained:
 
     @property
     def sequences(self) -> dict[int, Counter[int]]:
-        """Which sequences each step had, on all ranks together, and how often."""
+        """Return the sequences of each step on all ranks, with their counts."""
         steps: dict[int, Counter[int]] = {}
         for file in self.folder.parent.glob("steps-*.json"):
             for step, seen in json.loads(file.read_text(encoding="utf-8")).items():
@@ -172,10 +150,10 @@ CHAINS = [
 @pytest.mark.parametrize(
     ("kind", "sizes"), CHAINS, ids=[f"{kind.name}-{'-'.join(map(str, sizes))}" for kind, sizes in CHAINS]
 )
-def test_a_run_goes_on_with_the_same_steps(
+def test_a_run_resumes_with_the_same_sequences_in_each_step(
     kind: Kind, sizes: list[int], trained: Callable[..., Trained], tiny_model: Path
 ) -> None:
-    """Each run of a chain goes on from the one before it; all are like the first, which was left alone."""
+    """Each run of a chain resumes from the one before it; all equal the first, which was not interrupted."""
     alone = trained(kind, sizes[0])
     alone.outcome.succeeded()
     assert {len(seen) for seen in alone.sequences.values()} == {4}
@@ -191,8 +169,8 @@ def test_a_run_goes_on_with_the_same_steps(
 
 
 @pytest.mark.parametrize("kind", [Kind("zero2", "zero2.yaml"), Kind("zero3", "zero3.yaml")], ids=lambda kind: kind.name)
-def test_the_best_model_is_loaded_whoever_wrote_it(kind: Kind, trained: Callable[..., Trained]) -> None:
-    """At a learning rate that ruins the model: the first checkpoint is the best of two processes."""
+def test_the_best_model_is_loaded_on_any_number_of_processes(kind: Kind, trained: Callable[..., Trained]) -> None:
+    """At a learning rate that ruins the model the first checkpoint, of two processes, is the best."""
     ruinous = {"learning_rate": 3.0, "lr_scheduler_type": "constant", "load_best_model_at_end": True}
     settings = {**ruinous, "eval_strategy": "steps", "eval_steps": 2}
     run: Trained | None = None
@@ -210,8 +188,8 @@ def test_the_best_model_is_loaded_whoever_wrote_it(kind: Kind, trained: Callable
         assert not (run.folder / "universal").exists()
 
 
-def test_states_that_cannot_be_dealt_out_are_refused(trained: Callable[..., Trained]) -> None:
-    """Adafactor's are not those that DeepSpeed's converter knows."""
+def test_states_that_cannot_be_converted_are_refused(trained: Callable[..., Trained]) -> None:
+    """DeepSpeed's converter doesn't support Adafactor's states."""
     kind = Kind("zero2", "zero2.yaml")
     run = trained(kind, 2, optim="adafactor", max_steps=2)
     run.outcome.succeeded()

@@ -1,4 +1,4 @@
-"""SYSGEN, a collection, the bench and IFEval end to end against real servers of a small model."""
+"""SYSGEN, the collection, the bench and IFEval end to end against real servers of a small model."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ TRANSFORMERS = "transformers"
 def server(
     request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RealServer]:
-    """One server of each kind for all tests of this file."""
+    """Start one server of each kind for all tests of this file."""
     with running(request.param, smollm2, tmp_path_factory.mktemp("server") / "log") as started:
         yield started
 
@@ -39,7 +39,7 @@ def script(name: str) -> ModuleType:
 
 
 def run_script(name: str, settings: dict[str, Any], folder: Path, *options: str) -> int:
-    """Run scripts/NAME.py with these settings in this process; its exit code."""
+    """Run scripts/NAME.py with these settings in this process; return its exit code."""
     config = folder / f"{name}.yaml"
     config.write_text(yaml.safe_dump({**settings, "output_dir": str(folder / "out")}), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
@@ -90,10 +90,10 @@ def test_sysgen_writes_rows_with_a_common_message(
     assert "2 answers (2 from the journal)" in capsys.readouterr().out
 
 
-def test_sysgen_counts_what_a_small_model_gets_wrong(
+def test_sysgen_counts_rows_that_a_small_model_gets_wrong(
     server: RealServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Eight tokens hold no phrase with both of its tags: the row is left out with a reason, and the run says so."""
+    """Eight tokens hold no phrase with both of its tags: the row is dropped with a reason, and the run reports it."""
     settings = settings_for(server, 1, generate={"max_tokens": 8, "temperature": 0.0})
     assert run_script("sysgen", settings, tmp_path) == 2
     error = capsys.readouterr().err.partition("error: ")[2]
@@ -103,7 +103,7 @@ def test_sysgen_counts_what_a_small_model_gets_wrong(
     assert {stage: spent["requests"] for stage, spent in facts["spent"].items()} == {"generate": 1}
 
 
-def test_a_collection_asks_nothing_twice(
+def test_a_collection_repeats_no_request(
     server: RealServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = yaml.safe_load((ROOT / "recipes" / "collection" / "smollm2-135m.yaml").read_text("utf-8"))
@@ -126,7 +126,7 @@ def test_a_collection_asks_nothing_twice(
     assert f"{requests} answers ({requests} from the journal)" in capsys.readouterr().out
 
 
-def test_the_bench_keeps_each_answer_and_makes_no_score_of_what_holds_none(
+def test_the_bench_keeps_each_answer_and_scores_only_answers_with_a_score(
     server: RealServer, command: Callable[..., int], tmp_path: Path
 ) -> None:
     asked = ("bench", "--data", DATA / "bench.jsonl", "--limit", "1", "--output-dir", tmp_path / "out")
@@ -159,7 +159,7 @@ def test_the_bench_keeps_each_answer_and_makes_no_score_of_what_holds_none(
     assert (record["score"]["mean"] is None) == (unread == 4)
 
 
-def test_ifeval_checks_the_answers_that_the_server_gave(
+def test_ifeval_checks_the_servers_answers(
     server: RealServer, smollm2: Path, command: Callable[..., int], tmp_path: Path
 ) -> None:
     asked = ("ifeval", "--data", DATA / "system_ifeval.jsonl", "--limit", "2", "--max-new-tokens", "12")
@@ -176,7 +176,7 @@ def test_ifeval_checks_the_answers_that_the_server_gave(
 def check(
     server: RealServer, folder: Path, capsys: pytest.CaptureFixture[str], url: str = "", model: str = ""
 ) -> tuple[int, str]:
-    """Run `sysgen.py --check` with an address or a model changed; its exit code, and the error it ends with."""
+    """Run `sysgen.py --check` with another address or model; return its exit code and its error."""
     settings = settings_for(server, 1)
     settings |= {"model": model or server.model, "servers": [{"base_url": url or server.url}]}
     code = run_script("sysgen", settings, folder, "--check")

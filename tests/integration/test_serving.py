@@ -1,4 +1,4 @@
-"""A trained folder behind transformers' own server: the same template as in training."""
+"""A trained model behind transformers' own server: the same template as in training."""
 
 import json
 import socket
@@ -18,7 +18,7 @@ from train.sft import main
 
 
 def ask(url: str, body: dict, server: subprocess.Popen) -> dict:
-    """The server's answer; asked again while it starts, until it ends or two minutes are over."""
+    """Return the server's answer; repeat the request while the server starts, for at most two minutes."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     deadline = time.monotonic() + 120
     while True:
@@ -33,7 +33,7 @@ def ask(url: str, body: dict, server: subprocess.Popen) -> dict:
 
 
 def test_transformers_serve_renders_what_training_rendered(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
-    """The server counts the tokens of its prompt: as many as training's template has up to the answer."""
+    """The server's count of prompt tokens equals that of the training template up to the answer."""
     assert main(["--recipe", str(recipe_file(training={"num_train_epochs": ..., "max_steps": 1}))]) == 0
     run = tmp_path / "run"
     with socket.socket() as free:

@@ -1,4 +1,4 @@
-"""System gain while a model is trained on two processes, whole on each or shared out: the figures of one process."""
+"""System gain during training on two processes, replicated or partitioned: the metrics of one process."""
 
 import json
 import random
@@ -16,7 +16,7 @@ pytest.importorskip("deepspeed")
 
 
 def measure_in_training(recipe: str, rows: str, report: str) -> None:
-    """As train/sft.py trains; as training begins, each rank measures and writes what it found."""
+    """Train as train/sft.py does; when training begins, each rank measures and writes its results."""
     from transformers import TrainerCallback
 
     from train.data.chat.template import use_template
@@ -76,7 +76,7 @@ def variants(rows: str | Path, tokenizer: object) -> list:
 
 
 @pytest.mark.parametrize("config", ["zero3.yaml", None], ids=["zero3", "ddp"])
-def test_two_processes_give_the_figures_of_one(
+def test_two_processes_give_the_metrics_of_one(
     config: str | None, recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path
 ) -> None:
     from train.data.chat.template import use_template

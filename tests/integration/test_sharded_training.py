@@ -1,23 +1,20 @@
-"""The same 64 rows, however they are spread: over processes, accumulation steps and ZeRO's stages.
+"""Distributed training: the same 64 rows over processes, accumulation steps and ZeRO's stages give the same model.
 
-All in float32 on CPU processes, with the configurations that the project ships.
+In float32 on CPU processes, with the shipped configurations.
 """
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
-from conftest import WORDS
 from peft import PeftModel
 from ranks import launch
 from safetensors.torch import load_file
+from small_runs import write_recipe, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("deepspeed")
@@ -40,7 +37,7 @@ ROUNDING = 2**-24
 
 
 def noise_of_weights(weight: torch.Tensor) -> torch.Tensor:
-    """How far a weight may be off, for each of its elements.
+    """Return the largest expected difference of each element of a weight.
 
     Through the gradient: an error counts in Adam's numerator and in its denominator, and the rates of all steps add up
     (linear to 0). And in each step each run rounds the weight. Together at most 2.5e-4 of a tensor's largest change;
@@ -52,7 +49,7 @@ def noise_of_weights(weight: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Setting:
-    """A way to train 8 sequences a step."""
+    """Distribution of 8 sequences per step."""
 
     processes: int = 1
     config: str | None = None
@@ -76,48 +73,29 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def rows_64(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rng = random.Random(11)
-    text = lambda count: " ".join(rng.choice(WORDS.split()) for _ in range(count))  # noqa: E731
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    with path.open("w") as lines:
-        for _ in range(64):
-            turns = [("system", rng.randint(1, 20)), ("user", 10), ("assistant", rng.choice([1, 5, 40, 120]))]
-            messages = [{"role": role, "content": text(count)} for role, count in turns]
-            lines.write(json.dumps({"messages": messages}) + "\n")
-    return path
+    return write_rows(path, 64, seed=11, system=20, user=10, answers=(1, 5, 40, 120))
 
 
 @pytest.fixture(scope="module")
 def trained(rows_64: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
-    """Trains a setting, once a module; with `resumed` from a checkpoint half-way, in another folder."""
+    """Return a function that trains a setting once; with `resumed` from a checkpoint half-way, in another folder."""
     root = tmp_path_factory.mktemp("runs")
     runs: dict[tuple[Setting, bool], Trained] = {}
 
     def recipe(setting: Setting, folder: Path) -> Path:
-        content: dict[str, Any] = {
-            "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
-            "chat": {"template": "chatml"},
-            "data": {"sources": [{"path": str(rows_64)}], "max_length": 256, "packing": setting.packed},
-            "training": {
-                "bf16": False,
-                "gradient_checkpointing": True,
-                "learning_rate": LEARNING_RATE,
-                "adam_epsilon": EPSILON,
-                "lr_scheduler_type": "linear",
-                "per_device_train_batch_size": 1,
-                "gradient_accumulation_steps": setting.accumulation or 8 // setting.processes,
-                "max_steps": STEPS,
-                "logging_steps": 1,
-                "save_strategy": "steps",
-                "save_steps": SAVED_AT,
-            },
-            "output_dir": str(folder),
+        training = {
+            "gradient_checkpointing": True,
+            "learning_rate": LEARNING_RATE,
+            "adam_epsilon": EPSILON,
+            "lr_scheduler_type": "linear",
+            "gradient_accumulation_steps": setting.accumulation or 8 // setting.processes,
+            "max_steps": STEPS,
+            "save_steps": SAVED_AT,
         }
-        if setting.lora:
-            content["adapter"] = {"r": 4, "modules_to_save": ["lm_head"]}
-        path = root / f"{folder.name}.yaml"
-        path.write_text(yaml.safe_dump(content))
-        return path
+        adapter = {"r": 4, "modules_to_save": ["lm_head"]} if setting.lora else None
+        path, data = root / f"{folder.name}.yaml", {"packing": setting.packed}
+        return write_recipe(path, tiny_model, rows_64, folder, data=data, training=training, adapter=adapter)
 
     def train(setting: Setting, *, resumed: bool = False) -> Trained:
         if (setting, resumed) not in runs:
@@ -146,7 +124,7 @@ def trained(rows_64: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def compare(got: Trained, expected: Trained) -> tuple[float, float, float]:
-    """Largest differences: of the losses and gradient norms, relative; of a weight, in its noise."""
+    """Return the largest differences: relative of losses and gradient norms, and of weights in units of their noise."""
     relative = lambda ours, theirs: max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))  # noqa: E731
     assert got.weights.keys() == expected.weights.keys()
     weights = [
@@ -180,8 +158,8 @@ def test_losses_and_weights_are_those_of_one_process(setting: Setting, trained: 
     assert weights < 1
 
 
-def test_the_comparison_sees_one_sequence_of_eight(trained: Callable[..., Trained]) -> None:
-    """It can fail: with seven sequences a step in place of eight, all three differences are far above the noise."""
+def test_the_comparison_detects_one_missing_sequence_of_eight(trained: Callable[..., Trained]) -> None:
+    """With seven sequences per step instead of eight, all three differences are far above the noise."""
     loss, norm, weights = compare(trained(Setting(accumulation=7)), trained(Setting()))
     assert loss > 100 * NOISE_OF_LOSS
     assert norm > 100 * NOISE_OF_LOSS
@@ -200,7 +178,7 @@ RESUMED = [
 
 
 @pytest.mark.parametrize("setting", RESUMED, ids=lambda setting: setting.name)
-def test_a_resumed_run_ends_as_one_that_was_never_stopped(setting: Setting, trained: Callable[..., Trained]) -> None:
+def test_a_resumed_run_ends_like_an_uninterrupted_one(setting: Setting, trained: Callable[..., Trained]) -> None:
     whole, resumed = trained(setting), trained(setting, resumed=True)
     assert len(resumed.losses) == STEPS  # those before it are told by the checkpoint
     assert resumed.losses == pytest.approx(whole.losses, rel=NOISE_OF_LOSS)
@@ -209,7 +187,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(setting: Setting, trai
 
 
 def test_changed_settings_are_in_force_from_the_first_step(trained: Callable[..., Trained], tmp_path: Path) -> None:
-    """DeepSpeed, too, loads all of them with the states."""
+    """DeepSpeed loads them with the states, too."""
     whole = trained(RESUMED[0]).folder
     shutil.copytree(whole / f"checkpoint-{SAVED_AT}", tmp_path / "run" / f"checkpoint-{SAVED_AT}")
     changes = {"learning_rate": 1e-4, "weight_decay": 0.5, "adam_beta1": 0.8, "max_grad_norm": 0.5, "max_steps": 6}
@@ -231,10 +209,10 @@ def test_changed_settings_are_in_force_from_the_first_step(trained: Callable[...
 
 
 @pytest.mark.parametrize("setting", RESUMED, ids=lambda setting: setting.name)
-def test_the_export_loads_in_plain_transformers_and_gives_the_trained_models_logits(
+def test_the_saved_model_loads_in_plain_transformers_with_the_same_logits(
     setting: Setting, trained: Callable[..., Trained], tiny_model: Path
 ) -> None:
-    """The trained model's: those of one process that trained the same and never left memory's full precision."""
+    """The reference is one process that trained the same in full precision."""
     run, alone = trained(setting), trained(replace(setting, processes=1, config=None))
     ids = torch.randint(0, 290, (2, 50), generator=torch.Generator().manual_seed(3))
     logits = []
@@ -253,7 +231,7 @@ def test_the_export_loads_in_plain_transformers_and_gives_the_trained_models_log
 
 
 def measure_loading(recipe: str, report: str) -> None:
-    """As train/sft.py loads a model; writes what this rank then holds of it."""
+    """Load a model as train/sft.py does, and write what this rank holds of it."""
     from train.loop.arguments import training_arguments
     from train.model.load import load_model
     from train.recipe import load_recipe
@@ -267,7 +245,7 @@ def measure_loading(recipe: str, report: str) -> None:
     )
 
 
-def test_no_rank_holds_the_whole_model_once_it_is_loaded(
+def test_no_rank_holds_the_complete_model_after_loading(
     recipe_file: Callable[..., Path], tmp_path: Path, tiny_model: Path
 ) -> None:
     report = tmp_path / "held"
@@ -280,7 +258,7 @@ def test_no_rank_holds_the_whole_model_once_it_is_loaded(
 
 
 def test_qlora_under_zero3(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
-    """4-bit weights are split too, the adapter is trained and saved whole, and a storage that can't be split refused."""
+    """4-bit weights are partitioned, the adapter is trained and saved completely, and an unsuitable storage is refused."""
     pytest.importorskip("bitsandbytes")
     quantization = {"bnb_4bit_compute_dtype": "float32", "bnb_4bit_quant_storage": "float32"}
     recipe = recipe_file(
@@ -305,7 +283,7 @@ def test_qlora_under_zero3(recipe_file: Callable[..., Path], tmp_path: Path) -> 
 def test_bf16_trains_saves_and_resumes_under_every_stage(
     config: str, lora: bool, recipe_file: Callable[..., Path], tmp_path: Path, tiny_model: Path
 ) -> None:
-    """Gradients are added up in float32 under every stage, the save is bf16, and a resumed run ends with its bits."""
+    """Gradients are summed in float32 under every stage, the save is bf16, and a resumed run is bit-identical."""
     training = {"bf16": True, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
     training |= {"num_train_epochs": ..., "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     sections = {"adapter": {"r": 4}} if lora else {}

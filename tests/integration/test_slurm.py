@@ -1,6 +1,6 @@
-"""Jobs on a real Slurm, submitted as a person submits them, with the real trainer on a tiny model.
+"""Jobs on a real Slurm, submitted with scripts/submit.py, with the real trainer on a tiny model.
 
-Slurm's clock is left alone but in two places: a requeued job, which waits two minutes, is released at once, and a job
+Slurm's times are changed in two places: a requeued job, which would wait two minutes, is released at once, and a job
 that was warned may get more time for its next attempt.
 """
 
@@ -55,7 +55,7 @@ def submit(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Callable[..., str]:
-    """Runs scripts/submit.py for CPU processes, one a node; the job's id."""
+    """Return a function that runs scripts/submit.py for one CPU process per node: the job's id."""
     (tmp_path / "python").mkdir()
     (tmp_path / "python" / "sitecustomize.py").write_text(WITHOUT_COMPILING)
     settings = {
@@ -84,18 +84,18 @@ def submit(
 
 
 def steps_saved(run: Path) -> list[int]:
-    """Of the checkpoints that say of themselves that they are complete."""
+    """Return the steps of the complete checkpoints."""
     return sorted(json.loads(path.read_text())["step"] for path in run.glob("checkpoint-*/COMPLETE.json"))
 
 
 def steps_logged(run: Path) -> list[int]:
-    """The optimizer steps in metrics.jsonl, in the order in which they were written."""
+    """Return the optimizer steps in metrics.jsonl, in order."""
     lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
     return [json.loads(line)["step"] for line in lines if '"loss"' in line]
 
 
 def resumes_from(recipe: Path, *overrides: str) -> int:
-    """The step of the checkpoint that the next run takes, every checksum of it verified; 0 if there is none."""
+    """Return the step of the verified checkpoint that the next run resumes from; 0 if there is none."""
     from train.loop.checkpoint.resume import find_checkpoint
     from train.recipe import load_recipe
 
@@ -104,10 +104,10 @@ def resumes_from(recipe: Path, *overrides: str) -> int:
 
 
 @needs_deepspeed
-def test_two_nodes_are_warned_save_requeue_themselves_go_on_and_finish(
+def test_two_nodes_are_warned_save_requeue_resume_and_finish(
     slurm: Cluster, submit: Callable[..., str], recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The whole chain, under ZeRO-3. The trainers stand still until Slurm, which looks twice a minute, warns them."""
+    """The complete chain under ZeRO-3. The trainers pause until Slurm, which checks twice a minute, warns them."""
     steps = 60
     recipe = recipe_file(training={"num_train_epochs": ..., "max_steps": steps})
     run = tmp_path / "run"
@@ -143,7 +143,7 @@ def test_two_nodes_are_warned_save_requeue_themselves_go_on_and_finish(
 
 
 @needs_deepspeed
-def test_a_failing_node_and_scancel_leave_whole_checkpoints(
+def test_a_failing_node_and_scancel_leave_complete_checkpoints(
     slurm: Cluster, submit: Callable[..., str], recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe = recipe_file(
@@ -177,10 +177,10 @@ def test_a_failing_node_and_scancel_leave_whole_checkpoints(
     assert "requeued: continues" not in output
 
 
-def test_a_crash_loop_stops_after_its_bound(
+def test_a_crash_loop_stops_after_its_limit(
     slurm: Cluster, submit: Callable[..., str], recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The trainer is killed in each attempt, after it came further than the attempt before."""
+    """The trainer is killed in each attempt, after more steps than the attempt before."""
     recipe = recipe_file(
         training={"num_train_epochs": ..., "max_steps": HOPELESSLY_MANY, "save_strategy": "steps", "save_steps": 5}
     )
@@ -201,7 +201,7 @@ def test_a_crash_loop_stops_after_its_bound(
     assert log.splitlines()[-1].endswith("stopped: requeued 1 times, and --max-restarts is 1")
 
 
-def test_without_progress_there_is_no_other_attempt_and_none_after_a_stop_file(
+def test_no_attempt_follows_one_without_progress_or_a_stop_file(
     slurm: Cluster, submit: Callable[..., str], recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     """An array of two: the first task's trainer is killed, and requeued from outside as if Slurm had done it."""
@@ -229,7 +229,7 @@ def test_without_progress_there_is_no_other_attempt_and_none_after_a_stop_file(
     assert all(f"seed: {task}\n" in (run / "recipe.yaml").read_text() for task, run in enumerate(runs, 1))
 
 
-def test_a_recipe_that_was_spoilt_in_the_queue_ends_the_job_before_training(
+def test_a_recipe_broken_in_the_queue_ends_the_job_before_training(
     slurm: Cluster, submit: Callable[..., str], recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe = recipe_file()

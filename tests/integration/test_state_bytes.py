@@ -1,4 +1,4 @@
-"""The plan's bytes of weights, gradients and optimizer against those that DeepSpeed holds, to the byte."""
+"""The plan's bytes of weights, gradients and optimizer equal those that DeepSpeed holds."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ BUCKET = 14_000
 
 @pytest.fixture
 def odd_model(tiny_model: Path, tmp_path: Path) -> Path:
-    """The tiny model with sizes that two GPUs can't share evenly, some of its parameters too large to persist."""
+    """Return the tiny model with sizes that two GPUs can't share evenly, and some parameters too large to persist."""
     folder = tmp_path / "odd"
     shutil.copytree(tiny_model, folder)
     config = AutoConfig.from_pretrained(tiny_model).to_dict()
@@ -41,7 +41,7 @@ def odd_model(tiny_model: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def measured(recipe_file: Callable[..., Path], tmp_path: Path, odd_model: Path) -> Callable[..., tuple]:
-    """Trains with a shipped configuration; what is planned, and what each of two ranks held."""
+    """Return a function that trains with a shipped configuration: the plan, and the bytes that each of two ranks held."""
 
     def measure(strategy: str, bf16: bool, adapter: dict[str, Any] | None, optimizer: str) -> tuple:
         chosen = next(candidate for candidate in STRATEGIES if candidate.name == strategy)

@@ -250,7 +250,7 @@ def test_concurrency_falls_on_rate_limits_and_grows_when_the_server_takes_more(t
         assert script.refused < 300
         assert server.limit < 32
         script.limit, script.refused = 1_000, 0
-        await ask_all(client, 300, "many ")
+        await ask_all(client, 150, "many ")
         script.until = 32
         script.all_there.clear()
         await ask_all(client, 32, "all at once ")

@@ -10,7 +10,8 @@ from client_runs import LIMIT, about, echo, first, run
 from scripted_server import Asked, Reply, ScriptedServer, chat_reply, error
 
 from train.errors import UserError
-from train.llm.client import FAILURES_OF_STAGE, Client
+from train.llm.client import Client
+from train.llm.failure_policy import FAILURES_OF_STAGE
 from train.llm.failures import RequestFailed
 from train.llm.journal import Journal
 from train.llm.request import Answer, Decoding, Request
@@ -258,7 +259,7 @@ def test_a_server_that_never_answers_anything_ends_the_run(tmp_path: Path, reply
     async def a_good_one_first(client: Client, servers: list[ScriptedServer]) -> None:
         await client.ask(about("good"))
         failures = await asyncio.gather(
-            *(client.ask(about(f"{number}")) for number in range(20)), return_exceptions=True
+            *(client.ask(about(f"{number}")) for number in range(10)), return_exceptions=True
         )
         assert {type(failure) for failure in failures} == {RequestFailed}
 

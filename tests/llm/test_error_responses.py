@@ -13,8 +13,8 @@ from client_runs import about, echo, first, run
 from scripted_server import Asked, Reply, Script, ScriptedServer, error
 
 from train.errors import UserError
-from train.llm.client import FAILURES_OF_STAGE, Client
-from train.llm.failure_policy import DENIALS
+from train.llm.client import Client
+from train.llm.failure_policy import DENIALS, FAILURES_OF_STAGE
 from train.llm.failures import RequestFailed
 from train.llm.ordered_map import map_ordered
 from train.llm.request import Answer

@@ -1,16 +1,15 @@
-"""How a run ended, and how often it was started again: outcome.json, the last lines on the screen, report.md."""
+"""Outcomes and attempts of a run: outcome.json, attempts.jsonl, the last printed lines, report.md."""
 
 import json
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ranks import launch, sft
 from transformers import TrainerState
 
 from train.errors import UserError
@@ -23,24 +22,28 @@ from train.recipe import SaveSection, load_recipe
 from train.sft import main
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": ..., "max_steps": 4}
-KILLED_AT_STEP_4 = """
-import os, sys
-from train.loop.checkpoint.writer import CheckpointWriter
-from train.sft import main
 
-save = CheckpointWriter.save
-CheckpointWriter.save = lambda self, step, *a, **b: os.kill(os.getpid(), 9) if step == 4 else save(self, step, *a, **b)
-main(sys.argv[1:])
-"""
+
+def killed_at_step_4(*arguments: str) -> int:
+    """Train, and kill the process with SIGKILL when checkpoint 4 is to be saved."""
+    save = CheckpointWriter.save
+
+    def save_or_die(self: CheckpointWriter, step: int, *others: object, **more: object) -> bool:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return save(self, step, *others, **more)
+
+    CheckpointWriter.save = save_or_die
+    return sft(*arguments)
 
 
 def outcome(run: Path) -> tuple[str, int, str | None]:
-    said = json.loads((run / "outcome.json").read_text(encoding="utf-8"))
-    return said["outcome"], said["step"], said["reason"]
+    record = json.loads((run / "outcome.json").read_text(encoding="utf-8"))
+    return record["outcome"], record["step"], record["reason"]
 
 
 def failing_at(step: int, error: BaseException) -> Callable[..., bool]:
-    """Saving that goes wrong at a step."""
+    """Return a `save` that raises `error` at a step."""
     save = CheckpointWriter.save
 
     def fail(self: CheckpointWriter, at: int, *arguments: object, **more: object) -> bool:
@@ -51,7 +54,7 @@ def failing_at(step: int, error: BaseException) -> Callable[..., bool]:
     return fail
 
 
-def test_a_crash_and_what_a_person_must_mend_are_told_apart_and_report_md_tells_the_restarts(
+def test_crashes_and_user_errors_are_distinguished_and_the_report_lists_restarts(
     recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, run = str(recipe_file(training=SAVING)), tmp_path / "run"
@@ -64,8 +67,8 @@ def test_a_crash_and_what_a_person_must_mend_are_told_apart_and_report_md_tells_
         broken.setattr(CheckpointWriter, "save", failing_at(4, UserError("the disk is full")))
         assert main(["--recipe", recipe]) == 2
     assert outcome(run) == ("failed", 4, "the disk is full")
-    killed = subprocess.run([sys.executable, "-c", KILLED_AT_STEP_4, "--recipe", recipe], check=False)
-    assert killed.returncode == -signal.SIGKILL
+    killed = launch(1, None, "--recipe", recipe, logs=tmp_path / "logs", job=killed_at_step_4)
+    assert killed.exit_codes == [-signal.SIGKILL]
     assert not (run / "outcome.json").exists()
     assert main(["--recipe", recipe]) == 0
     assert outcome(run)[:2] == ("finished", 4)
@@ -81,7 +84,7 @@ def test_a_crash_and_what_a_person_must_mend_are_told_apart_and_report_md_tells_
     assert "| training time |" in report
 
 
-def test_a_finished_run_is_not_trained_again_unless_it_is_another_one(
+def test_a_finished_run_is_not_trained_again_unless_it_has_changed(
     recipe_file: Callable[..., Path],
     rows_file: Path,
     tmp_path: Path,
@@ -148,7 +151,7 @@ def test_a_finished_run_is_not_trained_again_unless_it_is_another_one(
     assert find_finished_run(load_recipe(recipe)) == (None, None)
 
 
-def test_a_finished_run_with_checkpoints_says_how_to_train_longer(
+def test_a_finished_run_with_checkpoints_explains_how_to_train_longer(
     recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, run = str(recipe_file(training=SAVING)), tmp_path / "run"
@@ -175,7 +178,7 @@ LONGER = {**SAVING, "max_steps": 6}
 
 
 def interrupting(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C as step 2 ends, again at a moment of the save in step 3, and while outcome.json is written."""
+    """Send Ctrl-C at the end of step 2, again during the save of step 3, and while outcome.json is written."""
     step_end, save, write = PreemptionCallback.on_step_end, CheckpointWriter.save, run_outcome.write_text
 
     def first(self: PreemptionCallback, args: object, state: TrainerState, *others: object, **more: object) -> None:
@@ -204,7 +207,7 @@ def interrupting(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("moment", "newest"), [("half-way", "checkpoint-2"), ("after", "checkpoint-3")])
-def test_a_second_ctrl_c_leaves_an_outcome_that_is_true_whatever_follows(
+def test_a_second_ctrl_c_leaves_a_true_outcome(
     moment: str,
     newest: str,
     recipe_file: Callable[..., Path],
@@ -226,36 +229,31 @@ def test_a_second_ctrl_c_leaves_an_outcome_that_is_true_whatever_follows(
         assert outcome(run)[:2] == ("finished", 6)
 
 
-INTERRUPTED_TWICE = """
-import signal, sys
-import pytest
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-sys.path.insert(0, sys.argv.pop(1))
-from test_attempts import interrupting, main
-interrupting("half-way", pytest.MonkeyPatch())
-sys.exit(main(sys.argv[1:]))
-"""
+def interrupted_twice(*arguments: str) -> int:
+    """Train, and send Ctrl-C twice."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    interrupting("half-way", pytest.MonkeyPatch())
+    return sft(*arguments)
 
 
 def test_a_second_ctrl_c_ends_the_process_with_130_and_no_traceback(
     recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", INTERRUPTED_TWICE, str(Path(__file__).parent)]
-    result = subprocess.run(
-        [*command, "--recipe", recipe_file(training=LONGER)], capture_output=True, text=True, check=False
-    )
-    assert (result.returncode, "Traceback" in result.stderr) == (130, False), result.stderr
-    assert result.stderr.endswith("stopped\n")
+    recipe = recipe_file(training=LONGER)
+    result = launch(1, None, "--recipe", recipe, logs=tmp_path / "logs", job=interrupted_twice)
+    assert result.exit_codes == [130]
+    assert "Traceback" not in result.output[0]
+    assert result.output[0].endswith("stopped\n")
     assert outcome(tmp_path / "run")[0] == "interrupted"
 
 
-def test_a_run_that_stops_says_where_it_goes_on(
+def test_a_stopped_run_reports_where_it_continues(
     recipe_file: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Also where its last checkpoint could not be written: then from the one before."""
+    """Also if its last checkpoint could not be written: then from the one before it."""
     recipe, run = str(recipe_file(training={**SAVING, "max_steps": 8})), tmp_path / "run"
     is_requested = Preemption.is_requested
     monkeypatch.setattr(Preemption, "is_requested", lambda self: self.step >= 1 or is_requested(self))
@@ -278,7 +276,7 @@ def test_a_time_limit_that_is_over_before_the_first_step_is_refused(
 ) -> None:
     """Each attempt would save and stop after one step."""
     recipe = recipe_file(save={"time_limit": "2:00"})
-    said = "save.time_limit: 2:00 must be longer than save.seconds_before_end (120)"
-    assert said in refused("--recipe", recipe)
-    assert said in refused("--recipe", recipe, "--check")
+    message = "save.time_limit: 2:00 must be longer than save.seconds_before_end (120)"
+    assert message in refused("--recipe", recipe)
+    assert message in refused("--recipe", recipe, "--check")
     Preemption("run", SaveSection(time_limit="2:01"))

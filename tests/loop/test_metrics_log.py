@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, the step lines, report.md."""
+"""Metrics log: metrics.jsonl, the printed lines, report.md."""
 
 import json
 import re
@@ -20,7 +20,7 @@ def metrics_of(run: Path) -> list[dict]:
 def test_the_report_shows_the_loss_of_the_model_that_was_saved(
     recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The first step is warm-up and changes nothing; training as fast as in the second makes the model worse."""
+    """The first step is warm-up and changes nothing; the learning rate of the second makes the model worse."""
     training = {
         "learning_rate": 1.0,
         "warmup_steps": 1,
@@ -44,7 +44,7 @@ def test_the_report_shows_the_loss_of_the_model_that_was_saved(
     assert sum("loaded_step" in line for line in metrics_of(tmp_path / "run")) == 1
 
 
-def test_tokens_are_counted_on_after_a_resume(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_token_count_continues_after_a_resume(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     training = {
         "save_strategy": "steps",
         "save_steps": 3,

@@ -1,4 +1,4 @@
-"""loss.png and system_gain.png: what their axes say."""
+"""Plots of a run: loss.png and system_gain.png."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ CURVES = {
 
 
 @pytest.mark.parametrize("curves", CURVES.values(), ids=CURVES)
-def test_a_plot_over_steps_has_a_title_whole_steps_and_a_legend_beside_the_curves(
+def test_a_plot_over_steps_has_a_title_integer_steps_and_a_legend_outside_the_axes(
     curves: dict[str, tuple[list[int], list[float]]], tmp_path: Path
 ) -> None:
     run = tmp_path / "costs_$5_$6"
@@ -34,7 +34,7 @@ def test_a_plot_over_steps_has_a_title_whole_steps_and_a_legend_beside_the_curve
     assert not legend.get_window_extent().overlaps(axes.get_window_extent())
 
 
-def test_runs_without_a_figure_have_a_picture_too(tmp_path: Path) -> None:
+def test_runs_without_metrics_are_plotted_too(tmp_path: Path) -> None:
     for metrics in ([], [{"step": 1, "loss": "nan"}], [{"step": 1, "eval_system_gain": 0.5, "eval_loss": 1.0}]):
         for draw in (plot_loss, plot_system_gain):
             draw(metrics, tmp_path / "picture.png")

@@ -1,4 +1,4 @@
-"""Settings that this machine, this model or these rows can't serve: told before the first step, in one paragraph."""
+"""Settings that the machine, the model or the rows don't allow: an error before the first step, in one paragraph."""
 
 import os
 import subprocess
@@ -52,7 +52,7 @@ FAULTS = {
                 "load_best_model_at_end": True,
             },
         },
-        ["training.greater_is_better", "found false", "eval_system_gain", "the greater is better"],
+        ["training.greater_is_better", "found false", "eval_system_gain", "but a greater "],
     ),
     "a best checkpoint of the highest loss": (
         {
@@ -64,7 +64,7 @@ FAULTS = {
                 "load_best_model_at_end": True,
             },
         },
-        ["training.greater_is_better", "found true", "loss", "the smaller is better"],
+        ["training.greater_is_better", "found true", "loss", "but a smaller "],
     ),
     "too few rows for one whole batch": (
         {"training": {"dataloader_drop_last": True, "per_device_train_batch_size": 100}},
@@ -90,14 +90,16 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("case", FAULTS)
-def test_a_setting_that_can_not_work(case: str, recipe_file: Callable[..., Path], refused: Callable[..., str]) -> None:
+def test_a_setting_that_cannot_work_is_an_error(
+    case: str, recipe_file: Callable[..., Path], refused: Callable[..., str]
+) -> None:
     sections, words = FAULTS[case]
     error = refused("--recipe", recipe_file(**sections))
     assert [word for word in words if word not in error] == []
     assert "\n" not in error
 
 
-def test_a_hub_that_does_not_answer(recipe_file: Callable[..., Path]) -> None:
+def test_an_unreachable_hub_is_an_error(recipe_file: Callable[..., Path]) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_none"}
     result = subprocess.run(
         [sys.executable, "train/sft.py", "--recipe", recipe_file(training={"push_to_hub": True})],
@@ -112,7 +114,7 @@ def test_a_hub_that_does_not_answer(recipe_file: Callable[..., Path]) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_the_last_smaller_batch_is_left_out_where_the_recipe_says_so(
+def test_the_last_smaller_batch_is_dropped_if_the_recipe_asks_for_it(
     recipe_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     training = {"dataloader_drop_last": True, "per_device_train_batch_size": 7}
@@ -120,7 +122,7 @@ def test_the_last_smaller_batch_is_left_out_where_the_recipe_says_so(
     assert "step 3/3 " in capsys.readouterr().out  # 24 rows: the last 3 are left out
 
 
-def test_a_module_to_save_that_is_there_is_saved(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_modules_to_save_are_saved(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     assert main(["--recipe", str(recipe_file(adapter={"r": 2, "modules_to_save": ["norm"]}))]) == 0
@@ -132,7 +134,7 @@ def test_a_module_to_save_that_is_there_is_saved(recipe_file: Callable[..., Path
     [("eval_system_gain", True), ("eval_system_accuracy_over_none", None), ("loss", False), ("eval_entropy", True),
      ("eval_entropy", False)],
 )  # fmt: skip
-def test_a_best_checkpoint_that_is_best_by_its_metric(
+def test_the_direction_of_a_metric_is_checked(
     metric: str, greater: bool | None, recipe_file: Callable[..., Path]
 ) -> None:
     training = {"metric_for_best_model": metric, "greater_is_better": greater, "load_best_model_at_end": True,

@@ -1,4 +1,4 @@
-"""Tests of a save: the weights come first, and a file beside them that fails is known before or is a warning."""
+"""Saves: the weights come first; a file beside them that fails is an error before training or a warning after it."""
 
 import json
 import shutil
@@ -38,16 +38,16 @@ ONE_STEP = {"num_train_epochs": ..., "max_steps": 1}
 
 
 class Unwritable:
-    """A pre-tokenizer in Python, which no tokenizer.json can hold."""
+    """A pre-tokenizer in Python, which tokenizer.json can't hold."""
 
 
 def spoil(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Have the tokenizer work as before and fail as it is saved."""
+    """Make the tokenizer fail only when it is saved."""
     tokenizer.backend_tokenizer.pre_tokenizer = PreTokenizer.custom(Unwritable())
 
 
 def with_base(tiny_model: Path, folder: Path, **files: Any) -> Path:
-    """The tiny model with other files: JSON or text under `config`, `generation_config` and so on."""
+    """Return the tiny model with other files: JSON or text under `config`, `generation_config` and so on."""
     shutil.copytree(tiny_model, folder)
     for name, content in files.items():
         text = content if isinstance(content, str) else json.dumps(content)
@@ -116,10 +116,10 @@ def test_an_adapters_weights_and_settings_are_written_as_peft_writes_them(
     assert not model.peft_config["default"].inference_mode
 
 
-def test_weights_that_could_not_be_saved_are_known_before_training(
+def test_weights_that_cannot_be_saved_are_an_error_before_training(
     recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Two names of one tensor that the model doesn't declare as tied: transformers loads that and can't save it."""
+    """Two names of one tensor that the model doesn't declare as tied: transformers loads them and can't save them."""
     trainer = make_trainer(load_recipe(recipe_file()))
     check_savable(trainer.model)
     first, second = (trainer.model.model.layers[layer].mlp.up_proj for layer in (0, 1))
@@ -144,10 +144,10 @@ PUBLISHED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
-def test_published_generation_settings_stay_as_they_are(
+def test_published_generation_settings_are_kept(
     kind: str, tiny_model: Path, recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Settings that transformers saves again unchanged are saved with other stop tokens, too."""
+    """Settings that transformers would save unchanged are also saved with other stop tokens."""
     base = with_base(tiny_model, tmp_path / "base", generation_config={"eos_token_id": 2, **PUBLISHED[kind]})
     GenerationConfig.from_pretrained(base).save_pretrained(tmp_path / "theirs")
     recipe = load_recipe(recipe_file(model={"name_or_path": str(base)}))
@@ -161,7 +161,7 @@ def test_published_generation_settings_stay_as_they_are(
     assert ours == {**theirs, "eos_token_id": [2, 7]}
 
 
-def test_a_run_ends_with_settings_that_transformers_would_refuse_to_save(
+def test_settings_that_transformers_would_refuse_to_save_are_saved(
     recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path
 ) -> None:
     settings = {"eos_token_id": 0, "do_sample": False, "temperature": 0.9, "top_p": 0.6}
@@ -175,7 +175,7 @@ def test_a_run_ends_with_settings_that_transformers_would_refuse_to_save(
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ('{"eos_token_id": 2,', "can't be read"),  # transformers takes its defaults instead, without a word
         ({"early_stopping": "sometimes"}, "`early_stopping` must be"),
@@ -184,13 +184,13 @@ def test_a_run_ends_with_settings_that_transformers_would_refuse_to_save(
     ],
 )
 def test_settings_that_transformers_refuses_are_an_error_before_training(
-    content: Any, said: str, recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path
+    content: Any, message: str, recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path
 ) -> None:
     base = with_base(tiny_model, tmp_path / "base", generation_config=content)
     recipe = load_recipe(recipe_file(model={"name_or_path": str(base)}))
     [error] = side_files.side_file_errors(recipe, load_tokenizer(recipe.model))
     assert error.startswith(f"model.name_or_path: {base}/generation_config.json")
-    assert said in error
+    assert message in error
 
 
 # Known before training.
@@ -208,17 +208,15 @@ def test_a_folder_in_the_way_of_a_file_is_an_error_before_training(
     name: str, check: list[str], recipe_file: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / "run" / name).mkdir(parents=True)
-    said = refused("--recipe", recipe_file(), *check)
+    message = refused("--recipe", recipe_file(), *check)
     if name == ".lock" and not check:
-        assert said == f"output_dir: {tmp_path}/run/.lock can't be written: Is a directory. Name another folder."
+        assert message == f"output_dir: {tmp_path}/run/.lock can't be written: Is a directory. Name another folder."
         return
-    assert said.startswith(f"output_dir: {tmp_path}/run/{name} is a folder, and the run writes a file there.")
+    assert message.startswith(f"output_dir: {tmp_path}/run/{name} is a folder, and the run writes a file there.")
     assert not (tmp_path / "run" / "metrics.jsonl").is_file()
 
 
-def test_every_file_that_a_run_leaves_is_one_whose_place_is_looked_at(
-    recipe_file: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_every_file_of_a_run_is_checked_before_training(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     path = recipe_file(training={**ONE_STEP, "eval_strategy": "steps"}, data={"validation": 0.25}, system_gain={})
     assert main(["--recipe", str(path)]) == 0
     left = {path.name for path in (tmp_path / "run").iterdir() if path.is_file()} - {"recipe.yaml"}
@@ -237,8 +235,8 @@ def test_a_file_in_the_way_of_checkpoints_is_an_error_before_training(
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "unfinished").write_text("notes")
-    said = refused("--recipe", recipe_file(), *check)
-    assert said.startswith(f"output_dir: {tmp_path}/run/unfinished is a file, and the run makes a folder there.")
+    message = refused("--recipe", recipe_file(), *check)
+    assert message.startswith(f"output_dir: {tmp_path}/run/unfinished is a file, and the run needs a folder there.")
     assert (tmp_path / "run" / "unfinished").read_text() == "notes"
 
 
@@ -260,7 +258,7 @@ def test_a_tokenizer_that_cannot_be_written_is_an_error_before_training(recipe_f
     [b"# My project\n", b"", b"---\nlibrary_name: peft\n---\n# Another trainer's card", b"\xff\xfe not UTF-8"],
     ids=["a project", "empty", "another card", "not UTF-8"],
 )
-def test_a_readme_that_no_run_wrote_is_left_alone_and_said_so(
+def test_a_readme_that_no_run_wrote_is_kept_with_a_message(
     content: bytes, recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = make_trainer(load_recipe(recipe_file()))
@@ -288,7 +286,7 @@ def test_the_card_of_an_earlier_run_is_replaced(
 # What fails afterwards costs no weights.
 
 
-def test_files_that_cannot_be_written_are_named_and_written_later(
+def test_files_that_cannot_be_written_are_reported_and_written_later(
     recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = recipe_file(training=ONE_STEP)
@@ -319,7 +317,7 @@ def test_files_that_cannot_be_written_are_named_and_written_later(
             assert of_run | {"use_cache": None} == of_trainer | {"use_cache": None}  # TRL has it false to train
 
 
-def test_a_checkpoint_whose_tokenizer_cannot_be_written_is_whole(
+def test_a_checkpoint_whose_tokenizer_cannot_be_written_is_complete(
     recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = recipe_file(training={**ONE_STEP, "save_strategy": "steps", "save_steps": 1})
@@ -330,13 +328,13 @@ def test_a_checkpoint_whose_tokenizer_cannot_be_written_is_whole(
     assert "tokenizer couldn't be written: " in capsys.readouterr().out
 
 
-def test_a_run_whose_report_fails_says_where_the_model_is(
+def test_a_run_whose_report_fails_names_the_folder_of_the_model(
     recipe_file: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """With folders in the way that came while it trained."""
+    """With folders in the way that were created during training."""
     run, end = tmp_path / "run", StepLog.on_train_end
     names = ["adapter_config.json", "report.md", "loss.png"]
 
@@ -364,7 +362,7 @@ def test_a_run_whose_report_fails_says_where_the_model_is(
 
 
 def test_a_model_whose_last_evaluation_fails_is_saved(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
-    """As where the GPU's memory holds training and not an evaluation: the steps are made by then."""
+    """As if the GPU's memory sufficed for training and not for the evaluation: all steps are done by then."""
 
     class OutOfMemory(JanusTrainer):
         def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -386,13 +384,13 @@ def test_a_config_with_a_value_of_another_type_is_an_error_that_names_it(
 ) -> None:
     config = json.loads((tiny_model / "config.json").read_text())
     base = with_base(tiny_model, tmp_path / "base", config={**config, "max_position_embeddings": 2048.0})
-    said = refused("--recipe", recipe_file(model={"name_or_path": str(base)}), "--check")
-    assert said.startswith(f"model.name_or_path: {base}: config.json: ")
-    assert "max_position_embeddings" in said
-    assert "2048.0" in said
+    message = refused("--recipe", recipe_file(model={"name_or_path": str(base)}), "--check")
+    assert message.startswith(f"model.name_or_path: {base}: config.json: ")
+    assert "max_position_embeddings" in message
+    assert "2048.0" in message
 
 
-def test_an_upload_that_fails_ends_no_run(
+def test_a_failed_upload_is_a_warning(
     recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = make_trainer(load_recipe(recipe_file()))

@@ -1,4 +1,4 @@
-"""TRL's own fields for speed and memory, written in a recipe, reach the model that is trained."""
+"""Settings for speed and memory: TRL's fields in a recipe reach the trained model."""
 
 import importlib.util
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def make(recipe_file: Callable[..., Path]) -> Make:
 
 
 def saved_for_backward(trainer: JanusTrainer) -> int:
-    """Bytes that a forward of the first batch keeps for its backward."""
+    """Return the bytes that a forward pass of the first batch keeps for the backward pass."""
     sizes: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The figures of a step, counted again from the rows and from the model's own logits."""
+"""Throughput and token metrics, compared with a second count from the rows and the model's logits."""
 
 import json
 from collections.abc import Callable
@@ -25,10 +25,10 @@ from train.recipe import load_recipe
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "rows"])
-def test_figures_of_a_logging_step_are_those_of_its_tokens(
+def test_metrics_of_a_logging_step_are_those_of_its_tokens(
     recipe_file: Callable[..., Path], tmp_path: Path, tiny_model: Path, packing: bool
 ) -> None:
-    """At a learning rate of 0 the model stays what it was, so that its logits can be asked afterwards."""
+    """At a learning rate of 0 the model stays the same, so that its logits can be computed afterwards."""
     training = {"learning_rate": 0.0, "logging_steps": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
     recipe = load_recipe(recipe_file(data={"packing": packing}, training={**training, "num_train_epochs": ...}))
     tokenizer = load_tokenizer(recipe.model)
@@ -85,7 +85,7 @@ def ends(item: dict) -> np.ndarray:
     return np.cumsum(item.get("seq_lengths") or [len(item["input_ids"])])[:-1]
 
 
-def test_a_batch_says_what_it_holds() -> None:
+def test_a_batch_carries_its_contents() -> None:
     """The first token of a document has no loss, whatever its label."""
     examples = [
         {"input_ids": [1, 2, 3, 4, 5], "labels": [1, 2, 3, -100, 5], "seq_lengths": [2, 3], "sequence": 7},
@@ -97,8 +97,8 @@ def test_a_batch_says_what_it_holds() -> None:
     assert (info.sequences, info.documents.tolist(), info.trained_tokens) == ((7, 3), [2, 3, 1], 2)
 
 
-def test_mfu_counts_the_documents_that_were_trained(recipe_file: Callable[..., Path]) -> None:
-    """6 FLOPs a weight and token, tied embedding included, and causal attention inside each document."""
+def test_mfu_counts_the_trained_documents(recipe_file: Callable[..., Path]) -> None:
+    """6 FLOPs per weight and token, tied embedding included, and causal attention inside each document."""
     recipe = load_recipe(recipe_file())
     shape = inspect_architecture(recipe, load_config(recipe.model))
     throughput = Throughput(Accelerator(cpu=True), shape)
@@ -134,5 +134,5 @@ def test_mfu_counts_the_documents_that_were_trained(recipe_file: Callable[..., P
         ("NVIDIA GeForce RTX 4090", None),
     ],
 )
-def test_the_peak_of_a_gpu_is_known_by_its_drivers_name(name: str, gpu: str | None) -> None:
+def test_a_gpus_peak_is_found_by_its_driver_name(name: str, gpu: str | None) -> None:
     assert peak_flops(name) == (PEAK_FLOPS[gpu] if gpu else None)

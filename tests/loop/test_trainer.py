@@ -1,4 +1,4 @@
-"""The loss and the weights don't depend on how the rows fall into batches, packed or not."""
+"""Losses and weights are independent of how rows fall into batches, packed or not."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from train.data.chat.template import use_template
-from train.data.prepare import Prepared, prepare
+from train.data.prepare import prepare
+from train.data.prepared_data import PreparedData
 from train.loop.arguments import training_arguments
 from train.loop.metrics_log import StepLog
 from train.loop.trainer import JanusTrainer, _without_zero3
@@ -34,8 +35,8 @@ def make_trainer(recipe: Recipe) -> JanusTrainer:
     )
 
 
-def one_by_one(model: torch.nn.Module, data: Prepared) -> tuple[torch.Tensor, int]:
-    """Summed loss over the documents of all rows, each in a forward of its own, with gradients; and its tokens."""
+def one_by_one(model: torch.nn.Module, data: PreparedData) -> tuple[torch.Tensor, int]:
+    """Return the loss summed over all documents, each in its own forward pass with gradients, and the trained tokens."""
     loss, tokens = torch.zeros((), dtype=torch.float64), 0
     for row in data.train.dataset:
         start = 0
@@ -76,7 +77,7 @@ def test_documents_of_a_packed_batch_do_not_see_each_other(recipe_file: Callable
         torch.testing.assert_close(packed_gradients[name], expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
 
 
-def test_a_leak_between_documents_would_show(recipe_file: Callable[..., Path]) -> None:
+def test_a_leak_between_documents_changes_the_loss(recipe_file: Callable[..., Path]) -> None:
     """The test above can fail: with positions that don't restart, the same rows have another loss."""
     recipe = load_recipe(recipe_file(data={"packing": True}))
     trainer = make_trainer(recipe)
@@ -129,7 +130,7 @@ def test_accumulation_does_not_change_loss_or_weights(recipe_file: Callable[...,
 def test_evaluation_loss_is_the_mean_over_tokens(
     recipe_file: Callable[..., Path], rows_file: Path, packing: bool
 ) -> None:
-    """However the rows fall into batches; transformers' own mean over batches would be another number."""
+    """For all batch sizes; transformers' mean over batches would differ."""
     losses = []
     for batch in (1, 3, 5):
         recipe = load_recipe(
@@ -172,8 +173,8 @@ def test_steps_are_counted_as_transformers_counts_them(
     assert (steps.steps, steps.steps_per_epoch) == (expected[-1], expected[1])
 
 
-def test_zero3_is_in_force_again_beside_a_model_without_weights() -> None:
-    """`training.deepspeed` makes a plugin that lacks what accelerate's configuration puts into its own."""
+def test_zero3_is_restored_after_a_model_without_weights() -> None:
+    """`training.deepspeed` makes a plugin without `dschf`, which accelerate's own configuration sets."""
     pytest.importorskip("deepspeed")
     from accelerate.utils import DeepSpeedPlugin
     from transformers.integrations.deepspeed import (

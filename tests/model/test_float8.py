@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from train.data.chat.template import use_template
-from train.data.prepare import Prepared, prepare
+from train.data.prepare import prepare
+from train.data.prepared_data import PreparedData
 from train.errors import UserError
 from train.loop.arguments import training_arguments
 from train.loop.checkpoint.resume import find_checkpoint
@@ -277,7 +278,7 @@ def test_zero3_must_not_hold_all_weights_at_once(recipe_file: Callable[..., Path
     del stage3
 
 
-def emulated(recipe: Recipe) -> tuple[JanusTrainer, Prepared]:
+def emulated(recipe: Recipe) -> tuple[JanusTrainer, PreparedData]:
     """The trainer of a recipe in float8, on a machine that has none."""
     tokenizer = load_tokenizer(recipe.model)
     use_template(tokenizer, recipe.chat.template)

@@ -1,4 +1,4 @@
-"""What the tests of the bench share: rows, a judge that follows a plan, and the command run in this process."""
+"""Helpers of the bench's tests: rows, a judge that follows a plan, and the command in this process."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ DIMENSIONS = ("style", "background_knowledge", "informativeness", "harmlessness"
 FIRST_CONTACT = "Hi"
 """The prompt of the first contact with the judge's server, which is no judgement."""
 Say = Callable[[int, int, int], Reply | str]
-"""What the judge says of row i and rubric j, when asked the very same for the n-th time (from 0)."""
+"""The judge's reply on (row, rubric) to the n-th identical request, from 0."""
 
 
 def rubric(row: int, number: int) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def rubric(row: int, number: int) -> dict[str, Any]:
 
 
 def bench_row(number: int, *, rubric_count: int = 4, **changes: Any) -> dict[str, Any]:
-    """A row in the hub's columns; its system message is of words that are nowhere else."""
+    """A row in the hub's columns; the words of its system message occur nowhere else."""
     preferences = [
         {"dimension": DIMENSIONS[which], "subdimension": f"sub {which}", "preference": "p", "description": "d"}
         for which in range(rubric_count)
@@ -96,7 +96,7 @@ def evaluate_script() -> Any:
 
 
 def run_process(folder: Path, *arguments: str) -> None:
-    """What a process of its own does, and is killed at; what it prints is no one's business."""
+    """Entry point of a process that a test kills; its output goes to a file."""
     with (folder / "printed").open("a") as printed:
         sys.stdout = sys.stderr = printed
         sys.exit(command(*arguments))

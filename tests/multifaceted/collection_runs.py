@@ -1,4 +1,4 @@
-"""What the tests of whole runs share: a configuration, a run against a script, and what is in the files."""
+"""Helpers for tests of complete runs: configuration, a run against a scripted server, written files."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def configuration(folder: Path, url: str, source: Path, **changes: Any) -> Path:
 
 
 def run_file(path: Path) -> None:
-    """What a process of its own does."""
+    """Run a configuration file, in a process of its own."""
     run(load_config(path))
 
 
@@ -39,7 +39,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def author_of(count: int, sets: int = 3) -> Author:
-    """Knows which set each sub-dimension of an instruction belongs to."""
+    """Return an author that maps each sub-dimension of an instruction to its set."""
     plan = PreferencePlan(load_hierarchy(), sets, 42)
     set_of = {}
     for place, row in enumerate(expected(count).kept):
@@ -51,7 +51,7 @@ def author_of(count: int, sets: int = 3) -> Author:
 
 
 def run_with(script: Script, folder: Path, rows: list[dict[str, Any]], **changes: Any) -> tuple[RunResult, list[Asked]]:
-    """A run over these rows, and what the server was asked."""
+    """Run the collection over these rows; return the result and the requests."""
     source = write_rows(folder / "source.jsonl", rows)
     with served(script) as server:
         done = run(load_config(configuration(folder, server.url, source, **changes)))
@@ -74,13 +74,13 @@ def stage_of(asked: Asked) -> str:
 
 
 def mark_in(asked: Asked) -> str:
-    """The instruction's own mark, [7], which what is said of it carries on; the examples in prompts have none."""
+    """Return the instruction's mark, [7], which all replies about it repeat; the examples in prompts have none."""
     turns = asked.body["messages"]
     return "".join(re.findall(r"\[\d+\]", turns[-1]["content"])[:1])
 
 
 def good_everything(asked: Asked) -> str:
-    """A model that does all as asked, and never says the same twice."""
+    """Return the reply of a model without errors that never repeats itself."""
     stage, mark = stage_of(asked), mark_in(asked)
     if stage in ("propose", "describe"):
         wanted = asked.prompt.rpartition("\n### ")[2].splitlines()[1:]
@@ -92,7 +92,7 @@ def good_everything(asked: Asked) -> str:
 
 
 def saying(**changes: Any) -> Script:
-    """`good_everything`, but for the stages named: a text, or what makes a reply of the request."""
+    """Return a script of `good_everything` with other replies for the named stages: a text, or a function of the request."""
 
     async def script(asked: Asked) -> Reply:
         change = changes.get(stage_of(asked), good_everything)

@@ -1,17 +1,17 @@
-"""A model that answers the collection's prompts by a table, faults and all, and what must come of it, worked out plainly.
+"""Scripted model that answers the collection's prompts from a table, with errors, and the results expected from a plain loop.
 
 What it says follows from the number in brackets in the instruction, which its preferences, descriptions and messages
 carry on, from the dimensions it is asked for, and from the try. Nothing here uses the package but the names of the
 columns: it is the second way to the numbers of the tests.
 """
 
-import asyncio
 import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from scripted_server import Asked, Reply, error, said
+from scripted_server import Asked, Reply, said
+from unreliable_server import unreliable
 
 FOUR = ("style", "background_knowledge", "informativeness", "harmlessness")
 SEED = 100
@@ -19,7 +19,7 @@ SEED = 100
 
 
 def row_of(number: int) -> dict[str, Any]:
-    """Every seventh has a system message, every ninth goes on, every eleventh is the one before again."""
+    """Return a source row: every seventh has a system message, every ninth two turns; every eleventh repeats the row before."""
     if number % 11 == 10:
         return row_of(number - 1)
     if number % 13 == 12:
@@ -45,12 +45,12 @@ def set_in(text: str) -> int:
 
 
 def asked_for(prompt: str) -> list[tuple[str, str]]:
-    """Dimension and sub-dimension of each line of the last request."""
+    """Return dimension and sub-dimension of each line of the last request."""
     return re.findall(r"^- (\w+), ([\w ]+?)(?: \(|:)", prompt.rpartition("\n### ")[2], re.MULTILINE)
 
 
-def fault_of(stage: str, number: int, which: int) -> int:
-    """How many tries of a stage fail; what is wrong with them follows from `kind_of`."""
+def failing_tries(stage: str, number: int, which: int) -> int:
+    """Return the number of failing tries of a stage; `kind_of` gives the kind of error."""
     place = ("propose", "describe", "message", "answer").index(stage)
     return (0, 0, 0, 1, 0, 0, 2, 0, 0, 0, 3, 0, 0)[(number * 5 + which * 3 + place * 7) % 13]
 
@@ -69,13 +69,13 @@ def kind_of(stage: str, number: int, which: int) -> str:
 
 
 class Author:
-    """Answers by the table. It knows which set it is asked for by the sub-dimensions, which a test gives it."""
+    """Scripted model. `set_of` maps the sub-dimensions of an instruction to their set."""
 
     def __init__(self, set_of: dict[tuple[int, tuple[str, str]], int]) -> None:
         self.set_of = set_of
 
     def text(self, stage: str, number: int, which: int, sample: int, wanted: list[str]) -> Reply:
-        bad = sample < fault_of(stage, number, which)
+        bad = sample < failing_tries(stage, number, which)
         kind = kind_of(stage, number, which) if bad else "fine"
         good = good_text(stage, number, which, wanted)
         match kind:
@@ -113,27 +113,12 @@ class Author:
         return self.text("message", number_in(prompt), set_in(prompt), sample, [])
 
     async def faulty(self, asked: Asked) -> Reply:
-        """The same, after delays and every fault that a server knows."""
-        kind = sum(map(ord, asked.prompt)) % 11
-        if asked.times == 0:
-            match kind:
-                case 1:
-                    return error(429, "slow down", headers={"retry-after-ms": "5"})
-                case 2:
-                    return error(500, "oops")
-                case 3:
-                    return Reply(drop=40, body={"choices": []})
-                case 4:
-                    return Reply(body=b"<html>not what you asked for</html>")
-                case 5:
-                    await asyncio.sleep(0.02)
-                case 6:
-                    return error(503, "loading")
-        return await self.answer(asked)
+        """Reply after delays and server errors of every kind."""
+        return await unreliable(self.answer)(asked)
 
 
 def good_text(stage: str, number: int, which: int, wanted: list[str]) -> str:
-    """With reasoning before it now and then, and in the forms that models give it."""
+    """Return a valid reply in the forms in which models write it, sometimes after reasoning."""
     thought = "<think>hm [0]\nset 9</think>\n" if number % 5 == 2 else ""
     match stage:
         case "propose":
@@ -167,20 +152,20 @@ def message(number: int, which: int) -> str:
 
 
 def output(number: int, which: int) -> str:
-    """Sets 0 and 1 of every eighth say the same."""
+    """Return the answer; sets 0 and 1 of every eighth instruction are equal."""
     which = 0 if number % 8 == 0 and which == 1 else which
     return f"answer {which} to [{number}] " + "word " * (number % 17 + which)
 
 
 @dataclass
 class Expected:
-    """What must come of rows 0 to `count`, by a plain loop. `rows`: number and set."""
+    """Results expected for rows 0 to `count`, by a plain loop. `rows`: number and set."""
 
     rows: list[tuple[int, int]] = field(default_factory=list)
     left_out: list[tuple[int, int | None, str]] = field(default_factory=list)
     """Row of the source, set, reason."""
     kept: list[int] = field(default_factory=list)
-    """Rows of the source in their order: the number of an instruction is its place here."""
+    """Source rows in order: the number of an instruction is its index here."""
     events: Counter[str] = field(default_factory=Counter)
     requests: Counter[str] = field(default_factory=Counter)
     completion_tokens: Counter[str] = field(default_factory=Counter)
@@ -190,7 +175,7 @@ NOUNS = {"propose": "preferences", "describe": "descriptions", "message": "syste
 
 
 def expected(count: int, retries: int = 2, sets: int = 3) -> Expected:
-    """With the defaults, and seed SEED of each stage."""
+    """Compute the results for the default settings with seed SEED of each stage."""
     result = Expected()
     seen: set[str] = set()
     for place in range(count):
@@ -218,7 +203,7 @@ def expected(count: int, retries: int = 2, sets: int = 3) -> Expected:
 
 
 def make(result: Expected, number: int, which: int, retries: int) -> str:
-    """Why a set is lost, or nothing."""
+    """Return why a set is dropped; an empty text if it is written."""
     author = Author({})
     for stage in ("propose", "describe", "message", "answer"):
         lines = stage in ("propose", "describe")
@@ -233,7 +218,7 @@ def make(result: Expected, number: int, which: int, retries: int) -> str:
                 ended = "</think>" in text
                 event = "reasoning taken out" if ended else "reasoning without an end, and nothing said"
                 result.events[f"{stage}: {event}"] += 1
-            if sample >= fault_of(stage, number, which):
+            if sample >= failing_tries(stage, number, which):
                 break
             kind = kind_of(stage, number, which)
             why = {"refusal": "refused", "content_filter": "refused", "sorry": "refused", "unending": UNENDING}.get(

@@ -1,4 +1,4 @@
-"""The judge: which score a text ends in, and what is in the question."""
+"""The judge: the score at the end of a text, and the contents of the prompt."""
 
 import asyncio
 import hashlib
@@ -120,7 +120,7 @@ def test_the_published_cases() -> None:
         ("[RESULT", None),
     ],
 )
-def test_what_a_text_ends_in(text: str, score: int | None) -> None:
+def test_the_score_at_the_end_of_a_text(text: str, score: int | None) -> None:
     assert parse_score(text) == score
 
 
@@ -129,12 +129,12 @@ NUMBERS = ["1", "2", "3", "4", "5", "0", "6", "10", "4.5", "٣", "²", "-1"]
 
 
 @given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES + NUMBERS), max_size=12).map("".join)))
-def test_no_text_raises_and_nothing_but_one_to_five_comes_out(text: str) -> None:
+def test_no_text_raises_and_every_score_is_from_one_to_five(text: str) -> None:
     assert parse_score(text) in (None, 1, 2, 3, 4, 5)
 
 
 @given(st.text(), st.sampled_from("12345"))
-def test_a_text_that_ends_as_asked_has_its_score(before: str, grade: str) -> None:
+def test_a_text_with_the_requested_ending_has_its_score(before: str, grade: str) -> None:
     assert parse_score(f"{before}\n[RESULT] {grade}") == int(grade)
 
 
@@ -143,7 +143,7 @@ def test_long_texts_of_brackets_take_no_time() -> None:
         parse_score(piece * 20_000)
 
 
-def test_the_question_holds_all_that_the_judge_needs_and_not_the_system_message() -> None:
+def test_the_judges_prompt_is_complete_and_has_no_system_message() -> None:
     prompt = judge_prompt(ROW, ROW.rubrics[0], "The response {y} %s")
     for part in (
         "The instruction {x}",
@@ -170,17 +170,17 @@ def test_the_question_holds_all_that_the_judge_needs_and_not_the_system_message(
         "\n[RESULT] (a whole number from 1 to 5)\n",
     ],
 )
-def test_what_the_paper_asks_for_is_asked(sentence: str) -> None:
+def test_the_prompt_asks_for_everything_that_the_paper_asks_for(sentence: str) -> None:
     assert sentence in judge_prompt(ROW, ROW.rubrics[0], "r")
 
 
-def test_another_wording_has_another_version() -> None:
+def test_a_new_wording_needs_a_new_version() -> None:
     """When this fails, raise PROMPT_VERSION and write the new digest here: scores of two wordings stay apart."""
     both = "".join(judge_prompt(ROW, ROW.rubrics[0], "r", show_system=shown) for shown in (True, False))
     assert (PROMPT_VERSION, hashlib.blake2b(both.encode(), digest_size=8).hexdigest()) == (2, "81144bfb42aaad7a")
 
 
-def test_what_judges_needs_no_torch() -> None:
+def test_judging_imports_no_torch() -> None:
     modules = "train.multifaceted.bench.report, train.multifaceted.bench.batch_api, train.multifaceted.bench.pairwise"
     code = f"import sys, {modules}\nprint(sorted({{'torch', 'transformers', 'datasets', 'matplotlib'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -188,7 +188,7 @@ def test_what_judges_needs_no_torch() -> None:
 
 
 class ScriptedReply:
-    """An asker that says one thing after another, and remembers the requests."""
+    """A judge client that gives these answers one after another and records the requests."""
 
     def __init__(self, *answers: Answer | Exception) -> None:
         self.answers, self.asked = list(answers), list[Request]()
@@ -209,12 +209,12 @@ def judge(asker: ScriptedReply, **settings: int):
     return asyncio.run(judge_rubric(asker, JudgeSettings("j", **settings), ROW, ROW.rubrics[0], "r", 1))
 
 
-def test_reasoning_is_no_verdict() -> None:
+def test_reasoning_is_not_searched_for_a_score() -> None:
     judgement = judge(ScriptedReply(answer("<think>[RESULT] 5 or so</think>It is weak. [RESULT] 2")))
     assert judgement.score == 2
     asker = ScriptedReply(answer("<think>I lean to [RESULT] 5"), answer("[RESULT] 1"))
-    found = judge(asker)
-    assert (found.score, found.errors) == (1, ("without an end to its reasoning",))
+    judgement = judge(asker)
+    assert (judgement.score, judgement.errors) == (1, ("without an end to its reasoning",))
     assert len(asker.asked) == 2
     for text in (
         "Hm, [RESULT] 5?</think>Weak. [RESULT] 2<|im_end|>",
@@ -223,7 +223,7 @@ def test_reasoning_is_no_verdict() -> None:
         assert judge(ScriptedReply(answer(text))).score == 2
 
 
-def test_an_answer_that_was_cut_or_refused_is_asked_for_again_as_another_sample() -> None:
+def test_a_cut_or_refused_answer_is_requested_again_as_another_sample() -> None:
     asker = ScriptedReply(
         answer('It says "[RESULT] 5', "length"), answer("[RESULT] 4", refusal="no"), answer("hm"), answer("[RESULT] 3")
     )
@@ -235,8 +235,13 @@ def test_an_answer_that_was_cut_or_refused_is_asked_for_again_as_another_sample(
     assert judgement.tokens == {"prompt": 40, "completion": 8}
 
 
-def test_what_is_missing_says_why() -> None:
+def test_a_missing_score_has_a_reason() -> None:
     assert judge(ScriptedReply(answer("a"), answer("b")), retries=1).missing == "unparsable"
-    found = judge(ScriptedReply(answer("a"), RequestFailed("too long")), retries=1)
-    assert (found.score, found.missing, found.detail, found.texts) == (None, "no answer", "too long", ("a",))
+    judgement = judge(ScriptedReply(answer("a"), RequestFailed("too long")), retries=1)
+    assert (judgement.score, judgement.missing, judgement.detail, judgement.texts) == (
+        None,
+        "no answer",
+        "too long",
+        ("a",),
+    )
     assert judge(ScriptedReply(PendingError())).missing == "pending"

@@ -55,7 +55,7 @@ from train.multifaceted.judge import parse_score
         "\\boxed{\\text{4}}",
     ],
 )
-def test_read(last_words: str) -> None:
+def test_a_score_in_the_last_words_is_read(last_words: str) -> None:
     assert parse_score(f"It is fine.\n{last_words}") == 4
     assert parse_score(f"It is fine.\n\n{last_words}\n") == 4
 
@@ -95,21 +95,21 @@ def test_read(last_words: str) -> None:
         "【RESULT】 3\n[RESULT] unsure",
     ],
 )
-def test_unread(text: str) -> None:
+def test_texts_without_a_clear_score_are_not_read(text: str) -> None:
     assert parse_score(text) is None
 
 
-def test_the_last_tag_decides_in_whatever_brackets() -> None:
+def test_the_last_tag_decides_in_any_brackets() -> None:
     tags = ("[RESULT]", "【RESULT】", "\\[RESULT\\]")
-    for (first, one), (second, other) in itertools.permutations(zip(tags, "123", strict=True), 2):
-        assert parse_score(f'It quotes "{first} {one}". {second} {other}') == int(other)
+    for (first, number), (second, other) in itertools.permutations(zip(tags, "123", strict=True), 2):
+        assert parse_score(f'It quotes "{first} {number}". {second} {other}') == int(other)
 
 
 @given(
     st.sampled_from(["\\[RESULT\\] {}", "【RESULT】 {}", "**Result: {}**", "\\boxed{{{}}}", "[RESULT: {}]"]),
     st.integers(),
 )
-def test_only_one_to_five(form: str, number: int) -> None:
+def test_only_one_to_five_are_scores(form: str, number: int) -> None:
     assert parse_score(f"So.\n{form.format(number)}") == (number if 1 <= number <= 5 else None)
 
 
@@ -208,7 +208,7 @@ def test_a_clear_score_is_read(text: str) -> None:
         "### Steps\n4",
     ],
 )
-def test_what_might_be_another_number_is_not(text: str) -> None:
+def test_ambiguous_numbers_are_not_read(text: str) -> None:
     assert parse_score(text) is None
 
 

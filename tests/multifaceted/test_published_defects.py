@@ -1,4 +1,4 @@
-"""Every defect of the published scripts of JANUS that facts are known of, as a test that ours doesn't have it.
+"""Documented defects of the published JANUS scripts, each as a test that this project does not have it.
 
 Those of training first, then those of the benchmark. Some are tested at length elsewhere; here each stands by its name.
 """
@@ -44,7 +44,7 @@ def test_an_empty_system_message_drops_nothing_else(mistral_tokenizer_v1, system
     assert rendered.endswith("Why? [/INST]")
 
 
-def test_a_model_is_asked_in_the_template_that_it_was_trained_in(tiny_chat_model: Path) -> None:
+def test_a_model_is_prompted_in_the_template_that_it_was_trained_in(tiny_chat_model: Path) -> None:
     """The published DPO and ORPO models were trained on ChatML and prompted with [INST]."""
     opened = LocalGenerator(LocalModel(str(tiny_chat_model)))
     question = [{"role": "system", "content": "river"}, {"role": "user", "content": "stone"}]
@@ -58,7 +58,7 @@ def test_a_model_is_asked_in_the_template_that_it_was_trained_in(tiny_chat_model
 
 
 @pytest.mark.parametrize("instruction", ["prompt", "instruction"])
-def test_both_names_of_the_instruction_are_known(instruction: str) -> None:
+def test_both_names_of_the_instruction_are_read(instruction: str) -> None:
     """A published configuration names a field `instruction`, where the data has `prompt`."""
     row = {"system": "s", instruction: "i", "output": "o"}
     messages, _ = convert(row, detect(row))
@@ -70,7 +70,7 @@ def test_both_names_of_the_instruction_are_known(instruction: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["{{ bos_token }}", "{chosen}", "[INST] {prompt} [/INST]", "[INST]"])
-def test_a_value_that_yaml_takes_for_something_else_is_an_error_at_its_line(recipe_file, value: str) -> None:
+def test_a_value_of_another_yaml_type_is_an_error_with_its_line(recipe_file, value: str) -> None:
     """A published `chosen_format: {...}` is a mapping to YAML, and the trainer stumbled over it much later."""
     path = recipe_file()
     text = path.read_text("utf-8").replace("template: chatml", f"template: {value}")
@@ -80,7 +80,7 @@ def test_a_value_that_yaml_takes_for_something_else_is_an_error_at_its_line(reci
         load_recipe(path)
 
 
-def test_every_file_that_the_readme_and_the_recipes_name_is_there() -> None:
+def test_every_file_that_the_readme_and_the_recipes_name_exists() -> None:
     """Published commands name files that are called otherwise."""
     texts = [
         ROOT / "README.md",
@@ -116,7 +116,7 @@ def options(server: ScriptedServer, data: Path, output: Path, model: str = "m") 
     ]  # fmt: skip
 
 
-def test_no_switch_scores_a_part_of_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_debug_switch_scores_only_a_part_of_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """DEBUG was left on, and 10 random rows were scored as if they were the whole."""
     data = write_lines(tmp_path / "rows.jsonl", [bench_row(number) for number in range(23)])
     with served(judging(grade), models=["judge"]) as server:
@@ -173,7 +173,7 @@ def test_rows_need_no_column_of_ids(tmp_path: Path) -> None:
     assert len({row["id"] for row in lines(tmp_path / "out" / "bench_rows.jsonl")}) == 3
 
 
-def test_whole_numbers_as_ids_meet_the_keys_of_json(tmp_path: Path) -> None:
+def test_integer_ids_match_the_keys_of_json(tmp_path: Path) -> None:
     """Ids were whole numbers in the data and texts as JSON's keys, so that no response was found."""
     rows = {str(number): bench_row(number, id=number) for number in (468, 7)}
     data = tmp_path / "rows.json"
@@ -186,7 +186,7 @@ def test_whole_numbers_as_ids_meet_the_keys_of_json(tmp_path: Path) -> None:
     assert responses == {"468": "many", "7": "seven"}
 
 
-def test_responses_of_one_model_never_stand_in_anothers_file(tmp_path: Path) -> None:
+def test_responses_of_one_model_are_never_in_anothers_file(tmp_path: Path) -> None:
     """Rows were copied shallowly, so the responses of the model before leaked into the next one's file."""
     data = write_lines(tmp_path / "rows.jsonl", [bench_row(number) for number in range(3)])
 
@@ -206,7 +206,7 @@ def test_responses_of_one_model_never_stand_in_anothers_file(tmp_path: Path) -> 
                 assert json.loads((folder / "bench.json").read_text())["model"] == model
 
 
-def test_a_score_that_is_missing_breaks_no_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_score_breaks_no_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One None among the scores ended the aggregation with a traceback."""
     data = write_lines(tmp_path / "rows.jsonl", [bench_row(number) for number in range(2)])
 
@@ -236,7 +236,7 @@ def test_a_score_that_is_missing_breaks_no_mean(tmp_path: Path, capsys: pytest.C
     assert not (everything_missing / "bench.png").exists()
 
 
-def test_the_batch_mode_aggregates(tmp_path: Path) -> None:
+def test_the_batch_mode_aggregates_scores(tmp_path: Path) -> None:
     """The batch mode wrote requests and read answers, and never made a score of them."""
     data = write_lines(tmp_path / "rows.jsonl", [bench_row(number) for number in range(3)])
     given = [{"system": row["system"], "prompt": row["prompt"], "response": "r"} for row in lines(data)]

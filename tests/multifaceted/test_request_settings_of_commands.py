@@ -1,4 +1,4 @@
-"""Request settings of the collection and the bench: nulls, names, and what each command calls its settings."""
+"""Request settings of the collection and the bench: nulls, renamed fields, and the names of the commands' options."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_every_stage_of_the_collection_can_send_nothing_but_messages(tmp_path: P
 def test_the_collection_merges_the_system_message_for_a_model_without_the_role(tmp_path: Path) -> None:
     done, _ = run_with(has_no_system_role, tmp_path, RIVERS, sets_per_instruction=1)
     assert not done.stats.written
-    assert done.counts.advice == "If the model has no system role, say `system_role: merge_into_user`."
+    assert done.counts.advice == "If the model has no system role, set `system_role: merge_into_user`."
     _, asked = run_with(has_no_system_role, tmp_path, RIVERS, sets_per_instruction=1, system_role="merge_into_user")
     (row,) = written(tmp_path)
     assert asked[-1].body["messages"] == [{"role": "user", "content": f"{row['system']}\n\nTell me of rivers."}]
@@ -54,7 +54,7 @@ def record(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "bench.json").read_text("utf-8"))
 
 
-def test_what_is_null_is_not_sent_by_the_bench_and_null_in_its_record(tmp_path: Path) -> None:
+def test_the_bench_does_not_send_null_fields_and_records_them_as_null(tmp_path: Path) -> None:
     renamed = '{"max_tokens": null, "max_completion_tokens": 4096}'
     with served(GRADES) as server:
         servers = ("--server", server.url, "--judge-server", server.url)
@@ -161,7 +161,7 @@ def test_a_judge_shows_what_it_refuses_before_the_model_answers(
         (("--temperature", "nan"), "--temperature nan: found 'nan'. Allowed: a number "),
     ],
 )
-def test_what_contradicts_is_refused(
+def test_contradictory_settings_are_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], message: str
 ) -> None:
     server = "http://127.0.0.1:9/v1"

@@ -412,7 +412,7 @@ def test_the_chat_settings_and_their_effect_are_on_the_page(recipe_file: Callabl
     report, shown = report_of(path), page_of(path)
     assert report.chat == {**chat, "control_tokens_in_text": "error"}
     for line in (
-        "template    chatml\n            Without our help the template writes a system message as a turn of its own.",
+        "template    chatml\n            The unmodified template writes a system message as a turn of its own.",
         "system      chat.system_role: merge_into_user\n            A system message goes into the first user turn.\n",
         "            One in the middle of a conversation goes into a user turn.\n",
         "gets chat.default_system: 'Be kind.'.",

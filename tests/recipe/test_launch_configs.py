@@ -1,4 +1,4 @@
-"""Every file of accelerate_configs/ and ds_configs/, read by those who will read it."""
+"""The files of accelerate_configs/ and ds_configs/, read by accelerate, transformers and DeepSpeed."""
 
 import json
 import os
@@ -21,7 +21,7 @@ DEEPSPEED = sorted((ROOT / "ds_configs").glob("*.json"))
 
 
 def filled_in(path: Path):
-    """The DeepSpeed configuration as transformers hands it over, for the Janus 7B recipe's geometry."""
+    """Return the DeepSpeed configuration as filled in by transformers for Mistral 7B."""
     from transformers import MistralConfig, TrainingArguments
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
@@ -35,7 +35,7 @@ def filled_in(path: Path):
 
 @pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
 def test_accelerate_reads_each_launch_configuration(path: Path) -> None:
-    config = load_config_from_file(str(path))  # raises for a key that accelerate doesn't know
+    config = load_config_from_file(str(path))  # raises for unknown keys
     if config.distributed_type == "DEEPSPEED":
         assert set(config.deepspeed_config) <= {
             "deepspeed_config_file", "zero3_init_flag", "deepspeed_multinode_launcher",
@@ -44,14 +44,14 @@ def test_accelerate_reads_each_launch_configuration(path: Path) -> None:
         assert (zero["stage"] == 3) == config.deepspeed_config.get("zero3_init_flag", False)
         assert config.num_machines == 1 or config.deepspeed_config["deepspeed_multinode_launcher"] == "standard"
     if config.fsdp_config:
-        known = {name for name in vars(launch_command_parser().parse_args(["x"])) if name.startswith("fsdp_")}
-        assert set(config.fsdp_config) <= known
+        options = {name for name in vars(launch_command_parser().parse_args(["x"])) if name.startswith("fsdp_")}
+        assert set(config.fsdp_config) <= options
         assert config.fsdp_config["fsdp_state_dict_type"] == "FULL_STATE_DICT"
     assert config.mixed_precision in ("no", None)  # the recipe decides
 
 
 @pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
-def test_each_opens_with_a_command_that_launches_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_file_starts_with_a_valid_launch_command(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     head = re.match(r"(#.*\n)+", path.read_text())
     lines = re.sub(r"\\\n#\s*", " ", head[0]).splitlines()
@@ -65,16 +65,16 @@ def test_each_opens_with_a_command_that_launches_it(path: Path, monkeypatch: pyt
     assert Path(recipe).is_file()
 
 
-def test_no_deepspeed_configuration_is_without_a_launch() -> None:
-    named = {
+def test_every_deepspeed_configuration_is_used_by_a_launch_configuration() -> None:
+    used = {
         (yaml.safe_load(path.read_text()).get("deepspeed_config") or {}).get("deepspeed_config_file")
         for path in LAUNCHES
     }
-    assert {f"ds_configs/{path.name}" for path in DEEPSPEED} == named - {None}
+    assert {f"ds_configs/{path.name}" for path in DEEPSPEED} == used - {None}
 
 
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
-def test_deepspeed_knows_every_key(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepspeed_accepts_every_key(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("deepspeed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     from deepspeed.runtime import constants
@@ -83,24 +83,24 @@ def test_deepspeed_knows_every_key(path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     config = filled_in(path)
     assert "auto" not in json.dumps(config)
-    known = {value for value in vars(constants).values() if isinstance(value, str)} | {"zero_optimization", "optimizer"}
-    assert set(config) <= known
+    keys = {value for value in vars(constants).values() if isinstance(value, str)} | {"zero_optimization", "optimizer"}
+    assert set(config) <= keys
     assert set(config["data_types"]) == {constants.GRAD_ACCUM_DTYPE}
     read = DeepSpeedConfig(config)
     assert read.zero_config.stage == int(re.search(r"zero(\d)", path.stem)[1])
     assert read.bfloat16_config.enabled
     assert read.grad_accum_dtype == "fp32"
     if read.zero_config.stage < 3:
-        assert read.zero_config.reduce_bucket_size == REDUCE_BUCKET  # the plan counts it
+        assert read.zero_config.reduce_bucket_size == REDUCE_BUCKET  # used by the memory plan
     if read.zero_config.stage == 1:
         assert read.bfloat16_config.immediate_grad_update
-    with pytest.raises(ValueError, match="overlap_com"):  # it does look at the keys
+    with pytest.raises(ValueError, match="overlap_com"):  # unknown keys are errors
         DeepSpeedZeroConfig(**config["zero_optimization"], overlap_com=True)
 
 
 @pytest.mark.parametrize(("kind", "processes"), [("NO", 1), ("NO", 2), ("MULTI_CPU", 2)])
-def test_a_process_that_was_to_be_one_of_several_says_so(tmp_path: Path, kind: str, processes: int) -> None:
-    """accelerate itself starts one process for these, without a word."""
+def test_a_single_process_instead_of_several_prints_a_warning(tmp_path: Path, kind: str, processes: int) -> None:
+    """accelerate silently starts one process for these configurations."""
     config = tmp_path / "launch.yaml"
     settings = yaml.safe_load((ROOT / "accelerate_configs" / "cpu.yaml").read_text())
     config.write_text(yaml.safe_dump(settings | {"distributed_type": kind}), encoding="utf-8")
@@ -111,8 +111,8 @@ def test_a_process_that_was_to_be_one_of_several_says_so(tmp_path: Path, kind: s
             [sys.executable, "-m", "accelerate.commands.launch", *map(str, started)],
             cwd=ROOT, capture_output=True, text=True, check=False, env=environment | exported,
         )  # fmt: skip
-        said = result.stderr.splitlines()
-        assert sum(line.startswith("error: ") for line in said) == 1  # no such recipe, which is said right after
-        told = [line for line in said if line.startswith("warning: ")]
-        assert len(told) == (processes > 1)
-        assert all("--config_file accelerate_configs/ddp.yaml" in line for line in told)
+        lines = result.stderr.splitlines()
+        assert sum(line.startswith("error: ") for line in lines) == 1  # the recipe does not exist
+        warnings = [line for line in lines if line.startswith("warning: ")]
+        assert len(warnings) == (processes > 1)
+        assert all("--config_file accelerate_configs/ddp.yaml" in line for line in warnings)

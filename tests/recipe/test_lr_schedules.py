@@ -1,4 +1,4 @@
-"""Arguments of learning rate schedules and optimizers: what transformers would refuse, or ignore, is known at once."""
+"""Arguments of learning rate schedulers and optimizers that transformers would refuse or ignore are errors of the recipe."""
 
 import inspect
 import re
@@ -49,7 +49,7 @@ def refusal(load: Callable[..., Any]) -> Callable[..., str]:
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_the_arguments_are_those_of_transformers_and_torch(name: str) -> None:
+def test_scheduler_arguments_are_those_of_transformers_and_torch(name: str) -> None:
     function: Any = optimization.TYPE_TO_SCHEDULER_FUNCTION[optimization.SchedulerType(name)]
     if name in FOLLOWS_EVALUATION:
         function = optimization.GreedyLR if name == "greedy" else torch.optim.lr_scheduler.ReduceLROnPlateau
@@ -57,27 +57,25 @@ def test_the_arguments_are_those_of_transformers_and_torch(name: str) -> None:
     assert set(ARGUMENTS[name]) == set(inspect.signature(function).parameters) - never
 
 
-def test_every_schedule_is_known() -> None:
+def test_every_scheduler_is_listed() -> None:
     assert set(ARGUMENTS) == {kind.value for kind in optimization.SchedulerType}
 
 
 @pytest.mark.parametrize("optimizer", OptimizerNames)
-def test_the_optimizers_arguments_are_those_that_transformers_reads(optimizer: OptimizerNames) -> None:
+def test_optimizer_arguments_are_those_that_transformers_reads(optimizer: OptimizerNames) -> None:
     source = inspect.getsource(trainer_optimizer._OPTIMIZER_HANDLERS[optimizer])
     if optimizer.value.startswith("rmsprop_") or (
         "AdEMAMix" in source and "ademamix" not in optimizer.value
-    ):  # all are handed on as text
+    ):  # all are passed on as text
         source = ""
     read = set(re.findall(r"optim_args(?:\.get\(|\.pop\(|\[)\"(\w+)\"|\"(\w+)\" in ctx\.optim_args", source))
     for names in re.findall(r"for key in \((.*?)\):\n\s+if key in ctx\.optim_args", source):
         read |= {(name, "") for name in re.findall(r"\"(\w+)\"", names)}
-    assert set(allowed_arguments(optimizer.value)) == {a or b for a, b in read} - {
-        "block_size"
-    }  # which is handed on as text
+    assert set(allowed_arguments(optimizer.value)) == {a or b for a, b in read} - {"block_size"}  # passed on as text
 
 
 REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "nothing that it needs": (
+    "no required argument": (
         {"lr_scheduler_type": "cosine_with_min_lr"},
         ["training.lr_scheduler_kwargs: `training.lr_scheduler_type: cosine_with_min_lr` needs min_lr or min_lr_rate",
          "Write `training.lr_scheduler_kwargs: {min_lr_rate: 0.1}`"],
@@ -86,7 +84,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"min_lr_ratio": 0.1}},
         ["needs num_decay_steps. Write `training.lr_scheduler_kwargs: {num_decay_steps: N}`"],
     ),
-    "both of two": (
+    "two exclusive arguments": (
         {"lr_scheduler_type": "cosine_warmup_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0, "min_lr_rate": 0.1}},
         ["min_lr and min_lr_rate are both given"],
     ),
@@ -94,15 +92,15 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycle": 2}},
         ["training.lr_scheduler_kwargs.num_cycle", "no argument 'num_cycle'", "Did you mean `num_cycles`?"],
     ),
-    "an argument that would be ignored": (
+    "an argument of another scheduler": (
         {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": {"num_cycles": 2}},
         ["no argument 'num_cycles'. Allowed: none, remove the section"],
     ),
-    "text for a number": (
+    "text instead of a number": (
         {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": "two"}},
         ["num_cycles: found 'two'. Allowed: a number > 0"],
     ),
-    "a share for a whole number": (
+    "a share instead of an integer": (
         {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 0.1}},
         ["num_decay_steps: found 0.1. Allowed: an integer >= 1"],
     ),
@@ -110,7 +108,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 9, "decay_type": "exp"}},
         ["decay_type: found 'exp'. Allowed: linear, cosine, 1-sqrt"],
     ),
-    "JSON that is none": (
+    "invalid JSON": (
         {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": "num_cycles=2"},
         ["found 'num_cycles=2'. Write a section"],
     ),
@@ -130,7 +128,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"lr_scheduler_type": "greedy", "eval_strategy": "epoch", "learning_rate": 1e-5},
         ["min_lr is 0.001 (greedy's default)"],
     ),
-    "nothing to follow": (
+    "no evaluation to follow": (
         {"lr_scheduler_type": "reduce_lr_on_plateau"},
         ["reduce_lr_on_plateau follows the evaluation loss"],
     ),
@@ -138,21 +136,21 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a negative rate": ({"learning_rate": -1e-5}, ["training.learning_rate: found -1e-05", ">= 0"]),
     "a decay of the momentum above 1": ({"adam_beta1": 1.5}, ["training.adam_beta1: found 1.5", "< 1"]),
     "a negative epsilon": ({"adam_epsilon": -1e-8}, ["training.adam_epsilon: found -1e-08", "> 0"]),
-    "an argument nobody reads": ({"optim_args": "beta1=0.9"}, ["training.optim_args", "takes no arguments", "beta1"]),
+    "an unused argument": ({"optim_args": "beta1=0.9"}, ["training.optim_args", "takes no arguments", "beta1"]),
     "a misspelt argument of the optimizer": (
         {"optim": "sgd", "optim_args": "momentun=0.9"},
         ["training.optim_args: sgd has no argument momentun", "Did you mean `momentum`?"],
     ),
-    "arguments that are no pairs": ({"optim": "sgd", "optim_args": "momentum"}, ["Write arguments as `name=value"]),
+    "an argument without a value": ({"optim": "sgd", "optim_args": "momentum"}, ["Write arguments as `name=value"]),
     "text for an optimizer's number": (
         {"optim": "ademamix", "optim_args": "alpha=5.0,t_alpha=1.5"},
         ["found 't_alpha=1.5'. t_alpha must be an integer"],
     ),
-    "arguments that bitsandbytes gets as text": (
+    "arguments passed to bitsandbytes as text": (
         {"optim": "rmsprop_bnb", "optim_args": "alpha=0.9"},
         ["rmsprop_bnb takes no arguments"],
     ),
-    "false that would be true": (
+    "false, which is read as true": (
         {"optim": "stable_adamw", "optim_args": "kahan_sum=false"},
         ["kahan_sum must be true, or removed"],
     ),
@@ -182,12 +180,12 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_can_not_work_is_a_fault_of_the_recipe(refusal: Callable[..., str], case: str) -> None:
+def test_invalid_settings_are_errors_of_the_recipe(refusal: Callable[..., str], case: str) -> None:
     training, words = REFUSED[case]
-    said = refusal(**training)
-    assert said.startswith("training.")
-    assert [word for word in words if word not in said] == []
-    assert "\n" not in said
+    error = refusal(**training)
+    assert error.startswith("training.")
+    assert [word for word in words if word not in error] == []
+    assert "\n" not in error
 
 
 ALLOWED: list[dict[str, Any]] = [
@@ -211,9 +209,9 @@ ALLOWED: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("training", ALLOWED)
-def test_what_works_is_allowed_and_can_be_built(load: Callable[..., Any], training: dict[str, Any]) -> None:
+def test_valid_settings_can_be_built(load: Callable[..., Any], training: dict[str, Any]) -> None:
     if missing_package_error(training.get("optim", "")):
-        pytest.skip("a package that is optional is not installed")
+        pytest.skip("an optional package is not installed")
     check_optimizer(load(**training))
 
 
@@ -233,7 +231,7 @@ def test_what_works_is_allowed_and_can_be_built(load: Callable[..., Any], traini
         ),
     ],
 )  # fmt: skip
-def test_what_only_building_shows_is_told_with_its_key(
+def test_errors_found_by_building_name_their_key(
     load: Callable[..., Any], training: dict[str, Any], words: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -241,7 +239,7 @@ def test_what_only_building_shows_is_told_with_its_key(
     assert [word for word in words if word not in str(caught.value)] == []
 
 
-def test_packages_of_optimizers() -> None:
+def test_missing_packages_of_optimizers_are_errors() -> None:
     def installed(module: str) -> object:
         return None
 
@@ -261,15 +259,17 @@ def test_packages_of_optimizers() -> None:
         assert f"`pip install {package}`" in (missing_package_error(optimizer, installed) or ""), optimizer
     built_in = {"", "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"}
     assert {name for name in (*needed, *built_in) if not missing_package_error(name, installed)} == built_in
-    known = {name.value for name in OptimizerNames if trainer_optimizer._OPTIMIZER_HANDLERS[name]}
-    from_packages = {name for name in known if missing_package_error(name, installed)}
-    sources = {name: inspect.getsource(trainer_optimizer._OPTIMIZER_HANDLERS[OptimizerNames(name)]) for name in known}
-    # every handler that imports inside itself takes more than torch and transformers
+    optimizers = {name.value for name in OptimizerNames if trainer_optimizer._OPTIMIZER_HANDLERS[name]}
+    from_packages = {name for name in optimizers if missing_package_error(name, installed)}
+    sources = {
+        name: inspect.getsource(trainer_optimizer._OPTIMIZER_HANDLERS[OptimizerNames(name)]) for name in optimizers
+    }
+    # handlers with imports of their own need more than torch and transformers
     imports = {name for name, text in sources.items() if re.search(r"^\s+from (?!torch\.optim)", text, re.MULTILINE)}
     assert from_packages == imports
 
 
-def test_a_decay_longer_than_the_run() -> None:
+def test_a_decay_longer_than_the_run_is_an_error() -> None:
     training = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 8}}
     settings = with_defaults(training)
     assert decay_error(settings, 10, 2) is None
@@ -296,7 +296,7 @@ WARNED: list[tuple[dict[str, Any], str | None]] = [
 
 
 @pytest.mark.parametrize(("training", "warning"), WARNED)
-def test_what_a_run_does_otherwise_than_meant_is_a_warning(training: dict[str, Any], warning: str | None) -> None:
-    whole = {"per_device_train_batch_size": 4, "num_train_epochs": 1, **training}
-    found = list(schedule_warnings(whole, compute_schedule(whole, 40, 1.0, 1), 40))
-    assert [text[: len(warning or "")] for text in found] == ([warning] if warning else [])
+def test_settings_without_effect_are_warnings(training: dict[str, Any], warning: str | None) -> None:
+    settings = {"per_device_train_batch_size": 4, "num_train_epochs": 1, **training}
+    warnings = list(schedule_warnings(settings, compute_schedule(settings, 40, 1.0, 1), 40))
+    assert [text[: len(warning or "")] for text in warnings] == ([warning] if warning else [])

@@ -1,4 +1,4 @@
-"""Recipes: what is wrong with one is said with line, key and what to write; what is right loads and stays so."""
+"""Recipes: errors name the line, the key and what to write; valid recipes load and round-trip."""
 
 import dataclasses
 import json
@@ -44,13 +44,13 @@ def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def fault(path: Path, *overrides: str) -> str:
+def load_error(path: Path, *overrides: str) -> str:
     with pytest.raises(UserError) as caught:
         load_recipe(path, overrides)
     return str(caught.value)
 
 
-# Each case: what of the good recipe is replaced, by what, and what the one-line error must say.
+# Each case: text of the valid recipe, its replacement, and parts of the one-line error.
 BROKEN: dict[str, tuple[str, str, list[str]]] = {
     "misspelt key": (
         "learning_rate",
@@ -94,7 +94,7 @@ BROKEN: dict[str, tuple[str, str, list[str]]] = {
     "max_length too small": ("512", "7", ["recipe.yaml:8: data.max_length: found 7", ">= 8"]),
     "max_length with a comma": ("512", "8,192", ["data.max_length: found '8,192'", "an integer", "`8192`"]),
     "number as text": ("5e-6", '"5e-6"', ["training.learning_rate: found '5e-6'", "a number", "`5e-6`"]),
-    "share for a whole number": ("512", "512.5", ["data.max_length: found 512.5", "an integer"]),
+    "share instead of an integer": ("512", "512.5", ["data.max_length: found 512.5", "an integer"]),
     "truth for a number": ("5e-6", "true", ["training.learning_rate: found true", "a number"]),
     "not a finite number": ("5e-6", ".nan", ["training.learning_rate: found NaN", "a number"]),
     "negative rate": ("5e-6", "-1", ["training.learning_rate: found -1", ">= 0"]),
@@ -138,7 +138,7 @@ BROKEN: dict[str, tuple[str, str, list[str]]] = {
         "rows.jsonl\n      weight: 0",
         ["recipe.yaml:8: data.sources.0.weight: found 0", "> 0"],
     ),
-    "validation over the whole": (
+    "validation share above 1": (
         "max_length",
         "validation: 1.5\n  max_length",
         ["data.validation: found 1.5", "> 0 and < 1"],
@@ -244,25 +244,25 @@ BROKEN: dict[str, tuple[str, str, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_recipe_says_where_what_and_instead(recipe_file: Path, refused: Callable[..., str], case: str) -> None:
+def test_errors_name_line_key_and_what_to_write(recipe_file: Path, refused: Callable[..., str], case: str) -> None:
     old, new, words = BROKEN[case]
     assert old in GOOD
     recipe_file.write_text(GOOD.replace(old, new, 1), encoding="utf-8")
     message = refused("--recipe", recipe_file)
     for part in words:
         assert part in message
-    assert "abc123" not in message  # no secret is repeated
+    assert "abc123" not in message  # secrets are not printed
     if "2 errors" not in words:
-        assert "\n" not in message  # the one fault alone, and nothing that follows from it
+        assert "\n" not in message  # one error, without consequential ones
 
 
 @pytest.mark.parametrize("name", OWNED)
-def test_field_that_another_key_owns_is_refused_with_that_key(recipe_file: Path, name: str) -> None:
-    message = fault(recipe_file, f"training.{name}=x")
+def test_fields_owned_by_another_key_are_refused_with_that_key(recipe_file: Path, name: str) -> None:
+    message = load_error(recipe_file, f"training.{name}=x")
     assert f"training.{name}: not set here: {OWNED[name]}." in message
 
 
-def test_owned_keys_named_in_advice_exist() -> None:
+def test_keys_named_instead_of_owned_fields_exist() -> None:
     for name, key in (("max_length", "data.max_length"), ("trust_remote_code", "model.trust_remote_code")):
         assert f"`{key}`" in OWNED[name]
     assert set(OWNED) <= set(training_fields())
@@ -281,29 +281,29 @@ def test_owned_keys_named_in_advice_exist() -> None:
         (b"a: 1\n---\nb: 2\n", "recipe.yaml:2: not valid YAML"),
     ],
 )
-def test_file_that_holds_no_recipe(recipe_file: Path, content: bytes, words: str) -> None:
+def test_files_without_a_recipe_are_errors(recipe_file: Path, content: bytes, words: str) -> None:
     recipe_file.write_bytes(content)
-    assert words in fault(recipe_file)
+    assert words in load_error(recipe_file)
 
 
-def test_missing_file_names_one_of_a_similar_name(recipe_file: Path) -> None:
-    assert fault(Path("recpe.yaml")) == "recpe.yaml: this recipe doesn't exist. Did you mean `recipe.yaml`?"
+def test_a_missing_file_is_an_error_with_a_similar_name(recipe_file: Path) -> None:
+    assert load_error(Path("recpe.yaml")) == "recpe.yaml: this recipe doesn't exist. Did you mean `recipe.yaml`?"
 
 
-def test_folder_names_the_recipes_in_it(recipe_file: Path) -> None:
-    message = fault(recipe_file.absolute().parent)
+def test_a_folder_is_an_error_with_its_recipes(recipe_file: Path) -> None:
+    message = load_error(recipe_file.absolute().parent)
     assert "a folder" in message
     assert "recipe.yaml" in message
 
 
-def test_all_faults_in_one_report_by_line(recipe_file: Path) -> None:
+def test_all_errors_are_reported_at_once_by_line(recipe_file: Path) -> None:
     text = GOOD.replace("chatml", "chatlm").replace("512", "x").replace("learning_rate", "learning_rat")
     recipe_file.write_text(text + "seed: -1\nquantization: {}\nseed: 3\n", encoding="utf-8")
-    first, *lines = fault(recipe_file, "model.dtype=int8", "nonsense").splitlines()
+    first, *lines = load_error(recipe_file, "model.dtype=int8", "nonsense").splitlines()
     assert first == "recipe.yaml has 8 errors:"
-    places = [line.split(": ")[0].strip() for line in lines]
+    locations = [line.split(": ")[0].strip() for line in lines]
     lines_of_file = [4, 8, 10, 12, 13, 14]
-    assert places == [f"recipe.yaml:{n}" for n in lines_of_file] + [
+    assert locations == [f"recipe.yaml:{n}" for n in lines_of_file] + [
         "override `model.dtype=int8`",
         "override `nonsense`",
     ]
@@ -349,18 +349,18 @@ def test_overrides_by_dotted_key(recipe_file: Path) -> None:
         ("model={dtype: float32}", "model.name_or_path: missing"),
     ],
 )  # fmt: skip
-def test_broken_override_is_named_in_place_of_a_line(recipe_file: Path, override: str, words: str) -> None:
-    assert words in fault(recipe_file, override)
+def test_errors_in_overrides_name_the_override(recipe_file: Path, override: str, words: str) -> None:
+    assert words in load_error(recipe_file, override)
 
 
-def test_secret_in_an_override_is_not_repeated(recipe_file: Path) -> None:
+def test_secrets_in_overrides_are_not_printed(recipe_file: Path) -> None:
     for override in "training.hub_token=abc123", "training={hub_token: abc123}", "tracking.wandb.api_key=abc123":
-        message = fault(recipe_file, override)
+        message = load_error(recipe_file, override)
         assert "secrets" in message
         assert "abc123" not in message
 
 
-def test_override_of_the_duration_takes_the_place_of_the_files(recipe_file: Path) -> None:
+def test_an_override_of_the_duration_replaces_that_of_the_file(recipe_file: Path) -> None:
     recipe_file.write_text(GOOD.replace("learning_rate: 5e-6", "num_train_epochs: 4"), encoding="utf-8")
     assert load_recipe(recipe_file, ["training.max_steps=3"]).training == {"max_steps": 3}
     recipe_file.write_text(GOOD.replace("learning_rate: 5e-6", "max_steps: 9"), encoding="utf-8")
@@ -376,14 +376,14 @@ def test_override_of_the_duration_takes_the_place_of_the_files(recipe_file: Path
         ("~", None), ("null", None), ("'5e-6'", "5e-6"), ('"no"', "no"), ("+7", 7), ("1e", "1e"), ("<<", "<<"),
     ],
 )  # fmt: skip
-def test_scalars_are_those_of_yaml_1_2(recipe_file: Path, text: str, value: Any) -> None:
+def test_scalars_follow_yaml_1_2(recipe_file: Path, text: str, value: Any) -> None:
     recipe = load_recipe(recipe_file, [f"training.accelerator_config.value={text}"])
-    found = recipe.training["accelerator_config"]["value"]
-    assert (type(found), found) == (type(value), value)
+    scalar = recipe.training["accelerator_config"]["value"]
+    assert (type(scalar), scalar) == (type(value), value)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_every_recipe_loads_is_in_the_schema_and_stays_itself(
+def test_every_recipe_loads_validates_and_round_trips(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -402,7 +402,7 @@ def test_every_recipe_loads_is_in_the_schema_and_stays_itself(
     assert f"--recipe {path.relative_to(ROOT)}" in path.read_text(encoding="utf-8")
 
 
-def test_resolved_recipe_names_the_defaults_of_trl_that_are_in_force(recipe_file: Path, tmp_path: Path) -> None:
+def test_a_resolved_recipe_lists_the_effective_defaults_of_trl(recipe_file: Path, tmp_path: Path) -> None:
     from trl import SFTConfig
 
     recipe = load_recipe(recipe_file)
@@ -420,7 +420,7 @@ def _written(path: Path, text: str) -> Path:
     return path
 
 
-def test_resolved_recipe_keeps_every_kind_of_value(recipe_file: Path) -> None:
+def test_a_resolved_recipe_keeps_all_kinds_of_values(recipe_file: Path) -> None:
     odd = ["no", "5e-6", "0o17", "1_000", "null", "", "a: b", "#x", "é", "two\nlines", " x ", "2024-01-01", "=", "<<"]
     values = {"texts": odd, "numbers": [1, -1.5, 1e-07, 1e22], "others": [True, None, {"a": []}]}
     recipe_file.write_text(GOOD.replace("5e-6", f"5e-6\n  accelerator_config: {json.dumps(values)}"), encoding="utf-8")
@@ -428,36 +428,35 @@ def test_resolved_recipe_keeps_every_kind_of_value(recipe_file: Path) -> None:
     assert recipe.training["accelerator_config"] == values
     Path("resolved.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     assert load_recipe("resolved.yaml") == recipe
-    # Readers of YAML 1.1, such as PyYAML's own, read the same texts.
+    # YAML 1.1 loaders, such as PyYAML's, read the same texts.
     assert yaml.safe_load(recipe.to_yaml())["training"]["accelerator_config"]["texts"] == odd
     assert "with data.sources=[{path: a}, {path: b, weight: 0.5}] adapter={} seed=7\n" in recipe.to_yaml()
 
 
-def test_recipe_is_frozen(recipe_file: Path) -> None:
+def test_recipes_are_frozen(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file)
     with pytest.raises(ValueError, match="frozen"):
         recipe.data.max_length = 9  # type: ignore[misc]
 
 
-def test_schema_is_up_to_date() -> None:
+def test_the_schema_file_is_up_to_date() -> None:
     assert json.loads((ROOT / "recipes/schema.json").read_text(encoding="utf-8")) == recipe_schema(), (
         "write it again: python -m train.recipe --schema > recipes/schema.json"
     )
 
 
-def test_schema_is_a_manual() -> None:
-    """Every key has a description, and no key beyond those named is allowed."""
+def test_every_key_of_the_schema_has_a_description_and_no_others_are_allowed() -> None:
     schema = recipe_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     sections = {"Recipe": schema, "training": schema["properties"]["training"], **schema["$defs"]}
     for section_name, section in sections.items():
         assert section["additionalProperties"] is False, section_name
         for name, key in section["properties"].items():
-            told = {**schema["$defs"].get(key.get("$ref", "").rpartition("/")[2], {}), **key}
-            assert told.get("description"), f"{section_name}.{name}"
+            resolved = {**schema["$defs"].get(key.get("$ref", "").rpartition("/")[2], {}), **key}
+            assert resolved.get("description"), f"{section_name}.{name}"
 
 
-def test_loading_imports_nothing_heavy() -> None:
+def test_loading_imports_no_heavy_package() -> None:
     program = """
 import sys
 from train.recipe import load_recipe
@@ -468,13 +467,13 @@ print([name for name in ("torch", "transformers", "trl", "peft", "datasets", "nu
     assert done.stdout.strip() == "[]"
 
 
-def test_schema_command_prints_the_schema() -> None:
+def test_the_schema_command_prints_the_schema_file() -> None:
     command = [sys.executable, "-m", "train.recipe", "--schema"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == (ROOT / "recipes/schema.json").read_text(encoding="utf-8")
 
 
-def test_fields_read_from_source_are_those_of_trl() -> None:
+def test_parsed_fields_are_those_of_trl() -> None:
     from trl import SFTConfig
 
     real = dataclasses.fields(SFTConfig)
@@ -485,8 +484,7 @@ def test_fields_read_from_source_are_those_of_trl() -> None:
             assert read.default == field.default, field.name
 
 
-def test_what_we_accept_trl_accepts(tmp_path: Path) -> None:
-    """Each default of TRL's is allowed by our reading of its type, and each enum is narrowed to its own values."""
+def test_defaults_of_trl_are_valid_and_enums_are_their_values(tmp_path: Path) -> None:
     from transformers.training_args import OptimizerNames
     from trl import SFTConfig
 
@@ -496,13 +494,13 @@ def test_what_we_accept_trl_accepts(tmp_path: Path) -> None:
             allowed.model_validate({field.name: field.default})
     schema = allowed.model_json_schema()["properties"]
     assert schema["optim"]["enum"] == [optimizer.value for optimizer in OptimizerNames]
-    assert schema["warmup_steps"]["type"] == "number"  # whole or a share
+    assert schema["warmup_steps"]["type"] == "number"  # steps or a share
     training = {"warmup_steps": 10, "logging_steps": 0.1, "fsdp": None, "lr_scheduler_type": "cosine", "bf16": False}
     allowed.model_validate(training)
     SFTConfig(output_dir=str(tmp_path), use_cpu=True, **training)
 
 
-def test_a_time_is_written_as_slurm_writes_it(recipe_file: Path) -> None:
+def test_times_are_written_as_slurm_writes_them(recipe_file: Path) -> None:
     from train.loop.time_limit import parse_time_limit
 
     for written, seconds in (("90:00", 5_400), ("11:30:00", 41_400), ("2-00:00:05", 172_805)):
@@ -510,19 +508,19 @@ def test_a_time_is_written_as_slurm_writes_it(recipe_file: Path) -> None:
             parse_time_limit(str(load_recipe(recipe_file, [f"save.time_limit={written}"]).save.time_limit)) == seconds
         )
     for wrong in ("tomorrow", "1:2:3:4", "11:30:0"):
-        said = fault(recipe_file, f"save.time_limit={wrong}")
-        assert "Allowed: text such as '11:30:00' or '2-00:00:00'; or null" in said
+        error = load_error(recipe_file, f"save.time_limit={wrong}")
+        assert "Allowed: text such as '11:30:00' or '2-00:00:00'; or null" in error
 
 
-def test_sections_are_recipes_keys() -> None:
-    named = ["model", "chat", "data", "adapter", "quantization", "training", "tracking"]
-    named += ["save", "guards", "system_gain", "output_dir", "seed"]
-    assert list(Recipe.model_fields) == named
+def test_the_sections_are_as_documented() -> None:
+    names = ["model", "chat", "data", "adapter", "quantization", "training", "tracking"]
+    names += ["save", "guards", "system_gain", "output_dir", "seed"]
+    assert list(Recipe.model_fields) == names
 
 
-def test_a_missing_template_is_not_taken_for_a_file_of_another_kind(recipe_file: Path) -> None:
+def test_a_missing_template_suggests_only_jinja_files(recipe_file: Path) -> None:
     Path("note.md").write_text("a note")
     overrides = "chat.template=note.jinja"
-    assert "Did you mean" not in fault(recipe_file, overrides)
+    assert "Did you mean" not in load_error(recipe_file, overrides)
     Path("notes.jinja").write_text("a template")
-    assert fault(recipe_file, overrides).endswith("Did you mean `notes.jinja`?")
+    assert load_error(recipe_file, overrides).endswith("Did you mean `notes.jinja`?")

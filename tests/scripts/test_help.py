@@ -1,4 +1,4 @@
-"""--help of every command: in 80 columns, with examples whose lines are kept."""
+"""--help of all commands: 80 columns wide, with the lines of examples kept."""
 
 import ast
 import importlib.util
@@ -23,7 +23,7 @@ COMMANDS = {
 
 
 def documentation(script: str, command: tuple[str, ...]) -> str:
-    """The docstring that a command's help shows; read from the source, not from the parser."""
+    """Return the docstring that a command's help shows, read from its source."""
     own = {"ifeval": "ifeval/command"}
     source = ROOT / script
     if script == "scripts/evaluate.py" and command:
@@ -52,8 +52,10 @@ def help_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return shown
 
 
-@pytest.mark.parametrize(("script", "command"), [(script, one) for script, all in COMMANDS.items() for one in all])
-def test_help_has_examples_as_they_are_written_in_80_columns(script: str, command: tuple[str, ...], help_of) -> None:
+@pytest.mark.parametrize(
+    ("script", "command"), [(script, name) for script, names in COMMANDS.items() for name in names]
+)
+def test_help_has_80_columns_and_unwrapped_examples(script: str, command: tuple[str, ...], help_of) -> None:
     shown = help_of(script, command)
     assert max(map(len, shown.splitlines())) <= 80
     examples = re.findall(
@@ -72,7 +74,7 @@ def test_help_has_examples_as_they_are_written_in_80_columns(script: str, comman
 
 
 def test_every_option_is_described(help_of) -> None:
-    """argparse shows one without a description as its name alone."""
+    """argparse shows only the name of an option without a description."""
     for script, commands in COMMANDS.items():
         for command in commands:
             lines = help_of(script, command).splitlines()

@@ -121,11 +121,11 @@ def test_weights_are_rounded_once_to_another_type(
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
     adapter = make_adapter(base, tmp_path / "adapter", **ADAPTERS[kind])
     arguments = [str(adapter), "--no-compare", "--output"]
-    assert script.main([*arguments, str(tmp_path / "whole"), "--dtype", "float32"]) == 0
+    assert script.main([*arguments, str(tmp_path / "float32"), "--dtype", "float32"]) == 0
     assert script.main([*arguments, str(tmp_path / "merged"), "--dtype", dtype]) == 0
-    whole, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "merged"))
-    assert whole.keys() == merged.keys()
-    for name, value in whole.items():
+    float32, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("float32", "merged"))
+    assert float32.keys() == merged.keys()
+    for name, value in float32.items():
         assert torch.equal(merged[name], value.to(getattr(torch, dtype))), name
 
 
@@ -205,7 +205,7 @@ def test_a_base_with_an_adapter_in_its_folder_is_refused(
     for name in names:
         shutil.copy(adapter / name, base / name)
     error = refused(base if case == "one folder" else adapter, "--base", base, *output)
-    assert error.startswith(f"{base}: as a base it must hold no adapter, and it holds adapter_config.json")
+    assert error.startswith(f"{base}: a base must hold no adapter, and it has adapter_config.json")
     assert not list(tmp_path.glob("merged*"))
 
 

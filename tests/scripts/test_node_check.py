@@ -130,11 +130,11 @@ def test_missing_gpus_are_counted_per_node(preflight: Callable[..., list[tuple[i
 def test_a_free_gpu_joins_the_all_reduce_and_a_busy_one_is_an_error(
     preflight: Callable[..., list[tuple[int, str, str]]],
 ) -> None:
-    ((code, said, wrong),) = preflight(Node(arguments=("--gpus", "1")))
-    assert code == 0, wrong
-    assert "GiB free on each GPU; all-reduce over 1 process:" in said
-    _, whole = torch.cuda.mem_get_info(0)
-    taken = torch.empty(int(0.15 * whole), dtype=torch.uint8, device="cuda")
+    ((code, output, errors),) = preflight(Node(arguments=("--gpus", "1")))
+    assert code == 0, errors
+    assert "GiB free on each GPU; all-reduce over 1 process:" in output
+    _, total = torch.cuda.mem_get_info(0)
+    taken = torch.empty(int(0.15 * total), dtype=torch.uint8, device="cuda")
     assert the_error(preflight(Node(arguments=("--gpus", "1")))).startswith("node 0 has no free GPU 0: ")
     del taken
 

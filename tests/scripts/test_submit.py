@@ -79,8 +79,8 @@ def test_every_variant_is_a_valid_shell_script_without_findings_of_shellcheck(
     if shutil.which("shellcheck"):
         # Both mistake a quote in the name of a folder for quoting.
         command = ["shellcheck", "--severity=warning", "--exclude=SC2089,SC2090", "-"]
-        found = subprocess.run(command, input=script, capture_output=True, text=True, check=False)
-        assert found.returncode == 0, found.stdout
+        result = subprocess.run(command, input=script, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout
 
 
 def variable(script: str, name: str, **environment: str) -> list[str]:
@@ -168,7 +168,7 @@ def test_print_submits_nothing_writes_nothing_and_shows_no_secret(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"data": {"max_lenght": 5}}, "Did you mean `data.max_length`?"),
         ({"data": {"sources": [{"path": "data/nowhere.jsonl"}]}}, "data/nowhere.jsonl: there is no data in"),
@@ -179,17 +179,17 @@ def test_print_submits_nothing_writes_nothing_and_shows_no_secret(
     ],
 )
 def test_errors_in_the_recipe_are_found_before_submitting(
-    change: dict, said: str, refused: Callable[..., str], recipe_file: Callable[..., Path],
+    change: dict, message: str, refused: Callable[..., str], recipe_file: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert said in refused(recipe_file(**change), *ONE_NODE)
+    assert message in refused(recipe_file(**change), *ONE_NODE)
 
 
 def test_one_invalid_task_is_an_error(refused: Callable[..., str], recipe_file: Callable[..., Path]) -> None:
-    said = refused(recipe_file(), *ONE_NODE, "--array", "1,3", "output_dir=x-%a", "training.learning_rate=%ae-")
-    assert "training.learning_rate" in said
+    message = refused(recipe_file(), *ONE_NODE, "--array", "1,3", "output_dir=x-%a", "training.learning_rate=%ae-")
+    assert "training.learning_rate" in message
 
 
 def test_check_examines_the_data_before_submitting(
@@ -264,7 +264,7 @@ def test_a_job_that_fits_or_has_no_plan_is_submitted_without_a_warning(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--nodes", "0", "--gpus-per-node", "8", "--time", "1:00:00"), "--nodes: found 0"),
         (("--nodes", "1", "--gpus-per-node", "eight", "--time", "1:00:00"), "--gpus-per-node: found 'eight'"),
@@ -282,9 +282,9 @@ def test_a_job_that_fits_or_has_no_plan_is_submitted_without_a_warning(
     ],
 )  # fmt: skip
 def test_errors_in_the_command_line_name_the_option_and_the_allowed_values(
-    arguments: tuple[str, ...], said: str, refused: Callable[..., str], recipe_file: Callable[..., Path]
+    arguments: tuple[str, ...], message: str, refused: Callable[..., str], recipe_file: Callable[..., Path]
 ) -> None:
-    assert said in refused(recipe_file(), *arguments)
+    assert message in refused(recipe_file(), *arguments)
 
 
 def test_a_missing_sbatch_is_an_error(

@@ -1,4 +1,4 @@
-"""Results that are written anew: all of a command's files or, where the disk is full, those of before."""
+"""Atomic writes: on a full disk all files of a command stay as they were."""
 
 import json
 import resource
@@ -16,8 +16,8 @@ OURS = Path(__file__).parents[2] / "recipes" / "smollm2-135m" / "data"
 
 
 @contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """The system takes no more than `size` bytes in a file, as a disk that is full after them."""
+def file_size_limit(size: int) -> Iterator[None]:
+    """Limit files to `size` bytes, which has the effect of a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -30,35 +30,35 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_where_one_is_too_large_all_stay_as_they_were(tmp_path: Path) -> None:
+def test_all_files_stay_unchanged_if_one_write_fails(tmp_path: Path) -> None:
     small, large = tmp_path / "small.json", tmp_path / "large.json"
-    small.write_text("of before", encoding="utf-8")
+    small.write_text("old content", encoding="utf-8")
 
     def write() -> None:
         with atomic_write(small, large) as [first, second]:
-            assert (first.suffix, second.suffix) == (".json", ".json")  # by which matplotlib knows what to write
+            assert (first.suffix, second.suffix) == (".json", ".json")  # matplotlib selects the format by the suffix
             write_text(first, "new")
             write_text(second, "x" * 20_000)
 
-    with files_of_at_most(10_000), pytest.raises(OSError, match="File too large"):
+    with file_size_limit(10_000), pytest.raises(OSError, match="File too large"):
         write()
-    assert contents(tmp_path) == {"small.json": b"of before"}
+    assert contents(tmp_path) == {"small.json": b"old content"}
     write()
     assert contents(tmp_path) == {"small.json": b"new", "large.json": b"x" * 20_000}
 
 
-def test_a_folder_in_the_place_of_a_file_is_told_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_folder_with_the_name_of_a_file_is_an_error_before_anything_is_written(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError), atomic_write(tmp_path / "file", tmp_path / "folder"):
-        pytest.fail("nothing is to be written")
+        pytest.fail("nothing may be written")
 
 
-def test_half_of_a_pair_is_written_as_json_has_it(tmp_path: Path) -> None:
+def test_a_lone_surrogate_is_written_as_a_json_escape(tmp_path: Path) -> None:
     write_text(tmp_path / "file", json.dumps("\ud83d \u2028", ensure_ascii=False))
     assert json.loads((tmp_path / "file").read_bytes()) == "\ud83d \u2028"
 
 
-def test_gain_and_compare_on_a_full_disk_keep_what_was_there(
+def test_gain_and_compare_on_a_full_disk_keep_the_old_files(
     command: Callable[..., int], says_no: Callable[..., str], tiny_chat_model: Path, tmp_path: Path
 ) -> None:
     rows = [
@@ -75,14 +75,14 @@ def test_gain_and_compare_on_a_full_disk_keep_what_was_there(
     assert command("compare", tmp_path / "copy", tmp_path / "out") == 0
     before = contents(tmp_path / "out")
     full = tmp_path / "out" / "gain_scores.jsonl"
-    for asked in (gain, (*gain, "--others", "1", "--dtype", "bfloat16")):  # nothing to score, and everything
-        with files_of_at_most(full.stat().st_size):
+    for asked in (gain, (*gain, "--others", "1", "--dtype", "bfloat16")):  # nothing to score, and all rows
+        with file_size_limit(full.stat().st_size):
             assert says_no(*asked) == f"{full} can't be written: File too large."
     room = 1 + max(len(text) for name, text in before.items() if not name.endswith(".png"))
     assert room < min(len(text) for name, text in before.items() if name.endswith(".png"))
     for asked in ((*gain, "--seed", "1"), ("compare", tmp_path / "copy", tmp_path / "out", "--seed", "1")):
-        with files_of_at_most(room):
-            assert says_no(*asked) == f"{tmp_path / 'out'}: can't be written: File too large"
+        with file_size_limit(room):
+            assert says_no(*asked) == f"{tmp_path / 'out'}: cannot be written: File too large"
         after = contents(tmp_path / "out")
         after["gain_scores.jsonl"] = before["gain_scores.jsonl"]  # the journal, which only grows
         assert after == before
@@ -92,10 +92,10 @@ async def answers(asked: Asked) -> Reply:
     return said("A river. [RESULT] 4")
 
 
-def test_a_plot_that_can_not_be_written_leaves_the_figures_of_before(
+def test_a_plot_that_cannot_be_written_leaves_the_old_results(
     command: Callable[..., int], says_no: Callable[..., str], tmp_path: Path
 ) -> None:
-    """Of ifeval and bench the plot is the last: a folder stands in its place."""
+    """ifeval and bench write the plot last; here a folder has its name."""
     with served(answers) as server:
         asked = {
             "ifeval": ("--data", OURS / "system_ifeval.jsonl", "--limit", "3", "--max-new-tokens"),
@@ -109,5 +109,5 @@ def test_a_plot_that_can_not_be_written_leaves_the_figures_of_before(
             before = (folder / f"{name}.json").read_bytes()
             (folder / f"{name}.png").unlink()
             (folder / f"{name}.png").mkdir()
-            assert says_no(*arguments, "65") == f"{folder}: can't be written: Is a directory"
+            assert says_no(*arguments, "65") == f"{folder}: cannot be written: Is a directory"
             assert (folder / f"{name}.json").read_bytes() == before

@@ -1,4 +1,4 @@
-"""Paths: `~` and variables in every key and option that takes one; hub ids told from paths."""
+"""Local paths: expansion of `~` and variables in all keys and options, and the distinction from hub ids."""
 
 import argparse
 import re
@@ -31,7 +31,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-def test_home_and_variables_are_replaced_and_nothing_else(home: Path) -> None:
+def test_only_home_and_variables_are_expanded(home: Path) -> None:
     assert expand_path("~/a") == f"{home}/a"
     assert expand_path("~") == str(home)
     assert expand_path("$SCRATCH/a/${SCRATCH}b") == "/scratch/me/a//scratch/meb"
@@ -45,7 +45,7 @@ def test_home_and_variables_are_replaced_and_nothing_else(home: Path) -> None:
     [
         ("$UNSET/a", "the environment variable UNSET in `$UNSET/a` is not set"),
         ("a/${UNSET}", "the environment variable UNSET in `a/${UNSET}` is not set"),
-        ("$EMPTY/a", "is empty"),  # an empty one would make a path below the root
+        ("$EMPTY/a", "is empty"),  # an empty value would give a path below the root
         ("${UNSET:-/tmp}/a", "Only $NAME and ${NAME} are expanded"),
         ("${}", "Only $NAME and ${NAME} are expanded"),
         (
@@ -54,7 +54,7 @@ def test_home_and_variables_are_replaced_and_nothing_else(home: Path) -> None:
         ),
     ],
 )
-def test_what_can_not_be_replaced_is_refused(text: str, words: str) -> None:
+def test_texts_that_cannot_be_expanded_are_errors(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         expand_path(text)
 
@@ -73,7 +73,7 @@ output_dir: $SCRATCH/run-%a
 """
 
 
-def test_every_path_of_a_recipe_is_expanded_and_stays_so(
+def test_all_paths_of_a_recipe_are_expanded_and_round_trip(
     tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scratch = tmp_path / "scratch"
@@ -99,11 +99,11 @@ def test_every_path_of_a_recipe_is_expanded_and_stays_so(
     resolved.write_text(recipe.to_yaml())
     assert load_recipe(resolved) == recipe
     assert load_recipe(file, ["output_dir=~/elsewhere"]).output_dir == f"{home}/elsewhere"
-    as_json = '{"min_lr": "$UNSET"}'  # no path
+    as_json = '{"min_lr": "$UNSET"}'  # not a path
     assert load_recipe(file, [f"training.fsdp_config='{as_json}'"]).training["fsdp_config"] == as_json
 
 
-def test_each_variable_that_is_not_set_is_named_with_its_key(tmp_path: Path) -> None:
+def test_unset_variables_are_errors_of_their_keys(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(RECIPE.replace("SCRATCH", "UNSET"))
     with pytest.raises(UserError) as caught:
@@ -124,7 +124,9 @@ output_dir: $SCRATCH/out
 
 
 @pytest.mark.parametrize("load", [load_sysgen, load_collection])
-def test_settings_of_other_commands_follow(load: Callable[..., Any], tmp_path: Path, home: Path) -> None:
+def test_paths_in_configurations_of_other_commands_are_expanded(
+    load: Callable[..., Any], tmp_path: Path, home: Path
+) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text(SYSGEN)
     config = load(file)
@@ -134,7 +136,7 @@ def test_settings_of_other_commands_follow(load: Callable[..., Any], tmp_path: P
 
 
 def text_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, bool]]:
-    """Keys that hold text, with their descriptions, and whether their type is marked as a path."""
+    """Yield keys that hold text, with their description and whether they are marked as paths."""
 
     def marks(annotation: Any) -> Iterator[Any]:
         yield annotation
@@ -142,24 +144,28 @@ def text_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, s
             yield from marks(part)
 
     for name, field in model.model_fields.items():
-        found = [*marks(field.annotation), *field.metadata]
-        if str in found:
-            yield prefix + name, field.description or "", any(isinstance(mark, LocalPath) for mark in found)
-        for section in found:
+        types = [*marks(field.annotation), *field.metadata]
+        if str in types:
+            yield prefix + name, field.description or "", any(isinstance(mark, LocalPath) for mark in types)
+        for section in types:
             if isinstance(section, type) and issubclass(section, BaseModel):
                 yield from text_keys(section, f"{prefix}{name}.")
 
 
 @pytest.mark.parametrize("model", [Recipe, SysgenConfig, CollectionConfig, training_model()])
-def test_no_key_that_speaks_of_a_file_or_folder_is_forgotten(model: type[BaseModel]) -> None:
-    found = {key: marked for key, told, marked in text_keys(model) if {"file", "folder"} & set(told.lower().split())}
+def test_all_keys_described_as_files_or_folders_are_marked_as_paths(model: type[BaseModel]) -> None:
+    keys = {
+        key: marked
+        for key, description, marked in text_keys(model)
+        if {"file", "folder"} & set(description.lower().split())
+    }
     expected = {"tracking.wandb.mode": False}
-    assert [key for key, marked in found.items() if not marked and key not in expected] == []
+    assert [key for key, marked in keys.items() if not marked and key not in expected] == []
     names = {key: marked for key, _, marked in text_keys(model) if key.endswith(("path", "_dir", "_file", "_folder"))}
     assert [key for key, marked in names.items() if not marked] == []
 
 
-def test_options_that_take_paths_follow(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_paths_in_options_are_expanded(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = parse_options(
         ["--recipe", "~/r.yaml", "--check", "--json=~/report.json", "--resume=$SCRATCH/checkpoint-1"]
     )
@@ -180,7 +186,7 @@ def test_options_that_take_paths_follow(home: Path, capsys: pytest.CaptureFixtur
         assert error.startswith(f"argument {option.partition('=')[0]}: the environment variable UNSET")
 
 
-def test_hub_ids_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_ids_are_distinguished_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
     for hub_id in ("gpt2", "mistralai/Mistral-7B-v0.1", "Qwen/Qwen2.5-14B", "org/data_set", "01-ai/Yi.1"):
@@ -214,7 +220,7 @@ def test_hub_ids_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("compare", "a", "$UNSET/b"),
     ],
 )
-def test_commands_of_evaluation_follow(
+def test_paths_in_options_of_evaluations_are_expanded(
     words: tuple[str, ...], command: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(*words) == 2

@@ -1,17 +1,17 @@
-"""A model that answers SYSGEN's prompts by a table, faults and all, and what must come of it, worked out plainly.
+"""Scripted model that answers SYSGEN's prompts from a table, with errors, and the results expected from a plain loop.
 
 What it says follows from the number in brackets that is in every question and every phrase. Nothing here uses the
 package: it is the second way to the numbers of the tests.
 """
 
-import asyncio
 import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from scripted_server import Asked, Reply, error, said
+from scripted_server import Asked, Reply, said
+from unreliable_server import unreliable
 
 EIGHT = ("Role", "Content", "Task", "Action", "Style", "Background", "Tool", "Format")
 SEED = 100
@@ -19,7 +19,7 @@ SEED = 100
 
 @dataclass(frozen=True)
 class Case:
-    """What is written for a row, and what the filter is to make of it. `#` stands for the row's number."""
+    """The message written for a row, and the phrases that the filter must keep. `#` stands for the row's number."""
 
     written: str
     kept: tuple[tuple[str, str], ...]
@@ -89,7 +89,7 @@ CASES = (
 
 
 def case_of(number: int, sample: int) -> Case:
-    """Rows whose first message is worth nothing get a better one at the second try, but for every third of them."""
+    """Return the case of a row; two thirds of the rows without a valid first message get one at the second try."""
     case = CASES[number % len(CASES)]
     if not case.kept and sample and number % 3:
         return Case(f"<<Task>>at last [#] {sample}<</Task>>", (("Task", f"at last [#] {sample}"),))
@@ -97,7 +97,7 @@ def case_of(number: int, sample: int) -> Case:
 
 
 def verdict_of(number: int, turn: int, tag: str) -> str | None:
-    """None: it says nothing of this tag."""
+    """Return the verdict on a tag; None if the model omits it."""
     place = EIGHT.index(tag)
     if (number + place) % 37 == 0:
         return None
@@ -105,7 +105,7 @@ def verdict_of(number: int, turn: int, tag: str) -> str | None:
 
 
 def verdict_line(number: int, turn: int, tag: str) -> str:
-    """Mostly as asked for."""
+    """Return a verdict, mostly in the prompt's form."""
     verdict = verdict_of(number, turn, tag)
     if verdict is None:
         return f"<<{tag}>>: I can't say"
@@ -113,7 +113,7 @@ def verdict_line(number: int, turn: int, tag: str) -> str:
 
 
 def answer_of(number: int, turn: int) -> tuple[str, str, str | None]:
-    """Text, finish reason and refusal of a new answer."""
+    """Return text, finish reason and refusal of a new answer."""
     text = f"new answer [{number}] turn {turn} " + "word " * (number % 19)
     if number % 23 == 4:
         return text, "length", None
@@ -124,12 +124,12 @@ def answer_of(number: int, turn: int) -> tuple[str, str, str | None]:
 
 
 def turns_of(number: int) -> int:
-    """Every fifth row is a conversation of several turns."""
+    """Return the number of exchanges; every fifth row has several."""
     return 1 + number % 3 if number % 5 == 0 else 1
 
 
 def row_of(number: int) -> dict[str, Any]:
-    """A row of the source."""
+    """Return a source row."""
     turns = []
     for turn in range(turns_of(number)):
         turns.append({"role": "user", "content": f"question [{number}] turn {turn} of the same kind?"})
@@ -138,12 +138,12 @@ def row_of(number: int) -> dict[str, Any]:
 
 
 def number_in(text: str) -> int:
-    """The row's number: the last one in brackets."""
+    """Return the row's number, the last one in brackets."""
     return int(re.findall(r"\[(\d+)\]", text)[-1])
 
 
 async def answer(asked: Asked) -> Reply:
-    """What the model says."""
+    """Reply to one request."""
     prompt = asked.prompt
     number, turn = number_in(prompt), int((re.findall(r"\[\d+\] turn (\d)", prompt) or ["0"])[-1])
     if prompt.startswith("The next conversation"):
@@ -154,29 +154,12 @@ async def answer(asked: Asked) -> Reply:
     return said(text, finish_reason, refusal=refusal)
 
 
-async def faulty(asked: Asked) -> Reply:
-    """The same, after delays and every fault that a server knows."""
-    kind = sum(map(ord, asked.prompt)) % 11
-    if asked.times == 0:
-        match kind:
-            case 1:
-                return error(429, "slow down", headers={"retry-after-ms": "5"})
-            case 2:
-                return error(500, "oops")
-            case 3:
-                return Reply(drop=40, body={"choices": []})
-            case 4:
-                return Reply(body=b"<html>not what you asked for</html>")
-            case 5:
-                await asyncio.sleep(0.05)
-            case 6:
-                return error(503, "loading")
-    return await answer(asked)
+faulty = unreliable(answer)
 
 
 @dataclass
 class Expected:
-    """What must come of rows 0 to `count`, by a plain loop."""
+    """Results expected for rows 0 to `count`, by a plain loop."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[tuple[int, str]] = field(default_factory=list)
@@ -197,7 +180,7 @@ class Expected:
 
 
 def expected(count: int, retries: int = 2) -> Expected:
-    """With the defaults, and `generate.seed: SEED`."""
+    """Compute the results for the default settings with `generate.seed: SEED`."""
     result = Expected()
     for number in range(count):
         message: list[tuple[str, str]] = []
@@ -228,7 +211,7 @@ def expected(count: int, retries: int = 2) -> Expected:
             if message:
                 reason = ""
                 break
-        # Of a row's tries, the last one is told of.
+        # The report covers the last try of a row.
         for verdicts_of_turn in verdicts:
             result.verdicts.update((tag, verdict or "missing") for tag, verdict in verdicts_of_turn.items())
         result.removed += removed
@@ -261,5 +244,5 @@ def expected(count: int, retries: int = 2) -> Expected:
 
 
 def write_rows(path: Any, count: int) -> None:
-    """The source, as jsonl."""
+    """Write the source rows as JSON lines."""
     path.write_text("".join(json.dumps(row_of(number)) + "\n" for number in range(count)), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the tests of whole runs share: a configuration, a run against a script, and what is in the files."""
+"""Helpers for tests of complete runs: configuration, a run against a scripted server, written files."""
 
 import json
 from pathlib import Path
@@ -26,12 +26,12 @@ def configuration(folder: Path, url: str, source: Path, **changes: Any) -> Path:
 
 
 def run_file(path: Path) -> None:
-    """What a process of its own does."""
+    """Run a configuration file, in a process of its own."""
     run(load_config(path))
 
 
 def run_with(script: Script, folder: Path, rows: list[dict[str, Any]], **changes: Any) -> tuple[RunResult, list[Asked]]:
-    """A run over these rows, and what the server was asked."""
+    """Run SYSGEN over these rows; return the result and the requests."""
     source = folder / "source.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with served(script) as server:
@@ -58,7 +58,7 @@ def question(text: str = "question [1] of the same kind?", reply: str = "old ans
 
 
 def good_everything(asked: Asked) -> str:
-    """A model that does all as asked."""
+    """Return the reply of a model without errors."""
     if asked.prompt.startswith("The next conversation"):
         return "<<Role>>You are a tester.<</Role>>"
     if "Judge for each of the eight" in asked.prompt:
@@ -67,7 +67,7 @@ def good_everything(asked: Asked) -> str:
 
 
 def saying(**changes: str) -> Script:
-    """`good_everything`, but for the stages named."""
+    """Return a script of `good_everything` with other replies for the named stages."""
 
     async def script(asked: Asked) -> Reply:
         text = good_everything(asked)

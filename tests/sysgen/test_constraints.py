@@ -1,4 +1,4 @@
-"""Constraints: every check against answers made by hand and an independent recount; every draw can be complied with."""
+"""Constraints: every check against hand-made answers and an independent recount; every draw can be met."""
 
 import itertools
 import json
@@ -47,7 +47,7 @@ SPELLED = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 
 def number_in(constraint: Constraint) -> int:
-    """The number that the words ask for, read as a person would."""
+    """Return the number in a constraint's text."""
     digits = re.search(r"\d\d+|[2-9]", constraint.text)
     if digits:
         return int(digits[0])
@@ -64,7 +64,7 @@ def times_in(constraint: Constraint) -> int:
 
 
 def some(kind: str, at_least: int = 1) -> list[Constraint]:
-    """Constraints of one kind, in all their wordings."""
+    """Return constraints of one kind in all their wordings."""
     constraints: dict[str, Constraint] = {}
     for seed in range(4000):
         for constraint in draw_constraints(ORIGINALS[seed % len(ORIGINALS)], random.Random(seed), 4):
@@ -159,7 +159,7 @@ def test_complying_answers_comply_and_breaking_ones_break(kind: str) -> None:
 
 
 def counted_words(text: str) -> int:
-    """Walks over the characters: an apostrophe or hyphen between letters, and a point before a digit, go on with a word."""
+    """Count words character by character; an apostrophe or hyphen between letters, and a point before a digit, continue a word."""
     text = "".join(
         char for char in unicodedata.normalize("NFC", text) if not unicodedata.category(char).startswith("M")
     )
@@ -188,7 +188,7 @@ def numbers_of_points(text: str) -> list[str]:
 
 
 def counted_sentences(text: str) -> int:
-    """Line by line, word by word: a word that ends in a mark ends a sentence."""
+    """Count sentences word by word; a word that ends in a sentence mark ends a sentence."""
     count = 0
     for line in text.split("\n"):
         tokens = line.split()
@@ -205,7 +205,7 @@ def counted_sentences(text: str) -> int:
 
 
 def counted_bold(text: str) -> int:
-    """From one pair of asterisks to the next: what is between them begins and ends with no blank."""
+    """Count texts between pairs of asterisks that neither begin nor end with a blank."""
     count = at = 0
     while (at := text.find("**", at)) >= 0:
         end = text.find("*", at + 2)
@@ -219,7 +219,7 @@ def counted_bold(text: str) -> int:
 
 
 def recounted(it: Constraint, text: str) -> bool:
-    """What the constraint asks for, read from its words and counted another way."""
+    """Return whether an answer meets a constraint, read from its text and counted in another way."""
     stripped = text.strip()
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     tokens = re.split(r"[\s.,!?*#\"():{}\[\]]+", text.lower())
@@ -321,7 +321,7 @@ def test_a_check_takes_long_and_deep_text(text: str) -> None:
 
 
 def complying(constraints: list[Constraint]) -> str:
-    """An answer that meets them all, put together from what they ask for."""
+    """Build an answer that meets all constraints."""
     asked = {constraint.kind: constraint for constraint in constraints}
     extra = ["glimpse"] * 2
     if "word_to_include" in asked:
@@ -360,7 +360,7 @@ def test_all_constraints_of_a_draw_can_be_met_by_one_answer(answers: tuple[str, 
         assert [constraint.text for constraint in constraints if not constraint.is_met(answer)] == [], answer
 
 
-def test_every_kind_occurs_and_in_several_wordings() -> None:
+def test_every_kind_occurs_in_several_wordings() -> None:
     wordings: dict[str, set[str]] = {}
     for seed in range(2000):
         for constraint in draw_constraints(ORIGINALS[seed % len(ORIGINALS)], random.Random(seed), 2):
@@ -371,7 +371,7 @@ def test_every_kind_occurs_and_in_several_wordings() -> None:
 
 
 @pytest.mark.parametrize("answers", ORIGINALS)
-def test_the_same_chance_gives_the_same_constraints(answers: tuple[str, ...]) -> None:
+def test_the_same_seed_gives_the_same_constraints(answers: tuple[str, ...]) -> None:
     def drawn(seed: int) -> list[tuple[str, str, str]]:
         return [
             (constraint.kind, constraint.tag, constraint.text)
@@ -382,7 +382,7 @@ def test_the_same_chance_gives_the_same_constraints(answers: tuple[str, ...]) ->
     assert len({str(drawn(seed)) for seed in range(50)}) > 10
 
 
-def test_what_is_drawn_can_stand_in_its_tag() -> None:
+def test_a_drawn_constraint_is_a_valid_phrase_of_its_tag() -> None:
     for kind in KINDS:
         for constraint in ALL[kind]:
             assert constraint.tag in ("Format", "Style", "Content")
@@ -391,7 +391,7 @@ def test_what_is_drawn_can_stand_in_its_tag() -> None:
             )
 
 
-def test_at_most_so_many_and_no_kind_twice() -> None:
+def test_at_most_the_given_number_is_drawn_and_no_kind_twice() -> None:
     for seed in range(500):
         for at_most in (1, 2, 4):
             kinds = [constraint.kind for constraint in draw_constraints((PROSE,), random.Random(seed), at_most)]
@@ -399,7 +399,7 @@ def test_at_most_so_many_and_no_kind_twice() -> None:
             assert len(set(kinds)) == len(kinds)
 
 
-def test_kinds_that_get_into_each_others_way_are_not_drawn_together() -> None:
+def test_incompatible_kinds_are_not_drawn_together() -> None:
     apart = {
         ("beginning", "sentences_at_most"), ("ending", "sentences_at_most"), ("bullet_points", "numbered_points"),
         ("bullet_points", "paragraphs"), ("paragraphs", "title"), ("json", "no_commas"), ("json", "lower_case"),
@@ -428,7 +428,7 @@ def test_answers_with_code_get_nothing_that_would_break_code() -> None:
 @pytest.mark.parametrize("answer", [
     "def double(x):\n    return x * 2", "Then $x^2 = 4$ holds.", "Run `make`.", "\\frac{1}{2}", "SELECT name FROM orders", "int a = 5;",
 ])  # fmt: skip
-def test_code_is_known_without_a_fence(answer: str) -> None:
+def test_code_without_a_fence_is_recognized(answer: str) -> None:
     assert kinds_for(answer).isdisjoint(
         {"lower_case", "capitals", "no_commas", "words_at_most", "json", "no_exclamation_marks"}
     )
@@ -439,7 +439,7 @@ def test_answers_with_commas_in_numbers_keep_their_commas() -> None:
     assert {"no_commas", "lower_case"} <= kinds_for(MONEY.replace("1,250", "1250"))
 
 
-def test_json_is_for_short_plain_answers() -> None:
+def test_only_short_plain_answers_get_json() -> None:
     assert "json" in kinds_for(ONE_LINE)
     assert all("json" not in kinds_for(answer) for answer in (PROSE, LIST, CODE))
 
@@ -458,5 +458,5 @@ def test_every_answer_of_a_conversation_counts() -> None:
 @pytest.mark.parametrize("answers", [
     (), ("",), ("利马是秘鲁的首都。",), (ONE_LINE, "Лима — столица Перу."), ('{"capital": "Lima"}',), ("<b>Lima</b>",), ("[1, 2]",),
 ])  # fmt: skip
-def test_nothing_for_other_scripts_and_data(answers: tuple[str, ...]) -> None:
+def test_other_scripts_and_data_get_no_constraints(answers: tuple[str, ...]) -> None:
     assert all(draw_constraints(answers, random.Random(seed), 4) == [] for seed in range(50))

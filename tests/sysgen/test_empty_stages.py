@@ -1,4 +1,4 @@
-"""Empty answers in each stage of SYSGEN: a restart writes the same rows, and a row lost to one is a loss."""
+"""Empty answers in each stage of SYSGEN: a restart writes the same rows, and a row dropped for one is a loss."""
 
 import functools
 from pathlib import Path
@@ -17,8 +17,8 @@ GENERATE, VERIFY, JUDGE = "The next conversation", "Below is a system message", 
 
 @pytest.fixture(autouse=True)
 def _two_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the pauses of a run, six attempts take eleven seconds."""
-    impatient = functools.partial(Client, attempts=2, backoff=Backoff(first=0.001, longest=0.002))
+    """Shorten the backoff; with that of a run, six attempts take eleven seconds."""
+    impatient = functools.partial(Client, attempts=2, backoff=Backoff(initial=0.001, longest=0.002))
     monkeypatch.setattr("train.datagen.run.Client", impatient)
 
 
@@ -31,7 +31,7 @@ def empty_in(beginning: str, times: int = 2, text: str = "") -> Script:
 
 
 async def differently(asked: Asked) -> Reply:
-    """A model that does all as asked, in other words."""
+    """Reply without errors, in other words than the first run."""
     return said(good_everything(asked).replace("tester", "pilot").replace("Role>>: Good", "Role>>: Bad"))
 
 
@@ -47,7 +47,7 @@ WRITTEN: dict[str, tuple[Script, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("script", "settings"), WRITTEN.values(), ids=WRITTEN)
-def test_a_row_that_was_written_stays_the_same(tmp_path: Path, script: Script, settings: dict[str, Any]) -> None:
+def test_a_written_row_stays_the_same_after_a_restart(tmp_path: Path, script: Script, settings: dict[str, Any]) -> None:
     rows = [question("question [1]?")]
     settings = {"gates": {"language": False}} | settings
     run_with(script, tmp_path, rows, **settings)
@@ -72,7 +72,7 @@ LOST: dict[str, tuple[Script, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("script", "settings", "reason"), LOST.values(), ids=LOST)
-def test_a_row_lost_to_an_empty_answer_is_a_loss_that_is_asked_again(
+def test_a_row_dropped_for_an_empty_answer_is_a_loss_and_is_requested_again(
     run: Any, tmp_path: Path, script: Script, settings: dict[str, Any], reason: str
 ) -> None:
     kept = {"messages": [{"role": "system", "content": "x"}, *question("question [2]?")["messages"]]}
@@ -93,7 +93,7 @@ def test_a_row_lost_to_an_empty_answer_is_a_loss_that_is_asked_again(
     assert len(lines(tmp_path / "out" / "data" / "rows.jsonl")) == 2
 
 
-def test_a_withheld_answer_is_left_out_by_the_rule_for_unfinished_ones(run: Any) -> None:
+def test_a_row_with_a_withheld_answer_follows_the_rule_for_unfinished_answers(run: Any) -> None:
     async def withheld(asked: Asked) -> Reply:
         text = good_everything(asked)
         return said("", "content_filter") if asked.prompt == "question [1]?" else said(text)

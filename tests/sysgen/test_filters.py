@@ -1,4 +1,4 @@
-"""The gates: languages told on texts of our own in 26 languages, leaks and near-duplicates against plain recounts."""
+"""Gates: language detection on our own texts in 26 languages; leaks and near-duplicates against plain recounts."""
 
 import itertools
 import json
@@ -17,8 +17,8 @@ from train.sysgen.filters import detect_language, measure_answer_leak
 SAMPLES = [
     json.loads(line) for line in (Path(__file__).parent / "language_samples.jsonl").read_text("utf-8").splitlines()
 ]
-TOLD = [(sample, detect_language(sample["text"])) for sample in SAMPLES]
-"""kind: a system message, a question, a text with pieces in another language or code, or one without any."""
+DETECTED = [(sample, detect_language(sample["text"])) for sample in SAMPLES]
+"""kind: a system message, a question, a text with pieces in another language or code, or a text without a language."""
 
 LONG_GERMAN = (
     "Die Wärmepumpe entzieht der Außenluft Wärme und gibt sie an das Wasser der Heizung ab. Dafür braucht sie Strom. "
@@ -28,17 +28,19 @@ LONG_GERMAN = (
 # Language
 
 
-def test_no_language_is_told_wrong() -> None:
+def test_no_language_is_detected_wrong() -> None:
     wrong = [
-        (detected, sample) for sample, detected in TOLD if detected and sample["language"] not in detected.split("/")
+        (detected, sample)
+        for sample, detected in DETECTED
+        if detected and sample["language"] not in detected.split("/")
     ]
     assert wrong == []
 
 
 def test_a_correct_message_is_never_stopped() -> None:
-    """Each system message with each question in its language: no two languages are told, for 1,000 pairs."""
+    """Each system message with each question in its language: 1,000 pairs without two different languages."""
     by_language: dict[tuple[str, bool], list[str | None]] = {}
-    for sample, detected in TOLD:
+    for sample, detected in DETECTED:
         by_language.setdefault((sample["language"], sample["kind"] == "system"), []).append(detected)
     pairs = [
         pair
@@ -50,14 +52,16 @@ def test_a_correct_message_is_never_stopped() -> None:
     assert [pair for pair in pairs if all(pair) and pair[0] != pair[1]] == []
 
 
-def test_a_message_of_two_sentences_is_mostly_told() -> None:
-    long = [detected for sample, detected in TOLD if sample["kind"] == "system" and len(sample["text"].encode()) > 60]
+def test_the_language_of_two_sentences_is_mostly_detected() -> None:
+    long = [
+        detected for sample, detected in DETECTED if sample["kind"] == "system" and len(sample["text"].encode()) > 60
+    ]
     assert len(long) > 50
     assert sum(detected is not None for detected in long) / len(long) > 0.9
 
 
-def test_nothing_is_told_of_code_numbers_and_single_words() -> None:
-    assert [sample["text"] for sample, detected in TOLD if sample["kind"] == "none" and detected] == []
+def test_code_numbers_and_single_words_have_no_language() -> None:
+    assert [sample["text"] for sample, detected in DETECTED if sample["kind"] == "none" and detected] == []
 
 
 @pytest.mark.parametrize(("text", "language"), [
@@ -74,7 +78,7 @@ def test_nothing_is_told_of_code_numbers_and_single_words() -> None:
     ("请用简单的语言解释每一步，最后写出结果。", "zh"),
     ("各ステップを簡単な言葉で説明し、最後に結果を書いてください。", "ja"),
 ])  # fmt: skip
-def test_a_language_by_its_code(text: str, language: str) -> None:
+def test_a_language_has_its_iso_code(text: str, language: str) -> None:
     assert detect_language(text) == language
 
 
@@ -88,11 +92,11 @@ def test_a_language_by_its_code(text: str, language: str) -> None:
     "令和六年度東京都予算案概要",  # Japanese in Chinese characters alone
     "日本国憲法第九条",
 ])  # fmt: skip
-def test_two_languages_or_one_of_two_are_none(text: str) -> None:
+def test_texts_in_two_languages_have_none(text: str) -> None:
     assert detect_language(text) is None
 
 
-def test_a_long_text_is_told_too() -> None:
+def test_the_language_of_a_long_text_is_detected() -> None:
     assert detect_language(LONG_GERMAN) == "de"
 
 
@@ -137,7 +141,9 @@ def test_any_text_has_a_language_or_none(text: str) -> None:
     ("You are helpful.", "Hm?", "", 0.0),
     ("You are helpful.", "Hm?", "🙂", 0.0),
 ])  # fmt: skip
-def test_how_much_a_message_gives_away(system: str, questions: str, answer: str, share: float) -> None:
+def test_the_share_of_an_answer_that_a_message_gives_away(
+    system: str, questions: str, answer: str, share: float
+) -> None:
     assert measure_answer_leak(system, questions, answer) == pytest.approx(share)
 
 
@@ -146,7 +152,7 @@ SENTENCES = st.lists(st.sampled_from("abc"), max_size=25).map(" ".join)
 
 @settings(max_examples=500, deadline=None)
 @given(SENTENCES, SENTENCES, st.lists(st.sampled_from("abc"), min_size=8, max_size=20))
-def test_the_share_is_that_of_a_plain_count(system: str, questions: str, answer: list[str]) -> None:
+def test_the_leaked_share_equals_a_plain_count(system: str, questions: str, answer: list[str]) -> None:
     leaked_words = 0
     for place in range(len(answer)):
         around = [answer[start : start + 5] for start in range(place - 4, place + 1) if 0 <= start <= len(answer) - 5]
@@ -156,7 +162,7 @@ def test_the_share_is_that_of_a_plain_count(system: str, questions: str, answer:
 
 @settings(max_examples=200, deadline=None)
 @given(*[st.text(st.characters(), max_size=100)] * 3)
-def test_any_texts_have_a_share(system: str, questions: str, answer: str) -> None:
+def test_the_leaked_share_of_any_texts_is_between_0_and_1(system: str, questions: str, answer: str) -> None:
     assert 0 <= measure_answer_leak(system, questions, answer) <= 1
 
 
@@ -164,7 +170,7 @@ def test_any_texts_have_a_share(system: str, questions: str, answer: str) -> Non
 
 
 def pairs_of_texts(count: int) -> list[tuple[str, str]]:
-    """A text and one with some of its words changed, more or fewer."""
+    """Return pairs of a text and a copy with some of its words changed."""
     rng = random.Random(7)
     vocabulary = [f"word{number}" for number in range(2000)]
     pairs = []
@@ -183,7 +189,7 @@ def jaccard(first: str, second: str) -> float:
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 0.8, 0.95])
 def test_the_verdict_is_that_of_the_exact_similarity(threshold: float) -> None:
-    """But for pairs within four standard errors of 128 hashes, of which one in 16,000 is worse by chance."""
+    """Skip pairs within four standard errors of 128 hashes; of the others, one in 16,000 fails by chance."""
     clear = 0
     for first, second in pairs_of_texts(600):
         exact = jaccard(first, second)
@@ -196,7 +202,7 @@ def test_the_verdict_is_that_of_the_exact_similarity(threshold: float) -> None:
     assert clear > 300
 
 
-def test_texts_of_a_corpus_are_compared_with_all_before() -> None:
+def test_texts_are_compared_with_all_earlier_ones() -> None:
     pairs = pairs_of_texts(400)
     with NearDuplicateFilter(0.7) as seen:
         assert [first for first, _ in pairs if seen.is_near_duplicate(first)] == []
@@ -221,14 +227,14 @@ def test_texts_of_a_corpus_are_compared_with_all_before() -> None:
     ("你是一名导游。请简短回答。", "请用编号列表给出步骤。", False),
     ("\ud800", "\udfff", False),
 ])  # fmt: skip
-def test_short_and_strange_texts(first: str, second: str, are_alike: bool) -> None:
+def test_short_and_unusual_texts_are_compared(first: str, second: str, are_alike: bool) -> None:
     with NearDuplicateFilter(0.8) as seen:
         assert not seen.is_near_duplicate(first)
         assert seen.is_near_duplicate(second) == are_alike
 
 
-def test_only_texts_that_were_kept_are_compared_with() -> None:
-    """A ~ B ~ C with A unlike C: B first leaves out both others, A first leaves out B alone."""
+def test_texts_are_compared_only_with_kept_ones() -> None:
+    """A ~ B ~ C with A unlike C: after B both others are duplicates, after A only B is."""
     words = [f"word{number}" for number in range(100)]
     a, b, c = (" ".join(words[start : start + 80]) for start in (0, 10, 20))
     assert jaccard(a, b) > 0.75 > 0.65 > jaccard(a, c)
@@ -239,7 +245,7 @@ def test_only_texts_that_were_kept_are_compared_with() -> None:
 
 
 @pytest.mark.parametrize("threshold", [0, -0.1, 1.1])
-def test_a_threshold_is_a_share(threshold: float) -> None:
+def test_a_threshold_outside_0_to_1_is_an_error(threshold: float) -> None:
     with pytest.raises(ValueError, match="above 0 and at most 1"):
         NearDuplicateFilter(threshold)
 
@@ -269,7 +275,7 @@ print(sorted({"torch", "transformers", "sklearn", "scipy", "datasets", "trl"} & 
 
 
 def elsewhere(hash_seed: str, further: int) -> list[str]:
-    """In a process of its own: verdicts, growth of the memory in MiB, and which big libraries were imported."""
+    """Run in a process of its own; return verdicts, growth of the memory in MiB, and large imported libraries."""
     root = Path(__file__).parents[2]
     return subprocess.run(
         [sys.executable, "-c", ELSEWHERE, str(further)],
@@ -283,7 +289,7 @@ def elsewhere(hash_seed: str, further: int) -> list[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_same_in_every_process_in_flat_memory_and_without_the_trainer() -> None:
+def test_verdicts_are_the_same_in_every_process_with_flat_memory_and_without_large_imports() -> None:
     first, second = elsewhere("1", 20_000), elsewhere("2", 0)
     assert first[0] == second[0]
     assert set(first[0]) == {"0", "1"}

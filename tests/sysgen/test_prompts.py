@@ -1,4 +1,4 @@
-"""The prompts of SYSGEN: the paper's requirements, a prefix that servers can reuse, examples that keep the rules."""
+"""Prompts of SYSGEN: the paper's requirements, a prefix that servers can cache, examples that follow the rules."""
 
 import hashlib
 import itertools
@@ -61,11 +61,11 @@ def test_the_eight_tags_are_defined_in_canonical_order(prompt: str) -> None:
         (prompts.judge("S", "Q", "A"), "Reply with one word, Yes or No."),
     ],
 )
-def test_what_the_paper_asks_for_is_asked(prompt: list[dict[str, str]], sentence: str) -> None:
+def test_the_prompts_state_the_papers_requirements(prompt: list[dict[str, str]], sentence: str) -> None:
     assert sentence in text_of(prompt)
 
 
-def test_an_existing_message_and_rare_tags_are_asked_for_after_the_conversation() -> None:
+def test_an_existing_message_and_reminders_come_after_the_conversation() -> None:
     plain, more = prompts.generate(SHORT), prompts.generate(SHORT, existing="Be brief.", remind_of=["Tool", "Style"])
     assert more[:-1] == plain[:-1]
     added = more[-1]["content"].removeprefix(plain[-1]["content"])
@@ -74,7 +74,7 @@ def test_an_existing_message_and_rare_tags_are_asked_for_after_the_conversation(
     assert places == sorted(places)
 
 
-def test_all_rows_share_everything_before_their_own_text() -> None:
+def test_all_rows_share_the_prefix_before_their_own_text() -> None:
     short, long = prompts.generate(SHORT), prompts.generate(LONG)
     assert short[:-1] == long[:-1]
     assert [turn["role"] for turn in short] == ["user", "assistant"] * 3 + ["user"]
@@ -83,7 +83,7 @@ def test_all_rows_share_everything_before_their_own_text() -> None:
     assert judged[:shared].rstrip().endswith("### The system message")
 
 
-def test_the_examples_keep_the_rules() -> None:
+def test_the_examples_follow_the_rules_of_the_prompt() -> None:
     turns = prompts.generate(SHORT)
     tags: set[str] = set()
     languages = set()
@@ -109,7 +109,7 @@ def turns_of(conversation: str, role: str) -> list[str]:
     return [text for name, _, text in turns if name == role]
 
 
-def test_the_form_of_the_verdicts_is_one_that_is_read() -> None:
+def test_the_prompts_form_of_verdicts_is_parsed() -> None:
     prompt = prompts.verify(TAGGED)[0]["content"]
     form = "\n".join(line for line in prompt.partition("###")[0].splitlines() if line.startswith("<<"))
     assert parse_reply_verdicts(form).of == {}  # a reply that repeats it judges nothing
@@ -119,8 +119,10 @@ def test_the_form_of_the_verdicts_is_one_that_is_read() -> None:
 
 
 @pytest.mark.parametrize(("leak", "there"), [(0.5, True), (None, False)])
-def test_without_the_gate_the_prompt_asks_what_the_paper_does(tmp_path: Path, leak: float | None, there: bool) -> None:
-    """Neither a message that suits other questions nor one that keeps the answer to itself."""
+def test_without_the_gate_the_prompt_asks_only_what_the_paper_asks(
+    tmp_path: Path, leak: float | None, there: bool
+) -> None:
+    """Neither that the message suits other questions nor that it keeps the answer secret."""
     _, asked = run_with(saying(), tmp_path, [question()], gates={"leak": leak})
     first = asked[0].body["messages"][0]["content"]
     for sentence in ("must not give the answer away", "work just as well for other questions of the same kind"):
@@ -130,7 +132,7 @@ def test_without_the_gate_the_prompt_asks_what_the_paper_does(tmp_path: Path, le
 
 
 @pytest.mark.parametrize("after", [["and then?"], ["and then?", "please"]])
-def test_turns_after_the_last_answer_are_left_out_and_counted(tmp_path: Path, after: list[str]) -> None:
+def test_turns_after_the_last_answer_are_removed_and_counted(tmp_path: Path, after: list[str]) -> None:
     longer = {"messages": question()["messages"] + [{"role": "user", "content": text} for text in after]}
     done, asked = run_with(saying(), tmp_path, [longer])
     assert done.stats.events["turns after the last answer left out"] == 1
@@ -149,7 +151,7 @@ def test_the_report_names_the_version_of_the_prompts(tmp_path: Path) -> None:
 
 
 def test_another_wording_has_another_version() -> None:
-    """When this fails, raise PROMPT_VERSION and write the new digest here: results of two wordings stay apart."""
+    """If this fails, raise PROMPT_VERSION and write the new digest here, to keep results of two wordings apart."""
     everything: list[Any] = [
         [
             prompts.generate(LONG, existing="X", remind_of=EIGHT, forbid_leak=forbid_leak)

@@ -1,4 +1,4 @@
-"""Request settings of SYSGEN: what is null isn't sent, the token limit by another name, no system role."""
+"""Request settings of SYSGEN: null fields are not sent, the token limit under another name, no system role."""
 
 import sys
 from pathlib import Path
@@ -25,7 +25,7 @@ async def has_no_system_role(asked: Asked) -> Reply:
     return said(good_everything(asked))
 
 
-def test_nothing_but_model_and_messages_need_be_sent(tmp_path: Path) -> None:
+def test_requests_can_consist_of_model_and_messages_alone(tmp_path: Path) -> None:
     nulls = {"temperature": None, "top_p": None, "seed": None, "extra": {"max_tokens": None, "top_k": None}}
     done, asked = run_with(good, tmp_path, [question()], gates={"judge": True}, **dict.fromkeys(STAGES, nulls))
     assert done.stats.written == 1
@@ -41,7 +41,7 @@ def test_each_stage_takes_any_field_in_extra(tmp_path: Path) -> None:
     ] == [fields] * 4
 
 
-def test_a_server_that_only_streams_is_asked_so(tmp_path: Path) -> None:
+def test_a_server_that_only_streams_gets_streaming_requests(tmp_path: Path) -> None:
     source = tmp_path / "source.jsonl"
     source.write_text('{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n')
     with served(good) as server:
@@ -51,7 +51,7 @@ def test_a_server_that_only_streams_is_asked_so(tmp_path: Path) -> None:
     assert done.stats.written == 1
 
 
-def test_a_row_without_a_system_role_is_the_same_and_its_requests_are_merged(tmp_path: Path) -> None:
+def test_without_a_system_role_requests_are_merged_and_rows_are_the_same(tmp_path: Path) -> None:
     _, asked = run_with(good, tmp_path, [question()])
     with_role = only_row(tmp_path)
     changes = {"system_role": "merge_into_user", "output_dir": str(tmp_path / "merged" / "out")}
@@ -64,7 +64,9 @@ def test_a_row_without_a_system_role_is_the_same_and_its_requests_are_merged(tmp
     assert done.counts.failed == 0
 
 
-def test_the_setting_of_a_refused_request_is_the_last_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_ends_with_the_setting_of_a_refused_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
     from sysgen import main
 
@@ -79,7 +81,7 @@ def test_the_setting_of_a_refused_request_is_the_last_word(tmp_path: Path, capsy
             shown = capsys.readouterr().err
             assert shown.startswith("error: no row was written")
             assert "400 Said: System role not supported" in shown
-            assert "If the model has no system role, say `system_role: merge_into_user`." in shown
+            assert "If the model has no system role, set `system_role: merge_into_user`." in shown
             sys.argv.append("system_role=merge_into_user")
             assert main() == 0
         finally:
@@ -103,7 +105,7 @@ def test_the_setting_of_a_refused_request_is_the_last_word(tmp_path: Path, capsy
         ({"system_role": "turn"}, "system_role: found 'turn'. Allowed: native, merge_into_user."),
     ],
 )
-def test_what_contradicts_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_contradictory_settings_are_an_error(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     (tmp_path / "source.jsonl").touch()
     path = configuration(tmp_path, "http://127.0.0.1:9/v1", tmp_path / "source.jsonl", **changes)
     with pytest.raises(UserError) as failure:

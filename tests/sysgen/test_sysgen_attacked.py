@@ -1,4 +1,4 @@
-"""What models and users do that no paper speaks of: reasoning in the text, rows that are their own source, full disks."""
+"""Unusual models and settings: reasoning in the text, a run that reads its own output, a full disk."""
 
 import json
 import subprocess
@@ -90,7 +90,7 @@ def test_reasoning_is_no_part_of_message_verdict_and_answer(tmp_path: Path, open
         ("", "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nMore!", "ran on after its end, and was cut there"),
     ],
 )
-def test_what_servers_leave_in_a_reply_is_no_part_of_any_row(
+def test_control_tokens_and_reasoning_of_servers_are_in_no_row(
     tmp_path: Path, before: str, after: str, event: str
 ) -> None:
     replies = {"generate": GENERATED, "verify": "<<Role>>: Good", "answer": "A new one."}
@@ -102,7 +102,7 @@ def test_what_servers_leave_in_a_reply_is_no_part_of_any_row(
         assert done.stats.events[f"{stage}: {event or 'reasoning taken out'}"] == 1
 
 
-def test_an_answer_that_can_not_be_told_from_its_reasoning_is_not_written(tmp_path: Path) -> None:
+def test_an_answer_without_an_end_to_its_reasoning_is_not_written(tmp_path: Path) -> None:
     done = run_with(answers(answer=said("Tea.<|START_THINKING|>Or coffee.<|END_THINKING|>Coffee.")), tmp_path)
     assert done.stats.events["answer: reasoning without an end, and nothing said"] == 1
     (row,) = lines(tmp_path / "out" / "left_out.jsonl")
@@ -111,7 +111,7 @@ def test_an_answer_that_can_not_be_told_from_its_reasoning_is_not_written(tmp_pa
 
 
 @pytest.mark.parametrize("stage", ["generate", "verify"])
-def test_a_message_or_verdict_that_is_reasoning_alone_is_asked_for_again(tmp_path: Path, stage: str) -> None:
+def test_a_message_or_verdict_of_nothing_but_reasoning_is_requested_again(tmp_path: Path, stage: str) -> None:
     done = run_with(answers(**{stage: said("<think>Perhaps <<Role>>: Good")}), tmp_path, retries=1)
     (row,) = lines(tmp_path / "out" / "left_out.jsonl")
     what = {"generate": "system message", "verify": "verification"}[stage]
@@ -120,7 +120,7 @@ def test_a_message_or_verdict_that_is_reasoning_alone_is_asked_for_again(tmp_pat
 
 
 @pytest.mark.parametrize("choice", ["drop", "keep"])
-def test_an_answer_that_is_reasoning_alone_is_not_written(tmp_path: Path, choice: str) -> None:
+def test_an_answer_of_nothing_but_reasoning_is_not_written(tmp_path: Path, choice: str) -> None:
     script = answers(answer=said("<think>Perhaps, or perhaps", "length"))
     done = run_with(script, tmp_path, on_unfinished_answer=choice)
     (row,) = lines(tmp_path / "out" / "left_out.jsonl")
@@ -128,13 +128,13 @@ def test_an_answer_that_is_reasoning_alone_is_not_written(tmp_path: Path, choice
     assert done.stats.events["answer: reasoning without an end, and nothing said"] == 1
 
 
-def test_a_call_of_a_tool_as_text_is_not_written(tmp_path: Path) -> None:
+def test_a_tool_call_as_text_is_not_written(tmp_path: Path) -> None:
     run_with(answers(answer=said('I look it up.\n<tool_call>\n{"name": "search"}\n</tool_call>')), tmp_path)
     (row,) = lines(tmp_path / "out" / "left_out.jsonl")
     assert row["reason"] == "new answer calls a tool"
 
 
-def test_tags_of_reasoning_in_the_middle_of_an_answer_are_told_of(
+def test_reasoning_tags_in_the_middle_of_an_answer_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = run_with(answers(answer=said("First <think>hm</think> then")), tmp_path)
@@ -150,7 +150,7 @@ def test_tags_of_reasoning_in_the_middle_of_an_answer_are_told_of(
     )
 
 
-def test_answers_of_the_data_get_no_constraints_that_nobody_checked(tmp_path: Path) -> None:
+def test_original_answers_get_no_unchecked_constraints(tmp_path: Path) -> None:
     script = answers(answer=said("CUT.", "length"))
     constraints = {"share": 1.0, "at_most": 1, "attempts": 1}
     done = run_with(script, tmp_path, 40, constraints=constraints, on_unfinished_answer="original")
@@ -162,7 +162,7 @@ def test_answers_of_the_data_get_no_constraints_that_nobody_checked(tmp_path: Pa
     assert done.stats.constraints == {}
 
 
-def test_a_message_that_has_a_format_gets_no_other(tmp_path: Path) -> None:
+def test_a_message_with_a_format_gets_no_second_one(tmp_path: Path) -> None:
     systems = []
 
     async def script(asked: Asked) -> Reply:
@@ -177,7 +177,7 @@ def test_a_message_that_has_a_format_gets_no_other(tmp_path: Path) -> None:
     assert not [text for text in asked_for if any(word in text for word in words)]
 
 
-def test_a_run_does_not_write_over_its_own_source(tmp_path: Path) -> None:
+def test_a_run_that_would_overwrite_its_source_is_an_error(tmp_path: Path) -> None:
     run_with(answers(), tmp_path)
     before = (tmp_path / "out" / "data" / "rows.jsonl").read_bytes()
     for source in ("out/data", "out/data/rows.jsonl", "out/../out/data/*.jsonl"):
@@ -187,20 +187,20 @@ def test_a_run_does_not_write_over_its_own_source(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "data" / "rows.jsonl").read_bytes() == before
 
 
-def test_the_report_on_a_common_message_tells_of_no_phase_that_was_not(tmp_path: Path) -> None:
+def test_the_report_on_a_common_message_has_no_skipped_phases(tmp_path: Path) -> None:
     done = run_with(answers(), tmp_path, 3, message="common")
     facts = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
     assert facts["rows_through_phase"] == {"read": 3, "answered": 3}
     assert "a system message was written" not in done.report.read_text("utf-8")
 
 
-def test_a_row_kept_without_a_system_message_is_shown_whole(tmp_path: Path) -> None:
+def test_a_sample_without_a_system_message_is_shown_completely(tmp_path: Path) -> None:
     done = run_with(answers(generate=said("no tags")), tmp_path, on_empty="keep_without_system")
     assert f"**user**\n\n```text\n{QUESTION['content']}" in done.report.read_text("utf-8")
 
 
 @pytest.mark.parametrize("stage", ["generate", "verify", "answer", "judge"])
-def test_one_setting_of_a_stage_leaves_the_others_as_they_are(tmp_path: Path, stage: str) -> None:
+def test_setting_one_key_of_a_stage_keeps_the_defaults_of_the_others(tmp_path: Path, stage: str) -> None:
     config = configuration(tmp_path, "http://127.0.0.1:9/v1", tmp_path / "source.jsonl")
     plain, changed = getattr(load_config(config), stage), getattr(load_config(config, [f"{stage}.top_p=0.5"]), stage)
     assert changed.model_dump() == plain.model_dump() | {"top_p": 0.5}
@@ -215,14 +215,14 @@ def test_one_setting_of_a_stage_leaves_the_others_as_they_are(tmp_path: Path, st
         ("{bias: .inf}", "generate.extra: holds a number that JSON can't"),
     ],
 )
-def test_what_extra_may_not_hold(tmp_path: Path, extra: str, message: str) -> None:
+def test_invalid_fields_in_extra_are_an_error(tmp_path: Path, extra: str, message: str) -> None:
     config = configuration(tmp_path, "http://127.0.0.1:9/v1", tmp_path / "source.jsonl")
     with pytest.raises(UserError) as failure:
         load_config(config, [f"generate.extra={extra}"])
     assert message in str(failure.value)
 
 
-def test_a_disk_that_is_full_is_one_error(tmp_path: Path) -> None:
+def test_a_full_disk_is_a_user_error(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "scripts" / "sysgen.py"
     source = tmp_path / "source.jsonl"
     rows = ({"messages": [QUESTION | {"content": f"question [{number}]?"}, OLD]} for number in range(40))

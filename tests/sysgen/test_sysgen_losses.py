@@ -29,7 +29,7 @@ async def refuses_some(asked: Asked) -> Reply:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Run scripts/sysgen.py in this process; its exit code and what it printed on either stream."""
+    """Run scripts/sysgen.py in this process; return its exit code, standard output and standard error."""
     spec = importlib.util.spec_from_file_location("sysgen_script", SCRIPTS / "sysgen.py")
     assert spec
     assert spec.loader
@@ -74,7 +74,7 @@ def test_losses_that_no_setting_accepts_are_an_error_that_names_each_reason_and_
         assert ("asks again for those without an answer" in errors) == ("no_answer" not in accepted)
 
 
-def test_what_a_rule_of_the_configuration_leaves_out_is_no_loss(run: Callable[..., Any]) -> None:
+def test_a_row_dropped_by_a_rule_of_the_configuration_is_no_loss(run: Callable[..., Any]) -> None:
     async def script(asked: Asked) -> Reply:
         return said("no tags" if "[2]" in asked.prompt else good_everything(asked))
 
@@ -83,7 +83,7 @@ def test_what_a_rule_of_the_configuration_leaves_out_is_no_loss(run: Callable[..
     assert "dropped: 1 (50.0%): no valid phrase" in shown
 
 
-def test_the_same_command_asks_again_only_for_what_was_lost(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_same_command_requests_only_the_lost_rows_again(run: Callable[..., Any], tmp_path: Path) -> None:
     prompts: list[str] = []
 
     async def healthy(asked: Asked) -> Reply:
@@ -100,7 +100,7 @@ def test_the_same_command_asks_again_only_for_what_was_lost(run: Callable[..., A
     assert all("[2]" in prompt for prompt in prompts)
 
 
-def test_a_key_that_expires_in_the_middle_leaves_no_row_out_for_good(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_no_row_is_dropped_when_credit_runs_out(run: Callable[..., Any], tmp_path: Path) -> None:
     async def expires(asked: Asked) -> Reply:
         if asked.number >= 30:
             return error(402, "Insufficient Balance")
@@ -119,7 +119,7 @@ def test_a_key_that_expires_in_the_middle_leaves_no_row_out_for_good(run: Callab
     assert "40 of 40 rows written" in shown
 
 
-def test_rows_that_are_all_too_long_end_with_what_to_do(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_error_for_rows_that_are_all_too_long_gives_advice(run: Callable[..., Any], tmp_path: Path) -> None:
     async def short(asked: Asked) -> Reply:
         return error(400, "This model's maximum context length is 16 tokens.")
 

@@ -1,4 +1,4 @@
-"""Whole runs of SYSGEN against a scripted model: rows, what is left out, the report, kills, and the command itself."""
+"""Complete runs of SYSGEN against a scripted model: rows, dropped rows, report, kills, and the command."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "sysgen.py"
 
 
 @pytest.mark.parametrize(("script", "count"), [(answer, 300), (faulty, 90)])
-def test_rows_and_report_are_what_a_plain_loop_makes_of_them(tmp_path: Path, script: Script, count: int) -> None:
+def test_rows_and_report_equal_those_of_a_plain_loop(tmp_path: Path, script: Script, count: int) -> None:
     source = tmp_path / "source.jsonl"
     write_rows(source, count)
     with served(script) as server:
@@ -72,7 +72,7 @@ def test_rows_and_report_are_what_a_plain_loop_makes_of_them(tmp_path: Path, scr
     assert (tmp_path / "out" / "tags.png").read_bytes()[:4] == (tmp_path / "out" / "lengths.png").read_bytes()[:4]
 
 
-def test_twenty_kills_over_500_rows_give_the_same_bytes_and_repeat_nothing_that_was_written_down(
+def test_twenty_kills_over_500_rows_give_the_same_bytes_and_repeat_no_journaled_request(
     tmp_path: Path,
 ) -> None:
     count, rng = 500, random.Random(11)
@@ -123,7 +123,7 @@ def test_twenty_kills_over_500_rows_give_the_same_bytes_and_repeat_nothing_that_
     print(f"answered twice over 20 kills: {repeated} of {requests}")
 
 
-def test_the_trainer_reads_what_is_written_in_either_format(tmp_path: Path) -> None:
+def test_the_trainer_reads_the_rows_of_both_formats(tmp_path: Path) -> None:
     rows = [row_of(number) for number in range(60)]
     read = []
     for format in ("jsonl", "parquet"):
@@ -138,7 +138,7 @@ def test_the_trainer_reads_what_is_written_in_either_format(tmp_path: Path) -> N
     ]
 
 
-def test_another_setting_rewrites_the_rows_and_asks_only_what_depends_on_it(tmp_path: Path) -> None:
+def test_a_changed_setting_rewrites_the_rows_and_repeats_only_dependent_requests(tmp_path: Path) -> None:
     rows = [row_of(number) for number in range(40)]
     source = tmp_path / "source.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -164,7 +164,7 @@ def test_another_setting_rewrites_the_rows_and_asks_only_what_depends_on_it(tmp_
         )  # fmt: skip
 
 
-def test_ctrl_c_keeps_what_was_answered(tmp_path: Path) -> None:
+def test_ctrl_c_keeps_the_answers(tmp_path: Path) -> None:
     async def script(asked: Asked) -> Reply:
         if asked.number >= 30:
             await asyncio.Event().wait()
@@ -187,7 +187,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=120)
 
 
-def test_the_check_reads_all_rows_and_asks_each_server_for_a_sign_of_life(tmp_path: Path) -> None:
+def test_the_check_reads_all_rows_and_asks_each_server_for_one_token(tmp_path: Path) -> None:
     source = tmp_path / "source.jsonl"
     write_rows(source, 20)
     with source.open("a") as file:
@@ -218,7 +218,7 @@ def test_the_check_reads_all_rows_and_asks_each_server_for_a_sign_of_life(tmp_pa
         ("servers.0.base_url=localhost", "base_url 'localhost' is not a URL: write it like http://localhost:8000/v1."),
     ],
 )
-def test_what_the_user_can_mend_is_one_error(tmp_path: Path, change: str, message: str) -> None:
+def test_invalid_configurations_are_one_error(tmp_path: Path, change: str, message: str) -> None:
     source = tmp_path / "source.jsonl"
     write_rows(source, 1)
     path = configuration(tmp_path, "http://127.0.0.1:9/v1", source)
@@ -239,8 +239,8 @@ UNREADABLE = [{"messages": []}, {"text": "x"}, {"messages": [{"role": "user", "c
 
 
 @pytest.mark.parametrize("rows", [UNREADABLE, [question(), question("another [2] question?")]])
-def test_a_run_that_writes_no_row_says_where_they_went(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
-    """Rows that can't be read, and rows whose message a gate stops every time; however often it is started."""
+def test_a_run_without_a_written_row_is_an_error_with_the_reasons(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    """With unreadable rows, and with rows without a valid message; at every start."""
     source = tmp_path / "source.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     folder = tmp_path / "out"
@@ -267,8 +267,8 @@ def test_a_run_that_writes_no_row_says_where_they_went(tmp_path: Path, rows: lis
     assert ("error: no row can be read: all 3" in checked.stderr) == (rows is UNREADABLE)
 
 
-def test_the_servers_own_words_are_told_where_it_refused_rows(tmp_path: Path) -> None:
-    """Some rows: among the last lines and in the report. All of them: in the error that ends it too."""
+def test_the_servers_errors_are_shown_if_it_refused_rows(tmp_path: Path) -> None:
+    """For some rows: in the last lines and in the report. For all rows: in the final error too."""
 
     good = saying()
 

@@ -1,4 +1,4 @@
-"""What each key of a SYSGEN configuration does to a row."""
+"""Effects of each key of a SYSGEN configuration."""
 
 import json
 import sys
@@ -21,7 +21,9 @@ from train.recipe import Source
         ("refine", "You are a tester.", ["generate", "verify", "answer"]),
     ],
 )
-def test_existing_system_messages(tmp_path: Path, existing_system: str, system: str, asked_of: list[str]) -> None:
+def test_existing_system_messages_are_replaced_kept_or_refined(
+    tmp_path: Path, existing_system: str, system: str, asked_of: list[str]
+) -> None:
     row = question(system="Be brief.")
     _, asked = run_with(saying(), tmp_path, [row], existing_system=existing_system)
     written = only_row(tmp_path)["messages"]
@@ -40,9 +42,7 @@ def test_existing_system_messages(tmp_path: Path, existing_system: str, system: 
         ({"answers": "original"}, 2, "You are a tester.", "old answer"),
     ],
 )
-def test_the_ablations_of_the_paper(
-    tmp_path: Path, changes: dict[str, str], requests: int, system: str, reply: str
-) -> None:
+def test_the_papers_ablations(tmp_path: Path, changes: dict[str, str], requests: int, system: str, reply: str) -> None:
     _, asked = run_with(saying(), tmp_path, [question()], **changes)
     assert len(asked) == requests
     assert [turn["content"] for turn in only_row(tmp_path)["messages"]] == [system, question()["messages"][0]["content"], reply]  # fmt: skip
@@ -51,7 +51,7 @@ def test_the_ablations_of_the_paper(
 @pytest.mark.parametrize(
     ("on_empty", "requests"), [("retry", 3), ("drop", 1), ("keep_without_system", 1)]
 )  # fmt: skip
-def test_a_row_without_a_valid_phrase(tmp_path: Path, on_empty: str, requests: int) -> None:
+def test_a_row_without_a_valid_phrase_follows_on_empty(tmp_path: Path, on_empty: str, requests: int) -> None:
     done, asked = run_with(saying(generate="no tags"), tmp_path, [question()], on_empty=on_empty)
     assert len(asked) == requests
     if on_empty == "keep_without_system":
@@ -62,7 +62,7 @@ def test_a_row_without_a_valid_phrase(tmp_path: Path, on_empty: str, requests: i
 
 
 @pytest.mark.parametrize(("choice", "kept"), [("keep", True), ("drop", False)])
-def test_a_tag_without_a_verdict(tmp_path: Path, choice: str, kept: bool) -> None:
+def test_a_tag_without_a_verdict_follows_on_missing_verdict(tmp_path: Path, choice: str, kept: bool) -> None:
     run_with(saying(verify="Looks fine to me."), tmp_path, [question()], on_missing_verdict=choice)
     if kept:
         assert only_row(tmp_path)["messages"][0]["content"] == "You are a tester."
@@ -113,7 +113,7 @@ def test_half_of_the_verdicts_unread_is_no_warning(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("choice", ["drop", "keep", "original"])
-def test_an_answer_that_was_cut(tmp_path: Path, choice: str) -> None:
+def test_a_cut_answer_follows_on_unfinished_answer(tmp_path: Path, choice: str) -> None:
     async def script(asked: Asked) -> Reply:
         text = good_everything(asked)
         return said(text, "length" if text == "a fine new answer" else "stop")
@@ -128,7 +128,7 @@ def test_an_answer_that_was_cut(tmp_path: Path, choice: str) -> None:
         assert row["sysgen"]["answers"] == {"keep": "anew", "original": "original"}[choice]
 
 
-def test_each_turn_is_answered_in_sequence_and_sees_the_new_ones(tmp_path: Path) -> None:
+def test_turns_are_answered_in_sequence_and_see_the_new_answers(tmp_path: Path) -> None:
     turns = [{"role": role, "content": f"{role} {number}"} for number in range(3) for role in ("user", "assistant")] + [
         {"role": "user", "content": "and then?"}
     ]
@@ -170,7 +170,7 @@ def test_a_message_is_verified_against_every_turn(tmp_path: Path, second: str, s
         assert only_reason(tmp_path) == "no phrase was verified"
 
 
-def test_answers_that_need_tools_stay_as_they_are(tmp_path: Path) -> None:
+def test_answers_that_need_tools_are_kept(tmp_path: Path) -> None:
     call = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "sky"}}}
     row = {
         "messages": [
@@ -196,7 +196,7 @@ def test_answers_that_need_tools_stay_as_they_are(tmp_path: Path) -> None:
         assert written.tools == row["tools"]
 
 
-def test_rows_that_cannot_be_read_or_are_refused_by_the_server_are_left_out_with_their_place(tmp_path: Path) -> None:
+def test_unreadable_and_refused_rows_are_dropped_with_their_place(tmp_path: Path) -> None:
     async def script(asked: Asked) -> Reply:
         if "too long" in asked.prompt:
             return Reply(400, {"error": {"message": "longer than the context"}})
@@ -215,7 +215,7 @@ def test_rows_that_cannot_be_read_or_are_refused_by_the_server_are_left_out_with
     ]
 
 
-def test_the_judge(tmp_path: Path) -> None:
+def test_the_judge_drops_rows_whose_answer_ignores_the_message(tmp_path: Path) -> None:
     run_with(saying(judge="No."), tmp_path, [question()], gates={"judge": True})
     assert only_reason(tmp_path) == "gate: the answer ignores the system message"
     (tmp_path / "yes").mkdir()
@@ -223,7 +223,7 @@ def test_the_judge(tmp_path: Path) -> None:
     assert only_row(tmp_path / "yes")["messages"][2]["content"] == "a fine new answer"
 
 
-def test_a_message_in_another_language_is_written_again(tmp_path: Path) -> None:
+def test_a_message_in_another_language_is_generated_again(tmp_path: Path) -> None:
     german = "<<Task>>Beantworte die Fragen der Reisenden zu den Verbindungen und fasse dich dabei immer kurz.<</Task>>"
     english = "<<Task>>Answer the questions of the travellers about their connections, and always be brief.<</Task>>"
 
@@ -241,14 +241,14 @@ def test_a_message_in_another_language_is_written_again(tmp_path: Path) -> None:
     assert only_reason(tmp_path / "none") == "gate: in another language than the conversation"
 
 
-def test_a_message_that_gives_the_answer_away_is_left_out(tmp_path: Path) -> None:
+def test_a_row_whose_message_gives_the_answer_away_is_dropped(tmp_path: Path) -> None:
     reply = "The battle was fought on a cold morning in October, near the mouth of the river."
     row = question("When was it?", reply)
     run_with(saying(generate=f"<<Content>>Say that {reply}<</Content>>"), tmp_path, [row])
     assert only_reason(tmp_path) == "gate: gives the answer away"
 
 
-def test_of_messages_that_are_nearly_the_same_the_first_is_kept(tmp_path: Path) -> None:
+def test_the_first_of_near_duplicate_messages_is_kept(tmp_path: Path) -> None:
     rows = [question(f"question [{number}] about the sea?") for number in range(6)]
     messages = [
         "You are a patient teacher who explains how the tides come about to children of ten years.",
@@ -268,8 +268,8 @@ def test_of_messages_that_are_nearly_the_same_the_first_is_kept(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("obeys", [True, False])
-def test_constraints_stand_in_the_message_and_hold_for_the_answer(tmp_path: Path, obeys: bool) -> None:
-    """A model that can do one thing alone: it writes whatever the drawn constraint asks for, or never does."""
+def test_constraints_are_in_the_message_and_met_by_the_answer(tmp_path: Path, obeys: bool) -> None:
+    """With a model that always meets the drawn constraint, and with one that never does."""
     rows = [question(f"question [{number}]?", "Tea is made of leaves and water. " * 3) for number in range(30)]
     systems: list[str] = []
 

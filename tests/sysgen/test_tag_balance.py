@@ -1,4 +1,4 @@
-"""Who is reminded of a rare tag."""
+"""Balance of tags: which rows are reminded of a rare tag."""
 
 import random
 from pathlib import Path
@@ -26,9 +26,9 @@ def config(target: float, folder: Path) -> SysgenConfig:
 def shares(
     settings: SysgenConfig, unasked: float, reminded: float, rows: int, at_work: int = LAG - 1
 ) -> tuple[float, float]:
-    """Share of the tag among the later half of the rows, and of reminders there, with a model of such habits.
+    """Return the shares of the tag and of reminders in the later half of the rows, for a model with these shares.
 
-    Rows are settled in order, and as late as they may be: `at_work` rows behind the one that begins.
+    Results are added in order and as late as possible: `at_work` rows behind the row that begins.
     """
     balance, rng = TagBalance(settings), random.Random(3)
     waiting: list[RowResult] = []
@@ -41,7 +41,7 @@ def shares(
         result.message = TaggedMessage((Phrase("Role", "r"), *([Phrase("Tool", "t")] if has[-1] else [])))
         waiting.append(result)
         if len(waiting) > at_work:
-            balance.settle(waiting.pop(0))
+            balance.add(waiting.pop(0))
     half = rows // 2
     return sum(has[half:]) / half, sum(asked[half:]) / half
 
@@ -55,7 +55,7 @@ def shares(
         (0.8, 0.1, 0.2, 0.2, 1.0),  # and no more can be had without invention
     ],
 )
-def test_the_share_that_was_asked_for_comes_about(
+def test_the_target_share_is_reached(
     tmp_path: Path, target: float, unasked: float, reminded: float, share: float, asked: float
 ) -> None:
     reached, draw_reminders = shares(config(target, tmp_path), unasked, reminded, 40_000)
@@ -63,12 +63,12 @@ def test_the_share_that_was_asked_for_comes_about(
     assert draw_reminders == pytest.approx(asked, abs=0.02)
 
 
-def test_how_many_rows_are_at_work_changes_nothing(tmp_path: Path) -> None:
+def test_the_number_of_rows_in_progress_changes_nothing(tmp_path: Path) -> None:
     results = {shares(config(0.4, tmp_path), 0.1, 0.7, 12_000, at_work) for at_work in (1, 100, LAG - 1)}
     assert len(results) == 1
 
 
-def test_without_a_target_no_one_is_reminded(tmp_path: Path) -> None:
+def test_without_a_target_there_are_no_reminders(tmp_path: Path) -> None:
     settings = config(0.4, tmp_path)
     balance = TagBalance(settings.model_copy(update={"tags": type(settings.tags)()}))
     assert not any(balance.draw_reminders(index) for index in range(1_000))

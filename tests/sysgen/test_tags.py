@@ -1,4 +1,4 @@
-"""Reading annotated system messages and verdicts as models write them."""
+"""Parsing of tagged system messages and verdicts as models write them."""
 
 import re
 
@@ -104,7 +104,7 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize(("text", "expected"), WRITTEN.values(), ids=WRITTEN)
-def test_what_is_kept(text: str, expected: list[tuple[str, str]]) -> None:
+def test_phrases_that_are_kept(text: str, expected: list[tuple[str, str]]) -> None:
     assert phrases(text) == expected
 
 
@@ -121,19 +121,19 @@ SOMETHING = [
 
 
 @pytest.mark.parametrize("text", NOTHING)
-def test_a_phrase_that_says_nothing_is_dropped(text: str) -> None:
+def test_a_phrase_without_content_is_dropped(text: str) -> None:
     read = parse(f"<<Role>>r<</Role>><<Tool>>{text}<</Tool>>")
     assert read.tags == ("Role",)
     assert [(dropped.tag, dropped.text, dropped.reason) for dropped in read.dropped] == [("Tool", text, "says nothing")]
 
 
 @pytest.mark.parametrize("text", SOMETHING)
-def test_a_phrase_that_forbids_something_is_one(text: str) -> None:
+def test_a_phrase_that_forbids_something_is_kept(text: str) -> None:
     assert phrases(f"<<Tool>>{text}<</Tool>>") == [("Tool", text)]
 
 
 @pytest.mark.parametrize("token", ["<|im_end|>", "</s>", "<|eot_id|>\n", " <end_of_turn>"])
-def test_control_tokens_at_the_end_of_a_phrase_are_taken_off(token: str) -> None:
+def test_control_tokens_at_the_end_of_a_phrase_are_removed(token: str) -> None:
     read = parse(f"<<Role>>You are a cook.{token}<</Role>>")
     assert [phrase.text for phrase in read.phrases] == ["You are a cook."]
     assert read.repairs == {"control tokens at the end": 1}
@@ -161,7 +161,9 @@ LEFT_OUT = {
 
 
 @pytest.mark.parametrize(("text", "kept", "dropped"), LEFT_OUT.values(), ids=LEFT_OUT)
-def test_what_is_left_out_and_why(text: str, kept: list[tuple[str, str]], dropped: list[tuple[str, str, str]]) -> None:
+def test_dropped_texts_and_their_reasons(
+    text: str, kept: list[tuple[str, str]], dropped: list[tuple[str, str, str]]
+) -> None:
     assert phrases(text) == kept
     assert sorted(reasons(text)) == sorted(dropped)
 
@@ -223,7 +225,7 @@ ANYTHING = SOUP | st.text() | st.text("<>/RoleTask `\n", max_size=60)
 @given(ANYTHING)
 @example("<<Format>>```\n<<Role>>x<</Role>>\n```<</Format>>")
 @example("<<Task>>a <<<Style>><Role>> b<</Style>> c<</Task>>")
-def test_reading_what_was_written_changes_nothing(text: str) -> None:
+def test_parsing_a_rendered_message_changes_nothing(text: str) -> None:
     message = parse(text)
     again = parse(message.render())
     assert again == message
@@ -234,7 +236,7 @@ def test_reading_what_was_written_changes_nothing(text: str) -> None:
 @given(ANYTHING)
 @example("<<Role>>``````<<Role>>`<</Role>>")  # six backticks and one enclose nothing
 @example("<<Role>>``<<Task>>`<</Task>>``<</Role>>")
-def test_nothing_invalid_is_kept(text: str) -> None:
+def test_no_invalid_phrase_is_kept(text: str) -> None:
     message = parse(text)
     assert [TAGS.index(phrase.tag) for phrase in message.phrases] == sorted(
         TAGS.index(phrase.tag) for phrase in message.phrases
@@ -256,7 +258,7 @@ def test_nothing_invalid_is_kept(text: str) -> None:
 
 @settings(max_examples=400, deadline=None)
 @given(SOUP)
-def test_no_phrase_that_is_written_as_asked_is_lost(text: str) -> None:
+def test_no_phrase_in_the_prompts_form_is_lost(text: str) -> None:
     # A tag, text without a tag, its closer: found by a pattern, where no code could make it text.
     text = text.replace("`", "'").replace("~", "-")
     message = parse(text)
@@ -270,12 +272,12 @@ def test_no_phrase_that_is_written_as_asked_is_lost(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["<<Role>>a", "<<Role>>a<<Task>>", "<</Role>>a", "<<x>>`", "```\n<<Role>>\n", "<<", "<<a "]
 )
-def test_a_model_that_repeats_itself_is_read_in_the_end(text: str) -> None:
+def test_a_message_that_repeats_itself_is_parsed_in_reasonable_time(text: str) -> None:
     assert parse(parse(text * 300).render()) == parse(text * 300)
     assert phrases(text * 300 + "<</Task>><</Role>>" * 300 + "<<Tool>>t<</Tool>>")[-1] == ("Tool", "t")
 
 
-def test_a_thousand_phrases_in_each_other_are_read() -> None:
+def test_a_thousand_nested_phrases_are_parsed() -> None:
     levels = 1_000
     text = "<<Role>>a <<Task>>b " * levels + "<</Task>><</Role>>" * levels
     assert phrases(text) == [("Role", "a")] * levels + [("Task", "b")] * levels
@@ -302,7 +304,7 @@ VALID = st.tuples(st.sampled_from(TAGS), PLAIN, st.sampled_from(OPENERS), st.sam
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(VALID | NOISE, max_size=12))
-def test_valid_phrases_among_noise_are_kept_and_only_they(pieces: list[tuple[str, list[tuple[str, str]]]]) -> None:
+def test_only_valid_phrases_are_kept_among_noise(pieces: list[tuple[str, list[tuple[str, str]]]]) -> None:
     expected = [phrase for _, valid in pieces for phrase in valid]
     expected.sort(key=lambda phrase: TAGS.index(phrase[0]))
     assert phrases("".join(text for text, _ in pieces)) == expected
@@ -338,7 +340,7 @@ def test_verdicts(text: str, expected: dict[str, str]) -> None:
     assert parse_verdicts(text).of == expected
 
 
-def test_verdicts_that_say_nothing_are_told() -> None:
+def test_unreadable_verdicts_are_reported() -> None:
     said = parse_verdicts("<<Role>>: Good\n<<Role>>: Bad\n<<Task>>: Good/Bad\n<<Example>>: Good\n<<style>>: Good")
     assert sorted((dropped.tag, dropped.reason) for dropped in said.dropped) == [
         ("FewShotMessage", "none of the eight tags"),
@@ -352,11 +354,11 @@ VERDICT_LINE = st.tuples(st.sampled_from(TAGS), st.sampled_from(["Good", "Bad", 
 
 
 @given(st.lists(VERDICT_LINE, unique_by=lambda line: line[0]), st.sampled_from(["\n", " ", "\n\n", ", "]))
-def test_verdicts_written_as_asked_are_all_read(lines: list[tuple[str, str]], between: str) -> None:
+def test_all_verdicts_in_the_prompts_form_are_parsed(lines: list[tuple[str, str]], between: str) -> None:
     assert parse_verdicts(between.join(f"<<{tag}>>: {verdict}" for tag, verdict in lines)).of == dict(lines)
 
 
 @settings(max_examples=200, deadline=None)
 @given(ANYTHING | st.lists(st.one_of(MARK, WORD, st.sampled_from(["Good", "bad", ": ", "/", "None"]))).map("".join))
-def test_no_text_makes_the_verdicts_fail(text: str) -> None:
+def test_no_text_makes_the_parsing_of_verdicts_fail(text: str) -> None:
     assert set(parse_verdicts(text).of) <= set(TAGS)

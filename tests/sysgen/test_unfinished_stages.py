@@ -1,4 +1,4 @@
-"""Answers of the model that are not complete, in each stage of SYSGEN: what they are called, and that none is a row."""
+"""Unfinished answers in each stage of SYSGEN: their reasons, and that none is written."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ async def unfinished(asked: Asked) -> Reply:
 QUESTIONS = [question(f"question [{number}] of the same kind?") for number in range(len(ANSWERS))]
 
 
-def test_an_answer_that_is_not_complete_is_left_out_by_its_name(tmp_path: Path) -> None:
+def test_a_row_with_an_unfinished_answer_is_dropped_with_its_reason(tmp_path: Path) -> None:
     done, _ = run_with(unfinished, tmp_path, QUESTIONS)
     left_out = lines(tmp_path / "out" / "left_out.jsonl")
     assert [row["reason"] for row in left_out] == [reason for _, reason, _ in ANSWERS]
@@ -42,7 +42,7 @@ def test_an_answer_that_is_not_complete_is_left_out_by_its_name(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("choice", ["keep", "original"])
-def test_it_is_written_where_the_user_accepts_it(tmp_path: Path, choice: str) -> None:
+def test_an_unfinished_answer_is_written_if_the_configuration_keeps_it(tmp_path: Path, choice: str) -> None:
     run_with(unfinished, tmp_path, QUESTIONS, on_unfinished_answer=choice)
     answers = [row["messages"][2]["content"] for row in lines(tmp_path / "out" / "data" / "rows.jsonl")]
     halves = [HALF for reply, _, detail in ANSWERS if detail == HALF]
@@ -50,7 +50,7 @@ def test_it_is_written_where_the_user_accepts_it(tmp_path: Path, choice: str) ->
 
 
 @pytest.mark.parametrize("reply", [said(HALF, "abort"), said("")])
-def test_what_is_broken_off_or_empty_is_asked_again_in_each_stage(tmp_path: Path, reply: Reply) -> None:
+def test_aborted_and_empty_answers_are_requested_again_in_each_stage(tmp_path: Path, reply: Reply) -> None:
     async def script(asked: Asked) -> Reply:
         return reply if asked.times == 0 else said(good_everything(asked))
 
@@ -74,7 +74,7 @@ VERIFICATIONS = {
 
 
 @pytest.mark.parametrize(("reason", "reply"), VERIFICATIONS.items(), ids=VERIFICATIONS)
-def test_a_verification_that_is_not_finished_is_no_missing_verdict(tmp_path: Path, reason: str, reply: Reply) -> None:
+def test_an_unfinished_verification_is_no_missing_verdict(tmp_path: Path, reason: str, reply: Reply) -> None:
     done, asked = run_with(verification(reply), tmp_path, [question()])
     assert only_reason(tmp_path) == reason
     assert sum("Judge for each of the eight" in request.prompt for request in asked) == 3  # with two more tries
@@ -88,7 +88,7 @@ def test_a_verification_that_is_not_finished_is_no_missing_verdict(tmp_path: Pat
     assert done.stats.events[f"{reason}, and its phrases kept"] == 1
 
 
-def test_a_cut_verification_that_holds_all_verdicts_counts(tmp_path: Path) -> None:
+def test_a_cut_verification_with_all_verdicts_counts(tmp_path: Path) -> None:
     run_with(verification(said("<<Role>>: Bad\n<<Tas", "length")), tmp_path, [question()], on_empty="drop")
     assert only_reason(tmp_path) == "no phrase was verified"
 
@@ -103,7 +103,7 @@ def test_a_refused_judgement_is_no_verdict(tmp_path: Path) -> None:
     assert done.stats.events["judgement refused"] == 1
 
 
-def test_a_server_that_gives_no_finish_reason_is_of_use(tmp_path: Path) -> None:
+def test_a_server_without_finish_reasons_is_usable(tmp_path: Path) -> None:
     async def script(asked: Asked) -> Reply:
         reply = await saying()(asked)
         del reply.body["choices"][0]["finish_reason"]

@@ -1,4 +1,4 @@
-"""Verdicts on tags in the forms that models write them in."""
+"""Verdicts on tags, in the forms in which models write them."""
 
 import json
 
@@ -116,20 +116,20 @@ UNREAD = {
 
 
 @pytest.mark.parametrize("text", READ.values(), ids=READ)
-def test_read(text: str) -> None:
+def test_forms_that_are_parsed(text: str) -> None:
     assert parse_verdicts(text).of == THREE
 
 
 @pytest.mark.parametrize("text", UNREAD.values(), ids=UNREAD)
-def test_unread(text: str) -> None:
+def test_forms_that_are_not_parsed(text: str) -> None:
     assert parse_verdicts(text).of == {}
 
 
-def test_a_table_of_issues_is_no_second_verdict_and_none_is_taken_from_it() -> None:
+def test_a_table_of_issues_gives_no_verdict() -> None:
     assert parse_verdicts("| Role | Good | no issues |\n| Task | Bad | Role |").of == {"Role": "Good", "Task": "Bad"}
 
 
-def test_tags_without_a_verdict_take_none_from_their_neighbours() -> None:
+def test_tags_get_no_verdict_from_their_neighbours() -> None:
     text = "Good: Role, Style\nBad: Content, None: Tool\nTask:\nStyle, Background: fine\nAction, Bad"
     assert parse_verdicts(text).of == {"Role": "Good", "Style": "Good"}
 
@@ -141,7 +141,7 @@ def test_a_reply_that_repeats_the_prompts_own_form_judges_nothing(form: str) -> 
     assert parse_verdicts(text).of == PLACEHOLDER_VERDICTS
 
 
-def test_each_tag_read_from_another_form_counts_once() -> None:
+def test_each_tag_in_another_form_counts_once() -> None:
     text = '<<Role>>: Good\n```json\n{"Task": "Bad", "Tool": {"verdict": "None"}}\n```\nTask: Bad'
     assert parse_verdicts(text).of == THREE
     assert parse_verdicts(text).repairs == {"written otherwise": 2}
@@ -155,18 +155,18 @@ FORMS = ["{}: {}", "- **{}** - {}", "{} = {}", "| {} | {} | why |", "1. {}: {} b
 
 @settings(max_examples=60, deadline=None)
 @given(LINES, st.sampled_from(FORMS))
-def test_every_tag_with_every_verdict(lines: list[tuple[str, str]], form: str) -> None:
+def test_every_tag_is_parsed_with_every_verdict(lines: list[tuple[str, str]], form: str) -> None:
     text = "\n".join(form.format(tag, verdict, tag) for tag, verdict in lines)
     assert parse_verdicts(text).of == dict(lines)
 
 
 @settings(max_examples=60, deadline=None)
 @given(LINES, st.sampled_from([None, 2]))
-def test_json_of_every_layout(lines: list[tuple[str, str]], indent: int | None) -> None:
+def test_json_of_every_layout_is_parsed(lines: list[tuple[str, str]], indent: int | None) -> None:
     for value in (dict(lines), [{"tag": tag, "verdict": verdict} for tag, verdict in lines], {"all": dict(lines)}):
         assert parse_verdicts(f"Verdicts:\n{json.dumps(value, indent=indent)}").of == dict(lines)
 
 
-def test_long_texts_take_no_time() -> None:
+def test_long_texts_are_parsed_quickly() -> None:
     for piece in ("[", '{"', "| Role ", "Role (", 'Role: "', "Role: Good,", "<<Role>> ", "Good: Role, ", "- ", "1. "):
         parse_verdicts(piece * 10_000)

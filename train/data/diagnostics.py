@@ -1,20 +1,28 @@
-"""What became of rows that are not trained as they stand, and what else a person should know of the data, in words."""
+"""Diagnostics of the data: errors that stop a run, rows that are not trained, unread columns, warnings."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from train.data.prepare import Prepared, UnreadText
-from train.data.sources.source import BadRow
+import yaml
+
+from train.data.chat.assistant_spans import NO_TOOLS
+from train.data.chat.rendering import REASONING_LOST
+from train.data.prepared_data import PreparedData, UnreadText
+from train.data.sources.source import BadRow, BadRows
+from train.errors import UserError
 from train.formatting import format_count
-from train.recipe import DataSection
+from train.recipe import DataSection, Source
 
 _NAMES_SHOWN = 12
+_FORMAT_ERRORS = {"missing column", "wrong type", "unknown role", "empty content", "no assistant turn"}
+"""Kinds of errors that all rows have when they are read in the wrong format."""
 
 
 @dataclass(frozen=True)
 class DroppedRows:
-    """Rows that are not trained as they stand, for one reason, with the first three of them.
+    """Rows that are not trained, or not in full, for one reason; `examples` are the first three.
 
     `outcome`: refused (the run won't start), skipped, dropped or truncated.
     """
@@ -25,79 +33,152 @@ class DroppedRows:
     examples: list[BadRow]
 
 
-def find_dropped_rows(data: Prepared, section: DataSection) -> list[DroppedRows]:
-    """Every kind of row that is not trained as it stands, the most frequent first."""
-    bad = "refused" if section.on_bad_row == "error" else "skipped"
-    found = [DroppedRows(bad, kind, rows.count, rows.examples) for kind, rows in data.errors.items()]
+def find_dropped_rows(data: PreparedData, section: DataSection) -> list[DroppedRows]:
+    """Return every group of rows that are not trained in full, the largest first."""
+    outcome = "refused" if section.on_bad_row == "error" else "skipped"
+    groups = [DroppedRows(outcome, kind, rows.count, rows.examples) for kind, rows in data.errors.items()]
     for name, stats in data.stats.items():
-        for became, rows in stats.overlong.items():
+        for outcome, rows in stats.overlong.items():
             reason = f"{name}, over {section.max_length:,} tokens"
-            found.append(DroppedRows(became, reason, rows.count, rows.examples))
-    return sorted(found, key=lambda one: -one.rows)
+            groups.append(DroppedRows(outcome, reason, rows.count, rows.examples))
+    return sorted(groups, key=lambda group: -group.rows)
 
 
-def describe_dropped(one: DroppedRows) -> str:
-    """How many rows are not trained as they stand, why, and where the first is."""
+def describe_dropped(dropped: DroppedRows) -> str:
+    """Return a line with the number of these rows, the reason and the first row."""
     # "1 row refused by the template", not "1 row refused, refused by the template"
-    why = one.reason if one.reason.startswith(f"{one.outcome} ") else f"{one.outcome}, {one.reason}"
-    return f"{format_count(one.rows, 'row')} {why}: first {one.examples[0]}"
+    reason = dropped.reason
+    if not reason.startswith(f"{dropped.outcome} "):
+        reason = f"{dropped.outcome}, {reason}"
+    return f"{format_count(dropped.rows, 'row')} {reason}: first {dropped.examples[0]}"
 
 
 def describe_unread(unread: Sequence[UnreadText]) -> list[str]:
-    """A line for each source with columns or keys of messages that nothing reads: those that lose content first."""
+    """Return a line for each source with columns or message keys that no format reads, lost content first."""
     lines = []
-    for key, found in groupby(unread, lambda one: one.key):
-        of_source = sorted(found, key=lambda one: (not one.losing or one.ignored, -one.rows, one.name))
-        shown = [_describe_unread(one) for one in of_source[:_NAMES_SHOWN]]
+    for key, texts in groupby(unread, lambda text: text.key):
+        of_source = sorted(texts, key=lambda text: (not text.losing or text.ignored, -text.rows, text.name))
+        names = [_describe_unread(text) for text in of_source[:_NAMES_SHOWN]]
         more = [f"and {len(of_source) - _NAMES_SHOWN:,} others"] if len(of_source) > _NAMES_SHOWN else []
-        lines.append(f"{key}: {', '.join([*shown, *more])}")
+        lines.append(f"{key}: {', '.join([*names, *more])}")
     return lines
 
 
-def _describe_unread(one: UnreadText) -> str:
-    column, dot, key = one.name.rpartition(".")
-    name = one.name if key.strip() else f'{column}{dot}"{key}"'  # pandas' index has no name
-    if one.ignored:
-        return f"{name} (ignored, {format_count(one.rows, 'row')})"
-    return f"{name} ({format_count(one.rows, 'row')}" + (f", content in {one.losing:,})" if one.losing else ")")
+def _describe_unread(text: UnreadText) -> str:
+    column, dot, key = text.name.rpartition(".")
+    name = text.name if key.strip() else f'{column}{dot}"{key}"'  # pandas' index has no name
+    if text.ignored:
+        return f"{name} (ignored, {format_count(text.rows, 'row')})"
+    return f"{name} ({format_count(text.rows, 'row')}" + (f", content in {text.losing:,})" if text.losing else ")")
 
 
-def find_data_warnings(data: Prepared) -> list[str]:
-    """What a person should know of the data, though nothing keeps it from being trained."""
-    found = [*data.unused_ignores]
+def find_data_warnings(data: PreparedData) -> list[str]:
+    """Return what the user should know of the data, though it doesn't stop the run."""
+    warnings = [*data.unused_ignores]
     if data.skipped_files:
-        named = ", ".join(map(str, data.skipped_files[:3])) + (", ..." if len(data.skipped_files) > 3 else "")
-        found.append(
-            f"{format_count(len(data.skipped_files), 'file', 'was', 'were')} skipped: a name that begins with _ or has no "
-            f"known ending is not data: {named}"
+        warnings.append(
+            f"{format_count(len(data.skipped_files), 'file', 'was', 'were')} skipped (the name begins with _ or has no "
+            f"known file extension): {_first_three(data.skipped_files)}"
         )
     if data.metadata_files:
-        named = ", ".join(data.metadata_files[:3]) + (", ..." if len(data.metadata_files) > 3 else "")
-        found.append(
-            f"{format_count(len(data.metadata_files), 'file', 'is', 'are')} skipped, as what describes data holds no rows: "
-            f"{named}"
+        warnings.append(
+            f"{format_count(len(data.metadata_files), 'file', 'was', 'were')} skipped (metadata without rows): "
+            f"{_first_three(data.metadata_files)}"
         )
     if data.escaped:
-        found.append(
-            f"{format_count(data.escaped, 'row', 'has', 'have')} control tokens typed in the text, which a zero-width space "
-            "breaks up (chat.control_tokens_in_text: escape)"
+        warnings.append(
+            f"{format_count(data.escaped, 'row', 'has', 'have')} control tokens typed in the text, which a zero-width "
+            "space breaks up (chat.control_tokens_in_text: escape)"
         )
     for name, stats in data.stats.items():
         if stats.duplicates.example:
             first, second = stats.duplicates.example
-            found.append(
-                f"{format_count(stats.duplicates.rows, f'{name} row', 'duplicates', 'duplicate')} another word for word: "
-                f"{second} is the same as {first}"
+            warnings.append(
+                f"{format_count(stats.duplicates.rows, f'{name} row', 'is an exact duplicate', 'are exact duplicates')}"
+                f" of another: {second} is the same as {first}"
             )
-    whole, question = data.overlap.conversations, data.overlap.questions
-    if whole.example:
-        found.append(
-            f"{format_count(whole.rows, 'validation row', 'is', 'are')} in training word for word, so the "
-            f"validation loss is too low: {whole.example[1]} is the same as {whole.example[0]}"
+    conversations, questions = data.overlap.conversations, data.overlap.questions
+    if conversations.example:
+        warnings.append(
+            f"{format_count(conversations.rows, 'validation row', 'is', 'are')} also in training, so the validation "
+            f"loss is too low: {conversations.example[1]} is the same as {conversations.example[0]}"
         )
-    if question.example and question.rows > whole.rows:
-        found.append(
-            f"{format_count(question.rows, 'validation row', 'begins', 'begin')} with a user message that is also in "
-            f"training: {question.example[1]} and {question.example[0]}"
+    if questions.example and questions.rows > conversations.rows:
+        warnings.append(
+            f"{format_count(questions.rows, 'validation row', 'begins', 'begin')} with a user message that is also in "
+            f"training: {questions.example[1]} and {questions.example[0]}"
         )
-    return found
+    return warnings
+
+
+def _first_three(names: Sequence[object]) -> str:
+    return ", ".join(map(str, names[:3])) + (", ..." if len(names) > 3 else "")
+
+
+def find_data_error(data: PreparedData, section: DataSection) -> str | None:
+    """Return why a recipe refuses these rows and what to change, all in one paragraph; None if it trains them."""
+    losing = (text for text in data.unread if text.losing and not text.ignored)
+    lost_texts = [_describe_lost(key, list(texts)) for key, texts in groupby(losing, lambda text: text.key)]
+    reasons = []
+    if data.errors and section.on_bad_row == "error":
+        remedy = _remedy(data.errors, "Correct them")
+        reasons.append(
+            f"rows that can't be trained: {_list_errors(data.errors)}. {remedy}, or skip them with `data.on_bad_row: "
+            "skip` (the start screen counts them)."
+        )
+    for name, stats in data.stats.items():
+        if refused := stats.overlong.get("refused"):
+            reasons.append(
+                f"{refused.count:,} {name} rows have more tokens than data.max_length ({section.max_length:,}); the "
+                f"longest has {stats.longest:,} ({stats.longest_place}). Write a larger max_length, or say what "
+                "happens to them: `data.overlong: drop` or `data.overlong: truncate`."
+            )
+        if not stats.rows:
+            overlong = sum(rows.count for rows in stats.overlong.values())
+            reasons.append(
+                f"no {name} row remains of {stats.conversations:,}: {overlong:,} are longer than data.max_length "
+                f"({section.max_length:,}); the longest has {stats.longest:,} tokens."
+            )
+    rows = [f"data: {' '.join(reasons)}"] if reasons else []
+    return " ".join([*lost_texts, *data.misspelled_ignores, *rows]) or None
+
+
+def no_usable_row(key: str, source: Source, errors: Mapping[str, BadRows]) -> UserError:
+    """Return the error for a source of which no row can be trained. `errors`: those of all sources."""
+    wrong_format = errors.keys() <= _FORMAT_ERRORS
+    remedy = _remedy(errors, f"Is `{key}.format` the right one?" if wrong_format else "Correct them")
+    end = "" if remedy.endswith("?") else "."
+    return UserError(
+        f"{key}: no row of {source.path} can be trained. Errors of all sources: {_list_errors(errors)}. {remedy}{end}"
+    )
+
+
+def _describe_lost(key: str, texts: Sequence[UnreadText]) -> str:
+    """Return the error for content of a source that no format reads."""
+    columns = "; ".join(f"`{text.name}` in {format_count(text.losing, 'row')}, first {text.example}" for text in texts)
+    names = yaml.safe_dump([text.name for text in texts], default_flow_style=True, allow_unicode=True, width=math.inf)
+    return (
+        f"{key}: text that is not read, so the model would be trained without it: {columns}. Rename it to what is read "
+        f"(the README lists it under Data), or leave it out with `{key}.ignore: {names.strip()}`."
+    )
+
+
+def _list_errors(errors: Mapping[str, BadRows]) -> str:
+    kinds = sorted(errors.items(), key=lambda item: -item[1].count)
+    return "; ".join(f"{rows.count:,} {kind}: {' | '.join(map(str, rows.examples))}" for kind, rows in kinds)
+
+
+def _remedy(errors: Mapping[str, BadRows], default: str) -> str:
+    """Return advice for rows with these errors: `default`, or the template that they need."""
+    if REASONING_LOST in errors:
+        return (
+            "Choose a `chat.template` that writes reasoning, or leave it out with "
+            f"`ignore: ['messages[].thinking']` under the source, by the name that it has there. {default}"
+        )
+    if NO_TOOLS not in errors:
+        return default
+    template = (
+        "Write `chat.template: chatml-tools`, where the tokenizer has <|im_start|> and <|im_end|>, or the path of a "
+        "template that writes tools and their calls"
+    )
+    return template if len(errors) == 1 else f"{template}. For the rest: {default[0].lower()}{default[1:]}"

@@ -1,14 +1,13 @@
-"""fastokens in the tokenizer's place, where it is proven to give the same ids, and each token's place in the text.
+"""fastokens in place of the tokenizer, where it provably gives the same ids, and the position of each token.
 
-fastokens (the package) tokenizes many times faster than the Hugging Face tokenizer whose file it reads, but tells no
-offsets, and is another program: nothing guarantees that it agrees. So
+The package fastokens tokenizes many times faster than the Hugging Face tokenizer whose file it reads. But it gives no
+offsets, and as another program it is not guaranteed to agree. So
 
-- it must agree on texts that are known to be hard, before any row is encoded,
-- it must agree on a sample of the user's own rows, all the way through (`check`),
-- the bytes of a row's tokens, one after the other, must spell the row: then the sum of their lengths is where they
-  stand. A row where they don't (a tokenizer that normalizes or strips something in it) is left to the tokenizer itself.
-  Byte-level BPE keeps every byte of a text that it doesn't normalize, but for blanks that an added token strips; there
-  the sum alone tells.
+- it must agree on texts that are known to be hard, before any row is encoded;
+- it must agree on a sample of the user's own rows, throughout the run (`check`);
+- the bytes of a row's tokens, joined, must spell the row: then the sum of their lengths is their position. Other rows
+  (of a tokenizer that normalizes or strips something) are left to the tokenizer itself. Byte-level BPE keeps every byte
+  of a text that it doesn't normalize, except spaces that an added token strips; there the sum alone decides.
 """
 
 import json
@@ -28,9 +27,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from train.data.chat.rendering import Span
 
 _UNSPELLABLE = b"\xff"
-"""Stands for a token that spells no text: UTF-8 has no such byte, so a row that holds it never agrees."""
+"""The bytes of a token without text: not valid in UTF-8, so a row with it never agrees."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-_BLANK = "▁"
+_SPACE = "▁"
 _HARD_TEXTS = (
     "",
     " ",
@@ -51,24 +50,24 @@ _HARD_TEXTS = (
 )
 
 
-class DiffersError(Exception):
-    """The two disagree, on the text that this says."""
+class TokensDifferError(Exception):
+    """fastokens and the tokenizer disagree on the text in the message."""
 
 
-class UnsuitableError(Exception):
-    """fastokens can't be used for a tokenizer, for the reason that this says."""
+class UnsupportedTokenizerError(Exception):
+    """fastokens can't be used for a tokenizer, for the reason in the message."""
 
 
 class FastTokenizer:
-    """What stands in for one tokenizer."""
+    """The fast replacement of one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, backend: Tokenizer) -> None:
-        """`backend`: the tokenizer's own, which adds nothing to a text. Raises UnsuitableError."""
+        """`backend`: the tokenizer's backend without post-processing. Raises UnsupportedTokenizerError."""
         file = backend.to_str()
         description = json.loads(file)
         pieces = _pieces(tokenizer, description)
         if pieces is None:
-            raise UnsuitableError("its tokens are of a kind whose bytes aren't known")
+            raise UnsupportedTokenizerError("its tokens are of a kind whose bytes aren't known")
         self._pieces = pieces
         self._sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
         self._backend = backend
@@ -79,39 +78,42 @@ class FastTokenizer:
         every_byte = set(bytes_to_unicode().values()) <= tokenizer.get_vocab().keys()  # none is dropped or unknown
         self._keeps_bytes = byte_level and every_byte and set(normalizers) <= {"NFC"}
         self._normalizes = bool(normalizers)
-        self._prepends = _BLANK in {part.get("prepend") for part in _parts(description["normalizer"])}
+        self._prepends = _SPACE in {part.get("prepend") for part in _parts(description["normalizer"])}
         try:
             self._fast = fastokens.Tokenizer.from_json_str(file)
             self.check([text + token + text for text in _HARD_TEXTS for token in ["", *added[:4]]])
-        except DiffersError as fault:
-            raise UnsuitableError(f"it gives other tokens for {fault}") from fault
-        except BaseException as fault:  # whatever it says of a tokenizer that it doesn't know; a Rust panic, too
-            if isinstance(fault, KeyboardInterrupt | SystemExit):
+        except TokensDifferError as error:
+            raise UnsupportedTokenizerError(f"it gives other tokens for {error}") from error
+        except BaseException as error:  # any error for an unknown tokenizer, a Rust panic included
+            if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
-            raise UnsuitableError(f"fastokens refuses it: {' '.join(str(fault).split())[:100]}") from fault
+            raise UnsupportedTokenizerError(f"fastokens refuses it: {' '.join(str(error).split())[:100]}") from error
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32] | None]:
-        """Token ids of each text; None where the tokenizer itself has to be asked."""
+        """Return the token ids of each text; None where the tokenizer itself is needed."""
         try:
-            ids, ends = self._fast.encode_batch_flat(list(texts))
-        except BaseException as fault:  # one text is enough: a character that has no token
-            if isinstance(fault, KeyboardInterrupt | SystemExit):
+            ids_buffer, ends_buffer = self._fast.encode_batch_flat(list(texts))
+        except BaseException as error:  # one text is enough, with a character that has no token
+            if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             return [None] if len(texts) == 1 else [ids for text in texts for ids in self.encode([text])]
-        flat, places = np.frombuffer(ids, np.uint32).astype(np.int32), np.frombuffer(ends, np.uint64).tolist()
-        return [flat[start:end] for start, end in pairwise(places)]
+        flat, ends = (
+            np.frombuffer(ids_buffer, np.uint32).astype(np.int32),
+            np.frombuffer(ends_buffer, np.uint64).tolist(),
+        )
+        return [flat[start:end] for start, end in pairwise(ends)]
 
     def check(self, texts: Iterable[str]) -> None:
-        """Compare with the tokenizer itself. Raises DiffersError; where nothing is encoded, nothing can differ."""
-        chosen = list(texts)
-        for text, ids in zip(chosen, self.encode(chosen), strict=True):
+        """Compare the ids of texts with those of the tokenizer. Raises TokensDifferError."""
+        sample = list(texts)
+        for text, ids in zip(sample, self.encode(sample), strict=True):
             if ids is not None and ids.tolist() != self._backend.encode(text, add_special_tokens=False).ids:
-                raise DiffersError(repr(text[:60]))
+                raise TokensDifferError(repr(text[:60]))
 
     def tokens_within(self, text: str, ids: NDArray[np.int32], spans: Sequence[Span]) -> NDArray[np.int32] | None:
-        """First token, and the one behind the last, of each span of characters: shape (spans, 2).
+        """Return the first token and the end (exclusive) of each span of characters: int32 [spans, 2].
 
-        None where the tokens don't spell the text, or one lies across a border of a span, or a span has no token.
+        None if the tokens don't spell the text, a token lies across the border of a span, or a span has no token.
         """
         inserted: list[int] = []
         ends = np.cumsum(self._sizes[ids])
@@ -120,7 +122,7 @@ class FastTokenizer:
             if not len(ends) or ends[-1] != size:
                 return None
         else:
-            spelled, inserted = self._as_spelled(text)
+            spelled, inserted = self._spell(text)
             if b"".join(map(self._pieces.__getitem__, ids.tolist())) != spelled.encode("utf-8", "surrogatepass"):
                 return None
         borders = _in_bytes(text, [border for span in spans for border in span], inserted)
@@ -130,37 +132,37 @@ class FastTokenizer:
         within = tokens.reshape(-1, 2).astype(np.int32)
         return within if exact.all() and (within[:, 0] < within[:, 1]).all() else None
 
-    def _as_spelled(self, text: str) -> tuple[str, list[int]]:
-        """The text with the blanks that the tokenizer puts in front of words, and where in `text` these went."""
+    def _spell(self, text: str) -> tuple[str, list[int]]:
+        """Return the text with the spaces that the tokenizer prepends, and their positions in `text`."""
         if not self._prepends:
             return text, []
         parts: list[str] = []
         inserted: list[int] = []
-        place = 0
+        position = 0
         for number, part in enumerate(self._added.split(text)):
             if number % 2 == 0 and part:
                 parts.append(" ")
-                inserted.append(place)
+                inserted.append(position)
             parts.append(part)
-            place += len(part)
+            position += len(part)
         return "".join(parts), inserted
 
 
 def _in_bytes(text: str, borders: Sequence[int], inserted: Sequence[int]) -> NDArray[np.int64]:
-    """Places in UTF-8 for places in the text, which must ascend; a blank that was inserted lies behind its place."""
+    """Return the positions in UTF-8 of ascending positions in the text; an inserted space follows its position."""
     if text.isascii():
-        places = np.asarray(borders, np.int64)
+        positions = np.asarray(borders, np.int64)
     else:
         sizes = [
             len(text[start:end].encode("utf-8", "surrogatepass"))
             for start, end in zip([0, *borders], borders, strict=False)
         ]
-        places = np.cumsum(sizes, dtype=np.int64)
-    return places + np.searchsorted(inserted, borders) if inserted else places
+        positions = np.cumsum(sizes, dtype=np.int64)
+    return positions + np.searchsorted(inserted, borders) if inserted else positions
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, description: dict[str, Any]) -> list[bytes] | None:
-    """The bytes that each token spells, by id; None where the tokenizer is of another kind."""
+    """Return the bytes that each token spells, by id; None for another kind of tokenizer."""
     steps = [*_parts(description["pre_tokenizer"]), *_parts(description["normalizer"])]
     kinds = {step["type"] for step in steps}
     if "ByteLevel" in kinds:
@@ -169,11 +171,11 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, description: dict[str, Any]) -> 
         def spell(token: str) -> bytes:
             return bytes(byte_of.get(character, 0xFF) for character in token)
 
-    elif "Metaspace" in kinds or any(step.get("content") == _BLANK for step in steps):
+    elif "Metaspace" in kinds or any(step.get("content") == _SPACE for step in steps):
 
         def spell(token: str) -> bytes:
             byte = _BYTE_TOKEN.fullmatch(token)
-            return bytes([int(byte[1], 16)]) if byte else token.replace(_BLANK, " ").encode("utf-8", "surrogatepass")
+            return bytes([int(byte[1], 16)]) if byte else token.replace(_SPACE, " ").encode("utf-8", "surrogatepass")
 
     else:
         return None
@@ -188,7 +190,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, description: dict[str, Any]) -> 
 
 
 def _parts(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """A normalizer or pre-tokenizer, and all that it consists of."""
+    """Yield a normalizer or pre-tokenizer and all its parts."""
     if step is not None:
         yield step
         for part in step.get("normalizers", step.get("pretokenizers", [])):

@@ -1,11 +1,15 @@
-"""Which tokens are trained, under any chat template, and the proof that they are just those.
+"""Loss mask: which tokens are trained, under any chat template, and the proof that it is exactly those.
 
-What the model must write is found as text (`spans`); here it becomes tokens, as they will be at inference: what the
-model is given is tokenized apart from what it writes wherever a token would join the two. Labels come from places in
-the text and never from ids, so that a pad token that is also eos is trained where it ends an answer (trl#1623).
+The text that the model must write is found in the rendered conversation (`chat.assistant_spans`). Here it becomes
+tokens as at inference: prompt and answer are tokenized apart wherever a token would join the two.
 
-Nothing is added to the template's text, BOS neither: a server that renders the template adds none. A row that begins
-with two is refused (OpenRLHF#393).
+    text     <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n
+    spans                                                           [Hello<|im_end|>)
+    labels   -100 ...                                              Hello <|im_end|> -100
+
+Labels come from positions in the text and never from ids, so a pad token that is also eos is trained where it ends an
+answer (trl#1623). Nothing is added to the template's text, not even BOS: a server that renders the template adds
+nothing. A row that begins with two BOS tokens is refused (OpenRLHF#393).
 """
 
 import copy
@@ -23,24 +27,24 @@ from transformers import PreTrainedTokenizerBase
 from train.data.chat.assistant_spans import SpanFinder, TrainOn
 from train.data.chat.rendering import Rendering, Span, Tools, gaps
 from train.data.chat.system_role import SystemRole, apply_system_role
-from train.data.fast_tokenizer import FastTokenizer, UnsuitableError
+from train.data.fast_tokenizer import FastTokenizer, UnsupportedTokenizerError
 from train.data.sources.formats import Message, RowError
 from train.data.sources.unread_text import Unread
 
 NOT_TRAINED = -100
 """The label that PyTorch's cross entropy ignores."""
 
-
-_CHECKED = 100
-"""One text in so many is encoded both ways."""
+_CHECK_EVERY = 100
+"""One text in this many is encoded by both tokenizers and compared."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedRow:
     """One training row.
 
-    `ids`: its tokens, int32. `trained`: the spans of tokens that are learnt, int32, shape (spans, 2), each the first
-    token and the one behind the last; they ascend, and two never touch.
+    - `ids`: int32 [tokens].
+    - `trained`: int32 [spans, 2], the first token and the end (exclusive) of each trained span. They ascend and never
+      touch.
     """
 
     ids: NDArray[np.int32]
@@ -55,39 +59,39 @@ class EncodedRow:
 
     @property
     def input_ids(self) -> list[int]:
-        """The tokens."""
+        """The token ids."""
         return self.ids.tolist()
 
     @property
     def labels(self) -> list[int]:
-        """As long a list of labels, `NOT_TRAINED` where nothing is learnt."""
-        return labels_of(self.ids, self.trained).tolist()
+        """A label for each token: its id where it is trained, else `NOT_TRAINED`."""
+        return make_labels(self.ids, self.trained).tolist()
 
 
-def labels_of(ids: NDArray[np.int32], trained: NDArray[np.int32]) -> NDArray[np.int64]:
-    """The ids within the spans `trained`, `NOT_TRAINED` elsewhere."""
+def make_labels(ids: NDArray[np.int32], trained: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Return the ids within the spans `trained`, `NOT_TRAINED` elsewhere: int64 [tokens]."""
     labels = np.full(len(ids), NOT_TRAINED, np.int64)
     for start, end in trained.tolist():
         labels[start:end] = ids[start:end]
     return labels
 
 
-def spans_of(trained: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """The runs of true values: shape (runs, 2), the first and the one behind the last."""
+def find_runs(trained: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Return the runs of true values: int32 [runs, 2], start and end (exclusive)."""
     edges = np.flatnonzero(np.diff(trained, prepend=False, append=False))
     return edges.astype(np.int32).reshape(-1, 2)
 
 
 class Encoder:
-    """Conversations -> rows of tokens and labels, under one tokenizer and the chat template that it has when made."""
+    """Conversations -> tokens and labels, under one tokenizer and its chat template at the time of creation."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, fast: bool = False) -> None:
-        """Learn what the template does. Raises UserError where no answer can be trained under it.
+        """Probe the template. Raises UserError if no answer can be trained under it.
 
-        `fast`: tokenize with fastokens where it gives the same; `why_not_fast` says why it can't be used.
+        `fast`: tokenize with fastokens if it gives the same tokens; `why_not_fast` is the reason if it can't be used.
         """
-        self._made_for = _state(tokenizer)
-        self._spans = SpanFinder(tokenizer)
+        self._tokenizer_state = _state(tokenizer)
+        self._span_finder = SpanFinder(tokenizer)
         self.left_out: list[Unread] = []
         self._bos = tokenizer.bos_token_id
         self._added = np.asarray(sorted(tokenizer.added_tokens_decoder), dtype=np.int64)
@@ -98,12 +102,12 @@ class Encoder:
         if fast and self._backend is not None:
             try:
                 self._fast = FastTokenizer(tokenizer, self._backend)
-            except UnsuitableError as fault:
-                self.why_not_fast = str(fault)
+            except UnsupportedTokenizerError as error:
+                self.why_not_fast = str(error)
 
     def is_for(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Whether the tokenizer has still the template and the control tokens that were learnt."""
-        return self._made_for == _state(tokenizer)
+        """Return whether the tokenizer still has the template and the control tokens of this encoder."""
+        return self._tokenizer_state == _state(tokenizer)
 
     def encode(
         self,
@@ -111,42 +115,42 @@ class Encoder:
         train_on: TrainOn,
         template_kwargs: Sequence[Mapping[str, Any] | None] = (),
     ) -> list[list[EncodedRow] | RowError]:
-        """For each conversation its rows, or the fault that keeps it from being trained. Long lists use all cores.
+        """Return for each conversation its rows, or the error for which it can't be trained. Long lists use all cores.
 
-        `template_kwargs`: the variables that each sets for the template. `left_out` then holds for each what its
-        renders leave out, contents aside.
-        Raises DiffersError where fastokens turns out to give other tokens than the tokenizer.
+        `template_kwargs`: for each conversation, the variables that it sets for the template.
+        Afterwards `left_out` holds for each conversation what the template left out of it, contents aside.
+        Raises TokensDifferError if fastokens turns out to give other tokens than the tokenizer.
         """
         renderings: list[list[Rendering] | RowError] = []
         self.left_out = []
         for (messages, tools), kwargs in zip_longest(conversations, template_kwargs):
             missing: Unread = {}
             try:
-                rendered = self._spans.with_variables(kwargs).rows(messages, tools, train_on)
-                missing = self._spans.left_out(messages, tools, kwargs, rendered)
+                rendered = self._span_finder.with_variables(kwargs).rows(messages, tools, train_on)
+                missing = self._span_finder.find_left_out(messages, tools, kwargs, rendered)
                 renderings.append(rendered)
-            except RowError as fault:
-                renderings.append(fault)
+            except RowError as error:
+                renderings.append(error)
             self.left_out.append(missing)
         encoded = iter(self._encode([row for rows in renderings if not isinstance(rows, RowError) for row in rows]))
         results: list[list[EncodedRow] | RowError] = []
         for rows in renderings:
             parts = [rows] if isinstance(rows, RowError) else list(islice(encoded, len(rows)))
-            faults = [part for part in parts if isinstance(part, RowError)]
-            results.append(faults[0] if faults else [part for part in parts if isinstance(part, EncodedRow)])
+            errors = [part for part in parts if isinstance(part, RowError)]
+            results.append(errors[0] if errors else [part for part in parts if isinstance(part, EncodedRow)])
         return results
 
     def _encode(self, rows: Sequence[Rendering]) -> list[EncodedRow | RowError]:
-        """Each rendering as tokens, or the fault of it."""
+        """Return the tokens and labels of each rendering, or its error."""
         results: list[EncodedRow | RowError | None] = [None] * len(rows)
         if self._fast is not None:
             texts = [row.text for row in rows]
-            self._fast.check(texts[::_CHECKED])
+            self._fast.check(texts[::_CHECK_EVERY])
             for number, ids in enumerate(self._fast.encode(texts)):
                 row = rows[number]
                 trained = None if ids is None else self._fast.tokens_within(row.text, ids, row.spans)
                 if ids is not None and trained is not None:
-                    results[number] = EncodedRow(ids, _joined(trained))
+                    results[number] = EncodedRow(ids, _merge_touching(trained))
         rest = [row for row, result in zip(rows, results, strict=True) if result is None]
         texts = [row.text for row in rest]
         encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False) if self._backend else [])
@@ -159,27 +163,27 @@ class Encoder:
                     and result.ids[:2].tolist() == [self._bos] * 2
                 ):
                     raise RowError("two BOS tokens", f"the row begins with {row.text[:40]!r}")
-            except RowError as fault:
-                result = fault
+            except RowError as error:
+                result = error
             results[number] = result
         return [result for result in results if result is not None]
 
     def _label(self, rendering: Rendering, encoding: Encoding | None) -> EncodedRow:
-        """Labels for one row; `encoding` is None for a slow tokenizer. Raises RowFault."""
+        """Return tokens and labels of one row. `encoding`: None for a slow tokenizer. Raises RowError."""
         if encoding is None:
             return self._label_slowly(rendering)
         ids = np.asarray(encoding.ids, dtype=np.int32)
         trained = self._trained(ids, encoding, rendering.spans)
-        return self._label_in_parts(rendering) if trained is None else EncodedRow(ids, spans_of(trained))
+        return self._label_in_parts(rendering) if trained is None else EncodedRow(ids, find_runs(trained))
 
     def _trained(self, ids: NDArray[np.int32], encoding: Encoding, spans: list[Span]) -> NDArray[np.bool_] | None:
-        """Which of the tokens lie in a span; None where one lies across a border, so that tokens can't tell.
+        """Return a mask of the tokens in the spans: bool [tokens]; None if a token lies across the border of a span.
 
-        An end token may take the blanks after it (Phi-3's do, by `rstrip`): it is no other token for that.
-        Raises RowFault where a span has no token.
+        An end token may include the white space after it (Phi-3's do, by `rstrip`): it is the same token.
+        Raises RowError if a span has no token.
         """
-        places = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        starts, ends = places[:, 0], places[:, 1]
+        offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        starts, ends = offsets[:, 0], offsets[:, 1]
         trained = np.zeros(len(ids), dtype=bool)
         for start, end in spans:
             if ((starts < start) & (start < ends)).any():
@@ -194,7 +198,7 @@ class Encoder:
         return trained
 
     def _label_in_parts(self, rendering: Rendering) -> EncodedRow:
-        """Prompts and answers encoded apart, as they will be at inference. Raises RowFault where that isn't exact."""
+        """Encode prompts and answers apart, as at inference. Raises RowError if they don't decode to the text."""
         ids: list[int] = []
         trained: list[int] = []
         for number, (before, start) in enumerate(gaps(rendering)):
@@ -208,12 +212,12 @@ class Encoder:
                 ids += answer
         if self._decode(ids) != rendering.text:
             raise RowError("a token joins prompt and answer", "and this tokenizer can't encode the two apart exactly")
-        return EncodedRow(np.asarray(ids, np.int32), _joined(np.asarray(trained, np.int32).reshape(-1, 2)))
+        return EncodedRow(np.asarray(ids, np.int32), _merge_touching(np.asarray(trained, np.int32).reshape(-1, 2)))
 
     def _label_slowly(self, rendering: Rendering) -> EncodedRow:
-        """Labels without offsets: the text up to a border, encoded alone, must be what the whole begins with.
+        """Encode without offsets: the tokens up to a border, encoded alone, must be those that the row begins with.
 
-        Where it isn't, a token lies across the border or may do so, and the parts are encoded apart.
+        If they aren't, a token may lie across the border, and the parts are encoded apart.
         """
         ids = self._ids(rendering.text)
         trained: list[int] = []
@@ -222,7 +226,7 @@ class Encoder:
             if len(before) >= len(up_to) or ids[: len(up_to)] != up_to or up_to[: len(before)] != before:
                 return self._label_in_parts(rendering)
             trained += [len(before), len(up_to)]
-        return EncodedRow(np.asarray(ids, np.int32), _joined(np.asarray(trained, np.int32).reshape(-1, 2)))
+        return EncodedRow(np.asarray(ids, np.int32), _merge_touching(np.asarray(trained, np.int32).reshape(-1, 2)))
 
     def _ids(self, text: str) -> list[int]:
         if self._backend is not None:
@@ -237,8 +241,8 @@ class Encoder:
         return str(self._slow.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _joined(spans: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Spans that ascend, those that touch made one."""
+def _merge_touching(spans: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Merge the touching ones of ascending spans: int32 [spans, 2]."""
     touching = np.flatnonzero(spans[1:, 0] == spans[:-1, 1])
     if not len(touching):
         return spans
@@ -250,10 +254,10 @@ def _state(tokenizer: PreTrainedTokenizerBase) -> tuple[object, ...]:
 
 
 def _offset_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy of the tokenizer's backend that adds nothing, cuts nothing and tells each token's whole place in the text.
+    """Return a copy of the tokenizer's backend without post-processing, truncation and padding.
 
     A post-processor would add special tokens that the template has written already, and byte-level ones trim leading
-    blanks from the offsets.
+    spaces from the offsets.
     """
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.post_processor = None
@@ -263,7 +267,7 @@ def _offset_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 _encoders: WeakKeyDictionary[PreTrainedTokenizerBase, Encoder] = WeakKeyDictionary()
-"""What `encode` has learnt, for as long as the tokenizer lives: templates are probed once, not at every row."""
+"""The encoders of `encode`, each kept while its tokenizer lives: a template is probed once, not for every row."""
 
 
 def encode(
@@ -274,12 +278,14 @@ def encode(
     system_role: SystemRole = "native",
     tools: Tools = None,
 ) -> list[EncodedRow]:
-    """Token ids and labels of one conversation under the tokenizer's own chat template.
+    """Return token ids and labels of one conversation under the tokenizer's chat template.
 
-    One row, or several where the template rewrites earlier turns (see `spans`). `train_on`: every assistant turn, or
-    the last one only; its end token is trained with it. `system_role`: see `train.data.chat.system_role`; the tokenizer's
-    template stays as it is.
-    Raises RowFault where this conversation can't be trained, UserError where the tokenizer or template can't be.
+    There is one row, or several where the template rewrites earlier turns (see `train.data.chat.assistant_spans`).
+
+    - `train_on`: every assistant turn, or the last one only; its end token is trained with it.
+    - `system_role`: see `train.data.chat.system_role`; the tokenizer's template stays unchanged.
+
+    Raises RowError if this conversation can't be trained, UserError if no conversation can.
     """
     if system_role != "native":
         tokenizer = copy.copy(tokenizer)

@@ -1,4 +1,4 @@
-"""What rows are like: repeated ones, the same question in training and validation, lengths, a few to look at."""
+"""Statistics of rows: duplicates, overlap of training and validation, lengths, rows to look at."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-QUANTILES = (0, 5, 25, 50, 75, 95, 99, 100)
-"""In percent."""
+PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 
 
 @dataclass(frozen=True, slots=True)
 class Repeats:
-    """How many rows say again what another says. `example`: places of the first such pair, the earlier row first."""
+    """The number of rows that repeat another one. `example`: the places of the first such pair, earlier row first."""
 
     rows: int = 0
     example: tuple[str, str] | None = None
@@ -21,7 +20,7 @@ class Repeats:
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """Validation rows that training knows: by the first user message (white space aside), or by all that they say."""
+    """Validation rows that are in training too: by first user message (white space aside), or by all messages."""
 
     questions: Repeats = field(default_factory=Repeats)
     conversations: Repeats = field(default_factory=Repeats)
@@ -29,15 +28,15 @@ class Overlap:
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """One bar of a histogram: `rows` rows have `start` tokens or more, and fewer than `end`."""
+    """One bar of a histogram: the number of rows with `start` to `end` - 1 tokens."""
 
     start: int
     end: int
     rows: int
 
 
-def duplicates(digests: NDArray[np.bytes_], place: Callable[[int], str]) -> Repeats:
-    """The rows whose digest is that of an earlier one. `place`: where a row stands, in words."""
+def find_duplicates(digests: NDArray[np.bytes_], place: Callable[[int], str]) -> Repeats:
+    """Count the rows whose digest an earlier row has. `place`: row number -> its place."""
     _, first, group = np.unique(digests, return_index=True, return_inverse=True)
     repeating = np.flatnonzero(first[group] != np.arange(len(digests)))
     if not len(repeating):
@@ -45,31 +44,34 @@ def duplicates(digests: NDArray[np.bytes_], place: Callable[[int], str]) -> Repe
     return Repeats(len(repeating), (place(int(first[group[repeating[0]]])), place(int(repeating[0]))))
 
 
-def shared(
+def find_shared(
     training: NDArray[np.bytes_],
     validation: NDArray[np.bytes_],
     training_place: Callable[[int], str],
     validation_place: Callable[[int], str],
 ) -> Repeats:
-    """The validation rows whose digest a training row has; the example names the training row first."""
-    known, first = np.unique(training, return_index=True)
-    found = np.flatnonzero(np.isin(validation, known))
-    if not len(found):
+    """Count the validation rows whose digest a training row has; the example names the training row first."""
+    distinct, first = np.unique(training, return_index=True)
+    shared = np.flatnonzero(np.isin(validation, distinct))
+    if not len(shared):
         return Repeats()
-    same = first[np.searchsorted(known, validation[found[0]])]
-    return Repeats(len(found), (training_place(int(same)), validation_place(int(found[0]))))
+    twin = first[np.searchsorted(distinct, validation[shared[0]])]
+    return Repeats(len(shared), (training_place(int(twin)), validation_place(int(shared[0]))))
 
 
-def quantiles(lengths: NDArray[np.int32]) -> dict[str, int]:
-    """Percent -> the least length that at least so many percent of the rows don't exceed; empty without rows."""
+def percentiles(lengths: NDArray[np.int32]) -> dict[str, int]:
+    """Return percentile -> row length, as `PERCENTILES` lists them; empty without rows.
+
+    Percentile p is the smallest length that at least p percent of the rows don't exceed.
+    """
     if not len(lengths):
         return {}
-    values = np.quantile(lengths, [percent / 100 for percent in QUANTILES], method="inverted_cdf")
-    return {str(percent): int(value) for percent, value in zip(QUANTILES, values, strict=True)}
+    values = np.quantile(lengths, [percent / 100 for percent in PERCENTILES], method="inverted_cdf")
+    return {str(percent): int(value) for percent, value in zip(PERCENTILES, values, strict=True)}
 
 
 def histogram(lengths: NDArray[np.int32], bars: int = 10) -> list[Bin]:
-    """At most about `bars` bins of one round width over 99% of the rows; the few longer ones share a last, wide bin."""
+    """Return about `bars` bins of one round width over 99% of the rows, and a wide last bin for the longer ones."""
     if not len(lengths):
         return []
     shortest, longest = int(lengths.min()), int(lengths.max())
@@ -88,10 +90,10 @@ def histogram(lengths: NDArray[np.int32], bars: int = 10) -> list[Bin]:
 
 
 def choose_examples(with_system: Sequence[bool], seed: int, count: int = 5) -> list[int]:
-    """`count` rows to look at, by number and in order: with and without a system message, if there are both."""
-    chance = random.Random(f"examples {seed}")
-    chosen = chance.sample(range(len(with_system)), min(count, len(with_system)))
+    """Return the numbers of `count` rows, in order: both with and without a system message where both exist."""
+    rng = random.Random(f"examples {seed}")
+    chosen = rng.sample(range(len(with_system)), min(count, len(with_system)))
     for kind in (True, False):
         if chosen and kind in with_system and all(with_system[row] is not kind for row in chosen):
-            chosen[-1] = chance.choice([row for row, has in enumerate(with_system) if has is kind])
+            chosen[-1] = rng.choice([row for row, has_system in enumerate(with_system) if has_system is kind])
     return sorted(chosen)

@@ -1,1 +1,1 @@
-"""Measure what a model does with system messages, and compare two."""
+"""Evaluations: how well a model follows system messages, benchmarks, and the comparison of two models."""

@@ -87,7 +87,7 @@ class BenchConfig(ModelOptions):
     runs: int = Field(default=PAPERS_RUNS, ge=1, le=MAX_RUNS)
     """Runs of the judge that are averaged. Each run asks about every rubric again."""
     retries: int = Field(default=3, ge=0)
-    """How often a judgement without a score is asked for again."""
+    """Maximum number of repeated requests for a judgement without a score."""
     show_system: bool = False
     """Show the system message to the judge: not the paper's protocol."""
     batch_out: PathText | None = None

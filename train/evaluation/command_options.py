@@ -149,7 +149,8 @@ def _help(field: FieldInfo) -> str:
     text = " ".join((field.description or "").split()).rstrip(".")
     if field.is_required():
         text += " (required)"
-    elif field.default not in (None, (), False) and field.default_factory is None:
-        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        text += f" (default {default})"
+    elif isinstance(field.default, int | float) and not isinstance(field.default, bool):
+        text += f" (default {field.default:g})"
+    elif field.default and not isinstance(field.default, bool) and field.default_factory is None:
+        text += f" (default {' '.join(field.default) if isinstance(field.default, tuple) else field.default})"
     return text.replace("%", "%%")

@@ -17,6 +17,7 @@ import numpy as np
 
 from train.cli import non_negative_int
 from train.errors import UserError
+from train.evaluation.formatting import format_estimate
 from train.evaluation.results import Measure, Results, read_before, read_results
 from train.evaluation.results_dir import as_json, write_results
 from train.multifaceted.bench.pairwise import PairwiseComparison, compare_pairwise, scores_of_shared_rubrics
@@ -263,21 +264,17 @@ def table(comparison: Comparison, shown: Sequence[MeasurePair], names: tuple[str
 
 def _format_measure(measure: Measure) -> str:
     scale, digits = _scale(measure)
-    shown = f"{scale * measure.value:.{digits}f}{' %' if measure.unit == 'share' else ''}"
-    if measure.low is None or measure.high is None:
-        return f"{shown} ({measure.missing})" if measure.missing else shown
-    return f"{shown} [{scale * measure.low:.{digits}f}, {scale * measure.high:.{digits}f}]"
+    unit = " %" if measure.unit == "share" else ""
+    return format_estimate(
+        measure.value, measure.low, measure.high, measure.missing, scale=scale, digits=digits, unit=unit
+    )
 
 
 def _format_change(pair: MeasurePair) -> str:
     scale, digits = _scale(pair.first)
-    difference = pair.difference
-    if difference is None:
-        return f"{scale * pair.change:+.{digits}f}"
-    shown = f"{scale * difference.mean:+.{digits}f}"
-    if difference.low is None or difference.high is None:
-        return f"{shown} ({difference.missing})"
-    return f"{shown} [{scale * difference.low:+.{digits}f}, {scale * difference.high:+.{digits}f}]"
+    change = pair.difference
+    numbers = (change.mean, change.low, change.high, change.missing) if change else (pair.change, None, None)
+    return format_estimate(*numbers, scale=scale, digits=digits, sign="+")
 
 
 def _scale(measure: Measure) -> tuple[int, int]:

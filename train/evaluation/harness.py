@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from train.cli import non_negative_int, positive_int
 from train.errors import UserError
+from train.evaluation.formatting import format_estimate
 from train.evaluation.ifeval.punkt import missing_package, provide_punkt
 from train.evaluation.required_paths import require_model
 from train.evaluation.results_dir import as_json, as_jsonl, exclusive, output_folder, write_results
@@ -369,8 +370,6 @@ def section(result: HarnessResult, options: argparse.Namespace) -> str:
 
 
 def _table_row(score: TaskScore) -> str:
-    interval = f" ({score.missing})" if score.missing else ""
-    if score.low is not None and score.high is not None:
-        interval = f" [{score.low:.4f}, {score.high:.4f}]"
+    value = format_estimate(score.value, score.low, score.high, score.missing, digits=4)
     few_shot = "" if score.few_shot is None else str(score.few_shot)
-    return f"| {score.task} | {score.metric} | {few_shot} | {score.of:,} | {score.value:.4f}{interval} |"
+    return f"| {score.task} | {score.metric} | {few_shot} | {score.of:,} | {value} |"

@@ -3,13 +3,22 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from train.errors import UserError
 
 Row = TypeVar("Row", bound=BaseModel)
+
+
+class ChatMessage(BaseModel):
+    """A message of a row; other keys are ignored."""
+
+    model_config = ConfigDict(strict=True)
+
+    role: Literal["system", "user", "assistant"]
+    content: str
 
 
 def read_jsonl_rows(path: Path, model: type[Row], contents: str, prefix: str = "") -> Iterator[tuple[str, Any, Row]]:

@@ -25,7 +25,8 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from train.cli import positive_int
 from train.errors import UserError, replace_in_errors
-from train.evaluation.jsonl_rows import read_jsonl_rows
+from train.evaluation.formatting import format_estimate
+from train.evaluation.jsonl_rows import ChatMessage, read_jsonl_rows
 from train.evaluation.required_paths import require_file, require_model
 from train.evaluation.results import folder_of
 from train.evaluation.results_dir import Writer, as_json, as_jsonl, exclusive, write_results
@@ -49,21 +50,12 @@ class RuleVerdict:
     obeys: tuple[bool, bool]
 
 
-class _Message(BaseModel):
-    """One of the three messages of a row."""
-
-    model_config = ConfigDict(strict=True)
-
-    role: Literal["system", "user", "assistant"]
-    content: str
-
-
 class _HeldOutRow(BaseModel):
     """A line of the file of --data."""
 
     model_config = ConfigDict(strict=True)
 
-    messages: list[_Message]
+    messages: list[ChatMessage]
     rule: str
     held_out: Literal["wording", "rule"]
 
@@ -213,11 +205,7 @@ def section(verdicts: list[RuleVerdict], max_new_tokens: int) -> str:
 
 
 def _percent(share: Estimate) -> str:
-    """Return `12.3 % [10.0, 14.5]`, or `50.0 % (n = 2)` without an interval."""
-    shown = f"{100 * share.mean:.1f} %"
-    if share.low is None or share.high is None:
-        return f"{shown} ({share.missing})"
-    return f"{shown} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+    return format_estimate(share.mean, share.low, share.high, share.missing, scale=100, unit=" %")
 
 
 def _quoted(text: str) -> str:

@@ -18,13 +18,11 @@ An error is one of three kinds:
 
 import asyncio
 import time
-from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
-from train.errors import UserError
 from train.formatting import duration
 from train.llm.concurrency import Backoff, ConcurrencyLimiter
 from train.llm.empty_answers import has_nonempty_answer, is_empty_answer
@@ -38,27 +36,6 @@ from train.llm.request import Answer, Request
 from train.llm.server import LONGEST_START_PAUSE, Server, ServerConnection, share_secrets
 from train.llm.server_errors import LONGEST_WAIT, ServerError
 from train.progress import SECONDS_BETWEEN_LINES
-
-FAILURES_OF_STAGE = 20
-"""Failed requests of a stage, before any answer, after which the stage is judged: when the requests in flight have
-failed too, the settings are wrong, and the run ends. Requests that are too long or filtered don't count: a server
-refuses them at once, and answers others later."""
-
-
-@dataclass
-class _StageStart:
-    """State of a stage without an answer. `pending`: requests to await before it is judged; None = not yet."""
-
-    failed: int = 0
-    about_content: int = 0
-    in_flight: set[bytes] = field(default_factory=set)
-    pending: set[bytes] | None = None
-
-    def end(self, key: bytes) -> None:
-        """Note the end of a request."""
-        self.in_flight.discard(key)
-        if self.pending is not None:
-            self.pending.discard(key)
 
 
 @dataclass
@@ -145,8 +122,6 @@ class Client:
         )
         self._limiter = ConcurrencyLimiter(self._servers)
         self._asking: dict[bytes, asyncio.Future[None]] = {}
-        self._starts: defaultdict[str, _StageStart] = defaultdict(_StageStart)
-        self._answered_stages: set[str] = set()
 
     async def __aenter__(self) -> Self:
         self._watch = asyncio.create_task(self._watch_silence())
@@ -189,12 +164,7 @@ class Client:
                 messages.append(f"{server.name}: {server.pause_reason}{retry}")
             elif server.in_flight and now - server.heard_at > 60:
                 messages.append(f"{server.name}: silent for {duration(now - server.heard_at)}")
-        for stage, start in self._starts.items():
-            if start.about_content >= FAILURES_OF_STAGE and stage not in self._answered_stages:
-                messages.append(
-                    f"stage {stage}: no answer so far, {start.about_content:,} refused as too long or by a filter"
-                )
-        return messages
+        return messages + self._policy.stage_messages()
 
     def blocking_servers(self) -> set[str]:
         """Return the servers that hold up the run: closed, failing without any answer so far, or in a long pause."""
@@ -227,24 +197,20 @@ class Client:
             await asyncio.wait([self._asking[key]])  # the same request is in flight: its answer will be in the journal
         if answer is None:
             ended = self._asking[key] = asyncio.get_running_loop().create_future()
-            start = None if request.stage in self._answered_stages else self._starts[request.stage]
-            if start:
-                start.in_flight.add(key)
+            self._policy.begin_request(request.stage, key)
             try:
                 answer = await self._ask_servers(key, request)
             except RequestFailed as failure:
                 self.counts.failed += 1
                 self.counts.advice = self.counts.advice or failure.advice
-                if start:
-                    start.end(key)
-                    self._count_failure(request.stage, start, failure)
+                self._policy.end_request(request.stage, key)
+                self._policy.count_failure(request.stage, failure)
                 raise
             finally:
-                if start:
-                    start.end(key)
+                self._policy.end_request(request.stage, key)
                 del self._asking[key]
                 ended.set_result(None)
-            self._answered_stages.add(request.stage)
+            self._policy.mark_answered(request.stage)
             self.counts.prompt_tokens += answer.prompt_tokens or 0
             self.counts.completion_tokens += answer.completion_tokens or 0
             self.counts.reasoned += bool(answer.reasoning_in)
@@ -345,28 +311,6 @@ class Client:
                 self._limiter.uncommitted -= 1
                 self._limiter.dispatch()
         return result
-
-    def _count_failure(self, stage: str, start: _StageStart, failure: RequestFailed) -> None:
-        """Raise UserError if the complete stage has failed (see `FAILURES_OF_STAGE`)."""
-        if stage in self._answered_stages:
-            return
-        start.about_content += failure.about_content
-        start.failed += not failure.about_content
-        if start.failed < FAILURES_OF_STAGE:
-            return
-        if start.pending is None:
-            if self.journal.has_stage(
-                stage, self.model
-            ):  # in an earlier run: the remaining requests are those that fail
-                self._answered_stages.add(stage)
-                return
-            start.pending = set(start.in_flight)
-        if not start.pending:
-            raise UserError(
-                f"stage {stage}: none of the first {start.failed + start.about_content:,} requests got an answer from "
-                f"{self.model}. The last error: {str(failure).rstrip('.')}. "
-                f"{failure.advice or 'Change the settings of the stage or of the server.'}"
-            ) from failure
 
     async def _watch_silence(self) -> None:
         while True:

@@ -12,6 +12,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
 from train.errors import UserError
 from train.formatting import duration
@@ -43,6 +44,21 @@ SILENCE_AT_START = 30.0
 LONGEST_PROBE_PAUSE = 10.0
 """Seconds between probes of servers that closed connections without an answer: they may be back at any time."""
 
+FAILURES_OF_STAGE = 20
+"""Failed requests of a stage, before any answer, after which the stage is judged: when the requests in flight have
+failed too, the settings are wrong, and the run ends. Requests that are too long or filtered don't count: a server
+refuses them at once, and answers others later."""
+
+
+@dataclass
+class _StageStart:
+    """State of a stage without an answer. `pending`: requests to await before it is judged; None = not yet."""
+
+    failed: int = 0
+    about_content: int = 0
+    in_flight: set[bytes] = field(default_factory=set)
+    pending: set[bytes] | None = None
+
 
 class FailurePolicy:
     """The policy for the servers of one client; its settings are those of `Client`."""
@@ -62,6 +78,8 @@ class FailurePolicy:
         self._wait_for_server = wait_for_server
         self.silence = SILENCE_AT_START
         self._warned: set[str] = set()
+        self._starts: dict[str, _StageStart] = {}
+        self._answered_stages: set[str] = set()
 
     async def close_or_raise(self, server: ServerConnection, error: ServerError) -> None:
         """Close a server that will answer no request for now, or raise UserError if no other server can continue.
@@ -180,6 +198,50 @@ class FailurePolicy:
             server.interrupt()
         effect = "Its requests are sent to the other servers." if others_answer else "The run continues to wait."
         self._warn_once(server, f"{describe_unreachable(server, SILENT)} {effect}")
+
+    def begin_request(self, stage: str, key: bytes) -> None:
+        """Note a request in flight, if its stage has no answer yet."""
+        if stage not in self._answered_stages:
+            self._starts.setdefault(stage, _StageStart()).in_flight.add(key)
+
+    def end_request(self, stage: str, key: bytes) -> None:
+        """Note the end of a request."""
+        if start := self._starts.get(stage):
+            start.in_flight.discard(key)
+            if start.pending is not None:
+                start.pending.discard(key)
+
+    def mark_answered(self, stage: str) -> None:
+        """Note that a stage has an answer: the failures of its requests no longer end the run."""
+        self._answered_stages.add(stage)
+        self._starts.pop(stage, None)
+
+    def count_failure(self, stage: str, failure: RequestFailed) -> None:
+        """Raise UserError if all requests of a stage have failed (see `FAILURES_OF_STAGE`)."""
+        if (start := self._starts.get(stage)) is None:
+            return
+        start.about_content += failure.about_content
+        start.failed += not failure.about_content
+        if start.failed < FAILURES_OF_STAGE:
+            return
+        if start.pending is None:
+            if self._journal.has_stage(stage, self._model):  # answered in an earlier run: only failing requests remain
+                return self.mark_answered(stage)
+            start.pending = set(start.in_flight)
+        if not start.pending:
+            raise UserError(
+                f"stage {stage}: none of the first {start.failed + start.about_content:,} requests got an answer from "
+                f"{self._model}. The last error: {str(failure).rstrip('.')}. "
+                f"{failure.advice or 'Change the settings of the stage or of the server.'}"
+            ) from failure
+
+    def stage_messages(self) -> list[str]:
+        """Return a line for each stage without an answer whose requests are too long or filtered."""
+        return [
+            f"stage {stage}: no answer so far, {start.about_content:,} refused as too long or by a filter"
+            for stage, start in self._starts.items()
+            if start.about_content >= FAILURES_OF_STAGE
+        ]
 
     def bad_servers(self) -> list[str]:
         """Return the error of each server that was closed, or never answered while others did."""

@@ -49,24 +49,24 @@ class FailureReasons:
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
-        self._shown: dict[str, str] = {}
+        self._redact: dict[str, str] = {}
 
     def add(self, message: str) -> None:
         """Count a message."""
         status, _, rest = " ".join(message.split()).partition(" ")  # 400 and 500 are different kinds
         kind = f"{status} {_WITH_DIGITS.sub('#', rest)}"
-        if kind not in self._shown and len(self._shown) >= KINDS:
+        if kind not in self._redact and len(self._redact) >= KINDS:
             kind = _OTHERS
         self._counts[kind] += 1
         text = f"{status} {rest}".strip()
         text = text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
-        self._shown.setdefault(kind, _OTHERS if kind == _OTHERS else text)
+        self._redact.setdefault(kind, _OTHERS if kind == _OTHERS else text)
 
     def counts(self) -> dict[str, int]:
         """Return the count of each kind, the most frequent first, equal ones in their order of arrival."""
         counts: Counter[str] = Counter()
         for kind, count in self._counts.items():
-            counts[self._shown[kind]] += count
+            counts[self._redact[kind]] += count
         return dict(counts.most_common())
 
     def lines(self, limit: int = 3) -> list[str]:

@@ -54,27 +54,27 @@ _REFUSES = re.compile(
 
 def extract_error_text(error: Any, text: str) -> str:
     """Return all text of an error response, without the request that it repeats; `text`: the raw body."""
-    return " ".join(_strings(error) if isinstance(error, Mapping | list) and error else [text])[:_LONGEST]
+    return " ".join(_iter_strings(error) if isinstance(error, Mapping | list) and error else [text])[:_LONGEST]
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _iter_strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value[:_LONGEST]
     elif isinstance(value, Mapping):
         for name, part in value.items():
             if name not in _ECHOES:
-                yield from _strings(part)
+                yield from _iter_strings(part)
     elif isinstance(value, list):
         for part in value[:20]:
-            yield from _strings(part)
+            yield from _iter_strings(part)
 
 
-def wants_completion_tokens(text: str) -> bool:
+def requires_completion_tokens(text: str) -> bool:
     """Return True if an error refuses `max_tokens` by its name, not by its value."""
     return bool(_USE_COMPLETION_TOKENS.search(text) or _MAX_TOKENS.search(text))
 
 
-def wants_stream(text: str) -> bool:
+def requires_stream(text: str) -> bool:
     """Return True if an error says that a request must be streamed."""
     return bool(_STREAM.search(text))
 
@@ -120,14 +120,14 @@ def suggest_setting(
     """
     if refuses_system_role(text, body["messages"]):
         return f"If the model has no system role, set {format_setting(stage, 'system_role', 'merge_into_user')}."
-    if "enable_thinking" in text and wants_stream(text):
+    if "enable_thinking" in text and requires_stream(text):
         return f"Turn off its thinking: {format_setting(stage, 'enable_thinking', 'false')}."
-    if "max_tokens" in body and wants_completion_tokens(text):
+    if "max_tokens" in body and requires_completion_tokens(text):
         setting = format_setting(stage, "max_completion_tokens", str(body["max_tokens"]))
         return f"Send the token limit under the other name: {setting}."
     if "max_completion_tokens" in body and _MAX_COMPLETION_TOKENS.search(text):
         return f"Send the token limit as max_tokens, or none: {format_setting(stage, 'max_tokens', 'null')}."
-    if "stream" in body and wants_stream(text):
+    if "stream" in body and requires_stream(text):
         return "It refuses requests with and without a stream: this server can't serve the model."
     fields = refused_fields(error, text, body)
     settings = [format_setting(stage, name, "null") for name in fields]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from train.llm.refusals import names_field, wants_completion_tokens, wants_stream
+from train.llm.refusals import names_field, requires_completion_tokens, requires_stream
 from train.llm.request import Request
 
 
@@ -25,9 +25,9 @@ class RequestForm:
 
         Requests of the old form may still be in flight when the form changes: they are sent again, too.
         """
-        if "max_tokens" in body and wants_completion_tokens(text):
+        if "max_tokens" in body and requires_completion_tokens(text):
             self.limit_name = "max_completion_tokens"  # the name for OpenAI's reasoning models
-        elif "stream" not in body and wants_stream(text):
+        elif "stream" not in body and requires_stream(text):
             self.stream = True
         elif "stream_options" in body and names_field(text, "stream_options"):
             self.stream_usage = False

@@ -12,7 +12,7 @@ import openai
 from train.errors import UserError
 from train.formatting import duration
 from train.llm.concurrency import Backoff, ServerSlots
-from train.llm.connection.address import shown_location
+from train.llm.connection.address import format_redirect_target
 from train.llm.connection.endpoint import Endpoint
 from train.llm.connection.errors import (
     classify_connection_error,
@@ -195,7 +195,7 @@ class ServerConnection(ServerSlots):
             return proxy_auth_error(address)
         if 300 <= status < 400:
             return self._redirect(response)
-        if status == 400 and not isinstance(error.body, dict) and await self._requires_tls():
+        if status == 400 and not isinstance(error.body, dict) and await self._is_tls_port():
             return tls_expected(address)
         return self._classify(status, response, parse_error_body(_json(response), response.text))
 
@@ -227,7 +227,7 @@ class ServerConnection(ServerSlots):
             # The same server may get the key. Requests that were in flight get the same redirect.
             self.endpoint.chat_url = address.url("chat/completions/")
             return ServerError("resend", "")
-        shown = self.endpoint.clean(shown_location(target))
+        shown = self.endpoint.clean(format_redirect_target(target))
         is_chat_api = target.path.endswith("/chat/completions") and shown != address.shown
         advice = f"Write {shown} as base_url." if is_chat_api else "That is no chat API: is base_url right?"
         return ServerError("fatal", f"{message}: it redirects to {shown}", status=response.status_code, advice=advice)
@@ -239,14 +239,14 @@ class ServerConnection(ServerSlots):
         if (
             result.kind in ("retryable", "dropped")
             and self.failures_in_a_row >= ERRORS_BEFORE_TLS_TEST
-            and await self._requires_tls()
+            and await self._is_tls_port()
         ):
             return tls_expected(address)
         if result.kind == "unreachable" and not self.endpoint.reached and await speaks_http(address):
             return http_expected(address)
         return replace(result, message=self.endpoint.clean(result.message))
 
-    async def _requires_tls(self) -> bool:
+    async def _is_tls_port(self) -> bool:
         """Return True if the port speaks TLS. Tested once, and only before any answer."""
         if self._is_tls_tested or self.has_answered:
             return False

@@ -1,1 +1,1 @@
-"""The training itself: trainer, checkpoints, tracking, report."""
+"""Training loop: trainer, checkpoints, guards, metrics, preemption, report."""

@@ -13,7 +13,7 @@ from train.system_gain.evaluator import FILE as GAIN_FILE
 
 LOCK = ".lock"
 OUTCOME = "outcome.json"
-"""How the last run ended."""
+"""The outcome of the last run."""
 ATTEMPTS = "attempts.jsonl"
 """A line when an attempt begins, and one when it ends; one that was killed has no second line."""
 STAGING = "unfinished"

@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTConfig
 
 from train.data.dataset import PackedDataset, PaddedDataset
-from train.data.prepare import Prepared
+from train.data.prepared_data import PreparedData
 from train.errors import UserError
 from train.loop.arguments import as_user_error
 from train.loop.batch_info import BATCH_INFO, BatchInfo, CountingCollator
@@ -65,7 +65,7 @@ class JanusTrainer(CheckpointingTrainer):
         arguments: SFTConfig,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        data: Prepared,
+        data: PreparedData,
         callbacks: list[TrainerCallback],
         *,
         preemption: Preemption | None = None,

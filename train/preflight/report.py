@@ -10,10 +10,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from train.data.chat.system_role import describe_effect
-from train.data.diagnostics import DroppedRows, find_data_warnings, find_dropped_rows
+from train.data.diagnostics import DroppedRows, find_data_error, find_data_warnings, find_dropped_rows
 from train.data.loss_mask import NOT_TRAINED
-from train.data.prepare import CachedSource, ExampleRow, Prepared, SplitStats, UnreadText, find_data_error
-from train.data.stats import Bin, Overlap, Repeats, histogram, quantiles
+from train.data.prepared_data import CachedSource, ExampleRow, PreparedData, SplitStats, UnreadText
+from train.data.stats import Bin, Overlap, Repeats, histogram, percentiles
 from train.model.tokenizer import ChatTokenizer
 from train.preflight.checks import find_run_errors
 from train.recipe import Recipe
@@ -128,7 +128,7 @@ class Report:
 def build_report(
     recipe: Recipe,
     chat: ChatTokenizer,
-    data: Prepared,
+    data: PreparedData,
     *,
     errors: Sequence[str] = (),
     notes: Sequence[str] = (),
@@ -256,7 +256,7 @@ def _part(stats: SplitStats, recipe: Recipe, has_default: bool) -> SplitReport:
         rows_with_system_message=stats.rows_with_system,
         rows_with_default_system=stats.rows - stats.rows_with_system if has_default else 0,
         distinct_system_messages=stats.distinct_systems,
-        lengths=quantiles(stats.lengths),
+        lengths=percentiles(stats.lengths),
         histogram=histogram(stats.lengths),
         longest_tokens=stats.longest,
         longest_place=stats.longest_place,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from train.data.diagnostics import describe_dropped, describe_unread, find_data_warnings, find_dropped_rows
-from train.data.prepare import Prepared, SplitStats
+from train.data.prepared_data import PreparedData, SplitStats
 from train.formatting import format_count, visible, wrap
 from train.recipe import Recipe
 from train.recipe.schedule import compute_schedule, schedule_warnings
@@ -22,7 +22,7 @@ _NAME = 12
 def start_screen(
     recipe: Recipe,
     template: str,
-    data: Prepared,
+    data: PreparedData,
     model: "PreTrainedModel",
     arguments: "SFTConfig",
     system_gain: str | None = None,
@@ -76,7 +76,7 @@ def start_screen(
 
 
 def _describe_float8(
-    recipe: Recipe, data: Prepared, model: "PreTrainedModel", arguments: "SFTConfig"
+    recipe: Recipe, data: PreparedData, model: "PreTrainedModel", arguments: "SFTConfig"
 ) -> list[tuple[str, str]]:
     """Return the layers in float8, and the loss with and without. Raises UserError if rounding doesn't explain it."""
     from train.model.float8 import TOKENS, find_linear_layers, measure_loss_difference
@@ -89,7 +89,7 @@ def _describe_float8(
     return [("float8", f"{recipe.model.float8}: {find_linear_layers(model)}"), ("", str(difference))]
 
 
-def _describe_imbalance(data: Prepared, model: "PreTrainedModel", arguments: "SFTConfig") -> str:
+def _describe_imbalance(data: PreparedData, model: "PreTrainedModel", arguments: "SFTConfig") -> str:
     from train.loop.sampler import BalancedSampler
 
     random_order, balanced = BalancedSampler(data.train.dataset, arguments, model.config).epoch_imbalance()

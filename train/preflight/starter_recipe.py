@@ -14,7 +14,7 @@ import numpy as np
 from train.data.sources.formats import read_row
 from train.data.sources.row_errors import RowError
 from train.data.sources.source import chunks_and_format, open_source
-from train.data.stats import quantiles
+from train.data.stats import percentiles
 from train.errors import UserError
 from train.formatting import format_count
 from train.recipe import ChatSection, DataSection, ModelSection, Recipe, Source
@@ -186,7 +186,7 @@ seed: 42
 
 
 def _quantiles(facts: DataFacts) -> list[tuple[str, int]]:
-    return [(percent, size) for percent, size in quantiles(facts.lengths).items() if percent in ("50", "95", "100")]
+    return [(percent, size) for percent, size in percentiles(facts.lengths).items() if percent in ("50", "95", "100")]
 
 
 def _quote(text: str) -> str:

@@ -20,7 +20,7 @@ BATCH_KEYS = ("training.per_device_train_batch_size", "training.gradient_accumul
 
 @dataclass(frozen=True)
 class Cadence:
-    """How often something happens: never (`no`), once an `epoch`, every `steps` optimizer steps, or when `best`."""
+    """Frequency of evaluation or saving: `no`, once an `epoch`, every `steps` optimizer steps, or if `best`."""
 
     strategy: str
     steps: int | None = None

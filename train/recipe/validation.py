@@ -85,6 +85,9 @@ def _path_keys(model: type[BaseModel], values: dict[str, Any], prefix: KeyPath =
             if any(isinstance(mark, LocalPath) for _, metadata in parts for mark in metadata):
                 yield key_path
             continue
+        if isinstance(value, list) and _is_list_of_paths(field.annotation):
+            yield from ((*key_path, index) for index, item in enumerate(value) if isinstance(item, str))
+            continue
         sections = [(training_model(), False)] if key_path == ("training",) else _models(field.annotation)
         for section, in_list in sections:
             if in_list and isinstance(value, list):
@@ -94,6 +97,11 @@ def _path_keys(model: type[BaseModel], values: dict[str, Any], prefix: KeyPath =
             for item_path, item in items:
                 if isinstance(item, dict):
                     yield from _path_keys(section, item, item_path)
+
+
+def _is_list_of_paths(annotation: Any) -> bool:
+    items = (get_args(kind)[0] for kind, _ in _parts(annotation) if get_origin(kind) is tuple)
+    return any(isinstance(mark, LocalPath) for item in items for _, metadata in _parts(item) for mark in metadata)
 
 
 def _add_errors(document: Document, error: ValidationError, prefix: KeyPath, root: type[BaseModel]) -> None:

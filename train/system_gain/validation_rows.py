@@ -9,7 +9,7 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from train.data.cache import cache_key, get_or_build
-from train.data.prepare import Prepared
+from train.data.prepared_data import PreparedData
 from train.data.sources.formats import Conversation
 from train.data.tokens.source import cache_folder
 from train.data.tokens.workers import RowTokenizer
@@ -29,7 +29,7 @@ from train.system_gain.variants import (
 _FILE = "rows.json"
 
 
-def load_gain_rows(recipe: Recipe, data: Prepared, tokenizer: PreTrainedTokenizerBase) -> VariantRows | None:
+def load_gain_rows(recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> VariantRows | None:
     """Return rows of the validation data under their own system message, under others and under none.
 
     None without validation data, or if the recipe measures no rows. The sources are read once; other processes and

@@ -1,11 +1,11 @@
-"""Write system_ifeval.jsonl and system_ifeval_user.jsonl: tasks under constraints that IFEval's checkers can check.
+"""Write system_ifeval.jsonl and system_ifeval_user.jsonl: tasks with constraints that IFEval's checkers verify.
 
     python recipes/smollm2-135m/data/build_system_ifeval.py [--output FOLDER]
 
-The shape is S-IFEval's: the constraints in the system message and the task in the user turn, and as its control the
-same words with everything in the user turn. Tasks and wordings are ours (Apache-2.0); rule names and arguments are
-those of lm_eval.tasks.ifeval. Each of the 50 tasks comes under 3 rules, and some rows have a second constraint that an
-answer can follow beside the first. Everything follows from one seed: the same command writes the same bytes.
+The format is S-IFEval's: constraints in the system message and the task in the user turn, and as a control the same
+text completely in the user turn. Tasks and wordings are ours (Apache-2.0); rule names and arguments are those of
+lm_eval.tasks.ifeval. Each of the 50 tasks has 3 rules, and some rows have a second constraint that is compatible with
+the first. The output is reproducible to the byte.
 """
 
 import argparse
@@ -195,7 +195,7 @@ RULES: dict[str, list[Variant]] = {
 }
 
 SECOND = ("punctuation:no_comma", "keywords:existence", "detectable_format:title", "keywords:forbidden_words")
-"""Rules that an answer can follow beside any of TAKES_A_SECOND."""
+"""Rules that are compatible with all of TAKES_A_SECOND."""
 
 TAKES_A_SECOND = (
     "detectable_content:number_placeholders",
@@ -211,8 +211,8 @@ TAKES_A_SECOND = (
 
 
 def build(seed: int = 0) -> dict[str, list[dict[str, Any]]]:
-    """File name -> its rows. Rules are dealt from a deck that is shuffled anew whenever it runs out."""
-    chance = random.Random(seed)
+    """Return the rows by file name. Rules are dealt from a deck that is reshuffled when it runs out."""
+    rng = random.Random(seed)
     deck: list[str] = []
     turns = dict.fromkeys(RULES, 0)
 
@@ -225,16 +225,16 @@ def build(seed: int = 0) -> dict[str, list[dict[str, Any]]]:
         hand: list[str] = []
         while len(hand) < ROWS_PER_TASK:
             if not deck:
-                deck = chance.sample(sorted(RULES), len(RULES))
+                deck = rng.sample(sorted(RULES), len(RULES))
             hand.append(deck.pop())
-        for place, rule in enumerate(hand):
+        for position, rule in enumerate(hand):
             rules = [rule]
-            if rule in TAKES_A_SECOND and chance.random() < 0.8:
-                rules.append(chance.choice(SECOND))
+            if rule in TAKES_A_SECOND and rng.random() < 0.8:
+                rules.append(rng.choice(SECOND))
             texts, arguments = zip(*map(next_variant, rules), strict=True)
             constraints = " ".join(texts)
             row = {
-                "key": 1_000 * (number + 1) + place,
+                "key": 1_000 * (number + 1) + position,
                 "prompt": f"{task} {constraints}",
                 "instruction_id_list": rules,
                 "kwargs": list(arguments),
@@ -246,9 +246,9 @@ def build(seed: int = 0) -> dict[str, list[dict[str, Any]]]:
 
 
 def main() -> None:
-    """Write both files and say how many rows each has."""
+    """Write both files and print their numbers of rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=HERE, help="where to write (default: beside this script)")
+    parser.add_argument("--output", type=Path, default=HERE, help="output folder (default: that of this script)")
     folder: Path = parser.parse_args().output
     for name, rows in build().items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -221,7 +221,7 @@ def compare(name, plain, training, spans, messages, tools) -> set[str] | None:
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     try:
         rows = spans.rows(messages, tools, "assistant")
-    except RowError as fault:
+    except RowError as error:
         # Nothing is refused that could be compared: the render itself lacks what the message says.
         turn = rendered(name, plain, messages, tools)[0]
         calls = any(message.get("tool_calls") for message in messages)
@@ -230,7 +230,7 @@ def compare(name, plain, training, spans, messages, tools) -> set[str] | None:
         )
         lost = lost or ("Hm." in str(messages) and "Oh." not in turn)
         if not lost:
-            raise AssertionError("a conversation is refused that could be compared") from fault
+            raise AssertionError("a conversation is refused that could be compared") from error
         return None
     ours = sorted(((row.text, span) for row in rows for span in row.spans), key=lambda pair: pair[1])
     assert len(ours) == len(answers)
@@ -264,7 +264,7 @@ def test_spans_are_those_of_trl_or_better(name: str, counts) -> None:
     training = tokenizer_for(name, (TEMPLATES / f"{name}_training.jinja").read_text(encoding="utf-8"))
     counts["pairs"] += 1
     if EXCEPTIONS.get(name) == {NO_PROMPT}:
-        with pytest.raises(UserError, match="generation prompt goes on with '<think>"):
+        with pytest.raises(UserError, match="generation prompt continues with '<think>"):
             SpanFinder(plain)
         messages = [user("Ask?"), answer("Hello")]
         text, marks = rendered(name, training, messages, None)
@@ -294,8 +294,8 @@ def test_other_templates_give_what_inference_asks_for(name: str, counts) -> None
     for messages, tools in conversations():
         try:
             rows = spans.rows(messages, tools, "assistant")
-        except RowError as fault:
-            assert "reasoning lost" in fault.kind and messages[1].get("reasoning_content"), fault  # noqa: PT017, PT018
+        except RowError as error:
+            assert "reasoning lost" in error.kind and messages[1].get("reasoning_content"), error  # noqa: PT017, PT018
             refused += 1
             continue
         counts["conversations of other templates"] += 1
@@ -423,10 +423,10 @@ def test_end_tokens_that_an_answer_holds_itself_are_its_own() -> None:
     assert [row.text[slice(*span)] for span in row.spans] == ["one<|im_end|>two<|im_end|>"]
 
 
-@pytest.mark.parametrize("fault", ["{{ 1 / 0 }}", "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}"])
-def test_whatever_a_template_raises_is_the_fault_of_the_row(fault: str) -> None:
+@pytest.mark.parametrize("error", ["{{ 1 / 0 }}", "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}"])
+def test_whatever_a_template_raises_is_the_fault_of_the_row(error: str) -> None:
     """ZeroDivisionError, RecursionError: a template is a program."""
-    template = CHATML + PROMPT + "{% if messages[0].content == 'Fail' %}" + fault + "{% endif %}"
+    template = CHATML + PROMPT + "{% if messages[0].content == 'Fail' %}" + error + "{% endif %}"
     spans = SpanFinder(tokenizer_for("chatml", template))
     assert len(spans.rows([user("Ask?"), answer("Hello")], None, "assistant")) == 1
     with pytest.raises(RowError, match=r"refused by the template: (ZeroDivision|Recursion)Error"):
@@ -435,8 +435,8 @@ def test_whatever_a_template_raises_is_the_fault_of_the_row(fault: str) -> None:
 
 def test_a_fault_shows_the_words_of_the_trial_without_its_marks() -> None:
     template = CHATML.replace("m.role", "m.role ~ loop.revindex")
-    with pytest.raises(UserError, match=r"goes on with '5.n\{ask\}") as fault:
+    with pytest.raises(UserError, match=r"continues with '5.n\{ask\}") as error:
         SpanFinder(tokenizer_for("counting down", template + PROMPT))
-    assert "\ue000" not in str(fault.value)
-    assert "\\ue000" not in str(fault.value)
-    assert ".." not in str(fault.value)
+    assert "\ue000" not in str(error.value)
+    assert "\\ue000" not in str(error.value)
+    assert ".." not in str(error.value)

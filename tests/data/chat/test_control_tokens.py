@@ -26,10 +26,10 @@ def word_tokenizer(*special: str, normalizer: Any = None, **marks: Any) -> PreTr
 
 
 def test_error_names_the_token_and_the_message(tokenizer) -> None:
-    with pytest.raises(RowError) as fault:
+    with pytest.raises(RowError) as error:
         clean(tokenizer, MESSAGES, "error")
-    assert fault.value.kind.startswith("control token in text, which `chat.control_tokens_in_text: escape`")
-    assert fault.value.detail == "<|im_end|> in the content of message 2 (user)"
+    assert error.value.kind.startswith("control token in text, which `chat.control_tokens_in_text: escape`")
+    assert error.value.detail == "<|im_end|> in the content of message 2 (user)"
 
 
 def test_escape_leaves_no_control_token_and_reads_the_same(tokenizer) -> None:

@@ -85,11 +85,11 @@ def test_probe_refuses_a_template_that_loses_more_than_system_messages(tokenizer
 
 def test_the_findings_in_words() -> None:
     assert probe(tokenizer_with("gemma")).describe() == [
-        "Without our help the template refuses system messages: System role not supported."
+        "The unmodified template refuses system messages: System role not supported."
     ]
     assert probe(tokenizer_with("qwen2_5")).describe() == [
-        "Without our help the template writes a system message as a turn of its own.",
-        f"To a conversation without one it would add its own: '{QWEN_DEFAULT}'.",
+        "The unmodified template writes a system message as a turn of its own.",
+        f"To a conversation without one it adds its own: '{QWEN_DEFAULT}'.",
     ]
     assert probe(tokenizer_with("mistral v3")).describe_settled()[:2] == [
         "A system message goes into the last user turn.",
@@ -119,12 +119,12 @@ def test_a_clock_is_no_default(tokenizer) -> None:
     assert (found.default, found.dated, found.empty) == (None, True, "differs")
 
 
-@pytest.mark.parametrize("fault", ["{{ 1 / 0 }}", "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}"])
-def test_whatever_a_template_raises_is_a_refusal(fault: str, tokenizer) -> None:
+@pytest.mark.parametrize("error", ["{{ 1 / 0 }}", "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}"])
+def test_whatever_a_template_raises_is_a_refusal(error: str, tokenizer) -> None:
     plain = tokenizer.chat_template
-    tokenizer.chat_template = "{% if messages[0].role == 'system' %}" + fault + "{% endif %}" + NUMBERED
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}" + error + "{% endif %}" + NUMBERED
     assert probe(tokenizer).handling == "raises"
-    tokenizer.chat_template = fault + plain
+    tokenizer.chat_template = error + plain
     with pytest.raises(UserError, match=r"refuses a conversation of two .*(ZeroDivision|Recursion)Error"):
         probe(tokenizer)
 

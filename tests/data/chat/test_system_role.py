@@ -38,9 +38,9 @@ def test_native_leaves_the_template_as_it_is(template: str) -> None:
     [("gemma", "it raises: System role not supported"), ("ignores", "their text is not in the render")],
 )
 def test_native_refuses_a_template_that_loses_system_messages(template: str, why: str) -> None:
-    with pytest.raises(UserError, match=r"chat.system_role: native: .* loses system messages") as fault:
+    with pytest.raises(UserError, match=r"chat.system_role: native: .* loses system messages") as error:
         apply_system_role(tokenizer_with(template), "native")
-    assert f"({why}). Write `merge_into_user`" in str(fault.value)
+    assert f"({why}). Write `merge_into_user`" in str(error.value)
     with pytest.raises(UserError, match=r"chat.system_role: error: .* loses system messages"):
         apply_system_role(tokenizer_with(template), "error", "Be kind.")
 
@@ -93,7 +93,7 @@ SHIPPED = sorted(path.stem for path in TRL_TEMPLATES.glob("*.jinja") if not path
 
 @pytest.mark.parametrize("template", SHIPPED)
 def test_merge_into_user_renders_as_messages_merged_by_hand(template: str) -> None:
-    """With every template that TRL ships, marks and tools too. Muse Glimmer's dated default can't be taken out."""
+    """With every template that TRL ships, marks and tools too. Muse Glimmer's dated default can't be removed."""
     tokenizer, plain = tokenizer_with(template), tokenizer_with(template)
     if apply_system_role(tokenizer, "merge_into_user").default is not None:
         apply_system_role(plain, "native", "")
@@ -224,7 +224,7 @@ def test_turn_is_refused_where_none_can_be_made() -> None:
         apply_system_role(tokenizer_with("mistral v1"), "turn")
     with pytest.raises(UserError, match=r"begins with '<s>\[INST\] '"):
         apply_system_role(tokenizer_with("llama 2"), "turn")
-    # <|user|> is one token; <|system|> would fall into pieces
+    # <|user|> is one token; <|system|> would be split
     tokenizer = tokenizer_with("ignores", special=("<|user|>", "<|assistant|>"))
     tokenizer.chat_template = tokenizer.chat_template.replace("USER: ", "<|user|>").replace(
         "ASSISTANT: ", "<|assistant|>"
@@ -309,11 +309,11 @@ def test_a_default_that_stands_nowhere_in_the_template_is_silenced_by_an_empty_m
 
 
 def test_an_empty_default_system_is_refused_where_the_text_cannot_go() -> None:
-    with pytest.raises(UserError, match=r"adds 'Cutting Knowledge Date.*can't be taken out"):
+    with pytest.raises(UserError, match=r"adds 'Cutting Knowledge Date.*can't be removed"):
         apply_system_role(tokenizer_with("llama3_1"), "native", "")
     tokenizer = tokenizer_with("default in a variable")
     tokenizer.chat_template = tokenizer.chat_template.replace("{% if ns.system %}", "{% if true %}")
-    with pytest.raises(UserError, match=r"adds 'You are Al.'.*can't be taken out"):
+    with pytest.raises(UserError, match=r"adds 'You are Al.'.*can't be removed"):
         apply_system_role(tokenizer, "native", "")
 
 
@@ -429,7 +429,7 @@ OUTCOMES: list[tuple[str, Any, str | None, list[str], str | None]] = [
         "qwen2_5",
         "merge_into_user",
         None,
-        [FIRST, MIDDLE, f"A conversation without one gets none: the template's own is taken out ('{QWEN_DEFAULT}')."],
+        [FIRST, MIDDLE, f"A conversation without one gets none: the template's own is removed ('{QWEN_DEFAULT}')."],
         None,
     ),
     (

@@ -132,7 +132,7 @@ def test_a_column_that_a_format_needs_and_that_holds_no_text_is_a_fault_with_its
     (row,) = (row for _, row in ArrowRows(1, pyarrow.RecordBatch.from_pydict({
         "prompt": timestamps("Europe/Berlin")[:1], "output": ["a"],
     })).rows())  # fmt: skip
-    with pytest.raises(RowError, match=r"`prompt` .*timestamp\[us, tz=Europe/Berlin\].*text is wanted"):
+    with pytest.raises(RowError, match=r"`prompt` .*timestamp\[us, tz=Europe/Berlin\].*it must be a text"):
         convert(row, detect(row))
 
 
@@ -154,7 +154,7 @@ def test_a_value_that_holds_no_text_is_named_by_its_arrow_type_with_a_cast(
         convert(read, detect(read))
     assert f"of Arrow's type {type}" in str(caught.value)
     assert "ArrowValue" not in str(caught.value)
-    assert ('in pyarrow, column.cast("string") makes text of it' in str(caught.value)) is cast
+    assert ('in pyarrow, column.cast("string") converts it to text' in str(caught.value)) is cast
     text = pyarrow.array([b"Be brief."]).cast("string")
     assert text.to_pylist() == ["Be brief."]
 
@@ -176,5 +176,5 @@ def test_json_that_does_not_parse_stays_text() -> None:
 def test_two_columns_of_a_name_are_refused(tmp_path: Path) -> None:
     table = pyarrow.Table.from_arrays([pyarrow.array(["x"])] * 3, ["prompt", "output", "prompt"])
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
-    with pytest.raises(UserError, match=r"rows.parquet: two columns share a name: prompt, output, prompt"):
+    with pytest.raises(UserError, match=r"rows.parquet: two columns have the same name: prompt, output, prompt"):
         list(read_rows(Source(path=str(tmp_path / "rows.parquet"))))

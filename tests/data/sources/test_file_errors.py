@@ -92,7 +92,7 @@ NAMED: dict[str, tuple[bytes | str, list[str], bool]] = {
     "annex.csv": ("/annex/objects/SHA256E-s9--0.csv\n", ["git-annex pointer"], False),
     "page.jsonl": ("\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", ["web page"], False),
     "denied.json": ('<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code></Error>', ["web page (HTML or XML)"], False),
-    "rows.csv": (parquet(), ["Parquet", "ending .parquet"], False),
+    "rows.csv": (parquet(), ["Parquet", "extension to .parquet"], False),
     "archive.jsonl": (zipped("rows.jsonl"), ["ZIP archive", "Unpack it"], False),
     "workbook.csv": (zipped("[Content_Types].xml", "xl/sheet.xml"), ["Excel workbook", "CSV in UTF-8"], False),
     "bzip2.jsonl": (bz2.compress(LINES.encode()), ["bzip2", "bunzip2 -c"], True),
@@ -100,11 +100,11 @@ NAMED: dict[str, tuple[bytes | str, list[str], bool]] = {
     "twice.jsonl.gz": (gzip.compress(gzip.compress(LINES.encode())), ["twice with gzip", "gunzip -c"], True),
     "zeros.jsonl": (b"\0" * 9_000, ["zero bytes", "Copy it again"], False),
     "machine.jsonl": (b"\x7f\x00\x01\xd8\x00\xd8" * 900, ["binary data"], False),
-    "table.jsonl": ("prompt,output\np,o\n", ["holds no JSON, it begins with 'prompt,output'", "ending .csv"], False),
-    "table.json": ("prompt\toutput\np\to\n", ["holds no JSON", "ending .tsv"], False),
-    "prose.jsonl": ("Once upon a time\nthere were rows\n", ["holds no JSON, it begins with 'Once upon a time'"], False),
-    "lines.csv": (LINES, ["holds JSON", "ending .jsonl"], False),
-    "array.tsv": (json.dumps(ROWS, indent=1), ["holds JSON", "ending .jsonl"], False),
+    "table.jsonl": ("prompt,output\np,o\n", ["is not JSON, it begins with 'prompt,output'", "extension .csv"], False),
+    "table.json": ("prompt\toutput\np\to\n", ["is not JSON", "extension .tsv"], False),
+    "prose.jsonl": ("Once upon a time\nthere were rows\n", ["is not JSON, it begins with 'Once upon a time'"], False),
+    "lines.csv": (LINES, ["holds JSON", "extension to .jsonl"], False),
+    "array.tsv": (json.dumps(ROWS, indent=1), ["holds JSON", "extension to .jsonl"], False),
     "pickle.jsonl": (b"\x80\x04\x95\x10", ["Python pickle"], False),
 }  # fmt: skip
 
@@ -168,8 +168,8 @@ def test_a_table_of_an_old_macintosh(tmp_path: Path) -> None:
 
 
 def test_a_line_longer_than_any_field_of_a_table(tmp_path: Path) -> None:
-    assert "holds no JSON" in error_of(write(tmp_path / "rows.jsonl", "x," * 200_000))
-    assert "holds no JSON" in error_of(write(tmp_path / "mac.jsonl", "one\rtwo"))
+    assert "is not JSON" in error_of(write(tmp_path / "rows.jsonl", "x," * 200_000))
+    assert "is not JSON" in error_of(write(tmp_path / "mac.jsonl", "one\rtwo"))
 
 
 def test_a_header_that_could_be_parted_in_two_ways_or_none_is_left(tmp_path: Path) -> None:
@@ -205,18 +205,18 @@ def test_a_byte_order_mark_where_files_were_joined(tmp_path: Path) -> None:
 )
 def test_a_line_among_good_ones_is_a_fault_that_names_it(line: str, words: str, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", f"{LINES}{line}\n{LINES}")
-    (fault,) = faults_of(path)
-    assert fault.startswith("invalid JSON: ")
-    assert words in fault
+    (error,) = faults_of(path)
+    assert error.startswith("invalid JSON: ")
+    assert words in error
     (first,) = faults_of(write(tmp_path / "first.jsonl", f"{line}\n{LINES}"))
-    assert first == fault
+    assert first == error
 
 
 def test_the_last_line_of_a_file_that_was_cut_off(tmp_path: Path) -> None:
     assert "the file ends in the middle of the row" in faults_of(write(tmp_path / "a.jsonl", LINES[:-9]))[0]
     assert "zero bytes in the line" in faults_of(write(tmp_path / "b.jsonl", LINES.encode() + b"\0" * 99))[0]
     added = LINES.encode() + "{'a': 1}\n".encode("utf-16-le")  # as PowerShell's >> does
-    assert "UTF-16 was added" in faults_of(write(tmp_path / "c.jsonl", added))[0]
+    assert "UTF-16 text that was appended" in faults_of(write(tmp_path / "c.jsonl", added))[0]
 
 
 @pytest.mark.parametrize(
@@ -233,9 +233,9 @@ def test_text_in_another_encoding(encoding: str, text: str, words: str, tmp_path
     row = {"prompt": text, "output": "o"}
     content = json.dumps(row, ensure_ascii=False).encode(encoding)
     byte = next(byte for byte in content if byte > 127)
-    (fault,) = faults_of(write(tmp_path / "rows.jsonl", LINES.encode() + content))
-    assert fault.startswith(f"not UTF-8: byte 0x{byte:02x} at byte {content.index(byte) + 1} of the line")
-    assert words in fault
+    (error,) = faults_of(write(tmp_path / "rows.jsonl", LINES.encode() + content))
+    assert error.startswith(f"not UTF-8: byte 0x{byte:02x} at byte {content.index(byte) + 1} of the line")
+    assert words in error
     assert words in error_of(write(tmp_path / "rows.json", b"[" + content + b"]"))
     table = f"prompt,output\np,o\n{text},o\n".encode(encoding)
     assert words in faults_of(write(tmp_path / "rows.csv", table))[0]
@@ -253,9 +253,9 @@ def test_the_letter_is_that_of_the_byte_that_is_named(text: str, letter: str, tm
     content = json.dumps({"prompt": text, "output": "o"}, ensure_ascii=False).encode("cp1252")
     words = f" (in Windows-1252 it is {letter}: iconv"
     byte = f"byte 0x{letter.encode('cp1252').hex()}"
-    (fault,) = faults_of(write(tmp_path / "rows.jsonl", LINES.encode() + content))
-    assert byte in fault
-    assert words in fault
+    (error,) = faults_of(write(tmp_path / "rows.jsonl", LINES.encode() + content))
+    assert byte in error
+    assert words in error
     far = b" " * 300  # the letter is looked for near the byte alone
     assert f"{byte}{words}" in error_of(write(tmp_path / "rows.json", b"[" + far + content + far + b"]"))
     table = f"prompt,output\n{text.replace(',', ' ')},o\n".encode("cp1252")
@@ -263,9 +263,9 @@ def test_the_letter_is_that_of_the_byte_that_is_named(text: str, letter: str, tm
 
 
 def test_a_byte_that_windows_1252_does_not_have_gets_no_letter(tmp_path: Path) -> None:
-    (fault,) = faults_of(write(tmp_path / "rows.jsonl", LINES.encode() + b'{"prompt": "\x81 \xe9 \xe8"}'))
-    assert "byte 0x81" in fault
-    assert "another encoding" in fault
+    (error,) = faults_of(write(tmp_path / "rows.jsonl", LINES.encode() + b'{"prompt": "\x81 \xe9 \xe8"}'))
+    assert "byte 0x81" in error
+    assert "another encoding" in error
 
 
 @pytest.mark.parametrize(
@@ -281,10 +281,10 @@ def test_a_byte_that_windows_1252_does_not_have_gets_no_letter(tmp_path: Path) -
 def test_python_in_a_cell_is_named_as_in_a_line(cell: str, tmp_path: Path) -> None:
     frame = pandas.DataFrame({"messages": [cell]})
     frame.to_csv(tmp_path / "rows.csv", index=False)
-    ((_, fault),) = read_conversations(Source(path=str(tmp_path / "rows.csv")))
-    assert isinstance(fault, RowError)
-    assert "`messages` is a Python list or dict (single quotes, None, True), not JSON" in fault.detail
-    assert "Write it with json.dumps" in fault.detail
+    ((_, error),) = read_conversations(Source(path=str(tmp_path / "rows.csv")))
+    assert isinstance(error, RowError)
+    assert "`messages` is a Python list or dict (single quotes, None, True), not JSON" in error.detail
+    assert "Write it with json.dumps" in error.detail
 
 
 def test_json_text_sequences_show_their_separator_and_are_mended(tmp_path: Path) -> None:
@@ -332,8 +332,8 @@ def test_a_line_that_was_cut_is_a_fault_of_its_row(line: str, tmp_path: Path) ->
 
 
 def test_rows_that_are_lists_are_faults_line_by_line(tmp_path: Path) -> None:
-    faults = faults_of(write(tmp_path / "rows.jsonl", '[{"role": "user"}]\n[7]\n'))
-    assert [fault.partition(":")[0] for fault in faults] == ["wrong type"] * 2
+    errors = faults_of(write(tmp_path / "rows.jsonl", '[{"role": "user"}]\n[7]\n'))
+    assert [error.partition(":")[0] for error in errors] == ["wrong type"] * 2
 
 
 def test_an_object_that_is_longer_than_what_is_looked_at(tmp_path: Path) -> None:

@@ -297,7 +297,7 @@ BAD_ROWS: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "messages",
         {"messages": [USER, {**ASSISTANT, "train": False}]},
         "no assistant turn",
-        "not to be trained",
+        "has a loss switch",
     ),
     "misspelt role": (
         "messages",

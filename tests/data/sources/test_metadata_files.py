@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
-from train.data.sources.metadata_files import companion
+from train.data.sources.metadata_files import describe_metadata_file
 from train.data.sources.source import open_source, read_rows
 from train.errors import UserError
 from train.recipe import Source
@@ -80,7 +80,7 @@ def test_a_companion_is_skipped_in_a_folder_and_refused_by_name(
     name: str, content: Any, what: str, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "data" / name, content)
-    assert what in (companion(path) or "")
+    assert what in (describe_metadata_file(path) or "")
     assert what in error_of(path)
     for split in ("data/rows.jsonl", "data/test.jsonl"):
         jsonl(tmp_path / split)
@@ -88,20 +88,20 @@ def test_a_companion_is_skipped_in_a_folder_and_refused_by_name(
     write(tmp_path / "train" / name, content)
     if name != "state.json":
         opened = open_source(Source(path=str(tmp_path / "train")))
-        assert opened.metadata_files == [f"{tmp_path / 'train' / name} ({companion(path)})"]
+        assert opened.metadata_files == [f"{tmp_path / 'train' / name} ({describe_metadata_file(path)})"]
         assert rows_of(tmp_path / "train") == ROWS
     assert rows_of(tmp_path / "data" / "*") == ROWS + ROWS
     only = write(tmp_path / "only" / "below" / name, content)
     error = error_of(only.parent.parent)
     assert "no data file in this folder" in error
-    assert f"{name} ({companion(path)})" in error
-    assert f"only what describes data: {name}" in error_of(tmp_path / "only" / "*" / "*.json")
+    assert f"{name} ({describe_metadata_file(path)})" in error
+    assert f"only metadata: {name}" in error_of(tmp_path / "only" / "*" / "*.json")
 
 
 @pytest.mark.parametrize(("name", "content"), ROWS_UNDER_SUCH_NAMES)
 def test_rows_are_rows_under_any_name(name: str, content: Any, tmp_path: Path) -> None:
     path = write(tmp_path / name, content)
-    assert companion(path) is None
+    assert describe_metadata_file(path) is None
     if name != "manifest.json":  # two lists: which one is meant?
         found = rows_of(path)
         assert found == rows_of(tmp_path)
@@ -109,8 +109,8 @@ def test_rows_are_rows_under_any_name(name: str, content: Any, tmp_path: Path) -
 
 
 def test_a_file_that_can_not_be_parsed_or_is_no_json_is_no_companion(tmp_path: Path) -> None:
-    assert companion(write(tmp_path / "dataset_info.json", '{"features"')) is None
-    assert companion(write(tmp_path / "dataset_infos.jsonl", INFO)) is None
+    assert describe_metadata_file(write(tmp_path / "dataset_info.json", '{"features"')) is None
+    assert describe_metadata_file(write(tmp_path / "dataset_infos.jsonl", INFO)) is None
     assert "invalid JSON" in error_of(tmp_path / "dataset_info.json")
 
 
@@ -119,7 +119,7 @@ def test_what_datasets_itself_writes(tmp_path: Path) -> None:
     datasets.DatasetDict(train=whole, test=whole).save_to_disk(str(tmp_path / "above" / "saved"))
     assert rows_of(tmp_path / "above" / "saved") == ROWS
     error = error_of(tmp_path / "above")
-    assert "no data file in this folder, only what describes data" in error
+    assert "no data file in this folder, only metadata" in error
     assert f"To read what save_to_disk wrote, name {tmp_path}/above/saved" in error
     jsonl(tmp_path / "beside" / "rows.jsonl")
     whole.info.write_to_directory(str(tmp_path / "beside"))
@@ -144,6 +144,4 @@ def test_skipped_companions_are_named_by_a_check(
     recipe = recipe_file(data={"sources": [{"path": str(tmp_path / "lf")}]})
     assert main(["--recipe", str(recipe), "--check"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert (
-        f"1 file is skipped, as what describes data holds no rows: {listed} (LLaMA-Factory's list of data sets)" in said
-    )
+    assert f"1 file was skipped (metadata without rows): {listed} (LLaMA-Factory's list of data sets)" in said

@@ -129,7 +129,7 @@ def test_validation_sources_of_their_own(tmp_path: Path, load: Load) -> None:
 
 def test_a_weight_that_leaves_nothing_and_a_share_that_can_not_be(tmp_path: Path, load: Load) -> None:
     path = write(tmp_path / "rows.jsonl", GOOD * 3)
-    with pytest.raises(UserError, match=r"data\.sources\.0\.weight: 0\.1 of 3 rows is none"):
+    with pytest.raises(UserError, match=r"data\.sources\.0\.weight: 0\.1 of 3 rows leaves no row"):
         load("", sources=[{"path": str(path), "weight": 0.1}])
     with pytest.raises(UserError, match="every row begins with the same user message"):
         load(path, validation=0.5, seed=0)

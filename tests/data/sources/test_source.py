@@ -204,7 +204,7 @@ def test_two_kinds_of_one_split_are_not_mixed_without_a_word(
     for name in names:
         write(tmp_path / f"{name}.jsonl", lines(ROWS))
     error = error_of(tmp_path)
-    assert f"the split `train` could be {kinds}, as the names of the files tell" in error
+    assert f"by the names of the files, the split `train` could be {kinds}." in error
     assert "`split: train_" in error
     assert "a file or a glob" in error
 
@@ -212,7 +212,9 @@ def test_two_kinds_of_one_split_are_not_mixed_without_a_word(
 def test_a_part_of_a_split_is_no_split_of_a_folder(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", lines(ROWS))
     for split in ("train[:2]", "train+test"):
-        assert f"no files of the split `{split}`. The names tell of: train." in error_of(tmp_path, split=split)
+        assert f"no files of the split `{split}`. The splits in the names are: train." in error_of(
+            tmp_path, split=split
+        )
 
 
 def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
@@ -260,7 +262,7 @@ def test_what_a_document_says_beside_its_rows_is_not_lost(
     error = str(caught.value)
     assert error.startswith(f"{path}: `{key}` beside the rows (`data`) holds content that no row has")
     assert json.dumps(text, ensure_ascii=False) in error
-    assert "Put it into the rows, or take it out of the file." in error
+    assert "Put it into the rows, or remove it from the file." in error
 
 
 @pytest.mark.parametrize(
@@ -398,8 +400,8 @@ BROKEN: dict[str, tuple[bytes, list[str]]] = {
     "surrogate.jsonl": (GOOD + lines([pair("x")]).replace(b'"x"', b'"\\ud83d"'), ["not UTF-8: {path}:2:", "\\ud83d"]),
     "cut.json": (b'[{"prompt": "p",\n "output": "o"}', ["{path}:2: invalid JSON", "column"]),
     "latin1.json": ('[\n{"prompt": "é"}]'.encode("latin-1"), ["{path}:2: not UTF-8", "0xe9"]),
-    "lists.json": (b'{"train": [{}], "test": [{}]}', ["{path}: a list of rows", "train, test"]),
-    "number.json": (b"7", ["{path}: a list of rows", "int"]),
+    "lists.json": (b'{"train": [{}], "test": [{}]}', ["{path}: the file must be a list of rows", "train, test"]),
+    "number.json": (b"7", ["{path}: the file must be a list of rows", "int"]),
     "mixed.json": (b'[{"prompt": "p", "output": "o"}, 7]', ["wrong type: {path} row 2:"]),
     "text.parquet": (GOOD, ["{path}: can't be read", "Parquet magic bytes"]),
     "text.parquet.gz": (GOOD, ["{path}: can't be read", "Parquet magic bytes"]),
@@ -407,11 +409,14 @@ BROKEN: dict[str, tuple[bytes, list[str]]] = {
     "cells.csv": (HEADER + b"s,p,o\n\ns,p\n", ["invalid CSV: {path}:4: 2 cells where the header names 3"]),
     "many_cells.tsv": (b"prompt\toutput\np\to\np\to\tx\n", ["invalid CSV: {path}:3: 3 cells"]),
     "latin1.csv": (HEADER + b's,p,o\ns,"p\n\xe9",o\n', ["not UTF-8: {path}:3: line 4"]),
-    "twice.csv": (b"prompt,output,prompt\np,o,p\n", ["{path}:1: two columns", "share a name"]),
+    "twice.csv": (b"prompt,output,prompt\np,o,p\n", ["{path}:1: two columns", "have the same name"]),
     "no_header.csv": (b"s,p,o\ns,p,o\n", ["{path}:2: no known format has these columns: `s`, `p`, `o`", "janus"]),
     "preferences.jsonl": (lines([{"prompt": "p", "chosen": "c"}]), ["{path}:1: no known format", "`prompt`, `chosen`"]),
-    "rows.txt": (GOOD, ["{path}: the ending `.txt` is unknown", ".jsonl, .ndjson, .json, .parquet, .csv, .tsv"]),
-    "rows": (GOOD, ["{path}: the ending `` is unknown"]),
+    "rows.txt": (
+        GOOD,
+        ["{path}: the file extension `.txt` is not supported", ".jsonl, .ndjson, .json, .parquet, .csv, .tsv"],
+    ),
+    "rows": (GOOD, ["{path}: the file extension `` is not supported"]),
     "roles.jsonl": (
         GOOD.replace(b"good", b"x") + lines([{"messages": []}]),
         ["missing column: {path}:2: no `prompt` among the columns `messages`"],
@@ -497,7 +502,7 @@ def test_folders_that_can_not_be_meant(tmp_path: Path) -> None:
     write(tmp_path / "half" / "held_out.jsonl", GOOD)
     assert "is held_out.jsonl part of the split `train`?" in error_of(tmp_path / "half")
     write(tmp_path / "test" / "test.jsonl", GOOD)
-    assert "no files of the split `train`. The names tell of: test" in error_of(tmp_path / "test")
+    assert "no files of the split `train`. The splits in the names are: test" in error_of(tmp_path / "test")
     datasets.DatasetDict(train=datasets.Dataset.from_list([pair()])).save_to_disk(str(tmp_path / "saved"))
     assert "no split `test`. It has: train" in error_of(tmp_path / "saved", split="test")
     (tmp_path / "saved" / "train" / "state.json").unlink()

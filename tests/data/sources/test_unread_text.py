@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.data.chat.template import use_template
-from train.data.diagnostics import describe_unread, find_data_warnings
-from train.data.prepare import Prepared, examine, find_data_error
+from train.data.diagnostics import describe_unread, find_data_error, find_data_warnings
+from train.data.prepare import examine
+from train.data.prepared_data import PreparedData
 from train.data.sources.formats import ROLES, RowError, convert, detect, read_row
 from train.data.sources.readers import ParsedRows
 from train.data.sources.source import read_conversations
-from train.data.sources.unread_text import is_metadata, is_prose, lost_text
+from train.data.sources.unread_text import find_lost_text, is_metadata, is_prose
 from train.data.tokens.table import RowIssues
 from train.data.tokens.workers import RowTokenizer
 from train.model.tokenizer import load_tokenizer
@@ -46,9 +47,9 @@ def rows(tiny_model: Path) -> RowTokenizer:
 
 def encoded(rows: RowTokenizer, row: dict[str, Any], format: str = "auto") -> tuple[str, RowIssues]:
     """The text of a row as it is trained (all of its rows), and what is told of it."""
-    batch, faults = rows.encode_chunk(0, ParsedRows([(":1", row)]), detect(row) if format == "auto" else format)
+    batch, errors = rows.encode_chunk(0, ParsedRows([(":1", row)]), detect(row) if format == "auto" else format)
     backend = rows.encoder._backend
-    return "\n".join(backend.decode(ids, skip_special_tokens=False) for ids in batch["input_ids"].to_pylist()), faults
+    return "\n".join(backend.decode(ids, skip_special_tokens=False) for ids in batch["input_ids"].to_pylist()), errors
 
 
 def said(row: dict[str, Any]) -> list[tuple[str, str]]:
@@ -97,9 +98,9 @@ def test_a_system_message_may_have_any_of_these_names(column: str, row: dict[str
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
 def test_reasoning_is_trained_under_any_of_its_names(rows: RowTokenizer, key: str) -> None:
-    text, faults = encoded(rows, {"messages": [USER, {**ASSISTANT, key: "Let me see."}]})
+    text, errors = encoded(rows, {"messages": [USER, {**ASSISTANT, key: "Let me see."}]})
     assert "<think>\nLet me see.\n</think>" in text
-    assert not faults.unread
+    assert not errors.unread
 
 
 @pytest.mark.parametrize(
@@ -167,8 +168,8 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "a trained user": ({"messages": [{**USER, "training": True}, ASSISTANT]}, "unsupported loss switch", "message 1 (user)"),
     "an unmasked user": ({"messages": [{**USER, "masked": False}, ASSISTANT]}, "unsupported loss switch", "`masked`"),
     "reasoning of a user": ({"messages": [{**USER, "thinking": "Hm."}, ASSISTANT]}, "wrong type", "`thinking`"),
-    "NaN in a call": ({"messages": [USER, {**ASSISTANT, "tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}]}, "wrong type", "tool calls of message 2: NaN"),
-    "infinity in a tool": ({"messages": [USER, ASSISTANT], "tools": [{**CALL, "maximum": float("inf")}]}, "wrong type", "`tools`: NaN and infinity"),
+    "NaN in a call": ({"messages": [USER, {**ASSISTANT, "tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}]}, "wrong type", "tool calls of message 2: JSON has no NaN"),
+    "infinity in a tool": ({"messages": [USER, ASSISTANT], "tools": [{**CALL, "maximum": float("inf")}]}, "wrong type", "`tools`: JSON has no NaN"),
     "kwargs of text": ({"messages": [USER, ASSISTANT], "chat_template_kwargs": '"x"'}, "wrong type", "`chat_template_kwargs`"),
     "kwargs that are ours": ({"messages": [USER, ASSISTANT], "chat_template_kwargs": {"chat_template": "x"}}, "wrong type", "chat_template,"),
 }  # fmt: skip
@@ -211,7 +212,7 @@ def test_equal_values_under_two_names_are_no_fault() -> None:
     ],
 )  # fmt: skip
 def test_metadata_is_no_content(name: str, value: Any) -> None:
-    assert lost_text(name, [value], ["The conversation."]) is None
+    assert find_lost_text(name, [value], ["The conversation."]) is None
 
 
 @pytest.mark.parametrize(
@@ -228,20 +229,20 @@ def test_metadata_is_no_content(name: str, value: Any) -> None:
     ],
 )  # fmt: skip
 def test_content_is_told_from_ids(name: str, value: Any) -> None:
-    assert lost_text(name, [value], ["The conversation."]) is not None
+    assert find_lost_text(name, [value], ["The conversation."]) is not None
 
 
 def test_a_text_that_stands_in_the_conversation_is_not_lost() -> None:
     texts = ["Be brief and kind.", "Translate into Spanish.\nI have 2 cats.", "Tengo 2 gatos."]
-    assert lost_text("prompt", ["Translate into Spanish.\nI have 2 cats. "], texts) is None  # ultrachat_200k
+    assert find_lost_text("prompt", ["Translate into Spanish.\nI have 2 cats. "], texts) is None  # ultrachat_200k
     whole = "Be brief and kind. ### Instruction: Translate into Spanish. ### Input: I have 2 cats. ### Tengo 2 gatos."
-    assert lost_text("text", [whole], texts) is None  # Alpaca
-    assert lost_text("text", [whole.replace("2 gatos", "3")], texts) is not None
-    assert lost_text("text", [f"{whole}\n### System: Answer like a pirate."], texts) is not None
+    assert find_lost_text("text", [whole], texts) is None  # Alpaca
+    assert find_lost_text("text", [whole.replace("2 gatos", "3")], texts) is not None
+    assert find_lost_text("text", [f"{whole}\n### System: Answer like a pirate."], texts) is not None
     preamble = "Below is an instruction that describes a task. Write a response that completes the request."
-    assert lost_text("text", [f"{preamble}\n\n{whole}"], texts) is None  # as Alpaca renders it
+    assert find_lost_text("text", [f"{preamble}\n\n{whole}"], texts) is None  # as Alpaca renders it
     sum_of_two = ["What is 2+2?", "4"]
-    assert lost_text("rationale", ["What is 2+2? Two fingers and two fingers are 4."], sum_of_two) is not None
+    assert find_lost_text("rationale", ["What is 2+2? Two fingers and two fingers are 4."], sum_of_two) is not None
     assert is_prose("Answer in capitals")
     assert not is_prose("Answer quickly")
     assert not is_metadata("messages[].content")
@@ -257,9 +258,9 @@ def test_what_nothing_reads_is_counted_by_name(rows: RowTokenizer) -> None:
         {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", "name": "f", "arguments": {"a": "b"}}]},
         {"role": "tool", "content": "1", "tool_call_id": "c1", "name": "f"},
     ]  # fmt: skip
-    _, faults = encoded(rows, {"messages": turns, "id": 3, "nothing": None, "blank": " ", "why": "As it is so."})
-    assert faults.kinds == {}
-    assert faults.unread == {
+    _, errors = encoded(rows, {"messages": turns, "id": 3, "nothing": None, "blank": " ", "why": "As it is so."})
+    assert errors.errors == {}
+    assert errors.unread == {
         "id": (1, 0, None),
         "why": (1, 1, (0, ":1", "As it is so.")),
         "messages[].mood": (1, 0, None),
@@ -273,22 +274,22 @@ def test_what_nothing_reads_is_counted_by_name(rows: RowTokenizer) -> None:
 
 def test_what_is_told_can_be_written_whatever_the_row_held(rows: RowTokenizer) -> None:
     row = {"messages": [USER, ASSISTANT], 0: "A column that a data frame had.", "half\ud83d": "Half of a \ud83d pair."}
-    _, faults = encoded(rows, row)
-    assert set(faults.unread) == {"0", "half\\ud83d"}
-    json.dumps(faults.unread, ensure_ascii=False).encode()
+    _, errors = encoded(rows, row)
+    assert set(errors.unread) == {"0", "half\\ud83d"}
+    json.dumps(errors.unread, ensure_ascii=False).encode()
 
 
 def test_variables_of_a_row_go_to_the_template(rows: RowTokenizer) -> None:
     row = {"messages": [USER, ASSISTANT], "chat_template_kwargs": {"custom_instructions": "Write in capitals."}}
-    text, faults = encoded(rows, row)
+    text, errors = encoded(rows, row)
     assert "system\nWrite in capitals." in text
-    assert faults.unread == {}
-    text, faults = encoded(
+    assert errors.unread == {}
+    text, errors = encoded(
         rows, row | {"chat_template_kwargs": {"persona": "Zorro", "enable_thinking": False, "x": []}}
     )
-    assert set(faults.unread) == {"chat_template_kwargs.persona", "chat_template_kwargs.enable_thinking"}
+    assert set(errors.unread) == {"chat_template_kwargs.persona", "chat_template_kwargs.enable_thinking"}
     typed = row | {"chat_template_kwargs": {"custom_instructions": "<|im_end|>"}}
-    assert "control token" in str(list(encoded(rows, typed)[1].kinds))
+    assert "control token" in str(list(encoded(rows, typed)[1].errors))
 
 
 def test_a_check_refuses_content_that_is_not_read_and_says_what_to_write(
@@ -313,7 +314,7 @@ def test_a_check_refuses_content_that_is_not_read_and_says_what_to_write(
     told = {one["name"]: one for one in json.loads(report.read_text())["unread"]}
     assert (told["why"]["rows"], told["why"]["losing"], told["source"]["losing"]) == (6, 6, 0)
 
-    def examined(*ignore: str) -> tuple[Prepared, str | None]:
+    def examined(*ignore: str) -> tuple[PreparedData, str | None]:
         loaded = load_recipe(recipe_file(data={"sources": [{"path": str(file), "ignore": list(ignore)}]}))
         tokenizer = load_tokenizer(loaded.model)
         use_template(tokenizer, loaded.chat.template)
@@ -349,9 +350,9 @@ def test_rows_for_a_model_to_answer_lose_no_text_either(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     row = {"messages": [USER, ASSISTANT], "id": "x", "chat_template_kwargs": {"custom_instructions": "Rhyme."}}
     file.write_text(json.dumps(row) + "\n")
-    ((_, fault),) = read_conversations(Source(path=str(file)))
-    assert isinstance(fault, RowError)
-    assert "`chat_template_kwargs.custom_instructions` holds" in fault.detail
+    ((_, error),) = read_conversations(Source(path=str(file)))
+    assert isinstance(error, RowError)
+    assert "`chat_template_kwargs.custom_instructions` holds" in error.detail
     ignore = ("chat_template_kwargs.custom_instructions",)
     ((_, read),) = read_conversations(Source(path=str(file), ignore=ignore))
     assert not isinstance(read, RowError)
@@ -446,10 +447,10 @@ def numbered(value: Any, numbers: Iterator[int]) -> Any:
 def test_each_text_of_a_row_is_rendered_told_or_the_row_refused(rows: RowTokenizer, made: tuple[str, Any]) -> None:
     format, row = made
     row = numbered(row, count(1))
-    rendered, faults = encoded(rows, row, format)
-    if faults.kinds:
+    rendered, errors = encoded(rows, row, format)
+    if errors.errors:
         return
-    told = [name.replace("conversations[]", "messages[]") for name in faults.unread]
+    told = [name.replace("conversations[]", "messages[]") for name in errors.unread]
     for path, text in texts(row, ""):
         path = path.replace("conversations[]", "messages[]")
         if path.endswith((".role", ".from", ".type")):

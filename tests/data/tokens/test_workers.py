@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from train.data.chat.template import use_template
-from train.data.fast_tokenizer import DiffersError
+from train.data.fast_tokenizer import TokensDifferError
 from train.data.loss_mask import encode
 from train.data.prepare import examine
 from train.data.sources.formats import RowError
 from train.data.sources.source import open_source
-from train.data.tokens.table import TokenRows, write
+from train.data.tokens.table import TokenTable, write_table
 from train.data.tokens.workers import RowTokenizer, tokenize
 from train.errors import UserError
 from train.model.tokenizer import load_tokenizer
@@ -46,10 +46,10 @@ def test_rows_on_disk_are_the_rows_one_by_one(chatml_tokenizer, many, tmp_path: 
     assert len(chunks) >= 3
     rows = RowTokenizer(chatml_tokenizer, "assistant", fast=True)
     results = list(tokenize(rows, chunks, "messages", processes))
-    write(tmp_path / "rows.arrow", (batch for batch, _ in results))
-    stored = TokenRows([tmp_path / "rows.arrow"], [opened.files])
+    write_table(tmp_path / "rows.arrow", (batch for batch, _ in results))
+    stored = TokenTable([tmp_path / "rows.arrow"], [opened.files])
 
-    refused = sum(count for _, faults in results for count, _ in faults.kinds.values())
+    refused = sum(count for _, errors in results for count, _ in errors.errors.values())
     good = []
     for number, messages in enumerate(many, 1):
         try:
@@ -68,8 +68,8 @@ def test_rows_on_disk_are_the_rows_one_by_one(chatml_tokenizer, many, tmp_path: 
     assert stored.trained_tokens.tolist() == [sum(label != -100 for label in row) for row in labels]
     assert stored.first_trained.tolist() == [next(n for n, label in enumerate(row) if label != -100) for row in labels]
     systems = {messages[0]["content"] for _, messages, _ in good if messages[0]["role"] == "system"}
-    assert stored.distinct_systems(np.arange(len(stored))) == len(systems)
-    assert stored.distinct_systems(np.asarray([0])) == 0
+    assert stored.count_distinct_systems(np.arange(len(stored))) == len(systems)
+    assert stored.count_distinct_systems(np.asarray([0])) == 0
     opened_by_datasets = datasets.Dataset.from_file(str(tmp_path / "rows.arrow"))
     assert opened_by_datasets[5]["input_ids"] == good[5][2].input_ids
 
@@ -108,7 +108,7 @@ def test_where_fastokens_differs_the_tokenizer_itself_is_asked_and_the_report_sa
         nonlocal calls
         calls += 1
         if calls > 1:  # the hard texts agree, the user's rows don't
-            raise DiffersError("'a row'")
+            raise TokensDifferError("'a row'")
         check(self, texts)
 
     monkeypatch.setattr(FastTokenizer, "check", differs_later)
@@ -186,6 +186,6 @@ def test_a_cache_that_cannot_be_written_any_more_ends_no_run(
     def full(*_: object) -> None:
         raise UserError("data.cache_dir: no space left")
 
-    monkeypatch.setattr("train.data.prepare.get_or_build", full)
+    monkeypatch.setattr("train.data.splits.get_or_build", full)
     again = [data.train.dataset[number + place] for place in range(number)]  # the second epoch
     assert sum(len(row["input_ids"]) for row in again) == sum(len(row["input_ids"]) for row in expected)

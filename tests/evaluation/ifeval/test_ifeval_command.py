@@ -1,4 +1,4 @@
-"""scripts/evaluate.py ifeval: asks once, writes what it found, goes on after a kill -9."""
+"""scripts/evaluate.py ifeval: requests, files, errors, and continuing after kill -9."""
 
 import json
 import os
@@ -21,7 +21,7 @@ SYSTEM, USER = OURS / "system_ifeval.jsonl", OURS / "system_ifeval_user.jsonl"
 
 
 def write_rows(path: Path, system: bool, count: int = 12) -> Path:
-    """Each prompt must have no comma, each third one a title as well."""
+    """Every prompt asks for no comma, every third one also for a title."""
     with path.open("w", encoding="utf-8") as lines:
         for number in range(count):
             rules = ["punctuation:no_comma"] + ["detectable_format:title"] * (number % 3 == 0)
@@ -35,7 +35,7 @@ def write_rows(path: Path, system: bool, count: int = 12) -> Path:
 
 
 async def obeys_users(asked: Asked) -> Reply:
-    """Follows everything in the user turn; under a system message a comma slips in, but for `Say 3.` and `Say 6.`"""
+    """Follow everything in the user turn; with a system message add a comma, except for `Say 3.` and `Say 6.`"""
     number = int(asked.prompt.split()[-1].strip("."))
     if number == 7:
         return error(400, "this prompt is refused")
@@ -46,7 +46,7 @@ async def obeys_users(asked: Asked) -> Reply:
     return said("Here it is,\n<<A title>> and a river", "length" if number == 9 else "stop")
 
 
-def test_a_server_is_asked_once_and_the_files_say_what_it_did(
+def test_a_server_is_asked_once_and_the_files_match_its_answers(
     command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, control = write_rows(tmp_path / "s.jsonl", True), write_rows(tmp_path / "u.jsonl", False)
@@ -78,10 +78,10 @@ def test_a_server_is_asked_once_and_the_files_say_what_it_did(
     record = json.loads((out / "ifeval.json").read_text(encoding="utf-8"))
     assert limited["data"]["fingerprint"] != record["data"]["fingerprint"]
     answers = [json.loads(line) for line in (out / "ifeval_answers.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [(one["turn"], one["key"]) for one in answers] == [
+    assert [(request["turn"], request["key"]) for request in answers] == [
         (turn, n) for turn in ("system", "user") for n in range(12)
     ]
-    by_place = {(one["turn"], one["key"]): one for one in answers}
+    by_place = {(request["turn"], request["key"]): request for request in answers}
     assert by_place["system", 3]["answer"] == "<<A title>> and a river"  # what is thought isn't said
     assert (by_place["system", 3]["strict"], by_place["system", 0]["strict"]) == ([True, True], [False, True])
     assert by_place["system", 1]["loose"] == [True]  # without its first line there is no comma
@@ -112,7 +112,7 @@ def test_a_server_is_asked_once_and_the_files_say_what_it_did(
     assert (out / "ifeval.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_rules_that_are_left_out_can_be_scored(command: Callable[..., int], tmp_path: Path) -> None:
+def test_skipped_rules_can_be_scored(command: Callable[..., int], tmp_path: Path) -> None:
     rows = [
         {"key": 1, "prompt": "p", "instruction_id_list": ["combination:repeat_prompt"], "kwargs": [{"prompt_to_repeat": "Say 1."}]},
         {"key": 2, "prompt": "Say 3.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
@@ -130,7 +130,7 @@ def test_rules_that_are_left_out_can_be_scored(command: Callable[..., int], tmp_
     assert (record["data"]["prompts"], record["user"]["prompt_strict"]["value"]) == (2, 0.5)
 
 
-def test_what_must_be_mended_is_said_before_anything_is_asked(says_no: Callable[..., str], tmp_path: Path) -> None:
+def test_user_errors_are_reported_before_the_first_request(says_no: Callable[..., str], tmp_path: Path) -> None:
     data = write_rows(tmp_path / "s.jsonl", True)
     assert "--output-dir FOLDER" in says_no("ifeval", "--model", "some/model", "--data", data)
     out = ("--output-dir", tmp_path / "out")
@@ -145,21 +145,21 @@ def test_what_must_be_mended_is_said_before_anything_is_asked(says_no: Callable[
     row |= {"instruction_id_list": ["combination:repeat_prompt"], "kwargs": [{"prompt_to_repeat": "p"}]}
     other.write_text(json.dumps(row) + "\n", encoding="utf-8")
     assert "--all-rules" in says_no("ifeval", "--model", "m", "--data", other, *out)
-    assert "must be an integer >= 1" in says_no("ifeval", "--model", "m", "--data", data, "--limit", "0")
+    assert "Allowed: an integer >= 1" in says_no("ifeval", "--model", "m", "--data", data, "--limit", "0")
     for temperature in ("-1", "nan", "hot"):
         assert f"'{temperature}' is no number from 0 up" in says_no(
             "ifeval", "--model", "m", "--data", data, *out, f"--temperature={temperature}"
         )
 
 
-def test_the_mark_that_windows_puts_first_is_none_of_the_row(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
     plain, marked = write_rows(tmp_path / "s.jsonl", True), tmp_path / "marked.jsonl"
     marked.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
     assert [row.messages for row in read_rows(marked)] == [row.messages for row in read_rows(plain)]
 
 
 def rewritten(path: Path, source: Path, change: Callable[[dict], object]) -> Path:
-    """The rows of `source`, each after `change`, in a file of its own."""
+    """Write the rows of `source`, each after `change`, to a file."""
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     for row in rows:
         change(row)
@@ -167,12 +167,12 @@ def rewritten(path: Path, source: Path, change: Callable[[dict], object]) -> Pat
     return path
 
 
-def test_files_whose_constraints_stand_elsewhere_than_their_options_say_have_no_gap(
+def test_swapped_or_equal_files_of_data_and_control_are_refused(
     command: Callable[..., int], says_no: Callable[..., str], tmp_path: Path
 ) -> None:
     data, control = write_rows(tmp_path / "s.jsonl", True), write_rows(tmp_path / "u.jsonl", False)
 
-    def told(data: Path, control: Path) -> str:
+    def error_of(data: Path, control: Path) -> str:
         with served(obeys_users) as server:
             refusal = says_no("ifeval", "--model", "m", "--server", server.url, "--output-dir", tmp_path / "out",
                               "--data", data, "--control", control)  # fmt: skip
@@ -180,11 +180,11 @@ def test_files_whose_constraints_stand_elsewhere_than_their_options_say_have_no_
         assert not (tmp_path / "out" / "ifeval.json").exists()
         return refusal
 
-    exchanged = told(control, data)
+    exchanged = error_of(control, data)
     assert exchanged.startswith(f"--data {control}:1: the row with key 0 has no system message")
     assert "swapped" in exchanged
     itself = f"--control {data}:1: the row with key 0 has its constraints in the system message"
-    assert told(data, data).startswith(itself)
+    assert error_of(data, data).startswith(itself)
     # A persona may stand in the system message of both; the one that has the constraints beside it is no control.
     persona = {"role": "system", "content": "You are a lighthouse."}
 
@@ -193,30 +193,30 @@ def test_files_whose_constraints_stand_elsewhere_than_their_options_say_have_no_
 
     both = rewritten(tmp_path / "both.jsonl", data, add)
     plain = rewritten(tmp_path / "p.jsonl", control, lambda row: row["messages"].insert(0, persona))
-    assert "has its constraints in the system message" in told(plain, both)
+    assert "has its constraints in the system message" in error_of(plain, both)
     taken_out = rewritten(tmp_path / "t.jsonl", data, lambda row: row["messages"].pop(0))
-    assert told(taken_out, control).startswith(f"--data {taken_out}:1: the row with key 0 has no system message")
-    lacks = told(data, taken_out)
-    assert lacks.startswith(f"--control {taken_out}:1: the row with key 0 asks in its user turn what {data}:1 asks")
+    assert error_of(taken_out, control).startswith(f"--data {taken_out}:1: the row with key 0 has no system message")
+    lacks = error_of(data, taken_out)
+    assert lacks.startswith(f"--control {taken_out}:1: the row with key 0 has the same user turn as {data}:1, so")
     out = tmp_path / "good"
     with served(obeys_users) as server:
         assert command("ifeval", "--model", "m", "--server", server.url, "--output-dir", out, "--limit", "2",
                        "--data", both, "--control", plain) == 0  # fmt: skip
     persona_alone = rewritten(tmp_path / "q.jsonl", taken_out, lambda row: row["messages"].insert(0, persona))
-    assert "asks in its user turn what" in told(both, persona_alone)
+    assert "asks in its user turn what" in error_of(both, persona_alone)
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
     rows[4]["messages"][0]["content"] = " "
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    assert told(data, control).startswith(f"--data {data}:5: the row with key 4 has no system message")
+    assert error_of(data, control).startswith(f"--data {data}:5: the row with key 4 has no system message")
     some = says_no("ifeval", "--model", "m", "--server", "http://localhost:1/v1", "--output-dir", tmp_path / "out",
                    "--data", data)  # fmt: skip
     assert some.startswith(f"--data {data}: 1 of 12 rows has no system message (the first {data}:5)")
 
 
-def test_rows_without_a_system_message_are_not_said_to_have_one(
+def test_rows_without_a_system_message_are_reported_as_such(
     command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """IFEval's own rows have no `messages`; of others nothing tells whether the user turn holds the constraints."""
+    """IFEval's own rows have no `messages`; in other rows the user turn need not hold the constraints."""
     source = write_rows(tmp_path / "u.jsonl", False, count=3)
 
     def as_ifeval(row: dict) -> None:
@@ -246,16 +246,16 @@ def test_rows_without_a_system_message_are_not_said_to_have_one(
 
 
 async def has_no_system_role(asked: Asked) -> Reply:
-    """As a server whose template refuses the role, Gemma-2's say."""
+    """A server whose template refuses the role, like that of Gemma 2."""
     if asked.body["messages"][0]["role"] == "system":
         return error(400, "System role not supported")
     return said("A river")
 
 
-def test_a_turn_that_gets_no_answer_at_all_has_no_figures(
+def test_a_turn_without_any_answer_is_an_error(
     command: Callable[..., int], says_no: Callable[..., str], tmp_path: Path
 ) -> None:
-    """A model whose server refuses every system message doesn't follow 0 % of them: it was never asked."""
+    """A model whose server refuses every system message has no share of 0 %: it was never asked."""
     data, control = write_rows(tmp_path / "s.jsonl", True), write_rows(tmp_path / "u.jsonl", False)
     with served(has_no_system_role) as server:
         arguments = ("ifeval", "--model", "m", "--server", server.url, "--data", data, "--control", control,
@@ -286,7 +286,7 @@ WITHHELD = [
 ]
 
 
-def test_answers_that_were_withheld_are_named_as_that_and_not_as_empty(
+def test_withheld_answers_are_counted_as_refused_not_as_empty(
     command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def script(asked: Asked) -> Reply:
@@ -301,7 +301,7 @@ def test_answers_that_were_withheld_are_named_as_that_and_not_as_empty(
 
 
 async def reasons_first(asked: Asked) -> Reply:
-    """As OpenAI's reasoning models have it."""
+    """Refuse parameters as OpenAI's reasoning models do."""
     if asked.body.get("temperature", 1) != 1:
         message = "Unsupported value: 'temperature' does not support 0.0 with this model."
         return error(400, message, param="temperature", code="unsupported_value")
@@ -323,8 +323,8 @@ def test_any_parameter_can_be_left_out_or_renamed(
         asked = len(server.asked)
         extra = {"max_tokens": None, "max_completion_tokens": 900, "reasoning_effort": "low"}
         assert command(*arguments, "--temperature", "null", "--extra", json.dumps(extra)) == 0
-        (one,) = server.asked[asked:]
-    sent = {name: value for name, value in one.body.items() if name not in ("model", "messages")}
+        (request,) = server.asked[asked:]
+    sent = {name: value for name, value in request.body.items() if name not in ("model", "messages")}
     assert sent == {"max_completion_tokens": 900, "reasoning_effort": "low"}
     decoding = json.loads((out / "ifeval.json").read_text(encoding="utf-8"))["decoding"]
     assert decoding == {"max_new_tokens": 900, "temperature": None, "reasoning_effort": "low"}
@@ -349,8 +349,10 @@ runpy.run_path("scripts/evaluate.py", run_name="__main__")
 """
 
 
-def test_a_killed_run_goes_on_where_it_was(tiny_chat_model: Path, tmp_path: Path, command: Callable[..., int]) -> None:
-    """15 prompts in two turns, batches of 4: killed after three of them, it asks for the other 18 alone."""
+def test_a_killed_run_continues_from_its_answers(
+    tiny_chat_model: Path, tmp_path: Path, command: Callable[..., int]
+) -> None:
+    """15 prompts in two turns, batches of 4: after a kill at the fourth batch, only the other 18 are requested."""
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     arguments = [
         *("ifeval", "--model", tiny_chat_model, "--data", SYSTEM, "--control", USER, "--limit", "15"),

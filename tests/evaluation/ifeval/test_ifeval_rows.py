@@ -1,4 +1,4 @@
-"""Rows of IFEval, verdicts that are the harness's own, and figures recomputed the plain way."""
+"""Rows of IFEval, verdicts equal to the harness's own, and figures recomputed by plain loops."""
 
 import importlib.util
 import json
@@ -100,8 +100,8 @@ def test_a_good_and_a_bad_answer(checkers: Checkers, rule: str) -> None:
     assert checkers.verdict(row(rule), bad).strict == (False,)
 
 
-def test_what_loose_lets_pass_and_what_an_empty_answer_gets(checkers: Checkers) -> None:
-    """Loose takes off a first line, a last one, and asterisks; an answer of blanks follows nothing, even `no comma`."""
+def test_loose_ignores_first_and_last_lines_and_an_empty_answer_follows_nothing(checkers: Checkers) -> None:
+    """Loose drops the first line, the last line and asterisks; a blank answer follows nothing, not even `no comma`."""
     both = row("startend:end_checker", "punctuation:no_comma")
     assert checkers.verdict(both, "Sure, here it is:\nA river. *That is all.*") == ConstraintVerdict(
         (False, False), (True, True)
@@ -115,17 +115,19 @@ def read_published(name: str) -> list[IFEvalRow]:
     return read_rows(PUBLISHED / f"{name}.jsonl")
 
 
-def test_the_published_files_and_what_the_official_scoring_leaves_out(checkers: Checkers) -> None:
+def test_the_published_files_and_the_rows_that_the_official_scoring_skips(checkers: Checkers) -> None:
     system = read_published("system")
     control = match_rows(system, read_published("user"), PUBLISHED / "user.jsonl")
     refuse_swapped_control(system, control)  # and is content
     assert len(system) == 541
-    kept = [one for one in system if not one.skipped]
-    assert (len(kept), sum(len(one.instructions) for one in kept)) == (470, 717)
-    assert {rule for one in system if one.skipped for rule in one.instructions} >= set(SKIPPED)
-    assert all(len(one.messages) == 2 and len(other.messages) == 1 for one, other in zip(system, control, strict=True))
+    kept = [item for item in system if not item.skipped]
+    assert (len(kept), sum(len(item.instructions) for item in kept)) == (470, 717)
+    assert {rule for item in system if item.skipped for rule in item.instructions} >= set(SKIPPED)
+    assert all(
+        len(item.messages) == 2 and len(other.messages) == 1 for item, other in zip(system, control, strict=True)
+    )
     # `#` and `!` are no letters: the checker puts a random one in their place.
-    assert [one.key for one in system if checkers.is_randomized(one)] == [1122, 1129]
+    assert [item.key for item in system if checkers.is_randomized(item)] == [1122, 1129]
 
 
 OWN = """
@@ -148,14 +150,14 @@ for line in open(sys.argv[1], encoding="utf-8"):
 
 
 def test_verdicts_are_the_checkers_own_on_every_row(checkers: Checkers, tmp_path: Path) -> None:
-    """In a process of their own, with nltk's model from a folder that a user would have downloaded it into."""
+    """The harness runs in a process of its own, with nltk's model in a folder as downloaded by a user."""
     import nltk.data
 
-    chance = random.Random(3)
+    rng = random.Random(3)
     files = [OURS / "system_ifeval.jsonl", *(PUBLISHED / name for name in ("system.jsonl",) if PUBLISHED.is_dir())]
     docs = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     good = [BY_HAND[rule][1] for rule in BY_HAND]
-    answers = [f"{chance.choice(good)}\n{chance.choice(['', chance.choice(good)])}" for _ in docs]
+    answers = [f"{rng.choice(good)}\n{rng.choice(['', rng.choice(good)])}" for _ in docs]
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(pair) + "\n" for pair in zip(docs, answers, strict=True)), encoding="utf-8")
     model = Path(str(nltk.data.find("tokenizers/punkt_tab/english/"))).parents[2]
@@ -163,15 +165,15 @@ def test_verdicts_are_the_checkers_own_on_every_row(checkers: Checkers, tmp_path
         [sys.executable, "-W", "ignore", "-c", OWN, pairs, model], capture_output=True, text=True, check=True
     )
     theirs = [json.loads(line) for line in done.stdout.splitlines()]
-    rows = [one for file in files for one in read_rows(file)]
-    ours = [checkers.verdict(one, answer) for one, answer in zip(rows, answers, strict=True)]
-    assert [[list(one.strict), list(one.loose)] for one in ours] == theirs
-    followed = sum(sum(one.strict) for one in ours)
-    assert 0.1 < followed / sum(len(one.strict) for one in ours) < 0.9
+    rows = [item for file in files for item in read_rows(file)]
+    ours = [checkers.verdict(item, answer) for item, answer in zip(rows, answers, strict=True)]
+    assert [[list(item.strict), list(item.loose)] for item in ours] == theirs
+    followed = sum(sum(item.strict) for item in ours)
+    assert 0.1 < followed / sum(len(item.strict) for item in ours) < 0.9
 
 
 def test_the_sentence_model_is_nltks_and_needs_no_download() -> None:
-    """A fresh process without nltk's data, and where nothing could be downloaded: the sizes are those of punkt_tab."""
+    """A new process without nltk's data and without downloads: the sizes are those of punkt_tab."""
     code = (
         "from train.evaluation.ifeval.checkers import Checkers\nimport nltk, nltk.downloader\n"
         "nltk.download = nltk.downloader.download = None\nchecked = Checkers()\nprint(checked.sentences)\n"
@@ -187,7 +189,7 @@ def test_the_sentence_model_is_nltks_and_needs_no_download() -> None:
     assert sizes == "156 37 39 20366"
 
 
-def test_verdicts_come_again_the_same_and_leave_chance_as_it_was(checkers: Checkers) -> None:
+def test_verdicts_are_reproducible_and_leave_the_random_state_unchanged(checkers: Checkers) -> None:
     asked = {"letter": "#", "let_frequency": 3, "let_relation": "at least"}
     drawn = row("keywords:letter_frequency", keywords_letter_frequency=asked)
     assert checkers.is_randomized(drawn)
@@ -219,16 +221,16 @@ GOOD_ROW = {"key": 1, "prompt": "p", "instruction_id_list": ["punctuation:no_com
         ({"messages": "no"}, "`messages` must be a valid list"),
     ],
 )  # fmt: skip
-def test_a_row_that_lacks_something_is_named(tmp_path: Path, change: dict, says: str) -> None:
+def test_an_invalid_row_is_an_error_that_names_the_key(tmp_path: Path, change: dict, says: str) -> None:
     bad = {name: value for name, value in (GOOD_ROW | change).items() if value is not ...}
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(GOOD_ROW | {"key": 9}) + "\n" + json.dumps(bad) + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"rows\.jsonl:2: ") as fault:
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: ") as error:
         read_rows(file)
-    assert says in str(fault.value)
+    assert says in str(error.value)
 
 
-def test_files_that_hold_no_rows_or_a_key_twice(tmp_path: Path) -> None:
+def test_files_without_rows_or_with_duplicate_keys_are_errors(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     for text, says in (
         ("", "no rows"),
@@ -238,20 +240,20 @@ def test_files_that_hold_no_rows_or_a_key_twice(tmp_path: Path) -> None:
         file.write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=says):
             read_rows(file)
-    with pytest.raises(UserError, match="can't be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_rows(tmp_path / "nowhere.jsonl")
 
 
-def test_rows_as_the_hub_has_them(tmp_path: Path, checkers: Checkers) -> None:
-    """IFEval itself: no messages, every argument of every rule with null, and a separator that ends no line of jsonl."""
+def test_rows_in_the_format_of_the_hub_are_read(tmp_path: Path, checkers: Checkers) -> None:
+    """IFEval itself: no messages, null for arguments that a rule lacks, and a separator that ends no line of jsonl."""
     given = {"keywords": None, "num_words": 3, "relation": "at least", "letter": None}
-    one = GOOD_ROW | {
+    item = GOOD_ROW | {
         "prompt": "a\u2028b",
         "instruction_id_list": ["length_constraints:number_words"],
         "kwargs": [given],
     }
     file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps(one, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(item, ensure_ascii=False) + "\n", encoding="utf-8")
     [read] = read_rows(file)
     assert read.messages == ({"role": "user", "content": "a\u2028b"},)
     assert not checkers.is_randomized(read)
@@ -272,20 +274,18 @@ def test_rows_as_the_hub_has_them(tmp_path: Path, checkers: Checkers) -> None:
         ("language:response_language", {"language": "klingon"}, "cannot use"),
     ],
 )
-def test_arguments_that_a_checker_would_replace_or_choke_on(
-    checkers: Checkers, rule: str, given: dict, says: str
-) -> None:
+def test_unusable_arguments_of_a_checker_are_errors(checkers: Checkers, rule: str, given: dict, says: str) -> None:
     bad = IFEvalRow(1, "p", (rule,), (given,), ({"role": "user", "content": "p"},), "rows.jsonl:7")
     before = random.getstate()
-    with pytest.raises(UserError, match=r"^rows\.jsonl:7: ") as fault:
+    with pytest.raises(UserError, match=r"^rows\.jsonl:7: ") as error:
         checkers.is_randomized(bad)
-    assert says in str(fault.value)
+    assert says in str(error.value)
     assert random.getstate() == before
 
 
-def test_a_control_is_of_the_match_rows(tmp_path: Path) -> None:
+def test_a_control_has_the_same_rows(tmp_path: Path) -> None:
     rows = [row("punctuation:no_comma", key=key) for key in (1, 2)]
-    assert [one.key for one in match_rows(rows, rows[::-1], tmp_path)] == [1, 2]
+    assert [item.key for item in match_rows(rows, rows[::-1], tmp_path)] == [1, 2]
     with pytest.raises(UserError, match=r"key 2 .* is missing there"):
         match_rows(rows, rows[:1], tmp_path)
     with pytest.raises(UserError, match="key 2 has other constraints"):
@@ -293,50 +293,52 @@ def test_a_control_is_of_the_match_rows(tmp_path: Path) -> None:
 
 
 def some_verdicts(seed: int, rows: list[IFEvalRow], share: float) -> list[ConstraintVerdict]:
-    """Those of a prompt are alike, but for one in ten: to draw constraints again and not prompts would show."""
-    chance = random.Random(seed)
+    """Verdicts of a prompt agree except for one in ten: resampling constraints instead of prompts would show."""
+    rng = random.Random(seed)
     strict = []
-    for one in rows:
-        follows = chance.random() < share
-        strict.append(tuple(follows != (chance.random() < 0.1) for _ in one.instructions))
-    return [ConstraintVerdict(one, tuple(follows or chance.random() < 0.2 for follows in one)) for one in strict]
+    for item in rows:
+        follows = rng.random() < share
+        strict.append(tuple(follows != (rng.random() < 0.1) for _ in item.instructions))
+    return [ConstraintVerdict(item, tuple(follows or rng.random() < 0.2 for follows in item)) for item in strict]
 
 
 def plain_interval(values: list[list[float]], seed: int) -> tuple[float, float]:
-    """95 % of the means over prompts drawn again, each with all of its numbers."""
-    chance = random.Random(seed)
+    """The 95 % interval of means over resampled prompts, each with all of its numbers."""
+    rng = random.Random(seed)
     means = []
     for _ in range(2_000):
-        drawn = [number for _ in values for number in chance.choice(values)]
+        drawn = [number for _ in values for number in rng.choice(values)]
         means.append(sum(drawn) / len(drawn))
     means.sort()
     return means[50], means[-50]
 
 
-def test_figures_are_those_of_a_plain_loop() -> None:
+def test_figures_equal_a_plain_loop() -> None:
     rules = list(BY_HAND)
     rows = [row(*rules[number % 9 : number % 9 + 1 + number % 5], key=number) for number in range(120)]
     system, user = some_verdicts(1, rows, 0.3), some_verdicts(2, rows, 0.7)
-    found, gap = shares(rows, system), gaps(rows, system, user)
+    measured, gap = shares(rows, system), gaps(rows, system, user)
     for manner in ("strict", "loose"):
-        by_prompt = [[float(all(getattr(one, manner)))] for one in system]
-        by_constraint = [[float(follows) for follows in getattr(one, manner)] for one in system]
-        theirs = [[float(follows) for follows in getattr(one, manner)] for one in user]
+        by_prompt = [[float(all(getattr(item, manner)))] for item in system]
+        by_constraint = [[float(follows) for follows in getattr(item, manner)] for item in system]
+        theirs = [[float(follows) for follows in getattr(item, manner)] for item in user]
         for name, values in (("prompt", by_prompt), ("constraint", by_constraint)):
-            share = found[f"{name}_{manner}"]
-            flat = [number for one in values for number in one]
+            share = measured[f"{name}_{manner}"]
+            flat = [number for item in values for number in item]
             assert (share.value, share.of) == (pytest.approx(sum(flat) / len(flat)), len(flat))
             assert (share.low, share.high) == pytest.approx(plain_interval(values, 0), abs=0.02)
         differences = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(by_constraint, theirs, strict=True)]
-        flat = [number for one in differences for number in one]
+        flat = [number for item in differences for number in item]
         estimate = gap[f"constraint_{manner}"]
         assert estimate.mean == pytest.approx(sum(flat) / len(flat))
         assert (estimate.low, estimate.high) == pytest.approx(plain_interval(differences, 0), abs=0.02)
         assert estimate.high < 0
         assert estimate.p < 0.05
     of_rule, gap_of_rule = shares_by_rule(rows, system), gaps_by_rule(rows, system, user)
-    for rule in {rule for one in rows for rule in one.instructions}:
-        places = [(number, one.instructions.index(rule)) for number, one in enumerate(rows) if rule in one.instructions]
+    for rule in {rule for item in rows for rule in item.instructions}:
+        places = [
+            (number, item.instructions.index(rule)) for number, item in enumerate(rows) if rule in item.instructions
+        ]
         ours = [system[number].strict[place] for number, place in places]
         theirs = [user[number].strict[place] for number, place in places]
         assert (of_rule[rule]["strict"].value, of_rule[rule]["strict"].of) == (sum(ours) / len(ours), len(ours))
@@ -360,28 +362,28 @@ def test_our_own_rows(maker: ModuleType, checkers: Checkers, tmp_path: Path, mon
     system, user = (read_rows(OURS / name) for name in names)
     refuse_swapped_control(system, match_rows(system, user, OURS / names[1]))
     assert len(system) >= 120
-    assert len({rule for one in system for rule in one.instructions}) >= 15
-    assert not any(checkers.is_randomized(one) or one.skipped for one in system)
-    for one, other in zip(system, match_rows(system, user, OURS), strict=True):
-        constraints, task = (message["content"] for message in one.messages)
-        assert [message["role"] for message in one.messages] == ["system", "user"]
+    assert len({rule for item in system for rule in item.instructions}) >= 15
+    assert not any(checkers.is_randomized(item) or item.skipped for item in system)
+    for item, other in zip(system, match_rows(system, user, OURS), strict=True):
+        constraints, task = (message["content"] for message in item.messages)
+        assert [message["role"] for message in item.messages] == ["system", "user"]
         assert [message["content"] for message in other.messages] == [f"{constraints}\n\n{task}"]
-        assert one.prompt == f"{task} {constraints}"
+        assert item.prompt == f"{task} {constraints}"
 
 
-def test_our_words_say_what_is_checked(maker: ModuleType) -> None:
-    """Every number, word, letter and phrase that a checker looks for stands in the constraint's own words."""
+def test_our_constraints_name_everything_that_is_checked(maker: ModuleType) -> None:
+    """The text of a constraint has every number, word, letter and phrase that its checker looks for."""
     said: Callable[[str, str], bool] = lambda text, what: what.lower() in text.lower()  # noqa: E731
     for rule, variants in maker.RULES.items():
         for text, given in variants:
             for name, value in given.items():
-                for one in value if isinstance(value, list) else [value]:
+                for item in value if isinstance(value, list) else [value]:
                     if name.endswith("relation"):
                         fewer = any(said(text, word) for word in ("fewer", "below"))
-                        assert fewer == (one == "less than"), (rule, text)
-                    elif isinstance(one, int):
-                        written = {1: ("one",), 2: ("2", "second"), 3: ("3",)}.get(one, (str(one),))
-                        first_of = name == "nth_paragraph" and one == 1 and said(text, "the first of which")
+                        assert fewer == (item == "less than"), (rule, text)
+                    elif isinstance(item, int):
+                        written = {1: ("item",), 2: ("2", "second"), 3: ("3",)}.get(item, (str(item),))
+                        first_of = name == "nth_paragraph" and item == 1 and said(text, "the first of which")
                         assert first_of or any(said(text, word) for word in written), (rule, text, name)
                     else:
-                        assert said(text, one), (rule, text, name)
+                        assert said(text, item), (rule, text, name)

@@ -1,4 +1,4 @@
-"""An adapter that was saved without a tokenizer is measured with that of its base, chat template and all."""
+"""An adapter saved without a tokenizer is measured with the tokenizer and chat template of its base."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ SYSTEMS = ("Be a river.", "Be a stone.")
 
 @pytest.fixture
 def adapter(tiny_chat_model: Path, tmp_path: Path) -> Path:
-    """As peft saves it: weights and the name of the base, and nothing else."""
+    """An adapter as peft saves it: only weights and the name of the base."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
@@ -58,18 +58,18 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def test_gain_is_that_of_the_same_adapter_with_a_tokenizer(
+def test_gain_equals_that_of_the_adapter_with_a_tokenizer(
     command: Callable[..., int], adapter: Path, whole: Path, tiny_chat_model: Path, data: Path
 ) -> None:
-    found = {}
+    results = {}
     for folder in adapter, whole:
         assert command("gain", "--model", folder, "--before", tiny_chat_model, "--data", data) == 0
-        found[folder] = json.loads((folder / "gain.json").read_text(encoding="utf-8"))["models"]["after"]["overall"]
-    assert found[adapter] == found[whole]
+        results[folder] = json.loads((folder / "gain.json").read_text(encoding="utf-8"))["models"]["after"]["overall"]
+    assert results[adapter] == results[whole]
     assert command("gain", "--model", whole, "--before", adapter, "--data", data) == 0
 
 
-def test_answers_are_those_of_the_same_adapter_with_a_tokenizer(
+def test_answers_equal_those_of_the_adapter_with_a_tokenizer(
     command: Callable[..., int], adapter: Path, whole: Path, data: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "rules.py").write_text(RULES, encoding="utf-8")
@@ -88,12 +88,16 @@ def test_answers_are_those_of_the_same_adapter_with_a_tokenizer(
     assert (adapter / "ifeval_answers.jsonl").read_text("utf-8") == (whole / "ifeval_answers.jsonl").read_text("utf-8")
 
 
-def test_the_harness_reads_it_too(command: Callable[..., int], adapter: Path, whole: Path, tmp_path: Path) -> None:
+def test_the_harness_uses_the_tokenizer_of_the_base(
+    command: Callable[..., int], adapter: Path, whole: Path, tmp_path: Path
+) -> None:
     documents = [
         {"question": f"Which is {number}?", "choices": ["a river", "stone"], "answer": number % 2}
         for number in range(8)
     ]
-    (tmp_path / "documents.jsonl").write_text("".join(json.dumps(one) + "\n" for one in documents), encoding="utf-8")
+    (tmp_path / "documents.jsonl").write_text(
+        "".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8"
+    )
     task = multiple_choice("rivers", tmp_path / "documents.jsonl")
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "rivers.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
@@ -102,7 +106,9 @@ def test_the_harness_reads_it_too(command: Callable[..., int], adapter: Path, wh
     assert (adapter / "harness_rows.jsonl").read_text("utf-8") == (whole / "harness_rows.jsonl").read_text("utf-8")
 
 
-def test_its_own_comes_first(command: Callable[..., int], whole: Path, data: Path, says_no: Callable[..., str]) -> None:
+def test_the_adapters_own_tokenizer_takes_precedence(
+    command: Callable[..., int], whole: Path, data: Path, says_no: Callable[..., str]
+) -> None:
     """A template that loses system messages, in the adapter's folder alone."""
     tokenizer = AutoTokenizer.from_pretrained(whole)
     tokenizer.chat_template = "{{ messages[-1].content }}"
@@ -111,7 +117,7 @@ def test_its_own_comes_first(command: Callable[..., int], whole: Path, data: Pat
 
 
 @pytest.mark.parametrize("option", ["--model", "--before"])
-def test_without_any_there_is_one_error(
+def test_no_tokenizer_at_all_is_an_error(
     option: str, adapter: Path, tiny_chat_model: Path, data: Path, tmp_path: Path, says_no: Callable[..., str]
 ) -> None:
     bare = tmp_path / "bare"
@@ -120,19 +126,19 @@ def test_without_any_there_is_one_error(
     config.write_text(json.dumps(json.loads(config.read_bytes()) | {"base_model_name_or_path": str(bare)}))
     models = {"--model": tiny_chat_model, option: adapter}
     given = [word for pair in models.items() for word in pair]
-    told = says_no("gain", *given, "--data", data, "--json", tmp_path / "gain.json")
-    assert told.startswith("--model or --before")
-    assert f"{adapter} has no tokenizer, and its base has none" in told
-    assert f"{bare} can't be loaded" in told
+    error = says_no("gain", *given, "--data", data, "--json", tmp_path / "gain.json")
+    assert error.startswith("--model or --before")
+    assert f"{adapter} has no tokenizer, and its base has none" in error
+    assert f"{bare} can't be loaded" in error
     config.write_text(json.dumps({"peft_type": "LORA"}))
-    told = says_no("gain", *given, "--data", data, "--json", tmp_path / "gain.json")
-    assert f"{config} names no base model" in told
+    error = says_no("gain", *given, "--data", data, "--json", tmp_path / "gain.json")
+    assert f"{config} names no base model" in error
 
 
-def test_vllm_is_told_where_it_is(
+def test_vllm_gets_the_tokenizer_of_the_base(
     adapter: Path, whole: Path, tiny_chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What stands in for vllm says what it was started with, and ends."""
+    """A stand-in for vllm prints its arguments and exits."""
     (tmp_path / "vllm").write_text('#!/bin/sh\necho "$@"\nexit 1\n', encoding="utf-8")
     (tmp_path / "vllm").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")

@@ -1,4 +1,4 @@
-"""Answers of a checkpoint, a server, and vllm's server: each is the model's own, and none is asked for twice."""
+"""Answers of a local model, of a server, and of a vLLM server: correct, and never requested twice."""
 
 import json
 import os
@@ -34,7 +34,7 @@ CONVERSATIONS = [ask("stone"), ask("a river and a stone and a paper window " * 3
 
 
 def one_by_one(folder: Path, conversations: list, tokens: int) -> list[tuple[str, int]]:
-    """The likeliest token again and again, without generate, cache or padding."""
+    """Greedy answers and their token counts, without generate, cache or padding."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     stops = model.generation_config.eos_token_id
@@ -54,20 +54,20 @@ def rows(journal: Path) -> list[tuple]:
         return sorted(connection.execute("SELECT key, text, finish_reason, asked_at FROM answers").fetchall())
 
 
-def test_a_checkpoint_answers_as_token_after_token_and_once(tiny_chat_model: Path, tmp_path: Path) -> None:
+def test_a_local_model_answers_greedily_and_only_once(tiny_chat_model: Path, tmp_path: Path) -> None:
     journal = tmp_path / "a.sqlite"
-    found = generate_answers(LocalModel(str(tiny_chat_model), batch_size=3), CONVERSATIONS, GREEDY, journal)
+    answers = generate_answers(LocalModel(str(tiny_chat_model), batch_size=3), CONVERSATIONS, GREEDY, journal)
     expected = one_by_one(tiny_chat_model, CONVERSATIONS, 6)
-    assert [(answer.text, answer.completion_tokens) for [answer] in found] == expected
-    assert [answer.cut for [answer] in found] == [tokens == 6 for _, tokens in expected]
+    assert [(answer.text, answer.completion_tokens) for [answer] in answers] == expected
+    assert [answer.cut for [answer] in answers] == [tokens == 6 for _, tokens in expected]
     before = rows(journal)
     again = generate_answers(LocalModel(str(tiny_chat_model), batch_size=1), CONVERSATIONS, GREEDY, journal)
-    assert [answer.text for [answer] in again] == [answer.text for [answer] in found]
+    assert [answer.text for [answer] in again] == [answer.text for [answer] in answers]
     assert all(answer.from_journal for [answer] in again)
     assert rows(journal) == before
 
 
-def test_samples_differ_and_come_again_the_same(tiny_chat_model: Path, tmp_path: Path) -> None:
+def test_samples_differ_and_are_reproducible(tiny_chat_model: Path, tmp_path: Path) -> None:
     drawn = Decoding(8, temperature=1.0, top_p=0.9, extra={"repetition_penalty": 1.03})
     checkpoint = LocalModel(str(tiny_chat_model))
     runs = [generate_answers(checkpoint, CONVERSATIONS, drawn, tmp_path / f"{run}.sqlite", samples=3) for run in "ab"]
@@ -78,7 +78,7 @@ def test_samples_differ_and_come_again_the_same(tiny_chat_model: Path, tmp_path:
     assert texts[0] != [[answer.text for answer in of_row] for of_row in other]
 
 
-def test_a_model_trained_anew_in_the_same_folder_is_asked_anew(tiny_chat_model: Path, tmp_path: Path) -> None:
+def test_a_model_trained_again_in_the_same_folder_is_asked_again(tiny_chat_model: Path, tmp_path: Path) -> None:
     folder, journal = tmp_path / "model", tmp_path / "a.sqlite"
     model = AutoModelForCausalLM.from_pretrained(tiny_chat_model)
     model.save_pretrained(folder)
@@ -98,7 +98,7 @@ def test_a_model_trained_anew_in_the_same_folder_is_asked_anew(tiny_chat_model: 
     )
 
 
-def test_prompts_at_the_end_of_the_models_positions(tiny_chat_model: Path, tmp_path: Path) -> None:
+def test_prompts_near_the_context_length(tiny_chat_model: Path, tmp_path: Path) -> None:
     positions = AutoModelForCausalLM.from_pretrained(tiny_chat_model).config.max_position_embeddings
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat_model)
 
@@ -117,7 +117,7 @@ def test_prompts_at_the_end_of_the_models_positions(tiny_chat_model: Path, tmp_p
     assert (short.text, short.completion_tokens) == one_by_one(tiny_chat_model, conversations[2:], 6)[0]
 
 
-def test_what_stops_an_answer_is_not_in_it(tiny_chat_model: Path, tmp_path: Path) -> None:
+def test_an_answer_ends_before_its_stop_sequence(tiny_chat_model: Path, tmp_path: Path) -> None:
     [[whole]] = generate_answers(
         LocalModel(str(tiny_chat_model)), CONVERSATIONS[:1], Decoding(30, temperature=0.0), tmp_path / "a.sqlite"
     )
@@ -151,7 +151,7 @@ def test_templates_are_handled_as_in_training(tiny_chat_model: Path, tmp_path: P
     assert answer.text == same.text
 
 
-def test_settings_that_no_model_here_knows_are_an_error(tiny_chat_model: Path, tmp_path: Path) -> None:
+def test_unsupported_request_fields_of_a_local_model_are_an_error(tiny_chat_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="presence_penalty is not supported"):
         generate_answers(
             LocalModel(str(tiny_chat_model)),
@@ -163,7 +163,7 @@ def test_settings_that_no_model_here_knows_are_an_error(tiny_chat_model: Path, t
         generate_answers(LocalModel(str(tmp_path / "nowhere")), CONVERSATIONS, GREEDY, tmp_path / "a.sqlite")
 
 
-def test_merged_says_both_in_the_first_user_turn() -> None:
+def test_a_merged_system_message_precedes_the_first_user_turn() -> None:
     later = [{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     assert merge_into_user([*ask("a", "S"), *later]) == [{"role": "user", "content": "S\n\na"}, *later]
     assert merge_into_user([*ask("a", "  "), *later]) == [{"role": "user", "content": "a"}, *later]
@@ -212,7 +212,7 @@ def test_a_killed_run_keeps_every_batch(tiny_chat_model: Path, tmp_path: Path) -
 
 
 async def parrot(asked: Asked) -> Reply:
-    """Says what it was told, in which roles; refuses prompts that speak of windows."""
+    """Answer with the messages and their roles; refuse prompts about windows."""
     if "window" in asked.prompt:
         return error(400, "the prompt is too long")
     return said(" ".join(f"{turn['role']}:{turn['content']}" for turn in asked.body["messages"]))
@@ -235,10 +235,10 @@ def test_a_server_answers_with_its_own_template_or_merged(tmp_path: Path) -> Non
         assert len(server.asked) == requests
 
 
-def test_an_answer_comes_without_its_reasoning_and_the_journal_keeps_it(
+def test_answers_come_without_reasoning_which_the_journal_keeps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """bench, ifeval and rules ask by `generate_answers`."""
+    """bench, ifeval and rules use `generate_answers`."""
     replies = {
         "stone": "Hm.</think>River.<|im_end|>",
         "window": "<|channel|>analysis<|message|>Hm",
@@ -250,22 +250,24 @@ def test_an_answer_comes_without_its_reasoning_and_the_journal_keeps_it(
 
     with served(script) as server:
         conversations = [ask(prompt) for prompt in replies]
-        found = generate_answers(ServedModel("m", (Server(server.url),)), conversations, GREEDY, tmp_path / "a.sqlite")
-    assert [(answer.text, answer.only_reasoning, answer.cut) for [answer] in found] == [
+        answers = generate_answers(
+            ServedModel("m", (Server(server.url),)), conversations, GREEDY, tmp_path / "a.sqlite"
+        )
+    assert [(answer.text, answer.only_reasoning, answer.cut) for [answer] in answers] == [
         ("River.", False, False),
         ("", True, False),
         ("River.", False, False),
     ]
     assert sorted(text for _, text, *_ in rows(tmp_path / "a.sqlite")) == sorted(replies.values())
-    told = [line.partition("; ")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert told == [
+    warnings = [line.partition("; ")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert warnings == [
         "warning: reasoning without an end, and nothing said: 1 answer (answers 1)",
         "warning: control tokens taken off the end: 1 answer (answers 1)",
         "warning: ran on after its end, and was cut there: 1 answer (answers 1)",
     ]
 
 
-def test_a_served_model_may_say_nothing(tmp_path: Path) -> None:
+def test_an_empty_answer_of_a_server_counts_the_second_time(tmp_path: Path) -> None:
     async def script(asked: Asked) -> Reply:
         match asked.prompt:
             case "nothing":
@@ -277,8 +279,8 @@ def test_a_served_model_may_say_nothing(tmp_path: Path) -> None:
     conversations = [[{"role": "user", "content": prompt}] for prompt in ("nothing", "at first", "cut")]
     with served(script) as server:
         there = ServedModel("m", (Server(server.url),))
-        found = [answer for [answer] in generate_answers(there, conversations, GREEDY, tmp_path / "a.sqlite")]
-        assert [(answer.text, answer.cut) for answer in found] == [("", False), ("something", False), ("Half", True)]
+        answers = [answer for [answer] in generate_answers(there, conversations, GREEDY, tmp_path / "a.sqlite")]
+        assert [(answer.text, answer.cut) for answer in answers] == [("", False), ("something", False), ("Half", True)]
         assert server.prompts() == {"nothing": 2, "at first": 2, "cut": 1}
         generate_answers(there, conversations, GREEDY, tmp_path / "a.sqlite")
         assert server.prompts() == {"nothing": 2, "at first": 2, "cut": 1}
@@ -314,10 +316,10 @@ asyncio.run(main())
 """
 
 
-def test_vllm_is_started_with_the_template_asked_and_ended(
+def test_vllm_is_started_with_the_given_template_and_stopped(
     tiny_chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in takes vllm's options and answers as it would; vllm itself needs a GPU."""
+    """A stand-in takes vllm's options and answers like it; vllm itself needs a GPU."""
     program, log = tmp_path / "vllm", tmp_path / "log.json"
     program.write_text(VLLM.format(python=sys.executable, tests=str(ROOT / "tests"), log=str(log)), encoding="utf-8")
     program.chmod(0o755)
@@ -328,14 +330,14 @@ def test_vllm_is_started_with_the_template_asked_and_ended(
     process, *command = json.loads(log.read_text(encoding="utf-8"))
     assert command[:2] == ["serve", str(tiny_chat_model)]
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat_model)
-    known, length = answer.text.split()
-    assert (known, int(length) > 0) == ("True", True)
+    text, length = answer.text.split()
+    assert (text, int(length) > 0) == ("True", True)
     assert int(length) != len(tokenizer.chat_template)  # the policy is in it
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
-    with pytest.raises(UserError, match=r"(?s)exit code 1.*no room for the weights") as fault:
+    with pytest.raises(UserError, match=r"(?s)exit code 1.*no room for the weights") as error:
         generate_answers(replace(checkpoint, dtype="float32"), CONVERSATIONS[:1], GREEDY, tmp_path / "a.sqlite")
-    assert "\n" in str(fault.value)
+    assert "\n" in str(error.value)
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     with pytest.raises(UserError, match="vllm is not installed"):
         generate_answers(checkpoint, CONVERSATIONS[:1], GREEDY, tmp_path / "a.sqlite")

@@ -1,4 +1,4 @@
-"""Which model a run ends with that is to end with its best one."""
+"""Best model: selection, a resumed run with another metric, a lost checkpoint."""
 
 import errno
 import json
@@ -30,8 +30,8 @@ TRAINING = {
 
 
 @pytest.fixture
-def asked(recipe_file: Callable[..., Path], tmp_path: Path) -> Callable[..., list[str]]:
-    """The arguments of a run with validation rows under several messages."""
+def arguments_of(recipe_file: Callable[..., Path], tmp_path: Path) -> Callable[..., list[str]]:
+    """Return a function that writes a recipe with validation rows under several system messages: the run's arguments."""
     path = tmp_path / "held_out.jsonl"
     systems = ["Speak like a river.", "Speak like a stone.", "Be a paper window."]
     with path.open("w", encoding="utf-8") as lines:
@@ -67,11 +67,11 @@ def assert_is_model_of(step: int, run: Path) -> None:
     assert all(torch.equal(saved[name], expected[name]) for name in saved.keys() | expected.keys())
 
 
-def test_another_metric_is_asked_of_the_checkpoints_that_are_there(
-    asked: Callable[..., list[str]], run: Path, capsys: pytest.CaptureFixture[str]
+def test_a_new_metric_selects_among_existing_checkpoints(
+    arguments_of: Callable[..., list[str]], run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A gain is smaller than any loss: as a loss it would stay the best for good."""
-    arguments = asked()
+    arguments = arguments_of()
     assert main(arguments) == 0
     gains = measured(run, "eval_system_gain")
     assert 0 < max(gains.values()) < min(measured(run, "eval_loss").values())
@@ -87,13 +87,13 @@ def test_another_metric_is_asked_of_the_checkpoints_that_are_there(
     assert_is_model_of(loaded(run), run)
 
 
-def test_other_rows_for_the_gain_are_refused_where_it_chooses_the_best(
-    asked: Callable[..., list[str]],
+def test_other_rows_for_the_gain_are_refused_if_the_gain_selects_the_best_model(
+    arguments_of: Callable[..., list[str]],
     run: Path,
     refused: Callable[..., str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = asked()
+    arguments = arguments_of()
     assert main(arguments) == 0
     later = [*arguments, "--resume", str(run / "checkpoint-3"), "system_gain.rows=4"]
     assert "system_gain.rows was 9 and is 4" in refused(*later)
@@ -107,10 +107,10 @@ def test_other_rows_for_the_gain_are_refused_where_it_chooses_the_best(
     assert "| system gain in nats per token, after step 4" in (run / "report.md").read_text(encoding="utf-8")
 
 
-def test_other_rows_for_the_gain_are_named_where_it_chooses_nothing(
-    asked: Callable[..., list[str]], run: Path, capsys: pytest.CaptureFixture[str]
+def test_other_rows_for_the_gain_are_reported_if_the_gain_selects_nothing(
+    arguments_of: Callable[..., list[str]], run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = asked(training={"metric_for_best_model": "eval_loss"})
+    arguments = arguments_of(training={"metric_for_best_model": "eval_loss"})
     assert main(arguments) == 0
     best = loaded(run)
     capsys.readouterr()
@@ -121,7 +121,7 @@ def test_other_rows_for_the_gain_are_named_where_it_chooses_nothing(
 
 @pytest.fixture
 def no_room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Checkpoints of these steps find no room on the disk."""
+    """Make the disk full for the checkpoints of these steps."""
 
     def take(*steps: int) -> None:
         save, room, now = CheckpointWriter.save, CheckpointWriter._check_room, [0]
@@ -141,11 +141,11 @@ def no_room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return take
 
 
-def test_the_best_model_is_what_a_run_ends_with_though_its_checkpoint_found_no_room(
-    asked: Callable[..., list[str]], run: Path, no_room: Callable[..., None], capsys: pytest.CaptureFixture[str]
+def test_a_run_ends_with_its_best_model_even_if_its_checkpoint_had_no_room(
+    arguments_of: Callable[..., list[str]], run: Path, no_room: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its last step was the best, and is in memory."""
-    arguments = asked(save={"on_error": "warn"})
+    """The last step was the best, and is in memory."""
+    arguments = arguments_of(save={"on_error": "warn"})
     assert main([*arguments, "--resume", "never"]) == 0
     gains = measured(run, "eval_system_gain")
     assert max(gains, key=gains.__getitem__) == 5
@@ -161,9 +161,9 @@ def test_the_best_model_is_what_a_run_ends_with_though_its_checkpoint_found_no_r
 
 
 @pytest.mark.parametrize("others", [True, False], ids=["another", "none"])
-def test_a_best_model_that_is_lost_is_told(
+def test_a_lost_best_model_is_reported(
     others: bool,
-    asked: Callable[..., list[str]],
+    arguments_of: Callable[..., list[str]],
     run: Path,
     no_room: Callable[..., None],
     capsys: pytest.CaptureFixture[str],
@@ -171,7 +171,7 @@ def test_a_best_model_that_is_lost_is_told(
     """At a learning rate that ruins the model the first step is the best."""
     training = {"metric_for_best_model": "eval_loss", "learning_rate": 3.0}
     no_room(*([1] if others else range(1, 6)))
-    assert main(asked(training=training, save={"on_error": "warn"})) == 0
+    assert main(arguments_of(training=training, save={"on_error": "warn"})) == 0
     losses = measured(run, "eval_loss")
     assert min(losses, key=losses.__getitem__) == 1
     second = min((2, 3, 4, 5), key=losses.__getitem__)

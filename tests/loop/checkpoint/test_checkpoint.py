@@ -1,4 +1,4 @@
-"""Which checkpoints a run goes on from, and what is said of one that it can't go on from."""
+"""Checkpoints: which one a run resumes from, which ones it skips or refuses, which ones it keeps."""
 
 import json
 import re
@@ -29,9 +29,9 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, Path]:
-    """Runs that nobody disturbed, full and with an adapter: checkpoints 2, 4 and 6, and the model."""
-    folder = tmp_path_factory.mktemp("whole")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, Path]:
+    """Return the folders of uninterrupted runs, full and with an adapter: checkpoints 2, 4 and 6, and the model."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     rows = folder / "rows.jsonl"
     with rows.open("w", encoding="utf-8") as lines:
         for number in range(24):
@@ -66,14 +66,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[st
 
 
 @pytest.fixture
-def again(whole: dict[str, Path], tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
-    """A recipe for the folder `run`, and that folder with the checkpoints of a whole run in it."""
+def copied_run(uninterrupted: dict[str, Path], tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
+    """Return a function that copies checkpoints of an uninterrupted run into the folder `run`: its recipe and the folder."""
 
     def copy(kind: str = "full", *, checkpoints: tuple[int, ...] = (2, 4, 6), **sections: Any) -> tuple[Path, Path]:
         run = tmp_path / "run"
         for step in checkpoints:
-            shutil.copytree(whole[kind] / f"checkpoint-{step}", run / f"checkpoint-{step}")
-        recipe = yaml.safe_load((whole[kind].parent / f"{kind}.yaml").read_text(encoding="utf-8"))
+            shutil.copytree(uninterrupted[kind] / f"checkpoint-{step}", run / f"checkpoint-{step}")
+        recipe = yaml.safe_load((uninterrupted[kind].parent / f"{kind}.yaml").read_text(encoding="utf-8"))
         recipe["output_dir"] = str(run)
         for section, values in sections.items():
             recipe[section] = {**(recipe.get(section) or {}), **values} if isinstance(values, dict) else values
@@ -89,7 +89,7 @@ def steps(run: Path) -> list[int]:
 
 
 def figures(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what the clock decides."""
+    """Return metrics.jsonl without timings."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [
         {
@@ -113,10 +113,10 @@ def assert_same_model(run: Path, other: Path) -> None:
     assert all(torch.equal(weights[key], others[key]) for key in weights)
 
 
-def test_a_checkpoint_without_its_optimizer_is_not_gone_on_from(
+def test_no_run_resumes_from_a_checkpoint_without_optimizer(
     recipe_file: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
 ) -> None:
-    """Its weights would be trained on from a fresh optimizer: another run under the same name."""
+    """A fresh optimizer would make it another run under the same name."""
     recipe = recipe_file(training={**SAVING, "save_only_model": True})
     assert main(["--recipe", str(recipe)]) == 0
     checkpoint = tmp_path / "run" / "checkpoint-2"
@@ -139,7 +139,7 @@ def emptied(file: Path) -> None:
 
 
 def flipped(file: Path) -> None:
-    """One bit in the middle, the size unchanged."""
+    """Flip one bit in the middle; the size stays the same."""
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -168,17 +168,17 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "damage", "said"), DAMAGES, ids=[f"{name}-{damage.__name__}" for _, name, damage, _ in DAMAGES]
+    ("kind", "name", "damage", "message"), DAMAGES, ids=[f"{name}-{damage.__name__}" for _, name, damage, _ in DAMAGES]
 )
-def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_taken(
+def test_a_damaged_checkpoint_is_skipped_by_name_for_the_one_before_it(
     kind: str,
     name: str,
     damage: Callable[[Path], None],
-    said: str,
-    again: Callable[..., tuple[Path, Path]],
+    message: str,
+    copied_run: Callable[..., tuple[Path, Path]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path, run = again(kind)
+    path, run = copied_run(kind)
     recipe = load_recipe(path)
     assert find_checkpoint("auto", recipe).step == 6  # type: ignore[union-attr]
     damage(run / "checkpoint-6" / name)
@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_taken(
     output = capsys.readouterr().out
     assert "skipped: " in output
     assert str(run / "checkpoint-6") in output
-    assert said in output
+    assert message in output
     if name != COMPLETE:
         assert str(run / "checkpoint-6" / name) in output
     with pytest.raises(UserError, match="--resume never"):
@@ -197,38 +197,38 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_taken(
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_run_that_passes_damaged_checkpoints_over_ends_as_one_left_alone(
-    kind: str, again: Callable[..., tuple[Path, Path]], whole: dict[str, Path]
+def test_a_run_that_skips_damaged_checkpoints_ends_like_an_uninterrupted_one(
+    kind: str, copied_run: Callable[..., tuple[Path, Path]], uninterrupted: dict[str, Path]
 ) -> None:
-    """The damaged ones never come back: no resume meets them again, and none counts among those that are kept."""
-    path, run = again(kind, training={"save_total_limit": 2})
+    """The damaged ones are set aside: no resume sees them again, and none counts for save_total_limit."""
+    path, run = copied_run(kind, training={"save_total_limit": 2})
     truncated(run / "checkpoint-6" / COMPLETE)
     flipped(run / "checkpoint-4" / "optimizer.pt")
     assert main(["--recipe", str(path)]) == 0
-    assert_same_model(run, whole[kind])
-    assert losses(run) == losses(whole[kind])  # the first steps too, of which there was no metrics.jsonl
+    assert_same_model(run, uninterrupted[kind])
+    assert losses(run) == losses(uninterrupted[kind])  # the first steps too, of which there was no metrics.jsonl
     assert steps(run) == [4, 6]
     assert steps(run / "set-aside-1") == [4, 6]
     assert find_checkpoint("auto", load_recipe(path)).folder == run / "checkpoint-6"  # type: ignore[union-attr]
 
 
-def test_nothing_is_begun_where_no_checkpoint_is_whole(
-    again: Callable[..., tuple[Path, Path]], refused: Callable[..., str]
+def test_no_run_starts_if_none_of_the_checkpoints_is_complete(
+    copied_run: Callable[..., tuple[Path, Path]], refused: Callable[..., str]
 ) -> None:
-    path, run = again()
+    path, run = copied_run()
     (run / "checkpoint-2" / COMPLETE).unlink()
     truncated(run / "checkpoint-4" / "model.safetensors")
     shutil.rmtree(run / "checkpoint-6")
     (run / "checkpoint-6").mkdir()
     error = refused("--recipe", path)
-    for said in (
+    for message in (
         f"none of the checkpoints in {run} is complete",
         f"{run / 'checkpoint-6'} is incomplete",
         f"{run / 'checkpoint-4' / 'model.safetensors'} is damaged",
         f"{run / 'checkpoint-2'} is incomplete",
         "--resume never",
     ):
-        assert said in error
+        assert message in error
     assert not (run / "metrics.jsonl").exists()
     error = refused("--recipe", path, "--resume", run / "checkpoint-4")
     assert f"{run / 'checkpoint-4' / 'model.safetensors'} is damaged" in error
@@ -249,15 +249,19 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("override", "said", "key"), REFUSED, ids=[override for override, _, _ in REFUSED])
-def test_what_changes_the_mathematics_is_refused_by_name_unless_it_is_named(
-    override: str, said: str, key: str, again: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("override", "message", "key"), REFUSED, ids=[override for override, _, _ in REFUSED])
+def test_a_change_of_the_mathematics_is_refused_unless_resume_anyway_names_it(
+    override: str,
+    message: str,
+    key: str,
+    copied_run: Callable[..., tuple[Path, Path]],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path, run = again()
+    path, run = copied_run()
     recipe = load_recipe(path, [override])
     with pytest.raises(UserError) as refusal:
         find_checkpoint("auto", recipe)
-    assert said in str(refusal.value)
+    assert message in str(refusal.value)
     assert f"{run / 'checkpoint-6'} belongs to another run" in str(refusal.value)
     assert f"--resume-anyway {key}" in str(refusal.value)
     keys = [word for word in str(refusal.value).split() if word.startswith(key)]
@@ -271,10 +275,10 @@ def test_what_changes_the_mathematics_is_refused_by_name_unless_it_is_named(
         find_checkpoint("auto", recipe, ["training.adam_beta1"])  # another key doesn't help
 
 
-def test_what_changes_nothing_is_allowed_and_told(
-    again: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_a_change_without_effect_is_allowed_and_reported(
+    copied_run: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    path, _ = again()
+    path, _ = copied_run()
     changes = {
         "training.logging_steps": 2,
         "training.save_steps": 3,
@@ -290,17 +294,17 @@ def test_what_changes_nothing_is_allowed_and_told(
         assert re.search(f"{re.escape(key)} \\S+ -> {re.escape(json.dumps(value))}[, ]", output)
 
 
-def test_a_default_that_is_written_down_is_no_change(again: Callable[..., tuple[Path, Path]]) -> None:
-    path, _ = again()
+def test_writing_a_default_is_no_change(copied_run: Callable[..., tuple[Path, Path]]) -> None:
+    path, _ = copied_run()
     recipe = load_recipe(path, ["training.weight_decay=0.0", "training.adam_beta1=0.9"])
     assert find_checkpoint("auto", recipe) is not None
 
 
 def test_other_data_behind_the_same_recipe_is_refused(
-    again: Callable[..., tuple[Path, Path]], refused: Callable[..., str], tmp_path: Path
+    copied_run: Callable[..., tuple[Path, Path]], refused: Callable[..., str], tmp_path: Path
 ) -> None:
-    """The bytes of a source, a template's file, and how many sequences a step has."""
-    path, run = again()
+    """Other bytes of a source, another template file, another number of sequences per step."""
+    path, run = copied_run()
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     source = Path(recipe["data"]["sources"][0]["path"])
     before = source.read_bytes()
@@ -310,7 +314,7 @@ def test_other_data_behind_the_same_recipe_is_refused(
     finally:
         source.write_bytes(before)
     assert f"{run / 'checkpoint-6'} belongs to another run: made.tokens was" in error
-    assert "what the rows of data.sources became" in error
+    assert "the tokens of the rows of data.sources" in error
     assert "--resume-anyway made.tokens" in error
     error = refused("--recipe", path, "training.gradient_accumulation_steps=2")
     assert "training.gradient_accumulation_steps was '2 sequences a step' and is '4 sequences a step'" in error
@@ -322,8 +326,8 @@ def test_other_data_behind_the_same_recipe_is_refused(
 SAME_STEP = "training.gradient_accumulation_steps=2"
 
 
-def test_another_text_of_the_template_is_told_where_no_token_changes(
-    again: Callable[..., tuple[Path, Path]],
+def test_another_template_text_is_reported_if_no_token_changes(
+    copied_run: Callable[..., tuple[Path, Path]],
     refused: Callable[..., str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -334,7 +338,7 @@ def test_another_text_of_the_template_is_told_where_no_token_changes(
     shipped = (Path(chat_template.__file__).parents[1] / "templates" / "chatml.jinja").read_text(encoding="utf-8")
     template = tmp_path / "own.jinja"
     template.write_text(shipped, encoding="utf-8")
-    path, run = again(checkpoints=(), chat={"template": str(template)}, training={"max_steps": 2})
+    path, run = copied_run(checkpoints=(), chat={"template": str(template)}, training={"max_steps": 2})
     assert main(["--recipe", str(path)]) == 0
     template.write_text(f"Hello\n{shipped}", encoding="utf-8")
     error = refused("--recipe", path)
@@ -345,8 +349,8 @@ def test_another_text_of_the_template_is_told_where_no_token_changes(
     assert (run / "chat_template.jinja").read_text(encoding="utf-8").startswith("{# another #}")
 
 
-def test_another_distribution_is_refused(again: Callable[..., tuple[Path, Path]]) -> None:
-    _, run = again()
+def test_another_distribution_is_refused(copied_run: Callable[..., tuple[Path, Path]]) -> None:
+    _, run = copied_run()
     checkpoint = read_checkpoint(run / "checkpoint-6")
     check_distribution(checkpoint, "one process or DDP")
     with pytest.raises(
@@ -355,34 +359,34 @@ def test_another_distribution_is_refused(again: Callable[..., tuple[Path, Path]]
         check_distribution(checkpoint, "DeepSpeed ZeRO-3")
 
 
-def test_a_finished_run_that_is_started_again_trains_no_further(
-    again: Callable[..., tuple[Path, Path]], whole: dict[str, Path]
+def test_a_finished_run_trains_no_further_when_started_again(
+    copied_run: Callable[..., tuple[Path, Path]], uninterrupted: dict[str, Path]
 ) -> None:
-    path, run = again()
+    path, run = copied_run()
     for _ in range(2):
         assert main(["--recipe", str(path)]) == 0
-        assert_same_model(run, whole["full"])
+        assert_same_model(run, uninterrupted["full"])
         assert steps(run) == [2, 4, 6]
         assert json.loads((run / "outcome.json").read_text(encoding="utf-8"))["step"] == STEPS
 
 
-def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(
-    again: Callable[..., tuple[Path, Path]],
+def test_a_checkpoint_under_the_name_of_another_step_is_skipped(
+    copied_run: Callable[..., tuple[Path, Path]],
     refused: Callable[..., str],
-    whole: dict[str, Path],
+    uninterrupted: dict[str, Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """It would be moved aside, as one of the future, in the moment in which the run goes on from it."""
-    path, run = again(checkpoints=(2, 4))
+    """It would be set aside as a later checkpoint while the run resumes from it."""
+    path, run = copied_run(checkpoints=(2, 4))
     (run / "checkpoint-4").rename(run / "checkpoint-99")
-    said = f"{run / 'checkpoint-99'} holds step 4: rename it to checkpoint-4."
-    assert said in refused("--recipe", path, "--resume", run / "checkpoint-99")
+    message = f"{run / 'checkpoint-99'} holds step 4: rename it to checkpoint-4."
+    assert message in refused("--recipe", path, "--resume", run / "checkpoint-99")
     assert steps(run) == [2, 99]
     capsys.readouterr()
     assert main(["--recipe", str(path)]) == 0
-    assert f"skipped: {said}" in capsys.readouterr().out
+    assert f"skipped: {message}" in capsys.readouterr().out
     assert steps(run / "set-aside-1") == [99]
-    assert_same_model(run, whole["full"])
+    assert_same_model(run, uninterrupted["full"])
 
 
 OTHER_WEIGHTS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -405,22 +409,22 @@ OTHER_WEIGHTS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("change", OTHER_WEIGHTS)
 @pytest.mark.parametrize("allowed", [True, False])
-def test_a_checkpoint_of_other_weights_is_refused_at_once_and_no_flag_is_advised(
+def test_a_checkpoint_of_other_weights_is_refused_without_advice_to_resume_anyway(
     change: str,
     allowed: bool,
-    again: Callable[..., tuple[Path, Path]],
+    copied_run: Callable[..., tuple[Path, Path]],
     refused: Callable[..., str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """No run can resume with another size of adapter, or one where there was none, whatever --resume-anyway says."""
-    kind, sections, said = OTHER_WEIGHTS[change]
-    path, run = again(kind, checkpoints=(6,), **sections)
+    """No run can resume with another adapter size, or with an adapter where there was none, whatever --resume-anyway says."""
+    kind, sections, message = OTHER_WEIGHTS[change]
+    path, run = copied_run(kind, checkpoints=(6,), **sections)
     keys = ("adapter.r", "adapter.target_modules", "adapter.use_dora", "adapter.modules_to_save")
     anyway = [f"--resume-anyway={key}" for key in keys] if allowed else []
     for check in ["--check"], []:
         error = refused("--recipe", path, *check, *anyway)
         assert error.startswith(f"--resume: {run / 'checkpoint-6'} can't be loaded into this run: adapter")
-        assert f"the checkpoint holds others ({said})" in error
+        assert f"the checkpoint holds others ({message})" in error
         assert "--resume-anyway" not in error
     with pytest.raises(UserError):
         find_checkpoint("auto", load_recipe(path))
@@ -428,9 +432,9 @@ def test_a_checkpoint_of_other_weights_is_refused_at_once_and_no_flag_is_advised
 
 
 def test_an_adapters_modules_in_another_order_are_no_change(
-    again: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str]
+    copied_run: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, run = again("lora", checkpoints=(6,))
+    path, run = copied_run("lora", checkpoints=(6,))
     manifest = json.loads((run / "checkpoint-6" / COMPLETE).read_text(encoding="utf-8"))
     manifest["run"]["adapter.target_modules"] = ["q_proj", "v_proj"]
     manifest["digest"] = compute_digest(manifest)
@@ -442,9 +446,9 @@ def test_an_adapters_modules_in_another_order_are_no_change(
 
 
 def test_a_check_refuses_another_optimizer_for_a_checkpoint_of_deepspeed(
-    again: Callable[..., tuple[Path, Path]], refused: Callable[..., str]
+    copied_run: Callable[..., tuple[Path, Path]], refused: Callable[..., str]
 ) -> None:
-    path, run = again(checkpoints=(6,), training={"optim": "adafactor"})
+    path, run = copied_run(checkpoints=(6,), training={"optim": "adafactor"})
     manifest = json.loads((run / "checkpoint-6" / COMPLETE).read_text(encoding="utf-8"))
     manifest["distribution"] = "DeepSpeed ZeRO-2"
     manifest["digest"] = compute_digest(manifest)
@@ -454,28 +458,28 @@ def test_a_check_refuses_another_optimizer_for_a_checkpoint_of_deepspeed(
     assert "DeepSpeed loads weights and optimizer together" in error
 
 
-def test_lines_of_metrics_that_were_lost_are_written_again_from_the_checkpoint(
-    again: Callable[..., tuple[Path, Path]], whole: dict[str, Path]
+def test_lost_lines_of_metrics_are_restored_from_the_checkpoint(
+    copied_run: Callable[..., tuple[Path, Path]], uninterrupted: dict[str, Path]
 ) -> None:
-    """A node that loses its power keeps the checkpoint, which was synced; a run in another folder never had them."""
-    path, run = again(checkpoints=(2, 4))
-    lines = (whole["full"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    """After a power failure the synced checkpoint remains without them; a run in another folder never had them."""
+    path, run = copied_run(checkpoints=(2, 4))
+    lines = (uninterrupted["full"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     for kept in ([], lines[:1], lines[1:3]):
         (run / "metrics.jsonl").write_text("".join(kept), encoding="utf-8")
         assert main(["--recipe", str(path)]) == 0
-        assert figures(run) == figures(whole["full"])
+        assert figures(run) == figures(uninterrupted["full"])
         after = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         assert [json.loads(line) for line in after[:6]] == [json.loads(line) for line in lines[:6]]
         shutil.rmtree(run / "checkpoint-6")
 
 
 @pytest.mark.parametrize("max_steps", [STEPS, 5])
-def test_an_epoch_that_ended_as_the_run_was_killed_is_ended_by_the_next(
-    max_steps: int, again: Callable[..., tuple[Path, Path]]
+def test_work_at_the_end_of_an_epoch_is_done_after_a_kill(
+    max_steps: int, copied_run: Callable[..., tuple[Path, Path]]
 ) -> None:
-    """Checkpoint 5 was written at the last step of an epoch, before what is due at its end; that is not forgotten."""
+    """Checkpoint 5 was written at the last step of an epoch, before the work at its end."""
     epochs = {"eval_strategy": "epoch", "logging_strategy": "epoch", "save_steps": 5, "max_steps": max_steps}
-    path, run = again(checkpoints=(), training=epochs)
+    path, run = copied_run(checkpoints=(), training=epochs)
     assert main(["--recipe", str(path)]) == 0
     expected = figures(run)
     assert [line["step"] for line in expected] == [5, 5] + [6, 6] * (max_steps == STEPS)
@@ -495,11 +499,11 @@ STOPPED = {
 
 
 @pytest.mark.parametrize("strategy", STOPPED)
-def test_a_run_that_is_stopped_at_its_first_step_ends_as_one_left_alone(
-    strategy: str, again: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_run_stopped_at_its_first_step_ends_like_an_uninterrupted_one(
+    strategy: str, copied_run: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """However it saves otherwise: a stop saves."""
-    path, run = again(checkpoints=(), training=STOPPED[strategy])
+    """A stop saves a checkpoint under every save strategy."""
+    path, run = copied_run(checkpoints=(), training=STOPPED[strategy])
     assert main(["--recipe", str(path)]) == 0
     expected = run.rename(tmp_path / "expected")
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1")  # long ago
@@ -515,10 +519,10 @@ def test_a_run_that_is_stopped_at_its_first_step_ends_as_one_left_alone(
     assert figures(run) == figures(expected)
 
 
-def test_a_run_that_is_to_stop_at_its_last_step_is_finished(
-    again: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+def test_a_stop_request_at_the_last_step_finishes_the_run(
+    copied_run: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, run = again(checkpoints=(), training={"max_steps": 1, "save_strategy": "no"})
+    path, run = copied_run(checkpoints=(), training={"max_steps": 1, "save_strategy": "no"})
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1")
     assert main(["--recipe", str(path)]) == 0
     assert json.loads((run / "outcome.json").read_text(encoding="utf-8"))["outcome"] == "finished"
@@ -526,17 +530,17 @@ def test_a_run_that_is_to_stop_at_its_last_step_is_finished(
     assert steps(run) == []
 
 
-def test_a_key_that_there_is_not_is_no_permission(again: Callable[..., tuple[Path, Path]]) -> None:
-    path, _ = again()
+def test_resume_anyway_refuses_an_unknown_key(copied_run: Callable[..., tuple[Path, Path]]) -> None:
+    path, _ = copied_run()
     with pytest.raises(UserError, match=r"--resume-anyway data\.max_lenght: .* Did you mean data\.max_length"):
         find_checkpoint("auto", load_recipe(path, ["data.max_length=256"]), ["data.max_lenght"])
 
 
-def test_what_lies_in_the_future_of_a_run_is_moved_aside(
-    again: Callable[..., tuple[Path, Path]], whole: dict[str, Path], capsys: pytest.CaptureFixture[str]
+def test_checkpoints_of_a_runs_own_future_are_set_aside(
+    copied_run: Callable[..., tuple[Path, Path]], uninterrupted: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run that begins anew, or from an older checkpoint, is never mixed with what was there; nothing is deleted."""
-    path, run = again(training={"save_total_limit": 2})
+    """A run that starts from the beginning or from an older checkpoint is not mixed with later ones; nothing is deleted."""
+    path, run = copied_run(training={"save_total_limit": 2})
     main(["--recipe", str(path), "--resume", str(run / "checkpoint-2"), "--resume-anyway=seed", "seed=43"])
     assert steps(run) == [4, 6]  # retention took the old 2, and not one of its own
     assert steps(run / "set-aside-1") == [4, 6]
@@ -545,26 +549,28 @@ def test_what_lies_in_the_future_of_a_run_is_moved_aside(
     main(["--recipe", str(path), "--resume", "never"])
     assert steps(run / "set-aside-2") == [4, 6]
     assert steps(run) == [4, 6]
-    assert_same_model(run, whole["full"])
-    assert losses(run) == losses(whole["full"])
+    assert_same_model(run, uninterrupted["full"])
+    assert losses(run) == losses(uninterrupted["full"])
 
 
 @pytest.mark.parametrize("best", [False, True])
-def test_so_many_checkpoints_stay_and_the_best_among_them(best: bool, again: Callable[..., tuple[Path, Path]]) -> None:
+def test_save_total_limit_keeps_the_newest_and_the_best_checkpoints(
+    best: bool, copied_run: Callable[..., tuple[Path, Path]]
+) -> None:
     """At a learning rate that ruins the model the first evaluation stays the best."""
     settings = {"load_best_model_at_end": True, "metric_for_best_model": "loss"} if best else {}
     training = {"save_total_limit": 1, "learning_rate": 3.0, "lr_scheduler_type": "constant", **settings}
-    path, run = again(checkpoints=(), training=training)
+    path, run = copied_run(checkpoints=(), training=training)
     assert main(["--recipe", str(path)]) == 0
     assert steps(run) == ([2, 6] if best else [6])
     assert_same_model(run, run / ("checkpoint-2" if best else "checkpoint-6"))
 
 
-def test_the_best_checkpoint_is_found_where_the_run_was_moved_to(
-    again: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_best_checkpoint_is_found_after_the_run_was_moved(
+    copied_run: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     training = {"learning_rate": 3.0, "lr_scheduler_type": "constant", "load_best_model_at_end": True}
-    path, run = again(checkpoints=(), training=training)
+    path, run = copied_run(checkpoints=(), training=training)
     assert main(["--recipe", str(path)]) == 0
     best = load_file(run / "checkpoint-2" / "model.safetensors")
     elsewhere = tmp_path / "elsewhere"
@@ -582,14 +588,14 @@ def test_the_best_checkpoint_is_found_where_the_run_was_moved_to(
     assert "warning: the best model so far, checkpoint-2" in capsys.readouterr().out
 
 
-def test_a_copy_of_each_checkpoint_serves_when_the_originals_are_gone(
-    again: Callable[..., tuple[Path, Path]],
-    whole: dict[str, Path],
+def test_a_run_resumes_from_mirrored_checkpoints_when_the_originals_are_gone(
+    copied_run: Callable[..., tuple[Path, Path]],
+    uninterrupted: dict[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     mirror = tmp_path / "mirror"
-    path, run = again(checkpoints=(), save={"mirror_dir": str(mirror)}, training={"save_total_limit": 2})
+    path, run = copied_run(checkpoints=(), save={"mirror_dir": str(mirror)}, training={"save_total_limit": 2})
     (mirror / "checkpoint-9.unfinished").mkdir(parents=True)  # of a run that was killed as it copied
     assert main(["--recipe", str(path)]) == 0
     assert steps(mirror) == steps(run) == [4, 6]
@@ -601,29 +607,32 @@ def test_a_copy_of_each_checkpoint_serves_when_the_originals_are_gone(
     output = capsys.readouterr().out
     assert f"{mirror / 'checkpoint-6' / 'optimizer.pt'} is damaged" in output
     assert f"going on from {mirror / 'checkpoint-4'}" in output
-    assert_same_model(run, whole["full"])
+    assert_same_model(run, uninterrupted["full"])
     assert steps(mirror) == [4, 6]
     assert find_checkpoint(str(mirror / "checkpoint-6"), load_recipe(path)) is not None
 
 
-def test_a_mirror_in_the_folder_of_the_run_itself_is_refused(
-    again: Callable[..., tuple[Path, Path]], refused: Callable[..., str]
+def test_a_mirror_in_the_runs_own_folder_is_refused(
+    copied_run: Callable[..., tuple[Path, Path]], refused: Callable[..., str]
 ) -> None:
-    """Each copy would take the place of the checkpoint that it is made from, which is deleted first."""
-    path, run = again()
+    """Each copy would replace the checkpoint that it is copied from, which is deleted first."""
+    path, run = copied_run()
     assert "save.mirror_dir" in refused("--recipe", path, f"save.mirror_dir={run.parent}/./run")
     assert steps(run) == [2, 4, 6]
 
 
-def test_a_mirror_that_vanishes_only_warns(
-    again: Callable[..., tuple[Path, Path]], whole: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_failing_mirror_is_only_a_warning(
+    copied_run: Callable[..., tuple[Path, Path]],
+    uninterrupted: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     mirror = tmp_path / "mirror"
     mirror.write_text("not a folder", encoding="utf-8")
-    path, run = again(checkpoints=(), save={"mirror_dir": str(mirror)})
+    path, run = copied_run(checkpoints=(), save={"mirror_dir": str(mirror)})
     assert main(["--recipe", str(path)]) == 0
     assert "warning: save.mirror_dir: checkpoint-6 was not copied" in capsys.readouterr().out
-    assert_same_model(run, whole["full"])
+    assert_same_model(run, uninterrupted["full"])
 
 
 HOLD = """
@@ -638,9 +647,9 @@ with open(sys.argv[1], "a+") as lock:
 
 
 def test_two_runs_never_write_to_one_folder(
-    again: Callable[..., tuple[Path, Path]], refused: Callable[..., str], whole: dict[str, Path]
+    copied_run: Callable[..., tuple[Path, Path]], refused: Callable[..., str], uninterrupted: dict[str, Path]
 ) -> None:
-    path, run = again(checkpoints=(4,))
+    path, run = copied_run(checkpoints=(4,))
     command = [sys.executable, "-c", HOLD, str(run / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout
@@ -651,40 +660,40 @@ def test_two_runs_never_write_to_one_folder(
         assert main(["--recipe", str(path), "--check"]) == 0  # it writes nothing
         other.kill()  # the lock goes with the process
     assert main(["--recipe", str(path)]) == 0
-    assert_same_model(run, whole["full"])
+    assert_same_model(run, uninterrupted["full"])
 
 
-def test_a_folder_that_is_a_link_and_a_checkpoint_from_elsewhere(
-    again: Callable[..., tuple[Path, Path]], whole: dict[str, Path], tmp_path: Path
+def test_a_linked_folder_resumes_from_a_checkpoint_elsewhere(
+    copied_run: Callable[..., tuple[Path, Path]], uninterrupted: dict[str, Path], tmp_path: Path
 ) -> None:
-    path, run = again()
+    path, run = copied_run()
     disk, copied = tmp_path / "disk", tmp_path / "copied"
     shutil.move(run / "checkpoint-4", copied)  # its name says nothing any more
     shutil.rmtree(run)
     disk.mkdir()
     run.symlink_to(disk)
     assert main(["--recipe", str(path), "--resume", str(copied)]) == 0
-    assert_same_model(run, whole["full"])
+    assert_same_model(run, uninterrupted["full"])
     assert run.is_symlink()
     assert steps(disk) == [6]
     assert copied.is_dir()
 
 
-def test_weights_of_an_earlier_run_do_not_lie_beside_the_new_ones(
-    again: Callable[..., tuple[Path, Path]], whole: dict[str, Path]
+def test_weights_of_an_earlier_run_are_deleted(
+    copied_run: Callable[..., tuple[Path, Path]], uninterrupted: dict[str, Path]
 ) -> None:
-    """A larger model was there, in several files with an index; that would be known only after hours of training."""
-    path, run = again()
+    """Shards of a larger model would be loaded in place of the new weights."""
+    path, run = copied_run()
     for number in 1, 2:
         (run / f"model-0000{number}-of-00002.safetensors").write_bytes(b"earlier")
     (run / "model.safetensors.index.json").write_text('{"weight_map": {}}', encoding="utf-8")
     assert main(["--recipe", str(path)]) == 0
     assert {file.name for file in run.glob("*.safetensors*")} == {"model.safetensors"}
-    assert_same_model(run, whole["full"])
+    assert_same_model(run, uninterrupted["full"])
 
 
-def test_the_manifest_counts_what_was_consumed(whole: dict[str, Path]) -> None:
-    run = whole["full"]
+def test_the_manifest_counts_consumed_sequences_and_tokens(uninterrupted: dict[str, Path]) -> None:
+    run = uninterrupted["full"]
     recipe = load_recipe(run.parent / "full.yaml")
     tokenizer = load_tokenizer(recipe.model)
     use_template(tokenizer, "chatml")
@@ -700,11 +709,11 @@ def test_the_manifest_counts_what_was_consumed(whole: dict[str, Path]) -> None:
         assert listed == {path.name for path in (run / f"checkpoint-{step}").iterdir()} - {COMPLETE}
 
 
-def test_wandb_goes_on_with_the_same_run(
-    again: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+def test_wandb_continues_the_same_run(
+    copied_run: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("wandb")
-    path, run = again(
+    path, run = copied_run(
         checkpoints=(), tracking={"wandb": {"project": "tests", "mode": "offline"}}, training={"max_steps": 4}
     )
     assert main(["--recipe", str(path)]) == 0
@@ -716,7 +725,7 @@ def test_wandb_goes_on_with_the_same_run(
     assert len(list((run / "wandb").glob(f"offline-run-*-{first}"))) == 2
 
 
-def test_half_a_line_of_metrics_after_a_crash_is_passed_over(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_half_a_line_of_metrics_after_a_crash_is_skipped(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     recipe = str(recipe_file(training={**SAVING, "max_steps": 4}))
     assert main(["--recipe", recipe]) == 0
     run = tmp_path / "run"

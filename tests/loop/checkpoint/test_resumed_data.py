@@ -1,4 +1,4 @@
-"""A run resumes where its rows have the same tokens, however they are kept, and tells what differs where they don't."""
+"""Resumed data: the same tokens in other files are no change, other tokens are refused with their differences."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from train.data.chat import template as chat_template
 from train.data.chat.template import pin_date, use_template
 from train.data.prepare import prepare
 from train.data.tokens import source as source_tokens
-from train.data.tokens.table import TokenRows, TokensDigest
+from train.data.tokens.table import TokensDigest, TokenTable
 from train.errors import UserError
 from train.loop.checkpoint.fingerprint import data_fingerprint
 from train.loop.checkpoint.manifest import COMPLETE, format_manifest, read_checkpoint
@@ -47,9 +47,9 @@ ROWS = rows_of(8)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """The folder of a finished run of two steps."""
-    folder = tmp_path_factory.mktemp("whole")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """Return the folder of a finished run of two steps."""
+    folder = tmp_path_factory.mktemp("finished")
     write(folder / "rows.jsonl", ROWS)
     recipe = {
         "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
@@ -67,11 +67,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 
 @pytest.fixture
-def resumed(whole: Path) -> Callable[..., None]:
-    """Finds the run's checkpoint and compares the data, as a start does. Raises UserError."""
+def resumed(finished: Path) -> Callable[..., None]:
+    """Find the run's checkpoint and compare the data, as a start does. Raises UserError."""
 
     def compare(*overrides: str, anyway: tuple[str, ...] = (), run: Path | None = None) -> None:
-        recipe = load_recipe(whole / "recipe.yaml", [*overrides, f"output_dir={run or whole / 'run'}"])
+        recipe = load_recipe(finished / "recipe.yaml", [*overrides, f"output_dir={run or finished / 'run'}"])
         checkpoint = find_checkpoint("auto", recipe, anyway)
         assert checkpoint is not None
         tokenizer = load_tokenizer(recipe.model)
@@ -103,31 +103,31 @@ def parquet(folder: Path) -> str:
 
 
 def another_format(folder: Path) -> str:
-    """The same conversations as questions and answers."""
+    """Return the same conversations as questions and answers."""
     turns = [[message["content"] for message in row["messages"]] for row in ROWS]
     write(folder / "pairs.jsonl", [{"question": question, "answer": answer} for question, answer in turns])
     return str(folder / "pairs.jsonl")
 
 
 @pytest.mark.parametrize("kept", [elsewhere, two_files, parquet, another_format])
-def test_the_same_rows_kept_in_another_way_are_no_change(
+def test_the_same_rows_in_other_files_are_no_change(
     kept: Callable[[Path], str], resumed: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     resumed(f"data.sources.0.path={kept(tmp_path)}")
     assert "changed since" not in capsys.readouterr().out
 
 
-def test_other_code_that_makes_the_same_tokens_is_no_change(
+def test_other_code_with_the_same_tokens_is_no_change(
     resumed: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The rows are tokenized anew, as they would be after an edit of these modules or another version of a package."""
+    """The rows are tokenized again, as after an edit of these modules or an update of a package."""
     monkeypatch.setattr(source_tokens, "_DECISIVE", ("spans",))
     resumed(f"data.cache_dir={tmp_path}")
     assert len([*tmp_path.glob("*/rows.arrow")]) == 1
     assert "made." not in capsys.readouterr().out
 
 
-def test_a_template_under_another_name_is_told_and_no_change_of_the_data(
+def test_a_template_under_another_name_is_reported_and_no_change_of_the_data(
     resumed: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = tmp_path / "own.jinja"
@@ -136,21 +136,23 @@ def test_a_template_under_another_name_is_told_and_no_change_of_the_data(
     assert f'chat.template "chatml" -> "{own}"' in capsys.readouterr().out
 
 
-def test_other_rows_are_refused_with_their_source_and_their_numbers(
-    resumed: Callable[..., None], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_other_rows_are_refused_with_source_and_counts(
+    resumed: Callable[..., None], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "rows.jsonl"
-    counts = json.loads((whole / "run" / "checkpoint-2" / COMPLETE).read_text(encoding="utf-8"))["run"]["made.tokens"][
-        0
-    ]
-    before = f"8 rows of {counts['tokens']:,} tokens ({counts['trained_tokens']:,} trained) in {whole / 'rows.jsonl'}"
+    counts = json.loads((finished / "run" / "checkpoint-2" / COMPLETE).read_text(encoding="utf-8"))["run"][
+        "made.tokens"
+    ][0]
+    before = (
+        f"8 rows of {counts['tokens']:,} tokens ({counts['trained_tokens']:,} trained) in {finished / 'rows.jsonl'}"
+    )
     other = json.loads(json.dumps(ROWS))
     other[5]["messages"][0]["content"] = "cloud 4"  # as many tokens
     shorter = json.loads(json.dumps(ROWS))
     shorter[0]["messages"][1]["content"] = "seven"
     for rows, now in (
-        (other, "as many others"),
-        (ROWS[::-1], "as many others"),
+        (other, "the same number of others"),
+        (ROWS[::-1], "the same number of others"),
         (ROWS[:7], "7 rows of "),
         (rows_of(9), "9 rows of "),
         (shorter, "8 rows of "),
@@ -179,12 +181,12 @@ def test_a_policy_or_a_template_that_changes_tokens_is_refused(resumed: Callable
     resumed("data.validation=0.25", anyway=("data.validation",))  # which rows and how they are packed follows
 
 
-def test_a_checkpoint_of_an_earlier_version_is_compared_by_what_it_says(
-    resumed: Callable[..., None], whole: Path, tmp_path: Path
+def test_a_checkpoint_of_an_earlier_version_is_compared_by_the_keys_that_it_has(
+    resumed: Callable[..., None], finished: Path, tmp_path: Path
 ) -> None:
-    """It had names of caches in the place of tokens, and no rows."""
-    shutil.copytree(whole / "run" / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
-    manifest = dict(read_checkpoint(whole / "run" / "checkpoint-2").manifest)
+    """It had names of caches in place of tokens, and no rows."""
+    shutil.copytree(finished / "run" / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    manifest = dict(read_checkpoint(finished / "run" / "checkpoint-2").manifest)
     run = {key: value for key, value in manifest["run"].items() if key not in ("made.rows", "made.date")}
     manifest["run"] = {**run, "made.tokens": ["0123456789abcdef"]}
     del manifest["sequences_per_epoch"]
@@ -193,16 +195,21 @@ def test_a_checkpoint_of_an_earlier_version_is_compared_by_what_it_says(
     write(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(UserError, match=r"data\.sources was "):
         resumed(f"data.sources.0.path={tmp_path / 'rows.jsonl'}", run=tmp_path / "run")
-    arguments = ["--recipe", str(whole / "recipe.yaml"), f"output_dir={tmp_path / 'run'}", "training.max_steps=4"]
+    arguments = ["--recipe", str(finished / "recipe.yaml"), f"output_dir={tmp_path / 'run'}", "training.max_steps=4"]
     assert main([*arguments, "--resume-anyway", "training.max_steps"]) == 0
 
 
-def test_a_run_goes_on_with_the_date_of_its_start(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_resumed_run_keeps_the_date_of_its_start(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     template = tmp_path / "dated.jinja"
     template.write_text(DATED, encoding="utf-8")
-    arguments = ["--recipe", str(whole / "recipe.yaml"), f"output_dir={tmp_path / 'run'}", f"chat.template={template}"]
+    arguments = [
+        "--recipe",
+        str(finished / "recipe.yaml"),
+        f"output_dir={tmp_path / 'run'}",
+        f"chat.template={template}",
+    ]
     begun = date.today() - timedelta(days=40)
 
     class Begun(date):
@@ -229,12 +236,12 @@ def test_a_run_goes_on_with_the_date_of_its_start(
     assert saved == DATED  # served with the date of its day
 
 
-def test_the_digest_is_of_rows_and_not_of_batches(whole: Path) -> None:
-    recipe = load_recipe(whole / "recipe.yaml")
+def test_the_digest_depends_on_rows_and_not_on_batches(finished: Path) -> None:
+    recipe = load_recipe(finished / "recipe.yaml")
     tokenizer = load_tokenizer(recipe.model)
     use_template(tokenizer, "chatml")
     cache = prepare(recipe, tokenizer).caches[0]
-    (batch,) = [batch for _, batch in TokenRows([Path(cache.folder) / "rows.arrow"], [[""]])._batches]
+    (batch,) = [batch for _, batch in TokenTable([Path(cache.folder) / "rows.arrow"], [[""]])._batches]
     for cuts in ([0, 8], [0, 1, 2, 8], [0, 5, 8]):
         digest = TokensDigest()
         for start, end in pairwise(cuts):

@@ -1,4 +1,4 @@
-"""Settings that change as a run resumes are in force from its first step, and what can't change is refused."""
+"""Resumed settings: changes are in force from the first step; impossible ones are refused."""
 
 import json
 import shutil
@@ -25,9 +25,9 @@ BASE: dict[str, Any] = {"learning_rate": 1e-3, "max_steps": STEPS, "optim": "ada
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Callable[..., Path]:
-    """Checkpoint 2 of runs of four steps (two an epoch) with these settings; each run is made once."""
-    folder = tmp_path_factory.mktemp("begun")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Callable[..., Path]:
+    """Return a function that trains four steps (two per epoch) with some settings, once: the folder of the run."""
+    folder = tmp_path_factory.mktemp("trained")
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as lines:
         for number in range(8):
             turns = [("user", f"cloud {number}"), ("assistant", "seven " * (2 + number))]
@@ -63,7 +63,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Callabl
 
 @pytest.fixture
 def resume(tmp_path: Path) -> Callable[..., Path]:
-    """Resumes a run from checkpoint 2 in a folder of its own, with changes that are all named."""
+    """Return a function that resumes a run from checkpoint 2 in another folder, with changes that --resume-anyway names."""
 
     def start(run: Path, *keys: str, code: int = 0, step: int = DONE, **changes: Any) -> Path:
         into = tmp_path / "run"
@@ -81,7 +81,7 @@ def resume(tmp_path: Path) -> Callable[..., Path]:
 
 
 def rates(run: Path) -> dict[int, float]:
-    """The learning rate of each step, as metrics.jsonl has it."""
+    """Return the learning rate of each step in metrics.jsonl."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {line["step"]: line["learning_rate"] for line in lines if "learning_rate" in line}
 
@@ -95,7 +95,7 @@ def settings_of(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def by_hand(settings: Mapping[str, Any], folder: Path, steps: int) -> tuple[list[float], list[dict[str, Any]]]:
-    """Learning rates of all steps of a run with these settings from the start, and its parameter groups at the end."""
+    """Return the learning rates of all steps of a run with these settings, and its parameter groups at the end."""
     arguments = SFTConfig(output_dir=str(folder), use_cpu=True, bf16=False, **settings)
     make, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     weights = [torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
@@ -132,15 +132,15 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_changes_is_in_force_from_the_first_step(
+def test_a_changed_setting_is_in_force_from_the_first_step(
     name: str,
-    begun: Callable[..., Path],
+    trained: Callable[..., Path],
     resume: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     changes = CHANGES[name]
-    run = resume(begun(), **{f"training__{key}": value for key, value in changes.items()})
+    run = resume(trained(), **{f"training__{key}": value for key, value in changes.items()})
     steps = changes.get("max_steps", STEPS)
     expected, groups = by_hand({**BASE, **changes}, tmp_path, steps)
     assert [rates(run)[step] for step in range(DONE + 1, steps + 1)] == pytest.approx(expected[DONE:], abs=1e-12)
@@ -158,13 +158,11 @@ def test_what_changes_is_in_force_from_the_first_step(
     assert {key: written[key] for key in changes} == changes
 
 
-def test_a_run_whose_recipe_is_the_same_goes_on_to_the_bit(
-    begun: Callable[..., Path], resume: Callable[..., Path]
-) -> None:
-    whole = begun()
-    run = resume(whole)
-    assert rates(run)[4] == rates(whole)[4]
-    before, after = optimizer(whole, STEPS), optimizer(run, STEPS)
+def test_an_unchanged_recipe_resumes_bit_identically(trained: Callable[..., Path], resume: Callable[..., Path]) -> None:
+    base_run = trained()
+    run = resume(base_run)
+    assert rates(run)[4] == rates(base_run)[4]
+    before, after = optimizer(base_run, STEPS), optimizer(run, STEPS)
     assert before["param_groups"] == after["param_groups"]
     assert all(
         torch.equal(value, after["state"][number][key])
@@ -181,20 +179,20 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_another_optimizer_starts_with_fresh_states_and_says_so(
-    name: str, begun: Callable[..., Path], resume: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+def test_another_optimizer_starts_with_fresh_states_and_a_message(
+    name: str, trained: Callable[..., Path], resume: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = OTHERS[name]
-    run = resume(begun(), **{f"training__{key}": value for key, value in changes.items()})
+    run = resume(trained(), **{f"training__{key}": value for key, value in changes.items()})
     output = capsys.readouterr().out
-    said = f"the optimizer starts with fresh states after step 2: {changes['optim']} can't load those of adamw_torch"
-    assert output.count(said) == 1
+    message = f"the optimizer starts with fresh states after step 2: {changes['optim']} can't load those of adamw_torch"
+    assert output.count(message) == 1
     assert rates(run) == pytest.approx({1: 1e-3, 2: 7.5e-4, 3: 5e-4, 4: 2.5e-4})
     assert not any("exp_avg" in state and "exp_avg_sq" in state for state in optimizer(run, 4)["state"].values())
 
 
-def test_deepspeed_refuses_another_optimizer(begun: Callable[..., Path]) -> None:
-    run = begun()
+def test_deepspeed_refuses_another_optimizer(trained: Callable[..., Path]) -> None:
+    run = trained()
     checkpoint = read_checkpoint(run / "checkpoint-2")
     recipe = load_recipe(run.with_suffix(".yaml"), ["training.optim=adafactor"])
     settings = ResumedSettings(checkpoint, recipe)
@@ -203,10 +201,10 @@ def test_deepspeed_refuses_another_optimizer(begun: Callable[..., Path]) -> None
         settings.refuse(checkpoint, deepspeed=True)
 
 
-def test_a_switch_of_the_same_optimizer_needs_fresh_states_and_a_number_does_not(
-    begun: Callable[..., Path], resume: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_changed_switch_of_an_optimizer_needs_fresh_states_and_a_changed_number_does_not(
+    trained: Callable[..., Path], resume: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sgd = begun(optim="sgd", optim_args="momentum=0.9")
+    sgd = trained(optim="sgd", optim_args="momentum=0.9")
     run = resume(sgd, training__optim_args="momentum=0.5")
     assert "fresh states" not in capsys.readouterr().out
     assert {group["momentum"] for group in optimizer(run, 4)["param_groups"]} == {0.5}
@@ -215,48 +213,48 @@ def test_a_switch_of_the_same_optimizer_needs_fresh_states_and_a_number_does_not
     assert "fresh states" in capsys.readouterr().out
 
 
-def test_a_schedule_by_metric_keeps_what_the_metric_did(
-    begun: Callable[..., Path], resume: Callable[..., Path]
+def test_a_schedule_that_follows_a_metric_keeps_its_reductions(
+    trained: Callable[..., Path], resume: Callable[..., Path]
 ) -> None:
-    """Patience 0 and a threshold that no loss reaches: each evaluation after the first halves the rate."""
+    """With patience 0 and a threshold that no loss reaches, each evaluation after the first halves the rate."""
     kwargs = {"factor": 0.5, "patience": 0, "threshold": 10.0, "threshold_mode": "abs"}
     by_metric = {
         **{"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": kwargs, "metric_for_best_model": "loss"},
         **{"eval_strategy": "steps", "eval_steps": 1},
     }
-    whole = begun(**by_metric)
-    assert rates(whole) == pytest.approx({1: 1e-3, 2: 1e-3, 3: 5e-4, 4: 2.5e-4})
-    run = resume(whole, training__learning_rate=1e-4, training__lr_scheduler_kwargs={**kwargs, "factor": 0.1})
+    base_run = trained(**by_metric)
+    assert rates(base_run) == pytest.approx({1: 1e-3, 2: 1e-3, 3: 5e-4, 4: 2.5e-4})
+    run = resume(base_run, training__learning_rate=1e-4, training__lr_scheduler_kwargs={**kwargs, "factor": 0.1})
     assert rates(run) == pytest.approx({1: 1e-3, 2: 1e-3, 3: 5e-5, 4: 5e-6})
     shutil.rmtree(run)
-    run = resume(whole, training__lr_scheduler_type="constant", training__lr_scheduler_kwargs=None)
+    run = resume(base_run, training__lr_scheduler_type="constant", training__lr_scheduler_kwargs=None)
     assert rates(run) == pytest.approx({1: 1e-3, 2: 1e-3, 3: 1e-3, 4: 1e-3})
 
 
 def tokens(run: Path) -> int:
-    """Tokens trained since the run began."""
+    """Return the tokens trained since the run began."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return max(json.loads(line).get("num_tokens", 0) for line in lines)
 
 
 @pytest.mark.parametrize(("accumulation", "last"), [(1, 6), (4, 3)])
-def test_a_changed_batch_goes_on_where_the_data_was(
-    accumulation: int, last: int, begun: Callable[..., Path], resume: Callable[..., Path]
+def test_a_changed_batch_size_continues_at_the_same_place_in_the_data(
+    accumulation: int, last: int, trained: Callable[..., Path], resume: Callable[..., Path]
 ) -> None:
-    """Two epochs of two steps: of the second epoch each row is trained once, in as many steps as it takes now."""
-    whole = begun(**EPOCHS)
-    run = resume(whole, training__gradient_accumulation_steps=accumulation)
+    """In the second of two epochs each row is trained once, in as many steps as it needs now."""
+    base_run = trained(**EPOCHS)
+    run = resume(base_run, training__gradient_accumulation_steps=accumulation)
     assert max(rates(run)) == last
-    assert tokens(run) == tokens(whole)
+    assert tokens(run) == tokens(base_run)
     manifest = json.loads((run / f"checkpoint-{last}" / "COMPLETE.json").read_text(encoding="utf-8"))
     assert (manifest["sequences"], manifest["epoch"]) == (16, 2.0)
 
 
-def test_a_batch_that_grows_inside_an_epoch_says_what_is_trained_again(
-    begun: Callable[..., Path], resume: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+def test_a_larger_batch_inside_an_epoch_reports_repeated_sequences(
+    trained: Callable[..., Path], resume: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = begun(**EPOCHS)
-    run = resume(whole, step=1, training__gradient_accumulation_steps=4)
+    base_run = trained(**EPOCHS)
+    run = resume(base_run, step=1, training__gradient_accumulation_steps=4)
     assert "checkpoint-1 lies inside a step of 8 sequences: its first 4 sequences are trained a second time" in (
         capsys.readouterr().out
     )
@@ -264,18 +262,21 @@ def test_a_batch_that_grows_inside_an_epoch_says_what_is_trained_again(
     shutil.rmtree(run / "checkpoint-3")  # a second resume finds its place, too
     assert (
         main(
-            ["--recipe", str(whole.with_suffix(".yaml")), f"output_dir={run}", "training.gradient_accumulation_steps=4"]
+            [
+                "--recipe",
+                str(base_run.with_suffix(".yaml")),
+                f"output_dir={run}",
+                "training.gradient_accumulation_steps=4",
+            ]
         )
         == 0
     )
     assert max(rates(run)) == 3
 
 
-def test_more_epochs_train_what_a_longer_run_would_have(
-    begun: Callable[..., Path], resume: Callable[..., Path]
-) -> None:
-    longer = begun(**EPOCHS)
-    run = resume(begun(**{**EPOCHS, "num_train_epochs": 1}), training__num_train_epochs=2)
+def test_more_epochs_train_the_same_as_a_longer_run(trained: Callable[..., Path], resume: Callable[..., Path]) -> None:
+    longer = trained(**EPOCHS)
+    run = resume(trained(**{**EPOCHS, "num_train_epochs": 1}), training__num_train_epochs=2)
     states_of_longer, states_of_resumed = (
         torch.load(path / "checkpoint-4" / "optimizer.pt", weights_only=True) for path in (longer, run)
     )
@@ -286,33 +287,33 @@ def test_more_epochs_train_what_a_longer_run_would_have(
     )
 
 
-def test_a_run_that_is_beyond_its_new_end_says_so(
-    begun: Callable[..., Path], resume: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+def test_a_run_beyond_its_new_end_reports_it(
+    trained: Callable[..., Path], resume: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = resume(begun(), training__max_steps=1)
+    run = resume(trained(), training__max_steps=1)
     output = capsys.readouterr().out
     assert "nothing is trained: this recipe ends at step 1, and checkpoint-2 has done 2 already" in output
     assert (run / "model.safetensors").read_bytes() == (run / "checkpoint-2" / "model.safetensors").read_bytes()
 
 
-def test_how_often_a_run_saves_and_logs_changes_too(begun: Callable[..., Path], resume: Callable[..., Path]) -> None:
-    run = resume(begun(), training__save_steps=1, training__logging_steps=2, training__max_steps=5)
+def test_changed_save_and_logging_steps_are_in_force(trained: Callable[..., Path], resume: Callable[..., Path]) -> None:
+    run = resume(trained(), training__save_steps=1, training__logging_steps=2, training__max_steps=5)
     assert {path.name for path in run.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (2, 3, 4, 5)}
     assert [step for step in rates(run) if step > DONE] == [4]
 
 
-def test_an_adapter_changes_its_scale_and_not_its_shape(
-    begun: Callable[..., Path], resume: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+def test_an_adapter_may_change_its_scale_and_not_its_shape(
+    trained: Callable[..., Path], resume: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = begun(adapter={"r": 4, "target_modules": ["q_proj", "v_proj"]})
-    run = resume(whole, adapter__lora_alpha=4, adapter__lora_dropout=0.1, training__weight_decay=0.5)
+    base_run = trained(adapter={"r": 4, "target_modules": ["q_proj", "v_proj"]})
+    run = resume(base_run, adapter__lora_alpha=4, adapter__lora_dropout=0.1, training__weight_decay=0.5)
     saved = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))
     assert (saved["lora_alpha"], saved["lora_dropout"]) == (4, 0.1)
     assert optimizer(run, 4)["param_groups"][0]["weight_decay"] == 0.5
     for change in {"adapter__r": 8}, {"adapter__target_modules": ["q_proj"]}, {"adapter__use_dora": True}:
         shutil.rmtree(run)
         capsys.readouterr()
-        resume(whole, code=2, training__optim="sgd", **change)
+        resume(base_run, code=2, training__optim="sgd", **change)
         key = next(iter(change)).replace("__", ".")
         error = capsys.readouterr().err
         assert error.count("error: ") == 1

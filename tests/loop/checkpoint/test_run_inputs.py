@@ -1,6 +1,6 @@
-"""Contents that make a finished run another one: those of files that it was trained from, and nothing else of them.
+"""Inputs of a run: a finished run is trained again if the contents of its input files have changed.
 
-No run is trained here: its outcome.json is written as the end of training writes it.
+No run is trained here: outcome.json is written as at the end of training.
 """
 
 import json
@@ -36,7 +36,7 @@ def base(tiny_chat_model: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def finish(recipe_file: Callable[..., Path], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
-    """Makes a finished run of a recipe in `run`, whose model is a copy of the base: why another start of it trains."""
+    """Return a function that creates a finished run of a recipe, and one that returns why another start would train."""
     monkeypatch.chdir(tmp_path)
 
     def make(*overrides: str, **sections: object) -> Why:
@@ -68,10 +68,8 @@ def sources(*paths: str, **more: object) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("path", ["dd/*.jsonl", "dd/**/*.jsonl", "dd", "./dd/"])
-def test_rows_count_by_every_file_that_they_are_read_from(
-    path: str, finish: Callable[..., Why], tmp_path: Path
-) -> None:
-    """Also below a link, which the reader follows."""
+def test_every_file_that_rows_are_read_from_is_compared(path: str, finish: Callable[..., Why], tmp_path: Path) -> None:
+    """Also below a symbolic link, which the reader follows."""
     rows(tmp_path / "elsewhere" / "c.jsonl")
     rows(tmp_path / "dd" / "b.jsonl")
     (tmp_path / "dd" / "linked").symlink_to(tmp_path / "elsewhere")
@@ -85,7 +83,7 @@ def test_rows_count_by_every_file_that_they_are_read_from(
         why = finish(**sources(path))
 
 
-def test_rows_count_as_a_list_of_validation_and_of_a_saved_data_set(finish: Callable[..., Why], tmp_path: Path) -> None:
+def test_validation_lists_and_saved_data_sets_are_compared(finish: Callable[..., Why], tmp_path: Path) -> None:
     from datasets import Dataset
 
     rows(tmp_path / "held.jsonl")
@@ -115,7 +113,7 @@ def test_the_same_rows_under_another_path_are_no_change(path: str, finish: Calla
 
 
 @pytest.mark.parametrize("name", ["README.md", ".DS_Store", "_SUCCESS", "dataset_infos.json", "test.jsonl", "note.txt"])
-def test_files_that_no_row_is_read_from_are_no_change(name: str, finish: Callable[..., Why], tmp_path: Path) -> None:
+def test_files_without_rows_are_not_compared(name: str, finish: Callable[..., Why], tmp_path: Path) -> None:
     rows(tmp_path / "dd" / "train.jsonl")
     why = finish(**sources("dd"))
     if name == "test.jsonl":
@@ -125,7 +123,7 @@ def test_files_that_no_row_is_read_from_are_no_change(name: str, finish: Callabl
     assert why() is None
 
 
-def test_a_template_and_a_configuration_count_by_the_text_of_their_files(
+def test_templates_and_configurations_are_compared_by_the_text_of_their_files(
     finish: Callable[..., Why], tmp_path: Path
 ) -> None:
     template, settings = tmp_path / "own.jinja", tmp_path / "ds.json"
@@ -142,12 +140,12 @@ def test_a_template_and_a_configuration_count_by_the_text_of_their_files(
 
 
 def retrain(file: Path) -> None:
-    """As another training leaves it: every weight is another one, the size the same."""
+    """Change every weight and keep the size, as another training does."""
     save_file({name: weight + np.float32(1e-3) for name, weight in load_file(file).items()}, file, {"format": "pt"})
 
 
-def test_weights_of_the_base_count_by_content(finish: Callable[..., Why], base: Path) -> None:
-    """In each layout that transformers reads; what it does not read doesn't count, nor does a copy's new time."""
+def test_weights_of_the_base_model_are_compared_by_content(finish: Callable[..., Why], base: Path) -> None:
+    """In each layout that transformers reads. Files that it doesn't read and modification times don't count."""
     single, index = base / "model.safetensors", base / "model.safetensors.index.json"
     why, size = finish(), single.stat().st_size
     os.utime(single, (0, 0))
@@ -175,7 +173,7 @@ def test_weights_of_the_base_count_by_content(finish: Callable[..., Why], base: 
     assert "base/pytorch_model.bin has changed since" in str(why())
 
 
-def test_large_weights_are_told_apart_by_samples(finish: Callable[..., Why], base: Path) -> None:
+def test_large_weights_are_compared_by_samples(finish: Callable[..., Why], base: Path) -> None:
     weights = {"weight": np.random.default_rng(0).standard_normal((5 << 20), dtype=np.float32)}
     save_file(weights, base / "model.safetensors")
     why = finish()
@@ -189,7 +187,7 @@ def test_large_weights_are_told_apart_by_samples(finish: Callable[..., Why], bas
 @pytest.mark.parametrize(
     "name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
 )
-def test_files_beside_the_weights_of_the_base_count_by_content(
+def test_files_beside_the_weights_of_the_base_model_are_compared_by_content(
     name: str, finish: Callable[..., Why], base: Path
 ) -> None:
     why, text = finish(), (base / name).read_bytes()
@@ -206,7 +204,7 @@ def test_files_beside_the_weights_of_the_base_count_by_content(
     assert "base/added_tokens.json has changed since" in str(why())
 
 
-def test_code_of_the_base_counts_where_it_runs(finish: Callable[..., Why], base: Path) -> None:
+def test_code_of_the_base_model_is_compared_if_it_runs(finish: Callable[..., Why], base: Path) -> None:
     (base / "modeling_own.py").write_text("a = 1\n")
     why = finish()
     (base / "modeling_own.py").write_text("a = 2\n")
@@ -216,7 +214,7 @@ def test_code_of_the_base_counts_where_it_runs(finish: Callable[..., Why], base:
     assert "base/modeling_own.py has changed since" in str(why())
 
 
-def test_the_base_under_another_way_to_write_its_path_is_no_change(
+def test_another_spelling_of_the_base_models_path_is_no_change(
     finish: Callable[..., Why], base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     why = finish()
@@ -230,7 +228,7 @@ def test_the_base_under_another_way_to_write_its_path_is_no_change(
     assert why() is None
 
 
-def test_settings_of_the_evaluation_count_where_they_choose_the_model(finish: Callable[..., Why]) -> None:
+def test_settings_of_the_evaluation_are_compared_if_they_select_the_model(finish: Callable[..., Why]) -> None:
     training = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 2}
     rarer = ["training.eval_steps=2", "training.save_steps=4"]
     why = finish(data={"validation": 0.2}, training=training)
@@ -249,7 +247,7 @@ def test_settings_of_the_evaluation_count_where_they_choose_the_model(finish: Ca
 
 
 @pytest.mark.parametrize(
-    ("lost", "said"),
+    ("lost", "message"),
     [
         (["config.json"], "but its config.json is missing"),
         (["tokenizer.json"], "but its tokenizer.json is missing"),
@@ -259,15 +257,15 @@ def test_settings_of_the_evaluation_count_where_they_choose_the_model(finish: Ca
     ],
 )
 @pytest.mark.parametrize("when", ["before the end", "after it", "emptied"])
-def test_a_finished_model_that_lacks_files_beside_its_weights_says_how_to_write_them(
+def test_a_finished_model_without_side_files_names_the_command_that_writes_them(
     lost: list[str],
-    said: str,
+    message: str,
     when: str,
     finish: Callable[..., Why],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Also where it never had them, as the last save couldn't write them."""
+    """Also if it never had them, as the last save couldn't write them."""
     recipe, run = tmp_path / "recipe-0.yaml", tmp_path / "run"
     why = finish()
     for name in lost:
@@ -280,7 +278,7 @@ def test_a_finished_model_that_lacks_files_beside_its_weights_says_how_to_write_
     shown = " ".join(capsys.readouterr().out.split())
     them = "them" if len(lost) > 1 else "it"
     assert shown.startswith("already finished (2 steps, 19")
-    assert f"{said} (`python -m train.loop.side_files {run}` writes {them} again): the model of this recipe" in shown
+    assert f"{message} (`python -m train.loop.side_files {run}` writes {them} again): the model of this recipe" in shown
 
 
 def test_a_finished_adapter_lacks_its_own_configuration_and_no_model(
@@ -300,7 +298,7 @@ def test_a_finished_adapter_lacks_its_own_configuration_and_no_model(
     assert finished.missing == ()
 
 
-def test_weights_that_were_saved_count_by_content(finish: Callable[..., Why], tmp_path: Path) -> None:
+def test_saved_weights_are_compared_by_content(finish: Callable[..., Why], tmp_path: Path) -> None:
     why = finish()
     file = tmp_path / "run" / "model.safetensors"
     content = file.read_bytes()

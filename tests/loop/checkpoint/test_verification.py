@@ -1,4 +1,4 @@
-"""A save that lost, emptied or reshaped a weight is found, and a whole one is not accused."""
+"""Verification of saves: missing, empty and reshaped weights are errors, and a complete save passes."""
 
 import json
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def model(tiny_model: Path) -> PreTrainedModel:
 GATE, EMBEDDING = "model.layers.0.mlp.gate_proj.weight", "model.embed_tokens.weight"
 
 
-def test_a_whole_model_passes_tied_or_not_sharded_or_not(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_a_complete_model_passes_tied_or_not_sharded_or_not(model: PreTrainedModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "one")
     assert "lm_head.weight" not in load_file(tmp_path / "one" / "model.safetensors")  # by right
     check_saved(model, tmp_path / "one")
@@ -54,7 +54,7 @@ def test_a_whole_model_passes_tied_or_not_sharded_or_not(model: PreTrainedModel,
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "message"),
     [
         (empty(GATE), f"{GATE} is empty in the file and 128 x 64 in the model"),
         (lose(GATE), f"{GATE} is missing"),
@@ -63,13 +63,13 @@ def test_a_whole_model_passes_tied_or_not_sharded_or_not(model: PreTrainedModel,
     ],
 )
 def test_a_damaged_model_is_an_error_that_names_the_weight(
-    model: PreTrainedModel, tmp_path: Path, how: Damage, said: str
+    model: PreTrainedModel, tmp_path: Path, how: Damage, message: str
 ) -> None:
     model.save_pretrained(tmp_path)
     damage(tmp_path / "model.safetensors", how)
     with pytest.raises(UserError, match="are incomplete") as error:
         check_saved(model, tmp_path)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_an_untied_output_layer_must_be_there(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_file_of_another_save_that_would_be_loaded_instead_is_an_error(
         check_saved(model, tmp_path)
 
 
-def test_names_that_transformers_changes_on_saving_are_known(tmp_path: Path) -> None:
+def test_names_that_transformers_changes_on_saving_are_expected(tmp_path: Path) -> None:
     """Mixtral's experts are one tensor in memory and many in the file."""
     config = MixtralConfig(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
@@ -124,24 +124,24 @@ LORA = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
-def test_adapters(model: PreTrainedModel, tmp_path: Path, settings: dict) -> None:
+def test_adapters_are_verified(model: PreTrainedModel, tmp_path: Path, settings: dict) -> None:
     peft_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, **settings))
     peft_model.save_pretrained(tmp_path)
     check_saved(peft_model, tmp_path)
     names = list(load_file(tmp_path / "adapter_model.safetensors"))
     assert LORA in names
     for name in (LORA, names[-1], *(["base_model.model.lm_head.weight"] if "modules_to_save" in settings else [])):
-        for how, said in ((empty(name), "is empty"), (lose(name), "is missing")):
+        for how, message in ((empty(name), "is empty"), (lose(name), "is missing")):
             peft_model.save_pretrained(tmp_path)
             damage(tmp_path / "adapter_model.safetensors", how)
-            with pytest.raises(UserError, match=f"{name} {said}"):
+            with pytest.raises(UserError, match=f"{name} {message}"):
                 check_saved(peft_model, tmp_path)
 
 
 def test_a_damaged_checkpoint_stops_the_run_and_is_never_complete(
     refused: Callable[..., str], recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At every checkpoint and for the finished model; a file that is written whole but lacks a weight."""
+    """At every checkpoint and for the finished model: a file that is complete but lacks a weight."""
     from train.loop.trainer import JanusTrainer
 
     save = JanusTrainer._save
@@ -151,10 +151,10 @@ def test_a_damaged_checkpoint_stops_the_run_and_is_never_complete(
         damage(Path(output_dir or self.args.output_dir) / "model.safetensors", empty(GATE))
 
     monkeypatch.setattr(JanusTrainer, "_save", lossy)
-    said = refused("--recipe", recipe_file(training={"save_strategy": "steps", "save_steps": 1}))
-    assert f"{tmp_path}/run/checkpoint-1 couldn't be written: " in said
-    assert f"checkpoint-1 are incomplete: {GATE} is empty" in said
+    message = refused("--recipe", recipe_file(training={"save_strategy": "steps", "save_steps": 1}))
+    assert f"{tmp_path}/run/checkpoint-1 couldn't be written: " in message
+    assert f"checkpoint-1 are incomplete: {GATE} is empty" in message
     assert not list(tmp_path.glob("run/**/checkpoint-*"))
-    said = refused("--recipe", recipe_file(training={"save_strategy": "no"}), "--resume", "never")
-    assert f"{tmp_path}/run are incomplete" in said
+    message = refused("--recipe", recipe_file(training={"save_strategy": "no"}), "--resume", "never")
+    assert f"{tmp_path}/run are incomplete" in message
     assert json.loads((tmp_path / "run" / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Steps that go wrong: a row whose loss is not finite is named and changes no weight, and a loss that jumps is named."""
+"""Anomaly guards: steps that are not finite change no weight and are reported, as are loss spikes."""
 
 import json
 import statistics
@@ -26,7 +26,7 @@ def poisoned(tiny_model: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "rows"])
 @pytest.mark.parametrize("adapter", [None, {"r": 2}], ids=["full", "lora"])
-def test_a_step_that_is_not_finite_changes_no_weight_and_its_row_is_named(
+def test_a_step_that_is_not_finite_changes_no_weight_and_its_row_is_reported(
     recipe_file: Callable[..., Path],
     tmp_path: Path,
     poisoned: Path,
@@ -61,8 +61,10 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_its_row_is_named(
     assert all(weight.isfinite().all() for weight in saved.values())
 
 
-def test_weights_are_those_of_before_the_step(recipe_file: Callable[..., Path], tmp_path: Path, poisoned: Path) -> None:
-    """One good step and one bad one leave what the good one alone leaves: no decay and no momentum of the bad one."""
+def test_a_skipped_step_leaves_no_decay_and_no_momentum(
+    recipe_file: Callable[..., Path], tmp_path: Path, poisoned: Path
+) -> None:
+    """A good step followed by a skipped one gives the same weights as the good one alone."""
     bad = rows(tmp_path / "bad.jsonl", set(range(12)))
     good = rows(tmp_path / "good.jsonl", set())
     saved = {}
@@ -97,7 +99,7 @@ def test_weights_are_those_of_before_the_step(recipe_file: Callable[..., Path], 
     assert not torch.equal(one_step["lm_head.weight"], before["lm_head.weight"])
 
 
-def test_too_many_such_steps_in_a_row_end_the_run(
+def test_too_many_consecutive_skipped_steps_end_the_run(
     recipe_file: Callable[..., Path], refused: Callable[..., str], tmp_path: Path, poisoned: Path
 ) -> None:
     bad = rows(tmp_path / "bad.jsonl", set(range(12)))
@@ -117,9 +119,7 @@ def guards(tmp_path: Path, **settings: float | None) -> Guards:
     return Guards(GuardsSection(**settings), Accelerator(cpu=True), places, str(tmp_path))
 
 
-def test_a_loss_that_jumps_is_named_with_the_rows_that_made_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_loss_spike_is_reported_with_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     watched = guards(tmp_path, loss_spike=8.0)
     rng = np.random.default_rng(3)
     means = []
@@ -147,7 +147,7 @@ def test_a_loss_that_jumps_is_named_with_the_rows_that_made_it(
     assert watched.unreported_spikes == 0
 
 
-def test_nothing_is_named_where_nobody_asks(tmp_path: Path) -> None:
+def test_no_spike_is_reported_if_the_guard_is_off(tmp_path: Path) -> None:
     watched = guards(tmp_path, loss_spike=None)
     for step, loss in enumerate([2.0, 2.1] * 20 + [99.0]):
         watched.add(BatchInfo((0,), np.array([2]), 1), torch.tensor([[loss]]), torch.tensor([[True]]))

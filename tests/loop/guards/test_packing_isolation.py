@@ -1,4 +1,4 @@
-"""The self-test before the first step refuses models whose packed documents see each other, and no others."""
+"""Packing isolation test: models whose packed documents see each other are refused, and no others."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +29,7 @@ def make(recipe_file: Callable[..., Path]) -> Make:
 
 @pytest.fixture
 def borderless() -> Iterator[str]:
-    """A kernel that takes a pack for one document, as FlashAttention does where nobody tells it the borders."""
+    """Register a kernel that treats a pack as one document, as FlashAttention does without borders."""
 
     def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
         output = torch.nn.functional.scaled_dot_product_attention(
@@ -45,14 +45,14 @@ def borderless() -> Iterator[str]:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
-def test_documents_that_are_apart_pass(make: Make, attention: str, bf16: bool, capsys) -> None:
+def test_isolated_documents_pass(make: Make, attention: str, bf16: bool, capsys) -> None:
     trainer = make(attention, training={"bf16": bf16})
     measured = measure_isolation(trainer)
     assert measured.change == measured.noise == 0.0
     assert measured.leak > 0.1
     assert measured.packed_loss == pytest.approx(measured.alone_loss, rel=0.03 if bf16 else 1e-5)
     trainer.train()
-    assert capsys.readouterr().out.count("packed documents are apart") == 1
+    assert capsys.readouterr().out.count("packed documents are isolated") == 1
 
 
 def test_a_kernel_that_ignores_borders_is_refused(make: Make, borderless: str) -> None:
@@ -72,8 +72,8 @@ def test_a_leak_in_one_layer_alone_is_refused(make: Make, borderless: str) -> No
     assert "see each other" in measure_isolation(trainer).find_error()
 
 
-def test_masks_that_are_handed_in_are_refused(make: Make) -> None:
-    """transformers looks for packed documents in the positions only where there is no mask: this leaks in silence."""
+def test_a_dense_mask_is_refused(make: Make) -> None:
+    """transformers derives packed documents from the positions only if there is no mask: this would leak silently."""
     trainer = make()
     collate = trainer.data_collator
     trainer.data_collator = lambda rows: (
@@ -83,7 +83,7 @@ def test_masks_that_are_handed_in_are_refused(make: Make) -> None:
         trainer.train()
 
 
-def test_positions_that_do_not_begin_again_are_refused(make: Make) -> None:
+def test_positions_that_do_not_restart_are_refused(make: Make) -> None:
     trainer = make()
     collate = trainer.data_collator
     trainer.data_collator = lambda rows: (
@@ -93,15 +93,15 @@ def test_positions_that_do_not_begin_again_are_refused(make: Make) -> None:
         trainer.train()
 
 
-def test_another_loss_than_alone_is_refused() -> None:
-    """With nothing said of other documents: positions that go wrong only in a pack, say."""
+def test_a_loss_that_differs_from_the_document_alone_is_refused() -> None:
+    """Without a leak: positions that are wrong only in a pack, say."""
     error = Isolation(0.0, 0.0, 1.0, packed_loss=5.1, alone_loss=5.0, dtype=torch.float32).find_error()
     assert "5.1000 in a pack and 5.0000 alone" in error
     assert Isolation(0.0, 0.0, 1.0, packed_loss=5.1, alone_loss=5.0, dtype=torch.bfloat16).find_error() is None
 
 
-def test_noise_that_is_no_leak_passes() -> None:
-    """Experts' batches and 8-bit scales tie documents together, and show by the document after as much as before."""
+def test_noise_without_a_leak_passes() -> None:
+    """Batches of experts and 8-bit scales couple documents, the following one as much as the preceding one."""
     assert Isolation(0.04, 0.03, 1.0, 5.0, 5.0, torch.bfloat16).find_error() is None
     assert Isolation(0.04, 0.0, 1.0, 5.0, 5.0, torch.bfloat16).find_error() is not None
 
@@ -112,7 +112,7 @@ def test_losses_that_are_not_finite_are_left_to_training() -> None:
     assert Isolation(nan, 0.0, 1.0, 5.0, 5.0, torch.bfloat16).find_error() is not None
 
 
-def test_nothing_is_left_behind(make: Make) -> None:
+def test_the_model_and_the_random_state_stay_unchanged(make: Make) -> None:
     trainer = make()
     trainer.model.train()
     trainer.model.model.layers[0].eval()
@@ -127,7 +127,7 @@ def test_nothing_is_left_behind(make: Make) -> None:
     assert trainer.state.num_input_tokens_seen == 0
 
 
-def test_without_packing_there_is_nothing_to_test(make: Make, capsys) -> None:
+def test_runs_without_packing_are_not_tested(make: Make, capsys) -> None:
     make(data={"packing": False}).train()
     assert "packed documents" not in capsys.readouterr().out
 

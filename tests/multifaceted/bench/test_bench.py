@@ -1,4 +1,4 @@
-"""scripts/evaluate.py bench against a scripted judge: every figure of bench.json worked out here by other means."""
+"""scripts/evaluate.py bench with a scripted judge: every figure of bench.json recomputed by other means."""
 
 import json
 import statistics
@@ -15,7 +15,7 @@ RUNS, RETRIES, RUBRICS = 3, 1, 4
 
 
 def plan(row: int, rubric: int, time: int) -> Reply | str:
-    """Row 0: a try that cannot be read. Row 1: rubric 1 never has a score. Row 2: refused by the server. Row 3: trouble.
+    """Row 0: a try that cannot be read. Row 1: rubric 1 never has a score. Row 2: refused by the server. Row 3: server errors.
 
     Which of the runs asks first is left to chance, so what all of them get together is what counts.
     """
@@ -37,13 +37,15 @@ SCORES = {  # what the plan gives to each rubric of the rows that get any
     3: [Fraction(4), Fraction(5), Fraction(1), Fraction(2)],
 }
 OF_ROW = {
-    row: sum(found) / len(found) for row, all in SCORES.items() if (found := [one for one in all if one is not None])
+    row: sum(result) / len(result)
+    for row, all in SCORES.items()
+    if (result := [entry for entry in all if entry is not None])
 }
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Asked], str]:
-    """A run over five rows, of which the last has no response, and what the judge was asked."""
+    """A run over five rows, the last without a response: its folder, the judge's requests, and its output."""
     folder = tmp_path_factory.mktemp("bench")
     data = write_lines(folder / "rows.jsonl", ROWS)
     responses = [
@@ -77,10 +79,10 @@ def mean(values: list[Fraction]) -> float:
     return float(sum(values) / len(values))
 
 
-def test_the_score_is_the_mean_over_rows_and_what_is_missing_is_counted(done: tuple[Path, list[Asked], str]) -> None:
+def test_the_score_is_the_mean_over_rows_and_missing_scores_are_counted(done: tuple[Path, list[Asked], str]) -> None:
     folder, asked, _ = done
-    found = record(folder)
-    assert found["score"] == {
+    result = record(folder)
+    assert result["score"] == {
         "mean": pytest.approx(mean(list(OF_ROW.values()))),
         "low": None,  # even the range of three rows holds the median but 3 times in 4
         "high": None,
@@ -89,12 +91,12 @@ def test_the_score_is_the_mean_over_rows_and_what_is_missing_is_counted(done: tu
         "scored": 3,
         "of": 5,
     }
-    assert {name: (one["mean"], one["scored"], one["of"]) for name, one in found["by_source"].items()} == {
+    assert {name: (entry["mean"], entry["scored"], entry["of"]) for name, entry in result["by_source"].items()} == {
         "FLASK": (pytest.approx(mean([OF_ROW[1], OF_ROW[3]])), 2, 2),
         "Koala": (pytest.approx(float(OF_ROW[0])), 1, 3),
     }
-    assert found["by_source"]["Koala"]["low"] is None  # one row has no interval
-    assert found["missing"] == {
+    assert result["by_source"]["Koala"]["low"] is None  # one row has no interval
+    assert result["missing"] == {
         "rows_without_response": 1,
         "why_no_response": {"no line in --responses": 1},
         "rows_without_score": 2,
@@ -112,9 +114,9 @@ def test_the_score_is_the_mean_over_rows_and_what_is_missing_is_counted(done: tu
         "responses_empty": 0,
         "responses_ended_otherwise": {},
     }
-    assert found["complete"]
+    assert result["complete"]
     assert len(asked) == 12 + 1 + 9 + 6 + 12 + 12 + 3  # of row 3 three tries were repeated
-    assert (found["rows"], found["rows_of_the_data"]) == (5, 5)
+    assert (result["rows"], result["rows_of_the_data"]) == (5, 5)
 
 
 def texts_of(folder: Path) -> list[str]:
@@ -123,20 +125,20 @@ def texts_of(folder: Path) -> list[str]:
         for row in lines(folder / "bench_rows.jsonl")
         for answer in row["answers"]
         for runs in answer["judgements"]
-        for one in runs
-        if one
-        for text in one["texts"]
+        for entry in runs
+        if entry
+        for text in entry["texts"]
     ]
 
 
 def test_scores_by_dimension_are_means_over_rubrics(done: tuple[Path, list[Asked], str]) -> None:
-    found = record(done[0])
+    result = record(done[0])
     for number, dimension in enumerate(DIMENSIONS):
         scores = [all[number] for all in SCORES.values() if all[number] is not None]
         expected = (pytest.approx(mean(scores)), len(scores), 5)
-        for one in (found["by_dimension"][dimension], found["by_subdimension"][f"{dimension}/sub_{number}"]):
-            assert (one["mean"], one["scored"], one["of"]) == expected
-    assert set(found["by_dimension"]) == set(DIMENSIONS)
+        for entry in (result["by_dimension"][dimension], result["by_subdimension"][f"{dimension}/sub_{number}"]):
+            assert (entry["mean"], entry["scored"], entry["of"]) == expected
+    assert set(result["by_dimension"]) == set(DIMENSIONS)
 
 
 def grade_in(text: str) -> int | None:
@@ -144,7 +146,7 @@ def grade_in(text: str) -> int | None:
     return int(text.split("[RESULT] ")[1][0]) if "[RESULT] " in text else None
 
 
-def test_every_row_of_the_file_follows_from_its_texts(done: tuple[Path, list[Asked], str]) -> None:
+def test_every_score_of_the_rows_file_follows_from_the_judges_texts(done: tuple[Path, list[Asked], str]) -> None:
     rows = lines(done[0] / "bench_rows.jsonl")
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in ROWS]
     by_run: list[list[float]] = [[] for _ in range(RUNS)]
@@ -160,21 +162,21 @@ def test_every_row_of_the_file_follows_from_its_texts(done: tuple[Path, list[Ask
         of_runs: list[list[int]] = [[] for _ in range(RUNS)]
         for rubric, runs in zip(row["rubrics"], answer["judgements"], strict=True):
             grades = []
-            for which, one in enumerate(runs):
+            for which, entry in enumerate(runs):
                 if number == 4:
-                    assert one is None
+                    assert entry is None
                     continue
-                assert one["score"] == (grade_in(one["texts"][-1]) if one["texts"] else None)
-                assert all(grade_in(text) is None for text in one["texts"][:-1])
-                if one["score"] is not None:
-                    grades.append(one["score"])
-                    of_runs[which].append(one["score"])
+                assert entry["score"] == (grade_in(entry["texts"][-1]) if entry["texts"] else None)
+                assert all(grade_in(text) is None for text in entry["texts"][:-1])
+                if entry["score"] is not None:
+                    grades.append(entry["score"])
+                    of_runs[which].append(entry["score"])
             assert rubric["score"] == (pytest.approx(statistics.mean(grades)) if grades else None)
             grades_of_rubrics += [grades] if len(grades) > 1 else []
-        for which, found in enumerate(of_runs):
-            by_run[which] += [statistics.mean(found)] if found else []
+        for which, result in enumerate(of_runs):
+            by_run[which] += [statistics.mean(result)] if result else []
     agreement = record(done[0])["runs"]
-    scores = [statistics.mean(found) for found in by_run]
+    scores = [statistics.mean(result) for result in by_run]
     assert agreement["scores"] == pytest.approx(scores)
     assert agreement["std_of_scores"] == pytest.approx(statistics.stdev(scores))
     assert agreement["std_within_a_rubric"] == pytest.approx(statistics.mean(map(statistics.stdev, grades_of_rubrics)))
@@ -188,19 +190,19 @@ def test_every_row_of_the_file_follows_from_its_texts(done: tuple[Path, list[Ask
 
 def test_no_request_to_the_judge_holds_the_system_message(done: tuple[Path, list[Asked], str]) -> None:
     _, asked, _ = done
-    for one in asked:
-        row, rubric = place_of(one.prompt)
-        body = json.dumps(one.body)
+    for entry in asked:
+        row, rubric = place_of(entry.prompt)
+        body = json.dumps(entry.body)
         assert "Zebra" not in body
-        assert [message["role"] for message in one.body["messages"]] == ["user"]
+        assert [message["role"] for message in entry.body["messages"]] == ["user"]
         for part in (
             f"Question {row}, is it?",
             f"Reference to {row}.",
             f"Response {row} with",
             f"rubric {row}.{rubric}",
         ):
-            assert part in one.prompt
-        assert {name: one.body[name] for name in one.body if name != "messages"} == {
+            assert part in entry.prompt
+        assert {name: entry.body[name] for name in entry.body if name != "messages"} == {
             "model": "judge",
             "max_tokens": 1024,
             "temperature": 1.0,
@@ -208,7 +210,7 @@ def test_no_request_to_the_judge_holds_the_system_message(done: tuple[Path, list
         }
 
 
-def test_the_report_says_what_is_missing_and_what_is_not_the_papers(done: tuple[Path, list[Asked], str]) -> None:
+def test_the_report_lists_missing_scores_and_deviations(done: tuple[Path, list[Asked], str]) -> None:
     folder, _, _ = done
     report = (folder / "report.md").read_text("utf-8")
     overall = mean(list(OF_ROW.values()))
@@ -217,10 +219,10 @@ def test_the_report_says_what_is_missing_and_what_is_not_the_papers(done: tuple[
     assert "Missing: 15 of 48 judgements (3 unparsable, 12 no answer)" in report
     assert "2 without a score (left out of the means), 1 of them without a response" in report
     deviations = record(folder)["deviations"]
-    assert any("the judge is judge; the paper's is gpt-4-0125-preview" in one for one in deviations)
-    assert any("the responses come from a file" in one for one in deviations)
-    assert not any("shown" in one or "runs" in one for one in deviations)
-    assert all(one in report for one in deviations)
+    assert any("the judge is judge; the paper's is gpt-4-0125-preview" in entry for entry in deviations)
+    assert any("the responses come from a file" in entry for entry in deviations)
+    assert not any("shown" in entry or "runs" in entry for entry in deviations)
+    assert all(entry in report for entry in deviations)
     assert (folder / "bench.png").stat().st_size > 1_000
     assert "![bench](bench.png)" in report
     assert report.count("## Multifaceted Bench") == 1
@@ -230,7 +232,7 @@ def grade(row: int, rubric: int, time: int) -> str:
     return f"[RESULT] {(row + rubric) % 5 + 1}"
 
 
-def test_a_model_is_asked_as_the_paper_asks_it_and_nothing_is_asked_twice(
+def test_requests_have_the_papers_settings_and_are_never_repeated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_lines(tmp_path / "rows.jsonl", [*ROWS[:2], bench_row(2, system="")])
@@ -246,7 +248,7 @@ def test_a_model_is_asked_as_the_paper_asks_it_and_nothing_is_asked_twice(
         assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files
         assert command(*asking, "--no-system", "--output-dir", tmp_path / "without") == 0
         without = server.asked[len(asked) :]
-    questions = [one.body for one in asked if one.body["model"] == "the-model"]
+    questions = [entry.body for entry in asked if entry.body["model"] == "the-model"]
     assert [body["messages"] for body in sorted(questions, key=lambda body: body["messages"][-1]["content"])] == [
         [{"role": "system", "content": ROWS[0]["system"]}, {"role": "user", "content": "Question 0, is it?"}],
         [{"role": "system", "content": ROWS[1]["system"]}, {"role": "user", "content": "Question 1, is it?"}],
@@ -261,23 +263,23 @@ def test_a_model_is_asked_as_the_paper_asks_it_and_nothing_is_asked_twice(
             "repetition_penalty": 1.03,
         }
     assert lines(tmp_path / "out" / "bench_rows.jsonl")[1]["response"] == "the-model answers: Question 1, is it?"
-    found = record(tmp_path / "out")
-    assert found["deviations"] == [
+    result = record(tmp_path / "out")
+    assert result["deviations"] == [
         "the judge's prompt has our own wording (version 2)",
         "the judge is judge; the paper's is gpt-4-0125-preview, and scores of two judges differ",
         "the data has 3 rows, Multifaceted Bench 921",
     ]
-    assert found["score"]["mean"] == pytest.approx(
+    assert result["score"]["mean"] == pytest.approx(
         statistics.mean([(1 + 2 + 3 + 4) / 4, (2 + 3 + 4 + 5) / 4, (3 + 4 + 5 + 1) / 4])
     )
-    ablation = [one.body["messages"] for one in without if one.body["model"] == "the-model"]
+    ablation = [entry.body["messages"] for entry in without if entry.body["model"] == "the-model"]
     assert len(ablation) == 3
     assert all([message["role"] for message in messages] == ["user"] for messages in ablation)
     assert record(tmp_path / "without")["system_message_given"] is False
     assert "the model got no system message (--no-system)" in record(tmp_path / "without")["deviations"]
 
 
-def test_a_judge_that_sees_the_system_message_is_labelled_everywhere(
+def test_a_judge_shown_the_system_message_is_labelled_everywhere(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_lines(tmp_path / "rows.jsonl", ROWS[:2])
@@ -287,8 +289,8 @@ def test_a_judge_that_sees_the_system_message_is_labelled_everywhere(
     with served(judging(grade), models=["judge"]) as server:
         asking = [*options(server, data, tmp_path / "out"), "--responses", str(answers)]
         assert command(*asking, "--show-system") == 0
-        for one in server.asked:
-            assert ROWS[place_of(one.prompt)[0]]["system"] in one.prompt
+        for entry in server.asked:
+            assert ROWS[place_of(entry.prompt)[0]]["system"] in entry.prompt
         shown = capsys.readouterr().out
         assert record(tmp_path / "out")["judge"]["sees_the_system_message"] is True
         assert "the judge was shown the system message" in record(tmp_path / "out")["deviations"]
@@ -304,7 +306,7 @@ def test_a_judge_that_sees_the_system_message_is_labelled_everywhere(
         assert len(server.asked) == before + 2 * RUBRICS * RUNS
 
 
-def test_a_raised_token_limit_or_more_runs_ask_for_what_is_new_alone(tmp_path: Path) -> None:
+def test_a_higher_token_limit_or_more_runs_request_only_new_answers(tmp_path: Path) -> None:
     data = write_lines(tmp_path / "rows.jsonl", ROWS[:2])
     with served(judging(grade), models=["judge"]) as server:
         for runs, expected in ((1, 1 + 2 + 2 * RUBRICS), (3, 2 * 2 * RUBRICS), (2, 0)):
@@ -315,7 +317,7 @@ def test_a_raised_token_limit_or_more_runs_ask_for_what_is_new_alone(tmp_path: P
 
 @pytest.fixture
 def candidates(tmp_path: Path) -> tuple[Path, Path]:
-    """Two rows with three candidates each, of which the second has the highest score of someone's own."""
+    """Two rows with three candidates each; the second has the highest given score."""
     data = write_lines(tmp_path / "rows.jsonl", ROWS[:2])
     given = [
         {
@@ -330,7 +332,7 @@ def candidates(tmp_path: Path) -> tuple[Path, Path]:
 
 
 async def fickle(asked: Asked) -> Reply:
-    """<A> always gets 3, <B> 5 when it is first asked about and 2 then, <C> always 1."""
+    """Grade <A> always 3, <B> 5 the first time and then 2, <C> always 1."""
     which = asked.prompt.split("### Answer to be graded\n<")[1][0]
     grade = {"A": 3, "B": 5 if asked.times == 0 else 2, "C": 1}[which]
     return said(f"[RESULT] {grade}")
@@ -352,24 +354,24 @@ def test_best_of_n_picks_one_and_keeps_all(
         asking = options(server, data, tmp_path / "out", best_of=3, pick_by=pick_by, responses=given)
         assert command(*asking) == 0
         assert len(server.asked) == 2 * RUBRICS * calls
-    found = record(tmp_path / "out")
-    assert found["score"]["mean"] == pytest.approx(score)
+    result = record(tmp_path / "out")
+    assert result["score"]["mean"] == pytest.approx(score)
     for row in lines(tmp_path / "out" / "bench_rows.jsonl"):
         assert [answer["response"] for answer in row["answers"]] == ["<A>", "<B>", "<C>"]
         assert (row["picked"], row["response"]) == (picked, ["<A>", "<B>", "<C>"][picked])
-    best = found["best_of"]
+    best = result["best_of"]
     assert (best["answers"], best["upper_bound"]) == (3, pick_by == "all-runs")
     assert ("upper bound" in (tmp_path / "out" / "report.md").read_text("utf-8")) == (pick_by == "all-runs")
     if pick_by == "first-run":
         assert best["all_answers"]["mean"] == pytest.approx((3 + 5 + 1) / 3)
-        assert found["runs"]["numbers"] == [2, 3]
+        assert result["runs"]["numbers"] == [2, 3]
     elif pick_by == "all-runs":
         assert best["all_answers"]["mean"] == pytest.approx((3 + 3 + 1) / 3)
     else:
         assert "all_answers" not in best
 
 
-def test_a_model_gives_as_many_answers_as_asked_for(tmp_path: Path) -> None:
+def test_best_of_n_requests_n_answers(tmp_path: Path) -> None:
     data = write_lines(tmp_path / "rows.jsonl", ROWS[:1])
 
     async def script(asked: Asked) -> Reply:
@@ -381,7 +383,7 @@ def test_a_model_gives_as_many_answers_as_asked_for(tmp_path: Path) -> None:
     assert {answer["response"] for answer in row["answers"]} == {"answer 0", "answer 1", "answer 2"}
 
 
-def test_reasoning_of_the_model_is_no_part_of_its_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reasoning_of_the_model_is_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_lines(tmp_path / "rows.jsonl", ROWS[:2])
 
     async def script(asked: Asked) -> Reply:
@@ -391,7 +393,7 @@ def test_reasoning_of_the_model_is_no_part_of_its_answer(tmp_path: Path, capsys:
 
     with served(script, models=["judge"]) as server:
         assert command(*options(server, data, tmp_path / "out"), "--server", server.url) == 0
-        assert not any("secret" in one.prompt for one in server.asked)
+        assert not any("secret" in entry.prompt for entry in server.asked)
     assert [row["response"] for row in lines(tmp_path / "out" / "bench_rows.jsonl")] == ["Open.", ""]
     missing = record(tmp_path / "out")["missing"]
     assert (missing["responses_cut"], missing["responses_empty"]) == (2, 1)
@@ -407,7 +409,7 @@ def test_reasoning_of_the_model_is_no_part_of_its_answer(tmp_path: Path, capsys:
     assert f"warning: control tokens taken off the end: {judgements} answers (judge {judgements}); " in shown
 
 
-def test_responses_that_are_not_complete_are_scored_and_counted_by_name(tmp_path: Path) -> None:
+def test_incomplete_responses_are_scored_and_counted_by_kind(tmp_path: Path) -> None:
     data = write_lines(tmp_path / "rows.jsonl", ROWS[:4])
     reasons = ("MAX_TOKENS", "SAFETY", "foo", "stop")
 
@@ -423,8 +425,8 @@ def test_responses_that_are_not_complete_are_scored_and_counted_by_name(tmp_path
     assert (missing["responses_cut"], missing["responses_empty"]) == (1, 1)
     assert missing["responses_ended_otherwise"] == {"ended for an unknown reason (foo)": 1, "refused": 1}
     assert (missing["rows_without_response"], missing["rows_without_score"]) == (0, 0)
-    told = "Responses: 1 cut at the token limit, 1 empty, 1 ended for an unknown reason (foo), 1 refused."
-    assert told in (tmp_path / "out" / "report.md").read_text("utf-8")
+    expected = "Responses: 1 cut at the token limit, 1 empty, 1 ended for an unknown reason (foo), 1 refused."
+    assert expected in (tmp_path / "out" / "report.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize(
@@ -455,7 +457,7 @@ def test_responses_that_are_not_complete_are_scored_and_counted_by_name(tmp_path
         ),
     ],
 )
-def test_what_can_not_be_is_one_error(
+def test_invalid_or_contradictory_settings_are_one_error(
     tmp_path: Path,
     changes: dict[str, Any],
     error: str,
@@ -485,7 +487,7 @@ def test_what_can_not_be_is_one_error(
         ({"judge_server": None, "batch_in": "nowhere.jsonl"}, "nowhere.jsonl: cannot be read"),
     ],
 )
-def test_what_keeps_the_judge_from_judging_is_said_before_the_model_is_asked(
+def test_an_unusable_judge_is_an_error_before_the_model_is_asked(
     tmp_path: Path,
     changes: dict[str, Any],
     error: str,
@@ -508,7 +510,7 @@ def test_what_keeps_the_judge_from_judging_is_said_before_the_model_is_asked(
 
 
 @pytest.mark.parametrize(
-    ("refuses", "status", "told"),
+    ("refuses", "status", "expected"),
     [
         ("judge", 401, "name the environment variable that holds it as --judge-key-variable."),
         ("judge", 404, "--judge-server is probably wrong"),
@@ -517,10 +519,10 @@ def test_what_keeps_the_judge_from_judging_is_said_before_the_model_is_asked(
         ("m", 404, "--server is probably wrong"),
     ],
 )
-def test_what_a_server_wants_is_named_as_the_option_that_gives_it(
-    tmp_path: Path, refuses: str, status: int, told: str, capsys: pytest.CaptureFixture[str]
+def test_a_servers_error_names_the_option_to_change(
+    tmp_path: Path, refuses: str, status: int, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The server's own words stay as they are."""
+    """The server's own message is quoted unchanged."""
     answers = judging(plan)
 
     async def script(asked: Asked) -> Reply:
@@ -533,12 +535,12 @@ def test_what_a_server_wants_is_named_as_the_option_that_gives_it(
     with served(script) as server:
         assert command(*options(server, data, tmp_path / "out", model="m"), "--server", server.url) == 2
     _, _, said_last = capsys.readouterr().err.partition("error: ")
-    assert told in said_last
+    assert expected in said_last
     assert "what base_url and key_variable are is my affair" in said_last
     assert "\n" not in said_last.strip()
 
 
-def test_the_judge_is_looked_for_before_the_model_is_asked_and_not_where_all_is_answered(
+def test_the_judge_is_contacted_first_unless_all_responses_are_in_the_journal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_lines(tmp_path / "rows.jsonl", ROWS[:1])
@@ -555,7 +557,7 @@ def test_the_judge_is_looked_for_before_the_model_is_asked_and_not_where_all_is_
     assert command(*away, "--wait-for-server", "0") == 0  # of both servers, none is there
 
 
-def test_a_response_too_many_is_an_error_and_a_part_is_said_to_be_one(
+def test_too_many_responses_are_an_error_and_a_limit_is_reported(
     tmp_path: Path, candidates: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, given = candidates
@@ -569,7 +571,7 @@ def test_a_response_too_many_is_an_error_and_a_part_is_said_to_be_one(
     assert "(the first 1 of 2: not the complete bench)" in (tmp_path / "out" / "report.md").read_text("utf-8")
 
 
-def test_runs_that_differ_in_words_are_not_suspected(tmp_path: Path) -> None:
+def test_runs_with_different_texts_raise_no_suspicion_of_greedy_decoding(tmp_path: Path) -> None:
     data = write_lines(tmp_path / "rows.jsonl", ROWS[:1])
     with served(judging(lambda row, rubric, time: f"Thought {time}. [RESULT] 3"), models=["judge"]) as server:
         assert command(*options(server, data, tmp_path / "out"), "--server", server.url) == 0

@@ -1,4 +1,4 @@
-"""The judge through files of OpenAI's batch API: the same bytes as live, and every line that is missing is asked again."""
+"""The judge through files of OpenAI's batch API: same bytes as with a server, missing lines are asked again."""
 
 import json
 import random
@@ -19,7 +19,7 @@ ROWS = [bench_row(number) for number in range(3)]
 
 
 def verdict(prompt: str) -> str:
-    """What this judge says of a rubric, every time: nothing that can be read of one of them."""
+    """The judge's answer on a rubric, the same every time; one of them has no score."""
     row, rubric = place_of(prompt)
     return "Hm." if (row, rubric) == (1, 2) else f"Well.\n[RESULT] {(row * 2 + rubric) % 5 + 1}"
 
@@ -29,7 +29,7 @@ async def judge(asked: Asked) -> Reply:
 
 
 def output_line(line: dict[str, Any], status: int = 200, message: str = "") -> dict[str, Any]:
-    """What the batch API gives for a line of its input."""
+    """The batch API's output line for a line of its input."""
     body = (
         said(verdict(line["body"]["messages"][-1]["content"])).body
         if status == 200
@@ -78,7 +78,7 @@ def test_a_batch_gives_the_bytes_of_a_live_run(
 ) -> None:
     with served(judge, models=["judge"]) as server:
         assert bench("live", "--judge-server", server.url) == 0
-        live = [one.body for one in server.asked]
+        live = [request.body for request in server.asked]
     # Each round asks what the one before left open: the rubric that cannot be read is asked three times in all.
     sent = []
     for number, expected in enumerate((3 * 4 * 2, 2, 2)):
@@ -107,7 +107,7 @@ def test_a_batch_gives_the_bytes_of_a_live_run(
     assert "Zebra" not in json.dumps(sent)
 
 
-def test_what_a_batch_lacks_is_named_and_written_again(
+def test_missing_answers_of_a_batch_are_counted_and_written_again(
     tmp_path: Path, bench: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = tmp_path / "first.jsonl"
@@ -146,7 +146,7 @@ def test_what_a_batch_lacks_is_named_and_written_again(
     assert record["score"]["scored"] == 3
 
 
-def test_best_of_n_takes_a_batch_to_pick_and_one_to_score(tmp_path: Path) -> None:
+def test_best_of_n_needs_one_batch_to_pick_and_one_to_score(tmp_path: Path) -> None:
     data = write_lines(tmp_path / "rows.jsonl", ROWS[:2])
     given = [{"system": row["system"], "prompt": row["prompt"], "responses": ["1", "4", "2"]} for row in ROWS[:2]]
     answers = write_lines(tmp_path / "answers.jsonl", given)
@@ -181,7 +181,7 @@ def test_best_of_n_takes_a_batch_to_pick_and_one_to_score(tmp_path: Path) -> Non
     assert json.loads((tmp_path / "live" / "bench.json").read_text())["score"]["mean"] == 4
 
 
-def test_a_batch_file_of_earlier_is_never_written_over(
+def test_an_existing_batch_file_is_never_overwritten(
     tmp_path: Path, bench: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "batch.jsonl"
@@ -193,13 +193,13 @@ def test_a_batch_file_of_earlier_is_never_written_over(
 
 
 def requests(count: int) -> dict[bytes, Request]:
-    made = [
+    requests = [
         Request("s", [{"role": "user", "content": f"question {number:03}"}], Decoding(8)) for number in range(count)
     ]
-    return {request.key("m"): request for request in made}
+    return {request.key("m"): request for request in requests}
 
 
-def test_files_hold_no_more_than_the_api_takes(tmp_path: Path) -> None:
+def test_batch_files_respect_the_limits_of_the_api(tmp_path: Path) -> None:
     asked = requests(10)
     (whole,) = write_batch(asked, "m", tmp_path / "whole.jsonl")
     by_number = write_batch(asked, "m", tmp_path / "number.jsonl", max_requests=4)
@@ -218,7 +218,7 @@ def test_files_hold_no_more_than_the_api_takes(tmp_path: Path) -> None:
     "line",
     ["no JSON", '{"custom_id": "row 1", "response": {}}', '{"custom_id": "ab"}', "[]", '{"custom_id": 3, "error": {}}'],
 )
-def test_a_file_that_is_no_batch_is_one_error(tmp_path: Path, line: str) -> None:
+def test_a_file_that_is_not_a_batch_is_an_error(tmp_path: Path, line: str) -> None:
     path = tmp_path / "output.jsonl"
     path.write_text(f"\n{line}\n")
     with pytest.raises(UserError, match=r"output\.jsonl:2: that is no line of a batch's output"):
@@ -227,26 +227,26 @@ def test_a_file_that_is_no_batch_is_one_error(tmp_path: Path, line: str) -> None
         read_batch([tmp_path / "nowhere.jsonl"])
 
 
-def test_an_answer_outdoes_an_error_and_garbage_is_asked_again(tmp_path: Path) -> None:
+def test_an_answer_takes_precedence_over_an_error_and_garbage_is_asked_again(tmp_path: Path) -> None:
     good = output_line({"custom_id": "ab", "body": {"messages": [{"content": "Is criterion 0.0 met?"}]}})
     bad = {"custom_id": "ab", "response": {"status_code": 400, "body": {"error": {"message": "no"}}}}
     garbage = {"custom_id": "cd", "response": {"status_code": 200, "body": {"choices": []}}}
     for order in ([good, bad], [bad, good]):
-        found = read_batch([write_lines(tmp_path / "output.jsonl", [*order, garbage])])
-        assert found.answers.keys() == {b"\xab"}
-        assert not found.errors
-        assert found.failed == {"status 200": 1}
+        batch = read_batch([write_lines(tmp_path / "output.jsonl", [*order, garbage])])
+        assert batch.answers.keys() == {b"\xab"}
+        assert not batch.errors
+        assert batch.failed == {"status 200": 1}
 
 
-def test_what_a_batch_answers_with_nothing_or_half_is_asked_again(tmp_path: Path) -> None:
+def test_empty_or_broken_answers_of_a_batch_are_asked_again(tmp_path: Path) -> None:
     def line(id: str, text: str, finish_reason: str) -> dict[str, Any]:
         choice = {"message": {"content": text}, "finish_reason": finish_reason}
         return {"custom_id": id, "response": {"status_code": 200, "body": {"choices": [choice]}}}
 
     answers = [line("aa", "[RESULT] 4", "abort"), line("bb", "", "stop"), line("cc", "[RESULT] 4", "MAX_TOKENS")]
-    found = read_batch([write_lines(tmp_path / "output.jsonl", answers)])
-    assert {key: answer.cut for key, answer in found.answers.items()} == {b"\xcc": True}
-    assert found.failed == {
+    batch = read_batch([write_lines(tmp_path / "output.jsonl", answers)])
+    assert {key: answer.cut for key, answer in batch.answers.items()} == {b"\xcc": True}
+    assert batch.failed == {
         "the server broke the answer off (finish_reason abort)": 1,
         "an empty answer (finish_reason stop)": 1,
     }

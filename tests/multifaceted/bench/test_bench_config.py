@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -65,9 +66,10 @@ def test_an_option_overrides_the_file(tmp_path: Path) -> None:
 def test_defaults_are_the_papers() -> None:
     config = config_of("--model", "m", "--judge", "j")
     assert config.response_decoding().parameters(0) == {
-        "max_tokens": 1024, "temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.03,
+        "temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.03,
     }  # fmt: skip
-    assert config.protocol().judge.decoding.parameters(0) == {"max_tokens": 1024, "temperature": 1.0, "top_p": 0.9}
+    assert config.protocol().judge.decoding.parameters(0) == {"temperature": 1.0, "top_p": 0.9}
+    assert (config.max_tokens, config.judge_max_tokens) == (1024, 1024)
     assert (config.runs, config.data) == (3, ("kaist-ai/Multifaceted-Bench",))
 
 
@@ -115,7 +117,7 @@ def test_paths_of_the_file_are_expanded(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_help_lists_common_options_and_names_the_others(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("--help") == 0
-    text = " ".join(capsys.readouterr().out.split())
+    text = " ".join(re.sub(r"-\n\s*", "-", capsys.readouterr().out).split())
     shown, _, others = text.partition("Less common options, documented as keys of the file of --config: ")
     assert "--judge-server" in shown
     assert "--judge-concurrency" not in shown

@@ -1,4 +1,4 @@
-"""kill -9 at any moment of the bench: what was answered is never asked again, and the files come out in the same bytes."""
+"""kill -9 at any moment of the bench: no answer is requested twice, and the files have the same bytes."""
 
 import json
 import multiprocessing
@@ -28,7 +28,7 @@ processes.set_forkserver_preload(
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., multiprocessing.process.BaseProcess]]:
-    """Starts a process of the command; none outlives its test."""
+    """Start processes of the command; none outlives its test."""
     started = []
 
     def begin(*arguments: object) -> multiprocessing.process.BaseProcess:
@@ -44,7 +44,7 @@ def start() -> Iterator[Callable[..., multiprocessing.process.BaseProcess]]:
 
 
 async def script(asked: Asked) -> Reply:
-    """Says the same to the same question, a moment later; some at the second try only."""
+    """Give the same answer to the same question after a moment; to some only at the second attempt."""
     if asked.body["model"] != "judge":
         return said(f"Answer to {asked.prompt}")
     if asked.prompt == FIRST_CONTACT:
@@ -66,7 +66,7 @@ def answers_given(server: ScriptedServer) -> int:
     return server.answered.total() - server.answered[FIRST_CONTACT]
 
 
-def test_kills_lose_nothing_and_the_files_are_those_of_a_run_in_one_go(
+def test_killed_runs_lose_nothing_and_write_the_files_of_an_uninterrupted_run(
     tmp_path: Path, start: Callable[..., multiprocessing.process.BaseProcess]
 ) -> None:
     data = write_lines(tmp_path / "rows.jsonl", [bench_row(number) for number in range(ROWS)])
@@ -113,7 +113,7 @@ def test_kills_lose_nothing_and_the_files_are_those_of_a_run_in_one_go(
     record = json.loads((killed / "bench.json").read_text())
     assert record["missing"]["judgements_missing"] == {"unparsable": RUNS, "no answer": 0, "pending": 0}
     expected = [[(row + rubric) % 5 + 1 for rubric in range(4) if (row, rubric) != (3, 1)] for row in range(ROWS)]
-    assert record["score"]["mean"] == pytest.approx(sum(sum(found) / len(found) for found in expected) / ROWS)
+    assert record["score"]["mean"] == pytest.approx(sum(sum(scores) / len(scores) for scores in expected) / ROWS)
 
 
 def test_half_written_results_replace_nothing(tmp_path: Path) -> None:

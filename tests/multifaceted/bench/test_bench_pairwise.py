@@ -1,4 +1,4 @@
-"""Two models on the rows they share: outcomes, shares and the test, worked out by hand."""
+"""Pairwise comparison on shared rows: outcomes, shares and the test, computed by hand."""
 
 import itertools
 import json
@@ -32,34 +32,34 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "one" / "bench_rows.jsonl", tmp_path / "two" / "bench_rows.jsonl"
 
 
-def test_outcomes_of_the_rows_that_both_have(files: tuple[Path, Path]) -> None:
-    found = compare_pairwise(*files)
+def test_outcomes_of_shared_rows(files: tuple[Path, Path]) -> None:
+    comparison = compare_pairwise(*files)
     # b: second; c: a tie at 4; d: a tie at 2.5; f and g: first; h: second. e has no score in the first, a, x, y are alone.
-    assert found.names == ("one", "two")
-    assert found.rows == 6
-    assert found.counts == {"win of the first": 2, "win of the second": 2, "both good": 1, "both bad": 1}
-    assert (found.only_first, found.only_second, found.without_score) == (1, 2, 1)
-    assert {name: one.mean for name, one in found.shares.items()} == pytest.approx(
+    assert comparison.names == ("one", "two")
+    assert comparison.rows == 6
+    assert comparison.counts == {"win of the first": 2, "win of the second": 2, "both good": 1, "both bad": 1}
+    assert (comparison.only_first, comparison.only_second, comparison.without_score) == (1, 2, 1)
+    assert {name: share.mean for name, share in comparison.shares.items()} == pytest.approx(
         {"win of the first": 2 / 6, "win of the second": 2 / 6, "both good": 1 / 6, "both bad": 1 / 6}
     )
     differences = [-0.5, 0, 0, 3, 0.25, -2]
-    assert found.difference.mean == pytest.approx(sum(differences) / 6)
+    assert comparison.difference.mean == pytest.approx(sum(differences) / 6)
     # The test flips signs by chance; here all 64 ways are gone through.
     sums = [
         abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
         for signs in itertools.product((1, -1), repeat=6)
     ]
-    exact = sum(one >= abs(sum(differences)) - 1e-9 for one in sums) / 64
-    assert found.difference.p == pytest.approx(exact, abs=0.02)
+    exact = sum(total >= abs(sum(differences)) - 1e-9 for total in sums) / 64
+    assert comparison.difference.p == pytest.approx(exact, abs=0.02)
     # A share of 2 in 6: at its ends, as true shares, 2 in 6 is 1.96 standard errors away.
-    share = found.shares["win of the first"]
+    share = comparison.shares["win of the first"]
     for end in (share.low, share.high):
         assert abs(2 / 6 - end) / (end * (1 - end) / 6) ** 0.5 == pytest.approx(1.96, abs=1e-4)
     assert share.low < 2 / 6 < share.high
-    assert "| one wins | 2 | 33.3% [9.7%, 70.0%] |" in found.markdown()
+    assert "| one wins | 2 | 33.3% [9.7%, 70.0%] |" in comparison.markdown()
 
 
-def test_the_other_way_round_is_the_mirror_image(files: tuple[Path, Path]) -> None:
+def test_swapping_the_files_mirrors_the_comparison(files: tuple[Path, Path]) -> None:
     there, back = compare_pairwise(*files), compare_pairwise(*files[::-1])
     assert list(back.counts.values()) == [there.counts[name] for name in ("win of the second", "win of the first", "both good", "both bad")]  # fmt: skip
     assert back.difference.mean == pytest.approx(-there.difference.mean)
@@ -76,14 +76,14 @@ def test_the_other_way_round_is_the_mirror_image(files: tuple[Path, Path]) -> No
         (1.0, 1.25, 4.0, "win of the second"),
     ],
 )
-def test_one_row(first: float, second: float, good: float, expected: str) -> None:
+def test_the_outcome_of_one_row(first: float, second: float, good: float, expected: str) -> None:
     assert pairwise_outcome(first, second, good) == expected
 
 
-def test_the_threshold_is_of_ties_alone(files: tuple[Path, Path]) -> None:
-    found = compare_pairwise(*files, good=2.5)
-    assert (found.counts["both good"], found.counts["both bad"]) == (2, 0)
-    assert "both good (a tie at 2.5 or more)" in found.markdown()
+def test_the_threshold_affects_only_ties(files: tuple[Path, Path]) -> None:
+    comparison = compare_pairwise(*files, good=2.5)
+    assert (comparison.counts["both good"], comparison.counts["both bad"]) == (2, 0)
+    assert "both good (a tie at 2.5 or more)" in comparison.markdown()
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_the_threshold_is_of_ties_alone(files: tuple[Path, Path]) -> None:
         ({"score": "4"}, "no line of bench_rows.jsonl"),
     ],
 )
-def test_what_can_not_be_compared(tmp_path: Path, change: dict[str, Any], error: str) -> None:
+def test_other_data_or_judges_cannot_be_compared(tmp_path: Path, change: dict[str, Any], error: str) -> None:
     first = write_lines(tmp_path / "first.jsonl", [result("a", 1.0)])
     second = write_lines(tmp_path / "second.jsonl", [result("a", 1.0) | change])
     with pytest.raises(UserError, match=error):
@@ -108,7 +108,7 @@ SETTINGS = settings_of(Protocol(JudgeSettings("j"), 3, "first run"), PROMPT_VERS
 
 
 def sections(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same settings as bench.json has them: what is not sent to the judge is not written."""
+    """The same settings in the form of bench.json, which omits fields that are not sent to the judge."""
     judge = {name.removeprefix("judge "): value for name, value in settings.items() if name.startswith("judge ")}
     judge |= judge.pop("extra")
     return {
@@ -136,7 +136,7 @@ def sections(settings: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 @pytest.mark.parametrize("kept_in", ["rows", "bench.json"])
-def test_scores_that_were_measured_otherwise_are_not_compared(
+def test_scores_with_other_settings_are_not_compared(
     tmp_path: Path, setting: str, value: Any, option: str, kept_in: str
 ) -> None:
     paths = []
@@ -152,7 +152,7 @@ def test_scores_that_were_measured_otherwise_are_not_compared(
     assert compare_pairwise(paths[0], paths[0]).notes == []
 
 
-def test_a_file_that_names_no_version_of_the_prompt_is_of_the_first(tmp_path: Path) -> None:
+def test_a_file_without_a_prompt_version_counts_as_version_1(tmp_path: Path) -> None:
     new = write_lines(tmp_path / "new.jsonl", [result("r", 3.0, protocol=SETTINGS)])
     old = write_lines(tmp_path / "old.jsonl", [result("r", 4.0)])
     with pytest.raises(UserError, match="judge prompt_version is 2 and 1") as refusal:
@@ -176,7 +176,7 @@ def test_two_differences_are_both_named(tmp_path: Path) -> None:
         compare_pairwise(tmp_path / "a.jsonl", limit)
 
 
-def test_settings_that_a_file_of_an_earlier_version_lacks_are_named(tmp_path: Path) -> None:
+def test_settings_that_an_older_file_lacks_are_named(tmp_path: Path) -> None:
     new = write_lines(tmp_path / "new.jsonl", [result("r", 3.0, protocol=SETTINGS | {"judge prompt_version": 1})])
     old = write_lines(tmp_path / "old.jsonl", [result("r", 4.0)])
     (note,) = compare_pairwise(new, old, names=("Ann", "Bob")).notes
@@ -196,9 +196,9 @@ def test_settings_that_a_file_of_an_earlier_version_lacks_are_named(tmp_path: Pa
         "decoding": None,
     }
     (tmp_path / "bench.json").write_text(json.dumps(record), encoding="utf-8")
-    found = compare_pairwise(new, old, names=("Ann", "Bob"))
-    assert found.notes == ["not recorded for Bob, so it may differ: decoding"]
-    assert found.record()["notes"] == found.notes
+    comparison = compare_pairwise(new, old, names=("Ann", "Bob"))
+    assert comparison.notes == ["not recorded for Bob, so it may differ: decoding"]
+    assert comparison.record()["notes"] == comparison.notes
     record["judge"]["min_p"] = 0.1
     (tmp_path / "bench.json").write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(UserError, match=r"judge extra min_p is null and 0\.1"):
@@ -210,16 +210,16 @@ def test_settings_that_a_file_of_an_earlier_version_lacks_are_named(tmp_path: Pa
         compare_pairwise(newer, old)
 
 
-def test_a_parameter_that_is_not_sent_is_the_same_written_as_null_or_left_out(tmp_path: Path) -> None:
+def test_null_and_missing_parameters_are_the_same(tmp_path: Path) -> None:
     decoding = {name: value for name, value in SETTINGS["decoding"].items() if name != "repetition_penalty"}
     paths = [
-        write_lines(tmp_path / f"{place}.jsonl", [result("r", 3.0, protocol=SETTINGS | {"decoding": one})])
-        for place, one in enumerate((decoding, decoding | {"repetition_penalty": None}))
+        write_lines(tmp_path / f"{place}.jsonl", [result("r", 3.0, protocol=SETTINGS | {"decoding": settings})])
+        for place, settings in enumerate((decoding, decoding | {"repetition_penalty": None}))
     ]
     assert compare_pairwise(*paths).notes == []
 
 
-def test_how_the_models_were_asked_may_differ_and_is_noted(tmp_path: Path) -> None:
+def test_settings_of_the_models_may_differ_and_are_noted(tmp_path: Path) -> None:
     paths = [
         write_lines(tmp_path / f"{place}.jsonl", [result("r", 3.0, protocol=SETTINGS | asked)])
         for place, asked in enumerate(
@@ -232,7 +232,7 @@ def test_how_the_models_were_asked_may_differ_and_is_noted(tmp_path: Path) -> No
     ]
 
 
-def test_another_protocol_ends_the_command_before_anything_is_asked(
+def test_another_protocol_is_an_error_before_the_first_request(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_lines(tmp_path / "rows.jsonl", [bench_row(0)])
@@ -286,14 +286,14 @@ def test_the_command_compares_with_another_models_rows(tmp_path: Path, capsys: p
             servers = ["--server", server.url, "--judge", "judge", "--judge-server", server.url]
             against = ["--against", tmp_path / "m" / "bench_rows.jsonl"] if name == "n" else []
             assert command("--model", name, "--data", data, "--output-dir", tmp_path / name, *servers, *against) == 0
-    found = json.loads((tmp_path / "n" / "bench.json").read_text())["against"]
-    assert {name: one["rows"] for name, one in found["outcomes"].items()} == {
+    comparison = json.loads((tmp_path / "n" / "bench.json").read_text())["against"]
+    assert {name: outcome["rows"] for name, outcome in comparison["outcomes"].items()} == {
         "win of the first": 1,
         "win of the second": 0,
         "both good": 1,
         "both bad": 2,
     }
-    assert found["difference"]["mean"] == pytest.approx(1 / 4)
+    assert comparison["difference"]["mean"] == pytest.approx(1 / 4)
     assert "| n wins | 1 | 25.0%" in (tmp_path / "n" / "report.md").read_text()
     shown = capsys.readouterr().out
     assert "| n wins | 1 | 25.0%" in shown
@@ -302,7 +302,7 @@ def test_the_command_compares_with_another_models_rows(tmp_path: Path, capsys: p
     assert "(n = ...): too few rows for an interval, which needs at least 6." in shown
 
 
-def test_what_can_not_be_compared_leaves_the_runs_own_figures_whole(
+def test_a_failed_comparison_does_not_affect_the_runs_own_figures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_lines(tmp_path / "rows.jsonl", [bench_row(number) for number in range(3)])

@@ -1,4 +1,4 @@
-"""scripts/evaluate.py bench where servers give no answer: why is said, and nothing is scored where none came at all."""
+"""scripts/evaluate.py bench with servers that refuse: reasons are reported, and no answer at all is an error."""
 
 import json
 from pathlib import Path
@@ -28,36 +28,34 @@ async def has_no_system_role(asked: Asked) -> Reply:
     return await GRADES(asked)
 
 
-def test_a_model_whose_server_refuses_everything_has_no_score(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_server_that_refuses_every_prompt_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with served(has_no_system_role, models=["judge"]) as server:
         assert bench(tmp_path, server.url) == 2
-        told = capsys.readouterr().err.partition("error: ")[2]
-        assert told.startswith("--model m: none of the 6 prompts got an answer: ")
-        assert "System role not supported" in told
-        assert "--system-role merge_into_user" in told
-        assert "\n" not in told.strip()
+        message = capsys.readouterr().err.partition("error: ")[2]
+        assert message.startswith("--model m: none of the 6 prompts got an answer: ")
+        assert "System role not supported" in message
+        assert "--system-role merge_into_user" in message
+        assert "\n" not in message.strip()
         assert not (tmp_path / "out" / "bench.json").exists()
         assert bench(tmp_path, server.url, "--system-role", "merge_into_user") == 0
     assert record(tmp_path)["score"]["scored"] == 6
 
 
-def test_a_file_of_responses_without_any_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_without_responses_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = write_lines(tmp_path / "answers.jsonl", [{**row, "responses": []} for row in ROWS])
     with served(GRADES, models=["judge"]) as server:
         data = write_lines(tmp_path / "rows.jsonl", ROWS)
         asked = ("--model", "m", "--data", data, "--judge", "judge", "--judge-server", server.url)
         assert command(*asked, "--responses", empty, "--output-dir", tmp_path / "out") == 2
         assert not server.asked
-    told = capsys.readouterr().err.partition("error: ")[2]
-    assert told == f"--responses {empty}: none of the 6 prompts got an answer: no line in --responses.\n"
+    message = capsys.readouterr().err.partition("error: ")[2]
+    assert message == f"--responses {empty}: none of the 6 prompts got an answer: no line in --responses.\n"
 
 
-def test_why_some_got_no_answer_is_counted_where_the_figures_stand(
+def test_reasons_for_missing_answers_are_counted_in_the_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of six prompts three get none, for two reasons; of the other three rows the judge refuses one."""
+    """Three of six prompts get no answer, for two reasons; the judge refuses one of the other three rows."""
 
     async def script(asked: Asked) -> Reply:
         if asked.body["model"] == "judge":
@@ -98,18 +96,18 @@ def test_a_judge_that_never_answers_is_an_error_and_the_responses_are_kept(
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "bench.json").write_text("of an earlier run", encoding="utf-8")
         assert bench(tmp_path, server.url, "--limit", "1") == 2
-        told = capsys.readouterr().err.partition("error: ")[2]
-        assert told.startswith("--judge judge: none of the 8 judgements got an answer: ")
-        assert "this judge is asleep" in told
+        message = capsys.readouterr().err.partition("error: ")[2]
+        assert message.startswith("--judge judge: none of the 8 judgements got an answer: ")
+        assert "this judge is asleep" in message
         assert (tmp_path / "out" / "bench.json").read_text(encoding="utf-8") == "of an earlier run"
         silent.clear()
         asked = len(server.asked)
         assert bench(tmp_path, server.url, "--limit", "1") == 0
-        assert {one.body["model"] for one in server.asked[asked:]} == {"judge"}
+        assert {request.body["model"] for request in server.asked[asked:]} == {"judge"}
     assert record(tmp_path)["score"]["scored"] == 1
 
 
-def test_a_batch_whose_every_line_is_refused_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_batch_with_only_refusals_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_lines(tmp_path / "rows.jsonl", ROWS[:1])
     answers = write_lines(tmp_path / "answers.jsonl", [{**ROWS[0], "response": "r"}])
     asked = ("--model", "m", "--data", data, "--responses", answers, "--judge", "judge", "--output-dir", tmp_path)
@@ -120,11 +118,11 @@ def test_a_batch_whose_every_line_is_refused_is_an_error(tmp_path: Path, capsys:
     ]
     capsys.readouterr()
     assert command(*asked, "--batch-in", write_lines(tmp_path / "output.jsonl", output)) == 2
-    told = capsys.readouterr().err.partition("error: ")[2]
-    assert told.startswith("--judge judge: none of the 12 judgements got an answer: 400: no such judge")
+    message = capsys.readouterr().err.partition("error: ")[2]
+    assert message.startswith("--judge judge: none of the 12 judgements got an answer: 400: no such judge")
 
 
-def test_one_of_a_thing_is_said_to_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages_use_the_singular_for_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     alone = bench_row(0, rubric_count=1)
     data = write_lines(tmp_path / "rows.jsonl", [alone])
     given = [{**row, "response": "r"} for row in (alone, bench_row(1))]

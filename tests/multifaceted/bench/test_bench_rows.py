@@ -1,4 +1,4 @@
-"""Rows of the bench in both generations of columns, their ids, and answers that lie in files."""
+"""Rows of the bench in old and new columns, their ids, and files of responses."""
 
 import json
 from pathlib import Path
@@ -26,19 +26,19 @@ def old(row: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {names.get(name, name): value for name, value in row.items()} | more
 
 
-def test_both_generations_are_the_same_rows(tmp_path: Path) -> None:
+def test_old_and_new_columns_give_the_same_rows(tmp_path: Path) -> None:
     rows = [bench_row(number) for number in range(3)]
     new = read(write_lines(tmp_path / "new.jsonl", rows)).rows
     older = read(write_lines(tmp_path / "old.jsonl", [old(row) for row in rows])).rows
     assert [row.id for row in new] == [row.id for row in older]
-    for one, other in zip(new, older, strict=True):
-        assert (one.source, one.system, one.prompt, one.reference) == (
+    for newer, other in zip(new, older, strict=True):
+        assert (newer.source, newer.system, newer.prompt, newer.reference) == (
             other.source,
             other.system,
             other.prompt,
             other.reference,
         )
-        assert one.rubrics == other.rubrics
+        assert newer.rubrics == other.rubrics
     first = new[0].rubrics[2]
     assert (first.criteria, first.dimension, first.subdimension) == (
         "Is criterion 0.2 met?",
@@ -48,7 +48,7 @@ def test_both_generations_are_the_same_rows(tmp_path: Path) -> None:
     assert first.descriptions == tuple(f"grade {grade} of rubric 0.2" for grade in range(1, 6))
 
 
-def test_any_file_that_training_opens(tmp_path: Path) -> None:
+def test_every_file_format_of_training_is_read(tmp_path: Path) -> None:
     rows = [bench_row(number) for number in range(3)]
     wanted = [(row.id, row.rubrics) for row in read(write_lines(tmp_path / "rows.jsonl", rows)).rows]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
@@ -64,16 +64,16 @@ def test_any_file_that_training_opens(tmp_path: Path) -> None:
         assert [(row.id, row.rubrics) for row in read(tmp_path / name).rows] == wanted, name
 
 
-def test_a_document_that_is_one_row_is_not_taken_for_its_rubrics(tmp_path: Path) -> None:
+def test_a_json_object_that_is_one_row_is_read_as_a_row(tmp_path: Path) -> None:
     row = bench_row(0)
     del row["preference_set"]  # what is left has one list only: the rubrics
     (tmp_path / "row.json").write_text(json.dumps(row))
-    (found,) = read(tmp_path / "row.json").rows
-    assert found.prompt == "Question 0, is it?"
-    assert {rubric.dimension for rubric in found.rubrics} == {None}
+    (result,) = read(tmp_path / "row.json").rows
+    assert result.prompt == "Question 0, is it?"
+    assert {rubric.dimension for rubric in result.rubrics} == {None}
 
 
-def test_ids_of_an_object_of_rows_are_texts(tmp_path: Path) -> None:
+def test_ids_of_an_object_of_rows_are_text(tmp_path: Path) -> None:
     rows = {"468": old(bench_row(0), id=468), "7": old(bench_row(1))}
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     assert [row.id for row in read(tmp_path / "rows.json").rows] == ["468", "7"]
@@ -95,7 +95,7 @@ def test_the_published_rows() -> None:
     assert older.rubrics[0].subdimension == "clarity"
 
 
-def test_an_id_of_a_row_without_one_depends_on_nothing_but_the_row(tmp_path: Path) -> None:
+def test_a_generated_id_depends_only_on_the_row(tmp_path: Path) -> None:
     rows = [bench_row(number) for number in range(4)]
     ids = {row.prompt: row.id for row in read(write_lines(tmp_path / "a.jsonl", rows)).rows}
     assert len(set(ids.values())) == 4
@@ -122,7 +122,7 @@ def test_an_id_of_a_row_without_one_depends_on_nothing_but_the_row(tmp_path: Pat
         ({"id": 1.5}, "`id` is of type float"),
     ],
 )  # fmt: skip
-def test_a_row_that_is_none_is_named(tmp_path: Path, change: dict[str, Any], error: str) -> None:
+def test_an_invalid_row_is_named(tmp_path: Path, change: dict[str, Any], error: str) -> None:
     path = write_lines(tmp_path / "rows.jsonl", [bench_row(0), bench_row(1, **change)])
     with pytest.raises(UserError, match=r"rows\.jsonl:2: ") as raised:
         read(path)
@@ -131,32 +131,32 @@ def test_a_row_that_is_none_is_named(tmp_path: Path, change: dict[str, Any], err
 
 def test_an_empty_system_message_is_allowed_and_a_missing_column_is_not(tmp_path: Path) -> None:
     rows = [bench_row(0, system=""), bench_row(1, system=None, source=None)]
-    found = read(write_lines(tmp_path / "rows.jsonl", rows)).rows
-    assert [row.system for row in found] == ["", ""]
-    assert found[1].source == NOT_STATED
+    result = read(write_lines(tmp_path / "rows.jsonl", rows)).rows
+    assert [row.system for row in result] == ["", ""]
+    assert result[1].source == NOT_STATED
     del rows[0]["system"]
     with pytest.raises(UserError, match="there is no `system`"):
         read(write_lines(tmp_path / "rows.jsonl", rows))
 
 
-def test_the_same_id_twice_is_an_error(tmp_path: Path) -> None:
+def test_a_duplicate_id_is_an_error(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", [bench_row(0, id=1), bench_row(1, id="1")])
     with pytest.raises(UserError, match="the id '1' is also that of"):
         read(path)
 
 
-def test_responses_find_their_rows_by_id_or_by_their_words(tmp_path: Path) -> None:
+def test_responses_match_rows_by_id_or_by_text(tmp_path: Path) -> None:
     rows = read(write_lines(tmp_path / "rows.jsonl", [bench_row(0, id=5), bench_row(1), bench_row(2)])).rows
     given = [
         {"id": "5", "responses": ["a", "b"], "scores": [0.5, 2]},
         {"system_prompt": rows[1].system, "user_prompt": rows[1].prompt, "response": "c"},
         {"id": "unknown", "response": "d"},
     ]
-    found, strangers = read_responses(str(write_lines(tmp_path / "answers.jsonl", given)), rows)
-    assert strangers == 1
-    assert set(found) == {"5", rows[1].id}
-    assert (found["5"].texts, found["5"].scores) == (("a", "b"), (0.5, 2.0))
-    assert found[rows[1].id].texts == ("c",)
+    result, unmatched = read_responses(str(write_lines(tmp_path / "answers.jsonl", given)), rows)
+    assert unmatched == 1
+    assert set(result) == {"5", rows[1].id}
+    assert (result["5"].texts, result["5"].scores) == (("a", "b"), (0.5, 2.0))
+    assert result[rows[1].id].texts == ("c",)
 
 
 @pytest.mark.parametrize(
@@ -171,13 +171,13 @@ def test_responses_find_their_rows_by_id_or_by_their_words(tmp_path: Path) -> No
         ([{"id": 1, "responses": ["a"], "scores": [1, 2]}], "a number for each"),
     ],
 )
-def test_responses_that_are_none(tmp_path: Path, lines: list[dict[str, Any]], error: str) -> None:
+def test_invalid_responses_are_errors(tmp_path: Path, lines: list[dict[str, Any]], error: str) -> None:
     rows = read(write_lines(tmp_path / "rows.jsonl", [bench_row(0, id=1)])).rows
     with pytest.raises(UserError, match=error):
         read_responses(str(write_lines(tmp_path / "answers.jsonl", lines)), rows)
 
 
-def test_the_rows_of_our_own() -> None:
+def test_our_own_rows_are_valid() -> None:
     rows = read(ROOT / "recipes" / "smollm2-135m" / "data" / "bench.jsonl").rows
     assert len(rows) == 6
     assert all([rubric.dimension for rubric in row.rubrics] == ["style", "background_knowledge", "informativeness", "harmlessness"] for row in rows)  # fmt: skip

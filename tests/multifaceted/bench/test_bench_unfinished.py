@@ -1,4 +1,4 @@
-"""Bench runs that are not whole: a judge that refuses, batches that fail, comparisons of unfinished scores."""
+"""Incomplete bench runs: a judge that refuses, failed batches, comparisons of unfinished scores."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def bench(folder: Path, *more: str | Path, retries: int = 0) -> int:
 
 
 def judged(folder: Path, *replies: Reply, retries: int = 0) -> int:
-    """The same with a judge that says these, one after another, to each question."""
+    """The same with a judge that gives these replies to each question, one after another."""
 
     def say(row: int, rubric: int, time: int) -> Reply:
         return replies[min(time, len(replies) - 1)]
@@ -40,7 +40,7 @@ def record(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("reply", "kind", "told"),
+    ("reply", "kind", "expected"),
     [
         (said("", "content_filter"), "refused", "use another judge, or turn the filter off."),
         (said(None, refusal="I will not grade this."), "refused", "use another judge, or turn the filter off."),
@@ -49,13 +49,13 @@ def record(folder: Path) -> dict[str, Any]:
         (said("It is", "length"), "unfinished", "Raise --judge-max-tokens (or max_completion_tokens in --judge-extra)"),
     ],
 )
-def test_a_judge_that_finishes_nothing_is_an_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], reply: Reply, kind: str, told: str
+def test_a_judge_without_a_finished_judgement_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], reply: Reply, kind: str, expected: str
 ) -> None:
     assert judged(tmp_path, reply) == 2
     error = capsys.readouterr().err.partition("error: ")[2]
     assert error.startswith(f"--judge judge: none of the 4 judgements has a score: 4 {kind}. Its answers: 4 ")
-    assert told in error
+    assert expected in error
     assert "ends with [RESULT]" not in error
     assert record(tmp_path)["missing"]["judgements_missing"] == {
         "unparsable": 0, "no answer": 0, "pending": 0, kind: 4
@@ -63,7 +63,7 @@ def test_a_judge_that_finishes_nothing_is_an_error(
     assert f"4 {kind}" in (tmp_path / "out" / "report.md").read_text("utf-8")
 
 
-def test_one_complete_answer_of_the_judge_makes_it_a_warning(
+def test_one_complete_answer_of_the_judge_turns_the_error_into_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert judged(tmp_path, said("", "content_filter"), said("Hm."), retries=1) == 0
@@ -74,15 +74,13 @@ def test_one_complete_answer_of_the_judge_makes_it_a_warning(
     assert "ends with [RESULT]" in last
 
 
-def test_scores_that_come_at_a_further_try_are_not_warned_of(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_scores_of_a_later_attempt_raise_no_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert judged(tmp_path, said("Hm."), said("Well."), said("[RESULT] 3"), retries=2) == 0
     assert "could not be read" not in capsys.readouterr().out
     assert record(tmp_path)["score"]["scored"] == 2
 
 
-def test_a_refused_response_is_counted_as_that_and_not_as_empty(tmp_path: Path) -> None:
+def test_a_refused_response_is_not_counted_as_empty(tmp_path: Path) -> None:
     async def script(asked: Asked) -> Reply:
         if asked.body["model"] == "judge":
             return said("[RESULT] 1")
@@ -106,14 +104,14 @@ def batch_line(line: dict[str, Any], status: int, message: str = "") -> dict[str
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 404, 405, 429, 500])
-def test_an_error_that_is_not_about_a_question_leaves_it_to_be_asked(tmp_path: Path, status: int) -> None:
+def test_a_question_with_an_unrelated_error_is_asked_again(tmp_path: Path, status: int) -> None:
     question = {"custom_id": "ab", "body": {"messages": [{"content": "Is criterion 0.0 met?"}]}}
     path = write_lines(tmp_path / "errors.jsonl", [batch_line(question, status, "The model `j` does not exist")])
-    found = read_batch([path])
-    assert (len(found.errors), found.failed.total()) == (0, 1)
+    result = read_batch([path])
+    assert (len(result.errors), result.failed.total()) == (0, 1)
 
 
-def test_refused_lines_say_how_they_are_written_again_and_are(
+def test_refused_lines_are_written_again_as_the_error_advises(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert bench(tmp_path, "--batch-out", tmp_path / "first.jsonl") == 0
@@ -121,9 +119,9 @@ def test_refused_lines_say_how_they_are_written_again_and_are(
     errors = write_lines(tmp_path / "errors.jsonl", [batch_line(line, 400, "no such shape") for line in asked])
     capsys.readouterr()
     assert bench(tmp_path, "--batch-in", errors) == 2
-    told = capsys.readouterr().err
-    assert "leave out the file that holds them, and a new --batch-out writes these questions again." in told
-    assert "the same command" not in told
+    expected = capsys.readouterr().err
+    assert "leave out the file that holds them, and a new --batch-out writes these questions again." in expected
+    assert "the same command" not in expected
     assert bench(tmp_path, "--batch-out", tmp_path / "second.jsonl") == 0
     assert lines(tmp_path / "second.jsonl") == asked
     # Some refused, some answered: the warning says the same.
@@ -140,39 +138,39 @@ def test_refused_lines_say_how_they_are_written_again_and_are(
 
 
 def result(id: str, *scores: float | None, pending: int = 0) -> dict[str, Any]:
-    found = [score for score in scores if score is not None]
+    present = [score for score in scores if score is not None]
     judgements = [[{"score": None, "texts": [], "missing": "pending"}] for _ in range(pending)]
     return {
         "id": id, "system": "s", "prompt": f"prompt {id}", "judge": "j",
-        "score": sum(found) / len(found) if found else None,
+        "score": sum(present) / len(present) if present else None,
         "rubrics": [{"criteria": f"c{number}", "score": score} for number, score in enumerate(scores)],
         "answers": [{"response": "r", "judgements": judgements}],
     }  # fmt: skip
 
 
-def test_rows_are_compared_on_the_rubrics_that_both_have(tmp_path: Path) -> None:
-    one = write_lines(tmp_path / "one.jsonl", [
+def test_rows_are_compared_on_their_shared_rubrics(tmp_path: Path) -> None:
+    first = write_lines(tmp_path / "first.jsonl", [
         result("a", 5, None, None, None, pending=3), result("b", 2, 2, 2, 2), result("c", None, 5, pending=1),
     ])  # fmt: skip
     other = write_lines(tmp_path / "other.jsonl", [
         result("a", 5, 1, 1, 1), result("b", 3, 3, 3, 3), result("c", 1, None),
     ])  # fmt: skip
-    found = compare_pairwise(one, other, names=("A", "B"))
+    comparison = compare_pairwise(first, other, names=("A", "B"))
     # a: 5 and 5 on the one rubric of both; b: 2 and 3; c: no rubric of both.
-    assert found.counts == {"win of the first": 0, "win of the second": 1, "both good": 1, "both bad": 0}
-    assert (found.rows, found.without_score, found.difference.mean) == (2, 1, pytest.approx(-0.5))
-    assert found.notes[-2:] == [
+    assert comparison.counts == {"win of the first": 0, "win of the second": 1, "both good": 1, "both bad": 0}
+    assert (comparison.rows, comparison.without_score, comparison.difference.mean) == (2, 1, pytest.approx(-0.5))
+    assert comparison.notes[-2:] == [
         "A is not finished: 4 judgements pending; 1 row scored by 1 of its 2 rubrics; "
         "1 row scored by 1 of its 4 rubrics",
         "B has 1 row scored by 1 of its 2 rubrics (compared by the rubrics scored in both)",
     ]
-    assert "Skipped: 1 row without a score in one of them." in found.markdown()
+    assert "Skipped: 1 row without a score in one of them." in comparison.markdown()
 
 
-def test_an_unfinished_run_is_named_by_the_command_and_one_without_scores_is_an_error(
+def test_an_unfinished_run_is_noted_and_a_run_without_scores_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A has one rubric of the first row, B all four of them: by the rubric of both they are equal."""
+    """A has a score for one rubric of the first row, B for all four: on the shared rubric they are equal."""
     for name, given in (("a", 1), ("b", 4)):
         (tmp_path / name).mkdir()
         assert bench(tmp_path / name, "--batch-out", tmp_path / f"{name}.jsonl") == 0
@@ -181,9 +179,9 @@ def test_an_unfinished_run_is_named_by_the_command_and_one_without_scores_is_an_
         with pytest.raises(UserError, match=r"no row has a score.*is not finished: 4 judgements pending.*--batch-in"):
             read_results(tmp_path / name / "out")
         assert bench(tmp_path / name, "--batch-in", write_lines(tmp_path / f"{name}-out.jsonl", answered)) == 0
-    found = compare_results(read_results(tmp_path / "a" / "out"), read_results(tmp_path / "b" / "out"))
-    assert "bench: A is not finished: 3 judgements pending; 1 row scored by 1 of its 2 rubrics" in found.notes
-    score = next(pair for pair in found.pairs if pair.name == "score")
+    result = compare_results(read_results(tmp_path / "a" / "out"), read_results(tmp_path / "b" / "out"))
+    assert "bench: A is not finished: 3 judgements pending; 1 row scored by 1 of its 2 rubrics" in result.notes
+    score = next(pair for pair in result.pairs if pair.name == "score")
     assert (score.rows, score.difference and score.difference.mean) == (1, 0)
     # A first batch that is to be compared waits for its answers.
     against = ("--against", tmp_path / "b" / "out" / "bench_rows.jsonl")
@@ -204,7 +202,7 @@ def test_an_unfinished_run_is_named_by_the_command_and_one_without_scores_is_an_
         ("--extra", {"auth_token": "sk-1234"}, "--key-variable"),
     ],
 )
-def test_a_secret_in_a_request_field_is_refused_and_shown_nowhere(
+def test_a_secret_in_a_request_field_is_refused_and_never_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: dict[str, Any], variable: str
 ) -> None:
     data = write_lines(tmp_path / "rows.jsonl", ROWS)

@@ -1,4 +1,4 @@
-"""The prompts of the collection, how the replies of models are read, and what a message tells of its instruction."""
+"""Prompts of the collection, parsing of replies, and the share of an instruction that a message leaks."""
 
 import hashlib
 import json
@@ -42,29 +42,29 @@ ASKED = [Preference(name, sub, "p") for name, sub in zip(FOUR, ("tone", "novice"
         ("", {}),
     ],
 )
-def test_lines_are_read_in_the_forms_that_models_write(reply: str, lines: dict[str, str]) -> None:
+def test_lines_are_parsed_in_the_forms_that_models_write(reply: str, lines: dict[str, str]) -> None:
     assert prompts.parse_dimension_lines(reply, ASKED) == lines
 
 
-def test_the_last_line_of_a_cut_reply_is_not_read() -> None:
+def test_the_last_line_of_a_cut_reply_is_ignored() -> None:
     reply = "style: Dry wit\nharmlessness: Care"
     assert prompts.parse_dimension_lines(reply, ASKED, cut=True) == {"style": "Dry wit"}
     assert prompts.parse_dimension_lines("style: Dry", ASKED, cut=True) == {}
 
 
-def test_only_what_is_asked_for_is_read() -> None:
+def test_only_requested_dimensions_are_parsed() -> None:
     assert prompts.parse_dimension_lines("style: Dry wit\nharmlessness: Care", ASKED[3:]) == {"harmlessness": "Care"}
 
 
 @given(st.dictionaries(st.sampled_from(FOUR), st.from_regex(r"[A-Za-z][A-Za-z ,;.]{0,60}[a-z]", fullmatch=True)))
-def test_what_is_written_as_asked_is_read_as_it_is(texts: dict[str, str]) -> None:
+def test_a_reply_in_the_prompts_form_is_parsed_unchanged(texts: dict[str, str]) -> None:
     names = {"tone", "novice", "depth", "safety", "preference", "description", "none"}
     texts = {name: " ".join(text.split()) for name, text in texts.items() if text.strip(" .,;").casefold() not in names}
     assert prompts.parse_dimension_lines("\n".join(f"{name}: {text}" for name, text in texts.items()), ASKED) == texts
 
 
 @given(st.text())
-def test_nothing_that_a_model_writes_raises(reply: str) -> None:
+def test_no_reply_makes_the_parser_raise(reply: str) -> None:
     assert set(prompts.parse_dimension_lines(reply, ASKED)) <= set(FOUR)
     assert prompts.parse_message(reply) in reply
     assert isinstance(prompts.is_refusal(reply), bool)
@@ -85,7 +85,7 @@ def test_nothing_that_a_model_writes_raises(reply: str) -> None:
         '```\n"You are one."\n```',
     ],
 )
-def test_a_message_is_taken_out_of_what_stands_around_it(reply: str) -> None:
+def test_a_message_is_extracted_from_the_text_around_it(reply: str) -> None:
     assert prompts.parse_message(reply) == "You are one."
 
 
@@ -114,7 +114,7 @@ MESSAGE_TEXT = "You are a patient guide who explains things briefly: first the p
         "<prompt>\n{}",
     ],
 )
-def test_a_lead_in_a_note_and_a_tag_are_no_part_of_a_message(around: str) -> None:
+def test_a_lead_in_a_note_and_a_tag_are_removed_from_a_message(around: str) -> None:
     assert prompts.parse_message(around.format(MESSAGE_TEXT)) == MESSAGE_TEXT
 
 
@@ -130,7 +130,7 @@ def test_a_lead_in_a_note_and_a_tag_are_no_part_of_a_message(around: str) -> Non
         *(example.message for example in EXAMPLES),
     ],
 )
-def test_a_message_is_kept_as_it_is(message: str) -> None:
+def test_a_plain_message_is_unchanged(message: str) -> None:
     assert prompts.parse_message(message) == message
     assert prompts.is_system_message(message)
     assert not prompts.is_refusal(message)
@@ -150,11 +150,11 @@ def test_a_message_is_kept_as_it_is(message: str) -> None:
         "<<Role>>You are one.<</Role>>",
     ],
 )
-def test_what_is_no_paragraph_is_no_message(reply: str) -> None:
+def test_a_text_without_a_paragraph_is_no_message(reply: str) -> None:
     assert not prompts.is_system_message(prompts.parse_message(reply))
 
 
-def test_a_message_ends_where_a_further_turn_of_the_prompt_begins() -> None:
+def test_a_message_ends_where_an_invented_turn_begins() -> None:
     turn = prompts.STOP_PATTERNS["message"]
     for made_up in ("### Descriptions\n- The answer is short.", "### System message\nYou are a pilot.", "## User\nHi"):
         assert cut_at_stop_pattern(f"{MESSAGE_TEXT}\n\n{made_up}", turn) == MESSAGE_TEXT
@@ -170,11 +170,11 @@ def test_a_message_ends_where_a_further_turn_of_the_prompt_begins() -> None:
 @pytest.mark.parametrize(
     "reply", ['"Ahoy" is how you begin, and you end with "Bye".', '"Yes" or "no" is all you say, my "friend"']
 )
-def test_quotation_marks_that_belong_to_a_message_stay(reply: str) -> None:
+def test_quotation_marks_inside_a_message_are_kept(reply: str) -> None:
     assert prompts.parse_message(reply) == reply
 
 
-def test_refusals_are_told_from_messages() -> None:
+def test_refusals_are_distinguished_from_messages() -> None:
     for text in (
         "I'm sorry, but I can't do that.",
         "Sorry, I won’t.",
@@ -200,7 +200,7 @@ def test_refusals_are_told_from_messages() -> None:
     assert not prompts.is_refusal("Say that you are sorry whenever you can't help.")
 
 
-def test_our_examples_keep_the_rules_that_the_prompt_states() -> None:
+def test_our_examples_follow_the_rules_of_the_prompt() -> None:
     for example in EXAMPLES:
         assert 80 <= len(example.message.split()) <= 180
         assert example.message.startswith("You ")
@@ -254,11 +254,11 @@ MESSAGE = prompts.write_message(["a", "b", "c", "d"], random.Random(1))
         (prompts.screen("Q"), "Reply with one word, Yes or No."),
     ],
 )
-def test_what_the_paper_asks_for_is_asked(prompt: list[prompts.Turn], sentence: str) -> None:
+def test_the_prompts_state_the_papers_requirements(prompt: list[prompts.Turn], sentence: str) -> None:
     assert sentence in text_of(prompt)
 
 
-def test_all_rows_share_everything_before_their_own_text() -> None:
+def test_all_rows_share_the_prefix_before_their_own_text() -> None:
     assert PROPOSE[:-1] == prompts.propose("Another", drawn(("style", "format")))[:-1]
     for turns, start in (
         (PROPOSE, "Users differ"),
@@ -269,8 +269,8 @@ def test_all_rows_share_everything_before_their_own_text() -> None:
         assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2) + ["user"]
 
 
-def test_the_examples_of_preferences_keep_the_rules() -> None:
-    """Each is of the asked dimensions, of two to ten words, and shows the aspects as the hierarchy has them."""
+def test_the_examples_of_preferences_follow_the_rules() -> None:
+    """Each has the requested dimensions and two to ten words, and shows the aspects of the hierarchy."""
     for asked, reply in zip(PROPOSE[0:-1:2], PROPOSE[1:-1:2], strict=True):
         shown = re.findall(r"^- (\w+), (\w+) \((.+)\)\. Examples: (.+)$", asked["content"], re.MULTILINE)
         assert [line.partition(":")[0] for line in reply["content"].splitlines()] == [aspect[0] for aspect in shown]
@@ -286,7 +286,7 @@ def test_the_examples_of_preferences_keep_the_rules() -> None:
     assert all(2 <= len(name.split()) <= 10 for name in names)
 
 
-def test_every_description_of_ours_has_the_two_sentences_that_are_asked_for() -> None:
+def test_our_descriptions_have_the_two_sentences_that_the_prompt_asks_for() -> None:
     descriptions = [
         text for subs in HIERARCHY.values() for sub in subs.values() for text in sub.preferences.values() if text
     ]
@@ -297,7 +297,7 @@ def test_every_description_of_ours_has_the_two_sentences_that_are_asked_for() ->
 
 
 def test_another_wording_has_another_version() -> None:
-    """When this fails, raise PROMPT_VERSION and write the new digest here: results of two wordings stay apart."""
+    """If this fails, raise PROMPT_VERSION and write the new digest here, to keep results of two wordings apart."""
     everything = (
         [PROPOSE, prompts.describe(ASKED, {name: {} for name in FOUR}, random.Random(1)), MESSAGE, prompts.screen("Q")],
         [(example.descriptions, example.message) for example in EXAMPLES],
@@ -318,5 +318,5 @@ def test_another_wording_has_another_version() -> None:
         ("Über Fahrräder und rostige Ketten", "Was tun gegen rostige Ketten an Fahrräder?", 3 / 4),
     ],
 )  # fmt: skip
-def test_the_share_of_an_instruction_that_a_message_tells(message: str, instruction: str, share: float) -> None:
+def test_the_share_of_an_instruction_that_a_message_leaks(message: str, instruction: str, share: float) -> None:
     assert measure_instruction_leak(message, instruction) == pytest.approx(share)

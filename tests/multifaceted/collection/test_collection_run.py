@@ -1,4 +1,4 @@
-"""Whole runs of the collection against a scripted model: rows, pairs, what is left out, the report, kills, the command."""
+"""Complete runs of the collection against a scripted model: rows, pairs, dropped sets, report, kills, the command."""
 
 import asyncio
 import json
@@ -41,7 +41,7 @@ def instruction_of(row: int) -> str:
 
 
 @pytest.mark.parametrize(("faulty", "count"), [(False, 70), (True, 20)])
-def test_rows_pairs_and_report_are_what_a_plain_loop_makes_of_them(tmp_path: Path, faulty: bool, count: int) -> None:
+def test_rows_pairs_and_report_equal_those_of_a_plain_loop(tmp_path: Path, faulty: bool, count: int) -> None:
     author, wanted = author_of(count), expected(count)
     run_with(author.faulty if faulty else author.answer, tmp_path, [row_of(number) for number in range(count)])
     out, source = tmp_path / "out", tmp_path / "source.jsonl"
@@ -123,7 +123,7 @@ def compare_lengths(facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> No
 
 
 def rouge(first: str, second: str) -> float:
-    """F1 of the longest common subsequence of words, by the recursion that defines it."""
+    """Return the F1 of the longest common subsequence of words, by its recursive definition."""
     left, right = (re.findall(r"\w+", text.lower()) for text in (first, second))
     row = [0] * (len(right) + 1)
     for word in left:
@@ -173,7 +173,7 @@ def compare_pairs(facts: dict[str, Any], rows: Sequence[dict[str, Any]], pairs: 
     assert len(set(places)) == 3  # no place among the siblings is preferred
 
 
-def test_kills_give_the_same_bytes_and_repeat_nothing_that_was_written_down(tmp_path: Path) -> None:
+def test_kills_give_the_same_bytes_and_repeat_no_journaled_request(tmp_path: Path) -> None:
     count, kills, rng = 45, 6, random.Random(11)
     author, wanted = author_of(count), expected(count)
     source = write_rows(tmp_path / "source.jsonl", [row_of(number) for number in range(count)])
@@ -223,7 +223,7 @@ def test_kills_give_the_same_bytes_and_repeat_nothing_that_was_written_down(tmp_
     print(f"answered twice over {kills} kills: {repeated} of {requests}")
 
 
-def test_the_trainer_reads_what_is_written_in_either_format_and_finds_its_dimensions(tmp_path: Path) -> None:
+def test_the_trainer_reads_the_rows_of_both_formats_and_finds_their_dimensions(tmp_path: Path) -> None:
     count = 40
     read, labels, pairs = [], [], []
     for format in ("jsonl", "parquet"):
@@ -272,7 +272,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=120)
 
 
-def test_the_check_reads_all_rows_and_asks_each_server_for_a_sign_of_life(tmp_path: Path) -> None:
+def test_the_check_reads_all_rows_and_asks_each_server_for_one_token(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "source.jsonl", [row_of(number) for number in range(20)])
     with source.open("a") as file:
         file.write('{"messages": []}\n')
@@ -295,12 +295,12 @@ def test_the_check_reads_all_rows_and_asks_each_server_for_a_sign_of_life(tmp_pa
 
 
 def answers_in(folder: Path) -> int:
-    """How many the journal holds."""
+    """Count the answers in the journal."""
     with sqlite3.connect(folder / "answers.sqlite") as connection:
         return connection.execute("SELECT count(*) FROM answers").fetchone()[0]
 
 
-def test_the_command_says_what_became_of_it_and_ctrl_c_keeps_what_was_answered(tmp_path: Path) -> None:
+def test_the_command_prints_a_summary_and_ctrl_c_keeps_the_answers(tmp_path: Path) -> None:
     count = 25
     author = author_of(count)
     source = write_rows(tmp_path / "source.jsonl", [row_of(number) for number in range(count)])
@@ -358,7 +358,7 @@ def test_the_command_says_what_became_of_it_and_ctrl_c_keeps_what_was_answered(t
         ("servers.0.base_url=localhost", "base_url 'localhost' is not a URL: write it like http://localhost:8000/v1."),
     ],
 )
-def test_what_the_user_can_mend_is_one_error(
+def test_invalid_configurations_are_one_error(
     tmp_path: Path, change: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sys.path.insert(0, str(SCRIPT.parent))
@@ -384,8 +384,8 @@ def test_what_the_user_can_mend_is_one_error(
 
 
 @pytest.mark.parametrize("screened", [False, True])
-def test_the_servers_own_words_are_told_where_it_refused_everything(tmp_path: Path, screened: bool) -> None:
-    """Whether each set fails, or (`filter.model`) the instruction before it has any."""
+def test_the_servers_errors_are_shown_if_it_refused_everything(tmp_path: Path, screened: bool) -> None:
+    """Each set fails, or with `filter.model` the instruction before its sets."""
 
     async def script(asked: Asked) -> Reply:
         return error(400, f"request {asked.number}: no number | that this model takes " + "and so on " * 60)
@@ -411,8 +411,8 @@ def test_the_servers_own_words_are_told_where_it_refused_everything(tmp_path: Pa
 
 
 @pytest.mark.parametrize("said_of_message", [None, "<think>hm"])
-def test_a_run_that_writes_no_row_says_where_they_went(tmp_path: Path, said_of_message: str | None) -> None:
-    """Rows that can't be read, and instructions whose sets are all lost; however often it is started."""
+def test_a_run_without_a_written_row_is_an_error_with_the_reasons(tmp_path: Path, said_of_message: str | None) -> None:
+    """With unreadable rows, and with instructions all of whose sets are dropped; at every start."""
     unreadable = said_of_message is None
     rows = [{"messages": []}, {"text": "x"}] if unreadable else [row_of(0), row_of(1)]
     source = write_rows(tmp_path / "source.jsonl", rows)
@@ -441,7 +441,7 @@ def test_a_run_that_writes_no_row_says_where_they_went(tmp_path: Path, said_of_m
 
 
 @pytest.mark.parametrize("accepted", [[], ["no_answer"], ["no_answer", "unsupported"]])
-def test_sets_and_rows_that_are_lost_end_the_run_with_2_unless_that_is_accepted(
+def test_unaccepted_losses_of_sets_and_rows_end_the_run_with_2(
     tmp_path: Path, accepted: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(SCRIPT.parent)

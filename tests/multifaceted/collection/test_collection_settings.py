@@ -1,4 +1,4 @@
-"""What each key of a collection's configuration does, and what becomes of replies that aren't as asked."""
+"""Effects of each key of a collection's configuration, and of invalid replies."""
 
 import functools
 import json
@@ -33,7 +33,7 @@ def reasons(folder: Path) -> list[tuple[int | None, str]]:
 
 
 def first_tries_fail(stage: str, reply: Reply | str, tries: int = 1) -> Any:
-    """The first tries of a stage get another reply."""
+    """Return a reply that differs for the first tries of a stage."""
     begun: Counter[str] = Counter()
 
     def change(asked: Asked) -> Reply | str:
@@ -44,7 +44,7 @@ def first_tries_fail(stage: str, reply: Reply | str, tries: int = 1) -> Any:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_each_configuration_loads_and_names_itself_in_its_command(path: Path) -> None:
+def test_each_configuration_loads_and_its_command_names_it(path: Path) -> None:
     config = load_config(path)
     assert config.output_dir == f"outputs/collection/{path.stem}"
     assert f"scripts/collection.py --config recipes/collection/{path.name}" in path.read_text("utf-8")
@@ -52,14 +52,14 @@ def test_each_configuration_loads_and_names_itself_in_its_command(path: Path) ->
 
 
 @pytest.mark.parametrize("sets", [1, 2])
-def test_sets_per_instruction(tmp_path: Path, sets: int) -> None:
+def test_sets_per_instruction_sets_the_number_of_rows(tmp_path: Path, sets: int) -> None:
     done, asked = run_with(saying(), tmp_path, [turns(BICYCLE)], sets_per_instruction=sets)
     assert Counter(map(stage_of, asked)) == dict.fromkeys(("propose", "describe", "message", "answer"), sets)
     assert len(written(tmp_path)) == sets
     assert done.stats.pairs == (sets > 1)
 
 
-def test_preferences_from_the_hierarchy_ask_nothing_and_differ(tmp_path: Path) -> None:
+def test_preferences_from_the_hierarchy_need_no_request_and_differ(tmp_path: Path) -> None:
     rows = [turns(f"{BICYCLE} {number}") for number in range(5)]
     _, asked = run_with(saying(), tmp_path, rows, preferences="hierarchy")
     assert Counter(map(stage_of, asked)) == dict.fromkeys(("describe", "message", "answer"), 15)
@@ -89,7 +89,7 @@ def test_the_message_is_written_from_the_descriptions_alone_and_the_answer_under
         assert {turn["role"] for turn in of[stage]} == {"user", "assistant"}
 
 
-def test_a_preference_that_a_sibling_has_is_asked_again_with_those_to_avoid(tmp_path: Path) -> None:
+def test_a_siblings_preference_is_requested_again_with_preferences_to_avoid(tmp_path: Path) -> None:
     asked_again: list[str] = []
 
     def propose(asked: Asked) -> str:
@@ -111,7 +111,7 @@ def test_a_preference_that_a_sibling_has_is_asked_again_with_those_to_avoid(tmp_
     assert done.stats.events["preferences: the same as a sibling's, of some or all dimensions"] == 2
 
 
-def test_a_sibling_that_never_differs_is_left_out(tmp_path: Path) -> None:
+def test_a_sibling_that_never_differs_is_dropped(tmp_path: Path) -> None:
     reply = "style: A\nbackground_knowledge: B\ninformativeness: C\nharmlessness: D"
     run_with(saying(propose=reply), tmp_path, [turns(BICYCLE)])
     assert len(written(tmp_path)) == 1
@@ -147,12 +147,12 @@ FAULTS: list[tuple[str, Reply | str, str]] = [
     ("describe", said(None, "SPII"), "descriptions: refused"),
     ("answer", Reply(400, {"error": {"message": "too long a prompt"}}), "no answer from the model"),
 ]
-"""What a stage gets, and what the report says of it. The instruction's mark tells which."""
+"""Reply of a stage, and its event in the report. The instruction's mark tells which."""
 
 
 @pytest.mark.parametrize(("tries", "retries"), [(1, 0), (2, 2), (3, 2)])
-def test_what_is_lost_and_what_a_retry_saves(tmp_path: Path, tries: int, retries: int) -> None:
-    """Each fault in so many tries of the stage that it belongs to, one instruction for each."""
+def test_sets_that_are_dropped_and_sets_that_a_retry_saves(tmp_path: Path, tries: int, retries: int) -> None:
+    """Each error in this many tries of its stage, one instruction per error."""
     seen: Counter[tuple[int, str]] = Counter()
 
     async def script(asked: Asked) -> Reply:
@@ -173,7 +173,7 @@ def test_what_is_lost_and_what_a_retry_saves(tmp_path: Path, tries: int, retries
         assert seen[number, stage] == (1 if hopeless else tries + (not lost))
 
 
-def test_what_servers_leave_in_a_reply_is_no_part_of_any_row(tmp_path: Path) -> None:
+def test_control_tokens_and_reasoning_of_servers_are_in_no_row(tmp_path: Path) -> None:
     def leaky(asked: Asked) -> str:
         analysis = "<|channel|>analysis<|message|>style: Hm.<|end|><|start|>assistant<|channel|>final<|message|>"
         return f"{analysis}{good_everything(asked)}<|return|>"
@@ -197,8 +197,8 @@ def test_a_cut_answer_may_be_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("leak", "kept"), [(0.75, 0), (0.8, 3), (None, 3)])
-def test_a_message_that_tells_what_the_instruction_is_about(tmp_path: Path, leak: float | None, kept: int) -> None:
-    """Of matter, rusty, bicycle and chain it holds three."""
+def test_a_message_that_leaks_the_instruction_is_generated_again(tmp_path: Path, leak: float | None, kept: int) -> None:
+    """It has three of matter, rusty, bicycle and chain."""
 
     def message(asked: Asked) -> str:
         return f"You are {asked.number}, and mend a Rusty bicycle chain: bicycle after bicycle."
@@ -208,7 +208,7 @@ def test_a_message_that_tells_what_the_instruction_is_about(tmp_path: Path, leak
 
 
 @pytest.mark.parametrize(("choice", "kept"), [("keep", 2), ("drop_instruction", 0)])
-def test_an_instruction_that_lost_a_set(tmp_path: Path, choice: str, kept: int) -> None:
+def test_an_instruction_with_a_dropped_set_follows_on_lost_set(tmp_path: Path, choice: str, kept: int) -> None:
     lost = first_tries_fail("answer", said("", refusal="No."), tries=2)
     rows = [turns(BICYCLE)]
     _, asked = run_with(saying(**lost), tmp_path, rows, on_lost_set=choice, retries=1)
@@ -221,7 +221,7 @@ def test_an_instruction_that_lost_a_set(tmp_path: Path, choice: str, kept: int) 
 
 
 @pytest.mark.parametrize(("pairs", "count"), [("one", 1), ("all", 6), ("none", 0)])
-def test_pairs(tmp_path: Path, pairs: str, count: int) -> None:
+def test_number_of_pairs(tmp_path: Path, pairs: str, count: int) -> None:
     run_with(saying(), tmp_path, [turns(BICYCLE)], pairs=pairs)
     answers = {row["system"]: row["output"] for row in written(tmp_path)}
     if pairs == "none":
@@ -235,7 +235,7 @@ def test_pairs(tmp_path: Path, pairs: str, count: int) -> None:
     assert written(tmp_path, "pairs/rows.jsonl") == []  # those of the run before are gone
 
 
-def test_the_model_as_second_filter(tmp_path: Path) -> None:
+def test_the_model_as_a_second_filter(tmp_path: Path) -> None:
     def screen(asked: Asked) -> str:
         return "**Yes**, it does." if "yes please" in asked.prompt else "Hm." if "hm please" in asked.prompt else "No"
 
@@ -267,7 +267,7 @@ def test_rules_of_the_filter_can_be_chosen(tmp_path: Path) -> None:
     assert len(written(tmp_path)) == 2
 
 
-def test_duplicates(tmp_path: Path) -> None:
+def test_duplicates_are_dropped(tmp_path: Path) -> None:
     rows = [
         turns("What is  Rum?"), turns("what is rum"), turns("What is 2^2?"), turns("What is 2²?"),
         turns(f"{BICYCLE} It squeaks whenever I ride to the market in the rain."),
@@ -281,7 +281,7 @@ def test_duplicates(tmp_path: Path) -> None:
     assert len(written(tmp_path)) == 4
 
 
-def test_instructions_come_from_any_row_and_carry_their_sources(tmp_path: Path) -> None:
+def test_instructions_come_from_rows_of_any_format_with_their_sources(tmp_path: Path) -> None:
     call = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
     rows = [
         {"system": "Be brief.", "prompt": "one", "output": "x", "main_source": "Nectar", "original_source": "sharegpt"},
@@ -391,8 +391,8 @@ EMPTY_ANSWERS: dict[str, tuple[dict[str, Any], Callable[[Any], dict[str, Any]]]]
 @pytest.mark.parametrize("answer", ["", " \n\t", None], ids=repr)
 @pytest.mark.parametrize("first", ["whole", "empty"])
 @pytest.mark.parametrize("form", EMPTY_ANSWERS)
-def test_an_answer_of_nothing_or_blanks_is_as_good_as_none(tmp_path: Path, form: str, first: str, answer: Any) -> None:
-    """In every format, whether the first row, which tells the format, has an answer or not."""
+def test_an_empty_or_blank_answer_is_treated_as_missing(tmp_path: Path, form: str, first: str, answer: Any) -> None:
+    """In every format, whether or not the first row, which determines the format, has an answer."""
     whole, make_empty = EMPTY_ANSWERS[form]
     empty = make_empty(answer)
     rows = [whole, empty] if first == "whole" else [empty, empty]
@@ -410,7 +410,7 @@ def test_an_answer_of_nothing_or_blanks_is_as_good_as_none(tmp_path: Path, form:
     assert all(isinstance(row, RowError) for row in read[first == "whole" :])
 
 
-def test_what_asks_nothing_is_still_left_out(tmp_path: Path) -> None:
+def test_rows_without_an_instruction_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     turns_of = [[{"role": "user", "content": " "}], [{"role": "assistant", "content": ""}], []]
     path.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in turns_of), encoding="utf-8")
@@ -423,7 +423,7 @@ def test_what_asks_nothing_is_still_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["prompt", "instruction", "question"])
-def test_a_first_row_without_its_instruction_is_left_out_and_hides_no_others(tmp_path: Path, column: str) -> None:
+def test_a_first_row_without_an_instruction_is_dropped_and_the_others_are_read(tmp_path: Path, column: str) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [{column: None}, {column: "Why is the sky blue?"}, {column: None}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -432,12 +432,12 @@ def test_a_first_row_without_its_instruction_is_left_out_and_hides_no_others(tmp
     assert all((instruction.reason or "").startswith("can't be read: ") for instruction in instructions[::2])
 
 
-def test_a_hierarchy_that_is_not_there_is_called_one(tmp_path: Path) -> None:
+def test_a_missing_hierarchy_file_is_called_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"hierarchy.file: .*mine.yaml: there is no such file"):
         load_hierarchy(tmp_path / "mine.yaml")
 
 
-def test_a_hierarchy_of_ones_own(tmp_path: Path) -> None:
+def test_a_user_hierarchy_replaces_ours(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text(
         "".join(f"{name}:\n  only:\n    meaning: all\n    preferences: [A {name}, B {name}]\n" for name in FOUR)
@@ -452,7 +452,7 @@ def test_a_hierarchy_of_ones_own(tmp_path: Path) -> None:
         run_with(saying(), tmp_path, [turns(BICYCLE)], **settings)
 
 
-def test_a_run_that_would_read_what_it_writes_is_refused(tmp_path: Path) -> None:
+def test_a_run_that_would_overwrite_its_source_is_an_error(tmp_path: Path) -> None:
     run_with(saying(), tmp_path, [turns(BICYCLE)])
     before = (tmp_path / "out" / "data" / "rows.jsonl").read_bytes()
     source = {"sources": [{"path": str(tmp_path / "out" / "data")}]}
@@ -463,7 +463,7 @@ def test_a_run_that_would_read_what_it_writes_is_refused(tmp_path: Path) -> None
         run_with(saying(), tmp_path, [turns(BICYCLE)], output={"format": "parquet"})
 
 
-def test_another_setting_asks_only_what_depends_on_it(tmp_path: Path) -> None:
+def test_a_changed_setting_repeats_only_dependent_requests(tmp_path: Path) -> None:
     rows = [turns(f"{BICYCLE} {number}") for number in range(4)]
 
     def plain(asked: Asked) -> str:
@@ -479,11 +479,11 @@ def test_another_setting_asks_only_what_depends_on_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["propose", "describe", "message"])
-def test_an_empty_answer_that_a_retry_made_up_for_changes_no_row_later(
+def test_an_empty_answer_followed_by_a_retry_changes_no_later_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     """The second set of the instruction gets an empty answer, and its retry names other preferences to avoid."""
-    impatient = functools.partial(Client, attempts=2, backoff=Backoff(first=0.001, longest=0.002))
+    impatient = functools.partial(Client, attempts=2, backoff=Backoff(initial=0.001, longest=0.002))
     monkeypatch.setattr("train.datagen.run.Client", impatient)
     seen: Counter[str] = Counter()
 

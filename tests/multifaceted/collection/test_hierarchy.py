@@ -1,4 +1,4 @@
-"""The hierarchy, its faults, and the balanced plan."""
+"""Hierarchy of preferences: files, their errors, and the balanced plan."""
 
 from collections import Counter
 from pathlib import Path
@@ -14,7 +14,7 @@ from train.multifaceted.collection.hierarchy import DIMENSIONS, OURS, Preference
 
 
 def hierarchy_of(sizes: list[int], preferences: int = 4) -> dict[str, dict[str, SubDimension]]:
-    """Dimensions with so many sub-dimensions."""
+    """Return a hierarchy with these numbers of sub-dimensions."""
     return {
         dimension: {
             f"s{number}": SubDimension(
@@ -39,7 +39,7 @@ def test_counts_differ_by_one_at_most_and_siblings_differ(
 ) -> None:
     plan = PreferencePlan(hierarchy_of(sizes, 6), sets, seed)
     numbers = list(range(count))
-    order.shuffle(numbers)  # whatever order they are asked for in
+    order.shuffle(numbers)  # in any order of calls
     planned_sets = {number: plan.sets_of(number) for number in numbers}
     second_plan = PreferencePlan(hierarchy_of(sizes, 6), sets, seed)
     assert planned_sets == {number: second_plan.sets_of(number) for number in range(count)}
@@ -50,7 +50,7 @@ def test_counts_differ_by_one_at_most_and_siblings_differ(
             planned = [preference_set[place] for preference_set in planned_sets[number]]
             names = Counter(part.sub.name for part in planned)
             assert len({part.preference for part in planned}) == sets  # all siblings differ
-            assert max(names.values()) - min(names[name] for name in counts) <= 1  # as rarely shared as can be
+            assert max(names.values()) - min(names[name] for name in counts) <= 1  # shared as rarely as possible
             for part in planned:
                 counts[part.sub.name] += 1
                 preferences[part.sub.name][part.preference] += 1
@@ -62,8 +62,8 @@ def test_counts_differ_by_one_at_most_and_siblings_differ(
             assert max(times.values(), default=0) - min(times[f"{name[1:]} p{index}"] for index in range(6)) <= 1
 
 
-def test_pairs_of_sub_dimensions_are_not_tied_to_each_other() -> None:
-    """Every combination of two dimensions' sub-dimensions comes up, about equally often."""
+def test_sub_dimensions_of_two_dimensions_are_independent() -> None:
+    """Every combination of the sub-dimensions of two dimensions occurs, about equally often."""
     plan = PreferencePlan(load_hierarchy(), 3, 42)
     together = Counter(
         (preference_set[0].sub.name, preference_set[3].sub.name)
@@ -79,7 +79,7 @@ def test_pairs_of_sub_dimensions_are_not_tied_to_each_other() -> None:
     ]
 
 
-def test_our_hierarchy_has_the_sub_dimensions_of_the_hub_set() -> None:
+def test_our_hierarchy_has_the_sub_dimensions_of_the_published_data_set() -> None:
     ours = load_hierarchy()
     assert {dimension: set(subs) for dimension, subs in ours.items()} == {
         "style": {"conciseness", "vividness", "clarity", "format", "tone"},
@@ -95,7 +95,7 @@ def test_our_hierarchy_has_the_sub_dimensions_of_the_hub_set() -> None:
             assert sum(text is not None for text in sub.preferences.values()) >= 2
 
 
-def test_a_file_adds_to_ours_or_takes_its_place(tmp_path: Path) -> None:
+def test_a_file_extends_or_replaces_ours(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
         "style:\n"
@@ -133,7 +133,7 @@ def _alone(folder: Path) -> Path:
     ("text", "message"),
     [
         ("styel:\n  a: {meaning: m, preferences: [x]}", "1: styel: unknown dimension. Allowed: style, background_knowledge, informativeness, harmlessness. Did you mean `style`?"),
-        ("style: [a, b]", "1: style: found a list of 2. Allowed: sub-dimensions by their names."),
+        ("style: [a, b]", "1: style: found a list of 2. Allowed: sub-dimensions by name."),
         ("style:\n  new: {preferences: [x]}", "2: style.new.meaning: missing. Say in a few words what it is about: the model sees it."),
         ("style:\n  new: {meaning: m}", "2: style.new.preferences: missing. Name at least one"),
         ("style:\n  new: {meaning: m, preferences: {}}", "2: style.new.preferences: found a section. Name at least one"),
@@ -144,11 +144,11 @@ def _alone(folder: Path) -> Path:
         ("style:\n  new: {meaning: m, preferences: ['dry WIT']}", "style.new.preferences.dry WIT: is also in tone, apart from blanks and punctuation."),
         ("style:\n  new:\n    meaning: m\n    preferences:\n      Ab c:\n      ab c!:", "style.new.preferences.ab c!: is also here"),
         ("style:\n  tone:\n  tone:", "given twice, first in"),
-        ("", "empty. It must have at least the keys style"),
+        ("", "empty. Required keys: style"),
         ("a: b: c", "not valid YAML"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_file_is_told_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+def test_errors_in_a_file_are_reported_with_their_lines(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as failure:
@@ -157,7 +157,7 @@ def test_what_is_wrong_with_a_file_is_told_with_its_line(tmp_path: Path, text: s
     assert "mine.yaml" in str(failure.value)
 
 
-def test_too_few_preferences_for_sets_that_differ() -> None:
+def test_too_few_preferences_for_different_sets_are_an_error() -> None:
     with pytest.raises(
         UserError, match=r"7 sets of an instruction take 4 different preferences of harmlessness.s0, which has 3"
     ):

@@ -1,4 +1,4 @@
-"""Which instructions are told to state a style or format, and which aren't."""
+"""Style filter: instructions that state a style or format, and instructions that do not."""
 
 import pytest
 
@@ -42,7 +42,7 @@ STATED = [
 
 
 @pytest.mark.parametrize(("kind", "instruction", "words"), STATED, ids=[text for _, text, _ in STATED])
-def test_stated(kind: str, instruction: str, words: str) -> None:
+def test_statements_that_are_found(kind: str, instruction: str, words: str) -> None:
     statements = find_style_statements(instruction)
     assert (kind, words.casefold()) in [(statement.kind, statement.words.casefold()) for statement in statements]
     without = tuple(
@@ -87,11 +87,11 @@ NOT_STATED = [
 
 
 @pytest.mark.parametrize("instruction", NOT_STATED)
-def test_not_stated(instruction: str) -> None:
+def test_instructions_without_a_statement(instruction: str) -> None:
     assert find_style_statements(instruction) == []
 
 
-def test_several_kinds_are_told_each_once_and_long_ones_cut() -> None:
+def test_several_kinds_are_found_once_each_and_long_statements_are_cut() -> None:
     statements = find_style_statements(
         f"Act as a pirate. Explain {'very ' * 20}thoroughly, in 50 words, in a formal tone, in the style of Homer."
     )
@@ -101,11 +101,11 @@ def test_several_kinds_are_told_each_once_and_long_ones_cut() -> None:
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("text", ["write a very ", "please ", "in a ", "a", "as if "])
-def test_no_text_makes_the_rules_run_for_ever(text: str) -> None:
+def test_no_text_makes_the_patterns_run_forever(text: str) -> None:
     assert find_style_statements(text * (60_000 // len(text))) == []
 
 
-def test_of_a_long_instruction_the_beginning_and_the_end_are_read() -> None:
+def test_the_beginning_and_the_end_of_a_long_instruction_are_searched() -> None:
     material = "The sea was calm that day. " * 1_000
     assert find_style_statements(material) == []
     assert [statement.words for statement in find_style_statements(f"{material}\nAnswer in one word.")] == [

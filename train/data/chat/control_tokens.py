@@ -1,12 +1,12 @@
 """Control tokens typed in a message, such as `<|im_end|>` in a user's text.
 
-A tokenizer makes a control token of such text wherever it stands, so a message could end its own turn and open another
-in any role (transformers#29279, #47822). `chat.control_tokens_in_text` says what becomes of them:
+A tokenizer makes a control token of such text wherever it is, so a message could end its own turn and open another in
+any role (transformers#29279, #47822). `chat.control_tokens_in_text` decides:
 
-- error: the row can't be trained (RowFault).
-- escape: a zero-width space (U+200B) goes in after the first character, so the text reads the same and falls into
+- error: the row can't be trained (RowError).
+- escape: a zero-width space (U+200B) is inserted after the first character, so the text reads the same and becomes
   ordinary tokens. Answers are trained in this form.
-- allow: they stay, and are control tokens in the row. For data that means them.
+- allow: the text stays, and becomes control tokens. For data that means them.
 
 A control token is one that the tokenizer marks as special. Added tokens that aren't (Qwen3's <think>, <tool_call>) are
 for messages to use. Markers that are ordinary text ([INST] in Mistral 7B v0.1, "### User:") are not found.
@@ -23,21 +23,21 @@ from train.errors import UserError
 Policy = Literal["error", "escape", "allow"]
 
 ZERO_WIDTH_SPACE = "\u200b"
-_FAULT = "control token in text, which `chat.control_tokens_in_text: escape` would break up and `allow` would keep"
+_ERROR = "control token in text, which `chat.control_tokens_in_text: escape` would break up and `allow` would keep"
 
 
 class ControlTokens:
-    """The control tokens of one tokenizer, and what becomes of them where they are typed in text."""
+    """The control tokens of one tokenizer, and the policy for those typed in text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, policy: Policy) -> None:
-        """Made once for many rows: it asks the tokenizer for all its tokens.
+        """Collect the tokenizer's control tokens, once for many rows.
 
-        Raises UserError under `escape` where the tokenizer doesn't see the zero-width space.
+        Raises UserError under `escape` if the tokenizer ignores the zero-width space.
         """
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         special = {token for token in special | set(tokenizer.all_special_tokens) if token}
         longest_first = sorted(special, key=lambda token: (-len(token), token))
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) is found nowhere
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) never matches
         self._policy = policy
         if policy == "escape":
             self._check_escape(tokenizer, longest_first)
@@ -55,10 +55,10 @@ class ControlTokens:
                 )
 
     def clean(self, messages: list[Message]) -> list[Message]:
-        """The messages as the policy wants them; the same list where nothing is to be changed.
+        """Apply the policy to messages; the same list is returned if nothing changes.
 
-        Every text but the role is looked at: contents, reasoning, the names and arguments of tool calls.
-        Raises RowFault for a control token under `error`, and under `escape` for one that can't be broken up.
+        All texts but the role are searched: contents, reasoning, names and arguments of tool calls.
+        Raises RowError for a control token under `error`, and under `escape` for one that can't be broken up.
         """
         if self._policy == "allow":
             return messages
@@ -75,11 +75,11 @@ class ControlTokens:
         return cleaned
 
     def clean_tools(self, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-        """The definitions of tools, likewise. Raises RowFault."""
+        """Apply the policy to tool definitions. Raises RowError."""
         return tools if tools is None or self._policy == "allow" else self._clean(tools, "the tools")
 
     def clean_kwargs(self, kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
-        """The variables that a row sets for the template, likewise. Raises RowFault."""
+        """Apply the policy to the variables that a row sets for the template. Raises RowError."""
         return kwargs if kwargs is None or self._policy == "allow" else self._clean(kwargs, "chat_template_kwargs")
 
     def _clean(self, value: Any, where: str) -> Any:
@@ -87,15 +87,15 @@ class ControlTokens:
             return {self._clean(key, where): self._clean(item, where) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self._clean(item, where) for item in value]
-        found = self._pattern.search(value) if isinstance(value, str) else None
-        if found is None:
+        match = self._pattern.search(value) if isinstance(value, str) else None
+        if match is None:
             return value
         if self._policy == "error":
-            raise RowError(_FAULT, f"{found[0]} in {where}")
+            raise RowError(_ERROR, f"{match[0]} in {where}")
         escaped = self._pattern.sub(lambda token: _escape(token[0]), value)
-        left = self._pattern.search(escaped)
-        if left is not None:
-            raise RowError("control token in text that can't be broken up", f"{left[0]} in {where}")
+        remaining = self._pattern.search(escaped)
+        if remaining is not None:
+            raise RowError("control token in text that can't be broken up", f"{remaining[0]} in {where}")
         return escaped
 
 
@@ -104,5 +104,5 @@ def _escape(token: str) -> str:
 
 
 def clean(tokenizer: PreTrainedTokenizerBase, messages: list[Message], policy: Policy) -> list[Message]:
-    """`ControlTokens.clean` for one conversation. Raises RowFault and UserError."""
+    """Apply `ControlTokens.clean` to one conversation. Raises RowError and UserError."""
     return ControlTokens(tokenizer, policy).clean(messages)

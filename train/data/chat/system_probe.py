@@ -1,4 +1,4 @@
-"""What a chat template does with system messages, found by rendering sentinels and never by reading the template."""
+"""Probe of a chat template's system messages, by rendering sentinels and never by reading the template."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from train.data.chat.rendering import reason
+from train.data.chat.rendering import describe_exception
 from train.data.chat.template import template_name
 from train.errors import UserError
 
@@ -16,10 +16,10 @@ Handling = Literal["turn", "merged", "ignored", "raises"]
 Middle = Literal["turn", "merged", "moved", "ignored", "raises"]
 Messages = list[dict[str, Any]]
 
-# Characters for private use at both ends: no template writes them, and no default begins or ends with them.
 SYSTEM, OTHER_SYSTEM, QUESTION, ANSWER, NEXT_QUESTION, NEXT_ANSWER = (
     f"\ue000{word}\ue001" for word in ("system", "other", "question", "answer", "next question", "next answer")
 )
+"""Sentinels between private-use characters: no template writes them, and no default begins or ends with them."""
 EXCHANGES: Messages = [
     {"role": "user", "content": QUESTION},
     {"role": "assistant", "content": ANSWER},
@@ -34,22 +34,23 @@ _CONTROL = re.compile(r"<[|｜]?[^<>\s]+[|｜]?>|\[/?\w+\]")
 _ROLE_WORD = re.compile(r"\b(?:system|developer)\b", re.IGNORECASE)
 
 
-class Refused(Exception):  # noqa: N818 - a finding, not a fault
-    """The template raised; with its words."""
+class Refused(Exception):  # noqa: N818 - a result of probing, not an error of the program
+    """The template raised an exception, whose text this holds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What a template does with system messages.
+    """How a template handles system messages.
 
-    `handling`: a system message at the start is a turn of its own, is merged into a user turn (`merged_into`: which
-    one of several), is ignored, or makes the template raise (`refusal`: its words).
-    `default`: text that the template puts in the place of a system message that isn't there.
-    `header`: text that it writes before the first user turn of every conversation, such as Llama 3.1's dates.
-    `dated`: the render depends on the day it is made.
-    `mid_conversation`: what becomes of a system message between two exchanges; moved: to the front.
-    `two_in_a_row`: both are kept, or one is lost. `empty`: an empty one renders as none does, or differs from that.
-    `contents_are_parts`: the template renders contents that are lists of parts and loses those that are text.
+    - `handling`: a system message at the start is a turn of its own, is merged into a user turn (`merged_into`: which
+      one of several), is ignored, or makes the template raise (`refusal`: its text).
+    - `default`: text that the template writes in place of a missing system message.
+    - `header`: text that it writes before the first user turn of every conversation, such as Llama 3.1's dates.
+    - `dated`: the render depends on today's date.
+    - `mid_conversation`: the same for a system message between two exchanges; moved: to the front.
+    - `two_in_a_row`: both are kept, or one is lost.
+    - `empty`: an empty one renders as none does, or differs.
+    - `contents_are_parts`: the template renders contents that are lists of parts and loses plain texts.
     """
 
     handling: Handling
@@ -64,22 +65,22 @@ class Probe:
     contents_are_parts: bool
 
     def describe(self) -> list[str]:
-        """What the template does without our help, as sentences, what matters most first."""
-        how = {
+        """Return sentences about the template as it is, the most important first."""
+        handling = {
             "turn": "writes a system message as a turn of its own",
             "merged": f"writes a system message into the {self.merged_into} user turn",
             "ignored": "IGNORES system messages: their text is not in the render",
             "raises": f"refuses system messages: {self.refusal}",
         }[self.handling]
-        sentences = [f"Without our help the template {how}."]
+        sentences = [f"The unmodified template {handling}."]
         if self.default is not None:
-            sentences.append(f"To a conversation without one it would add its own: {self.default!r}.")
+            sentences.append(f"To a conversation without one it adds its own: {self.default!r}.")
         if self.contents_are_parts:
             sentences.append("It renders contents that are lists of parts only, and loses contents that are text.")
         return sentences
 
-    def describe_settled(self) -> list[str]:
-        """The same of a template that trains: where system messages stand in its rows."""
+    def describe_training(self) -> list[str]:
+        """Return sentences about the positions of system messages in training rows."""
         sentences = [
             {
                 "turn": "A system message is a turn of its own.",
@@ -100,10 +101,10 @@ class Probe:
                     "raises": "One in the middle of a conversation is refused.",
                 }[self.mid_conversation]
             )
-            if self.two_in_a_row != "kept":
-                sentences.append(
-                    f"Of two in a row {'one is LOST' if self.two_in_a_row == 'lost' else 'none is taken'}."
-                )
+            if self.two_in_a_row == "lost":
+                sentences.append("Of two in a row one is LOST.")
+            elif self.two_in_a_row == "raises":
+                sentences.append("Two in a row are refused.")
         return sentences
 
 
@@ -111,9 +112,11 @@ class Probe:
 class Turns:
     """How a template writes a conversation without a system message.
 
-    `plain`: the whole render of `EXCHANGES`. `bos`: the BOS token that it begins with, or nothing. `head`: what else
-    stands before the first user turn. `opening`: what stands before a user's text, in the first turn as in later ones.
-    `in_parts`: the template wants contents as lists of parts.
+    - `plain`: the render of `EXCHANGES`.
+    - `bos`: the BOS token that it begins with, or "".
+    - `head`: the other text before the first user turn.
+    - `opening`: the text before a user's text, the same in all turns.
+    - `in_parts`: the template takes contents as lists of parts.
     """
 
     plain: str
@@ -124,7 +127,7 @@ class Turns:
 
 
 def system(text: str = SYSTEM) -> Messages:
-    """A conversation of one system message."""
+    """Return a conversation of one system message."""
     return [{"role": "system", "content": text}]
 
 
@@ -137,7 +140,7 @@ def render_text(
     tools: list[dict[str, Any]] | None = None,
     add_generation_prompt: bool = False,
 ) -> str:
-    """The text of a conversation, under the tokenizer's template or another. Raises Refused."""
+    """Return the text of a conversation under the tokenizer's template or another. Raises Refused."""
     if in_parts:
         messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
     try:
@@ -148,15 +151,15 @@ def render_text(
             add_generation_prompt=add_generation_prompt,
             **tokenizer.special_tokens_map,
         )
-    except Exception as fault:  # a template is a program: it can fail in any way
-        raise Refused(reason(fault)) from fault
+    except Exception as error:  # a template is a program: it can fail in any way
+        raise Refused(describe_exception(error)) from error
     return str(texts[0])
 
 
 def probe(tokenizer: PreTrainedTokenizerBase) -> Probe:
-    """What the tokenizer's template does with system messages.
+    """Probe how the tokenizer's template handles system messages.
 
-    Raises UserError where the template can't render two questions and answers without any.
+    Raises UserError if the template can't render two questions and answers without one.
     """
     turns = find_turns(tokenizer)
 
@@ -177,21 +180,21 @@ def probe(tokenizer: PreTrainedTokenizerBase) -> Probe:
         refusal=str(text) if isinstance(text, Refused) else None,
         merged_into=merged_into,
         default=default,
-        header=_words(turns.head.replace(default, "", 1) if default else turns.head),
+        header=_strip_control_tokens(turns.head.replace(default, "", 1) if default else turns.head),
         dated="strftime_now" in str(tokenizer.chat_template),
         mid_conversation=_middle(attempt(EXCHANGES[:2] + system() + EXCHANGES[2:]), turns),
         two_in_a_row=_pair(pair),
         empty="raises"
         if isinstance(empty, Refused)
         else "absent"
-        if _unnumbered(empty) == _unnumbered(turns.plain)
+        if _mask_digits(empty) == _mask_digits(turns.plain)
         else "differs",
         contents_are_parts=turns.in_parts,
     )
 
 
 def find_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
-    """How the tokenizer's template writes turns. Raises UserError where it loses one of a plain conversation."""
+    """Probe how the tokenizer's template writes turns. Raises UserError if it loses one of a plain conversation."""
     refusal: str | None = None
     lost: list[str] = []
     for in_parts in (False, True):
@@ -206,9 +209,9 @@ def find_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
             break
         lost = lost or missing
     else:
-        what, why = ("refuses", refusal) if refusal else ("loses messages of", f"{', '.join(lost)}: not as written")
+        verb, reason = ("refuses", refusal) if refusal else ("loses messages of", f"{', '.join(lost)}: not as written")
         raise UserError(
-            f"chat.template: {template_name(tokenizer)} {what} a conversation of two questions and answers ({why}). "
+            f"chat.template: {template_name(tokenizer)} {verb} a conversation of two questions and answers ({reason}). "
             "Name another template."
         )
     before, _, rest = plain.partition(QUESTION)
@@ -216,34 +219,34 @@ def find_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
     opening = between.removeprefix(after_answer)
     bos = tokenizer.bos_token or ""
     if not before.startswith(bos) or opening.startswith(bos):
-        bos = ""  # also where it begins every turn, as SmolLM2's does
+        bos = ""  # also if it begins every turn, as SmolLM2's does
     before = before.removeprefix(bos)
-    shared = common_end(_unnumbered(before), _unnumbered(opening))
-    if not shared.strip() and opening.strip():  # a default stands in the first user turn, behind its opening
-        head = before[: max(0, _unnumbered(before).rfind(_unnumbered(opening)))]
+    shared = common_end(_mask_digits(before), _mask_digits(opening))
+    if not shared.strip() and opening.strip():  # a default in the first user turn, after its opening
+        head = before[: max(0, _mask_digits(before).rfind(_mask_digits(opening)))]
     else:
         head = before[: len(before) - len(shared)]
         opening = before[len(head) :]
     return Turns(plain, bos, head, opening, in_parts)
 
 
-def common_end(one: str, other: str) -> str:
-    """The longest text that both end with."""
-    return one[len(one) - _same_start(one[::-1], other[::-1]) :]
+def common_end(first: str, second: str) -> str:
+    """Return the longest text that both end with."""
+    return first[len(first) - _common_length(first[::-1], second[::-1]) :]
 
 
-def _unnumbered(text: str) -> str:
-    """`text` with one digit for all: turns that are numbered, and clocks that go on, say the same twice."""
+def _mask_digits(text: str) -> str:
+    """Return `text` with all digits as 0, so that numbered turns and clocks compare equal."""
     return _DIGIT.sub("0", text)
 
 
-def _same_start(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+def _common_length(first: str, second: str) -> int:
+    """Return the length of the longest text that both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _handling(text: str | Refused, turns: Turns) -> tuple[Handling, Literal["first", "last"] | None]:
-    """What became of a system message before `EXCHANGES`."""
+    """Return how a system message before `EXCHANGES` was handled."""
     if isinstance(text, Refused):
         return "raises", None
     if SYSTEM not in text:
@@ -255,7 +258,7 @@ def _handling(text: str | Refused, turns: Turns) -> tuple[Handling, Literal["fir
 
 
 def _middle(text: str | Refused, turns: Turns) -> Middle:
-    """What became of a system message between the two of `EXCHANGES`."""
+    """Return how a system message between the two of `EXCHANGES` was handled."""
     if isinstance(text, Refused):
         return "raises"
     if SYSTEM not in text:
@@ -267,21 +270,21 @@ def _middle(text: str | Refused, turns: Turns) -> Middle:
 
 
 def _pair(text: str | Refused) -> Literal["kept", "lost", "raises"]:
-    """What became of two system messages at the start."""
+    """Return how two system messages at the start were handled."""
     if isinstance(text, Refused):
         return "raises"
     return "kept" if SYSTEM in text and OTHER_SYSTEM in text else "lost"
 
 
 def _opens_turn(gap: str, turns: Turns) -> bool:
-    """Whether a user turn begins in the text between a system message and a user's text."""
-    return _unnumbered(turns.opening).strip() in _unnumbered(gap)
+    """Return whether a user turn begins in the text between a system message and a user's text."""
+    return _mask_digits(turns.opening).strip() in _mask_digits(gap)
 
 
 def _injected(plain: str, with_system: str) -> str | None:
-    """What stands in the place of the system message in the render without one.
+    """Return the text in place of the system message in the render without one, or None.
 
-    That place lies between two messages, or before the first one: what the renders differ in elsewhere is no default.
+    It lies between two messages, or before the first one: a difference elsewhere is not a default.
     """
     before, _, after = with_system.partition(SYSTEM)
     behind = next((end for end in (QUESTION, ANSWER, NEXT_QUESTION, NEXT_ANSWER) if end in after), None)
@@ -290,13 +293,13 @@ def _injected(plain: str, with_system: str) -> str | None:
     gap = gap.rpartition(front)[2] if front else gap
     given = before.rpartition(front)[2] if front else before
     given += SYSTEM + (after.partition(behind)[0] if behind else after)
-    start = _same_start(_unnumbered(gap), _unnumbered(given))
-    end = len(gap) - len(common_end(_unnumbered(gap[start:]), _unnumbered(given[start:])))
+    start = _common_length(_mask_digits(gap), _mask_digits(given))
+    end = len(gap) - len(common_end(_mask_digits(gap[start:]), _mask_digits(given[start:])))
     return gap[start:end].strip() or None
 
 
-def _words(head: str) -> str | None:
-    """What `head` says beside control tokens and the name of the role."""
+def _strip_control_tokens(head: str) -> str | None:
+    """Return the text of `head` without control tokens and the name of the role, or None."""
     text = _CONTROL.sub("\n", head).strip()
     if not re.search(r"\w", _ROLE_WORD.sub("", text)):
         return None

@@ -1,25 +1,25 @@
-"""What the recipe wants done with system messages, written into the chat template.
+"""System roles: the recipe's policy for system messages, written into the chat template.
 
-`chat.system_role` and `chat.default_system` become part of the template's own text, so that training, evaluation and
-serving all render one thing and the saved tokenizer carries what was chosen:
+`chat.system_role` and `chat.default_system` become part of the template's text. So training, evaluation and serving
+render the same, and the saved tokenizer carries the policy:
 
 | system_role     | a system message at the start           | a later one                                       |
 |-----------------|-----------------------------------------|---------------------------------------------------|
 | native          | as the template writes it               | as the template writes it                         |
-| merge_into_user | in the first user turn, before its text | in the user turn that follows it; refused where   |
-|                 | and a blank line                        | another turn, or none, comes first                |
-| turn            | native where that is a turn of its own; | native where that is; else refused                |
-|                 | else a turn made like the user's        |                                                   |
+| merge_into_user | in the first user turn, before its text | in the user turn that follows it; refused if      |
+|                 | and a blank line                        | another turn, or none, follows                    |
+| turn            | native if that is a turn of its own;    | native if that is; else refused                   |
+|                 | else a turn like the user's             |                                                   |
 | error           | refused                                 | refused                                           |
 
 Several in a row are joined by a blank line (native: as the template does it). Empty and blank ones count as absent
-(native without default_system: the template sees them; rows that `formats` reads have none). A conversation that
-doesn't begin with a system message gets `default_system`, where one is set, as if it stood there.
+(native without default_system: the template gets them; rows that `formats` reads have none). A conversation that
+doesn't begin with a system message gets `default_system`, if it is set, as its first message.
 
-A default of the template's own stays under native and error unless `default_system` takes its place; "" removes it.
-Under merge_into_user and a derived turn it is removed always, as it would stand beside the row's own message.
+A default of the template's own stays under native and error unless `default_system` replaces it; "" removes it. Under
+merge_into_user and a derived turn it is always removed, as it would be added to the row's own message.
 
-Refusals are the template's (`raise_exception`), so they hold where the model is served, too. Why any of this:
+The template itself refuses (`raise_exception`), so refusals hold where the model is served, too. Reasons for all this:
 LLaMA-Factory#8217, #7592, ms-swift#2328, QwenLM/Qwen3#1141 (system messages dropped, refused or invented). The derived
 turn is what SYSGEN did for Gemma-2 (Jeong et al. 2025, arXiv:2502.11330).
 """
@@ -62,9 +62,9 @@ _TOOLS = [
     }
 ]
 
-# The pieces that go before a template. What they need is kept to plain Jinja that servers other than transformers know.
-# The text of `message`, also where it comes as a list of parts. No loop goes over the parts: from one vLLM would
-# conclude that the template wants parts, and give it nothing else.
+# The pieces below precede a template. They use only Jinja that servers other than transformers know.
+# _TEXT is the text of `message`, also of a list of parts. There is no loop over the parts: vLLM would conclude from it
+# that the template takes parts, and pass nothing else.
 _TEXT = "(message.content if message.content is string else (message.content or []) | map(attribute='text') | join)"
 _MARK = "{#- janus-sft: chat.system_role: "
 _BEGIN = """\
@@ -120,7 +120,7 @@ _MERGE = """\
     {{- raise_exception('a system message is the last, so there is no user turn
  that chat.system_role: merge_into_user could write it into') -}}
 {%- endif -%}
-""".replace("\n that", " that").replace("TEXT", _TEXT)  # a line break would be part of Jinja's string
+""".replace("\n that", " that").replace("TEXT", _TEXT)  # a line break would be part of the Jinja string
 _TURN = """\
 {%- set messages = janus.messages -%}
 {%- set janus.messages = [] -%}
@@ -139,47 +139,49 @@ _TURN = """\
     FORGET
 {%- endif -%}
 """.replace("\n at", " at").replace("TEXT", _TEXT)
-# The line break after the last tag is trimmed (trim_blocks): what follows renders as at the start of a template.
+# The line break after the last tag is trimmed (trim_blocks), so the template renders as if nothing preceded it.
 _END = "{%- set messages = janus.messages %}\n"
 
 
 def apply_system_role(
     tokenizer: PreTrainedTokenizerBase, system_role: SystemRole, default_system: str | None = None
 ) -> Probe:
-    """Write the recipe's policy into the tokenizer's template; what the template did with system messages before that.
+    """Write the recipe's policy into the tokenizer's template, and return the probe of the template before that.
 
-    Raises UserError where the template would lose system messages or can't be made to do what the recipe says.
+    Raises UserError if the template would lose system messages or the policy can't be written into it.
     """
     if system_role != "native" and str(tokenizer.chat_template).startswith(_MARK):
-        # A model trained by us before: what this recipe says takes the place of what that one said.
+        # A model that was trained by janus-sft: this recipe's policy replaces the earlier one.
         tokenizer.chat_template = tokenizer.chat_template.partition(_END)[2]
-    found = probe(tokenizer)
+    before = probe(tokenizer)
     default = default_system if default_system and default_system.strip() else None
-    as_it_is = system_role == "native" or (system_role == "turn" and found.handling == "turn")
-    if found.handling in ("ignored", "raises") and (system_role == "native" or (system_role == "error" and default)):
-        raise _loses_system_messages(tokenizer, found, system_role)
-    removed = default_system is not None and default is None
-    if removed and found.header is not None:
-        raise _cannot_remove(tokenizer, found.header)
-    if found.default is not None and (removed or not (as_it_is or system_role == "error")):
-        tokenizer.chat_template = _without_default(tokenizer, found.default)
-    if as_it_is and default is None:
-        return found
+    unchanged = system_role == "native" or (system_role == "turn" and before.handling == "turn")
+    loses = before.handling in ("ignored", "raises")
+    if loses and (system_role == "native" or (system_role == "error" and default)):
+        raise _loses_system_messages(tokenizer, before, system_role)
+    remove_default = default_system is not None and default is None
+    if remove_default and before.header is not None:
+        raise _cannot_remove(tokenizer, before.header)
+    if before.default is not None and (remove_default or not (unchanged or system_role == "error")):
+        tokenizer.chat_template = _without_default(tokenizer, before.default)
+    if unchanged and default is None:
+        return before
     policy = {"error": _REFUSE, "merge_into_user": _MERGE, "turn": "", "native": ""}[system_role]
-    if system_role == "turn" and not as_it_is:
-        policy = _turn(tokenizer)
+    if system_role == "turn" and not unchanged:
+        policy = _derive_turn(tokenizer)
     begin = _BEGIN.replace("ROLE", system_role)
-    ours = _DEFAULT.replace("DEFAULT", _quoted(default)) if default is not None else ""
-    before_template = policy + ours if system_role == "error" else ours + policy
-    tokenizer.chat_template = begin + before_template + _END + str(tokenizer.chat_template)
-    return found
+    add_default = _DEFAULT.replace("DEFAULT", _jinja_string(default)) if default is not None else ""
+    pieces = policy + add_default if system_role == "error" else add_default + policy
+    tokenizer.chat_template = begin + pieces + _END + str(tokenizer.chat_template)
+    return before
 
 
 @dataclass(frozen=True, slots=True)
 class SystemRoleEffect:
-    """What rows get of system messages, in `sentences`.
+    """How the final template handles system messages, in `sentences`.
 
-    `default`: that of conversations that have none of their own. `changed`: the template came with other ways.
+    `default`: the system message of conversations without one. `changed`: the unmodified template handles them
+    differently.
     """
 
     sentences: list[str]
@@ -188,45 +190,45 @@ class SystemRoleEffect:
 
 
 def describe_effect(tokenizer: PreTrainedTokenizerBase, before: Probe, default_system: str | None) -> SystemRoleEffect:
-    """What the settled template of `tokenizer` does, found by rendering it. `before`: what `apply_system_role` gave."""
+    """Probe the final template of `tokenizer`. `before`: the probe that `apply_system_role` returned."""
     plain = find_turns(tokenizer).plain
-    now = probe(tokenizer)
-    sentences = now.describe_settled()
+    after = probe(tokenizer)
+    sentences = after.describe_training()
     default = None
     if default_system and default_system.strip():
         default = default_system
-        place = "gets" if default.strip() in plain else "LOSES"
-        sentences.append(f"A conversation that doesn't begin with one {place} chat.default_system: {default!r}.")
+        verb = "gets" if default.strip() in plain else "LOSES"
+        sentences.append(f"A conversation that doesn't begin with one {verb} chat.default_system: {default!r}.")
     elif before.default is not None and before.default in plain:
         default = before.default
         sentences.append(f"A conversation without one gets the template's own: {default!r}.")
     else:
-        taken = "" if before.default is None else f": the template's own is taken out ({before.default!r})"
-        sentences.append(f"A conversation without one gets none{taken}.")
+        removed = "" if before.default is None else f": the template's own is removed ({before.default!r})"
+        sentences.append(f"A conversation without one gets none{removed}.")
     if before.header is not None:
         sentences.append(f"To every conversation the template adds: {before.header!r}.")
     if day := date_of(tokenizer):
         sentences.append(
-            f"It asks for today's date: rows are rendered with {day:%d %B %Y}, the day on which the run starts, "
-            "and the model that is served will see others."
+            f"It writes today's date: rows are rendered with {day:%d %B %Y}, the day on which the run starts; the "
+            "served model will see other dates."
         )
-    # A header may hold a clock, which has gone on.
-    return SystemRoleEffect(sentences, default, changed=replace(now, header=before.header) != before)
+    # A header may hold a clock, which has advanced.
+    return SystemRoleEffect(sentences, default, changed=replace(after, header=before.header) != before)
 
 
-def _turn(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The Jinja text that writes a system turn in the template's own syntax, proven by rendering.
+def _derive_turn(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return Jinja that writes a system turn in the template's own syntax, proven by rendering.
 
-    Raises UserError where no such turn can be made.
+    Raises UserError if no such turn can be made.
     """
     turns = find_turns(tokenizer)
-    opening = re.sub("user", _like_user, turns.opening, flags=re.IGNORECASE)
-    closing, trimmed = _user_turn(tokenizer, turns)
+    opening = re.sub("user", _match_case, turns.opening, flags=re.IGNORECASE)
+    closing, trimmed = _find_closing(tokenizer, turns)
     vocabulary = tokenizer.get_vocab()
     foreign = [
         token
         for token in tokenizer.get_added_vocab()
-        if token in turns.opening and re.sub("user", _like_user, token, flags=re.IGNORECASE) not in vocabulary
+        if token in turns.opening and re.sub("user", _match_case, token, flags=re.IGNORECASE) not in vocabulary
     ]
     if opening == turns.opening or foreign or not closing:
         reason = f"its user turn begins with {turns.opening!r}"
@@ -234,39 +236,40 @@ def _turn(tokenizer: PreTrainedTokenizerBase) -> str:
         raise _no_turn(tokenizer, reason)
     values = {
         "LEAD": "bos_token" if turns.bos else "''",
-        "FORGET": "{%- set bos_token = '' -%}" if turns.bos else "",  # it stands there once
-        "OPENING": _quoted(opening),
+        "FORGET": "{%- set bos_token = '' -%}" if turns.bos else "",  # BOS is written once
+        "OPENING": _jinja_string(opening),
         "WRITTEN": "janus.system | trim" if trimmed else "janus.system",
-        "CLOSING": _quoted(closing),
+        "CLOSING": _jinja_string(closing),
     }
     piece = re.sub("|".join(values), lambda name: values[name[0]], _TURN)
     template = str(tokenizer.chat_template)
     extended = _BEGIN + piece + _END + template
-    for messages, options in _trials():
+    for messages, options in _test_conversations():
         try:
             without = render_text(tokenizer, messages, in_parts=turns.in_parts, **options)
         except Refused:
             continue  # tools, where the template has none
-        wanted = turns.bos + opening + SYSTEM + closing + without.removeprefix(turns.bos)
+        expected = turns.bos + opening + SYSTEM + closing + without.removeprefix(turns.bos)
         options["template"] = extended
         try:
-            given = render_text(tokenizer, system() + messages, in_parts=turns.in_parts, **options)
-            same = (given, render_text(tokenizer, messages, in_parts=turns.in_parts, **options)) == (wanted, without)
+            with_system = render_text(tokenizer, system() + messages, in_parts=turns.in_parts, **options)
+            plain = render_text(tokenizer, messages, in_parts=turns.in_parts, **options)
+            same = (with_system, plain) == (expected, without)
         except Refused:
             same = False
         if not same:
-            raise _no_turn(tokenizer, "a turn put at the start changes what follows it")
+            raise _no_turn(tokenizer, "a turn at the start changes the text after it")
     return piece
 
 
-def _like_user(match: re.Match[str]) -> str:
-    """`system` in the case that `user` was written in."""
+def _match_case(match: re.Match[str]) -> str:
+    """Return `system` in the case of the matched `user`."""
     word = match[0]
     return "SYSTEM" if word.isupper() else "System" if word[0].isupper() else "system"
 
 
-def _user_turn(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> tuple[str, bool]:
-    """What the template writes after a user's text, and whether it trims that text. Nothing, where that is unclear."""
+def _find_closing(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> tuple[str, bool]:
+    """Return the text after a user's text ("" if unclear), and whether the template trims the user's text."""
     blanks = " \n "
     question = [{"role": "user", "content": blanks + QUESTION + blanks}]
     try:
@@ -279,29 +282,31 @@ def _user_turn(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> tuple[str, b
 
 
 def _without_default(tokenizer: PreTrainedTokenizerBase, default: str) -> str:
-    """The template's text without the system message that it invents, proven by rendering.
+    """Return the template without its default system message, proven by rendering.
 
-    First its literal is taken out of the text, all of the turn or, within a turn that tools need, its words. Where it
-    is no literal, the template is given an empty system message, if it then writes nothing.
-    Raises UserError where neither works.
+    First its literal is removed from the template: the complete turn or, in a turn that tools need, its text. If there
+    is no literal, the template gets an empty system message, provided that it then writes none.
+    Raises UserError if neither works.
     """
     turns = find_turns(tokenizer)
     template = str(tokenizer.chat_template)
     invented = turns.head or turns.plain.partition(QUESTION)[0].removeprefix(turns.bos + turns.opening)
     shorter = template
     for text in (invented, default):
-        for literal in {text, _quoted(text)[1:-1], text.replace("\n", "\\n").replace("'", "\\'")} - {""}:
+        for literal in {text, _jinja_string(text)[1:-1], text.replace("\n", "\\n").replace("'", "\\'")} - {""}:
             shorter = shorter.replace(literal, "")
     silenced = _BEGIN.replace("ROLE", "native") + _DEFAULT.replace("DEFAULT", "''") + _END + template
     for candidate in (shorter, silenced):
-        if _is_rid_of(tokenizer, candidate, invented, default, turns):
+        if _removes_default(tokenizer, candidate, invented, default, turns):
             return candidate
     raise _cannot_remove(tokenizer, default)
 
 
-def _is_rid_of(tokenizer: PreTrainedTokenizerBase, candidate: str, invented: str, default: str, turns: Turns) -> bool:
-    """Whether `candidate` renders as the tokenizer's template does, but for the text `invented`."""
-    for messages, options in _trials():
+def _removes_default(
+    tokenizer: PreTrainedTokenizerBase, candidate: str, invented: str, default: str, turns: Turns
+) -> bool:
+    """Return whether `candidate` renders as the tokenizer's template does, except for the text `invented`."""
+    for messages, options in _test_conversations():
         for conversation in (messages, system() + messages):
             try:
                 old = render_text(tokenizer, conversation, in_parts=turns.in_parts, **options)
@@ -311,19 +316,19 @@ def _is_rid_of(tokenizer: PreTrainedTokenizerBase, candidate: str, invented: str
                 new = render_text(tokenizer, conversation, in_parts=turns.in_parts, template=candidate, **options)
             except Refused:
                 return False
-            if conversation is not messages:  # a system message of its own: nothing may change
-                right = new == old
-            elif "tools" in options:  # the turn may have to stay for their sake
-                right = default not in new
+            if conversation is not messages:  # with a system message nothing may change
+                equal = new == old
+            elif "tools" in options:  # the turn may have to stay for the tools
+                equal = default not in new
             else:
-                right = new == old.replace(invented, "", 1)
-            if not right:
+                equal = new == old.replace(invented, "", 1)
+            if not equal:
                 return False
     return True
 
 
-def _trials() -> list[tuple[Messages, dict[str, Any]]]:
-    """Conversations without a system message, each with options of rendering, that a changed template is tried on."""
+def _test_conversations() -> list[tuple[Messages, dict[str, Any]]]:
+    """Return conversations without a system message, each with rendering options, that test a changed template."""
     return [
         (EXCHANGES, {}),
         (EXCHANGES[:2], {}),
@@ -333,17 +338,17 @@ def _trials() -> list[tuple[Messages, dict[str, Any]]]:
     ]
 
 
-def _quoted(text: str) -> str:
-    """`text` as a string of Jinja, which knows the escapes of JSON."""
+def _jinja_string(text: str) -> str:
+    """Return `text` as a string literal of Jinja, which knows the escapes of JSON."""
     return json.dumps(text, ensure_ascii=False)
 
 
-def _loses_system_messages(tokenizer: PreTrainedTokenizerBase, found: Probe, system_role: str) -> UserError:
-    how = f"it raises: {found.refusal}" if found.handling == "raises" else "their text is not in the render"
-    error = "" if system_role == "error" else ", or `error` if no row has one"
+def _loses_system_messages(tokenizer: PreTrainedTokenizerBase, before: Probe, system_role: str) -> UserError:
+    reason = f"it raises: {before.refusal}" if before.handling == "raises" else "their text is not in the render"
+    alternative = "" if system_role == "error" else ", or `error` if no row has one"
     return UserError(
-        f"chat.system_role: {system_role}: {template_name(tokenizer)} loses system messages ({how}). "
-        f"Write `merge_into_user` (into the user turn) or `turn` (a turn of its own){error}."
+        f"chat.system_role: {system_role}: {template_name(tokenizer)} loses system messages ({reason}). "
+        f"Write `merge_into_user` (into the user turn) or `turn` (a turn of its own){alternative}."
     )
 
 
@@ -355,9 +360,9 @@ def _no_turn(tokenizer: PreTrainedTokenizerBase, reason: str) -> UserError:
 
 
 def _cannot_remove(tokenizer: PreTrainedTokenizerBase, text: str) -> UserError:
-    shown = text if len(text) <= 80 else text[:80] + "..."
+    preview = text if len(text) <= 80 else text[:80] + "..."
     return UserError(
-        f"chat: {template_name(tokenizer)} adds {shown!r} to conversations, and that can't be taken "
-        "out. Name a template that doesn't with `chat.template`; or keep its text with `chat.system_role: native` and "
-        "without `chat.default_system`, or with one that isn't empty."
+        f"chat: {template_name(tokenizer)} adds {preview!r} to conversations, and that can't be removed. Name a "
+        "template that doesn't with `chat.template`; or keep its text with `chat.system_role: native` and without "
+        "`chat.default_system`, or with one that isn't empty."
     )

@@ -1,4 +1,4 @@
-"""Which chat template a run uses, how a conversation is rendered with it, and the form it is saved in."""
+"""Chat templates: the one that a run uses, its date, and the form in which it is saved."""
 
 import json
 import re
@@ -21,50 +21,50 @@ _CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
 
 
 def has_generation_marks(template: str) -> bool:
-    """Whether `template` says with `{% generation %}` what the model writes."""
+    """Return whether `template` marks what the model writes with `{% generation %}`."""
     return _GENERATION_TAG.search(template) is not None
 
 
 def without_generation_marks(template: str) -> str:
-    """The template as it is served: llama.cpp and others don't know the tag `{% generation %}`.
+    """Return the template for serving: llama.cpp and others don't know the tag `{% generation %}`.
 
-    A comment takes the tag's place, as it trims the white space around it in the same way.
+    A comment replaces the tag, as it trims the white space around it in the same way.
     """
     return _GENERATION_TAG.sub(r"{#\1 \2#}", template)
 
 
 @lru_cache(maxsize=16)
 def variables_of(template: str) -> frozenset[str]:
-    """Return the names of the variables that a template takes from outside."""
+    """Return the names of the variables that a template takes as input."""
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
     return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(_GENERATION_TAG.sub("", template))))
 
 
 def named_templates() -> list[str]:
-    """Names that `chat.template` takes besides a path."""
+    """Return the names that `chat.template` takes besides a path."""
     return sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
 
 
 _dates: WeakKeyDictionary[PreTrainedTokenizerBase, date] = WeakKeyDictionary()
-"""The date that rows are rendered with, for as long as the tokenizer lives."""
+"""Tokenizer -> the date that rows are rendered with, kept while the tokenizer lives."""
 _DIRECTIVES = "aAbBcdeDFghHIjklmMnpPrRStTuUVwWxXyYzZ"
 
 
 def pin_date(tokenizer: PreTrainedTokenizerBase, day: date) -> None:
-    """Have rows rendered with this date, whenever that is: a run keeps the date of its start (`dated_template`)."""
+    """Render rows with this date from now on: a run keeps the date of its start (see `dated_template`)."""
     _dates[tokenizer] = day
 
 
 def date_of(tokenizer: PreTrainedTokenizerBase) -> date | None:
-    """Return the date that rows are rendered with, or None where the template doesn't ask for it."""
+    """Return the date that rows are rendered with, or None if the template doesn't write it."""
     return _dates.get(tokenizer, date.today()) if "strftime_now" in str(tokenizer.chat_template) else None
 
 
 def dated_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the template with the pinned date in the place of the clock.
+    """Return the template with the pinned date in place of the clock.
 
-    transformers (5.23) offers the clock as the global `strftime_now` and passes a template plain data alone, no
-    function. A macro of the same name hides the global. The line break after it belongs to its tag (trim_blocks).
+    transformers (5.23) offers the clock as the global function `strftime_now` and passes only plain data to a template,
+    no functions. A macro of the same name hides the global. The line break after it belongs to its tag (trim_blocks).
     """
     template, day = str(tokenizer.chat_template), _dates.get(tokenizer)
     if day is None or "strftime_now" not in template:
@@ -78,23 +78,23 @@ def dated_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 _files: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()
-"""Where the template came from that `use_template` put into a tokenizer, for as long as the tokenizer lives."""
+"""Tokenizer -> the name of the template that `use_template` put into it, kept while the tokenizer lives."""
 
 
 def template_name(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's template in an error: by its file, or by the model's name where it is the tokenizer's own."""
+    """Return the name of the tokenizer's template for an error: its file, or the model for the tokenizer's own."""
     file = _files.get(tokenizer)
     return f"the template {file}" if file else f"the template of {tokenizer.name_or_path}"
 
 
 def use_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
-    """Put the template called `name` into the tokenizer, with its generation marks, and say in words which one it is.
+    """Put a template into the tokenizer, with its generation marks, and return its description.
 
-    `name` is one of `named_templates()`, a path to a .jinja file, one of several templates that the tokenizer has by
-    name (Command R: default, tool_use, rag), or None for the tokenizer's own: of several `default`, as transformers
-    does. A run uses one template, and the saved tokenizer has that one alone, so serving renders what was trained.
-    Raises UserError where there is no such template, where it can't be read or run, or where it writes control tokens
-    that the tokenizer lacks.
+    `name` is one of `named_templates()`, a path to a .jinja file, one of the tokenizer's several named templates
+    (Command R: default, tool_use, rag), or None for the tokenizer's own: of several the one called `default`, as in
+    transformers. The saved tokenizer has this template alone, so serving renders what was trained.
+    Raises UserError if there is no such template, it can't be read or parsed, or it writes control tokens that the
+    tokenizer lacks.
     """
     own = tokenizer.chat_template
     several = dict(own) if isinstance(own, dict) else {}
@@ -124,19 +124,19 @@ def use_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
         )
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise UserError(f"chat.template: {path} can't be read as UTF-8 text: {fault}") from fault
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat.template: {path} can't be read as UTF-8 text: {error}") from error
     vocabulary = tokenizer.get_vocab()
     missing = sorted(token for token in set(_CONTROL_TOKEN.findall(text)) if token not in vocabulary)
     if missing:
         raise UserError(
             f"chat.template: {name} writes {', '.join(missing)}, which the tokenizer of {tokenizer.name_or_path} does "
-            "not have as a token, so it would fall into pieces. Choose a template made for this model."
+            "not have as a token, so it would be split into several. Choose a template made for this model."
         )
     try:
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION_TAG.sub("", text))
-    except jinja2.TemplateSyntaxError as fault:
-        raise UserError(f"chat.template: {path}, line {fault.lineno}: {fault.message}") from fault
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"chat.template: {path}, line {error.lineno}: {error.message}") from error
     tokenizer.chat_template = text
     _files[tokenizer] = name
     return name
@@ -145,10 +145,10 @@ def use_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Text of one conversation under the tokenizer's template, and the character spans inside `{% generation %}`.
+    """Return the text of a conversation under the tokenizer's template, and the spans inside `{% generation %}`.
 
     A template without such marks gives no spans.
-    Raises jinja2.TemplateError where the template refuses the conversation.
+    Raises jinja2.TemplateError if the template refuses the conversation.
     """
     texts, spans = render_jinja_template(
         conversations=[messages],

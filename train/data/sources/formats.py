@@ -1,4 +1,4 @@
-"""Rows as data sets have them -> messages as chat templates take them.
+"""Formats: rows as data sets have them -> messages as chat templates take them.
 
 | format            | columns                                                                                          |
 |-------------------|--------------------------------------------------------------------------------------------------|
@@ -6,20 +6,20 @@
 | sharegpt          | `conversations`: turns of from and value                                                         |
 | prompt_completion | `prompt` and `completion`: strings, or lists of turns                                            |
 | janus             | `prompt` (older: `user_prompt`, `instruction`) and `output`                                      |
-| alpaca            | `instruction`, `output`; `input` (or `context`) where given                                      |
-| question_answer   | `question`, `query` or `instruction`, and `answer` or `response`; `input` or `context`           |
-| exchanges         | `conversation`: exchanges of input and output (Capybara), or turns of role and content (LMSYS)  |
+| alpaca            | `instruction`, `output`; optional `input` or `context`                                           |
+| question_answer   | `question`, `query` or `instruction`, and `answer` or `response`; optional `input` or `context`  |
+| exchanges         | `conversation`: exchanges of input and output (Capybara), or turns of role and content (LMSYS)   |
 
-Beside each of them: a system message (`SYSTEM_COLUMNS`), which becomes the first message; definitions of tools
-(`TOOL_COLUMNS`: a list, or JSON; OpenAI's older form without the wrapper too); `chat_template_kwargs`, which the
-template gets as variables, as TRL does it. Beside janus, alpaca and question_answer: `history`, pairs of question and
-answer. `input` and `context` (Dolly) follow the question in the user turn, on a line of their own. Anything that is a
-list of turns or tools may be a string of JSON, as CSV has it. Two columns that mean the same and differ are a fault.
-Other columns, and other keys of messages (`train.data.sources.turns`), are collected in `unread`.
+All formats also read a system message (`SYSTEM_COLUMNS`), which becomes the first message; tool definitions
+(`TOOL_COLUMNS`: a list or its JSON, also in OpenAI's older form without the wrapper); and `chat_template_kwargs`, which
+are variables of the template, as in TRL. janus, alpaca and question_answer also read `history`, pairs of question and
+answer. `input` and `context` (Dolly) follow the question in the user turn, on a new line. A list of turns or tools may
+be a JSON string, as in CSV. Two columns of the same meaning that differ are a row error. Other columns, and other keys
+of messages (`train.data.sources.turns`), are collected in `unread`.
 
 A message keeps role, content, tool_calls, name, tool_call_id, reasoning_content and train. Text is never trimmed or
-changed. System messages that are empty or blank are left out; any other stays where it stands, or the row is a fault.
-Turns after the last answer are kept: nothing in them is trained.
+changed. An empty or blank system message is left out; any other stays at its position, or the row is an error. Turns
+after the last answer are kept, untrained.
 """
 
 import json
@@ -29,7 +29,7 @@ from typing import Any
 
 from train.data.sources.row_errors import ROW_ERROR_KINDS as ROW_ERROR_KINDS
 from train.data.sources.row_errors import RowError as RowError
-from train.data.sources.row_errors import checked, filled, parsed, shown
+from train.data.sources.row_errors import check_text, first_filled, parse_json, preview
 from train.data.sources.turns import ROLES as ROLES
 from train.data.sources.turns import TURN_KEYS, new_message, read_tools, read_turns
 from train.data.sources.turns import Message as Message
@@ -55,7 +55,7 @@ _READ = {
     "question_answer": _BESIDE.union(_QUESTIONS, _ANSWERS, _CONTEXTS, {"history"}),
     "exchanges": _BESIDE | {"conversation"},
 }
-"""The columns that each format reads; any other is collected in `unread`."""
+"""Format -> the columns that it reads; any other is collected in `unread`."""
 _TOOLS_OR_KWARGS = frozenset((*TOOL_COLUMNS, TEMPLATE_KWARGS))
 _COLUMNS = frozenset().union(*_READ.values())
 _TURN_COLUMNS = ("messages", "conversations", "prompt", "completion")
@@ -65,16 +65,17 @@ _RESERVED = frozenset(
         *("return_assistant_tokens_mask", "tokenize"),
     )
 )
-"""Arguments of rendering that are ours to decide, so that no row can."""
+"""Variables of rendering that a row may not set."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """One row as chat templates take it.
 
-    `messages`: role and content, with tool_calls, name, tool_call_id, reasoning_content and train (false: this turn is
-    not trained) where given. `place`: where in its file it stands, ":12" or " row 12"; lines and rows count from 1.
-    `template_kwargs`: variables that this row sets for the template.
+    - `messages`: role and content, and where given tool_calls, name, tool_call_id, reasoning_content and train (false:
+      the turn is not trained).
+    - `place`: the position in its file, ":12" or " row 12"; lines and rows count from 1.
+    - `template_kwargs`: variables that the row sets for the template.
     """
 
     messages: list[Message]
@@ -84,37 +85,37 @@ class Conversation:
 
 
 def detect(columns: Iterable[str]) -> str:
-    """The format that these columns mean. Where several would do, the first of the table above.
+    """Return the format with these columns: the first of the table above that fits.
 
-    `instruction` and `output` are Janus's older columns where a system column stands beside them and no `input`,
-    `context` or `history` does; both ways of reading them then give the same messages.
-    Raises UserError where none fits.
+    `instruction` and `output` are Janus's older columns if a system column is beside them and no `input`, `context` or
+    `history`; janus and alpaca then give the same messages.
+    Raises UserError if no format fits.
     """
-    found = dict.fromkeys(columns)  # in their order, for the message
-    if "messages" in found:
+    names = dict.fromkeys(columns)  # in their order, for the message
+    if "messages" in names:
         return "messages"
-    if "conversations" in found:
+    if "conversations" in names:
         return "sharegpt"
-    if {"prompt", "completion"} <= found.keys():
+    if {"prompt", "completion"} <= names.keys():
         return "prompt_completion"
-    if "output" in found:
-        older = any(column in found for column in SYSTEM_COLUMNS) and not {*_CONTEXTS, "history"} & found.keys()
-        if {"instruction", "input"} <= found.keys():  # Code Alpaca has the rendered prompt beside them
+    if "output" in names:
+        older = any(column in names for column in SYSTEM_COLUMNS) and not {*_CONTEXTS, "history"} & names.keys()
+        if {"instruction", "input"} <= names.keys():  # Code Alpaca has the rendered prompt beside them
             return "alpaca"
-        if "prompt" in found or "user_prompt" in found or ("instruction" in found and older):
+        if "prompt" in names or "user_prompt" in names or ("instruction" in names and older):
             return "janus"
-        if "instruction" in found:
+        if "instruction" in names:
             return "alpaca"
-    if any(column in found for column in _QUESTIONS) and any(column in found for column in _ANSWERS):
+    if any(column in names for column in _QUESTIONS) and any(column in names for column in _ANSWERS):
         return "question_answer"
-    if "conversation" in found:
+    if "conversation" in names:
         return "exchanges"
-    names = ", ".join(f"`{column}`" for column in found) or "none"
+    shown = ", ".join(f"`{column}`" for column in names) or "none"
     raise UserError(
-        f"no known format has these columns: {names}. Known are: messages (`messages`), sharegpt (`conversations`), "
-        "prompt_completion (`prompt`, `completion`), janus (`system`, `prompt`, `output`), alpaca (`instruction`, "
-        "`input`, `output`), question_answer (`question`, `answer`), exchanges (`conversation`). Rename the "
-        "columns."
+        f"no known format has these columns: {shown}. The formats are: messages (`messages`), sharegpt "
+        "(`conversations`), prompt_completion (`prompt`, `completion`), janus (`system`, `prompt`, `output`), alpaca "
+        "(`instruction`, `input`, `output`), question_answer (`question`, `answer`), exchanges (`conversation`). "
+        "Rename the columns."
     )
 
 
@@ -127,10 +128,11 @@ def read_row(
     answers_needed: bool = True,
     unread: Unread | None = None,
 ) -> Conversation:
-    """Return `row`, read as `format` (one that `detect` gives). Raises RowFault.
+    """Return the conversation of a row in `format` (see `detect`). Raises RowError.
 
-    `ignore`: columns and keys of messages (`data.sources.N.ignore`), read as if the row had none of them. `unread`: is
-    given what nothing read, what was ignored included. `answers_needed`: as of `convert`.
+    - `ignore`: columns and message keys (`data.sources.N.ignore`), read as if the row had none of them.
+    - `unread`: receives the values that were not read, ignored ones included.
+    - `answers_needed`: see `convert`.
     """
     unread = {} if unread is None else unread
     row = without(row, ignore, unread)
@@ -142,10 +144,10 @@ def read_row(
 def convert(
     row: RawRow, format: str, *, answers_needed: bool = True, unread: Unread | None = None
 ) -> tuple[list[Message], list[dict[str, Any]] | None]:
-    """The messages and tools of `row`, read as `format` (one that `detect` gives). Raises RowFault.
+    """Return the messages and tools of a row in `format` (see `detect`). Raises RowError.
 
-    `answers_needed`: whether a row without an answer to train is at fault, or one with an empty answer. `unread`: is
-    given the values that nothing read.
+    - `answers_needed`: a row without an answer to train, or with an empty answer, is an error.
+    - `unread`: receives the values that were not read.
     """
     unread = {} if unread is None else unread
     messages = _with_system_column(row, _READERS[format](row, unread))
@@ -168,29 +170,29 @@ def convert(
         roles = ", ".join(message["role"] for message in kept[:8]) or "none"
         raise RowError("no assistant turn", f"the roles are: {roles}")
     if not any(message.get("train", True) for message in answers):
-        raise RowError("no assistant turn", "every one says that it is not to be trained")
+        raise RowError("no assistant turn", "each has a loss switch that turns it off")
     return kept, tools
 
 
-def ignored_when_read(ignore: Collection[str]) -> list[str]:
-    """Return those of the names that would be read if they were not ignored: the others change no token."""
+def select_read_names(ignore: Collection[str]) -> list[str]:
+    """Return the ignored names that would be read otherwise; the others change no token."""
     return sorted(
         name for name in ignore if name in _COLUMNS or ("[]." in name and name.partition("[].")[2] in TURN_KEYS)
     )
 
 
 def without(row: RawRow, ignore: Collection[str], unread: Unread) -> RawRow:
-    """Return `row` without the columns and keys of messages in `ignore`; their values are collected in `unread`."""
-    names = ignored_when_read(ignore) if ignore else []
+    """Return `row` without the columns and message keys in `ignore`; their values are collected in `unread`."""
+    names = select_read_names(ignore) if ignore else []
     if not names:
         return row
     row = dict(row)
     for name in names:
-        column, within, key = name.partition("[].")
-        if not within:
+        column, separator, key = name.partition("[].")
+        if not separator:
             collect(unread, name, row.pop(name, None))
             continue
-        for turns_column in (column,) if column in row else _TURN_COLUMNS:  # templates name all of them messages
+        for turns_column in (column,) if column in row else _TURN_COLUMNS:  # reports name all of them messages
             value: Any = row.get(turns_column)
             if is_list_of_turns(value):
                 turns = json.loads(value) if isinstance(value, str) else value
@@ -205,7 +207,7 @@ def without(row: RawRow, ignore: Collection[str], unread: Unread) -> RawRow:
 
 def _from_turns(column: str) -> Callable[[RawRow, Unread], list[Message]]:
     def read(row: RawRow, unread: Unread) -> list[Message]:
-        return read_turns(_needed(row, column), column, unread)
+        return read_turns(_require(row, column), column, unread)
 
     return read
 
@@ -213,47 +215,57 @@ def _from_turns(column: str) -> Callable[[RawRow, Unread], list[Message]]:
 def _from_prompt_and_completion(row: RawRow, unread: Unread) -> list[Message]:
     parts = []
     for column, role in (("prompt", "user"), ("completion", "assistant")):
-        value = _needed(row, column)
+        value = _require(row, column)
         parts.append(
-            read_turns(value, column, unread) if is_list_of_turns(value) else [new_message(role, _text(row, column))]
+            read_turns(value, column, unread)
+            if is_list_of_turns(value)
+            else [new_message(role, _require_text(row, column))]
         )
     before, after = parts
     for turn in before:
         if turn["role"] == "assistant":
-            turn.setdefault("train", False)  # of this format only the completion is trained, as in TRL
+            turn.setdefault("train", False)  # only the completion is trained, as in TRL
     return before + after
 
 
 def _from_janus(row: RawRow, unread: Unread) -> list[Message]:
-    question = _first(row, _JANUS_PROMPTS)
+    question = _choose_column(row, _JANUS_PROMPTS)
     for column in _CONTEXTS:
-        if row.get(column) is not None and _text(row, column).strip():
+        if row.get(column) is not None and _require_text(row, column).strip():
             remedy = (
                 "write `format: alpaca`, which reads it after `instruction`, or take the column out"
                 if question == "instruction"
                 else f"rename `{question}` to `instruction` (the format alpaca, which reads it after that), or take "
                 "the column out with `ignore`"
             )
-            raise RowError("input not read", f"`{column}` is {shown(row[column])}: {remedy}")
-    return [*_history(row), new_message("user", _text(row, question)), new_message("assistant", _text(row, "output"))]
+            raise RowError("input not read", f"`{column}` is {preview(row[column])}: {remedy}")
+    return [
+        *_history(row),
+        new_message("user", _require_text(row, question)),
+        new_message("assistant", _require_text(row, "output")),
+    ]
 
 
 def _from_alpaca(row: RawRow, unread: Unread) -> list[Message]:
-    question = _with_context(row, _text(row, "instruction"))
-    return [*_history(row), new_message("user", question), new_message("assistant", _text(row, "output"))]
+    question = _with_context(row, _require_text(row, "instruction"))
+    return [*_history(row), new_message("user", question), new_message("assistant", _require_text(row, "output"))]
 
 
 def _from_question_and_answer(row: RawRow, unread: Unread) -> list[Message]:
-    question = _with_context(row, _text(row, _first(row, _QUESTIONS)))
-    return [*_history(row), new_message("user", question), new_message("assistant", _text(row, _first(row, _ANSWERS)))]
+    question = _with_context(row, _require_text(row, _choose_column(row, _QUESTIONS)))
+    return [
+        *_history(row),
+        new_message("user", question),
+        new_message("assistant", _require_text(row, _choose_column(row, _ANSWERS))),
+    ]
 
 
 def _with_context(row: RawRow, question: str) -> str:
-    """Return the question and, on the next line, what it is about."""
-    column = filled(row, _CONTEXTS)
+    """Return the question and, on the next line, its context."""
+    column = first_filled(row, _CONTEXTS)
     if column is None:
         return question
-    return f"{question}\n{_text(row, column)}" if question.strip() else _text(row, column)
+    return f"{question}\n{_require_text(row, column)}" if question.strip() else _require_text(row, column)
 
 
 def _history(row: RawRow) -> list[Message]:
@@ -261,30 +273,32 @@ def _history(row: RawRow) -> list[Message]:
     history = row.get("history") or []
     messages: list[Message] = []
     if isinstance(history, str):
-        history = parsed(history, "`history`")
+        history = parse_json(history, "`history`")
     if not isinstance(history, list):
-        raise RowError("wrong type", f"`history` is {shown(history)}; pairs of question and answer are wanted")
+        raise RowError(
+            "wrong type", f"`history` is {preview(history)}; it must be a list of pairs of question and answer"
+        )
     for number, pair in enumerate(history, 1):
         texts = ["" if text is None else text for text in pair] if isinstance(pair, list | tuple) else []
         if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
-            raise RowError("wrong type", f"`history` item {number} is {shown(pair)}; [question, answer] is wanted")
+            raise RowError("wrong type", f"`history` item {number} is {preview(pair)}; it must be [question, answer]")
         messages += [new_message(role, text) for role, text in zip(("user", "assistant"), texts, strict=True)]
     return messages
 
 
 def _from_exchanges(row: RawRow, unread: Unread) -> list[Message]:
-    exchanges = _needed(row, "conversation")
+    exchanges = _require(row, "conversation")
     if isinstance(exchanges, str):
-        exchanges = parsed(exchanges, "`conversation`")
-    if isinstance(exchanges, list | tuple) and exchanges and all(_is_turn(one) for one in exchanges):
+        exchanges = parse_json(exchanges, "`conversation`")
+    if isinstance(exchanges, list | tuple) and exchanges and all(map(_is_turn, exchanges)):
         return read_turns(exchanges, "conversation", unread)  # WildChat, LMSYS-Chat-1M
     messages = []
     for exchange in exchanges if isinstance(exchanges, list | tuple) else (exchanges,):
         if not isinstance(exchange, dict):
-            wanted = "a list of objects with input and output is wanted"
-            raise RowError("wrong type", f"`conversation` holds {shown(exchange)}; {wanted}")
-        answer = "" if "output" in exchange and exchange["output"] is None else _text(exchange, "output")
-        messages += [new_message("user", _text(exchange, "input")), new_message("assistant", answer)]
+            expected = "it must be a list of objects with input and output"
+            raise RowError("wrong type", f"`conversation` holds {preview(exchange)}; {expected}")
+        answer = "" if "output" in exchange and exchange["output"] is None else _require_text(exchange, "output")
+        messages += [new_message("user", _require_text(exchange, "input")), new_message("assistant", answer)]
         for key in exchange.keys() - {"input", "output"}:
             collect(unread, f"conversation[].{key}", exchange[key])
     return messages
@@ -306,7 +320,9 @@ _READERS: dict[str, Callable[[RawRow, Unread], list[Message]]] = {
 
 
 def _with_system_column(row: RawRow, messages: list[Message]) -> list[Message]:
-    columns = [column for column in SYSTEM_COLUMNS if row.get(column) is not None and _text(row, column).strip()]
+    columns = [
+        column for column in SYSTEM_COLUMNS if row.get(column) is not None and _require_text(row, column).strip()
+    ]
     if not columns:
         return messages
     system: str = row[columns[0]]
@@ -314,7 +330,7 @@ def _with_system_column(row: RawRow, messages: list[Message]) -> list[Message]:
     for other in [*(row[column] for column in columns[1:]), *turns[:1]]:
         if other.strip() != system.strip():
             raise RowError(
-                "conflicting system messages", f"`{columns[0]}` is {shown(system)}, another is {shown(other)}"
+                "conflicting system messages", f"`{columns[0]}` is {preview(system)}, another is {preview(other)}"
             )
     return messages if turns else [new_message("system", system), *messages]
 
@@ -326,34 +342,34 @@ def _tools(row: RawRow) -> list[dict[str, Any]] | None:
     name = f"{TEMPLATE_KWARGS}.tools"
     if tools := read_tools((_template_kwargs(row) or {}).get("tools"), name):
         given[name] = tools
-    column = filled(given, tuple(given)) if given else None
+    column = first_filled(given, tuple(given)) if given else None
     return given[column] if column else None
 
 
 def _template_kwargs(row: RawRow) -> dict[str, Any] | None:
-    """Return the variables that a row sets for the template, None where it sets none. Raises RowFault."""
+    """Return the variables that a row sets for the template, or None. Raises RowError."""
     kwargs = row.get(TEMPLATE_KWARGS)
     if isinstance(kwargs, str):
-        kwargs = parsed(kwargs, f"`{TEMPLATE_KWARGS}`") if kwargs.strip() else None
+        kwargs = parse_json(kwargs, f"`{TEMPLATE_KWARGS}`") if kwargs.strip() else None
     if not kwargs:
         return None
     if not isinstance(kwargs, dict):
-        raise RowError("wrong type", f"`{TEMPLATE_KWARGS}` is {shown(kwargs)}; an object is wanted")
+        raise RowError("wrong type", f"`{TEMPLATE_KWARGS}` is {preview(kwargs)}; it must be an object")
     reserved = _RESERVED.intersection(kwargs)
     if reserved:
         raise RowError("wrong type", f"`{TEMPLATE_KWARGS}` sets {min(reserved)}, which a row can't decide")
-    checked(json.dumps(kwargs, ensure_ascii=False, default=str), f"`{TEMPLATE_KWARGS}`")
+    check_text(json.dumps(kwargs, ensure_ascii=False, default=str), f"`{TEMPLATE_KWARGS}`")
     return kwargs
 
 
-def _first(row: RawRow, columns: tuple[str, ...]) -> str:
-    """Return the column of these that has a text, or else the one that is there. Raises RowFault where two differ."""
-    there = [column for column in columns if column in row]
-    given = [column for column in there if row[column] is not None]
-    return filled(row, columns) or (given or there or list(columns))[0]
+def _choose_column(row: RawRow, columns: tuple[str, ...]) -> str:
+    """Return the first of these columns with a text, else the first that exists. Raises RowError if two differ."""
+    existing = [column for column in columns if column in row]
+    given = [column for column in existing if row[column] is not None]
+    return first_filled(row, columns) or (given or existing or list(columns))[0]
 
 
-def _needed(row: RawRow, column: str) -> Any:
+def _require(row: RawRow, column: str) -> Any:
     if column in row and row[column] is None:
         raise RowError("empty content", f"`{column}` is null")
     if column not in row:
@@ -362,12 +378,12 @@ def _needed(row: RawRow, column: str) -> Any:
     return row[column]
 
 
-def _text(row: RawRow, column: str) -> str:
-    return checked(_needed(row, column), f"`{column}`")
+def _require_text(row: RawRow, column: str) -> str:
+    return check_text(_require(row, column), f"`{column}`")
 
 
 def is_list_of_turns(value: Any) -> bool:
-    """Return whether a value is a list of turns, or the JSON of one. A prompt of prose may begin with a bracket too."""
+    """Return whether a value is a list of turns or its JSON. A prompt of prose may begin with a bracket too."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         try:
             turns = json.loads(value)

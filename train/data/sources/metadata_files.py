@@ -1,4 +1,4 @@
-"""Companions of data: JSON files that describe a data set and hold no rows of it, as libraries and hubs write them."""
+"""Metadata files: JSON files that describe a data set and hold no rows, as libraries and hubs write them."""
 
 import json
 from collections.abc import Callable
@@ -8,40 +8,40 @@ from typing import Any
 from train.data.sources.formats import RowError, detect, read_row
 from train.errors import UserError
 
-_LARGEST = 16 << 20
-"""Bytes. A description of very many configurations has a few megabytes; what is larger is data."""
+_MAX_BYTES = 16 << 20
+"""The description of very many configurations has a few megabytes; a larger file is data."""
 
 STATE = "the state of a data set that datasets' save_to_disk wrote"
 
 
-def companion(path: Path) -> str | None:
-    """Return a description of a file that describes data and holds no rows; None for any other.
+def describe_metadata_file(path: Path) -> str | None:
+    """Return the kind of a metadata file, or None for any other file.
 
-    Its content decides: rows that can be read are data, whatever stands beside them. Its name does so only where the
+    The content decides: a file with rows that can be read is data, whatever else it holds. The name decides only if the
     content is one JSON object without rows of any known format: a metadata.json may be data.
     """
-    value = _object(path)
+    value = _load_object(path)
     if value is None or _holds_rows(value, _is_readable):
         return None
-    for what, describes in _CONTENTS.items():
-        if describes(value):
-            return what
+    for kind, matches in _CONTENTS.items():
+        if matches(value):
+            return kind
     return None if _holds_rows(value, _is_row) else _NAMES.get(path.name.lower())
 
 
-def was_saved(folder: Path) -> bool:
-    """Return whether datasets' `save_to_disk` wrote this folder; other programs write a state.json too."""
+def is_saved_dataset(folder: Path) -> bool:
+    """Return whether datasets' `save_to_disk` wrote a folder; other programs write a state.json too."""
     state = folder / "state.json"
-    value = _object(state)
+    value = _load_object(state)
     return (folder / "dataset_dict.json").is_file() or (state.is_file() and (value is None or "_data_files" in value))
 
 
-def _object(path: Path) -> dict[str, Any] | None:
-    """The JSON object that a file holds; None where it is something else, or more than a description would be."""
+def _load_object(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object that a file holds, or None if it holds anything else or is too large."""
     if path.suffix.lower() != ".json":
         return None
     try:
-        if path.stat().st_size > _LARGEST:
+        if path.stat().st_size > _MAX_BYTES:
             return None
         content = path.read_bytes()
         value = json.loads(content) if content[:64].removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{" else None
@@ -51,7 +51,7 @@ def _object(path: Path) -> dict[str, Any] | None:
 
 
 def _is_description(value: Any) -> bool:
-    """Return whether a value is a configuration as datasets describes it: its features, or the sizes of its splits."""
+    """Return whether a value is the configuration of a data set in datasets' form: features, or sizes of splits."""
     if not isinstance(value, dict):
         return False
     splits, features = value.get("splits"), value.get("features")
@@ -65,8 +65,8 @@ def _is_description(value: Any) -> bool:
     return sized or typed
 
 
-def _are_all(value: dict[str, Any], describes: Callable[[Any], bool]) -> bool:
-    return bool(value) and all(map(describes, value.values()))
+def _are_all(value: dict[str, Any], matches: Callable[[Any], bool]) -> bool:
+    return bool(value) and all(map(matches, value.values()))
 
 
 _LOCATIONS = frozenset(("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"))
@@ -96,7 +96,7 @@ _NAMES = {
 
 
 def _holds_rows(value: dict[str, Any], is_row: Callable[[dict[str, Any]], bool]) -> bool:
-    """Return whether an object is a row, or has rows right below it: in lists, or by id."""
+    """Return whether an object is a row, or holds rows directly: in lists, or by id."""
     below = [item[0] if isinstance(item, list) and item else item for item in value.values()]
     return any(isinstance(row, dict) and is_row(row) for row in [value, *below])
 
@@ -110,7 +110,7 @@ def _is_row(value: dict[str, Any]) -> bool:
 
 
 def _is_readable(value: dict[str, Any]) -> bool:
-    """Return whether a row can be read; the features of a data set have the names of a row's columns, but no texts."""
+    """Return whether a row can be read. (The features of a data set have the names of columns, but no texts.)"""
     try:
         read_row(value, detect(value), "")
     except (UserError, RowError):

@@ -1,4 +1,4 @@
-"""Faults of rows, and the checks of single values that raise them."""
+"""Row errors, and the checks of single values that raise them."""
 
 import ast
 import json
@@ -8,32 +8,33 @@ from functools import singledispatch
 from typing import Any
 
 ROW_ERROR_KINDS = {
-    "not UTF-8": "bytes that are no UTF-8, or half of a surrogate pair, which no UTF-8 can hold",
-    "invalid JSON": "a line, or a text where JSON is wanted, that doesn't parse",
-    "invalid CSV": "quotes that don't close, or not as many cells as the header names",
-    "missing column": "a column that the format needs isn't there",
-    "wrong type": "a number where a text is wanted, a text where a list is, ...",
-    "unknown role": "none of the roles in `ROLES`",
-    "unsupported content": "an image or another part that is no text",
-    "unsupported loss switch": "a switch that trains part of a message, or a message that is no answer",
-    "empty content": "a user or assistant message of nothing or of blanks, without tool calls",
-    "input not read": "a text in `input` or `context` beside the columns of Janus, which have no place for it",
-    "text not read": "a text that a pipeline which asks models would leave out",
-    "conflicting values": "two columns or two keys of a message have the same meaning and different values",
-    "conflicting system messages": "the system column says something else than the system turn",
-    "no assistant turn": "nothing that could be trained",
+    "not UTF-8": "bytes that are not UTF-8, or half of a surrogate pair, which UTF-8 can't hold",
+    "invalid JSON": "a line, or a text that must be JSON, that doesn't parse",
+    "invalid CSV": "quotes that don't close, or another number of cells than the header has",
+    "missing column": "a column that the format needs is missing",
+    "wrong type": "a number in place of a text, a text in place of a list, ...",
+    "unknown role": "a role that is not in `ROLES`",
+    "unsupported content": "an image or another part that is not text",
+    "unsupported loss switch": "a switch that trains part of a message, or a message that is not an answer",
+    "empty content": "a user or assistant message that is empty or blank, without tool calls",
+    "input not read": "a text in `input` or `context` beside the columns of Janus, which don't use it",
+    "text not read": "a text that a data generation pipeline would leave out",
+    "conflicting values": "two columns or two keys of a message with the same meaning and different values",
+    "conflicting system messages": "a system column that differs from the system turn",
+    "no assistant turn": "nothing to train",
 }
-"""Every kind of fault found before a template is involved, and what it means."""
+"""Every kind of error that is found before a template is involved, and its meaning."""
 
 PYTHON = "a Python list or dict (single quotes, None, True), not JSON"
 _PYTHON_START = re.compile(r"\s*(\[\s*)?\{\s*'")
-_SHOWN = 60
+_PREVIEW = 60
+"""Characters of a value in a message."""
 
 
 class RowError(Exception):
-    """Reason why one row can't be trained: `kind` is shared by many rows, `detail` says what is wrong with this one.
+    """The reason why one row can't be trained: `kind` is shared by many rows, `detail` describes this one.
 
-    Faults of this package's reading have a kind of `ROW_ERROR_KINDS`; templates and masks add their own.
+    Errors of reading have a kind of `ROW_ERROR_KINDS`; templates and loss masks add kinds of their own.
     """
 
     def __init__(self, kind: str, detail: str) -> None:
@@ -46,16 +47,16 @@ class RowError(Exception):
 
 
 def is_blank(value: Any) -> bool:
-    """Return whether a value holds nothing: null, an empty list or object, a text of blanks."""
+    """Return whether a value is null, an empty list or object, or an empty or blank text."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or (isinstance(value, list | tuple | dict) and not value)
 
 
-def filled(values: Mapping[str, Any], keys: Sequence[str], where: str = "") -> str | None:
-    """Return the first of `keys`, which have the same meaning, whose value is not blank; None where there is none.
+def first_filled(values: Mapping[str, Any], keys: Sequence[str], where: str = "") -> str | None:
+    """Return the first of `keys` (names of one thing) whose value is not blank, or None.
 
-    Raises RowFault where another of them has a different value.
+    Raises RowError if another of them has a different value.
     """
     first: str | None = None
     for key in keys:
@@ -66,7 +67,7 @@ def filled(values: Mapping[str, Any], keys: Sequence[str], where: str = "") -> s
             first = key
         elif _stripped(value) != _stripped(values[first]):
             raise RowError(
-                "conflicting values", f"{where}`{first}` is {shown(values[first])}, and `{key}` is {shown(value)}"
+                "conflicting values", f"{where}`{first}` is {preview(values[first])}, and `{key}` is {preview(value)}"
             )
     return first
 
@@ -75,36 +76,36 @@ def _stripped(value: Any) -> Any:
     return value.strip() if isinstance(value, str) else value
 
 
-def checked(text: Any, where: str) -> str:
-    """Return `text` if it is one that can be tokenized. Raises RowFault."""
+def check_text(text: Any, where: str) -> str:
+    """Return `text`. Raises RowError if it is not a text, or can't be encoded as UTF-8."""
     if not isinstance(text, str):
-        raise RowError("wrong type", f"{where} is {shown(text)}; text is wanted")
+        raise RowError("wrong type", f"{where} is {preview(text)}; it must be a text")
     if not text.isascii():
         try:
             text.encode()
-        except UnicodeEncodeError as fault:
-            half = f"half of a surrogate pair, \\u{ord(text[fault.start]):04x}, at character {fault.start + 1}"
-            if 0xDC80 <= ord(text[fault.start]) <= 0xDCFF:  # Arrow's texts have bytes in this form
-                half += f", or a byte 0x{ord(text[fault.start]) - 0xDC00:02x} that is not UTF-8"
-            raise RowError("not UTF-8", f"{where} has {half}") from fault
+        except UnicodeEncodeError as error:
+            half = f"half of a surrogate pair, \\u{ord(text[error.start]):04x}, at character {error.start + 1}"
+            if 0xDC80 <= ord(text[error.start]) <= 0xDCFF:  # surrogateescape, as sources.arrow decodes bytes
+                half += f", or a byte 0x{ord(text[error.start]) - 0xDC00:02x} that is not UTF-8"
+            raise RowError("not UTF-8", f"{where} has {half}") from error
     return text
 
 
-def parsed(text: str, where: str) -> Any:
-    """Return the value of a text of JSON. Raises RowFault."""
+def parse_json(text: str, where: str) -> Any:
+    """Parse a text of JSON. Raises RowError, which names it as `where`."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError as fault:
+    except json.JSONDecodeError as error:
         if is_python(text) or _PYTHON_START.match(text):  # NumPy's lists have no commas, long ones "..."
-            raise RowError("invalid JSON", f"{where} is {PYTHON}: {shown(text)}. Write it with json.dumps") from fault
-        detail = f"{where}: {fault.msg} at line {fault.lineno} column {fault.colno} of {shown(text)}"
-        raise RowError("invalid JSON", detail) from fault
-    except (ValueError, RecursionError) as fault:  # a number of 5,000 digits, 100,000 brackets
-        raise RowError("invalid JSON", f"{where}: {fault}") from fault
+            raise RowError("invalid JSON", f"{where} is {PYTHON}: {preview(text)}. Write it with json.dumps") from error
+        detail = f"{where}: {error.msg} at line {error.lineno} column {error.colno} of {preview(text)}"
+        raise RowError("invalid JSON", detail) from error
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
+        raise RowError("invalid JSON", f"{where}: {error}") from error
 
 
 def is_python(text: str) -> bool:
-    """Return whether a text that is not JSON is a dict or list as Python prints it."""
+    """Return whether a text that is not JSON is a dict or list in Python's notation."""
     if not _PYTHON_START.match(text) and not re.search(r": (None|True|False)\b", text):
         return False
     try:
@@ -114,11 +115,11 @@ def is_python(text: str) -> bool:
 
 
 @singledispatch
-def shown(value: Any) -> str:
-    """Return `value` for a message of one line: its type and its beginning."""
+def preview(value: Any) -> str:
+    """Return the type and the beginning of a value, for a message of one line."""
     names = {str: "the text", list: "the list", dict: "the object", bool: "", int: "the number", float: "the number"}
     if value is None:
         return "nothing"
     text = json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace").decode()
-    text = text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+    text = text if len(text) <= _PREVIEW else text[:_PREVIEW] + "..."
     return f"{names.get(type(value), type(value).__name__)} {text}".strip()

@@ -1,7 +1,7 @@
-"""Where rows come from: files, folders, globs, saved data sets and the hub.
+"""Sources: files, folders, globs, saved data sets and data sets of the hub, opened as chunks of rows.
 
-Rows of one source share one format, the one that its first row shows. A folder whose files tell their split by their
-names (train-00000.parquet, data/test.jsonl) gives the files of the source's split; a glob gives all that it names.
+All rows of a source have one format, detected from the first row. A folder whose files are named by split
+(train-00000.parquet, data/test.jsonl) gives the files of the source's split; a glob gives all files that match.
 """
 
 import glob
@@ -14,10 +14,10 @@ from typing import Any
 
 from train.data.sources.arrow import arrow_chunks
 from train.data.sources.formats import TEMPLATE_KWARGS, Conversation, RawRow, RowError, detect, read_row, without
-from train.data.sources.metadata_files import STATE, companion, was_saved
-from train.data.sources.readers import READERS, ROWS_OF_A_CHUNK, Chunk, LocatedRow, ending_of, first_line, read_file
-from train.data.sources.row_errors import shown
-from train.data.sources.unread_text import Unread, collect, lost_text
+from train.data.sources.metadata_files import STATE, describe_metadata_file, is_saved_dataset
+from train.data.sources.readers import READERS, ROWS_PER_CHUNK, Chunk, LocatedRow, extension_of, first_line, read_file
+from train.data.sources.row_errors import preview
+from train.data.sources.unread_text import Unread, collect, find_lost_text
 from train.errors import UserError
 from train.recipe import Source
 from train.storage.checksum import hash_files
@@ -30,15 +30,15 @@ _SPLITS = {
 }
 _WORDS = {word: split for split, words in _SPLITS.items() for word in words}
 _SHARD = re.compile(r"((^|[-_. ]+)(part|shard|chunk|file)?[-_. ]*\d+([-_. ]*of[-_. ]*\d+(-[0-9a-f]{16})?)?)+$")
-"""The number of a file, behind the name of its split: -00000-of-00002, -00000-of-00002-0123456789abcdef, _1, .part3."""
+"""A shard number behind the name of a split: -00000-of-00002, -00000-of-00002-0123456789abcdef, _1, .part3."""
 _EXAMPLES = 3
-_COMPANIONS = ("README", "LICENSE", "LICENCE", "NOTICE")
-"""What lies beside data and is none, so that nobody need be told."""
+_TEXT_FILES = ("README", "LICENSE", "LICENCE", "NOTICE")
+"""Stems of files beside the data that are skipped without a warning."""
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """One row that can't be trained: where it stands and what is wrong with it."""
+    """One row that can't be trained: its place, and what is wrong with it."""
 
     place: str
     detail: str
@@ -49,13 +49,13 @@ class BadRow:
 
 @dataclass(slots=True)
 class BadRows:
-    """How many rows share one kind of fault, and the first three of them."""
+    """The number of rows with one kind of error, and the first three of them."""
 
     count: int = 0
     examples: list[BadRow] = field(default_factory=list)
 
     def add(self, place: str, detail: str) -> None:
-        """Count one more."""
+        """Count one more row."""
         self.count += 1
         if len(self.examples) < _EXAMPLES:
             self.examples.append(BadRow(place, detail))
@@ -63,67 +63,67 @@ class BadRows:
 
 @dataclass(frozen=True, slots=True)
 class OpenSource:
-    """A source that is there. `files`: what its rows' places begin with; `chunks`: each with its file's number.
+    """A source that exists.
 
-    `skipped_files`: files of its folder that no row comes from, as their names are none of data; READMEs and files that
-    begin with a dot aside. `metadata_files`: files that describe the data, with what each is.
+    - `files`: the names of its files: a row's place is one of these and the place in the file.
+    - `chunks`: yields the number of a file and a chunk of it, for all chunks.
+    - `digest`: a digest of every byte that the rows are read from, without names.
+    - `skipped_files`: files of a folder whose names are not those of data, except READMEs and files with a leading dot.
+    - `metadata_files`: files that describe the data, each with its kind.
     """
 
     files: list[str]
     chunks: Callable[[], Iterator[tuple[int, Chunk]]]
     digest: Callable[[], str]
-    """Of every byte that the rows are read from: another byte, another digest. No names are in it."""
     skipped_files: Sequence[Path] = ()
     metadata_files: Sequence[str] = ()
 
 
 def open_source(source: Source, allow_pickle: bool = False) -> OpenSource:
-    """Find what `source` names. Nothing is read yet.
+    """Find the files or the data set of a source; no row is read yet.
 
-    Raises UserError for what isn't there or has an unknown ending; while reading, for what is empty, broken, or a
-    pickle that nobody allowed.
+    Raises UserError if it doesn't exist. Reading raises UserError for an unknown extension, an empty or broken file and
+    a pickle that the recipe doesn't allow.
     """
-    path = Path(source.path).expanduser()
-    if path.is_dir() and was_saved(path):
-        return _saved(path, source)
+    path = Path(source.path)
+    if path.is_dir() and is_saved_dataset(path):
+        return _open_saved(path, source)
     skipped_files: list[Path] = []
     metadata_files: dict[Path, str] = {}
     if path.is_dir():
-        files, skipped_files, metadata_files = _files_of_split(path, source.split)
+        files, skipped_files, metadata_files = _find_files(path, source.split)
     elif path.exists():
         files = [path]
-        if what := companion(path):
-            raise UserError(
-                f"{source.path}: the file is {what}, and no row is in it. Name the file that holds the rows."
-            )
+        if kind := describe_metadata_file(path):
+            raise UserError(f"{source.path}: the file is {kind} and holds no rows. Name the file with the rows.")
     elif glob.has_magic(source.path):
         files = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]
         if not files:
             raise UserError(f"{source.path}: no file matches this pattern in {Path.cwd()}.")
-        files, metadata_files = _without_companions(files)
+        files, metadata_files = _separate_metadata(files)
         if not files:
-            raise UserError(f"{source.path}: no file of rows matches this pattern{_only(metadata_files)}.")
+            raise UserError(f"{source.path}: no file of rows matches this pattern{_describe_metadata(metadata_files)}.")
     elif looks_like_hub_id(source.path):
-        return _hub(source)
+        return _open_hub(source)
     else:
         raise UserError(f"{source.path}: {describe_missing_path(path)}")
     _refuse_hub_keys(source, files_have_splits=path.is_dir())
     return OpenSource(
-        [_printable(file) for file in files],
+        [_to_text(file) for file in files],
         lambda: ((number, chunk) for number, file in enumerate(files) for chunk in read_file(file, allow_pickle)),
-        lambda: hash_files(files, [ending_of(file) for file in files]),
+        lambda: hash_files(files, [extension_of(file) for file in files]),
         skipped_files,
-        [f"{_printable(file)} ({what})" for file, what in metadata_files.items()],
+        [f"{_to_text(file)} ({kind})" for file, kind in metadata_files.items()],
     )
 
 
-def _printable(path: Path) -> str:
-    """The path as text that any file can hold: names of files may hold bytes that are none."""
+def _to_text(path: Path) -> str:
+    """Return a path as text that UTF-8 can hold; names of files may be other bytes."""
     return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def read_rows(source: Source, allow_pickle: bool = False) -> Iterator[LocatedRow]:
-    """Every row of `source` with its whole place, or the fault of a row that can't even be read. Raises UserError."""
+    """Yield each row of a source, or the error of a row that can't be parsed, with its full place. Raises UserError."""
     opened = open_source(source, allow_pickle)
     for number, chunk in opened.chunks():
         for place, row in chunk.rows():
@@ -131,47 +131,47 @@ def read_rows(source: Source, allow_pickle: bool = False) -> Iterator[LocatedRow
 
 
 def read_conversations(source: Source, allow_pickle: bool = False) -> Iterator[tuple[str, Conversation | RowError]]:
-    """Every row of `source` as a conversation, with its whole place, or the fault of one that is none.
+    """Yield each row of a source as a conversation, or its error, with its full place.
 
-    `weight` isn't read. Raises UserError.
+    `weight` is not applied. Raises UserError.
     """
     opened = open_source(source, allow_pickle)
     chunks, format = chunks_and_format(source, opened)
     for number, chunk in chunks:
         for place, row in chunk.rows():
-            whole_place = opened.files[number] + place
+            full_place = opened.files[number] + place
             if isinstance(row, RowError):
-                yield whole_place, row
+                yield full_place, row
                 continue
             try:
-                yield whole_place, _read_whole(row, format, place, source)
-            except RowError as fault:
-                yield whole_place, fault
+                yield full_place, _read_completely(row, format, place, source)
+            except RowError as error:
+                yield full_place, error
 
 
-def _read_whole(row: RawRow, format: str, place: str, source: Source) -> Conversation:
-    """Read a row for those who ask a model about it. Raises RowFault also where a text of it would not be seen."""
+def _read_completely(row: RawRow, format: str, place: str, source: Source) -> Conversation:
+    """Read a row for data generation. Raises RowError also if a text of the row would be left out."""
     unread: Unread = {}
     conversation = read_row(row, format, place, ignore=source.ignore, unread=unread)
     for name, value in (conversation.template_kwargs or {}).items():
         collect(unread, f"{TEMPLATE_KWARGS}.{name}", value)
-    said = [message["content"] for message in conversation.messages]
+    texts = [message["content"] for message in conversation.messages]
     for name, values in unread.items():
-        if name not in source.ignore and (text := lost_text(name, values, said)) is not None:
+        if name not in source.ignore and (text := find_lost_text(name, values, texts)) is not None:
             remedy = f"rename it to what the format {format} reads, or write `ignore: [{name}]` under the source"
-            raise RowError("text not read", f"`{name}` holds {shown(text)}: {remedy}")
+            raise RowError("text not read", f"`{name}` holds {preview(text)}: {remedy}")
     return conversation
 
 
 def count_rows(source: Source, allow_pickle: bool = False) -> int:
-    """How many rows `source` has, those that are faulty among them. Raises UserError."""
+    """Return the number of rows of a source, bad ones included. Raises UserError."""
     return sum(len(chunk) for _, chunk in open_source(source, allow_pickle).chunks())
 
 
 def chunks_and_format(
     source: Source, opened: OpenSource, as_read: Callable[[RawRow], RawRow] = lambda row: row
 ) -> tuple[Iterator[tuple[int, Chunk]], str]:
-    """The chunks of a source, and its format: the one named, or that of its first row (as `as_read` makes it).
+    """Return the chunks of a source and its format: the source's own, or that of the first row, mapped by `as_read`.
 
     Raises UserError.
     """
@@ -186,56 +186,51 @@ def chunks_and_format(
                 continue
             try:
                 return chain(seen, chunks), detect(as_read(without(row, source.ignore, {})))
-            except UserError as fault:
-                raise UserError(f"{opened.files[file]}{place}: {fault}") from fault
-    return iter(seen), "messages"  # no row could be read; the faults tell why
+            except UserError as error:
+                raise UserError(f"{opened.files[file]}{place}: {error}") from error
+    return iter(seen), "messages"  # no row can be read; their errors say why
 
 
 def _refuse_hub_keys(source: Source, files_have_splits: bool) -> None:
-    """Raise UserError for keys that would do nothing: a wish that isn't met in silence."""
+    """Raise UserError for keys of hub data sets that would be ignored."""
     given = [key for key in ("name", "revision") if getattr(source, key) is not None]
     if source.split != "train" and not files_have_splits:
         given.append("split")
     if given:
         raise UserError(
-            f"{source.path}: `{given[0]}: {getattr(source, given[0])}` has no meaning for local files. Take it out, or "
-            "name in `path` the file you mean."
+            f"{source.path}: `{given[0]}: {getattr(source, given[0])}` has no meaning for local files. Remove it, or "
+            "name the file itself in `path`."
         )
 
 
-def _without_companions(files: Iterable[Path]) -> tuple[list[Path], dict[Path, str]]:
-    """The files that hold rows, and those that describe the data, with what each is."""
-    metadata_files = {path: what for path in files if (what := companion(path))}
+def _separate_metadata(files: Iterable[Path]) -> tuple[list[Path], dict[Path, str]]:
+    """Return the files with rows, and the metadata files with their kinds."""
+    metadata_files = {path: kind for path in files if (kind := describe_metadata_file(path))}
     return [path for path in files if path not in metadata_files], metadata_files
 
 
-def _only(metadata_files: Mapping[Path, str]) -> str:
-    named = ", ".join(f"{path.name} ({what})" for path, what in islice(metadata_files.items(), _EXAMPLES))
-    return f", only what describes data: {named}" if metadata_files else ""
+def _describe_metadata(metadata_files: Mapping[Path, str]) -> str:
+    files = ", ".join(f"{path.name} ({kind})" for path, kind in islice(metadata_files.items(), _EXAMPLES))
+    return f", only metadata: {files}" if metadata_files else ""
 
 
-def _files_of_split(folder: Path, split: str) -> tuple[list[Path], list[Path], dict[Path, str]]:
-    """The data files below `folder`, where their names tell a split those of `split`; files that are none of data; and
-    files that describe it.
+def _find_files(folder: Path, split: str) -> tuple[list[Path], list[Path], dict[Path, str]]:
+    """Return the data files of a split below a folder, other files, and metadata files with their kinds.
 
-    Raises UserError.
+    Files that are not named by split are all files of `train`. Raises UserError if there are none, or if it is unclear
+    which ones are meant.
     """
-    everything = sorted(
-        map(Path, glob.glob(f"{glob.escape(str(folder))}/**/*", recursive=True))
-    )  # links to folders, too
-    found = [path for path in everything if path.is_file() and not any(part[0] == "." for part in _below(folder, path))]
-    files = [
-        path
-        for path in found
-        if ending_of(path) in READERS and not any(part[0] == "_" for part in _below(folder, path))
-    ]
-    skipped_files = [path for path in found if path not in set(files) and path.stem.upper() not in _COMPANIONS]
-    files, metadata_files = _without_companions(files)
+    paths = sorted(map(Path, glob.glob(f"{glob.escape(str(folder))}/**/*", recursive=True)))  # follows links to folders
+    visible = [path for path in paths if path.is_file() and not _has_part(folder, path, ".")]
+    files = [path for path in visible if extension_of(path) in READERS and not _has_part(folder, path, "_")]
+    skipped_files = [path for path in visible if path not in set(files) and path.stem.upper() not in _TEXT_FILES]
+    files, metadata_files = _separate_metadata(files)
     if not files:
-        saved = [str(path.parent) for path, what in metadata_files.items() if what == STATE]
+        saved = [str(path.parent) for path, kind in metadata_files.items() if kind == STATE]
         hint = f" To read what save_to_disk wrote, name {saved[0]}." if saved else ""
         raise UserError(
-            f"{folder}: no data file in this folder{_only(metadata_files)}. Known endings are {', '.join(READERS)}.{hint}"
+            f"{folder}: no data file in this folder{_describe_metadata(metadata_files)}. Extensions of data files are "
+            f"{', '.join(READERS)}.{hint}"
         )
     splits = {path: _split_of(path.relative_to(folder)) for path in files}
     if not any(splits.values()) and split == "train":
@@ -243,51 +238,54 @@ def _files_of_split(folder: Path, split: str) -> tuple[list[Path], list[Path], d
     unclear = [path for path in files if splits[path] is None]
     if unclear:
         raise UserError(
-            f"{folder}: is {unclear[0].name} part of the split `{split}`? Its name doesn't tell"
-            f"{', others do' if any(splits.values()) else ''}. Name a file or a glob in `path` instead."
+            f"{folder}: is {unclear[0].name} part of the split `{split}`? Its name names no split"
+            f"{', while others do' if any(splits.values()) else ''}. Name a file or a glob in `path` instead."
         )
-    chosen = [path for path, named in splits.items() if named and named.is_meant_by(split)]
-    kinds = sorted({named.kind for path in chosen if (named := splits[path])})
+    chosen = [path for path, name in splits.items() if name and name.matches(split)]
+    kinds = sorted({name.kind for path in chosen if (name := splits[path])})
     if not chosen:
-        known = ", ".join(sorted({named.kind for named in splits.values() if named}))
-        raise UserError(f"{folder}: there are no files of the split `{split}`. The names tell of: {known}.")
+        existing = ", ".join(sorted({name.kind for name in splits.values() if name}))
+        raise UserError(
+            f"{folder}: there are no files of the split `{split}`. The splits in the names are: {existing}."
+        )
     if len(kinds) > 1 and split.lower() in _WORDS:
         kind = next(kind for kind in kinds if kind not in _WORDS)
         raise UserError(
-            f"{folder}: the split `{split}` could be {' or '.join(f'`{kind}`' for kind in kinds)}, as the names of the "
-            f"files tell. Write the one you mean under the source, such as `split: {kind}`, or name in `path` a file "
-            "or a glob."
+            f"{folder}: by the names of the files, the split `{split}` could be "
+            f"{' or '.join(f'`{kind}`' for kind in kinds)}. Write one of them under the source, such as "
+            f"`split: {kind}`, or name a file or a glob in `path`."
         )
     return chosen, skipped_files, metadata_files
 
 
-def _below(folder: Path, path: Path) -> tuple[str, ...]:
-    return path.relative_to(folder).parts
+def _has_part(folder: Path, path: Path, prefix: str) -> bool:
+    """Return whether a part of the path below `folder` begins with `prefix`."""
+    return any(part[0] == prefix for part in path.relative_to(folder).parts)
 
 
 @dataclass(frozen=True, slots=True)
 class _SplitName:
-    """The split that a name tells: `train`, `train_sft` and `my_train_sft` of my_train_sft-00000-of-00002.parquet.
+    """The split in a file's name: `train`, `train_sft` and `my_train_sft` of my_train_sft-00000-of-00002.parquet.
 
-    Words before that of the split tell the topic of a file, those behind it the kind of split.
+    Words before that of the split are the topic of the file, those behind it the kind of split.
     """
 
     split: str
     kind: str
-    whole: str
+    full: str
 
-    def is_meant_by(self, split: str) -> bool:
-        """Return True if a recipe's `split` is this one: `train` is any kind of it, `train_sft` that one alone."""
-        wanted = split.lower()
-        if wanted in _WORDS:
-            return self.split == _WORDS[wanted]
-        return re.sub("[-_. ]+", "_", wanted) in (self.kind, self.whole)
+    def matches(self, split: str) -> bool:
+        """Return whether a recipe's `split` is this one: `train` is any kind of it, `train_sft` that one alone."""
+        name = split.lower()
+        if name in _WORDS:
+            return self.split == _WORDS[name]
+        return re.sub("[-_. ]+", "_", name) in (self.kind, self.full)
 
 
 def _split_of(path: Path) -> _SplitName | None:
-    """The split that a file's name tells, or else a folder's: `train` of train-00000-of-00002.parquet."""
+    """Return the split in a file's name, or else in a folder's: `train` of train-00000-of-00002.parquet."""
     file = path.name.lower()
-    file = file[: file.rindex(ending_of(path))]
+    file = file[: file.rindex(extension_of(path))]
     for name in [file, *reversed([part.lower() for part in path.parts[:-1]])]:
         words = [word for word in re.finditer("[a-z]+", name) if word[0] in _WORDS]
         if words:
@@ -297,44 +295,44 @@ def _split_of(path: Path) -> _SplitName | None:
     return None
 
 
-def _saved(folder: Path, source: Source) -> OpenSource:
-    """A folder that datasets' `save_to_disk` wrote."""
+def _open_saved(folder: Path, source: Source) -> OpenSource:
+    """Open a folder that datasets' `save_to_disk` wrote."""
     import datasets
 
     try:
         saved = datasets.load_from_disk(str(folder))
-    except Exception as fault:  # whatever a half-written folder brings up
-        raise UserError(f"{folder}: the saved data set can't be opened: {first_line(fault)}.") from fault
+    except Exception as error:  # any error of an incomplete folder
+        raise UserError(f"{folder}: the saved data set can't be opened: {first_line(error)}.") from error
     splits = isinstance(saved, datasets.DatasetDict)
     _refuse_hub_keys(source, files_have_splits=splits)
     if splits and source.split not in saved:
         raise UserError(f"{folder}: there is no split `{source.split}`. It has: {', '.join(saved)}.")
     if splits:
-        return _dataset(saved[source.split], f"{folder}[{source.split}]")
-    return _dataset(saved, str(folder))
+        return _open_dataset(saved[source.split], f"{folder}[{source.split}]")
+    return _open_dataset(saved, str(folder))
 
 
-def _hub(source: Source) -> OpenSource:
+def _open_hub(source: Source) -> OpenSource:
     import datasets
 
     try:
         loaded = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
-    except Exception as fault:  # of many libraries, and all of them about the id, the split, the login or the network
-        tried = f"split `{source.split}`" + (f", configuration `{source.name}`" if source.name else "")
-        tried += f", revision `{source.revision}`" if source.revision else ""
+    except Exception as error:  # of many libraries: about the id, the split, the login or the network
+        request = f"split `{source.split}`" + (f", configuration `{source.name}`" if source.name else "")
+        request += f", revision `{source.revision}`" if source.revision else ""
         here = describe_missing_path(Path(source.path)).rstrip(".")
         raise UserError(
-            f"{source.path}: no file or folder here ({here}), and the Hugging Face hub didn't give a data set of that "
-            f"name ({tried}): {type(fault).__name__}: {first_line(fault)}. Check the id, the split and the network; a "
-            "private or gated one needs `hf auth login`."
-        ) from fault
-    return _dataset(loaded, f"{source.path}{f':{source.name}' if source.name else ''}[{source.split}]")
+            f"{source.path}: no such file or folder ({here}), and the Hugging Face hub has no such data set or can't "
+            f"be reached ({request}): {type(error).__name__}: {first_line(error)}. Check the id, the split and the "
+            "network; a private or gated one needs `hf auth login`."
+        ) from error
+    return _open_dataset(loaded, f"{source.path}{f':{source.name}' if source.name else ''}[{source.split}]")
 
 
-def _dataset(dataset: Any, name: str) -> OpenSource:
+def _open_dataset(dataset: Any, name: str) -> OpenSource:
     if not len(dataset):
         raise UserError(f"{name}: the data set holds no rows.")
-    # Arrow's own values: nothing is decoded, so images beside the text cost nothing and need no library.
+    # In Arrow format nothing is decoded, so images beside the text cost nothing and need no library.
     tables = dataset.with_format("arrow")
     return OpenSource(
         [name],
@@ -344,5 +342,5 @@ def _dataset(dataset: Any, name: str) -> OpenSource:
 
 
 def _batches(tables: Any) -> Iterator[Any]:
-    for table in tables.iter(ROWS_OF_A_CHUNK):
+    for table in tables.iter(ROWS_PER_CHUNK):
         yield from table.combine_chunks().to_batches()

@@ -1,7 +1,7 @@
-"""The tokens of one source on disk: made once, by one process, and found again by all others and at the next start.
+"""Tokens of one source, cached: tokenized once by one process, found by all others and at the next start.
 
-The key follows from the bytes of the source, the tokenizer, the template, the policies of `chat` and the code that all
-went through; not from what the recipe does with the rows afterwards, nor from where the source stands.
+The cache key follows from the bytes of the source, the tokenizer, the template, the policies of `chat` and the cache's
+version; not from what the recipe does with the rows afterwards, nor from the path of the source.
 """
 
 import importlib.metadata
@@ -16,69 +16,58 @@ from transformers import PreTrainedTokenizerBase
 
 from train.data.cache import Entry, cache_key, default_folder, get_or_build, report_progress
 from train.data.chat.template import date_of
-from train.data.fast_tokenizer import DiffersError
-from train.data.sources.formats import ignored_when_read
+from train.data.fast_tokenizer import TokensDifferError
+from train.data.sources.formats import select_read_names
 from train.data.sources.source import OpenSource, chunks_and_format, open_source
-from train.data.tokens.table import RowIssues, TokensDigest, write
+from train.data.tokens.table import RowIssues, TokensDigest, write_table
 from train.data.tokens.workers import RowTokenizer, tokenize
 from train.errors import UserError
 from train.progress import ProgressBar, progress_bar
 from train.recipe import Recipe, Source
 
 ROWS = "rows.arrow"
-"""The file of an entry, as `token_rows` has it."""
-
-_DECISIVE = (
-    *("arrow_rows", "chat_template", "companions", "control_tokens", "fast_tokenizer", "files", "formats", "layouts"),
-    *(
-        "loss_mask",
-        "rendering",
-        "row_faults",
-        "tokenize_source",
-        "sources",
-        "spans",
-        "token_rows",
-        "tokenize",
-        "probe_conversations",
-    ),
-    *("turns", "unread"),
-)
-"""The modules that decide which tokens a row becomes: where one changes, rows are tokenized anew."""
+"""The file of a cache entry that holds a token table."""
 _SECONDS_BETWEEN_REPORTS = 1.0
 
 
 def cache_folder(recipe: Recipe) -> Path:
-    """Where tokens and plans are kept."""
-    return Path(recipe.data.cache_dir).expanduser() if recipe.data.cache_dir else default_folder()
+    """Return the folder that holds tokens and packing plans."""
+    return Path(recipe.data.cache_dir) if recipe.data.cache_dir else default_folder()
 
 
 def tokenize_source(
     key: str, source: Source, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Entry, OpenSource]:
-    """The tokens of one source on disk, made now if they aren't there. Raises UserError, naming `key`."""
+    """Return the cache entry with the tokens of one source; tokenize it if there is none.
+
+    Raises UserError, naming `key`, if the source can't be read.
+    """
     try:
         opened = open_source(source, recipe.data.allow_pickle)
-        with progress_bar(f"tokenizing {source.path}", unit="rows") as tokenizing:
-            made_of = _made_of(source, opened, recipe, tokenizer)
-            return get_or_build(
+        with progress_bar(f"tokenizing {source.path}", unit="rows") as bar:
+            fingerprint = _fingerprint(source, opened, recipe, tokenizer)
+            entry = get_or_build(
                 cache_folder(recipe),
-                cache_key(made_of),
-                lambda partial: _write(partial, source, opened, made_of["rows"], recipe, tokenizer, tokenizing),
-                tokenizing,
-            ), opened
-    except UserError as fault:
-        named = str(fault).startswith(("data.", "chat."))  # another key is at fault
-        raise UserError(str(fault) if named else f"{key}: {fault}") from fault
+                cache_key(fingerprint),
+                lambda folder: _write(folder, source, opened, fingerprint["rows"], recipe, tokenizer, bar),
+                bar,
+            )
+            return entry, opened
+    except UserError as error:
+        names_key = str(error).startswith(("data.", "chat."))
+        raise UserError(str(error) if names_key else f"{key}: {error}") from error
 
 
-def _made_of(source: Source, opened: OpenSource, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """All that decides what tokens a source becomes."""
+def _fingerprint(
+    source: Source, opened: OpenSource, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Return all that decides which tokens a source becomes."""
     chat = recipe.chat
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
     return {
         "rows": opened.digest(),
         "format": source.format,
-        "ignored": ignored_when_read(source.ignore),  # the others are told, and change no token
+        "ignored": select_read_names(source.ignore),  # the other names are only reported and change no token
         "tokenizer": xxhash.xxh3_128(backend.encode()).hexdigest(),
         "special_tokens": tokenizer.special_tokens_map,
         "template": tokenizer.chat_template,
@@ -95,54 +84,53 @@ def _write(
     digest: str,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
-    tokenizing: ProgressBar,
+    bar: ProgressBar,
 ) -> dict[str, Any]:
-    """Tokenize a source, which has this digest, into `folder`; what its manifest is to say. Raises UserError."""
+    """Tokenize a source, whose digest is given, into `folder` and return the facts for the manifest."""
     chat = recipe.chat
     why_not_fast = ""
     for fast in (True, False):
         rows = RowTokenizer(tokenizer, chat.train_on, chat.control_tokens_in_text, fast=fast, ignore=source.ignore)
         try:
             chunks, format = chunks_and_format(source, opened)
-            batches = tokenize(rows, chunks, format, recipe.data.processes)
-            counted = _Counted(batches, folder, tokenizing)
-            write(folder / ROWS, counted)
-        except DiffersError as fault:
-            why_not_fast = f"fastokens gives other tokens for {fault}"
-            tokenizing.advance(-tokenizing.done)
+            counter = _BatchCounter(tokenize(rows, chunks, format, recipe.data.processes), folder, bar)
+            write_table(folder / ROWS, counter)
+        except TokensDifferError as error:
+            why_not_fast = f"fastokens gives other tokens for {error}"
+            bar.advance(-bar.done)
         else:
             break
     if opened.digest() != digest:
-        raise UserError(f"{source.path} changed while it was read. Start again when it is whole.")
+        raise UserError(f"{source.path} changed while it was read. Start again when it is complete.")
     why_not_fast = why_not_fast or rows.encoder.why_not_fast
     return {
         "source": source.path,
-        "rows": counted.rows,
-        "tokens": counted.digest.facts(),
-        "errors": counted.faults.kinds,
-        "escaped": counted.faults.escaped,
-        "unread": counted.faults.unread,
+        "rows": counter.rows,
+        "tokens": counter.digest.facts(),
+        "errors": counter.issues.errors,
+        "escaped": counter.issues.escaped,
+        "unread": counter.issues.unread,
         "tokenizer": f"the tokenizer itself, as {why_not_fast}" if why_not_fast else "fastokens, checked on a sample",
     }
 
 
-class _Counted:
-    """The batches as they pass, and what they hold in all."""
+class _BatchCounter:
+    """An iterator over batches that counts rows, issues and tokens and reports the progress."""
 
     def __init__(
-        self, batches: Iterator[tuple[pyarrow.RecordBatch, RowIssues]], folder: Path, tokenizing: ProgressBar
+        self, batches: Iterator[tuple[pyarrow.RecordBatch, RowIssues]], folder: Path, bar: ProgressBar
     ) -> None:
-        self._batches, self._folder, self._job = batches, folder, tokenizing
-        self.rows, self.faults, self.digest = 0, RowIssues(), TokensDigest()
+        self._batches, self._folder, self._bar = batches, folder, bar
+        self.rows, self.issues, self.digest = 0, RowIssues(), TokensDigest()
 
     def __iter__(self) -> Iterator[pyarrow.RecordBatch]:
-        reported = time.monotonic()
-        for batch, faults in self._batches:
-            self.faults.merge(faults)
+        last_report = time.monotonic()
+        for batch, issues in self._batches:
+            self.issues.merge(issues)
             self.rows += batch.num_rows
             self.digest.add(batch)
-            self._job.advance(batch.num_rows)
-            if time.monotonic() - reported > _SECONDS_BETWEEN_REPORTS:
-                reported = time.monotonic()
-                report_progress(self._folder, self._job.done)
+            self._bar.advance(batch.num_rows)
+            if time.monotonic() - last_report > _SECONDS_BETWEEN_REPORTS:
+                last_report = time.monotonic()
+                report_progress(self._folder, self._bar.done)
             yield batch

@@ -1,4 +1,4 @@
-"""Rows -> conversations -> tokens and spans: by chunks, on all cores, in memory that doesn't grow with the rows."""
+"""Parallel tokenization: chunks of rows -> tokens and trained spans, on all cores, in bounded memory."""
 
 import gc
 import multiprocessing
@@ -22,15 +22,15 @@ from train.data.loss_mask import EncodedRow, Encoder
 from train.data.sources.formats import Conversation, RowError, read_row
 from train.data.sources.readers import Chunk
 from train.data.sources.unread_text import Unread
-from train.data.tokens.table import RowIssues, batch_of
+from train.data.tokens.table import RowIssues, make_batch
 from train.errors import UserError
 
 _CHUNKS_AHEAD = 2
-"""For each process: one that it works on, and one that waits for it."""
+"""Chunks in flight for each process: the one that it works on, and the next."""
 
 
 class RowTokenizer:
-    """One recipe's way from rows to tokens: the template that the tokenizer has now, and the policies of `chat`."""
+    """Rows -> tokens under the template that the tokenizer has now and the policies of `chat`."""
 
     def __init__(
         self,
@@ -41,24 +41,24 @@ class RowTokenizer:
         fast: bool = False,
         ignore: Collection[str] = (),
     ) -> None:
-        """Learn what the template does. Raises UserError where no answer can be trained under it at all.
+        """Probe the template. `ignore`: columns and message keys that are read as if the rows had none of them.
 
-        `ignore`: columns and keys of messages that are read as if the rows had none of them.
+        Raises UserError if no answer can be trained under the template.
         """
         self.encoder = Encoder(tokenizer, fast=fast)
         self._control_tokens = ControlTokens(tokenizer, control_tokens_in_text)
         self._train_on: TrainOn = train_on
         self._ignore = ignore
-        self._escaped = 0  # conversations, since the chunk began
-        self._left_out: list[Unread] = []  # by the template, of each conversation encoded last
+        self._escaped = 0  # conversations since the chunk began
+        self._left_out: list[Unread] = []  # by the template, for each conversation encoded last
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[EncodedRow] | RowError]:
-        """Each conversation's rows in its order, or the fault that keeps it from being trained.
+        """Return for each conversation its rows, or the error for which it can't be trained.
 
-        Mostly one row; several where the template rewrites earlier turns, so that each needs a render of its own.
-        Raises DiffersError where fastokens turns out to give other tokens.
+        A conversation has several rows where the template rewrites earlier turns.
+        Raises TokensDifferError if fastokens turns out to give other tokens.
         """
-        cleaned = [self._cleaned(conversation) for conversation in conversations]
+        cleaned = [self._clean(conversation) for conversation in conversations]
         clean = [conversation for conversation in cleaned if not isinstance(conversation, RowError)]
         encoded = iter(
             self.encoder.encode(
@@ -71,52 +71,55 @@ class RowTokenizer:
         self._left_out = [{} if isinstance(conversation, RowError) else next(left_out) for conversation in cleaned]
         return [conversation if isinstance(conversation, RowError) else next(encoded) for conversation in cleaned]
 
-    def _cleaned(self, conversation: Conversation) -> Conversation | RowError:
+    def _clean(self, conversation: Conversation) -> Conversation | RowError:
         try:
             messages = self._control_tokens.clean(conversation.messages)
             tools = self._control_tokens.clean_tools(conversation.tools)
             kwargs = self._control_tokens.clean_kwargs(conversation.template_kwargs)
-        except RowError as fault:
-            return fault
+        except RowError as error:
+            return error
         if messages is conversation.messages and (tools, kwargs) == (conversation.tools, conversation.template_kwargs):
             return conversation
         self._escaped += 1
         return replace(conversation, messages=messages, tools=tools, template_kwargs=kwargs)
 
     def encode_chunk(self, file: int, chunk: Chunk, format: str) -> tuple[pyarrow.RecordBatch, RowIssues]:
-        """The rows of a chunk as they are stored, and what was wrong with the others. `file`: its number."""
+        """Return the rows of a chunk as a batch of the token table, and its issues. `file`: the file's number."""
         conversations: list[Conversation] = []
         unread: list[Unread] = []
-        faults = RowIssues()
+        issues = RowIssues()
         for place, row in chunk.rows():
             try:
                 if isinstance(row, RowError):
                     raise row
-                of_row: Unread = {}
-                conversations.append(read_row(row, format, place, ignore=self._ignore, unread=of_row))
-                unread.append(of_row)
-            except RowError as fault:
-                faults.add(fault, file, place)
-        good: list[tuple[Conversation, list[EncodedRow]]] = []
+                unread_of_row: Unread = {}
+                conversations.append(read_row(row, format, place, ignore=self._ignore, unread=unread_of_row))
+                unread.append(unread_of_row)
+            except RowError as error:
+                issues.add(error, file, place)
+        encoded: list[tuple[Conversation, list[EncodedRow]]] = []
         self._escaped = 0
         results = self.encode(conversations)
-        faults.escaped = self._escaped
-        for conversation, result, of_row, left_out in zip(conversations, results, unread, self._left_out, strict=True):
-            if isinstance(result, RowError):
-                faults.add(result, file, conversation.place)
+        issues.escaped = self._escaped
+        for conversation, rows, unread_of_row, left_out in zip(
+            conversations, results, unread, self._left_out, strict=True
+        ):
+            if isinstance(rows, RowError):
+                issues.add(rows, file, conversation.place)
             else:
-                good.append((conversation, result))
-                if of_row or left_out:
-                    faults.add_unread(of_row | left_out, conversation.messages, file, conversation.place)
-        return batch_of(file, good), faults
+                encoded.append((conversation, rows))
+                if unread_of_row or left_out:
+                    issues.add_unread(unread_of_row | left_out, conversation.messages, file, conversation.place)
+        return make_batch(file, encoded), issues
 
 
 def tokenize(
     rows: RowTokenizer, chunks: Iterable[tuple[int, Chunk]], format: str, processes: int | None = None
 ) -> Iterator[tuple[pyarrow.RecordBatch, RowIssues]]:
-    """Each chunk encoded, in order. `processes`: None = as many as this process may use cores.
+    """Yield the batch and the issues of each chunk, in order.
 
-    Raises UserError where a worker dies, DiffersError as `RowTokenizer.encode`.
+    `processes`: None means one for each core that this process may use.
+    Raises UserError if a worker dies, TokensDifferError as `RowTokenizer.encode` does.
     """
     processes = processes or available_cores()
     remaining = iter(chunks)
@@ -125,54 +128,54 @@ def tokenize(
     if processes <= 1 or "fork" not in multiprocessing.get_all_start_methods():
         yield from (rows.encode_chunk(file, chunk, format) for file, chunk in chain(first, remaining))
         return
-    waiting: deque[Future[tuple[pyarrow.RecordBatch, RowIssues]]] = deque()
-    # Forked, workers have the tokenizer and the probed template at once, and share the memory of both as long as no
-    # garbage collection writes into it.
+    pending: deque[Future[tuple[pyarrow.RecordBatch, RowIssues]]] = deque()
+    # Forked workers have the tokenizer and the probed template at once. They share the memory of both as long as no
+    # garbage collection writes to it.
     gc.freeze()
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(processes, context, _start_worker, (rows,)) as pool, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         try:
             for file, chunk in chain(first, remaining):
-                waiting.append(pool.submit(_work, file, chunk, format))
-                if len(waiting) >= processes * _CHUNKS_AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as fault:
+                pending.append(pool.submit(_encode_chunk, file, chunk, format))
+                if len(pending) >= processes * _CHUNKS_AHEAD:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool as error:
             raise UserError(
-                "data: a process that tokenized rows was killed, as happens where memory runs out. Give the job more "
+                "data: a process that tokenized rows was killed; often the memory ran out. Give the job more "
                 f"memory, or fewer processes than these {processes}: `data.processes: {max(processes // 2, 1)}`."
-            ) from fault
+            ) from error
         finally:
             gc.unfreeze()
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def available_cores() -> int:
-    """Cores that this process may use: Slurm and containers may give it fewer than there are."""
+    """Return the number of cores that this process may use, which Slurm and containers limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_rows_of_worker: RowTokenizer
-"""In a worker process: what it encodes with."""
+_worker_tokenizer: RowTokenizer
+"""The tokenizer of a worker process."""
 
 
 def _start_worker(rows: RowTokenizer) -> None:
-    global _rows_of_worker
-    _rows_of_worker = rows
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the pool
+    global _worker_tokenizer
+    _worker_tokenizer = rows
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends the pool
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Workers of a parent that was killed would wait for work for ever."""
+    """End this worker when its parent ends: after a kill it would wait for work for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-def _work(file: int, chunk: Chunk, format: str) -> tuple[pyarrow.RecordBatch, RowIssues]:
-    return _rows_of_worker.encode_chunk(file, chunk, format)
+def _encode_chunk(file: int, chunk: Chunk, format: str) -> tuple[pyarrow.RecordBatch, RowIssues]:
+    return _worker_tokenizer.encode_chunk(file, chunk, format)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.evaluation.formatting import format_estimate
 from train.evaluation.ifeval.checkers import ConstraintVerdict
 from train.evaluation.ifeval.metrics import MEASURES, Share
 from train.evaluation.ifeval.rows import IFEvalRow
@@ -48,20 +49,12 @@ def summarize_unanswered(
     return f"{prompts}; the first {unanswered[0]}"
 
 
-def format_share(share: Share) -> str:
-    """Return `12.3 % [10.0, 14.5]`, or `50.0 % (n = 2)` without an interval."""
-    shown = f"{100 * share.value:.1f} %"
-    if share.low is None or share.high is None:
-        return f"{shown} ({share.missing})"
-    return f"{shown} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+def _percent(share: Share) -> str:
+    return format_estimate(share.value, share.low, share.high, share.missing, scale=100, unit=" %")
 
 
-def format_gap(gap: Estimate) -> str:
-    """Return `-12.3 [-14.5, -10.0]` in percentage points, or `-50.0 (n = 2)` without an interval."""
-    shown = f"{100 * gap.mean:+.1f}"
-    if gap.low is None or gap.high is None:
-        return f"{shown} ({gap.missing})"
-    return f"{shown} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
+def _points(gap: Estimate) -> str:
+    return format_estimate(gap.mean, gap.low, gap.high, gap.missing, scale=100, sign="+")
 
 
 def section(
@@ -79,8 +72,8 @@ def section(
     lines += ["", f"| |{head}" + (" system minus user, points | p |" if gap else "")]
     lines += ["|---|" + "---|" * (len(overall) + 2 * bool(gap))]
     for name, description in MEASURES.items():
-        cells = [format_share(of_turn[name]) for of_turn in overall.values()]
-        cells += [format_gap(gap[name]), f"{gap[name].p:.4f}"] if gap else []
+        cells = [_percent(of_turn[name]) for of_turn in overall.values()]
+        cells += [_points(gap[name]), f"{gap[name].p:.4f}"] if gap else []
         lines.append(f"| {description} | " + " | ".join(cells) + " |")
     data = record["data"]
     if data["same_in_both_turns"]:
@@ -89,7 +82,7 @@ def section(
     first = next(iter(by_rule.values()))
     lines += ["", "By rule, strict:", "", f"| rule | constraints |{head}", "|---|---|" + "---|" * len(overall)]
     for rule, of_rule in first.items():
-        cells = [format_share(of_turn[rule]["strict"]) for of_turn in by_rule.values()]
+        cells = [_percent(of_turn[rule]["strict"]) for of_turn in by_rule.values()]
         lines.append(f"| {rule} | {of_rule['strict'].of} | " + " | ".join(cells) + " |")
     lines += ["", *explained] if (explained := explain_missing_intervals("\n".join(lines), "prompts")) else []
     return "\n".join(lines) + "\n\n![constraints followed](ifeval.png)\n"

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from train.errors import UserError
-from train.evaluation.jsonl_rows import read_jsonl_rows
+from train.evaluation.jsonl_rows import ChatMessage, read_jsonl_rows
 
 SKIPPED = ("language:response_language", "combination:repeat_prompt")
 """Rules that the official scoring of S-IFEval skips, with every prompt that has one: 470 of 541 prompts stay."""
@@ -47,15 +47,6 @@ class IFEvalRow:
         return [message for message in self.messages if message["role"] != "system"]
 
 
-class _Message(BaseModel):
-    """A message of a row; other keys are ignored."""
-
-    model_config = ConfigDict(strict=True)
-
-    role: Literal["system", "user", "assistant"]
-    content: str
-
-
 class _PublishedRow(BaseModel):
     """A line of a published file."""
 
@@ -65,7 +56,7 @@ class _PublishedRow(BaseModel):
     prompt: str
     instruction_id_list: list[str] = Field(min_length=1)
     arguments: list[dict[str, Any]] = Field(validation_alias=AliasChoices("kwargs"))
-    messages: list[_Message] | None = None
+    messages: list[ChatMessage] | None = None
 
     @field_validator("key")
     @classmethod
@@ -95,7 +86,7 @@ def read_rows(path: Path) -> list[IFEvalRow]:
                 f"{place}: duplicate key {published.key}, first in {rows[published.key].place}. Keys must be unique."
             )
         # The published files hold role and content in either order.
-        messages = published.messages or [_Message(role="user", content=published.prompt)]
+        messages = published.messages or [ChatMessage(role="user", content=published.prompt)]
         rows[published.key] = IFEvalRow(
             published.key,
             published.prompt,

@@ -59,7 +59,7 @@ class ModelOptions(Section):
     key_variable: Text | None = None
     """Environment variable that holds the server's key."""
     wait_for_server: float = Field(default=WAIT_FOR_SERVER, ge=0)
-    """How long to wait at the start for a server that cannot be reached: seconds, on the command line also 10m or
+    """Time to wait at the start for a server that cannot be reached: seconds, on the command line also 10m or
     1h30m. Once reached, a server is waited for without a limit."""
     extra: dict[str, Any] = Field(default_factory=dict)
     """More fields of each request, as a JSON object; null = that field is not sent."""

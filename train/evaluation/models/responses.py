@@ -89,8 +89,8 @@ def generate_answers(
             else:
                 for name in decoding.extra:
                     if name not in KNOWN_EXTRA:
-                        known = ", ".join(KNOWN_EXTRA)
-                        raise UserError(f"{name} is not supported by generation in this process. Allowed: {known}.")
+                        allowed = ", ".join(KNOWN_EXTRA)
+                        raise UserError(f"{name} is not supported by generation in this process. Allowed: {allowed}.")
                 answers = asyncio.run(_generate_locally(generator, requests, journal, description, before_asking))
     answers = _clean(answers, requests, description)
     return [answers[start : start + samples] for start in range(0, len(answers), samples)]

@@ -72,9 +72,9 @@ class Address:
         raw = base.raw_path.rstrip(b"/") + f"/{path}{self.query and '?'}{self.query}".encode()
         return str(base.copy_with(raw_path=raw))
 
-    def shown_at(self, base: httpx2.URL) -> str:
+    def format_base(self, base: httpx2.URL) -> str:
         """Return another base with the address's query, for messages."""
-        return show(base) + _shown_query(self.query)
+        return redact_url(base) + _redact_query(self.query)
 
     def with_path(self, path: str) -> httpx2.URL:
         """Return the base with another path."""
@@ -87,22 +87,9 @@ def parse_address(base_url: str) -> Address:
     A trailing slash, a fragment and the path of an endpoint (`/chat/completions`) are dropped.
     """
     text = base_url.strip()
-    example = f"write it like {_EXAMPLE}"
-    if re.search(r"\s", text):
-        raise UserError(f"base_url {_shown(text)!r} is not a URL: it contains white space. Remove it.")
-    if error := _explain_malformed(text):
-        raise UserError(f"base_url {_shown(text)!r} is not a URL: {error}.")
-    if "://" not in text and re.search(r"\w[.:/]", text):
-        example = f"http:// or https:// is missing. Write http://{_shown(text).lstrip('/')}"
-    try:
-        url = httpx2.URL(text)
-    except httpx2.InvalidURL as error:
-        reason = str(error) if "@" not in text else "it can't be parsed"  # the reason may quote a password
-        raise UserError(f"base_url {_shown(text)!r} is not a URL ({reason.rstrip('.')}): {example}.") from None
-    if not url.host or url.scheme not in ("http", "https"):
-        raise UserError(f"base_url {_shown(text)!r} is not a URL: {example}.")
-    if url.port is not None and not 0 < url.port < 65536:
-        raise UserError(f"base_url {_shown(text)!r} is not a URL: a port is a number from 1 to 65535.")
+    if error := _explain_malformed(text) or _explain_invalid(text):
+        raise UserError(f"base_url {_redact(text)!r} is not a URL: {error}.")
+    url = httpx2.URL(text)
     path, _, query = url.raw_path.decode("ascii").partition("?")
     path = _ENDPOINT.sub("", path.rstrip("/")).rstrip("/")
     base = url.copy_with(raw_path=(path or "/").encode(), fragment=None)
@@ -111,7 +98,7 @@ def parse_address(base_url: str) -> Address:
     return Address(
         base=base,
         query=query,
-        shown=show(base) + _shown_query(query),
+        shown=redact_url(base) + _redact_query(query),
         secrets=(*filter(None, secrets), *(proxy.secrets if proxy else ())),
         proxy=proxy,
     )
@@ -121,51 +108,65 @@ def _explain_malformed(text: str) -> str:
     """Return the error in a `base_url` and what to write, for errors with a likely cause; empty if there is none."""
     scheme, _, rest = text.partition("://")
     host = re.split(r"[/?#]", rest or text, maxsplit=1)[0].rpartition("@")[2]
+    if re.search(r"\s", text):
+        return "it contains white space. Remove it"
     if text and (text[0] in _QUOTES or text[-1] in _QUOTES):
         return "it is in quotes or brackets. Write it without them"
     if variable := _VARIABLE.search(host) or _BRACED.search(text.rpartition("@")[2]):
         return f"it contains {variable[0]}, and variables are not expanded here. Write the address itself"
     if prefix := re.match(r"(https?)(?!://|:\d+(?:/|$))(?::/?|/{1,2})(?=[\w\[])", text, re.IGNORECASE):
-        return f"{prefix[1]} must be followed by ://. Write {prefix[1].lower()}://{_shown(text[prefix.end() :])}"
+        return f"{prefix[1]} must be followed by ://. Write {prefix[1].lower()}://{_redact(text[prefix.end() :])}"
     if rest and scheme.lower() in ("ws", "wss"):
         http = "https" if scheme.lower() == "wss" else "http"
-        return f"{scheme}:// is a web socket, and chat APIs speak http. Write {http}://{_shown(rest)}"
+        return f"{scheme}:// is a web socket, and chat APIs speak http. Write {http}://{_redact(rest)}"
     if rest and host.count(":") > 1 and "[" not in host:
         before, _, port = host.rpartition(":")
-        inside = (
-            f"[{before}]:{port}"
-            if port.isdecimal() and isinstance(_parse_ip(before), ipaddress.IPv6Address)
-            else f"[{host}]"
-        )
-        return f"an IPv6 address must be in brackets. Write {scheme}://{inside}{_shown(rest.partition(host)[2])}"
+        is_before_port = port.isdecimal() and isinstance(_parse_ip(before), ipaddress.IPv6Address)
+        inside = f"[{before}]:{port}" if is_before_port else f"[{host}]"
+        return f"an IPv6 address must be in brackets. Write {scheme}://{inside}{_redact(rest.partition(host)[2])}"
     if rest and scheme.lower() not in ("http", "https"):
-        return f"it begins with {_shown(scheme)}:// instead of http:// or https://; write it like {_EXAMPLE}"
+        return f"it begins with {_redact(scheme)}:// instead of http:// or https://; write it like {_EXAMPLE}"
     return ""
 
 
-def show(url: httpx2.URL) -> str:
+def _explain_invalid(text: str) -> str:
+    """Return the error in the URL of a `base_url`; empty if there is none."""
+    example = f"write it like {_EXAMPLE}"
+    if "://" not in text and re.search(r"\w[.:/]", text):
+        example = f"http:// or https:// is missing. Write http://{_redact(text).lstrip('/')}"
+    try:
+        url = httpx2.URL(text)
+    except httpx2.InvalidURL as error:
+        reason = str(error).rstrip(".") if "@" not in text else "it can't be parsed"  # it may quote a password
+        return f"{reason}; {example}"
+    if not url.host or url.scheme not in ("http", "https"):
+        return example
+    return "" if url.port is None or 0 < url.port < 65536 else "a port is a number from 1 to 65535"
+
+
+def redact_url(url: httpx2.URL) -> str:
     """Return a URL for messages: without user, password and query."""
     return str(url.copy_with(userinfo=b"", query=None, fragment=None)).rstrip("/")
 
 
-def shown_location(url: httpx2.URL) -> str:
+def format_redirect_target(url: httpx2.URL) -> str:
     """Return a redirect's target for messages, as a `base_url`."""
     base = url.copy_with(raw_path=_ENDPOINT.sub("", url.raw_path.partition(b"?")[0].decode("ascii")).encode() or b"/")
-    return show(base) + _shown_query(url.query.decode("ascii"))
+    return redact_url(base) + _redact_query(url.query.decode("ascii"))
 
 
 def _secret_values(params: httpx2.QueryParams) -> list[str]:
     return [value for name, value in params.multi_items() if _SECRET_NAME.search(name)]
 
 
-def _shown_query(query: str) -> str:
+def _redact_query(query: str) -> str:
     """Return a query with the values of its secret parameters replaced, with its question mark."""
     parts = [part.partition("=") for part in query.split("&") if part]
     shown = [f"{name}={'***' if _SECRET_NAME.search(name) else value}" for name, _, value in parts]
     return f"?{'&'.join(shown)}" if shown else ""
 
 
-def _shown(text: str) -> str:
+def _redact(text: str) -> str:
     """Return the part of a malformed URL that may be shown."""
     before, at, after = text.rpartition("@")
     if at:
@@ -193,7 +194,7 @@ def find_proxy(url: httpx2.URL) -> Proxy | None:
 
 def _parse_proxy(value: str, variable: str) -> Proxy:
     text = value.strip() if "://" in value else f"http://{value.strip()}"
-    shown = _shown(text)
+    shown = _redact(text)
     allowed = "http://host:port, https://host:port or socks5://host:port"
     otherwise = f"Set {variable} to {allowed}, unset it, or name the server's host in no_proxy"
     try:
@@ -208,7 +209,7 @@ def _parse_proxy(value: str, variable: str) -> Proxy:
             f"Or unset {variable}, or name the server's host in no_proxy."
         )
     secrets = (url.password, url.userinfo.decode("ascii")) if url.password else ()
-    return Proxy(text, variable, show(url), secrets)
+    return Proxy(text, variable, redact_url(url), secrets)
 
 
 def _parse_ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -114,7 +114,7 @@ class Endpoint:
             results = await asyncio.gather(*(is_chat_api(base) for base in bases))
             for base, result in zip(bases, results, strict=True):
                 if result:
-                    return self.address.shown_at(base)
+                    return self.address.format_base(base)
         return None
 
     async def _list_entries(self, base: httpx2.URL | None = None) -> list[list[str]] | None:

@@ -127,13 +127,13 @@ def format_advice(events: Mapping[str, int]) -> list[str]:
     return lines
 
 
-def read_answer(answer: Answer, asked: Sequence[Mapping[str, Any]] = ()) -> tuple[Answer, ParsedReply]:
+def read_answer(answer: Answer, prompt: Sequence[Mapping[str, Any]] = ()) -> tuple[Answer, ParsedReply]:
     """Return the answer without reasoning and control tokens, and the parts of its reply.
 
     An answer that ran on after its end token is complete, even if the token limit cut the rest. A text that is a tool
-    call gets the finish reason of one. `asked`: the messages that it answers.
+    call gets the finish reason of one. `prompt`: the messages that it answers.
     """
-    reply = without_reasoning(answer.text, asked)
+    reply = without_reasoning(answer.text, prompt)
     if reply.text is answer.text and not (reply.unfinished or reply.calls_tool):
         return answer, reply
     finish_reason = answer.finish_reason
@@ -144,15 +144,15 @@ def read_answer(answer: Answer, asked: Sequence[Mapping[str, Any]] = ()) -> tupl
     return replace(answer, text=reply.text, only_reasoning=reply.unfinished, finish_reason=finish_reason), reply
 
 
-def without_reasoning(text: str, asked: Sequence[Mapping[str, Any]] = ()) -> ParsedReply:
+def without_reasoning(text: str, prompt: Sequence[Mapping[str, Any]] = ()) -> ParsedReply:
     """Return the parts of a reply: the answer, the reasoning, the control tokens. Never raises.
 
-    `asked`: the messages that it answers. A tag with an ordinary name (<reasoning>) in them was asked for, and stays.
+    `prompt`: the messages that it answers. A tag with an ordinary name (<reasoning>) in them was asked for, and stays.
     """
     if OPENER.match(text) is None and not may_hold_marks(text):
         return ParsedReply(text, is_plain=True)
     content, headers = strip_header(text)
-    reply = _split(content, asked)
+    reply = _split(content, prompt)
     if reply.unfinished:
         return reply
     answer, tokens = strip_end_tokens(reply.text)
@@ -173,7 +173,7 @@ def _is_real(text: str, token: re.Match[str]) -> bool:
     return not (is_word(text, start, end) or is_named(text, start, end) or is_announced(text, start))
 
 
-def _split(text: str, asked: Sequence[Mapping[str, Any]]) -> ParsedReply:
+def _split(text: str, prompt: Sequence[Mapping[str, Any]]) -> ParsedReply:
     """Return the parts of a text; control tokens may remain at the end of the answer."""
     plain = blank_code(text)
     if holds_harmony(plain):
@@ -195,7 +195,7 @@ def _split(text: str, asked: Sequence[Mapping[str, Any]]) -> ParsedReply:
                 fence = _CLOSING_FENCE.match(rest, end[1])  # without one, or with no text after it, it is shown as code
                 end = (end[0], fence.end()) if fence and rest[fence.end() :].strip() else None
             name = document_name(opener, form)
-            if end and name and _is_document(name, rest[end[1] :], asked):
+            if end and name and _is_part_of_answer(name, rest[end[1] :], prompt):
                 end = None
         else:
             again = CLOSER.match(rest) if thoughts else None
@@ -214,11 +214,11 @@ def _split(text: str, asked: Sequence[Mapping[str, Any]]) -> ParsedReply:
     return ParsedReply(answer, "\n".join(thoughts) if thoughts else None, ran_on=ran_on)
 
 
-def _is_document(name: str, rest: str, asked: Sequence[Mapping[str, Any]]) -> bool:
+def _is_part_of_answer(name: str, rest: str, prompt: Sequence[Mapping[str, Any]]) -> bool:
     """Return True if tags with an ordinary name belong to the answer.
 
     They do if nothing follows them, if other tags follow, or if the question names them.
     """
     if not strip_end_tokens(rest)[0].strip() or (_NEXT_TAG.match(rest) and not OPENER.match(rest)):
         return True
-    return any(f"<{name}".casefold() in str(message.get("content")).casefold() for message in asked)
+    return any(f"<{name}".casefold() in str(message.get("content")).casefold() for message in prompt)

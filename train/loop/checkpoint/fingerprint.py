@@ -15,7 +15,7 @@ from train.recipe.sft_config import training_fields
 if TYPE_CHECKING:  # importing them takes seconds
     from transformers import PreTrainedTokenizerBase
 
-    from train.data.prepare import Prepared
+    from train.data.prepared_data import PreparedData
 
 _UNORDERED = {"adapter.target_modules", "adapter.modules_to_save"}
 """Keys whose lists are equal in any order."""
@@ -51,7 +51,7 @@ def run_fingerprint(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key not in BATCH_KEYS}
 
 
-def data_fingerprint(data: "Prepared", tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+def data_fingerprint(data: "PreparedData", tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """Return the `made.` keys of a run: tokens of each source, chosen rows, packing, template and date."""
     import xxhash
 

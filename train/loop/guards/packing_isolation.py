@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
@@ -132,8 +131,8 @@ def _token_losses(trainer: SFTTrainer, documents: list[list[int]]) -> list[torch
     tokens = [token for document in documents for token in document]
     lengths = [len(document) for document in documents]
     batch = trainer.data_collator([{"input_ids": tokens, "labels": tokens, "seq_lengths": lengths, "sequence": 0}])
-    batch.pop(BATCH_INFO, None)
-    inputs = send_to_device(batch, trainer.args.device)
+    inputs = trainer._prepare_inputs(batch)  # as in training, where it could add a mask
+    inputs.pop(BATCH_INFO, None)
     with trainer.compute_loss_context_manager():
         outputs = trainer.model_wrapped(**inputs, use_cache=False, fused_lm_head=True)  # as TRL's compute_loss does
     losses = -outputs.log_probs[0].double().cpu()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from train.data.sources.formats import RowError
-from train.data.sources.readers import ending_of
+from train.data.sources.readers import extension_of
 from train.data.sources.source import read_rows
 from train.errors import UserError
 from train.recipe import Source
@@ -105,7 +105,7 @@ def _raw_rows(source: Source) -> Iterator[tuple[str, Any]]:
     would take the row's only list for the rows, and drop the ids.
     """
     path = Path(source.path).expanduser()
-    if path.is_file() and ending_of(path) == ".json" and path.suffix.lower() in (".json", ".gz"):
+    if path.is_file() and extension_of(path) == ".json" and path.suffix.lower() in (".json", ".gz"):
         try:
             content = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
             document = json.loads(content.removeprefix(b"\xef\xbb\xbf"))

@@ -173,7 +173,7 @@ def answer(system: str, instruction: str) -> list[Turn]:
 STOP_PATTERNS = {
     "propose": StopPattern.of_prompt("instruction", "aspects", after=r":[ \t]*\w"),
     "describe": StopPattern.of_prompt("preferences", after=r":[ \t]*\w"),
-    "write_message": StopPattern.of_prompt(
+    "message": StopPattern.of_prompt(
         "descriptions",
         after=r"\A\s*(?!(?:sure|certainly|of|okay|ok|here|below|great|absolutely)\b)[^\n]{30,}[^\s:*]\s*\Z",
     ),

@@ -1,0 +1,130 @@
+"""Splits: conversations -> the rows that are trained, truncated or dropped by length, packed, and counted."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from train.data.cache import cache_key, get_or_build
+from train.data.dataset import PackedDataset
+from train.data.packing import PackingPlan, plan_packing
+from train.data.prepared_data import ExampleRow, Split, SplitStats
+from train.data.sources.source import BadRow, BadRows
+from train.data.stats import choose_examples, find_duplicates
+from train.data.tokens.source import cache_folder
+from train.data.tokens.table import TokenTable
+from train.errors import UserError
+from train.progress import progress_bar
+from train.recipe import DataSection, Recipe
+
+_PLAN = "plan"
+"""The file of a cache entry that holds a packing plan."""
+
+
+def build_split(
+    conversations: NDArray[np.int64], table: TokenTable, recipe: Recipe, multiple_of: int
+) -> tuple[Split, NDArray[np.int64]]:
+    """Return the split of these conversations, and the conversations that have a row in it, each once.
+
+    `conversations`: int64, numbers of conversations in `table`, repeated as often as they are trained.
+    `multiple_of`: the number of sequences is a multiple of it where rows are packed.
+    """
+    section = recipe.data
+    stats = SplitStats(conversations=len(conversations))
+    candidates = _rows_of(conversations, table.conversations)
+    stats.lengths = table.lengths[candidates]
+    if len(candidates):
+        stats.longest_place = table.place(candidates[int(stats.lengths.argmax())])
+    chosen = _drop_overlong(candidates, table, section, stats)
+    stats.rows = len(chosen)
+    stats.rows_with_system = int(table.has_system[chosen].sum())
+    stats.distinct_systems = table.count_distinct_systems(chosen)
+
+    lengths = np.minimum(table.lengths[chosen], section.max_length)
+    dataset = PackedDataset(
+        table,
+        chosen,
+        section.max_length,
+        lambda epoch: _load_plan(lengths, recipe, multiple_of, epoch if section.repack else 0),
+        packed=section.packing,
+    )
+    stats.tokens = int(lengths.sum())
+    stats.trained_tokens = int(table.trained_tokens[chosen].sum()) - _count_cut(chosen, table, section.max_length)
+    stats.documents_per_sequence = np.diff(dataset.plan_of(0).ends).astype(np.int32)
+
+    # Each conversation once: weights repeat its rows, and a template may split it into several.
+    _, firsts = np.unique(table.conversations[chosen], return_index=True)
+    firsts = np.sort(firsts)
+    stats.duplicates = find_duplicates(table.digests[chosen[firsts]], lambda row: table.place(chosen[firsts[row]]))
+    _, distinct = np.unique(table.digests[chosen[firsts]], return_index=True)
+    candidates = firsts[np.sort(distinct)]
+    rng = random.Random(f"part {recipe.seed}")
+    for number in choose_examples(table.has_system[chosen[candidates]].tolist(), recipe.seed):
+        rows = np.flatnonzero(table.conversations[chosen] == table.conversations[chosen[candidates[number]]])
+        position = rng.choice(rows.tolist())  # any of the rows of a conversation that the template splits
+        row = int(chosen[position])
+        example = ExampleRow(*dataset.row(position), table.place(row), bool(table.has_system[row]))
+        stats.examples.append(example)
+    return Split(dataset, stats), table.conversations[chosen[firsts]]
+
+
+def _rows_of(conversations: NDArray[np.int64], conversation_of_row: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the rows of each of the conversations, in their order."""
+    starts = np.searchsorted(conversation_of_row, conversations)
+    counts = np.searchsorted(conversation_of_row, conversations, side="right") - starts
+    before = np.cumsum(counts) - counts
+    return np.repeat(starts - before, counts) + np.arange(counts.sum())
+
+
+def _drop_overlong(
+    candidates: NDArray[np.int64], table: TokenTable, section: DataSection, stats: SplitStats
+) -> NDArray[np.int64]:
+    """Return the rows that `data.overlong` keeps; count the others and the truncated ones in `stats`."""
+    lengths, max_length = table.lengths[candidates], section.max_length
+    overlong = lengths > max_length
+    truncated = overlong & (table.first_trained[candidates] < max_length) & (section.overlong == "truncate")
+    stats.overlong_tokens = int(lengths[overlong].sum()) - int(truncated.sum()) * max_length
+    name = "refused" if section.overlong == "error" else "dropped"
+    for outcome, mask in (("truncated", truncated), (name, overlong & ~truncated)):
+        positions = np.flatnonzero(mask)
+        if len(positions):
+            bad = stats.overlong[outcome] = BadRows(len(positions))
+            for position in positions[:3]:
+                bad.examples.append(BadRow(table.place(candidates[position]), f"{lengths[position]:,} tokens"))
+    return candidates[~overlong | truncated]
+
+
+def _count_cut(chosen: NDArray[np.int64], table: TokenTable, max_length: int) -> int:
+    """Count the trained tokens of these rows that lie behind `max_length`."""
+    truncated = chosen[table.lengths[chosen] > max_length]
+    beyond = np.concatenate([np.empty((0, 2), np.int64), *(table.trained(row) - max_length for row in truncated)])
+    return int(np.diff(np.maximum(beyond, 0)).sum())
+
+
+def _load_plan(lengths: NDArray[np.int32], recipe: Recipe, multiple_of: int, epoch: int) -> PackingPlan:
+    """Return the packing plan of an epoch, from the cache or computed now: a large one takes minutes."""
+    capacity = recipe.data.max_length
+    if not recipe.data.packing:
+        return plan_packing(lengths, None)
+
+    def compute() -> PackingPlan:
+        return plan_packing(lengths, capacity, multiple_of=multiple_of, seed=recipe.seed, epoch=epoch)
+
+    def build(folder: Path) -> dict[str, Any]:
+        plan = compute()
+        plan.save(folder / _PLAN)
+        return {"sequences": len(plan)}
+
+    fingerprint = {
+        "lengths": xxhash.xxh3_128(lengths.tobytes()).hexdigest(),
+        "numbers": [capacity, multiple_of, recipe.seed, epoch],
+    }
+    with progress_bar("packing", unit="rows"):
+        try:
+            entry = get_or_build(cache_folder(recipe), cache_key(fingerprint), build)
+        except UserError:  # the cache can't be written: no reason to stop in the middle of a run
+            return compute()
+        return PackingPlan.load(entry.folder / _PLAN)

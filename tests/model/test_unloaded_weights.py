@@ -1,4 +1,4 @@
-"""Weights that a config.json has no place for: layers and biases of the model are an error, other parts are named."""
+"""Weights that are not part of the model of config.json: its layers and biases are errors, others are named."""
 
 import json
 import shutil

@@ -301,7 +301,7 @@ def test_bad_rows_give_the_page_and_one_error_with_exit_code_2(
 def test_no_row_left_still_gives_a_page(recipe_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--recipe", str(recipe_file(data={"max_length": 8, "overlong": "drop"})), "--check"]) == 2
     shown = capsys.readouterr()
-    assert "no training row is left" in shown.err
+    assert "no training row remains" in shown.err
     assert "0 rows" in shown.out
 
 

@@ -49,9 +49,6 @@ OTHER_PROGRAMS = {
 }
 """Options that READMEs name and that are no command's of ours, or of a program without a help in this process."""
 
-BEING_BUILT = {"train/sft.py": {"--init", "--model", "--data"}}
-"""Options of --init, which the READMEs name before it is merged."""
-
 
 @cache
 def options_of(script: str, subcommand: str | None = None) -> frozenset[str]:
@@ -74,7 +71,7 @@ def options_of(script: str, subcommand: str | None = None) -> frozenset[str]:
         module.main()
     options = frozenset(OPTION.findall(output.getvalue()))
     assert options, arguments
-    return options | BEING_BUILT.get(script, set())
+    return options
 
 
 @cache

@@ -131,7 +131,7 @@ async def _contact_judge(config: BenchConfig) -> None:
 
 def _read_responses(config: BenchConfig, bench: "Bench") -> "list[list[Response]]":
     """Return the responses of the file of --responses, per row."""
-    from train.llm.reasoning.answer import format_advice
+    from train.llm.reasoning import format_advice
     from train.multifaceted.bench.rows import read_responses
 
     given, unmatched = read_responses(str(config.responses), bench.rows)
@@ -148,7 +148,7 @@ def _responses_of(
     id: str, answers: "GivenResponses | None", config: BenchConfig, events: Counter[str]
 ) -> "list[Response]":
     """Return one row's responses without reasoning, whose events go into `events`. Raises UserError."""
-    from train.llm.reasoning.answer import list_events, without_reasoning
+    from train.llm.reasoning import list_events, without_reasoning
     from train.multifaceted.bench.scoring import Response
 
     if answers is None or not answers.texts:

@@ -319,7 +319,7 @@ RUN_ERRORS = {
     "rows that are too long": ({"data": {"max_length": 100}}, ["data.max_length (100)", "data.overlong: drop"]),
     "rows that are all too long": (
         {"data": {"max_length": 8, "overlong": "drop"}},
-        ["no training row is left", "longest"],
+        ["no training row remains", "longest"],
     ),
     "no such data": ({"data": {"sources": [{"path": "no/such.jsonl"}]}}, ["no/such.jsonl"]),
     "an optimizer that is not installed": ({"training": {"optim": "galore_adamw"}}, ["galore"]),

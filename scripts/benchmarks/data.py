@@ -21,12 +21,10 @@ import psutil
 from benchmarks.data_contenders import CONTENDERS, Memory, Task, memory
 from benchmarks.process import last_words, running
 from benchmarks.rows import generate
-from train.data.chat.system_role import apply_system_role
-from train.data.chat.template import use_template
 from train.errors import UserError
-from train.model.tokenizer import load_tokenizer
+from train.model.tokenizer import load_chat_tokenizer, load_tokenizer
 from train.progress import ProgressBar, progress_bar
-from train.recipe import ModelSection
+from train.recipe import ChatSection, ModelSection
 
 SECONDS_BETWEEN_SAMPLES = 0.05
 SHARE_OF_A_CORE = 0.1
@@ -253,9 +251,8 @@ def _line(measured: Measurement, measuring: ProgressBar, total: int) -> str:
 
 def _write_rows(folder: Path, count: int, contenders: tuple[str, ...], options: Options) -> Rows:
     """The rows as jsonl, and as text where a bare tokenizer needs that."""
-    tokenizer = load_tokenizer(ModelSection(name_or_path=options.tokenizer))
-    use_template(tokenizer, options.template)
-    apply_system_role(tokenizer, "native")
+    model, chat = ModelSection(name_or_path=options.tokenizer), ChatSection(template=options.template)
+    tokenizer = load_chat_tokenizer(model, chat).tokenizer
     file, texts_file = folder / f"rows-{count}.jsonl", folder / f"texts-{count}.jsonl"
     digest, characters = hashlib.sha256(), 0
     with (

@@ -132,10 +132,10 @@ def test_a_tokenizer_of_another_kind_is_not_replaced(chatml_tokenizer) -> None:
 
 
 def test_touching_spans_are_merged() -> None:
-    from train.data.loss_mask import _joined, find_runs, make_labels
+    from train.data.loss_mask import _merge_touching, find_runs, make_labels
 
     spans = np.asarray([[0, 2], [2, 3], [5, 6]], np.int32)
-    assert _joined(spans).tolist() == [[0, 3], [5, 6]]
-    assert _joined(np.empty((0, 2), np.int32)).tolist() == []
+    assert _merge_touching(spans).tolist() == [[0, 3], [5, 6]]
+    assert _merge_touching(np.empty((0, 2), np.int32)).tolist() == []
     assert find_runs(np.asarray([True, True, True, False, False, True])).tolist() == [[0, 3], [5, 6]]
-    assert make_labels(np.arange(6, dtype=np.int32), _joined(spans)).tolist() == [0, 1, 2, -100, -100, 5]
+    assert make_labels(np.arange(6, dtype=np.int32), _merge_touching(spans)).tolist() == [0, 1, 2, -100, -100, 5]

@@ -402,7 +402,7 @@ def test_a_template_that_repeats_the_answer_is_refused_as_a_user_would_be_traine
     tokenizer = tokenizer_for(
         "echo", CHATML + "{% if messages[-1].role == 'assistant' %}" + ECHO + "{% endif %}" + PROMPT
     )
-    with pytest.raises(UserError, match=r"writes '<\|im_end\|>.*Sum up: \{say\}<.*with text of the"):
+    with pytest.raises(UserError, match=r"writes '<\|im_end\|>.*Sum up: \{say\}<.*which holds text of the"):
         SpanFinder(tokenizer)
 
 

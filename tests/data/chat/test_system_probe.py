@@ -91,7 +91,7 @@ def test_a_probe_is_described_in_sentences() -> None:
         "The unmodified template writes a system message as a turn of its own.",
         f"To a conversation without one it adds its own: '{QWEN_DEFAULT}'.",
     ]
-    assert probe(tokenizer_with("mistral v3")).describe_settled()[:2] == [
+    assert probe(tokenizer_with("mistral v3")).describe_training()[:2] == [
         "A system message goes into the last user turn.",
         "So the earlier answers of a conversation are trained without it.",
     ]

@@ -234,7 +234,7 @@ def test_turn_is_refused_where_none_can_be_made() -> None:
     # a BOS that is written out can't be kept from standing there twice
     tokenizer = tokenizer_with("gemma", "<bos>", "<eos>")
     tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "<bos>")
-    with pytest.raises(UserError, match="changes what follows it"):
+    with pytest.raises(UserError, match="changes the text after it"):
         apply_system_role(tokenizer, "turn")
 
 

@@ -6,7 +6,7 @@ import random
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_author import FOUR
 
@@ -56,6 +56,7 @@ def test_only_requested_dimensions_are_parsed() -> None:
     assert prompts.parse_dimension_lines("style: Dry wit\nharmlessness: Care", ASKED[3:]) == {"harmlessness": "Care"}
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(FOUR), st.from_regex(r"[A-Za-z][A-Za-z ,;.]{0,60}[a-z]", fullmatch=True)))
 def test_a_reply_in_the_prompts_form_is_parsed_unchanged(texts: dict[str, str]) -> None:
     names = {"tone", "novice", "depth", "safety", "preference", "description", "none"}
@@ -63,6 +64,7 @@ def test_a_reply_in_the_prompts_form_is_parsed_unchanged(texts: dict[str, str]) 
     assert prompts.parse_dimension_lines("\n".join(f"{name}: {text}" for name, text in texts.items()), ASKED) == texts
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_no_reply_makes_the_parser_raise(reply: str) -> None:
     assert set(prompts.parse_dimension_lines(reply, ASKED)) <= set(FOUR)

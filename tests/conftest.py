@@ -306,7 +306,7 @@ def load(recipe_file: Callable[..., Path]) -> Callable[..., Loaded]:
                 turns = tokenizer.decode(part.dataset[number]["input_ids"]).split("<|im_start|>")[1:]
                 turns = [turn.removesuffix("<|im_end|>\n").split("\n", 1) for turn in turns]
                 messages = [{"role": role, "content": content} for role, content in turns]
-                decoded.append(ReadRow(messages, part.dataset._rows.place(row)))
+                decoded.append(ReadRow(messages, part.dataset._table.place(row)))
             return decoded
 
         validation = rows(prepared.validation) if prepared.validation else []

@@ -159,8 +159,8 @@ def test_every_option_that_is_named_is_that_of_some_command(name: str) -> None:
         for option in options_of(script, subcommand)
     }
     prose, _ = prose_and_code(name)
-    named = {option for span in re.findall(r"`([^`]+)`", prose) for option in OPTION.findall(span)}
-    assert named - ours - options_of_accelerate_launch() - set().union(*OTHER_PROGRAMS.values()) == set()
+    mentioned = {option for span in re.findall(r"`([^`]+)`", prose) for option in OPTION.findall(span)}
+    assert mentioned - ours - options_of_accelerate_launch() - set().union(*OTHER_PROGRAMS.values()) == set()
 
 
 def block(name: str, language: str) -> str:

@@ -125,7 +125,7 @@ def test_a_run_resumes_from_its_newest_complete_checkpoint(
     capsys.readouterr()
     assert main(["--recipe", recipe]) == 0
     shown = capsys.readouterr().out
-    assert f"going on from {run / 'checkpoint-2'}" in shown
+    assert f"resuming from {run / 'checkpoint-2'}" in shown
     assert "step 2/4" not in shown
     again, metrics_again = load_file(run / "model.safetensors"), lines_of(run / "metrics.jsonl")
     assert all(torch.equal(uninterrupted[name], again[name]) for name in uninterrupted)
@@ -319,7 +319,7 @@ RUN_ERRORS = {
     "rows that are too long": ({"data": {"max_length": 100}}, ["data.max_length (100)", "data.overlong: drop"]),
     "rows that are all too long": (
         {"data": {"max_length": 8, "overlong": "drop"}},
-        ["no training row is left", "longest"],
+        ["no training row remains", "longest"],
     ),
     "no such data": ({"data": {"sources": [{"path": "no/such.jsonl"}]}}, ["no/such.jsonl"]),
     "an optimizer that is not installed": ({"training": {"optim": "galore_adamw"}}, ["galore"]),

@@ -48,9 +48,9 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
     """Train the model of a recipe, from its beginning or from `checkpoint`, and save it with a report.
 
     `resume_anyway`: keys of the recipe that may have changed since the checkpoint.
-    Raises UserError for whatever the user can fix: almost all of it before the weights are loaded.
+    Raises UserError for errors that the user can fix, almost all of them before the weights are loaded.
     """
-    # Whatever this machine can't train is found before the data is prepared.
+    # Check model, settings and template before the data is prepared.
     checked = check_model(recipe)
     check_optimizer(recipe)
     if checkpoint:
@@ -99,7 +99,7 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
 
             # Train.
             if checkpoint:
-                _print(f"going on from {checkpoint.folder}")
+                _print(f"resuming from {checkpoint.folder}")
             started = time.monotonic()
             with step_log:
                 trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
@@ -119,7 +119,7 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
 
 @contextmanager
 def _claimed_output_dir(recipe: Recipe, checkpoint: Checkpoint | None) -> Iterator[Preemption]:
-    """Hold output_dir for this run alone, watch for requests to stop, and record how the run ends."""
+    """Lock output_dir for this run, watch for requests to stop, and record the outcome of the run."""
     lock = lock_output_dir(recipe.output_dir)
     claim_output_dir(recipe)
     preemption = Preemption(recipe.output_dir, recipe.save, checkpoint.step if checkpoint else 0)

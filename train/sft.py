@@ -41,7 +41,7 @@ from train.warning_filters import filter_known_warnings
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line. Exits with 2 if it can't be understood."""
     parser = CommandLine(description=__doc__)
-    parser.add_argument("--recipe", type=Path, metavar="FILE", help="the recipe: a YAML file that says what to train")
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="the recipe, a YAML file")
     parser.add_argument(
         "--init", type=Path, metavar="FILE", help="write a commented minimal recipe to FILE, and train nothing"
     )
@@ -62,9 +62,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         metavar="KEY",
         help="resume although this key of the recipe has changed since the checkpoint; may be repeated",
     )
-    parser.add_argument(
-        "--check", action="store_true", help="report the model, the template and the data, and train nothing"
-    )
+    parser.add_argument("--check", action="store_true", help="report what would be trained, and train nothing")
     parser.add_argument(
         "--json", type=parse_path_or_id, metavar="FILE", help="with --check: also write the report to FILE as JSON"
     )
@@ -87,9 +85,9 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     if options.json is not None and not options.check:
         parser.error("--json writes the report of --check: give both")
     if options.gpus and not options.check:
-        parser.error("--gpus is planned for by --check: give both")
+        parser.error("--gpus is an option of --check: give both")
     if not options.gpus and (options.nodes is not None or options.mfu is not None):
-        parser.error("--nodes and --mfu belong to --gpus: say which GPUs, such as --gpus 8x80GB")
+        parser.error("--nodes and --mfu need --gpus, such as --gpus 8x80GB")
     return options
 
 
@@ -99,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
         from train.preflight.starter_recipe import write_starter_recipe
 
         write_starter_recipe(options.init, options.model, options.data)
-        print(f"{options.init} is written; look at what it trains with --recipe {options.init} --check")
+        print(f"{options.init} is written. Check it: python train/sft.py --recipe {options.init} --check")
         return
     json_file = discard_earlier_report(options.json) if options.json is not None else None
     recipe = load_recipe(options.recipe, options.overrides)
@@ -115,7 +113,7 @@ def run(options: argparse.Namespace) -> None:
     check_model_folder(recipe.model, weights=not options.gpus)
     checkpoint = find_checkpoint(options.resume, recipe, options.resume_anyway)
 
-    # Heavy imports wait until the recipe is known to be right and what it names to be there.
+    # Heavy imports wait until the recipe is valid and everything that it names exists.
     if options.check:
         from train.preflight.check import check
 

@@ -30,7 +30,7 @@ from benchmarks.rows import generate
 from train.cli import non_negative_int, positive_int
 from train.errors import UserError
 from train.progress import progress_bar
-from train.recipe import ModelSection
+from train.recipe import ChatSection, ModelSection
 
 _SETTINGS = ("tokenizer", "template", "repeat", "max_length", "processes", "seed")
 _PACKAGES = ("janus-sft", "trl", "transformers", "tokenizers", "fastokens", "datasets", "pyarrow", "numpy", "torch")
@@ -129,13 +129,10 @@ def compare_preparations(settings: dict[str, Any]) -> dict[str, Any]:
 
 def write_rows(folder: Path, count: int, with_texts: bool, settings: dict[str, Any]) -> RowFiles:
     """Write the rows, and with `with_texts` their rendered texts for the bare tokenizers."""
-    from train.data.chat.system_role import apply_system_role
-    from train.data.chat.template import use_template
-    from train.model.tokenizer import load_tokenizer
+    from train.model.tokenizer import load_chat_tokenizer
 
-    tokenizer = load_tokenizer(ModelSection(name_or_path=settings["tokenizer"]))
-    use_template(tokenizer, settings["template"])
-    apply_system_role(tokenizer, "native")
+    model, chat = ModelSection(name_or_path=settings["tokenizer"]), ChatSection(template=settings["template"])
+    tokenizer = load_chat_tokenizer(model, chat).tokenizer
     file, texts_file = folder / f"rows-{count}.jsonl", folder / f"texts-{count}.jsonl"
     digest, characters = hashlib.sha256(), 0
     with (

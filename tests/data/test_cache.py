@@ -1,4 +1,4 @@
-"""A folder of the cache is whole or not there, whoever was killed, and one process makes it while others wait."""
+"""Cache: an entry is complete or missing, whichever process is killed; one process builds it while others wait."""
 
 import json
 import multiprocessing
@@ -25,11 +25,11 @@ def never(folder: Path) -> dict:
     raise AssertionError("it is there already")
 
 
-def test_an_entry_is_made_once_and_found_again(tmp_path: Path) -> None:
-    made = get_or_build(tmp_path / "a" / "b", "k", build)
-    assert (made.hit, made.facts, (made.folder / "rows").read_bytes()) == (False, {"rows": 2}, b"some rows")
+def test_an_entry_is_built_once_and_then_found(tmp_path: Path) -> None:
+    entry = get_or_build(tmp_path / "a" / "b", "k", build)
+    assert (entry.hit, entry.facts, (entry.folder / "rows").read_bytes()) == (False, {"rows": 2}, b"some rows")
     again = get_or_build(tmp_path / "a" / "b", "k", never)
-    assert (again.hit, again.facts, again.folder) == (True, {"rows": 2}, made.folder)
+    assert (again.hit, again.facts, again.folder) == (True, {"rows": 2}, entry.folder)
     assert find(tmp_path / "a" / "b", "other") is None
 
 
@@ -49,16 +49,16 @@ def test_an_entry_is_made_once_and_found_again(tmp_path: Path) -> None:
         lambda folder: (folder.rename(folder.with_name("away")), folder.touch()),
     ],
 )
-def test_a_broken_entry_is_made_anew(damage: Callable[[Path], None], tmp_path: Path) -> None:
+def test_a_damaged_entry_is_built_again(damage: Callable[[Path], None], tmp_path: Path) -> None:
     damage(get_or_build(tmp_path, "k", build).folder)
     assert find(tmp_path, "k") is None
-    made = get_or_build(tmp_path, "k", build)
-    assert not made.hit
-    assert (made.folder / "rows").read_bytes() == b"some rows"
+    entry = get_or_build(tmp_path, "k", build)
+    assert not entry.hit
+    assert (entry.folder / "rows").read_bytes() == b"some rows"
     assert find(tmp_path, "k") is not None
 
 
-def test_what_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_failed_build_leaves_nothing_behind(tmp_path: Path) -> None:
     def fail(folder: Path) -> dict:
         (folder / "rows").write_bytes(b"half")
         raise UserError("no such row")
@@ -68,18 +68,18 @@ def test_what_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["k.lock"]
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    left = tmp_path / "k.host-1.partial"
-    left.mkdir()
-    (left / "rows").write_bytes(b"half")
+def test_the_partial_folder_of_a_killed_process_is_removed(tmp_path: Path) -> None:
+    partial = tmp_path / "k.host-1.partial"
+    partial.mkdir()
+    (partial / "rows").write_bytes(b"half")
     other = tmp_path / "other.host-1.partial"
     other.mkdir()
     get_or_build(tmp_path, "k", build)
-    assert not left.exists()
+    assert not partial.exists()
     assert other.exists()  # another key may be in the making
 
 
-def test_a_folder_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.cache_dir: .*file.* can't be written"):
         get_or_build(tmp_path / "file", "k", build)
@@ -96,7 +96,7 @@ def _make_slowly(folder: Path, started: Path) -> None:
     get_or_build(folder, "k", slow)
 
 
-def test_others_wait_for_the_one_that_makes_it_and_see_how_far_it_is(tmp_path: Path) -> None:
+def test_other_processes_wait_for_the_builder_and_show_its_progress(tmp_path: Path) -> None:
     maker = multiprocessing.get_context("fork").Process(target=_make_slowly, args=(tmp_path, tmp_path / "started"))
     maker.start()
     while not (tmp_path / "started").exists():
@@ -114,8 +114,8 @@ def test_others_wait_for_the_one_that_makes_it_and_see_how_far_it_is(tmp_path: P
     assert maker.exitcode == 0
 
 
-def test_where_two_make_it_at_once_one_is_kept(tmp_path: Path) -> None:
-    """As on a file system without locks: the second finds the first one's when it is done."""
+def test_of_two_simultaneous_builds_one_is_kept(tmp_path: Path) -> None:
+    """As on a file system without locks: the second builder finds the first one's entry."""
 
     def overtaken(partial: Path) -> dict:
         (tmp_path / "elsewhere").mkdir()
@@ -131,7 +131,7 @@ def test_the_key_follows_from_every_part() -> None:
     parts = {"a": 1, "b": ["x", None], "c": {"y": 2.5}}
     assert cache_key(parts) == cache_key(dict(reversed(parts.items())))
     others = [{**parts, "a": 2}, {**parts, "b": ["x"]}, {**parts, "c": {"y": 2.25}}, {**parts, "d": None}]
-    assert len({cache_key(one) for one in [parts, *others]}) == 5
+    assert len({cache_key(key_parts) for key_parts in [parts, *others]}) == 5
 
 
 PREPARE = """
@@ -180,7 +180,7 @@ assert [ended(child) for child in children] == [0, 0, 0]
 
 
 def run(script: str, *arguments: object) -> None:
-    """Ends when the workers of killed processes have ended, too: they hold its standard output."""
+    """Run a script; it ends after the workers of killed processes, which hold its standard output."""
     command = [sys.executable, "-c", PREPARE + script, *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2_000:]

@@ -17,7 +17,7 @@ from train.data.chat.template import use_template
 from train.data.packing import plan_packing
 from train.data.prepare import examine
 from train.recipe import load_recipe
-from train.system_gain.validation_rows import gain_rows
+from train.system_gain.validation_rows import load_gain_rows
 
 SAMPLE = Path(__file__).with_name("version_sample")
 """A file of a few rows for each format: system messages, several turns, tools, reasoning, rows that are refused."""
@@ -45,7 +45,7 @@ The sample gives other {what} ({name}) than stored here for VERSION {stored}, an
 
 @pytest.fixture(scope="module")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer whose vocabulary stands here: bytes, a few merges (some across line breaks), control tokens."""
+    """A tokenizer with a fixed vocabulary: bytes, a few merges (some across line breaks), control tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("Ċ", "Ċ"), ("Ġ", "a"), ("Ġ", "t"), ("a", "n"), ("i", "n"), ("e", "r"), (".", "Ċ"), ("Ġt", "h")]
     tokens = [*alphabet, *("".join(pair) for pair in merges)]
@@ -102,7 +102,7 @@ def test_other_tokens_labels_or_gain_rows_need_another_version(
                 yield item["input_ids"].astype("<i8").tobytes() + item["labels"].astype("<i8").tobytes()
                 yield json.dumps(item["seq_lengths"]).encode()
         yield str(sum(rows.count for rows in prepared.errors.values())).encode()
-        gain = gain_rows(recipe, prepared, byte_tokenizer)
+        gain = load_gain_rows(recipe, prepared, byte_tokenizer)
         assert gain is not None
         assert gain.rows
         for row in gain.rows:

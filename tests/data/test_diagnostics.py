@@ -1,4 +1,4 @@
-"""Lines of the screens about what became of the rows."""
+"""Diagnostics: lines of the reports about unread columns."""
 
 import pytest
 
@@ -16,8 +16,8 @@ from train.data.prepared_data import UnreadText
         ("messages[].note", "messages[].note"),
     ],
 )
-def test_a_column_without_a_name_can_be_seen(name: str, preview: str) -> None:
+def test_a_column_without_a_name_is_shown_in_quotes(name: str, preview: str) -> None:
     """As pandas writes its index."""
-    for ignored, told in ((False, "2 rows"), (True, "ignored, 2 rows")):
+    for ignored, note in ((False, "2 rows"), (True, "ignored, 2 rows")):
         unread = UnreadText("data.sources.0", name, rows=2, losing=0, ignored=ignored)
-        assert describe_unread([unread]) == [f"data.sources.0: {preview} ({told})"]
+        assert describe_unread([unread]) == [f"data.sources.0: {preview} ({note})"]

@@ -34,21 +34,23 @@ def messages_of(system: str, question: str, answer: str) -> list[dict]:
 
 
 def compare(exact: Encoder, fast: Encoder, rows: list[list[dict]]) -> None:
-    """The same rows and the same faults, whichever way they are encoded."""
+    """Check that both encoders give the same rows and the same errors."""
     pairs = [(row, None) for row in rows]
     assert not fast.why_not_fast
-    for one, other in zip(fast.encode(pairs, "assistant"), exact.encode(pairs, "assistant"), strict=True):
-        if isinstance(other, RowError):
-            assert isinstance(one, RowError)
-            assert (one.kind, one.detail) == (other.kind, other.detail)
+    for fast_rows, exact_rows in zip(fast.encode(pairs, "assistant"), exact.encode(pairs, "assistant"), strict=True):
+        if isinstance(exact_rows, RowError):
+            assert isinstance(fast_rows, RowError)
+            assert (fast_rows.kind, fast_rows.detail) == (exact_rows.kind, exact_rows.detail)
         else:
-            assert not isinstance(one, RowError)
-            assert [(row.input_ids, row.labels) for row in one] == [(row.input_ids, row.labels) for row in other]
+            assert not isinstance(fast_rows, RowError)
+            assert [(row.input_ids, row.labels) for row in fast_rows] == [
+                (row.input_ids, row.labels) for row in exact_rows
+            ]
 
 
 @pytest.fixture(scope="module")
 def encoders(smollm2, mistral_tokenizer_v1) -> dict[str, tuple[object, Encoder, Encoder]]:
-    """By kind of tokenizer: the tokenizer, the exact way, the fast one."""
+    """Kind of tokenizer -> the tokenizer, its exact encoder, its fast encoder."""
     byte_level, sentencepiece = AutoTokenizer.from_pretrained(smollm2), mistral_tokenizer_v1()
     use_template(byte_level, "chatml")
     use_template(sentencepiece, "mistral-system")
@@ -66,21 +68,21 @@ def test_tokens_and_labels_are_those_of_the_tokenizer(encoders, kind: str, rows)
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
-def test_the_tokenizer_itself_is_hardly_ever_asked(encoders, kind: str) -> None:
+def test_hardly_any_row_needs_the_tokenizer_itself(encoders, kind: str) -> None:
     tokenizer, exact, _ = encoders[kind]
-    chance = random.Random(0)
+    rng = random.Random(0)
     letters = LETTERS.replace("▁", "")  # SentencePiece's own sign for a blank
     fast = FastTokenizer(tokenizer, exact._backend)
     spelled = 0
     for _ in range(200):
-        text = "".join(chance.choice(letters) for _ in range(40))
+        text = "".join(rng.choice(letters) for _ in range(40))
         rendered = tokenizer.apply_chat_template(messages_of("s", text, "a b"), tokenize=False)
         (ids,) = fast.encode([rendered])
         spelled += ids is not None and fast.tokens_within(rendered, ids, [(0, len(rendered))]) is not None
     assert spelled > 190
 
 
-def test_places_are_those_that_the_tokenizer_tells(chatml_tokenizer) -> None:
+def test_token_spans_are_those_of_the_tokenizers_offsets(chatml_tokenizer) -> None:
     text = "<|im_start|>user\nnaïve 日本 👩‍🚀 words<|im_end|>\n"
     backend = Encoder(chatml_tokenizer)._backend
     fast = FastTokenizer(chatml_tokenizer, backend)
@@ -88,15 +90,15 @@ def test_places_are_those_that_the_tokenizer_tells(chatml_tokenizer) -> None:
     offsets = backend.encode(text, add_special_tokens=False).offsets
     starts = sorted({start for start, _ in offsets})
     for start in starts[1:]:
-        found = fast.tokens_within(text, ids, [(0, start)])
+        span = fast.tokens_within(text, ids, [(0, start)])
         if any(first < start < end for first, end in offsets):
-            assert found is None
+            assert span is None
         else:
-            assert found.tolist() == [[0, sum(first < start for first, _ in offsets)]]
+            assert span.tolist() == [[0, sum(first < start for first, _ in offsets)]]
 
 
-def test_a_tokenizer_that_changes_the_text_is_asked_itself(chatml_tokenizer) -> None:
-    """With NFC, letters and their accents become one character: the places move, so such rows go the exact way."""
+def test_a_text_that_the_tokenizer_changes_is_left_to_it(chatml_tokenizer) -> None:
+    """NFC joins letters and their accents, so positions shift: such rows are encoded by the tokenizer itself."""
     chatml_tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     exact, fast_one = Encoder(chatml_tokenizer), Encoder(chatml_tokenizer, fast=True)
     compare(
@@ -110,12 +112,12 @@ def test_a_tokenizer_that_changes_the_text_is_asked_itself(chatml_tokenizer) -> 
         assert (fast.tokens_within(text, ids, [(0, len(text))]) is not None) is spelled
 
 
-def test_a_difference_is_seen(chatml_tokenizer) -> None:
+def test_a_difference_in_tokens_is_an_error(chatml_tokenizer) -> None:
     fast = FastTokenizer(chatml_tokenizer, Encoder(chatml_tokenizer)._backend)
     fast.check(["some text"])
-    other = Encoder(chatml_tokenizer)._backend
-    other.add_special_tokens(["some text"])
-    fast._backend = other
+    other_backend = Encoder(chatml_tokenizer)._backend
+    other_backend.add_special_tokens(["some text"])
+    fast._backend = other_backend
     with pytest.raises(TokensDifferError, match="some text"):
         fast.check(["other text", "some text"])
 
@@ -129,11 +131,11 @@ def test_a_tokenizer_of_another_kind_is_not_replaced(chatml_tokenizer) -> None:
         FastTokenizer(chatml_tokenizer, backend)
 
 
-def test_spans_that_touch_are_one() -> None:
-    from train.data.loss_mask import _joined, find_runs, make_labels
+def test_touching_spans_are_merged() -> None:
+    from train.data.loss_mask import _merge_touching, find_runs, make_labels
 
     spans = np.asarray([[0, 2], [2, 3], [5, 6]], np.int32)
-    assert _joined(spans).tolist() == [[0, 3], [5, 6]]
-    assert _joined(np.empty((0, 2), np.int32)).tolist() == []
+    assert _merge_touching(spans).tolist() == [[0, 3], [5, 6]]
+    assert _merge_touching(np.empty((0, 2), np.int32)).tolist() == []
     assert find_runs(np.asarray([True, True, True, False, False, True])).tolist() == [[0, 3], [5, 6]]
-    assert make_labels(np.arange(6, dtype=np.int32), _joined(spans)).tolist() == [0, 1, 2, -100, -100, 5]
+    assert make_labels(np.arange(6, dtype=np.int32), _merge_touching(spans)).tolist() == [0, 1, 2, -100, -100, 5]

@@ -28,12 +28,12 @@ def test_answers_and_their_end_tokens_are_trained_and_nothing_else(chatml_tokeni
     assert all(label in (NOT_TRAINED, token) for token, label in zip(encoded.input_ids, encoded.labels, strict=True))
 
 
-def test_last_trains_the_last_answer_alone(chatml_tokenizer) -> None:
+def test_last_trains_only_the_last_answer(chatml_tokenizer) -> None:
     (encoded,) = encode(chatml_tokenizer, TURNS, train_on="last")
     assert trained_text(chatml_tokenizer, encoded) == "So long<|im_end|>"
 
 
-def test_a_message_that_says_so_is_not_trained(chatml_tokenizer) -> None:
+def test_a_message_with_train_false_is_not_trained(chatml_tokenizer) -> None:
     messages = [*TURNS[:2], {**TURNS[2], "train": False}, *TURNS[3:]]
     (encoded,) = encode(chatml_tokenizer, messages)
     assert encoded.input_ids == encode(chatml_tokenizer, TURNS)[0].input_ids
@@ -56,7 +56,7 @@ def test_mistral_ids_are_those_of_prompt_and_answer_tokenized_apart(mistral_toke
 
 @pytest.fixture(scope="module")
 def joining_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE that has learnt a token for two line breaks, as those of Llama 3 and Qwen have."""
+    """A byte-level BPE tokenizer with a token for two line breaks, as in Llama 3 and Qwen."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -71,7 +71,7 @@ def joining_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("answer", ["\nfoo", "\n\nfoo", " foo", "\n", "\n \n x", "foo\n", "😀\n\n"])
 def test_an_answer_that_begins_with_white_space_is_what_the_model_will_write(joining_tokenizer, answer: str) -> None:
-    """A token for two line breaks would reach over the border; at inference the prompt's own stands there already."""
+    """A token for two line breaks would cross the border; at inference the prompt ends with its own line break."""
     use_template(joining_tokenizer, "chatml")
     assert len(joining_tokenizer("\n\n").input_ids) == 1
     messages = [TURNS[1], {"role": "assistant", "content": answer}, *TURNS[3:]]
@@ -98,7 +98,7 @@ LOOP = "{{% for m in messages %}}{{{{ '<|im_start|>' + m.role + '\n' + {content}
 PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 
 
-def test_an_answer_that_nothing_ends_is_refused(tokenizer) -> None:
+def test_an_answer_without_an_end_token_is_refused(tokenizer) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     with pytest.raises(UserError, match="would never stop"):
         encode(tokenizer, TURNS)
@@ -114,7 +114,7 @@ def test_a_prompt_that_no_answer_follows_is_refused(tokenizer) -> None:
 
 
 def test_rewritten_history_gives_as_few_rows_as_hold_each_turn_as_it_was_written(tokenizer) -> None:
-    """The last answer ends otherwise than earlier ones, as under gpt-oss."""
+    """The last answer ends differently from earlier ones, as under gpt-oss."""
     end = "' + ('<|endoftext|>' if loop.last and m.role == 'assistant' else '<|im_end|>') + '"
     tokenizer.chat_template = LOOP.format(content="m.content", end=end) + PROMPT
     rows = encode(tokenizer, TURNS)
@@ -153,7 +153,7 @@ def test_the_next_turns_token_ends_an_answer_where_the_template_has_no_other(tok
     assert trained_text(tokenizer, encoded) == "Hello 😀 you<|system|>So long<|user|>"
 
 
-def test_reasoning_that_a_template_drops_is_a_fault(chatml_tokenizer) -> None:
+def test_reasoning_that_a_template_drops_is_a_row_error(chatml_tokenizer) -> None:
     with pytest.raises(RowError, match="reasoning lost by the template"):
         encode(chatml_tokenizer, [TURNS[1], {**TURNS[2], "reasoning_content": "Hm."}])
 
@@ -165,7 +165,7 @@ def test_an_end_token_that_is_also_the_pad_token_is_trained(chatml_tokenizer) ->
 
 
 def test_an_end_token_that_takes_the_line_break_after_it_is_trained(tokenizer) -> None:
-    """Phi-3's tokens do, by `rstrip`; encoding prompt and answer apart would give other ids than a server's."""
+    """As Phi-3's tokens do, by `rstrip`; encoding prompt and answer apart would give other ids than a server's."""
     end = AddedToken("<|end|>", rstrip=True, special=True)
     tokenizer.add_special_tokens({"additional_special_tokens": [end]})
     tokenizer.chat_template = LOOP.format(content="m.content", end="<|end|>") + PROMPT
@@ -174,7 +174,7 @@ def test_an_end_token_that_takes_the_line_break_after_it_is_trained(tokenizer) -
     assert trained_text(tokenizer, encoded) == "Hello 😀 you<|end|>So long<|end|>"
 
 
-def test_two_bos_tokens_are_a_fault(tokenizer) -> None:
+def test_two_bos_tokens_are_a_row_error(tokenizer) -> None:
     tokenizer.bos_token = "<|endoftext|>"
     tokenizer.chat_template = "{{ bos_token }}" + LOOP.format(content="m.content", end="<|im_end|>") + PROMPT
     (encoded,) = encode(tokenizer, TURNS)
@@ -192,7 +192,7 @@ def test_system_role_is_written_into_a_copy_of_the_template(tokenizer) -> None:
 
 
 class SlowTokenizer(PreTrainedTokenizer):
-    """One in Python, which tells no offsets, with the vocabulary of a fast one."""
+    """A tokenizer in Python, without offsets, with the vocabulary of a fast one."""
 
     def __init__(self, fast: PreTrainedTokenizerFast) -> None:
         self.fast = fast
@@ -246,7 +246,7 @@ TEMPLATES_THAT_LOSE_SOMETHING = {
 
 
 @pytest.mark.parametrize("kind", TEMPLATES_THAT_LOSE_SOMETHING)
-def test_a_template_that_loses_something_is_caught_by_the_row(kind: str, tokenizer) -> None:
+def test_a_template_that_loses_part_of_a_row_is_refused_for_that_row(kind: str, tokenizer) -> None:
     tokenizer.chat_template = "{% for m in messages %}" + TEMPLATES_THAT_LOSE_SOMETHING[kind] + "{% endfor %}"
     with pytest.raises(RowError) as caught:
         encode(tokenizer, TURNS[:3])
@@ -265,7 +265,7 @@ def test_batches_give_what_single_rows_give(chatml_tokenizer) -> None:
 
 
 @pytest.mark.parametrize(("policy", "refused"), [("error", True), ("escape", False), ("allow", False)])
-def test_control_tokens_typed_in_text_are_dealt_with_before_the_template_sees_them(
+def test_the_policy_for_typed_control_tokens_applies_before_rendering(
     chatml_tokenizer, policy: str, refused: bool
 ) -> None:
     typed = [

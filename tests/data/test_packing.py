@@ -10,18 +10,18 @@ from train.data.packing import DOCUMENTS_PER_SEQUENCE, PackingPlan, pack, plan_p
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int, most: int = 10**9) -> list[list[int]]:
-    """The textbook loop: for each row, longest first, look at every sequence."""
+    """Pack with the textbook loop: for each row, longest first, try every sequence."""
     sequences: list[tuple[int, list[int]]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         fitting = [
             place
-            for place, (left, _) in enumerate(sequences)
-            if left >= lengths[row] and len(sequences[place][1]) < most
+            for place, (room, _) in enumerate(sequences)
+            if room >= lengths[row] and len(sequences[place][1]) < most
         ]
         if fitting:
             place = min(fitting, key=lambda place: sequences[place][0])
-            left, rows = sequences[place]
-            sequences[place] = (left - lengths[row], [*rows, row])
+            room, rows = sequences[place]
+            sequences[place] = (room - lengths[row], [*rows, row])
         else:
             sequences.append((capacity - lengths[row], [row]))
     return [rows for _, rows in sequences]
@@ -29,9 +29,9 @@ def best_fit_decreasing(lengths: list[int], capacity: int, most: int = 10**9) ->
 
 @pytest.mark.parametrize("seed", range(20))
 def test_packs_as_well_as_the_textbook_loop(seed: int) -> None:
-    chance = random.Random(seed)
-    capacity = chance.choice([1, 7, 64, 300])
-    lengths = [chance.randint(1, capacity) for _ in range(chance.randint(0, 200))]
+    rng = random.Random(seed)
+    capacity = rng.choice([1, 7, 64, 300])
+    lengths = [rng.randint(1, capacity) for _ in range(rng.randint(0, 200))]
     packed = pack(lengths, capacity)
     assert sorted(row for sequence in packed for row in sequence) == list(range(len(lengths)))
     assert all(sum(lengths[row] for row in sequence) <= capacity for sequence in packed)
@@ -42,9 +42,9 @@ def test_packs_as_well_as_the_textbook_loop(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_caps_the_documents_as_the_textbook_loop_does(seed: int) -> None:
-    chance = random.Random(seed)
-    capacity, most = chance.choice([7, 64, 300]), chance.randint(1, 5)
-    lengths = [chance.randint(1, max(capacity // 4, 1)) for _ in range(chance.randint(0, 200))]
+    rng = random.Random(seed)
+    capacity, most = rng.choice([7, 64, 300]), rng.randint(1, 5)
+    lengths = [rng.randint(1, max(capacity // 4, 1)) for _ in range(rng.randint(0, 200))]
     packed = pack(lengths, capacity, most)
     assert sorted(row for sequence in packed for row in sequence) == list(range(len(lengths)))
     assert max(map(len, packed), default=0) == max(map(len, best_fit_decreasing(lengths, capacity, most)), default=0)
@@ -57,8 +57,8 @@ def test_the_same_lengths_give_the_same_sequences() -> None:
 
 
 def test_fills_nearly_all_of_log_normal_rows() -> None:
-    chance = random.Random(0)
-    lengths = [min(max(int(chance.lognormvariate(6.7, 0.6)), 1), 8_192) for _ in range(20_000)]
+    rng = random.Random(0)
+    lengths = [min(max(int(rng.lognormvariate(6.7, 0.6)), 1), 8_192) for _ in range(20_000)]
     fewest = -(-sum(lengths) // 8_192)
     assert fewest <= len(pack(lengths, 8_192)) <= fewest * 1.001
 
@@ -87,7 +87,7 @@ def sequences_of(packed: PackingPlan) -> list[list[int]]:
     st.none() | st.integers(1, 6),
     st.integers(0, 3),
 )
-def test_a_plan_has_every_row_once_in_sequences_that_fit_and_come_out_even(
+def test_a_plan_has_every_row_once_in_sequences_that_fit_and_divide_evenly(
     capacity_and_lengths: tuple[int, list[int]], multiple_of: int, documents: int | None, epoch: int
 ) -> None:
     capacity, lengths = capacity_and_lengths
@@ -104,13 +104,13 @@ def test_a_plan_has_every_row_once_in_sequences_that_fit_and_come_out_even(
 
 
 def lengths_of(kind: str, rows: int = 20_000) -> tuple[list[int], int]:
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     lengths, capacity = {
-        "chats": (np.exp(chance.normal(np.log(1_000), 0.5, rows)), 8_192),
-        "uniform": (chance.integers(1, 8_193, rows), 8_192),
-        "short": (chance.geometric(1 / 75, rows), 512),
-        "bimodal": (np.where(chance.random(rows) < 0.5, chance.normal(6_000, 300, rows), chance.normal(300, 60, rows)), 8_192),
-        "quickstart": (chance.normal(75, 18, rows), 512),
+        "chats": (np.exp(rng.normal(np.log(1_000), 0.5, rows)), 8_192),
+        "uniform": (rng.integers(1, 8_193, rows), 8_192),
+        "short": (rng.geometric(1 / 75, rows), 512),
+        "bimodal": (np.where(rng.random(rows) < 0.5, rng.normal(6_000, 300, rows), rng.normal(300, 60, rows)), 8_192),
+        "quickstart": (rng.normal(75, 18, rows), 512),
     }[kind]  # fmt: skip
     return np.clip(lengths, 1, capacity).astype(int).tolist(), capacity
 
@@ -129,13 +129,13 @@ def test_a_plan_is_as_full_as_best_fit_decreasing_in_every_epoch(kind: str) -> N
 
 @pytest.mark.parametrize("kind", ["chats", "long tail", "uniform", "narrow"])
 def test_sequences_are_full_where_lengths_allow_it(kind: str) -> None:
-    """Of rows that leave gaps under best-fit decreasing (99.7 % and less for chats), too."""
-    chance = np.random.default_rng(1)
+    """Also for rows that leave gaps under best-fit decreasing (99.7 % and less for chats)."""
+    rng = np.random.default_rng(1)
     drawn = {
-        "chats": np.exp(chance.normal(np.log(1_000), 0.5, 20_000)),
-        "long tail": np.exp(chance.normal(np.log(1_100), 0.9, 20_000)),
-        "uniform": chance.integers(1, 3_001, 20_000),
-        "narrow": np.exp(chance.normal(np.log(1_020), 0.3, 20_000)),
+        "chats": np.exp(rng.normal(np.log(1_000), 0.5, 20_000)),
+        "long tail": np.exp(rng.normal(np.log(1_100), 0.9, 20_000)),
+        "uniform": rng.integers(1, 3_001, 20_000),
+        "narrow": np.exp(rng.normal(np.log(1_020), 0.3, 20_000)),
     }[kind]
     lengths = np.clip(drawn, 1, 8_192).astype(int)
     for epoch in range(2):
@@ -146,7 +146,7 @@ def test_sequences_are_full_where_lengths_allow_it(kind: str) -> None:
 
 
 def likeness(lengths: list[int], sequences: list[list[int]]) -> float:
-    """Mean correlation of a row's log length with that of another row of its sequence: 1 all alike, 0 random."""
+    """Return the correlation of a row's log length with that of another row of its sequence: 1 equal, 0 random."""
     values = np.log(lengths) - np.log(lengths).mean()
     together = 0.0
     for rows in sequences:
@@ -216,16 +216,16 @@ def test_a_plan_comes_back_from_disk_and_the_same_plan_gives_the_same_bytes(
     assert (loaded.rows.dtype, loaded.ends.dtype) == (np.int32, np.int64)
 
 
-def test_refuses_a_file_that_is_broken_or_no_plan(tmp_path: Path) -> None:
+def test_refuses_a_broken_file_and_one_that_is_not_a_plan(tmp_path: Path) -> None:
     path = tmp_path / "plan_packing"
     plan_packing([3, 4, 5], 7).save(path)
-    whole = path.read_bytes()
-    for cut in range(len(whole)):
-        path.write_bytes(whole[:cut])
+    content = path.read_bytes()
+    for cut in range(len(content)):
+        path.write_bytes(content[:cut])
         with pytest.raises(ValueError, match="packing plan"):
             PackingPlan.load(path)
-    for place in range(0, len(whole), 7):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    for place in range(0, len(content), 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         with pytest.raises(ValueError, match="packing plan"):
             PackingPlan.load(path)
 

@@ -1,4 +1,4 @@
-"""What becomes of every row: the accounts, recounted from the file and the tokenizer in plain Python."""
+"""Prepared data: the statistics of each split, recounted from the file and the tokenizer in plain Python."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def rows_of(path: Path) -> list[list[dict]]:
 
 
 def chatml(messages: list[dict]) -> list[tuple[str, bool]]:
-    """The row's text in ChatML, in parts that are trained or not; written without a template."""
+    """Return a row's text in ChatML, in parts that are trained or not, without a template."""
     parts = []
     for message in messages:
         parts.append((f"<|im_start|>{message['role']}\n", False))
@@ -41,7 +41,7 @@ def chatml(messages: list[dict]) -> list[tuple[str, bool]]:
 
 @pytest.fixture
 def count(tiny_model: Path) -> Callable[[list[dict]], tuple[int, int]]:
-    """Tokens and trained tokens of a row, each part tokenized alone."""
+    """Counts tokens and trained tokens of a row, each part tokenized alone."""
     tokenizer = load_tokenizer(ModelSection(name_or_path=str(tiny_model)))
 
     def tokens(messages: list[dict]) -> tuple[int, int]:
@@ -51,55 +51,55 @@ def count(tiny_model: Path) -> Callable[[list[dict]], tuple[int, int]]:
     return tokens
 
 
-def test_the_account_is_what_a_plain_count_gives(
+def test_the_statistics_are_those_of_a_plain_count(
     recipe_file: Callable[..., Path], rows_file: Path, count: Callable
 ) -> None:
     data = examined(recipe_file())
-    account, rows = data.train.stats, rows_of(rows_file)
+    stats, rows = data.train.stats, rows_of(rows_file)
     counts = [count(row) for row in rows]
-    assert account.rows == account.conversations == len(rows)
-    assert account.lengths.tolist() == [length for length, _ in counts]
-    assert account.lengths.dtype == np.int32
-    assert account.tokens == sum(length for length, _ in counts)
-    assert account.trained_tokens == sum(trained for _, trained in counts)
+    assert stats.rows == stats.conversations == len(rows)
+    assert stats.lengths.tolist() == [length for length, _ in counts]
+    assert stats.lengths.dtype == np.int32
+    assert stats.tokens == sum(length for length, _ in counts)
+    assert stats.trained_tokens == sum(trained for _, trained in counts)
     longest = max(range(len(rows)), key=lambda row: counts[row][0])
-    assert (account.longest, account.longest_place) == (counts[longest][0], f"{rows_file}:{longest + 1}")
+    assert (stats.longest, stats.longest_place) == (counts[longest][0], f"{rows_file}:{longest + 1}")
     systems = [message["content"] for row in rows for message in row if message["role"] == "system"]
-    assert account.rows_with_system == len(systems)
-    assert account.distinct_systems == len(set(systems))
-    assert account.documents_per_sequence.tolist() == [len(row["seq_lengths"]) for row in data.train.dataset]
-    assert sum(len(row["input_ids"]) for row in data.train.dataset) == account.tokens
+    assert stats.rows_with_system == len(systems)
+    assert stats.distinct_systems == len(set(systems))
+    assert stats.documents_per_sequence.tolist() == [len(row["seq_lengths"]) for row in data.train.dataset]
+    assert sum(len(row["input_ids"]) for row in data.train.dataset) == stats.tokens
     assert all(sum(row["seq_lengths"]) == len(row["input_ids"]) == len(row["labels"]) for row in data.train.dataset)
 
 
 @pytest.mark.parametrize(("overlong", "outcome"), [("error", "refused"), ("drop", "dropped"), ("truncate", None)])
-def test_overlong_rows_are_counted_by_what_becomes_of_them(
+def test_overlong_rows_are_counted_as_refused_dropped_or_truncated(
     overlong: str, outcome: str | None, recipe_file: Callable[..., Path], rows_file: Path, count: Callable
 ) -> None:
     most = 60
-    account = examined(recipe_file(data={"max_length": most, "overlong": overlong})).train.stats
+    stats = examined(recipe_file(data={"max_length": most, "overlong": overlong})).train.stats
     rows = rows_of(rows_file)
     longer = [(number, *count(row)) for number, row in enumerate(rows, 1) if count(row)[0] > most]
     assert len(longer) >= 3
     if outcome:
         expected = {outcome: [number for number, *_ in longer]}
-        lost = sum(length for _, length, _ in longer)
+        lost_tokens = sum(length for _, length, _ in longer)
     else:  # a row of which no trained token is left is dropped
         ends = [(number, length, length - trained - 1) for number, length, trained in longer]  # one "\n" at the end
         expected = {
             "truncated": [number for number, _, prompt in ends if prompt < most],
             "dropped": [number for number, _, prompt in ends if prompt >= most],
         }
-        lost = sum(length - most if prompt < most else length for _, length, prompt in ends)
-    found = {name: bad.count for name, bad in account.overlong.items()}
-    assert found == {name: len(numbers) for name, numbers in expected.items() if numbers}
-    for name, bad in account.overlong.items():
+        lost_tokens = sum(length - most if prompt < most else length for _, length, prompt in ends)
+    counted = {name: bad.count for name, bad in stats.overlong.items()}
+    assert counted == {name: len(numbers) for name, numbers in expected.items() if numbers}
+    for name, bad in stats.overlong.items():
         assert [example.place for example in bad.examples] == [f"{rows_file}:{n}" for n in expected[name][:3]]
-    assert account.overlong_tokens == lost
-    assert account.rows == len(rows) - sum(len(numbers) for name, numbers in expected.items() if name != "truncated")
+    assert stats.overlong_tokens == lost_tokens
+    assert stats.rows == len(rows) - sum(len(numbers) for name, numbers in expected.items() if name != "truncated")
 
 
-def test_all_faults_are_in_one_error(recipe_file: Callable[..., Path], rows_file: Path) -> None:
+def test_all_row_errors_are_in_one_message(recipe_file: Callable[..., Path], rows_file: Path) -> None:
     lines = rows_file.read_text().splitlines()
     lines[2] = "{no json"
     lines[4] = json.dumps({"messages": [{"role": "user", "content": "no answer"}]})
@@ -118,7 +118,7 @@ def test_all_faults_are_in_one_error(recipe_file: Callable[..., Path], rows_file
     assert "\n" not in error
 
 
-def test_no_row_left_is_told_and_not_a_crash(recipe_file: Callable[..., Path]) -> None:
+def test_a_split_without_rows_is_an_error_and_not_a_crash(recipe_file: Callable[..., Path]) -> None:
     data = examined(recipe_file(data={"max_length": 8, "overlong": "drop"}))
     assert (data.train.stats.rows, data.train.stats.sequences, len(data.train.dataset)) == (0, 0, 0)
     assert data.train.stats.examples == []
@@ -137,14 +137,14 @@ def test_duplicates_and_overlap_are_found_with_their_places(recipe_file: Callabl
     assert data.train.stats.rows == 8
     duplicates = data.train.stats.duplicates  # a weight of 2.0 makes none
     assert (duplicates.rows, duplicates.example) == (1, (f"{train}:1", f"{train}:3"))
-    found = data.overlap
-    assert (found.questions.rows, found.questions.example) == (2, (f"{train}:1", f"{held}:2"))
-    assert (found.conversations.rows, found.conversations.example) == (1, (f"{train}:2", f"{held}:3"))
+    overlap = data.overlap
+    assert (overlap.questions.rows, overlap.questions.example) == (2, (f"{train}:1", f"{held}:2"))
+    assert (overlap.conversations.rows, overlap.conversations.example) == (1, (f"{train}:2", f"{held}:3"))
     twice = examined(recipe_file(data={"sources": [{"path": train}, {"path": train, "split": "train"}]}))
     assert twice.train.stats.duplicates.rows == 5
 
 
-def test_quantiles_are_lengths_that_occur() -> None:
+def test_percentiles_are_lengths_that_occur() -> None:
     lengths = [int(value) for value in np.random.default_rng(0).lognormal(5, 1, 997)]
     ordered = sorted(lengths)
     expected = {str(q): ordered[max(math.ceil(q * 997 / 100), 1) - 1] for q in (0, 5, 25, 50, 75, 95, 99, 100)}
@@ -187,9 +187,9 @@ def test_examples_repeat_no_row_and_show_any_part_of_a_split_conversation(
     path = tmp_path / "turns.jsonl"
     path.write_text((json.dumps({"messages": turns}) + "\n") * 3 + json.dumps({"messages": turns[:2]}) + "\n")
     data = {"sources": [{"path": str(path)}]}
-    account = examined(recipe_file(chat={"template": str(template)}, data=data)).train.stats
-    assert (account.conversations, account.rows) == (4, 19)
-    assert sorted(row.place for row in account.examples) == [f"{path}:1", f"{path}:4"]
+    stats = examined(recipe_file(chat={"template": str(template)}, data=data)).train.stats
+    assert (stats.conversations, stats.rows) == (4, 19)
+    assert sorted(row.place for row in stats.examples) == [f"{path}:1", f"{path}:4"]
     seeds = range(8)
     preview = {
         len(row.input_ids)

@@ -156,10 +156,10 @@ def test_unmeasurable_models_or_data_are_an_error(
     assert refused(*good, "--before", smollm2).startswith(
         f"--before {smollm2}: its vocabulary differs from that of {after}"
     )
-    assert refused(*good, "--group", "subject") == "--group subject: no row has a text in a column of that name"
+    assert refused(*good, "--group", "subject") == "--group subject: no row has text in a column of that name"
     assert refused(*good, "--json", tmp_path / "no" / "gain.json").startswith("--json ")
     os.mkfifo(tmp_path / "pipe")  # what is no file isn't replaced by one
-    assert refused(*good, "--json", tmp_path / "pipe").endswith("that is no file in a folder that is there")
+    assert refused(*good, "--json", tmp_path / "pipe").endswith("must be a file in an existing folder")
     assert refused(*good, "--others", "0") == "argument --others: '0' must be an integer >= 1"
     assert refused(*good, "--template", "chatm").startswith("chat.template: there is no template 'chatm'")
     assert "loses system messages" in refused("--model", tiny_model, "--data", data, "--template", _deaf(tmp_path))
@@ -191,15 +191,15 @@ def test_a_section_of_the_report_is_replaced_in_place(tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from train.system_gain.score_cache import ScoreFile
-whole, left = ScoreFile.add, int(sys.argv.pop(1))
+from train.system_gain.score_cache import ScoreCache
+whole, left = ScoreCache.add, int(sys.argv.pop(1))
 def until_killed(*arguments):
     global left
     whole(*arguments)
     left -= 1
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-ScoreFile.add = until_killed
+ScoreCache.add = until_killed
 import runpy
 runpy.run_path("scripts/evaluate.py", run_name="__main__")
 """

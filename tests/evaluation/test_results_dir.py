@@ -1,5 +1,6 @@
 """scripts/evaluate.py: a second run of a command in the same folder is refused, with the process of the first."""
 
+import importlib
 import json
 import os
 import socket
@@ -10,22 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
+from harness_tasks import multiple_choice
 
 ROOT = Path(__file__).parents[2]
 RULES = "class Rule:\n    check = staticmethod(lambda question, text: True)\n\nRULES = {'any': Rule}\n"
 
-STOPPED = """
-import os, signal, sys
-from {module} import {name} as whole
-import {module}
-def stop(*arguments, **more):
-    os.kill(os.getpid(), signal.SIGSTOP)
-    return whole(*arguments, **more)
-{module}.{name} = stop
-import runpy
-runpy.run_path("scripts/evaluate.py", run_name="__main__")
-"""
-"""A run of evaluate.py that stops itself (SIGSTOP) at this function."""
+LOCK = "import sys, pathlib, train.storage.file_lock as locks; lock = locks.acquire_lock(pathlib.Path(sys.argv[1]))"
+HOLD = f"{LOCK}; import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"
+"""Take a lock; HOLD then stops its process while it holds the lock."""
 
 
 @pytest.fixture
@@ -43,12 +37,16 @@ def arguments(tiny_chat_model: Path, tmp_path: Path) -> dict[str, list[object]]:
     out.mkdir()
     for path in tiny_chat_model.iterdir():
         (out / path.name).write_bytes(path.read_bytes())
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    task = multiple_choice("lost", tmp_path / "nowhere.jsonl")
+    (tasks / "lost.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
     short = ["--max-new-tokens", "2"]
     return {
         "gain": ["--model", tiny_chat_model, "--data", data, "--json", out / "gain.json"],
         "rules": ["--rules", rules, "--data", data, "--before", tiny_chat_model, "--after", out, *short],
         "ifeval": ["--model", tiny_chat_model, "--data", asked, "--output-dir", out, *short],
-        "harness": ["--model", tiny_chat_model, "--tasks", "nosuch", "--include-path", tmp_path, "--output-dir", out],
+        "harness": ["--model", tiny_chat_model, "--tasks", "lost", "--include-path", tasks, "--output-dir", out],
         "bench": ["--model", "m", "--data", data, "--judge", "j", "--judge-server", "http://localhost:1/v1",
                   "--output-dir", out],
     }  # fmt: skip
@@ -64,20 +62,16 @@ WHERE = {
 
 
 @contextmanager
-def stopped(name: str, arguments: list[object]) -> Iterator[int]:
-    """Start the command, yield its process id while it is stopped, and kill it at the end."""
-    module, function = WHERE[name]
-    run = subprocess.Popen(
-        [sys.executable, "-c", STOPPED.format(module=module, name=function), name, *map(str, arguments)],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+def held(lock: Path) -> Iterator[int]:
+    """Yield the id of a process that holds a lock; kill it at the end."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, lock], cwd=ROOT)
     try:
-        _, status = os.waitpid(run.pid, os.WUNTRACED)
+        _, status = os.waitpid(holder.pid, os.WUNTRACED)
         assert os.WIFSTOPPED(status)
-        yield run.pid
+        yield holder.pid
     finally:
-        run.kill()
-        run.wait()
+        holder.kill()
+        holder.wait()
 
 
 @pytest.mark.parametrize("name", WHERE)
@@ -86,23 +80,37 @@ def test_a_second_run_is_refused_and_a_killed_run_leaves_no_lock(
     arguments: dict[str, list[object]],
     says_no: Callable[..., str],
     command: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
-    with stopped(name, arguments[name]) as process:
+    lock = out / f".{name}.lock"
+    with held(lock) as process:
         before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
         refused = says_no(name, *arguments[name])
         assert f"{out}: another run of `{name}` is writing there" in refused
         assert f"process {process} on {socket.gethostname()}" in refused
         assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    module = importlib.import_module(WHERE[name][0])
+    work = getattr(module, WHERE[name][1])
+    attempts = []
+
+    def work_and_probe(*positional: object, **keywords: object) -> object:
+        attempts.append(subprocess.run([sys.executable, "-c", LOCK, lock], cwd=ROOT, capture_output=True, check=False))
+        return work(*positional, **keywords)
+
+    monkeypatch.setattr(module, WHERE[name][1], work_and_probe)
     if name in ("gain", "rules", "ifeval"):
         assert command(name, *arguments[name]) == 0
-    else:  # no such task and no such rows, which is found behind the lock
+    else:  # no data of the task, no rows of the bench: found after the lock is taken
         assert "another run" not in says_no(name, *arguments[name])
+    assert attempts
+    for attempt in attempts:
+        assert f"LockHeldError: process {os.getpid()} on {socket.gethostname()}" in attempt.stderr.decode()
 
 
 def test_another_command_may_write_to_the_same_folder(
-    arguments: dict[str, list[object]], command: Callable[..., int]
+    arguments: dict[str, list[object]], command: Callable[..., int], tmp_path: Path
 ) -> None:
-    with stopped("rules", arguments["rules"]):
+    with held(tmp_path / "out" / ".rules.lock"):
         assert command("gain", *arguments["gain"]) == 0

@@ -21,6 +21,7 @@ PRELOADED_MODULES = [
     "train.sft",
     "train.finetune",
     "train.preflight.missing_files",
+    "train.system_gain.metric",
     "transformers.models.llama.modeling_llama",
     "peft",
     "torch.distributed.checkpoint",

@@ -118,23 +118,23 @@ class Measurement:
 
 def train_and_measure(folder: str, *arguments: str) -> int:
     """Run train/sft.py with `arguments` and write FOLDER/RANK.json. torch's AdamW uses foreach as on a GPU."""
-    from train.loop import trainer as loop
+    from train.loop.trainer import JanusTrainer
     from train.sft import main
 
     measurements = []
+    training_step = JanusTrainer.training_step
 
-    class MeasuredTrainer(loop.JanusTrainer):
-        def training_step(self, *inputs, **keywords):
-            engine = self.model_wrapped
-            if not measurements:
-                measurements.append(Measurement(engine))
-                for group in engine.optimizer.optimizer.param_groups:
-                    group["foreach"] = not group.get("fused")
-            loss = super().training_step(*inputs, **keywords)
-            measurements[0].see_gradients()
-            return loss
+    def measured_step(self: JanusTrainer, *inputs, **keywords):
+        engine = self.model_wrapped
+        if not measurements:
+            measurements.append(Measurement(engine))
+            for group in engine.optimizer.optimizer.param_groups:
+                group["foreach"] = not group.get("fused")
+        loss = training_step(self, *inputs, **keywords)
+        measurements[0].see_gradients()
+        return loss
 
-    loop.JanusTrainer = MeasuredTrainer
+    JanusTrainer.training_step = measured_step
     code = main(list(arguments))
     Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(measurements[0].parts()))
     return code

@@ -241,7 +241,7 @@ def test_a_run_whose_checkpoint_cannot_be_written_ends_and_resumes_once_it_can(
     disk.mend(how)
     assert not (run / "unfinished").exists() or how in ("gone", "read-only")
     outcome = start(kind, recipe, tmp_path / "again").succeeded()
-    assert f"going on from {run / 'checkpoint-1'}" in outcome.output[0]
+    assert f"resuming from {run / 'checkpoint-1'}" in outcome.output[0]
     assert_same_model(run, untouched(kind))
     assert whole(run) == [1, 2, 3, 4]
     assert not (run / "unfinished").exists()
@@ -327,7 +327,7 @@ def test_damaged_checkpoints_are_skipped_by_name_for_the_one_before_them(
     outcome = start(kind, recipe, tmp_path / "logs").succeeded()
     for said in expected.values():
         assert said in outcome.output[0]
-    assert f"going on from {run / 'checkpoint-1'}" in outcome.output[0]
+    assert f"resuming from {run / 'checkpoint-1'}" in outcome.output[0]
     assert_same_model(run, untouched(kind))
     assert sorted(path.name for path in (run / "set-aside-1").iterdir()) == [f"checkpoint-{step}" for step in (2, 3, 4)]
     assert whole(run) == [1, 2, 3, 4]

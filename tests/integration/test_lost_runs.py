@@ -93,9 +93,9 @@ def tensors(value: Any) -> list[torch.Tensor]:
 def assert_same(run: Path, other: Path) -> None:
     """Assert that weights, optimizer states and metrics are bit-identical."""
     weights = "adapter_model" if (other / "adapter_config.json").exists() else "model"
-    tensors, others = (load_file(folder / f"{weights}.safetensors") for folder in (run, other))
-    assert tensors.keys() == others.keys()
-    assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
+    state, expected_state = (load_file(folder / f"{weights}.safetensors") for folder in (run, other))
+    assert state.keys() == expected_state.keys()
+    assert [name for name in state if not torch.equal(state[name], expected_state[name])] == []
     names = sorted(str(path.relative_to(other)) for path in (other / f"checkpoint-{STEPS}").rglob("*.pt*"))
     names = [name for name in names if "optim" in name]
     assert names
@@ -238,5 +238,5 @@ def test_a_run_asked_to_stop_saves_and_ends_like_an_uninterrupted_one(
     assert json.loads((run / "outcome.json").read_text(encoding="utf-8"))["outcome"] == "finished"
     assert figures(run) == figures(expected)
     weights = "adapter_model" if kind.adapter else "model"
-    tensors, others = (load_file(folder / f"{weights}.safetensors") for folder in (run, expected))
-    assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
+    state, expected_state = (load_file(folder / f"{weights}.safetensors") for folder in (run, expected))
+    assert [name for name in state if not torch.equal(state[name], expected_state[name])] == []

@@ -125,7 +125,7 @@ class Trained:
         return steps
 
 
-def assert_goes_on_like(run: Trained, other: Trained, start: int, before: dict[str, torch.Tensor]) -> None:
+def assert_resumes_like(run: Trained, other: Trained, start: int, before: dict[str, torch.Tensor]) -> None:
     run.outcome.succeeded()
     assert run.sequences == {step: seen for step, seen in other.sequences.items() if step > start}
     # The steps before are told by the checkpoint, which another number of processes wrote.
@@ -161,10 +161,10 @@ def test_a_run_resumes_with_the_same_sequences_in_each_step(
     last = alone
     for step, size in zip((2, 4), sizes[1:], strict=False):
         run = trained(kind, size, after=(last, step))
-        assert_goes_on_like(run, alone, step, before)
+        assert_resumes_like(run, alone, step, before)
         assert f"training.gradient_accumulation_steps is {4 // size}" in run.outcome.output[0] or size == 4
         text = "".join(run.outcome.output)
-        assert ("dealing out" in text) == (kind.config is not None)
+        assert ("converting checkpoint-" in text) == (kind.config is not None)
         last = run
 
 
@@ -196,8 +196,8 @@ def test_states_that_cannot_be_converted_are_refused(trained: Callable[..., Trai
     other = trained(kind, 1, after=(run, 2), optim="adafactor", max_steps=2)
     assert other.outcome.exit_codes == [2]
     assert "error: --resume: " in other.outcome.output[0]
-    assert "can't be dealt out to another number" in other.outcome.output[0]
-    assert "Go on with 2 processes." in other.outcome.output[0]
+    assert "can't be converted for another number" in other.outcome.output[0]
+    assert "Resume with 2 processes." in other.outcome.output[0]
     assert "Traceback" not in other.outcome.output[0]
 
 
@@ -206,6 +206,6 @@ def test_a_number_of_processes_that_cannot_share_a_step_is_refused(trained: Call
     other = trained(Kind("ddp"), 3, after=(run, 2))
     assert other.outcome.exit_codes == [2, 2, 2]
     assert (
-        "had 4 sequences a step (4 processes), which 3 processes of 1 at a time can't share evenly"
+        "had 4 sequences a step (4 processes), which 3 processes with batches of 1 can't share evenly"
         in (other.outcome.output[0])
     )

@@ -111,7 +111,7 @@ def trained(rows_64: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
                 logs=root / f"{folder.name}-logs",
             ).succeeded()
             assert "Warning" not in "".join(outcome.output)
-            assert resumed == ("going on from" in outcome.output[0])
+            assert resumed == ("resuming from" in outcome.output[0])
             metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             steps = [line for line in metrics if "loss" in line]
             weights = load_file(folder / ("adapter_model.safetensors" if setting.lora else "model.safetensors"))
@@ -300,7 +300,7 @@ def test_bf16_trains_saves_and_resumes_under_every_stage(
     outcome = launch(
         2, config, "--recipe", recipe, f"output_dir={tmp_path / 'resumed'}", logs=tmp_path / "logs"
     ).succeeded()
-    assert "going on from" in outcome.output[0]
+    assert "resuming from" in outcome.output[0]
     resumed = load_file(tmp_path / "resumed" / saved)
     assert resumed.keys() == after.keys()
     assert all(torch.equal(resumed[name], value) for name, value in after.items())

@@ -137,7 +137,7 @@ def test_two_nodes_are_warned_save_requeue_resume_and_finish(
     assert f"requeued: continues from step {stopped}" in output
     assert f"job {job}, restart 1 of at most 20" in output
     assert output.count("preflight of 127.0.0.[1-2]: commit ") == 2
-    assert f"going on from {run}/checkpoint-{stopped}" in output
+    assert f"resuming from {run}/checkpoint-{stopped}" in output
     assert SECRET not in output
     assert (run / "model.safetensors").is_file()
 
@@ -172,7 +172,7 @@ def test_a_failing_node_and_scancel_leave_complete_checkpoints(
     # SIGTERM came first, SIGKILL would have come after KillWait (30 s here): time enough to save this model.
     assert resumes_from(recipe) == steps_logged(run)[-1] > saved
     output = log.read_text()
-    assert f"going on from {run}/checkpoint-{saved}" in output
+    assert f"resuming from {run}/checkpoint-{saved}" in output
     assert output.count("stopped: Slurm ends this job") == 2
     assert "requeued: continues" not in output
 

@@ -185,8 +185,8 @@ def test_the_error_of_a_server_is_shown_until_it_answers(tmp_path: Path) -> None
         asking = asyncio.create_task(client.ask(about("hi")))
         while client.counts.retries < 3:
             await asyncio.sleep(0.001)
-        [trouble] = client.server_messages()
-        assert trouble.startswith(f"{servers[0].url}: can't be reached (")
+        [message] = client.server_messages()
+        assert message.startswith(f"{servers[0].url}: can't be reached (")
         async with servers[0]:
             assert (await asking).text == "re: hi"
             assert client.server_messages() == []

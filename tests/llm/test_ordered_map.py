@@ -189,8 +189,8 @@ def test_a_narrow_terminal_shows_complete_server_messages(
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "80")
     client = a_client()
-    trouble = "http://a/v1: 429 Too Many Requests: wait for your turn, for 3s, next try in 59m57s"
-    client.server_messages = lambda: [trouble]
+    message = "http://a/v1: 429 Too Many Requests: wait for your turn, for 3s, next try in 59m57s"
+    client.server_messages = lambda: [message]
 
     async def run() -> None:
         shown = ""
@@ -198,7 +198,7 @@ def test_a_narrow_terminal_shows_complete_server_messages(
             while "59m57s" not in shown:
                 await asyncio.sleep(0.01)
                 shown += "".join(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out).split())
-        assert "".join(trouble.split()) in shown.replace("━", "")
+        assert "".join(message.split()) in shown.replace("━", "")
 
     asyncio.run(asyncio.wait_for(run(), 30))
 

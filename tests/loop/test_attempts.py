@@ -225,7 +225,7 @@ def test_a_second_ctrl_c_leaves_a_true_outcome(
     assert sorted(whole)[-1] == newest
     if moment == "half-way":
         assert main(["--recipe", recipe]) == 0
-        assert f"going on from {run / newest}" in capsys.readouterr().out
+        assert f"resuming from {run / newest}" in capsys.readouterr().out
         assert outcome(run)[:2] == ("finished", 6)
 
 

@@ -20,7 +20,7 @@ WRONG = {
     "a name of another architecture": ({"target_modules": ("q_proj", "c_attn")}, ["'c_attn'", "q_proj", "up_proj"]),
     "the end of a name": ({"target_modules": ("proj",)}, ["'proj'"]),
     "a regular expression": ({"target_modules": (".*q_proj",)}, [".*q_proj", "Did you mean `q_proj`?"]),
-    "all-linear in a list": ({"target_modules": ("all-linear",)}, ["stands alone, in no list"]),
+    "all-linear in a list": ({"target_modules": ("all-linear",)}, ["is a value by itself, not an item of a list"]),
     "a block": ({"target_modules": ("self_attn", "up_proj")}, ["LlamaAttention", "k_proj, o_proj, q_proj, v_proj"]),
     "a norm": ({"target_modules": ("q_proj", "norm")}, ["model.norm is a LlamaRMSNorm", "linear"]),
     "a layer that is not there": ({"target_modules": ("layers.7.self_attn.q_proj",)}, ["layers.7", "`q_proj`"]),

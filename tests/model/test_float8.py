@@ -1,4 +1,4 @@
-"""Linear layers that multiply in float8: torchao's own arithmetic, emulated where there is no GPU for it."""
+"""Linear layers that multiply in float8: torchao's arithmetic, emulated without a GPU for it."""
 
 import dataclasses
 import json
@@ -48,13 +48,13 @@ def llama(**settings: int | bool) -> LlamaForCausalLM:
 
 
 def loss_of(model: torch.nn.Module) -> torch.Tensor:
-    """The mean loss of ROW, by transformers' own labels."""
+    """Return the mean loss of ROW, computed by transformers from labels."""
     ids = torch.tensor([ROW])
     return model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
 def rounding(values: torch.Tensor, mantissa: int, smallest: float, largest: float) -> torch.Tensor:
-    """How far each of `values` may be from itself in float8, with one scale for all.
+    """Bounds of the float8 rounding error of each of `values`, with one scale for all.
 
     Half the distance of two numbers: 2**-(mantissa + 1) of a normal number, a step of the subnormal ones below. Scales
     that are rounded down to a power of 2 leave half of the range unused.
@@ -73,7 +73,7 @@ def e5m2(values: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_product_is_off_by_no_more_than_its_factors_are_rounded(name: str) -> None:
-    """Forward and both gradients of one layer beside float64, element by element; tokens are no multiple of 16."""
+    """Forward and both gradients of a layer against float64, by element; the tokens are no multiple of 16."""
     torch.manual_seed(1)
     model = torch.nn.Sequential(*(torch.nn.Linear(64, 48, bias=bias) for bias in (False, True)))
     model.get_output_embeddings = lambda: None
@@ -111,7 +111,7 @@ def test_a_product_is_off_by_no_more_than_its_factors_are_rounded(name: str) -> 
 
 
 def test_converted_layers() -> None:
-    """All but the first and the output layer, and those of sizes that aren't multiples of 16."""
+    """All except the first and the output layer, and those whose sizes aren't multiples of 16."""
     model = llama(intermediate_size=120)
     convert(model, "rowwise", emulate=True)
     layers = find_linear_layers(model)
@@ -130,7 +130,7 @@ def test_a_model_without_a_layer_for_it_is_refused() -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_measured_losses_are_the_models(name: str) -> None:
-    """With float8 as the converted model has it, without it to the bit as the model had it before."""
+    """With float8 it is that of the converted model, without it bitwise that of the model before conversion."""
     model = llama()
     model.train()
     before = loss_of(model).item()
@@ -151,7 +151,7 @@ def test_the_measured_losses_are_the_models(name: str) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_gradients_of_a_model_keep_their_direction(name: str) -> None:
-    """Each of 13 layers brings its rounding, independent of the others', so their squares add up."""
+    """The rounding errors of 13 layers are independent, so their squares add up."""
     plain, float8 = llama(), llama()
     convert(float8, name, emulate=True)
     assert len(find_linear_layers(float8).converted) == 13
@@ -167,7 +167,7 @@ def test_gradients_of_a_model_keep_their_direction(name: str) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_weights_that_float8_cannot_hold_stop_the_run(name: str) -> None:
-    """One huge weight, of an input that is always 0, changes nothing, but for the scale of all others beside it."""
+    """A huge weight of an input that is always 0 changes only the scale of the other weights."""
     model = llama()
     for layer in model.model.layers:
         layer.input_layernorm.weight.data[0] = layer.post_attention_layernorm.weight.data[0] = 0.0
@@ -214,10 +214,10 @@ def test_the_allowed_error_of_the_loss(float8: float, plain: float, standard_err
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"adapter": {}, "quantization": {}}, "weights in 4 bits have kernels of their own"),
-        ({"adapter": {"use_dora": True}}, "DoRA multiplies by the weights beside the layer"),
-        ({"training": {"bf16": False, "fp16": True}}, "it takes the place of bfloat16"),
-        ({"training": {"bf16": False}}, "it takes the place of bfloat16"),
+        ({"adapter": {}, "quantization": {}}, "4-bit weights have their own kernels"),
+        ({"adapter": {"use_dora": True}}, "DoRA multiplies by the weights outside of the layer"),
+        ({"training": {"bf16": False, "fp16": True}}, "float8 needs bfloat16 around it"),
+        ({"training": {"bf16": False}}, "float8 needs bfloat16 around it"),
     ],
 )
 def test_settings_that_exclude_float8(recipe_file: Callable[..., Path], sections: dict, message: str) -> None:
@@ -279,7 +279,7 @@ def test_zero3_must_not_hold_all_weights_at_once(recipe_file: Callable[..., Path
 
 
 def emulated(recipe: Recipe) -> tuple[JanusTrainer, PreparedData]:
-    """The trainer of a recipe in float8, on a machine that has none."""
+    """Return the trainer of a recipe in float8, emulated."""
     tokenizer = load_tokenizer(recipe.model)
     use_template(tokenizer, recipe.chat.template)
     data = prepare(recipe, tokenizer)
@@ -359,7 +359,7 @@ def test_an_adapter_on_float8_layers(recipe_file: Callable[..., Path], tiny_mode
 
 
 def test_the_isolation_test_ignores_shared_scales(recipe_file: Callable[..., Path]) -> None:
-    """One scale for a tensor ties packed documents together; whether masks do is seen without float8."""
+    """A scale per tensor couples packed documents; a leak of the masks is measured without float8."""
     trainer, _ = emulated(load_recipe(float8_recipe(recipe_file, "tensorwise")))
     trainer.model_wrapped = trainer.model
     isolation = measure_isolation(trainer)
@@ -374,7 +374,7 @@ def test_the_isolation_test_ignores_shared_scales(recipe_file: Callable[..., Pat
 )
 @pytest.mark.parametrize("name", RECIPES)
 def test_on_a_gpu(recipe_file: Callable[..., Path], tmp_path: Path, name: str) -> None:
-    """Kernels give what emulation gives, wherever the weights are before training; runs end where bfloat16's do."""
+    """Kernels give the results of emulation, wherever the weights are; runs end with the loss of bfloat16."""
     device = torch.device("cuda", 0)
     emulation = llama().to(device, torch.bfloat16)
     convert(emulation, name, emulate=True)

@@ -1,4 +1,4 @@
-"""Folders that people name as the model: what is said of each before anything is loaded."""
+"""Folders named as the model: the error for each kind, before anything is loaded."""
 
 import json
 import shutil
@@ -219,7 +219,7 @@ def test_training_and_check_raise_the_same_error(
 
 
 def test_a_saved_adapter_with_a_config_beside_it_is_used_on_its_base(tiny_model: Path, tmp_path: Path) -> None:
-    """axolotl leaves the base's config.json there, and transformers then looks for the base's weights beside it."""
+    """axolotl leaves the base's config.json there, and transformers would then look for the base's weights."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     ids = torch.tensor([[1, 50, 300, 2]])

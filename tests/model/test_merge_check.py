@@ -1,4 +1,4 @@
-"""A merge is proved by its weights, where an adapter of few steps shows: a wrong one is refused whatever it changes."""
+"""Merges are checked by weights, in which an adapter of few steps is visible: any wrong weight is an error."""
 
 import shutil
 from pathlib import Path
@@ -17,7 +17,7 @@ from train.model.merge_check import MergeCheck, check_merge
 Weights = dict[str, torch.Tensor]
 SQUARE = "model.layers.0.self_attn.q_proj.weight"
 FEW_STEPS = 1e-5
-"""Size of the updates, of weights of about 0.2: some steps of training leave these."""
+"""Size of the updates, of weights of about 0.2, as after some steps of training."""
 
 
 def make_adapter(base: Path, folder: Path, size: float, **settings: Any) -> Path:
@@ -34,7 +34,7 @@ def make_adapter(base: Path, folder: Path, size: float, **settings: Any) -> Path
 
 @pytest.fixture(scope="module")
 def bases(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The tiny model in each type."""
+    """Save the tiny model in each dtype."""
     folder = tmp_path_factory.mktemp("bases")
     for dtype in ("bfloat16", "float16"):
         AutoModelForCausalLM.from_pretrained(tiny_model, dtype=getattr(torch, dtype)).save_pretrained(folder / dtype)
@@ -150,7 +150,7 @@ def test_transposed_weights_of_gpt_2(tmp_path: Path) -> None:
 
 
 def test_other_weight_files_in_the_folder_are_ignored(bases: dict[str, Path], tmp_path: Path) -> None:
-    """As Mistral publishes them: consolidated.safetensors, which transformers doesn't load."""
+    """Mistral publishes consolidated.safetensors, which transformers doesn't load."""
     base = tmp_path / "base"
     shutil.copytree(bases["float32"], base)
     save_file({"layers.0.attention.wq.weight": torch.ones(2, 2)}, base / "consolidated.safetensors")
@@ -169,7 +169,7 @@ def test_an_adapter_whose_initialization_changed_the_base_is_refused(
 
 
 def test_unmergeable_parts_of_an_adapter_are_named(bases: dict[str, Path], tmp_path: Path) -> None:
-    """Biases that were trained along, say."""
+    """For example trained biases."""
     base = bases["float32"]
     adapter = make_adapter(base, tmp_path / "adapter", FEW_STEPS)
     merge_adapter(base, adapter, tmp_path / "merged")

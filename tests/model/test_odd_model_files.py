@@ -1,4 +1,4 @@
-"""Values of a wrong type in a model's JSON files: one error that names the file, whatever transformers trips over."""
+"""Values of a wrong type in a model's JSON files: one error that names the file, whatever transformers raises."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Multimodal models trained on text: what text never reaches is found, frozen and left out of LoRA."""
+"""Multimodal models trained on text: idle parameters are found, frozen and not adapted by LoRA."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -97,7 +97,7 @@ def model_of(name: str) -> PreTrainedModel:
 
 
 def without_gradient(model: torch.nn.Module) -> set[str]:
-    """By a second way: a real forward and backward pass on text."""
+    """Return the parameters without a gradient in a real forward and backward pass on text."""
     ids = torch.randint(8, 60, (1, 12), generator=torch.Generator().manual_seed(1))
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     return {name for name, weight in model.named_parameters() if weight.grad is None}

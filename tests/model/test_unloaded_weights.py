@@ -1,4 +1,4 @@
-"""Weights that a config.json has no place for: layers and biases of the model are an error, other parts are named."""
+"""Weights that are not part of the model of config.json: its layers and biases are errors, others are named."""
 
 import json
 import shutil
@@ -42,8 +42,8 @@ def change(folder: Path, **settings: Any) -> None:
 
 
 def add(folder: Path, **weights: torch.Tensor) -> None:
-    weights = load_file(folder / "model.safetensors")
-    save_file({**weights, **weights}, folder / "model.safetensors", metadata={"format": "pt"})
+    stored = load_file(folder / "model.safetensors")
+    save_file({**stored, **weights}, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def says(folder: Path) -> tuple[str | None, str | None]:
@@ -154,4 +154,4 @@ def test_other_unloaded_weights_are_named(
     line = "weights that are not part of LlamaForCausalLM are neither loaded nor saved: v_head.summary.bias and 1 more"
     assert line in capsys.readouterr().out
     load_model(load_recipe(recipe_file()))
-    assert "not loaded" not in capsys.readouterr().out
+    assert "neither loaded nor saved" not in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The warning of a job that its GPUs have no room for: which number is too large, and what would fit."""
+"""The warning for a job that doesn't fit its GPUs: the figures, and what would fit."""
 
 import re
 import shlex
@@ -45,7 +45,7 @@ def warning(recipe: Recipe, gpus: str, nodes: int, config: str, model: str | Non
 def test_suggested_settings_fit(
     gpus: str, nodes: int, config: str, model: str | None, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each way is taken, and asked of the plan again: then there is no warning."""
+    """Each suggestion is applied and planned again, without a warning."""
     monkeypatch.chdir(ROOT)
     overrides = ["training.per_device_train_batch_size=1", f"training.optim={optimizer}"]
     recipe = load_recipe(FULL, overrides)

@@ -45,7 +45,7 @@ def shape(config: PreTrainedConfig, dtype: str = "bfloat16", **sections: Any) ->
 
 
 def kept_bytes(config: PreTrainedConfig, dtype: torch.dtype, *, autocast: bool, tokens: int) -> int:
-    """Bytes of the storages that autograd keeps of a forward pass, each once, but for the weights."""
+    """Return the bytes of the storages that autograd saves in a forward pass, each once, without the weights."""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").model
     weights = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
@@ -196,7 +196,7 @@ def test_frozen_weights_take_two_thirds() -> None:
 
 
 def test_ddp_keeps_weights_gradients_and_states_in_the_dtype_of_the_recipe() -> None:
-    """In pure bfloat16: 2 + 2 + 2 + 2 bytes a parameter, in float32 4 + 4 + 4 + 4; DDP's buckets come beside that."""
+    """In pure bfloat16: 2 + 2 + 2 + 2 bytes a parameter, in float32 4 + 4 + 4 + 4; DDP's buckets are added."""
     config = LlamaConfig(**SIZES, num_key_value_heads=4)
     for dtype, size in ("bfloat16", 2), ("float32", 4):
         architecture = shape(config, dtype)
@@ -207,7 +207,7 @@ def test_ddp_keeps_weights_gradients_and_states_in_the_dtype_of_the_recipe() -> 
 
 
 def test_eighteen_bytes_a_parameter_shrink_as_in_the_zero_paper() -> None:
-    """ZeRO, figure 1: 7.5B parameters on 64 GPUs take 31.4, 16.6 and 1.9 GB, with gradients in 2 bytes; here they take 4."""
+    """ZeRO, figure 1: 7.5B parameters on 64 GPUs take 31.4, 16.6 and 1.9 GB, with gradients in 2 bytes; here in 4."""
     config = LlamaConfig(hidden_size=4_096, intermediate_size=14_336, num_hidden_layers=33, num_key_value_heads=8)
     architecture = shape(config)
     scale = 7.5e9 / architecture.total
@@ -254,7 +254,7 @@ def test_stage_3_pads_each_parameter_and_keeps_small_ones_complete() -> None:
 
 
 def test_inspecting_a_model_does_not_change_its_config(tiny_model: Path, recipe_file: Callable[..., Path]) -> None:
-    """transformers writes the attention of a model that it makes into the config that it makes it from."""
+    """transformers writes the attention kernel of a model into the config that it is built from."""
     config = AutoConfig.from_pretrained(tiny_model, attn_implementation="sdpa")
     inspect_architecture(load_recipe(recipe_file()), config)
     assert config._attn_implementation == "sdpa"

@@ -134,4 +134,4 @@ def test_the_search_for_missing_files_imports_nothing_heavy(tmp_path: Path, tiny
         )  # fmt: skip
         assert done.stdout.strip() == "2 []", done.stderr
         assert done.stderr.startswith("error: ")
-    assert "nowhere/checkpoint-1 is not there" in done.stderr
+    assert "nowhere/checkpoint-1 does not exist" in done.stderr

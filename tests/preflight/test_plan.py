@@ -1,4 +1,4 @@
-"""The plan: which configuration it names, what it says of time, and that it knows the models of the papers."""
+"""The plan: its choice of a configuration, its hours, and the models of the papers."""
 
 import json
 import re
@@ -132,7 +132,7 @@ def test_the_fewest_nodes_are_those_of_a_plain_loop(
     shape = shape_for(recipe, model)
 
     def fits(count: int, optimizer: str) -> str | None:
-        """The first of the plan's own lines without offload and caution, of a plan with that optimizer for `count`."""
+        """Return the first strategy without offload and caution that fits `count` nodes with that optimizer."""
         other = load_recipe(
             ROOT / "recipes/janus-llama-3-8b/sft/full.yaml",
             ["training.per_device_train_batch_size=1", *overrides, f"training.optim={optimizer}"],

@@ -1,4 +1,4 @@
-"""--check: what it reports, when it says ready, and that it needs no weights."""
+"""--check: its report, its verdict, and that it needs no weights."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ WIDE = 10_000
 
 @pytest.fixture(autouse=True)
 def wide_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Output as of a terminal in which no line has to be wrapped."""
+    """Make the output wide enough that no line is wrapped."""
     monkeypatch.setenv("COLUMNS", str(WIDE))
 
 
@@ -46,7 +46,7 @@ def page_of(path: Path) -> str:
 
 
 def rows_of(path: Path, *conversations: list[str]) -> Path:
-    """A file of conversations, each a list of texts of "system: ..." and so on."""
+    """Write a file of conversations, each a list of texts of "system: ..." and so on."""
     turns = [[text.partition(": ") for text in texts] for texts in conversations]
     rows = [{"messages": [{"role": role, "content": text} for role, _, text in row]} for row in turns]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -54,7 +54,7 @@ def rows_of(path: Path, *conversations: list[str]) -> Path:
 
 
 def texts_of(rows_file: Path) -> dict[str, tuple[str, str]]:
-    """Place -> the row's text in ChatML, and the part of it that is trained; written without a template."""
+    """Return place -> the row's text in ChatML and its trained part, written without a template."""
     texts = {}
     for number, line in enumerate(rows_file.read_text(encoding="utf-8").splitlines(), 1):
         messages = json.loads(line)["messages"]
@@ -199,7 +199,7 @@ def test_a_system_message_is_shown_completely_wherever_the_template_writes_it(
 
 
 def test_a_long_turn_loses_its_middle_and_no_control_token(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
-    """Of all lengths, so that a cut by position would fall into some token."""
+    """Turns of all lengths, so that a cut by position would fall into some token."""
     for filler in range(0, 40, 8):
         texts = [f"{'x' * (700 + filler)} {'y' * 500}", "é\u0301" * 700]
         turns = [turn for text in texts for turn in (f"user: {text}", f"assistant: {text}")]
@@ -301,7 +301,7 @@ def test_bad_rows_give_the_page_and_one_error_with_exit_code_2(
 def test_no_row_left_still_gives_a_page(recipe_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--recipe", str(recipe_file(data={"max_length": 8, "overlong": "drop"})), "--check"]) == 2
     shown = capsys.readouterr()
-    assert "no training row is left" in shown.err
+    assert "no training row remains" in shown.err
     assert "0 rows" in shown.out
 
 

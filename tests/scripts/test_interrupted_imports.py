@@ -24,7 +24,7 @@ class _Interrupt:
 @pytest.mark.parametrize(
     ("script", "module"),
     [
-        ("sysgen", "train.sysgen.stats"),
+        ("sysgen", "train.sysgen.run"),
         ("collection", "train.multifaceted.collection.run"),
         ("evaluate", "train.evaluation.bench"),
     ],

@@ -100,7 +100,7 @@ BY_HAND: dict[str, Callable[[Constraint], tuple[list[str], list[str]]]] = {
          "# Title\n\n" + "\n\n".join(["Text."] * (number_in(it) - 1))],
     ),
     "bullet_points": lambda it: (
-        ["Here:\n" + "- a point\n" * number_in(it) + "RunResult.", "* **bold** point\n" * number_in(it)],
+        ["Here:\n" + "- a point\n" * number_in(it) + "Done.", "* **bold** point\n" * number_in(it)],
         ["- a point\n" * (number_in(it) + 1), "- a point\n" * (number_in(it) - 1), "", "-no point\n" * number_in(it)],
     ),
     "numbered_points": lambda it: (

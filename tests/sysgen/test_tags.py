@@ -141,7 +141,7 @@ def test_control_tokens_at_the_end_of_a_phrase_are_removed(token: str) -> None:
 
 LEFT_OUT = {
     "outside": ("hello <<Role>>r<</Role>> bye", [("Role", "r")], [("", "hello", "outside any tag"), ("", "bye", "outside any tag")]),
-    "invented": ("<<Example>>e<</Example>><<Role>>r<</Role>>", [("Role", "r")], [("FewShotMessage", "e", "none of the eight tags")]),
+    "invented": ("<<Example>>e<</Example>><<Role>>r<</Role>>", [("Role", "r")], [("Example", "e", "none of the eight tags")]),
     "of two words": ("<<Conversational History>>h<</Conversational History>>", [], [("Conversational History", "h", "none of the eight tags")]),
     "never closed": ("<<Role>>r <<Task>>t<</Task>>", [("Task", "t")], [("Role", "r", "never closed")]),
     "never closed, then right": ("<<Role>>x <<Role>>r<</Role>>", [("Role", "r")], [("Role", "x", "never closed")]),
@@ -150,7 +150,7 @@ LEFT_OUT = {
     "crossed": ("<<Role>>a<<Task>>b<</Role>>c<</Task>>", [], [("Role", "a<<Task>>b", ALONE), ("", "c", "outside any tag"), ("Task", "", "closed and never opened")]),
     "only closed": ("r<</Role>>", [], [("", "r", "outside any tag"), ("Role", "", "closed and never opened")]),
     "empty": ("<<Role>> \n <</Role>>", [], [("Role", "", "empty")]),
-    "invented inside": ("<<Role>>a <<Example>>e<</Example>><</Role>>", [], [("Role", "a", ALONE), ("FewShotMessage", "e", "none of the eight tags")]),
+    "invented inside": ("<<Role>>a <<Example>>e<</Example>><</Role>>", [], [("Role", "a", ALONE), ("Example", "e", "none of the eight tags")]),
     "a placeholder inside": ("<<Role>>help <<name>> now<</Role>>", [], [("Role", "help <<name>> now", ALONE)]),
     "a right one inside a wrong one": ("<<Role>>a <<oops>><<Style>>s<</Style>><</Role>>", [("Style", "s")], [("Role", "a <<oops>>", ALONE)]),
     "part of another": ("<<Role>>a <<Style>>kind<</Style>> nurse<</Role>>", [("Role", "a kind nurse")], [("Style", "kind", "part of the phrase around it")]),
@@ -206,7 +206,7 @@ def test_the_message_and_its_parts() -> None:
     ]
 
 
-NAMES = st.sampled_from([*TAGS, "FewShotMessage", "System"])
+NAMES = st.sampled_from([*TAGS, "Example", "System"])
 WORD = st.text("abc`~\n <>/\\xé漢\u2028", max_size=8) | st.sampled_from(
     ["```\n", "\n```", "`", "~~~", "<<", ">>", "<</", "**", ": ", "：", "none"]
 )
@@ -246,7 +246,7 @@ def test_no_invalid_phrase_is_kept(text: str) -> None:
         bare = re.sub(r"(?sm)^[^\S\n]*(`{3,}|~{3,})[^\n]*\n(.*?\n)?[^\S\n]*\1[`~]*[^\S\n]*$", "", phrase.text)
         bare = re.sub(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "", bare)
         assert not re.search(
-            rf"<<[ \t/\\]*({'|'.join([*TAGS, 'FewShotMessage', 'System'])})s?[ \t/\\]*>>", bare, re.IGNORECASE
+            rf"<<[ \t/\\]*({'|'.join([*TAGS, 'Example', 'System'])})s?[ \t/\\]*>>", bare, re.IGNORECASE
         )
         # Its tag is written at least twice, before its text and behind it.
         marks = [match.start() for match in re.finditer(rf"<<[\s/\\]*{phrase.tag}s?[\s/\\]*>>", text, re.IGNORECASE)]
@@ -343,7 +343,7 @@ def test_verdicts(text: str, expected: dict[str, str]) -> None:
 def test_unreadable_verdicts_are_reported() -> None:
     said = parse_verdicts("<<Role>>: Good\n<<Role>>: Bad\n<<Task>>: Good/Bad\n<<Example>>: Good\n<<style>>: Good")
     assert sorted((dropped.tag, dropped.reason) for dropped in said.dropped) == [
-        ("FewShotMessage", "none of the eight tags"),
+        ("Example", "none of the eight tags"),
         ("Role", "verdicts that contradict each other"),
         ("Task", "several verdicts at once"),
     ]

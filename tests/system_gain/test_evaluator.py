@@ -1,4 +1,4 @@
-"""System gain in the evaluations of a run: logged, in the report, and what the best checkpoint is chosen by."""
+"""System gain in the evaluations of a run: logged, reported, and the metric of the best checkpoint."""
 
 import json
 import re
@@ -33,7 +33,7 @@ TRAINING = {
 
 @pytest.fixture
 def held_out(tmp_path: Path) -> Path:
-    """Three instructions under three messages each, four alone, and among those two rows without a message."""
+    """Write three instructions under three messages each, and four single rows, two of them without a message."""
     path = tmp_path / "held_out.jsonl"
     systems = ["Speak like a river.", "Speak like a stone.", "Be a paper window."]
     rows = [(systems[row % 3], f"question {row // 3}", f"{systems[row % 3][-7:]} river {row}") for row in range(9)]
@@ -109,7 +109,7 @@ def test_each_evaluation_measures_the_gain_and_the_best_checkpoint_has_the_highe
 def test_the_file_has_the_lines_of_the_resumed_run(
     recipe_file: Callable[..., Path], held_out: Path, tmp_path: Path
 ) -> None:
-    """What was measured after the checkpoint that a run goes on from is there once; another run's is not there."""
+    """Steps after the checkpoint that a run resumes from are there once; another run's are not."""
     run = tmp_path / "run"
     training = TRAINING | {"max_steps": 5, "save_steps": 2, "load_best_model_at_end": ..., "metric_for_best_model": ...}
     arguments = ["--recipe", str(recipe_file(data={"validation": [{"path": str(held_out)}]}, training=training))]

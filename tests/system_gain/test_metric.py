@@ -41,7 +41,7 @@ WORD_LIST = WORDS.split()
 
 
 def rows_of_words(count: int, *, instructions: int, turns: int = 1) -> list[dict[str, Any]]:
-    """Rows that differ in length by far, several of each instruction."""
+    """Return rows of very different lengths, several per instruction."""
     rng = random.Random(5)
     text = lambda words: " ".join(rng.choices(WORD_LIST, k=words))  # noqa: E731
     questions = [[text(rng.randint(1, 15)) for _ in range(turns)] for _ in range(instructions)]
@@ -77,7 +77,7 @@ def variants(
 
 
 def plain_sum(model: torch.nn.Module, pieces: list[EncodedRow]) -> float:
-    """ln p of the trained tokens: one row at a time, added up in plain Python."""
+    """Return the sum of ln p of the trained tokens, one row at a time, in plain Python."""
     terms = []
     for piece in pieces:
         with torch.no_grad():
@@ -247,7 +247,7 @@ def test_the_measures_of_a_row_by_hand() -> None:
 
 
 def labelled(*rows: tuple[str | None, str, str]) -> list[LabelledConversation]:
-    """Conversations of system message, question and answer."""
+    """Return conversations of system message, question and answer."""
     return [
         LabelledConversation(
             Conversation(
@@ -265,7 +265,7 @@ def labelled(*rows: tuple[str | None, str, str]) -> list[LabelledConversation]:
 
 
 def messages_of(row: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The system messages that a row is scored under, own first, read back from the tokens."""
+    """Return the system messages that a row is scored under, own first, decoded from the tokens."""
     texts = [tokenizer.decode(pieces[0].ids) for pieces in row.all]
     assert "system" not in texts[-1].split("\n")[0]
     return [text.partition("system\n")[2].partition("<|im_end|>")[0] for text in texts[:-1]]
@@ -406,7 +406,7 @@ def test_labels_are_read_from_the_columns() -> None:
 
 
 def test_intervals_are_those_of_normal_theory_over_instructions() -> None:
-    """With many instructions of equal size; rows of one are correlated, and an interval over rows would be too narrow."""
+    """With many instructions of equal size, whose rows are correlated; an interval over rows would be too narrow."""
     rng = np.random.default_rng(3)
     values = (rng.normal(0.3, 1, 500)[:, None] + rng.normal(0, 0.2, (500, 4))).reshape(-1, 1)
     instructions = np.repeat(np.arange(500), 4)
@@ -518,14 +518,14 @@ def test_a_model_has_no_change_from_itself(measured: SystemGain) -> None:
     )  # eight instructions, none of which changed
     table = render_table({"before": measured, "after": measured}, change)
     assert "| +0.000 (all alike) p=1.000 |" in table
-    assert "(all alike): every value is the same" in table
+    assert "(all alike): all values are equal" in table
 
 
 def test_no_rows_and_weights_that_are_not_finite_are_errors(
     tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    with pytest.raises(UserError, match=r"^system gain: no row is left"):
+    with pytest.raises(UserError, match=r"^system gain: no row has a system message"):
         system_gain(model, [])
     variant_rows = variants(write(tmp_path / "rows.jsonl", rows_of_words(4, instructions=2)), tiny_tokenizer)
     model.model.norm.weight.data[0] = math.nan

@@ -1,1 +1,1 @@
-"""Rows -> conversations -> tokens -> packed rows."""
+"""Data: rows -> conversations -> tokens -> packed sequences."""

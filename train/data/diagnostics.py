@@ -159,7 +159,7 @@ def _describe_lost(key: str, texts: Sequence[UnreadText]) -> str:
     names = yaml.safe_dump([text.name for text in texts], default_flow_style=True, allow_unicode=True, width=math.inf)
     return (
         f"{key}: text that is not read, so the model would be trained without it: {columns}. Rename it to what is read "
-        f"(the README lists it under Data), or leave it out with `{key}.ignore: {names.strip()}`."
+        f"(recipes/README.md lists it), or leave it out with `{key}.ignore: {names.strip()}`."
     )
 
 

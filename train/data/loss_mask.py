@@ -118,7 +118,7 @@ class Encoder:
         """Return for each conversation its rows, or the error for which it can't be trained. Long lists use all cores.
 
         `template_kwargs`: for each conversation, the variables that it sets for the template.
-        Afterwards `left_out` holds for each conversation what the template left out of it, contents aside.
+        Afterwards `left_out` holds for each conversation the texts, except contents, that the template left out.
         Raises TokensDifferError if fastokens turns out to give other tokens than the tokenizer.
         """
         renderings: list[list[Rendering] | RowError] = []

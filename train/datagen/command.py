@@ -16,7 +16,7 @@ from train.formatting import duration
 from train.llm.client import Counts
 from train.llm.failures import NO_ANSWER
 from train.llm.options import WAIT_FOR_SERVER, add_wait_for_server
-from train.llm.reasoning.answer import format_advice
+from train.llm.reasoning import format_advice
 from train.llm.server_errors import is_about_length
 from train.llm.startup_check import check_servers
 

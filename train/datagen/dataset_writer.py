@@ -133,32 +133,26 @@ class DatasetWriter:
     def __init__(self, folder: Path, settings: OutputSection, schemas: Mapping[str, pyarrow.Schema]) -> None:
         self._folder = folder
         try:
-            self._data_sets = {
+            self._files: dict[str, RowFiles] = {
                 name: open_row_files(folder / name, settings, schema) for name, schema in schemas.items()
             }
-            self._left_out = JsonlFile(folder / LEFT_OUT)
+            self._files[LEFT_OUT] = JsonlFile(folder / LEFT_OUT)
         except OSError as error:
             raise UserError(f"output_dir: {folder} can't be written to: {error.strerror}.") from error
 
     def write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows to data set `name`."""
+        """Append rows to a data set or to LEFT_OUT."""
         with self._disk_errors():
             for row in rows:
-                self._data_sets[name].write(row)
-
-    def write_left_out(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows to left_out.jsonl."""
-        with self._disk_errors():
-            for row in rows:
-                self._left_out.write(row)
+                self._files[name].write(row)
 
     def finish(self) -> None:
         """Remove rows of an earlier run behind the last ones, and sync all files to disk."""
         with self._disk_errors():
-            for files in (*self._data_sets.values(), self._left_out):
+            for name, files in self._files.items():
                 files.finish()
-            for name in self._data_sets:
-                fsync(self._folder / name)
+                if name != LEFT_OUT:
+                    fsync(self._folder / name)
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -174,5 +168,5 @@ class DatasetWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for files in (*self._data_sets.values(), self._left_out):
+        for files in self._files.values():
             files.close()

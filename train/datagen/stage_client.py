@@ -11,7 +11,7 @@ from train.datagen.usage import Usage
 from train.llm.client import Client
 from train.llm.failures import EmptyAnswerError
 from train.llm.finish_reasons import BELOW_LIMIT, describe_unfinished
-from train.llm.reasoning.answer import list_events, read_answer
+from train.llm.reasoning import list_events, read_answer
 from train.llm.request import Answer, Request
 from train.llm.system_role import merge_into_user
 

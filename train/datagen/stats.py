@@ -58,6 +58,13 @@ class RunStats(ABC):
         """Return how often each reason dropped something."""
         return self.drop_counts
 
+    @staticmethod
+    def format_drops(label: str, counts: Mapping[str, int], total: int) -> list[str]:
+        """Return a line for each reason, the most frequent first."""
+        return [
+            f"{label}: {count:,} ({count / total:.1%}): {reason}" for reason, count in Counter(counts).most_common()
+        ]
+
     @abstractmethod
     def summary(self, time: str) -> list[str]:
         """Return the lines that a command prints at its end. `time`: duration of this start."""

@@ -131,7 +131,7 @@ async def _contact_judge(config: BenchConfig) -> None:
 
 def _read_responses(config: BenchConfig, bench: "Bench") -> "list[list[Response]]":
     """Return the responses of the file of --responses, per row."""
-    from train.llm.reasoning.answer import format_advice
+    from train.llm.reasoning import format_advice
     from train.multifaceted.bench.rows import read_responses
 
     given, unmatched = read_responses(str(config.responses), bench.rows)
@@ -148,7 +148,7 @@ def _responses_of(
     id: str, answers: "GivenResponses | None", config: BenchConfig, events: Counter[str]
 ) -> "list[Response]":
     """Return one row's responses without reasoning, whose events go into `events`. Raises UserError."""
-    from train.llm.reasoning.answer import list_events, without_reasoning
+    from train.llm.reasoning import list_events, without_reasoning
     from train.multifaceted.bench.scoring import Response
 
     if answers is None or not answers.texts:
@@ -268,7 +268,14 @@ def _report_batch(config: BenchConfig, batch: "BatchAnswers", client: "BatchJudg
 def _write(config: BenchConfig, bench: "Bench", judged: "list[JudgedRow]", folder: Path) -> None:
     """Write bench_rows.jsonl, bench.json, bench.png and the section of report.md, and print the section."""
     from train.multifaceted.bench.protocol import noted_of, protocol_of
-    from train.multifaceted.bench.report import HEADING, make_record, markdown, no_judgement_finished, warnings
+    from train.multifaceted.bench.report import (
+        HEADING,
+        make_record,
+        markdown,
+        no_judgement_finished,
+        plot_scores,
+        warnings,
+    )
     from train.multifaceted.bench.scoring import row_record
 
     record = make_record(
@@ -283,7 +290,7 @@ def _write(config: BenchConfig, bench: "Bench", judged: "list[JudgedRow]", folde
         seed=config.seed,
     )
     rows = folder / "bench_rows.jsonl"
-    if config.against and rows.exists() and rows.samefile(config.against):
+    if config.against and rows.exists() and Path(config.against).exists() and rows.samefile(config.against):
         raise UserError(f"--against {config.against}: this command writes that file.")
     settings = protocol_of(record) | noted_of(record)
     write_results(folder, {rows.name: as_jsonl(row_record(row, settings) for row in judged)})
@@ -297,7 +304,7 @@ def _write(config: BenchConfig, bench: "Bench", judged: "list[JudgedRow]", folde
     text = markdown(record, judged, batch=not config.judge_server)
     if comparison:
         text += f"\nAgainst {config.against}:\n\n{comparison.markdown()}"
-    plots = {"bench.png": partial(_plot, record)} if has_score else {}
+    plots = {"bench.png": partial(plot_scores, record)} if has_score else {}
     write_results(folder, {"bench.json": as_json(record), **plots}, heading=HEADING, section=text)
     if not has_score:
         (folder / "bench.png").unlink(missing_ok=True)  # of an earlier run
@@ -309,12 +316,6 @@ def _write(config: BenchConfig, bench: "Bench", judged: "list[JudgedRow]", folde
         print(f"warning: {warning}")
     if comparison_error:
         raise comparison_error
-
-
-def _plot(record: dict[str, Any], path: Path) -> None:
-    from train.multifaceted.bench.report import plot_scores
-
-    plot_scores(record, path)
 
 
 def _compare_with(config: BenchConfig, rows: Path, record: dict[str, Any]) -> "PairwiseComparison | None":

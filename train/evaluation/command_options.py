@@ -11,10 +11,10 @@ The file is as strict as a recipe: unknown keys, wrong types and values out of b
 """
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -22,7 +22,7 @@ from train.cli import duration_seconds, json_object
 from train.recipe import Section
 from train.recipe.validation import validate_settings
 from train.recipe.yaml_document import Document, KeyPath, Location
-from train.storage.local_paths import LocalPath, parse_path_or_id
+from train.storage.local_paths import LocalPath
 
 Settings = TypeVar("Settings", bound=Section)
 _METAVARS = {int: "N", float: "X", dict: "JSON"}
@@ -32,7 +32,7 @@ _DURATIONS = ("wait_for_server",)
 def add_options(parser: argparse.ArgumentParser, section: type[Section], *, common: Collection[str] = ()) -> None:
     """Add an option for each field of `section`. With `common`, --help lists only these and names the others."""
     for name, field in section.model_fields.items():
-        option, kinds = option_of(name), _kinds(field)
+        option, kinds = option_of(name), _kinds(field.annotation)
         keywords: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _help(field)}
         if common and name not in common:
             keywords["help"] = argparse.SUPPRESS
@@ -40,9 +40,7 @@ def add_options(parser: argparse.ArgumentParser, section: type[Section], *, comm
             parser.add_argument(option, action="store_true", **keywords)
             continue
         keywords["metavar"] = _metavar(name, field)
-        if _is_path(field):
-            keywords["type"] = parse_path_or_id
-        elif name in _DURATIONS:
+        if name in _DURATIONS:
             keywords["type"] = duration_seconds
         elif dict in kinds:
             keywords["type"] = json_object
@@ -63,7 +61,7 @@ def load_settings(options: argparse.Namespace, section: type[Settings]) -> Setti
     document.refuse_secrets("a server's key in the variable that --key-variable or --judge-key-variable names")
     for name, value in vars(options).items():
         if name in section.model_fields:
-            is_yaml = isinstance(value, str) and not _kinds(section.model_fields[name]) & {str, Literal}
+            is_yaml = isinstance(value, str) and not _kinds(section.model_fields[name].annotation) & {str, Literal}
             document.set_option(name, value, is_yaml=is_yaml)
     return validate_settings(document, section)
 
@@ -113,25 +111,26 @@ class _OptionsDocument(Document):
             super().add_error(path, message)
 
 
-def _kinds(field: FieldInfo) -> set[Any]:
-    """Return the plain types of a field: str, int, Literal, tuple, ..."""
-    annotation = field.annotation
-    parts = get_args(annotation) if get_origin(annotation) not in (Literal, tuple, dict, None) else (annotation,)
-    kinds = {_plain(part) for part in parts}
-    return kinds - {NoneType}
-
-
-def _plain(annotation: Any) -> Any:
-    """Return the type below `Annotated`, without its arguments."""
+def _kinds(annotation: Any) -> set[Any]:
+    """Return the plain types of an annotation without their arguments: str, int, Literal, tuple, ..."""
     origin = get_origin(annotation)
-    if hasattr(annotation, "__metadata__"):
-        return _plain(get_args(annotation)[0])
-    return origin or annotation
+    if origin is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return set().union(*map(_kinds, get_args(annotation)))
+    return {origin or annotation} - {NoneType}
+
+
+def _marks(annotation: Any) -> Iterator[Any]:
+    """Yield the metadata of an annotation and of its arguments."""
+    yield from getattr(annotation, "__metadata__", ())
+    for argument in get_args(annotation):
+        yield from _marks(argument)
 
 
 def _is_path(field: FieldInfo) -> bool:
     """Return whether a field, or the items of its list, are marked as paths."""
-    return any(isinstance(mark, LocalPath) for mark in field.metadata) or "LocalPath()" in repr(field.annotation)
+    return any(isinstance(mark, LocalPath) for mark in (*field.metadata, *_marks(field.annotation)))
 
 
 def _metavar(name: str, field: FieldInfo) -> str:
@@ -142,7 +141,9 @@ def _metavar(name: str, field: FieldInfo) -> str:
         return "PATH"
     if name in _DURATIONS:
         return "TIME"
-    return next((_METAVARS[kind] for kind in _kinds(field) if kind in _METAVARS), name.rpartition("_")[2].upper())
+    return next(
+        (_METAVARS[kind] for kind in _kinds(field.annotation) if kind in _METAVARS), name.rpartition("_")[2].upper()
+    )
 
 
 def _help(field: FieldInfo) -> str:

@@ -67,7 +67,7 @@ class _Update:
     scale: float
     magnitude: torch.Tensor | None
     by_column: bool
-    """Whether an output is a column of the weight instead of a row; `magnitude` has a number for each output."""
+    """True if an output is a column of the weight instead of a row; `magnitude` has a number for each output."""
 
     def rows(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the update of some rows, without magnitudes, and a bound of its error in float32."""

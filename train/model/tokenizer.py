@@ -31,7 +31,11 @@ def load_chat_tokenizer(model: ModelSection, chat: ChatSection, day: date | None
     `day`: the date that templates with a date write, if not today's.
     Raises UserError if there is no such tokenizer or template, or if the template would lose system messages.
     """
-    tokenizer = load_tokenizer(model)
+    return apply_chat_section(load_tokenizer(model), chat, day)
+
+
+def apply_chat_section(tokenizer: PreTrainedTokenizerBase, chat: ChatSection, day: date | None = None) -> ChatTokenizer:
+    """Give `tokenizer` the template, system role and default system message of `chat`. Raises UserError."""
     template = use_template(tokenizer, chat.template)
     probe = apply_system_role(tokenizer, chat.system_role, chat.default_system)
     if day is not None:

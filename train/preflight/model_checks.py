@@ -84,9 +84,9 @@ def remember_passed(recipe: Recipe, facts: ModelFacts) -> None:
 
 
 def _key(recipe: Recipe) -> str | None:
-    """Return the cache key of the checks; None for a model that isn't in a local folder, or that brings code along."""
+    """Return the cache key of the checks; None for a model on the hub, with its own code, or in float8."""
     folder = Path(recipe.model.name_or_path)
-    if not folder.is_dir() or recipe.model.trust_remote_code:
+    if not folder.is_dir() or recipe.model.trust_remote_code or recipe.model.float8:  # float8 imports torchao anyway
         return None
     try:
         files = {path.name: hash_files([path]) for path in _small_files(folder)}

@@ -5,7 +5,7 @@ python train/sft.py --init my.yaml --model outputs/smollm2-135m-instruct --data 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ _MANY_ROWS = 200
 """Distinct rows from which some are held out for validation and eight sequences make a step."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataFacts:
     """Statistics of the rows that a recipe is written for. `lengths`: in `unit` (tokens or characters), [rows]."""
 
@@ -103,17 +103,14 @@ def _tokenized_facts(facts: DataFacts, model: str, data: str) -> DataFacts:
                 raise
     prepared = examine(recipe, tokenizer)
     stats = prepared.train.stats
-    return DataFacts(
-        facts.format,
-        stats.rows,
-        facts.turns,
-        stats.rows_with_system,
-        stats.lengths,
-        "tokens",
-        sum(rows.count for rows in prepared.errors.values()),
-        stats.duplicates.rows,
-        [text.name for text in prepared.unread if text.losing],
-        chat,
+    return replace(
+        facts,
+        lengths=stats.lengths,
+        unit="tokens",
+        bad_rows=sum(rows.count for rows in prepared.errors.values()),
+        duplicates=stats.duplicates.rows,
+        ignore=[text.name for text in prepared.unread if text.losing],
+        chat=chat,
     )
 
 

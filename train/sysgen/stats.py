@@ -85,10 +85,7 @@ class SysgenStats(RunStats):
         """Return the lines that the command prints at its end."""
         return [
             f"{self.written:,} of {self.rows:,} rows written after {time}",
-            *(
-                f"dropped: {count:,} ({count / self.rows:.1%}): {reason}"
-                for reason, count in self.drop_counts.most_common()
-            ),
+            *self.format_drops("dropped", self.drop_counts, self.rows),
         ]
 
     def warnings(self) -> list[str]:

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from train.llm.reasoning.control_tokens import strip_end_tokens
+from train.llm.reasoning import strip_end_tokens
 from train.sysgen.tag_names import NAMES, TAGS, DroppedText
 from train.sysgen.verdicts import Verdict, Verdicts, parse_verdicts
 

@@ -40,10 +40,10 @@ class SysgenWriter(DatasetWriter):
     def write_result(self, result: RowResult) -> None:
         """Write a row to the data set, or a dropped one to left_out.jsonl. Raises UserError."""
         if result.reason is not None:
-            self.write_left_out([build_dropped_row(result, self._model)])
-            return
-        row = build_row(result, self._model)
-        self.write(DATA, [_to_parquet(row) if self._is_parquet else row])
+            self.write(LEFT_OUT, [build_dropped_row(result, self._model)])
+        else:
+            row = build_row(result, self._model)
+            self.write(DATA, [_to_parquet(row) if self._is_parquet else row])
 
 
 def build_row(result: RowResult, model: str) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Variants:
 
     @property
     def same_answer(self) -> bool:
-        """Whether the answers have the same tokens under every message; a token at a template's border may differ."""
+        """True if the answers have the same tokens under every message; a token at a template's border may differ."""
         answers = [np.concatenate([answer_ids(piece) for piece in pieces]) for pieces in self.all]
         return all(np.array_equal(answers[0], answer) for answer in answers[1:])
 

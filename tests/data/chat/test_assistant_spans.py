@@ -1,4 +1,4 @@
-"""Our spans against the `{% generation %}` marks of TRL's training templates, and against what inference asks for."""
+"""Assistant spans, compared with the marks of TRL's training templates and with the prompts of inference."""
 
 import itertools
 import re
@@ -86,7 +86,7 @@ EXCEPTIONS: dict[str, set[str]] = {
     "qwen3_vl": {BLANK},
     "smolvlm": {BLANK},
 }
-"""What TRL's training template does otherwise, for each that does: the reason why ours is another."""
+"""The reasons why our spans differ from the marks of TRL's training templates."""
 
 SYSTEMS = (None, "Be brief.", "You are the user's\n\nassistant 😀")
 CONTENTS = ("Hello", "", "one\n\n  two\nthree", "𝔘𝔫𝔦 😀 𐍈 é", "user\nassistant: system", "  padded \n", "model")
@@ -132,7 +132,7 @@ def conversations():
 
 
 def tokenizer_for(name: str, template: str) -> PreTrainedTokenizerFast:
-    """Byte-level, a token for each byte, with the control tokens that stand in the template."""
+    """Return a tokenizer with one token per byte and the control tokens in the template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -150,7 +150,7 @@ def tokenizer_for(name: str, template: str) -> PreTrainedTokenizerFast:
 
 
 def rendered(name, tokenizer, messages, tools, **options):
-    """As a server renders it; for a training template with its marks, those side by side joined."""
+    """Render as a server does; return the marks of a training template too, adjacent ones joined."""
     if name in ("idefics3", "llava_next", "smolvlm"):
         messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
     marked = "generation %}" in tokenizer.chat_template
@@ -172,13 +172,13 @@ def rendered(name, tokenizer, messages, tools, **options):
 
 
 def prompts(name, tokenizer, messages, tools):
-    """Every prompt that a server can give the model before its next turn."""
+    """Yield every prompt that a server can give the model before its next turn."""
     for options in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
         yield rendered(name, tokenizer, messages, tools, add_generation_prompt=True, **options)[0]
 
 
 def check_against_inference(name, tokenizer, messages, tools, number, row, span) -> None:
-    """What stands before the span is a prompt; prompt and span are the turn; the span ends with what the model stops at."""
+    """Check that a prompt precedes the span, prompt and span are the turn, and the span ends with a stop token."""
     before, written = row[: span[0]], row[slice(*span)]
     assert before in prompts(name, tokenizer, messages[:number], tools)
     turn = rendered(name, tokenizer, messages[: number + 1], tools)[0]
@@ -193,25 +193,25 @@ def check_against_inference(name, tokenizer, messages, tools, number, row, span)
 
 
 def differences(ours: str, mark: str, before: str) -> set[str]:
-    """Why the text that we train is another than what TRL marks for the same turn. `before`: what stands before ours."""
-    found = set()
+    """Return the reasons why our span differs from TRL's mark of the same turn. `before`: the text before our span."""
+    reasons = set()
     headers = ("<|start|>assistant", "<think>\n\n</think>\n\n", "<think></think>", "<think>\n", "<think>", "\n")
     for header in headers if mark != ours else ():
         if mark.startswith(header) and not ours.startswith(header) and before.endswith(header):
-            mark, found = mark.removeprefix(header), found | {HEADER}
+            mark, reasons = mark.removeprefix(header), reasons | {HEADER}
             break
     if ours.startswith("<|turn>model\n"):
-        ours, found = ours.removeprefix("<|turn>model\n"), found | {TOOL_HEADER}
+        ours, reasons = ours.removeprefix("<|turn>model\n"), reasons | {TOOL_HEADER}
     if ours.endswith("<tool_call|><|tool_response>"):
-        ours, found = ours.removesuffix("<|tool_response>"), found | {TOOL_END}
+        ours, reasons = ours.removesuffix("<|tool_response>"), reasons | {TOOL_END}
     for rest, reason in (("\n<|endoftext|>", EOT), ("\n", BLANK)):
         if mark == ours + rest:
-            mark, found = ours, found | {reason}
-    return found if mark == ours else found | {REWRITTEN}
+            mark, reasons = ours, reasons | {reason}
+    return reasons if mark == ours else reasons | {REWRITTEN}
 
 
 def compare(name, plain, training, spans, messages, tools) -> set[str] | None:
-    """Why ours differ from TRL's on one conversation, each of ours checked; None where the templates refuse it."""
+    """Check our spans of a conversation, and return why they differ from TRL's; None if the templates refuse it."""
     try:
         text, marks = rendered(name, training, messages, tools)
     except (TemplateError, TypeError):
@@ -225,11 +225,11 @@ def compare(name, plain, training, spans, messages, tools) -> set[str] | None:
         # Nothing is refused that could be compared: the render itself lacks what the message says.
         turn = rendered(name, plain, messages, tools)[0]
         calls = any(message.get("tool_calls") for message in messages)
-        lost = (calls and "Köln" not in turn.rpartition("Weather?")[2]) or (
+        is_lost = (calls and "Köln" not in turn.rpartition("Weather?")[2]) or (
             "hm." in str(messages) and "hm." not in turn
         )
-        lost = lost or ("Hm." in str(messages) and "Oh." not in turn)
-        if not lost:
+        is_lost = is_lost or ("Hm." in str(messages) and "Oh." not in turn)
+        if not is_lost:
             raise AssertionError("a conversation is refused that could be compared") from error
         return None
     ours = sorted(((row.text, span) for row in rows for span in row.spans), key=lambda pair: pair[1])
@@ -239,14 +239,14 @@ def compare(name, plain, training, spans, messages, tools) -> set[str] | None:
     if len(rows) == 1 and rows[0].text == text and rows[0].spans == marks:
         return set()
     assert len(marks) == len(answers)
-    found = set()
+    reasons = set()
     for (row, span), mark in zip(ours, marks, strict=True):
-        found |= differences(row[slice(*span)], text[slice(*mark)], row[: span[0]])
+        reasons |= differences(row[slice(*span)], text[slice(*mark)], row[: span[0]])
     if [row.text for row in rows] != [text] and not (name == "glm4moe" and text == rows[0].text):
-        found.add(REWRITTEN)
-    if REWRITTEN in found:  # so TRL's text lacks what stands before and in one of the answers at inference
+        reasons.add(REWRITTEN)
+    if REWRITTEN in reasons:  # so TRL's text lacks what stands before and in one of the answers at inference
         assert not all(text.startswith(row[: span[1]]) for row, span in ours)
-    return found
+    return reasons
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +259,7 @@ def counts():
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_spans_are_those_of_trl_or_better(name: str, counts) -> None:
+def test_spans_differ_from_trls_only_for_the_known_reasons(name: str, counts) -> None:
     plain = tokenizer_for(name, (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"))
     training = tokenizer_for(name, (TEMPLATES / f"{name}_training.jinja").read_text(encoding="utf-8"))
     counts["pairs"] += 1
@@ -270,24 +270,24 @@ def test_spans_are_those_of_trl_or_better(name: str, counts) -> None:
         text, marks = rendered(name, training, messages, None)
         assert all(not text.startswith(prompt) for prompt in prompts(name, training, messages[:1], None))
         assert text[slice(*marks[0])].startswith("<｜Assistant｜>")  # TRL trains the header of the prompt, too
-        found = {NO_PROMPT}
+        all_reasons = {NO_PROMPT}
         counts["conversations refused"] += len(list(conversations()))
     else:
-        spans, found = SpanFinder(plain), set()
+        spans, all_reasons = SpanFinder(plain), set()
         for messages, tools in conversations():
             reasons = compare(name, plain, training, spans, messages, tools)
             counts["conversations refused" if reasons is None else "conversations compared"] += 1
             counts["that differ"] += bool(reasons)
-            found |= reasons or set()
-    counts["templates that differ"] += bool(found)
-    assert found == EXCEPTIONS.get(name, set())
+            all_reasons |= reasons or set()
+    counts["templates that differ"] += bool(all_reasons)
+    assert all_reasons == EXCEPTIONS.get(name, set())
 
 
 OTHERS = sorted({path.stem for path in TEMPLATES.glob("*.jinja") if not path.stem.endswith("_training")} - set(PAIRS))
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_templates_give_what_inference_asks_for(name: str, counts) -> None:
+def test_other_templates_train_the_text_that_follows_the_prompt_at_inference(name: str, counts) -> None:
     tokenizer = tokenizer_for(name, (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"))
     spans = SpanFinder(tokenizer)
     refused = 0
@@ -311,7 +311,7 @@ MARKED = [name for name in PAIRS if NO_PROMPT not in EXCEPTIONS.get(name, set())
 
 @pytest.mark.parametrize("name", MARKED)
 def test_marks_are_trimmed_to_what_the_plain_template_gives(name: str) -> None:
-    """With TRL's marks, ours are no longer than without them, and end with the same token."""
+    """With TRL's marks, spans are not longer than without them, and end with the same token."""
     plain = SpanFinder(tokenizer_for(name, (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")))
     marked = SpanFinder(tokenizer_for(name, (TEMPLATES / f"{name}_training.jinja").read_text(encoding="utf-8")))
     messages = [user("Ask?"), answer("Hello"), user("So?"), answer("one\n\ntwo"), user("And?"), answer("")]
@@ -321,18 +321,18 @@ def test_marks_are_trimmed_to_what_the_plain_template_gives(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_the_tokens_to_stop_at_are_those_of_the_models_own_settings(name: str) -> None:
+def test_stop_tokens_are_those_of_the_models_generation_settings(name: str) -> None:
     stops = STOPS.get(name, "<|im_end|>")
-    wanted = [stops] if isinstance(stops, str) else [*stops]
+    expected = [stops] if isinstance(stops, str) else [*stops]
     if name == "deepseek_r1_distill":
-        wanted.append("<｜tool▁call▁end｜>")  # this template has nothing more after a call, not even eos
+        expected.append("<｜tool▁call▁end｜>")  # this template has nothing more after a call, not even eos
     plain, training = (
         tokenizer_for(name, (TEMPLATES / f"{name}{kind}.jinja").read_text(encoding="utf-8"))
         for kind in ("", "_training")
     )
-    assert SpanFinder(training).stop_tokens == wanted
+    assert SpanFinder(training).stop_tokens == expected
     if NO_PROMPT not in EXCEPTIONS.get(name, ()):
-        assert SpanFinder(plain).stop_tokens == wanted
+        assert SpanFinder(plain).stop_tokens == expected
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<\ue000\ue001"), min_size=1, max_size=40)
@@ -361,7 +361,7 @@ WRITTEN = {
     "gemma3": ("{}<end_of_turn>", str.strip),
     "qwen2_5_training": ("{}<|im_end|>", str),
 }
-"""What the model writes for an answer: written down from the templates by hand."""
+"""The text that the model writes for an answer, taken from the templates by hand."""
 
 
 @given(
@@ -381,16 +381,16 @@ def test_trained_tokens_are_the_answers_and_all_tokens_are_the_render(encoders, 
     (rows,) = encoder.encode([(messages, None)], "last" if last else "assistant")
     assert not isinstance(rows, RowError), rows
     form, change = WRITTEN[name]
-    wanted = [form.format(change(spoken)) for _, spoken, trained in turns if trained]
-    found = []
+    expected = [form.format(change(spoken)) for _, spoken, trained in turns if trained]
+    trained_texts = []
     for row in rows:
         assert len(row.labels) == len(row.input_ids)
         assert all(label in (NOT_TRAINED, token) for token, label in zip(row.input_ids, row.labels, strict=True))
-        found.append(tokenizer.decode([label for label in row.labels if label != NOT_TRAINED]))
+        trained_texts.append(tokenizer.decode([label for label in row.labels if label != NOT_TRAINED]))
         text = tokenizer.decode(row.input_ids)
         prefixes = [rendered(name, tokenizer, messages[:end], None)[0] for end in range(2, len(messages) + 1)]
         assert text in prefixes or (name == "glm4moe" and text.removesuffix("<|user|>") in prefixes)
-    assert "".join(found) == "".join(wanted[-1:] if last else wanted)
+    assert "".join(trained_texts) == "".join(expected[-1:] if last else expected)
 
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -402,7 +402,7 @@ def test_a_template_that_repeats_the_answer_is_refused_as_a_user_would_be_traine
     tokenizer = tokenizer_for(
         "echo", CHATML + "{% if messages[-1].role == 'assistant' %}" + ECHO + "{% endif %}" + PROMPT
     )
-    with pytest.raises(UserError, match=r"writes '<\|im_end\|>.*Sum up: \{say\}<.*with text of the"):
+    with pytest.raises(UserError, match=r"writes '<\|im_end\|>.*Sum up: \{say\}<.*which holds text of the"):
         SpanFinder(tokenizer)
 
 
@@ -424,7 +424,7 @@ def test_end_tokens_that_an_answer_holds_itself_are_its_own() -> None:
 
 
 @pytest.mark.parametrize("error", ["{{ 1 / 0 }}", "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}"])
-def test_whatever_a_template_raises_is_the_fault_of_the_row(error: str) -> None:
+def test_any_exception_of_a_template_is_a_row_error(error: str) -> None:
     """ZeroDivisionError, RecursionError: a template is a program."""
     template = CHATML + PROMPT + "{% if messages[0].content == 'Fail' %}" + error + "{% endif %}"
     spans = SpanFinder(tokenizer_for("chatml", template))
@@ -433,7 +433,7 @@ def test_whatever_a_template_raises_is_the_fault_of_the_row(error: str) -> None:
         spans.rows([user("Fail"), answer("Hello")], None, "assistant")
 
 
-def test_a_fault_shows_the_words_of_the_trial_without_its_marks() -> None:
+def test_an_error_shows_probe_texts_without_sentinels() -> None:
     template = CHATML.replace("m.role", "m.role ~ loop.revindex")
     with pytest.raises(UserError, match=r"continues with '5.n\{ask\}") as error:
         SpanFinder(tokenizer_for("counting down", template + PROMPT))

@@ -1,4 +1,4 @@
-"""Control tokens typed in a message: found, broken up or left, as the recipe says."""
+"""Control tokens typed in a message are refused, broken up or kept, as the recipe says."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from train.data.chat.control_tokens import ControlTokens, clean
+from train.data.chat.control_tokens import ControlTokens, Policy
 from train.data.sources.formats import RowError
 from train.errors import UserError
 
@@ -16,6 +16,10 @@ MESSAGES: list[dict[str, Any]] = [
     {"role": "user", "content": ATTACK},
     {"role": "assistant", "content": "No."},
 ]
+
+
+def clean(tokenizer: Any, messages: list[dict[str, Any]], policy: Policy) -> list[dict[str, Any]]:
+    return ControlTokens(tokenizer, policy).clean(messages)
 
 
 def word_tokenizer(*special: str, normalizer: Any = None, **marks: Any) -> PreTrainedTokenizerFast:
@@ -70,7 +74,7 @@ def test_text_without_control_tokens_is_left_as_it_is(tokenizer, policy: str) ->
     assert clean(tokenizer, messages, policy) is messages
 
 
-def test_tool_calls_reasoning_and_tools_are_looked_at(tokenizer) -> None:
+def test_tool_calls_reasoning_and_tools_are_searched(tokenizer) -> None:
     def call(text: str) -> dict[str, Any]:
         return {"type": "function", "function": {"name": "f", "arguments": {text: [text, 1, None]}}}
 
@@ -82,10 +86,10 @@ def test_tool_calls_reasoning_and_tools_are_looked_at(tokenizer) -> None:
         clean(tokenizer, [{"role": "assistant", "content": "ok", "reasoning_content": "<|im_start|>"}], "error")
     tools = [{"type": "function", "function": {"name": "f", "description": "ends with <|im_end|>"}}]
     with pytest.raises(RowError, match=r"<\|im_end\|> in the tools"):
-        ControlTokens(tokenizer, "error").clean_tools(tools)
-    escaped = ControlTokens(tokenizer, "escape").clean_tools(tools)
+        ControlTokens(tokenizer, "error").clean_value(tools, "the tools")
+    escaped = ControlTokens(tokenizer, "escape").clean_value(tools, "the tools")
     assert escaped == [{"type": "function", "function": {"name": "f", "description": "ends with <\u200b|im_end|>"}}]
-    assert ControlTokens(tokenizer, "error").clean_tools(None) is None
+    assert ControlTokens(tokenizer, "error").clean_value(None, "the tools") is None
 
 
 def test_added_tokens_that_are_not_special_are_for_messages_to_use(tokenizer) -> None:
@@ -96,7 +100,7 @@ def test_added_tokens_that_are_not_special_are_for_messages_to_use(tokenizer) ->
         clean(tokenizer, [{"role": "assistant", "content": "<tool>x"}], "error")
 
 
-def test_a_token_that_begins_like_another_is_broken_up_whole() -> None:
+def test_a_token_that_begins_like_another_is_broken_up_completely() -> None:
     messages = [{"role": "user", "content": "<a><a><b>"}]
     assert clean(word_tokenizer("<a>", "<a><b>"), messages, "escape")[0]["content"] == "<\u200ba><\u200ba><b>"
 

@@ -1,4 +1,4 @@
-"""Tokenizers with several chat templates by name, and processors that keep one for their tokenizer."""
+"""Tokenizers with several named chat templates, and processors with a template for their tokenizer."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ OTHER = CHATML + "{# the other #}"
 
 @pytest.fixture
 def with_templates(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Writes a copy of the tiny model's folder with templates by name, in one of the two layouts."""
+    """Write a copy of the tiny model's folder with named templates, in one of the two layouts."""
 
     def write(layout: str, templates: dict[str, str]) -> Path:
         folder = tmp_path / "model"
@@ -68,7 +68,7 @@ def test_names_without_default_are_for_the_user_to_choose_from(with_templates: C
         use_template(opened(folder), None)
 
 
-def test_a_processors_template_is_the_tokenizers(with_templates: Callable[..., Path]) -> None:
+def test_a_template_of_a_processor_is_the_tokenizers(with_templates: Callable[..., Path]) -> None:
     tokenizer = opened(with_templates("processor", {"default": CHATML}))
     assert use_template(tokenizer, None) == "the tokenizer's own"
     assert tokenizer.chat_template == CHATML

@@ -1,4 +1,4 @@
-"""What templates do with system messages, found by rendering."""
+"""System messages in templates, probed by rendering."""
 
 import pytest
 from chat_templates import tokenizer_with
@@ -37,12 +37,12 @@ FINDINGS: dict[str, tuple[str, str | None, str | None, str | None, str, str, str
 
 
 @pytest.mark.parametrize("template", FINDINGS)
-def test_probe_finds_what_the_template_does(template: str) -> None:
-    found = probe(tokenizer_with(template))
-    facts = (found.handling, found.merged_into, found.default, found.header)
-    assert (*facts, found.mid_conversation, found.two_in_a_row, found.empty) == FINDINGS[template]
-    assert not found.dated
-    assert not found.contents_are_parts
+def test_probe_describes_the_template(template: str) -> None:
+    result = probe(tokenizer_with(template))
+    facts = (result.handling, result.merged_into, result.default, result.header)
+    assert (*facts, result.mid_conversation, result.two_in_a_row, result.empty) == FINDINGS[template]
+    assert not result.dated
+    assert not result.contents_are_parts
 
 
 def test_probe_of_smollm2s_own_template(tokenizer) -> None:
@@ -61,17 +61,17 @@ def test_probe_of_smollm2s_own_template(tokenizer) -> None:
 
 
 def test_probe_of_a_template_that_knows_the_date() -> None:
-    found = probe(tokenizer_with("gptoss"))
-    assert found.dated
-    assert found.header is not None
-    assert found.header.startswith(
+    result = probe(tokenizer_with("gptoss"))
+    assert result.dated
+    assert result.header is not None
+    assert result.header.startswith(
         "You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06"
     )
 
 
-def test_probe_of_a_template_that_wants_contents_in_parts() -> None:
-    found = probe(tokenizer_with("smolvlm"))
-    assert (found.contents_are_parts, found.handling, found.default) == (True, "turn", None)
+def test_probe_of_a_template_that_takes_contents_as_parts() -> None:
+    result = probe(tokenizer_with("smolvlm"))
+    assert (result.contents_are_parts, result.handling, result.default) == (True, "turn", None)
 
 
 def test_probe_refuses_a_template_that_loses_more_than_system_messages(tokenizer) -> None:
@@ -83,7 +83,7 @@ def test_probe_refuses_a_template_that_loses_more_than_system_messages(tokenizer
         probe(tokenizer)
 
 
-def test_the_findings_in_words() -> None:
+def test_a_probe_is_described_in_sentences() -> None:
     assert probe(tokenizer_with("gemma")).describe() == [
         "The unmodified template refuses system messages: System role not supported."
     ]
@@ -91,7 +91,7 @@ def test_the_findings_in_words() -> None:
         "The unmodified template writes a system message as a turn of its own.",
         f"To a conversation without one it adds its own: '{QWEN_DEFAULT}'.",
     ]
-    assert probe(tokenizer_with("mistral v3")).describe_settled()[:2] == [
+    assert probe(tokenizer_with("mistral v3")).describe_training()[:2] == [
         "A system message goes into the last user turn.",
         "So the earlier answers of a conversation are trained without it.",
     ]
@@ -103,20 +103,20 @@ NUMBERED = (
 )
 
 
-def test_numbers_of_turns_are_no_default(tokenizer) -> None:
+def test_numbers_of_turns_are_not_a_default(tokenizer) -> None:
     tokenizer.chat_template = NUMBERED
-    found = probe(tokenizer)
-    assert (found.handling, found.default, found.header, found.mid_conversation) == ("turn", None, None, "turn")
+    result = probe(tokenizer)
+    assert (result.handling, result.default, result.header, result.mid_conversation) == ("turn", None, None, "turn")
     tokenizer.chat_template = (
         "{% if messages[0].role != 'system' %}<|im_start|>system 0\nRule 12.<|im_end|>\n{% endif %}" + NUMBERED
     )
     assert probe(tokenizer).default == "Rule 12."
 
 
-def test_a_clock_is_no_default(tokenizer) -> None:
+def test_a_clock_is_not_a_default(tokenizer) -> None:
     tokenizer.chat_template = "{{ strftime_now('%H:%M:%S') }}\n" + NUMBERED
-    found = probe(tokenizer)
-    assert (found.default, found.dated, found.empty) == (None, True, "differs")
+    result = probe(tokenizer)
+    assert (result.default, result.dated, result.empty) == (None, True, "differs")
 
 
 @pytest.mark.parametrize("error", ["{{ 1 / 0 }}", "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}"])
@@ -129,13 +129,13 @@ def test_whatever_a_template_raises_is_a_refusal(error: str, tokenizer) -> None:
         probe(tokenizer)
 
 
-def test_what_a_template_loses_is_named(tokenizer) -> None:
+def test_an_error_names_the_turns_that_a_template_loses(tokenizer) -> None:
     tokenizer.chat_template = "{% for m in messages[-2:] %}{{ m.content }}{% endfor %}"
     with pytest.raises(UserError, match=r"loses messages of .*\(the first question, the first answer: not as written"):
         probe(tokenizer)
 
 
-def test_a_template_that_refuses_in_the_words_of_the_message_shows_no_marks(tokenizer) -> None:
+def test_a_refusal_that_quotes_the_message_shows_no_sentinels(tokenizer) -> None:
     refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('No ' + messages[0].content) }}{% endif %}"
     tokenizer.chat_template = refusal + NUMBERED
     assert probe(tokenizer).refusal == "No {system}"
@@ -147,5 +147,5 @@ def test_a_default_in_the_first_user_turn_does_not_hide_where_turns_begin(tokeni
         "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n"
         "{% if loop.first %}{{ given }}\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
     )
-    found = probe(tokenizer)
-    assert (found.handling, found.merged_into, found.default, found.header) == ("merged", "first", "Be kind.", None)
+    result = probe(tokenizer)
+    assert (result.handling, result.merged_into, result.default, result.header) == ("merged", "first", "Be kind.", None)

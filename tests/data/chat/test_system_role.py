@@ -1,4 +1,4 @@
-"""What each policy for system messages makes of a template; every expected text is written by hand."""
+"""System roles: the template under each policy; every expected text is written by hand."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def gemma() -> Any:
 
 
 @pytest.mark.parametrize("template", ["qwen2_5", "llama3_1", "gemma3", "mistral v3"])
-def test_native_leaves_the_template_as_it_is(template: str) -> None:
+def test_native_does_not_change_the_template(template: str) -> None:
     tokenizer = tokenizer_with(template)
     before = tokenizer.chat_template
     apply_system_role(tokenizer, "native")
@@ -80,7 +80,7 @@ def test_merge_into_user_writes_it_into_the_first_user_turn(template: str, expec
     assert text_of(tokenizer, *PLAIN) == expected.replace("Be brief.\n\n", "")
 
 
-def test_merge_into_user_takes_away_the_default_that_the_template_adds(tokenizer) -> None:
+def test_merge_into_user_removes_the_templates_default(tokenizer) -> None:
     assert apply_system_role(tokenizer, "merge_into_user").default == SMOLLM2_DEFAULT
     assert text_of(tokenizer, "system: Be brief.", "user: Hi", add_generation_prompt=True) == (
         "<|im_start|>user\nBe brief.\n\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -130,7 +130,7 @@ ODD: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize("case", ODD)
-def test_odd_system_messages_in_the_user_turn(case: str) -> None:
+def test_empty_and_repeated_system_messages_in_the_user_turn(case: str) -> None:
     tokenizer = tokenizer_with("ignores")
     apply_system_role(tokenizer, "merge_into_user")
     turns, expected = ODD[case]
@@ -146,7 +146,7 @@ def test_odd_system_messages_in_the_user_turn(case: str) -> None:
         ("system: A",),
     ],
 )
-def test_a_system_message_without_a_user_turn_to_go_into_is_refused(turns: tuple[str, ...]) -> None:
+def test_a_system_message_that_no_user_turn_follows_is_refused(turns: tuple[str, ...]) -> None:
     tokenizer = tokenizer_with("ignores")
     apply_system_role(tokenizer, "merge_into_user")
     with pytest.raises(
@@ -234,7 +234,7 @@ def test_turn_is_refused_where_none_can_be_made() -> None:
     # a BOS that is written out can't be kept from standing there twice
     tokenizer = tokenizer_with("gemma", "<bos>", "<eos>")
     tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "<bos>")
-    with pytest.raises(UserError, match="changes what follows it"):
+    with pytest.raises(UserError, match="changes the text after it"):
         apply_system_role(tokenizer, "turn")
 
 
@@ -254,7 +254,7 @@ def test_error_refuses_rows_with_a_system_message(gemma) -> None:
 
 
 @pytest.mark.parametrize("role", ["native", "turn", "error"])
-def test_default_system_takes_the_place_of_the_templates_own(role: Any, tokenizer) -> None:
+def test_default_system_replaces_the_templates_default(role: Any, tokenizer) -> None:
     apply_system_role(tokenizer, role, "Say 'é' + \"x\" \\n {{ 1 }} TEXT\n😀")
     expected = "<|im_start|>system\nSay 'é' + \"x\" \\n {{ 1 }} TEXT\n😀<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
     assert text_of(tokenizer, "user: Hi") == expected
@@ -301,14 +301,14 @@ def test_an_empty_default_system_removes_qwens_with_tools_too() -> None:
     assert without.endswith("</tool_call><|im_end|>\n<|im_start|>user\nHi<|im_end|>\n")
 
 
-def test_a_default_that_stands_nowhere_in_the_template_is_silenced_by_an_empty_message() -> None:
+def test_a_computed_default_is_silenced_by_an_empty_message() -> None:
     tokenizer = tokenizer_with("default in a variable")
     apply_system_role(tokenizer, "native", "")
     assert text_of(tokenizer, "user: Hi") == "<|user|>\nHi<|end|>\n"
     assert text_of(tokenizer, "system: S", "user: Hi") == "<|system|>\nS<|end|>\n<|user|>\nHi<|end|>\n"
 
 
-def test_an_empty_default_system_is_refused_where_the_text_cannot_go() -> None:
+def test_an_empty_default_system_is_refused_if_the_text_cannot_be_removed() -> None:
     with pytest.raises(UserError, match=r"adds 'Cutting Knowledge Date.*can't be removed"):
         apply_system_role(tokenizer_with("llama3_1"), "native", "")
     tokenizer = tokenizer_with("default in a variable")
@@ -317,7 +317,7 @@ def test_an_empty_default_system_is_refused_where_the_text_cannot_go() -> None:
         apply_system_role(tokenizer, "native", "")
 
 
-def test_an_empty_default_system_changes_nothing_where_there_is_none() -> None:
+def test_an_empty_default_system_changes_no_template_without_a_default() -> None:
     tokenizer = tokenizer_with("llama3")
     before = tokenizer.chat_template
     apply_system_role(tokenizer, "native", "")
@@ -340,7 +340,7 @@ def test_generation_marks_still_mark_the_answers(role: Any, tokenizer) -> None:
 @pytest.mark.parametrize(
     ("role", "default"), [("merge_into_user", "Be kind."), ("turn", None), ("turn", "Be kind."), ("error", None)]
 )
-def test_the_saved_tokenizer_carries_what_was_chosen(role: Any, default: str | None, gemma, tmp_path: Path) -> None:
+def test_the_saved_tokenizer_carries_the_policy(role: Any, default: str | None, gemma, tmp_path: Path) -> None:
     apply_system_role(gemma, role, default)
     gemma.save_pretrained(tmp_path)
     saved = AutoTokenizer.from_pretrained(tmp_path)
@@ -352,7 +352,7 @@ def test_the_saved_tokenizer_carries_what_was_chosen(role: Any, default: str | N
         assert text_of(saved, "system: S", *PLAIN) == text_of(gemma, "system: S", *PLAIN)
 
 
-def test_a_model_that_was_trained_by_us_before_can_be_settled_anew(gemma) -> None:
+def test_a_new_policy_replaces_the_one_of_an_earlier_training(gemma) -> None:
     apply_system_role(gemma, "merge_into_user", "Be kind.")
     once = gemma.chat_template
     apply_system_role(gemma, "native")  # what was chosen then stays
@@ -367,7 +367,7 @@ def test_a_model_that_was_trained_by_us_before_can_be_settled_anew(gemma) -> Non
 
 
 @pytest.mark.parametrize("start", ["", "\n", "  {% if true %}x{% endif %}\n", "\n\n {{- 'x' }}", " x "])
-def test_what_goes_before_a_template_leaves_its_white_space(start: str, tokenizer) -> None:
+def test_the_policy_does_not_change_the_templates_white_space(start: str, tokenizer) -> None:
     tokenizer.chat_template = start + "{% for m in messages %}{{ m.role + ': ' + m.content }}\n{% endfor %}"
     before = text_of(tokenizer, *PLAIN)
     apply_system_role(tokenizer, "error")
@@ -443,19 +443,19 @@ OUTCOMES: list[tuple[str, Any, str | None, list[str], str | None]] = [
 
 
 @pytest.mark.parametrize(("template", "role", "default", "sentences", "given"), OUTCOMES)
-def test_what_results_is_said(
+def test_the_effect_is_described_in_sentences(
     template: str, role: Any, default: str | None, sentences: list[str], given: str | None
 ) -> None:
     tokenizer = tokenizer_with(template)
-    found = describe_effect(tokenizer, apply_system_role(tokenizer, role, default), default)
-    assert (found.sentences, found.default, found.changed) == (sentences, given, role != "native")
+    effect = describe_effect(tokenizer, apply_system_role(tokenizer, role, default), default)
+    assert (effect.sentences, effect.default, effect.changed) == (sentences, given, role != "native")
 
 
-def test_a_clock_is_no_change_of_the_template(tokenizer) -> None:
+def test_a_clock_does_not_count_as_a_change_of_the_template(tokenizer) -> None:
     tokenizer.chat_template = (
         "{{ strftime_now('%f') }}\n{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     )
     before = apply_system_role(tokenizer, "native")
-    found = describe_effect(tokenizer, before, None)
-    assert not found.changed
-    assert f"To every conversation the template adds: {before.header!r}." in found.sentences
+    effect = describe_effect(tokenizer, before, None)
+    assert not effect.changed
+    assert f"To every conversation the template adds: {before.header!r}." in effect.sentences

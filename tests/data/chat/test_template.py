@@ -68,7 +68,7 @@ def test_a_template_without_its_marks_renders_the_same(name: str, tokenizer, mis
         "{% generation +%}",
     ],
 )
-def test_a_mark_trims_as_much_white_space_after_it_is_taken_out(tag: str, tokenizer) -> None:
+def test_a_removed_mark_still_trims_the_same_white_space(tag: str, tokenizer) -> None:
     template = (
         "{% for m in messages %}\n  x  \n  " + tag + "\n {{ m.content }} \n {%- endgeneration %}\n\n y{% endfor %}"
     )
@@ -91,7 +91,7 @@ def test_a_template_of_other_control_tokens_is_refused(mistral_tokenizer_v1) -> 
         use_template(mistral_tokenizer_v1(), "chatml")
 
 
-def test_an_unknown_template_is_refused_with_the_names_there_are(tokenizer) -> None:
+def test_an_unknown_template_is_refused_with_the_list_of_names(tokenizer) -> None:
     assert named_templates() == ["chatml", "chatml-tools", "mistral-system"]
     with pytest.raises(UserError, match=r"no template 'chatlm'.*chatml, chatml-tools, mistral-system"):
         use_template(tokenizer, "chatlm")
@@ -99,28 +99,28 @@ def test_an_unknown_template_is_refused_with_the_names_there_are(tokenizer) -> N
         use_template(tokenizer, "missing.jinja")
 
 
-def test_a_template_of_ones_own_is_read_from_its_file(tokenizer, tmp_path: Path) -> None:
+def test_a_users_template_is_read_from_its_file(tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "own.jinja"
     path.write_text("{{ messages[0].content }}", encoding="utf-8")
     use_template(tokenizer, str(path))
     assert tokenizer.chat_template == "{{ messages[0].content }}"
 
 
-def test_faulty_jinja_is_named_with_its_line(tokenizer, tmp_path: Path) -> None:
+def test_invalid_jinja_is_reported_with_its_line(tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "own.jinja"
     path.write_text("{{ messages }}\n{% if %}", encoding="utf-8")
     with pytest.raises(UserError, match=r"own.jinja, line 2"):
         use_template(tokenizer, str(path))
 
 
-def test_a_file_that_is_no_text_is_named(tokenizer, tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_is_named(tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "own.jinja"
     path.write_bytes(b"\x80PNG{{ messages }}")
     with pytest.raises(UserError, match=r"own\.jinja can't be read as UTF-8 text"):
         use_template(tokenizer, str(path))
 
 
-def test_a_template_that_refuses_a_conversation_is_taken(tokenizer, tmp_path: Path) -> None:
+def test_a_template_that_refuses_a_conversation_is_accepted(tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "own.jinja"
     path.write_text("{{ raise_exception('a system message, please') }}", encoding="utf-8")
     use_template(tokenizer, str(path))
@@ -135,7 +135,7 @@ def test_the_saved_tokenizer_serves_what_training_used(chatml_tokenizer, tmp_pat
     assert saved.apply_chat_template(CONVERSATIONS[2], tokenize=False) == trained
 
 
-def test_a_template_file_that_is_no_text_is_told(tokenizer, tmp_path: Path) -> None:
+def test_a_template_file_that_is_not_utf8_is_an_error(tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "own.jinja"
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"own.jinja can't be read as UTF-8 text"):

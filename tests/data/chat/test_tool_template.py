@@ -1,4 +1,4 @@
-"""The template chatml-tools: what it writes and what is trained of it, by plain string building and by Qwen2.5's."""
+"""The template chatml-tools: its text and trained spans, compared with plain string building and Qwen2.5's template."""
 
 import json
 from collections.abc import Callable
@@ -58,7 +58,7 @@ ROWS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None]] = {
 
 
 def written(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> tuple[str, list[str]]:
-    """The text of a conversation, and what the model writes of it: as one would write it down by hand."""
+    """Return the text of a conversation and the texts that the model writes, built without a template."""
     text, trained = "", []
     if tools:
         system = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
@@ -79,13 +79,15 @@ def written(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) 
                 continue
             role, content, results = "user", "\n".join(results), []
         parts = [content] if content else []
-        for one in message.get("tool_calls", []):
-            function = one["function"]
-            said = json.dumps({"name": function["name"], "arguments": function["arguments"]}, ensure_ascii=False)
-            parts.append(f"<tool_call>\n{said}\n</tool_call>")
-        said = "\n".join(parts) + "<|im_end|>"
-        trained += [said] if role == "assistant" else []
-        text += f"<|im_start|>{role}\n{said}\n"
+        for call in message.get("tool_calls", []):
+            function = call["function"]
+            written_call = json.dumps(
+                {"name": function["name"], "arguments": function["arguments"]}, ensure_ascii=False
+            )
+            parts.append(f"<tool_call>\n{written_call}\n</tool_call>")
+        written_call = "\n".join(parts) + "<|im_end|>"
+        trained += [written_call] if role == "assistant" else []
+        text += f"<|im_start|>{role}\n{written_call}\n"
     return text, trained
 
 
@@ -99,7 +101,7 @@ def tools_tokenizer(smollm2: Path) -> Any:
 
 
 def check_row(tokenizer: Any, messages: Any, tools: Any, text: str, trained: list[str]) -> None:
-    """The render and the tokens are `text`, and what is trained of them is `trained`."""
+    """Check that render and tokens are `text` and the trained texts are `trained`."""
     rendered, spans = render(tokenizer, messages, tools)
     assert rendered == text
     assert [rendered[slice(*span)] for span in spans] == trained
@@ -119,8 +121,8 @@ def test_text_and_mask_are_those_built_by_hand(name: str, system: bool, tools_to
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_it_writes_what_qwen_was_trained_on(name: str, tools_tokenizer: Any) -> None:
-    """But for Qwen's own system message, which stands in for one that isn't there."""
+def test_it_renders_tools_as_qwen_does(name: str, tools_tokenizer: Any) -> None:
+    """Except for Qwen's own system message, which replaces a missing one."""
     messages, tools = ROWS[name]
     text = (files("trl") / "chat_templates" / "qwen2_5.jinja").read_text("utf-8")
     theirs = tools_tokenizer.apply_chat_template(messages, tools=tools, chat_template=text, tokenize=False)
@@ -172,8 +174,8 @@ def test_arguments_as_json_and_calls_without_a_wrapper_are_written_alike(tools_t
     assert {render(tools_tokenizer, [ASK, content_is_none], [WEATHER])[0]} == texts
 
 
-def test_rows_of_other_formats_reach_it_whole(tools_tokenizer: Any) -> None:
-    """OpenAI's interface, with JSON in texts, and ShareGPT's roles."""
+def test_rows_of_other_formats_are_rendered_completely(tools_tokenizer: Any) -> None:
+    """OpenAI's API, with JSON in strings, and ShareGPT's roles."""
     openai = {
         "messages": [
             SYSTEM, ASK, {"role": "assistant", "content": None, "tool_calls": [call("time", "{}", 2)]},
@@ -191,11 +193,11 @@ def test_rows_of_other_formats_reach_it_whole(tools_tokenizer: Any) -> None:
         ],
         "tools": [TIME["function"]],
     }
-    wanted = written([SYSTEM, ASK, says("assistant", "", NOW), says("tool", "noon"), ANSWER], [TIME])[0]
+    expected = written([SYSTEM, ASK, says("assistant", "", NOW), says("tool", "noon"), ANSWER], [TIME])[0]
     for row, format in ((openai, "messages"), (sharegpt, "sharegpt")):
         messages, tools = convert(row, format)
         (encoded,) = encode(tools_tokenizer, messages, tools=tools)
-        assert tools_tokenizer.decode(encoded.input_ids) == wanted
+        assert tools_tokenizer.decode(encoded.input_ids) == expected
 
 
 LISTED = f"You call functions. They stand within <tools> </tools> tags:\n<tools>\n{json.dumps([WEATHER])}\n</tools>\n"
@@ -217,7 +219,7 @@ HERMES: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None, bool]
 
 
 @pytest.mark.parametrize("name", HERMES)
-def test_what_has_its_tags_already_is_not_written_twice(name: str, tools_tokenizer: Any) -> None:
+def test_content_with_tool_tags_is_not_tagged_twice(name: str, tools_tokenizer: Any) -> None:
     messages, tools, listed = HERMES[name]
     text, trained = written(messages, tools if listed else None)
     for message in messages:  # they are wrapped as any result, and then one pair of tags is taken away
@@ -255,7 +257,7 @@ def test_tool_data_under_a_template_without_tools_names_this_one(
     error = refused("--recipe", recipe, "--check")
     assert "`chat.template: chatml-tools`" in error
     assert "2 refused by the template, with tools" in error
-    assert "Mend them" not in error
+    assert "Correct them" not in error
     assert "the right one" not in error
 
 

@@ -1,4 +1,4 @@
-"""Columns of Parquet and saved data sets: texts and numbers are converted, nothing else is, and nothing can fail."""
+"""Columns of Parquet and saved data sets: only texts and numbers are converted, and no conversion fails."""
 
 import datetime
 import decimal
@@ -25,7 +25,7 @@ def timestamps(zone: str | None, value: int = NEVER) -> pyarrow.Array:
 
 
 def utf8(content: bytes) -> pyarrow.Array:
-    """A text column of one value that holds these bytes, checked by nobody."""
+    """Return a text column with one value of these bytes, unchecked."""
     ends = pyarrow.array([0, len(content)], pyarrow.int32()).buffers()[1]
     return pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, ends, pyarrow.py_buffer(content)])
 
@@ -54,7 +54,7 @@ NO_TEXT = {
 
 
 @pytest.mark.parametrize("name", NO_TEXT)
-def test_a_column_that_holds_no_text_is_there_and_not_converted(name: str) -> None:
+def test_a_column_without_text_is_not_converted(name: str) -> None:
     column = NO_TEXT[name]
     assert values(column) == [ArrowValue(str(column.type)), None]
     assert str(values(column)[0]) == str(column.type)
@@ -80,7 +80,7 @@ def test_numbers_are_converted() -> None:
         assert values(pyarrow.array(numbers, kind)) == numbers
 
 
-def test_what_lies_beside_a_text_in_a_nested_column_does_not_keep_it_from_being_read() -> None:
+def test_a_text_in_a_nested_column_is_read_whatever_is_beside_it() -> None:
     never = pyarrow.scalar(NEVER, pyarrow.timestamp("us", tz="Europe/Berlin"))
     turn = pyarrow.struct([("role", "string"), ("content", "string"), ("time", never.type), ("score", "float64")])
     turns = [[{**MESSAGES[0], "time": NEVER, "score": 0.5}, MESSAGES[1]], None, []]
@@ -128,7 +128,7 @@ def test_a_conversation_beside_a_date_is_read(zone: str | None, tmp_path: Path) 
     assert [conversation.messages for _, conversation in read] == [MESSAGES, MESSAGES]
 
 
-def test_a_column_that_a_format_needs_and_that_holds_no_text_is_a_fault_with_its_type() -> None:
+def test_a_required_column_of_another_type_is_a_row_error_that_names_the_type() -> None:
     (row,) = (row for _, row in ArrowRows(1, pyarrow.RecordBatch.from_pydict({
         "prompt": timestamps("Europe/Berlin")[:1], "output": ["a"],
     })).rows())  # fmt: skip
@@ -146,7 +146,7 @@ def test_a_column_that_a_format_needs_and_that_holds_no_text_is_a_fault_with_its
         ({"messages": [[b"q", b"a"]]}, "list<item: binary>", False),
     ],
 )
-def test_a_value_that_holds_no_text_is_named_by_its_arrow_type_with_a_cast(
+def test_a_value_of_another_type_is_shown_by_its_arrow_type_with_a_cast(
     row: dict[str, Any], type: str, cast: bool
 ) -> None:
     ((_, read),) = ArrowRows(1, pyarrow.RecordBatch.from_pydict(row)).rows()
@@ -159,7 +159,7 @@ def test_a_value_that_holds_no_text_is_named_by_its_arrow_type_with_a_cast(
     assert text.to_pylist() == ["Be brief."]
 
 
-def test_text_that_is_no_utf8_is_a_fault_of_the_rows_that_need_it() -> None:
+def test_text_that_is_not_utf8_is_an_error_of_the_rows_that_need_it() -> None:
     broken = utf8(b"caf\xe9")
     batch = pyarrow.RecordBatch.from_arrays([broken, pyarrow.array(["a"]), broken], ["prompt", "output", "beside"])
     ((_, row),) = ArrowRows(1, batch).rows()
@@ -173,7 +173,7 @@ def test_json_that_does_not_parse_stays_text() -> None:
     assert values(column) == [{"a": None}, "{half", None]
 
 
-def test_two_columns_of_a_name_are_refused(tmp_path: Path) -> None:
+def test_two_columns_with_the_same_name_are_refused(tmp_path: Path) -> None:
     table = pyarrow.Table.from_arrays([pyarrow.array(["x"])] * 3, ["prompt", "output", "prompt"])
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     with pytest.raises(UserError, match=r"rows.parquet: two columns have the same name: prompt, output, prompt"):

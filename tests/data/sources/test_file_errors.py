@@ -1,4 +1,4 @@
-"""A file that is not what its ending says is named for what it is, and the command in the message mends it."""
+"""File errors: content that is not what the extension says is recognized, and the command in the message converts it."""
 
 import bz2
 import gzip
@@ -74,17 +74,17 @@ NAMED: dict[str, tuple[bytes | str, list[str], bool]] = {
     "bare_32.jsonl": (LINES.encode("utf-32-le"), ["UTF-32", "iconv -f UTF-32LE"], True),
     "excel.csv": ("prompt,output\r\np,ö\r\n".encode("utf-16"), ["UTF-16", "FF FE"], False),
     "packed.jsonl.gz": (gzip.compress(LINES.encode("utf-16")), ["UTF-16", "gunzip -c"], True),
-    "pretty.json": (PRETTY, ["objects stand over several lines", "jq -c ."], True),
-    "pretty.jsonl": (PRETTY, ["objects stand over several lines", "jq -c ."], True),
-    "compact.jsonl": ("\n".join(COMPACT).replace("[", "[\n").replace(", {", ",\n{"), ["over several lines"], False),
+    "pretty.json": (PRETTY, ["object spans several lines", "jq -c ."], True),
+    "pretty.jsonl": (PRETTY, ["object spans several lines", "jq -c ."], True),
+    "compact.jsonl": ("\n".join(COMPACT).replace("[", "[\n").replace(", {", ",\n{"), ["spans several lines"], False),
     "separated.json": (PRETTY.replace("}\n{", "},\n{"), ["commas between them", "Put [ before"], False),
-    "one_line.jsonl": (LINES.replace("\n", " "), ["several objects stand on one line", "jq -c ."], True),
-    "commas.jsonl": (LINES.replace("}\n", "},\n"), ["comma stands after the object", "sed "], True),
-    "commas.json": (LINES.replace("}\n", "}, \n"), ["comma stands after the object", "sed "], True),
+    "one_line.jsonl": (LINES.replace("\n", " "), ["several objects are on one line", "jq -c ."], True),
+    "commas.jsonl": (LINES.replace("}\n", "},\n"), ["comma follows the object", "sed "], True),
+    "commas.json": (LINES.replace("}\n", "}, \n"), ["comma follows the object", "sed "], True),
     "python.jsonl": ("".join(f"{row}\n" for row in ROWS), ["Python dict", "python3 -c"], True),
     "python.json": (str(ROWS), ["Python list or dict", "python3 -c"], True),
     "joined.json": (PRETTY.replace("}\n{", "}\n" + MARK + "{", 1), ["joined.json:6: a byte order mark"], False),
-    "trailing.json": (json.dumps(ROWS)[:-1] + ",\n]", ["invalid JSON", "comma stands before the closing ]"], False),
+    "trailing.json": (json.dumps(ROWS)[:-1] + ",\n]", ["invalid JSON", "comma precedes the closing ]"], False),
     "cut.json": (json.dumps(ROWS)[:-20], ["invalid JSON", "It was cut off"], False),
     "cut_array.jsonl": (json.dumps(ROWS, indent=1)[:-20], ["invalid JSON", "It was cut off"], False),
     "lfs.jsonl": ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", ["Git LFS", "git lfs pull"], False),
@@ -110,7 +110,7 @@ NAMED: dict[str, tuple[bytes | str, list[str], bool]] = {
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_a_file_is_named_for_what_it_is_and_its_command_mends_it(name: str, tmp_path: Path) -> None:
+def test_a_file_of_another_kind_is_recognized_and_its_command_converts_it(name: str, tmp_path: Path) -> None:
     content, words, mended = NAMED[name]
     path = write(tmp_path / name, content)
     error = error_of(path)
@@ -139,7 +139,7 @@ READ: dict[str, Callable[[], bytes | str]] = {
 
 
 @pytest.mark.parametrize("name", READ)
-def test_what_can_be_read_in_one_way_only_is_read(name: str, tmp_path: Path) -> None:
+def test_an_unambiguous_file_is_read_despite_its_form(name: str, tmp_path: Path) -> None:
     assert rows_of(write(tmp_path / name, READ[name]())) == ROWS
 
 
@@ -154,7 +154,7 @@ def test_what_can_be_read_in_one_way_only_is_read(name: str, tmp_path: Path) -> 
         ("pipes.csv", "prompt|output\nOne, two?|three\n"),
     ],
 )
-def test_a_table_is_parted_as_its_header_says(name: str, text: str, tmp_path: Path) -> None:
+def test_the_header_decides_the_delimiter_of_a_table(name: str, text: str, tmp_path: Path) -> None:
     placed = list(read_rows(Source(path=str(write(tmp_path / name, text)))))
     where = 3 if "sep=" in text else 2
     assert placed == [(f"{tmp_path / name}:{where}", {"prompt": "One, two?", "output": "three"})]
@@ -172,13 +172,13 @@ def test_a_line_longer_than_any_field_of_a_table(tmp_path: Path) -> None:
     assert "is not JSON" in error_of(write(tmp_path / "mac.jsonl", "one\rtwo"))
 
 
-def test_a_header_that_could_be_parted_in_two_ways_or_none_is_left(tmp_path: Path) -> None:
+def test_an_ambiguous_header_keeps_the_default_delimiter(tmp_path: Path) -> None:
     assert rows_of(write(tmp_path / "one.csv", 'messages\n"[1, 2]"\n')) == [{"messages": "[1, 2]"}]
     assert rows_of(write(tmp_path / "two.csv", "a;b|c\n1;2|3\n")) == [{"a;b|c": "1;2|3"}]
     assert rows_of(write(tmp_path / "both.csv", "a;b,c\n1;2,3\n")) == [{"a;b": "1;2", "c": "3"}]
 
 
-def faults_of(path: Path) -> list[str]:
+def errors_of(path: Path) -> list[str]:
     return [str(row) for row in rows_of(path) if isinstance(row, RowError)]
 
 
@@ -195,28 +195,28 @@ def test_a_byte_order_mark_where_files_were_joined(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"a": 1},', "a comma stands after the object"),
-        ('{"a": 1}{"a": 2}', "several objects stand on one line"),
+        ('{"a": 1},', "a comma follows the object"),
+        ('{"a": 1}{"a": 2}', "several objects are on one line"),
         ("{'a': None}", "Python dict"),
         ('{"a": "' + "x" * 9, "the line ends in the middle of the row"),
         ('{"a": [1, 2', "the line ends in the middle of the row"),
         ('{"a" 1}', "Expecting ':' delimiter at column 6"),
     ],
 )
-def test_a_line_among_good_ones_is_a_fault_that_names_it(line: str, words: str, tmp_path: Path) -> None:
+def test_a_bad_line_among_good_ones_is_a_row_error_that_names_its_layout(line: str, words: str, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", f"{LINES}{line}\n{LINES}")
-    (error,) = faults_of(path)
+    (error,) = errors_of(path)
     assert error.startswith("invalid JSON: ")
     assert words in error
-    (first,) = faults_of(write(tmp_path / "first.jsonl", f"{line}\n{LINES}"))
+    (first,) = errors_of(write(tmp_path / "first.jsonl", f"{line}\n{LINES}"))
     assert first == error
 
 
 def test_the_last_line_of_a_file_that_was_cut_off(tmp_path: Path) -> None:
-    assert "the file ends in the middle of the row" in faults_of(write(tmp_path / "a.jsonl", LINES[:-9]))[0]
-    assert "zero bytes in the line" in faults_of(write(tmp_path / "b.jsonl", LINES.encode() + b"\0" * 99))[0]
+    assert "the file ends in the middle of the row" in errors_of(write(tmp_path / "a.jsonl", LINES[:-9]))[0]
+    assert "zero bytes in the line" in errors_of(write(tmp_path / "b.jsonl", LINES.encode() + b"\0" * 99))[0]
     added = LINES.encode() + "{'a': 1}\n".encode("utf-16-le")  # as PowerShell's >> does
-    assert "UTF-16 text that was appended" in faults_of(write(tmp_path / "c.jsonl", added))[0]
+    assert "UTF-16 text that was appended" in errors_of(write(tmp_path / "c.jsonl", added))[0]
 
 
 @pytest.mark.parametrize(
@@ -233,12 +233,12 @@ def test_text_in_another_encoding(encoding: str, text: str, words: str, tmp_path
     row = {"prompt": text, "output": "o"}
     content = json.dumps(row, ensure_ascii=False).encode(encoding)
     byte = next(byte for byte in content if byte > 127)
-    (error,) = faults_of(write(tmp_path / "rows.jsonl", LINES.encode() + content))
+    (error,) = errors_of(write(tmp_path / "rows.jsonl", LINES.encode() + content))
     assert error.startswith(f"not UTF-8: byte 0x{byte:02x} at byte {content.index(byte) + 1} of the line")
     assert words in error
     assert words in error_of(write(tmp_path / "rows.json", b"[" + content + b"]"))
     table = f"prompt,output\np,o\n{text},o\n".encode(encoding)
-    assert words in faults_of(write(tmp_path / "rows.csv", table))[0]
+    assert words in errors_of(write(tmp_path / "rows.csv", table))[0]
     name = re.search(r"iconv -f (\S+)", words)
     if name and encoding == "cp1252":
         mended = subprocess.run(["iconv", "-f", name[1], "-t", "UTF-8"], input=content, capture_output=True, check=True)
@@ -249,21 +249,21 @@ def test_text_in_another_encoding(encoding: str, text: str, words: str, tmp_path
     ("text", "letter"),
     [("Größe? Sehr groß.", "ö"), ("Àéà: é", "À"), ("Das ‚ ist ‘, ß’", "‚"), ("señor, sí", "ñ"), ("20 € für é", "€")],
 )
-def test_the_letter_is_that_of_the_byte_that_is_named(text: str, letter: str, tmp_path: Path) -> None:
+def test_the_letter_in_the_message_is_that_of_its_byte(text: str, letter: str, tmp_path: Path) -> None:
     content = json.dumps({"prompt": text, "output": "o"}, ensure_ascii=False).encode("cp1252")
     words = f" (in Windows-1252 it is {letter}: iconv"
     byte = f"byte 0x{letter.encode('cp1252').hex()}"
-    (error,) = faults_of(write(tmp_path / "rows.jsonl", LINES.encode() + content))
+    (error,) = errors_of(write(tmp_path / "rows.jsonl", LINES.encode() + content))
     assert byte in error
     assert words in error
     far = b" " * 300  # the letter is looked for near the byte alone
     assert f"{byte}{words}" in error_of(write(tmp_path / "rows.json", b"[" + far + content + far + b"]"))
     table = f"prompt,output\n{text.replace(',', ' ')},o\n".encode("cp1252")
-    assert f"{byte}{words}" in faults_of(write(tmp_path / "rows.csv", table))[0]
+    assert f"{byte}{words}" in errors_of(write(tmp_path / "rows.csv", table))[0]
 
 
 def test_a_byte_that_windows_1252_does_not_have_gets_no_letter(tmp_path: Path) -> None:
-    (error,) = faults_of(write(tmp_path / "rows.jsonl", LINES.encode() + b'{"prompt": "\x81 \xe9 \xe8"}'))
+    (error,) = errors_of(write(tmp_path / "rows.jsonl", LINES.encode() + b'{"prompt": "\x81 \xe9 \xe8"}'))
     assert "byte 0x81" in error
     assert "another encoding" in error
 
@@ -278,7 +278,7 @@ def test_a_byte_that_windows_1252_does_not_have_gets_no_letter(tmp_path: Path) -
         '[{"role": "user", "content": None}]',
     ],
 )
-def test_python_in_a_cell_is_named_as_in_a_line(cell: str, tmp_path: Path) -> None:
+def test_python_in_a_cell_is_recognized_as_in_a_line(cell: str, tmp_path: Path) -> None:
     frame = pandas.DataFrame({"messages": [cell]})
     frame.to_csv(tmp_path / "rows.csv", index=False)
     ((_, error),) = read_conversations(Source(path=str(tmp_path / "rows.csv")))
@@ -287,7 +287,7 @@ def test_python_in_a_cell_is_named_as_in_a_line(cell: str, tmp_path: Path) -> No
     assert "Write it with json.dumps" in error.detail
 
 
-def test_json_text_sequences_show_their_separator_and_are_mended(tmp_path: Path) -> None:
+def test_json_text_sequences_show_their_separator_and_a_command_that_converts_them(tmp_path: Path) -> None:
     content = "".join(f"\x1e{json.dumps(row)}\n" for row in ROWS)
     for ending in ("jsonl", "json"):
         error = error_of(write(tmp_path / f"rows.{ending}", content))
@@ -300,7 +300,7 @@ def test_json_text_sequences_show_their_separator_and_are_mended(tmp_path: Path)
 
 
 @pytest.mark.parametrize("character", ["\x1c", "\x85", "\u2028"])
-def test_a_first_character_that_no_one_sees_is_shown(character: str, tmp_path: Path) -> None:
+def test_an_invisible_first_character_is_shown(character: str, tmp_path: Path) -> None:
     error = error_of(write(tmp_path / "rows.jsonl", "".join(f"{character}{line}\n" for line in LINES.split("\n"))))
     assert f"it begins with {character!r}"[:-1] in error
 
@@ -319,24 +319,24 @@ def test_a_first_character_that_no_one_sees_is_shown(character: str, tmp_path: P
 def test_an_object_over_several_lines_among_others_is_one_error(content: str, line: int, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", content)
     error = error_of(path)
-    assert error.startswith(f"{path}:{line}: an object stands over several lines")
+    assert error.startswith(f"{path}:{line}: an object spans several lines")
     subprocess.run(error.partition("Convert it: ")[2], shell=True, check=True)
-    whole = [json.loads(line) for line in (tmp_path / "rows.lines.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(whole) >= len(ROWS) + 1
-    assert rows_of(tmp_path / "rows.lines.jsonl") == whole
+    content = [json.loads(line) for line in (tmp_path / "rows.lines.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(content) >= len(ROWS) + 1
+    assert rows_of(tmp_path / "rows.lines.jsonl") == content
 
 
 @pytest.mark.parametrize("line", ['{"a": [', "{", '{"a": {', '{"a": 1, "b": ['])
-def test_a_line_that_was_cut_is_a_fault_of_its_row(line: str, tmp_path: Path) -> None:
-    assert len(faults_of(write(tmp_path / "rows.jsonl", f"{LINES}{line}\n{LINES}"))) == 1
+def test_a_truncated_line_is_an_error_of_its_row(line: str, tmp_path: Path) -> None:
+    assert len(errors_of(write(tmp_path / "rows.jsonl", f"{LINES}{line}\n{LINES}"))) == 1
 
 
-def test_rows_that_are_lists_are_faults_line_by_line(tmp_path: Path) -> None:
-    errors = faults_of(write(tmp_path / "rows.jsonl", '[{"role": "user"}]\n[7]\n'))
+def test_rows_that_are_lists_are_row_errors_line_by_line(tmp_path: Path) -> None:
+    errors = errors_of(write(tmp_path / "rows.jsonl", '[{"role": "user"}]\n[7]\n'))
     assert [error.partition(":")[0] for error in errors] == ["wrong type"] * 2
 
 
-def test_an_object_that_is_longer_than_what_is_looked_at(tmp_path: Path) -> None:
+def test_an_object_longer_than_the_examined_lines(tmp_path: Path) -> None:
     rows = [{"prompt": f"{number} " + "word " * 300, "output": "o"} for number in range(1_500)]
     path = write(tmp_path / "rows.jsonl", json.dumps({"data": rows}, indent=1))
     assert path.stat().st_size > 2 << 20

@@ -1,4 +1,4 @@
-"""Rows of every format become the messages that a person would write for them; a bad row says what is wrong."""
+"""Formats: rows of every format become the expected messages; the error of a bad row says what is wrong."""
 
 import json
 from typing import Any
@@ -200,7 +200,7 @@ def test_system_messages_that_are_empty_are_left_out_and_others_stay_where_they_
 
 
 @pytest.mark.parametrize("nothing", [None, "", " \n"])
-def test_an_input_of_nothing_takes_nothing_away(nothing: str | None) -> None:
+def test_an_empty_input_column_changes_nothing(nothing: str | None) -> None:
     row = {"system": "s", "prompt": "p", "input": nothing, "output": "o"}
     assert [turn["content"] for turn in convert(row, "janus")[0]] == ["s", "p", "o"]
 
@@ -235,7 +235,7 @@ def test_tool_calls_come_out_in_one_form(form: str) -> None:
     assert tools == [TOOL]
 
 
-def test_keys_of_a_message_that_mean_something_are_kept() -> None:
+def test_message_keys_with_a_meaning_are_kept() -> None:
     call = {"id": "c1", **CALL}
     turns = [
         {"role": "developer", "content": "x", "weight": None, "extra": 1},
@@ -409,7 +409,7 @@ def test_a_bad_row_says_what_is_wrong(name: str) -> None:
     caught.value.detail.encode()  # it can be printed, whatever the row held
 
 
-def test_columns_of_no_format_are_named() -> None:
+def test_columns_of_an_unknown_format_are_named() -> None:
     with pytest.raises(UserError) as caught:
         detect(["prompt", "chosen", "rejected"])
     assert "`prompt`, `chosen`, `rejected`" in str(caught.value)

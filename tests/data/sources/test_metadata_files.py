@@ -1,4 +1,4 @@
-"""Files that describe data are no rows, whatever their names; files of rows are, whatever theirs."""
+"""Metadata files are not read as rows, whatever their names; files with rows are, whatever theirs."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +24,7 @@ LLAMA_FACTORY = {
     "theirs": {"hf_hub_url": "someone/data"},
 }
 # (name of the file, its content, what it is)
-COMPANIONS: list[tuple[str, Any, str]] = [
+METADATA_FILES: list[tuple[str, Any, str]] = [
     ("dataset_infos.json", {"default": INFO, "small": INFO}, "datasets' description"),
     ("dataset_infos.json", {"default": {"splits": {"train": {"num_examples": 12}}}}, "datasets' description"),
     ("dataset_infos.json", {}, "datasets' description"),
@@ -75,13 +75,13 @@ def error_of(path: Path | str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "content", "what"), COMPANIONS)
-def test_a_companion_is_skipped_in_a_folder_and_refused_by_name(
-    name: str, content: Any, what: str, tmp_path: Path
+@pytest.mark.parametrize(("name", "content", "kind"), METADATA_FILES)
+def test_a_metadata_file_is_skipped_in_a_folder_and_refused_by_name(
+    name: str, content: Any, kind: str, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "data" / name, content)
-    assert what in (describe_metadata_file(path) or "")
-    assert what in error_of(path)
+    assert kind in (describe_metadata_file(path) or "")
+    assert kind in error_of(path)
     for split in ("data/rows.jsonl", "data/test.jsonl"):
         jsonl(tmp_path / split)
     jsonl(tmp_path / "train" / "train-00000.jsonl")
@@ -103,38 +103,38 @@ def test_rows_are_rows_under_any_name(name: str, content: Any, tmp_path: Path) -
     path = write(tmp_path / name, content)
     assert describe_metadata_file(path) is None
     if name != "manifest.json":  # two lists: which one is meant?
-        found = rows_of(path)
-        assert found == rows_of(tmp_path)
-        assert [{key: row[key] for key in ROWS[0]} for row in found] == (ROWS[:1] if content == ROWS[0] else ROWS)
+        rows = rows_of(path)
+        assert rows == rows_of(tmp_path)
+        assert [{key: row[key] for key in ROWS[0]} for row in rows] == (ROWS[:1] if content == ROWS[0] else ROWS)
 
 
-def test_a_file_that_can_not_be_parsed_or_is_no_json_is_no_companion(tmp_path: Path) -> None:
+def test_a_file_that_is_not_valid_json_is_not_a_metadata_file(tmp_path: Path) -> None:
     assert describe_metadata_file(write(tmp_path / "dataset_info.json", '{"features"')) is None
     assert describe_metadata_file(write(tmp_path / "dataset_infos.jsonl", INFO)) is None
     assert "invalid JSON" in error_of(tmp_path / "dataset_info.json")
 
 
-def test_what_datasets_itself_writes(tmp_path: Path) -> None:
-    whole = datasets.Dataset.from_list(ROWS)
-    datasets.DatasetDict(train=whole, test=whole).save_to_disk(str(tmp_path / "above" / "saved"))
+def test_files_that_datasets_writes(tmp_path: Path) -> None:
+    dataset = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict(train=dataset, test=dataset).save_to_disk(str(tmp_path / "above" / "saved"))
     assert rows_of(tmp_path / "above" / "saved") == ROWS
     error = error_of(tmp_path / "above")
     assert "no data file in this folder, only metadata" in error
     assert f"To read what save_to_disk wrote, name {tmp_path}/above/saved" in error
     jsonl(tmp_path / "beside" / "rows.jsonl")
-    whole.info.write_to_directory(str(tmp_path / "beside"))
+    dataset.info.write_to_directory(str(tmp_path / "beside"))
     assert (tmp_path / "beside" / "dataset_info.json").is_file()
     assert rows_of(tmp_path / "beside") == ROWS
 
 
-def test_the_state_of_another_program_makes_no_saved_data_set_of_a_folder(tmp_path: Path) -> None:
+def test_a_folder_with_the_state_of_another_program_is_not_a_saved_data_set(tmp_path: Path) -> None:
     write(tmp_path / "state.json", {"step": 7})
     jsonl(tmp_path / "rows.jsonl")
     assert rows_of(tmp_path) == ROWS
     assert open_source(Source(path=str(tmp_path))).metadata_files == [f"{tmp_path}/state.json (the state of a program)"]
 
 
-def test_skipped_companions_are_named_by_a_check(
+def test_check_lists_skipped_metadata_files(
     recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from train.sft import main
@@ -143,5 +143,5 @@ def test_skipped_companions_are_named_by_a_check(
     listed = write(tmp_path / "lf" / "dataset_info.json", LLAMA_FACTORY)
     recipe = recipe_file(data={"sources": [{"path": str(tmp_path / "lf")}]})
     assert main(["--recipe", str(recipe), "--check"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"1 file was skipped (metadata without rows): {listed} (LLaMA-Factory's list of data sets)" in said
+    page = " ".join(capsys.readouterr().out.split())
+    assert f"1 file was skipped (metadata without rows): {listed} (LLaMA-Factory's list of data sets)" in page

@@ -1,4 +1,4 @@
-"""Which rows are trained, how often, and which are held out; read back from the tokens that are trained."""
+"""Mixture: weights and held-out rows, read back from the tokens that are trained."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def test_sources_of_several_formats(tmp_path: Path, load: Load) -> None:
     ]
 
 
-def test_a_stated_format_goes_before_the_columns(tmp_path: Path, load: Load) -> None:
+def test_a_format_in_the_recipe_overrides_detection(tmp_path: Path, load: Load) -> None:
     row = {"messages": "unused notes", "instruction": "i", "output": "o"}
     path = write(tmp_path / "rows.jsonl", lines([row]))
     loaded = load("", sources=[{"path": str(path), "format": "alpaca"}])
@@ -45,7 +45,7 @@ def test_a_stated_format_goes_before_the_columns(tmp_path: Path, load: Load) -> 
 
 
 def mixed(load: Load, tmp_path: Path, weights: dict[str, float], seed: int = 0) -> Counter[str]:
-    """How often each question of sources of ten rows is seen."""
+    """Count how often each question of sources of ten rows is trained."""
     for name in weights:
         write(tmp_path / f"{name}.jsonl", lines([pair(f"{name}{row}") for row in range(10)]))
     sources = [{"path": str(tmp_path / f"{name}.jsonl"), "weight": weight} for name, weight in weights.items()]
@@ -53,7 +53,7 @@ def mixed(load: Load, tmp_path: Path, weights: dict[str, float], seed: int = 0) 
     return Counter(row.messages[1]["content"] for row in loaded.train)
 
 
-def test_weights_say_how_often_a_row_is_seen(tmp_path: Path, load: Load) -> None:
+def test_weights_decide_how_often_a_row_is_seen(tmp_path: Path, load: Load) -> None:
     assert Counter(mixed(load, tmp_path, {"a": 1.0}).values()) == {1: 10}
     assert Counter(mixed(load, tmp_path, {"a": 0.3}).values()) == {1: 3}
     assert Counter(mixed(load, tmp_path, {"a": 2.0}).values()) == {2: 10}
@@ -78,7 +78,7 @@ def questions_of(rows: list[Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.999])
-def test_a_question_is_never_on_both_sides(share: float, tmp_path: Path, load: Load) -> None:
+def test_a_question_is_never_in_both_splits(share: float, tmp_path: Path, load: Load) -> None:
     path = janus_like(tmp_path, 40)
     loaded = load(path, validation=share, seed=3)
     trained, held = questions_of(loaded.train), questions_of(loaded.validation)

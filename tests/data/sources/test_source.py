@@ -1,4 +1,4 @@
-"""Every kind of file gives back the rows that were written, and a broken one says where and what is wrong."""
+"""Sources: every kind of file gives back the rows that were written; a broken one names the position and the error."""
 
 import csv
 import json
@@ -52,7 +52,7 @@ def lines(rows: list[Any]) -> bytes:
 
 
 def write(path: Path, content: bytes) -> Path:
-    """`content` at `path`, compressed as its ending says."""
+    """Write `content` to `path`, compressed as its extension says."""
     compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
     with pyarrow.output_stream(str(path), compression=compression) as stream:
@@ -139,12 +139,12 @@ def test_tool_arguments_get_no_keys_of_other_rows(tmp_path: Path) -> None:
 
 
 def test_a_folder_written_by_save_to_disk(tmp_path: Path) -> None:
-    whole = datasets.Dataset.from_list(ROWS)
-    whole.save_to_disk(str(tmp_path / "one"))
+    dataset = datasets.Dataset.from_list(ROWS)
+    dataset.save_to_disk(str(tmp_path / "one"))
     assert rows_of(tmp_path / "one") == ROWS
-    whole.select([2, 0]).save_to_disk(str(tmp_path / "chosen"))
+    dataset.select([2, 0]).save_to_disk(str(tmp_path / "chosen"))
     assert rows_of(tmp_path / "chosen") == [ROWS[2], ROWS[0]]
-    datasets.DatasetDict(train=whole.select([0]), extra=whole.select([1, 2])).save_to_disk(str(tmp_path / "two"))
+    datasets.DatasetDict(train=dataset.select([0]), extra=dataset.select([1, 2])).save_to_disk(str(tmp_path / "two"))
     assert rows_of(tmp_path / "two") == ROWS[:1]
     placed = list(read_rows(Source(path=str(tmp_path / "two"), split="extra")))
     assert placed == [(f"{tmp_path}/two[extra] row 1", ROWS[1]), (f"{tmp_path}/two[extra] row 2", ROWS[2])]
@@ -198,9 +198,7 @@ def test_a_split_takes_its_own_files_alone(
         (("train_sft/a", "train_gen/a"), "`train_gen` or `train_sft`"),
     ],
 )
-def test_two_kinds_of_one_split_are_not_mixed_without_a_word(
-    names: tuple[str, ...], kinds: str, tmp_path: Path
-) -> None:
+def test_two_kinds_of_one_split_are_not_mixed_silently(names: tuple[str, ...], kinds: str, tmp_path: Path) -> None:
     for name in names:
         write(tmp_path / f"{name}.jsonl", lines(ROWS))
     error = error_of(tmp_path)
@@ -209,7 +207,7 @@ def test_two_kinds_of_one_split_are_not_mixed_without_a_word(
     assert "a file or a glob" in error
 
 
-def test_a_part_of_a_split_is_no_split_of_a_folder(tmp_path: Path) -> None:
+def test_a_slice_of_a_split_is_refused_for_a_folder(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", lines(ROWS))
     for split in ("train[:2]", "train+test"):
         assert f"no files of the split `{split}`. The splits in the names are: train." in error_of(
@@ -226,12 +224,12 @@ def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
         write(folder / companion, b"x")
     opened = open_source(Source(path=str(folder)))
     assert opened.files == [str(folder / "a.jsonl")]
-    named = [str(path.relative_to(folder)) for path in opened.skipped_files]
-    assert sorted(named) == ["_half/c.jsonl", "more.jsonl.bz2", "notes.txt", "old/b.jsonl.bak"]
+    skipped = [str(path.relative_to(folder)) for path in opened.skipped_files]
+    assert sorted(skipped) == ["_half/c.jsonl", "more.jsonl.bz2", "notes.txt", "old/b.jsonl.bak"]
     assert open_source(Source(path=str(folder / "a.jsonl"))).skipped_files == []
 
 
-def test_a_glob_gives_what_it_names_in_order(tmp_path: Path) -> None:
+def test_a_glob_gives_its_matches_in_order(tmp_path: Path) -> None:
     write(tmp_path / "x" / "2.jsonl", lines(ROWS[1:]))
     write(tmp_path / "1.jsonl.zst", lines(ROWS[:1]))
     assert rows_of(f"{tmp_path}/**/*.jsonl*") == ROWS
@@ -251,7 +249,7 @@ PIRATE = "Always talk like a pirate, please."
     ],
 )
 @pytest.mark.parametrize("ending", ["json", "pkl"])
-def test_what_a_document_says_beside_its_rows_is_not_lost(
+def test_content_beside_the_rows_of_a_document_is_an_error(
     key: str, value: Any, text: str, ending: str, tmp_path: Path
 ) -> None:
     document = {key: value, "version": "1.0", "data": ROWS}
@@ -274,7 +272,7 @@ def test_what_a_document_says_beside_its_rows_is_not_lost(
         {"system": "", "system_prompt": None, "tools": {}},
     ],
 )
-def test_a_document_may_describe_itself_beside_its_rows(beside: dict[str, Any], tmp_path: Path) -> None:
+def test_a_document_may_have_metadata_beside_its_rows(beside: dict[str, Any], tmp_path: Path) -> None:
     assert rows_of(write(tmp_path / "rows.json", json.dumps({**beside, "rows": ROWS}).encode())) == ROWS
 
 
@@ -466,14 +464,14 @@ def test_a_path_that_is_not_there_gets_a_suggestion(tmp_path: Path, monkeypatch:
     assert f"no file matches this pattern in {tmp_path}" in error_of("data/*.parquet")
 
 
-def test_a_hub_id_that_can_not_be_had_says_what_was_tried() -> None:
+def test_an_unavailable_hub_id_is_an_error_with_its_request() -> None:
     error = error_of("nobody/no-such-data", name="small", split="test", revision="v1")
     for word in ("nobody/no-such-data", "split `test`", "configuration `small`", "revision `v1`", "hf auth login"):
         assert word in error
     assert "\n" not in error
 
 
-def test_a_data_set_of_the_hub_is_asked_for_as_the_source_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_data_set_is_requested_with_the_keys_of_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
     def load_dataset(*names: str, **keys: Any) -> datasets.Dataset:  # no hub can be reached from here
@@ -487,7 +485,7 @@ def test_a_data_set_of_the_hub_is_asked_for_as_the_source_says(monkeypatch: pyte
     assert asked == [((source.path, "small"), {"split": "train[:2]", "revision": "v1"})]
 
 
-def test_keys_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
+def test_keys_without_effect_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", GOOD)
     datasets.Dataset.from_list([pair()]).save_to_disk(str(tmp_path / "saved"))
     for key in ("name", "revision", "split"):
@@ -495,7 +493,7 @@ def test_keys_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
         assert f"`{key}: other` has no meaning" in error_of(tmp_path / "saved", **{key: "other"})
 
 
-def test_folders_that_can_not_be_meant(tmp_path: Path) -> None:
+def test_folders_without_files_of_the_split_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "no data file in this folder" in error_of(tmp_path / "empty")
     write(tmp_path / "half" / "train.jsonl", GOOD)
@@ -509,29 +507,29 @@ def test_folders_that_can_not_be_meant(tmp_path: Path) -> None:
     assert "can't be opened" in error_of(tmp_path / "saved")
 
 
-def test_a_pickle_that_is_none_is_an_error(tmp_path: Path) -> None:
+def test_a_pickle_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.pkl", GOOD)
     with pytest.raises(UserError, match="the pickle can't be opened"):
         rows_of(path, allow_pickle=True)
 
 
-def test_faults_are_values_until_someone_raises_them(tmp_path: Path) -> None:
+def test_row_errors_are_values_until_the_row_is_used(tmp_path: Path) -> None:
     rows = rows_of(broken_rows(tmp_path))
     assert [isinstance(row, RowError) for row in rows[:5]] == [False, True, True, True, False]
 
 
-def test_every_byte_counts_for_the_digest_and_no_name(tmp_path: Path) -> None:
+def test_the_digest_depends_on_every_byte_and_on_no_name(tmp_path: Path) -> None:
     def digest(path: Path, **keys: Any) -> str:
         return open_source(Source(path=str(path), **keys)).digest()
 
-    one, two = write(tmp_path / "a" / "train.jsonl", GOOD), write(tmp_path / "b" / "train.jsonl", GOOD)
-    assert digest(one) == digest(two) == digest(tmp_path / "a")
-    assert digest(one) != digest(write(tmp_path / "c.jsonl", GOOD.replace(b"good", b"goof")))
-    assert digest(one) != digest(write(tmp_path / "d.json", GOOD))  # another reader
+    first, second = write(tmp_path / "a" / "train.jsonl", GOOD), write(tmp_path / "b" / "train.jsonl", GOOD)
+    assert digest(first) == digest(second) == digest(tmp_path / "a")
+    assert digest(first) != digest(write(tmp_path / "c.jsonl", GOOD.replace(b"good", b"goof")))
+    assert digest(first) != digest(write(tmp_path / "d.json", GOOD))  # another reader
     write(tmp_path / "a" / "train-2.jsonl", GOOD)
     write(tmp_path / "b" / "train-2.jsonl", GOOD + GOOD)
-    assert len({digest(tmp_path / "a"), digest(tmp_path / "b"), digest(one)}) == 3
-    assert hash_files([one, two]) != hash_files([write(tmp_path / "e", GOOD * 2)])
+    assert len({digest(tmp_path / "a"), digest(tmp_path / "b"), digest(first)}) == 3
+    assert hash_files([first, second]) != hash_files([write(tmp_path / "e", GOOD * 2)])
     datasets.Dataset.from_list([pair("x")]).save_to_disk(str(tmp_path / "saved"))
     datasets.Dataset.from_list([pair("y")]).save_to_disk(str(tmp_path / "other"))
     assert digest(tmp_path / "saved") == digest(tmp_path / "saved") != digest(tmp_path / "other")

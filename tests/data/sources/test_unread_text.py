@@ -1,4 +1,4 @@
-"""Every text of a row is read, listed as not read, or a fault of the row; content that nothing reads is an error."""
+"""Unread text: every text of a row is read, reported, or a row error; unread content stops the run."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -46,13 +46,13 @@ def rows(tiny_model: Path) -> RowTokenizer:
 
 
 def encoded(rows: RowTokenizer, row: dict[str, Any], format: str = "auto") -> tuple[str, RowIssues]:
-    """The text of a row as it is trained (all of its rows), and what is told of it."""
+    """Return the trained text of a row (of all its rows), and its issues."""
     batch, errors = rows.encode_chunk(0, ParsedRows([(":1", row)]), detect(row) if format == "auto" else format)
     backend = rows.encoder._backend
     return "\n".join(backend.decode(ids, skip_special_tokens=False) for ids in batch["input_ids"].to_pylist()), errors
 
 
-def said(row: dict[str, Any]) -> list[tuple[str, str]]:
+def read_texts(row: dict[str, Any]) -> list[tuple[str, str]]:
     return [(turn["role"], turn["content"]) for turn in convert(row, detect(row))[0]]
 
 
@@ -64,19 +64,19 @@ def said(row: dict[str, Any]) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("answer", ["response", "answer"])
 def test_a_context_follows_the_question(question: str, context: str, answer: str) -> None:
     row = {question: "When?", context: "In 1931 it opened.", answer: "In 1931."}
-    assert said(row) == [("user", "When?\nIn 1931 it opened."), ("assistant", "In 1931.")]
-    assert said(row | {context: ""}) == [("user", "When?"), ("assistant", "In 1931.")]
-    assert said(row | {question: " "}) == [("user", "In 1931 it opened."), ("assistant", "In 1931.")]
+    assert read_texts(row) == [("user", "When?\nIn 1931 it opened."), ("assistant", "In 1931.")]
+    assert read_texts(row | {context: ""}) == [("user", "When?"), ("assistant", "In 1931.")]
+    assert read_texts(row | {question: " "}) == [("user", "In 1931 it opened."), ("assistant", "In 1931.")]
 
 
 def test_alpaca_takes_a_context_and_every_single_question_a_history() -> None:
     row = {"system": "s", "instruction": "When?", "context": "In 1931.", "output": "1931"}
-    assert said(row) == [("system", "s"), ("user", "When?\nIn 1931."), ("assistant", "1931")]
+    assert read_texts(row) == [("system", "s"), ("user", "When?\nIn 1931."), ("assistant", "1931")]
     for row in (
         {"query": "So?", "response": "So.", "history": [["Hi", "Ho"]]},  # ms-swift
         {"prompt": "So?", "output": "So.", "history": '[["Hi", "Ho"]]'},
     ):
-        assert said(row) == [("user", "Hi"), ("assistant", "Ho"), ("user", "So?"), ("assistant", "So.")]
+        assert read_texts(row) == [("user", "Hi"), ("assistant", "Ho"), ("user", "So?"), ("assistant", "So.")]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_alpaca_takes_a_context_and_every_single_question_a_history() -> None:
     ids=detect,
 )
 def test_a_system_message_may_have_any_of_these_names(column: str, row: dict[str, Any]) -> None:
-    assert said({**row, column: "Rhyme."}) == [("system", "Rhyme."), ("user", "Ask."), ("assistant", "Say.")]
+    assert read_texts({**row, column: "Rhyme."}) == [("system", "Rhyme."), ("user", "Ask."), ("assistant", "Say.")]
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
@@ -142,7 +142,7 @@ def test_arguments_of_a_call_may_be_called_parameters(rows: RowTokenizer) -> Non
 
 def test_parts_of_a_content_may_have_their_text_as_value() -> None:
     turn = {"role": "user", "content": [{"type": "text", "value": "Ask "}, {"type": "text", "text": "me."}]}
-    assert said({"messages": [turn, ASSISTANT]})[0] == ("user", "Ask me.")
+    assert read_texts({"messages": [turn, ASSISTANT]})[0] == ("user", "Ask me.")
 
 
 # -- two names of one thing, and what can't be meant
@@ -176,7 +176,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_what_can_be_read_in_two_ways_is_a_fault(name: str) -> None:
+def test_an_ambiguous_row_is_a_row_error(name: str) -> None:
     row, kind, words = FAULTS[name]
     with pytest.raises(RowError) as caught:
         read_row(row, detect(row), ":1")
@@ -184,14 +184,14 @@ def test_what_can_be_read_in_two_ways_is_a_fault(name: str) -> None:
     assert words in caught.value.detail
 
 
-def test_equal_values_under_two_names_are_no_fault() -> None:
+def test_equal_values_under_two_names_are_not_an_error() -> None:
     row = {
         "question": "q", "query": "q", "answer": "a", "response": "a\n", "input": "", "context": "c",
         "system": "s", "system_prompt": "s",
     }  # fmt: skip
-    assert said(row) == [("system", "s"), ("user", "q\nc"), ("assistant", "a")]
+    assert read_texts(row) == [("system", "s"), ("user", "q\nc"), ("assistant", "a")]
     turn = {"role": "user", "from": "human", "content": "u", "value": "u"}
-    assert said({"messages": [turn, {**ASSISTANT, "thinking": "t", "reasoning": "t"}]})[0] == ("user", "u")
+    assert read_texts({"messages": [turn, {**ASSISTANT, "thinking": "t", "reasoning": "t"}]})[0] == ("user", "u")
 
 
 # -- what is content
@@ -211,7 +211,7 @@ def test_equal_values_under_two_names_are_no_fault() -> None:
         ("link_to", "https://example.org/" + "a/" * 60), ("digest_of", "0f" * 64), ("when", "2024-05-01 10:00:00"),
     ],
 )  # fmt: skip
-def test_metadata_is_no_content(name: str, value: Any) -> None:
+def test_metadata_is_not_content(name: str, value: Any) -> None:
     assert find_lost_text(name, [value], ["The conversation."]) is None
 
 
@@ -228,19 +228,21 @@ def test_metadata_is_no_content(name: str, value: Any) -> None:
         ("messages[].calculate_loss", True), ("supervised", False),
     ],
 )  # fmt: skip
-def test_content_is_told_from_ids(name: str, value: Any) -> None:
+def test_content_is_distinguished_from_ids(name: str, value: Any) -> None:
     assert find_lost_text(name, [value], ["The conversation."]) is not None
 
 
-def test_a_text_that_stands_in_the_conversation_is_not_lost() -> None:
+def test_a_text_that_is_in_the_conversation_is_not_lost() -> None:
     texts = ["Be brief and kind.", "Translate into Spanish.\nI have 2 cats.", "Tengo 2 gatos."]
     assert find_lost_text("prompt", ["Translate into Spanish.\nI have 2 cats. "], texts) is None  # ultrachat_200k
-    whole = "Be brief and kind. ### Instruction: Translate into Spanish. ### Input: I have 2 cats. ### Tengo 2 gatos."
-    assert find_lost_text("text", [whole], texts) is None  # Alpaca
-    assert find_lost_text("text", [whole.replace("2 gatos", "3")], texts) is not None
-    assert find_lost_text("text", [f"{whole}\n### System: Answer like a pirate."], texts) is not None
+    complete = (
+        "Be brief and kind. ### Instruction: Translate into Spanish. ### Input: I have 2 cats. ### Tengo 2 gatos."
+    )
+    assert find_lost_text("text", [complete], texts) is None  # Alpaca
+    assert find_lost_text("text", [complete.replace("2 gatos", "3")], texts) is not None
+    assert find_lost_text("text", [f"{complete}\n### System: Answer like a pirate."], texts) is not None
     preamble = "Below is an instruction that describes a task. Write a response that completes the request."
-    assert find_lost_text("text", [f"{preamble}\n\n{whole}"], texts) is None  # as Alpaca renders it
+    assert find_lost_text("text", [f"{preamble}\n\n{complete}"], texts) is None  # as Alpaca renders it
     sum_of_two = ["What is 2+2?", "4"]
     assert find_lost_text("rationale", ["What is 2+2? Two fingers and two fingers are 4."], sum_of_two) is not None
     assert is_prose("Answer in capitals")
@@ -251,7 +253,7 @@ def test_a_text_that_stands_in_the_conversation_is_not_lost() -> None:
 # -- what is told of a source
 
 
-def test_what_nothing_reads_is_counted_by_name(rows: RowTokenizer) -> None:
+def test_unread_values_are_counted_by_name(rows: RowTokenizer) -> None:
     turns = [
         {"role": "user", "content": [{"type": "text", "text": "Ask.", "cache_control": {"type": "ephemeral"}}], "mood": "calm"},
         {**ASSISTANT, "note": "One of several notes.", "name": "Ann"},
@@ -272,7 +274,7 @@ def test_what_nothing_reads_is_counted_by_name(rows: RowTokenizer) -> None:
     }
 
 
-def test_what_is_told_can_be_written_whatever_the_row_held(rows: RowTokenizer) -> None:
+def test_unread_names_and_texts_can_always_be_written_as_utf8(rows: RowTokenizer) -> None:
     row = {"messages": [USER, ASSISTANT], 0: "A column that a data frame had.", "half\ud83d": "Half of a \ud83d pair."}
     _, errors = encoded(rows, row)
     assert set(errors.unread) == {"0", "half\\ud83d"}
@@ -311,8 +313,8 @@ def test_a_check_refuses_content_that_is_not_read_and_says_what_to_write(
     page = " ".join(page.split())
     assert "why (6 rows, content in 6)" in page
     assert "source (6 rows)" in page
-    told = {one["name"]: one for one in json.loads(report.read_text())["unread"]}
-    assert (told["why"]["rows"], told["why"]["losing"], told["source"]["losing"]) == (6, 6, 0)
+    reported = {text["name"]: text for text in json.loads(report.read_text())["unread"]}
+    assert (reported["why"]["rows"], reported["why"]["losing"], reported["source"]["losing"]) == (6, 6, 0)
 
     def examined(*ignore: str) -> tuple[PreparedData, str | None]:
         loaded = load_recipe(recipe_file(data={"sources": [{"path": str(file), "ignore": list(ignore)}]}))
@@ -333,7 +335,7 @@ def test_a_check_refuses_content_that_is_not_read_and_says_what_to_write(
     assert find_data_warnings(data)[:1] == [f"data.sources.0.ignore: no row of {file} has a value under `images`"]
 
 
-def test_what_is_ignored_is_read_as_if_it_were_not_there(rows: RowTokenizer) -> None:
+def test_an_ignored_name_is_read_as_if_it_were_missing(rows: RowTokenizer) -> None:
     row = {
         "conversations": [{"from": "human", "value": "Ask."}, {"from": "gpt", "value": "Say.", "thinking": "Hm."}],
         "system": "Rhyme.",
@@ -346,7 +348,7 @@ def test_what_is_ignored_is_read_as_if_it_were_not_there(rows: RowTokenizer) -> 
     assert unread == {"system": ["Rhyme."], "messages[].thinking": ["Hm."], "why": ["As it is so."]}
 
 
-def test_rows_for_a_model_to_answer_lose_no_text_either(tmp_path: Path) -> None:
+def test_rows_for_data_generation_lose_no_text_either(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     row = {"messages": [USER, ASSISTANT], "id": "x", "chat_template_kwargs": {"custom_instructions": "Rhyme."}}
     file.write_text(json.dumps(row) + "\n")
@@ -421,7 +423,7 @@ ROWS = st.one_of(
 
 
 def texts(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    """Each text of a row with the name under which it would be told: its column, or messages[].KEY."""
+    """Yield each text of a row with the name under which it would be reported: its column, or messages[].KEY."""
     if isinstance(value, str):
         yield name, value
     elif isinstance(value, dict):
@@ -433,7 +435,7 @@ def texts(value: Any, name: str) -> Iterator[tuple[str, str]]:
 
 
 def numbered(value: Any, numbers: Iterator[int]) -> Any:
-    """The value with texts that are all different, so that one is not found where another stands."""
+    """Return the value with distinct texts, so that none is found in place of another."""
     if isinstance(value, str):
         number = next(numbers)
         return value if value in ROLES else " ".join(f"{word}{number}" for word in value.split())
@@ -444,15 +446,17 @@ def numbered(value: Any, numbers: Iterator[int]) -> Any:
 
 @settings(max_examples=200, deadline=None)
 @given(ROWS)
-def test_each_text_of_a_row_is_rendered_told_or_the_row_refused(rows: RowTokenizer, made: tuple[str, Any]) -> None:
-    format, row = made
+def test_each_text_of_a_row_is_rendered_or_reported_or_the_row_is_refused(
+    rows: RowTokenizer, generated: tuple[str, Any]
+) -> None:
+    format, row = generated
     row = numbered(row, count(1))
     rendered, errors = encoded(rows, row, format)
     if errors.errors:
         return
-    told = [name.replace("conversations[]", "messages[]") for name in errors.unread]
+    reported = [name.replace("conversations[]", "messages[]") for name in errors.unread]
     for path, text in texts(row, ""):
         path = path.replace("conversations[]", "messages[]")
         if path.endswith((".role", ".from", ".type")):
             continue
-        assert text in rendered or any(path.startswith(name) for name in told), (path, text, rendered, told)
+        assert text in rendered or any(path.startswith(name) for name in reported), (path, text, rendered, reported)

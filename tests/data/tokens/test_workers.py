@@ -1,4 +1,4 @@
-"""Chunks through worker processes give what rows one by one give; what is stored gives back what was encoded."""
+"""Worker processes give the tokens of rows encoded one by one, and the token table gives them back."""
 
 import json
 import random
@@ -27,8 +27,8 @@ LETTERS = "abc XYZ\n\t.,'é\u0301日本한글😀👩‍🚀\u200b"
 @pytest.fixture
 def many(tmp_path: Path) -> list[list[dict]]:
     """900 conversations of one to three answers in three chunks or more, some without a system message, some bad."""
-    chance = random.Random(3)
-    text = lambda: "".join(chance.choice(LETTERS) for _ in range(chance.randint(1, 900))) + "."  # noqa: E731
+    rng = random.Random(3)
+    text = lambda: "".join(rng.choice(LETTERS) for _ in range(rng.randint(1, 900))) + "."  # noqa: E731
     rows = []
     for row in range(900):
         system = [{"role": "system", "content": text()}] * (row % 3 > 0)
@@ -74,7 +74,7 @@ def test_rows_on_disk_are_the_rows_one_by_one(chatml_tokenizer, many, tmp_path: 
     assert opened_by_datasets[5]["input_ids"] == good[5][2].input_ids
 
 
-def test_a_worker_that_dies_is_told_with_a_remedy(chatml_tokenizer, many, tmp_path: Path) -> None:
+def test_a_worker_that_dies_is_an_error_with_a_remedy(chatml_tokenizer, many, tmp_path: Path) -> None:
     class Dying(RowTokenizer):
         def encode_chunk(self, *_: object) -> None:  # type: ignore[override]
             import os
@@ -94,7 +94,7 @@ def prepared(recipe: Path, *overrides: str):
     return examine(loaded, tokenizer)
 
 
-def test_where_fastokens_differs_the_tokenizer_itself_is_asked_and_the_report_says_so(
+def test_where_fastokens_differs_the_tokenizer_is_used_and_the_report_says_so(
     recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from train.data.fast_tokenizer import FastTokenizer
@@ -115,10 +115,10 @@ def test_where_fastokens_differs_the_tokenizer_itself_is_asked_and_the_report_sa
     second = prepared(recipe_file(), f"data.cache_dir={tmp_path / 'other'}")
     assert second.caches[0].how == "the tokenizer itself, as fastokens gives other tokens for 'a row'"
     same = zip(first.train.dataset, second.train.dataset, strict=True)
-    assert all(np.array_equal(one["input_ids"], other["input_ids"]) for one, other in same)
+    assert all(np.array_equal(first_row["input_ids"], second_row["input_ids"]) for first_row, second_row in same)
 
 
-def test_what_misses_the_cache_and_what_only_packs_anew(
+def test_changes_that_tokenize_again_and_changes_that_only_pack_again(
     recipe_file: Callable[..., Path], rows_file: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     import shutil
@@ -128,9 +128,9 @@ def test_what_misses_the_cache_and_what_only_packs_anew(
     key = prepared(recipe, cache).caches[0].key
 
     def now(*overrides: str) -> tuple[bool, bool]:
-        """Whether the tokens were found, and whether under the key of before."""
-        (found,) = prepared(recipe, cache, *overrides).caches
-        return found.hit, found.key == key
+        """Return whether the tokens were in the cache, and whether the key is that of before."""
+        (cache_entry,) = prepared(recipe, cache, *overrides).caches
+        return cache_entry.hit, cache_entry.key == key
 
     assert now() == (True, True)
     for unchanged in ("data.max_length=300", "seed=7", "data.packing=false", "data.validation=0.2",
@@ -144,13 +144,13 @@ def test_what_misses_the_cache_and_what_only_packs_anew(
                     "data.sources.0.format=messages"):  # fmt: skip
         assert now(changed) == (False, False), changed
         assert now(changed) == (True, False), changed
-    other = tmp_path / "other-model"
-    shutil.copytree(tiny_model, other)
-    assert now(f"model.name_or_path={other}") == (True, True)  # the same tokenizer in another place
-    described = json.loads((other / "tokenizer.json").read_text())
+    other_model = tmp_path / "other-model"
+    shutil.copytree(tiny_model, other_model)
+    assert now(f"model.name_or_path={other_model}") == (True, True)  # the same tokenizer in another place
+    described = json.loads((other_model / "tokenizer.json").read_text())
     described["model"]["merges"].pop()
-    (other / "tokenizer.json").write_text(json.dumps(described))
-    assert now(f"model.name_or_path={other}") == (False, False)
+    (other_model / "tokenizer.json").write_text(json.dumps(described))
+    assert now(f"model.name_or_path={other_model}") == (False, False)
     content = rows_file.read_bytes()
     rows_file.write_bytes(content.replace(b"river", b"rivet", 1))
     assert now() == (False, False)
@@ -177,7 +177,7 @@ def test_a_source_that_changes_while_it_is_read_is_not_kept(
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
 
-def test_a_cache_that_cannot_be_written_any_more_ends_no_run(
+def test_a_cache_that_becomes_read_only_does_not_end_a_run(
     recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = prepared(recipe_file())

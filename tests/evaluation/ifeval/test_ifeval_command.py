@@ -147,7 +147,7 @@ def test_user_errors_are_reported_before_the_first_request(says_no: Callable[...
     assert "--all-rules" in says_no("ifeval", "--model", "m", "--data", other, *out)
     assert "Allowed: an integer >= 1" in says_no("ifeval", "--model", "m", "--data", data, "--limit", "0")
     for temperature in ("-1", "nan", "hot"):
-        assert f"'{temperature}' is no number from 0 up" in says_no(
+        assert f"--temperature {temperature}: found " in says_no(
             "ifeval", "--model", "m", "--data", data, *out, f"--temperature={temperature}"
         )
 
@@ -203,7 +203,7 @@ def test_swapped_or_equal_files_of_data_and_control_are_refused(
         assert command("ifeval", "--model", "m", "--server", server.url, "--output-dir", out, "--limit", "2",
                        "--data", both, "--control", plain) == 0  # fmt: skip
     persona_alone = rewritten(tmp_path / "q.jsonl", taken_out, lambda row: row["messages"].insert(0, persona))
-    assert "asks in its user turn what" in error_of(both, persona_alone)
+    assert "has the same user turn as" in error_of(both, persona_alone)
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
     rows[4]["messages"][0]["content"] = " "
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

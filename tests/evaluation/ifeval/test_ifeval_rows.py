@@ -382,7 +382,7 @@ def test_our_constraints_name_everything_that_is_checked(maker: ModuleType) -> N
                         fewer = any(said(text, word) for word in ("fewer", "below"))
                         assert fewer == (item == "less than"), (rule, text)
                     elif isinstance(item, int):
-                        written = {1: ("item",), 2: ("2", "second"), 3: ("3",)}.get(item, (str(item),))
+                        written = {1: ("one",), 2: ("2", "second"), 3: ("3",)}.get(item, (str(item),))
                         first_of = name == "nth_paragraph" and item == 1 and said(text, "the first of which")
                         assert first_of or any(said(text, word) for word in written), (rule, text, name)
                     else:

@@ -188,7 +188,7 @@ def test_no_form_of_a_key_is_in_anything_that_a_run_leaves(
             encoding="utf-8",
         )
         try:
-            message = str(run_sysgen(load_config(config)).tally.unanswered.lines())
+            message = str(run_sysgen(load_config(config)).stats.unanswered.lines())
         except UserError as failure:
             message = str(failure)
     shown = capfd.readouterr()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.llm.reasoning.answer import format_advice, list_events, read_answer, without_reasoning
+from train.llm.reasoning import format_advice, list_events, read_answer, without_reasoning
 from train.llm.request import Answer
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.llm.reasoning.answer import without_reasoning
+from train.llm.reasoning import without_reasoning
 from train.llm.reasoning.forms import FORMS
 
 

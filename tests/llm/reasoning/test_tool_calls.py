@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.llm.reasoning.answer import read_answer
+from train.llm.reasoning import read_answer
 from train.llm.request import Answer
 
 CALLS = [

@@ -606,7 +606,7 @@ def test_a_run_resumes_from_mirrored_checkpoints_when_the_originals_are_gone(
     assert main(["--recipe", str(path)]) == 0
     output = capsys.readouterr().out
     assert f"{mirror / 'checkpoint-6' / 'optimizer.pt'} is damaged" in output
-    assert f"going on from {mirror / 'checkpoint-4'}" in output
+    assert f"resuming from {mirror / 'checkpoint-4'}" in output
     assert_same_model(run, uninterrupted["full"])
     assert steps(mirror) == [4, 6]
     assert find_checkpoint(str(mirror / "checkpoint-6"), load_recipe(path)) is not None

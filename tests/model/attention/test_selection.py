@@ -1,4 +1,4 @@
-"""Which kernel `auto` takes, what it says of the others, and what is refused by name."""
+"""The kernel that `auto` selects, its reasons against the others, and kernels refused by name."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -58,7 +58,12 @@ def test_without_a_gpu() -> None:
         ({"softcap": 50.0}, {}, "flex_attention", "torch_varlen does not support soft-capping"),
         ({"dropout": 0.1}, {}, "sdpa", "torch_varlen does not support dropout"),
         ({"sliding_window": 4096}, {}, "torch_varlen", "flash-attn"),
-        ({"sliding_window": 4096}, {"varlen_takes": frozenset({"is_causal"})}, "sdpa", "no sliding window with torch"),
+        (
+            {"sliding_window": 4096},
+            {"varlen_takes": frozenset({"is_causal"})},
+            "sdpa",
+            "not support a sliding window with torch",
+        ),
         ({"head_size": 208}, {"capability": (8, 9)}, "sdpa", "no backward for head size 208"),
         ({"head_size": 208}, {"capability": (8, 0)}, "torch_varlen", "flash-attn"),
     ],
@@ -177,14 +182,14 @@ def test_the_dtype_of_attention(dtype: str, training: dict, expected: str, recip
 
 
 def test_attention_sinks_do_not_exclude_flash_attention(recipe_file: Callable[..., Path]) -> None:
-    """gpt-oss names the only FlashAttention that knows its sinks."""
+    """gpt-oss names the only FlashAttention that supports its sinks."""
     needs = attention_needs(load_recipe(recipe_file(training={"bf16": True})), transformers.GptOssConfig())
     assert not needs.flash
     assert auto(needs).startswith("flex_attention: ")
 
 
 def test_requirements_of_a_model_with_its_own_code(recipe_file: Callable[..., Path]) -> None:
-    """Nothing is known of it: `auto` takes no risk, and a kernel by name is the user's word."""
+    """Nothing is known of its support: `auto` chooses sdpa, and a kernel by name is used as chosen."""
     config = type("ForeignConfig", (transformers.PretrainedConfig,), {"hidden_size": 64, "num_attention_heads": 4})()
     sixteen = {"bf16": True}
     assert auto(attention_needs(load_recipe(recipe_file(training=sixteen)), config)).startswith("sdpa: ")

@@ -1,4 +1,4 @@
-"""torch_varlen: what stands around torch's kernel, beside attention document by document; and the kernel on a GPU."""
+"""torch_varlen against attention computed document by document, with stand-ins for torch's kernel and on a GPU."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA dev
 
 
 def masks(cu_seq_q, cu_seq_k, sides: list[int]) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Each document's queries and keys, and who sees whom: the last query stands at the last key."""
+    """Yield each document's queries, keys and mask; the last query is at the last key."""
     borders_q, borders_k = cu_seq_q.tolist(), cu_seq_k.tolist()
     for start_q, end_q, start_k, end_k in zip(borders_q, borders_q[1:], borders_k, borders_k[1:], strict=False):
         behind = torch.arange(end_q - start_q)[:, None] + (end_k - start_k) - (end_q - start_q)
@@ -34,7 +34,7 @@ def masks(cu_seq_q, cu_seq_k, sides: list[int]) -> Iterator[tuple[slice, slice, 
 
 
 def forward(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, sides) -> tuple[torch.Tensor, ...]:
-    """Attention document by document, [tokens, heads, size], and the logarithms of the sums, [heads, tokens]."""
+    """Compute attention document by document, [tokens, heads, size], and log-sum-exp, [heads, tokens]."""
     assert query.ndim == key.ndim == value.ndim == 3
     assert query.shape[2] == key.shape[2] == value.shape[2]
     assert query.dtype == key.dtype == value.dtype
@@ -54,7 +54,7 @@ def forward(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, sides) -
 
 
 def backward(grad_out, query, key, value, out, lse, cu_seq_q, cu_seq_k, scale, sides) -> tuple[torch.Tensor, ...]:
-    """Dao et al., arXiv:2205.14135, appendix B.2, document by document: from the output and the sums of the forward."""
+    """Compute gradients document by document from output and log-sum-exp (Dao et al., arXiv:2205.14135, appendix B.2)."""
     groups = query.shape[1] // key.shape[1]
     wide_key, wide_value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     dq, dk, dv = torch.zeros_like(query), torch.zeros_like(wide_key), torch.zeros_like(wide_value)
@@ -78,13 +78,13 @@ VERSIONS = {
         ", float? scale=None, int[]? window_size=None",
     ),
 }
-"""What torch's two operators take after `is_causal` (and `rng_state`), in torch/nn/attention/varlen.py."""
+"""Parameters of torch's two operators after `is_causal` (and `rng_state`), from torch/nn/attention/varlen.py."""
 RUNS: Counter[str] = Counter()
 
 
 @cache
 def stand_in(version: str) -> tuple:
-    """torch's operators, which need CUDA, computed by the loops above, with the schema of each version."""
+    """Return operators with the schema of a version of torch's, which need CUDA, computed by the loops above."""
     library = torch.library.Library(f"stand_in_{version.replace('.', '_')}", "DEF")
     queries = "Tensor query, Tensor key, Tensor value"
     lengths = "Tensor cu_seq_q, Tensor cu_seq_k, SymInt max_q, SymInt max_k"
@@ -148,7 +148,7 @@ def random_inputs(batch: int, tokens: int, key_tokens: int | None = None, value_
 
 
 def expected(inputs: list[torch.Tensor], allowed: torch.Tensor, scale: float | None = None) -> torch.Tensor:
-    """[batch, tokens, heads, size] with all pairs that may see each other written out: [batch, tokens, key tokens]."""
+    """Compute attention [batch, tokens, heads, size] with a dense mask [batch, tokens, key tokens]."""
     return scaled_dot_product_attention(*inputs, attn_mask=allowed[:, None], scale=scale, enable_gqa=True).transpose(
         1, 2
     )
@@ -164,7 +164,7 @@ def blocks(lengths: list[int]) -> torch.Tensor:
 
 
 def assert_same(output: torch.Tensor, right: torch.Tensor, inputs: list[torch.Tensor]) -> None:
-    """The outputs and the gradients of query, key and value."""
+    """Return the outputs and the gradients of query, key and value."""
     torch.testing.assert_close(output, right)
     weights = torch.randn_like(right)
     for tensor, other in zip(
@@ -193,7 +193,7 @@ def test_documents_of_the_collator(kernel: str, lengths: list[int], scale: float
 
 
 def test_documents_by_positions_alone(kernel: str) -> None:
-    """In two rows, which a collator without `padding_free` may make, and with one row of positions for both."""
+    """Two rows, as from a collator without `padding_free`, and one row of positions for both."""
     inputs = random_inputs(2, 8)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 1]])
     output, _ = varlen.attention(LAYER, *inputs, None, position_ids=positions)
@@ -206,7 +206,7 @@ def test_documents_by_positions_alone(kernel: str) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding(kernel: str, side: str) -> None:
-    """Rows of 8, 3 and 5 tokens; what stands where there is none is 0, and no NaN."""
+    """Rows of 8, 3 and 5 tokens; padding is 0, not NaN."""
     real = torch.arange(8) < torch.tensor([8, 3, 5])[:, None]
     real = real.flip(1) if side == "left" else real
     inputs = random_inputs(3, 8)
@@ -218,7 +218,7 @@ def test_padding(kernel: str, side: str) -> None:
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("padded", [True, False])
 def test_a_cache(kernel: str, queries: int, padded: bool) -> None:
-    """The queries are the last of the keys, in generation (1) and where a prompt goes on (3)."""
+    """The queries are the last of the keys: in generation (1), and when a prompt continues (3)."""
     real = torch.arange(9) >= torch.tensor([0, 4])[:, None]
     inputs = random_inputs(2, queries, 9)
     output, _ = varlen.attention(LAYER, *inputs, real if padded else None)
@@ -227,13 +227,13 @@ def test_a_cache(kernel: str, queries: int, padded: bool) -> None:
 
 
 def test_a_sliding_window(kernel: str) -> None:
-    """A window of 4 keys, the query's own among them; one that no document reaches is none, for any torch."""
+    """A window of 4 keys, including the query's own. One longer than any document is ignored, for any torch."""
     lengths = [9, 3]
     inputs = random_inputs(1, 12)
     call = lambda window: varlen.attention(LAYER, *inputs, None, sliding_window=window, **collated(lengths))[0]  # noqa: E731
     assert_same(call(9), expected(inputs, blocks(lengths)[None]), inputs)
     if kernel == "2.10":
-        with pytest.raises(ValueError, match="no sliding window with torch"):
+        with pytest.raises(ValueError, match="not support a sliding window with torch"):
             call(4)
         return
     assert_same(call(4), expected(inputs, blocks(lengths)[None] & ~causal(12).tril(-4)), inputs)
@@ -265,7 +265,7 @@ def test_unsupported_features_of_the_kernel_are_errors(settings_of_case: dict, w
 
 
 def test_a_complete_model_gives_the_logits_of_sdpa(kernel: str, tiny_model: Path) -> None:
-    """Packed by TRL's collator, padded, and generating with a cache from prompts padded on the left: transformers finds it by its name."""
+    """Packed by TRL's collator, padded, and generating with a cache from left-padded prompts; selected by its name."""
     varlen.register()
     models = [LlamaForCausalLM.from_pretrained(tiny_model, attn_implementation=name) for name in (varlen.NAME, "sdpa")]
     ids = torch.randint(3, 200, (1, 40), generator=torch.Generator().manual_seed(0))
@@ -295,7 +295,7 @@ def test_a_complete_model_gives_the_logits_of_sdpa(kernel: str, tiny_model: Path
 
 @pytest.mark.parametrize("selective", [True, False])
 def test_selective_checkpointing_keeps_the_output_of_attention(kernel: str, selective: bool, tiny_model: Path) -> None:
-    """TRL's: with it the kernel runs once a layer, without it once more, and the gradients are the same bits."""
+    """With TRL's, the kernel runs once per layer, without it once more, and the gradients are bitwise equal."""
     varlen.register()
     model = LlamaForCausalLM.from_pretrained(tiny_model, attn_implementation=varlen.NAME).train()
     ids = torch.randint(3, 200, (1, 40), generator=torch.Generator().manual_seed(0))
@@ -314,7 +314,7 @@ def test_selective_checkpointing_keeps_the_output_of_attention(kernel: str, sele
 
 
 def test_float32_weights_under_autocast(kernel: str, tiny_model: Path) -> None:
-    """RoPE leaves queries and keys in float32 there, and values in 16 bits; FlashAttention has no float32."""
+    """RoPE returns queries and keys in float32, and values are in 16 bits; FlashAttention has no float32."""
     varlen.register()
     model = LlamaForCausalLM.from_pretrained(tiny_model, attn_implementation=varlen.NAME)
     seen = []
@@ -335,7 +335,7 @@ def test_this_torch_has_a_kernel_we_know_how_to_call() -> None:
 
 
 def test_shapes_are_known_to_the_compiler() -> None:
-    """torch.compile runs it on tensors without numbers, forward and backward: this torch's own operators."""
+    """torch.compile traces this torch's operators with fake tensors, forward and backward."""
     with FakeTensorMode():
         inputs = [
             torch.empty(1, heads, 12, SIZE).bfloat16().requires_grad_() for heads in (HEADS, KEY_HEADS, KEY_HEADS)
@@ -362,7 +362,7 @@ def run_trial(kernel: str, **settings_of_case) -> str | None:
 
 @pytest.mark.parametrize("window", [None, 4096])
 def test_the_kernel_test_accepts_a_plain_loop(kernel: str, window: int | None) -> None:
-    """And leaves random numbers alone."""
+    """The global random state doesn't change either."""
     varlen.register()
     state = torch.get_rng_state()
     failure = run_trial(varlen.NAME, window=window)
@@ -386,7 +386,7 @@ def test_the_kernel_test_detects_a_leak_and_a_missing_backward(monkeypatch: pyte
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("window", [None, 4096])
 def test_torchs_own_kernel(head_size: int, groups: int, window: int | None) -> None:
-    """Forward and backward on packed documents beside plain arithmetic in float32."""
+    """Forward and backward on packed documents, compared with float32."""
     varlen.register()
     cuda = torch.device("cuda")
     assert (

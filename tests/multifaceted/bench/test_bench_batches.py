@@ -130,7 +130,7 @@ def test_missing_answers_of_a_batch_are_counted_and_written_again(
     shown = capsys.readouterr().out
     assert "1 answer belongs to none of these questions" in shown
     assert "1 failed, and are asked again: it expired" in shown
-    assert "1 failed, and are asked for again: server error" in shown
+    assert "1 failed, and are asked again: server error" in shown
     wanted = {line["custom_id"] for line in lines(again)}
     assert {*gone, expired, overloaded} < wanted
     assert wanted.isdisjoint(too_long)
@@ -140,7 +140,7 @@ def test_missing_answers_of_a_batch_are_counted_and_written_again(
     record = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert record["complete"] is False
     assert record["missing"]["judgements_missing"] == {"unparsable": 0, "no answer": 2, "pending": 6}
-    assert "**Not finished: 6 judgements are still to come" in shown
+    assert "**Not finished: 6 judgements are pending" in shown
     scores = [row["score"] for row in lines(tmp_path / "out" / "bench_rows.jsonl")]
     assert scores[0] == pytest.approx((3 + 4) / 2)  # of the two rubrics that are there
     assert record["score"]["scored"] == 3

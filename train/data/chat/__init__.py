@@ -1,1 +1,1 @@
-"""TODO data/chat."""
+"""Chat templates: rendering, assistant spans, system roles, control tokens."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from train.data.chat.control_tokens import match_any, special_tokens
 from train.data.chat.probe_conversations import (
     ANSWER,
     NAME,
@@ -42,7 +43,7 @@ class Ending:
 
 
 class AnswerFormat:
-    """How one tokenizer's chat template writes answers.
+    """The format of answers under one tokenizer's chat template.
 
     - `marked`: the template has `{% generation %}` marks.
     - `form`: the form of messages that it takes.
@@ -56,11 +57,9 @@ class AnswerFormat:
         self.template = dated_template(tokenizer)
         self.eos = tokenizer.eos_token
         self._variables: dict[str, Any] = tokenizer.special_tokens_map
-        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        special |= set(tokenizer.all_special_tokens)
-        self.special = _any_of(special)
+        self.special = match_any(special_tokens(tokenizer))
         # Gemma's added tokens are also line breaks and HTML tags: they end an answer only where nothing else does.
-        self._added = _any_of(token for token in tokenizer.get_added_vocab() if not token.isspace())
+        self._added = match_any(token for token in tokenizer.get_added_vocab() if not token.isspace())
         self.marked = has_generation_marks(self.template)
         self._modes = [{name: on} for name in _MODES if name in self.template for on in (False, True)]
         self.form = self._find_form()
@@ -180,8 +179,3 @@ class AnswerFormat:
 
     def _last_token(self, text: str) -> str:
         return (self.special.findall(text) or self._added.findall(text))[-1]
-
-
-def _any_of(tokens: Any) -> re.Pattern[str]:
-    longest_first = sorted({token for token in tokens if token}, key=lambda token: (-len(token), token))
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) never matches

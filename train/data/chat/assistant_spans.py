@@ -86,7 +86,9 @@ class SpanFinder:
         if not self._format.marked:
             self._check_template()
         elif self._format.ending is not None:
-            one_mark = self._format.try_render(question(ANSWER)) and len(self._render(question(ANSWER), None)[1]) == 1
+            one_mark = (
+                self._format.try_render(question(ANSWER)) and len(self._format.render(question(ANSWER), None)[1]) == 1
+            )
             self._marks_suffice = bool(one_mark) and all(map(self._marks_agree, probe_conversations()))
 
     @property
@@ -106,7 +108,7 @@ class SpanFinder:
     def find_left_out(
         self, messages: list[Message], tools: Tools, kwargs: Mapping[str, Any] | None, renderings: list[Rendering]
     ) -> Unread:
-        """Return what the template leaves out of a conversation, contents aside."""
+        """Return the texts of a conversation, except contents, that the template leaves out."""
         if tools is None and not kwargs and all(message.keys() <= _ALWAYS_CHECKED for message in messages):
             return {}
         texts = [rendering.text for rendering in renderings]
@@ -133,7 +135,7 @@ class SpanFinder:
         targets = targets[-1:] if train_on == "last" else targets
         if not targets:
             raise RowError("nothing to train", "no assistant turn that is to be trained")
-        text, marks = self._render(messages, tools)
+        text, marks = self._format.render(messages, tools)
         by_marks = self._by_marks(messages, targets, tools, text, marks) if self._marks_suffice else []
         return by_marks or self._by_prompts(messages, targets, tools, text, marks)
 
@@ -169,7 +171,7 @@ class SpanFinder:
         for number in reversed(targets):
             if turns and turns[-1].first <= number:
                 continue  # part of the turn that it was merged into
-            rendered = (text, marks) if number == last else self._render(messages[: number + 1], tools)
+            rendered = (text, marks) if number == last else self._format.render(messages[: number + 1], tools)
             turn = self._find_turn(messages, number, tools, rendered)
             if not all(message.get("train", True) for message in messages[turn.first : number]):
                 raise RowError("answers merged by the template", f"message {number + 1} with one that isn't trained")
@@ -228,7 +230,7 @@ class SpanFinder:
         """Return the control token that begins the message after `number`, if it leaves `text` unchanged, or ""."""
         if number + 1 == len(messages):
             return ""
-        longer, _ = self._render(messages[: number + 2], tools)
+        longer, _ = self._format.render(messages[: number + 2], tools)
         token = self._format.special.match(longer, len(text)) if longer.startswith(text) else None
         return token[0] if token else ""
 
@@ -241,7 +243,7 @@ class SpanFinder:
         for first in dict.fromkeys((number, run)):
             for mode in self._format.modes():
                 try:
-                    prompt, _ = self._render(messages[:first], tools, add_generation_prompt=True, **mode)
+                    prompt, _ = self._format.render(messages[:first], tools, add_generation_prompt=True, **mode)
                 except RowError as error:
                     reason = reason or f"the template can't prompt for message {number + 1} ({error.detail})"
                     continue
@@ -249,9 +251,6 @@ class SpanFinder:
                     return first, len(prompt)
                 reason = reason or _describe_difference(prompt, text)
         raise RowError(_NO_PROMPT, reason)
-
-    def _render(self, messages: list[Message], tools: Tools, **options: Any) -> tuple[str, list[Span]]:
-        return self._format.render(messages, tools, **options)
 
     def _check_template(self) -> None:
         """Raise UserError if neither a plain question and answer nor one with reasoning can be trained."""
@@ -269,7 +268,7 @@ class SpanFinder:
         for messages in probe_conversations():
             try:
                 tools = tools_for(messages)
-                self._find_turn(messages, len(messages) - 1, tools, self._render(messages, tools))
+                self._find_turn(messages, len(messages) - 1, tools, self._format.render(messages, tools))
             except RowError as error:
                 refusal = error if error.kind == _NO_PROMPT or refusal is None else refusal
             else:
@@ -290,7 +289,7 @@ class SpanFinder:
         results: list[Any] = []
         for find in (self._by_marks, self._by_prompts):
             try:
-                results.append(find(messages, targets, tools, *self._render(messages, tools)))
+                results.append(find(messages, targets, tools, *self._format.render(messages, tools)))
             except RowError as error:
                 results.append(error.kind)
         return results[0] in ([], results[1])
@@ -311,7 +310,7 @@ def _check_single_end(answers: list[Message], written: str, end_token: str) -> N
     """
     own = sum(str(value).count(end_token) for answer in answers for value in answer.values())
     if written.count(end_token) > own + len(answers):
-        raise RowError("text after the end of an answer", f"{end_token} stands within {written[:80]!r}")
+        raise RowError("text after the end of an answer", f"{end_token} is within {written[:80]!r}")
 
 
 def _describe_difference(prompt: str, text: str) -> str:

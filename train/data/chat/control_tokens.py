@@ -13,6 +13,7 @@ for messages to use. Markers that are ordinary text ([INST] in Mistral 7B v0.1, 
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +27,21 @@ ZERO_WIDTH_SPACE = "\u200b"
 _ERROR = "control token in text, which `chat.control_tokens_in_text: escape` would break up and `allow` would keep"
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the tokens that the tokenizer marks as special, the longest first."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return _longest_first(special | set(tokenizer.all_special_tokens))
+
+
+def match_any(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern that matches any of the tokens, the longest first."""
+    return re.compile("|".join(map(re.escape, _longest_first(tokens))) or "(?!)")  # (?!) never matches
+
+
+def _longest_first(tokens: Iterable[str]) -> list[str]:
+    return sorted({token for token in tokens if token}, key=lambda token: (-len(token), token))
+
+
 class ControlTokens:
     """The control tokens of one tokenizer, and the policy for those typed in text."""
 
@@ -34,13 +50,11 @@ class ControlTokens:
 
         Raises UserError under `escape` if the tokenizer ignores the zero-width space.
         """
-        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        special = {token for token in special | set(tokenizer.all_special_tokens) if token}
-        longest_first = sorted(special, key=lambda token: (-len(token), token))
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) never matches
+        special = special_tokens(tokenizer)
+        self._pattern = match_any(special)
         self._policy = policy
         if policy == "escape":
-            self._check_escape(tokenizer, longest_first)
+            self._check_escape(tokenizer, special)
 
     def _check_escape(self, tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
         ids = set(tokenizer.convert_tokens_to_ids(tokens))
@@ -74,13 +88,9 @@ class ControlTokens:
                     cleaned[number] = {**cleaned[number], key: new}
         return cleaned
 
-    def clean_tools(self, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-        """Apply the policy to tool definitions. Raises RowError."""
-        return tools if tools is None or self._policy == "allow" else self._clean(tools, "the tools")
-
-    def clean_kwargs(self, kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Apply the policy to the variables that a row sets for the template. Raises RowError."""
-        return kwargs if kwargs is None or self._policy == "allow" else self._clean(kwargs, "chat_template_kwargs")
+    def clean_value(self, value: Any, where: str) -> Any:
+        """Apply the policy to all texts in a value, which errors name as `where`. Raises RowError."""
+        return value if value is None or self._policy == "allow" else self._clean(value, where)
 
     def _clean(self, value: Any, where: str) -> Any:
         if isinstance(value, dict):
@@ -101,8 +111,3 @@ class ControlTokens:
 
 def _escape(token: str) -> str:
     return token[0] + ZERO_WIDTH_SPACE + token[1:]
-
-
-def clean(tokenizer: PreTrainedTokenizerBase, messages: list[Message], policy: Policy) -> list[Message]:
-    """Apply `ControlTokens.clean` to one conversation. Raises RowError and UserError."""
-    return ControlTokens(tokenizer, policy).clean(messages)

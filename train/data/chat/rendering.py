@@ -167,8 +167,10 @@ def find_left_out(
                     collect(missing, "tools[].description", text)
     for name, value in kwargs.items():
         used = name in variables_of(template)
-        lost = [text for text in iter_texts(value) if not (_is_in(text, renders) or (used and not is_prose(text)))]
-        for item in lost or ([] if used or any(iter_texts(value)) else [value]):
+        missing_texts = [
+            text for text in iter_texts(value) if not (_is_in(text, renders) or (used and not is_prose(text)))
+        ]
+        for item in missing_texts or ([] if used or any(iter_texts(value)) else [value]):
             collect(missing, f"{TEMPLATE_KWARGS}.{name}", item)
     return missing
 

@@ -40,7 +40,7 @@ class Refused(Exception):  # noqa: N818 - a result of probing, not an error of t
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """How a template handles system messages.
+    """A template's handling of system messages.
 
     - `handling`: a system message at the start is a turn of its own, is merged into a user turn (`merged_into`: which
       one of several), is ignored, or makes the template raise (`refusal`: its text).
@@ -110,7 +110,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """How a template writes a conversation without a system message.
+    """A template's turns in a conversation without a system message.
 
     - `plain`: the render of `EXCHANGES`.
     - `bos`: the BOS token that it begins with, or "".

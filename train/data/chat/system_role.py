@@ -178,7 +178,7 @@ def apply_system_role(
 
 @dataclass(frozen=True, slots=True)
 class SystemRoleEffect:
-    """How the final template handles system messages, in `sentences`.
+    """The final template's handling of system messages, in `sentences`.
 
     `default`: the system message of conversations without one. `changed`: the unmodified template handles them
     differently.

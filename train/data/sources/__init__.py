@@ -1,1 +1,1 @@
-"""TODO data/sources."""
+"""Sources: files and data sets -> rows -> conversations."""

@@ -67,7 +67,7 @@ class _Layout:
 
 
 _LITERAL = "print(json.dumps(ast.literal_eval({})))"
-_COMMA = _Layout("a comma stands after the object", "sed 's/,[[:space:]]*$//'")
+_COMMA = _Layout("a comma follows the object", "sed 's/,[[:space:]]*$//'")
 _PYTHON = _Layout(
     "it is a Python dict (single quotes, None, True), not JSON",
     "python3 -c 'import ast, json, sys; [" + _LITERAL.format("line") + " for line in sys.stdin if line.strip()]'",
@@ -76,9 +76,9 @@ _PYTHON_LIST = _Layout(
     f"it is {PYTHON}",
     "python3 -c 'import ast, json, sys; " + _LITERAL.format("sys.stdin.read()") + "'",
 )
-_SEVERAL = _Layout("several objects stand on one line", "jq -c .")
-_SPREAD = _Layout("the objects stand over several lines each", "jq -c .")
-_SPREAD_ONE = _Layout("an object stands over several lines", "jq -c .")
+_SEVERAL = _Layout("several objects are on one line", "jq -c .")
+_SPREAD = _Layout("each object spans several lines", "jq -c .")
+_SPREAD_ONE = _Layout("an object spans several lines", "jq -c .")
 _JOINED = _Layout(
     "a byte order mark (EF BB BF) inside the file, where another file was joined to it",
     r"sed 's/^\xEF\xBB\xBF//'",
@@ -210,7 +210,7 @@ def document_error(path: Path, text: str, error: json.JSONDecodeError) -> UserEr
     if is_python(text):
         return _conversion_error(path, path, _PYTHON_LIST)
     if rest[:1] in ("]", "}") and text[: error.pos].rstrip().endswith(","):
-        return UserError(f"{invalid}: a comma stands before the closing {rest[0]}. Remove it.")
+        return UserError(f"{invalid}: a comma precedes the closing {rest[0]}. Remove it.")
     return UserError(f"{invalid}.")
 
 

@@ -116,9 +116,7 @@ def _lists(values: Sequence[NDArray[np.int32]]) -> pyarrow.ListArray:
 
 
 def _digests(conversation: Conversation) -> tuple[bytes, bytes, list[bytes]]:
-    """Return digests of the complete conversation, of its first user message (white space aside), and of each system
-    message.
-    """
+    """Return digests of a conversation, of its first user message (white space aside), and of its system messages."""
     messages = conversation.messages
     first = next((message for message in messages if message["role"] == "user"), messages[0])
     extras = [part for part in (conversation.tools, conversation.template_kwargs) if part is not None]

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from train.data.chat.assistant_spans import TrainOn
 from train.data.chat.control_tokens import ControlTokens, Policy
 from train.data.loss_mask import EncodedRow, Encoder
-from train.data.sources.formats import Conversation, RowError, read_row
+from train.data.sources.formats import TEMPLATE_KWARGS, Conversation, RowError, read_row
 from train.data.sources.readers import Chunk
 from train.data.sources.unread_text import Unread
 from train.data.tokens.table import RowIssues, make_batch
@@ -74,8 +74,8 @@ class RowTokenizer:
     def _clean(self, conversation: Conversation) -> Conversation | RowError:
         try:
             messages = self._control_tokens.clean(conversation.messages)
-            tools = self._control_tokens.clean_tools(conversation.tools)
-            kwargs = self._control_tokens.clean_kwargs(conversation.template_kwargs)
+            tools = self._control_tokens.clean_value(conversation.tools, "the tools")
+            kwargs = self._control_tokens.clean_value(conversation.template_kwargs, TEMPLATE_KWARGS)
         except RowError as error:
             return error
         if messages is conversation.messages and (tools, kwargs) == (conversation.tools, conversation.template_kwargs):

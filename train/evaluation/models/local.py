@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from train.data.chat.system_role import SystemRole, apply_system_role
-from train.data.chat.template import use_template
+from train.data.chat.system_role import SystemRole
 from train.errors import UserError, replace_in_errors
 from train.evaluation.models.options import LocalModel
 from train.llm.failures import RequestFailed
 from train.llm.request import Answer, Decoding
 from train.model.inference import Generated, generate_batch
 from train.model.load import load_config, load_saved
-from train.model.tokenizer import load_tokenizer
-from train.recipe import ModelSection
+from train.model.tokenizer import apply_chat_section, load_tokenizer
+from train.recipe import ChatSection, ModelSection
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -39,10 +38,8 @@ def open_tokenizer(model: str, template: str | None, system_role: SystemRole) ->
 
     Raises UserError if there is none, or if its template would lose system messages.
     """
-    tokenizer = load_tokenizer_of(model)
-    use_template(tokenizer, template)
-    apply_system_role(tokenizer, system_role)
-    return tokenizer
+    chat = ChatSection(template=template, system_role=system_role)
+    return apply_chat_section(load_tokenizer_of(model), chat).tokenizer
 
 
 def load_tokenizer_of(model: str) -> PreTrainedTokenizerBase:

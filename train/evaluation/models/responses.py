@@ -26,7 +26,7 @@ from train.llm.journal import Journal
 from train.llm.options import WAIT_FOR_SERVER
 from train.llm.ordered_map import map_ordered
 from train.llm.progress import progress
-from train.llm.reasoning.answer import format_advice, list_events, read_answer
+from train.llm.reasoning import format_advice, list_events, read_answer
 from train.llm.refusals import SettingFormatter, format_config_key
 from train.llm.request import Answer, Decoding, Request
 from train.llm.system_role import merge_into_user

@@ -143,7 +143,7 @@ class CheckpointWriter:
         message = f"output_dir: {self._folder / name} couldn't be written: {error}. {untouched}"
         if self._settings.on_error == "error":
             raise UserError(
-                f"{message} {self.next_start_hint()} If save.on_error is `warn`, training continues after such an error."
+                f"{message} {self.next_start_hint()} Training continues after such an error if save.on_error is `warn`."
             )
         if is_first_rank():
             consequence = "The run stops without it" if stopping else "Training continues"

@@ -40,9 +40,9 @@ class Needs:
     softcap: float | None = None
     dropout: float = 0.0
     flash: bool = True
-    """Whether the architecture's code in transformers supports FlashAttention; so for the three below."""
+    """Support of FlashAttention by the architecture's code in transformers; so for the three below."""
     registered: bool = True
-    """Whether it uses transformers' AttentionInterface, where torch_varlen is registered; other code ignores it."""
+    """Use of transformers' AttentionInterface, where torch_varlen is registered; other code ignores it."""
     flex: bool = True
     sdpa: bool = True
 

@@ -95,15 +95,15 @@ def _add_line(batch: BatchAnswers, key: bytes, response: Any, error_object: Any)
         or parse_error(error_object, json.dumps(error_object))
         or ErrorBody(None, "", "")
     )
-    message = " ".join(error_body.text.split())[:300]
+    message = " ".join(error_body.message.split())[:300]
     with_status = f"{status}: {message}".removesuffix(": ")
     server_error = None
     if isinstance(status, int) and status >= 400:
         server_error = classify_error(status, message, error_body, {}, longest_wait=0.0)
-    if server_error and server_error.kind == "row":
+    if server_error and server_error.kind == "request":
         batch.errors[key] = with_status
         batch.refusals[key] = (body.get("error") if isinstance(body, Mapping) else None) or error_object or body
-    elif server_error and server_error.kind in ("denied", "hopeless"):
+    elif server_error and server_error.kind in ("denied", "fatal"):
         batch.failed[with_status] += 1
     else:
         batch.failed[message or f"status {status}"] += 1

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from train.llm.failures import RequestFailed
-from train.llm.reasoning.answer import LEFTOVER_EVENTS, list_events, read_answer
+from train.llm.reasoning import LEFTOVER_EVENTS, list_events, read_answer
 from train.llm.request import Answer, Request
 from train.multifaceted.bench.protocol import JudgeSettings
 from train.multifaceted.bench.rows import BenchRow, Rubric
@@ -82,7 +82,7 @@ class Judgement:
     - `texts`: all its answers, those without a score first.
     - `missing`: the kind of reason why `score` is None, with its `detail`.
     - `errors`: the error of each answer without a score.
-    - `cleaned`: events of reading its answers, as in `train.llm.reasoning.answer`.
+    - `cleaned`: events of reading its answers, as in `train.llm.reasoning`.
     """
 
     score: int | None

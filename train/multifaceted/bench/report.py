@@ -10,7 +10,7 @@ from typing import Any
 from train.datagen.stats import unread_warning
 from train.formatting import format_count
 from train.llm.failures import SHOWN_IN_REPORT
-from train.llm.reasoning.answer import format_advice
+from train.llm.reasoning import format_advice
 from train.llm.request import Decoding
 from train.multifaceted.bench.figures import figures
 from train.multifaceted.bench.judging import NO_SCORE, PROMPT_VERSION

@@ -54,6 +54,20 @@ class PlannedPreference:
     preference: str
     examples: tuple[str, ...]
 
+    @property
+    def dimension(self) -> str:
+        """Name of the dimension."""
+        return self.sub.dimension
+
+    @property
+    def subdimension(self) -> str:
+        """Name of the sub-dimension."""
+        return self.sub.name
+
+    def with_text(self, text: str) -> "Preference":
+        """Return a preference of this sub-dimension."""
+        return Preference(self.dimension, self.subdimension, text)
+
 
 @dataclass(frozen=True, slots=True)
 class Preference:
@@ -178,7 +192,7 @@ def _refuse_duplicates(document: Document, read: Sequence[SubDimension], base: H
 class PreferencePlan:
     """Plan of the sub-dimensions and preferences that the sets of each instruction take.
 
-    Raises UserError if a dimension has too few preferences for so many different sets.
+    Raises UserError if a dimension has too few preferences for the number of sets.
     """
 
     def __init__(self, hierarchy: Hierarchy, sets: int, seed: int) -> None:

@@ -26,7 +26,6 @@ from train.multifaceted.collection.config import CollectionConfig
 from train.multifaceted.collection.hierarchy import (
     Hierarchy,
     PlannedPreference,
-    Preference,
     PreferencePlan,
     normalize_words,
 )
@@ -95,14 +94,12 @@ class Pipeline:
 
     async def _propose(self, result: InstructionResult, current: SetResult) -> bool:
         if self.config.preferences == "hierarchy":
-            current.preferences = [
-                Preference(planned.sub.dimension, planned.sub.name, planned.preference) for planned in current.planned
-            ]
+            current.preferences = [planned.with_text(planned.preference) for planned in current.planned]
             return True
         siblings = [preference for other in result.written if other is not current for preference in other.preferences]
 
         def build_prompt(missing: Planned, sample: int) -> list[prompts.Turn]:
-            names = {planned.sub.dimension: planned.sub.name for planned in missing}
+            names = {planned.dimension: planned.subdimension for planned in missing}
             avoid = [
                 sibling.preference
                 for sibling in siblings
@@ -114,19 +111,14 @@ class Pipeline:
             if len(text) > prompts.LONGEST_PREFERENCE:
                 return "too long"
             taken = {
-                normalize_words(sibling.preference)
-                for sibling in siblings
-                if sibling.dimension == planned.sub.dimension
+                normalize_words(sibling.preference) for sibling in siblings if sibling.dimension == planned.dimension
             }
             return "the same as a sibling's" if normalize_words(text) in taken else ""
 
         lines = await self._ask_lines(result, current, "propose", build_prompt, find_error)
         if lines is None:
             return False
-        current.preferences = [
-            Preference(planned.sub.dimension, planned.sub.name, lines[planned.sub.dimension])
-            for planned in current.planned
-        ]
+        current.preferences = [planned.with_text(lines[planned.dimension]) for planned in current.planned]
         return True
 
     async def _describe(self, result: InstructionResult, current: SetResult, rng: random.Random) -> bool:
@@ -135,7 +127,7 @@ class Pipeline:
 
         def build_prompt(missing: Planned, sample: int) -> list[prompts.Turn]:
             rng.setstate(state)  # the same examples in each try
-            return prompts.describe([preferences[planned.sub.dimension] for planned in missing], self.hierarchy, rng)
+            return prompts.describe([preferences[planned.dimension] for planned in missing], self.hierarchy, rng)
 
         lines = await self._ask_lines(result, current, "describe", build_prompt, lambda planned, text: "")
         if lines is None:
@@ -164,7 +156,7 @@ class Pipeline:
         lines: dict[str, str] = {}
         reason = detail = ""
         for sample in range(1 + self.config.retries):
-            missing = [planned for planned in current.planned if planned.sub.dimension not in lines]
+            missing = [planned for planned in current.planned if planned.dimension not in lines]
             request = self.client.request(stage, build_prompt(missing, sample), sample)
             next_try = self.client.request(stage, build_prompt(missing, sample + 1), sample + 1)
             answer = await self.client.ask(request, result, next_try=next_try)
@@ -172,19 +164,19 @@ class Pipeline:
             if not answer.refused:
                 replies = prompts.parse_dimension_lines(answer.text, missing, cut=bool(reason))
                 for planned in missing:
-                    if (text := replies.get(planned.sub.dimension)) is None:
+                    if (text := replies.get(planned.dimension)) is None:
                         continue
                     error = find_error(planned, text)
                     if normalize_words(text) in map(normalize_words, lines.values()):
                         error = "the same for two dimensions"
                     if not error:
-                        lines[planned.sub.dimension] = text
+                        lines[planned.dimension] = text
                     reason = error or reason
             if len(lines) == len(current.planned):
                 return lines
             reason = reason or "can't be read"
             result.events[f"{_NOUNS[stage]}: {reason}, of some or all dimensions"] += 1
-        lost = [planned.sub.dimension for planned in current.planned if planned.sub.dimension not in lines]
+        lost = [planned.dimension for planned in current.planned if planned.dimension not in lines]
         current.drop(f"{_NOUNS[stage]}: {reason}", f"{', '.join(lost)}: {detail}")
         return None
 

@@ -8,7 +8,7 @@ names of the preferences.
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from train.datagen.stop_patterns import StopPattern
 from train.multifaceted.collection.few_shot_messages import EXAMPLES
@@ -86,7 +86,7 @@ def propose(instruction: str, planned: Sequence[PlannedPreference], avoid: Seque
             _turn("assistant", reply),
         ]
     shown = "\n".join(
-        f"- {part.sub.dimension}, {part.sub.name} ({part.sub.meaning}). Examples: {'; '.join(part.examples)}"
+        f"- {part.dimension}, {part.subdimension} ({part.sub.meaning}). Examples: {'; '.join(part.examples)}"
         for part in planned
     )
     ask = f"### Instruction\n{instruction}\n\n### Aspects\n{shown}"
@@ -181,24 +181,20 @@ STOP_PATTERNS = {
 }
 """Stop patterns of the replies, by stage. An answer has none: it may hold any line."""
 
+_NO_CONTENT = frozenset(("", "preference", "description", "none"))
 _MARKS = " \t*_`\"'“”‘’"
 _LABEL = re.compile(r"^[\W\d_]*(?P<name>[A-Za-z][A-Za-z _]*?)[*_`]*\s*(?:[,/(>–-][^:]*)?[*_`]*:(?P<text>.*)$")
 
 
 def parse_dimension_lines(
-    reply: str, planned: Sequence[Preference] | Sequence[PlannedPreference], *, cut: bool = False
+    reply: str, planned: Sequence[PlannedPreference | Preference], *, cut: bool = False
 ) -> dict[str, str]:
     """Return the text behind each requested dimension's name; the first if a name occurs twice.
 
     Case, emphasis, numbers before the name and the sub-dimension behind it are ignored. `cut`: the reply was cut, so
     its last line is ignored.
     """
-    asked: Mapping[str, str] = {
-        part.dimension if isinstance(part, Preference) else part.sub.dimension: (
-            part.subdimension if isinstance(part, Preference) else part.sub.name
-        )
-        for part in planned
-    }
+    asked = {part.dimension: part.subdimension for part in planned}
     lines = [line for line in reply.splitlines() if line.strip()]
     texts: dict[str, str] = {}
     for line in lines[:-1] if cut else lines:
@@ -210,14 +206,8 @@ def parse_dimension_lines(
         of_sub, colon, rest = text.partition(":")  # `style: tone: Dry wit`
         if colon and normalize_words(of_sub) == normalize_words(asked[name].replace("_", " ")):
             text = rest.strip(_MARKS)
-        says_something = normalize_words(text) not in (
-            "",
-            normalize_words(asked[name]),
-            "preference",
-            "description",
-            "none",
-        )
-        if says_something and any(map(str.isalnum, text)):
+        has_content = normalize_words(text) not in _NO_CONTENT | {normalize_words(asked[name])}
+        if has_content and any(map(str.isalnum, text)):
             texts[name] = text
     return texts
 

@@ -158,5 +158,4 @@ def plot_coverage(facts: Mapping[str, Any], path: Path) -> None:
             axes.grid(axis="x", alpha=0.3)
         handles, labels = grid.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
-        figure.suptitle("Planned and written sub-dimensions", fontsize=11)
-        figure.supxlabel("preference sets", fontsize=9)
+        figure.suptitle("Number of preference sets by sub-dimension, planned and written", fontsize=11)

@@ -83,7 +83,7 @@ def build_dropped_rows(result: InstructionResult) -> list[dict[str, Any]]:
             "set": dropped.number,
             "reason": dropped.reason,
             "detail": dropped.detail,
-            "subdimensions": [planned.sub.name for planned in dropped.planned],
+            "subdimensions": [planned.subdimension for planned in dropped.planned],
             "preference_set": _preference_columns(dropped),
             "system": dropped.system,
             "output": dropped.output,

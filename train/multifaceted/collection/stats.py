@@ -53,7 +53,7 @@ class CollectionStats(RunStats):
         self.instructions += 1
         self.sets += len(result.sets)
         for preference_set in result.sets:
-            self._planned.update((planned.sub.dimension, planned.sub.name) for planned in preference_set.planned)
+            self._planned.update((planned.dimension, planned.subdimension) for planned in preference_set.planned)
             if preference_set.reason is not None:
                 self.add_drop(self.set_drop_counts, preference_set.reason, preference_set.detail)
             else:
@@ -85,14 +85,8 @@ class CollectionStats(RunStats):
         return [
             f"{self.written:,} rows and {self.pairs:,} pairs of {self.instructions:,} instructions "
             f"({self.rows:,} rows read) after {time}",
-            *(
-                f"dropped {what}: {count:,} ({count / total:.1%}): {reason}"
-                for what, total, counts in (
-                    ("instructions", self.rows, self.drop_counts),
-                    ("sets", self.sets, self.set_drop_counts),
-                )
-                for reason, count in counts.most_common()
-            ),
+            *self.format_drops("dropped instructions", self.drop_counts, self.rows),
+            *self.format_drops("dropped sets", self.set_drop_counts, self.sets),
         ]
 
     def warnings(self) -> list[str]:

@@ -52,5 +52,5 @@ class CollectionWriter(DatasetWriter):
         self.write(DATA, build_rows(result))
         if pairs:
             self.write(PAIRS, pairs)
-        self.write_left_out(build_dropped_rows(result))
+        self.write(LEFT_OUT, build_dropped_rows(result))
         return len(pairs)

@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -116,6 +117,25 @@ def int_up_to(limit: int) -> Callable[[str], int]:
         return number
 
     return parse_bounded
+
+
+def positive_float(text: str) -> float:
+    """Parse a finite number > 0; an option's `type`."""
+    number = non_negative_float(text)
+    if not number:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number > 0")
+    return number
+
+
+def non_negative_float(text: str) -> float:
+    """Parse a finite number >= 0; an option's `type`."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number >= 0")
+    return number
 
 
 def float_or_null(text: str) -> float | None:

@@ -1,10 +1,9 @@
-"""One preparation of data, measured: scripts/benchmark.py starts this file afresh for each run of each contender.
+"""Contenders of `benchmark.py data`: one preparation of data per process.
 
-    python scripts/benchmarks/data_contenders.py '{"contender": "ours", "rows_file": "rows.jsonl", ...}'
+    python -m benchmarks.data_contenders '{"contender": "ours", "rows_file": "rows.jsonl", ...}'
 
-Timed is what lies between the rows on disk and the rows ready to train; imports, loading the tokenizer and counting
-what came out are not. Writes result.json (seconds, when they passed, memory, counts) and tokens.npz (what `Tokens`
-says) into the task's folder.
+The clock runs from the rows on disk to rows ready to train, without imports, loading the tokenizer and counting the
+result. Writes result.json (seconds, memory, counts) and tokens.npz (the arrays of `Tokens`) into the task's folder.
 """
 
 import json
@@ -24,6 +23,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
+from train.cli import print_error
 from train.errors import UserError
 
 CONTENDERS = {
@@ -34,52 +34,32 @@ CONTENDERS = {
     "tokenizer": "Hugging Face tokenizer alone",
     "fastokens": "fastokens alone",
 }
-"""What can be measured, in the order of the table; an `ours-again` finds what the `ours` before it left."""
+"""Contenders in the order of the table; `ours-again` reads the cache of the `ours` before it."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """What to measure. `texts_file`: the rows as their template writes them, a JSON string a line."""
-
-    contender: str
-    tokenizer: str
-    template: str
-    rows_file: Path
-    texts_file: Path
-    folder: Path
-    max_length: int
-    processes: int
-
-    def to_json(self) -> str:
-        """The argument that this file is started with."""
-        return json.dumps(vars(self), default=str)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Task":
-        """The reverse of `to_json`."""
-        fields = json.loads(text)
-        return cls(**{**fields, **{name: Path(fields[name]) for name in ("rows_file", "texts_file", "folder")}})
+Task = dict[str, Any]
+"""Tokenizer, template, max_length and processes as in the options; contender; rows_file, texts_file and folder."""
 
 
 class Memory(NamedTuple):
-    """Bytes that a process and its children hold, each shared page counted once.
+    """Bytes of a process and its children; each shared page counts once.
 
-    `anonymous` leaves out pages of files, which the kernel can drop: a memory-mapped cache is no growth.
+    `anonymous` excludes pages of files, such as a memory-mapped cache, which the kernel can drop.
     """
 
     total: int
     anonymous: int
 
 
-NOTHING = Memory(0, 0)
+_NOTHING = Memory(0, 0)
 
 
-def memory(process: psutil.Process) -> Memory:
-    """What `process` and all below it hold now, from the kernel's proportional set sizes (Linux)."""
+def read_memory(process: psutil.Process) -> Memory:
+    """Return the current memory of `process` and its descendants, by the kernel's proportional set sizes (Linux)."""
     total = anonymous = 0
     with suppress(psutil.NoSuchProcess):
         for each in [process, *process.children(recursive=True)]:
-            with suppress(OSError):  # it has ended in between
+            with suppress(OSError):  # it has ended
                 lines = Path(f"/proc/{each.pid}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
                 kilobytes = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
                 total += kilobytes["Pss"] * 1024
@@ -89,43 +69,45 @@ def memory(process: psutil.Process) -> Memory:
 
 @dataclass
 class Clock:
-    """Seconds spent inside `running()`, on the wall and on all cores; the memory is read outside of them.
+    """Wall-clock and CPU seconds inside `running()`, which may be entered several times.
 
-    The moments (time.monotonic) and the memory are those when it was first entered and last left.
+    `started`, `ended` (time.monotonic) and memory `before`, `after`: at the first entry and the last exit.
     """
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     started: float = 0.0
     ended: float = 0.0
-    before: Memory = NOTHING
-    after: Memory = NOTHING
+    before: Memory = _NOTHING
+    after: Memory = _NOTHING
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Count the time inside."""
         if not self.started:
-            self.before = memory(psutil.Process())
+            self.before = read_memory(psutil.Process())
         entered, used = time.monotonic(), _cpu_seconds()
         yield
         self.ended = time.monotonic()
         self.started = self.started or entered
         self.seconds += self.ended - entered
         self.cpu_seconds += _cpu_seconds() - used
-        self.after = memory(psutil.Process())
+        self.after = read_memory(psutil.Process())
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of those below it that have ended."""
+    """Return the CPU seconds of this process and of its children that have ended."""
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 @dataclass
 class Tokens:
-    """What came out, counted from the rows themselves.
+    """Counts of prepared rows.
 
-    `documents`: a digest of ids and labels of each row. `occurrences`, `trained`: how often each token id is there, and
-    how often it is trained. A bare tokenizer gives ids alone: nothing is trained.
+    - `documents`: a digest of the ids and labels of each row;
+    - `occurrences`, `trained`: number of occurrences of each token id, and of those that are trained, [vocabulary].
+
+    A bare tokenizer returns ids alone: nothing is trained.
     """
 
     documents: list[int] = field(default_factory=list)
@@ -135,7 +117,7 @@ class Tokens:
     trained: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def add(self, ids: NDArray[np.integer], labels: NDArray[np.integer], lengths: Iterable[int]) -> None:
-        """Count one sequence that holds rows of so many tokens."""
+        """Count one sequence; `lengths`: tokens of each of its rows. Raises ValueError if they don't add up."""
         self.sequences += 1
         self.occurrences = _sum(self.occurrences, np.bincount(ids))
         self.trained = _sum(self.trained, np.bincount(labels[labels >= 0]))
@@ -148,7 +130,7 @@ class Tokens:
             self.untrained_rows += bool((labels[start:end] < 0).all())
 
     def save(self, path: Path) -> None:
-        """Write what a comparison needs."""
+        """Write the arrays that are compared."""
         np.savez(
             path, documents=np.array(self.documents, np.uint64), occurrences=self.occurrences, trained=self.trained
         )
@@ -166,13 +148,13 @@ def _tokenizer(task: Task) -> Any:
 
     from train.data.chat.template import use_template
 
-    tokenizer = AutoTokenizer.from_pretrained(task.tokenizer)
-    use_template(tokenizer, task.template)
+    tokenizer = AutoTokenizer.from_pretrained(task["tokenizer"])
+    use_template(tokenizer, task["template"])
     return tokenizer
 
 
 def trl(task: Task, clock: Clock) -> Tokens:
-    """TRL's own preparation as `SFTTrainer(...)` runs it, of a model too small to matter; with `trl-N` in processes."""
+    """Prepare with SFTTrainer and a tiny model; `trl-N` uses several processes."""
     from datasets import load_dataset
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
@@ -188,57 +170,53 @@ def trl(task: Task, clock: Clock) -> Tokens:
     )
     model = LlamaForCausalLM(config)
     arguments = SFTConfig(
-        output_dir=str(task.folder / "trainer"),
+        output_dir=str(Path(task["folder"], "trainer")),
         packing=True,
-        max_length=task.max_length,
+        max_length=task["max_length"],
         assistant_only_loss=True,
-        dataset_num_proc=task.processes if task.contender == "trl-N" else None,
+        dataset_num_proc=task["processes"] if task["contender"] == "trl-N" else None,
         bf16=False,
         report_to="none",
     )
     with clock.running():
-        rows = load_dataset("json", data_files=str(task.rows_file), split="train")
+        rows = load_dataset("json", data_files=task["rows_file"], split="train")
     trainer = TimedTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
     return count(trainer.train_dataset)
 
 
 def ours(task: Task, clock: Clock) -> Tokens:
-    """`prepare`, as the door calls it. `ours-again` finds the cache that the run before it left in the same folder."""
-    import yaml
-
+    """Prepare with `train.data.prepare`. `ours-again` reads the cache of the run before it in the same folder."""
     from train.data.prepare import prepare
     from train.model.tokenizer import load_chat_tokenizer
-    from train.recipe import DataSection, load_recipe
+    from train.recipe import Recipe
 
-    data: dict[str, object] = {
-        "sources": [{"path": str(task.rows_file)}],
-        "max_length": task.max_length,
-        "overlong": "truncate",
-    }
-    if "cache_dir" in DataSection.model_fields:
-        data["cache_dir"] = str(task.folder / "cache" / "ours")
-    file = task.folder / "recipe.yaml"
-    sections = {"model": {"name_or_path": task.tokenizer}, "chat": {"template": task.template}, "data": data}
-    file.write_text(
-        yaml.safe_dump(
-            {**sections, "training": {"per_device_train_batch_size": 1}, "output_dir": str(task.folder / "run")}
-        ),
-        encoding="utf-8",
+    recipe = Recipe.model_validate(
+        {
+            "model": {"name_or_path": task["tokenizer"]},
+            "chat": {"template": task["template"]},
+            "data": {
+                "sources": [{"path": task["rows_file"]}],
+                "max_length": task["max_length"],
+                "overlong": "truncate",
+                "cache_dir": str(Path(task["folder"], "cache", "ours")),
+            },
+            "training": {"per_device_train_batch_size": 1},
+            "output_dir": str(Path(task["folder"], "run")),
+        }
     )
-    recipe = load_recipe(file)
     tokenizer = load_chat_tokenizer(recipe.model, recipe.chat).tokenizer
     with clock.running():
         prepared = prepare(recipe, tokenizer)
-    tokens, account = count(prepared.train.dataset), prepared.train.stats
-    claimed = (account.rows, account.tokens, account.trained_tokens, account.sequences)
+    tokens, stats = count(prepared.train.dataset), prepared.train.stats
+    reported = (stats.rows, stats.tokens, stats.trained_tokens, stats.sequences)
     counted = (len(tokens.documents), int(tokens.occurrences.sum()), int(tokens.trained.sum()), tokens.sequences)
-    if claimed != counted:
-        raise ValueError(f"the account says rows, tokens, trained tokens, sequences {claimed}, the rows {counted}")
+    if reported != counted:
+        raise ValueError(f"rows, tokens, trained tokens, sequences: reported {reported}, counted {counted}")
     return tokens
 
 
 def tokenizer_alone(task: Task, clock: Clock) -> Tokens:
-    """The Hugging Face tokenizer over the rendered texts in one call, on all cores; taking its ids out is not timed."""
+    """Tokenize the rendered texts with Hugging Face's tokenizer in one call, on all cores. Reading ids isn't timed."""
     backend = _tokenizer(task).backend_tokenizer
     texts = _texts(task)
     with clock.running():
@@ -247,11 +225,11 @@ def tokenizer_alone(task: Task, clock: Clock) -> Tokens:
 
 
 def fastokens_alone(task: Task, clock: Clock) -> Tokens:
-    """The package fastokens over the rendered texts in one call, on all cores."""
+    """Tokenize the rendered texts with the package fastokens in one call, on all cores."""
     try:
         from fastokens import Tokenizer
-    except ImportError as fault:
-        raise UserError("fastokens is not installed: `pip install fastokens`, or leave it out with --only.") from fault
+    except ImportError as error:
+        raise UserError("fastokens is not installed: `pip install fastokens`, or leave it out with --only.") from error
     backend = Tokenizer.from_json_str(_tokenizer(task).backend_tokenizer.to_str())
     texts = _texts(task)
     with clock.running():
@@ -271,7 +249,7 @@ RUNS: Mapping[str, Callable[[Task, Clock], Tokens]] = {
 
 
 def count(rows: Any) -> Tokens:
-    """Count packed rows: a sequence of mappings with input_ids, labels and seq_lengths."""
+    """Count packed sequences: mappings with input_ids, labels and seq_lengths."""
     tokens = Tokens()
     for index in range(len(rows)):
         row = rows[index]
@@ -280,7 +258,7 @@ def count(rows: Any) -> Tokens:
 
 
 def _texts(task: Task) -> list[str]:
-    with task.texts_file.open(encoding="utf-8") as lines:
+    with open(task["texts_file"], encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
@@ -292,17 +270,18 @@ def _bare(rows: Iterable[NDArray[np.int32]]) -> Tokens:
 
 
 def main() -> int:
-    """Run one task; the exit code."""
+    """Run one task and return its exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    task = Task.from_json(sys.argv[1])
-    os.environ["HF_DATASETS_CACHE"] = str(task.folder / "cache" / "datasets")  # before datasets is imported
+    task: Task = json.loads(sys.argv[1])
+    folder = Path(task["folder"])
+    os.environ["HF_DATASETS_CACHE"] = str(folder / "cache" / "datasets")  # before datasets is imported
     clock = Clock()
     try:
-        tokens = RUNS[task.contender](task, clock)
-    except UserError as fault:
-        print(f"error: {fault}", file=sys.stderr)
+        tokens = RUNS[task["contender"]](task, clock)
+    except UserError as error:
+        print_error(error)
         return 2
-    tokens.save(task.folder / "tokens.npz")
+    tokens.save(folder / "tokens.npz")
     result = {
         "seconds": clock.seconds,
         "cpu_seconds": clock.cpu_seconds,
@@ -316,7 +295,7 @@ def main() -> int:
         "untrained_rows": tokens.untrained_rows,
         "sequences": tokens.sequences,
     }
-    (task.folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
     return 0
 
 

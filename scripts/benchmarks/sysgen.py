@@ -1,180 +1,158 @@
-"""`benchmark.py sysgen`: SYSGEN's four calls for each row, asked of a server that always takes the same time.
+"""Measure SYSGEN's four calls per row at full speed: distilabel's and ours.
 
-A server that answers after `latency` seconds, so many requests at once, needs 4 x rows x latency / at_once: that is the
-ideal, in which no place is ever empty. What each contender takes is what the server saw, from its first request to its
-last answer, and beside it the whole process, with its imports and its report. Each in turn, with a fresh server, a
-fresh folder and an empty journal.
+    python scripts/benchmark.py sysgen --only ours --json sysgen.json
+
+A scripted server answers each request after the same time, a fixed number at once. The ideal is 4 x rows x latency /
+concurrency seconds, with no slot ever empty. Times run from the first request to the last answer, as the server saw
+them. Each run has a fresh server, a fresh folder and an empty journal.
 """
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.process import last_words, running
+from benchmarks.process import PROJECT, failure_reason, running, script_command
+from benchmarks.record import check_json_folder, describe_environment, publish
 from benchmarks.rows import generate
 from benchmarks.sysgen_server import ROW_MARK, STAGES
-from benchmarks.sysgen_table import markdown, medians
+from benchmarks.sysgen_table import compute_medians, format_table
+from train.cli import non_negative_float, non_negative_int, positive_float, positive_int
 from train.errors import UserError
 from train.progress import progress_bar
 
+_SETTINGS = ("latency", "concurrency", "repeat", "distilabel", "input_batch_size", "limit", "seed")
+_PACKAGES = ("janus-sft", "openai", "httpx2", "httpcore2", "h11", "anyio")
 CONTENDERS = ("bare", "ours", "distilabel")
 HOW_TO_INSTALL = "python -m venv distilabel && distilabel/bin/pip install 'distilabel[openai]==1.5.3' requests"
-"""In an environment of its own, as it would change our packages; it does not import without `requests`."""
+"""In an environment of its own, as it would change our packages; it can't be imported without `requests`."""
 CONVERSATIONS = 2_000
-"""So many differ; beyond them they come again, each time as a row with a number of its own."""
+"""Number of different conversations; more rows repeat them, each with its own row number."""
 _QUESTION = "Question {row}: could you please explain to me what the following text says, and what follows from it?"
 
 
-@dataclass(frozen=True)
-class Options:
-    """What to measure. `rows`: several to compare the memory of. `distilabel`: its Python, None = it is left out."""
+def add_to(commands: Any) -> None:
+    """Add the command to those of benchmark.py."""
+    parser = commands.add_parser(
+        "sysgen", help="SYSGEN's calls at full speed: distilabel's and ours", description=__doc__
+    )
+    add = parser.add_argument
+    add("--rows", type=positive_int, default=2_000, help="questions with answers to generate (default 2,000)")
+    about_latency = "time until each answer (default %(default)s)"
+    add("--latency", type=non_negative_float, default=0.2, metavar="SECONDS", help=about_latency)
+    add("--concurrency", type=positive_int, default=64, help="requests at once; one more gets 429 (default 64)")
+    add("--repeat", type=positive_int, default=1, help="runs of each contender; the table has medians (default 1)")
+    add("--json", type=Path, metavar="FILE", help="write every measurement to FILE")
+    add("--only", metavar="NAME,...", help=f"some of {','.join(CONTENDERS)} (default all; with --memory ours)")
+    add("--distilabel", metavar="PYTHON", help=f"the Python that has distilabel: {HOW_TO_INSTALL}")
+    about_batch = "requests that a task of distilabel sends at once (default 64)"
+    add("--input-batch-size", type=positive_int, default=64, metavar="ROWS", help=about_batch)
+    about_limit = "longest time of one run (default %(default)g)"
+    add("--limit", type=positive_float, default=3_600.0, metavar="SECONDS", help=about_limit)
+    add("--seed", type=non_negative_int, default=42, help="decides every character of the rows (default 42)")
+    about_memory = "compare peak memory between these numbers of rows instead, without latency (default 1000 100000)"
+    add("--memory", type=positive_int, nargs="*", metavar="ROWS", help=about_memory)
+    parser.set_defaults(run=run)
 
-    rows: tuple[int, ...]
-    only_memory: bool
-    latency: float
-    concurrency: int
-    repeat: int
-    contenders: tuple[str, ...] | None
-    distilabel: str | None
-    input_batch_size: int
-    limit: float
-    seed: int
 
-    def ideal(self, rows: int) -> float:
-        """Seconds."""
-        return len(STAGES) * rows * self.latency / self.concurrency
+def run(options: argparse.Namespace) -> None:
+    """Measure the contenders, print the table and write the record. Raises UserError."""
+    check_json_folder(options.json)
+    environment = describe_environment(_PACKAGES)
+    settings = {key: getattr(options, key) for key in _SETTINGS} | {
+        "rows": [options.rows],
+        "only_memory": options.memory is not None,
+        "contenders": options.only.split(",") if options.only else None,
+    }
+    if options.memory is not None:
+        settings |= {"rows": sorted(set(options.memory or (1_000, 100_000))), "latency": 0.0}
+    record = compare_sysgen(settings)
+    publish(format_table(record), environment, {"command": "sysgen", **record}, options.json)
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One run of one contender; seconds and bytes. `rows`: those that came through all four calls, by its own count.
+def compare_sysgen(settings: dict[str, Any]) -> dict[str, Any]:
+    """Write the rows, measure the contenders in turns, and return the record.
 
-    `seconds`: from the first request to the last answer; `peak_memory`: of its largest process.
+    Raises UserError if an option is invalid, or the bare client or ours fails; distilabel's failure is recorded.
     """
-
-    contender: str
-    repetition: int
-    rows_in: int
-    rows: int
-    answered: dict[str, int]
-    seconds: float
-    process_seconds: float
-    cpu_seconds: float
-    server_cpu_seconds: float
-    peak_memory: int
-    most_at_once: int
-    too_many: int
-    load_before: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """All measurements, and who could not be measured."""
-
-    options: Options
-    measurements: list[Measurement]
-    failures: dict[str, str]
-
-    def record(self) -> dict[str, Any]:
-        """All of it, for JSON."""
-        options = self.options
-        return {
-            "settings": asdict(options),
-            "ideal_seconds": {str(rows): options.ideal(rows) for rows in options.rows},
-            "medians": medians(self.record_of_runs(), {rows: options.ideal(rows) for rows in options.rows}),
-            "failures": self.failures,
-            "measurements": self.record_of_runs(),
-        }
-
-    def record_of_runs(self) -> list[dict[str, Any]]:
-        """The measurements as plain values."""
-        return [asdict(one) for one in self.measurements]
-
-    def markdown(self) -> str:
-        """The table, and what else there is to say."""
-        return markdown(self.record())
-
-
-def compare_sysgen(options: Options) -> Result:
-    """Write the rows, and let every contender ask in turn. Shows how far it is.
-
-    Raises UserError where an option can't be met, and where the bare client or ours can't be measured.
-    """
-    contenders, failures = _contenders(options)
-    measurements: list[Measurement] = []
-    total = options.repeat * len(options.rows) * len(contenders)
+    contenders, failures = select_contenders(settings)
+    measurements: list[dict[str, Any]] = []
+    total = settings["repeat"] * len(settings["rows"]) * len(contenders)
+    ideal = {rows: len(STAGES) * rows * settings["latency"] / settings["concurrency"] for rows in settings["rows"]}
     with (
         TemporaryDirectory(prefix="janus-benchmark-") as name,
         progress_bar("measuring", total=total, unit="runs") as measuring,
     ):
-        files = {rows: _write_rows(Path(name) / f"rows-{rows}.jsonl", rows, options.seed) for rows in options.rows}
-        for repetition in range(options.repeat):
-            for rows, contender in ((rows, contender) for rows in options.rows for contender in contenders):
+        files = {
+            rows: write_rows(Path(name) / f"rows-{rows}.jsonl", rows, settings["seed"]) for rows in settings["rows"]
+        }
+        for repetition in range(settings["repeat"]):
+            for rows, contender in ((rows, contender) for rows in settings["rows"] for contender in contenders):
                 folder = Path(name) / f"{contender}-{rows}-{repetition}"
                 folder.mkdir()
                 try:
-                    measured = _measure(contender, repetition, rows, files[rows], folder, options)
-                except UserError as failure:
+                    figures = measure(contender, rows, files[rows], folder, settings)
+                except UserError as error:
                     if contender != "distilabel":
                         raise
-                    failures[contender] = str(failure)
+                    failures[contender] = str(error)
                     continue
-                measurements.append(measured)
+                measurements.append({"contender": contender, "repetition": repetition, "rows_in": rows, **figures})
                 measuring.advance()
-                measuring.show(_line(measured, measuring.done, total, options))
-    return Result(options, measurements, failures)
+                ratio = f", {figures['seconds'] / ideal[rows]:.3f} times the ideal" if ideal[rows] else ""
+                measuring.show(
+                    f"{measuring.done}/{total} {contender}, {rows:,} rows: {figures['seconds']:.2f} s{ratio}, "
+                    f"{figures['peak_memory'] / 1e6:.0f} MB (load before: {figures['load_before']:.2f})"
+                )
+    return {
+        "settings": settings,
+        "ideal_seconds": {str(rows): seconds for rows, seconds in ideal.items()},
+        "medians": compute_medians(measurements, ideal),
+        "failures": failures,
+        "measurements": measurements,
+    }
 
 
-def _contenders(options: Options) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Who is measured, and why others are not. Raises UserError."""
-    if options.only_memory:
+def select_contenders(settings: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return the contenders to measure, and why others are not. Raises UserError."""
+    if settings["only_memory"]:
         return ("ours",), {}
-    asked = options.contenders or CONTENDERS
-    if unknown := [name for name in asked if name not in CONTENDERS]:
+    names = settings["contenders"] or CONTENDERS
+    if unknown := [name for name in names if name not in CONTENDERS]:
         raise UserError(f"--only: there is no {', '.join(map(repr, unknown))}. Choose from {', '.join(CONTENDERS)}.")
-    if "distilabel" not in asked:
-        return tuple(name for name in CONTENDERS if name in asked), {}
-    if options.distilabel is None:
-        if options.contenders:
-            raise UserError(f"--distilabel: name the Python that has it. {HOW_TO_INSTALL} makes one.")
-        why = f"left out: name the Python that has it with --distilabel ({HOW_TO_INSTALL})"
-        return tuple(name for name in CONTENDERS if name in asked and name != "distilabel"), {"distilabel": why}
-    _refuse_without_distilabel(options.distilabel)
-    return tuple(name for name in CONTENDERS if name in asked), {}
+    selected = tuple(name for name in CONTENDERS if name in names)
+    if "distilabel" not in selected:
+        return selected, {}
+    if settings["distilabel"]:
+        check_distilabel(settings["distilabel"])
+        return selected, {}
+    if settings["contenders"]:
+        raise UserError(f"--distilabel: name the Python that has it. {HOW_TO_INSTALL} makes one.")
+    reason = f"skipped: name the Python that has it with --distilabel ({HOW_TO_INSTALL})"
+    return tuple(name for name in selected if name != "distilabel"), {"distilabel": reason}
 
 
-def _refuse_without_distilabel(python: str) -> None:
+def check_distilabel(python: str) -> None:
+    """Raise UserError if `python` can't import distilabel."""
     script = "import distilabel.models, openai"
     try:
-        found = subprocess.run([python, "-c", script], capture_output=True, text=True, check=False)
-        why = found.stderr.strip().splitlines()[-1:] if found.returncode else []
+        result = subprocess.run([python, "-c", script], capture_output=True, text=True, check=False)
+        reason = result.stderr.strip().splitlines()[-1:] if result.returncode else []
     except OSError as error:
-        why = [str(error.strerror)]
-    if why:
-        raise UserError(f"--distilabel {python}: no Python with distilabel ({why[0]}). {HOW_TO_INSTALL} makes one.")
+        reason = [str(error.strerror)]
+    if reason:
+        raise UserError(f"--distilabel {python}: no Python with distilabel ({reason[0]}). {HOW_TO_INSTALL} makes one.")
 
 
-def _line(measured: Measurement, done: int, total: int, options: Options) -> str:
-    ideal = options.ideal(measured.rows_in)
-    ratio = f", {measured.seconds / ideal:.3f} times the ideal" if ideal else ""
-    return (
-        f"{done}/{total} {measured.contender}, {measured.rows_in:,} rows: {measured.seconds:.2f} s{ratio}, "
-        f"{measured.peak_memory / 1e6:.0f} MB (load before: {measured.load_before:.2f})"
-    )
-
-
-def _write_rows(file: Path, rows: int, seed: int) -> Path:
-    """Questions and answers as long as those of Multifaceted Collection, each row with its number."""
-    pairs = [
-        tuple(turn["content"] for turn in turns[1:]) for turns in generate(min(rows, CONVERSATIONS), seed)
-    ]  # their system messages aren't wanted here
+def write_rows(file: Path, rows: int, seed: int) -> Path:
+    """Write questions and answers as long as those of Multifaceted Collection, each with its row number."""
+    pairs = [tuple(turn["content"] for turn in turns[1:]) for turns in generate(min(rows, CONVERSATIONS), seed)]
     with file.open("w", encoding="utf-8") as lines:
         for index in range(rows):
             question, answer = pairs[index % len(pairs)]
@@ -186,7 +164,7 @@ def _write_rows(file: Path, rows: int, seed: int) -> Path:
 
 @contextmanager
 def serving(latency: float, at_once: int) -> Iterator[subprocess.Popen[str]]:
-    """The scripted server in a process of its own. It writes its port, and in the end what it saw."""
+    """Run the scripted server in a process of its own. It prints its port, and its figures at the end."""
     script = Path(__file__).with_name("sysgen_server.py")
     command = [sys.executable, str(script), "--latency", str(latency), "--at-once", str(at_once)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
@@ -196,63 +174,61 @@ def serving(latency: float, at_once: int) -> Iterator[subprocess.Popen[str]]:
             server.kill()
 
 
-def _measure(
-    contender: str, repetition: int, rows: int, rows_file: Path, folder: Path, options: Options
-) -> Measurement:
-    """One run. Raises UserError where it fails, takes too long, or leaves a call out."""
+def measure(contender: str, rows: int, rows_file: Path, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Run one contender and return its figures: seconds, bytes, answered requests and complete rows.
+
+    - `seconds`: from the first request to the last answer; `process_seconds`: of the complete process;
+    - `rows`: complete rows by the contender's own count; `peak_memory`: of its largest process.
+
+    Raises UserError if it fails, exceeds the limit, or skips a call.
+    """
     load_before = round(os.getloadavg()[0], 2)
     with (
-        serving(options.latency, options.concurrency) as server,
+        serving(settings["latency"], settings["concurrency"]) as server,
         (folder / "log.txt").open("w+", errors="replace") as log,
     ):
         assert server.stdout is not None
         base_url = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
-        task = {
-            "usage_file": str(folder / "usage.json"),
-            "command": _command(contender, base_url, rows_file, folder, options),
-        }
-        quiet = {**os.environ, "DISTILABEL_LOG_LEVEL": "WARNING", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        command = build_command(contender, base_url, rows_file, folder, settings)
+        task = json.dumps({"usage_file": str(folder / "usage.json"), "command": command})
+        quiet = {"DISTILABEL_LOG_LEVEL": "WARNING", "HF_HUB_DISABLE_TELEMETRY": "1"}
         try:
-            with running("usage", json.dumps(task), log, quiet) as child:
-                child.wait(options.limit)
+            with running(script_command("usage", task), log, quiet) as child:
+                child.wait(settings["limit"])
         except subprocess.TimeoutExpired:
-            raise UserError(f"{contender} was ended after {options.limit:g} s (--limit)") from None
+            raise UserError(f"{contender} was ended after {settings['limit']:g} s (--limit)") from None
         if child.returncode:
-            raise UserError(f"{contender} could not be measured: {last_words(log, child.returncode)}")
+            raise UserError(f"{contender} could not be measured: {failure_reason(log, child.returncode)}")
         seen = json.loads(server.communicate()[0])
-    complete = _rows_complete(contender, folder)
+    complete = count_complete_rows(contender, folder)
     if contender != "distilabel" and (complete, set(seen["answered"].values())) != (rows, {rows}):
-        raise UserError(f"{contender}: {complete:,} of {rows:,} rows came through, with {seen['answered']} answers")
-    used = json.loads((folder / "usage.json").read_text(encoding="utf-8"))
-    return Measurement(
-        contender=contender, repetition=repetition, rows_in=rows, rows=complete, load_before=load_before, **seen, **used
-    )
+        raise UserError(f"{contender}: {complete:,} of {rows:,} rows are complete, with {seen['answered']} answers")
+    usage = json.loads((folder / "usage.json").read_text(encoding="utf-8"))
+    return {"rows": complete, "load_before": load_before, **seen, **usage}
 
 
-def _command(contender: str, base_url: str, rows_file: Path, folder: Path, options: Options) -> list[str]:
-    """What is run. Configurations are JSON, which is YAML as well."""
-    scripts = Path(__file__).parents[1]
+def build_command(contender: str, base_url: str, rows_file: Path, folder: Path, settings: dict[str, Any]) -> list[str]:
+    """Return the contender's command. Its configuration is JSON, which is YAML as well."""
+    scripts = PROJECT / "scripts"
     if contender == "ours":
-        settings = {
+        config = {
             "model": "scripted",
-            "servers": [{"base_url": base_url, "concurrency": options.concurrency}],
+            "servers": [{"base_url": base_url, "concurrency": settings["concurrency"]}],
             "data": {"sources": [{"path": str(rows_file)}]},
             "gates": {"judge": True},
             "output_dir": str(folder / "output"),
         }
-        (folder / "config.yaml").write_text(json.dumps(settings), encoding="utf-8")
+        (folder / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
         return [sys.executable, str(scripts / "sysgen.py"), "--config", str(folder / "config.yaml")]
     task = {"base_url": base_url, "rows_file": str(rows_file), "folder": str(folder)}
     if contender == "bare":
-        task_of_bare = {**task, "concurrency": options.concurrency}
-        return [sys.executable, str(scripts / "benchmarks" / "sysgen_bare.py"), json.dumps(task_of_bare)]
-    task_of_distilabel = {**task, "input_batch_size": options.input_batch_size}
-    assert options.distilabel is not None
-    return [options.distilabel, str(scripts / "benchmarks" / "sysgen_distilabel.py"), json.dumps(task_of_distilabel)]
+        return script_command("sysgen_bare", json.dumps({**task, "concurrency": settings["concurrency"]}))
+    task_of_distilabel = json.dumps({**task, "input_batch_size": settings["input_batch_size"]})
+    return [settings["distilabel"], str(scripts / "benchmarks" / "sysgen_distilabel.py"), task_of_distilabel]
 
 
-def _rows_complete(contender: str, folder: Path) -> int:
-    """By what it wrote."""
+def count_complete_rows(contender: str, folder: Path) -> int:
+    """Return the number of complete rows in the contender's output."""
     if contender != "ours":
         return int(json.loads((folder / "result.json").read_text(encoding="utf-8"))["rows"])
     with (folder / "output" / "data" / "rows.jsonl").open(encoding="utf-8") as lines:

@@ -1,9 +1,9 @@
-"""The bare client of `benchmark.py sysgen`: asks what SYSGEN asks and does nothing with it; the server's own limit.
+"""Bare client of `benchmark.py sysgen`: sends SYSGEN's requests and ignores the answers, at the server's limit.
 
-    python scripts/benchmarks/sysgen_bare.py '{"base_url": "http://127.0.0.1:8000/v1", ...}'
+    python -m benchmarks.sysgen_bare '{"base_url": "http://127.0.0.1:8000/v1", ...}'
 
-The requests are ready before the first one is sent. No connection waits for another one, nor a row's second call for
-its first, no library stands in between, and nothing is kept: a program that does something is slower than this.
+All requests are built before the first is sent. Connections and the calls of a row don't wait for each other, no
+library is involved and nothing is stored: any program that does real work is slower.
 """
 
 import asyncio
@@ -22,8 +22,8 @@ from train.sysgen.tags import parse
 Turns = list[dict[str, str]]
 
 
-def requests_of(question: str, answer: str) -> Iterator[tuple[Turns, int]]:
-    """The messages and token limits of a row's four calls, as the server's answers make them."""
+def build_requests(question: str, answer: str) -> Iterator[tuple[Turns, int]]:
+    """Yield the messages and token limits of a row's four calls, given the server's answers."""
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     yield prompts.generate(turns), 512
     (row,) = re.findall(f"{ROW_MARK}\\d+", question)
@@ -33,8 +33,8 @@ def requests_of(question: str, answer: str) -> Iterator[tuple[Turns, int]]:
     yield prompts.judge(message.text, question, ANSWER), 16
 
 
-def as_bytes(base_url: str, messages: Turns, max_tokens: int) -> bytes:
-    """A request as it goes over the wire."""
+def encode_request(base_url: str, messages: Turns, max_tokens: int) -> bytes:
+    """Return the bytes of an HTTP request."""
     address = urlsplit(base_url)
     body = {"model": "scripted", "messages": messages, "max_tokens": max_tokens, "temperature": 0.7}
     payload = json.dumps(body, ensure_ascii=False).encode()
@@ -46,7 +46,7 @@ def as_bytes(base_url: str, messages: Turns, max_tokens: int) -> bytes:
 
 
 class Connection(asyncio.Protocol):
-    """Sends the next request as soon as the last one is answered."""
+    """Connection that sends its next request when the previous one is answered."""
 
     def __init__(self, requests: Iterator[bytes], ended: asyncio.Future[None]) -> None:
         self.requests, self.ended = requests, ended
@@ -54,23 +54,23 @@ class Connection(asyncio.Protocol):
         self.buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Send the first one."""
+        """Send the first request."""
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         self._send()
 
     def data_received(self, data: bytes) -> None:
-        """Part of an answer, mostly all of it."""
+        """Collect an answer; send the next request when it is complete."""
         self.buffer += data
-        head, found, body = self.buffer.partition(b"\r\n\r\n")
-        if not found or len(body) < int(head.partition(b"content-length: ")[2].split(b"\r\n", 1)[0]):
+        head, separator, body = self.buffer.partition(b"\r\n\r\n")
+        if not separator or len(body) < int(head.partition(b"content-length: ")[2].split(b"\r\n", 1)[0]):
             return
         self.answered += head.startswith(b"HTTP/1.1 200")
         self.buffer = b""
         self._send()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The server is gone."""
+        """Report that the server closed the connection."""
         if not self.ended.done():
             self.ended.set_exception(error or ConnectionError("the server closed the connection"))
 
@@ -82,8 +82,8 @@ class Connection(asyncio.Protocol):
             self.ended.set_result(None)
 
 
-async def ask(base_url: str, at_once: int, requests: list[bytes]) -> int:
-    """Ask them all on so many connections; how many were answered with 200."""
+async def send_all(base_url: str, at_once: int, requests: list[bytes]) -> int:
+    """Send all requests over `at_once` connections; return how many were answered with 200."""
     loop, address, rest = asyncio.get_running_loop(), urlsplit(base_url), iter(requests)
     host, port = address.hostname or "", address.port or 80
     connections = []
@@ -95,14 +95,14 @@ async def ask(base_url: str, at_once: int, requests: list[bytes]) -> int:
 
 
 def main() -> None:
-    """Ask, and write down how many rows are complete."""
+    """Send the requests of all rows, and write the number of complete rows."""
     task: dict[str, Any] = json.loads(sys.argv[1])
     requests = []
     with open(task["rows_file"], encoding="utf-8") as lines:
         for line in lines:
             question, answer = (turn["content"] for turn in json.loads(line)["messages"])
-            requests += [as_bytes(task["base_url"], *one) for one in requests_of(question, answer)]
-    answered = asyncio.run(ask(task["base_url"], task["concurrency"], requests))
+            requests += [encode_request(task["base_url"], *request) for request in build_requests(question, answer)]
+    answered = asyncio.run(send_all(task["base_url"], task["concurrency"], requests))
     Path(task["folder"], "result.json").write_text(json.dumps({"rows": answered // 4}), encoding="utf-8")
 
 

@@ -1,10 +1,10 @@
-"""The server of `benchmark.py sysgen`: a model that answers SYSGEN's four prompts, each after the same time.
+"""Scripted server of `benchmark.py sysgen`: answers SYSGEN's four prompts, each after the same time.
 
     python scripts/benchmarks/sysgen_server.py --latency 0.2 --at-once 64
 
-It prints its port, answers until its standard input is closed, and then prints what it saw as JSON. It does as little
-as it can, as it shares the machine with those that it measures: a prompt is told by words that stand in it, an answer
-is made but for the row's number, and no body is parsed. What is one too many at a time gets 429.
+It prints its port, answers until its standard input is closed, and then prints its figures as JSON. It shares the
+machine with the contenders, so it does little: it recognizes a prompt by a phrase in it, has prepared answers that lack
+only the row's number, and parses no body. A request above the limit gets 429.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from collections import Counter
 
 STAGES = ("generate", "verify", "answer", "judge")
 ROW_MARK = "row-number-"
-"""Stands in each question, before the row's number: its system message names that, as no two rows may have one."""
+"""Precedes the row number in each question. The system message names both: no two rows may share one."""
 
 MESSAGE = (
     "<<Role>>You are the adviser who looks after {row}.<</Role>>\n"
@@ -42,7 +42,7 @@ def _response(status: str, body: bytes) -> bytes:
     return f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
 
 
-def _said(text: str, tokens: int) -> bytes:
+def _encode_answer(text: str, tokens: int) -> bytes:
     message = {"role": "assistant", "content": text}
     return _response(
         "200 OK",
@@ -61,14 +61,14 @@ def _said(text: str, tokens: int) -> bytes:
 
 TOO_MANY = _response("429 Too Many Requests", b'{"error": {"message": "too many requests at once", "code": 429}}')
 FIXED = {
-    "verify": _said(VERDICTS, TOKENS["verify"]),
-    "answer": _said(ANSWER, TOKENS["answer"]),
-    "judge": _said("Yes", TOKENS["judge"]),
+    "verify": _encode_answer(VERDICTS, TOKENS["verify"]),
+    "answer": _encode_answer(ANSWER, TOKENS["answer"]),
+    "judge": _encode_answer("Yes", TOKENS["judge"]),
 }
 
 
-def stage_of(body: bytes) -> str:
-    """Which of the four a request is."""
+def find_stage(body: bytes) -> str:
+    """Return the stage that a request belongs to."""
     if b"Judge for each of the eight" in body:
         return "verify"
     if b"An assistant was given a system message and a question" in body:
@@ -76,19 +76,19 @@ def stage_of(body: bytes) -> str:
     return "generate" if b"The next conversation:" in body else "answer"
 
 
-def answer_to(stage: str, body: bytes) -> bytes:
-    """The whole response."""
+def build_response(stage: str, body: bytes) -> bytes:
+    """Return the complete response."""
     if stage != "generate":
         return FIXED[stage]
     start = body.rfind(ROW_MARK.encode())
     end = start + len(ROW_MARK)
     while body[end : end + 1].isdigit():
         end += 1
-    return _said(MESSAGE.format(row=body[start:end].decode()), TOKENS["generate"])
+    return _encode_answer(MESSAGE.format(row=body[start:end].decode()), TOKENS["generate"])
 
 
-class Seen:
-    """What all connections together ask."""
+class Statistics:
+    """Limits of the server, and counts over all connections."""
 
     def __init__(self, latency: float, at_once: int) -> None:
         self.latency, self.at_once = latency, at_once
@@ -96,8 +96,8 @@ class Seen:
         self.answered: Counter[str] = Counter()
         self.first_request = self.last_answer = 0.0
 
-    def facts(self) -> dict[str, object]:
-        """For whoever started it. Seconds lie between the first request and the last answer."""
+    def to_json(self) -> dict[str, object]:
+        """Return the figures. `seconds`: from the first request to the last answer."""
         return {
             "answered": {stage: self.answered[stage] for stage in STAGES},
             "too_many": self.too_many,
@@ -108,20 +108,20 @@ class Seen:
 
 
 class Connection(asyncio.Protocol):
-    """One of the client's, with one request at a time."""
+    """Connection of a client, with one request at a time."""
 
-    def __init__(self, seen: Seen) -> None:
-        self.seen = seen
+    def __init__(self, statistics: Statistics) -> None:
+        self.statistics = statistics
         self.buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The client is there."""
+        """Keep the transport and the event loop."""
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         self.loop = asyncio.get_running_loop()
 
     def data_received(self, data: bytes) -> None:
-        """Part of a request, mostly all of it."""
+        """Collect a request; handle it when it is complete."""
         self.buffer = self.buffer + data if self.buffer else data
         head_end = self.buffer.find(b"\r\n\r\n")
         if head_end < 0:
@@ -132,48 +132,48 @@ class Connection(asyncio.Protocol):
         if len(self.buffer) < head_end + 4 + length:
             return
         body, self.buffer = self.buffer[head_end + 4 :], b""
-        self._asked(body)
+        self._handle(body)
 
-    def _asked(self, body: bytes) -> None:
-        seen = self.seen
-        seen.first_request = seen.first_request or time.monotonic()
-        if seen.in_flight >= seen.at_once:
-            seen.too_many += 1
+    def _handle(self, body: bytes) -> None:
+        statistics = self.statistics
+        statistics.first_request = statistics.first_request or time.monotonic()
+        if statistics.in_flight >= statistics.at_once:
+            statistics.too_many += 1
             self.transport.write(TOO_MANY)
             return
-        seen.in_flight += 1
-        seen.most_in_flight = max(seen.most_in_flight, seen.in_flight)
-        stage = stage_of(body)
-        response = answer_to(stage, body)
-        if seen.latency:
-            self.loop.call_later(seen.latency, self._answer, stage, response)
+        statistics.in_flight += 1
+        statistics.most_in_flight = max(statistics.most_in_flight, statistics.in_flight)
+        stage = find_stage(body)
+        response = build_response(stage, body)
+        if statistics.latency:
+            self.loop.call_later(statistics.latency, self._answer, stage, response)
         else:
             self._answer(stage, response)
 
     def _answer(self, stage: str, response: bytes) -> None:
-        seen = self.seen
-        seen.in_flight -= 1
-        seen.answered[stage] += 1
+        statistics = self.statistics
+        statistics.in_flight -= 1
+        statistics.answered[stage] += 1
         self.transport.write(response)
-        seen.last_answer = time.monotonic()
+        statistics.last_answer = time.monotonic()
 
 
-async def serve(seen: Seen) -> None:
+async def serve(statistics: Statistics) -> None:
     """Answer until standard input is closed."""
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Connection(seen), "127.0.0.1", 0, backlog=1_024)
+    server = await loop.create_server(lambda: Connection(statistics), "127.0.0.1", 0, backlog=1_024)
     print(server.sockets[0].getsockname()[1], flush=True)
     await loop.run_in_executor(None, sys.stdin.read)
-    print(json.dumps(seen.facts()), flush=True)
+    print(json.dumps(statistics.to_json()), flush=True)
 
 
 def main() -> None:
-    """Serve."""
+    """Serve with the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latency", type=float, required=True, help="seconds until each answer")
-    parser.add_argument("--at-once", type=int, required=True, help="most requests at a time")
+    parser.add_argument("--at-once", type=int, required=True, help="requests at once")
     options = parser.parse_args()
-    asyncio.run(serve(Seen(options.latency, options.at_once)))
+    asyncio.run(serve(Statistics(options.latency, options.at_once)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tables of `benchmark.py sysgen`, from its record."""
+"""Tables of `benchmark.py sysgen`."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ _MEDIANS = (
 )
 
 
-def medians(runs: Sequence[Mapping[str, Any]], ideal: Mapping[int, float]) -> list[dict[str, Any]]:
-    """A line for each contender and number of rows, with what follows from its medians.
+def compute_medians(runs: Sequence[Mapping[str, Any]], ideal: Mapping[int, float]) -> list[dict[str, Any]]:
+    """Return the medians of each contender and number of rows.
 
-    `times_the_ideal` is None where the server answers at once.
+    `ideal`: seconds by number of rows. `times_the_ideal` is None if the server has no latency.
     """
     lines = []
     for contender, rows_in in dict.fromkeys((run["contender"], run["rows_in"]) for run in runs):
@@ -33,12 +33,12 @@ def medians(runs: Sequence[Mapping[str, Any]], ideal: Mapping[int, float]) -> li
     return lines
 
 
-def markdown(record: Mapping[str, Any]) -> str:
-    """The table and what it was measured under."""
+def format_table(record: Mapping[str, Any]) -> str:
+    """Return the table of speed or of memory, the failures and the settings."""
     settings = record["settings"]
-    lines = _memory(record) if settings["only_memory"] else _speed(record)
+    lines = _format_memory(record) if settings["only_memory"] else _format_speed(record)
     if record["failures"]:
-        lines += ["", *(f"- {name}: {why}" for name, why in record["failures"].items())]
+        lines += ["", *(f"- {name}: {reason}" for name, reason in record["failures"].items())]
     at_once = f"{settings['concurrency']} at once"
     how = (
         f"each answer after {settings['latency']:g} s, {at_once}"
@@ -46,14 +46,14 @@ def markdown(record: Mapping[str, Any]) -> str:
         else f"answers without delay, {at_once}"
     )
     lines.append(
-        f"\nMedians of {settings['repeat']}, in turns, each with a fresh server, folder and journal. Four calls a row "
-        f"(generate, verify, answer, judge) of a scripted server in a process of its own ({how}); seed "
+        f"\nMedians of {settings['repeat']}, in turns, each with a fresh server, folder and journal. Four calls per "
+        f"row (generate, verify, answer, judge) of a scripted server in a process of its own ({how}); seed "
         f"{settings['seed']}."
     )
     return "\n".join(lines)
 
 
-def _speed(record: Mapping[str, Any]) -> list[str]:
+def _format_speed(record: Mapping[str, Any]) -> list[str]:
     settings = record["settings"]
     lines = [
         "| | rows complete | first request to last answer, s (range) | times the ideal | requests/s | whole process, s "
@@ -61,9 +61,9 @@ def _speed(record: Mapping[str, Any]) -> list[str]:
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for rows, seconds in record["ideal_seconds"].items():
-        what = f"the ideal: 4 x {int(rows):,} x {settings['latency']:g} s / {settings['concurrency']}"
+        label = f"the ideal: 4 x {int(rows):,} x {settings['latency']:g} s / {settings['concurrency']}"
         rate = f"{4 * int(rows) / seconds:,.0f}" if seconds else "–"
-        lines.append(f"| {what} | {int(rows):,} | {seconds:.2f} | 1.000 | {rate} | – | – | – | – | – |")
+        lines.append(f"| {label} | {int(rows):,} | {seconds:.2f} | 1.000 | {rate} | – | – | – | – | – |")
     for line in record["medians"]:
         ratio = "–" if line["times_the_ideal"] is None else f"{line['times_the_ideal']:.3f}"
         cells = [
@@ -82,20 +82,20 @@ def _speed(record: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _memory(record: Mapping[str, Any]) -> list[str]:
+def _format_memory(record: Mapping[str, Any]) -> list[str]:
     lines = [
         "| rows | peak memory (range) | first request to last answer, s | requests/s | CPU, s |",
         "|---:|---:|---:|---:|---:|",
     ]
-    found = record["medians"]
+    medians = record["medians"]
     lines += [
         f"| {line['rows_in']:,} | {line['peak_memory'] / 1e6:,.1f} MB ({line['least_peak_memory'] / 1e6:,.1f}-"
         f"{line['most_peak_memory'] / 1e6:,.1f}) | {line['seconds']:.2f} | {line['requests_per_second']:,.0f} "
         f"| {line['cpu_seconds']:.1f} |"
-        for line in found
+        for line in medians
     ]
-    if len(found) > 1:
-        first, last = (edge(found, key=lambda line: line["rows_in"]) for edge in (min, max))
+    if len(medians) > 1:
+        first, last = (edge(medians, key=lambda line: line["rows_in"]) for edge in (min, max))
         grown = last["peak_memory"] - first["peak_memory"]
         lines += [
             "",

@@ -1,260 +1,315 @@
-"""`benchmark.py train`: training steps of plain TRL and of ours under several settings, each in a process of its own.
+"""Measure training steps: TRL's defaults, and ours under several settings.
 
-Nothing that was measured is lost: the JSON file is written anew, whole, after each contender, one that fails is a line
-with its reason, and the same command goes on with those that are missing.
+    python scripts/benchmark.py train --json train.json --minutes 8
+
+Each contender trains in a process of its own, ours with train/sft.py; speed and memory are read from its metrics.jsonl.
+The JSON file is written after each contender, and the same command continues with those that are missing. A contender
+that fails is a line with its reason.
 """
 
+import argparse
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
-from benchmarks.process import end, last_words, running, words
-from benchmarks.training_settings import Contender, Lengths, Task, chosen, every, usual
-from benchmarks.training_table import line_of, markdown, ratios, shown
+from benchmarks.process import PROJECT, end, failure_reason, read_lines, running, script_command
+from benchmarks.record import check_json_folder, describe_environment, format_environment
+from benchmarks.training_contenders import (
+    CONFIGS,
+    FACTORS,
+    Contender,
+    Workload,
+    all_contenders,
+    default_contenders,
+    factors_of,
+    load_model_config,
+    match_contenders,
+)
+from benchmarks.training_record import Record, read_record
+from benchmarks.training_table import format_line, format_table, summarize
+from train.cli import non_negative_int, positive_float, positive_int
 from train.errors import UserError
-from train.preflight.json_report import write_json
-from train.progress import ProgressBar, progress_bar
+from train.progress import progress_bar
+from train.recipe import Recipe, load_recipe
+from train.warning_filters import filter_known_warnings
 
-_LINES_OF_A_FAILURE = 60
-_KEPT = ("command", "settings", "calls", "measurements")  # the table follows from them
+_PACKAGES = (
+    *("janus-sft", "trl", "transformers", "torch", "triton", "accelerate", "peft", "bitsandbytes", "liger-kernel"),
+    *("flash-attn", "flash-attn-3", "flash-attn-4"),
+)
+_LOG_LINES = 60
+_POLL_SECONDS = 0.1
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to those of benchmark.py."""
+    parser = commands.add_parser("train", help="training steps: TRL's defaults and ours", description=__doc__)
+    add = parser.add_argument
+    add("--json", type=Path, metavar="FILE", help="record of all measurements; an existing one is continued")
+    about_config = f"a model's config.json, or one of {', '.join(CONFIGS)} (default %(default)s)"
+    add("--config", default=next(iter(CONFIGS)), metavar="FILE_OR_NAME", help=about_config)
+    about_only = "contenders whose names match, such as full,*liger=on*; complete names can be any combination"
+    add("--only", metavar="PATTERN,...", help=about_only)
+    add("--all", action="store_true", help="measure every combination of changes, not one change at a time")
+    add("--list", action="store_true", help="print the contenders and run none")
+    add("--again", action="store_true", help="measure again what the file has already, failures too")
+    about_minutes = "stop after N minutes; the same command continues (default: no limit)"
+    add("--minutes", type=positive_float, metavar="N", help=about_minutes)
+    about_limit = "longest time of one contender (default %(default)g)"
+    add("--limit", type=positive_float, default=240.0, metavar="SECONDS", help=about_limit)
+    add("--rows", type=positive_int, default=2_000, help="Janus-like rows to generate (default 2,000)")
+    add("--max-length", type=positive_int, default=8_192, help="tokens of a packed sequence (default 8,192)")
+    add("--batch", type=positive_int, default=1, help="sequences per step (default 1)")
+    add("--warmup", type=positive_int, default=4, help="steps before the timed ones (default 4)")
+    add("--steps", type=positive_int, default=10, help="timed steps; the table has medians (default 10)")
+    add("--seed", type=non_negative_int, default=42, help="decides lengths, text and weights (default 42)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure the contenders that the file lacks, while there is time, and print the table. Raises UserError."""
+    deadline = None if options.minutes is None else time.monotonic() + options.minutes * 60
+    workload = Workload(
+        config=load_model_config(options.config),
+        **{key: getattr(options, key) for key in ("rows", "max_length", "batch", "warmup", "steps", "seed")},
+    )
+    contenders = select_contenders(options, None)  # a misspelt name is reported at once
+    if options.list:
+        for contender in contenders:
+            values = [value for factor, value in contender.settings().items() if factor in FACTORS and value]
+            print(contender.name, "(TRL's defaults)" if contender.dtype else f"({', '.join(values)})")
+        return
+    if options.json is None:
+        raise UserError("--json: name a file. It keeps each measurement, and the same command continues with the rest.")
+    check_json_folder(options.json)
+    if options.json.exists():
+        read_record(options.json)
+    environment = describe_environment(_PACKAGES)
+    with TemporaryDirectory(prefix="janus-benchmark-") as folder:
+        bench = TrainingBench(Path(folder), workload, options.limit, deadline)
+        # A process of its own holds the GPU only for as long as it is needed.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, context, _set_environment, (bench.environment(Path(folder)),)) as worker:
+            device = bench.probe(worker)
+            record = Record(options.json, workload, {**environment, "device": device})
+            contenders = select_contenders(options, device["automatic"])
+            missing = [contender for contender in contenders if options.again or not record.has(contender)]
+            if missing and bench.seconds_left() > 0:
+                bench.write_inputs(worker)
+        print("; because ".join([f"attention: auto is {device['automatic']}", *device["automatic_reasons"][:1]]))
+        rest = bench.measure_all(missing, record)
+    if rest:
+        names = ", ".join(contender.name for contender in rest)
+        print(f"not run for lack of time; the same command continues with them: {names}")
+    size = "" if device["memory_bytes"] is None else f" of {device['memory_bytes'] / 2**30:.0f} GiB"
+    peak = "unknown, so no MFU" if device["peak_flops"] is None else f"{device['peak_flops'] / 1e12:,.0f} TFLOP/s"
+    print(f"\n{format_table(record.table(), record.content['settings'])}\n")
+    print(f"Device: {device['device']}{size}, peak {peak}. {format_environment(environment)}")
+    print(f"every measurement is in {options.json}")
+
+
+def _set_environment(variables: dict[str, str]) -> None:
+    os.environ.update(variables)
+    filter_known_warnings()
+
+
+def select_contenders(options: argparse.Namespace, automatic: str | None) -> list[Contender]:
+    """Return the contenders of the options; `automatic` as in `default_contenders`. Raises UserError."""
+    listed = all_contenders() if options.all else default_contenders(automatic)
+    return match_contenders(options.only.split(",") if options.only else None, listed)
 
 
 @dataclass(frozen=True)
-class Options:
-    """What to measure. `patterns`: None = the usual contenders. `seconds`: of the call, None = until all are done.
+class TrainingBench:
+    """Measures contenders one after the other.
 
-    `limit`: seconds that one contender may take. `again`: also what the file has already.
+    - `folder`: temporary files; `workload`: the steps to train;
+    - `limit`: seconds that one contender may take; `deadline`: end of the call (time.monotonic), None = no end.
     """
 
-    file: Path
-    lengths: Lengths
-    patterns: tuple[str, ...] | None
-    all: bool
-    again: bool
-    seconds: float | None
+    folder: Path
+    workload: Workload
     limit: float
+    deadline: float | None
 
-    def contenders(self, automatic: str | None) -> list[Contender]:
-        """Those asked for; `automatic` as `usual` has it."""
-        return chosen(self.patterns, every() if self.all else usual(automatic))
+    def seconds_left(self) -> float:
+        """Return the seconds until the deadline."""
+        return float("inf") if self.deadline is None else self.deadline - time.monotonic()
 
-
-class Record:
-    """The JSON file: what was measured, by this call and those before it."""
-
-    def __init__(self, file: Path, lengths: Lengths, call: dict[str, Any]) -> None:
-        """`call`: machine, versions and device. Raises UserError for a file that this call can't add to."""
-        self._file = file
-        self._content: dict[str, Any] = {
-            "command": "train",
-            "settings": asdict(lengths),
-            "calls": [],
-            "measurements": [],
+    def environment(self, folder: Path) -> dict[str, str]:
+        """Return additions to the environment of a process: one GPU, no hub, and empty caches in `folder`."""
+        return {
+            "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_CACHE": str(folder / "datasets"),
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+            "TRITON_CACHE_DIR": str(folder / "triton"),
         }
-        if file.exists():
-            self._content = _read(file)
-            self._refuse_others(lengths, call)
-        self._content["calls"].append(call)
-        self._save()  # now, and not after minutes, is when to learn that it can't be written
 
-    @property
-    def device(self) -> dict[str, Any]:
-        """The device of this call."""
-        device: dict[str, Any] = self._content["calls"][-1]["device"]
-        return device
+    def probe(self, worker: ProcessPoolExecutor) -> dict[str, Any]:
+        """Return the facts of the device. Raises UserError if it can't be used."""
+        from benchmarks.training_model import probe_device
 
-    @property
-    def measurements(self) -> list[dict[str, Any]]:
-        """One for each contender."""
-        found: list[dict[str, Any]] = self._content["measurements"]
-        return found
+        recipe = self.recipe(all_contenders()[0], self.folder)
+        try:
+            return worker.submit(probe_device, self.workload, recipe).result()
+        except RuntimeError as error:  # of the driver
+            raise UserError(f"the device can't be used: {error}") from error
 
-    def has(self, contender: Contender) -> bool:
-        """Whether it was measured, or failed, with the settings that it has now; a kernel may come to be installed."""
-        return any(
-            one["name"] == contender.name and one["settings"] == contender.settings() and not one.get("refused")
-            for one in self.measurements
+    def write_inputs(self, worker: ProcessPoolExecutor) -> None:
+        """Write the model folder and the rows that all contenders read."""
+        from benchmarks.training_model import write_model, write_rows
+
+        write_rows(self.workload, self.folder / "rows.jsonl")
+        worker.submit(write_model, self.workload, self.folder / "model").result()
+
+    def recipe(self, contender: Contender, folder: Path) -> Recipe:
+        """Return the contender's recipe with the same model, rows and steps for all. It writes into `folder`."""
+        workload = self.workload
+        return contender.load_recipe(
+            [
+                f"model.name_or_path={json.dumps(str(self.folder / 'model'))}",
+                f"data.sources={json.dumps([{'path': str(self.folder / 'rows.jsonl')}])}",
+                f"data.cache_dir={json.dumps(str(folder / 'cache'))}",
+                f"data.max_length={workload.max_length}",
+                "data.validation=null",
+                f"training.per_device_train_batch_size={workload.batch}",
+                "training.gradient_accumulation_steps=1",
+                f"training.max_steps={workload.warmup + workload.steps}",
+                "training.logging_steps=1",
+                "training.eval_strategy='no'",
+                "training.save_strategy='no'",
+                "tracking.wandb=null",
+                f"output_dir={json.dumps(str(folder / 'run'))}",
+                f"seed={workload.seed}",
+            ]
         )
 
-    def add(self, measurement: dict[str, Any]) -> None:
-        """Take it in, in the place of an earlier one of its name, and write the file."""
-        kept = [one for one in self.measurements if one["name"] != measurement["name"]]
-        self._content["measurements"] = [*kept, {**measurement, "call": len(self._content["calls"]) - 1}]
-        self._save()
+    def measure_all(self, contenders: Sequence[Contender], record: Record) -> list[Contender]:
+        """Measure one contender after the other; return those that are left at the deadline.
 
-    def table(self) -> list[dict[str, Any]]:
-        """What the table shows, in the order of the usual contenders, others behind them."""
-        names = dict.fromkeys(one.name for one in [*usual(None), *every()])
-        order = {name: place for place, name in enumerate(names)}
-        known = sorted(self.measurements, key=lambda one: order.get(one["name"], len(order)))
-        return [line_of(one, self._content["calls"][one["call"]]["device"]["peak_flops"]) for one in known]
+        None is started in less time than the fastest took; one that runs at the deadline is stopped and counts as left.
+        """
+        shortest = 0.0
+        with progress_bar("measuring", total=len(contenders), unit="contenders") as measuring:
+            for index, contender in enumerate(contenders):
+                began = time.monotonic()
+                if self.seconds_left() <= shortest:
+                    return list(contenders[index:])
+                measurement = _refuse_kernel(contender, record.device) or self.measure(contender, record.device)
+                if measurement is None:
+                    return list(contenders[index:])
+                record.add(measurement)
+                if "steps" in measurement:
+                    seconds = time.monotonic() - began
+                    shortest = min(shortest or seconds, seconds)
+                measuring.advance()
+                line = format_line(summarize(measurement, record.device["peak_flops"]))
+                measuring.show(f"{measuring.done}/{measuring.total} {line}")
+        return []
 
-    def markdown(self) -> str:
-        """The table and what follows from it."""
-        return markdown(self.table(), self._content["settings"])
+    def measure(self, contender: Contender, device: dict[str, Any]) -> dict[str, Any] | None:
+        """Train with one contender in a process of its own; None if the deadline came first."""
+        from benchmarks.training_model import plan_memory
 
-    def _save(self) -> None:
-        table = self.table()
-        write_json({**self._content, "table": table, "ratios": ratios(table)}, self._file)
-
-    def _refuse_others(self, lengths: Lengths, call: dict[str, Any]) -> None:
-        name, before = self._file, self._content
-        remedy = "Measurements of both can't stand in one table: name another file."
-        if different := [key for key, value in asdict(lengths).items() if before["settings"].get(key) != value]:
-            raise UserError(f"--json {name}: it was measured with other settings ({', '.join(different)}). {remedy}")
-        for earlier in before["calls"]:
-            if earlier["device"]["device"] != call["device"]["device"]:
-                raise UserError(
-                    f"--json {name}: it was measured on {earlier['device']['device']}, this is "
-                    f"{call['device']['device']}. {remedy}"
-                )
-            for package, version in call["versions"].items():
-                other = earlier["versions"].get(package)
-                if version and other and version != other:
-                    raise UserError(
-                        f"--json {name}: it was measured with {package} {other}, here is {version}. {remedy}"
-                    )
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """An earlier record. Raises UserError for any other file."""
-    try:
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError) as fault:
-        raise UserError(f"--json {file}: it can't be read: {fault}. Name another file.") from fault
-    if not isinstance(found, dict) or found.get("command") != "train" or not found.keys() >= set(_KEPT):
-        raise UserError(
-            f"--json {file}: that holds no measurements of `train`, so nothing is added. Name another file."
-        )
-    return {key: found[key] for key in _KEPT}
-
-
-def compare_trainers(options: Options, where: dict[str, Any], versions: dict[str, str | None]) -> Record:
-    """Measure what is asked for and missing in the file, as long as there is time. Shows how far it is.
-
-    Raises UserError where an option can't be met.
-    """
-    deadline = None if options.seconds is None else time.monotonic() + options.seconds
-    options.contenders(None)  # a misspelt name is said at once
-    if not options.file.parent.is_dir():
-        raise UserError(f"--json {options.file}: there is no folder {options.file.parent}")
-    if options.file.exists():
-        _read(options.file)  # so is a file that is something else
-    with TemporaryDirectory(prefix="janus-benchmark-") as name:
-        device = _probe(Path(name), options.lengths)
-        record = Record(options.file, options.lengths, {"machine": where, "versions": versions, "device": device})
-        print(
-            f"attention: auto is {'; because '.join([device['automatic'], *device['automatic_reasons'][:1]])}",
-            flush=True,
-        )
-        contenders = options.contenders(device["automatic"])
-        missing = [one for one in contenders if options.again or not record.has(one)]
-        left = measure_all(missing, record, options, Path(name), deadline)
-    if left:
-        print(f"not run for lack of time, the same command goes on with them: {', '.join(one.name for one in left)}")
-    return record
-
-
-def measure_all(
-    contenders: Sequence[Contender], record: Record, options: Options, folder: Path, deadline: float | None
-) -> list[Contender]:
-    """Measure one after the other; those that are left when the deadline comes (time.monotonic).
-
-    None is started in less time than the quickest took, and what runs at the deadline is stopped and counts as not run.
-    """
-    shortest = 0.0
-    with progress_bar("measuring", total=len(contenders), unit="contenders") as measuring:
-        for number, contender in enumerate(contenders):
-            begun = time.monotonic()
-            left = float("inf") if deadline is None else deadline - begun
-            if left <= shortest:
-                return list(contenders[number:])
-            measured = _refused(contender, record.device) or _measure(contender, options, folder, left)
-            if measured is None:
-                return list(contenders[number:])
-            record.add(measured)
-            if "steps" in measured:
-                took = time.monotonic() - begun
-                shortest = min(shortest or took, took)
-            measuring.advance()
-            _show(measuring, line_of(measured, record.device["peak_flops"]))
-    return []
+        folder = self.folder / contender.name
+        (folder / "run").mkdir(parents=True)
+        recipe = self.recipe(contender, folder)
+        measurement = {"name": contender.name, "settings": contender.settings()}
+        measurement |= plan_memory(recipe, self.workload, device)
+        recipe_file = folder / "recipe.yaml"
+        recipe_file.write_text(recipe.to_yaml(), encoding="utf-8")
+        if contender.dtype:
+            del measurement["foretold"]
+            task = {"recipe": recipe_file, "rows": self.folder / "rows.jsonl", "folder": folder / "run"}
+            arguments = json.dumps({**task, "dtype": contender.dtype}, default=str)
+            command = script_command("training_trl", arguments)
+        else:
+            command = [sys.executable, str(PROJECT / "train" / "sft.py"), "--recipe", str(recipe_file)]
+        began, seconds = time.monotonic(), min(self.limit, self.seconds_left())
+        lines: list[dict[str, Any]] = []
+        first_step = None
+        wanted_steps = self.workload.warmup + self.workload.steps
+        with (folder / "log.txt").open("w+", encoding="utf-8", errors="replace") as log:
+            with running(command, log, self.environment(folder)) as child:
+                while len(lines) < wanted_steps and child.poll() is None and time.monotonic() < began + seconds:
+                    time.sleep(_POLL_SECONDS)
+                    lines = _read_steps(folder / "run" / "metrics.jsonl")
+                    if lines and first_step is None:
+                        first_step = time.monotonic() - began
+                stopped = child.poll() is None
+                if stopped:
+                    end(child)  # also after the last step: saving the model is not measured
+            lines = _read_steps(folder / "run" / "metrics.jsonl")
+            reason = failure_reason(log, child.returncode)
+            log_lines = read_lines(log)[-_LOG_LINES:]
+        used = _used_settings(folder / "run", device)
+        shutil.rmtree(folder)
+        if used:
+            measurement["used"] = used
+        if len(lines) >= wanted_steps:
+            steps = [parse_step(line, line["step"] <= self.workload.warmup, device) for line in lines]
+            memory = lines[-1]["peak_memory_gib"]
+            return {
+                **measurement,
+                "seconds_to_first_step": first_step,
+                "memory": None if device["memory_bytes"] is None else {"peak_allocated": round(memory * 2**30)},
+                "steps": steps,
+            }
+        if stopped:
+            if seconds < self.limit:
+                return None
+            reason = f"not done after {self.limit:g} seconds (--limit)"
+        return {**measurement, "reason": reason, "log": log_lines}
 
 
-def _show(measuring: ProgressBar, line: dict[str, Any]) -> None:
-    measuring.show(f"{measuring.done}/{measuring.total} {shown(line)}")
-
-
-def _refused(contender: Contender, device: dict[str, Any]) -> dict[str, Any] | None:
-    """A kernel that can't be used here needs no process to find that out."""
+def _refuse_kernel(contender: Contender, device: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the failure of a contender whose attention kernel can't be used here; None if it can."""
     reason = device["kernels"].get(dict(contender.changes).get("attention"))
-    return reason and {**_named(contender), "reason": reason, "refused": True}
+    return reason and {"name": contender.name, "settings": contender.settings(), "reason": reason, "refused": True}
 
 
-def _named(contender: Contender) -> dict[str, Any]:
-    return {"name": contender.name, "settings": contender.settings()}
+def _read_steps(file: Path) -> list[dict[str, Any]]:
+    """Return the complete lines of metrics.jsonl that belong to steps."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    lines = (json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n"))
+    return [line for line in lines if "loss" in line]
 
 
-def _measure(contender: Contender, options: Options, folder: Path, left: float) -> dict[str, Any] | None:
-    """Run one contender in a process of its own; None if it was not done in the time left."""
-    own, seconds = folder / contender.name, min(options.limit, left)
-    ended = _run(Task(contender.name, options.lengths, own, time.monotonic()), seconds)
-    shutil.rmtree(own)
-    if ended.exit_code is None and left < options.limit:
-        return None
-    measured = {**_named(contender), **ended.result}
-    if ended.exit_code == 0:
-        return measured
-    reason = ended.reason if ended.exit_code else f"not done after {options.limit:g} seconds (--limit)"
-    return {**measured, "reason": reason, "log": ended.log[-_LINES_OF_A_FAILURE:]}
-
-
-def _probe(folder: Path, lengths: Lengths) -> dict[str, Any]:
-    """What a process on the device says of it. Raises UserError where it can't."""
-    ended = _run(Task(None, lengths, folder / "probe"), None)
-    if ended.exit_code:
-        raise UserError(f"the device can't be used: {ended.reason}")
-    return ended.result
-
-
-class _Ended(NamedTuple):
-    """How a process ended. `exit_code`: None = it was stopped as its time was over. `result`: as far as it came."""
-
-    exit_code: int | None
-    result: dict[str, Any]
-    log: list[str]
-    reason: str
-
-
-def _run(task: Task, seconds: float | None) -> _Ended:
-    """scripts/benchmarks/training_contenders.py in a process of its own, with empty caches, without a hub, on one GPU."""
-    task.folder.mkdir(parents=True)
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    environment = {
-        **os.environ,
-        "CUDA_VISIBLE_DEVICES": gpus.split(",")[0],
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(task.folder / "datasets"),
-        "TORCHINDUCTOR_CACHE_DIR": str(task.folder / "inductor"),
-        "TRITON_CACHE_DIR": str(task.folder / "triton"),
+def parse_step(line: dict[str, Any], warmup: bool, device: dict[str, Any]) -> dict[str, Any]:
+    """Return a step's seconds, tokens and FLOPs from its line of metrics.jsonl."""
+    clock = line["seconds_per_step"]
+    # On a GPU the host's clock stops before the optimizer's kernels have finished; those of the parts do not.
+    parts = (line.get(f"seconds_{part}", 0.0) for part in ("waiting_for_data", "forward", "backward", "optimizer"))
+    step = {
+        "warmup": warmup,
+        "seconds": max(clock, sum(parts)),
+        "tokens": round(line["tokens_per_second"] * clock),
+        "trained_tokens": round(line["trained_tokens_per_second_per_gpu"] * clock),
+        "flops": line["mfu"] * device["peak_flops"] * clock if "mfu" in line else line.get("flops"),
+        "loss": float(line["loss"]),
     }
-    result = task.folder / "result.json"
-    with (task.folder / "log.txt").open("w+", encoding="utf-8", errors="replace") as log:
-        with running("training_contenders", task.to_json(), log, environment) as child:
-            exit_code: int | None = None
-            try:
-                exit_code = child.wait(seconds)
-            except subprocess.TimeoutExpired:
-                end(child)
-        known = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
-        reason = known.pop("reason", None) or last_words(log, exit_code or 0)
-        if exit_code is not None and exit_code < 0:
-            reason = f"ended by signal {-exit_code}; its last words: {reason}"
-        return _Ended(exit_code, known, words(log), reason)
+    return {**step, "documents": line["documents"]} if "documents" in line else step
+
+
+def _used_settings(folder: Path, device: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the settings that a run trained with: those that TRL chose, or those of the run's own recipe.yaml."""
+    if (file := folder / "settings.json").exists():
+        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return settings
+    if not (folder / "recipe.yaml").exists():
+        return None
+    recipe = load_recipe(folder / "recipe.yaml")
+    factors = factors_of(recipe)
+    kernel = device["automatic"] if factors["attention"] == "auto" else factors["attention"]
+    logging_steps = recipe.training["logging_steps"]
+    return {**factors, "attention": kernel, "dtype": recipe.model.dtype, "logging_steps": logging_steps}

@@ -1,8 +1,8 @@
-"""Run a command and write down what it took: seconds, those on a processor, and the memory of its largest process.
+"""Resource usage of a command: wall-clock seconds, CPU seconds and the memory of its largest process.
 
-    python scripts/benchmarks/usage.py '{"usage_file": "usage.json", "command": ["python", "script.py"]}'
+    python -m benchmarks.usage '{"usage_file": "usage.json", "command": ["python", "script.py"]}'
 
-A process of its own and a small one, as the kernel counts the memory of whoever starts a command as the command's.
+A small process of its own: the kernel counts the memory of the process that starts a command as the command's.
 """
 
 import json
@@ -14,19 +14,19 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Run it; its exit code."""
+    """Run the command, write its usage and return its exit code."""
     task = json.loads(sys.argv[1])
     started = time.monotonic()
     code = subprocess.call(task["command"])
     seconds = time.monotonic() - started
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     unit = 1 if sys.platform == "darwin" else 1_024
     Path(task["usage_file"]).write_text(
         json.dumps(
             {
                 "process_seconds": seconds,
-                "cpu_seconds": used.ru_utime + used.ru_stime,
-                "peak_memory": used.ru_maxrss * unit,
+                "cpu_seconds": usage.ru_utime + usage.ru_stime,
+                "peak_memory": usage.ru_maxrss * unit,
             }
         ),
         encoding="utf-8",

@@ -1,4 +1,4 @@
-"""scripts/benchmark.py sysgen: what the server counts is what four calls a row make, and the table holds what was seen."""
+"""scripts/benchmark.py sysgen: the server counts four calls per row, and the table has its figures."""
 
 import http.client
 import json
@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROWS, LATENCY, PLACES = 30, 0.02, 8
+ROWS, LATENCY, SLOTS = 30, 0.02, 8
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -25,7 +25,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def cells(table: str) -> dict[str, list[str]]:
-    """The lines of a table by their first cell."""
+    """Return the cells of a table's lines by their first cell."""
     rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table.splitlines() if line[:2] == "| "]
     return {row[0]: row[1:] for row in rows}
 
@@ -46,38 +46,38 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     )
 
 
-def test_every_row_takes_four_calls_and_the_table_holds_what_the_server_saw(tmp_path: Path) -> None:
+def test_every_row_takes_four_calls_and_the_table_has_the_servers_figures(tmp_path: Path) -> None:
     file = tmp_path / "sysgen.json"
-    result = run("--rows", ROWS, "--latency", LATENCY, "--concurrency", PLACES, "--json", file)
+    result = run("--rows", ROWS, "--latency", LATENCY, "--concurrency", SLOTS, "--json", file)
     assert result.returncode == 0, result.stderr
     record = json.loads(file.read_text(encoding="utf-8"))
 
-    ideal = 4 * ROWS * LATENCY / PLACES
+    ideal = 4 * ROWS * LATENCY / SLOTS
     assert record["ideal_seconds"] == {str(ROWS): pytest.approx(ideal)}
-    assert [one["contender"] for one in record["measurements"]] == ["bare", "ours"]
-    for one in record["measurements"]:
-        assert one["answered"] == dict.fromkeys(("generate", "verify", "answer", "judge"), ROWS)
-        assert one["rows"] == ROWS
-        assert one["most_at_once"] == PLACES  # full, and never one too many
-        assert one["too_many"] == 0
-        assert one["process_seconds"] > one["seconds"] > ideal  # no server can be faster
-        assert one["cpu_seconds"] > 0
+    assert [run["contender"] for run in record["measurements"]] == ["bare", "ours"]
+    for figures in record["measurements"]:
+        assert figures["answered"] == dict.fromkeys(("generate", "verify", "answer", "judge"), ROWS)
+        assert figures["rows"] == ROWS
+        assert figures["most_at_once"] == SLOTS  # all slots in use, and never one more
+        assert figures["too_many"] == 0
+        assert figures["process_seconds"] > figures["seconds"] > ideal  # no server can be faster
+        assert figures["cpu_seconds"] > 0
     bare, ours = record["measurements"]
-    assert ours["peak_memory"] > 2 * bare["peak_memory"]  # not that of whoever started them, which would be one
+    assert ours["peak_memory"] > 2 * bare["peak_memory"]  # each its own, not that of the common parent
 
     table = cells(result.stdout)
-    assert table[f"the ideal: 4 x {ROWS} x {LATENCY} s / {PLACES}"][1:3] == [f"{ideal:.2f}", "1.000"]
-    for name, one in (("the server's limit, asked by a bare client", bare), ("janus-sft, scripts/sysgen.py", ours)):
+    assert table[f"the ideal: 4 x {ROWS} x {LATENCY} s / {SLOTS}"][1:3] == [f"{ideal:.2f}", "1.000"]
+    for name, figures in (("the server's limit, asked by a bare client", bare), ("janus-sft, scripts/sysgen.py", ours)):
         assert table[name][0] == f"{ROWS} of {ROWS}"
-        assert table[name][2:4] == [f"{one['seconds'] / ideal:.3f}", f"{4 * ROWS / one['seconds']:,.0f}"]
-    assert "distilabel: left out" in result.stdout
+        assert table[name][2:4] == [f"{figures['seconds'] / ideal:.3f}", f"{4 * ROWS / figures['seconds']:,.0f}"]
+    assert "distilabel: skipped" in result.stdout
     assert "pip install 'distilabel[openai]==1.5.3'" in result.stdout
     assert record["failures"].keys() == {"distilabel"}
 
 
 def test_memory_is_compared_between_numbers_of_rows(tmp_path: Path) -> None:
     file = tmp_path / "memory.json"
-    result = run("--memory", 5, 40, "--concurrency", PLACES, "--json", file)
+    result = run("--memory", 5, 40, "--concurrency", SLOTS, "--json", file)
     assert result.returncode == 0, result.stderr
     few, many = json.loads(file.read_text(encoding="utf-8"))["measurements"]
     assert (few["rows"], many["rows"]) == (5, 40)
@@ -87,18 +87,18 @@ def test_memory_is_compared_between_numbers_of_rows(tmp_path: Path) -> None:
 
 
 def test_the_table_has_medians(scripts: SimpleNamespace) -> None:
-    def one(contender: str, seconds: float) -> dict[str, Any]:
+    def figures(contender: str, seconds: float) -> dict[str, Any]:
         counts = dict.fromkeys(("process_seconds", "cpu_seconds", "server_cpu_seconds", "peak_memory"), 1.0)
         answered = {"generate": 10, "verify": 10, "answer": 10, "judge": 10}
         return {"contender": contender, "rows_in": 10, "rows": 10, "seconds": seconds, "most_at_once": 4, "too_many": 2,
                 "answered": answered, **counts}  # fmt: skip
 
-    runs = [one("ours", 2.0), one("bare", 1.0), one("ours", 8.0), one("ours", 4.0)]
-    ours, bare = scripts.table.medians(runs, {10: 2.0})
+    runs = [figures("ours", 2.0), figures("bare", 1.0), figures("ours", 8.0), figures("ours", 4.0)]
+    ours, bare = scripts.table.compute_medians(runs, {10: 2.0})
     assert (ours["contender"], ours["seconds"], ours["least_seconds"], ours["most_seconds"]) == ("ours", 4.0, 2.0, 8.0)
     assert (ours["times_the_ideal"], ours["requests_per_second"]) == (2.0, 10.0)
     assert bare["times_the_ideal"] == 0.5
-    assert scripts.table.medians(runs, {10: 0.0})[0]["times_the_ideal"] is None
+    assert scripts.table.compute_medians(runs, {10: 0.0})[0]["times_the_ideal"] is None
 
 
 @contextmanager
@@ -108,52 +108,52 @@ def served(scripts: SimpleNamespace, latency: float, at_once: int) -> Iterator[t
 
 
 def ask(url: str, messages: list[dict[str, str]]) -> str:
-    """What is said."""
+    """Return the content of the answer."""
     request = urllib.request.Request(url, json.dumps({"messages": messages}, ensure_ascii=False).encode())
     with urllib.request.urlopen(request) as response:
         return str(json.loads(response.read())["choices"][0]["message"]["content"])
 
 
-def test_the_server_answers_what_the_bare_client_takes_for_granted(scripts: SimpleNamespace) -> None:
+def test_the_server_gives_the_answers_that_the_bare_client_assumes(scripts: SimpleNamespace) -> None:
     from train.sysgen.tags import parse, parse_verdicts
 
     question = f"Question {scripts.server.ROW_MARK}17: why does the row-number not count?"
-    calls = [messages for messages, _ in scripts.bare.requests_of(question, "An answer.")]
+    calls = [messages for messages, _ in scripts.bare.build_requests(question, "An answer.")]
     with served(scripts, 0.0, 1) as (url, server):
         written, verdicts, answer, verdict = (ask(url, messages) for messages in calls)
         seen = json.loads(server.communicate()[0])
     message = parse(written)
     assert not message.dropped
     assert "row-number-17" in message.text
-    assert calls[2][0]["content"] == message.text  # what is asked next is what followed from the answer
-    read = parse_verdicts(verdicts).of
-    assert {tag for tag, said in read.items() if said == "Good"} == set(message.tags)
+    assert calls[2][0]["content"] == message.text  # the next request is built from the answer
+    by_tag = parse_verdicts(verdicts).of
+    assert {tag for tag, judged in by_tag.items() if judged == "Good"} == set(message.tags)
     assert answer in calls[3][0]["content"]
     assert verdict == "Yes"
     assert seen["answered"] == dict.fromkeys(scripts.server.STAGES, 1)
 
 
-def test_one_request_too_many_is_turned_away(scripts: SimpleNamespace) -> None:
-    places = 3
-    with served(scripts, 0.5, places) as (url, server):
-        clients = [http.client.HTTPConnection(urlsplit(url).netloc) for _ in range(places + 2)]
+def test_requests_above_the_limit_get_429(scripts: SimpleNamespace) -> None:
+    slots = 3
+    with served(scripts, 0.5, slots) as (url, server):
+        clients = [http.client.HTTPConnection(urlsplit(url).netloc) for _ in range(slots + 2)]
         for client in clients:
             client.connect()
-        for client in clients:  # all are on their way before the first is answered
+        for client in clients:  # all are sent before the first is answered
             client.request("POST", urlsplit(url).path, b"{}")
         statuses = [client.getresponse().status for client in clients]
         for client in clients:
             client.close()
         seen = json.loads(server.communicate()[0])
-    assert sorted(statuses) == [200] * places + [429] * 2
-    assert (seen["answered"]["answer"], seen["too_many"], seen["most_at_once"]) == (places, 2, places)
+    assert sorted(statuses) == [200] * slots + [429] * 2
+    assert (seen["answered"]["answer"], seen["too_many"], seen["most_at_once"]) == (slots, 2, slots)
 
 
-def test_rows_come_again_with_numbers_of_their_own(
+def test_repeated_conversations_have_their_own_row_numbers(
     scripts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scripts.sysgen, "CONVERSATIONS", 3)
-    file = scripts.sysgen._write_rows(tmp_path / "rows.jsonl", 7, 5)
+    file = scripts.sysgen.write_rows(tmp_path / "rows.jsonl", 7, 5)
     rows = [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines()]
     questions = [question["content"] for question, _ in rows]
     assert len(set(questions)) == 7
@@ -161,8 +161,8 @@ def test_rows_come_again_with_numbers_of_their_own(
     assert len({answer["content"] for _, answer in rows}) == 3
 
 
-def distilabel_that(tmp_path: Path, does: str) -> Path:
-    """A Python that has `distilabel` as far as can be told beforehand; the pipeline itself `does` this."""
+def fake_distilabel(tmp_path: Path, does: str) -> Path:
+    """Return a Python that can import `distilabel`; the pipeline itself runs the statement `does`."""
     packages = tmp_path / "packages"
     for name in ("distilabel", "openai"):
         (packages / name).mkdir(parents=True)
@@ -177,27 +177,25 @@ def distilabel_that(tmp_path: Path, does: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("does", "limit", "why"),
+    ("does", "limit", "reason"),
     [
         ("raise RuntimeError('no batch came back')", 60, "RuntimeError: no batch came back"),
         ("__import__('threading').Event().wait()", 1, "was ended after 1 s (--limit)"),
     ],
 )
-def test_where_distilabel_fails_or_hangs_the_others_are_told_all_the_same(
-    tmp_path: Path, does: str, limit: int, why: str
-) -> None:
-    python = distilabel_that(tmp_path, does)
+def test_a_failure_or_hang_of_distilabel_is_recorded(tmp_path: Path, does: str, limit: int, reason: str) -> None:
+    python = fake_distilabel(tmp_path, does)
     options = ("--rows", 4, "--latency", 0, "--only", "distilabel", "--distilabel", python, "--limit", limit)
     result = run(*options, "--json", tmp_path / "sysgen.json")
     assert result.returncode == 0, result.stderr
-    assert why in result.stdout
+    assert reason in result.stdout
     record = json.loads((tmp_path / "sysgen.json").read_text(encoding="utf-8"))
-    assert why in record["failures"]["distilabel"]
+    assert reason in record["failures"]["distilabel"]
     assert record["measurements"] == []
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--only", "ours,curator"], "--only: there is no 'curator'. Choose from bare, ours, distilabel."),
         (["--only", "distilabel"], "--distilabel: name the Python that has it."),
@@ -205,11 +203,9 @@ def test_where_distilabel_fails_or_hangs_the_others_are_told_all_the_same(
         (["--json", "/no/such/folder/sysgen.json"], "--json /no/such/folder/sysgen.json: there is no folder"),
     ],
 )
-def test_what_can_not_be_measured_is_refused(arguments: list[str], says: str) -> None:
-    result = run("--rows", 4, *arguments)
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith(f"error: {says}")
-    assert "Traceback" not in result.stderr
+def test_invalid_options_are_errors(refused: Callable[..., str], arguments: list[str], message: str) -> None:
+    error = refused("sysgen", "--rows", 4, *arguments)
+    assert error.splitlines()[-1].startswith(f"error: {message}")
 
 
 @pytest.mark.skipif("DISTILABEL_PYTHON" not in os.environ, reason="DISTILABEL_PYTHON names no Python with distilabel")

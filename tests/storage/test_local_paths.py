@@ -224,4 +224,5 @@ def test_paths_in_options_of_evaluations_are_expanded(
     words: tuple[str, ...], command: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(*words) == 2
-    assert "the environment variable UNSET" in capsys.readouterr().err.partition("\nerror: argument ")[2]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "the environment variable UNSET" in line

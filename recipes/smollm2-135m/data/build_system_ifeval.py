@@ -250,6 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE, help="output folder (default: that of this script)")
     folder: Path = parser.parse_args().output
+    folder.mkdir(parents=True, exist_ok=True)
     for name, rows in build().items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / name).write_text(text, encoding="utf-8", newline="\n")

@@ -77,8 +77,14 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
 
 def find_base(adapter: Path, base: str | None) -> Path:
     """Return the folder of the base model, downloaded from the hub if necessary. Raises UserError if it is missing."""
+    if not adapter.is_dir():
+        raise UserError(f"{adapter}: there is no such folder. Write the folder of an adapter.")
     try:
         settings = json.loads((adapter / "adapter_config.json").read_bytes())
+    except FileNotFoundError as error:
+        checkpoints = sorted(path.parent.name for path in adapter.glob("checkpoint-*/adapter_config.json"))
+        hint = f" A stopped run has its adapter in a checkpoint: {', '.join(checkpoints)}." if checkpoints else ""
+        raise UserError(f"{adapter}: there is no adapter_config.json, so it holds no adapter.{hint}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{adapter}: has no readable adapter_config.json: {error}") from error
     name = base or settings.get("base_model_name_or_path")

@@ -96,8 +96,10 @@ def run(options: argparse.Namespace) -> None:
     if options.init is not None:
         from train.preflight.starter_recipe import write_starter_recipe
 
-        write_starter_recipe(options.init, options.model, options.data)
+        notes = write_starter_recipe(options.init, options.model, options.data)
         print(f"{options.init} is written. Check it: python train/sft.py --recipe {options.init} --check")
+        for note in notes:
+            print(f"note: {note}")
         return
     json_file = discard_earlier_report(options.json) if options.json is not None else None
     recipe = load_recipe(options.recipe, options.overrides)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from train.recipe import load_recipe
@@ -90,6 +91,9 @@ def test_rows_that_need_a_setting_get_it(tiny_model: Path, tmp_path: Path, capsy
     plain = [{"messages": [{"role": "user", "content": f"{number}?"}, long["messages"][1]]} for number in range(250)]
     data = write_rows(tmp_path / "rows.jsonl", *plain, long, bad, noted)
     recipe = written(tmp_path, "--model", tiny_model, "--data", data)
+    assert "\nnote: no format reads rationale: `ignore` leaves it out of training\n" in capsys.readouterr().out
+    text = recipe.read_text(encoding="utf-8")
+    assert ("cpu.yaml" in text, "dtype: float32" in text) == (not torch.cuda.is_available(),) * 2
     section = load_recipe(recipe).data
     assert (section.max_length, section.overlong, section.on_bad_row) == (2_048, "drop", "skip")
     assert section.sources[0].ignore == ("rationale",)
@@ -109,9 +113,10 @@ def test_a_template_that_loses_system_messages_is_replaced(
 
 
 def test_without_model_and_data_the_check_names_the_placeholders(
-    tmp_path: Path, refused: Callable[..., str], rows_file: Path
+    tmp_path: Path, refused: Callable[..., str], rows_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = written(tmp_path)
+    assert "note: replace the placeholder path/to/rows.jsonl\n" in capsys.readouterr().out
     error = refused("--recipe", recipe, "--check")
     assert "model.name_or_path: there is no folder path/to/model-or-hub-id" in error
     assert "data.sources.0.path: path/to/rows.jsonl" in error

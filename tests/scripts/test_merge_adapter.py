@@ -167,7 +167,11 @@ def test_unsupported_bases_and_adapters_are_refused(
 ) -> None:
     adapter = make_adapter(tiny_model, tmp_path / "adapter", target_modules=LINEAR)
     output = ["--output", tmp_path / "merged"]
-    assert "has no readable adapter_config.json" in refused(tiny_model, *output)
+    assert "there is no adapter_config.json, so it holds no adapter" in refused(tiny_model, *output)
+    assert "there is no such folder" in refused(tmp_path / "nowhere", *output)
+    stopped = tmp_path / "stopped"
+    shutil.copytree(adapter, stopped / "checkpoint-3")
+    assert "A stopped run has its adapter in a checkpoint: checkpoint-3." in refused(stopped, *output)
     assert "exists already" in refused(adapter, "--output", tiny_model)
 
     quantized = tmp_path / "quantized"

@@ -198,6 +198,9 @@ def _describe_part(part: SplitReport) -> list[str]:
             f"{names.get(percent, f'p{percent}')} {tokens:,}" for percent, tokens in part.lengths.items()
         )
         lines += [f"row length percentiles (tokens): {spread}", f"longest row: {part.longest_place}"]
+        rows = sum(bar.rows for bar in part.histogram)
+        if rows > part.rows:
+            lines.append(f"percentiles and histogram are of all {rows:,} rows, those that are dropped included")
     return lines
 
 

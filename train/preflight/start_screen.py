@@ -112,10 +112,9 @@ def _describe(name: str, stats: SplitStats, recipe: Recipe) -> list[tuple[str, s
         sequences = format_count(stats.sequences, "sequence")
         lines.append(("", f"packed into {sequences} of {recipe.data.max_length:,}, {filling:.1%} full"))
     if stats.overlong_tokens:
-        truncated = (
-            f"{format_count(stats.overlong_tokens, 'token')} truncated from rows over {recipe.data.max_length:,} tokens"
-        )
-        lines.append(("", truncated))
+        where = "in dropped rows" if recipe.data.overlong == "drop" else "truncated from rows"
+        tokens = format_count(stats.overlong_tokens, "token")
+        lines.append(("", f"{tokens} {where} over {recipe.data.max_length:,} tokens"))
     return lines
 
 

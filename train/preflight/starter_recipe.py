@@ -46,8 +46,8 @@ class DataFacts:
     chat: Mapping[str, str] = field(default_factory=dict)
 
 
-def write_starter_recipe(file: Path, model: str | None = None, data: str | None = None) -> None:
-    """Write a recipe for `model` and `data` to `file`, with placeholders for what isn't given.
+def write_starter_recipe(file: Path, model: str | None = None, data: str | None = None) -> list[str]:
+    """Write a recipe for `model` and `data` to `file`. Return what its user has to know: placeholders, ignored columns.
 
     Raises UserError if `file` exists or can't be written, and if the data can't be read.
     """
@@ -61,6 +61,20 @@ def write_starter_recipe(file: Path, model: str | None = None, data: str | None 
         file.write_text(_render(file, model or MODEL, data or DATA, facts, positions), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--init: {file} can't be written: {error.strerror}. Name another file.") from error
+    notes = [
+        f"replace the placeholder {placeholder}"
+        for placeholder, given in ((MODEL, model), (DATA, data))
+        if given is None
+    ]
+    if facts and facts.ignore:
+        notes.append(f"no format reads {', '.join(facts.ignore)}: `ignore` leaves it out of training")
+    return notes
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _read_facts(data: str) -> DataFacts:
@@ -150,15 +164,20 @@ def _render(file: Path, model: str, data: str, facts: DataFacts | None, position
             more.append(f"  on_bad_row: skip              # {format_count(facts.bad_rows, 'row')}: --check names them")
     if many:
         more.append("  validation: 0.05              # share of the rows held out for evaluation")
+    gpu = _has_gpu()
+    launch = "single_gpu.yaml" if gpu else "cpu.yaml"
+    # On a CPU bfloat16 weights and recomputed activations are slow, and eight sequences a step give long steps.
+    dtype = "" if gpu else "\n  dtype: float32               # for a CPU; bfloat16 on a GPU"
+    recompute = "" if gpu else "\n  gradient_checkpointing: false # true saves memory on a GPU"
     template, role = chat.get("template"), chat.get("system_role", "native")
     ignore = f"\n      ignore: {facts.ignore}   # columns that no format reads" if facts and facts.ignore else ""
     return f"""\
 # Written by train/sft.py --init. Every key: recipes/README.md. First look at what would be trained, then train:
 #   python train/sft.py --recipe {file} --check
-#   accelerate launch --config_file accelerate_configs/single_gpu.yaml train/sft.py --recipe {file}
+#   accelerate launch --config_file accelerate_configs/{launch} train/sft.py --recipe {file}
 
 model:
-  name_or_path: {_quote(model)}
+  name_or_path: {_quote(model)}{dtype}
 chat:
   template: {template or "null":<20}# null = the tokenizer's own
   system_role: {role:<17}# native = the template writes system messages
@@ -174,7 +193,7 @@ adapter:
 training:                       # the fields of TRL's SFTConfig
   num_train_epochs: 2
   per_device_train_batch_size: 1
-  gradient_accumulation_steps: {8 if many else 1}
+  gradient_accumulation_steps: {8 if many and gpu else 1}{recompute}
   learning_rate: 2.0e-4
 output_dir: {_quote(f"outputs/{file.stem}")}
 seed: 42

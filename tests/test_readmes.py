@@ -43,7 +43,7 @@ OTHER_PROGRAMS = {
     "sbatch": {"--export", "--constraint"},
     "scancel": {"--batch", "--signal"},
     "llama-server": {"--ctx-size"},
-    "transformers serve": {"--device"},
+    "transformers serve": {"--device", "--port"},
     "transformers chat": {"--system-prompt"},
     "recipes/smollm2-135m/data/build.py": {"--output"},
 }

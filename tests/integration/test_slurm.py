@@ -240,7 +240,7 @@ def test_a_recipe_broken_in_the_queue_ends_the_job_before_training(
     slurm.wait_for(job, "FAILED")
     log = (tmp_path / "run" / f"slurm-{job}.log").read_text()
     assert [line for line in log.splitlines() if line.startswith("error: ")] == [
-        next(line for line in log.splitlines() if line.startswith("error: 127.0.0.1 can't use the recipe: "))
+        next(line for line in log.splitlines() if line.startswith("error: 127.0.0.1 can't load the recipe: "))
     ]
     assert "Did you mean `data.max_length`?" in log
     assert log.splitlines()[-1].endswith("stopped: the preflight failed, see above")

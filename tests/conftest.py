@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from tiny_words import WORDS
 
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="janus-sft-tests-")  # the token cache of the tests is temporary
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
@@ -24,7 +25,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # tests must not use the hub
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 ROOT = Path(__file__).parents[1]
-WORDS = "river stone cloud amber seven quiet window paper north candle orbit maple silver engine harbor"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

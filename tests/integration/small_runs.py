@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conftest import WORDS
+from tiny_words import WORDS
 
 
 @dataclass(frozen=True)

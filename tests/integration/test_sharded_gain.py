@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS
 from ranks import launch
+from tiny_words import WORDS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("deepspeed")

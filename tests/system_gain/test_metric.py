@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS
+from tiny_words import WORDS
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from train.data.chat.system_role import SystemRole, apply_system_role

@@ -283,7 +283,9 @@ def check_model_exists(model: ModelSection, recipe_file: str | None = None) -> N
         return
     where = "" if path.is_absolute() else f" in {Path.cwd()}"
     if path.exists():
-        raise UserError(f"model.name_or_path: {path} is a file. Write the model's folder: {path.parent.resolve()}")
+        raise UserError(
+            f"model.name_or_path: {path} is a file. Write the model's folder, such as {path.parent.resolve()}"
+        )
     if not looks_like_hub_id(name):
         hint = _from_recipe(path, recipe_file) or suggest_similar(path)
         raise UserError(

@@ -107,18 +107,6 @@ def non_negative_int(text: str) -> int:
     return int(text)
 
 
-def int_up_to(limit: int) -> Callable[[str], int]:
-    """Return an option's `type` that parses an integer from 1 to `limit`."""
-
-    def parse_bounded(text: str) -> int:
-        number = positive_int(text)
-        if number > limit:
-            raise argparse.ArgumentTypeError(f"{number} must be at most {limit:,}")
-        return number
-
-    return parse_bounded
-
-
 def positive_float(text: str) -> float:
     """Parse a finite number > 0; an option's `type`."""
     number = non_negative_float(text)
@@ -136,16 +124,6 @@ def non_negative_float(text: str) -> float:
     if not 0 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number >= 0")
     return number
-
-
-def float_or_null(text: str) -> float | None:
-    """Parse a number, or `null` for a parameter that is not sent; an option's `type`."""
-    if text.lower() in ("null", "none"):
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number or null") from None
 
 
 def json_object(text: str) -> dict[str, Any]:

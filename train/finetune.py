@@ -24,7 +24,6 @@ from train.loop.checkpoint.resumed_settings import ResumedSettings
 from train.loop.checkpoint.trainer_state import optimizer_distribution
 from train.loop.finished_run import inputs_fingerprint
 from train.loop.metrics_log import StepLog
-from train.loop.optimizer_test import check_optimizer
 from train.loop.output_dir import claim_output_dir, lock_output_dir
 from train.loop.preemption import Preemption
 from train.loop.report import write_report
@@ -34,9 +33,9 @@ from train.loop.tracking import open_trackers
 from train.loop.trainer import JanusTrainer
 from train.model.float8 import check_float8_start
 from train.model.inference import set_stop_tokens
-from train.model.load import check_model, load_config, load_model
-from train.model.quantized_weights import with_saved_quantization
+from train.model.load import load_model
 from train.model.tokenizer import check_vocabulary, load_chat_tokenizer
+from train.preflight.model_checks import examine_model
 from train.preflight.start_screen import start_screen
 from train.ranks import is_first_rank, world_size
 from train.recipe import Recipe
@@ -51,11 +50,9 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
     Raises UserError for errors that the user can fix, almost all of them before the weights are loaded.
     """
     # Check model, settings and template before the data is prepared.
-    checked = check_model(recipe)
-    check_optimizer(recipe)
+    checked = examine_model(recipe)
     if checkpoint:
-        with_deepspeed = checkpoint.manifest["distribution"].startswith("DeepSpeed")
-        ResumedSettings(checkpoint, recipe).refuse(checkpoint, deepspeed=with_deepspeed)
+        ResumedSettings(checkpoint, recipe).refuse_under_deepspeed(checkpoint)
     tokenizer, template, _ = load_chat_tokenizer(recipe.model, recipe.chat, get_run_date(checkpoint))
     check_vocabulary(tokenizer, recipe.model, checked.embeddings)
     check_float8_start(recipe)
@@ -78,7 +75,7 @@ def finetune(recipe: Recipe, checkpoint: Checkpoint | None = None, resume_anyway
 
         # Set up the trainer; under ZeRO-3 its arguments must exist before the model is loaded.
         stop_tokens = SpanFinder(tokenizer).stop_tokens
-        described = with_saved_quantization(recipe, load_config(recipe.model))
+        described = checked.described(recipe)
         arguments = training_arguments(described, stop_tokens)
         if checkpoint:
             check_distribution(checkpoint, optimizer_distribution(arguments))

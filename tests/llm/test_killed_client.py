@@ -15,6 +15,7 @@ from pathlib import Path
 import client_process
 import pytest
 from client_process import STAGES
+from killed_processes import killed_afterwards
 from scripted_server import Asked, Reply, chat_reply, served
 
 from train.llm.concurrency import Backoff, ConcurrencyLimiter, ServerSlots
@@ -31,18 +32,8 @@ processes.set_forkserver_preload(["train.llm.progress"])
 @pytest.fixture
 def start() -> Iterator[Callable[..., multiprocessing.process.BaseProcess]]:
     """Return a function that starts a process of client_process; all are killed after the test."""
-    started = []
-
-    def begin(target: Callable[..., None], *arguments: object) -> multiprocessing.process.BaseProcess:
-        process = processes.Process(target=target, args=arguments)
-        process.start()
-        started.append(process)
-        return process
-
-    yield begin
-    for process in started:
-        process.kill()
-        process.join()
+    with killed_afterwards(processes) as begin:
+        yield begin
 
 
 class Memory:

@@ -60,7 +60,7 @@ def test_files_that_exist_are_accepted(says: Callable[..., str]) -> None:
         ("model.name_or_path=/no/where", ["there is no folder /no/where."]),
         ("model.name_or_path=beside/seen", ["no folder of that name in {}", "did you mean recipes/beside/seen?"]),
         ("model.name_or_path=./beside/seen", ["not from the recipe's: did you mean recipes/beside/seen?"]),
-        ("model.name_or_path=data/seen/rows.jsonl", ["is a file", "Write the model's folder, such as {}/data/seen"]),
+        ("model.name_or_path=data/seen/rows.jsonl", ["is a file", "Name the folder that it is in: {}/data/seen"]),
         ("model.name_or_path=nobody/nothing", ["cache of the Hugging Face hub", "HF_HUB_OFFLINE is set"]),
         ("data.sources.0.path=data/sen/rows.jsonl", ["there is no sen in {}/data", "mean data/seen/rows.jsonl?"]),
         ("data.sources.0.path=rows.jsonl", ["there is no rows.jsonl in {}"]),

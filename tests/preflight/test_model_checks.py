@@ -12,8 +12,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from train.model.tokenizer import load_tokenizer
-from train.preflight.model_checks import passed_checks
-from train.recipe import ModelSection, load_recipe
+from train.preflight.model_checks import ModelFacts, checks_key, passed_checks
+from train.recipe import ModelSection, Recipe, load_recipe
 from train.sft import main
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +45,10 @@ def test_a_second_check_imports_no_modelling_code_and_prints_the_same_page(
     assert first.endswith("\nready\n")
 
 
+def remembered(recipe: Recipe) -> ModelFacts | None:
+    return passed_checks(recipe, checks_key(recipe))
+
+
 @pytest.fixture
 def model(tiny_model: Path, tmp_path: Path) -> Path:
     shutil.copytree(tiny_model, tmp_path / "model")
@@ -55,12 +59,12 @@ def test_only_the_same_files_and_settings_are_not_checked_again(
     recipe_file: Callable[..., Path], refused: Callable[..., str], model: Path
 ) -> None:
     recipe = recipe_file(model={"name_or_path": str(model)})
-    assert passed_checks(load_recipe(recipe)) is None
+    assert remembered(load_recipe(recipe)) is None
     assert main(["--recipe", str(recipe), "--check"]) == 0
-    assert passed_checks(load_recipe(recipe)) is not None
+    assert remembered(load_recipe(recipe)) is not None
     for override in ("training.optim=rmsprop", "adapter={r: 4}", "data.max_length=200", "chat.train_on=last"):
-        assert passed_checks(load_recipe(recipe, [override])) is None
-    assert passed_checks(load_recipe(recipe, ["output_dir=elsewhere", "seed=1"])) is not None
+        assert remembered(load_recipe(recipe, [override])) is None
+    assert remembered(load_recipe(recipe, ["output_dir=elsewhere", "seed=1"])) is not None
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
     assert "weights of the model that its config.json leaves out" in refused("--recipe", recipe, "--check")
@@ -73,7 +77,7 @@ def test_a_refused_model_is_not_remembered(
     recipe = recipe_file(model={"name_or_path": str(model)})
     for _ in range(2):
         assert "generation_config.json can't be read" in refused("--recipe", recipe, "--check")
-    assert passed_checks(load_recipe(recipe)) is None
+    assert remembered(load_recipe(recipe)) is None
 
 
 def test_a_blocked_output_file_is_found_although_the_model_was_checked(

@@ -1,7 +1,7 @@
 """Statistics of rows: duplicates, overlap of training and validation, lengths, rows to look at."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -68,6 +68,12 @@ def percentiles(lengths: NDArray[np.int32]) -> dict[str, int]:
         return {}
     values = np.quantile(lengths, [percent / 100 for percent in PERCENTILES], method="inverted_cdf")
     return {str(percent): int(value) for percent, value in zip(PERCENTILES, values, strict=True)}
+
+
+def format_percentiles(values: Mapping[str, int]) -> str:
+    """Return `min 32, p50 399, max 1,055`."""
+    names = {"0": "min", "100": "max"}
+    return ", ".join(f"{names.get(percent, f'p{percent}')} {value:,}" for percent, value in values.items())
 
 
 def histogram(lengths: NDArray[np.int32], bars: int = 10) -> list[Bin]:

@@ -77,14 +77,7 @@ class _OptionsDocument(Document):
     def __init__(self, file: Path | None, required: list[str]) -> None:
         self._options: set[str | int] = set()
         self._has_file = file is not None
-        if file:
-            super().__init__(file, required)
-            return
-        self.name = "command line"
-        self.locations: dict[KeyPath, Location] = {(): Location(0, self.name)}
-        self.errors: list[tuple[Location, str]] = []
-        self.tree: dict[str, Any] = {}
-        self._values = 0
+        super().__init__(file, required)
 
     def set_option(self, name: str, value: Any, *, is_yaml: bool) -> None:
         """Put the value of an option into the tree. `is_yaml`: it is text to be read as a YAML value."""

@@ -58,7 +58,7 @@ def _is_config_alone(folder: Path) -> bool:
 def _file_error(file: Path) -> str:
     if file.suffix == ".gguf":
         return _gguf([file.name])
-    return f"is a file. Name the folder that it is in: {file.parent}."
+    return f"is a file. Name the folder that it is in: {file.parent.resolve()}."
 
 
 def _folder_error(folder: Path, model: ModelSection) -> str | None:
@@ -283,9 +283,7 @@ def check_model_exists(model: ModelSection, recipe_file: str | None = None) -> N
         return
     where = "" if path.is_absolute() else f" in {Path.cwd()}"
     if path.exists():
-        raise UserError(
-            f"model.name_or_path: {path} is a file. Write the model's folder, such as {path.parent.resolve()}"
-        )
+        raise UserError(f"model.name_or_path: {path} {_file_error(path)}")
     if not looks_like_hub_id(name):
         hint = _from_recipe(path, recipe_file) or suggest_similar(path)
         raise UserError(

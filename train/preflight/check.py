@@ -19,7 +19,7 @@ from train.loop.checkpoint.resume import get_run_date
 from train.loop.output_dir import unwritable_files
 from train.model.tokenizer import check_vocabulary, load_chat_tokenizer
 from train.preflight.json_report import write_json
-from train.preflight.model_checks import examine_model, passed_checks, remember_passed
+from train.preflight.model_checks import checks_key, examine_model, passed_checks, remember_passed
 from train.preflight.page import print_page
 from train.preflight.report import Report, build_report
 from train.recipe import Recipe
@@ -45,13 +45,13 @@ def check(
     Raises UserError if something keeps the run from starting: after the report, or before it if there is nothing to
     report on.
     """
-    earlier = passed_checks(recipe)
+    key = checks_key(recipe)
+    earlier = passed_checks(recipe, key)
     model = earlier or examine_model(recipe)
     if checkpoint:
         from train.loop.checkpoint.resumed_settings import ResumedSettings  # imports much of transformers
 
-        with_deepspeed = checkpoint.manifest["distribution"].startswith("DeepSpeed")
-        ResumedSettings(checkpoint, recipe).refuse(checkpoint, deepspeed=with_deepspeed)
+        ResumedSettings(checkpoint, recipe).refuse_under_deepspeed(checkpoint)
     chat = load_chat_tokenizer(recipe.model, recipe.chat, get_run_date(checkpoint))
     check_vocabulary(chat.tokenizer, recipe.model, model.embeddings)
     data = examine(recipe, chat.tokenizer)
@@ -63,7 +63,7 @@ def check(
         side_file_errors, names = try_side_files(recipe, chat.tokenizer)
         model = dataclasses.replace(model, side_files=names)
         if names and not side_file_errors:
-            remember_passed(recipe, model)
+            remember_passed(recipe, key, model)
     report = build_report(
         model.described(recipe),
         chat,

@@ -8,6 +8,7 @@ makes every check again.
 
 import importlib.metadata
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,23 +68,20 @@ def examine_model(recipe: Recipe) -> ModelFacts:
     return ModelFacts(model.notes, model.embeddings, saved.model_dump() if saved else None, [])
 
 
-def passed_checks(recipe: Recipe) -> ModelFacts | None:
+def passed_checks(recipe: Recipe, key: str | None) -> ModelFacts | None:
     """Return the results of earlier checks of the same model, settings and packages; None if there are none."""
-    key = _key(recipe)
     entry = find(cache_folder(recipe), key) if key else None
     return ModelFacts(**entry.facts) if entry else None
 
 
-def remember_passed(recipe: Recipe, facts: ModelFacts) -> None:
+def remember_passed(recipe: Recipe, key: str | None, facts: ModelFacts) -> None:
     """Keep the results of checks that all passed. A cache that can't be written is left as it is."""
-    if key := _key(recipe):
-        try:
+    if key:
+        with suppress(UserError):
             get_or_build(cache_folder(recipe), key, lambda _: asdict(facts))
-        except UserError:
-            return
 
 
-def _key(recipe: Recipe) -> str | None:
+def checks_key(recipe: Recipe) -> str | None:
     """Return the cache key of the checks; None for a model on the hub, with its own code, or in float8."""
     folder = Path(recipe.model.name_or_path)
     if not folder.is_dir() or recipe.model.trust_remote_code or recipe.model.float8:  # float8 imports torchao anyway

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from train.data.diagnostics import describe_dropped, describe_unread
-from train.data.stats import Bin
+from train.data.stats import Bin, format_percentiles
 from train.errors import UserError
 from train.formatting import format_count, shorten, visible, wrap
 from train.preflight.report import Example, Piece, Report, SplitReport
@@ -193,11 +193,8 @@ def _describe_part(part: SplitReport) -> list[str]:
             f"{part.documents_per_sequence_mean:.1f} rows each on average (at most {part.documents_per_sequence_max:,})"
         )
     if len(set(part.lengths.values())) > 1:
-        names = {"0": "min", "100": "max"}
-        spread = ", ".join(
-            f"{names.get(percent, f'p{percent}')} {tokens:,}" for percent, tokens in part.lengths.items()
-        )
-        lines += [f"row length percentiles (tokens): {spread}", f"longest row: {part.longest_place}"]
+        lines.append(f"row length percentiles (tokens): {format_percentiles(part.lengths)}")
+        lines.append(f"longest row: {part.longest_place}")
         rows = sum(bar.rows for bar in part.histogram)
         if rows > part.rows:
             lines.append(f"percentiles and histogram are of all {rows:,} rows, those that are dropped included")

@@ -14,7 +14,7 @@ import numpy as np
 from train.data.sources.formats import read_row
 from train.data.sources.row_errors import RowError
 from train.data.sources.source import chunks_and_format, open_source
-from train.data.stats import percentiles
+from train.data.stats import format_percentiles, percentiles
 from train.errors import UserError
 from train.formatting import format_count
 from train.recipe import ChatSection, DataSection, ModelSection, Recipe, Source
@@ -155,8 +155,10 @@ def _render(file: Path, model: str, data: str, facts: DataFacts | None, position
             f"format {facts.format}: {format_count(facts.rows, 'row')}, {turns:.1f} turns each, {share:.0%} with a "
             "system message"
         )
-        names = {"0": "min", "100": "max"}
-        spread = ", ".join(f"{names.get(percent, f'p{percent}')} {size:,}" for percent, size in _quantiles(facts))
+        shown = {
+            percent: size for percent, size in percentiles(facts.lengths).items() if percent in ("50", "95", "100")
+        }
+        spread = format_percentiles(shown)
         about_length = f"{facts.unit} per row: {spread}" if spread else about_length
         if facts.unit == "tokens" and (longer := int((facts.lengths > max_length).sum())):
             more.append(f"  overlong: drop                # {format_count(longer, 'row')} exceed the model's positions")
@@ -199,10 +201,6 @@ output_dir: {_quote(f"outputs/{file.stem}")}
 seed: 42
 # Sections left at their defaults: quantization, tracking, save, guards, system_gain.
 """
-
-
-def _quantiles(facts: DataFacts) -> list[tuple[str, int]]:
-    return [(percent, size) for percent, size in percentiles(facts.lengths).items() if percent in ("50", "95", "100")]
 
 
 def _quote(text: str) -> str:

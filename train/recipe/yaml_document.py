@@ -87,12 +87,18 @@ class YamlError(Exception):
 class Document:
     """A recipe as plain values, with the location of each and the errors found so far."""
 
-    def __init__(self, path: Path, keys: Sequence[str] = ("model", "data", "output_dir")) -> None:
-        """Read `path`; messages name `keys` as the required ones. Raises UserError if the file holds no mapping."""
-        self.name = str(path)
-        self.locations: dict[KeyPath, Location] = {(): self._line(1)}
+    def __init__(self, path: Path | None, keys: Sequence[str] = ("model", "data", "output_dir")) -> None:
+        """Read `path`; messages name `keys` as the required ones. None: all values come from the command line.
+
+        Raises UserError if the file holds no mapping.
+        """
+        self.name = str(path) if path else "command line"
+        self.locations: dict[KeyPath, Location] = {(): self._line(1) if path else Location(0, self.name)}
         self.errors: list[tuple[Location, str]] = []
         self._values = 0
+        self.tree: dict[str, Any] = self._read(path, keys) if path else {}
+
+    def _read(self, path: Path, keys: Sequence[str]) -> dict[str, Any]:
         try:
             root = compose(_read_text(path))
             tree = None if root is None else self._build(root, (), lambda node: self._line(node.start_mark.line + 1))
@@ -103,7 +109,7 @@ class Document:
         if not isinstance(tree, dict):
             expected = f"Expected a mapping with the keys {', '.join(keys)}, ..., each as `key: value`"
             raise UserError(f"{self.name}:1: found {describe_value(tree)} at the top level. {expected}.")
-        self.tree: dict[str, Any] = tree
+        return tree
 
     def override(self, text: str, order: int) -> None:
         """Apply an override `key=value` to the tree; `order`: its position on the command line."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from killed_batches import KILLED_AFTER_BATCHES
 from scripted_server import Asked, Reply, error, said, served
 
 from train.evaluation.ifeval.rows import read_rows
@@ -333,17 +334,8 @@ def test_any_parameter_can_be_left_out_or_renamed(
     )
 
 
-KILLED = """
-import os, signal, sys
-from train.evaluation.models import local
-left, whole = int(sys.argv.pop(1)), local.generate_batch
-def until_killed(*arguments, **options):
-    global left
-    left -= 1
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return whole(*arguments, **options)
-local.generate_batch = until_killed
+KILLED = f"""
+{KILLED_AFTER_BATCHES}
 import runpy
 runpy.run_path("scripts/evaluate.py", run_name="__main__")
 """

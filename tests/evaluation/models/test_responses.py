@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from killed_batches import KILLED_AFTER_BATCHES
 from scripted_server import Asked, Reply, error, said, served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -169,22 +170,13 @@ def test_a_merged_system_message_precedes_the_first_user_turn() -> None:
     assert merge_into_user([*ask("a", "  "), *later]) == [{"role": "user", "content": "a"}, *later]
 
 
-KILLED = """
-import os, signal, sys
+KILLED = f"""
+{KILLED_AFTER_BATCHES}"""
+KILLED += """
 from pathlib import Path
 from train.evaluation.models.options import LocalModel
 from train.evaluation.models.responses import generate_answers
 from train.llm.request import Decoding
-from train.evaluation.models import local
-left = int(sys.argv[3])
-whole = local.generate_batch
-def until_killed(*arguments, **options):
-    global left
-    left -= 1
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return whole(*arguments, **options)
-local.generate_batch = until_killed
 conversations = [[{"role": "user", "content": f"stone {number}"}] for number in range(10)]
 model = LocalModel(sys.argv[1], batch_size=2)
 answers = generate_answers(model, conversations, Decoding(4, temperature=0.0), Path(sys.argv[2]))
@@ -197,7 +189,7 @@ def test_a_killed_run_keeps_every_batch(tiny_chat_model: Path, tmp_path: Path) -
 
     def run(batches: int) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [sys.executable, "-c", KILLED, tiny_chat_model, journal, str(batches)],
+            [sys.executable, "-c", KILLED, str(batches), tiny_chat_model, journal],
             cwd=ROOT, capture_output=True, text=True, check=False,
         )  # fmt: skip
 

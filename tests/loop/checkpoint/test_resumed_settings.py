@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,9 +197,10 @@ def test_deepspeed_refuses_another_optimizer(trained: Callable[..., Path]) -> No
     checkpoint = read_checkpoint(run / "checkpoint-2")
     recipe = load_recipe(run.with_suffix(".yaml"), ["training.optim=adafactor"])
     settings = ResumedSettings(checkpoint, recipe)
-    settings.refuse(checkpoint, deepspeed=False)
+    settings.refuse_under_deepspeed(checkpoint)
+    under_deepspeed = replace(checkpoint, manifest={**checkpoint.manifest, "distribution": "DeepSpeed ZeRO-3"})
     with pytest.raises(UserError, match=r"holds the optimizer adamw_torch, and this run has adafactor\. DeepSpeed"):
-        settings.refuse(checkpoint, deepspeed=True)
+        settings.refuse_under_deepspeed(under_deepspeed)
 
 
 def test_a_changed_switch_of_an_optimizer_needs_fresh_states_and_a_changed_number_does_not(

@@ -7,11 +7,13 @@ import signal
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import bench_runs
 import pytest
 from bench_runs import FIRST_CONTACT, bench_row, command, place_of, write_lines
+from killed_processes import killed_afterwards
 from scripted_server import Asked, Reply, ScriptedServer, error, said, served
 
 ROWS = 10
@@ -29,18 +31,8 @@ processes.set_forkserver_preload(
 @pytest.fixture
 def start() -> Iterator[Callable[..., multiprocessing.process.BaseProcess]]:
     """Start processes of the command; none outlives its test."""
-    started = []
-
-    def begin(*arguments: object) -> multiprocessing.process.BaseProcess:
-        process = processes.Process(target=bench_runs.run_process, args=arguments)
-        process.start()
-        started.append(process)
-        return process
-
-    yield begin
-    for process in started:
-        process.kill()
-        process.join()
+    with killed_afterwards(processes) as begin:
+        yield partial(begin, bench_runs.run_process)
 
 
 async def script(asked: Asked) -> Reply:

@@ -73,9 +73,9 @@ class ResumedSettings:
         self._groups: list[dict[str, Any]] = []
         self._schedule: dict[str, Any] = {}
 
-    def refuse(self, checkpoint: Checkpoint, *, deepspeed: bool) -> None:
-        """Raise UserError for an optimizer that DeepSpeed can't start in the middle of a run."""
-        if self.fresh_states and deepspeed:
+    def refuse_under_deepspeed(self, checkpoint: Checkpoint) -> None:
+        """Raise UserError for an optimizer that DeepSpeed, if it wrote the checkpoint, can't start in mid-run."""
+        if self.fresh_states and checkpoint.manifest["distribution"].startswith("DeepSpeed"):
             raise UserError(
                 f"--resume: {checkpoint.folder} holds the optimizer {self._name(self._before)}, and this run has "
                 f"{self._name(self._now)}. DeepSpeed loads weights and optimizer together, so it can't start another "

@@ -128,7 +128,7 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     check_float8_start(recipe)
     config = load_config(model)
     attention = select_attention(recipe, config)
-    settings: dict[str, Any] = {"attn_implementation": attention.kernel, "dtype": getattr(torch, model.dtype, "auto")}
+    settings: dict[str, Any] = {**attention.load_arguments, "dtype": getattr(torch, model.dtype, "auto")}
     settings["use_safetensors"] = None if model.allow_pickle else True
     quantization = quantization_to_load(config)
     if read_saved_quantization(config) is None:

@@ -1,12 +1,11 @@
 """Kernels of the hub: names, trust, what is cached, refusals; with the package `kernels` installed, a whole kernel."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
+from cached_kernels import put_in_cache, with_package, without_package
 from transformers import LlamaForCausalLM
 from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_VERSIONS
 
@@ -17,7 +16,6 @@ from train.model.hub_kernels import (
     HubKernel,
     is_cached,
     is_trusted,
-    package_is_missing,
     parse_hub_kernel,
     unavailable_reason,
 )
@@ -26,7 +24,6 @@ from train.recipe import load_recipe
 FLASH3, FOREIGN = "kernels-community/flash-attn3", "someone/fast-attention@abc123"
 NEEDS = Needs(head_size=64, dtype="bfloat16", groups=2)
 HOPPER = Machine((9, 0), frozenset())
-installed = pytest.mark.skipif(package_is_missing(), reason="the package kernels is not installed")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +61,7 @@ def test_code_of_other_publishers_needs_the_recipes_trust(monkeypatch: pytest.Mo
     assert AttentionChoice(FLASH3).load_arguments == {"attn_implementation": FLASH3}
 
 
-@pytest.mark.skipif(not package_is_missing(), reason="the package kernels is installed")
+@without_package
 def test_without_the_package() -> None:
     assert not is_cached(parse_hub_kernel(FLASH3))
     with pytest.raises(UserError) as refusal:
@@ -72,13 +69,6 @@ def test_without_the_package() -> None:
     assert str(refusal.value).startswith(f"model.attention: {FLASH3} needs the package kernels>=0.")
     assert "`pip install 'kernels>=0." in str(refusal.value)
     assert str(refusal.value).endswith("or write `auto`.")
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
-    return tmp_path
 
 
 SOURCE = """
@@ -98,31 +88,16 @@ flash_attn_func = flash_attn_with_kvcache = None
 """
 
 
-def put(cache: Path, kernel: HubKernel) -> None:
-    """Write a kernel in Python, for any machine, as the hub's cache holds those that are downloaded."""
-    folder, commit = cache / f"kernels--{kernel.repo_id.replace('/', '--')}", "a" * 40
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / (kernel.revision or f"v{kernel.version}")).write_text(commit)
-    build = folder / "snapshots" / commit / "build" / "torch-cpu"
-    build.mkdir(parents=True)
-    metadata = {
-        "id": "x", "name": kernel.repo_id.partition("/")[2], "version": 1, "license": "mit", "python-depends": [],
-        "backend": {"type": "cpu"},
-    }  # fmt: skip
-    (build / "metadata.json").write_text(json.dumps(metadata))
-    (build / "__init__.py").write_text(SOURCE)
-
-
-@installed
+@with_package
 @pytest.mark.parametrize("name", ["kernels-community/flash-attn2", FOREIGN])
-def test_a_cached_kernel_is_tested_and_trains(name: str, cache: Path, tiny_model: Path) -> None:
+def test_a_cached_kernel_is_tested_and_trains(name: str, tmp_path: Path, tiny_model: Path, monkeypatch) -> None:
     """Without a connection: before it is in the cache it is refused with the command that downloads it."""
     kernel = parse_hub_kernel(name)
     here = Machine((9, 0), frozenset())
     trusting = Needs(head_size=64, dtype="bfloat16", groups=2, trust_remote_code=True)
     with pytest.raises(UserError, match=r"not in the cache .* HF_HUB_OFFLINE is set\. Download it .*install_kernel\("):
         choose_attention(name, trusting, here)
-    put(cache, kernel)
+    put_in_cache(tmp_path, monkeypatch, kernel, SOURCE)
     assert is_cached(kernel)
     assert unavailable_reason(kernel) is None
     settings = {"head_size": 64, "groups": 2, "dtype": torch.bfloat16, "device": torch.device("cpu")}

@@ -30,6 +30,7 @@ from train.loop.checkpoint.weights import check_savable
 from train.loop.checkpointing import CheckpointingTrainer
 from train.loop.guards.anomalies import Guards
 from train.loop.guards.packing_isolation import PackingIsolationTest
+from train.loop.layer_kernels import LayerKernels
 from train.loop.loss import FUSED_LOSSES, LossSums, fused_loss
 from train.loop.metrics_log import StepLog
 from train.loop.preemption import Preemption
@@ -122,6 +123,8 @@ class JanusTrainer(CheckpointingTrainer):
         self._step_log = next((callback for callback in callbacks if isinstance(callback, StepLog)), None)
         self._guards = Guards(recipe.guards, self.accelerator, data.train.dataset.places, recipe.output_dir)
         self.remove_callback(PrinterCallback)
+        if recipe.model.use_kernels:
+            self.add_callback(LayerKernels(self))
         if recipe.data.packing:
             self.add_callback(PackingIsolationTest(self))
         for callback in (self._throughput, self._run_state, self._preemption_callback):

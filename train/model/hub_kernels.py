@@ -9,6 +9,8 @@ from typing import NamedTuple
 from transformers.integrations.hub_kernels import get_attn_kernel_version
 from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION, is_kernels_available
 
+from train.errors import UserError
+from train.recipe import ModelSection
 from train.storage.local_paths import hub_offline_reason
 
 TRUSTED_PUBLISHER = "kernels-community"
@@ -45,6 +47,15 @@ def is_trusted(name: str) -> bool:
 def package_is_missing() -> bool:
     """Return whether the package `kernels` is not installed, or in a version that transformers doesn't accept."""
     return not is_kernels_available()
+
+
+def check_layer_kernels(model: ModelSection) -> None:
+    """Raise UserError if `model.use_kernels` is set and the package is missing. The layers are replaced in training."""
+    if model.use_kernels and package_is_missing():
+        raise UserError(
+            f"model.use_kernels: it needs the package {PACKAGE}, which is not installed. {INSTALL_PACKAGE}, or write "
+            "false."
+        )
 
 
 def is_cached(kernel: HubKernel) -> bool:

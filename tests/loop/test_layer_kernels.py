@@ -1,6 +1,7 @@
 """Layers of the hub (`model.use_kernels`), and Liger's: conflicts, missing packages, and training with them."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from test_trainer import make_trainer
 
 from train.errors import UserError
 from train.loop.layer_kernels import replaced_layers
-from train.model.hub_kernels import HubKernel
+from train.model.hub_kernels import HubKernel, is_cached
 from train.model.load import check_model
 from train.recipe import load_recipe
 
@@ -82,3 +83,41 @@ def test_ligers_loss_is_refused_and_left_out(recipe_file: RecipeFile) -> None:
     layers = {"use_liger_kernel": True, "liger_kernel_config": {"rope": False}, **ONE_STEP}
     trainer = make_trainer(load_recipe(recipe_file(training=layers)))
     assert trainer.args.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False}
+
+
+GPU = torch.cuda.is_available()
+COMPILED = [
+    pytest.param({}, id="own layers"),  # so that the test itself runs on any machine
+    pytest.param(
+        {"training": {"use_liger_kernel": True}},
+        id="liger",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not GPU or find_spec("liger_kernel") is None, reason="needs a GPU and liger-kernel"),
+        ],
+    ),
+    pytest.param(
+        {"model": {"use_kernels": True}},
+        id="hub",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(
+                not GPU or not is_cached(LIGER), reason="needs a GPU and liger-kernels in the hub's cache"
+            ),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("settings", COMPILED)
+def test_losses_and_gradients_are_those_of_the_models_own_layers(settings: dict, recipe_file: RecipeFile) -> None:
+    """Three steps in bfloat16, with the learning rate that makes the last two depend on the gradients."""
+    steps = {"num_train_epochs": ..., "max_steps": 3, "bf16": True, "logging_steps": 1, "learning_rate": 1e-3}
+    curves = []
+    for changes in {}, settings:
+        training = {**steps, **changes.get("training", {})}
+        trainer = make_trainer(load_recipe(recipe_file(training=training, model=changes.get("model", {}))))
+        trainer.train()
+        curves.append([(line["loss"], line["grad_norm"]) for line in trainer.state.log_history if "grad_norm" in line])
+    assert len(curves[0]) == 3
+    torch.testing.assert_close(torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=0.02, atol=0)

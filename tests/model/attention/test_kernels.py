@@ -4,12 +4,15 @@ The same tests run on a CPU with the kernels that it has: sdpa, the eager attent
 stand-in for torch's kernel. On a GPU they run each kernel that is installed or in the hub's cache.
 """
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from test_torch_varlen import stand_in
+from test_trainer import make_trainer
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import create_causal_mask, eager_mask
 from transformers.models.gemma2 import modeling_gemma2
@@ -19,7 +22,9 @@ from train.model.attention import kernel_test
 from train.model.attention import torch_varlen as varlen
 from train.model.attention.kernel_test import check_kernel
 from train.model.attention.limits import DISTRIBUTIONS, HUB_KERNELS, ROCM_HUB_KERNELS, Machine, Needs, objection
-from train.model.attention.selection import machine
+from train.model.attention.selection import attention_needs, machine
+from train.model.load import load_config
+from train.recipe import load_recipe
 
 EAGER = "eager_of_models"
 HERE = (varlen.NAME, "sdpa", EAGER)
@@ -134,3 +139,19 @@ def test_a_kernel_that_ignores_sinks_or_their_gradient_fails(monkeypatch: pytest
 def test_a_kernel_that_ignores_the_window_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_test, "create_sliding_window_causal_mask", create_causal_mask)
     assert "its output on packed documents is off by" in check_kernel("sdpa", window=4096, softcap=None, **SETTINGS)
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in HERE if kernel != varlen.NAME or DEVICE == "cuda"])
+def test_a_run_with_the_kernel(
+    kernel: str, recipe_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Selection, loading, the isolation test on the model, and a step of training."""
+    settings = {"num_train_epochs": ..., "max_steps": 1, "bf16": True}
+    name = "eager" if kernel == EAGER else kernel
+    recipe = load_recipe(recipe_file(model={"attention": name}, training=settings))
+    if reason := objection(name, attention_needs(recipe, load_config(recipe.model)), machine()):
+        pytest.skip(f"{name} {reason}")
+    trainer = make_trainer(recipe)
+    trainer.train()
+    assert trainer.model.config._attn_implementation == name
+    assert "packed documents are isolated" in capsys.readouterr().out

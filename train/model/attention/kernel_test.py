@@ -33,7 +33,8 @@ class _Layer(torch.nn.Module):
         super().__init__()
         self.config = SimpleNamespace(_attn_implementation=kernel, dtype=dtype, sliding_window=window)
         self.is_causal, self.layer_idx, self.num_key_value_groups = True, 0, groups
-        self.projection = torch.nn.Linear(1, 1, dtype=dtype)  # its type is that to which queries are cast
+        # its type is that to which queries are cast; on "meta" it draws no random numbers
+        self.projection = torch.nn.Linear(1, 1, dtype=dtype, device="meta")
 
 
 def check_kernel(
